@@ -1,0 +1,34 @@
+# Needs Python 3.11 or newer and make; everything else is set up in .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-all lint docs clean
+
+demo: $(READY)
+	$(BIN)/ray-vlm demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m ray_vlm.config.docs docs/jobs.md
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up .venv (a few minutes the first time: torch is large)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; run: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf .venv outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,46 @@
+"""Join the Ray cluster that the job names, or start one in this machine for as long as the run lasts."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray_vlm.cluster.preflight import Layout, cpus_needed, plan_layout
+from ray_vlm.config.schema import JobConfig
+
+# What Ray is told before it starts; a value that the user has set stays.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing calls home
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next poll, 2 s apart by default
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+@contextmanager
+def connect(job: JobConfig) -> Iterator[Layout]:
+    """A Ray cluster that can run the job, and how the job lies on it. Leaves Ray as it was found.
+
+    A cluster of our own gets as many logical CPUs as the job needs, even where that is more than the machine has.
+    Raises `RunError` when a cluster that was joined is too small.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        address = job.cluster.address or os.environ.get("RAY_ADDRESS")
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            cpus = max(os.cpu_count() or 1, cpus_needed(job))
+            ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield plan_layout(job, ray.cluster_resources())
+    finally:
+        if mine:
+            ray.shutdown()

@@ -1,0 +1,51 @@
+"""Will the cluster run the job? Pure arithmetic on what was asked and what there is; nothing here touches Ray."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import RunError
+
+_MOST_LOADERS = 8  # processes that read images for one worker, unless the job says more
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job lies on a cluster: loaders of each worker, and the CPUs that each loader reserves."""
+
+    num_loaders: int
+    cpus_per_loader: float
+
+
+def cpus_needed(job: JobConfig) -> int:
+    """CPUs of a cluster of our own: the workers', and one loader for each worker beyond them."""
+    cluster = job.cluster
+    loaders = cluster.num_workers * (job.data.num_loaders or 1)
+    return int(-(-cluster.num_workers * cluster.cpus_per_worker // 1)) + loaders
+
+
+def plan_layout(job: JobConfig, resources: Mapping[str, float]) -> Layout:
+    """Share out what the workers leave. Raises `RunError` with everything that is missing.
+
+    Ray Data needs CPUs of its own: with none left beyond the workers no image would ever arrive, and training would
+    wait for ever without an error.
+    """
+    cluster, problems = job.cluster, []
+    for name, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        need, have = each * cluster.num_workers, resources.get(name, 0)
+        if need > have:
+            problems.append(
+                f"cluster: {cluster.num_workers} workers of {each:g} {name} need {need:g}, but the cluster has "
+                f"{have:g}. Lower cluster.num_workers or cluster.{name.lower()}s_per_worker, or add nodes."
+            )
+    free = resources.get("CPU", 0) - cluster.cpus_per_worker * cluster.num_workers
+    if not problems and free < 1:
+        problems.append(
+            f"cluster: the workers take all {resources.get('CPU', 0):g} CPUs, and Ray Data needs at least one to read "
+            "images. Lower cluster.num_workers or cluster.cpus_per_worker, or add a CPU node."
+        )
+    if problems:
+        raise RunError(problems)
+    for_each = free / cluster.num_workers
+    loaders = job.data.num_loaders or max(1, min(_MOST_LOADERS, int(for_each)))
+    return Layout(loaders, min(1.0, int(for_each / loaders * 100) / 100))

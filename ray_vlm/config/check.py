@@ -1,0 +1,106 @@
+"""Rules that span sections: what goes together. Each rule is a predicate, a key, a reason and what to do instead.
+
+`check_job` returns every broken rule; `load_job` raises them together with the schema's complaints.
+"""
+
+from collections.abc import Callable, Iterator
+
+from ray_vlm.config.schema import JobConfig
+
+# What `evaluate.metric` may name for each task; higher is better for all but the loss.
+TASK_METRICS = {"detection": ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate")}
+
+# TRL options that a job names itself, or that the feed decides: setting them in `method.trl` too is an error.
+_NAMED_IN_JOB = {
+    "learning_rate": "train.learning_rate",
+    "weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "num_train_epochs": "train.num_epochs",
+    "max_steps": "train.max_steps",
+    "warmup_ratio": "train.warmup_ratio",
+    "warmup_steps": "train.warmup_ratio",
+    "lr_scheduler_type": "train.min_lr_ratio",
+    "lr_scheduler_kwargs": "train.min_lr_ratio",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "per_device_eval_batch_size": "evaluate.batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "bf16": "train.bf16",
+    "fp16": "train.bf16",
+    "seed": "seed",
+    "data_seed": "seed",
+    "output_dir": "run.output_dir",
+    "run_name": "run.name",
+    "report_to": "track.wandb",
+    "logging_steps": "train.log_every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_strategy": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "evaluate.every_steps",
+    "eval_strategy": "evaluate.every_steps",
+    "max_length": "data.max_tokens",
+    "completion_only_loss": "method.loss_on",
+    "assistant_only_loss": "method.loss_on",
+    "model_init_kwargs": "model",
+    "ddp_find_unused_parameters": "lora.target",
+}
+
+Rule = tuple[Callable[[JobConfig], bool], str, str]
+
+RULES: list[Rule] = [
+    (
+        lambda j: j.lora is None and j.model.load_in_4bit,
+        "model.load_in_4bit",
+        "4-bit weights cannot be trained themselves. Set model.load_in_4bit=false to train all, or keep `lora`.",
+    ),
+    (
+        lambda j: j.lora is None and j.model.adapter is not None,
+        "model.adapter",
+        "an adapter is given, but `lora: null` asks for full fine-tuning. Merge the adapter first, or set `lora`.",
+    ),
+    (
+        lambda j: j.evaluate.metric not in ("loss", *TASK_METRICS[j.task.name]),
+        "evaluate.metric",
+        "the task does not produce this metric. Use `loss` or one of: {metrics}.",
+    ),
+    (
+        lambda j: j.train.early_stopping_patience is not None and j.data.eval is None,
+        "train.early_stopping_patience",
+        "early stopping needs validation, and `data.eval` is not set. Give it rows, or leave early stopping out.",
+    ),
+    (
+        lambda j: (
+            j.data.min_pixels is not None and j.data.max_pixels is not None and j.data.min_pixels > j.data.max_pixels
+        ),
+        "data.min_pixels",
+        "larger than data.max_pixels. Lower it, or raise data.max_pixels.",
+    ),
+    (
+        lambda j: j.cluster.num_workers > j.train.global_batch_size,
+        "cluster.num_workers",
+        "more workers than rows in a step; some would only run filler. Raise train.global_batch_size, or use fewer.",
+    ),
+    (
+        lambda j: j.cluster.gpus_per_worker not in (0, 1),
+        "cluster.gpus_per_worker",
+        "a worker trains on one GPU or on CPUs. Use 0 or 1, and more workers for more GPUs.",
+    ),
+    (
+        lambda j: j.run.name is not None and ("/" in j.run.name or j.run.name in ("", ".", "..")),
+        "run.name",
+        "not usable as a folder name. Use letters, digits, '-', '_' and '.'.",
+    ),
+]
+
+
+def check_job(job: JobConfig) -> list[tuple[str, str]]:
+    """Every broken rule as `(dotted key, reason and fix)`; an empty list when all is well."""
+    metrics = ", ".join(TASK_METRICS[job.task.name])
+    broken = [(key, reason.format(metrics=metrics)) for fails, key, reason in RULES if fails(job)]
+    return broken + list(_check_trl(job))
+
+
+def _check_trl(job: JobConfig) -> Iterator[tuple[str, str]]:
+    for key in job.method.trl:
+        if key in _NAMED_IN_JOB:
+            yield f"method.trl.{key}", f"this job sets that as `{_NAMED_IN_JOB[key]}`. Set it there, and only there."

@@ -1,0 +1,186 @@
+"""Read a job: defaults < YAML file < `key=value` overrides. Every problem is collected and told at once.
+
+`load_job("jobs/demo_sft.yaml", ["train.learning_rate=2e-4"])` gives a frozen `JobConfig` or raises `ConfigError`.
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ray_vlm.config.check import check_job
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import ConfigError
+
+Place = dict[tuple[str | int, ...], str]  # dotted path -> "jobs/x.yaml:12" or "override 'a=b'"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-4` is a number, as every other configuration language has it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """The job in `path` with `overrides` applied and every rule of `check.py` kept. Raises `ConfigError`."""
+    text = _read(Path(path))
+    values, places, problems = _parse_yaml(text, str(path))
+    for override in overrides:
+        problems += _apply_override(values, places, override)
+    job, errors = _validate(values)
+    problems += [_explain(e, places, str(path)) for e in errors]
+    if job is not None:
+        problems += [f"{_place(places, tuple(key.split('.')), str(path))}: {text}" for key, text in check_job(job)]
+    if job is None or problems:
+        raise ConfigError(problems)
+    return job
+
+
+def _validate(values: dict) -> tuple[JobConfig | None, list]:
+    """The job and pydantic's errors. Bad values are left out in a second try, so that the rules across sections
+    are checked too and all problems come at once; None where nothing usable is left."""
+    try:
+        return JobConfig.model_validate(values), []
+    except ValidationError as error:
+        errors = error.errors()
+    pruned = copy.deepcopy(values)
+    for e in errors:
+        inner = pruned
+        for part in e["loc"][:-1]:
+            inner = inner[part] if isinstance(inner, dict) and part in inner else {}
+        if isinstance(inner, dict):
+            inner.pop(e["loc"][-1], None)
+    try:
+        return JobConfig.model_validate(pruned), errors
+    except ValidationError:
+        return None, errors
+
+
+def dump_job(job: JobConfig) -> dict[str, Any]:
+    """The job as plain data, every default written out; `load_resolved` reads it back."""
+    return job.model_dump(mode="json")
+
+
+def load_resolved(values: dict[str, Any]) -> JobConfig:
+    """A `JobConfig` from what `dump_job` wrote."""
+    return JobConfig.model_validate(values)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(str(p) for p in Path(path.parent).glob("*.yaml"))[:8]
+        found = f" Job files in that folder: {', '.join(near)}." if near else ""
+        raise ConfigError(f"{path}: no such job file.{found}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
+
+
+def _parse_yaml(text: str, name: str) -> tuple[dict, Place, list[str]]:
+    places: Place = {}
+    problems: list[str] = []
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _note_places(node, (), name, places, problems)
+        values = loader.construct_document(node) if node else {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}: a job is a mapping of sections, this is a {type(values).__name__}.")
+    return values, places, problems
+
+
+def _note_places(node: Any, path: tuple, name: str, places: Place, problems: list[str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in places:
+                problems.append(
+                    f"{name}:{key.start_mark.line + 1}: `{'.'.join(map(str, here))}` is set twice; keep one."
+                )
+            places[here] = f"{name}:{key.start_mark.line + 1}"
+            _note_places(value, here, name, places, problems)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            places[(*path, i)] = f"{name}:{value.start_mark.line + 1}"
+            _note_places(value, (*path, i), name, places, problems)
+
+
+def _apply_override(values: dict, places: Place, override: str) -> list[str]:
+    key, sep, text = override.partition("=")
+    if not sep or not re.fullmatch(r"\w+(\.\w+)*", key):
+        return [f"override {override!r}: write it as section.key=value, such as train.learning_rate=2e-4."]
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        return [f"override {override!r}: the value is not valid YAML; quote it."]
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        inner: Any = values.get(part)
+        if isinstance(inner, str) and part in ("method", "task"):
+            inner = {"name": inner}
+        elif inner is not None and not isinstance(inner, dict):
+            return [f"override {override!r}: `{'.'.join(parts[: depth + 1])}` is {inner!r}, not a section."]
+        values[part] = dict(inner or {})
+        values = values[part]
+    if len(parts) == 1 and key in ("method", "task") and isinstance(values.get(key), dict):
+        value = {**values[key], "name": value} if isinstance(value, str) else value
+    values[parts[-1]] = value
+    places[tuple(parts)] = f"override {override!r}"
+    return []
+
+
+def _place(places: Place, path: tuple, name: str) -> str:
+    for end in range(len(path), 0, -1):
+        if path[:end] in places:
+            return f"{places[path[:end]]}: `{'.'.join(map(str, path))}`"
+    return f"{name}: `{'.'.join(map(str, path))}`" if path else name
+
+
+def _explain(error: Any, places: Place, name: str) -> str:
+    """One pydantic error as: place, value, reason, fix."""
+    path = tuple(error["loc"])
+    where, value, kind = _place(places, path, name), error.get("input"), error["type"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), _keys_at(path[:-1]), n=1, cutoff=0.5)
+        fix = f" Did you mean `{near[0]}`?" if near else f" Known here: {', '.join(_keys_at(path[:-1]))}."
+        return f"{where} is not a setting.{fix}"
+    if kind == "missing":
+        return f"{where} is missing. {_describe(path)}"
+    message = str(error["msg"]).removeprefix("Input should be ").rstrip(".")
+    return f"{where} is {value!r}, but should be {message}. {_describe(path)}"
+
+
+def _model_at(path: tuple) -> type[BaseModel] | None:
+    model: Any = JobConfig
+    for part in path:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return None
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return model
+
+
+def _keys_at(path: tuple) -> list[str]:
+    model = _model_at(path)
+    return list(model.model_fields) if model else []
+
+
+def _describe(path: tuple) -> str:
+    names = tuple(p for p in path if isinstance(p, str))
+    model = _model_at(names[:-1]) if names else None
+    field = model.model_fields.get(names[-1]) if model and names else None
+    return f"({field.description})" if field and field.description else ""

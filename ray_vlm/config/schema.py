@@ -1,0 +1,199 @@
+"""The job: every setting, its type, its default and one line on what it does. `docs/jobs.md` is made from this file.
+
+No torch, ray or transformers here. Sections are frozen and refuse unknown keys; rules that span sections live in
+`check.py`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the job: frozen, strict about unknown keys, no silent casts from text to number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+def _named(value: Any) -> Any:
+    """`sft` is short for `{name: sft}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Method(Section):
+    """How the model learns."""
+
+    name: Literal["sft"] = Field("sft", description="How the model learns: `sft` imitates the answers in the data.")
+    loss_on: Literal["answer", "whole_sequence"] = Field(
+        "answer", description="Which text is trained. Padding and image tokens never are."
+    )
+    trl: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of TRL's own config that this file does not name, passed on as they are.",
+    )
+
+
+class Task(Section):
+    """What the model is asked to do."""
+
+    name: Literal["detection"] = Field("detection", description="What the model is asked to do.")
+    prompt: str | None = Field(
+        None, description="The question. `{labels}` is replaced by the class names. null: the task's own wording."
+    )
+    labels: list[str] | None = Field(
+        None, description="Class names, in the order in which the question lists them. null: all names in the data."
+    )
+
+
+class Model(Section):
+    """The base that learns."""
+
+    name: str = Field(description="A hub name or a folder.")
+    revision: str | None = Field(None, description="Commit or tag of a hub model; pins what is downloaded.")
+    load_in_4bit: bool = Field(
+        True, description="Language-model weights in NF4 with double quantisation (bitsandbytes). Needs `lora`."
+    )
+    adapter: str | None = Field(None, description="Folder of an adapter to start from, such as another run's `best/`.")
+
+
+class Lora(Section):
+    """Adapters on the base."""
+
+    rank: int = Field(16, ge=1, description="Rank of the update matrices.")
+    alpha: int = Field(32, ge=1, description="Updates are scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target: list[Literal["language", "connector", "vision"]] = Field(
+        default=["language"], min_length=1, description="Which parts of the model get adapters."
+    )
+
+
+class Source(Section):
+    """Where rows come from."""
+
+    path: str = Field(description="The file with the rows.")
+    format: Literal["coco"] = Field("coco", description="Shape of a source row.")
+    image_root: str | None = Field(
+        None, description="Folder of the images; nothing outside it is read. null: the folder of `path`."
+    )
+    create: str | None = Field(
+        None, description="`module:function`, called with `path` once when that file is missing. Made for demos."
+    )
+    max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
+
+
+class Data(Section):
+    """What to learn from, what to choose by, what to be judged on."""
+
+    train: Source | None = Field(None, description="Rows to learn from.")
+    eval: Source | None = Field(None, description="Rows that choose `best/`. null: no validation, no `best/`.")
+    test: Source | None = Field(None, description="Rows for headline numbers only.")
+    min_pixels: int | None = Field(
+        None, ge=1, description="Smallest image area after resizing, in pixels. null: the processor's own."
+    )
+    max_pixels: int | None = Field(
+        None, ge=1, description="Largest image area after resizing, in pixels. null: the processor's own."
+    )
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, description="An image file of more pixels than this is a bad row; read from its header."
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="A row of more tokens than this, image tokens counted, is a bad row. Nothing is cut."
+    )
+    shuffle: bool = Field(True, description="A new order in every epoch, from `seed`.")
+    on_bad_row: Literal["raise", "quarantine"] = Field(
+        "raise", description="`raise`: nothing starts. `quarantine`: written to `bad_rows.jsonl`, counted, left out."
+    )
+    num_loaders: int | None = Field(
+        None, ge=1, description="Ray Data processes that read images for each worker. null: from the free CPUs."
+    )
+
+
+class Train(Section):
+    """The optimizer's side."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Peak of the schedule.")
+    min_lr_ratio: float = Field(0.01, ge=0, le=1, description="The cosine schedule ends at this share of the peak.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled weight decay; not on norms and biases.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0: no clipping.")
+    num_epochs: float = Field(1.0, gt=0, description="Passes over the training rows. Ignored when `max_steps` is set.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps.")
+    global_batch_size: int = Field(16, ge=1, description="Rows in one optimizer step, over all workers.")
+    micro_batch_size: int = Field(1, ge=1, description="Rows that one worker runs at a time; accumulation follows.")
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass, to save memory."
+    )
+    bf16: bool = Field(True, description="bfloat16 weights and arithmetic, the adapter in float32. false: float32.")
+    log_every_steps: int = Field(10, ge=1, description="Steps between console lines; files get every step.")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Stop after this many validations without a better `evaluate.metric`."
+    )
+
+
+class Checkpoint(Section):
+    """What is saved on the way."""
+
+    every_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. null: once an epoch.")
+    keep: int = Field(
+        3, ge=1, description="How many `checkpoint-<step>/` folders stay; `best/` and `final/` always do."
+    )
+
+
+class Evaluate(Section):
+    """How progress is measured."""
+
+    every_steps: int | None = Field(None, ge=1, description="Steps between validations. null: once an epoch.")
+    metric: str = Field(
+        "loss", description="What chooses `best/`: `loss`, or a task metric measured by generating, such as `f1_50`."
+    )
+    num_samples: int | None = Field(200, ge=1, description="Validation rows, evenly spaced. null: all.")
+    batch_size: int = Field(8, ge=1, description="Rows that are generated at a time.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest answer.")
+
+
+class Cluster(Section):
+    """What the job runs on."""
+
+    num_workers: int = Field(1, ge=0, description="Training processes. 0: this process, without starting Ray.")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
+    max_failures: int = Field(0, ge=0, description="Restarts after a worker's death.")
+    address: str | None = Field(None, description="Ray cluster to join. null: `RAY_ADDRESS`, or a cluster of our own.")
+
+
+class Track(Section):
+    """Who else gets the numbers."""
+
+    wandb: bool = Field(False, description="Send numbers to Weights & Biases; offline when there is no key.")
+    wandb_project: str = Field("ray-vlm", description="Project name in Weights & Biases.")
+
+
+class Run(Section):
+    """Where results go."""
+
+    name: str | None = Field(None, description="Name of the run's folder. null: method, model, task and a counter.")
+    output_dir: str = Field("outputs", description="Folder of all runs; the only place that a run writes to.")
+
+
+class JobConfig(Section):
+    """What to do, whole. Read it with `ray_vlm.config.load.load_job`."""
+
+    method: Method = Field(default_factory=Method, description="How to learn.")
+    task: Task = Field(default_factory=Task, description="What to learn.")
+    model: Model = Field(description="What learns.")
+    lora: Lora | None = Field(default_factory=Lora, description="Adapter settings. null: all weights are trained.")
+    data: Data = Field(description="What to learn from.")
+    train: Train = Field(default_factory=Train, description="The optimizer's side.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What is saved on the way.")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="How progress is measured.")
+    cluster: Cluster = Field(default_factory=Cluster, description="What it runs on.")
+    track: Track = Field(default_factory=Track, description="Who else gets the numbers.")
+    run: Run = Field(default_factory=Run, description="Where results go.")
+    seed: int = Field(0, ge=0, description="Seed of weights, order and sampling.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_names(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            value = {k: _named(v) if k in ("method", "task") else v for k, v in value.items()}
+        return value

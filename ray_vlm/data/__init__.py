@@ -1,0 +1,1 @@
+"""From source rows to batches: records, index, plan, stream."""

@@ -1,0 +1,168 @@
+"""Planned rows -> batches of rows, in plan order, made ahead of the trainer.
+
+`stream_local` runs the loader in one thread of this process; `stream_ray` runs it in Ray Data actors, one pipeline
+for each rank, and images cross the object store as uint8. Both yield the same rows, byte for byte: the same function
+makes them.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ray_vlm.data.plan import Plan
+from ray_vlm.data.records import SftRecord
+from ray_vlm.data.rows import IGNORED, Row, RowSpec, load_preparer
+from ray_vlm.errors import DataError, RunError
+
+_AHEAD = 3  # micro-batches that wait ready for the trainer
+_BLOCK_BYTES = 8 * 2**20  # a Ray Data block is handed on when it has this size
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one rank streams: its micro-batches `first` up to (not including) `last` of a plan over `records`.
+
+    `records` is the tuple itself, or a Ray object reference to it.
+    """
+
+    records: Any
+    spec: RowSpec
+    plan: Plan
+    rank: int
+    first: int
+    last: int
+
+
+def make_rows(feed: Feed, records: Sequence[SftRecord], number: int) -> list[Row]:
+    """The rows of micro-batch `number`; those of a filler train nothing."""
+    micro = feed.plan.micro_batch(number, feed.rank)
+    rows = [load_preparer(feed.spec).train_row(records[i]) for i in micro.rows]
+    if micro.filler:
+        rows = [Row(row.input_ids, np.full_like(row.labels, IGNORED), row.images) for row in rows]
+    return rows
+
+
+def stream_local(feed: Feed) -> Iterator[list[Row]]:
+    """The feed's micro-batches from a thread that stays a few ahead. An error in it is raised here."""
+    ready: queue.Queue = queue.Queue(maxsize=_AHEAD)
+    stop = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for number in range(feed.first, feed.last):
+                put(make_rows(feed, feed.records, number))
+                if stop.is_set():
+                    return
+            put(None)
+        except Exception as error:  # the edge between the threads: handed over, raised in the consumer
+            put(error)
+
+    thread = threading.Thread(target=work, name="ray-vlm-loader", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def stream_ray(feed: Feed, num_loaders: int, cpus_per_loader: float = 1.0) -> Iterator[list[Row]]:
+    """The feed's micro-batches from `num_loaders` Ray Data actors. Raises `RunError` should order ever be broken."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = _BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    total = feed.last - feed.first
+    dataset = ray.data.range(total, override_num_blocks=max(1, min(total, 64 * num_loaders))).map_batches(
+        _Loader,
+        fn_constructor_args=(feed,),
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=num_loaders),
+        num_cpus=cpus_per_loader,
+    )
+    expected = feed.first
+    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=_AHEAD, batch_format="pyarrow"):
+        number, rows = unpack(batch)
+        if number != expected:
+            raise RunError(f"micro-batch {number} arrived where {expected} was due. Please report this.")
+        expected += 1
+        yield rows
+
+
+class _Loader:
+    """The Ray Data actor: keeps the records and the processor, turns numbers of micro-batches into packed rows."""
+
+    def __init__(self, feed: Feed):
+        import ray
+        import torch
+
+        torch.set_num_threads(1)
+        self.feed = feed
+        self.records = ray.get(feed.records) if isinstance(feed.records, ray.ObjectRef) else feed.records
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[Any]:
+        for offset in batch["id"]:
+            number = self.feed.first + int(offset)
+            yield pack(number, make_rows(self.feed, self.records, number))
+
+
+def pack(number: int, rows: Sequence[Row]) -> Any:
+    """A micro-batch as an Arrow table of one row: pixels end to end as bytes, with their shapes beside them."""
+    import pyarrow as pa
+
+    images = [image for row in rows for image in row.images]
+    columns = {
+        "number": pa.array([number], pa.int64()),
+        "lengths": pa.array([[len(row.input_ids) for row in rows]], pa.list_(pa.int32())),
+        "num_images": pa.array([[len(row.images) for row in rows]], pa.list_(pa.int32())),
+        "input_ids": _one_list([row.input_ids for row in rows]),
+        "labels": _one_list([row.labels for row in rows]),
+        "shapes": pa.array([[side for image in images for side in image.shape[:2]]], pa.list_(pa.int32())),
+        "pixels": pa.array([b"".join(image.tobytes() for image in images)], pa.large_binary()),
+    }
+    return pa.table(columns)
+
+
+def _one_list(parts: Sequence[np.ndarray]) -> Any:
+    import pyarrow as pa
+
+    values = np.concatenate(parts).astype(np.int32)
+    return pa.ListArray.from_arrays(np.array([0, len(values)], np.int32), pa.array(values))
+
+
+def unpack(table: Any) -> tuple[int, list[Row]]:
+    """The number and the rows of what `pack` made; pixels stay where they lie, uncopied."""
+    column = {name: table.column(name)[0] for name in table.column_names}
+    lengths, num_images = column["lengths"].as_py(), column["num_images"].as_py()
+    ids, labels = (column[name].values.to_numpy() for name in ("input_ids", "labels"))
+    pixels = np.frombuffer(column["pixels"].as_buffer(), np.uint8)
+    shapes = iter(column["shapes"].as_py())
+    rows, token, pixel = [], 0, 0
+    for length, count in zip(lengths, num_images, strict=True):
+        images = []
+        for _ in range(count):
+            height, width = next(shapes), next(shapes)
+            images.append(pixels[pixel : pixel + height * width * 3].reshape(height, width, 3))
+            pixel += height * width * 3
+        rows.append(Row(ids[token : token + length], labels[token : token + length], tuple(images)))
+        token += length
+    if pixel != len(pixels):
+        raise DataError(f"{len(pixels) - pixel} bytes of pixels belong to no image. Please report this.")
+    return int(column["number"].as_py()), rows

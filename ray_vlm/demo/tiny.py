@@ -1,0 +1,160 @@
+"""Build the tiny vision-language models of the demo and the tests: real Qwen architectures, a few million weights.
+
+`build_processor` makes a tokenizer (byte-level BPE, so any text encodes) and the family's stock processor around it;
+`build_model` makes random weights. The shipped `ray_vlm/demo/weights/` is such a Qwen3-VL after training on studio
+scenes by this package's own full fine-tuning. Rebuild it with `python -m ray_vlm.demo.tiny` (about 40 minutes on two
+cores); `weights/README.md` has the scores it reached.
+"""
+
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
+# Pieces of the answer format that would otherwise cost the tiny model a dozen tokens for each object.
+ANSWER_PIECES = ("```json\n[", '\n\t{"bbox_2d": [', '], "label": "', '"},', '"}', "\n]\n```", "]\n```")
+PIXELS = {"shortest_edge": 64 * 64, "longest_edge": 192 * 192}  # areas, as the Qwen image processors name them
+
+INIT = 0.04  # standard deviation of random weights; 0.02 is for models a hundred times as wide
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- elif 'text' in part -%}{{ part['text'] }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+
+
+def build_tokenizer(vocab_size: int = 640) -> Any:
+    """A byte-level BPE tokenizer; digits stay single tokens, so numbers are read place by place."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r"\d|, | ?[A-Za-z]+|[^\dA-Za-z]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(ANSWER_PIECES),
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in ANSWER_PIECES])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _corpus() -> list[str]:
+    """Words that the demos' prompts and answers use, each often enough to become a token of its own."""
+    names = "circle square triangle cross ring diamond star object none a photo of the image system user assistant"
+    ask = (
+        "Locate every instance that belongs to the following categories: Report bbox coordinates in JSON format. "
+        "What is shown? Which class and condition? Next step goal click type scroll done clear blocked yes no"
+    )
+    return [f"{ask} {names}".replace(" ", "\n"), *(f" {w}, " for w in f"{names} {ask}".split())] * 20
+
+
+def build_processor(model_type: str = "qwen3_vl") -> Any:
+    """The family's stock processor with the tiny tokenizer; images of 64 to 192 pixels a side stay as they are."""
+    from transformers import Qwen2VLImageProcessor
+
+    tokenizer = build_tokenizer()
+    if model_type == "qwen3_vl":
+        from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+        half = [0.5, 0.5, 0.5]
+        images = Qwen2VLImageProcessor(patch_size=16, size=PIXELS, image_mean=half, image_std=half)
+        videos = Qwen3VLVideoProcessor()
+        return Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+
+    images = Qwen2VLImageProcessor(patch_size=14, size=PIXELS)
+    return Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+
+
+def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128) -> Any:
+    """The family's configuration at 2-3 million weights: four language layers, three vision layers."""
+    ids = tokenizer.convert_tokens_to_ids
+    tokens = {f"{kind}_token_id": ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
+    tokens |= {f"vision_{side}_token_id": ids(f"<|vision_{side}|>") for side in ("start", "end")}
+    ends = {"eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("<|endoftext|>"), "bos_token_id": None}
+    text = {
+        "vocab_size": 704,
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "initializer_range": INIT,
+        **ends,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    vision: dict[str, Any]
+    if model_type == "qwen3_vl":
+        from transformers import Qwen3VLConfig
+
+        text |= {"head_dim": 32, "rope_parameters": rope | {"mrope_section": [8, 4, 4], "mrope_interleaved": True}}
+        vision = {
+            "depth": 3,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_heads": 4,
+            "patch_size": 16,
+            "initializer_range": INIT,
+        }
+        vision |= {"out_hidden_size": hidden, "num_position_embeddings": 144, "deepstack_visual_indexes": [1]}
+        return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)
+    from transformers import Qwen2_5_VLConfig
+
+    text["rope_parameters"] = rope | {"mrope_section": [8, 4, 4]}
+    vision = {"depth": 3, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "patch_size": 14}
+    vision |= {"out_hidden_size": hidden, "fullatt_block_indexes": [2], "window_size": 112}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)
+
+
+def build_model(tokenizer: Any, model_type: str = "qwen3_vl", seed: int = 0) -> Any:
+    """Random float32 weights of the tiny configuration."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(build_config(tokenizer, model_type), dtype=torch.float32)
+    if model_type == "qwen3_vl":
+        _init_positions(model.model.visual.pos_embed.weight)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _init_positions(weight: Any) -> None:
+    """Set learned position embeddings, `[side * side, hidden]`, to sines of x and y: random ones of the usual size
+    are drowned by the patches, and a small model then needs a thousand steps to find out where anything is."""
+    import torch
+
+    side, hidden = round(weight.shape[0] ** 0.5), weight.shape[1]
+    place = torch.arange(side, dtype=torch.float32) / side
+    angles = place[:, None] * torch.pi * 2.0 ** torch.linspace(-1, 3, hidden // 4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, hidden / 2]
+    grid = torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], dim=2)
+    weight.data.copy_(0.5 * grid.reshape(weight.shape))
+
+
+def write_untrained(folder: str | Path, model_type: str = "qwen3_vl", seed: int = 0) -> Path:
+    """Write random weights and the processor to `folder`, an ordinary `transformers` checkpoint."""
+    processor = build_processor(model_type)
+    build_model(processor.tokenizer, model_type, seed).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Path(folder)

@@ -1,0 +1,1 @@
+"""Measure a model by generating: predict, score with the task's own functions, sum up, show."""

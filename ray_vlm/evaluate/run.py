@@ -1,0 +1,110 @@
+"""Evaluate a job's base or an adapter on `data.test`: predict every row, measure, write what was found.
+
+The base and every adapter go through this one function, with the same images, wording and parser.
+"""
+
+import csv
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.index import build_index, read_labels
+from ray_vlm.data.rows import load_preparer, read_preprocessing, row_spec
+from ray_vlm.data.source import prepare_source
+from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.evaluate.metrics import Prediction, build_predictions, measure
+from ray_vlm.evaluate.predict import generate_answers
+from ray_vlm.evaluate.report import Stage, write_report
+from ray_vlm.models.load import load_adapter, load_model
+from ray_vlm.runs.paths import write_json
+
+
+def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Write `predictions.jsonl`, `predictions.csv` and `metrics.json` into `folder`; returns the metrics.
+
+    `adapter`: a run's `best/` or `final/`; None is the untouched base, the zero-shot baseline.
+    """
+    source = job.data.test
+    if source is None:
+        raise ConfigError("`data.test` is missing: headline numbers never come from rows that chose a checkpoint.")
+    prepare_source(source)
+    named = job.data.train if job.data.train and Path(job.data.train.path).exists() else source
+    spec = row_spec(job, read_labels(named))
+    if adapter is not None:
+        spec = read_preprocessing(adapter, spec)
+    index = build_index(source, job.data, spec)
+    preparer = load_preparer(spec)
+    device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
+    _use_threads(job)
+    model = load_model(job.model, job.train.bf16, device)
+    if adapter is not None:
+        model = load_adapter(model, adapter, job.model)
+    started = time.monotonic()
+
+    def progress(done: int) -> None:
+        rate = done / (time.monotonic() - started)
+        say(f"predicted {done}/{len(index)} images, {rate:.1f}/s, {(len(index) - done) / rate:.0f} s left")
+
+    options = job.evaluate
+    answers = generate_answers(
+        model, index.records, preparer, options.batch_size, options.max_new_tokens, device, progress
+    )
+    predictions = build_predictions(index.records, answers, preparer)
+    metrics = measure(predictions) | {"adapter": adapter, "test": source.path, "wall_s": time.monotonic() - started}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_predictions(folder, predictions)
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def _use_threads(job: JobConfig) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
+
+
+def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
+    """All predictions as JSON lines, and as a table of one row an object found."""
+    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(p)) + "\n" for p in predictions)
+    with open(folder / "predictions.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "image", "label", "x1", "y1", "x2", "y2"])
+        for p in predictions:
+            for box, label in zip(p.boxes, p.labels, strict=True):
+                table.writerow([p.id, p.image, label, *(round(v, 2) for v in box)])
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """What `write_predictions` wrote, as plain dictionaries."""
+    text = (folder / "predictions.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None, against: str | None) -> Path:
+    """What `ray-vlm evaluate` does: evaluate, print the headlines, write `report.html`. Returns the folder."""
+    default = Path(adapter).parent / "evaluate" / Path(adapter).name if adapter else None
+    folder = Path(output) if output else default or Path(job.run.output_dir) / "evaluate" / "base"
+    metrics = evaluate(job, adapter, folder)
+    stages = [Stage(folder.name, metrics, read_predictions(folder))]
+    if against is not None:
+        stages.insert(0, load_stage(Path(against), Path(against).name))
+    curve = Path(adapter).parent / "metrics.jsonl" if adapter else None
+    write_report(folder / "report.html", f"{job.model.name}: {job.task.name}", stages, curve, [])
+    numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
+    print(f"{metrics['num_images']} images: {numbers}\nreport {folder / 'report.html'}")
+    return folder
+
+
+def load_stage(folder: Path, title: str) -> Stage:
+    """An evaluation that was written earlier. Raises `RunError` where there is none."""
+    try:
+        return Stage(title, json.loads((folder / "metrics.json").read_text()), read_predictions(folder))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder}: no evaluation here ({error}). Give a folder that `ray-vlm evaluate` wrote."
+        ) from None

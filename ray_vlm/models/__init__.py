@@ -1,0 +1,1 @@
+"""Families, loading in 4 bit, adapters. Imports nothing heavy until a function is called; never imports ray."""

@@ -1,0 +1,93 @@
+"""Load a base model, in 4 bit or not, and its processor; put a trained adapter on it.
+
+bitsandbytes 0.50 on CPUs with AVX512_BF16 repacks every 4-bit layer at the first evaluation and from then on gives
+wrong gradients without an error; `load_model` turns that off (the packed path has no autograd).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.config.schema import Model
+from ray_vlm.errors import ModelError
+from ray_vlm.models.families import FAMILIES, Family
+
+
+def resolve_name(name: str) -> str:
+    """`tiny` names the weights that ship with the demo; any other name stays as it is."""
+    return str(Path(__file__).parents[1] / "demo" / "weights") if name == "tiny" else name
+
+
+def load_config(spec: Model) -> Any:
+    """The base's transformers configuration. Raises `ModelError` where there is none."""
+    from transformers import AutoConfig
+
+    name = resolve_name(spec.name)
+    try:
+        return AutoConfig.from_pretrained(name, revision=spec.revision)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"model.name={spec.name!r} cannot be loaded ({first}). Give a folder with a config.json, or a hub name; "
+            "for a gated model accept its licence on the hub and set HF_TOKEN."
+        ) from None
+
+
+def family_of(config: Any) -> Family:
+    """The family of a loaded configuration. Raises `ModelError` for one that we do not know."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ModelError(f"model type {config.model_type!r} is not supported. Supported: {', '.join(FAMILIES)}.")
+    return family
+
+
+def load_processor(spec: Model) -> Any:
+    """The base's own processor."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(resolve_name(spec.name), revision=spec.revision)
+
+
+def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
+    """The base on `device`, frozen state as loaded; NF4 with double quantisation where `spec.load_in_4bit`.
+
+    Compute is bfloat16 or float32. In 4 bit the vision tower, the embeddings and the head stay unquantised.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    family = family_of(load_config(spec))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "attn_implementation": "sdpa"}
+    if spec.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(family.unquantised),
+        )
+    options["device_map"] = {"": device}
+    model = AutoModelForImageTextToText.from_pretrained(resolve_name(spec.name), **options)
+    keep_4bit_differentiable(model)
+    return model
+
+
+def keep_4bit_differentiable(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit layers for CPU inference (`bitsandbytes/nn/modules.py`, Linear4bit)."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_adapter(model: Any, folder: str, spec: Model, trainable: bool = False) -> Any:
+    """`model` with the adapter in `folder` on it. Raises `ModelError` if it was trained on another base."""
+    from peft import PeftModel
+
+    path = Path(folder)
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing). Give a run's best/ or final/.")
+    trained_on = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if trained_on and Path(trained_on).name != Path(resolve_name(spec.name)).name:
+        raise ModelError(f"{folder}: trained on {trained_on!r}, but model.name is {spec.name!r}. Use that base.")
+    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)

@@ -1,0 +1,87 @@
+"""What a person sees in the terminal while a run goes on: one aligned line for each metrics line worth showing."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_POLL_S = 0.3
+
+
+class Console:
+    """Prints metrics lines; `log_every_steps` thins out training lines. `say` is where lines go (print)."""
+
+    def __init__(self, num_steps: int, log_every_steps: int, say: Callable[[str], None] | None = None):
+        self._num_steps = num_steps
+        self._every = log_every_steps
+        self._say = say or (lambda text: print(text, flush=True))
+        self._first: tuple[int, float] | None = None
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Print one line of `metrics.jsonl`, or nothing."""
+        if line["kind"] == "start":
+            self._say(describe_trainable(line["trainable"]))
+        elif line["kind"] == "eval":
+            numbers = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, float) and k not in _HIDDEN)
+            self._say(f"validation at step {line['step']}: {numbers}")
+        elif line["kind"] == "train":
+            self._first = self._first or (line["step"] - 1, line["time"] - line["step_s"])
+            if line["step"] % self._every == 0 or line["step"] == self._num_steps:
+                self._say(self._train_line(line))
+
+    def _train_line(self, line: dict[str, Any]) -> str:
+        step, (first, started) = line["step"], self._first or (0, line["time"])
+        left = int((line["time"] - started) / max(step - first, 1) * (self._num_steps - step))
+        return (
+            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {_number(line['loss'], '8.4f')}  "
+            f"lr {line['learning_rate']:.2e}  grad {_number(line.get('grad_norm'), '7.3f')}  "
+            f"{line['tokens_per_s']:8,.0f} tok/s  left {left // 60:3d}:{left % 60:02d}"
+        )
+
+
+_HIDDEN = ("time", "epoch", "validation_s")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "nan" if value is None else format(value, form)
+
+
+def describe_trainable(counts: dict[str, dict[str, int]]) -> str:
+    """What is trainable, how much and where: the table at the start of a run."""
+    total = sum(c["total"] for c in counts.values())
+    trained = sum(c["trainable"] for c in counts.values())
+    rows = [f"  {part:<10} {c['trainable']:>13,} of {c['total']:>14,}" for part, c in sorted(counts.items())]
+    return "\n".join([f"trainable weights: {trained:,} of {total:,} ({trained / total:.2%})", *rows])
+
+
+@contextmanager
+def follow(path: Path, console: Console) -> Iterator[None]:
+    """While the body runs, show each line that another process appends to `path`."""
+    done = threading.Event()
+    thread = threading.Thread(target=_follow, args=(path, console, done), name="ray-vlm-console", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+def _follow(path: Path, console: Console, done: threading.Event) -> None:
+    read = 0
+    while True:
+        last = done.is_set()
+        if path.is_file():
+            with open(path, "rb") as file:
+                file.seek(read)
+                text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            read += len(whole)
+            for line in whole.splitlines():
+                console.show(json.loads(line))
+        if last:
+            return
+        time.sleep(_POLL_S)

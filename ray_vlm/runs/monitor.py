@@ -1,0 +1,89 @@
+"""Every number that is ever shown: one line in `metrics.jsonl`, and the same to Weights & Biases where asked for.
+
+Lines have `kind` start, train (every optimizer step), epoch, or eval, with `attempt`, `step` (the true global step),
+`epoch` and `time` (seconds since 1970). Only rank 0 writes.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# name in metrics.jsonl -> name in W&B
+_WANDB_NAMES = {
+    "train": {"loss": "train/batch_loss", "learning_rate": "train/learning_rate", "epoch": "train/epoch"},
+    "epoch": {"loss": "train/epoch_avg_loss"},
+}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class Monitor:
+    """Appends to `metrics.jsonl`; `close` it at the end.
+
+    `wandb`: None, or `{"project", "name", "config", "dir"}`. `show` is called with each line written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        attempt: int,
+        wandb: dict[str, Any] | None = None,
+        show: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._attempt = attempt
+        self._show = show
+        self._wandb = _start_wandb(wandb) if wandb else None
+
+    def start(self, trainable: dict[str, dict[str, int]]) -> None:
+        """The first line of an attempt: weights by part of the model."""
+        self._put({"kind": "start", "attempt": self._attempt, "time": time.time(), "trainable": trainable})
+
+    def write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
+        """One line of numbers. Values become plain floats; NaN and infinity become null."""
+        numbers = {k: _plain(v) for k, v in values.items()}
+        line = {"kind": kind, "attempt": self._attempt, "step": step, "epoch": round(epoch, 4), "time": time.time()}
+        self._put(line | numbers)
+        if self._wandb is not None:
+            self._wandb.log(_wandb_names(kind, line | values), step=step)
+
+    def _put(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._show is not None:
+            self._show(line)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _plain(value: Any) -> float | int | None:
+    number = value if isinstance(value, int) and not isinstance(value, bool) else float(value)
+    return number if math.isfinite(number) else None
+
+
+def _wandb_names(kind: str, line: dict[str, Any]) -> dict[str, Any]:
+    if kind == "eval":
+        return {f"eval/{k}": v for k, v in line.items() if k not in ("kind", "attempt", "step", "epoch", "time")}
+    names = _WANDB_NAMES[kind]
+    extra = {k: f"train/{k}" for k in ("grad_norm", "tokens_per_s") if kind == "train"}
+    return {new: line[old] for old, new in (names | extra).items() if old in line}
+
+
+def _start_wandb(options: dict[str, Any]) -> Any:
+    import wandb
+
+    mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    return wandb.init(mode=os.environ.get("WANDB_MODE", mode), **options)  # type: ignore[arg-type]

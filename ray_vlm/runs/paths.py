@@ -1,0 +1,137 @@
+"""Where a run's files lie, and who may write there.
+
+<output_dir>/<name>/
+  job.yaml  resolved.json  run.json  metrics.jsonl  training_log.json  bad_rows.jsonl
+  checkpoint-<step>/  best/  final/  evaluate/
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.errors import RunError
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run."""
+
+    root: Path
+
+    @property
+    def job(self) -> Path:
+        return self.root / "job.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        return self.root / "resolved.json"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def training_log(self) -> Path:
+        return self.root / "training_log.json"
+
+    @property
+    def bad_rows(self) -> Path:
+        return self.root / "bad_rows.jsonl"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "best"
+
+    @property
+    def final(self) -> Path:
+        return self.root / "final"
+
+    @property
+    def evaluate(self) -> Path:
+        return self.root / "evaluate"
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Rank 0 leaves here what the driver writes into `run.json`."""
+        write_json(self.root / ".result.json", result)
+
+    def read_result(self) -> dict[str, Any]:
+        """What `write_result` left. Raises `RunError` where the run ended without it."""
+        path = self.root / ".result.json"
+        if not path.is_file():
+            raise RunError(
+                f"{self.root}: the workers ended without a result. Their logs are in the Ray session folder."
+            )
+        return json.loads(path.read_text())
+
+
+def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = False) -> RunPaths:
+    """Make the run's folder and return its paths. `name` None: `stem` and the first free number.
+
+    A folder that already holds a run is refused with `RunError`, or emptied under `overwrite`.
+    """
+    base = Path(output_dir).expanduser().absolute()
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        if name is None:
+            return RunPaths(_next_free(base, stem))
+        root = base / name
+        if root.exists() and any(root.iterdir()):
+            if not overwrite:
+                raise RunError(
+                    f"run.name={name!r}: {root} is already in use. Give another run.name, or start with --overwrite "
+                    "to delete what is there."
+                )
+            if not (root / "run.json").is_file():
+                raise RunError(f"--overwrite: {root} is not a run folder (run.json is missing), so it is not deleted.")
+            shutil.rmtree(root)
+        root.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(f"run.output_dir={output_dir!r} cannot be written to ({error}). Give another folder.") from None
+    return RunPaths(root)
+
+
+def _next_free(base: Path, stem: str) -> Path:
+    taken = [int(m[1]) for p in base.glob(f"{stem}-*") if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", p.name))]
+    number = max(taken, default=0) + 1
+    while True:  # two launches at once: mkdir decides who has the number
+        root = base / f"{stem}-{number:03d}"
+        try:
+            root.mkdir()
+            return root
+        except FileExistsError:
+            number += 1
+
+
+def write_bad_rows(paths: RunPaths, rows: Iterable[Any]) -> None:
+    """One JSON line for each row that was left out: row, id, reason."""
+    lines = [json.dumps({"row": bad.row, "id": bad.id, "reason": bad.reason}) + "\n" for bad in rows]
+    paths.bad_rows.write_text("".join(lines), encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Make folder `path` by `fill(temporary folder)`; an older one there is replaced only when the new one is whole."""
+    new, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    fill(new)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,100 @@
+"""Plan and stream -> TRL: a TRL trainer that takes its batches from our feed and is validated by our evaluation.
+
+The losses stay TRL's. What changes: where batches come from, that the loss is divided by the trained tokens of the
+*global* batch, and that the adapter keeps float32 weights (TRL casts it to bfloat16 on 4-bit bases, where a step of
+1e-4 of a weight is lost).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ray_vlm.data.collate import collate
+from ray_vlm.data.plan import Plan
+from ray_vlm.data.rows import Preparer, Row
+
+
+class PlannedBatches:
+    """The train dataloader that TRL sees: one stream over the whole run, handed out an epoch at a time."""
+
+    def __init__(self, stream: Iterator[list[Row]], plan: Plan, preparer: Preparer, device: str):
+        self._stream = stream
+        self._plan = plan
+        self._preparer = preparer
+        self._device = device
+
+    def __len__(self) -> int:
+        return self._plan.steps_per_epoch * self._plan.accumulation
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(len(self)):
+            rows = next(self._stream, None)
+            if rows is None:
+                return
+            yield collate(rows, self._preparer, self._device)
+
+
+def feed_trainer(trainer_class: type) -> type:
+    """A subclass of a TRL trainer that is fed by `PlannedBatches` and validated by a function of ours."""
+
+    class FedTrainer(trainer_class):
+        planned_batches: PlannedBatches
+        control: Any
+        validate: Callable[[Any], dict[str, float]] | None = None
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            # Qwen's forwards do not announce it, but TRL's loss divides by num_items_in_batch when it is given.
+            self.model_accepts_loss_kwargs = True
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+        def get_train_dataloader(self) -> PlannedBatches:
+            return self.planned_batches
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics = self.validate(self) if self.validate else {}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """Left out: TRL's card names its own defaults; ours comes with the export."""
+
+    FedTrainer.__name__ = trainer_class.__name__
+    return FedTrainer
+
+
+def shared_options(job: Any, plan: Plan, run_dir: str, has_eval: bool) -> dict[str, Any]:
+    """The training options that all methods have, from the job; TRL's configs take them by these names."""
+    train, steps = job.train, plan.num_steps
+    save_every = job.checkpoint.every_steps or plan.steps_per_epoch
+    eval_every = job.evaluate.every_steps or plan.steps_per_epoch
+    return {
+        "output_dir": run_dir,
+        "max_steps": steps,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "average_tokens_across_devices": True,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": train.min_lr_ratio},
+        "warmup_steps": math.ceil(train.warmup_ratio * steps),
+        "optim": "adamw_torch",
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "bf16": train.bf16,
+        "use_cpu": job.cluster.gpus_per_worker == 0,
+        "ddp_find_unused_parameters": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "save_total_limit": job.checkpoint.keep,
+        "eval_strategy": "steps" if has_eval else "no",
+        "eval_steps": eval_every if has_eval else None,
+        "seed": job.seed,
+    }

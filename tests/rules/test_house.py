@@ -1,0 +1,131 @@
+"""The rules of the house as tests: floors, lightness, size, and that every shipped file is used."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "ray_vlm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = [
+    {"cli"},
+    {"demo", "tune"},
+    {"train"},
+    {"evaluate"},
+    {"methods"},
+    {"data"},
+    {"tasks", "models", "cluster"},
+    {"config"},
+    {"runs"},
+    {"errors"},
+]
+PLAIN_DATA = {"ray_vlm.models.families", "ray_vlm.data.records"}  # readable from every floor
+HEAVY = ("torch", "ray", "trl", "transformers", "matplotlib")
+LIGHT = ["config.load", "tasks", "runs.manifest", "runs.console", "cli", "errors", "models.families", "data.records"]
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _floor(module: str) -> int | None:
+    room = module.split(".")[1] if "." in module else ""
+    return next((i for i, rooms in enumerate(FLOORS) if room in rooms), None)
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ray_vlm"):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("ray_vlm")}
+    names = {_name(p) for p in MODULES}
+    return {name for name in found if name in names}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_imports_point_down(path: Path) -> None:
+    own = _floor(_name(path))
+    if own is None:
+        return
+    room = _name(path).split(".")[1]
+    for module in _imports(path) - PLAIN_DATA:
+        other = _floor(module)
+        same_room = module.split(".")[1:2] == [room]
+        assert other is None or same_room or other > own, f"{_name(path)} imports {module}, which is not below it"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    code = f"import sys, ray_vlm.{module}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["methods.sft", "models.load", "models.lora"])
+def test_methods_and_models_import_without_ray(module: str) -> None:
+    code = f"import sys, ray_vlm.{module}; print('ray' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_size_and_purpose(path: Path) -> None:
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert len(text.splitlines()) <= 300
+    assert ast.get_docstring(tree), "a module opens with its purpose"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 60, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_public_functions_have_docstrings(path: Path) -> None:
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} says nothing of itself"
+
+
+def test_no_forbidden_names() -> None:
+    names = {path.name for path in MODULES}
+    assert not names & {"utils.py", "helpers.py", "misc.py", "common.py"}
+
+
+def test_no_empty_files() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [p for p in tracked.splitlines() if (ROOT / p).exists() and (ROOT / p).stat().st_size == 0] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*_*.yaml")), ids=lambda p: p.name)
+def test_shipped_jobs_load_and_open_with_how_to_run_them(path: Path) -> None:
+    from ray_vlm.config.load import load_job
+
+    load_job(path)
+    first = path.read_text().splitlines()[:3]
+    assert first[0].startswith("# ")
+    assert any(re.search(rf"Run: ray-vlm \w+ jobs/{path.name}", line) for line in first)
+
+
+def test_method_section_task_folder_words_agree() -> None:
+    from ray_vlm.config.check import TASK_METRICS
+    from ray_vlm.config.schema import Method, Task
+    from ray_vlm.methods import METHODS
+    from ray_vlm.tasks import TASKS
+
+    assert set(METHODS) == set(Method.model_fields["name"].annotation.__args__)
+    assert set(TASKS) == set(Task.model_fields["name"].annotation.__args__) == set(TASK_METRICS)
+
+
+def test_help_is_quick_and_light() -> None:
+    code = "import sys; from ray_vlm.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += f"print([m for m in {(*HEAVY, 'pydantic', 'numpy')!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip().endswith("[]")

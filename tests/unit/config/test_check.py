@@ -1,0 +1,29 @@
+"""Each rule across sections refuses its combination, and a plain job passes them all."""
+
+import pytest
+
+from ray_vlm.config.check import RULES, check_job
+from ray_vlm.config.schema import JobConfig
+
+PLAIN = {"model": {"name": "x"}, "data": {"train": {"path": "a"}}}
+BROKEN = [
+    {"lora": None},
+    {"lora": None, "model": {"name": "x", "load_in_4bit": False, "adapter": "a"}},
+    {"evaluate": {"metric": "accuracy"}},
+    {"train": {"early_stopping_patience": 2}},
+    {"data": {"train": {"path": "a"}, "min_pixels": 9, "max_pixels": 4}},
+    {"cluster": {"num_workers": 32}},
+    {"cluster": {"gpus_per_worker": 0.5}},
+    {"run": {"name": "a/b"}},
+]
+
+
+def test_plain_job_passes() -> None:
+    assert check_job(JobConfig.model_validate(PLAIN)) == []
+
+
+@pytest.mark.parametrize(("number", "changes"), list(enumerate(BROKEN)))
+def test_each_rule_has_a_job_that_breaks_it_alone(number: int, changes: dict) -> None:
+    broken = check_job(JobConfig.model_validate(PLAIN | changes))
+    assert [key for key, _ in broken] == [RULES[number][1]]
+    assert len(BROKEN) == len(RULES)

@@ -1,0 +1,91 @@
+"""Reading a job: defaults, overrides, and every problem at once with its place."""
+
+from pathlib import Path
+
+import pytest
+
+from ray_vlm.config.load import dump_job, load_job, load_resolved
+from ray_vlm.errors import ConfigError
+
+GOOD = "model: {name: x}\ndata: {train: {path: a.json}}\n"
+
+
+def _load(tmp_path: Path, text: str, *overrides: str):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return load_job(path, overrides)
+
+
+def _problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        _load(tmp_path, text, *overrides)
+    return error.value.problems
+
+
+def test_short_forms_defaults_and_round_trip(tmp_path: Path) -> None:
+    job = _load(tmp_path, "method: sft\ntask: detection\n" + GOOD)
+    assert (job.method.name, job.task.name, job.lora.rank, job.model.load_in_4bit) == ("sft", "detection", 16, True)
+    assert load_resolved(dump_job(job)) == job
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("model.load_in_4bit=false", lambda j: j.model.load_in_4bit is False),
+        ("train.bf16=false", lambda j: j.train.bf16 is False),
+        ("train.gradient_checkpointing=false", lambda j: j.train.gradient_checkpointing is False),
+        ("train.learning_rate=2e-4", lambda j: j.train.learning_rate == 2e-4),
+        ("train.learning_rate=1E5", lambda j: j.train.learning_rate == 1e5),
+        ("lora.target=[language, vision]", lambda j: j.lora.target == ["language", "vision"]),
+        ("method.loss_on=whole_sequence", lambda j: j.method.loss_on == "whole_sequence"),
+        ("method.trl.neftune_noise_alpha=5", lambda j: j.method.trl == {"neftune_noise_alpha": 5}),
+        ("run.name=null", lambda j: j.run.name is None),
+    ],
+)
+def test_overrides_win_over_the_file(tmp_path: Path, override: str, read) -> None:
+    text = GOOD + "method: sft\ntrain: {bf16: true, gradient_checkpointing: true}\nrun: {name: x}\n"
+    assert read(_load(tmp_path, text, override))
+
+
+def test_every_problem_is_told_at_once_with_its_place_and_fix(tmp_path: Path) -> None:
+    text = (
+        "model: {name: x, load_in_4bits: true}\n"
+        "lora: null\n"
+        "data:\n"
+        "  train: {path: a.json}\n"
+        "  trian: 3\n"
+        "train: {num_epochs: two, global_batch_size: 0}\n"
+        "evaluate: {metric: accuracy}\n"
+    )
+    problems = _problems(tmp_path, text, "nonsense", "train.learning_rate=fast")
+    places = [(":1:", "load_in_4bit`?"), (":5:", "Did you mean `train`"), (":6:", "'two'"), (":6:", "greater than")]
+    places += [(":7:", "f1_50"), ("model.load_in_4bit`: 4-bit weights cannot be trained", "load_in_4bit=false")]
+    places += [("'nonsense'", "section.key=value"), ("override 'train.learning_rate=fast'", "'fast'")]
+    for place, words in places:
+        assert any(place in p and words in p for p in problems), (place, words, problems)
+    assert len(problems) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {name: x}\n", "`data` is missing"),
+        ("- a\n- b\n", "a job is a mapping"),
+        ("model: {name: x\n", "not valid YAML"),
+        (GOOD + "train: {bf16: 1}\n", "should be a valid boolean"),
+        (GOOD + "train: {bf16: true, bf16: false}\n", "set twice"),
+        (GOOD + "method: dpo\n", "'sft'"),
+        (GOOD + "lora: {target: []}\n", "at least 1 item"),
+        (GOOD + "method: {name: sft, trl: {learning_rate: 1.0}}\n", "train.learning_rate"),
+        (GOOD + "data: 3\n", "set twice"),
+        (GOOD + "train: {learning_rate: .nan}\n", "learning_rate"),
+    ],
+)
+def test_bad_jobs_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    assert any(words in p for p in _problems(tmp_path, text))
+
+
+def test_missing_file_names_those_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"other\.yaml"):
+        load_job(tmp_path / "job.yaml")

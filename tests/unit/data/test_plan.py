@@ -1,0 +1,56 @@
+"""The plan: every row once an epoch, the same steps for any number of workers, any step without those before."""
+
+import numpy as np
+import pytest
+
+from ray_vlm.data.plan import Plan, plan_sample
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize(("rows", "batch", "micro"), [(50, 8, 4), (7, 16, 3), (64, 8, 1), (9, 5, 2), (1, 6, 1)])
+def test_every_row_exactly_once_an_epoch_on_any_world(world: int, rows: int, batch: int, micro: int) -> None:
+    plan = Plan(rows, batch, micro, world, num_epochs=2, seed=3)
+    for epoch in range(2):
+        seen = []
+        for step in range(plan.steps_per_epoch):
+            of_step = []
+            for rank in range(world):
+                parts = plan.rank_step(epoch * plan.steps_per_epoch + step, rank)
+                assert len(parts) == plan.accumulation
+                assert all(0 < len(part.rows) <= micro for part in parts)
+                of_step += [r for part in parts if not part.filler for r in part.rows]
+            one = Plan(rows, batch, micro, 1, num_epochs=2, seed=3).step_rows(epoch * plan.steps_per_epoch + step)
+            assert of_step == one.tolist(), "the step's rows, in order, whatever the world size"
+            seen += of_step
+        assert sorted(seen) == list(range(rows))
+
+
+def test_epochs_differ_and_seeds_repeat() -> None:
+    plan = Plan(40, 8, 8, 1, num_epochs=2, seed=1)
+    first = np.concatenate([plan.step_rows(s) for s in range(5)])
+    second = np.concatenate([plan.step_rows(s) for s in range(5, 10)])
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, np.concatenate([Plan(40, 8, 8, 1, seed=1).step_rows(s) for s in range(5)]))
+
+
+def test_unshuffled_is_file_order() -> None:
+    plan = Plan(10, 4, 4, 1, shuffle=False)
+    assert [plan.step_rows(s).tolist() for s in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_micro_batches_count_through_the_run() -> None:
+    plan = Plan(30, 8, 2, 2, num_epochs=2)
+    for number in range(plan.num_steps * plan.accumulation):
+        step, part = divmod(number, plan.accumulation)
+        assert plan.micro_batch(number, 1) == plan.rank_step(step, 1)[part]
+
+
+def test_max_steps_wins_over_epochs() -> None:
+    assert Plan(10, 2, 2, 1, num_epochs=3).num_steps == 15
+    assert Plan(10, 2, 2, 1, num_epochs=0.5).num_steps == 3
+    assert Plan(10, 2, 2, 1, num_epochs=3, max_steps=4).num_steps == 4
+
+
+def test_sample_is_evenly_spaced() -> None:
+    assert plan_sample(10, 5) == [0, 2, 4, 6, 8]
+    assert plan_sample(3, 5) == plan_sample(3, None) == [0, 1, 2]
