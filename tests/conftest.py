@@ -55,3 +55,16 @@ def job_file(tmp_path: Path, scenes: Path, tiny_models: dict[str, str]) -> Any:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Any:
+    """One Ray cluster of this process for all tests that need one; with the dashboard, which job stops rely on."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    ray.init(num_cpus=8, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

@@ -88,6 +88,6 @@ def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
     from transformers.image_utils import SizeDict
 
     size = SizeDict(shortest_edge=spec.min_pixels, longest_edge=spec.max_pixels)
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).unsqueeze(0).contiguous()
+    tensor = torch.tensor(pixels).permute(2, 0, 1).unsqueeze(0).contiguous()
     small = processor.resize(tensor, size=size, resample=processor.resample, factor=spec.patch * spec.merge)
     return small[0].permute(1, 2, 0).contiguous().numpy()

@@ -18,6 +18,7 @@ from ray_vlm.data.records import SftRecord
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
 from ray_vlm.models.load import family_of, load_config, load_processor
+from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.boxes import Frame
 
@@ -58,6 +59,7 @@ class Preparer:
     """Turns records into rows; holds the processor. Not shared between threads."""
 
     def __init__(self, spec: RowSpec):
+        quiet_libraries()
         self.spec = spec
         self.task = TASKS[spec.task.name]
         self.processor = load_processor(spec.model)

@@ -3,7 +3,6 @@
 `train_worker` runs in every Ray Train worker, and unchanged in the calling process for `cluster.num_workers: 0`.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ray_vlm.data.rows import Preparer, RowSpec, describe_preprocessing, load_pr
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import count_trainable, lora_config
+from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.paths import RunPaths, write_folder, write_json
@@ -72,14 +72,11 @@ def train_worker(task: WorkerTask, in_ray: bool = False) -> dict[str, Any]:
 
 def _prepare_process(job: JobConfig, in_ray: bool) -> Place:
     """Threads, seeds and quiet libraries; where we are. Nothing here or later calls home unless the job asks."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    quiet_libraries()
     import torch
     import transformers
 
     torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(job.seed)
     device = "cpu"
     if job.cluster.gpus_per_worker:

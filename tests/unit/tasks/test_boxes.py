@@ -50,5 +50,6 @@ def test_matching_equals_brute_force() -> None:
         got = sum(scores[r, c] for r, c in match(scores))
         small, large = sorted((rows, columns))
         table = scores if rows <= columns else scores.T
-        best = max(sum(table[i, p[i]] for i in range(small)) for p in itertools.permutations(range(large), small))
+        orders = itertools.permutations(range(int(large)), int(small))
+        best = max(sum(table[i, p[i]] for i in range(small)) for p in orders)
         assert got == pytest.approx(best)

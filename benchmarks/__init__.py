@@ -1,0 +1,1 @@
+"""Side by side with the stock peers, in one run. `python -m benchmarks.NAME [--quick] [--json PATH]`."""

@@ -1,0 +1,30 @@
+"""How every benchmark prints: a table for people, and with `--json PATH` a list of figures for programs."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def figure(name: str, value: float, unit: str, bar: float | None = None, most: bool = True) -> dict[str, Any]:
+    """One measured number. `bar` is the most (or, with `most=False`, the least) that is allowed; None: no bar."""
+    ok = bar is None or (value <= bar if most else value >= bar)
+    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": bool(ok)}
+
+
+def report(measure: Callable[[bool], Sequence[dict[str, Any]]], argv: Sequence[str] | None = None) -> None:
+    """Run `measure(quick)` and print what it found; exits with 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=sys.modules[measure.__module__].__doc__)
+    parser.add_argument("--quick", action="store_true", help="a shorter run")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args(argv)
+    figures = list(measure(args.quick))
+    width = max(len(f["name"]) for f in figures)
+    for f in figures:
+        bar = "" if f["bar"] is None else f"bar {f['bar']:g}  {'ok' if f['ok'] else 'MISSED'}"
+        print(f"{f['name']:<{width}}  {f['value']:>12.4g} {f['unit']:<8} {bar}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+    raise SystemExit(0 if all(f["ok"] for f in figures) else 1)

@@ -1,0 +1,207 @@
+"""A whole run in this process: what it writes, what it refuses, and that its results load without us."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ray_vlm.cli import main
+from ray_vlm.config.load import load_job
+from ray_vlm.errors import RunError
+from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.train.driver import train
+
+
+def _run(path: Path, *overrides: str, overwrite: bool = False):
+    return train(load_job(path, overrides), path.read_text(), overwrite)
+
+
+def _eval_section(scenes: Path) -> dict[str, Any]:
+    rows = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "eval", "test")}
+    return {"data": rows, "evaluate": {"every_steps": 2, "num_samples": 6, "max_new_tokens": 12}}
+
+
+def test_the_run_folder_explains_itself(job_file, scenes: Path) -> None:
+    path = job_file(checkpoint={"every_steps": 2}, **_eval_section(scenes))
+    paths = _run(path, "train.max_steps=4")
+    assert paths.job.read_text() == path.read_text()
+    resolved = json.loads(paths.resolved.read_text())
+    assert resolved["train"]["max_steps"] == 4
+    assert resolved["lora"]["dropout"] == 0.0
+    run = json.loads(paths.run.read_text())
+    assert run["status"] == "finished"
+    assert run["attempts"][0]["status"] == "finished"
+    assert set(run) >= {"versions", "hardware", "git_commit", "result", "command"}
+    lines = read_metrics(paths.metrics)
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert set(steps[0]) >= {"attempt", "loss", "learning_rate", "grad_norm", "tokens_per_s", "epoch", "time"}
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [2, 4]
+    log = json.loads(paths.training_log.read_text())
+    assert log["configuration"] == resolved
+    assert len(log["training_history"]) == 4
+    assert len(log["validation_history"]) == 2
+    best = min(log["validation_history"], key=lambda line: line["loss"])
+    assert log["best_checkpoint"]["step"] == best["step"]
+    assert log["best_checkpoint"]["metrics"]["loss"] == best["loss"]
+    assert {p.name for p in paths.root.iterdir() if p.is_dir()} == {"checkpoint-2", "checkpoint-4", "best", "final"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_adapters_load_with_plain_peft_and_transformers(
+    job_file, scenes: Path, family: str, load_in_4bit: bool
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    path = job_file(family, **_eval_section(scenes))
+    paths = _run(path, f"model.load_in_4bit={str(load_in_4bit).lower()}", "checkpoint.every_steps=3")
+    base_folder = yaml.safe_load(path.read_text())["model"]["name"]
+    weights = []
+    for folder in (paths.final, paths.best, paths.root / "checkpoint-3"):
+        model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base_folder), folder)
+        weights.append({n: p for n, p in model.named_parameters() if "lora_B" in n})
+        assert all(p.dtype == torch.float32 and float(p.abs().sum()) > 0 for p in weights[-1].values())
+    assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_full_fine_tuning_saves_an_ordinary_model(job_file) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    paths = _run(job_file(lora=None, train={"learning_rate": 1e-3}))
+    model = AutoModelForImageTextToText.from_pretrained(paths.final)
+    AutoProcessor.from_pretrained(paths.final)
+    assert not paths.best.exists()
+    base = AutoModelForImageTextToText.from_pretrained(json.loads(paths.resolved.read_text())["model"]["name"])
+    changed = [
+        n for (n, a), b in zip(model.named_parameters(), base.parameters(), strict=True) if not torch.equal(a, b)
+    ]
+    assert len(changed) > 50
+
+
+def test_eval_data_changes_nothing_in_training(job_file, scenes: Path) -> None:
+    without = _run(job_file(), "run.name=without", "train.max_steps=4")
+    section = _eval_section(scenes)
+    section["evaluate"]["metric"] = "f1_50"
+    with_eval = _run(job_file(**section), "run.name=with", "train.max_steps=4")
+    losses = [
+        [(line["loss"], line["grad_norm"]) for line in read_metrics(paths.metrics) if line["kind"] == "train"]
+        for paths in (without, with_eval)
+    ]
+    assert losses[0] == losses[1]
+    assert not without.best.exists()
+    assert with_eval.best.exists()
+    assert {"f1_50", "map", "parse_rate"} <= set(
+        json.loads(with_eval.training_log.read_text())["validation_history"][0]
+    )
+
+
+def test_a_folder_in_use_is_refused_and_overwrite_replaces_it(job_file, tmp_path: Path) -> None:
+    path = job_file()
+    _run(path)
+    with pytest.raises(RunError, match="already in use"):
+        _run(path)
+    paths = _run(path, "train.max_steps=2", overwrite=True)
+    assert len(json.loads(paths.training_log.read_text())["training_history"]) == 2
+    precious = tmp_path / "runs" / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="not a run folder"):
+        _run(path, "run.name=precious", overwrite=True)
+    assert (precious / "thesis.txt").exists()
+
+
+def test_a_run_without_a_name_gets_one_with_a_counter(job_file) -> None:
+    path = job_file()
+    names = [_run(path, "run.name=null", "train.max_steps=1").root.name for _ in range(2)]
+    assert names == ["sft-qwen3_vl-detection-001", "sft-qwen3_vl-detection-002"]
+
+
+def test_quarantined_rows_are_written_down_and_counted(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
+    rows = json.loads((scenes / "train.json").read_text())
+    rows["images"][3]["file_name"] = "train/nowhere.jpg"
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(rows))
+    data = {"train": {"path": str(broken), "image_root": str(scenes)}}
+    path = job_file(data=data)
+    assert main(["train", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "row 3 (id 3): image file is missing" in error
+    assert "on_bad_row=quarantine" in error
+    assert not (tmp_path / "runs").exists()
+    assert main(["train", str(path), "data.on_bad_row=quarantine", "train.max_steps=1"]) == 0
+    lines = (tmp_path / "runs" / "run" / "bad_rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [3]
+
+
+def test_a_bad_job_exits_with_2_and_starts_nothing(job_file, tmp_path: Path, capsys) -> None:
+    assert main(["train", str(job_file()), "train.nonsense=1", "lora.rank=0"]) == 2
+    error = capsys.readouterr().err
+    assert "train.nonsense" in error
+    assert "lora.rank" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_trl_option_is_named(job_file, capsys) -> None:
+    assert main(["train", str(job_file()), "method={name: sft, trl: {no_such_option: 1}}"]) == 2
+    assert "method.trl.no_such_option" in capsys.readouterr().err
+
+
+def test_dry_run_shows_plan_and_trained_tokens(job_file, tmp_path: Path, capsys) -> None:
+    assert main(["train", str(job_file()), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "rows 50, left out 0" in out
+    assert "steps 3, 7 an epoch" in out
+    assert "[[```json" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_early_stopping_stops(job_file, scenes: Path) -> None:
+    path = job_file(**_eval_section(scenes))
+    overrides = ["train.early_stopping_patience=2", "train.learning_rate=1.0e-12", "train.max_steps=40"]
+    paths = _run(path, *overrides, "evaluate.every_steps=1", "evaluate.metric=parse_rate")
+    assert len(json.loads(paths.training_log.read_text())["training_history"]) == 3
+
+
+def test_wandb_offline_gets_every_step(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, dict]] = []
+
+    class Fake:
+        def log(self, values: dict, step: int) -> None:
+            seen.append((step, values))
+
+        def finish(self) -> None:
+            seen.append((-1, {}))
+
+    import wandb
+
+    options: dict[str, Any] = {}
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **kw: options.update(kw) or Fake())
+    _run(job_file(track={"wandb": True}), "train.num_epochs=1", "train.max_steps=7")
+    assert options["mode"] == "offline"
+    steps = [step for step, values in seen if "train/batch_loss" in values]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    assert {"train/learning_rate", "train/epoch"} <= set(seen[0][1])
+    assert "train/epoch_avg_loss" in seen[7][1]
+    assert seen[-1][0] == -1
+
+
+def test_a_failed_run_says_why_in_its_folder(job_file, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray_vlm.train.driver as driver
+
+    def broken(task: Any) -> None:
+        raise RuntimeError("the device caught fire")
+
+    monkeypatch.setattr(driver, "train_worker", broken)
+    path = job_file()
+    with pytest.raises(RuntimeError):
+        _run(path)
+    run = json.loads((Path(yaml.safe_load(path.read_text())["run"]["output_dir"]) / "run" / "run.json").read_text())
+    assert run["status"] == "failed"
+    assert "caught fire" in run["attempts"][0]["error"]

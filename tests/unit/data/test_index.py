@@ -1,0 +1,124 @@
+"""The index: every row is checked once, a bad one is named with its reason, and nothing is lost."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ray_vlm.config.schema import Data, Model, Source, Task
+from ray_vlm.data.images import decode, read_size
+from ray_vlm.data.index import build_index
+from ray_vlm.data.rows import RowSpec, load_preparer
+from ray_vlm.errors import DataError
+
+
+@pytest.fixture
+def spec(tiny_models: dict[str, str]) -> RowSpec:
+    return RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), ("dog", "cat"))
+
+
+def _image(path: Path, size: tuple[int, int] = (100, 80), **options) -> bytes:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)).save(path, **options)
+    return path.read_bytes()
+
+
+def _corpus(folder: Path) -> Source:
+    """Two good rows and one of every kind of bad one."""
+    good = _image(folder / "good.jpg")
+    _image(folder / "good.png")
+    (folder / "half.jpg").write_bytes(good[: len(good) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "page.jpg").write_text("<html>not an image</html>")
+    (folder / "folder.jpg").mkdir()
+    _image(folder / "thin.png", (1, 4000))
+    _image(folder / "large.png", (400, 300))
+    names = ["good.jpg", "good.png", "half.jpg", "empty.jpg", "page.jpg", "folder.jpg", "none.jpg", "thin.png"]
+    names += ["large.png", "../good.jpg", *["good.jpg"] * 7]
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+    images += [{"id": 16, "file_name": "good.jpg"}, {"file_name": "good.jpg"}]
+    bad_boxes = [[10, 10, -5, 5], [90, 10, 50, 5], [1, 2, 3], [1, 2, float("nan"), 3], [1, 2, 3, 4], ["1", 2, 3, 4]]
+    boxes = [{"image_id": 0, "category_id": 1, "bbox": [10, 20, 30, 40]}]
+    boxes += [{"image_id": 10 + i, "category_id": 9 if i == 4 else 1, "bbox": b} for i, b in enumerate(bad_boxes)]
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
+    (folder / "rows.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    return Source(path=str(folder / "rows.json"))
+
+
+REASONS = {
+    2: "truncated", 3: "empty", 4: "cannot be read", 5: "not a file", 6: "missing", 7: "short side",
+    8: "max_image_pixels", 9: "outside image_root", 10: "empty or inverted", 11: "outside its 100x80 image",
+    12: "four finite", 13: "four finite", 14: "category_id 9", 15: "four finite", 16: "used by 2", 17: "used by 2",
+    18: "needs `id`",
+}  # fmt: skip
+
+
+def test_quarantine_keeps_the_good_and_names_each_bad_row(tmp_path: Path, spec: RowSpec) -> None:
+    data = Data(on_bad_row="quarantine", max_image_pixels=100_000)
+    index = build_index(_corpus(tmp_path), data, spec)
+    assert [record.row for record in index.records] == [0, 1]
+    assert index.records[0].truth == {"boxes": ((10.0, 20.0, 40.0, 60.0),), "labels": ("dog",)}
+    assert index.records[0].sizes == ((100, 80),)
+    assert {bad.row for bad in index.bad} == set(REASONS)
+    for bad in index.bad:
+        assert REASONS[bad.row] in bad.reason
+    assert len(index) + len(index.bad) == 19
+
+
+def test_strict_refuses_with_rows_ids_and_reasons(tmp_path: Path, spec: RowSpec) -> None:
+    with pytest.raises(DataError) as error:
+        build_index(_corpus(tmp_path), Data(max_image_pixels=100_000), spec)
+    assert len(error.value.problems) == len(REASONS) + 1
+    assert "row 2 (id 2)" in error.value.problems[0]
+    assert "quarantine" in error.value.problems[-1]
+
+
+def test_too_many_tokens_is_a_bad_row(tmp_path: Path, spec: RowSpec) -> None:
+    _image(tmp_path / "a.jpg")
+    rows = {"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"row 0 \(id 7\).*max_tokens=10"):
+        build_index(Source(path=str(tmp_path / "rows.json")), Data(max_tokens=10), spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[]", "not COCO"), ("{", "not readable"), ('{"images": [], "categories": []}', "`categories` is empty")],
+)
+def test_unusable_files_are_refused_whole(tmp_path: Path, spec: RowSpec, text: str, words: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=words):
+        build_index(Source(path=str(tmp_path / "rows.json")), Data(), spec)
+
+
+def test_token_counts_are_those_of_the_rows(scenes: Path, tiny_models: dict[str, str]) -> None:
+    for name in tiny_models.values():
+        labels = ("circle", "square", "triangle", "cross", "ring", "diamond")
+        spec = RowSpec(Model(name=name, load_in_4bit=False), Task(), labels)
+        index = build_index(Source(path=str(scenes / "eval.json")), Data(), spec)
+        for position, record in enumerate(index.records):
+            row = load_preparer(spec).train_row(record)
+            assert len(row.input_ids) == index.tokens[position]
+            assert (row.labels != -100).sum() == index.answer_tokens[position]
+
+
+def test_upright_size_and_pixels_follow_exif(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    _image(tmp_path / "turned.jpg", (100, 80), exif=exif)
+    assert read_size(str(tmp_path / "turned.jpg"), 10**6) == (80, 100)
+    assert decode(str(tmp_path / "turned.jpg")).shape == (100, 80, 3)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("RGBA", 255), ("LA", 255), ("I;16", 128), ("CMYK", None), ("P", None)])
+def test_odd_modes_become_rgb(tmp_path: Path, mode: str, expected: int | None) -> None:
+    pixels = np.full((40, 50), 128 * 257, np.uint16)
+    image = Image.fromarray(pixels) if mode == "I;16" else Image.new(mode, (50, 40))
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    image.save(tmp_path / name)
+    out = decode(str(tmp_path / name))
+    assert out.shape == (40, 50, 3)
+    assert out.dtype == np.uint8
+    if expected is not None:
+        assert (out == expected).all()

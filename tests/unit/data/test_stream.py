@@ -1,0 +1,129 @@
+"""Rows on their way to the model: nothing lost, doubled, reordered or changed, with and without Ray."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ray_vlm.config.schema import Data, Model, Source, Task
+from ray_vlm.data.collate import collate
+from ray_vlm.data.images import decode
+from ray_vlm.data.index import Index, build_index
+from ray_vlm.data.plan import Plan
+from ray_vlm.data.rows import IGNORED, Row, RowSpec, load_preparer
+from ray_vlm.data.stream import Feed, make_rows, pack, stream_local, stream_ray, unpack
+from ray_vlm.errors import DataError
+from tests.conftest import FAMILIES
+
+LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
+
+
+def _index(scenes: Path, folder: str, **options) -> tuple[Index, RowSpec]:
+    spec = RowSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS, **options)
+    return build_index(Source(path=str(scenes / "train.json")), Data(), spec), spec
+
+
+def _same(a: Row, b: Row) -> bool:
+    pixels = all(np.array_equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+    return np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.labels, b.labels) and pixels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_and_tokens_equal_the_stock_processor(family: str, scenes: Path, tiny_models: dict[str, str]) -> None:
+    index, spec = _index(scenes, tiny_models[family])
+    preparer = load_preparer(spec)
+    records = index.records[:20]
+    ours = collate([preparer.train_row(record) for record in records], preparer)
+    from PIL import Image
+
+    texts = []
+    for record in records:
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": preparer.prompt(record)}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": preparer.answer(record)}]}
+        texts.append(preparer.processor.apply_chat_template([question, answer], tokenize=False))
+    images = [[Image.open(record.images[0])] for record in records]
+    stock = preparer.processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"):
+        assert torch.equal(ours[key], stock[key]), key
+
+
+def test_pack_and_unpack_keep_every_byte(scenes: Path, tiny_models: dict[str, str]) -> None:
+    index, spec = _index(scenes, tiny_models["qwen3_vl"])
+    rows = [load_preparer(spec).train_row(record) for record in index.records[:5]]
+    number, back = unpack(pack(7, rows))
+    assert number == 7
+    assert all(_same(a, b) for a, b in zip(rows, back, strict=True))
+
+
+def test_labels_train_the_answer_and_never_images_or_padding(scenes: Path, tiny_models: dict[str, str]) -> None:
+    index, spec = _index(scenes, tiny_models["qwen3_vl"])
+    _, whole = _index(scenes, tiny_models["qwen3_vl"], loss_on="whole_sequence")
+    for one in (spec, whole):
+        preparer = load_preparer(one)
+        batch = collate([preparer.train_row(record) for record in index.records[:6]], preparer)
+        trained = batch["labels"] != IGNORED
+        assert not (trained & (batch["input_ids"] == preparer.image_token_id)).any()
+        assert not (trained & (batch["attention_mask"] == 0)).any()
+        text = preparer.tokenizer.decode(batch["input_ids"][0][trained[0]])
+        assert text.endswith("```<|im_end|>\n")
+        assert text.startswith("```json" if one is spec else "<|im_start|>user")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_no_row_is_lost_doubled_or_reordered_locally(world: int, scenes: Path, tiny_models: dict[str, str]) -> None:
+    index, spec = _index(scenes, tiny_models["qwen3_vl"])
+    plan = Plan(len(index), 8, 3, world, num_epochs=2)
+    made = {i: load_preparer(spec).train_row(record) for i, record in enumerate(index.records)}
+    steps: list[list[int]] = [[] for _ in range(plan.num_steps)]
+    for rank in range(world):
+        feed = Feed(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
+        for number, rows in enumerate(stream_local(feed)):
+            micro = plan.micro_batch(number, rank)
+            if micro.filler:
+                assert all((row.labels == IGNORED).all() for row in rows)
+                continue
+            assert all(_same(row, made[i]) for row, i in zip(rows, micro.rows, strict=True))
+            steps[number // plan.accumulation] += micro.rows
+    assert [sorted(s) for s in steps] == [sorted(plan.step_rows(k).tolist()) for k in range(plan.num_steps)]
+
+
+def test_an_error_in_the_loader_reaches_the_consumer(scenes: Path, tiny_models: dict[str, str], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    index, spec = _index(scenes, tiny_models["qwen3_vl"])
+    gone = replace(index.records[0], images=(str(tmp_path / "gone.jpg"),))
+    feed = Feed((gone,), spec, Plan(1, 1, 1, 1), 0, 0, 1)
+    with pytest.raises(DataError, match=r"row 0 .*gone\.jpg"):
+        list(stream_local(feed))
+
+
+def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dict[str, str]) -> None:
+    import threading
+
+    index, spec = _index(scenes, tiny_models["qwen3_vl"])
+    stream = stream_local(Feed(index.records, spec, Plan(50, 2, 2, 1), 0, 0, 25))
+    next(stream)
+    stream.close()
+    assert not [t for t in threading.enumerate() if t.name == "ray-vlm-loader"]
+
+
+@pytest.mark.cluster
+def test_the_ray_stream_equals_the_local_one_byte_for_byte(ray_cluster, scenes: Path, tiny_models) -> None:
+    index, spec = _index(scenes, tiny_models["qwen3_vl"])
+    plan = Plan(len(index), 8, 3, 2, num_epochs=1)
+    for rank in range(2):
+        feed = Feed(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
+        streamed = list(stream_ray(feed, num_loaders=2, cpus_per_loader=0.5))
+        assert len(streamed) == feed.last
+        for number, rows in enumerate(streamed):
+            expected = make_rows(feed, index.records, number)
+            assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
+
+
+def test_decode_is_what_the_stock_loader_decodes(scenes: Path, tiny_models: dict[str, str]) -> None:
+    from transformers.image_utils import load_image
+
+    index, _ = _index(scenes, tiny_models["qwen3_vl"])
+    for record in index.records[:10]:
+        assert np.array_equal(decode(record.images[0]), np.asarray(load_image(record.images[0])))
