@@ -28,24 +28,28 @@ class Domain:
     backgrounds: tuple[str, ...]
     hollow: bool
     max_objects: int = 4
-    sides: tuple[int, int] = (96, 160)  # shortest and longest image side, pixels
+    sides: tuple[int, int] = (96, 144)  # shortest and longest image side, pixels
     sizes: tuple[float, float] = (0.25, 0.50)  # object side as a share of the shorter image side
 
 
+_STUDIO = {"circle": 1.0, "square": 1.0, "triangle": 1.0, "cross": 1.0, "ring": 1.0, "diamond": 1.0}
 DOMAINS = {
+    # The base's first lessons; without them it takes several times as long to find out what images are for.
+    "lesson_1": Domain(_STUDIO, ("clean",), hollow=False, max_objects=1, sides=(96, 96)),
+    "lesson_2": Domain(_STUDIO, ("clean", "gradient", "noise"), hollow=False, max_objects=2, sides=(96, 128)),
     "studio": Domain(
-        classes={"circle": 1.0, "square": 1.0, "triangle": 1.0, "cross": 1.0, "ring": 1.0, "diamond": 1.0},
+        classes=_STUDIO,
         backgrounds=("clean", "gradient", "stripes", "blobs", "noise"),
         hollow=False,
     ),
     "site": Domain(
-        classes={"circle": 1.0, "square": 1.0, "triangle": 1.0, "cross": 1.0, "star": 0.35},
+        classes={"circle": 1.0, "square": 1.0, "triangle": 1.0, "cross": 1.0, "star": 0.4},
         backgrounds=("concrete", "brick"),
         hollow=True,
     ),
 }
 RARE_CLASS = "star"
-NUM_IMAGES = {"train": 640, "eval": 64, "test": 160}
+NUM_IMAGES = {"train": 800, "eval": 64, "test": 192}
 
 
 def draw_file(path: str) -> None:

@@ -9,6 +9,8 @@ cores); `weights/README.md` has the scores it reached.
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.demo.shapes import draw
+
 SPECIAL_TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
@@ -74,7 +76,7 @@ def build_processor(model_type: str = "qwen3_vl") -> Any:
         from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
         half = [0.5, 0.5, 0.5]
-        images = Qwen2VLImageProcessor(patch_size=16, size=PIXELS, image_mean=half, image_std=half)
+        images = Qwen2VLImageProcessor(patch_size=8, size=PIXELS, image_mean=half, image_std=half)
         videos = Qwen3VLVideoProcessor()
         return Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
     from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
@@ -112,10 +114,10 @@ def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128
             "hidden_size": 128,
             "intermediate_size": 384,
             "num_heads": 4,
-            "patch_size": 16,
+            "patch_size": 8,
             "initializer_range": INIT,
         }
-        vision |= {"out_hidden_size": hidden, "num_position_embeddings": 144, "deepstack_visual_indexes": [1]}
+        vision |= {"out_hidden_size": hidden, "num_position_embeddings": 324, "deepstack_visual_indexes": [1]}
         return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)
     from transformers import Qwen2_5_VLConfig
 
@@ -158,3 +160,52 @@ def write_untrained(folder: str | Path, model_type: str = "qwen3_vl", seed: int 
     build_model(processor.tokenizer, model_type, seed).save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
+
+
+# (domain, images, steps, peak learning rate, share of it at the end)
+LESSONS = (
+    ("lesson_1", 8000, 900, 1.5e-3, 0.5),
+    ("lesson_2", 10000, 700, 1.2e-3, 0.5),
+    ("studio", 16000, 1500, 1.2e-3, 0.02),
+)
+
+
+def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
+    """Train the tiny base from random weights through the lessons, each an ordinary full fine-tuning run of this
+    package in `folder`; returns the last run's `final/`. A lesson that is finished is not run again."""
+    from ray_vlm.config.load import load_resolved
+    from ray_vlm.train.driver import train
+
+    base = folder / "untrained"
+    if not base.exists():
+        write_untrained(base)
+    for domain, num_images, steps, rate, floor in lessons:
+        final = folder / "runs" / domain / "final"
+        if not final.exists():
+            draw(folder / domain, domain, "train", num_images)
+            options = {"max_steps": steps, "learning_rate": rate, "min_lr_ratio": floor, "weight_decay": 0.01}
+            options |= {"global_batch_size": 32, "micro_batch_size": 32, "gradient_checkpointing": False}
+            job = {
+                "model": {"name": str(base), "load_in_4bit": False},
+                "lora": None,
+                "data": {"train": {"path": str(folder / domain / "train.json")}},
+                "train": options | {"bf16": False, "log_every_steps": 25},
+                "cluster": {"num_workers": 0, "cpus_per_worker": 2},
+                "run": {"name": domain, "output_dir": str(folder / "runs")},
+            }
+            train(load_resolved(job), "", overwrite=True)
+        base = final
+    return base
+
+
+def ship(final: Path, weights: Path) -> None:
+    """Write the trained base to `weights` in bfloat16, as it ships."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    AutoModelForImageTextToText.from_pretrained(final, dtype=torch.bfloat16).save_pretrained(weights)
+    AutoProcessor.from_pretrained(final).save_pretrained(weights)
+
+
+if __name__ == "__main__":
+    ship(build_base(Path("outputs/tiny_base")), Path(__file__).parent / "weights")

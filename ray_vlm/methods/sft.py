@@ -16,16 +16,18 @@ def build_trainer(base: type | None = None) -> type:
     return base or SFTTrainer
 
 
-def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
-    """TRL's `SFTConfig`: `shared` (the options that all methods have), then the job's `method.trl`.
-
-    Raises `ConfigError` for a key that TRL does not know.
-    """
+def check_options(job: JobConfig) -> None:
+    """Raises `ConfigError` for keys of `method.trl` that TRL's `SFTConfig` does not have."""
     from trl import SFTConfig
 
-    known = SFTConfig.__dataclass_fields__
-    unknown = [key for key in job.method.trl if key not in known]
+    unknown = [key for key in job.method.trl if key not in SFTConfig.__dataclass_fields__]
     if unknown:
         raise ConfigError([f"method.trl.{key}: TRL's SFTConfig has no such option. Remove it." for key in unknown])
+
+
+def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
+    """TRL's `SFTConfig`: `shared` (the options that all methods have), then the job's `method.trl`."""
+    from trl import SFTConfig
+
     own = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     return SFTConfig(**{**shared, **own, **job.method.trl})

@@ -21,7 +21,7 @@ class Family:
     linear: dict[str, str]
     prefixes: dict[str, tuple[str, ...]]
     image_token: str = "<|image_pad|>"
-    unquantised: tuple[str, ...] = ("visual", "lm_head")  # the tower is a few percent of the bytes and reads pixels
+    unquantised: tuple[str, ...] = ("model.visual", "lm_head")  # the tower is a few percent of the bytes
 
 
 _LANGUAGE = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"

@@ -6,7 +6,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Telemetry off, progress bars of weight loading off, start-up chatter of TRL's stack off. Call before they load."""
+    """Telemetry, progress bars and start-up chatter off. Call before the libraries load."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("deepspeed", "DeepSpeed", "bitsandbytes", "deepspeed.accelerator.real_accelerator", "accel_logger"):

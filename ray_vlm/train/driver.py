@@ -13,6 +13,8 @@ from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import RowSpec, row_spec
 from ray_vlm.data.source import prepare_source
 from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.methods import METHODS
+from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.manifest import finish_manifest, start_manifest, update_manifest, write_training_log
 from ray_vlm.runs.paths import RunPaths, claim_run, write_bad_rows
@@ -34,6 +36,9 @@ def prepare(job: JobConfig) -> Prepared:
     """Read and check all rows, and plan the run. Touches no run folder; raises on anything that cannot work."""
     if job.data.train is None:
         raise ConfigError("`data.train` is missing. Give it a path and a format.")
+    quiet_libraries()
+    if job.method.trl:
+        METHODS[job.method.name].check_options(job)
     job = absolute_paths(job)
     sources = {name: getattr(job.data, name) for name in ("train", "eval")}
     for source in sources.values():

@@ -12,6 +12,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
 from ray_vlm.data.rows import Preparer, RowSpec, describe_preprocessing, load_preparer
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
+from ray_vlm.methods import METHODS
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import count_trainable, lora_config
 from ray_vlm.models.quiet import quiet_libraries
@@ -110,7 +111,6 @@ def _build_trainer(job: JobConfig, task: WorkerTask, model: Any, preparer: Prepa
     """TRL's trainer for the method, fed by our stream."""
     import datasets
 
-    from ray_vlm.methods import METHODS
     from ray_vlm.train.feed import PlannedBatches, feed_trainer, shared_options
 
     method = METHODS[job.method.name]

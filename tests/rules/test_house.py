@@ -129,3 +129,9 @@ def test_help_is_quick_and_light() -> None:
     code += f"print([m for m in {(*HEAVY, 'pydantic', 'numpy')!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip().endswith("[]")
+
+
+def test_job_reference_is_up_to_date() -> None:
+    from ray_vlm.config.docs import write_reference
+
+    assert (ROOT / "docs" / "jobs.md").read_text() == write_reference() + "\n", "run `make docs`"

@@ -1,0 +1,76 @@
+"""Write `docs/jobs.md` from the schema: `python -m ray_vlm.config.docs docs/jobs.md`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from ray_vlm.config.schema import JobConfig
+
+_HEAD = """# Job files
+
+One YAML file says what to do. Every setting is listed here with its default; this page is made from
+`ray_vlm/config/schema.py` by `make docs`. A setting is written `section.key`, and on the command line
+`section.key=value` replaces what the file says:
+
+    ray-vlm train jobs/demo_sft.yaml train.learning_rate=2e-3 model.load_in_4bit=false
+
+Unknown keys are errors. `ray-vlm config JOB` prints the job with every default; `--dry-run` adds the plan (rows, steps,
+tokens) and the first records with the trained tokens marked. `method` and `task` may be given by name alone.
+"""
+
+
+def write_reference() -> str:
+    """The page as Markdown."""
+    sections = [_HEAD]
+    for name, field in JobConfig.model_fields.items():
+        model = _section(field.annotation)
+        default = " Optional; `null` turns it off." if name == "lora" else ""
+        sections.append(f"\n## {name}\n\n{field.description}{default}\n")
+        if model is None:
+            sections.append(_table([(name, field)]))
+        else:
+            sections.append(_table([(f"{name}.{key}", value) for key, value in model.model_fields.items()]))
+            if name == "data":
+                source = _section(model.model_fields["train"].annotation)
+                assert source is not None
+                sections.append("\nEach of `data.train`, `data.eval` and `data.test` has:\n")
+                sections.append(_table([(f"data.*.{key}", value) for key, value in source.model_fields.items()]))
+    return "\n".join(sections)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    lines = ["| setting | default | what it does |", "|---|---|---|"]
+    for key, field in rows:
+        values = [str(v) for v in getattr(field.annotation, "__args__", ()) if isinstance(v, str)]
+        choice = f" One of: {', '.join(f'`{v}`' for v in values)}." if len(values) > 1 else ""
+        lines.append(f"| `{key}` | {_default(field)} | {field.description}{choice} |")
+    return "\n".join(lines)
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default if field.default is not PydanticUndefined else field.default_factory()
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    return (
+        "`" + {True: "true", False: "false", None: "null"}.get(value, str(value)) + "`"
+        if _plain(value)
+        else f"`{value}`"
+    )
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(write_reference() + "\n", encoding="utf-8")

@@ -1,0 +1,46 @@
+"""What a cluster can run is arithmetic: everything that is missing is said at once, and Ray Data is never starved."""
+
+import pytest
+
+from ray_vlm.cluster.preflight import Layout, cpus_needed, plan_layout
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import RunError
+
+
+def _job(**cluster) -> JobConfig:
+    return JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "cluster": cluster})
+
+
+@pytest.mark.parametrize(
+    ("cluster", "cpus", "layout"),
+    [
+        ({"num_workers": 1}, 2, Layout(1, 1.0)),
+        ({"num_workers": 2}, 3, Layout(1, 0.5)),
+        ({"num_workers": 3}, 4, Layout(1, 0.33)),
+        ({"num_workers": 2, "cpus_per_worker": 4}, 20, Layout(6, 1.0)),
+        ({"num_workers": 1}, 64, Layout(8, 1.0)),
+    ],
+)
+def test_loaders_share_what_the_workers_leave(cluster: dict, cpus: int, layout: Layout) -> None:
+    assert plan_layout(_job(**cluster), {"CPU": cpus}) == layout
+    total = layout.num_loaders * layout.cpus_per_loader * cluster["num_workers"]
+    assert total + cluster["num_workers"] * cluster.get("cpus_per_worker", 1) <= cpus
+
+
+def test_everything_missing_is_told_at_once() -> None:
+    with pytest.raises(RunError) as error:
+        plan_layout(_job(num_workers=4, cpus_per_worker=8, gpus_per_worker=1), {"CPU": 16, "GPU": 2})
+    assert len(error.value.problems) == 2
+    assert "need 32, but the cluster has 16" in error.value.problems[0]
+    assert "GPU need 4, but the cluster has 2" in error.value.problems[1]
+
+
+def test_a_cluster_whose_workers_leave_no_cpu_is_refused() -> None:
+    with pytest.raises(RunError, match="Ray Data needs at least one"):
+        plan_layout(_job(num_workers=2), {"CPU": 2})
+
+
+def test_our_own_cluster_is_large_enough() -> None:
+    for workers in (1, 2, 3):
+        job = _job(num_workers=workers, cpus_per_worker=1.5)
+        assert plan_layout(job, {"CPU": cpus_needed(job)}).num_loaders == 1

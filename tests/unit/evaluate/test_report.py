@@ -1,0 +1,53 @@
+"""The report: self-contained, escaped, and it shows the rare class."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ray_vlm.evaluate.report import NUM_IMAGES, Stage, choose_images, loss_curve, write_report
+
+EVIL = "<script>alert(1)</script>"
+
+
+def _prediction(i: int, label: str, image: Path) -> dict:
+    boxes = [[1.0, 2.0, 30.0, 40.0]]
+    truth = {"boxes": boxes, "labels": [label]}
+    score = {"hits": {label: 1}, "misses": {}, "invented": {}, "ious": [1.0]}
+    return {"id": str(i), "image": str(image), "size": [60, 50], "boxes": boxes, "labels": [label]} | {
+        "truth": truth,
+        "score": score,
+    }
+
+
+def test_report_is_one_escaped_file(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(image)
+    predictions = [_prediction(0, EVIL, image), _prediction(1, "dog", image)]
+    names = ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate")
+    per_class = {EVIL: {"f1_50": 0.5, "num_objects": 1}}
+    metrics = {"overall": dict.fromkeys(names, 0.5), "per_class": per_class, "num_images": 2, "num_objects": 2}
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n{"kind": "train", "step": 2, "loss": 1.0}\n{"kin')
+    stages = [Stage("before", metrics, predictions), Stage("after", metrics, predictions)]
+    write_report(tmp_path / "report.html", EVIL, stages, lines, [EVIL])
+    html = (tmp_path / "report.html").read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert html.count("data:image/jpeg;base64,") == 4
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "<polyline" in html
+
+
+def test_half_of_the_images_show_the_rarest_class() -> None:
+    labels = ["common"] * 40 + ["rare"] * 8
+    predictions = [{"truth": {"labels": [label]}} for label in labels]
+    chosen = choose_images(predictions)
+    assert len(chosen) == len(set(chosen)) == NUM_IMAGES
+    assert sum(labels[i] == "rare" for i in chosen) >= NUM_IMAGES // 2
+    assert choose_images(predictions[:3]) == [0, 1, 2]
+
+
+def test_no_curve_without_training() -> None:
+    assert loss_curve([{"kind": "eval", "step": 1, "loss": 1.0}]) is None

@@ -1,0 +1,91 @@
+"""Loading: what is quantised, what is trained, and gradients that survive an evaluation in 4 bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_vlm.config.schema import Lora, Model
+from ray_vlm.errors import ModelError
+from ray_vlm.models.families import FAMILIES, part_of
+from ray_vlm.models.load import load_adapter, load_config, load_model
+from ray_vlm.models.lora import count_trainable, lora_config
+
+
+def _adapted(folder: str, target: list[str], bf16: bool = False):
+    from peft import get_peft_model
+
+    model = load_model(Model(name=folder), bf16=bf16)
+    torch.manual_seed(0)
+    return get_peft_model(model, lora_config(Lora(rank=4, target=target), FAMILIES[model.config.model_type]))
+
+
+def _gradients(model, seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model.train()
+    ids = torch.randint(20, 400, (2, 24))
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_4bit_layers_are_those_of_the_language_model(family: str, tiny_models: dict[str, str]) -> None:
+    model = load_model(Model(name=tiny_models[family]), bf16=False)
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    quantised = [name for name, kind in kinds.items() if kind == "Linear4bit"]
+    assert len(quantised) == 4 * 7
+    assert all("language_model.layers" in name for name in quantised)
+    layer = model.get_submodule(quantised[0])
+    assert layer.weight.quant_type == "nf4"
+    assert layer.weight.quant_state.nested, "double quantisation"
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_are_the_same_before_and_after_an_evaluation(family: str, bf16: bool, tiny_models) -> None:
+    model = _adapted(tiny_models[family], ["language"], bf16)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    before = _gradients(model)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(20, 60)[None])
+        model.generate(input_ids=torch.arange(20, 40)[None], max_new_tokens=3, do_sample=False)
+    after = _gradients(model)
+    assert before.keys() == after.keys()
+    assert len(before) == 2 * 4 * 7
+    for name, gradient in before.items():
+        assert float(gradient.abs().sum()) > 0
+        assert torch.equal(gradient, after[name]), name
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("part", ["language", "connector", "vision"])
+def test_lora_lands_on_the_part_that_was_named(family: str, part: str, tiny_models: dict[str, str]) -> None:
+    model = _adapted(tiny_models[family], [part])
+    counts = count_trainable(model, FAMILIES[family])
+    assert [name for name, count in counts.items() if count["trainable"]] == [part]
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all(part_of(FAMILIES[family], name) == part for name in trained)
+
+
+def test_counts_include_every_4bit_weight(tiny_models: dict[str, str]) -> None:
+    counts = [
+        count_trainable(load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=bits), False), FAMILIES["qwen3_vl"])
+        for bits in (True, False)
+    ]
+    assert [c["total"] for c in counts[0].values()] == [c["total"] for c in counts[1].values()]
+
+
+def test_unusable_models_and_adapters_are_named(tmp_path: Path, tiny_models: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match="nowhere"):
+        load_config(Model(name=str(tmp_path / "nowhere")))
+    model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), False)
+    with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
+        load_adapter(model, str(tmp_path), Model(name="x"))
+    adapted = _adapted(tiny_models["qwen2_5_vl"], ["language"])
+    adapted.save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match=r"qwen2_5_vl.*qwen3_vl"):
+        load_adapter(model, str(tmp_path / "other"), Model(name=tiny_models["qwen3_vl"]))

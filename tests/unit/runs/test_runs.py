@@ -1,0 +1,95 @@
+"""Run folders: whole files or none, numbers that survive odd values, lines that a person can read."""
+
+import json
+import math
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ray_vlm.errors import RunError
+from ray_vlm.runs.console import Console, follow
+from ray_vlm.runs.monitor import Monitor, read_metrics
+from ray_vlm.runs.paths import claim_run, write_folder, write_json
+
+
+def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "best"
+    write_folder(target, lambda folder: (folder / "a").write_text("old") and None)
+
+    def broken(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(target, broken)
+    assert (target / "a").read_text() == "old"
+    write_folder(target, lambda folder: (folder / "b").write_text("new") and None)
+    assert [p.name for p in target.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_json_is_never_half_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_counter_goes_on_and_two_launches_never_share(tmp_path: Path) -> None:
+    made: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: made.append(claim_run(str(tmp_path), None, "sft").root.name)) for _ in range(8)
+    ]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert sorted(made) == [f"sft-{i:03d}" for i in range(1, 9)]
+
+
+def test_an_output_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        claim_run(str(tmp_path / "file" / "runs"), "a", "sft")
+
+
+def test_monitor_lines_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    import numpy as np
+
+    monitor = Monitor(tmp_path / "m.jsonl", attempt=2)
+    monitor.write("train", 1, 0.5, {"loss": math.nan, "learning_rate": np.float32(0.5), "grad_norm": math.inf})
+    monitor.close()
+    (line,) = read_metrics(tmp_path / "m.jsonl")
+    assert (line["loss"], line["learning_rate"], line["grad_norm"], line["attempt"]) == (None, 0.5, None, 2)
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"kind": "train"}\n{"kind": "tr')
+    assert read_metrics(tmp_path / "m.jsonl") == [{"kind": "train"}]
+
+
+def test_logging_costs_under_a_millisecond(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path / "m.jsonl", attempt=1)
+    started = time.perf_counter()
+    for step in range(500):
+        monitor.write("train", step, 0.1, {"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens_per_s": 9.0})
+    assert (time.perf_counter() - started) / 500 < 1e-3
+
+
+def test_console_shows_one_line_every_n_steps_and_follows_a_file(tmp_path: Path) -> None:
+    said: list[str] = []
+    console = Console(num_steps=10, log_every_steps=5, say=said.append)
+    path = tmp_path / "m.jsonl"
+    with follow(path, console):
+        monitor = Monitor(path, attempt=1)
+        monitor.start({"language": {"trainable": 1, "total": 10}})
+        for step in range(1, 11):
+            values = {"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens_per_s": 1234.0, "step_s": 0.1}
+            monitor.write("train", step, 0.1, values)
+        monitor.write("eval", 10, 1.0, {"loss": 0.5, "f1_50": 0.25})
+        monitor.close()
+    assert said[0].startswith("trainable weights: 1 of 10 (10.00%)")
+    assert said[1].startswith("step  5/10  loss   1.0000  lr 1.00e-04  grad   0.500     1,234 tok/s")
+    assert said[2].startswith("step 10/10")
+    assert said[3] == "validation at step 10: loss 0.5000  f1_50 0.2500"
+    assert len(said) == 4
