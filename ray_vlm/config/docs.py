@@ -1,5 +1,6 @@
 """Write `docs/jobs.md` from the schema: `python -m ray_vlm.config.docs docs/jobs.md`."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,7 @@ def _default(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.default if field.default is not PydanticUndefined else field.default_factory()
-    if isinstance(value, BaseModel):
-        return "its defaults"
-    return (
-        "`" + {True: "true", False: "false", None: "null"}.get(value, str(value)) + "`"
-        if _plain(value)
-        else f"`{value}`"
-    )
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+    return "its defaults" if isinstance(value, BaseModel) else f"`{json.dumps(value)}`"
 
 
 if __name__ == "__main__":

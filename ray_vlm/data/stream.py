@@ -7,7 +7,7 @@ makes them.
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ def make_rows(feed: Feed, records: Sequence[SftRecord], number: int) -> list[Row
     return rows
 
 
-def stream_local(feed: Feed) -> Iterator[list[Row]]:
+def stream_local(feed: Feed) -> Generator[list[Row]]:
     """The feed's micro-batches from a thread that stays a few ahead. An error in it is raised here."""
     ready: queue.Queue = queue.Queue(maxsize=_AHEAD)
     stop = threading.Event()
@@ -80,7 +80,7 @@ def stream_local(feed: Feed) -> Iterator[list[Row]]:
         thread.join()
 
 
-def stream_ray(feed: Feed, num_loaders: int, cpus_per_loader: float = 1.0) -> Iterator[list[Row]]:
+def stream_ray(feed: Feed, num_loaders: int, cpus_per_loader: float = 1.0) -> Generator[list[Row]]:
     """The feed's micro-batches from `num_loaders` Ray Data actors. Raises `RunError` should order ever be broken."""
     import ray.data
 

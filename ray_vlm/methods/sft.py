@@ -9,11 +9,11 @@ from ray_vlm.errors import ConfigError
 EXAMPLE_ROW = {"images": [], "prompt": "", "completion": ""}
 
 
-def build_trainer(base: type | None = None) -> type:
-    """TRL's trainer class for this method."""
+def trainer_class() -> type:
+    """TRL's trainer for this method."""
     from trl import SFTTrainer
 
-    return base or SFTTrainer
+    return SFTTrainer
 
 
 def check_options(job: JobConfig) -> None:

@@ -63,14 +63,16 @@ class RunPaths:
         """Rank 0 leaves here what the driver writes into `run.json`."""
         write_json(self.root / ".result.json", result)
 
-    def read_result(self) -> dict[str, Any]:
-        """What `write_result` left. Raises `RunError` where the run ended without it."""
+    def take_result(self) -> dict[str, Any]:
+        """What `write_result` left, removing it. Raises `RunError` where the run ended without it."""
         path = self.root / ".result.json"
         if not path.is_file():
             raise RunError(
                 f"{self.root}: the workers ended without a result. Their logs are in the Ray session folder."
             )
-        return json.loads(path.read_text())
+        result = json.loads(path.read_text())
+        path.unlink()
+        return result
 
 
 def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = False) -> RunPaths:

@@ -1,5 +1,6 @@
 """On the driver: job -> index -> plan -> workers -> run folder. Decides, launches, and writes down how it ended."""
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -163,7 +164,9 @@ def _launch_ray(job: JobConfig, task: WorkerTask, paths: RunPaths) -> dict[str, 
         )
         with follow(paths.metrics, Console(task.plan.num_steps, job.train.log_every_steps)):
             _fit(trainer)
-    return paths.read_result()
+    result = paths.take_result()
+    shutil.rmtree(paths.root / ".ray", ignore_errors=True)  # Ray's own state; a finished run needs none
+    return result
 
 
 def _ray_worker(config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ The losses stay TRL's. What changes: where batches come from, that the loss is d
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from ray_vlm.data.collate import collate
@@ -17,7 +17,7 @@ from ray_vlm.data.rows import Preparer, Row
 class PlannedBatches:
     """The train dataloader that TRL sees: one stream over the whole run, handed out an epoch at a time."""
 
-    def __init__(self, stream: Iterator[list[Row]], plan: Plan, preparer: Preparer, device: str):
+    def __init__(self, stream: Generator[list[Row]], plan: Plan, preparer: Preparer, device: str):
         self._stream = stream
         self._plan = plan
         self._preparer = preparer
@@ -32,6 +32,10 @@ class PlannedBatches:
             if rows is None:
                 return
             yield collate(rows, self._preparer, self._device)
+
+    def close(self) -> None:
+        """End the stream, also where training stopped before its end."""
+        self._stream.close()
 
 
 def feed_trainer(trainer_class: type) -> type:

@@ -63,10 +63,11 @@ def train_worker(task: WorkerTask, in_ray: bool = False) -> dict[str, Any]:
         if place.rank == 0:
             write_folder(paths.final, callback.save)
     finally:
+        trainer.planned_batches.close()
         if monitor is not None:
             monitor.close()
     result = {"steps": trainer.state.global_step, "best": callback.progress.best}
-    if place.rank == 0:
+    if place.ray and place.rank == 0:
         paths.write_result(result)
     return result
 
@@ -79,14 +80,12 @@ def _prepare_process(job: JobConfig, in_ray: bool) -> Place:
 
     torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
     transformers.set_seed(job.seed)
-    device = "cpu"
-    if job.cluster.gpus_per_worker:
-        device = f"cuda:{torch.cuda.current_device()}"
     if not in_ray:
-        return Place(0, 1, device, ray=False)
-    import ray.train
+        return Place(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)
+    import ray.train.torch
 
     context = ray.train.get_context()
+    device = str(ray.train.torch.get_device())
     return Place(context.get_world_rank(), context.get_world_size(), device, ray=True)
 
 
@@ -116,7 +115,7 @@ def _build_trainer(job: JobConfig, task: WorkerTask, model: Any, preparer: Prepa
     method = METHODS[job.method.name]
     example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
     has_eval = task.eval is not None
-    trainer = feed_trainer(method.build_trainer())(
+    trainer = feed_trainer(method.trainer_class())(
         model=model,
         args=method.build_args(job, shared_options(job, task.plan, task.run_dir, has_eval)),
         processing_class=preparer.processor,

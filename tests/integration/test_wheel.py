@@ -31,7 +31,8 @@ def test_the_wheel_brings_its_job_weights_and_template(installed: Path, tmp_path
         "from pathlib import Path; import ray_vlm; from ray_vlm.demo.story import find_job, demo_job\n"
         "assert 'venv' in ray_vlm.__file__, ray_vlm.__file__\n"
         "from ray_vlm.models.load import load_config\n"
-        "job = demo_job(Path('outputs').absolute()); print(find_job('demo_sft.yaml'), load_config(job.model).model_type)\n"
+        "job = demo_job(Path('outputs').absolute())\n"
+        "print(find_job('demo_sft.yaml'), load_config(job.model).model_type)\n"
         "assert (Path(ray_vlm.__file__).parent / 'evaluate/report.html.j2').is_file()\n"
     )
     out = subprocess.run([installed / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
