@@ -94,7 +94,7 @@ def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None,
     if against is not None:
         stages.insert(0, load_stage(Path(against), Path(against).name))
     curve = Path(adapter).parent / "metrics.jsonl" if adapter else None
-    write_report(folder / "report.html", f"{job.model.name}: {job.task.name}", stages, curve, [])
+    write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, curve, [])
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
     print(f"{metrics['num_images']} images: {numbers}\nreport {folder / 'report.html'}")
     return folder
