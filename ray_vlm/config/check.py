@@ -3,6 +3,8 @@
 `check_job` returns every broken rule; `load_job` raises them together with the schema's complaints.
 """
 
+import math
+import re
 from collections.abc import Callable, Iterator
 
 from ray_vlm.config.schema import JobConfig
@@ -59,6 +61,13 @@ RULES: list[Rule] = [
         "an adapter is given, but `lora: null` asks for full fine-tuning. Merge the adapter first, or set `lora`.",
     ),
     (
+        lambda j: (
+            (j.task.labels is not None and len(set(j.task.labels)) < len(j.task.labels)) or "" in (j.task.labels or ())
+        ),
+        "task.labels",
+        "a name is empty or listed twice. Name each class once.",
+    ),
+    (
         lambda j: j.evaluate.metric not in ("loss", *TASK_METRICS[j.task.name]),
         "evaluate.metric",
         "the task does not produce this metric. Use `loss` or one of: {metrics}.",
@@ -86,9 +95,9 @@ RULES: list[Rule] = [
         "a worker trains on one GPU or on CPUs. Use 0 or 1, and more workers for more GPUs.",
     ),
     (
-        lambda j: j.run.name is not None and ("/" in j.run.name or j.run.name in ("", ".", "..")),
+        lambda j: j.run.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", j.run.name),
         "run.name",
-        "not usable as a folder name. Use letters, digits, '-', '_' and '.'.",
+        "not usable as a folder name. Use letters, digits, '-', '_' and '.', beginning with a letter or digit.",
     ),
 ]
 
@@ -101,6 +110,19 @@ def check_job(job: JobConfig) -> list[tuple[str, str]]:
 
 
 def _check_trl(job: JobConfig) -> Iterator[tuple[str, str]]:
-    for key in job.method.trl:
+    for key, value in job.method.trl.items():
         if key in _NAMED_IN_JOB:
             yield f"method.trl.{key}", f"this job sets that as `{_NAMED_IN_JOB[key]}`. Set it there, and only there."
+        elif not _is_plain(value):
+            yield f"method.trl.{key}", "not plain data. Use text, finite numbers, true/false, null, lists and mappings."
+
+
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Whether JSON carries `value` to the workers unchanged."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return depth < 20 and all(isinstance(k, str) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, list):
+        return depth < 20 and all(_is_plain(v, depth + 1) for v in value)
+    return value is None or isinstance(value, str | int)

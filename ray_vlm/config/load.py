@@ -6,6 +6,7 @@
 import copy
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,20 @@ from ray_vlm.config.check import check_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+_DEEPEST = 12  # levels of a job that places are noted for; the schema has four
 Place = dict[tuple[str | int, ...], str]  # dotted path -> "jobs/x.yaml:12" or "override 'a=b'"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number, as every other configuration language has it."""
+    """Safe YAML in which `1e-4` is a number, and in which a value that cannot be built names its line."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, IndexError, AttributeError, OverflowError, TypeError) as error:
+            raise yaml.constructor.ConstructorError(None, None, f"bad value: {error}", node.start_mark) from None
 
 
 _Loader.add_implicit_resolver(
@@ -53,15 +63,21 @@ def _validate(values: dict) -> tuple[JobConfig | None, list]:
         errors = error.errors()
     pruned = copy.deepcopy(values)
     for e in errors:
-        inner = pruned
-        for part in e["loc"][:-1]:
-            inner = inner[part] if isinstance(inner, dict) and part in inner else {}
-        if isinstance(inner, dict):
-            inner.pop(e["loc"][-1], None)
+        _prune(pruned, e["loc"])
     try:
         return JobConfig.model_validate(pruned), errors
     except ValidationError:
         return None, errors
+
+
+def _prune(values: dict, path: tuple) -> None:
+    """Remove what lies at `path`, or the deepest mapping entry on the way to it."""
+    inner, parent, key = values, values, path[0] if path else None
+    for part in path:
+        if not isinstance(inner, dict) or part not in inner:
+            break
+        parent, key, inner = inner, part, inner[part]
+    parent.pop(key, None)
 
 
 def dump_job(job: JobConfig) -> dict[str, Any]:
@@ -93,16 +109,19 @@ def _parse_yaml(text: str, name: str) -> tuple[dict, Place, list[str]]:
         node = loader.get_single_node()
         _note_places(node, (), name, places, problems)
         values = loader.construct_document(node) if node else {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, OverflowError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
+        raise ConfigError(f"{where}: not valid YAML ({str(reason)[:200]}). Mend that line.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: a job is a mapping of sections, this is a {type(values).__name__}.")
     return values, places, problems
 
 
 def _note_places(node: Any, path: tuple, name: str, places: Place, problems: list[str]) -> None:
+    if len(path) > _DEEPEST:  # also ends an alias that holds itself
+        return
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
@@ -121,28 +140,36 @@ def _note_places(node: Any, path: tuple, name: str, places: Place, problems: lis
 def _apply_override(values: dict, places: Place, override: str) -> list[str]:
     key, sep, text = override.partition("=")
     if not sep or not re.fullmatch(r"\w+(\.\w+)*", key):
-        return [f"override {override!r}: write it as section.key=value, such as train.learning_rate=2e-4."]
+        return [f"override {_short(override)}: write it as section.key=value, such as train.learning_rate=2e-4."]
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError:
-        return [f"override {override!r}: the value is not valid YAML; quote it."]
+    except (yaml.YAMLError, RecursionError, OverflowError, ValueError):
+        return [f"override {_short(override)}: the value is not valid YAML; quote it."]
     parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):
         inner: Any = values.get(part)
         if isinstance(inner, str) and part in ("method", "task"):
             inner = {"name": inner}
         elif inner is not None and not isinstance(inner, dict):
-            return [f"override {override!r}: `{'.'.join(parts[: depth + 1])}` is {inner!r}, not a section."]
+            return [f"override {_short(override)}: `{'.'.join(parts[: depth + 1])}` is {inner!r}, not a section."]
         values[part] = dict(inner or {})
         values = values[part]
     if len(parts) == 1 and key in ("method", "task") and isinstance(values.get(key), dict):
         value = {**values[key], "name": value} if isinstance(value, str) else value
     values[parts[-1]] = value
-    places[tuple(parts)] = f"override {override!r}"
+    for old in [place for place in places if place[: len(parts)] == tuple(parts)]:
+        del places[old]  # what the file said there is gone
+    for depth in range(1, len(parts) + 1):
+        places.setdefault(tuple(parts[:depth]), f"override {_short(override)}")
     return []
 
 
+def _short(value: Any) -> str:
+    return _REPR.repr(value)
+
+
 def _place(places: Place, path: tuple, name: str) -> str:
+    path = tuple(part if isinstance(part, int) else str(part) for part in path)
     for end in range(len(path), 0, -1):
         if path[:end] in places:
             return f"{places[path[:end]]}: `{'.'.join(map(str, path))}`"
@@ -160,7 +187,9 @@ def _explain(error: Any, places: Place, name: str) -> str:
     if kind == "missing":
         return f"{where} is missing. {_describe(path)}"
     message = str(error["msg"]).removeprefix("Input should be ").rstrip(".")
-    return f"{where} is {value!r}, but should be {message}. {_describe(path)}"
+    if kind == "invalid_key":
+        return f"{where} is not a setting: keys are text."
+    return f"{where} is {_short(value)}, but should be {message}. {_describe(path)}"
 
 
 def _model_at(path: tuple) -> type[BaseModel] | None:

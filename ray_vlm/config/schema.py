@@ -12,7 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Section(BaseModel):
     """A part of the job: frozen, strict about unknown keys, no silent casts from text to number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+Largest = 2**31 - 1  # of counts and areas; more is a slip of the pen
 
 
 def _named(value: Any) -> Any:
@@ -38,17 +41,21 @@ class Task(Section):
 
     name: Literal["detection"] = Field("detection", description="What the model is asked to do.")
     prompt: str | None = Field(
-        None, description="The question. `{labels}` is replaced by the class names. null: the task's own wording."
+        None,
+        min_length=1,
+        description="The question. `{labels}` is replaced by the class names. null: the task's own wording.",
     )
     labels: list[str] | None = Field(
-        None, description="Class names, in the order in which the question lists them. null: all names in the data."
+        None,
+        min_length=1,
+        description="Class names, in the order in which the question lists them. null: all names in the data.",
     )
 
 
 class Model(Section):
     """The base that learns."""
 
-    name: str = Field(description="A hub name or a folder.")
+    name: str = Field(min_length=1, description="A hub name or a folder.")
     revision: str | None = Field(None, description="Commit or tag of a hub model; pins what is downloaded.")
     load_in_4bit: bool = Field(
         True, description="Language-model weights in NF4 with double quantisation (bitsandbytes). Needs `lora`."
@@ -59,8 +66,8 @@ class Model(Section):
 class Lora(Section):
     """Adapters on the base."""
 
-    rank: int = Field(16, ge=1, description="Rank of the update matrices.")
-    alpha: int = Field(32, ge=1, description="Updates are scaled by alpha / rank.")
+    rank: int = Field(16, ge=1, le=Largest, description="Rank of the update matrices.")
+    alpha: int = Field(32, ge=1, le=Largest, description="Updates are scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target: list[Literal["language", "connector", "vision"]] = Field(
         default=["language"], min_length=1, description="Which parts of the model get adapters."
@@ -70,7 +77,7 @@ class Lora(Section):
 class Source(Section):
     """Where rows come from."""
 
-    path: str = Field(description="The file with the rows.")
+    path: str = Field(min_length=1, description="The file with the rows.")
     format: Literal["coco"] = Field("coco", description="Shape of a source row.")
     image_root: str | None = Field(
         None, description="Folder of the images; nothing outside it is read. null: the folder of `path`."
@@ -78,7 +85,7 @@ class Source(Section):
     create: str | None = Field(
         None, description="`module:function`, called with `path` once when that file is missing. Made for demos."
     )
-    max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
+    max_rows: int | None = Field(None, ge=1, le=Largest, description="Use only the first rows.")
 
 
 class Data(Section):
@@ -88,23 +95,32 @@ class Data(Section):
     eval: Source | None = Field(None, description="Rows that choose `best/`. null: no validation, no `best/`.")
     test: Source | None = Field(None, description="Rows for headline numbers only.")
     min_pixels: int | None = Field(
-        None, ge=1, description="Smallest image area after resizing, in pixels. null: the processor's own."
+        None, ge=1, le=Largest, description="Smallest image area after resizing, in pixels. null: the processor's own."
     )
     max_pixels: int | None = Field(
-        None, ge=1, description="Largest image area after resizing, in pixels. null: the processor's own."
+        None, ge=1, le=Largest, description="Largest image area after resizing, in pixels. null: the processor's own."
     )
     max_image_pixels: int = Field(
-        50_000_000, ge=1, description="An image file of more pixels than this is a bad row; read from its header."
+        50_000_000,
+        ge=1,
+        le=Largest,
+        description="An image file of more pixels than this is a bad row; read from its header.",
     )
     max_tokens: int | None = Field(
-        None, ge=1, description="A row of more tokens than this, image tokens counted, is a bad row. Nothing is cut."
+        None,
+        ge=1,
+        le=Largest,
+        description="A row of more tokens than this, image tokens counted, is a bad row. Nothing is cut.",
     )
     shuffle: bool = Field(True, description="A new order in every epoch, from `seed`.")
     on_bad_row: Literal["raise", "quarantine"] = Field(
         "raise", description="`raise`: nothing starts. `quarantine`: written to `bad_rows.jsonl`, counted, left out."
     )
     num_loaders: int | None = Field(
-        None, ge=1, description="Ray Data processes that read images for each worker. null: from the free CPUs."
+        None,
+        ge=1,
+        le=Largest,
+        description="Ray Data processes that read images for each worker. null: from the free CPUs.",
     )
 
 
@@ -117,44 +133,52 @@ class Train(Section):
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled weight decay; not on norms and biases.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0: no clipping.")
     num_epochs: float = Field(1.0, gt=0, description="Passes over the training rows. Ignored when `max_steps` is set.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps.")
-    global_batch_size: int = Field(16, ge=1, description="Rows in one optimizer step, over all workers.")
-    micro_batch_size: int = Field(1, ge=1, description="Rows that one worker runs at a time; accumulation follows.")
+    max_steps: int | None = Field(None, ge=1, le=Largest, description="Stop after this many optimizer steps.")
+    global_batch_size: int = Field(16, ge=1, le=Largest, description="Rows in one optimizer step, over all workers.")
+    micro_batch_size: int = Field(
+        1, ge=1, le=Largest, description="Rows that one worker runs at a time; accumulation follows."
+    )
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass, to save memory."
     )
     bf16: bool = Field(True, description="bfloat16 weights and arithmetic, the adapter in float32. false: float32.")
-    log_every_steps: int = Field(10, ge=1, description="Steps between console lines; files get every step.")
+    log_every_steps: int = Field(10, ge=1, le=Largest, description="Steps between console lines; files get every step.")
     early_stopping_patience: int | None = Field(
-        None, ge=1, description="Stop after this many validations without a better `evaluate.metric`."
+        None, ge=1, le=Largest, description="Stop after this many validations without a better `evaluate.metric`."
     )
 
 
 class Checkpoint(Section):
     """What is saved on the way."""
 
-    every_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. null: once an epoch.")
+    every_steps: int | None = Field(
+        None, ge=1, le=Largest, description="Steps between checkpoints. null: once an epoch."
+    )
     keep: int = Field(
-        3, ge=1, description="How many `checkpoint-<step>/` folders stay; `best/` and `final/` always do."
+        3, ge=1, le=Largest, description="How many `checkpoint-<step>/` folders stay; `best/` and `final/` always do."
     )
 
 
 class Evaluate(Section):
     """How progress is measured."""
 
-    every_steps: int | None = Field(None, ge=1, description="Steps between validations. null: once an epoch.")
+    every_steps: int | None = Field(
+        None, ge=1, le=Largest, description="Steps between validations. null: once an epoch."
+    )
     metric: str = Field(
         "loss", description="What chooses `best/`: `loss`, or a task metric measured by generating, such as `f1_50`."
     )
-    num_samples: int | None = Field(200, ge=1, description="Validation rows, evenly spaced. null: all.")
-    batch_size: int = Field(8, ge=1, description="Rows that are generated at a time.")
-    max_new_tokens: int = Field(512, ge=1, description="Longest answer.")
+    num_samples: int | None = Field(200, ge=1, le=Largest, description="Validation rows, evenly spaced. null: all.")
+    batch_size: int = Field(8, ge=1, le=Largest, description="Rows that are generated at a time.")
+    max_new_tokens: int = Field(512, ge=1, le=Largest, description="Longest answer.")
 
 
 class Cluster(Section):
     """What the job runs on."""
 
-    num_workers: int = Field(1, ge=0, description="Training processes. 0: this process, without starting Ray.")
+    num_workers: int = Field(
+        1, ge=0, le=Largest, description="Training processes. 0: this process, without starting Ray."
+    )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
     max_failures: int = Field(0, ge=0, description="Restarts after a worker's death.")
@@ -189,7 +213,7 @@ class JobConfig(Section):
     cluster: Cluster = Field(default_factory=Cluster, description="What it runs on.")
     track: Track = Field(default_factory=Track, description="Who else gets the numbers.")
     run: Run = Field(default_factory=Run, description="Where results go.")
-    seed: int = Field(0, ge=0, description="Seed of weights, order and sampling.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of weights, order and sampling.")
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+Image.init()  # all decoders, so that they can be named
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others are refused, by name
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what the last bytes of a whole file contain
 _ORIENTATION = 0x0112
 
@@ -43,22 +45,34 @@ class ImageSpec:
 
 
 def read_size(path: str, max_pixels: int) -> tuple[int, int]:
-    """Upright (width, height) from the header, after a look at the end of the file. Decodes no pixels."""
+    """Upright (width, height) from the header, after a look at the end of the file.
+
+    Formats whose end is not marked, and files with something behind the mark, are decoded once to be sure.
+    Raises `ValueError` with the reason.
+    """
     if not Path(path).is_file():
         raise ValueError("image file is missing" if not Path(path).exists() else "image path is not a file")
     if Path(path).stat().st_size == 0:
         raise ValueError("image file is empty (0 bytes)")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
-            kind, orientation = image.format or "", image.getexif().get(_ORIENTATION, 1)
-    except (Image.DecompressionBombError, Image.UnidentifiedImageError, SyntaxError, ValueError, OSError) as error:
+            if width * height > max_pixels:
+                raise _TooLarge(f"image has {width * height} pixels, above data.max_image_pixels={max_pixels}")
+            kind = image.format or ""
+            if kind not in _ENDS or not _ends_whole(path, _ENDS[kind]):
+                image.load()
+            # Pillow gives a TIFF's size upright already
+            turned = kind != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except _TooLarge:
+        raise
+    except Exception as error:  # decoders raise what they like
         raise ValueError(f"image cannot be read ({type(error).__name__}: {error})") from None
-    if width * height > max_pixels:
-        raise ValueError(f"image has {width * height} pixels, above data.max_image_pixels={max_pixels}")
-    if kind in _ENDS and not _ends_whole(path, _ENDS[kind]):
-        raise ValueError(f"{kind} file is truncated: its end marker is missing")
-    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+    return (height, width) if turned else (width, height)
+
+
+class _TooLarge(ValueError):
+    pass
 
 
 def _ends_whole(path: str, marker: bytes) -> bool:
@@ -70,9 +84,11 @@ def _ends_whole(path: str, marker: bytes) -> bool:
 
 def decode(path: str) -> np.ndarray:
     """`uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted."""
-    with Image.open(path) as opened:
+    with Image.open(path, formats=FORMATS) as opened:
         opened.load()
         image = ImageOps.exif_transpose(opened)
+    if image.mode == "F":
+        raise ValueError("floating-point images have no agreed range; convert it to 8 bit")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         depth = np.asarray(image).astype(np.float32)
         image = Image.fromarray((np.clip(depth, 0, 65535) / 257.0).round().astype(np.uint8))

@@ -115,6 +115,8 @@ def _box_problem(box: tuple[float, float, float, float], size: tuple[int, int]) 
         return f"box {shown} (x1, y1, x2, y2) is empty or inverted"
     if min(x1, y1) < -_SLACK_PX or x2 > size[0] + _SLACK_PX or y2 > size[1] + _SLACK_PX:
         return f"box {shown} (x1, y1, x2, y2) lies outside its {size[0]}x{size[1]} image"
+    if min(x2, size[0]) <= max(x1, 0) or min(y2, size[1]) <= max(y1, 0):
+        return f"box {shown} (x1, y1, x2, y2) touches its {size[0]}x{size[1]} image from outside only"
     return None
 
 

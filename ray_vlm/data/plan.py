@@ -41,7 +41,7 @@ class Plan:
     @property
     def num_steps(self) -> int:
         """Optimizer steps in the whole run."""
-        return self.max_steps or math.ceil(self.steps_per_epoch * self.num_epochs)
+        return self.max_steps or max(1, math.ceil(round(self.steps_per_epoch * self.num_epochs, 6)))
 
     @property
     def accumulation(self) -> int:
@@ -73,9 +73,9 @@ class Plan:
 @lru_cache(maxsize=2)
 def epoch_order(num_rows: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch, `int64 [num_rows]`; file order without shuffling."""
-    if not shuffle:
-        return np.arange(num_rows)
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows) if shuffle else np.arange(num_rows)
+    order.setflags(write=False)  # shared by all who ask
+    return order
 
 
 def plan_sample(num_rows: int, count: int | None) -> list[int]:

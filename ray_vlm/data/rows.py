@@ -68,6 +68,16 @@ class Preparer:
         self.image_spec = _image_spec(self.processor, spec)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.family.image_token)
         self._around = lru_cache(64)(self._render)
+        self._check_wording()
+
+    def _check_wording(self) -> None:
+        """Refuse a prompt or a class name that the tokenizer would not read as plain text."""
+        special = set(self.tokenizer.all_special_tokens) | {self.family.image_token, "\0"}
+        for text in (self.spec.task.prompt or "", *self.spec.labels):
+            found = sorted(token for token in special if token in text)
+            if found or (not text.isprintable() and not text.replace("\n", "").isprintable()):
+                what = f"it holds {found[0]!r}" if found else "it holds characters that cannot be written"
+                raise DataError(f"prompt or class name {text[:80]!r} cannot be used: {what}. Reword it.")
 
     def frame(self, record: SftRecord) -> Frame:
         """The coordinate frame of the record's first image."""
@@ -127,7 +137,7 @@ class Preparer:
         for path, size in zip(record.images, record.sizes, strict=True):
             try:
                 pixels = decode(path)
-            except (OSError, ValueError, SyntaxError) as error:
+            except Exception as error:  # decoders raise what they like
                 raise DataError(f"row {record.row} (id {record.id}): {path} cannot be decoded ({error}).") from None
             if (pixels.shape[1], pixels.shape[0]) != size:
                 raise DataError(f"row {record.row} (id {record.id}): {path} has changed size since the run started.")

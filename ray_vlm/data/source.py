@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 from ray_vlm.config.schema import Source
-from ray_vlm.errors import ConfigError
+from ray_vlm.errors import ConfigError, RayVlmError
 
 
 def prepare_source(source: Source) -> None:
@@ -13,7 +13,11 @@ def prepare_source(source: Source) -> None:
         return
     module, _, name = source.create.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"create={source.create!r} cannot be found ({error}). Write it as module:function.") from None
-    function(source.path)
+        getattr(importlib.import_module(module), name)(source.path)
+    except RayVlmError:
+        raise
+    except Exception as error:  # a user's own function
+        raise ConfigError(
+            f"create={source.create!r} failed for {source.path} ({type(error).__name__}: {error}). "
+            "It is module:function, called with the path."
+        ) from error

@@ -143,7 +143,7 @@ def pack(number: int, rows: Sequence[Row]) -> Any:
 def _one_list(parts: Sequence[np.ndarray]) -> Any:
     import pyarrow as pa
 
-    values = np.concatenate(parts).astype(np.int32)
+    values = np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
     return pa.ListArray.from_arrays(np.array([0, len(values)], np.int32), pa.array(values))
 
 

@@ -29,7 +29,7 @@ class Domain:
     hollow: bool
     max_objects: int = 4
     sides: tuple[int, int] = (96, 144)  # shortest and longest image side, pixels
-    sizes: tuple[float, float] = (0.25, 0.50)  # object side as a share of the shorter image side
+    sizes: tuple[float, float] = (0.28, 0.52)  # object side as a share of the shorter image side
 
 
 _STUDIO = {"circle": 1.0, "square": 1.0, "triangle": 1.0, "cross": 1.0, "ring": 1.0, "diamond": 1.0}
@@ -49,7 +49,7 @@ DOMAINS = {
     ),
 }
 RARE_CLASS = "star"
-NUM_IMAGES = {"train": 800, "eval": 64, "test": 192}
+NUM_IMAGES = {"train": 800, "eval": 64, "test": 288}
 
 
 def draw_file(path: str) -> None:

@@ -162,11 +162,12 @@ def write_untrained(folder: str | Path, model_type: str = "qwen3_vl", seed: int 
     return Path(folder)
 
 
-# (domain, images, steps, peak learning rate, share of it at the end)
+# (run, domain, images, steps, peak learning rate, share of it at the end)
 LESSONS = (
-    ("lesson_1", 8000, 900, 1.5e-3, 0.5),
-    ("lesson_2", 10000, 700, 1.2e-3, 0.5),
-    ("studio", 16000, 1500, 1.2e-3, 0.02),
+    ("lesson_1", "lesson_1", 8000, 900, 1.5e-3, 0.5),
+    ("lesson_2", "lesson_2", 10000, 700, 1.2e-3, 0.5),
+    ("studio", "studio", 16000, 1500, 1.2e-3, 0.02),
+    ("studio_again", "studio", 16000, 800, 1.0e-3, 0.02),
 )
 
 
@@ -179,19 +180,19 @@ def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
     base = folder / "untrained"
     if not base.exists():
         write_untrained(base)
-    for domain, num_images, steps, rate, floor in lessons:
-        final = folder / "runs" / domain / "final"
+    for seed, (name, domain, num_images, steps, rate, floor) in enumerate(lessons):
+        final = folder / "runs" / name / "final"
         if not final.exists():
-            draw(folder / domain, domain, "train", num_images)
+            draw(folder / name, domain, "train", num_images, seed)
             options = {"max_steps": steps, "learning_rate": rate, "min_lr_ratio": floor, "weight_decay": 0.01}
             options |= {"global_batch_size": 32, "micro_batch_size": 32, "gradient_checkpointing": False}
             job = {
                 "model": {"name": str(base), "load_in_4bit": False},
                 "lora": None,
-                "data": {"train": {"path": str(folder / domain / "train.json")}},
+                "data": {"train": {"path": str(folder / name / "train.json")}},
                 "train": options | {"bf16": False, "log_every_steps": 25},
                 "cluster": {"num_workers": 0, "cpus_per_worker": 2},
-                "run": {"name": domain, "output_dir": str(folder / "runs")},
+                "run": {"name": name, "output_dir": str(folder / "runs")},
             }
             train(load_resolved(job), "", overwrite=True)
         base = final

@@ -25,12 +25,15 @@ def load_config(spec: Model) -> Any:
     name = resolve_name(spec.name)
     try:
         return AutoConfig.from_pretrained(name, revision=spec.revision)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # transformers' configuration classes raise what they like
         raise ModelError(
-            f"model.name={spec.name!r} cannot be loaded ({first}). Give a folder with a config.json, or a hub name; "
-            "for a gated model accept its licence on the hub and set HF_TOKEN."
+            f"model.name={spec.name!r} cannot be loaded ({_first_line(error)}). Give a folder with a config.json, "
+            "or a hub name; for a gated model accept its licence on the hub and set HF_TOKEN."
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def family_of(config: Any) -> Family:
@@ -42,10 +45,19 @@ def family_of(config: Any) -> Family:
 
 
 def load_processor(spec: Model) -> Any:
-    """The base's own processor."""
+    """The base's own processor. Raises `ModelError` where it is missing or cannot render a chat."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(resolve_name(spec.name), revision=spec.revision)
+    try:
+        processor = AutoProcessor.from_pretrained(resolve_name(spec.name), revision=spec.revision)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"model.name={spec.name!r}: its processor cannot be loaded ({_first_line(error)}). The folder needs the "
+            "tokenizer and processor files of the base."
+        ) from None
+    if getattr(processor, "chat_template", None) is None:
+        raise ModelError(f"model.name={spec.name!r} has no chat template. Use an instruction-tuned base.")
+    return processor
 
 
 def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:

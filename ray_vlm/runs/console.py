@@ -1,12 +1,13 @@
 """What a person sees in the terminal while a run goes on: one aligned line for each metrics line worth showing."""
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ray_vlm.runs.monitor import read_line
 
 _POLL_S = 0.3
 
@@ -23,26 +24,29 @@ class Console:
     def show(self, line: dict[str, Any]) -> None:
         """Print one line of `metrics.jsonl`, or nothing."""
         if line["kind"] == "start":
+            self._first = None
             self._say(describe_trainable(line["trainable"]))
         elif line["kind"] == "eval":
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, float) and k not in _HIDDEN)
+            numbers = "  ".join(
+                f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, int | float) and k not in _HIDDEN
+            )
             self._say(f"validation at step {line['step']}: {numbers}")
         elif line["kind"] == "train":
-            self._first = self._first or (line["step"] - 1, line["time"] - line["step_s"])
+            self._first = self._first or (line["step"] - 1, line["time"] - (line.get("step_s") or 0.0))
             if line["step"] % self._every == 0 or line["step"] == self._num_steps:
                 self._say(self._train_line(line))
 
     def _train_line(self, line: dict[str, Any]) -> str:
         step, (first, started) = line["step"], self._first or (0, line["time"])
-        left = int((line["time"] - started) / max(step - first, 1) * (self._num_steps - step))
+        left = max(0, int((line["time"] - started) / max(step - first, 1) * (self._num_steps - step)))
         return (
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {_number(line['loss'], '8.4f')}  "
-            f"lr {line['learning_rate']:.2e}  grad {_number(line.get('grad_norm'), '7.3f')}  "
-            f"{line['tokens_per_s']:8,.0f} tok/s  left {left // 60:3d}:{left % 60:02d}"
+            f"lr {_number(line.get('learning_rate'), '.2e')}  grad {_number(line.get('grad_norm'), '7.3f')}  "
+            f"{_number(line.get('tokens_per_s'), '8,.0f')} tok/s  left {left // 60:3d}:{left % 60:02d}"
         )
 
 
-_HIDDEN = ("time", "epoch", "validation_s")
+_HIDDEN = ("time", "epoch", "step", "attempt", "validation_s")
 
 
 def _number(value: float | None, form: str) -> str:
@@ -54,7 +58,7 @@ def describe_trainable(counts: dict[str, dict[str, int]]) -> str:
     total = sum(c["total"] for c in counts.values())
     trained = sum(c["trainable"] for c in counts.values())
     rows = [f"  {part:<10} {c['trainable']:>13,} of {c['total']:>14,}" for part, c in sorted(counts.items())]
-    return "\n".join([f"trainable weights: {trained:,} of {total:,} ({trained / total:.2%})", *rows])
+    return "\n".join([f"trainable weights: {trained:,} of {total:,} ({trained / max(total, 1):.2%})", *rows])
 
 
 @contextmanager
@@ -80,8 +84,9 @@ def _follow(path: Path, console: Console, done: threading.Event) -> None:
                 text = file.read()
             whole = text[: text.rfind(b"\n") + 1]
             read += len(whole)
-            for line in whole.splitlines():
-                console.show(json.loads(line))
+            for text in whole.splitlines():
+                if (line := read_line(text)) is not None:
+                    console.show(line)
         if last:
             return
         time.sleep(_POLL_S)

@@ -20,11 +20,19 @@ _WANDB_NAMES = {
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+    """All whole lines of a `metrics.jsonl`; a line cut off by a crash is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [line for text in path.read_bytes().splitlines() if (line := read_line(text)) is not None]
+
+
+def read_line(text: bytes) -> dict[str, Any] | None:
+    """One line of `metrics.jsonl`, or None for one that a crash cut off."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "kind" in line else None
 
 
 class Monitor:
@@ -40,7 +48,10 @@ class Monitor:
         wandb: dict[str, Any] | None = None,
         show: Callable[[dict[str, Any]], None] | None = None,
     ):
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        if torn:  # an earlier attempt died inside a line
+            self._file.write("\n")
         self._attempt = attempt
         self._show = show
         self._wandb = _start_wandb(wandb) if wandb else None

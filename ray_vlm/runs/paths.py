@@ -6,6 +6,7 @@
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -86,19 +87,29 @@ def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = Fa
         if name is None:
             return RunPaths(_next_free(base, stem))
         root = base / name
-        if root.exists() and any(root.iterdir()):
-            if not overwrite:
-                raise RunError(
-                    f"run.name={name!r}: {root} is already in use. Give another run.name, or start with --overwrite "
-                    "to delete what is there."
-                )
-            if not (root / "run.json").is_file():
-                raise RunError(f"--overwrite: {root} is not a run folder (run.json is missing), so it is not deleted.")
-            shutil.rmtree(root)
-        root.mkdir(exist_ok=True)
-    except OSError as error:
+        if root.is_symlink() or (root.exists() and not root.is_dir()):
+            raise RunError(f"run.name={name!r}: {root} is a link or a file. Give another run.name.")
+        if root.exists():
+            _make_room(root, overwrite)
+        root.mkdir()  # of two launches at once one fails here
+    except FileExistsError:
+        raise RunError(f"run.name={name!r}: another launch has just taken {root}. Give another run.name.") from None
+    except (OSError, ValueError, RuntimeError) as error:
         raise RunError(f"run.output_dir={output_dir!r} cannot be written to ({error}). Give another folder.") from None
     return RunPaths(root)
+
+
+def _make_room(root: Path, overwrite: bool) -> None:
+    """Remove the run that is in `root`, if it is one and that is asked for; an empty folder always."""
+    if any(root.iterdir()):
+        if not overwrite:
+            raise RunError(
+                f"run.name={root.name!r}: {root} is already in use. Give another run.name, or start with --overwrite "
+                "to delete what is there."
+            )
+        if not (root / "run.json").is_file():
+            raise RunError(f"--overwrite: {root} is not a run folder (run.json is missing), so it is not deleted.")
+    shutil.rmtree(root)
 
 
 def _next_free(base: Path, stem: str) -> Path:
@@ -120,15 +131,25 @@ def write_bad_rows(paths: RunPaths, rows: Iterable[Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON so that a reader sees the old file or the new one, never half of it. NaN and infinity become null."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(_finite(value), indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Make folder `path` by `fill(temporary folder)`; an older one there is replaced only when the new one is whole."""
     new, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.replace(old, path)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)

@@ -28,8 +28,10 @@ class Frame:
     coordinates: Coordinates
 
     def encode(self, box: Sequence[float]) -> list[int]:
-        """Four integers for the text, from original pixels."""
-        return [self._encode(value, axis % 2) for axis, value in enumerate(box)]
+        """Four integers for the text, from original pixels; at least one unit wide and tall, so never empty."""
+        x1, y1, x2, y2 = (self._encode(value, axis % 2) for axis, value in enumerate(box))
+        x1, y1 = min(x1, self._largest(0) - 1), min(y1, self._largest(1) - 1)
+        return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]
 
     def decode(self, numbers: Sequence[float]) -> Box:
         """Original pixels, from the four numbers of the text."""
@@ -37,9 +39,10 @@ class Frame:
         return (x1, y1, x2, y2)
 
     def _encode(self, value: float, axis: int) -> int:
-        units = self._units(axis)
-        largest = units if self.coordinates == "relative_1000" else units - 1
-        return min(max(round(value / self.original[axis] * units), 0), largest)
+        return min(max(round(value / self.original[axis] * self._units(axis)), 0), self._largest(axis))
+
+    def _largest(self, axis: int) -> int:
+        return self._units(axis) - (self.coordinates == "resized_pixels")
 
     def _units(self, axis: int) -> int:
         """How many units of text span the image along `axis` (0: width, 1: height)."""

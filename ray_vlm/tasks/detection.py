@@ -24,7 +24,7 @@ PROMPT = (
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _BOX = rf'"bbox_2d"\s*:\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]'
 _OBJECT = re.compile(_BOX + r'\s*,\s*"label"\s*:\s*"((?:[^"\\]|\\.)*)"')
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?")  # no repeats beside each other: a model may write a page of spaces
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ def ask(labels: Sequence[str], prompt: str | None = None) -> str:
 def answer(truth: Mapping[str, Any], frame: Frame) -> str:
     """The right answer as text, coordinates in the family's system."""
     objects = sorted(zip(truth["boxes"], truth["labels"], strict=True), key=lambda o: (o[0][1], o[0][0], o[1]))
-    rows = [f'\n\t{{"bbox_2d": {frame.encode(box)}, "label": {json.dumps(label)}}}' for box, label in objects]
+    rows = [
+        f'\n\t{{"bbox_2d": {frame.encode(box)}, "label": {json.dumps(label, ensure_ascii=False)}}}'
+        for box, label in objects
+    ]
     return "```json\n[" + ",".join(rows) + ("\n" if rows else "") + "]\n```"
 
 
@@ -55,7 +58,7 @@ def parse(text: str, frame: Frame) -> Parsed:
     items = _read_json(text)
     ok = items is not None
     if items is None:
-        items = [{"bbox_2d": [float(v) for v in m[:4]], "label": m[4]} for m in _OBJECT.findall(text)]
+        items = [{"bbox_2d": [float(v) for v in m[:4]], "label": _unescape(m[4])} for m in _OBJECT.findall(text)]
         repairs.append("not the promised JSON; objects picked out of the text" if items else "no object found in it")
     boxes, labels = [], []
     for item in items:
@@ -72,12 +75,21 @@ def parse(text: str, frame: Frame) -> Parsed:
 
 
 def _read_json(text: str) -> list | None:
-    fenced = _FENCED.search(text)
+    start, end = _FENCE.search(text), text.rfind("```")
+    inside = text[start.end() : end] if start and end >= start.end() else text
     try:
-        value = json.loads(fenced.group(1) if fenced else text)
+        value = json.loads(inside, strict=False)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, list) else None
+
+
+def _unescape(label: str) -> str:
+    """A label as JSON means it, from between its quotes."""
+    try:
+        return json.loads(f'"{label}"', strict=False)
+    except ValueError:
+        return label
 
 
 def _usable_box(item: Any) -> list[float] | None:

@@ -1,5 +1,6 @@
 """On the driver: job -> index -> plan -> workers -> run folder. Decides, launches, and writes down how it ended."""
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -72,20 +73,27 @@ def absolute_paths(job: JobConfig) -> JobConfig:
     def source(value: Source | None) -> Source | None:
         if value is None:
             return None
-        root = str(Path(value.image_root).absolute()) if value.image_root else None
-        return value.model_copy(update={"path": str(Path(value.path).absolute()), "image_root": root})
+        root = _absolute(value.image_root) if value.image_root else None
+        return value.model_copy(update={"path": _absolute(value.path), "image_root": root})
 
     data = {name: source(getattr(job.data, name)) for name in ("train", "eval", "test")}
-    model = {
-        k: str(Path(v).absolute()) for k in ("name", "adapter") if (v := getattr(job.model, k)) and Path(v).exists()
-    }
+    model = {k: _absolute(v) for k in ("name", "adapter") if (v := getattr(job.model, k)) and _is_local(v)}
     return job.model_copy(
         update={
             "data": job.data.model_copy(update=data),
             "model": job.model.model_copy(update=model),
-            "run": job.run.model_copy(update={"output_dir": str(Path(job.run.output_dir).absolute())}),
+            "run": job.run.model_copy(update={"output_dir": _absolute(job.run.output_dir)}),
         }
     )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(os.path.expanduser(path)).absolute())
+
+
+def _is_local(name: str) -> bool:
+    """Whether a model's name is a folder here; anything else is a name on the hub."""
+    return os.path.exists(os.path.expanduser(name))
 
 
 def train(job: JobConfig, job_text: str, overwrite: bool = False, command: Sequence[str] = ()) -> RunPaths:

@@ -9,6 +9,7 @@ PLAIN = {"model": {"name": "x"}, "data": {"train": {"path": "a"}}}
 BROKEN = [
     {"lora": None},
     {"lora": None, "model": {"name": "x", "load_in_4bit": False, "adapter": "a"}},
+    {"task": {"labels": ["a", "a"]}},
     {"evaluate": {"metric": "accuracy"}},
     {"train": {"early_stopping_patience": 2}},
     {"data": {"train": {"path": "a"}, "min_pixels": 9, "max_pixels": 4}},
@@ -16,6 +17,17 @@ BROKEN = [
     {"cluster": {"gpus_per_worker": 0.5}},
     {"run": {"name": "a/b"}},
 ]
+
+
+@pytest.mark.parametrize("value", [float("inf"), {1: 2}, [float("nan")], b"x"])
+def test_trl_options_that_would_change_on_the_way_are_refused(value: object) -> None:
+    job = JobConfig.model_validate(PLAIN | {"method": {"name": "sft", "trl": {"some_option": value}}})
+    assert [key for key, _ in check_job(job)] == ["method.trl.some_option"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\nb", " ", "x\0", "\ud800", ".hidden"])
+def test_names_that_are_no_folder_are_refused(name: str) -> None:
+    assert [key for key, _ in check_job(JobConfig.model_validate(PLAIN | {"run": {"name": name}}))] == ["run.name"]
 
 
 def test_plain_job_passes() -> None:

@@ -85,6 +85,39 @@ def test_bad_jobs_are_refused(tmp_path: Path, text: str, words: str) -> None:
     assert any(words in p for p in _problems(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD + "seed: 2020-99-99\n",
+        GOOD + "seed: 0x_\n",
+        GOOD + "run: {name: !!binary /////w==}\n",
+        GOOD + "train: {max_steps: " + "9" * 5000 + "}\n",
+        GOOD + "lora: " + "[" * 5000 + "\n",
+        GOOD + 'run: {name: "\\UFFFFFFFF"}\n',
+        "model: &a {name: m, x: *a}\ndata: {}\n",
+        "a: &a [x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: [*c, *c, *c]\n",
+        GOOD + "1: a\nnull: b\n",
+        GOOD + "seed: 4294967296\n",
+        GOOD + "train: {num_epochs: .inf}\n",
+        "",
+        "--- a\n--- b\n",
+        "\ufeff\t",
+    ],
+)
+def test_odd_yaml_is_a_config_error(tmp_path: Path, text: str) -> None:
+    assert _problems(tmp_path, text)
+
+
+def test_a_bad_short_form_hides_no_other_problem(tmp_path: Path) -> None:
+    text = GOOD + "method: dpo\nlora: {target: [foo]}\nevaluate: {metric: foo}\n"
+    assert len(_problems(tmp_path, text)) == 3
+
+
+def test_an_override_takes_the_place_of_what_the_file_said(tmp_path: Path) -> None:
+    (problem,) = _problems(tmp_path, GOOD + "train: {max_stps: 3}\n", "train={max_stps: 4}")
+    assert problem.startswith("override 'train={max_stps: 4}'")
+
+
 def test_missing_file_names_those_that_exist(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(GOOD)
     with pytest.raises(ConfigError, match=r"other\.yaml"):

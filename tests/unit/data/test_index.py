@@ -1,6 +1,7 @@
 """The index: every row is checked once, a bad one is named with its reason, and nothing is lost."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ REASONS = {
     2: "truncated", 3: "empty", 4: "cannot be read", 5: "not a file", 6: "missing", 7: "short side",
     8: "max_image_pixels", 9: "outside image_root", 10: "empty or inverted", 11: "outside its 100x80 image",
     12: "four finite", 13: "four finite", 14: "category_id 9", 15: "four finite", 16: "used by 2", 17: "used by 2",
-    18: "needs `id`",
+    18: "needs an `id`",
 }  # fmt: skip
 
 
@@ -84,12 +85,81 @@ def test_too_many_tokens_is_a_bad_row(tmp_path: Path, spec: RowSpec) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("[]", "not COCO"), ("{", "not readable"), ('{"images": [], "categories": []}', "`categories` is empty")],
+    [
+        ("[]", "not COCO"),
+        ("{", "not readable"),
+        ('{"images": [], "categories": []}', "not COCO"),
+        ('{"images": [], "annotations": [], "categories": []}', "`categories` must list"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": null}]}', "`categories` must list"),
+        ('{"images": [], "annotations": [], "categories": [{"id": [], "name": "a"}]}', "`categories` must list"),
+        (
+            '{"images": [], "annotations": [3], "categories": [{"id": 1, "name": "a"}]}',
+            "annotation 0 has image_id None",
+        ),
+    ],
 )
 def test_unusable_files_are_refused_whole(tmp_path: Path, spec: RowSpec, text: str, words: str) -> None:
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match=words):
         build_index(Source(path=str(tmp_path / "rows.json")), Data(), spec)
+
+
+@pytest.mark.parametrize(
+    ("image", "annotation", "reason"),
+    [
+        ({"id": []}, {}, "needs an `id`"),
+        ({"id": None}, {}, "needs an `id`"),
+        ({"file_name": "a\0b"}, {}, "is not a path"),
+        ({"file_name": "\ud800.jpg"}, {}, "is not a path"),
+        ({}, {"category_id": []}, "category_id \\[\\] is not"),
+        ({}, {"bbox": [10**400, 1, 2, 3]}, "four finite numbers"),
+        ({}, {"bbox": [100, 80, 0.9, 0.9]}, "from outside only"),
+    ],
+)
+def test_odd_values_make_bad_rows(tmp_path: Path, spec: RowSpec, image: dict, annotation: dict, reason: str) -> None:
+    _image(tmp_path / "a.jpg")
+    good = {"id": 1, "file_name": "a.jpg"}
+    box = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]} | annotation
+    rows = {"images": [good | image, good | {"id": 2}], "categories": [{"id": 1, "name": "dog"}]}
+    rows["annotations"] = [box] if annotation else []
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    index = build_index(Source(path=str(tmp_path / "rows.json")), Data(on_bad_row="quarantine"), spec)
+    assert [r.row for r in index.records] == [1]
+    assert re.search(reason, index.bad[0].reason)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "PNG", "JPEG"])
+def test_half_a_file_is_bad_whatever_its_format(tmp_path: Path, kind: str) -> None:
+    whole = _image(tmp_path / "a.img", format=kind)
+    read_size(str(tmp_path / "a.img"), 10**6)
+    (tmp_path / "a.img").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cannot be read|truncated"):
+        read_size(str(tmp_path / "a.img"), 10**6)
+
+
+def test_a_motion_photo_with_a_film_behind_its_end_is_whole(tmp_path: Path) -> None:
+    _image(tmp_path / "a.jpg")
+    with open(tmp_path / "a.jpg", "ab") as file:
+        file.write(b"ftypmp42" * 1000)
+    assert read_size(str(tmp_path / "a.jpg"), 10**6) == (100, 80)
+
+
+def test_a_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
+    import time
+
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"400000000 pixels|decompression bomb"):
+        read_size(str(tmp_path / "bomb.png"), 50_000_000)
+    assert time.monotonic() - started < 0.5
+
+
+def test_a_turned_tiff_is_measured_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    _image(tmp_path / "a.tif", exif=exif)
+    height, width, _ = decode(str(tmp_path / "a.tif")).shape
+    assert read_size(str(tmp_path / "a.tif"), 10**6) == (width, height)
 
 
 def test_token_counts_are_those_of_the_rows(scenes: Path, tiny_models: dict[str, str]) -> None:

@@ -49,6 +49,7 @@ def test_max_steps_wins_over_epochs() -> None:
     assert Plan(10, 2, 2, 1, num_epochs=3).num_steps == 15
     assert Plan(10, 2, 2, 1, num_epochs=0.5).num_steps == 3
     assert Plan(10, 2, 2, 1, num_epochs=3, max_steps=4).num_steps == 4
+    assert [Plan(100, 1, 1, 1, num_epochs=e).num_steps for e in (1.1, 2.2, 0.07)] == [110, 220, 7]
 
 
 def test_sample_is_evenly_spaced() -> None:

@@ -66,6 +66,10 @@ def test_monitor_lines_are_json_whatever_the_numbers(tmp_path: Path) -> None:
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"kind": "train"}\n{"kind": "tr')
     assert read_metrics(tmp_path / "m.jsonl") == [{"kind": "train"}]
+    monitor = Monitor(tmp_path / "m.jsonl", attempt=2)
+    monitor.start({})
+    monitor.close()
+    assert [line["kind"] for line in read_metrics(tmp_path / "m.jsonl")] == ["train", "start"]
 
 
 def test_logging_costs_under_a_millisecond(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ def test_nothing_here_is_an_answer() -> None:
         ('{"bbox_2d": [0, 0, 10, 10], "label": "x"}', 1, False),
         ("[3, null]", 0, False),
         ("[" * 100_000, 0, False),
+        ("```" + " " * 20_000, 0, False),
+        ("```json" + "\n" * 20_000 + "x", 0, False),
         ("", 0, False),
         ("I see nothing.", 0, False),
     ],
@@ -48,6 +50,25 @@ def test_parse_never_raises_and_says_what_it_mended(text: str, found: int, ok: b
     assert len(parsed.boxes) == len(parsed.labels) == found
     assert parsed.ok == ok
     assert parsed.ok or parsed.repairs
+
+
+@pytest.mark.parametrize("label", ["é", "日本", 'a"b', "a\\b", "a\nb", "x```y", "[1, 2]"])
+def test_odd_labels_survive_whole_and_cut_off(label: str) -> None:
+    truth = {"boxes": ((0.0, 0.0, 100.0, 100.0),) * 2, "labels": (label, label)}
+    text = detection.answer(truth, FRAME)
+    assert detection.parse(text, FRAME).ok
+    assert detection.parse(text, FRAME).labels == (label, label)
+    assert detection.parse(text[:-8], FRAME).labels[:1] == (label,)
+
+
+def test_thin_boxes_are_never_taught_as_empty() -> None:
+    for coordinates in ("relative_1000", "resized_pixels"):
+        frame = Frame((4000, 3000), (1024, 768), coordinates)
+        for x in (0.0, 1000.0, 3998.0):
+            truth = {"boxes": ((x, 10.0, x + 1.5, 50.0),), "labels": ("a",)}
+            parsed = detection.parse(detection.answer(truth, frame), frame)
+            assert len(parsed.boxes) == 1
+            assert parsed.repairs == ()
 
 
 def test_score_counts_hits_misses_and_invented() -> None:
