@@ -113,7 +113,8 @@ def logging_cost_s(folder: Path, calls: int = 500) -> float:
 
     monitor = Monitor(folder / "cost.jsonl", attempt=1)
     job = make_job(folder, 1, "cost")
-    callback = RunCallback(job, RunPaths(folder), monitor, save=lambda path: None, tell=lambda metrics: None)
+    nothing = lambda value: None  # noqa: E731
+    callback = RunCallback(job, RunPaths(folder), monitor, save=nothing, describe=nothing, tell=nothing)
     logs = {"loss": 1.0, "learning_rate": 1e-3, "grad_norm": 0.5, "num_tokens": 1000.0, "mean_token_accuracy": 0.5}
     started = time.perf_counter()
     for step in range(calls):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from ray_vlm.cluster.preflight import Layout, cpus_needed, plan_layout
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import RunError
 
 # What Ray is told before it starts; a value that the user has set stays.
 _SETTINGS = {
@@ -18,6 +19,18 @@ _SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"cluster.address={address!r} cannot be joined ({str(error).splitlines()[0]}). Start it, or leave the "
+            "address out to use a cluster of this machine's own."
+        ) from None
 
 
 @contextmanager
@@ -35,7 +48,7 @@ def connect(job: JobConfig) -> Iterator[Layout]:
     if mine:
         address = job.cluster.address or os.environ.get("RAY_ADDRESS")
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _join(address)
         else:
             cpus = max(os.cpu_count() or 1, cpus_needed(job))
             ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)

@@ -5,7 +5,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from ray_vlm.config.schema import JobConfig
 
@@ -45,74 +45,113 @@ _NAMED_IN_JOB = {
     "assistant_only_loss": "method.loss_on",
     "model_init_kwargs": "model",
     "ddp_find_unused_parameters": "lora.target",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "auto_find_batch_size": "train.micro_batch_size",
+    "logging_strategy": "train.log_every_steps",
+    "logging_first_step": "train.log_every_steps",
+    "use_cpu": "cluster.gpus_per_worker",
+    "eval_on_start": "evaluate.every_steps",
+    "eval_delay": "evaluate.every_steps",
+    "load_best_model_at_end": "evaluate.metric",
 }
 
-Rule = tuple[Callable[[JobConfig], bool], str, str]
+# TRL options that would break what the feed promises.
+_DECIDED_BY_FEED = (
+    *("average_tokens_across_devices", "packing", "padding_free", "dataset_kwargs", "disable_tqdm"),
+    *("logging_nan_inf_filter", "push_to_hub", "dataloader_num_workers", "train_sampling_strategy"),
+)
+
+# (holds for a broken job, the keys that it reads - the first is blamed -, reason and fix)
+Rule = tuple[Callable[[JobConfig], bool], tuple[str, ...], str]
 
 RULES: list[Rule] = [
     (
         lambda j: j.lora is None and j.model.load_in_4bit,
-        "model.load_in_4bit",
+        ("model.load_in_4bit", "lora"),
         "4-bit weights cannot be trained themselves. Set model.load_in_4bit=false to train all, or keep `lora`.",
     ),
     (
         lambda j: j.lora is None and j.model.adapter is not None,
-        "model.adapter",
+        ("model.adapter", "lora"),
         "an adapter is given, but `lora: null` asks for full fine-tuning. Merge the adapter first, or set `lora`.",
     ),
     (
-        lambda j: (
-            (j.task.labels is not None and len(set(j.task.labels)) < len(j.task.labels)) or "" in (j.task.labels or ())
-        ),
-        "task.labels",
+        lambda j: j.task.labels is not None and (len(set(j.task.labels)) < len(j.task.labels) or "" in j.task.labels),
+        ("task.labels",),
         "a name is empty or listed twice. Name each class once.",
     ),
     (
         lambda j: j.evaluate.metric not in ("loss", *TASK_METRICS[j.task.name]),
-        "evaluate.metric",
+        ("evaluate.metric", "task"),
         "the task does not produce this metric. Use `loss` or one of: {metrics}.",
     ),
     (
         lambda j: j.train.early_stopping_patience is not None and j.data.eval is None,
-        "train.early_stopping_patience",
+        ("train.early_stopping_patience", "data"),
         "early stopping needs validation, and `data.eval` is not set. Give it rows, or leave early stopping out.",
     ),
     (
-        lambda j: (
-            j.data.min_pixels is not None and j.data.max_pixels is not None and j.data.min_pixels > j.data.max_pixels
-        ),
-        "data.min_pixels",
+        lambda j: j.data.test is not None and j.data.eval is not None and j.data.test.path == j.data.eval.path,
+        ("data.test", "data.eval"),
+        "the rows that choose `best/` cannot also give the headline numbers. Use rows of its own.",
+    ),
+    (
+        lambda j: j.data.test is not None and j.data.train is not None and j.data.test.path == j.data.train.path,
+        ("data.test", "data.train"),
+        "the rows that are learned cannot also give the headline numbers. Use rows of its own.",
+    ),
+    (
+        lambda j: (j.data.min_pixels or 0) > (j.data.max_pixels or j.data.min_pixels or 0),
+        ("data.min_pixels", "data.max_pixels"),
         "larger than data.max_pixels. Lower it, or raise data.max_pixels.",
     ),
     (
         lambda j: j.cluster.num_workers > j.train.global_batch_size,
-        "cluster.num_workers",
+        ("cluster.num_workers", "train.global_batch_size"),
         "more workers than rows in a step; some would only run filler. Raise train.global_batch_size, or use fewer.",
     ),
     (
         lambda j: j.cluster.gpus_per_worker not in (0, 1),
-        "cluster.gpus_per_worker",
+        ("cluster.gpus_per_worker",),
         "a worker trains on one GPU or on CPUs. Use 0 or 1, and more workers for more GPUs.",
     ),
     (
         lambda j: j.run.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", j.run.name),
-        "run.name",
+        ("run.name",),
         "not usable as a folder name. Use letters, digits, '-', '_' and '.', beginning with a letter or digit.",
+    ),
+    (
+        lambda j: "://" in j.run.output_dir or "\0" in j.run.output_dir,
+        ("run.output_dir",),
+        "runs are written to a folder that the driver and rank 0 share, not to an address. Give a path.",
     ),
 ]
 
 
-def check_job(job: JobConfig) -> list[tuple[str, str]]:
-    """Every broken rule as `(dotted key, reason and fix)`; an empty list when all is well."""
+def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Every broken rule as `(dotted key, reason and fix)`; an empty list when all is well.
+
+    `unread` are keys whose values could not be read: rules that need one of them are left out.
+    """
     metrics = ", ".join(TASK_METRICS[job.task.name])
-    broken = [(key, reason.format(metrics=metrics)) for fails, key, reason in RULES if fails(job)]
+    broken = [
+        (keys[0], reason.replace("{metrics}", metrics))
+        for fails, keys, reason in RULES
+        if not any(_touches(key, other) for key in keys for other in unread) and fails(job)
+    ]
     return broken + list(_check_trl(job))
+
+
+def _touches(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _check_trl(job: JobConfig) -> Iterator[tuple[str, str]]:
     for key, value in job.method.trl.items():
         if key in _NAMED_IN_JOB:
             yield f"method.trl.{key}", f"this job sets that as `{_NAMED_IN_JOB[key]}`. Set it there, and only there."
+        elif key in _DECIDED_BY_FEED:
+            yield f"method.trl.{key}", "this is decided by how rows are fed to TRL. Remove it."
         elif not _is_plain(value):
             yield f"method.trl.{key}", "not plain data. Use text, finite numbers, true/false, null, lists and mappings."
 

@@ -48,7 +48,9 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     job, errors = _validate(values)
     problems += [_explain(e, places, str(path)) for e in errors]
     if job is not None:
-        problems += [f"{_place(places, tuple(key.split('.')), str(path))}: {text}" for key, text in check_job(job)]
+        unread = {".".join(str(part) for part in e["loc"] if isinstance(part, str)) for e in errors}
+        broken = check_job(job, unread)
+        problems += [f"{_place(places, tuple(key.split('.')), str(path))}: {text}" for key, text in broken]
     if job is None or problems:
         raise ConfigError(problems)
     return job

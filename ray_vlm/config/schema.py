@@ -45,9 +45,10 @@ class Task(Section):
         min_length=1,
         description="The question. `{labels}` is replaced by the class names. null: the task's own wording.",
     )
-    labels: list[str] | None = Field(
+    labels: tuple[str, ...] | None = Field(
         None,
         min_length=1,
+        strict=False,  # a YAML list becomes a tuple, which can be hashed
         description="Class names, in the order in which the question lists them. null: all names in the data.",
     )
 
@@ -60,7 +61,9 @@ class Model(Section):
     load_in_4bit: bool = Field(
         True, description="Language-model weights in NF4 with double quantisation (bitsandbytes). Needs `lora`."
     )
-    adapter: str | None = Field(None, description="Folder of an adapter to start from, such as another run's `best/`.")
+    adapter: str | None = Field(
+        None, description="Adapter to go on training, such as another run's `best/`; its own rank and targets hold."
+    )
 
 
 class Lora(Section):
@@ -141,7 +144,7 @@ class Train(Section):
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass, to save memory."
     )
-    bf16: bool = Field(True, description="bfloat16 weights and arithmetic, the adapter in float32. false: float32.")
+    bf16: bool = Field(True, description="bfloat16 arithmetic and base; what is trained stays float32. false: float32.")
     log_every_steps: int = Field(10, ge=1, le=Largest, description="Steps between console lines; files get every step.")
     early_stopping_patience: int | None = Field(
         None, ge=1, le=Largest, description="Stop after this many validations without a better `evaluate.metric`."
@@ -181,7 +184,6 @@ class Cluster(Section):
     )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
-    max_failures: int = Field(0, ge=0, description="Restarts after a worker's death.")
     address: str | None = Field(None, description="Ray cluster to join. null: `RAY_ADDRESS`, or a cluster of our own.")
 
 

@@ -63,7 +63,8 @@ def read_size(path: str, max_pixels: int) -> tuple[int, int]:
             if kind not in _ENDS or not _ends_whole(path, _ENDS[kind]):
                 image.load()
             # Pillow gives a TIFF's size upright already
-            turned = kind != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            look = kind != "TIFF" and (kind != "PNG" or "exif" in image.info)  # getexif() decodes a PNG to find none
+            turned = look and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except _TooLarge:
         raise
     except Exception as error:  # decoders raise what they like

@@ -56,7 +56,7 @@ class Row:
 
 
 class Preparer:
-    """Turns records into rows; holds the processor. Not shared between threads."""
+    """Turns records into rows; holds the processor."""
 
     def __init__(self, spec: RowSpec):
         quiet_libraries()

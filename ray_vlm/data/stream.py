@@ -5,6 +5,7 @@ for each rank, and images cross the object store as uint8. Both yield the same r
 makes them.
 """
 
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -20,6 +21,7 @@ from ray_vlm.errors import DataError, RunError
 
 _AHEAD = 3  # micro-batches that wait ready for the trainer
 _BLOCK_BYTES = 8 * 2**20  # a Ray Data block is handed on when it has this size
+_BLOCK_MICRO_BATCHES = 8  # work of one loader at a time; what others make meanwhile waits for its turn in memory
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def stream_ray(feed: Feed, num_loaders: int, cpus_per_loader: float = 1.0) -> Ge
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     total = feed.last - feed.first
-    dataset = ray.data.range(total, override_num_blocks=max(1, min(total, 64 * num_loaders))).map_batches(
+    dataset = ray.data.range(total, override_num_blocks=math.ceil(total / _BLOCK_MICRO_BATCHES)).map_batches(
         _Loader,
         fn_constructor_args=(feed,),
         batch_size=None,

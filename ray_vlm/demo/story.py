@@ -3,6 +3,7 @@
 `ray-vlm demo` writes `<output_dir>/demo/`: `summary.json`, `report.html`, the scenes, both evaluations and the run.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -29,8 +30,10 @@ def find_job(name: str) -> Path:
 
 def demo_job(output_dir: Path, overrides: list[str] | None = None) -> JobConfig:
     """The shipped demo job with every path under `output_dir`."""
-    places = [f"data.{split}.path={output_dir / 'demo/data/site' / split}.json" for split in ("train", "eval", "test")]
-    run = [f"run.output_dir={output_dir / 'demo'}", "run.name=sft"]
+    folder = output_dir / "demo"
+    splits = ("train", "eval", "test")
+    places = [f"data.{split}.path={json.dumps(str(folder / 'data/site' / split) + '.json')}" for split in splits]
+    run = [f"run.output_dir={json.dumps(str(folder))}", "run.name=sft"]
     return load_job(find_job(JOB), [*places, *run, *(overrides or [])])
 
 

@@ -200,11 +200,11 @@ def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
 
 
 def ship(final: Path, weights: Path) -> None:
-    """Write the trained base to `weights` in bfloat16, as it ships."""
+    """Write the trained base to `weights` in float16, as it ships."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    AutoModelForImageTextToText.from_pretrained(final, dtype=torch.bfloat16).save_pretrained(weights)
+    AutoModelForImageTextToText.from_pretrained(final, dtype=torch.float16).save_pretrained(weights)
     AutoProcessor.from_pretrained(final).save_pretrained(weights)
 
 

@@ -31,8 +31,9 @@ def generate_answers(
                 **{k: v for k, v in batch.items() if k != "labels"},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,  # hub models bring their own; it would punish repeated digits and labels
                 use_cache=True,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
         new = tokens[:, batch["input_ids"].shape[1] :]

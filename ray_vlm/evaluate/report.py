@@ -124,7 +124,7 @@ def loss_curve(lines: Sequence[dict[str, Any]], width: int = 760, height: int = 
     held_out = [(m["step"], m["loss"]) for m in lines if m["kind"] == "eval" and m["loss"] is not None]
     if len(train) < 2:
         return None
-    top = max(value for _, value in train + held_out)
+    top = max(value for _, value in train + held_out) or 1.0
     last = max(step for step, _ in train)
 
     def points(series: list[tuple[int, float]]) -> list[tuple[float, float]]:

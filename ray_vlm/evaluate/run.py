@@ -20,7 +20,7 @@ from ray_vlm.evaluate.metrics import Prediction, build_predictions, measure
 from ray_vlm.evaluate.predict import generate_answers
 from ray_vlm.evaluate.report import Stage, write_report
 from ray_vlm.models.load import load_adapter, load_model
-from ray_vlm.runs.paths import write_json
+from ray_vlm.runs.paths import write_bad_rows, write_json
 
 
 def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -55,7 +55,11 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     )
     predictions = build_predictions(index.records, answers, preparer)
     metrics = measure(predictions) | {"adapter": adapter, "test": source.path, "wall_s": time.monotonic() - started}
+    metrics["num_bad_rows"] = len(index.bad)
     folder.mkdir(parents=True, exist_ok=True)
+    if index.bad:
+        write_bad_rows(folder / "bad_rows.jsonl", {"test": index.bad})
+        say(f"{len(index.bad)} bad rows left out; see {folder / 'bad_rows.jsonl'}")
     write_predictions(folder, predictions)
     write_json(folder / "metrics.json", metrics)
     return metrics
@@ -87,12 +91,16 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
 def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None, against: str | None) -> Path:
     """What `ray-vlm evaluate` does: evaluate, print the headlines, write `report.html`. Returns the folder."""
+    base = f"{Path(job.model.name).name}-{Path(job.data.test.path).stem if job.data.test else 'test'}"
     default = Path(adapter).parent / "evaluate" / Path(adapter).name if adapter else None
-    folder = Path(output) if output else default or Path(job.run.output_dir) / "evaluate" / "base"
+    folder = Path(output) if output else default or Path(job.run.output_dir) / "evaluate" / base
+    other = load_stage(Path(against), Path(against).name) if against is not None else None
     metrics = evaluate(job, adapter, folder)
     stages = [Stage(folder.name, metrics, read_predictions(folder))]
-    if against is not None:
-        stages.insert(0, load_stage(Path(against), Path(against).name))
+    if other is not None:
+        if [p["id"] for p in other.predictions] != [p["id"] for p in stages[0].predictions]:
+            raise RunError(f"{against} and {folder} hold different test rows, so they cannot be compared.")
+        stages.insert(0, other)
     curve = Path(adapter).parent / "metrics.jsonl" if adapter else None
     write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, curve, [])
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())

@@ -17,12 +17,18 @@ def trainer_class() -> type:
 
 
 def check_options(job: JobConfig) -> None:
-    """Raises `ConfigError` for keys of `method.trl` that TRL's `SFTConfig` does not have."""
+    """Raises `ConfigError` for keys and values of `method.trl` that TRL's `SFTConfig` does not take."""
+    if not job.method.trl:
+        return
     from trl import SFTConfig
 
     unknown = [key for key in job.method.trl if key not in SFTConfig.__dataclass_fields__]
     if unknown:
         raise ConfigError([f"method.trl.{key}: TRL's SFTConfig has no such option. Remove it." for key in unknown])
+    try:
+        SFTConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **job.method.trl)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"method.trl: TRL refuses these options ({error}). Mend or remove them.") from None
 
 
 def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:

@@ -80,7 +80,10 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
             llm_int8_skip_modules=list(family.unquantised),
         )
     options["device_map"] = {"": device}
-    model = AutoModelForImageTextToText.from_pretrained(resolve_name(spec.name), **options)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(resolve_name(spec.name), **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({_first_line(error)}).") from error
     keep_4bit_differentiable(model)
     return model
 
@@ -97,6 +100,8 @@ def load_adapter(model: Any, folder: str, spec: Model, trainable: bool = False) 
     from peft import PeftModel
 
     path = Path(folder)
+    if (path / "config.json").is_file():
+        raise ModelError(f"{folder} is a whole model, not an adapter. Name it as the base: model.name={folder}")
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing). Give a run's best/ or final/.")
     trained_on = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")

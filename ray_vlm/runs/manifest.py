@@ -13,7 +13,18 @@ from ray_vlm import __version__
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths, write_json
 
-_PACKAGES = ("ray", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+_PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "torchvision",
+    "datasets",
+    "deepspeed",
+)
 
 
 def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command: list[str]) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,9 @@ def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = Fa
         if name is None:
             return RunPaths(_next_free(base, stem))
         root = base / name
-        if root.is_symlink() or (root.exists() and not root.is_dir()):
-            raise RunError(f"run.name={name!r}: {root} is a link or a file. Give another run.name.")
+        check_free(output_dir, name, overwrite)
         if root.exists():
-            _make_room(root, overwrite)
+            shutil.rmtree(root)
         root.mkdir()  # of two launches at once one fails here
     except FileExistsError:
         raise RunError(f"run.name={name!r}: another launch has just taken {root}. Give another run.name.") from None
@@ -99,17 +98,20 @@ def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = Fa
     return RunPaths(root)
 
 
-def _make_room(root: Path, overwrite: bool) -> None:
-    """Remove the run that is in `root`, if it is one and that is asked for; an empty folder always."""
-    if any(root.iterdir()):
-        if not overwrite:
-            raise RunError(
-                f"run.name={root.name!r}: {root} is already in use. Give another run.name, or start with --overwrite "
-                "to delete what is there."
-            )
-        if not (root / "run.json").is_file():
-            raise RunError(f"--overwrite: {root} is not a run folder (run.json is missing), so it is not deleted.")
-    shutil.rmtree(root)
+def check_free(output_dir: str, name: str, overwrite: bool) -> None:
+    """Raise `RunError` unless run `name` may be written: nothing there, or a run and `overwrite`. Changes nothing."""
+    root = Path(output_dir).expanduser().absolute() / name
+    if root.is_symlink() or (root.exists() and not root.is_dir()):
+        raise RunError(f"run.name={name!r}: {root} is a link or a file. Give another run.name.")
+    if not root.exists() or not any(root.iterdir()):
+        return
+    if not overwrite:
+        raise RunError(
+            f"run.name={name!r}: {root} is already in use. Give another run.name, or start with --overwrite to delete "
+            "what is there."
+        )
+    if not (root / "run.json").is_file():
+        raise RunError(f"--overwrite: {root} is not a run folder (run.json is missing), so it is not deleted.")
 
 
 def _next_free(base: Path, stem: str) -> Path:
@@ -124,10 +126,12 @@ def _next_free(base: Path, stem: str) -> Path:
             number += 1
 
 
-def write_bad_rows(paths: RunPaths, rows: Iterable[Any]) -> None:
-    """One JSON line for each row that was left out: row, id, reason."""
-    lines = [json.dumps({"row": bad.row, "id": bad.id, "reason": bad.reason}) + "\n" for bad in rows]
-    paths.bad_rows.write_text("".join(lines), encoding="utf-8")
+def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
+    """One JSON line for each row that was left out: source (train, eval or test), row, id, reason."""
+    with open(path, "w", encoding="utf-8") as file:
+        for source, bad in rows.items():
+            for b in bad:
+                file.write(json.dumps({"source": source, "row": b.row, "id": b.id, "reason": b.reason}) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:

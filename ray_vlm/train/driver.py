@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from ray_vlm.methods import METHODS
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.manifest import finish_manifest, start_manifest, update_manifest, write_training_log
-from ray_vlm.runs.paths import RunPaths, claim_run, write_bad_rows
+from ray_vlm.runs.paths import RunPaths, check_free, claim_run, write_bad_rows
 from ray_vlm.train.worker import WorkerTask, train_worker
 
 
@@ -39,8 +41,7 @@ def prepare(job: JobConfig) -> Prepared:
     if job.data.train is None:
         raise ConfigError("`data.train` is missing. Give it a path and a format.")
     quiet_libraries()
-    if job.method.trl:
-        METHODS[job.method.name].check_options(job)
+    METHODS[job.method.name].check_options(job)
     job = absolute_paths(job)
     sources = {name: getattr(job.data, name) for name in ("train", "eval")}
     for source in sources.values():
@@ -98,19 +99,22 @@ def _is_local(name: str) -> bool:
 
 def train(job: JobConfig, job_text: str, overwrite: bool = False, command: Sequence[str] = ()) -> RunPaths:
     """Run the job to the end and return its folder. Raises after writing the reason into `run.json`."""
+    if job.run.name is not None:
+        check_free(absolute_paths(job).run.output_dir, job.run.name, overwrite)  # before an hour of indexing
     prepared = prepare(job)
     job = prepared.job
     stem = f"{job.method.name}-{Path(job.model.name).name.lower()}-{job.task.name}"
     paths = claim_run(job.run.output_dir, job.run.name, stem, overwrite)
     start_manifest(paths, dump_job(job), job_text, list(command or sys.argv))
-    bad = [*prepared.train.bad, *(prepared.eval.bad if prepared.eval else ())]
-    if bad:
-        write_bad_rows(paths, bad)
-        print(f"{len(bad)} bad rows left out; see {paths.bad_rows}", flush=True)
+    bad = {"train": prepared.train.bad, "eval": prepared.eval.bad if prepared.eval else ()}
+    if any(bad.values()):
+        write_bad_rows(paths.bad_rows, bad)
+        print(f"{sum(map(len, bad.values()))} bad rows left out; see {paths.bad_rows}", flush=True)
     try:
         result = _launch(prepared, paths)
     except KeyboardInterrupt:
         finish_manifest(paths, "interrupted")
+        write_training_log(paths, None)
         raise
     except Exception as error:  # the edge of a run: written down, then raised
         finish_manifest(paths, "failed", error=str(error)[-2000:])
@@ -144,7 +148,7 @@ def _launch_ray(job: JobConfig, task: WorkerTask, paths: RunPaths) -> dict[str, 
 
     with connect(job) as layout:
         import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
         task = replace(
@@ -167,7 +171,6 @@ def _launch_ray(job: JobConfig, task: WorkerTask, paths: RunPaths) -> dict[str, 
             run_config=RunConfig(
                 name=paths.root.name,
                 storage_path=str(paths.root / ".ray"),
-                failure_config=FailureConfig(max_failures=job.cluster.max_failures),
             ),
         )
         with follow(paths.metrics, Console(task.plan.num_steps, job.train.log_every_steps)):
@@ -182,18 +185,30 @@ def _ray_worker(config: dict[str, Any]) -> None:
 
 
 def _fit(trainer: Any) -> None:
+    """Run the trainer; Ctrl-C stops the workers and is a `KeyboardInterrupt` here.
+
+    Ray Train installs a handler of its own for SIGINT, which would end this process with exit code 0 and stay behind.
+    """
     from ray.train import TrainingFailedError
 
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise RunError(f"a worker failed: {_cause(error)}") from error
+        raise RunError(f"training failed: {_cause(error)}") from error
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _cause(error: Exception) -> str:
-    """The last lines of what a worker raised, for one that Ray wraps."""
+    """What the workers raised, those first that this package raised on purpose; the others often only follow."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return str(error)
-    rank, first = sorted(failures.items())[0]
-    return f"rank {rank}: {str(first).strip()[-3000:]}"
+    told = [(rank, str(failure).strip()) for rank, failure in sorted(failures.items())]
+    told.sort(key=lambda item: "ray_vlm.errors." not in item[1])
+    return "\n".join(f"rank {rank}: {text[-3000:]}" for rank, text in told[:2])

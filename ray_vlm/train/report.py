@@ -1,6 +1,6 @@
 """The callback that turns a trainer's events into the run folder: lines of metrics, `best/`, Ray's reports.
 
-Ray is told only at validations and checkpoints: each report waits for the controller's next poll, so one every step
+Ray is told only of validations: each report waits for the controller's next poll, so one every step
 would throttle training.
 """
 
@@ -29,7 +29,10 @@ class Progress:
 
 
 class RunCallback(TrainerCallback):
-    """Writes what happens. `monitor` is None on every rank but 0; `save` writes weights into a folder."""
+    """Writes what happens. `monitor` is None on every rank but 0.
+
+    `save` writes weights into a folder, `describe` how inputs were made; `tell` reports to Ray.
+    """
 
     def __init__(
         self,
@@ -37,12 +40,14 @@ class RunCallback(TrainerCallback):
         paths: RunPaths,
         monitor: Monitor | None,
         save: Callable[[Any], None],
+        describe: Callable[[Any], None],
         tell: Callable[[dict[str, Any]], None],
     ):
         self.job = job
         self.paths = paths
         self.monitor = monitor
         self.save = save
+        self.describe = describe
         self.tell = tell
         self.progress = Progress()
         self._last = time.monotonic()
@@ -91,6 +96,8 @@ class RunCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.monitor is not None:
+            self.describe(self.paths.root / f"checkpoint-{state.global_step}")
         self._last = time.monotonic()
 
 

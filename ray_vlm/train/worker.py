@@ -115,9 +115,13 @@ def _build_trainer(job: JobConfig, task: WorkerTask, model: Any, preparer: Prepa
     method = METHODS[job.method.name]
     example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
     has_eval = task.eval is not None
+    args = method.build_args(job, shared_options(job, task.plan, task.run_dir, has_eval))
+    args._n_gpu = min(
+        args.n_gpu, 1
+    )  # with more than one card in sight the Trainer would use them all, and scale the loss
     trainer = feed_trainer(method.trainer_class())(
         model=model,
-        args=method.build_args(job, shared_options(job, task.plan, task.run_dir, has_eval)),
+        args=args,
         processing_class=preparer.processor,
         train_dataset=example,
         eval_dataset=example if has_eval else None,
@@ -172,6 +176,9 @@ def _build_callback(job: JobConfig, paths: RunPaths, monitor: Any, trainer: Any,
         trainer.model.save_pretrained(folder)
         if job.lora is None:
             trainer.processing_class.save_pretrained(folder)
+        describe(folder)
+
+    def describe(folder: Path) -> None:
         write_json(folder / "preprocessing.json", preprocessing)
 
     def tell(metrics: dict[str, Any]) -> None:
@@ -180,7 +187,7 @@ def _build_callback(job: JobConfig, paths: RunPaths, monitor: Any, trainer: Any,
 
             ray.train.report({k: v if isinstance(v, int) else float(v) for k, v in metrics.items()})
 
-    return RunCallback(job, paths, monitor, save, tell)
+    return RunCallback(job, paths, monitor, save, describe, tell)
 
 
 def _build_monitor(job: JobConfig, paths: RunPaths, task: WorkerTask, place: Place) -> Monitor | None:
