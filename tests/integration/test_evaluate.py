@@ -1,0 +1,128 @@
+"""Evaluation from the command line: what it writes, that base and adapter go one way, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_vlm.cli import main
+from ray_vlm.config.schema import Data, Evaluate, Model, Source, Task
+from ray_vlm.data.collate import collate
+from ray_vlm.data.index import build_index
+from ray_vlm.data.rows import RowSpec, load_preparer
+from ray_vlm.evaluate.predict import generate_answers
+
+LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
+
+
+def _sections(scenes: Path, **data: Any) -> dict[str, Any]:
+    rows = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")} | data
+    return {"data": rows, "evaluate": {"max_new_tokens": 8, "batch_size": 5}}
+
+
+def test_base_and_adapter_side_by_side(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
+    path = job_file(**_sections(scenes))
+    assert main(["train", str(path)]) == 0
+    assert main(["evaluate", str(path), "--output", str(tmp_path / "base"), "evaluate.batch_size=4"]) == 0
+    final = str(tmp_path / "runs" / "run" / "final")
+    assert main(["evaluate", str(path), "--adapter", final, "--against", str(tmp_path / "base")]) == 0
+    folder = tmp_path / "runs" / "run" / "evaluate" / "final"
+    assert {p.name for p in folder.iterdir()} == {"metrics.json", "predictions.jsonl", "predictions.csv", "report.html"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["num_images"], metrics["num_bad_rows"]) == (12, 0)
+    ids = [[json.loads(line)["id"] for line in (f / "predictions.jsonl").open()] for f in (folder, tmp_path / "base")]
+    assert ids[0] == ids[1] == [str(i) for i in range(12)]
+    assert ">final<" in (folder / "report.html").read_text()
+
+
+def test_batch_size_changes_no_answer(scenes: Path, tiny_models: dict[str, str]) -> None:
+    from ray_vlm.models.load import load_model
+
+    for folder in tiny_models.values():
+        spec = RowSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS)
+        index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
+        model = load_model(spec.model, bf16=False)
+        one, many = (generate_answers(model, index.records, load_preparer(spec), size, 6) for size in (1, 5))
+        assert one == many
+
+
+def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models: dict[str, str]) -> None:
+    from ray_vlm.models.load import load_model
+
+    spec = RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
+    index = build_index(Source(path=str(scenes / "test.json"), max_rows=4), Data(), spec)
+    model = load_model(spec.model, bf16=False)
+    plain = generate_answers(model, index.records, load_preparer(spec), 4, 12)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 9.0
+    assert generate_answers(model, index.records, load_preparer(spec), 4, 12) == plain
+
+
+def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[str, str]) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    from ray_vlm.evaluate.validate import validate
+    from ray_vlm.models.load import load_model
+
+    spec = RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
+    index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
+    preparer, model = load_preparer(spec), load_model(spec.model, bf16=False)
+    batch = collate([preparer.train_row(record) for record in index.records], preparer)
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    add_fused_lm_head(model)
+    model.train()
+    options = Evaluate(batch_size=5)
+    found = validate(model, index.records, preparer, options, "cpu", world_size=1, generate=False)
+    assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert model.training
+
+
+def test_quarantined_test_rows_are_counted_and_written(job_file, scenes: Path, tmp_path: Path) -> None:
+    rows = json.loads((scenes / "test.json").read_text())
+    rows["images"][2]["file_name"] = "test/nowhere.jpg"
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(rows))
+    path = job_file(**_sections(scenes, test={"path": str(broken), "image_root": str(scenes)}))
+    out = tmp_path / "out"
+    assert main(["evaluate", str(path), "--output", str(out)]) == 1
+    assert not out.exists()
+    assert main(["evaluate", str(path), "data.on_bad_row=quarantine", "--output", str(out)]) == 0
+    assert json.loads((out / "metrics.json").read_text())["num_bad_rows"] == 1
+    assert json.loads((out / "bad_rows.jsonl").read_text())["source"] == "test"
+
+
+def test_evaluations_of_different_rows_are_not_compared(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
+    path = job_file(**_sections(scenes))
+    assert main(["evaluate", str(path), "--output", str(tmp_path / "a"), "data.test.max_rows=5"]) == 0
+    assert main(["evaluate", str(path), "--output", str(tmp_path / "b"), "--against", str(tmp_path / "a")]) == 1
+    assert "different test rows" in capsys.readouterr().err
+    assert main(["evaluate", str(path), "--against", str(tmp_path / "none")]) == 1
+    assert "no evaluation here" in capsys.readouterr().err
+
+
+def test_labels_of_the_job_are_asked_for_and_saved(job_file, scenes: Path, tmp_path: Path) -> None:
+    labels = list(reversed(LABELS))
+    path = job_file(task={"name": "detection", "labels": labels}, **_sections(scenes))
+    assert main(["train", str(path)]) == 0
+    final = tmp_path / "runs" / "run" / "final"
+    assert json.loads((final / "preprocessing.json").read_text())["labels"] == labels
+    assert main(["evaluate", str(path), "--adapter", str(final)]) == 0
+
+
+def test_a_whole_model_is_not_taken_for_an_adapter(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
+    path = job_file(lora=None, **_sections(scenes))
+    assert main(["train", str(path)]) == 0
+    final = str(tmp_path / "runs" / "run" / "final")
+    assert main(["evaluate", str(path), "--adapter", final]) == 1
+    assert f"model.name={final}" in capsys.readouterr().err
+    assert main(["evaluate", str(path), f"model.name={final}"]) == 0
+
+
+def test_no_test_rows_no_headline_numbers(job_file, capsys) -> None:
+    assert main(["evaluate", str(job_file())]) == 2
+    assert "`data.test` is missing" in capsys.readouterr().err
