@@ -43,13 +43,14 @@ DOMAINS = {
         hollow=False,
     ),
     "site": Domain(
-        classes={"circle": 1.0, "square": 1.0, "triangle": 1.0, "cross": 1.0, "star": 0.4},
+        classes={"circle": 1.0, "square": 1.0, "triangle": 1.0, "cross": 1.0, "star": 0.65},
         backgrounds=("concrete", "brick"),
         hollow=True,
+        sides=(96, 128),
     ),
 }
 RARE_CLASS = "star"
-NUM_IMAGES = {"train": 800, "eval": 64, "test": 288}
+NUM_IMAGES = {"train": 2000, "eval": 64, "test": 240}
 
 
 def draw_file(path: str) -> None:
@@ -167,7 +168,7 @@ def _draw_shape(
     """Draw one shape on the enlarged canvas; returns its box in image pixels, rounded to a tenth."""
     pen = ImageDraw.Draw(canvas)
     big = [v * SCALE for v in box]
-    line = round(max(2.0, 0.11 * min(box[2] - box[0], box[3] - box[1])) * SCALE)
+    line = round(max(2.0, 0.13 * min(box[2] - box[0], box[3] - box[1])) * SCALE)
     if label in ("circle", "ring"):
         if hollow or label == "ring":
             thick = line if hollow else round(0.24 * (big[2] - big[0]))

@@ -102,7 +102,7 @@ def _report(folder: Path, run: Path, before: dict[str, Any], after: dict[str, An
         Stage("fine-tuned", after, read_predictions(folder / "evaluate" / "sft")),
     ]
     notes = [
-        "A Qwen3-VL of 2.4 million weights, trained on filled shapes, meets hollow, worn ones on concrete and brick.",
+        "A Qwen3-VL of 2.2 million weights, trained on filled shapes, meets hollow, worn ones on concrete and brick.",
         f"4-bit LoRA on a CPU, run by Ray Train. '{RARE_CLASS}' is a class that it had never seen, and a rare one.",
     ]
     write_report(folder / "report.html", "ray_vlm demo", stages, run / "metrics.jsonl", notes)
