@@ -46,7 +46,6 @@ DOMAINS = {
         classes={"circle": 1.0, "square": 1.0, "triangle": 1.0, "cross": 1.0, "star": 0.65},
         backgrounds=("concrete", "brick"),
         hollow=True,
-        sides=(96, 128),
     ),
 }
 RARE_CLASS = "star"
@@ -168,7 +167,7 @@ def _draw_shape(
     """Draw one shape on the enlarged canvas; returns its box in image pixels, rounded to a tenth."""
     pen = ImageDraw.Draw(canvas)
     big = [v * SCALE for v in box]
-    line = round(max(2.0, 0.13 * min(box[2] - box[0], box[3] - box[1])) * SCALE)
+    line = round(max(2.0, 0.15 * min(box[2] - box[0], box[3] - box[1])) * SCALE)
     if label in ("circle", "ring"):
         if hollow or label == "ring":
             thick = line if hollow else round(0.24 * (big[2] - big[0]))
