@@ -20,10 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # key=value after an option
         args.overrides = [*args.overrides, *rest]
-    from ray_vlm.errors import RayVlmError
+    from ray_vlm.errors import Interrupted, RayVlmError
 
     try:
         return args.verb(args) or 0
+    except Interrupted as stop:
+        print("\n".join(stop.problems), file=sys.stderr)
+        return stop.exit_code
     except RayVlmError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     train = _job_verb(verbs, "train", "run a job", _train)
     train.add_argument("--dry-run", action="store_true", help="print the resolved job, the plan and first records only")
     train.add_argument("--overwrite", action="store_true", help="delete the run of that name first")
+    train.add_argument("--resume", action="store_true", help="go on with the run of that name, or start it")
     evaluate = _job_verb(verbs, "evaluate", "measure the base or an adapter on data.test", _evaluate)
     evaluate.add_argument("--adapter", help="a run's best/ or final/; without it, the untouched base")
     evaluate.add_argument(
@@ -92,9 +96,10 @@ def _train(args: argparse.Namespace) -> None:
     from ray_vlm.train.driver import train
 
     job = load_job(args.job, args.overrides)
-    paths = train(job, Path(args.job).read_text(encoding="utf-8"), args.overwrite)
-    best = f", best {paths.best}" if paths.best.exists() else ""
-    print(f"run folder {paths.root}: final {paths.final}{best}")
+    paths = train(job, Path(args.job).read_text(encoding="utf-8"), args.overwrite, resume=args.resume)
+    best = f", best {paths.place('best')}" if "best" in paths.store.names() else ""
+    print(f"run folder {paths.address}: final {paths.place('final')}{best}")
+    paths.discard()
     return None
 
 

@@ -1,4 +1,7 @@
-"""The four errors that this package raises on purpose. Each problem names the value, the reason and the fix."""
+"""The four errors that this package raises on purpose, and the end of a run that was asked to stop.
+
+Each problem names the value, the reason and the fix.
+"""
 
 from collections.abc import Sequence
 
@@ -32,3 +35,15 @@ class ModelError(RayVlmError):
 
 class RunError(RayVlmError):
     """A run could not start or go on: folder in use, cluster too small, a worker that failed for good."""
+
+
+class Interrupted(RayVlmError):
+    """A signal stopped the run after a checkpoint. The exit code is the shell's for that signal: 130 or 143."""
+
+    def __init__(self, problems: str | Sequence[str], signal: int = 2):
+        super().__init__(problems)
+        self.signal = int(signal)
+        self.exit_code = 128 + self.signal
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.problems, self.signal)

@@ -12,7 +12,7 @@ from ray_vlm.errors import RunError
 # What Ray is told before it starts; a value that the user has set stays.
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing calls home
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next poll, 2 s apart by default
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next poll, 2 s apart by default
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_enable_metrics_collection": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",

@@ -5,7 +5,8 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 
@@ -64,6 +65,9 @@ _DECIDED_BY_FEED = (
 # (holds for a broken job, the keys that it reads - the first is blamed -, reason and fix)
 Rule = tuple[Callable[[JobConfig], bool], tuple[str, ...], str]
 
+_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
+_PLACES = ("path", "image_root")
+
 RULES: list[Rule] = [
     (
         lambda j: j.lora is None and j.model.load_in_4bit,
@@ -121,11 +125,52 @@ RULES: list[Rule] = [
         "not usable as a folder name. Use letters, digits, '-', '_' and '.', beginning with a letter or digit.",
     ),
     (
-        lambda j: "://" in j.run.output_dir or "\0" in j.run.output_dir,
+        lambda j: "\0" in j.run.output_dir or not _is_place(j.run.output_dir),
         ("run.output_dir",),
-        "runs are written to a folder that the driver and rank 0 share, not to an address. Give a path.",
+        "not a folder, and not an address that runs can be kept at. Use a path, s3://, gs://, abfs:// or hdfs://.",
     ),
 ]
+
+
+# Keys that a resumed run may change; the rest decide what is learned.
+MAY_CHANGE = (
+    *("cluster", "track", "checkpoint", "run", "data.num_loaders", "data.test"),
+    *("train.num_epochs", "train.max_steps", "train.log_every_steps", "train.early_stopping_patience"),
+    *("train.micro_batch_size", "train.gradient_checkpointing", "evaluate.every_steps", "evaluate.batch_size"),
+)
+# Paths may differ, as they do in each Ray job's copy of the folder: rows and base are compared by their contents.
+_MAY_MOVE = ("model.name", "model.adapter", *(f"data.{s}.{key}" for s in ("train", "eval") for key in _PLACES))
+
+
+def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a resumed job changes and may not: one sentence for each key. Both are resolved jobs as `dump_job` gives."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"--resume: `{key}` was {before.get(key)!r} and is now {after.get(key)!r}. It decides what is learned, so it "
+        "stays as it was; start a new run to change it."
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(_touches(key, free) and len(key) >= len(free) for free in MAY_CHANGE)
+        and not (key in _MAY_MOVE and _same_name(before.get(key), after.get(key)))
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _same_name(old: Any, new: Any) -> bool:
+    """Whether two absolute paths end alike: the same thing, perhaps, in another place."""
+    both = isinstance(old, str) and isinstance(new, str) and old.startswith("/") and new.startswith("/")
+    return both and old.rsplit("/", 1)[-1] == new.rsplit("/", 1)[-1]
+
+
+def _is_place(address: str) -> bool:
+    scheme, mark, rest = address.partition("://")
+    return not mark or (scheme in _SCHEMES and bool(rest.strip("/")))
 
 
 def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, str]]:

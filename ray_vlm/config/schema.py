@@ -157,8 +157,9 @@ class Checkpoint(Section):
     every_steps: int | None = Field(
         None, ge=1, le=Largest, description="Steps between checkpoints. null: once an epoch."
     )
-    keep: int = Field(
-        3, ge=1, le=Largest, description="How many `checkpoint-<step>/` folders stay; `best/` and `final/` always do."
+    keep: int = Field(3, ge=1, le=Largest, description="How many of the newest stay; `best/` and `final/` always do.")
+    keep_best: int = Field(
+        1, ge=0, le=Largest, description="How many of the best by `evaluate.metric` stay beside them, to go on from."
     )
 
 
@@ -184,6 +185,12 @@ class Cluster(Section):
     )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
+    max_failures: int = Field(
+        3,
+        ge=0,
+        le=Largest,
+        description="Failures after which a run goes on from its last checkpoint by itself.",
+    )
     address: str | None = Field(None, description="Ray cluster to join. null: `RAY_ADDRESS`, or a cluster of our own.")
 
 
@@ -198,7 +205,11 @@ class Run(Section):
     """Where results go."""
 
     name: str | None = Field(None, description="Name of the run's folder. null: method, model, task and a counter.")
-    output_dir: str = Field("outputs", description="Folder of all runs; the only place that a run writes to.")
+    output_dir: str = Field(
+        "outputs",
+        min_length=1,
+        description="Folder of all runs, or `s3://bucket/...`; the only place that a run writes to.",
+    )
 
 
 class JobConfig(Section):

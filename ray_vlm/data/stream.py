@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_vlm.cluster.environment import Environment
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.rows import IGNORED, Row, RowSpec, load_preparer
@@ -82,7 +83,9 @@ def stream_local(feed: Feed) -> Generator[list[Row]]:
         thread.join()
 
 
-def stream_ray(feed: Feed, num_loaders: int, cpus_per_loader: float = 1.0) -> Generator[list[Row]]:
+def stream_ray(
+    feed: Feed, num_loaders: int, cpus_per_loader: float = 1.0, environment: Environment | None = None
+) -> Generator[list[Row]]:
     """The feed's micro-batches from `num_loaders` Ray Data actors. Raises `RunError` should order ever be broken."""
     import ray.data
 
@@ -94,7 +97,7 @@ def stream_ray(feed: Feed, num_loaders: int, cpus_per_loader: float = 1.0) -> Ge
     total = feed.last - feed.first
     dataset = ray.data.range(total, override_num_blocks=math.ceil(total / _BLOCK_MICRO_BATCHES)).map_batches(
         _Loader,
-        fn_constructor_args=(feed,),
+        fn_constructor_args=(feed, environment or Environment()),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=num_loaders),
         num_cpus=cpus_per_loader,
@@ -111,7 +114,8 @@ def stream_ray(feed: Feed, num_loaders: int, cpus_per_loader: float = 1.0) -> Ge
 class _Loader:
     """The Ray Data actor: keeps the records and the processor, turns numbers of micro-batches into packed rows."""
 
-    def __init__(self, feed: Feed):
+    def __init__(self, feed: Feed, environment: Environment):
+        environment.apply()
         import ray
         import torch
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.runs.monitor import current_lines, read_metrics
 
 NUM_IMAGES = 12
 _SHOWN_PX = 640  # images are embedded at most this large
@@ -42,7 +42,7 @@ def write_report(path: Path, title: str, stages: Sequence[Stage], metrics_file: 
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    lines = read_metrics(metrics_file) if metrics_file else []
+    lines = current_lines(read_metrics(metrics_file)) if metrics_file else []
     html = environment.get_template("report.html.j2").render(
         title=title,
         notes=notes,

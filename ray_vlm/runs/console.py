@@ -1,15 +1,15 @@
 """What a person sees in the terminal while a run goes on: one aligned line for each metrics line worth showing."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray_vlm.runs.monitor import read_line
+from ray_vlm.runs.paths import RunPaths
 
 _POLL_S = 0.3
+_POLL_REMOTE_S = 3.0
 
 
 class Console:
@@ -26,6 +26,10 @@ class Console:
         if line["kind"] == "start":
             self._first = None
             self._say(describe_trainable(line["trainable"]))
+            if line["step"]:
+                self._say(f"attempt {line['attempt']} goes on from step {line['step']}")
+        elif line["kind"] == "note":
+            self._say(line["text"])
         elif line["kind"] == "eval":
             numbers = "  ".join(
                 f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, int | float) and k not in _HIDDEN
@@ -62,10 +66,10 @@ def describe_trainable(counts: dict[str, dict[str, int]]) -> str:
 
 
 @contextmanager
-def follow(path: Path, console: Console) -> Iterator[None]:
-    """While the body runs, show each line that another process appends to `path`."""
+def follow(paths: RunPaths, console: Console) -> Iterator[None]:
+    """While the body runs, show each line that another process appends to the run's `metrics.jsonl`."""
     done = threading.Event()
-    thread = threading.Thread(target=_follow, args=(path, console, done), name="ray-vlm-console", daemon=True)
+    thread = threading.Thread(target=_follow, args=(paths, console, done), name="ray-vlm-console", daemon=True)
     thread.start()
     try:
         yield
@@ -74,12 +78,14 @@ def follow(path: Path, console: Console) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _follow(path: Path, console: Console, done: threading.Event) -> None:
-    read = 0
+def _follow(paths: RunPaths, console: Console, done: threading.Event) -> None:
+    read = paths.metrics.stat().st_size if paths.metrics.is_file() else 0  # earlier attempts were shown then
     while True:
         last = done.is_set()
-        if path.is_file():
-            with open(path, "rb") as file:
+        with suppress(OSError):  # an object store that stumbles: the next look gets it
+            paths.refresh(paths.metrics)
+        if paths.metrics.is_file():
+            with open(paths.metrics, "rb") as file:
                 file.seek(read)
                 text = file.read()
             whole = text[: text.rfind(b"\n") + 1]
@@ -89,4 +95,4 @@ def _follow(path: Path, console: Console, done: threading.Event) -> None:
                     console.show(line)
         if last:
             return
-        time.sleep(_POLL_S)
+        done.wait(_POLL_S if paths.remote is None else _POLL_REMOTE_S)

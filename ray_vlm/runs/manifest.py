@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm import __version__
-from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, write_json
 
 _PACKAGES = (
@@ -39,27 +39,87 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
             "versions": {"ray-vlm": __version__, "python": platform.python_version()} | _versions(),
             "git_commit": _git_commit(),
             "hardware": _hardware(),
-            "attempts": [{"attempt": 1, "started": time.time()}],
+            "attempts": [],
             "result": None,
         },
     )
+    paths.publish(paths.job, paths.resolved)
+    start_attempt(paths)
+
+
+def start_attempt(paths: RunPaths) -> int:
+    """Note in `run.json` that the run starts, or goes on, and in which process. Returns the attempt's number."""
+    run = json.loads(paths.run.read_text())
+    number = last_attempt(paths) + 1
+    attempt = {"attempt": number, "started": time.time(), "driver": _this_process()}
+    _write(paths, run | {"status": "running", "attempts": [*run["attempts"], attempt]})
+    return number
+
+
+def last_attempt(paths: RunPaths) -> int:
+    """The highest number of an attempt so far; Ray may have started some by itself, which `metrics.jsonl` knows."""
+    listed = [a["attempt"] for a in json.loads(paths.run.read_text())["attempts"]]
+    return max([0, *listed, *(line["attempt"] for line in read_metrics(paths.metrics) if line["kind"] == "start")])
 
 
 def update_manifest(paths: RunPaths, **changes: Any) -> None:
     """Change top-level fields of `run.json`."""
-    write_json(paths.run, json.loads(paths.run.read_text()) | changes)
+    _write(paths, json.loads(paths.run.read_text()) | changes)
+
+
+def end_attempt(paths: RunPaths, status: str, error: str = "") -> None:
+    """Close the last attempt: `finished`, `failed` or `interrupted`, and from which step to which it trained."""
+    run = json.loads(paths.run.read_text())
+    last = run["attempts"][-1]
+    last |= {"ended": time.time(), "status": status} | ({"error": error} if error else {})
+    steps = [line for line in read_metrics(paths.metrics) if line["attempt"] >= last["attempt"]]
+    if starts := [line["step"] for line in steps if line["kind"] == "start"]:
+        last |= {"from_step": starts[0], "to_step": max(line["step"] for line in steps if "step" in line)}
+    _write(paths, run)
 
 
 def finish_manifest(paths: RunPaths, status: str, result: dict[str, Any] | None = None, error: str = "") -> None:
     """Close the last attempt and set the run's status: `finished`, `failed` or `interrupted`."""
-    run = json.loads(paths.run.read_text())
-    run["attempts"][-1] |= {"ended": time.time(), "status": status} | ({"error": error} if error else {})
-    write_json(paths.run, run | {"status": status, "result": result})
+    end_attempt(paths, status, error)
+    update_manifest(paths, status=status, result=result)
+
+
+def is_running(paths: RunPaths) -> dict[str, Any] | None:
+    """The process on this machine that still drives the run (`host`, `pid`), or None. Of other machines nothing is
+    known; should two drivers meet, the workers of the older attempt give up (`train/attempt.py`)."""
+    attempts = json.loads(paths.run.read_text()).get("attempts") or [{}]
+    driver = attempts[-1].get("driver")
+    here = _this_process()
+    if not driver or "ended" in attempts[-1] or driver["host"] != here["host"] or driver["pid"] == here["pid"]:
+        return None
+    return driver if _started(driver["pid"]) == driver["started"] else None
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _started(pid: int) -> float | None:
+    """When the process with this number started, so that a number used again is not mistaken for the old process."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
+
+
+def _write(paths: RunPaths, run: dict[str, Any]) -> None:
+    write_json(paths.run, run)
+    paths.publish(paths.run)
 
 
 def write_training_log(paths: RunPaths, best: dict[str, Any] | None) -> dict[str, Any]:
-    """Sum the run up in `training_log.json`: configuration, histories, best checkpoint (step, metrics, path)."""
-    lines = read_metrics(paths.metrics)
+    """Sum the run up in `training_log.json`: configuration, histories, best checkpoint (step, metrics, path).
+
+    Steps that a later attempt did again count once, as that attempt did them.
+    """
+    lines = current_lines(read_metrics(paths.metrics))
     log = {
         "configuration": json.loads(paths.resolved.read_text()),
         "training_history": [_without(line, "kind") for line in lines if line["kind"] == "train"],
@@ -68,6 +128,7 @@ def write_training_log(paths: RunPaths, best: dict[str, Any] | None) -> dict[str
         "best_checkpoint": best,
     }
     write_json(paths.training_log, log)
+    paths.publish(paths.training_log)
     return log
 
 

@@ -1,14 +1,15 @@
 """Every number that is ever shown: one line in `metrics.jsonl`, and the same to Weights & Biases where asked for.
 
-Lines have `kind` start, train (every optimizer step), epoch, or eval, with `attempt`, `step` (the true global step),
-`epoch` and `time` (seconds since 1970). Only rank 0 writes.
+Lines have `kind` start, train (every optimizer step), epoch, eval, or note, with `attempt`, `step` (the true global
+step), `epoch` and `time` (seconds since 1970). Only rank 0 writes. The file only ever grows: an attempt that goes on
+from step k opens with a start line of that step, and what earlier attempts say of later steps is history.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,25 @@ def read_line(text: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and "kind" in line else None
 
 
+def current_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines without what a later attempt did again: one line for each step that counts."""
+    kept: list[dict[str, Any]] = []
+    newest = 0
+    for line in lines:
+        if line["attempt"] < newest:  # a worker of an older attempt that was cut off and is still alive
+            continue
+        newest = line["attempt"]
+        if line["kind"] == "start":
+            kept = [old for old in kept if old["step"] <= line["step"] or old["kind"] == "start"]
+        kept.append(line)
+    return kept
+
+
 class Monitor:
     """Appends to `metrics.jsonl`; `close` it at the end.
 
-    `wandb`: None, or `{"project", "name", "config", "dir"}`. `show` is called with each line written.
+    `wandb`: None, or `{"project", "name", "id", "config", "dir"}`. `show` is called with each line written, `publish`
+    when the file should be copied to where the run is kept.
     """
 
     def __init__(
@@ -47,6 +63,7 @@ class Monitor:
         attempt: int,
         wandb: dict[str, Any] | None = None,
         show: Callable[[dict[str, Any]], None] | None = None,
+        publish: Callable[[], None] | None = None,
     ):
         torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
@@ -54,16 +71,25 @@ class Monitor:
             self._file.write("\n")
         self._attempt = attempt
         self._show = show
+        self.publish = publish or (lambda: None)
         self._wandb = _start_wandb(wandb) if wandb else None
 
-    def start(self, trainable: dict[str, dict[str, int]]) -> None:
-        """The first line of an attempt: weights by part of the model."""
-        self._put({"kind": "start", "attempt": self._attempt, "time": time.time(), "trainable": trainable})
+    def start(self, step: int, trainable: dict[str, dict[str, int]]) -> None:
+        """The first line of an attempt: the step that it goes on from, and weights by part of the model."""
+        self._put(self._line("start", step) | {"trainable": trainable})
+        self.publish()
+
+    def note(self, step: int, text: str) -> None:
+        """A sentence for the person who watches."""
+        self._put(self._line("note", step) | {"text": text})
+
+    def _line(self, kind: str, step: int) -> dict[str, Any]:
+        return {"kind": kind, "attempt": self._attempt, "step": step, "time": time.time()}
 
     def write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
         """One line of numbers. Values become plain floats; NaN and infinity become null."""
         numbers = {k: _plain(v) for k, v in values.items()}
-        line = {"kind": kind, "attempt": self._attempt, "step": step, "epoch": round(epoch, 4), "time": time.time()}
+        line = self._line(kind, step) | {"epoch": round(epoch, 4)}
         self._put(line | numbers)
         if self._wandb is not None:
             self._wandb.log(_wandb_names(kind, line | values), step=step)
@@ -76,6 +102,7 @@ class Monitor:
 
     def close(self) -> None:
         self._file.close()
+        self.publish()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -97,4 +124,4 @@ def _start_wandb(options: dict[str, Any]) -> Any:
     import wandb
 
     mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return wandb.init(mode=os.environ.get("WANDB_MODE", mode), **options)  # type: ignore[arg-type]
+    return wandb.init(mode=os.environ.get("WANDB_MODE", mode), resume="allow", **options)  # type: ignore[arg-type]

@@ -2,7 +2,10 @@
 
 <output_dir>/<name>/
   job.yaml  resolved.json  run.json  metrics.jsonl  training_log.json  bad_rows.jsonl
-  checkpoint-<step>/  best/  final/  evaluate/
+  checkpoint-<step>-a<attempt>-<id>/  best/  final/  evaluate/
+
+Files are made in a folder of this machine. Where `run.output_dir` is an object store that folder is a temporary one,
+and `publish` copies what has changed to where the run is kept.
 """
 
 import json
@@ -10,19 +13,25 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
+from ray_vlm.runs.store import Store, is_remote, join, local_path
+
+_KEPT = ("job.yaml", "resolved.json", "run.json", "metrics.jsonl", "training_log.json", "bad_rows.jsonl")
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The files of one run."""
+    """The files of one run: `root` on this machine, and `remote` where they are kept if that is an object store."""
 
     root: Path
+    remote: str | None = None
 
     @property
     def job(self) -> Path:
@@ -60,20 +69,63 @@ class RunPaths:
     def evaluate(self) -> Path:
         return self.root / "evaluate"
 
+    @property
+    def address(self) -> str:
+        """Where the run is kept: what a person is told, and what every process can open."""
+        return self.remote or str(self.root)
+
+    @property
+    def name(self) -> str:
+        return self.address.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+
+    @cached_property
+    def store(self) -> Store:
+        """The files where they are kept."""
+        return Store(self.address)
+
+    def place(self, name: str) -> str:
+        """Where `name` of this run is kept."""
+        return join(self.address, name)
+
+    def publish(self, *files: Path) -> None:
+        """Copy files of `root` to where the run is kept; on a disk they are there already."""
+        if self.remote is not None:
+            for file in files:
+                if file.is_file():
+                    self.store.write(file.relative_to(self.root).as_posix(), file.read_bytes())
+
+    def refresh(self, *files: Path) -> None:
+        """The opposite of `publish`: bring files to this machine."""
+        if self.remote is not None:
+            for file in files:
+                if (data := self.store.read(file.relative_to(self.root).as_posix())) is not None:
+                    file.write_bytes(data)
+
     def write_result(self, result: dict[str, Any]) -> None:
         """Rank 0 leaves here what the driver writes into `run.json`."""
-        write_json(self.root / ".result.json", result)
+        self.store.write(".result.json", json.dumps(_finite(result)).encode())
 
     def take_result(self) -> dict[str, Any]:
-        """What `write_result` left, removing it. Raises `RunError` where the run ended without it."""
-        path = self.root / ".result.json"
-        if not path.is_file():
+        """What `write_result` left, removing it. Raises `RunError` where the workers ended without it."""
+        data = self.store.read(".result.json")
+        if data is None:
             raise RunError(
-                f"{self.root}: the workers ended without a result. Their logs are in the Ray session folder."
+                f"{self.address}: the workers ended without a result. Their logs are in the Ray session folder."
             )
-        result = json.loads(path.read_text())
-        path.unlink()
-        return result
+        self.store.remove(".result.json")
+        return json.loads(data)
+
+    def discard(self) -> None:
+        """Remove the temporary folder of a run that is kept elsewhere."""
+        if self.remote is not None:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+
+def open_run(address: str) -> RunPaths:
+    """The paths of a run that is kept at `address`."""
+    if not is_remote(address):
+        return RunPaths(Path(local_path(address)))
+    return RunPaths(Path(tempfile.mkdtemp(prefix="ray_vlm-")), address)
 
 
 def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = False) -> RunPaths:
@@ -81,12 +133,14 @@ def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = Fa
 
     A folder that already holds a run is refused with `RunError`, or emptied under `overwrite`.
     """
-    base = Path(output_dir).expanduser().absolute()
     try:
-        base.mkdir(parents=True, exist_ok=True)
+        base = Store(output_dir)
+        if base.local is None:
+            return _claim_remote(base, name, stem, overwrite)
+        base.local.mkdir(parents=True, exist_ok=True)
         if name is None:
-            return RunPaths(_next_free(base, stem))
-        root = base / name
+            return RunPaths(_next_free(base.local, stem))
+        root = base.local / name
         check_free(output_dir, name, overwrite)
         if root.exists():
             shutil.rmtree(root)
@@ -94,29 +148,73 @@ def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = Fa
     except FileExistsError:
         raise RunError(f"run.name={name!r}: another launch has just taken {root}. Give another run.name.") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise RunError(f"run.output_dir={output_dir!r} cannot be written to ({error}). Give another folder.") from None
+        raise cannot_write(output_dir, error) from None
     return RunPaths(root)
+
+
+def cannot_write(output_dir: str, error: Exception) -> RunError:
+    """The error for a place that refuses what a run writes."""
+    return RunError(f"run.output_dir={output_dir!r} cannot be written to ({error}). Give another folder.")
+
+
+def _claim_remote(base: Store, name: str | None, stem: str, overwrite: bool) -> RunPaths:
+    name = name or f"{stem}-{max(_numbers(base.names(), stem), default=0) + 1:03d}"
+    check_free(base.address, name, overwrite)
+    base.remove(name)
+    paths = open_run(join(base.address, name))
+    paths.store.write(".claimed", b"")
+    return paths
+
+
+def find_run(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
+    """The run to go on with, or None: the one of that name, or the newest of that stem.
+
+    Raises `RunError` where something else than a run lies there.
+    """
+    try:
+        if name is None:
+            numbers = _numbers(Store(output_dir).names(), stem)
+            name = f"{stem}-{max(numbers):03d}" if numbers else None
+        if name is None or not (store := Store(join(output_dir, name))).names():
+            return None
+    except OSError as error:
+        raise RunError(f"run.output_dir={output_dir!r} cannot be read ({error}).") from None
+    if store.read("resolved.json") is None or store.read("run.json") is None:
+        raise RunError(
+            f"--resume: {store.address} was left half made (resolved.json or run.json is missing), so nothing was "
+            "trained there. Delete it, or give another run.name."
+        )
+    paths = open_run(store.address)
+    paths.refresh(*(paths.root / file for file in _KEPT))
+    return paths
 
 
 def check_free(output_dir: str, name: str, overwrite: bool) -> None:
     """Raise `RunError` unless run `name` may be written: nothing there, or a run and `overwrite`. Changes nothing."""
-    root = Path(output_dir).expanduser().absolute() / name
-    if root.is_symlink() or (root.exists() and not root.is_dir()):
-        raise RunError(f"run.name={name!r}: {root} is a link or a file. Give another run.name.")
-    if not root.exists() or not any(root.iterdir()):
+    store = Store(join(output_dir, name))
+    if store.local is not None and (store.local.is_symlink() or (store.local.exists() and not store.local.is_dir())):
+        raise RunError(f"run.name={name!r}: {store.local} is a link or a file. Give another run.name.")
+    try:
+        names = store.names()
+    except OSError as error:
+        raise cannot_write(output_dir, error) from None
+    if not names:
         return
     if not overwrite:
         raise RunError(
-            f"run.name={name!r}: {root} is already in use. Give another run.name, or start with --overwrite to delete "
-            "what is there."
+            f"run.name={name!r}: {store.address} is already in use. Go on with it by --resume, give another run.name, "
+            "or start with --overwrite to delete what is there."
         )
-    if not (root / "run.json").is_file():
-        raise RunError(f"--overwrite: {root} is not a run folder (run.json is missing), so it is not deleted.")
+    if "run.json" not in names:
+        raise RunError(f"--overwrite: {store.address} is not a run folder (run.json is missing), so it is not deleted.")
+
+
+def _numbers(names: Iterable[str], stem: str) -> list[int]:
+    return [int(m[1]) for name in names if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", name))]
 
 
 def _next_free(base: Path, stem: str) -> Path:
-    taken = [int(m[1]) for p in base.glob(f"{stem}-*") if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", p.name))]
-    number = max(taken, default=0) + 1
+    number = max(_numbers(os.listdir(base), stem), default=0) + 1
     while True:  # two launches at once: mkdir decides who has the number
         root = base / f"{stem}-{number:03d}"
         try:

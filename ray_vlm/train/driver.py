@@ -1,28 +1,38 @@
 """On the driver: job -> index -> plan -> workers -> run folder. Decides, launches, and writes down how it ended."""
 
+import hashlib
+import json
 import os
-import shutil
 import signal
 import sys
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ray_vlm.cluster.environment import read_environment
+from ray_vlm.config.check import check_resume
 from ray_vlm.config.load import dump_job
 from ray_vlm.config.schema import JobConfig, Source
 from ray_vlm.data.index import Index, build_index, read_labels
 from ray_vlm.data.plan import Plan
+from ray_vlm.data.records import SftRecord
 from ray_vlm.data.rows import RowSpec, row_spec
 from ray_vlm.data.source import prepare_source
-from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.methods import METHODS
 from ray_vlm.models.quiet import quiet_libraries
-from ray_vlm.runs.console import Console, follow
-from ray_vlm.runs.manifest import finish_manifest, start_manifest, update_manifest, write_training_log
-from ray_vlm.runs.paths import RunPaths, check_free, claim_run, write_bad_rows
-from ray_vlm.train.worker import WorkerTask, train_worker
+from ray_vlm.runs.manifest import (
+    finish_manifest,
+    is_running,
+    last_attempt,
+    start_attempt,
+    start_manifest,
+    write_training_log,
+)
+from ray_vlm.runs.paths import RunPaths, check_free, claim_run, find_run, write_bad_rows, write_json
+from ray_vlm.runs.store import full_address, is_remote, local_path
+from ray_vlm.train.launch import launch
+from ray_vlm.train.worker import WorkerTask
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,23 @@ def absolute_paths(job: JobConfig) -> JobConfig:
         update={
             "data": job.data.model_copy(update=data),
             "model": job.model.model_copy(update=model),
-            "run": job.run.model_copy(update={"output_dir": _absolute(job.run.output_dir)}),
+            "run": job.run.model_copy(update={"output_dir": _output_dir(job.run.output_dir)}),
         }
     )
+
+
+def _output_dir(address: str) -> str:
+    """Where runs go, for every process. Raises `ConfigError` for a relative path under a Ray job."""
+    if (
+        not is_remote(address)
+        and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        and local_path(address) != address.removeprefix("file://")
+    ):
+        raise ConfigError(
+            f"run.output_dir={address!r} is relative, and a Ray job runs in a copy of the folder that is thrown away. "
+            "Give an absolute path on a file system that all nodes share, or s3://..."
+        )
+    return full_address(address)
 
 
 def _absolute(path: str) -> str:
@@ -97,118 +121,101 @@ def _is_local(name: str) -> bool:
     return os.path.exists(os.path.expanduser(name))
 
 
-def train(job: JobConfig, job_text: str, overwrite: bool = False, command: Sequence[str] = ()) -> RunPaths:
-    """Run the job to the end and return its folder. Raises after writing the reason into `run.json`."""
-    if job.run.name is not None:
-        check_free(absolute_paths(job).run.output_dir, job.run.name, overwrite)  # before an hour of indexing
-    prepared = prepare(job)
-    job = prepared.job
+def train(
+    job: JobConfig, job_text: str, overwrite: bool = False, command: Sequence[str] = (), resume: bool = False
+) -> RunPaths:
+    """Run the job to the end and return its folder. Raises after writing the reason into `run.json`.
+
+    `resume`: go on with the run of that name, or the newest one of its kind; where there is none it starts.
+    Raises `Interrupted` when a signal stopped it; a checkpoint is then on the disk.
+    """
+    job = absolute_paths(job)
     stem = f"{job.method.name}-{Path(job.model.name).name.lower()}-{job.task.name}"
-    paths = claim_run(job.run.output_dir, job.run.name, stem, overwrite)
-    start_manifest(paths, dump_job(job), job_text, list(command or sys.argv))
-    bad = {"train": prepared.train.bad, "eval": prepared.eval.bad if prepared.eval else ()}
-    if any(bad.values()):
-        write_bad_rows(paths.bad_rows, bad)
-        print(f"{sum(map(len, bad.values()))} bad rows left out; see {paths.bad_rows}", flush=True)
-    try:
-        result = _launch(prepared, paths)
-    except KeyboardInterrupt:
-        finish_manifest(paths, "interrupted")
-        write_training_log(paths, None)
-        raise
-    except Exception as error:  # the edge of a run: written down, then raised
-        finish_manifest(paths, "failed", error=str(error)[-2000:])
-        write_training_log(paths, None)
-        raise
-    finish_manifest(paths, "finished", result)
-    write_training_log(paths, result["best"])
+    paths = find_run(job.run.output_dir, job.run.name, stem) if resume else None
+    if paths is not None:
+        check_goes_on(paths, job)
+    elif job.run.name is not None:
+        check_free(job.run.output_dir, job.run.name, overwrite)  # before an hour of indexing
+    prepared = prepare(job)
+    if paths is not None and _is_done(paths, prepared):
+        print(f"{paths.address} is finished; for more steps raise train.num_epochs or train.max_steps", flush=True)
+        return paths
+    if paths is None:
+        paths = claim_run(job.run.output_dir, job.run.name, stem, overwrite)
+        start_manifest(paths, dump_job(prepared.job), job_text, list(command or sys.argv))
+    else:
+        write_json(paths.resolved, dump_job(prepared.job))
+        paths.publish(paths.resolved)
+        start_attempt(paths)
+    _write_bad_rows(prepared, paths)
+    _run(prepared, paths)
     return paths
 
 
-def _launch(prepared: Prepared, paths: RunPaths) -> dict[str, Any]:
+def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
+    """Raise unless the run in `paths` may be resumed by `job`: nothing drives it now, and both learn the same."""
+    if driver := is_running(paths):
+        raise RunError(
+            f"--resume: {paths.address} is being trained by process {driver['pid']} on {driver['host']}. Wait for it, "
+            "or stop it first."
+        )
+    if problems := check_resume(json.loads(paths.resolved.read_text()), dump_job(job)):
+        raise ConfigError(problems)
+
+
+def _is_done(paths: RunPaths, prepared: Prepared) -> bool:
+    run = json.loads(paths.run.read_text())
+    return run["status"] == "finished" and run["result"]["steps"] >= prepared.plan.num_steps
+
+
+def _write_bad_rows(prepared: Prepared, paths: RunPaths) -> None:
+    bad = {"train": prepared.train.bad, "eval": prepared.eval.bad if prepared.eval else ()}
+    if any(bad.values()):
+        write_bad_rows(paths.bad_rows, bad)
+        paths.publish(paths.bad_rows)
+        print(f"{sum(map(len, bad.values()))} bad rows left out; see {paths.place('bad_rows.jsonl')}", flush=True)
+
+
+def _run(prepared: Prepared, paths: RunPaths) -> None:
+    """Launch the workers and write down how it ended."""
     job = prepared.job
-    records = prepared.eval.records if prepared.eval else None
     task = WorkerTask(
         job=dump_job(job),
-        run_dir=str(paths.root),
+        run=paths.address,
         spec=prepared.spec,
         plan=prepared.plan,
         train=prepared.train.records,
-        eval=records,
-        num_loaders=1,
+        eval=prepared.eval.records if prepared.eval else None,
+        attempt=last_attempt(paths),
+        rows=rows_fingerprint(prepared.train.records),
+        environment=read_environment(),
     )
-    if job.cluster.num_workers == 0:
-        return train_worker(task)
-    return _launch_ray(job, task, paths)
-
-
-def _launch_ray(job: JobConfig, task: WorkerTask, paths: RunPaths) -> dict[str, Any]:
-    """Run the task in Ray Train workers, showing their progress as it is written."""
-    from ray_vlm.cluster.connect import connect
-
-    with connect(job) as layout:
-        import ray
-        from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        task = replace(
-            task,
-            train=ray.put(task.train),
-            eval=ray.put(task.eval) if task.eval is not None else None,
-            num_loaders=layout.num_loaders,
-            cpus_per_loader=layout.cpus_per_loader,
-        )
-        update_manifest(paths, cluster={k: v for k, v in ray.cluster_resources().items() if ":" not in k})
-        each = {"CPU": job.cluster.cpus_per_worker, "GPU": job.cluster.gpus_per_worker}
-        trainer = TorchTrainer(
-            _ray_worker,
-            train_loop_config={"task": task},
-            scaling_config=ScalingConfig(
-                num_workers=job.cluster.num_workers,
-                use_gpu=job.cluster.gpus_per_worker > 0,
-                resources_per_worker={name: amount for name, amount in each.items() if amount},
-            ),
-            run_config=RunConfig(
-                name=paths.root.name,
-                storage_path=str(paths.root / ".ray"),
-            ),
-        )
-        with follow(paths.metrics, Console(task.plan.num_steps, job.train.log_every_steps)):
-            _fit(trainer)
-    result = paths.take_result()
-    shutil.rmtree(paths.root / ".ray", ignore_errors=True)  # Ray's own state; a finished run needs none
-    return result
-
-
-def _ray_worker(config: dict[str, Any]) -> None:
-    train_worker(config["task"], in_ray=True)
-
-
-def _fit(trainer: Any) -> None:
-    """Run the trainer; Ctrl-C stops the workers and is a `KeyboardInterrupt` here.
-
-    Ray Train installs a handler of its own for SIGINT, which would end this process with exit code 0 and stay behind.
-    """
-    from ray.train import TrainingFailedError
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
+    status, error, result, stopped_by = "failed", "", None, None
     try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise RunError(f"training failed: {_cause(error)}") from error
-    except SystemExit:
-        raise KeyboardInterrupt from None
+        result, stopped_by = launch(job, task, paths)
+        status = "interrupted" if result["stopped"] else "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except Exception as failure:  # the edge of a run: written down, then raised
+        error = str(failure)[-2000:]
+        raise
     finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, handler)
+        paths.refresh(paths.metrics)
+        finish_manifest(paths, status, result, error)
+        write_training_log(paths, result["best"] if result else None)
+    if result["stopped"]:
+        raise Interrupted(
+            f"stopped at step {result['steps']} of {prepared.plan.num_steps}, with a checkpoint; --resume goes on "
+            f"(run.name={paths.name}).",
+            stopped_by or signal.SIGINT,
+        )
 
 
-def _cause(error: Exception) -> str:
-    """What the workers raised, those first that this package raised on purpose; the others often only follow."""
-    failures = getattr(error, "worker_failures", None)
-    if not failures:
-        return str(error)
-    told = [(rank, str(failure).strip()) for rank, failure in sorted(failures.items())]
-    told.sort(key=lambda item: "ray_vlm.errors." not in item[1])
-    return "\n".join(f"rank {rank}: {text[-3000:]}" for rank, text in told[:2])
+def rows_fingerprint(records: Sequence[SftRecord]) -> str:
+    """A hash of what the plan's row numbers mean: ids, images by name and size, and answers, in order."""
+    digest = hashlib.sha256()
+    for r in records:
+        names = [Path(image).name for image in r.images]
+        digest.update(repr((r.id, r.row, names, r.sizes, sorted(r.truth.items()))).encode())
+    return digest.hexdigest()[:16]

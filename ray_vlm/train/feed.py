@@ -6,18 +6,24 @@ The losses stay TRL's. What changes: where batches come from, that the loss is d
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from ray_vlm.data.collate import collate
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import Preparer, Row
+from ray_vlm.errors import DataError
 
 
 class PlannedBatches:
-    """The train dataloader that TRL sees: one stream over the whole run, handed out an epoch at a time."""
+    """The train dataloader that TRL sees: one stream over the whole run, handed out an epoch at a time.
 
-    def __init__(self, stream: Generator[list[Row]], plan: Plan, preparer: Preparer, device: str):
+    `first`: number of the stream's first micro-batch. In an epoch that is resumed midway only the rest comes.
+    """
+
+    def __init__(self, stream: Generator[list[Row]], plan: Plan, preparer: Preparer, device: str, first: int = 0):
+        self._next = first
         self._stream = stream
         self._plan = plan
         self._preparer = preparer
@@ -27,10 +33,11 @@ class PlannedBatches:
         return self._plan.steps_per_epoch * self._plan.accumulation
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for _ in range(len(self)):
+        for _ in range(len(self) - self._next % len(self)):
             rows = next(self._stream, None)
             if rows is None:
                 return
+            self._next += 1
             yield collate(rows, self._preparer, self._device)
 
     def close(self) -> None:
@@ -45,6 +52,7 @@ def feed_trainer(trainer_class: type) -> type:
         planned_batches: PlannedBatches
         control: Any
         validate: Callable[[Any], dict[str, float]] | None = None
+        write_checkpoint: Callable[[], None]
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
@@ -62,6 +70,18 @@ def feed_trainer(trainer_class: type) -> type:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
+            batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
+            if trained_tokens is not None and int(trained_tokens) == 0:  # of all ranks, so all of them raise
+                raise DataError(
+                    f"step {self.state.global_step + 1}: not one token of the global batch is trained, so its loss "
+                    "would be 0 without meaning it. Look at the rows with `ray-vlm train JOB --dry-run`."
+                )
+            return batches, trained_tokens
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            self.write_checkpoint()
+
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Left out: TRL's card names its own defaults; ours comes with the export."""
 
@@ -69,13 +89,14 @@ def feed_trainer(trainer_class: type) -> type:
     return FedTrainer
 
 
-def shared_options(job: Any, plan: Plan, run_dir: str, has_eval: bool) -> dict[str, Any]:
+def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:
     """The training options that all methods have, from the job; TRL's configs take them by these names."""
     train, steps = job.train, plan.num_steps
     save_every = job.checkpoint.every_steps or plan.steps_per_epoch
     eval_every = job.evaluate.every_steps or plan.steps_per_epoch
     return {
-        "output_dir": run_dir,
+        "output_dir": tempfile.gettempdir(),  # not used: what is written goes through the run's own store
+        "ignore_data_skip": True,  # the stream already starts at the next unseen row
         "max_steps": steps,
         "per_device_train_batch_size": train.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
@@ -97,7 +118,6 @@ def shared_options(job: Any, plan: Plan, run_dir: str, has_eval: bool) -> dict[s
         "disable_tqdm": True,
         "save_strategy": "steps",
         "save_steps": save_every,
-        "save_total_limit": job.checkpoint.keep,
         "eval_strategy": "steps" if has_eval else "no",
         "eval_steps": eval_every if has_eval else None,
         "seed": job.seed,

@@ -1,18 +1,23 @@
 """The callback that turns a trainer's events into the run folder: lines of metrics, `best/`, Ray's reports.
 
-Ray is told only of validations: each report waits for the controller's next poll, so one every step
-would throttle training.
+Ray is told only of validations: each report waits for the controller's next poll, so one every step would throttle
+training. It is told numbers and never given a checkpoint: one that it has taken is lost if a worker dies before the
+next poll, and its own list of them can be torn. Ours count when their manifest is there (`runs/checkpoints.py`).
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.plan import Plan
+from ray_vlm.runs.checkpoints import replace_folder
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.paths import RunPaths, write_folder
 
@@ -21,40 +26,65 @@ _LOGGED = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
 @dataclass
 class Progress:
-    """What a run has reached; `best` is `{"step", "metrics", "path"}` once a validation has chosen one."""
+    """What a run has reached; `best` is `{"step", "metrics", "path"}` once a validation has chosen one.
+
+    Goes into every checkpoint: `last` are step and metrics of the last validation, `epoch_losses` those of the epoch
+    so far.
+    """
 
     best: dict[str, Any] | None = None
     since_best: int = 0
     epoch_losses: list[float] = field(default_factory=list)
+    last: dict[str, Any] | None = None
 
 
 class RunCallback(TrainerCallback):
     """Writes what happens. `monitor` is None on every rank but 0.
 
-    `save` writes weights into a folder, `describe` how inputs were made; `tell` reports to Ray.
+    `save` writes weights and how inputs were made into a folder; `tell` reports to Ray; `stop_wanted` is asked after
+    every step, on all ranks; `check_owner` before anything is replaced.
     """
+
+    stop_wanted: Callable[[], bool] = staticmethod(lambda: False)
+    check_owner: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self,
         job: JobConfig,
         paths: RunPaths,
+        plan: Plan,
         monitor: Monitor | None,
-        save: Callable[[Any], None],
-        describe: Callable[[Any], None],
+        save: Callable[[Path], None],
         tell: Callable[[dict[str, Any]], None],
     ):
         self.job = job
         self.paths = paths
+        self.plan = plan
         self.monitor = monitor
         self.save = save
-        self.describe = describe
         self.tell = tell
         self.progress = Progress()
+        self.stopped = False
         self._last = time.monotonic()
         self._tokens = 0.0
+        self._step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = time.monotonic()
+        if state.global_step % self.plan.steps_per_epoch == 0:
+            self.progress.epoch_losses = []  # those of an epoch that was over
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / self.plan.steps_per_epoch  # the Trainer's is wrong in an epoch resumed midway
+        self._step = state.global_step
+        if self.stop_wanted() and state.global_step < self.plan.num_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def reached(self) -> tuple[float | None, dict[str, Any]]:
+        """For a checkpoint now: the score of the validation at this very step, if there was one, and the progress."""
+        last = self.progress.last
+        score = score_of(self.job.evaluate.metric, last["metrics"]) if last and last["step"] == self._step else None
+        return score, asdict(self.progress)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
@@ -69,8 +99,12 @@ class RunCallback(TrainerCallback):
         self.progress.epoch_losses.append(float(logs["loss"]))
         if self.monitor is not None:
             self.monitor.write("train", state.global_step, state.epoch or 0.0, values)
+            if state.global_step % self.job.train.log_every_steps == 0:
+                self.monitor.publish()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped and state.global_step % self.plan.steps_per_epoch:
+            return  # the epoch goes on in the next attempt
         losses, self.progress.epoch_losses = self.progress.epoch_losses, []
         if self.monitor is not None and losses:
             mean = sum(losses) / len(losses)
@@ -84,21 +118,43 @@ class RunCallback(TrainerCallback):
         better = is_better(name, metrics[name], best_so_far)
         self.progress.since_best = 0 if better else self.progress.since_best + 1
         if better:
-            best = {"step": state.global_step, "metrics": metrics, "path": str(self.paths.best)}
-            self.progress.best = best
+            self.progress.best = {"step": state.global_step, "metrics": metrics, "path": self.paths.place("best")}
+        self.progress.last = {"step": state.global_step, "metrics": metrics}
         if self.monitor is not None:
             self.monitor.write("eval", state.global_step, state.epoch or 0.0, metrics)
             if better:
-                write_folder(self.paths.best, self.save)
-        self.tell({"step": state.global_step, **metrics})
+                self.check_owner()
+                publish_weights(self.paths, self.paths.best, self.save, state.global_step)
+            self.monitor.publish()
+        self.tell({"step": state.global_step, "score": score_of(name, metrics), **metrics})
         patience = self.job.train.early_stopping_patience
         if patience is not None and self.progress.since_best >= patience:
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.monitor is not None:
-            self.describe(self.paths.root / f"checkpoint-{state.global_step}")
+            self.monitor.publish()
         self._last = time.monotonic()
+
+
+def publish_weights(paths: RunPaths, folder: Path, save: Callable[[Path], None], step: int) -> None:
+    """Replace `best/` or `final/` where the run is kept."""
+    if paths.remote is None:
+        write_folder(folder, save)
+    else:
+        replace_folder(paths.store, folder.name, save, step)
+
+
+def score_of(metric: str, metrics: dict[str, float]) -> float:
+    """One finite number for whoever ranks reports, higher is better. NaN is the worst, and never missing: Ray takes a
+    missing score for the best when lower is better."""
+    value = -metrics[metric] if metric == "loss" else metrics[metric]
+    return float(value) if math.isfinite(value) else -sys.float_info.max
+
+
+def plain(metrics: dict[str, Any]) -> dict[str, int | float | str]:
+    """The same numbers as Python's own: Ray ends a run that reports those of numpy or torch."""
+    return {k: v if type(v) in (int, str, bool) else float(v) for k, v in metrics.items()}
 
 
 def is_better(metric: str, new: float, old: float) -> bool:

@@ -3,10 +3,12 @@
 `train_worker` runs in every Ray Train worker, and unchanged in the calling process for `cluster.num_workers: 0`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.cluster.environment import Environment
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
@@ -18,15 +20,20 @@ from ray_vlm.models.lora import count_trainable, lora_config
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor
-from ray_vlm.runs.paths import RunPaths, write_folder, write_json
+from ray_vlm.runs.paths import RunPaths, open_run, write_json
+from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
+from ray_vlm.train.stop import agree, watch
 
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them."""
+    """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them.
+
+    `run`: where the run is kept. `attempt`: its number, as the driver counts. `rows`: fingerprint of `train`.
+    """
 
     job: dict[str, Any]
-    run_dir: str
+    run: str
     spec: RowSpec
     plan: Plan
     train: Any
@@ -34,42 +41,62 @@ class WorkerTask:
     num_loaders: int = 1
     cpus_per_loader: float = 1.0
     attempt: int = 1
+    rows: str = ""
+    environment: Environment = field(default_factory=Environment)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands. `ray`: inside a Ray Train worker."""
+def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool] | None = None) -> dict[str, Any]:
+    """Train one rank to the end, from the newest whole checkpoint of the run if there is one.
 
-    rank: int
-    world_size: int
-    device: str
-    ray: bool
+    `stop` is asked after every step whether to write a checkpoint and leave. Returns what the driver writes into
+    `run.json`: steps, the best checkpoint, and whether it was stopped.
+    """
+    job, paths = load_resolved(task.job), open_run(task.run)
+    try:
+        place = _prepare_process(job, in_ray)
+        attempt = begin_attempt(paths.store, place, task.attempt)
+        result = _train(job, paths, task, place, attempt, stop or watch(paths.store))
+        if place.ray and place.rank == 0:
+            paths.write_result(result)
+        return result
+    finally:
+        paths.discard()
 
 
-def train_worker(task: WorkerTask, in_ray: bool = False) -> dict[str, Any]:
-    """Train one rank to the end. Returns what the driver writes into `run.json`: steps and the best checkpoint."""
-    job, paths = load_resolved(task.job), RunPaths(Path(task.run_dir))
-    place = _prepare_process(job, in_ray)
+def _train(
+    job: JobConfig, paths: RunPaths, task: WorkerTask, place: Place, attempt: Attempt, stop: Callable[[], bool]
+) -> dict[str, Any]:
+    from ray_vlm.train.checkpoint import CheckpointWriter, base_fingerprint, check_fits
+    from ray_vlm.train.report import publish_weights
+
     preparer = load_preparer(task.spec)
     model = _load(job, preparer.family, place)
-    trainer = _build_trainer(job, task, model, preparer, place)
-    monitor = _build_monitor(job, paths, task, place)
-    callback = _build_callback(job, paths, monitor, trainer, task, place)
+    about = {"base": base_fingerprint(model), "rows": task.rows, "model": job.model.name}
+    check_fits(attempt, about, task.plan.num_steps)
+    trainer = _build_trainer(job, task, model, preparer, place, attempt)
+    monitor = _build_monitor(job, paths, task, place, attempt)
+    callback = _build_callback(job, paths, monitor, trainer, task, place, attempt)
+    callback.stop_wanted = lambda: agree(stop(), place.world_size, place.device)
     trainer.add_callback(callback)
+    keep = (job.checkpoint.keep, job.checkpoint.keep_best)
+    writer = CheckpointWriter(paths.store, place, attempt, keep, about)
+    trainer.write_checkpoint = lambda: writer.write(trainer, callback.save, *callback.reached())
     try:
         if monitor is not None:
-            monitor.start(count_trainable(trainer.model, preparer.family))
-        trainer.train()
-        if place.rank == 0:
-            write_folder(paths.final, callback.save)
+            for text in attempt.notes:
+                monitor.note(attempt.step, text)
+            monitor.start(attempt.step, count_trainable(trainer.model, preparer.family))
+        if attempt.step < task.plan.num_steps:
+            trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
+        if place.rank == 0 and not callback.stopped:
+            check_owner(paths.store, attempt)
+            publish_weights(paths, paths.final, callback.save, max(attempt.step, trainer.state.global_step))
     finally:
         trainer.planned_batches.close()
         if monitor is not None:
             monitor.close()
-    result = {"steps": trainer.state.global_step, "best": callback.progress.best}
-    if place.ray and place.rank == 0:
-        paths.write_result(result)
-    return result
+    steps = max(attempt.step, trainer.state.global_step)
+    return {"steps": steps, "best": callback.progress.best, "stopped": callback.stopped}
 
 
 def _prepare_process(job: JobConfig, in_ray: bool) -> Place:
@@ -86,6 +113,8 @@ def _prepare_process(job: JobConfig, in_ray: bool) -> Place:
 
     context = ray.train.get_context()
     device = str(ray.train.torch.get_device())
+    if device != "cpu":
+        torch.cuda.set_device(device)  # what ranks tell one another goes through the current card
     return Place(context.get_world_rank(), context.get_world_size(), device, ray=True)
 
 
@@ -106,7 +135,9 @@ def _load(job: JobConfig, family: Family, place: Place) -> Any:
     return get_peft_model(model, lora_config(job.lora, family))
 
 
-def _build_trainer(job: JobConfig, task: WorkerTask, model: Any, preparer: Preparer, place: Place) -> Any:
+def _build_trainer(
+    job: JobConfig, task: WorkerTask, model: Any, preparer: Preparer, place: Place, attempt: Attempt
+) -> Any:
     """TRL's trainer for the method, fed by our stream."""
     import datasets
 
@@ -115,10 +146,8 @@ def _build_trainer(job: JobConfig, task: WorkerTask, model: Any, preparer: Prepa
     method = METHODS[job.method.name]
     example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
     has_eval = task.eval is not None
-    args = method.build_args(job, shared_options(job, task.plan, task.run_dir, has_eval))
-    args._n_gpu = min(
-        args.n_gpu, 1
-    )  # with more than one card in sight the Trainer would use them all, and scale the loss
+    args = method.build_args(job, shared_options(job, task.plan, has_eval))
+    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every card in sight, and scale the loss
     trainer = feed_trainer(method.trainer_class())(
         model=model,
         args=args,
@@ -129,9 +158,13 @@ def _build_trainer(job: JobConfig, task: WorkerTask, model: Any, preparer: Prepa
     )
     trainer.remove_callback(_printer())
     plan = task.plan
-    feed = Feed(task.train, task.spec, plan, place.rank, 0, plan.num_steps * plan.accumulation)
-    stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader) if place.ray else stream_local(feed)
-    trainer.planned_batches = PlannedBatches(stream, plan, preparer, place.device)
+    first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
+    feed = Feed(task.train, task.spec, plan, place.rank, first, last)
+    if place.ray:
+        stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment)
+    else:
+        stream = stream_local(feed)
+    trainer.planned_batches = PlannedBatches(stream, plan, preparer, place.device, first)
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer
@@ -167,8 +200,10 @@ def _fetch(records: Any) -> tuple:
     return ray.get(records)
 
 
-def _build_callback(job: JobConfig, paths: RunPaths, monitor: Any, trainer: Any, task: WorkerTask, place: Place) -> Any:
-    from ray_vlm.train.report import RunCallback
+def _build_callback(
+    job: JobConfig, paths: RunPaths, monitor: Any, trainer: Any, task: WorkerTask, place: Place, attempt: Attempt
+) -> Any:
+    from ray_vlm.train.report import Progress, RunCallback, plain
 
     preprocessing = describe_preprocessing(load_preparer(task.spec))
 
@@ -176,27 +211,29 @@ def _build_callback(job: JobConfig, paths: RunPaths, monitor: Any, trainer: Any,
         trainer.model.save_pretrained(folder)
         if job.lora is None:
             trainer.processing_class.save_pretrained(folder)
-        describe(folder)
-
-    def describe(folder: Path) -> None:
         write_json(folder / "preprocessing.json", preprocessing)
 
     def tell(metrics: dict[str, Any]) -> None:
         if place.ray:
             import ray.train
 
-            ray.train.report({k: v if isinstance(v, int) else float(v) for k, v in metrics.items()})
+            ray.train.report(plain(metrics))
 
-    return RunCallback(job, paths, monitor, save, describe, tell)
+    callback = RunCallback(job, paths, task.plan, monitor, save, tell)
+    callback.check_owner = lambda: check_owner(paths.store, attempt)
+    if attempt.checkpoint is not None:
+        callback.progress = Progress(**attempt.checkpoint.about["progress"])
+    return callback
 
 
-def _build_monitor(job: JobConfig, paths: RunPaths, task: WorkerTask, place: Place) -> Monitor | None:
+def _build_monitor(job: JobConfig, paths: RunPaths, task: WorkerTask, place: Place, attempt: Attempt) -> Monitor | None:
     """Rank 0's monitor. In this process it prints as well; under Ray the driver follows the file and prints."""
     if place.rank != 0:
         return None
     wandb = None
     if job.track.wandb:
-        names = {"project": job.track.wandb_project, "name": paths.root.name, "dir": str(paths.root)}
+        names = {"project": job.track.wandb_project, "name": paths.name, "id": paths.name, "dir": str(paths.root)}
         wandb = names | {"config": task.job}
     show = None if place.ray else Console(task.plan.num_steps, job.train.log_every_steps).show
-    return Monitor(paths.metrics, task.attempt, wandb, show)
+    paths.refresh(paths.metrics)  # an object store cannot append: what is there is written again, with more
+    return Monitor(paths.metrics, attempt.number, wandb, show, lambda: paths.publish(paths.metrics))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ray_vlm.config.load import load_job
-from ray_vlm.errors import RunError
+from ray_vlm.errors import DataError, RunError
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cluster
 
 def _losses(path: Path, *overrides: str) -> tuple[list[float], set[str]]:
     paths = train(load_job(path, [*overrides]), path.read_text(), overwrite=True)
-    names = {p.name for p in paths.root.iterdir() if not p.name.startswith(".")}
+    names = {p.name.split("-a1-")[0] for p in paths.root.iterdir() if not p.name.startswith(".")}
     return [line["loss"] for line in read_metrics(paths.metrics) if line["kind"] == "train"], names
 
 
@@ -77,8 +77,8 @@ def test_a_worker_that_fails_is_reported_with_its_cause(ray_cluster, job_file, s
     (folder / "train" / "00005.jpg").unlink()  # gone after the index was made
     paths = driver.claim_run(str(tmp_path / "runs"), "broken", "x")
     driver.start_manifest(paths, {}, "", [])
-    with pytest.raises(RunError, match=r"row 5 \(id 5\).*00005\.jpg"):
-        driver._launch(prepared, paths)
+    with pytest.raises(DataError, match=r"row 5 \(id 5\).*00005\.jpg"):
+        driver._run(prepared, paths)
 
 
 def test_a_job_too_large_for_the_cluster_is_refused_in_seconds(ray_cluster, job_file) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ray_vlm.errors import RunError
 from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.monitor import Monitor, read_metrics
-from ray_vlm.runs.paths import claim_run, write_folder, write_json
+from ray_vlm.runs.paths import RunPaths, claim_run, write_folder, write_json
 
 
 def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"kind": "train"}\n{"kind": "tr')
     assert read_metrics(tmp_path / "m.jsonl") == [{"kind": "train"}]
     monitor = Monitor(tmp_path / "m.jsonl", attempt=2)
-    monitor.start({})
+    monitor.start(0, {})
     monitor.close()
     assert [line["kind"] for line in read_metrics(tmp_path / "m.jsonl")] == ["train", "start"]
 
@@ -83,10 +83,10 @@ def test_logging_costs_under_a_millisecond(tmp_path: Path) -> None:
 def test_console_shows_one_line_every_n_steps_and_follows_a_file(tmp_path: Path) -> None:
     said: list[str] = []
     console = Console(num_steps=10, log_every_steps=5, say=said.append)
-    path = tmp_path / "m.jsonl"
-    with follow(path, console):
+    path = tmp_path / "metrics.jsonl"
+    with follow(RunPaths(tmp_path), console):
         monitor = Monitor(path, attempt=1)
-        monitor.start({"language": {"trainable": 1, "total": 10}})
+        monitor.start(0, {"language": {"trainable": 1, "total": 10}})
         for step in range(1, 11):
             values = {"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens_per_s": 1234.0, "step_s": 0.1}
             monitor.write("train", step, 0.1, values)

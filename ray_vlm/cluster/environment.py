@@ -1,0 +1,32 @@
+"""What workers must know from the driver's environment, and nobody else may see: tokens, caches, offline switches.
+
+The values travel with the task, in memory. They are never put into a runtime environment, which Ray writes to its logs
+and shows to everybody on the cluster, nor into a file or a command line.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+FORWARDED = (
+    *("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"),
+    *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_REGION"),
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "GOOGLE_APPLICATION_CREDENTIALS"),
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Variables on their way to a worker. Their values are not in the `repr`."""
+
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def apply(self) -> None:
+        """Set them in this process, before the libraries that read them are imported."""
+        os.environ.update(self.values)
+
+
+def read_environment() -> Environment:
+    """What of `FORWARDED` is set in this process."""
+    return Environment({name: os.environ[name] for name in FORWARDED if name in os.environ})

@@ -1,0 +1,219 @@
+"""Checkpoints that can be trusted: whole or not there.
+
+A checkpoint is a folder `checkpoint-<step>-a<attempt>-<id>`, a name that no other attempt uses, with a
+`manifest.json` written last that lists every file with size and SHA-256. That file is the commit, also where a store
+has no rename: without it, or with a file missing, altered or too many, the folder is not a checkpoint and the one
+before it is used. Imports nothing heavy, so that its tests are quick. In an object store `best/` and `final/`
+are sealed the same way.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray_vlm import __version__
+from ray_vlm.errors import RunError
+from ray_vlm.runs.store import Store
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest and of what a checkpoint holds
+_NAME = re.compile(r"checkpoint-(\d+)-a(\d+)-([0-9a-f]+)")
+
+Files = dict[str, tuple[int, str]]  # name -> (bytes, SHA-256)
+
+
+class Damaged(Exception):
+    """A folder is not a whole checkpoint; the text says why. `torn`: its writer never finished it."""
+
+    def __init__(self, reason: str, torn: bool = False):
+        self.torn = torn
+        super().__init__(reason)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint. `score`: of the validation at its step, higher is better; None without one.
+
+    `about` is what the writer wanted to find again, such as the base's fingerprint and what the run had reached.
+    """
+
+    name: str
+    step: int
+    attempt: int
+    score: float | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+
+def checkpoint_name(step: int, attempt: int, token: str) -> str:
+    """The folder's name; `token` (hexadecimal) is drawn once for each attempt."""
+    return f"checkpoint-{step}-a{attempt}-{token}"
+
+
+def write_part(store: Store, name: str, part: str, fill: Callable[[Path], None]) -> Files:
+    """Write one rank's files of folder `name`, made by `fill(empty folder)`, and return what they are.
+
+    Several ranks may write parts with different file names. Nothing counts before `commit`.
+    """
+    staging = store.staging(f"{name}-{part}")
+    try:
+        fill(staging)
+        found = {p.relative_to(staging).as_posix(): _digest(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+        store.put(staging, name)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return found
+
+
+def commit(store: Store, name: str, files: Files, step: int, **about: Any) -> None:
+    """Write the manifest over `files`, which are all there. Known keys of `about`: attempt, score; others are free."""
+    body = {
+        "format": FORMAT,
+        "writer": f"ray_vlm {__version__}",
+        "step": step,
+        "attempt": about.pop("attempt", 1),
+        "score": _finite(about.pop("score", None)),
+        "about": about,
+        "files": {file: {"size": size, "sha256": digest} for file, (size, digest) in sorted(files.items())},
+    }
+    store.write(f"{name}/{MANIFEST}", json.dumps(body | {"sha256": _seal(body)}, indent=1).encode() + b"\n")
+
+
+def read_checkpoint(store: Store, name: str) -> Checkpoint:
+    """The checkpoint in folder `name` by its manifest, its files compared by name and size but not yet by hash.
+
+    Raises `Damaged`, or `RunError` where a newer version of this package wrote it.
+    """
+    data = store.read(f"{name}/{MANIFEST}")
+    if data is None:
+        raise Damaged("it was never finished (no manifest)", torn=True)
+    try:
+        body = json.loads(data)
+        seal = body.pop("sha256")
+        if body["format"] > FORMAT:
+            raise RunError(
+                f"{store.address}: {name} was written by a newer version ({body['writer']}, format {body['format']}; "
+                f"this is ray_vlm {__version__}, format {FORMAT}). Update ray_vlm to go on from it."
+            )
+        if seal != _seal(body):
+            raise Damaged("its manifest was altered")
+        files = {file: (entry["size"], entry["sha256"]) for file, entry in body["files"].items()}
+        found = Checkpoint(name, body["step"], body["attempt"], body["score"], body["about"], files)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged("its manifest is cut off or altered") from None
+    there = {file: size for file, size in store.files(name).items() if file != MANIFEST}
+    if missing := sorted(set(files) - set(there)):
+        raise Damaged(f"{missing[0]} is missing")
+    if extra := sorted(set(there) - set(files)):
+        raise Damaged(f"{extra[0]} does not belong to it")
+    for file, (size, _) in files.items():
+        if there[file] != size:
+            raise Damaged(f"{file} has {there[file]} bytes instead of {size}")
+    return found
+
+
+def open_checkpoint(store: Store, name: str) -> tuple[Checkpoint, Path]:
+    """The checkpoint and a folder on this machine with its files, every one compared with its hash.
+
+    Raises `Damaged`. The folder is the checkpoint itself on a disk; of an object store it is a temporary copy.
+    """
+    found = read_checkpoint(store, name)
+    if store.local is not None:
+        folder = store.local / name
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="ray_vlm-"))
+        store.fetch(name, folder)
+    for file, (size, digest) in found.files.items():
+        if _digest(folder / file, sync=False) != (size, digest):
+            if store.local is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise Damaged(f"{file} was altered")
+    return found, folder
+
+
+def open_newest(store: Store, say: Callable[[str], None]) -> tuple[Checkpoint, Path] | None:
+    """The newest whole checkpoint, or None. `say` is told of each newer one that cannot be used, and why."""
+    for name in checkpoint_names(store):
+        try:
+            return open_checkpoint(store, name)
+        except Damaged as damage:
+            say(f"{name} cannot be used: {damage}. Looking for the one before it.")
+    return None
+
+
+def checkpoint_names(store: Store) -> list[str]:
+    """Folders that are named as checkpoints, whole or not, newest first."""
+    found = [(int(m[1]), int(m[2]), name) for name in store.names() if (m := _NAME.fullmatch(name))]
+    return [name for _, _, name in sorted(found, reverse=True)]
+
+
+def plan_retention(whole: Sequence[Checkpoint], keep: int, keep_best: int) -> list[str]:
+    """Names of those to delete: all but the `keep` newest and the `keep_best` highest scores. Never all of them."""
+    newest = sorted(whole, key=lambda c: (c.step, c.attempt), reverse=True)
+    scored = [c for c in newest if c.score is not None]
+    best = sorted(scored, key=lambda c: c.score or 0.0, reverse=True)[:keep_best]
+    stay = {c.name for c in (*newest[: max(1, keep)], *best)}
+    return [c.name for c in reversed(newest) if c.name not in stay]
+
+
+def prune(store: Store, keep: int, keep_best: int) -> None:
+    """Delete what `plan_retention` says. Damaged folders count for nothing and are left alone."""
+    whole = []
+    for name in checkpoint_names(store):
+        try:
+            whole.append(read_checkpoint(store, name))
+        except (Damaged, RunError):
+            continue
+    for name in plan_retention(whole, keep, keep_best):
+        remove_checkpoint(store, name)
+
+
+def remove_checkpoint(store: Store, name: str) -> None:
+    """Delete a checkpoint: first what makes it count, then the rest."""
+    store.remove(f"{name}/{MANIFEST}")
+    store.remove(name)
+
+
+def sweep(store: Store) -> None:
+    """Delete what killed writers left: unfinished checkpoints and their staging folders."""
+    for name in store.names():
+        if name.startswith(".staging-") or (_NAME.fullmatch(name) and store.read(f"{name}/{MANIFEST}") is None):
+            store.remove(name)
+
+
+def replace_folder(store: Store, name: str, fill: Callable[[Path], None], step: int) -> None:
+    """Write `best/` or `final/` anew in an object store, which cannot rename: sealed again only when all is there."""
+    store.remove(f"{name}/{MANIFEST}")
+    files = write_part(store, name, "new", fill)
+    for left in set(store.files(name)) - set(files):
+        store.remove(f"{name}/{left}")
+    commit(store, name, files, step)
+
+
+def _digest(path: Path, sync: bool = True) -> tuple[int, str]:
+    """Size and SHA-256 of a file; with `sync` it is on the disk afterwards."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "r+b" if sync else "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            size += len(block)
+        if sync:
+            os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _finite(score: float | None) -> float | None:
+    return score if score is not None and math.isfinite(score) else None

@@ -1,0 +1,171 @@
+"""Where a run is kept: a folder, or an object store that pyarrow reaches (`s3://`, `gs://`, `abfs://`, `hdfs://`).
+
+Names are relative, with `/`. A store needs no rename, no append and no fsync: what makes a set of files count is
+a manifest written last (`checkpoints.py`). Credentials come from the environment, as the cloud's own tools read them.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+
+def is_remote(address: str) -> bool:
+    """Whether an address names an object store rather than a folder."""
+    return "://" in address and not address.startswith("file://")
+
+
+def join(address: str, name: str) -> str:
+    """The address of `name` inside a folder or an object store; `?options` stay at the end."""
+    if not is_remote(address):
+        return str(Path(local_path(address)) / name)
+    base, mark, options = address.partition("?")
+    return f"{base.rstrip('/')}/{name}{mark}{options}"
+
+
+def full_address(address: str) -> str:
+    """The address as every process can use it: an absolute path, or a URI that names the endpoint of an S3 store that
+    is not Amazon's (`AWS_ENDPOINT_URL`, which pyarrow does not read)."""
+    if not is_remote(address):
+        return local_path(address)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not endpoint or not address.startswith("s3://") or "endpoint_override=" in address:
+        return address
+    mark = "&" if "?" in address else "?"
+    return f"{address}{mark}endpoint_override={quote(endpoint, safe='')}"
+
+
+def local_path(address: str) -> str:
+    """The absolute path of a folder given as a path or as `file://`."""
+    return str(Path(os.path.expanduser(address.removeprefix("file://"))).absolute())
+
+
+class Store:
+    """Files by name under one address. Raises `OSError` where the disk or the object store refuses."""
+
+    def __init__(self, address: str | Path):
+        self.address = str(address)
+        self.local = None if is_remote(self.address) else Path(local_path(self.address))
+        self._fs: Any = None
+        self._root = ""
+
+    def _remote(self, name: str = "") -> tuple[Any, str]:
+        if self._fs is None:
+            from pyarrow import fs
+
+            try:
+                self._fs, self._root = fs.FileSystem.from_uri(self.address)
+            except ValueError as error:  # pyarrow's ArrowInvalid
+                raise OSError(f"{self.address}: {error}") from None
+        return self._fs, f"{self._root}/{name}".rstrip("/")
+
+    def names(self) -> list[str]:
+        """Files and folders at the top, sorted; an address that is not there yet has none."""
+        if self.local is not None:
+            return sorted(os.listdir(self.local)) if self.local.is_dir() else []
+        return sorted({name.split("/")[0] for name in self.files()})
+
+    def files(self, name: str = "") -> dict[str, int]:
+        """Every file under `name`, relative to it, with its size in bytes."""
+        if self.local is not None:
+            folder = self.local / name
+            found = (Path(root) / file for root, _, files in os.walk(folder) for file in files)
+            return {path.relative_to(folder).as_posix(): path.lstat().st_size for path in found}
+        from pyarrow import fs
+
+        system, path = self._remote(name)
+        infos = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        return {i.path[len(path) + 1 :]: i.size for i in infos if i.type == fs.FileType.File}
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file, or None where there is none."""
+        try:
+            if self.local is not None:
+                return (self.local / name).read_bytes()
+            system, path = self._remote(name)
+            with system.open_input_stream(path, compression=None) as stream:
+                return stream.readall()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one small file, so that a reader sees the old bytes or the new ones; on a disk it is there for good."""
+        if self.local is not None:
+            target: Path = self.local / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{os.getpid()}")
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+            return sync_folder(target.parent)
+        system, path = self._remote(name)
+        with system.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+
+    def put(self, source: Path, name: str) -> None:
+        """Move the files of folder `source` into folder `name`, beside those that are there."""
+        files = [path for path in source.rglob("*") if path.is_file()]
+        if self.local is not None:
+            for file in files:
+                target = self.local / name / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+                sync_folder(target.parent)
+        else:
+            for file in files:
+                self.write(f"{name}/{file.relative_to(source).as_posix()}", file.read_bytes())
+        shutil.rmtree(source)
+
+    def staging(self, name: str) -> Path:
+        """An empty folder to make files in before `put`; on a disk in the same file system, so that moving is free."""
+        if self.local is None:
+            return Path(tempfile.mkdtemp(prefix=f"ray_vlm-{name}-"))
+        folder = self.local / f".staging-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def fetch(self, name: str, folder: Path) -> None:
+        """Copy everything under `name` into `folder`."""
+        for relative in self.files(name):
+            target = folder / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data = self.read(f"{name}/{relative}")
+            target.write_bytes(data or b"")
+
+    def remove(self, name: str) -> None:
+        """Delete a file or a folder; nothing happens where there is none."""
+        if self.local is not None:
+            path = self.local / name
+            if path.is_dir() and not path.is_symlink():
+                return shutil.rmtree(path, ignore_errors=True)
+            return path.unlink(missing_ok=True)
+        from pyarrow import fs
+
+        system, key = self._remote(name)
+        if system.get_file_info(key).type == fs.FileType.File:
+            system.delete_file(key)
+        elif self.files(name):
+            system.delete_dir(key)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in `folder` survive a power loss, where the file system can promise that."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems refuse it for folders
+        pass
+    finally:
+        os.close(handle)

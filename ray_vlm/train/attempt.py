@@ -1,0 +1,141 @@
+"""What the ranks settle before anything is loaded: that all can write where the run is kept and read what the others
+wrote, which attempt this is, and which checkpoint it goes on from.
+
+The newest attempt owns the run. One that was cut off and is still alive finds that out before it commits anything.
+"""
+
+import json
+import platform
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.errors import RunError
+from ray_vlm.runs.checkpoints import Checkpoint, open_checkpoint, open_newest, sweep
+from ray_vlm.runs.store import Store
+
+_OWNER = ".attempt.json"
+_SEE_S = 15.0  # a network file system may show a new file to other nodes this late
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands. `ray`: inside a Ray Train worker."""
+
+    rank: int
+    world_size: int
+    device: str
+    ray: bool
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed
+
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in order of rank. Also a barrier."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed
+
+        everyone: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(everyone, value)
+        return everyone
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One launch of the workers. `token` is unique; `checkpoint` and `folder`: what it goes on from, if anything."""
+
+    number: int
+    token: str
+    checkpoint: Checkpoint | None = None
+    folder: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def begin_attempt(store: Store, place: Place, at_least: int) -> Attempt:
+    """Prove the storage, take the run over, find the newest whole checkpoint. All ranks return the same.
+
+    `at_least`: the number that the driver gave; one that Ray started by itself counts on.
+    """
+    token = place.share(uuid.uuid4().hex[:8])
+    if place.ray:
+        prove_storage(store, place, token)
+    notes: list[str] = []
+    if place.rank > 0:
+        number, name, notes = place.share(None)
+        checkpoint, folder = open_checkpoint(store, name) if name else (None, None)
+        return Attempt(number, token, checkpoint, folder, notes)
+    owner = json.loads(store.read(_OWNER) or b"{}")
+    number = max(at_least, owner.get("attempt", 0) + 1)
+    store.write(_OWNER, json.dumps({"attempt": number, "token": token}).encode())
+    sweep(store)
+    checkpoint, folder = open_newest(store, notes.append) or (None, None)
+    place.share((number, checkpoint.name if checkpoint else None, notes))
+    return Attempt(number, token, checkpoint, folder, notes)
+
+
+def check_owner(store: Store, attempt: Attempt) -> None:
+    """Raise `RunError` where a newer attempt has taken the run over; asked before anything is committed."""
+    owner = json.loads(store.read(_OWNER) or b"{}")
+    if owner.get("token") != attempt.token:
+        raise RunError(
+            f"attempt {attempt.number} of {store.address} was taken over by attempt {owner.get('attempt')}, so it "
+            "writes nothing more."
+        )
+
+
+def prove_storage(store: Store, place: Place, token: str, wait_s: float = _SEE_S) -> None:
+    """Every rank writes a file and reads those of all others, and what the driver wrote. Raises `RunError` on all."""
+    own, host = f".proof-{token}-{place.rank}", platform.node()
+    problems = place.gather((host, _problem(lambda: store.write(own, token.encode()))))
+    told = [f"worker {r} on {h} cannot write to {store.address}: {p}" for r, (h, p) in enumerate(problems) if p]
+    if not told:
+        names = {".proof-" + f"{token}-{r}": f"worker {r} on {h}" for r, (h, _) in enumerate(problems)}
+        names["run.json"] = "the driver"
+        unseen = place.gather([who for name, who in names.items() if not _sees(store, name, wait_s)])
+        told = [
+            f"worker {r} on {problems[r][0]} does not see what {who} wrote to {store.address}"
+            for r, missing in enumerate(unseen)
+            for who in missing
+        ]
+    place.gather(None)  # all have looked
+    if not _problem(lambda: store.read(own)):
+        store.remove(own)
+    if told:
+        fix = "Give a run.output_dir on a file system that all nodes share and may write to, or s3://..."
+        raise RunError([*told, f"run.output_dir: {fix}"])
+
+
+def _problem(do: Callable[[], Any]) -> str | None:
+    try:
+        do()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _sees(store: Store, name: str, wait_s: float) -> bool:
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            if store.read(name) is not None:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)

@@ -1,0 +1,83 @@
+"""What a trainer's state becomes on disk, and that it fits what is loaded.
+
+A checkpoint holds the adapter (or the whole model), optimizer, scheduler and each rank's random state, in the files
+that `transformers.Trainer` reads back; where it stands in the plan is its step.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.errors import ModelError, RunError
+from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, write_part
+from ray_vlm.runs.store import Store
+from ray_vlm.train.attempt import Attempt, Place, check_owner
+
+_SAMPLE = 16  # weights of each tensor that enter the base's fingerprint
+
+
+class CheckpointWriter:
+    """Writes checkpoints of `trainer` into the run. `save(folder)` writes weights; `keep`, `keep_best`: retention."""
+
+    def __init__(self, store: Store, place: Place, attempt: Attempt, keep: tuple[int, int], about: dict[str, Any]):
+        self.store, self.place, self.attempt, self.keep, self.about = store, place, attempt, keep, about
+
+    def write(self, trainer: Any, save: Any, score: float | None, progress: dict[str, Any]) -> None:
+        """Called by every rank at the same step; when it returns on rank 0, the checkpoint counts."""
+        step = trainer.state.global_step
+        name = checkpoint_name(step, self.attempt.number, self.attempt.token)
+
+        def fill(folder: Path) -> None:
+            trainer._save_rng_state(str(folder))
+            if self.place.rank == 0:
+                save(folder)
+                trainer._save_optimizer_and_scheduler(str(folder))
+                trainer.state.log_history = []  # metrics.jsonl has it
+                trainer.state.save_to_json(str(folder / "trainer_state.json"))
+
+        try:
+            if self.place.rank == 0:
+                check_owner(self.store, self.attempt)
+            parts = self.place.gather(write_part(self.store, name, f"rank{self.place.rank}", fill))
+            if self.place.rank == 0:
+                files = {file: entry for part in parts for file, entry in part.items()}
+                about = self.about | {"world_size": self.place.world_size, "progress": progress}
+                commit(self.store, name, files, step, attempt=self.attempt.number, score=score, **about)
+                prune(self.store, *self.keep)
+        except OSError as error:
+            raise RunError(
+                f"checkpoint at step {step} cannot be written to {self.store.address} ({error}). Earlier ones are "
+                "untouched: make room or mend the store, then go on with --resume."
+            ) from error
+
+
+def base_fingerprint(model: Any) -> str:
+    """A hash of a few values of every frozen unquantised weight: the same for the same base, whatever its path."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad and weight.is_floating_point():
+            digest.update(name.replace("base_layer.", "").encode())
+            digest.update(weight.detach().flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_fits(attempt: Attempt, about: dict[str, Any], num_steps: int) -> None:
+    """Raise where the checkpoint belongs to another base or other rows, or lies behind the run's end."""
+    if attempt.checkpoint is None:
+        return
+    old, name = attempt.checkpoint.about, attempt.checkpoint.name
+    if old.get("base") != about["base"]:
+        raise ModelError(
+            f"{name} was trained on another base (fingerprint {old.get('base')}, model.name has {about['base']}). "
+            "Use the same model.name and model.revision, or start a new run."
+        )
+    if old.get("rows") != about["rows"]:
+        raise RunError(
+            f"{name} was trained on other rows (fingerprint {old.get('rows')}, data.train has {about['rows']}), so the "
+            "next unseen row is not known. Use the same data, or start a new run with model.adapter."
+        )
+    if attempt.step > num_steps:
+        raise RunError(
+            f"{name} is of step {attempt.step}, behind the {num_steps} steps of this job. Raise train.num_epochs or "
+            "train.max_steps, or start a new run."
+        )

@@ -1,0 +1,168 @@
+"""Run the workers in Ray, and again after a failure that another try can mend. Policy first, then what carries it out.
+
+Ray Train could restart the workers itself, but not when its controller dies or while a process group starts, it would
+try again what this package refused on purpose, and it keeps no account. So restarts are counted here, in one budget;
+workers take it from the newest whole checkpoint whoever started them (`train/attempt.py`).
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray_vlm.cluster.connect import connect
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import RayVlmError, RunError
+from ray_vlm.runs.console import Console, follow
+from ray_vlm.runs.manifest import end_attempt, start_attempt, update_manifest
+from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
+from ray_vlm.train.worker import WorkerTask, train_worker
+
+_PAUSE_S = 2.0  # before another try, doubled each time
+_RAY_FOLDER = ".ray"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a try ended. `own`: raised by this package on purpose; `raised`: by code in a worker, not by its death."""
+
+    text: str
+    own: RayVlmError | None = None
+    raised: bool = False
+    step: int = 0
+
+
+def plan_retry(failures: list[Failure], max_failures: int) -> bool:
+    """Whether to try again after the last of `failures`.
+
+    Not when this package refused on purpose, nor when the same error came twice at the same step: it would come again.
+    """
+    last = failures[-1]
+    if last.own is not None or len(failures) > max_failures:
+        return False
+    before = failures[-2] if len(failures) > 1 else None
+    return not (before and last.raised and (before.text, before.step) == (last.text, last.step))
+
+
+def describe_failure(error: Exception, step: int) -> Failure:
+    """What `TorchTrainer.fit` raised, in our words. `step`: the last one that was trained."""
+    workers = {rank: getattr(e, "_base_exc", e) for rank, e in getattr(error, "worker_failures", {}).items()}
+    own = next((e for _, e in sorted(workers.items()) if isinstance(e, RayVlmError)), None)
+    if own is None and isinstance(error, RayVlmError):
+        own = error
+    if not workers:
+        return Failure(f"{type(error).__name__}: {str(error).strip()[-1000:]}", own, step=step)
+    raised = {rank: e for rank, e in workers.items() if not _is_death(e)}
+    if len(raised) < len(workers):  # who died is the cause; what the others raised only follows
+        dead = sorted(set(workers) - set(raised))
+        return Failure(f"worker {', '.join(map(str, dead))} died", own, step=step)
+    rank, first = min(raised.items())
+    return Failure(f"worker {rank}: {type(first).__name__}: {first}", own, raised=True, step=step)
+
+
+def _is_death(error: BaseException) -> bool:
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError) or "ActorDiedError" in type(error).__name__
+
+
+def launch(job: JobConfig, task: WorkerTask, paths: RunPaths) -> tuple[dict[str, Any], int | None]:
+    """Train to the end; returns what rank 0 found and the signal that stopped it, if one did.
+
+    `cluster.num_workers: 0` runs in this process. Raises the workers' own errors, or `RunError` when tries are used up.
+    """
+    if job.cluster.num_workers == 0:
+        with StopRequest(lambda: None) as request:
+            return train_worker(task, stop=lambda: request.wanted), request.signal
+    with connect(job) as layout:
+        import ray
+
+        task = replace(
+            task,
+            train=ray.put(task.train),
+            eval=ray.put(task.eval) if task.eval is not None else None,
+            num_loaders=layout.num_loaders,
+            cpus_per_loader=layout.cpus_per_loader,
+        )
+        update_manifest(paths, cluster={k: v for k, v in ray.cluster_resources().items() if ":" not in k})
+        paths.store.remove(STOP_FILE)
+        console = Console(task.plan.num_steps, job.train.log_every_steps)
+        with StopRequest(lambda: ask_workers(paths.store)) as request, follow(paths, console):
+            _retry(lambda number: _fit(job, replace(task, attempt=number), paths), job, task, paths, request)
+    paths.store.remove(STOP_FILE)
+    result = paths.take_result()
+    paths.store.remove(_RAY_FOLDER)  # Ray's own state; a finished run needs none
+    return result, request.signal
+
+
+def _retry(fit: Callable[[int], None], job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> None:
+    failures: list[Failure] = []
+    number = task.attempt
+    while True:
+        try:
+            return fit(number)
+        except Exception as error:  # the edge to Ray: written down, then tried again or raised
+            paths.refresh(paths.metrics)
+            failures.append(failure := describe_failure(error, _last_step(paths)))
+            if request.wanted or not plan_retry(failures, job.cluster.max_failures):
+                if failure.own is not None:
+                    raise failure.own from error
+                tries = f" after {len(failures)} tries" if len(failures) > 1 else ""
+                raise RunError(f"training failed{tries}: {failure.text}") from error
+        end_attempt(paths, "failed", failure.text[-2000:])
+        number = start_attempt(paths)
+        print(f"{failure.text.splitlines()[0][:300]}; going on from the last checkpoint", flush=True)
+        time.sleep(_PAUSE_S * 2 ** min(len(failures) - 1, 5))
+
+
+def _last_step(paths: RunPaths) -> int:
+    from ray_vlm.runs.monitor import read_metrics
+
+    return max((line["step"] for line in read_metrics(paths.metrics) if line["kind"] == "train"), default=0)
+
+
+def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths) -> None:
+    """One `TorchTrainer.fit`, under a name that no earlier one used: a torn snapshot of Ray's blocks only its own name.
+
+    It runs in a thread, where Ray Train leaves SIGINT alone: its handler would end this process with exit code 0.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    each = {"CPU": job.cluster.cpus_per_worker, "GPU": job.cluster.gpus_per_worker}
+    trainer = TorchTrainer(
+        run_ray_worker,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=job.cluster.num_workers,
+            use_gpu=job.cluster.gpus_per_worker > 0,
+            resources_per_worker={name: amount for name, amount in each.items() if amount},
+        ),
+        run_config=RunConfig(
+            name=f"{paths.name}-attempt-{task.attempt}",
+            storage_path=paths.place(_RAY_FOLDER),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=job.cluster.max_failures),  # type: ignore[call-arg]
+        ),
+    )
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="ray-vlm-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if raised:
+        raise raised[0]
+
+
+def run_ray_worker(config: dict[str, Any]) -> None:
+    """What Ray Train calls on every worker, at the start and whenever it restarts them."""
+    config["task"].environment.apply()
+    train_worker(config["task"], in_ray=True)

@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM: the first asks for a checkpoint and an orderly end, the second ends at once.
+
+In one process the trainer asks the `StopRequest` itself. Under Ray the driver gets the signal and leaves a file in the
+run folder that rank 0 looks for; the ranks agree on the step at which they leave.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from ray_vlm.runs.store import Store
+
+STOP_FILE = ".stop"
+_REMOTE_S = 5.0  # an object store is asked this often, a disk at every step
+
+
+class StopRequest:
+    """A context in which signals are requests. `tell` is called with the first one, from the main thread."""
+
+    def __init__(self, tell: Callable[[], None]):
+        self.signal: int | None = None
+        self._tell = tell
+        self._old: dict[int, Any] = {}
+
+    @property
+    def wanted(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping: a checkpoint is written after this step. Once more leaves at once.", flush=True)
+        self._tell()
+
+
+def ask_workers(store: Store) -> None:
+    """Tell the workers of a run to write a checkpoint and leave."""
+    store.write(STOP_FILE, b"")
+
+
+def watch(store: Store) -> Callable[[], bool]:
+    """A function that says whether `ask_workers` was called."""
+    last, found = 0.0, False
+
+    def wanted() -> bool:
+        nonlocal last, found
+        if not found and (store.local is not None or time.monotonic() - last > _REMOTE_S):
+            last = time.monotonic()
+            found = (store.local / STOP_FILE).exists() if store.local else store.read(STOP_FILE) is not None
+        return found
+
+    return wanted
+
+
+def agree(wanted: bool, world_size: int, device: str) -> bool:
+    """Whether any rank wants to stop; the same answer on all, so that none is left waiting."""
+    if world_size == 1:
+        return wanted
+    import torch
+
+    flag = torch.tensor([int(wanted)], device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())

@@ -1,0 +1,238 @@
+"""Going on where a run was: the same numbers as if it had never stopped, and what is refused."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_vlm.cli import main
+from ray_vlm.config.load import load_job
+from ray_vlm.errors import ConfigError, Interrupted, ModelError, RunError
+from ray_vlm.runs.monitor import current_lines, read_metrics
+from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.driver import train
+
+
+def _train(path: Path, *overrides: str, resume: bool = False) -> RunPaths:
+    return train(load_job(path, overrides), path.read_text(), resume=resume)
+
+
+def _steps(paths: RunPaths) -> list[tuple[int, float, float]]:
+    lines = current_lines(read_metrics(paths.metrics))
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
+
+
+def _same_adapter(one: RunPaths, two: RunPaths) -> bool:
+    from safetensors.torch import load_file
+
+    a, b = (load_file(paths.final / "adapter_model.safetensors") for paths in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal at the end of that step, once."""
+    from ray_vlm.train.report import RunCallback
+
+    old, sent = RunCallback.on_log, []
+
+    def on_log(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        old(self, args, state, control, **kwargs)
+        if state.global_step == step and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(RunCallback, "on_log", on_log)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(job_file, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the middle of the second epoch, after a signal; with dropout, so random state counts too."""
+    data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "eval")}
+    evaluate = {"every_steps": 3, "num_samples": 4}
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.2}
+    path = job_file(data=data, evaluate=evaluate, lora=lora, train={"max_steps": 16}, checkpoint={"every_steps": 4})
+    whole = _train(path, "run.name=whole")
+    _stop_after(monkeypatch, 9)
+    with pytest.raises(Interrupted, match="stopped at step 10 of 16") as stop:
+        _train(path, "run.name=stopped")
+    assert stop.value.exit_code == 143
+    paths = RunPaths(whole.root.parent / "stopped")
+    assert json.loads(paths.run.read_text())["status"] == "interrupted"
+    assert not paths.final.exists()
+    _train(path, "run.name=stopped", resume=True)
+    assert _steps(paths) == _steps(whole)
+    assert _same_adapter(paths, whole)
+    run, log = json.loads(paths.run.read_text()), json.loads(paths.training_log.read_text())
+    assert [a["status"] for a in run["attempts"]] == ["interrupted", "finished"]
+    assert run["attempts"][1]["from_step"] == 10
+    other = json.loads(whole.training_log.read_text())
+    for history in ("epoch_history", "validation_history"):
+        assert [(e["step"], e["loss"]) for e in log[history]] == [(e["step"], e["loss"]) for e in other[history]]
+    assert [line["epoch"] for line in log["training_history"]] == [line["epoch"] for line in other["training_history"]]
+    assert log["best_checkpoint"]["step"] == other["best_checkpoint"]["step"]
+
+
+def test_a_second_signal_leaves_at_once(job_file, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from ray_vlm.train.stop import StopRequest
+
+    def twice() -> None:
+        with StopRequest(lambda: None) as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            assert request.wanted
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
+    assert "Once more leaves at once" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert threading.current_thread() is threading.main_thread()
+
+
+def test_resume_from_the_one_before_a_damaged_checkpoint(job_file, capsys) -> None:
+    path = job_file(train={"max_steps": 6}, checkpoint={"every_steps": 2})
+    whole = _train(path, "run.name=whole")
+    paths = _train(path, "train.max_steps=6")
+    newest = next(paths.root.glob("checkpoint-6-*"))
+    (newest / "optimizer.pt").write_bytes(b"torn")
+    for name in ("final", "training_log.json"):
+        target = paths.root / name
+        target.unlink() if target.is_file() else [f.unlink() for f in target.iterdir()]
+    run = json.loads(paths.run.read_text())
+    paths.run.write_text(json.dumps(run | {"status": "failed", "result": None}))
+    capsys.readouterr()
+    _train(path, resume=True)
+    out = capsys.readouterr().out
+    assert f"{newest.name} cannot be used: optimizer.pt has 4 bytes" in out
+    assert "attempt 2 goes on from step 4" in out
+    assert _steps(paths) == _steps(whole)
+    assert _same_adapter(paths, whole)
+
+
+def test_a_finished_run_says_so_and_goes_on_for_more_epochs(job_file, capsys) -> None:
+    path = job_file(train={"max_steps": 2})
+    _train(path)
+    capsys.readouterr()
+    assert main(["train", str(path), "--resume"]) == 0
+    assert "is finished; for more steps raise" in capsys.readouterr().out
+    paths = _train(path, "train.max_steps=4", "train.log_every_steps=1", resume=True)
+    assert [step for step, _, _ in _steps(paths)] == [1, 2, 3, 4]
+    run = json.loads(paths.run.read_text())
+    paths.run.write_text(json.dumps(run | {"status": "failed", "result": None}))
+    with pytest.raises(RunError, match="behind the 3 steps of this job"):
+        _train(path, "train.max_steps=3", resume=True)
+
+
+def test_what_decides_learning_may_not_change(job_file, scenes: Path) -> None:
+    path = job_file()
+    _train(path)
+    with pytest.raises(ConfigError) as error:
+        _train(path, "train.max_steps=9", "train.learning_rate=0.5", "lora.rank=8", "seed=3", resume=True)
+    assert [p.split("`")[1] for p in error.value.problems] == ["lora.rank", "seed", "train.learning_rate"]
+    assert "was 4 and is now 8" in error.value.problems[0]
+
+
+def test_resume_names_the_newest_run_or_starts_one(job_file) -> None:
+    path = job_file(train={"max_steps": 1})
+    first = _train(path, "run.name=null", resume=True)
+    assert first.root.name == "sft-qwen3_vl-detection-001"
+    assert _train(path, "run.name=null", "train.max_steps=2", resume=True).root == first.root
+
+
+def test_other_rows_and_another_base_are_refused(
+    job_file, scenes: Path, tmp_path: Path, tiny_models: dict[str, str]
+) -> None:
+    import shutil
+
+    data, model = tmp_path / "a" / "scenes", tmp_path / "a" / "model"
+    shutil.copytree(scenes, data)
+    shutil.copytree(tiny_models["qwen3_vl"], model)
+    rows = {"train": {"path": str(data / "train.json")}}
+    path = job_file(data=rows, model={"name": str(model), "load_in_4bit": False}, train={"max_steps": 1})
+    _train(path)
+    moved = tmp_path / "b"
+    shutil.move(tmp_path / "a", moved)
+    there = [f"model.name={moved / 'model'}", f"data.train.path={moved / 'scenes' / 'train.json'}"]
+    _train(path, *there, "train.max_steps=2", resume=True)  # the same contents in another place
+    coco = json.loads((moved / "scenes" / "train.json").read_text())
+    coco["images"].reverse()
+    (moved / "scenes" / "train.json").write_text(json.dumps(coco))
+    with pytest.raises(RunError, match="trained on other rows"):
+        _train(path, *there, "train.max_steps=3", resume=True)
+    coco["images"].reverse()
+    (moved / "scenes" / "train.json").write_text(json.dumps(coco))
+    from ray_vlm.demo.tiny import write_untrained
+
+    shutil.rmtree(moved / "model")
+    torch.manual_seed(7)
+    write_untrained(moved / "model", "qwen3_vl")
+    _perturb(moved / "model")
+    with pytest.raises(ModelError, match="another base"):
+        _train(path, *there, "train.max_steps=3", resume=True)
+
+
+def _perturb(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    name = next(n for n in weights if "embed_tokens" in n)
+    weights[name] = weights[name] + 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_run_that_is_being_trained_is_not_resumed(job_file) -> None:
+    import psutil
+
+    path = job_file(train={"max_steps": 1})
+    paths = _train(path)
+    run = json.loads(paths.run.read_text())
+    attempt = run["attempts"][-1]
+    del attempt["ended"]
+    parent = psutil.Process(os.getppid())
+    attempt["driver"] |= {"pid": parent.pid, "started": parent.create_time()}
+    paths.run.write_text(json.dumps(run))
+    with pytest.raises(RunError, match=f"is being trained by process {parent.pid}"):
+        _train(path, "train.max_steps=2", resume=True)
+
+
+def test_a_disk_that_refuses_a_checkpoint_stops_with_the_way_on(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray_vlm.train.checkpoint as checkpoint
+
+    path = job_file(train={"max_steps": 4}, checkpoint={"every_steps": 2})
+    real, calls = checkpoint.write_part, []
+
+    def full(store: Any, name: str, part: str, fill: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(store, name, part, fill)
+
+    monkeypatch.setattr(checkpoint, "write_part", full)
+    with pytest.raises(RunError, match=r"step 4 cannot be written.*No space left.*--resume"):
+        _train(path)
+    paths = _train(path, resume=True)
+    assert json.loads(paths.run.read_text())["attempts"][1]["from_step"] == 2
+
+
+def test_a_step_without_a_trained_token_stops_the_run(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    import numpy as np
+
+    from ray_vlm.data import rows
+
+    real = rows.Preparer.train_row
+
+    def masked(self: Any, record: Any) -> Any:
+        row = real(self, record)
+        return replace(row, labels=np.full_like(row.labels, rows.IGNORED))
+
+    monkeypatch.setattr(rows.Preparer, "train_row", masked)
+    with pytest.raises(Exception, match="not one token of the global batch is trained"):
+        _train(job_file())
