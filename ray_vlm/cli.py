@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 it failed on the way, 2 the job or the command line was wr
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ray_vlm.errors import Interrupted, RayVlmError
 
     try:
+        if "RAY_VLM_SECRETS" in os.environ:  # this is the driver of a job that `submit` started
+            from ray_vlm.cluster.secrets import take_secrets
+
+            take_secrets().apply()
         return args.verb(args) or 0
     except Interrupted as stop:
         print("\n".join(stop.problems), file=sys.stderr)
@@ -57,7 +62,35 @@ def _parser() -> argparse.ArgumentParser:
         "--output", help="folder for the results (default: beside the adapter, or <output_dir>/evaluate)"
     )
     evaluate.add_argument("--against", help="folder of another evaluation to show beside this one in report.html")
+    _add_cluster_verbs(verbs)
     return parser
+
+
+def _add_cluster_verbs(verbs: argparse._SubParsersAction) -> None:
+    where = {"help": "the cluster's job server, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, or this machine)"}
+    submit = verbs.add_parser("submit", help="run a verb as a Ray job on a cluster, and follow it")
+    submit.add_argument("what", choices=["train", "evaluate"], metavar="VERB", help="train or evaluate")
+    submit.add_argument("job", help="the job's YAML file, inside the working directory")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    submit.add_argument("--address", **where)
+    submit.add_argument("--no-wait", action="store_true", help="do not follow the log")
+    submit.add_argument("--working-dir", default=".", help="the folder that travels (default: this one)")
+    submit.add_argument("--runtime-env", help="default: jobs/runtime_env.yaml")
+    submit.add_argument("--submission-id", help="the job's name on the cluster")
+    for flag in ("--resume", "--overwrite"):
+        submit.add_argument(flag, action="append_const", dest="flags", const=flag, help="handed on to train")
+    for flag in ("--adapter", "--output", "--against"):
+        submit.add_argument(flag, help="handed on to evaluate")
+    submit.set_defaults(verb=_submit)
+    jobs = verbs.add_parser("jobs", help="the jobs of a cluster").add_subparsers(metavar="ACTION", required=True)
+    for name, text in (("list", "all jobs"), ("show", "one job"), ("logs", "its log"), ("stop", "end it")):
+        action = jobs.add_parser(name, help=text)
+        action.add_argument("--address", **where)
+        action.set_defaults(verb=_jobs, action=name)
+        if name != "list":
+            action.add_argument("id", help="the job's name on the cluster")
+        if name == "logs":
+            action.add_argument("--follow", action="store_true", help="until the job ends; exit with its code")
 
 
 def _job_verb(verbs: argparse._SubParsersAction, name: str, text: str, run: object) -> argparse.ArgumentParser:
@@ -109,3 +142,59 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     job = load_job(args.job, args.overrides)
     evaluate_and_report(job, args.adapter, args.output, args.against)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from ray_vlm.cluster.submit import (
+        check_job_file,
+        connect_jobs,
+        entrypoint,
+        follow_job,
+        plan_runtime_env,
+        submit,
+    )
+    from ray_vlm.config.check import check_output_dir
+    from ray_vlm.config.load import load_job
+    from ray_vlm.errors import ConfigError
+
+    job = load_job(args.job, args.overrides)
+    if problems := check_output_dir(job.run.output_dir):
+        raise ConfigError(problems)
+    folder = Path(args.working_dir).resolve()
+    words = [*args.overrides, *(args.flags or [])]
+    for name in ("adapter", "output", "against"):
+        words += [f"--{name}", value] if (value := getattr(args, name)) else []
+    command = entrypoint(args.what, check_job_file(args.job, folder), words)
+    env = plan_runtime_env(folder, Path(args.runtime_env) if args.runtime_env else None)
+    client = connect_jobs(args.address)
+    name = submit(client, command, env, args.submission_id)
+    print(f"job {name}: {command}", flush=True)
+    return 0 if args.no_wait else follow_job(client, name, _ask)
+
+
+def _ask(question: str) -> bool:
+    try:
+        return sys.stdin.isatty() and input(question).strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        return False
+
+
+def _jobs(args: argparse.Namespace) -> int:
+    from ray_vlm.cluster.submit import connect_jobs, describe_jobs, find_job_info, follow_job
+
+    client = connect_jobs(args.address)
+    if args.action == "list":
+        print(describe_jobs(client.list_jobs()))
+        return 0
+    info = find_job_info(client, args.id)
+    if args.action == "show":
+        print(describe_jobs([info]))
+        print(f"exit code {info.driver_exit_code}" + (f"\n{info.message}" if info.message else ""))
+    elif args.action == "stop":
+        client.stop_job(args.id)
+        print(f"job {args.id} was asked to stop; `ray-vlm jobs logs {args.id} --follow` waits for its end")
+    elif args.follow:
+        return follow_job(client, args.id, _ask)
+    else:
+        print(client.get_job_logs(args.id), end="")
+    return 0

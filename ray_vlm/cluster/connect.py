@@ -10,7 +10,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
 
 # What Ray is told before it starts; a value that the user has set stays.
-_SETTINGS = {
+SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing calls home
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next poll, 2 s apart by default
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -40,7 +40,7 @@ def connect(job: JobConfig) -> Iterator[Layout]:
     A cluster of our own gets as many logical CPUs as the job needs, even where that is more than the machine has.
     Raises `RunError` when a cluster that was joined is too small.
     """
-    for name, value in _SETTINGS.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
 

@@ -173,6 +173,16 @@ def _is_place(address: str) -> bool:
     return not mark or (scheme in _SCHEMES and bool(rest.strip("/")))
 
 
+def check_output_dir(address: str) -> list[str]:
+    """Why a Ray job may not write to `address`, if so: what it is given of the folder is a copy that is thrown away."""
+    if "://" in address or address.startswith(("/", "~")):
+        return []
+    return [
+        f"run.output_dir={address!r} is relative, and a Ray job runs in a copy of the folder that is thrown away. "
+        "Give an absolute path on a file system that all nodes share, or s3://..."
+    ]
+
+
 def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, str]]:
     """Every broken rule as `(dotted key, reason and fix)`; an empty list when all is well.
 

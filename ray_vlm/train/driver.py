@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_vlm.cluster.environment import read_environment
-from ray_vlm.config.check import check_resume
+from ray_vlm.config.check import check_output_dir, check_resume
 from ray_vlm.config.load import dump_job
 from ray_vlm.config.schema import JobConfig, Source
 from ray_vlm.data.index import Index, build_index, read_labels
@@ -30,7 +30,7 @@ from ray_vlm.runs.manifest import (
     write_training_log,
 )
 from ray_vlm.runs.paths import RunPaths, check_free, claim_run, find_run, write_bad_rows, write_json
-from ray_vlm.runs.store import full_address, is_remote, local_path
+from ray_vlm.runs.store import full_address
 from ray_vlm.train.launch import launch
 from ray_vlm.train.worker import WorkerTask
 
@@ -100,15 +100,8 @@ def absolute_paths(job: JobConfig) -> JobConfig:
 
 def _output_dir(address: str) -> str:
     """Where runs go, for every process. Raises `ConfigError` for a relative path under a Ray job."""
-    if (
-        not is_remote(address)
-        and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        and local_path(address) != address.removeprefix("file://")
-    ):
-        raise ConfigError(
-            f"run.output_dir={address!r} is relative, and a Ray job runs in a copy of the folder that is thrown away. "
-            "Give an absolute path on a file system that all nodes share, or s3://..."
-        )
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (problems := check_output_dir(address)):
+        raise ConfigError(problems)
     return full_address(address)
 
 

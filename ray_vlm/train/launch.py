@@ -65,7 +65,7 @@ def describe_failure(error: Exception, step: int) -> Failure:
 def _is_death(error: BaseException) -> bool:
     from ray.exceptions import RayActorError
 
-    return isinstance(error, RayActorError) or "ActorDiedError" in type(error).__name__
+    return isinstance(error, RayActorError) or type(error).__name__ == "WorkerHealthCheckFailedError"
 
 
 def launch(job: JobConfig, task: WorkerTask, paths: RunPaths) -> tuple[dict[str, Any], int | None]:

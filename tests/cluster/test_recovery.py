@@ -1,0 +1,180 @@
+"""Workers, controllers and drivers that die: the run goes on by itself, or by the same command, to the same end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ray_vlm.config.load import load_job
+from ray_vlm.errors import RunError
+from ray_vlm.runs.monitor import current_lines, read_metrics
+from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.driver import train
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).parents[2]
+
+
+def _steps(paths: RunPaths) -> list[tuple[int, float, float]]:
+    lines = current_lines(read_metrics(paths.metrics))
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
+
+
+def _weights(paths: RunPaths) -> bytes:
+    return (paths.final / "adapter_model.safetensors").read_bytes()
+
+
+def _at_step(paths: RunPaths, step: int, do: Callable[[], Any]) -> threading.Thread:
+    """Call `do` as soon as `metrics.jsonl` has that step."""
+
+    def wait() -> None:
+        until = time.monotonic() + 200
+        while time.monotonic() < until:
+            if any(line.get("step") == step and line["kind"] == "train" for line in read_metrics(paths.metrics)):
+                return do()
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def _kill_a_worker(number: int) -> None:
+    workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    os.kill(sorted(p.pid for p in workers)[number], signal.SIGKILL)
+
+
+@pytest.fixture
+def small(job_file, tmp_path: Path) -> Path:
+    return job_file(
+        train={"max_steps": 10, "global_batch_size": 6, "micro_batch_size": 3},
+        checkpoint={"every_steps": 3},
+        cluster={"num_workers": 2, "max_failures": 2},
+    )
+
+
+def _train(path: Path, *overrides: str, resume: bool = False) -> RunPaths:
+    return train(load_job(path, overrides), path.read_text(), resume=resume)
+
+
+def test_a_killed_worker_and_then_a_killed_controller(ray_cluster, small: Path, tmp_path: Path) -> None:
+    """Right after a checkpoint, which Ray would have lost; the second time Ray's controller dies, which it never
+    retries. The end is that of the undisturbed run, bit for bit."""
+    whole = _train(small, "run.name=whole")
+    paths = RunPaths(tmp_path / "runs" / "hurt")
+    _at_step(paths, 4, lambda: _kill_a_worker(1))
+    _at_step(paths, 8, _kill_the_controller)
+    _train(small, "run.name=hurt")
+    assert _steps(paths) == _steps(whole)
+    assert _weights(paths) == _weights(whole)
+    attempts = json.loads(paths.run.read_text())["attempts"]
+    assert [a["status"] for a in attempts] == ["failed", "failed", "finished"]
+    assert "died" in attempts[0]["error"]
+    assert [a["from_step"] for a in attempts] == [0, 3, 6]
+
+
+def _kill_the_controller() -> None:
+    found = [p for p in psutil.process_iter(["cmdline"]) if "TrainController" in " ".join(p.info["cmdline"] or [])]
+    for process in found:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def test_failures_beyond_the_budget_end_the_run_with_the_cause(ray_cluster, small: Path, tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "runs" / "run")
+    _at_step(paths, 2, lambda: _kill_a_worker(0))
+    with pytest.raises(RunError, match=r"training failed: worker .* died"):
+        _train(small, "cluster.max_failures=0")
+    assert json.loads(paths.run.read_text())["status"] == "failed"
+    _train(small, "cluster.num_workers=1", resume=True)  # on another number of workers
+    assert [step for step, _, _ in _steps(paths)] == list(range(1, 11))
+
+
+def test_a_killed_driver_and_a_torn_snapshot(small: Path, tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "runs" / "run")
+    command = [sys.executable, "-m", "ray_vlm", "train", str(small), "--resume", "cluster.num_workers=1"]
+    driver = subprocess.Popen([*command, "train.max_steps=2000"], cwd=ROOT, start_new_session=True)
+    _at_step(paths, 5, lambda: os.kill(driver.pid, signal.SIGKILL)).join()
+    assert driver.wait(timeout=10) == -signal.SIGKILL
+    assert json.loads(paths.run.read_text())["status"] == "running"
+    snapshot = paths.root / ".ray" / "run-attempt-1"
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (snapshot / "checkpoint_manager_snapshot.json").write_text("")
+    reached = max(step for step, _, _ in _steps(paths))
+    done = subprocess.run([*command, f"train.max_steps={reached + 3}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [step for step, _, _ in _steps(paths)] == list(range(1, reached + 4))
+    assert [a.get("from_step") for a in json.loads(paths.run.read_text())["attempts"]][1] >= 3
+    assert not (paths.root / ".ray").exists()
+
+
+def test_ray_may_restart_the_workers_by_itself(ray_cluster, small: Path, tmp_path: Path) -> None:
+    """What its elastic and preemption policies do: the worker function finds its own way, and counts a new attempt."""
+    from dataclasses import replace
+
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from ray_vlm.config.load import dump_job
+    from ray_vlm.runs.manifest import start_manifest
+    from ray_vlm.runs.paths import claim_run
+    from ray_vlm.train.driver import prepare
+    from ray_vlm.train.launch import run_ray_worker
+    from ray_vlm.train.worker import WorkerTask
+
+    prepared = prepare(load_job(small))
+    paths = claim_run(str(tmp_path / "runs"), "own", "x")
+    start_manifest(paths, dump_job(prepared.job), "", [])
+    task = WorkerTask(dump_job(prepared.job), paths.address, prepared.spec, prepared.plan, (), None)
+    task = replace(task, train=prepared.train.records)
+    run = RunConfig(name="own", storage_path=str(tmp_path / "ray"), failure_config=FailureConfig(max_failures=1))
+    trainer = TorchTrainer(
+        run_ray_worker,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=run,
+    )
+    _at_step(paths, 5, lambda: _kill_a_worker(0))
+    trainer.fit()
+    lines = read_metrics(paths.metrics)
+    assert [(line["attempt"], line["step"]) for line in lines if line["kind"] == "start"] == [(1, 0), (2, 3)]
+    assert [step for step, _, _ in _steps(paths)] == list(range(1, 11))
+
+
+def test_a_report_holds_the_workers_for_less_than_a_third_of_a_second(ray_cluster, tmp_path: Path) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from ray_vlm.cluster.connect import SETTINGS
+    from ray_vlm.train.report import plain
+
+    assert float(SETTINGS["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]) <= 0.2
+    found = tmp_path / "times.json"
+
+    def work(config: dict[str, Any]) -> None:
+        import numpy as np
+        import ray.train
+        import torch
+
+        times = []
+        for step in range(8):
+            started = time.monotonic()
+            ray.train.report(plain({"step": step, "a": np.float32(0.5), "b": torch.tensor(0.25), "c": float("nan")}))
+            times.append(time.monotonic() - started)
+        if ray.train.get_context().get_world_rank() == 0:
+            Path(config["found"]).write_text(json.dumps(times))
+
+    run = RunConfig(name="reports", storage_path=str(tmp_path / "ray"))
+    TorchTrainer(
+        work, train_loop_config={"found": str(found)}, scaling_config=ScalingConfig(num_workers=2), run_config=run
+    ).fit()
+    times = sorted(json.loads(found.read_text()))
+    assert times[len(times) // 2] <= 0.3

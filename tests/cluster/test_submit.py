@@ -1,0 +1,149 @@
+"""Jobs on a cluster with token authentication: both ways of submitting leave the same run, and nobody sees the token."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+TOKEN = "0123456789abcdef" * 4
+SECRET = "hf_this_must_be_seen_by_nobody"
+SMALL = ["train.max_steps=3", "checkpoint.every_steps=2", "evaluate.every_steps=3", "evaluate.num_samples=4"]
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, str], Path]]:
+    """A head node started by `ray start`; yields the environment that reaches it, and its log folder."""
+    folder, port, dashboard = tmp_path_factory.mktemp("r"), _free_port(), _free_port()
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env = clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command += [f"--dashboard-port={dashboard}", "--num-cpus=4", f"--temp-dir={folder}", "--disable-usage-stats"]
+    log = open(folder / "head.log", "w")  # noqa: SIM115
+    head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    for _ in range(120):
+        if _status(address, TOKEN) == 200:
+            break
+        time.sleep(0.5)
+    else:
+        pytest.fail((folder / "head.log").read_text())
+    yield env | {"RAY_API_SERVER_ADDRESS": address}, folder
+    for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
+        process.kill()
+    log.close()
+
+
+def _status(address: str, token: str | None) -> int:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{address}/api/jobs/", headers=headers), timeout=5
+        ) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The tracked files alone, as in a clone that never ran the demo."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for file in (f for f in files if (ROOT / f).exists()):
+        (tmp_path / "clone" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / "clone" / file)
+    return tmp_path / "clone"
+
+
+def _run(words: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+
+
+def _ray_vlm(*words: str) -> list[str]:
+    return [sys.executable, "-m", "ray_vlm", *words]
+
+
+def _files(run: Path) -> set[str]:
+    found = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
+    return {"/".join(part.split("-a1-")[0] for part in name.split("/")) for name in found}
+
+
+def test_two_ways_of_submitting_leave_the_same_run(token_cluster: Any, clone: Path, tmp_path: Path) -> None:
+    env, logs = token_cluster
+    address = env["RAY_API_SERVER_ADDRESS"]
+    assert _status(address, None) in (401, 403)
+    assert _status(address, "wrong") in (401, 403)
+    small = [*SMALL, f"run.output_dir={tmp_path / 'out'}"]
+    command = ["python", "-m", "ray_vlm", "train", "jobs/demo_sft.yaml", *small, "run.name=plain"]
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address, "--working-dir", "."]
+    plain = _run([*submit, "--runtime-env", "jobs/runtime_env.yaml", "--", *command], clone, env)
+    assert plain.returncode == 0, plain.stdout[-3000:] + plain.stderr[-3000:]
+    secret = env | {"HF_TOKEN": SECRET}
+    ours = _run(_ray_vlm("submit", "train", "jobs/demo_sft.yaml", *small, "run.name=ours"), clone, secret)
+    assert ours.returncode == 0, ours.stdout[-3000:] + ours.stderr[-3000:]
+    assert "step 3/3" in ours.stdout
+    shutil.rmtree(clone)
+    runs = tmp_path / "out" / "plain", tmp_path / "out" / "ours"
+    assert _files(runs[0]) == _files(runs[1])
+    assert len({(run / "final" / "adapter_model.safetensors").read_bytes() for run in runs}) == 1
+    assert SECRET not in ours.stdout + ours.stderr
+    holding = [p for folder in (logs, tmp_path / "out") for p in folder.rglob("*") if _holds(p, SECRET)]
+    assert holding == []
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.is_file() and not path.is_symlink() and text.encode() in path.read_bytes()
+    except OSError:
+        return False
+
+
+def test_codes_refusals_and_stopping(token_cluster: Any, clone: Path, tmp_path: Path) -> None:
+    env, _ = token_cluster
+    job = ["jobs/demo_sft.yaml", f"run.output_dir={tmp_path / 'out'}"]
+    wrong = _run(_ray_vlm("submit", "train", *job, "method={name: sft, trl: {no_such: 1}}"), clone, env)
+    assert wrong.returncode == 2, wrong.stdout + wrong.stderr
+    relative = _run(_ray_vlm("submit", "train", "jobs/demo_sft.yaml"), clone, env)
+    assert relative.returncode == 2
+    assert "is relative, and a Ray job runs in a copy" in relative.stderr
+    stranger = {k: v for k, v in env.items() if k != "RAY_AUTH_TOKEN"} | {"RAY_AUTH_MODE": "disabled"}
+    refused = _run(_ray_vlm("jobs", "list"), clone, stranger)
+    assert refused.returncode == 1
+    assert "RAY_AUTH_TOKEN" in refused.stderr
+    long = ["submit", "train", *job, "run.name=long", "--no-wait", "--submission-id", "long"]
+    assert _run(_ray_vlm(*long), clone, env).returncode == 0
+    metrics = tmp_path / "out" / "long" / "metrics.jsonl"
+    for _ in range(400):
+        if metrics.exists() and '"step": 2' in metrics.read_text():
+            break
+        time.sleep(0.5)
+    assert _run(_ray_vlm("jobs", "stop", "long"), clone, env).returncode == 0
+    ended = _run(_ray_vlm("jobs", "logs", "long", "--follow"), clone, env)
+    assert ended.returncode == 130, ended.stdout + ended.stderr
+    assert "stopping: a checkpoint is written" in ended.stdout
+    assert json.loads((metrics.parent / "run.json").read_text())["status"] == "interrupted"
+    assert list(metrics.parent.glob("checkpoint-*/manifest.json"))
+    listed = _run(_ray_vlm("jobs", "list"), clone, env).stdout
+    assert "long" in listed
+    assert "STOPPED" in listed
