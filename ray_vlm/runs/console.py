@@ -28,6 +28,8 @@ class Console:
             self._say(describe_trainable(line["trainable"]))
             if line["step"]:
                 self._say(f"attempt {line['attempt']} goes on from step {line['step']}")
+        elif line["kind"] == "checkpoint":
+            self._say(f"checkpoint at step {line['step']} ({line['checkpoint_s']:.1f} s)")
         elif line["kind"] == "note":
             self._say(line["text"])
         elif line["kind"] == "eval":

@@ -1,7 +1,7 @@
 """Every number that is ever shown: one line in `metrics.jsonl`, and the same to Weights & Biases where asked for.
 
-Lines have `kind` start, train (every optimizer step), epoch, eval, or note, with `attempt`, `step` (the true global
-step), `epoch` and `time` (seconds since 1970). Only rank 0 writes. The file only ever grows: an attempt that goes on
+Lines have `kind` start, train (every optimizer step), epoch, eval, checkpoint or note, with `attempt`, `step` (the true
+global step), `epoch` and `time` (seconds since 1970). Only rank 0 writes. The file only grows: an attempt that goes on
 from step k opens with a start line of that step, and what earlier attempts say of later steps is history.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 _WANDB_NAMES = {
     "train": {"loss": "train/batch_loss", "learning_rate": "train/learning_rate", "epoch": "train/epoch"},
     "epoch": {"loss": "train/epoch_avg_loss"},
+    "checkpoint": {"checkpoint_s": "train/checkpoint_s"},
 }
 
 

@@ -65,6 +65,7 @@ class RunCallback(TrainerCallback):
         self.tell = tell
         self.progress = Progress()
         self.stopped = False
+        self.checkpoint_s = 0.0  # how long the last one took
         self._last = time.monotonic()
         self._tokens = 0.0
         self._step = 0
@@ -133,6 +134,7 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.monitor is not None:
+            self.monitor.write("checkpoint", state.global_step, state.epoch or 0.0, {"checkpoint_s": self.checkpoint_s})
             self.monitor.publish()
         self._last = time.monotonic()
 

@@ -3,6 +3,7 @@
 `train_worker` runs in every Ray Train worker, and unchanged in the calling process for `cluster.num_workers: 0`.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,13 @@ def _train(
     trainer.add_callback(callback)
     keep = (job.checkpoint.keep, job.checkpoint.keep_best)
     writer = CheckpointWriter(paths.store, place, attempt, keep, about)
-    trainer.write_checkpoint = lambda: writer.write(trainer, callback.save, *callback.reached())
+
+    def write_checkpoint() -> None:
+        started = time.monotonic()
+        writer.write(trainer, callback.save, *callback.reached())
+        callback.checkpoint_s = time.monotonic() - started
+
+    trainer.write_checkpoint = write_checkpoint
     try:
         if monitor is not None:
             for text in attempt.notes:

@@ -1,4 +1,4 @@
-"""Jobs on a cluster with token authentication: both ways of submitting leave the same run, and nobody sees the token."""
+"""Jobs on a cluster with token authentication: both ways of submitting leave the same run; nobody sees a token."""
 
 import json
 import os

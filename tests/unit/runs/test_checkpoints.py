@@ -2,10 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -156,51 +152,9 @@ def test_what_killed_writers_left_is_swept_away(tmp_path: Path) -> None:
     assert store.names() == ["best", whole]
 
 
-_WRITER = """
-import os, sys
-from pathlib import Path
-from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, write_part
-from ray_vlm.runs.store import Store
-store, attempt = Store(sys.argv[1]), int(sys.argv[2])
-def fill(folder):
-    for i in range(4):
-        (folder / f"{i}.bin").write_bytes(os.urandom(50_000))
-for step in range(attempt * 1000, attempt * 1000 + 999):
-    name = checkpoint_name(step, attempt, f"{attempt:04x}")
-    commit(store, name, write_part(store, name, "rank0", fill), step, attempt=attempt)
-    print(step, flush=True)
-    prune(store, keep=2, keep_best=0)
-"""
-
-
-def kill_writers(folder: Path, count: int, seed: int = 0) -> dict[str, int]:
-    """Kill a writer at `count` moments; after each the newest whole checkpoint must be at least the last one that the
-    writer said to be there. Returns how many were lost or torn, and how many kills hit an unfinished one."""
-    import random
-
-    moments, store = random.Random(seed), Store(folder)
-    lost, torn, hit, last = 0, 0, 0, -1
-    for attempt in range(1, count + 1):
-        command = [sys.executable, "-c", _WRITER, str(folder), str(attempt)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            first = writer.stdout.readline()
-            time.sleep(moments.uniform(0, 0.03))
-            os.kill(writer.pid, signal.SIGKILL)
-            told = [int(line) for line in (first + writer.stdout.read()).split()]
-        last = max([last, *told])
-        found = open_newest(store, lambda text: None)
-        if found is None or found[0].step < last:
-            lost += 1
-        else:
-            torn += any(len((found[1] / f"{i}.bin").read_bytes()) != 50_000 for i in range(4))
-        before = len(store.names())
-        sweep(store)
-        hit += len(store.names()) < before
-    return {"lost": lost, "torn": torn, "unfinished": hit}
-
-
 def test_writers_killed_at_any_moment_lose_nothing(tmp_path: Path) -> None:
+    from benchmarks.recovery import kill_writers
+
     found = kill_writers(tmp_path, 12)
     assert (found["lost"], found["torn"]) == (0, 0)
     assert found["unfinished"] > 0, "no kill hit a write; the test shows nothing"

@@ -1,0 +1,78 @@
+"""When another try is made, and how failures are told. No cluster."""
+
+import pickle
+
+from ray.train import ControllerError, WorkerGroupError
+
+from ray_vlm.errors import DataError, Interrupted
+from ray_vlm.train.launch import Failure, describe_failure, plan_retry
+
+
+class _Raised(Exception):
+    """As Ray Train wraps what a worker raised."""
+
+    def __init__(self, error: Exception):
+        self._base_exc = error
+
+
+def _death() -> Exception:
+    from ray.exceptions import ActorDiedError
+
+    return ActorDiedError()
+
+
+def test_deaths_are_retried_within_the_budget() -> None:
+    death = Failure("worker 1 died", step=3)
+    assert plan_retry([death], 1)
+    assert plan_retry([death, death], 2)
+    assert not plan_retry([death, death], 1)
+    assert not plan_retry([death], 0)
+
+
+def test_what_this_package_refused_is_not_tried_again() -> None:
+    assert not plan_retry([Failure("bad row", own=DataError("bad row"), raised=True)], 9)
+
+
+def test_the_same_error_twice_at_the_same_step_is_final() -> None:
+    error = Failure("worker 0: OutOfMemoryError: 40 GiB", raised=True, step=7)
+    assert plan_retry([error], 9)
+    assert not plan_retry([error, error], 9)
+    assert plan_retry([error, Failure(error.text, raised=True, step=8)], 9)
+
+
+def test_the_cause_is_told_before_what_followed_from_it() -> None:
+    lost = RuntimeError("Connection closed by peer")
+    failure = describe_failure(WorkerGroupError("x", {0: _Raised(lost), 1: _death()}), 4)
+    assert (failure.text, failure.raised, failure.step) == ("worker 1 died", False, 4)
+    own = DataError("row 5 (id 5): gone")
+    failure = describe_failure(WorkerGroupError("x", {0: _Raised(lost), 1: _Raised(own)}), 4)
+    assert failure.own is own
+    failure = describe_failure(WorkerGroupError("x", {0: _Raised(lost), 1: _Raised(lost)}), 4)
+    assert failure.text == "worker 0: RuntimeError: Connection closed by peer"
+
+
+def test_a_failing_controller_can_be_retried() -> None:
+    assert plan_retry([describe_failure(ControllerError(RuntimeError("gloo: connectFullMesh failed")), 0)], 1)
+    assert plan_retry([describe_failure(_death(), 0)], 1)
+
+
+def test_interrupted_survives_a_process_border_with_its_code() -> None:
+    again = pickle.loads(pickle.dumps(Interrupted("stopped", 15)))
+    assert (again.exit_code, again.problems) == (143, ["stopped"])
+
+
+def test_the_environment_is_set_before_anything_else(monkeypatch) -> None:
+    import os
+    from types import SimpleNamespace
+
+    import ray_vlm.train.launch as launch
+    from ray_vlm.cluster.environment import Environment, read_environment
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    environment = read_environment()
+    assert "hf_secret" not in repr(environment)
+    monkeypatch.delenv("HF_TOKEN")
+    seen = []
+    monkeypatch.setattr(launch, "train_worker", lambda task, in_ray: seen.append(os.environ.get("HF_TOKEN")))
+    launch.run_ray_worker({"task": SimpleNamespace(environment=Environment(dict(environment.values)))})
+    assert seen == ["hf_secret"]
