@@ -1,6 +1,7 @@
 """Shared parts of the tests: tiny models on disk, drawn scenes, jobs around them."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,25 @@ def ray_cluster() -> Any:
     ray.init(num_cpus=8, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """An S3 bucket in this process's neighbour; the variables are those that every S3 client reads."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        from pyarrow import fs
+
+        from ray_vlm.runs.store import full_address
+
+        fs.S3FileSystem(endpoint_override=f"http://{host}:{port}", allow_bucket_creation=True).create_dir("runs")
+        yield full_address("s3://runs")
+    server.stop()

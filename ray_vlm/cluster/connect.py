@@ -53,7 +53,8 @@ def connect(job: JobConfig) -> Iterator[Layout]:
             cpus = max(os.cpu_count() or 1, cpus_needed(job))
             ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        yield plan_layout(job, ray.cluster_resources())
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield plan_layout(job, ray.cluster_resources(), nodes)
     finally:
         if mine:
             ray.shutdown()

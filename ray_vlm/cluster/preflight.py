@@ -1,6 +1,6 @@
 """Will the cluster run the job? Pure arithmetic on what was asked and what there is; nothing here touches Ray."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_vlm.config.schema import JobConfig
@@ -24,8 +24,10 @@ def cpus_needed(job: JobConfig) -> int:
     return int(-(-cluster.num_workers * cluster.cpus_per_worker // 1)) + loaders
 
 
-def plan_layout(job: JobConfig, resources: Mapping[str, float]) -> Layout:
-    """Share out what the workers leave. Raises `RunError` with everything that is missing.
+def plan_layout(
+    job: JobConfig, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] | None = None
+) -> Layout:
+    """Share out what the workers leave of `resources`, all nodes together. Raises `RunError` with all that is missing.
 
     Ray Data needs CPUs of its own: with none left beyond the workers no image would ever arrive, and training would
     wait for ever without an error.
@@ -37,6 +39,11 @@ def plan_layout(job: JobConfig, resources: Mapping[str, float]) -> Layout:
             problems.append(
                 f"cluster: {cluster.num_workers} workers of {each:g} {name} need {need:g}, but the cluster has "
                 f"{have:g}. Lower cluster.num_workers or cluster.{name.lower()}s_per_worker, or add nodes."
+            )
+        elif nodes and each > (most := max(node.get(name, 0) for node in nodes)):
+            problems.append(
+                f"cluster: a worker of {each:g} {name} fits on no node; the largest has {most:g}. Lower "
+                f"cluster.{name.lower()}s_per_worker."
             )
     free = resources.get("CPU", 0) - cluster.cpus_per_worker * cluster.num_workers
     if not problems and free < 1:

@@ -20,7 +20,9 @@ from ray_vlm.evaluate.metrics import Prediction, build_predictions, measure
 from ray_vlm.evaluate.predict import generate_answers
 from ray_vlm.evaluate.report import Stage, write_report
 from ray_vlm.models.load import load_adapter, load_model
+from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
+from ray_vlm.runs.store import is_remote
 
 
 def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -32,17 +34,18 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     if source is None:
         raise ConfigError("`data.test` is missing: headline numbers never come from rows that chose a checkpoint.")
     prepare_source(source)
+    weights = fetch_folder(adapter) if adapter is not None else None
     named = job.data.train if job.data.train and Path(job.data.train.path).exists() else source
     spec = row_spec(job, read_labels(named))
-    if adapter is not None:
-        spec = read_preprocessing(adapter, spec)
+    if weights is not None:
+        spec = read_preprocessing(weights, spec)
     index = build_index(source, job.data, spec)
     preparer = load_preparer(spec)
     device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
     _use_threads(job)
     model = load_model(job.model, job.train.bf16, device)
-    if adapter is not None:
-        model = load_adapter(model, adapter, job.model)
+    if weights is not None:
+        model = load_adapter(model, weights, job.model)
     started = time.monotonic()
 
     def progress(done: int) -> None:
@@ -93,6 +96,8 @@ def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None,
     """What `ray-vlm evaluate` does: evaluate, print the headlines, write `report.html`. Returns the folder."""
     base = f"{Path(job.model.name).name}-{Path(job.data.test.path).stem if job.data.test else 'test'}"
     default = Path(adapter).parent / "evaluate" / Path(adapter).name if adapter else None
+    if output is None and is_remote(adapter or job.run.output_dir):
+        raise ConfigError("results are written to a folder, and this adapter or run lies elsewhere. Give --output.")
     folder = Path(output) if output else default or Path(job.run.output_dir) / "evaluate" / base
     other = load_stage(Path(against), Path(against).name) if against is not None else None
     metrics = evaluate(job, adapter, folder)
@@ -101,7 +106,7 @@ def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None,
         if [p["id"] for p in other.predictions] != [p["id"] for p in stages[0].predictions]:
             raise RunError(f"{against} and {folder} hold different test rows, so they cannot be compared.")
         stages.insert(0, other)
-    curve = Path(adapter).parent / "metrics.jsonl" if adapter else None
+    curve = Path(adapter).parent / "metrics.jsonl" if adapter and not is_remote(adapter) else None
     write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, curve, [])
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
     print(f"{metrics['num_images']} images: {numbers}\nreport {folder / 'report.html'}")

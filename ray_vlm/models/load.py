@@ -11,6 +11,7 @@ from typing import Any
 from ray_vlm.config.schema import Model
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, Family
+from ray_vlm.runs.checkpoints import fetch_folder
 
 
 def resolve_name(name: str) -> str:
@@ -27,9 +28,29 @@ def load_config(spec: Model) -> Any:
         return AutoConfig.from_pretrained(name, revision=spec.revision)
     except Exception as error:  # transformers' configuration classes raise what they like
         raise ModelError(
-            f"model.name={spec.name!r} cannot be loaded ({_first_line(error)}). Give a folder with a config.json, "
-            "or a hub name; for a gated model accept its licence on the hub and set HF_TOKEN."
+            f"model.name={spec.name!r} cannot be loaded ({_first_line(error)}). {_advice(error)}"
         ) from None
+
+
+def _advice(error: BaseException | None) -> str:
+    """What to do about a base that does not load, from what the hub's client raised underneath."""
+    kinds = set()
+    while error is not None:
+        kinds |= {kind.__name__ for kind in type(error).__mro__}
+        error = error.__cause__ or error.__context__
+    if "GatedRepoError" in kinds:
+        return "It is gated: accept its licence on its hub page, and set HF_TOKEN to a token of that account."
+    if "RevisionNotFoundError" in kinds:
+        return "The base has no such model.revision. Give a commit, a tag or a branch of it."
+    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
+        return (
+            "The hub is not reached (offline mode, or no network) and the base is not in the cache. Unset "
+            "HF_HUB_OFFLINE, set HF_HOME to a cache that has it, or give a folder."
+        )
+    return (
+        "Give a folder with a config.json, or a hub name; for a private or gated model accept its licence on the hub "
+        "and set HF_TOKEN."
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -99,6 +120,7 @@ def load_adapter(model: Any, folder: str, spec: Model, trainable: bool = False) 
     """`model` with the adapter in `folder` on it. Raises `ModelError` if it was trained on another base."""
     from peft import PeftModel
 
+    folder = fetch_folder(folder)
     path = Path(folder)
     if (path / "config.json").is_file():
         raise ModelError(f"{folder} is a whole model, not an adapter. Name it as the base: model.name={folder}")

@@ -21,7 +21,7 @@ from typing import Any
 
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store
+from ray_vlm.runs.store import Store, full_address, is_remote
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest and of what a checkpoint holds
@@ -197,6 +197,21 @@ def replace_folder(store: Store, name: str, fill: Callable[[Path], None], step: 
     for left in set(store.files(name)) - set(files):
         store.remove(f"{name}/{left}")
     commit(store, name, files, step)
+
+
+def fetch_folder(address: str) -> str:
+    """An adapter's folder on this machine: the folder itself, or a copy of what is kept in an object store.
+
+    Raises `RunError` where there is none, or not a whole one.
+    """
+    if not is_remote(address):
+        return address
+    base, mark, options = full_address(address).partition("?")
+    parent, _, name = base.rstrip("/").rpartition("/")
+    try:
+        return str(open_checkpoint(Store(f"{parent}{mark}{options}"), name)[1])
+    except (Damaged, OSError) as error:
+        raise RunError(f"{address} cannot be used: {error}. Give a run's best/ or final/.") from None
 
 
 def _digest(path: Path, sync: bool = True) -> tuple[int, str]:

@@ -5,6 +5,7 @@ try again what this package refused on purpose, and it keeps no account. So rest
 workers take it from the newest whole checkpoint whoever started them (`train/attempt.py`).
 """
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.worker import WorkerTask, train_worker
 
 _PAUSE_S = 2.0  # before another try, doubled each time
-_RAY_FOLDER = ".ray"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def launch(job: JobConfig, task: WorkerTask, paths: RunPaths) -> tuple[dict[str,
             _retry(lambda number: _fit(job, replace(task, attempt=number), paths), job, task, paths, request)
     paths.store.remove(STOP_FILE)
     result = paths.take_result()
-    paths.store.remove(_RAY_FOLDER)  # Ray's own state; a finished run needs none
+    shutil.rmtree(_scratch(paths), ignore_errors=True)  # Ray's own state; a finished run needs none
     return result, request.signal
 
 
@@ -142,7 +142,7 @@ def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths) -> None:
         ),
         run_config=RunConfig(
             name=f"{paths.name}-attempt-{task.attempt}",
-            storage_path=paths.place(_RAY_FOLDER),
+            storage_path=_scratch(paths),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=job.cluster.max_failures),  # type: ignore[call-arg]
         ),
     )
@@ -160,6 +160,11 @@ def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths) -> None:
         thread.join(0.2)
     if raised:
         raise raised[0]
+
+
+def _scratch(paths: RunPaths) -> str:
+    """Where Ray Train keeps its own marks. It is given no checkpoint, so nothing there is ever needed again."""
+    return str(paths.root / ".ray")
 
 
 def run_ray_worker(config: dict[str, Any]) -> None:

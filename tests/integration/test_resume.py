@@ -236,3 +236,34 @@ def test_a_step_without_a_trained_token_stops_the_run(job_file, monkeypatch: pyt
     monkeypatch.setattr(rows.Preparer, "train_row", masked)
     with pytest.raises(Exception, match="not one token of the global batch is trained"):
         _train(job_file())
+
+
+def test_a_run_in_an_object_store_is_the_same_run(
+    job_file, scenes: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, resumed and evaluated with nothing left on this machine in between."""
+    from ray_vlm.evaluate.run import evaluate
+    from ray_vlm.runs.checkpoints import fetch_folder
+    from ray_vlm.runs.store import Store, join
+
+    data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "eval", "test")}
+    evaluate_options = {"every_steps": 3, "num_samples": 4, "max_new_tokens": 4}
+    path = job_file(data=data, evaluate=evaluate_options, train={"max_steps": 8}, checkpoint={"every_steps": 2})
+    here = _train(path, "run.name=here")
+    base = join(bucket, tmp_path.name)
+    _stop_after(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        _train(path, f"run.output_dir={base}", "run.name=there")
+    there = _train(path, f"run.output_dir={base}", "run.name=there", resume=True)
+    assert there.address == join(base, "there")
+    names = {"/".join(name.split("/")[:1]).split("-a")[0] for name in Store(there.address).files()}
+    assert names == {p.name.split("-a1-")[0] for p in here.root.iterdir()}
+    for folder in ("final", "best"):
+        weights = Path(fetch_folder(there.place(folder))) / "adapter_model.safetensors"
+        assert weights.read_bytes() == (here.root / folder / "adapter_model.safetensors").read_bytes()
+    log = json.loads(Store(there.address).read("training_log.json") or b"")
+    assert [line["loss"] for line in log["training_history"]] == [loss for _, loss, _ in _steps(here)]
+    metrics = evaluate(load_job(path), there.place("best"), tmp_path / "out")
+    assert metrics["num_images"] == 12
+    with pytest.raises(RunError, match="cannot be used"):
+        fetch_folder(there.place("nothing"))

@@ -89,3 +89,24 @@ def test_unusable_models_and_adapters_are_named(tmp_path: Path, tiny_models: dic
     adapted.save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match=r"qwen2_5_vl.*qwen3_vl"):
         load_adapter(model, str(tmp_path / "other"), Model(name=tiny_models["qwen3_vl"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("GatedRepoError", "accept its licence on its hub page, and set HF_TOKEN"),
+        ("RevisionNotFoundError", "no such model.revision"),
+        ("LocalEntryNotFoundError", "set HF_HOME to a cache that has it"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch, name: str, advice: str) -> None:
+    import huggingface_hub.errors
+    from transformers import AutoConfig
+
+    def refuse(*args: object, **options: object) -> None:
+        kind = getattr(huggingface_hub.errors, name)
+        raise OSError("cannot load it") from kind.__new__(kind)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=advice):
+        load_config(Model(name="some/base"))

@@ -1,34 +1,13 @@
 """The same run files in a folder and in an object store."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ray_vlm.runs.checkpoints import MANIFEST, checkpoint_name, commit, open_newest, replace_folder, write_part
 from ray_vlm.runs.paths import check_free, claim_run, find_run
-from ray_vlm.runs.store import Store, full_address, join
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An S3 bucket in this process's neighbour; the variables are those that every S3 client reads."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        from pyarrow import fs
-
-        fs.S3FileSystem(endpoint_override=f"http://{host}:{port}", allow_bucket_creation=True).create_dir("runs")
-        yield full_address("s3://runs")
-    server.stop()
+from ray_vlm.runs.store import Store, join
 
 
 @pytest.fixture(params=["folder", "s3"])
