@@ -60,6 +60,7 @@ _NAMED_IN_JOB = {
 _DECIDED_BY_FEED = (
     *("average_tokens_across_devices", "packing", "padding_free", "dataset_kwargs", "disable_tqdm"),
     *("logging_nan_inf_filter", "push_to_hub", "dataloader_num_workers", "train_sampling_strategy"),
+    *("ignore_data_skip", "resume_from_checkpoint", "save_only_model", "enable_jit_checkpoint"),
 )
 
 # (holds for a broken job, the keys that it reads - the first is blamed -, reason and fix)

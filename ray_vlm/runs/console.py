@@ -71,7 +71,8 @@ def describe_trainable(counts: dict[str, dict[str, int]]) -> str:
 def follow(paths: RunPaths, console: Console) -> Iterator[None]:
     """While the body runs, show each line that another process appends to the run's `metrics.jsonl`."""
     done = threading.Event()
-    thread = threading.Thread(target=_follow, args=(paths, console, done), name="ray-vlm-console", daemon=True)
+    shown = paths.metrics.stat().st_size if paths.metrics.is_file() else 0  # by earlier attempts
+    thread = threading.Thread(target=_follow, args=(paths, console, done, shown), name="ray-vlm-console", daemon=True)
     thread.start()
     try:
         yield
@@ -80,8 +81,7 @@ def follow(paths: RunPaths, console: Console) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _follow(paths: RunPaths, console: Console, done: threading.Event) -> None:
-    read = paths.metrics.stat().st_size if paths.metrics.is_file() else 0  # earlier attempts were shown then
+def _follow(paths: RunPaths, console: Console, done: threading.Event, read: int) -> None:
     while True:
         last = done.is_set()
         with suppress(OSError):  # an object store that stumbles: the next look gets it

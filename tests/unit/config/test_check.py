@@ -18,7 +18,7 @@ BROKEN = [
     {"cluster": {"num_workers": 32}},
     {"cluster": {"gpus_per_worker": 0.5}},
     {"run": {"name": "a/b"}},
-    {"run": {"output_dir": "s3://bucket/runs"}},
+    {"run": {"output_dir": "ftp://bucket/runs"}},
 ]
 
 
@@ -33,7 +33,7 @@ def test_what_the_feed_decides_cannot_be_set_behind_its_back() -> None:
     from ray_vlm.data.plan import Plan
     from ray_vlm.train.feed import shared_options
 
-    options = shared_options(JobConfig.model_validate(PLAIN), Plan(4, 2, 1, 1), "x", has_eval=True)
+    options = shared_options(JobConfig.model_validate(PLAIN), Plan(4, 2, 1, 1), has_eval=True)
     assert set(options) - {"optim"} <= {*_DECIDED_BY_FEED, *_NAMED_IN_JOB}
 
 
