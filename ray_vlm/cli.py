@@ -54,8 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--dry-run", action="store_true", help="also read the data, plan the run, show trained tokens")
     train = _job_verb(verbs, "train", "run a job", _train)
     train.add_argument("--dry-run", action="store_true", help="print the resolved job, the plan and first records only")
-    train.add_argument("--overwrite", action="store_true", help="delete the run of that name first")
-    train.add_argument("--resume", action="store_true", help="go on with the run of that name, or start it")
+    either = train.add_mutually_exclusive_group()
+    either.add_argument("--overwrite", action="store_true", help="delete the run of that name first")
+    either.add_argument("--resume", action="store_true", help="go on with the run of that name, or start it")
     evaluate = _job_verb(verbs, "evaluate", "measure the base or an adapter on data.test", _evaluate)
     evaluate.add_argument("--adapter", help="a run's best/ or final/; without it, the untouched base")
     evaluate.add_argument(

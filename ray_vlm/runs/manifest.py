@@ -11,7 +11,7 @@ from typing import Any
 
 from ray_vlm import __version__
 from ray_vlm.runs.monitor import current_lines, read_metrics
-from ray_vlm.runs.paths import RunPaths, write_json
+from ray_vlm.runs.paths import CLAIMED, RunPaths, write_json
 
 _PACKAGES = (
     "ray",
@@ -45,6 +45,7 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
     )
     paths.publish(paths.job, paths.resolved)
     start_attempt(paths)
+    paths.store.remove(CLAIMED)
 
 
 def start_attempt(paths: RunPaths) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 from ray_vlm.errors import RunError
 from ray_vlm.runs.store import Store, is_remote, join, local_path
 
+CLAIMED = ".claimed"  # holds a name in an object store until the run's first files are there
 _KEPT = ("job.yaml", "resolved.json", "run.json", "metrics.jsonl", "training_log.json", "bad_rows.jsonl")
 
 
@@ -162,7 +163,7 @@ def _claim_remote(base: Store, name: str | None, stem: str, overwrite: bool) -> 
     check_free(base.address, name, overwrite)
     base.remove(name)
     paths = open_run(join(base.address, name))
-    paths.store.write(".claimed", b"")
+    paths.store.write(CLAIMED, b"")
     return paths
 
 
@@ -179,11 +180,14 @@ def find_run(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
             return None
     except OSError as error:
         raise RunError(f"run.output_dir={output_dir!r} cannot be read ({error}).") from None
-    if store.read("resolved.json") is None or store.read("run.json") is None:
-        raise RunError(
-            f"--resume: {store.address} was left half made (resolved.json or run.json is missing), so nothing was "
-            "trained there. Delete it, or give another run.name."
-        )
+    for file in ("resolved.json", "run.json"):
+        try:
+            json.loads(store.read(file) or b"")
+        except ValueError:
+            raise RunError(
+                f"--resume: {store.address} was left half made ({file} is missing or cut off), so what it was to learn "
+                "is not known. Delete it, or give another run.name."
+            ) from None
     paths = open_run(store.address)
     paths.refresh(*(paths.root / file for file in _KEPT))
     return paths

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,8 +158,9 @@ def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
 
 
 def _is_done(paths: RunPaths, prepared: Prepared) -> bool:
+    """Whether the run reached what the job asks for, or had stopped early on its way there."""
     run = json.loads(paths.run.read_text())
-    return run["status"] == "finished" and run["result"]["steps"] >= prepared.plan.num_steps
+    return run["status"] == "finished" and run["result"]["num_steps"] >= prepared.plan.num_steps
 
 
 def _write_bad_rows(prepared: Prepared, paths: RunPaths) -> None:
@@ -192,11 +194,14 @@ def _run(prepared: Prepared, paths: RunPaths) -> None:
         raise
     except Exception as failure:  # the edge of a run: written down, then raised
         error = str(failure)[-2000:]
+        if isinstance(failure, OSError):
+            raise RunError(f"{paths.address}: {failure}. Mend that, then go on with --resume.") from failure
         raise
     finally:
-        paths.refresh(paths.metrics)
-        finish_manifest(paths, status, result, error)
-        write_training_log(paths, result["best"] if result else None)
+        with suppress(OSError) if status == "failed" else nullcontext():  # a full disk must not hide the cause
+            paths.refresh(paths.metrics)
+            finish_manifest(paths, status, result, error)
+            write_training_log(paths, result["best"] if result else None)
     if result["stopped"]:
         raise Interrupted(
             f"stopped at step {result['steps']} of {prepared.plan.num_steps}, with a checkpoint; --resume goes on "

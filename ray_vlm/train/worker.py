@@ -103,7 +103,12 @@ def _train(
         if monitor is not None:
             monitor.close()
     steps = max(attempt.step, trainer.state.global_step)
-    return {"steps": steps, "best": callback.progress.best, "stopped": callback.stopped}
+    return {
+        "steps": steps,
+        "num_steps": task.plan.num_steps,
+        "best": callback.progress.best,
+        "stopped": callback.stopped,
+    }
 
 
 def _prepare_process(job: JobConfig, in_ray: bool) -> Place:

@@ -267,3 +267,24 @@ def test_a_run_in_an_object_store_is_the_same_run(
     assert metrics["num_images"] == 12
     with pytest.raises(RunError, match="cannot be used"):
         fetch_folder(there.place("nothing"))
+
+
+def test_a_run_that_stopped_early_is_done(job_file, scenes: Path, capsys) -> None:
+    data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "eval")}
+    evaluate = {"every_steps": 1, "num_samples": 2, "max_new_tokens": 4, "metric": "parse_rate"}
+    train_options = {"max_steps": 9, "early_stopping_patience": 2, "learning_rate": 1e-12}
+    path = job_file(data=data, evaluate=evaluate, train=train_options)
+    paths = _train(path)
+    stopped_at = len(_steps(paths))
+    assert stopped_at < 9
+    _train(path, resume=True)
+    assert "is finished" in capsys.readouterr().out
+    assert len(_steps(paths)) == stopped_at
+
+
+def test_a_run_folder_half_written_is_told(job_file) -> None:
+    path = job_file(train={"max_steps": 1})
+    paths = _train(path)
+    paths.run.write_text(paths.run.read_text()[:40])
+    with pytest.raises(RunError, match=r"half made \(run.json is missing or cut off"):
+        _train(path, resume=True)

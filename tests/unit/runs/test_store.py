@@ -64,6 +64,7 @@ def test_runs_in_an_object_store_are_claimed_found_and_refused(bucket: str, tmp_
     first.publish(first.run, first.resolved)
     with pytest.raises(Exception, match="already in use"):
         check_free(base, "sft-001", overwrite=False)
+    assert first.remote is not None
     found = find_run(base, "sft-001", "sft")
     assert found is not None
     assert found.run.read_text() == "{}"
