@@ -181,21 +181,21 @@ def _ask(question: str) -> bool:
 
 
 def _jobs(args: argparse.Namespace) -> int:
-    from ray_vlm.cluster.submit import connect_jobs, describe_jobs, find_job_info, follow_job
+    from ray_vlm.cluster.submit import ask_cluster, connect_jobs, describe_jobs, follow_job
 
     client = connect_jobs(args.address)
     if args.action == "list":
-        print(describe_jobs(client.list_jobs()))
+        print(describe_jobs(ask_cluster(client.list_jobs)))
         return 0
-    info = find_job_info(client, args.id)
+    info = ask_cluster(lambda: client.get_job_info(args.id))
     if args.action == "show":
         print(describe_jobs([info]))
         print(f"exit code {info.driver_exit_code}" + (f"\n{info.message}" if info.message else ""))
     elif args.action == "stop":
-        client.stop_job(args.id)
+        ask_cluster(lambda: client.stop_job(args.id))
         print(f"job {args.id} was asked to stop; `ray-vlm jobs logs {args.id} --follow` waits for its end")
     elif args.follow:
         return follow_job(client, args.id, _ask)
     else:
-        print(client.get_job_logs(args.id), end="")
+        print(ask_cluster(lambda: client.get_job_logs(args.id)), end="")
     return 0

@@ -24,6 +24,7 @@ def send_secrets(client: Any) -> str | None:
     if not values:
         return None
     name = f"_ray_pkg_{secrets.token_hex(16)}.zip"
+    client._package_exists(f"gcs://{name}")  # asking for it starts the ten minutes after which Ray deletes it
     answer = client._do_request("PUT", f"/api/packages/gcs/{name}", data=json.dumps(dict(values)).encode())
     if answer.status_code != 200:
         client._raise_error(answer)

@@ -18,6 +18,7 @@ from ray_vlm.errors import ConfigError, RunError
 
 STOPPED = 130  # exit code of a job that was stopped and left no code of its own
 _POLL_S = 1.0
+_PATIENCE_S = 60.0  # of one that follows a job for hours
 _LAUNCH_FILE = "jobs/runtime_env.yaml"
 
 
@@ -72,16 +73,16 @@ def check_job_file(job: str, working_dir: Path) -> str:
 
 def submit(client: Any, command: str, env: Mapping[str, Any], name: str | None = None) -> str:
     """Start the command as a Ray job; returns its id. Secrets of this process go along, seen by nobody."""
-    package = send_secrets(client)
-    variables = {**env.get("env_vars", {}), **({SECRETS_VARIABLE: package} if package else {})}
     try:
+        package = send_secrets(client)
+        variables = {**env.get("env_vars", {}), **({SECRETS_VARIABLE: package} if package else {})}
         return client.submit_job(
             entrypoint=command,
             runtime_env={**env, "env_vars": variables},
             submission_id=name,
             metadata={"by": "ray_vlm"},
         )
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RunError(f"the cluster did not take the job: {_last_line(error)}") from None
 
 
@@ -94,12 +95,12 @@ def follow_job(client: Any, job: str, ask: Callable[[str], bool]) -> int:
                 sys.stdout.write(text)
                 sys.stdout.flush()
                 time.sleep(_POLL_S)
-            return exit_code(client.get_job_info(job))
+            return exit_code(ask_cluster(lambda: client.get_job_info(job), _PATIENCE_S))
         except KeyboardInterrupt:
             if not ask(f"\nstop job {job} too? It writes a checkpoint first. [y/N] "):
                 print(f"job {job} goes on; `ray-vlm jobs logs {job} --follow` and `ray-vlm jobs stop {job}` reach it")
                 return STOPPED
-            client.stop_job(job)
+            ask_cluster(lambda: client.stop_job(job))
             lines = _new_text(client, job, lines_shown=True)
 
 
@@ -107,8 +108,8 @@ def _new_text(client: Any, job: str, lines_shown: bool = False) -> Iterator[str]
     """What is new in the log, again and again, until the job has ended."""
     shown = len(client.get_job_logs(job)) if lines_shown else 0
     while True:
-        ended = client.get_job_status(job).is_terminal()
-        text = client.get_job_logs(job)
+        ended = ask_cluster(lambda: client.get_job_status(job), _PATIENCE_S).is_terminal()
+        text = ask_cluster(lambda: client.get_job_logs(job), _PATIENCE_S)
         yield text[shown:]
         shown = len(text)
         if ended:
@@ -127,12 +128,18 @@ def exit_code(info: Any) -> int:
     return STOPPED if status == "STOPPED" else 1
 
 
-def find_job_info(client: Any, job: str) -> Any:
-    """What the cluster knows of a job. Raises `RunError` for one that it does not know."""
-    try:
-        return client.get_job_info(job)
-    except RuntimeError as error:
-        raise RunError(f"job {job!r}: {_last_line(error)} `ray-vlm jobs list` names them.") from None
+def ask_cluster(do: Callable[[], Any], patience_s: float = 0.0) -> Any:
+    """What `do` returns, tried again for a while where the job server stumbles. Raises `RunError` with what it said."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return do()
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() >= until:
+                raise RunError(
+                    f"the job server says: {_last_line(error)} Jobs go on without us; `ray-vlm jobs list` names them."
+                ) from None
+        time.sleep(_POLL_S)
 
 
 def describe_jobs(jobs: Sequence[Any]) -> str:

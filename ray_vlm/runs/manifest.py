@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import time
+import uuid
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
         paths.run,
         {
             "status": "running",
+            "id": f"{paths.name}-{uuid.uuid4().hex[:8]}",  # tells this run from others of that name, in W&B too
             "command": command,
             "versions": {"ray-vlm": __version__, "python": platform.python_version()} | _versions(),
             "git_commit": _git_commit(),

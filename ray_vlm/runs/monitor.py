@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Monitor:
             self._file.write("\n")
         self._attempt = attempt
         self._show = show
-        self.publish = publish or (lambda: None)
+        self._publish = publish or (lambda: None)
         self._wandb = _start_wandb(wandb) if wandb else None
 
     def start(self, step: int, trainable: dict[str, dict[str, int]]) -> None:
@@ -101,7 +102,13 @@ class Monitor:
         if self._show is not None:
             self._show(line)
 
+    def publish(self) -> None:
+        """Copy the file to where the run is kept; should the store stumble, the next time brings all."""
+        with suppress(OSError):
+            self._publish()
+
     def close(self) -> None:
+        """Write out and copy what is left."""
         self._file.close()
         self.publish()
         if self._wandb is not None:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from ray_vlm.errors import RunError
 from ray_vlm.runs.store import Store, is_remote, join, local_path
 
 CLAIMED = ".claimed"  # holds a name in an object store until the run's first files are there
+_SEE_S = 15.0  # a network file system may show another node's new file this late
 _KEPT = ("job.yaml", "resolved.json", "run.json", "metrics.jsonl", "training_log.json", "bad_rows.jsonl")
 
 
@@ -108,7 +110,9 @@ class RunPaths:
 
     def take_result(self) -> dict[str, Any]:
         """What `write_result` left, removing it. Raises `RunError` where the workers ended without it."""
-        data = self.store.read(".result.json")
+        until = time.monotonic() + _SEE_S
+        while (data := self.store.read(".result.json")) is None and time.monotonic() < until:
+            time.sleep(0.5)
         if data is None:
             raise RunError(
                 f"{self.address}: the workers ended without a result. Their logs are in the Ray session folder."

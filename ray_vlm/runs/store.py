@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+_BLOCK = 2**23  # bytes that are copied at a time
+
 
 def is_remote(address: str) -> bool:
     """Whether an address names an object store rather than a folder."""
@@ -82,13 +84,16 @@ class Store:
     def read(self, name: str) -> bytes | None:
         """The bytes of a file, or None where there is none."""
         try:
-            if self.local is not None:
-                return (self.local / name).read_bytes()
-            system, path = self._remote(name)
-            with system.open_input_stream(path, compression=None) as stream:
-                return stream.readall()
+            with self._open(name) as stream:
+                return stream.read()
         except FileNotFoundError:
             return None
+
+    def _open(self, name: str) -> Any:
+        if self.local is not None:
+            return open(self.local / name, "rb")
+        system, key = self._remote(name)
+        return system.open_input_stream(key, compression=None)
 
     def write(self, name: str, data: bytes) -> None:
         """Write one small file, so that a reader sees the old bytes or the new ones; on a disk it is there for good."""
@@ -121,7 +126,9 @@ class Store:
                 sync_folder(target.parent)
         else:
             for file in files:
-                self.write(f"{name}/{file.relative_to(source).as_posix()}", file.read_bytes())
+                system, key = self._remote(f"{name}/{file.relative_to(source).as_posix()}")
+                with open(file, "rb") as data, system.open_output_stream(key, compression=None) as stream:
+                    shutil.copyfileobj(data, stream, _BLOCK)
         shutil.rmtree(source)
 
     def staging(self, name: str) -> Path:
@@ -138,8 +145,8 @@ class Store:
         for relative in self.files(name):
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            data = self.read(f"{name}/{relative}")
-            target.write_bytes(data or b"")
+            with open(target, "wb") as copy, self._open(f"{name}/{relative}") as stream:
+                shutil.copyfileobj(stream, copy, _BLOCK)
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder; nothing happens where there is none."""

@@ -9,6 +9,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def begin_attempt(store: Store, place: Place, at_least: int) -> Attempt:
     owner = json.loads(store.read(_OWNER) or b"{}")
     number = max(at_least, owner.get("attempt", 0) + 1)
     store.write(_OWNER, json.dumps({"attempt": number, "token": token}).encode())
-    sweep(store)
+    with suppress(OSError):  # what cannot be deleted does not count anyhow
+        sweep(store)
     checkpoint, folder = open_newest(store, notes.append) or (None, None)
     place.share((number, checkpoint.name if checkpoint else None, notes))
     return Attempt(number, token, checkpoint, folder, notes)

@@ -5,6 +5,7 @@ that `transformers.Trainer` reads back; where it stands in the plan is its step.
 """
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class CheckpointWriter:
                 files = {file: entry for part in parts for file, entry in part.items()}
                 about = self.about | {"world_size": self.place.world_size, "progress": progress}
                 commit(self.store, name, files, step, attempt=self.attempt.number, score=score, **about)
-                prune(self.store, *self.keep)
+                with suppress(OSError):  # the new one counts already; what could not be deleted stays
+                    prune(self.store, *self.keep)
         except OSError as error:
             raise RunError(
                 f"checkpoint at step {step} cannot be written to {self.store.address} ({error}). Earlier ones are "

@@ -160,7 +160,7 @@ def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
 def _is_done(paths: RunPaths, prepared: Prepared) -> bool:
     """Whether the run reached what the job asks for, or had stopped early on its way there."""
     run = json.loads(paths.run.read_text())
-    return run["status"] == "finished" and run["result"]["num_steps"] >= prepared.plan.num_steps
+    return run["status"] == "finished" and run["result"].get("num_steps", 0) >= prepared.plan.num_steps
 
 
 def _write_bad_rows(prepared: Prepared, paths: RunPaths) -> None:

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.manifest import end_attempt, start_attempt, update_manifest
+from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.worker import WorkerTask, train_worker
@@ -74,7 +76,7 @@ def launch(job: JobConfig, task: WorkerTask, paths: RunPaths) -> tuple[dict[str,
     `cluster.num_workers: 0` runs in this process. Raises the workers' own errors, or `RunError` when tries are used up.
     """
     if job.cluster.num_workers == 0:
-        with StopRequest(lambda: None) as request:
+        with StopRequest() as request:
             return train_worker(task, stop=lambda: request.wanted), request.signal
     with connect(job) as layout:
         import ray
@@ -89,8 +91,14 @@ def launch(job: JobConfig, task: WorkerTask, paths: RunPaths) -> tuple[dict[str,
         update_manifest(paths, cluster={k: v for k, v in ray.cluster_resources().items() if ":" not in k})
         paths.store.remove(STOP_FILE)
         console = Console(task.plan.num_steps, job.train.log_every_steps)
-        with StopRequest(lambda: ask_workers(paths.store)) as request, follow(paths, console):
-            _retry(lambda number: _fit(job, replace(task, attempt=number), paths), job, task, paths, request)
+        with StopRequest() as request, follow(paths, console):
+            try:
+                _retry(
+                    lambda number: _fit(job, replace(task, attempt=number), paths, request), job, task, paths, request
+                )
+            except KeyboardInterrupt:  # the second one: the workers must not go on without us
+                ray.shutdown()
+                raise
     paths.store.remove(STOP_FILE)
     result = paths.take_result()
     shutil.rmtree(_scratch(paths), ignore_errors=True)  # Ray's own state; a finished run needs none
@@ -104,26 +112,28 @@ def _retry(fit: Callable[[int], None], job: JobConfig, task: WorkerTask, paths: 
         try:
             return fit(number)
         except Exception as error:  # the edge to Ray: written down, then tried again or raised
-            paths.refresh(paths.metrics)
+            with suppress(OSError):
+                paths.refresh(paths.metrics)
             failures.append(failure := describe_failure(error, _last_step(paths)))
             if request.wanted or not plan_retry(failures, job.cluster.max_failures):
                 if failure.own is not None:
                     raise failure.own from error
                 tries = f" after {len(failures)} tries" if len(failures) > 1 else ""
                 raise RunError(f"training failed{tries}: {failure.text}") from error
-        end_attempt(paths, "failed", failure.text[-2000:])
-        number = start_attempt(paths)
         print(f"{failure.text.splitlines()[0][:300]}; going on from the last checkpoint", flush=True)
         time.sleep(_PAUSE_S * 2 ** min(len(failures) - 1, 5))
+        with suppress(OSError):  # a store that was the trouble; the workers count on by themselves
+            end_attempt(paths, "failed", failure.text[-2000:])
+            number = start_attempt(paths)
 
 
 def _last_step(paths: RunPaths) -> int:
-    from ray_vlm.runs.monitor import read_metrics
+    return max(
+        (line["step"] for line in current_lines(read_metrics(paths.metrics)) if line["kind"] == "train"), default=0
+    )
 
-    return max((line["step"] for line in read_metrics(paths.metrics) if line["kind"] == "train"), default=0)
 
-
-def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths) -> None:
+def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> None:
     """One `TorchTrainer.fit`, under a name that no earlier one used: a torn snapshot of Ray's blocks only its own name.
 
     It runs in a thread, where Ray Train leaves SIGINT alone: its handler would end this process with exit code 0.
@@ -156,8 +166,13 @@ def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths) -> None:
 
     thread = threading.Thread(target=run, name="ray-vlm-fit", daemon=True)
     thread.start()
+    told = False
     while thread.is_alive():
         thread.join(0.2)
+        if request.wanted and not told:
+            with suppress(OSError):  # tried again until the store takes it
+                ask_workers(paths.store)
+                told = True
     if raised:
         raise raised[0]
 

@@ -72,6 +72,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = time.monotonic()
+        state.compute_steps(args, state.max_steps)  # a checkpoint's state would bring its old intervals back
         if state.global_step % self.plan.steps_per_epoch == 0:
             self.progress.epoch_losses = []  # those of an epoch that was over
 

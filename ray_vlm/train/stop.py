@@ -18,11 +18,10 @@ _REMOTE_S = 5.0  # an object store is asked this often, a disk at every step
 
 
 class StopRequest:
-    """A context in which signals are requests. `tell` is called with the first one, from the main thread."""
+    """A context in which the first signal is a request, kept in `signal`, and the second a `KeyboardInterrupt`."""
 
-    def __init__(self, tell: Callable[[], None]):
+    def __init__(self) -> None:
         self.signal: int | None = None
-        self._tell = tell
         self._old: dict[int, Any] = {}
 
     @property
@@ -44,7 +43,6 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         print("\nstopping: a checkpoint is written after this step. Once more leaves at once.", flush=True)
-        self._tell()
 
 
 def ask_workers(store: Store) -> None:

@@ -3,6 +3,8 @@
 `train_worker` runs in every Ray Train worker, and unchanged in the calling process for `cluster.num_workers: 0`.
 """
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,13 +97,19 @@ def _train(
             monitor.start(attempt.step, count_trainable(trainer.model, preparer.family))
         if attempt.step < task.plan.num_steps:
             trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
+        else:  # it died between its last checkpoint and `final/`
+            trainer._load_from_checkpoint(str(attempt.folder))
         if place.rank == 0 and not callback.stopped:
             check_owner(paths.store, attempt)
             publish_weights(paths, paths.final, callback.save, max(attempt.step, trainer.state.global_step))
     finally:
-        trainer.planned_batches.close()
-        if monitor is not None:
-            monitor.close()
+        try:
+            trainer.planned_batches.close()
+        finally:
+            if monitor is not None:
+                monitor.close()
+            if paths.remote is not None and attempt.folder is not None:
+                shutil.rmtree(attempt.folder, ignore_errors=True)
     steps = max(attempt.step, trainer.state.global_step)
     return {
         "steps": steps,
@@ -244,7 +252,8 @@ def _build_monitor(job: JobConfig, paths: RunPaths, task: WorkerTask, place: Pla
         return None
     wandb = None
     if job.track.wandb:
-        names = {"project": job.track.wandb_project, "name": paths.name, "id": paths.name, "dir": str(paths.root)}
+        run = json.loads(paths.store.read("run.json") or b"{}")
+        names = {"project": job.track.wandb_project, "name": paths.name, "dir": str(paths.root), "id": run["id"]}
         wandb = names | {"config": task.job}
     show = None if place.ray else Console(task.plan.num_steps, job.train.log_every_steps).show
     paths.refresh(paths.metrics)  # an object store cannot append: what is there is written again, with more

@@ -81,7 +81,7 @@ def test_a_second_signal_leaves_at_once(job_file, monkeypatch: pytest.MonkeyPatc
     from ray_vlm.train.stop import StopRequest
 
     def twice() -> None:
-        with StopRequest(lambda: None) as request:
+        with StopRequest() as request:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
             assert request.wanted
@@ -288,3 +288,24 @@ def test_a_run_folder_half_written_is_told(job_file) -> None:
     paths.run.write_text(paths.run.read_text()[:40])
     with pytest.raises(RunError, match=r"half made \(run.json is missing or cut off"):
         _train(path, resume=True)
+
+
+def test_a_run_that_died_before_final_was_written_gets_the_trained_one(job_file) -> None:
+    """The newest checkpoint is already of the last step: nothing is left to train, and `final/` is its adapter."""
+    import shutil
+
+    path = job_file(train={"max_steps": 3})
+    paths = _train(path)
+    trained = (paths.final / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(paths.final)
+    run = json.loads(paths.run.read_text())
+    paths.run.write_text(json.dumps(run | {"status": "running", "result": None}))
+    _train(path, resume=True)
+    assert (paths.final / "adapter_model.safetensors").read_bytes() == trained
+
+
+def test_new_intervals_hold_on_resume(job_file) -> None:
+    path = job_file(train={"max_steps": 2}, checkpoint={"every_steps": 100, "keep": 9})
+    _train(path)
+    paths = _train(path, "train.max_steps=6", "checkpoint.every_steps=2", resume=True)
+    assert {p.name.split("-a")[0] for p in paths.root.glob("checkpoint-*")} == {f"checkpoint-{s}" for s in (2, 4, 6)}

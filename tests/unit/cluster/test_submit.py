@@ -75,7 +75,7 @@ def test_tokens_go_as_a_package_that_cannot_be_guessed(monkeypatch: pytest.Monke
         sent.append((method, path, data))
         return SimpleNamespace(status_code=200)
 
-    client = SimpleNamespace(_do_request=request)
+    client = SimpleNamespace(_do_request=request, _package_exists=lambda uri: False)
     assert send_secrets(client) is None
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     names = {send_secrets(client), send_secrets(client)}
