@@ -159,7 +159,7 @@ def _submit(args: argparse.Namespace) -> int:
     from ray_vlm.errors import ConfigError
 
     job = load_job(args.job, args.overrides)
-    if problems := check_output_dir(job.run.output_dir):
+    if problems := check_output_dir(job.run.output_dir) + check_output_dir(args.output or "/", "--output"):
         raise ConfigError(problems)
     folder = Path(args.working_dir).resolve()
     words = [*args.overrides, *(args.flags or [])]

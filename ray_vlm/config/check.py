@@ -174,12 +174,12 @@ def _is_place(address: str) -> bool:
     return not mark or (scheme in _SCHEMES and bool(rest.strip("/")))
 
 
-def check_output_dir(address: str) -> list[str]:
+def check_output_dir(address: str, name: str = "run.output_dir") -> list[str]:
     """Why a Ray job may not write to `address`, if so: what it is given of the folder is a copy that is thrown away."""
     if "://" in address or address.startswith(("/", "~")):
         return []
     return [
-        f"run.output_dir={address!r} is relative, and a Ray job runs in a copy of the folder that is thrown away. "
+        f"{name}={address!r} is relative, and a Ray job runs in a copy of the folder that is thrown away. "
         "Give an absolute path on a file system that all nodes share, or s3://..."
     ]
 

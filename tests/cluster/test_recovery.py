@@ -178,3 +178,33 @@ def test_a_report_holds_the_workers_for_less_than_a_third_of_a_second(ray_cluste
     ).fit()
     times = sorted(json.loads(found.read_text()))
     assert times[len(times) // 2] <= 0.3
+
+
+@pytest.mark.slow
+def test_two_workers_on_an_object_store_survive_a_kill(
+    ray_cluster, bucket: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes that have no credentials of their own: these come with the task."""
+    from ray_vlm.runs.paths import open_run
+    from ray_vlm.runs.store import Store, join
+
+    whole = _train(small, "run.name=whole")
+    base = join(bucket, tmp_path.name)
+    seen = open_run(join(base, "hurt"))
+
+    def watch() -> None:
+        until = time.monotonic() + 200
+        while time.monotonic() < until and not seen.store.read("metrics.jsonl"):
+            time.sleep(0.2)
+        while len([n for n in seen.store.names() if n.startswith("checkpoint-")]) < 1:
+            time.sleep(0.05)
+        _kill_a_worker(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    paths = _train(small, "run.name=hurt", f"run.output_dir={base}")
+    thread.join()
+    store = Store(paths.address)
+    assert store.read("final/adapter_model.safetensors") == _weights(whole)
+    run = json.loads(store.read("run.json") or b"")
+    assert [a["status"] for a in run["attempts"]] == ["failed", "finished"]

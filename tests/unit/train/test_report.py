@@ -1,0 +1,30 @@
+"""What Ray is told: one finite score, higher is better, and numbers of Python's own."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ray_vlm.train.report import is_better, plain, score_of
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_is_always_finite_and_a_bad_one_the_worst(bad: float) -> None:
+    """Ray takes a missing score for the best when lower is better, and deletes what is good."""
+    assert math.isfinite(score_of("f1_50", {"f1_50": bad}))
+    assert score_of("f1_50", {"f1_50": bad}) < score_of("f1_50", {"f1_50": 0.0})
+    assert score_of("loss", {"loss": bad}) < score_of("loss", {"loss": 1e9})
+
+
+def test_a_lower_loss_and_a_higher_metric_score_higher() -> None:
+    assert score_of("loss", {"loss": 0.1}) > score_of("loss", {"loss": 0.2})
+    assert score_of("map", {"map": 0.2}) > score_of("map", {"map": 0.1})
+    assert not is_better("loss", math.nan, 0.5)
+
+
+def test_numbers_of_numpy_and_torch_become_python_s_own() -> None:
+    told = plain({"a": np.float32(0.5), "b": torch.tensor(2.0), "c": np.int64(3), "d": 4, "e": "x"})
+    assert {type(v) for v in told.values()} <= {int, float, str}
+    assert json.loads(json.dumps(told)) == {"a": 0.5, "b": 2.0, "c": 3.0, "d": 4, "e": "x"}
