@@ -1,5 +1,6 @@
 """The report: self-contained, escaped, and it shows the rare class."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     per_class = {EVIL: {"f1_50": 0.5, "num_objects": 1}}
     metrics = {"overall": dict.fromkeys(names, 0.5), "per_class": per_class, "num_images": 2, "num_objects": 2}
     lines = tmp_path / "metrics.jsonl"
-    lines.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n{"kind": "train", "step": 2, "loss": 1.0}\n{"kin')
+    whole = [json.dumps({"kind": "train", "attempt": 1, "step": step, "loss": 3.0 - step}) for step in (1, 2)]
+    lines.write_text("\n".join([*whole, '{"kin']))
     stages = [Stage("before", metrics, predictions), Stage("after", metrics, predictions)]
     write_report(tmp_path / "report.html", EVIL, stages, lines, [EVIL])
     html = (tmp_path / "report.html").read_text()
