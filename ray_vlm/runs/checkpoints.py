@@ -31,11 +31,7 @@ Files = dict[str, tuple[int, str]]  # name -> (bytes, SHA-256)
 
 
 class Damaged(Exception):
-    """A folder is not a whole checkpoint; the text says why. `torn`: its writer never finished it."""
-
-    def __init__(self, reason: str, torn: bool = False):
-        self.torn = torn
-        super().__init__(reason)
+    """A folder is not a whole checkpoint; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
     """
     data = store.read(f"{name}/{MANIFEST}")
     if data is None:
-        raise Damaged("it was never finished (no manifest)", torn=True)
+        raise Damaged("it was never finished (no manifest)")
     try:
         body = json.loads(data)
         seal = body.pop("sha256")
