@@ -115,8 +115,8 @@ def _stock(job: JobConfig, num_rows: int) -> dict[str, Any]:
     preparer = load_preparer(prepared.spec)
     rows = []
     for record in prepared.train.records[:num_rows]:
-        prompt = [{"role": "user", "content": preparer.prompt(record)}]
-        completion = [{"role": "assistant", "content": preparer.answer(record)}]
+        prompt = [{"role": "user", "content": preparer.turns(record)[-1][1].removeprefix("<image>")}]
+        completion = [{"role": "assistant", "content": preparer.answer(record).text}]
         rows.append({"images": [Image.open(record.images[0])], "prompt": prompt, "completion": completion})
     trainer = SFTTrainer(
         model=_model(job),

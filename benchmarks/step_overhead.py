@@ -74,8 +74,8 @@ def run_plain(folder: Path, steps: int) -> None:
     rows: dict[str, list[Any]] = {"images": [], "prompt": [], "completion": []}
     for record in prepared.train.records:
         rows["images"].append(list(record.images))
-        rows["prompt"].append([{"role": "user", "content": preparer.prompt(record)}])
-        rows["completion"].append([{"role": "assistant", "content": preparer.answer(record)}])
+        rows["prompt"].append([{"role": "user", "content": preparer.turns(record)[-1][1].removeprefix("<image>")}])
+        rows["completion"].append([{"role": "assistant", "content": preparer.answer(record).text}])
     dataset = datasets.Dataset.from_dict(rows).cast_column("images", datasets.List(datasets.Image()))
     times: list[float] = []
 

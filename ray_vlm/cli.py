@@ -120,7 +120,7 @@ def _config(args: argparse.Namespace) -> None:
         from ray_vlm.train.driver import prepare
 
         prepared = prepare(job)
-        print(describe_prepared(prepared.train, prepared.plan, prepared.spec))
+        print(describe_prepared(prepared.train, prepared.plan, prepared.spec, prepared.balance))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -154,8 +154,8 @@ def _submit(args: argparse.Namespace) -> int:
         plan_runtime_env,
         submit,
     )
-    from ray_vlm.config.check import check_output_dir
     from ray_vlm.config.load import load_job
+    from ray_vlm.config.resume import check_output_dir
     from ray_vlm.errors import ConfigError
 
     job = load_job(args.job, args.overrides)

@@ -5,13 +5,34 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
 
+from ray_vlm.config.data import Source
+from ray_vlm.config.resume import touches
 from ray_vlm.config.schema import JobConfig
 
 # What `evaluate.metric` may name for each task; higher is better for all but the loss.
-TASK_METRICS = {"detection": ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate")}
+TASK_METRICS = {
+    "detection": ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate"),
+    "classification": ("accuracy", "attribute_accuracy", "balanced_accuracy", "macro_f1", "parse_rate"),
+    "gui_steps": (
+        *("step_success", "task_success", "action_accuracy", "argument_accuracy", "grounding", "mean_iou"),
+        "parse_rate",
+    ),
+    "chat": ("exact", "normalised", "anls", "parse_rate"),
+}
+
+# What the rows of each format are examples of.
+FORMAT_TASKS = {
+    "coco": ("detection",),
+    "objects": ("detection",),
+    "image_csv": ("classification",),
+    "gui_csv": ("gui_steps",),
+    "llava": ("chat",),
+    "messages": ("chat",),
+    "preference": (),
+    "prompt": (),
+}
 
 # TRL options that a job names itself, or that the feed decides: setting them in `method.trl` too is an error.
 _NAMED_IN_JOB = {
@@ -67,9 +88,100 @@ _DECIDED_BY_FEED = (
 Rule = tuple[Callable[[JobConfig], bool], tuple[str, ...], str]
 
 _SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
-_PLACES = ("path", "image_root")
+
+
+def _sources(job: JobConfig) -> list[Source]:
+    data = job.data
+    return [s for s in (data.train, *data.mix, data.eval, data.test) if s is not None]
+
+
+def _same_rows(a: Source | None, b: Source | None) -> bool:
+    return a is not None and b is not None and bool(a.path) and a.path == b.path and not _told_apart(a, b)
+
+
+def _told_apart(a: Source, b: Source) -> bool:
+    """Whether ranges of tasks keep two sources of one file from sharing rows; ids are compared when they are read."""
+    return None not in (a.task_end, b.task_start) or None not in (b.task_end, a.task_start)
+
+
+def _share(source: Source | None) -> float:
+    return (source.ratio or 0.0) if source is not None else 0.0
+
 
 RULES: list[Rule] = [
+    (
+        lambda j: any(bool(s.path) == (s.ratio is not None) for s in _sources(j)),
+        ("data",),
+        "each source needs a `path`, or for eval and test a `ratio` of the training rows, and not both.",
+    ),
+    (
+        lambda j: any(s.ratio is not None for s in (j.data.train, *j.data.mix) if s is not None),
+        ("data.train",),
+        "`ratio` is for eval and test, which take their rows from train. Give a path.",
+    ),
+    (
+        lambda j: bool(j.data.mix or _share(j.data.eval) or _share(j.data.test)) and j.data.train is None,
+        ("data.train",),
+        "missing, and other parts take their rows from it. Give it a path and a format.",
+    ),
+    (
+        lambda j: _share(j.data.eval) + _share(j.data.test) >= 1,
+        ("data.eval", "data.test"),
+        "eval and test together take all training rows. Use smaller shares, such as 0.1.",
+    ),
+    (
+        lambda j: any(s.path and j.task.name not in FORMAT_TASKS[s.format] for s in _sources(j)),
+        ("data", "task"),
+        "a source's format holds no rows of this task. Its formats are: {formats}.",
+    ),
+    (
+        lambda j: any(
+            s.format != "gui_csv" and (s.task_start or s.task_end or s.max_tasks) is not None for s in _sources(j)
+        ),
+        ("data",),
+        "task_start, task_end and max_tasks choose among the tasks of a gui_csv. Remove them, or use max_rows.",
+    ),
+    (
+        lambda j: j.data.condition_weights is not None and j.task.name != "classification",
+        ("data.condition_weights", "task"),
+        "conditions are attributes of classification. Use data.class_weights.",
+    ),
+    (
+        lambda j: (j.data.oversample or j.data.class_weights) is not None and j.task.name == "chat",
+        ("data.oversample", "data.class_weights", "task"),
+        "free text has no classes to balance. Remove oversample and class_weights, or give sources a weight.",
+    ),
+    (
+        lambda j: j.data.oversample_threshold is not None and j.data.oversample != "auto",
+        ("data.oversample_threshold", "data.oversample"),
+        "only `oversample: auto` uses it. Set that, or remove the threshold.",
+    ),
+    (
+        lambda j: (
+            bool(j.data.class_weights or j.data.condition_weights)
+            and (j.method.trl.get("loss_type", "nll") != "nll" or bool(j.method.trl.get("label_smoothing_factor")))
+        ),
+        ("data.class_weights", "data.condition_weights", "method"),
+        "weights are of the plain loss; loss_type and label smoothing would not use them. Remove one of the two.",
+    ),
+    (
+        lambda j: (
+            j.data.pad_color is not None
+            and (j.data.resize != "pad" or not all(0 <= v <= 255 for v in j.data.pad_color))
+        ),
+        ("data.pad_color", "data.resize"),
+        "needs `resize: pad` and three numbers from 0 to 255. Mend it, or remove it.",
+    ),
+    (
+        lambda j: j.task.name != "classification" and (j.task.position or j.task.class_regions),
+        ("task.position", "task"),
+        "position and class_regions tell a classifier where its object is. Remove them.",
+    ),
+    (
+        lambda j: j.task.name == "classification" and any("=" not in label for label in j.task.labels or ()),
+        ("task.labels", "task"),
+        "classification writes labels as attribute=value, such as condition=blocked. Mend them, or leave them out.",
+    ),
     (
         lambda j: j.lora is None and j.model.load_in_4bit,
         ("model.load_in_4bit", "lora"),
@@ -96,12 +208,12 @@ RULES: list[Rule] = [
         "early stopping needs validation, and `data.eval` is not set. Give it rows, or leave early stopping out.",
     ),
     (
-        lambda j: j.data.test is not None and j.data.eval is not None and j.data.test.path == j.data.eval.path,
+        lambda j: _same_rows(j.data.test, j.data.eval),
         ("data.test", "data.eval"),
         "the rows that choose `best/` cannot also give the headline numbers. Use rows of its own.",
     ),
     (
-        lambda j: j.data.test is not None and j.data.train is not None and j.data.test.path == j.data.train.path,
+        lambda j: any(_same_rows(j.data.test, s) for s in (j.data.train, *j.data.mix)),
         ("data.test", "data.train"),
         "the rows that are learned cannot also give the headline numbers. Use rows of its own.",
     ),
@@ -133,55 +245,9 @@ RULES: list[Rule] = [
 ]
 
 
-# Keys that a resumed run may change; the rest decide what is learned.
-MAY_CHANGE = (
-    *("cluster", "track", "checkpoint", "run", "data.num_loaders", "data.test"),
-    *("train.num_epochs", "train.max_steps", "train.log_every_steps", "train.early_stopping_patience"),
-    *("train.micro_batch_size", "train.gradient_checkpointing", "evaluate.every_steps", "evaluate.batch_size"),
-)
-# Paths may differ, as they do in each Ray job's copy of the folder: rows and base are compared by their contents.
-_MAY_MOVE = ("model.name", "model.adapter", *(f"data.{s}.{key}" for s in ("train", "eval") for key in _PLACES))
-
-
-def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What a resumed job changes and may not: one sentence for each key. Both are resolved jobs as `dump_job` gives."""
-    before, after = _flat(old), _flat(new)
-    return [
-        f"--resume: `{key}` was {before.get(key)!r} and is now {after.get(key)!r}. It decides what is learned, so it "
-        "stays as it was; start a new run to change it."
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and not any(_touches(key, free) and len(key) >= len(free) for free in MAY_CHANGE)
-        and not (key in _MAY_MOVE and _same_name(before.get(key), after.get(key)))
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def _same_name(old: Any, new: Any) -> bool:
-    """Whether two absolute paths end alike: the same thing, perhaps, in another place."""
-    both = isinstance(old, str) and isinstance(new, str) and old.startswith("/") and new.startswith("/")
-    return both and old.rsplit("/", 1)[-1] == new.rsplit("/", 1)[-1]
-
-
 def _is_place(address: str) -> bool:
     scheme, mark, rest = address.partition("://")
     return not mark or (scheme in _SCHEMES and bool(rest.strip("/")))
-
-
-def check_output_dir(address: str, name: str = "run.output_dir") -> list[str]:
-    """Why a Ray job may not write to `address`, if so: what it is given of the folder is a copy that is thrown away."""
-    if "://" in address or address.startswith(("/", "~")):
-        return []
-    return [
-        f"{name}={address!r} is relative, and a Ray job runs in a copy of the folder that is thrown away. "
-        "Give an absolute path on a file system that all nodes share, or s3://..."
-    ]
 
 
 def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, str]]:
@@ -190,16 +256,13 @@ def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, s
     `unread` are keys whose values could not be read: rules that need one of them are left out.
     """
     metrics = ", ".join(TASK_METRICS[job.task.name])
+    formats = ", ".join(name for name, tasks in FORMAT_TASKS.items() if job.task.name in tasks)
     broken = [
-        (keys[0], reason.replace("{metrics}", metrics))
+        (keys[0], reason.replace("{metrics}", metrics).replace("{formats}", formats))
         for fails, keys, reason in RULES
-        if not any(_touches(key, other) for key in keys for other in unread) and fails(job)
+        if not any(touches(key, other) for key in keys for other in unread) and fails(job)
     ]
     return broken + list(_check_trl(job))
-
-
-def _touches(key: str, other: str) -> bool:
-    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _check_trl(job: JobConfig) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from ray_vlm.config.schema import JobConfig
 _HEAD = """# Job files
 
 One YAML file says what to do. Every setting is listed here with its default; this page is made from
-`ray_vlm/config/schema.py` by `make docs`. A setting is written `section.key`, and on the command line
+`ray_vlm/config/` by `make docs`. A setting is written `section.key`, and on the command line
 `section.key=value` replaces what the file says:
 
     ray-vlm train jobs/demo_sft.yaml train.learning_rate=2e-3 model.load_in_4bit=false
@@ -37,7 +37,7 @@ def write_reference() -> str:
             if name == "data":
                 source = _section(model.model_fields["train"].annotation)
                 assert source is not None
-                sections.append("\nEach of `data.train`, `data.eval` and `data.test` has:\n")
+                sections.append("\nEach of `data.train`, `data.eval`, `data.test` and the entries of `data.mix` has:\n")
                 sections.append(_table([(f"data.*.{key}", value) for key, value in source.model_fields.items()]))
     return "\n".join(sections)
 

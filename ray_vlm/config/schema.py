@@ -4,18 +4,12 @@ No torch, ray or transformers here. Sections are frozen and refuse unknown keys;
 `check.py`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """A part of the job: frozen, strict about unknown keys, no silent casts from text to number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-Largest = 2**31 - 1  # of counts and areas; more is a slip of the pen
+from ray_vlm.config.data import Data
+from ray_vlm.config.section import Largest, Section
 
 
 def _named(value: Any) -> Any:
@@ -39,17 +33,45 @@ class Method(Section):
 class Task(Section):
     """What the model is asked to do."""
 
-    name: Literal["detection"] = Field("detection", description="What the model is asked to do.")
+    name: Literal["detection", "classification", "gui_steps", "chat"] = Field(
+        "detection", description="What the model is asked to do."
+    )
     prompt: str | None = Field(
         None,
         min_length=1,
-        description="The question. `{labels}` is replaced by the class names. null: the task's own wording.",
+        description="The question. `{labels}` is replaced by the class names; each task has its own placeholders too. "
+        "null: the task's own wording.",
     )
+    system: str | None = Field(None, min_length=1, description="System message before the question. null: none.")
     labels: tuple[str, ...] | None = Field(
         None,
         min_length=1,
         strict=False,  # a YAML list becomes a tuple, which can be hashed
-        description="Class names, in the order in which the question lists them. null: all names in the data.",
+        description="Class names in the order of the question; classification: `attribute=value`. null: those in the "
+        "training data.",
+    )
+    codec: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] | None = Field(
+        None, description="Whose way of writing boxes and points to use. null: the model's own."
+    )
+    position: bool = Field(
+        False, description="Classification: tell the model where the row's box is, by its centre and its region."
+    )
+    regions: tuple[Annotated[tuple[str, ...], Field(strict=False, min_length=1)], ...] = Field(
+        (
+            ("upper left", "upper centre", "upper right"),
+            ("middle left", "centre", "middle right"),
+            ("lower left", "lower centre", "lower right"),
+        ),
+        min_length=1,
+        strict=False,
+        description="Words for the parts of an image: a list of rows from the top, each from left to right.",
+    )
+    class_regions: bool = Field(
+        False, description="Classification: tell the model in which region each class mostly is in the training data."
+    )
+    short_memory: int = Field(3, ge=0, le=Largest, description="GUI steps: the last steps that are told in full.")
+    long_memory_tokens: int = Field(
+        256, ge=0, le=Largest, description="GUI steps: tokens for the task's earlier steps; the oldest are cut first."
     )
 
 
@@ -74,56 +96,6 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target: list[Literal["language", "connector", "vision"]] = Field(
         default=["language"], min_length=1, description="Which parts of the model get adapters."
-    )
-
-
-class Source(Section):
-    """Where rows come from."""
-
-    path: str = Field(min_length=1, description="The file with the rows.")
-    format: Literal["coco"] = Field("coco", description="Shape of a source row.")
-    image_root: str | None = Field(
-        None, description="Folder of the images; nothing outside it is read. null: the folder of `path`."
-    )
-    create: str | None = Field(
-        None, description="`module:function`, called with `path` once when that file is missing. Made for demos."
-    )
-    max_rows: int | None = Field(None, ge=1, le=Largest, description="Use only the first rows.")
-
-
-class Data(Section):
-    """What to learn from, what to choose by, what to be judged on."""
-
-    train: Source | None = Field(None, description="Rows to learn from.")
-    eval: Source | None = Field(None, description="Rows that choose `best/`. null: no validation, no `best/`.")
-    test: Source | None = Field(None, description="Rows for headline numbers only.")
-    min_pixels: int | None = Field(
-        None, ge=1, le=Largest, description="Smallest image area after resizing, in pixels. null: the processor's own."
-    )
-    max_pixels: int | None = Field(
-        None, ge=1, le=Largest, description="Largest image area after resizing, in pixels. null: the processor's own."
-    )
-    max_image_pixels: int = Field(
-        50_000_000,
-        ge=1,
-        le=Largest,
-        description="An image file of more pixels than this is a bad row; read from its header.",
-    )
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        le=Largest,
-        description="A row of more tokens than this, image tokens counted, is a bad row. Nothing is cut.",
-    )
-    shuffle: bool = Field(True, description="A new order in every epoch, from `seed`.")
-    on_bad_row: Literal["raise", "quarantine"] = Field(
-        "raise", description="`raise`: nothing starts. `quarantine`: written to `bad_rows.jsonl`, counted, left out."
-    )
-    num_loaders: int | None = Field(
-        None,
-        ge=1,
-        le=Largest,
-        description="Ray Data processes that read images for each worker. null: from the free CPUs.",
     )
 
 

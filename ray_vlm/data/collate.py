@@ -7,6 +7,8 @@ Pixels arrive as uint8 and become floats here, on the device, through the family
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ray_vlm.data.rows import IGNORED, Preparer, Row
 from ray_vlm.errors import DataError
 
@@ -15,6 +17,7 @@ def collate(rows: Sequence[Row], preparer: Preparer, device: str = "cpu", side: 
     """A batch as the model's forward takes it; `labels` only where rows have them.
 
     `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`: `int64 [rows, longest]`, padded on `side`;
+    `loss_weights`: `float32 [rows, longest]`, 0 where nothing is trained, only where rows have weights;
     `pixel_values`: `float32 [patches, patch values]`; `image_grid_thw`: `int64 [images, 3]`.
     """
     import torch
@@ -29,6 +32,9 @@ def collate(rows: Sequence[Row], preparer: Preparer, device: str = "cpu", side: 
     }
     if all(len(row.labels) == len(row.input_ids) for row in rows):
         batch["labels"] = torch.from_numpy(_pad([row.labels for row in rows], IGNORED, side)).to(device)
+    if "labels" in batch and rows[0].weights is not None:
+        weights = torch.from_numpy(_pad([row.weights for row in rows], 0.0, side, np.float32)).to(device)
+        batch["loss_weights"] = weights * (batch["labels"] != IGNORED)
     images = [torch.tensor(image, device=device).permute(2, 0, 1) for row in rows for image in row.images]
     if images:
         batch |= preparer.processor.image_processor(images, do_resize=False, return_tensors="pt", device=device)
@@ -36,10 +42,8 @@ def collate(rows: Sequence[Row], preparer: Preparer, device: str = "cpu", side: 
     return batch
 
 
-def _pad(sequences: Sequence[Any], value: int, side: str) -> Any:
-    import numpy as np
-
-    out = np.full((len(sequences), max(map(len, sequences))), value, np.int64)
+def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int64) -> Any:
+    out = np.full((len(sequences), max(map(len, sequences))), value, dtype)
     for i, sequence in enumerate(sequences):
         if side == "right":
             out[i, : len(sequence)] = sequence

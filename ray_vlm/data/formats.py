@@ -1,114 +1,199 @@
 """Source row -> record: one function a format. A row that cannot be read becomes a `BadRow`, never an exception."""
 
-import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from ray_vlm.config.schema import Source
-from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.config.data import Source
+from ray_vlm.config.schema import Task
+from ray_vlm.data.cells import Row, box, box_units, images, is_empty, nested, shown, word
+from ray_vlm.data.coco import image_root, read_coco
+from ray_vlm.data.conversations import llava_record, messages_record, preference_record, prompt_record, read_objects
+from ray_vlm.data.gui import gui_records
+from ray_vlm.data.records import BadRow, PreferenceRecord, PromptRecord, SftRecord
+from ray_vlm.data.tables import Table, read_table
 from ray_vlm.errors import DataError
 
-_FARTHEST_PX = 1e9  # no image is this large; NaN and infinity fail the comparison too
+Record = SftRecord | PreferenceRecord | PromptRecord
+_CORNERS = ("x1", "y1", "x2", "y2")
+_NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
 
 
-def read_rows(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
-    """All rows of a source in file order, and the class names it declares, in its own order.
+def read_rows(source: Source, task: Task) -> tuple[list[Record | BadRow], list[str]]:
+    """All rows of a source in file order, and the class names it declares.
 
-    Image sizes are not known yet (`sizes` is empty): the index reads them from the files' headers. Raises `DataError`
-    where the file as a whole cannot be used.
+    These are COCO's categories in their order, else the sorted labels that were found (of classification
+    `attribute=value`). Image sizes are not known yet (`sizes` is empty): the index reads them from the files' headers.
+    Raises `DataError` where the file as a whole cannot be used.
     """
-    rows, labels = FORMATS[source.format](source)
-    return rows[: source.max_rows], labels
+    return FORMATS[source.format](source)
 
 
-def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
-    """COCO detection JSON (cocodataset.org/#format-data): one record an image, boxes `[x, y, width, height]`.
+def objects_record(row: Row) -> SftRecord:
+    """Detection from ms-swift's `objects`; `messages` are not read."""
+    pictures = images(row, "images", "image")
+    if len(pictures) != 1:
+        raise ValueError(f"the row has {len(pictures)} images; a detection row has one. Split or mend it")
+    labels, boxes, _, units = read_objects(row, 1)
+    if len(labels) != len(boxes):
+        raise ValueError(f"objects has {len(labels)} ref for {len(boxes)} bbox; give each box its name")
+    for found in boxes:
+        box(found, "objects.bbox")
+    return SftRecord(row.id, row.number, pictures, (), {"boxes": boxes, "labels": labels}, units, row.group)
 
-    Crowd regions (`iscrowd: 1`) are left out: they are not one object.
-    """
-    data = _read_json(Path(source.path))
-    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
-        raise DataError(f"{source.path}: not COCO; expected a JSON object with lists `images` and `annotations`.")
-    names, labels = _categories(data.get("categories"), source.path)
+
+def classification_record(row: Row) -> SftRecord:
+    """`image` and attribute columns, with a box in `x1, y1, x2, y2` or `bbox` where there is one."""
+    pictures = images(row, "image")
+    if len(pictures) != 1:
+        raise ValueError(f"the row has {len(pictures)} images; a classification row has one. Split or mend it")
+    attributes = {name: word(row.cells.get(name), f"attribute {name}") for name in _attributes(row)}
+    found = _box_of(row)
+    context = {} if found is None else {"box": found, **box_units(row)}
+    return SftRecord(row.id, row.number, pictures, (), {"attributes": attributes}, context, row.group)
+
+
+def _attributes(row: Row) -> list[str]:
+    """Those that `columns` names, or every column that has no other meaning."""
+    named = [name for name in row.source.columns if name not in _NOT_ATTRIBUTES]
+    taken = {*_NOT_ATTRIBUTES, *row.source.columns.values()}
+    found = named or [name for name in row.columns if name not in taken]
+    if not found:
+        raise DataError(
+            f"{row.source.path}: no column with an attribute. It has {', '.join(row.columns)}; add one, such as "
+            "`label`, or name it with data.*.columns."
+        )
+    return found
+
+
+def _box_of(row: Row) -> tuple[float, float, float, float] | None:
+    if (value := row.first("bbox")) is not None:
+        return box(nested(value, "bbox"), "bbox")
+    corners = [row.cells.get(name) for name in _CORNERS]
+    if all(is_empty(v) for v in corners):
+        return None
+    return box([_number(v) for v in corners], ", ".join(_CORNERS))
+
+
+def _number(value: Any) -> Any:
+    """The number that a CSV cell holds; what is none comes back as it is and is told by the check of the box."""
     try:
-        root = Path(source.image_root or Path(source.path).parent).resolve()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"image_root {source.image_root!r} cannot be used ({error}). Give a folder.") from None
-    seen = Counter(str(_id_of(image)) for image in data["images"] if _id_of(image) is not None)
-    boxes = _boxes_by_image(data["annotations"], set(seen), source.path)
-    return [_coco_row(i, image, boxes, names, root, seen) for i, image in enumerate(data["images"])], labels
+        return float(value) if isinstance(value, str) and "_" not in value else value
+    except ValueError:
+        return value
 
 
-FORMATS: dict[str, Callable[[Source], tuple[list[SftRecord | BadRow], list[str]]]] = {"coco": read_coco}
+def _read(
+    source: Source, make: Callable[[Row], Record], needs: tuple[tuple[str, ...], ...]
+) -> tuple[list[Record | BadRow], list[str]]:
+    """Rows of a table, one by one. `needs`: of each group of names, one column must be filled."""
+    rows = _rows(source, needs)[: source.max_rows]
+    made = _refuse_twice([_made(row, make, needs) for row in rows])
+    return made, sorted({label for record in made if isinstance(record, SftRecord) for label in _labels(record)})
 
 
-def _read_json(path: Path) -> Any:
+def _read_gui(source: Source) -> tuple[list[Record | BadRow], list[str]]:
+    needs = (("Task_id",), ("Image_id",), ("Instruction",), ("Output",), ("Grounding",))
+    return _refuse_twice([*gui_records(_rows(source, needs), source)]), []
+
+
+def _labels(record: SftRecord) -> list[str]:
+    if "attributes" in record.truth:
+        return [f"{name}={value}" for name, value in record.truth["attributes"].items()]
+    return list(record.truth.get("labels", ()))
+
+
+def _made(row: Row | BadRow, make: Callable[[Row], Record], needs: tuple[tuple[str, ...], ...]) -> Record | BadRow:
+    if isinstance(row, BadRow):
+        return row
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Give `path` the location of the rows.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 JSON ({error}).") from None
+        for names in needs:
+            if row.first(*names) is None:
+                found = ", ".join(row.cells)[:200]
+                raise ValueError(f"no {' or '.join(names)}; the row has {found}. Fill it, or name it in data.*.columns")
+        return make(row)
+    except ValueError as error:
+        return BadRow(row.number, row.id, str(error))
 
 
-def _id_of(value: Any, key: str = "id") -> int | str | None:
-    """The id under `key`, or None where there is none that can be used."""
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, int | str) and not isinstance(found, bool) and found != "" else None
+def _refuse_twice(rows: list[Record | BadRow]) -> list[Record | BadRow]:
+    counts = Counter(row.id for row in rows)
+    return [
+        BadRow(row.row, row.id, f"id {row.id} is used by {counts[row.id]} rows; make it unique")
+        if not isinstance(row, BadRow) and counts[row.id] > 1
+        else row
+        for row in rows
+    ]
 
 
-def _categories(categories: Any, path: str) -> tuple[dict[str, str], list[str]]:
-    """Names by id (as text), and the names in file order."""
-    listed = categories if isinstance(categories, list) else []
-    pairs = [(_id_of(c), c["name"]) for c in listed if isinstance(c, dict) and isinstance(c.get("name"), str)]
-    names = {str(i): name for i, name in pairs if i is not None and name}
-    if not names or len(pairs) < len(listed):
-        raise DataError(f"{path}: `categories` must list objects, each with an `id` and a `name`.")
-    if len(names) < len(pairs) or len(set(names.values())) < len(names):
-        raise DataError(f"{path}: `categories` has an id or a name twice, or empty. Make them unique.")
-    return names, list(names.values())
+def _rows(source: Source, needs: tuple[tuple[str, ...], ...]) -> list[Row | BadRow]:
+    """The rows of a table under our names. Raises `DataError` where columns are missing."""
+    table = read_table(source.path)
+    _check_columns(table, source, needs)
+    root = image_root(source)
+    return [row if isinstance(row, BadRow) else _row(*row, source, root, table.columns) for row in table.rows]
 
 
-def _boxes_by_image(annotations: list, images: set[str], path: str) -> dict[str, list[dict]]:
-    boxes, problems = defaultdict(list), []
-    for position, annotation in enumerate(annotations):
-        image = _id_of(annotation, "image_id")
-        if str(image) not in images:
-            problems.append(f"{path}: annotation {position} has image_id {image!r}, which no image has")
-        elif annotation.get("iscrowd") != 1:
-            boxes[str(image)].append(annotation)
+def _check_columns(table: Table, source: Source, needs: tuple[tuple[str, ...], ...]) -> None:
+    found = ", ".join(table.columns)[:400]
+    problems = [
+        f"{source.path}: no column {theirs!r}, named by columns.{ours}; it has {found}."
+        for ours, theirs in source.columns.items()
+        if table.columns and theirs not in table.columns
+    ]
+    if table.whole_columns:
+        here = {*table.columns, *source.columns}
+        problems += [
+            f"{source.path}: no column {' or '.join(names)}; it has {found}. Add it, or say which it is with "
+            f"data.*.columns={{{names[0]}: ...}}."
+            for names in needs
+            if not here & set(names)
+        ]
     if problems:
-        more = f" ({len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise DataError([*problems[:5], f"{path}: remove those annotations or add their images.{more}"])
-    return boxes
+        raise DataError(problems)
 
 
-def _coco_row(row: int, image: Any, boxes: dict, names: dict, root: Path, seen: Counter) -> SftRecord | BadRow:
-    if _id_of(image) is None or not isinstance(image.get("file_name"), str):
-        return BadRow(row, "", "an entry of `images` needs an `id` (a number or text) and a `file_name`")
-    name = str(image["id"])
-    if seen[name] > 1:
-        return BadRow(row, name, f"id {name} is used by {seen[name]} images; make it unique")
+def _row(number: int, cells: dict[str, Any], source: Source, root: str, columns: tuple[str, ...]) -> Row | BadRow:
+    """The cells under our names, with id and group."""
+    cells = cells | {ours: cells.get(theirs) for ours, theirs in source.columns.items()}
+    name, group = cells.get("id"), cells.get("group")
     try:
-        path = (root / image["file_name"]).resolve()
-    except (OSError, ValueError, RuntimeError) as error:
-        return BadRow(row, name, f"file_name {image['file_name'][:80]!r} is not a path ({error})")
-    if not path.is_relative_to(root):
-        return BadRow(row, name, f"image {image['file_name']} lies outside image_root {root}")
-    truth: dict[str, list] = {"boxes": [], "labels": []}
-    for annotation in boxes.get(name, ()):
-        box, category = annotation.get("bbox"), _id_of(annotation, "category_id")
-        if str(category) not in names:
-            return BadRow(row, name, f"category_id {annotation.get('category_id')!r} is not in `categories`")
-        if not isinstance(box, list) or len(box) != 4 or not all(_is_number(v) for v in box):
-            return BadRow(row, name, f"bbox {str(box)[:80]} is not four finite numbers [x, y, width, height]")
-        x, y, w, h = map(float, box)
-        truth["boxes"].append((x, y, x + w, y + h))
-        truth["labels"].append(names[str(category)])
-    return SftRecord(name, row, (str(path),), (), {key: tuple(value) for key, value in truth.items()})
+        if isinstance(name, bool) or not (is_empty(name) or isinstance(name, str | int)):
+            raise ValueError(f"id {shown(name)} is neither a text nor a whole number; mend it")
+        name = str(number) if is_empty(name) else word(name, "id")
+        group = "" if is_empty(group) and "group" not in source.columns else word(group, "group")
+    except ValueError as error:
+        return BadRow(number, "", str(error))
+    return Row(number, name, group, cells, source, root, columns)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FARTHEST_PX
+FORMATS: dict[str, Callable[[Source], tuple[list[Any], list[str]]]] = {
+    "coco": read_coco,
+    "llava": partial(_read, make=llava_record, needs=(("conversations",),)),
+    "messages": partial(_read, make=messages_record, needs=(("messages",),)),
+    "objects": partial(_read, make=objects_record, needs=(("images", "image"), ("objects",))),
+    "image_csv": partial(_read, make=classification_record, needs=(("image",),)),
+    "gui_csv": _read_gui,
+    "preference": partial(
+        _read,
+        make=preference_record,
+        needs=(
+            ("prompt", "messages", "conversations"),
+            ("chosen", "messages"),
+            ("rejected", "rejected_response"),
+        ),
+    ),
+    "prompt": partial(_read, make=prompt_record, needs=(("prompt", "problem"),)),
+}
+
+TASKS_OF: dict[str, tuple[str, ...]] = {
+    "coco": ("detection",),
+    "objects": ("detection",),
+    "llava": ("chat",),
+    "messages": ("chat",),
+    "image_csv": ("classification",),
+    "gui_csv": ("gui_steps",),
+    "preference": (),
+    "prompt": (),
+}

@@ -5,12 +5,15 @@ row. Sizes come from transformers' own smart resize, pixels from the processor's
 equals the stock processor's bit for bit.
 """
 
+import io
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from ray_vlm.runs.store import is_remote
 
 Image.init()  # all decoders, so that they can be named
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others are refused, by name
@@ -19,73 +22,140 @@ _ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where an image comes to lie, in pixels: (width, height) of what the model sees, of the part of it that shows the
+    image, and how far that part is from the left and the top."""
+
+    resized: tuple[int, int]
+    content: tuple[int, int]
+    offset: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class ImageSpec:
-    """How a family sizes images: sides become multiples of `patch * merge`, areas stay within the two limits (px)."""
+    """How a family sizes images: sides become multiples of `patch * merge`, areas stay within the two limits (px).
+
+    `pad`: a colour to fill up with in place of stretching; `center`: on all sides, not only at the right and bottom.
+    """
 
     patch: int
     merge: int
     min_pixels: int
     max_pixels: int
+    pad: tuple[int, int, int] | None = None
+    center: bool = False
 
-    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) after smart resize of (width, height). Raises `ValueError` on extreme shapes."""
+    @property
+    def factor(self) -> int:
+        """Side of one visual token in pixels."""
+        return self.patch * self.merge
+
+    def place(self, size: tuple[int, int]) -> Placement:
+        """Placement of an image of (width, height). Raises `ValueError` on extreme shapes."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         width, height = size
-        factor = self.patch * self.merge
-        if min(size) < factor:
-            raise ValueError(f"image is {width}x{height} px; its short side is below {factor} px, one visual token")
-        tall, wide = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
-        return wide, tall
+        if min(size) < self.factor:
+            raise ValueError(
+                f"image is {width}x{height} px; its short side is below {self.factor} px, one visual token. "
+                "Leave it out, or enlarge it"
+            )
+        if self.pad is not None:
+            return self._pad(size)
+        tall, wide = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+        return Placement((wide, tall), (wide, tall))
+
+    def _pad(self, size: tuple[int, int]) -> Placement:
+        """Keep the shape; scale only as far as the limits ask."""
+        if max(size) > 200 * min(size):
+            raise ValueError(f"image is {size[0]}x{size[1]} px; one side is over 200 times the other")
+        scale, area = 1.0, self._area(size)
+        if area > self.max_pixels or area < self.min_pixels:
+            limit = self.max_pixels if area > self.max_pixels else self.min_pixels
+            scale = math.sqrt(limit / (size[0] * size[1]))
+        content = self._scaled(size, scale)
+        while self._area(content) > self.max_pixels and max(content) > self.factor:
+            scale *= 0.99
+            content = self._scaled(size, scale)
+        resized = self._fill(content)
+        gap = (resized[0] - content[0], resized[1] - content[1])
+        return Placement(resized, content, (gap[0] // 2, gap[1] // 2) if self.center else (0, 0))
+
+    def _scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
+        return (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+
+    def _fill(self, size: tuple[int, int]) -> tuple[int, int]:
+        return (-(-size[0] // self.factor) * self.factor, -(-size[1] // self.factor) * self.factor)
+
+    def _area(self, size: tuple[int, int]) -> int:
+        width, height = self._fill(size)
+        return width * height
 
     def num_tokens(self, size: tuple[int, int]) -> int:
         """Visual tokens of an image of (width, height), before resizing."""
-        width, height = self.resized(size)
-        return (width // (self.patch * self.merge)) * (height // (self.patch * self.merge))
+        width, height = self.place(size).resized
+        return (width // self.factor) * (height // self.factor)
 
 
-def read_size(path: str, max_pixels: int) -> tuple[int, int]:
+def read_size(image: str | bytes, max_pixels: int) -> tuple[int, int]:
     """Upright (width, height) from the header, after a look at the end of the file.
 
     Formats whose end is not marked, and files with something behind the mark, are decoded once to be sure.
     Raises `ValueError` with the reason.
     """
-    if not Path(path).is_file():
-        raise ValueError("image file is missing" if not Path(path).exists() else "image path is not a file")
-    if Path(path).stat().st_size == 0:
-        raise ValueError("image file is empty (0 bytes)")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise _TooLarge(f"image has {width * height} pixels, above data.max_image_pixels={max_pixels}")
-            kind = image.format or ""
-            if kind not in _ENDS or not _ends_whole(path, _ENDS[kind]):
-                image.load()
-            # Pillow gives a TIFF's size upright already
-            look = kind != "TIFF" and (kind != "PNG" or "exif" in image.info)  # getexif() decodes a PNG to find none
-            turned = look and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except _TooLarge:
+        with open_image(image) as file:
+            end = file.seek(0, 2)
+            if end == 0:
+                raise _Told("image file is empty (0 bytes); fetch it again or remove the row")
+            file.seek(max(0, end - 4096))  # some cameras append padding after the marker
+            tail = file.read()
+            file.seek(0)
+            return _read_header(file, tail, max_pixels)
+    except _Told:
         raise
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else "path is not a file"
+        raise ValueError(f"image {'file ' if 'missing' in what else ''}{what}; mend the path or image_root") from None
     except Exception as error:  # decoders raise what they like
         raise ValueError(f"image cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _read_header(file: Any, tail: bytes, max_pixels: int) -> tuple[int, int]:
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise _Told(
+                f"image has {width * height} pixels, above data.max_image_pixels={max_pixels}; make it smaller, or "
+                "raise that"
+            )
+        kind = image.format or ""
+        if kind not in _ENDS or _ENDS[kind] not in tail:
+            image.load()
+        # Pillow gives a TIFF's size upright already
+        look = kind != "TIFF" and (kind != "PNG" or "exif" in image.info)  # getexif() decodes a PNG to find none
+        turned = look and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
-class _TooLarge(ValueError):
-    pass
+def open_image(image: str | bytes) -> Any:
+    """The file of an image: a local path, an address, or its own bytes."""
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    if is_remote(image):
+        from ray_vlm.data.files import open_file
+
+        return open_file(image)
+    return open(image, "rb")
 
 
-def _ends_whole(path: str, marker: bytes) -> bool:
-    with open(path, "rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - 4096))  # some cameras append padding after the marker
-        return marker in file.read()
+class _Told(ValueError):
+    """A reason that is told as it stands."""
 
 
-def decode(path: str) -> np.ndarray:
+def decode(source: str | bytes) -> np.ndarray:
     """`uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted."""
-    with Image.open(path, formats=FORMATS) as opened:
+    with open_image(source) as file, Image.open(file, formats=FORMATS) as opened:
         opened.load()
         image = ImageOps.exif_transpose(opened)
     if image.mode == "F":
@@ -100,11 +170,24 @@ def decode(path: str) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
-    """`uint8 [h, w, 3]` at the family's size, by the image processor's own resize."""
+    """`uint8 [h, w, 3]` as the model sees it: stretched by the processor's own resize, or padded."""
     import torch
     from transformers.image_utils import SizeDict
 
-    size = SizeDict(shortest_edge=spec.min_pixels, longest_edge=spec.max_pixels)
     tensor = torch.tensor(pixels).permute(2, 0, 1).unsqueeze(0).contiguous()
-    small = processor.resize(tensor, size=size, resample=processor.resample, factor=spec.patch * spec.merge)
-    return small[0].permute(1, 2, 0).contiguous().numpy()
+    size = (pixels.shape[1], pixels.shape[0])
+    if spec.pad is None:
+        limits = SizeDict(shortest_edge=spec.min_pixels, longest_edge=spec.max_pixels)
+        small = processor.resize(tensor, size=limits, resample=processor.resample, factor=spec.factor)
+        return small[0].permute(1, 2, 0).contiguous().numpy()
+    place = spec.place(size)
+    (width, height), (left, top) = place.content, place.offset
+    if place.content != size:
+        from transformers.image_processing_backends import TorchvisionBackend
+
+        to = SizeDict(height=height, width=width)  # the plain resize, without the family's rounding of sides
+        tensor = TorchvisionBackend.resize(processor, image=tensor, size=to, resample=processor.resample)
+    canvas = np.empty((place.resized[1], place.resized[0], 3), np.uint8)
+    canvas[:] = spec.pad
+    canvas[top : top + height, left : left + width] = tensor[0].permute(1, 2, 0).numpy()
+    return canvas

@@ -3,14 +3,14 @@
 Image headers are read in a few threads; token counts come from the real tokenizer and the family's own resize rule.
 """
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from ray_vlm.config.schema import Data, Source
+from ray_vlm.config.data import Data, Source
 from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import read_size
 from ray_vlm.data.records import BadRow, SftRecord
@@ -18,7 +18,6 @@ from ray_vlm.data.rows import Preparer, RowSpec, load_preparer
 from ray_vlm.errors import DataError
 
 _SHOWN = 20  # bad rows named in an error; all of them are in `bad_rows.jsonl` under `quarantine`
-_SLACK_PX = 1.0  # annotation tools round boxes outwards; farther outside than this is an error
 
 
 @dataclass(frozen=True)
@@ -44,40 +43,70 @@ class Index:
         """All tokens of each row, `int64 [rows]`."""
         return self.image_tokens + self.prompt_tokens + self.answer_tokens
 
-    def class_counts(self) -> Counter:
-        """Objects by class name."""
-        return Counter(label for record in self.records for label in record.truth["labels"])
+    @property
+    def costs(self) -> np.ndarray:
+        """Work that each row makes, `float32 [rows]`: its tokens, and those of images once more for the tower."""
+        return (self.tokens + self.image_tokens).astype(np.float32)
+
+    def subset(self, positions: np.ndarray) -> "Index":
+        """Only the rows at these positions; bad rows stay named."""
+        records = tuple(self.records[i] for i in positions)
+        image, prompt, answer = (c[positions] for c in (self.image_tokens, self.prompt_tokens, self.answer_tokens))
+        return Index(records, image, prompt, answer, self.labels, self.bad)
 
 
-def read_labels(source: Source) -> list[str]:
-    """The class names that a source declares."""
-    return read_rows(source)[1]
+def build_index(
+    source: Source, data: Data, spec: RowSpec, read: tuple[list, list[str]] | None = None, number: int = 0
+) -> Index:
+    """Read, check and measure every row. Under `on_bad_row: raise` any bad row raises `DataError` with all reasons.
 
-
-def build_index(source: Source, data: Data, spec: RowSpec) -> Index:
-    """Read, check and measure every row. Under `on_bad_row: raise` any bad row raises `DataError` with all reasons."""
-    rows, labels = read_rows(source)
-    known = set(spec.labels)
-    with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(lambda row: _check(row, data, known), rows))
+    `read`: what `read_rows` gave for the source, if that is known; `number`: the source's place among those mixed.
+    """
+    rows, labels = read or read_rows(source, spec.task)
     preparer = load_preparer(spec)
+    with ThreadPoolExecutor(8) as pool:
+        checked = list(pool.map(lambda row: _measure(row, data), rows))
     records: list[SftRecord] = []
     counts: list[tuple[int, int, int]] = []
     bad: list[BadRow] = []
     for row in checked:
-        if isinstance(row, BadRow):
-            bad.append(row)
-        elif isinstance(counted := _count(row, preparer, data.max_tokens), BadRow):
+        counted = row if isinstance(row, BadRow) else _count(row, preparer, data.max_tokens)
+        if isinstance(counted, BadRow):
             bad.append(counted)
         else:
-            records.append(row)
+            records.append(replace(row, source=number) if number else row)
             counts.append(counted)
     if bad and data.on_bad_row == "raise":
         raise DataError(describe_bad(bad, len(rows), source.path))
     if not records:
         raise DataError(f"{source.path}: no usable row among {len(rows)}. " + "; ".join(b.reason for b in bad[:3]))
+    return Index(tuple(records), *_columns(counts), tuple(labels), tuple(bad))
+
+
+def _columns(counts: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     columns = np.array(counts, np.int64).reshape(-1, 3)
-    return Index(tuple(records), columns[:, 0], columns[:, 1], columns[:, 2], tuple(labels), tuple(bad))
+    return columns[:, 0], columns[:, 1], columns[:, 2]
+
+
+def recount(index: Index, spec: RowSpec) -> Index:
+    """The index with the token counts of another wording."""
+    preparer = load_preparer(spec)
+    image, prompt, answer = _columns([preparer.token_counts(record) for record in index.records])
+    return replace(index, image_tokens=image, prompt_tokens=prompt, answer_tokens=answer)
+
+
+def join_indices(indices: Sequence[Index]) -> Index:
+    """Several sources as one, in their order."""
+    if len(indices) == 1:
+        return indices[0]
+    return Index(
+        tuple(record for index in indices for record in index.records),
+        np.concatenate([index.image_tokens for index in indices]),
+        np.concatenate([index.prompt_tokens for index in indices]),
+        np.concatenate([index.answer_tokens for index in indices]),
+        tuple(dict.fromkeys(label for index in indices for label in index.labels)),
+        tuple(bad for index in indices for bad in index.bad),
+    )
 
 
 def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
@@ -92,42 +121,54 @@ def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
     return lines
 
 
-def _check(row: SftRecord | BadRow, data: Data, known: set[str]) -> SftRecord | BadRow:
-    """The row with its image sizes, or why it is bad."""
+def _measure(row: Any, data: Data) -> Any:
+    """The row with its image sizes and with boxes in pixels, or why it is bad."""
     if isinstance(row, BadRow):
         return row
-    try:
-        sizes = tuple(read_size(path, data.max_image_pixels) for path in row.images)
-    except (ValueError, OSError) as error:
-        return BadRow(row.row, row.id, f"{error} ({', '.join(row.images)})")
-    for box, label in zip(row.truth["boxes"], row.truth["labels"], strict=True):
-        if label not in known:
-            return BadRow(row.row, row.id, f"class {label!r} is not among the task's labels {sorted(known)}")
-        if reason := _box_problem(box, sizes[0]):
-            return BadRow(row.row, row.id, reason)
-    return replace(row, sizes=sizes)
+    sizes = []
+    for image in row.images:
+        try:
+            sizes.append(read_size(image, data.max_image_pixels))
+        except (ValueError, OSError) as error:
+            name = f" ({image})" if isinstance(image, str) else ""
+            return BadRow(row.row, row.id, f"{error}{name}")
+    return to_pixels(replace(row, sizes=tuple(sizes)))
 
 
-def _box_problem(box: tuple[float, float, float, float], size: tuple[int, int]) -> str | None:
-    x1, y1, x2, y2 = box
-    shown = [round(v, 1) for v in box]
-    if x2 <= x1 or y2 <= y1:
-        return f"box {shown} (x1, y1, x2, y2) is empty or inverted"
-    if min(x1, y1) < -_SLACK_PX or x2 > size[0] + _SLACK_PX or y2 > size[1] + _SLACK_PX:
-        return f"box {shown} (x1, y1, x2, y2) lies outside its {size[0]}x{size[1]} image"
-    if min(x2, size[0]) <= max(x1, 0) or min(y2, size[1]) <= max(y1, 0):
-        return f"box {shown} (x1, y1, x2, y2) touches its {size[0]}x{size[1]} image from outside only"
-    return None
+def to_pixels(record: SftRecord) -> SftRecord:
+    """The record with boxes and points in original pixels, where its source gives shares of the image."""
+    units = record.context.get("box_units")
+    if units is None or not record.sizes:
+        return record
+    per_unit = 1.0 if units == "relative_1" else 1000.0
+    image_of = record.context.get("image_of", ())
+
+    def scale(region: Sequence[float] | None, image: int = 0) -> tuple[float, ...] | None:
+        size = record.sizes[image] if image < len(record.sizes) else record.sizes[0]
+        return None if region is None else tuple(v / per_unit * size[axis % 2] for axis, v in enumerate(region))
+
+    def scaled(values: Mapping[str, Any]) -> dict[str, Any]:
+        out = dict(values)
+        if "boxes" in out:
+            numbers = image_of or (0,) * len(out["boxes"])
+            out["boxes"] = tuple(scale(box, i) for box, i in zip(out["boxes"], numbers, strict=True))
+        return out | {key: scale(out[key]) for key in ("box", "point") if out.get(key) is not None}
+
+    context = {k: v for k, v in scaled(record.context).items() if k != "box_units"}
+    return replace(record, truth=scaled(record.truth), context=context)
 
 
 def _count(row: SftRecord, preparer: Preparer, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
     try:
+        if reason := preparer.problem(row):
+            return BadRow(row.row, row.id, reason)
         counts = preparer.token_counts(row)
     except ValueError as error:
         return BadRow(row.row, row.id, str(error))
     if max_tokens is not None and sum(counts) > max_tokens:
         reason = (
-            f"{sum(counts)} tokens ({counts[0]} of images), above data.max_tokens={max_tokens}; lower data.max_pixels"
+            f"{sum(counts)} tokens ({counts[0]} of images), above data.max_tokens={max_tokens}; lower data.max_pixels, "
+            "or raise that"
         )
         return BadRow(row.row, row.id, reason)
     return counts

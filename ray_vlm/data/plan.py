@@ -1,14 +1,19 @@
-"""Who sees which row when: pure arithmetic on (number of rows, seed, epoch, world size, batch sizes, step).
+"""Who sees which row when: pure arithmetic on (factors, costs, seed, epoch, world size, batch sizes, step).
 
 Step k of an epoch takes one contiguous stretch of that epoch's order, whatever the number of workers; ranks share
-the stretch out in order. Every rank runs the same number of micro-batches in every step; one that would be left
-without rows runs a filler, a row whose tokens are not trained. Nothing here reads data or keeps state, so any step
-can be computed without those before it.
+the stretch out. Every rank runs the same number of micro-batches in every step; one that would be left without rows
+runs a filler, a row whose tokens are not trained. Nothing here reads data or keeps state, so any step can be computed
+without those before it.
+
+A row's factor is how often it is shown in an epoch: always its whole part, and once more as often as its fraction
+says. Fractions are drawn by systematic sampling (Madow 1949) over a shuffled order, so that each is exact in
+expectation, an epoch's length is fixed to within one row, and the same seed gives the same rows.
 """
 
+import heapq
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -21,9 +26,13 @@ class MicroBatch:
     filler: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """Order and split of `num_rows` rows. `global_batch_size` counts rows over all ranks in one optimizer step."""
+    """Order and split of `num_rows` rows. `global_batch_size` counts rows over all ranks in one optimizer step.
+
+    `factors`: `float64 [rows]`, how often each row is shown in an epoch; None: once. `costs`: `[rows]`, work that a row
+    makes (tokens), to share out evenly; None: rows are dealt in order.
+    """
 
     num_rows: int
     global_batch_size: int
@@ -33,10 +42,17 @@ class Plan:
     max_steps: int | None = None
     shuffle: bool = True
     seed: int = 0
+    factors: np.ndarray | None = None
+    costs: np.ndarray | None = None
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows shown in an epoch, repeats counted; some epochs have one more."""
+        return self.num_rows if self.factors is None else max(1, math.floor(_whole(self.factors.sum())))
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_rows / self.global_batch_size)
+        return math.ceil(self.rows_per_epoch / self.global_batch_size)
 
     @property
     def num_steps(self) -> int:
@@ -48,16 +64,28 @@ class Plan:
         """Micro-batches of one rank in one step."""
         return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.micro_batch_size)
 
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """Positions in the index in the order of an epoch, `int64 [rows shown]`."""
+        if epoch not in self._orders:
+            most = self.steps_per_epoch * self.global_batch_size
+            self._orders.clear()
+            self._orders[epoch] = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, self.factors, most)
+        return self._orders[epoch]
+
+    @cached_property
+    def _orders(self) -> dict[int, np.ndarray]:
+        return {}  # of the last epoch: its steps are asked for one after another
+
     def step_rows(self, step: int) -> np.ndarray:
         """Positions in the index that step `step` (0-based, over the whole run) trains, over all ranks."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = k * self.global_batch_size
-        return epoch_order(self.num_rows, self.shuffle, self.seed, epoch)[start : start + self.global_batch_size]
+        return self.epoch_rows(epoch)[start : start + self.global_batch_size]
 
     def rank_step(self, step: int, rank: int) -> list[MicroBatch]:
         """The micro-batches of one rank in one step, always `accumulation` of them."""
         rows = self.step_rows(step)
-        mine = np.array_split(rows, self.world_size)[rank]
+        mine = deal(rows, self.costs, self.world_size)[rank]
         parts = np.array_split(mine, self.accumulation)
         return [
             MicroBatch(tuple(int(r) for r in part)) if len(part) else MicroBatch((int(rows[0]),), filler=True)
@@ -69,13 +97,58 @@ class Plan:
         step, part = divmod(number, self.accumulation)
         return self.rank_step(step, rank)[part]
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_orders"}
 
-@lru_cache(maxsize=2)
-def epoch_order(num_rows: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, `int64 [num_rows]`; file order without shuffling."""
-    order = np.random.default_rng([seed, epoch]).permutation(num_rows) if shuffle else np.arange(num_rows)
-    order.setflags(write=False)  # shared by all who ask
-    return order
+
+def epoch_order(
+    num_rows: int, shuffle: bool, seed: int, epoch: int, factors: np.ndarray | None = None, most: int | None = None
+) -> np.ndarray:
+    """The order of an epoch, `int64 [rows shown]`; file order without shuffling, repeats side by side.
+
+    `most`: never more rows than this. Only fractions that add up to a broken number can come to one row above it.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    if factors is None:
+        return rng.permutation(num_rows) if shuffle else np.arange(num_rows)
+    times = np.floor(factors).astype(np.int64)
+    fraction = factors - times
+    candidates = rng.permutation(np.flatnonzero(fraction))
+    if len(candidates):
+        reach = np.cumsum(fraction[candidates])
+        reach[-1] = _whole(reach[-1])
+        start = rng.random()
+        if most is not None and times.sum() + math.floor(reach[-1] + start) > most:
+            start = 0.0
+        times[candidates] += np.diff(np.floor(reach + start), prepend=0.0).astype(np.int64)
+    order = np.repeat(np.arange(num_rows), times)
+    return rng.permutation(order) if shuffle else order
+
+
+def _whole(total: float) -> float:
+    """`total`, or the whole number that it would be without rounding errors of the sum."""
+    near = round(total)
+    return float(near) if abs(total - near) < 1e-6 else float(total)
+
+
+def deal(rows: np.ndarray, costs: np.ndarray | None, world_size: int) -> list[np.ndarray]:
+    """Rows of each rank, equally many to within one.
+
+    With costs the dearest row goes to the rank that has least so far and has room (Graham's LPT rule with capacities).
+    Each rank's rows come sorted: micro-batches hold rows of like length, and the k-th of every rank take about as long.
+    """
+    if costs is None:
+        return np.array_split(rows, world_size)
+    ranked = rows[np.argsort(-costs[rows], kind="stable")]
+    room = [len(part) for part in np.array_split(rows, world_size)]
+    least = [(0.0, rank) for rank in range(world_size) if room[rank]]
+    mine: list[list[int]] = [[] for _ in range(world_size)]
+    for row, cost in zip(ranked.tolist(), costs[ranked].tolist(), strict=True):
+        total, rank = heapq.heappop(least)
+        mine[rank].append(row)
+        if len(mine[rank]) < room[rank]:
+            heapq.heappush(least, (total + cost, rank))
+    return [np.array(part, np.int64) for part in mine]
 
 
 def plan_sample(num_rows: int, count: int | None) -> list[int]:

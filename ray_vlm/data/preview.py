@@ -1,5 +1,6 @@
 """What a person sees before anything starts: the plan in numbers and the first records with trained tokens marked."""
 
+from ray_vlm.data.balance import Balance, describe_balance
 from ray_vlm.data.index import Index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import IGNORED, Preparer, RowSpec, load_preparer
@@ -7,19 +8,19 @@ from ray_vlm.data.rows import IGNORED, Preparer, RowSpec, load_preparer
 _SHOWN_RECORDS = 2
 
 
-def describe_prepared(index: Index, plan: Plan, spec: RowSpec) -> str:
-    """Rows, steps and tokens, then the token view of the first records."""
+def describe_prepared(index: Index, plan: Plan, spec: RowSpec, balance: Balance) -> str:
+    """Rows, steps, tokens and the mix of classes, then the token view of the first records."""
     preparer = load_preparer(spec)
     tokens = index.tokens
     step = plan.step_rows(0)
-    classes = ", ".join(f"{label} {count}" for label, count in index.class_counts().most_common())
     lines = [
-        f"rows {len(index)}, left out {len(index.bad)}; objects: {classes}",
+        f"rows {len(index)}, left out {len(index.bad)}; {plan.rows_per_epoch} shown in an epoch",
         f"steps {plan.num_steps}, {plan.steps_per_epoch} an epoch; {plan.global_batch_size} rows a step on "
         f"{plan.world_size} worker(s), {plan.accumulation} micro-batch(es) of up to {plan.micro_batch_size} each",
         f"tokens a row {tokens.min()} to {tokens.max()}, mean {tokens.mean():.0f} "
         f"({index.image_tokens.mean():.0f} of images, {index.answer_tokens.mean():.0f} trained); "
         f"first step {int(tokens[step].sum())}, mean step {tokens.mean() * plan.global_batch_size:.0f}",
+        *describe_balance(balance),
         "first records, trained tokens between [[ and ]]:",
     ]
     lines += [_token_view(index, i, preparer) for i in range(min(_SHOWN_RECORDS, len(index)))]

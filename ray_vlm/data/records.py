@@ -1,30 +1,65 @@
 """One validated example, as every floor sees it. Plain data; imports nothing heavy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the upright original image
+Point = tuple[float, float]  # x, y in pixels of the upright original image
+Image = str | bytes  # an absolute path, an address such as s3://bucket/a.jpg, or the file's own bytes
 
 
 @dataclass(frozen=True)
 class SftRecord:
     """An example with its right answer.
 
-    `row` is the position in the source (0-based), `images` are absolute paths, `sizes` their upright (width, height)
-    in pixels. `truth` belongs to the task; for detection `{"boxes": (Box, ...), "labels": (str, ...)}`.
+    `row` is the position in the source (0-based), `sizes` the images' upright (width, height) in pixels. `truth` is the
+    answer and `context` what the question tells beside the images; both belong to the task, which documents them.
+    Records of one `group` are never split between train, eval and test. `source` counts `data.train` and `data.mix`.
     """
 
     id: str
     row: int
-    images: tuple[str, ...]
+    images: tuple[Image, ...]
     sizes: tuple[tuple[int, int], ...]
     truth: Mapping[str, Any]
+    context: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+    source: int = 0
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """A prompt with an answer that is preferred and one that is not. Turns are `(role, text)`, with `<image>` tags."""
+
+    id: str
+    row: int
+    images: tuple[Image, ...]
+    sizes: tuple[tuple[int, int], ...]
+    prompt: tuple[tuple[str, str], ...]
+    chosen: str
+    rejected: str
+    group: str = ""
+    source: int = 0
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt to sample answers for; `columns` are handed to reward functions by name."""
+
+    id: str
+    row: int
+    images: tuple[Image, ...]
+    sizes: tuple[tuple[int, int], ...]
+    prompt: tuple[tuple[str, str], ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+    source: int = 0
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where it is, and why."""
+    """A row that cannot be used: where it is, and why and what to do."""
 
     row: int
     id: str

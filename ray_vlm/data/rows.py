@@ -4,10 +4,9 @@
 go through the same `Preparer`, so they cannot resize or word anything differently.
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
+import re
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,19 +14,25 @@ import numpy as np
 from ray_vlm.config.schema import JobConfig, Model, Task
 from ray_vlm.data.images import ImageSpec, decode, resize
 from ray_vlm.data.records import SftRecord
-from ray_vlm.errors import DataError, ModelError
+from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
 from ray_vlm.models.load import family_of, load_config, load_processor
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.tasks import TASKS
-from ray_vlm.tasks.boxes import Frame
+from ray_vlm.tasks.answers import IMAGE, Answer, Setting, Turns
+from ray_vlm.tasks.boxes import CODECS, Frame
 
 IGNORED = -100  # the label of a token that is not trained, as torch's cross-entropy has it
+_PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
+_MARK = "\x00"  # stands for an assistant's words while a conversation is laid out
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """How records become rows: base model, task, class names in prompt order, pixel limits, what is trained."""
+    """How records become rows: base model, task, class names in prompt order, images, what is trained.
+
+    `hints`: what the training data tells the prompt. `token_weights`: (tag, weight) of answer tokens in the loss.
+    """
 
     model: Model
     task: Task
@@ -35,24 +40,54 @@ class RowSpec:
     min_pixels: int | None = None
     max_pixels: int | None = None
     loss_on: Literal["answer", "whole_sequence"] = "answer"
+    resize: Literal["stretch", "pad"] = "stretch"
+    pad_color: tuple[int, int, int] | None = None
+    pad_place: Literal["end", "center"] = "end"
+    hints: str = ""
+    token_weights: tuple[tuple[str, float], ...] = ()
 
 
-def row_spec(job: JobConfig, labels: list[str]) -> RowSpec:
+def row_spec(job: JobConfig, labels: list[str], hints: str = "") -> RowSpec:
     """The job's `RowSpec`. `labels` are the class names of the training data; `task.labels` wins over them."""
     names = tuple(job.task.labels or labels)
-    return RowSpec(job.model, job.task, names, job.data.min_pixels, job.data.max_pixels, job.method.loss_on)
+    data = job.data
+    return RowSpec(
+        model=job.model,
+        task=job.task,
+        labels=names,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        loss_on=job.method.loss_on,
+        resize=data.resize,
+        pad_color=data.pad_color,
+        pad_place=data.pad_place,
+        hints=hints,
+    )
 
 
 @dataclass(frozen=True)
 class Row:
     """What a model sees of one record. `labels` equals `input_ids` where a token is trained, else -100.
 
-    For generation `input_ids` is the prompt alone and `labels` is empty. `images`: `uint8 [h, w, 3]` each.
+    For generation `input_ids` is the prompt alone and `labels` is empty. `images`: `uint8 [h, w, 3]` each. `weights`:
+    `float32`, of each token in the loss; None where all are 1.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     images: tuple[np.ndarray, ...]
+    weights: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A record's text as token ids: the prompt, and the whole with what is trained marked. Images are tokens too."""
+
+    prompt: list[int]
+    whole: list[int]
+    trained: list[bool]
+    weights: list[float]
+    num_image_tokens: int
 
 
 class Preparer:
@@ -65,119 +100,163 @@ class Preparer:
         self.processor = load_processor(spec.model)
         self.tokenizer = self.processor.tokenizer
         self.family: Family = family_of(load_config(spec.model))
+        self.codec_name = spec.task.codec or self.family.codec
+        self.codec = CODECS[self.codec_name]
         self.image_spec = _image_spec(self.processor, spec)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.family.image_token)
-        self._around = lru_cache(64)(self._render)
+        self.setting = Setting(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
+        self._layout = lru_cache(64)(self._lay_out)
+        self._weight_of = dict(spec.token_weights)
+        self._special = [t for t in self.tokenizer.all_special_tokens if not _PLACES.fullmatch(t)]
         self._check_wording()
 
     def _check_wording(self) -> None:
         """Refuse a prompt or a class name that the tokenizer would not read as plain text."""
-        special = set(self.tokenizer.all_special_tokens) | {self.family.image_token, "\0"}
-        for text in (self.spec.task.prompt or "", *self.spec.labels):
-            found = sorted(token for token in special if token in text)
+        for text in (self.spec.task.prompt or "", self.spec.task.system or "", *self.spec.labels):
+            found = self._reserved(text)
             if found or (not text.isprintable() and not text.replace("\n", "").isprintable()):
-                what = f"it holds {found[0]!r}" if found else "it holds characters that cannot be written"
+                what = f"it holds {found!r}" if found else "it holds characters that cannot be written"
                 raise DataError(f"prompt or class name {text[:80]!r} cannot be used: {what}. Reword it.")
 
-    def frame(self, record: SftRecord) -> Frame:
-        """The coordinate frame of the record's first image."""
-        return Frame(record.sizes[0], self.image_spec.resized(record.sizes[0]), self.family.coordinates)
+    def _reserved(self, text: str) -> str | None:
+        """The first piece of `text` that the tokenizer reads as something else than text, if any."""
+        return next((t for t in (*self._special, self.family.image_token, _MARK) if t in text), None)
 
-    def prompt(self, record: SftRecord) -> str:
-        return self.task.ask(self.spec.labels, self.spec.task.prompt)
+    def frames(self, record: SftRecord) -> tuple[Frame, ...]:
+        """The coordinate frame of each image."""
+        places = [(size, self.image_spec.place(size)) for size in record.sizes]
+        return tuple(Frame(size, p.resized, self.codec, p.content, p.offset) for size, p in places)
 
-    def answer(self, record: SftRecord) -> str:
-        return self.task.answer(record.truth, self.frame(record))
+    def turns(self, record: SftRecord) -> Turns:
+        """What is said before the answer."""
+        return self.task.ask(record, self.frames(record), self.setting)
+
+    def answer(self, record: SftRecord) -> Answer:
+        """The right answer, with the characters that say a class."""
+        return self.task.answer(record, self.frames(record), self.setting)
+
+    def problem(self, record: SftRecord) -> str | None:
+        """Why a record whose sizes are known cannot be learned from, if so."""
+        if reason := self.task.check(record, self.spec.labels):
+            return reason
+        texts = [text for _, text in self.turns(record)] + [self.answer(record).text]
+        for text in texts:
+            if found := self._reserved(text):
+                return f"its text holds {found!r}, which the tokenizer does not read as text; remove it"
+        return None
 
     def token_counts(self, record: SftRecord) -> tuple[int, int, int]:
         """Tokens of (images, prompt without images, answer); reads no pixels."""
-        prompt, answer, num_images = self._tokens(record)
-        return sum(num_images), len(prompt) - sum(num_images), len(answer)
+        tokens = self._tokens(record)
+        asked = len(tokens.prompt)
+        return tokens.num_image_tokens, asked - tokens.num_image_tokens, len(tokens.whole) - asked
 
     def train_row(self, record: SftRecord) -> Row:
         """Prompt and answer with pixels."""
-        prompt, answer, _ = self._tokens(record)
-        ids = np.array(prompt + answer, np.int32)
+        tokens = self._tokens(record)
+        ids = np.array(tokens.whole, np.int32)
         labels = ids.copy()
         if self.spec.loss_on == "answer":
-            labels[: len(prompt)] = IGNORED
+            labels[~np.array(tokens.trained)] = IGNORED
         labels[ids == self.image_token_id] = IGNORED
-        return Row(ids, labels, self._pixels(record))
+        weights = np.array(tokens.weights, np.float32) if self._weight_of else None
+        return Row(ids, labels, self._pixels(record), weights)
 
     def prompt_row(self, record: SftRecord) -> Row:
         """The prompt with pixels, for generation."""
-        prompt, _, _ = self._tokens(record)
+        prompt = self._tokens(record).prompt
         return Row(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record))
 
-    def _tokens(self, record: SftRecord) -> tuple[list[int], list[int], list[int]]:
-        before, after = self._around(self.prompt(record), len(record.images))
+    def _tokens(self, record: SftRecord) -> Tokens:
+        turns, answer = self.turns(record), self.answer(record)
+        said = [Answer(text) for role, text in turns if role == "assistant"]
+        before, close = self._layout(tuple((r, _MARK if r == "assistant" else t) for r, t in turns))
         num_tokens = [self.image_spec.num_tokens(size) for size in record.sizes]
-        prompt, counts = [], iter(num_tokens)
-        for token in before:
-            prompt.extend([token] * next(counts) if token == self.image_token_id else [token])
-        answer = self.tokenizer(self.answer(record) + after, add_special_tokens=False)["input_ids"]
-        return prompt, answer, num_tokens
+        counts = iter(num_tokens)
+        whole: list[int] = []
+        trained: list[bool] = []
+        weights: list[float] = []
+        prompt: list[int] = []
+        for head, told in zip(before, [*said, answer], strict=True):
+            for token in head:
+                repeats = next(counts) if token == self.image_token_id else 1
+                whole += [token] * repeats
+            trained += [False] * (len(whole) - len(trained))
+            weights += [1.0] * (len(whole) - len(weights))
+            prompt = list(whole)
+            ids, of_each = self._weighted(told, close)
+            whole += ids
+            trained += [True] * len(ids)
+            weights += of_each
+        return Tokens(prompt, whole, trained, weights, sum(num_tokens))
 
-    def _render(self, question: str, num_images: int) -> tuple[tuple[int, ...], str]:
-        """Token ids of the prompt, one for each image, and the text that closes an answer."""
-        content: list[dict[str, str]] = [{"type": "image"} for _ in range(num_images)]
-        user = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+    def _weighted(self, told: Answer, close: str) -> tuple[list[int], list[float]]:
+        """Token ids of an answer and what closes it, and the weight of each in the loss."""
+        if not self._weight_of or not told.spans:
+            ids = self._ids(told.text + close)
+            return ids, [1.0] * len(ids)
+        encoded = self.tokenizer(told.text + close, add_special_tokens=False, return_offsets_mapping=True)
+        weights = [1.0] * len(encoded["input_ids"])
+        for start, end, tag in told.spans:
+            weight = self._weight_of.get(tag, 1.0)
+            for i, (first, last) in enumerate(encoded["offset_mapping"]):
+                if first < end and last > start:
+                    weights[i] = weight
+        return list(encoded["input_ids"]), weights
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _lay_out(self, turns: Turns) -> tuple[tuple[tuple[int, ...], ...], str]:
+        """Token ids before each assistant's words, one for each image, and the text that closes such words."""
+        messages = [{"role": role, "content": _parts(text)} for role, text in turns]
         render = self.processor.apply_chat_template
-        prompt = render([user], tokenize=False, add_generation_prompt=True)
-        mark = "\x00"
-        told = {"role": "assistant", "content": [{"type": "text", "text": mark}]}
-        whole = render([user, told], tokenize=False)
-        if not whole.startswith(prompt) or whole.count(mark) != 1:
+        prompt = render(messages, tokenize=False, add_generation_prompt=True)
+        told = {"role": "assistant", "content": _parts(_MARK)}
+        whole = render([*messages, told], tokenize=False)
+        pieces = whole.split(_MARK)
+        if not whole.startswith(prompt) or len(pieces) != 2 + sum(role == "assistant" for role, _ in turns):
             raise DataError("the processor's chat template renders an answer that does not continue its own prompt.")
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return tuple(ids), whole[len(prompt) :].partition(mark)[2]
+        close = pieces.pop()
+        heads = [pieces[0], *(piece.removeprefix(close) for piece in pieces[1:])]
+        return tuple(tuple(self._ids(head)) for head in heads), close
 
     def _pixels(self, record: SftRecord) -> tuple[np.ndarray, ...]:
         images = []
-        for path, size in zip(record.images, record.sizes, strict=True):
+        for image, size in zip(record.images, record.sizes, strict=True):
+            name = image if isinstance(image, str) else "its image"
             try:
-                pixels = decode(path)
+                pixels = decode(image)
             except Exception as error:  # decoders raise what they like
-                raise DataError(f"row {record.row} (id {record.id}): {path} cannot be decoded ({error}).") from None
+                raise DataError(f"row {record.row} (id {record.id}): {name} cannot be decoded ({error}).") from None
             if (pixels.shape[1], pixels.shape[0]) != size:
-                raise DataError(f"row {record.row} (id {record.id}): {path} has changed size since the run started.")
+                raise DataError(f"row {record.row} (id {record.id}): {name} has changed size since the run started.")
             images.append(resize(pixels, self.image_spec, self.processor.image_processor))
         return tuple(images)
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """A turn's text as the chat template takes it, `<image>` tags as images."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE)):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
 
 
 def _image_spec(processor: Any, spec: RowSpec) -> ImageSpec:
     images = processor.image_processor
     low = spec.min_pixels or images.size["shortest_edge"]
     high = spec.max_pixels or images.size["longest_edge"]
-    return ImageSpec(images.patch_size, images.merge_size, min(low, high), high)
+    mean = [round(255 * value) for value in images.image_mean]
+    color = spec.pad_color or (mean[0], mean[1], mean[2])
+    pad = color if spec.resize == "pad" else None
+    return ImageSpec(images.patch_size, images.merge_size, min(low, high), high, pad, spec.pad_place == "center")
 
 
 @lru_cache(maxsize=4)
 def load_preparer(spec: RowSpec) -> Preparer:
     """The process's `Preparer` for `spec`, made once."""
     return Preparer(spec)
-
-
-def describe_preprocessing(preparer: Preparer) -> dict[str, Any]:
-    """How inputs are made, for `preprocessing.json` beside the weights; `read_preprocessing` reads it back."""
-    spec = preparer.spec
-    return {
-        "task": spec.task.model_dump(),
-        "labels": list(spec.labels),
-        "coordinates": preparer.family.coordinates,
-        "images": asdict(preparer.image_spec),
-    }
-
-
-def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec:
-    """`spec` with the wording, class names and pixel limits that the weights in `folder` were trained with."""
-    path = Path(folder) / "preprocessing.json"
-    if not path.is_file():
-        return spec
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        images = saved["images"]
-        spec = replace(spec, task=Task(**saved["task"]), labels=tuple(saved["labels"]))
-        return replace(spec, min_pixels=images["min_pixels"], max_pixels=images["max_pixels"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not readable ({error}). Use an adapter folder that a run wrote.") from None

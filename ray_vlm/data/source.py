@@ -3,7 +3,7 @@
 import importlib
 from pathlib import Path
 
-from ray_vlm.config.schema import Source
+from ray_vlm.config.data import Source
 from ray_vlm.errors import ConfigError, RayVlmError
 
 

@@ -9,7 +9,7 @@ import math
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def make_rows(feed: Feed, records: Sequence[SftRecord], number: int) -> list[Row
     micro = feed.plan.micro_batch(number, feed.rank)
     rows = [load_preparer(feed.spec).train_row(records[i]) for i in micro.rows]
     if micro.filler:
-        rows = [Row(row.input_ids, np.full_like(row.labels, IGNORED), row.images) for row in rows]
+        rows = [replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows]
     return rows
 
 
@@ -140,16 +140,17 @@ def pack(number: int, rows: Sequence[Row]) -> Any:
         "num_images": pa.array([[len(row.images) for row in rows]], pa.list_(pa.int32())),
         "input_ids": _one_list([row.input_ids for row in rows]),
         "labels": _one_list([row.labels for row in rows]),
+        "weights": _one_list([row.weights for row in rows if row.weights is not None], np.float32),
         "shapes": pa.array([[side for image in images for side in image.shape[:2]]], pa.list_(pa.int32())),
         "pixels": pa.array([b"".join(image.tobytes() for image in images)], pa.large_binary()),
     }
     return pa.table(columns)
 
 
-def _one_list(parts: Sequence[np.ndarray]) -> Any:
+def _one_list(parts: Sequence[np.ndarray], dtype: Any = np.int32) -> Any:
     import pyarrow as pa
 
-    values = np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+    values = np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
     return pa.ListArray.from_arrays(np.array([0, len(values)], np.int32), pa.array(values))
 
 
@@ -157,7 +158,7 @@ def unpack(table: Any) -> tuple[int, list[Row]]:
     """The number and the rows of what `pack` made; pixels stay where they lie, uncopied."""
     column = {name: table.column(name)[0] for name in table.column_names}
     lengths, num_images = column["lengths"].as_py(), column["num_images"].as_py()
-    ids, labels = (column[name].values.to_numpy() for name in ("input_ids", "labels"))
+    ids, labels, weights = (column[name].values.to_numpy() for name in ("input_ids", "labels", "weights"))
     pixels = np.frombuffer(column["pixels"].as_buffer(), np.uint8)
     shapes = iter(column["shapes"].as_py())
     rows, token, pixel = [], 0, 0
@@ -167,7 +168,8 @@ def unpack(table: Any) -> tuple[int, list[Row]]:
             height, width = next(shapes), next(shapes)
             images.append(pixels[pixel : pixel + height * width * 3].reshape(height, width, 3))
             pixel += height * width * 3
-        rows.append(Row(ids[token : token + length], labels[token : token + length], tuple(images)))
+        mine = slice(token, token + length)
+        rows.append(Row(ids[mine], labels[mine], tuple(images), weights[mine] if len(weights) else None))
         token += length
     if pixel != len(pixels):
         raise DataError(f"{len(pixels) - pixel} bytes of pixels belong to no image. Please report this.")

@@ -63,7 +63,7 @@ def draw_file(path: str) -> None:
 def draw_scene(domain: Domain, rng: np.random.Generator) -> tuple[Image.Image, list[tuple[str, list[float]]]]:
     """One scene: an RGB image and its objects, `(label, [x1, y1, x2, y2])` in pixels."""
     width, height = (int(rng.integers(domain.sides[0], domain.sides[1] + 1)) for _ in range(2))
-    background = _background(str(rng.choice(domain.backgrounds)), width, height, rng)
+    background = draw_background(str(rng.choice(domain.backgrounds)), width, height, rng)
     canvas = Image.fromarray(background).resize((width * SCALE, height * SCALE), Image.Resampling.BILINEAR)
     labels, shares = zip(*domain.classes.items(), strict=True)
     weights = np.array(shares) / sum(shares)
@@ -74,7 +74,7 @@ def draw_scene(domain: Domain, rng: np.random.Generator) -> tuple[Image.Image, l
             continue
         label = str(rng.choice(labels, p=weights))
         local = background[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])].reshape(-1, 3).mean(axis=0)
-        drawn = _draw_shape(canvas, label, box, _contrasting_colour(local, rng), domain.hollow, rng)
+        drawn = draw_shape(canvas, label, box, contrasting_colour(local, rng), domain.hollow, rng)
         objects.append((label, drawn))
     image = canvas.resize((width, height), Image.Resampling.BOX)
     if domain.hollow:  # a little out of focus, as photos from a site are
@@ -124,7 +124,7 @@ def _overlap(a: list[float], b: list[float]) -> float:
     return inter / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
 
 
-def _contrasting_colour(local: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int]:
+def contrasting_colour(local: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int]:
     """A saturated colour at least 110 away (RGB distance) from the background's mean under the object."""
     while True:
         colour = rng.integers(0, 256, 3)
@@ -156,7 +156,7 @@ def _outline(label: str, box: list[float]) -> list[tuple[float, float]]:
     return [(x1 + (px - left) / (right - left) * w, y1 + (py - top) / (bottom - top) * h) for px, py in points]
 
 
-def _draw_shape(
+def draw_shape(
     canvas: Image.Image,
     label: str,
     box: list[float],
@@ -185,8 +185,8 @@ def _draw_shape(
     return [round(v, 1) for v in box]
 
 
-def _background(kind: str, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """`uint8 [height, width, 3]`."""
+def draw_background(kind: str, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    """A background of a `Domain.backgrounds` kind: `uint8 [height, width, 3]`."""
     base = rng.uniform(40, 235, 3)
     ys, xs = np.mgrid[0:height, 0:width].astype(np.float32)
     if kind == "clean":

@@ -1,125 +1,102 @@
-"""Predictions -> numbers. Pairing is the tasks' own `score`; mAP is pycocotools'.
+"""Predictions -> numbers, by task: `measure` is the one door. All are shares (0..1), higher is better.
 
-Detection: `precision_50`, `recall_50` and `f1_50` count pairs of equal label and IoU >= 0.5 over all images (micro);
-`mean_iou` is the mean over true objects of the IoU of the box paired with it whatever its label, 0 where none is;
-`map`, `map_50` are COCO's, every box scored 1.0, ties in the order of the answer; `parse_rate` is the share of answers
-that were the promised JSON.
+Every task: `parse_rate`, the share of answers in the promised form. Classification: `accuracy` counts rows of which
+every attribute is right, `attribute_accuracy` single attributes; `balanced_accuracy` is the mean recall of the values
+of an attribute, and the mean of that over attributes; `macro_f1` likewise. GUI steps: `step_success`, `task_success`
+(every step of a task), `action_accuracy`, `argument_accuracy`, `grounding` (pointing inside the true box, of the steps
+that point), `mean_iou`. Chat: `exact`, `normalised`, `anls`.
 """
 
-import contextlib
-import io
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ray_vlm.data.records import Box, SftRecord
-from ray_vlm.data.rows import Preparer
+from ray_vlm.evaluate.detection import measure_detection
+from ray_vlm.evaluate.prediction import Prediction
+from ray_vlm.tasks.answers import same_words
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One answer beside the truth of its record, boxes in original pixels, and the task's score of it."""
-
-    row: int
-    id: str
-    image: str
-    size: tuple[int, int]
-    answer: str
-    boxes: tuple[Box, ...]
-    labels: tuple[str, ...]
-    ok: bool
-    repairs: tuple[str, ...]
-    truth: Mapping[str, Any]
-    score: Mapping[str, Any]
+def measure(task: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """`{"overall": {metric: value}, "per_class": {label: {...}}, "num_rows", ...}` of a task's predictions."""
+    metrics = _MEASURES[task](predictions)
+    metrics["overall"]["parse_rate"] = _mean(p.ok for p in predictions)
+    return metrics | {"task": task, "num_rows": len(predictions)}
 
 
-def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], preparer: Preparer) -> list[Prediction]:
-    """Parse and score each answer with the task's own functions."""
-    predictions = []
-    for record, text in zip(records, answers, strict=True):
-        parsed = preparer.task.parse(text, preparer.frame(record))
-        score = preparer.task.score(parsed, record.truth)
-        predictions.append(
-            Prediction(
-                record.row,
-                record.id,
-                record.images[0],
-                record.sizes[0],
-                text,
-                parsed.boxes,
-                parsed.labels,
-                parsed.ok,
-                parsed.repairs,
-                record.truth,
-                score,
-            )
-        )
-    return predictions
+def _mean(values: Iterable[Any]) -> float:
+    """Mean of those that are not None; 0.0 of nothing."""
+    kept = [float(value) for value in values if value is not None]
+    return sum(kept) / len(kept) if kept else 0.0
 
 
-def measure(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`{"overall": {metric: value}, "per_class": {label: {...}}, "num_images", "num_objects"}`."""
-    totals: dict[str, Counter] = {kind: Counter() for kind in ("hits", "misses", "invented")}
-    for prediction in predictions:
-        for kind, counter in totals.items():
-            counter.update(prediction.score[kind])
-    labels = sorted(set().union(*totals.values()))
-    ious = [iou for p in predictions for iou in p.score["ious"]]
-    overall = _rates(*(sum(totals[kind].values()) for kind in ("hits", "misses", "invented")))
-    overall |= coco_map(predictions) | {
-        "mean_iou": sum(ious) / max(len(ious), 1),
-        "parse_rate": sum(p.ok for p in predictions) / max(len(predictions), 1),
+def measure_classification(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Overall numbers, and precision, recall and F1 of every `attribute=value`."""
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for p in predictions:
+        for name, value in p.truth["attributes"].items():
+            found = p.found.get("attributes", {}).get(name)
+            right = p.score["correct"][name]
+            counts[f"{name}={value}"]["hits" if right else "misses"] += 1
+            if found is not None and not right:
+                counts[f"{name}={found}"]["invented"] += 1
+    known = {tag for tag, c in counts.items() if c["hits"] + c["misses"]}
+    per_class = {tag: _rates(counts[tag]) for tag in sorted(known)}
+    by_attribute: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for tag, rates in per_class.items():
+        by_attribute[tag.partition("=")[0]].append(rates)
+    overall = {
+        "accuracy": _mean(p.score["all"] for p in predictions),
+        "attribute_accuracy": _mean(right for p in predictions for right in p.score["correct"].values()),
+        "balanced_accuracy": _mean(_mean(r["recall"] for r in rates) for rates in by_attribute.values()),
+        "macro_f1": _mean(_mean(r["f1"] for r in rates) for rates in by_attribute.values()),
     }
-    per_class = {}
-    for label in labels:
-        hits, misses, invented = (totals[kind][label] for kind in ("hits", "misses", "invented"))
-        per_class[label] = _rates(hits, misses, invented) | {"num_objects": hits + misses}
-    return {"overall": overall, "per_class": per_class, "num_images": len(predictions), "num_objects": len(ious)}
+    return {"overall": overall, "per_class": per_class}
 
 
-def _rates(hits: int, misses: int, invented: int) -> dict[str, float]:
+def _rates(counts: Counter) -> dict[str, float]:
+    hits, misses, invented = counts["hits"], counts["misses"], counts["invented"]
     precision = hits / (hits + invented) if hits + invented else 0.0
     recall = hits / (hits + misses) if hits + misses else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return {"precision_50": precision, "recall_50": recall, "f1_50": f1}
+    return {"precision": precision, "recall": recall, "f1": f1, "num": hits + misses}
 
 
-def coco_map(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """COCO's mean average precision over IoU 0.50:0.95 and at 0.50; 0.0 where there is no object to find."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    labels = sorted({label for p in predictions for label in p.truth["labels"]})
-    if not labels:
-        return {"map": 0.0, "map_50": 0.0}
-    ids = {label: i + 1 for i, label in enumerate(labels)}
-    truth, found = [], []
-    for image, p in enumerate(predictions):
-        truth += [
-            _coco_box(image, ids[label], box) for box, label in zip(p.truth["boxes"], p.truth["labels"], strict=True)
-        ]
-        pairs = zip(p.boxes, p.labels, strict=True)
-        found += [_coco_box(image, ids[label], box) | {"score": 1.0} for box, label in pairs if label in ids]
-    for number, box in enumerate(truth, 1):
-        box["id"] = number
-    with contextlib.redirect_stdout(io.StringIO()):
-        gt = COCO()
-        gt.dataset = {
-            "images": [{"id": i} for i in range(len(predictions))],
-            "annotations": truth,
-            "categories": [{"id": i, "name": label} for label, i in ids.items()],
-        }
-        gt.createIndex()
-        if not found:
-            return {"map": 0.0, "map_50": 0.0}
-        run = COCOeval(gt, gt.loadRes(found), "bbox")
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-    return {"map": max(float(run.stats[0]), 0.0), "map_50": max(float(run.stats[1]), 0.0)}
+def measure_gui_steps(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Overall numbers, and step success by true action."""
+    tasks: dict[str, list[bool]] = defaultdict(list)
+    actions: dict[str, list[Prediction]] = defaultdict(list)
+    for p in predictions:
+        tasks[p.group].append(p.score["success"])
+        actions[f"action={p.truth['output']['action']}"].append(p)
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for tag, found in actions.items():
+        counts[tag]["hits"] = sum(p.score["action"] for p in found)
+        counts[tag]["misses"] = len(found) - counts[tag]["hits"]
+        name = tag.partition("=")[2]
+        others = (p for other, group in actions.items() if other != tag for p in group)
+        counts[tag]["invented"] = sum(same_words(str(p.found["output"].get("action")), name) for p in others)
+    overall = {
+        "step_success": _mean(p.score["success"] for p in predictions),
+        "task_success": _mean(all(steps) for steps in tasks.values()),
+        "action_accuracy": _mean(p.score["action"] for p in predictions),
+        "argument_accuracy": _mean(p.score["arguments"] for p in predictions),
+        "grounding": _mean(p.score["inside"] for p in predictions),
+        "mean_iou": _mean(p.score["iou"] for p in predictions),
+    }
+    success = {tag: {"success": _mean(p.score["success"] for p in found)} for tag, found in actions.items()}
+    per_class = {tag: _rates(counts[tag]) | success[tag] for tag in sorted(actions)}
+    return {"overall": overall, "per_class": per_class, "num_tasks": len(tasks)}
 
 
-def _coco_box(image: int, category: int, box: Box) -> dict[str, Any]:
-    w, h = box[2] - box[0], box[3] - box[1]
-    return {"image_id": image, "category_id": category, "bbox": [box[0], box[1], w, h], "area": w * h, "iscrowd": 0}
+def measure_chat(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Overall numbers; free text has no classes."""
+    names = ("exact", "normalised", "anls")
+    return {"overall": {name: _mean(p.score[name] for p in predictions) for name in names}, "per_class": {}}
+
+
+_MEASURES: dict[str, Callable[[Sequence[Prediction]], dict[str, Any]]] = {
+    "detection": measure_detection,
+    "classification": measure_classification,
+    "gui_steps": measure_gui_steps,
+    "chat": measure_chat,
+}

@@ -23,6 +23,7 @@ def generate_answers(
     tokenizer = preparer.tokenizer
     model.eval()
     answers: list[str] = []
+    ends = (tokenizer.eos_token, tokenizer.pad_token)
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
         batch = collate([preparer.prompt_row(record) for record in part], preparer, device, side="left")
@@ -37,7 +38,14 @@ def generate_answers(
                 pad_token_id=tokenizer.pad_token_id,
             )
         new = tokens[:, batch["input_ids"].shape[1] :]
-        answers += tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers += [_text(text, ends) for text in tokenizer.batch_decode(new, skip_special_tokens=False)]
         if on_progress is not None:
             on_progress(len(answers))
     return answers
+
+
+def _text(text: str, ends: Sequence[str]) -> str:
+    """The answer up to its end. Special tokens before that stay: Qwen2-VL writes boxes with them."""
+    for end in ends:
+        text = text.partition(end)[0]
+    return text

@@ -16,7 +16,6 @@ from ray_vlm.runs.monitor import current_lines, read_metrics
 
 NUM_IMAGES = 12
 _SHOWN_PX = 640  # images are embedded at most this large
-_HEADLINES = ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate")
 _TITLES = {
     "f1_50": "F1 at IoU 0.5",
     "map": "mAP (0.50:0.95)",
@@ -24,8 +23,21 @@ _TITLES = {
     "mean_iou": "mean IoU",
     "precision_50": "precision at 0.5",
     "recall_50": "recall at 0.5",
+    "accuracy": "accuracy (all attributes right)",
+    "attribute_accuracy": "accuracy of single attributes",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "step_success": "step success",
+    "task_success": "task success",
+    "action_accuracy": "action",
+    "argument_accuracy": "arguments",
+    "grounding": "pointing inside the box",
+    "exact": "exact match",
+    "normalised": "normalised match",
+    "anls": "ANLS",
     "parse_rate": "answers that parse",
 }
+_CLASS_NUMBERS = {"f1_50": "F1 at IoU 0.5", "success": "Step success", "f1": "F1"}  # what the table by class shows
 
 
 @dataclass(frozen=True)
@@ -47,10 +59,11 @@ def write_report(path: Path, title: str, stages: Sequence[Stage], metrics_file: 
         title=title,
         notes=notes,
         stages=stages,
-        headlines=[_headline(name, stages) for name in _HEADLINES],
+        headlines=[_headline(name, stages) for name in _TITLES if name in stages[-1].metrics["overall"]],
+        class_number=next((t for k, t in _CLASS_NUMBERS.items() if k in _any_class(stages)), "F1"),
         classes=_class_table(stages),
         curve=loss_curve(lines),
-        images=[_picture(i, stages) for i in choose_images(stages[-1].predictions)],
+        images=[p for i in choose_images(stages[-1].predictions) if (p := _picture(i, stages)) is not None],
     )
     path.write_text(html, encoding="utf-8")
 
@@ -60,48 +73,83 @@ def _headline(name: str, stages: Sequence[Stage]) -> dict[str, Any]:
     return {"title": _TITLES[name], "values": values, "change": values[-1] - values[0], "best": max(values)}
 
 
+def _any_class(stages: Sequence[Stage]) -> dict[str, Any]:
+    return next(iter(stages[-1].metrics["per_class"].values()), {})
+
+
 def _class_table(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     labels = sorted({label for stage in stages for label in stage.metrics["per_class"]})
+    key = next((k for k in _CLASS_NUMBERS if k in _any_class(stages)), "f1")
     rows = []
     for label in labels:
         cells = [stage.metrics["per_class"].get(label, {}) for stage in stages]
-        count = max(cell.get("num_objects", 0) for cell in cells)
-        rows.append({"label": label, "count": count, "f1": [cell.get("f1_50", 0.0) for cell in cells]})
+        count = max(cell.get("num", 0) for cell in cells)
+        rows.append({"label": label, "count": count, "values": [cell.get(key, 0.0) for cell in cells]})
     return sorted(rows, key=lambda row: -row["count"])
+
+
+def _true_classes(prediction: dict[str, Any]) -> set[str]:
+    """Classes, conditions or the action of a prediction's truth."""
+    truth = prediction["truth"]
+    attributes = {f"{name}={value}" for name, value in truth.get("attributes", {}).items()}
+    return set(truth.get("labels", ())) | attributes | {v for k, v in truth.get("output", {}).items() if k == "action"}
 
 
 def choose_images(predictions: Sequence[dict[str, Any]]) -> list[int]:
     """A dozen positions: half of them hold the rarest true class, the rest are evenly spaced."""
-    counts = Counter(label for p in predictions for label in p["truth"]["labels"])
+    counts = Counter(label for p in predictions for label in _true_classes(p))
     rarest = min(counts, key=lambda label: (counts[label], label)) if counts else None
-    rare = [i for i, p in enumerate(predictions) if rarest in p["truth"]["labels"]][: NUM_IMAGES // 2]
+    rare = [i for i, p in enumerate(predictions) if rarest in _true_classes(p)][: NUM_IMAGES // 2]
     others = [i for i in range(len(predictions)) if i not in rare]
     space = min(NUM_IMAGES - len(rare), len(others))
     return rare + [others[i * len(others) // space] for i in range(space)]
 
 
-def _picture(position: int, stages: Sequence[Stage]) -> dict[str, Any]:
-    """One image with the boxes of every stage, in original pixels."""
+def _picture(position: int, stages: Sequence[Stage]) -> dict[str, Any] | None:
+    """One row's first image with the boxes of every stage, in original pixels, or its answers in words."""
     first = stages[0].predictions[position]
-    width, height = first["size"]
-    views = []
-    for stage in stages:
-        p = stage.predictions[position]
-        found = _boxes(p["boxes"], p["labels"])
-        views.append({"title": stage.title, "found": found, "hits": sum(p["score"]["hits"].values())})
-    truth = _boxes(first["truth"]["boxes"], first["truth"]["labels"])
+    if not first["images"]:
+        return None
+    width, height = first["sizes"][0]
+    views = [_view(stage, stage.predictions[position]) for stage in stages]
     return {
         "id": first["id"],
         "width": width,
         "height": height,
-        "uri": _data_uri(first["image"]),
-        "truth": truth,
+        "uri": _data_uri(first["images"][0]) if first["images"][0] else "",
+        "truth": _boxes(first["truth"]),
+        "words": _words(first["truth"]),
         "views": views,
         "unit": max(width, height) / 100,
     }
 
 
-def _boxes(boxes: Sequence[Sequence[float]], labels: Sequence[str]) -> list[dict[str, Any]]:
+def _view(stage: Stage, p: dict[str, Any]) -> dict[str, Any]:
+    score = p["score"]
+    if "hits" in score:
+        verdict = f"{sum(score['hits'].values())} of {len(p['truth']['labels'])} found"
+    else:
+        right = score.get("success", score.get("all", score.get("normalised")))
+        verdict = f"{'right' if right else 'wrong'}: {_words(p['found']) or p['answer'][:200]}"
+    return {"title": stage.title, "found": _boxes(p["found"]), "verdict": verdict}
+
+
+def _words(values: dict[str, Any]) -> str:
+    """What a truth or an answer says beside its boxes."""
+    if "labels" in values:
+        return ", ".join(values["labels"])
+    pairs = values.get("attributes") or values.get("output") or {}
+    return values.get("answer") or ", ".join(f"{name}: {value}" for name, value in pairs.items())
+
+
+def _boxes(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is drawn: labelled boxes, or the place that a step points at."""
+    boxes, labels = values.get("boxes", []), values.get("labels", [])
+    if values.get("box") is not None:
+        boxes, labels = [values["box"]], [""]
+    elif values.get("point") is not None:
+        x, y = values["point"]
+        boxes, labels = [[x - 2, y - 2, x + 2, y + 2]], [""]
     pairs = zip(boxes, labels, strict=True)
     return [{"x": b[0], "y": b[1], "w": b[2] - b[0], "h": b[3] - b[1], "label": label} for b, label in pairs]
 

@@ -7,17 +7,17 @@ import csv
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.index import build_index, read_labels
-from ray_vlm.data.rows import load_preparer, read_preprocessing, row_spec
-from ray_vlm.data.source import prepare_source
+from ray_vlm.data.preprocessing import read_preprocessing
+from ray_vlm.data.rows import load_preparer, row_spec
+from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
-from ray_vlm.evaluate.metrics import Prediction, build_predictions, measure
+from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.predict import generate_answers
+from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.evaluate.report import Stage, write_report
 from ray_vlm.models.load import load_adapter, load_model
 from ray_vlm.runs.checkpoints import fetch_folder
@@ -30,17 +30,13 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
 
     `adapter`: a run's `best/` or `final/`; None is the untouched base, the zero-shot baseline.
     """
-    source = job.data.test
-    if source is None:
+    if job.data.test is None:
         raise ConfigError("`data.test` is missing: headline numbers never come from rows that chose a checkpoint.")
-    prepare_source(source)
     weights = fetch_folder(adapter) if adapter is not None else None
-    named = job.data.train if job.data.train and Path(job.data.train.path).exists() else source
-    spec = row_spec(job, read_labels(named))
-    if weights is not None:
-        spec = read_preprocessing(weights, spec)
-    index = build_index(source, job.data, spec)
-    preparer = load_preparer(spec)
+    parts = load_parts(job, ["test"], read_preprocessing(weights, row_spec(job, [])) if weights is not None else None)
+    index = parts.test
+    assert index is not None
+    preparer = load_preparer(parts.spec)
     device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
     _use_threads(job)
     model = load_model(job.model, job.train.bf16, device)
@@ -50,14 +46,15 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
 
     def progress(done: int) -> None:
         rate = done / (time.monotonic() - started)
-        say(f"predicted {done}/{len(index)} images, {rate:.1f}/s, {(len(index) - done) / rate:.0f} s left")
+        say(f"predicted {done}/{len(index)} rows, {rate:.1f}/s, {(len(index) - done) / rate:.0f} s left")
 
     options = job.evaluate
     answers = generate_answers(
         model, index.records, preparer, options.batch_size, options.max_new_tokens, device, progress
     )
     predictions = build_predictions(index.records, answers, preparer)
-    metrics = measure(predictions) | {"adapter": adapter, "test": source.path, "wall_s": time.monotonic() - started}
+    metrics = measure(job.task.name, predictions)
+    metrics |= {"adapter": adapter, "test": job.data.test.path, "wall_s": time.monotonic() - started}
     metrics["num_bad_rows"] = len(index.bad)
     folder.mkdir(parents=True, exist_ok=True)
     if index.bad:
@@ -75,15 +72,21 @@ def _use_threads(job: JobConfig) -> None:
 
 
 def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
-    """All predictions as JSON lines, and as a table of one row an object found."""
+    """All predictions as JSON lines, and as a table: one row a record, or for detection one row an object found."""
     with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(p)) + "\n" for p in predictions)
+        file.writelines(json.dumps(p.as_dict()) + "\n" for p in predictions)
     with open(folder / "predictions.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["id", "image", "label", "x1", "y1", "x2", "y2"])
+        if predictions and "boxes" in predictions[0].found:
+            table.writerow(["id", "image", "label", "x1", "y1", "x2", "y2"])
+            for p in predictions:
+                for box, label in zip(p.found["boxes"], p.found["labels"], strict=True):
+                    table.writerow([p.id, *p.images, label, *(round(v, 2) for v in box)])
+            return
+        table.writerow(["id", "image", "answer", "truth", "found", "score"])
         for p in predictions:
-            for box, label in zip(p.boxes, p.labels, strict=True):
-                table.writerow([p.id, p.image, label, *(round(v, 2) for v in box)])
+            cells = (json.dumps(value, ensure_ascii=False) for value in (p.truth, p.found, p.score))
+            table.writerow([p.id, " ".join(i for i in p.images if i), p.answer, *cells])
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
@@ -109,7 +112,7 @@ def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None,
     curve = Path(adapter).parent / "metrics.jsonl" if adapter and not is_remote(adapter) else None
     write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, curve, [])
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
-    print(f"{metrics['num_images']} images: {numbers}\nreport {folder / 'report.html'}")
+    print(f"{metrics['num_rows']} rows: {numbers}\nreport {folder / 'report.html'}")
     return folder
 
 

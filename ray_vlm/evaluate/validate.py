@@ -8,8 +8,9 @@ from ray_vlm.config.schema import Evaluate
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.rows import Preparer
-from ray_vlm.evaluate.metrics import Prediction, build_predictions, measure
+from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.predict import generate_answers
+from ray_vlm.evaluate.prediction import Prediction, build_predictions
 
 
 def validate(
@@ -39,7 +40,7 @@ def validate(
     model.train(was_training)
     metrics = {"loss": float(sums[0] / sums[1].clamp(min=1))}
     if generate:
-        metrics |= measure(predictions)["overall"]
+        metrics |= measure(preparer.spec.task.name, predictions)["overall"]
     return metrics | {"validation_s": time.monotonic() - started}
 
 
@@ -50,8 +51,10 @@ def _loss(model: Any, records: Sequence[SftRecord], preparer: Preparer, batch_si
     total, tokens = 0.0, 0
     for start in range(0, len(records), batch_size):
         rows = [preparer.train_row(record) for record in records[start : start + batch_size]]
+        batch = collate(rows, preparer, device)
+        batch.pop("loss_weights", None)  # held-out rows count alike
         with torch.no_grad():
-            out = model(**collate(rows, preparer, device), fused_lm_head=True)
+            out = model(**batch, fused_lm_head=True)
         total -= float(out.log_probs.sum())
         tokens += int(out.label_mask.sum())
     return total, tokens

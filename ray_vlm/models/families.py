@@ -5,19 +5,18 @@ both families keep the tower in `model.visual` and the language model in `model.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
 class Family:
     """One model type. `linear` maps a part of the model to the pattern of the linear layers that LoRA may adapt.
 
-    `prefixes` maps a part to module-name prefixes, for counting weights; the longest match wins. `coordinates` is how
-    the family writes boxes (QwenLM/Qwen3-VL, qwen-vl-finetune/tools/process_bbox.ipynb).
+    `prefixes` maps a part to module-name prefixes, for counting weights; the longest match wins. `codec` is how the
+    family writes boxes, by its name in `tasks/boxes.py`.
     """
 
     model_type: str
-    coordinates: Literal["relative_1000", "resized_pixels"]
+    codec: str
     linear: dict[str, str]
     prefixes: dict[str, tuple[str, ...]]
     image_token: str = "<|image_pad|>"
@@ -30,7 +29,7 @@ _PARTS = {"vision": ("model.visual",), "language": ("model.language_model", "lm_
 FAMILIES = {
     "qwen3_vl": Family(
         model_type="qwen3_vl",
-        coordinates="relative_1000",
+        codec="qwen3_vl",
         linear={
             "language": _LANGUAGE,
             "connector": r"(.*\.)?visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
@@ -40,7 +39,7 @@ FAMILIES = {
     ),
     "qwen2_5_vl": Family(
         model_type="qwen2_5_vl",
-        coordinates="resized_pixels",
+        codec="qwen2_5_vl",
         linear={
             "language": _LANGUAGE,
             "connector": r"(.*\.)?visual\.merger\.mlp\.[02]",

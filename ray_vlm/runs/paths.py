@@ -61,6 +61,10 @@ class RunPaths:
         return self.root / "bad_rows.jsonl"
 
     @property
+    def balance(self) -> Path:
+        return self.root / "balance.json"
+
+    @property
     def best(self) -> Path:
         return self.root / "best"
 

@@ -2,6 +2,11 @@
 
 from types import ModuleType
 
-from ray_vlm.tasks import detection
+from ray_vlm.tasks import chat, classification, detection, gui_steps
 
-TASKS: dict[str, ModuleType] = {"detection": detection}
+TASKS: dict[str, ModuleType] = {
+    "detection": detection,
+    "classification": classification,
+    "gui_steps": gui_steps,
+    "chat": chat,
+}

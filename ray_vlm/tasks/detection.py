@@ -1,104 +1,62 @@
 """Detection: find every object of the named classes and say where it is.
 
-The answer is fenced JSON, one object on a line, from top to bottom and then from left to right (y1, then x1, then
-label); `[]` says that nothing is there. Training targets, validation, evaluation and prediction all use `ask`,
-`answer`, `parse` and `score` of this file.
+The answer lists objects from top to bottom and then from left to right (y1, then x1, then label), in the family's own
+form (`tasks/boxes.py`); `[]`, or `None` in Qwen2-VL's form, says that nothing is there.
+
+`truth` is `{"boxes": (Box, ...), "labels": (str, ...)}`. Placeholder of the prompt: `{labels}`.
 """
 
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ray_vlm.data.records import Box
-from ray_vlm.tasks.boxes import Frame, iou_matrix, match
+from ray_vlm.data.records import SftRecord
+from ray_vlm.tasks.answers import Answer, Parsed, Setting, Turns, with_images
+from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, match, read_boxes, write_boxes
 
 PROMPT = (
     "Locate every instance that belongs to the following categories: '{labels}'. "
     "Report bbox coordinates in JSON format."
 )
-_NUMBER = r"-?\d+(?:\.\d+)?"
-_BOX = rf'"bbox_2d"\s*:\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]'
-_OBJECT = re.compile(_BOX + r'\s*,\s*"label"\s*:\s*"((?:[^"\\]|\\.)*)"')
-_FENCE = re.compile(r"```(?:json)?")  # no repeats beside each other: a model may write a page of spaces
+_PROMPT_TOKENS = "Locate every instance that belongs to the following categories: '{labels}'. Report bbox coordinates."
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """What was understood of an answer. `ok`: it was the promised JSON; `repairs`: what had to be mended or dropped."""
-
-    boxes: tuple[Box, ...] = ()
-    labels: tuple[str, ...] = ()
-    ok: bool = True
-    repairs: tuple[str, ...] = field(default=())
-
-
-def ask(labels: Sequence[str], prompt: str | None = None) -> str:
-    """The question. `prompt` may hold `{labels}`; None gives the task's own wording."""
-    return (prompt or PROMPT).replace("{labels}", ", ".join(labels))
+def check(record: SftRecord, labels: Sequence[str]) -> str | None:
+    """Why a record cannot be learned from, if so."""
+    if len(record.images) != 1:
+        return f"a detection row needs exactly one image, and this one has {len(record.images)}"
+    for box, label in zip(record.truth["boxes"], record.truth["labels"], strict=True):
+        if label not in labels:
+            return f"class {label!r} is not among the task's labels {sorted(labels)}; add it to task.labels or mend it"
+        if reason := box_problem(box, record.sizes[0]):
+            return f"{reason}; mend the box, or say what its numbers mean with box_units"
+    return None
 
 
-def answer(truth: Mapping[str, Any], frame: Frame) -> str:
-    """The right answer as text, coordinates in the family's system."""
-    objects = sorted(zip(truth["boxes"], truth["labels"], strict=True), key=lambda o: (o[0][1], o[0][0], o[1]))
-    rows = [
-        f'\n\t{{"bbox_2d": {frame.encode(box)}, "label": {json.dumps(label, ensure_ascii=False)}}}'
-        for box, label in objects
-    ]
-    return "```json\n[" + ",".join(rows) + ("\n" if rows else "") + "]\n```"
+def tags(record: SftRecord) -> tuple[str, ...]:
+    """The class of every object."""
+    return tuple(record.truth["labels"])
 
 
-def parse(text: str, frame: Frame) -> Parsed:
-    """Read an answer back to original pixels. Never raises; what it mended is in `repairs`."""
-    repairs: list[str] = []
-    items = _read_json(text)
-    ok = items is not None
-    if items is None:
-        items = [{"bbox_2d": [float(v) for v in m[:4]], "label": _unescape(m[4])} for m in _OBJECT.findall(text)]
-        repairs.append("not the promised JSON; objects picked out of the text" if items else "no object found in it")
-    boxes, labels = [], []
-    for item in items:
-        box = _usable_box(item)
-        if box is None:
-            ok = False
-            repairs.append(f"dropped {str(item)[:80]}")
-        elif box[2] <= box[0] or box[3] <= box[1]:
-            repairs.append(f"dropped an empty box {box}")
-        else:
-            boxes.append(frame.decode(box))
-            labels.append(str(item["label"]))
-    return Parsed(tuple(boxes), tuple(labels), ok, tuple(repairs))
+def ask(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Turns:
+    """The image and the question."""
+    own = PROMPT if frames[0].codec.syntax == "json" else _PROMPT_TOKENS
+    question = (setting.options.prompt or own).replace("{labels}", ", ".join(setting.labels))
+    return with_images(len(record.images), question, setting.options.system)
 
 
-def _read_json(text: str) -> list | None:
-    start, end = _FENCE.search(text), text.rfind("```")
-    inside = text[start.end() : end] if start and end >= start.end() else text
-    try:
-        value = json.loads(inside, strict=False)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) else None
+def answer(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Answer:
+    """The right answer, each object a span of its class."""
+    objects = zip(record.truth["boxes"], record.truth["labels"], strict=True)
+    return write_boxes(sorted(objects, key=lambda o: (o[0][1], o[0][0], o[1])), frames[0])
 
 
-def _unescape(label: str) -> str:
-    """A label as JSON means it, from between its quotes."""
-    try:
-        return json.loads(f'"{label}"', strict=False)
-    except ValueError:
-        return label
-
-
-def _usable_box(item: Any) -> list[float] | None:
-    box = item.get("bbox_2d") if isinstance(item, dict) else None
-    if not isinstance(box, list) or len(box) != 4 or not isinstance(item.get("label"), str):
-        return None
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in box):
-        return None
-    return [float(v) for v in box] if all(math.isfinite(v) for v in box) else None
+def parse(text: str, frames: Sequence[Frame]) -> Parsed:
+    """`boxes` in original pixels and their `labels`. Never raises; what it mended is in `repairs`."""
+    objects, ok, repairs = read_boxes(text, frames[0])
+    boxes, labels = tuple(box for box, _ in objects), tuple(label for _, label in objects)
+    return Parsed({"boxes": boxes, "labels": labels}, ok, tuple(repairs))
 
 
 def score(parsed: Parsed, truth: Mapping[str, Any], threshold: float = 0.5) -> dict[str, Any]:
@@ -108,15 +66,16 @@ def score(parsed: Parsed, truth: Mapping[str, Any], threshold: float = 0.5) -> d
     within a class, most pairs first, then most overlap) and `ious`: for each true object the IoU of the box that is
     paired with it when labels are ignored, 0.0 where none is.
     """
-    ious = iou_matrix(truth["boxes"], parsed.boxes)
-    same = np.array([[t == p for p in parsed.labels] for t in truth["labels"]], bool).reshape(ious.shape)
+    boxes, labels = parsed.values.get("boxes", ()), parsed.values.get("labels", ())
+    ious = iou_matrix(truth["boxes"], boxes)
+    same = np.array([[t == p for p in labels] for t in truth["labels"]], bool).reshape(ious.shape)
     pairs = match(np.where(same & (ious >= threshold), 1000.0 + ious, 0.0))
     hit_truth, hit_answer = {r for r, _ in pairs}, {c for _, c in pairs}
     best = {r: float(ious[r, c]) for r, c in match(ious)}
     return {
         "hits": _count(truth["labels"], hit_truth),
         "misses": _count(truth["labels"], set(range(len(truth["labels"]))) - hit_truth),
-        "invented": _count(parsed.labels, set(range(len(parsed.labels))) - hit_answer),
+        "invented": _count(labels, set(range(len(labels))) - hit_answer),
         "ious": [best.get(i, 0.0) for i in range(len(truth["labels"]))],
     }
 

@@ -7,18 +7,23 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ray_vlm.cluster.environment import read_environment
-from ray_vlm.config.check import check_output_dir, check_resume
+from ray_vlm.config.data import Source
 from ray_vlm.config.load import dump_job
-from ray_vlm.config.schema import JobConfig, Source
-from ray_vlm.data.index import Index, build_index, read_labels
+from ray_vlm.config.resume import check_output_dir, check_resume
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.balance import Balance, describe_balance, plan_balance
+from ray_vlm.data.index import Index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import RowSpec, row_spec
-from ray_vlm.data.source import prepare_source
+from ray_vlm.data.records import Image, SftRecord
+from ray_vlm.data.rows import RowSpec
+from ray_vlm.data.splits import load_parts, row_tags
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.methods import METHODS
 from ray_vlm.models.quiet import quiet_libraries
@@ -45,6 +50,8 @@ class Prepared:
     train: Index
     eval: Index | None
     plan: Plan
+    balance: Balance
+    notes: tuple[str, ...] = ()
 
 
 def prepare(job: JobConfig) -> Prepared:
@@ -54,18 +61,19 @@ def prepare(job: JobConfig) -> Prepared:
     quiet_libraries()
     METHODS[job.method.name].check_options(job)
     job = absolute_paths(job)
-    sources = {name: getattr(job.data, name) for name in ("train", "eval")}
-    for source in sources.values():
-        if source is not None:
-            prepare_source(source)
-    spec = row_spec(job, read_labels(sources["train"]))
-    train = build_index(sources["train"], job.data, spec)
-    evaluation = build_index(sources["eval"], job.data, spec) if sources["eval"] else None
-    return Prepared(job, spec, train, evaluation, plan_run(job, len(train)))
+    parts = load_parts(job, ["train", "eval"] if job.data.eval is not None else ["train"])
+    assert parts.train is not None
+    assert job.data.train is not None
+    sources = [job.data.train, *job.data.mix]
+    weights = np.array([sources[record.source].weight for record in parts.train.records])
+    balance = plan_balance([row_tags(job, record) for record in parts.train.records], weights, job.data)
+    spec = replace(parts.spec, token_weights=balance.token_weights)
+    plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs)
+    return Prepared(job, spec, parts.train, parts.eval, plan, balance, parts.notes)
 
 
-def plan_run(job: JobConfig, num_rows: int) -> Plan:
-    """The job's plan over `num_rows` rows."""
+def plan_run(job: JobConfig, num_rows: int, factors: np.ndarray | None = None, costs: np.ndarray | None = None) -> Plan:
+    """The job's plan over `num_rows` rows; `factors` and `costs` as `Plan` has them."""
     train = job.train
     return Plan(
         num_rows=num_rows,
@@ -76,6 +84,8 @@ def plan_run(job: JobConfig, num_rows: int) -> Plan:
         max_steps=train.max_steps,
         shuffle=job.data.shuffle,
         seed=job.seed,
+        factors=factors,
+        costs=costs if job.data.balance_lengths else None,
     )
 
 
@@ -83,12 +93,13 @@ def absolute_paths(job: JobConfig) -> JobConfig:
     """The job with its local paths made absolute: a Ray worker's current folder is another one."""
 
     def source(value: Source | None) -> Source | None:
-        if value is None:
-            return None
-        root = _absolute(value.image_root) if value.image_root else None
-        return value.model_copy(update={"path": _absolute(value.path), "image_root": root})
+        if value is None or not value.path:
+            return value
+        root = full_address(value.image_root) if value.image_root else None
+        return value.model_copy(update={"path": full_address(value.path), "image_root": root})
 
-    data = {name: source(getattr(job.data, name)) for name in ("train", "eval", "test")}
+    data: dict[str, Any] = {name: source(getattr(job.data, name)) for name in ("train", "eval", "test")}
+    data["mix"] = tuple(source(value) for value in job.data.mix)
     model = {k: _absolute(v) for k in ("name", "adapter") if (v := getattr(job.model, k)) and _is_local(v)}
     return job.model_copy(
         update={
@@ -142,6 +153,7 @@ def train(
         paths.publish(paths.resolved)
         start_attempt(paths)
     _write_bad_rows(prepared, paths)
+    _write_balance(prepared, paths)
     _run(prepared, paths)
     return paths
 
@@ -169,6 +181,16 @@ def _write_bad_rows(prepared: Prepared, paths: RunPaths) -> None:
         write_bad_rows(paths.bad_rows, bad)
         paths.publish(paths.bad_rows)
         print(f"{sum(map(len, bad.values()))} bad rows left out; see {paths.place('bad_rows.jsonl')}", flush=True)
+
+
+def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
+    """Show and keep what is odd about the data, and the mix of classes that training sees."""
+    for note in prepared.notes:
+        print(f"note: {note}", flush=True)
+    if prepared.balance.factors is not None or prepared.balance.token_weights:
+        print("\n".join(describe_balance(prepared.balance)), flush=True)
+    write_json(paths.balance, {"rows_per_epoch": prepared.plan.rows_per_epoch, "mix": prepared.balance.table})
+    paths.publish(paths.balance)
 
 
 def _run(prepared: Prepared, paths: RunPaths) -> None:
@@ -214,6 +236,11 @@ def rows_fingerprint(records: Sequence[SftRecord]) -> str:
     """A hash of what the plan's row numbers mean: ids, images by name and size, and answers, in order."""
     digest = hashlib.sha256()
     for r in records:
-        names = [Path(image).name for image in r.images]
-        digest.update(repr((r.id, r.row, names, r.sizes, sorted(r.truth.items()))).encode())
+        names = [_image_name(image) for image in r.images]
+        told = (sorted(r.truth.items()), sorted(r.context.items()))
+        digest.update(repr((r.id, r.row, names, r.sizes, told)).encode())
     return digest.hexdigest()[:16]
+
+
+def _image_name(image: Image) -> str:
+    return Path(image).name if isinstance(image, str) else hashlib.sha256(image).hexdigest()

@@ -48,11 +48,15 @@ class PlannedBatches:
 def feed_trainer(trainer_class: type) -> type:
     """A subclass of a TRL trainer that is fed by `PlannedBatches` and validated by a function of ours."""
 
+    import torch
+
     class FedTrainer(trainer_class):
         planned_batches: PlannedBatches
         control: Any
         validate: Callable[[Any], dict[str, float]] | None = None
         write_checkpoint: Callable[[], None]
+
+        accelerator: Any
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
@@ -72,12 +76,21 @@ def feed_trainer(trainer_class: type) -> type:
 
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
             batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
+            if trained_tokens is not None and batches and "loss_weights" in batches[0]:
+                whole = torch.stack([batch["loss_weights"][:, 1:].sum() for batch in batches]).sum()
+                trained_tokens = self.accelerator.gather(whole).sum()
             if trained_tokens is not None and int(trained_tokens) == 0:  # of all ranks, so all of them raise
                 raise DataError(
                     f"step {self.state.global_step + 1}: not one token of the global batch is trained, so its loss "
                     "would be 0 without meaning it. Look at the rows with `ray-vlm train JOB --dry-run`."
                 )
             return batches, trained_tokens
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            weights = inputs.pop("loss_weights", None)
+            if weights is None:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            return super().compute_loss(weigh(model, weights), inputs, *args, **kwargs)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             self.write_checkpoint()
@@ -87,6 +100,21 @@ def feed_trainer(trainer_class: type) -> type:
 
     FedTrainer.__name__ = trainer_class.__name__
     return FedTrainer
+
+
+def weigh(model: Any, weights: Any) -> Callable[..., Any]:
+    """`model`, with the log-probability of each token times its weight.
+
+    TRL's loss is the sum of what this gives over the `num_items_in_batch` that it is handed, here the sum of weights:
+    so the weighted mean over the global batch. Its own metrics (entropy, accuracy) stay unweighted.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = model(*args, **kwargs)
+        outputs.log_probs = outputs.log_probs * weights[:, 1:]
+        return outputs
+
+    return forward
 
 
 def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:

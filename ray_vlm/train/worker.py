@@ -15,7 +15,8 @@ from ray_vlm.cluster.environment import Environment
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
-from ray_vlm.data.rows import Preparer, RowSpec, describe_preprocessing, load_preparer
+from ray_vlm.data.preprocessing import describe_preprocessing
+from ray_vlm.data.rows import Preparer, RowSpec, load_preparer
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
 from ray_vlm.models.families import Family

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ray_vlm.cli import main
-from ray_vlm.config.schema import Data, Evaluate, Model, Source, Task
+from ray_vlm.config.data import Data, Source
+from ray_vlm.config.schema import Evaluate, Model, Task
 from ray_vlm.data.collate import collate
 from ray_vlm.data.index import build_index
 from ray_vlm.data.rows import RowSpec, load_preparer
@@ -31,7 +32,7 @@ def test_base_and_adapter_side_by_side(job_file, scenes: Path, tmp_path: Path, c
     folder = tmp_path / "runs" / "run" / "evaluate" / "final"
     assert {p.name for p in folder.iterdir()} == {"metrics.json", "predictions.jsonl", "predictions.csv", "report.html"}
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert (metrics["num_images"], metrics["num_bad_rows"]) == (12, 0)
+    assert (metrics["num_rows"], metrics["num_bad_rows"]) == (12, 0)
     ids = [[json.loads(line)["id"] for line in (f / "predictions.jsonl").open()] for f in (folder, tmp_path / "base")]
     assert ids[0] == ids[1] == [str(i) for i in range(12)]
     assert ">final<" in (folder / "report.html").read_text()

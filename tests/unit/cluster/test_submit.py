@@ -9,7 +9,7 @@ import pytest
 
 from ray_vlm.cluster.secrets import send_secrets
 from ray_vlm.cluster.submit import check_job_file, describe_jobs, entrypoint, exit_code, follow_job, plan_runtime_env
-from ray_vlm.config.check import check_output_dir
+from ray_vlm.config.resume import check_output_dir
 from ray_vlm.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]

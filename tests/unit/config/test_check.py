@@ -6,7 +6,22 @@ from ray_vlm.config.check import RULES, check_job
 from ray_vlm.config.schema import JobConfig
 
 PLAIN = {"model": {"name": "x"}, "data": {"train": {"path": "a"}}}
+TRAIN = {"train": {"path": "a"}}
+CLASSES = {"name": "classification"}
 BROKEN = [
+    {"data": TRAIN | {"eval": {"path": "b", "ratio": 0.1}}},
+    {"data": {"train": {"ratio": 0.5}}},
+    {"data": {"mix": [{"path": "a"}]}},
+    {"data": TRAIN | {"eval": 0.5, "test": 0.5}},
+    {"data": {"train": {"path": "a", "format": "llava"}}},
+    {"data": {"train": {"path": "a", "max_tasks": 3}}},
+    {"data": TRAIN | {"condition_weights": "inverse"}},
+    {"task": "chat", "data": {"train": {"path": "a", "format": "llava"}, "oversample": "auto"}},
+    {"data": TRAIN | {"oversample_threshold": 0.1}},
+    {"data": TRAIN | {"class_weights": "inverse"}, "method": {"trl": {"loss_type": "dft"}}},
+    {"data": TRAIN | {"pad_color": [1, 2, 3]}},
+    {"task": {"position": True}},
+    {"task": CLASSES | {"labels": ["a"]}, "data": {"train": {"path": "a", "format": "image_csv"}}},
     {"lora": None},
     {"lora": None, "model": {"name": "x", "load_in_4bit": False, "adapter": "a"}},
     {"task": {"labels": ["a", "a"]}},

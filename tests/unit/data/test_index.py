@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_vlm.config.schema import Data, Model, Source, Task
+from ray_vlm.config.data import Data, Source
+from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.images import decode, read_size
 from ray_vlm.data.index import build_index
 from ray_vlm.data.rows import RowSpec, load_preparer

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ray_vlm.config.schema import Data, Model, Source, Task
+from ray_vlm.config.data import Data, Source
+from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.collate import collate
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import Index, build_index
@@ -39,8 +40,14 @@ def test_pixels_and_tokens_equal_the_stock_processor(family: str, scenes: Path, 
 
     texts = []
     for record in records:
-        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": preparer.prompt(record)}]}
-        answer = {"role": "assistant", "content": [{"type": "text", "text": preparer.answer(record)}]}
+        question = {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {"type": "text", "text": preparer.turns(record)[-1][1].removeprefix("<image>")},
+            ],
+        }
+        answer = {"role": "assistant", "content": [{"type": "text", "text": preparer.answer(record).text}]}
         texts.append(preparer.processor.apply_chat_template([question, answer], tokenize=False))
     images = [[Image.open(record.images[0])] for record in records]
     stock = preparer.processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")

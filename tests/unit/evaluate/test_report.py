@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ray_vlm.evaluate.report import NUM_IMAGES, Stage, choose_images, loss_curve, write_report
@@ -15,7 +16,7 @@ def _prediction(i: int, label: str, image: Path) -> dict:
     boxes = [[1.0, 2.0, 30.0, 40.0]]
     truth = {"boxes": boxes, "labels": [label]}
     score = {"hits": {label: 1}, "misses": {}, "invented": {}, "ious": [1.0]}
-    return {"id": str(i), "image": str(image), "size": [60, 50], "boxes": boxes, "labels": [label]} | {
+    return {"id": str(i), "images": [str(image)], "sizes": [[60, 50]], "found": truth, "answer": ""} | {
         "truth": truth,
         "score": score,
     }
@@ -26,8 +27,8 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(image)
     predictions = [_prediction(0, EVIL, image), _prediction(1, "dog", image)]
     names = ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate")
-    per_class = {EVIL: {"f1_50": 0.5, "num_objects": 1}}
-    metrics = {"overall": dict.fromkeys(names, 0.5), "per_class": per_class, "num_images": 2, "num_objects": 2}
+    per_class = {EVIL: {"f1_50": 0.5, "num": 1}}
+    metrics = {"overall": dict.fromkeys(names, 0.5), "per_class": per_class, "num_rows": 2, "num_objects": 2}
     lines = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"kind": "train", "attempt": 1, "step": step, "loss": 3.0 - step}) for step in (1, 2)]
     lines.write_text("\n".join([*whole, '{"kin']))
@@ -40,6 +41,31 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     assert "http://" not in html
     assert "https://" not in html
     assert "<polyline" in html
+
+
+@pytest.mark.parametrize(
+    ("truth", "found", "score", "words"),
+    [
+        ({"attributes": {"object": EVIL}}, {"attributes": {"object": "b"}}, {"all": False}, "wrong: object: b"),
+        (
+            {"output": {"action": "click"}, "box": [1, 2, 9, 9], "point": None},
+            {"output": {"action": "click"}, "box": None, "point": [5, 5]},
+            {"success": True},
+            "right: action: click",
+        ),
+        ({"answer": EVIL}, {"answer": "no"}, {"normalised": False}, "wrong: no"),
+    ],
+)
+def test_every_task_has_a_report(tmp_path: Path, truth: dict, found: dict, score: dict, words: str) -> None:
+    Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(tmp_path / "a.png")
+    one = {"id": "1", "images": [str(tmp_path / "a.png")], "sizes": [[60, 50]], "answer": "?"}
+    prediction = one | {"truth": truth, "found": found, "score": score}
+    metrics = {"overall": {"accuracy": 0.5}, "per_class": {}, "num_rows": 2}
+    no_image = prediction | {"images": [], "sizes": []}
+    write_report(tmp_path / "r.html", "x", [Stage("base", metrics, [prediction, no_image])], None, [])
+    html = (tmp_path / "r.html").read_text()
+    assert words in html
+    assert "<script" not in html
 
 
 def test_half_of_the_images_show_the_rarest_class() -> None:

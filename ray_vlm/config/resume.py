@@ -1,0 +1,56 @@
+"""What a resumed job may change, and where a Ray job may write."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_PLACES = ("path", "image_root")
+
+# Keys that a resumed run may change; the rest decide what is learned.
+MAY_CHANGE = (
+    *("cluster", "track", "checkpoint", "run", "data.num_loaders", "data.test"),
+    *("train.num_epochs", "train.max_steps", "train.log_every_steps", "train.early_stopping_patience"),
+    *("train.micro_batch_size", "train.gradient_checkpointing", "evaluate.every_steps", "evaluate.batch_size"),
+)
+# Paths may differ, as they do in each Ray job's copy of the folder: rows and base are compared by their contents.
+_MAY_MOVE = ("model.name", "model.adapter", *(f"data.{s}.{key}" for s in ("train", "eval") for key in _PLACES))
+
+
+def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a resumed job changes and may not: one sentence for each key. Both are resolved jobs as `dump_job` gives."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"--resume: `{key}` was {before.get(key)!r} and is now {after.get(key)!r}. It decides what is learned, so it "
+        "stays as it was; start a new run to change it."
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(touches(key, free) and len(key) >= len(free) for free in MAY_CHANGE)
+        and not (key in _MAY_MOVE and _same_name(before.get(key), after.get(key)))
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _same_name(old: Any, new: Any) -> bool:
+    """Whether two absolute paths end alike: the same thing, perhaps, in another place."""
+    both = isinstance(old, str) and isinstance(new, str) and old.startswith("/") and new.startswith("/")
+    return both and old.rsplit("/", 1)[-1] == new.rsplit("/", 1)[-1]
+
+
+def touches(key: str, other: str) -> bool:
+    """Whether one dotted key lies in the other."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def check_output_dir(address: str, name: str = "run.output_dir") -> list[str]:
+    """Why a Ray job may not write to `address`, if so: what it is given of the folder is a copy that is thrown away."""
+    if "://" in address or address.startswith(("/", "~")):
+        return []
+    return [
+        f"{name}={address!r} is relative, and a Ray job runs in a copy of the folder that is thrown away. "
+        "Give an absolute path on a file system that all nodes share, or s3://..."
+    ]

@@ -1,0 +1,195 @@
+"""Rows of text with images -> records: conversations, preferences and prompts in the shapes that other tools write.
+
+Turns become `(role, text)` with the roles system, user and assistant; an `<image>` in a text stands for an image.
+Every function raises `ValueError` with what is wrong and what to do.
+"""
+
+from typing import Any
+
+from ray_vlm.data.cells import Row, box_units, image, images, is_empty, nested, region, shown, word
+from ray_vlm.data.records import Box, Image, Point, PreferenceRecord, PromptRecord, SftRecord
+
+Turns = tuple[tuple[str, str], ...]
+IMAGE, _BOX, _NAME = "<image>", "<bbox>", "<ref-object>"
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ORDER = "turns are an optional system turn, then user and assistant in turn"
+_NOT_COLUMNS = ("id", "image", "images", "group")
+
+
+def llava_record(row: Row) -> SftRecord:
+    """LLaVA: `conversations` of `{"from", "value"}` and `image` or `images`. The last answer is the truth."""
+    return _chat_record(row, "conversations")
+
+
+def messages_record(row: Row) -> SftRecord:
+    """`messages` of `{"role", "content"}` and `images`; `objects` fill `<ref-object>` and `<bbox>` in the texts."""
+    return _chat_record(row, "messages")
+
+
+def _chat_record(row: Row, column: str) -> SftRecord:
+    turns, inline = _read_turns(row.first(column), column, row.root)
+    _check_order(turns, "assistant")
+    if not turns[-1][1].strip():
+        raise ValueError(f"the last answer in {column} is empty, so there is nothing to learn; fill or remove the row")
+    pictures = images(row, "images", "image") or inline
+    turns = _place_images(turns, len(pictures))
+    context: dict[str, Any] = {"turns": turns[:-1]}
+    if column == "messages" and row.first("objects") is not None:
+        refs, regions, image_of, units = read_objects(row, len(pictures))
+        for mark, entries, name in ((_NAME, refs, "ref"), (_BOX, regions, "bbox")):
+            found = sum(text.count(mark) for _, text in turns)
+            if found != len(entries):
+                raise ValueError(
+                    f"the texts hold {found} {mark} for {len(entries)} entries of objects.{name}; mend one"
+                )
+        context |= {"refs": refs, "boxes": regions, "image_of": image_of, **units}
+    return SftRecord(row.id, row.number, pictures, (), {"answer": turns[-1][1]}, context, row.group)
+
+
+def read_objects(
+    row: Row, num_images: int
+) -> tuple[tuple[str, ...], tuple[Box | Point, ...], tuple[int, ...], dict[str, str]]:
+    """Names, boxes or points, the image (0-based) that each of these is on, and the units for a record's context."""
+    found = nested(row.first("objects"), "objects")
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), list) for k in ("ref", "bbox")):
+        raise ValueError(f'objects {shown(found)} is not {{"ref": [...], "bbox": [...]}}; write two lists')
+    refs = tuple(word(ref, f"objects.ref[{i}]") for i, ref in enumerate(found["ref"]))
+    regions = tuple(region(value, f"objects.bbox[{i}]") for i, value in enumerate(found["bbox"]))
+    image_of = found.get("image_id")
+    image_of = [0] * len(regions) if image_of is None or image_of == [] else image_of
+    if not isinstance(image_of, list) or len(image_of) != len(regions):
+        raise ValueError(
+            f"objects.image_id {shown(image_of)} is not a list of one image for each of {len(regions)} bbox"
+        )
+    for number in image_of:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < num_images:
+            raise ValueError(f"objects.image_id {shown(number)} is none of {num_images} images; count them from 0")
+    kind = found.get("bbox_type")
+    if kind not in (None, "real", "norm1"):
+        raise ValueError(f"objects.bbox_type {shown(kind)} is neither real (pixels) nor norm1 (0 to 1); mend it")
+    units = {} if kind == "real" else {"box_units": "relative_1"} if kind == "norm1" else box_units(row)
+    return refs, regions, tuple(image_of), units if regions else {}
+
+
+def preference_record(row: Row) -> PreferenceRecord:
+    """TRL's `prompt, chosen, rejected`; LLaMA-Factory's `conversations` with two answers; ms-swift's `messages`, whose
+    end is chosen, with `rejected_response`."""
+    turns, inline = _read_prompt(row, ("prompt",), ("messages", "conversations"))
+    if (answer := row.first("chosen")) is None:
+        _check_order(turns, "assistant")
+        turns, chosen = turns[:-1], turns[-1][1]
+    else:
+        chosen = _read_answer(answer, "chosen", row.root)
+    rejected = _read_answer(row.first("rejected", "rejected_response"), "rejected", row.root)
+    _check_order(turns, "user")
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise ValueError(f"the {name} answer is empty, so there is nothing to learn; fill or remove the row")
+        _refuse_tags(text, f"the {name} answer")
+    if chosen.strip() == rejected.strip():
+        raise ValueError("chosen and rejected are the same, so there is nothing to prefer; mend or remove the row")
+    pictures = images(row, "images", "image") or inline
+    return PreferenceRecord(
+        row.id, row.number, pictures, (), _place_images(turns, len(pictures)), chosen, rejected, row.group
+    )
+
+
+def prompt_record(row: Row) -> PromptRecord:
+    """`prompt` (or EasyR1's `problem`) with `images`; all other columns are handed on as they are."""
+    turns, inline = _read_prompt(row, ("prompt", "problem"))
+    _check_order(turns, "user")
+    pictures = images(row, "images", "image") or inline
+    asked = ("prompt", "problem") if is_empty(row.cells.get("prompt")) else ("prompt",)
+    used = {*asked, *_NOT_COLUMNS, *row.source.columns.values()}
+    columns = {name: value for name, value in row.cells.items() if name not in used or name in _extra_names(row)}
+    return PromptRecord(row.id, row.number, pictures, (), _place_images(turns, len(pictures)), columns, row.group)
+
+
+def _extra_names(row: Row) -> set[str]:
+    """Columns that the user has named for the reward functions."""
+    return set(row.source.columns) - {"prompt", "problem", *_NOT_COLUMNS}
+
+
+def _read_prompt(row: Row, texts: tuple[str, ...], lists: tuple[str, ...] = ()) -> tuple[Turns, tuple[Image, ...]]:
+    """Turns from the columns `texts`, where a text is the user's, or else from the columns `lists`."""
+    value = row.first(*texts)
+    if isinstance(value, str):
+        return (("user", value),), ()
+    name, value = (texts[0], value) if value is not None else (lists[0], row.first(*lists))
+    return _read_turns(value, name, row.root)
+
+
+def _read_answer(value: Any, name: str, root: str) -> str:
+    """An answer given as text, as one turn or as a list of one turn."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    turns, _ = _read_turns([value] if isinstance(value, dict) else value, name, root)
+    if len(turns) != 1 or turns[0][0] != "assistant":
+        raise ValueError(f"{name} must be a text or one turn of the assistant; it has {len(turns)} turns")
+    return turns[0][1]
+
+
+def _read_turns(value: Any, name: str, root: str) -> tuple[Turns, tuple[Image, ...]]:
+    """Turns in either spelling, and the images that stand in them (`{"type": "image", "image": path}`)."""
+    listed = nested(value, name)
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{name} {shown(listed)} is not a list of turns; write one or name it with data.*.columns")
+    turns: list[tuple[str, str]] = []
+    inline: list[Image] = []
+    for i, turn in enumerate(listed):
+        where = f"{name}[{i}]"
+        if not isinstance(turn, dict):
+            raise ValueError(f"{where} is {shown(turn)}; a turn is an object with its role and text")
+        role = turn.get("role", turn.get("from"))
+        if not isinstance(role, str) or role not in _ROLES:
+            raise ValueError(f"{where} has the role {shown(role)}; use system, user (human) or assistant (gpt)")
+        turns.append((_ROLES[role], _text(turn.get("content", turn.get("value")), where, inline, root)))
+    return tuple(turns), tuple(inline)
+
+
+def _text(content: Any, where: str, inline: list[Image], root: str) -> str:
+    """The text of a turn; images that stand in it are added to `inline`."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"{where} holds {shown(content)} in place of a text; mend it")
+    pieces = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            pieces.append(IMAGE)
+            if part.get("image") is not None:
+                inline.append(image(part["image"], root))
+        elif kind == "text" and isinstance(part.get("text"), str):
+            pieces.append(part["text"])
+        else:
+            raise ValueError(f'{where} holds {shown(part)}; use {{"type": "text", "text"}} or {{"type": "image"}}')
+    return "".join(pieces)
+
+
+def _check_order(turns: Turns, last: str) -> None:
+    start = 1 if turns[:1] and turns[0][0] == "system" else 0
+    for i, (role, text) in enumerate(turns[start:]):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise ValueError(f"turn {start + i} is of the {role}, where the {expected}'s was expected; {_ORDER}")
+        if role == "assistant":
+            _refuse_tags(text, f"turn {start + i}, of the assistant,")
+    if len(turns) == start or turns[-1][0] != last:
+        raise ValueError(f"the last turn is not of the {last}; {_ORDER}")
+
+
+def _refuse_tags(text: str, what: str) -> None:
+    if IMAGE in text:
+        raise ValueError(f"{what} holds an {IMAGE} tag; images belong to the user's turns")
+
+
+def _place_images(turns: Turns, num_images: int) -> Turns:
+    """The turns with one tag for each image; a single image without a tag goes before the first question."""
+    found = sum(text.count(IMAGE) for _, text in turns)
+    if found == 0 and num_images == 1:
+        first = next(i for i, (role, _) in enumerate(turns) if role == "user")
+        return (*turns[:first], ("user", f"{IMAGE}\n{turns[first][1]}"), *turns[first + 1 :])
+    if found != num_images:
+        raise ValueError(f"{found} {IMAGE} tags for {num_images} images; write one tag for each image")
+    return turns

@@ -1,0 +1,134 @@
+"""Files by path or address (`s3://bucket/a.jpg`), and image names that may not leave their folder.
+
+Addresses go to pyarrow's file systems, and to fsspec's for schemes that pyarrow does not know. Nothing is read from the
+web: a name in a data file must not make this machine call another.
+"""
+
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ray_vlm.runs.store import full_address, is_remote, local_path
+
+_WEB = ("http", "https", "ftp", "ftps")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes; limits of Linux file systems
+
+
+def open_file(address: str) -> BinaryIO:
+    """A seekable binary file for a path or an address; close it after use.
+
+    Raises `OSError` where it is missing or refused, `ValueError` where no file system can open such an address.
+    """
+    if not is_remote(address):
+        return open(local_path(address), "rb")
+    scheme, _, rest = full_address(address).partition("://")
+    place, mark, options = rest.partition("?")
+    server, _, key = place.partition("/")
+    system, folder = _file_system(scheme, server, mark + options)
+    return cast(BinaryIO, system.open_input_file(f"{folder.rstrip('/')}/{key}"))
+
+
+def read_bytes(address: str) -> bytes:
+    """All bytes of a path or an address. Raises as `open_file` does."""
+    with open_file(address) as file:
+        return file.read()
+
+
+def parent_folder(address: str) -> str:
+    """The folder of a file, as a path or an address; `?options` of an address stay."""
+    if not is_remote(address):
+        return str(Path(local_path(address)).parent)
+    place, mark, options = address.partition("?")
+    scheme, _, rest = place.partition("://")
+    server, _, key = rest.partition("/")
+    return f"{scheme}://{server}/{key.rpartition('/')[0]}".rstrip("/") + mark + options
+
+
+@lru_cache(maxsize=64)
+def _file_system(scheme: str, server: str, options: str) -> tuple[Any, str]:
+    """A pyarrow file system, and the path in it of the scheme's own top folder (a bucket, mostly)."""
+    if scheme.lower().split("::")[-1] in _WEB:
+        raise ValueError(f"{scheme}:// addresses are not read; download the file and give its path")
+    from pyarrow import fs
+
+    try:
+        return fs.FileSystem.from_uri(f"{scheme}://{server}/{options}")
+    except ValueError as error:  # pyarrow's ArrowInvalid
+        if "Unrecognized filesystem type" not in str(error):
+            raise ValueError(f"{scheme}://{server}{options} cannot be opened ({error})") from None
+    try:
+        from fsspec.core import url_to_fs
+
+        system, folder = url_to_fs(f"{scheme}://{server}/")
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"no file system for {scheme}:// ({error}); install the fsspec package for it, or copy the files to a "
+            "folder or to s3://, gs:// or abfs://"
+        ) from None
+    return fs.PyFileSystem(fs.FSSpecHandler(system)), folder
+
+
+def resolve_image(root: str, name: str) -> str:
+    """The absolute path or the address of image `name` inside the folder `root`.
+
+    Raises `ValueError` with the reason for names that leave the folder (`..`, absolute paths, symlinks), for URLs and
+    for what no file can be called. Whether the file is there is not looked at.
+    """
+    if name[:5].lower() == "data:":
+        raise ValueError("image is a data: URI, which is not read; write it to a file and give a path under image_root")
+    scheme = _SCHEME.match(name)
+    if scheme and scheme[1].lower() in _WEB:
+        raise ValueError(f"image {name[:80]!r}: URLs are not read; download it and give a path under image_root")
+    if reason := _not_a_path(name):
+        raise ValueError(f"image {name[:80]!r} is not a path ({reason}); give a path under image_root")
+    if is_remote(root):
+        return _resolve_remote(root, name)
+    if scheme and scheme[1].lower() != "file":
+        raise ValueError(f"image {name[:80]!r} lies outside image_root {root}; give a path under it")
+    folder = local_root(root)
+    try:
+        path = os.path.realpath(os.path.join(folder, name.removeprefix("file://")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image {name[:80]!r} is not a path ({error}); give a path under image_root") from None
+    if not path.startswith(folder.rstrip("/") + "/"):
+        raise ValueError(f"image {name[:200]!r} lies outside image_root {folder}; move it there, or set image_root")
+    return path
+
+
+def _not_a_path(name: str) -> str | None:
+    """Why no file can have this name, if so."""
+    if not name.strip():
+        return "it is empty"
+    if "\0" in name:
+        return "it holds a NUL character"
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError as error:
+        return str(error)
+    if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        return f"it is {len(encoded)} bytes long; {_LONGEST_NAME} of a name and {_LONGEST_PATH} in all can be used"
+    return None
+
+
+def local_root(root: str) -> str:
+    """The folder of images with symlinks followed. Raises `OSError` or `ValueError` where no folder has such a name."""
+    return _resolved(root if root.startswith("/") else local_path(root))
+
+
+@lru_cache(maxsize=64)
+def _resolved(root: str) -> str:
+    return os.path.realpath(root)
+
+
+def _resolve_remote(root: str, name: str) -> str:
+    folder, mark, options = root.partition("?")
+    folder = folder.rstrip("/") + "/"
+    inside = name.removeprefix(folder)
+    if inside.startswith("/") or ".." in inside.split("/") or "::" in inside or _SCHEME.match(inside):
+        raise ValueError(f"image {name[:200]!r} lies outside image_root {root}; move it there, or set image_root")
+    if "?" in inside:
+        raise ValueError(f"image {name[:200]!r} holds a ?, which ends an address; rename it")
+    return folder + inside + mark + options

@@ -1,0 +1,140 @@
+"""GUI steps: rows of `Task_id, Image_id, Instruction, Output, Grounding`, a task's rows being its steps in order."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from typing import Any
+
+from ray_vlm.config.data import Source
+from ray_vlm.data.cells import Row, box, box_units, from_json, images, is_empty, point, region, shown, word
+from ray_vlm.data.records import BadRow, Box, Point, SftRecord
+from ray_vlm.errors import DataError
+
+_ACTIONS = ("action", "action_type", "type")
+_BOXES = ("bbox", "bbox_2d", "box")
+_POINTS = ("point", "point_2d", "coordinate", "coordinates")
+_FILL = "fill it, or name its column with data.*.columns"
+_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
+
+
+def gui_records(rows: list[Row | BadRow], source: Source) -> list[SftRecord | BadRow]:
+    """One record a step, of the tasks that the source's options keep.
+
+    `history` of a step is the readable Outputs of the task's earlier steps, as compact JSON, oldest first; a bad row
+    leaves no gap in it as long as its Output can be read.
+    """
+    tasks = [_task_of(row) for row in rows]
+    kept = _kept_tasks([task for task in tasks if task is not None], source)
+    history: dict[str, list[str]] = defaultdict(list)
+    steps: Counter = Counter()
+    records: list[SftRecord | BadRow] = []
+    for row, task in zip(rows, tasks, strict=True):
+        if isinstance(row, BadRow):
+            records.append(row)
+        elif task is None or task in kept:
+            records.append(_record(row, task, steps, history))
+    return records[: source.max_rows]
+
+
+def _task_of(row: Row | BadRow) -> str | None:
+    try:
+        return None if isinstance(row, BadRow) else word(row.cells.get("Task_id"), "Task_id")
+    except ValueError:
+        return None
+
+
+def _kept_tasks(tasks: list[str], source: Source) -> set[str]:
+    """The tasks from `task_start` to `task_end`, then the first `max_tasks` of them. Raises `DataError`."""
+    order = {task: i for i, task in enumerate(dict.fromkeys(tasks))}
+    kept = list(order)
+    for option, sign in (("task_start", 1), ("task_end", -1)):
+        limit = getattr(source, option)
+        if limit is None:
+            continue
+        same = next((t for t in order if t == limit), None) or next(
+            (t for t in order if _rank(t) == _rank(limit)), None
+        )
+        if same is None or (same != limit and _rank(limit) is None):
+            some = ", ".join(list(order)[:5])
+            raise DataError(f"{source.path}: {option}={limit!r} is no Task_id of this file. It has {some}, ...")
+        kept = [task for task in kept if sign * _distance(task, same, order) >= 0]
+    if order and not kept:
+        raise DataError(
+            f"{source.path}: no task lies from task_start={source.task_start!r} to task_end={source.task_end!r}. "
+            "Exchange them, or leave one out."
+        )
+    return set(kept[: source.max_tasks])
+
+
+def _rank(task: str) -> float | None:
+    return float(task) if _NUMBER.fullmatch(task) else None
+
+
+def _distance(task: str, limit: str, order: dict[str, int]) -> float:
+    """How far a task comes after another: by their numbers, or by their places in the file."""
+    a, b = _rank(task), _rank(limit)
+    return a - b if a is not None and b is not None else order[task] - order[limit]
+
+
+def _record(row: Row, task: str | None, steps: Counter, history: dict[str, list[str]]) -> SftRecord | BadRow:
+    if task is None:
+        value = row.cells.get("Task_id")
+        reason = "is empty" if is_empty(value) else f"{shown(value)} is not a plain text or number"
+        return BadRow(row.number, row.id, f"Task_id {reason}; {_FILL}")
+    step = steps[task]
+    steps[task] += 1
+    name = f"{task}/{step}" if is_empty(row.cells.get("id")) else row.id
+    try:
+        if empty := [key for key in ("Output", "Image_id", "Instruction") if is_empty(row.cells.get(key))]:
+            raise ValueError(f"{' and '.join(empty)} is empty; {_FILL}")
+        output, written = _output(row)
+        earlier = tuple(history[task])
+        history[task].append(written)
+        pointed_box, pointed_point = _grounding(row)
+        screens = images(row, "Image_id")
+        if len(screens) != 1:
+            raise ValueError(f"Image_id names {len(screens)} images; a step has one screen; name it alone")
+        instruction = row.first("Instruction")
+        if not isinstance(instruction, str):
+            raise ValueError(f"Instruction {shown(instruction)} is not a text; say in words what the task is")
+    except ValueError as error:
+        return BadRow(row.number, name, str(error))
+    truth = {"output": output, "box": pointed_box, "point": pointed_point}
+    context: dict[str, Any] = {"instruction": instruction, "task": task, "step": step, "history": earlier}
+    if pointed_box is not None or pointed_point is not None:
+        context |= box_units(row)
+    return SftRecord(name, row.number, screens, (), truth, context, row.group or task)
+
+
+def _output(row: Row) -> tuple[dict[str, Any], str]:
+    """The step with its `action` first, and the same as compact JSON. Raises `ValueError`."""
+    value = from_json(row.first("Output"), "Output")
+    if not isinstance(value, dict):
+        raise ValueError(f'Output holds {shown(value)}, which is not a JSON object; write {{"action": ...}}')
+    key = next((k for k in _ACTIONS if k in value), "action")
+    action = value.get(key)
+    if not isinstance(action, str) or not action.strip():
+        raise ValueError(f"Output {shown(value)} has no text under `action`; name what is done")
+    output = {"action": word(action, "action"), **{k: v for k, v in value.items() if k != key}}
+    try:
+        return output, json.dumps(output, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"Output {shown(value)} cannot be written as JSON ({error}); mend it") from None
+
+
+def _grounding(row: Row) -> tuple[Box | None, Point | None]:
+    """The box and the point that a step points at, if any. Raises `ValueError`."""
+    value = from_json(row.first("Grounding"), "Grounding")
+    if is_empty(value):
+        return None, None
+    if isinstance(value, list):
+        found = region(value, "Grounding")
+        return (found, None) if len(found) == 4 else (None, found)
+    if not isinstance(value, dict) or not any(key in value for key in (*_BOXES, *_POINTS)):
+        raise ValueError(
+            f"Grounding holds {shown(value)}; use one of {', '.join((*_BOXES, *_POINTS))}, or nothing where nothing is "
+            "pointed at"
+        )
+    boxes = [box(value[key], f"Grounding {key}") for key in _BOXES if not is_empty(value.get(key))]
+    points = [point(value[key], f"Grounding {key}") for key in _POINTS if not is_empty(value.get(key))]
+    return boxes[0] if boxes else None, points[0] if points else None

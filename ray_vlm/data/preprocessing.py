@@ -1,0 +1,45 @@
+"""`preprocessing.json`: how inputs were made, kept beside the weights, so that prediction makes them so again."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.config.schema import Task
+from ray_vlm.data.rows import Preparer, RowSpec
+from ray_vlm.errors import ModelError
+
+
+def describe_preprocessing(preparer: Preparer) -> dict[str, Any]:
+    """How inputs are made, for `preprocessing.json` beside the weights; `read_preprocessing` reads it back."""
+    spec = preparer.spec
+    return {
+        "task": spec.task.model_dump() | {"codec": preparer.codec_name},
+        "labels": list(spec.labels),
+        "hints": spec.hints,
+        "images": asdict(preparer.image_spec),
+    }
+
+
+def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec | None:
+    """`spec` with the wording, class names, codec and image sizes that the weights in `folder` were trained with; None where they do not say."""
+    path = Path(folder) / "preprocessing.json"
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        images = saved["images"]
+        pad = tuple(images["pad"]) if images["pad"] else None
+        return replace(
+            spec,
+            task=Task(**saved["task"]),
+            labels=tuple(saved["labels"]),
+            hints=saved["hints"],
+            min_pixels=images["min_pixels"],
+            max_pixels=images["max_pixels"],
+            resize="pad" if pad else "stretch",
+            pad_color=pad,
+            pad_place="center" if images["center"] else "end",
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not readable ({error}). Use an adapter folder that a run wrote.") from None

@@ -1,0 +1,98 @@
+"""Draw the demo's GUI tasks: a screen with three buttons, two of which are to be clicked in order, as a CSV and PNGs.
+
+The screen stays the same from the first step of a task to the last. So neither the instruction nor the screen tells
+which click is next: only what was done in earlier steps does. Everything is a pure function of (split, seed).
+"""
+
+import csv
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ray_vlm.demo.shapes import SCALE, contrasting_colour, draw_shape
+from ray_vlm.errors import DataError
+
+COLUMNS = ("Task_id", "Image_id", "Instruction", "Output", "Grounding")
+ICONS = ("circle", "square", "triangle", "cross", "ring", "diamond")
+WIDTH, HEIGHT, TITLE_BAR = 96, 128, 11  # pixels
+NUM_BUTTONS = 3
+NUM_TASKS = {"train": 700, "eval": 30, "test": 100}
+
+
+def draw_file(path: str) -> None:
+    """Draw the tasks of `.../screens/<split>.csv`: what a job's `create` calls on first use."""
+    file = Path(path)
+    if file.parent.name != "screens" or file.suffix != ".csv" or file.stem not in NUM_TASKS:
+        raise DataError(f"{path}: no such screens. Use screens/<{'|'.join(NUM_TASKS)}>.csv.")
+    draw(file.parent, file.stem, NUM_TASKS[file.stem])
+
+
+def draw(folder: str | Path, split: str, num_tasks: int, seed: int = 0) -> Path:
+    """Write `<folder>/<split>.csv`, a row a step, and its PNGs under `<folder>/<split>/`; returns the CSV's path."""
+    folder = Path(folder)
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, zlib.crc32(f"screens/{split}".encode())])
+    rows = []
+    for i in range(num_tasks):
+        image, buttons = draw_screen(rng)
+        first, second = (str(icon) for icon in rng.permutation(list(buttons))[:2])
+        for step, icon in enumerate((first, second, None), start=1):
+            name = f"{split}/{i:04d}_{step}.png"
+            image.save(folder / name)
+            output = {"action": "click", "target": icon} if icon else {"action": "done"}
+            grounding = {"bbox": buttons[icon]} if icon else {}
+            answer = (json.dumps(output), json.dumps(grounding))
+            rows.append((f"{split}-{i:04d}", name, f"click {first}, then {second}", *answer))
+    path = folder / f"{split}.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    return path
+
+
+def draw_screen(rng: np.random.Generator) -> tuple[Image.Image, dict[str, list[int]]]:
+    """One screen: an RGB image and its buttons, icon to `[x1, y1, x2, y2]` in pixels."""
+    page = _tint(rng, 226, 246)
+    canvas = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), page)
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle(_enlarged([0, 0, WIDTH, TITLE_BAR]), fill=_tint(rng, 70, 130))
+    pen.rectangle(_enlarged([5, 4, int(rng.integers(30, 60)), 7]), fill=page)
+    buttons: dict[str, list[int]] = {}
+    for icon, box in zip(rng.permutation(ICONS)[:NUM_BUTTONS], _places(rng), strict=True):
+        face = _tint(rng, 246, 255)
+        pen.rounded_rectangle(_enlarged(box), radius=6 * SCALE, fill=face, outline=(120, 120, 130), width=SCALE)
+        inset = float(rng.uniform(4.0, 5.0))
+        inner = [box[0] + inset, box[1] + inset, box[2] - inset, box[3] - inset]
+        draw_shape(canvas, str(icon), inner, contrasting_colour(np.array(face), rng), False, rng)
+        buttons[str(icon)] = box
+    return canvas.resize((WIDTH, HEIGHT), Image.Resampling.BOX), buttons
+
+
+def _places(rng: np.random.Generator) -> list[list[int]]:
+    """Boxes of the buttons, from the top: one under another, or in three of the four cells of a grid."""
+    tall = HEIGHT - TITLE_BAR
+    if rng.random() < 0.5:
+        sides = (32, 36)
+        cells = [(0, tall * i // NUM_BUTTONS, WIDTH, tall // NUM_BUTTONS) for i in range(NUM_BUTTONS)]
+    else:
+        sides = (34, 40)
+        cells = [(x, y, WIDTH // 2, tall // 2) for y in (0, tall // 2) for x in (0, WIDTH // 2)]
+        cells.pop(int(rng.integers(len(cells))))
+    boxes = []
+    for left, top, width, height in cells:
+        w, h = (int(rng.integers(sides[0], sides[1] + 1)) for _ in range(2))
+        x, y = left + int(rng.integers(1, width - w)), TITLE_BAR + top + int(rng.integers(1, height - h))
+        boxes.append([x, y, x + w, y + h])
+    return boxes
+
+
+def _tint(rng: np.random.Generator, low: int, high: int) -> tuple[int, int, int]:
+    red, green, blue = (int(v) for v in rng.integers(low, high + 1, 3))
+    return red, green, blue
+
+
+def _enlarged(box: list[int]) -> list[int]:
+    """The box on the enlarged canvas; Pillow counts the last row and column in."""
+    return [box[0] * SCALE, box[1] * SCALE, box[2] * SCALE - 1, box[3] * SCALE - 1]

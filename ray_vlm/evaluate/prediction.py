@@ -1,0 +1,55 @@
+"""One answer beside its truth: what every metric, table and report is made from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ray_vlm.data.records import SftRecord
+from ray_vlm.data.rows import Preparer
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer and the truth of its record, places in original pixels, and the task's score of it.
+
+    `found` is what the task understood of the answer (`Parsed.values`); `images` are paths, or None for bytes.
+    """
+
+    row: int
+    id: str
+    group: str
+    images: tuple[str | None, ...]
+    sizes: tuple[tuple[int, int], ...]
+    answer: str
+    found: Mapping[str, Any]
+    ok: bool
+    repairs: tuple[str, ...]
+    truth: Mapping[str, Any]
+    score: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as `predictions.jsonl` holds it."""
+        return asdict(self)
+
+
+def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], preparer: Preparer) -> list[Prediction]:
+    """Parse and score each answer with the task's own functions."""
+    predictions = []
+    for record, text in zip(records, answers, strict=True):
+        parsed = preparer.task.parse(text, preparer.frames(record))
+        predictions.append(
+            Prediction(
+                row=record.row,
+                id=record.id,
+                group=record.group,
+                images=tuple(image if isinstance(image, str) else None for image in record.images),
+                sizes=record.sizes,
+                answer=text,
+                found=parsed.values,
+                ok=parsed.ok,
+                repairs=parsed.repairs,
+                truth=record.truth,
+                score=preparer.task.score(parsed, record.truth),
+            )
+        )
+    return predictions

@@ -1,0 +1,103 @@
+"""Chat: free text about one or several images, over one or several turns (questions, captions).
+
+Every assistant turn is trained; the last one is what is generated and scored.
+
+`truth` is `{"answer": text}`; `context` is `{"turns": ((role, text), ...)}`, all turns before that, with an `<image>`
+for every image, and where texts speak of places `boxes`, `refs` and `image_of`, which take the places of `<bbox>` and
+`<ref-object>` in order of appearance.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_vlm.data.records import SftRecord
+from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, Setting, Turns
+from ray_vlm.tasks.boxes import Frame, box_problem, write_region
+
+_PLACEHOLDER = re.compile(r"<bbox>|<ref-object>")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NOT_WORDS = re.compile(r"[^\w\s]")
+
+
+def check(record: SftRecord, labels: Sequence[str]) -> str | None:
+    """Why a record cannot be learned from, if so."""
+    tags_found = sum(text.count(IMAGE) for _, text in record.context["turns"]) + record.truth["answer"].count(IMAGE)
+    if tags_found != len(record.images):
+        return f"{tags_found} <image> tags for {len(record.images)} images; there must be one tag for each image"
+    if not record.truth["answer"].strip():
+        return "the last answer is empty, so there is nothing to learn"
+    for box, image in zip(record.context.get("boxes", ()), record.context.get("image_of", ()), strict=False):
+        if image >= len(record.images):
+            return f"a box names image {image}, and there are {len(record.images)}"
+        if reason := box_problem(box, record.sizes[image]):
+            return f"{reason}; mend the box, or say what its numbers mean with box_units"
+    return None
+
+
+def tags(record: SftRecord) -> tuple[str, ...]:
+    """None: free text has no classes."""
+    return ()
+
+
+def ask(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Turns:
+    """All turns before the last answer."""
+    turns = _fill(record, frames)[:-1]
+    if setting.options.system and not (turns and turns[0][0] == "system"):
+        turns = (("system", setting.options.system), *turns)
+    return turns
+
+
+def answer(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Answer:
+    """The last answer."""
+    return Answer(_fill(record, frames)[-1][1])
+
+
+def _fill(record: SftRecord, frames: Sequence[Frame]) -> Turns:
+    """All turns, with boxes and names written in place of their placeholders."""
+    turns = (*record.context["turns"], ("assistant", record.truth["answer"]))
+    boxes, names = record.context.get("boxes", ()), iter(record.context.get("refs", ()))
+    if not boxes and "refs" not in record.context:
+        return turns
+    image_of = record.context.get("image_of") or (0,) * len(boxes)
+    regions = (write_region(box, frames[i]) for box, i in zip(boxes, image_of, strict=True))
+
+    def one(found: re.Match) -> str:
+        return next(regions if found.group() == "<bbox>" else names, found.group())
+
+    return tuple((role, _PLACEHOLDER.sub(one, text)) for role, text in turns)
+
+
+def parse(text: str, frames: Sequence[Frame]) -> Parsed:
+    """`answer`: the text without spaces around it."""
+    return Parsed({"answer": text.strip()}, bool(text.strip()), () if text.strip() else ("empty answer",))
+
+
+def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
+    """`exact`; `normalised`: equal but for case, punctuation, articles and spaces (as SQuAD and VQA do); `anls`: one
+    minus the edit distance over the longer length, 0 where that is below 0.5 (Biten et al. 2019, arXiv:1905.13648)."""
+    found, right = parsed.values.get("answer", ""), truth["answer"].strip()
+    return {"exact": found == right, "normalised": _normal(found) == _normal(right), "anls": anls(found, right)}
+
+
+def _normal(text: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", _NOT_WORDS.sub(" ", text.casefold())).split())
+
+
+def anls(found: str, right: str) -> float:
+    """Average normalised Levenshtein similarity of one answer, 0..1, case aside."""
+    a, b = found.casefold().strip(), right.casefold().strip()
+    if not a and not b:
+        return 1.0
+    similarity = 1.0 - _edits(a, b) / max(len(a), len(b))
+    return similarity if similarity >= 0.5 else 0.0
+
+
+def _edits(a: str, b: str) -> int:
+    """Levenshtein distance, one row at a time."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]

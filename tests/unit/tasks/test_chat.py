@@ -1,0 +1,73 @@
+"""Chat: several images and turns, places written into texts by the codec, and string scores."""
+
+import pytest
+
+from ray_vlm.config.schema import Task
+from ray_vlm.data.records import SftRecord
+from ray_vlm.tasks import chat
+from ray_vlm.tasks.answers import Parsed, Setting
+from ray_vlm.tasks.boxes import CODECS, Frame
+
+SIZES = ((100, 100), (200, 100))
+
+
+def _record(turns, answer="yes", images=("a.jpg", "b.jpg"), **context) -> SftRecord:
+    return SftRecord("1", 0, images, SIZES[: len(images)], {"answer": answer}, {"turns": tuple(turns), **context})
+
+
+TURNS = (("user", "<image>What?"), ("assistant", "A dog."), ("user", "<image>And here?"))
+
+
+def _frames(codec: str = "qwen3_vl") -> tuple[Frame, ...]:
+    return tuple(Frame(size, size, CODECS[codec]) for size in SIZES)
+
+
+def test_all_turns_are_asked_and_the_last_is_the_answer() -> None:
+    assert chat.ask(_record(TURNS), _frames(), Setting(Task(name="chat"))) == TURNS
+    assert chat.answer(_record(TURNS), _frames(), Setting(Task())).text == "yes"
+    told = chat.ask(_record(TURNS), _frames(), Setting(Task(name="chat", system="Be brief.")))
+    assert told[0] == ("system", "Be brief.")
+    own = (("system", "Mine."), *TURNS)
+    assert chat.ask(_record(own), _frames(), Setting(Task(name="chat", system="Be brief.")))[0] == ("system", "Mine.")
+
+
+@pytest.mark.parametrize(
+    ("codec", "words"),
+    [("qwen3_vl", "[100, 200, 500, 600]"), ("qwen2_vl", "<|box_start|>(100,200),(500,600)<|box_end|>")],
+)
+def test_places_are_written_as_the_family_writes_them_and_of_their_own_image(codec: str, words: str) -> None:
+    record = _record(
+        TURNS,
+        "The <ref-object> is at <bbox>.",
+        boxes=((20.0, 20.0, 100.0, 60.0),),
+        refs=("dog",),
+        image_of=(1,),
+    )
+    assert chat.answer(record, _frames(codec), Setting(Task())).text == f"The dog is at {words}."
+
+
+@pytest.mark.parametrize(
+    ("found", "right", "expected"),
+    [
+        ("A cat", "A cat", (True, True, 1.0)),
+        ("a Cat.", "cat", (False, True, 0.0)),
+        ("hallo", "hello", (False, False, 0.8)),
+        ("", "hello", (False, False, 0.0)),
+        ("xyz", "hello", (False, False, 0.0)),
+        ("", "", (True, True, 1.0)),
+    ],
+)
+def test_scores(found: str, right: str, expected: tuple) -> None:
+    score = chat.score(Parsed({"answer": found}), {"answer": right})
+    assert (score["exact"], score["normalised"]) == expected[:2]
+    if expected[2] or found != "a Cat.":
+        assert score["anls"] == pytest.approx(expected[2])
+
+
+def test_rows_that_cannot_be_learned_say_why() -> None:
+    assert chat.check(_record(TURNS), ()) is None
+    assert "2 <image> tags for 1 images" in (chat.check(_record(TURNS, images=("a.jpg",)), ()) or "")
+    assert "empty" in (chat.check(_record(TURNS, " "), ()) or "")
+    outside = _record(TURNS, boxes=((0.0, 0.0, 900.0, 5.0),), image_of=(0,))
+    assert "outside its 100x100" in (chat.check(outside, ()) or "")
+    assert "image 5" in (chat.check(_record(TURNS, boxes=((0.0, 0.0, 9.0, 5.0),), image_of=(5,)), ()) or "")
