@@ -24,8 +24,13 @@ from ray_vlm.data.balance import plan_balance
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.splits import plan_split
 
-CLASSES = ("circle", "square", "triangle", "cross", "ring", "diamond", "star")
-SHARES = (0.45, 0.25, 0.15, 0.08, 0.04, 0.02, 0.01)
+TYPES = {"type=grate": 0.7, "type=manhole": 0.2, "type=catch_basin": 0.1}
+CONDITIONS = {
+    "condition=clear": 0.6,
+    "condition=partly_blocked": 0.3,
+    "condition=blocked": 0.09,
+    "condition=broken": 0.01,
+}
 WORLD, STEPS = 8, 100
 
 
@@ -51,11 +56,12 @@ def peak_bytes() -> int:
 def make_rows(num_rows: int) -> tuple[list[tuple[str, ...]], list[str], np.ndarray]:
     """Tags of rows (tuples shared by all rows of a kind), the class each is split by, and costs like token counts."""
     rng = np.random.default_rng(0)
-    kinds = [(name,) for name in CLASSES] + [(CLASSES[0], name) for name in CLASSES[1:]]
-    odds = np.array([*SHARES, *SHARES[1:]])
-    picks = rng.choice(len(kinds), num_rows, p=odds / odds.sum()).astype(np.int8).tolist()
+    share = TYPES | CONDITIONS
+    kinds = [(first, second) for first in TYPES for second in CONDITIONS]
+    picks = rng.choice(len(kinds), num_rows, p=[share[a] * share[b] for a, b in kinds]).astype(np.int8)
+    rarest = [min(kind, key=lambda tag: share[tag]) for kind in kinds]
     costs = rng.lognormal(6.0, 0.6, num_rows).astype(np.float32)
-    return [kinds[i] for i in picks], [kinds[i][-1] for i in picks], costs
+    return [kinds[i] for i in picks], [rarest[i] for i in picks], costs
 
 
 def plan_all(num_rows: int) -> dict[str, tuple[float, int]]:

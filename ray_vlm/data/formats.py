@@ -23,8 +23,9 @@ _NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
 def read_rows(source: Source, task: Task) -> tuple[list[Record | BadRow], list[str]]:
     """All rows of a source in file order, and the class names it declares.
 
-    These are COCO's categories in their order, else the sorted labels that were found (of classification
-    `attribute=value`). Image sizes are not known yet (`sizes` is empty): the index reads them from the files' headers.
+    These are COCO's categories in their order, else the labels that were found, sorted (of classification
+    `attribute=value`, the attributes in the order of their columns). Image sizes are not known yet (`sizes` is empty):
+    the index reads them from the files' headers.
     Raises `DataError` where the file as a whole cannot be used.
     """
     return FORMATS[source.format](source)
@@ -90,7 +91,15 @@ def _read(
     """Rows of a table, one by one. `needs`: of each group of names, one column must be filled."""
     rows = _rows(source, needs)[: source.max_rows]
     made = _refuse_twice([_made(row, make, needs) for row in rows])
-    return made, sorted({label for record in made if isinstance(record, SftRecord) for label in _labels(record)})
+    labels = dict.fromkeys(label for record in made if isinstance(record, SftRecord) for label in _labels(record))
+    attributes = list(dict.fromkeys(label.partition("=")[0] for label in labels if "=" in label))
+    return made, sorted(labels, key=lambda label: (_place(label, attributes), label))
+
+
+def _place(label: str, attributes: list[str]) -> int:
+    """Attributes stay in the order of their columns, the class first."""
+    name = label.partition("=")[0]
+    return attributes.index(name) if name in attributes else 0
 
 
 def _read_gui(source: Source) -> tuple[list[Record | BadRow], list[str]]:
@@ -185,15 +194,4 @@ FORMATS: dict[str, Callable[[Source], tuple[list[Any], list[str]]]] = {
         ),
     ),
     "prompt": partial(_read, make=prompt_record, needs=(("prompt", "problem"),)),
-}
-
-TASKS_OF: dict[str, tuple[str, ...]] = {
-    "coco": ("detection",),
-    "objects": ("detection",),
-    "llava": ("chat",),
-    "messages": ("chat",),
-    "image_csv": ("classification",),
-    "gui_csv": ("gui_steps",),
-    "preference": (),
-    "prompt": (),
 }

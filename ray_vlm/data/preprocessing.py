@@ -22,7 +22,10 @@ def describe_preprocessing(preparer: Preparer) -> dict[str, Any]:
 
 
 def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec | None:
-    """`spec` with the wording, class names, codec and image sizes that the weights in `folder` were trained with; None where they do not say."""
+    """`spec` with the wording, class names, codec and image sizes of the training of the weights in `folder`.
+
+    None where they do not say; raises `ModelError` where what they say cannot be read.
+    """
     path = Path(folder) / "preprocessing.json"
     if not path.is_file():
         return None

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from ray_vlm.config.check import FORMAT_TASKS
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import Task
 from ray_vlm.data.files import open_file, parent_folder, read_bytes, resolve_image
-from ray_vlm.data.formats import FORMATS, TASKS_OF, read_rows
+from ray_vlm.data.formats import FORMATS, read_rows
 from ray_vlm.data.records import BadRow, PreferenceRecord, PromptRecord, SftRecord
 from ray_vlm.data.tables import read_table
 from ray_vlm.errors import DataError
@@ -170,7 +171,7 @@ def test_image_csv(tmp_path: Path) -> None:
     assert records[0].truth == {"attributes": {"object": "drain", "condition": "open"}}
     assert records[0].context == {"box": (1.0, 2.5, 3.0, 4.0), "box_units": "relative_1000"}
     assert records[1].context == {}
-    assert labels == ["condition=blocked, half", "condition=open", "object=drain"]
+    assert labels == ["object=drain", "condition=blocked, half", "condition=open"]
 
 
 def test_image_csv_with_other_names(tmp_path: Path) -> None:
@@ -390,5 +391,7 @@ def test_local_images_stay_under_their_root(tmp_path: Path) -> None:
 
 def test_every_format_says_which_tasks_it_feeds() -> None:
     formats = set(Source.model_fields["format"].annotation.__args__)
-    assert set(FORMATS) == set(TASKS_OF) == formats
-    assert {task for tasks in TASKS_OF.values() for task in tasks} == set(Task.model_fields["name"].annotation.__args__)
+    assert set(FORMATS) == set(FORMAT_TASKS) == formats
+    assert {task for tasks in FORMAT_TASKS.values() for task in tasks} == set(
+        Task.model_fields["name"].annotation.__args__
+    )

@@ -1,0 +1,206 @@
+"""`ray-vlm data check`: every row of every source of a job, each bad one with its reason, before a run meets it.
+
+Rows go through the checks of the index (`index.py`): header, end-of-file marker, boxes, labels, tokens. Nothing stops
+at a bad row, at a source without a good one, or at a file that cannot be used at all.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from ray_vlm.config.data import Source
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.formats import read_rows
+from ray_vlm.data.images import decode
+from ray_vlm.data.index import _count, _measure
+from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.rows import load_preparer, row_spec
+from ray_vlm.data.source import prepare_source
+from ray_vlm.errors import DataError, RunError
+
+_THREADS = min(8, os.cpu_count() or 1)
+_SHOWN_REASONS = 40
+_VARYING = (  # what differs between reasons that are alike -> what stands for it; in this order
+    (re.compile(r"^id .{1,300}? is used by"), "id … is used by"),
+    (re.compile(r"\s\((?:/|[a-z0-9]+://).*\)$"), ""),  # the image, which the index adds
+    (re.compile(r"\[(?=[-\d'\"]|nan|inf)[^\]]*\]"), "[…]"),
+    (re.compile(r"(?<!\w)'(?:[^'\\]|\\.)*'(?!\w)"), "'…'"),
+    (re.compile(r'(?<!\w)"(?:[^"\\]|\\.)*"(?!\w)'), '"…"'),
+    (re.compile(r"\b0x[0-9a-f]+\b"), "N"),
+    (re.compile(r"\b\d+x\d+\b"), "NxN"),
+    (re.compile(r"(?<![\w-])-?\d+(?:\.\d+)?"), "N"),
+)
+
+
+@dataclass(frozen=True)
+class SourceCheck:
+    """What one source came to. `name` is its setting (`train`, `mix[0]`, `eval`, `test`).
+
+    `rows` = `usable` + the number of `bad`. `problems`: why the file as a whole cannot be used. `seconds`: reading and
+    checking.
+    """
+
+    name: str
+    path: str
+    rows: int
+    usable: int
+    bad: tuple[BadRow, ...]
+    seconds: float
+    problems: tuple[str, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is bad."""
+        return not self.bad and not self.problems
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A source's rows and declared labels, or why there are none."""
+
+    rows: Sequence[Any]
+    labels: Sequence[str]
+    problems: tuple[str, ...]
+    seconds: float
+
+
+def named_sources(job: JobConfig) -> dict[str, Source]:
+    """The job's sources that are files, by setting. A share of the training rows is no source of its own."""
+    data = job.data
+    found = {"train": data.train, **{f"mix[{i}]": source for i, source in enumerate(data.mix)}}
+    found |= {"eval": data.eval, "test": data.test}
+    return {name: source for name, source in found.items() if source is not None and source.ratio is None}
+
+
+def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[SourceCheck]:
+    """Check every source, one after the other; each comes out as soon as it is done.
+
+    `decode_images`: also decode every image whole, as training will. Raises only where the job itself cannot work
+    (its model, its prompt); whatever is wrong with data is in what comes out.
+    """
+    sources = named_sources(job)
+    read = {name: _read(source, job) for name, source in sources.items()}
+    training = [r for name, r in read.items() if name == "train" or name.startswith("mix")]
+    labels = [label for r in training for label in r.labels] or [label for r in read.values() for label in r.labels]
+    data = job.data.model_copy(update={"on_bad_row": "quarantine"})
+    preparer = load_preparer(row_spec(job, list(dict.fromkeys(labels))))
+
+    def one(row: Any) -> BadRow | SftRecord:
+        measured = _measure(row, data)
+        return _undecodable(measured) or measured if decode_images else measured
+
+    for name, source in sources.items():
+        started, rows = time.monotonic(), read[name].rows
+        with ThreadPoolExecutor(_THREADS) as pool:
+            measured = list(pool.map(one, rows))
+        counted = [row if isinstance(row, BadRow) else _count(row, preparer, data.max_tokens) for row in measured]
+        bad = tuple(row for row in counted if isinstance(row, BadRow))
+        problems = read[name].problems or (() if rows else (f"{source.path}: it has no rows.",))
+        seconds = read[name].seconds + time.monotonic() - started
+        yield SourceCheck(name, source.path, len(rows), len(rows) - len(bad), bad, seconds, problems)
+
+
+def _read(source: Source, job: JobConfig) -> _Read:
+    started = time.monotonic()
+    try:
+        prepare_source(source)
+        rows, labels = read_rows(source, job.task)
+    except DataError as error:
+        return _Read([], [], tuple(error.problems), time.monotonic() - started)
+    return _Read(rows, labels, (), time.monotonic() - started)
+
+
+def _undecodable(row: BadRow | SftRecord) -> BadRow | None:
+    """Why one of a row's images cannot be decoded, if so."""
+    if isinstance(row, BadRow):
+        return None
+    for image, size in zip(row.images, row.sizes, strict=True):
+        name = f" ({image})" if isinstance(image, str) else ""
+        try:
+            pixels = decode(image)
+        except Exception as error:  # decoders raise what they like
+            return BadRow(row.row, row.id, f"image cannot be decoded ({type(error).__name__}: {error}){name}")
+        if (pixels.shape[1], pixels.shape[0]) != size:
+            told = f"{pixels.shape[1]}x{pixels.shape[0]} px, and its header says {size[0]}x{size[1]}"
+            return BadRow(row.row, row.id, f"image decodes to {told}; write the file again{name}")
+    return None
+
+
+def group_reason(reason: str) -> str:
+    """A reason with numbers, names and paths replaced, so that reasons of one kind are equal."""
+    text = plain(reason)
+    for pattern, stands_for in _VARYING:
+        text = pattern.sub(stands_for, text)
+    return text
+
+
+def group_bad(bad: Iterable[BadRow]) -> list[tuple[str, list[BadRow]]]:
+    """Kinds of reasons with their rows, the most frequent first."""
+    groups: dict[str, list[BadRow]] = {}
+    for row in bad:
+        groups.setdefault(group_reason(row.reason), []).append(row)
+    return sorted(groups.items(), key=lambda group: -len(group[1]))
+
+
+def describe_check(check: SourceCheck) -> str:
+    """A source as text: how many rows, how many are bad, and why, with an example of each kind."""
+    speed = f"{check.rows / check.seconds:,.0f} rows/s" if check.seconds > 0 else "at once"
+    lines = [
+        f"data.{check.name}  {plain(check.path)}",
+        f"  rows {check.rows}, usable {check.usable}, bad {len(check.bad)}  ({check.seconds:.1f} s, {speed})",
+    ]
+    lines += [f"  cannot be used: {plain(problem)}" for problem in check.problems]
+    groups = group_bad(check.bad)
+    if groups:
+        places = [f"row {rows[0].row} (id {_short(rows[0].id) or '?'})" for _, rows in groups[:_SHOWN_REASONS]]
+        width = max(len("for example"), *map(len, places))
+        lines.append(f"  {'count':>7}  {'for example':<{width}}  reason")
+        for (reason, rows), place in zip(groups[:_SHOWN_REASONS], places, strict=True):
+            told = reason if len(rows) > 1 else plain(rows[0].reason)
+            lines.append(f"  {len(rows):>7}  {place:<{width}}  {told}")
+    if len(groups) > _SHOWN_REASONS:
+        rest = sum(len(rows) for _, rows in groups[_SHOWN_REASONS:])
+        lines.append(f"  {rest:>7}  of {len(groups) - _SHOWN_REASONS} more kinds; --bad-rows PATH writes them all")
+    return "\n".join(lines)
+
+
+def describe_shares(job: JobConfig) -> list[str]:
+    """One line for each part that is a share of the training rows, and so is checked with them."""
+    parts: Mapping[str, Source | None] = {"eval": job.data.eval, "test": job.data.test}
+    return [
+        f"data.{name}  {part.ratio:.0%} of the training rows, checked with them"
+        for name, part in parts.items()
+        if part is not None and part.ratio is not None
+    ]
+
+
+def write_bad_rows(path: str, checks: Iterable[SourceCheck]) -> int:
+    """Write each bad row as a JSON line `part, row, id, reason`; returns their number. Raises `RunError`."""
+    count = 0
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            for check in checks:
+                for bad in check.bad:
+                    line = {"part": check.name, "row": bad.row, "id": bad.id, "reason": bad.reason}
+                    file.write(json.dumps(line) + "\n")
+                    count += 1
+    except OSError as error:
+        raise RunError(f"--bad-rows: {path} cannot be written ({error.strerror}). Give another path.") from None
+    return count
+
+
+def plain(text: str, keep: str = "") -> str:
+    """Text for a terminal or a picture: what is not printable, but for the characters in `keep`, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def _short(text: str) -> str:
+    text = plain(text)
+    return text if len(text) <= 32 else f"{text[:31]}…"

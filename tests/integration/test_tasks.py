@@ -1,0 +1,142 @@
+"""Each task from a file to a score, on tiny random models: train, evaluate, and what lies in the run folder."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ray_vlm.cli import main
+from tests.conftest import FAMILIES
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """A small source for each task but detection, with images beside it."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 255, (80, 96, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "object", "condition", "x1", "y1", "x2", "y2"])
+        table.writerows([f"{i}.png", "ab"[i % 2], "xy"[i % 4 == 0], 10, 10, 50, 60] for i in range(24))
+    with (tmp_path / "steps.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Task_id", "Image_id", "Instruction", "Output", "Grounding"])
+        for i in range(24):
+            output = json.dumps({"action": "click", "target": f"b{i % 3}"} if i % 3 < 2 else {"action": "done"})
+            place = json.dumps({"bbox": [10, 10, 40, 40]} if i % 3 < 2 else {})
+            table.writerow([f"t{i // 3}", f"{i}.png", "click b0, then b1", output, place])
+    with (tmp_path / "chat.jsonl").open("w") as file:
+        for i in range(24):
+            turns = [("human", "<image>\nWhat?"), ("gpt", f"Thing {i}."), ("human", "<image>\nAnd?"), ("gpt", "More.")]
+            row = {"image": [f"{i}.png", f"{(i + 1) % 24}.png"]}
+            file.write(json.dumps(row | {"conversations": [{"from": r, "value": v} for r, v in turns]}) + "\n")
+    formats = {"classification": ("labels.csv", "image_csv"), "gui_steps": ("steps.csv", "gui_csv")}
+    formats["chat"] = ("chat.jsonl", "llava")
+    return {task: {"path": str(tmp_path / name), "format": kind} for task, (name, kind) in formats.items()}
+
+
+METRIC = {"classification": "accuracy", "gui_steps": "step_success", "chat": "anls"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", list(METRIC))
+def test_train_and_evaluate(task: str, family: str, sources, job_file, tmp_path: Path, capsys) -> None:
+    data = {"train": sources[task], "eval": 0.25, "test": 0.25}
+    sections = {"task": task, "data": data, "evaluate": {"metric": METRIC[task], "max_new_tokens": 8}}
+    path = job_file(family, **sections)
+    assert main(["train", str(path)]) == 0
+    run = tmp_path / "runs" / "run"
+    assert main(["evaluate", str(path), "--adapter", str(run / "best")]) == 0
+    folder = run / "evaluate" / "best"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["num_rows"] == 6
+    assert METRIC[task] in metrics["overall"]
+    assert json.loads((run / "best" / "preprocessing.json").read_text())["task"]["name"] == task
+    assert (folder / "report.html").stat().st_size > 1000
+    ids = {json.loads(line)["id"] for line in (folder / "predictions.jsonl").open()}
+    if task == "gui_steps":
+        assert len({name.split("/")[0] for name in ids}) == 2, "two whole tasks"
+    resolved = json.loads((run / "resolved.json").read_text())
+    assert resolved["data"]["test"]["ratio"] == 0.25
+
+
+def test_the_parts_of_a_split_share_no_row(sources, job_file) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.splits import load_parts
+
+    data = {"train": sources["gui_steps"], "eval": 0.25, "test": 0.25}
+    job = load_job(job_file(task="gui_steps", data=data))
+    parts = load_parts(job, ["train", "eval", "test"])
+    groups = [{record.group for record in index.records} for index in (parts.train, parts.eval, parts.test)]
+    assert [len(group) for group in groups] == [4, 2, 2]
+    assert len(set.union(*groups)) == 8
+    again = load_parts(job, ["test"]).test
+    assert [r.id for r in again.records] == [r.id for r in parts.test.records], "evaluation sees the same rows"
+
+
+def test_sources_are_mixed_by_weight(sources, job_file) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.train.driver import prepare
+
+    more = sources["classification"] | {"weight": 2.5, "max_rows": 8}
+    job = load_job(job_file(task="classification", data={"train": sources["classification"], "mix": [more]}))
+    prepared = prepare(job)
+    assert len(prepared.train) == 32
+    assert prepared.plan.rows_per_epoch == 24 + 20
+    assert prepared.plan.factors.tolist() == [1.0] * 24 + [2.5] * 8
+
+
+def test_every_turn_of_the_assistant_is_trained(sources, job_file) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.rows import IGNORED, load_preparer
+    from ray_vlm.train.driver import prepare
+
+    prepared = prepare(load_job(job_file(task="chat", data={"train": sources["chat"]})))
+    preparer = load_preparer(prepared.spec)
+    row = preparer.train_row(prepared.train.records[0])
+    trained = preparer.tokenizer.decode(row.input_ids[row.labels != IGNORED])
+    assert trained == "Thing 0.<|im_end|>\nMore.<|im_end|>\n"
+    assert len(row.images) == 2
+    stock = preparer.processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Thing 0."}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nAnd?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "More."}]},
+        ],
+        tokenize=False,
+    )
+    images = [Image.open(path) for path in prepared.train.records[0].images]
+    expected = preparer.processor(images=images, text=[stock], return_tensors="np")["input_ids"][0]
+    assert row.input_ids.tolist() == expected.tolist()
+
+
+def test_padding_keeps_shapes_and_is_remembered(job_file, scenes: Path, tmp_path: Path) -> None:
+    rows = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")}
+    data = rows | {"resize": "pad", "pad_color": [1, 2, 3], "pad_place": "center"}
+    path = job_file(data=data, evaluate={"max_new_tokens": 4})
+    assert main(["train", str(path)]) == 0
+    final = tmp_path / "runs" / "run" / "final"
+    saved = json.loads((final / "preprocessing.json").read_text())["images"]
+    assert (saved["pad"], saved["center"]) == ([1, 2, 3], True)
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.preprocessing import read_preprocessing
+    from ray_vlm.data.rows import row_spec
+
+    spec = read_preprocessing(str(final), row_spec(load_job(path, ["data.resize=stretch", "data.pad_color=null"]), []))
+    assert (spec.resize, spec.pad_color, spec.pad_place) == ("pad", (1, 2, 3), "center")
+    assert main(["evaluate", str(path), "--adapter", str(final)]) == 0
+
+
+def test_the_job_s_codec_is_used_and_remembered(job_file, scenes: Path, tmp_path: Path) -> None:
+    rows = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")}
+    path = job_file(task={"name": "detection", "codec": "qwen2_vl"}, data=rows, evaluate={"max_new_tokens": 4})
+    assert main(["train", str(path)]) == 0
+    final = tmp_path / "runs" / "run" / "final"
+    assert json.loads((final / "preprocessing.json").read_text())["task"]["codec"] == "qwen2_vl"
+    assert main(["evaluate", str(path), "task.codec=null", "--adapter", str(final)]) == 0
