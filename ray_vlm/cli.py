@@ -63,8 +63,28 @@ def _parser() -> argparse.ArgumentParser:
         "--output", help="folder for the results (default: beside the adapter, or <output_dir>/evaluate)"
     )
     evaluate.add_argument("--against", help="folder of another evaluation to show beside this one in report.html")
+    _add_data_verbs(verbs)
     _add_cluster_verbs(verbs)
     return parser
+
+
+def _add_data_verbs(verbs: argparse._SubParsersAction) -> None:
+    data = verbs.add_parser("data", help="look at a job's rows: what is bad, how they are, what the model sees")
+    actions = data.add_subparsers(metavar="ACTION", required=True)
+    check = _job_verb(actions, "check", "read every row of every source; exit code 1 if any is bad", _data_check)
+    check.add_argument("--decode", action="store_true", help="also decode every image whole, which takes longer")
+    check.add_argument("--bad-rows", metavar="PATH", help="write all bad rows there, as JSON lines")
+    stats = _job_verb(actions, "stats", "classes, boxes, images, tokens, and what other limits would do", _data_stats)
+    preview = _job_verb(actions, "preview", "pictures and tokens of some rows as the model gets them", _data_preview)
+    preview.add_argument("--rows", type=_row_count, default=12, metavar="N", help="how many, 1 to 200 (default: 12)")
+    for action, name in ((stats, "stats"), (preview, "preview")):
+        action.add_argument("--output", metavar="PATH", help=f"the PNG (default: <run.output_dir>/data/{name}.png)")
+
+
+def _row_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 200:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 200")
+    return int(text)
 
 
 def _add_cluster_verbs(verbs: argparse._SubParsersAction) -> None:
@@ -143,6 +163,69 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     job = load_job(args.job, args.overrides)
     evaluate_and_report(job, args.adapter, args.output, args.against)
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.survey import check_sources, describe_check, describe_shares, write_bad_rows
+    from ray_vlm.train.driver import absolute_paths
+
+    job = absolute_paths(load_job(args.job, args.overrides))
+    checks = []
+    for check in check_sources(job, args.decode):
+        print(describe_check(check), flush=True)
+        checks.append(check)
+    for line in describe_shares(job):
+        print(line)
+    if args.bad_rows:
+        print(f"{write_bad_rows(args.bad_rows, checks)} bad rows written to {args.bad_rows}")
+    return 0 if all(check.good for check in checks) else 1
+
+
+def _data_stats(args: argparse.Namespace) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.stats import measure_rows
+    from ray_vlm.data.stats_plot import draw_stats
+    from ray_vlm.data.stats_text import describe_stats
+    from ray_vlm.train.driver import absolute_paths
+
+    job = absolute_paths(load_job(args.job, args.overrides))
+    stats = measure_rows(job)
+    print(describe_stats(stats))
+    picture = draw_stats(stats, f"{Path(args.job).name}: {stats.parts['train'][0]:,} training rows")
+    print(f"\npicture: {_write_picture(picture, args.output, job.run.output_dir, 'stats')}")
+
+
+def _data_preview(args: argparse.Namespace) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.preview import choose_rows, describe_choice, describe_rows
+    from ray_vlm.data.sheet import make_cells
+    from ray_vlm.data.sheet_plot import draw_sheet
+    from ray_vlm.data.splits import row_tags
+    from ray_vlm.train.driver import prepare
+
+    prepared = prepare(load_job(args.job, args.overrides))
+    train, spec = prepared.train, prepared.spec
+    chosen = choose_rows([row_tags(prepared.job, record) for record in train.records], args.rows)
+    print(describe_rows(train, spec, chosen))
+    title = f"{Path(args.job).name}: {len(chosen.positions)} of {len(train):,} training rows, as the model sees them"
+    picture = draw_sheet(make_cells(train, spec, chosen.positions), title, describe_choice(chosen, spec))
+    print(f"\npicture: {_write_picture(picture, args.output, prepared.job.run.output_dir, 'preview')}")
+
+
+def _write_picture(png: bytes, output: str | None, output_dir: str, name: str) -> str:
+    """Write it to `output`, or to its place in the job's folder; returns where it is."""
+    from ray_vlm.errors import RunError
+    from ray_vlm.runs.store import Store, full_address, is_remote, join
+
+    address = full_address(output) if output else join(output_dir, f"data/{name}.png")
+    base, _, options = address.partition("?") if is_remote(address) else (address, "", "")
+    folder, _, file = base.rpartition("/")
+    try:
+        Store(f"{folder}?{options}" if options else folder or "/").write(file, png)
+    except OSError as error:
+        raise RunError(f"{address} cannot be written ({error}). Give another --output.") from None
+    return address
 
 
 def _submit(args: argparse.Namespace) -> int:

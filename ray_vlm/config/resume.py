@@ -1,9 +1,8 @@
 """What a resumed job may change, and where a Ray job may write."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
-
-_PLACES = ("path", "image_root")
 
 # Keys that a resumed run may change; the rest decide what is learned.
 MAY_CHANGE = (
@@ -12,7 +11,7 @@ MAY_CHANGE = (
     *("train.micro_batch_size", "train.gradient_checkpointing", "evaluate.every_steps", "evaluate.batch_size"),
 )
 # Paths may differ, as they do in each Ray job's copy of the folder: rows and base are compared by their contents.
-_MAY_MOVE = ("model.name", "model.adapter", *(f"data.{s}.{key}" for s in ("train", "eval") for key in _PLACES))
+_MAY_MOVE = re.compile(r"model\.(name|adapter)|data\.(train|eval|mix\.\d+)\.(path|image_root)")
 
 
 def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -24,13 +23,15 @@ def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not any(touches(key, free) and len(key) >= len(free) for free in MAY_CHANGE)
-        and not (key in _MAY_MOVE and _same_name(before.get(key), after.get(key)))
+        and not (_MAY_MOVE.fullmatch(key) and _same_name(before.get(key), after.get(key)))
     ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
+            value = {str(i): entry for i, entry in enumerate(value)}
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return flat
 

@@ -1,11 +1,23 @@
-"""What a person sees before anything starts: the plan in numbers and the first records with trained tokens marked."""
+"""What a person sees before anything starts: the plan in numbers, and rows with the tokens that are trained marked.
+
+`sheet.py` makes pictures of the same rows.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
 
 from ray_vlm.data.balance import Balance, describe_balance
 from ray_vlm.data.index import Index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.rows import IGNORED, Preparer, RowSpec, load_preparer
+from ray_vlm.data.rows import IGNORED, Preparer, Row, RowSpec, load_preparer
+from ray_vlm.data.survey import plain
 
 _SHOWN_RECORDS = 2
+_TOKEN_NOTE = "trained tokens between [[ and ]], [[x2.50: where they weigh 2.50; the rest is only read"
 
 
 def describe_prepared(index: Index, plan: Plan, spec: RowSpec, balance: Balance) -> str:
@@ -21,26 +33,113 @@ def describe_prepared(index: Index, plan: Plan, spec: RowSpec, balance: Balance)
         f"({index.image_tokens.mean():.0f} of images, {index.answer_tokens.mean():.0f} trained); "
         f"first step {int(tokens[step].sum())}, mean step {tokens.mean() * plan.global_batch_size:.0f}",
         *describe_balance(balance),
-        "first records, trained tokens between [[ and ]]:",
+        f"first records, {_TOKEN_NOTE}:",
     ]
     lines += [_token_view(index, i, preparer) for i in range(min(_SHOWN_RECORDS, len(index)))]
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Rows to look at: `positions` in the index, ascending; `rarest` is the rarest class or condition, `having` how
+    many of them have it, `share` that of all rows."""
+
+    positions: tuple[int, ...]
+    rarest: str | None = None
+    having: int = 0
+    share: float = 0.0
+
+
+def choose_rows(tags: Sequence[tuple[str, ...]], count: int) -> Chosen:
+    """`count` rows evenly spaced over those with these tags; a third of them have the rarest tag, if so many do."""
+    rows = Counter(tag for of_row in tags for tag in set(of_row))
+    if len(rows) < 2:
+        return Chosen(tuple(_spaced(np.arange(len(tags)), count)))
+    rarest = min(rows, key=lambda tag: (rows[tag], tag))
+    having = np.array([rarest in of_row for of_row in tags])
+    picked = _spaced(np.flatnonzero(having), -(-count // 3))
+    rest = np.setdiff1d(np.arange(len(tags)), picked)
+    positions = tuple(sorted([*picked, *_spaced(rest, count - len(picked))]))
+    return Chosen(positions, rarest, int(having[list(positions)].sum()), rows[rarest] / len(tags))
+
+
+def _spaced(positions: np.ndarray, count: int) -> list[int]:
+    """At most `count` of the positions: the middle of each of `count` equal stretches."""
+    count = min(count, len(positions))
+    return [int(positions[int((i + 0.5) * len(positions) / count)]) for i in range(count)]
+
+
+def describe_choice(chosen: Chosen, spec: RowSpec) -> list[str]:
+    """What the rows of a picture are, and how to read it."""
+    codec = load_preparer(spec).codec_name
+    lines = [f"Drawn from the text that is trained, read back as predictions are (boxes in the form of {codec})."]
+    if chosen.rarest is not None:
+        lines.append(
+            f"{chosen.having} of these {len(chosen.positions)} rows show {plain(chosen.rarest)}, the rarest "
+            f"({chosen.share:.1%} of all rows)."
+        )
+    return lines
+
+
+def describe_rows(index: Index, spec: RowSpec, chosen: Chosen, num_views: int = 3) -> str:
+    """The token view of the first chosen rows, then how the tokens of all chosen rows are trained, as a table."""
+    preparer = load_preparer(spec)
+    lines = [f"{_TOKEN_NOTE}:"]
+    lines += [_token_view(index, i, preparer) for i in chosen.positions[:num_views]]
+    counts = count_tokens([preparer.train_row(index.records[i]) for i in chosen.positions], preparer.image_token_id)
+    return "\n".join([*lines, "", *_count_lines(counts, len(chosen.positions))])
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens by what is done with them: trained, only read (prompt and images); `weight` is the mean of the trained."""
+
+    trained: int
+    prompt: int
+    image: int
+    weight: float
+
+    @property
+    def total(self) -> int:
+        """All tokens."""
+        return self.trained + self.prompt + self.image
+
+
+def count_tokens(rows: Sequence[Row], image_token_id: int) -> TokenCounts:
+    """Count the tokens of rows as they are trained."""
+    trained = image = total = 0
+    weight = 0.0
+    for row in rows:
+        told = row.labels != IGNORED
+        trained, total = trained + int(told.sum()), total + len(row.input_ids)
+        image += int((row.input_ids == image_token_id).sum())
+        weight += float(told.sum() if row.weights is None else row.weights[told].sum())
+    return TokenCounts(trained, total - trained - image, image, weight / max(trained, 1))
+
+
+def _count_lines(counts: TokenCounts, num_rows: int) -> list[str]:
+    lines = [f"{f'tokens of {num_rows} rows':<22} {'sum':>9} {'a row':>9} {'share':>7}"]
+    kinds = {"trained": counts.trained, "only read, prompt": counts.prompt, "only read, images": counts.image}
+    for name, count in {**kinds, "all": counts.total}.items():
+        share = count / max(counts.total, 1)
+        lines.append(f"  {name:<20} {count:>9,} {count / max(num_rows, 1):>9,.1f} {share:>7.1%}")
+    return [*lines, f"  mean weight of a trained token: {counts.weight:.3f}"]
+
+
 def _token_view(index: Index, position: int, preparer: Preparer) -> str:
     record = index.records[position]
     row = preparer.train_row(record)
+    weights = np.ones(len(row.input_ids), np.float32) if row.weights is None else row.weights
+    image = row.input_ids == preparer.image_token_id
+    trained = row.labels != IGNORED
+    runs = groupby(range(len(row.input_ids)), key=lambda i: (image[i], trained[i], weights[i] if trained[i] else 1.0))
     pieces: list[str] = []
-    image_run, trained = 0, False
-    for token, label in zip(row.input_ids.tolist(), row.labels.tolist(), strict=True):
-        if token == preparer.image_token_id:
-            image_run += 1
+    for (is_image, is_trained, weight), places in runs:
+        ids = row.input_ids[list(places)].tolist()
+        if is_image:
+            pieces.append(f"<image: {len(ids)} tokens>")
             continue
-        if image_run:
-            pieces.append(f"<image: {image_run} tokens>")
-            image_run = 0
-        if (label != IGNORED) != trained:
-            trained = not trained
-            pieces.append("[[" if trained else "]]")
-        pieces.append(preparer.tokenizer.decode([token]))
-    return f"--- row {record.row} (id {record.id})\n{''.join(pieces)}{']]' if trained else ''}"
+        text = plain(preparer.tokenizer.decode(ids), keep="\n\t")
+        mark = "" if weight == 1 else f"x{weight:.2f}:"
+        pieces.append(f"[[{mark}{text}]]" if is_trained else text)
+    return f"--- row {record.row} (id {plain(record.id)})\n{''.join(pieces)}"

@@ -107,7 +107,8 @@ class Preparer:
         self.setting = Setting(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
         self._layout = lru_cache(64)(self._lay_out)
         self._weight_of = dict(spec.token_weights)
-        self._special = [t for t in self.tokenizer.all_special_tokens if not _PLACES.fullmatch(t)]
+        special = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        self._special = [token for token in special if not _PLACES.fullmatch(token)]
         self._check_wording()
 
     def _check_wording(self) -> None:
@@ -124,8 +125,12 @@ class Preparer:
 
     def frames(self, record: SftRecord) -> tuple[Frame, ...]:
         """The coordinate frame of each image."""
-        places = [(size, self.image_spec.place(size)) for size in record.sizes]
-        return tuple(Frame(size, p.resized, self.codec, p.content, p.offset) for size, p in places)
+        return tuple(self._frame(size) for size in record.sizes)
+
+    def _frame(self, size: tuple[int, int]) -> Frame:
+        place = self.image_spec.place(size)
+        padded = place.content != place.resized
+        return Frame(size, place.resized, self.codec, place.content if padded else None, place.offset)
 
     def turns(self, record: SftRecord) -> Turns:
         """What is said before the answer."""

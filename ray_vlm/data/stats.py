@@ -1,6 +1,7 @@
 """`ray-vlm data stats`: what the training rows are like, and what other limits on pixels and tokens would do to them.
 
-`measure_rows` computes plain numbers from the index, without decoding an image; `stats_text.py` words them and `stats_plot.py` draws them.
+`measure_rows` computes plain numbers from the index, without decoding an image; `stats_text.py` words them and
+`stats_plot.py` draws them.
 """
 
 from collections import Counter, defaultdict
@@ -30,7 +31,7 @@ class Stats:
 
     `parts`: usable rows and bad ones of train, eval and test. `classes`: tag, rows, share (of rows), objects, times
     (shown in an epoch) and weight, most rows first. `places`: class -> region -> boxes and points. `images` and
-    `resized_images`: `int64 [images, 2]`, the latter without padding. `boxes` and `resized_boxes`: `float64 [boxes, 2]`.
+    `resized_images`: `int64 [images, 2]`, the latter without padding. `boxes`, `resized_boxes`: `float64 [boxes, 2]`.
     `tokens`: image, prompt, answer and all -> `int64 [rows]`. `limits`: what each `max_pixels` does. `cuts`: what
     `max_tokens` at each quantile drops.
     """
@@ -72,7 +73,7 @@ def measure_rows(job: JobConfig) -> Stats:
     for tag, place, size in regions:
         places[tag][_region(place, size, job.task.regions)] += 1
     return Stats(
-        parts={name: (len(i), len(i.bad)) for name in wanted if (i := getattr(parts, name)) is not None},
+        parts={name: _rows_of(getattr(parts, name), getattr(job.data, name).ratio) for name in wanted},
         notes=parts.notes,
         classes=_classes(job, train),
         regions=tuple(dict.fromkeys(name for row in job.task.regions for name in row)),
@@ -91,6 +92,11 @@ def measure_rows(job: JobConfig) -> Stats:
     )
 
 
+def _rows_of(index: Index, ratio: float | None) -> tuple[int, int]:
+    """Usable and bad rows; the bad ones of a share are counted with the rows that it is a share of."""
+    return len(index), len(index.bad) if ratio is None else 0
+
+
 def regions_of(record: SftRecord) -> Iterator[tuple[str, Sequence[float], tuple[int, int]]]:
     """Each box (four numbers) and point (two) of a record in original pixels, with its class and its image's size."""
     truth, context = record.truth, record.context
@@ -103,7 +109,7 @@ def regions_of(record: SftRecord) -> Iterator[tuple[str, Sequence[float], tuple[
             yield f"action={truth['output']['action']}", truth[key], record.sizes[0]
     numbers = context.get("image_of") or (0,) * len(context.get("boxes", ()))
     for box, image in zip(context.get("boxes", ()), numbers, strict=True):
-        yield "named in a text", box, record.sizes[image]
+        yield "in the text", box, record.sizes[image]
 
 
 def _region(place: Sequence[float], size: tuple[int, int], regions: Sequence[Sequence[str]]) -> str:

@@ -37,6 +37,7 @@ def draw_stats(stats: Stats, title: str) -> bytes:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = [_tokens]
     if stats.classes:
@@ -47,11 +48,12 @@ def draw_stats(stats: Stats, title: str) -> bytes:
         panels.append(_boxes)
     columns = 2 if len(panels) in (2, 4) else len(panels)
     lines = -(-len(panels) // columns)
-    with matplotlib.rc_context({**_STYLE, "font.family": font_families()}), warnings.catch_warnings():
+    style: Any = {**_STYLE, "font.family": font_families()}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=(13, 4.4 * lines + 0.6), dpi=110, layout="constrained")
+        space = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.06, hspace=0.08)
+        figure = Figure(figsize=(13, 4.4 * lines + 0.6), dpi=110, layout=space)
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15, wspace=0.06, hspace=0.08)
         figure.suptitle(shorten([title], 110)[0], x=0.012, ha="left", fontsize=14, color=_INK)
         for panel, axes in zip(panels, np.atleast_1d(figure.subplots(lines, columns)).flat, strict=True):
             panel(axes, stats)
@@ -86,7 +88,9 @@ def _classes(axes: Any, stats: Stats) -> None:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("training rows that have it")
-    axes.set_title(f"Classes ({hidden} rarer ones not shown)" if hidden else "Classes")
+    note = "rows, and their share of all; the rarest in orange"
+    axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=9, color=_INK)
+    axes.set_title(f"Classes ({hidden} rarer ones not shown)" if hidden else "Classes", pad=26)
 
 
 def _tokens(axes: Any, stats: Stats) -> None:
@@ -100,6 +104,7 @@ def _tokens(axes: Any, stats: Stats) -> None:
         axes.axvline(at, color=color, linestyle=style, linewidth=1.4, label=f"{name} {at:,.0f}")
     axes.set_xlabel("tokens of a row, images counted")
     axes.set_ylabel("rows")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.margins(y=0.12)
     _legend_above(axes, len(lines))
     axes.set_title("Row lengths", pad=26)
@@ -111,43 +116,43 @@ def _images(axes: Any, stats: Stats) -> None:
     axes.scatter(sizes[:, 0], sizes[:, 1], s=area, color=_BLUE, alpha=0.55, linewidths=0)
     wide, tall = 1.15 * sizes[:, 0].max(), 1.15 * sizes[:, 1].max()
     across = np.linspace(1, wide, 400)
-    for limit, name, style in ((stats.min_pixels, "smallest", ":"), (stats.max_pixels, "largest", "--")):
+    for limit, name, style in ((stats.min_pixels, "min_pixels", ":"), (stats.max_pixels, "max_pixels", "--")):
         if (limit / across < tall).any():
-            axes.plot(across, limit / across, color=_ORANGE, linestyle=style, label=f"{name} area {limit:,} px")
+            axes.plot(across, limit / across, color=_ORANGE, linestyle=style, label=f"{name} {limit:,}")
     axes.set_xlim(0, wide)
     axes.set_ylim(0, tall)
     axes.set_xlabel("width in pixels")
     axes.set_ylabel("height in pixels")
     _legend_above(axes, 2)
     n = size_changes(stats)
-    told = ", ".join(f"{n[name]:,} {word}" for name, word in _CHANGES if n[name])
-    axes.set_title(f"Images: {told}", pad=26)
-
-
-_CHANGES = (("shrunk", "shrunk"), ("enlarged", "enlarged"), ("kept", "of about the same size"))
+    told = ", ".join(f"{n[name]:,} {name}" for name in ("shrunk", "enlarged", "kept") if n[name])
+    axes.set_title(f"Images: {told} in size", pad=26)
 
 
 def _boxes(axes: Any, stats: Stats) -> None:
     original, resized = (np.sqrt(sides.prod(axis=1)) for sides in (stats.boxes, stats.resized_boxes))
     both = np.maximum(np.concatenate([original, resized]), 1.0)
-    bins = np.geomspace(both.min() * 0.9, both.max() * 1.1, 32)
+    far_apart = both.max() > 8 * both.min()
+    bins = (np.geomspace if far_apart else np.linspace)(both.min() * 0.95, both.max() * 1.05, 32)
     axes.hist(np.maximum(resized, 1), bins=bins, color=_BLUE, alpha=0.85, label="as the model sees them")
     axes.hist(np.maximum(original, 1), bins=bins, histtype="step", color=_ORANGE, linewidth=1.6, label="in the files")
-    axes.set_xscale("log")
     for side, name in ((SMALL_PX, "small | medium"), (MEDIUM_PX, "medium | large")):
         if bins[0] < side < bins[-1]:
             axes.axvline(side, color=_GREY, linestyle="--", linewidth=1.2)
             place = axes.get_xaxis_transform()
             axes.text(side, 0.985, f" {name}", transform=place, fontsize=8.5, color=_INK, va="top", ha="left")
-    ticks = [v for v in (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512, 1024, 2048, 4096) if bins[0] <= v <= bins[-1]]
-    axes.set_xticks(ticks, [str(v) for v in ticks])
-    axes.minorticks_off()
+    if far_apart:
+        axes.set_xscale("log")
+        ticks = [v for v in (1, 2, 4, 8, 16, 32, 64, 96, 192, 384, 768, 1536, 3072) if bins[0] <= v <= bins[-1]]
+        axes.set_xticks(ticks, [str(v) for v in ticks])
+        axes.minorticks_off()
     axes.margins(y=0.15)
     axes.set_xlabel("side of a square of the box's area, in pixels")
     axes.set_ylabel("boxes")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     _legend_above(axes, 2)
     thin = (stats.resized_boxes.min(axis=1) < THIN_PX).mean()
-    axes.set_title(f"Boxes: {thin:.1%} thinner than {THIN_PX:.0f} resized pixels", pad=26)
+    axes.set_title(f"Boxes: {thin:.1%} thinner than {THIN_PX:.0f} px", pad=26)
 
 
 def _legend_above(axes: Any, columns: int) -> None:

@@ -2,14 +2,15 @@
 
 `build_processor` makes a tokenizer (byte-level BPE, so any text encodes) and the family's stock processor around it;
 `build_model` makes random weights. The shipped `ray_vlm/demo/weights/` is such a Qwen3-VL after training on studio
-scenes by this package's own full fine-tuning. Rebuild it with `python -m ray_vlm.demo.tiny` (about an hour on two
-cores); `weights/README.md` has the scores it reached.
+scenes by this package's own full fine-tuning. Rebuild it with `python -m ray_vlm.demo.tiny` (a bit more than an hour on
+two cores); `weights/README.md` has the scores it reached.
 """
 
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.demo.shapes import draw
+from ray_vlm.demo.words import write_rows
 
 SPECIAL_TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
@@ -168,6 +169,7 @@ LESSONS = (
     ("lesson_2", "lesson_2", 10000, 700, 1.2e-3, 0.5),
     ("studio", "studio", 16000, 1500, 1.2e-3, 0.02),
     ("studio_again", "studio", 16000, 800, 1.0e-3, 0.02),
+    ("words", "words", 16000, 500, 1.0e-3, 0.02),
 )
 
 
@@ -183,13 +185,18 @@ def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
     for seed, (name, domain, num_images, steps, rate, floor) in enumerate(lessons):
         final = folder / "runs" / name / "final"
         if not final.exists():
-            draw(folder / name, domain, "train", num_images, seed)
+            task, source = "detection", {"path": str(folder / name / "train.json")}
+            if domain == "words":
+                task, source = "chat", {"path": str(write_rows(folder / name, num_images, seed)), "format": "messages"}
+            else:
+                draw(folder / name, domain, "train", num_images, seed)
             options = {"max_steps": steps, "learning_rate": rate, "min_lr_ratio": floor, "weight_decay": 0.01}
             options |= {"global_batch_size": 32, "micro_batch_size": 32, "gradient_checkpointing": False}
             job = {
                 "model": {"name": str(base), "load_in_4bit": False},
                 "lora": None,
-                "data": {"train": {"path": str(folder / name / "train.json")}},
+                "task": task,
+                "data": {"train": source},
                 "train": options | {"bf16": False, "log_every_steps": 25},
                 "cluster": {"num_workers": 0, "cpus_per_worker": 2},
                 "run": {"name": name, "output_dir": str(folder / "runs")},
@@ -233,12 +240,14 @@ def describe(scores: dict[str, float]) -> str:
 _ABOUT = """# The tiny base
 
 A Qwen3-VL of 2.2 million weights with a tokenizer of its own, float16 safetensors. Trained from random weights on
-drawn scenes (`ray_vlm/demo/shapes.py`) by this package's own full fine-tuning, in four runs:
+drawn scenes (`ray_vlm/demo/shapes.py`), and at last on words too (`ray_vlm/demo/words.py`), by this package's own full
+fine-tuning, in five runs:
 
-| run | images | steps of 32 | learning rate |
+| run | rows | steps of 32 | learning rate |
 |---|---|---|---|"""
 _REBUILD = """
-Rebuild: `python -m ray_vlm.demo.tiny` (about an hour on two cores). On 192 studio scenes that it has never seen:
+Rebuild: `python -m ray_vlm.demo.tiny` (a bit more than an hour on two cores). On 192 studio scenes that it has never
+seen:
 
 | metric | value |
 |---|---|"""

@@ -72,14 +72,16 @@ class Frame:
         return (x, y)
 
     def _encode(self, value: float, axis: int) -> int:
-        shown = self.content or self.resized
-        place = (value / self.original[axis] * shown[axis] + self.offset[axis]) / self.resized[axis]
+        place = value / self.original[axis]
+        if self.content is not None:
+            place = (place * self.content[axis] + self.offset[axis]) / self.resized[axis]
         return min(max(round(place * self._units(axis)), 0), self._largest(axis))
 
     def _decode(self, value: float, axis: int) -> float:
-        shown = self.content or self.resized
-        place = value / self._units(axis) * self.resized[axis] - self.offset[axis]
-        return place / shown[axis] * self.original[axis]
+        place = value / self._units(axis)
+        if self.content is not None:
+            place = (place * self.resized[axis] - self.offset[axis]) / self.content[axis]
+        return place * self.original[axis]
 
     def _largest(self, axis: int) -> int:
         return self._units(axis) - (self.codec.coordinates == "resized_pixels")

@@ -122,3 +122,34 @@ def test_missing_file_names_those_that_exist(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(GOOD)
     with pytest.raises(ConfigError, match=r"other\.yaml"):
         load_job(tmp_path / "job.yaml")
+
+
+def test_a_share_of_the_training_rows_may_be_given_as_a_number(tmp_path: Path) -> None:
+    job = _load(tmp_path, GOOD, "data.eval=0.1", "data.test={ratio: 0.2}")
+    assert (job.data.eval.ratio, job.data.test.ratio, job.data.eval.path) == (0.1, 0.2, "")
+    assert load_resolved(dump_job(job)) == job
+    assert any("`data.eval.ratio` is 2" in problem for problem in _problems(tmp_path, GOOD, "data.eval=2"))
+
+
+def test_a_source_needs_a_path(tmp_path: Path) -> None:
+    assert any("each source needs a `path`" in p for p in _problems(tmp_path, "model: {name: x}\ndata: {train: {}}\n"))
+
+
+def test_lists_of_names_and_sources_survive_the_way_to_the_workers(tmp_path: Path) -> None:
+    text = GOOD + "task: {name: classification, regions: [[up], [down, below]]}\n"
+    text = text.replace("a.json}", "a.csv, format: image_csv}, mix: [{path: b.csv, format: image_csv, weight: 0.5}]")
+    job = _load(tmp_path, text)
+    assert job.task.regions == (("up",), ("down", "below"))
+    assert job.data.mix[0].weight == 0.5
+    assert load_resolved(dump_job(job)) == job
+
+
+def test_a_resumed_job_may_find_its_mixed_sources_elsewhere_but_not_others(tmp_path: Path) -> None:
+    from ray_vlm.config.resume import check_resume
+
+    def resolved(path: str, weight: float = 1.0) -> dict:
+        return {"data": {"mix": [{"path": path, "weight": weight}]}}
+
+    assert check_resume(resolved("/a/x.csv"), resolved("/b/x.csv")) == []
+    assert "data.mix.0.path" in check_resume(resolved("/a/x.csv"), resolved("/a/y.csv"))[0]
+    assert "data.mix.0.weight" in check_resume(resolved("/a/x.csv"), resolved("/a/x.csv", 2.0))[0]

@@ -193,3 +193,39 @@ def test_odd_modes_become_rgb(tmp_path: Path, mode: str, expected: int | None) -
     assert out.dtype == np.uint8
     if expected is not None:
         assert (out == expected).all()
+
+
+@pytest.mark.parametrize(("units", "box"), [("norm1", [0.1, 0.25, 0.5, 0.75]), ("real", [10, 20, 50, 60])])
+def test_boxes_in_shares_of_the_image_become_pixels(tmp_path: Path, spec: RowSpec, units: str, box: list) -> None:
+    _image(tmp_path / "a.jpg")
+    row = {"images": ["a.jpg"], "objects": {"ref": ["dog"], "bbox": [box], "bbox_type": units}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    index = build_index(Source(path=str(tmp_path / "rows.jsonl"), format="objects"), Data(), spec)
+    assert index.records[0].truth["boxes"] == ((10.0, 20.0, 50.0, 60.0),)
+    assert index.records[0].context == {}
+
+
+def test_a_source_says_what_its_numbers_mean(tmp_path: Path, spec: RowSpec) -> None:
+    _image(tmp_path / "a.jpg")
+    row = {"images": ["a.jpg"], "objects": {"ref": ["dog"], "bbox": [[100, 250, 500, 750]]}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    source = Source(path=str(tmp_path / "rows.jsonl"), format="objects", box_units="relative_1000")
+    assert build_index(source, Data(), spec).records[0].truth["boxes"] == ((10.0, 20.0, 50.0, 60.0),)
+    with pytest.raises(DataError, match="outside its 100x80 image; mend the box, or say what its numbers mean"):
+        build_index(source.model_copy(update={"box_units": "pixels"}), Data(), spec)
+
+
+def test_text_that_the_tokenizer_would_not_read_as_text_is_a_bad_row(tmp_path: Path, spec: RowSpec) -> None:
+    from dataclasses import replace
+
+    _image(tmp_path / "a.jpg")
+    for text, bad in (("<|im_start|>system", True), ("<|box_start|>(1,2),(3,4)<|box_end|>", False)):
+        turns = [{"role": "user", "content": f"<image>{text}"}, {"role": "assistant", "content": "x"}]
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, "images": ["a.jpg"]}))
+        source = Source(path=str(tmp_path / "rows.jsonl"), format="messages")
+        chat = replace(spec, task=Task(name="chat"))
+        if bad:
+            with pytest.raises(DataError, match=r"row 0 .*does not read as text; remove it"):
+                build_index(source, Data(), chat)
+        else:
+            assert len(build_index(source, Data(), chat)) == 1

@@ -1,0 +1,219 @@
+"""Does the data path keep up? Images a second through Ray Data against a bare loop and a torch DataLoader.
+
+JPEGs of 12, 2 and 0.3 megapixels are read, decoded and resized for Qwen3-VL (at most 1280 * 1024 pixels) by one
+process with one torch thread: a bare loop of Pillow and the processor's resize; `stream_ray` with one loader, which
+also makes tokens and labels; a torch DataLoader with one worker. Arms alternate; the figures are ratios of medians.
+Start-up is left out, and so is what waits ready at either end: the clock runs between the first row of the second task
+of a loader and the first of its last. Then the bytes that cross the object store, and rows a second of the index on
+one core.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.figures import figure, report
+from ray_vlm.config.data import Data, Source
+from ray_vlm.config.schema import Model, Task
+from ray_vlm.data.images import read_size
+from ray_vlm.data.index import build_index
+from ray_vlm.data.plan import Plan
+from ray_vlm.data.rows import RowSpec, load_preparer
+from ray_vlm.data.stream import Feed, pack, stream_ray
+from ray_vlm.demo.tiny import write_untrained
+
+SIZES = {"12mp": (4000, 3000), "2mp": (1600, 1200), "0.3mp": (640, 480)}
+MICRO = 2  # rows in a micro-batch
+TASK = 8 * MICRO  # rows of a loader's task in `stream_ray`
+TASKS = {"12mp": 4, "2mp": 12, "0.3mp": 60}  # how many are streamed; the first and the last are not timed
+FILES = 8  # distinct images
+LABELS = ("dog", "cat", "car")
+
+
+def write_images(folder: Path, size: tuple[int, int], count: int) -> None:
+    """Photo-like JPEGs: smooth shapes with noise."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        path = folder / f"{number}.jpg"
+        if number >= FILES:
+            path.write_bytes((folder / f"{number % FILES}.jpg").read_bytes())
+            continue
+        coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        noise = rng.integers(-12, 13, (size[1], size[0], 1), np.int16)
+        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(path, quality=85)
+
+
+def write_rows(folder: Path, size: tuple[int, int], rows: int, files: int) -> Source:
+    """A COCO file over the images in `folder`, with three boxes each."""
+    images = [{"id": i, "file_name": f"{i % files}.jpg"} for i in range(rows)]
+    box = [0.1 * size[0], 0.2 * size[1], 0.3 * size[0], 0.4 * size[1]]
+    boxes = [
+        {"image_id": i, "category_id": c, "bbox": [c * 10 + v for v in box]} for i in range(rows) for c in (1, 2, 3)
+    ]
+    categories = [{"id": i, "name": name} for i, name in enumerate(LABELS, 1)]
+    path = folder / "rows.json"
+    path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    return Source(path=str(path))
+
+
+def make_spec(model: Path) -> RowSpec:
+    """The tiny Qwen3-VL with the image limits that real ones are trained with."""
+    return RowSpec(Model(name=str(model), load_in_4bit=False), Task(), LABELS, max_pixels=1280 * 1024)
+
+
+def read_plainly(path: str, spec: RowSpec) -> Any:
+    """What anybody would write: decode, convert, resize; `uint8 [h, w, 3]`."""
+    import torch
+    from transformers.image_utils import SizeDict
+
+    preparer = load_preparer(spec)
+    processor, sizes = preparer.processor.image_processor, preparer.image_spec
+    with Image.open(path) as file:
+        file.load()
+        pixels = np.asarray(file.convert("RGB"))
+    tensor = torch.tensor(pixels).permute(2, 0, 1).unsqueeze(0).contiguous()
+    limits = SizeDict(shortest_edge=sizes.min_pixels, longest_edge=sizes.max_pixels)
+    small = processor.resize(tensor, size=limits, resample=processor.resample, factor=sizes.factor)
+    return small[0].permute(1, 2, 0).contiguous()
+
+
+class PlainDataset:
+    """The same work as a torch data set."""
+
+    def __init__(self, paths: Sequence[str], spec: RowSpec):
+        self.paths, self.spec = paths, spec
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> Any:
+        return read_plainly(self.paths[number], self.spec)
+
+
+def rate(micro_batches: Iterable[Any], size: int = 1) -> float:
+    """Images a second, from the first row of the second task to the first of the last; `size` rows come at a time."""
+    arrivals = []
+    for _ in micro_batches:
+        arrivals += [time.perf_counter()] * size
+    last = len(arrivals) - TASK
+    return (last - TASK) / (arrivals[last] - arrivals[TASK])
+
+
+def through_loader(paths: Sequence[str], spec: RowSpec) -> float:
+    """Images a second of a torch DataLoader with one worker."""
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        PlainDataset(paths, spec), batch_size=None, num_workers=1, prefetch_factor=4, multiprocessing_context="spawn"
+    )
+    return rate(loader)
+
+
+def through_stream(source: Source, spec: RowSpec) -> float:
+    """Images a second of our stream with one loader."""
+    import ray
+
+    index = build_index(source, Data(), spec)
+    plan = Plan(len(index), MICRO, MICRO, 1, shuffle=False)
+    feed = Feed(ray.put(index.records), spec, plan, 0, 0, plan.num_steps)
+    return rate(stream_ray(feed, num_loaders=1, cpus_per_loader=1), MICRO)
+
+
+def stored_bytes(paths: Sequence[str], source: Source, spec: RowSpec) -> float:
+    """Bytes of the block that a micro-batch becomes, over those of its pixels."""
+    records = build_index(source, Data(), spec).records[:MICRO]
+    rows = [load_preparer(spec).train_row(record) for record in records]
+    assert all(np.array_equal(row.images[0], read_plainly(path, spec)) for row, path in zip(rows, paths, strict=False))
+    return pack(0, rows).get_total_buffer_size() / sum(image.nbytes for row in rows for image in row.images)
+
+
+def stream_figures(folder: Path, spec: RowSpec, rounds: int, share: float) -> list[dict[str, Any]]:
+    """The three arms in turn, for each size."""
+    figures = []
+    for name, size in SIZES.items():
+        num_rows = max(round(TASKS[name] * share), 3) * TASK
+        write_images(folder / name, size, FILES)
+        source = write_rows(folder / name, size, num_rows, FILES)
+        paths = [str(folder / name / f"{i % FILES}.jpg") for i in range(num_rows)]
+        rates: dict[str, list[float]] = {"bare": [], "stream": [], "dataloader": []}
+        for _ in range(rounds):
+            rates["bare"].append(rate(read_plainly(path, spec) for path in paths))
+            rates["stream"].append(through_stream(source, spec))
+            rates["dataloader"].append(through_loader(paths, spec))
+        median = {arm: statistics.median(values) for arm, values in rates.items()}
+        figures += [figure(f"data.{arm}.{name}", value, "images/s") for arm, value in median.items()]
+        figures += [
+            figure(f"data.stream_vs_bare.{name}", median["stream"] / median["bare"], "x", 0.85, most=False),
+            figure(f"data.stream_vs_dataloader.{name}", median["stream"] / median["dataloader"], "x"),
+            figure(f"data.stored_bytes.{name}", stored_bytes(paths, source, spec), "x", 1.05),
+        ]
+    return figures
+
+
+def run_index(folder: Path, num_rows: int) -> None:
+    """Rows a second of the index and of its header checks alone, on one core; prints them as JSON."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    spec = make_spec(folder / "model")
+    source = write_rows(folder / "many", SIZES["0.3mp"], num_rows, num_rows)
+    load_preparer(spec)
+    found = []
+    for _ in range(3):
+        started = time.perf_counter()
+        index = build_index(source, Data(), spec)
+        middle = time.perf_counter()
+        for image in itertools.chain.from_iterable(record.images for record in index.records):
+            read_size(image, Data().max_image_pixels)
+        ended = time.perf_counter()
+        found.append((num_rows / (middle - started), num_rows / (ended - middle)))
+        assert len(index) == num_rows
+    print(json.dumps([statistics.median(values) for values in zip(*found, strict=True)]))
+
+
+def index_figures(folder: Path, num_rows: int) -> list[dict[str, Any]]:
+    """The index in a process of its own."""
+    write_images(folder / "many", SIZES["0.3mp"], num_rows)
+    command = [sys.executable, "-m", "benchmarks.data", "--index", str(folder), str(num_rows)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    whole, headers = json.loads(out.stdout.strip().splitlines()[-1])
+    return [
+        figure("data.index", whole, "rows/s", 1000, most=False),
+        figure("data.index.headers_alone", headers, "rows/s"),
+    ]
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """All figures."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        spec = make_spec(write_untrained(folder / "model"))
+        figures = index_figures(folder, 500 if quick else 2000)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            figures += stream_figures(folder, spec, 1 if quick else 3, 0.5 if quick else 1.0)
+        finally:
+            ray.shutdown()
+    return figures
+
+
+if __name__ == "__main__":
+    if "--index" in sys.argv:
+        run_index(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        report(measure)

@@ -1,0 +1,128 @@
+"""Rows as marked pictures: what the model sees, with boxes and points read back from the text that it is trained on.
+
+They go through the answer's text and `task.parse`, so a wrong codec or a shifted box shows. `sheet_plot.py` draws them.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ray_vlm.data.index import Index
+from ray_vlm.data.records import SftRecord
+from ray_vlm.data.rows import Preparer, RowSpec, load_preparer
+from ray_vlm.data.stats import regions_of
+from ray_vlm.data.survey import plain
+from ray_vlm.tasks.answers import IMAGE, Parsed
+from ray_vlm.tasks.boxes import Frame
+from ray_vlm.tasks.classification import POSITION
+
+_TOLD_CENTRE = re.compile(
+    r"([\d.]+)".join(re.escape(piece) for piece in re.split(r"\{[xy]:\.2f\}", POSITION.partition("{region}")[0]))
+)
+_REGION = re.compile(
+    r"\[(\d+), (\d+)(?:, (\d+), (\d+))?\]|<\|box_start\|>\((\d+),(\d+)\)(?:,\((\d+),(\d+)\))?<\|box_end\|>"
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A box (four numbers) or a point (two) in original pixels of one image, with its class."""
+
+    image: int
+    place: tuple[float, ...]
+    label: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row. `head`: lines on the row, its images and how exactly regions were read back; `images`: `uint8 [h, w, 3]`
+    as the model sees them; `frames`: where originals lie in them; `problem`: what went wrong in reading back."""
+
+    head: tuple[str, ...]
+    images: tuple[np.ndarray, ...]
+    frames: tuple[Frame, ...]
+    marks: tuple[Mark, ...]
+    question: str
+    answer: str
+    problem: str = ""
+
+
+def make_cells(index: Index, spec: RowSpec, positions: Sequence[int]) -> list[Cell]:
+    """The rows at these positions. Raises `DataError` where an image cannot be decoded."""
+    preparer = load_preparer(spec)
+    return [_cell(index.records[position], preparer) for position in positions]
+
+
+def _cell(record: SftRecord, preparer: Preparer) -> Cell:
+    frames, turns = preparer.frames(record), preparer.turns(record)
+    answer = preparer.answer(record).text
+    parsed = preparer.task.parse(answer, frames)
+    question = next((text for role, text in reversed(turns) if role == "user"), "")
+    said = [text for role, text in turns if role != "system"]
+    marks = (*_answered(parsed), *_told(parsed, frames, question), *_in_text(record, frames, [*said, answer]))
+    images = preparer.train_row(record).images
+    sizes = ", ".join(
+        f"{w}x{h} px -> {image.shape[1]}x{image.shape[0]}, {preparer.image_spec.num_tokens((w, h))} tokens"
+        for (w, h), image in zip(record.sizes[:1], images, strict=False)
+    )
+    head = f"row {record.row} (id {plain(record.id)})" + (f", {len(images)} images" if len(images) > 1 else "")
+    note, problem = _compare(record, frames, marks)
+    if not parsed.ok or parsed.repairs:
+        problem = "; ".join(["the answer is not read back as it is written", *parsed.repairs])
+    return Cell(
+        tuple(line for line in (head, sizes, note) if line),
+        images,
+        frames,
+        tuple(marks),
+        _one_line(question),
+        _one_line(answer),
+        plain(problem),
+    )
+
+
+def _one_line(text: str) -> str:
+    return plain(" ".join(text.replace(IMAGE, " ").split()))
+
+
+def _answered(parsed: Parsed) -> Iterator[Mark]:
+    """What the task understood of the answer."""
+    values = parsed.values
+    for box, label in zip(values.get("boxes", ()), values.get("labels", ()), strict=True):
+        yield Mark(0, tuple(box), label)
+    for key in ("box", "point"):
+        if values.get(key) is not None:
+            yield Mark(0, tuple(values[key]), str(values["output"].get("action", "")))
+
+
+def _told(parsed: Parsed, frames: Sequence[Frame], question: str) -> Iterator[Mark]:
+    """A classification's answer, at the centre that its question tells."""
+    if frames and (values := parsed.values.get("attributes")) and (found := _TOLD_CENTRE.search(question)):
+        width, height = frames[0].original
+        yield Mark(0, (float(found[1]) * width, float(found[2]) * height), ", ".join(values.values()))
+
+
+def _in_text(record: SftRecord, frames: Sequence[Frame], texts: Sequence[str]) -> Iterator[Mark]:
+    """Regions that a chat's texts name, where there are as many as the record has."""
+    boxes = record.context.get("boxes", ())
+    found = [[float(v) for v in match.groups() if v] for text in texts for match in _REGION.finditer(text)]
+    if boxes and len(found) == len(boxes):
+        numbers = record.context.get("image_of") or (0,) * len(boxes)
+        for place, image in zip(found, numbers, strict=True):
+            read = frames[image].decode(place) if len(place) == 4 else frames[image].decode_point(place)
+            yield Mark(image, read, "in the text")
+
+
+def _compare(record: SftRecord, frames: Sequence[Frame], marks: Sequence[Mark]) -> tuple[str, str]:
+    """How far marks lie from the regions of the data, as a note; and as a problem where that is too far."""
+    read = [np.array(mark.place) for mark in marks]
+    right = [np.array(place) for tag, place, _ in regions_of(record)] if "attributes" not in record.truth else []
+    if not right:
+        return "", ""
+    near = [min((float(abs(r - b).max()) for r in read if len(r) == len(b)), default=np.inf) for b in right]
+    units = [np.subtract(f.decode_point((1, 1)), f.decode_point((0, 0))).max() for f in frames]
+    reach = 1 + 2.5 * float(max(units))
+    if lost := sum(distance > reach for distance in near):
+        return "", f"{lost} of {len(right)} regions are not read back where the data has them"
+    return f"{len(right)} region{'s' if len(right) > 1 else ''} read back within {max(near):.1f} px", ""

@@ -1,0 +1,214 @@
+"""The cells of `sheet.py` as one PNG: a contact sheet with a legend, the question and the answer under each image."""
+
+import io
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ray_vlm.data.sheet import Cell, Mark
+from ray_vlm.data.stats_plot import font_families
+from ray_vlm.data.survey import plain
+from ray_vlm.tasks.boxes import Frame
+
+_COLORS = ("#e6194b", "#0a84d0", "#2e9e3f", "#e07b00", "#9b30c9", "#008f8f", "#d6358c", "#7a5c2e", "#5560e0", "#6b8e00")
+_INK, _SOFT, _PANEL, _PAPER, _WRONG = "#1c2630", "#5d6873", "#eceff2", "#ffffff", "#c8102e"
+_CELL, _PICTURE, _GAP, _MARGIN = 372, 300, 20, 24  # pixels: width of a cell, height of its picture, space between
+_COLUMNS = 4
+_TITLE, _TEXT, _SMALL = 22, 14, 13  # pixels of type
+_LEADING = 4
+_SHOWN_IMAGES = 4
+
+Area = tuple[float, float, float, float]
+
+
+def draw_sheet(cells: Sequence[Cell], title: str, notes: Sequence[str]) -> bytes:
+    """The sheet as PNG, about 1600 pixels wide: title, notes, legend, and the cells in rows of four."""
+    labels = sorted({mark.label for cell in cells for mark in cell.marks})
+    colors = {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
+    columns = min(_COLUMNS, max(1, len(cells)))
+    width = max(2 * _MARGIN + columns * (_CELL + _GAP) - _GAP, 900)
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    captions = [[_caption(cell) for cell in row] for row in rows]
+    heights = [_PICTURE + max(sum(_line(size) for _, size, _ in lines) for lines in row) for row in captions]
+    legend = _legend(labels, width)
+    top = _MARGIN + _line(_TITLE) + 6 + len(notes) * _line(_TEXT) + (len(legend) * (_line(_TEXT) + 4) + 8) + 10
+    sheet = Image.new("RGB", (width, top + sum(heights) + _GAP * len(rows) + _MARGIN), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    _draw_head(pen, title, notes, legend, colors, width)
+    for row, row_captions, height in zip(rows, captions, heights, strict=True):
+        for column, (cell, lines) in enumerate(zip(row, row_captions, strict=True)):
+            left = _MARGIN + column * (_CELL + _GAP)
+            _draw_pictures(sheet, cell, (left, top), colors)
+            y = top + _PICTURE
+            for text, size, color in lines:
+                _write(pen, (left, y + _LEADING), text, size, color)
+                y += _line(size)
+        top += height + _GAP
+    out = io.BytesIO()
+    sheet.save(out, format="PNG")
+    return out.getvalue()
+
+
+def _draw_head(
+    pen: Any, title: str, notes: Sequence[str], legend: list[list[tuple[int, str]]], colors: dict[str, str], width: int
+) -> None:
+    y = _MARGIN
+    _write(pen, (_MARGIN, y), _wrap(title, _TITLE, width - 2 * _MARGIN, 1)[0], _TITLE, _INK)
+    y += _line(_TITLE) + 6
+    for note in notes:
+        _write(pen, (_MARGIN, y), _wrap(plain(note), _TEXT, width - 2 * _MARGIN, 1)[0], _TEXT, _SOFT)
+        y += _line(_TEXT)
+    y += 8
+    for line in legend:
+        for x, label in line:
+            pen.rounded_rectangle((x, y + 2, x + 14, y + 16), 3, fill=colors[label])
+            _write(pen, (x + 20, y), _name(label), _TEXT, _INK)
+        y += _line(_TEXT) + 4
+
+
+def _legend(labels: Sequence[str], width: int) -> list[list[tuple[int, str]]]:
+    """Lines of (x, label)."""
+    lines: list[list[tuple[int, str]]] = []
+    x = width
+    for label in labels[:40]:
+        wide = 44 + int(_font(_TEXT, _name(label)).getlength(_name(label)))
+        if x + wide > width - _MARGIN:
+            lines.append([])
+            x = _MARGIN
+        lines[-1].append((x, label))
+        x += wide
+    return lines
+
+
+def _caption(cell: Cell) -> list[tuple[str, int, str]]:
+    """Lines of (text, size, colour) under a picture."""
+    parts = [(line, _SMALL, _SOFT, 1) for line in cell.head]
+    parts += [(cell.problem, _SMALL, _WRONG, 3)] if cell.problem else []
+    parts += [(f"Q: {cell.question}", _TEXT, _SOFT, 3), (f"A: {cell.answer}", _TEXT, _INK, 8)]
+    return [(line, size, color) for text, size, color, most in parts for line in _wrap(text, size, _CELL, most)]
+
+
+def _draw_pictures(sheet: Image.Image, cell: Cell, corner: tuple[int, int], colors: dict[str, str]) -> None:
+    """The row's images side by side on a panel, with their marks."""
+    left, top = corner
+    pen = ImageDraw.Draw(sheet)
+    pen.rectangle((left, top, left + _CELL - 1, top + _PICTURE - 1), fill=_PANEL)
+    shown = cell.images[:_SHOWN_IMAGES]
+    if not shown:
+        _write(pen, (left + 12, top + 12), "no image", _TEXT, _SOFT)
+    room = _CELL / max(1, len(shown))
+    for number, pixels in enumerate(shown):
+        height, width = pixels.shape[:2]
+        scale = min((room - 4 * (len(shown) > 1)) / width, _PICTURE / height)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        how = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BICUBIC
+        at = (round(left + room * number + (room - size[0]) / 2), round(top + (_PICTURE - size[1]) / 2))
+        sheet.paste(Image.fromarray(pixels).resize(size, how), at)
+        marks = [mark for mark in cell.marks if mark.image == number]
+        frame = cell.frames[number]
+        places = [_on_sheet(mark, frame, at, (size[0] / width, size[1] / height)) for mark in marks]
+        _draw_marks(pen, marks, places, colors, (at[0], at[1], at[0] + size[0] - 1, at[1] + size[1] - 1))
+
+
+def _on_sheet(mark: Mark, frame: Frame, at: tuple[int, int], scale: tuple[float, float]) -> tuple[float, ...]:
+    """A mark in pixels of the sheet, from those of the original image."""
+    shown = frame.content or frame.resized
+    return tuple(
+        at[i % 2] + scale[i % 2] * (value / frame.original[i % 2] * shown[i % 2] + frame.offset[i % 2])
+        for i, value in enumerate(mark.place)
+    )
+
+
+def _draw_marks(
+    pen: Any, marks: Sequence[Mark], places: Sequence[tuple[float, ...]], colors: dict[str, str], picture: Area
+) -> None:
+    for mark, place in zip(marks, places, strict=True):
+        color = colors[mark.label]
+        if len(place) == 4:
+            x1, y1, x2, y2 = place
+            pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=3)
+        else:
+            x, y = place
+            pen.ellipse((x - 8, y - 8, x + 8, y + 8), outline=_PAPER, width=5)
+            pen.ellipse((x - 7, y - 7, x + 7, y + 7), outline=color, width=3)
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
+    taken: list[Area] = []
+    for mark, place in zip(marks, places, strict=True):
+        name = _name(mark.label)
+        font = _font(_SMALL, name)
+        size = (font.getlength(name) + 8, _line(_SMALL))
+        area = _free_place(place, size, taken, picture)
+        if area is None:  # the legend tells the class by its colour
+            continue
+        taken.append(area)
+        pen.rectangle(area, fill=colors[mark.label])
+        _write(pen, (area[0] + 4, area[1] + 1), name, _SMALL, _PAPER)
+
+
+def _free_place(place: Sequence[float], size: tuple[float, float], taken: Sequence[Area], picture: Area) -> Area | None:
+    """Where a label fits in the picture without covering another: above the mark, below, inside, beside."""
+    wide, tall = size
+    x1, y1, x2, y2 = place if len(place) == 4 else (place[0] - 9, place[1] - 9, place[0] + 9, place[1] + 9)
+    tries = [(x1, y1 - tall), (x2 - wide, y1 - tall), (x1, y2 + 1), (x2 - wide, y2 + 1), (x1, y1), (x2 + 1, y1)]
+    for x, y in [*tries, (x1 - wide, y1), (x2 - wide, y2 - tall)]:
+        x = min(max(x, picture[0]), picture[2] - wide)
+        area = (x, y, x + wide, y + tall)
+        inside = x >= picture[0] and y >= picture[1] and area[3] <= picture[3]
+        if inside and not any(_touch(area, other) for other in taken):
+            return area
+    return None
+
+
+def _touch(a: Area, b: Area) -> bool:
+    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
+
+
+def _name(label: str) -> str:
+    text = plain(label) or "?"
+    return text if len(text) <= 28 else f"{text[:27]}…"
+
+
+def _line(size: int) -> int:
+    """Pixels from one line of type to the next."""
+    return size + _LEADING + 1
+
+
+def _wrap(text: str, size: int, width: float, most: int) -> list[str]:
+    """At most `most` lines that fit, broken at spaces where there are some; the last ends in … if there is more."""
+    font, rest = _font(size, text), text.strip()
+    lines: list[str] = []
+    while rest and len(lines) < most:
+        end = min(len(rest), 400)
+        while end > 1 and font.getlength(rest[:end]) > width:
+            end = min(end - 1, int(end * width / font.getlength(rest[:end])) + 1)
+        cut = rest.rfind(" ", end // 2, end + 1) if end < len(rest) else end
+        cut = end if cut <= 0 else cut
+        lines.append(rest[:cut].rstrip())
+        rest = rest[cut:].lstrip()
+    if rest:
+        last = lines[-1]
+        while last and font.getlength(f"{last} …") > width:
+            last = last[:-1]
+        lines[-1] = f"{last.rstrip()} …"
+    return lines or [""]
+
+
+def _write(pen: Any, at: tuple[float, float], text: str, size: int, color: str) -> None:
+    pen.text(at, text, font=_font(size, text), fill=color)
+
+
+def _font(size: int, text: str) -> Any:
+    """A font that has the text's letters, as far as there is one."""
+    return _load_font(size, any(c >= "\u2e80" for c in text))
+
+
+@lru_cache(maxsize=16)
+def _load_font(size: int, eastern: bool) -> Any:
+    from matplotlib import font_manager
+
+    families = font_families()
+    path = Path(font_manager.findfont(families[-1] if eastern else families[0]))
+    return ImageFont.truetype(path, size)
