@@ -51,22 +51,27 @@ class Chosen:
 
 
 def choose_rows(tags: Sequence[tuple[str, ...]], count: int) -> Chosen:
-    """`count` rows evenly spaced over those with these tags; a third of them have the rarest tag, if so many do."""
+    """`count` rows evenly spaced over those with these tags. The rarest tag has its share of them, and at least a third
+    where there are so many."""
     rows = Counter(tag for of_row in tags for tag in set(of_row))
     if len(rows) < 2:
         return Chosen(tuple(_spaced(np.arange(len(tags)), count)))
     rarest = min(rows, key=lambda tag: (rows[tag], tag))
+    share = rows[rarest] / len(tags)
     having = np.array([rarest in of_row for of_row in tags])
-    picked = _spaced(np.flatnonzero(having), -(-count // 3))
-    rest = np.setdiff1d(np.arange(len(tags)), picked)
-    positions = tuple(sorted([*picked, *_spaced(rest, count - len(picked))]))
-    return Chosen(positions, rarest, int(having[list(positions)].sum()), rows[rarest] / len(tags))
+    picked = _spaced(np.flatnonzero(having), max(-(-count // 3), round(share * count)))
+    others = _spaced(np.flatnonzero(~having), count - len(picked))
+    if missing := min(count, len(tags)) - len(picked) - len(others):  # too few of the others
+        picked = _spaced(np.flatnonzero(having), len(picked) + missing)
+    return Chosen(tuple(sorted([*picked, *others])), rarest, len(picked), share)
 
 
 def _spaced(positions: np.ndarray, count: int) -> list[int]:
-    """At most `count` of the positions: the middle of each of `count` equal stretches."""
+    """At most `count` of the positions, one from each of `count` equal stretches; where in the stretch differs, as rows
+    may repeat with a period (the steps of tasks)."""
     count = min(count, len(positions))
-    return [int(positions[int((i + 0.5) * len(positions) / count)]) for i in range(count)]
+    stretch = len(positions) / max(count, 1)
+    return [int(positions[int(i * stretch + (0.5 + i * 0.618) % 1.0 * max(stretch - 1, 0))]) for i in range(count)]
 
 
 def describe_choice(chosen: Chosen, spec: RowSpec) -> list[str]:

@@ -17,7 +17,8 @@ _COLORS = ("#e6194b", "#0a84d0", "#2e9e3f", "#e07b00", "#9b30c9", "#008f8f", "#d
 _INK, _SOFT, _PANEL, _PAPER, _WRONG = "#1c2630", "#5d6873", "#eceff2", "#ffffff", "#c8102e"
 _CELL, _PICTURE, _GAP, _MARGIN = 372, 300, 20, 24  # pixels: width of a cell, height of its picture, space between
 _COLUMNS = 4
-_TITLE, _TEXT, _SMALL = 22, 14, 13  # pixels of type
+_TITLE, _TEXT, _SMALL, _TINY = 22, 14, 13, 10  # pixels of type
+_FEW = 8  # marks in an image whose labels are not tiny
 _LEADING = 4
 _SHOWN_IMAGES = 4
 
@@ -136,16 +137,16 @@ def _draw_marks(
             pen.ellipse((x - 7, y - 7, x + 7, y + 7), outline=color, width=3)
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
     taken: list[Area] = []
+    type_size = _SMALL if len(marks) <= _FEW else _TINY
     for mark, place in zip(marks, places, strict=True):
         name = _name(mark.label)
-        font = _font(_SMALL, name)
-        size = (font.getlength(name) + 8, _line(_SMALL))
+        size = (_font(type_size, name).getlength(name) + 8, _line(type_size))
         area = _free_place(place, size, taken, picture)
         if area is None:  # the legend tells the class by its colour
             continue
         taken.append(area)
         pen.rectangle(area, fill=colors[mark.label])
-        _write(pen, (area[0] + 4, area[1] + 1), name, _SMALL, _PAPER)
+        _write(pen, (area[0] + 4, area[1] + 1), name, type_size, _PAPER)
 
 
 def _free_place(place: Sequence[float], size: tuple[float, float], taken: Sequence[Area], picture: Area) -> Area | None:

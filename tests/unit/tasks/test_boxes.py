@@ -137,9 +137,7 @@ TWO = '{"bbox_2d": [50, 60, 70, 80], "label": "cat"}'
         ("[3, null, []]", JSON, 0, False, "dropped 3"),
     ],
 )
-def test_broken_answers_are_mended_and_said_to_be(
-    text: str, frame: Frame, found: int, ok: bool, repaired: str
-) -> None:
+def test_broken_answers_are_mended_and_said_to_be(text: str, frame: Frame, found: int, ok: bool, repaired: str) -> None:
     objects, whole, repairs = read_boxes(text, frame)
     assert (len(objects), whole) == (found, ok)
     assert repaired in " ".join(repairs)

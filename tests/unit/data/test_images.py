@@ -1,0 +1,152 @@
+"""Sizes as published, padding that keeps an image's pixels, and images from bytes."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ray_vlm.data.images import ImageSpec, decode, read_size, resize
+
+# (height, width) -> (height, width) at factor, least and most tokens: qwen_vl_utils' smart_resize
+INPUTS = ((1080, 1920), (428, 640), (480, 640), (2400, 1080), (3000, 4000), (20, 20), (30, 5000))
+GOLDEN = {
+    (28, 4, 16384): ((1092, 1932), (420, 644), (476, 644), (2408, 1092), (2996, 4004), None, (28, 5012)),
+    (28, 256, 1280): ((728, 1316), (420, 644), (476, 644), (1484, 672), (840, 1148), None, (56, 5796)),
+    (32, 64, 16384): ((1088, 1920), (416, 640), (480, 640), (2400, 1088), (3008, 4000), None, None),
+    (32, 256, 1280): ((832, 1504), (416, 640), (480, 640), (1696, 768), (960, 1312), None, None),
+}  # None: refused, a side is below one token
+COLOR = (10, 200, 30)
+
+
+def _spec(factor: int = 28, least: int = 256, most: int = 1280, **options: Any) -> ImageSpec:
+    return ImageSpec(factor // 2, 2, least * factor**2, most * factor**2, **options)
+
+
+def _processor(factor: int = 28) -> Any:
+    from transformers import Qwen2VLImageProcessor
+
+    size = {"shortest_edge": 256 * factor**2, "longest_edge": 1280 * factor**2}
+    return Qwen2VLImageProcessor(patch_size=factor // 2, size=size)
+
+
+def _photo(width: int, height: int, seed: int = 0) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _bytes(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("limits", list(GOLDEN))
+def test_sizes_are_the_published_ones(limits: tuple[int, int, int]) -> None:
+    spec = _spec(*limits)
+    for (height, width), expected in zip(INPUTS, GOLDEN[limits], strict=True):
+        if expected is None:
+            with pytest.raises(ValueError, match="below"):
+                spec.place((width, height))
+        else:
+            assert spec.place((width, height)).resized == (expected[1], expected[0])
+            assert spec.num_tokens((width, height)) == expected[0] * expected[1] // limits[0] ** 2
+
+
+@pytest.mark.parametrize("pad", [None, COLOR])
+def test_extreme_shapes_are_refused(pad: tuple[int, int, int] | None) -> None:
+    for size in [(27, 500), (500, 27), (28, 28 * 201), (0, 10)]:
+        with pytest.raises(ValueError, match=r"below|200|ratio"):
+            _spec(pad=pad).place(size)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("factor", [28, 32])
+def test_padding_keeps_shape_and_limits(factor: int, center: bool) -> None:
+    rng = np.random.default_rng(0)
+    spec = _spec(factor, pad=COLOR, center=center)
+    for _ in range(500):
+        size = (int(rng.integers(factor, 3000)), int(rng.integers(factor, 3000)))
+        place = spec.place(size)
+        gap = [place.resized[a] - place.content[a] for a in (0, 1)]
+        assert all(side % factor == 0 for side in place.resized)
+        assert all(0 <= g < factor for g in gap)
+        assert spec.min_pixels <= place.resized[0] * place.resized[1] <= spec.max_pixels
+        assert place.offset == ((gap[0] // 2, gap[1] // 2) if center else (0, 0))
+        scale = [place.content[a] / size[a] for a in (0, 1)]
+        assert all(abs(place.content[a] - scale[1 - a] * size[a]) <= 1 + 0.5 * max(size) / min(size) for a in (0, 1))
+        if spec.min_pixels <= size[0] * size[1] and spec._area(size) <= spec.max_pixels:
+            assert place.content == size
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_padding_keeps_the_pixels_and_fills_with_the_colour(center: bool) -> None:
+    spec, pixels = _spec(pad=COLOR, center=center), _photo(641, 431)
+    out = resize(pixels, spec, _processor())
+    (left, top), (width, height) = spec.place((641, 431)).offset, spec.place((641, 431)).resized
+    assert out.shape == (height, width, 3) == (448, 644, 3)
+    inside = np.zeros((height, width), bool)
+    inside[top : top + 431, left : left + 641] = True
+    assert np.array_equal(out[inside].reshape(431, 641, 3), pixels)
+    assert (out[~inside] == COLOR).all()
+
+
+@pytest.mark.parametrize("size", [(2000, 1500), (1500, 3000), (300, 200)])
+def test_an_image_beyond_the_limits_is_scaled_and_then_padded(size: tuple[int, int]) -> None:
+    spec, pixels = _spec(pad=COLOR), _photo(*size)
+    place = spec.place(size)
+    out = resize(pixels, spec, _processor())
+    (width, height), (wide, tall) = place.content, place.resized
+    assert out.shape == (tall, wide, 3)
+    expected = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    assert np.abs(out[:height, :width] - expected).max() <= 2
+    assert (out[height:] == COLOR).all()
+    assert (out[:, width:] == COLOR).all()
+
+
+@pytest.mark.parametrize("factor", [28, 32])
+def test_stretched_pixels_equal_the_stock_processor_s(factor: int) -> None:
+    processor, rng = _processor(factor), np.random.default_rng(1)
+    for seed in range(12):
+        width, height = (int(v) for v in rng.integers(40, 1500, 2))
+        data = _bytes(_photo(width, height, seed), "JPEG", quality=85)
+        small = torch.tensor(resize(decode(data), _spec(factor), processor)).permute(2, 0, 1)
+        ours = processor([small], do_resize=False, return_tensors="pt")
+        stock = processor(images=[Image.open(io.BytesIO(data))], return_tensors="pt")
+        assert torch.equal(ours["pixel_values"], stock["pixel_values"])
+        assert torch.equal(ours["image_grid_thw"], stock["image_grid_thw"])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_photos_are_padded_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _bytes(_photo(640, 430), exif=exif)
+    turned = orientation >= 5
+    size = (430, 640) if turned else (640, 430)
+    assert read_size(data, 10**6) == size
+    pixels = decode(data)
+    out = resize(pixels, _spec(pad=COLOR), _processor())
+    assert out.shape == ((644, 448, 3) if turned else (448, 644, 3))
+    assert np.array_equal(out[: size[1], : size[0]], pixels)
+    assert (out[size[1] :] == COLOR).all()
+    assert (out[:, size[0] :] == COLOR).all()
+    ends = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    assert np.array_equal(pixels[ends[orientation]], _photo(640, 430)[0, 0])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_bytes_are_read_like_the_file(kind: str, tmp_path: Path) -> None:
+    data = _bytes(_photo(120, 80), kind)
+    (tmp_path / "a.img").write_bytes(data)
+    assert read_size(data, 10**6) == read_size(str(tmp_path / "a.img"), 10**6) == (120, 80)
+    assert np.array_equal(decode(data), decode(str(tmp_path / "a.img")))
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", _bytes(_photo(120, 80))[:200], _bytes(_photo(120, 80))[:-900]])
+def test_broken_bytes_are_refused_with_a_reason(data: bytes) -> None:
+    with pytest.raises((ValueError, OSError), match=r"\w"):
+        read_size(data, 10**6)
