@@ -31,8 +31,12 @@ class Balance:
 
 def plan_balance(tags: Sequence[tuple[str, ...]], source_weights: np.ndarray, data: Data) -> Balance:
     """Factors and weights for rows with these tags. Raises `ConfigError` for names that no row has."""
-    rows = Counter(tag for of_row in tags for tag in set(of_row))
-    objects = Counter(tag for of_row in tags for tag in of_row)
+    kinds = Counter(tags)
+    rows, objects = Counter[str](), Counter[str]()
+    for of_row, count in kinds.items():
+        rows.update(dict.fromkeys(of_row, count))
+        for tag in of_row:
+            objects[tag] += count
     problems: list[str] = []
     by_tag = _tag_factors(rows, len(tags), data, problems)
     first = _first_attribute(tags)
@@ -47,12 +51,12 @@ def plan_balance(tags: Sequence[tuple[str, ...]], source_weights: np.ndarray, da
     factors = source_weights.astype(np.float64)
     if any(factor != 1 for factor in by_tag.values()):
         known: dict[tuple[str, ...], float] = {}
-        for of_row in set(tags):
+        for of_row in kinds:
             known[of_row] = _row_factor([by_tag.get(tag, 1.0) for tag in of_row])
         factors = factors * np.fromiter((known[of_row] for of_row in tags), np.float64, len(tags))
     even = bool((factors == 1).all())
     told = tuple((tag, weight) for tag, weight in sorted(weights.items()) if weight != 1)
-    return Balance(None if even else factors, told, _table(tags, factors, by_tag, weights))
+    return Balance(None if even else factors, told, _table(tags, rows, factors, by_tag, weights))
 
 
 def _row_factor(factors: list[float]) -> float:
@@ -114,14 +118,18 @@ def _tag_weights(
 
 
 def _table(
-    tags: Sequence[tuple[str, ...]], factors: np.ndarray, by_tag: Mapping[str, float], weights: Mapping[str, float]
+    tags: Sequence[tuple[str, ...]],
+    rows: Counter,
+    factors: np.ndarray,
+    by_tag: Mapping[str, float],
+    weights: Mapping[str, float],
 ) -> tuple[dict[str, Any], ...]:
-    rows: Counter = Counter()
+    codes: dict[tuple[str, ...], int] = {}
+    code = np.fromiter((codes.setdefault(of_row, len(codes)) for of_row in tags), np.int64, len(tags))
     shown: Counter = Counter()
-    for of_row, factor in zip(tags, factors.tolist(), strict=True):
+    for of_row, total in zip(codes, np.bincount(code, weights=factors, minlength=len(codes)).tolist(), strict=True):
         for tag in set(of_row):
-            rows[tag] += 1
-            shown[tag] += factor
+            shown[tag] += total
     total = float(factors.sum()) or 1.0
     return tuple(
         {

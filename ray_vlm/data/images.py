@@ -157,7 +157,8 @@ def decode(source: str | bytes) -> np.ndarray:
     """`uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted."""
     with open_image(source) as file, Image.open(file, formats=FORMATS) as opened:
         opened.load()
-        image = ImageOps.exif_transpose(opened)
+        ImageOps.exif_transpose(opened, in_place=True)
+        image: Image.Image = opened
     if image.mode == "F":
         raise ValueError("floating-point images have no agreed range; convert it to 8 bit")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
@@ -166,7 +167,7 @@ def decode(source: str | bytes) -> np.ndarray:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.asarray(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
@@ -174,7 +175,7 @@ def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
     import torch
     from transformers.image_utils import SizeDict
 
-    tensor = torch.tensor(pixels).permute(2, 0, 1).unsqueeze(0).contiguous()
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # channels last: torch's fast way for uint8
     size = (pixels.shape[1], pixels.shape[0])
     if spec.pad is None:
         limits = SizeDict(shortest_edge=spec.min_pixels, longest_edge=spec.max_pixels)

@@ -65,12 +65,12 @@ def build_index(
     rows, labels = read or read_rows(source, spec.task)
     preparer = load_preparer(spec)
     with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(lambda row: _measure(row, data), rows))
+        checked = list(pool.map(lambda row: measure_row(row, data), rows))
     records: list[SftRecord] = []
     counts: list[tuple[int, int, int]] = []
     bad: list[BadRow] = []
     for row in checked:
-        counted = row if isinstance(row, BadRow) else _count(row, preparer, data.max_tokens)
+        counted = row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens)
         if isinstance(counted, BadRow):
             bad.append(counted)
         else:
@@ -121,7 +121,7 @@ def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
     return lines
 
 
-def _measure(row: Any, data: Data) -> Any:
+def measure_row(row: Any, data: Data) -> Any:
     """The row with its image sizes and with boxes in pixels, or why it is bad."""
     if isinstance(row, BadRow):
         return row
@@ -158,7 +158,8 @@ def to_pixels(record: SftRecord) -> SftRecord:
     return replace(record, truth=scaled(record.truth), context=context)
 
 
-def _count(row: SftRecord, preparer: Preparer, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
+def count_row(row: SftRecord, preparer: Preparer, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
+    """Tokens of (images, prompt without images, answer), or why the row is bad."""
     try:
         if reason := preparer.problem(row):
             return BadRow(row.row, row.id, reason)

@@ -152,7 +152,11 @@ def deal(rows: np.ndarray, costs: np.ndarray | None, world_size: int) -> list[np
 
 
 def plan_sample(num_rows: int, count: int | None) -> list[int]:
-    """`count` positions evenly spaced over the rows, for validation; all of them for None."""
+    """`count` positions for validation, always the same: one from each of as many equal stretches; all for None.
+
+    Where in its stretch is drawn: rows that repeat with a period, as steps of tasks do, would be met in one place only.
+    """
     if count is None or count >= num_rows:
         return list(range(num_rows))
-    return [i * num_rows // count for i in range(count)]
+    edges = np.arange(count + 1) * num_rows // count
+    return np.random.default_rng([num_rows, count]).integers(edges[:-1], edges[1:]).tolist()

@@ -116,7 +116,8 @@ def plan_split(
     unit_of, units = _units(groups)
     first = np.full(units, len(groups), np.int64)
     np.minimum.at(first, unit_of, np.arange(len(groups)))
-    stratum = np.unique(np.asarray(strata, dtype=object)[first].astype(str), return_inverse=True)[1]
+    codes = {name: code for code, name in enumerate(sorted(set(strata)))}
+    stratum = np.fromiter((codes[name] for name in strata), np.int32, len(strata))[first]
     order = np.lexsort((np.random.default_rng([seed, 7]).random(units), stratum))
     part = np.zeros(units, np.int64)
     left, whole = order, 1.0

@@ -17,7 +17,7 @@ from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import decode
-from ray_vlm.data.index import _count, _measure
+from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.rows import load_preparer, row_spec
 from ray_vlm.data.source import prepare_source
@@ -91,14 +91,14 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
     preparer = load_preparer(row_spec(job, list(dict.fromkeys(labels))))
 
     def one(row: Any) -> BadRow | SftRecord:
-        measured = _measure(row, data)
+        measured = measure_row(row, data)
         return _undecodable(measured) or measured if decode_images else measured
 
     for name, source in sources.items():
         started, rows = time.monotonic(), read[name].rows
         with ThreadPoolExecutor(_THREADS) as pool:
             measured = list(pool.map(one, rows))
-        counted = [row if isinstance(row, BadRow) else _count(row, preparer, data.max_tokens) for row in measured]
+        counted = [row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens) for row in measured]
         bad = tuple(row for row in counted if isinstance(row, BadRow))
         problems = read[name].problems or (() if rows else (f"{source.path}: it has no rows.",))
         seconds = read[name].seconds + time.monotonic() - started

@@ -1,7 +1,8 @@
-"""Draw the demo's GUI tasks: a screen with three buttons, two of which are to be clicked in order, as a CSV and PNGs.
+"""Draw the demo's GUI tasks: a screen with three buttons that are to be clicked in order, as a CSV and PNGs.
 
-The screen stays the same from the first step of a task to the last. So neither the instruction nor the screen tells
-which click is next: only what was done in earlier steps does. Everything is a pure function of (split, seed).
+The instruction says whether to begin at the top or at the bottom. The screen stays the same from the first step of a
+task to the last, so neither tells which click is next: only what was done in earlier steps does. Everything is a pure
+function of (split, seed).
 """
 
 import csv
@@ -19,7 +20,9 @@ COLUMNS = ("Task_id", "Image_id", "Instruction", "Output", "Grounding")
 ICONS = ("circle", "square", "triangle", "cross", "ring", "diamond")
 WIDTH, HEIGHT, TITLE_BAR = 96, 128, 11  # pixels
 NUM_BUTTONS = 3
-NUM_TASKS = {"train": 700, "eval": 30, "test": 100}
+SIDES = (32, 37)  # shortest and longest side of a button, pixels
+NUM_TASKS = {"train": 600, "eval": 30, "test": 100}
+ORDERS = {"click all, top first": 1, "click all, bottom first": -1}  # 1: as they lie from the top
 
 
 def draw_file(path: str) -> None:
@@ -38,14 +41,14 @@ def draw(folder: str | Path, split: str, num_tasks: int, seed: int = 0) -> Path:
     rows = []
     for i in range(num_tasks):
         image, buttons = draw_screen(rng)
-        first, second = (str(icon) for icon in rng.permutation(list(buttons))[:2])
-        for step, icon in enumerate((first, second, None), start=1):
+        instruction = str(rng.choice(list(ORDERS)))
+        for step, icon in enumerate([*list(buttons)[:: ORDERS[instruction]], None], start=1):
             name = f"{split}/{i:04d}_{step}.png"
             image.save(folder / name)
             output = {"action": "click", "target": icon} if icon else {"action": "done"}
             grounding = {"bbox": buttons[icon]} if icon else {}
             answer = (json.dumps(output), json.dumps(grounding))
-            rows.append((f"{split}-{i:04d}", name, f"click {first}, then {second}", *answer))
+            rows.append((f"{split}-{i:04d}", name, instruction, *answer))
     path = folder / f"{split}.csv"
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
@@ -53,7 +56,7 @@ def draw(folder: str | Path, split: str, num_tasks: int, seed: int = 0) -> Path:
 
 
 def draw_screen(rng: np.random.Generator) -> tuple[Image.Image, dict[str, list[int]]]:
-    """One screen: an RGB image and its buttons, icon to `[x1, y1, x2, y2]` in pixels."""
+    """One screen: an RGB image and its buttons from the top, icon to `[x1, y1, x2, y2]` in pixels."""
     page = _tint(rng, 226, 246)
     canvas = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), page)
     pen = ImageDraw.Draw(canvas)
@@ -71,19 +74,12 @@ def draw_screen(rng: np.random.Generator) -> tuple[Image.Image, dict[str, list[i
 
 
 def _places(rng: np.random.Generator) -> list[list[int]]:
-    """Boxes of the buttons, from the top: one under another, or in three of the four cells of a grid."""
-    tall = HEIGHT - TITLE_BAR
-    if rng.random() < 0.5:
-        sides = (32, 36)
-        cells = [(0, tall * i // NUM_BUTTONS, WIDTH, tall // NUM_BUTTONS) for i in range(NUM_BUTTONS)]
-    else:
-        sides = (34, 40)
-        cells = [(x, y, WIDTH // 2, tall // 2) for y in (0, tall // 2) for x in (0, WIDTH // 2)]
-        cells.pop(int(rng.integers(len(cells))))
+    """Boxes of the buttons, one under another, anywhere from left to right."""
+    tall = (HEIGHT - TITLE_BAR) // NUM_BUTTONS
     boxes = []
-    for left, top, width, height in cells:
-        w, h = (int(rng.integers(sides[0], sides[1] + 1)) for _ in range(2))
-        x, y = left + int(rng.integers(1, width - w)), TITLE_BAR + top + int(rng.integers(1, height - h))
+    for i in range(NUM_BUTTONS):
+        w, h = (int(rng.integers(SIDES[0], SIDES[1] + 1)) for _ in range(2))
+        x, y = int(rng.integers(1, WIDTH - w)), TITLE_BAR + tall * i + int(rng.integers(1, tall - h))
         boxes.append([x, y, x + w, y + h])
     return boxes
 

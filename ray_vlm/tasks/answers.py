@@ -77,7 +77,9 @@ def _first_value(text: str) -> tuple[bool, Any]:
     for match in _tries(re.compile(r"[\[{]").finditer(text)):
         try:
             value, _ = _DECODER.raw_decode(text, match.start())
-        except (ValueError, RecursionError):
+        except RecursionError:
+            return False, None
+        except ValueError:
             if match.group() == "[":
                 return False, None  # its objects are picked out one by one
             continue
@@ -93,7 +95,9 @@ def _objects(text: str) -> Iterator[dict]:
             continue
         try:
             value, end = _DECODER.raw_decode(text, match.start())
-        except (ValueError, RecursionError):
+        except RecursionError:
+            return
+        except ValueError:
             continue
         yield value
 

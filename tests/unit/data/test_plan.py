@@ -52,6 +52,9 @@ def test_max_steps_wins_over_epochs() -> None:
     assert [Plan(100, 1, 1, 1, num_epochs=e).num_steps for e in (1.1, 2.2, 0.07)] == [110, 220, 7]
 
 
-def test_sample_is_evenly_spaced() -> None:
-    assert plan_sample(10, 5) == [0, 2, 4, 6, 8]
+def test_a_sample_is_spread_over_the_rows_and_over_their_periods() -> None:
+    chosen = plan_sample(900, 300)
+    assert [position // 3 for position in chosen] == list(range(300))
+    assert all(70 < sum(position % 3 == k for position in chosen) < 130 for k in range(3))
+    assert chosen == plan_sample(900, 300)
     assert plan_sample(3, 5) == plan_sample(3, None) == [0, 1, 2]

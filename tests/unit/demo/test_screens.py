@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_vlm.demo.screens import COLUMNS, ICONS, NUM_TASKS, TITLE_BAR, draw, draw_file, draw_screen
+from ray_vlm.demo.screens import COLUMNS, ICONS, NUM_TASKS, ORDERS, TITLE_BAR, draw, draw_file, draw_screen
 from ray_vlm.errors import DataError
 
 
@@ -38,7 +38,7 @@ def test_tasks_repeat_and_splits_and_seeds_differ(tmp_path: Path) -> None:
     assert (tmp_path / "c/train/0000_1.png").read_bytes() != (tmp_path / "a/train/0000_1.png").read_bytes()
 
 
-def test_a_task_is_two_clicks_and_done(screens: Path) -> None:
+def test_a_task_is_a_click_on_each_button_in_order_and_done(screens: Path) -> None:
     for split, number in NUM_TASKS.items():
         tasks = _tasks(screens / f"{split}.csv")
         assert len(tasks) == len({steps[0]["Task_id"] for steps in tasks}) == number
@@ -46,17 +46,16 @@ def test_a_task_is_two_clicks_and_done(screens: Path) -> None:
             assert all(tuple(row) == COLUMNS for row in steps)
             assert len({row["Instruction"] for row in steps}) == 1
             outputs = [json.loads(row["Output"]) for row in steps]
-            first, second = (output["target"] for output in outputs[:2])
-            assert first != second
-            assert {first, second} <= set(ICONS)
-            assert steps[0]["Instruction"] == f"click {first}, then {second}"
-            assert [output["action"] for output in outputs] == ["click", "click", "done"]
-            assert list(outputs[2]) == ["action"]
+            assert [output["action"] for output in outputs] == ["click", "click", "click", "done"]
+            assert len({output["target"] for output in outputs[:3]} & set(ICONS)) == 3
+            assert list(outputs[3]) == ["action"]
+            tops = [json.loads(row["Grounding"])["bbox"][1] for row in steps[:3]]
+            assert tops == sorted(tops, reverse="bottom" in steps[0]["Instruction"])
 
 
 def test_only_memory_tells_the_steps_apart(screens: Path) -> None:
     for steps in _tasks(screens / "train.csv"):
-        assert len({row["Image_id"] for row in steps}) == 3
+        assert len({row["Image_id"] for row in steps}) == 4
         assert len({(screens / row["Image_id"]).read_bytes() for row in steps}) == 1
 
 
@@ -91,11 +90,12 @@ def test_buttons_hold_their_icons_and_never_overlap() -> None:
         assert len(np.unique(pixels[outside], axis=0)) == 1
 
 
-def test_every_pair_in_both_orders_and_every_place(screens: Path) -> None:
+def test_both_orders_every_icon_and_every_place(screens: Path) -> None:
     tasks = _tasks(screens / "train.csv")
-    pairs = Counter(steps[0]["Instruction"] for steps in tasks)
-    assert len(pairs) == 30
-    assert max(pairs.values()) < 50
+    orders = Counter(steps[0]["Instruction"] for steps in tasks)
+    assert set(orders) == set(ORDERS)
+    assert min(orders.values()) > 0.4 * len(tasks)
+    assert len({json.loads(steps[0]["Output"])["target"] for steps in tasks}) == len(ICONS)
     lefts = [json.loads(steps[0]["Grounding"])["bbox"][0] for steps in tasks]
     assert min(lefts) < 5
     assert max(lefts) > 50
