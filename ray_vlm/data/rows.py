@@ -100,6 +100,7 @@ class Preparer:
         self.processor = load_processor(spec.model)
         self.tokenizer = self.processor.tokenizer
         self.family: Family = family_of(load_config(spec.model))
+        self._encode = self.tokenizer.backend_tokenizer.encode  # the wrapper around it takes longer than its work
         self.codec_name = spec.task.codec or self.family.codec
         self.codec = CODECS[self.codec_name]
         self.image_spec = _image_spec(self.processor, spec)
@@ -200,17 +201,17 @@ class Preparer:
         if not self._weight_of or not told.spans:
             ids = self._ids(told.text + close)
             return ids, [1.0] * len(ids)
-        encoded = self.tokenizer(told.text + close, add_special_tokens=False, return_offsets_mapping=True)
-        weights = [1.0] * len(encoded["input_ids"])
+        encoded = self._encode(told.text + close, add_special_tokens=False)
+        weights = [1.0] * len(encoded.ids)
         for start, end, tag in told.spans:
             weight = self._weight_of.get(tag, 1.0)
-            for i, (first, last) in enumerate(encoded["offset_mapping"]):
+            for i, (first, last) in enumerate(encoded.offsets):
                 if first < end and last > start:
                     weights[i] = weight
-        return list(encoded["input_ids"]), weights
+        return encoded.ids, weights
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._encode(text, add_special_tokens=False).ids
 
     def _lay_out(self, turns: Turns) -> tuple[tuple[tuple[int, ...], ...], str]:
         """Token ids before each assistant's words, one for each image, and the text that closes such words."""

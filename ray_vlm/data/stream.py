@@ -142,9 +142,18 @@ def pack(number: int, rows: Sequence[Row]) -> Any:
         "labels": _one_list([row.labels for row in rows]),
         "weights": _one_list([row.weights for row in rows if row.weights is not None], np.float32),
         "shapes": pa.array([[side for image in images for side in image.shape[:2]]], pa.list_(pa.int32())),
-        "pixels": pa.array([b"".join(image.tobytes() for image in images)], pa.large_binary()),
+        "pixels": _one_binary(images),
     }
     return pa.table(columns)
+
+
+def _one_binary(images: Sequence[np.ndarray]) -> Any:
+    """All pixels as one value, copied once."""
+    import pyarrow as pa
+
+    pixels = np.concatenate([np.zeros(0, np.uint8), *(image.reshape(-1) for image in images)])
+    ends = pa.py_buffer(np.array([0, len(pixels)], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(pixels)])
 
 
 def _one_list(parts: Sequence[np.ndarray], dtype: Any = np.int32) -> Any:
