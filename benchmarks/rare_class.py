@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.figures import figure, report
 
 OFF = ["data.oversample=null", "data.class_weights=null", "data.condition_weights=null"]
-RARE, CONDITION = "object=diamond", "condition=blocked"
+RARE, CONDITION = "object=star", "condition=blocked"
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,10 +1,10 @@
 """Draw the demo's inspection photos: one drain each, the sign of its cover and whether it is blocked; CSV and JPEGs.
 
-A cover's sign is a circle, a square, a diamond or a cross; a cross in the lower half is called `star`, so where it
-stands matters. (The names are words that the tiny model's tokenizer has whole.) The class
-`diamond` and the condition `blocked` are rare in training. The eval and test splits are drawn with larger shares of
-both than training, so that they hold enough of them to measure: their class mix is not that of the training rows.
-Everything is a pure function of (split, seed, number of images).
+A cover's sign is a circle, a square, a star or a cross; a cross in the lower half is called `diamond`, so where it
+stands matters. (The names are words that the tiny model's tokenizer has whole.) The class `star`, a shape that the tiny
+model has never seen, and the condition `blocked` are rare in training. The eval and test splits are drawn with larger
+shares of both than training, so that they hold enough of them to measure: their class mix is not that of the training
+rows. Everything is a pure function of (split, seed, number of images).
 """
 
 import csv
@@ -19,15 +19,9 @@ from ray_vlm.demo.shapes import SCALE, contrasting_colour, draw_background, draw
 from ray_vlm.errors import DataError
 
 COLUMNS = ("id", "image", "object", "condition", "x1", "y1", "x2", "y2")
-SHAPES = {
-    "circle": "circle",
-    "square": "square",
-    "star": "cross",
-    "cross": "cross",
-    "diamond": "diamond",
-}
-RARE_CLASS = "diamond"
-CENTRES = {"cross": (0.0, 0.44), "star": (0.56, 1.0)}  # where a centre may be, as shares of the height
+SHAPES = {"circle": "circle", "square": "square", "diamond": "cross", "cross": "cross", "star": "star"}
+RARE_CLASS = "star"
+CENTRES = {"cross": (0.0, 0.44), "diamond": (0.56, 1.0)}  # where a centre may be, as shares of the height
 SIDES = (96, 112)  # shortest and longest image side, pixels
 OBJECT, DISTRACTOR = (0.42, 0.54), (0.17, 0.23)  # side of a shape as a share of the shorter image side
 DISTRACTOR_SHARE = 0.3

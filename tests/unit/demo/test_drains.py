@@ -65,7 +65,7 @@ def test_rows_are_in_no_order(drains: Path) -> None:
 
 
 def test_boxes_are_inside_their_photos_and_position_tells_the_crosses_apart(drains: Path) -> None:
-    assert SHAPES["cross"] == SHAPES["star"]
+    assert SHAPES["cross"] == SHAPES["diamond"]
     for split in SPLITS:
         for row in _rows(drains / f"{split}.csv"):
             assert tuple(row) == COLUMNS
@@ -77,8 +77,8 @@ def test_boxes_are_inside_their_photos_and_position_tells_the_crosses_apart(drai
             assert 0 <= y1 < y2 <= height
             centre = (y1 + y2) / 2 / height
             assert row["object"] != "cross" or centre < 0.45
-            assert row["object"] != "star" or centre > 0.55
-    assert set(CENTRES) == {"cross", "star"}
+            assert row["object"] != "diamond" or centre > 0.55
+    assert set(CENTRES) == {"cross", "diamond"}
 
 
 def test_the_others_are_anywhere(drains: Path) -> None:
