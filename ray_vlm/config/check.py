@@ -3,13 +3,13 @@
 `check_job` returns every broken rule; `load_job` raises them together with the schema's complaints.
 """
 
-import math
 import re
 from collections.abc import Callable, Collection, Iterator
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.resume import touches
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.trl import check_trl
 
 # What `evaluate.metric` may name for each task; higher is better for all but the loss.
 TASK_METRICS = {
@@ -34,55 +34,15 @@ FORMAT_TASKS = {
     "prompt": (),
 }
 
-# TRL options that a job names itself, or that the feed decides: setting them in `method.trl` too is an error.
-_NAMED_IN_JOB = {
-    "learning_rate": "train.learning_rate",
-    "weight_decay": "train.weight_decay",
-    "max_grad_norm": "train.max_grad_norm",
-    "num_train_epochs": "train.num_epochs",
-    "max_steps": "train.max_steps",
-    "warmup_ratio": "train.warmup_ratio",
-    "warmup_steps": "train.warmup_ratio",
-    "lr_scheduler_type": "train.min_lr_ratio",
-    "lr_scheduler_kwargs": "train.min_lr_ratio",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "per_device_eval_batch_size": "evaluate.batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "bf16": "train.bf16",
-    "fp16": "train.bf16",
-    "seed": "seed",
-    "data_seed": "seed",
-    "output_dir": "run.output_dir",
-    "run_name": "run.name",
-    "report_to": "track.wandb",
-    "logging_steps": "train.log_every_steps",
-    "save_steps": "checkpoint.every_steps",
-    "save_strategy": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep",
-    "eval_steps": "evaluate.every_steps",
-    "eval_strategy": "evaluate.every_steps",
-    "max_length": "data.max_tokens",
-    "completion_only_loss": "method.loss_on",
-    "assistant_only_loss": "method.loss_on",
-    "model_init_kwargs": "model",
-    "ddp_find_unused_parameters": "lora.target",
-    "activation_checkpointing": "train.gradient_checkpointing",
-    "auto_find_batch_size": "train.micro_batch_size",
-    "logging_strategy": "train.log_every_steps",
-    "logging_first_step": "train.log_every_steps",
-    "use_cpu": "cluster.gpus_per_worker",
-    "eval_on_start": "evaluate.every_steps",
-    "eval_delay": "evaluate.every_steps",
-    "load_best_model_at_end": "evaluate.metric",
+# Options that only some tasks read; for others they would do nothing.
+_OF_TASKS = {
+    "prompt": ("detection", "classification", "gui_steps"),
+    "labels": ("detection", "classification"),
+    "position": ("classification",),
+    "class_regions": ("classification",),
+    "short_memory": ("gui_steps",),
+    "long_memory_tokens": ("gui_steps",),
 }
-
-# TRL options that would break what the feed promises.
-_DECIDED_BY_FEED = (
-    *("average_tokens_across_devices", "packing", "padding_free", "dataset_kwargs", "disable_tqdm"),
-    *("logging_nan_inf_filter", "push_to_hub", "dataloader_num_workers", "train_sampling_strategy"),
-    *("ignore_data_skip", "resume_from_checkpoint", "save_only_model", "enable_jit_checkpoint"),
-)
 
 # (holds for a broken job, the keys that it reads - the first is blamed -, reason and fix)
 Rule = tuple[Callable[[JobConfig], bool], tuple[str, ...], str]
@@ -100,7 +60,7 @@ def _same_rows(a: Source | None, b: Source | None) -> bool:
 
 
 def _told_apart(a: Source, b: Source) -> bool:
-    """Whether ranges of tasks keep two sources of one file from sharing rows; ids are compared when they are read."""
+    """Whether ranges of tasks may keep two sources of one file from sharing rows; `splits.py` looks when it reads."""
     return None not in (a.task_end, b.task_start) or None not in (b.task_end, a.task_start)
 
 
@@ -113,6 +73,18 @@ RULES: list[Rule] = [
         lambda j: any(bool(s.path) == (s.ratio is not None) for s in _sources(j)),
         ("data",),
         "each source needs a `path`, or for eval and test a `ratio` of the training rows, and not both.",
+    ),
+    (
+        lambda j: any(
+            s is not None and s.ratio and not s.path and s != Source(ratio=s.ratio) for s in (j.data.eval, j.data.test)
+        ),
+        ("data.eval", "data.test"),
+        "a share is read as the training rows are; `ratio` stands alone. Remove the other settings beside it.",
+    ),
+    (
+        lambda j: any(s is not None and s.weight != 1 for s in (j.data.eval, j.data.test)),
+        ("data.eval", "data.test"),
+        "`weight` is how often training rows are shown. Remove it here.",
     ),
     (
         lambda j: any(s.ratio is not None for s in (j.data.train, *j.data.mix) if s is not None),
@@ -165,17 +137,14 @@ RULES: list[Rule] = [
         "weights are of the plain loss; loss_type and label smoothing would not use them. Remove one of the two.",
     ),
     (
-        lambda j: (
-            j.data.pad_color is not None
-            and (j.data.resize != "pad" or not all(0 <= v <= 255 for v in j.data.pad_color))
-        ),
-        ("data.pad_color", "data.resize"),
-        "needs `resize: pad` and three numbers from 0 to 255. Mend it, or remove it.",
+        lambda j: j.data.pad_color is not None and not all(0 <= v <= 255 for v in j.data.pad_color),
+        ("data.pad_color",),
+        "three numbers from 0 to 255 are needed. Mend them, or remove it.",
     ),
     (
-        lambda j: j.task.name != "classification" and (j.task.position or j.task.class_regions),
-        ("task.position", "task"),
-        "position and class_regions tell a classifier where its object is. Remove them.",
+        lambda j: j.data.resize != "pad" and (j.data.pad_color is not None or j.data.pad_place != "end"),
+        ("data.resize", "data.pad_color", "data.pad_place"),
+        "pad_color and pad_place need `resize: pad`. Set that, or remove them.",
     ),
     (
         lambda j: j.task.name == "classification" and any("=" not in label for label in j.task.labels or ()),
@@ -262,25 +231,10 @@ def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, s
         for fails, keys, reason in RULES
         if not any(touches(key, other) for key in keys for other in unread) and fails(job)
     ]
-    return broken + list(_check_trl(job))
+    return broken + list(_check_task(job)) + list(check_trl(job))
 
 
-def _check_trl(job: JobConfig) -> Iterator[tuple[str, str]]:
-    for key, value in job.method.trl.items():
-        if key in _NAMED_IN_JOB:
-            yield f"method.trl.{key}", f"this job sets that as `{_NAMED_IN_JOB[key]}`. Set it there, and only there."
-        elif key in _DECIDED_BY_FEED:
-            yield f"method.trl.{key}", "this is decided by how rows are fed to TRL. Remove it."
-        elif not _is_plain(value):
-            yield f"method.trl.{key}", "not plain data. Use text, finite numbers, true/false, null, lists and mappings."
-
-
-def _is_plain(value: object, depth: int = 0) -> bool:
-    """Whether JSON carries `value` to the workers unchanged."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return depth < 20 and all(isinstance(k, str) and _is_plain(v, depth + 1) for k, v in value.items())
-    if isinstance(value, list):
-        return depth < 20 and all(_is_plain(v, depth + 1) for v in value)
-    return value is None or isinstance(value, str | int)
+def _check_task(job: JobConfig) -> Iterator[tuple[str, str]]:
+    for key, tasks in _OF_TASKS.items():
+        if job.task.name not in tasks and getattr(job.task, key) != type(job.task).model_fields[key].default:
+            yield f"task.{key}", f"{job.task.name} does not use it; {' and '.join(tasks)} do. Remove it."

@@ -29,8 +29,13 @@ class Balance:
     table: tuple[dict[str, Any], ...]
 
 
-def plan_balance(tags: Sequence[tuple[str, ...]], source_weights: np.ndarray, data: Data) -> Balance:
-    """Factors and weights for rows with these tags. Raises `ConfigError` for names that no row has."""
+def plan_balance(
+    tags: Sequence[tuple[str, ...]], source_weights: np.ndarray, data: Data, attributes: bool = True
+) -> Balance:
+    """Factors and weights for rows with these tags. Raises `ConfigError` for names that no row has.
+
+    `attributes`: tags are `attribute=value`; else a `=` is a character of a class name.
+    """
     kinds = Counter(tags)
     rows, objects = Counter[str](), Counter[str]()
     for of_row, count in kinds.items():
@@ -38,54 +43,52 @@ def plan_balance(tags: Sequence[tuple[str, ...]], source_weights: np.ndarray, da
         for tag in of_row:
             objects[tag] += count
     problems: list[str] = []
-    by_tag = _tag_factors(rows, len(tags), data, problems)
-    first = _first_attribute(tags)
-    conditions = {tag for tag in objects if "=" in tag and tag.partition("=")[0] != first}
-    classes = objects.keys() - conditions
-    weights = _tag_weights({t: objects[t] for t in classes}, data.class_weights, "data.class_weights", problems)
-    weights |= _tag_weights(
-        {t: objects[t] for t in conditions}, data.condition_weights, "data.condition_weights", problems
-    )
+    weights: dict[str, float] = {}
+    of = {tag: tag.partition("=")[0] if attributes and "=" in tag else "" for tag in rows}  # the attribute of a tag
+    by_tag = _tag_factors(rows, of, len(tags), data, problems)
+    first = next((of[of_row[0]] for of_row in tags if of_row), "")
+    for key, chosen in (("class_weights", True), ("condition_weights", False)):
+        counts = {tag: objects[tag] for tag in objects if (of[tag] == first) is chosen}
+        weights |= _tag_weights(counts, of, getattr(data, key), f"data.{key}", problems)
     if problems:
         raise ConfigError(problems)
     factors = source_weights.astype(np.float64)
     if any(factor != 1 for factor in by_tag.values()):
         known: dict[tuple[str, ...], float] = {}
         for of_row in kinds:
-            known[of_row] = _row_factor([by_tag.get(tag, 1.0) for tag in of_row])
+            known[of_row] = _row_factor([by_tag[tag] for tag in of_row if tag in by_tag])
         factors = factors * np.fromiter((known[of_row] for of_row in tags), np.float64, len(tags))
+    if factors.sum() < 1:
+        raise ConfigError("data.oversample and weights leave less than one row in an epoch. Raise them.")
     even = bool((factors == 1).all())
     told = tuple((tag, weight) for tag, weight in sorted(weights.items()) if weight != 1)
     return Balance(None if even else factors, told, _table(tags, rows, factors, by_tag, weights))
 
 
 def _row_factor(factors: list[float]) -> float:
-    """A row is shown as often as its rarest class asks (LVIS, Gupta et al. 2019); below 1 only where all agree."""
+    """A row is shown as often as the most that one of its tags asks for (LVIS, Gupta et al. 2019); else once."""
     return max(factors, default=1.0)
 
 
-def _first_attribute(tags: Sequence[tuple[str, ...]]) -> str:
-    return next((of_row[0].partition("=")[0] for of_row in tags if of_row), "")
-
-
-def _tag_factors(rows: Counter, num_rows: int, data: Data, problems: list[str]) -> dict[str, float]:
+def _tag_factors(
+    rows: Counter, of: Mapping[str, str], num_rows: int, data: Data, problems: list[str]
+) -> dict[str, float]:
     if data.oversample is None:
         return {}
     if data.oversample == "auto":
-        values = Counter(tag.partition("=")[0] if "=" in tag else "" for tag in rows)
-        out = {}
-        for tag, count in rows.items():
-            threshold = data.oversample_threshold or 1 / values[tag.partition("=")[0] if "=" in tag else ""]
-            out[tag] = max(1.0, math.sqrt(threshold * num_rows / count))
-        return out
-    return _by_tag(data.oversample, rows, "data.oversample", problems)
+        values = Counter(of.values())
+        threshold = {tag: data.oversample_threshold or 1 / values[of[tag]] for tag in rows}
+        return {tag: max(1.0, math.sqrt(threshold[tag] * num_rows / count)) for tag, count in rows.items()}
+    return _by_tag(data.oversample, rows, of, "data.oversample", problems)
 
 
-def _by_tag(given: Mapping[str, float], known: Mapping[str, int], key: str, problems: list[str]) -> dict[str, float]:
+def _by_tag(
+    given: Mapping[str, float], known: Mapping[str, int], of: Mapping[str, str], key: str, problems: list[str]
+) -> dict[str, float]:
     """A setting's numbers by whole tag."""
     out = {}
     for name, value in given.items():
-        found = [tag for tag in known if tag == name or tag.partition("=")[2] == name]
+        found = [tag for tag in known if tag == name or (of[tag] and tag.partition("=")[2] == name)]
         if not found:
             names = ", ".join(sorted(known)[:20]) or "none"
             problems.append(f"{key}: no training row has {name!r}. There are: {names}.")
@@ -99,19 +102,23 @@ def _by_tag(given: Mapping[str, float], known: Mapping[str, int], key: str, prob
 
 
 def _tag_weights(
-    counts: Mapping[str, int], setting: Mapping[str, float] | str | None, key: str, problems: list[str]
+    counts: Mapping[str, int],
+    of: Mapping[str, str],
+    setting: Mapping[str, float] | str | None,
+    key: str,
+    problems: list[str],
 ) -> dict[str, float]:
     """Weight of each tag; those from frequencies have a mean of 1 over all occurrences of their attribute."""
     if setting is None:
         return {}
     if isinstance(setting, Mapping):
-        return _by_tag(setting, counts, key, problems)
+        return _by_tag(setting, counts, of, key, problems)
     if not counts:
         problems.append(f"{key}={setting}: the rows have nothing of that kind. Leave it out.")
     power = 1.0 if setting == "inverse" else 0.5
     out: dict[str, float] = {}
-    for attribute in {tag.rpartition("=")[0] for tag in counts}:
-        mine = {tag: n for tag, n in counts.items() if tag.rpartition("=")[0] == attribute}
+    for attribute in {of[tag] for tag in counts}:
+        mine = {tag: n for tag, n in counts.items() if of[tag] == attribute}
         scale = sum(mine.values()) / sum(n * n**-power for n in mine.values())
         out |= {tag: scale * n**-power for tag, n in mine.items()}
     return out

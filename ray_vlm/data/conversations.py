@@ -8,9 +8,9 @@ from typing import Any
 
 from ray_vlm.data.cells import Row, box_units, image, images, is_empty, nested, region, shown, word
 from ray_vlm.data.records import Box, Image, Point, PreferenceRecord, PromptRecord, SftRecord
+from ray_vlm.tasks.answers import IMAGE, Turns
 
-Turns = tuple[tuple[str, str], ...]
-IMAGE, _BOX, _NAME = "<image>", "<bbox>", "<ref-object>"
+_BOX, _NAME = "<bbox>", "<ref-object>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ORDER = "turns are an optional system turn, then user and assistant in turn"
 _NOT_COLUMNS = ("id", "image", "images", "group")

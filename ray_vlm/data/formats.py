@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.config.schema import Task
 from ray_vlm.data.cells import Row, box, box_units, images, is_empty, nested, shown, word
 from ray_vlm.data.coco import image_root, read_coco
 from ray_vlm.data.conversations import llava_record, messages_record, preference_record, prompt_record, read_objects
@@ -20,7 +19,7 @@ _CORNERS = ("x1", "y1", "x2", "y2")
 _NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
 
 
-def read_rows(source: Source, task: Task) -> tuple[list[Record | BadRow], list[str]]:
+def read_rows(source: Source) -> tuple[list[Record | BadRow], list[str]]:
     """All rows of a source in file order, and the class names it declares.
 
     These are COCO's categories in their order, else the labels that were found, sorted (of classification

@@ -103,7 +103,7 @@ def _record(row: Row, task: str | None, steps: Counter, history: dict[str, list[
     context: dict[str, Any] = {"instruction": instruction, "task": task, "step": step, "history": earlier}
     if pointed_box is not None or pointed_point is not None:
         context |= box_units(row)
-    return SftRecord(name, row.number, screens, (), truth, context, row.group or task)
+    return SftRecord(name, row.number, screens, (), truth, context, task)
 
 
 def _output(row: Row) -> tuple[dict[str, Any], str]:

@@ -129,6 +129,8 @@ def _read_header(file: Any, tail: bytes, max_pixels: int) -> tuple[int, int]:
                 f"image has {width * height} pixels, above data.max_image_pixels={max_pixels}; make it smaller, or "
                 "raise that"
             )
+        if image.mode == "F":
+            raise _Told("floating-point images have no agreed range; convert it to 8 bit")
         kind = image.format or ""
         if kind not in _ENDS or _ENDS[kind] not in tail:
             image.load()
@@ -159,8 +161,6 @@ def decode(source: str | bytes) -> np.ndarray:
         opened.load()
         ImageOps.exif_transpose(opened, in_place=True)
         image: Image.Image = opened
-    if image.mode == "F":
-        raise ValueError("floating-point images have no agreed range; convert it to 8 bit")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         depth = np.asarray(image).astype(np.float32)
         image = Image.fromarray((np.clip(depth, 0, 65535) / 257.0).round().astype(np.uint8))

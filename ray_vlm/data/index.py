@@ -48,12 +48,6 @@ class Index:
         """Work that each row makes, `float32 [rows]`: its tokens, and those of images once more for the tower."""
         return (self.tokens + self.image_tokens).astype(np.float32)
 
-    def subset(self, positions: np.ndarray) -> "Index":
-        """Only the rows at these positions; bad rows stay named."""
-        records = tuple(self.records[i] for i in positions)
-        image, prompt, answer = (c[positions] for c in (self.image_tokens, self.prompt_tokens, self.answer_tokens))
-        return Index(records, image, prompt, answer, self.labels, self.bad)
-
 
 def build_index(
     source: Source, data: Data, spec: RowSpec, read: tuple[list, list[str]] | None = None, number: int = 0
@@ -62,7 +56,7 @@ def build_index(
 
     `read`: what `read_rows` gave for the source, if that is known; `number`: the source's place among those mixed.
     """
-    rows, labels = read or read_rows(source, spec.task)
+    rows, labels = read or read_rows(source)
     preparer = load_preparer(spec)
     with ThreadPoolExecutor(8) as pool:
         checked = list(pool.map(lambda row: measure_row(row, data), rows))
@@ -72,7 +66,7 @@ def build_index(
     for row in checked:
         counted = row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens)
         if isinstance(counted, BadRow):
-            bad.append(counted)
+            bad.append(replace(counted, source=number))
         else:
             records.append(replace(row, source=number) if number else row)
             counts.append(counted)
@@ -86,13 +80,6 @@ def build_index(
 def _columns(counts: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     columns = np.array(counts, np.int64).reshape(-1, 3)
     return columns[:, 0], columns[:, 1], columns[:, 2]
-
-
-def recount(index: Index, spec: RowSpec) -> Index:
-    """The index with the token counts of another wording."""
-    preparer = load_preparer(spec)
-    image, prompt, answer = _columns([preparer.token_counts(record) for record in index.records])
-    return replace(index, image_tokens=image, prompt_tokens=prompt, answer_tokens=answer)
 
 
 def join_indices(indices: Sequence[Index]) -> Index:

@@ -17,6 +17,7 @@ def describe_preprocessing(preparer: Preparer) -> dict[str, Any]:
         "task": spec.task.model_dump() | {"codec": preparer.codec_name},
         "labels": list(spec.labels),
         "hints": spec.hints,
+        "split": spec.split,
         "images": asdict(preparer.image_spec),
     }
 
@@ -32,12 +33,15 @@ def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec | None:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         images = saved["images"]
+        if saved["task"]["name"] != spec.task.name:
+            raise ModelError(f"{folder}: trained for {saved['task']['name']}, and the job's task is {spec.task.name}.")
         pad = tuple(images["pad"]) if images["pad"] else None
         return replace(
             spec,
             task=Task(**saved["task"]),
             labels=tuple(saved["labels"]),
             hints=saved["hints"],
+            split=saved["split"],
             min_pixels=images["min_pixels"],
             max_pixels=images["max_pixels"],
             resize="pad" if pad else "stretch",

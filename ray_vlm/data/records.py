@@ -59,8 +59,9 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where it is, and why and what to do."""
+    """A row that cannot be used: where it is, and why and what to do. `source` as in records."""
 
     row: int
     id: str
     reason: str
+    source: int = 0

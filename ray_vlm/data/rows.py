@@ -32,6 +32,7 @@ class RowSpec:
     """How records become rows: base model, task, class names in prompt order, images, what is trained.
 
     `hints`: what the training data tells the prompt. `token_weights`: (tag, weight) of answer tokens in the loss.
+    `split`: fingerprint of the rows that training leaves out as shares.
     """
 
     model: Model
@@ -45,9 +46,10 @@ class RowSpec:
     pad_place: Literal["end", "center"] = "end"
     hints: str = ""
     token_weights: tuple[tuple[str, float], ...] = ()
+    split: str = ""
 
 
-def row_spec(job: JobConfig, labels: list[str], hints: str = "") -> RowSpec:
+def row_spec(job: JobConfig, labels: list[str]) -> RowSpec:
     """The job's `RowSpec`. `labels` are the class names of the training data; `task.labels` wins over them."""
     names = tuple(job.task.labels or labels)
     data = job.data
@@ -61,7 +63,6 @@ def row_spec(job: JobConfig, labels: list[str], hints: str = "") -> RowSpec:
         resize=data.resize,
         pad_color=data.pad_color,
         pad_place=data.pad_place,
-        hints=hints,
     )
 
 
@@ -100,6 +101,8 @@ class Preparer:
         self.processor = load_processor(spec.model)
         self.tokenizer = self.processor.tokenizer
         self.family: Family = family_of(load_config(spec.model))
+        self.tokenizer.backend_tokenizer.no_truncation()  # both may have been saved with a tokenizer
+        self.tokenizer.backend_tokenizer.no_padding()
         self._encode = self.tokenizer.backend_tokenizer.encode  # the wrapper around it takes longer than its work
         self.codec_name = spec.task.codec or self.family.codec
         self.codec = CODECS[self.codec_name]
@@ -115,7 +118,7 @@ class Preparer:
     def _check_wording(self) -> None:
         """Refuse a prompt or a class name that the tokenizer would not read as plain text."""
         for text in (self.spec.task.prompt or "", self.spec.task.system or "", *self.spec.labels):
-            found = self._reserved(text)
+            found = self._reserved(text) or (IMAGE if IMAGE in text else None)
             if found or (not text.isprintable() and not text.replace("\n", "").isprintable()):
                 what = f"it holds {found!r}" if found else "it holds characters that cannot be written"
                 raise DataError(f"prompt or class name {text[:80]!r} cannot be used: {what}. Reword it.")
@@ -141,12 +144,20 @@ class Preparer:
         """The right answer, with the characters that say a class."""
         return self.task.answer(record, self.frames(record), self.setting)
 
+    def truth(self, record: SftRecord) -> dict[str, Any]:
+        """The truth that an answer is scored against: of chat with its placeholders filled, as it was trained."""
+        told = {"answer": self.answer(record).text} if "answer" in record.truth else {}
+        return {**record.truth, **told}
+
     def problem(self, record: SftRecord) -> str | None:
         """Why a record whose sizes are known cannot be learned from, if so."""
         if reason := self.task.check(record, self.spec.labels):
             return reason
-        texts = [text for _, text in self.turns(record)] + [self.answer(record).text]
-        for text in texts:
+        turns, answer = self.turns(record), self.answer(record)
+        tags = sum(text.count(IMAGE) for _, text in turns)
+        if tags != len(record.images):
+            return f"its text holds {tags} {IMAGE} tags for {len(record.images)} images; remove those that are too many"
+        for text in (*(text for _, text in turns), answer.text):
             if found := self._reserved(text):
                 return f"its text holds {found!r}, which the tokenizer does not read as text; remove it"
         return None
@@ -224,7 +235,9 @@ class Preparer:
         if not whole.startswith(prompt) or len(pieces) != 2 + sum(role == "assistant" for role, _ in turns):
             raise DataError("the processor's chat template renders an answer that does not continue its own prompt.")
         close = pieces.pop()
-        heads = [pieces[0], *(piece.removeprefix(close) for piece in pieces[1:])]
+        if not all(piece.startswith(close) for piece in pieces[1:]):
+            raise DataError("the processor's chat template closes an earlier answer otherwise than the last one.")
+        heads = [pieces[0], *(piece[len(close) :] for piece in pieces[1:])]
         return tuple(tuple(self._ids(head)) for head in heads), close
 
     def _pixels(self, record: SftRecord) -> tuple[np.ndarray, ...]:

@@ -3,22 +3,26 @@
 `plan_split` decides alone; `load_parts` reads. A share is of groups where rows belong together, so no split cuts them.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.formats import read_rows
-from ray_vlm.data.index import Index, build_index, join_indices, recount
-from ray_vlm.data.records import SftRecord
+from ray_vlm.data.index import Index, build_index, join_indices, measure_row
+from ray_vlm.data.records import BadRow, Image, SftRecord
 from ray_vlm.data.rows import RowSpec, row_spec
 from ray_vlm.data.source import prepare_source
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.classification import describe_regions
+
+Read = tuple[Source, list[Any], list[str]]  # a source, its rows (records or bad ones) and the class names it declares
 
 
 @dataclass(frozen=True)
@@ -33,68 +37,124 @@ class Parts:
 
 
 def load_parts(job: JobConfig, wanted: Sequence[str], spec: RowSpec | None = None) -> Parts:
-    """Read, check and split the sources of the parts that are `wanted` (and of those that they are a share of).
+    """Read, split and check the sources of the parts that are `wanted`.
 
-    `spec`: how an adapter's training made rows, where one is evaluated. Raises `DataError` on anything unusable.
+    Shares of the training rows are cut before any row is checked, so that they are the same rows whatever is bad.
+    `spec`: how an adapter's training made rows, where one is evaluated. Raises `DataError` on anything unusable, and
+    `ConfigError` where the adapter's training did not leave out the rows that are now a share.
     """
-    sources = {name: getattr(job.data, name) for name in ("train", "eval", "test")}
-    missing = [name for name in wanted if sources[name] is None]
-    if missing:
+    sources: dict[str, Source | None] = {name: getattr(job.data, name) for name in ("train", "eval", "test")}
+    if missing := [name for name in wanted if sources[name] is None]:
         raise ConfigError(f"`data.{missing[0]}` is missing. Give it a path and a format.")
     shares = {name: s.ratio for name, s in sources.items() if s is not None and s.ratio is not None}
-    read_train = "train" in wanted or any(name in shares for name in wanted)
-    indices: dict[str, Index | None] = dict.fromkeys(sources)
-    train_rows = _read([sources["train"], *job.data.mix], job) if read_train and sources["train"] else []
+    cut = any(name in shares for name in wanted)
+    hinted = spec is None and job.task.class_regions
+    rows: dict[str, list[Read]] = {}
+    if "train" in wanted or cut or (hinted and sources["train"] is not None):
+        rows |= _split([s for s in (sources["train"], *job.data.mix) if s is not None], shares, job)
+    for name, source in sources.items():
+        if source is not None and source.path and name != "train" and (name in wanted or _same_file(source, job)):
+            rows[name] = [_read(source)]
+    _check_apart(rows)
+    drawn = _fingerprint(rows, shares, job) if cut or "train" in wanted else ""
     if spec is None:
-        spec = _spec(job, sources, train_rows, wanted)
-    if train_rows:
-        whole = _index(train_rows, job, spec)
-        parts = plan_split([r.group for r in whole.records], _strata(whole, job), shares, job.seed)
-        indices |= {name: whole.subset(positions) for name, positions in parts.items()}
-        if spec.task.class_regions and not spec.hints and indices["train"] is not None:
-            spec = replace(spec, hints=describe_regions(indices["train"].records, spec.task))
-            indices = {name: index and recount(index, spec) for name, index in indices.items()}
-    for name in wanted:
-        if name not in shares and name != "train":
-            indices[name] = _index(_read([sources[name]], job), job, spec)
-    kept = {name: index if name in wanted else None for name, index in indices.items()}
-    return Parts(spec, kept["train"], kept["eval"], kept["test"], tuple(_notes(kept)))
+        spec, notes = _spec(job, rows, sources)
+        spec = replace(spec, split=drawn, hints=_hints(rows.get("train", []), job) if hinted else "")
+    else:
+        notes = []
+        if cut and spec.split != drawn:
+            raise ConfigError(
+                "data.eval or data.test is a share of the training rows, and this job draws it otherwise than the "
+                "training of the adapter did. Use the same rows, shares, `data.stratify` and `seed`, or a file."
+            )
+    indices = {name: _index(rows[name], job, spec) if name in wanted else None for name in sources}
+    notes += _notes(rows)
+    return Parts(spec, indices["train"], indices["eval"], indices["test"], tuple(notes))
 
 
-def _read(sources: Sequence[Source], job: JobConfig) -> list[tuple[Source, list, list[str]]]:
-    out = []
-    for source in sources:
-        prepare_source(source)
-        rows, labels = read_rows(source, job.task)
-        out.append((source, rows, labels))
-    return out
+def _read(source: Source) -> Read:
+    prepare_source(source)
+    return (source, *read_rows(source))
 
 
-def _spec(job: JobConfig, sources: Mapping[str, Source | None], train_rows: list, wanted: Sequence[str]) -> RowSpec:
+def _same_file(source: Source, job: JobConfig) -> bool:
+    """Whether a part may share rows with the training data, which its ids then tell."""
+    return any(s is not None and s.path == source.path for s in (job.data.train, *job.data.mix))
+
+
+def _split(sources: Sequence[Source], shares: Mapping[str, float], job: JobConfig) -> dict[str, list[Read]]:
+    """The training sources, and for every share the part of them that belongs to it."""
+    read = [_read(source) for source in sources]
+    rows = [row for _, of_source, _ in read for row in of_source]
+    parts = plan_split([getattr(row, "group", "") for row in rows], _strata(rows, job), shares, job.seed)
+    starts = np.cumsum([0, *(len(of_source) for _, of_source, _ in read)])
+    return {
+        name: [
+            (source, [rows[i] for i in positions[(positions >= start) & (positions < end)]], labels)
+            for (source, _, labels), start, end in zip(read, starts, starts[1:], strict=False)
+        ]
+        for name, positions in parts.items()
+    }
+
+
+def _check_apart(rows: Mapping[str, list[Read]]) -> None:
+    """Raise where a test file's rows are also those of another part, as they may be with ranges of tasks."""
+    for source, mine, _ in rows.get("test", []):
+        seen = {row.row for row in mine}
+        for name in ("train", "eval"):
+            for other, theirs, _ in rows.get(name, []):
+                both = [row for row in theirs if row.row in seen] if other.path == source.path else []
+                if both:
+                    raise ConfigError(
+                        f"data.test and data.{name} share {len(both)} rows of {source.path}, the first with id "
+                        f"{both[0].id}. Choose ranges of tasks that do not meet."
+                    )
+
+
+def _fingerprint(rows: Mapping[str, list[Read]], shares: Mapping[str, float], job: JobConfig) -> str:
+    """A hash of which rows are left out of training as shares; empty where none are."""
+    if not shares:
+        return ""
+    digest = hashlib.sha256(repr(sorted(shares)).encode())
+    for name in sorted(shares):
+        digest.update(repr([(row.row, row.id) for _, of_source, _ in rows[name] for row in of_source]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _spec(
+    job: JobConfig, rows: Mapping[str, list[Read]], sources: Mapping[str, Source | None]
+) -> tuple[RowSpec, list[str]]:
     """The job's spec: class names come from the training data, or where that is not there from what is read."""
-    read = train_rows
-    if not read and not job.task.labels:
-        first = sources["train"]
+    named, notes = rows.get("train", []), []
+    if not named and not job.task.labels and sources["train"] is not None and sources["train"].path:
         try:
-            read = _read([s for s in (first, *job.data.mix) if s is not None and s.path], job)
+            named = [_read(s) for s in (sources["train"], *job.data.mix)]
         except DataError:
-            read = []
-        read = read or _read([s for name in wanted if (s := sources[name]) is not None], job)
-    names = dict.fromkeys(label for _, _, labels in read for label in labels)
-    return row_spec(job, list(names))
+            notes.append("class names come from the rows that are measured: data.train cannot be read")
+    named = named or [read for of_part in rows.values() for read in of_part]
+    return row_spec(job, list(dict.fromkeys(label for _, _, labels in named for label in labels))), notes
 
 
-def _index(read: list, job: JobConfig, spec: RowSpec) -> Index:
-    return join_indices([build_index(s, job.data, spec, (rows, labels), i) for i, (s, rows, labels) in enumerate(read)])
+def _hints(read: Sequence[Read], job: JobConfig) -> str:
+    """Where each class mostly is in the training rows."""
+    measured = (measure_row(row, job.data) for _, rows, _ in read for row in rows)
+    return describe_regions([row for row in measured if not isinstance(row, BadRow)], job.task)
 
 
-def _strata(index: Index, job: JobConfig) -> list[str]:
+def _index(read: Sequence[Read], job: JobConfig, spec: RowSpec) -> Index:
+    kept = [(number, *of_source) for number, of_source in enumerate(read) if of_source[1]]
+    if not kept:
+        raise DataError(f"{read[0][0].path}: holds no rows. Give a file with at least one.")
+    return join_indices([build_index(s, job.data, spec, (rows, labels), number) for number, s, rows, labels in kept])
+
+
+def _strata(rows: Sequence[Any], job: JobConfig) -> list[str]:
     """The rarest class of each row; all alike where the split does not look at classes."""
     if not job.data.stratify:
-        return [""] * len(index)
-    tags = [row_tags(job, record) for record in index.records]
-    rows = Counter(tag for of_row in tags for tag in set(of_row))
-    return [min(of_row, key=lambda tag: (rows[tag], tag), default="") for of_row in tags]
+        return [""] * len(rows)
+    tags = [() if isinstance(row, BadRow) else row_tags(job, row) for row in rows]
+    counts = Counter(tag for of_row in tags for tag in set(of_row))
+    return [min(of_row, key=lambda tag: (counts[tag], tag), default="") for of_row in tags]
 
 
 def row_tags(job: JobConfig, record: SftRecord) -> tuple[str, ...]:
@@ -149,16 +209,17 @@ def _units(groups: Sequence[str]) -> tuple[np.ndarray, int]:
     return unit_of, len(numbers)
 
 
-def _notes(parts: Mapping[str, Index | None]) -> list[str]:
-    """What is odd about the parts beside one another: images that two of them share, classes that one lacks."""
+def _notes(rows: Mapping[str, list[Read]]) -> list[str]:
+    """Images that the training rows and another part both show."""
+    seen = _images(rows.get("train", []))
     notes = []
-    train = parts["train"]
-    seen = {image for record in train.records for image in record.images} if train else set()
     for name in ("eval", "test"):
-        index = parts[name]
-        if index is None or train is None:
-            continue
-        shared = sum(any(image in seen for image in record.images) for record in index.records)
+        shared = len(seen & _images(rows.get(name, [])))
         if shared:
-            notes.append(f"{shared} of {len(index)} rows of data.{name} show an image that data.train shows too")
+            notes.append(f"{shared} images of data.{name} are in data.train too; `columns.group` keeps rows together")
     return notes
+
+
+def _images(read: Sequence[Read]) -> set[Image]:
+    records = (row for _, rows, _ in read for row in rows if not isinstance(row, BadRow))
+    return {image for record in records for image in record.images}

@@ -73,7 +73,7 @@ def measure_rows(job: JobConfig) -> Stats:
     for tag, place, size in regions:
         places[tag][_region(place, size, job.task.regions)] += 1
     return Stats(
-        parts={name: _rows_of(getattr(parts, name), getattr(job.data, name).ratio) for name in wanted},
+        parts={name: (len(getattr(parts, name)), len(getattr(parts, name).bad)) for name in wanted},
         notes=parts.notes,
         classes=_classes(job, train),
         regions=tuple(dict.fromkeys(name for row in job.task.regions for name in row)),
@@ -90,11 +90,6 @@ def measure_rows(job: JobConfig) -> Stats:
         max_pixels=spec.max_pixels,
         max_tokens=job.data.max_tokens,
     )
-
-
-def _rows_of(index: Index, ratio: float | None) -> tuple[int, int]:
-    """Usable and bad rows; the bad ones of a share are counted with the rows that it is a share of."""
-    return len(index), len(index.bad) if ratio is None else 0
 
 
 def regions_of(record: SftRecord) -> Iterator[tuple[str, Sequence[float], tuple[int, int]]]:

@@ -109,7 +109,7 @@ def _read(source: Source, job: JobConfig) -> _Read:
     started = time.monotonic()
     try:
         prepare_source(source)
-        rows, labels = read_rows(source, job.task)
+        rows, labels = read_rows(source)
     except DataError as error:
         return _Read([], [], tuple(error.problems), time.monotonic() - started)
     return _Read(rows, labels, (), time.monotonic() - started)

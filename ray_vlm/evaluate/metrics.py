@@ -32,9 +32,13 @@ def _mean(values: Iterable[Any]) -> float:
 def measure_classification(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Overall numbers, and precision, recall and F1 of every `attribute=value`."""
     counts: dict[str, Counter] = defaultdict(Counter)
+    values: dict[str, set[str]] = defaultdict(set)
     for p in predictions:
         for name, value in p.truth["attributes"].items():
-            found = p.found.get("attributes", {}).get(name)
+            values[name].add(value)
+    for p in predictions:
+        for name, value in p.truth["attributes"].items():
+            found = _known(p.found.get("attributes", {}).get(name), values[name])
             right = p.score["correct"][name]
             counts[f"{name}={value}"]["hits" if right else "misses"] += 1
             if found is not None and not right:
@@ -51,6 +55,11 @@ def measure_classification(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "macro_f1": _mean(_mean(r["f1"] for r in rates) for rates in by_attribute.values()),
     }
     return {"overall": overall, "per_class": per_class}
+
+
+def _known(found: str | None, values: set[str]) -> str | None:
+    """The value of the data that an answer means, case and spaces aside; None for one that the data do not have."""
+    return next((value for value in values if found is not None and same_words(found, value)), None)
 
 
 def _rates(counts: Counter) -> dict[str, float]:

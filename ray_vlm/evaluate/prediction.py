@@ -12,7 +12,8 @@ from ray_vlm.data.rows import Preparer
 class Prediction:
     """One answer and the truth of its record, places in original pixels, and the task's score of it.
 
-    `found` is what the task understood of the answer (`Parsed.values`); `images` are paths, or None for bytes.
+    `group` is the task of a GUI step; `found` what was understood of the answer (`Parsed.values`); `images` are paths,
+    or None for bytes.
     """
 
     row: int
@@ -36,20 +37,20 @@ def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], prep
     """Parse and score each answer with the task's own functions."""
     predictions = []
     for record, text in zip(records, answers, strict=True):
-        parsed = preparer.task.parse(text, preparer.frames(record))
+        parsed, truth = preparer.task.parse(text, preparer.frames(record)), preparer.truth(record)
         predictions.append(
             Prediction(
                 row=record.row,
                 id=record.id,
-                group=record.group,
+                group=record.context.get("task", record.group),
                 images=tuple(image if isinstance(image, str) else None for image in record.images),
                 sizes=record.sizes,
                 answer=text,
                 found=parsed.values,
                 ok=parsed.ok,
                 repairs=parsed.repairs,
-                truth=record.truth,
-                score=preparer.task.score(parsed, record.truth),
+                truth=truth,
+                score=preparer.task.score(parsed, truth),
             )
         )
     return predictions

@@ -54,7 +54,7 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     )
     predictions = build_predictions(index.records, answers, preparer)
     metrics = measure(job.task.name, predictions)
-    metrics |= {"adapter": adapter, "test": job.data.test.path, "wall_s": time.monotonic() - started}
+    metrics |= {"adapter": adapter, "test": _told(job), "wall_s": time.monotonic() - started}
     metrics["num_bad_rows"] = len(index.bad)
     folder.mkdir(parents=True, exist_ok=True)
     if index.bad:
@@ -63,6 +63,13 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     write_predictions(folder, predictions)
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def _told(job: JobConfig) -> str:
+    """What was measured, in words."""
+    test, train = job.data.test, job.data.train
+    assert test is not None
+    return test.path or f"{test.ratio} of {train.path if train else ''}"
 
 
 def _use_threads(job: JobConfig) -> None:
@@ -97,12 +104,12 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
 def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None, against: str | None) -> Path:
     """What `ray-vlm evaluate` does: evaluate, print the headlines, write `report.html`. Returns the folder."""
-    base = f"{Path(job.model.name).name}-{Path(job.data.test.path).stem if job.data.test else 'test'}"
+    base = f"{Path(job.model.name).name}-{Path(job.data.test.path).stem or 'test' if job.data.test else 'test'}"
     default = Path(adapter).parent / "evaluate" / Path(adapter).name if adapter else None
     if output is None and is_remote(adapter or job.run.output_dir):
         raise ConfigError("results are written to a folder, and this adapter or run lies elsewhere. Give --output.")
     folder = Path(output) if output else default or Path(job.run.output_dir) / "evaluate" / base
-    other = load_stage(Path(against), Path(against).name) if against is not None else None
+    other = load_stage(Path(against), Path(against).name, job.task.name) if against is not None else None
     metrics = evaluate(job, adapter, folder)
     stages = [Stage(folder.name, metrics, read_predictions(folder))]
     if other is not None:
@@ -116,10 +123,13 @@ def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None,
     return folder
 
 
-def load_stage(folder: Path, title: str) -> Stage:
-    """An evaluation that was written earlier. Raises `RunError` where there is none."""
+def load_stage(folder: Path, title: str, task: str) -> Stage:
+    """An evaluation of a task that was written earlier. Raises `RunError` where there is none."""
     try:
-        return Stage(title, json.loads((folder / "metrics.json").read_text()), read_predictions(folder))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        if metrics.get("task") != task:
+            raise ValueError(f"it is of the task {metrics.get('task')!r}")
+        return Stage(title, metrics, read_predictions(folder))
     except (OSError, ValueError) as error:
         raise RunError(
             f"{folder}: no evaluation here ({error}). Give a folder that `ray-vlm evaluate` wrote."

@@ -237,11 +237,12 @@ def _next_free(base: Path, stem: str) -> Path:
 
 
 def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
-    """One JSON line for each row that was left out: source (train, eval or test), row, id, reason."""
+    """One JSON line for each row that was left out: source (train, mix[0], eval or test), row, id, reason."""
     with open(path, "w", encoding="utf-8") as file:
         for source, bad in rows.items():
             for b in bad:
-                file.write(json.dumps({"source": source, "row": b.row, "id": b.id, "reason": b.reason}) + "\n")
+                name = f"mix[{b.source - 1}]" if b.source else source
+                file.write(json.dumps({"source": name, "row": b.row, "id": b.id, "reason": b.reason}) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,6 +11,8 @@ from ray_vlm.config.schema import Task
 Turns = tuple[tuple[str, str], ...]  # (role, text); `<image>` stands for an image
 IMAGE = "<image>"
 _FENCE = re.compile(r"```(?:json)?")  # no repeats beside each other: a model may write a page of spaces
+_HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_HALVES = re.compile(rf"{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW}")  # of a character; no file can hold them
 _TRIES = 2000  # places where an object may begin that are looked at in a broken answer
 _DECODER = json.JSONDecoder(strict=False)
 
@@ -59,17 +61,21 @@ def read_json(text: str) -> tuple[Any, list[str]]:
     A fence around it belongs to the form. Text around it, or an end that was cut off, is a repair; of a list that was
     cut off the whole objects are kept.
     """
+    repairs: list[str] = []
+    if _HALVES.search(text):
+        text, repairs = _HALVES.sub("\N{REPLACEMENT CHARACTER}", text), ["half a character replaced"]
     start, end = _FENCE.search(text), text.rfind("```")
     inside = text[start.end() : end] if start and end >= start.end() else text
     try:
-        return json.loads(inside, strict=False), []
+        return json.loads(inside, strict=False), repairs
     except (ValueError, RecursionError):
         pass
     found, value = _first_value(text)
     if found:
-        return value, ["text around the JSON"]
-    objects = list(_objects(text))
-    return (objects, ["JSON cut off or broken; whole objects kept"]) if objects else (None, ["no JSON in it"])
+        return value, [*repairs, "text around the JSON"]
+    if objects := list(_objects(text)):
+        return objects, [*repairs, "JSON cut off or broken; whole objects kept"]
+    return None, [*repairs, "no JSON in it"]
 
 
 def _first_value(text: str) -> tuple[bool, Any]:

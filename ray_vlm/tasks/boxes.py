@@ -181,10 +181,8 @@ def _read_tokens(text: str) -> tuple[list, list[str]]:
 
 def _unescape(label: str) -> str:
     """A label as JSON means it, from between its quotes."""
-    try:
-        return json.loads(f'"{label}"', strict=False)
-    except ValueError:
-        return label
+    value, _ = read_json(f'"{label}"')
+    return value if isinstance(value, str) else label
 
 
 def read_numbers(item: Any, key: str, count: int) -> list[float] | None:

@@ -28,8 +28,6 @@ def check(record: SftRecord, labels: Sequence[str]) -> str | None:
     if not record.truth["answer"].strip():
         return "the last answer is empty, so there is nothing to learn"
     for box, image in zip(record.context.get("boxes", ()), record.context.get("image_of", ()), strict=False):
-        if image >= len(record.images):
-            return f"a box names image {image}, and there are {len(record.images)}"
         if reason := box_problem(box, record.sizes[image]):
             return f"{reason}; mend the box, or say what its numbers mean with box_units"
     return None

@@ -103,7 +103,7 @@ def parse(text: str, frames: Sequence[Frame]) -> Parsed:
 def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
     """`action`: same action; `arguments`: share of the truth's arguments that are equal (None where it has none);
     `inside`: the place pointed at lies in the true box (None where nothing is to be pointed at); `iou`: of the boxes
-    (None without both); `success`: everything that applies is right."""
+    (None where the truth has none); `success`: everything that applies is right."""
     found, right = parsed.values.get("output", {}), truth["output"]
     action = _same(found.get("action"), right["action"])
     names = [name for name in right if name != "action"]
@@ -144,4 +144,4 @@ def _place(parsed: Parsed, truth: Mapping[str, Any]) -> tuple[bool | None, float
     x1, y1, x2, y2 = truth["box"]
     inside = at is not None and x1 <= at[0] <= x2 and y1 <= at[1] <= y2
     box = parsed.values.get("box")
-    return inside, float(iou_matrix([truth["box"]], [box])[0, 0]) if box is not None else None
+    return inside, float(iou_matrix([truth["box"]], [box])[0, 0]) if box is not None else 0.0

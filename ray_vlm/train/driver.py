@@ -66,7 +66,9 @@ def prepare(job: JobConfig) -> Prepared:
     assert job.data.train is not None
     sources = [job.data.train, *job.data.mix]
     weights = np.array([sources[record.source].weight for record in parts.train.records])
-    balance = plan_balance([row_tags(job, record) for record in parts.train.records], weights, job.data)
+    balance = plan_balance(
+        [row_tags(job, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
+    )
     spec = replace(parts.spec, token_weights=balance.token_weights)
     plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs)
     return Prepared(job, spec, parts.train, parts.eval, plan, balance, parts.notes)

@@ -139,7 +139,8 @@ def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:
         "gradient_checkpointing": train.gradient_checkpointing,
         "bf16": train.bf16,
         "use_cpu": job.cluster.gpus_per_worker == 0,
-        "ddp_find_unused_parameters": False,
+        # text alone leaves the tower's weights without a gradient
+        "ddp_find_unused_parameters": job.task.name == "chat" and (job.lora is None or job.lora.target != ["language"]),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": [],

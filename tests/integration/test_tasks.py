@@ -128,7 +128,9 @@ def test_padding_keeps_shapes_and_is_remembered(job_file, scenes: Path, tmp_path
     from ray_vlm.data.preprocessing import read_preprocessing
     from ray_vlm.data.rows import row_spec
 
-    spec = read_preprocessing(str(final), row_spec(load_job(path, ["data.resize=stretch", "data.pad_color=null"]), []))
+    spec = read_preprocessing(
+        str(final), row_spec(load_job(path, ["data.resize=stretch", "data.pad_color=null", "data.pad_place=end"]), [])
+    )
     assert (spec.resize, spec.pad_color, spec.pad_place) == ("pad", (1, 2, 3), "center")
     assert main(["evaluate", str(path), "--adapter", str(final)]) == 0
 
@@ -140,3 +142,96 @@ def test_the_job_s_codec_is_used_and_remembered(job_file, scenes: Path, tmp_path
     final = tmp_path / "runs" / "run" / "final"
     assert json.loads((final / "preprocessing.json").read_text())["task"]["codec"] == "qwen2_vl"
     assert main(["evaluate", str(path), "task.codec=null", "--adapter", str(final)]) == 0
+
+
+def test_a_bad_row_does_not_redraw_the_split(sources, job_file, tmp_path: Path) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.splits import load_parts
+
+    data = {"train": sources["classification"], "eval": 0.25, "test": 0.25, "on_bad_row": "quarantine"}
+    job = load_job(job_file(task="classification", data=data))
+    before = load_parts(job, ["train", "eval", "test"])
+    (tmp_path / "3.png").write_bytes(b"gone")
+    after = load_parts(job, ["train", "eval", "test"])
+    bad = 0
+    for name in ("train", "eval", "test"):
+        old, new = getattr(before, name), getattr(after, name)
+        assert {r.id for r in new.records} == {r.id for r in old.records} - {"3"}
+        bad += len(new.bad)
+    assert bad == 1, "told once"
+
+
+@pytest.mark.parametrize("change", ["seed=1", "data.eval=null", "data.test=0.3", "data.stratify=false"])
+def test_an_adapter_is_never_measured_on_rows_that_it_learned(
+    change: str, sources, job_file, tmp_path: Path, capsys
+) -> None:
+    data = {"train": sources["classification"], "eval": 0.25, "test": 0.25}
+    path = job_file(task="classification", data=data, evaluate={"max_new_tokens": 4})
+    assert main(["train", str(path)]) == 0
+    final = str(tmp_path / "runs" / "run" / "final")
+    assert main(["evaluate", str(path), change, "--adapter", final]) == 2
+    assert "otherwise than the training of the adapter" in capsys.readouterr().err
+    assert main(["evaluate", str(path), "data.on_bad_row=quarantine", "--adapter", final]) == 0
+
+
+def test_ranges_of_tasks_that_meet_are_refused(sources, job_file, capsys) -> None:
+    steps = sources["gui_steps"]
+    for end, start, code in (("t3", "t4", 0), ("t4", "t4", 2)):
+        data = {"train": steps | {"task_end": end}, "test": steps | {"task_start": start}}
+        path = job_file(task="gui_steps", data=data)
+        assert main(["train", str(path), "--overwrite"]) == code
+    assert "share 3 rows" in capsys.readouterr().err
+
+
+def test_hints_reach_the_base_too_and_are_kept(sources, job_file, tmp_path: Path) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.splits import load_parts
+
+    train = sources["classification"]
+    rows = tmp_path / "test.csv"
+    rows.write_text("".join((tmp_path / "labels.csv").read_text().splitlines(keepends=True)[:9]))
+    task = {"name": "classification", "class_regions": True}
+    path = job_file(task=task, data={"train": train, "test": {"path": str(rows), "format": "image_csv"}})
+    parts = load_parts(load_job(path), ["test"])
+    assert parts.spec.hints == "Usual places: a: middle left; b: middle left."
+    assert main(["train", str(path)]) == 0
+    saved = json.loads((tmp_path / "runs" / "run" / "final" / "preprocessing.json").read_text())
+    assert saved["hints"] == parts.spec.hints
+
+
+def test_an_adapter_of_another_task_is_refused(sources, job_file, scenes: Path, tmp_path: Path, capsys) -> None:
+    assert main(["train", str(job_file())]) == 0
+    data = {"train": sources["classification"], "test": 0.25}
+    path = job_file(task="classification", data=data)
+    assert main(["evaluate", str(path), "--adapter", str(tmp_path / "runs" / "run" / "final")]) == 1
+    assert "trained for detection" in capsys.readouterr().err
+
+
+def test_places_in_chat_are_scored_as_they_were_trained(job_file, tmp_path: Path) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.rows import load_preparer
+    from ray_vlm.data.splits import load_parts
+    from ray_vlm.evaluate.prediction import build_predictions
+
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    turns = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "At <bbox>."}]
+    row = {"messages": turns, "images": ["a.png"], "objects": {"ref": [], "bbox": [[10, 20, 50, 60]]}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    job = load_job(job_file(task="chat", data={"train": {"path": str(tmp_path / "rows.jsonl"), "format": "messages"}}))
+    parts = load_parts(job, ["train"])
+    found = build_predictions(parts.train.records, ["At [100, 200, 500, 600]."], load_preparer(parts.spec))
+    assert found[0].truth["answer"] == "At [100, 200, 500, 600]."
+    assert found[0].score["exact"]
+
+
+@pytest.mark.cluster
+def test_rows_without_images_do_not_stop_two_workers(job_file, tmp_path: Path, ray_cluster) -> None:
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    rows = []
+    for i in range(8):
+        turns = [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": str(i)}]
+        rows.append(json.dumps({"messages": turns, "images": ["a.png"]} if i == 7 else {"messages": turns}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = {"train": {"path": str(tmp_path / "rows.jsonl"), "format": "messages"}}
+    path = job_file(task="chat", data=data, cluster={"num_workers": 2}, lora={"target": ["language", "vision"]})
+    assert main(["train", str(path)]) == 0

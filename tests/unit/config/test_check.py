@@ -10,6 +10,8 @@ TRAIN = {"train": {"path": "a"}}
 CLASSES = {"name": "classification"}
 BROKEN = [
     {"data": TRAIN | {"eval": {"path": "b", "ratio": 0.1}}},
+    {"data": TRAIN | {"eval": {"ratio": 0.1, "max_rows": 5}}},
+    {"data": TRAIN | {"eval": {"path": "b", "weight": 2.0}}},
     {"data": {"train": {"ratio": 0.5}}},
     {"data": {"mix": [{"path": "a"}]}},
     {"data": TRAIN | {"eval": 0.5, "test": 0.5}},
@@ -19,8 +21,8 @@ BROKEN = [
     {"task": "chat", "data": {"train": {"path": "a", "format": "llava"}, "oversample": "auto"}},
     {"data": TRAIN | {"oversample_threshold": 0.1}},
     {"data": TRAIN | {"class_weights": "inverse"}, "method": {"trl": {"loss_type": "dft"}}},
-    {"data": TRAIN | {"pad_color": [1, 2, 3]}},
-    {"task": {"position": True}},
+    {"data": TRAIN | {"pad_color": [1, 2, 300], "resize": "pad"}},
+    {"data": TRAIN | {"pad_place": "center"}},
     {"task": CLASSES | {"labels": ["a"]}, "data": {"train": {"path": "a", "format": "image_csv"}}},
     {"lora": None},
     {"lora": None, "model": {"name": "x", "load_in_4bit": False, "adapter": "a"}},
@@ -44,12 +46,12 @@ def test_trl_options_that_would_change_on_the_way_are_refused(value: object) -> 
 
 
 def test_what_the_feed_decides_cannot_be_set_behind_its_back() -> None:
-    from ray_vlm.config.check import _DECIDED_BY_FEED, _NAMED_IN_JOB
+    from ray_vlm.config.trl import DECIDED_BY_FEED, NAMED_IN_JOB
     from ray_vlm.data.plan import Plan
     from ray_vlm.train.feed import shared_options
 
     options = shared_options(JobConfig.model_validate(PLAIN), Plan(4, 2, 1, 1), has_eval=True)
-    assert set(options) - {"optim"} <= {*_DECIDED_BY_FEED, *_NAMED_IN_JOB}
+    assert set(options) - {"optim"} <= {*DECIDED_BY_FEED, *NAMED_IN_JOB}
 
 
 def test_a_rule_is_silent_about_keys_that_could_not_be_read() -> None:
@@ -61,6 +63,21 @@ def test_a_rule_is_silent_about_keys_that_could_not_be_read() -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\nb", " ", "x\0", "\ud800", ".hidden"])
 def test_names_that_are_no_folder_are_refused(name: str) -> None:
     assert [key for key, _ in check_job(JobConfig.model_validate(PLAIN | {"run": {"name": name}}))] == ["run.name"]
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "value"),
+    [
+        ("detection", "position", True),
+        ("gui_steps", "labels", ["a"]),
+        ("chat", "prompt", "x"),
+        ("chat", "short_memory", 1),
+    ],
+)
+def test_options_that_the_task_does_not_read_are_refused(task: str, key: str, value: object) -> None:
+    kind = {"detection": "coco", "gui_steps": "gui_csv", "chat": "llava"}[task]
+    changes = {"task": {"name": task, key: value}, "data": {"train": {"path": "a", "format": kind}}}
+    assert [key for key, _ in check_job(JobConfig.model_validate(PLAIN | changes))] == [f"task.{key}"]
 
 
 def test_plain_job_passes() -> None:

@@ -151,7 +151,7 @@ def test_a_bad_row_is_named_and_its_neighbours_live(
 
 
 def _read(path: Path, format: str, **options: Any) -> list[Any]:
-    return read_rows(Source(path=str(path), format=format, **options), Task())[0]
+    return read_rows(Source(path=str(path), format=format, **options))[0]
 
 
 def _check(found: list[Any], row: int, name: str, words: str, num_rows: int) -> None:
@@ -346,7 +346,7 @@ def test_a_folder_is_no_file_with_rows(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_addresses_that_nothing_opens_are_refused(address: str, words: str, suffix: str) -> None:
     with pytest.raises(DataError, match=words):
-        read_rows(Source(path=address.replace("jsonl", suffix), format="llava"), Task())
+        read_rows(Source(path=address.replace("jsonl", suffix), format="llava"))
 
 
 def test_image_root_must_be_a_path(tmp_path: Path) -> None:

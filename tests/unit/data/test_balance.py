@@ -120,3 +120,22 @@ def test_a_step_s_rows_do_not_depend_on_the_workers_and_costs_are_shared_out() -
         plain = [np.array_split(costs[plan.step_rows(s)], world) for s in range(6)]
         assert np.mean(ratios) < 1.08
         assert np.mean([max(p.sum() for p in s) / np.mean([p.sum() for p in s]) for s in plain]) > np.mean(ratios)
+
+
+def test_an_equals_sign_in_a_value_or_a_class_name_is_text() -> None:
+    tags = [("size=a=1",)] * 9 + [("size=b=2",)]
+    weights = dict(_balance(tags=tags, class_weights="inverse").token_weights)
+    assert weights["size=b=2"] / weights["size=a=1"] == pytest.approx(9.0)
+    classes = [("speed=30",)] * 9 + [("dog",)]
+    balance = plan_balance(classes, np.ones(10), Data(class_weights="inverse"), attributes=False)
+    assert dict(balance.token_weights)["dog"] / dict(balance.token_weights)["speed=30"] == pytest.approx(9.0)
+
+
+def test_a_condition_may_be_shown_less_often() -> None:
+    tags = [("object=a", "condition=ok")] * 4 + [("object=a", "condition=bad")]
+    assert _balance(tags=tags, oversample={"ok": 0.5}).factors.tolist() == [0.5] * 4 + [1.0]
+
+
+def test_an_epoch_has_at_least_one_row() -> None:
+    with pytest.raises(ConfigError, match="less than one row"):
+        _balance(tags=[("a",)] * 50, oversample={"a": 0.01})

@@ -41,7 +41,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def _read(path: str, format: str, **options: Any) -> tuple[list[Any], list[str]]:
-    return read_rows(Source(path=path, format=format, **options), Task())
+    return read_rows(Source(path=path, format=format, **options))
 
 
 def _one(tmp_path: Path, format: str, row: dict[str, Any], name: str = "rows.jsonl", **options: Any) -> Any:

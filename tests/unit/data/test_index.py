@@ -229,3 +229,33 @@ def test_text_that_the_tokenizer_would_not_read_as_text_is_a_bad_row(tmp_path: P
                 build_index(source, Data(), chat)
         else:
             assert len(build_index(source, Data(), chat)) == 1
+
+
+def test_a_picture_of_floating_point_numbers_is_found_before_training(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((64, 64), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="convert it to 8 bit"):
+        read_size(str(tmp_path / "a.tif"), 10**6)
+
+
+def test_an_image_tag_too_many_is_told(tmp_path: Path, spec: RowSpec) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(DataError, match="'<image>'"):
+        load_preparer(replace(spec, task=Task(prompt="<image> find {labels}")))
+    _image(tmp_path / "a.jpg")
+    row = {"Task_id": "1", "Image_id": "a.jpg", "Instruction": "type <image>", "Output": {"action": "x"}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"Grounding": {}}))
+    source = Source(path=str(tmp_path / "rows.jsonl"), format="gui_csv")
+    with pytest.raises(DataError, match="2 <image> tags for 1 images"):
+        build_index(source, Data(), replace(spec, task=Task(name="gui_steps")))
+
+
+def test_a_tokenizer_that_was_saved_with_truncation_cuts_nothing(tmp_path: Path, tiny_models: dict[str, str]) -> None:
+    import shutil
+
+    folder = shutil.copytree(tiny_models["qwen3_vl"], tmp_path / "model")
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    spec = RowSpec(Model(name=str(folder), load_in_4bit=False), Task(), ("dog",))
+    assert len(load_preparer(spec)._ids("a dog and a cat")) > 2

@@ -62,6 +62,18 @@ def test_classification_by_attribute_and_value() -> None:
     assert overall["balanced_accuracy"] == pytest.approx(((2 / 3 + 0) / 2 + 0.5) / 2)
 
 
+def test_case_changes_no_count() -> None:
+    truths = ({"condition": "blocked"}, {"condition": "clear"})
+    rows = [_of("classification", {"attributes": {"condition": "Blocked"}}, {"attributes": t}) for t in truths]
+    assert measure("classification", rows)["per_class"]["condition=blocked"]["precision"] == 0.5
+
+
+def test_a_step_without_a_box_counts_in_the_mean_iou() -> None:
+    truth = {"output": {"action": "click"}, "box": (0.0, 0.0, 10.0, 10.0), "point": None}
+    rows = [_of("gui_steps", truth, truth, group="1"), _of("gui_steps", truth | {"box": None}, truth, group="2")]
+    assert measure("gui_steps", rows)["overall"]["mean_iou"] == 0.5
+
+
 def test_gui_steps_by_step_and_by_task() -> None:
     truth = {"output": {"action": "click", "target": "x"}, "box": (0.0, 0.0, 10.0, 10.0), "point": None}
     done = {"output": {"action": "done"}, "box": None, "point": None}

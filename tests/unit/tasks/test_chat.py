@@ -70,4 +70,3 @@ def test_rows_that_cannot_be_learned_say_why() -> None:
     assert "empty" in (chat.check(_record(TURNS, " "), ()) or "")
     outside = _record(TURNS, boxes=((0.0, 0.0, 900.0, 5.0),), image_of=(0,))
     assert "outside its 100x100" in (chat.check(outside, ()) or "")
-    assert "image 5" in (chat.check(_record(TURNS, boxes=((0.0, 0.0, 9.0, 5.0),), image_of=(5,)), ()) or "")

@@ -66,6 +66,8 @@ def test_usual_places_come_from_the_training_rows() -> None:
         ('{"object": "grate", "x": [1]}', {"object": "grate"}, False),
         ('{"object": 3}', {"object": "3"}, True),
         ('{"object": "gra', {}, False),
+        ('{"object": "\\ud83d"}', {"object": "\N{REPLACEMENT CHARACTER}"}, False),
+        ('{"object": "\\ud83d\\ude00"}', {"object": "\N{GRINNING FACE}"}, True),
         ("grate", {}, False),
         ("", {}, False),
         ("{" * 50_000, {}, False),
