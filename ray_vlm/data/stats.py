@@ -18,6 +18,7 @@ from ray_vlm.data.index import Index
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.splits import load_parts, row_tags
+from ray_vlm.tasks.classification import centre_of, region_of
 
 SMALL_PX, MEDIUM_PX = 32, 96  # sides of the squares that part small, medium and large boxes, as COCO has it
 THIN_PX = 4.0  # a box thinner than this after resizing is hardly seen
@@ -71,7 +72,7 @@ def measure_rows(job: JobConfig) -> Stats:
     tokens = {"image": train.image_tokens, "prompt": train.prompt_tokens, "answer": train.answer_tokens}
     places: dict[str, Counter[str]] = defaultdict(Counter)
     for tag, place, size in regions:
-        places[tag][_region(place, size, job.task.regions)] += 1
+        places[tag][region_of(*centre_of(place, size), job.task.regions)] += 1
     return Stats(
         parts={name: (len(getattr(parts, name)), len(getattr(parts, name).bad)) for name in wanted},
         notes=parts.notes,
@@ -107,12 +108,6 @@ def regions_of(record: SftRecord) -> Iterator[tuple[str, Sequence[float], tuple[
         yield "in the text", box, record.sizes[image]
 
 
-def _region(place: Sequence[float], size: tuple[int, int], regions: Sequence[Sequence[str]]) -> str:
-    x, y = (sum(place[axis::2]) / len(place[axis::2]) / size[axis] for axis in (0, 1))
-    row = regions[min(max(int(y * len(regions)), 0), len(regions) - 1)]
-    return row[min(max(int(x * len(row)), 0), len(row) - 1)]
-
-
 def _classes(job: JobConfig, index: Index) -> tuple[dict[str, Any], ...]:
     tags = [row_tags(job, record) for record in index.records]
     sources = [s for s in (job.data.train, *job.data.mix) if s is not None]
@@ -127,7 +122,7 @@ def _classes(job: JobConfig, index: Index) -> tuple[dict[str, Any], ...]:
             "times": entry["times_shown"],
             "weight": entry["weight"],
         }
-        for entry in plan_balance(tags, weights, job.data).table
+        for entry in plan_balance(tags, weights, job.data, job.task.name != "detection").table
     )
 
 

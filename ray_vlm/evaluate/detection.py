@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray_vlm.data.records import Box
-from ray_vlm.evaluate.prediction import Prediction
+from ray_vlm.evaluate.prediction import Prediction, rates
 
 
 def measure_detection(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -23,20 +23,14 @@ def measure_detection(predictions: Sequence[Prediction]) -> dict[str, Any]:
             counter.update(prediction.score[kind])
     labels = sorted(set().union(*totals.values()))
     ious = [iou for p in predictions for iou in p.score["ious"]]
-    overall = _rates(*(sum(totals[kind].values()) for kind in ("hits", "misses", "invented")))
+    hits, misses, invented = (sum(totals[kind].values()) for kind in ("hits", "misses", "invented"))
+    overall = rates(hits, misses, invented, "_50")
     overall |= coco_map(predictions) | {"mean_iou": sum(ious) / max(len(ious), 1)}
     per_class = {}
     for label in labels:
         hits, misses, invented = (totals[kind][label] for kind in ("hits", "misses", "invented"))
-        per_class[label] = _rates(hits, misses, invented) | {"num": hits + misses}
+        per_class[label] = rates(hits, misses, invented, "_50") | {"num": hits + misses}
     return {"overall": overall, "per_class": per_class, "num_objects": len(ious)}
-
-
-def _rates(hits: int, misses: int, invented: int) -> dict[str, float]:
-    precision = hits / (hits + invented) if hits + invented else 0.0
-    recall = hits / (hits + misses) if hits + misses else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return {"precision_50": precision, "recall_50": recall, "f1_50": f1}
 
 
 def coco_map(predictions: Sequence[Prediction]) -> dict[str, float]:

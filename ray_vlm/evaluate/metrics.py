@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ray_vlm.evaluate.detection import measure_detection
-from ray_vlm.evaluate.prediction import Prediction
+from ray_vlm.evaluate.prediction import Prediction, rates
 from ray_vlm.tasks.answers import same_words
 
 
@@ -46,13 +46,13 @@ def measure_classification(predictions: Sequence[Prediction]) -> dict[str, Any]:
     known = {tag for tag, c in counts.items() if c["hits"] + c["misses"]}
     per_class = {tag: _rates(counts[tag]) for tag in sorted(known)}
     by_attribute: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for tag, rates in per_class.items():
-        by_attribute[tag.partition("=")[0]].append(rates)
+    for tag, of_tag in per_class.items():
+        by_attribute[tag.partition("=")[0]].append(of_tag)
     overall = {
         "accuracy": _mean(p.score["all"] for p in predictions),
         "attribute_accuracy": _mean(right for p in predictions for right in p.score["correct"].values()),
-        "balanced_accuracy": _mean(_mean(r["recall"] for r in rates) for rates in by_attribute.values()),
-        "macro_f1": _mean(_mean(r["f1"] for r in rates) for rates in by_attribute.values()),
+        "balanced_accuracy": _mean(_mean(r["recall"] for r in of_name) for of_name in by_attribute.values()),
+        "macro_f1": _mean(_mean(r["f1"] for r in of_name) for of_name in by_attribute.values()),
     }
     return {"overall": overall, "per_class": per_class}
 
@@ -63,11 +63,8 @@ def _known(found: str | None, values: set[str]) -> str | None:
 
 
 def _rates(counts: Counter) -> dict[str, float]:
-    hits, misses, invented = counts["hits"], counts["misses"], counts["invented"]
-    precision = hits / (hits + invented) if hits + invented else 0.0
-    recall = hits / (hits + misses) if hits + misses else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return {"precision": precision, "recall": recall, "f1": f1, "num": hits + misses}
+    hits, misses = counts["hits"], counts["misses"]
+    return rates(hits, misses, counts["invented"]) | {"num": hits + misses}
 
 
 def measure_gui_steps(predictions: Sequence[Prediction]) -> dict[str, Any]:

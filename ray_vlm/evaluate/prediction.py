@@ -33,6 +33,14 @@ class Prediction:
         return asdict(self)
 
 
+def rates(hits: int, misses: int, invented: int, suffix: str = "") -> dict[str, float]:
+    """Precision, recall and F1 from counts, 0.0 where there is nothing to divide by; `suffix` ends their names."""
+    precision = hits / (hits + invented) if hits + invented else 0.0
+    recall = hits / (hits + misses) if hits + misses else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return {f"precision{suffix}": precision, f"recall{suffix}": recall, f"f1{suffix}": f1}
+
+
 def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], preparer: Preparer) -> list[Prediction]:
     """Parse and score each answer with the task's own functions."""
     predictions = []

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.config.schema import Task
-from ray_vlm.data.records import Box, SftRecord
+from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks.answers import Answer, Parsed, Setting, Turns, read_json, same_words, with_images
 from ray_vlm.tasks.boxes import Frame, box_problem
 
@@ -64,17 +64,18 @@ def _position(record: SftRecord, options: Task) -> str:
     box = record.context.get("box")
     if not options.position or box is None:
         return ""
-    x, y = _centre(box, record.sizes[0])
-    return POSITION.format(x=x, y=y, region=_region(x, y, options.regions))
+    x, y = centre_of(box, record.sizes[0])
+    return POSITION.format(x=x, y=y, region=region_of(x, y, options.regions))
 
 
-def _centre(box: Box, size: tuple[int, int]) -> tuple[float, float]:
-    """Normalised, 0..1."""
-    centre = ((box[0] + box[2]) / 2 / size[0], (box[1] + box[3]) / 2 / size[1])
-    return (min(max(centre[0], 0.0), 1.0), min(max(centre[1], 0.0), 1.0))
+def centre_of(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float]:
+    """Centre of a box, or a point, in original pixels, as shares of the image's (width, height), 0..1."""
+    x, y = (sum(box[axis::2]) / len(box[axis::2]) / size[axis] for axis in (0, 1))
+    return (min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0))
 
 
-def _region(x: float, y: float, regions: Sequence[Sequence[str]]) -> str:
+def region_of(x: float, y: float, regions: Sequence[Sequence[str]]) -> str:
+    """The word for the part of an image around (x, y), both 0..1."""
     row = regions[min(int(y * len(regions)), len(regions) - 1)]
     return row[min(int(x * len(row)), len(row) - 1)]
 
@@ -86,7 +87,7 @@ def describe_regions(records: Iterable[SftRecord], options: Task) -> str:
     for record in records:
         if (box := record.context.get("box")) is not None:
             value = next(iter(record.truth["attributes"].values()))
-            places[value][_region(*_centre(box, record.sizes[0]), options.regions)] += 1
+            places[value][region_of(*centre_of(box, record.sizes[0]), options.regions)] += 1
     usual = {value: counts.most_common(1)[0] for value, counts in sorted(places.items())}
     told = [f"{value}: {region}" for value, (region, n) in usual.items() if 2 * n >= places[value].total()]
     return f"Usual places: {'; '.join(told)}." if told else ""

@@ -8,7 +8,6 @@ workers take it from the newest whole checkpoint whoever started them (`train/at
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,9 +92,7 @@ def launch(job: JobConfig, task: WorkerTask, paths: RunPaths) -> tuple[dict[str,
         console = Console(task.plan.num_steps, job.train.log_every_steps)
         with StopRequest() as request, follow(paths, console):
             try:
-                _retry(
-                    lambda number: _fit(job, replace(task, attempt=number), paths, request), job, task, paths, request
-                )
+                _retry(job, task, paths, request)
             except KeyboardInterrupt:  # the second one: the workers must not go on without us
                 ray.shutdown()
                 raise
@@ -105,12 +102,12 @@ def launch(job: JobConfig, task: WorkerTask, paths: RunPaths) -> tuple[dict[str,
     return result, request.signal
 
 
-def _retry(fit: Callable[[int], None], job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> None:
+def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> None:
     failures: list[Failure] = []
     number = task.attempt
     while True:
         try:
-            return fit(number)
+            return _fit(job, replace(task, attempt=number), paths, request)
         except Exception as error:  # the edge to Ray: written down, then tried again or raised
             with suppress(OSError):
                 paths.refresh(paths.metrics)
