@@ -170,7 +170,9 @@ LESSONS = (
     ("studio", "studio", 16000, 1500, 1.2e-3, 0.02),
     ("studio_again", "studio", 16000, 800, 1.0e-3, 0.02),
     ("words", "words", 16000, 500, 1.0e-3, 0.02),
+    ("words_again", "boxes_and_words", 11000, 340, 7.0e-4, 0.02),
 )
+BOX_SHARES = {"words": 0.5, "boxes_and_words": 0.85}
 
 
 def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
@@ -186,8 +188,9 @@ def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
         final = folder / "runs" / name / "final"
         if not final.exists():
             task, source = "detection", {"path": str(folder / name / "train.json")}
-            if domain == "words":
-                task, source = "chat", {"path": str(write_rows(folder / name, num_images, seed)), "format": "messages"}
+            if domain in BOX_SHARES:
+                rows = write_rows(folder / name, num_images, seed, BOX_SHARES[domain])
+                task, source = "chat", {"path": str(rows), "format": "messages"}
             else:
                 draw(folder / name, domain, "train", num_images, seed)
             options = {"max_steps": steps, "learning_rate": rate, "min_lr_ratio": floor, "weight_decay": 0.01}
@@ -241,7 +244,7 @@ _ABOUT = """# The tiny base
 
 A Qwen3-VL of 2.2 million weights with a tokenizer of its own, float16 safetensors. Trained from random weights on
 drawn scenes (`ray_vlm/demo/shapes.py`), and at last on words too (`ray_vlm/demo/words.py`), by this package's own full
-fine-tuning, in five runs:
+fine-tuning, in six runs:
 
 | run | rows | steps of 32 | learning rate |
 |---|---|---|---|"""

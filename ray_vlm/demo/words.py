@@ -1,7 +1,7 @@
 """Write the tiny base's last lesson: many kinds of words beside the scenes, as chat rows (`messages` JSONL).
 
 Without it the base knows no token but those of its box answers, and a fine-tuning spends its steps on finding out how
-JSON is spelled. Half of the rows are box answers, so that nothing is forgotten; the others are questions about scenes,
+JSON is spelled. Half of the rows or more are box answers, so that nothing is forgotten; the others are questions about scenes,
 answered in JSON with keys of many names, and texts to copy. No row is of the kind that the demos teach.
 """
 
@@ -24,14 +24,14 @@ _WORDS = (
 _KEYS = ("object", "class", "shape", "condition", "answer", "action", "target", "goal", "type", "place")
 
 
-def write_rows(folder: str | Path, num_rows: int, seed: int = 0) -> Path:
-    """Write `<folder>/words.jsonl` and the images that it names; returns the file."""
+def write_rows(folder: str | Path, num_rows: int, seed: int = 0, boxes: float = 0.5) -> Path:
+    """Write `<folder>/words.jsonl` and the images that it names; returns the file. `boxes`: share of box answers."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, 11])
     rows = []
     for i in range(num_rows):
-        kind = rng.choice(["boxes", "about", "copy"], p=[0.5, 0.2, 0.3])
+        kind = rng.choice(["boxes", "about", "copy"], p=[boxes, 0.4 * (1 - boxes), 0.6 * (1 - boxes)])
         rows.append(_copy(rng) if kind == "copy" else _scene(kind == "boxes", folder, f"images/{i:05d}.jpg", rng))
     path = folder / "words.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

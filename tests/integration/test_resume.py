@@ -264,7 +264,7 @@ def test_a_run_in_an_object_store_is_the_same_run(
     log = json.loads(Store(there.address).read("training_log.json") or b"")
     assert [line["loss"] for line in log["training_history"]] == [loss for _, loss, _ in _steps(here)]
     metrics = evaluate(load_job(path), there.place("best"), tmp_path / "out")
-    assert metrics["num_images"] == 12
+    assert metrics["num_rows"] == 12
     with pytest.raises(RunError, match="cannot be used"):
         fetch_folder(there.place("nothing"))
 
