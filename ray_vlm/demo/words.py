@@ -1,8 +1,8 @@
-"""Write the tiny base's last lesson: many kinds of words beside the scenes, as chat rows (`messages` JSONL).
+"""Write the tiny base's last lessons: many kinds of words beside the scenes, as chat rows (`messages` JSONL).
 
-Without it the base knows no token but those of its box answers, and a fine-tuning spends its steps on finding out how
-JSON is spelled. Half of the rows or more are box answers, so that nothing is forgotten; the others are questions about scenes,
-answered in JSON with keys of many names, and texts to copy. No row is of the kind that the demos teach.
+Without them the base knows no token but those of its box answers, and a fine-tuning spends its steps on finding out how
+JSON is spelled. Half of the rows or more are box answers, so that nothing is forgotten; the others are questions about
+scenes, answered in JSON with keys of many names, and texts to copy. No row is of the kind that the demos teach.
 """
 
 import json
