@@ -79,7 +79,8 @@ def test_a_killed_worker_and_then_a_killed_controller(ray_cluster, small: Path, 
     attempts = json.loads(paths.run.read_text())["attempts"]
     assert [a["status"] for a in attempts] == ["failed", "failed", "finished"]
     assert "died" in attempts[0]["error"]
-    assert [a["from_step"] for a in attempts] == [0, 3, 6]
+    first, second, third = (a["from_step"] for a in attempts)
+    assert first == 0 and second >= 3 and third >= 6  # a later checkpoint where the kill came late: never an older one
 
 
 def _kill_the_controller() -> None:
