@@ -21,9 +21,9 @@ from ray_vlm.errors import DataError
 COLUMNS = ("id", "image", "object", "condition", "x1", "y1", "x2", "y2")
 SHAPES = {"circle": "circle", "square": "square", "diamond": "cross", "cross": "cross", "star": "star"}
 RARE_CLASS = "star"
-CENTRES = {"cross": (0.0, 0.44), "diamond": (0.56, 1.0)}  # where a centre may be, as shares of the height
-SIDES = (96, 112)  # shortest and longest image side, pixels
-OBJECT, DISTRACTOR = (0.42, 0.54), (0.17, 0.23)  # side of a shape as a share of the shorter image side
+CENTRES = {"cross": (0.0, 0.39), "diamond": (0.61, 1.0)}  # where a centre may be, as shares of the height
+SIDES = (80, 96)  # shortest and longest image side, pixels
+OBJECT, DISTRACTOR = (0.46, 0.58), (0.17, 0.23)  # side of a shape as a share of the shorter image side
 DISTRACTOR_SHARE = 0.3
 DISTRACTORS = ("triangle",)  # no class looks like it, so what a photo shows is never in doubt
 
