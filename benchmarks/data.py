@@ -29,7 +29,8 @@ from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.images import read_size
 from ray_vlm.data.index import build_index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.rows import RowSpec, load_preparer
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import RowSpec
 from ray_vlm.data.stream import Feed, pack, stream_ray
 from ray_vlm.demo.tiny import write_untrained
 

@@ -6,33 +6,11 @@
 import re
 from collections.abc import Callable, Collection, Iterator
 
+from ray_vlm.config.check_method import check_method, known_metrics
 from ray_vlm.config.data import Source
 from ray_vlm.config.resume import touches
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.trl import check_trl
-
-# What `evaluate.metric` may name for each task; higher is better for all but the loss.
-TASK_METRICS = {
-    "detection": ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate"),
-    "classification": ("accuracy", "attribute_accuracy", "balanced_accuracy", "macro_f1", "parse_rate"),
-    "gui_steps": (
-        *("step_success", "task_success", "action_accuracy", "argument_accuracy", "grounding", "mean_iou"),
-        "parse_rate",
-    ),
-    "chat": ("exact", "normalised", "anls", "parse_rate"),
-}
-
-# What the rows of each format are examples of.
-FORMAT_TASKS = {
-    "coco": ("detection",),
-    "objects": ("detection",),
-    "image_csv": ("classification",),
-    "gui_csv": ("gui_steps",),
-    "llava": ("chat",),
-    "messages": ("chat",),
-    "preference": (),
-    "prompt": (),
-}
 
 # Options that only some tasks read; for others they would do nothing.
 _OF_TASKS = {
@@ -102,11 +80,6 @@ RULES: list[Rule] = [
         "eval and test together take all training rows. Use smaller shares, such as 0.1.",
     ),
     (
-        lambda j: any(s.path and j.task.name not in FORMAT_TASKS[s.format] for s in _sources(j)),
-        ("data", "task"),
-        "a source's format holds no rows of this task. Its formats are: {formats}.",
-    ),
-    (
         lambda j: any(
             s.format != "gui_csv" and (s.task_start or s.task_end or s.max_tasks) is not None for s in _sources(j)
         ),
@@ -127,14 +100,6 @@ RULES: list[Rule] = [
         lambda j: j.data.oversample_threshold is not None and j.data.oversample != "auto",
         ("data.oversample_threshold", "data.oversample"),
         "only `oversample: auto` uses it. Set that, or remove the threshold.",
-    ),
-    (
-        lambda j: (
-            bool(j.data.class_weights or j.data.condition_weights)
-            and (j.method.trl.get("loss_type", "nll") != "nll" or bool(j.method.trl.get("label_smoothing_factor")))
-        ),
-        ("data.class_weights", "data.condition_weights", "method"),
-        "weights are of the plain loss; loss_type and label smoothing would not use them. Remove one of the two.",
     ),
     (
         lambda j: j.data.pad_color is not None and not all(0 <= v <= 255 for v in j.data.pad_color),
@@ -167,9 +132,9 @@ RULES: list[Rule] = [
         "a name is empty or listed twice. Name each class once.",
     ),
     (
-        lambda j: j.evaluate.metric not in ("loss", *TASK_METRICS[j.task.name]),
-        ("evaluate.metric", "task"),
-        "the task does not produce this metric. Use `loss` or one of: {metrics}.",
+        lambda j: j.evaluate.metric not in known_metrics(j),
+        ("evaluate.metric", "task", "method"),
+        "this method and task do not produce this metric. Use one of: {metrics}.",
     ),
     (
         lambda j: j.train.early_stopping_patience is not None and j.data.eval is None,
@@ -224,13 +189,13 @@ def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, s
 
     `unread` are keys whose values could not be read: rules that need one of them are left out.
     """
-    metrics = ", ".join(TASK_METRICS[job.task.name])
-    formats = ", ".join(name for name, tasks in FORMAT_TASKS.items() if job.task.name in tasks)
+    metrics = ", ".join(known_metrics(job))
     broken = [
-        (keys[0], reason.replace("{metrics}", metrics).replace("{formats}", formats))
+        (keys[0], reason.replace("{metrics}", metrics))
         for fails, keys, reason in RULES
         if not any(touches(key, other) for key in keys for other in unread) and fails(job)
     ]
+    broken += [(key, text) for key, text in check_method(job) if not any(touches(key, other) for other in unread)]
     return broken + list(_check_task(job)) + list(check_trl(job))
 
 

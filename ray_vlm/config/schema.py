@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ray_vlm.config.data import Data
+from ray_vlm.config.method import Method
 from ray_vlm.config.section import Largest, Section
 
 
@@ -17,17 +18,12 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-class Method(Section):
-    """How the model learns."""
-
-    name: Literal["sft"] = Field("sft", description="How the model learns: `sft` imitates the answers in the data.")
-    loss_on: Literal["answer", "whole_sequence"] = Field(
-        "answer", description="Which text is trained. Padding and image tokens never are."
-    )
-    trl: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Options of TRL's own config that this file does not name, passed on as they are.",
-    )
+def _with_reward(job: dict) -> dict:
+    """GRPO has no loss worth choosing by: its default metric is the reward."""
+    method, evaluate = job.get("method"), job.get("evaluate", {})
+    if isinstance(method, dict) and method.get("name") == "grpo" and isinstance(evaluate, dict):
+        return job | {"evaluate": {"metric": "reward"} | evaluate}
+    return job
 
 
 class Task(Section):
@@ -142,11 +138,27 @@ class Evaluate(Section):
         None, ge=1, le=Largest, description="Steps between validations. null: once an epoch."
     )
     metric: str = Field(
-        "loss", description="What chooses `best/`: `loss`, or a task metric measured by generating, such as `f1_50`."
+        "loss",
+        description="What chooses `best/`: `loss`, or a task metric measured by generating, such as `f1_50`; for DPO "
+        "also `preference_accuracy` or `reward_margin`; for GRPO `reward`, which is its default, or a task metric.",
     )
     num_samples: int | None = Field(200, ge=1, le=Largest, description="Validation rows, evenly spaced. null: all.")
     batch_size: int = Field(8, ge=1, le=Largest, description="Rows that are generated at a time.")
     max_new_tokens: int = Field(512, ge=1, le=Largest, description="Longest answer.")
+
+
+class Pairs(Section):
+    """Preference data from a model's own answers (`ray-vlm pairs`)."""
+
+    num_samples: int = Field(8, ge=2, le=Largest, description="Answers sampled for each row.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total share.")
+    min_margin: float = Field(
+        0.1, gt=0, description="Least reward by which the best answer must beat the worst for the two to make a pair."
+    )
+    rewards: dict[str, float] | None = Field(
+        None, min_length=1, description="What scores the answers, as `method.rewards`. null: the task's own parts."
+    )
 
 
 class Cluster(Section):
@@ -195,6 +207,7 @@ class JobConfig(Section):
     train: Train = Field(default_factory=Train, description="The optimizer's side.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What is saved on the way.")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="How progress is measured.")
+    pairs: Pairs = Field(default_factory=Pairs, description="Preference data from a model's own answers.")
     cluster: Cluster = Field(default_factory=Cluster, description="What it runs on.")
     track: Track = Field(default_factory=Track, description="Who else gets the numbers.")
     run: Run = Field(default_factory=Run, description="Where results go.")
@@ -205,4 +218,5 @@ class JobConfig(Section):
     def _expand_names(cls, value: Any) -> Any:
         if isinstance(value, dict):
             value = {k: _named(v) if k in ("method", "task") else v for k, v in value.items()}
+            return _with_reward(value)
         return value

@@ -46,6 +46,17 @@ NAMED_IN_JOB = {
     "eval_on_start": "evaluate.every_steps",
     "eval_delay": "evaluate.every_steps",
     "load_best_model_at_end": "evaluate.metric",
+    "beta": "method.beta",
+    "loss_type": "method.loss_type",
+    "precompute_ref_log_probs": "method.precompute_ref_log_probs",
+    "num_generations": "method.num_generations",
+    "temperature": "method.temperature",
+    "top_p": "method.top_p",
+    "top_k": "method.top_k",
+    "max_completion_length": "method.max_completion_tokens",
+    "reward_weights": "method.rewards",
+    "use_vllm": "method.rollouts",
+    "num_generations_eval": "evaluate",
 }
 
 # TRL options that would break what the feed promises.
@@ -53,6 +64,8 @@ DECIDED_BY_FEED = (
     *("average_tokens_across_devices", "packing", "padding_free", "dataset_kwargs", "disable_tqdm"),
     *("logging_nan_inf_filter", "push_to_hub", "dataloader_num_workers", "train_sampling_strategy"),
     *("ignore_data_skip", "resume_from_checkpoint", "save_only_model", "enable_jit_checkpoint"),
+    *("steps_per_generation", "generation_batch_size", "num_iterations", "shuffle_dataset", "sync_ref_model"),
+    *("precompute_ref_batch_size", "generation_kwargs", "use_transformers_continuous_batching", "log_completions"),
 )
 
 
@@ -60,6 +73,8 @@ def check_trl(job: JobConfig) -> Iterator[tuple[str, str]]:
     """Each option that cannot be passed through, as `(dotted key, reason and fix)`."""
     for key, value in job.method.trl.items():
         if key in NAMED_IN_JOB:
+            if key == "loss_type" and job.method.name == "sft":
+                continue  # SFT's own losses have no setting of ours
             yield f"method.trl.{key}", f"this job sets that as `{NAMED_IN_JOB[key]}`. Set it there, and only there."
         elif key in DECIDED_BY_FEED:
             yield f"method.trl.{key}", "this is decided by how rows are fed to TRL. Remove it."

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from ray_vlm.data.rows import IGNORED, Preparer, Row
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.spec import IGNORED, Row
 from ray_vlm.errors import DataError
 
 
-def collate(rows: Sequence[Row], preparer: Preparer, device: str = "cpu", side: str = "right") -> dict[str, Any]:
+def collate(
+    rows: Sequence[Row], preparer: Preparer, device: str = "cpu", side: str = "right", copies: int = 1
+) -> dict[str, Any]:
     """A batch as the model's forward takes it; `labels` only where rows have them.
+
+    `copies`: the rows are the same records so many times over, one after another; their images are processed once.
 
     `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`: `int64 [rows, longest]`, padded on `side`;
     `loss_weights`: `float32 [rows, longest]`, 0 where nothing is trained, only where rows have weights;
@@ -35,11 +40,38 @@ def collate(rows: Sequence[Row], preparer: Preparer, device: str = "cpu", side: 
     if "labels" in batch and rows[0].weights is not None:
         weights = torch.from_numpy(_pad([row.weights for row in rows], 0.0, side, np.float32)).to(device)
         batch["loss_weights"] = weights * (batch["labels"] != IGNORED)
-    images = [torch.tensor(image, device=device).permute(2, 0, 1) for row in rows for image in row.images]
-    if images:
-        batch |= preparer.processor.image_processor(images, do_resize=False, return_tensors="pt", device=device)
+    if pixels := read_pixels([image for row in rows[: len(rows) // copies] for image in row.images], preparer, device):
+        batch |= {name: torch.cat([values] * copies) if copies > 1 else values for name, values in pixels.items()}
         _check_grid(batch, preparer)
     return batch
+
+
+def read_pixels(images: Sequence[np.ndarray], preparer: Preparer, device: str) -> dict[str, Any]:
+    """`pixel_values` and `image_grid_thw` of resized images; nothing where there are none."""
+    import torch
+
+    if not images:
+        return {}
+    tensors = [torch.tensor(image, device=device).permute(2, 0, 1) for image in images]
+    return dict(preparer.processor.image_processor(tensors, do_resize=False, return_tensors="pt", device=device))
+
+
+def collate_pairs(rows: Sequence[Row], preparer: Preparer, device: str = "cpu") -> dict[str, Any]:
+    """Pairs as TRL's DPO takes them: the preferred answers of all rows, then the others, each behind its prompt.
+
+    As `collate`, with `completion_mask` (`int64 [2 rows, longest]`) in place of labels.
+    """
+    both = [answered(row, row.completions[k]) for k in (0, 1) for row in rows]
+    batch = collate(both, preparer, device, copies=2)
+    batch["completion_mask"] = (batch.pop("labels") != IGNORED).long()
+    return batch
+
+
+def answered(row: Row, completion: np.ndarray) -> Row:
+    """A row of the prompt of `row` and this answer to it, which is trained."""
+    ids = np.concatenate([row.input_ids, completion])
+    labels = np.concatenate([np.full_like(row.input_ids, IGNORED), completion])
+    return Row(ids, labels, row.images, number=row.number)
 
 
 def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int64) -> Any:

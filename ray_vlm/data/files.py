@@ -24,17 +24,34 @@ def open_file(address: str) -> BinaryIO:
     """
     if not is_remote(address):
         return open(local_path(address), "rb")
+    system, path = _locate(address)
+    return cast(BinaryIO, system.open_input_file(path))
+
+
+def _locate(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
     scheme, _, rest = full_address(address).partition("://")
     place, mark, options = rest.partition("?")
     server, _, key = place.partition("/")
     system, folder = _file_system(scheme, server, mark + options)
-    return cast(BinaryIO, system.open_input_file(f"{folder.rstrip('/')}/{key}"))
+    return system, f"{folder.rstrip('/')}/{key}"
 
 
 def read_bytes(address: str) -> bytes:
     """All bytes of a path or an address. Raises as `open_file` does."""
     with open_file(address) as file:
         return file.read()
+
+
+def describe_file(address: str) -> tuple[str, int, int]:
+    """Name, bytes and time of the last change (ns) of a file: together they tell that it is another one. Raises
+    `OSError` where it is missing."""
+    if not is_remote(address):
+        about = os.stat(local_path(address))
+        return os.path.basename(address), about.st_size, about.st_mtime_ns
+    system, path = _locate(address)
+    info = system.get_file_info(path)
+    return path.rsplit("/", 1)[-1], info.size or 0, info.mtime_ns or 0
 
 
 def parent_folder(address: str) -> str:

@@ -10,11 +10,10 @@ from ray_vlm.data.cells import Row, box, box_units, images, is_empty, nested, sh
 from ray_vlm.data.coco import image_root, read_coco
 from ray_vlm.data.conversations import llava_record, messages_record, preference_record, prompt_record, read_objects
 from ray_vlm.data.gui import gui_records
-from ray_vlm.data.records import BadRow, PreferenceRecord, PromptRecord, SftRecord
+from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.tables import Table, read_table
 from ray_vlm.errors import DataError
 
-Record = SftRecord | PreferenceRecord | PromptRecord
 _CORNERS = ("x1", "y1", "x2", "y2")
 _NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
 

@@ -13,8 +13,9 @@ import numpy as np
 from ray_vlm.config.data import Data, Source
 from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import read_size
-from ray_vlm.data.records import BadRow, SftRecord
-from ray_vlm.data.rows import Preparer, RowSpec, load_preparer
+from ray_vlm.data.records import BadRow, Record, SftRecord
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import DataError
 
 _SHOWN = 20  # bad rows named in an error; all of them are in `bad_rows.jsonl` under `quarantine`
@@ -22,13 +23,13 @@ _SHOWN = 20  # bad rows named in an error; all of them are in `bad_rows.jsonl` u
 
 @dataclass(frozen=True)
 class Index:
-    """The usable rows of a source, in file order.
+    """The usable rows of a source, in file order: records of one of the kinds in `records.py`.
 
     `image_tokens`, `prompt_tokens` (without images) and `answer_tokens` are `int64 [rows]`; `labels` are the class
     names that the source declares; `bad` are the rows that were left out.
     """
 
-    records: tuple[SftRecord, ...]
+    records: tuple[Any, ...]
     image_tokens: np.ndarray
     prompt_tokens: np.ndarray
     answer_tokens: np.ndarray
@@ -60,7 +61,7 @@ def build_index(
     preparer = load_preparer(spec)
     with ThreadPoolExecutor(8) as pool:
         checked = list(pool.map(lambda row: measure_row(row, data), rows))
-    records: list[SftRecord] = []
+    records: list[Record] = []
     counts: list[tuple[int, int, int]] = []
     bad: list[BadRow] = []
     for row in checked:
@@ -122,8 +123,10 @@ def measure_row(row: Any, data: Data) -> Any:
     return to_pixels(replace(row, sizes=tuple(sizes)))
 
 
-def to_pixels(record: SftRecord) -> SftRecord:
+def to_pixels(record: Any) -> Any:
     """The record with boxes and points in original pixels, where its source gives shares of the image."""
+    if not isinstance(record, SftRecord):
+        return record
     units = record.context.get("box_units")
     if units is None or not record.sizes:
         return record
@@ -145,7 +148,7 @@ def to_pixels(record: SftRecord) -> SftRecord:
     return replace(record, truth=scaled(record.truth), context=context)
 
 
-def count_row(row: SftRecord, preparer: Preparer, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
+def count_row(row: Record, preparer: Preparer, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
     """Tokens of (images, prompt without images, answer), or why the row is bad."""
     try:
         if reason := preparer.problem(row):

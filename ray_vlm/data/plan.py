@@ -31,7 +31,8 @@ class Plan:
     """Order and split of `num_rows` rows. `global_batch_size` counts rows over all ranks in one optimizer step.
 
     `factors`: `float64 [rows]`, how often each row is shown in an epoch; None: once. `costs`: `[rows]`, work that a row
-    makes (tokens), to share out evenly; None: rows are dealt in order.
+    makes (tokens), to share out evenly; None: rows are dealt in order. `whole_steps`: an epoch's last step is made
+    whole by rows of its beginning, so that every rank always has as many.
     """
 
     num_rows: int
@@ -44,6 +45,7 @@ class Plan:
     seed: int = 0
     factors: np.ndarray | None = None
     costs: np.ndarray | None = None
+    whole_steps: bool = False
 
     @cached_property
     def rows_per_epoch(self) -> int:
@@ -80,7 +82,10 @@ class Plan:
         """Positions in the index that step `step` (0-based, over the whole run) trains, over all ranks."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = k * self.global_batch_size
-        return self.epoch_rows(epoch)[start : start + self.global_batch_size]
+        order = self.epoch_rows(epoch)
+        rows = order[start : start + self.global_batch_size]
+        missing = self.global_batch_size - len(rows)
+        return np.concatenate([rows, np.resize(order, missing)]) if self.whole_steps and missing else rows
 
     def rank_step(self, step: int, rank: int) -> list[MicroBatch]:
         """The micro-batches of one rank in one step, always `accumulation` of them."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.schema import Task
-from ray_vlm.data.rows import Preparer, RowSpec
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import ModelError
 
 

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
 from ray_vlm.data.balance import Balance, describe_balance
+from ray_vlm.data.collate import answered
 from ray_vlm.data.index import Index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.rows import IGNORED, Preparer, Row, RowSpec, load_preparer
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import IGNORED, Row, RowSpec
 from ray_vlm.data.survey import plain
 
 _SHOWN_RECORDS = 2
@@ -91,7 +94,8 @@ def describe_rows(index: Index, spec: RowSpec, chosen: Chosen, num_views: int = 
     preparer = load_preparer(spec)
     lines = [f"{_TOKEN_NOTE}:"]
     lines += [_token_view(index, i, preparer) for i in chosen.positions[:num_views]]
-    counts = count_tokens([preparer.train_row(index.records[i]) for i in chosen.positions], preparer.image_token_id)
+    rows = [row for i in chosen.positions for row in whole_rows(index.records[i], preparer)]
+    counts = count_tokens(rows, preparer.image_token_id)
     return "\n".join([*lines, "", *_count_lines(counts, len(chosen.positions))])
 
 
@@ -133,7 +137,20 @@ def _count_lines(counts: TokenCounts, num_rows: int) -> list[str]:
 
 def _token_view(index: Index, position: int, preparer: Preparer) -> str:
     record = index.records[position]
-    row = preparer.train_row(record)
+    views = [_marked_text(row, preparer) for row in whole_rows(record, preparer)]
+    return f"--- row {record.row} (id {plain(record.id)})\n" + "\n--- against\n".join(views)
+
+
+def whole_rows(record: Any, preparer: Preparer) -> list[Row]:
+    """What a model sees of a record in training: one row, of a pair one for each answer; of a prompt nothing is trained
+    yet."""
+    row = preparer.row(record)
+    if row.completions:
+        return [answered(row, completion) for completion in row.completions]
+    return [row if len(row.labels) else answered(row, np.zeros(0, np.int32))]
+
+
+def _marked_text(row: Row, preparer: Preparer) -> str:
     weights = np.ones(len(row.input_ids), np.float32) if row.weights is None else row.weights
     image = row.input_ids == preparer.image_token_id
     trained = row.labels != IGNORED
@@ -147,4 +164,4 @@ def _token_view(index: Index, position: int, preparer: Preparer) -> str:
         text = plain(preparer.tokenizer.decode(ids), keep="\n\t")
         mark = "" if weight == 1 else f"x{weight:.2f}:"
         pieces.append(f"[[{mark}{text}]]" if is_trained else text)
-    return f"--- row {record.row} (id {plain(record.id)})\n{''.join(pieces)}"
+    return "".join(pieces)

@@ -57,6 +57,9 @@ class PromptRecord:
     source: int = 0
 
 
+Record = SftRecord | PreferenceRecord | PromptRecord
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that cannot be used: where it is, and why and what to do. `source` as in records."""

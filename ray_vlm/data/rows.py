@@ -5,15 +5,15 @@ go through the same `Preparer`, so they cannot resize or word anything different
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ray_vlm.config.schema import JobConfig, Model, Task
 from ray_vlm.data.images import ImageSpec, decode, resize
-from ray_vlm.data.records import SftRecord
+from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
+from ray_vlm.data.spec import IGNORED, Row, RowSpec, Tokens
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
 from ray_vlm.models.load import family_of, load_config, load_processor
@@ -22,73 +22,8 @@ from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import IMAGE, Answer, Setting, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
 
-IGNORED = -100  # the label of a token that is not trained, as torch's cross-entropy has it
 _PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
 _MARK = "\x00"  # stands for an assistant's words while a conversation is laid out
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    """How records become rows: base model, task, class names in prompt order, images, what is trained.
-
-    `hints`: what the training data tells the prompt. `token_weights`: (tag, weight) of answer tokens in the loss.
-    `split`: fingerprint of the rows that training leaves out as shares.
-    """
-
-    model: Model
-    task: Task
-    labels: tuple[str, ...]
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    loss_on: Literal["answer", "whole_sequence"] = "answer"
-    resize: Literal["stretch", "pad"] = "stretch"
-    pad_color: tuple[int, int, int] | None = None
-    pad_place: Literal["end", "center"] = "end"
-    hints: str = ""
-    token_weights: tuple[tuple[str, float], ...] = ()
-    split: str = ""
-
-
-def row_spec(job: JobConfig, labels: list[str]) -> RowSpec:
-    """The job's `RowSpec`. `labels` are the class names of the training data; `task.labels` wins over them."""
-    names = tuple(job.task.labels or labels)
-    data = job.data
-    return RowSpec(
-        model=job.model,
-        task=job.task,
-        labels=names,
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
-        loss_on=job.method.loss_on,
-        resize=data.resize,
-        pad_color=data.pad_color,
-        pad_place=data.pad_place,
-    )
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a model sees of one record. `labels` equals `input_ids` where a token is trained, else -100.
-
-    For generation `input_ids` is the prompt alone and `labels` is empty. `images`: `uint8 [h, w, 3]` each. `weights`:
-    `float32`, of each token in the loss; None where all are 1.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    images: tuple[np.ndarray, ...]
-    weights: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A record's text as token ids: the prompt, and the whole with what is trained marked. Images are tokens too."""
-
-    prompt: list[int]
-    whole: list[int]
-    trained: list[bool]
-    weights: list[float]
-    num_image_tokens: int
 
 
 class Preparer:
@@ -127,7 +62,7 @@ class Preparer:
         """The first piece of `text` that the tokenizer reads as something else than text, if any."""
         return next((t for t in (*self._special, self.family.image_token, _MARK) if t in text), None)
 
-    def frames(self, record: SftRecord) -> tuple[Frame, ...]:
+    def frames(self, record: Record) -> tuple[Frame, ...]:
         """The coordinate frame of each image."""
         return tuple(self._frame(size) for size in record.sizes)
 
@@ -136,8 +71,10 @@ class Preparer:
         padded = place.content != place.resized
         return Frame(size, place.resized, self.codec, place.content if padded else None, place.offset)
 
-    def turns(self, record: SftRecord) -> Turns:
+    def turns(self, record: Record) -> Turns:
         """What is said before the answer."""
+        if not isinstance(record, SftRecord):
+            return record.prompt
         return self.task.ask(record, self.frames(record), self.setting)
 
     def answer(self, record: SftRecord) -> Answer:
@@ -149,28 +86,51 @@ class Preparer:
         told = {"answer": self.answer(record).text} if "answer" in record.truth else {}
         return {**record.truth, **told}
 
-    def problem(self, record: SftRecord) -> str | None:
+    def answers(self, record: Record) -> tuple[Answer, ...]:
+        """Every answer that a record holds: the right one, the preferred one and the other, or none."""
+        if isinstance(record, SftRecord):
+            return (self.answer(record),)
+        return (Answer(record.chosen), Answer(record.rejected)) if isinstance(record, PreferenceRecord) else ()
+
+    def problem(self, record: Record) -> str | None:
         """Why a record whose sizes are known cannot be learned from, if so."""
-        if reason := self.task.check(record, self.spec.labels):
-            return reason
-        turns, answer = self.turns(record), self.answer(record)
+        if isinstance(record, SftRecord):
+            if reason := self.task.check(record, self.spec.labels):
+                return reason
+        elif not record.images and self.spec.task.name != "chat":
+            return f"its prompt has no image, and {self.spec.task.name} needs one; add it or remove the row"
+        turns, answers = self.turns(record), self.answers(record)
         tags = sum(text.count(IMAGE) for _, text in turns)
         if tags != len(record.images):
             return f"its text holds {tags} {IMAGE} tags for {len(record.images)} images; remove those that are too many"
-        for text in (*(text for _, text in turns), answer.text):
+        for text in (*(text for _, text in turns), *(answer.text for answer in answers)):
             if found := self._reserved(text):
                 return f"its text holds {found!r}, which the tokenizer does not read as text; remove it"
         return None
 
-    def token_counts(self, record: SftRecord) -> tuple[int, int, int]:
-        """Tokens of (images, prompt without images, answer); reads no pixels."""
-        tokens = self._tokens(record)
+    def token_counts(self, record: Record) -> tuple[int, int, int]:
+        """Tokens of (images, prompt without images, answers); reads no pixels."""
+        answers = self.answers(record)
+        tokens = self._tokens(record, answers[0] if answers else Answer(""))
         asked = len(tokens.prompt)
-        return tokens.num_image_tokens, asked - tokens.num_image_tokens, len(tokens.whole) - asked
+        more = sum(len(self._closed(record, answer)) for answer in answers[1:])
+        answered = len(tokens.whole) - asked if answers else 0
+        return tokens.num_image_tokens, asked - tokens.num_image_tokens, answered + more
 
-    def train_row(self, record: SftRecord) -> Row:
+    def row(self, record: Record) -> Row:
+        """What the spec's method trains of a record, with pixels."""
+        make = {"answer": self.train_row, "pair": self.pair_row, "prompt": self.prompt_row}
+        return make[self.spec.kind](record)
+
+    def pair_row(self, record: Any) -> Row:
+        """The prompt with pixels, and both answers, the preferred one first."""
+        prompt = self._tokens(record, Answer(record.chosen)).prompt
+        both = tuple(np.array(self._closed(record, answer), np.int32) for answer in self.answers(record))
+        return Row(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record), completions=both)
+
+    def train_row(self, record: Any) -> Row:
         """Prompt and answer with pixels."""
-        tokens = self._tokens(record)
+        tokens = self._tokens(record, self.answer(record))
         ids = np.array(tokens.whole, np.int32)
         labels = ids.copy()
         if self.spec.loss_on == "answer":
@@ -179,15 +139,23 @@ class Preparer:
         weights = np.array(tokens.weights, np.float32) if self._weight_of else None
         return Row(ids, labels, self._pixels(record), weights)
 
-    def prompt_row(self, record: SftRecord) -> Row:
+    def prompt_row(self, record: Record) -> Row:
         """The prompt with pixels, for generation."""
-        prompt = self._tokens(record).prompt
+        prompt = self._tokens(record, Answer("")).prompt
         return Row(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record))
 
-    def _tokens(self, record: SftRecord) -> Tokens:
-        turns, answer = self.turns(record), self.answer(record)
+    def text(self, ids: Sequence[int]) -> str:
+        """An answer from its token ids, up to its end. Special tokens before that stay: Qwen2-VL writes boxes with
+        them."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        for end in (self.tokenizer.eos_token, self.tokenizer.pad_token):
+            text = text.partition(end)[0]
+        return text
+
+    def _tokens(self, record: Record, answer: Answer) -> Tokens:
+        turns = self.turns(record)
         said = [Answer(text) for role, text in turns if role == "assistant"]
-        before, close = self._layout(tuple((r, _MARK if r == "assistant" else t) for r, t in turns))
+        before, close = self._layout(_marked(turns))
         num_tokens = [self.image_spec.num_tokens(size) for size in record.sizes]
         counts = iter(num_tokens)
         whole: list[int] = []
@@ -206,6 +174,11 @@ class Preparer:
             trained += [True] * len(ids)
             weights += of_each
         return Tokens(prompt, whole, trained, weights, sum(num_tokens))
+
+    def _closed(self, record: Record, answer: Answer) -> list[int]:
+        """Token ids of an answer and of what closes it."""
+        _, close = self._layout(_marked(self.turns(record)))
+        return self._ids(answer.text + close)
 
     def _weighted(self, told: Answer, close: str) -> tuple[list[int], list[float]]:
         """Token ids of an answer and what closes it, and the weight of each in the loss."""
@@ -240,7 +213,7 @@ class Preparer:
         heads = [pieces[0], *(piece[len(close) :] for piece in pieces[1:])]
         return tuple(tuple(self._ids(head)) for head in heads), close
 
-    def _pixels(self, record: SftRecord) -> tuple[np.ndarray, ...]:
+    def _pixels(self, record: Record) -> tuple[np.ndarray, ...]:
         images = []
         for image, size in zip(record.images, record.sizes, strict=True):
             name = image if isinstance(image, str) else "its image"
@@ -252,6 +225,11 @@ class Preparer:
                 raise DataError(f"row {record.row} (id {record.id}): {name} has changed size since the run started.")
             images.append(resize(pixels, self.image_spec, self.processor.image_processor))
         return tuple(images)
+
+
+def _marked(turns: Turns) -> Turns:
+    """The turns with a mark for each of the assistant's, whose words do not change how the rest is laid out."""
+    return tuple((role, _MARK if role == "assistant" else text) for role, text in turns)
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ray_vlm.data.index import Index
-from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer, RowSpec, load_preparer
+from ray_vlm.data.records import Record, SftRecord
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import RowSpec
 from ray_vlm.data.stats import regions_of
 from ray_vlm.data.survey import plain
 from ray_vlm.tasks.answers import IMAGE, Parsed
@@ -52,7 +53,22 @@ class Cell:
 def make_cells(index: Index, spec: RowSpec, positions: Sequence[int]) -> list[Cell]:
     """The rows at these positions. Raises `DataError` where an image cannot be decoded."""
     preparer = load_preparer(spec)
-    return [_cell(index.records[position], preparer) for position in positions]
+    cells = []
+    for position in positions:
+        record = index.records[position]
+        cells.append(_cell(record, preparer) if isinstance(record, SftRecord) else _plain_cell(record, preparer))
+    return cells
+
+
+def _plain_cell(record: Record, preparer: Preparer) -> Cell:
+    """A pair or a prompt: its texts, and what the task understands of the preferred answer."""
+    answers = [answer.text for answer in preparer.answers(record)]
+    frames, turns = preparer.frames(record), preparer.turns(record)
+    parsed = preparer.task.parse(answers[0], frames) if answers else Parsed()
+    question = next((text for role, text in reversed(turns) if role == "user"), "")
+    told = "  rather than  ".join(map(_one_line, answers))
+    head = (f"row {record.row} (id {plain(record.id)})",)
+    return Cell(head, preparer.row(record).images, frames, tuple(_answered(parsed)), _one_line(question), told)
 
 
 def _cell(record: SftRecord, preparer: Preparer) -> Cell:

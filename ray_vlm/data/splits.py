@@ -15,10 +15,13 @@ from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.formats import read_rows
 from ray_vlm.data.index import Index, build_index, join_indices, measure_row
-from ray_vlm.data.records import BadRow, Image, SftRecord
-from ray_vlm.data.rows import RowSpec, row_spec
+from ray_vlm.data.preprocessing import read_preprocessing
+from ray_vlm.data.records import BadRow, Image, Record, SftRecord
+from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.source import prepare_source
+from ray_vlm.data.spec import RowSpec, row_spec
 from ray_vlm.errors import ConfigError, DataError
+from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.classification import describe_regions
 
@@ -59,7 +62,7 @@ def load_parts(job: JobConfig, wanted: Sequence[str], spec: RowSpec | None = Non
     drawn = _fingerprint(rows, shares, job) if cut or "train" in wanted else ""
     if spec is None:
         spec, notes = _spec(job, rows, sources)
-        spec = replace(spec, split=drawn, hints=_hints(rows.get("train", []), job) if hinted else "")
+        spec = replace(spec, split=drawn, hints=_hints(rows.get("train", []), job) if hinted else spec.hints)
     else:
         notes = []
         if cut and spec.split != drawn:
@@ -124,7 +127,13 @@ def _fingerprint(rows: Mapping[str, list[Read]], shares: Mapping[str, float], jo
 def _spec(
     job: JobConfig, rows: Mapping[str, list[Read]], sources: Mapping[str, Source | None]
 ) -> tuple[RowSpec, list[str]]:
-    """The job's spec: class names come from the training data, or where that is not there from what is read."""
+    """The job's spec: class names come from the training data, or where that is not there from what is read.
+
+    Pairs hold their own wording, so DPO keeps that of the adapter it starts from.
+    """
+    start = read_preprocessing(fetch_folder(job.model.adapter), row_spec(job, [])) if job.model.adapter else None
+    if start is not None and job.method.name == "dpo":
+        return start, []
     named, notes = rows.get("train", []), []
     if not named and not job.task.labels and sources["train"] is not None and sources["train"].path:
         try:
@@ -132,7 +141,23 @@ def _spec(
         except DataError:
             notes.append("class names come from the rows that are measured: data.train cannot be read")
     named = named or [read for of_part in rows.values() for read in of_part]
-    return row_spec(job, list(dict.fromkeys(label for _, _, labels in named for label in labels))), notes
+    spec = row_spec(job, list(dict.fromkeys(label for _, _, labels in named for label in labels)))
+    return spec, notes + _changed(start, spec)
+
+
+def _changed(start: RowSpec | None, spec: RowSpec) -> list[str]:
+    """What the job asks otherwise than the training of the adapter that it starts from."""
+    if start is None:
+        return []
+    before, now = (load_preparer(s) for s in (start, spec))
+    pairs = {
+        "class names": (start.labels, spec.labels),
+        "prompt": (start.task.prompt, spec.task.prompt),
+        "form of boxes": (before.codec_name, now.codec_name),
+        "image sizes": (before.image_spec, now.image_spec),
+    }
+    changed = [name for name, (old, new) in pairs.items() if old != new]
+    return [f"model.adapter was trained with other {', '.join(changed)}"] if changed else []
 
 
 def _hints(read: Sequence[Read], job: JobConfig) -> str:
@@ -157,8 +182,10 @@ def _strata(rows: Sequence[Any], job: JobConfig) -> list[str]:
     return [min(of_row, key=lambda tag: (counts[tag], tag), default="") for of_row in tags]
 
 
-def row_tags(job: JobConfig, record: SftRecord) -> tuple[str, ...]:
-    """The classes and conditions of a record."""
+def row_tags(job: JobConfig, record: Record) -> tuple[str, ...]:
+    """The classes and conditions of a record; pairs and prompts have none."""
+    if not isinstance(record, SftRecord):
+        return ()
     return TASKS[job.task.name].tags(record)
 
 

@@ -15,7 +15,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import plan_balance
 from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.index import Index
-from ray_vlm.data.records import SftRecord
+from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.splits import load_parts, row_tags
 from ray_vlm.tasks.classification import centre_of, region_of
@@ -93,8 +93,10 @@ def measure_rows(job: JobConfig) -> Stats:
     )
 
 
-def regions_of(record: SftRecord) -> Iterator[tuple[str, Sequence[float], tuple[int, int]]]:
+def regions_of(record: Record) -> Iterator[tuple[str, Sequence[float], tuple[int, int]]]:
     """Each box (four numbers) and point (two) of a record in original pixels, with its class and its image's size."""
+    if not isinstance(record, SftRecord):
+        return  # places of pairs and prompts are in their texts
     truth, context = record.truth, record.context
     for box, label in zip(truth.get("boxes", ()), truth.get("labels", ()), strict=True):
         yield label, box, record.sizes[0]

@@ -16,8 +16,9 @@ import numpy as np
 
 from ray_vlm.cluster.environment import Environment
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import IGNORED, Row, RowSpec, load_preparer
+from ray_vlm.data.records import Record
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import IGNORED, Row, RowSpec
 from ray_vlm.errors import DataError, RunError
 
 _AHEAD = 3  # micro-batches that wait ready for the trainer
@@ -40,10 +41,10 @@ class Feed:
     last: int
 
 
-def make_rows(feed: Feed, records: Sequence[SftRecord], number: int) -> list[Row]:
+def make_rows(feed: Feed, records: Sequence[Record], number: int) -> list[Row]:
     """The rows of micro-batch `number`; those of a filler train nothing."""
     micro = feed.plan.micro_batch(number, feed.rank)
-    rows = [load_preparer(feed.spec).train_row(records[i]) for i in micro.rows]
+    rows = [replace(load_preparer(feed.spec).row(records[i]), number=i) for i in micro.rows]
     if micro.filler:
         rows = [replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows]
     return rows
@@ -138,6 +139,9 @@ def pack(number: int, rows: Sequence[Row]) -> Any:
         "number": pa.array([number], pa.int64()),
         "lengths": pa.array([[len(row.input_ids) for row in rows]], pa.list_(pa.int32())),
         "num_images": pa.array([[len(row.images) for row in rows]], pa.list_(pa.int32())),
+        "numbers": pa.array([[row.number for row in rows]], pa.list_(pa.int64())),
+        "answers": pa.array([[[len(ids) for ids in row.completions] for row in rows]], pa.list_(pa.list_(pa.int32()))),
+        "completions": _one_list([ids for row in rows for ids in row.completions]),
         "input_ids": _one_list([row.input_ids for row in rows]),
         "labels": _one_list([row.labels for row in rows]),
         "weights": _one_list([row.weights for row in rows if row.weights is not None], np.float32),
@@ -166,20 +170,33 @@ def _one_list(parts: Sequence[np.ndarray], dtype: Any = np.int32) -> Any:
 def unpack(table: Any) -> tuple[int, list[Row]]:
     """The number and the rows of what `pack` made; pixels stay where they lie, uncopied."""
     column = {name: table.column(name)[0] for name in table.column_names}
-    lengths, num_images = column["lengths"].as_py(), column["num_images"].as_py()
-    ids, labels, weights = (column[name].values.to_numpy() for name in ("input_ids", "labels", "weights"))
+    about = zip(*(column[name].as_py() for name in ("lengths", "num_images", "numbers", "answers")), strict=True)
+    ids, labels, weights, told = (
+        column[name].values.to_numpy() for name in ("input_ids", "labels", "weights", "completions")
+    )
     pixels = np.frombuffer(column["pixels"].as_buffer(), np.uint8)
     shapes = iter(column["shapes"].as_py())
-    rows, token, pixel = [], 0, 0
-    for length, count in zip(lengths, num_images, strict=True):
+    rows, token, pixel, first = [], 0, 0, 0
+    for length, count, record, answers in about:
         images = []
         for _ in range(count):
             height, width = next(shapes), next(shapes)
             images.append(pixels[pixel : pixel + height * width * 3].reshape(height, width, 3))
             pixel += height * width * 3
         mine = slice(token, token + length)
-        rows.append(Row(ids[mine], labels[mine], tuple(images), weights[mine] if len(weights) else None))
-        token += length
+        ends = [first + sum(answers[: i + 1]) for i in range(len(answers))]
+        completions = tuple(told[start:end] for start, end in zip([first, *ends], ends, strict=False))
+        rows.append(
+            Row(
+                ids[mine],
+                labels[mine] if len(labels) else labels,
+                tuple(images),
+                weights[mine] if len(weights) else None,
+                completions,
+                record,
+            )
+        )
+        token, first = token + length, first + sum(answers)
     if pixel != len(pixels):
         raise DataError(f"{len(pixels) - pixel} bytes of pixels belong to no image. Please report this.")
     return int(column["number"].as_py()), rows

@@ -19,8 +19,9 @@ from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, SftRecord
-from ray_vlm.data.rows import load_preparer, row_spec
+from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.source import prepare_source
+from ray_vlm.data.spec import row_spec
 from ray_vlm.errors import DataError, RunError
 
 _THREADS = min(8, os.cpu_count() or 1)

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray_vlm.data.collate import collate
-from ray_vlm.data.records import SftRecord
+from ray_vlm.data.records import Record
 from ray_vlm.data.rows import Preparer
 
 
 def generate_answers(
     model: Any,
-    records: Sequence[SftRecord],
+    records: Sequence[Record],
     preparer: Preparer,
     batch_size: int,
     max_new_tokens: int,
@@ -23,7 +23,6 @@ def generate_answers(
     tokenizer = preparer.tokenizer
     model.eval()
     answers: list[str] = []
-    ends = (tokenizer.eos_token, tokenizer.pad_token)
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
         batch = collate([preparer.prompt_row(record) for record in part], preparer, device, side="left")
@@ -38,14 +37,7 @@ def generate_answers(
                 pad_token_id=tokenizer.pad_token_id,
             )
         new = tokens[:, batch["input_ids"].shape[1] :]
-        answers += [_text(text, ends) for text in tokenizer.batch_decode(new, skip_special_tokens=False)]
+        answers += [preparer.text(ids) for ids in new.tolist()]
         if on_progress is not None:
             on_progress(len(answers))
     return answers
-
-
-def _text(text: str, ends: Sequence[str]) -> str:
-    """The answer up to its end. Special tokens before that stay: Qwen2-VL writes boxes with them."""
-    for end in ends:
-        text = text.partition(end)[0]
-    return text

@@ -12,7 +12,8 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.preprocessing import read_preprocessing
-from ray_vlm.data.rows import load_preparer, row_spec
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import row_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.metrics import measure

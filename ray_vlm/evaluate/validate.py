@@ -1,68 +1,164 @@
-"""Validation inside training: the loss on held-out rows, and the task's metrics by generating, over all ranks."""
+"""Validation inside training: held-out rows, measured as the method learns, over all ranks.
+
+SFT: the loss, and the task's metrics by generating where the job's metric is one. DPO: loss, accuracy and margin of
+pairs. GRPO: rewards of greedy answers, with each part, and the task's metrics where the rows have a truth. Every
+function takes this rank's records and gives every rank the same numbers.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from ray_vlm.config.schema import Evaluate
-from ray_vlm.data.collate import collate
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.collate import collate, collate_pairs
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.rows import Preparer
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.predict import generate_answers
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
+from ray_vlm.methods.groups import score_answers
+from ray_vlm.methods.rewards import total
 
 
-def validate(
-    model: Any,
-    records: Sequence[SftRecord],
-    preparer: Preparer,
-    options: Evaluate,
-    device: str,
-    world_size: int,
-    generate: bool,
+def validate_answers(
+    trainer: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
-    """Metrics of this rank's `records` joined with those of the other ranks; every rank gets the same numbers."""
-    import torch
-
-    started = time.monotonic()
+    """SFT: `loss`, and unless that is the job's metric what the task measures."""
+    started, model, options = time.monotonic(), trainer.model, job.evaluate
     was_training = model.training
     model.eval()
-    total, tokens = _loss(model, records, preparer, options.batch_size, device)
-    sums = torch.tensor([total, tokens], dtype=torch.float64, device=device)
-    predictions: list[Prediction] = []
-    if generate:
+    sums = _sum(_loss(model, records, preparer, options.batch_size, device), device, world_size)
+    metrics = {"loss": sums[0] / max(sums[1], 1.0)}
+    if options.metric != "loss":
         answers = generate_answers(model, records, preparer, options.batch_size, options.max_new_tokens, device)
-        predictions = build_predictions(records, answers, preparer)
-    if world_size > 1:
-        torch.distributed.all_reduce(sums)
-        predictions = _gather(predictions, world_size)
+        metrics |= _measure(build_predictions(records, answers, preparer), job, world_size)
     model.train(was_training)
-    metrics = {"loss": float(sums[0] / sums[1].clamp(min=1))}
-    if generate:
-        metrics |= measure(preparer.spec.task.name, predictions)["overall"]
     return metrics | {"validation_s": time.monotonic() - started}
 
 
-def _loss(model: Any, records: Sequence[SftRecord], preparer: Preparer, batch_size: int, device: str) -> tuple:
+def _loss(model: Any, records: Sequence[Any], preparer: Preparer, batch_size: int, device: str) -> tuple[float, float]:
     """Sum of the trained tokens' negative log-likelihoods, and their number."""
     import torch
 
-    total, tokens = 0.0, 0
+    summed, tokens = 0.0, 0
     for start in range(0, len(records), batch_size):
         rows = [preparer.train_row(record) for record in records[start : start + batch_size]]
         batch = collate(rows, preparer, device)
         batch.pop("loss_weights", None)  # held-out rows count alike
         with torch.no_grad():
             out = model(**batch, fused_lm_head=True)
-        total -= float(out.log_probs.sum())
+        summed -= float(out.log_probs.sum())
         tokens += int(out.label_mask.sum())
-    return total, tokens
+    return summed, tokens
 
 
-def _gather(mine: list[Prediction], world_size: int) -> list[Prediction]:
+def validate_pairs(
+    trainer: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str, world_size: int
+) -> dict[str, float]:
+    """DPO: `loss`, `preference_accuracy` (share of pairs whose chosen answer has the higher reward), `reward_margin`,
+    `reward_chosen` and `reward_rejected`; a reward is beta times the log-ratio to the reference."""
+    started, model, size = time.monotonic(), trainer.model, job.evaluate.batch_size
+    was_training = model.training
+    model.eval()
+    sums = dict.fromkeys(_OF_PAIRS, 0.0)
+    for start in range(0, len(records), size):
+        rows = [preparer.pair_row(record) for record in records[start : start + size]]
+        found = _measure_pairs(trainer, collate_pairs(rows, preparer, device), start)
+        for name, value in found.items():
+            sums[name] += value * len(rows)
+    model.train(was_training)
+    *summed, count = _sum((*sums.values(), float(len(records))), device, world_size)
+    metrics = {name: value / max(count, 1.0) for name, value in zip(sums, summed, strict=True)}
+    return metrics | {"validation_s": time.monotonic() - started}
+
+
+_OF_PAIRS = {
+    "loss": "loss",
+    "preference_accuracy": "rewards/accuracies",
+    "reward_margin": "rewards/margins",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+}
+
+
+def _measure_pairs(trainer: Any, batch: dict[str, Any], key: int) -> dict[str, float]:
+    """Means over a batch of pairs, by TRL's own loss. The reference never changes: it is asked once for each `key`."""
+    import torch
+
+    known = trainer.__dict__.setdefault("known_reference", {})
+    batch["numbers"] = [-1]
+    with torch.no_grad(), trainer.compute_loss_context_manager(), _alone(trainer):
+        if key not in known:
+            referred = trainer.refer(batch)
+            known[key] = {name: referred[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+        loss = float(trainer.compute_loss(trainer.model, batch | known[key]))
+    found = {name: values[-1] for name, values in trainer._metrics["eval"].items()} | {"loss": loss}
+    trainer._metrics["eval"].clear()
+    return {ours: float(found[theirs]) for ours, theirs in _OF_PAIRS.items()}
+
+
+@contextmanager
+def _alone(trainer: Any) -> Iterator[None]:
+    """TRL gathers its metrics from all ranks at every batch; here ranks have other numbers of batches."""
+    accelerator = trainer.accelerator
+    accelerator.gather = accelerator.gather_for_metrics = lambda values: values
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
+
+
+def validate_rewards(
+    trainer: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str, world_size: int
+) -> dict[str, float]:
+    """GRPO: `reward` and `reward_<part>` of greedy answers, and what the task measures where rows have a truth."""
+    started, options = time.monotonic(), job.evaluate
+    was_training = trainer.model.training
+    answers = generate_answers(trainer.model, records, preparer, options.batch_size, options.max_new_tokens, device)
+    trainer.model.train(was_training)
+    prompts = [[{"role": role, "content": text} for role, text in preparer.turns(record)] for record in records]
+    ids = [preparer.tokenizer.encode(text, add_special_tokens=False) for text in answers]
+    scores = score_answers(trainer.scored_by, records, answers, ids, prompts, preparer) if records else []
+    mine = [of_answer | {"": total(trainer.scored_by, of_answer)} for of_answer in scores]
+    everyone = [of_answer for part in _gather(mine, world_size) for of_answer in part]
+    metrics = {}
+    for name in everyone[0] if everyone else ():
+        values = [of_answer[name] for of_answer in everyone if of_answer[name] is not None]
+        metrics[f"reward_{name}" if name else "reward"] = sum(values) / max(len(values), 1)
+    if records and isinstance(records[0], SftRecord):
+        metrics |= _measure(build_predictions(records, answers, preparer), job, world_size)
+    return metrics | {"validation_s": time.monotonic() - started}
+
+
+VALIDATE: dict[str, Callable[..., dict[str, float]]] = {
+    "sft": validate_answers,
+    "dpo": validate_pairs,
+    "grpo": validate_rewards,
+}
+
+
+def _measure(predictions: list[Prediction], job: JobConfig, world_size: int) -> dict[str, float]:
+    everyone = [p for part in _gather(predictions, world_size) for p in part]
+    return measure(job.task.name, sorted(everyone, key=lambda p: p.row))["overall"]
+
+
+def _sum(values: Sequence[float], device: str, world_size: int) -> list[float]:
+    """Sums over all ranks."""
+    import torch
+
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    if world_size > 1:
+        torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def _gather(mine: list[Any], world_size: int) -> list[list[Any]]:
+    """Every rank's list."""
+    if world_size == 1:
+        return [mine]
     import torch
 
     everyone: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(everyone, mine)
-    return sorted((p for part in everyone for p in part), key=lambda p: p.row)
+    return everyone

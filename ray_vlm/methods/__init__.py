@@ -1,7 +1,11 @@
-"""The methods: which TRL trainer, with which options. The loss is TRL's. Imports without ray."""
+"""The methods: which TRL trainer, fed with what, with which options. The losses are TRL's. Imports without ray.
+
+Each module has `trainer_class()`, `EXAMPLE_ROW`, `build_args(job, shared)`, `extras(job)` (what else TRL's constructor
+takes), `collate(rows, preparer, device)` (what a micro-batch becomes) and `logged(logs)` (TRL's numbers by our names).
+"""
 
 from types import ModuleType
 
-from ray_vlm.methods import sft
+from ray_vlm.methods import dpo, grpo, sft
 
-METHODS: dict[str, ModuleType] = {"sft": sft}
+METHODS: dict[str, ModuleType] = {"sft": sft, "dpo": dpo, "grpo": grpo}

@@ -1,34 +1,79 @@
-"""Supervised fine-tuning: TRL's `SFTTrainer` imitates the answers in the data."""
+"""Supervised fine-tuning: TRL's `SFTTrainer` imitates the answers in the data.
 
+What is ours: the loss is divided by the trained tokens of the *global* batch, and tokens may have weights.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.errors import ConfigError
+from ray_vlm.data.collate import collate as collate
+from ray_vlm.errors import DataError
+from ray_vlm.methods.options import check_trl_options
 
 # What TRL needs to see of a dataset to know that it holds images; the rows themselves come from our feed.
 EXAMPLE_ROW = {"images": [], "prompt": "", "completion": ""}
+_LOGGED = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
 
-def trainer_class() -> type:
-    """TRL's trainer for this method."""
+def trainer_class(job: JobConfig) -> type:
+    """TRL's trainer, with the loss over the global batch and weights of tokens."""
+    import torch
     from trl import SFTTrainer
 
-    return SFTTrainer
+    class ImitationTrainer(SFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            # Qwen's forwards do not announce it, but TRL's loss divides by num_items_in_batch when it is given.
+            self.model_accepts_loss_kwargs = True
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
+            batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
+            if trained_tokens is not None and batches and "loss_weights" in batches[0]:
+                whole = torch.stack([batch["loss_weights"][:, 1:].sum() for batch in batches]).sum()
+                trained_tokens = self.accelerator.gather(whole).sum()
+            if trained_tokens is not None and int(trained_tokens) == 0:  # of all ranks, so all of them raise
+                raise DataError(
+                    f"step {self.state.global_step + 1}: not one token of the global batch is trained, so its loss "
+                    "would be 0 without meaning it. Look at the rows with `ray-vlm train JOB --dry-run`."
+                )
+            return batches, trained_tokens
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            weights = inputs.pop("loss_weights", None)
+            if weights is None:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            return super().compute_loss(weigh(model, weights), inputs, *args, **kwargs)
+
+    return ImitationTrainer
+
+
+def weigh(model: Any, weights: Any) -> Callable[..., Any]:
+    """`model`, with the log-probability of each token times its weight.
+
+    TRL's loss is the sum of what this gives over the `num_items_in_batch` that it is handed, here the sum of weights:
+    so the weighted mean over the global batch. Its own metrics (entropy, accuracy) stay unweighted.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = model(*args, **kwargs)
+        outputs.log_probs = outputs.log_probs * weights[:, 1:]
+        return outputs
+
+    return forward
 
 
 def check_options(job: JobConfig) -> None:
     """Raises `ConfigError` for keys and values of `method.trl` that TRL's `SFTConfig` does not take."""
-    if not job.method.trl:
-        return
-    from trl import SFTConfig
+    if job.method.trl:
+        from trl import SFTConfig
 
-    unknown = [key for key in job.method.trl if key not in SFTConfig.__dataclass_fields__]
-    if unknown:
-        raise ConfigError([f"method.trl.{key}: TRL's SFTConfig has no such option. Remove it." for key in unknown])
-    try:
-        SFTConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **job.method.trl)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"method.trl: TRL refuses these options ({error}). Mend or remove them.") from None
+        check_trl_options(job, SFTConfig)
+
+
+def extras(job: JobConfig) -> dict[str, Any]:
+    """Nothing more."""
+    return {}
 
 
 def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
@@ -37,3 +82,8 @@ def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
 
     own = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     return SFTConfig(**{**shared, **own, **job.method.trl})
+
+
+def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a step that are kept."""
+    return {name: logs[name] for name in _LOGGED if name in logs}

@@ -45,13 +45,15 @@ class Console:
     def _train_line(self, line: dict[str, Any]) -> str:
         step, (first, started) = line["step"], self._first or (0, line["time"])
         left = max(0, int((line["time"] - started) / max(step - first, 1) * (self._num_steps - step)))
+        shown = "".join(f"{text} {_number(line[name], '.3f')}  " for name, text in _SHOWN.items() if name in line)
         return (
-            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {_number(line['loss'], '8.4f')}  "
+            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {_number(line['loss'], '8.4f')}  {shown}"
             f"lr {_number(line.get('learning_rate'), '.2e')}  grad {_number(line.get('grad_norm'), '7.3f')}  "
             f"{_number(line.get('tokens_per_s'), '8,.0f')} tok/s  left {left // 60:3d}:{left % 60:02d}"
         )
 
 
+_SHOWN = {"reward": "reward", "preference_accuracy": "preferred", "reward_margin": "margin", "kl": "kl"}
 _HIDDEN = ("time", "epoch", "step", "attempt", "validation_s")
 
 

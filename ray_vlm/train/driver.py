@@ -21,8 +21,8 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import Balance, describe_balance, plan_balance
 from ray_vlm.data.index import Index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.records import Image, SftRecord
-from ray_vlm.data.rows import RowSpec
+from ray_vlm.data.records import Image, PreferenceRecord, Record, SftRecord
+from ray_vlm.data.spec import RowSpec
 from ray_vlm.data.splits import load_parts, row_tags
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.methods import METHODS
@@ -66,22 +66,41 @@ def prepare(job: JobConfig) -> Prepared:
     assert job.data.train is not None
     sources = [job.data.train, *job.data.mix]
     weights = np.array([sources[record.source].weight for record in parts.train.records])
+    notes = _check_scores(job, parts.train)
     balance = plan_balance(
         [row_tags(job, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
     )
     spec = replace(parts.spec, token_weights=balance.token_weights)
     plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs)
-    return Prepared(job, spec, parts.train, parts.eval, plan, balance, parts.notes)
+    return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes))
+
+
+def _check_scores(job: JobConfig, train: Index) -> list[str]:
+    """The self-test of GRPO's rewards: raises `ConfigError` where they reward something else than the truth."""
+    if job.method.name != "grpo":
+        return []
+    from ray_vlm.methods.grpo import job_rewards
+    from ray_vlm.methods.rewards import check_rewards
+
+    return check_rewards(job_rewards(job, train.labels))
 
 
 def plan_run(job: JobConfig, num_rows: int, factors: np.ndarray | None = None, costs: np.ndarray | None = None) -> Plan:
-    """The job's plan over `num_rows` rows; `factors` and `costs` as `Plan` has them."""
-    train = job.train
+    """The job's plan over `num_rows` rows; `factors` and `costs` as `Plan` has them.
+
+    GRPO's batch sizes count answers, and a worker samples for all prompts of its step at once.
+    """
+    train, workers = job.train, max(1, job.cluster.num_workers)
+    whole, micro = train.global_batch_size, train.micro_batch_size
+    if job.method.name == "grpo":
+        whole //= job.method.num_generations
+        micro = whole // workers
     return Plan(
         num_rows=num_rows,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        world_size=max(1, job.cluster.num_workers),
+        global_batch_size=whole,
+        micro_batch_size=micro,
+        world_size=workers,
+        whole_steps=job.method.name != "sft",
         num_epochs=train.num_epochs,
         max_steps=train.max_steps,
         shuffle=job.data.shuffle,
@@ -234,12 +253,17 @@ def _run(prepared: Prepared, paths: RunPaths) -> None:
         )
 
 
-def rows_fingerprint(records: Sequence[SftRecord]) -> str:
+def rows_fingerprint(records: Sequence[Record]) -> str:
     """A hash of what the plan's row numbers mean: ids, images by name and size, and answers, in order."""
     digest = hashlib.sha256()
     for r in records:
         names = [_image_name(image) for image in r.images]
-        told = (sorted(r.truth.items()), sorted(r.context.items()))
+        if isinstance(r, SftRecord):
+            told: tuple = (sorted(r.truth.items()), sorted(r.context.items()))
+        elif isinstance(r, PreferenceRecord):
+            told = (r.prompt, r.chosen, r.rejected)
+        else:
+            told = (r.prompt, sorted(r.columns.items()))
         digest.update(repr((r.id, r.row, names, r.sizes, told)).encode())
     return digest.hexdigest()[:16]
 

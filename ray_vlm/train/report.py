@@ -21,8 +21,6 @@ from ray_vlm.runs.checkpoints import replace_folder
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.paths import RunPaths, write_folder
 
-_LOGGED = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy")
-
 
 @dataclass
 class Progress:
@@ -42,9 +40,10 @@ class RunCallback(TrainerCallback):
     """Writes what happens. `monitor` is None on every rank but 0.
 
     `save` writes weights and how inputs were made into a folder; `tell` reports to Ray; `stop_wanted` is asked after
-    every step, on all ranks; `check_owner` before anything is replaced.
+    every step, on all ranks; `check_owner` before anything is replaced; `logged` names the numbers that are kept.
     """
 
+    logged: Callable[[dict[str, Any]], dict[str, Any]] = staticmethod(lambda logs: dict(logs))
     stop_wanted: Callable[[], bool] = staticmethod(lambda: False)
     check_owner: Callable[[], None] = staticmethod(lambda: None)
 
@@ -94,7 +93,7 @@ class RunCallback(TrainerCallback):
             return
         now = time.monotonic()
         tokens = logs.get("num_tokens", 0.0)
-        values = {k: v for k, v in logs.items() if k in _LOGGED}
+        values = self.logged(logs)
         values["tokens_per_s"] = (tokens - self._tokens) / max(now - self._last, 1e-9)
         values["step_s"] = now - self._last
         self._tokens, self._last = tokens, now

@@ -16,7 +16,8 @@ from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
 from ray_vlm.data.preprocessing import describe_preprocessing
-from ray_vlm.data.rows import Preparer, RowSpec, load_preparer
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import Row, RowSpec
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
 from ray_vlm.models.families import Family
@@ -71,6 +72,7 @@ def _train(
     job: JobConfig, paths: RunPaths, task: WorkerTask, place: Place, attempt: Attempt, stop: Callable[[], bool]
 ) -> dict[str, Any]:
     from ray_vlm.train.checkpoint import CheckpointWriter, base_fingerprint, check_fits
+    from ray_vlm.train.reference import find_reference
     from ray_vlm.train.report import publish_weights
 
     preparer = load_preparer(task.spec)
@@ -92,6 +94,8 @@ def _train(
 
     trainer.write_checkpoint = write_checkpoint
     try:
+        if job.method.precompute_ref_log_probs:
+            trainer.reference = find_reference(job, task, trainer, place, about["base"], monitor)
         if monitor is not None:
             for text in attempt.notes:
                 monitor.note(attempt.step, text)
@@ -162,6 +166,7 @@ def _build_trainer(
     """TRL's trainer for the method, fed by our stream."""
     import datasets
 
+    from ray_vlm.methods.rollout import sample_groups
     from ray_vlm.train.feed import PlannedBatches, feed_trainer, shared_options
 
     method = METHODS[job.method.name]
@@ -169,15 +174,13 @@ def _build_trainer(
     has_eval = task.eval is not None
     args = method.build_args(job, shared_options(job, task.plan, has_eval))
     args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every card in sight, and scale the loss
-    trainer = feed_trainer(method.trainer_class())(
-        model=model,
-        args=args,
-        processing_class=preparer.processor,
-        train_dataset=example,
-        eval_dataset=example if has_eval else None,
-        data_collator=list,
+    options = {"processing_class": preparer.processor, "eval_dataset": example if has_eval else None}
+    trainer = feed_trainer(method.trainer_class(job))(
+        model=model, args=args, train_dataset=example, **options, **method.extras(job)
     )
     trainer.remove_callback(_printer())
+    trainer.preparer, trainer.fetch_records = preparer, lambda: _fetch(task.train)
+    trainer.sample = sample_groups
     plan = task.plan
     first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
     feed = Feed(task.train, task.spec, plan, place.rank, first, last)
@@ -185,7 +188,11 @@ def _build_trainer(
         stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment)
     else:
         stream = stream_local(feed)
-    trainer.planned_batches = PlannedBatches(stream, plan, preparer, place.device, first)
+
+    def build(rows: list[Row]) -> Any:
+        return method.collate(rows, preparer, place.device)
+
+    trainer.planned_batches = PlannedBatches(stream, plan, build, args.gradient_accumulation_steps, first)
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer
@@ -198,27 +205,31 @@ def _printer() -> type:
 
 
 def _validation(job: JobConfig, task: WorkerTask, preparer: Preparer, place: Place) -> Any:
-    """The function that measures the eval rows: loss always, task metrics where the job's metric needs generating."""
-    from ray_vlm.evaluate.validate import validate
+    """The function that measures the eval rows, as the method and the job's metric need it."""
+    from ray_vlm.evaluate.validate import VALIDATE
 
     records = _fetch(task.eval)
     chosen = [records[i] for i in plan_sample(len(records), job.evaluate.num_samples)]
     mine = chosen[place.rank :: place.world_size]
-    generate = job.evaluate.metric != "loss"
 
     def run(trainer: Any) -> dict[str, float]:
-        return validate(trainer.model, mine, preparer, job.evaluate, place.device, place.world_size, generate)
+        return VALIDATE[job.method.name](trainer, mine, preparer, job, place.device, place.world_size)
 
     return run
+
+
+_FETCHED: dict[Any, tuple] = {}  # by Ray reference: reading them again and again would take as long as a step
 
 
 def _fetch(records: Any) -> tuple:
     """The records behind a Ray reference, or the records themselves."""
     if isinstance(records, tuple):
         return records
-    import ray
+    if records not in _FETCHED:
+        import ray
 
-    return ray.get(records)
+        _FETCHED[records] = ray.get(records)
+    return _FETCHED[records]
 
 
 def _build_callback(
@@ -229,7 +240,8 @@ def _build_callback(
     preprocessing = describe_preprocessing(load_preparer(task.spec))
 
     def save(folder: Path) -> None:
-        trainer.model.save_pretrained(folder)
+        only = {} if job.lora is None else {"selected_adapters": ["default"]}  # TRL may keep one for reference
+        trainer.model.save_pretrained(folder, **only)
         if job.lora is None:
             trainer.processing_class.save_pretrained(folder)
         write_json(folder / "preprocessing.json", preprocessing)
@@ -241,6 +253,7 @@ def _build_callback(
             ray.train.report(plain(metrics))
 
     callback = RunCallback(job, paths, task.plan, monitor, save, tell)
+    callback.logged = METHODS[job.method.name].logged
     callback.check_owner = lambda: check_owner(paths.store, attempt)
     if attempt.checkpoint is not None:
         callback.progress = Progress(**attempt.checkpoint.about["progress"])

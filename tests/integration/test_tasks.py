@@ -93,7 +93,8 @@ def test_sources_are_mixed_by_weight(sources, job_file) -> None:
 
 def test_every_turn_of_the_assistant_is_trained(sources, job_file) -> None:
     from ray_vlm.config.load import load_job
-    from ray_vlm.data.rows import IGNORED, load_preparer
+    from ray_vlm.data.rows import load_preparer
+    from ray_vlm.data.spec import IGNORED
     from ray_vlm.train.driver import prepare
 
     prepared = prepare(load_job(job_file(task="chat", data={"train": sources["chat"]})))
@@ -126,7 +127,7 @@ def test_padding_keeps_shapes_and_is_remembered(job_file, scenes: Path, tmp_path
     assert (saved["pad"], saved["center"]) == ([1, 2, 3], True)
     from ray_vlm.config.load import load_job
     from ray_vlm.data.preprocessing import read_preprocessing
-    from ray_vlm.data.rows import row_spec
+    from ray_vlm.data.spec import row_spec
 
     spec = read_preprocessing(
         str(final), row_spec(load_job(path, ["data.resize=stretch", "data.pad_color=null", "data.pad_place=end"]), [])

@@ -12,7 +12,8 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.collate import collate
 from ray_vlm.data.index import build_index
-from ray_vlm.data.rows import IGNORED, RowSpec, load_preparer
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import IGNORED, RowSpec
 from ray_vlm.runs.monitor import read_metrics
 
 LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")

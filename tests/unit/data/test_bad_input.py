@@ -16,7 +16,7 @@ from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.formats import FORMATS, read_rows
 from ray_vlm.data.index import build_index
 from ray_vlm.data.records import BadRow
-from ray_vlm.data.rows import RowSpec
+from ray_vlm.data.spec import RowSpec
 from ray_vlm.data.tables import MAX_LINE_BYTES
 from ray_vlm.errors import DataError
 

@@ -12,7 +12,8 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.images import decode, read_size
 from ray_vlm.data.index import build_index
-from ray_vlm.data.rows import RowSpec, load_preparer
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import DataError
 
 

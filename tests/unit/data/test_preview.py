@@ -12,9 +12,10 @@ from PIL import Image
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
 from ray_vlm.data.preview import Chosen, choose_rows, count_tokens, describe_prepared, describe_rows
-from ray_vlm.data.rows import IGNORED, Row, load_preparer
+from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.sheet import make_cells
 from ray_vlm.data.sheet_plot import _draw_marks, _on_sheet, _wrap, draw_sheet
+from ray_vlm.data.spec import IGNORED, Row
 from ray_vlm.demo.drains import draw as draw_drains
 from ray_vlm.demo.screens import draw as draw_screens
 from ray_vlm.train.driver import prepare

@@ -12,7 +12,8 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import Index, build_index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.rows import IGNORED, Row, RowSpec, load_preparer
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import IGNORED, Row, RowSpec
 from ray_vlm.data.stream import Feed, make_rows, pack, stream_local, stream_ray, unpack
 from ray_vlm.errors import DataError
 from tests.conftest import FAMILIES

@@ -14,7 +14,8 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.load import load_job
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import build_index
-from ray_vlm.data.rows import load_preparer, row_spec
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import row_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.data.stats import box_classes, measure_rows, size_changes
 from ray_vlm.data.stats_text import describe_stats

@@ -1,0 +1,130 @@
+"""Rules of the methods: which rows, settings and batch sizes go with SFT, DPO and GRPO. Pure functions of the job."""
+
+from collections.abc import Iterator
+
+from ray_vlm.config.data import Source
+from ray_vlm.config.method import METHOD_METRICS, OF_METHODS
+from ray_vlm.config.schema import JobConfig
+
+Broken = Iterator[tuple[str, str]]  # (dotted key, reason and fix)
+
+# What `evaluate.metric` may name for each task; higher is better for all but the loss.
+TASK_METRICS = {
+    "detection": ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate"),
+    "classification": ("accuracy", "attribute_accuracy", "balanced_accuracy", "macro_f1", "parse_rate"),
+    "gui_steps": (
+        *("step_success", "task_success", "action_accuracy", "argument_accuracy", "grounding", "mean_iou"),
+        "parse_rate",
+    ),
+    "chat": ("exact", "normalised", "anls", "parse_rate"),
+}
+
+# The task that the rows of each format are examples of.
+FORMAT_TASKS = {
+    "coco": "detection",
+    "objects": "detection",
+    "image_csv": "classification",
+    "gui_csv": "gui_steps",
+    "llava": "chat",
+    "messages": "chat",
+}
+
+
+def known_metrics(job: JobConfig) -> tuple[str, ...]:
+    """What the job's `evaluate.metric` may name. Rows of a task's format are measured by the task too."""
+    own = METHOD_METRICS[job.method.name]
+    measured = job.method.name != "dpo" and not (job.data.eval is not None and job.data.eval.format == "prompt")
+    return (*own, *TASK_METRICS[job.task.name]) if measured else own
+
+
+def known_formats(job: JobConfig, part: str) -> tuple[str, ...]:
+    """The formats that `data.<part>` may have: pairs for DPO; prompts or the task's own rows for GRPO; `data.test` is
+    always the task's own."""
+    own = tuple(name for name, task in FORMAT_TASKS.items() if task == job.task.name)
+    if part == "test" or job.method.name == "sft":
+        return own
+    return ("preference",) if job.method.name == "dpo" else (*own, "prompt")
+
+
+def check_method(job: JobConfig) -> Broken:
+    """Every rule of the method that the job breaks."""
+    method = job.method
+    for key, methods in OF_METHODS.items():
+        if method.name not in methods and getattr(method, key) != type(method).model_fields[key].default:
+            yield f"method.{key}", f"{method.name} does not use it; {' and '.join(methods)} do. Remove it."
+    yield from _check_formats(job)
+    yield from _check_weights(job)
+    if job.lora is None and (method.name == "dpo" or (method.name == "grpo" and method.beta)):
+        yield "lora", "the reference is the model with its adapter off, so this method needs one. Keep `lora`."
+    if method.name != "sft":
+        yield from _check_even(job)
+    yield from _check_rollouts(job)
+
+
+def _check_formats(job: JobConfig) -> Broken:
+    sources: dict[str, tuple[Source | None, ...]] = {
+        "train": (job.data.train, *job.data.mix),
+        "eval": (job.data.eval,),
+        "test": (job.data.test,),
+    }
+    for part, of_part in sources.items():
+        known = known_formats(job, part)
+        wrong = sorted({s.format for s in of_part if s is not None and s.path and s.format not in known})
+        if wrong:
+            yield (
+                f"data.{part}.format",
+                f"{', '.join(wrong)} holds no rows for {job.method.name} of {job.task.name}. Use one of: "
+                f"{', '.join(known)}.",
+            )
+
+
+def _check_weights(job: JobConfig) -> Broken:
+    """Class weights are of SFT's plain loss; oversampling needs rows with classes."""
+    data, trl = job.data, job.method.trl
+    for key in ("class_weights", "condition_weights"):
+        if getattr(data, key) is None:
+            continue
+        if job.method.name != "sft":
+            yield f"data.{key}", f"weights are of the tokens that sft imitates; {job.method.name} has none. Remove it."
+        elif trl.get("loss_type", "nll") != "nll" or trl.get("label_smoothing_factor"):
+            yield (
+                f"data.{key}",
+                "weights are of the plain loss; loss_type and label smoothing would not use them. Remove one of the "
+                "two.",
+            )
+    made = {s.format for s in (data.train, *data.mix) if s is not None} & {"preference", "prompt"}
+    if made and data.oversample is not None:
+        yield "data.oversample", f"rows of {', '.join(sorted(made))} have no classes. Remove it, or weight the sources."
+
+
+def _check_even(job: JobConfig) -> Broken:
+    """Pairs, and groups of answers, are shared out evenly: TRL's means over workers need as many on each.
+
+    A group stays whole on one worker. `train.global_batch_size` counts the answers of groups.
+    """
+    group = job.method.num_generations if job.method.name == "grpo" else 1
+    whole, micro, workers = job.train.global_batch_size, job.train.micro_batch_size, max(1, job.cluster.num_workers)
+    what = "sampled answers" if group > 1 else "pairs"
+    if whole % group:
+        yield (
+            "method.num_generations",
+            f"{group} does not divide train.global_batch_size={whole}, which counts sampled answers for grpo. Use a "
+            f"multiple, such as {group * max(1, round(whole / group))}.",
+        )
+    elif whole // group % workers:
+        even = group * workers * max(1, whole // group // workers)
+        groups = f" in {whole // group} groups" if group > 1 else ""
+        yield (
+            "cluster.num_workers",
+            f"{workers} workers cannot share {whole} {what}{groups} evenly. Use train.global_batch_size={even}.",
+        )
+    elif whole // workers % micro:
+        yield (
+            "train.micro_batch_size",
+            f"{micro} does not divide the {whole // workers} {what} of one worker in a step. Use a divisor of it.",
+        )
+
+
+def _check_rollouts(job: JobConfig) -> Broken:
+    if job.method.rollouts == "vllm" and job.lora is not None and job.lora.target != ["language"]:
+        yield "lora.target", "vllm takes adapters on the language model only. Use [language], or transformers rollouts."

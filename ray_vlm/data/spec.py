@@ -1,0 +1,80 @@
+"""What a row is, and how records become rows: plain data that every process shares. `rows.py` makes them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ray_vlm.config.schema import JobConfig, Model, Task
+
+IGNORED = -100  # the label of a token that is not trained, as torch's cross-entropy has it
+KINDS: dict[str, Literal["answer", "pair", "prompt"]] = {"sft": "answer", "dpo": "pair", "grpo": "prompt"}
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """How records become rows: base model, task, class names in prompt order, images, what is trained.
+
+    `hints`: what the training data tells the prompt. `token_weights`: (tag, weight) of answer tokens in the loss.
+    `split`: fingerprint of the rows that training leaves out as shares. `kind`: what the method trains of a record.
+    """
+
+    model: Model
+    task: Task
+    labels: tuple[str, ...]
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    loss_on: Literal["answer", "whole_sequence"] = "answer"
+    resize: Literal["stretch", "pad"] = "stretch"
+    pad_color: tuple[int, int, int] | None = None
+    pad_place: Literal["end", "center"] = "end"
+    hints: str = ""
+    token_weights: tuple[tuple[str, float], ...] = ()
+    split: str = ""
+    kind: Literal["answer", "pair", "prompt"] = "answer"
+
+
+def row_spec(job: JobConfig, labels: list[str]) -> RowSpec:
+    """The job's `RowSpec`. `labels` are the class names of the training data; `task.labels` wins over them."""
+    names = tuple(job.task.labels or labels)
+    data = job.data
+    return RowSpec(
+        model=job.model,
+        task=job.task,
+        labels=names,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        loss_on=job.method.loss_on,
+        resize=data.resize,
+        pad_color=data.pad_color,
+        pad_place=data.pad_place,
+        kind=KINDS[job.method.name],
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a model sees of one record. `labels` equals `input_ids` where a token is trained, else -100.
+
+    For generation `input_ids` is the prompt alone and `labels` is empty; of a pair it is the prompt, and `completions`
+    are the preferred answer and the other. `images`: `uint8 [h, w, 3]` each. `weights`: `float32`, of each token in the
+    loss; None where all are 1. `number`: the record's position in the index.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    images: tuple[np.ndarray, ...]
+    weights: np.ndarray | None = None
+    completions: tuple[np.ndarray, ...] = ()
+    number: int = -1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A record's text as token ids: the prompt, and the whole with what is trained marked. Images are tokens too."""
+
+    prompt: list[int]
+    whole: list[int]
+    trained: list[bool]
+    weights: list[float]
+    num_image_tokens: int

@@ -1,0 +1,96 @@
+"""Direct preference optimisation: TRL's `DPOTrainer` (Rafailov et al. 2023, arXiv:2305.18290) on pairs of answers.
+
+The reference is the base with the adapter off, or the adapter that training starts from: a second adapter, never a
+second model. What is ours: both answers of a pair share one copy of its images, and the reference's log-probabilities
+may be known before (`train/reference.py`); TRL refuses that for images.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.collate import collate_pairs
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.spec import Row
+from ray_vlm.errors import ConfigError
+from ray_vlm.methods.options import check_trl_options
+
+EXAMPLE_ROW = {"images": [], "prompt": "", "chosen": "", "rejected": ""}
+LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+_LOGGED = {
+    **{name: name for name in ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy")},
+    "rewards/accuracies": "preference_accuracy",
+    "rewards/margins": "reward_margin",
+    "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected",
+}
+
+
+def collate(rows: list[Row], preparer: Preparer, device: str) -> dict[str, Any]:
+    """A micro-batch as TRL's loss takes it, and `numbers`: which pairs these are."""
+    return collate_pairs(rows, preparer, device) | {"numbers": [row.number for row in rows]}
+
+
+def trainer_class(job: JobConfig) -> type:
+    """TRL's trainer, which takes the reference's log-probabilities from `reference` where that has them."""
+    import torch
+    from trl import DPOTrainer
+
+    class PreferenceTrainer(DPOTrainer):
+        reference: Any = None  # float32 [rows, 2]: what the reference says of each pair, or None
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            if job.model.adapter is None:  # the reference is the base; TRL would keep a copy of the new adapter
+                kwargs["model"].delete_adapter("ref")
+            self.precompute_ref_logps = True  # they always come with the batch, known before or from `refer`
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model, self.refer(inputs), *args, **kwargs)
+
+        def refer(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            """The batch with what the reference says of it: `ref_chosen_logps` and `ref_rejected_logps`, `[pairs]`."""
+            inputs = dict(inputs)
+            numbers = inputs.pop("numbers")
+            if self.reference is not None and min(numbers) >= 0:
+                told = torch.as_tensor(self.reference[numbers], device=inputs["input_ids"].device)
+                chosen, rejected = told.unbind(dim=1)
+            else:
+                chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
+            return inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    return PreferenceTrainer
+
+
+def check_options(job: JobConfig) -> None:
+    """Raises `ConfigError` for a loss that TRL does not have, and for what its `DPOConfig` does not take."""
+    given = job.method.loss_type or []
+    if unknown := [loss for loss in ([given] if isinstance(given, str) else given) if loss not in LOSSES]:
+        raise ConfigError(f"method.loss_type={given!r}: TRL's DPO has no {unknown[0]!r}. It has: {', '.join(LOSSES)}.")
+    if job.method.trl:
+        from trl import DPOConfig
+
+        check_trl_options(job, DPOConfig)
+
+
+def extras(job: JobConfig) -> dict[str, Any]:
+    """Nothing more."""
+    return {}
+
+
+def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
+    """TRL's `DPOConfig`: `shared` (the options that all methods have), then the job's."""
+    from trl import DPOConfig
+
+    own: dict[str, Any] = {"max_length": None, "beta": 0.1 if job.method.beta is None else job.method.beta}
+    if job.method.loss_type is not None:
+        own["loss_type"] = job.method.loss_type
+    return DPOConfig(**{**shared, **own, **job.method.trl})
+
+
+def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a step that are kept, by our names."""
+    return {ours: logs[theirs] for theirs, ours in _LOGGED.items() if theirs in logs}

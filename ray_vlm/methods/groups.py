@@ -1,0 +1,136 @@
+"""The parts of a GRPO step around TRL's: sample the answers to a step's prompts, score them, give them their pixels.
+
+`trainer` is `methods.grpo`'s: `rows_of` and `answers` are those that are worked on, group by group.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ray_vlm.data.collate import read_pixels
+from ray_vlm.data.records import PromptRecord, Record
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.spec import Row
+from ray_vlm.methods.rewards import Rewards, score_completions
+from ray_vlm.methods.rollout import Completion, Sampling
+
+
+def sample_step(trainer: Any, rows: Sequence[Row]) -> dict[str, Any]:
+    """Sample and score the answers to a step's prompts: TRL's batch, with `rows` (the prompt of each answer) and
+    `sampled` (log-probabilities at sampling, `float32 [answers, longest]`)."""
+    import torch
+
+    trainer.model.train()  # TRL reads from it that this is no evaluation
+    trainer.rows_of = [row for row in rows for _ in range(trainer.job.method.num_generations)]
+    records = trainer.fetch_records()
+    turns = [trainer.preparer.turns(records[row.number]) for row in trainer.rows_of]
+    prompts = [[{"role": role, "content": text} for role, text in of_row] for of_row in turns]
+    batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+    logps = [torch.tensor(answer.logprobs) for answer in trainer.answers]
+    sampled = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True).to(batch["completion_ids"].device)
+    return batch | {"rows": trainer.rows_of, "sampled": sampled}
+
+
+def sample_answers(trainer: Any) -> list[Completion]:
+    """Answers to the step's prompts, group by group. A group's random numbers depend on seed, step and row alone."""
+    method = trainer.job.method
+    rows = trainer.rows_of[:: method.num_generations]
+    seen: Counter[int] = Counter()
+    seeds = []
+    for row in rows:
+        seeds.append((trainer.job.seed, trainer.state.global_step, row.number, seen[row.number]))
+        seen[row.number] += 1
+    sampling = Sampling(
+        method.num_generations, method.max_completion_tokens, method.temperature, method.top_p, method.top_k
+    )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    groups = trainer.sample(model, rows, trainer.preparer, sampling, seeds, str(trainer.args.device))
+    return [answer for group in groups for answer in group]
+
+
+def score_step(trainer: Any, prompts: Sequence[Any], ids: Sequence[Sequence[int]]) -> Any:
+    """Each part of the reward of all ranks' answers, `float32 [answers, parts]`; NaN where one does not apply."""
+    import torch
+    from accelerate.utils import gather
+
+    records = trainer.fetch_records()
+    scored = [records[row.number] for row in trainer.rows_of]
+    texts = [trainer.preparer.text(answer) for answer in ids]
+    scores = score_answers(trainer.scored_by, scored, texts, ids, prompts, trainer.preparer)
+    table = [[float("nan") if v is None else v for v in of_answer.values()] for of_answer in scores]
+    return gather(torch.tensor(table, dtype=torch.float32, device=trainer.accelerator.device))
+
+
+def score_answers(
+    rewards: Rewards,
+    records: Sequence[Record],
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    prompts: Sequence[Any],
+    preparer: Preparer,
+) -> list[dict[str, float | None]]:
+    """Every part of the reward of each answer (text and token ids) to its record. Raises `DataError` as
+    `score_completions` does."""
+    parsed = [preparer.task.parse(text, preparer.frames(r)) for text, r in zip(texts, records, strict=True)]
+    truths = [{} if isinstance(r, PromptRecord) else preparer.truth(r) for r in records]  # type: ignore[arg-type]
+    columns: dict[str, list[Any]] = {}
+    if isinstance(records[0], PromptRecord):
+        names = {name for r in records for name in r.columns}  # type: ignore[union-attr]
+        columns = {name: [r.columns.get(name) for r in records] for name in sorted(names)}  # type: ignore[union-attr]
+    else:
+        columns["context"] = [r.context for r in records]  # type: ignore[union-attr]
+    return score_completions(rewards, texts, parsed, truths, columns, [r.id for r in records], prompts, ids)
+
+
+def pixels_of(trainer: Any, part: slice, input_ids: Any) -> dict[str, Any]:
+    """Image inputs of a part of the answers: each prompt's images are processed once, then repeated."""
+    import torch
+
+    rows, preparer = trainer.rows_of[part], trainer.preparer
+    made = [(read_pixels(row.images, preparer, str(input_ids.device)), n) for row, n in _runs(rows)]
+    kinds = {"mm_token_type_ids": (input_ids[part] == preparer.image_token_id).long()}
+    if not any(of_row for of_row, _ in made):
+        return kinds
+    pixels = {
+        name: torch.cat([values for of_row, n in made if of_row for values in [of_row[name]] * n])
+        for name in ("pixel_values", "image_grid_thw")
+    }
+    return kinds | pixels | {"num_images": [len(row.images) for row in rows]}
+
+
+def note_gap(trainer: Any, logps: Any) -> None:
+    """Log how far the trainer's log-probabilities of the sampled tokens are from those at sampling."""
+    sampled, mask = trainer.sampled
+    total = ((logps.detach() - sampled).abs() * mask).sum() / mask.sum().clamp(min=1)
+    trainer._metrics["train"]["rollout_gap"].append(float(trainer.accelerator.gather(total).mean()))
+
+
+def join(values: Sequence[Any]) -> Any:
+    """Parts of one batch as one: end to end, or their mean where there is one number a part."""
+    import torch
+
+    if values[0] is None:
+        return None
+    return torch.stack(list(values)).mean() if values[0].dim() == 0 else torch.cat(list(values))
+
+
+def _runs(rows: Sequence[Row]) -> list[tuple[Row, int]]:
+    """Rows that stand beside themselves, with how often."""
+    runs: list[tuple[Row, int]] = []
+    for row in rows:
+        if runs and runs[-1][0] is row:
+            runs[-1] = (row, runs[-1][1] + 1)
+        else:
+            runs.append((row, 1))
+    return runs
+
+
+def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """A step's answers in `parts` equal micro-batches, in their order; numbers of the whole step go into each."""
+    count = len(batch["rows"]) // parts
+
+    def cut(value: Any, part: slice) -> Any:
+        return value if getattr(value, "ndim", 1) == 0 else value[part]
+
+    slices = [slice(i * count, (i + 1) * count) for i in range(parts)]
+    return [{name: cut(value, part) for name, value in batch.items()} for part in slices]

@@ -1,0 +1,146 @@
+"""Group-relative policy optimisation: TRL's `GRPOTrainer` (Shao et al. 2024, arXiv:2402.03300) on sampled answers.
+
+Every optimizer step samples `num_generations` answers to each prompt, scores them, and learns from how each differs
+from its group. A group stays whole on one worker. What is ours: where prompts come from, the rollout (`rollout.py`),
+the rewards (`rewards.py`), and that each image is processed once (`groups.py`). Advantages, loss and their options
+are TRL's.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.spec import Row
+from ray_vlm.methods.groups import join, note_gap, pixels_of, sample_answers, sample_step, score_step, split_batch
+from ray_vlm.methods.options import check_trl_options
+from ray_vlm.methods.rewards import Rewards, load_rewards
+from ray_vlm.methods.rollout import Completion
+
+EXAMPLE_ROW = {"prompt": [{"role": "user", "content": ""}]}
+_LOGGED = {
+    **{name: name for name in ("loss", "learning_rate", "grad_norm", "reward", "reward_std", "kl", "entropy")},
+    "completions/mean_length": "completion_tokens",
+    "completions/clipped_ratio": "truncated",
+    "frac_reward_zero_std": "groups_without_signal",
+    "rollout_gap": "rollout_gap",
+    "clip_ratio/region_mean": "clipped",
+}
+
+
+def collate(rows: list[Row], preparer: Preparer, device: str) -> list[Row]:
+    """The prompts themselves: tensors are made when their answers are known."""
+    return rows
+
+
+def trainer_class(job: JobConfig) -> type:
+    """TRL's trainer, which samples from our rows and scores with our rewards.
+
+    The worker gives it `preparer`, `fetch_records` and `sample` before it trains.
+    """
+    from trl import GRPOTrainer
+
+    class GroupTrainer(GRPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            if job.model.adapter is None and job.method.beta:  # the reference is the base; TRL keeps a copy of the new
+                kwargs["model"].delete_adapter("ref")
+            self.job, self.scored_by = job, job_rewards(job)
+            self.use_vllm = job.method.rollouts == "vllm"  # the answers come from elsewhere: TRL corrects for that
+            self.rows_of: list[Row] = []  # the prompt of each answer that is worked on
+            self.answers: list[Completion] = []
+
+        def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple:
+            rows = next(epoch_iterator, None)
+            return (split_batch(sample_step(self, rows), num_batches) if rows else []), None
+
+        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            return inputs  # sampled and scored by get_batch_samples
+
+        def _tokenize_prompts(self, prompts: list) -> tuple:
+            return [row.input_ids.tolist() for row in self.rows_of], None, {}
+
+        def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple:
+            self.answers = sample_answers(self)
+            return [a.ids for a in self.answers], [a.logprobs for a in self.answers] if self.use_vllm else None
+
+        def _calculate_rewards(self, inputs: list, prompts: list, completions: list, ids: list) -> Any:
+            return score_step(self, prompts, ids)
+
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+            self.rows_of, self.sampled = inputs["rows"], (inputs["sampled"], inputs["completion_mask"])
+            return super()._compute_loss(model, inputs)
+
+        def _get_per_token_logps_and_entropies(self, model: Any, ids: Any, mask: Any, keep: int, **options: Any) -> Any:
+            size = options.pop("batch_size", None) or len(ids)
+            given = {name: options[name] for name in ("compute_entropy", "compute_aux_loss") if name in options}
+            parts = [slice(start, start + size) for start in range(0, len(ids), size)]
+            forward = super()._get_per_token_logps_and_entropies
+            found = [forward(model, ids[p], mask[p], keep, **given, **pixels_of(self, p, ids)) for p in parts]
+            logps, entropies, aux = (join(values) for values in zip(*found, strict=True))
+            if given.get("compute_entropy"):
+                note_gap(self, logps)
+            return logps, entropies, aux
+
+    return GroupTrainer
+
+
+def job_rewards(job: JobConfig, labels: Sequence[str] = ()) -> Rewards:
+    """What scores the job's answers. Raises `ConfigError` for what cannot."""
+    source = job.data.train
+    has_truth = source is None or source.format != "prompt"
+    return load_rewards(job.task.name, job.method.rewards, job.method.box_quality, has_truth, labels)
+
+
+def check_options(job: JobConfig) -> None:
+    """Raises `ConfigError` for what TRL's `GRPOConfig` does not take."""
+    if job.method.trl:
+        from trl import GRPOConfig
+
+        check_trl_options(job, GRPOConfig)
+
+
+def extras(job: JobConfig) -> dict[str, Any]:
+    """Named stand-ins for the rewards, whose values `_calculate_rewards` gives; TRL logs them by name."""
+
+    def stand_in(name: str) -> Callable[..., Any]:
+        def reward(**columns: Any) -> Any:
+            raise NotImplementedError(name)
+
+        reward.__name__ = name
+        return reward
+
+    return {"reward_funcs": [stand_in(name) for name in job_rewards(job).weights]}
+
+
+def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
+    """TRL's `GRPOConfig`: `shared` (the options that all methods have), then the job's."""
+    from trl import GRPOConfig
+
+    method, micro = job.method, job.train.micro_batch_size
+    accumulation = job.train.global_batch_size // max(1, job.cluster.num_workers) // micro
+    own: dict[str, Any] = {
+        "beta": method.beta or 0.0,
+        "num_generations": method.num_generations,
+        "temperature": method.temperature,
+        "max_completion_length": method.max_completion_tokens,
+        "reward_weights": list(job_rewards(job).weights.values()),
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": method.num_generations,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": accumulation,
+        "remove_unused_columns": False,
+    }
+    if method.loss_type is not None:
+        own["loss_type"] = method.loss_type
+    return GRPOConfig(**{**shared, **own, **method.trl})
+
+
+def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a step that are kept, by our names; `reward_<part>` of every part."""
+    parts = {
+        f"reward_{name.split('/')[1]}": value
+        for name, value in logs.items()
+        if name.startswith("rewards/") and name.endswith("/mean")
+    }
+    return {ours: logs[theirs] for theirs, ours in _LOGGED.items() if theirs in logs} | parts

@@ -1,0 +1,198 @@
+"""GRPO rollouts with transformers: a prompt is prefilled once for its whole group of completions.
+
+`generate` on G copies of a prompt encodes its image G times and runs G prompt forwards. Here the prompts of a call are
+one left-padded batch; their images are encoded once, the KV cache is repeated for the G completions, and a loop of our
+own decodes them all. Each group draws from random numbers of its own, so what else is in the batch, or on how many
+workers it is spread, does not change it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ray_vlm.data.collate import collate
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.spec import Row
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. `temperature` 0: greedy; `top_p` 1 and `top_k` 0: from the whole vocabulary."""
+
+    num_generations: int = 8
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled answer. `ids` go up to and including the end token; `finished` is False if it was cut before one.
+
+    `logprobs`: natural logarithm of each token's probability at the sampling temperature (greedy: 1) over the whole
+    vocabulary, before top-p, top-k and the ban on image tokens: what the trainer's forward computes.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def sample_groups(
+    model: Any,
+    rows: Sequence[Row],
+    preparer: Preparer,
+    sampling: Sampling,
+    seeds: Sequence[Sequence[int]],
+    device: str,
+    group_batch: int | None = None,
+) -> list[list[Completion]]:
+    """`sampling.num_generations` completions for each prompt row, in their order.
+
+    `seeds[i]` (integers of 0 and more) seeds row i's random numbers. At most `group_batch` prompts run at a time; None:
+    all. Modules keep their train or eval mode, and the model's stored `rope_deltas` are neither read nor written.
+    """
+    import torch
+
+    pairs = list(zip(rows, seeds, strict=True))
+    size = group_batch or max(len(rows), 1)
+    groups: list[list[Completion]] = []
+    # Not inference_mode: the same model is trained afterwards, and what a forward caches in it must allow autograd.
+    with torch.no_grad(), _evaluating(model):
+        for start in range(0, len(pairs), size):
+            prompts, own = zip(*pairs[start : start + size], strict=True)
+            groups += _sample_batch(model, prompts, preparer, sampling, _uniforms(own, sampling), device)
+    return groups
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, which also turns gradient checkpointing (and its ban on caches) off; then each module's own."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _uniforms(seeds: Sequence[Sequence[int]], sampling: Sampling) -> np.ndarray:
+    """Random numbers in [0, 1) for each token: `float64 [max_new_tokens, groups * G]`, G neighbours for each seed."""
+    shape = (sampling.max_new_tokens, sampling.num_generations)
+    return np.concatenate([np.random.default_rng(list(seed)).random(shape) for seed in seeds], axis=1)
+
+
+def _sample_batch(
+    model: Any, rows: Sequence[Row], preparer: Preparer, sampling: Sampling, uniforms: np.ndarray, device: str
+) -> list[list[Completion]]:
+    """The groups of prompts that run together."""
+    import torch
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under PEFT
+    ends = torch.tensor(_end_ids(base, preparer), device=device)
+    # An answer holds no pixels, and the trainer would look for those of every such token.
+    never = torch.tensor([base.config.image_token_id, base.config.video_token_id], device=device)
+    pad = preparer.tokenizer.pad_token_id
+    batch = collate(rows, preparer, device, side="left")
+    logits, cache, position, mask = _prefill(model, base, batch, sampling.num_generations)
+    draws = torch.from_numpy(uniforms).to(device)
+    finished = torch.zeros(len(logits), dtype=torch.bool, device=device)
+    tokens: list[Any] = []
+    logprobs: list[Any] = []
+    for step in range(sampling.max_new_tokens):
+        if step:
+            # Finished rows go on with pad tokens that are not masked: nobody reads what they compute, and without any
+            # padding in the prompts attention then needs no mask at all.
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            out = model(
+                input_ids=tokens[-1][:, None],
+                attention_mask=mask,
+                position_ids=(position + step - 1).expand(3, -1)[..., None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits[:, -1]
+        token, logprob = _choose(logits, draws[step], sampling, never)
+        tokens.append(token.masked_fill(finished, pad))
+        logprobs.append(logprob)
+        finished |= torch.isin(tokens[-1], ends)
+        if finished.all():
+            break
+    found = _completions(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), set(ends.tolist()))
+    size = sampling.num_generations
+    return [found[start : start + size] for start in range(0, len(found), size)]
+
+
+def _prefill(model: Any, base: Any, batch: dict[str, Any], repeats: int) -> tuple[Any, Any, Any, Any]:
+    """One forward of the prompts, and what it leaves repeated for the completions of each.
+
+    Returns logits of the first new token `[sequences, vocabulary]`, the KV cache, the position of the first new token
+    `int64 [sequences]` (all three of M-RoPE's axes are equal in text), and the attention mask `[sequences, tokens]`.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    # Positions are given in every call. Those that the model stores for itself (`rope_deltas`) are of the last batch
+    # it saw, whoever's that was. Without images the same function gives plain positions, counted after the padding.
+    positions, deltas = base.model.get_rope_index(
+        ids, batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"), attention_mask=mask
+    )
+    pixels = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **pixels)
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(repeats)
+    first = mask.sum(dim=1) + deltas[:, 0]
+    repeated = (values.repeat_interleave(repeats, dim=0) for values in (first, mask))
+    return out.logits[:, -1].repeat_interleave(repeats, dim=0), cache, *repeated
+
+
+def _choose(logits: Any, draws: Any, sampling: Sampling, never: Any) -> tuple[Any, Any]:
+    """Next tokens `int64 [sequences]` and their log-probabilities `float32 [sequences]`.
+
+    `draws`: `float64 [sequences]` in [0, 1). A token is the first whose cumulative probability exceeds its draw.
+    """
+    import torch
+
+    scores = logits.float() / (sampling.temperature or 1.0)
+    logprobs = torch.log_softmax(scores, dim=-1)
+    scores[:, never] = -torch.inf
+    if sampling.temperature == 0:
+        token = scores.argmax(dim=-1)
+    else:
+        # In float64: in float32 a sum over 150,000 tokens is too coarse to leave rare ones their share.
+        mass = _truncate(scores, sampling).double().softmax(dim=-1).cumsum(dim=-1)
+        reached = draws[:, None] * mass[:, -1:]  # a draw is below 1, so this is below the last sum
+        token = torch.searchsorted(mass, reached, right=True)[:, 0]
+    return token, logprobs.gather(1, token[:, None])[:, 0]
+
+
+def _truncate(scores: Any, sampling: Sampling) -> Any:
+    """`scores` with -inf outside the top-k, then outside the top-p, in transformers' order."""
+    import torch
+
+    if 0 < sampling.top_k < scores.shape[-1]:
+        least = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if sampling.top_p < 1:
+        best, order = scores.sort(dim=-1, descending=True)
+        share = best.softmax(dim=-1)
+        beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # those before it are enough; the first always stays
+        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return scores
+
+
+def _end_ids(base: Any, preparer: Preparer) -> list[int]:
+    ends = base.generation_config.eos_token_id or preparer.tokenizer.eos_token_id
+    return list(ends) if isinstance(ends, list | tuple) else [ends]
+
+
+def _completions(tokens: list[list[int]], logprobs: list[list[float]], ends: set[int]) -> list[Completion]:
+    """Each sequence up to its first end token."""
+    found = []
+    for ids, values in zip(tokens, logprobs, strict=True):
+        length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
+        found.append(Completion(ids[:length], values[:length], length is not None))
+    return found

@@ -1,0 +1,279 @@
+"""Rollouts with a shared prefill: `generate`'s own tokens, the trainer's log-probabilities, the right frequencies."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import chisquare
+
+from ray_vlm.config.schema import Lora, Model, Task
+from ray_vlm.data.collate import collate
+from ray_vlm.data.records import PromptRecord
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import Row, RowSpec
+from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
+from ray_vlm.models.families import FAMILIES as KNOWN
+from ray_vlm.models.load import load_model
+from ray_vlm.models.lora import lora_config
+from tests.conftest import FAMILIES
+
+# Prompts of different lengths, with images of different sizes (width, height): left padding and positions matter.
+PROMPTS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (
+    ("<image>What is shown?", ((96, 64),)),
+    ("yes no?", ()),
+    ("<image> and <image>: which class and condition is done, which is blocked?", ((128, 160), (64, 64))),
+    ("<image>Next step", ((192, 112),)),
+)
+GREEDY = Sampling(num_generations=3, max_new_tokens=24, temperature=0)
+SEEDS = [(7, row) for row in range(len(PROMPTS))]
+
+
+def _preparer(folder: str) -> Preparer:
+    spec = RowSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt")
+    return load_preparer(spec)
+
+
+def _rows(preparer: Preparer, prompts: Sequence = PROMPTS) -> list[Row]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number, (text, sizes) in enumerate(prompts):
+        images = []
+        for width, height in sizes:
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
+            images.append(file.getvalue())
+        record = PromptRecord(str(number), number, tuple(images), sizes, (("user", text),))
+        rows.append(preparer.prompt_row(record))
+    return rows
+
+
+def _model(folder: str, load_in_4bit: bool = False) -> Any:
+    return load_model(Model(name=folder, load_in_4bit=load_in_4bit), bf16=False)
+
+
+def _adapted(folder: str, load_in_4bit: bool = False) -> Any:
+    """As GRPO trains it: TRL's patched head under an adapter whose B is not zero, checkpointing, in training mode."""
+    from peft import get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    base = _model(folder, load_in_4bit)
+    add_fused_lm_head(base)
+    torch.manual_seed(0)
+    target = ["language", "connector", "vision"]
+    model = get_peft_model(base, lora_config(Lora(rank=4, alpha=8, target=target), KNOWN[base.config.model_type]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False  # as trainers set it
+    return model.train()
+
+
+def _generate(model: Any, rows: Sequence[Row], preparer: Preparer, sampling: Sampling) -> list[list[int]]:
+    """`generate` on copies of each prompt, greedy: new tokens with what follows the end."""
+    copies = [row for row in rows for _ in range(sampling.num_generations)]
+    batch = collate(copies, preparer, side="left")
+    never = [preparer.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")]
+    with torch.inference_mode():
+        tokens = model.generate(
+            **batch,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            suppress_tokens=never,
+            pad_token_id=preparer.tokenizer.pad_token_id,
+        )
+    return tokens[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def _same_tokens(ours: list[list[Completion]], stock: list[list[int]]) -> None:
+    flat = [completion for group in ours for completion in group]
+    assert len(flat) == len(stock)
+    for completion, tokens in zip(flat, stock, strict=True):
+        assert completion.ids == tokens[: len(completion.ids)]
+        assert len(completion.ids) == len(completion.logprobs)
+        assert completion.finished or len(completion.ids) == len(tokens)
+
+
+def _scored(model: Any, row: Row, completion: Completion, preparer: Preparer, temperature: float) -> torch.Tensor:
+    """Log-probabilities by one forward over prompt and completion, as the trainer computes them."""
+    ids = np.concatenate([row.input_ids, np.array(completion.ids, np.int32)])
+    with torch.no_grad():
+        logits = model(**collate([Row(ids, row.labels, row.images)], preparer)).logits[0]
+    new = torch.tensor(completion.ids)
+    before = logits[len(row.input_ids) - 1 : -1] / temperature
+    return before.log_softmax(-1).gather(1, new[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[1:2] * 2, PROMPTS[:1]], ids=["mixed", "text", "one"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_on_copies(family: str, prompts: Sequence, tiny_models: dict[str, str]) -> None:
+    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
+    rows = _rows(preparer, prompts)
+    ours = sample_groups(model, rows, preparer, GREEDY, SEEDS[: len(rows)], "cpu")
+    _same_tokens(ours, _generate(model, rows, preparer, GREEDY))
+    assert not any(completion.finished for group in ours for completion in group)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_in_training_rolls_out_as_generate_does(
+    family: str, load_in_4bit: bool, tiny_models: dict[str, str]
+) -> None:
+    preparer, model = _preparer(tiny_models[family]), _adapted(tiny_models[family], load_in_4bit)
+    rows = _rows(preparer)
+    model.base_model.model.model.visual.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    ours = sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu")
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    batch = collate([Row(row.input_ids, row.input_ids, row.images) for row in rows], preparer)
+    model(**batch).loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert sum(g is not None and bool(g.any()) for g in gradients) > len(gradients) / 2
+    _same_tokens(ours, _generate(model.eval(), rows, preparer, GREEDY))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_completion_ends_with_its_end_token(family: str, tiny_models: dict[str, str]) -> None:
+    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
+    rows = _rows(preparer)
+    whole = [group[0].ids for group in sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu")]
+    ends = {whole[0][5], whole[2][9]}
+    model.generation_config.eos_token_id = sorted(ends)
+    ours = sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu")
+    _same_tokens(ours, _generate(model, rows, preparer, GREEDY))
+    for group, tokens in zip(ours, whole, strict=True):
+        first = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
+        assert all(completion.ids == tokens[:first] for completion in group)
+        assert all(completion.finished == (first is not None) for completion in group)
+    assert ours[0][0].finished
+    assert ours[2][0].finished
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_are_those_of_the_trainer_s_forward(
+    family: str, temperature: float, tiny_models: dict[str, str]
+) -> None:
+    preparer, model = _preparer(tiny_models[family]), _adapted(tiny_models[family])
+    rows = _rows(preparer)
+    sampling = Sampling(num_generations=2, max_new_tokens=16, temperature=temperature, top_p=0.9, top_k=200)
+    groups = sample_groups(model, rows, preparer, sampling, SEEDS, "cpu")
+    for row, group in zip(rows, groups, strict=True):
+        for completion in group:
+            told = _scored(model, row, completion, preparer, temperature or 1.0)
+            assert torch.allclose(torch.tensor(completion.logprobs), told, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_group_does_not_depend_on_its_batch(family: str, tiny_models: dict[str, str]) -> None:
+    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
+    rows = _rows(preparer)
+    sampling = Sampling(num_generations=4, max_new_tokens=24)
+
+    def ids(rows: Sequence[Row], seeds: Sequence, group_batch: int | None = None) -> list[list[list[int]]]:
+        groups = sample_groups(model, rows, preparer, sampling, seeds, "cpu", group_batch)
+        return [[completion.ids for completion in group] for group in groups]
+
+    together = ids(rows, SEEDS)
+    assert together == ids(rows, SEEDS, group_batch=1) == ids(rows, SEEDS, group_batch=3)
+    assert together == ids(rows[::-1], SEEDS[::-1])[::-1]
+    assert len({tuple(tokens) for group in together for tokens in group}) == 16
+    assert ids(rows[:1], SEEDS[1:2]) != together[:1]
+    assert ids([], []) == []
+    with pytest.raises(ValueError, match="zip"):
+        ids(rows, SEEDS[:1])
+
+
+def _first_tokens(model: Any, preparer: Preparer, count: int, **options: Any) -> tuple[np.ndarray, torch.Tensor]:
+    """How often each token came first in `count` completions, and the logits it was drawn from."""
+    rows = _rows(preparer, PROMPTS[:2])
+    sampling = Sampling(num_generations=count, max_new_tokens=1, **options)
+    group = sample_groups(model, rows, preparer, sampling, SEEDS[:2], "cpu")[1]
+    with torch.no_grad():
+        logits = model(**collate(rows[1:], preparer)).logits[0, -1]
+    return np.bincount([completion.ids[0] for completion in group], minlength=len(logits)), logits
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_first_tokens_come_as_often_as_they_are_likely(temperature: float, tiny_models: dict[str, str]) -> None:
+    folder = tiny_models["qwen3_vl"]
+    preparer, model = _preparer(folder), _model(folder)
+    counts, logits = _first_tokens(model, preparer, 4000, temperature=temperature)
+    logits[[model.config.image_token_id, model.config.video_token_id]] = -torch.inf
+    expected = (logits / temperature).double().softmax(-1).numpy() * counts.sum()
+    order = np.argsort(expected)
+    edges = np.flatnonzero(np.diff(np.cumsum(expected[order]) // 20)) + 1  # bins of 20 and more
+    seen, due = (np.add.reduceat(values[order], [0, *edges]) for values in (counts, expected))
+    assert len(due) > 50
+    assert chisquare(seen, due).pvalue > 0.01
+    assert counts[expected == 0].sum() == 0
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.1}, {"top_k": 20, "top_p": 0.5}])
+def test_truncation_is_that_of_transformers(options: dict[str, Any], tiny_models: dict[str, str]) -> None:
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    folder = tiny_models["qwen2_5_vl"]
+    preparer, model = _preparer(folder), _model(folder)
+    counts, logits = _first_tokens(model, preparer, 600, temperature=0.5, **options)
+    scores = logits[None] / 0.5
+    if "top_k" in options:
+        scores = TopKLogitsWarper(options["top_k"])(None, scores)
+    if "top_p" in options:
+        scores = TopPLogitsWarper(options["top_p"])(None, scores)
+    assert set(np.flatnonzero(counts)) == set(torch.isfinite(scores[0]).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_image_tokens_are_never_sampled(temperature: float, tiny_models: dict[str, str]) -> None:
+    folder = tiny_models["qwen3_vl"]
+    preparer, model = _preparer(folder), _model(folder)
+    never = [model.config.image_token_id, model.config.video_token_id]
+
+    def raise_them(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits[..., never] += 100.0
+        return logits
+
+    rows, sampling = _rows(preparer), Sampling(num_generations=3, max_new_tokens=8, temperature=temperature)
+    plain = sample_groups(model, rows, preparer, sampling, SEEDS, "cpu")
+    model.lm_head.register_forward_hook(raise_them)
+    found = sample_groups(model, rows, preparer, sampling, SEEDS, "cpu")
+    for group, before in zip(found, plain, strict=True):
+        assert [completion.ids for completion in group] == [completion.ids for completion in before]
+        assert not {token for completion in group for token in completion.ids} & set(never)
+        assert max(value for completion in group for value in completion.logprobs) < -50  # told, though banned
+
+
+@pytest.mark.parametrize("group_batch", [None, 2, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_image_is_encoded_once(family: str, group_batch: int | None, tiny_models: dict[str, str]) -> None:
+    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
+    patches, tokens = [], []
+    visual, language = model.model.visual, model.model.language_model
+    visual.register_forward_pre_hook(lambda module, args, kwargs: patches.append(len(args[0])), with_kwargs=True)
+    language.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    rows = _rows(preparer)
+    sample_groups(model, rows, preparer, Sampling(5, 3), SEEDS, "cpu", group_batch)
+    assert sum(patches) == len(collate(rows, preparer)["pixel_values"])
+    assert len(patches) == {None: 1, 2: 2, 1: 3}[group_batch]  # one of the prompts has no image
+    if group_batch == 1:
+        assert sum(tokens) == sum(len(row.input_ids) for row in rows) + 4 * 5 * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stored_positions_neither_disturb_nor_change(family: str, tiny_models: dict[str, str]) -> None:
+    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
+    rows = _rows(preparer)
+    groups = sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu")
+    assert model.model.rope_deltas is None
+    stale = torch.full((2, 1), 77)
+    model.model.rope_deltas = stale
+    assert sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu") == groups
+    assert model.model.rope_deltas is stale
