@@ -1,18 +1,22 @@
-"""Are our numbers TRL's? SFT loss and LoRA gradients against stock `trl.SFTTrainer`, and loss curves on 0-3 workers.
+"""Are our numbers TRL's? SFT, DPO and GRPO losses and LoRA gradients against the stock trainers, and loss curves on 0-3
+workers.
 
 float32, dropout 0, CPU. Bars: 1e-5 relative on loss and gradients, 1e-4 relative on curves of 20 steps.
 """
 
-import copy
+import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.figures import figure, report
-from ray_vlm.config.load import load_resolved
+from benchmarks.stock import our_step, stock_step
+from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.collate import collate
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
@@ -20,6 +24,7 @@ from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import prepare, train
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+Answers = Sequence[Sequence[int]]
 
 
 def make_job(folder: Path, model: str, steps: int, num_workers: int = 0, rows: int = 20) -> JobConfig:
@@ -39,10 +44,10 @@ def make_job(folder: Path, model: str, steps: int, num_workers: int = 0, rows: i
     )
 
 
-def compare_with_stock(job: JobConfig, num_rows: int = 6) -> tuple[float, float]:
+def compare_with_stock(job: JobConfig, num_rows: int = 6, answers: Answers = ()) -> tuple[float, float]:
     """Relative differences of (loss, LoRA gradients) between our trainer and stock TRL on the same rows."""
-    ours, stock = _ours(job, num_rows), _stock(job, num_rows)
-    loss = abs(ours["loss"] - stock["loss"]) / abs(stock["loss"])
+    ours, stock = our_step(job, num_rows, answers), stock_step(job, num_rows, answers)
+    loss = abs(ours["loss"] - stock["loss"]) / max(abs(stock["loss"]), 1e-3)
     assert ours["grads"].keys() == stock["grads"].keys()
     assert len(stock["grads"]) > 0
     scale = max(float(g.norm()) for g in stock["grads"].values())
@@ -53,78 +58,36 @@ def compare_with_stock(job: JobConfig, num_rows: int = 6) -> tuple[float, float]
     return loss, worst
 
 
-def _model(job: JobConfig) -> Any:
-    """The base with an adapter whose B is not zero, so that every gradient has something to say."""
-    import torch
-    from peft import get_peft_model
-
-    from ray_vlm.models.families import FAMILIES as KNOWN
-    from ray_vlm.models.load import load_model
-    from ray_vlm.models.lora import lora_config
-
-    base = load_model(job.model, bf16=False)
-    torch.manual_seed(0)
-    model = get_peft_model(base, lora_config(job.lora, KNOWN[base.config.model_type]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
+def make_alignment_job(folder: Path, model: str, method: str, beta: float) -> tuple[JobConfig, Answers]:
+    """A DPO or GRPO job, and for GRPO the answers that are injected: two prompts with four of other lengths each."""
+    base = dump_job(make_job(folder, model, 1))
+    base["method"] = {"name": method, "beta": beta}
+    base["model"]["adapter"] = "the one in hand"  # so that it is the reference, as TRL has it
+    if method == "dpo":
+        base["data"]["train"] = {"path": str(write_pairs(folder, model)), "format": "preference"}
+        return load_resolved(base | {"evaluate": {}}), ()
+    base["train"] |= {"global_batch_size": 8, "micro_batch_size": 8}
+    base["evaluate"] = {"metric": "reward"}
+    base["method"] |= {"num_generations": 4, "rewards": {"benchmarks.stock:token_reward": 1.0}}
+    rng = np.random.default_rng(0)
+    return load_resolved(base), [rng.integers(20, 600, size).tolist() for size in (5, 9, 12, 7, 3, 8, 8, 11)]
 
 
-def _step(trainer: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """Loss and gradients of one training step's forward and backward, through the trainer's own code."""
-    samples, num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-    trainer.current_gradient_accumulation_steps = 1
-    loss = float(trainer.training_step(trainer.model, samples[0], num_items))
-    parameters = trainer.model.named_parameters()
-    return {"loss": loss, "grads": {n: p.grad.clone() for n, p in parameters if p.requires_grad}}
-
-
-def _arguments(job: JobConfig) -> dict[str, Any]:
-    folder = tempfile.mkdtemp()
-    options = {"output_dir": folder, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": []}
-    return options | {"max_length": None, "max_steps": 1, "per_device_train_batch_size": job.train.global_batch_size}
-
-
-def _ours(job: JobConfig, num_rows: int) -> dict[str, Any]:
-    import datasets
-    from trl import SFTConfig, SFTTrainer
-
-    from ray_vlm.methods import sft
-    from ray_vlm.train.feed import feed_trainer
-
-    prepared = prepare(job)
+def write_pairs(folder: Path, model: str) -> Path:
+    """Pairs from drawn scenes: the right answer, and the same with its last object left out and the rest moved."""
+    prepared = prepare(make_job(folder, model, 1))
     preparer = load_preparer(prepared.spec)
-    rows = [preparer.train_row(record) for record in prepared.train.records[:num_rows]]
-    trainer = feed_trainer(SFTTrainer)(
-        model=_model(job),
-        args=SFTConfig(**_arguments(job)),
-        processing_class=preparer.processor,
-        train_dataset=datasets.Dataset.from_list([sft.EXAMPLE_ROW]),
-        data_collator=list,
-    )
-    return _step(trainer, collate(rows, preparer))
-
-
-def _stock(job: JobConfig, num_rows: int) -> dict[str, Any]:
-    import datasets
-    from PIL import Image
-    from trl import SFTConfig, SFTTrainer
-
-    prepared = prepare(job)
-    preparer = load_preparer(prepared.spec)
-    rows = []
-    for record in prepared.train.records[:num_rows]:
-        prompt = [{"role": "user", "content": preparer.turns(record)[-1][1].removeprefix("<image>")}]
-        completion = [{"role": "assistant", "content": preparer.answer(record).text}]
-        rows.append({"images": [Image.open(record.images[0])], "prompt": prompt, "completion": completion})
-    trainer = SFTTrainer(
-        model=_model(job),
-        args=SFTConfig(**_arguments(job)),
-        processing_class=copy.deepcopy(preparer.processor),
-        train_dataset=datasets.Dataset.from_list(rows),
-    )
-    return _step(trainer, trainer.data_collator(rows))
+    path = folder / "pairs.jsonl"
+    with path.open("w") as file:
+        for record in prepared.train.records:
+            boxes = [[v * 0.9 for v in box] for box in record.truth["boxes"]][:-1] or [[1.0, 1.0, 9.0, 9.0]]
+            labels = list(record.truth["labels"])[:-1] or list(record.truth["labels"])
+            worse = replace(record, truth={"boxes": boxes, "labels": labels})
+            prompt = [{"role": role, "content": text} for role, text in preparer.turns(record)]
+            row = {"id": record.id, "prompt": prompt, "images": list(record.images)}
+            row |= {"chosen": preparer.answer(record).text, "rejected": preparer.answer(worse).text}
+            file.write(json.dumps(row) + "\n")
+    return path
 
 
 def curves(folder: Path, model: str, steps: int, workers: Sequence[int]) -> dict[int, list[float]]:
@@ -147,6 +110,12 @@ def measure(quick: bool) -> list[dict[str, Any]]:
             loss, grads = compare_with_stock(make_job(folder / "data", model, 1))
             figures.append(figure(f"sft.{family}.loss_vs_trl", loss, "relative", 1e-5))
             figures.append(figure(f"sft.{family}.lora_gradients_vs_trl", grads, "relative", 1e-5))
+            for method, beta in (("dpo", 0.1), ("dpo", 0.5), ("grpo", 0.0), ("grpo", 0.04)):
+                job, answers = make_alignment_job(folder / "data", model, method, beta)
+                loss, grads = compare_with_stock(job, 2 if answers else 6, answers)
+                name = f"{method}.beta_{beta}.{family}"
+                figures.append(figure(f"{name}.loss_vs_trl", loss, "relative", 1e-5))
+                figures.append(figure(f"{name}.lora_gradients_vs_trl", grads, "relative", 1e-5))
         found = curves(folder / "data", models["qwen3_vl"], 20, (0, 1) if quick else (0, 1, 2, 3))
         for number, losses in found.items():
             worst = max(abs(a - b) / abs(b) for a, b in zip(losses, found[0], strict=True))

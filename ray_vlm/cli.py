@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         "--output", help="folder for the results (default: beside the adapter, or <output_dir>/evaluate)"
     )
     evaluate.add_argument("--against", help="folder of another evaluation to show beside this one in report.html")
+    pairs = _job_verb(verbs, "pairs", "make preference data from a model's own answers", _pairs)
+    pairs.add_argument("--output", required=True, metavar="PATH", help="the file of pairs, .jsonl")
+    pairs.add_argument("--adapter", help="a run's best/ or final/ to sample (default: model.adapter, or the base)")
+    pairs.add_argument("--part", choices=["train", "eval"], default="train", help="whose rows (default: train)")
+    pairs.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     _add_data_verbs(verbs)
     _add_cluster_verbs(verbs)
     return parser
@@ -163,6 +168,15 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     job = load_job(args.job, args.overrides)
     evaluate_and_report(job, args.adapter, args.output, args.against)
+
+
+def _pairs(args: argparse.Namespace) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.evaluate.pairs import make_pairs
+    from ray_vlm.train.driver import absolute_paths
+
+    job = absolute_paths(load_job(args.job, args.overrides))
+    make_pairs(job, args.adapter, args.part, args.output, overwrite=args.overwrite)
 
 
 def _data_check(args: argparse.Namespace) -> int:

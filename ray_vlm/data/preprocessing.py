@@ -1,4 +1,7 @@
-"""`preprocessing.json`: how inputs were made, kept beside the weights, so that prediction makes them so again."""
+"""`preprocessing.json`: how inputs were made, kept beside the weights, so that prediction makes them so again.
+
+Pairs that a model's own answers gave have the same in `<file>.about.json` (`ray-vlm pairs`).
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -6,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.schema import Task
+from ray_vlm.data.files import read_bytes
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import RowSpec
-from ray_vlm.errors import ModelError
+from ray_vlm.errors import DataError, ModelError
+from ray_vlm.runs.store import is_remote
+
+ABOUT = ".about.json"  # ends the name of what tells how a file of pairs was made
 
 
 def describe_preprocessing(preparer: Preparer) -> dict[str, Any]:
@@ -51,3 +58,27 @@ def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec | None:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not readable ({error}). Use an adapter folder that a run wrote.") from None
+
+
+def changed_since(path: str, preparer: Preparer) -> list[str]:
+    """What `preparer` does otherwise than the sampling of the pairs in the file `path`, each with both values.
+
+    Places that answers give in pixels of the resized image hold only at the same image sizes. Empty where nothing
+    differs, or where no `<path>.about.json` tells. Raises `DataError` where that cannot be read.
+    """
+    place, mark, options = path.partition("?") if is_remote(path) else (path, "", "")
+    about = f"{place}{ABOUT}{mark}{options}"
+    try:
+        saved = json.loads(read_bytes(about))["preprocessing"]
+        codec, images = saved["task"]["codec"], dict(saved["images"])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{about}: not readable ({type(error).__name__}: {error}). Make the pairs again, or delete it if it tells "
+            "nothing of them."
+        ) from None
+    now = json.loads(json.dumps(asdict(preparer.image_spec)))
+    changed = [f"form of boxes ({codec}, now {preparer.codec_name})"] if codec != preparer.codec_name else []
+    sizes = [f"{name} {images.get(name)}, now {value}" for name, value in now.items() if images.get(name) != value]
+    return changed + ([f"image sizes ({'; '.join(sizes)})"] if sizes else [])

@@ -125,7 +125,7 @@ def validate_rewards(
     metrics = {}
     for name in everyone[0] if everyone else ():
         values = [of_answer[name] for of_answer in everyone if of_answer[name] is not None]
-        metrics[f"reward_{name}" if name else "reward"] = sum(values) / max(len(values), 1)
+        metrics[f"reward_{name.rpartition(':')[2]}" if name else "reward"] = sum(values) / max(len(values), 1)
     if records and isinstance(records[0], SftRecord):
         metrics |= _measure(build_predictions(records, answers, preparer), job, world_size)
     return metrics | {"validation_s": time.monotonic() - started}

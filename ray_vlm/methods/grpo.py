@@ -137,9 +137,10 @@ def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
 
 
 def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a step that are kept, by our names; `reward_<part>` of every part."""
+    """The numbers of a step that are kept, by our names; `reward_<part>` of every part, `reward_<function>` of one of
+    the user's."""
     parts = {
-        f"reward_{name.split('/')[1]}": value
+        f"reward_{name.split('/')[1].rpartition(':')[2]}": value
         for name, value in logs.items()
         if name.startswith("rewards/") and name.endswith("/mean")
     }

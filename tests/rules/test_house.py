@@ -117,7 +117,7 @@ def test_shipped_jobs_load_and_open_with_how_to_run_them(path: Path) -> None:
 
 
 def test_method_section_task_folder_words_agree() -> None:
-    from ray_vlm.config.check import TASK_METRICS
+    from ray_vlm.config.check_method import TASK_METRICS
     from ray_vlm.config.schema import Method, Task
     from ray_vlm.methods import METHODS
     from ray_vlm.tasks import TASKS

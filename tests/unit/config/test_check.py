@@ -15,12 +15,10 @@ BROKEN = [
     {"data": {"train": {"ratio": 0.5}}},
     {"data": {"mix": [{"path": "a"}]}},
     {"data": TRAIN | {"eval": 0.5, "test": 0.5}},
-    {"data": {"train": {"path": "a", "format": "llava"}}},
     {"data": {"train": {"path": "a", "max_tasks": 3}}},
     {"data": TRAIN | {"condition_weights": "inverse"}},
     {"task": "chat", "data": {"train": {"path": "a", "format": "llava"}, "oversample": "auto"}},
     {"data": TRAIN | {"oversample_threshold": 0.1}},
-    {"data": TRAIN | {"class_weights": "inverse"}, "method": {"trl": {"loss_type": "dft"}}},
     {"data": TRAIN | {"pad_color": [1, 2, 300], "resize": "pad"}},
     {"data": TRAIN | {"pad_place": "center"}},
     {"task": CLASSES | {"labels": ["a"]}, "data": {"train": {"path": "a", "format": "image_csv"}}},
@@ -78,6 +76,11 @@ def test_options_that_the_task_does_not_read_are_refused(task: str, key: str, va
     kind = {"detection": "coco", "gui_steps": "gui_csv", "chat": "llava"}[task]
     changes = {"task": {"name": task, key: value}, "data": {"train": {"path": "a", "format": kind}}}
     assert [key for key, _ in check_job(JobConfig.model_validate(PLAIN | changes))] == [f"task.{key}"]
+
+
+def test_weights_are_of_the_plain_loss() -> None:
+    changes = {"data": TRAIN | {"class_weights": "inverse"}, "method": {"trl": {"loss_type": "dft"}}}
+    assert [key for key, _ in check_job(JobConfig.model_validate(PLAIN | changes))] == ["data.class_weights"]
 
 
 def test_plain_job_passes() -> None:

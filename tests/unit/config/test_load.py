@@ -74,7 +74,7 @@ def test_every_problem_is_told_at_once_with_its_place_and_fix(tmp_path: Path) ->
         ("model: {name: x\n", "not valid YAML"),
         (GOOD + "train: {bf16: 1}\n", "should be a valid boolean"),
         (GOOD + "train: {bf16: true, bf16: false}\n", "set twice"),
-        (GOOD + "method: dpo\n", "'sft'"),
+        (GOOD + "method: ppo\n", "'sft'"),
         (GOOD + "lora: {target: []}\n", "at least 1 item"),
         (GOOD + "method: {name: sft, trl: {learning_rate: 1.0}}\n", "train.learning_rate"),
         (GOOD + "data: 3\n", "set twice"),
@@ -109,7 +109,7 @@ def test_odd_yaml_is_a_config_error(tmp_path: Path, text: str) -> None:
 
 
 def test_a_bad_short_form_hides_no_other_problem(tmp_path: Path) -> None:
-    text = GOOD + "method: dpo\nlora: {target: [foo]}\nevaluate: {metric: foo}\n"
+    text = GOOD + "method: ppo\nlora: {target: [foo]}\nrun: {name: a/b}\n"
     assert len(_problems(tmp_path, text)) == 3
 
 

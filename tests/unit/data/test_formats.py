@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ray_vlm.config.check import FORMAT_TASKS
+from ray_vlm.config.check_method import FORMAT_TASKS
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import Task
 from ray_vlm.data.files import open_file, parent_folder, read_bytes, resolve_image
@@ -391,7 +391,5 @@ def test_local_images_stay_under_their_root(tmp_path: Path) -> None:
 
 def test_every_format_says_which_tasks_it_feeds() -> None:
     formats = set(Source.model_fields["format"].annotation.__args__)
-    assert set(FORMATS) == set(FORMAT_TASKS) == formats
-    assert {task for tasks in FORMAT_TASKS.values() for task in tasks} == set(
-        Task.model_fields["name"].annotation.__args__
-    )
+    assert set(FORMATS) == {*FORMAT_TASKS, "preference", "prompt"} == formats
+    assert set(FORMAT_TASKS.values()) == set(Task.model_fields["name"].annotation.__args__)

@@ -101,6 +101,6 @@ def test_chat_means() -> None:
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_metric_names_are_those_that_a_job_may_ask_for(task: str) -> None:
-    from ray_vlm.config.check import TASK_METRICS
+    from ray_vlm.config.check_method import TASK_METRICS
 
     assert set(measure(task, [])["overall"]) == set(TASK_METRICS[task])

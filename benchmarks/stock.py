@@ -1,0 +1,162 @@
+"""One training step of our trainers and of stock TRL's on the same rows, for `benchmarks.parity`.
+
+The model has an adapter whose B is not zero; for DPO and GRPO it is the reference, and what trains starts a little away
+from it. GRPO's answers are injected: both sides get the same ones, and the same rewards.
+"""
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.methods import METHODS
+from ray_vlm.methods.rollout import Completion
+from ray_vlm.train.driver import prepare
+from ray_vlm.train.feed import feed_trainer
+
+Step = dict[str, Any]  # {"loss": float, "grads": {name: tensor}}
+
+
+def build_model(job: JobConfig) -> Any:
+    """The base with an adapter whose B is not zero, so that every gradient has something to say."""
+    import torch
+    from peft import get_peft_model
+
+    from ray_vlm.models.families import FAMILIES
+    from ray_vlm.models.load import load_model
+    from ray_vlm.models.lora import lora_config
+
+    assert job.lora is not None
+    base = load_model(job.model, bf16=False)
+    torch.manual_seed(0)
+    model = get_peft_model(base, lora_config(job.lora, FAMILIES[base.config.model_type]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def arguments(job: JobConfig) -> dict[str, Any]:
+    """Options that both sides share."""
+    options: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": []}
+    return options | {"gradient_checkpointing": False, "max_steps": 1, "average_tokens_across_devices": True}
+
+
+def one_step(trainer: Any, batch: Any, away: bool = False) -> Step:
+    """Loss and gradients of one step's forward and backward through the trainer's own code; `away`: the weights first
+    move off the reference."""
+    import torch
+
+    if away:
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if ".default." in name and "lora_B" in name:
+                    parameter.mul_(1.5)
+    trainer.current_gradient_accumulation_steps = 1
+    samples, num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+    loss = float(trainer.training_step(trainer.model, samples[0], num_items))
+    parameters = trainer.model.named_parameters()
+    return {"loss": loss, "grads": {n: p.grad.clone() for n, p in parameters if p.grad is not None}}
+
+
+def our_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> Step:
+    """Ours, on the first `rows` records of the job."""
+    import datasets
+
+    prepared = prepare(job)
+    preparer, records = load_preparer(prepared.spec), prepared.train.records
+    method = METHODS[job.method.name]
+    args = method.build_args(job, arguments(job) | {"per_device_train_batch_size": job.train.global_batch_size})
+    trainer = feed_trainer(method.trainer_class(job))(
+        model=build_model(job),
+        args=args,
+        processing_class=preparer.processor,
+        train_dataset=datasets.Dataset.from_list([method.EXAMPLE_ROW]),
+        **method.extras(job),
+    )
+    trainer.preparer, trainer.fetch_records = preparer, lambda: records
+    group = job.method.num_generations
+    groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
+    trainer.sample = lambda *_: groups
+    from dataclasses import replace
+
+    batch = [replace(preparer.row(records[i]), number=i) for i in range(rows)]
+    return one_step(trainer, method.collate(batch, preparer, "cpu"), away=job.method.name != "sft")
+
+
+def _injected(ids: Sequence[int]) -> Completion:
+    return Completion(list(ids), [0.0] * len(ids), True)
+
+
+def stock_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> Step:
+    """Stock TRL's, on the same rows, through its own collator and processor."""
+    prepared = prepare(job)
+    preparer, records = load_preparer(prepared.spec), prepared.train.records[:rows]
+    build = {"sft": _stock_sft, "dpo": _stock_dpo, "grpo": _stock_grpo}[job.method.name]
+    trainer, batch = build(job, preparer, records, answers)
+    return one_step(trainer, batch, away=job.method.name != "sft")
+
+
+def _asked(record: Any, preparer: Preparer) -> dict[str, Any]:
+    from PIL import Image
+
+    text = preparer.turns(record)[-1][1].removeprefix("<image>")
+    return {"images": [Image.open(record.images[0])], "prompt": [{"role": "user", "content": text}]}
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _stock_sft(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -> tuple[Any, Any]:
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [_asked(r, preparer) | {"completion": _said(preparer.answer(r).text)} for r in records]
+    trainer = _stock(job, preparer, rows, SFTTrainer, SFTConfig, {"max_length": None})
+    return trainer, trainer.data_collator(rows)
+
+
+def _stock_dpo(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -> tuple[Any, Any]:
+    from trl import DPOConfig, DPOTrainer
+
+    both = [{"chosen": _said(r.chosen), "rejected": _said(r.rejected)} for r in records]
+    rows = [_asked(r, preparer) | told for r, told in zip(records, both, strict=True)]
+    options = {"max_length": None, "beta": 0.1 if job.method.beta is None else job.method.beta}
+    trainer = _stock(job, preparer, rows, DPOTrainer, DPOConfig, options)
+    return trainer, trainer.data_collator(rows)
+
+
+def _stock_grpo(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -> tuple[Any, Any]:
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows = [_asked(r, preparer) for r in records]
+    group, method = job.method.num_generations, job.method
+    options = {"num_generations": group, "max_completion_length": method.max_completion_tokens}
+    options |= {"beta": method.beta or 0.0, "temperature": method.temperature}
+    trainer = _stock(job, preparer, rows, GRPOTrainer, GRPOConfig, options, {"reward_funcs": [token_reward]})
+    trainer._generate_single_turn = lambda *_, **__: ([list(ids) for ids in answers], None)
+    return trainer, [row for row in rows for _ in range(group)]
+
+
+def token_reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+    """A reward that depends on the answer's tokens alone, so both sides can have it."""
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def _stock(
+    job: JobConfig, preparer: Preparer, rows: list, trainer: Any, config: Any, options: dict, more: dict | None = None
+) -> Any:
+    import datasets
+
+    size = {"per_device_train_batch_size": job.train.global_batch_size}
+    processor = copy.deepcopy(preparer.processor)
+    processor.tokenizer.padding_side = "left" if job.method.name == "grpo" else "right"  # as TRL loads it
+    return trainer(
+        model=build_model(job),
+        args=config(**arguments(job), **size, **options),
+        processing_class=processor,
+        train_dataset=datasets.Dataset.from_list(rows),
+        **(more or {}),
+    )

@@ -1,0 +1,165 @@
+"""Preference data from a model's own answers: `ray-vlm pairs JOB --output pairs.jsonl [--adapter DIR]`.
+
+Several answers to each row are sampled and scored by the task (`samples.py`); the best against the worst is a pair,
+where their rewards are far enough apart, and is written as a row of format `preference` (`pair_file.py`). A row's
+random numbers depend on the seed and its position alone, so the file is the same for any number of workers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+from ray_vlm.config.check_method import FORMAT_TASKS
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.index import Index
+from ray_vlm.data.preprocessing import describe_preprocessing, read_preprocessing
+from ray_vlm.data.records import PreferenceRecord, SftRecord
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import row_spec
+from ray_vlm.data.splits import load_parts
+from ray_vlm.data.tables import text_fault
+from ray_vlm.errors import ConfigError
+from ray_vlm.evaluate.pair_file import check_output, describe_pairs, name_images, write_about, write_rows
+from ray_vlm.evaluate.samples import Sample, Work, load_scoring, sample_local, sample_ray
+from ray_vlm.methods.rewards import check_rewards
+from ray_vlm.runs.checkpoints import fetch_folder
+from ray_vlm.runs.store import full_address
+from ray_vlm.tasks.answers import IMAGE, Turns
+
+_SAME = 1e-9  # rewards this near are equal
+
+
+def make_pairs(
+    job: JobConfig,
+    adapter: str | None,
+    part: str,
+    output: str,
+    say: Callable[[str], None] = print,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write pairs from the rows of `data.<part>` to `output`, and beside them `<output>.about.json`, which is returned.
+
+    `job` has absolute paths. `adapter`: a run's `best/` or `final/`, else `model.adapter`, else the untouched base is
+    sampled. Workers on other machines open it, the base and the images themselves: give folders that all of them see,
+    or addresses such as `s3://`. Raises `RunError` where no row gives a pair; nothing is then written.
+    """
+    path = check_output(output, overwrite)
+    check_rows(job, part)
+    adapter = adapter or job.model.adapter
+    weights = fetch_folder(adapter) if adapter is not None else None
+    parts = load_parts(job, [part], read_preprocessing(weights, row_spec(job, [])) if weights is not None else None)
+    index: Index = getattr(parts, part)
+    names, root = name_images(index.records)
+    preparer = load_preparer(parts.spec)
+    rewards = load_scoring(job, parts.spec.labels)
+    for note in (*parts.notes, *check_rewards(rewards)):
+        say(f"note: {note}")
+    if index.bad:
+        say(f"{len(index.bad)} bad rows left out; `ray-vlm data check` names them")
+    local = job.cluster.num_workers == 0
+    where = weights if local or adapter is None else full_address(adapter)
+    work = Work(job, parts.spec, index.records, where)
+    with closing(sample_local(work) if local else sample_ray(work)) as batches:
+        rows = build_rows(index.records, batches, preparer, names, job.pairs.min_margin)
+        told = write_rows(path, rows, len(index), say)
+    about = {
+        "adapter": adapter,
+        "model": job.model.name,
+        "seed": job.seed,
+        "part": part,
+        "pairs": job.pairs.model_dump(),
+        "max_new_tokens": job.evaluate.max_new_tokens,
+        "rewards": dict(rewards.weights),
+        "num_records": len(index),
+        "num_bad_rows": len(index.bad),
+        **told,
+        "image_root": root,
+        "preprocessing": describe_preprocessing(preparer),
+    }
+    write_about(path, about)
+    describe_pairs(path, about, say)
+    return about
+
+
+def check_rows(job: JobConfig, part: str) -> None:
+    """Raise `ConfigError` where the part's rows have no truth to score answers by."""
+    data = job.data
+    if part == "eval" and data.eval is not None and data.eval.path:
+        sources: dict[str, Any] = {"data.eval": data.eval}
+    else:
+        sources = {"data.train": data.train, **{f"data.mix[{i}]": source for i, source in enumerate(data.mix)}}
+    formats = [name for name, task in FORMAT_TASKS.items() if task == job.task.name]
+    problems = [
+        f"{key}.format={source.format}: answers are scored against a truth, and such rows have none. Use a job with "
+        f"rows of {job.task.name}, such as the one that the model learned from: {', '.join(formats)}."
+        for key, source in sources.items()
+        if source is not None and source.format in ("preference", "prompt")
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def choose_pair(
+    texts: Sequence[str], scores: Sequence[float], min_margin: float, whole: Sequence[bool] | None = None
+) -> tuple[int, int] | None:
+    """Positions of the best and the worst answer, the first among equals; None where they do not make a pair.
+
+    They differ in text, spaces around it aside, and by `min_margin` or more in score. `whole`: False for an answer that
+    was cut off, which is never the best: it would teach to stop there.
+    """
+    winners = [i for i in range(len(texts)) if whole is None or whole[i]]
+    if not winners:
+        return None
+    best = max(winners, key=lambda i: scores[i])
+    others = [i for i in range(len(texts)) if texts[i].strip() != texts[best].strip()]
+    if not others:
+        return None
+    worst = min(others, key=lambda i: scores[i])
+    return (best, worst) if scores[best] - scores[worst] >= min_margin - _SAME else None
+
+
+def pair_of(samples: Sequence[Sample], min_margin: float) -> dict[str, Any] | str:
+    """`chosen` and `rejected` with the rewards of both, or why there is no pair (a key of `pair_file.REASONS`)."""
+    if len(samples) < 2:
+        return "unusable"
+    texts, whole = [sample.text for sample in samples], [sample.whole for sample in samples]
+    found = choose_pair(texts, [sample.reward for sample in samples], min_margin, whole)
+    if found is not None:
+        best, worst = (samples[i] for i in found)
+        rewards = {"chosen_reward": best.reward, "rejected_reward": worst.reward}
+        return {"chosen": best.text, "rejected": worst.text} | rewards
+    if len({text.strip() for text in texts}) == 1:
+        return "all_alike"
+    return "small_margin" if any(whole) else "cut_off"
+
+
+def build_rows(
+    records: Sequence[SftRecord],
+    batches: Iterable[list[list[Sample]]],
+    preparer: Preparer,
+    names: dict[str, str],
+    min_margin: float,
+) -> Iterator[dict[str, Any] | str]:
+    """For every record a row of format `preference`, or why there is none. `names`: the images' inside `image_root`."""
+    ids = [record.id for record in records]
+    if len(set(ids)) < len(ids):  # sources that are mixed may use an id twice
+        ids = [f"{record.source}:{record.id}" for record in records]
+    sampled = (samples for batch in batches for samples in batch)
+    for record, name, samples in zip(records, ids, sampled, strict=True):
+        turns = preparer.turns(record)
+        kept = [sample for sample in samples if can_be_kept(sample.text, record, turns, preparer)]
+        found = pair_of(kept, min_margin)
+        if isinstance(found, str):
+            yield found
+            continue
+        images = [names[image] for image in record.images if isinstance(image, str)]
+        prompt = [{"role": role, "content": text} for role, text in turns]
+        yield {"id": name, "group": record.group, "images": images, "prompt": prompt, **found}
+
+
+def can_be_kept(text: str, record: SftRecord, turns: Turns, preparer: Preparer) -> bool:
+    """Whether a row of format `preference` may hold the answer: not empty, and nothing that is read as markup."""
+    if not text.strip() or IMAGE in text or text_fault(text):
+        return False
+    as_row = PreferenceRecord(record.id, record.row, record.images, record.sizes, turns, text, text)
+    return preparer.problem(as_row) is None

@@ -1,0 +1,62 @@
+"""DPO and GRPO on Ray workers: the same numbers on one worker and on two, and going on after a worker died."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.parity import write_pairs
+from ray_vlm.runs.paths import RunPaths
+from tests.cluster.test_recovery import _at_step, _kill_a_worker, _steps, _train, _weights
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def job_of(job_file, tmp_path: Path, tiny_models: dict[str, str], scenes: Path) -> Any:
+    """A function that writes a small job of a method."""
+
+    def write(method: str, **sections: Any) -> Path:
+        train = {"max_steps": 4, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 3e-3}
+        sections = {"train": train | sections.pop("train", {}), **sections}
+        if method == "dpo":
+            data = {"train": {"path": str(write_pairs(tmp_path, tiny_models["qwen3_vl"])), "format": "preference"}}
+            return job_file(method="dpo", data=data | {"eval": {"ratio": 0.25}}, **sections)
+        options = {"num_generations": 4, "max_completion_tokens": 10}
+        options |= {"rewards": {"tests.integration.test_alignment:even_tokens": 1.0}, "beta": 0.05}
+        data = {"eval": {"path": str(scenes / "eval.json"), "max_rows": 5}}
+        return job_file(method={"name": "grpo", **options}, data=data, evaluate={"max_new_tokens": 8}, **sections)
+
+    return write
+
+
+def _eval(paths: RunPaths) -> list[dict[str, float]]:
+    from ray_vlm.runs.monitor import read_metrics
+
+    hidden = ("time", "validation_s")
+    lines = [line for line in read_metrics(paths.metrics) if line["kind"] == "eval"]
+    return [{k: v for k, v in line.items() if k not in hidden} for line in lines]
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_two_workers_equal_one_process(ray_cluster, method: str, job_of) -> None:
+    """Groups stay whole and are the same answers, so advantages and losses are the same."""
+    path = job_of(method)
+    alone = _train(path, "run.name=alone", "cluster.num_workers=0")
+    two = _train(path, "run.name=two", "cluster.num_workers=2", "train.micro_batch_size=2")
+    for a, b in zip(_steps(alone), _steps(two), strict=True):
+        assert b[1:] == pytest.approx(a[1:], rel=1e-4, abs=1e-6)
+    for one, other in zip(_eval(alone), _eval(two), strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_a_killed_worker(ray_cluster, method: str, job_of, tmp_path: Path) -> None:
+    more = {"train": {"max_steps": 6}, "checkpoint": {"every_steps": 2}, "cluster": {"num_workers": 2}}
+    path = job_of(method, **more)
+    whole = _train(path, "run.name=whole")
+    paths = RunPaths(tmp_path / "runs" / "hurt")
+    _at_step(paths, 3, lambda: _kill_a_worker(1))
+    _train(path, "run.name=hurt")
+    assert _steps(paths) == _steps(whole)
+    assert _weights(paths) == _weights(whole)

@@ -1,0 +1,113 @@
+"""What a job may ask of each method: rows, settings, batch sizes, metrics."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ray_vlm.config.load import load_job
+from ray_vlm.errors import ConfigError
+
+
+def _load(tmp_path: Path, method: Any, **sections: Any) -> Any:
+    train = {"path": "rows.jsonl", "format": "preference" if "dpo" in str(method) else "coco"}
+    job = {"method": method, "model": {"name": "tiny"}, "data": {"train": train}}
+    for name, values in sections.items():
+        job[name] = {**job.get(name, {}), **values}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return load_job(path)
+
+
+def _problems(tmp_path: Path, method: Any, **sections: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        _load(tmp_path, method, **sections)
+    return "\n".join(error.value.problems)
+
+
+def test_defaults_that_follow_the_method(tmp_path: Path) -> None:
+    assert _load(tmp_path, "dpo").evaluate.metric == "loss"
+    assert _load(tmp_path, "grpo").evaluate.metric == "reward"
+    assert _load(tmp_path, "grpo", evaluate={"metric": "f1_50"}).evaluate.metric == "f1_50"
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [("sft", "beta", 0.1), ("sft", "rewards", {"bbox": 1.0}), ("dpo", "num_generations", 4), ("grpo", "loss_on", "x")],
+)
+def test_settings_of_other_methods_are_refused(tmp_path: Path, method: str, key: str, value: Any) -> None:
+    told = _problems(tmp_path, {"name": method, key: "whole_sequence" if value == "x" else value})
+    assert f"`method.{key}`" in told or f"method.{key}" in told
+    assert f"{method} does not use it" in told
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "form"),
+    [
+        ("dpo", "train", "coco"),
+        ("sft", "train", "preference"),
+        ("sft", "eval", "prompt"),
+        ("grpo", "eval", "preference"),
+        ("dpo", "test", "preference"),
+        ("grpo", "test", "prompt"),
+        ("grpo", "train", "messages"),
+    ],
+)
+def test_rows_of_another_method_are_refused(tmp_path: Path, method: str, part: str, form: str) -> None:
+    told = _problems(tmp_path, method, data={part: {"path": f"{part}.jsonl", "format": form}})
+    assert f"data.{part}.format" in told
+    assert f"{form} holds no rows for {method} of detection" in told
+
+
+@pytest.mark.parametrize(
+    ("train", "workers", "told"),
+    [
+        ({"global_batch_size": 20}, 1, "8 does not divide train.global_batch_size=20"),
+        ({"global_batch_size": 8}, 2, "2 workers cannot share 8 sampled answers in 1 groups evenly"),
+        ({"global_batch_size": 32, "micro_batch_size": 5}, 2, "5 does not divide the 16 sampled answers of one worker"),
+    ],
+)
+def test_groups_that_do_not_divide(tmp_path: Path, train: dict, workers: int, told: str) -> None:
+    assert told in _problems(tmp_path, "grpo", train=train, cluster={"num_workers": workers})
+    _load(tmp_path, "grpo", train={"global_batch_size": 32, "micro_batch_size": 16}, cluster={"num_workers": 2})
+    _load(tmp_path, "grpo", train={"global_batch_size": 32, "micro_batch_size": 4}, cluster={"num_workers": 2})
+
+
+def test_pairs_that_do_not_divide(tmp_path: Path) -> None:
+    assert "3 workers cannot share 16 pairs evenly" in _problems(tmp_path, "dpo", cluster={"num_workers": 3})
+
+
+def test_a_reference_needs_an_adapter(tmp_path: Path) -> None:
+    whole = {"lora": None, "model": {"name": "tiny", "load_in_4bit": False}}
+    path = tmp_path / "job.yaml"
+    job = {"method": "dpo", "data": {"train": {"path": "p.jsonl", "format": "preference"}}, **whole}
+    path.write_text(yaml.safe_dump(job))
+    with pytest.raises(ConfigError, match="the reference is the model with its adapter off"):
+        load_job(path)
+
+
+def test_metrics_of_each_method(tmp_path: Path) -> None:
+    assert "Use one of: loss, preference_accuracy, reward_margin." in _problems(
+        tmp_path, "dpo", evaluate={"metric": "f1_50"}
+    )
+    assert "Use one of: reward, f1_50" in _problems(tmp_path, "grpo", evaluate={"metric": "loss"})
+    prompts = {"eval": {"path": "eval.jsonl", "format": "prompt"}}
+    assert "Use one of: reward." in _problems(tmp_path, "grpo", data=prompts, evaluate={"metric": "f1_50"})
+
+
+def test_weights_and_oversampling_need_classes(tmp_path: Path) -> None:
+    assert "grpo has none" in _problems(tmp_path, "grpo", data={"class_weights": "inverse_sqrt"})
+    assert "have no classes" in _problems(tmp_path, "dpo", data={"oversample": "auto"})
+
+
+def test_trl_options_that_the_job_names(tmp_path: Path) -> None:
+    told = _problems(tmp_path, {"name": "grpo", "trl": {"num_generations": 4, "num_iterations": 2}})
+    assert "this job sets that as `method.num_generations`" in told
+    assert "decided by how rows are fed to TRL" in told
+
+
+def test_vllm_takes_adapters_on_the_language_model_only(tmp_path: Path) -> None:
+    assert "vllm takes adapters on the language model only" in _problems(
+        tmp_path, {"name": "grpo", "rollouts": "vllm"}, lora={"target": ["language", "vision"]}
+    )
