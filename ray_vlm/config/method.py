@@ -44,7 +44,7 @@ class Method(Section):
         None,
         min_length=1,
         description="GRPO: weight of each part of the reward: the task's own parts, or `module:function` for a "
-        "function of yours. null: the task's own parts, 1.0 each.",
+        "function of yours. null: the task's own parts, 1.0 each; of chat `anls` alone.",
     )
     box_quality: Literal["iou", "giou"] = Field(
         "iou", description="GRPO: how near a box is. `giou` tells boxes apart that do not touch the true one."

@@ -60,8 +60,11 @@ def name_images(records: Sequence[SftRecord]) -> tuple[dict[str, str], str | Non
     common = os.path.commonprefix(list(rest.values()))  # noqa: RUF071  (cut at a slash in the next line)
     folder = common[: common.rfind("/") + 1]
     if len(kinds) > 1 or not folder:
-        first, second = [*kinds.values(), min(rest), max(rest)][:: 1 if len(kinds) > 1 else 2][:2]
-        raise ConfigError(f"{first} and {second} have no folder in common, which pairs need. Use one source at a time.")
+        apart = list(kinds.values()) if len(kinds) > 1 else sorted(rest)
+        raise ConfigError(
+            f"{apart[0]} and {apart[-1]} have no folder in common, and the pairs of a file have one image_root. Make "
+            "pairs of one source at a time."
+        )
     ((scheme, options),) = kinds
     root = f"{scheme}{folder.rstrip('/') or '/'}{options}"
     return {image: inside[len(folder) :] for image, inside in rest.items()}, root

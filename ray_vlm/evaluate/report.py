@@ -169,7 +169,7 @@ def _data_uri(path: str) -> str:
 def loss_curve(lines: Sequence[dict[str, Any]], width: int = 760, height: int = 220) -> dict[str, Any] | None:
     """Points of the training and validation loss for an SVG of `width` x `height`; None without training lines."""
     train = [(m["step"], m["loss"]) for m in lines if m["kind"] == "train" and m["loss"] is not None]
-    held_out = [(m["step"], m["loss"]) for m in lines if m["kind"] == "eval" and m["loss"] is not None]
+    held_out = [(m["step"], m["loss"]) for m in lines if m["kind"] == "eval" and m.get("loss") is not None]
     if len(train) < 2:
         return None
     top = max(value for _, value in train + held_out) or 1.0

@@ -45,7 +45,8 @@ def _format(task: str, parsed: Parsed, truth: Mapping[str, Any]) -> float:
         "gui_steps": lambda: any(name in values.get("output", {}) for name in truth["output"]),
         "chat": lambda: bool(values.get("answer")),
     }
-    return 1.0 if parsed.ok else 0.5 * understood[task]()
+    named = task != "classification" or truth["attributes"].keys() <= values.get("attributes", {}).keys()
+    return 1.0 if parsed.ok and named else 0.5 * understood[task]()
 
 
 def _detection(parsed: Parsed, truth: Mapping[str, Any], box_quality: str) -> dict[str, float]:
@@ -57,7 +58,7 @@ def _detection(parsed: Parsed, truth: Mapping[str, Any], box_quality: str) -> di
     right, found = _objects(truth), _objects(parsed.values)
     num_found = len(found) + sum(repair.startswith("dropped ") for repair in parsed.repairs)
     if not right or not found:
-        return dict.fromkeys(("bbox", "category", "completeness"), float(not right and not num_found))
+        return dict.fromkeys(("bbox", "category", "completeness"), float(not right and not num_found and parsed.ok))
     true_boxes, boxes = [box for box, _ in right], [box for box, _ in found]
     ious = iou_matrix(true_boxes, boxes)
     quality = ious if box_quality == "iou" else _graded(ious, giou_matrix(true_boxes, boxes))

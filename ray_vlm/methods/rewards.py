@@ -221,7 +221,7 @@ def _wrong_wins(
         if name == TRUTH or best > earned + _SAME:
             continue
         left_out = not case.judges.get(name, weighted) & weighted and weighted - {"format"}
-        if abs(best - earned) <= _SAME and (left_out or any(rewards.weights[own] for own in rewards.functions)):
+        if left_out or any(rewards.weights[own] for own in rewards.functions):
             told = "a function of yours must tell them apart, or this is not learned"
             warnings.append(f"the built-in parts give the answer {name!r} as much as the truth; {told}.")
         else:

@@ -1,0 +1,114 @@
+"""Pairs from a model's own answers: the shipped tiny model, in this process and by Ray Data actors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_vlm.cli import main
+from ray_vlm.config.data import Data, Source
+from ray_vlm.config.load import load_job
+from ray_vlm.data.index import build_index
+from ray_vlm.data.preprocessing import changed_since
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import row_spec
+
+LABELS = ["circle", "square", "triangle", "cross", "ring", "diamond"]
+
+
+def _job(job_file: Any, scenes: Path, **sections: Any) -> Path:
+    return job_file(
+        model={"name": "tiny"},
+        data={"train": {"path": str(scenes / "test.json"), "max_rows": 8}},
+        evaluate={"max_new_tokens": 120, "batch_size": 16},
+        pairs={"num_samples": 4, "temperature": 1.3, "min_margin": 0.2},
+        **sections,
+    )
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the pairs of `_job` are kept, once they are made."""
+    return tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_pairs_are_ordinary_preference_rows(job_file, scenes: Path, made: Path, capsys) -> None:
+    path = _job(job_file, scenes)
+    assert main(["pairs", str(path), "--output", str(made)]) == 0
+    out = capsys.readouterr().out
+    about = json.loads(Path(f"{made}.about.json").read_text())
+    rows = _lines(made)
+    assert 2 <= len(rows) == about["num_pairs"]
+    assert about["num_pairs"] + sum(about["without_pair"].values()) == about["num_records"] == 8
+    assert all(row["chosen_reward"] - row["rejected_reward"] >= 0.2 - 1e-9 for row in rows)
+    assert about["mean_chosen_reward"] == pytest.approx(sum(row["chosen_reward"] for row in rows) / len(rows))
+    assert about["rewards"] == {"format": 1.0, "bbox": 1.0, "category": 1.0, "completeness": 1.0}
+    assert f"path: {made}, format: preference, image_root: {about['image_root']}" in out
+    job = load_job(path)
+    preparer = load_preparer(row_spec(job, LABELS))
+    read = build_index(
+        Source(path=str(made), format="preference", image_root=about["image_root"]), Data(), preparer.spec
+    )
+    asked = build_index(job.data.train, Data(), preparer.spec)
+    told = {record.id: record for record in asked.records}
+    for record, row in zip(read.records, rows, strict=True):
+        assert (record.id, record.chosen, record.rejected) == (row["id"], row["chosen"], row["rejected"])
+        assert record.images == told[record.id].images
+        assert preparer.prompt_row(record).input_ids.tolist() == preparer.prompt_row(told[record.id]).input_ids.tolist()
+    assert changed_since(str(made), preparer) == []
+    assert not list(made.parent.glob(".*"))
+
+
+def test_nothing_is_overwritten_by_chance(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
+    path, output = _job(job_file, scenes), tmp_path / "pairs.jsonl"
+    output.write_text("mine")
+    assert main(["pairs", str(path), "--output", str(output)]) == 1
+    assert "is there already" in capsys.readouterr().err
+    few = ["data.train.max_rows=2", "pairs.min_margin=100"]
+    assert main(["pairs", str(path), *few, "--output", str(output), "--overwrite"]) == 1
+    assert "no pair: of 2 rows 2 with too small a margin" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    assert not list(tmp_path.glob(".*pairs*"))
+
+
+def test_an_adapter_is_sampled_with_its_own_wording(job_file, scenes: Path, tmp_path: Path) -> None:
+    path = _job(job_file, scenes, train={"max_steps": 1, "global_batch_size": 4}, lora={"rank": 4, "alpha": 8})
+    worded = [f"task.labels=[{', '.join(reversed(LABELS))}]", "data.max_pixels=9216"]
+    assert main(["train", str(path), *worded]) == 0
+    output, adapter = tmp_path / "pairs.jsonl", str(tmp_path / "runs" / "run" / "final")
+    few = ["data.train.max_rows=3", "pairs.min_margin=0.01"]
+    assert main(["pairs", str(path), *few, "--adapter", adapter, "--output", str(output)]) == 0
+    assert ", ".join(reversed(LABELS)) in _lines(output)[0]["prompt"][0]["content"]
+    about = json.loads(Path(f"{output}.about.json").read_text())
+    assert about["adapter"] == adapter
+    assert about["preprocessing"]["images"]["max_pixels"] == 9216
+    changed = changed_since(str(output), load_preparer(row_spec(load_job(path), LABELS)))
+    assert len(changed) == 1
+    assert "max_pixels 9216, now 36864" in changed[0]
+    assert main(["pairs", str(path), *few, f"model.adapter={adapter}", "--output", str(tmp_path / "same.jsonl")]) == 0
+    assert (tmp_path / "same.jsonl").read_bytes() == output.read_bytes(), "the job's own adapter is the default"
+
+
+@pytest.mark.cluster
+def test_two_workers_write_the_same_file(ray_cluster, job_file, scenes: Path, made: Path, tmp_path: Path) -> None:
+    path, output = _job(job_file, scenes), tmp_path / "pairs.jsonl"
+    if not made.exists():
+        assert main(["pairs", str(path), "--output", str(made)]) == 0
+    assert main(["pairs", str(path), "cluster.num_workers=2", "--output", str(output)]) == 0
+    assert output.read_bytes() == made.read_bytes()
+
+
+@pytest.mark.cluster
+def test_what_an_actor_refuses_is_told_as_it_stands(
+    ray_cluster, job_file, scenes: Path, tmp_path: Path, capsys
+) -> None:
+    path = _job(job_file, scenes)
+    words = ["cluster.num_workers=1", "--adapter", str(tmp_path / "none"), "--output", str(tmp_path / "pairs.jsonl")]
+    assert main(["pairs", str(path), *words]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'}: no adapter here")
+    assert not (tmp_path / "pairs.jsonl").exists()

@@ -1,0 +1,209 @@
+"""Pairs: which answers make one, what is refused, and that a pair comes back from its file as it went in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ray_vlm.config.data import Data, Source
+from ray_vlm.config.schema import JobConfig, Model, Task
+from ray_vlm.data.index import build_index
+from ray_vlm.data.preprocessing import changed_since, describe_preprocessing
+from ray_vlm.data.records import SftRecord
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import RowSpec
+from ray_vlm.errors import ConfigError, DataError, RunError
+from ray_vlm.evaluate.pair_file import check_output, describe_pairs, name_images, write_about, write_rows
+from ray_vlm.evaluate.pairs import build_rows, check_rows, choose_pair, pair_of
+from ray_vlm.evaluate.samples import Sample, Work, load_scoring
+
+FENCED = '```json\n[\n\t{"bbox_2d": [1, 2, 30, 40], "label": "circle"}\n]\n```'
+TOKENS = "<|object_ref_start|>circle<|object_ref_end|><|box_start|>(1,2),(30,40)<|box_end|>"
+
+
+@pytest.mark.parametrize(
+    ("texts", "scores", "found"),
+    [
+        ("abc", [0.5, 0.9, 0.1], (1, 2)),
+        ("abcd", [0.9, 0.1, 0.9, 0.1], (0, 1)),  # the first among equals
+        ("ab", [0.5, 0.45], None),
+        ("ab", [0.3, 0.2], (0, 1)),  # 0.09999999999999998 in floating point
+        (["a", " a\n"], [1.0, 0.0], None),
+        (["a", "a ", "b"], [1.0, 0.0, 0.5], (0, 2)),  # a reward may be random; a pair never holds one text twice
+        ("a", [1.0], None),
+        ("", [], None),
+        ("ab", [-2.0, -3.0], (0, 1)),
+    ],
+)
+def test_best_against_worst(texts: Any, scores: list[float], found: tuple[int, int] | None) -> None:
+    assert choose_pair(list(texts), scores, 0.1) == found
+
+
+def test_an_answer_that_was_cut_off_is_never_the_best() -> None:
+    assert choose_pair("abc", [0.9, 0.5, 0.1], 0.1, [False, True, True]) == (1, 2)
+    assert choose_pair("abc", [0.9, 0.5, 0.1], 0.1, [True, True, False]) == (0, 2)
+    assert choose_pair("abc", [0.9, 0.5, 0.1], 0.1, [False] * 3) is None
+
+
+def test_why_a_row_gives_no_pair() -> None:
+    assert pair_of([Sample("a", 1.0)], 0.1) == "unusable"
+    assert pair_of([Sample("a", 1.0), Sample("a ", 1.0)], 0.1) == "all_alike"
+    assert pair_of([Sample("a", 1.0), Sample("b", 0.95)], 0.1) == "small_margin"
+    assert pair_of([Sample("a", 1.0, whole=False), Sample("b", 0.0, whole=False)], 0.1) == "cut_off"
+    kept = {"chosen": "a", "rejected": "b", "chosen_reward": 1.0, "rejected_reward": 0.5}
+    assert pair_of([Sample("b", 0.5), Sample("a", 1.0)], 0.5) == kept
+
+
+def _job(**sections: Any) -> JobConfig:
+    return JobConfig(model={"name": "tiny"}, **{"data": {"train": {"path": "rows.json"}}} | sections)
+
+
+def test_rows_without_a_truth_are_refused() -> None:
+    check_rows(_job(), "train")
+    check_rows(_job(data={"train": {"path": "a", "format": "preference"}, "eval": {"path": "b"}}), "eval")
+    for name in ("preference", "prompt"):
+        with pytest.raises(ConfigError, match=rf"data.train.format={name}: .*rows of detection.*: coco, objects"):
+            check_rows(_job(data={"train": {"path": "a", "format": name}}), "train")
+        with pytest.raises(ConfigError, match=r"data.eval.format"):
+            check_rows(_job(data={"train": {"path": "a"}, "eval": {"path": "b", "format": name}}), "eval")
+        mixed = {"train": {"path": "a"}, "mix": [{"path": "b", "format": name}], "eval": 0.1}
+        with pytest.raises(ConfigError, match=r"data.mix\[0\].format"):
+            check_rows(_job(data=mixed), "eval")
+
+
+def test_a_wrong_reward_is_named_by_its_own_key() -> None:
+    with pytest.raises(ConfigError, match=r"pairs.rewards.luck: no such part of detection"):
+        load_scoring(_job(pairs={"rewards": {"luck": 1.0}}), [])
+
+
+@pytest.mark.parametrize(("size", "num_samples", "found"), [(8, 8, 1), (8, 3, 2), (2, 8, 1), (32, 4, 8)])
+def test_prompts_at_a_time(size: int, num_samples: int, found: int) -> None:
+    job = _job(evaluate={"batch_size": size}, pairs={"num_samples": num_samples})
+    assert Work(job, None, (), None).num_prompts == found  # type: ignore[arg-type]
+
+
+def test_where_pairs_are_written(tmp_path: Path) -> None:
+    assert check_output(str(tmp_path / "new" / "pairs.jsonl"), False) == tmp_path / "new" / "pairs.jsonl"
+    (tmp_path / "pairs.jsonl").write_text("x")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert check_output(str(tmp_path / "pairs.jsonl"), True)
+    with pytest.raises(RunError, match=r"is there already.*--overwrite"):
+        check_output(str(tmp_path / "pairs.jsonl"), False)
+    for name, why in (("pairs.json", r"ends in \.jsonl"), ("folder.jsonl", "is a folder")):
+        with pytest.raises(ConfigError, match=why):
+            check_output(str(tmp_path / name), True)
+    with pytest.raises(ConfigError, match="copy the file"):
+        check_output("s3://bucket/pairs.jsonl", False)
+
+
+def _record(*images: Any, number: int = 0, **more: Any) -> SftRecord:
+    truth = {"boxes": ((10.0, 10.0, 50.0, 50.0),), "labels": ("circle",)}
+    return SftRecord(str(number), number, images, ((128, 96),) * len(images), truth, **more)
+
+
+def test_images_are_named_inside_the_folder_around_them() -> None:
+    assert name_images([_record()]) == ({}, None)
+    assert name_images([_record("/a/b/x.jpg")]) == ({"/a/b/x.jpg": "x.jpg"}, "/a/b")
+    near = name_images([_record("/a/b/x.jpg", "/a/bc/y.jpg"), _record("/a/z.jpg")])
+    assert near == ({"/a/b/x.jpg": "b/x.jpg", "/a/bc/y.jpg": "bc/y.jpg", "/a/z.jpg": "z.jpg"}, "/a")
+    assert name_images([_record("/a/x.jpg", "/b/y.jpg")])[1] == "/"
+    stored = "s3://bucket/a/{}?endpoint_override=h".format
+    assert name_images([_record(stored("x.jpg"), stored("b/y.jpg"))]) == (
+        {stored("x.jpg"): "x.jpg", stored("b/y.jpg"): "b/y.jpg"},
+        "s3://bucket/a?endpoint_override=h",
+    )
+    for images in (("s3://bucket/x.jpg", "s3://butter/x.jpg"), ("/a/x.jpg", "s3://bucket/x.jpg")):
+        with pytest.raises(ConfigError, match=r"x\.jpg and .*x\.jpg have no folder in common"):
+            name_images([_record(*images)])
+    with pytest.raises(ConfigError, match=r"row 3 \(id 3\): its image is given as bytes"):
+        name_images([_record(b"...", number=3)])
+
+
+def _preparer(**options: Any) -> Preparer:
+    task = Task(codec=options.pop("codec", None))
+    return load_preparer(RowSpec(Model(name="tiny", load_in_4bit=False), task, ("circle",), **options))
+
+
+def _pictures(folder: Path, count: int) -> list[str]:
+    names = [folder / "rows" / f"{i}.png" for i in range(count)]
+    for path in names:
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (128, 96), "green").save(path)
+    return [str(path) for path in names]
+
+
+@pytest.mark.parametrize(("codec", "good"), [("qwen2_vl", TOKENS), ("qwen2_5_vl", FENCED), ("qwen3_vl", FENCED)])
+def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path) -> None:
+    preparer = _preparer(codec=codec)
+    bad = ' \t"None",\r\n\\ \u2028 \N{GREEK SMALL LETTER BETA} \N{ROLLING ON THE FLOOR LAUGHING} </s> \x01 '
+    pictures = _pictures(tmp_path, 3)
+    records = [_record(image, number=i, group="site 1") for i, image in enumerate(pictures)]
+    unusable = [Sample(text, 3.0) for text in ("", " \n", "<image>", "a\0b", "<|im_start|>user", "\ud800")]
+    sampled = [
+        [*unusable, Sample(good, 2.0), Sample(bad, 0.5), *(Sample(text.text, -1.0) for text in unusable)],
+        [Sample(good, 2.0), Sample(good, 2.0)],
+        [*unusable, Sample(good, 2.0)],
+    ]
+    names, root = name_images(records)
+    path, said = tmp_path / "else" / "where" / "pairs.jsonl", []
+    told = write_rows(path, build_rows(records, [sampled[:2], sampled[2:]], preparer, names, 0.1), 3, said.append)
+    assert told["without_pair"] == {"all_alike": 1, "small_margin": 0, "cut_off": 0, "unusable": 1}
+    assert (told["num_pairs"], told["mean_chosen_reward"], told["mean_rejected_reward"]) == (1, 2.0, 0.5)
+    assert said[-1].startswith("sampled 3/3 rows")
+    source = Source(path=str(path), format="preference", image_root=root)
+    (back,) = build_index(source, Data(), preparer.spec).records
+    assert (back.chosen, back.rejected) == (good, bad)
+    assert (back.id, back.group, back.images) == ("0", "site 1", (pictures[0],))
+    assert back.prompt == preparer.turns(records[0])
+    assert preparer.prompt_row(back).input_ids.tolist() == preparer.prompt_row(records[0]).input_ids.tolist()
+    assert preparer.text(preparer.pair_row(back).completions[0].tolist()) == good
+
+
+def test_ids_of_mixed_sources_stay_apart(tmp_path: Path) -> None:
+    preparer, pictures = _preparer(), _pictures(tmp_path, 2)
+    records = [_record(image, source=i) for i, image in enumerate(pictures)]
+    names, _ = name_images(records)
+    sampled = [[Sample("a", 1.0), Sample("b", 0.0)]] * 2
+    rows = list(build_rows(records, [sampled], preparer, names, 0.1))
+    assert [row["id"] for row in rows if isinstance(row, dict)] == ["0:0", "1:0"]
+
+
+def test_without_any_pair_nothing_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    with pytest.raises(RunError, match=r"no pair: of 3 rows 2 with all answers alike, 1 with every answer cut off"):
+        write_rows(path, ["all_alike", "cut_off", "all_alike"], 3, lambda line: None)
+    with pytest.raises(RunError, match="was not written"):
+        write_rows(Path("/proc/pairs/pairs.jsonl"), [], 0, lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_job_needs_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    about = {"num_pairs": 1, "num_records": 2, "mean_chosen_reward": 1.0, "mean_rejected_reward": 0.5}
+    about |= {"without_pair": {"all_alike": 1, "small_margin": 0}, "image_root": "/a, b: c"}
+    describe_pairs(Path("/x/pairs.jsonl"), about, said.append)
+    assert said[:2] == ["1 pairs of 2 rows: chosen 1.000, rejected 0.500", "no pair: 1 with all answers alike"]
+    import yaml
+
+    found = {"path": "/x/pairs.jsonl", "format": "preference", "image_root": "/a, b: c"}
+    assert yaml.safe_load(said[2]) == {"data": {"train": found}}
+    assert len(said[2].splitlines()) == 2
+
+
+def test_other_image_sizes_and_codecs_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    preparer = _preparer(codec="qwen2_5_vl", max_pixels=9216, resize="pad", pad_color=(1, 2, 3))
+    assert changed_since(str(path), preparer) == []
+    write_about(path, {"preprocessing": describe_preprocessing(preparer)})
+    assert changed_since(str(path), preparer) == []
+    told = changed_since(str(path), _preparer(codec="qwen3_vl", max_pixels=18432))
+    assert told == [
+        "form of boxes (qwen2_5_vl, now qwen3_vl)",
+        "image sizes (max_pixels 9216, now 18432; pad [1, 2, 3], now None)",
+    ]
+    for broken in ("{", "[]", json.dumps({"preprocessing": {"task": {"codec": "x"}}})):
+        Path(f"{path}.about.json").write_text(broken)
+        with pytest.raises(DataError, match=r"pairs.jsonl.about.json: not readable"):
+            changed_since(str(path), preparer)
