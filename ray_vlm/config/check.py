@@ -42,6 +42,10 @@ def _told_apart(a: Source, b: Source) -> bool:
     return None not in (a.task_end, b.task_start) or None not in (b.task_end, a.task_start)
 
 
+def _is_temperature(value: float | list[float]) -> bool:
+    return value > 0 if isinstance(value, float) else len(value) == 2 and min(value) >= 0
+
+
 def _share(source: Source | None) -> float:
     return (source.ratio or 0.0) if source is not None else 0.0
 
@@ -160,6 +164,11 @@ RULES: list[Rule] = [
         lambda j: j.cluster.num_workers > j.train.global_batch_size,
         ("cluster.num_workers", "train.global_batch_size"),
         "more workers than rows in a step; some would only run filler. Raise train.global_batch_size, or use fewer.",
+    ),
+    (
+        lambda j: not _is_temperature(j.pairs.temperature),
+        ("pairs.temperature",),
+        "needs one temperature above 0, or two of 0 (the likeliest answer) or more. Mend it.",
     ),
     (
         lambda j: j.cluster.gpus_per_worker not in (0, 1),

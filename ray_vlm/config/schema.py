@@ -151,7 +151,11 @@ class Pairs(Section):
     """Preference data from a model's own answers (`ray-vlm pairs`)."""
 
     num_samples: int = Field(8, ge=2, le=Largest, description="Answers sampled for each row.")
-    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    temperature: float | list[float] = Field(
+        1.0,
+        description="Temperature of sampling; of two, `[0.5, 1.5]`, a row's answers are spread evenly from one to the "
+        "other.",
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total share.")
     min_margin: float = Field(
         0.1, gt=0, description="Least reward by which the best answer must beat the worst for the two to make a pair."

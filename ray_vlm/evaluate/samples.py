@@ -118,7 +118,13 @@ class Sampler:
         records = self.records[number * size : (number + 1) * size]
         seeds = [(self.work.job.seed, number * size + i) for i in range(len(records))]
         longest = self.work.job.evaluate.max_new_tokens
-        sampling = Sampling(options.num_samples, longest, options.temperature, options.top_p)
+        heat: float | tuple[float, ...]
+        if isinstance(options.temperature, list):
+            first, last = options.temperature
+            heat = tuple(np.linspace(first, last, options.num_samples).tolist())
+        else:
+            heat = options.temperature
+        sampling = Sampling(options.num_samples, longest, heat, options.top_p)
         rows = [self.preparer.prompt_row(record) for record in records]
         groups = sample_groups(self.model, rows, self.preparer, sampling, seeds, self.device)
         texts = [[self.preparer.text(answer.ids) for answer in group] for group in groups]

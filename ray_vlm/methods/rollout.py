@@ -20,11 +20,12 @@ from ray_vlm.data.spec import Row
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. `temperature` 0: greedy; `top_p` 1 and `top_k` 0: from the whole vocabulary."""
+    """How completions are drawn. `temperature`: of all, or of each of a group; 0: greedy. `top_p` 1 and `top_k` 0: from
+    the whole vocabulary."""
 
     num_generations: int = 8
     max_new_tokens: int = 256
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0
     top_p: float = 1.0
     top_k: int = 0
 
@@ -101,6 +102,7 @@ def _sample_batch(
     batch = collate(rows, preparer, device, side="left")
     logits, cache, position, mask = _prefill(model, base, batch, sampling.num_generations)
     draws = torch.from_numpy(uniforms).to(device)
+    heat = torch.tensor(np.resize(sampling.temperature, len(logits)), dtype=torch.float32, device=device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=device)
     tokens: list[Any] = []
     logprobs: list[Any] = []
@@ -117,7 +119,7 @@ def _sample_batch(
                 use_cache=True,
             )
             logits = out.logits[:, -1]
-        token, logprob = _choose(logits, draws[step], sampling, never)
+        token, logprob = _choose(logits, draws[step], heat, sampling, never)
         tokens.append(token.masked_fill(finished, pad))
         logprobs.append(logprob)
         finished |= torch.isin(tokens[-1], ends)
@@ -149,23 +151,23 @@ def _prefill(model: Any, base: Any, batch: dict[str, Any], repeats: int) -> tupl
     return out.logits[:, -1].repeat_interleave(repeats, dim=0), cache, *repeated
 
 
-def _choose(logits: Any, draws: Any, sampling: Sampling, never: Any) -> tuple[Any, Any]:
+def _choose(logits: Any, draws: Any, heat: Any, sampling: Sampling, never: Any) -> tuple[Any, Any]:
     """Next tokens `int64 [sequences]` and their log-probabilities `float32 [sequences]`.
 
     `draws`: `float64 [sequences]` in [0, 1). A token is the first whose cumulative probability exceeds its draw.
+    `heat`: `float32 [sequences]`, their temperatures.
     """
     import torch
 
-    scores = logits.float() / (sampling.temperature or 1.0)
+    scores = logits.float() / heat.masked_fill(heat == 0, 1.0)[:, None]
     logprobs = torch.log_softmax(scores, dim=-1)
     scores[:, never] = -torch.inf
-    if sampling.temperature == 0:
-        token = scores.argmax(dim=-1)
-    else:
+    token = scores.argmax(dim=-1)
+    if heat.any():
         # In float64: in float32 a sum over 150,000 tokens is too coarse to leave rare ones their share.
         mass = _truncate(scores, sampling).double().softmax(dim=-1).cumsum(dim=-1)
         reached = draws[:, None] * mass[:, -1:]  # a draw is below 1, so this is below the last sum
-        token = torch.searchsorted(mass, reached, right=True)[:, 0]
+        token = torch.where(heat == 0, token, torch.searchsorted(mass, reached, right=True)[:, 0])
     return token, logprobs.gather(1, token[:, None])[:, 0]
 
 

@@ -31,6 +31,7 @@ BROKEN = [
     {"data": {"train": {"path": "a"}, "test": {"path": "a"}}},
     {"data": {"train": {"path": "a"}, "min_pixels": 9, "max_pixels": 4}},
     {"cluster": {"num_workers": 32}},
+    {"pairs": {"temperature": [-0.1, 1.0]}},
     {"cluster": {"gpus_per_worker": 0.5}},
     {"run": {"name": "a/b"}},
     {"run": {"output_dir": "ftp://bucket/runs"}},
