@@ -1,8 +1,9 @@
 """Time to the first token of 8 completions of one image: prefill shared by the group against `generate` on 8 copies.
 
-Untrained tiny models of both families, float32; a prompt of about 280 tokens, 256 of them one image. Runs alternate;
-the figure is the median of the ratios of each pair. `generate` gets its batch ready-made, ours makes its own, so the
-time in which a peer decodes and cuts 8 copies of the image is left out. The greedy tokens must be the same ones.
+Untrained tiny models of both families, float32; a prompt of about 280 tokens, 256 of them one image. One torch thread;
+runs alternate, and the figure is the median of the ratios of each pair. `generate` gets its batch ready-made, ours
+makes its own, so the time in which a peer decodes and cuts 8 copies of the image is left out. The greedy tokens must
+be the same ones.
 """
 
 import io
@@ -104,6 +105,9 @@ def _differing(ours: list[list[int]], theirs: list[list[int]], pad: int) -> int:
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     """All figures."""
+    import torch
+
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         return [line for family in FAMILIES for line in compare(Path(folder), family, 5 if quick else 15)]
 
