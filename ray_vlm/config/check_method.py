@@ -58,7 +58,6 @@ def check_method(job: JobConfig) -> Broken:
         yield "lora", "the reference is the model with its adapter off, so this method needs one. Keep `lora`."
     if method.name != "sft":
         yield from _check_even(job)
-    yield from _check_rollouts(job)
 
 
 def _check_formats(job: JobConfig) -> Broken:
@@ -123,8 +122,3 @@ def _check_even(job: JobConfig) -> Broken:
             "train.micro_batch_size",
             f"{micro} does not divide the {whole // workers} {what} of one worker in a step. Use a divisor of it.",
         )
-
-
-def _check_rollouts(job: JobConfig) -> Broken:
-    if job.method.rollouts == "vllm" and job.lora is not None and job.lora.target != ["language"]:
-        yield "lora.target", "vllm takes adapters on the language model only. Use [language], or transformers rollouts."

@@ -46,7 +46,6 @@ def trainer_class(job: JobConfig) -> type:
             if job.model.adapter is None and job.method.beta:  # the reference is the base; TRL keeps a copy of the new
                 kwargs["model"].delete_adapter("ref")
             self.job, self.scored_by = job, job_rewards(job)
-            self.use_vllm = job.method.rollouts == "vllm"  # the answers come from elsewhere: TRL corrects for that
             self.rows_of: list[Row] = []  # the prompt of each answer that is worked on
             self.answers: list[Completion] = []
 
@@ -62,7 +61,7 @@ def trainer_class(job: JobConfig) -> type:
 
         def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple:
             self.answers = sample_answers(self)
-            return [a.ids for a in self.answers], [a.logprobs for a in self.answers] if self.use_vllm else None
+            return [answer.ids for answer in self.answers], None
 
         def _calculate_rewards(self, inputs: list, prompts: list, completions: list, ids: list) -> Any:
             return score_step(self, prompts, ids)

@@ -102,6 +102,8 @@ def _sample_batch(
     batch = collate(rows, preparer, device, side="left")
     logits, cache, position, mask = _prefill(model, base, batch, sampling.num_generations)
     draws = torch.from_numpy(uniforms).to(device)
+    if isinstance(sampling.temperature, tuple) and len(sampling.temperature) != sampling.num_generations:
+        raise ValueError(f"{len(sampling.temperature)} temperatures for {sampling.num_generations} completions")
     heat = torch.tensor(np.resize(sampling.temperature, len(logits)), dtype=torch.float32, device=device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=device)
     tokens: list[Any] = []

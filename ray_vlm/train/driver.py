@@ -21,7 +21,9 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import Balance, describe_balance, plan_balance
 from ray_vlm.data.index import Index
 from ray_vlm.data.plan import Plan
+from ray_vlm.data.preprocessing import changed_since
 from ray_vlm.data.records import Image, PreferenceRecord, Record, SftRecord
+from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.data.splits import load_parts, row_tags
 from ray_vlm.errors import ConfigError, Interrupted, RunError
@@ -67,6 +69,7 @@ def prepare(job: JobConfig) -> Prepared:
     sources = [job.data.train, *job.data.mix]
     weights = np.array([sources[record.source].weight for record in parts.train.records])
     notes = _check_scores(job, parts.train)
+    _check_pairs(job, parts.spec)
     balance = plan_balance(
         [row_tags(job, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
     )
@@ -83,6 +86,21 @@ def _check_scores(job: JobConfig, train: Index) -> list[str]:
     from ray_vlm.methods.rewards import check_rewards
 
     return check_rewards(job_rewards(job, train.labels))
+
+
+def _check_pairs(job: JobConfig, spec: RowSpec) -> None:
+    """Raise where pairs were sampled at other image sizes: places in their answers would be wrong."""
+    if job.method.name != "dpo":
+        return
+    sources = [s for s in (job.data.train, *job.data.mix, job.data.eval) if s is not None and s.path]
+    changed = [(s.path, text) for s in sources for text in changed_since(s.path, load_preparer(spec))]
+    if changed:
+        raise ConfigError(
+            [
+                f"{path}: its answers were sampled with another {text}. Use those, or make it again."
+                for path, text in changed
+            ]
+        )
 
 
 def plan_run(job: JobConfig, num_rows: int, factors: np.ndarray | None = None, costs: np.ndarray | None = None) -> Plan:

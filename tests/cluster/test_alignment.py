@@ -50,7 +50,7 @@ def test_two_workers_equal_one_process(ray_cluster, method: str, job_of) -> None
         assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("method", ["dpo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_killed_worker(ray_cluster, method: str, job_of, tmp_path: Path) -> None:
     more = {"train": {"max_steps": 6}, "checkpoint": {"every_steps": 2}, "cluster": {"num_workers": 2}}
     path = job_of(method, **more)

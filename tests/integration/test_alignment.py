@@ -246,3 +246,17 @@ def test_pairs_that_teach_nothing_are_named(dpo_job, tmp_path: Path) -> None:
     assert "chosen and rejected are the same" in told
     assert "row 5" in told
     assert "its prompt has no image, and detection needs one" in told
+
+
+def test_pairs_of_other_image_sizes_are_refused(dpo_job) -> None:
+    from ray_vlm.data.preprocessing import describe_preprocessing
+
+    job = load_job(dpo_job())
+    about = {"preprocessing": describe_preprocessing(load_preparer(prepare(job).spec))}
+    beside = Path(f"{job.data.train.path}.about.json")
+    beside.write_text(json.dumps(about))
+    prepare(job)
+    about["preprocessing"]["images"]["max_pixels"] //= 2
+    beside.write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"sampled with another image sizes \(max_pixels"):
+        prepare(job)

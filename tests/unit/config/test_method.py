@@ -105,9 +105,3 @@ def test_trl_options_that_the_job_names(tmp_path: Path) -> None:
     told = _problems(tmp_path, {"name": "grpo", "trl": {"num_generations": 4, "num_iterations": 2}})
     assert "this job sets that as `method.num_generations`" in told
     assert "decided by how rows are fed to TRL" in told
-
-
-def test_vllm_takes_adapters_on_the_language_model_only(tmp_path: Path) -> None:
-    assert "vllm takes adapters on the language model only" in _problems(
-        tmp_path, {"name": "grpo", "rollouts": "vllm"}, lora={"target": ["language", "vision"]}
-    )
