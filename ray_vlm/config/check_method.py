@@ -58,6 +58,10 @@ def check_method(job: JobConfig) -> Broken:
         yield "lora", "the reference is the model with its adapter off, so this method needs one. Keep `lora`."
     if method.name != "sft":
         yield from _check_even(job)
+    if method.rollouts == "vllm" and (job.lora is None or job.lora.target != ["language"]):
+        yield "method.rollouts", "vllm takes adapters on the language model only. Use lora.target=[language]."
+    if method.rollouts == "vllm" and not job.cluster.gpus_per_worker:
+        yield "method.rollouts", "vllm needs a GPU. Set cluster.gpus_per_worker=1, or use transformers rollouts."
 
 
 def _check_formats(job: JobConfig) -> Broken:

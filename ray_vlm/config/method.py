@@ -49,6 +49,11 @@ class Method(Section):
     box_quality: Literal["iou", "giou"] = Field(
         "iou", description="GRPO: how near a box is. `giou` tells boxes apart that do not touch the true one."
     )
+    rollouts: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="GRPO: what samples. `vllm` needs a GPU and the package, and adapters on the language model only; "
+        "it has not been tried on hardware.",
+    )
     trl: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of TRL's own config that this file does not name, passed on as they are.",
@@ -62,7 +67,7 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "loss_type": ("dpo", "grpo"),
     "precompute_ref_log_probs": ("dpo",),
     **dict.fromkeys(("num_generations", "temperature", "top_p", "top_k", "max_completion_tokens"), ("grpo",)),
-    **dict.fromkeys(("rewards", "box_quality"), ("grpo",)),
+    **dict.fromkeys(("rewards", "box_quality", "rollouts"), ("grpo",)),
 }
 
 # What `evaluate.metric` may name beside the task's own metrics.

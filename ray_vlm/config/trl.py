@@ -56,6 +56,7 @@ NAMED_IN_JOB = {
     "max_completion_length": "method.max_completion_tokens",
     "reward_weights": "method.rewards",
     "num_generations_eval": "evaluate",
+    "use_vllm": "method.rollouts",
 }
 
 # TRL options that would break what the feed promises.
@@ -65,7 +66,7 @@ DECIDED_BY_FEED = (
     *("ignore_data_skip", "resume_from_checkpoint", "save_only_model", "enable_jit_checkpoint"),
     *("steps_per_generation", "generation_batch_size", "num_iterations", "shuffle_dataset", "sync_ref_model"),
     *("precompute_ref_batch_size", "generation_kwargs", "use_transformers_continuous_batching", "log_completions"),
-    *("use_vllm", "vllm_mode"),
+    *("vllm_mode", "vllm_importance_sampling_correction"),
 )
 
 

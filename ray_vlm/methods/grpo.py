@@ -15,7 +15,8 @@ from ray_vlm.data.spec import Row
 from ray_vlm.methods.groups import join, note_gap, pixels_of, sample_answers, sample_step, score_step, split_batch
 from ray_vlm.methods.options import check_trl_options
 from ray_vlm.methods.rewards import Rewards, load_rewards
-from ray_vlm.methods.rollout import Completion
+from ray_vlm.methods.rollout import Completion, sample_groups
+from ray_vlm.methods.vllm import build_sampler
 
 EXAMPLE_ROW = {"prompt": [{"role": "user", "content": ""}]}
 _LOGGED = {
@@ -36,7 +37,7 @@ def collate(rows: list[Row], preparer: Preparer, device: str) -> list[Row]:
 def trainer_class(job: JobConfig) -> type:
     """TRL's trainer, which samples from our rows and scores with our rewards.
 
-    The worker gives it `preparer`, `fetch_records` and `sample` before it trains.
+    The worker gives it `preparer` and `fetch_records` before it trains.
     """
     from trl import GRPOTrainer
 
@@ -46,6 +47,8 @@ def trainer_class(job: JobConfig) -> type:
             if job.model.adapter is None and job.method.beta:  # the reference is the base; TRL keeps a copy of the new
                 kwargs["model"].delete_adapter("ref")
             self.job, self.scored_by = job, job_rewards(job)
+            self.use_vllm = job.method.rollouts == "vllm"  # TRL then corrects for what vLLM says differently
+            self.sample = build_sampler(job, self.args) if self.use_vllm else sample_groups
             self.rows_of: list[Row] = []  # the prompt of each answer that is worked on
             self.answers: list[Completion] = []
 
@@ -61,7 +64,7 @@ def trainer_class(job: JobConfig) -> type:
 
         def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple:
             self.answers = sample_answers(self)
-            return [answer.ids for answer in self.answers], None
+            return [a.ids for a in self.answers], [a.logprobs for a in self.answers] if self.use_vllm else None
 
         def _calculate_rewards(self, inputs: list, prompts: list, completions: list, ids: list) -> Any:
             return score_step(self, prompts, ids)

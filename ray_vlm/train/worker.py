@@ -166,7 +166,6 @@ def _build_trainer(
     """TRL's trainer for the method, fed by our stream."""
     import datasets
 
-    from ray_vlm.methods.rollout import sample_groups
     from ray_vlm.train.feed import PlannedBatches, feed_trainer, shared_options
 
     method = METHODS[job.method.name]
@@ -180,7 +179,6 @@ def _build_trainer(
     )
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: _fetch(task.train)
-    trainer.sample = sample_groups
     plan = task.plan
     first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
     feed = Feed(task.train, task.spec, plan, place.rank, first, last)

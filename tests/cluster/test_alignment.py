@@ -33,7 +33,7 @@ def job_of(job_file, tmp_path: Path, tiny_models: dict[str, str], scenes: Path) 
 def _eval(paths: RunPaths) -> list[dict[str, float]]:
     from ray_vlm.runs.monitor import read_metrics
 
-    hidden = ("time", "validation_s")
+    hidden = ("time", "validation_s", "kind")
     lines = [line for line in read_metrics(paths.metrics) if line["kind"] == "eval"]
     return [{k: v for k, v in line.items() if k not in hidden} for line in lines]
 
@@ -50,7 +50,8 @@ def test_two_workers_equal_one_process(ray_cluster, method: str, job_of) -> None
         assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["dpo", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
 def test_a_killed_worker(ray_cluster, method: str, job_of, tmp_path: Path) -> None:
     more = {"train": {"max_steps": 6}, "checkpoint": {"every_steps": 2}, "cluster": {"num_workers": 2}}
     path = job_of(method, **more)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models:
 def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[str, str]) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
-    from ray_vlm.evaluate.validate import validate
+    from ray_vlm.evaluate.validate import validate_answers
     from ray_vlm.models.load import load_model
 
     spec = RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
@@ -78,8 +79,8 @@ def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
     add_fused_lm_head(model)
     model.train()
-    options = Evaluate(batch_size=5)
-    found = validate(model, index.records, preparer, options, "cpu", world_size=1, generate=False)
+    trainer, job = SimpleNamespace(model=model), SimpleNamespace(evaluate=Evaluate(batch_size=5))
+    found = validate_answers(trainer, index.records, preparer, job, "cpu", world_size=1)
     assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert model.training
 

@@ -1,0 +1,109 @@
+"""GRPO rollouts by vLLM in the trainer's own process, where the package and a GPU are at hand. Untested on hardware.
+
+The *adapter* is pushed at every step, as a LoRA request of its own: never merged into 4-bit weights, which loses what a
+step has learned (TRL issues 3466, 4973). vLLM reads the base for itself, in 4 bit where the trainer does. TRL corrects
+for what the two models say differently of a token (truncated importance sampling), and the gap is logged.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.spec import Row
+from ray_vlm.errors import ConfigError
+from ray_vlm.methods.rollout import Completion, Sampling
+from ray_vlm.models.load import resolve_name
+
+
+def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completion]]]:
+    """A function like `rollout.sample_groups`. `args` is TRL's `GRPOConfig`, whose `vllm_*` options say how much memory
+    and which lengths. Raises `ConfigError` where vLLM is not installed."""
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ConfigError(
+            f"method.rollouts: vllm is not installed ({error}). Install it, or use `rollouts: transformers`."
+        ) from None
+    assert job.lora is not None
+    engine = LLM(
+        model=resolve_name(job.model.name),
+        revision=job.model.revision,
+        quantization="bitsandbytes" if job.model.load_in_4bit else None,
+        dtype="bfloat16" if job.train.bf16 else "float32",
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=max(8, job.lora.rank),
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_len=args.vllm_max_model_length,
+        logprobs_mode="processed_logprobs",  # as the trainer computes them: after the temperature
+        seed=job.seed,
+        trust_remote_code=False,
+    )
+    pushed = 0
+
+    def sample(
+        model: Any, rows: Sequence[Row], preparer: Preparer, sampling: Sampling, seeds: Sequence, device: str
+    ) -> list[list[Completion]]:
+        nonlocal pushed
+        pushed += 1  # vLLM keeps what it has under a number: every push needs a new one
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, selected_adapters=["default"])
+            return generate(engine, Path(folder), pushed, rows, preparer, sampling, seeds)
+
+    return sample
+
+
+def generate(
+    engine: Any,
+    adapter: Path,
+    number: int,
+    rows: Sequence[Row],
+    preparer: Preparer,
+    sampling: Sampling,
+    seeds: Sequence[Sequence[int]],
+) -> list[list[Completion]]:
+    """`num_generations` completions of each row from the engine with this adapter."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    params = [
+        SamplingParams(
+            n=sampling.num_generations,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            logprobs=0,  # of the sampled token alone
+            seed=_one_number(seed),
+        )
+        for seed in seeds
+    ]
+    request = LoRARequest(f"step_{number}", number, str(adapter))
+    outputs = engine.generate([prompt_of(row, preparer) for row in rows], params, lora_request=request, use_tqdm=False)
+    return [[_completion(answer) for answer in output.outputs] for output in outputs]
+
+
+def prompt_of(row: Row, preparer: Preparer) -> dict[str, Any]:
+    """A row as vLLM takes it: token ids with one image token an image, which it expands itself, and resized images."""
+    from PIL import Image
+
+    token, ids = preparer.image_token_id, row.input_ids.tolist()
+    kept = [t for i, t in enumerate(ids) if t != token or i == 0 or ids[i - 1] != token]
+    prompt: dict[str, Any] = {"prompt_token_ids": kept}
+    if row.images:
+        prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in row.images]}
+    return prompt
+
+
+def _one_number(seed: Sequence[int]) -> int:
+    import numpy as np
+
+    return int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
+
+
+def _completion(answer: Any) -> Completion:
+    logprobs = [of_token[token].logprob for token, of_token in zip(answer.token_ids, answer.logprobs, strict=True)]
+    return Completion(list(answer.token_ids), logprobs, answer.finish_reason == "stop")

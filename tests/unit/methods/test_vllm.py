@@ -1,0 +1,126 @@
+"""The contract with vLLM, against a stand-in: adapters are pushed and never merged, prompts hold one token an image."""
+
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_vlm.config.load import load_job
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.errors import ConfigError
+from ray_vlm.methods.rollout import Sampling
+from ray_vlm.methods.vllm import build_sampler
+from ray_vlm.train.driver import prepare
+
+
+@dataclass
+class FakeEngine:
+    """Takes what `vllm.LLM` takes, notes every call, and answers each prompt with its own numbers."""
+
+    options: dict[str, Any]
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def generate(self, prompts: list, params: list, lora_request: Any, use_tqdm: bool) -> list:
+        from safetensors.numpy import load_file
+
+        weights = load_file(Path(lora_request.path) / "adapter_model.safetensors")
+        files = sorted(path.name for path in Path(lora_request.path).iterdir())
+        self.calls.append(
+            {"prompts": prompts, "params": params, "lora": lora_request, "weights": weights, "files": files}
+        )
+
+        def answer(number: int) -> Any:
+            ids = [number + 20, 2]
+            told = [{t: SimpleNamespace(logprob=-0.5 * (i + 1))} for i, t in enumerate(ids)]
+            return SimpleNamespace(token_ids=ids, logprobs=told, finish_reason="stop" if number % 2 else "length")
+
+        return [SimpleNamespace(outputs=[answer(i) for i in range(p.n)]) for p in params]
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
+    """Engines that were started."""
+    started: list[FakeEngine] = []
+
+    def start(**options: Any) -> FakeEngine:
+        started.append(FakeEngine(options))
+        return started[-1]
+
+    module, lora, request = (types.ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request"))
+    module.LLM, module.SamplingParams = start, lambda **options: SimpleNamespace(**options)  # type: ignore[attr-defined]
+    request.LoRARequest = lambda name, number, path: SimpleNamespace(name=name, number=number, path=path)  # type: ignore[attr-defined]
+    for name, value in (("vllm", module), ("vllm.lora", lora), ("vllm.lora.request", request)):
+        monkeypatch.setitem(sys.modules, name, value)
+    return started
+
+
+def _parts(job_file: Any) -> tuple[Any, Any, list]:
+    method = {"name": "grpo", "num_generations": 4}
+    prepared = prepare(load_job(job_file(method=method, lora={"rank": 4, "target": ["language"]})))
+    preparer = load_preparer(prepared.spec)
+    return prepared.job, preparer, [preparer.prompt_row(r) for r in prepared.train.records[:2]]
+
+
+def test_the_adapter_is_pushed_at_every_step_and_nothing_is_merged(job_file, engines: list[FakeEngine]) -> None:
+    import torch
+
+    from benchmarks.stock import build_model
+
+    job, preparer, rows = _parts(job_file)
+    model = build_model(job)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512)
+    sample = build_sampler(job, args)
+    sampling, seeds = Sampling(4, 16, 0.9, 0.95, 0), [(0, 0, 3, 0), (0, 0, 5, 0)]
+    groups = sample(model, rows, preparer, sampling, seeds, "cpu")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(1.0)
+    sample(model, rows, preparer, sampling, seeds, "cpu")
+    engine = engines[0]
+    assert len(engines) == 1
+    assert engine.options["enable_lora"]
+    assert engine.options["logprobs_mode"] == "processed_logprobs"
+    assert engine.options["max_lora_rank"] >= 4
+    assert [call["lora"].number for call in engine.calls] == [1, 2]
+    assert engine.calls[0]["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    changed = [n for n, w in engine.calls[1]["weights"].items() if not np.array_equal(w, engine.calls[0]["weights"][n])]
+    assert changed
+    assert all("lora_B" in name for name in changed)
+    for name, p in model.named_parameters():
+        if "lora_B" not in name:
+            assert torch.equal(p, before[name])
+    assert [len(group) for group in groups] == [4, 4]
+    assert [answer.finished for answer in groups[0]] == [False, True, False, True]
+    assert groups[0][1].ids == [21, 2]
+    assert groups[0][1].logprobs == [-0.5, -1.0]
+
+
+def test_prompts_and_sampling_as_vllm_takes_them(job_file, engines: list[FakeEngine]) -> None:
+    from benchmarks.stock import build_model
+
+    job, preparer, rows = _parts(job_file)
+    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None)
+    build_sampler(job, args)(build_model(job), rows, preparer, Sampling(4, 16), [(1,), (2,)], "cpu")
+    call = engines[0].calls[0]
+    for prompt, row in zip(call["prompts"], rows, strict=True):
+        ids = np.array(prompt["prompt_token_ids"])
+        assert (ids == preparer.image_token_id).sum() == len(row.images) == 1
+        assert len(ids) == len(row.input_ids) - (row.input_ids == preparer.image_token_id).sum() + 1
+        assert np.array_equal(np.array(prompt["multi_modal_data"]["image"][0]), row.images[0])
+    first, second = call["params"]
+    assert (first.n, first.max_tokens, first.top_k, first.logprobs) == (4, 16, -1, 0)
+    assert first.seed != second.seed
+
+
+def test_a_missing_package_is_named(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, _, _ = _parts(job_file)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match="vllm is not installed"):
+        build_sampler(job, None)
