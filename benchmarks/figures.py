@@ -11,7 +11,8 @@ from typing import Any
 def figure(name: str, value: float, unit: str, bar: float | None = None, most: bool = True) -> dict[str, Any]:
     """One measured number. `bar` is the most (or, with `most=False`, the least) that is allowed; None: no bar."""
     ok = bar is None or (value <= bar if most else value >= bar)
-    return {"name": name, "value": value, "unit": unit, "bar": bar, "ok": bool(ok)}
+    plain = value if isinstance(value, int) else float(value)  # numpy's numbers are none of JSON's
+    return {"name": name, "value": plain, "unit": unit, "bar": bar, "ok": bool(ok)}
 
 
 def report(
