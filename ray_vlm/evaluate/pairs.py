@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-from ray_vlm.config.check_method import FORMAT_TASKS
+from ray_vlm.config.check_method import known_formats
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.index import Index
 from ray_vlm.data.preprocessing import describe_preprocessing, read_preprocessing
@@ -88,10 +88,9 @@ def check_rows(job: JobConfig, part: str) -> None:
         sources: dict[str, Any] = {"data.eval": data.eval}
     else:
         sources = {"data.train": data.train, **{f"data.mix[{i}]": source for i, source in enumerate(data.mix)}}
-    formats = [name for name, task in FORMAT_TASKS.items() if task == job.task.name]
     problems = [
         f"{key}.format={source.format}: answers are scored against a truth, and such rows have none. Use a job with "
-        f"rows of {job.task.name}, such as the one that the model learned from: {', '.join(formats)}."
+        f"rows of {job.task.name}, such as the one that the model learned from: {', '.join(known_formats(job, 'test'))}."
         for key, source in sources.items()
         if source is not None and source.format in ("preference", "prompt")
     ]

@@ -21,11 +21,11 @@ def sample_step(trainer: Any, rows: Sequence[Row]) -> dict[str, Any]:
     import torch
 
     trainer.model.train()  # TRL reads from it that this is no evaluation
-    trainer.rows_of = [row for row in rows for _ in range(trainer.job.method.num_generations)]
-    records = trainer.fetch_records()
-    turns = [trainer.preparer.turns(records[row.number]) for row in trainer.rows_of]
+    group, records = trainer.job.method.num_generations, trainer.fetch_records()
+    trainer.rows_of = [row for row in rows for _ in range(group)]
+    turns = [trainer.preparer.turns(records[row.number]) for row in rows]
     prompts = [[{"role": role, "content": text} for role, text in of_row] for of_row in turns]
-    batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+    batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(group)])
     logps = [torch.tensor(answer.logprobs) for answer in trainer.answers]
     sampled = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True).to(batch["completion_ids"].device)
     return batch | {"rows": trainer.rows_of, "sampled": sampled}

@@ -12,6 +12,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
+from ray_vlm.errors import RunError
 from ray_vlm.methods.groups import join, note_gap, pixels_of, sample_answers, sample_step, score_step, split_batch
 from ray_vlm.methods.options import check_trl_options
 from ray_vlm.methods.rewards import Rewards, load_rewards
@@ -107,7 +108,7 @@ def extras(job: JobConfig) -> dict[str, Any]:
 
     def stand_in(name: str) -> Callable[..., Any]:
         def reward(**columns: Any) -> Any:
-            raise NotImplementedError(name)
+            raise RunError(f"TRL asked the stand-in of reward {name!r} for values. Please report this.")
 
         reward.__name__ = name
         return reward
