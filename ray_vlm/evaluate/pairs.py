@@ -88,9 +88,10 @@ def check_rows(job: JobConfig, part: str) -> None:
         sources: dict[str, Any] = {"data.eval": data.eval}
     else:
         sources = {"data.train": data.train, **{f"data.mix[{i}]": source for i, source in enumerate(data.mix)}}
+    formats = ", ".join(known_formats(job, "test"))
     problems = [
         f"{key}.format={source.format}: answers are scored against a truth, and such rows have none. Use a job with "
-        f"rows of {job.task.name}, such as the one that the model learned from: {', '.join(known_formats(job, 'test'))}."
+        f"rows of {job.task.name}, such as the one that the model learned from: {formats}."
         for key, source in sources.items()
         if source is not None and source.format in ("preference", "prompt")
     ]
