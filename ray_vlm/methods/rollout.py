@@ -16,6 +16,10 @@ import numpy as np
 from ray_vlm.data.collate import collate
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
+from ray_vlm.methods.kv_cache import make_room
+
+# Ended rows leave the batch when no more than this share goes on. To drop each at once would copy the cache too often.
+_KEEP = 0.75
 
 
 @dataclass(frozen=True)
@@ -105,29 +109,35 @@ def _sample_batch(
     if isinstance(sampling.temperature, tuple) and len(sampling.temperature) != sampling.num_generations:
         raise ValueError(f"{len(sampling.temperature)} temperatures for {sampling.num_generations} completions")
     heat = torch.tensor(np.resize(sampling.temperature, len(logits)), dtype=torch.float32, device=device)
-    finished = torch.zeros(len(logits), dtype=torch.bool, device=device)
-    tokens: list[Any] = []
-    logprobs: list[Any] = []
+    tokens = torch.full(draws.shape, pad, device=device)
+    logprobs = torch.zeros(draws.shape, device=device)
+    rows_left = torch.arange(len(logits), device=device)  # which sequences the batch still holds
+    going = torch.ones(len(logits), dtype=torch.bool, device=device)  # of those, which have not ended
+    token: Any = None
     for step in range(sampling.max_new_tokens):
         if step:
-            # Finished rows go on with pad tokens that are not masked: nobody reads what they compute, and without any
-            # padding in the prompts attention then needs no mask at all.
+            # Ended rows that are still here go on unmasked: nobody reads what they compute, and without any padding in
+            # the prompts attention then needs no mask at all.
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             out = model(
-                input_ids=tokens[-1][:, None],
+                input_ids=token[:, None],
                 attention_mask=mask,
                 position_ids=(position + step - 1).expand(3, -1)[..., None],
                 past_key_values=cache,
                 use_cache=True,
             )
             logits = out.logits[:, -1]
-        token, logprob = _choose(logits, draws[step], heat, sampling, never)
-        tokens.append(token.masked_fill(finished, pad))
-        logprobs.append(logprob)
-        finished |= torch.isin(tokens[-1], ends)
-        if finished.all():
+        token, logprob = _choose(logits, draws[step, rows_left], heat[rows_left], sampling, never)
+        tokens[step, rows_left], logprobs[step, rows_left] = token, logprob
+        going &= ~torch.isin(token, ends)
+        count = int(going.sum())
+        if count == 0:
             break
-    found = _completions(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), set(ends.tolist()))
+        if count <= _KEEP * len(going):
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows_left, token, position, mask = (values[going] for values in (rows_left, token, position, mask))
+            going = going[going]
+    found = _completions(tokens.T.tolist(), logprobs.T.tolist(), set(ends.tolist()))
     size = sampling.num_generations
     return [found[start : start + size] for start in range(0, len(found), size)]
 
@@ -148,6 +158,7 @@ def _prefill(model: Any, base: Any, batch: dict[str, Any], repeats: int) -> tupl
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **pixels)
     cache = out.past_key_values
     cache.batch_repeat_interleave(repeats)
+    make_room(cache)
     first = mask.sum(dim=1) + deltas[:, 0]
     repeated = (values.repeat_interleave(repeats, dim=0) for values in (first, mask))
     return out.logits[:, -1].repeat_interleave(repeats, dim=0), cache, *repeated
