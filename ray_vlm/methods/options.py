@@ -13,7 +13,8 @@ def check_trl_options(job: JobConfig, config: Any) -> None:
     unknown = [key for key in given if key not in config.__dataclass_fields__]
     if unknown:
         raise ConfigError([f"method.trl.{key}: TRL's {name} has no such option. Remove it." for key in unknown])
+    loss = {} if job.method.loss_type is None else {"loss_type": job.method.loss_type}  # some options refer to it
     try:
-        config(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **given)
+        config(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **loss, **given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"method.trl: TRL refuses these options ({error}). Mend or remove them.") from None
