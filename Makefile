@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo demo-all test test-all lint docs clean
 
 demo: $(READY)
 	$(BIN)/ray-vlm demo
+
+demo-all: $(READY)
+	$(BIN)/ray-vlm demo --all
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -m "not slow"

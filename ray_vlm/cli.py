@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     demo = verbs.add_parser("demo", help="watch a tiny model learn to find objects; a few minutes on a CPU")
     demo.add_argument("--output-dir", default="outputs", help="where the demo writes (default: outputs)")
+    demo.add_argument("--all", action="store_true", help="then go on with DPO and GRPO; 12 minutes in all")
     demo.set_defaults(verb=_demo)
     config = _job_verb(verbs, "config", "print the resolved job, every default written out", _config)
     config.add_argument("--dry-run", action="store_true", help="also read the data, plan the run, show trained tokens")
@@ -130,7 +131,7 @@ def _job_verb(verbs: argparse._SubParsersAction, name: str, text: str, run: obje
 def _demo(args: argparse.Namespace) -> int:
     from ray_vlm.demo.story import run_demo
 
-    return run_demo(Path(args.output_dir))
+    return run_demo(Path(args.output_dir), whole=args.all)
 
 
 def _config(args: argparse.Namespace) -> None:
@@ -201,13 +202,14 @@ def _data_stats(args: argparse.Namespace) -> None:
     from ray_vlm.data.stats import measure_rows
     from ray_vlm.data.stats_plot import draw_stats
     from ray_vlm.data.stats_text import describe_stats
+    from ray_vlm.runs.store import write_picture
     from ray_vlm.train.driver import absolute_paths
 
     job = absolute_paths(load_job(args.job, args.overrides))
     stats = measure_rows(job)
     print(describe_stats(stats))
     picture = draw_stats(stats, f"{Path(args.job).name}: {stats.parts['train'][0]:,} training rows")
-    print(f"\npicture: {_write_picture(picture, args.output, job.run.output_dir, 'stats')}")
+    print(f"\npicture: {write_picture(picture, args.output, job.run.output_dir, 'stats')}")
 
 
 def _data_preview(args: argparse.Namespace) -> None:
@@ -216,6 +218,7 @@ def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.data.sheet import make_cells
     from ray_vlm.data.sheet_plot import draw_sheet
     from ray_vlm.data.splits import row_tags
+    from ray_vlm.runs.store import write_picture
     from ray_vlm.train.driver import prepare
 
     prepared = prepare(load_job(args.job, args.overrides))
@@ -224,22 +227,7 @@ def _data_preview(args: argparse.Namespace) -> None:
     print(describe_rows(train, spec, chosen))
     title = f"{Path(args.job).name}: {len(chosen.positions)} of {len(train):,} training rows, as the model sees them"
     picture = draw_sheet(make_cells(train, spec, chosen.positions), title, describe_choice(chosen, spec))
-    print(f"\npicture: {_write_picture(picture, args.output, prepared.job.run.output_dir, 'preview')}")
-
-
-def _write_picture(png: bytes, output: str | None, output_dir: str, name: str) -> str:
-    """Write it to `output`, or to its place in the job's folder; returns where it is."""
-    from ray_vlm.errors import RunError
-    from ray_vlm.runs.store import Store, full_address, is_remote, join
-
-    address = full_address(output) if output else join(output_dir, f"data/{name}.png")
-    base, _, options = address.partition("?") if is_remote(address) else (address, "", "")
-    folder, _, file = base.rpartition("/")
-    try:
-        Store(f"{folder}?{options}" if options else folder or "/").write(file, png)
-    except OSError as error:
-        raise RunError(f"{address} cannot be written ({error}). Give another --output.") from None
-    return address
+    print(f"\npicture: {write_picture(picture, args.output, prepared.job.run.output_dir, 'preview')}")
 
 
 def _submit(args: argparse.Namespace) -> int:

@@ -91,7 +91,9 @@ class Lora(Section):
     alpha: int = Field(32, ge=1, le=Largest, description="Updates are scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target: list[Literal["language", "connector", "vision"]] = Field(
-        default=["language"], min_length=1, description="Which parts of the model get adapters."
+        default=["language"],
+        min_length=1,
+        description="Which parts of the model get adapters; of `model.adapter`, which go on learning.",
     )
 
 
@@ -136,6 +138,10 @@ class Evaluate(Section):
 
     every_steps: int | None = Field(
         None, ge=1, le=Largest, description="Steps between validations. null: once an epoch."
+    )
+    at_start: bool = Field(
+        False,
+        description="Also validate before the first step, so that `best/` is never worse than what one began with.",
     )
     metric: str = Field(
         "loss",

@@ -1,12 +1,14 @@
 """The demo's stages: look at the untouched model, fine-tune it by the shipped job, look again, put both in a report.
 
-`ray-vlm demo` writes `<output_dir>/demo/`: `summary.json`, `report.html`, the scenes, both evaluations and the run.
+`ray-vlm demo` writes `<output_dir>/demo/`: `summary.json`, `report.html`, the scenes, the evaluations and the run. With
+`--all` it goes on with DPO and GRPO (`road.py`).
 """
 
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,21 @@ from ray_vlm.demo.shapes import RARE_CLASS
 from ray_vlm.runs.paths import write_json
 
 JOB = "demo_sft.yaml"
-# Rough share of the wall time until the start of each stage; only used to say how long is left.
-_STAGES = (("draw scenes", 0.0), ("zero-shot", 0.05), ("fine-tune", 0.2), ("evaluate", 0.85), ("report", 0.98))
-_GUESS_S = 200.0
+# Seconds into the demo at which each stage starts; only used to say how long is left.
+_STAGES = {"draw scenes": 0.0, "zero-shot": 10.0, "fine-tune": 40.0, "evaluate": 290.0}
+_ROAD = {"pairs": 310.0, "DPO": 380.0, "GRPO": 520.0}
+_REPORT_S = 5.0
+_END_S = {False: 315.0, True: 690.0}  # with the road or without
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage that was measured: its name in `summary.json`, its title, what `evaluate` found, and its run, if any."""
+
+    name: str
+    title: str
+    metrics: dict[str, Any]
+    run: Path | None = None
 
 
 def find_job(name: str) -> Path:
@@ -37,39 +51,44 @@ def demo_job(output_dir: Path, overrides: list[str] | None = None) -> JobConfig:
     return load_job(find_job(JOB), [*places, *run, *(overrides or [])])
 
 
-def run_demo(output_dir: Path, overrides: list[str] | None = None) -> int:
-    """All stages; returns the exit code."""
+def run_demo(output_dir: Path, overrides: list[str] | None = None, whole: bool = False) -> int:
+    """All stages, `whole`: with the road to GRPO; returns the exit code."""
     output_dir = output_dir.absolute()
     started = time.monotonic()
-    say = _progress(started)
+    say = _progress(started, whole)
     job = demo_job(output_dir, overrides)
     folder = output_dir / "demo"
     say("draw scenes")
     for source in (job.data.train, job.data.eval, job.data.test):
         _draw(source)
     say("zero-shot")
-    before = _evaluate(job, None, folder / "evaluate" / "zero_shot")
+    steps = [measure_step("zero_shot", "zero-shot", job, folder)]
     say("fine-tune")
-    run = _train(job)
+    run = train_step(job, JOB)
     say("evaluate")
-    after = _evaluate(job, str(run / "best"), folder / "evaluate" / "sft")
+    steps.append(measure_step("sft", "SFT" if whole else "fine-tuned", job, folder, run))
+    if whole:
+        from ray_vlm.demo.road import walk_road
+
+        steps += walk_road(folder, job, run, say)
     say("report")
-    _report(folder, run, before, after)
+    _report(folder, steps)
     wall = round(time.monotonic() - started, 1)
-    stages = [{"name": "zero_shot", "metrics": _summary(before)}, {"name": "sft", "metrics": _summary(after)}]
+    stages = [{"name": step.name, "metrics": _summary(step)} for step in steps]
     write_json(folder / "summary.json", {"wall_s": wall, "stages": stages})
-    _tell(folder, before, after, wall)
+    _tell(folder, steps, wall)
     return 0
 
 
-def _progress(started: float) -> Callable[[str], None]:
+def _progress(started: float, whole: bool) -> Callable[[str], None]:
+    end = _END_S[whole]
+    starts = {**_STAGES, **(_ROAD if whole else {}), "report": end - _REPORT_S}
+
     def say(stage: str) -> None:
-        names = [name for name, _ in _STAGES]
-        number = names.index(stage)
         spent = time.monotonic() - started
-        share = _STAGES[number][1]
-        whole = _GUESS_S if share < 0.1 else spent / share
-        print(f"\n[{number + 1}/{len(names)}] {stage}  (about {max(whole - spent, 1):.0f} s left)", flush=True)
+        left = (end - starts[stage]) * (spent / starts[stage] if starts[stage] > 60 else 1.0)
+        number = list(starts).index(stage) + 1
+        print(f"\n[{number}/{len(starts)}] {stage}  (about {max(left, 1):.0f} s left)", flush=True)
 
     return say
 
@@ -80,46 +99,59 @@ def _draw(source: Any) -> None:
     prepare_source(source)
 
 
-def _evaluate(job: JobConfig, adapter: str | None, folder: Path) -> dict[str, Any]:
+def measure_step(name: str, title: str, job: JobConfig, folder: Path, run: Path | None = None) -> Step:
+    """Evaluate a run's best adapter, or the base, on the job's test rows into `<folder>/evaluate/<name>`."""
     from ray_vlm.evaluate.run import evaluate
 
-    return evaluate(job, adapter, folder, say=lambda text: print(f"  {text}", flush=True))
+    adapter = None if run is None else str(run / "best")
+    found = evaluate(job, adapter, folder / "evaluate" / name, say=lambda text: print(f"  {text}", flush=True))
+    return Step(name, title, found, run)
 
 
-def _train(job: JobConfig) -> Path:
+def train_step(job: JobConfig, name: str) -> Path:
+    """Run the job, whose file ships as `name`; returns the run's folder."""
     from ray_vlm.train.driver import train
 
-    paths = train(job, find_job(JOB).read_text(encoding="utf-8"), overwrite=True)
+    paths = train(job, find_job(name).read_text(encoding="utf-8"), overwrite=True)
     return paths.root
 
 
-def _report(folder: Path, run: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+def _report(folder: Path, steps: Sequence[Step]) -> None:
     from ray_vlm.evaluate.report import Stage, write_report
     from ray_vlm.evaluate.run import read_predictions
 
-    stages = [
-        Stage("zero-shot", before, read_predictions(folder / "evaluate" / "zero_shot")),
-        Stage("fine-tuned", after, read_predictions(folder / "evaluate" / "sft")),
-    ]
+    stages = [Stage(s.title, s.metrics, read_predictions(folder / "evaluate" / s.name)) for s in steps]
+    runs = {s.title: s.run / "metrics.jsonl" for s in steps if s.run is not None}
     notes = [
         "A Qwen3-VL of 2.2 million weights, trained on filled shapes, meets hollow, worn ones on concrete and brick.",
         f"4-bit LoRA on a CPU, run by Ray Train. '{RARE_CLASS}' is a class that it had never seen, and a rare one.",
     ]
-    write_report(folder / "report.html", "ray_vlm demo", stages, run / "metrics.jsonl", notes)
+    write_report(folder / "report.html", "ray_vlm demo", stages, runs, notes)
 
 
-def _summary(metrics: dict[str, Any]) -> dict[str, float]:
-    overall = metrics["overall"]
-    rare = metrics["per_class"].get(RARE_CLASS, {}).get("recall_50", 0.0)
-    return {k: overall[k] for k in ("f1_50", "map", "mean_iou", "parse_rate")} | {"recall_rare": rare}
+def _summary(step: Step) -> dict[str, float]:
+    overall = step.metrics["overall"]
+    rare = step.metrics["per_class"].get(RARE_CLASS, {}).get("recall_50", 0.0)
+    found = {k: overall[k] for k in ("f1_50", "map", "mean_iou", "parse_rate")} | {"recall_rare": rare}
+    return found | _validated(step)
 
 
-def _tell(folder: Path, before: dict[str, Any], after: dict[str, Any], wall: float) -> None:
-    old, new = _summary(before), _summary(after)
+def _validated(step: Step) -> dict[str, float]:
+    """What DPO and GRPO are judged by, from the validation that chose `best/`."""
+    from ray_vlm.runs.monitor import current_lines, read_metrics
+
+    key = {"dpo": "preference_accuracy", "grpo": "reward"}.get(step.name)
+    if key is None or step.run is None:
+        return {}
+    lines = current_lines(read_metrics(step.run / "metrics.jsonl"))
+    return {key: max(line[key] for line in lines if line["kind"] == "eval")}
+
+
+def _tell(folder: Path, steps: Sequence[Step], wall: float) -> None:
     names = {"f1_50": "F1 at IoU 0.5", "map": "mAP", "mean_iou": "mean IoU", "recall_rare": "recall of the rare class"}
     names["parse_rate"] = "answers that parse"
-    print(f"\n{'':<26}{'zero-shot':>10}{'fine-tuned':>12}")
+    print(f"\n{'':<26}" + "".join(f"{step.title:>12}" for step in steps))
     for key, title in names.items():
-        print(f"{title:<26}{old[key]:>10.3f}{new[key]:>12.3f}")
+        print(f"{title:<26}" + "".join(f"{_summary(step)[key]:>12.3f}" for step in steps))
     report = os.path.relpath(folder / "report.html")
     print(f"\ndone in {wall:.0f} s; open {report} to see it", flush=True)

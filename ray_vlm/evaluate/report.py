@@ -1,4 +1,4 @@
-"""`report.html`: two or more evaluations side by side, the loss curve, and images with truth and prediction drawn.
+"""`report.html`: evaluations side by side, the curves of runs, and images with truth and prediction drawn.
 
 One self-contained file, readable in the dark and on a phone; everything that came from data is escaped (Jinja2's
 autoescape). Reads what evaluations and runs wrote and nothing else.
@@ -7,7 +7,7 @@ autoescape). Reads what evaluations and runs wrote and nothing else.
 import base64
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ _TITLES = {
     "anls": "ANLS",
     "parse_rate": "answers that parse",
 }
+# What a run's curve shows: the first of these that its steps have.
+_CURVES = {"reward": "Reward", "preference_accuracy": "Pairs preferred as they should be", "loss": "Loss"}
 _CLASS_NUMBERS = {"f1_50": "F1 at IoU 0.5", "success": "Step success", "f1": "F1"}  # what the table by class shows
 
 
@@ -49,12 +51,15 @@ class Stage:
     predictions: list[dict[str, Any]]
 
 
-def write_report(path: Path, title: str, stages: Sequence[Stage], metrics_file: Path | None, notes: list[str]) -> None:
-    """Write the report. `metrics_file` is a run's `metrics.jsonl`, for the loss curve; `notes` are lines of text."""
+def write_report(
+    path: Path, title: str, stages: Sequence[Stage], runs: Mapping[str, Path], notes: Sequence[str] = ()
+) -> None:
+    """Write the report. `runs`: names of runs (empty where there is one) and their `metrics.jsonl`, for the curves;
+    `notes` are lines of text."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    lines = current_lines(read_metrics(metrics_file)) if metrics_file else []
+    curves = [learning_curve(current_lines(read_metrics(file)), name) for name, file in runs.items()]
     html = environment.get_template("report.html.j2").render(
         title=title,
         notes=notes,
@@ -62,7 +67,7 @@ def write_report(path: Path, title: str, stages: Sequence[Stage], metrics_file: 
         headlines=[_headline(name, stages) for name in _TITLES if name in stages[-1].metrics["overall"]],
         class_number=next((t for k, t in _CLASS_NUMBERS.items() if k in _any_class(stages)), "F1"),
         classes=_class_table(stages),
-        curve=loss_curve(lines),
+        curves=[curve for curve in curves if curve],
         images=[p for i in choose_images(stages[-1].predictions) if (p := _picture(i, stages)) is not None],
     )
     path.write_text(html, encoding="utf-8")
@@ -166,26 +171,36 @@ def _data_uri(path: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def loss_curve(lines: Sequence[dict[str, Any]], width: int = 760, height: int = 220) -> dict[str, Any] | None:
-    """Points of the training and validation loss for an SVG of `width` x `height`; None without training lines."""
-    train = [(m["step"], m["loss"]) for m in lines if m["kind"] == "train" and m["loss"] is not None]
-    held_out = [(m["step"], m["loss"]) for m in lines if m["kind"] == "eval" and m.get("loss") is not None]
+def learning_curve(
+    lines: Sequence[dict[str, Any]], name: str = "", width: int = 760, height: int = 220
+) -> dict[str, Any] | None:
+    """Points of a run's main number, in training and validation, for an SVG of `width` x `height`; None for a run with
+    fewer than two training lines. `name`: the run's, for the title."""
+    seen: set[str] = set().union(*(line for line in lines if line["kind"] == "train"))
+    key = next((key for key in _CURVES if key in seen), "loss")
+    series = {
+        kind: [(m["step"], m[key]) for m in lines if m["kind"] == kind and m.get(key) is not None]
+        for kind in ("train", "eval")
+    }
+    train, held_out = series["train"], series["eval"]
     if len(train) < 2:
         return None
-    top = max(value for _, value in train + held_out) or 1.0
-    last = max(step for step, _ in train)
+    values = [value for _, value in train + held_out]
+    top, bottom = max(*values, 0.0), min(*values, 0.0)
+    scale, last = (top - bottom) or 1.0, max(step for step, _ in train)
 
-    def points(series: list[tuple[int, float]]) -> list[tuple[float, float]]:
-        return [(round(s / last * width, 1), round(height - v / top * height, 1)) for s, v in series]
+    def points(found: list[tuple[int, float]]) -> list[tuple[float, float]]:
+        return [(round(s / last * width, 1), round((top - v) / scale * height, 1)) for s, v in found]
 
     smooth, mean = [], train[0][1]
     for step, value in train:
         mean = 0.9 * mean + 0.1 * value
         smooth.append((step, mean))
     return {
+        "title": f"{_CURVES[key]}, {name}" if name else _CURVES[key],
         "width": width,
         "height": height,
-        "top": top,
+        "marks": [top, (top + bottom) / 2, bottom],
         "last": last,
         "held_out": points(held_out),
         "train": points(train),

@@ -117,8 +117,8 @@ def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None,
         if [p["id"] for p in other.predictions] != [p["id"] for p in stages[0].predictions]:
             raise RunError(f"{against} and {folder} hold different test rows, so they cannot be compared.")
         stages.insert(0, other)
-    curve = Path(adapter).parent / "metrics.jsonl" if adapter and not is_remote(adapter) else None
-    write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, curve, [])
+    runs = {"": Path(adapter).parent / "metrics.jsonl"} if adapter and not is_remote(adapter) else {}
+    write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, runs)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
     print(f"{metrics['num_rows']} rows: {numbers}\nreport {folder / 'report.html'}")
     return folder

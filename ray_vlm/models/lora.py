@@ -3,6 +3,7 @@
 from typing import Any
 
 from ray_vlm.config.schema import Lora
+from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
 
 
@@ -18,6 +19,24 @@ def lora_config(lora: Lora, family: Family) -> Any:
         target_modules=pattern,
         task_type="CAUSAL_LM",
     )
+
+
+def train_parts(model: Any, lora: Lora, family: Family) -> Any:
+    """`model` with a loaded adapter, of which only the parts in `lora.target` go on learning.
+
+    Raises `ModelError` where the adapter has none of them.
+    """
+    there: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            there.add(part_of(family, name))
+            parameter.requires_grad_(part_of(family, name) in lora.target)
+    if not there & set(lora.target):
+        raise ModelError(
+            f"model.adapter adapts {', '.join(sorted(there))} and lora.target={lora.target} names none of these, so "
+            "nothing would learn. Name at least one."
+        )
+    return model
 
 
 def count_trainable(model: Any, family: Family) -> dict[str, dict[str, int]]:

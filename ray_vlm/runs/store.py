@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ray_vlm.errors import RunError
+
 _BLOCK = 2**23  # bytes that are copied at a time
 
 
@@ -176,3 +178,15 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def write_picture(png: bytes, output: str | None, output_dir: str, name: str) -> str:
+    """Write it to `output`, or to its place in the job's folder; returns where it is."""
+    address = full_address(output) if output else join(output_dir, f"data/{name}.png")
+    base, _, options = address.partition("?") if is_remote(address) else (address, "", "")
+    folder, _, file = base.rpartition("/")
+    try:
+        Store(f"{folder}?{options}" if options else folder or "/").write(file, png)
+    except OSError as error:
+        raise RunError(f"{address} cannot be written ({error}). Give another --output.") from None
+    return address

@@ -21,7 +21,7 @@ from ray_vlm.data.spec import Row, RowSpec
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
 from ray_vlm.models.families import Family
-from ray_vlm.models.lora import count_trainable, lora_config
+from ray_vlm.models.lora import count_trainable, lora_config, train_parts
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor
@@ -153,7 +153,7 @@ def _load(job: JobConfig, family: Family, place: Place) -> Any:
     if job.lora is None:
         return model
     if job.model.adapter is not None:
-        return load_adapter(model, job.model.adapter, job.model, trainable=True)
+        return train_parts(load_adapter(model, job.model.adapter, job.model, trainable=True), job.lora, family)
     import torch
 
     torch.manual_seed(job.seed)  # every rank and every restart starts from the same adapter
@@ -172,6 +172,7 @@ def _build_trainer(
     example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
     has_eval = task.eval is not None
     args = method.build_args(job, shared_options(job, task.plan, has_eval))
+    args.eval_on_start = has_eval and job.evaluate.at_start and attempt.step == 0
     args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every card in sight, and scale the loss
     options = {"processing_class": preparer.processor, "eval_dataset": example if has_eval else None}
     trainer = feed_trainer(method.trainer_class(job))(

@@ -51,6 +51,20 @@ def test_the_run_folder_explains_itself(job_file, scenes: Path) -> None:
     assert names == {"checkpoint-2", "checkpoint-4", "best", "final"}
 
 
+def test_a_validation_before_the_first_step_changes_nothing_and_may_be_the_best(job_file, scenes: Path) -> None:
+    path = job_file(**_eval_section(scenes))
+    train_lines = []
+    for name, at_start in (("without", "false"), ("with", "true")):
+        paths = _run(path, f"run.name={name}", f"evaluate.at_start={at_start}", "train.max_steps=2")
+        lines = read_metrics(paths.metrics)
+        train_lines.append([(line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"])
+    assert train_lines[0] == train_lines[1]
+    found = [(line["step"], line["loss"]) for line in lines if line["kind"] == "eval"]
+    assert [step for step, _ in found] == [0, 2]
+    best = json.loads(paths.training_log.read_text())["best_checkpoint"]
+    assert best["step"] == min(found, key=lambda line: line[1])[0]
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_adapters_load_with_plain_peft_and_transformers(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_vlm.evaluate.report import NUM_IMAGES, Stage, choose_images, loss_curve, write_report
+from ray_vlm.evaluate.report import NUM_IMAGES, Stage, choose_images, learning_curve, write_report
 
 EVIL = "<script>alert(1)</script>"
 
@@ -33,7 +33,7 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     whole = [json.dumps({"kind": "train", "attempt": 1, "step": step, "loss": 3.0 - step}) for step in (1, 2)]
     lines.write_text("\n".join([*whole, '{"kin']))
     stages = [Stage("before", metrics, predictions), Stage("after", metrics, predictions)]
-    write_report(tmp_path / "report.html", EVIL, stages, lines, [EVIL])
+    write_report(tmp_path / "report.html", EVIL, stages, {EVIL: lines}, [EVIL])
     html = (tmp_path / "report.html").read_text()
     assert "<script" not in html
     assert "&lt;script&gt;" in html
@@ -62,7 +62,7 @@ def test_every_task_has_a_report(tmp_path: Path, truth: dict, found: dict, score
     prediction = one | {"truth": truth, "found": found, "score": score}
     metrics = {"overall": {"accuracy": 0.5}, "per_class": {}, "num_rows": 2}
     no_image = prediction | {"images": [], "sizes": []}
-    write_report(tmp_path / "r.html", "x", [Stage("base", metrics, [prediction, no_image])], None, [])
+    write_report(tmp_path / "r.html", "x", [Stage("base", metrics, [prediction, no_image])], {})
     html = (tmp_path / "r.html").read_text()
     assert words in html
     assert "<script" not in html
@@ -78,4 +78,20 @@ def test_half_of_the_images_show_the_rarest_class() -> None:
 
 
 def test_no_curve_without_training() -> None:
-    assert loss_curve([{"kind": "eval", "step": 1, "loss": 1.0}]) is None
+    assert learning_curve([{"kind": "eval", "step": 1, "loss": 1.0}]) is None
+
+
+def test_a_curve_shows_the_main_number_of_its_method() -> None:
+    lines = [
+        {"kind": "train", "step": 1, "loss": 0.1, "reward": -1.0},
+        {"kind": "train", "step": 2, "loss": -0.1, "reward": 3.0},
+        {"kind": "eval", "step": 2, "loss": None, "reward": 1.0},
+    ]
+    curve = learning_curve(lines, "GRPO", 100, 200)
+    assert curve is not None
+    assert (curve["title"], curve["marks"]) == ("Reward, GRPO", [3.0, 1.0, -1.0])
+    assert (curve["train"], curve["held_out"]) == ([(50.0, 200.0), (100.0, 0.0)], [(100.0, 100.0)])
+    without = [{k: v for k, v in line.items() if k != "reward"} for line in lines[:2]]
+    negative = learning_curve(without, "", 100, 200)
+    assert negative is not None
+    assert (negative["title"], negative["train"][1]) == ("Loss", (100.0, 200.0))

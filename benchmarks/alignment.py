@@ -1,0 +1,148 @@
+"""DPO and GRPO from the demo's SFT adapter, as their jobs ship (4-bit LoRA on 2 cores, through Ray Train), in seeds.
+
+The adapter is trained once, by `demo_sft.yaml`. Each seed then samples pairs of its own from that adapter and trains
+`demo_dpo.yaml` on them, held-out pairs being a quarter; and trains `demo_grpo.yaml`. Before and after each the reward of
+sampled answers (at the job's temperature) and of greedy ones, and F1, are measured on the demo's test images, which no
+stage has seen. A seed takes about nine minutes; `--full` runs three.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import figure, report
+from benchmarks.rare_class import run
+from ray_vlm.config.load import load_job
+from ray_vlm.config.schema import JobConfig
+
+SFT, DPO, GRPO = (f"jobs/demo_{name}.yaml" for name in ("sft", "dpo", "grpo"))
+NUM_ROWS = 1_000  # whose answers are sampled for pairs
+ANSWERS = 4  # sampled to each test image
+
+
+def places(folder: Path, *splits: str) -> list[str]:
+    """The demo's scenes under `folder`, as overrides."""
+    return [f"data.{split}.path={folder / 'site' / split}.json" for split in splits]
+
+
+def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
+    """Mean reward of answers to the test images, sampled as the GRPO job samples them."""
+    from ray_vlm.data.preprocessing import read_preprocessing
+    from ray_vlm.data.spec import row_spec
+    from ray_vlm.data.splits import load_parts
+    from ray_vlm.evaluate.samples import Work, sample_local
+
+    method = job.method
+    sampled = {
+        "temperature": method.temperature,
+        "top_p": method.top_p,
+        "num_samples": ANSWERS,
+        "rewards": method.rewards,
+    }
+    job = job.model_copy(
+        update={
+            "seed": seed,
+            "pairs": job.pairs.model_copy(update=sampled),
+            "evaluate": job.evaluate.model_copy(
+                update={"batch_size": 120 * ANSWERS, "max_new_tokens": method.max_completion_tokens}
+            ),
+        }
+    )
+    parts = load_parts(job, ["test"], read_preprocessing(adapter, row_spec(job, [])))
+    assert parts.test is not None
+    work = Work(job, parts.spec, parts.test.records, str(adapter))
+    rewards = [sample.reward for batch in sample_local(work) for of_row in batch for sample in of_row]
+    return statistics.fmean(rewards)
+
+
+def f1(job: str, folder: Path, adapter: Path, name: str) -> float:
+    """F1 at IoU 0.5 of greedy answers to the test images."""
+    out = folder / "evaluate" / name
+    run("evaluate", job, *places(folder, "test"), "--adapter", str(adapter), "--output", str(out))
+    return json.loads((out / "metrics.json").read_text())["overall"]["f1_50"]
+
+
+def validations(run_folder: Path, key: str) -> list[float]:
+    """A run's validations, the first before any step."""
+    from ray_vlm.runs.monitor import read_metrics
+
+    return [line[key] for line in read_metrics(run_folder / "metrics.jsonl") if line["kind"] == "eval"]
+
+
+def train_dpo(folder: Path, adapter: Path, seed: int, changes: Sequence[str]) -> dict[str, float]:
+    """Pairs, training, and what came of it."""
+    started, name, pairs = time.monotonic(), f"dpo_{seed}", folder / f"pairs_{seed}.jsonl"
+    rows = [*places(folder, "train"), f"data.train.max_rows={NUM_ROWS}", f"seed={seed}"]
+    run("pairs", SFT, *rows, "--adapter", str(adapter), "--output", str(pairs), "--overwrite")
+    sources = [f"data.train.path={pairs}", f"data.train.image_root={folder / 'site/train'}", *places(folder, "test")]
+    names = [f"run.output_dir={folder}", f"run.name={name}", f"seed={seed}", f"model.adapter={adapter}"]
+    run("train", DPO, *sources, *names, *changes, "--overwrite")
+    wall = time.monotonic() - started
+    found = validations(folder / name, "preference_accuracy")
+    after = f1(SFT, folder, folder / name / "best", name)
+    return {"dpo.preferred.before": found[0], "dpo.preferred": max(found), "dpo.f1": after, "dpo.wall": wall}
+
+
+def train_grpo(folder: Path, adapter: Path, seed: int, changes: Sequence[str]) -> dict[str, float]:
+    """Training, and what came of it."""
+    started, name = time.monotonic(), f"grpo_{seed}"
+    sources = places(folder, "train", "eval", "test")
+    names = [f"run.output_dir={folder}", f"run.name={name}", f"seed={seed}", f"model.adapter={adapter}"]
+    run("train", GRPO, *sources, *names, *changes, "--overwrite")
+    wall = time.monotonic() - started
+    job = load_job(GRPO, [*sources, *names])
+    greedy = validations(folder / name, "reward")
+    found = {
+        "grpo.reward.before": mean_reward(job, adapter, seed),
+        "grpo.reward": mean_reward(job, folder / name / "best", seed),
+        "grpo.greedy_eval_reward.before": greedy[0],
+        "grpo.greedy_eval_reward": max(greedy),
+    }
+    return found | {"grpo.f1": f1(SFT, folder, folder / name / "best", name), "grpo.wall": wall}
+
+
+def measure_seeds(seeds: Sequence[int], changes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """All figures over these seeds; `changes` shorten the jobs."""
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        run(
+            "train", SFT, *places(folder, "train", "eval", "test"), f"run.output_dir={folder}", "run.name=sft", *changes
+        )
+        adapter = folder / "sft/best"
+        start = f1(SFT, folder, adapter, "sft")
+        for seed in seeds:
+            values = train_dpo(folder, adapter, seed, changes) | train_grpo(folder, adapter, seed, changes)
+            for name, value in values.items():
+                found.setdefault(name, []).append(value)
+                print(f"seed {seed}: {name} {value:.4f}", file=sys.stderr, flush=True)
+    return figures(found, start)
+
+
+def figures(found: dict[str, list[float]], start: float) -> list[dict[str, Any]]:
+    """Worst seeds against the bars, and means. `start`: F1 of the SFT adapter."""
+    gains = [b - a for a, b in zip(found["grpo.reward.before"], found["grpo.reward"], strict=True)]
+    return [
+        *(figure(f"{name}.mean", statistics.fmean(values), "") for name, values in found.items()),
+        figure("sft.f1", start, ""),
+        figure("dpo.preferred.before.worst", max(found["dpo.preferred.before"]), "", 0.60),
+        figure("dpo.preferred.worst", min(found["dpo.preferred"]), "", 0.80, most=False),
+        figure("dpo.wall.worst", max(found["dpo.wall"]), "s", 300),
+        figure("grpo.reward_gain.worst", min(gains), "", 0.05, most=False),
+        figure("grpo.f1_change.worst", min(found["grpo.f1"]) - start, "", 0.0, most=False),
+        figure("grpo.wall.worst", max(found["grpo.wall"]), "s", 300),
+    ]
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """One seed; `quick` trains a few steps, to see that everything runs."""
+    return measure_seeds([0], ("train.max_steps=4", "evaluate.every_steps=4") if quick else ())
+
+
+if __name__ == "__main__":
+    report(measure, full=lambda: measure_seeds([0, 1, 2]))

@@ -1,0 +1,53 @@
+"""The road on from SFT: `ray-vlm demo --all` makes pairs of the tuned model's own answers, prefers the better by DPO,
+and earns more reward by GRPO. Each stage starts from the adapter of the one before; all are measured on the same rows.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ray_vlm.config.load import load_job
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.demo.story import Step, find_job, measure_step, train_step
+
+PAIRS = "pairs.jsonl"
+NUM_ROWS = 1_000  # whose answers are sampled for pairs
+
+
+def walk_road(folder: Path, sft_job: JobConfig, sft_run: Path, say: Callable[[str], None]) -> list[Step]:
+    """The stages after SFT, in their order. `folder`: the demo's; `say` announces a stage."""
+    say("pairs")
+    make_pairs(folder, sft_job, sft_run / "best")
+    steps: list[Step] = []
+    adapter = sft_run / "best"
+    for name, title in (("dpo", "DPO"), ("grpo", "GRPO")):
+        say(title)
+        run = train_step(road_job(folder, name, adapter), f"demo_{name}.yaml")
+        adapter = run / "best"
+        steps.append(measure_step(name, title, sft_job, folder, run))
+    return steps
+
+
+def make_pairs(folder: Path, sft_job: JobConfig, adapter: Path) -> None:
+    """`<folder>/pairs.jsonl`: the better against the worse of the model's own answers to training rows."""
+    from ray_vlm.evaluate.pairs import make_pairs as make
+
+    data = sft_job.data
+    assert data.train is not None
+    fewer = data.model_copy(update={"train": data.train.model_copy(update={"max_rows": NUM_ROWS})})
+    job = sft_job.model_copy(update={"data": fewer})
+    make(job, str(adapter), "train", str(folder / PAIRS), lambda text: print(f"  {text}", flush=True), overwrite=True)
+
+
+def road_job(folder: Path, name: str, adapter: Path) -> JobConfig:
+    """The shipped job of a method, with its paths under `folder` and the adapter that it starts from."""
+    site = folder / "data/site"
+    given = {
+        "model.adapter": adapter,
+        "data.train.path": folder / PAIRS if name == "dpo" else site / "train.json",
+        "data.test.path": site / "test.json",
+        "run.output_dir": folder,
+        **({"data.train.image_root": site / "train"} if name == "dpo" else {"data.eval.path": site / "eval.json"}),
+    }
+    places = [f"{key}={json.dumps(str(path))}" for key, path in given.items()]
+    return load_job(find_job(f"demo_{name}.yaml"), [*places, f"run.name={name}"])
