@@ -33,6 +33,8 @@ FORMAT_TASKS = {
 def known_metrics(job: JobConfig) -> tuple[str, ...]:
     """What the job's `evaluate.metric` may name. Rows of a task's format are measured by the task too."""
     own = METHOD_METRICS[job.method.name]
+    if not job.method.num_generations_eval:
+        own = tuple(name for name in own if name != "sampled_reward")
     measured = job.method.name != "dpo" and not (job.data.eval is not None and job.data.eval.format == "prompt")
     return (*own, *TASK_METRICS[job.task.name]) if measured else own
 

@@ -36,6 +36,13 @@ class Method(Section):
         "`<run.output_dir>/.reference`, for every epoch and every later run with the same rows and reference.",
     )
     num_generations: int = Field(8, ge=2, le=Largest, description="GRPO: answers sampled for each prompt.")
+    num_generations_eval: int = Field(
+        0,
+        ge=0,
+        le=Largest,
+        description="GRPO: answers sampled for each validation row as in training, for `sampled_reward`: what training "
+        "raises, with less noise than the reward of one greedy answer. 0: none.",
+    )
     temperature: float = Field(1.0, gt=0, description="GRPO: temperature of sampling.")
     top_p: float = Field(1.0, gt=0, le=1, description="GRPO: sample from the likeliest tokens of this total share.")
     top_k: int = Field(0, ge=0, le=Largest, description="GRPO: sample from this many likeliest tokens. 0: from all.")
@@ -67,12 +74,12 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "loss_type": ("dpo", "grpo"),
     "precompute_ref_log_probs": ("dpo",),
     **dict.fromkeys(("num_generations", "temperature", "top_p", "top_k", "max_completion_tokens"), ("grpo",)),
-    **dict.fromkeys(("rewards", "box_quality", "rollouts"), ("grpo",)),
+    **dict.fromkeys(("num_generations_eval", "rewards", "box_quality", "rollouts"), ("grpo",)),
 }
 
 # What `evaluate.metric` may name beside the task's own metrics.
 METHOD_METRICS: dict[str, tuple[str, ...]] = {
     "sft": ("loss",),
     "dpo": ("loss", "preference_accuracy", "reward_margin"),
-    "grpo": ("reward",),
+    "grpo": ("reward", "sampled_reward"),
 }

@@ -55,7 +55,7 @@ NAMED_IN_JOB = {
     "top_k": "method.top_k",
     "max_completion_length": "method.max_completion_tokens",
     "reward_weights": "method.rewards",
-    "num_generations_eval": "evaluate",
+    "num_generations_eval": "method.num_generations_eval",
     "use_vllm": "method.rollouts",
 }
 

@@ -19,6 +19,7 @@ from ray_vlm.evaluate.predict import generate_answers
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.methods.groups import score_answers
 from ray_vlm.methods.rewards import total
+from ray_vlm.methods.rollout import Sampling, sample_groups
 
 
 def validate_answers(
@@ -112,15 +113,14 @@ def _alone(trainer: Any) -> Iterator[None]:
 def validate_rewards(
     trainer: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
-    """GRPO: `reward` and `reward_<part>` of greedy answers, and what the task measures where rows have a truth."""
+    """GRPO: `reward` and `reward_<part>` of greedy answers, and what the task measures where rows have a truth; with
+    `method.num_generations_eval` also `sampled_reward`, of answers that are sampled as in training."""
     started, options = time.monotonic(), job.evaluate
     was_training = trainer.model.training
     answers = generate_answers(trainer.model, records, preparer, options.batch_size, options.max_new_tokens, device)
     trainer.model.train(was_training)
-    prompts = [[{"role": role, "content": text} for role, text in preparer.turns(record)] for record in records]
     ids = [preparer.tokenizer.encode(text, add_special_tokens=False) for text in answers]
-    scores = score_answers(trainer.scored_by, records, answers, ids, prompts, preparer) if records else []
-    mine = [of_answer | {"": total(trainer.scored_by, of_answer)} for of_answer in scores]
+    mine = _score(trainer, records, answers, ids, preparer)
     everyone = [of_answer for part in _gather(mine, world_size) for of_answer in part]
     metrics = {}
     for name in everyone[0] if everyone else ():
@@ -128,7 +128,37 @@ def validate_rewards(
         metrics[f"reward_{name.rpartition(':')[2]}" if name else "reward"] = sum(values) / max(len(values), 1)
     if records and isinstance(records[0], SftRecord):
         metrics |= _measure(build_predictions(records, answers, preparer), job, world_size)
+    if job.method.num_generations_eval:
+        totals = [of_answer[""] for of_answer in _sample(trainer, records, preparer, job, device)]
+        rewards = [value for part in _gather(totals, world_size) for value in part]
+        metrics["sampled_reward"] = sum(rewards) / max(len(rewards), 1)
     return metrics | {"validation_s": time.monotonic() - started}
+
+
+def _sample(
+    trainer: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str
+) -> list[dict[str, Any]]:
+    """The scores of answers sampled to each record. Its random numbers are the same at every validation."""
+    method, repeats = job.method, job.method.num_generations_eval
+    sampling = Sampling(repeats, method.max_completion_tokens, method.temperature, method.top_p, method.top_k)
+    rows = [preparer.prompt_row(record) for record in records]
+    seeds = [(job.seed, record.row) for record in records]
+    model, size = trainer.accelerator.unwrap_model(trainer.model), max(1, job.evaluate.batch_size // repeats)
+    groups = sample_groups(model, rows, preparer, sampling, seeds, device, size)
+    ids = [answer.ids for group in groups for answer in group]
+    repeated = [record for record in records for _ in range(repeats)]
+    return _score(trainer, repeated, [preparer.text(answer) for answer in ids], ids, preparer)
+
+
+def _score(
+    trainer: Any, records: Sequence[Any], answers: Sequence[str], ids: Sequence[Sequence[int]], preparer: Preparer
+) -> list[dict[str, Any]]:
+    """Every part of each answer's reward, and under "" all of it."""
+    if not records:
+        return []
+    prompts = [[{"role": role, "content": text} for role, text in preparer.turns(record)] for record in records]
+    scores = score_answers(trainer.scored_by, records, answers, ids, prompts, preparer)
+    return [of_answer | {"": total(trainer.scored_by, of_answer)} for of_answer in scores]
 
 
 VALIDATE: dict[str, Callable[..., dict[str, float]]] = {

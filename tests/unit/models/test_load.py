@@ -9,7 +9,7 @@ from ray_vlm.config.schema import Lora, Model
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, part_of
 from ray_vlm.models.load import load_adapter, load_config, load_model
-from ray_vlm.models.lora import count_trainable, lora_config
+from ray_vlm.models.lora import count_trainable, lora_config, train_parts
 
 
 def _adapted(folder: str, target: list[str], bf16: bool = False):
@@ -110,3 +110,19 @@ def test_what_the_hub_refuses_is_told_with_the_way_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ModelError, match=advice):
         load_config(Model(name="some/base"))
+
+
+def test_of_a_given_adapter_only_the_named_parts_go_on(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    folder, family = tiny_models["qwen3_vl"], FAMILIES["qwen3_vl"]
+    _adapted(folder, ["language", "connector"]).save_pretrained(tmp_path)
+    spec = Model(name=folder)
+
+    def trained(*target: str) -> set[str]:
+        model = load_adapter(load_model(spec, bf16=False), str(tmp_path), spec, trainable=True)
+        train_parts(model, Lora(target=list(target)), family)
+        return {part_of(family, name) for name, p in model.named_parameters() if p.requires_grad}
+
+    assert trained("language", "vision") == {"language"}
+    assert trained("connector", "language") == {"connector", "language"}
+    with pytest.raises(ModelError, match=r"adapts connector, language and lora.target=\['vision'\]"):
+        trained("vision")
