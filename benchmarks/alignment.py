@@ -78,6 +78,7 @@ def train_dpo(folder: Path, adapter: Path, seed: int, changes: Sequence[str]) ->
     """Pairs, training, and what came of it."""
     started, name, pairs = time.monotonic(), f"dpo_{seed}", folder / f"pairs_{seed}.jsonl"
     rows = [*places(folder, "train"), f"data.train.max_rows={NUM_ROWS}", f"seed={seed}"]
+    rows += ["evaluate.batch_size=450", "cluster.num_workers=0"]
     run("pairs", SFT, *rows, "--adapter", str(adapter), "--output", str(pairs), "--overwrite")
     sources = [f"data.train.path={pairs}", f"data.train.image_root={folder / 'site/train'}", *places(folder, "test")]
     names = [f"run.output_dir={folder}", f"run.name={name}", f"seed={seed}", f"model.adapter={adapter}"]

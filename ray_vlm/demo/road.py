@@ -35,7 +35,9 @@ def make_pairs(folder: Path, sft_job: JobConfig, adapter: Path) -> None:
     data = sft_job.data
     assert data.train is not None
     fewer = data.model_copy(update={"train": data.train.model_copy(update={"max_rows": NUM_ROWS})})
-    job = sft_job.model_copy(update={"data": fewer})
+    many = sft_job.evaluate.model_copy(update={"batch_size": 450})  # 75 rows at a time
+    here = sft_job.cluster.model_copy(update={"num_workers": 0})
+    job = sft_job.model_copy(update={"data": fewer, "evaluate": many, "cluster": here})
     make(job, str(adapter), "train", str(folder / PAIRS), lambda text: print(f"  {text}", flush=True), overwrite=True)
 
 
