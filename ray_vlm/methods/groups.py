@@ -71,8 +71,14 @@ def score_answers(
 ) -> list[dict[str, float | None]]:
     """Every part of the reward of each answer (text and token ids) to its record. Raises `DataError` as
     `score_completions` does."""
-    parsed = [preparer.task.parse(text, preparer.frames(r)) for text, r in zip(texts, records, strict=True)]
-    truths = [{} if isinstance(r, PromptRecord) else preparer.truth(r) for r in records]  # type: ignore[arg-type]
+    distinct = {id(record): record for record in records}  # a record is there once for each answer to it
+    frames = {key: preparer.frames(record) for key, record in distinct.items()}
+    truth = {
+        key: {} if isinstance(record, PromptRecord) else preparer.truth(record)  # type: ignore[arg-type]
+        for key, record in distinct.items()
+    }
+    parsed = [preparer.task.parse(text, frames[id(r)]) for text, r in zip(texts, records, strict=True)]
+    truths = [truth[id(record)] for record in records]
     columns: dict[str, list[Any]] = {}
     if isinstance(records[0], PromptRecord):
         names = {name for r in records for name in r.columns}  # type: ignore[union-attr]

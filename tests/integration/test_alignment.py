@@ -167,7 +167,7 @@ def test_a_changed_image_or_answer_is_another_reference(dpo_job, tmp_path: Path)
 
 def test_grpo_logs_every_part_and_earns_more(grpo_job) -> None:
     path = grpo_job(train={"max_steps": 12, "global_batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-2})
-    paths = _train(path, "method.beta=0.02")
+    paths = _train(path, "method.beta=0.02", "method.num_generations_eval=3", "evaluate.at_start=true")
     steps = _lines(paths, "train")
     assert {"reward", "reward_std", "kl", "entropy", "completion_tokens", "truncated", "rollout_gap"} <= steps[0].keys()
     assert steps[0]["reward"] == pytest.approx(steps[0]["reward_even_tokens"])
@@ -175,6 +175,10 @@ def test_grpo_logs_every_part_and_earns_more(grpo_job) -> None:
     assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     validations = _lines(paths, "eval")
     assert validations[-1]["reward"] > validations[0]["reward"] + 0.2  # of greedy answers
+    assert validations[-1]["sampled_reward"] > validations[0]["sampled_reward"] + 0.2
+    assert validations[0]["step"] == 0
+    # Sampled and greedy answers of an untrained model are about as even.
+    assert validations[0]["sampled_reward"] == pytest.approx(0.5, abs=0.15)
     assert {"reward", "reward_even_tokens", "f1_50", "parse_rate"} <= validations[-1].keys()
     assert (paths.root / "best").is_dir()
 
