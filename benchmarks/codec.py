@@ -17,7 +17,7 @@ from benchmarks.figures import figure, report
 from ray_vlm.config.schema import Task
 from ray_vlm.data.images import ImageSpec, decode, resize
 from ray_vlm.data.records import Box, SftRecord
-from ray_vlm.evaluate.detection import coco_map
+from ray_vlm.evaluate.average_precision import coco_map
 from ray_vlm.evaluate.prediction import Prediction
 from ray_vlm.tasks import detection
 from ray_vlm.tasks.answers import Parsed, Setting
@@ -215,7 +215,7 @@ def map_figures(count: int) -> list[dict[str, Any]]:
             found = answer_like(rng, boxes, labels, 8)
             truth = {"boxes": boxes, "labels": labels}
             predictions.append(Prediction(row, str(row), "", (None,), ((100, 100),), "", found, True, (), truth, {}))
-        ours, theirs = coco_map(predictions), other_map(predictions)
+        ours, theirs = coco_map([p.as_dict() for p in predictions]), other_map(predictions)
         worst = {key: max(value, abs(ours[key] - theirs[key])) for key, value in worst.items()}
     return [figure(f"{key}.pycocotools_vs_faster", value, "absolute", 1e-9) for key, value in worst.items()]
 

@@ -136,15 +136,18 @@ def _summary(step: Step) -> dict[str, float]:
     return found | _validated(step)
 
 
+_JUDGED_BY = {"dpo": "preference_accuracy", "grpo": "sampled_reward"}
+
+
 def _validated(step: Step) -> dict[str, float]:
-    """What DPO and GRPO are judged by, from the validation that chose `best/`."""
+    """What DPO and GRPO are judged by, on held-out rows: before the first step, and at the one that became `best/`."""
     from ray_vlm.runs.monitor import current_lines, read_metrics
 
-    key = {"dpo": "preference_accuracy", "grpo": "reward"}.get(step.name)
+    key = _JUDGED_BY.get(step.name)
     if key is None or step.run is None:
         return {}
-    lines = current_lines(read_metrics(step.run / "metrics.jsonl"))
-    return {key: max(line[key] for line in lines if line["kind"] == "eval")}
+    found = [line[key] for line in current_lines(read_metrics(step.run / "metrics.jsonl")) if line["kind"] == "eval"]
+    return {f"{key}_before": found[0], key: max(found)}
 
 
 def _tell(folder: Path, steps: Sequence[Step], wall: float) -> None:
@@ -153,5 +156,11 @@ def _tell(folder: Path, steps: Sequence[Step], wall: float) -> None:
     print(f"\n{'':<26}" + "".join(f"{step.title:>12}" for step in steps))
     for key, title in names.items():
         print(f"{title:<26}" + "".join(f"{_summary(step)[key]:>12.3f}" for step in steps))
+    for step in steps:
+        if judged := _JUDGED_BY.get(step.name):
+            now = _validated(step)
+            print(
+                f"{step.title}, held out: {judged.replace('_', ' ')} {now[judged + '_before']:.3f} -> {now[judged]:.3f}"
+            )
     report = os.path.relpath(folder / "report.html")
     print(f"\ndone in {wall:.0f} s; open {report} to see it", flush=True)

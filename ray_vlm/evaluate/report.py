@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.evaluate.intervals import measure_differences
 from ray_vlm.runs.monitor import current_lines, read_metrics
 
 NUM_IMAGES = 12
@@ -51,6 +52,20 @@ class Stage:
     predictions: list[dict[str, Any]]
 
 
+def compare(stages: Sequence[Stage]) -> dict[str, dict[str, float]]:
+    """How the last stage differs from the first: `{metric: {"difference", "low", "high"}}` with the paired 95 %
+    interval; nothing where they are of other rows."""
+    first, last = stages[0], stages[-1]
+    if first is last or [p["id"] for p in first.predictions] != [p["id"] for p in last.predictions]:
+        return {}
+    found = measure_differences(last.metrics["task"], last.predictions, first.predictions)
+    overall = [stage.metrics["overall"] for stage in (last, first)]
+    return {
+        name: {"difference": overall[0][name] - overall[1][name], "low": low, "high": high}
+        for name, (low, high) in found.items()
+    }
+
+
 def write_report(
     path: Path, title: str, stages: Sequence[Stage], runs: Mapping[str, Path], notes: Sequence[str] = ()
 ) -> None:
@@ -64,7 +79,7 @@ def write_report(
         title=title,
         notes=notes,
         stages=stages,
-        headlines=[_headline(name, stages) for name in _TITLES if name in stages[-1].metrics["overall"]],
+        headlines=_headlines(stages),
         class_number=next((t for k, t in _CLASS_NUMBERS.items() if k in _any_class(stages)), "F1"),
         classes=_class_table(stages),
         curves=[curve for curve in curves if curve],
@@ -73,9 +88,15 @@ def write_report(
     path.write_text(html, encoding="utf-8")
 
 
-def _headline(name: str, stages: Sequence[Stage]) -> dict[str, Any]:
-    values = [stage.metrics["overall"][name] for stage in stages]
-    return {"title": _TITLES[name], "values": values, "change": values[-1] - values[0], "best": max(values)}
+def _headlines(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """The metrics of all stages, with their intervals where they are known."""
+    changes, rows = compare(stages), []
+    for name in (name for name in _TITLES if name in stages[-1].metrics["overall"]):
+        values = [stage.metrics["overall"][name] for stage in stages]
+        sure = [stage.metrics.get("intervals", {}).get(name) for stage in stages]
+        row = {"title": _TITLES[name], "cells": list(zip(values, sure, strict=True)), "best": max(values)}
+        rows.append(row | {"change": values[-1] - values[0], "sure": changes.get(name)})
+    return rows
 
 
 def _any_class(stages: Sequence[Stage]) -> dict[str, Any]:

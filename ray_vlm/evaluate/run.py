@@ -16,10 +16,11 @@ from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import row_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.evaluate.intervals import measure_intervals
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.predict import generate_answers
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
-from ray_vlm.evaluate.report import Stage, write_report
+from ray_vlm.evaluate.report import Stage, compare, write_report
 from ray_vlm.models.load import load_adapter, load_model
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
@@ -57,6 +58,7 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     metrics = measure(job.task.name, predictions)
     metrics |= {"adapter": adapter, "test": _told(job), "wall_s": time.monotonic() - started}
     metrics["num_bad_rows"] = len(index.bad)
+    metrics["intervals"] = measure_intervals(job.task.name, [p.as_dict() for p in predictions])
     folder.mkdir(parents=True, exist_ok=True)
     if index.bad:
         write_bad_rows(folder / "bad_rows.jsonl", {"test": index.bad})
@@ -120,7 +122,13 @@ def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None,
     runs = {"": Path(adapter).parent / "metrics.jsonl"} if adapter and not is_remote(adapter) else {}
     write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, runs)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
-    print(f"{metrics['num_rows']} rows: {numbers}\nreport {folder / 'report.html'}")
+    print(f"{metrics['num_rows']} rows: {numbers}")
+    if other is not None:
+        changes = compare(stages)
+        write_json(folder / "comparison.json", {"against": str(against), "differences": changes})
+        told = (f"{name} {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})" for name, c in changes.items())
+        print(f"against {other.title}, with 95 % intervals: {'  '.join(told)}")
+    print(f"report {folder / 'report.html'}")
     return folder
 
 

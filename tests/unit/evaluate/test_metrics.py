@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_vlm.evaluate.detection import coco_map
+from ray_vlm.evaluate.average_precision import coco_map
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.prediction import Prediction
 from ray_vlm.tasks import TASKS
@@ -41,7 +41,7 @@ def test_counts_by_class_and_overall() -> None:
 
 
 def test_map_ignores_labels_that_the_truth_does_not_have() -> None:
-    assert coco_map([_prediction(TRUTH["boxes"], ("zebra", "b"))])["map"] == pytest.approx(0.5)
+    assert coco_map([_prediction(TRUTH["boxes"], ("zebra", "b")).as_dict()])["map"] == pytest.approx(0.5)
 
 
 def test_classification_by_attribute_and_value() -> None:

@@ -19,6 +19,8 @@ def _prediction(i: int, label: str, image: Path) -> dict:
     return {"id": str(i), "images": [str(image)], "sizes": [[60, 50]], "found": truth, "answer": ""} | {
         "truth": truth,
         "score": score,
+        "group": "",
+        "ok": True,
     }
 
 
@@ -28,7 +30,13 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     predictions = [_prediction(0, EVIL, image), _prediction(1, "dog", image)]
     names = ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate")
     per_class = {EVIL: {"f1_50": 0.5, "num": 1}}
-    metrics = {"overall": dict.fromkeys(names, 0.5), "per_class": per_class, "num_rows": 2, "num_objects": 2}
+    metrics = {
+        "overall": dict.fromkeys(names, 0.5),
+        "per_class": per_class,
+        "num_rows": 2,
+        "num_objects": 2,
+        "task": "detection",
+    }
     lines = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"kind": "train", "attempt": 1, "step": step, "loss": 3.0 - step}) for step in (1, 2)]
     lines.write_text("\n".join([*whole, '{"kin']))
