@@ -35,6 +35,11 @@ class Method(Section):
         description="DPO: run the reference over all pairs once before training and keep what it says under "
         "`<run.output_dir>/.reference`, for every epoch and every later run with the same rows and reference.",
     )
+    share_prefixes: bool = Field(
+        True,
+        description="DPO, GRPO: what rows of a batch have in common, images and question, goes through the model once. "
+        "Exact; done only where `lora.dropout` is 0.",
+    )
     num_generations: int = Field(8, ge=2, le=Largest, description="GRPO: answers sampled for each prompt.")
     num_generations_eval: int = Field(
         0,
@@ -73,6 +78,7 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "beta": ("dpo", "grpo"),
     "loss_type": ("dpo", "grpo"),
     "precompute_ref_log_probs": ("dpo",),
+    "share_prefixes": ("dpo", "grpo"),
     **dict.fromkeys(("num_generations", "temperature", "top_p", "top_k", "max_completion_tokens"), ("grpo",)),
     **dict.fromkeys(("num_generations_eval", "rewards", "box_quality", "rollouts"), ("grpo",)),
 }

@@ -20,6 +20,7 @@ from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import Row, RowSpec
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
+from ray_vlm.methods.forward import share_prefixes
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import count_trainable, lora_config, train_parts
 from ray_vlm.models.quiet import quiet_libraries
@@ -178,6 +179,8 @@ def _build_trainer(
     trainer = feed_trainer(method.trainer_class(job))(
         model=model, args=args, train_dataset=example, **options, **method.extras(job)
     )
+    if job.method.name != "sft" and job.method.share_prefixes and (job.lora is None or job.lora.dropout == 0):
+        share_prefixes(trainer.model)
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: _fetch(task.train)
     plan = task.plan

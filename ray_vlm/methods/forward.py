@@ -1,0 +1,169 @@
+"""Rows of a batch that begin alike go through the model's beginning once.
+
+DPO's two answers, and all answers of a GRPO group, stand behind the same images and the same question. TRL lays them
+out as rows of a padded batch, so images and question are encoded once a row. `share_prefixes` wraps the forward of the
+*backbone*, which TRL's log-probability head calls for hidden states: rows with the same images become one tree - their
+common beginning once, then every row's rest as a branch that sees the beginning and itself - and each row gets its
+hidden states back where TRL expects them. Losses, metrics and options stay TRL's; nothing is approximated (the idea:
+Wang & Hegde 2024, arXiv:2410.20305, here with M-RoPE positions and images).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_NEEDED = {"input_ids", "attention_mask", "mm_token_type_ids"}
+_HANDLED = {*_NEEDED, "pixel_values", "image_grid_thw"}  # anything else (a cache, positions) goes the plain way
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Rows that share a beginning. `rows`: their numbers; `length`: tokens of the beginning."""
+
+    rows: tuple[int, ...]
+    length: int
+
+
+def share_prefixes(model: Any) -> None:
+    """Let the model's backbone run common beginnings once in forwards without a cache. Exact without dropout."""
+    backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    plain = backbone.forward
+
+    def forward(*args: Any, **inputs: Any) -> Any:
+        given = {name for name, value in inputs.items() if value is not None and value is not False}
+        if args or not _NEEDED <= given <= _HANDLED:
+            return plain(*args, **inputs)
+        images = _Images(backbone, inputs)
+        rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        tokens = [ids[mask.bool()].tolist() for ids, mask in rows]
+        trees = plan_trees(tokens, images)
+        if all(len(tree.rows) == 1 for tree in trees):
+            return plain(**inputs)
+        return _run(backbone, plain, inputs, tokens, trees, images)
+
+    backbone.forward = forward
+
+
+class _Images:
+    """Which images each row shows, and whether two rows show the same."""
+
+    def __init__(self, backbone: Any, inputs: dict[str, Any]):
+        self.pixels: Any = inputs.get("pixel_values")
+        self.grids: Any = inputs.get("image_grid_thw")
+        rows = zip(inputs["mm_token_type_ids"], inputs["attention_mask"], strict=True)
+        kinds = [kind[mask.bool()] for kind, mask in rows]
+        self.ends = [int(kind.nonzero()[-1]) + 1 if kind.any() else 0 for kind in kinds]
+        self.spans: list[tuple[int, int]] = []  # of each row: its first image, and the one after its last
+        self.starts = [0]  # of each image: its first patch
+        patches = [] if self.grids is None else self.grids.prod(dim=1).tolist()
+        for size in patches:
+            self.starts.append(self.starts[-1] + size)
+        merge, number = backbone.visual.spatial_merge_size**2, 0
+        for kind in kinds:
+            first, left = number, int(kind.sum())
+            while left > 0:
+                left -= patches[number] // merge
+                number += 1
+            self.spans.append((first, number))
+
+    def end(self, row: int) -> int:
+        """How many of the row's tokens end with its last image."""
+        return self.ends[row]
+
+    def of(self, row: int) -> dict[str, Any]:
+        """The row's pixels and grids; nothing without images."""
+        first, end = self.spans[row]
+        if first == end:
+            return {}
+        pixels = self.pixels[self.starts[first] : self.starts[end]]
+        return {"pixel_values": pixels, "image_grid_thw": self.grids[first:end]}
+
+    def same(self, one: int, other: int) -> bool:
+        """Whether two rows show the same images, to the last pixel."""
+        import torch
+
+        mine, theirs = self.of(one), self.of(other)
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def plan_trees(tokens: Sequence[list[int]], images: Any) -> list[Tree]:
+    """Rows that show the same images and begin alike, up to the last image and for half of the shorter one or more.
+
+    `tokens`: of each row, without padding. `images.end(row)`: how many of them end with the row's last image;
+    `images.same(row, row)`: whether two rows show the same.
+    """
+    groups: list[list[int]] = []
+    for row in range(len(tokens)):
+        for group in groups:
+            head = group[0]
+            shared = _common([tokens[head], tokens[row]])
+            least = max(images.end(head), images.end(row), min(len(tokens[head]), len(tokens[row])) / 2)
+            if shared >= least and images.same(head, row):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return [Tree(tuple(group), _common([tokens[row] for row in group])) for group in groups]
+
+
+def _common(sequences: Sequence[list[int]]) -> int:
+    """How many first tokens all have in common."""
+    least, most = min(sequences), max(sequences)  # of sorted sequences the first and the last differ soonest
+    for i, (a, b) in enumerate(zip(least, most, strict=False)):
+        if a != b:
+            return i
+    return min(len(least), len(most))
+
+
+def _run(
+    backbone: Any, plain: Any, inputs: dict[str, Any], tokens: list[list[int]], trees: Sequence[Tree], images: _Images
+) -> Any:
+    """The backbone's output for the batch, from one row a tree; `last_hidden_state` is in the batch's own layout."""
+    import torch
+
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions, _ = backbone.get_rope_index(
+        ids, inputs["mm_token_type_ids"], image_grid_thw=inputs.get("image_grid_thw"), attention_mask=mask
+    )
+    columns = [of_row.nonzero()[:, 0] for of_row in mask.bool()]  # where a row's tokens stand in the batch
+    sources: list[Any] = []  # of each tree: the token of the batch that each of its tokens is, `[tokens]`
+    branches: list[Any] = []  # of each tree: 0 for the beginning, then the number of the branch
+    places = torch.zeros_like(ids)  # of each token of the batch: where it is among all trees' tokens
+    width = max(tree.length + sum(len(tokens[row]) - tree.length for row in tree.rows) for tree in trees)
+    for number, tree in enumerate(trees):
+        flat = [row * ids.shape[1] + columns[row] for row in tree.rows]
+        sources.append(torch.cat([flat[0][: tree.length], *(of_row[tree.length :] for of_row in flat)]))
+        sizes = [tree.length, *(len(of_row) - tree.length for of_row in flat)]
+        branches.append(torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(ids.device))
+        start = tree.length
+        for row, size in zip(tree.rows, sizes[1:], strict=True):
+            at = torch.cat([torch.arange(tree.length), torch.arange(start, start + size)]).to(ids.device)
+            places[row, columns[row]] = number * width + at
+            start += size
+    source = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True)
+    branch = torch.nn.utils.rnn.pad_sequence(branches, batch_first=True, padding_value=-1)
+    there = branch >= 0
+    pixels = [images.of(tree.rows[0]) for tree in trees]
+    with_images = [of_tree for of_tree in pixels if of_tree]
+    given = {name: torch.cat([of_tree[name] for of_tree in with_images]) for name in (with_images or [{}])[0]}
+    output = plain(
+        input_ids=ids.reshape(-1)[source] * there,
+        attention_mask=_visible(branch),
+        position_ids=positions.reshape(3, -1)[:, source],
+        mm_token_type_ids=inputs["mm_token_type_ids"].reshape(-1)[source] * there,
+        use_cache=False,
+        **given,
+    )
+    hidden = output.last_hidden_state
+    output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[places]
+    return output
+
+
+def _visible(branch: Any) -> Any:
+    """Which tokens see which: `bool [trees, 1, tokens, tokens]`. A token sees those before it that belong to the
+    beginning (branch 0) or to its own branch."""
+    import torch
+
+    earlier = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=branch.device).tril()
+    together = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    return (earlier & together)[:, None]
