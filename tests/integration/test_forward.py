@@ -1,0 +1,107 @@
+"""Shared beginnings are exact: hidden states and gradients of both families, in both paddings, and nothing leaks."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ray_vlm.config.schema import Lora, Model, Task
+from ray_vlm.data.collate import collate
+from ray_vlm.data.records import PromptRecord
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import Row, RowSpec
+from ray_vlm.methods.forward import share_prefixes
+from ray_vlm.models.families import FAMILIES
+from ray_vlm.models.load import load_model
+from ray_vlm.models.lora import lora_config
+
+ANSWERS = [[300, 301], [300, 302, 303, 304], [310], [300, 301, 305]]
+
+
+def _model(folder: str) -> Any:
+    from peft import get_peft_model
+
+    model = load_model(Model(name=folder, load_in_4bit=False), bf16=False)
+    torch.manual_seed(0)
+    target = ["language", "connector", "vision"]
+    model = get_peft_model(model, lora_config(Lora(rank=4, target=target), FAMILIES[model.config.model_type]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def _rows(folder: str, tmp_path: Any) -> tuple[Any, list[Row]]:
+    """Two prompts, one with an image and one with two, with every answer behind each."""
+    from PIL import Image
+
+    preparer = load_preparer(RowSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt"))
+    paths = []
+    for i, size in enumerate([(96, 64), (64, 96), (64, 64)]):
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        paths.append((str(tmp_path / f"{i}.png"), size))
+    rows = []
+    for shown, text in ((paths[:1], "<image>What is shown?"), (paths[1:], "<image>And <image>here?")):
+        images, sizes = zip(*shown, strict=True)
+        prompt = preparer.prompt_row(PromptRecord("x", 0, images, sizes, (("user", text),)))
+        for answer in ANSWERS:
+            ids = np.concatenate([prompt.input_ids, np.array(answer)])
+            rows.append(Row(ids, prompt.labels, prompt.images))
+    return preparer, rows
+
+
+def _hidden(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Hidden states of the tokens that are there, and gradients of a number made from them."""
+    model.zero_grad()
+    hidden = model.get_base_model().base_model(**batch, use_cache=False).last_hidden_state
+    kept = hidden[batch["attention_mask"].bool()]
+    (kept * torch.linspace(-1, 1, kept.numel()).reshape(kept.shape)).sum().backward()
+    return kept.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], tmp_path: Any) -> None:
+    preparer, rows = _rows(tiny_models[family], tmp_path)
+    batch = collate([rows[i] for i in (0, 4, 1, 5, 2, 6, 7, 3)], preparer, side=side)
+    batch.pop("labels", None)
+    model = _model(tiny_models[family])
+    plain, plain_gradients = _hidden(model, batch)
+    backbone, seen = model.get_base_model().base_model, []
+    backbone.language_model.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    share_prefixes(model)
+    shared, shared_gradients = _hidden(model, batch)
+    assert seen[0][0] == 2, "two trees"
+    assert seen[0].numel() < 0.5 * batch["input_ids"].numel()
+    scale = max(float(g.norm()) for g in plain_gradients.values())
+    assert float((shared - plain).abs().max()) < 1e-5
+    assert plain_gradients.keys() == shared_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        assert float((shared_gradients[name] - gradient).norm()) < 1e-5 * max(float(gradient.norm()), 1e-2 * scale)
+
+
+def test_an_answer_changes_no_other(tiny_models: dict[str, str], tmp_path: Any) -> None:
+    preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
+    model = _model(tiny_models["qwen3_vl"])
+    share_prefixes(model)
+    batch = collate(rows[:4], preparer)
+    batch.pop("labels", None)
+    before, _ = _hidden(model, batch)
+    counts = batch["attention_mask"].sum(dim=1).tolist()
+    batch["input_ids"][1, counts[1] - 1] += 7
+    after, _ = _hidden(model, batch)
+    changed = ((after - before).abs().amax(dim=1) > 1e-6).nonzero()[:, 0].tolist()
+    assert changed == [counts[0] + counts[1] - 1]
+
+
+def test_generation_goes_the_plain_way(tiny_models: dict[str, str]) -> None:
+    model = _model(tiny_models["qwen3_vl"])
+    ids = torch.arange(20, 40)[None].repeat(2, 1)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    before = model.generate(input_ids=ids, **options)
+    share_prefixes(model)
+    assert torch.equal(model.generate(input_ids=ids, **options), before)

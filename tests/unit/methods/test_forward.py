@@ -1,0 +1,59 @@
+"""Which rows share a beginning, and what sees what in a tree."""
+
+import pytest
+import torch
+
+from ray_vlm.methods.forward import Tree, _visible, plan_trees
+
+
+class Images:
+    """Rows show images of these names, which end at these tokens."""
+
+    def __init__(self, shown: list[str], ends: list[int]):
+        self.shown, self.ends = shown, ends
+
+    def end(self, row: int) -> int:
+        return self.ends[row]
+
+    def same(self, one: int, other: int) -> bool:
+        return self.shown[one] == self.shown[other]
+
+
+def test_answers_to_one_prompt_are_one_tree_wherever_they_stand() -> None:
+    prompt, other = [7, 8, 9, 9], [7, 8, 9, 5]
+    tokens = [[*prompt, 1], [*other, 1], [*prompt, 2, 3], [*other, 2], [*prompt, 1, 4]]
+    trees = plan_trees(tokens, Images(["a", "b", "a", "b", "a"], [3] * 5))
+    assert trees == [Tree((0, 2, 4), 4), Tree((1, 3), 4)]
+
+
+@pytest.mark.parametrize(
+    ("shown", "ends"),
+    [
+        (["a", "b"], [2, 2]),  # images that differ, if only in a pixel
+        (["a", "a"], [4, 2]),  # an image after the first token that differs
+    ],
+)
+def test_rows_that_must_not_share(shown: list[str], ends: list[int]) -> None:
+    tokens = [[1, 2, 3, 4], [1, 2, 3, 5]]
+    assert plan_trees(tokens, Images(["a", "a"], [2, 2])) == [Tree((0, 1), 3)]
+    assert plan_trees(tokens, Images(shown, ends)) == [Tree((0,), 4), Tree((1,), 4)]
+
+
+def test_rows_alike_in_a_few_first_tokens_only_stay_apart() -> None:
+    assert len(plan_trees([[1, 2, 3, 4, 5, 6], [1, 7, 8, 9, 9, 9]], Images(["", ""], [0, 0]))) == 2
+
+
+def test_equal_rows_are_one_beginning_without_branches() -> None:
+    assert plan_trees([[1, 2, 3]] * 3, Images([""] * 3, [0] * 3)) == [Tree((0, 1, 2), 3)]
+
+
+def test_a_branch_sees_the_beginning_and_itself() -> None:
+    seen = _visible(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
