@@ -32,7 +32,10 @@ def test_base_and_adapter_side_by_side(job_file, scenes: Path, tmp_path: Path, c
     final = str(tmp_path / "runs" / "run" / "final")
     assert main(["evaluate", str(path), "--adapter", final, "--against", str(tmp_path / "base")]) == 0
     folder = tmp_path / "runs" / "run" / "evaluate" / "final"
-    assert {p.name for p in folder.iterdir()} == {"metrics.json", "predictions.jsonl", "predictions.csv", "report.html"}
+    tables = {"predictions.jsonl", "predictions.csv", "metrics.json", "comparison.json"}
+    assert {p.name for p in folder.iterdir()} == tables | {"report.html"}
+    compared = json.loads((folder / "comparison.json").read_text())["differences"]
+    assert compared["f1_50"].keys() == {"difference", "low", "high"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["num_rows"], metrics["num_bad_rows"]) == (12, 0)
     ids = [[json.loads(line)["id"] for line in (f / "predictions.jsonl").open()] for f in (folder, tmp_path / "base")]
