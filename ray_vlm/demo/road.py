@@ -11,7 +11,8 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.demo.story import Step, find_job, measure_step, train_step
 
 PAIRS = "pairs.jsonl"
-NUM_ROWS = 1_000  # whose answers are sampled for pairs
+NUM_ROWS = 700  # whose answers are sampled for pairs
+NUM_STEPS = 40  # of DPO and of GRPO, fewer than their jobs take by themselves: a demo should end soon
 
 
 def walk_road(folder: Path, sft_job: JobConfig, sft_run: Path, say: Callable[[str], None]) -> list[Step]:
@@ -42,7 +43,7 @@ def make_pairs(folder: Path, sft_job: JobConfig, adapter: Path) -> None:
 
 
 def road_job(folder: Path, name: str, adapter: Path) -> JobConfig:
-    """The shipped job of a method, with its paths under `folder` and the adapter that it starts from."""
+    """The shipped job of a method, shortened, with its paths under `folder` and the adapter that it starts from."""
     site = folder / "data/site"
     given = {
         "model.adapter": adapter,
@@ -52,4 +53,5 @@ def road_job(folder: Path, name: str, adapter: Path) -> JobConfig:
         **({"data.train.image_root": site / "train"} if name == "dpo" else {"data.eval.path": site / "eval.json"}),
     }
     places = [f"{key}={json.dumps(str(path))}" for key, path in given.items()]
-    return load_job(find_job(f"demo_{name}.yaml"), [*places, f"run.name={name}"])
+    fewer = [f"train.max_steps={NUM_STEPS}", f"evaluate.every_steps={NUM_STEPS}"]
+    return load_job(find_job(f"demo_{name}.yaml"), [*places, f"run.name={name}", *fewer])

@@ -21,9 +21,9 @@ from ray_vlm.runs.paths import write_json
 JOB = "demo_sft.yaml"
 # Seconds into the demo at which each stage starts; only used to say how long is left.
 _STAGES = {"draw scenes": 0.0, "zero-shot": 10.0, "fine-tune": 40.0, "evaluate": 290.0}
-_ROAD = {"pairs": 310.0, "DPO": 380.0, "GRPO": 520.0}
+_ROAD = {"pairs": 310.0, "DPO": 370.0, "GRPO": 460.0}
 _REPORT_S = 5.0
-_END_S = {False: 315.0, True: 690.0}  # with the road or without
+_END_S = {False: 315.0, True: 650.0}  # with the road or without
 
 
 @dataclass(frozen=True)

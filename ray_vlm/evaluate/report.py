@@ -207,7 +207,8 @@ def learning_curve(
     if len(train) < 2:
         return None
     values = [value for _, value in train + held_out]
-    top, bottom = max(*values, 0.0), min(*values, 0.0)
+    floor = [] if key == "reward" else [0.0]  # a reward has no natural zero, and moves little beside its size
+    top, bottom = max(values + floor), min(values + floor)
     scale, last = (top - bottom) or 1.0, max(step for step, _ in train)
 
     def points(found: list[tuple[int, float]]) -> list[tuple[float, float]]:
