@@ -38,7 +38,7 @@ def _eval(paths: RunPaths) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in hidden} for line in lines]
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("method", [pytest.param("dpo", marks=pytest.mark.slow), "grpo"])
 def test_two_workers_equal_one_process(ray_cluster, method: str, job_of) -> None:
     """Groups stay whole and are the same answers, so advantages and losses are the same."""
     path = job_of(method)

@@ -91,6 +91,7 @@ def _kill_the_controller() -> None:
         os.kill(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_failures_beyond_the_budget_end_the_run_with_the_cause(ray_cluster, small: Path, tmp_path: Path) -> None:
     paths = RunPaths(tmp_path / "runs" / "run")
     _at_step(paths, 2, lambda: _kill_a_worker(0))
