@@ -38,7 +38,7 @@ def measure_classification(predictions: Sequence[Prediction]) -> dict[str, Any]:
             values[name].add(value)
     for p in predictions:
         for name, value in p.truth["attributes"].items():
-            found = _known(p.found.get("attributes", {}).get(name), values[name])
+            found = known_value(p.found.get("attributes", {}).get(name), values[name])
             right = p.score["correct"][name]
             counts[f"{name}={value}"]["hits" if right else "misses"] += 1
             if found is not None and not right:
@@ -57,7 +57,7 @@ def measure_classification(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {"overall": overall, "per_class": per_class}
 
 
-def _known(found: str | None, values: set[str]) -> str | None:
+def known_value(found: str | None, values: Iterable[str]) -> str | None:
     """The value of the data that an answer means, case and spaces aside; None for one that the data do not have."""
     return next((value for value in values if found is not None and same_words(found, value)), None)
 

@@ -68,29 +68,33 @@ def compare(stages: Sequence[Stage]) -> dict[str, dict[str, float]]:
 
 def write_report(
     path: Path, title: str, stages: Sequence[Stage], runs: Mapping[str, Path], notes: Sequence[str] = ()
-) -> None:
-    """Write the report. `runs`: names of runs (empty where there is one) and their `metrics.jsonl`, for the curves;
-    `notes` are lines of text."""
+) -> dict[str, dict[str, float]]:
+    """Write the report; returns how the last stage differs from the first (`compare`).
+
+    `runs`: names of runs (empty where there is one) and their `metrics.jsonl`, for the curves; `notes`: lines of text.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    changes = compare(stages)
     curves = [learning_curve(current_lines(read_metrics(file)), name) for name, file in runs.items()]
     html = environment.get_template("report.html.j2").render(
         title=title,
         notes=notes,
         stages=stages,
-        headlines=_headlines(stages),
+        headlines=_headlines(stages, changes),
         class_number=next((t for k, t in _CLASS_NUMBERS.items() if k in _any_class(stages)), "F1"),
         classes=_class_table(stages),
         curves=[curve for curve in curves if curve],
         images=[p for i in choose_images(stages[-1].predictions) if (p := _picture(i, stages)) is not None],
     )
     path.write_text(html, encoding="utf-8")
+    return changes
 
 
-def _headlines(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+def _headlines(stages: Sequence[Stage], changes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The metrics of all stages, with their intervals where they are known."""
-    changes, rows = compare(stages), []
+    rows = []
     for name in (name for name in _TITLES if name in stages[-1].metrics["overall"]):
         values = [stage.metrics["overall"][name] for stage in stages]
         sure = [stage.metrics.get("intervals", {}).get(name) for stage in stages]

@@ -20,7 +20,7 @@ from ray_vlm.evaluate.intervals import measure_intervals
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.predict import generate_answers
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
-from ray_vlm.evaluate.report import Stage, compare, write_report
+from ray_vlm.evaluate.report import Stage, write_report
 from ray_vlm.models.load import load_adapter, load_model
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
@@ -120,11 +120,10 @@ def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None,
             raise RunError(f"{against} and {folder} hold different test rows, so they cannot be compared.")
         stages.insert(0, other)
     runs = {"": Path(adapter).parent / "metrics.jsonl"} if adapter and not is_remote(adapter) else {}
-    write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, runs)
+    changes = write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, runs)
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
     print(f"{metrics['num_rows']} rows: {numbers}")
     if other is not None:
-        changes = compare(stages)
         write_json(folder / "comparison.json", {"against": str(against), "differences": changes})
         told = (f"{name} {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})" for name, c in changes.items())
         print(f"against {other.title}, with 95 % intervals: {'  '.join(told)}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_vlm.tasks.answers import same_words
+from ray_vlm.evaluate.metrics import known_value
 
 Row = Mapping[str, Any]  # a line of predictions.jsonl
 
@@ -74,8 +74,7 @@ def _of_classification(rows: Sequence[Row]) -> dict[str, Statistic]:
         for name, value in row["truth"]["attributes"].items():
             right = row["score"]["correct"][name]
             counts[i, column[name, value], 0 if right else 1] += 1
-            found = row["found"].get("attributes", {}).get(name)
-            meant = next((v for v in values[name] if found is not None and same_words(found, v)), None)
+            meant = known_value(row["found"].get("attributes", {}).get(name), values[name])
             if meant is not None and not right:
                 counts[i, column[name, meant], 2] += 1
     parts = [[column[name, value] for value in known] for name, known in values.items()]
