@@ -1,8 +1,9 @@
 """DPO and GRPO from the demo's SFT adapter, as their jobs ship (4-bit LoRA on 2 cores, through Ray Train), in seeds.
 
 The adapter is trained once, by `demo_sft.yaml`. Each seed then samples pairs of its own from that adapter and trains
-`demo_dpo.yaml` on them, held-out pairs being a quarter; and trains `demo_grpo.yaml`. Reward (of answers sampled as the
-job does, and of greedy ones) and F1 are measured before and after on the demo's test images, which no stage has seen.
+`demo_dpo.yaml` on them, held-out pairs being a quarter; and trains `demo_grpo.yaml`. The bar on reward is on answers
+that are sampled as the job does; with F1 it is measured before and after on the demo's test images, which no stage has
+seen. The reward of greedy answers, without a bar, is the validation's, on the eval images.
 A seed takes about nine minutes; `--full` runs three.
 """
 
