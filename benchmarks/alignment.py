@@ -36,7 +36,7 @@ def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
     from ray_vlm.data.preprocessing import read_preprocessing
     from ray_vlm.data.spec import row_spec
     from ray_vlm.data.splits import load_parts
-    from ray_vlm.evaluate.samples import Work, sample_local
+    from ray_vlm.evaluate.samples import sample_answers
 
     method = job.method
     sampled = {
@@ -56,8 +56,8 @@ def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
     )
     parts = load_parts(job, ["test"], read_preprocessing(adapter, row_spec(job, [])))
     assert parts.test is not None
-    work = Work(job, parts.spec, parts.test.records, str(adapter))
-    rewards = [sample.reward for batch in sample_local(work) for of_row in batch for sample in of_row]
+    batches = sample_answers(job, parts.spec, parts.test.records, str(adapter), num_actors=0)
+    rewards = [sample.reward for batch in batches for of_row in batch for sample in of_row]
     return statistics.fmean(rewards)
 
 

@@ -150,6 +150,13 @@ class Evaluate(Section):
     )
     num_samples: int | None = Field(200, ge=1, le=Largest, description="Validation rows, evenly spaced. null: all.")
     batch_size: int = Field(8, ge=1, le=Largest, description="Rows that are generated at a time.")
+    num_replicas: int | None = Field(
+        None,
+        ge=0,
+        le=Largest,
+        description="Processes of `ray-vlm evaluate` and `predict` that hold the model, each with the resources of a "
+        "worker; 0 is the command's own. null: `cluster.num_workers` on GPUs, 0 on a CPU.",
+    )
     max_new_tokens: int = Field(512, ge=1, le=Largest, description="Longest answer.")
 
 
@@ -193,6 +200,7 @@ class Track(Section):
 
     wandb: bool = Field(False, description="Send numbers to Weights & Biases; offline when there is no key.")
     wandb_project: str = Field("ray-vlm", description="Project name in Weights & Biases.")
+    tensorboard: bool = Field(False, description="Write event files for TensorBoard into the run's `tensorboard/`.")
 
 
 class Run(Section):

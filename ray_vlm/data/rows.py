@@ -99,14 +99,19 @@ class Preparer:
                 return reason
         elif not record.images and self.spec.task.name != "chat":
             return f"its prompt has no image, and {self.spec.task.name} needs one; add it or remove the row"
-        turns, answers = self.turns(record), self.answers(record)
+        return self.question_problem(record) or self._text_problem([answer.text for answer in self.answers(record)])
+
+    def question_problem(self, record: Record) -> str | None:
+        """Why a record cannot be asked, if so, whatever its answer."""
+        turns = self.turns(record)
         tags = sum(text.count(IMAGE) for _, text in turns)
         if tags != len(record.images):
             return f"its text holds {tags} {IMAGE} tags for {len(record.images)} images; remove those that are too many"
-        for text in (*(text for _, text in turns), *(answer.text for answer in answers)):
-            if found := self._reserved(text):
-                return f"its text holds {found!r}, which the tokenizer does not read as text; remove it"
-        return None
+        return self._text_problem([text for _, text in turns])
+
+    def _text_problem(self, texts: Sequence[str]) -> str | None:
+        found = next((token for text in texts if (token := self._reserved(text))), None)
+        return f"its text holds {found!r}, which the tokenizer does not read as text; remove it" if found else None
 
     def token_counts(self, record: Record) -> tuple[int, int, int]:
         """Tokens of (images, prompt without images, answers); reads no pixels."""

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ray_vlm.data.sheet import Cell, Mark
-from ray_vlm.data.stats_plot import font_families
 from ray_vlm.data.survey import plain
+from ray_vlm.runs.drawing import font_families
 from ray_vlm.tasks.boxes import Frame
 
 _COLORS = ("#e6194b", "#0a84d0", "#2e9e3f", "#e07b00", "#9b30c9", "#008f8f", "#d6358c", "#7a5c2e", "#5560e0", "#6b8e00")

@@ -8,28 +8,9 @@ import numpy as np
 
 from ray_vlm.data.stats import MEDIUM_PX, SMALL_PX, THIN_PX, Stats, size_changes
 from ray_vlm.data.stats_text import shorten
+from ray_vlm.runs.drawing import BLUE, GREY, INK, ORANGE, STYLE, font_families
 
 _SHOWN_CLASSES = 20
-_BLUE, _ORANGE, _GREY, _INK = "#3b6fb6", "#e08a2e", "#9aa3ad", "#22303c"
-_STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": _INK,
-    "axes.titlepad": 12.0,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e9ed",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a class may be called `$5`
-}
 
 
 def draw_stats(stats: Stats, title: str) -> bytes:
@@ -48,27 +29,18 @@ def draw_stats(stats: Stats, title: str) -> bytes:
         panels.append(_boxes)
     columns = 2 if len(panels) in (2, 4) else len(panels)
     lines = -(-len(panels) // columns)
-    style: Any = {**_STYLE, "font.family": font_families()}
+    style: Any = {**STYLE, "font.family": font_families()}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         space = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.06, hspace=0.08)
         figure = Figure(figsize=(13, 4.4 * lines + 0.6), dpi=110, layout=space)
         FigureCanvasAgg(figure)
-        figure.suptitle(shorten([title], 110)[0], x=0.012, ha="left", fontsize=14, color=_INK)
+        figure.suptitle(shorten([title], 110)[0], x=0.012, ha="left", fontsize=14, color=INK)
         for panel, axes in zip(panels, np.atleast_1d(figure.subplots(lines, columns)).flat, strict=True):
             panel(axes, stats)
         out = io.BytesIO()
         figure.savefig(out, format="png")
     return out.getvalue()
-
-
-def font_families() -> list[str]:
-    """The fonts to draw with: matplotlib's own, then one with Chinese, Japanese and Korean where there is one."""
-    from matplotlib import font_manager
-
-    known = {font.name for font in font_manager.fontManager.ttflist}
-    wanted = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC")
-    return ["DejaVu Sans", *[name for name in (*wanted, "Microsoft YaHei", "Arial Unicode MS") if name in known][:1]]
 
 
 def _classes(axes: Any, stats: Stats) -> None:
@@ -78,12 +50,12 @@ def _classes(axes: Any, stats: Stats) -> None:
     hidden = len(stats.classes) - len(shown)
     names = shorten([entry["tag"] for entry in shown], 28)
     rows = [entry["rows"] for entry in shown]
-    bars = axes.barh(range(len(shown)), rows, color=_BLUE, height=0.7)
+    bars = axes.barh(range(len(shown)), rows, color=BLUE, height=0.7)
     rarest = min(rows)
     for bar, entry in zip(bars, shown, strict=True):
-        bar.set_color(_ORANGE if entry["rows"] == rarest and rarest < max(rows) else _BLUE)
+        bar.set_color(ORANGE if entry["rows"] == rarest and rarest < max(rows) else BLUE)
         text = f" {entry['rows']:,} ({entry['share']:.1%})"
-        axes.text(bar.get_width(), bar.get_y() + bar.get_height() / 2, text, va="center", fontsize=9, color=_INK)
+        axes.text(bar.get_width(), bar.get_y() + bar.get_height() / 2, text, va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(shown)), names)
     axes.set_xlim(0, max(rows) * 1.25)
     axes.set_ylim(max(len(shown), 5) - 0.4, -0.6)
@@ -91,17 +63,17 @@ def _classes(axes: Any, stats: Stats) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("training rows that have it")
     note = "rows, and their share of all; the rarest in orange"
-    axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=9, color=_INK)
+    axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=9, color=INK)
     axes.set_title(f"Classes ({hidden} in between not shown)" if hidden else "Classes", pad=26)
 
 
 def _tokens(axes: Any, stats: Stats) -> None:
     values = stats.tokens["all"]
     low, high = int(values.min()), int(values.max())
-    axes.hist(values, bins=np.linspace(low - 0.5, high + 0.5, min(40, high - low + 1) + 1), color=_BLUE)
-    lines = [("median", float(np.median(values)), _INK, "-"), ("p95", float(np.percentile(values, 95)), _INK, "--")]
+    axes.hist(values, bins=np.linspace(low - 0.5, high + 0.5, min(40, high - low + 1) + 1), color=BLUE)
+    lines = [("median", float(np.median(values)), INK, "-"), ("p95", float(np.percentile(values, 95)), INK, "--")]
     if stats.max_tokens is not None:
-        lines.append(("data.max_tokens", float(stats.max_tokens), _ORANGE, "-"))
+        lines.append(("data.max_tokens", float(stats.max_tokens), ORANGE, "-"))
     for name, at, color, style in lines:
         axes.axvline(at, color=color, linestyle=style, linewidth=1.4, label=f"{name} {at:,.0f}")
     axes.set_xlabel("tokens of a row, images counted")
@@ -115,12 +87,12 @@ def _tokens(axes: Any, stats: Stats) -> None:
 def _images(axes: Any, stats: Stats) -> None:
     sizes, counts = np.unique(stats.images, axis=0, return_counts=True)
     area = 30 + 220 * counts / counts.max() if len(sizes) <= 200 else np.full(len(sizes), 14.0)
-    axes.scatter(sizes[:, 0], sizes[:, 1], s=area, color=_BLUE, alpha=0.55, linewidths=0)
+    axes.scatter(sizes[:, 0], sizes[:, 1], s=area, color=BLUE, alpha=0.55, linewidths=0)
     wide, tall = 1.15 * sizes[:, 0].max(), 1.15 * sizes[:, 1].max()
     across = np.linspace(1, wide, 400)
     for limit, name, style in ((stats.min_pixels, "min_pixels", ":"), (stats.max_pixels, "max_pixels", "--")):
         if (limit / across < tall).any():
-            axes.plot(across, limit / across, color=_ORANGE, linestyle=style, label=f"{name} {limit:,}")
+            axes.plot(across, limit / across, color=ORANGE, linestyle=style, label=f"{name} {limit:,}")
     axes.set_xlim(0, wide)
     axes.set_ylim(0, tall)
     axes.set_xlabel("width in pixels")
@@ -136,13 +108,13 @@ def _boxes(axes: Any, stats: Stats) -> None:
     both = np.maximum(np.concatenate([original, resized]), 1.0)
     far_apart = both.max() > 8 * both.min()
     bins = (np.geomspace if far_apart else np.linspace)(both.min() * 0.95, both.max() * 1.05, 32)
-    axes.hist(np.maximum(resized, 1), bins=bins, color=_BLUE, alpha=0.85, label="as the model sees them")
-    axes.hist(np.maximum(original, 1), bins=bins, histtype="step", color=_ORANGE, linewidth=1.6, label="in the files")
+    axes.hist(np.maximum(resized, 1), bins=bins, color=BLUE, alpha=0.85, label="as the model sees them")
+    axes.hist(np.maximum(original, 1), bins=bins, histtype="step", color=ORANGE, linewidth=1.6, label="in the files")
     for side, name in ((SMALL_PX, "small | medium"), (MEDIUM_PX, "medium | large")):
         if bins[0] < side < bins[-1]:
-            axes.axvline(side, color=_GREY, linestyle="--", linewidth=1.2)
+            axes.axvline(side, color=GREY, linestyle="--", linewidth=1.2)
             place = axes.get_xaxis_transform()
-            axes.text(side, 0.985, f" {name}", transform=place, fontsize=8.5, color=_INK, va="top", ha="left")
+            axes.text(side, 0.985, f" {name}", transform=place, fontsize=8.5, color=INK, va="top", ha="left")
     if far_apart:
         axes.set_xscale("log")
         ticks = [v for v in (1, 2, 4, 8, 16, 32, 64, 96, 192, 384, 768, 1536, 3072) if bins[0] <= v <= bins[-1]]

@@ -117,7 +117,8 @@ def train_step(job: JobConfig, name: str) -> Path:
 
 
 def _report(folder: Path, steps: Sequence[Step]) -> None:
-    from ray_vlm.evaluate.report import Stage, write_report
+    from ray_vlm.evaluate.pictures import Stage
+    from ray_vlm.evaluate.report import write_report
     from ray_vlm.evaluate.run import read_predictions
 
     stages = [Stage(s.title, s.metrics, read_predictions(folder / "evaluate" / s.name)) for s in steps]

@@ -20,7 +20,7 @@ from ray_vlm.data.splits import load_parts
 from ray_vlm.data.tables import text_fault
 from ray_vlm.errors import ConfigError
 from ray_vlm.evaluate.pair_file import check_output, describe_pairs, name_images, write_about, write_rows
-from ray_vlm.evaluate.samples import Sample, Work, load_scoring, sample_local, sample_ray
+from ray_vlm.evaluate.samples import Sample, load_scoring, sample_answers
 from ray_vlm.methods.rewards import check_rewards
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.store import full_address
@@ -56,10 +56,9 @@ def make_pairs(
         say(f"note: {note}")
     if index.bad:
         say(f"{len(index.bad)} bad rows left out; `ray-vlm data check` names them")
-    local = job.cluster.num_workers == 0
-    where = weights if local or adapter is None else full_address(adapter)
-    work = Work(job, parts.spec, index.records, where)
-    with closing(sample_local(work) if local else sample_ray(work)) as batches:
+    workers = job.cluster.num_workers
+    where = weights if workers == 0 or adapter is None else full_address(adapter)
+    with closing(sample_answers(job, parts.spec, index.records, where, workers)) as batches:
         rows = build_rows(index.records, batches, preparer, names, job.pairs.min_margin)
         told = write_rows(path, rows, len(index), say)
     about = {

@@ -7,6 +7,7 @@ import csv
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,52 @@ from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import row_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.evaluate.actors import Work
+from ray_vlm.evaluate.generate import answer_all, plan_batches
 from ray_vlm.evaluate.intervals import measure_intervals
 from ray_vlm.evaluate.metrics import measure
-from ray_vlm.evaluate.predict import generate_answers
+from ray_vlm.evaluate.pictures import Stage
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
-from ray_vlm.evaluate.report import Stage, write_report
-from ray_vlm.models.load import load_adapter, load_model
+from ray_vlm.evaluate.report import write_report
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
-from ray_vlm.runs.store import is_remote
+from ray_vlm.runs.store import full_address, is_remote
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: the base as the job loads it, or an adapter on it; `folder`: its name among several."""
+
+    title: str
+    folder: str
+    job: JobConfig
+    adapter: str | None = None
+
+
+def plan_subjects(job: JobConfig, adapters: Sequence[str], base: bool, unquantised: bool) -> list[Subject]:
+    """What to measure, in the order of the report: the base unquantised, the base, the adapters.
+
+    With nothing asked for, the base. In one report the loss by quantisation is not mistaken for training's.
+    """
+    subjects = []
+    if unquantised and job.model.load_in_4bit:
+        whole = job.model_copy(update={"model": job.model.model_copy(update={"load_in_4bit": False})})
+        subjects.append(Subject("base, not quantised", "base-unquantised", whole))
+    if base or not adapters:
+        subjects.append(Subject("base, 4 bit" if job.model.load_in_4bit else "base", "base", job))
+    names = [Path(adapter.partition("?")[0]).parts[-2:] for adapter in adapters]
+    for i, (adapter, parts) in enumerate(zip(adapters, names, strict=True)):
+        title = "/".join(parts) if names.count(parts) == 1 else f"{'/'.join(parts)} ({i + 1})"
+        subjects.append(Subject(title, f"{i + 1}-{'-'.join(parts)}", job, adapter))
+    return subjects
 
 
 def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Write `predictions.jsonl`, `predictions.csv` and `metrics.json` into `folder`; returns the metrics.
+    """Write `predictions.jsonl`, `predictions.csv`, `details.json` and `metrics.json` into `folder`; returns the
+    metrics.
 
-    `adapter`: a run's `best/` or `final/`; None is the untouched base, the zero-shot baseline.
+    `adapter`: a run's `best/` or `final/`; None is the untouched base, the zero-shot baseline. Answers that an earlier
+    call left there, made from the same inputs, are not made again.
     """
     if job.data.test is None:
         raise ConfigError("`data.test` is missing: headline numbers never come from rows that chose a checkpoint.")
@@ -38,23 +70,11 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     parts = load_parts(job, ["test"], read_preprocessing(weights, row_spec(job, [])) if weights is not None else None)
     index = parts.test
     assert index is not None
-    preparer = load_preparer(parts.spec)
-    device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
-    _use_threads(job)
-    model = load_model(job.model, job.train.bf16, device)
-    if weights is not None:
-        model = load_adapter(model, weights, job.model)
-    started = time.monotonic()
-
-    def progress(done: int) -> None:
-        rate = done / (time.monotonic() - started)
-        say(f"predicted {done}/{len(index)} rows, {rate:.1f}/s, {(len(index) - done) / rate:.0f} s left")
-
-    options = job.evaluate
-    answers = generate_answers(
-        model, index.records, preparer, options.batch_size, options.max_new_tokens, device, progress
-    )
-    predictions = build_predictions(index.records, answers, preparer)
+    started, actors = time.monotonic(), num_actors(job)
+    where = weights if actors == 0 or adapter is None else full_address(adapter)
+    batches = plan_batches(index.image_tokens + index.prompt_tokens, job.evaluate.batch_size)
+    answers = answer_all(Work(job, parts.spec, index.records, where, batches), folder, actors, say)
+    predictions = build_predictions(index.records, answers, load_preparer(parts.spec))
     metrics = measure(job.task.name, predictions)
     metrics |= {"adapter": adapter, "test": _told(job), "wall_s": time.monotonic() - started}
     metrics["num_bad_rows"] = len(index.bad)
@@ -64,8 +84,16 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
         write_bad_rows(folder / "bad_rows.jsonl", {"test": index.bad})
         say(f"{len(index.bad)} bad rows left out; see {folder / 'bad_rows.jsonl'}")
     write_predictions(folder, predictions)
+    write_json(folder / "details.json", metrics | {"rows": [p.as_dict() for p in predictions]})
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def num_actors(job: JobConfig) -> int:
+    """How many processes hold the model; 0 is this one."""
+    if job.evaluate.num_replicas is not None:
+        return job.evaluate.num_replicas
+    return job.cluster.num_workers if job.cluster.gpus_per_worker else 0
 
 
 def _told(job: JobConfig) -> str:
@@ -73,12 +101,6 @@ def _told(job: JobConfig) -> str:
     test, train = job.data.test, job.data.train
     assert test is not None
     return test.path or f"{test.ratio} of {train.path if train else ''}"
-
-
-def _use_threads(job: JobConfig) -> None:
-    import torch
-
-    torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
 
 
 def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
@@ -105,30 +127,51 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def evaluate_and_report(job: JobConfig, adapter: str | None, output: str | None, against: str | None) -> Path:
+def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str | None, against: str | None) -> Path:
     """What `ray-vlm evaluate` does: evaluate, print the headlines, write `report.html`. Returns the folder."""
-    base = f"{Path(job.model.name).name}-{Path(job.data.test.path).stem or 'test' if job.data.test else 'test'}"
-    default = Path(adapter).parent / "evaluate" / Path(adapter).name if adapter else None
-    if output is None and is_remote(adapter or job.run.output_dir):
-        raise ConfigError("results are written to a folder, and this adapter or run lies elsewhere. Give --output.")
-    folder = Path(output) if output else default or Path(job.run.output_dir) / "evaluate" / base
-    other = load_stage(Path(against), Path(against).name, job.task.name) if against is not None else None
-    metrics = evaluate(job, adapter, folder)
-    stages = [Stage(folder.name, metrics, read_predictions(folder))]
-    if other is not None:
-        if [p["id"] for p in other.predictions] != [p["id"] for p in stages[0].predictions]:
-            raise RunError(f"{against} and {folder} hold different test rows, so they cannot be compared.")
-        stages.insert(0, other)
-    runs = {"": Path(adapter).parent / "metrics.jsonl"} if adapter and not is_remote(adapter) else {}
+    folder = _place(job, subjects, output)
+    stages = []
+    if against is not None:
+        stages.append(load_stage(Path(against), Path(against).name, job.task.name))
+    for subject in subjects:
+        where = folder if len(subjects) == 1 else folder / subject.folder
+        metrics = evaluate(subject.job, subject.adapter, where)
+        stages.append(Stage(subject.title, metrics, read_predictions(where)))
+        numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
+        print(f"{subject.title}, {metrics['num_rows']} rows: {numbers}")
+    if other := next((s for s in stages if _ids(s) != _ids(stages[0])), None):
+        raise RunError(f"{stages[0].title} and {other.title} hold different test rows, so they cannot be compared.")
+    runs = {
+        s.title if len(subjects) > 1 else "": Path(s.adapter).parent / "metrics.jsonl"
+        for s in subjects
+        if s.adapter and not is_remote(s.adapter)
+    }
     changes = write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, runs)
-    numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
-    print(f"{metrics['num_rows']} rows: {numbers}")
-    if other is not None:
-        write_json(folder / "comparison.json", {"against": str(against), "differences": changes})
+    if changes:
+        first, last = stages[0].title, stages[-1].title
+        write_json(folder / "comparison.json", {"of": last, "against": against or first, "differences": changes})
         told = (f"{name} {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})" for name, c in changes.items())
-        print(f"against {other.title}, with 95 % intervals: {'  '.join(told)}")
+        print(f"{last} against {first}, with 95 % intervals: {'  '.join(told)}")
     print(f"report {folder / 'report.html'}")
     return folder
+
+
+def _ids(stage: Stage) -> list[str]:
+    return [p["id"] for p in stage.predictions]
+
+
+def _place(job: JobConfig, subjects: Sequence[Subject], output: str | None) -> Path:
+    """Where results go: beside the adapter, or for the base and for several under the job's output folder."""
+    if output:
+        return Path(output)
+    adapter = subjects[0].adapter if len(subjects) == 1 else None
+    if is_remote(adapter or job.run.output_dir):
+        raise ConfigError("results are written to a folder, and this adapter or run lies elsewhere. Give --output.")
+    if adapter:
+        return Path(adapter).parent / "evaluate" / Path(adapter).name
+    test = Path(job.data.test.path).stem if job.data.test and job.data.test.path else "test"
+    name = f"{Path(job.model.name).name}-{test}"
+    return Path(job.run.output_dir) / "evaluate" / (name if len(subjects) == 1 else f"{name}-{len(subjects)}")
 
 
 def load_stage(folder: Path, title: str, task: str) -> Stage:

@@ -2,7 +2,7 @@
 
 SFT: the loss, and the task's metrics by generating where the job's metric is one. DPO: loss, accuracy and margin of
 pairs. GRPO: rewards of greedy answers, with each part, and the task's metrics where the rows have a truth. Every
-function takes this rank's records and gives every rank the same numbers.
+function takes this rank's records and gives every rank the same numbers. What was answered stays in `trainer.shown`.
 """
 
 import time
@@ -14,8 +14,8 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.collate import collate, collate_pairs
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.rows import Preparer
+from ray_vlm.evaluate.generate import generate_answers
 from ray_vlm.evaluate.metrics import measure
-from ray_vlm.evaluate.predict import generate_answers
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.methods.groups import score_answers
 from ray_vlm.methods.rewards import total
@@ -33,7 +33,8 @@ def validate_answers(
     metrics = {"loss": sums[0] / max(sums[1], 1.0)}
     if options.metric != "loss":
         answers = generate_answers(model, records, preparer, options.batch_size, options.max_new_tokens, device)
-        metrics |= _measure(build_predictions(records, answers, preparer), job, world_size)
+        trainer.shown = build_predictions(records, answers, preparer)
+        metrics |= _measure(trainer.shown, job, world_size)
     model.train(was_training)
     return metrics | {"validation_s": time.monotonic() - started}
 
@@ -127,7 +128,8 @@ def validate_rewards(
         values = [of_answer[name] for of_answer in everyone if of_answer[name] is not None]
         metrics[f"reward_{name.rpartition(':')[2]}" if name else "reward"] = sum(values) / max(len(values), 1)
     if records and isinstance(records[0], SftRecord):
-        metrics |= _measure(build_predictions(records, answers, preparer), job, world_size)
+        trainer.shown = build_predictions(records, answers, preparer)
+        metrics |= _measure(trainer.shown, job, world_size)
     if job.method.num_generations_eval:
         totals = [of_answer[""] for of_answer in _sample(trainer, records, preparer, job, device)]
         rewards = [value for part in _gather(totals, world_size) for value in part]

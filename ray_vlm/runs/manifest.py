@@ -88,12 +88,17 @@ def finish_manifest(paths: RunPaths, status: str, result: dict[str, Any] | None 
 
 
 def is_running(paths: RunPaths) -> dict[str, Any] | None:
-    """The process on this machine that still drives the run (`host`, `pid`), or None. Of other machines nothing is
-    known; should two drivers meet, the workers of the older attempt give up (`train/attempt.py`)."""
-    attempts = json.loads(paths.run.read_text()).get("attempts") or [{}]
+    """The other process on this machine that still drives the run (`host`, `pid`), or None. Of other machines nothing
+    is known; should two drivers meet, the workers of the older attempt give up (`train/attempt.py`)."""
+    driver = living_driver(json.loads(paths.run.read_text()))
+    return None if driver is None or driver["pid"] == os.getpid() else driver
+
+
+def living_driver(run: dict[str, Any]) -> dict[str, Any] | None:
+    """The process on this machine that drives a run, by what its `run.json` says, or None."""
+    attempts = run.get("attempts") or [{}]
     driver = attempts[-1].get("driver")
-    here = _this_process()
-    if not driver or "ended" in attempts[-1] or driver["host"] != here["host"] or driver["pid"] == here["pid"]:
+    if not driver or "ended" in attempts[-1] or driver["host"] != platform.node():
         return None
     return driver if _started(driver["pid"]) == driver["started"] else None
 

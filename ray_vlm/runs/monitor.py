@@ -1,4 +1,4 @@
-"""Every number that is ever shown: one line in `metrics.jsonl`, and the same to Weights & Biases where asked for.
+"""Every number that is ever shown: one line in `metrics.jsonl`, and the same to trackers where asked for.
 
 Lines have `kind` start, train (every optimizer step), epoch, eval, checkpoint or note, with `attempt`, `step` (the true
 global step), `epoch` and `time` (seconds since 1970). Only rank 0 writes. The file only grows: an attempt that goes on
@@ -7,19 +7,11 @@ from step k opens with a start line of that step, and what earlier attempts say 
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-# name in metrics.jsonl -> name in W&B
-_WANDB_NAMES = {
-    "train": {"loss": "train/batch_loss", "learning_rate": "train/learning_rate", "epoch": "train/epoch"},
-    "epoch": {"loss": "train/epoch_avg_loss"},
-    "checkpoint": {"checkpoint_s": "train/checkpoint_s"},
-}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -55,15 +47,15 @@ def current_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 class Monitor:
     """Appends to `metrics.jsonl`; `close` it at the end.
 
-    `wandb`: None, or `{"project", "name", "id", "config", "dir"}`. `show` is called with each line written, `publish`
-    when the file should be copied to where the run is kept.
+    `trackers`: as `runs/track.py` has them. `show` is called with each line written, `publish` when the file should be
+    copied to where the run is kept.
     """
 
     def __init__(
         self,
         path: Path,
         attempt: int,
-        wandb: dict[str, Any] | None = None,
+        trackers: Sequence[Any] = (),
         show: Callable[[dict[str, Any]], None] | None = None,
         publish: Callable[[], None] | None = None,
     ):
@@ -74,11 +66,12 @@ class Monitor:
         self._attempt = attempt
         self._show = show
         self._publish = publish or (lambda: None)
-        self._wandb = _start_wandb(wandb) if wandb else None
+        self._trackers = trackers
 
-    def start(self, step: int, trainable: dict[str, dict[str, int]]) -> None:
-        """The first line of an attempt: the step that it goes on from, and weights by part of the model."""
-        self._put(self._line("start", step) | {"trainable": trainable})
+    def start(self, step: int, trainable: dict[str, dict[str, int]], device: str = "") -> None:
+        """The first line of an attempt: the step that it goes on from, weights by part of the model, and the name of
+        the card or processor that rank 0 has."""
+        self._put(self._line("start", step) | {"trainable": trainable, "device": device})
         self.publish()
 
     def note(self, step: int, text: str) -> None:
@@ -93,8 +86,14 @@ class Monitor:
         numbers = {k: _plain(v) for k, v in values.items()}
         line = self._line(kind, step) | {"epoch": round(epoch, 4)}
         self._put(line | numbers)
-        if self._wandb is not None:
-            self._wandb.log(_wandb_names(kind, line | values), step=step)
+        for tracker in self._trackers:
+            tracker.log(kind, line | values, step)
+
+    def pictures(self, step: int, draw: Callable[[], Sequence[tuple[str, Any]]]) -> None:
+        """Sample images for the trackers; `draw` gives captions and PIL images, and is called only if there are any."""
+        if self._trackers and (images := draw()):
+            for tracker in self._trackers:
+                tracker.pictures(images, step)
 
     def _put(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -111,25 +110,10 @@ class Monitor:
         """Write out and copy what is left."""
         self._file.close()
         self.publish()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def _plain(value: Any) -> float | int | None:
     number = value if isinstance(value, int) and not isinstance(value, bool) else float(value)
     return number if math.isfinite(number) else None
-
-
-def _wandb_names(kind: str, line: dict[str, Any]) -> dict[str, Any]:
-    if kind == "eval":
-        return {f"eval/{k}": v for k, v in line.items() if k not in ("kind", "attempt", "step", "epoch", "time")}
-    names = _WANDB_NAMES[kind]
-    extra = {k: f"train/{k}" for k in ("grad_norm", "tokens_per_s") if kind == "train"}
-    return {new: line[old] for old, new in (names | extra).items() if old in line}
-
-
-def _start_wandb(options: dict[str, Any]) -> Any:
-    import wandb
-
-    mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return wandb.init(mode=os.environ.get("WANDB_MODE", mode), resume="allow", **options)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.spec import Row
+from ray_vlm.train.clock import Clock
 
 
 class PlannedBatches:
@@ -18,6 +19,7 @@ class PlannedBatches:
 
     `build` makes what the trainer takes of the stream's rows. `first`: number of the stream's first micro-batch. In an
     epoch that is resumed midway only the rest comes. `accumulation`: what the trainer counts as batches of one step.
+    `clock` is told how long rows were waited for; `num_images` counts what came.
     """
 
     def __init__(
@@ -27,7 +29,10 @@ class PlannedBatches:
         build: Callable[[list[Row]], Any],
         accumulation: int,
         first: int = 0,
+        clock: Clock | None = None,
     ):
+        self.clock = clock or Clock("cpu")
+        self.num_images = 0
         self._next = first
         self._stream = stream
         self._plan = plan
@@ -40,11 +45,15 @@ class PlannedBatches:
     def __iter__(self) -> Iterator[Any]:
         whole = self._plan.steps_per_epoch * self._plan.accumulation
         for _ in range(whole - self._next % whole):
-            rows = next(self._stream, None)
+            with self.clock.phase("data", host=True):
+                rows = next(self._stream, None)
             if rows is None:
                 return
             self._next += 1
-            yield self._build(rows)
+            self.num_images += sum(len(row.images) for row in rows)
+            with self.clock.phase("collate"):
+                batch = self._build(rows)
+            yield batch
 
     def close(self) -> None:
         """End the stream, also where training stopped before its end."""
@@ -69,6 +78,18 @@ def feed_trainer(trainer_class: type) -> type:
 
         def get_train_dataloader(self) -> PlannedBatches:
             return self.planned_batches
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
+            with self.planned_batches.clock.phase("batch"):
+                return super().get_batch_samples(*args, **kwargs)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            with self.planned_batches.clock.phase("step"):
+                return super().training_step(*args, **kwargs)
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            with self.planned_batches.clock.phase("forward"):
+                return super().compute_loss(*args, **kwargs)
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             metrics = self.validate(self) if self.validate else {}

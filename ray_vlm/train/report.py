@@ -8,7 +8,7 @@ next poll, and its own list of them can be torn. Ours count when their manifest 
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,15 @@ class RunCallback(TrainerCallback):
     """Writes what happens. `monitor` is None on every rank but 0.
 
     `save` writes weights and how inputs were made into a folder; `tell` reports to Ray; `stop_wanted` is asked after
-    every step, on all ranks; `check_owner` before anything is replaced; `logged` names the numbers that are kept.
+    every step, on all ranks; `check_owner` before anything is replaced; `logged` names the numbers that are kept;
+    `gradients` gives their norms by part of the model, `usage` what the step took since it was last asked, `samples`
+    captions and images of the last validation.
     """
 
     logged: Callable[[dict[str, Any]], dict[str, Any]] = staticmethod(lambda logs: dict(logs))
+    gradients: Callable[[Any], dict[str, float]] = staticmethod(lambda model: {})
+    usage: Callable[[], dict[str, float]] = staticmethod(dict)
+    samples: Callable[[], Sequence[tuple[str, Any]]] = staticmethod(tuple)
     stop_wanted: Callable[[], bool] = staticmethod(lambda: False)
     check_owner: Callable[[], None] = staticmethod(lambda: None)
 
@@ -68,12 +73,16 @@ class RunCallback(TrainerCallback):
         self._last = time.monotonic()
         self._tokens = 0.0
         self._step = 0
+        self._norms: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = time.monotonic()
         state.compute_steps(args, state.max_steps)  # a checkpoint's state would bring its old intervals back
         if state.global_step % self.plan.steps_per_epoch == 0:
             self.progress.epoch_losses = []  # those of an epoch that was over
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._norms = self.gradients(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / self.plan.steps_per_epoch  # the Trainer's is wrong in an epoch resumed midway
@@ -96,6 +105,7 @@ class RunCallback(TrainerCallback):
         values = self.logged(logs)
         values["tokens_per_s"] = (tokens - self._tokens) / max(now - self._last, 1e-9)
         values["step_s"] = now - self._last
+        values |= by_part(self._norms, float(logs.get("grad_norm") or 0.0)) | self.usage()
         self._tokens, self._last = tokens, now
         self.progress.epoch_losses.append(float(logs["loss"]))
         if self.monitor is not None:
@@ -114,6 +124,7 @@ class RunCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         metrics: dict[str, float] = kwargs["metrics"]
         self._last = time.monotonic()  # the next step's time must not count the validation
+        self.usage()
         name = self.job.evaluate.metric
         best_so_far = self.progress.best["metrics"][name] if self.progress.best else math.nan
         better = is_better(name, metrics[name], best_so_far)
@@ -123,6 +134,7 @@ class RunCallback(TrainerCallback):
         self.progress.last = {"step": state.global_step, "metrics": metrics}
         if self.monitor is not None:
             self.monitor.write("eval", state.global_step, state.epoch or 0.0, metrics)
+            self.monitor.pictures(state.global_step, self.samples)
             if better:
                 self.check_owner()
                 publish_weights(self.paths, self.paths.best, self.save, state.global_step)
@@ -137,6 +149,13 @@ class RunCallback(TrainerCallback):
             self.monitor.write("checkpoint", state.global_step, state.epoch or 0.0, {"checkpoint_s": self.checkpoint_s})
             self.monitor.publish()
         self._last = time.monotonic()
+
+
+def by_part(norms: dict[str, float], whole: float) -> dict[str, float]:
+    """`grad_norm_<part>`, as `whole` is: from before gradients were clipped, which scaled all parts alike."""
+    clipped = math.hypot(*norms.values())
+    scale = whole / clipped if clipped > 0 else 0.0
+    return {f"grad_norm_{part}": norm * scale for part, norm in norms.items()}
 
 
 def publish_weights(paths: RunPaths, folder: Path, save: Callable[[Path], None], step: int) -> None:

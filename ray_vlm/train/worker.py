@@ -27,7 +27,9 @@ from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
+from ray_vlm.runs.track import TensorBoardTracker, WandbTracker
 from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
+from ray_vlm.train.clock import Clock, name_device, watch_usage
 from ray_vlm.train.stop import agree, watch
 
 
@@ -100,7 +102,7 @@ def _train(
         if monitor is not None:
             for text in attempt.notes:
                 monitor.note(attempt.step, text)
-            monitor.start(attempt.step, count_trainable(trainer.model, preparer.family))
+            monitor.start(attempt.step, count_trainable(trainer.model, preparer.family), name_device(place.device))
         if attempt.step < task.plan.num_steps:
             trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
         else:  # it died between its last checkpoint and `final/`
@@ -194,7 +196,8 @@ def _build_trainer(
     def build(rows: list[Row]) -> Any:
         return method.collate(rows, preparer, place.device)
 
-    trainer.planned_batches = PlannedBatches(stream, plan, build, args.gradient_accumulation_steps, first)
+    clock = Clock(place.device)
+    trainer.planned_batches = PlannedBatches(stream, plan, build, args.gradient_accumulation_steps, first, clock)
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer
@@ -237,6 +240,8 @@ def _fetch(records: Any) -> tuple:
 def _build_callback(
     job: JobConfig, paths: RunPaths, monitor: Any, trainer: Any, task: WorkerTask, place: Place, attempt: Attempt
 ) -> Any:
+    from ray_vlm.evaluate.drawn import draw_predictions
+    from ray_vlm.train.gradients import watch_gradients
     from ray_vlm.train.report import Progress, RunCallback, plain
 
     preprocessing = describe_preprocessing(load_preparer(task.spec))
@@ -256,6 +261,9 @@ def _build_callback(
 
     callback = RunCallback(job, paths, task.plan, monitor, save, tell)
     callback.logged = METHODS[job.method.name].logged
+    callback.gradients = watch_gradients(job, load_preparer(task.spec).family)
+    callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))
+    callback.usage = watch_usage(trainer.planned_batches, place)
     callback.check_owner = lambda: check_owner(paths.store, attempt)
     if attempt.checkpoint is not None:
         callback.progress = Progress(**attempt.checkpoint.about["progress"])
@@ -266,11 +274,17 @@ def _build_monitor(job: JobConfig, paths: RunPaths, task: WorkerTask, place: Pla
     """Rank 0's monitor. In this process it prints as well; under Ray the driver follows the file and prints."""
     if place.rank != 0:
         return None
-    wandb = None
+    trackers: list[Any] = []
     if job.track.wandb:
         run = json.loads(paths.store.read("run.json") or b"{}")
         names = {"project": job.track.wandb_project, "name": paths.name, "dir": str(paths.root), "id": run["id"]}
-        wandb = names | {"config": task.job}
+        trackers.append(WandbTracker(names | {"config": task.job}))
+    if job.track.tensorboard:
+        trackers.append(TensorBoardTracker(paths.root / "tensorboard", attempt.step))
     show = None if place.ray else Console(task.plan.num_steps, job.train.log_every_steps).show
     paths.refresh(paths.metrics)  # an object store cannot append: what is there is written again, with more
-    return Monitor(paths.metrics, attempt.number, wandb, show, lambda: paths.publish(paths.metrics))
+
+    def publish() -> None:
+        paths.publish(paths.metrics, *(paths.root / "tensorboard").glob("*"))
+
+    return Monitor(paths.metrics, attempt.number, trackers, show, publish)

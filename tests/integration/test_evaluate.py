@@ -15,7 +15,7 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.index import build_index
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import RowSpec
-from ray_vlm.evaluate.predict import generate_answers
+from ray_vlm.evaluate.generate import generate_answers
 
 LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
 
@@ -32,15 +32,16 @@ def test_base_and_adapter_side_by_side(job_file, scenes: Path, tmp_path: Path, c
     final = str(tmp_path / "runs" / "run" / "final")
     assert main(["evaluate", str(path), "--adapter", final, "--against", str(tmp_path / "base")]) == 0
     folder = tmp_path / "runs" / "run" / "evaluate" / "final"
-    tables = {"predictions.jsonl", "predictions.csv", "metrics.json", "comparison.json"}
-    assert {p.name for p in folder.iterdir()} == tables | {"report.html"}
+    tables = {"answers.jsonl", "predictions.jsonl", "predictions.csv", "metrics.json", "details.json"}
+    assert {p.name for p in folder.iterdir()} == tables | {"comparison.json", "report.html"}
+    assert len(json.loads((folder / "details.json").read_text())["rows"]) == 12
     compared = json.loads((folder / "comparison.json").read_text())["differences"]
     assert compared["f1_50"].keys() == {"difference", "low", "high"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["num_rows"], metrics["num_bad_rows"]) == (12, 0)
     ids = [[json.loads(line)["id"] for line in (f / "predictions.jsonl").open()] for f in (folder, tmp_path / "base")]
     assert ids[0] == ids[1] == [str(i) for i in range(12)]
-    assert ">final<" in (folder / "report.html").read_text()
+    assert ">run/final<" in (folder / "report.html").read_text()
 
 
 def test_batch_size_changes_no_answer(scenes: Path, tiny_models: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "ray_vlm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"cli"},
+    {"verbs"},
     {"demo", "tune"},
     {"train"},
     {"evaluate"},

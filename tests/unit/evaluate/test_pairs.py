@@ -17,7 +17,7 @@ from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate.pair_file import check_output, describe_pairs, name_images, write_about, write_rows
 from ray_vlm.evaluate.pairs import build_rows, check_rows, choose_pair, pair_of
-from ray_vlm.evaluate.samples import Sample, Work, load_scoring
+from ray_vlm.evaluate.samples import Sample, load_scoring, plan_prompts
 
 FENCED = '```json\n[\n\t{"bbox_2d": [1, 2, 30, 40], "label": "circle"}\n]\n```'
 TOKENS = "<|object_ref_start|>circle<|object_ref_end|><|box_start|>(1,2),(30,40)<|box_end|>"
@@ -81,7 +81,9 @@ def test_a_wrong_reward_is_named_by_its_own_key() -> None:
 @pytest.mark.parametrize(("size", "num_samples", "found"), [(8, 8, 1), (8, 3, 2), (2, 8, 1), (32, 4, 8)])
 def test_prompts_at_a_time(size: int, num_samples: int, found: int) -> None:
     job = _job(evaluate={"batch_size": size}, pairs={"num_samples": num_samples})
-    assert Work(job, None, (), None).num_prompts == found  # type: ignore[arg-type]
+    batches = plan_prompts(job, 17)
+    assert [len(batch) for batch in batches] == [found] * (17 // found) + [17 % found] * (17 % found > 0)
+    assert [i for batch in batches for i in batch] == list(range(17))
 
 
 def test_where_pairs_are_written(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_vlm.evaluate.report import NUM_IMAGES, Stage, choose_images, learning_curve, write_report
+from ray_vlm.evaluate.pictures import NUM_IMAGES, Stage, choose_images
+from ray_vlm.evaluate.report import write_report
+from ray_vlm.runs.curves import learning_curve
 
 EVIL = "<script>alert(1)</script>"
 
@@ -95,11 +97,12 @@ def test_a_curve_shows_the_main_number_of_its_method() -> None:
         {"kind": "train", "step": 2, "loss": -0.1, "reward": 3.0},
         {"kind": "eval", "step": 2, "loss": None, "reward": 1.0},
     ]
-    curve = learning_curve(lines, "GRPO", 100, 200)
-    assert curve is not None
-    assert (curve["title"], curve["marks"]) == ("Reward, GRPO", [3.0, 1.0, -1.0])
-    assert (curve["train"], curve["held_out"]) == ([(50.0, 200.0), (100.0, 0.0)], [(100.0, 100.0)])
+    chart = learning_curve(lines, "GRPO")
+    assert chart is not None
+    assert (chart["title"], chart["marks"]) == ("Reward, GRPO", [3.0, 1.0, -1.0])
+    curve = chart["curves"][0]
+    assert (curve["faint"], curve["dots"]) == ([(380.0, 220.0), (760.0, 0.0)], [(760.0, 110.0)])
     without = [{k: v for k, v in line.items() if k != "reward"} for line in lines[:2]]
-    negative = learning_curve(without, "", 100, 200)
+    negative = learning_curve(without)
     assert negative is not None
-    assert (negative["title"], negative["train"][1]) == ("Loss", (100.0, 200.0))
+    assert (negative["title"], negative["curves"][0]["faint"][1]) == ("Loss", (760.0, 220.0))

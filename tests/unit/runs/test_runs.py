@@ -97,3 +97,36 @@ def test_console_shows_one_line_every_n_steps_and_follows_a_file(tmp_path: Path)
     assert said[2].startswith("step 10/10")
     assert said[3] == "validation at step 10: loss 0.5000  f1_50 0.2500"
     assert len(said) == 4
+
+
+def test_tensorboard_gets_numbers_and_pictures_and_goes_on_where_a_run_was_resumed(tmp_path: Path) -> None:
+    from PIL import Image
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import directory_check  # noqa: F401  (the reader below follows its format)
+
+    from ray_vlm.runs.track import TensorBoardTracker
+
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        tracker = TensorBoardTracker(tmp_path / "tb", first)
+        monitor = Monitor(tmp_path / f"m{first}.jsonl", 1, [tracker])
+        for step in steps:
+            monitor.write("train", step, 0.1, {"loss": math.nan if step == 2 else 1.0, "grad_norm_vision": 2.0})
+        monitor.write("eval", steps[-1], 0.1, {"f1_50": 0.5})
+        monitor.pictures(steps[-1], lambda: [("a", Image.new("RGB", (8, 8)))])
+        monitor.close()
+    events = []
+    for file in sorted((tmp_path / "tb").iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            events.append(Event.FromString(data[at + 12 : at + 12 + size]))
+            at += 16 + size
+    names = {value.tag for event in events for value in event.summary.value}
+    assert names == {"train/batch_loss", "train/epoch", "train/grad_norm_vision", "eval/f1_50", "eval/sample_0"}
+    assert any(event.session_log.status == 1 and event.step == 3 for event in events), "step 3 is done again"
+
+
+def test_pictures_are_drawn_for_trackers_alone(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path / "m.jsonl", 1)
+    monitor.pictures(1, lambda: pytest.fail("nobody looks"))
+    monitor.close()

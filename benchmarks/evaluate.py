@@ -1,0 +1,61 @@
+"""Evaluation with several replicas: the same predictions in the same order, and how much sooner.
+
+A Qwen3-VL of the demo's size answers drawn scenes, one thread to a replica, in Ray Data actors; what is timed is from
+the first answer to the last, without starting Ray and loading the model.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import figure, report
+from ray_vlm.config.load import load_job
+from ray_vlm.data.splits import load_parts
+from ray_vlm.demo.shapes import draw
+from ray_vlm.evaluate.actors import Work, do_batches
+from ray_vlm.evaluate.generate import _answer, plan_batches
+
+JOB = "jobs/demo_sft.yaml"
+
+
+def answers(work: Work, num_actors: int) -> tuple[dict[int, Any], float]:
+    """What every batch was answered, and batches a second once all actors work."""
+    found, marks = {}, []
+    for number, texts in do_batches(work, _answer, range(len(work.batches)), num_actors):
+        found[number] = texts
+        marks.append(time.perf_counter())
+    warm = 2 * num_actors
+    return found, (len(marks) - 1 - warm) / (marks[-1] - marks[warm])
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """One and two replicas in turn, twice each; `quick` once each with fewer scenes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = draw(Path(temporary), "studio", "test", 48 if quick else 240)
+        words = [f"data.test.path={path}", "data.train=null", "data.eval=null", "model.load_in_4bit=false"]
+        job = load_job(JOB, [*words, "cluster.cpus_per_worker=1", "evaluate.batch_size=4"])
+        parts = load_parts(job, ["test"])
+        assert parts.test is not None
+        batches = plan_batches(parts.test.image_tokens + parts.test.prompt_tokens, job.evaluate.batch_size)
+        work = Work(job, parts.spec, parts.test.records, None, batches)
+        rates: dict[int, list[float]] = {1: [], 2: []}
+        seen = []
+        for _ in range(1 if quick else 2):
+            for count, found in rates.items():
+                texts, rate = answers(work, count)
+                found.append(rate * job.evaluate.batch_size)
+                seen.append(texts)
+        here, _ = answers(work, 0)
+    alike = all(list(texts) == list(here) and texts == here for texts in seen)
+    one, two = (sum(found) / len(found) for found in rates.values())
+    return [
+        figure("evaluate.identical", int(alike), "", 1, most=False),
+        figure("evaluate.one_replica", one, "rows/s"),
+        figure("evaluate.two_replicas", two, "rows/s"),
+        figure("evaluate.speedup", two / one, "x", None if quick else 1.6, most=False),
+    ]
+
+
+if __name__ == "__main__":
+    report(measure)

@@ -1,0 +1,154 @@
+"""The model at work on records, batch by batch: in this process, or in Ray Data actors.
+
+Batches are formed before they are dealt, so they are the same for any number of actors: padding and numbers of threads
+change the last digits of a forward.
+"""
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ray_vlm.cluster.connect import connect
+from ray_vlm.cluster.environment import Environment, read_environment
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.records import SftRecord
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import RowSpec
+from ray_vlm.errors import RayVlmError, RunError
+from ray_vlm.models.load import load_adapter, load_model
+
+_BLOCKS_PER_ACTOR = 64
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done. `records`: all records, or a Ray object reference to them; `adapter`: its address, None for
+    the base; `batches`: positions of the records of each batch."""
+
+    job: JobConfig
+    spec: RowSpec
+    records: Any
+    adapter: str | None
+    batches: tuple[tuple[int, ...], ...]
+
+
+class Loaded:
+    """A process's model and records. Loads nothing before it is asked: an error in a Ray actor's constructor would
+    arrive without its type."""
+
+    def __init__(self, work: Work):
+        self.work = work
+
+    @cached_property
+    def records(self) -> Sequence[SftRecord]:
+        """All records."""
+        if isinstance(self.work.records, tuple):
+            return self.work.records
+        import ray
+
+        return ray.get(self.work.records)
+
+    @cached_property
+    def preparer(self) -> Preparer:
+        """The process's `Preparer`."""
+        return load_preparer(self.work.spec)
+
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return "cuda:0" if self.work.job.cluster.gpus_per_worker else "cpu"
+
+    @cached_property
+    def model(self) -> Any:
+        """The base, with the adapter where there is one."""
+        import torch
+
+        job = self.work.job
+        torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
+        model = load_model(job.model, job.train.bf16, self.device)
+        return model if self.work.adapter is None else load_adapter(model, self.work.adapter, job.model)
+
+
+Do = Callable[[Loaded, Sequence[SftRecord], Sequence[int]], Any]  # model, a batch and its positions -> plain data
+
+
+def do_batches(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> Iterator[tuple[int, Any]]:
+    """`(number, do(...))` of each batch in `numbers`, in their order; 0 actors is this process.
+
+    `do` is a function of a module, and what it returns goes through JSON. Raises what an actor refused, or `RunError`.
+    """
+    with closing(_local(work, do, numbers) if num_actors == 0 else _ray(work, do, numbers, num_actors)) as results:
+        yield from results
+
+
+def _local(work: Work, do: Do, numbers: Sequence[int]) -> Generator[tuple[int, Any]]:
+    loaded = Loaded(work)
+    for number in numbers:
+        yield number, json.loads(json.dumps(_do(loaded, do, number)))
+
+
+def _do(loaded: Loaded, do: Do, number: int) -> Any:
+    positions = loaded.work.batches[number]
+    return do(loaded, [loaded.records[i] for i in positions], positions)
+
+
+class _Actor:
+    """What Ray Data makes in each process and calls with numbers of batches."""
+
+    def __init__(self, work: Work, do: Do, environment: Environment):
+        environment.apply()
+        self.loaded, self.do = Loaded(work), do
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list]]:
+        for number in batch["item"]:
+            yield {"number": [int(number)], "found": [json.dumps(_do(self.loaded, self.do, int(number)))]}
+
+
+def _ray(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> Generator[tuple[int, Any]]:
+    with connect(with_workers(work.job, num_actors)):
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        expected = iter(numbers)
+        try:
+            dataset = _dataset(replace(work, records=ray.put(work.records)), do, numbers, num_actors)
+            for row in dataset.iter_rows():
+                if row["number"] != (due := next(expected)):
+                    raise RunError(f"batch {row['number']} arrived where {due} was due. Please report this.")
+                yield row["number"], json.loads(row["found"])
+        except RayTaskError as error:
+            if isinstance(error.cause, RayVlmError):
+                raise error.cause from None
+            raise RunError(f"a worker failed: {type(error.cause).__name__}: {error.cause}") from error
+        except RayError as error:
+            raise RunError(f"a worker died: {str(error).strip()[-1000:]}") from error
+
+
+def with_workers(job: JobConfig, count: int) -> JobConfig:
+    """The job with that many workers, which is what the cluster is asked for."""
+    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"num_workers": count})})
+
+
+def _dataset(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> Any:
+    """The Ray Data pipeline: numbers of batches, through the actors, in order."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    cluster = work.job.cluster
+    blocks = min(len(numbers), _BLOCKS_PER_ACTOR * num_actors)
+    return ray.data.from_items(list(numbers), override_num_blocks=blocks).map_batches(
+        _Actor,
+        fn_constructor_args=(work, do, read_environment()),
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=cluster.gpus_per_worker or None,
+    )

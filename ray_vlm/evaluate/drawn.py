@@ -1,0 +1,96 @@
+"""What was found, drawn on its image."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from ray_vlm.evaluate.prediction import Prediction
+
+COLOURS = ("#f04438", "#12b76a", "#2563eb", "#e08a00", "#c2568f", "#38a3d9", "#7c3aed", "#8a6d3b")  # by label
+
+
+def draw_found(image: Any, values: Mapping[str, Any]) -> Any:
+    """A PIL image: boxes with labels, the place that a step points at, and in a strip below what was said in words."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.fromarray(_pixels(image))
+    unit = max(1, round(max(picture.size) / 300))
+    draw = ImageDraw.Draw(picture)
+    labels = list(values.get("labels", ()))
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(dict.fromkeys(labels))}
+    for box, label in zip(values.get("boxes", ()), labels, strict=True):
+        _box(draw, box, colours[label], unit, label)
+    if values.get("box") is not None:
+        _box(draw, values["box"], COLOURS[0], unit, "")
+    if values.get("point") is not None:
+        x, y = values["point"]
+        draw.ellipse([x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit], outline=COLOURS[0], width=2 * unit)
+    return _caption(picture, _words(values), unit)
+
+
+def draw_predictions(predictions: Sequence[Prediction], count: int = 8) -> list[tuple[str, Any]]:
+    """Captions and images of the first few predictions whose images are files."""
+    shown = [p for p in predictions if p.images and p.images[0] is not None][:count]
+    return [
+        (f"{p.id}: {_words(p.truth) or ', '.join(p.truth.get('labels', ()))}", draw_found(p.images[0], p.found))
+        for p in shown
+    ]
+
+
+def _pixels(image: Any) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    from ray_vlm.data.images import decode
+
+    if isinstance(image, Image.Image):
+        return np.array(image.convert("RGB"))
+    return image if isinstance(image, np.ndarray) else decode(image if isinstance(image, bytes) else str(image))
+
+
+def _box(draw: Any, box: Any, colour: str, unit: int, label: str) -> None:
+    (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])  # a model may exchange its corners
+    draw.rectangle([x1, y1, x2, y2], outline=colour, width=2 * unit)
+    if label:
+        font = _font(7 * unit + 5)
+        left, top, right, bottom = draw.textbbox((x1, max(0, y1 - 8 * unit - 8)), label, font=font)
+        draw.rectangle([left - unit, top - unit, right + unit, bottom + unit], fill=colour)
+        draw.text((x1, max(0, y1 - 8 * unit - 8)), label, fill="white", font=font)
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    pairs = values.get("attributes") or values.get("output") or {}
+    return values.get("answer") or ", ".join(f"{name}: {value}" for name, value in pairs.items())
+
+
+def _caption(picture: Any, text: str, unit: int) -> Any:
+    """The picture with a strip of text below it, where there is text."""
+    from PIL import Image, ImageDraw
+
+    if not text:
+        return picture
+    font = _font(7 * unit + 5)
+    probe = ImageDraw.Draw(picture)
+    width, lines = picture.width - 8 * unit, [""]
+    for word in text[:500].split():
+        longer = f"{lines[-1]} {word}".strip()
+        if probe.textlength(longer, font=font) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    height = (10 * unit + 8) * len(lines) + 4 * unit
+    out = Image.new("RGB", (picture.width, picture.height + height), "#18202a")
+    out.paste(picture, (0, 0))
+    ImageDraw.Draw(out).multiline_text((4 * unit, picture.height + 2 * unit), "\n".join(lines), fill="white", font=font)
+    return out
+
+
+@lru_cache(maxsize=16)
+def _font(size: int) -> Any:
+    """A font that can write most labels, as the package's other pictures use."""
+    from matplotlib import font_manager
+    from PIL import ImageFont
+
+    from ray_vlm.runs.drawing import font_families
+
+    return ImageFont.truetype(font_manager.findfont(font_families()[-1]), size)

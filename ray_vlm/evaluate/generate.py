@@ -1,0 +1,186 @@
+"""Generate answers, batch by batch, left-padded and greedy; the same code for every base and every adapter.
+
+`answer_all` goes on where an earlier call was killed: each batch of answers is written down as it comes.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_vlm import __version__
+from ray_vlm.data.collate import collate
+from ray_vlm.data.records import Record, SftRecord
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.evaluate.actors import Loaded, Work, do_batches
+from ray_vlm.models.load import resolve_name
+
+ANSWERS = "answers.jsonl"  # a key, then each batch as it came
+_TELL_S = 5.0  # between lines on how far it is
+
+
+def generate_answers(
+    model: Any,
+    records: Sequence[Record],
+    preparer: Preparer,
+    batch_size: int,
+    max_new_tokens: int,
+    device: str = "cpu",
+    on_progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's answer to each record, in their order. Leaves the model in evaluation mode."""
+    import torch
+
+    tokenizer = preparer.tokenizer
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(records), batch_size):
+        part = records[start : start + batch_size]
+        batch = collate([preparer.prompt_row(record) for record in part], preparer, device, side="left")
+        with torch.inference_mode():
+            tokens = model.generate(
+                **{k: v for k, v in batch.items() if k != "labels"},
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,  # hub models bring their own; it would punish repeated digits and labels
+                use_cache=True,
+                eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        answers += [preparer.text(ids) for ids in new.tolist()]
+        if on_progress is not None:
+            on_progress(len(answers))
+    return answers
+
+
+def plan_batches(costs: Sequence[float], batch_size: int) -> tuple[tuple[int, ...], ...]:
+    """Positions of the rows of each batch: the longest first, so that rows of one batch are about as long as each
+    other and what needs the most memory comes at once. A pure function of the rows."""
+    order = np.argsort(-np.asarray(costs, np.float64), kind="stable").tolist()
+    return tuple(tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size))
+
+
+def answer_all(work: Work, folder: Path | None, num_actors: int, say: Callable[[str], None] | None = None) -> list[str]:
+    """The greedy answer to each record, in their order.
+
+    `folder`: where `answers.jsonl` grows; answers that are there, made from the same inputs, are not made again.
+    `say` is told how far it is.
+    """
+    path = folder / ANSWERS if folder is not None else None
+    key = describe_work(work) if path is not None else {}
+    known = _read_answers(path, key, work) if path is not None else {}
+    left = [number for number in range(len(work.batches)) if number not in known]
+    total, done = len(work.records), sum(len(work.batches[number]) for number in known)
+    if known and say is not None:
+        say(f"{done} of {total} answers were there already, in {path}")
+    started, told, first = time.monotonic(), 0.0, done
+    file = _open_answers(path, key, known) if path is not None else None
+    try:
+        for number, answers in do_batches(work, _answer, left, num_actors):
+            known[number] = answers
+            done += len(answers)
+            if file is not None:
+                file.write(json.dumps({"batch": number, "answers": answers}) + "\n")
+                file.flush()
+            if say is not None and (time.monotonic() - told > _TELL_S or done == total):
+                told = time.monotonic()
+                rate = (done - first) / (told - started)
+                say(f"predicted {done}/{total} rows, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
+    finally:
+        if file is not None:
+            file.close()
+    texts = [""] * total
+    for number, answers in known.items():
+        for position, text in zip(work.batches[number], answers, strict=True):
+            texts[position] = text
+    return texts
+
+
+def _answer(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
+    limit = loaded.work.job.evaluate.max_new_tokens
+    return generate_answers(loaded.model, records, loaded.preparer, len(records), limit, loaded.device)
+
+
+def describe_work(work: Work) -> dict[str, str]:
+    """What the answers depend on, as hashes by name: where all are equal, so are the answers."""
+    job, preparer = work.job, load_preparer(work.spec)
+    rows = hashlib.sha256()
+    for r in work.records:
+        images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
+        rows.update(repr((r.id, images, [_stamp(i) for i in images], r.sizes, preparer.turns(r))).encode())
+    loading = (job.model.load_in_4bit, job.train.bf16, job.cluster.gpus_per_worker > 0, job.model.revision)
+    packages = [metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
+    told = {
+        "base": (job.model.name, loading, _files(resolve_name(job.model.name))),
+        "adapter": _contents(work.adapter) if work.adapter else None,
+        "preprocessing": (asdict(replace(work.spec, model=None)), asdict(preparer.image_spec)),  # type: ignore[arg-type]
+        "batches": (work.batches, job.evaluate.max_new_tokens),
+        "versions": (__version__, packages),
+    }
+    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in told.items()}
+    return hashes | {"rows": rows.hexdigest()[:16]}
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """Size and time of a file here; None elsewhere."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _files(folder: str) -> list[tuple[str, Any]]:
+    """Names with sizes and times of a folder's weights; the name alone of what is not here."""
+    root = Path(folder)
+    return [(folder, None)] if not root.is_dir() else [(p.name, _stamp(str(p))) for p in sorted(root.glob("*.*"))]
+
+
+def _contents(folder: str) -> list[tuple[str, str]]:
+    """Names and hashes of an adapter's files: a copy of it gives the same answers."""
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
+    return [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
+
+
+def _read_answers(path: Path, key: Mapping[str, str], work: Work) -> dict[int, list[str]]:
+    """Batches that were answered from the same inputs; a line cut off by a crash is left out."""
+    found: dict[int, list[str]] = {}
+    if not path.is_file():
+        return found
+    first, *rest = [_line(text) for text in path.read_bytes().splitlines()] or [None]
+    if not isinstance(first, dict) or first.get("key") != key:
+        return found
+    for line in rest:
+        if not isinstance(line, dict):
+            continue
+        number, answers = line.get("batch"), line.get("answers")
+        if not isinstance(number, int) or not 0 <= number < len(work.batches) or not isinstance(answers, list):
+            continue
+        if [type(text) for text in answers] == [str] * len(work.batches[number]):
+            found[number] = answers
+    return found
+
+
+def _line(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _open_answers(path: Path, key: Mapping[str, str], known: Mapping[int, list[str]]) -> Any:
+    """The file, written anew with what is known, and open for more."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    lines = [{"key": key}, *({"batch": number, "answers": answers} for number, answers in known.items())]
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+    return open(path, "a", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""Images with truth and prediction drawn: which ones, and what is drawn on them. Reads what evaluations wrote."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NUM_IMAGES = 12
+_SHOWN_PX = 640  # images are embedded at most this large
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One evaluation to show: its title, `metrics.json` and predictions."""
+
+    title: str
+    metrics: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def _true_classes(prediction: dict[str, Any]) -> set[str]:
+    """Classes, conditions or the action of a prediction's truth."""
+    truth = prediction["truth"]
+    attributes = {f"{name}={value}" for name, value in truth.get("attributes", {}).items()}
+    return set(truth.get("labels", ())) | attributes | {v for k, v in truth.get("output", {}).items() if k == "action"}
+
+
+def choose_images(predictions: Sequence[dict[str, Any]]) -> list[int]:
+    """A dozen positions: half of them hold the rarest true class, the rest are evenly spaced."""
+    counts = Counter(label for p in predictions for label in _true_classes(p))
+    rarest = min(counts, key=lambda label: (counts[label], label)) if counts else None
+    rare = [i for i, p in enumerate(predictions) if rarest in _true_classes(p)][: NUM_IMAGES // 2]
+    others = [i for i in range(len(predictions)) if i not in rare]
+    space = min(NUM_IMAGES - len(rare), len(others))
+    return rare + [others[i * len(others) // space] for i in range(space)]
+
+
+def draw_picture(position: int, stages: Sequence[Stage]) -> dict[str, Any] | None:
+    """One row's first image with the boxes of every stage, in original pixels, or its answers in words."""
+    first = stages[0].predictions[position]
+    if not first["images"]:
+        return None
+    width, height = first["sizes"][0]
+    views = [_view(stage, stage.predictions[position]) for stage in stages]
+    return {
+        "id": first["id"],
+        "width": width,
+        "height": height,
+        "uri": _data_uri(first["images"][0]) if first["images"][0] else "",
+        "truth": _boxes(first["truth"]),
+        "words": _words(first["truth"]),
+        "views": views,
+        "unit": max(width, height) / 100,
+    }
+
+
+def _view(stage: Stage, p: dict[str, Any]) -> dict[str, Any]:
+    score = p["score"]
+    if "hits" in score:
+        verdict = f"{sum(score['hits'].values())} of {len(p['truth']['labels'])} found"
+    else:
+        right = score.get("success", score.get("all", score.get("normalised")))
+        verdict = f"{'right' if right else 'wrong'}: {_words(p['found']) or p['answer'][:200]}"
+    return {"title": stage.title, "found": _boxes(p["found"]), "verdict": verdict}
+
+
+def _words(values: dict[str, Any]) -> str:
+    """What a truth or an answer says beside its boxes."""
+    if "labels" in values:
+        return ", ".join(values["labels"])
+    pairs = values.get("attributes") or values.get("output") or {}
+    return values.get("answer") or ", ".join(f"{name}: {value}" for name, value in pairs.items())
+
+
+def _boxes(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is drawn: labelled boxes, or the place that a step points at."""
+    boxes, labels = values.get("boxes", []), values.get("labels", [])
+    if values.get("box") is not None:
+        boxes, labels = [values["box"]], [""]
+    elif values.get("point") is not None:
+        x, y = values["point"]
+        boxes, labels = [[x - 2, y - 2, x + 2, y + 2]], [""]
+    pairs = zip(boxes, labels, strict=True)
+    return [{"x": b[0], "y": b[1], "w": b[2] - b[0], "h": b[3] - b[1], "label": label} for b, label in pairs]
+
+
+def _data_uri(path: str) -> str:
+    """The image inside the page; empty for one that is no longer there, or no longer an image."""
+    from PIL import Image
+
+    from ray_vlm.data.images import decode
+
+    try:
+        image = Image.fromarray(decode(path))
+    except Exception:  # the edge of the decoder
+        return ""
+    image.thumbnail((_SHOWN_PX, _SHOWN_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,280 @@
+"""Predictions for applications: a trained adapter asked about one image, or many.
+
+    from ray_vlm import Predictor
+
+    predictor = Predictor.from_run("outputs/demo_sft")
+    found = predictor.predict("photo.jpg")
+    found.values["boxes"], found.values["labels"]  # in pixels of the photo, upright
+    found.draw().save("found.png")
+
+How images are resized and questions worded comes from the `preprocessing.json` beside the weights, so it is what
+training did. Bases without an adapter: `Predictor(job)`.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.config.load import load_resolved
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.images import read_size
+from ray_vlm.data.preprocessing import read_preprocessing
+from ray_vlm.data.records import Box, Point, SftRecord
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import row_spec
+from ray_vlm.errors import DataError, RunError
+from ray_vlm.evaluate.actors import Loaded, Work
+from ray_vlm.evaluate.generate import generate_answers, plan_batches
+from ray_vlm.runs.checkpoints import fetch_folder
+from ray_vlm.runs.read import Run, read_run
+from ray_vlm.tasks.answers import IMAGE
+from ray_vlm.tasks.boxes import box_problem
+from ray_vlm.tasks.gui_steps import split_memory
+
+
+@dataclass(frozen=True)
+class Found:
+    """An answer and what was understood of it. `values` are the task's own, places in pixels of the upright image:
+    detection `boxes` and `labels`, classification `attributes`, GUI steps `output`, `box` and `point`, chat `answer`.
+
+    `ok`: it was in the promised form; `repairs`: what had to be mended. `images` as they were given.
+    """
+
+    images: tuple[Any, ...]
+    sizes: tuple[tuple[int, int], ...]
+    answer: str
+    values: Mapping[str, Any]
+    ok: bool
+    repairs: tuple[str, ...]
+
+    def draw(self) -> Any:
+        """The first image with what was found on it, as a PIL image."""
+        from ray_vlm.evaluate.drawn import draw_found
+
+        return draw_found(self.images[0], self.values)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A GUI step: `output` (action and arguments), where it points (pixels of the screen, or None), and the memories
+    to hand to the next `predict_step`."""
+
+    output: Mapping[str, Any]
+    box: Box | None
+    point: Point | None
+    ok: bool
+    answer: str
+    short_term_memory: tuple[str, ...]
+    long_term_memory: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question. `images`: paths, addresses, encoded bytes, PIL images or arrays `uint8 [h, w, 3]`; `told`: what the
+    task's question needs beside them, as `Predictor.predict` takes it."""
+
+    images: tuple[Any, ...]
+    told: Mapping[str, Any]
+    id: str = ""
+
+
+class Predictor:
+    """A base with an adapter on it, or alone, that answers. Loads the weights at the first question."""
+
+    def __init__(self, job: JobConfig, adapter: str | None = None):
+        """`job`: model, task and limits; `adapter`: folder or address of `best/` or `final/`; None is the base.
+
+        Raises `ModelError` for an adapter of another task or base.
+        """
+        weights = fetch_folder(adapter) if adapter is not None else None
+        spec = row_spec(job, [])
+        spec = (read_preprocessing(weights, spec) if weights is not None else None) or spec
+        self.job, self.task = job, spec.task.name
+        self._loaded = Loaded(Work(job, spec, (), weights, ()))
+
+    @classmethod
+    def from_run(cls, run: str, weights: str | None = None, device: str | None = None) -> "Predictor":
+        """From a run folder or its address. `weights`: `best` or `final`; None takes `best` where there is one.
+
+        `device`: `cpu` or `cuda`; None is what the run trained on. Raises `RunError` where the run has no weights.
+        """
+        found = read_run(str(run))
+        job = load_resolved(dict(found.job)) if found.job else None
+        if job is None:
+            raise RunError(f"{found.address}: resolved.json cannot be read, so its model is not known.")
+        if device is not None:
+            cards = 0 if device == "cpu" else max(1.0, job.cluster.gpus_per_worker)
+            job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"gpus_per_worker": cards})})
+        return cls(job, weights_of(found, weights))
+
+    def predict(self, image: Any, **told: Any) -> Found:
+        """The answer to one image, or to a list of them for `chat`.
+
+        `told`: for chat `question`; for classification, if the job tells positions, `box` in pixels; for GUI steps
+        `goal` and `history`. Raises `DataError` for an image that cannot be read.
+        """
+        images = tuple(image) if isinstance(image, list | tuple) else (image,)
+        return self.predict_many([Ask(images, told)])[0]
+
+    def predict_many(self, asks: Sequence[Ask]) -> list[Found]:
+        """The answers to many questions, `evaluate.batch_size` at a time. Raises `DataError` with every bad one."""
+        records, problems = [], []
+        for row, ask in enumerate(asks):
+            try:
+                records.append(self.record(ask, row))
+            except DataError as error:
+                problems += error.problems
+        if problems:
+            raise DataError(problems)
+        options, preparer = self.job.evaluate, self._preparer
+        costs = [sum(preparer.token_counts(record)[:2]) for record in records]
+        answers = [""] * len(records)
+        for batch in plan_batches(costs, options.batch_size):
+            part = [records[i] for i in batch]
+            texts = generate_answers(
+                self._loaded.model, part, preparer, len(part), options.max_new_tokens, self._loaded.device
+            )
+            for i, text in zip(batch, texts, strict=True):
+                answers[i] = text
+        return [self.understand(*of_one) for of_one in zip(records, answers, asks, strict=True)]
+
+    def predict_step(
+        self,
+        image_path: Any,
+        user_goal: str,
+        short_term_memory: Sequence[str] = (),
+        long_term_memory: Sequence[str] = (),
+    ) -> Step:
+        """The next GUI step towards the goal on this screen. Memories are steps as JSON text, oldest first; start with
+        none, and hand on what the last step returned."""
+        history = (*long_term_memory, *short_term_memory)
+        found = self.predict(image_path, goal=user_goal, history=history)
+        short, long = self.remember(history, found)
+        values = found.values
+        return Step(values["output"], values["box"], values["point"], found.ok, found.answer, short, long)
+
+    def remember(self, history: Sequence[str], found: Found) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The short and the long memory after a step: it joins the history unless no action was understood."""
+        output = found.values["output"]
+        done = [json.dumps(output, ensure_ascii=False, separators=(",", ":"))] if "action" in output else []
+        return split_memory([*history, *done], self._preparer.setting)
+
+    def record(self, ask: Ask, row: int = 0) -> SftRecord:
+        """The record that asks. Raises `DataError` that names the image or the question and what is wrong."""
+        name = ask.id or next((str(i) for i in ask.images if isinstance(i, str | Path)), f"input {row}")
+        try:
+            images = tuple(_encoded(image) for image in ask.images)
+            sizes = tuple(read_size(image, self.job.data.max_image_pixels) for image in images)
+            truth, context = _TELL[self.task](ask.told, sizes)
+            record = SftRecord(name, row, images, sizes, truth, context)
+            problem = self._preparer.question_problem(record)
+        except (ValueError, OSError, TypeError) as error:
+            raise DataError(f"{name}: {error}") from None
+        if problem:
+            raise DataError(f"{name}: {problem}")
+        return record
+
+    def understand(self, record: SftRecord, answer: str, ask: Ask) -> Found:
+        """What an answer to the record says."""
+        parsed = self._preparer.task.parse(answer, self._preparer.frames(record))
+        return Found(ask.images, record.sizes, answer, parsed.values, parsed.ok, parsed.repairs)
+
+    @cached_property
+    def _preparer(self) -> Any:
+        return load_preparer(self._loaded.work.spec)
+
+
+def weights_of(run: Run, weights: str | None) -> str:
+    """The address of a run's `best/` or `final/`. Raises `RunError` where it has not what is asked for."""
+    from ray_vlm.runs.store import join
+
+    there = [name for name in ("best", "final") if name in run.folders]
+    if weights not in (None, *there) or not there:
+        wanted = weights or "best/ or final/"
+        raise RunError(f"{run.address} has no {wanted}. There is: {', '.join(there) or 'no weights yet'}.")
+    return join(run.address, weights or there[0])
+
+
+def _encoded(image: Any) -> str | bytes:
+    """An image as records hold it: a path, an address, or bytes of a file."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        return str(image)
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        try:
+            image = Image.fromarray(image)
+        except (TypeError, AttributeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{type(image).__name__} is no image ({error}); give a path, bytes, PIL or uint8"
+            ) from None
+    out = io.BytesIO()
+    (image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB")).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+Sizes = Sequence[tuple[int, int]]
+Told = Mapping[str, Any]
+
+
+def _only(told: Told, *names: str) -> None:
+    if unknown := [name for name in told if name not in names]:
+        raise ValueError(f"{', '.join(unknown)} means nothing to this task; it takes {', '.join(names) or 'an image'}")
+
+
+def _tell_nothing(told: Told, sizes: Sizes) -> tuple[dict, dict]:
+    _only(told)
+    _one(sizes)
+    return {"boxes": (), "labels": ()}, {}
+
+
+def _tell_box(told: Told, sizes: Sizes) -> tuple[dict, dict]:
+    _only(told, "box")
+    _one(sizes)
+    box = told.get("box")
+    if box is None:
+        return {"attributes": {}}, {}
+    box = tuple(float(v) for v in box)
+    if len(box) != 4 or (problem := box_problem(box, sizes[0])):
+        raise ValueError(f"box {list(box)} is not x1, y1, x2, y2 in pixels" + (f": {problem}" if len(box) == 4 else ""))
+    return {"attributes": {}}, {"box": box}
+
+
+def _tell_question(told: Told, sizes: Sizes) -> tuple[dict, dict]:
+    _only(told, "question")
+    question = told.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("chat needs a question")
+    tags = "" if IMAGE in question else IMAGE * len(sizes)
+    return {"answer": ""}, {"turns": (("user", tags + question),)}
+
+
+def _tell_goal(told: Told, sizes: Sizes) -> tuple[dict, dict]:
+    _only(told, "goal", "history")
+    _one(sizes)
+    goal, history = told.get("goal"), told.get("history", ())
+    if not isinstance(goal, str) or not goal.strip():
+        raise ValueError("a GUI step needs a goal")
+    if isinstance(history, str) or not all(isinstance(step, str) for step in history):
+        raise ValueError("memory is a list of texts, one for each step")
+    context = {"instruction": goal, "task": "", "step": len(history), "history": tuple(history)}
+    return {"output": {"action": ""}, "box": None, "point": None}, context
+
+
+def _one(sizes: Sizes) -> None:
+    if len(sizes) != 1:
+        raise ValueError(f"{len(sizes)} images, and this task looks at one")
+
+
+_TELL = {
+    "detection": _tell_nothing,
+    "classification": _tell_box,
+    "chat": _tell_question,
+    "gui_steps": _tell_goal,
+}

@@ -1,0 +1,199 @@
+"""What differs between runs: settings, and metrics side by side with the best marked. Pure functions."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_vlm.runs.curves import main_key, points_of, smooth
+from ray_vlm.runs.read import LOWER_IS_BETTER, Run, is_number, setting
+from ray_vlm.runs.text import format_table, plain_text, tell_number, tell_time
+
+_PREFERRED = ("best", "final")  # evaluations that stand for a run, the first that is there
+_NOT_MEASURES = ("kind", "attempt", "step", "epoch", "time", "validation_s")
+_MOST_COLUMNS = 5  # runs that stand side by side in a terminal; more stand below one another
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting or number of all runs, None where a run lacks it; `best`: positions of the best."""
+
+    title: str
+    values: tuple[Any, ...]
+    best: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Titles of the runs, what to know before comparing, and lines under headings."""
+
+    titles: tuple[str, ...]
+    notes: tuple[str, ...]
+    sections: Mapping[str, tuple[Line, ...]]
+
+
+def compare_runs(runs: Sequence[Run]) -> Comparison:
+    """Everything that `runs compare` shows of the runs, in their order."""
+    titles, chosen = run_titles(runs), [test_of(run) for run in runs]
+    same_task = len({setting(run.job, "task.name") for run in runs}) == 1
+    tests = {(found["test"], found.get("num_rows")) for _, found in chosen if found}
+    sections = {
+        "settings that differ": differing_settings(runs),
+        "on data.test": _measures([found.get("overall", {}) for _, found in chosen], same_task and len(tests) == 1),
+        "validation at the step of best/": _measures([_validated(run) for run in runs], same_task),
+        "training": _training(runs),
+    }
+    return Comparison(titles, _notes(runs, titles, chosen, same_task, tests), {k: v for k, v in sections.items() if v})
+
+
+def run_titles(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Each run's name, with as much of its path as tells it from the others."""
+    parts = [run.address.partition("?")[0].rstrip("/").split("/") for run in runs]
+    for count in range(1, max(map(len, parts)) + 1):
+        titles = ["/".join(part[-count:]) for part in parts]
+        if len(set(titles)) == len(titles):
+            return tuple(titles)
+    return tuple(f"{title} ({i + 1})" for i, title in enumerate(titles))
+
+
+def test_of(run: Run) -> tuple[str, dict[str, Any]]:
+    """Name and `metrics.json` of the evaluation that stands for the run; ("", {}) without one."""
+    names = [name for name in _PREFERRED if name in run.evaluations] or sorted(run.evaluations)
+    if not names:
+        return "", {}
+    return names[0], {"test": None} | run.evaluations[names[0]]
+
+
+def flatten(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A resolved job as dotted keys; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in job.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differing_settings(runs: Sequence[Run]) -> tuple[Line, ...]:
+    """Settings that are not the same in all runs; where a run is kept is not one."""
+    jobs = [flatten(run.job) for run in runs]
+    unset = {key for job in jobs for key, value in job.items() if value is None}
+    jobs = [_fold(job, unset) for job in jobs]
+    keys = dict.fromkeys(key for job in jobs for key in job if not key.startswith("run."))
+    absent = object()
+    lines = []
+    for key in keys:
+        values = [job.get(key, absent) for job in jobs]
+        if len({json.dumps(v, sort_keys=True) if v is not absent else "" for v in values}) > 1:
+            lines.append(Line(key, tuple(None if v is absent else _tell_setting(v) for v in values)))
+    return tuple(lines)
+
+
+def _fold(job: Mapping[str, Any], unset: set[str]) -> dict[str, Any]:
+    """A section that some run does not have (`data.eval: null`) as one setting: its path, or that it is there."""
+    folded: dict[str, Any] = {}
+    for key, value in job.items():
+        parents = [key[:i] for i, letter in enumerate(key) if letter == "."]
+        section = next((parent for parent in parents if parent in unset), None)
+        if section is None:
+            folded[key] = value
+        else:
+            folded.setdefault(section, job.get(f"{section}.path") or "given")
+    return folded
+
+
+def _tell_setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _measures(found: Sequence[Mapping[str, Any]], may_mark: bool) -> tuple[Line, ...]:
+    names = dict.fromkeys(name for numbers in found for name in numbers if name not in _NOT_MEASURES)
+    lines = []
+    for name in names:
+        values = tuple(numbers[name] if is_number(numbers.get(name)) else None for numbers in found)
+        if any(value is not None for value in values):
+            lines.append(Line(name, values, best_of(name, values) if may_mark else ()))
+    return tuple(lines)
+
+
+def best_of(name: str, values: Sequence[float | None]) -> tuple[int, ...]:
+    """Positions of the best value, several where they are equal; none where fewer than two differ."""
+    known = [value for value in values if value is not None]
+    if len(set(known)) < 2:
+        return ()
+    best = min(known) if name.endswith(LOWER_IS_BETTER) else max(known)
+    return tuple(i for i, value in enumerate(values) if value == best)
+
+
+def _validated(run: Run) -> Mapping[str, Any]:
+    return run.best or {}
+
+
+def _training(runs: Sequence[Run]) -> tuple[Line, ...]:
+    def last(run: Run) -> float | None:
+        points = smooth(points_of(run.current, "train", main_key(run.current)))
+        return points[-1][1] if points else None
+
+    def speed(run: Run) -> float | None:
+        found = [value for _, value in points_of(run.current, "train", "tokens_per_s")]
+        return sorted(found)[len(found) // 2] if found else None
+
+    same = len({main_key(run.current) for run in runs}) == 1
+    ends = tuple(last(run) for run in runs)
+    return (
+        Line("status", tuple(run.status for run in runs)),
+        Line("steps", tuple(str(run.step) for run in runs)),
+        Line(f"{main_key(runs[0].current) if same else 'loss or reward'}, smoothed, at the end", ends),
+        Line("tokens/s, median", tuple(speed(run) for run in runs)),
+        Line("time", tuple(tell_time(run.wall_s) for run in runs)),
+        Line("attempts", tuple(str(run.num_attempts) for run in runs)),
+    )
+
+
+def _notes(
+    runs: Sequence[Run],
+    titles: Sequence[str],
+    chosen: Sequence[tuple[str, dict[str, Any]]],
+    same_task: bool,
+    tests: set[Any],
+) -> tuple[str, ...]:
+    """What keeps numbers from being comparable, and what could not be read."""
+    notes = []
+    if not same_task:
+        tasks = ", ".join(sorted({str(setting(run.job, "task.name")) for run in runs}))
+        notes.append(f"The runs are of different tasks ({tasks}): no number is marked as the best.")
+    if len(tests) > 1:
+        told = "; ".join(
+            f"{title}: {found['test']}, {found.get('num_rows')} rows"
+            for title, (_, found) in zip(titles, chosen, strict=True)
+            if found
+        )
+        notes.append(f"Test rows differ, so their numbers are not comparable ({told}).")
+    for title, run, (name, _) in zip(titles, runs, chosen, strict=True):
+        if not name:
+            weights = next((name for name in _PREFERRED if name in run.folders), "best")
+            notes.append(
+                f"{title} has no evaluation; `ray-vlm evaluate JOB --adapter {run.address}/{weights}` makes one."
+            )
+        elif name != "best":
+            notes.append(f"{title}: its numbers on data.test are those of evaluate/{name}.")
+        notes += [f"{title}: {fault}." for fault in run.faults]
+    return tuple(notes)
+
+
+def describe_comparison(comparison: Comparison) -> str:
+    """The comparison for a terminal; the best of a line has a star."""
+    blocks = []
+    for heading, lines in comparison.sections.items():
+        table = [[heading, *comparison.titles], *(_cells(line) for line in lines)]
+        if len(comparison.titles) > _MOST_COLUMNS:
+            table = [list(column) for column in zip(*table, strict=True)]
+        blocks.append(format_table(table))
+    notes = [f"note: {plain_text(note)}" for note in comparison.notes]
+    return "\n\n".join(blocks + (["\n".join(notes)] if notes else []))
+
+
+def _cells(line: Line) -> list[str]:
+    told = [v if isinstance(v, str) else tell_number(v) for v in line.values]
+    return [line.title, *(f"{text}{'*' if i in line.best else ''}" for i, text in enumerate(told))]

@@ -1,0 +1,140 @@
+"""What a run cost: hours, tokens, floating-point operations, where the time went, what was lost. Pure functions.
+
+Floating-point operations are an estimate, as papers count them: 2 for each weight and token in the forward pass, 2 more
+for the gradients of activations, 2 more for those of weights where weights are trained, and with gradient checkpointing
+the forward once more. Attention's quadratic part and the vision tower's own patches are left out; MFU is their number
+over time and the card's dense bf16 peak.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_vlm.runs.read import Run, is_number, setting
+from ray_vlm.runs.text import tell_number, tell_time
+
+PHASES = ("data", "rollout", "forward", "backward")  # of a step; what is left of it is the optimizer and the logging
+# Dense bf16 peak in TFLOP/s, by what a card's name holds; the first that matches (makers' data sheets).
+PEAKS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "A40": 150.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+    "T4": 65.0,
+}
+
+
+def measure_compute(run: Run) -> dict[str, Any]:
+    """Everything that is known of a run's cost; numbers that cannot be known are None."""
+    steps = [line for line in run.current if line["kind"] == "train" and is_number(line.get("step_s"))]
+    train_s = sum(line["step_s"] for line in steps)
+    tokens = sum(line["step_s"] * line["tokens_per_s"] for line in steps if is_number(line.get("tokens_per_s")))
+    images = sum(line["images"] for line in steps if is_number(line.get("images")))
+    workers = max(1, setting(run.job, "cluster.num_workers") or 1)
+    cards = float(setting(run.job, "cluster.gpus_per_worker") or 0)
+    flops = count_flops(run, tokens)
+    peak, name = _peak(run), _device(run)
+    wall_h = run.wall_s / 3600
+    return {
+        "device": name,
+        "num_workers": workers,
+        "wall_s": run.wall_s,
+        "gpu_hours": wall_h * workers * cards,
+        "cpu_hours": wall_h * workers * float(setting(run.job, "cluster.cpus_per_worker") or 1),
+        "peak_memory_gib": _largest(steps, "peak_memory_gib"),
+        "tokens": round(tokens),
+        "images": images,
+        "tokens_per_s": tokens / train_s if train_s else None,
+        "images_per_s": images / train_s if train_s and images else None,
+        "tflop": flops / 1e12 if flops is not None else None,
+        "mfu": flops / (train_s * workers * cards * peak * 1e12) if flops and train_s and cards and peak else None,
+        "time_s": split_wall(run, steps),
+        "lost": measure_lost(run),
+    }
+
+
+def count_flops(run: Run, tokens: float) -> float | None:
+    """Floating-point operations of training on so many tokens, by the module's formula; None where the run does not say
+    how many weights it has."""
+    start = next((line for line in run.lines if line["kind"] == "start"), {})
+    counts = start.get("trainable")
+    if not isinstance(counts, Mapping) or "language" not in counts:
+        return None
+    language = counts["language"]
+    per_weight = 4 + (2 if setting(run.job, "train.gradient_checkpointing") else 0)
+    trained = 2 * language.get("trainable", 0)
+    return tokens * (per_weight * language.get("total", 0) + trained)
+
+
+def split_wall(run: Run, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of the whole run by what they were spent on; `start_and_end` is what no line accounts for."""
+    told = {name: sum(line.get(f"{name}_s") or 0.0 for line in steps) for name in PHASES}
+    told["optimizer"] = max(0.0, sum(line["step_s"] for line in steps) - sum(told.values()))
+    told["validation"] = sum(line.get("validation_s") or 0.0 for line in run.of_kind("eval"))
+    told["checkpoint"] = sum(line.get("checkpoint_s") or 0.0 for line in run.of_kind("checkpoint"))
+    told["done_again"] = measure_lost(run)["s"]
+    told["start_and_end"] = max(0.0, run.wall_s - sum(told.values()))
+    return told
+
+
+def measure_lost(run: Run) -> dict[str, float]:
+    """Steps whose work a failure threw away, and the seconds that they took."""
+    kept = {id(line) for line in run.current}
+    lost = [line for line in run.lines if line["kind"] == "train" and id(line) not in kept]
+    return {"steps": len(lost), "s": sum(line.get("step_s") or 0.0 for line in lost)}
+
+
+def _device(run: Run) -> str | None:
+    start = next((line for line in run.lines if line["kind"] == "start" and line.get("device")), {})
+    return start.get("device")
+
+
+def _peak(run: Run) -> float | None:
+    name = _device(run) or ""
+    return next((peak for part, peak in PEAKS.items() if part.lower() in name.lower()), None)
+
+
+def _largest(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return max((line[key] for line in lines if is_number(line.get(key))), default=None)
+
+
+_TITLES = {
+    "device": "device",
+    "num_workers": "workers",
+    "gpu_hours": "GPU-hours",
+    "cpu_hours": "CPU-hours",
+    "peak_memory_gib": "peak memory (GiB)",
+    "tokens": "tokens",
+    "images": "images",
+    "tokens_per_s": "tokens/s",
+    "images_per_s": "images/s",
+    "tflop": "TFLOP (estimate)",
+    "mfu": "MFU (estimate)",
+}
+
+
+def write_markdown(titles: Sequence[str], found: Sequence[Mapping[str, Any]]) -> str:
+    """A table for a paper, one column for each run."""
+    rows = [(title, [_tell(one.get(key)) for one in found]) for key, title in _TITLES.items()]
+    rows.append(("wall time", [tell_time(one["wall_s"]) for one in found]))
+    for phase in found[0]["time_s"] if found else ():
+        shares = [one["time_s"].get(phase, 0.0) / max(one["wall_s"], 1e-9) for one in found]
+        rows.append((f"time: {phase.replace('_', ' ')}", [f"{share:.1%}" for share in shares]))
+    rows.append(("steps done again", [str(one["lost"]["steps"]) for one in found]))
+    head = [f"| | {' | '.join(map(_cell, titles))} |", f"|---|{'---:|' * len(titles)}"]
+    return "\n".join([*head, *(f"| {title} | {' | '.join(map(_cell, values))} |" for title, values in rows)]) + "\n"
+
+
+def _tell(value: Any) -> str:
+    return value if isinstance(value, str) else tell_number(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

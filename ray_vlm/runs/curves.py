@@ -1,0 +1,109 @@
+"""Curves of a run: points, smoothed and thinned, and laid out for an SVG. Pure functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_vlm.runs.read import Run, is_number
+
+Points = list[tuple[float, float]]
+
+# What a run is about: the first of these that its training lines have.
+MAIN = {"reward": "Reward", "preference_accuracy": "Pairs preferred as they should be", "loss": "Loss"}
+FROM_ZERO = ("loss", "preference_accuracy")  # a reward has no natural zero, and moves little beside its size
+_MOST = 400  # points of a line that are drawn: more cannot be seen
+_WEIGHT = 0.9  # of the past in a smoothed line
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve of a chart: its title, the line, single marks, and a faint line behind."""
+
+    title: str
+    line: Points
+    dots: Points = ()  # type: ignore[assignment]
+    faint: Points = ()  # type: ignore[assignment]
+
+
+def points_of(lines: Sequence[dict[str, Any]], kind: str, key: str) -> Points:
+    """(step, value) of every line of that kind that has a finite number there."""
+    return [(line["step"], line[key]) for line in lines if line["kind"] == kind and is_number(line.get(key))]
+
+
+def main_key(lines: Sequence[dict[str, Any]]) -> str:
+    """The key of `MAIN` that the training lines have."""
+    seen: set[str] = set().union(*(line for line in lines if line["kind"] == "train"))
+    return next((key for key in MAIN if key in seen), "loss")
+
+
+def smooth(points: Points) -> Points:
+    """An exponential mean of the values, begun with the first."""
+    out, mean = [], points[0][1] if points else 0.0
+    for step, value in points:
+        mean = _WEIGHT * mean + (1 - _WEIGHT) * value
+        out.append((step, mean))
+    return out
+
+
+def thin(points: Points, most: int = _MOST) -> Points:
+    """At most `most` of the points, evenly spaced, with the first and the last."""
+    if len(points) <= most:
+        return list(points)
+    last = len(points) - 1
+    return [points[round(i * last / (most - 1))] for i in range(most)]
+
+
+def spark(points: Points, width: int = 40) -> str:
+    """A smoothed line in `width` characters of text; empty without points."""
+    values = [value for _, value in thin(smooth(points), width)]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(_BLOCKS) - 1) / ((high - low) or 1.0)
+    return "".join(_BLOCKS[round((value - low) * scale)] for value in values)
+
+
+def learning_curve(lines: Sequence[dict[str, Any]], name: str = "") -> dict[str, Any] | None:
+    """The chart of one run's main number, in training and validation; None with fewer than two training lines."""
+    key = main_key(lines)
+    train = points_of(lines, "train", key)
+    if len(train) < 2:
+        return None
+    curve = Curve("training, each step and smoothed", smooth(train), points_of(lines, "eval", key), train)
+    return layout(f"{MAIN[key]}, {name}" if name else MAIN[key], [curve], key in FROM_ZERO)
+
+
+def overlay(runs: Sequence[Run], titles: Sequence[str], kind: str, key: str, title: str) -> dict[str, Any] | None:
+    """One chart of a number in several runs, one colour each; None where no run has it.
+
+    Training lines are smoothed; validations are joined and marked.
+    """
+    curves = []
+    for run, name in zip(runs, titles, strict=True):
+        points = points_of(run.current, kind, key)
+        curves.append(Curve(name, smooth(points)) if kind == "train" else Curve(name, points, points))
+    return layout(title, curves, key in FROM_ZERO) if any(curve.line for curve in curves) else None
+
+
+def layout(title: str, curves: Sequence[Curve], from_zero: bool, width: int = 760, height: int = 220) -> dict[str, Any]:
+    """What the page's `chart` macro draws: every point in pixels of `width` x `height`, and the marks of both axes."""
+    everything = [point for curve in curves for point in (*curve.line, *curve.dots, *curve.faint)]
+    values = [value for _, value in everything] + ([0.0] if from_zero else [])
+    top, bottom = max(values), min(values)
+    scale, last = (top - bottom) or 1.0, max((step for step, _ in everything), default=1) or 1
+
+    def place(points: Points) -> Points:
+        return [(round(s / last * width, 1), round((top - v) / scale * height, 1)) for s, v in thin(points)]
+
+    return {
+        "title": title,
+        "width": width,
+        "height": height,
+        "marks": [top, (top + bottom) / 2, bottom],
+        "last": last,
+        "curves": [
+            {"number": i, "title": c.title, "line": place(c.line), "dots": place(c.dots), "faint": place(c.faint)}
+            for i, c in enumerate(curves)
+        ],
+    }

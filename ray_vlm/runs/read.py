@@ -1,0 +1,210 @@
+"""Reading run folders as far as they go: whole, cut off by a crash, or still growing.
+
+What is missing or torn inside a folder is never an error here: it is told in `Run.faults`, and the rest is read.
+"""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.errors import RunError
+from ray_vlm.runs.manifest import living_driver
+from ray_vlm.runs.monitor import current_lines, read_line
+from ray_vlm.runs.store import Store, is_remote, join, local_path
+
+MARKS = ("run.json", "resolved.json")  # a folder with one of these is a run
+_DEEPEST = 3  # folders under an output folder in which runs are looked for
+LOWER_IS_BETTER = ("loss",)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says. `job`: the resolved job, `about`: `run.json`, `lines`: all of `metrics.jsonl`;
+    `evaluations`: `metrics.json` of each folder in `evaluate/`; `folders`: names of weights and checkpoints."""
+
+    address: str
+    job: Mapping[str, Any]
+    about: Mapping[str, Any]
+    lines: Sequence[dict[str, Any]]
+    evaluations: Mapping[str, dict[str, Any]]
+    folders: tuple[str, ...]
+    faults: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.address.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+
+    @cached_property
+    def current(self) -> list[dict[str, Any]]:
+        """The lines that count: without what a later attempt did again."""
+        return current_lines(self.lines)
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The current lines of a kind: train, eval, epoch..."""
+        return [line for line in self.current if line["kind"] == kind]
+
+    @cached_property
+    def status(self) -> str:
+        """As `run.json` has it; `died` where it says `running` and its process on this machine is gone; `?` unknown."""
+        told = str(self.about.get("status", "?"))
+        if told != "running" or is_remote(self.address):
+            return told
+        driver = self.attempts[-1].get("driver") if self.attempts else None
+        if not driver or driver.get("host") != platform.node():
+            return told
+        return told if living_driver(dict(self.about)) else "died"
+
+    @property
+    def step(self) -> int:
+        """The last step that was trained."""
+        return max((line["step"] for line in self.current if "step" in line), default=0)
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many were planned, where the run wrote it down."""
+        result = self.about.get("result")
+        return result.get("num_steps") if isinstance(result, dict) else None
+
+    @property
+    def metric(self) -> str:
+        """What chooses `best/`."""
+        return str(setting(self.job, "evaluate.metric") or "loss")
+
+    @cached_property
+    def best(self) -> dict[str, Any] | None:
+        """The validation line that is best by the job's metric, the first among equals."""
+        found = [line for line in self.of_kind("eval") if is_number(line.get(self.metric))]
+        sign = -1 if self.metric in LOWER_IS_BETTER else 1
+        return max(found, key=lambda line: sign * line[self.metric], default=None)
+
+    @property
+    def started(self) -> float | None:
+        """When the first attempt began, seconds since 1970."""
+        return next((a["started"] for a in self.attempts if is_number(a.get("started"))), None)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of all attempts together. One without an end counts to its last line, or to now while it runs."""
+        total, last = 0.0, max((line["time"] for line in self.lines if is_number(line.get("time"))), default=0.0)
+        for i, attempt in enumerate(self.attempts):
+            begun, end = attempt.get("started", math.nan), attempt.get("ended")
+            if not is_number(end):
+                newest = i == len(self.attempts) - 1
+                end = time.time() if newest and self.status == "running" else last
+            total += max(0.0, end - begun) if is_number(begun) else 0.0
+        return total
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """The launches that `run.json` lists."""
+        listed = self.about.get("attempts")
+        return [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
+
+    def told(self, key: str) -> dict[str, Any]:
+        """A section of `run.json` (hardware, versions); empty where it is not there."""
+        value = self.about.get(key)
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def num_attempts(self) -> int:
+        """Launches, with those that Ray made by itself."""
+        return max([len(self.attempts), *(line["attempt"] for line in self.lines if line["kind"] == "start")])
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def setting(job: Mapping[str, Any], key: str) -> Any:
+    """A resolved job's value under a dotted key, or None."""
+    value: Any = job
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def read_run(address: str) -> Run:
+    """The run in a folder or an object store. Raises `RunError` where there is none."""
+    store = Store(address if is_remote(address) else local_path(address))
+    try:
+        names = store.names()
+        if not set(MARKS) & set(names):
+            raise RunError(
+                f"{store.address}: no run here (neither {' nor '.join(MARKS)}). `ray-vlm runs list` shows them."
+            )
+        faults: list[str] = []
+        job, about = (_read_json(store, name, faults) for name in ("resolved.json", "run.json"))
+        lines = _read_lines(store, faults)
+        evaluations = _read_evaluations(store, faults) if "evaluate" in names else {}
+    except OSError as error:
+        raise RunError(f"{store.address} cannot be read ({error}).") from None
+    folders = tuple(name for name in names if name in ("best", "final") or name.startswith("checkpoint-"))
+    return Run(store.address, job, about, lines, evaluations, folders, tuple(faults))
+
+
+def _read_json(store: Store, name: str, faults: list[str]) -> dict[str, Any]:
+    data = store.read(name)
+    try:
+        value = json.loads(data) if data is not None else None
+    except ValueError:
+        value = "torn"
+    if isinstance(value, dict):
+        return value
+    faults.append(f"{name} is {'missing' if data is None else 'cut off or altered'}")
+    return {}
+
+
+def _read_lines(store: Store, faults: list[str]) -> list[dict[str, Any]]:
+    data = store.read("metrics.jsonl")
+    if data is None:
+        faults.append("metrics.jsonl is missing")
+        return []
+    texts = data.splitlines()
+    lines = [line for text in texts if (line := read_line(text)) is not None and _is_whole(line)]
+    if len(lines) < len(texts):
+        faults.append(f"{len(texts) - len(lines)} of {len(texts)} lines of metrics.jsonl are cut off or altered")
+    return lines
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("step"), int) and isinstance(line.get("attempt"), int) and isinstance(line["kind"], str)
+
+
+def _read_evaluations(store: Store, faults: list[str]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in sorted(store.files("evaluate")):
+        folder, _, file = name.rpartition("/")
+        if file == "metrics.json" and folder and "/" not in folder:
+            value = _read_json(store, f"evaluate/{name}", faults)
+            if isinstance(value.get("overall"), dict):
+                found[folder] = value
+    return found
+
+
+def find_runs(output_dir: str) -> list[str]:
+    """Addresses of all runs under a folder or an object store, sorted."""
+    store = Store(output_dir if is_remote(output_dir) else local_path(output_dir))
+    try:
+        if store.local is not None:
+            return sorted(map(str, _runs_in(store.local, _DEEPEST)))
+        marked = {n.rpartition("/")[0] for n in store.files() if n.rpartition("/")[2] in MARKS}
+    except OSError as error:
+        raise RunError(f"{store.address} cannot be read ({error}).") from None
+    return sorted(join(store.address, name) if name else store.address for name in marked)
+
+
+def _runs_in(folder: Path, deepest: int) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    if any((folder / mark).is_file() for mark in MARKS):
+        return [folder]
+    inside = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()] if deepest else []
+    return [run for path in inside for run in _runs_in(path, deepest - 1)]

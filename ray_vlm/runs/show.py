@@ -1,0 +1,130 @@
+"""One screen on a run, one line each on many: what `runs show` and `runs list` print."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ray_vlm.runs.compare import test_of
+from ray_vlm.runs.curves import main_key, points_of, smooth, spark
+from ray_vlm.runs.read import Run, is_number, setting
+from ray_vlm.runs.text import format_table, plain_text, tell_date, tell_number, tell_time
+
+_MOST_VALIDATIONS = 8  # lines of the table
+_HIDDEN = ("kind", "attempt", "step", "epoch", "time", "validation_s")
+_VERSIONS = ("torch", "transformers", "trl", "peft", "ray")
+
+
+def describe_runs(runs: Sequence[Run], here: str = "") -> str:
+    """A line for each run, the newest first; `here` is left out of their addresses."""
+    head = ["run", "status", "method", "task", "model", "steps", "best", "on test", "started", "time"]
+    newest = sorted(runs, key=lambda run: run.started or 0.0, reverse=True)
+    return format_table([head, *(_line(run, here) for run in newest)])
+
+
+def _line(run: Run, here: str) -> list[str]:
+    steps = str(run.step) if run.num_steps in (None, run.step) else f"{run.step}/{run.num_steps}"
+    test = test_of(run)[1].get("overall", {}).get(run.metric)
+    kind = [str(setting(run.job, key) or "?") for key in ("method.name", "task.name", "model.name")]
+    best = f"{run.metric} {tell_number(run.best[run.metric])}" if run.best else "-"
+    tested = tell_number(test) if is_number(test) else "-"
+    status = f"{run.status}!" if run.faults else run.status
+    return [
+        run.address.removeprefix(here),
+        status,
+        *kind,
+        steps,
+        best,
+        tested,
+        tell_date(run.started),
+        tell_time(run.wall_s),
+    ]
+
+
+def describe_run(run: Run) -> str:
+    """One screen: what it is, how it went, what came of it, where things lie."""
+    blocks = [_head(run), _training(run), _validations(run), _evaluations(run), _places(run)]
+    blocks.append([f"note: {fault}" for fault in run.faults])
+    return "\n\n".join("\n".join(map(plain_lines, block)) for block in blocks if block)
+
+
+def plain_lines(text: str) -> str:
+    """`plain_text`, line by line."""
+    return "\n".join(map(plain_text, text.split("\n")))
+
+
+def _head(run: Run) -> list[str]:
+    job = run.job
+    lora = setting(job, "lora")
+    how = f"LoRA of rank {lora['rank']} on {', '.join(lora['target'])}" if isinstance(lora, dict) else "all weights"
+    bits = ", 4 bit" if setting(job, "model.load_in_4bit") else ""
+    workers = setting(job, "cluster.num_workers")
+    cards = setting(job, "cluster.gpus_per_worker") or 0
+    cpus = setting(job, "cluster.cpus_per_worker")
+    each = f"{cards:g} GPU" if cards else f"{cpus or 1:g} CPU"
+    versions, memory = run.told("versions"), run.told("hardware").get("memory_gib")
+    told = ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions)
+    commit = str(run.about.get("git_commit") or "")[:12]
+    return [
+        f"{run.address}: {run.status}",
+        f"{setting(job, 'method.name')} of {setting(job, 'task.name')} on {setting(job, 'model.name')}{bits}; {how}",
+        f"{tell_date(run.started)}, {tell_time(run.wall_s)}, {_plural(run.num_attempts, 'attempt')}, "
+        + (f"{_plural(workers, 'worker')} with {each} each" if workers else "in one process")
+        + (f", {memory} GiB of memory" if memory else ""),
+        f"ray_vlm {versions.get('ray-vlm', '?')}{f' at {commit}' if commit else ''}; {told}",
+    ]
+
+
+def _training(run: Run) -> list[str]:
+    lines = []
+    for key in dict.fromkeys([main_key(run.current), "loss"]):
+        points = points_of(run.current, "train", key)
+        if points:
+            first, last = points[0][1], smooth(points)[-1][1]
+            lines.append(
+                f"{key:<20} {tell_number(first):>8} -> {tell_number(last):<8} {spark(points)}  {run.step} steps"
+            )
+    for error in [a["error"] for a in run.attempts if a.get("error")]:
+        lines.append(f"error: {str(error).strip().splitlines()[-1][:300]}")
+    return lines
+
+
+def _validations(run: Run) -> list[str]:
+    found = run.of_kind("eval")
+    if not found:
+        return []
+    shown = found[-_MOST_VALIDATIONS:]
+    if run.best is not None and run.best not in shown:
+        shown = [run.best, *shown[1:]]
+    names = [k for k in dict.fromkeys(k for line in shown for k in line) if k not in _HIDDEN]
+    names = [run.metric, *(k for k in names if k != run.metric)][:9] if run.metric in names else names[:9]
+    rows = [
+        [str(line["step"]) + ("*" if line is run.best else ""), *(_cell(line.get(k)) for k in names)] for line in shown
+    ]
+    left = f", the last {len(shown)} of {len(found)}" if len(found) > len(shown) else ""
+    told = f"validation, * the best by {run.metric}{left}" if run.best else f"validation{left}"
+    return [told, format_table([["step", *names], *rows])]
+
+
+def _evaluations(run: Run) -> list[str]:
+    if not run.evaluations:
+        return []
+    names = list(dict.fromkeys(k for found in run.evaluations.values() for k in found["overall"]))[:9]
+    rows = [
+        [name, str(found.get("num_rows", "?")), *(_cell(found["overall"].get(k)) for k in names)]
+        for name, found in run.evaluations.items()
+    ]
+    return ["on data.test", format_table([["evaluation", "rows", *names], *rows])]
+
+
+def _places(run: Run) -> list[str]:
+    checkpoints = [name for name in run.folders if name.startswith("checkpoint-")]
+    told = [f"{name}/" for name in run.folders if not name.startswith("checkpoint-")]
+    told += [_plural(len(checkpoints), "checkpoint")] if checkpoints else []
+    return [f"in it: {', '.join(told) or 'no weights'}"]
+
+
+def _cell(value: Any) -> str:
+    return tell_number(value) if is_number(value) else "-"
+
+
+def _plural(number: Any, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

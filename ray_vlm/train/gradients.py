@@ -1,0 +1,71 @@
+"""Gradient norms by part of the model, and the check that every part which is meant to learn has a gradient.
+
+A part without one (LoRA on a tower whose output is computed without autograd, say) trains for days and learns nothing,
+and no loss curve shows it. Of a new LoRA the A matrices have rightly none while B is zero: a part counts as a whole.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import ModelError
+from ray_vlm.models.families import Family, part_of
+
+PATIENCE = 20  # steps with a gradient somewhere, of rows that may hold no image, before a part is missed
+
+
+def part_norms(named_parameters: Iterable[tuple[str, Any]], family: Family) -> dict[str, float]:
+    """L2 norm of the gradients of what is trained, by part of the model; 0.0 where a part has none.
+
+    Empty where no gradient is to be seen, as under DeepSpeed, which keeps them to itself.
+    """
+    import torch
+
+    grads: dict[str, list[Any]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            grads.setdefault(part_of(family, name), [])
+            if parameter.grad is not None:
+                grads[part_of(family, name)].append(parameter.grad)
+    if not any(grads.values()):
+        return {}
+    norms = {part: torch._foreach_norm(found) if found else [] for part, found in grads.items()}
+    squares = {part: [norm.float().square() for norm in found] for part, found in norms.items()}
+    return {part: math.sqrt(float(torch.stack(found).sum())) if found else 0.0 for part, found in squares.items()}
+
+
+class GradientWatch:
+    """Sees the norms of every step until each part has had a gradient."""
+
+    def __init__(self, always_images: bool):
+        """`always_images`: every row has one, so every part has a gradient wherever any has."""
+        self.patience = 1 if always_images else PATIENCE
+        self.seen: set[str] = set()
+        self.steps = 0  # that had a gradient somewhere
+
+    def look(self, norms: dict[str, float]) -> None:
+        """Raises `ModelError` that names the parts which have none and should. All ranks see the same norms."""
+        if not any(norm > 0 for norm in norms.values()):  # no signal: a GRPO step of equal rewards
+            return
+        self.steps += 1
+        self.seen |= {part for part, norm in norms.items() if norm > 0 or math.isnan(norm)}
+        missing = sorted(set(norms) - self.seen)
+        if missing and self.steps >= self.patience:
+            raise ModelError(
+                f"{', '.join(missing)}: meant to learn (lora.target), but no gradient reaches it, while "
+                f"{', '.join(sorted(self.seen))} has one. Take it out of lora.target; if it should learn, see what "
+                "computes it without autograd."
+            )
+
+
+def watch_gradients(job: JobConfig, family: Family) -> Callable[[Any], dict[str, float]]:
+    """A function that gives a model's norms by part, and raises where a part of the job gets none."""
+    watch = GradientWatch(always_images=job.task.name != "chat")
+
+    def look(model: Any) -> dict[str, float]:
+        norms = part_norms(model.named_parameters(), family)
+        watch.look(norms)
+        return norms
+
+    return look

@@ -1,0 +1,76 @@
+"""`ray-vlm data`: look at a job's rows before they are trained on."""
+
+import argparse
+from pathlib import Path
+
+from ray_vlm.verbs import job_verb
+
+
+def add_data_verbs(verbs: argparse._SubParsersAction) -> None:
+    """`ray-vlm data check|stats|preview`."""
+    data = verbs.add_parser("data", help="look at a job's rows: what is bad, how they are, what the model sees")
+    actions = data.add_subparsers(metavar="ACTION", required=True)
+    check = job_verb(actions, "check", "read every row of every source; exit code 1 if any is bad", _data_check)
+    check.add_argument("--decode", action="store_true", help="also decode every image whole, which takes longer")
+    check.add_argument("--bad-rows", metavar="PATH", help="write all bad rows there, as JSON lines")
+    stats = job_verb(actions, "stats", "classes, boxes, images, tokens, and what other limits would do", _data_stats)
+    preview = job_verb(actions, "preview", "pictures and tokens of some rows as the model gets them", _data_preview)
+    preview.add_argument("--rows", type=_row_count, default=12, metavar="N", help="how many, 1 to 200 (default: 12)")
+    for action, name in ((stats, "stats"), (preview, "preview")):
+        action.add_argument("--output", metavar="PATH", help=f"the PNG (default: <run.output_dir>/data/{name}.png)")
+
+
+def _row_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 200:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 200")
+    return int(text)
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.survey import check_sources, describe_check, describe_shares, write_bad_rows
+    from ray_vlm.train.driver import absolute_paths
+
+    job = absolute_paths(load_job(args.job, args.overrides))
+    checks = []
+    for check in check_sources(job, args.decode):
+        print(describe_check(check), flush=True)
+        checks.append(check)
+    for line in describe_shares(job):
+        print(line)
+    if args.bad_rows:
+        print(f"{write_bad_rows(args.bad_rows, checks)} bad rows written to {args.bad_rows}")
+    return 0 if all(check.good for check in checks) else 1
+
+
+def _data_stats(args: argparse.Namespace) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.stats import measure_rows
+    from ray_vlm.data.stats_plot import draw_stats
+    from ray_vlm.data.stats_text import describe_stats
+    from ray_vlm.runs.store import write_picture
+    from ray_vlm.train.driver import absolute_paths
+
+    job = absolute_paths(load_job(args.job, args.overrides))
+    stats = measure_rows(job)
+    print(describe_stats(stats))
+    picture = draw_stats(stats, f"{Path(args.job).name}: {stats.parts['train'][0]:,} training rows")
+    print(f"\npicture: {write_picture(picture, args.output, job.run.output_dir, 'stats')}")
+
+
+def _data_preview(args: argparse.Namespace) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.data.preview import choose_rows, describe_choice, describe_rows
+    from ray_vlm.data.sheet import make_cells
+    from ray_vlm.data.sheet_plot import draw_sheet
+    from ray_vlm.data.splits import row_tags
+    from ray_vlm.runs.store import write_picture
+    from ray_vlm.train.driver import prepare
+
+    prepared = prepare(load_job(args.job, args.overrides))
+    train, spec = prepared.train, prepared.spec
+    chosen = choose_rows([row_tags(prepared.job, record) for record in train.records], args.rows)
+    print(describe_rows(train, spec, chosen))
+    title = f"{Path(args.job).name}: {len(chosen.positions)} of {len(train):,} training rows, as the model sees them"
+    picture = draw_sheet(make_cells(train, spec, chosen.positions), title, describe_choice(chosen, spec))
+    print(f"\npicture: {write_picture(picture, args.output, prepared.job.run.output_dir, 'preview')}")

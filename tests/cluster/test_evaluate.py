@@ -1,0 +1,61 @@
+"""Evaluation by replicas: the same answers in the same order for any number of them, and what a replica refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_vlm.cli import main
+from ray_vlm.errors import ModelError, RunError
+from ray_vlm.evaluate import actors
+from ray_vlm.evaluate.actors import Loaded, Work, do_batches
+
+pytestmark = pytest.mark.cluster
+
+
+def test_any_number_of_replicas_gives_the_same_predictions(job_file, scenes: Path, tmp_path: Path, ray_cluster) -> None:
+    data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")}
+    job = str(job_file(data=data, evaluate={"max_new_tokens": 6, "batch_size": 2}, cluster={"cpus_per_worker": 1}))
+    assert main(["train", job]) == 0
+    final = str(tmp_path / "runs" / "run" / "final")
+    texts = []
+    for count in (0, 1, 2):
+        out = tmp_path / str(count)
+        words = [f"evaluate.num_replicas={count}", "--adapter", final, "--output", str(out)]
+        assert main(["evaluate", job, *words]) == 0
+        texts.append((out / "predictions.jsonl").read_text())
+    assert texts[0] == texts[1] == texts[2]
+    assert [json.loads(line)["id"] for line in texts[0].splitlines()] == [str(i) for i in range(12)]
+
+
+def _refuse(loaded: Loaded, records: Any, positions: Any) -> Any:
+    if 3 in positions:
+        raise ModelError("no such model. Give another.")
+    return list(positions)
+
+
+def _break(loaded: Loaded, records: Any, positions: Any) -> Any:
+    raise KeyError("what")
+
+
+def _work(job_file: Any) -> Work:
+    from ray_vlm.config.load import load_job
+
+    job = load_job(job_file())
+    return Work(job, None, tuple(range(6)), None, tuple((i,) for i in range(6)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_a_replica_refuses_arrives_as_it_was_said(job_file, count: int, ray_cluster) -> None:
+    work = _work(job_file)
+    with pytest.raises(ModelError, match="no such model"):
+        list(do_batches(work, _refuse, range(6), count))
+    assert [number for number, _ in do_batches(work, _refuse, [5, 1], count)] == [5, 1]
+
+
+def test_an_unknown_failure_names_itself(job_file, ray_cluster) -> None:
+    work = _work(job_file)
+    with pytest.raises(RunError, match="a worker failed: KeyError: 'what'"):
+        list(do_batches(work, _break, range(6), 1))
+    assert actors.with_workers(work.job, 3).cluster.num_workers == 3

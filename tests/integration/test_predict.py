@@ -1,0 +1,178 @@
+"""Predictions for applications: one image in every form, every task, memory that is carried on, files in and out."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ray_vlm import Predictor
+from ray_vlm.cli import main
+from ray_vlm.config.load import load_job
+from ray_vlm.errors import DataError, RunError
+from ray_vlm.evaluate.predictor import Ask, Found
+
+
+@pytest.fixture
+def detector(job_file, scenes: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A trained run and its test scenes."""
+    data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")}
+    assert main(["train", str(job_file(data=data, evaluate={"max_new_tokens": 12, "batch_size": 5}))]) == 0
+    return tmp_path / "runs" / "run", scenes
+
+
+def _predictor(job_file: Any, task: str, **options: Any) -> Predictor:
+    job = load_job(job_file(task={"name": task, **options}, evaluate={"max_new_tokens": 6}))
+    return Predictor(job)
+
+
+def test_an_image_in_any_form_gives_the_same_answer(detector: tuple[Path, Path]) -> None:
+    run, scenes = detector
+    path = sorted((scenes / "test").iterdir())[0]
+    image = Image.open(path).convert("RGB")
+    predictor = Predictor.from_run(str(run))
+    forms = [str(path), path, path.read_bytes(), image, np.array(image)]
+    found = [predictor.predict(form) for form in forms]
+    assert len({f.answer for f in found}) == 1
+    assert found[0].sizes == (image.size,)
+    assert set(found[0].values) == {"boxes", "labels"}
+
+
+def test_prediction_is_what_evaluation_measured(detector: tuple[Path, Path], job_file: Any, tmp_path: Path) -> None:
+    run, scenes = detector
+    job = str(tmp_path / "job.yaml")
+    assert main(["evaluate", job, "--adapter", str(run / "final")]) == 0
+    lines = [json.loads(line) for line in (run / "evaluate/final/predictions.jsonl").open()]
+    found = Predictor.from_run(str(run)).predict_many([Ask(tuple(line["images"]), {}) for line in lines])
+    assert [f.answer for f in found] == [line["answer"] for line in lines]
+    out = tmp_path / "found.jsonl"
+    assert main(["predict", str(run), str(scenes / "test"), "--output", str(out)]) == 0
+    by_name = {Path(r["images"][0]).name: r["answer"] for r in map(json.loads, out.open())}
+    assert by_name == {Path(line["images"][0]).name: line["answer"] for line in lines}
+
+
+def test_files_that_cannot_be_read_are_results_too(detector: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+    run, scenes = detector
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    good = sorted((scenes / "test").iterdir())[0].read_bytes()
+    (folder / "a.jpg").write_bytes(good)
+    (folder / "b.jpg").write_bytes(good[: len(good) // 2])
+    (folder / "c.png").write_bytes(b"")
+    words = ["predict", str(run), str(folder), "--output", str(tmp_path / "o.csv"), "--draw", str(tmp_path / "drawn")]
+    assert main(words) == 0
+    rows = list(csv.DictReader((tmp_path / "o.csv").open()))
+    assert [bool(row["error"]) for row in rows] == [False, True, True]
+    drawn = list((tmp_path / "drawn").iterdir())
+    assert [p.name for p in drawn] == ["00001-a.png"]
+    assert Image.open(drawn[0]).width == Image.open(folder / "a.jpg").width
+    (folder / "a.jpg").unlink()
+    assert main(words) == 1
+    assert "c.png: image file is empty" in capsys.readouterr().err
+
+
+def test_what_cannot_start_is_refused(detector: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+    run, scenes = detector
+    refusals = {("nowhere.jpg", "x.csv"): "no such file", (str(scenes), "x.txt"): "neither .jsonl nor .csv"}
+    (tmp_path / "empty").mkdir()
+    for (given, out), told in refusals.items():
+        assert main(["predict", str(run), given, "--output", str(tmp_path / out)]) != 0
+        assert told in capsys.readouterr().err
+    assert main(["predict", str(run), str(tmp_path / "empty"), "--output", str(tmp_path / "x.csv")]) == 1
+    assert "no images there" in capsys.readouterr().err
+    with pytest.raises(RunError, match="has no best"):
+        Predictor.from_run(str(run), weights="best")
+    assert main(["predict", str(tmp_path / "empty"), "a.jpg", "--output", "x.csv"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "told", "reason"),
+    [
+        ("detection", {"labels": ["a"]}, {"question": "x"}, "question means nothing to this task"),
+        ("classification", {"labels": ["k=a"]}, {"box": [1, 2, 3]}, "not x1, y1, x2, y2"),
+        ("classification", {"labels": ["k=a"]}, {"box": [9, 9, 2, 2]}, "not x1, y1, x2, y2"),
+        ("chat", {}, {}, "needs a question"),
+        ("chat", {}, {"question": "<image><image> same?"}, "2 <image> tags for 1 images"),
+        ("chat", {}, {"question": "be quiet<|im_end|>"}, "does not read as text"),
+        ("gui_steps", {}, {"history": []}, "needs a goal"),
+        ("gui_steps", {}, {"goal": "x", "history": "step"}, "list of texts"),
+    ],
+)
+def test_questions_that_cannot_be_asked(job_file, task: str, options: dict, told: dict, reason: str) -> None:
+    predictor = _predictor(job_file, task, **options)
+    with pytest.raises(DataError, match="photo") as error:
+        predictor.record(Ask((Image.new("RGB", (64, 64)),), told, "photo"))
+    assert reason in str(error.value)
+
+
+def test_every_bad_question_is_named_at_once(job_file) -> None:
+    predictor = _predictor(job_file, "chat")
+    asks = [Ask((Image.new("RGB", (64, 64)),), {}, f"photo {i}") for i in range(3)]
+    asks.append(Ask((object(),), {"question": "?"}, "thing"))
+    with pytest.raises(DataError) as error:
+        predictor.predict_many(asks)
+    assert len(error.value.problems) == 4
+
+
+def test_memory_is_carried_on_and_cut_as_in_training(job_file) -> None:
+    predictor = _predictor(job_file, "gui_steps", short_memory=2, long_memory_tokens=40)
+    done = [f'{{"action":"a{i}"}}' for i in range(6)]
+    history: tuple[str, ...] = ()
+    for text in done:
+        output = json.loads(text)
+        found = Found((), (), text, {"output": output, "box": None, "point": None}, True, ())
+        short, long = predictor.remember(history, found)
+        history = (*long, *short)
+    assert short == tuple(done[-2:])
+    assert 0 < len(long) < 4
+    assert long == tuple(done[4 - len(long) : 4])
+    nothing = Found((), (), "?", {"output": {}, "box": None, "point": None}, False, ())
+    assert predictor.remember(history, nothing) == (short, long), "a step that was not understood is not remembered"
+    step = predictor.predict_step(Image.new("RGB", (64, 64)), "press", short, long)
+    assert set(step.short_term_memory) <= {*done, json.dumps(step.output, separators=(",", ":"))}
+
+
+def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(job_file, tmp_path: Path) -> None:
+    from ray_vlm.evaluate.predict import predict_files
+
+    for i in range(5):
+        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    with (tmp_path / "steps.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Task_id", "Image_id", "Instruction"])
+        table.writerows([["a", "0.png", "go"], ["b", "1.png", "stop"], ["a", "2.png", "go"], ["b", "gone.png", "stop"]])
+        table.writerow(["a", "../out.png", "go"])
+    predictor, asked = _predictor(job_file, "gui_steps"), []
+    answer = {"output": {"action": "tap"}, "box": None, "point": (3.0, 4.0)}
+
+    def stub(asks: Any) -> list[Found]:
+        asked.extend((ask.id, tuple(ask.told["history"])) for ask in asks)
+        return [Found(ask.images, ((64, 64),), "{}", answer, True, ()) for ask in asks]
+
+    predictor.predict_many = stub  # type: ignore[method-assign]
+    out = tmp_path / "out.jsonl"
+    assert predict_files(predictor, [str(tmp_path / "steps.csv")], str(out), say=lambda text: None) == 5
+    assert asked == [("row 0", ()), ("row 1", ()), ("row 2", ('{"action":"tap"}',))]
+    rows = [json.loads(line) for line in out.open()]
+    assert [row["id"] for row in rows] == [f"row {i}" for i in range(5)]
+    assert ["error" in row for row in rows] == [False, False, False, True, True]
+    assert "outside" in rows[4]["error"]
+
+
+def test_drawings_of_every_task(job_file) -> None:
+    image = Image.new("RGB", (200, 100), "white")
+    for values in (
+        {"boxes": [(150.0, 20.0, 20.0, 90.0), (0, 0, 5, 5)], "labels": ["drain 排水", "$x"]},
+        {"attributes": {"object": "drain", "condition": "blocked"}},
+        {"output": {"action": "tap"}, "box": (1.0, 2.0, 30.0, 40.0), "point": None},
+        {"output": {"action": "tap"}, "box": None, "point": (9.0, 9.0)},
+        {"answer": "a long answer " * 60},
+        {"boxes": [], "labels": []},
+    ):
+        drawn = Found((image,), (image.size,), "", values, True, ()).draw()
+        assert drawn.width == 200
+        changed = np.asarray(drawn).shape != np.asarray(image).shape or (np.asarray(drawn) != np.asarray(image)).any()
+        assert changed == bool(values.get("labels") or "labels" not in values)

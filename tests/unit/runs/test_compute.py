@@ -1,0 +1,86 @@
+"""What a run cost, from its lines alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ray_vlm.runs.compute import PHASES, count_flops, measure_compute, write_markdown
+from ray_vlm.runs.read import read_run
+from tests.unit.runs.test_read import write_run
+
+
+def _lines(folder: Path, device: str = "NVIDIA A100-SXM4-40GB") -> None:
+    weights = {"language": {"trainable": 10**6, "total": 10**9}, "vision": {"trainable": 0, "total": 10**8}}
+    step = {"kind": "train", "attempt": 1, "time": 1020.0, "loss": 1.0, "step_s": 4.0, "tokens_per_s": 1000.0}
+    step |= {"images": 16, "data_s": 0.5, "rollout_s": 0.0, "forward_s": 1.0, "backward_s": 2.0, "peak_memory_gib": 9.0}
+    lines = [
+        {"kind": "start", "attempt": 1, "step": 0, "time": 1010.0, "trainable": weights, "device": device},
+        *(step | {"step": i} for i in range(1, 6)),
+        {"kind": "checkpoint", "attempt": 1, "step": 4, "time": 1030.0, "checkpoint_s": 3.0},
+        {"kind": "start", "attempt": 2, "step": 4, "time": 1050.0, "trainable": weights, "device": device},
+        *(step | {"step": i, "attempt": 2} for i in range(5, 11)),
+        {"kind": "eval", "attempt": 2, "step": 10, "time": 1080.0, "loss": 2.0, "validation_s": 7.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_hours_tokens_and_where_the_time_went(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    _lines(folder)
+    found = measure_compute(read_run(str(folder)))
+    assert (found["tokens"], found["images"], found["tokens_per_s"], found["images_per_s"]) == (
+        40_000,
+        160,
+        1000.0,
+        4.0,
+    )
+    assert found["lost"] == {"steps": 1, "s": 4.0}
+    times = found["time_s"]
+    assert {name: times[name] for name in PHASES} == {"data": 5.0, "rollout": 0.0, "forward": 10.0, "backward": 20.0}
+    assert (times["optimizer"], times["validation"], times["checkpoint"], times["done_again"]) == (5.0, 7.0, 3.0, 4.0)
+    assert sum(times.values()) == pytest.approx(found["wall_s"]) == 90.0
+    assert found["cpu_hours"] == pytest.approx(90 / 3600 * 2)
+    assert found["gpu_hours"] == 0.0
+    assert found["mfu"] is None, "no peak is known of a CPU"
+
+
+def test_operations_by_the_formula_that_is_stated(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    _lines(folder)
+    job = json.loads((folder / "resolved.json").read_text())
+    run = read_run(str(folder))
+    assert count_flops(run, 40_000) == 40_000 * (4 * 1e9 + 2 * 1e6)
+    job["train"]["gradient_checkpointing"] = True
+    job["cluster"] |= {"num_workers": 2, "gpus_per_worker": 1}
+    (folder / "resolved.json").write_text(json.dumps(job))
+    run = read_run(str(folder))
+    found = measure_compute(run)
+    assert count_flops(run, 40_000) == 40_000 * (6 * 1e9 + 2 * 1e6)
+    assert found["gpu_hours"] == pytest.approx(90 / 3600 * 2)
+    assert found["mfu"] == pytest.approx(40_000 * 6.002e9 / (40.0 * 2 * 312e12))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "resolved.json", "run.json"])
+def test_what_cannot_be_known_is_left_open(tmp_path: Path, name: str) -> None:
+    folder = write_run(tmp_path / "a")
+    _lines(folder, "Some | <b>Card</b>")
+    (folder / name).unlink()
+    found = measure_compute(read_run(str(folder)))
+    table = write_markdown(
+        ["a|b"],
+        [
+            found,
+        ],
+    )
+    assert "| | a\\|b |" in table
+    assert "<b>" not in table
+    json.dumps(found)
+
+
+def test_a_table_has_a_column_for_each_run(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    [_lines(run) for run in runs]
+    lines = write_markdown(["a", "b"], [measure_compute(read_run(str(run))) for run in runs]).splitlines()
+    assert {line.count("|") for line in lines} == {4}
+    assert "| time: forward | 11.1% | 11.1% |" in lines
