@@ -27,8 +27,8 @@ ANSWERS = 4  # sampled to each test image
 
 
 def places(folder: Path, *splits: str) -> list[str]:
-    """The demo's scenes under `folder`, as overrides."""
-    return [f"data.{split}.path={folder / 'site' / split}.json" for split in splits]
+    """The demo's scenes under `folder`, as overrides; GRPO's own training scenes are `more`."""
+    return [f"data.{split.replace('more', 'train')}.path={folder / 'site' / split}.json" for split in splits]
 
 
 def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
@@ -93,7 +93,7 @@ def train_dpo(folder: Path, adapter: Path, seed: int, changes: Sequence[str]) ->
 def train_grpo(folder: Path, adapter: Path, seed: int, changes: Sequence[str]) -> dict[str, float]:
     """Training, and what came of it."""
     started, name = time.monotonic(), f"grpo_{seed}"
-    sources = places(folder, "train", "eval", "test")
+    sources = places(folder, "more", "eval", "test")
     names = [f"run.output_dir={folder}", f"run.name={name}", f"seed={seed}", f"model.adapter={adapter}"]
     run("train", GRPO, *sources, *names, *changes, "--overwrite")
     wall = time.monotonic() - started

@@ -47,7 +47,7 @@ def road_job(folder: Path, name: str, adapter: Path) -> JobConfig:
     site = folder / "data/site"
     given = {
         "model.adapter": adapter,
-        "data.train.path": folder / PAIRS if name == "dpo" else site / "train.json",
+        "data.train.path": folder / PAIRS if name == "dpo" else site / "more.json",
         "data.test.path": site / "test.json",
         "run.output_dir": folder,
         **({"data.train.image_root": site / "train"} if name == "dpo" else {"data.eval.path": site / "eval.json"}),
