@@ -28,11 +28,13 @@ _END_S = {False: 315.0, True: 650.0}  # with the road or without
 
 @dataclass(frozen=True)
 class Step:
-    """A stage that was measured: its name in `summary.json`, its title, what `evaluate` found, and its run, if any."""
+    """A stage that was measured: its name in `summary.json`, its title, what `evaluate` found and where that lies, and
+    its run, if any."""
 
     name: str
     title: str
     metrics: dict[str, Any]
+    folder: Path
     run: Path | None = None
 
 
@@ -100,12 +102,13 @@ def _draw(source: Any) -> None:
 
 
 def measure_step(name: str, title: str, job: JobConfig, folder: Path, run: Path | None = None) -> Step:
-    """Evaluate a run's best adapter, or the base, on the job's test rows into `<folder>/evaluate/<name>`."""
+    """Evaluate a run's best adapter on the job's test rows, into the run's folder; or the base, into `folder`."""
     from ray_vlm.evaluate.run import evaluate
 
     adapter = None if run is None else str(run / "best")
-    found = evaluate(job, adapter, folder / "evaluate" / name, say=lambda text: print(f"  {text}", flush=True))
-    return Step(name, title, found, run)
+    place = folder / "evaluate" / name if run is None else run / "evaluate/best"
+    found = evaluate(job, adapter, place, say=lambda text: print(f"  {text}", flush=True))
+    return Step(name, title, found, place, run)
 
 
 def train_step(job: JobConfig, name: str) -> Path:
@@ -121,7 +124,7 @@ def _report(folder: Path, steps: Sequence[Step]) -> None:
     from ray_vlm.evaluate.report import write_report
     from ray_vlm.evaluate.run import read_predictions
 
-    stages = [Stage(s.title, s.metrics, read_predictions(folder / "evaluate" / s.name)) for s in steps]
+    stages = [Stage(s.title, s.metrics, read_predictions(s.folder)) for s in steps]
     runs = {s.title: s.run / "metrics.jsonl" for s in steps if s.run is not None}
     notes = [
         "A Qwen3-VL of 2.2 million weights, trained on filled shapes, meets hollow, worn ones on concrete and brick.",
