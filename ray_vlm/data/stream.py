@@ -5,6 +5,7 @@ for each rank, and images cross the object store as uint8. Both yield the same r
 makes them.
 """
 
+import ctypes
 import math
 import queue
 import threading
@@ -23,6 +24,7 @@ from ray_vlm.errors import DataError, RunError
 
 _AHEAD = 3  # micro-batches that wait ready for the trainer
 _BLOCK_BYTES = 8 * 2**20  # a Ray Data block is handed on when it has this size
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _BLOCK_MICRO_BATCHES = 8  # work of one loader at a time; what others make meanwhile waits for its turn in memory
 
 
@@ -121,6 +123,7 @@ class _Loader:
         import torch
 
         torch.set_num_threads(1)
+        _keep_memory()
         self.feed = feed
         self.records = ray.get(feed.records) if isinstance(feed.records, ray.ObjectRef) else feed.records
 
@@ -128,6 +131,20 @@ class _Loader:
         for offset in batch["id"]:
             number = self.feed.first + int(offset)
             yield pack(number, make_rows(self.feed, self.records, number))
+
+
+def _keep_memory() -> None:
+    """Tell glibc's allocator to keep what images leave behind for the next one.
+
+    By default it hands every large block back to the system, and each of its pages costs a fault when it comes again: a
+    quarter of the time that a 12-megapixel photo takes.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):  # another C library
+        return
 
 
 def pack(number: int, rows: Sequence[Row]) -> Any:

@@ -20,6 +20,7 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.evaluate.actors import Loaded, Work, do_batches
+from ray_vlm.models.dense import dequantised
 from ray_vlm.models.load import resolve_name
 
 ANSWERS = "answers.jsonl"  # a key, then each batch as it came
@@ -44,7 +45,7 @@ def generate_answers(
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
         batch = collate([preparer.prompt_row(record) for record in part], preparer, device, side="left")
-        with torch.inference_mode():
+        with torch.inference_mode(), dequantised(model):
             tokens = model.generate(
                 **{k: v for k, v in batch.items() if k != "labels"},
                 max_new_tokens=max_new_tokens,

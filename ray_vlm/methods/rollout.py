@@ -17,6 +17,7 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.methods.kv_cache import make_room
+from ray_vlm.models.dense import dequantised
 
 # Ended rows leave the batch when no more than this share goes on. To drop each at once would copy the cache too often.
 _KEEP = 0.75
@@ -67,7 +68,7 @@ def sample_groups(
     size = group_batch or max(len(rows), 1)
     groups: list[list[Completion]] = []
     # Not inference_mode: the same model is trained afterwards, and what a forward caches in it must allow autograd.
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), _evaluating(model), dequantised(model):
         for start in range(0, len(pairs), size):
             prompts, own = zip(*pairs[start : start + size], strict=True)
             groups += _sample_batch(model, prompts, preparer, sampling, _uniforms(own, sampling), device)

@@ -56,6 +56,6 @@ def test_what_a_replica_refuses_arrives_as_it_was_said(job_file, count: int, ray
 
 def test_an_unknown_failure_names_itself(job_file, ray_cluster) -> None:
     work = _work(job_file)
-    with pytest.raises(RunError, match="a worker failed: KeyError: 'what'"):
+    with pytest.raises(RunError, match="a worker failed: KeyError: 'what"):
         list(do_batches(work, _break, range(6), 1))
     assert actors.with_workers(work.job, 3).cluster.num_workers == 3

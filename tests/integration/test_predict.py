@@ -25,7 +25,7 @@ def detector(job_file, scenes: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def _predictor(job_file: Any, task: str, **options: Any) -> Predictor:
-    job = load_job(job_file(task={"name": task, **options}, evaluate={"max_new_tokens": 6}))
+    job = load_job(job_file(task={"name": task, **options}, evaluate={"max_new_tokens": 6}), ["data.train=null"])
     return Predictor(job)
 
 

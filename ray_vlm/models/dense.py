@@ -1,0 +1,56 @@
+"""4-bit weights, dequantised once for a while: answers are generated token by token, and bitsandbytes would dequantise
+every layer anew for each of them. On a CPU the numbers stay the same to the bit, since it multiplies by the dequantised
+weights there too (`_gemm_4bit_default_impl` in `bitsandbytes/backends/default/ops.py`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+MOST_BYTES = 2**30  # of dequantised weights; a larger model keeps its 4 bits
+
+
+@contextmanager
+def dequantised(model: Any) -> Iterator[None]:
+    """While the body runs, a small model's 4-bit layers on a CPU multiply by weights that were dequantised once.
+
+    Nothing changes on a GPU, whose kernels read 4 bits as they are. For forwards without gradients.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    layers = [module for module in model.modules() if _is_quantised(module)]
+    size = sum(4 * layer.weight.quant_state.shape.numel() for layer in layers)
+    if size > MOST_BYTES or any(layer.weight.device.type != "cpu" for layer in layers):
+        layers = []
+    own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}  # accelerate's hooks
+    try:
+        for layer in layers:
+            dtype = layer.compute_dtype or torch.float32
+            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+            layer.forward = _forward(weight, layer.bias)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+            if layer in own:
+                layer.forward = own[layer]
+
+
+def _is_quantised(module: Any) -> bool:
+    """Whether it is a layer of bitsandbytes with quantised weights (PEFT has a class of the same name around it)."""
+    kind = type(module)
+    return (
+        kind.__name__ == "Linear4bit"
+        and kind.__module__.startswith("bitsandbytes")
+        and getattr(module.weight, "quant_state", None) is not None
+    )
+
+
+def _forward(weight: Any, bias: Any) -> Any:
+    from torch.nn.functional import linear
+
+    def forward(x: Any) -> Any:
+        return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+    return forward

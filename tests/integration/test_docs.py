@@ -1,0 +1,70 @@
+"""Every command in the documents is one that the command line takes, and those that need no cluster are run."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ray_vlm.cli import _parser, main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "jobs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {  # run by other tests, or on what a test machine is not
+    "--address": "needs a cluster; tests/cluster/test_submit.py",
+    "ray-vlm submit": "needs a cluster; tests/cluster/test_submit.py",
+    "ray-vlm jobs": "needs a cluster; tests/cluster/test_submit.py",
+    "cluster.num_workers=": "tests/cluster",
+    "jobs/demo_": "minutes; the demos themselves",
+    "ray-vlm demo": "minutes; the demos themselves",
+    "--resume": "tests/integration/test_resume.py",
+}
+
+
+def commands(page: Path) -> list[str]:
+    """Commands in the page's code blocks, with comments cut off."""
+    found = re.findall(r"^(?:    |\$ )?(ray-vlm [a-z][^\n`]*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"\s+#.*", "", text) for text in found]
+
+
+def _words(command: str) -> list[str]:
+    """The command as words, the stand-ins of the documents as something that can be taken."""
+    words = shlex.split(command.replace("...", "").replace("VERB", "train"))[1:]
+    return [word for word in words if not word.startswith("[")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_are_taken(page: Path) -> None:
+    for command in commands(page):
+        args, rest = _parser().parse_known_args(_words(command))
+        assert args.verb, command
+        assert not [word for word in rest if "=" not in word], command
+
+
+def test_there_are_commands() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 20
+
+
+def test_commands_that_need_no_cluster_are_run(
+    job_file, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the documents, in a folder where `my_job.yaml` and the runs of their examples are there."""
+    data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "eval", "test")}
+    job = job_file(data=data, evaluate={"max_new_tokens": 4}, run={"name": "NAME", "output_dir": "outputs"})
+    job.rename(tmp_path / "my_job.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "my_job.yaml"]) == 0
+    assert main(["evaluate", "my_job.yaml", "--output", "outputs/evaluate/MODEL-TEST"]) == 0
+    for name in ("A", "B", "C", "demo_sft"):
+        shutil.copytree("outputs/NAME", f"outputs/{name}")
+    shutil.copytree(scenes / "test", "photos")
+    done = set()
+    for command in (command for page in PAGES for command in commands(page)):
+        words = _words(command)
+        if any(mark in command for mark in ELSEWHERE) or command in done or set(words) & {"JOB", "RUN"}:
+            continue
+        done.add(command)
+        again = ["--overwrite"] if words[0] == "train" and "--dry-run" not in words else []
+        assert main([*words, *again]) == 0, command
+    assert len(done) >= 12

@@ -1,0 +1,56 @@
+"""Weights that are dequantised once give the very numbers that 4-bit layers give, and leave no trace."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from ray_vlm.config.schema import Model
+from ray_vlm.models import dense
+from ray_vlm.models.dense import dequantised
+from ray_vlm.models.load import load_model
+from tests.conftest import FAMILIES
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_to_the_bit(family: str, bf16: bool, tiny_models: dict[str, str]) -> None:
+    base = load_model(Model(name=tiny_models[family], load_in_4bit=True), bf16=bf16)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    ids = torch.randint(5, 300, (3, 17), generator=torch.Generator().manual_seed(0))
+    model.eval()
+    calls = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(dense._is_quantised(m)))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        with dequantised(model):
+            inside = model(input_ids=ids).logits
+            changed = [m for m in model.modules() if "forward" in m.__dict__ and dense._is_quantised(m)]
+        after = model(input_ids=ids).logits
+    hook.remove()
+    assert len(changed) == sum(calls) // 3 > 0
+    assert torch.equal(before, inside)
+    assert torch.equal(before, after)
+    assert not any("forward" in m.__dict__ and dense._is_quantised(m) for m in model.modules())
+
+
+def test_a_large_model_keeps_its_four_bits(tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), bf16=False)
+    monkeypatch.setattr(dense, "MOST_BYTES", 1000)
+    with dequantised(model):
+        assert not any("forward" in m.__dict__ for m in model.modules() if dense._is_quantised(m))
+
+
+def test_gradients_are_those_of_four_bits_afterwards(tiny_models: dict[str, str]) -> None:
+    base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), bf16=False)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    ids = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=ids).logits.square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = gradients()
+    with torch.no_grad(), dequantised(model):
+        model(input_ids=ids)
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
