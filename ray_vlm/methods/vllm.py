@@ -15,6 +15,7 @@ from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Completion, Sampling
+from ray_vlm.models.families import part_of
 from ray_vlm.models.load import resolve_name
 
 
@@ -48,12 +49,24 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
         model: Any, rows: Sequence[Row], preparer: Preparer, sampling: Sampling, seeds: Sequence, device: str
     ) -> list[list[Completion]]:
         nonlocal pushed
+        if not pushed:
+            _check_parts(model, preparer)
         pushed += 1  # vLLM keeps what it has under a number: every push needs a new one
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, selected_adapters=["default"])
             return generate(engine, Path(folder), pushed, rows, preparer, sampling, seeds)
 
     return sample
+
+
+def _check_parts(model: Any, preparer: Preparer) -> None:
+    """Raise `ConfigError` where the adapter has weights that vLLM leaves out, such as those of `model.adapter`."""
+    names = (name for name, _ in model.named_parameters() if "lora_" in name)
+    if others := {part_of(preparer.family, name) for name in names} - {"language"}:
+        raise ConfigError(
+            f"method.rollouts: model.adapter adapts {', '.join(sorted(others))} too, and vllm takes adapters on the "
+            "language model only. Use transformers rollouts, or start from an adapter with lora.target=[language]."
+        )
 
 
 def generate(

@@ -102,6 +102,18 @@ def test_the_adapter_is_pushed_at_every_step_and_nothing_is_merged(job_file, eng
     assert groups[0][1].logprobs == [-0.5, -1.0]
 
 
+def test_an_adapter_that_vllm_would_leave_half_out_is_refused(job_file, engines: list[FakeEngine]) -> None:
+    from benchmarks.stock import build_model
+
+    job, preparer, rows = _parts(job_file)
+    assert job.lora is not None
+    whole = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
+    sample = build_sampler(job, SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512))
+    with pytest.raises(ConfigError, match=r"model.adapter adapts vision too"):
+        sample(build_model(whole), rows, preparer, Sampling(4, 16, 0.9, 0.95, 0), [(0,), (1,)], "cpu")
+    assert not engines[0].calls
+
+
 def test_prompts_and_sampling_as_vllm_takes_them(job_file, engines: list[FakeEngine]) -> None:
     from benchmarks.stock import build_model
 
