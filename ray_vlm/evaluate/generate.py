@@ -69,14 +69,20 @@ def plan_batches(costs: Sequence[float], batch_size: int) -> tuple[tuple[int, ..
     return tuple(tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size))
 
 
-def answer_all(work: Work, folder: Path | None, num_actors: int, say: Callable[[str], None] | None = None) -> list[str]:
+def answer_all(
+    work: Work,
+    folder: Path | None,
+    num_actors: int,
+    say: Callable[[str], None] | None = None,
+    weights: str | None = None,
+) -> list[str]:
     """The greedy answer to each record, in their order.
 
     `folder`: where `answers.jsonl` grows; answers that are there, made from the same inputs, are not made again.
-    `say` is told how far it is.
+    `say` is told how far it is. `weights`: a folder with the files of `work.adapter`, which may lie elsewhere.
     """
     path = folder / ANSWERS if folder is not None else None
-    key = describe_work(work) if path is not None else {}
+    key = describe_work(work, weights or work.adapter) if path is not None else {}
     known = _read_answers(path, key, work) if path is not None else {}
     left = [number for number in range(len(work.batches)) if number not in known]
     total, done = len(work.records), sum(len(work.batches[number]) for number in known)
@@ -110,8 +116,9 @@ def _answer(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[in
     return generate_answers(loaded.model, records, loaded.preparer, len(records), limit, loaded.device)
 
 
-def describe_work(work: Work) -> dict[str, str]:
-    """What the answers depend on, as hashes by name: where all are equal, so are the answers."""
+def describe_work(work: Work, weights: str | None) -> dict[str, str]:
+    """What the answers depend on, as hashes by name: where all are equal, so are the answers. `weights`: the adapter's
+    folder on this machine."""
     job, preparer = work.job, load_preparer(work.spec)
     rows = hashlib.sha256()
     for r in work.records:
@@ -121,7 +128,7 @@ def describe_work(work: Work) -> dict[str, str]:
     packages = [metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
     told = {
         "base": (job.model.name, loading, _files(resolve_name(job.model.name))),
-        "adapter": _contents(work.adapter) if work.adapter else None,
+        "adapter": _contents(weights) if weights else None,
         "preprocessing": (asdict(replace(work.spec, model=None)), asdict(preparer.image_spec)),  # type: ignore[arg-type]
         "batches": (work.batches, job.evaluate.max_new_tokens),
         "versions": (__version__, packages),

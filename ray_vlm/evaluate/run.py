@@ -73,7 +73,8 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     started, actors = time.monotonic(), num_actors(job)
     where = weights if actors == 0 or adapter is None else full_address(adapter)
     batches = plan_batches(index.image_tokens + index.prompt_tokens, job.evaluate.batch_size)
-    answers = answer_all(Work(job, parts.spec, index.records, where, batches), folder, actors, say)
+    work = Work(job, parts.spec, index.records, where, batches)
+    answers = answer_all(work, folder, actors, say, weights)
     predictions = build_predictions(index.records, answers, load_preparer(parts.spec))
     metrics = measure(job.task.name, predictions)
     metrics |= {"adapter": adapter, "test": _told(job), "wall_s": time.monotonic() - started}
