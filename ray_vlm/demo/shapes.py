@@ -49,7 +49,7 @@ DOMAINS = {
     ),
 }
 RARE_CLASS = "star"
-NUM_IMAGES = {"train": 2000, "eval": 64, "test": 240, "more": 600}  # more: scenes that fine-tuning has not seen
+NUM_IMAGES = {"train": 2000, "eval": 64, "test": 240, "more": 400}  # more: scenes that fine-tuning has not seen
 
 
 def draw_file(path: str) -> None:
