@@ -11,8 +11,8 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.demo.story import Step, find_job, measure_step, train_step
 
 PAIRS = "pairs.jsonl"
-NUM_ROWS = 700  # whose answers are sampled for pairs
-NUM_STEPS = 40  # of DPO and of GRPO, fewer than their jobs take by themselves: a demo should end soon
+NUM_ROWS = 600  # whose answers are sampled for pairs
+NUM_STEPS = 32  # of DPO and of GRPO, fewer than their jobs take by themselves: a demo should end soon
 
 
 def walk_road(folder: Path, sft_job: JobConfig, sft_run: Path, say: Callable[[str], None]) -> list[Step]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray_vlm.evaluate.pictures import Stage, choose_images, draw_picture
 from ray_vlm.evaluate.report import render
-from ray_vlm.runs.compare import Comparison, test_of
+from ray_vlm.runs.compare import SETTINGS, Comparison, test_of
 from ray_vlm.runs.curves import MAIN, main_key, overlay
 from ray_vlm.runs.read import Run, setting
 from ray_vlm.runs.store import Store
@@ -32,6 +32,7 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison) -> str:
         title=f"{len(runs)} runs: {', '.join(comparison.titles[:4])}{', ...' if len(runs) > 4 else ''}",
         notes=notes,
         comparison=comparison,
+        settings=SETTINGS,
         tell=lambda value: value if isinstance(value, str) else tell_number(value),
         charts=_charts(runs, comparison.titles),
         images=images,

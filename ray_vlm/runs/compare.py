@@ -11,6 +11,7 @@ from ray_vlm.runs.text import format_table, plain_text, tell_number, tell_time
 
 _PREFERRED = ("best", "final")  # evaluations that stand for a run, the first that is there
 _NOT_MEASURES = ("kind", "attempt", "step", "epoch", "time", "validation_s")
+SETTINGS, _VALIDATION = "settings that differ", "validation at the step of best/"
 _MOST_COLUMNS = 5  # runs that stand side by side in a terminal; more stand below one another
 
 
@@ -36,11 +37,13 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     """Everything that `runs compare` shows of the runs, in their order."""
     titles, chosen = run_titles(runs), [test_of(run) for run in runs]
     same_task = len({setting(run.job, "task.name") for run in runs}) == 1
+    validated = {tuple(setting(run.job, f"data.eval.{key}") for key in ("path", "ratio")) for run in runs}
+    same_method = len({setting(run.job, "method.name") for run in runs}) == 1
     tests = {(found["test"], found.get("num_rows")) for _, found in chosen if found}
     sections = {
-        "settings that differ": differing_settings(runs),
+        SETTINGS: differing_settings(runs),
         "on data.test": _measures([found.get("overall", {}) for _, found in chosen], same_task and len(tests) == 1),
-        "validation at the step of best/": _measures([_validated(run) for run in runs], same_task),
+        _VALIDATION: _measures([_validated(run) for run in runs], same_task and same_method and len(validated) == 1),
         "training": _training(runs),
     }
     return Comparison(titles, _notes(runs, titles, chosen, same_task, tests), {k: v for k, v in sections.items() if v})

@@ -10,6 +10,7 @@ from ray_vlm.runs.text import format_table, plain_text, tell_date, tell_number, 
 
 _MOST_VALIDATIONS = 8  # lines of the table
 _HIDDEN = ("kind", "attempt", "step", "epoch", "time", "validation_s")
+_HEADLINES = ("f1_50", "accuracy", "step_success", "normalised")  # of a run whose own metric is not measured on tests
 _VERSIONS = ("torch", "transformers", "trl", "peft", "ray")
 
 
@@ -22,10 +23,11 @@ def describe_runs(runs: Sequence[Run], here: str = "") -> str:
 
 def _line(run: Run, here: str) -> list[str]:
     steps = str(run.step) if run.num_steps in (None, run.step) else f"{run.step}/{run.num_steps}"
-    test = test_of(run)[1].get("overall", {}).get(run.metric)
+    overall = test_of(run)[1].get("overall", {})
+    headline = next((name for name in (run.metric, *_HEADLINES) if is_number(overall.get(name))), None)
     kind = [str(setting(run.job, key) or "?") for key in ("method.name", "task.name", "model.name")]
     best = f"{run.metric} {tell_number(run.best[run.metric])}" if run.best else "-"
-    tested = tell_number(test) if is_number(test) else "-"
+    tested = f"{headline} {tell_number(overall[headline])}" if headline else "-"
     status = f"{run.status}!" if run.faults else run.status
     return [
         run.address.removeprefix(here),
