@@ -28,13 +28,14 @@ class Curve:
 
 def points_of(lines: Sequence[dict[str, Any]], kind: str, key: str) -> Points:
     """(step, value) of every line of that kind that has a finite number there."""
-    return [(line["step"], line[key]) for line in lines if line["kind"] == kind and is_number(line.get(key))]
+    values = [(line["step"], line.get(key)) for line in lines if line["kind"] == kind]
+    return [(step, value) for step, value in values if is_number(value)]
 
 
 def main_key(lines: Sequence[dict[str, Any]]) -> str:
     """The key of `MAIN` that the training lines have."""
-    seen: set[str] = set().union(*(line for line in lines if line["kind"] == "train"))
-    return next((key for key in MAIN if key in seen), "loss")
+    train = [line for line in lines if line["kind"] == "train"]
+    return next((key for key in MAIN if any(key in line for line in train)), "loss")
 
 
 def smooth(points: Points) -> Points:

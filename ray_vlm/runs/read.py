@@ -89,14 +89,15 @@ class Run:
         """When the first attempt began, seconds since 1970."""
         return next((a["started"] for a in self.attempts if is_number(a.get("started"))), None)
 
-    @property
+    @cached_property
     def wall_s(self) -> float:
         """Seconds of all attempts together. One without an end counts to its last line, or to now while it runs."""
-        total, last = 0.0, max((line["time"] for line in self.lines if is_number(line.get("time"))), default=0.0)
+        total = 0.0
         for i, attempt in enumerate(self.attempts):
             begun, end = attempt.get("started", math.nan), attempt.get("ended")
             if not is_number(end):
                 newest = i == len(self.attempts) - 1
+                last = max((line["time"] for line in self.lines if is_number(line.get("time"))), default=0.0)
                 end = time.time() if newest and self.status == "running" else last
             total += max(0.0, end - begun) if is_number(begun) else 0.0
         return total
@@ -120,6 +121,8 @@ class Run:
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number."""
+    if type(value) is float:  # asked half a million times by a comparison of 50 runs
+        return value - value == 0.0
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -168,14 +171,19 @@ def _read_lines(store: Store, faults: list[str]) -> list[dict[str, Any]]:
         faults.append("metrics.jsonl is missing")
         return []
     texts = data.splitlines()
-    lines = [line for text in texts if (line := read_line(text)) is not None and _is_whole(line)]
+    try:  # all at once takes a third of the time
+        found = json.loads(b"[" + b",".join(texts) + b"]")
+    except ValueError:
+        found = [read_line(text) for text in texts]
+    lines = [line for line in found if isinstance(line, dict) and _is_whole(line)]
     if len(lines) < len(texts):
         faults.append(f"{len(texts) - len(lines)} of {len(texts)} lines of metrics.jsonl are cut off or altered")
     return lines
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    return isinstance(line.get("step"), int) and isinstance(line.get("attempt"), int) and isinstance(line["kind"], str)
+    kinds = (line.get("step"), line.get("attempt"), line.get("kind"))
+    return isinstance(kinds[0], int) and isinstance(kinds[1], int) and isinstance(kinds[2], str)
 
 
 def _read_evaluations(store: Store, faults: list[str]) -> dict[str, dict[str, Any]]:

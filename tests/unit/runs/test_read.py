@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -18,7 +19,7 @@ from ray_vlm.runs.compare import best_of, compare_runs, describe_comparison, run
 from ray_vlm.runs.curves import layout, overlay, smooth, spark, thin
 from ray_vlm.runs.export import write_table
 from ray_vlm.runs.plot import default_keys, plot_runs
-from ray_vlm.runs.read import find_runs, read_run
+from ray_vlm.runs.read import find_runs, is_number, read_run
 from ray_vlm.runs.show import describe_run, describe_runs
 from ray_vlm.runs.text import format_table, plain_text, tell_number, tell_time
 
@@ -288,3 +289,10 @@ def test_completion_knows_the_verbs(shell: str, capsys: pytest.CaptureFixture) -
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert all(word in script for word in ("evaluate", "compare", "--metric"))
+
+
+def test_what_counts_as_a_number() -> None:
+    numbers = [0.0, -1.5, 3, np.float64(0.5)]
+    others = [math.nan, math.inf, -math.inf, np.float64("nan"), True, None, "1", [1]]
+    assert all(is_number(value) for value in numbers)
+    assert not any(is_number(value) for value in others)
