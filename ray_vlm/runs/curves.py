@@ -28,7 +28,7 @@ class Curve:
 
 def points_of(lines: Sequence[dict[str, Any]], kind: str, key: str) -> Points:
     """(step, value) of every line of that kind that has a finite number there."""
-    values = [(line["step"], line.get(key)) for line in lines if line["kind"] == kind]
+    values: list[tuple[int, Any]] = [(line["step"], line.get(key)) for line in lines if line["kind"] == kind]
     return [(step, value) for step, value in values if is_number(value)]
 
 

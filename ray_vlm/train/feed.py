@@ -72,6 +72,7 @@ def feed_trainer(trainer_class: type) -> type:
         def __init__(self, *args: Any, **kwargs: Any):
             exact = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
             super().__init__(*args, **kwargs)
+            self.clock = Clock(str(self.args.device))
             for name, parameter in self.model.named_parameters():
                 if name in exact:
                     parameter.data = exact[name].to(parameter.device).float()
@@ -80,15 +81,15 @@ def feed_trainer(trainer_class: type) -> type:
             return self.planned_batches
 
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
-            with self.planned_batches.clock.phase("batch"):
+            with self.clock.phase("batch"):
                 return super().get_batch_samples(*args, **kwargs)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            with self.planned_batches.clock.phase("step"):
+            with self.clock.phase("step"):
                 return super().training_step(*args, **kwargs)
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            with self.planned_batches.clock.phase("forward"):
+            with self.clock.phase("forward"):
                 return super().compute_loss(*args, **kwargs)
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

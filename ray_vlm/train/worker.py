@@ -29,7 +29,7 @@ from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
 from ray_vlm.runs.track import TensorBoardTracker, WandbTracker
 from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
-from ray_vlm.train.clock import Clock, name_device, watch_usage
+from ray_vlm.train.clock import name_device, watch_usage
 from ray_vlm.train.stop import agree, watch
 
 
@@ -196,8 +196,8 @@ def _build_trainer(
     def build(rows: list[Row]) -> Any:
         return method.collate(rows, preparer, place.device)
 
-    clock = Clock(place.device)
-    trainer.planned_batches = PlannedBatches(stream, plan, build, args.gradient_accumulation_steps, first, clock)
+    steps = args.gradient_accumulation_steps
+    trainer.planned_batches = PlannedBatches(stream, plan, build, steps, first, trainer.clock)
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer
