@@ -154,8 +154,8 @@ class Evaluate(Section):
         None,
         ge=0,
         le=Largest,
-        description="Processes of `ray-vlm evaluate` and `predict` that hold the model, each with the resources of a "
-        "worker; 0 is the command's own. null: `cluster.num_workers` on GPUs, 0 on a CPU.",
+        description="Processes of `ray-vlm evaluate` that hold the model, each with the resources of a worker; "
+        "0 is the command's own. null: `cluster.num_workers` on GPUs, 0 on a CPU.",
     )
     max_new_tokens: int = Field(512, ge=1, le=Largest, description="Longest answer.")
 
