@@ -2,7 +2,6 @@
 sample images with each run's answers. One self-contained file; everything that came from files is escaped.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from ray_vlm.evaluate.pictures import Stage, choose_images, draw_picture
 from ray_vlm.evaluate.report import render
 from ray_vlm.runs.compare import SETTINGS, Comparison, test_of
 from ray_vlm.runs.curves import MAIN, main_key, overlay
+from ray_vlm.runs.monitor import whole_lines
 from ray_vlm.runs.read import Run, setting
 from ray_vlm.runs.store import Store
 from ray_vlm.runs.text import tell_number
@@ -54,15 +54,8 @@ def load_stages(runs: Sequence[Run], titles: Sequence[str]) -> list[Stage]:
 
 def _read_predictions(data: bytes) -> list[dict[str, Any]]:
     """Whole lines of a `predictions.jsonl`; a line cut off by a crash is left out."""
-    found = []
-    for text in data.splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and {"id", "images", "sizes", "truth", "found", "score", "answer"} <= set(line):
-            found.append(line)
-    return found
+    needed = {"id", "images", "sizes", "truth", "found", "score", "answer"}
+    return [line for line in whole_lines(data) if isinstance(line, dict) and needed <= set(line)]
 
 
 def _same_rows(stages: Sequence[Stage]) -> list[Stage]:

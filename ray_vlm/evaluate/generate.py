@@ -22,6 +22,7 @@ from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.evaluate.actors import Loaded, Work, do_batches
 from ray_vlm.models.dense import dequantised
 from ray_vlm.models.load import resolve_name
+from ray_vlm.runs.monitor import whole_lines
 
 ANSWERS = "answers.jsonl"  # a key, then each batch as it came
 _TELL_S = 5.0  # between lines on how far it is
@@ -163,7 +164,7 @@ def _read_answers(path: Path, key: Mapping[str, str], work: Work) -> dict[int, l
     found: dict[int, list[str]] = {}
     if not path.is_file():
         return found
-    first, *rest = [_line(text) for text in path.read_bytes().splitlines()] or [None]
+    first, *rest = whole_lines(path.read_bytes()) or [None]
     if not isinstance(first, dict) or first.get("key") != key:
         return found
     for line in rest:
@@ -175,13 +176,6 @@ def _read_answers(path: Path, key: Mapping[str, str], work: Work) -> dict[int, l
         if [type(text) for text in answers] == [str] * len(work.batches[number]):
             found[number] = answers
     return found
-
-
-def _line(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 
 def _open_answers(path: Path, key: Mapping[str, str], known: Mapping[int, list[str]]) -> Any:

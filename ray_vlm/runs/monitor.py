@@ -21,6 +21,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for text in path.read_bytes().splitlines() if (line := read_line(text)) is not None]
 
 
+def whole_lines(data: bytes) -> list[Any]:
+    """The values of all whole lines of JSON; a line cut off by a crash is left out."""
+    found = []
+    for text in data.splitlines():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
 def read_line(text: bytes) -> dict[str, Any] | None:
     """One line of `metrics.jsonl`, or None for one that a crash cut off."""
     try:
