@@ -17,11 +17,15 @@ class Layout:
     cpus_per_loader: float
 
 
+def count_processes(job: JobConfig) -> int:
+    """Processes that hold the model: the workers, and one more where validation has its own."""
+    return job.cluster.num_workers + job.evaluate.asynchronous
+
+
 def cpus_needed(job: JobConfig) -> int:
-    """CPUs of a cluster of our own: the workers', and one loader for each worker beyond them."""
-    cluster = job.cluster
-    loaders = cluster.num_workers * (job.data.num_loaders or 1)
-    return int(-(-cluster.num_workers * cluster.cpus_per_worker // 1)) + loaders
+    """CPUs of a cluster of our own: those of the processes with a model, and one loader for each worker beyond them."""
+    loaders = job.cluster.num_workers * (job.data.num_loaders or 1)
+    return int(-(-count_processes(job) * job.cluster.cpus_per_worker // 1)) + loaders
 
 
 def plan_layout(
@@ -33,11 +37,13 @@ def plan_layout(
     wait for ever without an error.
     """
     cluster, problems = job.cluster, []
+    processes = count_processes(job)
+    who = f"{cluster.num_workers} workers" + (" and one for evaluate.asynchronous" if job.evaluate.asynchronous else "")
     for name, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        need, have = each * cluster.num_workers, resources.get(name, 0)
+        need, have = each * processes, resources.get(name, 0)
         if need > have:
             problems.append(
-                f"cluster: {cluster.num_workers} workers of {each:g} {name} need {need:g}, but the cluster has "
+                f"cluster: {who} of {each:g} {name} need {need:g}, but the cluster has "
                 f"{have:g}. Lower cluster.num_workers or cluster.{name.lower()}s_per_worker, or add nodes."
             )
         elif nodes and each > (most := max(node.get(name, 0) for node in nodes)):
@@ -45,7 +51,7 @@ def plan_layout(
                 f"cluster: a worker of {each:g} {name} fits on no node; the largest has {most:g}. Lower "
                 f"cluster.{name.lower()}s_per_worker."
             )
-    free = resources.get("CPU", 0) - cluster.cpus_per_worker * cluster.num_workers
+    free = resources.get("CPU", 0) - cluster.cpus_per_worker * processes
     if not problems and free < 1:
         problems.append(
             f"cluster: the workers take all {resources.get('CPU', 0):g} CPUs, and Ray Data needs at least one to read "

@@ -146,6 +146,26 @@ RULES: list[Rule] = [
         "early stopping needs validation, and `data.eval` is not set. Give it rows, or leave early stopping out.",
     ),
     (
+        lambda j: j.evaluate.asynchronous and j.cluster.num_workers == 0,
+        ("evaluate.asynchronous", "cluster.num_workers"),
+        "it needs a process of its own, which Ray starts. Set cluster.num_workers to 1 or more, or leave it out.",
+    ),
+    (
+        lambda j: j.evaluate.asynchronous and j.data.eval is None,
+        ("evaluate.asynchronous", "data"),
+        "there is nothing to validate on, since `data.eval` is not set. Give it rows, or leave it out.",
+    ),
+    (
+        lambda j: j.evaluate.engine == "vllm" and not j.cluster.gpus_per_worker,
+        ("evaluate.engine", "cluster.gpus_per_worker"),
+        "vllm needs a GPU. Set cluster.gpus_per_worker=1, or use transformers.",
+    ),
+    (
+        lambda j: j.track.energy != (j.track.country is not None),
+        ("track.country", "track.energy"),
+        "energy and country go together: the carbon dioxide of a kilowatt-hour depends on where it is made. Give both.",
+    ),
+    (
         lambda j: _same_rows(j.data.test, j.data.eval),
         ("data.test", "data.eval"),
         "the rows that choose `best/` cannot also give the headline numbers. Use rows of its own.",

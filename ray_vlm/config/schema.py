@@ -143,6 +143,10 @@ class Evaluate(Section):
         False,
         description="Also validate before the first step, so that `best/` is never worse than what one began with.",
     )
+    asynchronous: bool = Field(
+        False,
+        description="Validate in a process of its own, with the resources of one more worker, while training goes on.",
+    )
     metric: str = Field(
         "loss",
         description="What chooses `best/`: `loss`, or a task metric measured by generating, such as `f1_50`; for DPO "
@@ -156,6 +160,11 @@ class Evaluate(Section):
         le=Largest,
         description="Processes of `ray-vlm evaluate` that hold the model, each with the resources of a worker; "
         "0 is the command's own. null: `cluster.num_workers` on GPUs, 0 on a CPU.",
+    )
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What answers in `evaluate` and `predict`. `vllm` needs a GPU and the package, and adapters on the "
+        "language model only; it has not been tried on hardware.",
     )
     max_new_tokens: int = Field(512, ge=1, le=Largest, description="Longest answer.")
 
@@ -201,6 +210,12 @@ class Track(Section):
     wandb: bool = Field(False, description="Send numbers to Weights & Biases; offline when there is no key.")
     wandb_project: str = Field("ray-vlm", description="Project name in Weights & Biases.")
     tensorboard: bool = Field(False, description="Write event files for TensorBoard into the run's `tensorboard/`.")
+    energy: bool = Field(
+        False, description="Estimate energy and carbon dioxide by codecarbon, offline; needs `ray_vlm[energy]`."
+    )
+    country: str | None = Field(
+        None, description="Where the electricity comes from, three letters (ISO 3166), such as `DEU`; for `energy`."
+    )
 
 
 class Run(Section):

@@ -18,9 +18,10 @@ from ray_vlm.cluster.environment import Environment, read_environment
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.spec import Row, RowSpec
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.models.load import load_adapter, load_model
+from ray_vlm.runs.checkpoints import fetch_folder
 
 _BLOCKS_PER_ACTOR = 64
 
@@ -72,6 +73,14 @@ class Loaded:
         torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
         model = load_model(job.model, job.train.bf16, self.device)
         return model if self.work.adapter is None else load_adapter(model, self.work.adapter, job.model)
+
+    @cached_property
+    def answer(self) -> Callable[[Sequence[Row]], list[str]]:
+        """vLLM's greedy answers, with the adapter where there is one."""
+        from ray_vlm.methods.vllm import build_answerer
+
+        adapter = fetch_folder(self.work.adapter) if self.work.adapter is not None else None
+        return build_answerer(self.work.job, adapter, self.preparer)
 
 
 Do = Callable[[Loaded, Sequence[SftRecord], Sequence[int]], Any]  # model, a batch and its positions -> plain data
@@ -130,8 +139,9 @@ def _ray(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> Generat
 
 
 def with_workers(job: JobConfig, count: int) -> JobConfig:
-    """The job with that many workers, which is what the cluster is asked for."""
-    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"num_workers": count})})
+    """The job with that many workers and nothing beside them, which is what the cluster is asked for."""
+    alone = job.evaluate.model_copy(update={"asynchronous": False})
+    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"num_workers": count}), "evaluate": alone})
 
 
 def _dataset(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> Any:

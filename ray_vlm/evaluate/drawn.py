@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from ray_vlm.evaluate.prediction import Prediction
+from ray_vlm.evaluate.prediction import Prediction, in_words
 
 COLOURS = ("#f04438", "#12b76a", "#2563eb", "#e08a00", "#c2568f", "#38a3d9", "#7c3aed", "#8a6d3b")  # by label
 
@@ -25,16 +25,13 @@ def draw_found(image: Any, values: Mapping[str, Any]) -> Any:
     if values.get("point") is not None:
         x, y = values["point"]
         draw.ellipse([x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit], outline=COLOURS[0], width=2 * unit)
-    return _caption(picture, _words(values), unit)
+    return _caption(picture, in_words(values, labels=False), unit)
 
 
 def draw_predictions(predictions: Sequence[Prediction], count: int = 8) -> list[tuple[str, Any]]:
     """Captions and images of the first few predictions whose images are files."""
     shown = [p for p in predictions if p.images and p.images[0] is not None][:count]
-    return [
-        (f"{p.id}: {_words(p.truth) or ', '.join(p.truth.get('labels', ()))}", draw_found(p.images[0], p.found))
-        for p in shown
-    ]
+    return [(f"{p.id}: {in_words(p.truth)}", draw_found(p.images[0], p.found)) for p in shown]
 
 
 def _pixels(image: Any) -> Any:
@@ -56,11 +53,6 @@ def _box(draw: Any, box: Any, colour: str, unit: int, label: str) -> None:
         left, top, right, bottom = draw.textbbox((x1, max(0, y1 - 8 * unit - 8)), label, font=font)
         draw.rectangle([left - unit, top - unit, right + unit, bottom + unit], fill=colour)
         draw.text((x1, max(0, y1 - 8 * unit - 8)), label, fill="white", font=font)
-
-
-def _words(values: Mapping[str, Any]) -> str:
-    pairs = values.get("attributes") or values.get("output") or {}
-    return values.get("answer") or ", ".join(f"{name}: {value}" for name, value in pairs.items())
 
 
 def _caption(picture: Any, text: str, unit: int) -> Any:

@@ -19,7 +19,7 @@ from ray_vlm import __version__
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.evaluate.actors import Loaded, Work, do_batches
+from ray_vlm.evaluate.actors import Do, Loaded, Work, do_batches
 from ray_vlm.models.dense import dequantised
 from ray_vlm.models.load import resolve_name
 from ray_vlm.runs.monitor import whole_lines
@@ -72,17 +72,18 @@ def plan_batches(costs: Sequence[float], batch_size: int) -> tuple[tuple[int, ..
 
 def answer_all(
     work: Work,
-    folder: Path | None,
+    path: Path | None,
     num_actors: int,
     say: Callable[[str], None] | None = None,
     weights: str | None = None,
+    do: Do | None = None,
 ) -> list[str]:
     """The greedy answer to each record, in their order.
 
-    `folder`: where `answers.jsonl` grows; answers that are there, made from the same inputs, are not made again.
-    `say` is told how far it is. `weights`: a folder with the files of `work.adapter`, which may lie elsewhere.
+    `path`: a file that grows; answers that are there, made from the same inputs, are not made again. `say` is told how
+    far it is. `weights`: a folder with the files of `work.adapter`, which may lie elsewhere. `do`: what answers a
+    batch, by default all its records at once.
     """
-    path = folder / ANSWERS if folder is not None else None
     key = describe_work(work, weights or work.adapter) if path is not None else {}
     known = _read_answers(path, key, work) if path is not None else {}
     left = [number for number in range(len(work.batches)) if number not in known]
@@ -92,7 +93,7 @@ def answer_all(
     started, told, first = time.monotonic(), 0.0, done
     file = _open_answers(path, key, known) if path is not None else None
     try:
-        for number, answers in do_batches(work, _answer, left, num_actors):
+        for number, answers in do_batches(work, do or _answer, left, num_actors):
             known[number] = answers
             done += len(answers)
             if file is not None:
@@ -112,9 +113,17 @@ def answer_all(
     return texts
 
 
+def answer_records(loaded: Loaded, records: Sequence[Record]) -> list[str]:
+    """The greedy answers to records, as one batch, by what `evaluate.engine` says."""
+    job, preparer = loaded.work.job, loaded.preparer
+    if job.evaluate.engine == "vllm":
+        return loaded.answer([preparer.prompt_row(record) for record in records])
+    limit = job.evaluate.max_new_tokens
+    return generate_answers(loaded.model, records, preparer, len(records), limit, loaded.device)
+
+
 def _answer(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
-    limit = loaded.work.job.evaluate.max_new_tokens
-    return generate_answers(loaded.model, records, loaded.preparer, len(records), limit, loaded.device)
+    return answer_records(loaded, records)
 
 
 def describe_work(work: Work, weights: str | None) -> dict[str, str]:
@@ -125,7 +134,13 @@ def describe_work(work: Work, weights: str | None) -> dict[str, str]:
     for r in work.records:
         images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
         rows.update(repr((r.id, images, [_stamp(i) for i in images], r.sizes, preparer.turns(r))).encode())
-    loading = (job.model.load_in_4bit, job.train.bf16, job.cluster.gpus_per_worker > 0, job.model.revision)
+    loading = (
+        job.model.load_in_4bit,
+        job.train.bf16,
+        job.cluster.gpus_per_worker > 0,
+        job.model.revision,
+        job.evaluate.engine,
+    )
     packages = [metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
     told = {
         "base": (job.model.name, loading, _files(resolve_name(job.model.name))),

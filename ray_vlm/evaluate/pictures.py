@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_vlm.evaluate.prediction import in_words
+
 NUM_IMAGES = 12
 _SHOWN_PX = 640  # images are embedded at most this large
 
@@ -50,7 +52,7 @@ def draw_picture(position: int, stages: Sequence[Stage]) -> dict[str, Any] | Non
         "height": height,
         "uri": _data_uri(first["images"][0]) if first["images"][0] else "",
         "truth": _boxes(first["truth"]),
-        "words": _words(first["truth"]),
+        "words": in_words(first["truth"]),
         "views": views,
         "unit": max(width, height) / 100,
     }
@@ -62,16 +64,8 @@ def _view(stage: Stage, p: dict[str, Any]) -> dict[str, Any]:
         verdict = f"{sum(score['hits'].values())} of {len(p['truth']['labels'])} found"
     else:
         right = score.get("success", score.get("all", score.get("normalised")))
-        verdict = f"{'right' if right else 'wrong'}: {_words(p['found']) or p['answer'][:200]}"
+        verdict = f"{'right' if right else 'wrong'}: {in_words(p['found']) or p['answer'][:200]}"
     return {"title": stage.title, "found": _boxes(p["found"]), "verdict": verdict}
-
-
-def _words(values: dict[str, Any]) -> str:
-    """What a truth or an answer says beside its boxes."""
-    if "labels" in values:
-        return ", ".join(values["labels"])
-    pairs = values.get("attributes") or values.get("output") or {}
-    return values.get("answer") or ", ".join(f"{name}: {value}" for name, value in pairs.items())
 
 
 def _boxes(values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,31 +1,26 @@
 """`ray-vlm predict RUN INPUT... --output PATH`: images, folders and tables in, JSON lines or a table out.
 
-A table (.csv, .tsv, .json, .jsonl, .parquet) has a column of images, relative to its folder, and what the task needs:
-`question` for chat, `box` for positions; or for GUI steps `Task_id, Image_id, Instruction`, a task's rows being its
-steps in order. Their memory is what the model itself answered before.
+Answers are made as `evaluate` makes them: in batches, by any number of processes, none twice where a call was killed.
+The steps of a GUI task follow one another: their memory is what the model itself answered before.
 """
 
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.data.cells import from_json, is_empty
-from ray_vlm.data.files import parent_folder, resolve_image
-from ray_vlm.data.images import FORMATS
-from ray_vlm.data.records import BadRow
-from ray_vlm.data.tables import read_table
+from ray_vlm.data.records import SftRecord
 from ray_vlm.errors import ConfigError, DataError, RunError
+from ray_vlm.evaluate.actors import Loaded
+from ray_vlm.evaluate.generate import answer_all, answer_records, plan_batches
+from ray_vlm.evaluate.inputs import read_input
 from ray_vlm.evaluate.predictor import Ask, Found, Predictor
+from ray_vlm.tasks.gui_steps import remember
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-_COLUMNS = ("image", "images", "file_name", "image_path", "path", "Image_id")  # where a table has its images
-_ROUND = 16  # batches that are answered before their results are written
-
-assert len(_IMAGES) >= len(FORMATS)
+_ENDINGS = (".jsonl", ".csv")
 
 
 def predict_files(
@@ -34,143 +29,109 @@ def predict_files(
     output: str,
     question: str | None = None,
     draw: str | None = None,
+    num_replicas: int = 0,
     say: Callable[[str], None] = print,
 ) -> int:
     """Answer every input and write the results, in the order of the inputs; returns how many.
 
-    `output`: .jsonl or .csv; `draw`: a folder for images with what was found on them. Inputs that cannot be read are
-    results too, with `error`; raises `DataError` where none can.
+    `output`: .jsonl or .csv; `draw`: a folder for images with what was found on them; `num_replicas`: processes that
+    hold the model, 0 is this one. Inputs that cannot be read are results too, with `error`; raises `DataError` where
+    none can.
     """
-    if Path(output).suffix.lower() not in (".jsonl", ".csv"):
+    if Path(output).suffix.lower() not in _ENDINGS:
         raise ConfigError(f"--output {output}: its name ends in neither .jsonl nor .csv.")
     asks = [ask for given in inputs for ask in read_input(given, question, predictor.task)]
     if not asks:
         raise DataError(f"{', '.join(inputs)}: no images there. Give images, folders of images, or a table.")
-    results: list[dict[str, Any]] = []
-    failed = 0
-    for part in _rounds(predictor, asks):
-        for ask, result in part:
-            failed += isinstance(result, str)
-            results.append(_result(ask, result))
-            if draw and isinstance(result, Found):
-                _draw(Path(draw), len(results), ask, result)
-        say(f"predicted {len(results)}/{len(asks)}" + (f", {failed} cannot be read" if failed else ""))
-    order = {id(ask): i for i, ask in enumerate(asks)}
-    results.sort(key=lambda result: order[result.pop("_ask")])
+    records, errors = _records(predictor, asks)
+    if len(errors) == len(asks):
+        raise DataError([f"{asks[i].id}: {reason}" for i, reason in list(errors.items())[:20]])
+    if errors:
+        say(f"{len(errors)} of {len(asks)} inputs cannot be read; their results say why")
+    answers = dict(zip(records, _answers(predictor, list(records.values()), output, num_replicas, say), strict=True))
+    results = []
+    for i, ask in enumerate(asks):
+        result = errors[i] if i in errors else predictor.understand(records[i], answers[i], ask)
+        results.append(_result(ask, result))
+        if draw and isinstance(result, Found):
+            _draw(Path(draw), i + 1, ask, result)
     _write(output, results)
-    if failed == len(asks):
-        raise DataError([f"{result['id']}: {result['error']}" for result in results[:20]])
+    _kept(output).unlink(missing_ok=True)
     return len(results)
 
 
-def read_input(given: str, question: str | None, task: str) -> list[Ask]:
-    """The questions that an image, a folder or a table asks. Raises `DataError` where there is nothing."""
-    path = Path(given)
-    told = {"question": question} if question is not None else {}
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGES and p.is_file())
-        return [Ask((str(p),), told, str(p.relative_to(path))) for p in found]
-    if path.suffix.lower() in TABLES:
-        return _read_table(given, told, task)
-    if not path.is_file():
-        raise DataError(f"{given}: no such file or folder.")
-    return [Ask((str(path),), told, str(path))]
-
-
-def _read_table(address: str, told: Mapping[str, Any], task: str) -> list[Ask]:
-    table, root = read_table(address), parent_folder(address)
-    column = next((name for name in _COLUMNS if name in table.columns), None)
-    if column is None:
-        raise DataError(f"{address}: no column of images. It has {list(table.columns)}; name one {_COLUMNS[0]!r}.")
-    asks = []
-    for row in table.rows:
-        if isinstance(row, BadRow):
-            asks.append(Ask((), {"error": row.reason}, row.id or f"row {row.row}"))
-            continue
-        number, cells = row
-        name = str(cells["id"]) if not is_empty(cells.get("id")) else f"row {number}"
-        try:
-            images = tuple(resolve_image(root, str(value)) for value in _listed(cells.get(column)))
-            asks.append(Ask(images, dict(told) | _told(cells, task), name))
-        except ValueError as error:
-            asks.append(Ask((), {"error": str(error)}, name))
-    return asks
-
-
-def _listed(value: Any) -> list[Any]:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = from_json(value, "images")
-    if is_empty(value):
-        raise ValueError("its cell of images is empty")
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _told(cells: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """What a row tells beside its images."""
-    told: dict[str, Any] = {}
-    if task == "chat" and not is_empty(cells.get("question")):
-        told["question"] = str(cells["question"])
-    if task == "classification" and not is_empty(cells.get("box")):
-        told["box"] = from_json(cells["box"], "box")
-    if task == "gui_steps":
-        told |= {"goal": str(cells.get("Instruction") or ""), "task": str(cells.get("Task_id") or "")}
-    return told
-
-
-Answered = list[tuple[Ask, Found | str]]
-
-
-def _rounds(predictor: Predictor, asks: Sequence[Ask]) -> Iterator[Answered]:
-    """All questions with what was found, or why they cannot be asked; GUI tasks side by side, step by step."""
-    if predictor.task == "gui_steps":
-        yield from _steps(predictor, asks)
-        return
-    size = max(1, predictor.job.evaluate.batch_size) * _ROUND
-    for start in range(0, len(asks), size):
-        yield _answered(predictor, asks[start : start + size])
-
-
-def _answered(predictor: Predictor, asks: Sequence[Ask]) -> Answered:
-    good, results = [], {}
+def _records(predictor: Predictor, asks: Sequence[Ask]) -> tuple[dict[int, SftRecord], dict[int, str]]:
+    """By position: the records that can be asked, and why the others cannot."""
+    records: dict[int, SftRecord] = {}
+    errors: dict[int, str] = {}
     for i, ask in enumerate(asks):
         try:
             if "error" in ask.told:
                 raise DataError(str(ask.told["error"]))
-            predictor.record(ask)
-            good.append(i)
+            told = dict(ask.told)
+            task = told.pop("task", None)
+            record = predictor.record(replace(ask, told=told), i)
+            records[i] = record if task is None else replace(record, context=record.context | {"task": task})
         except DataError as error:
-            results[i] = "; ".join(error.problems)
-    found = predictor.predict_many([asks[i] for i in good])
-    results |= dict(zip(good, found, strict=True))  # type: ignore[arg-type]
-    return [(ask, results[i]) for i, ask in enumerate(asks)]
+            errors[i] = "; ".join(error.problems)
+    return records, errors
 
 
-def _steps(predictor: Predictor, asks: Sequence[Ask]) -> Iterator[Answered]:
-    """Step i of every task at once; what was answered is the memory of the next step."""
-    tasks: dict[str, list[Ask]] = {}
-    for i, ask in enumerate(asks):
-        tasks.setdefault(str(ask.told.get("task") or f"\0{i}"), []).append(ask)
-    history: dict[str, tuple[str, ...]] = dict.fromkeys(tasks, ())
+def _answers(
+    predictor: Predictor, records: Sequence[SftRecord], output: str, num_replicas: int, say: Callable[[str], None]
+) -> list[str]:
+    preparer, size = predictor.preparer, predictor.job.evaluate.batch_size
+    steps = predictor.task == "gui_steps"
+    costs = [] if steps else [sum(preparer.token_counts(record)[:2]) for record in records]
+    batches = plan_walks(records, size) if steps else plan_batches(costs, size)
+    work = replace(predictor.work(num_replicas), records=tuple(records), batches=batches)
+    return answer_all(work, _kept(output), num_replicas, say, predictor.weights, walk if steps else None)
+
+
+def plan_walks(records: Sequence[SftRecord], batch_size: int) -> tuple[tuple[int, ...], ...]:
+    """Positions of the records of `batch_size` tasks at a time, whole; a record without a task is one of its own."""
+    tasks: dict[Any, list[int]] = {}
+    for i, record in enumerate(records):
+        tasks.setdefault(record.context["task"] or i, []).append(i)
+    whole = sorted(tasks.values(), key=len, reverse=True)  # tasks of one batch are about as long as each other
+    return tuple(
+        tuple(i for steps in whole[start : start + batch_size] for i in steps)
+        for start in range(0, len(whole), batch_size)
+    )
+
+
+def walk(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
+    """The answers to whole GUI tasks, step i of all at once; what was answered is the memory of the next step."""
+    preparer = loaded.preparer
+    tasks: dict[Any, list[int]] = {}
+    for i, record in enumerate(records):
+        tasks.setdefault(record.context["task"] or i, []).append(i)
+    answers = [""] * len(records)
+    history: dict[Any, tuple[str, ...]] = dict.fromkeys(tasks, ())
     for number in range(max(map(len, tasks.values()))):
-        names = [name for name, steps in tasks.items() if number < len(steps)]
-        now = [tasks[name][number] for name in names]
-        answered = _answered(
-            predictor, [_with_history(ask, history[name]) for ask, name in zip(now, names, strict=True)]
-        )
-        for name, (_, found) in zip(names, answered, strict=True):
-            if isinstance(found, Found):
-                short, long = predictor.remember(history[name], found)
-                history[name] = (*long, *short)
-        yield [(ask, found) for ask, (_, found) in zip(now, answered, strict=True)]
+        now = {name: steps[number] for name, steps in tasks.items() if number < len(steps)}
+        asked = [_with_history(records[i], history[name]) for name, i in now.items()]
+        texts = answer_records(loaded, asked)
+        for (name, i), record, text in zip(now.items(), asked, texts, strict=True):
+            answers[i] = text
+            found = preparer.task.parse(text, preparer.frames(record)).values
+            short, long = remember(history[name], found["output"], preparer.setting)
+            history[name] = (*long, *short)
+    return answers
 
 
-def _with_history(ask: Ask, history: tuple[str, ...]) -> Ask:
-    told = {k: v for k, v in ask.told.items() if k != "task"}
-    return Ask(ask.images, told if "error" in told else told | {"history": history}, ask.id)
+def _with_history(record: SftRecord, history: tuple[str, ...]) -> SftRecord:
+    return replace(record, context=record.context | {"history": history, "step": len(history)})
+
+
+def _kept(output: str) -> Path:
+    """Where answers grow until the results are written."""
+    path = Path(output)
+    return path.with_name(f".{path.name}.answers.jsonl")
 
 
 def _result(ask: Ask, found: Found | str) -> dict[str, Any]:
-    head = {"_ask": id(ask), "id": ask.id, "images": list(ask.images)}
+    head = {"id": ask.id, "images": list(ask.images)}
     if isinstance(found, str):
         return head | {"error": found}
     values = {"answer": found.answer, "found": dict(found.values), "ok": found.ok, "repairs": list(found.repairs)}

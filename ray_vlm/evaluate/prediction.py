@@ -62,3 +62,11 @@ def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], prep
             )
         )
     return predictions
+
+
+def in_words(values: Mapping[str, Any], labels: bool = True) -> str:
+    """What a truth or an answer says beside its places; `labels`: also those of boxes."""
+    if "labels" in values:
+        return ", ".join(values["labels"]) if labels else ""
+    pairs = values.get("attributes") or values.get("output") or {}
+    return values.get("answer") or ", ".join(f"{name}: {value}" for name, value in pairs.items())

@@ -12,9 +12,8 @@ training did. Bases without an adapter: `Predictor(job)`.
 """
 
 import io
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,17 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.images import read_size
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import Box, Point, SftRecord
-from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import row_spec
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.evaluate.actors import Loaded, Work
 from ray_vlm.evaluate.generate import generate_answers, plan_batches
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.read import Run, read_run
+from ray_vlm.runs.store import full_address, join
 from ray_vlm.tasks.answers import IMAGE
 from ray_vlm.tasks.boxes import box_problem
-from ray_vlm.tasks.gui_steps import split_memory
+from ray_vlm.tasks.gui_steps import remember
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,12 @@ class Predictor:
 
         Raises `ModelError` for an adapter of another task or base.
         """
-        weights = fetch_folder(adapter) if adapter is not None else None
+        self.weights = fetch_folder(adapter) if adapter is not None else None
         spec = row_spec(job, [])
-        spec = (read_preprocessing(weights, spec) if weights is not None else None) or spec
+        spec = (read_preprocessing(self.weights, spec) if self.weights is not None else None) or spec
         self.job, self.task = job, spec.task.name
-        self._loaded = Loaded(Work(job, spec, (), weights, ()))
+        self._adapter = adapter
+        self._loaded = Loaded(Work(job, spec, (), self.weights, ()))
 
     @classmethod
     def from_run(cls, run: str, weights: str | None = None, device: str | None = None) -> "Predictor":
@@ -130,7 +131,7 @@ class Predictor:
                 problems += error.problems
         if problems:
             raise DataError(problems)
-        options, preparer = self.job.evaluate, self._preparer
+        options, preparer = self.job.evaluate, self.preparer
         costs = [sum(preparer.token_counts(record)[:2]) for record in records]
         answers = [""] * len(records)
         for batch in plan_batches(costs, options.batch_size):
@@ -153,15 +154,9 @@ class Predictor:
         none, and hand on what the last step returned."""
         history = (*long_term_memory, *short_term_memory)
         found = self.predict(image_path, goal=user_goal, history=history)
-        short, long = self.remember(history, found)
         values = found.values
+        short, long = remember(history, values["output"], self.preparer.setting)
         return Step(values["output"], values["box"], values["point"], found.ok, found.answer, short, long)
-
-    def remember(self, history: Sequence[str], found: Found) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The short and the long memory after a step: it joins the history unless no action was understood."""
-        output = found.values["output"]
-        done = [json.dumps(output, ensure_ascii=False, separators=(",", ":"))] if "action" in output else []
-        return split_memory([*history, *done], self._preparer.setting)
 
     def record(self, ask: Ask, row: int = 0) -> SftRecord:
         """The record that asks. Raises `DataError` that names the image or the question and what is wrong."""
@@ -171,7 +166,7 @@ class Predictor:
             sizes = tuple(read_size(image, self.job.data.max_image_pixels) for image in images)
             truth, context = _TELL[self.task](ask.told, sizes)
             record = SftRecord(name, row, images, sizes, truth, context)
-            problem = self._preparer.question_problem(record)
+            problem = self.preparer.question_problem(record)
         except (ValueError, OSError, TypeError) as error:
             raise DataError(f"{name}: {error}") from None
         if problem:
@@ -180,18 +175,22 @@ class Predictor:
 
     def understand(self, record: SftRecord, answer: str, ask: Ask) -> Found:
         """What an answer to the record says."""
-        parsed = self._preparer.task.parse(answer, self._preparer.frames(record))
+        parsed = self.preparer.task.parse(answer, self.preparer.frames(record))
         return Found(ask.images, record.sizes, answer, parsed.values, parsed.ok, parsed.repairs)
 
     @cached_property
-    def _preparer(self) -> Any:
+    def preparer(self) -> Preparer:
+        """What words questions and reads answers."""
         return load_preparer(self._loaded.work.spec)
+
+    def work(self, num_actors: int) -> Work:
+        """The model as so many processes load it, 0 for this one; still without records."""
+        where = self.weights if num_actors == 0 or self._adapter is None else full_address(self._adapter)
+        return replace(self._loaded.work, adapter=where)
 
 
 def weights_of(run: Run, weights: str | None) -> str:
     """The address of a run's `best/` or `final/`. Raises `RunError` where it has not what is asked for."""
-    from ray_vlm.runs.store import join
-
     there = [name for name in ("best", "final") if name in run.folders]
     if weights not in (None, *there) or not there:
         wanted = weights or "best/ or final/"

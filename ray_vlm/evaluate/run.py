@@ -18,7 +18,7 @@ from ray_vlm.data.spec import row_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.actors import Work
-from ray_vlm.evaluate.generate import answer_all, plan_batches
+from ray_vlm.evaluate.generate import ANSWERS, answer_all, plan_batches
 from ray_vlm.evaluate.intervals import measure_intervals
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.pictures import Stage
@@ -74,7 +74,7 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     where = weights if actors == 0 or adapter is None else full_address(adapter)
     batches = plan_batches(index.image_tokens + index.prompt_tokens, job.evaluate.batch_size)
     work = Work(job, parts.spec, index.records, where, batches)
-    answers = answer_all(work, folder, actors, say, weights)
+    answers = answer_all(work, folder / ANSWERS, actors, say, weights)
     predictions = build_predictions(index.records, answers, load_preparer(parts.spec))
     metrics = measure(job.task.name, predictions)
     metrics |= {"adapter": adapter, "test": _told(job), "wall_s": time.monotonic() - started}

@@ -1,12 +1,14 @@
-"""GRPO rollouts by vLLM in the trainer's own process, where the package and a GPU are at hand. Untested on hardware.
+"""Answers by vLLM, where the package and a GPU are at hand: GRPO's rollouts in the trainer's own process, and those of
+evaluation. Untested on hardware.
 
-The *adapter* is pushed at every step, as a LoRA request of its own: never merged into 4-bit weights, which loses what a
-step has learned (TRL issues 3466, 4973). vLLM reads the base for itself, in 4 bit where the trainer does. TRL corrects
-for what the two models say differently of a token (truncated importance sampling), and the gap is logged.
+In training the *adapter* is pushed at every step, as a LoRA request of its own: never merged into 4-bit weights, which
+loses what a step has learned (TRL issues 3466, 4973). vLLM reads the base for itself, in 4 bit where the trainer does.
+TRL corrects for what the two models say differently of a token (truncated importance sampling), and the gap is logged.
 """
 
+import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +21,38 @@ from ray_vlm.models.families import part_of
 from ray_vlm.models.load import resolve_name
 
 
-def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completion]]]:
-    """A function like `rollout.sample_groups`. `args` is TRL's `GRPOConfig`, whose `vllm_*` options say how much memory
-    and which lengths. Raises `ConfigError` where vLLM is not installed."""
+def start_engine(job: JobConfig, key: str, max_lora_rank: int | None, **options: Any) -> Any:
+    """A `vllm.LLM` with the job's base, in 4 bit where the job has it. `key`: the setting that asked for it;
+    `max_lora_rank`: None for no adapters; `options`: vLLM's own. Raises `ConfigError` where vLLM is not installed."""
     try:
         from vllm import LLM
     except ImportError as error:
-        raise ConfigError(
-            f"method.rollouts: vllm is not installed ({error}). Install it, or use `rollouts: transformers`."
-        ) from None
-    assert job.lora is not None
-    engine = LLM(
+        raise ConfigError(f"{key}: vllm is not installed ({error}). Install it, or use transformers.") from None
+    lora = {} if max_lora_rank is None else {"max_loras": 1, "max_lora_rank": max(8, max_lora_rank)}
+    return LLM(
         model=resolve_name(job.model.name),
         revision=job.model.revision,
         quantization="bitsandbytes" if job.model.load_in_4bit else None,
         dtype="bfloat16" if job.train.bf16 else "float32",
-        enable_lora=True,
-        max_loras=1,
-        max_lora_rank=max(8, job.lora.rank),
+        enable_lora=max_lora_rank is not None,
+        seed=job.seed,
+        trust_remote_code=False,
+        **lora,
+        **options,
+    )
+
+
+def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completion]]]:
+    """A function like `rollout.sample_groups`. `args` is TRL's `GRPOConfig`, whose `vllm_*` options say how much memory
+    and which lengths. Raises `ConfigError` where vLLM is not installed."""
+    assert job.lora is not None
+    engine = start_engine(
+        job,
+        "method.rollouts",
+        job.lora.rank,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         max_model_len=args.vllm_max_model_length,
         logprobs_mode="processed_logprobs",  # as the trainer computes them: after the temperature
-        seed=job.seed,
-        trust_remote_code=False,
     )
     pushed = 0
 
@@ -50,7 +61,8 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
     ) -> list[list[Completion]]:
         nonlocal pushed
         if not pushed:
-            _check_parts(model, preparer)
+            names = [name for name, _ in model.named_parameters() if "lora_" in name]
+            _check_parts(names, preparer, "method.rollouts: model.adapter")
         pushed += 1  # vLLM keeps what it has under a number: every push needs a new one
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, selected_adapters=["default"])
@@ -59,26 +71,44 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
     return sample
 
 
-def _check_parts(model: Any, preparer: Preparer) -> None:
-    """Raise `ConfigError` where the adapter has weights that vLLM leaves out, such as those of `model.adapter`."""
-    names = (name for name, _ in model.named_parameters() if "lora_" in name)
+def _check_parts(names: Iterable[str], preparer: Preparer, who: str) -> None:
+    """Raise `ConfigError` where an adapter has weights that vLLM leaves out."""
     if others := {part_of(preparer.family, name) for name in names} - {"language"}:
         raise ConfigError(
-            f"method.rollouts: model.adapter adapts {', '.join(sorted(others))} too, and vllm takes adapters on the "
-            "language model only. Use transformers rollouts, or start from an adapter with lora.target=[language]."
+            f"{who} adapts {', '.join(sorted(others))} too, and vllm takes adapters on the language model only. Use "
+            "transformers, or an adapter that was trained with lora.target=[language]."
         )
+
+
+def build_answerer(job: JobConfig, adapter: str | None, preparer: Preparer) -> Callable[[Sequence[Row]], list[str]]:
+    """A function that gives greedy answers to rows (`evaluate.engine: vllm`). `adapter`: a folder; None is the base."""
+    rank, folder = None, Path(adapter) if adapter is not None else None
+    if folder is not None:
+        from safetensors import safe_open
+
+        with safe_open(folder / "adapter_model.safetensors", "np") as file:
+            _check_parts(file.keys(), preparer, f"evaluate.engine: {folder}")
+        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+    engine = start_engine(job, "evaluate.engine", rank)
+    greedy = Sampling(1, job.evaluate.max_new_tokens, 0.0, 1.0, 0)
+
+    def answer(rows: Sequence[Row]) -> list[str]:
+        groups = generate(engine, folder, 1, rows, preparer, greedy, [(job.seed,)] * len(rows))
+        return [preparer.text(group[0].ids) for group in groups]
+
+    return answer
 
 
 def generate(
     engine: Any,
-    adapter: Path,
+    adapter: Path | None,
     number: int,
     rows: Sequence[Row],
     preparer: Preparer,
     sampling: Sampling,
     seeds: Sequence[Sequence[int]],
 ) -> list[list[Completion]]:
-    """`num_generations` completions of each row from the engine with this adapter."""
+    """`num_generations` completions of each row from the engine, with the adapter in that folder if any."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -94,7 +124,7 @@ def generate(
         )
         for seed in seeds
     ]
-    request = LoRARequest(f"step_{number}", number, str(adapter))
+    request = LoRARequest(f"step_{number}", number, str(adapter)) if adapter is not None else None
     outputs = engine.generate([prompt_of(row, preparer) for row in rows], params, lora_request=request, use_tqdm=False)
     return [[_completion(answer) for answer in output.outputs] for output in outputs]
 

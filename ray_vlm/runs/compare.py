@@ -10,7 +10,7 @@ from ray_vlm.runs.read import LOWER_IS_BETTER, Run, is_number, setting
 from ray_vlm.runs.text import format_table, plain_text, tell_number, tell_time
 
 _PREFERRED = ("best", "final")  # evaluations that stand for a run, the first that is there
-_NOT_MEASURES = ("kind", "attempt", "step", "epoch", "time", "validation_s")
+_NOT_MEASURES = ("kind", "attempt", "step", "epoch", "time", "validation_s", "background_s")
 SETTINGS, _VALIDATION = "settings that differ", "validation at the step of best/"
 _MOST_COLUMNS = 5  # runs that stand side by side in a terminal; more stand below one another
 

@@ -6,7 +6,7 @@ the forward once more. Attention's quadratic part and the vision tower's own pat
 over time and the card's dense bf16 peak.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.runs.read import Run, is_number, setting
@@ -38,6 +38,7 @@ def measure_compute(run: Run) -> dict[str, Any]:
     tokens = sum(line["step_s"] * line["tokens_per_s"] for line in steps if is_number(line.get("tokens_per_s")))
     images = sum(line["images"] for line in steps if is_number(line.get("images")))
     workers = max(1, setting(run.job, "cluster.num_workers") or 1)
+    processes = workers + bool(setting(run.job, "evaluate.asynchronous"))
     cards = float(setting(run.job, "cluster.gpus_per_worker") or 0)
     flops = count_flops(run, tokens)
     peak, name = _peak(run), _device(run)
@@ -46,8 +47,8 @@ def measure_compute(run: Run) -> dict[str, Any]:
         "device": name,
         "num_workers": workers,
         "wall_s": run.wall_s,
-        "gpu_hours": wall_h * workers * cards,
-        "cpu_hours": wall_h * workers * float(setting(run.job, "cluster.cpus_per_worker") or 1),
+        "gpu_hours": wall_h * processes * cards,
+        "cpu_hours": wall_h * processes * float(setting(run.job, "cluster.cpus_per_worker") or 1),
         "peak_memory_gib": _largest(steps, "peak_memory_gib"),
         "tokens": round(tokens),
         "images": images,
@@ -55,9 +56,17 @@ def measure_compute(run: Run) -> dict[str, Any]:
         "images_per_s": images / train_s if train_s and images else None,
         "tflop": flops / 1e12 if flops is not None else None,
         "mfu": flops / (train_s * workers * cards * peak * 1e12) if flops and train_s and cards and peak else None,
+        **measure_energy(run),
         "time_s": split_wall(run, steps),
         "lost": measure_lost(run),
     }
+
+
+def measure_energy(run: Run) -> dict[str, float | None]:
+    """`energy_kwh` and `co2_kg` of all attempts, each up to what it last wrote down; None where no one measured."""
+    last = {line["attempt"]: line for line in run.lines if line["kind"] == "energy"}
+    names = ("energy_kwh", "co2_kg")
+    return {name: sum(line.get(name) or 0.0 for line in last.values()) if last else None for name in names}
 
 
 def count_flops(run: Run, tokens: float) -> float | None:
@@ -91,6 +100,34 @@ def measure_lost(run: Run) -> dict[str, float]:
     return {"steps": len(lost), "s": sum(line.get("step_s") or 0.0 for line in lost)}
 
 
+_UNFINISHED = ("failed", "died", "interrupted", "pruned")
+
+
+def sum_compute(runs: Sequence[Run], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several runs cost together, as `found` has it of each: a sweep, or a whole study.
+
+    `unfinished_hours`: device hours of runs that failed, died, were stopped or pruned (CPU-hours where none had a GPU).
+    """
+    hours = "gpu_hours" if any(one["gpu_hours"] for one in found) else "cpu_hours"
+    wasted = [one[hours] for run, one in zip(runs, found, strict=True) if run.status in _UNFINISHED]
+    added = ("wall_s", "gpu_hours", "cpu_hours", "tokens", "images", "tflop", "energy_kwh", "co2_kg")
+    phases = list(found[0]["time_s"]) if found else []
+    return {
+        "device": ", ".join(sorted({one["device"] for one in found if one["device"]})) or None,
+        **{name: _add(one[name] for one in found) for name in added},
+        "peak_memory_gib": max((one["peak_memory_gib"] or 0.0 for one in found), default=None) or None,
+        "unfinished_hours": sum(wasted),
+        "time_s": {phase: sum(one["time_s"][phase] for one in found) for phase in phases},
+        "lost": {name: sum(one["lost"][name] for one in found) for name in ("steps", "s")},
+    }
+
+
+def _add(values: Iterable[float | None]) -> float | None:
+    """The sum of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
 def _device(run: Run) -> str | None:
     start = next((line for line in run.lines if line["kind"] == "start" and line.get("device")), {})
     return start.get("device")
@@ -117,12 +154,19 @@ _TITLES = {
     "images_per_s": "images/s",
     "tflop": "TFLOP (estimate)",
     "mfu": "MFU (estimate)",
+    "energy_kwh": "energy (kWh, estimate)",
+    "co2_kg": "CO2 (kg, estimate)",
+    "unfinished_hours": "hours of unfinished runs",
 }
+
+
+_RARE = ("unfinished_hours",)  # told of several runs together
 
 
 def write_markdown(titles: Sequence[str], found: Sequence[Mapping[str, Any]]) -> str:
     """A table for a paper, one column for each run."""
-    rows = [(title, [_tell(one.get(key)) for one in found]) for key, title in _TITLES.items()]
+    shown = {key: title for key, title in _TITLES.items() if key not in _RARE or any(key in one for one in found)}
+    rows = [(title, [_tell(one.get(key)) for one in found]) for key, title in shown.items()]
     rows.append(("wall time", [tell_time(one["wall_s"]) for one in found]))
     for phase in found[0]["time_s"] if found else ():
         shares = [one["time_s"].get(phase, 0.0) / max(one["wall_s"], 1e-9) for one in found]

@@ -54,7 +54,7 @@ class Console:
 
 
 _SHOWN = {"reward": "reward", "preference_accuracy": "preferred", "reward_margin": "margin", "kl": "kl"}
-_HIDDEN = ("time", "epoch", "step", "attempt", "validation_s")
+_HIDDEN = ("time", "epoch", "step", "attempt", "validation_s", "background_s")
 
 
 def _number(value: float | None, form: str) -> str:

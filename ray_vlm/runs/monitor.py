@@ -1,8 +1,9 @@
 """Every number that is ever shown: one line in `metrics.jsonl`, and the same to trackers where asked for.
 
-Lines have `kind` start, train (every optimizer step), epoch, eval, checkpoint or note, with `attempt`, `step` (the true
-global step), `epoch` and `time` (seconds since 1970). Only rank 0 writes. The file only grows: an attempt that goes on
-from step k opens with a start line of that step, and what earlier attempts say of later steps is history.
+Lines have `kind` start, train (every optimizer step), epoch, eval, checkpoint, energy (of the attempt so far) or note,
+with `attempt`, `step` (the true global step), `epoch` and `time` (seconds since 1970). Only rank 0 writes. The file
+only grows: an attempt that goes on from step k opens with a start line of that step, and what earlier attempts say of
+later steps is history.
 """
 
 import json

@@ -9,7 +9,7 @@ from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_table, plain_text, tell_date, tell_number, tell_time
 
 _MOST_VALIDATIONS = 8  # lines of the table
-_HIDDEN = ("kind", "attempt", "step", "epoch", "time", "validation_s")
+_HIDDEN = ("kind", "attempt", "step", "epoch", "time", "validation_s", "background_s")
 _HEADLINES = ("f1_50", "accuracy", "step_success", "normalised")  # of a run whose own metric is not measured on tests
 _VERSIONS = ("torch", "transformers", "trl", "peft", "ray")
 

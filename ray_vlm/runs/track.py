@@ -13,6 +13,7 @@ _NAMES = {
     "train": {"loss": "train/batch_loss", "learning_rate": "train/learning_rate", "epoch": "train/epoch"},
     "epoch": {"loss": "train/epoch_avg_loss"},
     "checkpoint": {"checkpoint_s": "train/checkpoint_s"},
+    "energy": {"energy_kwh": "train/energy_kwh", "co2_kg": "train/co2_kg"},
 }
 _OURS = ("kind", "attempt", "step", "epoch", "time")
 
@@ -36,16 +37,24 @@ class WandbTracker:
 
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         self._run = wandb.init(mode=os.environ.get("WANDB_MODE", mode), resume="allow", **options)  # type: ignore[arg-type]
+        self._run.define_metric("eval/step")  # a validation beside training ends some steps after the one it is of
+        self._run.define_metric("eval/*", step_metric="eval/step")
+        self._step = 0
 
     def log(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """One line's numbers."""
-        self._run.log(track_names(kind, values), step=step)
+        self._put(track_names(kind, values) | ({"eval/step": step} if kind == "eval" else {}), step)
 
     def pictures(self, images: Sequence[tuple[str, Any]], step: int) -> None:
         """Sample images of a validation."""
         import wandb
 
-        self._run.log({"eval/samples": [wandb.Image(image, caption=text) for text, image in images]}, step=step)
+        shown = [wandb.Image(image, caption=text) for text, image in images]
+        self._put({"eval/samples": shown, "eval/step": step}, step)
+
+    def _put(self, values: Mapping[str, Any], step: int) -> None:
+        self._step = max(self._step, step)  # Weights & Biases drops what belongs to an earlier step
+        self._run.log(dict(values), step=self._step)
 
     def finish(self) -> None:
         """Send what is left."""

@@ -66,6 +66,12 @@ def split_memory(history: Sequence[str], setting: Setting) -> tuple[tuple[str, .
     return short, tuple(earlier[len(earlier) - kept :])
 
 
+def remember(history: Sequence[str], output: Mapping[str, Any], setting: Setting) -> tuple[tuple, tuple]:
+    """The short and the long memory after a step: its `output` joins the history unless no action was understood."""
+    done = [json.dumps(output, ensure_ascii=False, separators=(",", ":"))] if "action" in output else []
+    return split_memory([*history, *done], setting)
+
+
 def _list(steps: Sequence[str]) -> str:
     return " ".join(steps) if steps else _NOTHING
 

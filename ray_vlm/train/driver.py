@@ -39,6 +39,7 @@ from ray_vlm.runs.manifest import (
 )
 from ray_vlm.runs.paths import RunPaths, check_free, claim_run, find_run, write_bad_rows, write_json
 from ray_vlm.runs.store import full_address
+from ray_vlm.train.energy import check_energy
 from ray_vlm.train.launch import launch
 from ray_vlm.train.worker import WorkerTask
 
@@ -62,6 +63,7 @@ def prepare(job: JobConfig) -> Prepared:
         raise ConfigError("`data.train` is missing. Give it a path and a format.")
     quiet_libraries()
     METHODS[job.method.name].check_options(job)
+    check_energy(job)
     job = absolute_paths(job)
     parts = load_parts(job, ["train", "eval"] if job.data.eval is not None else ["train"])
     assert parts.train is not None

@@ -30,9 +30,13 @@ def part_norms(named_parameters: Iterable[tuple[str, Any]], family: Family) -> d
                 grads[part_of(family, name)].append(parameter.grad)
     if not any(grads.values()):
         return {}
-    norms = {part: torch._foreach_norm(found) if found else [] for part, found in grads.items()}
-    squares = {part: [norm.float().square() for norm in found] for part, found in norms.items()}
-    return {part: math.sqrt(float(torch.stack(found).sum())) if found else 0.0 for part, found in squares.items()}
+    norms = {
+        part: torch.stack([norm.float() for norm in torch._foreach_norm(found)]).norm()
+        for part, found in grads.items()
+        if found
+    }
+    told = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))  # the card is waited for once
+    return {part: told.get(part, 0.0) for part in grads}
 
 
 class GradientWatch:

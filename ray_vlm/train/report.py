@@ -18,8 +18,12 @@ from transformers import TrainerCallback
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.runs.checkpoints import replace_folder
-from ray_vlm.runs.monitor import Monitor
+from ray_vlm.runs.monitor import Monitor, current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, write_folder
+from ray_vlm.train.attempt import Place
+
+_WAIT_S = 0.2  # between looks at a validation that is waited for
+_OF_A_LINE = ("kind", "attempt", "step", "epoch", "time")  # beside the numbers
 
 
 @dataclass
@@ -39,17 +43,20 @@ class Progress:
 class RunCallback(TrainerCallback):
     """Writes what happens. `monitor` is None on every rank but 0.
 
-    `save` writes weights and how inputs were made into a folder; `tell` reports to Ray; `stop_wanted` is asked after
-    every step, on all ranks; `check_owner` before anything is replaced; `logged` names the numbers that are kept;
-    `gradients` gives their norms by part of the model, `usage` what the step took since it was last asked, `samples`
-    captions and images of the last validation.
+    `save` writes weights and how inputs were made into a folder; `tell` reports to Ray; `stop_asked` says after every
+    step whether this rank was told to leave, and `agree` makes of one rank's flags those of all; `check_owner` is asked
+    before anything is replaced; `logged` names the numbers that are kept; `gradients` gives their norms by part of the
+    model, `usage` what the step took since it was last asked, `samples` captions and images of the last validation;
+    `background` measures in the ranks' stead where validation is asynchronous.
     """
 
     logged: Callable[[dict[str, Any]], dict[str, Any]] = staticmethod(lambda logs: dict(logs))
     gradients: Callable[[Any], dict[str, float]] = staticmethod(lambda model: {})
     usage: Callable[[], dict[str, float]] = staticmethod(dict)
     samples: Callable[[], Sequence[tuple[str, Any]]] = staticmethod(tuple)
-    stop_wanted: Callable[[], bool] = staticmethod(lambda: False)
+    stop_asked: Callable[[], bool] = staticmethod(lambda: False)
+    agree: Callable[..., Sequence[bool]] = staticmethod(lambda *flags: flags)
+    background: Any = None
     check_owner: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
@@ -70,6 +77,7 @@ class RunCallback(TrainerCallback):
         self.progress = Progress()
         self.stopped = False
         self.checkpoint_s = 0.0  # how long the last one took
+        self._held_s = 0.0  # how long the ranks waited for the last validation to begin
         self._last = time.monotonic()
         self._tokens = 0.0
         self._step = 0
@@ -87,7 +95,10 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / self.plan.steps_per_epoch  # the Trainer's is wrong in an epoch resumed midway
         self._step = state.global_step
-        if self.stop_wanted() and state.global_step < self.plan.num_steps:
+        stop, measured = self.agree(self.stop_asked(), self.background is not None and self.background.ready())
+        if measured:
+            self._collect(control)
+        if stop and state.global_step < self.plan.num_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
     def reached(self) -> tuple[float | None, dict[str, Any]]:
@@ -122,27 +133,74 @@ class RunCallback(TrainerCallback):
             self.monitor.write("epoch", state.global_step, state.epoch or 0.0, {"loss": mean})
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        metrics: dict[str, float] = kwargs["metrics"]
-        self._last = time.monotonic()  # the next step's time must not count the validation
-        self.usage()
+        self._restart_clock()
+        self._measured(state.global_step, kwargs["metrics"], self.samples, self.save, control)
+
+    def hand_over(self, trainer: Any) -> dict[str, float]:
+        """What the trainer calls in place of a validation where `background` has it; gives no numbers yet."""
+        started = time.monotonic()
+        self.settle(trainer.control)
+        self.background.begin(trainer.state.global_step, self.save)
+        self._held_s = time.monotonic() - started
+        self._restart_clock()
+        return {}
+
+    def settle(self, control: Any) -> None:
+        """Wait for the validation that is under way beside training, if one is."""
+        while self.background is not None and self.background.step is not None:
+            (measured,) = self.agree(self.background.ready())
+            if measured:
+                self._collect(control)
+            else:
+                time.sleep(_WAIT_S)
+
+    def resume_background(self, step: int, place: Place) -> None:
+        """Take over what an earlier attempt has measured up to `step`, and what it left to be measured."""
+        lines = current_lines(read_metrics(self.paths.metrics)) if place.rank == 0 else []
+        evals = [line for line in lines if line["kind"] == "eval" and line["step"] <= step]
+        evals = place.share(evals)
+        best, self.progress.since_best = recall_best(evals, self.job.evaluate.metric)
+        self.progress.best = best and best | {"path": self.paths.place("best")}
+        self.background.resume(step, {line["step"] for line in evals})
+
+    def _collect(self, control: Any) -> None:
+        found = self.background.collect()
+        metrics = found.metrics | {"validation_s": self._held_s}
+        self._measured(found.step, metrics, lambda: found.pictures, self.background.save(found.step), control)
+        self.background.forget(found.step)
+
+    def _measured(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        samples: Callable[[], Sequence[tuple[str, Any]]],
+        save: Callable[[Path], None],
+        control: Any,
+    ) -> None:
+        """Write down what was measured of the weights of `step`, which `save` writes, and draw the consequences."""
         name = self.job.evaluate.metric
         best_so_far = self.progress.best["metrics"][name] if self.progress.best else math.nan
         better = is_better(name, metrics[name], best_so_far)
         self.progress.since_best = 0 if better else self.progress.since_best + 1
         if better:
-            self.progress.best = {"step": state.global_step, "metrics": metrics, "path": self.paths.place("best")}
-        self.progress.last = {"step": state.global_step, "metrics": metrics}
+            self.progress.best = {"step": step, "metrics": metrics, "path": self.paths.place("best")}
+        self.progress.last = {"step": step, "metrics": metrics}
         if self.monitor is not None:
-            self.monitor.write("eval", state.global_step, state.epoch or 0.0, metrics)
-            self.monitor.pictures(state.global_step, self.samples)
             if better:
                 self.check_owner()
-                publish_weights(self.paths, self.paths.best, self.save, state.global_step)
+                publish_weights(self.paths, self.paths.best, save, step)
+            self.monitor.write("eval", step, step / self.plan.steps_per_epoch, metrics)
+            self.monitor.pictures(step, samples)
             self.monitor.publish()
-        self.tell({"step": state.global_step, "score": score_of(name, metrics), **metrics})
+        self.tell({"step": step, "score": score_of(name, metrics), **metrics})
         patience = self.job.train.early_stopping_patience
         if patience is not None and self.progress.since_best >= patience:
             control.should_training_stop = True
+
+    def _restart_clock(self) -> None:
+        """The next step's time must not count what came between."""
+        self._last = time.monotonic()
+        self.usage()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.monitor is not None:
@@ -176,6 +234,18 @@ def score_of(metric: str, metrics: dict[str, float]) -> float:
 def plain(metrics: dict[str, Any]) -> dict[str, int | float | str]:
     """The same numbers as Python's own: Ray ends a run that reports those of numpy or torch."""
     return {k: v if type(v) in (int, str, bool) else float(v) for k, v in metrics.items()}
+
+
+def recall_best(evals: Sequence[dict[str, Any]], metric: str) -> tuple[dict[str, Any] | None, int]:
+    """The best of the lines of validations by `metric`, as `Progress` has it, and how many came after it."""
+    best, since = None, 0
+    for line in evals:
+        metrics = {k: math.nan if v is None else v for k, v in line.items() if k not in _OF_A_LINE}
+        if is_better(metric, metrics[metric], best["metrics"][metric] if best else math.nan):
+            best, since = {"step": line["step"], "metrics": metrics}, 0
+        else:
+            since += 1
+    return best, since
 
 
 def is_better(metric: str, new: float, old: float) -> bool:

@@ -7,7 +7,7 @@ run folder that rank 0 looks for; the ranks agree on the step at which they leav
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -64,12 +64,12 @@ def watch(store: Store) -> Callable[[], bool]:
     return wanted
 
 
-def agree(wanted: bool, world_size: int, device: str) -> bool:
-    """Whether any rank wants to stop; the same answer on all, so that none is left waiting."""
+def agree(flags: Sequence[bool], world_size: int, device: str) -> list[bool]:
+    """For each flag whether any rank has set it; the same answers on all, so that none is left waiting."""
     if world_size == 1:
-        return wanted
+        return list(flags)
     import torch
 
-    flag = torch.tensor([int(wanted)], device=device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    found = torch.tensor([int(flag) for flag in flags], device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in found.tolist()]

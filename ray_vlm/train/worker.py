@@ -14,23 +14,21 @@ from typing import Any
 from ray_vlm.cluster.environment import Environment
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.plan import Plan, plan_sample
+from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import describe_preprocessing
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import Row, RowSpec
-from ray_vlm.data.stream import Feed, stream_local, stream_ray
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import RowSpec
 from ray_vlm.methods import METHODS
-from ray_vlm.methods.forward import share_prefixes
-from ray_vlm.models.families import Family
-from ray_vlm.models.lora import count_trainable, lora_config, train_parts
-from ray_vlm.models.quiet import quiet_libraries
+from ray_vlm.models.lora import count_trainable
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
 from ray_vlm.runs.track import TensorBoardTracker, WandbTracker
 from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
 from ray_vlm.train.clock import name_device, watch_usage
+from ray_vlm.train.energy import Meter, sum_energy
 from ray_vlm.train.stop import agree, watch
+from ray_vlm.train.trainer import build_trainer, load_adapted, prepare_process
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool
     """
     job, paths = load_resolved(task.job), open_run(task.run)
     try:
-        place = _prepare_process(job, in_ray)
+        place = prepare_process(job, in_ray)
         attempt = begin_attempt(paths.store, place, task.attempt)
         result = _train(job, paths, task, place, attempt, stop or watch(paths.store))
         if place.ray and place.rank == 0:
@@ -79,21 +77,31 @@ def _train(
     from ray_vlm.train.report import publish_weights
 
     preparer = load_preparer(task.spec)
-    model = _load(job, preparer.family, place)
+    model = load_adapted(job, preparer.family, place)
     about = {"base": base_fingerprint(model), "rows": task.rows, "model": job.model.name}
     check_fits(attempt, about, task.plan.num_steps)
-    trainer = _build_trainer(job, task, model, preparer, place, attempt)
+    trainer = build_trainer(job, task, model, preparer, place, attempt)
     monitor = _build_monitor(job, paths, task, place, attempt)
     callback = _build_callback(job, paths, monitor, trainer, task, place, attempt)
-    callback.stop_wanted = lambda: agree(stop(), place.world_size, place.device)
+    callback.stop_asked = stop
+    callback.agree = lambda *flags: agree(flags, place.world_size, place.device)
+    if job.evaluate.asynchronous:
+        trainer.validate = callback.hand_over
     trainer.add_callback(callback)
     keep = (job.checkpoint.keep, job.checkpoint.keep_best)
     writer = CheckpointWriter(paths.store, place, attempt, keep, about)
+
+    meter = Meter(job.track.country) if job.track.energy and job.track.country else None
+
+    def write_energy() -> None:
+        if meter is not None and (found := sum_energy(meter, place)) and monitor is not None:
+            monitor.write("energy", trainer.state.global_step, trainer.state.epoch or 0.0, found)
 
     def write_checkpoint() -> None:
         started = time.monotonic()
         writer.write(trainer, callback.save, *callback.reached())
         callback.checkpoint_s = time.monotonic() - started
+        write_energy()
 
     trainer.write_checkpoint = write_checkpoint
     try:
@@ -103,16 +111,23 @@ def _train(
             for text in attempt.notes:
                 monitor.note(attempt.step, text)
             monitor.start(attempt.step, count_trainable(trainer.model, preparer.family), name_device(place.device))
+        if callback.background is not None:
+            callback.resume_background(attempt.step if attempt.checkpoint else -1, place)
         if attempt.step < task.plan.num_steps:
             trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
         else:  # it died between its last checkpoint and `final/`
             trainer._load_from_checkpoint(str(attempt.folder))
+        if not callback.stopped:
+            callback.settle(trainer.control)
         if place.rank == 0 and not callback.stopped:
             check_owner(paths.store, attempt)
             publish_weights(paths, paths.final, callback.save, max(attempt.step, trainer.state.global_step))
+        write_energy()
     finally:
         try:
             trainer.planned_batches.close()
+            if meter is not None:
+                meter.close()
         finally:
             if monitor is not None:
                 monitor.close()
@@ -127,120 +142,11 @@ def _train(
     }
 
 
-def _prepare_process(job: JobConfig, in_ray: bool) -> Place:
-    """Threads, seeds and quiet libraries; where we are. Nothing here or later calls home unless the job asks."""
-    quiet_libraries()
-    import torch
-    import transformers
-
-    torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
-    transformers.set_seed(job.seed)
-    if not in_ray:
-        return Place(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    device = str(ray.train.torch.get_device())
-    if device != "cpu":
-        torch.cuda.set_device(device)  # what ranks tell one another goes through the current card
-    return Place(context.get_world_rank(), context.get_world_size(), device, ray=True)
-
-
-def _load(job: JobConfig, family: Family, place: Place) -> Any:
-    """The base with what will be trained on top: a new adapter, a given one, or all weights."""
-    from peft import get_peft_model
-
-    from ray_vlm.models.load import load_adapter, load_model
-
-    model = load_model(job.model, job.train.bf16, place.device)
-    if job.lora is None:
-        return model
-    if job.model.adapter is not None:
-        return train_parts(load_adapter(model, job.model.adapter, job.model, trainable=True), job.lora, family)
-    import torch
-
-    torch.manual_seed(job.seed)  # every rank and every restart starts from the same adapter
-    return get_peft_model(model, lora_config(job.lora, family))
-
-
-def _build_trainer(
-    job: JobConfig, task: WorkerTask, model: Any, preparer: Preparer, place: Place, attempt: Attempt
-) -> Any:
-    """TRL's trainer for the method, fed by our stream."""
-    import datasets
-
-    from ray_vlm.train.feed import PlannedBatches, feed_trainer, shared_options
-
-    method = METHODS[job.method.name]
-    example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
-    has_eval = task.eval is not None
-    args = method.build_args(job, shared_options(job, task.plan, has_eval))
-    args.eval_on_start = has_eval and job.evaluate.at_start and attempt.step == 0
-    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every card in sight, and scale the loss
-    options = {"processing_class": preparer.processor, "eval_dataset": example if has_eval else None}
-    trainer = feed_trainer(method.trainer_class(job))(
-        model=model, args=args, train_dataset=example, **options, **method.extras(job)
-    )
-    if job.method.name != "sft" and job.method.share_prefixes and (job.lora is None or job.lora.dropout == 0):
-        share_prefixes(trainer.model)
-    trainer.remove_callback(_printer())
-    trainer.preparer, trainer.fetch_records = preparer, lambda: _fetch(task.train)
-    plan = task.plan
-    first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
-    feed = Feed(task.train, task.spec, plan, place.rank, first, last)
-    if place.ray:
-        stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment)
-    else:
-        stream = stream_local(feed)
-
-    def build(rows: list[Row]) -> Any:
-        return method.collate(rows, preparer, place.device)
-
-    steps = args.gradient_accumulation_steps
-    trainer.planned_batches = PlannedBatches(stream, plan, build, steps, first, trainer.clock)
-    if has_eval:
-        trainer.validate = _validation(job, task, preparer, place)
-    return trainer
-
-
-def _printer() -> type:
-    from transformers import PrinterCallback
-
-    return PrinterCallback
-
-
-def _validation(job: JobConfig, task: WorkerTask, preparer: Preparer, place: Place) -> Any:
-    """The function that measures the eval rows, as the method and the job's metric need it."""
-    from ray_vlm.evaluate.validate import VALIDATE
-
-    records = _fetch(task.eval)
-    chosen = [records[i] for i in plan_sample(len(records), job.evaluate.num_samples)]
-    mine = chosen[place.rank :: place.world_size]
-
-    def run(trainer: Any) -> dict[str, float]:
-        return VALIDATE[job.method.name](trainer, mine, preparer, job, place.device, place.world_size)
-
-    return run
-
-
-_FETCHED: dict[Any, tuple] = {}  # by Ray reference: reading them again and again would take as long as a step
-
-
-def _fetch(records: Any) -> tuple:
-    """The records behind a Ray reference, or the records themselves."""
-    if isinstance(records, tuple):
-        return records
-    if records not in _FETCHED:
-        import ray
-
-        _FETCHED[records] = ray.get(records)
-    return _FETCHED[records]
-
-
 def _build_callback(
     job: JobConfig, paths: RunPaths, monitor: Any, trainer: Any, task: WorkerTask, place: Place, attempt: Attempt
 ) -> Any:
     from ray_vlm.evaluate.drawn import draw_predictions
+    from ray_vlm.train.background import Background
     from ray_vlm.train.gradients import watch_gradients
     from ray_vlm.train.report import Progress, RunCallback, plain
 
@@ -265,6 +171,8 @@ def _build_callback(
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))
     callback.usage = watch_usage(trainer.planned_batches, place)
     callback.check_owner = lambda: check_owner(paths.store, attempt)
+    if job.evaluate.asynchronous:
+        callback.background = Background(task, job, paths, place)
     if attempt.checkpoint is not None:
         callback.progress = Progress(**attempt.checkpoint.about["progress"])
     return callback

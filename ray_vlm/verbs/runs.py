@@ -65,13 +65,14 @@ def _read(name: str) -> "Run":
 
 
 def _read_all(names: Sequence[str]) -> "list[Run]":
-    """All runs; every one that cannot be read is named at once."""
+    """All runs, of a folder of runs each in it; every one that cannot be read is named at once."""
     from ray_vlm.errors import RunError
+    from ray_vlm.runs.read import find_runs, read_run
 
     runs, problems = [], []
     for name in names:
         try:
-            runs.append(_read(name))
+            runs += [read_run(address) for address in find_runs(find_run(name))] or [_read(name)]
         except RunError as error:
             problems += error.problems
     if problems:
@@ -142,13 +143,17 @@ def _compute(args: argparse.Namespace) -> None:
     import json
 
     from ray_vlm.runs.compare import run_titles
-    from ray_vlm.runs.compute import measure_compute, write_markdown
+    from ray_vlm.runs.compute import measure_compute, sum_compute, write_markdown
 
     runs = _read_all(args.runs)
     found = [measure_compute(run) for run in runs]
-    print(write_markdown(run_titles(runs), found), end="")
+    titles = run_titles(runs)
+    if len(runs) > 1:
+        found.append(sum_compute(runs, found))
+        titles = [*titles, "all"]
+    print(write_markdown(titles, found), end="")
     if args.json:
-        told = dict(zip(run_titles(runs), found, strict=True))
+        told = dict(zip(titles, found, strict=True))
         _write(args.json, (json.dumps(told, indent=1) + "\n").encode())
 
 

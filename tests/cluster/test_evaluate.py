@@ -29,6 +29,28 @@ def test_any_number_of_replicas_gives_the_same_predictions(job_file, scenes: Pat
     assert [json.loads(line)["id"] for line in texts[0].splitlines()] == [str(i) for i in range(12)]
 
 
+def test_any_number_of_replicas_predicts_the_same(job_file, scenes: Path, tmp_path: Path, ray_cluster) -> None:
+    """GUI steps too, whose memory is what was answered before: a task stays with one replica."""
+    from ray_vlm.config.load import load_job
+    from ray_vlm.evaluate.predict import predict_files
+    from ray_vlm.evaluate.predictor import Predictor
+
+    photos = sorted((scenes / "test").iterdir())
+    table = tmp_path / "steps.csv"
+    rows = [f"{name},{photo},go" for name in ("a", "b", "c") for photo in photos[:3]]
+    table.write_text("\n".join(["Task_id,Image_id,Instruction", *rows]))
+    asked = {"gui_steps": str(table), "detection": str(scenes / "test")}
+    for task, given in asked.items():
+        options = {"labels": ["circle"]} if task == "detection" else {}
+        job = load_job(job_file(task={"name": task, **options}, evaluate={"max_new_tokens": 6, "batch_size": 2}))
+        predictor, texts = Predictor(job), []
+        for count in (0, 2):
+            out = tmp_path / f"{task}-{count}.jsonl"
+            predict_files(predictor, [given], str(out), num_replicas=count, say=lambda text: None)
+            texts.append(out.read_text())
+        assert texts[0] == texts[1]
+
+
 def _refuse(loaded: Loaded, records: Any, positions: Any) -> Any:
     if 3 in positions:
         raise ModelError("no such model. Give another.")

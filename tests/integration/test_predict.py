@@ -13,7 +13,9 @@ from ray_vlm import Predictor
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import DataError, RunError
+from ray_vlm.evaluate import generate, predict
 from ray_vlm.evaluate.predictor import Ask, Found
+from ray_vlm.tasks.gui_steps import remember
 
 
 @pytest.fixture
@@ -122,44 +124,87 @@ def test_memory_is_carried_on_and_cut_as_in_training(job_file) -> None:
     done = [f'{{"action":"a{i}"}}' for i in range(6)]
     history: tuple[str, ...] = ()
     for text in done:
-        output = json.loads(text)
-        found = Found((), (), text, {"output": output, "box": None, "point": None}, True, ())
-        short, long = predictor.remember(history, found)
+        short, long = remember(history, json.loads(text), predictor.preparer.setting)
         history = (*long, *short)
     assert short == tuple(done[-2:])
     assert 0 < len(long) < 4
     assert long == tuple(done[4 - len(long) : 4])
-    nothing = Found((), (), "?", {"output": {}, "box": None, "point": None}, False, ())
-    assert predictor.remember(history, nothing) == (short, long), "a step that was not understood is not remembered"
+    assert remember(history, {}, predictor.preparer.setting) == (short, long), "what was not understood is forgotten"
     step = predictor.predict_step(Image.new("RGB", (64, 64)), "press", short, long)
     assert set(step.short_term_memory) <= {*done, json.dumps(step.output, separators=(",", ":"))}
 
 
-def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(job_file, tmp_path: Path) -> None:
-    from ray_vlm.evaluate.predict import predict_files
-
+def _steps_table(folder: Path) -> Path:
     for i in range(5):
-        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    with (tmp_path / "steps.csv").open("w", newline="") as file:
+        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(folder / f"{i}.png")
+    with (folder / "steps.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["Task_id", "Image_id", "Instruction"])
         table.writerows([["a", "0.png", "go"], ["b", "1.png", "stop"], ["a", "2.png", "go"], ["b", "gone.png", "stop"]])
-        table.writerow(["a", "../out.png", "go"])
-    predictor, asked = _predictor(job_file, "gui_steps"), []
-    answer = {"output": {"action": "tap"}, "box": None, "point": (3.0, 4.0)}
+        table.writerows([["a", "../out.png", "go"], ["", "3.png", "go"], ["", "4.png", "go"]])
+    return folder / "steps.csv"
 
-    def stub(asks: Any) -> list[Found]:
-        asked.extend((ask.id, tuple(ask.told["history"])) for ask in asks)
-        return [Found(ask.images, ((64, 64),), "{}", answer, True, ()) for ask in asks]
 
-    predictor.predict_many = stub  # type: ignore[method-assign]
-    out = tmp_path / "out.jsonl"
-    assert predict_files(predictor, [str(tmp_path / "steps.csv")], str(out), say=lambda text: None) == 5
-    assert asked == [("row 0", ()), ("row 1", ()), ("row 2", ('{"action":"tap"}',))]
+def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(
+    job_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def stub(loaded: Any, records: Any) -> list[str]:
+        asked.append([(r.id, r.context["history"], r.context["step"]) for r in records])
+        return ['{"action":"tap"}' if r.id != "row 0" else "[?" for r in records]
+
+    monkeypatch.setattr(predict, "answer_records", stub)
+    predictor = _predictor(job_file, "gui_steps")
+    out, table = tmp_path / "out.jsonl", str(_steps_table(tmp_path))
+    assert predict.predict_files(predictor, [table], str(out), say=lambda text: None) == 7
+    first = [("row 0", (), 0), ("row 1", (), 0), ("row 5", (), 0), ("row 6", (), 0)]
+    assert asked == [first, [("row 2", (), 0)]], "what was not understood is not remembered"
     rows = [json.loads(line) for line in out.open()]
-    assert [row["id"] for row in rows] == [f"row {i}" for i in range(5)]
-    assert ["error" in row for row in rows] == [False, False, False, True, True]
+    assert [row["id"] for row in rows] == [f"row {i}" for i in range(7)]
+    assert ["error" in row for row in rows] == [False, False, False, True, True, False, False]
     assert "outside" in rows[4]["error"]
+    asked.clear()
+    monkeypatch.setattr(
+        predict, "answer_records", lambda loaded, records: stub(loaded, records) and ['{"action":"tap"}']
+    )
+    predictor.job = predictor.job.model_copy(
+        update={"evaluate": predictor.job.evaluate.model_copy(update={"batch_size": 1})}
+    )
+    predict.predict_files(predictor, [table], str(out), say=lambda text: None)
+    assert [asks[0][0] for asks in asked] == ["row 0", "row 2", "row 1", "row 5", "row 6"], "one task after another"
+    assert asked[1] == [("row 2", ('{"action":"tap"}',), 1)]
+
+
+def test_a_prediction_that_was_killed_asks_nothing_twice(
+    detector: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, scenes = detector
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert main(["predict", str(run), str(scenes / "test"), "--output", str(whole)]) == 0
+    asked: list[str] = []
+    real = generate.generate_answers
+
+    def stumble(model: Any, records: Any, *args: Any) -> list[str]:
+        if len(asked) >= 5:
+            raise KeyboardInterrupt
+        asked.extend(r.id for r in records)
+        return real(model, records, *args)
+
+    monkeypatch.setattr(generate, "generate_answers", stumble)
+    words = ["predict", str(run), str(scenes / "test"), "--output", str(cut)]
+    assert main(words) != 0
+    assert not cut.exists()
+    before = list(asked)
+    asked.clear()
+    monkeypatch.setattr(
+        generate, "generate_answers", lambda m, rs, *a: asked.extend(r.id for r in rs) or real(m, rs, *a)
+    )
+    assert main(words) == 0
+    assert len(before) == 5
+    assert not set(before) & set(asked)
+    assert cut.read_text() == whole.read_text()
+    assert [p.name for p in tmp_path.iterdir() if "answers" in p.name] == []
 
 
 def test_drawings_of_every_task(job_file) -> None:

@@ -184,10 +184,14 @@ def test_early_stopping_stops(job_file, scenes: Path) -> None:
 
 def test_wandb_offline_gets_every_step(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, dict]] = []
+    axes: dict[str, str | None] = {}
 
     class Fake:
         def log(self, values: dict, step: int) -> None:
             seen.append((step, values))
+
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            axes[name] = step_metric
 
         def finish(self) -> None:
             seen.append((-1, {}))
@@ -205,6 +209,31 @@ def test_wandb_offline_gets_every_step(job_file, monkeypatch: pytest.MonkeyPatch
     assert {"train/learning_rate", "train/epoch"} <= set(seen[0][1])
     assert [step for step, values in seen if "train/epoch_avg_loss" in values] == [7]
     assert seen[-1][0] == -1
+    assert axes["eval/*"] == "eval/step"
+
+
+def test_energy_is_estimated_without_calling_home(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    from ray_vlm.runs.compute import measure_compute
+    from ray_vlm.runs.read import read_run
+
+    called: list[Any] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: called.append(address) or _refuse())
+    paths = _run(job_file(track={"energy": True, "country": "DEU"}), "checkpoint.every_steps=2")
+    lines = [line for line in read_metrics(paths.metrics) if line["kind"] == "energy"]
+    assert [line["step"] for line in lines] == [2, 3, 3]
+    assert lines[-1]["energy_kwh"] > lines[0]["energy_kwh"] > 0
+    assert lines[-1]["energy_kwh"] == pytest.approx(sum(lines[-1][f"{part}_kwh"] for part in ("gpu", "cpu", "memory")))
+    assert 0.2 < lines[-1]["co2_kg"] / lines[-1]["energy_kwh"] < 0.6, "kilograms for a kilowatt-hour in Germany"
+    found = measure_compute(read_run(str(paths.root)))
+    assert (found["energy_kwh"], found["co2_kg"]) == (lines[-1]["energy_kwh"], lines[-1]["co2_kg"])
+    assert not called
+    assert not (Path.cwd() / "emissions.csv").exists()
+
+
+def _refuse() -> None:
+    raise OSError("no network in this test")
 
 
 def test_a_failed_run_says_why_in_its_folder(job_file, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

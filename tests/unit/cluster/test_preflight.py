@@ -3,7 +3,7 @@
 import pytest
 
 from ray_vlm.cluster.preflight import Layout, cpus_needed, plan_layout
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.schema import Evaluate, JobConfig
 from ray_vlm.errors import RunError
 
 
@@ -45,6 +45,14 @@ def test_everything_missing_is_told_at_once() -> None:
 def test_a_cluster_whose_workers_leave_no_cpu_is_refused() -> None:
     with pytest.raises(RunError, match="Ray Data needs at least one"):
         plan_layout(_job(num_workers=2), {"CPU": 2})
+
+
+def test_validation_beside_training_needs_one_process_more() -> None:
+    job = _job(num_workers=2, cpus_per_worker=2).model_copy(update={"evaluate": Evaluate(asynchronous=True)})
+    assert cpus_needed(job) == 8
+    assert plan_layout(job, {"CPU": 8}) == Layout(1, 1.0)
+    with pytest.raises(RunError, match=r"2 workers and one for evaluate\.asynchronous of 2 CPU need 6"):
+        plan_layout(job, {"CPU": 5})
 
 
 def test_our_own_cluster_is_large_enough() -> None:

@@ -14,7 +14,7 @@ from ray_vlm.config.load import load_job
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Sampling
-from ray_vlm.methods.vllm import build_sampler
+from ray_vlm.methods.vllm import build_answerer, build_sampler
 from ray_vlm.train.driver import prepare
 
 
@@ -28,8 +28,9 @@ class FakeEngine:
     def generate(self, prompts: list, params: list, lora_request: Any, use_tqdm: bool) -> list:
         from safetensors.numpy import load_file
 
-        weights = load_file(Path(lora_request.path) / "adapter_model.safetensors")
-        files = sorted(path.name for path in Path(lora_request.path).iterdir())
+        folder = Path(lora_request.path) if lora_request is not None else None
+        weights = load_file(folder / "adapter_model.safetensors") if folder else {}
+        files = sorted(path.name for path in folder.iterdir()) if folder else []
         self.calls.append(
             {"prompts": prompts, "params": params, "lora": lora_request, "weights": weights, "files": files}
         )
@@ -135,4 +136,50 @@ def test_a_missing_package_is_named(job_file, monkeypatch: pytest.MonkeyPatch) -
     job, _, _ = _parts(job_file)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="vllm is not installed"):
-        build_sampler(job, None)
+        build_sampler(job, SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None))
+
+
+def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_as_it_lies(
+    job_file, engines: list[FakeEngine], tmp_path: Path
+) -> None:
+    from benchmarks.stock import build_model
+
+    job, preparer, rows = _parts(job_file)
+    model = build_model(job)
+    model.save_pretrained(tmp_path / "adapter")
+    answers = build_answerer(job, str(tmp_path / "adapter"), preparer)(rows)
+    assert answers == [preparer.text([20, 2])] * 2
+    assert engines[0].options["max_lora_rank"] == 8
+    call = engines[0].calls[0]
+    assert call["lora"].path == str(tmp_path / "adapter")
+    assert [(p.n, p.temperature, p.max_tokens) for p in call["params"]] == [(1, 0.0, job.evaluate.max_new_tokens)] * 2
+    build_answerer(job, None, preparer)(rows)
+    assert not engines[1].options["enable_lora"]
+    assert engines[1].calls[0]["lora"] is None
+
+
+def test_evaluation_refuses_an_adapter_that_vllm_would_leave_half_out(
+    job_file, engines: list[FakeEngine], tmp_path: Path
+) -> None:
+    from benchmarks.stock import build_model
+
+    job, preparer, _ = _parts(job_file)
+    assert job.lora is not None
+    whole = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
+    build_model(whole).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"evaluate\.engine: .*adapter adapts vision too"):
+        build_answerer(job, str(tmp_path / "adapter"), preparer)
+    assert not engines
+
+
+def test_an_evaluation_asks_the_engine_that_the_job_names(job_file, engines: list[FakeEngine]) -> None:
+    from ray_vlm.evaluate.actors import Loaded, Work
+    from ray_vlm.evaluate.generate import answer_records
+
+    prepared = prepare(load_job(job_file()))
+    options = {"engine": "vllm", "max_new_tokens": 5}
+    job = prepared.job.model_copy(update={"evaluate": prepared.job.evaluate.model_copy(update=options)})
+    loaded = Loaded(Work(job, prepared.spec, prepared.train.records, None, ()))
+    assert len(answer_records(loaded, prepared.train.records[:3])) == 3
+    assert answer_records(loaded, prepared.train.records[:1])
+    assert len(engines) == 1, "one engine for all batches"

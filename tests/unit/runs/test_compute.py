@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_vlm.cli import main
 from ray_vlm.runs.compute import PHASES, count_flops, measure_compute, write_markdown
 from ray_vlm.runs.read import read_run
 from tests.unit.runs.test_read import write_run
@@ -43,6 +44,35 @@ def test_hours_tokens_and_where_the_time_went(tmp_path: Path) -> None:
     assert found["cpu_hours"] == pytest.approx(90 / 3600 * 2)
     assert found["gpu_hours"] == 0.0
     assert found["mfu"] is None, "no peak is known of a CPU"
+
+
+def test_several_runs_are_added_up_with_what_came_to_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, status in (("a", "finished"), ("b", "failed"), ("c", "interrupted")):
+        folder = write_run(tmp_path / "all" / name)
+        _lines(folder)
+        about = json.loads((folder / "run.json").read_text()) | {"status": status}
+        (folder / "run.json").write_text(json.dumps(about))
+    with (tmp_path / "all" / "a" / "metrics.jsonl").open("a") as file:
+        for attempt, kwh in ((1, 1.0), (1, 2.0), (2, 0.5)):
+            line = {
+                "kind": "energy",
+                "attempt": attempt,
+                "step": 4,
+                "time": 1085.0,
+                "energy_kwh": kwh,
+                "co2_kg": kwh / 2,
+            }
+            file.write(json.dumps(line) + "\n")
+    place = tmp_path / "cost.json"
+    assert main(["runs", "compute", str(tmp_path / "all"), "--json", str(place)]) == 0
+    assert "hours of unfinished runs" in capsys.readouterr().out
+    told = json.loads(place.read_text())
+    assert list(told) == ["a", "b", "c", "all"]
+    assert told["all"]["tokens"] == 120_000
+    assert told["all"]["wall_s"] == pytest.approx(sum(told[name]["wall_s"] for name in "abc"))
+    assert told["all"]["unfinished_hours"] == pytest.approx(told["b"]["cpu_hours"] + told["c"]["cpu_hours"])
+    assert (told["a"]["energy_kwh"], told["b"]["energy_kwh"], told["all"]["energy_kwh"]) == (2.5, None, 2.5)
+    assert told["all"]["lost"]["steps"] == 3
 
 
 def test_operations_by_the_formula_that_is_stated(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_vlm.train.report import is_better, plain, score_of
+from ray_vlm.train.report import is_better, plain, recall_best, score_of
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -28,3 +28,13 @@ def test_numbers_of_numpy_and_torch_become_python_s_own() -> None:
     told = plain({"a": np.float32(0.5), "b": torch.tensor(2.0), "c": np.int64(3), "d": 4, "e": "x"})
     assert {type(v) for v in told.values()} <= {int, float, str}
     assert json.loads(json.dumps(told)) == {"a": 0.5, "b": 2.0, "c": 3.0, "d": 4, "e": "x"}
+
+
+def test_the_best_so_far_is_read_back_from_what_was_written() -> None:
+    lines = [
+        {"kind": "eval", "attempt": 1, "step": step, "epoch": 0.5, "time": 1.0, "f1_50": score}
+        for step, score in ((2, 0.5), (4, None), (6, 0.75), (8, 0.75), (10, 0.5))
+    ]
+    assert recall_best(lines, "f1_50") == ({"step": 6, "metrics": {"f1_50": 0.75}}, 2)
+    assert recall_best(lines[:2], "f1_50") == ({"step": 2, "metrics": {"f1_50": 0.5}}, 1)
+    assert recall_best([], "f1_50") == (None, 0)

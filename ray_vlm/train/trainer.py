@@ -1,0 +1,130 @@
+"""The trainer as a worker has it: the base with what is trained on top, TRL's trainer for the method, our feed and our
+validation. Used by the workers, and by the process that validates beside them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.plan import plan_sample
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.spec import Row
+from ray_vlm.data.stream import Feed, stream_local, stream_ray
+from ray_vlm.methods import METHODS
+from ray_vlm.methods.forward import share_prefixes
+from ray_vlm.models.families import Family
+from ray_vlm.models.lora import lora_config, train_parts
+from ray_vlm.models.quiet import quiet_libraries
+from ray_vlm.train.attempt import Attempt, Place
+
+if TYPE_CHECKING:
+    from ray_vlm.train.worker import WorkerTask
+
+
+def prepare_process(job: JobConfig, in_ray: bool) -> Place:
+    """Threads, seeds and quiet libraries; where we are. Nothing here or later calls home unless the job asks."""
+    quiet_libraries()
+    import torch
+    import transformers
+
+    torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
+    transformers.set_seed(job.seed)
+    if not in_ray:
+        return Place(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device = str(ray.train.torch.get_device())
+    if device != "cpu":
+        torch.cuda.set_device(device)  # what ranks tell one another goes through the current card
+    return Place(context.get_world_rank(), context.get_world_size(), device, ray=True)
+
+
+def load_adapted(job: JobConfig, family: Family, place: Place) -> Any:
+    """The base with what will be trained on top: a new adapter, a given one, or all weights."""
+    from peft import get_peft_model
+
+    from ray_vlm.models.load import load_adapter, load_model
+
+    model = load_model(job.model, job.train.bf16, place.device)
+    if job.lora is None:
+        return model
+    if job.model.adapter is not None:
+        return train_parts(load_adapter(model, job.model.adapter, job.model, trainable=True), job.lora, family)
+    import torch
+
+    torch.manual_seed(job.seed)  # every rank and every restart starts from the same adapter
+    return get_peft_model(model, lora_config(job.lora, family))
+
+
+def build_trainer(
+    job: JobConfig, task: "WorkerTask", model: Any, preparer: Preparer, place: Place, attempt: Attempt
+) -> Any:
+    """TRL's trainer for the method, fed by our stream."""
+    import datasets
+
+    from ray_vlm.train.feed import PlannedBatches, feed_trainer, shared_options
+
+    method = METHODS[job.method.name]
+    example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
+    has_eval = task.eval is not None
+    args = method.build_args(job, shared_options(job, task.plan, has_eval))
+    args.eval_on_start = has_eval and job.evaluate.at_start and attempt.step == 0
+    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every card in sight, and scale the loss
+    options = {"processing_class": preparer.processor, "eval_dataset": example if has_eval else None}
+    trainer = feed_trainer(method.trainer_class(job))(
+        model=model, args=args, train_dataset=example, **options, **method.extras(job)
+    )
+    if job.method.name != "sft" and job.method.share_prefixes and (job.lora is None or job.lora.dropout == 0):
+        share_prefixes(trainer.model)
+    trainer.remove_callback(_printer())
+    trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
+    plan = task.plan
+    first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
+    feed = Feed(task.train, task.spec, plan, place.rank, first, last)
+    if place.ray:
+        stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment)
+    else:
+        stream = stream_local(feed)
+
+    def build(rows: list[Row]) -> Any:
+        return method.collate(rows, preparer, place.device)
+
+    steps = args.gradient_accumulation_steps
+    trainer.planned_batches = PlannedBatches(stream, plan, build, steps, first, trainer.clock)
+    if has_eval:
+        trainer.validate = _validation(job, task, preparer, place)
+    return trainer
+
+
+def _printer() -> type:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+def _validation(job: JobConfig, task: "WorkerTask", preparer: Preparer, place: Place) -> Any:
+    """The function that measures the eval rows, as the method and the job's metric need it."""
+    from ray_vlm.evaluate.validate import VALIDATE
+
+    records = fetch_records(task.eval)
+    chosen = [records[i] for i in plan_sample(len(records), job.evaluate.num_samples)]
+    mine = chosen[place.rank :: place.world_size]
+
+    def run(trainer: Any) -> dict[str, float]:
+        return VALIDATE[job.method.name](trainer, mine, preparer, job, place.device, place.world_size)
+
+    return run
+
+
+_FETCHED: dict[Any, tuple] = {}  # by Ray reference: reading them again and again would take as long as a step
+
+
+def fetch_records(records: Any) -> tuple:
+    """The records behind a Ray reference, or the records themselves."""
+    if isinstance(records, tuple):
+        return records
+    if records not in _FETCHED:
+        import ray
+
+        _FETCHED[records] = ray.get(records)
+    return _FETCHED[records]

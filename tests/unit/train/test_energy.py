@@ -1,0 +1,32 @@
+"""Energy: each card once, each machine's processor and memory once, and no country that nobody knows."""
+
+import sys
+
+import pytest
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import ConfigError
+from ray_vlm.train.energy import add_up, check_energy
+
+
+def _job(country: str) -> JobConfig:
+    return JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "track": {"energy": True, "country": country}})
+
+
+def test_ranks_of_one_machine_share_its_processor_and_memory() -> None:
+    one = {"gpu_kwh": 1.0, "cpu_kwh": 0.5, "memory_kwh": 0.25, "kg_per_kwh": 0.4}
+    told = add_up([("a", one), ("a", one), ("b", one), ("c", {})])
+    assert (told["gpu_kwh"], told["cpu_kwh"], told["memory_kwh"], told["energy_kwh"]) == (3.0, 1.0, 0.5, 4.5)
+    assert told["co2_kg"] == pytest.approx(4.5 * 0.4)
+    assert add_up([("a", {}), ("b", {})]) == {}
+
+
+def test_an_unknown_country_and_a_missing_package_are_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_energy(_job("DEU"))
+    with pytest.raises(ConfigError, match=r"track\.country='GERMANY'"):
+        check_energy(_job("GERMANY"))
+    monkeypatch.setitem(sys.modules, "codecarbon.input", None)
+    with pytest.raises(ConfigError, match="codecarbon is not installed"):
+        check_energy(_job("DEU"))
