@@ -92,6 +92,14 @@ def load_resolved(values: dict[str, Any]) -> JobConfig:
     return JobConfig.model_validate(values)
 
 
+def fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """What `dump_job` wrote, with settings that an earlier version did not know at their defaults."""
+    try:
+        return dump_job(load_resolved(values))
+    except ValidationError:
+        return values
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

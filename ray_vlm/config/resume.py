@@ -9,6 +9,7 @@ MAY_CHANGE = (
     *("cluster", "track", "checkpoint", "run", "data.num_loaders", "data.test"),
     *("train.num_epochs", "train.max_steps", "train.log_every_steps", "train.early_stopping_patience"),
     *("train.micro_batch_size", "train.gradient_checkpointing", "evaluate.every_steps", "evaluate.batch_size"),
+    *("evaluate.asynchronous", "evaluate.engine", "evaluate.num_replicas"),
 )
 # Paths may differ, as they do in each Ray job's copy of the folder: rows and base are compared by their contents.
 _MAY_MOVE = re.compile(r"model\.(name|adapter)|data\.(train|eval|mix\.\d+)\.(path|image_root)")

@@ -79,8 +79,12 @@ class Loaded:
         """vLLM's greedy answers, with the adapter where there is one."""
         from ray_vlm.methods.vllm import build_answerer
 
-        adapter = fetch_folder(self.work.adapter) if self.work.adapter is not None else None
-        return build_answerer(self.work.job, adapter, self.preparer)
+        work, memory = self.work, 0
+        adapter = fetch_folder(work.adapter) if work.adapter is not None else None
+        longest = max(sum(self.preparer.token_counts(record)[:2]) for record in self.records)
+        if work.spec.task.name == "gui_steps":  # that a walk may still gather
+            memory = work.spec.task.long_memory_tokens + work.spec.task.short_memory * work.job.evaluate.max_new_tokens
+        return build_answerer(work.job, adapter, self.preparer, longest + memory)
 
 
 Do = Callable[[Loaded, Sequence[SftRecord], Sequence[int]], Any]  # model, a batch and its positions -> plain data
@@ -91,6 +95,8 @@ def do_batches(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> I
 
     `do` is a function of a module, and what it returns goes through JSON. Raises what an actor refused, or `RunError`.
     """
+    if not numbers:
+        return
     with closing(_local(work, do, numbers) if num_actors == 0 else _ray(work, do, numbers, num_actors)) as results:
         yield from results
 

@@ -133,7 +133,8 @@ def describe_work(work: Work, weights: str | None) -> dict[str, str]:
     rows = hashlib.sha256()
     for r in work.records:
         images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
-        rows.update(repr((r.id, images, [_stamp(i) for i in images], r.sizes, preparer.turns(r))).encode())
+        told = (r.id, images, [_stamp(i) for i in images], r.sizes, preparer.turns(r), r.context.get("task"))
+        rows.update(repr(told).encode())
     loading = (
         job.model.load_in_4bit,
         job.train.bf16,
@@ -142,14 +143,14 @@ def describe_work(work: Work, weights: str | None) -> dict[str, str]:
         job.evaluate.engine,
     )
     packages = [metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
-    told = {
+    inputs = {
         "base": (job.model.name, loading, _files(resolve_name(job.model.name))),
         "adapter": _contents(weights) if weights else None,
         "preprocessing": (asdict(replace(work.spec, model=None)), asdict(preparer.image_spec)),  # type: ignore[arg-type]
         "batches": (work.batches, job.evaluate.max_new_tokens),
         "versions": (__version__, packages),
     }
-    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in told.items()}
+    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in inputs.items()}
     return hashes | {"rows": rows.hexdigest()[:16]}
 
 

@@ -5,6 +5,7 @@ A table (.csv, .tsv, .json, .jsonl, .parquet) has a column of images, relative t
 steps in order.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ assert len(_IMAGES) >= len(FORMATS)
 
 def read_input(given: str, question: str | None, task: str) -> list[Ask]:
     """The questions that an image, a folder or a table asks. Raises `DataError` where there is nothing."""
-    path = Path(given)
+    path = Path(os.path.abspath(given))  # replicas have another current folder
     told = {"question": question} if question is not None else {}
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGES and p.is_file())
@@ -35,7 +36,7 @@ def read_input(given: str, question: str | None, task: str) -> list[Ask]:
         return _read_table(given, told, task)
     if not path.is_file():
         raise DataError(f"{given}: no such file or folder.")
-    return [Ask((str(path),), told, str(path))]
+    return [Ask((str(path),), told, given)]
 
 
 def _read_table(address: str, told: Mapping[str, Any], task: str) -> list[Ask]:

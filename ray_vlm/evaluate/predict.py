@@ -85,7 +85,10 @@ def _answers(
     costs = [] if steps else [sum(preparer.token_counts(record)[:2]) for record in records]
     batches = plan_walks(records, size) if steps else plan_batches(costs, size)
     work = replace(predictor.work(num_replicas), records=tuple(records), batches=batches)
-    return answer_all(work, _kept(output), num_replicas, say, predictor.weights, walk if steps else None)
+    try:
+        return answer_all(work, _kept(output), num_replicas, say, predictor.weights, walk if steps else None)
+    except OSError as error:
+        raise _cannot_write(output, error) from None
 
 
 def plan_walks(records: Sequence[SftRecord], batch_size: int) -> tuple[tuple[int, ...], ...]:
@@ -156,7 +159,11 @@ def _write(output: str, results: Sequence[Mapping[str, Any]]) -> None:
                     table.writerow([r["id"], images, found, r.get("ok", ""), r.get("answer", ""), r.get("error", "")])
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(f"{output} cannot be written ({error}). Give another --output.") from None
+        raise _cannot_write(output, error) from None
+
+
+def _cannot_write(output: str, error: OSError) -> RunError:
+    return RunError(f"{output} cannot be written ({error}). Give another --output.")
 
 
 def _draw(folder: Path, number: int, ask: Ask, found: Found) -> None:

@@ -20,6 +20,8 @@ from ray_vlm.methods.rollout import Completion, Sampling
 from ray_vlm.models.families import part_of
 from ray_vlm.models.load import resolve_name
 
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # largest ranks that vLLM makes room for
+
 
 def start_engine(job: JobConfig, key: str, max_lora_rank: int | None, **options: Any) -> Any:
     """A `vllm.LLM` with the job's base, in 4 bit where the job has it. `key`: the setting that asked for it;
@@ -28,7 +30,8 @@ def start_engine(job: JobConfig, key: str, max_lora_rank: int | None, **options:
         from vllm import LLM
     except ImportError as error:
         raise ConfigError(f"{key}: vllm is not installed ({error}). Install it, or use transformers.") from None
-    lora = {} if max_lora_rank is None else {"max_loras": 1, "max_lora_rank": max(8, max_lora_rank)}
+    fitting = [rank for rank in _RANKS if rank >= (max_lora_rank or 0)]
+    lora = {} if max_lora_rank is None else {"max_loras": 1, "max_lora_rank": (fitting or [max_lora_rank])[0]}
     return LLM(
         model=resolve_name(job.model.name),
         revision=job.model.revision,
@@ -80,8 +83,11 @@ def _check_parts(names: Iterable[str], preparer: Preparer, who: str) -> None:
         )
 
 
-def build_answerer(job: JobConfig, adapter: str | None, preparer: Preparer) -> Callable[[Sequence[Row]], list[str]]:
-    """A function that gives greedy answers to rows (`evaluate.engine: vllm`). `adapter`: a folder; None is the base."""
+def build_answerer(
+    job: JobConfig, adapter: str | None, preparer: Preparer, longest: int
+) -> Callable[[Sequence[Row]], list[str]]:
+    """A function that gives greedy answers to rows (`evaluate.engine: vllm`). `adapter`: a folder; None is the base;
+    `longest`: tokens of the longest prompt, without which vLLM makes room for the model's whole context."""
     rank, folder = None, Path(adapter) if adapter is not None else None
     if folder is not None:
         from safetensors import safe_open
@@ -89,7 +95,7 @@ def build_answerer(job: JobConfig, adapter: str | None, preparer: Preparer) -> C
         with safe_open(folder / "adapter_model.safetensors", "np") as file:
             _check_parts(file.keys(), preparer, f"evaluate.engine: {folder}")
         rank = json.loads((folder / "adapter_config.json").read_text())["r"]
-    engine = start_engine(job, "evaluate.engine", rank)
+    engine = start_engine(job, "evaluate.engine", rank, max_model_len=longest + job.evaluate.max_new_tokens)
     greedy = Sampling(1, job.evaluate.max_new_tokens, 0.0, 1.0, 0)
 
     def answer(rows: Sequence[Row]) -> list[str]:

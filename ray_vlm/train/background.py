@@ -16,12 +16,11 @@ from typing import Any
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.rows import load_preparer
-from ray_vlm.errors import RayVlmError
-from ray_vlm.runs.checkpoints import MANIFEST, fetch_folder
+from ray_vlm.errors import RayVlmError, RunError
+from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_checkpoint, replace_folder
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.store import join
+from ray_vlm.runs.store import Store, join
 from ray_vlm.train.attempt import Attempt, Place
-from ray_vlm.train.report import plain, publish_weights
 from ray_vlm.train.trainer import build_trainer, load_adapted, prepare_process
 
 _PREFIX = ".validate-"
@@ -50,26 +49,15 @@ class Background:
 
     def resume(self, step: int, measured: Collection[int]) -> None:
         """Go on with what an earlier attempt left: weights up to `step` that are not among those `measured`."""
-        left: list[int] = []
-        if self._place.rank == 0:
-            store = self._paths.store
-            for name in store.names():
-                if not name.startswith((_PREFIX, f".{_PREFIX}")):
-                    continue
-                number = name.removeprefix(_PREFIX)
-                whole = number.isdigit() and (store.local is not None or store.read(f"{name}/{MANIFEST}") is not None)
-                if whole and int(number) <= step and int(number) not in measured:
-                    left.append(int(number))
-                else:
-                    store.remove(name)
-        left = self._place.share(sorted(left))
+        left = find_left(self._paths.store, step, measured) if self._place.rank == 0 else []
+        left = self._place.share(left)
         if left:
             self._start(left[-1])
 
     def begin(self, step: int, save: Callable[[Path], None]) -> None:
         """Have the weights that `save` writes measured."""
         if self._place.rank == 0:
-            publish_weights(self._paths, self._paths.root / f"{_PREFIX}{step}", save, step)
+            replace_folder(self._paths.store, f"{_PREFIX}{step}", save, step)
         self._start(step)
 
     def ready(self) -> bool:
@@ -125,14 +113,40 @@ class Background:
 
     def _get(self) -> tuple[dict[str, float], list[tuple[str, Any]]]:
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayActorError, RayTaskError
 
         try:
             return ray.get(self._found)
         except RayTaskError as error:
             if isinstance(error.cause, RayVlmError):
                 raise error.cause from None
-            raise
+            raise RuntimeError(f"validation failed: {type(error.cause).__name__}: {error.cause}") from error
+        except RayActorError as error:  # in words that are the same each time: a second one at this step is the last
+            raise RuntimeError("the process that validates beside training died") from error
+
+
+def find_left(store: Store, step: int, measured: Collection[int] = ()) -> list[int]:
+    """Steps, in order, of whole weights that wait to be measured, up to `step`; what else lies there is deleted."""
+    left: list[int] = []
+    for name in store.names():
+        if not name.startswith(_PREFIX):
+            continue
+        number = int(name.removeprefix(_PREFIX)) if name.removeprefix(_PREFIX).isdigit() else step + 1
+        if number <= step and number not in measured and _is_whole(store, name):
+            left.append(number)
+        else:
+            store.remove(name)
+    return sorted(left)
+
+
+def _is_whole(store: Store, name: str) -> bool:
+    try:
+        _, folder = open_checkpoint(store, name)
+    except (Damaged, RunError):
+        return False
+    if store.local is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
 
 
 class _Validator:
@@ -146,6 +160,7 @@ class _Validator:
     def measure(self, address: str) -> tuple[dict[str, float], list[tuple[str, Any]]]:
         """Metrics of the weights there, and sample images where the run has trackers."""
         from ray_vlm.evaluate.drawn import draw_predictions
+        from ray_vlm.train.report import plain
 
         if self._trainer is None:
             self._trainer = _build_trainer(self._task)

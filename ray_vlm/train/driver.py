@@ -15,7 +15,7 @@ import numpy as np
 
 from ray_vlm.cluster.environment import read_environment
 from ray_vlm.config.data import Source
-from ray_vlm.config.load import dump_job
+from ray_vlm.config.load import dump_job, fill_defaults
 from ray_vlm.config.resume import check_output_dir, check_resume
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import Balance, describe_balance, plan_balance
@@ -206,7 +206,7 @@ def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
             f"--resume: {paths.address} is being trained by process {driver['pid']} on {driver['host']}. Wait for it, "
             "or stop it first."
         )
-    if problems := check_resume(json.loads(paths.resolved.read_text()), dump_job(job)):
+    if problems := check_resume(fill_defaults(json.loads(paths.resolved.read_text())), dump_job(job)):
         raise ConfigError(problems)
 
 

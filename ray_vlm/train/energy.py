@@ -4,6 +4,7 @@ A rank reads its own card. Processor and memory are those of the whole machine, 
 else runs there. What was used between the last checkpoint and a crash is not known.
 """
 
+import os
 import platform
 from typing import Any
 
@@ -15,21 +16,25 @@ _SAMPLE_S = 15.0
 
 
 class Meter:
-    """Adds up what this process's machine uses, from now on until `close`. `country`: three letters (ISO 3166)."""
+    """Adds up what this process's card and machine use, from now on until `close`. `country`: three letters (ISO 3166);
+    `device`: `cpu` or `cuda:<number among the cards that this process sees>`."""
 
-    def __init__(self, country: str):
+    def __init__(self, country: str, device: str):
         from codecarbon import OfflineEmissionsTracker
 
         self._total: Any = None
-        nothing: dict[str, Any] = dict.fromkeys(("save_to_file", "save_to_api", "save_to_logger"), False)
+        self._cards = _card(device)
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,
+            gpu_ids=self._cards or None,
+            output_methods=[],  # said aloud, as all that could call home: a user's own settings must not turn it on
+            emissions_endpoint=None,
+            electricitymaps_api_token=None,
             output_handlers=[self],
             measure_power_secs=_SAMPLE_S,
             tracking_mode="machine",
             allow_multiple_runs=True,
             log_level="critical",
-            **nothing,
         )
         self._tracker.start()
 
@@ -41,7 +46,7 @@ class Meter:
         if found is None or not found.energy_consumed:
             return {}
         return {
-            "gpu_kwh": found.gpu_energy,
+            "gpu_kwh": found.gpu_energy if self._cards else 0.0,
             "cpu_kwh": found.cpu_energy,
             "memory_kwh": found.ram_energy,
             "kg_per_kwh": found.emissions / found.energy_consumed,
@@ -62,6 +67,15 @@ class Meter:
         """Called by codecarbon at its end."""
 
 
+def _card(device: str) -> list[str]:
+    """The card as the driver of the machine counts it; Ray shows a worker those of its neighbours too."""
+    if not device.startswith("cuda"):
+        return []
+    number = int(device.partition(":")[2] or 0)
+    visible = [card.strip() for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card.strip()]
+    return [visible[number] if number < len(visible) else str(number)]
+
+
 def check_energy(job: JobConfig) -> None:
     """Raise `ConfigError` where energy is asked for and cannot be estimated."""
     if not job.track.energy:
@@ -80,9 +94,10 @@ def check_energy(job: JobConfig) -> None:
         )
 
 
-def sum_energy(meter: Meter | None, place: Place) -> dict[str, float]:
-    """What all ranks have used so far in this attempt; every rank calls it at the same step. Empty without meters."""
-    return add_up(place.gather((platform.node(), meter.read() if meter is not None else {})))
+def sum_energy(meter: Meter, place: Place) -> dict[str, float]:
+    """What all ranks have used so far in this attempt; every rank calls it at the same step. Empty where
+    nothing can be measured."""
+    return add_up(place.gather((platform.node(), meter.read())))
 
 
 def add_up(found: list[tuple[str, dict[str, float]]]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from ray_vlm.runs.checkpoints import replace_folder
 from ray_vlm.runs.monitor import Monitor, current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, write_folder
 from ray_vlm.train.attempt import Place
+from ray_vlm.train.background import find_left
 
 _WAIT_S = 0.2  # between looks at a validation that is waited for
 _OF_A_LINE = ("kind", "attempt", "step", "epoch", "time")  # beside the numbers
@@ -97,7 +98,9 @@ class RunCallback(TrainerCallback):
         self._step = state.global_step
         stop, measured = self.agree(self.stop_asked(), self.background is not None and self.background.ready())
         if measured:
+            started = time.monotonic()
             self._collect(control)
+            self._last += time.monotonic() - started  # no part of the step
         if stop and state.global_step < self.plan.num_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
@@ -133,6 +136,8 @@ class RunCallback(TrainerCallback):
             self.monitor.write("epoch", state.global_step, state.epoch or 0.0, {"loss": mean})
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.background is not None:
+            return  # `hand_over` gave no numbers yet
         self._restart_clock()
         self._measured(state.global_step, kwargs["metrics"], self.samples, self.save, control)
 
@@ -154,14 +159,25 @@ class RunCallback(TrainerCallback):
             else:
                 time.sleep(_WAIT_S)
 
-    def resume_background(self, step: int, place: Place) -> None:
-        """Take over what an earlier attempt has measured up to `step`, and what it left to be measured."""
-        lines = current_lines(read_metrics(self.paths.metrics)) if place.rank == 0 else []
-        evals = [line for line in lines if line["kind"] == "eval" and line["step"] <= step]
-        evals = place.share(evals)
-        best, self.progress.since_best = recall_best(evals, self.job.evaluate.metric)
-        self.progress.best = best and best | {"path": self.paths.place("best")}
-        self.background.resume(step, {line["step"] for line in evals})
+    def recall(self, step: int, place: Place) -> None:
+        """Take over what an earlier attempt measured beside training up to `step`, and what it left to be measured.
+
+        A checkpoint knows nothing of numbers that came after it was written, so they are read from the lines.
+        """
+        found = None
+        if place.rank == 0:
+            lines = [line for line in current_lines(read_metrics(self.paths.metrics)) if line["kind"] == "eval"]
+            found = [line for line in lines if line["step"] <= step]
+            if self.background is None and not any("background_s" in line for line in found):
+                found = None
+        found = place.share(found)
+        if found is not None:
+            best, self.progress.since_best = recall_best(found, self.job.evaluate.metric)
+            self.progress.best = best and best | {"path": self.paths.place("best")}
+        if self.background is not None:
+            self.background.resume(step, {line["step"] for line in found or ()})
+        elif place.rank == 0:
+            find_left(self.paths.store, -1)  # nobody will measure them
 
     def _collect(self, control: Any) -> None:
         found = self.background.collect()

@@ -72,7 +72,7 @@ def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool
 def _train(
     job: JobConfig, paths: RunPaths, task: WorkerTask, place: Place, attempt: Attempt, stop: Callable[[], bool]
 ) -> dict[str, Any]:
-    from ray_vlm.train.checkpoint import CheckpointWriter, base_fingerprint, check_fits
+    from ray_vlm.train.checkpoint import base_fingerprint, check_fits
     from ray_vlm.train.reference import find_reference
     from ray_vlm.train.report import publish_weights
 
@@ -84,26 +84,9 @@ def _train(
     monitor = _build_monitor(job, paths, task, place, attempt)
     callback = _build_callback(job, paths, monitor, trainer, task, place, attempt)
     callback.stop_asked = stop
-    callback.agree = lambda *flags: agree(flags, place.world_size, place.device)
-    if job.evaluate.asynchronous:
-        trainer.validate = callback.hand_over
-    trainer.add_callback(callback)
-    keep = (job.checkpoint.keep, job.checkpoint.keep_best)
-    writer = CheckpointWriter(paths.store, place, attempt, keep, about)
-
-    meter = Meter(job.track.country) if job.track.energy and job.track.country else None
-
-    def write_energy() -> None:
-        if meter is not None and (found := sum_energy(meter, place)) and monitor is not None:
-            monitor.write("energy", trainer.state.global_step, trainer.state.epoch or 0.0, found)
-
-    def write_checkpoint() -> None:
-        started = time.monotonic()
-        writer.write(trainer, callback.save, *callback.reached())
-        callback.checkpoint_s = time.monotonic() - started
-        write_energy()
-
-    trainer.write_checkpoint = write_checkpoint
+    meter = Meter(job.track.country, place.device) if job.track.energy and job.track.country else None
+    write_energy = _energy_writer(meter, monitor, place, trainer)
+    _connect(job, trainer, callback, place, attempt, about, write_energy)
     try:
         if job.method.precompute_ref_log_probs:
             trainer.reference = find_reference(job, task, trainer, place, about["base"], monitor)
@@ -111,8 +94,7 @@ def _train(
             for text in attempt.notes:
                 monitor.note(attempt.step, text)
             monitor.start(attempt.step, count_trainable(trainer.model, preparer.family), name_device(place.device))
-        if callback.background is not None:
-            callback.resume_background(attempt.step if attempt.checkpoint else -1, place)
+        callback.recall(attempt.step if attempt.checkpoint else -1, place)
         if attempt.step < task.plan.num_steps:
             trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
         else:  # it died between its last checkpoint and `final/`
@@ -124,22 +106,61 @@ def _train(
             publish_weights(paths, paths.final, callback.save, max(attempt.step, trainer.state.global_step))
         write_energy()
     finally:
-        try:
-            trainer.planned_batches.close()
-            if meter is not None:
-                meter.close()
-        finally:
-            if monitor is not None:
-                monitor.close()
-            if paths.remote is not None and attempt.folder is not None:
-                shutil.rmtree(attempt.folder, ignore_errors=True)
+        _close(paths, attempt, trainer, monitor, meter)
     steps = max(attempt.step, trainer.state.global_step)
-    return {
-        "steps": steps,
-        "num_steps": task.plan.num_steps,
-        "best": callback.progress.best,
-        "stopped": callback.stopped,
-    }
+    told = {"steps": steps, "num_steps": task.plan.num_steps}
+    return told | {"best": callback.progress.best, "stopped": callback.stopped}
+
+
+def _connect(
+    job: JobConfig,
+    trainer: Any,
+    callback: Any,
+    place: Place,
+    attempt: Attempt,
+    about: dict[str, Any],
+    write_energy: Callable[[], None],
+) -> None:
+    """Let the trainer call us: at every step, for checkpoints, and for validation beside it."""
+    from ray_vlm.train.checkpoint import CheckpointWriter
+
+    store = callback.paths.store
+    writer = CheckpointWriter(store, place, attempt, (job.checkpoint.keep, job.checkpoint.keep_best), about)
+
+    def write_checkpoint() -> None:
+        started = time.monotonic()
+        writer.write(trainer, callback.save, *callback.reached())
+        callback.checkpoint_s = time.monotonic() - started
+        write_energy()
+
+    callback.agree = lambda *flags: agree(flags, place.world_size, place.device)
+    callback.check_owner = lambda: check_owner(store, attempt)
+    trainer.write_checkpoint = write_checkpoint
+    if job.evaluate.asynchronous:
+        trainer.validate = callback.hand_over
+    trainer.add_callback(callback)
+
+
+def _energy_writer(meter: Meter | None, monitor: Monitor | None, place: Place, trainer: Any) -> Callable[[], None]:
+    """A function that all ranks call at the same steps, to write down what they have used; without meters nothing."""
+
+    def write() -> None:
+        if meter is not None and (found := sum_energy(meter, place)) and monitor is not None:
+            monitor.write("energy", trainer.state.global_step, trainer.state.epoch or 0.0, found)
+
+    return write
+
+
+def _close(paths: RunPaths, attempt: Attempt, trainer: Any, monitor: Monitor | None, meter: Meter | None) -> None:
+    try:
+        trainer.planned_batches.close()
+        if meter is not None:
+            meter.close()
+    finally:
+        if monitor is not None:
+            monitor.close()
+        if paths.remote is not None and attempt.folder is not None:
+            shutil.rmtree(attempt.folder, ignore_errors=True)
 
 
 def _build_callback(
@@ -170,7 +191,6 @@ def _build_callback(
     callback.gradients = watch_gradients(job, load_preparer(task.spec).family)
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))
     callback.usage = watch_usage(trainer.planned_batches, place)
-    callback.check_owner = lambda: check_owner(paths.store, attempt)
     if job.evaluate.asynchronous:
         callback.background = Background(task, job, paths, place)
     if attempt.checkpoint is not None:

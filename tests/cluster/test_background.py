@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from ray_vlm.config.load import load_job
-from ray_vlm.errors import RunError
+from ray_vlm.errors import DataError
+from ray_vlm.runs.checkpoints import replace_folder
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
+from ray_vlm.runs.store import Store
 from tests.cluster.test_alignment import _eval, job_of  # noqa: F401 - a fixture
 from tests.cluster.test_recovery import _train, _weights
 
@@ -32,12 +34,16 @@ def _measured(paths: RunPaths) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k != "background_s"} for line in _eval(paths)]
 
 
+def _copy(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
 def _left(paths: RunPaths) -> list[str]:
     return [p.name for p in paths.root.iterdir() if "validate" in p.name]
 
 
 def test_it_equals_validation_between_steps(ray_cluster: None, sft_job: Path) -> None:
-    between = _train(sft_job, "run.name=between")
+    between = _train(sft_job, "run.name=between", "cluster.num_workers=0")
     beside = _train(sft_job, "run.name=beside", _BESIDE)
     assert [line["step"] for line in _measured(beside)] == [0, 2, 4, 6]
     assert _measured(beside) == _measured(between)
@@ -50,6 +56,7 @@ def test_it_equals_validation_between_steps(ray_cluster: None, sft_job: Path) ->
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_what_a_cut_off_run_left_is_measured_by_the_next(ray_cluster: None, sft_job: Path) -> None:
     cut = _train(sft_job, "run.name=cut", _BESIDE, "train.max_steps=4")
     before = _measured(cut)
@@ -57,9 +64,11 @@ def test_what_a_cut_off_run_left_is_measured_by_the_next(ray_cluster: None, sft_
     last = [line for line in lines if json.loads(line)["kind"] == "eval"][-1]
     assert json.loads(last)["step"] == 4
     cut.metrics.write_text("".join(line for line in lines if line != last))
-    shutil.copytree(cut.final, cut.root / ".validate-4")
-    shutil.copytree(cut.final, cut.root / ".validate-2")  # measured, but not yet deleted
-    (cut.root / "..validate-5.new").mkdir()  # not yet whole
+    store = Store(cut.root)
+    for step in (2, 4):  # that of step 2 was measured, and not yet deleted
+        replace_folder(store, f".validate-{step}", lambda folder: _copy(cut.final, folder), step)
+    shutil.copytree(cut.root / ".validate-4", cut.root / ".validate-3")
+    (cut.root / ".validate-3" / "adapter_model.safetensors").write_bytes(b"cut")  # a machine lost its power
     _train(sft_job, "run.name=cut", _BESIDE, resume=True)
     after = _measured(cut)
     assert [line["step"] for line in after] == [0, 2, 4, 6]
@@ -67,6 +76,7 @@ def test_what_a_cut_off_run_left_is_measured_by_the_next(ray_cluster: None, sft_
     assert not _left(cut)
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_all_workers(ray_cluster: None, sft_job: Path) -> None:
     more = ["cluster.num_workers=2", "train.early_stopping_patience=1", "train.learning_rate=1.0e-12"]
     paths = _train(sft_job, "run.name=early", _BESIDE, "train.max_steps=60", *more)
@@ -76,6 +86,7 @@ def test_early_stopping_ends_all_workers(ray_cluster: None, sft_job: Path) -> No
     assert not _left(paths)
 
 
+@pytest.mark.slow
 def test_what_the_validator_refuses_ends_the_run(
     ray_cluster: None, sft_job: Path, scenes: Path, tmp_path: Path
 ) -> None:
@@ -88,7 +99,7 @@ def test_what_the_validator_refuses_ends_the_run(
     shutil.rmtree(folder / "eval")
     paths = driver.claim_run(str(tmp_path / "runs"), "refused", "x")
     driver.start_manifest(paths, {}, "", [])
-    with pytest.raises(RunError, match="eval"):
+    with pytest.raises(DataError, match="eval"):
         driver._run(prepared, paths)
 
 

@@ -1,6 +1,7 @@
 """Evaluation by replicas: the same answers in the same order for any number of them, and what a replica refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def test_any_number_of_replicas_gives_the_same_predictions(job_file, scenes: Pat
         texts.append((out / "predictions.jsonl").read_text())
     assert texts[0] == texts[1] == texts[2]
     assert [json.loads(line)["id"] for line in texts[0].splitlines()] == [str(i) for i in range(12)]
+    assert main(["evaluate", job, *words]) == 0, "all answers are there: nothing is left for the replicas"
+    assert (out / "predictions.jsonl").read_text() == texts[0]
 
 
 def test_any_number_of_replicas_predicts_the_same(job_file, scenes: Path, tmp_path: Path, ray_cluster) -> None:
@@ -35,20 +38,23 @@ def test_any_number_of_replicas_predicts_the_same(job_file, scenes: Path, tmp_pa
     from ray_vlm.evaluate.predict import predict_files
     from ray_vlm.evaluate.predictor import Predictor
 
-    photos = sorted((scenes / "test").iterdir())
-    table = tmp_path / "steps.csv"
-    rows = [f"{name},{photo},go" for name in ("a", "b", "c") for photo in photos[:3]]
+    shutil.copytree(scenes / "test", tmp_path / "photos")
+    photos = sorted((tmp_path / "photos").iterdir())
+    table = tmp_path / "photos" / "steps.csv"
+    rows = [f"{name},{photo.name},go" for name in ("a", "b", "c") for photo in photos[:3]]
     table.write_text("\n".join(["Task_id,Image_id,Instruction", *rows]))
     asked = {"gui_steps": str(table), "detection": str(scenes / "test")}
     for task, given in asked.items():
         options = {"labels": ["circle"]} if task == "detection" else {}
-        job = load_job(job_file(task={"name": task, **options}, evaluate={"max_new_tokens": 6, "batch_size": 2}))
+        path = job_file(task={"name": task, **options}, evaluate={"max_new_tokens": 6, "batch_size": 2})
+        job = load_job(path, ["data.train=null"])
         predictor, texts = Predictor(job), []
         for count in (0, 2):
             out = tmp_path / f"{task}-{count}.jsonl"
             predict_files(predictor, [given], str(out), num_replicas=count, say=lambda text: None)
             texts.append(out.read_text())
         assert texts[0] == texts[1]
+        assert all("answer" in json.loads(line) for line in texts[0].splitlines())
 
 
 def _refuse(loaded: Loaded, records: Any, positions: Any) -> Any:

@@ -219,6 +219,7 @@ def test_energy_is_estimated_without_calling_home(job_file, monkeypatch: pytest.
     from ray_vlm.runs.read import read_run
 
     called: list[Any] = []
+    monkeypatch.setenv("CODECARBON_OUTPUT_METHODS", "csv,api")
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: called.append(address) or _refuse())
     paths = _run(job_file(track={"energy": True, "country": "DEU"}), "checkpoint.every_steps=2")
     lines = [line for line in read_metrics(paths.metrics) if line["kind"] == "energy"]

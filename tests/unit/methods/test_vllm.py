@@ -14,7 +14,7 @@ from ray_vlm.config.load import load_job
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Sampling
-from ray_vlm.methods.vllm import build_answerer, build_sampler
+from ray_vlm.methods.vllm import build_answerer, build_sampler, start_engine
 from ray_vlm.train.driver import prepare
 
 
@@ -147,13 +147,14 @@ def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_as_it_lies(
     job, preparer, rows = _parts(job_file)
     model = build_model(job)
     model.save_pretrained(tmp_path / "adapter")
-    answers = build_answerer(job, str(tmp_path / "adapter"), preparer)(rows)
+    answers = build_answerer(job, str(tmp_path / "adapter"), preparer, 100)(rows)
     assert answers == [preparer.text([20, 2])] * 2
     assert engines[0].options["max_lora_rank"] == 8
+    assert engines[0].options["max_model_len"] == 100 + job.evaluate.max_new_tokens
     call = engines[0].calls[0]
     assert call["lora"].path == str(tmp_path / "adapter")
     assert [(p.n, p.temperature, p.max_tokens) for p in call["params"]] == [(1, 0.0, job.evaluate.max_new_tokens)] * 2
-    build_answerer(job, None, preparer)(rows)
+    build_answerer(job, None, preparer, 100)(rows)
     assert not engines[1].options["enable_lora"]
     assert engines[1].calls[0]["lora"] is None
 
@@ -168,7 +169,7 @@ def test_evaluation_refuses_an_adapter_that_vllm_would_leave_half_out(
     whole = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
     build_model(whole).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"evaluate\.engine: .*adapter adapts vision too"):
-        build_answerer(job, str(tmp_path / "adapter"), preparer)
+        build_answerer(job, str(tmp_path / "adapter"), preparer, 100)
     assert not engines
 
 
@@ -183,3 +184,11 @@ def test_an_evaluation_asks_the_engine_that_the_job_names(job_file, engines: lis
     assert len(answer_records(loaded, prepared.train.records[:3])) == 3
     assert answer_records(loaded, prepared.train.records[:1])
     assert len(engines) == 1, "one engine for all batches"
+    longest = max(len(loaded.preparer.prompt_row(record).input_ids) for record in prepared.train.records)
+    assert engines[0].options["max_model_len"] == longest + 5
+
+
+@pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (24, 32), (600, 600)])
+def test_room_for_ranks_is_one_that_vllm_has(job_file, engines: list[FakeEngine], rank: int, room: int) -> None:
+    start_engine(load_job(job_file()), "x", rank)
+    assert engines[0].options["max_lora_rank"] == room
