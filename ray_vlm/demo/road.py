@@ -12,7 +12,7 @@ from ray_vlm.demo.story import Step, find_job, measure_step, train_step
 
 PAIRS = "pairs.jsonl"
 NUM_ROWS = 600  # whose answers are sampled for pairs
-NUM_STEPS = 32  # of DPO and of GRPO, fewer than their jobs take by themselves: a demo should end soon
+NUM_STEPS = {"dpo": 32, "grpo": 48}  # fewer than their jobs take by themselves: a demo should end soon
 
 
 def walk_road(folder: Path, sft_job: JobConfig, sft_run: Path, say: Callable[[str], None]) -> list[Step]:
@@ -53,5 +53,5 @@ def road_job(folder: Path, name: str, adapter: Path) -> JobConfig:
         **({"data.train.image_root": site / "train"} if name == "dpo" else {"data.eval.path": site / "eval.json"}),
     }
     places = [f"{key}={json.dumps(str(path))}" for key, path in given.items()]
-    fewer = [f"train.max_steps={NUM_STEPS}", f"evaluate.every_steps={NUM_STEPS}"]
+    fewer = [f"train.max_steps={NUM_STEPS[name]}", f"evaluate.every_steps={NUM_STEPS[name]}"]
     return load_job(find_job(f"demo_{name}.yaml"), [*places, f"run.name={name}", *fewer])

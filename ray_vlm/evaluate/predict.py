@@ -71,7 +71,7 @@ def _records(predictor: Predictor, asks: Sequence[Ask]) -> tuple[dict[int, SftRe
             told = dict(ask.told)
             task = told.pop("task", None)
             record = predictor.record(replace(ask, told=told), i)
-            records[i] = record if task is None else replace(record, context=record.context | {"task": task})
+            records[i] = record if task is None else replace(record, context={**record.context, "task": task})
         except DataError as error:
             errors[i] = "; ".join(error.problems)
     return records, errors
@@ -124,7 +124,7 @@ def walk(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int])
 
 
 def _with_history(record: SftRecord, history: tuple[str, ...]) -> SftRecord:
-    return replace(record, context=record.context | {"history": history, "step": len(history)})
+    return replace(record, context={**record.context, "history": history, "step": len(history)})
 
 
 def _kept(output: str) -> Path:

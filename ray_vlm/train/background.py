@@ -106,9 +106,9 @@ class Background:
 
         if self._actor is None:
             cluster = self._job.cluster
-            each = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
+            actor = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)(_Validator)
             # not in the workers' placement group, which has no room for it
-            self._actor = ray.remote(**each)(_Validator).options(scheduling_strategy="DEFAULT").remote(self._task)
+            self._actor = actor.options(scheduling_strategy="DEFAULT").remote(self._task)
         self._found = self._actor.measure.remote(self._address(step))
 
     def _get(self) -> tuple[dict[str, float], list[tuple[str, Any]]]:
@@ -157,7 +157,7 @@ class _Validator:
         self._task = task
         self._trainer: Any = None
 
-    def measure(self, address: str) -> tuple[dict[str, float], list[tuple[str, Any]]]:
+    def measure(self, address: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
         """Metrics of the weights there, and sample images where the run has trackers."""
         from ray_vlm.evaluate.drawn import draw_predictions
         from ray_vlm.train.report import plain

@@ -147,7 +147,7 @@ def _compute(args: argparse.Namespace) -> None:
 
     runs = _read_all(args.runs)
     found = [measure_compute(run) for run in runs]
-    titles = run_titles(runs)
+    titles = list(run_titles(runs))
     if len(runs) > 1:
         found.append(sum_compute(runs, found))
         titles = [*titles, "all"]
