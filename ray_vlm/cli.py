@@ -13,6 +13,7 @@ from ray_vlm import __version__
 from ray_vlm.verbs import job_verb
 from ray_vlm.verbs.cluster import add_cluster_verbs
 from ray_vlm.verbs.data import add_data_verbs
+from ray_vlm.verbs.export import add_export_verb
 from ray_vlm.verbs.predict import add_predict_verb
 from ray_vlm.verbs.runs import add_runs_verbs
 from ray_vlm.verbs.starter import add_starter_verbs
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add_starter_verbs(verbs, _parser)
     add_data_verbs(verbs)
     add_predict_verb(verbs)
+    add_export_verb(verbs)
     add_runs_verbs(verbs)
     add_cluster_verbs(verbs)
     return parser

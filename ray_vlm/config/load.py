@@ -41,8 +41,8 @@ _Loader.add_implicit_resolver(
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """The job in `path` with `overrides` applied and every rule of `check.py` kept. Raises `ConfigError`."""
-    text = _read(Path(path))
-    values, places, problems = _parse_yaml(text, str(path))
+    text = read_text(Path(path))
+    values, places, problems = parse_yaml(text, str(path))
     for override in overrides:
         problems += _apply_override(values, places, override)
     job, errors = _validate(values)
@@ -100,7 +100,8 @@ def fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
         return values
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A job file's text. Raises `ConfigError` where there is none."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -111,7 +112,8 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
 
 
-def _parse_yaml(text: str, name: str) -> tuple[dict, Place, list[str]]:
+def parse_yaml(text: str, name: str, what: str = "a job is a mapping of sections") -> tuple[dict, Place, list[str]]:
+    """The values of a file with one mapping, where each stands, and what is set twice. Raises `ConfigError`."""
     places: Place = {}
     problems: list[str] = []
     try:
@@ -125,7 +127,7 @@ def _parse_yaml(text: str, name: str) -> tuple[dict, Place, list[str]]:
         reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
         raise ConfigError(f"{where}: not valid YAML ({str(reason)[:200]}). Mend that line.") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{name}: a job is a mapping of sections, this is a {type(values).__name__}.")
+        raise ConfigError(f"{name}: {what}, this is a {type(values).__name__}.")
     return values, places, problems
 
 

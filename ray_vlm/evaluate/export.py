@@ -1,0 +1,125 @@
+"""`ray-vlm export RUN`: what others load without this package: the adapter with its card, or one merged model.
+
+A merged model is checked before it is written: logits on the run's own rows must be those of base and adapter.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.config.load import load_resolved
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.collate import collate
+from ray_vlm.data.plan import plan_sample
+from ray_vlm.data.preprocessing import read_preprocessing
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import row_spec
+from ray_vlm.data.splits import load_parts
+from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.evaluate.predictor import weights_of
+from ray_vlm.models.export import merge
+from ray_vlm.models.load import load_processor, resolve_name
+from ray_vlm.runs.card import ADAPTER, MERGED, write_card
+from ray_vlm.runs.checkpoints import MANIFEST, fetch_folder
+from ray_vlm.runs.paths import write_folder
+from ray_vlm.runs.read import Run, read_run
+from ray_vlm.runs.store import is_remote
+
+_CHECKED_ROWS, _BATCH = 8, 4  # rows whose logits are compared
+_SHARD = "5GB"
+
+
+def export_run(
+    address: str,
+    output: str | None = None,
+    merged: bool = False,
+    weights: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the export of a run and return its folder; by default `<run>/export/adapter` or `.../merged`.
+
+    `weights`: `best` or `final`; None takes `best` where there is one. Raises `RunError` for a run without weights, and
+    `ModelError` for a base that cannot be merged or a merge that says something else.
+    """
+    run = read_run(address)
+    if not run.job:
+        raise RunError(f"{run.address}: resolved.json cannot be read, so its model is not known.")
+    job, source = load_resolved(dict(run.job)), weights_of(run, weights)
+    name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
+    folder = _place(run, output, merged)
+    files = fetch_folder(source)
+    licence = read_licence(job)
+    if job.lora is None and merged:
+        raise ConfigError(
+            f"{run.address} trained all weights: {name}/ is a whole model already. Export it without --merged."
+        )
+    if merged:
+        _write_merged(run, job, files, folder, name, licence, say)
+    else:
+        _write_adapter(run, files, folder, name, licence)
+    say(f"{'merged model' if merged else 'adapter'} of {run.name}/{name} in {folder}")
+    return folder
+
+
+def _place(run: Run, output: str | None, merged: bool) -> Path:
+    if output:
+        folder = Path(output)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"--output {output}: something is there already. Give a new folder.")
+        return folder
+    if is_remote(run.address):
+        raise ConfigError(
+            f"{run.address} lies in an object store, and an export is written to a folder. Give --output."
+        )
+    return Path(run.address) / "export" / (MERGED if merged else ADAPTER)
+
+
+def _write_adapter(run: Run, files: str, folder: Path, name: str, licence: str | None) -> None:
+    def fill(new: Path) -> None:
+        shutil.copytree(files, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, "README.md"))
+        (new / "README.md").write_text(write_card(run, ADAPTER, name, licence), encoding="utf-8")
+
+    write_folder(folder, fill)
+
+
+def _write_merged(
+    run: Run, job: JobConfig, files: str, folder: Path, name: str, licence: str | None, say: Callable[[str], None]
+) -> None:
+    device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
+    model, checked = merge(job.model, files, check_batches(job, files, device), job.train.bf16, device)
+    say(
+        f"merged: on {checked['rows']:.0f} rows no logit differs by more than {checked['largest']:.3g} (largest "
+        f"{checked['scale']:.3g}); {checked['same_token']:.2%} of the likeliest tokens are the same"
+    )
+
+    def fill(new: Path) -> None:
+        model.save_pretrained(new, max_shard_size=_SHARD)
+        load_processor(job.model).save_pretrained(new)
+        shutil.copy2(Path(files) / "preprocessing.json", new)
+        (new / "README.md").write_text(write_card(run, MERGED, name, licence, checked), encoding="utf-8")
+
+    write_folder(folder, fill)
+
+
+def check_batches(job: JobConfig, adapter: str, device: str) -> Sequence[dict[str, Any]]:
+    """A few of the job's own rows, as the model takes them. Raises `DataError` where they cannot be read."""
+    part = next((p for p in ("test", "eval", "train") if getattr(job.data, p) is not None), None)
+    if part is None:
+        raise ConfigError("the run's job has no rows to compare logits on. Export the adapter.")
+    parts = load_parts(job, [part], read_preprocessing(adapter, row_spec(job, [])))
+    records, preparer = getattr(parts, part).records, load_preparer(parts.spec)
+    rows = [preparer.prompt_row(records[i]) for i in plan_sample(len(records), _CHECKED_ROWS)]
+    return [collate(rows[i : i + _BATCH], preparer, device) for i in range(0, len(rows), _BATCH)]
+
+
+def read_licence(job: JobConfig) -> str | None:
+    """The licence that the base's own card names, where its folder is here."""
+    try:
+        text = (Path(resolve_name(job.model.name)) / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    head = text.split("---")[1] if text.startswith("---") else ""
+    found = re.search(r"^license:\s*[\"']?([\w.+-]+)", head, re.MULTILINE)
+    return found[1] if found else None

@@ -1,0 +1,121 @@
+"""The model card of what is exported: what learned from what, how well, at what cost, and how to load it. Pure text."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ray_vlm.runs.compare import test_of
+from ray_vlm.runs.compute import measure_compute
+from ray_vlm.runs.read import Run, is_number, setting
+from ray_vlm.runs.text import tell_number, tell_time
+
+ADAPTER, MERGED = "adapter", "merged"
+_VERSIONS = ("ray-vlm", "torch", "transformers", "trl", "peft", "bitsandbytes")
+
+
+def write_card(
+    run: Run, kind: str, weights: str, licence: str | None = None, checked: Mapping[str, float] | None = None
+) -> str:
+    """Markdown with the hub's head. `weights`: `best` or `final`; `licence`: of the base, None where it is not known;
+    `checked`: how far merged weights are from base and adapter, as `models.export.merge` found."""
+    base = str(setting(run.job, "model.name"))
+    parts = [_head(kind, base, licence), _title(run, kind, weights, base), _how(run), _scores(run), _cost(run)]
+    parts += [_check(checked)] if checked is not None else []
+    return "\n\n".join([*parts, _loading(run, kind, base)]) + "\n"
+
+
+def _head(kind: str, base: str, licence: str | None) -> str:
+    lines = ["---", f"base_model: {json.dumps(base)}", "pipeline_tag: image-text-to-text"]
+    lines.append(f"library_name: {'peft' if kind == ADAPTER else 'transformers'}")
+    lines += [f"license: {json.dumps(licence)}"] if licence else []
+    return "\n".join([*lines, "tags: [ray_vlm, lora]", "---"])
+
+
+def _title(run: Run, kind: str, weights: str, base: str) -> str:
+    what = "LoRA adapter" if kind == ADAPTER else "merged model"
+    step = run.best["step"] if weights == "best" and run.best else run.step
+    name, task = _plain(run.name), setting(run.job, "task.name")
+    return f"# {name}\n\nA {what} for {task}, of {_plain(base)}: `{weights}/` of the run `{name}`, step {step}."
+
+
+def _how(run: Run) -> str:
+    job, lora = run.job, setting(run.job, "lora")
+    adapted = f"LoRA of rank {lora['rank']}, alpha {lora['alpha']} on {', '.join(lora['target'])}" if lora else "all"
+    rows: list[tuple[str, Any]] = [
+        ("method", setting(job, "method.name")),
+        ("trained", adapted + (", base in 4 bit (NF4)" if setting(job, "model.load_in_4bit") else "")),
+        ("learning rate", setting(job, "train.learning_rate")),
+        ("rows in a step", setting(job, "train.global_batch_size")),
+        ("steps", run.step),
+        ("seed", setting(job, "seed")),
+    ]
+    for part in ("train", "eval", "test"):
+        path, ratio = setting(job, f"data.{part}.path"), setting(job, f"data.{part}.ratio")
+        if path or ratio:
+            rows.append((f"data, {part}", path.rsplit("/", 1)[-1] if path else f"{ratio} of the training rows"))
+    if setting(job, "data.oversample"):
+        rows.append(("oversampling", setting(job, "data.oversample")))
+    versions = run.told("versions")
+    rows.append(("made with", ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions)))
+    return "## How it was trained\n\n" + _table(("setting", "value"), rows)
+
+
+def _scores(run: Run) -> str:
+    name, found = test_of(run)
+    overall, intervals = found.get("overall", {}), found.get("intervals") or {}
+    if not overall:
+        return "## How good it is\n\nNot measured on test rows: `ray-vlm evaluate` does that."
+    rows = []
+    for metric, value in overall.items():
+        ends = intervals.get(metric)
+        known = isinstance(ends, Mapping) and is_number(ends.get("low")) and is_number(ends.get("high"))
+        told = f"{tell_number(ends['low'])} to {tell_number(ends['high'])}" if known else "-"
+        rows.append((metric, tell_number(value), told))
+    where = f"On {found.get('num_rows', '?')} test rows (`evaluate/{_plain(name)}`), with 95 % intervals:"
+    return f"## How good it is\n\n{where}\n\n" + _table(("metric", "value", "interval"), rows)
+
+
+def _cost(run: Run) -> str:
+    found = measure_compute(run)
+    rows = [("hardware", found["device"] or "?"), ("workers", found["num_workers"])]
+    rows.append(("wall time", tell_time(run.wall_s)))
+    titles = {"gpu_hours": "GPU-hours", "cpu_hours": "CPU-hours"}
+    titles |= {"energy_kwh": "energy (kWh, estimate)", "co2_kg": "CO2 (kg, estimate)"}
+    rows += [(title, tell_number(found[key])) for key, title in titles.items() if found.get(key)]
+    return "## What it cost\n\n" + _table(("what", "value"), rows)
+
+
+def _check(checked: Mapping[str, float]) -> str:
+    return (
+        f"## Merged weights\n\nMerged into the base without quantisation. On {checked['rows']:.0f} real rows no logit "
+        f"differs from that of base and adapter by more than {checked['largest']:.3g}, where the largest is "
+        f"{checked['scale']:.3g}; {checked['same_token']:.2%} of the likeliest tokens are the same. Where the base was "
+        "trained in 4 bit, measure the merged model before you rely on it: the unquantised base is not quite the one "
+        "that the adapter knows."
+    )
+
+
+def _loading(run: Run, kind: str, base: str) -> str:
+    rank, lines = setting(run.job, "lora.rank") or 16, ["from transformers import AutoModelForImageTextToText", ""]
+    if kind == ADAPTER:
+        lines.insert(0, "from peft import PeftModel")
+        lines.append(f"base = AutoModelForImageTextToText.from_pretrained({base!r})")
+        lines.append('model = PeftModel.from_pretrained(base, "FOLDER")')
+        serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=FOLDER"
+        note = "vLLM takes adapters on the language model only: merge others first. Not tried on hardware."
+    else:
+        lines.append('model = AutoModelForImageTextToText.from_pretrained("FOLDER")')
+        serve, note = "vllm serve FOLDER", "Not tried on hardware."
+    code = "\n".join(lines)
+    how = "`preprocessing.json` says how images were resized and questions worded; do the same."
+    return f"## How to load it\n\n```python\n{code}\n```\n\n{how}\n\n    {serve}\n\n{note}"
+
+
+def _table(head: tuple[str, ...], rows: list) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join(lines + [f"| {' | '.join(_plain(value) for value in row)} |" for row in rows])
+
+
+def _plain(value: Any) -> str:
+    """Text that cannot leave its cell, nor become markup."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -1,0 +1,106 @@
+"""Exports load without this package and say what the run's own weights say; what cannot be exported is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ray_vlm.cli import main
+from ray_vlm.models.export import TOLERANCE, compare, merge
+
+FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+
+
+def _train(job_file: Any, scenes: Path, tmp_path: Path, family: str = "qwen3_vl", **sections: Any) -> Path:
+    data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")}
+    lora = {"target": ["language", "connector", "vision"]}
+    path = job_file(family, data=data, lora=lora, train={"learning_rate": 1e-2}, **sections)
+    assert main(["train", str(path)]) == 0
+    return tmp_path / "runs" / "run"
+
+
+def _batch(run: Path) -> dict[str, Any]:
+    from ray_vlm.config.load import load_resolved
+    from ray_vlm.evaluate.export import check_batches
+
+    job = load_resolved(json.loads((run / "resolved.json").read_text()))
+    return check_batches(job, str(run / "final"), "cpu")[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_says_what_base_and_adapter_say(
+    family: str, job_file: Any, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    run = _train(job_file, scenes, tmp_path, family, model={"load_in_4bit": True})
+    assert main(["export", str(run), "--merged"]) == 0
+    assert "no logit differs" in capsys.readouterr().out
+    folder, batch = run / "export" / "merged", _batch(run)
+    base = AutoModelForImageTextToText.from_pretrained(json.loads((run / "resolved.json").read_text())["model"]["name"])
+    with torch.inference_mode():
+        bare = base.float()(**batch).logits
+        apart = PeftModel.from_pretrained(base.float(), str(run / "final"))(**batch).logits
+        merged = AutoModelForImageTextToText.from_pretrained(folder).float()(**batch).logits
+    assert compare([apart], [merged])["largest"] < TOLERANCE["float32"] * float(apart.abs().max())
+    assert compare([bare], [merged])["largest"] > 0.01, "the adapter does something"
+    assert AutoProcessor.from_pretrained(folder).chat_template
+    assert json.loads((folder / "preprocessing.json").read_text())["task"]["name"] == "detection"
+
+
+def test_an_adapter_goes_with_a_card_that_tells_what_it_is(job_file: Any, scenes: Path, tmp_path: Path) -> None:
+    run = _train(job_file, scenes, tmp_path)
+    words = ["--adapter", str(run / "final"), "evaluate.max_new_tokens=6"]
+    assert main(["evaluate", str(tmp_path / "job.yaml"), *words]) == 0
+    assert main(["export", str(run)]) == 0
+    folder = run / "export" / "adapter"
+    assert (folder / "adapter_model.safetensors").read_bytes() == (run / "final/adapter_model.safetensors").read_bytes()
+    card = (folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "peft"
+    assert head["base_model"].endswith("qwen3_vl")
+    for told in ("rank 4", "| f1_50 |", "95 %", "CPU-hours", "PeftModel.from_pretrained", "train.json"):
+        assert told in card
+    assert str(scenes) not in card, "folders of the machine are nobody's business"
+
+
+def test_bfloat16_is_within_its_own_rounding(job_file: Any, scenes: Path, tmp_path: Path) -> None:
+    run = _train(job_file, scenes, tmp_path, train={"bf16": True, "learning_rate": 1e-2})
+    from ray_vlm.config.load import load_resolved
+
+    job = load_resolved(json.loads((run / "resolved.json").read_text()))
+    _, found = merge(job.model, str(run / "final"), [_batch(run)], bf16=True)
+    assert 0 < found["largest"] <= TOLERANCE["bfloat16"] * found["scale"]
+
+
+def test_what_cannot_be_exported_is_refused(
+    job_file: Any, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _train(job_file, scenes, tmp_path)
+    refusals: list[tuple[list[str], str]] = [
+        (["--weights", "best"], "has no best"),
+        (["--output", str(scenes)], "something is there already"),
+    ]
+    for words, reason in refusals:
+        assert main(["export", str(run), *words]) != 0
+        assert reason in capsys.readouterr().err
+    from ray_vlm.models import export
+
+    monkeypatch.setitem(export.TOLERANCE, "float32", 0.0)
+    assert main(["export", str(run), "--merged"]) == 1
+    assert "would be rounding" in capsys.readouterr().err
+    assert not (run / "export" / "merged").exists()
+    config = type("Config", (), {"quantization_config": {"quant_method": "awq"}})()
+    monkeypatch.setattr(export, "load_config", lambda spec: config)
+    assert main(["export", str(run), "--merged"]) == 1
+    assert "itself quantised (awq)" in capsys.readouterr().err
+
+
+def test_a_logit_that_is_no_number_is_never_close() -> None:
+    one = torch.zeros(1, 2, 3)
+    found = compare([one, one], [one + float("nan"), one])
+    assert found["largest"] != found["largest"]

@@ -1,0 +1,134 @@
+"""Spaces: every bad key and range is told at once and before anything starts; values are resolved by arithmetic."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ray_vlm.config.load import dump_job, load_job
+from ray_vlm.errors import ConfigError
+from ray_vlm.tune.space import check_space, examples, load_space, resolve, write_overrides
+
+GOOD: dict[str, Any] = {
+    "train.learning_rate": {"loguniform": [2e-5, 1e-3]},
+    "lora.rank": {"choice": [8, 16]},
+    "lora.alpha": "2 * lora.rank",
+    "data.oversample": {"grid": [None, {"drain": 2.0}, {"drain": 4.0}]},
+    "train.warmup_ratio": "train.learning_rate * 10",
+    "data.shuffle": False,
+    "method.trl.loss_type": {"value": "nll"},
+}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    data = {"train": {"path": "a.json"}, "eval": 0.1}
+    path.write_text(yaml.safe_dump({"model": {"name": "x"}, "task": {"labels": ["drain"]}, "data": data}))
+    return path
+
+
+def _write(tmp_path: Path, space: Any) -> Path:
+    path = tmp_path / "space.yaml"
+    path.write_text(space if isinstance(space, str) else yaml.safe_dump(space))
+    return path
+
+
+def test_values_are_drawn_shared_and_computed(tmp_path: Path, job: Path) -> None:
+    space = load_space(_write(tmp_path, GOOD))
+    assert {s.key for s in space.searched} == {"train.learning_rate", "lora.rank", "data.oversample"}
+    assert space.grid_size == 3
+    drawn = {"train.learning_rate": 1e-4, "lora.rank": 16, "data.oversample": {"drain": 2.0}}
+    values = resolve(space, drawn, dump_job(load_job(job)))
+    assert values["lora.alpha"] == 32
+    assert type(values["lora.alpha"]) is int
+    assert values["train.warmup_ratio"] == pytest.approx(1e-3)
+    trial = load_job(job, write_overrides(values))
+    assert (trial.lora.rank, trial.lora.alpha, trial.data.shuffle) == (16, 32, False)  # type: ignore[union-attr]
+    assert trial.data.oversample == {"drain": 2.0}
+    assert trial.method.trl == {"loss_type": "nll"}
+    check_space(space, str(job), [])
+
+
+def test_a_formula_may_use_the_job_and_another_formula(tmp_path: Path, job: Path) -> None:
+    told = {"lora.rank": {"choice": [4, 8]}, "seed": "lora.alpha + 1", "lora.alpha": "lora.rank * train.num_epochs"}
+    space = load_space(_write(tmp_path, told))
+    values = resolve(space, {"lora.rank": 8}, dump_job(load_job(job, ["train.num_epochs=3"])))
+    assert (values["lora.alpha"], values["seed"]) == (24, 25)
+    circle = load_space(_write(tmp_path, {"lora.rank": {"choice": [4]}, "seed": "lora.alpha", "lora.alpha": "seed"}))
+    with pytest.raises(ValueError, match=r"lora\.alpha, seed are computed from one another"):
+        resolve(circle, {"lora.rank": 4}, {})
+
+
+def test_examples_touch_every_end(tmp_path: Path) -> None:
+    space = load_space(_write(tmp_path, GOOD | {"seed": {"randint": [0, 10]}}))
+    drawn = list(examples(space))
+    assert {d["train.learning_rate"] for d in drawn} == {2e-5, 1e-3}
+    assert {d["seed"] for d in drawn} == {0, 9}
+    assert [d["data.oversample"] for d in drawn if d["data.oversample"]] == [{"drain": 2.0}, {"drain": 4.0}]
+    assert len(drawn) == 1 + 1 + 1 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"loguniform": [0, 1]}, "there is no logarithm of 0"),
+        ({"loguniform": [-1e-3, 1]}, "there is no logarithm"),
+        ({"uniform": [2, 1]}, "is empty"),
+        ({"uniform": [1, 1]}, "is empty"),
+        ({"uniform": [1]}, "needs 2 numbers"),
+        ({"uniform": [1, True]}, "needs 2 numbers"),
+        ({"uniform": [0, float("inf")]}, "without end"),
+        ({"quniform": [0, 1, 0]}, "does not fit between the ends"),
+        ({"quniform": [0, 1, 2]}, "does not fit between the ends"),
+        ({"randint": [0, 1.5]}, "whole numbers"),
+        ({"choice": []}, "needs a list of values"),
+        ({"choice": 3}, "needs a list of values"),
+        ({"choice": [1, 1]}, "lists a value twice"),
+        ({"normal": [0, 1]}, "no distribution"),
+        ({"choice": [1], "uniform": [0, 1]}, "no distribution"),
+        ({}, "no distribution"),
+        ("2 * ", "no formula"),
+    ],
+)
+def test_a_bad_range_is_refused_with_its_line(tmp_path: Path, told: Any, reason: str) -> None:
+    path = _write(tmp_path, {"lora.rank": {"choice": [8]}, "train.learning_rate": told})
+    with pytest.raises(ConfigError, match=reason) as error:
+        load_space(path)
+    assert "space.yaml:" in str(error.value)
+    assert "`train.learning_rate`" in str(error.value)
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    told = {"cluster.num_workers": {"choice": [1]}, "a-b": 1, "train.learning_rate": {"uniform": [3, 1]}}
+    with pytest.raises(ConfigError) as error:
+        load_space(_write(tmp_path, told))
+    assert len(error.value.problems) == 3
+    for text, reason in (
+        ("- a", "mapping"),
+        ("a: 1\na: 2", "set twice"),
+        ("seed: 3", "nothing to search"),
+        ("", "nothing"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            load_space(_write(tmp_path, text))
+    with pytest.raises(ConfigError, match="no such"):
+        load_space(tmp_path / "nowhere.yaml")
+
+
+def test_keys_and_values_that_the_job_refuses_are_told_before_anything_starts(tmp_path: Path, job: Path) -> None:
+    told = {
+        "train.learning_rat": {"loguniform": [1e-5, 1e-3]},
+        "lora.rank": {"choice": [8, 0, "many"]},
+        "train.warmup_ratio": {"uniform": [0.0, 3.0]},
+        "lora.alpha": "2 / data.seed",
+    }
+    with pytest.raises(ConfigError) as error:
+        check_space(load_space(_write(tmp_path, told)), str(job), [])
+    text = str(error.value)
+    assert "`train.learning_rat` is not a setting. Did you mean `learning_rate`?" in text
+    assert "lora.alpha: data.seed is None" in text
+    assert "lora.rank" in text
+    assert "'many'" in text
+    assert "train.warmup_ratio" in text
