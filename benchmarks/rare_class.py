@@ -1,6 +1,6 @@
 """The classification and the GUI demo in several seeds, and what oversampling and weights do for a rare class.
 
-Each seed trains three jobs as they ship (4-bit LoRA on 2 cores, through Ray Train) and measures them on the test rows:
+Each seed trains three jobs as they ship (4-bit LoRA on 2 cores) and measures them on the test rows:
 `demo_classification.yaml`, the same with oversampling and weights off, and `demo_gui_steps.yaml`. One seed takes about
 ten minutes; `--full` runs three. The rare class is 3 % of the training rows, the rare condition 8 %.
 """
