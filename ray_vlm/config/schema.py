@@ -187,6 +187,30 @@ class Pairs(Section):
     )
 
 
+class Tune(Section):
+    """A sweep over a space of settings (`ray-vlm tune`)."""
+
+    num_trials: int = Field(16, ge=1, le=Largest, description="Trials in all; of grids every combination as often.")
+    search: Literal["random", "optuna"] = Field("random", description="What draws values: at random, or by TPE.")
+    scheduler: Literal["asha", "median", "none"] = Field(
+        "asha", description="What ends trials early: those behind the others at the same step, or none."
+    )
+    grace_steps: int | None = Field(
+        None, ge=1, le=Largest, description="Steps before a trial may be ended. null: its first validation."
+    )
+    metric: str | list[str] | None = Field(
+        None, description="What ranks trials, as `evaluate.metric`, which it is by default; of several the first."
+    )
+    max_concurrent: int | None = Field(
+        None, ge=1, le=Largest, description="Trials at once. null: as many as the cluster holds."
+    )
+    max_retries: int = Field(1, ge=0, le=Largest, description="How often a failed trial goes on from its checkpoint.")
+    export: Literal["adapter", "merged"] | None = Field("adapter", description="What the best trial is exported as.")
+    resident: bool = Field(
+        False, description="Keep the base in one process and run trial after trial on it, each as it would run alone."
+    )
+
+
 class Cluster(Section):
     """What the job runs on."""
 
@@ -241,6 +265,7 @@ class JobConfig(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What is saved on the way.")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="How progress is measured.")
     pairs: Pairs = Field(default_factory=Pairs, description="Preference data from a model's own answers.")
+    tune: Tune = Field(default_factory=Tune, description="A search for better settings.")
     cluster: Cluster = Field(default_factory=Cluster, description="What it runs on.")
     track: Track = Field(default_factory=Track, description="Who else gets the numbers.")
     run: Run = Field(default_factory=Run, description="Where results go.")

@@ -39,8 +39,11 @@ def _title(run: Run, kind: str, weights: str, base: str) -> str:
 
 
 def _how(run: Run) -> str:
-    job, lora = run.job, setting(run.job, "lora")
-    adapted = f"LoRA of rank {lora['rank']}, alpha {lora['alpha']} on {', '.join(lora['target'])}" if lora else "all"
+    job = run.job
+    adapted = "all weights"
+    if setting(job, "lora"):
+        rank, alpha, target = (setting(job, f"lora.{name}") for name in ("rank", "alpha", "target"))
+        adapted = f"LoRA of rank {rank}, alpha {alpha} on {', '.join(target or ())}"
     rows: list[tuple[str, Any]] = [
         ("method", setting(job, "method.name")),
         ("trained", adapted + (", base in 4 bit (NF4)" if setting(job, "model.load_in_4bit") else "")),

@@ -1,0 +1,76 @@
+"""How a sweep lies on a cluster: how many trials at once, and which of them is best. Pure functions."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_vlm.cluster.preflight import count_processes
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.runs.read import LOWER_IS_BETTER, is_number
+from ray_vlm.tune.space import Space
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """`num_trials` in all, `at_once` side by side, and the CPUs and GPUs of one."""
+
+    num_trials: int
+    at_once: int
+    cpus: float
+    gpus: float
+
+
+def plan_sweep(job: JobConfig, space: Space, resources: Mapping[str, float]) -> SweepPlan:
+    """Share out the cluster's `resources`. Raises `RunError` where not one trial fits, `ConfigError` for a grid that
+    nobody asked for.
+
+    A trial needs its workers, the process that validates beside them if there is one, and a CPU for reading images.
+    """
+    processes, cluster = max(1, count_processes(job)), job.cluster
+    cpus = processes * cluster.cpus_per_worker + (1 if cluster.num_workers else 0)
+    gpus = processes * cluster.gpus_per_worker
+    fits = {name: resources.get(name, 0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need}
+    problems = [
+        f"tune: a trial needs {need:g} {name}, but the cluster has {resources.get(name, 0):g}. Lower "
+        f"cluster.num_workers or cluster.{name.lower()}s_per_worker, or add nodes."
+        for name, need in (("CPU", cpus), ("GPU", gpus))
+        if need and fits[name] < 1
+    ]
+    if problems:
+        raise RunError(problems)
+    grid = space.grid_size
+    if grid > 1 and job.tune.search == "optuna":
+        raise ConfigError(f"{space.path}: optuna does not go through grids. Use choice, or tune.search=random.")
+    if grid > job.tune.num_trials:
+        raise ConfigError(
+            f"{space.path}: its grids have {grid} combinations, and tune.num_trials is {job.tune.num_trials}. Raise "
+            "it, or use choice."
+        )
+    room = math.floor(min(fits.values()) + 1e-9)
+    num_trials = job.tune.num_trials // grid * grid  # every combination as often as any other
+    return SweepPlan(num_trials, min(room, num_trials, job.tune.max_concurrent or room), cpus, gpus)
+
+
+def score_of_trial(values: Mapping[str, Any], metric: str) -> float | None:
+    """A trial's number by which it is ranked, higher is better; None where it has no finite one."""
+    value = values.get(metric)
+    return (-value if metric in LOWER_IS_BETTER else value) if is_number(value) else None
+
+
+def rank_trials(trials: Sequence[Mapping[str, Any]], metric: str) -> list[int]:
+    """Positions of the trials, the best first, those without a number left out; the earlier one among equals."""
+    scores = {i: score for i, trial in enumerate(trials) if (score := score_of_trial(trial, metric)) is not None}
+    return sorted(scores, key=lambda i: (-scores[i], i))
+
+
+def pareto(trials: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[int]:
+    """Positions of the trials that no other one beats: as good in every metric and better in one."""
+    scores = {i: [score_of_trial(trial, name) for name in metrics] for i, trial in enumerate(trials)}
+    whole = {i: [s for s in found if s is not None] for i, found in scores.items() if None not in found}
+    return [
+        i
+        for i, mine in whole.items()
+        if not any(all(b >= a for a, b in zip(mine, other, strict=True)) and other != mine for other in whole.values())
+    ]
