@@ -4,7 +4,7 @@ The adapter is trained once, by `demo_sft.yaml`. Each seed then samples pairs of
 `demo_dpo.yaml` on them, held-out pairs being a quarter; and trains `demo_grpo.yaml`. The bar on reward is on answers
 that are sampled as the job does; with F1 it is measured before and after on the demo's test images, which no stage has
 seen. The reward of greedy answers, without a bar, is the validation's, on the eval images.
-A seed takes about nine minutes; `--full` runs three.
+A seed takes about eleven minutes; `--full` runs three.
 """
 
 import json

@@ -54,4 +54,5 @@ def road_job(folder: Path, name: str, adapter: Path) -> JobConfig:
     }
     places = [f"{key}={json.dumps(str(path))}" for key, path in given.items()]
     fewer = [f"train.max_steps={NUM_STEPS[name]}", f"evaluate.every_steps={NUM_STEPS[name]}"]
-    return load_job(find_job(f"demo_{name}.yaml"), [*places, f"run.name={name}", *fewer])
+    here = "cluster.num_workers=0"  # Ray trained the stage before; starting it twice more would take a minute
+    return load_job(find_job(f"demo_{name}.yaml"), [*places, f"run.name={name}", here, *fewer])

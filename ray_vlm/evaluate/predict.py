@@ -93,10 +93,7 @@ def _answers(
 
 def plan_walks(records: Sequence[SftRecord], batch_size: int) -> tuple[tuple[int, ...], ...]:
     """Positions of the records of `batch_size` tasks at a time, whole; a record without a task is one of its own."""
-    tasks: dict[Any, list[int]] = {}
-    for i, record in enumerate(records):
-        tasks.setdefault(record.context["task"] or i, []).append(i)
-    whole = sorted(tasks.values(), key=len, reverse=True)  # tasks of one batch are about as long as each other
+    whole = sorted(_by_task(records).values(), key=len, reverse=True)  # of one batch about as long
     return tuple(
         tuple(i for steps in whole[start : start + batch_size] for i in steps)
         for start in range(0, len(whole), batch_size)
@@ -105,10 +102,7 @@ def plan_walks(records: Sequence[SftRecord], batch_size: int) -> tuple[tuple[int
 
 def walk(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
     """The answers to whole GUI tasks, step i of all at once; what was answered is the memory of the next step."""
-    preparer = loaded.preparer
-    tasks: dict[Any, list[int]] = {}
-    for i, record in enumerate(records):
-        tasks.setdefault(record.context["task"] or i, []).append(i)
+    preparer, tasks = loaded.preparer, _by_task(records)
     answers = [""] * len(records)
     history: dict[Any, tuple[str, ...]] = dict.fromkeys(tasks, ())
     for number in range(max(map(len, tasks.values()))):
@@ -121,6 +115,14 @@ def walk(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int])
             short, long = remember(history[name], found["output"], preparer.setting)
             history[name] = (*long, *short)
     return answers
+
+
+def _by_task(records: Sequence[SftRecord]) -> dict[Any, list[int]]:
+    """Positions of each task's records, in order."""
+    tasks: dict[Any, list[int]] = {}
+    for i, record in enumerate(records):
+        tasks.setdefault(record.context["task"] or i, []).append(i)
+    return tasks
 
 
 def _with_history(record: SftRecord, history: tuple[str, ...]) -> SftRecord:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_vlm.runs.curves import main_key, points_of, smooth
+from ray_vlm.runs.monitor import NOT_MEASURES
 from ray_vlm.runs.read import LOWER_IS_BETTER, Run, is_number, setting
 from ray_vlm.runs.text import format_table, plain_text, tell_number, tell_time
 
 _PREFERRED = ("best", "final")  # evaluations that stand for a run, the first that is there
-_NOT_MEASURES = ("kind", "attempt", "step", "epoch", "time", "validation_s", "background_s")
 SETTINGS, _VALIDATION = "settings that differ", "validation at the step of best/"
 _MOST_COLUMNS = 5  # runs that stand side by side in a terminal; more stand below one another
 
@@ -111,7 +111,7 @@ def _tell_setting(value: Any) -> str:
 
 
 def _measures(found: Sequence[Mapping[str, Any]], may_mark: bool) -> tuple[Line, ...]:
-    names = dict.fromkeys(name for numbers in found for name in numbers if name not in _NOT_MEASURES)
+    names = dict.fromkeys(name for numbers in found for name in numbers if name not in NOT_MEASURES)
     lines = []
     for name in names:
         values = tuple(numbers[name] if is_number(numbers.get(name)) else None for numbers in found)

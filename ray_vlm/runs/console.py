@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ray_vlm.runs.monitor import read_line
+from ray_vlm.runs.monitor import NOT_MEASURES, read_line
 from ray_vlm.runs.paths import RunPaths
 
 _POLL_S = 0.3
@@ -34,7 +34,7 @@ class Console:
             self._say(line["text"])
         elif line["kind"] == "eval":
             numbers = "  ".join(
-                f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, int | float) and k not in _HIDDEN
+                f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, int | float) and k not in NOT_MEASURES
             )
             self._say(f"validation at step {line['step']}: {numbers}")
         elif line["kind"] == "train":
@@ -54,7 +54,6 @@ class Console:
 
 
 _SHOWN = {"reward": "reward", "preference_accuracy": "preferred", "reward_margin": "margin", "kl": "kl"}
-_HIDDEN = ("time", "epoch", "step", "attempt", "validation_s", "background_s")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -14,6 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+LINE_KEYS = ("kind", "attempt", "step", "epoch", "time")  # of a line, beside its numbers
+NOT_MEASURES = (*LINE_KEYS, "validation_s", "background_s")  # of a validation's line, beside what was measured
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a `metrics.jsonl`; a line cut off by a crash is left out."""

@@ -5,11 +5,11 @@ from typing import Any
 
 from ray_vlm.runs.compare import test_of
 from ray_vlm.runs.curves import main_key, points_of, smooth, spark
+from ray_vlm.runs.monitor import NOT_MEASURES
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_table, plain_text, tell_date, tell_number, tell_time
 
 _MOST_VALIDATIONS = 8  # lines of the table
-_HIDDEN = ("kind", "attempt", "step", "epoch", "time", "validation_s", "background_s")
 _HEADLINES = ("f1_50", "accuracy", "step_success", "normalised")  # of a run whose own metric is not measured on tests
 _VERSIONS = ("torch", "transformers", "trl", "peft", "ray")
 
@@ -96,7 +96,7 @@ def _validations(run: Run) -> list[str]:
     shown = found[-_MOST_VALIDATIONS:]
     if run.best is not None and run.best not in shown:
         shown = [run.best, *shown[1:]]
-    names = [k for k in dict.fromkeys(k for line in shown for k in line) if k not in _HIDDEN]
+    names = [k for k in dict.fromkeys(k for line in shown for k in line) if k not in NOT_MEASURES]
     names = [run.metric, *(k for k in names if k != run.metric)][:9] if run.metric in names else names[:9]
     rows = [
         [str(line["step"]) + ("*" if line is run.best else ""), *(_cell(line.get(k)) for k in names)] for line in shown

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.runs.monitor import LINE_KEYS
+
 # name in metrics.jsonl -> name in trackers
 _NAMES = {
     "train": {"loss": "train/batch_loss", "learning_rate": "train/learning_rate", "epoch": "train/epoch"},
@@ -15,7 +17,6 @@ _NAMES = {
     "checkpoint": {"checkpoint_s": "train/checkpoint_s"},
     "energy": {"energy_kwh": "train/energy_kwh", "co2_kg": "train/co2_kg"},
 }
-_OURS = ("kind", "attempt", "step", "epoch", "time")
 
 
 def track_names(kind: str, line: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def track_names(kind: str, line: Mapping[str, Any]) -> dict[str, Any]:
     named = {new: line[old] for old, new in _NAMES.get(kind, {}).items() if old in line}
     if kind not in ("train", "eval"):
         return named
-    rest = {f"{prefix}/{k}": v for k, v in line.items() if k not in _OURS and k not in _NAMES.get(kind, {})}
+    rest = {f"{prefix}/{k}": v for k, v in line.items() if k not in LINE_KEYS and k not in _NAMES.get(kind, {})}
     return named | rest
 
 

@@ -18,13 +18,12 @@ from transformers import TrainerCallback
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.runs.checkpoints import replace_folder
-from ray_vlm.runs.monitor import Monitor, current_lines, read_metrics
+from ray_vlm.runs.monitor import LINE_KEYS, Monitor, current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, write_folder
 from ray_vlm.train.attempt import Place
 from ray_vlm.train.background import find_left
 
 _WAIT_S = 0.2  # between looks at a validation that is waited for
-_OF_A_LINE = ("kind", "attempt", "step", "epoch", "time")  # beside the numbers
 
 
 @dataclass
@@ -256,7 +255,7 @@ def recall_best(evals: Sequence[dict[str, Any]], metric: str) -> tuple[dict[str,
     """The best of the lines of validations by `metric`, as `Progress` has it, and how many came after it."""
     best, since = None, 0
     for line in evals:
-        metrics = {k: math.nan if v is None else v for k, v in line.items() if k not in _OF_A_LINE}
+        metrics = {k: math.nan if v is None else v for k, v in line.items() if k not in LINE_KEYS}
         if is_better(metric, metrics[metric], best["metrics"][metric] if best else math.nan):
             best, since = {"step": line["step"], "metrics": metrics}, 0
         else:

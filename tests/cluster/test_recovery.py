@@ -120,6 +120,7 @@ def test_a_killed_driver_and_a_torn_snapshot(small: Path, tmp_path: Path) -> Non
     assert not (paths.root / ".ray").exists()
 
 
+@pytest.mark.slow
 def test_ray_may_restart_the_workers_by_itself(ray_cluster, small: Path, tmp_path: Path) -> None:
     """What its elastic and preemption policies do: the worker function finds its own way, and counts a new attempt."""
     from dataclasses import replace

@@ -107,9 +107,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(method: str, dpo_job, grpo_job, monke
     real = stop.agree
     asked = []
 
-    def after_two(wanted: bool, *args: Any) -> bool:
-        asked.append(wanted)
-        return len(asked) == 2 or real(wanted, *args)
+    def after_two(flags: Any, *args: Any) -> list[bool]:
+        asked.append(flags)
+        stop, *others = real(flags, *args)
+        return [len(asked) == 2 or stop, *others]
 
     monkeypatch.setattr("ray_vlm.train.worker.agree", after_two)
     with pytest.raises(Interrupted, match="stopped at step 2 of 4"):

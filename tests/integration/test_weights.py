@@ -76,6 +76,7 @@ def test_weights_of_one_are_bit_equal_to_none(job_file, tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_weighted_losses_do_not_depend_on_the_workers(job_file, tmp_path: Path, ray_cluster) -> None:
     one = _train(job_file, tmp_path, "one", {"ring": 5.0, "circle": 0.2}, num_workers=0)
     two = _train(job_file, tmp_path, "two", {"ring": 5.0, "circle": 0.2}, num_workers=2)
