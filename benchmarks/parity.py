@@ -21,7 +21,8 @@ from ray_vlm.data.rows import load_preparer
 from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.runs.monitor import read_metrics
-from ray_vlm.train.driver import prepare, train
+from ray_vlm.train.driver import train
+from ray_vlm.train.prepare import prepare
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 Answers = Sequence[Sequence[int]]

@@ -157,7 +157,7 @@ def kill_workers(path: Path, whole: RunPaths, count: int) -> list[dict[str, Any]
 
 def change_world(path: Path, whole: RunPaths, worlds: Sequence[int]) -> list[dict[str, Any]]:
     """Stop and resume on other numbers of workers: rows once an epoch, losses as undisturbed."""
-    from ray_vlm.train.driver import plan_run
+    from ray_vlm.train.prepare import plan_run
     from ray_vlm.train.stop import ask_workers
 
     run, told = RunPaths(whole.root.parent / "worlds"), []
@@ -215,7 +215,8 @@ def _damage_snapshots(folder: Path, kind: str) -> None:
 def checkpoint_cost(folder: Path) -> list[dict[str, Any]]:
     """Of the demo's job at the default interval, an epoch: time of a checkpoint over the time of the steps between."""
     from ray_vlm.demo.story import demo_job
-    from ray_vlm.train.driver import plan_run, train
+    from ray_vlm.train.driver import train
+    from ray_vlm.train.prepare import plan_run
 
     job = demo_job(folder, ["train.max_steps=24", "checkpoint.every_steps=4", "data.eval=null", "run.name=cost"])
     run = train(job, "")

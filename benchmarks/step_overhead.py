@@ -22,7 +22,8 @@ from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.driver import prepare, train
+from ray_vlm.train.driver import train
+from ray_vlm.train.prepare import prepare
 
 BATCH = 16
 WARM_UP = 5

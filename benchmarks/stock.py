@@ -14,8 +14,8 @@ from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import share_prefixes
 from ray_vlm.methods.rollout import Completion
-from ray_vlm.train.driver import prepare
 from ray_vlm.train.feed import feed_trainer
+from ray_vlm.train.prepare import prepare
 
 Step = dict[str, Any]  # {"loss": float, "grads": {name: tensor}}
 

@@ -17,6 +17,7 @@ from ray_vlm.verbs.export import add_export_verb
 from ray_vlm.verbs.predict import add_predict_verb
 from ray_vlm.verbs.runs import add_runs_verbs
 from ray_vlm.verbs.starter import add_starter_verbs
+from ray_vlm.verbs.tune import add_tune_verb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add_starter_verbs(verbs, _parser)
     add_data_verbs(verbs)
     add_predict_verb(verbs)
+    add_tune_verb(verbs)
     add_export_verb(verbs)
     add_runs_verbs(verbs)
     add_cluster_verbs(verbs)
@@ -104,7 +106,7 @@ def _config(args: argparse.Namespace) -> None:
     print(yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True), end="")
     if args.dry_run:
         from ray_vlm.data.preview import describe_prepared
-        from ray_vlm.train.driver import prepare
+        from ray_vlm.train.prepare import prepare
 
         prepared = prepare(job)
         print(describe_prepared(prepared.train, prepared.plan, prepared.spec, prepared.balance))
@@ -136,7 +138,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _pairs(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.evaluate.pairs import make_pairs
-    from ray_vlm.train.driver import absolute_paths
+    from ray_vlm.train.prepare import absolute_paths
 
     job = absolute_paths(load_job(args.job, args.overrides))
     make_pairs(job, args.adapter, args.part, args.output, overwrite=args.overwrite)

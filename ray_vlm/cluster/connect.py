@@ -35,11 +35,10 @@ def _join(address: str) -> None:
 
 
 @contextmanager
-def connect(job: JobConfig) -> Iterator[Layout]:
-    """A Ray cluster that can run the job, and how the job lies on it. Leaves Ray as it was found.
+def start_ray(job: JobConfig) -> Iterator[None]:
+    """The Ray cluster that the job names, or one of our own. Leaves Ray as it was found.
 
     A cluster of our own gets as many logical CPUs as the job needs, even where that is more than the machine has.
-    Raises `RunError` when a cluster that was joined is too small.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -54,8 +53,21 @@ def connect(job: JobConfig) -> Iterator[Layout]:
             cpus = max(os.cpu_count() or 1, cpus_needed(job))
             ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield plan_layout(job, ray.cluster_resources(), nodes)
+        yield
     finally:
         if mine:
             ray.shutdown()
+
+
+@contextmanager
+def connect(job: JobConfig, at_once: int = 1) -> Iterator[Layout]:
+    """A Ray cluster that can run the job, and how the job lies on it. Leaves Ray as it was found.
+
+    `at_once`: how many runs like it share the cluster. Raises `RunError` when a cluster that was joined is too small.
+    """
+    with start_ray(job):
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        share = {name: amount / at_once for name, amount in ray.cluster_resources().items()}
+        yield plan_layout(job, share, nodes)

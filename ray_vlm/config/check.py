@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 
 from ray_vlm.config.check_method import check_method, known_metrics
+from ray_vlm.config.check_tune import check_tune
 from ray_vlm.config.data import Source
 from ray_vlm.config.resume import touches
 from ray_vlm.config.schema import JobConfig
@@ -224,7 +225,8 @@ def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, s
         for fails, keys, reason in RULES
         if not any(touches(key, other) for key in keys for other in unread) and fails(job)
     ]
-    broken += [(key, text) for key, text in check_method(job) if not any(touches(key, other) for other in unread)]
+    sections = [*check_method(job), *check_tune(job)]
+    broken += [(key, text) for key, text in sections if not any(touches(key, other) for other in unread)]
     return broken + list(_check_task(job)) + list(check_trl(job))
 
 

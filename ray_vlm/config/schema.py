@@ -195,12 +195,16 @@ class Tune(Section):
     scheduler: Literal["asha", "median", "none"] = Field(
         "asha", description="What ends trials early: those behind the others at the same step, or none."
     )
+    reduction_factor: int = Field(
+        4, ge=2, le=Largest, description="ASHA goes on with one of so many trials at each of its steps."
+    )
     grace_steps: int | None = Field(
         None, ge=1, le=Largest, description="Steps before a trial may be ended. null: its first validation."
     )
     metric: str | list[str] | None = Field(
         None, description="What ranks trials, as `evaluate.metric`, which it is by default; of several the first."
     )
+    default_first: bool = Field(True, description="Whether the first trial is the job as it stands.")
     max_concurrent: int | None = Field(
         None, ge=1, le=Largest, description="Trials at once. null: as many as the cluster holds."
     )

@@ -78,11 +78,12 @@ def write_report(
     return changes
 
 
-def render(template: str, **values: Any) -> str:
-    """A page of this folder's templates; every value is escaped."""
+def render(template: str, folder: Path | None = None, **values: Any) -> str:
+    """A page of this folder's templates, or of another one's that build on them; every value is escaped."""
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    folders = [Path(__file__).parent, *([folder] if folder else [])]
+    environment = Environment(loader=FileSystemLoader(folders), autoescape=True)
     return environment.get_template(template).render(**values)
 
 

@@ -83,10 +83,12 @@ class Monitor:
         self._publish = publish or (lambda: None)
         self._trackers = trackers
 
-    def start(self, step: int, trainable: dict[str, dict[str, int]], device: str = "") -> None:
-        """The first line of an attempt: the step that it goes on from, weights by part of the model, and the name of
-        the card or processor that rank 0 has."""
-        self._put(self._line("start", step) | {"trainable": trainable, "device": device})
+    def start(
+        self, step: int, trainable: dict[str, dict[str, int]], device: str = "", num_steps: int | None = None
+    ) -> None:
+        """The first line of an attempt: the step that it goes on from, weights by part of the model, the name of the
+        card or processor that rank 0 has, and how many steps it will be in all."""
+        self._put(self._line("start", step) | {"trainable": trainable, "device": device, "num_steps": num_steps})
         self.publish()
 
     def note(self, step: int, text: str) -> None:

@@ -70,7 +70,9 @@ class Run:
     def num_steps(self) -> int | None:
         """How many were planned, where the run wrote it down."""
         result = self.about.get("result")
-        return result.get("num_steps") if isinstance(result, dict) else None
+        if isinstance(result, dict):
+            return result.get("num_steps")
+        return next((line["num_steps"] for line in reversed(self.lines) if is_number(line.get("num_steps"))), None)
 
     @property
     def metric(self) -> str:

@@ -23,6 +23,13 @@ def tell_number(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
 
 
+def tell_setting(value: object) -> str:
+    """A setting in few characters; `-` for null."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "-" if value is None else plain_text(str(value).replace("'", ""))
+
+
 def tell_time(seconds: float) -> str:
     """A duration: 42 s, 12:05 min, 3:07 h."""
     whole = round(seconds)

@@ -8,6 +8,7 @@ workers take it from the newest whole checkpoint whoever started them (`train/at
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,15 +70,18 @@ def _is_death(error: BaseException) -> bool:
     return isinstance(error, RayActorError) or type(error).__name__ == "WorkerHealthCheckFailedError"
 
 
-def launch(job: JobConfig, task: WorkerTask, paths: RunPaths) -> tuple[dict[str, Any], int | None]:
+def launch(
+    job: JobConfig, task: WorkerTask, paths: RunPaths, asked: Callable[[], bool] | None = None, at_once: int = 1
+) -> tuple[dict[str, Any], int | None]:
     """Train to the end; returns what rank 0 found and the signal that stopped it, if one did.
 
-    `cluster.num_workers: 0` runs in this process. Raises the workers' own errors, or `RunError` when tries are used up.
+    `cluster.num_workers: 0` runs in this process. `asked` says whether to stop, beside signals; `at_once`: how many
+    runs share the cluster. Raises the workers' own errors, or `RunError` when tries are used up.
     """
     if job.cluster.num_workers == 0:
-        with StopRequest() as request:
+        with StopRequest(asked) as request:
             return train_worker(task, stop=lambda: request.wanted), request.signal
-    with connect(job) as layout:
+    with connect(job, at_once) as layout:
         import ray
 
         task = replace(
@@ -90,7 +94,7 @@ def launch(job: JobConfig, task: WorkerTask, paths: RunPaths) -> tuple[dict[str,
         update_manifest(paths, cluster={k: v for k, v in ray.cluster_resources().items() if ":" not in k})
         paths.store.remove(STOP_FILE)
         console = Console(task.plan.num_steps, job.train.log_every_steps)
-        with StopRequest() as request, follow(paths, console):
+        with StopRequest(asked) as request, follow(paths, console):
             try:
                 _retry(job, task, paths, request)
             except KeyboardInterrupt:  # the second one: the workers must not go on without us

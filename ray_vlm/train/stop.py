@@ -18,15 +18,19 @@ _REMOTE_S = 5.0  # an object store is asked this often, a disk at every step
 
 
 class StopRequest:
-    """A context in which the first signal is a request, kept in `signal`, and the second a `KeyboardInterrupt`."""
+    """A context in which the first signal is a request, kept in `signal`, and the second a `KeyboardInterrupt`.
 
-    def __init__(self) -> None:
+    `asked` may want it too: it ends a trial that is behind the others.
+    """
+
+    def __init__(self, asked: Callable[[], bool] | None = None) -> None:
         self.signal: int | None = None
+        self._asked = asked
         self._old: dict[int, Any] = {}
 
     @property
     def wanted(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or (self._asked is not None and self._asked())
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

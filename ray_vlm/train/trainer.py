@@ -44,8 +44,10 @@ def load_adapted(job: JobConfig, family: Family, place: Place) -> Any:
     from peft import get_peft_model
 
     from ray_vlm.models.load import load_adapter, load_model
+    from ray_vlm.models.resident import load_resident
 
-    model = load_model(job.model, job.train.bf16, place.device)
+    load = load_resident if job.tune.resident else load_model
+    model = load(job.model, job.train.bf16, place.device)
     if job.lora is None:
         return model
     if job.model.adapter is not None:

@@ -93,7 +93,8 @@ def _train(
         if monitor is not None:
             for text in attempt.notes:
                 monitor.note(attempt.step, text)
-            monitor.start(attempt.step, count_trainable(trainer.model, preparer.family), name_device(place.device))
+            counts = count_trainable(trainer.model, preparer.family)
+            monitor.start(attempt.step, counts, name_device(place.device), task.plan.num_steps)
         callback.recall(attempt.step if attempt.checkpoint else -1, place)
         if attempt.step < task.plan.num_steps:
             trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)

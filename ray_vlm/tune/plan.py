@@ -14,12 +14,14 @@ from ray_vlm.tune.space import Space
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """`num_trials` in all, `at_once` side by side, and the CPUs and GPUs of one."""
+    """`num_trials` in all, `at_once` side by side, and the CPUs and GPUs of one. `in_process`: a trial trains in the
+    process that Tune gives it, without workers of its own."""
 
     num_trials: int
     at_once: int
     cpus: float
     gpus: float
+    in_process: bool = False
 
 
 def plan_sweep(job: JobConfig, space: Space, resources: Mapping[str, float]) -> SweepPlan:
@@ -28,8 +30,10 @@ def plan_sweep(job: JobConfig, space: Space, resources: Mapping[str, float]) -> 
 
     A trial needs its workers, the process that validates beside them if there is one, and a CPU for reading images.
     """
-    processes, cluster = max(1, count_processes(job)), job.cluster
-    cpus = processes * cluster.cpus_per_worker + (1 if cluster.num_workers else 0)
+    cluster = job.cluster
+    alone = cluster.num_workers == 0 or job.tune.resident
+    processes = 1 if alone else count_processes(job)
+    cpus = processes * cluster.cpus_per_worker + (0 if alone else 1)
     gpus = processes * cluster.gpus_per_worker
     fits = {name: resources.get(name, 0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need}
     problems = [
@@ -43,14 +47,15 @@ def plan_sweep(job: JobConfig, space: Space, resources: Mapping[str, float]) -> 
     grid = space.grid_size
     if grid > 1 and job.tune.search == "optuna":
         raise ConfigError(f"{space.path}: optuna does not go through grids. Use choice, or tune.search=random.")
-    if grid > job.tune.num_trials:
+    first = int(job.tune.default_first)
+    if grid > job.tune.num_trials - first:
         raise ConfigError(
-            f"{space.path}: its grids have {grid} combinations, and tune.num_trials is {job.tune.num_trials}. Raise "
-            "it, or use choice."
+            f"{space.path}: its grids have {grid} combinations, and tune.num_trials is {job.tune.num_trials}"
+            f"{', the first of them the job itself' if first else ''}. Raise it, or use choice."
         )
     room = math.floor(min(fits.values()) + 1e-9)
-    num_trials = job.tune.num_trials // grid * grid  # every combination as often as any other
-    return SweepPlan(num_trials, min(room, num_trials, job.tune.max_concurrent or room), cpus, gpus)
+    num_trials = (job.tune.num_trials - first) // grid * grid + first  # every combination as often as any other
+    return SweepPlan(num_trials, min(room, num_trials, job.tune.max_concurrent or room), cpus, gpus, alone)
 
 
 def score_of_trial(values: Mapping[str, Any], metric: str) -> float | None:

@@ -154,6 +154,19 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
+def own_values(space: Space, job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The job's own values of what is searched, or None where one of them lies outside the space."""
+    values = {s.key: _at(job, s.key) for s in space.searched}
+    return values if all(_holds(s, values[s.key]) for s in space.searched) else None
+
+
+def _holds(setting: Setting, value: Any) -> bool:
+    if setting.kind in LISTS:
+        return value in setting.args
+    low, high = _ends(setting)
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
 def write_overrides(values: Mapping[str, Any]) -> list[str]:
     """A trial's values as `load_job` takes them."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]

@@ -29,7 +29,7 @@ def _row_count(text: str) -> int:
 def _data_check(args: argparse.Namespace) -> int:
     from ray_vlm.config.load import load_job
     from ray_vlm.data.survey import check_sources, describe_check, describe_shares, write_bad_rows
-    from ray_vlm.train.driver import absolute_paths
+    from ray_vlm.train.prepare import absolute_paths
 
     job = absolute_paths(load_job(args.job, args.overrides))
     checks = []
@@ -49,7 +49,7 @@ def _data_stats(args: argparse.Namespace) -> None:
     from ray_vlm.data.stats_plot import draw_stats
     from ray_vlm.data.stats_text import describe_stats
     from ray_vlm.runs.store import write_picture
-    from ray_vlm.train.driver import absolute_paths
+    from ray_vlm.train.prepare import absolute_paths
 
     job = absolute_paths(load_job(args.job, args.overrides))
     stats = measure_rows(job)
@@ -65,7 +65,7 @@ def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.data.sheet_plot import draw_sheet
     from ray_vlm.data.splits import row_tags
     from ray_vlm.runs.store import write_picture
-    from ray_vlm.train.driver import prepare
+    from ray_vlm.train.prepare import prepare
 
     prepared = prepare(load_job(args.job, args.overrides))
     train, spec = prepared.train, prepared.spec

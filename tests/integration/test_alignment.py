@@ -13,7 +13,8 @@ from ray_vlm.data.rows import load_preparer
 from ray_vlm.errors import ConfigError, DataError, Interrupted
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.driver import prepare, train
+from ray_vlm.train.driver import train
+from ray_vlm.train.prepare import prepare
 
 LORA = {"rank": 4, "alpha": 8, "target": ["language", "connector", "vision"]}
 

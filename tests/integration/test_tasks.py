@@ -81,7 +81,7 @@ def test_the_parts_of_a_split_share_no_row(sources, job_file) -> None:
 
 def test_sources_are_mixed_by_weight(sources, job_file) -> None:
     from ray_vlm.config.load import load_job
-    from ray_vlm.train.driver import prepare
+    from ray_vlm.train.prepare import prepare
 
     more = sources["classification"] | {"weight": 2.5, "max_rows": 8}
     job = load_job(job_file(task="classification", data={"train": sources["classification"], "mix": [more]}))
@@ -95,7 +95,7 @@ def test_every_turn_of_the_assistant_is_trained(sources, job_file) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.data.rows import load_preparer
     from ray_vlm.data.spec import IGNORED
-    from ray_vlm.train.driver import prepare
+    from ray_vlm.train.prepare import prepare
 
     prepared = prepare(load_job(job_file(task="chat", data={"train": sources["chat"]})))
     preparer = load_preparer(prepared.spec)

@@ -50,7 +50,7 @@ def test_the_loss_is_the_weighted_mean_over_the_step(job_file, scenes: Path, tmp
     folder = _train(job_file, tmp_path, "weighted", {"ring": 5.0}, num_workers=0)
     from ray_vlm.config.load import load_job
     from ray_vlm.models.load import load_model
-    from ray_vlm.train.driver import prepare
+    from ray_vlm.train.prepare import prepare
 
     prepared = prepare(load_job(tmp_path / "job.yaml", ['data.class_weights={"ring": 5.0}']))
     preparer = load_preparer(prepared.spec)

@@ -18,7 +18,7 @@ from ray_vlm.data.sheet_plot import _draw_marks, _on_sheet, _wrap, draw_sheet
 from ray_vlm.data.spec import IGNORED, Row
 from ray_vlm.demo.drains import draw as draw_drains
 from ray_vlm.demo.screens import draw as draw_screens
-from ray_vlm.train.driver import prepare
+from ray_vlm.train.prepare import prepare
 
 
 def test_rows_are_spread_and_a_third_has_the_rarest_class() -> None:

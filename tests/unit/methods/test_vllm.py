@@ -15,7 +15,7 @@ from ray_vlm.data.rows import load_preparer
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Sampling
 from ray_vlm.methods.vllm import build_answerer, build_sampler, start_engine
-from ray_vlm.train.driver import prepare
+from ray_vlm.train.prepare import prepare
 
 
 @dataclass

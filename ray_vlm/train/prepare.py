@@ -1,0 +1,153 @@
+"""What is decided before a run starts: every row read and checked, the balance of classes, the plan."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_vlm.config.data import Source
+from ray_vlm.config.resume import check_output_dir
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.balance import Balance, plan_balance
+from ray_vlm.data.index import Index
+from ray_vlm.data.plan import Plan
+from ray_vlm.data.preprocessing import changed_since
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.splits import Parts, load_parts, row_tags
+from ray_vlm.errors import ConfigError
+from ray_vlm.methods import METHODS
+from ray_vlm.models.quiet import quiet_libraries
+from ray_vlm.runs.store import full_address
+from ray_vlm.train.energy import check_energy
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is decided before anything starts."""
+
+    job: JobConfig
+    spec: RowSpec
+    train: Index
+    eval: Index | None
+    plan: Plan
+    balance: Balance
+    notes: tuple[str, ...] = ()
+
+
+def prepare(job: JobConfig, parts: Parts | None = None) -> Prepared:
+    """Read and check all rows, unless `parts` has them, and plan the run. Touches no run folder; raises on anything
+    that cannot work."""
+    if job.data.train is None:
+        raise ConfigError("`data.train` is missing. Give it a path and a format.")
+    quiet_libraries()
+    METHODS[job.method.name].check_options(job)
+    check_energy(job)
+    job = absolute_paths(job)
+    parts = parts or load_parts(job, wanted_parts(job))
+    assert parts.train is not None
+    assert job.data.train is not None
+    sources = [job.data.train, *job.data.mix]
+    weights = np.array([sources[record.source].weight for record in parts.train.records])
+    notes = _check_scores(job, parts.train)
+    _check_pairs(job, parts.spec)
+    balance = plan_balance(
+        [row_tags(job, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
+    )
+    spec = replace(parts.spec, token_weights=balance.token_weights)
+    plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs)
+    return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes))
+
+
+def wanted_parts(job: JobConfig) -> list[str]:
+    """The parts of the data that training reads."""
+    return ["train", "eval"] if job.data.eval is not None else ["train"]
+
+
+def _check_scores(job: JobConfig, train: Index) -> list[str]:
+    """The self-test of GRPO's rewards: raises `ConfigError` where they reward something else than the truth."""
+    if job.method.name != "grpo":
+        return []
+    from ray_vlm.methods.grpo import job_rewards
+    from ray_vlm.methods.rewards import check_rewards
+
+    return check_rewards(job_rewards(job, train.labels))
+
+
+def _check_pairs(job: JobConfig, spec: RowSpec) -> None:
+    """Raise where pairs were sampled at other image sizes: places in their answers would be wrong."""
+    if job.method.name != "dpo":
+        return
+    sources = [s for s in (job.data.train, *job.data.mix, job.data.eval) if s is not None and s.path]
+    changed = [(s.path, text) for s in sources for text in changed_since(s.path, load_preparer(spec))]
+    if changed:
+        raise ConfigError(
+            [
+                f"{path}: its answers were sampled with another {text}. Use those, or make it again."
+                for path, text in changed
+            ]
+        )
+
+
+def plan_run(job: JobConfig, num_rows: int, factors: np.ndarray | None = None, costs: np.ndarray | None = None) -> Plan:
+    """The job's plan over `num_rows` rows; `factors` and `costs` as `Plan` has them.
+
+    GRPO's batch sizes count answers, and a worker samples for all prompts of its step at once.
+    """
+    train, workers = job.train, max(1, job.cluster.num_workers)
+    whole, micro = train.global_batch_size, train.micro_batch_size
+    if job.method.name == "grpo":
+        whole //= job.method.num_generations
+        micro = whole // workers
+    return Plan(
+        num_rows=num_rows,
+        global_batch_size=whole,
+        micro_batch_size=micro,
+        world_size=workers,
+        whole_steps=job.method.name != "sft",
+        num_epochs=train.num_epochs,
+        max_steps=train.max_steps,
+        shuffle=job.data.shuffle,
+        seed=job.seed,
+        factors=factors,
+        costs=costs if job.data.balance_lengths else None,
+    )
+
+
+def absolute_paths(job: JobConfig) -> JobConfig:
+    """The job with its local paths made absolute: a Ray worker's current folder is another one."""
+
+    def source(value: Source | None) -> Source | None:
+        if value is None or not value.path:
+            return value
+        root = full_address(value.image_root) if value.image_root else None
+        return value.model_copy(update={"path": full_address(value.path), "image_root": root})
+
+    data: dict[str, Any] = {name: source(getattr(job.data, name)) for name in ("train", "eval", "test")}
+    data["mix"] = tuple(source(value) for value in job.data.mix)
+    model = {k: _absolute(v) for k in ("name", "adapter") if (v := getattr(job.model, k)) and _is_local(v)}
+    return job.model_copy(
+        update={
+            "data": job.data.model_copy(update=data),
+            "model": job.model.model_copy(update=model),
+            "run": job.run.model_copy(update={"output_dir": _output_dir(job.run.output_dir)}),
+        }
+    )
+
+
+def _output_dir(address: str) -> str:
+    """Where runs go, for every process. Raises `ConfigError` for a relative path under a Ray job."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (problems := check_output_dir(address)):
+        raise ConfigError(problems)
+    return full_address(address)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(os.path.expanduser(path)).absolute())
+
+
+def _is_local(name: str) -> bool:
+    """Whether a model's name is a folder here; anything else is a name on the hub."""
+    return os.path.exists(os.path.expanduser(name))

@@ -1,0 +1,76 @@
+"""The end of a sweep: the best trial measured on test rows, exported, and everything on one page."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ray_vlm.config.check_tune import tune_metrics
+from ray_vlm.config.load import load_resolved
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.evaluate.export import export_run
+from ray_vlm.evaluate.predictor import weights_of
+from ray_vlm.evaluate.run import evaluate
+from ray_vlm.runs.card import ADAPTER, MERGED
+from ray_vlm.runs.read import Run, read_run
+from ray_vlm.runs.store import Store, is_remote, join
+from ray_vlm.runs.text import tell_number
+from ray_vlm.tune.report import write_report
+from ray_vlm.tune.space import Space
+from ray_vlm.tune.trials import TRIALS, Trial, rank
+
+REPORT = "report.html"
+
+
+def finish_sweep(
+    address: str, job: JobConfig, space: Space, trials: Sequence[Trial], say: Callable[[str], None] = print
+) -> None:
+    """Measure and export the best trial as the job says, and write the report. What is there already is made anew."""
+    best = trials[rank(trials)[0]]
+    run = read_run(join(join(address, TRIALS), best.name))
+    say(
+        f"best: trial {best.name}, {best.metric} {tell_number(best.metrics[best.metric])} at step {best.best_step}: "
+        + ", ".join(f"{key}={value}" for key, value in best.values.items())
+    )
+    notes = [f"Ranked by {best.metric} on the eval rows."]
+    if job.data.test is not None:
+        notes.append(_measure(run, say))
+    if job.tune.export is not None:
+        kind = MERGED if job.tune.export == "merged" else ADAPTER
+        name = f"export/{kind}"
+        Store(address).remove(name)
+        _make(address, name, lambda folder: export_run(run.address, str(folder), kind == MERGED, None, lambda _: None))
+        notes.append(f"The best trial is exported in {name}/.")
+        say(f"exported: {join(address, name)}")
+    runs = [read_run(join(join(address, TRIALS), trial.name)) for trial in trials]
+    page = write_report(f"Sweep {_name(address)}", space, tune_metrics(job), trials, runs, notes)
+    Store(address).write(REPORT, page.encode())
+    say(f"report {join(address, REPORT)}")
+
+
+def _measure(run: Run, say: Callable[[str], None]) -> str:
+    """Evaluate the best trial on the test rows; a sentence on it."""
+    weights = weights_of(run, None)
+    name = f"evaluate/{weights.partition('?')[0].rstrip('/').rpartition('/')[2]}"
+    found: dict = {}
+    _make(run.address, name, lambda folder: found.update(evaluate(load_resolved(dict(run.job)), weights, folder, say)))
+    numbers = ", ".join(f"{key} {tell_number(value)}" for key, value in list(found["overall"].items())[:4])
+    told = f"The best trial on {found['num_rows']} test rows, which chose nothing: {numbers}."
+    say(told)
+    return told
+
+
+def _make(address: str, name: str, make: Callable[[Path], object]) -> None:
+    """Let `make` fill a folder of what is kept at `address`; for an object store a temporary one, copied there."""
+    if not is_remote(address):
+        make(Path(address) / name)
+        return
+    with tempfile.TemporaryDirectory(prefix="ray_vlm-") as root:
+        folder = Path(root) / "made"
+        make(folder)
+        store = Store(address)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            store.write(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+
+
+def _name(address: str) -> str:
+    return address.partition("?")[0].rstrip("/").rpartition("/")[2]

@@ -1,0 +1,91 @@
+"""`report.html` of a sweep: trials, what their settings had to do with it, curves, cost, and the best one's answers.
+
+One self-contained file from what the sweep's folder holds; everything that came from files is escaped.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.evaluate.compare import load_stages
+from ray_vlm.evaluate.pictures import Stage, choose_images, draw_picture
+from ray_vlm.evaluate.report import render
+from ray_vlm.runs.compute import measure_compute, sum_compute
+from ray_vlm.runs.curves import overlay
+from ray_vlm.runs.read import Run
+from ray_vlm.runs.text import tell_number, tell_setting, tell_time
+from ray_vlm.tune.coordinates import lay_out
+from ray_vlm.tune.importance import measure_importance
+from ray_vlm.tune.plan import pareto
+from ray_vlm.tune.space import Space
+from ray_vlm.tune.trials import Trial, rank
+
+
+def write_report(
+    title: str, space: Space, metrics: Sequence[str], trials: Sequence[Trial], runs: Sequence[Run], notes: Sequence[str]
+) -> str:
+    """The page's HTML. `runs`: of the trials, in their order; `metrics`: the one that ranks, then those beside it."""
+    order = rank(trials)
+    rest = [i for i in range(len(trials)) if i not in order]
+    front = set(pareto([trial.metrics for trial in trials], metrics)) if len(metrics) > 1 else set()
+    keys = [s.key for s in space.searched]
+    importance, step = measure_importance(space, trials)
+    names = [f"trial {trial.name}" for trial in trials]
+    stages = load_stages([runs[order[0]]], [names[order[0]]]) if order else []
+    return render(
+        "sweep.html.j2",
+        folder=Path(__file__).parent,
+        title=title,
+        notes=notes,
+        metrics=metrics,
+        keys=keys,
+        rows=[_row(trials[i], keys, metrics, i in order[:1], i in front) for i in [*order, *rest]],
+        front=bool(front),
+        coordinates=lay_out(space, trials, metrics[0]),
+        importance=importance,
+        importance_step=step,
+        curve=overlay(
+            [runs[i] for i in order], [names[i] for i in order], "eval", metrics[0], f"{metrics[0]}, validation"
+        ),
+        cost=describe_cost(trials, runs),
+        images=_samples(stages),
+        columns=1,
+    )
+
+
+def _row(trial: Trial, keys: Sequence[str], metrics: Sequence[str], best: bool, front: bool) -> dict[str, Any]:
+    told = trial.status if trial.status == "finished" else f"{trial.status} at step {trial.step}"
+    return {
+        "name": trial.name,
+        "values": [tell_setting(trial.values.get(key)) for key in keys],
+        "numbers": [tell_number(trial.metrics.get(name)) for name in metrics],
+        "step": trial.best_step if trial.best_step is not None else "-",
+        "status": told,
+        "time": tell_time(trial.wall_s),
+        "best": best,
+        "front": front,
+    }
+
+
+def describe_cost(trials: Sequence[Trial], runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What the sweep cost, as rows of a table."""
+    if not runs:
+        return []
+    found = sum_compute(runs, [measure_compute(run) for run in runs])
+    statuses = [trial.status for trial in trials]
+    counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    rows = [("trials", counts), ("time of all trials", tell_time(found["wall_s"]))]
+    titles = {
+        "gpu_hours": "GPU-hours",
+        "cpu_hours": "CPU-hours",
+        "unfinished_hours": "of them in trials without an end",
+    }
+    titles |= {"energy_kwh": "energy (kWh, estimate)", "co2_kg": "CO2 (kg, estimate)"}
+    rows += [(name, tell_number(found[key])) for key, name in titles.items() if found.get(key)]
+    return [*rows, ("steps trained", f"{sum(trial.step for trial in trials):,}")]
+
+
+def _samples(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    if not stages:
+        return []
+    return [p for i in choose_images(stages[0].predictions) if (p := draw_picture(i, stages)) is not None]

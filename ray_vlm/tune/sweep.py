@@ -1,0 +1,200 @@
+"""`ray-vlm tune`: a job and a space -> trials, each an ordinary run -> the best one, measured and exported.
+
+<output_dir>/<job>-<space>/
+  sweep.json  trials/<number>/  report.html  export/adapter|merged/
+
+`sweep.json` says what the sweep is and how its trials ended; it is made from the trials' folders and is written again
+whenever they change. Nothing of Ray's is kept.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.cluster.connect import start_ray
+from ray_vlm.cluster.environment import read_environment
+from ray_vlm.cluster.shared import check_shared
+from ray_vlm.config.check_tune import tune_metrics
+from ray_vlm.config.load import dump_job, load_job
+from ray_vlm.config.resume import check_resume, touches
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.splits import load_parts
+from ray_vlm.errors import ConfigError, Interrupted, RunError
+from ray_vlm.runs.manifest import finish_manifest, write_training_log
+from ray_vlm.runs.paths import open_run
+from ray_vlm.runs.store import Store, join
+from ray_vlm.train.prepare import absolute_paths, prepare, wanted_parts
+from ray_vlm.tune.finish import finish_sweep
+from ray_vlm.tune.plan import SweepPlan, plan_sweep
+from ray_vlm.tune.search import draw_trials, run_tune
+from ray_vlm.tune.space import Space, check_space, load_space, own_values
+from ray_vlm.tune.trial import PRUNED, Sweep, name_trial
+from ray_vlm.tune.trials import TRIALS, Trial, rank, read_trials
+
+SWEEP = "sweep.json"
+_OVER = ("finished", PRUNED, "failed")
+# Settings that change neither which rows there are nor how they are read.
+_SAME_ROWS = (
+    *("train", "lora", "evaluate", "checkpoint", "seed", "method", "data.oversample", "data.class_weights"),
+    *("data.condition_weights", "data.shuffle", "data.balance_lengths", "data.num_loaders"),
+)
+
+
+def tune(
+    job_path: str,
+    overrides: Sequence[str],
+    space_path: str,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Run a sweep to its end and return its folder. Raises before any trial starts where one of them could not work.
+
+    `resume`: go on with it where it stopped; where there is none it starts. `overwrite`: delete it first. Raises
+    `Interrupted` when a signal stopped it, and `RunError` where no trial came to a number.
+    """
+    space = load_space(space_path)
+    check_space(space, job_path, overrides)
+    job = _ranked(absolute_paths(load_job(job_path, overrides)))
+    address = join(job.run.output_dir, f"{_stem(job, job_path)}-{Path(space_path).stem}")
+    known = _claim(address, job, space, resume, overwrite)
+    prepared = prepare(job)  # what no trial could do without, before any starts
+    parts = load_parts(job, wanted_parts(job)) if _same_rows(space) else None
+    first = job.evaluate.every_steps or prepared.plan.steps_per_epoch
+    metric = job.evaluate.metric
+    with start_ray(job):
+        import ray
+
+        plan = plan_sweep(job, space, ray.cluster_resources())
+        check_shared(address)
+        draws: tuple[dict[str, Any], ...] = ()
+        if job.tune.search == "random":
+            draws = draw_trials(space, plan.num_trials, job.seed, job.tune.default_first)
+        sweep = Sweep(dump_job(job), space, address, metric, plan.at_once, parts, draws, read_environment())
+        say(describe(plan, space, job, address))
+        ended, failed = run_tune(sweep, plan, job, first, known, say)
+    _settle(address, ended)
+    trials = read_trials(address, space)
+    write_sweep(address, job, space, trials, "finished" if _is_over(trials, plan.num_trials) else "interrupted")
+    for text in failed:
+        say(f"failed: {text}")
+    _end(address, job, plan, trials)
+    finish_sweep(address, job, space, trials, say)
+    return address
+
+
+def _ranked(job: JobConfig) -> JobConfig:
+    """The job as trials have it: measured by the metric that ranks them."""
+    if job.data.eval is None:
+        raise ConfigError("`data.eval` is missing: trials are ranked by rows that they do not train on. Give it.")
+    metric = tune_metrics(job)[0]
+    return job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"metric": metric})})
+
+
+def _stem(job: JobConfig, job_path: str) -> str:
+    return job.run.name or Path(job_path).stem
+
+
+def _same_rows(space: Space) -> bool:
+    keys = [s.key for s in space.settings]
+    return all(any(touches(key, same) and len(key) >= len(same) for same in _SAME_ROWS) for key in keys)
+
+
+def _claim(address: str, job: JobConfig, space: Space, resume: bool, overwrite: bool) -> list[dict[str, Any]]:
+    """Take the sweep's folder; returns the values of the trials that are there already.
+
+    Raises `RunError` or `ConfigError` where it holds something else.
+    """
+    store = Store(address)
+    if store.names():
+        if not resume and not overwrite:
+            raise RunError(f"{address} exists. Go on with it by --resume, or delete it by --overwrite.")
+        found = read_sweep(address)
+        if overwrite:
+            Store(address.rpartition("/")[0]).remove(address.rpartition("/")[2])
+        else:
+            _check_same(address, found, job, space)
+    trials = read_trials(address, space) if resume else []
+    write_sweep(address, job, space, trials, "running")
+    values = [trial.values for trial in trials]
+    if not values and job.tune.default_first and (own := own_values(space, dump_job(job))):
+        values = [own]
+    return values
+
+
+def _check_same(address: str, found: Mapping[str, Any], job: JobConfig, space: Space) -> None:
+    told = json.loads(json.dumps(asdict(space)["settings"]))
+    if found["space"] != told:
+        raise ConfigError(
+            f"--resume: {address} was begun with another space. Its trials would not be comparable: give the old one, "
+            "or another run.name."
+        )
+    now = dump_job(job)
+    if problems := check_resume(found["job"] | {"tune": now["tune"]}, now):
+        raise ConfigError(problems)
+
+
+def read_sweep(address: str) -> dict[str, Any]:
+    """What `sweep.json` says. Raises `RunError` where there is no sweep."""
+    try:
+        found = json.loads(Store(address).read(SWEEP) or b"")
+        if not isinstance(found, dict) or not {"job", "space", "trials"} <= set(found):
+            raise ValueError("fields are missing")
+        return found
+    except (OSError, ValueError) as error:
+        raise RunError(f"{address}: no sweep here ({SWEEP}: {error}). Give another run.name.") from None
+
+
+def write_sweep(address: str, job: JobConfig, space: Space, trials: Sequence[Trial], status: str) -> None:
+    """Write `sweep.json`."""
+    order = rank(trials)
+    told = {
+        "status": status,
+        "job": dump_job(job),
+        "space": asdict(space)["settings"],
+        "metric": job.evaluate.metric,
+        "written": time.time(),
+        "best": trials[order[0]].name if order else None,
+        "trials": [asdict(trial) for trial in trials],
+    }
+    store = Store(address)
+    if store.local is not None:
+        store.local.mkdir(parents=True, exist_ok=True)
+    store.write(SWEEP, json.dumps(told, indent=1).encode())
+
+
+def describe(plan: SweepPlan, space: Space, job: JobConfig, address: str) -> str:
+    """What will run, in two lines."""
+    each = f"{plan.cpus:g} CPU" + (f" and {plan.gpus:g} GPU" if plan.gpus else "")
+    return (
+        f"sweep {address}: {plan.num_trials} trials, {plan.at_once} at a time, {each} each; {job.tune.search} search, "
+        f"scheduler {job.tune.scheduler}, best by {job.evaluate.metric}\nsearched: "
+        + ", ".join(f"{s.key} {s.kind} {list(s.args)}" for s in space.searched)
+    )
+
+
+def _settle(address: str, ended: Sequence[int]) -> None:
+    """Write down which runs the scheduler ended: those that Tune calls complete and that did not come to their end."""
+    for number in ended:
+        paths = open_run(join(join(address, TRIALS), name_trial(number)))
+        paths.refresh(paths.run, paths.metrics, paths.resolved)
+        if paths.run.is_file() and json.loads(paths.run.read_text())["status"] not in ("finished", PRUNED):
+            finish_manifest(paths, PRUNED)
+            write_training_log(paths, None)
+        paths.discard()
+
+
+def _is_over(trials: Sequence[Trial], num_trials: int) -> bool:
+    return len(trials) >= num_trials and all(t.status in _OVER for t in trials)
+
+
+def _end(address: str, job: JobConfig, plan: SweepPlan, trials: Sequence[Trial]) -> None:
+    """Raise where the sweep did not come to its end, or came to nothing."""
+    if not _is_over(trials, plan.num_trials):
+        over = sum(t.status in _OVER for t in trials)
+        raise Interrupted(f"stopped with {over} of {plan.num_trials} trials over; --resume goes on ({address})")
+    if not rank(trials):
+        raise RunError(f"{address}: no trial came to a finite {job.evaluate.metric}. Their folders say why.")

@@ -1,0 +1,62 @@
+"""What a sweep's run folders say: each trial's values, how it ended, its best validation, its cost."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_vlm.errors import RunError
+from ray_vlm.runs.read import Run, is_number, read_run, setting
+from ray_vlm.runs.store import Store, join
+from ray_vlm.tune.plan import rank_trials
+from ray_vlm.tune.space import Space
+
+TRIALS = "trials"  # folder of a sweep that holds its runs
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial. `values`: of every key of the space; `metrics`: of its best validation, by its `metric`; `curve`: step
+    and number of each validation; `wall_s`: seconds of all its attempts."""
+
+    name: str
+    values: dict[str, Any]
+    status: str
+    step: int
+    num_steps: int | None
+    metric: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    curve: tuple[tuple[int, float], ...] = ()
+    wall_s: float = 0.0
+
+
+def read_trials(address: str, space: Space) -> list[Trial]:
+    """The trials in a sweep's folder, in the order of their names; a folder without a run is left out."""
+    found = []
+    for name in sorted(Store(join(address, TRIALS)).names()):
+        with suppress(RunError):
+            found.append(read_trial(read_run(join(join(address, TRIALS), name)), space))
+    return found
+
+
+def read_trial(run: Run, space: Space) -> Trial:
+    """What one run folder says."""
+    best = run.best or {}
+    return Trial(
+        name=run.name,
+        values={s.key: setting(run.job, s.key) for s in space.settings},
+        status=run.status,
+        step=run.step,
+        num_steps=run.num_steps,
+        metric=run.metric,
+        metrics={k: v for k, v in best.items() if is_number(v) and k not in ("time", "attempt", "step", "epoch")},
+        best_step=best.get("step"),
+        curve=tuple((e["step"], e[run.metric]) for e in run.of_kind("eval") if is_number(e.get(run.metric))),
+        wall_s=run.wall_s,
+    )
+
+
+def rank(trials: Sequence[Trial]) -> list[int]:
+    """Positions of the trials that have a number, the best first."""
+    return rank_trials([trial.metrics for trial in trials], trials[0].metric) if trials else []
