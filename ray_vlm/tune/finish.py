@@ -41,8 +41,9 @@ def finish_sweep(
         _make(address, name, lambda folder: export_run(run.address, str(folder), kind == MERGED, None, lambda _: None))
         notes.append(f"The best trial is exported in {name}/.")
         say(f"exported: {join(address, name)}")
-    runs = [read_run(join(join(address, TRIALS), trial.name)) for trial in trials]
-    page = write_report(f"Sweep {_name(address)}", space, tune_metrics(job), trials, runs, notes)
+    begun = [trial for trial in trials if trial.values]
+    runs = [read_run(join(join(address, TRIALS), trial.name)) for trial in begun]
+    page = write_report(f"Sweep {_name(address)}", space, tune_metrics(job), begun, runs, notes)
     Store(address).write(REPORT, page.encode())
     say(f"report {join(address, REPORT)}")
 

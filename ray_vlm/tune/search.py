@@ -81,7 +81,7 @@ def run_tune(
     first: int,
     known: Sequence[Mapping[str, Any]],
     say: Callable[[str], None],
-) -> tuple[list[int], list[str]]:
+) -> tuple[list[int], dict[int, str]]:
     """Run every trial to its end; returns the numbers of those that came to one, and what went wrong with others.
 
     `first`: the step of a trial's first validation. `known`: values of the trials that an earlier call began, in the
@@ -118,7 +118,8 @@ def run_tune(
                 callbacks=[_teller(sweep.metric, say, ended)],
             ),
         ).fit()
-    return ended, [str(error).strip().splitlines()[-1][:500] for error in results.errors]
+    wrong = {r.config["number"]: str(r.error).strip().splitlines()[-1][:500] for r in results if r.error and r.config}
+    return ended, wrong
 
 
 def _tpe(space: Space, seed: int, known: Sequence[Mapping[str, Any]]) -> Any:

@@ -31,7 +31,7 @@ from ray_vlm.tune.finish import finish_sweep
 from ray_vlm.tune.plan import SweepPlan, plan_sweep
 from ray_vlm.tune.search import draw_trials, run_tune
 from ray_vlm.tune.space import Space, check_space, load_space, own_values
-from ray_vlm.tune.trial import PRUNED, Sweep, name_trial
+from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
 from ray_vlm.tune.trials import TRIALS, Trial, rank, read_trials
 
 SWEEP = "sweep.json"
@@ -60,28 +60,39 @@ def tune(
     check_space(space, job_path, overrides)
     job = _ranked(absolute_paths(load_job(job_path, overrides)))
     address = join(job.run.output_dir, f"{_stem(job, job_path)}-{Path(space_path).stem}")
-    known = _claim(address, job, space, resume, overwrite)
-    prepared = prepare(job)  # what no trial could do without, before any starts
+    _check_place(address, job, space, resume, overwrite)
+    known = read_trials(address, space) if resume else []
     parts = load_parts(job, wanted_parts(job)) if _same_rows(space) else None
-    first = job.evaluate.every_steps or prepared.plan.steps_per_epoch
-    metric = job.evaluate.metric
+    steps = prepare(job, parts).plan  # what no trial could do without, before any starts
     with start_ray(job):
         import ray
 
         plan = plan_sweep(job, space, ray.cluster_resources())
-        check_shared(address)
         draws: tuple[dict[str, Any], ...] = ()
         if job.tune.search == "random":
             draws = draw_trials(space, plan.num_trials, job.seed, job.tune.default_first)
+        metric = job.evaluate.metric
         sweep = Sweep(dump_job(job), space, address, metric, plan.at_once, parts, draws, read_environment())
+        _check_draws(sweep)
+        if overwrite:
+            _remove(address)
+        write_sweep(address, job, space, known, "running")
+        check_shared(address)
         say(describe(plan, space, job, address))
-        ended, failed = run_tune(sweep, plan, job, first, known, say)
+        points = [trial.values for trial in known] or _own_first(job, space)
+        first = job.evaluate.every_steps or steps.steps_per_epoch
+        ended, failed = run_tune(sweep, plan, job, first, points, say)
     _settle(address, ended)
-    trials = read_trials(address, space)
-    write_sweep(address, job, space, trials, "finished" if _is_over(trials, plan.num_trials) else "interrupted")
-    for text in failed:
-        say(f"failed: {text}")
-    _end(address, job, plan, trials)
+    trials = _with_failed(read_trials(address, space), failed, job)
+    over = len(trials) >= plan.num_trials and all(trial.status in _OVER for trial in trials)
+    write_sweep(address, job, space, trials, "finished" if over else "interrupted")
+    for number, text in failed.items():
+        say(f"trial {name_trial(number)} failed: {text}")
+    if not over:
+        done = sum(trial.status in _OVER for trial in trials)
+        raise Interrupted(f"stopped with {done} of {plan.num_trials} trials over; --resume goes on ({address})")
+    if not rank(trials):
+        raise RunError(f"{address}: no trial came to a finite {metric}. Their folders say why.")
     finish_sweep(address, job, space, trials, say)
     return address
 
@@ -103,26 +114,39 @@ def _same_rows(space: Space) -> bool:
     return all(any(touches(key, same) and len(key) >= len(same) for same in _SAME_ROWS) for key in keys)
 
 
-def _claim(address: str, job: JobConfig, space: Space, resume: bool, overwrite: bool) -> list[dict[str, Any]]:
-    """Take the sweep's folder; returns the values of the trials that are there already.
+def _check_place(address: str, job: JobConfig, space: Space, resume: bool, overwrite: bool) -> None:
+    """Raise where the sweep's folder holds something that must stay, or another sweep than the one to go on with."""
+    if not Store(address).names():
+        return
+    if not resume and not overwrite:
+        raise RunError(f"{address} exists. Go on with it by --resume, or delete it by --overwrite.")
+    found = read_sweep(address)
+    if resume:
+        _check_same(address, found, job, space)
 
-    Raises `RunError` or `ConfigError` where it holds something else.
-    """
-    store = Store(address)
-    if store.names():
-        if not resume and not overwrite:
-            raise RunError(f"{address} exists. Go on with it by --resume, or delete it by --overwrite.")
-        found = read_sweep(address)
-        if overwrite:
-            Store(address.rpartition("/")[0]).remove(address.rpartition("/")[2])
-        else:
-            _check_same(address, found, job, space)
-    trials = read_trials(address, space) if resume else []
-    write_sweep(address, job, space, trials, "running")
-    values = [trial.values for trial in trials]
-    if not values and job.tune.default_first and (own := own_values(space, dump_job(job))):
-        values = [own]
-    return values
+
+def _remove(address: str) -> None:
+    folder, _, name = address.partition("?")[0].rstrip("/").rpartition("/")
+    mark, options = address.partition("?")[1:]
+    Store(f"{folder}{mark}{options}").remove(name)
+
+
+def _check_draws(sweep: Sweep) -> None:
+    """Raise with all that would stop a trial at its start, where they share their rows and are drawn already."""
+    problems: list[str] = []
+    for number, drawn in enumerate(sweep.draws if sweep.parts is not None else ()):
+        try:
+            prepare(build_trial_job(sweep, number, drawn)[0], sweep.parts)
+        except ConfigError as error:
+            problems += [f"trial {name_trial(number)}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _own_first(job: JobConfig, space: Space) -> list[dict[str, Any]]:
+    """The job's own values as the first trial, where it is to be."""
+    own = own_values(space, dump_job(job)) if job.tune.default_first else None
+    return [own] if own else []
 
 
 def _check_same(address: str, found: Mapping[str, Any], job: JobConfig, space: Space) -> None:
@@ -187,14 +211,9 @@ def _settle(address: str, ended: Sequence[int]) -> None:
         paths.discard()
 
 
-def _is_over(trials: Sequence[Trial], num_trials: int) -> bool:
-    return len(trials) >= num_trials and all(t.status in _OVER for t in trials)
-
-
-def _end(address: str, job: JobConfig, plan: SweepPlan, trials: Sequence[Trial]) -> None:
-    """Raise where the sweep did not come to its end, or came to nothing."""
-    if not _is_over(trials, plan.num_trials):
-        over = sum(t.status in _OVER for t in trials)
-        raise Interrupted(f"stopped with {over} of {plan.num_trials} trials over; --resume goes on ({address})")
-    if not rank(trials):
-        raise RunError(f"{address}: no trial came to a finite {job.evaluate.metric}. Their folders say why.")
+def _with_failed(trials: Sequence[Trial], failed: Mapping[int, str], job: JobConfig) -> list[Trial]:
+    """The trials with those that failed before they had a folder."""
+    names = {trial.name for trial in trials}
+    lost = [name_trial(n) for n in failed if name_trial(n) not in names]
+    none = [Trial(name, {}, "failed", 0, None, job.evaluate.metric) for name in lost]
+    return sorted([*trials, *none], key=lambda trial: trial.name)

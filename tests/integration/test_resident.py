@@ -1,0 +1,68 @@
+"""A base that stays in memory: each run on it is the run that it would have been alone."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.parity import write_pairs
+from ray_vlm.config.load import load_job
+from ray_vlm.models import resident
+from ray_vlm.models.load import load_model
+from ray_vlm.models.resident import load_resident, share_weights
+from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.train.driver import train
+
+
+def _curve(path: Path, name: str, *overrides: str) -> list[tuple[str, float]]:
+    job = load_job(path, [f"run.name={name}", *overrides])
+    paths = train(job, path.read_text())
+    return [(line["kind"], line["loss"]) for line in read_metrics(paths.metrics) if line["kind"] in ("train", "eval")]
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_every_run_on_a_kept_base_is_the_run_alone(
+    method: str, quantised: bool, job_file: Any, scenes: Path, tmp_path: Path, tiny_models: dict, monkeypatch: Any
+) -> None:
+    data: dict[str, Any] = {part: {"path": str(scenes / f"{part}.json")} for part in ("train", "eval")}
+    if method == "dpo":
+        pairs = str(write_pairs(tmp_path, tiny_models["qwen3_vl"]))
+        data = {"train": {"path": pairs, "format": "preference"}, "eval": {"ratio": 0.2}}
+    told: dict[str, Any] = {"name": method}
+    if method == "grpo":
+        told |= {"num_generations": 4, "max_completion_tokens": 8, "beta": 0.04}
+        told["rewards"] = {"tests.integration.test_alignment:even_tokens": 1.0}
+    lora = {"target": ["language", "connector", "vision"]}
+    evaluate = {"every_steps": 2, "num_samples": 4, "max_new_tokens": 8}
+    path = job_file(method=told, data=data, lora=lora, model={"load_in_4bit": quantised}, evaluate=evaluate)
+    monkeypatch.setattr(resident, "_KEPT", {})
+    alone = [_curve(path, "alone_0"), _curve(path, "alone_1", "lora.rank=2", "seed=1")]
+    again = [
+        _curve(path, "kept_0", "tune.resident=true"),
+        _curve(path, "kept_1", "tune.resident=true", "lora.rank=2", "seed=1"),
+        _curve(path, "kept_2", "tune.resident=true"),
+    ]
+    assert len(resident._KEPT) == 1
+    assert again == [alone[0], alone[1], alone[0]]
+    assert alone[0] != alone[1]
+
+
+def test_a_tree_of_its_own_around_the_same_tensors(job_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load_job(job_file(model={"load_in_4bit": True})).model
+    monkeypatch.setattr(resident, "_KEPT", {})
+    one, two = load_resident(spec, False), load_resident(spec, False)
+    assert one is not two
+    pairs = list(zip(one.named_parameters(), two.named_parameters(), strict=True))
+    assert all(a is b for (_, a), (_, b) in pairs)
+    one.forward = None
+    assert two.forward is not None
+    modules = [m for m in one.modules() if type(m).__name__ == "Linear4bit"]
+    assert modules
+    assert all(not m.support_avx512bf16_for_cpu for m in modules)
+    fresh = load_model(spec, False)
+    assert copy.deepcopy(fresh).state_dict().keys() == two.state_dict().keys()
+    tree = share_weights(fresh)
+    assert all(torch.equal(a, b) for a, b in zip(tree.buffers(), fresh.buffers(), strict=True))
