@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from ray_vlm.cluster.nodes import ask_autoscaler, ask_nodes, compare_nodes, describe_node, reachable, wait_longer
 from ray_vlm.cluster.preflight import Layout, cpus_needed, plan_layout
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
@@ -66,8 +67,21 @@ def connect(job: JobConfig, at_once: int = 1) -> Iterator[Layout]:
     `at_once`: how many runs like it share the cluster. Raises `RunError` when a cluster that was joined is too small.
     """
     with start_ray(job):
-        import ray
+        resources, nodes = find_resources(job)
+        yield plan_layout(job, {name: amount / at_once for name, amount in resources.items()}, nodes)
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        share = {name: amount / at_once for name, amount in ray.cluster_resources().items()}
-        yield plan_layout(job, share, nodes)
+
+def find_resources(job: JobConfig) -> tuple[dict[str, float], list[Mapping[str, float]]]:
+    """What the cluster has or can come to, all together and by node. Raises `RunError` where nodes do not fit the job:
+    other packages, no driver."""
+    import ray
+
+    here = describe_node()
+    living = ask_nodes() if len(ray.nodes()) > 1 else []
+    if problems := compare_nodes(living, here, job.model.load_in_4bit, job.cluster.gpus_per_worker > 0):
+        raise RunError(problems)
+    now = ray.cluster_resources()
+    found = reachable(now, [node["Resources"] for node in ray.nodes() if node["Alive"]], *ask_autoscaler())
+    if any(found[0][name] > now.get(name, 0) for name in ("CPU", "GPU") if name in found[0]):
+        wait_longer()
+    return found

@@ -1,4 +1,4 @@
-"""How much each searched setting had to do with the result: fANOVA, by Optuna, over the trials of a sweep.
+"""How much each searched setting had to do with the result: PED-ANOVA (arXiv:2304.10255), by Optuna.
 
 Trials are compared at the last validation that all of them came to, or those that were ended early would say that
 whatever they had was bad.
@@ -30,7 +30,7 @@ def measure_importance(space: Space, trials: Sequence[Trial]) -> tuple[dict[str,
     varied = [s for s in space.searched if len({drawn[s.key] for drawn, _ in rows}) > 1]
     if len(rows) < _FEWEST or not varied or len({score for _, score in rows}) < 2:
         return {}, None
-    return _fanova(varied, rows), step
+    return _ask_optuna(varied, rows), step
 
 
 def _common_step(trials: Sequence[Trial]) -> int | None:
@@ -47,7 +47,7 @@ def _code(setting: Setting, value: object) -> float | int | None:
     return value if inside and isinstance(value, int | float) else None
 
 
-def _fanova(settings: Sequence[Setting], rows: Sequence[tuple[dict, float]]) -> dict[str, float]:
+def _ask_optuna(settings: Sequence[Setting], rows: Sequence[tuple[dict, float]]) -> dict[str, float]:
     import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -62,7 +62,6 @@ def _fanova(settings: Sequence[Setting], rows: Sequence[tuple[dict, float]]) -> 
     for drawn, score in rows:
         params = {s.key: drawn[s.key] for s in settings}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
-    found = optuna.importance.get_param_importances(
-        study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
-    )
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+    whole = sum(found.values()) or 1.0
+    return dict(sorted(((key, share / whole) for key, share in found.items()), key=lambda item: -item[1]))

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.cluster.connect import start_ray
+from ray_vlm.cluster.connect import find_resources, start_ray
 from ray_vlm.cluster.environment import read_environment
 from ray_vlm.cluster.shared import check_shared
 from ray_vlm.config.check_tune import tune_metrics
@@ -65,9 +65,7 @@ def tune(
     parts = load_parts(job, wanted_parts(job)) if _same_rows(space) else None
     steps = prepare(job, parts).plan  # what no trial could do without, before any starts
     with start_ray(job):
-        import ray
-
-        plan = plan_sweep(job, space, ray.cluster_resources())
+        plan = plan_sweep(job, space, find_resources(job)[0])
         draws: tuple[dict[str, Any], ...] = ()
         if job.tune.search == "random":
             draws = draw_trials(space, plan.num_trials, job.seed, job.tune.default_first)

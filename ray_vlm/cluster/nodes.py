@@ -1,0 +1,131 @@
+"""What the nodes of a joined cluster are and have, against what the driver's machine has: told in one message.
+
+`ask_nodes` looks, in a task on every node; `compare_nodes` and `reachable` decide and touch nothing.
+"""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+
+# Packages whose versions decide numbers or file formats; another one on a node is an error that would come late.
+SAME = ("ray-vlm", "ray", "torch", "torchvision", "transformers", "trl", "peft", "accelerate", "datasets")
+QUANTISED = ("bitsandbytes",)
+_OLDEST_DRIVER = {"13": 580, "12": 525}  # of NVIDIA's, by the major version of torch's CUDA (its release notes)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node. `versions`: of packages, absent ones left out; `driver`: NVIDIA's, or None; `cuda`: that of torch."""
+
+    name: str
+    python: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    driver: str | None = None
+    cuda: str | None = None
+    gpus: float = 0
+
+
+def describe_node(name: str = "", gpus: float = 0) -> Node:
+    """This machine."""
+    versions = {}
+    for package in (*SAME, *QUANTISED):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    python = ".".join(platform.python_version_tuple()[:2])
+    return Node(name or platform.node(), python, versions, _driver(), _cuda(versions.get("torch", "")), gpus)
+
+
+def _driver() -> str | None:
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            words = file.readline().split()
+    except OSError:
+        return None
+    return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)
+
+
+def _cuda(version: str) -> str | None:
+    """The CUDA that a torch wheel is built for, by its version: `2.15.0+cu132` or, of the index's own, its packages."""
+    _, mark, tag = version.partition("+cu")
+    if mark:
+        return tag[:-1]
+    try:
+        return metadata.version("nvidia-cuda-runtime").split(".")[0]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def compare_nodes(nodes: Sequence[Node], here: Node, quantised: bool, gpus: bool) -> list[str]:
+    """Everything in which a node does not fit, one sentence each. `quantised`: the job needs bitsandbytes; `gpus`: it
+    asks for cards, so nodes that have some need a driver."""
+    problems = []
+    for node in nodes:
+        if node.python != here.python:
+            problems.append(f"{node.name}: Python {node.python}, and {here.python} here. Use one image for all nodes.")
+        for package in (*SAME, *(QUANTISED if quantised else ())):
+            there, mine = node.versions.get(package), here.versions.get(package)
+            if there is None:
+                problems.append(
+                    f"{node.name}: {package} is not installed. Install it with the cluster's set-up commands."
+                )
+            elif mine is not None and there != mine:
+                problems.append(f"{node.name}: {package} {there}, and {mine} here. Install the same on all nodes.")
+        problems += _check_driver(node) if gpus and node.gpus else []
+    return problems
+
+
+def _check_driver(node: Node) -> list[str]:
+    oldest = _OLDEST_DRIVER.get((node.cuda or "").split(".")[0])
+    if node.driver is None:
+        return [f"{node.name}: offers {node.gpus:g} GPU, but has no NVIDIA driver. Install one on the machine."]
+    if oldest and int(node.driver.split(".")[0]) < oldest:
+        return [
+            f"{node.name}: NVIDIA driver {node.driver}, and torch for CUDA {node.cuda} needs {oldest} or newer. Update "
+            "the driver, or install a torch for an older CUDA."
+        ]
+    return []
+
+
+def ask_nodes(timeout_s: float = 60.0) -> list[Node]:
+    """Every living node of the cluster, looked at from within; one that does not answer in time is left out."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0)(describe_node)
+    asked = []
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        where = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        gpus = node["Resources"].get("GPU", 0)
+        asked.append(ask.options(scheduling_strategy=where).remote(node["NodeManagerAddress"], gpus))
+    done, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
+    return ray.get(done)
+
+
+def reachable(
+    now: Mapping[str, float], nodes: Sequence[Mapping[str, float]], most: Mapping[str, float], kinds: Sequence[Mapping]
+) -> tuple[dict[str, float], list[Mapping[str, float]]]:
+    """What an autoscaling cluster can come to: all resources together, and those of single nodes.
+
+    `now`, `nodes`: as they are; `most`, `kinds`: as `ask_autoscaler` tells.
+    """
+    return {name: max(now.get(name, 0), most.get(name, 0)) for name in {*now, *most}}, [*nodes, *kinds]
+
+
+def ask_autoscaler() -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The most that the cluster's autoscaler may start, and what one node of each kind has; empty without one."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    most = state.get_max_resources_from_cluster_config() if config is not None else None
+    if config is None or most is None:
+        return {}, []
+    return dict(most), [dict(group.resources) for group in config.node_group_configs if group.max_count]
+
+
+def wait_longer() -> None:
+    """Give machines that are still to be started the time that it takes: Ray Train gives up after a minute."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")

@@ -1,0 +1,91 @@
+"""Several hosts on one Linux machine for tests: each with an address, processes and a /tmp/ray of its own.
+
+A host is a network namespace on a bridge, and processes in it that see only one another. Needs root, `ip`, `unshare`
+and `nsenter`; nothing of the machine's own network is touched.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+NET = "10.79.0"
+TOOLS = ("ip", "unshare", "nsenter", "mount")
+
+
+def why_not() -> str | None:
+    """Why this machine cannot have hosts, or None."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
+        return f"needs {', '.join(missing)}"
+    tried = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True)
+    return None if tried.returncode == 0 else "namespaces are not permitted here"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host: its address, and the process that is the first one in it."""
+
+    address: str
+    pid: int
+
+    def words(self, command: Sequence[str]) -> list[str]:
+        """The command line that runs `command` on this host."""
+        return ["nsenter", "-t", str(self.pid), "-m", "-p", "-n", "-u", "--", *command]
+
+
+@contextmanager
+def start_hosts(commands: Sequence[Sequence[str]], env: Mapping[str, str], folder: Path) -> Iterator[list[Host]]:
+    """Hosts that run one command each, for as long as the context lasts; their output is in `folder`."""
+    names = [f"rvh{i}" for i in range(len(commands))]
+    _remove([*names, "rvhsw"])
+    _ip("netns add rvhsw", "-n rvhsw link set lo up", "-n rvhsw link add br0 type bridge", "-n rvhsw link set br0 up")
+    hosts, processes = [], []
+    try:
+        for i, (name, command) in enumerate(zip(names, commands, strict=True)):
+            address = f"{NET}.{10 + i}"
+            _ip(f"netns add {name}", f"-n {name} link set lo up")
+            _ip(f"link add v{i} netns rvhsw type veth peer name eth0 netns {name}")
+            _ip(f"-n rvhsw link set v{i} master br0 up", f"-n {name} addr add {address}/24 dev eth0")
+            _ip(f"-n {name} link set eth0 up")
+            processes.append(_start(name, command, env, folder / f"{name}.log"))
+            hosts.append(Host(address, _only_child(processes[-1].pid)))
+        yield hosts
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        _remove([*names, "rvhsw"])
+
+
+def _start(name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen:
+    own = f"mount --make-rprivate / && hostname {name} && mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && exec "
+    words = ["ip", "netns", "exec", name, "unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child"]
+    words += ["--mount-proc", "sh", "-c", own + '"$@"', "host", *command]
+    with open(log, "wb") as file:
+        return subprocess.Popen(words, env=dict(env), stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+
+
+def _only_child(pid: int) -> int:
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+        if found:
+            return int(found[0])
+        time.sleep(0.1)
+    raise RuntimeError("a host did not start")
+
+
+def _ip(*commands: str) -> None:
+    for command in commands:
+        subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+
+def _remove(names: Sequence[str]) -> None:
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
