@@ -170,6 +170,16 @@ def read_sweep(address: str) -> dict[str, Any]:
         raise RunError(f"{address}: no sweep here ({SWEEP}: {error}). Give another run.name.") from None
 
 
+def find_best(address: str) -> str:
+    """The best trial's run of a sweep; the address itself where it is no sweep's. Raises `RunError` for a sweep
+    without a best trial."""
+    if SWEEP not in Store(address).names():
+        return address
+    if not (best := read_sweep(address).get("best")):
+        raise RunError(f"{address}: no trial of this sweep has a number yet.")
+    return join(join(address, TRIALS), str(best))
+
+
 def write_sweep(address: str, job: JobConfig, space: Space, trials: Sequence[Trial], status: str) -> None:
     """Write `sweep.json`."""
     order = rank(trials)

@@ -9,7 +9,7 @@ def add_cluster_verbs(verbs: argparse._SubParsersAction) -> None:
     """`ray-vlm submit` and `ray-vlm jobs`."""
     where = {"help": "the cluster's job server, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, or this machine)"}
     submit = verbs.add_parser("submit", help="run a verb as a Ray job on a cluster, and follow it")
-    submit.add_argument("what", choices=["train", "evaluate"], metavar="VERB", help="train or evaluate")
+    submit.add_argument("what", choices=["train", "tune", "evaluate"], metavar="VERB", help="train, tune or evaluate")
     submit.add_argument("job", help="the job's YAML file, inside the working directory")
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     submit.add_argument("--address", **where)
@@ -18,7 +18,8 @@ def add_cluster_verbs(verbs: argparse._SubParsersAction) -> None:
     submit.add_argument("--runtime-env", help="default: jobs/runtime_env.yaml")
     submit.add_argument("--submission-id", help="the job's name on the cluster")
     for flag in ("--resume", "--overwrite"):
-        submit.add_argument(flag, action="append_const", dest="flags", const=flag, help="handed on to train")
+        submit.add_argument(flag, action="append_const", dest="flags", const=flag, help="handed on to train and tune")
+    submit.add_argument("--space", help="handed on to tune: a file inside the working directory")
     for flag in ("--adapter", "--output", "--against"):
         submit.add_argument(flag, help="handed on to evaluate")
     submit.set_defaults(verb=_submit)
@@ -51,6 +52,10 @@ def _submit(args: argparse.Namespace) -> int:
         raise ConfigError(problems)
     folder = Path(args.working_dir).resolve()
     words = [*args.overrides, *(args.flags or [])]
+    if args.what == "tune" and not args.space:
+        raise ConfigError("submit tune: --space is missing. Give a file of tune_spaces/.")
+    if args.space:
+        words += ["--space", check_job_file(args.space, folder)]
     for name in ("adapter", "output", "against"):
         words += [f"--{name}", value] if (value := getattr(args, name)) else []
     command = entrypoint(args.what, check_job_file(args.job, folder), words)

@@ -4,9 +4,11 @@ import argparse
 
 
 def add_export_verb(verbs: argparse._SubParsersAction) -> None:
-    """`ray-vlm export RUN [--merged]`."""
+    """`ray-vlm export RUN|SWEEP [--merged]`."""
     export = verbs.add_parser("export", help="a run's adapter with a model card, or merged into one model")
-    export.add_argument("run", metavar="RUN", help="a run folder, or a name in outputs/")
+    export.add_argument(
+        "run", metavar="RUN", help="a run or a sweep, whose best trial is meant: a folder, or a name in outputs/"
+    )
     export.add_argument("--merged", action="store_true", help="one model, merged into the base without quantisation")
     export.add_argument("--weights", choices=["best", "final"], help="default: best, or final where there is no best")
     export.add_argument("--output", metavar="FOLDER", help="a new folder (default: export/ in the run)")
@@ -15,6 +17,7 @@ def add_export_verb(verbs: argparse._SubParsersAction) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from ray_vlm.evaluate.export import export_run
+    from ray_vlm.tune.sweep import find_best
     from ray_vlm.verbs.runs import find_run
 
-    export_run(find_run(args.run), args.output, args.merged, args.weights)
+    export_run(find_best(find_run(args.run)), args.output, args.merged, args.weights)

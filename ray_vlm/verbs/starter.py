@@ -7,7 +7,7 @@ from pathlib import Path
 
 def add_starter_verbs(verbs: argparse._SubParsersAction, parser: Callable[[], argparse.ArgumentParser]) -> None:
     """`ray-vlm init [FOLDER]` and `ray-vlm completion SHELL`; `parser` makes the whole parser anew."""
-    init = verbs.add_parser("init", help="put the starter jobs into a folder")
+    init = verbs.add_parser("init", help="put the starter jobs and spaces into a folder")
     init.add_argument("folder", nargs="?", default=".", help="default: this one")
     init.set_defaults(verb=_init)
     completion = verbs.add_parser("completion", help='word completion: eval "$(ray-vlm completion bash)"')
@@ -20,7 +20,12 @@ def _init(args: argparse.Namespace) -> None:
     from ray_vlm.errors import RunError
 
     source = find_job("demo_sft.yaml").parent
-    files = {Path("jobs") / path.name: path for path in sorted(source.iterdir()) if path.suffix in (".yaml", ".md")}
+    files = {
+        Path(folder.name) / path.name: path
+        for folder in (source, source.parent / "tune_spaces")
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".yaml", ".md")
+    }
     target = Path(args.folder)
     if there := [str(target / name) for name in files if (target / name).exists()]:
         raise RunError(f"{', '.join(there)}: already there, and nothing was written. Give another folder.")

@@ -19,6 +19,8 @@ ELSEWHERE = {  # run by other tests, or on what a test machine is not
     "jobs/demo_": "minutes; the demos themselves",
     "ray-vlm demo": "minutes; the demos themselves",
     "--resume": "tests/integration/test_resume.py",
+    "ray-vlm tune": "tests/cluster/test_sweep.py",
+    "NAME-SPACE": "tests/cluster/test_sweep.py",
 }
 
 
