@@ -6,7 +6,7 @@ is told the trials that there were, in their order, and goes on from them.
 
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
@@ -79,13 +79,13 @@ def run_tune(
     plan: SweepPlan,
     job: JobConfig,
     first: int,
-    known: Sequence[Mapping[str, Any]],
+    known: Mapping[int, Mapping[str, Any]],
     say: Callable[[str], None],
 ) -> tuple[list[int], dict[int, str]]:
     """Run every trial to its end; returns the numbers of those that came to one, and what went wrong with others.
 
-    `first`: the step of a trial's first validation. `known`: values of the trials that an earlier call began, in the
-    order of their numbers.
+    `first`: the step of a trial's first validation. `known`: values of the trials that an earlier call began, by
+    their numbers.
     """
     from ray import tune
 
@@ -122,23 +122,21 @@ def run_tune(
     return ended, wrong
 
 
-def _tpe(space: Space, seed: int, known: Sequence[Mapping[str, Any]]) -> Any:
+def _tpe(space: Space, seed: int, known: Mapping[int, Mapping[str, Any]]) -> Any:
     from ray.tune.search.optuna import OptunaSearch
+
+    first = sorted(known)
+    numbers = itertools.chain(first, itertools.count(max(first, default=-1) + 1))
 
     class Numbered(OptunaSearch):
         """Optuna's TPE, with the trial's number beside its values."""
 
-        given = 0
-
         def suggest(self, trial_id: str) -> dict | None:
             drawn = super().suggest(trial_id)
-            if not isinstance(drawn, dict):
-                return drawn
-            number, self.given = self.given, self.given + 1
-            return decode(space, drawn) | {"number": number}
+            return decode(space, drawn) | {"number": next(numbers)} if isinstance(drawn, dict) else drawn
 
     domains = {s.key: _domain(s) for s in space.searched}
-    points = [encode(space, values) for values in known]
+    points = [encode(space, known[number]) for number in first]
     return Numbered(domains, metric="score", mode="max", seed=seed, points_to_evaluate=points or None)
 
 

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
 from ray_vlm.tune.trials import TRIALS, Trial, rank, read_trials
 
 SWEEP = "sweep.json"
+_SAY = partial(print, flush=True)
 _OVER = ("finished", PRUNED, "failed")
+_DRAWS = ("search", "default_first")  # settings of `tune` that decide what a number draws
 # Settings that change neither which rows there are nor how they are read.
 _SAME_ROWS = (
     *("train", "lora", "evaluate", "checkpoint", "seed", "method", "data.oversample", "data.class_weights"),
@@ -49,7 +52,7 @@ def tune(
     space_path: str,
     resume: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _SAY,
 ) -> str:
     """Run a sweep to its end and return its folder. Raises before any trial starts where one of them could not work.
 
@@ -77,7 +80,7 @@ def tune(
         write_sweep(address, job, space, known, "running")
         check_shared(address)
         say(describe(plan, space, job, address))
-        points = [trial.values for trial in known] or _own_first(job, space)
+        points = {int(trial.name): trial.values for trial in known} or _own_first(job, space)
         first = job.evaluate.every_steps or steps.steps_per_epoch
         ended, failed = run_tune(sweep, plan, job, first, points, say)
     _settle(address, ended)
@@ -141,10 +144,10 @@ def _check_draws(sweep: Sweep) -> None:
         raise ConfigError(problems)
 
 
-def _own_first(job: JobConfig, space: Space) -> list[dict[str, Any]]:
+def _own_first(job: JobConfig, space: Space) -> dict[int, dict[str, Any]]:
     """The job's own values as the first trial, where it is to be."""
     own = own_values(space, dump_job(job)) if job.tune.default_first else None
-    return [own] if own else []
+    return {0: own} if own else {}
 
 
 def _check_same(address: str, found: Mapping[str, Any], job: JobConfig, space: Space) -> None:
@@ -155,7 +158,8 @@ def _check_same(address: str, found: Mapping[str, Any], job: JobConfig, space: S
             "or another run.name."
         )
     now = dump_job(job)
-    if problems := check_resume(found["job"] | {"tune": now["tune"]}, now):
+    fixed = {key: found["job"]["tune"][key] for key in _DRAWS}  # the rest of the section may change
+    if problems := check_resume(found["job"] | {"tune": now["tune"] | fixed}, now):
         raise ConfigError(problems)
 
 
