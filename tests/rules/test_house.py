@@ -146,3 +146,21 @@ def test_nothing_of_ours_runs_inside_ray_s_controller() -> None:
         text = path.read_text()
         assert "UserCallback" not in text, path
         assert not re.search(r"train\.report\([^)]*checkpoint", text), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_spaces_fit_a_job_and_open_with_how_to_run_them(path: Path, tmp_path: Path) -> None:
+    from ray_vlm.tune.space import check_space, load_space
+
+    told = {"dpo": "data/train.jsonl, format: preference", "grpo": "data/train.json"}.get(path.stem, "data/train.csv")
+    task = "classification" if path.stem == "rare_classes" else "detection"
+    form = ", format: image_csv" if task == "classification" else ""
+    method = path.stem if path.stem in ("dpo", "grpo") else "sft"
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"method: {method}\ntask: {task}\nmodel: {{name: x}}\ndata: {{train: {{path: {told}{form}}}, eval: 0.1}}\n"
+        "lora: {rank: 16}\ntrain: {global_batch_size: 16}\n"
+    )
+    given = "jobs/demo_tune.yaml" if path.stem == "demo" else str(job)
+    check_space(load_space(path), str(ROOT / given) if path.stem == "demo" else given, [])
+    assert any("Run: ray-vlm tune " in line and path.name in line for line in path.read_text().splitlines()[:4])
