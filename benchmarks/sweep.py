@@ -1,6 +1,6 @@
 """The demo's sweep as it ships: how long, and is what it exports at least as good as the job that it started from?
 
-Eight trials of `jobs/demo_tune.yaml` over `tune_spaces/demo.yaml`, through the command line; then the job itself, alone,
+Eight trials of `jobs/demo_tune.yaml` over `tune_spaces/demo.yaml`, by the command line; then the job itself, alone,
 for as many steps as the longest trial had, measured on the same test rows.
 """
 
