@@ -1,6 +1,6 @@
 """Trials on a base that stays in memory against one `TorchTrainer` for each: the same curves, and how much sooner.
 
-Eight trials of 20 steps of 4 rows with one validation of 16, of the demo's job in 4 bit, that differ in their seed. Both
+Eight trials of 20 steps of 4 rows with one validation of 16, of the demo job in 4 bit, that differ in their seed. Both
 arms are sweeps in one Ray cluster that is up before the clock starts.
 """
 
