@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Any
 
 # Packages whose versions decide numbers or file formats; another one on a node is an error that would come late.
 SAME = ("ray-vlm", "ray", "torch", "torchvision", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -95,7 +96,7 @@ def ask_nodes(timeout_s: float = 60.0) -> list[Node]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(num_cpus=0)(describe_node)
+    ask: Any = ray.remote(num_cpus=0)(describe_node)
     asked = []
     for node in (node for node in ray.nodes() if node["Alive"]):
         where = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)

@@ -71,8 +71,8 @@ def _scores(run: Run) -> str:
     rows = []
     for metric, value in overall.items():
         ends = intervals.get(metric)
-        known = isinstance(ends, Mapping) and is_number(ends.get("low")) and is_number(ends.get("high"))
-        told = f"{tell_number(ends['low'])} to {tell_number(ends['high'])}" if known else "-"
+        known = isinstance(ends, list) and len(ends) == 2 and all(is_number(end) for end in ends)
+        told = " to ".join(tell_number(end) for end in ends) if ends and known else "-"
         rows.append((metric, tell_number(value), told))
     where = f"On {found.get('num_rows', '?')} test rows (`evaluate/{_plain(name)}`), with 95 % intervals:"
     return f"## How good it is\n\n{where}\n\n" + _table(("metric", "value", "interval"), rows)

@@ -49,10 +49,10 @@ def _code(setting: Setting, value: object) -> float | int | None:
 
 def _ask_optuna(settings: Sequence[Setting], rows: Sequence[tuple[dict, float]]) -> dict[str, float]:
     import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    distributions = {
+    distributions: dict[str, BaseDistribution] = {
         s.key: CategoricalDistribution(list(range(len(s.args))))
         if s.kind in LISTS
         else FloatDistribution(float(s.args[0]), float(s.args[1]), log="log" in s.kind)

@@ -24,11 +24,14 @@ class SweepPlan:
     in_process: bool = False
 
 
-def plan_sweep(job: JobConfig, space: Space, resources: Mapping[str, float]) -> SweepPlan:
-    """Share out the cluster's `resources`. Raises `RunError` where not one trial fits, `ConfigError` for a grid that
-    nobody asked for.
+def plan_sweep(
+    job: JobConfig, space: Space, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] = ()
+) -> SweepPlan:
+    """Share out the cluster's `resources`. Raises `RunError` where not one trial fits, on the cluster or on any of its
+    `nodes`, and `ConfigError` for a grid that nobody asked for.
 
-    A trial needs its workers, the process that validates beside them if there is one, and a CPU for reading images.
+    A trial needs its workers, the process that validates beside them if there is one, and a CPU for reading images; one
+    that trains in the process that Tune gives it needs that process.
     """
     cluster = job.cluster
     alone = cluster.num_workers == 0 or job.tune.resident
@@ -42,6 +45,12 @@ def plan_sweep(job: JobConfig, space: Space, resources: Mapping[str, float]) -> 
         for name, need in (("CPU", cpus), ("GPU", gpus))
         if need and fits[name] < 1
     ]
+    for name, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        if not problems and nodes and each > (most := max(node.get(name, 0) for node in nodes)):
+            problems.append(
+                f"tune: a process of {each:g} {name} fits on no node; the largest has {most:g}. Lower "
+                f"cluster.{name.lower()}s_per_worker."
+            )
     if problems:
         raise RunError(problems)
     grid = space.grid_size
@@ -61,7 +70,9 @@ def plan_sweep(job: JobConfig, space: Space, resources: Mapping[str, float]) -> 
 def score_of_trial(values: Mapping[str, Any], metric: str) -> float | None:
     """A trial's number by which it is ranked, higher is better; None where it has no finite one."""
     value = values.get(metric)
-    return (-value if metric in LOWER_IS_BETTER else value) if is_number(value) else None
+    if value is None or not is_number(value):
+        return None
+    return -value if metric in LOWER_IS_BETTER else value
 
 
 def rank_trials(trials: Sequence[Mapping[str, Any]], metric: str) -> list[int]:

@@ -5,6 +5,7 @@ is told the trials that there were, in their order, and goes on from them.
 """
 
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,7 +71,12 @@ def build_scheduler(job: JobConfig, first_validation: int) -> Any:
     if job.tune.scheduler == "none":
         return FIFOScheduler()
     if job.tune.scheduler == "median":
-        return MedianStoppingRule(time_attr="step", grace_period=grace, min_samples_required=3)
+        return MedianStoppingRule(
+            time_attr="step",
+            grace_period=grace,
+            min_samples_required=3,
+            min_time_slice=_NEVER,  # else it pauses trials
+        )
     return ASHAScheduler(time_attr="step", max_t=_NEVER, grace_period=grace, reduction_factor=job.tune.reduction_factor)
 
 
@@ -118,7 +124,11 @@ def run_tune(
                 callbacks=[_teller(sweep.metric, say, ended)],
             ),
         ).fit()
-    wrong = {r.config["number"]: str(r.error).strip().splitlines()[-1][:500] for r in results if r.error and r.config}
+    wrong = {
+        r.config["number"]: str(r.error).strip().splitlines()[-1][:500]
+        for r in (results[i] for i in range(len(results)))
+        if r.error and r.config
+    }
     return ended, wrong
 
 

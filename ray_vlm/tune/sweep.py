@@ -68,7 +68,7 @@ def tune(
     parts = load_parts(job, wanted_parts(job)) if _same_rows(space) else None
     steps = prepare(job, parts).plan  # what no trial could do without, before any starts
     with start_ray(job):
-        plan = plan_sweep(job, space, find_resources(job)[0])
+        plan = plan_sweep(job, space, *find_resources(job))
         draws: tuple[dict[str, Any], ...] = ()
         if job.tune.search == "random":
             draws = draw_trials(space, plan.num_trials, job.seed, job.tune.default_first)

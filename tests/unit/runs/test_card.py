@@ -32,3 +32,18 @@ def test_names_from_data_cannot_become_markup(tmp_path: Path) -> None:
     assert "<script" not in card
     assert yaml.safe_load(card.split("\n---\n")[0].removeprefix("---"))["base_model"] == "evil: [\n---\n# x"
     assert "license" not in card.split("\n---\n")[0]
+
+
+def test_numbers_stand_with_their_intervals(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / "evaluate" / "best").mkdir(parents=True, exist_ok=True)
+    told = {
+        "overall": {"f1_50": 0.5, "map": None},
+        "intervals": {"f1_50": [0.4, 0.6], "map": [None, None]},
+        "num_rows": 7,
+    }
+    (folder / "evaluate" / "best" / "metrics.json").write_text(json.dumps(told))
+    card = write_card(read_run(str(folder)), ADAPTER, "best")
+    assert "On 7 test rows" in card
+    assert "| f1_50 | 0.500 | 0.400 to 0.600 |" in card
+    assert "| map | - | - |" in card

@@ -33,7 +33,11 @@ def test_trials_side_by_side(cluster: dict, resources: dict, at_once: int) -> No
 
 
 def test_every_combination_of_a_grid_as_often() -> None:
-    assert plan_sweep(_job({"num_trials": 14}, num_workers=1), GRID, {"CPU": 4}) == SweepPlan(12, 2, 2.0, 0)
+    alone = {"num_trials": 14, "default_first": False}
+    assert plan_sweep(_job(alone, num_workers=1), GRID, {"CPU": 4}) == SweepPlan(12, 2, 2.0, 0)
+    assert plan_sweep(_job({"num_trials": 14}, num_workers=1), GRID, {"CPU": 4}).num_trials == 13
+    resident = _job({"resident": True}, num_workers=1, cpus_per_worker=2)
+    assert plan_sweep(resident, SPACE, {"CPU": 2}) == SweepPlan(16, 1, 2.0, 0, in_process=True)
     with pytest.raises(ConfigError, match="6 combinations"):
         plan_sweep(_job({"num_trials": 5}), GRID, {"CPU": 4})
     with pytest.raises(ConfigError, match="optuna does not go through grids"):
@@ -47,6 +51,15 @@ def test_a_trial_that_fits_nowhere_is_told_with_all_that_is_missing() -> None:
         "tune: a trial needs 17 CPU",
         "tune: a trial needs 4 GPU",
     ]
+
+
+def test_a_trial_must_fit_on_a_node() -> None:
+    """Eight CPUs on four nodes hold no process of four."""
+    nodes = [{"CPU": 2.0}] * 4
+    for tune, workers in ({"resident": True}, 1), ({}, 0), ({}, 1):
+        with pytest.raises(RunError, match="the largest has 2"):
+            plan_sweep(_job(tune, num_workers=workers, cpus_per_worker=4), SPACE, {"CPU": 8.0}, nodes)
+    assert plan_sweep(_job({"resident": True}, cpus_per_worker=2), SPACE, {"CPU": 8.0}, nodes).at_once == 4
 
 
 def test_the_best_is_never_one_without_a_number() -> None:

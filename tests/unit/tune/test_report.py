@@ -28,7 +28,7 @@ def _trial(name: str, rate: float, rank: int, score: float | None, **changes: An
     metrics = {} if score is None else {"f1_50": score, "map": 1 - score}
     curve = () if score is None else ((10, score / 2), (20, score))
     told: dict[str, Any] = {"status": "finished", "step": 20, "num_steps": 20, "best_step": 20, "wall_s": 5.0}
-    return Trial(name, values, metric="f1_50", metrics=metrics, curve=curve, **(told | changes))
+    return Trial(name, values, metric="f1_50", metrics=metrics, **(told | {"curve": curve} | changes))
 
 
 def test_lines_run_through_their_values() -> None:

@@ -61,7 +61,9 @@ def test_schedulers_end_trials_at_equal_steps(scheduler: str, tmp_path: Path) ->
 
     from ray_vlm.config.schema import JobConfig
 
-    job = JobConfig.model_validate({"model": {"name": "x"}, "tune": {"scheduler": scheduler, "reduction_factor": 2}})
+    job = JobConfig.model_validate(
+        {"model": {"name": "x"}, "data": {}, "tune": {"scheduler": scheduler, "reduction_factor": 2}}
+    )
     found = build_scheduler(job, 10)
     assert found.set_search_properties("score", "max")
     ended = []
