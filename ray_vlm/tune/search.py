@@ -75,7 +75,7 @@ def build_scheduler(job: JobConfig, first_validation: int) -> Any:
             time_attr="step",
             grace_period=grace,
             min_samples_required=3,
-            min_time_slice=math.inf,  # else it pauses trials
+            min_time_slice=math.inf,  # type: ignore[arg-type]  # else it pauses trials
         )
     return ASHAScheduler(time_attr="step", max_t=_NEVER, grace_period=grace, reduction_factor=job.tune.reduction_factor)
 

@@ -16,14 +16,22 @@ from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train
 
 
-def _curve(path: Path, name: str, *overrides: str) -> list[tuple[str, float]]:
+def _curve(path: Path, name: str, *overrides: str) -> list[tuple]:
     job = load_job(path, [f"run.name={name}", *overrides])
-    paths = train(job, path.read_text())
-    return [(line["kind"], line["loss"]) for line in read_metrics(paths.metrics) if line["kind"] in ("train", "eval")]
+    lines = read_metrics(train(job, path.read_text()).metrics)
+    told = ("kind", "step", "loss", "reward", "grad_norm")
+    return [tuple(line.get(key) for key in told) for line in lines if line["kind"] in ("train", "eval")]
 
 
-@pytest.mark.parametrize("quantised", [True, False])
-@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize(
+    ("method", "quantised"),
+    [
+        ("sft", True),
+        pytest.param("sft", False, marks=pytest.mark.slow),
+        pytest.param("dpo", True, marks=pytest.mark.slow),
+        pytest.param("grpo", True, marks=pytest.mark.slow),
+    ],
+)
 def test_every_run_on_a_kept_base_is_the_run_alone(
     method: str, quantised: bool, job_file: Any, scenes: Path, tmp_path: Path, tiny_models: dict, monkeypatch: Any
 ) -> None:
