@@ -30,10 +30,16 @@ def _true_classes(prediction: dict[str, Any]) -> set[str]:
 
 
 def choose_images(predictions: Sequence[dict[str, Any]]) -> list[int]:
-    """A dozen positions: half of them hold the rarest true class, the rest are evenly spaced."""
-    counts = Counter(label for p in predictions for label in _true_classes(p))
+    """A dozen positions: half of them hold the rarest true class, the rest are evenly spaced.
+
+    Where some rows have a place to draw (steps that point at something), the rarest class is one of theirs.
+    """
+    places = ("boxes", "box", "point")
+    drawn = [i for i, p in enumerate(predictions) if any(p["truth"].get(name) for name in places)]
+    drawn = drawn or list(range(len(predictions)))
+    counts = Counter(label for i in drawn for label in _true_classes(predictions[i]))
     rarest = min(counts, key=lambda label: (counts[label], label)) if counts else None
-    rare = [i for i, p in enumerate(predictions) if rarest in _true_classes(p)][: NUM_IMAGES // 2]
+    rare = [i for i in drawn if rarest in _true_classes(predictions[i])][: NUM_IMAGES // 2]
     others = [i for i in range(len(predictions)) if i not in rare]
     space = min(NUM_IMAGES - len(rare), len(others))
     return rare + [others[i * len(others) // space] for i in range(space)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.evaluate.intervals import measure_differences
 from ray_vlm.evaluate.pictures import Stage, choose_images, draw_picture
 from ray_vlm.runs.curves import learning_curve
@@ -90,7 +91,9 @@ def render(template: str, folder: Path | None = None, **values: Any) -> str:
 def _headlines(stages: Sequence[Stage], changes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The metrics of all stages, with their intervals where they are known."""
     rows = []
-    for name in (name for name in _TITLES if name in stages[-1].metrics["overall"]):
+    overall = stages[-1].metrics["overall"]
+    first = TASK_METRICS.get(stages[-1].metrics.get("task"), ())  # what the task is about comes first
+    for name in (name for name in dict.fromkeys([*first, *_TITLES]) if name in overall and name in _TITLES):
         values = [stage.metrics["overall"].get(name) for stage in stages]
         known = [value for value in values if is_number(value)]
         sure = [stage.metrics.get("intervals", {}).get(name) for stage in stages]

@@ -87,6 +87,12 @@ def test_half_of_the_images_show_the_rarest_class() -> None:
     assert choose_images(predictions[:3]) == [0, 1, 2]
 
 
+def test_steps_that_point_somewhere_are_shown_even_if_others_are_rarer() -> None:
+    done, click = {"output": {"action": "done"}}, {"output": {"action": "click"}, "box": [1, 2, 3, 4]}
+    steps = [{"truth": done if i % 4 == 3 else click} for i in range(40)]
+    assert sum("box" in steps[i]["truth"] for i in choose_images(steps)) >= NUM_IMAGES // 2 + 3
+
+
 def test_no_curve_without_training() -> None:
     assert learning_curve([{"kind": "eval", "step": 1, "loss": 1.0}]) is None
 
