@@ -17,7 +17,8 @@ FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 def _train(job_file: Any, scenes: Path, tmp_path: Path, family: str = "qwen3_vl", **sections: Any) -> Path:
     data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")}
     lora = {"target": ["language", "connector", "vision"]}
-    path = job_file(family, data=data, lora=lora, train={"learning_rate": 1e-2}, **sections)
+    train = {"learning_rate": 1e-2} | sections.pop("train", {})
+    path = job_file(family, data=data, lora=lora, train=train, **sections)
     assert main(["train", str(path)]) == 0
     return tmp_path / "runs" / "run"
 
@@ -69,7 +70,7 @@ def test_an_adapter_goes_with_a_card_that_tells_what_it_is(job_file: Any, scenes
 
 
 def test_bfloat16_is_within_its_own_rounding(job_file: Any, scenes: Path, tmp_path: Path) -> None:
-    run = _train(job_file, scenes, tmp_path, train={"bf16": True, "learning_rate": 1e-2})
+    run = _train(job_file, scenes, tmp_path, train={"bf16": True})
     from ray_vlm.config.load import load_resolved
 
     job = load_resolved(json.loads((run / "resolved.json").read_text()))
