@@ -38,7 +38,7 @@ def _losses(run: Path, kind: str = "train") -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == kind]
 
 
-@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("resident", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trials_are_runs_and_the_best_is_exported(
     resident: bool, ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path
 ) -> None:
@@ -66,6 +66,7 @@ def test_trials_are_runs_and_the_best_is_exported(
     assert _losses(sweep / "trials" / "001", "eval") == _losses(alone, "eval")
 
 
+@pytest.mark.slow
 def test_trials_with_workers_of_their_own_equal_those_in_process(
     ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def _wait_for_free_resources() -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 def test_asha_ends_what_is_behind_and_optuna_draws(
     ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +110,7 @@ def test_asha_ends_what_is_behind_and_optuna_draws(
     _wait_for_free_resources()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_trains_nothing_twice(job_file: Any, scenes: Path, tmp_path: Path) -> None:
     path, space = _job(job_file, scenes, max_concurrent=1), _space(tmp_path)
     command = [sys.executable, "-m", "ray_vlm", "tune", str(path), "--space", space, "train.max_steps=12"]
@@ -134,6 +137,7 @@ def test_a_killed_sweep_goes_on_and_trains_nothing_twice(job_file: Any, scenes: 
     assert (sweep / "export" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_tried_again_and_then_left(
     ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path
 ) -> None:
