@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.config.check_tune import tune_metrics
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
@@ -54,7 +55,8 @@ def _measure(run: Run, say: Callable[[str], None]) -> str:
     name = f"evaluate/{weights.partition('?')[0].rstrip('/').rpartition('/')[2]}"
     found: dict = {}
     _make(run.address, name, lambda folder: found.update(evaluate(load_resolved(dict(run.job)), weights, folder, say)))
-    numbers = ", ".join(f"{key} {tell_number(value)}" for key, value in list(found["overall"].items())[:4])
+    names = [name for name in TASK_METRICS[found["task"]] if name in found["overall"]]
+    numbers = ", ".join(f"{name} {tell_number(found['overall'][name])}" for name in names[:4])
     told = f"The best trial on {found['num_rows']} test rows, which chose nothing: {numbers}."
     say(told)
     return told
