@@ -92,7 +92,7 @@ def _headlines(stages: Sequence[Stage], changes: Mapping[str, Any]) -> list[dict
     """The metrics of all stages, with their intervals where they are known."""
     rows = []
     overall = stages[-1].metrics["overall"]
-    first = TASK_METRICS.get(stages[-1].metrics.get("task"), ())  # what the task is about comes first
+    first = TASK_METRICS.get(str(stages[-1].metrics.get("task")), ())  # what the task is about comes first
     for name in (name for name in dict.fromkeys([*first, *_TITLES]) if name in overall and name in _TITLES):
         values = [stage.metrics["overall"].get(name) for stage in stages]
         known = [value for value in values if is_number(value)]
