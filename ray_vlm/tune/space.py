@@ -19,6 +19,7 @@ from typing import Any
 
 from ray_vlm.config.load import dump_job, load_job, parse_yaml, read_text
 from ray_vlm.errors import ConfigError
+from ray_vlm.runs.read import setting
 from ray_vlm.tune.formula import compute, read_formula
 
 NUMBERS = {"uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "randint": 2, "qrandint": 3, "lograndint": 2}
@@ -134,19 +135,12 @@ def resolve(space: Space, drawn: Mapping[str, Any], job: Mapping[str, Any]) -> d
             raise ValueError(f"{', '.join(derived)} are computed from one another")
         for key in ready:
             text = derived.pop(key)
-            names = {name: known[name] if name in known else _at(job, name) for name in read_formula(text)}
+            names = {name: known[name] if name in known else setting(job, name) for name in read_formula(text)}
             try:
                 known[key] = compute(text, names)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
     return {s.key: _whole(known[s.key]) for s in space.settings}
-
-
-def _at(job: Mapping[str, Any], key: str) -> Any:
-    found: Any = job
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
 
 
 def _whole(value: Any) -> Any:
@@ -156,7 +150,7 @@ def _whole(value: Any) -> Any:
 
 def own_values(space: Space, job: Mapping[str, Any]) -> dict[str, Any] | None:
     """The job's own values of what is searched, or None where one of them lies outside the space."""
-    values = {s.key: _at(job, s.key) for s in space.searched}
+    values = {s.key: setting(job, s.key) for s in space.searched}
     return values if all(_holds(s, values[s.key]) for s in space.searched) else None
 
 
