@@ -76,9 +76,9 @@ def find_resources(job: JobConfig) -> tuple[dict[str, float], list[Mapping[str, 
     other packages, no driver."""
     import ray
 
-    here = describe_node()
-    living = ask_nodes() if len(ray.nodes()) > 1 else []
-    if problems := compare_nodes(living, here, job.model.load_in_4bit, job.cluster.gpus_per_worker > 0):
+    living, problems = ask_nodes() if len(ray.nodes()) > 1 else ([], [])
+    problems += compare_nodes(living, describe_node(), job.model.load_in_4bit, job.cluster.gpus_per_worker > 0)
+    if problems:
         raise RunError(problems)
     now = ray.cluster_resources()
     found = reachable(now, [node["Resources"] for node in ray.nodes() if node["Alive"]], *ask_autoscaler())

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+from ray_vlm import __version__
+
 # Packages whose versions decide numbers or file formats; another one on a node is an error that would come late.
 SAME = ("ray-vlm", "ray", "torch", "torchvision", "transformers", "trl", "peft", "accelerate", "datasets")
 QUANTISED = ("bitsandbytes",)
@@ -30,8 +32,8 @@ class Node:
 
 def describe_node(name: str = "", gpus: float = 0) -> Node:
     """This machine."""
-    versions = {}
-    for package in (*SAME, *QUANTISED):
+    versions = {"ray-vlm": __version__}  # it may have travelled with a job, and then no package is installed
+    for package in (*SAME[1:], *QUANTISED):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -91,19 +93,30 @@ def _check_driver(node: Node) -> list[str]:
     return []
 
 
-def ask_nodes(timeout_s: float = 60.0) -> list[Node]:
-    """Every living node of the cluster, looked at from within; one that does not answer in time is left out."""
+def ask_nodes(timeout_s: float = 60.0) -> tuple[list[Node], list[str]]:
+    """Every living node of the cluster, looked at from within, and why others could not be; one that does not answer in
+    time is left out."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ask: Any = ray.remote(num_cpus=0)(describe_node)
-    asked = []
+    asked = {}
     for node in (node for node in ray.nodes() if node["Alive"]):
         where = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        gpus = node["Resources"].get("GPU", 0)
-        asked.append(ask.options(scheduling_strategy=where).remote(node["NodeManagerAddress"], gpus))
-    done, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
-    return ray.get(done)
+        name, gpus = node["NodeManagerAddress"], node["Resources"].get("GPU", 0)
+        asked[ask.options(scheduling_strategy=where, max_retries=0).remote(name, gpus)] = name
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    found, problems = [], []
+    for reference in done:
+        try:
+            found.append(ray.get(reference))
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            problems.append(
+                f"{asked[reference]}: cannot be asked ({reason[:200]}). Install this package on every node."
+            )
+    return found, problems
 
 
 def reachable(
