@@ -138,6 +138,27 @@ def test_a_killed_sweep_goes_on_and_trains_nothing_twice(job_file: Any, scenes: 
 
 
 @pytest.mark.slow
+def test_ctrl_c_stops_a_sweep_that_can_go_on(job_file: Any, scenes: Path, tmp_path: Path) -> None:
+    path, space = _job(job_file, scenes, max_concurrent=1), _space(tmp_path)
+    command = [sys.executable, "-m", "ray_vlm", "tune", str(path), "--space", space]
+    command += ["train.max_steps=40", "evaluate.every_steps=10"]
+    sweep = tmp_path / "runs" / "run-space"
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+    first = sweep / "trials" / "000" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (first.exists() and any(e["kind"] == "eval" for e in read_metrics(first))):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130, told[-2000:]
+    assert "--resume goes on" in told
+    assert json.loads((sweep / "sweep.json").read_text())["status"] == "interrupted"
+    subprocess.run([*command, "--resume"], cwd=Path(__file__).parents[2], check=True, timeout=240)
+    assert json.loads((sweep / "sweep.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
 def test_a_trial_that_fails_is_tried_again_and_then_left(
     ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path
 ) -> None:
