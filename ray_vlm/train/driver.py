@@ -41,13 +41,16 @@ class Hosted:
     at_once: int = 1
 
 
+ALONE = Hosted()  # a run that nobody hosts
+
+
 def train(
     job: JobConfig,
     job_text: str,
     overwrite: bool = False,
     command: Sequence[str] = (),
     resume: bool = False,
-    hosted: Hosted | None = None,
+    hosted: Hosted = ALONE,
 ) -> RunPaths:
     """Run the job to the end and return its folder. Raises after writing the reason into `run.json`.
 
@@ -62,7 +65,6 @@ def train(
         check_goes_on(paths, job)
     elif job.run.name is not None:
         check_free(job.run.output_dir, job.run.name, overwrite)  # before an hour of indexing
-    hosted = hosted or Hosted()
     prepared = prepare(job, hosted.parts)
     if paths is not None and _is_done(paths, prepared):
         print(f"{paths.address} is finished; for more steps raise train.num_epochs or train.max_steps", flush=True)
@@ -115,7 +117,7 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
     paths.publish(paths.balance)
 
 
-def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted) -> None:
+def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
     """Launch the workers and write down how it ended."""
     job = prepared.job
     task = WorkerTask(
