@@ -21,6 +21,7 @@ ELSEWHERE = {  # run by other tests, or on what a test machine is not
     "--resume": "tests/integration/test_resume.py",
     "ray-vlm tune": "tests/cluster/test_sweep.py",
     "NAME-SPACE": "tests/cluster/test_sweep.py",
+    "BUCKET": "needs a bucket; tests/integration/test_resume.py",
 }
 
 
