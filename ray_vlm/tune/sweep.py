@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
 from ray_vlm.tune.trials import TRIALS, Trial, rank, read_trials
 
 SWEEP = "sweep.json"
-_SAY = partial(print, flush=True)
 _OVER = ("finished", PRUNED, "failed")
 _DRAWS = ("search", "default_first")  # settings of `tune` that decide what a number draws
 # Settings that change neither which rows there are nor how they are read.
@@ -46,13 +44,18 @@ _SAME_ROWS = (
 )
 
 
+def tell(text: str) -> None:
+    """Print a line at once. A function of this module's, since Tune pickles what it calls, and Ray replaces `print`."""
+    print(text, flush=True)
+
+
 def tune(
     job_path: str,
     overrides: Sequence[str],
     space_path: str,
     resume: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], None] = _SAY,
+    say: Callable[[str], None] = tell,
 ) -> str:
     """Run a sweep to its end and return its folder. Raises before any trial starts where one of them could not work.
 

@@ -57,6 +57,22 @@ def test_what_the_feed_decides_cannot_be_set_behind_its_back() -> None:
     assert set(options) - {"optim"} <= {*DECIDED_BY_FEED, *NAMED_IN_JOB}
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"tune": {"metric": "anls"}}, "tune.metric"),
+        ({"tune": {"metric": ["f1_50", "f1_50"]}}, "tune.metric"),
+        ({"tune": {"metric": []}}, "tune.metric"),
+        ({"tune": {"resident": True}, "cluster": {"num_workers": 2}}, "tune.resident"),
+        ({"tune": {"resident": True}, "lora": None, "model": {"name": "x", "load_in_4bit": False}}, "tune.resident"),
+    ],
+)
+def test_sweeps_that_cannot_be_ranked_or_kept_are_refused(changes: dict, key: str) -> None:
+    assert [found for found, _ in check_job(JobConfig.model_validate(PLAIN | changes))] == [key]
+    good = {"tune": {"metric": ["f1_50", "loss"], "resident": True}}
+    assert check_job(JobConfig.model_validate(PLAIN | good)) == []
+
+
 def test_a_rule_is_silent_about_keys_that_could_not_be_read() -> None:
     job = JobConfig.model_validate(PLAIN | {"train": {"early_stopping_patience": 2}})
     assert check_job(job, {"data.eval"}) == []

@@ -41,9 +41,9 @@ def test_photos_repeat_and_splits_and_seeds_differ(tmp_path: Path) -> None:
 def test_rare_things_are_as_rare_as_said(drains: Path) -> None:
     rows = _rows(drains / "train.csv")
     classes = Counter(row["object"] for row in rows)
-    assert classes == {label: 60 if label == RARE_CLASS else 485 for label in SHAPES}
-    assert Counter(row["condition"] for row in rows) == {"blocked": 160, "clear": 1840}
-    for split, (number, rare, blocked) in {"eval": (160, 13, 40), "test": (400, 32, 100)}.items():
+    assert classes == {label: 180 if label == RARE_CLASS else 1455 for label in SHAPES}
+    assert Counter(row["condition"] for row in rows) == {"blocked": 480, "clear": 5520}
+    for split, (number, rare, blocked) in {"eval": (160, 13, 40), "test": (800, 64, 200)}.items():
         rows = _rows(drains / f"{split}.csv")
         found = (len(rows), *(sum(w in row.values() for row in rows) for w in (RARE_CLASS, "blocked")))
         assert found == (number, rare, blocked)
