@@ -35,8 +35,9 @@ class Host:
     pid: int
 
     def words(self, command: Sequence[str]) -> list[str]:
-        """The command line that runs `command` on this host."""
-        return ["nsenter", "-t", str(self.pid), "-m", "-p", "-n", "-u", "--", *command]
+        """The command line that runs `command` on this host, in the folder that is the current one here."""
+        inside = ["sh", "-c", 'cd "$0" && exec "$@"', str(Path.cwd()), *command]
+        return ["nsenter", "-t", str(self.pid), "-m", "-p", "-n", "-u", "--", *inside]
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def _on_head(hosts: list[Host], env: dict[str, str], *words: str) -> subprocess.
 def test_a_submitted_job_has_one_worker_on_each_host(two_hosts, tmp_path: Path) -> None:
     hosts, env = two_hosts
     words = ["jobs/demo_sft.yaml", *SMALL, f"run.output_dir={tmp_path}", "cluster.num_workers=2"]
+    words += [f"data.{part}.path={tmp_path}/site/{part}.json" for part in ("train", "eval", "test")]
     words += ["cluster.cpus_per_worker=2", "model.load_in_4bit=true", "--address", "http://127.0.0.1:8265"]
     done = _on_head(hosts, env, PYTHON, "-m", "ray_vlm", "submit", "train", *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
