@@ -17,7 +17,7 @@ from ray_vlm.runs.store import Store, is_remote, join
 from ray_vlm.runs.text import tell_number
 from ray_vlm.tune.report import write_report
 from ray_vlm.tune.space import Space
-from ray_vlm.tune.trials import TRIALS, Trial, rank
+from ray_vlm.tune.trials import Trial, rank, trial_address
 
 REPORT = "report.html"
 
@@ -27,7 +27,7 @@ def finish_sweep(
 ) -> None:
     """Measure and export the best trial as the job says, and write the report. What is there already is made anew."""
     best = trials[rank(trials)[0]]
-    run = read_run(join(join(address, TRIALS), best.name))
+    run = read_run(trial_address(address, best.name))
     say(
         f"best: trial {best.name}, {best.metric} {tell_number(best.metrics[best.metric])} at step {best.best_step}: "
         + ", ".join(f"{key}={value}" for key, value in best.values.items())
@@ -43,7 +43,7 @@ def finish_sweep(
         notes.append(f"The best trial is exported in {name}/.")
         say(f"exported: {join(address, name)}")
     begun = [trial for trial in trials if trial.values]
-    runs = [read_run(join(join(address, TRIALS), trial.name)) for trial in begun]
+    runs = [read_run(trial_address(address, trial.name)) for trial in begun]
     page = write_report(f"Sweep {_name(address)}", space, tune_metrics(job), begun, runs, notes)
     Store(address).write(REPORT, page.encode())
     say(f"report {join(address, REPORT)}")

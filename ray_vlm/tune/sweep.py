@@ -32,7 +32,7 @@ from ray_vlm.tune.plan import SweepPlan, plan_sweep
 from ray_vlm.tune.search import draw_trials, run_tune
 from ray_vlm.tune.space import Space, check_space, load_space, own_values
 from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
-from ray_vlm.tune.trials import TRIALS, Trial, rank, read_trials
+from ray_vlm.tune.trials import Trial, rank, read_trials, trial_address
 
 SWEEP = "sweep.json"
 _OVER = ("finished", PRUNED, "failed")
@@ -42,6 +42,7 @@ _SAME_ROWS = (
     *("train", "lora", "evaluate", "checkpoint", "seed", "method", "data.oversample", "data.class_weights"),
     *("data.condition_weights", "data.shuffle", "data.balance_lengths", "data.num_loaders"),
 )
+_OTHER_ROWS = ("method.name", "method.loss_on")  # what a row of the method is, and which of its tokens are trained
 
 
 def tell(text: str) -> None:
@@ -68,7 +69,7 @@ def tune(
     address = join(job.run.output_dir, f"{_stem(job, job_path)}-{Path(space_path).stem}")
     _check_place(address, job, space, resume, overwrite)
     known = read_trials(address, space) if resume else []
-    parts = load_parts(job, wanted_parts(job)) if _same_rows(space) else None
+    parts = load_parts(job, wanted_parts(job)) if shares_rows(space, job) else None
     steps = prepare(job, parts).plan  # what no trial could do without, before any starts
     with start_ray(job):
         plan = plan_sweep(job, space, *find_resources(job))
@@ -113,9 +114,15 @@ def _stem(job: JobConfig, job_path: str) -> str:
     return job.run.name or Path(job_path).stem
 
 
-def _same_rows(space: Space) -> bool:
-    keys = [s.key for s in space.settings]
-    return all(any(touches(key, same) and len(key) >= len(same) for same in _SAME_ROWS) for key in keys)
+def shares_rows(space: Space, job: JobConfig) -> bool:
+    """Whether every trial has the job's own rows, read in the same way: no setting of the space changes them."""
+    cut = any(source is not None and source.ratio is not None for source in (job.data.eval, job.data.test))
+    other = (*_OTHER_ROWS, *(("seed",) if cut else ()))  # the seed draws which rows are a share
+    return all(
+        any(touches(s.key, same) and len(s.key) >= len(same) for same in _SAME_ROWS)
+        and not any(touches(s.key, changed) for changed in other)
+        for s in space.settings
+    )
 
 
 def _check_place(address: str, job: JobConfig, space: Space, resume: bool, overwrite: bool) -> None:
@@ -184,7 +191,7 @@ def find_best(address: str) -> str:
         return address
     if not (best := read_sweep(address).get("best")):
         raise RunError(f"{address}: no trial of this sweep has a number yet.")
-    return join(join(address, TRIALS), str(best))
+    return trial_address(address, str(best))
 
 
 def write_sweep(address: str, job: JobConfig, space: Space, trials: Sequence[Trial], status: str) -> None:
@@ -218,7 +225,7 @@ def describe(plan: SweepPlan, space: Space, job: JobConfig, address: str) -> str
 def _settle(address: str, ended: Sequence[int]) -> None:
     """Write down which runs the scheduler ended: those that Tune calls complete and that did not come to their end."""
     for number in ended:
-        paths = open_run(join(join(address, TRIALS), name_trial(number)))
+        paths = open_run(trial_address(address, name_trial(number)))
         paths.refresh(paths.run, paths.metrics, paths.resolved)
         if paths.run.is_file() and json.loads(paths.run.read_text())["status"] not in ("finished", PRUNED):
             finish_manifest(paths, PRUNED)

@@ -14,6 +14,11 @@ from ray_vlm.tune.space import Space
 TRIALS = "trials"  # folder of a sweep that holds its runs
 
 
+def trial_address(address: str, name: str) -> str:
+    """Where a sweep keeps a trial's run."""
+    return join(address, f"{TRIALS}/{name}")
+
+
 @dataclass(frozen=True)
 class Trial:
     """One trial. `values`: of every key of the space; `metrics`: of its best validation, by its `metric`; `curve`: step
@@ -36,7 +41,7 @@ def read_trials(address: str, space: Space) -> list[Trial]:
     found = []
     for name in sorted(Store(join(address, TRIALS)).names()):
         with suppress(RunError):
-            found.append(read_trial(read_run(join(join(address, TRIALS), name)), space))
+            found.append(read_trial(read_run(trial_address(address, name)), space))
     return found
 
 
