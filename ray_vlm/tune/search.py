@@ -95,7 +95,9 @@ def run_tune(
     """
     from ray import tune
 
-    each = {"CPU": plan.cpus, "GPU": plan.gpus} if plan.in_process else {"CPU": 0.01}  # workers reserve their own
+    # A trial's workers reserve their own, and its loaders what is left: a trial that only waits must take no share of a
+    # CPU from them. Tune wants something reserved, so it is a byte.
+    each = {"CPU": plan.cpus, "GPU": plan.gpus} if plan.in_process else {"memory": 1.0}
     trainable = tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), each)
     search: dict[str, Any] = {"num_samples": plan.num_trials}
     space: dict[str, Any] = {}

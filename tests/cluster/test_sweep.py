@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from ray_vlm.cli import main
@@ -72,10 +73,22 @@ def test_trials_with_workers_of_their_own_equal_those_in_process(
 ) -> None:
     path, space = _job(job_file, scenes, export=None), _space(tmp_path, {"train.learning_rate": {"grid": RATES[:2]}})
     one = Path(tune(str(path), ["tune.num_trials=2", "run.name=one"], space))
-    two = Path(tune(str(path), ["tune.num_trials=2", "run.name=two", "cluster.num_workers=1"], space))
+    # Of the cluster's 8 CPUs a trial finds two, one for its worker and one for its loader: it must take no more itself.
+    taken = ray.remote(num_cpus=6)(_Idle).remote()
+    ray.get(taken.ready.remote())
+    own = ["run.name=two", "cluster.num_workers=1", "tune.max_concurrent=1", "data.num_loaders=1"]
+    two = Path(tune(str(path), ["tune.num_trials=2", *own], space))
+    ray.kill(taken)
     for name in ("000", "001"):
         assert _losses(two / "trials" / name) == pytest.approx(_losses(one / "trials" / name), rel=1e-6)
     _wait_for_free_resources()
+
+
+class _Idle:
+    """Holds CPUs."""
+
+    def ready(self) -> None:
+        """Returns once it runs."""
 
 
 def _wait_for_free_resources() -> None:
