@@ -37,7 +37,7 @@ class Split:
     blocked: float
 
 
-SPLITS = {"train": Split(6000, 0.03, 0.08), "eval": Split(160, 0.08, 0.25), "test": Split(800, 0.08, 0.25)}
+SPLITS = {"train": Split(6000, 0.03, 0.08), "eval": Split(160, 0.08, 0.25), "test": Split(1600, 0.08, 0.25)}
 
 
 def draw_file(path: str) -> None:

@@ -43,7 +43,7 @@ def test_rare_things_are_as_rare_as_said(drains: Path) -> None:
     classes = Counter(row["object"] for row in rows)
     assert classes == {label: 180 if label == RARE_CLASS else 1455 for label in SHAPES}
     assert Counter(row["condition"] for row in rows) == {"blocked": 480, "clear": 5520}
-    for split, (number, rare, blocked) in {"eval": (160, 13, 40), "test": (800, 64, 200)}.items():
+    for split, (number, rare, blocked) in {"eval": (160, 13, 40), "test": (1600, 128, 400)}.items():
         rows = _rows(drains / f"{split}.csv")
         found = (len(rows), *(sum(w in row.values() for row in rows) for w in (RARE_CLASS, "blocked")))
         assert found == (number, rare, blocked)
