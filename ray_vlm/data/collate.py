@@ -21,9 +21,11 @@ def collate(
 
     `copies`: the rows are the same records so many times over, one after another; their images are processed once.
 
-    `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`: `int64 [rows, longest]`, padded on `side`;
+    `input_ids`, `attention_mask`, `mm_token_type_ids` (some families: `token_type_ids`, or none), `labels`:
+    `int64 [rows, longest]`, padded on `side`;
     `loss_weights`: `float32 [rows, longest]`, 0 where nothing is trained, only where rows have weights;
-    `pixel_values`: `float32 [patches, patch values]`; `image_grid_thw`: `int64 [images, 3]`.
+    `pixel_values`: `float32 [patches, patch values]`; `image_grid_thw`: `int64 [images, 3]`; of families whose processor
+    makes them (`data/stock.py`) as it makes them.
     """
     import torch
 
@@ -33,8 +35,9 @@ def collate(
     batch = {
         "input_ids": tokens,
         "attention_mask": torch.from_numpy(_pad([i * 0 + 1 for i in ids], 0, side)).to(device),
-        "mm_token_type_ids": (tokens == preparer.image_token_id).long(),
     }
+    if preparer.kinds is not None:
+        batch[preparer.kinds] = (tokens == preparer.image_token_id).long()
     if all(len(row.labels) == len(row.input_ids) for row in rows):
         batch["labels"] = torch.from_numpy(_pad([row.labels for row in rows], IGNORED, side)).to(device)
     if "labels" in batch and rows[0].weights is not None:
@@ -42,16 +45,20 @@ def collate(
         batch["loss_weights"] = weights * (batch["labels"] != IGNORED)
     if pixels := read_pixels([image for row in rows[: len(rows) // copies] for image in row.images], preparer, device):
         batch |= {name: torch.cat([values] * copies) if copies > 1 else values for name, values in pixels.items()}
-        _check_grid(batch, preparer)
+        if preparer.stock is None:
+            _check_grid(batch, preparer)
     return batch
 
 
 def read_pixels(images: Sequence[np.ndarray], preparer: Preparer, device: str) -> dict[str, Any]:
-    """`pixel_values` and `image_grid_thw` of resized images; nothing where there are none."""
+    """`pixel_values` and `image_grid_thw` of resized images, or what the family's processor makes; nothing where there
+    are none."""
     import torch
 
     if not images:
         return {}
+    if preparer.stock is not None:
+        return {name: value.to(device) for name, value in preparer.stock.tensors(images).items()}
     tensors = [torch.tensor(image, device=device).permute(2, 0, 1) for image in images]
     return dict(preparer.processor.image_processor(tensors, do_resize=False, return_tensors="pt", device=device))
 

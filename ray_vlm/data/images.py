@@ -36,6 +36,8 @@ class ImageSpec:
     """How a family sizes images: sides become multiples of `patch * merge`, areas stay within the two limits (px).
 
     `pad`: a colour to fill up with in place of stretching; `center`: on all sides, not only at the right and bottom.
+    `stock`: images are only made smaller, where they have more than `max_pixels`, and the family's own processor does
+    the rest (`data/stock.py`).
     """
 
     patch: int
@@ -44,6 +46,7 @@ class ImageSpec:
     max_pixels: int
     pad: tuple[int, int, int] | None = None
     center: bool = False
+    stock: bool = False
 
     @property
     def factor(self) -> int:
@@ -60,6 +63,10 @@ class ImageSpec:
                 f"image is {width}x{height} px; its short side is below {self.factor} px, one visual token. "
                 "Leave it out, or enlarge it"
             )
+        if self.stock:
+            scale = min(1.0, math.sqrt(self.max_pixels / (width * height)))
+            smaller = (max(1, int(width * scale)), max(1, int(height * scale))) if scale < 1 else size
+            return Placement(smaller, smaller)
         if self.pad is not None:
             return self._pad(size)
         tall, wide = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
@@ -92,7 +99,7 @@ class ImageSpec:
         return width * height
 
     def num_tokens(self, size: tuple[int, int]) -> int:
-        """Visual tokens of an image of (width, height), before resizing."""
+        """Visual tokens of an image of (width, height), before resizing; not of `stock` ones."""
         width, height = self.place(size).resized
         return (width // self.factor) * (height // self.factor)
 
@@ -171,7 +178,12 @@ def decode(source: str | bytes) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
-    """`uint8 [h, w, 3]` as the model sees it: stretched by the processor's own resize, or padded."""
+    """`uint8 [h, w, 3]` as the model sees it: stretched by the processor's own resize, or padded; of stock families as
+    their processor is given it."""
+    if spec.stock:
+        to = spec.place((pixels.shape[1], pixels.shape[0])).resized
+        small = Image.fromarray(pixels)
+        return pixels if to == small.size else np.array(small.resize(to, Image.Resampling.BICUBIC, reducing_gap=2.0))
     import torch
     from transformers.image_utils import SizeDict
 
@@ -186,8 +198,8 @@ def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
     if place.content != size:
         from transformers.image_processing_backends import TorchvisionBackend
 
-        to = SizeDict(height=height, width=width)  # the plain resize, without the family's rounding of sides
-        tensor = TorchvisionBackend.resize(processor, image=tensor, size=to, resample=processor.resample)
+        plain = SizeDict(height=height, width=width)  # the plain resize, without the family's rounding of sides
+        tensor = TorchvisionBackend.resize(processor, image=tensor, size=plain, resample=processor.resample)
     canvas = np.empty((place.resized[1], place.resized[0], 3), np.uint8)
     canvas[:] = spec.pad
     canvas[top : top + height, left : left + width] = tensor[0].permute(1, 2, 0).numpy()

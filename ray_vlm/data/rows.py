@@ -14,6 +14,7 @@ import numpy as np
 from ray_vlm.data.images import ImageSpec, decode, resize
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.spec import IGNORED, Row, RowSpec, Tokens
+from ray_vlm.data.stock import load_stock
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
 from ray_vlm.models.load import family_of, load_config, load_processor
@@ -23,6 +24,7 @@ from ray_vlm.tasks.answers import IMAGE, Answer, Setting, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
 
 _PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
+_UNLIMITED = 2**40  # pixels
 _MARK = "\x00"  # stands for an assistant's words while a conversation is laid out
 
 
@@ -35,14 +37,20 @@ class Preparer:
         self.task = TASKS[spec.task.name]
         self.processor = load_processor(spec.model)
         self.tokenizer = self.processor.tokenizer
-        self.family: Family = family_of(load_config(spec.model))
+        config = load_config(spec.model)
+        self.family: Family = family_of(config)
         self.tokenizer.backend_tokenizer.no_truncation()  # both may have been saved with a tokenizer
         self.tokenizer.backend_tokenizer.no_padding()
         self._encode = self.tokenizer.backend_tokenizer.encode  # the wrapper around it takes longer than its work
         self.codec_name = spec.task.codec or self.family.codec
         self.codec = CODECS[self.codec_name]
-        self.image_spec = _image_spec(self.processor, spec)
-        self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.family.image_token)
+        self.image_spec = _image_spec(self.processor, spec, self.family)
+        self.image_token = self.processor.image_token  # an image's placeholder in a prompt
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)  # and what it becomes
+        self.stock = load_stock(self.processor, config) if self.family.stock_images else None
+        if self.stock is not None:
+            self.image_token_id = self.stock.token_id
+        self.kinds = "mm_token_type_ids" if self.stock is None else self.stock.kinds
         self.setting = Setting(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
         self._layout = lru_cache(64)(self._lay_out)
         self._weight_of = dict(spec.token_weights)
@@ -60,7 +68,7 @@ class Preparer:
 
     def _reserved(self, text: str) -> str | None:
         """The first piece of `text` that the tokenizer reads as something else than text, if any."""
-        return next((t for t in (*self._special, self.family.image_token, _MARK) if t in text), None)
+        return next((t for t in (*self._special, self.image_token, _MARK) if t in text), None)
 
     def frames(self, record: Record) -> tuple[Frame, ...]:
         """The coordinate frame of each image."""
@@ -70,6 +78,11 @@ class Preparer:
         place = self.image_spec.place(size)
         padded = place.content != place.resized
         return Frame(size, place.resized, self.codec, place.content if padded else None, place.offset)
+
+    def num_image_tokens(self, size: tuple[int, int], spec: ImageSpec | None = None) -> int:
+        """Visual tokens of an image of (width, height), before resizing; at the limits of `spec` in place of its own."""
+        spec = spec or self.image_spec
+        return spec.num_tokens(size) if self.stock is None else self.stock.expand(spec.place(size).resized)[1]
 
     def turns(self, record: Record) -> Turns:
         """What is said before the answer."""
@@ -160,8 +173,8 @@ class Preparer:
     def _tokens(self, record: Record, answer: Answer) -> Tokens:
         turns = self.turns(record)
         said = [Answer(text) for role, text in turns if role == "assistant"]
-        before, close = self._layout(_marked(turns))
-        num_tokens = [self.image_spec.num_tokens(size) for size in record.sizes]
+        before, close = self._layout(_marked(turns), self._expansions(record))
+        num_tokens = [self.num_image_tokens(size) for size in record.sizes]
         counts = iter(num_tokens)
         whole: list[int] = []
         trained: list[bool] = []
@@ -169,8 +182,8 @@ class Preparer:
         prompt: list[int] = []
         for head, told in zip(before, [*said, answer], strict=True):
             for token in head:
-                repeats = next(counts) if token == self.image_token_id else 1
-                whole += [token] * repeats
+                repeated = self.stock is None and token == self.image_token_id
+                whole += [token] * (next(counts) if repeated else 1)
             trained += [False] * (len(whole) - len(trained))
             weights += [1.0] * (len(whole) - len(weights))
             prompt = list(whole)
@@ -180,9 +193,15 @@ class Preparer:
             weights += of_each
         return Tokens(prompt, whole, trained, weights, sum(num_tokens))
 
+    def _expansions(self, record: Record) -> tuple[str, ...]:
+        """What stands for each image in the prompt, where the family's processor says it."""
+        if self.stock is None:
+            return ()
+        return tuple(self.stock.expand(self.image_spec.place(size).resized)[0] for size in record.sizes)
+
     def _closed(self, record: Record, answer: Answer) -> list[int]:
         """Token ids of an answer and of what closes it."""
-        _, close = self._layout(_marked(self.turns(record)))
+        _, close = self._layout(_marked(self.turns(record)), self._expansions(record))
         return self._ids(answer.text + close)
 
     def _weighted(self, told: Answer, close: str) -> tuple[list[int], list[float]]:
@@ -202,8 +221,9 @@ class Preparer:
     def _ids(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=False).ids
 
-    def _lay_out(self, turns: Turns) -> tuple[tuple[tuple[int, ...], ...], str]:
-        """Token ids before each assistant's words, one for each image, and the text that closes such words."""
+    def _lay_out(self, turns: Turns, expansions: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], str]:
+        """Token ids before each assistant's words, and the text that closes such words. An image is one token, or what
+        is in `expansions` for it."""
         messages = [{"role": role, "content": _parts(text)} for role, text in turns]
         render = self.processor.apply_chat_template
         prompt = render(messages, tokenize=False, add_generation_prompt=True)
@@ -216,6 +236,10 @@ class Preparer:
         if not all(piece.startswith(close) for piece in pieces[1:]):
             raise DataError("the processor's chat template closes an earlier answer otherwise than the last one.")
         heads = [pieces[0], *(piece[len(close) :] for piece in pieces[1:])]
+        if self.stock is not None:
+            given = iter(expansions)
+            pieces = [head.split(self.image_token) for head in heads]
+            heads = [first + "".join(next(given) + more for more in rest) for first, *rest in pieces]
         return tuple(tuple(self._ids(head)) for head in heads), close
 
     def _pixels(self, record: Record) -> tuple[np.ndarray, ...]:
@@ -248,7 +272,14 @@ def _parts(text: str) -> list[dict[str, str]]:
     return parts
 
 
-def _image_spec(processor: Any, spec: RowSpec) -> ImageSpec:
+def _image_spec(processor: Any, spec: RowSpec, family: Family) -> ImageSpec:
+    if family.stock_images:
+        if spec.min_pixels or spec.resize == "pad":
+            raise DataError(
+                f"data.min_pixels and data.resize=pad are not for {family.model_type}: its own processor sizes images. "
+                "Remove them; data.max_pixels makes images smaller before it sees them."
+            )
+        return ImageSpec(1, 1, 1, spec.max_pixels or _UNLIMITED, stock=True)
     images = processor.image_processor
     low = spec.min_pixels or images.size["shortest_edge"]
     high = spec.max_pixels or images.size["longest_edge"]

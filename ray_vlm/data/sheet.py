@@ -80,7 +80,7 @@ def _cell(record: SftRecord, preparer: Preparer) -> Cell:
     marks = (*_answered(parsed), *_told(parsed, frames, question), *_in_text(record, frames, [*said, answer]))
     images = preparer.train_row(record).images
     sizes = ", ".join(
-        f"{w}x{h} px -> {image.shape[1]}x{image.shape[0]}, {preparer.image_spec.num_tokens((w, h))} tokens"
+        f"{w}x{h} px -> {image.shape[1]}x{image.shape[0]}, {preparer.num_image_tokens((w, h))} tokens"
         for (w, h), image in zip(record.sizes[:1], images, strict=False)
     )
     head = f"row {record.row} (id {plain(record.id)})" + (f", {len(images)} images" if len(images) > 1 else "")

@@ -80,10 +80,11 @@ def build_processor(model_type: str = "qwen3_vl") -> Any:
         images = Qwen2VLImageProcessor(patch_size=8, size=PIXELS, image_mean=half, image_std=half)
         videos = Qwen3VLVideoProcessor()
         return Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     images = Qwen2VLImageProcessor(patch_size=14, size=PIXELS)
-    return Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    kind = Qwen2VLProcessor if model_type == "qwen2_vl" else Qwen2_5_VLProcessor
+    return kind(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
 
 
 def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128) -> Any:
@@ -120,9 +121,12 @@ def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128
         }
         vision |= {"out_hidden_size": hidden, "num_position_embeddings": 324, "deepstack_visual_indexes": [1]}
         return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)
-    from transformers import Qwen2_5_VLConfig
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
     text["rope_parameters"] = rope | {"mrope_section": [8, 4, 4]}
+    if model_type == "qwen2_vl":
+        vision = {"depth": 3, "embed_dim": 128, "hidden_size": hidden, "mlp_ratio": 3, "num_heads": 4, "patch_size": 14}
+        return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)
     vision = {"depth": 3, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "patch_size": 14}
     vision |= {"out_hidden_size": hidden, "fullatt_block_indexes": [2], "window_size": 112}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)

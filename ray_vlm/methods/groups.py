@@ -94,14 +94,11 @@ def pixels_of(trainer: Any, part: slice, input_ids: Any) -> dict[str, Any]:
 
     rows, preparer = trainer.rows_of[part], trainer.preparer
     made = [(read_pixels(row.images, preparer, str(input_ids.device)), n) for row, n in _runs(rows)]
-    kinds = {"mm_token_type_ids": (input_ids[part] == preparer.image_token_id).long()}
-    if not any(of_row for of_row, _ in made):
-        return kinds
-    pixels = {
-        name: torch.cat([values for of_row, n in made if of_row for values in [of_row[name]] * n])
-        for name in ("pixel_values", "image_grid_thw")
-    }
-    return kinds | pixels | {"num_images": [len(row.images) for row in rows]}
+    kinds = {preparer.kinds: (input_ids[part] == preparer.image_token_id).long()} if preparer.kinds else {}
+    with_images = [(of_row, n) for of_row, n in made if of_row]
+    names = list(with_images[0][0]) if with_images else []
+    repeated = {name: [of_row[name] for of_row, n in with_images for _ in range(n)] for name in names}
+    return kinds | {name: torch.cat(values) for name, values in repeated.items()}
 
 
 def note_gap(trainer: Any, logps: Any) -> None:

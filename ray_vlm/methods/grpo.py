@@ -7,6 +7,7 @@ are TRL's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
@@ -79,7 +80,9 @@ def trainer_class(job: JobConfig) -> type:
             given = {name: options[name] for name in ("compute_entropy", "compute_aux_loss") if name in options}
             parts = [slice(start, start + size) for start in range(0, len(ids), size)]
             forward = super()._get_per_token_logps_and_entropies
-            found = [forward(model, ids[p], mask[p], keep, **given, **pixels_of(self, p, ids)) for p in parts]
+            # A part's images go to the model as they are: TRL would cut them by rows, as it knows some families' do.
+            seeing = [(p, partial(model, **pixels_of(self, p, ids))) for p in parts]
+            found = [forward(of_part, ids[p], mask[p], keep, **given) for p, of_part in seeing]
             logps, entropies, aux = (join(values) for values in zip(*found, strict=True))
             if given.get("compute_entropy"):
                 note_gap(self, logps)

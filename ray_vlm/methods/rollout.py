@@ -6,7 +6,7 @@ own decodes them all. Each group draws from random numbers of its own, so what e
 workers it is spread, does not change it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,8 +102,10 @@ def _sample_batch(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under PEFT
     ends = torch.tensor(_end_ids(base, preparer), device=device)
     # An answer holds no pixels, and the trainer would look for those of every such token.
-    never = torch.tensor([base.config.image_token_id, base.config.video_token_id], device=device)
+    kinds = (getattr(base.config, name, None) for name in ("image_token_id", "video_token_id"))
+    never = torch.tensor([preparer.image_token_id, *(token for token in kinds if token is not None)], device=device)
     pad = preparer.tokenizer.pad_token_id
+    axes = _axes(base)
     batch = collate(rows, preparer, device, side="left")
     logits, cache, position, mask = _prefill(model, base, batch, sampling.num_generations)
     draws = torch.from_numpy(uniforms).to(device)
@@ -123,7 +125,7 @@ def _sample_batch(
             out = model(
                 input_ids=token[:, None],
                 attention_mask=mask,
-                position_ids=(position + step - 1).expand(3, -1)[..., None],
+                position_ids=axes(position + step - 1)[..., None],
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -147,22 +149,42 @@ def _prefill(model: Any, base: Any, batch: dict[str, Any], repeats: int) -> tupl
     """One forward of the prompts, and what it leaves repeated for the completions of each.
 
     Returns logits of the first new token `[sequences, vocabulary]`, the KV cache, the position of the first new token
-    `int64 [sequences]` (all three of M-RoPE's axes are equal in text), and the attention mask `[sequences, tokens]`.
+    `int64 [sequences]`, and the attention mask `[sequences, tokens]`.
     """
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    # Positions are given in every call. Those that the model stores for itself (`rope_deltas`) are of the last batch
-    # it saw, whoever's that was. Without images the same function gives plain positions, counted after the padding.
-    positions, deltas = base.model.get_rope_index(
-        ids, batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"), attention_mask=mask
-    )
-    pixels = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **pixels)
+    mask = batch["attention_mask"]
+    positions, first = _positions(base, batch)
+    given = {key: value for key, value in batch.items() if key != "mm_token_type_ids" or not _has_axes(base)}
+    out = model(**given, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
     cache.batch_repeat_interleave(repeats)
     make_room(cache)
-    first = mask.sum(dim=1) + deltas[:, 0]
     repeated = (values.repeat_interleave(repeats, dim=0) for values in (first, mask))
     return out.logits[:, -1].repeat_interleave(repeats, dim=0), cache, *repeated
+
+
+def _has_axes(base: Any) -> bool:
+    """Whether positions have M-RoPE's three axes."""
+    return hasattr(base.base_model, "get_rope_index")
+
+
+def _axes(base: Any) -> Callable[[Any], Any]:
+    """Positions of text `[...]` as the model takes them: all three of M-RoPE's axes are equal there."""
+    return (lambda position: position.expand(3, *position.shape)) if _has_axes(base) else (lambda position: position)
+
+
+def _positions(base: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+    """Positions of the prompts' tokens, and of the first new one.
+
+    They are given in every call. Those that a model stores for itself (`rope_deltas`) are of the last batch it saw,
+    whoever's that was. Without images `get_rope_index` gives plain positions, counted after the padding.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if not _has_axes(base):
+        return (mask.cumsum(dim=1) - 1).clamp(min=0), mask.sum(dim=1)
+    positions, deltas = base.base_model.get_rope_index(
+        ids, batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"), attention_mask=mask
+    )
+    return positions, mask.sum(dim=1) + deltas[:, 0]
 
 
 def _choose(logits: Any, draws: Any, heat: Any, sampling: Sampling, never: Any) -> tuple[Any, Any]:

@@ -1,10 +1,10 @@
 """What we know of each model family: plain data, readable from every floor.
 
-Module patterns are regular expressions over full module names, matched whole; they hold for transformers 5.23, where
-both families keep the tower in `model.visual` and the language model in `model.language_model`.
+Module patterns are regular expressions over full module names, matched whole; they hold for transformers 5.23. A model
+type that is not here is described by looking at its modules (`models/generic.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,15 +12,18 @@ class Family:
     """One model type. `linear` maps a part of the model to the pattern of the linear layers that LoRA may adapt.
 
     `prefixes` maps a part to module-name prefixes, for counting weights; the longest match wins. `codec` is how the
-    family writes boxes, by its name in `tasks/boxes.py`.
+    family writes boxes, by its name in `tasks/boxes.py`. `stock_images`: the family's own processor makes tensors of
+    images and the text that stands for them, where ours knows Qwen's. `cannot` maps a dotted key of a job to the reason
+    why the family cannot do it.
     """
 
     model_type: str
     codec: str
     linear: dict[str, str]
     prefixes: dict[str, tuple[str, ...]]
-    image_token: str = "<|image_pad|>"
     unquantised: tuple[str, ...] = ("model.visual", "lm_head")  # the tower is a few percent of the bytes
+    stock_images: bool = False
+    cannot: dict[str, str] = field(default_factory=dict)
 
 
 _LANGUAGE = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -46,6 +49,34 @@ FAMILIES = {
             "vision": r"(.*\.)?visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
         },
         prefixes=_PARTS | {"connector": ("model.visual.merger",)},
+    ),
+    "qwen2_vl": Family(
+        model_type="qwen2_vl",
+        codec="qwen2_vl",
+        linear={
+            "language": _LANGUAGE,
+            "connector": r"(.*\.)?visual\.merger\.mlp\.[02]",
+            "vision": r"(.*\.)?visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
+        },
+        prefixes=_PARTS | {"connector": ("model.visual.merger",)},
+    ),
+    "llama4": Family(
+        model_type="llama4",
+        codec="qwen3_vl",
+        linear={
+            "language": r"(.*\.)?language_model\.model\.layers\.\d+\."
+            r"(self_attn\.(q|k|v|o)_proj|feed_forward\.(shared_expert\.)?(gate|up|down)_proj)",
+            "connector": r"(.*\.)?(multi_modal_projector\.linear_1|vision_model\.vision_adapter\.mlp\.fc[12])",
+            "vision": r"(.*\.)?vision_model\.model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.fc[12])",
+        },
+        prefixes={
+            "vision": ("vision_model",),
+            "language": ("language_model",),
+            "connector": ("multi_modal_projector", "vision_model.vision_adapter"),
+        },
+        unquantised=("vision_model", "multi_modal_projector", "lm_head", "router"),
+        stock_images=True,
+        cannot={"method.share_prefixes": "some of its layers attend within chunks of the row, so a branch would move"},
     ),
 }
 

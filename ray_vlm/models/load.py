@@ -11,6 +11,7 @@ from typing import Any
 from ray_vlm.config.schema import Model
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, Family
+from ray_vlm.models.generic import describe
 from ray_vlm.runs.checkpoints import fetch_folder
 
 
@@ -58,11 +59,10 @@ def _first_line(error: Exception) -> str:
 
 
 def family_of(config: Any) -> Family:
-    """The family of a loaded configuration. Raises `ModelError` for one that we do not know."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ModelError(f"model type {config.model_type!r} is not supported. Supported: {', '.join(FAMILIES)}.")
-    return family
+    """The family of a loaded configuration: ours, or found by looking at the model's modules.
+
+    Raises `ModelError` for one that is no vision-language model."""
+    return FAMILIES.get(config.model_type) or describe(config)
 
 
 def load_processor(spec: Model) -> Any:
@@ -106,7 +106,24 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({_first_line(error)}).") from error
     keep_4bit_differentiable(model)
+    if family.stock_images:
+        cast_pixels(model)
     return model
+
+
+def cast_pixels(model: Any) -> None:
+    """Hand pixels to the image encoder in its own dtype: some processors give bfloat16, others float32."""
+    import torch
+
+    tower = model.get_encoder(modality="image")
+
+    def cast(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def fit(value: Any) -> Any:
+            return value.to(tower.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+        return tuple(fit(value) for value in args), {name: fit(value) for name, value in kwargs.items()}
+
+    tower.register_forward_pre_hook(cast, with_kwargs=True)
 
 
 def keep_4bit_differentiable(model: Any) -> None:

@@ -131,6 +131,8 @@ def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:
         "use_cpu": job.cluster.gpus_per_worker == 0,
         # text alone leaves the tower's weights without a gradient
         "ddp_find_unused_parameters": job.task.name == "chat" and (job.lora is None or job.lora.target != ["language"]),
+        # An adapter leaves routers of experts alone; and TRL asks Llama-4's configuration for what it does not have.
+        "router_aux_loss_coef": 0.0,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": [],

@@ -11,6 +11,7 @@ from ray_vlm.data.spec import Row
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import share_prefixes
+from ray_vlm.models.backbone import ensure_backbone
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import lora_config, train_parts
 from ray_vlm.models.quiet import quiet_libraries
@@ -72,11 +73,12 @@ def build_trainer(
     args = method.build_args(job, shared_options(job, task.plan, has_eval))
     args.eval_on_start = has_eval and job.evaluate.at_start and attempt.step == 0
     args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every card in sight, and scale the loss
+    ensure_backbone(model)
     options = {"processing_class": preparer.processor, "eval_dataset": example if has_eval else None}
     trainer = feed_trainer(method.trainer_class(job))(
         model=model, args=args, train_dataset=example, **options, **method.extras(job)
     )
-    if job.method.name != "sft" and job.method.share_prefixes and (job.lora is None or job.lora.dropout == 0):
+    if can_share(job, preparer.family):
         share_prefixes(trainer.model)
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
@@ -96,6 +98,12 @@ def build_trainer(
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer
+
+
+def can_share(job: JobConfig, family: Family) -> bool:
+    """Whether rows that begin alike may go through their beginning once, and still give what they give alone."""
+    exact = job.lora is None or job.lora.dropout == 0  # dropout would fall otherwise
+    return job.method.name != "sft" and job.method.share_prefixes and exact and "method.share_prefixes" not in family.cannot
 
 
 def _printer() -> type:

@@ -1,0 +1,33 @@
+"""The part of a model that gives hidden states, where transformers has none: TRL's heads ask `model.base_model` for it.
+
+Llama-4's class holds its encoder and a whole language model side by side, so `base_model` is the model itself.
+"""
+
+from typing import Any
+
+
+class Backbone:
+    """Llama-4 up to its hidden states: the same calls as its own forward, without the head."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.get_image_features = model.get_image_features  # `generate` encodes images through the base model
+
+    def __call__(self, input_ids: Any, pixel_values: Any = None, **inputs: Any) -> Any:
+        """The language model's output for a batch; `last_hidden_state` is `[rows, tokens, hidden]`."""
+        model = self.model
+        embedded = model.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            seen = model.get_image_features(pixel_values=pixel_values, return_dict=True).last_hidden_state
+            features = model.multi_modal_projector(seen.view(-1, seen.size(-1))).to(embedded.dtype)
+            here = model.get_placeholder_mask(input_ids, inputs_embeds=embedded, image_features=features)
+            embedded = embedded.masked_scatter(here, features)
+        given = {name: value for name, value in inputs.items() if value is not None}
+        return model.language_model.model(inputs_embeds=embedded, **given)
+
+
+def ensure_backbone(model: Any) -> None:
+    """Give the model, under an adapter or not, a `base_model` that returns hidden states, if it has none."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base.base_model is base:
+        object.__setattr__(base, base.base_model_prefix, Backbone(base))  # not a submodule: its weights are there

@@ -1,0 +1,145 @@
+"""Every family through SFT, DPO and GRPO, and its inputs against those of its own processor."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.parity import write_pairs
+from ray_vlm.config.load import load_job
+from ray_vlm.config.schema import Model, Task
+from ray_vlm.data.collate import collate
+from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.spec import RowSpec
+from ray_vlm.demo.tiny import write_untrained
+from ray_vlm.errors import ModelError
+from ray_vlm.models.families import FAMILIES
+from ray_vlm.models.load import family_of, load_config, load_model
+from ray_vlm.models.lora import count_trainable, lora_config
+from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.train.driver import train
+from tests.tiny_families import BUILDERS, write_tiny
+
+STOCK = tuple(BUILDERS)
+ALL = (*FAMILIES, *(name for name in STOCK if name not in FAMILIES))
+PARTS = ["language", "connector", "vision"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny checkpoint of each family."""
+    root = tmp_path_factory.mktemp("families")
+    made = {name: write_tiny if name in STOCK else write_untrained for name in ALL}
+    return {name: str(make(root / name, name)) for name, make in made.items()}
+
+
+def _picture(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(width).integers(0, 255, (height, width, 3), np.uint8)
+
+
+def _spec(folder: str, **options: Any) -> RowSpec:
+    return RowSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="answer", **options)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_inputs_equal_those_of_the_stock_processor(family: str, folders: dict[str, str], tmp_path: Path) -> None:
+    from ray_vlm.data.records import SftRecord
+
+    preparer = load_preparer(_spec(folders[family]))
+    sizes = ((120, 70), (64, 150))
+    paths = []
+    for size in sizes:
+        paths.append(str(tmp_path / f"{size[0]}.png"))
+        Image.fromarray(_picture(*size)).save(paths[-1])
+    turns = (("user", "<image>\nWhat is it, and <image>?"),)
+    record = SftRecord("a", 0, tuple(paths), sizes, {"answer": "A ring."}, {"turns": turns})
+    rows = [preparer.prompt_row(record)]
+    ours = collate(rows, preparer)
+    content = [
+        {"type": "image"},
+        {"type": "text", "text": "\nWhat is it, and "},
+        {"type": "image"},
+        {"type": "text", "text": "?"},
+    ]
+    stock = preparer.processor
+    text = stock.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    images = [Image.fromarray(_picture(*size)) for size in sizes]
+    theirs = stock(text=[text], images=[images], return_tensors="pt", add_special_tokens=False)
+    assert ours.keys() - {"labels"} == theirs.keys() - {"video_metadata"}
+    for name, value in theirs.items():
+        assert torch.equal(ours[name].to(value.dtype), value), name
+    assert preparer.token_counts(record)[0] == int((ours["input_ids"] == preparer.image_token_id).sum())
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_each_method_trains_each_family(
+    family: str, method: str, folders: dict[str, str], job_file: Any, scenes: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    sections: dict[str, Any] = {"model": {"name": folders[family]}, "method": {"name": method}}
+    sections["lora"] = {"rank": 4, "alpha": 8, "target": ["language", "vision"]}
+    sections["data"] = {"eval": {"path": str(scenes / "eval.json"), "max_rows": 4}}
+    sections["evaluate"] = {"every_steps": 2, "max_new_tokens": 8, "batch_size": 4}
+    if method == "dpo":
+        pairs = write_pairs(tmp_path, folders[family])
+        sections["data"] = {"train": {"path": str(pairs), "format": "preference"}, "eval": {"ratio": 0.2}}
+    if method == "grpo":
+        sections["method"] |= {"num_generations": 4, "max_completion_tokens": 8}
+        sections["method"] |= {"rewards": {"tests.integration.test_alignment:even_tokens": 1.0}}
+    elif method == "sft":
+        sections["evaluate"]["metric"] = "f1_50"
+    path = job_file(**sections)
+    paths = train(load_job(path, ["train.max_steps=2"]), path.read_text())
+    lines = [line for line in read_metrics(paths.metrics) if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    if method == "grpo":  # sampled with a cache, scored without one
+        assert all(line["rollout_gap"] < 1e-5 for line in lines)
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folders[family]), paths.final)
+    learned = [float(p.abs().sum()) for n, p in model.named_parameters() if "lora_B" in n]
+    assert learned
+    assert sum(value > 0 for value in learned) > len(learned) / 2
+    assert json.loads((paths.final / "preprocessing.json").read_text())["task"]["codec"]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_parts_are_told_apart(family: str, folders: dict[str, str]) -> None:
+    from peft import get_peft_model
+
+    from ray_vlm.config.schema import Lora
+
+    spec = Model(name=folders[family], load_in_4bit=False)
+    known = family_of(load_config(spec))
+    parts = [part for part in PARTS if part in known.linear]
+    for part in parts:
+        model = get_peft_model(load_model(spec, bf16=False), lora_config(Lora(rank=2, target=[part]), known))
+        counts = count_trainable(model, known)
+        assert [name for name, count in counts.items() if count["trainable"]] == [part]
+        assert all(count["total"] for count in counts.values())
+
+
+@pytest.mark.parametrize("family", [name for name in ALL if name != "llama4"])
+def test_four_bits_are_in_the_language_model_alone(family: str, folders: dict[str, str]) -> None:
+    spec = Model(name=folders[family], load_in_4bit=True)
+    known = family_of(load_config(spec))
+    model = load_model(spec, bf16=False)
+    import re
+
+    small = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    wanted = {n for n, m in model.named_modules() if re.fullmatch(known.linear["language"], n)}
+    assert small == wanted
+
+
+def test_what_is_no_vision_language_model_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig
+
+    BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'bert' does not read images"):
+        family_of(load_config(Model(name=str(tmp_path))))
