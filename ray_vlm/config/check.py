@@ -47,6 +47,13 @@ def _is_temperature(value: float | list[float]) -> bool:
     return value > 0 if isinstance(value, float) else len(value) == 2 and min(value) >= 0
 
 
+def _learning(job: JobConfig) -> set[str]:
+    """Parts of the model that learn."""
+    if job.lora is not None:
+        return set(job.lora.target)
+    return {"language", "connector", "vision"} - set(job.train.freeze or ())
+
+
 def _share(source: Source | None) -> float:
     return (source.ratio or 0.0) if source is not None else 0.0
 
@@ -130,6 +137,26 @@ RULES: list[Rule] = [
         lambda j: j.lora is None and j.model.adapter is not None,
         ("model.adapter", "lora"),
         "an adapter is given, but `lora: null` asks for full fine-tuning. Merge the adapter first, or set `lora`.",
+    ),
+    (
+        lambda j: j.lora is not None and not set(j.lora.ranks or ()) <= set(j.lora.target),
+        ("lora.ranks", "lora.target"),
+        "it names a part that gets no adapter. Add the part to lora.target, or take it out here.",
+    ),
+    (
+        lambda j: not set(j.train.learning_rates or ()) <= _learning(j),
+        ("train.learning_rates", "lora.target", "train.freeze"),
+        "it names a part in which nothing learns. Add the part to lora.target, or take it out here.",
+    ),
+    (
+        lambda j: j.train.freeze is not None and j.lora is not None,
+        ("train.freeze", "lora"),
+        "an adapter leaves every part as it is but those in lora.target. Name those, or set `lora: null`.",
+    ),
+    (
+        lambda j: j.lora is None and not _learning(j),
+        ("train.freeze",),
+        "all parts are frozen, so nothing would learn. Leave one out.",
     ),
     (
         lambda j: j.task.labels is not None and (len(set(j.task.labels)) < len(j.task.labels) or "" in j.task.labels),

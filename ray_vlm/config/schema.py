@@ -12,6 +12,8 @@ from ray_vlm.config.data import Data
 from ray_vlm.config.method import Method
 from ray_vlm.config.section import Largest, Section
 
+Part = Literal["language", "connector", "vision"]  # of a model; `models/families.py` says which weights
+
 
 def _named(value: Any) -> Any:
     """`sft` is short for `{name: sft}`."""
@@ -90,10 +92,16 @@ class Lora(Section):
     rank: int = Field(16, ge=1, le=Largest, description="Rank of the update matrices.")
     alpha: int = Field(32, ge=1, le=Largest, description="Updates are scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target: list[Literal["language", "connector", "vision"]] = Field(
+    target: list[Part] = Field(
         default=["language"],
         min_length=1,
         description="Which parts of the model get adapters; of `model.adapter`, which go on learning.",
+    )
+    ranks: dict[Part, Annotated[int, Field(ge=1, le=Largest)]] | None = Field(
+        None, description="Ranks of parts that differ from `rank`, such as `{vision: 8}`; alpha / rank stays the same."
+    )
+    modules_to_save: list[str] | None = Field(
+        None, min_length=1, description="Modules that are trained whole and saved with the adapter: `[embed_tokens]`."
     )
 
 
@@ -101,6 +109,12 @@ class Train(Section):
     """The optimizer's side."""
 
     learning_rate: float = Field(1e-4, gt=0, description="Peak of the schedule.")
+    learning_rates: dict[Part, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="Peaks of parts that differ from `learning_rate`, such as `{vision: 1.0e-5}`."
+    )
+    freeze: list[Part] | None = Field(
+        None, min_length=1, description="Parts that stay as they are where all weights are trained (`lora: null`)."
+    )
     min_lr_ratio: float = Field(0.01, ge=0, le=1, description="The cosine schedule ends at this share of the peak.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled weight decay; not on norms and biases.")

@@ -24,8 +24,8 @@ def collate(
     `input_ids`, `attention_mask`, `mm_token_type_ids` (some families: `token_type_ids`, or none), `labels`:
     `int64 [rows, longest]`, padded on `side`;
     `loss_weights`: `float32 [rows, longest]`, 0 where nothing is trained, only where rows have weights;
-    `pixel_values`: `float32 [patches, patch values]`; `image_grid_thw`: `int64 [images, 3]`; of families whose processor
-    makes them (`data/stock.py`) as it makes them.
+    `pixel_values`: `float32 [patches, patch values]`; `image_grid_thw`: `int64 [images, 3]`; of families with
+    `stock_images` what their processor makes.
     """
     import torch
 

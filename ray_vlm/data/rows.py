@@ -80,7 +80,7 @@ class Preparer:
         return Frame(size, place.resized, self.codec, place.content if padded else None, place.offset)
 
     def num_image_tokens(self, size: tuple[int, int], spec: ImageSpec | None = None) -> int:
-        """Visual tokens of an image of (width, height), before resizing; at the limits of `spec` in place of its own."""
+        """Visual tokens of an image of (width, height), before resizing; at the limits of `spec` if given."""
         spec = spec or self.image_spec
         return spec.num_tokens(size) if self.stock is None else self.stock.expand(spec.place(size).resized)[1]
 

@@ -4,8 +4,8 @@ The model is built on the meta device, without weights. Its decoder is the langu
 part, and what lies beside them the connector. Images and their place in the text are left to its own processor.
 """
 
-import os
 import re
+from itertools import takewhile
 from typing import Any
 
 from ray_vlm.errors import ModelError
@@ -38,7 +38,8 @@ def describe(config: Any) -> Family:
             continue
         part = next((p for p, prefix in (("language", language), ("vision", vision)) if _inside(name, prefix)), None)
         linear[part or "connector"].add(re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)))
-    depth = len(os.path.commonprefix([language.split("."), vision.split(".")]))  # of what holds all three side by side
+    both = zip(language.split("."), vision.split("."), strict=False)
+    depth = sum(1 for _ in takewhile(lambda names: names[0] == names[1], both))  # of what holds all three side by side
     for name, _ in model.named_parameters():
         if not any(_inside(name, prefix) for prefix in (language, vision, head)):
             connectors.add(".".join(name.split(".")[: depth + 1]))

@@ -106,6 +106,8 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({_first_line(error)}).") from error
     keep_4bit_differentiable(model)
+    if spec.load_in_4bit:
+        check_4bit(model, family, spec.name)
     if family.stock_images:
         cast_pixels(model)
     return model
@@ -115,15 +117,33 @@ def cast_pixels(model: Any) -> None:
     """Hand pixels to the image encoder in its own dtype: some processors give bfloat16, others float32."""
     import torch
 
-    tower = model.get_encoder(modality="image")
-
     def cast(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         def fit(value: Any) -> Any:
-            return value.to(tower.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            return value.to(module.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
         return tuple(fit(value) for value in args), {name: fit(value) for name, value in kwargs.items()}
 
-    tower.register_forward_pre_hook(cast, with_kwargs=True)
+    model.get_encoder(modality="image").register_forward_pre_hook(cast, with_kwargs=True)
+
+
+def check_4bit(model: Any, family: Family, name: str) -> None:
+    """Raises `ModelError` where most of the language model's layers are not in 4 bit, as fused experts are not."""
+    inside = {id(m): n for n, m in model.named_modules()}[id(model.get_decoder())] + "."
+    small, large = 0, {}
+    for of, parameter in model.named_parameters():
+        if of.startswith(inside) and parameter.dim() > 1 and "embed" not in of and "lm_head" not in of:
+            if type(parameter).__name__ == "Params4bit":
+                small += 2 * parameter.numel()
+            else:
+                large[of] = parameter.numel()
+    if small < sum(large.values()):
+        share = small / max(1, small + sum(large.values()))
+        worst = max(large, key=lambda of: large[of])
+        raise ModelError(
+            f"model.name={name!r}: bitsandbytes puts only {share:.0%} of the weights of its language layers in 4 bit; "
+            f"{family.model_type}'s {worst} and others like it are fused parameters, which it leaves as they are. Set "
+            "model.load_in_4bit=false and use a card that holds them, or another base."
+        )
 
 
 def keep_4bit_differentiable(model: Any) -> None:

@@ -1,5 +1,7 @@
 """LoRA where the job asks for it, and the count of what is trainable."""
 
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.config.schema import Lora
@@ -8,17 +10,57 @@ from ray_vlm.models.families import Family, part_of
 
 
 def lora_config(lora: Lora, family: Family) -> Any:
-    """PEFT's configuration for the job's `lora` section on this family."""
+    """PEFT's configuration for the job's `lora` section on this family.
+
+    Raises `ModelError` where a part that is named has no linear layers in this family.
+    """
     from peft import LoraConfig
 
-    pattern = "|".join(f"(?:{family.linear[part]})" for part in lora.target)
+    if absent := [part for part in lora.target if part not in family.linear]:
+        raise ModelError(
+            f"lora.target={lora.target}: {family.model_type} has no linear layers in its {absent[0]}. Name others: "
+            f"{', '.join(family.linear)}."
+        )
+    ranks = {family.linear[part]: rank for part, rank in (lora.ranks or {}).items()}
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
+        rank_pattern=ranks,
+        alpha_pattern={pattern: lora.alpha * rank / lora.rank for pattern, rank in ranks.items()},
         lora_dropout=lora.dropout,
-        target_modules=pattern,
+        target_modules="|".join(f"(?:{family.linear[part]})" for part in lora.target),
+        modules_to_save=lora.modules_to_save,
         task_type="CAUSAL_LM",
     )
+
+
+def check_modules(model: Any, names: Sequence[str]) -> None:
+    """Raises `ModelError` for names that end no module's name, with those that come nearest."""
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()} - {""}
+    wrong = [name for name in names if name.rpartition(".")[2] not in known]
+    if wrong:
+        near = difflib.get_close_matches(wrong[0], known, n=3) or sorted(known)[:3]
+        raise ModelError(f"lora.modules_to_save: the model has no {wrong[0]!r}. The nearest: {', '.join(near)}.")
+
+
+def freeze_parts(model: Any, parts: Sequence[str], family: Family) -> Any:
+    """`model`, of which these parts do not learn."""
+    for name, parameter in model.named_parameters():
+        if part_of(family, name) in parts:
+            parameter.requires_grad_(False)
+    return model
+
+
+def split_rates(optimizer: Any, named: Iterable[tuple[str, Any]], family: Family, rates: Mapping[str, float]) -> None:
+    """Give the weights of parts in `rates` (part: peak learning rate) groups of their own in `optimizer`."""
+    part = {id(parameter): part_of(family, name) for name, parameter in named}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        for key in (None, *rates):  # those without a rate of their own stay first, in their order
+            mine = [p for p in group["params"] if (part[id(p)] if part[id(p)] in rates else None) == key]
+            if mine:
+                groups.append(group | {"params": mine} | ({"lr": rates[key]} if key else {}))
+    optimizer.param_groups[:] = groups
 
 
 def train_parts(model: Any, lora: Lora, family: Family) -> Any:
@@ -40,13 +82,14 @@ def train_parts(model: Any, lora: Lora, family: Family) -> Any:
 
 
 def count_trainable(model: Any, family: Family) -> dict[str, dict[str, int]]:
-    """Weights by part of the model: `{"language": {"trainable": n, "total": n}, ...}`; 4-bit weights count whole."""
-    counts: dict[str, dict[str, int]] = {part: {"trainable": 0, "total": 0} for part in family.prefixes}
+    """Weights by part of the model: `{"language": {"trainable": n, "total": n, "in_4bit": n}, ...}`; 4-bit weights
+    count whole."""
+    counts = {part: {"trainable": 0, "total": 0, "in_4bit": 0} for part in family.prefixes}
     for name, parameter in model.named_parameters():
-        size = parameter.numel()
+        size, part = parameter.numel(), part_of(family, name)
         if type(parameter).__name__ == "Params4bit":
             size *= 2  # two 4-bit weights in each stored byte
-        part = part_of(family, name)
+            counts[part]["in_4bit"] += size
         counts[part]["total"] += size
         counts[part]["trainable"] += size if parameter.requires_grad else 0
     return counts

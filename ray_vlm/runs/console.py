@@ -64,7 +64,11 @@ def describe_trainable(counts: dict[str, dict[str, int]]) -> str:
     """What is trainable, how much and where: the table at the start of a run."""
     total = sum(c["total"] for c in counts.values())
     trained = sum(c["trainable"] for c in counts.values())
-    rows = [f"  {part:<10} {c['trainable']:>13,} of {c['total']:>14,}" for part, c in sorted(counts.items())]
+    rows = [
+        f"  {part:<10} {c['trainable']:>13,} of {c['total']:>14,}"
+        + (f", {c['in_4bit'] / c['total']:.0%} in 4 bit" if c.get("in_4bit") else "")
+        for part, c in sorted(counts.items())
+    ]
     return "\n".join([f"trainable weights: {trained:,} of {total:,} ({trained / max(total, 1):.2%})", *rows])
 
 

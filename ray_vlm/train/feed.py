@@ -11,6 +11,7 @@ from typing import Any
 
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.spec import Row
+from ray_vlm.models.lora import split_rates
 from ray_vlm.train.clock import Clock
 
 
@@ -68,6 +69,7 @@ def feed_trainer(trainer_class: type) -> type:
         control: Any
         validate: Callable[[Any], dict[str, float]] | None = None
         write_checkpoint: Callable[[], None]
+        rates: tuple[Any, dict[str, float]] = (None, {})  # the family, and learning rates of its parts
 
         def __init__(self, *args: Any, **kwargs: Any):
             exact = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
@@ -76,6 +78,12 @@ def feed_trainer(trainer_class: type) -> type:
             for name, parameter in self.model.named_parameters():
                 if name in exact:
                     parameter.data = exact[name].to(parameter.device).float()
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            optimizer, (family, rates) = super().create_optimizer(*args, **kwargs), self.rates
+            if rates:
+                split_rates(optimizer, self.model.named_parameters(), family, rates)
+            return optimizer
 
         def get_train_dataloader(self) -> PlannedBatches:
             return self.planned_batches

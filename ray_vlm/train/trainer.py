@@ -13,8 +13,9 @@ from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import share_prefixes
 from ray_vlm.models.backbone import ensure_backbone
 from ray_vlm.models.families import Family
-from ray_vlm.models.lora import lora_config, train_parts
+from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
 from ray_vlm.models.quiet import quiet_libraries
+from ray_vlm.models.tower import run_frozen_tower_plainly
 from ray_vlm.train.attempt import Attempt, Place
 
 if TYPE_CHECKING:
@@ -50,11 +51,12 @@ def load_adapted(job: JobConfig, family: Family, place: Place) -> Any:
     load = load_resident if job.tune.resident else load_model
     model = load(job.model, job.train.bf16, place.device)
     if job.lora is None:
-        return model
+        return freeze_parts(model, job.train.freeze or (), family)
     if job.model.adapter is not None:
         return train_parts(load_adapter(model, job.model.adapter, job.model, trainable=True), job.lora, family)
     import torch
 
+    check_modules(model, job.lora.modules_to_save or ())
     torch.manual_seed(job.seed)  # every rank and every restart starts from the same adapter
     return get_peft_model(model, lora_config(job.lora, family))
 
@@ -80,6 +82,8 @@ def build_trainer(
     )
     if can_share(job, preparer.family):
         share_prefixes(trainer.model)
+    run_frozen_tower_plainly(trainer.model)
+    trainer.rates = (preparer.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
     plan = task.plan
@@ -103,7 +107,12 @@ def build_trainer(
 def can_share(job: JobConfig, family: Family) -> bool:
     """Whether rows that begin alike may go through their beginning once, and still give what they give alone."""
     exact = job.lora is None or job.lora.dropout == 0  # dropout would fall otherwise
-    return job.method.name != "sft" and job.method.share_prefixes and exact and "method.share_prefixes" not in family.cannot
+    return (
+        job.method.name != "sft"
+        and job.method.share_prefixes
+        and exact
+        and "method.share_prefixes" not in family.cannot
+    )
 
 
 def _printer() -> type:

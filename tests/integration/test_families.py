@@ -137,6 +137,11 @@ def test_four_bits_are_in_the_language_model_alone(family: str, folders: dict[st
     assert small == wanted
 
 
+def test_experts_that_stay_whole_are_told(folders: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match=r"only \d+% of the weights .* in 4 bit; llama4's .*experts"):
+        load_model(Model(name=folders["llama4"], load_in_4bit=True), bf16=False)
+
+
 def test_what_is_no_vision_language_model_is_refused(tmp_path: Path) -> None:
     from transformers import BertConfig
 

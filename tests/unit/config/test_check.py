@@ -8,6 +8,7 @@ from ray_vlm.config.schema import JobConfig
 PLAIN = {"model": {"name": "x"}, "data": {"train": {"path": "a"}}}
 TRAIN = {"train": {"path": "a"}}
 CLASSES = {"name": "classification"}
+WHOLE = {"name": "x", "load_in_4bit": False}
 BROKEN = [
     {"data": TRAIN | {"eval": {"path": "b", "ratio": 0.1}}},
     {"data": TRAIN | {"eval": {"ratio": 0.1, "max_rows": 5}}},
@@ -24,6 +25,10 @@ BROKEN = [
     {"task": CLASSES | {"labels": ["a"]}, "data": {"train": {"path": "a", "format": "image_csv"}}},
     {"lora": None},
     {"lora": None, "model": {"name": "x", "load_in_4bit": False, "adapter": "a"}},
+    {"lora": {"ranks": {"vision": 4}}},
+    {"train": {"learning_rates": {"vision": 1e-5}}},
+    {"train": {"freeze": ["vision"]}},
+    {"lora": None, "model": WHOLE, "train": {"freeze": ["vision", "connector", "language"]}},
     {"task": {"labels": ["a", "a"]}},
     {"evaluate": {"metric": "accuracy"}},
     {"train": {"early_stopping_patience": 2}},
@@ -54,7 +59,7 @@ def test_what_the_feed_decides_cannot_be_set_behind_its_back() -> None:
     from ray_vlm.train.feed import shared_options
 
     options = shared_options(JobConfig.model_validate(PLAIN), Plan(4, 2, 1, 1), has_eval=True)
-    assert set(options) - {"optim"} <= {*DECIDED_BY_FEED, *NAMED_IN_JOB}
+    assert set(options) - {"optim", "router_aux_loss_coef"} <= {*DECIDED_BY_FEED, *NAMED_IN_JOB}
 
 
 @pytest.mark.parametrize(
