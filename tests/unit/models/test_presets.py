@@ -1,0 +1,24 @@
+"""Presets: every configuration builds, and has as many weights as its publisher says."""
+
+import pytest
+
+from ray_vlm.errors import ModelError
+from ray_vlm.models.load import family_of
+from ray_vlm.models.presets import build_empty, count_parameters, load_preset, read_presets
+
+
+@pytest.mark.parametrize("name", list(read_presets()))
+def test_counts_are_those_that_are_published(name: str) -> None:
+    config = load_preset(name)
+    assert family_of(config).model_type == config.model_type
+    published = read_presets()[name]["parameters"]
+    count = count_parameters(build_empty(config))
+    assert count > 1e9
+    if published is not None:
+        assert abs(count - published) <= 0.005 * published
+
+
+def test_short_names_and_near_misses() -> None:
+    assert load_preset("Qwen3-VL-8B-Instruct").model_type == "qwen3_vl"
+    with pytest.raises(ModelError, match=r"no preset\. The nearest: .*Qwen/Qwen3-VL-8B-Instruct"):
+        load_preset("Qwen/Qwen3-VL-9B")
