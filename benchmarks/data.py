@@ -31,13 +31,13 @@ from ray_vlm.data.index import build_index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import RowSpec
-from ray_vlm.data.stream import Feed, pack, stream_ray
+from ray_vlm.data.stream import Feed, mean_bytes, pack, stream_ray, task_size
 from ray_vlm.demo.tiny import write_untrained
 
 SIZES = {"12mp": (4000, 3000), "2mp": (1600, 1200), "0.3mp": (640, 480)}
 MICRO = 2  # rows in a micro-batch
-TASK = 8 * MICRO  # rows of a loader's task in `stream_ray`
-TASKS = {"12mp": 4, "2mp": 12, "0.3mp": 60}  # how many are streamed; the first and the last are not timed
+TASK = {"12mp": 34, "2mp": 34, "0.3mp": 64}  # rows of a loader's task in `stream_ray`
+TASKS = {"12mp": 4, "2mp": 8, "0.3mp": 24}  # how many are streamed; the first and the last are not timed
 FILES = 8  # distinct images
 LABELS = ("dog", "cat", "car")
 
@@ -103,33 +103,34 @@ class PlainDataset:
         return read_plainly(self.paths[number], self.spec)
 
 
-def rate(micro_batches: Iterable[Any], size: int = 1) -> float:
+def rate(micro_batches: Iterable[Any], task: int, size: int = 1) -> float:
     """Images a second, from the first row of the second task to the first of the last; `size` rows come at a time."""
     arrivals = []
     for _ in micro_batches:
         arrivals += [time.perf_counter()] * size
-    last = len(arrivals) - TASK
-    return (last - TASK) / (arrivals[last] - arrivals[TASK])
+    last = len(arrivals) - task
+    return (last - task) / (arrivals[last] - arrivals[task])
 
 
-def through_loader(paths: Sequence[str], spec: RowSpec) -> float:
+def through_loader(paths: Sequence[str], spec: RowSpec, task: int) -> float:
     """Images a second of a torch DataLoader with one worker."""
     from torch.utils.data import DataLoader
 
     loader = DataLoader(
         PlainDataset(paths, spec), batch_size=None, num_workers=1, prefetch_factor=4, multiprocessing_context="spawn"
     )
-    return rate(loader)
+    return rate(loader, task)
 
 
-def through_stream(source: Source, spec: RowSpec) -> float:
+def through_stream(source: Source, spec: RowSpec, task: int) -> float:
     """Images a second of our stream with one loader."""
     import ray
 
     index = build_index(source, Data(), spec)
     plan = Plan(len(index), MICRO, MICRO, 1, shuffle=False)
-    feed = Feed(ray.put(index.records), spec, plan, 0, 0, plan.num_steps)
-    return rate(stream_ray(feed, num_loaders=1, cpus_per_loader=1), MICRO)
+    feed = Feed(ray.put(index.records), spec, plan, 0, 0, plan.num_steps, mean_bytes(index.records, spec))
+    assert task_size(feed) * MICRO == task
+    return rate(stream_ray(feed, num_loaders=1, cpus_per_loader=1), task, MICRO)
 
 
 def stored_bytes(paths: Sequence[str], source: Source, spec: RowSpec) -> float:
@@ -144,15 +145,16 @@ def stream_figures(folder: Path, spec: RowSpec, rounds: int, share: float) -> li
     """The three arms in turn, for each size."""
     figures = []
     for name, size in SIZES.items():
-        num_rows = max(round(TASKS[name] * share), 3) * TASK
+        task = TASK[name]
+        num_rows = max(round(TASKS[name] * share), 3) * task
         write_images(folder / name, size, FILES)
         source = write_rows(folder / name, size, num_rows, FILES)
         paths = [str(folder / name / f"{i % FILES}.jpg") for i in range(num_rows)]
         rates: dict[str, list[float]] = {"bare": [], "stream": [], "dataloader": []}
         for _ in range(rounds):
-            rates["bare"].append(rate(read_plainly(path, spec) for path in paths))
-            rates["stream"].append(through_stream(source, spec))
-            rates["dataloader"].append(through_loader(paths, spec))
+            rates["bare"].append(rate((read_plainly(path, spec) for path in paths), task))
+            rates["stream"].append(through_stream(source, spec, task))
+            rates["dataloader"].append(through_loader(paths, spec, task))
         median = {arm: statistics.median(values) for arm, values in rates.items()}
         figures += [figure(f"data.{arm}.{name}", value, "images/s") for arm, value in median.items()]
         figures += [

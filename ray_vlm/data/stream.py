@@ -23,16 +23,18 @@ from ray_vlm.data.spec import IGNORED, Row, RowSpec
 from ray_vlm.errors import DataError, RunError
 
 _AHEAD = 3  # micro-batches that wait ready for the trainer
-_BLOCK_BYTES = 8 * 2**20  # a Ray Data block is handed on when it has this size
+_BLOCK_BYTES = 32 * 2**20  # a Ray Data block is handed on when it has this size
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_BLOCK_MICRO_BATCHES = 8  # work of one loader at a time; what others make meanwhile waits for its turn in memory
+# Work of one loader at a time, in pixels and in rows: a task costs 10 ms or more beside its work, and what the other
+# loaders make meanwhile waits for its turn in memory.
+_TASK_BYTES, _TASK_ROWS = 128 * 2**20, 64
 
 
 @dataclass(frozen=True)
 class Feed:
     """What one rank streams: its micro-batches `first` up to (not including) `last` of a plan over `records`.
 
-    `records` is the tuple itself, or a Ray object reference to it.
+    `records` is the tuple itself, or a Ray object reference to it. `row_bytes`: of a row's pixels, about.
     """
 
     records: Any
@@ -41,6 +43,7 @@ class Feed:
     rank: int
     first: int
     last: int
+    row_bytes: float = 4 * 2**20
 
 
 def make_rows(feed: Feed, records: Sequence[Record], number: int) -> list[Row]:
@@ -98,7 +101,7 @@ def stream_ray(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     total = feed.last - feed.first
-    dataset = ray.data.range(total, override_num_blocks=math.ceil(total / _BLOCK_MICRO_BATCHES)).map_batches(
+    dataset = ray.data.range(total, override_num_blocks=math.ceil(total / task_size(feed))).map_batches(
         _Loader,
         fn_constructor_args=(feed, environment or Environment()),
         batch_size=None,
@@ -112,6 +115,20 @@ def stream_ray(
             raise RunError(f"micro-batch {number} arrived where {expected} was due. Please report this.")
         expected += 1
         yield rows
+
+
+def task_size(feed: Feed) -> int:
+    """Micro-batches that a loader makes at a time."""
+    rows = min(_TASK_ROWS, _TASK_BYTES / max(feed.row_bytes, 1.0))
+    return max(1, int(rows / feed.plan.micro_batch_size))
+
+
+def mean_bytes(records: Sequence[Record], spec: RowSpec, sample: int = 500) -> float:
+    """Pixels of a row in bytes, on average over evenly spaced records."""
+    some = records[:: max(1, len(records) // sample)]
+    place = load_preparer(spec).image_spec.place
+    sides = [place(size).resized for record in some for size in record.sizes]
+    return sum(3.0 * width * height for width, height in sides) / max(1, len(some))
 
 
 class _Loader:

@@ -16,6 +16,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
 from ray_vlm.data.records import Image, PreferenceRecord, Record, SftRecord
 from ray_vlm.data.splits import Parts
+from ray_vlm.data.stream import mean_bytes
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.runs.manifest import (
     finish_manifest,
@@ -129,6 +130,7 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
         eval=prepared.eval.records if prepared.eval else None,
         attempt=last_attempt(paths),
         rows=rows_fingerprint(prepared.train.records),
+        row_bytes=mean_bytes(prepared.train.records, prepared.spec),
         environment=read_environment(),
     )
     status, error, result, stopped_by = "failed", "", None, None

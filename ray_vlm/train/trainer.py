@@ -88,7 +88,7 @@ def build_trainer(
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
     plan = task.plan
     first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
-    feed = Feed(task.train, task.spec, plan, place.rank, first, last)
+    feed = Feed(task.train, task.spec, plan, place.rank, first, last, task.row_bytes)
     if place.ray:
         stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment)
     else:

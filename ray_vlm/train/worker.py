@@ -36,6 +36,7 @@ class WorkerTask:
     """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them.
 
     `run`: where the run is kept. `attempt`: its number, as the driver counts. `rows`: fingerprint of `train`.
+    `row_bytes`: of the pixels of one of them, about.
     """
 
     job: dict[str, Any]
@@ -48,6 +49,7 @@ class WorkerTask:
     cpus_per_loader: float = 1.0
     attempt: int = 1
     rows: str = ""
+    row_bytes: float = 4 * 2**20
     environment: Environment = field(default_factory=Environment)
 
 
