@@ -74,7 +74,8 @@ def end_attempt(paths: RunPaths, status: str, error: str = "") -> None:
     """Close the last attempt: `finished`, `failed` or `interrupted`, and from which step to which it trained."""
     run = json.loads(paths.run.read_text())
     last = run["attempts"][-1]
-    last |= {"ended": time.time(), "status": status} | ({"error": error} if error else {})
+    # Whoever says it later, as a sweep does of a trial that it ended, says nothing about when.
+    last |= {"ended": last.get("ended") or time.time(), "status": status} | ({"error": error} if error else {})
     steps = [line for line in read_metrics(paths.metrics) if line["attempt"] >= last["attempt"]]
     if starts := [line["step"] for line in steps if line["kind"] == "start"]:
         last |= {"from_step": starts[0], "to_step": max(line["step"] for line in steps if "step" in line)}

@@ -119,6 +119,10 @@ def test_asha_ends_what_is_behind_and_optuna_draws(
     pruned = [t for t in trials if t["status"] == "pruned"]
     assert pruned
     assert all(t["step"] < 6 for t in pruned)
+    for trial in pruned:  # its end is its own, not that of the sweep, or its cost would be wrong
+        folder = sweep / "trials" / trial["name"]
+        ended = json.loads((folder / "run.json").read_text())["attempts"][-1]["ended"]
+        assert ended - read_metrics(folder / "metrics.jsonl")[-1]["time"] < 2
     assert any(t["status"] == "finished" for t in trials)
     _wait_for_free_resources()
 
