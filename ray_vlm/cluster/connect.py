@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ray_vlm.cluster.nodes import ask_autoscaler, ask_nodes, compare_nodes, describe_node, reachable, wait_longer
+from ray_vlm.cluster.nodes import ask_nodes, compare_nodes, describe_node, expected, wait_longer
 from ray_vlm.cluster.preflight import Layout, cpus_needed, plan_layout
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
@@ -67,21 +67,20 @@ def connect(job: JobConfig, at_once: int = 1) -> Iterator[Layout]:
     `at_once`: how many runs like it share the cluster. Raises `RunError` when a cluster that was joined is too small.
     """
     with start_ray(job):
-        resources, nodes = find_resources(job)
+        resources, nodes = find_resources(job, at_once)
         yield plan_layout(job, {name: amount / at_once for name, amount in resources.items()}, nodes)
 
 
-def find_resources(job: JobConfig) -> tuple[dict[str, float], list[Mapping[str, float]]]:
-    """What the cluster has or can come to, all together and by node. Raises `RunError` where nodes do not fit the job:
-    other packages, no driver."""
+def find_resources(job: JobConfig, at_once: int = 1) -> tuple[dict[str, float], list[Mapping[str, float]]]:
+    """What the cluster has, or is waited for to start for `at_once` runs of the job, all together; and by node, where
+    no others are waited for. Raises `RunError` where nodes do not fit the job: other packages, no driver."""
     import ray
 
     living, problems = ask_nodes() if len(ray.nodes()) > 1 else ([], [])
     problems += compare_nodes(living, describe_node(), job.model.load_in_4bit, job.cluster.gpus_per_worker > 0)
     if problems:
         raise RunError(problems)
-    now = ray.cluster_resources()
-    found = reachable(now, [node["Resources"] for node in ray.nodes() if node["Alive"]], *ask_autoscaler())
-    if any(found[0][name] > now.get(name, 0) for name in ("CPU", "GPU") if name in found[0]):
-        wait_longer()
-    return found
+    if minutes := job.cluster.startup_minutes:
+        wait_longer(minutes)
+        return expected(ray.cluster_resources(), job, at_once), []
+    return ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]

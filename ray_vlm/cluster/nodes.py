@@ -1,6 +1,6 @@
 """What the nodes of a joined cluster are and have, against what the driver's machine has: told in one message.
 
-`ask_nodes` looks, in a task on every node; `compare_nodes` and `reachable` decide and touch nothing.
+`ask_nodes` looks, in a task on every node; `compare_nodes` and `expected` decide and touch nothing.
 """
 
 import os
@@ -11,6 +11,8 @@ from importlib import metadata
 from typing import Any
 
 from ray_vlm import __version__
+from ray_vlm.cluster.preflight import count_processes, cpus_needed
+from ray_vlm.config.schema import JobConfig
 
 # Packages whose versions decide numbers or file formats; another one on a node is an error that would come late.
 SAME = ("ray-vlm", "ray", "torch", "torchvision", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -119,27 +121,15 @@ def ask_nodes(timeout_s: float = 60.0) -> tuple[list[Node], list[str]]:
     return found, problems
 
 
-def reachable(
-    now: Mapping[str, float], nodes: Sequence[Mapping[str, float]], most: Mapping[str, float], kinds: Sequence[Mapping]
-) -> tuple[dict[str, float], list[Mapping[str, float]]]:
-    """What an autoscaling cluster can come to: all resources together, and those of single nodes.
-
-    `now`, `nodes`: as they are; `most`, `kinds`: as `ask_autoscaler` tells.
-    """
-    return {name: max(now.get(name, 0), most.get(name, 0)) for name in {*now, *most}}, [*nodes, *kinds]
-
-
-def ask_autoscaler() -> tuple[dict[str, float], list[dict[str, float]]]:
-    """The most that the cluster's autoscaler may start, and what one node of each kind has; empty without one."""
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    most = state.get_max_resources_from_cluster_config() if config is not None else None
-    if config is None or most is None:
-        return {}, []
-    return dict(most), [dict(group.resources) for group in config.node_group_configs if group.max_count]
+def expected(now: Mapping[str, float], job: JobConfig, at_once: int = 1) -> dict[str, float]:
+    """What a cluster that starts machines on demand is taken to come to: what it has `now`, and no less than
+    `at_once` runs of the job need."""
+    processes = max(1, count_processes(job))
+    cpus = max(float(cpus_needed(job)), job.cluster.cpus_per_worker)
+    need = {"CPU": cpus, "GPU": processes * job.cluster.gpus_per_worker}
+    return {**now, **{name: max(now.get(name, 0.0), at_once * each) for name, each in need.items()}}
 
 
-def wait_longer() -> None:
+def wait_longer(minutes: float) -> None:
     """Give machines that are still to be started the time that it takes: Ray Train gives up after a minute."""
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(60 * minutes)

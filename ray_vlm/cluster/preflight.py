@@ -44,7 +44,8 @@ def plan_layout(
         if need > have:
             problems.append(
                 f"cluster: {who} of {each:g} {name} need {need:g}, but the cluster has "
-                f"{have:g}. Lower cluster.num_workers or cluster.{name.lower()}s_per_worker, or add nodes."
+                f"{have:g}. Lower cluster.num_workers or cluster.{name.lower()}s_per_worker, add nodes, or set "
+                "cluster.startup_minutes if the cluster starts nodes by itself."
             )
         elif nodes and each > (most := max(node.get(name, 0) for node in nodes)):
             problems.append(

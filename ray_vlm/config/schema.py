@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data
 from ray_vlm.config.method import Method
 from ray_vlm.config.section import Largest, Section
@@ -227,23 +228,6 @@ class Tune(Section):
     resident: bool = Field(
         False, description="Keep the base in one process and run trial after trial on it, each as it would run alone."
     )
-
-
-class Cluster(Section):
-    """What the job runs on."""
-
-    num_workers: int = Field(
-        1, ge=0, le=Largest, description="Training processes. 0: this process, without starting Ray."
-    )
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
-    max_failures: int = Field(
-        3,
-        ge=0,
-        le=Largest,
-        description="Failures after which a run goes on from its last checkpoint by itself.",
-    )
-    address: str | None = Field(None, description="Ray cluster to join. null: `RAY_ADDRESS`, or a cluster of our own.")
 
 
 class Track(Section):

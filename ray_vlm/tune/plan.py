@@ -41,7 +41,8 @@ def plan_sweep(
     fits = {name: resources.get(name, 0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need}
     problems = [
         f"tune: a trial needs {need:g} {name}, but the cluster has {resources.get(name, 0):g}. Lower "
-        f"cluster.num_workers or cluster.{name.lower()}s_per_worker, or add nodes."
+        f"cluster.num_workers or cluster.{name.lower()}s_per_worker, add nodes, or set cluster.startup_minutes if the "
+        "cluster starts nodes by itself."
         for name, need in (("CPU", cpus), ("GPU", gpus))
         if need and fits[name] < 1
     ]

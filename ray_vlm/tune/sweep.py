@@ -72,7 +72,7 @@ def tune(
     parts = load_parts(job, wanted_parts(job)) if shares_rows(space, job) else None
     steps = prepare(job, parts).plan  # what no trial could do without, before any starts
     with start_ray(job):
-        plan = plan_sweep(job, space, *find_resources(job))
+        plan = plan_sweep(job, space, *find_resources(job, job.tune.max_concurrent or 1))
         draws: tuple[dict[str, Any], ...] = ()
         if job.tune.search == "random":
             draws = draw_trials(space, plan.num_trials, job.seed, job.tune.default_first)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from ray_vlm.cluster.nodes import SAME, Node, compare_nodes, describe_node, reachable
+from ray_vlm.cluster.nodes import SAME, Node, compare_nodes, describe_node, expected
+from ray_vlm.config.schema import JobConfig
 
 HERE = Node("here", "3.11", dict.fromkeys((*SAME, "bitsandbytes"), "1.0"), driver="580.65.06", cuda="13", gpus=1)
 
@@ -43,10 +44,9 @@ def test_this_machine_fits_itself() -> None:
     assert compare_nodes([here], here, quantised=True, gpus=False) == []
 
 
-def test_a_cluster_at_rest_counts_with_what_it_may_start() -> None:
-    head = {"CPU": 0.0, "memory": 1.0}
-    most, kinds = {"CPU": 384.0, "GPU": 16.0}, [{"CPU": 96.0, "GPU": 8.0}]
-    found, nodes = reachable(head, [head], most, kinds)
-    assert found == {"CPU": 384.0, "GPU": 16.0, "memory": 1.0}
-    assert nodes == [head, {"CPU": 96.0, "GPU": 8.0}]
-    assert reachable({"CPU": 8.0}, [{"CPU": 8.0}], {}, []) == ({"CPU": 8.0}, [{"CPU": 8.0}])
+def test_a_cluster_at_rest_is_taken_to_come_to_what_a_job_needs() -> None:
+    job = JobConfig.model_validate(
+        {"model": {"name": "x"}, "data": {"train": {"path": "a"}}, "cluster": {"num_workers": 2, "gpus_per_worker": 1}}
+    )
+    assert expected({"CPU": 0.0, "memory": 1.0}, job) == {"CPU": 4.0, "GPU": 2.0, "memory": 1.0}
+    assert expected({"CPU": 64.0}, job, at_once=3) == {"CPU": 64.0, "GPU": 6.0}

@@ -1,0 +1,28 @@
+"""The job's `cluster` section: what it runs on."""
+
+from pydantic import Field
+
+from ray_vlm.config.section import Largest, Section
+
+
+class Cluster(Section):
+    """What the job runs on."""
+
+    num_workers: int = Field(
+        1, ge=0, le=Largest, description="Training processes. 0: this process, without starting Ray."
+    )
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
+    max_failures: int = Field(
+        3,
+        ge=0,
+        le=Largest,
+        description="Failures after which a run goes on from its last checkpoint by itself.",
+    )
+    address: str | None = Field(None, description="Ray cluster to join. null: `RAY_ADDRESS`, or a cluster of our own.")
+    startup_minutes: float = Field(
+        0,
+        ge=0,
+        description="How long to wait for machines that the cluster does not have yet but starts when they are asked "
+        "for, as with an autoscaler. 0: a job that does not fit now is refused.",
+    )
