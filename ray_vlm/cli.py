@@ -14,6 +14,7 @@ from ray_vlm.verbs import job_verb
 from ray_vlm.verbs.cluster import add_cluster_verbs
 from ray_vlm.verbs.data import add_data_verbs
 from ray_vlm.verbs.export import add_export_verb
+from ray_vlm.verbs.memory import add_memory_verb
 from ray_vlm.verbs.predict import add_predict_verb
 from ray_vlm.verbs.runs import add_runs_verbs
 from ray_vlm.verbs.starter import add_starter_verbs
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add_predict_verb(verbs)
     add_tune_verb(verbs)
     add_export_verb(verbs)
+    add_memory_verb(verbs)
     add_runs_verbs(verbs)
     add_cluster_verbs(verbs)
     return parser

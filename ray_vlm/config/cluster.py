@@ -13,6 +13,7 @@ class Cluster(Section):
     )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
+    gpu_memory_gib: float | None = Field(None, gt=0, description="Memory of a card, for `ray-vlm memory`.")
     max_failures: int = Field(
         3,
         ge=0,

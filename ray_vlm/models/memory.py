@@ -1,0 +1,150 @@
+"""Will it fit? Memory of one worker, by component, before anything is downloaded or launched.
+
+Weights and what learns are counted from the model's shapes. What a step makes beside them is not a formula: the step is
+rehearsed with fake tensors (`models/rehearse.py`) on the heaviest rows. What CUDA takes for itself is an allowance.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.models.families import Family
+from ray_vlm.models.rehearse import Batch, Rehearsal
+
+GIB = 2**30
+CUDA_CONTEXT = 0.6 * GIB  # of the driver, kernels and cuBLAS' workspace
+FRAGMENTATION = 0.06  # of what a step makes; blocks that nothing fits into
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """Tokens of one row: of its images, of its prompt without them, of its answers together, and of the longer one of a
+    pair (0: half of both)."""
+
+    image_tokens: int
+    prompt_tokens: int
+    answer_tokens: int
+    longest_answer: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.image_tokens + self.prompt_tokens + self.answer_tokens
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`parts`: bytes by component, at the moment of the peak. `when`: the phase of a step that it falls into."""
+
+    parts: dict[str, float]
+    when: str
+
+    @property
+    def peak(self) -> float:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+def micro_sizes(job: JobConfig, size: RowSize, micro: int | None = None) -> list[RowSize]:
+    """The row `size` as often as a micro-batch has rows, or prompts where it has a group's answers. `micro`: in place
+    of `train.micro_batch_size`."""
+    rows = micro or job.train.micro_batch_size
+    return [size] * (max(1, rows // job.method.num_generations) if job.method.name == "grpo" else rows)
+
+
+def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, shared: bool) -> Batch:
+    """A micro-batch of these rows (GRPO: prompts), as it goes through the model. `merge`: patches along a side of a
+    visual token. `shared`: whether rows that begin alike go through their beginning once."""
+    patches = tuple(size.image_tokens * merge**2 for size in sizes if size.image_tokens)
+    prompts = [size.image_tokens + size.prompt_tokens for size in sizes]
+    method = job.method
+    if method.name == "sft":
+        return Batch(len(sizes), max(size.tokens for size in sizes), patches, masked=len(sizes) > 1)
+    if method.name == "dpo":
+        group, both = 2, [size.answer_tokens for size in sizes]
+        longer = [size.longest_answer or math.ceil(size.answer_tokens / 2) for size in sizes]
+    else:
+        group = min(job.train.micro_batch_size, method.num_generations)
+        both = [group * method.max_completion_tokens] * len(sizes)
+        longer = [method.max_completion_tokens] * len(sizes)
+    longest = max(p + a for p, a in zip(prompts, longer, strict=True))
+    rows = group * len(sizes)
+    if not shared or group == 1:
+        return Batch(rows, longest, patches * group, masked=rows > 1)
+    tree = max(p + a for p, a in zip(prompts, both, strict=True))
+    return Batch(len(sizes), tree, patches, masked=True, spread=(rows, longest))
+
+
+def estimate(
+    rehearsal: Rehearsal, sizes: Sequence[RowSize], merge: int, shared: bool, layers: int | None = None
+) -> Estimate:
+    """Memory of one worker with a micro-batch of these rows. `layers`: how many of the first recompute their
+    activations; None: as the job says."""
+    job, weights = rehearsal.job, rehearsal.weights()
+    live = rehearsal.run(plan_batch(job, sizes, merge, shared), layers)
+    parts = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain}
+    parts |= {"what learns, float32": weights.trained, "Adam's two moments": 2 * weights.trained}
+    parts["gradients"] = weights.trained
+    step = max(0.0, live.peak - weights.trained)
+    when = max((name for name in live.peaks if name), key=lambda name: live.peaks[name])
+    cache = rollout_bytes(job, rehearsal.config, max(sizes, key=lambda s: s.tokens)) if _samples(job) else 0.0
+    if cache > step:
+        parts["keys and values of sampled answers"], when = cache, "sampling"
+    else:
+        parts["activations and buffers"] = step
+    if job.cluster.num_workers > 1:
+        parts["buckets of gradients for the other workers"] = weights.trained
+    if job.cluster.gpus_per_worker:
+        parts["CUDA's own"] = CUDA_CONTEXT
+        parts["fragmentation"] = FRAGMENTATION * max(step, cache)
+    return Estimate({name: value for name, value in parts.items() if value}, when)
+
+
+def _samples(job: JobConfig) -> bool:
+    return job.method.name == "grpo" and job.method.rollouts != "vllm"
+
+
+def rollout_bytes(job: JobConfig, config: Any, size: RowSize) -> float:
+    """The KV cache of all answers that one worker samples at once."""
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sequences = job.train.global_batch_size / max(1, job.cluster.num_workers)
+    length = size.image_tokens + size.prompt_tokens + job.method.max_completion_tokens
+    each = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if job.train.bf16 else 4)
+    return float(each * sequences * length)
+
+
+def largest_micro(one: Estimate, two: Estimate, room: float) -> int:
+    """The largest micro-batch within `room` bytes, from the peaks of one and of two units; 0 if not even one fits."""
+    each = two.peak - one.peak
+    if one.peak > room:
+        return 0
+    return 1 + int((room - one.peak) // each) if each > 0 else 1
+
+
+def describe(found: Estimate, cards: Sequence[float]) -> list[str]:
+    """The table, and a verdict for each size of card (GiB)."""
+    width = max(len(name) for name in found.parts)
+    lines = [f"  {name:<{width}}  {_tell(value)}" for name, value in found.parts.items()]
+    lines.append(f"  {'peak':<{width}}  {_tell(found.peak)}, in the {found.when}" + ("" if cards else " phase"))
+    for card in cards:
+        left = card * GIB - found.peak
+        fits = f"fits, {_tell(left)} left" if left >= 0 else f"does NOT fit, {_tell(-left)} too much"
+        lines.append(f"  card of {card:g} GiB: {fits}")
+    return lines
+
+
+def _tell(value: float) -> str:
+    return f"{value / GIB:.2f} GiB" if value >= 0.1 * GIB else f"{value / 2**20:.1f} MiB"
+
+
+def merge_of(config: Any, family: Family) -> int:
+    """Patches along a side of a visual token."""
+    vision = config.vision_config
+    merge = getattr(vision, "spatial_merge_size", None)
+    if merge is not None:
+        return int(merge)
+    ratio = getattr(vision, "pixel_shuffle_ratio", None) or getattr(config, "downsample_ratio", None) or 1.0
+    return round(1 / ratio)

@@ -1,0 +1,238 @@
+"""A training step rehearsed with fake tensors: the real modules, adapters, checkpointing and loss, without memory.
+
+Nothing is downloaded or computed: torch's fake tensors know shapes and dtypes. 4-bit layers are stood in for by layers
+that dequantise as bitsandbytes' do; the image encoder runs block by block.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.models.families import Family
+from ray_vlm.models.live import LiveBytes
+from ray_vlm.models.lora import freeze_parts, lora_config
+from ray_vlm.models.quiet import quiet_libraries
+
+NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in NF4 with double quantisation, blocks of 64 and 256
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the model at once: `rows` of `tokens` each, and `patches` of each image before merging.
+
+    `masked`: whether attention needs a mask, for padding or for branches. `spread`: rows and tokens of the layout that
+    hidden states are put back into where rows that begin alike went through once.
+    """
+
+    rows: int
+    tokens: int
+    patches: tuple[int, ...] = ()
+    masked: bool = False
+    spread: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes that stay. `quantised`: in 4 bit; `plain`: the rest of the base; `trained`: what learns, in float32."""
+
+    quantised: float
+    plain: float
+    trained: float
+
+
+class Rehearsal:
+    """A fake model of a job, to run batches through."""
+
+    def __init__(self, config: Any, job: JobConfig, family: Family):
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        quiet_libraries()
+
+        self.job, self.family, self.config = job, family, config
+        self.dtype = torch.bfloat16 if job.train.bf16 else torch.float32
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.device("meta"):
+            self.model, self.base = self._build()
+        _pretend(self.model, self.mode)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the image encoder can be rehearsed: Qwen's towers can."""
+        return hasattr(self.base.get_encoder(modality="image"), "blocks")
+
+    def weights(self) -> Weights:
+        """Bytes of the model as loaded."""
+        small = plain = trained = 0.0
+        inside = {id(m.weight) for m in self.model.modules() if type(m).__name__ == "FourBit"}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                trained += 4 * parameter.numel()
+            elif id(parameter) in inside:
+                small += NF4 * parameter.numel()
+            else:
+                plain += parameter.element_size() * parameter.numel()
+        return Weights(small, plain, trained)
+
+    def run(self, batch: Batch, checkpointed: int | None = None) -> LiveBytes:
+        """One forward and backward; what was alive above the weights, gradients among it.
+
+        `checkpointed`: how many of the first layers recompute their activations; None: as the job says.
+        """
+        import torch
+
+        layers = self._layers()
+        count = (len(layers) if self.job.train.gradient_checkpointing else 0) if checkpointed is None else checkpointed
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = number < count
+        known = [*self.model.parameters(), *self.model.buffers()]
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        with self.mode, LiveBytes(known) as live, torch.autocast("cpu", torch.bfloat16, enabled=self.job.train.bf16):
+            live.begin("vision")
+            features = self._see(batch)
+            live.begin("forward")
+            loss = self._loss(batch, features, live)
+            live.begin("backward")
+            loss.backward()
+            del loss, features
+        return live
+
+    def _build(self) -> tuple[Any, Any]:
+        from peft import get_peft_model
+        from transformers import AutoModelForImageTextToText
+
+        job = self.job
+        base = AutoModelForImageTextToText.from_config(self.config, dtype=self.dtype, attn_implementation="sdpa")
+        if job.lora is None:
+            return freeze_parts(base, job.train.freeze or (), self.family).float(), base
+        base.requires_grad_(False)
+        if job.model.load_in_4bit:
+            for name, module in base.named_modules():
+                if re.fullmatch(self.family.linear["language"], name):
+                    module.__class__ = _four_bit()
+        model = get_peft_model(base, lora_config(job.lora, self.family))
+        model.train()
+        if job.train.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        return model, base
+
+    def _layers(self) -> list[Any]:
+        decoder = self.base.get_decoder()
+        return list((decoder.model if hasattr(decoder, "lm_head") else decoder).layers)
+
+    def _see(self, batch: Batch) -> Any:
+        """Run the image encoder's blocks; under autograd only where something in it learns."""
+        import torch
+
+        tower = self.base.get_encoder(modality="image")
+        if not batch.patches or not self.sees:
+            return None
+        learns = any(parameter.requires_grad for parameter in tower.parameters())
+        total, width = sum(batch.patches), tower.patch_embed.proj.weight.shape[0]
+        values = tower.patch_embed.proj.weight[0].numel()
+        with torch.set_grad_enabled(learns):
+            hidden = tower.patch_embed(torch.empty(total, values))
+            hidden = hidden.reshape(total, width)
+            heads = self.config.vision_config.num_heads
+            turn = torch.empty(total, width // heads, dtype=torch.float32)
+            ends = _Ends(batch.patches)
+            for block in tower.blocks:
+                hidden = block(hidden, cu_seqlens=ends, position_embeddings=(turn, turn))
+            return tower.merger(hidden)
+
+    def _loss(self, batch: Batch, features: Any, live: LiveBytes) -> Any:
+        import torch
+        from trl.kernels import ChunkedLogProbFunction
+
+        base = self.base
+        ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
+        hidden = base.get_input_embeddings()(ids)
+        if features is not None:
+            place = torch.zeros(batch.rows, batch.tokens, 1, dtype=torch.bool)
+            hidden = hidden.masked_scatter(place, features.to(hidden.dtype))
+        if not hidden.requires_grad:
+            hidden.requires_grad_(True)  # as `enable_input_require_grads` has it
+        decoder = base.get_decoder()
+        decoder = decoder.model if hasattr(decoder, "lm_head") else decoder
+        mask = None
+        if batch.masked:
+            mask = torch.zeros(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
+        out = decoder(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
+        if batch.spread is not None:
+            out = out.reshape(-1, out.shape[-1])[torch.zeros(batch.spread, dtype=torch.long)]
+            ids = torch.zeros(batch.spread, dtype=torch.long)
+        live.begin("head")
+        head = base.get_output_embeddings()
+        flat = out[:, :-1].reshape(-1, out.shape[-1])
+        told = ChunkedLogProbFunction.apply(
+            flat, head.weight, head.bias, ids[:, 1:].reshape(-1), 1.0, _CHUNK, None, 1.0, _ASKED[self.job.method.name]
+        )
+        return -told[0].sum()
+
+
+def _pretend(model: Any, mode: Any) -> None:
+    """Put fake tensors of the CPU in the place of all that is on the meta device; tied weights stay tied."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is None:
+                continue
+            if id(value) not in made:
+                fake = FakeTensor(mode, torch.empty_like(value, device="meta"), torch.device("cpu"))
+                is_weight = isinstance(value, torch.nn.Parameter)
+                made[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if is_weight else fake
+            (module._parameters if name in module._parameters else module._buffers)[name] = made[id(value)]
+
+
+_CHUNK = 32768  # vocabulary in one tile of TRL's head
+_ASKED = {  # what TRL's trainers ask it for, of each token
+    "sft": ("log_probs", "entropy", "is_top1"),
+    "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
+    "grpo": ("log_probs", "entropy"),
+}
+
+
+class _Ends:
+    """Where each image ends among the patches, as the towers take it: differences of it give their lengths."""
+
+    def __init__(self, lengths: tuple[int, ...], started: bool = False):
+        self.lengths, self.started = lengths, started
+
+    def __getitem__(self, part: slice) -> "_Ends":
+        return _Ends(self.lengths, part.start is not None)
+
+    def __sub__(self, other: "_Ends") -> "_Ends":
+        return self
+
+    def tolist(self) -> list[int]:
+        """Patches of each image."""
+        return list(self.lengths)
+
+
+def _four_bit() -> type:
+    """A linear layer that dequantises its weight in every forward and backward, as bitsandbytes' `Linear4bit`."""
+    import torch
+
+    class Dequantised(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: Any, weight: Any) -> Any:
+            ctx.weight = weight
+            return torch.nn.functional.linear(values, torch.empty(weight.shape, dtype=values.dtype))
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            return gradient @ torch.empty(ctx.weight.shape, dtype=gradient.dtype), None
+
+    class FourBit(torch.nn.Linear):
+        def forward(self, values: Any) -> Any:
+            values = values.to(self.weight.dtype)
+            out = Dequantised.apply(values, self.weight)
+            out = out if self.bias is None else out + self.bias
+            return out.clone()  # PEFT copies what a quantised layer gives
+
+    return FourBit

@@ -1,0 +1,79 @@
+"""`ray-vlm memory`: what a job will take of a card, before anything is launched."""
+
+import argparse
+from typing import Any
+
+from ray_vlm.verbs import job_verb
+
+
+def add_memory_verb(verbs: argparse._SubParsersAction) -> None:
+    """`ray-vlm memory JOB [key=value ...]`."""
+    memory = job_verb(verbs, "memory", "what a job takes of a card's memory, and the largest batch that fits", _memory)
+    memory.add_argument(
+        "--tokens",
+        type=_size,
+        metavar="IMAGE,PROMPT,ANSWER",
+        help="tokens of the heaviest row; nothing is read then, and a known base is not downloaded",
+    )
+    memory.add_argument("--card", type=float, action="append", metavar="GIB", help="memory of a card; may be repeated")
+
+
+def _size(text: str) -> Any:
+    from ray_vlm.models.memory import RowSize
+
+    try:
+        image, prompt, answer = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: three numbers are needed, such as 1024,60,120") from None
+    return RowSize(image, prompt, answer)
+
+
+def _memory(args: argparse.Namespace) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.models.load import family_of
+    from ray_vlm.models.memory import GIB, describe, estimate, largest_micro, merge_of, micro_sizes
+    from ray_vlm.models.rehearse import Rehearsal
+    from ray_vlm.train.trainer import can_share
+
+    job = load_job(args.job, args.overrides)
+    size = args.tokens or _heaviest(job)
+    config = _config(job, known=args.tokens is not None)
+    family = family_of(config)
+    cards = args.card or ([job.cluster.gpu_memory_gib] if job.cluster.gpu_memory_gib else [])
+    shared, merge, rehearsal = can_share(job, family), merge_of(config, family), Rehearsal(config, job, family)
+    found = estimate(rehearsal, micro_sizes(job, size), merge, shared)
+    print(
+        f"{job.model.name}, {job.method.name}, {job.train.micro_batch_size} at a time; the heaviest row has "
+        f"{size.image_tokens:,} image tokens, {size.prompt_tokens:,} of its prompt, {size.answer_tokens:,} answered"
+    )
+    print("\n".join(describe(found, cards)))
+    if not rehearsal.sees:
+        print(f"note: what {family.model_type}'s image encoder makes in a step is not counted; its weights are")
+    unit = job.method.num_generations if job.method.name == "grpo" else 1
+    for layers, name in ((None, "as the job says"), (0, "activations kept, none recomputed")):
+        if cards and (layers is None or job.train.gradient_checkpointing):
+            one, two = (estimate(rehearsal, micro_sizes(job, size, unit * n), merge, shared, layers) for n in (1, 2))
+            most = ", ".join(f"{unit * largest_micro(one, two, c * GIB)} on {c:g} GiB" for c in cards)
+            print(f"  largest train.micro_batch_size, {name}: {most}")
+
+
+def _heaviest(job: Any) -> Any:
+    """The row with the most tokens among those that would be trained."""
+    from ray_vlm.data.rows import load_preparer
+    from ray_vlm.models.memory import RowSize
+    from ray_vlm.train.prepare import prepare
+
+    prepared = prepare(job)
+    index = prepared.train
+    row = int(index.tokens.argmax())
+    image, prompt, answer = (int(of[row]) for of in (index.image_tokens, index.prompt_tokens, index.answer_tokens))
+    answers = load_preparer(prepared.spec).row(index.records[row]).completions
+    return RowSize(image, prompt, answer, max(map(len, answers), default=0))
+
+
+def _config(job: Any, known: bool) -> Any:
+    """The base's configuration; of a known model from what ships with the package, if nothing is to be read."""
+    from ray_vlm.models.load import load_config
+    from ray_vlm.models.presets import load_preset, read_presets
+
+    return load_preset(job.model.name) if known and job.model.name in read_presets() else load_config(job.model)

@@ -1,0 +1,127 @@
+"""Memory: what is counted as alive, the batch that a method runs, and predictions against real steps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.memory import compare, tiny_job
+from ray_vlm.cli import main
+from ray_vlm.config.schema import JobConfig, Lora, Model
+from ray_vlm.demo.shapes import draw
+from ray_vlm.demo.tiny import write_untrained
+from ray_vlm.models.live import LiveBytes
+from ray_vlm.models.load import family_of, load_config, load_model
+from ray_vlm.models.memory import Estimate, RowSize, describe, largest_micro, merge_of, micro_sizes, plan_batch
+from ray_vlm.models.presets import load_preset
+from ray_vlm.models.rehearse import Batch, Rehearsal
+
+
+def _job(**sections: Any) -> JobConfig:
+    return JobConfig.model_validate({"model": {"name": "x"}, "data": {"train": {"path": "a"}}, **sections})
+
+
+def test_what_is_alive_is_counted_once_and_until_it_is_gone() -> None:
+    weight = torch.ones(100)
+    with LiveBytes([weight]) as live:
+        a = weight * 2
+        view = a[:50].reshape(5, 10)
+        assert live.now == 400
+        b = a + view.sum()
+        assert live.now == 800
+        live.begin("later")
+        del a, view
+        assert live.now == 400
+        c = b.double()
+        assert live.now == 1200
+        weight.add_(1)
+        del b, c
+    assert live.now == 0
+    assert live.peak == 1200
+    assert live.peaks["later"] == 1200
+
+
+def test_batches_of_each_method() -> None:
+    size = RowSize(16, 10, 8, longest_answer=5)
+    sft = _job(train={"micro_batch_size": 2})
+    assert plan_batch(sft, micro_sizes(sft, size), 2, False) == Batch(2, 34, (64, 64), masked=True)
+    dpo = _job(method="dpo", train={"micro_batch_size": 2})
+    assert plan_batch(dpo, micro_sizes(dpo, size), 2, False) == Batch(4, 31, (64,) * 4, masked=True)
+    assert plan_batch(dpo, micro_sizes(dpo, size), 2, True) == Batch(2, 34, (64, 64), True, spread=(4, 31))
+    grpo = _job(
+        method={"name": "grpo", "num_generations": 4, "max_completion_tokens": 7},
+        train={"micro_batch_size": 8, "global_batch_size": 8},
+    )
+    assert plan_batch(grpo, micro_sizes(grpo, size), 2, True) == Batch(2, 54, (64, 64), True, spread=(8, 33))
+
+
+@pytest.mark.parametrize("bits", [True, False])
+def test_weights_are_those_of_the_loaded_model(bits: bool, tiny_models: dict[str, str]) -> None:
+    spec = Model(name=tiny_models["qwen3_vl"], load_in_4bit=bits)
+    job = _job(model={"name": spec.name, "load_in_4bit": bits}, train={"bf16": False}, lora=Lora(rank=4).model_dump())
+    weights = Rehearsal(load_config(spec), job, family_of(load_config(spec))).weights()
+    small = plain = 0
+    for parameter in load_model(spec, bf16=False).parameters():
+        if type(parameter).__name__ == "Params4bit":
+            state = parameter.quant_state
+            small += parameter.numel() + state.absmax.numel() + 4 * state.state2.absmax.numel()
+        else:
+            plain += parameter.numel() * 4
+    assert weights.plain == plain
+    assert weights.quantised == pytest.approx(small, rel=0.01)
+
+
+CASES = [
+    ("sft", 8, True, 2, ["language"], {}),
+    ("sft", 8, False, 2, ["language", "connector", "vision"], {"min_pixels": 30000, "max_pixels": 40000}),
+    ("dpo", 8, False, 2, ["language"], {}),
+    ("grpo", 8, True, 4, ["language"], {}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[2]}")
+def test_predictions_are_near_what_a_step_takes(case: tuple, tmp_path: Path) -> None:
+    draw(tmp_path / "scenes", "studio", "train", 12)
+    write_untrained(tmp_path / "qwen2_5_vl", "qwen2_5_vl")
+    real, predicted, _ = compare(tiny_job(tmp_path, "qwen2_5_vl", case))
+    assert predicted == pytest.approx(real, rel=0.12)
+
+
+def test_checkpointing_trades_memory() -> None:
+    config = load_preset("Qwen/Qwen2-VL-2B-Instruct")
+    rehearsal = Rehearsal(config, _job(), family_of(config))
+    peaks = [rehearsal.run(Batch(1, 1024, (1024,)), layers).peak for layers in (28, 14, 0)]
+    assert peaks == sorted(peaks)
+    assert peaks[2] > 2 * peaks[0]
+    assert merge_of(config, family_of(config)) == 2
+
+
+def test_the_largest_batch_and_the_verdict() -> None:
+    one, two = (Estimate({"x": 10.0 * n}, "backward") for n in (1, 2))
+    assert [largest_micro(one, two, room) for room in (9, 10, 35)] == [0, 1, 3]
+    lines = describe(Estimate({"base": 30 * 2.0**30}, "backward"), [24, 40])
+    assert lines[-2:] == [
+        "  card of 24 GiB: does NOT fit, 6.00 GiB too much",
+        "  card of 40 GiB: fits, 10.00 GiB left",
+    ]
+
+
+def test_a_known_model_is_planned_without_a_download(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        "model: {name: Qwen/Qwen3-VL-2B-Instruct}\ndata: {train: {path: nowhere.json}}\n"
+        "cluster: {gpus_per_worker: 1, gpu_memory_gib: 40}\n"
+    )
+    assert main(["memory", str(job), "--tokens", "256,50,100"]) == 0
+    told = capsys.readouterr().out
+    assert "base in 4 bit" in told
+    assert "card of 40 GiB: fits" in told
+    assert "largest train.micro_batch_size, as the job says:" in told
+
+
+def test_a_job_is_planned_from_its_rows(job_file: Any, capsys: pytest.CaptureFixture) -> None:
+    assert main(["memory", str(job_file()), "--card", "0.0001"]) == 0
+    told = capsys.readouterr().out
+    assert "does NOT fit" in told
+    assert "largest train.micro_batch_size, as the job says: 0 on 0.0001 GiB" in told
