@@ -19,6 +19,7 @@ ELSEWHERE = {  # run by other tests, or on what a test machine is not
     "jobs/demo_": "minutes; the demos themselves",
     "ray-vlm demo": "minutes; the demos themselves",
     "--resume": "tests/integration/test_resume.py",
+    "ray-vlm memory jobs/": "tests/unit/models/test_job_heads.py",
     "ray-vlm tune": "tests/cluster/test_sweep.py",
     "NAME-SPACE": "tests/cluster/test_sweep.py",
     "BUCKET": "needs a bucket; tests/integration/test_resume.py",
