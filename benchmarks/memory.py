@@ -62,9 +62,10 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
 def compare(job: JobConfig) -> tuple[float, float, float]:
     """Bytes above the loaded model: measured, predicted, and by four times the weights."""
     from ray_vlm.data.rows import load_preparer
+    from ray_vlm.methods.forward import can_share
     from ray_vlm.train.attempt import Attempt
     from ray_vlm.train.prepare import prepare
-    from ray_vlm.train.trainer import build_trainer, can_share, load_adapted, prepare_process
+    from ray_vlm.train.trainer import build_trainer, load_adapted, prepare_process
     from ray_vlm.train.worker import WorkerTask
 
     prepared = prepare(job)
@@ -118,7 +119,7 @@ def tiny_figures(quick: bool) -> list[dict[str, Any]]:
 
 def real_figures() -> list[dict[str, Any]]:
     """What 4-bit jobs of real models would take, one row or group at a time."""
-    from ray_vlm.train.trainer import can_share
+    from ray_vlm.methods.forward import can_share
 
     figures = []
     for name in REAL:

@@ -50,7 +50,7 @@ def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec | None:
             labels=tuple(saved["labels"]),
             hints=saved["hints"],
             split=saved["split"],
-            min_pixels=images["min_pixels"],
+            min_pixels=None if images.get("stock") else images["min_pixels"],
             max_pixels=images["max_pixels"],
             resize="pad" if pad else "stretch",
             pad_color=pad,

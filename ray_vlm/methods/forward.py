@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.models.families import Family
+
 _NEEDED = {"input_ids", "attention_mask", "mm_token_type_ids"}
 _HANDLED = {*_NEEDED, "pixel_values", "image_grid_thw"}  # anything else (a cache, positions) goes the plain way
 
@@ -22,6 +25,18 @@ class Tree:
 
     rows: tuple[int, ...]
     length: int
+
+
+def can_share(job: JobConfig, family: Family) -> bool:
+    """Whether rows that begin alike go through their beginning once."""
+    return job.method.name != "sft" and job.method.share_prefixes and why_alone(job, family) is None
+
+
+def why_alone(job: JobConfig, family: Family) -> str | None:
+    """Why rows that begin alike would not give what each gives alone, if so."""
+    if job.lora is not None and job.lora.dropout > 0:
+        return "lora.dropout would fall otherwise"
+    return family.cannot.get("method.share_prefixes")
 
 
 def share_prefixes(model: Any) -> None:

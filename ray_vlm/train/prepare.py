@@ -19,6 +19,7 @@ from ray_vlm.data.spec import RowSpec
 from ray_vlm.data.splits import Parts, load_parts, row_tags
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods import METHODS
+from ray_vlm.methods.forward import why_alone
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.store import full_address
 from ray_vlm.train.energy import check_energy
@@ -58,6 +59,7 @@ def prepare(job: JobConfig, parts: Parts | None = None) -> Prepared:
     )
     spec = replace(parts.spec, token_weights=balance.token_weights)
     plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs)
+    notes += _tell_alone(job, spec)
     return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes))
 
 
@@ -74,6 +76,14 @@ def _check_scores(job: JobConfig, train: Index) -> list[str]:
     from ray_vlm.methods.rewards import check_rewards
 
     return check_rewards(job_rewards(job, train.labels))
+
+
+def _tell_alone(job: JobConfig, spec: RowSpec) -> list[str]:
+    """That rows are read whole where they were meant to share their beginnings, and why."""
+    reason = why_alone(job, load_preparer(spec).family)
+    if job.method.name == "sft" or not job.method.share_prefixes or reason is None:
+        return []
+    return [f"rows that begin alike are read whole each: {reason} (method.share_prefixes)"]
 
 
 def _check_pairs(job: JobConfig, spec: RowSpec) -> None:

@@ -10,7 +10,7 @@ from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
-from ray_vlm.methods.forward import share_prefixes
+from ray_vlm.methods.forward import can_share, share_prefixes
 from ray_vlm.models.backbone import ensure_backbone
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
@@ -102,17 +102,6 @@ def build_trainer(
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer
-
-
-def can_share(job: JobConfig, family: Family) -> bool:
-    """Whether rows that begin alike may go through their beginning once, and still give what they give alone."""
-    exact = job.lora is None or job.lora.dropout == 0  # dropout would fall otherwise
-    return (
-        job.method.name != "sft"
-        and job.method.share_prefixes
-        and exact
-        and "method.share_prefixes" not in family.cannot
-    )
 
 
 def _printer() -> type:

@@ -30,10 +30,10 @@ def _size(text: str) -> Any:
 
 def _memory(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
+    from ray_vlm.methods.forward import can_share
     from ray_vlm.models.load import family_of
     from ray_vlm.models.memory import GIB, describe, estimate, largest_micro, merge_of, micro_sizes
     from ray_vlm.models.rehearse import Rehearsal
-    from ray_vlm.train.trainer import can_share
 
     job = load_job(args.job, args.overrides)
     size = args.tokens or _heaviest(job)

@@ -142,9 +142,38 @@ def test_experts_that_stay_whole_are_told(folders: dict[str, str]) -> None:
         load_model(Model(name=folders["llama4"], load_in_4bit=True), bf16=False)
 
 
+@pytest.mark.parametrize("family", STOCK)
+def test_weights_of_a_family_are_evaluated_asked_and_exported(
+    family: str, folders: dict[str, str], job_file: Any, scenes: Path, tmp_path: Path
+) -> None:
+    from ray_vlm.cli import main
+
+    data = {"test": {"path": str(scenes / "test.json"), "max_rows": 3}}
+    path = job_file(model={"name": folders[family]}, data=data, evaluate={"max_new_tokens": 8})
+    run = train(load_job(path), path.read_text())
+    assert main(["evaluate", str(path), "--adapter", str(run.final)]) == 0
+    assert main(["predict", str(run.root), str(scenes / "test"), "--output", str(tmp_path / "found.jsonl")]) == 0
+    assert (tmp_path / "found.jsonl").read_text().count("\n") == 12
+    assert main(["export", str(run.root), "--merged", "--weights", "final"]) == 0
+    assert main(["data", "stats", str(path)]) == 0
+    assert main(["data", "preview", str(path), "--output", str(tmp_path / "preview.png")]) == 0
+
+
 def test_what_is_no_vision_language_model_is_refused(tmp_path: Path) -> None:
     from transformers import BertConfig
 
     BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="'bert' does not read images"):
         family_of(load_config(Model(name=str(tmp_path))))
+
+
+def test_a_family_that_cannot_share_beginnings_says_why(folders: dict[str, str], job_file: Any, tmp_path: Path) -> None:
+    from ray_vlm.train.prepare import prepare
+
+    pairs = write_pairs(tmp_path, folders["llama4"])
+    data = {"train": {"path": str(pairs), "format": "preference"}}
+    path = job_file(model={"name": folders["llama4"]}, method={"name": "dpo"}, data=data)
+    assert any("attend within chunks" in note for note in prepare(load_job(path)).notes)
+    assert prepare(load_job(path, ["method.share_prefixes=false"])).notes == ()
+    path = job_file(method={"name": "dpo"}, data=data, lora={"dropout": 0.1})
+    assert any("lora.dropout" in note for note in prepare(load_job(path)).notes)
