@@ -26,40 +26,27 @@ class Family:
     cannot: dict[str, str] = field(default_factory=dict)
 
 
-_LANGUAGE = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-_PARTS = {"vision": ("model.visual",), "language": ("model.language_model", "lm_head")}
+def _qwen(model_type: str, mlp: str, connector: str, mergers: tuple[str, ...]) -> Family:
+    """A Qwen: its tower in `model.visual`, whose MLP has the layers `mlp`, and `mergers` in it as the connector."""
+    linear = {
+        "language": r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
+        "connector": rf"(.*\.)?visual\.{connector}",
+        "vision": rf"(.*\.)?visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.{mlp})",
+    }
+    prefixes = {"vision": ("model.visual",), "language": ("model.language_model", "lm_head"), "connector": mergers}
+    return Family(model_type, model_type, linear, prefixes)
 
+
+_MERGER = "model.visual.merger"
 FAMILIES = {
-    "qwen3_vl": Family(
-        model_type="qwen3_vl",
-        codec="qwen3_vl",
-        linear={
-            "language": _LANGUAGE,
-            "connector": r"(.*\.)?visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
-            "vision": r"(.*\.)?visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",
-        },
-        prefixes=_PARTS | {"connector": ("model.visual.merger", "model.visual.deepstack_merger_list")},
+    "qwen3_vl": _qwen(
+        "qwen3_vl",
+        "linear_fc[12]",
+        r"(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
+        (_MERGER, "model.visual.deepstack_merger_list"),
     ),
-    "qwen2_5_vl": Family(
-        model_type="qwen2_5_vl",
-        codec="qwen2_5_vl",
-        linear={
-            "language": _LANGUAGE,
-            "connector": r"(.*\.)?visual\.merger\.mlp\.[02]",
-            "vision": r"(.*\.)?visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
-        },
-        prefixes=_PARTS | {"connector": ("model.visual.merger",)},
-    ),
-    "qwen2_vl": Family(
-        model_type="qwen2_vl",
-        codec="qwen2_vl",
-        linear={
-            "language": _LANGUAGE,
-            "connector": r"(.*\.)?visual\.merger\.mlp\.[02]",
-            "vision": r"(.*\.)?visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
-        },
-        prefixes=_PARTS | {"connector": ("model.visual.merger",)},
-    ),
+    "qwen2_5_vl": _qwen("qwen2_5_vl", "(gate|up|down)_proj", r"merger\.mlp\.[02]", (_MERGER,)),
+    "qwen2_vl": _qwen("qwen2_vl", "fc[12]", r"merger\.mlp\.[02]", (_MERGER,)),
     "llama4": Family(
         model_type="llama4",
         codec="qwen3_vl",
