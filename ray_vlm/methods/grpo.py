@@ -81,8 +81,7 @@ def trainer_class(job: JobConfig) -> type:
             parts = [slice(start, start + size) for start in range(0, len(ids), size)]
             forward = super()._get_per_token_logps_and_entropies
             # A part's images go to the model as they are: TRL would cut them by rows, as it knows some families' do.
-            seeing = [(p, partial(model, **pixels_of(self, p, ids))) for p in parts]
-            found = [forward(of_part, ids[p], mask[p], keep, **given) for p, of_part in seeing]
+            found = [forward(partial(model, **pixels_of(self, p, ids)), ids[p], mask[p], keep, **given) for p in parts]
             logps, entropies, aux = (join(values) for values in zip(*found, strict=True))
             if given.get("compute_entropy"):
                 note_gap(self, logps)
