@@ -23,7 +23,8 @@ from ray_vlm.data.spec import IGNORED, Row, RowSpec
 from ray_vlm.errors import DataError, RunError
 
 _AHEAD = 3  # micro-batches that wait ready for the trainer
-_BLOCK_BYTES = 32 * 2**20  # a Ray Data block is handed on when it has this size
+_BLOCK_BYTES = 16 * 2**20  # a Ray Data block is handed on when it has this size
+_BLOCKS_AHEAD = 8  # of a loader; at Ray's 2 it stands still until the driver has looked again
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Work of one loader at a time, in pixels and in rows: a task costs 10 ms or more beside its work, and what the other
 # loaders make meanwhile waits for its turn in memory.
@@ -98,6 +99,7 @@ def stream_ray(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.target_max_block_size = _BLOCK_BYTES
+    context._max_num_blocks_in_streaming_gen_buffer = _BLOCKS_AHEAD
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     total = feed.last - feed.first
