@@ -69,10 +69,20 @@ def train_parts(model: Any, lora: Lora, family: Family) -> Any:
     Raises `ModelError` where the adapter has none of them.
     """
     there: set[str] = set()
+    frozen = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             there.add(part_of(family, name))
-            parameter.requires_grad_(part_of(family, name) in lora.target)
+            if part_of(family, name) not in lora.target:
+                frozen.append(parameter.requires_grad_(False))
+    switch = model.set_adapter
+
+    def set_adapter(*args: Any, **kwargs: Any) -> None:
+        switch(*args, **kwargs)  # PEFT makes all of an adapter trainable when it comes back from the reference
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+    model.set_adapter = set_adapter
     if not there & set(lora.target):
         raise ModelError(
             f"model.adapter adapts {', '.join(sorted(there))} and lora.target={lora.target} names none of these, so "

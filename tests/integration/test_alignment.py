@@ -265,3 +265,16 @@ def test_pairs_of_other_image_sizes_are_refused(dpo_job) -> None:
     beside.write_text(json.dumps(about))
     with pytest.raises(ConfigError, match=r"sampled with another image sizes \(max_pixels"):
         prepare(job)
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_parts_of_a_given_adapter_stay_frozen_through_the_reference(dpo_job, tmp_path: Path, precompute: bool) -> None:
+    from safetensors.torch import load_file
+
+    first = _train(dpo_job(), "run.name=first", "train.max_steps=2")
+    path = dpo_job(method={"precompute_ref_log_probs": precompute}, model={"adapter": str(first.final)})
+    paths = _train(path, "run.name=second", "lora.target=[language]", "evaluate.at_start=true", "train.max_steps=3")
+    before, after = (load_file(run.final / "adapter_model.safetensors") for run in (first, paths))
+    changed = {name for name in before if not bool((before[name] == after[name]).all())}
+    assert changed
+    assert not any("visual" in name for name in changed)
