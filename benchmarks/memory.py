@@ -78,7 +78,7 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
         trainer.train()
     config, index = load_config(job.model), prepared.train
     rehearsal = Rehearsal(config, job, preparer.family)
-    merge, shared = merge_of(config, preparer.family), can_share(job, preparer.family)
+    merge, shared = merge_of(config), can_share(job, preparer.family)
     found = []
     for number in range(prepared.plan.num_steps * prepared.plan.accumulation):
         rows = prepared.plan.micro_batch(number, 0).rows
@@ -137,7 +137,7 @@ def real_figures() -> list[dict[str, Any]]:
             family = family_of(config)
             size = RowSize(1024, 128, 256)
             rehearsal = Rehearsal(config, job, family)
-            found = estimate(rehearsal, micro_sizes(job, size), merge_of(config, family), can_share(job, family))
+            found = estimate(rehearsal, micro_sizes(job, size), merge_of(config), can_share(job, family))
             figures.append(figure(f"memory.{method}.{config.model_type}", found.peak / GIB, "GiB", 40.0))
     return figures
 

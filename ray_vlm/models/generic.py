@@ -10,6 +10,7 @@ from typing import Any
 
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family
+from ray_vlm.models.presets import build_empty
 
 _ROUTERS = ("gate", "router")  # last names of layers that choose experts: they are left as they are
 _PLAIN = "whether its branches stay exact has not been proved"
@@ -61,12 +62,8 @@ def _inside(name: str, prefix: str) -> bool:
 
 
 def _build(config: Any) -> Any:
-    import torch
-    from transformers import AutoModelForImageTextToText
-
     try:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
+        return build_empty(config)
     except ValueError:
         raise ModelError(
             f"model type {config.model_type!r} does not read images and write text, or this transformers has no such "

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.models.families import Family
 from ray_vlm.models.rehearse import Batch, Rehearsal
 
 GIB = 2**30
@@ -128,7 +127,7 @@ def describe(found: Estimate, cards: Sequence[float]) -> list[str]:
     """The table, and a verdict for each size of card (GiB)."""
     width = max(len(name) for name in found.parts)
     lines = [f"  {name:<{width}}  {_tell(value)}" for name, value in found.parts.items()]
-    lines.append(f"  {'peak':<{width}}  {_tell(found.peak)}, in the {found.when}" + ("" if cards else " phase"))
+    lines.append(f"  {'peak':<{width}}  {_tell(found.peak)}, in the {found.when}")
     for card in cards:
         left = card * GIB - found.peak
         fits = f"fits, {_tell(left)} left" if left >= 0 else f"does NOT fit, {_tell(-left)} too much"
@@ -140,7 +139,7 @@ def _tell(value: float) -> str:
     return f"{value / GIB:.2f} GiB" if value >= 0.1 * GIB else f"{value / 2**20:.1f} MiB"
 
 
-def merge_of(config: Any, family: Family) -> int:
+def merge_of(config: Any) -> int:
     """Patches along a side of a visual token."""
     vision = config.vision_config
     merge = getattr(vision, "spatial_merge_size", None)

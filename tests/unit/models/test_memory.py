@@ -94,7 +94,7 @@ def test_checkpointing_trades_memory() -> None:
     peaks = [rehearsal.run(Batch(1, 1024, (1024,)), layers).peak for layers in (28, 14, 0)]
     assert peaks == sorted(peaks)
     assert peaks[2] > 2 * peaks[0]
-    assert merge_of(config, family_of(config)) == 2
+    assert merge_of(config) == 2
 
 
 def test_the_largest_batch_and_the_verdict() -> None:
