@@ -65,14 +65,15 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
     from ray_vlm.methods.forward import can_share
     from ray_vlm.train.attempt import Attempt
     from ray_vlm.train.prepare import prepare
-    from ray_vlm.train.trainer import build_trainer, load_adapted, prepare_process
+    from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
     from ray_vlm.train.worker import WorkerTask
 
     prepared = prepare(job)
     preparer, place = load_preparer(prepared.spec), prepare_process(job, False)
-    model = load_adapted(job, preparer.family, place)
     task = WorkerTask(dump_job(job), job.run.output_dir, prepared.spec, prepared.plan, prepared.train.records, None)
-    trainer = build_trainer(job, task, model, preparer, place, Attempt(1, "measured"))
+    attempt = Attempt(1, "measured")
+    args, model = build_args(job, task, attempt), load_adapted(job, preparer.family, place)
+    trainer = build_trainer(job, task, args, model, preparer, place, attempt)
     trainer.write_checkpoint = lambda: None
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train()

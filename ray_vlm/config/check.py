@@ -4,8 +4,9 @@
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
+from ray_vlm.config.check_cluster import CLUSTER_RULES, Rule
 from ray_vlm.config.check_method import check_method, known_metrics
 from ray_vlm.config.check_tune import check_tune
 from ray_vlm.config.data import Source
@@ -22,9 +23,6 @@ _OF_TASKS = {
     "short_memory": ("gui_steps",),
     "long_memory_tokens": ("gui_steps",),
 }
-
-# (holds for a broken job, the keys that it reads - the first is blamed -, reason and fix)
-Rule = tuple[Callable[[JobConfig], bool], tuple[str, ...], str]
 
 _SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
 
@@ -209,19 +207,9 @@ RULES: list[Rule] = [
         "larger than data.max_pixels. Lower it, or raise data.max_pixels.",
     ),
     (
-        lambda j: j.cluster.num_workers > j.train.global_batch_size,
-        ("cluster.num_workers", "train.global_batch_size"),
-        "more workers than rows in a step; some would only run filler. Raise train.global_batch_size, or use fewer.",
-    ),
-    (
         lambda j: not _is_temperature(j.pairs.temperature),
         ("pairs.temperature",),
         "needs one temperature above 0, or two of 0 (the likeliest answer) or more. Mend it.",
-    ),
-    (
-        lambda j: j.cluster.gpus_per_worker not in (0, 1),
-        ("cluster.gpus_per_worker",),
-        "a worker trains on one GPU or on CPUs. Use 0 or 1, and more workers for more GPUs.",
     ),
     (
         lambda j: j.run.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", j.run.name),
@@ -233,6 +221,7 @@ RULES: list[Rule] = [
         ("run.output_dir",),
         "not a folder, and not an address that runs can be kept at. Use a path, s3://, gs://, abfs:// or hdfs://.",
     ),
+    *CLUSTER_RULES,
 ]
 
 

@@ -1,5 +1,7 @@
 """The job's `cluster` section: what it runs on."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from ray_vlm.config.section import Largest, Section
@@ -14,6 +16,11 @@ class Cluster(Section):
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
     gpu_memory_gib: float | None = Field(None, gt=0, description="Memory of a card, for `ray-vlm memory`.")
+    deepspeed: Literal["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"] | None = Field(
+        None,
+        description="What workers share instead of each holding all of it: zero1 the optimizer's state, zero2 the "
+        "gradients as well, zero3 also the weights. _offload: what is shared lies in the computer's memory.",
+    )
     max_failures: int = Field(
         3,
         ge=0,

@@ -43,6 +43,7 @@ NAMED_IN_JOB = {
     "logging_strategy": "train.log_every_steps",
     "logging_first_step": "train.log_every_steps",
     "use_cpu": "cluster.gpus_per_worker",
+    "deepspeed": "cluster.deepspeed",
     "eval_on_start": "evaluate.at_start",
     "eval_delay": "evaluate.every_steps",
     "load_best_model_at_end": "evaluate.metric",

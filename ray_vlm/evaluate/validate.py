@@ -6,7 +6,7 @@ function takes this rank's records and gives every rank the same numbers. What w
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,8 @@ def validate_answers(
     started, model, options = time.monotonic(), trainer.model, job.evaluate
     was_training = model.training
     model.eval()
-    sums = _sum(_loss(model, records, preparer, options.batch_size, device), device, world_size)
+    batches = _in_step(records, options.batch_size, device, world_size)
+    sums = _sum(_loss(model, batches, preparer, device), device, world_size)
     metrics = {"loss": sums[0] / max(sums[1], 1.0)}
     if options.metric != "loss":
         answers = generate_answers(model, records, preparer, options.batch_size, options.max_new_tokens, device)
@@ -39,19 +40,36 @@ def validate_answers(
     return metrics | {"validation_s": time.monotonic() - started}
 
 
-def _loss(model: Any, records: Sequence[Any], preparer: Preparer, batch_size: int, device: str) -> tuple[float, float]:
+def _in_step(records: Sequence[Any], size: int, device: str, world_size: int) -> Iterator[tuple[Sequence[Any], bool]]:
+    """Batches of this rank's records, as many as any rank has, and whether each counts: one after the last does not.
+
+    Under ZeRO-3 the ranks go through the model together or not at all.
+    """
+    import torch
+
+    most = torch.tensor(-(-len(records) // size), device=device)
+    if world_size > 1:
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    for start in range(0, int(most) * size, size):
+        batch = records[start : start + size]
+        if records:
+            yield batch or records[:1], bool(batch)
+
+
+def _loss(
+    model: Any, batches: Iterable[tuple[Sequence[Any], bool]], preparer: Preparer, device: str
+) -> tuple[float, float]:
     """Sum of the trained tokens' negative log-likelihoods, and their number."""
     import torch
 
     summed, tokens = 0.0, 0
-    for start in range(0, len(records), batch_size):
-        rows = [preparer.train_row(record) for record in records[start : start + batch_size]]
-        batch = collate(rows, preparer, device)
+    for records, counts in batches:
+        batch = collate([preparer.train_row(record) for record in records], preparer, device)
         batch.pop("loss_weights", None)  # held-out rows count alike
         with torch.no_grad():
             out = model(**batch, fused_lm_head=True)
-        summed -= float(out.log_probs.sum())
-        tokens += int(out.label_mask.sum())
+        summed -= float(out.log_probs.sum()) * counts
+        tokens += int(out.label_mask.sum()) * counts
     return summed, tokens
 
 
@@ -64,11 +82,11 @@ def validate_pairs(
     was_training = model.training
     model.eval()
     sums = dict.fromkeys(_OF_PAIRS, 0.0)
-    for start in range(0, len(records), size):
-        rows = [preparer.pair_row(record) for record in records[start : start + size]]
-        found = _measure_pairs(trainer, collate_pairs(rows, preparer, device), start)
+    for number, (batch, counts) in enumerate(_in_step(records, size, device, world_size)):
+        rows = [preparer.pair_row(record) for record in batch]
+        found = _measure_pairs(trainer, collate_pairs(rows, preparer, device), number)
         for name, value in found.items():
-            sums[name] += value * len(rows)
+            sums[name] += value * len(rows) * counts
     model.train(was_training)
     *summed, count = _sum((*sums.values(), float(len(records))), device, world_size)
     metrics = {name: value / max(count, 1.0) for name, value in zip(sums, summed, strict=True)}

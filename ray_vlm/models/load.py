@@ -88,6 +88,7 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
     """
     import torch
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     family = family_of(load_config(spec))
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -100,7 +101,8 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(family.unquantised),
         )
-    options["device_map"] = {"": device}
+    if not is_deepspeed_zero3_enabled():  # which places weights itself
+        options["device_map"] = {"": device}
     try:
         model = AutoModelForImageTextToText.from_pretrained(resolve_name(spec.name), **options)
     except (OSError, ValueError) as error:

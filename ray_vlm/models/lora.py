@@ -96,7 +96,7 @@ def count_trainable(model: Any, family: Family) -> dict[str, dict[str, int]]:
     count whole."""
     counts = {part: {"trainable": 0, "total": 0, "in_4bit": 0} for part in family.prefixes}
     for name, parameter in model.named_parameters():
-        size, part = parameter.numel(), part_of(family, name)
+        size, part = getattr(parameter, "ds_numel", parameter.numel()), part_of(family, name)  # ds: a slice of ZeRO-3's
         if type(parameter).__name__ == "Params4bit":
             size *= 2  # two 4-bit weights in each stored byte
             counts[part]["in_4bit"] += size

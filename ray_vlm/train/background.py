@@ -21,7 +21,7 @@ from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_check
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.store import Store, join
 from ray_vlm.train.attempt import Attempt, Place
-from ray_vlm.train.trainer import build_trainer, load_adapted, prepare_process
+from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
 
 _PREFIX = ".validate-"
 
@@ -179,8 +179,10 @@ def _build_trainer(task: Any) -> Any:
     task.environment.apply()
     job = load_resolved(task.job)
     method = job.method.model_copy(update={"rollouts": "transformers"})  # no second vLLM for a few greedy answers
-    job = job.model_copy(update={"method": method})
-    place, preparer = prepare_process(job, in_ray=False), load_preparer(task.spec)
-    trainer = build_trainer(job, task, load_adapted(job, preparer.family, place), preparer, place, Attempt(0, ""))
+    cluster = job.cluster.model_copy(update={"deepspeed": None})
+    job = job.model_copy(update={"method": method, "cluster": cluster})
+    place, preparer, alone = prepare_process(job, in_ray=False), load_preparer(task.spec), Attempt(0, "")
+    args = build_args(job, task, alone)
+    trainer = build_trainer(job, task, args, load_adapted(job, preparer.family, place), preparer, place, alone)
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # mixed precision, as training has it
     return trainer

@@ -30,9 +30,9 @@ class CheckpointWriter:
 
         def fill(folder: Path) -> None:
             trainer._save_rng_state(str(folder))
+            trainer._save_optimizer_and_scheduler(str(folder))  # rank 0's; under DeepSpeed each rank has its part
             if self.place.rank == 0:
                 save(folder)
-                trainer._save_optimizer_and_scheduler(str(folder))
                 trainer.state.log_history = []  # metrics.jsonl has it
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
@@ -59,12 +59,14 @@ def base_fingerprint(model: Any) -> str:
     for name, weight in model.named_parameters():
         if not weight.requires_grad and weight.is_floating_point():
             digest.update(name.replace("base_layer.", "").encode())
+            weight = getattr(weight, "ds_tensor", weight)  # under ZeRO-3 each rank has a slice; rank 0 the first
             digest.update(weight.detach().flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def check_fits(attempt: Attempt, about: dict[str, Any], num_steps: int) -> None:
-    """Raise where the checkpoint belongs to another base or other rows, or lies behind the run's end."""
+def check_fits(attempt: Attempt, about: dict[str, Any], num_steps: int, world_size: int) -> None:
+    """Raise where the checkpoint belongs to another base or other rows, lies behind the run's end, or where DeepSpeed
+    cut it into other pieces."""
     if attempt.checkpoint is None:
         return
     old, name = attempt.checkpoint.about, attempt.checkpoint.name
@@ -77,6 +79,12 @@ def check_fits(attempt: Attempt, about: dict[str, Any], num_steps: int) -> None:
         raise RunError(
             f"{name} was trained on other rows (fingerprint {old.get('rows')}, data.train has {about['rows']}), so the "
             "next unseen row is not known. Use the same data, or start a new run with model.adapter."
+        )
+    cut, cuts = (old.get("deepspeed"), old.get("world_size")), (about["deepspeed"], world_size)
+    if cut != cuts and (cut[0] or cuts[0]):
+        raise RunError(
+            f"{name} was written by {cut[1]} workers under cluster.deepspeed={cut[0]}, each its part, and now there "
+            f"are {cuts[1]} under {cuts[0]}. Go on as it was, or start a new run with model.adapter."
         )
     if attempt.step > num_steps:
         raise RunError(

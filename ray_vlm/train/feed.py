@@ -13,6 +13,7 @@ from ray_vlm.data.plan import Plan
 from ray_vlm.data.spec import Row
 from ray_vlm.models.lora import split_rates
 from ray_vlm.train.clock import Clock
+from ray_vlm.train.deepspeed import deepspeed_config
 
 
 class PlannedBatches:
@@ -72,7 +73,8 @@ def feed_trainer(trainer_class: type) -> type:
         rates: tuple[Any, dict[str, float]] = (None, {})  # the family, and learning rates of its parts
 
         def __init__(self, *args: Any, **kwargs: Any):
-            exact = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+            named = kwargs["model"].named_parameters()
+            exact = {name: p.data for name, p in named if p.requires_grad and not hasattr(p, "ds_id")}
             super().__init__(*args, **kwargs)
             self.clock = Clock(str(self.args.device))
             for name, parameter in self.model.named_parameters():
@@ -136,6 +138,7 @@ def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:
         "max_grad_norm": train.max_grad_norm,
         "gradient_checkpointing": train.gradient_checkpointing,
         "bf16": train.bf16,
+        "deepspeed": deepspeed_config(job),
         "use_cpu": job.cluster.gpus_per_worker == 0,
         # text alone leaves the tower's weights without a gradient
         "ddp_find_unused_parameters": job.task.name == "chat" and (job.lora is None or job.lora.target != ["language"]),

@@ -43,11 +43,12 @@ class Progress:
 class RunCallback(TrainerCallback):
     """Writes what happens. `monitor` is None on every rank but 0.
 
-    `save` writes weights and how inputs were made into a folder; `tell` reports to Ray; `stop_asked` says after every
-    step whether this rank was told to leave, and `agree` makes of one rank's flags those of all; `check_owner` is asked
-    before anything is replaced; `logged` names the numbers that are kept; `gradients` gives their norms by part of the
-    model, `usage` what the step took since it was last asked, `samples` captions and images of the last validation;
-    `background` measures in the ranks' stead where validation is asynchronous.
+    `save` writes weights and how inputs were made into a folder, after all ranks have called `gather`; `tell` reports
+    to Ray; `stop_asked` says after every step whether this rank was told to leave, and `agree` makes of one rank's
+    flags those of all; `check_owner` is asked before anything is replaced; `logged` names the numbers that are kept;
+    `gradients` gives their norms by part of the model, `usage` what the step took since it was last asked, `samples`
+    captions and images of the last validation; `background` measures in the ranks' stead where validation is
+    asynchronous.
     """
 
     logged: Callable[[dict[str, Any]], dict[str, Any]] = staticmethod(lambda logs: dict(logs))
@@ -58,6 +59,7 @@ class RunCallback(TrainerCallback):
     agree: Callable[..., Sequence[bool]] = staticmethod(lambda *flags: flags)
     background: Any = None
     check_owner: Callable[[], None] = staticmethod(lambda: None)
+    gather: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -144,6 +146,7 @@ class RunCallback(TrainerCallback):
         """What the trainer calls in place of a validation where `background` has it; gives no numbers yet."""
         started = time.monotonic()
         self.settle(trainer.control)
+        self.gather()
         self.background.begin(trainer.state.global_step, self.save)
         self._held_s = time.monotonic() - started
         self._restart_clock()
@@ -199,6 +202,7 @@ class RunCallback(TrainerCallback):
         self.progress.since_best = 0 if better else self.progress.since_best + 1
         if better:
             self.progress.best = {"step": step, "metrics": metrics, "path": self.paths.place("best")}
+            self.gather()
         self.progress.last = {"step": step, "metrics": metrics}
         if self.monitor is not None:
             if better:

@@ -61,20 +61,28 @@ def load_adapted(job: JobConfig, family: Family, place: Place) -> Any:
     return get_peft_model(model, lora_config(job.lora, family))
 
 
+def build_args(job: JobConfig, task: "WorkerTask", attempt: Attempt) -> Any:
+    """TRL's options for the method. Made before the base is loaded, which under ZeRO-3 is cut into slices by them."""
+    from ray_vlm.train.feed import shared_options
+
+    has_eval = task.eval is not None
+    args = METHODS[job.method.name].build_args(job, shared_options(job, task.plan, has_eval))
+    args.eval_on_start = has_eval and job.evaluate.at_start and attempt.step == 0
+    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every card in sight, and scale the loss
+    return args
+
+
 def build_trainer(
-    job: JobConfig, task: "WorkerTask", model: Any, preparer: Preparer, place: Place, attempt: Attempt
+    job: JobConfig, task: "WorkerTask", args: Any, model: Any, preparer: Preparer, place: Place, attempt: Attempt
 ) -> Any:
-    """TRL's trainer for the method, fed by our stream."""
+    """TRL's trainer for the method, with `args` of `build_args`, fed by our stream."""
     import datasets
 
-    from ray_vlm.train.feed import PlannedBatches, feed_trainer, shared_options
+    from ray_vlm.train.feed import PlannedBatches, feed_trainer
 
     method = METHODS[job.method.name]
     example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
     has_eval = task.eval is not None
-    args = method.build_args(job, shared_options(job, task.plan, has_eval))
-    args.eval_on_start = has_eval and job.evaluate.at_start and attempt.step == 0
-    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every card in sight, and scale the loss
     ensure_backbone(model)
     options = {"processing_class": preparer.processor, "eval_dataset": example if has_eval else None}
     trainer = feed_trainer(method.trainer_class(job))(

@@ -26,9 +26,10 @@ from ray_vlm.runs.paths import RunPaths, open_run, write_json
 from ray_vlm.runs.track import TensorBoardTracker, WandbTracker
 from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
 from ray_vlm.train.clock import name_device, watch_usage
+from ray_vlm.train.deepspeed import gather_weights, stage
 from ray_vlm.train.energy import Meter, sum_energy
 from ray_vlm.train.stop import agree, watch
-from ray_vlm.train.trainer import build_trainer, load_adapted, prepare_process
+from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,12 @@ def _train(
     from ray_vlm.train.report import publish_weights
 
     preparer = load_preparer(task.spec)
+    args = build_args(job, task, attempt)
     model = load_adapted(job, preparer.family, place)
-    about = {"base": base_fingerprint(model), "rows": task.rows, "model": job.model.name}
-    check_fits(attempt, about, task.plan.num_steps)
-    trainer = build_trainer(job, task, model, preparer, place, attempt)
+    about = {"base": place.share(base_fingerprint(model)), "rows": task.rows, "model": job.model.name}
+    about["deepspeed"] = job.cluster.deepspeed
+    check_fits(attempt, about, task.plan.num_steps, place.world_size)
+    trainer = build_trainer(job, task, args, model, preparer, place, attempt)
     monitor = _build_monitor(job, paths, task, place, attempt)
     callback = _build_callback(job, paths, monitor, trainer, task, place, attempt)
     callback.stop_asked = stop
@@ -104,6 +107,8 @@ def _train(
             trainer._load_from_checkpoint(str(attempt.folder))
         if not callback.stopped:
             callback.settle(trainer.control)
+        if not callback.stopped:
+            callback.gather()
         if place.rank == 0 and not callback.stopped:
             check_owner(paths.store, attempt)
             publish_weights(paths, paths.final, callback.save, max(attempt.step, trainer.state.global_step))
@@ -132,6 +137,7 @@ def _connect(
 
     def write_checkpoint() -> None:
         started = time.monotonic()
+        callback.gather()
         writer.write(trainer, callback.save, *callback.reached())
         callback.checkpoint_s = time.monotonic() - started
         write_energy()
@@ -176,8 +182,15 @@ def _build_callback(
 
     preprocessing = describe_preprocessing(load_preparer(task.spec))
 
+    whole: dict[str, Any] = {}  # under ZeRO-3, where no rank has all, what `gather` put together for `save`
+
+    def gather() -> None:
+        if stage(job) == 3:
+            whole["state_dict"] = gather_weights(trainer.model, job.lora is not None, place.rank)
+
     def save(folder: Path) -> None:
         only = {} if job.lora is None else {"selected_adapters": ["default"]}  # TRL may keep one for reference
+        only |= whole
         trainer.model.save_pretrained(folder, **only)
         if job.lora is None:
             trainer.processing_class.save_pretrained(folder)
@@ -190,6 +203,7 @@ def _build_callback(
             ray.train.report(plain(metrics))
 
     callback = RunCallback(job, paths, task.plan, monitor, save, tell)
+    callback.gather = gather
     callback.logged = METHODS[job.method.name].logged
     callback.gradients = watch_gradients(job, load_preparer(task.spec).family)
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))

@@ -9,6 +9,7 @@ PLAIN = {"model": {"name": "x"}, "data": {"train": {"path": "a"}}}
 TRAIN = {"train": {"path": "a"}}
 CLASSES = {"name": "classification"}
 WHOLE = {"name": "x", "load_in_4bit": False}
+KNOWN = {"name": "dpo", "precompute_ref_log_probs": True}
 BROKEN = [
     {"data": TRAIN | {"eval": {"path": "b", "ratio": 0.1}}},
     {"data": TRAIN | {"eval": {"ratio": 0.1, "max_rows": 5}}},
@@ -39,11 +40,16 @@ BROKEN = [
     {"data": {"eval": {"path": "a"}, "test": {"path": "a"}}},
     {"data": {"train": {"path": "a"}, "test": {"path": "a"}}},
     {"data": {"train": {"path": "a"}, "min_pixels": 9, "max_pixels": 4}},
-    {"cluster": {"num_workers": 32}},
     {"pairs": {"temperature": [-0.1, 1.0]}},
-    {"cluster": {"gpus_per_worker": 0.5}},
     {"run": {"name": "a/b"}},
     {"run": {"output_dir": "ftp://bucket/runs"}},
+    {"cluster": {"num_workers": 32}},
+    {"cluster": {"gpus_per_worker": 0.5}},
+    {"cluster": {"deepspeed": "zero2", "num_workers": 0}},
+    {"cluster": {"deepspeed": "zero1"}, "tune": {"resident": True}},
+    {"cluster": {"deepspeed": "zero3"}, "method": "grpo"},
+    {"cluster": {"deepspeed": "zero3"}, "method": KNOWN, "data": {"train": {"path": "a", "format": "preference"}}},
+    {"cluster": {"deepspeed": "zero3"}, "data": TRAIN | {"eval": 0.1}, "evaluate": {"metric": "f1_50"}},
 ]
 
 

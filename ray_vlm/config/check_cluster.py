@@ -1,0 +1,59 @@
+"""Rules of the `cluster` section: what goes with DeepSpeed, and what a worker can run on. Read by `config/check.py`."""
+
+from collections.abc import Callable
+
+from ray_vlm.config.schema import JobConfig
+
+# (holds for a broken job, the keys that it reads - the first is blamed -, reason and fix)
+Rule = tuple[Callable[[JobConfig], bool], tuple[str, ...], str]
+
+
+def _zero3(job: JobConfig) -> bool:
+    return (job.cluster.deepspeed or "").startswith("zero3")
+
+
+CLUSTER_RULES: list[Rule] = [
+    (
+        lambda j: j.cluster.num_workers > j.train.global_batch_size,
+        ("cluster.num_workers", "train.global_batch_size"),
+        "more workers than rows in a step; some would only run filler. Raise train.global_batch_size, or use fewer.",
+    ),
+    (
+        lambda j: j.cluster.gpus_per_worker not in (0, 1),
+        ("cluster.gpus_per_worker",),
+        "a worker trains on one GPU or on CPUs. Use 0 or 1, and more workers for more GPUs.",
+    ),
+    (
+        lambda j: j.cluster.deepspeed is not None and j.cluster.num_workers == 0,
+        ("cluster.deepspeed", "cluster.num_workers"),
+        "it shares among workers, which Ray starts. Set cluster.num_workers to 1 or more, or leave it out.",
+    ),
+    (
+        lambda j: j.cluster.deepspeed is not None and j.tune.resident,
+        ("cluster.deepspeed", "tune.resident"),
+        "a base that stays from trial to trial cannot be cut up by each. Leave one of them out.",
+    ),
+    (
+        lambda j: _zero3(j) and j.method.name == "grpo",
+        ("cluster.deepspeed", "method"),
+        "under ZeRO-3 every token that is sampled would gather the whole model. Use zero2, with model.load_in_4bit if "
+        "the base is too large for a card.",
+    ),
+    (
+        lambda j: _zero3(j) and j.method.precompute_ref_log_probs,
+        ("cluster.deepspeed", "method.precompute_ref_log_probs"),
+        "the reference is asked before the weights are cut up. Use zero2, or leave precompute_ref_log_probs out.",
+    ),
+    (
+        lambda j: (
+            _zero3(j)
+            and j.data.eval is not None
+            and j.method.name == "sft"
+            and j.evaluate.metric != "loss"
+            and not j.evaluate.asynchronous
+        ),
+        ("cluster.deepspeed", "evaluate.metric", "evaluate.asynchronous", "data", "method"),
+        "under ZeRO-3 every token of an answer would gather the whole model. Set evaluate.metric=loss, or "
+        "evaluate.asynchronous=true where one card holds the base.",
+    ),
+]

@@ -1,0 +1,61 @@
+"""DeepSpeed ZeRO: what `cluster.deepspeed` stands for, and what a trainer needs done otherwise under it.
+
+ZeRO-1 shares the optimizer's state among the workers, ZeRO-2 the gradients as well, ZeRO-3 also the weights
+(Rajbhandari et al., 2020, arXiv:1910.02054). `_offload` keeps optimizer state, and of ZeRO-3 the weights, in the
+computer's memory.
+"""
+
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+
+_BUCKET = 2**24  # numbers that are reduced or gathered at once; DeepSpeed's 5e8 would be 2 GB
+
+
+def stage(job: JobConfig) -> int:
+    """Which ZeRO stage the job asks for; 0 without DeepSpeed."""
+    return int(job.cluster.deepspeed[len("zero")]) if job.cluster.deepspeed else 0
+
+
+def deepspeed_config(job: JobConfig) -> dict[str, Any] | None:
+    """DeepSpeed's configuration, as `TrainingArguments(deepspeed=...)` takes it; None without DeepSpeed.
+
+    Values that the Trainer knows better are "auto".
+    """
+    if not job.cluster.deepspeed:
+        return None
+    zero: dict[str, Any] = {"stage": stage(job), "reduce_bucket_size": _BUCKET}
+    if stage(job) < 3:
+        zero["allgather_bucket_size"] = _BUCKET
+    else:
+        zero |= {"stage3_prefetch_bucket_size": _BUCKET, "stage3_param_persistence_threshold": 10**5}
+    if job.cluster.deepspeed.endswith("_offload"):
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if stage(job) == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": job.train.bf16},
+        "communication_data_type": "fp32",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,  # AdamW stays torch's, wherever its state lies
+        "steps_per_print": 10**9,
+    }
+
+
+def gather_weights(model: Any, adapter: bool, rank: int) -> dict[str, Any]:
+    """What a saved folder holds, whole and in the computer's memory, on rank 0; all ranks call this together.
+
+    `adapter`: only what is trained. Needed under ZeRO-3, where every rank has a slice of each weight.
+    """
+    import deepspeed
+
+    whole: dict[str, Any] = {} if adapter else dict(model.named_buffers())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not adapter:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if rank == 0:
+                    whole[name] = parameter.data.detach().cpu().clone()
+    return whole
