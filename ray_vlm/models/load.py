@@ -107,12 +107,23 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
         model = AutoModelForImageTextToText.from_pretrained(resolve_name(spec.name), **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({_first_line(error)}).") from error
+    if is_deepspeed_zero3_enabled():
+        _forget_prefixes(model)
     keep_4bit_differentiable(model)
     if spec.load_in_4bit:
         check_4bit(model, family, spec.name)
     if family.stock_images:
         cast_pixels(model)
     return model
+
+
+def _forget_prefixes(model: Any) -> None:
+    """Save weights under the names that they were read by: under ZeRO-3 transformers 5.23 believes that every change of
+    a prefix which it knows of was applied (`integrations/deepspeed.py`), and would undo it."""
+    from transformers.core_model_loading import PrefixChange
+
+    known = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [change for change in known if not isinstance(change, PrefixChange)]
 
 
 def cast_pixels(model: Any) -> None:

@@ -28,7 +28,7 @@ def deepspeed_config(job: JobConfig) -> dict[str, Any] | None:
     if stage(job) < 3:
         zero["allgather_bucket_size"] = _BUCKET
     else:
-        zero |= {"stage3_prefetch_bucket_size": _BUCKET, "stage3_param_persistence_threshold": 10**5}
+        zero |= {"stage3_prefetch_bucket_size": _BUCKET, "stage3_param_persistence_threshold": "auto"}
     if job.cluster.deepspeed.endswith("_offload"):
         zero["offload_optimizer"] = {"device": "cpu"}
         if stage(job) == 3:
@@ -52,7 +52,8 @@ def gather_weights(model: Any, adapter: bool, rank: int) -> dict[str, Any]:
     """
     import deepspeed
 
-    whole: dict[str, Any] = {} if adapter else dict(model.named_buffers())
+    kept = set() if adapter else model.state_dict().keys()
+    whole: dict[str, Any] = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not adapter:
             with deepspeed.zero.GatheredParameters([parameter]):

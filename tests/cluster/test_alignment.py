@@ -1,33 +1,13 @@
 """DPO and GRPO on Ray workers: the same numbers on one worker and on two, and going on after a worker died."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.parity import write_pairs
 from ray_vlm.runs.paths import RunPaths
 from tests.cluster.test_recovery import _at_step, _kill_a_worker, _steps, _train, _weights
 
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture
-def job_of(job_file, tmp_path: Path, tiny_models: dict[str, str], scenes: Path) -> Any:
-    """A function that writes a small job of a method."""
-
-    def write(method: str, **sections: Any) -> Path:
-        train = {"max_steps": 4, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 3e-3}
-        sections = {"train": train | sections.pop("train", {}), **sections}
-        if method == "dpo":
-            data = {"train": {"path": str(write_pairs(tmp_path, tiny_models["qwen3_vl"])), "format": "preference"}}
-            return job_file(method="dpo", data=data | {"eval": {"ratio": 0.25}}, **sections)
-        options = {"num_generations": 4, "max_completion_tokens": 10}
-        options |= {"rewards": {"tests.integration.test_alignment:even_tokens": 1.0}, "beta": 0.05}
-        data = {"eval": {"path": str(scenes / "eval.json"), "max_rows": 5}}
-        return job_file(method={"name": "grpo", **options}, data=data, evaluate={"max_new_tokens": 8}, **sections)
-
-    return write
 
 
 def _eval(paths: RunPaths) -> list[dict[str, float]]:
