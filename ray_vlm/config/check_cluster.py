@@ -8,11 +8,17 @@ from ray_vlm.config.schema import JobConfig
 Rule = tuple[Callable[[JobConfig], bool], tuple[str, ...], str]
 
 
-def _zero3(job: JobConfig) -> bool:
-    return (job.cluster.deepspeed or "").startswith("zero3")
-
-
 CLUSTER_RULES: list[Rule] = [
+    (
+        lambda j: j.train.memory is not None and j.cluster.gpu_memory_gib is None,
+        ("train.memory", "cluster.gpu_memory_gib"),
+        "it fits the job to a card, and no card is named. Set cluster.gpu_memory_gib.",
+    ),
+    (
+        lambda j: bool(j.train.probe) and j.cluster.zero_stage == 3,
+        ("train.probe", "cluster.deepspeed"),
+        "under ZeRO-3 no worker has weights to run a batch through before training begins. Leave it out.",
+    ),
     (
         lambda j: j.cluster.num_workers > j.train.global_batch_size,
         ("cluster.num_workers", "train.global_batch_size"),
@@ -34,19 +40,19 @@ CLUSTER_RULES: list[Rule] = [
         "a base that stays from trial to trial cannot be cut up by each. Leave one of them out.",
     ),
     (
-        lambda j: _zero3(j) and j.method.name == "grpo",
+        lambda j: j.cluster.zero_stage == 3 and j.method.name == "grpo",
         ("cluster.deepspeed", "method"),
         "under ZeRO-3 every token that is sampled would gather the whole model. Use zero2, with model.load_in_4bit if "
         "the base is too large for a card.",
     ),
     (
-        lambda j: _zero3(j) and j.method.precompute_ref_log_probs,
+        lambda j: j.cluster.zero_stage == 3 and j.method.precompute_ref_log_probs,
         ("cluster.deepspeed", "method.precompute_ref_log_probs"),
         "the reference is asked before the weights are cut up. Use zero2, or leave precompute_ref_log_probs out.",
     ),
     (
         lambda j: (
-            _zero3(j)
+            j.cluster.zero_stage == 3
             and j.data.eval is not None
             and j.method.name == "sft"
             and j.evaluate.metric != "loss"

@@ -6,9 +6,17 @@ from pydantic import Field
 
 from ray_vlm.config.section import Largest, Section
 
+BUCKET = 2**24  # numbers that DeepSpeed reduces or gathers at once; its own 5e8 would be 2 GB
+GATHERED = 2 * 10**8  # weights that ZeRO-3 keeps put together; its own 1e9 would be 2 GB
+
 
 class Cluster(Section):
     """What the job runs on."""
+
+    @property
+    def zero_stage(self) -> int:
+        """Of `deepspeed`; 0 without."""
+        return int(self.deepspeed[len("zero")]) if self.deepspeed else 0
 
     num_workers: int = Field(
         1, ge=0, le=Largest, description="Training processes. 0: this process, without starting Ray."

@@ -126,8 +126,20 @@ class Train(Section):
     micro_batch_size: int = Field(
         1, ge=1, le=Largest, description="Rows that one worker runs at a time; accumulation follows."
     )
-    gradient_checkpointing: bool = Field(
-        True, description="Recompute activations in the backward pass, to save memory."
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=Largest)] = Field(
+        True,
+        description="Recompute activations in the backward pass, to save memory. A number: those of so many of the "
+        "language model's first layers.",
+    )
+    memory: Literal["auto"] | None = Field(
+        None,
+        description="auto: the fewest layers that recompute, and then the largest `micro_batch_size`, with which the "
+        "heaviest rows fit into `cluster.gpu_memory_gib`, in place of what is given here.",
+    )
+    probe: bool | None = Field(
+        None,
+        description="Run the heaviest batch of the plan before the first step, so that what does not fit ends the run "
+        "at once. null: on GPUs.",
     )
     bf16: bool = Field(True, description="bfloat16 arithmetic and base; what is trained stays float32. false: float32.")
     log_every_steps: int = Field(10, ge=1, le=Largest, description="Steps between console lines; files get every step.")

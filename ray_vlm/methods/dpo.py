@@ -34,6 +34,11 @@ def collate(rows: list[Row], preparer: Preparer, device: str) -> dict[str, Any]:
     return collate_pairs(rows, preparer, device) | {"numbers": [row.number for row in rows]}
 
 
+def heaviest(trainer: Any, rows: list[Row], device: str) -> dict[str, Any]:
+    """The batch of these pairs; the reference is asked about them."""
+    return collate_pairs(rows, trainer.preparer, device) | {"numbers": [-1]}
+
+
 def trainer_class(job: JobConfig) -> type:
     """TRL's trainer, which takes the reference's log-probabilities from `reference` where that has them."""
     import torch

@@ -48,6 +48,26 @@ def sample_answers(trainer: Any) -> list[Completion]:
     return [answer for group in groups for answer in group]
 
 
+def longest_answers(trainer: Any, rows: Sequence[Row], device: str) -> dict[str, Any]:
+    """A batch as TRL's loss takes it, with the longest answers that may be sampled to each prompt: the heaviest."""
+    import torch
+
+    job = trainer.job
+    group, length = min(job.method.num_generations, job.train.micro_batch_size), job.method.max_completion_tokens
+    of_answers = [row for row in rows for _ in range(group)]
+    prompts = [torch.tensor(row.input_ids.tolist()) for row in of_answers]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad(prompts, batch_first=True, padding_side="left").to(device)
+    mask = pad([torch.ones_like(of_row) for of_row in prompts], batch_first=True, padding_side="left").to(device)
+    shape = (len(of_answers), length)
+    answers = torch.full(shape, 20, device=device)  # any token of text; each answer begins with another one
+    answers[:, 0] += torch.arange(len(of_answers), device=device)
+    zeros = torch.zeros(shape, device=device)
+    batch = {"prompt_ids": ids, "prompt_mask": mask, "completion_ids": answers, "ref_per_token_logps": zeros}
+    batch |= {"completion_mask": torch.ones_like(answers), "advantages": torch.ones(len(of_answers), device=device)}
+    return batch | {"num_items_in_batch": torch.tensor(float(answers.numel())), "rows": of_answers, "sampled": zeros}
+
+
 def score_step(trainer: Any, prompts: Sequence[Any], ids: Sequence[Sequence[int]]) -> Any:
     """Each part of the reward of all ranks' answers, `float32 [answers, parts]`; NaN where one does not apply."""
     import torch

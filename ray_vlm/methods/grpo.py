@@ -14,7 +14,16 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.errors import RunError
-from ray_vlm.methods.groups import join, note_gap, pixels_of, sample_answers, sample_step, score_step, split_batch
+from ray_vlm.methods.groups import (
+    join,
+    longest_answers,
+    note_gap,
+    pixels_of,
+    sample_answers,
+    sample_step,
+    score_step,
+    split_batch,
+)
 from ray_vlm.methods.options import check_trl_options
 from ray_vlm.methods.rewards import Rewards, load_rewards
 from ray_vlm.methods.rollout import Completion, sample_groups
@@ -34,6 +43,12 @@ _LOGGED = {
 def collate(rows: list[Row], preparer: Preparer, device: str) -> list[Row]:
     """The prompts themselves: tensors are made when their answers are known."""
     return rows
+
+
+def heaviest(trainer: Any, rows: list[Row], device: str) -> dict[str, Any]:
+    """The batch that takes the most memory of these prompts."""
+    trainer.current_gradient_accumulation_steps = 1
+    return longest_answers(trainer, rows, device)
 
 
 def trainer_class(job: JobConfig) -> type:

@@ -8,12 +8,18 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.collate import collate as collate
+from ray_vlm.data.spec import Row
 from ray_vlm.errors import DataError
 from ray_vlm.methods.options import check_trl_options
 
 # What TRL needs to see of a dataset to know that it holds images; the rows themselves come from our feed.
 EXAMPLE_ROW = {"images": [], "prompt": "", "completion": ""}
 _LOGGED = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy")
+
+
+def heaviest(trainer: Any, rows: list[Row], device: str) -> dict[str, Any]:
+    """The batch of these rows."""
+    return collate(rows, trainer.preparer, device)
 
 
 def trainer_class(job: JobConfig) -> type:

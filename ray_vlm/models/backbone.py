@@ -1,4 +1,5 @@
-"""The part of a model that gives hidden states, where transformers has none: TRL's heads ask `model.base_model` for it.
+"""The parts of a model that transformers has no one name for: what gives hidden states, which TRL's heads ask
+`model.base_model` for, and the language model's layers.
 
 Llama-4's class holds its encoder and a whole language model side by side, so `base_model` is the model itself.
 """
@@ -31,3 +32,25 @@ def ensure_backbone(model: Any) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base.base_model is base:
         object.__setattr__(base, base.base_model_prefix, Backbone(base))  # not a submodule: its weights are there
+
+
+def language_layers(base: Any) -> list[Any]:
+    """The decoder layers of the language model, in order."""
+    decoder = base.get_decoder()
+    return list((decoder.model if hasattr(decoder, "lm_head") else decoder).layers)
+
+
+def recompute_first(model: Any, count: int) -> None:
+    """Where activation checkpointing is turned on, let only the first `count` layers of the language model recompute.
+
+    What learns of the image encoder recomputes as before.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    enable = model.activation_checkpointing_enable
+
+    def enable_first(*args: Any, **kwargs: Any) -> None:
+        enable(*args, **kwargs)
+        for layer in language_layers(base)[count:]:
+            layer.gradient_checkpointing = False
+
+    model.activation_checkpointing_enable = enable_first

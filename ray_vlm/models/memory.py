@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_vlm.config.cluster import BUCKET, GATHERED
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.models.rehearse import Batch, Rehearsal
+from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
 
 GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB  # of the driver, kernels and cuBLAS' workspace
@@ -77,15 +78,18 @@ def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, shared: boo
 
 
 def estimate(
-    rehearsal: Rehearsal, sizes: Sequence[RowSize], merge: int, shared: bool, layers: int | None = None
+    rehearsal: Rehearsal,
+    sizes: Sequence[RowSize],
+    merge: int,
+    shared: bool,
+    layers: int | None = None,
+    at_once: JobConfig | None = None,
 ) -> Estimate:
     """Memory of one worker with a micro-batch of these rows. `layers`: how many of the first recompute their
-    activations; None: as the job says."""
-    job, weights = rehearsal.job, rehearsal.weights()
+    activations; None: as the job says. `at_once`: the job with another micro-batch."""
+    job, weights = at_once or rehearsal.job, rehearsal.weights()
     live = rehearsal.run(plan_batch(job, sizes, merge, shared), layers)
-    parts = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain}
-    parts |= {"what learns, float32": weights.trained, "Adam's two moments": 2 * weights.trained}
-    parts["gradients"] = weights.trained
+    parts = shared_out(job, weights, rehearsal.largest)
     step = max(0.0, live.peak - weights.trained)
     when = max((name for name in live.peaks if name), key=lambda name: live.peaks[name])
     cache = rollout_bytes(job, rehearsal.config, max(sizes, key=lambda s: s.tokens)) if _samples(job) else 0.0
@@ -93,12 +97,35 @@ def estimate(
         parts["keys and values of sampled answers"], when = cache, "sampling"
     else:
         parts["activations and buffers"] = step
-    if job.cluster.num_workers > 1:
-        parts["buckets of gradients for the other workers"] = weights.trained
     if job.cluster.gpus_per_worker:
         parts["CUDA's own"] = CUDA_CONTEXT
         parts["fragmentation"] = FRAGMENTATION * max(step, cache)
     return Estimate({name: value for name, value in parts.items() if value}, when)
+
+
+def shared_out(job: JobConfig, weights: Weights, largest: float) -> dict[str, float]:
+    """Bytes on one worker's card of what stays: whole under DDP, under ZeRO a slice of what its stage shares out.
+
+    `largest`: bytes of the largest module, which ZeRO-3 puts together whole to run it. Under DeepSpeed what learns is
+    in the base's dtype, and the optimizer has a float32 copy (its `runtime/zero/stage_1_and_2.py` and `stage3.py`).
+    """
+    cluster, workers = job.cluster, max(1, job.cluster.num_workers)
+    stage, whole = cluster.zero_stage, weights.trained
+    if not stage:
+        parts = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain}
+        parts |= {"what learns, float32": whole, "Adam's two moments": 2 * whole, "gradients": whole}
+        return parts | ({"buckets of gradients for the other workers": whole} if workers > 1 else {})
+    held, learns = (workers if stage == 3 else 1), whole / 2 if job.train.bf16 else whole
+    away = "offload" in (cluster.deepspeed or "")
+    slices = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain, "what learns": learns}
+    parts = {} if stage == 3 and away else {name: value / held for name, value in slices.items()}
+    if stage == 3:
+        parts["weights put together to run"] = min(sum(slices.values()), max(GATHERED * 2, largest))
+    parts["gradients"] = learns / (workers if stage > 1 else 1)
+    parts["buckets for the other workers"] = min(2 * BUCKET * 4, 2 * whole)
+    if not away:
+        parts["Adam's two moments, float32 copy"] = 3 * whole / workers
+    return parts
 
 
 def _samples(job: JobConfig) -> bool:
@@ -115,12 +142,46 @@ def rollout_bytes(job: JobConfig, config: Any, size: RowSize) -> float:
     return float(each * sequences * length)
 
 
-def largest_micro(one: Estimate, two: Estimate, room: float) -> int:
-    """The largest micro-batch within `room` bytes, from the peaks of one and of two units; 0 if not even one fits."""
-    each = two.peak - one.peak
-    if one.peak > room:
-        return 0
-    return 1 + int((room - one.peak) // each) if each > 0 else 1
+@dataclass(frozen=True)
+class Choice:
+    """What fits: rows of a micro-batch (GRPO: answers), layers that recompute their activations, and what it takes."""
+
+    micro: int
+    layers: int
+    found: Estimate
+
+
+def choose(
+    rehearsal: Rehearsal, size: RowSize, micros: Sequence[int], merge: int, shared: bool, room: float
+) -> Choice | None:
+    """The fewest layers that recompute with which the smallest of `micros` (ascending) fits into `room` bytes, and then
+    the largest that fits with it; None where nothing fits."""
+
+    def take(micro: int, layers: int) -> Estimate:
+        job = rehearsal.job
+        group = micro_sizes(job, size, micro)
+        at_once = job.model_copy(update={"train": job.train.model_copy(update={"micro_batch_size": micro})})
+        return estimate(rehearsal, group, merge, shared, layers, at_once)
+
+    least, most = take(micros[0], rehearsal.num_layers), take(micros[0], 0)
+    layers, found = 0, most
+    if most.peak > room:
+        if least.peak > room:
+            return None
+        each = (most.peak - least.peak) / rehearsal.num_layers  # memory falls evenly with the layers
+        layers = min(rehearsal.num_layers, math.ceil((most.peak - room) / each))
+        found = take(micros[0], layers)
+        while found.peak > room:
+            layers += 1
+            found = take(micros[0], layers)
+    micro = micros[0]
+    if len(micros) > 1:
+        more = take(micros[1], layers)
+        each = (more.peak - found.peak) / (micros[1] - micros[0])
+        for larger in [m for m in reversed(micros) if found.peak + each * (m - micros[0]) <= room and m > micros[0]]:
+            if (there := take(larger, layers)).peak <= room:
+                return Choice(larger, layers, there)
+    return Choice(micro, layers, found)
 
 
 def describe(found: Estimate, cards: Sequence[float]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.models.backbone import language_layers
 from ray_vlm.models.families import Family
 from ray_vlm.models.live import LiveBytes
 from ray_vlm.models.lora import freeze_parts, lora_config
@@ -62,6 +63,12 @@ class Rehearsal:
         """Whether the image encoder can be rehearsed: Qwen's towers can."""
         return hasattr(self.base.get_encoder(modality="image"), "blocks")
 
+    @property
+    def largest(self) -> float:
+        """Bytes of the largest module's own weights, as a rule the embeddings or fused experts."""
+        modules = [list(module.parameters(recurse=False)) for module in self.model.modules()]
+        return float(max(sum(p.element_size() * p.numel() for p in own) for own in modules))
+
     def weights(self) -> Weights:
         """Bytes of the model as loaded."""
         small = plain = trained = 0.0
@@ -82,10 +89,14 @@ class Rehearsal:
         """
         import torch
 
-        layers = self._layers()
-        count = (len(layers) if self.job.train.gradient_checkpointing else 0) if checkpointed is None else checkpointed
+        layers = language_layers(self.base)
+        asked = self.job.train.gradient_checkpointing if checkpointed is None else checkpointed
+        count = len(layers) if asked is True else int(asked)
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = number < count
+        for module in self.base.get_encoder(modality="image").modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = count > 0
         known = [*self.model.parameters(), *self.model.buffers()]
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -114,13 +125,13 @@ class Rehearsal:
                     module.__class__ = _four_bit()
         model = get_peft_model(base, lora_config(job.lora, self.family))
         model.train()
-        if job.train.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # `run` says which layers do
         return model, base
 
-    def _layers(self) -> list[Any]:
-        decoder = self.base.get_decoder()
-        return list((decoder.model if hasattr(decoder, "lm_head") else decoder).layers)
+    @property
+    def num_layers(self) -> int:
+        """Of the language model."""
+        return len(language_layers(self.base))
 
     def _see(self, batch: Batch) -> Any:
         """Run the image encoder's blocks; under autograd only where something in it learns."""

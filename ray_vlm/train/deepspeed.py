@@ -7,14 +7,8 @@ computer's memory.
 
 from typing import Any
 
+from ray_vlm.config.cluster import BUCKET, GATHERED
 from ray_vlm.config.schema import JobConfig
-
-_BUCKET = 2**24  # numbers that are reduced or gathered at once; DeepSpeed's 5e8 would be 2 GB
-
-
-def stage(job: JobConfig) -> int:
-    """Which ZeRO stage the job asks for; 0 without DeepSpeed."""
-    return int(job.cluster.deepspeed[len("zero")]) if job.cluster.deepspeed else 0
 
 
 def deepspeed_config(job: JobConfig) -> dict[str, Any] | None:
@@ -24,14 +18,15 @@ def deepspeed_config(job: JobConfig) -> dict[str, Any] | None:
     """
     if not job.cluster.deepspeed:
         return None
-    zero: dict[str, Any] = {"stage": stage(job), "reduce_bucket_size": _BUCKET}
-    if stage(job) < 3:
-        zero["allgather_bucket_size"] = _BUCKET
+    zero: dict[str, Any] = {"stage": job.cluster.zero_stage, "reduce_bucket_size": BUCKET}
+    if job.cluster.zero_stage < 3:
+        zero["allgather_bucket_size"] = BUCKET
     else:
-        zero |= {"stage3_prefetch_bucket_size": _BUCKET, "stage3_param_persistence_threshold": "auto"}
+        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": "auto"}
+        zero |= {"stage3_max_live_parameters": GATHERED, "stage3_max_reuse_distance": GATHERED}
     if job.cluster.deepspeed.endswith("_offload"):
         zero["offload_optimizer"] = {"device": "cpu"}
-        if stage(job) == 3:
+        if job.cluster.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
     return {
         "zero_optimization": zero,

@@ -131,6 +131,7 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
         attempt=last_attempt(paths),
         rows=rows_fingerprint(prepared.train.records),
         row_bytes=mean_bytes(prepared.train.records, prepared.spec),
+        probe=prepared.probe,
         environment=read_environment(),
     )
     status, error, result, stopped_by = "failed", "", None, None

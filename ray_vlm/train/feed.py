@@ -136,7 +136,7 @@ def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:
         "optim": "adamw_torch",
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
-        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing": bool(train.gradient_checkpointing),
         "bf16": train.bf16,
         "deepspeed": deepspeed_config(job),
         "use_cpu": job.cluster.gpus_per_worker == 0,

@@ -11,6 +11,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
+from ray_vlm.train.attempt import Place
 
 PATIENCE = 20  # steps with a gradient somewhere, of rows that may hold no image, before a part is missed
 
@@ -18,7 +19,7 @@ PATIENCE = 20  # steps with a gradient somewhere, of rows that may hold no image
 def part_norms(named_parameters: Iterable[tuple[str, Any]], family: Family) -> dict[str, float]:
     """L2 norm of the gradients of what is trained, by part of the model; 0.0 where a part has none.
 
-    Empty where no gradient is to be seen, as under DeepSpeed, which keeps them to itself.
+    Empty where no gradient is to be seen.
     """
     import torch
 
@@ -63,13 +64,53 @@ class GradientWatch:
             )
 
 
-def watch_gradients(job: JobConfig, family: Family) -> Callable[[Any], dict[str, float]]:
-    """A function that gives a model's norms by part, and raises where a part of the job gets none."""
+class Listener:
+    """Hears gradients as they are made, where they are not kept to be looked at. Sums of squares by part."""
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Any]], family: Family):
+        self.heard: dict[str, Any] = {}
+        trained = [(part_of(family, name), weight) for name, weight in named_parameters if weight.requires_grad]
+        self._hooks = [weight.register_hook(self._hook(part)) for part, weight in trained]
+
+    def _hook(self, part: str) -> Callable[[Any], None]:
+        self.heard[part] = 0.0
+
+        def hear(grad: Any) -> None:
+            self.heard[part] = self.heard[part] + grad.detach().float().square().sum()
+
+        return hear
+
+    def take(self, place: Place) -> dict[str, float]:
+        """What all ranks have heard since it was asked last."""
+        mine = {part: float(square) for part, square in self.heard.items()}
+        self.heard = dict.fromkeys(self.heard, 0.0)
+        return {part: math.sqrt(sum(of_rank[part] for of_rank in place.gather(mine))) for part in mine}
+
+    def stop(self) -> None:
+        """Hear no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def watch_gradients(job: JobConfig, family: Family, model: Any, place: Place) -> Callable[[Any], dict[str, float]]:
+    """A function that gives the model's norms by part, and raises where a part of the job gets none.
+
+    DeepSpeed keeps gradients to itself: there the parts are watched, and their norms are not known.
+    """
     watch = GradientWatch(always_images=job.task.name != "chat")
+    listener = Listener(model.named_parameters(), family) if job.cluster.deepspeed else None
+    parts = set(listener.heard) if listener else set()
 
     def look(model: Any) -> dict[str, float]:
-        norms = part_norms(model.named_parameters(), family)
-        watch.look(norms)
-        return norms
+        if listener is None:
+            norms = part_norms(model.named_parameters(), family)
+            watch.look(norms)
+            return norms
+        if watch.seen != parts:
+            watch.look(listener.take(place))
+        else:
+            listener.stop()
+        return {}
 
     return look

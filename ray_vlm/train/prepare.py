@@ -23,6 +23,7 @@ from ray_vlm.methods.forward import why_alone
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.store import full_address
 from ray_vlm.train.energy import check_energy
+from ray_vlm.train.fit import Probe, fit, plan_probe
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Prepared:
     plan: Plan
     balance: Balance
     notes: tuple[str, ...] = ()
+    probe: Probe | None = None
 
 
 def prepare(job: JobConfig, parts: Parts | None = None) -> Prepared:
@@ -58,9 +60,27 @@ def prepare(job: JobConfig, parts: Parts | None = None) -> Prepared:
         [row_tags(job, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
     )
     spec = replace(parts.spec, token_weights=balance.token_weights)
+    preparer = load_preparer(spec)
+    if job.train.memory is not None:
+        job, told = fit(job, parts.train, preparer)
+        notes.append(told)
     plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs)
     notes += _tell_alone(job, spec)
-    return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes))
+    _check_images(job, parts.train)
+    probe = plan_probe(job, plan, parts.train, preparer)
+    return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes), probe)
+
+
+def _check_images(job: JobConfig, train: Index) -> None:
+    """Raise for rows without an image where a rank whose batch has none would leave the others waiting."""
+    learns = job.lora is None or job.lora.target != ["language"]
+    bare = np.flatnonzero(train.image_tokens == 0)
+    if len(bare) and (job.cluster.zero_stage == 3 or (job.cluster.deepspeed and learns)):
+        raise ConfigError(
+            f"cluster.deepspeed={job.cluster.deepspeed}: {len(bare)} rows, the first with id "
+            f"{train.records[bare[0]].id!r}, have no image. A worker whose batch shows none would not run the image "
+            "encoder, and the others would wait for it for ever. Leave those rows out, or leave cluster.deepspeed out."
+        )
 
 
 def wanted_parts(job: JobConfig) -> list[str]:

@@ -11,7 +11,7 @@ from ray_vlm.data.spec import Row
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import can_share, share_prefixes
-from ray_vlm.models.backbone import ensure_backbone
+from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
 from ray_vlm.models.quiet import quiet_libraries
@@ -84,6 +84,8 @@ def build_trainer(
     example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
     has_eval = task.eval is not None
     ensure_backbone(model)
+    if (layers := job.train.gradient_checkpointing) and layers is not True:
+        recompute_first(model, layers)
     options = {"processing_class": preparer.processor, "eval_dataset": example if has_eval else None}
     trainer = feed_trainer(method.trainer_class(job))(
         model=model, args=args, train_dataset=example, **options, **method.extras(job)

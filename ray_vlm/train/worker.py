@@ -26,8 +26,10 @@ from ray_vlm.runs.paths import RunPaths, open_run, write_json
 from ray_vlm.runs.track import TensorBoardTracker, WandbTracker
 from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
 from ray_vlm.train.clock import name_device, watch_usage
-from ray_vlm.train.deepspeed import gather_weights, stage
+from ray_vlm.train.deepspeed import gather_weights
 from ray_vlm.train.energy import Meter, sum_energy
+from ray_vlm.train.fit import Probe
+from ray_vlm.train.probe import run_probe
 from ray_vlm.train.stop import agree, watch
 from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
 
@@ -37,7 +39,7 @@ class WorkerTask:
     """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them.
 
     `run`: where the run is kept. `attempt`: its number, as the driver counts. `rows`: fingerprint of `train`.
-    `row_bytes`: of the pixels of one of them, about.
+    `row_bytes`: of the pixels of one of them, about. `probe`: the batch to run before the first step.
     """
 
     job: dict[str, Any]
@@ -51,6 +53,7 @@ class WorkerTask:
     attempt: int = 1
     rows: str = ""
     row_bytes: float = 4 * 2**20
+    probe: Probe | None = None
     environment: Environment = field(default_factory=Environment)
 
 
@@ -100,6 +103,10 @@ def _train(
                 monitor.note(attempt.step, text)
             counts = count_trainable(trainer.model, preparer.family)
             monitor.start(attempt.step, counts, name_device(place.device), task.plan.num_steps)
+        if task.probe is not None:
+            took = run_probe(trainer, job, task.probe, place)
+            if monitor is not None:
+                monitor.note(attempt.step, took)
         callback.recall(attempt.step if attempt.checkpoint else -1, place)
         if attempt.step < task.plan.num_steps:
             trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
@@ -185,7 +192,7 @@ def _build_callback(
     whole: dict[str, Any] = {}  # under ZeRO-3, where no rank has all, what `gather` put together for `save`
 
     def gather() -> None:
-        if stage(job) == 3:
+        if job.cluster.zero_stage == 3:
             whole["state_dict"] = gather_weights(trainer.model, job.lora is not None, place.rank)
 
     def save(folder: Path) -> None:
@@ -205,7 +212,7 @@ def _build_callback(
     callback = RunCallback(job, paths, task.plan, monitor, save, tell)
     callback.gather = gather
     callback.logged = METHODS[job.method.name].logged
-    callback.gradients = watch_gradients(job, load_preparer(task.spec).family)
+    callback.gradients = watch_gradients(job, load_preparer(task.spec).family, trainer.model, place)
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))
     callback.usage = watch_usage(trainer.planned_batches, place)
     if job.evaluate.asynchronous:

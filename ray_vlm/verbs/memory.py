@@ -32,8 +32,9 @@ def _memory(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.methods.forward import can_share
     from ray_vlm.models.load import family_of
-    from ray_vlm.models.memory import GIB, describe, estimate, largest_micro, merge_of, micro_sizes
+    from ray_vlm.models.memory import GIB, choose, describe, estimate, merge_of, micro_sizes
     from ray_vlm.models.rehearse import Rehearsal
+    from ray_vlm.train.fit import describe_choice, micros
 
     job = load_job(args.job, args.overrides)
     size = args.tokens or _heaviest(job)
@@ -49,26 +50,21 @@ def _memory(args: argparse.Namespace) -> None:
     print("\n".join(describe(found, cards)))
     if not rehearsal.sees:
         print(f"note: what {family.model_type}'s image encoder makes in a step is not counted; its weights are")
-    unit = job.method.num_generations if job.method.name == "grpo" else 1
-    for layers, name in ((None, "as the job says"), (0, "activations kept, none recomputed")):
-        if cards and (layers is None or job.train.gradient_checkpointing):
-            one, two = (estimate(rehearsal, micro_sizes(job, size, unit * n), merge, shared, layers) for n in (1, 2))
-            most = ", ".join(f"{unit * largest_micro(one, two, c * GIB)} on {c:g} GiB" for c in cards)
-            print(f"  largest train.micro_batch_size, {name}: {most}")
+    for card in cards:
+        choice = choose(rehearsal, size, micros(job), merge, shared, card * GIB)
+        told = describe_choice(choice, rehearsal.num_layers, card) if choice else "train.memory=auto: nothing fits"
+        print(f"  {told}")
 
 
 def _heaviest(job: Any) -> Any:
     """The row with the most tokens among those that would be trained."""
     from ray_vlm.data.rows import load_preparer
-    from ray_vlm.models.memory import RowSize
+    from ray_vlm.train.fit import row_size
     from ray_vlm.train.prepare import prepare
 
-    prepared = prepare(job)
-    index = prepared.train
-    row = int(index.tokens.argmax())
-    image, prompt, answer = (int(of[row]) for of in (index.image_tokens, index.prompt_tokens, index.answer_tokens))
-    answers = load_preparer(prepared.spec).row(index.records[row]).completions
-    return RowSize(image, prompt, answer, max(map(len, answers), default=0))
+    as_given = job.model_copy(update={"train": job.train.model_copy(update={"memory": None, "probe": False})})
+    prepared = prepare(as_given)
+    return row_size(prepared.train, int(prepared.train.tokens.argmax()), load_preparer(prepared.spec))
 
 
 def _config(job: Any, known: bool) -> Any:

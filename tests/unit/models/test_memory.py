@@ -13,9 +13,19 @@ from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.models.live import LiveBytes
 from ray_vlm.models.load import family_of, load_config, load_model
-from ray_vlm.models.memory import Estimate, RowSize, describe, largest_micro, merge_of, micro_sizes, plan_batch
+from ray_vlm.models.memory import (
+    GIB,
+    Estimate,
+    RowSize,
+    choose,
+    describe,
+    merge_of,
+    micro_sizes,
+    plan_batch,
+    shared_out,
+)
 from ray_vlm.models.presets import load_preset
-from ray_vlm.models.rehearse import Batch, Rehearsal
+from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
 
 
 def _job(**sections: Any) -> JobConfig:
@@ -97,9 +107,52 @@ def test_checkpointing_trades_memory() -> None:
     assert merge_of(config) == 2
 
 
-def test_the_largest_batch_and_the_verdict() -> None:
-    one, two = (Estimate({"x": 10.0 * n}, "backward") for n in (1, 2))
-    assert [largest_micro(one, two, room) for room in (9, 10, 35)] == [0, 1, 3]
+class _Stage:
+    """A rehearsal of 4 layers: a row takes 2 GiB, a layer that keeps its activations 1 GiB for each row."""
+
+    num_layers, largest, config = 4, 0.0, None
+
+    def __init__(self, job: JobConfig):
+        self.job = job
+
+    def weights(self) -> Weights:
+        return Weights(10 * GIB, 0, 0)
+
+    def run(self, batch: Batch, layers: int) -> Any:
+        live = LiveBytes()
+        live.begin("backward")
+        live.peak = live.peaks["backward"] = int(batch.rows * (2 + (4 - layers)) * GIB)
+        return live
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"), [(11.9, None), (12, (1, 4)), (13.5, (1, 3)), (16, (1, 0)), (23, (2, 0)), (100, (8, 0))]
+)
+def test_the_least_recomputing_and_then_the_largest_batch(room: float, expected: Any) -> None:
+    found = choose(_Stage(_job()), RowSize(8, 4, 4), [1, 2, 4, 8], 2, False, room * GIB)  # type: ignore[arg-type]
+    assert (found and (found.micro, found.layers)) == expected
+    assert found is None or found.found.peak <= room * GIB
+
+
+def test_what_zero_shares_out() -> None:
+    """What learns takes 6 bytes for each of its 8 to be counted in: the base 40, in slices of 4 workers."""
+
+    def total(preset: str | None, **changes: Any) -> dict[str, float]:
+        cluster = {"num_workers": 4, "deepspeed": preset} | changes
+        return shared_out(_job(cluster=cluster), Weights(30 * GIB, 10 * GIB, 8 * GIB), 1.0)
+
+    plain, one, two, three = (total(preset) for preset in (None, "zero1", "zero2", "zero3"))
+    assert plain["Adam's two moments"] == 16 * GIB
+    assert one["Adam's two moments, float32 copy"] == 6 * GIB
+    assert (one["gradients"], two["gradients"]) == (4 * GIB, GIB)
+    assert (two["base in 4 bit"], three["base in 4 bit"]) == (30 * GIB, 7.5 * GIB)
+    assert "base in 4 bit" not in total("zero3_offload")
+    assert "Adam's two moments, float32 copy" not in total("zero2_offload")
+    sums = [sum(of.values()) for of in (plain, one, two, three, total("zero3_offload"))]
+    assert sums == sorted(sums, reverse=True)
+
+
+def test_the_verdict() -> None:
     lines = describe(Estimate({"base": 30 * 2.0**30}, "backward"), [24, 40])
     assert lines[-2:] == [
         "  card of 24 GiB: does NOT fit, 6.00 GiB too much",
@@ -117,11 +170,11 @@ def test_a_known_model_is_planned_without_a_download(tmp_path: Path, capsys: pyt
     told = capsys.readouterr().out
     assert "base in 4 bit" in told
     assert "card of 40 GiB: fits" in told
-    assert "largest train.micro_batch_size, as the job says:" in told
+    assert "train.memory=auto: micro_batch_size " in told
 
 
 def test_a_job_is_planned_from_its_rows(job_file: Any, capsys: pytest.CaptureFixture) -> None:
     assert main(["memory", str(job_file()), "--card", "0.0001"]) == 0
     told = capsys.readouterr().out
     assert "does NOT fit" in told
-    assert "largest train.micro_batch_size, as the job says: 0 on 0.0001 GiB" in told
+    assert "train.memory=auto: nothing fits" in told

@@ -10,8 +10,9 @@ import torch
 from ray_vlm.cli import main
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES
+from ray_vlm.train.attempt import Place
 from ray_vlm.train.clock import Clock, split_time
-from ray_vlm.train.gradients import PATIENCE, GradientWatch, part_norms
+from ray_vlm.train.gradients import PATIENCE, GradientWatch, Listener, part_norms
 from ray_vlm.train.report import by_part
 
 FAMILY = FAMILIES["qwen3_vl"]
@@ -31,7 +32,7 @@ def _named(grads: dict[str, Any]) -> list[tuple[str, Any]]:
 def test_norms_by_part() -> None:
     grads = {"language": [[3.0, 0.0], [0.0, 4.0]], "vision": [None, [0.0, 0.0]]}
     assert part_norms(_named(grads), FAMILY) == {"language": 5.0, "vision": 0.0}
-    assert part_norms(_named({"language": [None]}), FAMILY) == {}, "DeepSpeed keeps gradients to itself"
+    assert part_norms(_named({"language": [None]}), FAMILY) == {}
     frozen = _named({"language": [[3.0, 4.0]], "vision": [[1.0, 1.0]]})
     frozen[1][1].requires_grad_(False)
     assert part_norms(frozen, FAMILY) == {"language": 5.0}
@@ -43,6 +44,17 @@ def test_norms_are_those_before_clipping() -> None:
     )
     assert by_part({}, 5.0) == {}
     assert by_part({"language": 0.0}, 0.0) == {"grad_norm_language": 0.0}
+
+
+def test_gradients_that_are_not_kept_are_heard() -> None:
+    named = _named({"language": [None, None], "vision": [None]})
+    listener, place = Listener(named, FAMILY), Place(0, 1, "cpu", ray=False)
+    assert listener.take(place) == {"language": 0.0, "vision": 0.0}
+    sum((3 * weight[0] if "language" in name else weight.sum() * 0) for name, weight in named).backward()
+    assert listener.take(place) == {"language": pytest.approx(18**0.5), "vision": 0.0}
+    listener.stop()
+    sum(weight.sum() for _, weight in named).backward()
+    assert listener.take(place) == {"language": 0.0, "vision": 0.0}
 
 
 def test_a_part_without_a_gradient_is_named_at_once() -> None:

@@ -1,0 +1,95 @@
+"""The heaviest batch of the plan runs before the first step: what would end the run in hour three ends it at once.
+
+It goes forward and backward as in training, without a step of the optimizer, and leaves no trace: gradients, TRL's
+counts and the random state are as before.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import RunError
+from ray_vlm.methods import METHODS
+from ray_vlm.train.attempt import Place
+from ray_vlm.train.fit import Probe
+
+_KEPT = ("_metrics", "_total_train_tokens", "_step")  # what TRL counts in a loss
+GIB = 2**30
+
+
+def run_probe(trainer: Any, job: JobConfig, probe: Probe, place: Place) -> str:
+    """Run it, and say in a sentence what it took. Raises `RunError` where it does not fit."""
+    import torch
+
+    records, model = trainer.fetch_records(), trainer.model
+    rows = [trainer.preparer.row(records[number]) for number in probe.rows]
+    told = f"{len(rows)} rows of up to {probe.tokens:,} tokens"
+    try:
+        with _no_trace(trainer, place), _measure(model, place) as took:
+            batch = METHODS[job.method.name].heaviest(trainer, rows, place.device)
+            with torch.autocast(torch.device(place.device).type, torch.bfloat16, enabled=job.train.bf16):
+                trainer.compute_loss(model, batch).backward()
+            del batch
+    except torch.OutOfMemoryError as error:
+        raise RunError(_refuse(told, str(error).split(". ")[0], probe)) from error
+    moments = 2 * sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    if place.device.startswith("cuda"):
+        whole = torch.cuda.get_device_properties(place.device).total_memory
+        if (all_of_it := took["before"] + took["above"] + moments) > whole:
+            raise RunError(_refuse(told, f"with the optimizer {all_of_it / GIB:.1f} of {whole / GIB:.1f} GiB", probe))
+    return (
+        f"the heaviest batch ({told}) took {took['above'] / GIB:.3f} GiB above the model, predicted "
+        f"{probe.predicted / GIB:.3f}"
+    )
+
+
+def _refuse(told: str, why: str, probe: Probe) -> str:
+    return (
+        f"the heaviest batch of the plan ({told}; rows {', '.join(map(str, probe.rows[:8]))}) does not fit: {why}. "
+        "Lower train.micro_batch_size or data.max_pixels, set train.gradient_checkpointing, or let train.memory=auto "
+        "choose."
+    )
+
+
+@contextmanager
+def _measure(model: Any, place: Place) -> Iterator[dict[str, float]]:
+    """Bytes `before` on the device, and `above` them at the peak."""
+    import torch
+
+    from ray_vlm.models.live import LiveBytes
+
+    took: dict[str, float] = {}
+    if place.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(place.device)
+        took["before"] = torch.cuda.memory_allocated(place.device)
+        yield took
+        took["above"] = torch.cuda.max_memory_allocated(place.device) - took["before"]
+    else:
+        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            yield took
+        took["above"] = live.peak
+
+
+@contextmanager
+def _no_trace(trainer: Any, place: Place) -> Iterator[None]:
+    import torch
+
+    kept = {name: copy.deepcopy(getattr(trainer, name)) for name in _KEPT if hasattr(trainer, name)}
+    model, args = trainer.model, trainer.args
+    was_training = model.training
+    if args.gradient_checkpointing:
+        kwargs = dict(args.gradient_checkpointing_kwargs or {})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None)
+    model.train()
+    devices = [place.device] if place.device.startswith("cuda") else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        trainer.clock.take()
+        for name, value in kept.items():
+            setattr(trainer, name, value)
