@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ray_vlm import __version__
 from ray_vlm.verbs import job_verb
@@ -50,6 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Compatibility(argparse.Action):
+    """Prints and ends, as `--version` does: no job is needed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        from ray_vlm.config.compatibility import describe
+
+        print("\n".join(describe()))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ray-vlm", description="Fine-tune vision-language models with 4-bit LoRA, on one core or a Ray cluster."
@@ -62,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(verb=_demo)
     config = job_verb(verbs, "config", "print the resolved job, every default written out", _config)
     config.add_argument("--dry-run", action="store_true", help="also read the data, plan the run, show trained tokens")
+    config.add_argument("--compatibility", action=_Compatibility, nargs=0, help="print what goes together, and exit")
     train = job_verb(verbs, "train", "run a job", _train)
     train.add_argument("--dry-run", action="store_true", help="print the resolved job, the plan and first records only")
     either = train.add_mutually_exclusive_group()

@@ -6,11 +6,12 @@
 import re
 from collections.abc import Collection, Iterator
 
-from ray_vlm.config.check_cluster import CLUSTER_RULES, Rule
-from ray_vlm.config.check_method import check_method, known_metrics
-from ray_vlm.config.check_tune import check_tune
+from ray_vlm.config.check_cluster import CLUSTER_RULES
+from ray_vlm.config.check_method import METHOD_RULES, check_method, known_metrics
+from ray_vlm.config.check_tune import TUNE_RULES, check_tune
 from ray_vlm.config.data import Source
 from ray_vlm.config.resume import touches
+from ray_vlm.config.rule import Rule
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.trl import check_trl
 
@@ -221,6 +222,8 @@ RULES: list[Rule] = [
         ("run.output_dir",),
         "not a folder, and not an address that runs can be kept at. Use a path, s3://, gs://, abfs:// or hdfs://.",
     ),
+    *METHOD_RULES,
+    *TUNE_RULES,
     *CLUSTER_RULES,
 ]
 

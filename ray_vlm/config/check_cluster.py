@@ -1,12 +1,6 @@
 """Rules of the `cluster` section: what goes with DeepSpeed, and what a worker can run on. Read by `config/check.py`."""
 
-from collections.abc import Callable
-
-from ray_vlm.config.schema import JobConfig
-
-# (holds for a broken job, the keys that it reads - the first is blamed -, reason and fix)
-Rule = tuple[Callable[[JobConfig], bool], tuple[str, ...], str]
-
+from ray_vlm.config.rule import Rule
 
 CLUSTER_RULES: list[Rule] = [
     (

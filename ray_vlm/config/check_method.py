@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.method import METHOD_METRICS, OF_METHODS
+from ray_vlm.config.rule import Rule
 from ray_vlm.config.schema import JobConfig
 
 Broken = Iterator[tuple[str, str]]  # (dotted key, reason and fix)
@@ -28,6 +29,25 @@ FORMAT_TASKS = {
     "llava": "chat",
     "messages": "chat",
 }
+
+
+METHOD_RULES: list[Rule] = [
+    (
+        lambda j: j.lora is None and (j.method.name == "dpo" or (j.method.name == "grpo" and bool(j.method.beta))),
+        ("lora", "method"),
+        "the reference is the model with its adapter off, so this method needs one. Keep `lora`.",
+    ),
+    (
+        lambda j: j.method.rollouts == "vllm" and (j.lora is None or j.lora.target != ["language"]),
+        ("method.rollouts", "lora.target"),
+        "vllm takes adapters on the language model only. Use lora.target=[language].",
+    ),
+    (
+        lambda j: j.method.rollouts == "vllm" and not j.cluster.gpus_per_worker,
+        ("method.rollouts", "cluster.gpus_per_worker"),
+        "vllm needs a GPU. Set cluster.gpus_per_worker=1, or use transformers rollouts.",
+    ),
+]
 
 
 def known_metrics(job: JobConfig) -> tuple[str, ...]:
@@ -56,14 +76,8 @@ def check_method(job: JobConfig) -> Broken:
             yield f"method.{key}", f"{method.name} does not use it; {' and '.join(methods)} do. Remove it."
     yield from _check_formats(job)
     yield from _check_weights(job)
-    if job.lora is None and (method.name == "dpo" or (method.name == "grpo" and method.beta)):
-        yield "lora", "the reference is the model with its adapter off, so this method needs one. Keep `lora`."
     if method.name != "sft":
         yield from _check_even(job)
-    if method.rollouts == "vllm" and (job.lora is None or job.lora.target != ["language"]):
-        yield "method.rollouts", "vllm takes adapters on the language model only. Use lora.target=[language]."
-    if method.rollouts == "vllm" and not job.cluster.gpus_per_worker:
-        yield "method.rollouts", "vllm needs a GPU. Set cluster.gpus_per_worker=1, or use transformers rollouts."
 
 
 def _check_formats(job: JobConfig) -> Broken:

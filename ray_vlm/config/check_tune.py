@@ -3,7 +3,26 @@
 from collections.abc import Iterator
 
 from ray_vlm.config.check_method import known_metrics
+from ray_vlm.config.rule import Rule
 from ray_vlm.config.schema import JobConfig
+
+TUNE_RULES: list[Rule] = [
+    (
+        lambda j: j.tune.resident and j.cluster.num_workers > 1,
+        ("tune.resident", "cluster.num_workers"),
+        "a trial is one process with one device. Set cluster.num_workers to 1 or 0.",
+    ),
+    (
+        lambda j: j.tune.resident and j.lora is None,
+        ("tune.resident", "lora"),
+        "all weights would be changed by the first trial. Train a LoRA, or leave it out.",
+    ),
+    (
+        lambda j: j.tune.resident and j.evaluate.asynchronous,
+        ("tune.resident", "evaluate.asynchronous"),
+        "validation in a process of its own needs a base of its own. Leave one of them out.",
+    ),
+]
 
 
 def tune_metrics(job: JobConfig) -> tuple[str, ...]:
@@ -26,11 +45,3 @@ def check_tune(job: JobConfig) -> Iterator[tuple[str, str]]:
             "tune.metric",
             f"this method and task do not produce {', '.join(wrong)}. Use one of: {', '.join(known)}.",
         )
-    if not job.tune.resident:
-        return
-    if job.cluster.num_workers > 1:
-        yield "tune.resident", "a trial is one process with one device. Set cluster.num_workers to 1 or 0."
-    if job.lora is None:
-        yield "tune.resident", "all weights would be changed by the first trial. Train a LoRA, or leave it out."
-    if job.evaluate.asynchronous:
-        yield "tune.resident", "validation in a process of its own needs a base of its own. Leave one of them out."

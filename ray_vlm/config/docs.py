@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from ray_vlm.config.compatibility import describe
 from ray_vlm.config.schema import JobConfig
 
 _HEAD = """# Job files
@@ -39,7 +40,8 @@ def write_reference() -> str:
                 assert source is not None
                 sections.append("\nEach of `data.train`, `data.eval`, `data.test` and the entries of `data.mix` has:\n")
                 sections.append(_table([(f"data.*.{key}", value) for key, value in source.model_fields.items()]))
-    return "\n".join(sections)
+    sections += ["\n## What goes together\n\nAs `ray-vlm config --compatibility` prints it.\n"]
+    return "\n".join([*sections, "```", *describe(), "```"])
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

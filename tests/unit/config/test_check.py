@@ -9,6 +9,8 @@ PLAIN = {"model": {"name": "x"}, "data": {"train": {"path": "a"}}}
 TRAIN = {"train": {"path": "a"}}
 CLASSES = {"name": "classification"}
 WHOLE = {"name": "x", "load_in_4bit": False}
+PAIRS = {"train": {"path": "a", "format": "preference"}}
+VLLM = {"name": "grpo", "rollouts": "vllm"}
 KNOWN = {"name": "dpo", "precompute_ref_log_probs": True}
 BROKEN = [
     {"data": TRAIN | {"eval": {"path": "b", "ratio": 0.1}}},
@@ -43,12 +45,20 @@ BROKEN = [
     {"pairs": {"temperature": [-0.1, 1.0]}},
     {"run": {"name": "a/b"}},
     {"run": {"output_dir": "ftp://bucket/runs"}},
+    {"lora": None, "model": WHOLE, "method": "dpo", "data": PAIRS},
+    {"lora": {"target": ["vision"]}, "method": VLLM, "cluster": {"gpus_per_worker": 1}},
+    {"method": VLLM},
+    {"tune": {"resident": True}, "cluster": {"num_workers": 2}},
+    {"tune": {"resident": True}, "lora": None, "model": WHOLE},
+    {"tune": {"resident": True}, "evaluate": {"asynchronous": True}, "data": TRAIN | {"eval": 0.1}},
+    {"train": {"memory": "auto"}},
+    {"train": {"probe": True}, "cluster": {"deepspeed": "zero3"}},
     {"cluster": {"num_workers": 32}},
     {"cluster": {"gpus_per_worker": 0.5}},
     {"cluster": {"deepspeed": "zero2", "num_workers": 0}},
     {"cluster": {"deepspeed": "zero1"}, "tune": {"resident": True}},
     {"cluster": {"deepspeed": "zero3"}, "method": "grpo"},
-    {"cluster": {"deepspeed": "zero3"}, "method": KNOWN, "data": {"train": {"path": "a", "format": "preference"}}},
+    {"cluster": {"deepspeed": "zero3"}, "method": KNOWN, "data": PAIRS},
     {"cluster": {"deepspeed": "zero3"}, "data": TRAIN | {"eval": 0.1}, "evaluate": {"metric": "f1_50"}},
 ]
 
@@ -74,14 +84,31 @@ def test_what_the_feed_decides_cannot_be_set_behind_its_back() -> None:
         ({"tune": {"metric": "anls"}}, "tune.metric"),
         ({"tune": {"metric": ["f1_50", "f1_50"]}}, "tune.metric"),
         ({"tune": {"metric": []}}, "tune.metric"),
-        ({"tune": {"resident": True}, "cluster": {"num_workers": 2}}, "tune.resident"),
-        ({"tune": {"resident": True}, "lora": None, "model": {"name": "x", "load_in_4bit": False}}, "tune.resident"),
     ],
 )
 def test_sweeps_that_cannot_be_ranked_or_kept_are_refused(changes: dict, key: str) -> None:
     assert [found for found, _ in check_job(JobConfig.model_validate(PLAIN | changes))] == [key]
     good = {"tune": {"metric": ["f1_50", "loss"], "resident": True}}
     assert check_job(JobConfig.model_validate(PLAIN | good)) == []
+
+
+def test_the_table_is_made_by_the_rules(capsys: pytest.CaptureFixture) -> None:
+    """It is symmetric, says no for the known reasons, and prints every rule."""
+    from ray_vlm.cli import main
+    from ray_vlm.config.compatibility import CHOICES, merge, refuse
+
+    assert refuse("sft", "dpo") is None
+    assert refuse("zero3", "4 bit") == ""
+    assert "gather the whole model" in (refuse("zero3", "grpo") or "")
+    assert all(refuse(one, other) == refuse(other, one) for one in CHOICES for other in CHOICES)
+    assert all(refuse(name, name) == "" for name in CHOICES)
+    assert merge({"a": {"b": 1}}, {"a": {"c": 2}}, {"d": None}) == {"a": {"b": 1, "c": 2}, "d": None}
+    with pytest.raises(SystemExit) as end:
+        main(["config", "--compatibility"])
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    assert all(reason in told for _, _, reason in RULES)
+    assert max(map(len, told.split("Why not:")[0].splitlines())) <= 80
 
 
 def test_a_rule_is_silent_about_keys_that_could_not_be_read() -> None:
