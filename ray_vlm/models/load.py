@@ -108,7 +108,7 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({_first_line(error)}).") from error
     if is_deepspeed_zero3_enabled():
-        _forget_prefixes(model)
+        _forget_renamings(model)
     keep_4bit_differentiable(model)
     if spec.load_in_4bit:
         check_4bit(model, family, spec.name)
@@ -117,13 +117,13 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
     return model
 
 
-def _forget_prefixes(model: Any) -> None:
-    """Save weights under the names that they were read by: under ZeRO-3 transformers 5.23 believes that every change of
-    a prefix which it knows of was applied (`integrations/deepspeed.py`), and would undo it."""
-    from transformers.core_model_loading import PrefixChange
+def _forget_renamings(model: Any) -> None:
+    """Save weights under the model's own names: under ZeRO-3 transformers 5.23 believes that every renaming which it
+    knows for the family was applied as the weights were read (`integrations/deepspeed.py`), and would undo it."""
+    from transformers.core_model_loading import WeightRenaming
 
     known = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [change for change in known if not isinstance(change, PrefixChange)]
+    model._weight_conversions = [change for change in known if not isinstance(change, WeightRenaming)]
 
 
 def cast_pixels(model: Any) -> None:

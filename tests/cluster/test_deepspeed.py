@@ -65,7 +65,7 @@ def test_zero3_cuts_4bit_weights_validates_and_goes_on(ray_cluster, job_file, sc
     _same(whole, _train(path, "run.name=hurt", *options, "cluster.deepspeed=zero3"), 1e-5)
     evals = [[line["loss"] for line in read_metrics(p.metrics) if line["kind"] == "eval"] for p in (whole, paths)]
     assert evals[1] == pytest.approx(evals[0], rel=1e-4)
-    assert len(evals[0]) == 4
+    assert len(evals[0]) == 3
     best, there = _saved(whole, "best"), _saved(paths, "best")
     assert all(float((best[name] - there[name]).abs().max()) < 1e-5 for name in best)
 
@@ -107,5 +107,5 @@ def test_answers_are_measured_beside_zero3(ray_cluster, job_file, scenes: Path) 
     path = job_file(train={"max_steps": 4, "micro_batch_size": 2}, data=data, evaluate=evaluate)
     paths = _train(path, TWO, "cluster.deepspeed=zero3")
     lines = [line for line in read_metrics(paths.metrics) if line["kind"] == "eval"]
-    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert [line["step"] for line in lines] == [2, 4]
     assert all("f1_50" in line for line in lines)
