@@ -12,7 +12,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.methods import METHODS
-from ray_vlm.methods.forward import share_prefixes
+from ray_vlm.methods.forward import fold_rows
 from ray_vlm.methods.rollout import Completion
 from ray_vlm.train.feed import feed_trainer
 from ray_vlm.train.prepare import prepare
@@ -78,7 +78,7 @@ def our_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -
         **method.extras(job),
     )
     if job.method.name != "sft":
-        share_prefixes(trainer.model)
+        fold_rows(trainer.model, share=True, pack=True)
     trainer.preparer, trainer.fetch_records = preparer, lambda: records
     group = job.method.num_generations
     groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]

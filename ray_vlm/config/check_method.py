@@ -33,6 +33,16 @@ FORMAT_TASKS = {
 
 METHOD_RULES: list[Rule] = [
     (
+        lambda j: j.train.tokens_per_micro_batch is not None and j.method.name != "sft",
+        ("train.tokens_per_micro_batch", "method"),
+        "TRL takes means over the pairs or answers of a micro-batch, so each must hold as many. Use micro_batch_size.",
+    ),
+    (
+        lambda j: j.train.tokens_per_micro_batch is not None and j.train.memory is not None,
+        ("train.tokens_per_micro_batch", "train.memory"),
+        "both say how much runs at a time. Leave one of them out.",
+    ),
+    (
         lambda j: j.lora is None and (j.method.name == "dpo" or (j.method.name == "grpo" and bool(j.method.beta))),
         ("lora", "method"),
         "the reference is the model with its adapter off, so this method needs one. Keep `lora`.",

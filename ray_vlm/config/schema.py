@@ -12,8 +12,7 @@ from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data
 from ray_vlm.config.method import Method
 from ray_vlm.config.section import Largest, Section
-
-Part = Literal["language", "connector", "vision"]  # of a model; `models/families.py` says which weights
+from ray_vlm.config.train import Part, Train
 
 
 def _named(value: Any) -> Any:
@@ -103,48 +102,6 @@ class Lora(Section):
     )
     modules_to_save: list[str] | None = Field(
         None, min_length=1, description="Modules that are trained whole and saved with the adapter: `[embed_tokens]`."
-    )
-
-
-class Train(Section):
-    """The optimizer's side."""
-
-    learning_rate: float = Field(1e-4, gt=0, description="Peak of the schedule.")
-    learning_rates: dict[Part, Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="Peaks of parts that differ from `learning_rate`, such as `{vision: 1.0e-5}`."
-    )
-    freeze: list[Part] | None = Field(
-        None, min_length=1, description="Parts that stay as they are where all weights are trained (`lora: null`)."
-    )
-    min_lr_ratio: float = Field(0.01, ge=0, le=1, description="The cosine schedule ends at this share of the peak.")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled weight decay; not on norms and biases.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0: no clipping.")
-    num_epochs: float = Field(1.0, gt=0, description="Passes over the training rows. Ignored when `max_steps` is set.")
-    max_steps: int | None = Field(None, ge=1, le=Largest, description="Stop after this many optimizer steps.")
-    global_batch_size: int = Field(16, ge=1, le=Largest, description="Rows in one optimizer step, over all workers.")
-    micro_batch_size: int = Field(
-        1, ge=1, le=Largest, description="Rows that one worker runs at a time; accumulation follows."
-    )
-    gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=Largest)] = Field(
-        True,
-        description="Recompute activations in the backward pass, to save memory. A number: those of so many of the "
-        "language model's first layers.",
-    )
-    memory: Literal["auto"] | None = Field(
-        None,
-        description="auto: the fewest layers that recompute, and then the largest `micro_batch_size`, with which the "
-        "heaviest rows fit into `cluster.gpu_memory_gib`, in place of what is given here.",
-    )
-    probe: bool | None = Field(
-        None,
-        description="Run the heaviest batch of the plan before the first step, so that what does not fit ends the run "
-        "at once. null: on GPUs.",
-    )
-    bf16: bool = Field(True, description="bfloat16 arithmetic and base; what is trained stays float32. false: float32.")
-    log_every_steps: int = Field(10, ge=1, le=Largest, description="Steps between console lines; files get every step.")
-    early_stopping_patience: int | None = Field(
-        None, ge=1, le=Largest, description="Stop after this many validations without a better `evaluate.metric`."
     )
 
 

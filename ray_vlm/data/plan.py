@@ -32,7 +32,8 @@ class Plan:
 
     `factors`: `float64 [rows]`, how often each row is shown in an epoch; None: once. `costs`: `[rows]`, work that a row
     makes (tokens), to share out evenly; None: rows are dealt in order. `whole_steps`: an epoch's last step is made
-    whole by rows of its beginning, so that every rank always has as many.
+    whole by rows of its beginning, so that every rank always has as many. `tokens`: `int64 [rows]`; with them
+    micro-batches hold no more than `budget` tokens each, however many rows those are, in place of `micro_batch_size`.
     """
 
     num_rows: int
@@ -46,6 +47,8 @@ class Plan:
     factors: np.ndarray | None = None
     costs: np.ndarray | None = None
     whole_steps: bool = False
+    tokens: np.ndarray | None = None
+    budget: int = 0
 
     @cached_property
     def rows_per_epoch(self) -> int:
@@ -61,10 +64,24 @@ class Plan:
         """Optimizer steps in the whole run."""
         return self.max_steps or max(1, math.ceil(round(self.steps_per_epoch * self.num_epochs, 6)))
 
-    @property
+    @cached_property
     def accumulation(self) -> int:
-        """Micro-batches of one rank in one step."""
-        return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.micro_batch_size)
+        """Micro-batches of one rank in one step: of every rank and step as many, so with a budget as many as the step
+        needs that needs the most."""
+        if self.tokens is None:
+            return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.micro_batch_size)
+        most = 1
+        for step in range(self.num_steps):
+            for rows in deal(self.step_rows(step), self.costs, self.world_size):
+                sizes = self.tokens[rows]
+                while most < len(rows) and max(int(sizes[part].sum()) for part in spread(sizes, most)) > self.budget:
+                    most += 1
+        return most
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch, about where tokens are counted."""
+        return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.accumulation)
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """Positions in the index in the order of an epoch, `int64 [rows shown]`."""
@@ -91,7 +108,10 @@ class Plan:
         """The micro-batches of one rank in one step, always `accumulation` of them."""
         rows = self.step_rows(step)
         mine = deal(rows, self.costs, self.world_size)[rank]
-        parts = np.array_split(mine, self.accumulation)
+        if self.tokens is None:
+            parts = np.array_split(mine, self.accumulation)
+        else:
+            parts = [mine[part] for part in spread(self.tokens[mine], self.accumulation)]
         return [
             MicroBatch(tuple(int(r) for r in part)) if len(part) else MicroBatch((int(rows[0]),), filler=True)
             for part in parts
@@ -154,6 +174,17 @@ def deal(rows: np.ndarray, costs: np.ndarray | None, world_size: int) -> list[np
         if len(mine[rank]) < room[rank]:
             heapq.heappush(least, (total + cost, rank))
     return [np.array(part, np.int64) for part in mine]
+
+
+def spread(sizes: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Positions of `sizes` in `parts` groups with sums as equal as the LPT rule makes them (Graham 1969)."""
+    sums = [(0, part) for part in range(parts)]
+    found: list[list[int]] = [[] for _ in range(parts)]
+    for position in np.argsort(-sizes, kind="stable").tolist():
+        total, part = heapq.heappop(sums)
+        found[part].append(position)
+        heapq.heappush(sums, (total + int(sizes[position]), part))
+    return [np.array(sorted(part), np.int64) for part in found]
 
 
 def plan_sample(num_rows: int, count: int | None) -> list[int]:

@@ -28,10 +28,11 @@ def describe_prepared(index: Index, plan: Plan, spec: RowSpec, balance: Balance)
     preparer = load_preparer(spec)
     tokens = index.tokens
     step = plan.step_rows(0)
+    limit = f"{plan.budget} tokens" if plan.budget else str(plan.micro_batch_size)
     lines = [
         f"rows {len(index)}, left out {len(index.bad)}; {plan.rows_per_epoch} shown in an epoch",
         f"steps {plan.num_steps}, {plan.steps_per_epoch} an epoch; {plan.global_batch_size} rows a step on "
-        f"{plan.world_size} worker(s), {plan.accumulation} micro-batch(es) of up to {plan.micro_batch_size} each",
+        f"{plan.world_size} worker(s), {plan.accumulation} micro-batch(es) of up to {limit} each",
         f"tokens a row {tokens.min()} to {tokens.max()}, mean {tokens.mean():.0f} "
         f"({index.image_tokens.mean():.0f} of images, {index.answer_tokens.mean():.0f} trained); "
         f"first step {int(tokens[step].sum())}, mean step {tokens.mean() * plan.global_batch_size:.0f}",

@@ -122,7 +122,7 @@ def stream_ray(
 def task_size(feed: Feed) -> int:
     """Micro-batches that a loader makes at a time."""
     rows = min(_TASK_ROWS, _TASK_BYTES / max(feed.row_bytes, 1.0))
-    return max(1, int(rows / feed.plan.micro_batch_size))
+    return max(1, int(rows / feed.plan.rows_at_once))
 
 
 def mean_bytes(records: Sequence[Record], spec: RowSpec, sample: int = 500) -> float:

@@ -1,11 +1,12 @@
-"""Rows of a batch that begin alike go through the model's beginning once.
+"""Rows of a batch that begin alike go through the model's beginning once, and short rows lie behind one another.
 
 DPO's two answers, and all answers of a GRPO group, stand behind the same images and the same question. TRL lays them
-out as rows of a padded batch, so images and question are encoded once a row. `share_prefixes` wraps the forward of the
+out as rows of a padded batch, so images and question are encoded once a row. `fold_rows` wraps the forward of the
 *backbone*, which TRL's log-probability head calls for hidden states: rows with the same images become one tree - their
 common beginning once, then every row's rest as a branch that sees the beginning and itself - and each row gets its
-hidden states back where TRL expects them. Losses, metrics and options stay TRL's; nothing is approximated (the idea:
-Wang & Hegde 2024, arXiv:2410.20305, here with M-RoPE positions and images).
+hidden states back where TRL expects them. Trees, of one row in SFT, are packed into as few rows as are no longer than
+the longest of them. Losses, metrics and options stay TRL's; nothing is approximated (the idea: Wang & Hegde 2024,
+arXiv:2410.20305; packing: Krell et al. 2021, arXiv:2107.02027; here with M-RoPE positions and images).
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.models.families import Family
+from ray_vlm.models.packing import plan_packs
 
 _NEEDED = {"input_ids", "attention_mask", "mm_token_type_ids"}
 _HANDLED = {*_NEEDED, "pixel_values", "image_grid_thw"}  # anything else (a cache, positions) goes the plain way
@@ -39,8 +41,14 @@ def why_alone(job: JobConfig, family: Family) -> str | None:
     return family.cannot.get("method.share_prefixes")
 
 
-def share_prefixes(model: Any) -> None:
-    """Let the model's backbone run common beginnings once in forwards without a cache. Exact without dropout."""
+def can_pack(job: JobConfig, family: Family) -> bool:
+    """Whether short rows lie behind one another instead of being padded to the longest."""
+    return job.train.packing and why_alone(job, family) is None
+
+
+def fold_rows(model: Any, share: bool, pack: bool) -> None:
+    """Let the model's backbone run common beginnings once (`share`) and pack short rows (`pack`), in forwards without a
+    cache. Exact without dropout."""
     backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     plain = backbone.forward
 
@@ -51,10 +59,13 @@ def share_prefixes(model: Any) -> None:
         images = _Images(backbone, inputs)
         rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         tokens = [ids[mask.bool()].tolist() for ids, mask in rows]
-        trees = plan_trees(tokens, images)
-        if all(len(tree.rows) == 1 for tree in trees):
+        alone = [Tree((row,), len(ids)) for row, ids in enumerate(tokens)]
+        trees = plan_trees(tokens, images) if share else alone
+        sizes = [tree.length + sum(len(tokens[row]) - tree.length for row in tree.rows) for tree in trees]
+        packs = plan_packs(sizes) if pack else [[number] for number in range(len(trees))]
+        if len(packs) == len(tokens):
             return plain(**inputs)
-        return _run(backbone, plain, inputs, tokens, trees, images)
+        return _run(backbone, plain, inputs, tokens, [[trees[n] for n in numbers] for numbers in packs], images)
 
     backbone.forward = forward
 
@@ -131,39 +142,28 @@ def _common(sequences: Sequence[list[int]]) -> int:
 
 
 def _run(
-    backbone: Any, plain: Any, inputs: dict[str, Any], tokens: list[list[int]], trees: Sequence[Tree], images: _Images
+    backbone: Any,
+    plain: Any,
+    inputs: dict[str, Any],
+    tokens: list[list[int]],
+    packs: Sequence[Sequence[Tree]],
+    images: _Images,
 ) -> Any:
-    """The backbone's output for the batch, from one row a tree; `last_hidden_state` is in the batch's own layout."""
+    """The backbone's output for the batch, from one row a pack; `last_hidden_state` is in the batch's own layout."""
     import torch
 
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions, _ = backbone.get_rope_index(
         ids, inputs["mm_token_type_ids"], image_grid_thw=inputs.get("image_grid_thw"), attention_mask=mask
     )
-    columns = [of_row.nonzero()[:, 0] for of_row in mask.bool()]  # where a row's tokens stand in the batch
-    sources: list[Any] = []  # of each tree: the token of the batch that each of its tokens is, `[tokens]`
-    branches: list[Any] = []  # of each tree: 0 for the beginning, then the number of the branch
-    places = torch.zeros_like(ids)  # of each token of the batch: where it is among all trees' tokens
-    width = max(tree.length + sum(len(tokens[row]) - tree.length for row in tree.rows) for tree in trees)
-    for number, tree in enumerate(trees):
-        flat = [row * ids.shape[1] + columns[row] for row in tree.rows]
-        sources.append(torch.cat([flat[0][: tree.length], *(of_row[tree.length :] for of_row in flat)]))
-        sizes = [tree.length, *(len(of_row) - tree.length for of_row in flat)]
-        branches.append(torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(ids.device))
-        start = tree.length
-        for row, size in zip(tree.rows, sizes[1:], strict=True):
-            at = torch.cat([torch.arange(tree.length), torch.arange(start, start + size)]).to(ids.device)
-            places[row, columns[row]] = number * width + at
-            start += size
-    source = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True)
-    branch = torch.nn.utils.rnn.pad_sequence(branches, batch_first=True, padding_value=-1)
+    source, tree_of, branch, places = (made.to(ids.device) for made in _lay_out(mask, tokens, packs))
     there = branch >= 0
-    pixels = [images.of(tree.rows[0]) for tree in trees]
+    pixels = [images.of(tree.rows[0]) for pack in packs for tree in pack]
     with_images = [of_tree for of_tree in pixels if of_tree]
     given = {name: torch.cat([of_tree[name] for of_tree in with_images]) for name in (with_images or [{}])[0]}
     output = plain(
         input_ids=ids.reshape(-1)[source] * there,
-        attention_mask=_visible(branch),
+        attention_mask=_visible(tree_of, branch),
         position_ids=positions.reshape(3, -1)[:, source],
         mm_token_type_ids=inputs["mm_token_type_ids"].reshape(-1)[source] * there,
         use_cache=False,
@@ -174,11 +174,50 @@ def _run(
     return output
 
 
-def _visible(branch: Any) -> Any:
-    """Which tokens see which: `bool [trees, 1, tokens, tokens]`. A token sees those before it that belong to the
-    beginning (branch 0) or to its own branch."""
+def _lay_out(mask: Any, tokens: list[list[int]], packs: Sequence[Sequence[Tree]]) -> tuple[Any, Any, Any, Any]:
+    """Where each token of the packs comes from, and where each of the batch goes to.
+
+    `source`: of each token of a pack its place in the flat batch; `tree_of` and `branch`: which tree of the pack it is
+    in, and 0 for the tree's beginning, else the number of its branch, -1 behind the end; all `int64 [packs, width]`.
+    `places`: of each token of the batch, `[rows, columns]`, its place among the flat packs.
+    """
+    import torch
+
+    columns = [of_row.nonzero()[:, 0].cpu() for of_row in mask.bool()]  # where a row's tokens stand in the batch
+    sizes = [[len(tokens[row]) - tree.length for row in tree.rows] for pack in packs for tree in pack]
+    whole = iter(zip((tree for pack in packs for tree in pack), sizes, strict=True))
+    width = max(sum(tree.length + sum(len(tokens[r]) - tree.length for r in tree.rows) for tree in p) for p in packs)
+    places = torch.zeros(mask.shape, dtype=torch.long)
+    sources: list[Any] = []
+    trees_of: list[Any] = []
+    branches: list[Any] = []
+    for number, pack in enumerate(packs):
+        start, of_pack = number * width, []
+        for k in range(len(pack)):
+            tree, of_tree = next(whole)
+            flat = [row * mask.shape[1] + columns[row] for row in tree.rows]
+            source = torch.cat([flat[0][: tree.length], *(of_row[tree.length :] for of_row in flat)])
+            branch = torch.repeat_interleave(torch.arange(len(of_tree) + 1), torch.tensor([tree.length, *of_tree]))
+            end = start + tree.length
+            for row, size in zip(tree.rows, of_tree, strict=True):
+                places[row, columns[row]] = torch.cat(
+                    [torch.arange(start, start + tree.length), torch.arange(end, end + size)]
+                )
+                end += size
+            start = end
+            of_pack.append((source, torch.full_like(source, k), branch))
+        for made, parts in zip((sources, trees_of, branches), zip(*of_pack, strict=True), strict=True):
+            made.append(torch.cat(parts))
+    pad = torch.nn.utils.rnn.pad_sequence
+    source, tree_of = pad(sources, batch_first=True), pad(trees_of, batch_first=True, padding_value=-1)
+    return source, tree_of, pad(branches, batch_first=True, padding_value=-1), places
+
+
+def _visible(tree_of: Any, branch: Any) -> Any:
+    """Which tokens see which: `bool [packs, 1, tokens, tokens]`. A token sees those before it of its own tree that
+    belong to the beginning (branch 0) or to its own branch."""
     import torch
 
     earlier = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=branch.device).tril()
     together = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    return (earlier & together)[:, None]
+    return (earlier & together & (tree_of[:, None, :] == tree_of[:, :, None]))[:, None]

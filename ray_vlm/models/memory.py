@@ -50,7 +50,8 @@ class Estimate:
 def micro_sizes(job: JobConfig, size: RowSize, micro: int | None = None) -> list[RowSize]:
     """The row `size` as often as a micro-batch has rows, or prompts where it has a group's answers. `micro`: in place
     of `train.micro_batch_size`."""
-    rows = micro or job.train.micro_batch_size
+    budget = job.train.tokens_per_micro_batch
+    rows = micro or (max(1, budget // max(1, size.tokens)) if budget else job.train.micro_batch_size)
     return [size] * (max(1, rows // job.method.num_generations) if job.method.name == "grpo" else rows)
 
 

@@ -64,11 +64,22 @@ def prepare(job: JobConfig, parts: Parts | None = None) -> Prepared:
     if job.train.memory is not None:
         job, told = fit(job, parts.train, preparer)
         notes.append(told)
-    plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs)
+    plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs, _check_budget(job, parts.train))
     notes += _tell_alone(job, spec)
     _check_images(job, parts.train)
     probe = plan_probe(job, plan, parts.train, preparer)
     return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes), probe)
+
+
+def _check_budget(job: JobConfig, train: Index) -> np.ndarray:
+    """The rows' tokens. Raises where one alone is over `train.tokens_per_micro_batch`."""
+    budget, longest = job.train.tokens_per_micro_batch, int(train.tokens.argmax())
+    if budget is not None and (most := int(train.tokens[longest])) > budget:
+        raise ConfigError(
+            f"train.tokens_per_micro_batch={budget}: the row with id {train.records[longest].id!r} alone has {most} "
+            f"tokens. Set it to {most} or more, or lower data.max_pixels."
+        )
+    return train.tokens
 
 
 def _check_images(job: JobConfig, train: Index) -> None:
@@ -121,8 +132,14 @@ def _check_pairs(job: JobConfig, spec: RowSpec) -> None:
         )
 
 
-def plan_run(job: JobConfig, num_rows: int, factors: np.ndarray | None = None, costs: np.ndarray | None = None) -> Plan:
-    """The job's plan over `num_rows` rows; `factors` and `costs` as `Plan` has them.
+def plan_run(
+    job: JobConfig,
+    num_rows: int,
+    factors: np.ndarray | None = None,
+    costs: np.ndarray | None = None,
+    tokens: np.ndarray | None = None,
+) -> Plan:
+    """The job's plan over `num_rows` rows; `factors`, `costs` and `tokens` as `Plan` has them.
 
     GRPO's batch sizes count answers, and a worker samples for all prompts of its step at once.
     """
@@ -143,6 +160,8 @@ def plan_run(job: JobConfig, num_rows: int, factors: np.ndarray | None = None, c
         seed=job.seed,
         factors=factors,
         costs=costs if job.data.balance_lengths else None,
+        tokens=tokens if train.tokens_per_micro_batch else None,
+        budget=train.tokens_per_micro_batch or 0,
     )
 
 

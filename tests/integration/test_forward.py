@@ -11,7 +11,7 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PromptRecord
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import Row, RowSpec
-from ray_vlm.methods.forward import share_prefixes
+from ray_vlm.methods.forward import fold_rows
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
@@ -74,7 +74,7 @@ def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], t
     backbone.language_model.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
-    share_prefixes(model)
+    fold_rows(model, share=True, pack=False)
     shared, shared_gradients = _hidden(model, batch)
     assert seen[0][0] == 2, "two trees"
     assert seen[0].numel() < 0.5 * batch["input_ids"].numel()
@@ -85,10 +85,48 @@ def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], t
         assert float((shared_gradients[name] - gradient).norm()) < 1e-5 * max(float(gradient.norm()), 1e-2 * scale)
 
 
+@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("share", [True, False])
+def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str], tmp_path: Any) -> None:
+    """Rows of one and of two images and of none, long and short, in fewer rows than they are."""
+    preparer, rows = _rows(tiny_models[family], tmp_path)
+    long = Row(np.arange(20, 400, dtype=np.int64), np.zeros(380, np.int64), ())
+    short = [Row(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (5, 30, 31)]
+    batch = collate([rows[0], short[0], rows[4], long, short[1], rows[1], short[2], rows[5]], preparer)
+    batch.pop("labels", None)
+    model = _model(tiny_models[family])
+    plain, plain_gradients = _hidden(model, batch)
+    seen: list[Any] = []
+    model.get_base_model().base_model.language_model.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    fold_rows(model, share=share, pack=True)
+    packed, packed_gradients = _hidden(model, batch)
+    assert seen[0].numel() < (0.4 if share else 0.8) * batch["input_ids"].numel()
+    scale = max(float(g.norm()) for g in plain_gradients.values())
+    assert float((packed - plain).abs().max()) < 1e-5
+    for name, gradient in plain_gradients.items():
+        assert float((packed_gradients[name] - gradient).norm()) < 1e-5 * max(float(gradient.norm()), 1e-2 * scale)
+
+
+def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> None:
+    preparer = load_preparer(RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(name="chat"), ()))
+    rows = [Row(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (60, 20, 20, 20)]
+    model = _model(tiny_models["qwen3_vl"])
+    fold_rows(model, share=False, pack=True)
+    batch = collate(rows, preparer)
+    batch.pop("labels", None)
+    before, _ = _hidden(model, batch)
+    batch["input_ids"][2, 0] += 7
+    after, _ = _hidden(model, batch)
+    changed = ((after - before).abs().amax(dim=1) > 1e-6).nonzero()[:, 0].tolist()
+    assert changed == list(range(80, 100)), "the row itself, and neither of those beside it"
+
+
 def test_an_answer_changes_no_other(tiny_models: dict[str, str], tmp_path: Any) -> None:
     preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
     model = _model(tiny_models["qwen3_vl"])
-    share_prefixes(model)
+    fold_rows(model, share=True, pack=False)
     batch = collate(rows[:4], preparer)
     batch.pop("labels", None)
     before, _ = _hidden(model, batch)
@@ -104,5 +142,5 @@ def test_generation_goes_the_plain_way(tiny_models: dict[str, str]) -> None:
     ids = torch.arange(20, 40)[None].repeat(2, 1)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     before = model.generate(input_ids=ids, **options)
-    share_prefixes(model)
+    fold_rows(model, share=True, pack=False)
     assert torch.equal(model.generate(input_ids=ids, **options), before)

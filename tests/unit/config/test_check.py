@@ -45,6 +45,8 @@ BROKEN = [
     {"pairs": {"temperature": [-0.1, 1.0]}},
     {"run": {"name": "a/b"}},
     {"run": {"output_dir": "ftp://bucket/runs"}},
+    {"train": {"tokens_per_micro_batch": 4096}, "method": "dpo", "data": PAIRS},
+    {"train": {"tokens_per_micro_batch": 4096, "memory": "auto"}, "cluster": {"gpu_memory_gib": 40}},
     {"lora": None, "model": WHOLE, "method": "dpo", "data": PAIRS},
     {"lora": {"target": ["vision"]}, "method": VLLM, "cluster": {"gpus_per_worker": 1}},
     {"method": VLLM},

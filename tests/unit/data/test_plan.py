@@ -1,9 +1,12 @@
 """The plan: every row once an epoch, the same steps for any number of workers, any step without those before."""
 
+import math
+import pickle
+
 import numpy as np
 import pytest
 
-from ray_vlm.data.plan import Plan, plan_sample
+from ray_vlm.data.plan import Plan, deal, plan_sample, spread
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -58,3 +61,29 @@ def test_a_sample_is_spread_over_the_rows_and_over_their_periods() -> None:
     assert all(70 < sum(position % 3 == k for position in chosen) < 130 for k in range(3))
     assert chosen == plan_sample(900, 300)
     assert plan_sample(3, 5) == plan_sample(3, None) == [0, 1, 2]
+
+
+def test_micro_batches_under_a_budget_of_tokens() -> None:
+    """No micro-batch is above it, no row is lost, and every rank and step has as many; costs stay balanced."""
+    tokens = np.random.default_rng(0).integers(20, 1000, 200)
+    for world in (1, 2, 3):
+        plan = Plan(200, 24, 1, world, num_epochs=2, costs=tokens.astype(float), tokens=tokens, budget=1500)
+        for step in range(plan.num_steps):
+            batches = [plan.rank_step(step, rank) for rank in range(world)]
+            assert {len(of_rank) for of_rank in batches} == {plan.accumulation}
+            real = [b.rows for of_rank in batches for b in of_rank if not b.filler]
+            assert all(tokens[list(rows)].sum() <= 1500 for rows in real)
+            assert sorted(r for rows in real for r in rows) == sorted(plan.step_rows(step).tolist())
+        fewest = max(
+            math.ceil(tokens[rows].sum() / 1500)
+            for step in range(plan.num_steps)
+            for rows in deal(plan.step_rows(step), plan.costs, world)
+        )
+        assert fewest <= plan.accumulation <= fewest + 2
+    assert pickle.loads(pickle.dumps(plan)).rank_step(3, 1) == plan.rank_step(3, 1)
+
+
+def test_groups_of_like_sums() -> None:
+    parts = spread(np.array([9, 1, 5, 5, 4]), 3)
+    assert [part.tolist() for part in parts] == [[0], [2, 4], [1, 3]]
+    assert [part.tolist() for part in spread(np.array([3]), 2)] == [[0], []]

@@ -1,9 +1,12 @@
 """Which rows share a beginning, and what sees what in a tree."""
 
+import random
+
 import pytest
 import torch
 
 from ray_vlm.methods.forward import Tree, _visible, plan_trees
+from ray_vlm.models.packing import plan_packs
 
 
 class Images:
@@ -48,12 +51,27 @@ def test_equal_rows_are_one_beginning_without_branches() -> None:
 
 
 def test_a_branch_sees_the_beginning_and_itself() -> None:
-    seen = _visible(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
+    trees, branches = torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1]]), torch.tensor([[0, 0, 1, 1, 2, 0, 1, -1]])
+    seen = _visible(trees, branches)[0, 0].int().tolist()
     assert seen == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0, 1],
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1],
     ]
+
+
+def test_packs_are_no_longer_than_the_longest_row_and_few() -> None:
+    assert plan_packs([10, 3, 7, 5, 5]) == [[0], [2, 1], [3, 4]]
+    assert plan_packs([4, 4, 4]) == [[0], [1], [2]]
+    rng = random.Random(0)
+    for _ in range(100):
+        sizes = [rng.randint(1, 50) for _ in range(rng.randint(1, 20))]
+        packs = plan_packs(sizes)
+        assert sorted(n for pack in packs for n in pack) == list(range(len(sizes)))
+        assert all(sum(sizes[n] for n in pack) <= max(sizes) for pack in packs)
+        assert len(packs) <= 2 * sum(sizes) / max(sizes) + 1
