@@ -62,7 +62,7 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
 def compare(job: JobConfig) -> tuple[float, float, float]:
     """Bytes above the loaded model: measured, predicted, and by four times the weights."""
     from ray_vlm.data.rows import load_preparer
-    from ray_vlm.methods.forward import can_share
+    from ray_vlm.methods.forward import plan_folding
     from ray_vlm.train.attempt import Attempt
     from ray_vlm.train.prepare import prepare
     from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
@@ -79,7 +79,7 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
         trainer.train()
     config, index = load_config(job.model), prepared.train
     rehearsal = Rehearsal(config, job, preparer.family)
-    merge, shared = merge_of(config), can_share(job, preparer.family)
+    merge, folding = merge_of(config), plan_folding(job, preparer.family)
     found = []
     for number in range(prepared.plan.num_steps * prepared.plan.accumulation):
         rows = prepared.plan.micro_batch(number, 0).rows
@@ -88,7 +88,7 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
         longest = [max(map(len, preparer.row(index.records[row]).completions), default=0) for row in rows]
         counts = (index.image_tokens[list(rows)], index.prompt_tokens[list(rows)], index.answer_tokens[list(rows)])
         sizes = [RowSize(int(i), int(p), int(a), most) for i, p, a, most in zip(*counts, longest, strict=True)]
-        found.append(estimate(rehearsal, sizes, merge, shared))
+        found.append(estimate(rehearsal, sizes, merge, folding))
     weights = rehearsal.weights()
     loaded = weights.quantised + weights.plain
     return live.peak, max(found, key=lambda e: e.peak).peak - loaded - weights.trained, 3 * loaded
@@ -120,7 +120,7 @@ def tiny_figures(quick: bool) -> list[dict[str, Any]]:
 
 def real_figures() -> list[dict[str, Any]]:
     """What 4-bit jobs of real models would take, one row or group at a time."""
-    from ray_vlm.methods.forward import can_share
+    from ray_vlm.methods.forward import plan_folding
 
     figures = []
     for name in REAL:
@@ -138,7 +138,7 @@ def real_figures() -> list[dict[str, Any]]:
             family = family_of(config)
             size = RowSize(1024, 128, 256)
             rehearsal = Rehearsal(config, job, family)
-            found = estimate(rehearsal, micro_sizes(job, size), merge_of(config), can_share(job, family))
+            found = estimate(rehearsal, micro_sizes(job, size), merge_of(config), plan_folding(job, family))
             figures.append(figure(f"memory.{method}.{config.model_type}", found.peak / GIB, "GiB", 40.0))
     return figures
 

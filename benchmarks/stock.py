@@ -14,6 +14,7 @@ from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows
 from ray_vlm.methods.rollout import Completion
+from ray_vlm.models.packing import Folding
 from ray_vlm.train.feed import feed_trainer
 from ray_vlm.train.prepare import prepare
 
@@ -77,8 +78,7 @@ def our_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -
         train_dataset=datasets.Dataset.from_list([method.EXAMPLE_ROW]),
         **method.extras(job),
     )
-    if job.method.name != "sft":
-        fold_rows(trainer.model, share=True, pack=True)
+    fold_rows(trainer.model, Folding(share=job.method.name != "sft", pack=True))
     trainer.preparer, trainer.fetch_records = preparer, lambda: records
     group = job.method.num_generations
     groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]

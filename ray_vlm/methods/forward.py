@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.models.families import Family
-from ray_vlm.models.packing import plan_packs
+from ray_vlm.models.packing import Folding, plan_packs
 
 _NEEDED = {"input_ids", "attention_mask", "mm_token_type_ids"}
 _HANDLED = {*_NEEDED, "pixel_values", "image_grid_thw"}  # anything else (a cache, positions) goes the plain way
@@ -29,9 +29,11 @@ class Tree:
     length: int
 
 
-def can_share(job: JobConfig, family: Family) -> bool:
-    """Whether rows that begin alike go through their beginning once."""
-    return job.method.name != "sft" and job.method.share_prefixes and why_alone(job, family) is None
+def plan_folding(job: JobConfig, family: Family) -> Folding:
+    """What may be done to the rows of the job's batches."""
+    exact = why_alone(job, family) is None
+    share = job.method.name != "sft" and job.method.share_prefixes
+    return Folding(exact and share, exact and job.train.packing)
 
 
 def why_alone(job: JobConfig, family: Family) -> str | None:
@@ -41,14 +43,8 @@ def why_alone(job: JobConfig, family: Family) -> str | None:
     return family.cannot.get("method.share_prefixes")
 
 
-def can_pack(job: JobConfig, family: Family) -> bool:
-    """Whether short rows lie behind one another instead of being padded to the longest."""
-    return job.train.packing and why_alone(job, family) is None
-
-
-def fold_rows(model: Any, share: bool, pack: bool) -> None:
-    """Let the model's backbone run common beginnings once (`share`) and pack short rows (`pack`), in forwards without a
-    cache. Exact without dropout."""
+def fold_rows(model: Any, folding: Folding) -> None:
+    """Let the model's backbone do to rows what `folding` says, in forwards without a cache. Exact without dropout."""
     backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     plain = backbone.forward
 
@@ -60,9 +56,9 @@ def fold_rows(model: Any, share: bool, pack: bool) -> None:
         rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         tokens = [ids[mask.bool()].tolist() for ids, mask in rows]
         alone = [Tree((row,), len(ids)) for row, ids in enumerate(tokens)]
-        trees = plan_trees(tokens, images) if share else alone
+        trees = plan_trees(tokens, images) if folding.share else alone
         sizes = [tree.length + sum(len(tokens[row]) - tree.length for row in tree.rows) for tree in trees]
-        packs = plan_packs(sizes) if pack else [[number] for number in range(len(trees))]
+        packs = plan_packs(sizes) if folding.pack else [[number] for number in range(len(trees))]
         if len(packs) == len(tokens):
             return plain(**inputs)
         return _run(backbone, plain, inputs, tokens, [[trees[n] for n in numbers] for numbers in packs], images)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray_vlm.config.cluster import BUCKET, GATHERED
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.models.packing import Folding, plan_packs
 from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
 
 GIB = 2**30
@@ -55,14 +56,14 @@ def micro_sizes(job: JobConfig, size: RowSize, micro: int | None = None) -> list
     return [size] * (max(1, rows // job.method.num_generations) if job.method.name == "grpo" else rows)
 
 
-def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, shared: bool) -> Batch:
+def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: Folding) -> Batch:
     """A micro-batch of these rows (GRPO: prompts), as it goes through the model. `merge`: patches along a side of a
-    visual token. `shared`: whether rows that begin alike go through their beginning once."""
+    visual token. `folding`: what is done to rows that begin alike, and to short ones."""
     patches = tuple(size.image_tokens * merge**2 for size in sizes if size.image_tokens)
     prompts = [size.image_tokens + size.prompt_tokens for size in sizes]
     method = job.method
     if method.name == "sft":
-        return Batch(len(sizes), max(size.tokens for size in sizes), patches, masked=len(sizes) > 1)
+        return _packed([size.tokens for size in sizes], patches, folding.pack)
     if method.name == "dpo":
         group, both = 2, [size.answer_tokens for size in sizes]
         longer = [size.longest_answer or math.ceil(size.answer_tokens / 2) for size in sizes]
@@ -72,24 +73,31 @@ def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, shared: boo
         longer = [method.max_completion_tokens] * len(sizes)
     longest = max(p + a for p, a in zip(prompts, longer, strict=True))
     rows = group * len(sizes)
-    if not shared or group == 1:
+    if not folding.share or group == 1:
         return Batch(rows, longest, patches * group, masked=rows > 1)
-    tree = max(p + a for p, a in zip(prompts, both, strict=True))
-    return Batch(len(sizes), tree, patches, masked=True, spread=(rows, longest))
+    return _packed([p + a for p, a in zip(prompts, both, strict=True)], patches, folding.pack, (rows, longest))
+
+
+def _packed(sizes: Sequence[int], patches: tuple[int, ...], pack: bool, layout: tuple[int, int] | None = None) -> Batch:
+    """Rows of these lengths, packed or not; `layout`: rows and tokens as TRL has them, if others than these."""
+    rows = len(plan_packs(sizes)) if pack else len(sizes)
+    if layout is None and rows < len(sizes):
+        layout = (len(sizes), max(sizes))
+    return Batch(rows, max(sizes), patches, masked=len(sizes) > 1 or layout is not None, spread=layout)
 
 
 def estimate(
     rehearsal: Rehearsal,
     sizes: Sequence[RowSize],
     merge: int,
-    shared: bool,
+    folding: Folding,
     layers: int | None = None,
     at_once: JobConfig | None = None,
 ) -> Estimate:
     """Memory of one worker with a micro-batch of these rows. `layers`: how many of the first recompute their
     activations; None: as the job says. `at_once`: the job with another micro-batch."""
     job, weights = at_once or rehearsal.job, rehearsal.weights()
-    live = rehearsal.run(plan_batch(job, sizes, merge, shared), layers)
+    live = rehearsal.run(plan_batch(job, sizes, merge, folding), layers)
     parts = shared_out(job, weights, rehearsal.largest)
     step = max(0.0, live.peak - weights.trained)
     when = max((name for name in live.peaks if name), key=lambda name: live.peaks[name])
@@ -153,7 +161,7 @@ class Choice:
 
 
 def choose(
-    rehearsal: Rehearsal, size: RowSize, micros: Sequence[int], merge: int, shared: bool, room: float
+    rehearsal: Rehearsal, size: RowSize, micros: Sequence[int], merge: int, folding: Folding, room: float
 ) -> Choice | None:
     """The fewest layers that recompute with which the smallest of `micros` (ascending) fits into `room` bytes, and then
     the largest that fits with it; None where nothing fits."""
@@ -162,7 +170,7 @@ def choose(
         job = rehearsal.job
         group = micro_sizes(job, size, micro)
         at_once = job.model_copy(update={"train": job.train.model_copy(update={"micro_batch_size": micro})})
-        return estimate(rehearsal, group, merge, shared, layers, at_once)
+        return estimate(rehearsal, group, merge, folding, layers, at_once)
 
     least, most = take(micros[0], rehearsal.num_layers), take(micros[0], 0)
     layers, found = 0, most

@@ -1,6 +1,15 @@
 """Which rows lie behind one another, so that few positions of a batch hold nothing."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Folding:
+    """`share`: rows that begin alike go through their beginning once. `pack`: short rows lie behind one another."""
+
+    share: bool = False
+    pack: bool = False
 
 
 def plan_packs(sizes: Sequence[int]) -> list[list[int]]:

@@ -10,7 +10,7 @@ from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
-from ray_vlm.methods.forward import can_pack, can_share, fold_rows
+from ray_vlm.methods.forward import fold_rows, plan_folding
 from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
@@ -90,9 +90,9 @@ def build_trainer(
     trainer = feed_trainer(method.trainer_class(job))(
         model=model, args=args, train_dataset=example, **options, **method.extras(job)
     )
-    share, pack = can_share(job, preparer.family), can_pack(job, preparer.family)
-    if share or pack:
-        fold_rows(trainer.model, share, pack)
+    folding = plan_folding(job, preparer.family)
+    if folding.share or folding.pack:
+        fold_rows(trainer.model, folding)
     run_frozen_tower_plainly(trainer.model)
     trainer.rates = (preparer.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())

@@ -30,7 +30,7 @@ def _size(text: str) -> Any:
 
 def _memory(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
-    from ray_vlm.methods.forward import can_share
+    from ray_vlm.methods.forward import plan_folding
     from ray_vlm.models.load import family_of
     from ray_vlm.models.memory import GIB, choose, describe, estimate, merge_of, micro_sizes
     from ray_vlm.models.rehearse import Rehearsal
@@ -41,8 +41,8 @@ def _memory(args: argparse.Namespace) -> None:
     config = _config(job, known=args.tokens is not None)
     family = family_of(config)
     cards = args.card or ([job.cluster.gpu_memory_gib] if job.cluster.gpu_memory_gib else [])
-    shared, merge, rehearsal = can_share(job, family), merge_of(config), Rehearsal(config, job, family)
-    found = estimate(rehearsal, micro_sizes(job, size), merge, shared)
+    folding, merge, rehearsal = plan_folding(job, family), merge_of(config), Rehearsal(config, job, family)
+    found = estimate(rehearsal, micro_sizes(job, size), merge, folding)
     print(
         f"{job.model.name}, {job.method.name}, {job.train.micro_batch_size} at a time; the heaviest row has "
         f"{size.image_tokens:,} image tokens, {size.prompt_tokens:,} of its prompt, {size.answer_tokens:,} answered"
@@ -51,7 +51,7 @@ def _memory(args: argparse.Namespace) -> None:
     if not rehearsal.sees:
         print(f"note: what {family.model_type}'s image encoder makes in a step is not counted; its weights are")
     for card in cards:
-        choice = choose(rehearsal, size, micros(job), merge, shared, card * GIB)
+        choice = choose(rehearsal, size, micros(job), merge, folding, card * GIB)
         told = describe_choice(choice, rehearsal.num_layers, card) if choice else "train.memory=auto: nothing fits"
         print(f"  {told}")
 

@@ -15,6 +15,7 @@ from ray_vlm.methods.forward import fold_rows
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
+from ray_vlm.models.packing import Folding
 from tests.conftest import QWEN
 
 ANSWERS = [[300, 301], [300, 302, 303, 304], [310], [300, 301, 305]]
@@ -74,7 +75,7 @@ def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], t
     backbone.language_model.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
-    fold_rows(model, share=True, pack=False)
+    fold_rows(model, Folding(share=True, pack=False))
     shared, shared_gradients = _hidden(model, batch)
     assert seen[0][0] == 2, "two trees"
     assert seen[0].numel() < 0.5 * batch["input_ids"].numel()
@@ -100,7 +101,7 @@ def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str],
     model.get_base_model().base_model.language_model.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
-    fold_rows(model, share=share, pack=True)
+    fold_rows(model, Folding(share=share, pack=True))
     packed, packed_gradients = _hidden(model, batch)
     assert seen[0].numel() < (0.4 if share else 0.8) * batch["input_ids"].numel()
     scale = max(float(g.norm()) for g in plain_gradients.values())
@@ -113,7 +114,7 @@ def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> 
     preparer = load_preparer(RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(name="chat"), ()))
     rows = [Row(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (60, 20, 20, 20)]
     model = _model(tiny_models["qwen3_vl"])
-    fold_rows(model, share=False, pack=True)
+    fold_rows(model, Folding(share=False, pack=True))
     batch = collate(rows, preparer)
     batch.pop("labels", None)
     before, _ = _hidden(model, batch)
@@ -126,7 +127,7 @@ def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> 
 def test_an_answer_changes_no_other(tiny_models: dict[str, str], tmp_path: Any) -> None:
     preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
     model = _model(tiny_models["qwen3_vl"])
-    fold_rows(model, share=True, pack=False)
+    fold_rows(model, Folding(share=True, pack=False))
     batch = collate(rows[:4], preparer)
     batch.pop("labels", None)
     before, _ = _hidden(model, batch)
@@ -142,5 +143,5 @@ def test_generation_goes_the_plain_way(tiny_models: dict[str, str]) -> None:
     ids = torch.arange(20, 40)[None].repeat(2, 1)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     before = model.generate(input_ids=ids, **options)
-    fold_rows(model, share=True, pack=False)
+    fold_rows(model, Folding(share=True, pack=False))
     assert torch.equal(model.generate(input_ids=ids, **options), before)

@@ -24,6 +24,7 @@ from ray_vlm.models.memory import (
     plan_batch,
     shared_out,
 )
+from ray_vlm.models.packing import Folding
 from ray_vlm.models.presets import load_preset
 from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
 
@@ -55,15 +56,22 @@ def test_what_is_alive_is_counted_once_and_until_it_is_gone() -> None:
 def test_batches_of_each_method() -> None:
     size = RowSize(16, 10, 8, longest_answer=5)
     sft = _job(train={"micro_batch_size": 2})
-    assert plan_batch(sft, micro_sizes(sft, size), 2, False) == Batch(2, 34, (64, 64), masked=True)
+    assert plan_batch(sft, micro_sizes(sft, size), 2, Folding()) == Batch(2, 34, (64, 64), masked=True)
+    uneven = [RowSize(0, 10, tokens) for tokens in (90, 40, 40)]
+    assert plan_batch(sft, uneven, 2, Folding()) == Batch(3, 100, (), masked=True)
+    assert plan_batch(sft, uneven, 2, Folding(pack=True)) == Batch(2, 100, (), True, spread=(3, 100))
     dpo = _job(method="dpo", train={"micro_batch_size": 2})
-    assert plan_batch(dpo, micro_sizes(dpo, size), 2, False) == Batch(4, 31, (64,) * 4, masked=True)
-    assert plan_batch(dpo, micro_sizes(dpo, size), 2, True) == Batch(2, 34, (64, 64), True, spread=(4, 31))
+    assert plan_batch(dpo, micro_sizes(dpo, size), 2, Folding()) == Batch(4, 31, (64,) * 4, masked=True)
+    assert plan_batch(dpo, micro_sizes(dpo, size), 2, Folding(share=True)) == Batch(
+        2, 34, (64, 64), True, spread=(4, 31)
+    )
     grpo = _job(
         method={"name": "grpo", "num_generations": 4, "max_completion_tokens": 7},
         train={"micro_batch_size": 8, "global_batch_size": 8},
     )
-    assert plan_batch(grpo, micro_sizes(grpo, size), 2, True) == Batch(2, 54, (64, 64), True, spread=(8, 33))
+    assert plan_batch(grpo, micro_sizes(grpo, size), 2, Folding(share=True)) == Batch(
+        2, 54, (64, 64), True, spread=(8, 33)
+    )
 
 
 @pytest.mark.parametrize("bits", [True, False])
@@ -129,7 +137,7 @@ class _Stage:
     ("room", "expected"), [(11.9, None), (12, (1, 4)), (13.5, (1, 3)), (16, (1, 0)), (23, (2, 0)), (100, (8, 0))]
 )
 def test_the_least_recomputing_and_then_the_largest_batch(room: float, expected: Any) -> None:
-    found = choose(_Stage(_job()), RowSize(8, 4, 4), [1, 2, 4, 8], 2, False, room * GIB)  # type: ignore[arg-type]
+    found = choose(_Stage(_job()), RowSize(8, 4, 4), [1, 2, 4, 8], 2, Folding(), room * GIB)  # type: ignore[arg-type]
     assert (found and (found.micro, found.layers)) == expected
     assert found is None or found.found.peak <= room * GIB
 
