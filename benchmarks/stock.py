@@ -15,6 +15,7 @@ from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows
 from ray_vlm.methods.rollout import Completion
 from ray_vlm.models.packing import Folding
+from ray_vlm.models.tower import run_frozen_tower_plainly
 from ray_vlm.train.feed import feed_trainer
 from ray_vlm.train.prepare import prepare
 
@@ -43,7 +44,16 @@ def build_model(job: JobConfig) -> Any:
 def arguments(job: JobConfig) -> dict[str, Any]:
     """Options that both sides share."""
     options: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": []}
-    return options | {"gradient_checkpointing": False, "max_steps": 1, "average_tokens_across_devices": True}
+    options |= {"gradient_checkpointing": bool(job.train.gradient_checkpointing)}
+    return options | {"max_steps": 1, "average_tokens_across_devices": True}
+
+
+def checkpointed(trainer: Any) -> Any:
+    """The trainer, its model recomputing activations if its options say so, as `train` would have it."""
+    if trainer.args.gradient_checkpointing:
+        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    trainer.model.train()
+    return trainer
 
 
 def one_step(trainer: Any, batch: Any, away: bool = False) -> Step:
@@ -65,6 +75,11 @@ def one_step(trainer: Any, batch: Any, away: bool = False) -> Step:
 
 def our_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> Step:
     """Ours, on the first `rows` records of the job."""
+    return one_step(*our_trainer(job, rows, answers), away=job.method.name != "sft")
+
+
+def our_trainer(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> tuple[Any, Any]:
+    """Our trainer of the job's method, and its batch of the first `rows` records."""
     import datasets
 
     prepared = prepare(job)
@@ -79,6 +94,7 @@ def our_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -
         **method.extras(job),
     )
     fold_rows(trainer.model, Folding(share=job.method.name != "sft", pack=True))
+    run_frozen_tower_plainly(trainer.model)
     trainer.preparer, trainer.fetch_records = preparer, lambda: records
     group = job.method.num_generations
     groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
@@ -86,7 +102,7 @@ def our_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -
     from dataclasses import replace
 
     batch = [replace(preparer.row(records[i]), number=i) for i in range(rows)]
-    return one_step(trainer, method.collate(batch, preparer, "cpu"), away=job.method.name != "sft")
+    return trainer, method.collate(batch, preparer, "cpu")
 
 
 def _injected(ids: Sequence[int]) -> Completion:
@@ -94,12 +110,16 @@ def _injected(ids: Sequence[int]) -> Completion:
 
 
 def stock_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> Step:
-    """Stock TRL's, on the same rows, through its own collator and processor."""
+    """Stock TRL's, on the same rows."""
+    return one_step(*stock_trainer(job, rows, answers), away=job.method.name != "sft")
+
+
+def stock_trainer(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> tuple[Any, Any]:
+    """Stock TRL's trainer, and its batch of the same rows through its own collator and processor."""
     prepared = prepare(job)
     preparer, records = load_preparer(prepared.spec), prepared.train.records[:rows]
     build = {"sft": _stock_sft, "dpo": _stock_dpo, "grpo": _stock_grpo}[job.method.name]
-    trainer, batch = build(job, preparer, records, answers)
-    return one_step(trainer, batch, away=job.method.name != "sft")
+    return build(job, preparer, records, answers)
 
 
 def _asked(record: Any, preparer: Preparer) -> dict[str, Any]:
