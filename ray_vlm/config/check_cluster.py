@@ -40,6 +40,18 @@ CLUSTER_RULES: list[Rule] = [
         "the base is too large for a card.",
     ),
     (
+        lambda j: (
+            j.cluster.zero_stage == 3
+            and j.method.name == "dpo"
+            and j.lora is not None
+            and bool(j.train.gradient_checkpointing)
+            and "vision" in j.lora.target
+        ),
+        ("cluster.deepspeed", "method", "lora.target", "train.gradient_checkpointing"),
+        "recomputed under ZeRO-3, the image encoder's adapter gets no gradient from pairs. Use lora.target without "
+        "vision, train.gradient_checkpointing=false, or zero2.",
+    ),
+    (
         lambda j: j.cluster.zero_stage == 3 and j.method.precompute_ref_log_probs,
         ("cluster.deepspeed", "method.precompute_ref_log_probs"),
         "the reference is asked before the weights are cut up. Use zero2, or leave precompute_ref_log_probs out.",

@@ -60,6 +60,7 @@ BROKEN = [
     {"cluster": {"deepspeed": "zero2", "num_workers": 0}},
     {"cluster": {"deepspeed": "zero1"}, "tune": {"resident": True}},
     {"cluster": {"deepspeed": "zero3"}, "method": "grpo"},
+    {"cluster": {"deepspeed": "zero3"}, "method": "dpo", "data": PAIRS, "lora": {"target": ["language", "vision"]}},
     {"cluster": {"deepspeed": "zero3"}, "method": KNOWN, "data": PAIRS},
     {"cluster": {"deepspeed": "zero3"}, "data": TRAIN | {"eval": 0.1}, "evaluate": {"metric": "f1_50"}},
 ]
