@@ -13,6 +13,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows
+from ray_vlm.methods.head import score_labelled
 from ray_vlm.methods.rollout import Completion
 from ray_vlm.models.packing import Folding
 from ray_vlm.models.tower import run_frozen_tower_plainly
@@ -94,6 +95,7 @@ def our_trainer(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()
         **method.extras(job),
     )
     fold_rows(trainer.model, Folding(share=job.method.name != "sft", pack=True))
+    score_labelled(trainer.model)
     run_frozen_tower_plainly(trainer.model)
     trainer.preparer, trainer.fetch_records = preparer, lambda: records
     group = job.method.num_generations

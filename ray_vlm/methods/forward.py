@@ -48,7 +48,13 @@ def fold_rows(model: Any, folding: Folding) -> None:
     backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     plain = backbone.forward
 
-    def forward(*args: Any, **inputs: Any) -> Any:
+    def forward(*args: Any, keep: Any = None, **inputs: Any) -> Any:
+        output = fold(*args, **inputs)
+        if keep is not None:  # of all tokens but each row's last, those that the head is to score
+            output.last_hidden_state = output.last_hidden_state[:, :-1][keep][None]
+        return output
+
+    def fold(*args: Any, **inputs: Any) -> Any:
         given = {name for name, value in inputs.items() if value is not None and value is not False}
         if args or not _NEEDED <= given <= _HANDLED:
             return plain(*args, **inputs)

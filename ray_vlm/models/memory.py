@@ -6,7 +6,7 @@ rehearsed with fake tensors (`models/rehearse.py`) on the heaviest rows. What CU
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_vlm.config.cluster import BUCKET, GATHERED
@@ -61,21 +61,24 @@ def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: Fo
     visual token. `folding`: what is done to rows that begin alike, and to short ones."""
     patches = tuple(size.image_tokens * merge**2 for size in sizes if size.image_tokens)
     prompts = [size.image_tokens + size.prompt_tokens for size in sizes]
-    method = job.method
+    method, answered = job.method, sum(size.answer_tokens for size in sizes)
+    compact = bool(job.cluster.gpus_per_worker) or folding.share or folding.pack
     if method.name == "sft":
-        return _packed([size.tokens for size in sizes], patches, folding.pack)
+        found = _packed([size.tokens for size in sizes], patches, folding.pack)
+        return replace(found, labelled=answered if compact and method.loss_on == "answer" else None)
     if method.name == "dpo":
         group, both = 2, [size.answer_tokens for size in sizes]
         longer = [size.longest_answer or math.ceil(size.answer_tokens / 2) for size in sizes]
     else:
         group = min(job.train.micro_batch_size, method.num_generations)
         both = [group * method.max_completion_tokens] * len(sizes)
-        longer = [method.max_completion_tokens] * len(sizes)
+        longer, answered = [method.max_completion_tokens] * len(sizes), sum(both)
     longest = max(p + a for p, a in zip(prompts, longer, strict=True))
-    rows = group * len(sizes)
+    rows, labelled = group * len(sizes), answered if compact else None
     if not folding.share or group == 1:
-        return Batch(rows, longest, patches * group, masked=rows > 1)
-    return _packed([p + a for p, a in zip(prompts, both, strict=True)], patches, folding.pack, (rows, longest))
+        return Batch(rows, longest, patches * group, masked=rows > 1, labelled=labelled)
+    trees = [p + a for p, a in zip(prompts, both, strict=True)]
+    return replace(_packed(trees, patches, folding.pack, (rows, longest)), labelled=labelled)
 
 
 def _packed(sizes: Sequence[int], patches: tuple[int, ...], pack: bool, layout: tuple[int, int] | None = None) -> Batch:

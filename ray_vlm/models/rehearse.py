@@ -23,7 +23,8 @@ class Batch:
     """What goes through the model at once: `rows` of `tokens` each, and `patches` of each image before merging.
 
     `masked`: whether attention needs a mask, for padding or for branches. `spread`: rows and tokens of the layout that
-    hidden states are put back into where rows that begin alike went through once.
+    hidden states are put back into where rows that begin alike went through once. `labelled`: tokens that the head
+    scores; None: all.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Batch:
     patches: tuple[int, ...] = ()
     masked: bool = False
     spread: tuple[int, int] | None = None
+    labelled: int | None = None
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,12 @@ class Rehearsal:
             ids = torch.zeros(batch.spread, dtype=torch.long)
         live.begin("head")
         head = base.get_output_embeddings()
-        flat = out[:, :-1].reshape(-1, out.shape[-1])
+        flat, targets = out[:, :-1].reshape(-1, out.shape[-1]), ids[:, 1:].reshape(-1)
+        if batch.labelled is not None:
+            chosen = torch.zeros(batch.labelled, dtype=torch.long)
+            flat, targets = flat[chosen], targets[chosen]
         told = ChunkedLogProbFunction.apply(
-            flat, head.weight, head.bias, ids[:, 1:].reshape(-1), 1.0, _CHUNK, None, 1.0, _ASKED[self.job.method.name]
+            flat, head.weight, head.bias, targets, 1.0, _CHUNK, None, 1.0, _ASKED[self.job.method.name]
         )
         return -told[0].sum()
 

@@ -11,6 +11,7 @@ from ray_vlm.data.spec import Row
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows, plan_folding
+from ray_vlm.methods.head import score_labelled
 from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
@@ -93,6 +94,7 @@ def build_trainer(
     folding = plan_folding(job, preparer.family)
     if folding.share or folding.pack:
         fold_rows(trainer.model, folding)
+        score_labelled(trainer.model)
     run_frozen_tower_plainly(trainer.model)
     trainer.rates = (preparer.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())

@@ -59,16 +59,16 @@ def test_batches_of_each_method() -> None:
     assert plan_batch(sft, micro_sizes(sft, size), 2, Folding()) == Batch(2, 34, (64, 64), masked=True)
     uneven = [RowSize(0, 10, tokens) for tokens in (90, 40, 40)]
     assert plan_batch(sft, uneven, 2, Folding()) == Batch(3, 100, (), masked=True)
-    assert plan_batch(sft, uneven, 2, Folding(pack=True)) == Batch(2, 100, (), True, spread=(3, 100))
+    assert plan_batch(sft, uneven, 2, Folding(pack=True)) == Batch(2, 100, (), True, spread=(3, 100), labelled=170)
     dpo = _job(method="dpo", train={"micro_batch_size": 2})
     assert plan_batch(dpo, micro_sizes(dpo, size), 2, Folding()) == Batch(4, 31, (64,) * 4, masked=True)
     share = Folding(share=True)
-    assert plan_batch(dpo, micro_sizes(dpo, size), 2, share) == Batch(2, 34, (64, 64), True, spread=(4, 31))
+    assert plan_batch(dpo, micro_sizes(dpo, size), 2, share) == Batch(2, 34, (64, 64), True, (4, 31), labelled=16)
     grpo = _job(
         method={"name": "grpo", "num_generations": 4, "max_completion_tokens": 7},
         train={"micro_batch_size": 8, "global_batch_size": 8},
     )
-    assert plan_batch(grpo, micro_sizes(grpo, size), 2, share) == Batch(2, 54, (64, 64), True, spread=(8, 33))
+    assert plan_batch(grpo, micro_sizes(grpo, size), 2, share) == Batch(2, 54, (64, 64), True, (8, 33), labelled=56)
 
 
 @pytest.mark.parametrize("bits", [True, False])
