@@ -123,7 +123,7 @@ def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128
         return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)
     from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
-    text["rope_parameters"] = rope | {"mrope_section": [8, 4, 4]}
+    text["rope_parameters"] = rope | {"mrope_section": [hidden // 16, hidden // 32, hidden // 32]}
     if model_type == "qwen2_vl":
         vision = {"depth": 3, "embed_dim": 128, "hidden_size": hidden, "mlp_ratio": 3, "num_heads": 4, "patch_size": 14}
         return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)

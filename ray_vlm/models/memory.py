@@ -78,7 +78,8 @@ def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: Fo
     if not folding.share or group == 1:
         return Batch(rows, longest, patches * group, masked=rows > 1, labelled=labelled)
     trees = [p + a for p, a in zip(prompts, both, strict=True)]
-    return replace(_packed(trees, patches, folding.pack, (rows, longest)), labelled=labelled)
+    copies = group if method.name == "grpo" else 1  # of DPO's pairs, images are there once
+    return replace(_packed(trees, patches, folding.pack, (rows, longest)), labelled=labelled, copies=copies)
 
 
 def _packed(sizes: Sequence[int], patches: tuple[int, ...], pack: bool, layout: tuple[int, int] | None = None) -> Batch:

@@ -24,7 +24,7 @@ class Batch:
 
     `masked`: whether attention needs a mask, for padding or for branches. `spread`: rows and tokens of the layout that
     hidden states are put back into where rows that begin alike went through once. `labelled`: tokens that the head
-    scores; None: all.
+    scores; None: all. `copies`: how often each image lies among the inputs, which stay for the whole step.
     """
 
     rows: int
@@ -33,6 +33,7 @@ class Batch:
     masked: bool = False
     spread: tuple[int, int] | None = None
     labelled: int | None = None
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,13 @@ class Rehearsal:
             parameter.grad = None
         with self.mode, LiveBytes(known) as live, torch.autocast("cpu", torch.bfloat16, enabled=self.job.train.bf16):
             live.begin("vision")
-            features = self._see(batch)
+            pixels = self._pixels(batch)
+            features = self._see(batch, pixels)
             live.begin("forward")
             loss = self._loss(batch, features, live)
             live.begin("backward")
             loss.backward()
-            del loss, features
+            del loss, features, pixels
         return live
 
     def _build(self) -> tuple[Any, Any]:
@@ -135,18 +137,26 @@ class Rehearsal:
         """Of the language model."""
         return len(language_layers(self.base))
 
-    def _see(self, batch: Batch) -> Any:
+    def _pixels(self, batch: Batch) -> Any:
+        """The image inputs of the batch, which stay alive as long as the batch does."""
+        import torch
+
+        if not batch.patches or not self.sees:
+            return None
+        values = self.base.get_encoder(modality="image").patch_embed.proj.weight[0].numel()
+        return torch.empty(sum(batch.patches) * batch.copies, values)
+
+    def _see(self, batch: Batch, pixels: Any) -> Any:
         """Run the image encoder's blocks; under autograd only where something in it learns."""
         import torch
 
         tower = self.base.get_encoder(modality="image")
-        if not batch.patches or not self.sees:
+        if pixels is None:
             return None
         learns = any(parameter.requires_grad for parameter in tower.parameters())
         total, width = sum(batch.patches), tower.patch_embed.proj.weight.shape[0]
-        values = tower.patch_embed.proj.weight[0].numel()
         with torch.set_grad_enabled(learns):
-            hidden = tower.patch_embed(torch.empty(total, values))
+            hidden = tower.patch_embed(pixels[:total])
             hidden = hidden.reshape(total, width)
             heads = self.config.vision_config.num_heads
             turn = torch.empty(total, width // heads, dtype=torch.float32)

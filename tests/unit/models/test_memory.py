@@ -68,7 +68,9 @@ def test_batches_of_each_method() -> None:
         method={"name": "grpo", "num_generations": 4, "max_completion_tokens": 7},
         train={"micro_batch_size": 8, "global_batch_size": 8},
     )
-    assert plan_batch(grpo, micro_sizes(grpo, size), 2, share) == Batch(2, 54, (64, 64), True, (8, 33), labelled=56)
+    assert plan_batch(grpo, micro_sizes(grpo, size), 2, share) == Batch(
+        2, 54, (64, 64), True, (8, 33), labelled=56, copies=4
+    )
 
 
 @pytest.mark.parametrize("bits", [True, False])
