@@ -13,7 +13,7 @@ from ray_vlm.runs.checkpoints import replace_folder
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.store import Store
-from tests.cluster.test_alignment import _eval, job_of  # noqa: F401 - a fixture
+from tests.cluster.test_alignment import _eval
 from tests.cluster.test_recovery import _train, _weights
 
 pytestmark = pytest.mark.cluster
@@ -108,7 +108,7 @@ def test_what_the_validator_refuses_ends_the_run(
 def test_it_equals_validation_between_steps_of_every_method(
     ray_cluster: None,
     method: str,
-    job_of: Any,  # noqa: F811
+    job_of: Any,
 ) -> None:
     path = job_of(method, cluster={"num_workers": 2}, train={"micro_batch_size": 2})
     between = _train(path, "run.name=between", "evaluate.every_steps=2")
