@@ -100,7 +100,7 @@ def our_trainer(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()
     trainer.preparer, trainer.fetch_records = preparer, lambda: records
     group = job.method.num_generations
     groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
-    trainer.sample = lambda *_: groups
+    trainer.sample = lambda *_, **__: groups
     from dataclasses import replace
 
     batch = [replace(preparer.row(records[i]), number=i) for i in range(rows)]

@@ -5,6 +5,7 @@ Pixels arrive as uint8 and become floats here, on the device, through the family
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,18 @@ from ray_vlm.errors import DataError
 
 
 def collate(
-    rows: Sequence[Row], preparer: Preparer, device: str = "cpu", side: str = "right", copies: int = 1
+    rows: Sequence[Row],
+    preparer: Preparer,
+    device: str = "cpu",
+    side: str = "right",
+    copies: int = 1,
+    pixels: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A batch as the model's forward takes it; `labels` only where rows have them.
 
-    `copies`: the rows are the same records so many times over, one after another; their images are processed once.
+    `copies`: the rows are the same records so many times over, one after another; their images are processed once, and
+    are there once where `image_spans` can say whose they are (`methods/images.py`). `pixels`: of `read_pixels`, where
+    the images have been read before.
 
     `input_ids`, `attention_mask`, `mm_token_type_ids` (some families: `token_type_ids`, or none), `labels`:
     `int64 [rows, longest]`, padded on `side`;
@@ -32,7 +40,7 @@ def collate(
     ids = [row.input_ids for row in rows]
     pad = preparer.tokenizer.pad_token_id
     tokens = torch.from_numpy(_pad(ids, pad, side)).to(device)
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": tokens,
         "attention_mask": torch.from_numpy(_pad([i * 0 + 1 for i in ids], 0, side)).to(device),
     }
@@ -43,11 +51,23 @@ def collate(
     if "labels" in batch and rows[0].weights is not None:
         weights = torch.from_numpy(_pad([row.weights for row in rows], 0.0, side, np.float32)).to(device)
         batch["loss_weights"] = weights * (batch["labels"] != IGNORED)
-    if pixels := read_pixels([image for row in rows[: len(rows) // copies] for image in row.images], preparer, device):
-        batch |= {name: torch.cat([values] * copies) if copies > 1 else values for name, values in pixels.items()}
-        if preparer.stock is None:
-            _check_grid(batch, preparer)
+    distinct = rows[: len(rows) // copies]
+    if pixels is None:
+        pixels = read_pixels([image for row in distinct for image in row.images], preparer, device)
+    if pixels and preparer.stock is None:
+        batch |= pixels
+        _check_grid(batch, preparer, copies)
+        if copies > 1:
+            batch["image_spans"] = spans_of_rows(distinct) * copies
+    elif pixels:
+        batch |= join_pixels([pixels] * copies)
     return batch
+
+
+def spans_of_rows(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Which of all their images are each row's: the first, and one after the last."""
+    ends = [0, *accumulate(len(row.images) for row in rows)]
+    return list(pairwise(ends))
 
 
 def read_pixels(images: Sequence[np.ndarray], preparer: Preparer, device: str) -> dict[str, Any]:
@@ -61,6 +81,14 @@ def read_pixels(images: Sequence[np.ndarray], preparer: Preparer, device: str) -
         return {name: value.to(device) for name, value in preparer.stock.tensors(images).items()}
     tensors = [torch.tensor(image, device=device).permute(2, 0, 1) for image in images]
     return dict(preparer.processor.image_processor(tensors, do_resize=False, return_tensors="pt", device=device))
+
+
+def join_pixels(pixels: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `read_pixels` made of several rows, one after another; nothing where none has images."""
+    import torch
+
+    found = [of_row for of_row in pixels if of_row]
+    return {name: torch.cat([of_row[name] for of_row in found]) for name in (found or [{}])[0]}
 
 
 def collate_pairs(rows: Sequence[Row], preparer: Preparer, device: str = "cpu") -> dict[str, Any]:
@@ -91,9 +119,9 @@ def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int6
     return out
 
 
-def _check_grid(batch: dict[str, Any], preparer: Preparer) -> None:
+def _check_grid(batch: dict[str, Any], preparer: Preparer, copies: int) -> None:
     """The image tokens that were planned must be those that the tower will make."""
-    planned = int(batch["mm_token_type_ids"].sum())
+    planned = int(batch["mm_token_type_ids"].sum()) // copies
     made = int(batch["image_grid_thw"].prod(dim=-1).sum()) // preparer.image_spec.merge**2
     if planned != made:
         raise DataError(f"{planned} image tokens were planned, but the processor makes {made}. Please report this.")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.methods.images import RowImages, Span
 from ray_vlm.models.families import Family
 from ray_vlm.models.packing import Folding, plan_packs
 
@@ -54,11 +55,15 @@ def fold_rows(model: Any, folding: Folding) -> None:
             output.last_hidden_state = output.last_hidden_state[:, :-1][keep][None]
         return output
 
-    def fold(*args: Any, **inputs: Any) -> Any:
+    def fold(*args: Any, image_spans: Sequence[Span] | None = None, **inputs: Any) -> Any:
         given = {name for name, value in inputs.items() if value is not None and value is not False}
-        if args or not _NEEDED <= given <= _HANDLED:
+        handled = not args and _NEEDED <= given <= _HANDLED
+        if not handled and image_spans is None:
             return plain(*args, **inputs)
-        images = _Images(backbone, inputs)
+        images = RowImages(backbone.visual, inputs, image_spans)
+        apart = inputs if image_spans is None else inputs | images.of_all(range(len(images.spans)))
+        if not handled:
+            return plain(*args, **apart)
         rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         tokens = [ids[mask.bool()].tolist() for ids, mask in rows]
         alone = [Tree((row,), len(ids)) for row, ids in enumerate(tokens)]
@@ -66,52 +71,10 @@ def fold_rows(model: Any, folding: Folding) -> None:
         sizes = [tree.length + sum(len(tokens[row]) - tree.length for row in tree.rows) for tree in trees]
         packs = plan_packs(sizes) if folding.pack else [[number] for number in range(len(trees))]
         if len(packs) == len(tokens):
-            return plain(**inputs)
+            return plain(**apart)
         return _run(backbone, plain, inputs, tokens, [[trees[n] for n in numbers] for numbers in packs], images)
 
     backbone.forward = forward
-
-
-class _Images:
-    """Which images each row shows, and whether two rows show the same."""
-
-    def __init__(self, backbone: Any, inputs: dict[str, Any]):
-        self.pixels: Any = inputs.get("pixel_values")
-        self.grids: Any = inputs.get("image_grid_thw")
-        rows = zip(inputs["mm_token_type_ids"], inputs["attention_mask"], strict=True)
-        kinds = [kind[mask.bool()] for kind, mask in rows]
-        self.ends = [int(kind.nonzero()[-1]) + 1 if kind.any() else 0 for kind in kinds]
-        self.spans: list[tuple[int, int]] = []  # of each row: its first image, and the one after its last
-        self.starts = [0]  # of each image: its first patch
-        patches = [] if self.grids is None else self.grids.prod(dim=1).tolist()
-        for size in patches:
-            self.starts.append(self.starts[-1] + size)
-        merge, number = backbone.visual.spatial_merge_size**2, 0
-        for kind in kinds:
-            first, left = number, int(kind.sum())
-            while left > 0:
-                left -= patches[number] // merge
-                number += 1
-            self.spans.append((first, number))
-
-    def end(self, row: int) -> int:
-        """How many of the row's tokens end with its last image."""
-        return self.ends[row]
-
-    def of(self, row: int) -> dict[str, Any]:
-        """The row's pixels and grids; nothing without images."""
-        first, end = self.spans[row]
-        if first == end:
-            return {}
-        pixels = self.pixels[self.starts[first] : self.starts[end]]
-        return {"pixel_values": pixels, "image_grid_thw": self.grids[first:end]}
-
-    def same(self, one: int, other: int) -> bool:
-        """Whether two rows show the same images, to the last pixel."""
-        import torch
-
-        mine, theirs = self.of(one), self.of(other)
-        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def plan_trees(tokens: Sequence[list[int]], images: Any) -> list[Tree]:
@@ -149,27 +112,21 @@ def _run(
     inputs: dict[str, Any],
     tokens: list[list[int]],
     packs: Sequence[Sequence[Tree]],
-    images: _Images,
+    images: RowImages,
 ) -> Any:
     """The backbone's output for the batch, from one row a pack; `last_hidden_state` is in the batch's own layout."""
-    import torch
-
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    positions, _ = backbone.get_rope_index(
-        ids, inputs["mm_token_type_ids"], image_grid_thw=inputs.get("image_grid_thw"), attention_mask=mask
-    )
+    grids = images.grids_of(range(len(tokens)))
+    positions, _ = backbone.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grids, attention_mask=mask)
     source, tree_of, branch, places = (made.to(ids.device) for made in _lay_out(mask, tokens, packs))
     there = branch >= 0
-    pixels = [images.of(tree.rows[0]) for pack in packs for tree in pack]
-    with_images = [of_tree for of_tree in pixels if of_tree]
-    given = {name: torch.cat([of_tree[name] for of_tree in with_images]) for name in (with_images or [{}])[0]}
     output = plain(
         input_ids=ids.reshape(-1)[source] * there,
         attention_mask=_visible(tree_of, branch),
         position_ids=positions.reshape(3, -1)[:, source],
         mm_token_type_ids=inputs["mm_token_type_ids"].reshape(-1)[source] * there,
         use_cache=False,
-        **given,
+        **images.of_all([tree.rows[0] for pack in packs for tree in pack]),
     )
     hidden = output.last_hidden_state
     output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[places]

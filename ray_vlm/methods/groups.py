@@ -5,9 +5,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from ray_vlm.data.collate import read_pixels
+from ray_vlm.data.collate import join_pixels, read_pixels, spans_of_rows
 from ray_vlm.data.records import PromptRecord, Record
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
@@ -21,6 +22,7 @@ def sample_step(trainer: Any, rows: Sequence[Row]) -> dict[str, Any]:
     import torch
 
     trainer.model.train()  # TRL reads from it that this is no evaluation
+    trainer.pixels = {}
     group, records = trainer.job.method.num_generations, trainer.fetch_records()
     trainer.rows_of = [row for row in rows for _ in range(group)]
     turns = [trainer.preparer.turns(records[row.number]) for row in rows]
@@ -44,7 +46,8 @@ def sample_answers(trainer: Any) -> list[Completion]:
         method.num_generations, method.max_completion_tokens, method.temperature, method.top_p, method.top_k
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
-    groups = trainer.sample(model, rows, trainer.preparer, sampling, seeds, str(trainer.args.device))
+    device, pixels = str(trainer.args.device), partial(prompt_pixels, trainer)
+    groups = trainer.sample(model, rows, trainer.preparer, sampling, seeds, device, pixels=pixels)
     return [answer for group in groups for answer in group]
 
 
@@ -52,7 +55,7 @@ def longest_answers(trainer: Any, rows: Sequence[Row], device: str) -> dict[str,
     """A batch as TRL's loss takes it, with the longest answers that may be sampled to each prompt: the heaviest."""
     import torch
 
-    job = trainer.job
+    job, trainer.pixels = trainer.job, {}
     group, length = min(job.method.num_generations, job.train.micro_batch_size), job.method.max_completion_tokens
     of_answers = [row for row in rows for _ in range(group)]
     prompts = [torch.tensor(row.input_ids.tolist()) for row in of_answers]
@@ -109,16 +112,23 @@ def score_answers(
 
 
 def pixels_of(trainer: Any, part: slice, input_ids: Any) -> dict[str, Any]:
-    """Image inputs of a part of the answers: each prompt's images are processed once, then repeated."""
-    import torch
-
-    rows, preparer = trainer.rows_of[part], trainer.preparer
-    made = [(read_pixels(row.images, preparer, str(input_ids.device)), n) for row, n in _runs(rows)]
+    """Image inputs of a part of the answers: each prompt's once, and `image_spans` (`methods/images.py`), which says
+    whose they are; of families that do not know that, once an answer."""
+    runs, preparer = _runs(trainer.rows_of[part]), trainer.preparer
     kinds = {preparer.kinds: (input_ids[part] == preparer.image_token_id).long()} if preparer.kinds else {}
-    with_images = [(of_row, n) for of_row, n in made if of_row]
-    names = list(with_images[0][0]) if with_images else []
-    repeated = {name: [of_row[name] for of_row, n in with_images for _ in range(n)] for name in names}
-    return kinds | {name: torch.cat(values) for name, values in repeated.items()}
+    if preparer.stock is not None:
+        return kinds | join_pixels([pixels for row, n in runs for pixels in n * [prompt_pixels(trainer, row)]])
+    if pixels := join_pixels([prompt_pixels(trainer, row) for row, _ in runs]):
+        spans = zip(spans_of_rows([row for row, _ in runs]), runs, strict=True)
+        pixels["image_spans"] = [span for span, (_, n) in spans for _ in range(n)]
+    return kinds | pixels
+
+
+def prompt_pixels(trainer: Any, row: Row) -> dict[str, Any]:
+    """A prompt's images as the model takes them, processed once in a step: sampling and training take the same."""
+    if id(row) not in trainer.pixels:  # with the row, so that no other gets its id
+        trainer.pixels[id(row)] = row, read_pixels(row.images, trainer.preparer, str(trainer.args.device))
+    return trainer.pixels[id(row)][1]
 
 
 def note_gap(trainer: Any, logps: Any) -> None:

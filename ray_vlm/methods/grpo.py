@@ -68,6 +68,7 @@ def trainer_class(job: JobConfig) -> type:
             self.sample = build_sampler(job, self.args) if self.use_vllm else sample_groups
             self.rows_of: list[Row] = []  # the prompt of each answer that is worked on
             self.answers: list[Completion] = []
+            self.pixels: dict[int, tuple[Row, dict[str, Any]]] = {}  # of the step's prompts, as the model takes them
 
         def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple:
             rows = next(epoch_iterator, None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_vlm.data.collate import collate
+from ray_vlm.data.collate import collate, join_pixels
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.methods.kv_cache import make_room
@@ -56,11 +56,13 @@ def sample_groups(
     seeds: Sequence[Sequence[int]],
     device: str,
     group_batch: int | None = None,
+    pixels: Callable[[Row], dict[str, Any]] | None = None,
 ) -> list[list[Completion]]:
     """`sampling.num_generations` completions for each prompt row, in their order.
 
     `seeds[i]` (integers of 0 and more) seeds row i's random numbers. At most `group_batch` prompts run at a time; None:
-    all. Modules keep their train or eval mode, and the model's stored `rope_deltas` are neither read nor written.
+    all. `pixels`: a row's images as the model takes them, if that is known. Modules keep their train or eval mode, and
+    the model's stored `rope_deltas` are neither read nor written.
     """
     import torch
 
@@ -71,7 +73,7 @@ def sample_groups(
     with torch.no_grad(), _evaluating(model), dequantised(model):
         for start in range(0, len(pairs), size):
             prompts, own = zip(*pairs[start : start + size], strict=True)
-            groups += _sample_batch(model, prompts, preparer, sampling, _uniforms(own, sampling), device)
+            groups += _sample_batch(model, prompts, preparer, sampling, _uniforms(own, sampling), device, pixels)
     return groups
 
 
@@ -94,7 +96,13 @@ def _uniforms(seeds: Sequence[Sequence[int]], sampling: Sampling) -> np.ndarray:
 
 
 def _sample_batch(
-    model: Any, rows: Sequence[Row], preparer: Preparer, sampling: Sampling, uniforms: np.ndarray, device: str
+    model: Any,
+    rows: Sequence[Row],
+    preparer: Preparer,
+    sampling: Sampling,
+    uniforms: np.ndarray,
+    device: str,
+    pixels: Callable[[Row], dict[str, Any]] | None,
 ) -> list[list[Completion]]:
     """The groups of prompts that run together."""
     import torch
@@ -106,7 +114,8 @@ def _sample_batch(
     never = torch.tensor([preparer.image_token_id, *(token for token in kinds if token is not None)], device=device)
     pad = preparer.tokenizer.pad_token_id
     axes = _axes(base)
-    batch = collate(rows, preparer, device, side="left")
+    given = None if pixels is None else join_pixels([pixels(row) for row in rows])
+    batch = collate(rows, preparer, device, side="left", pixels=given)
     logits, cache, position, mask = _prefill(model, base, batch, sampling.num_generations)
     draws = torch.from_numpy(uniforms).to(device)
     if isinstance(sampling.temperature, tuple) and len(sampling.temperature) != sampling.num_generations:

@@ -60,7 +60,7 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
     pushed = 0
 
     def sample(
-        model: Any, rows: Sequence[Row], preparer: Preparer, sampling: Sampling, seeds: Sequence, device: str
+        model: Any, rows: Sequence[Row], preparer: Preparer, sampling: Sampling, seeds: Sequence, *_: str, **__: Any
     ) -> list[list[Completion]]:
         nonlocal pushed
         if not pushed:

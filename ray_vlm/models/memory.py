@@ -78,7 +78,10 @@ def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: Fo
     if not folding.share or group == 1:
         return Batch(rows, longest, patches * group, masked=rows > 1, labelled=labelled)
     trees = [p + a for p, a in zip(prompts, both, strict=True)]
-    copies = group if method.name == "grpo" else 1  # of DPO's pairs, images are there once
+    copies = 1.0  # of the images among the inputs; GRPO keeps those of all of a step's prompts
+    if method.name == "grpo":
+        answers = job.train.global_batch_size / max(1, job.cluster.num_workers)
+        copies = max(1.0, answers / method.num_generations / len(sizes))
     return replace(_packed(trees, patches, folding.pack, (rows, longest)), labelled=labelled, copies=copies)
 
 

@@ -24,7 +24,7 @@ class Batch:
 
     `masked`: whether attention needs a mask, for padding or for branches. `spread`: rows and tokens of the layout that
     hidden states are put back into where rows that begin alike went through once. `labelled`: tokens that the head
-    scores; None: all. `copies`: how often each image lies among the inputs, which stay for the whole step.
+    scores; None: all. `copies`: how much of image inputs stay for the whole step, in those of this batch.
     """
 
     rows: int
@@ -33,7 +33,7 @@ class Batch:
     masked: bool = False
     spread: tuple[int, int] | None = None
     labelled: int | None = None
-    copies: int = 1
+    copies: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Rehearsal:
         if not batch.patches or not self.sees:
             return None
         values = self.base.get_encoder(modality="image").patch_embed.proj.weight[0].numel()
-        return torch.empty(sum(batch.patches) * batch.copies, values)
+        return torch.empty(round(sum(batch.patches) * batch.copies), values)
 
     def _see(self, batch: Batch, pixels: Any) -> Any:
         """Run the image encoder's blocks; under autograd only where something in it learns."""

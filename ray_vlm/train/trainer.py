@@ -92,8 +92,9 @@ def build_trainer(
         model=model, args=args, train_dataset=example, **options, **method.extras(job)
     )
     folding = plan_folding(job, preparer.family)
-    if folding.share or folding.pack:
+    if preparer.stock is None:
         fold_rows(trainer.model, folding)
+    if folding.share or folding.pack:
         score_labelled(trainer.model)
     run_frozen_tower_plainly(trainer.model)
     trainer.rates = (preparer.family, job.train.learning_rates or {})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ray_vlm.config.schema import Lora, Model, Task
-from ray_vlm.data.collate import collate
+from ray_vlm.data.collate import collate, read_pixels
 from ray_vlm.data.records import PromptRecord
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import Row, RowSpec
@@ -145,3 +145,60 @@ def test_generation_goes_the_plain_way(tiny_models: dict[str, str]) -> None:
     before = model.generate(input_ids=ids, **options)
     fold_rows(model, Folding(share=True, pack=False))
     assert torch.equal(model.generate(input_ids=ids, **options), before)
+
+
+@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("folding", [Folding(), Folding(share=True), Folding(share=True, pack=True)], ids=str)
+def test_images_that_rows_share_are_there_once(
+    family: str, folding: Folding, tiny_models: dict[str, str], tmp_path: Any
+) -> None:
+    """`image_spans`, with a row without images among the others, and one that shows an image of each of two."""
+    preparer, rows = _rows(tiny_models[family], tmp_path)
+    text = Row(np.arange(20, 50, dtype=np.int64), np.zeros(30, np.int64), ())
+    order = [rows[0], text, rows[4], rows[1], rows[5]]
+    copied = collate(order, preparer)
+    once = {name: value for name, value in copied.items() if name != "labels"}
+    once |= read_pixels([*rows[0].images, *rows[4].images], preparer, "cpu")
+    once["image_spans"] = [(0, 1), (1, 1), (1, 3), (0, 1), (1, 3)]
+    copied.pop("labels", None)
+    model, patches = _model(tiny_models[family]), []
+    plain, plain_gradients = _hidden(model, copied)
+    visual = model.get_base_model().base_model.visual
+    visual.register_forward_hook(lambda module, args, out: patches.append(len(args[0])))
+    fold_rows(model, folding)
+    found, gradients = _hidden(model, once)
+    assert patches == [len(once["pixel_values"] if folding.share else copied["pixel_values"])]
+    scale = max(float(g.norm()) for g in plain_gradients.values())
+    assert float((found - plain).abs().max()) < 1e-5
+    for name, gradient in plain_gradients.items():
+        assert float((gradients[name] - gradient).norm()) < 1e-5 * max(float(gradient.norm()), 1e-2 * scale)
+
+
+def test_images_that_differ_by_a_pixel_are_not_shared(tiny_models: dict[str, str], tmp_path: Any) -> None:
+    preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
+    image = rows[0].images[0].copy()
+    image[-1, -1, -1] ^= 1
+    other = Row(rows[1].input_ids, rows[1].labels, (image,))
+    model, patches = _model(tiny_models["qwen3_vl"]), []
+    batch = collate([rows[0], other, rows[2]], preparer)
+    batch.pop("labels", None)
+    plain, _ = _hidden(model, batch)
+    visual = model.get_base_model().base_model.visual
+    visual.register_forward_hook(lambda module, args, out: patches.append(len(args[0])))
+    fold_rows(model, Folding(share=True))
+    found, _ = _hidden(model, batch)
+    assert patches == [len(batch["pixel_values"]) * 2 // 3], "the first image twice as one, the other for itself"
+    assert float((found - plain).abs().max()) < 1e-5
+
+
+def test_an_answer_without_tokens(tiny_models: dict[str, str], tmp_path: Any) -> None:
+    """A row that ends with its prompt, beside one that goes on: all of it is the beginning."""
+    preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
+    empty = Row(rows[0].input_ids[: -len(ANSWERS[0])], rows[0].labels, rows[0].images)
+    model = _model(tiny_models["qwen3_vl"])
+    batch = collate([empty, rows[1], empty], preparer)
+    batch.pop("labels", None)
+    plain, _ = _hidden(model, batch)
+    fold_rows(model, Folding(share=True, pack=True))
+    found, _ = _hidden(model, batch)
+    assert float((found - plain).abs().max()) < 1e-5

@@ -66,10 +66,10 @@ def test_batches_of_each_method() -> None:
     assert plan_batch(dpo, micro_sizes(dpo, size), 2, share) == Batch(2, 34, (64, 64), True, (4, 31), labelled=16)
     grpo = _job(
         method={"name": "grpo", "num_generations": 4, "max_completion_tokens": 7},
-        train={"micro_batch_size": 8, "global_batch_size": 8},
+        train={"micro_batch_size": 8, "global_batch_size": 16},
     )
     assert plan_batch(grpo, micro_sizes(grpo, size), 2, share) == Batch(
-        2, 54, (64, 64), True, (8, 33), labelled=56, copies=4
+        2, 54, (64, 64), True, (8, 33), labelled=56, copies=2.0
     )
 
 
