@@ -158,6 +158,12 @@ RULES: list[Rule] = [
         "all parts are frozen, so nothing would learn. Leave one out.",
     ),
     (
+        lambda j: j.train.vision_cache is not None and not _learning(j).isdisjoint({"vision", "connector"}),
+        ("train.vision_cache", "lora.target", "train.freeze"),
+        "what the image encoder makes of an image changes as it, or the connector in it, learns. Leave "
+        "train.vision_cache out, or let only the language model learn.",
+    ),
+    (
         lambda j: j.task.labels is not None and (len(set(j.task.labels)) < len(j.task.labels) or "" in j.task.labels),
         ("task.labels",),
         "a name is empty or listed twice. Name each class once.",

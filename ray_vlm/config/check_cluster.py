@@ -14,6 +14,12 @@ CLUSTER_RULES: list[Rule] = [
         "under ZeRO-3 no worker has weights to run a batch through before training begins. Leave it out.",
     ),
     (
+        lambda j: j.train.vision_cache is not None and j.cluster.zero_stage == 3,
+        ("train.vision_cache", "cluster.deepspeed"),
+        "under ZeRO-3 no worker has the image encoder's weights, whose content is part of what names a file. Use "
+        "zero2, or leave it out.",
+    ),
+    (
         lambda j: j.cluster.num_workers > j.train.global_batch_size,
         ("cluster.num_workers", "train.global_batch_size"),
         "more workers than rows in a step; some would only run filler. Raise train.global_batch_size, or use fewer.",

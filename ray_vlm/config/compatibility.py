@@ -30,6 +30,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "class weights": {"data": {"class_weights": "inverse"}},
     "oversampling": {"data": {"oversample": "auto"}},
     "vLLM rollouts": {"method": {"name": "grpo", "rollouts": "vllm"}, "cluster": {"gpus_per_worker": 1}},
+    "vision cache": {"train": {"vision_cache": "features"}},
     "resident sweep": {"tune": {"resident": True}},
 }
 

@@ -56,6 +56,13 @@ class Train(Section):
         description="Run the heaviest batch of the plan before the first step, so that what does not fit ends the run "
         "at once. null: on GPUs.",
     )
+    vision_cache: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder on a disk of each node for what a frozen image encoder makes of each image, by the image's "
+        "content, for later epochs and runs.",
+    )
+    vision_cache_gib: float = Field(50.0, gt=0, description="What `vision_cache` may hold; no more is written then.")
     bf16: bool = Field(True, description="bfloat16 arithmetic and base; what is trained stays float32. false: float32.")
     log_every_steps: int = Field(10, ge=1, le=Largest, description="Steps between console lines; files get every step.")
     early_stopping_patience: int | None = Field(

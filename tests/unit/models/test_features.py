@@ -1,0 +1,140 @@
+"""Features kept on a disk are those that the encoder makes; nothing stale is read, nothing broken ends a run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_vlm.config.load import load_job
+from ray_vlm.config.schema import Lora, Model
+from ray_vlm.errors import ModelError
+from ray_vlm.models.families import FAMILIES
+from ray_vlm.models.features import fingerprint, keep_features
+from ray_vlm.models.load import load_model
+from ray_vlm.models.lora import lora_config
+from ray_vlm.models.tower import run_frozen_tower_plainly
+from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.train.driver import train
+from tests.conftest import QWEN
+
+GRIDS = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 4, 6]])
+_GIB = 2**30
+
+
+def _model(folder: str, cache: Path | None = None, limit: float = _GIB) -> tuple[Any, list[int]]:
+    """The base, and a list that tells the patches of each run of its encoder's blocks."""
+    base = load_model(Model(name=folder, load_in_4bit=False), bf16=False)
+    base.requires_grad_(False)
+    run_frozen_tower_plainly(base)
+    encoded: list[int] = []
+    tower = base.get_encoder(modality="image")
+    tower.patch_embed.register_forward_hook(lambda module, args, out: encoded.append(len(args[0])))
+    if cache is not None:
+        keep_features(base, cache, limit)
+    return base, encoded
+
+
+def _pixels(base: Any, seed: int = 0) -> torch.Tensor:
+    values = base.get_encoder(modality="image").patch_embed.proj.weight[0].numel()
+    return torch.randn(52, values, generator=torch.Generator().manual_seed(seed))
+
+
+def _features(base: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
+    found = base.get_image_features(pixels, GRIDS)
+    layers = getattr(found, "deepstack_features", None) or []
+    return [torch.cat(list(part)) for part in (found.pooler_output, *layers)]
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_features_are_the_encoders(family: str, tiny_models: dict[str, str], tmp_path: Path) -> None:
+    plain, _ = _model(tiny_models[family])
+    pixels = _pixels(plain)
+    pixels[28:] = pixels[:24]  # the third image is the first one
+    expected = _features(plain, pixels)
+    base, encoded = _model(tiny_models[family], tmp_path)
+    for again in range(2):
+        for mine, theirs in zip(_features(base, pixels), expected, strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-6), again
+    assert encoded == [28], "each image once, in both calls"
+    assert len(list(tmp_path.glob("*/*"))) == 2
+    other, encoded = _model(tiny_models[family], tmp_path)
+    _features(other, pixels)
+    assert encoded == [], "another run finds them"
+
+
+def test_another_image_or_encoder_is_another_file(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    base, encoded = _model(tiny_models["qwen3_vl"], tmp_path)
+    pixels = _pixels(base)
+    _features(base, pixels)
+    pixels[27, 3] = torch.nextafter(pixels[27, 3], torch.tensor(9.0))
+    _features(base, pixels)
+    assert encoded == [52, 4], "one value of the second image changed in its last bit"
+    with torch.no_grad():
+        base.get_encoder(modality="image").merger.linear_fc1.weight[0, 0] += 1e-6
+    keep_features(base, tmp_path, _GIB)
+    assert len(list(tmp_path.iterdir())) == 2, "a folder for each encoder"
+
+
+@pytest.mark.parametrize("broken", [b"", b"not a tensor", None])
+def test_a_broken_file_is_made_again(broken: bytes | None, tiny_models: dict[str, str], tmp_path: Path) -> None:
+    base, encoded = _model(tiny_models["qwen3_vl"], tmp_path)
+    pixels = _pixels(base)
+    expected = _features(base, pixels)
+    for path in tmp_path.glob("*/*"):
+        path.write_bytes(path.read_bytes()[:-5] if broken is None else broken)
+    found = _features(base, pixels)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    _features(base, pixels)
+    assert encoded == [52, 52]
+
+
+def test_a_full_folder_ends_the_writing(
+    tiny_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "y").write_bytes(b"12345")
+    base, encoded = _model(tiny_models["qwen3_vl"], tmp_path, 5)
+    pixels = _pixels(base)
+    _features(base, pixels)
+    _features(base, pixels)
+    assert encoded == [52, 52]
+    assert len(list(tmp_path.glob("*/*"))) == 1
+    assert capsys.readouterr().out.count("no more is written") == 1
+
+
+def test_what_changes_is_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), bf16=False)
+    with pytest.raises(ModelError, match="adapter's or learns"):
+        keep_features(base, tmp_path, _GIB)
+    model = get_peft_model(base, lora_config(Lora(rank=2, target=["vision"]), FAMILIES["qwen3_vl"]))
+    model.requires_grad_(False)
+    with pytest.raises(ModelError, match="lora_A"):
+        keep_features(model, tmp_path, _GIB)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="cannot be used as a folder"):
+        _model(tiny_models["qwen3_vl"], tmp_path / "file")
+
+
+def test_fingerprints() -> None:
+    words = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    swapped = words.clone()
+    swapped[0, :2] = words[0, [1, 0]]
+    found = [words, words[:, :-1], swapped, words.bfloat16(), -words, words * 2, torch.zeros(3), torch.zeros(4)]
+    assert len({fingerprint(values) for values in found}) == len(found)
+    assert fingerprint(words) == fingerprint(words.clone().t().contiguous().t())
+
+
+def test_training_learns_the_same(job_file: Any, tmp_path: Path) -> None:
+    path = job_file(lora={"target": ["language"]}, train={"max_steps": 4})
+    cache = f"train.vision_cache={tmp_path / 'features'}"
+    losses = []
+    for name, *more in (("plain",), ("first", cache), ("second", cache)):
+        result = train(load_job(path, [f"run.name={name}", *more]), "")
+        losses.append([line["loss"] for line in read_metrics(result.metrics) if line["kind"] == "train"])
+    assert len(losses[0]) >= 4
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+    assert list((tmp_path / "features").glob("*/*"))
