@@ -184,6 +184,25 @@ def test_grpo_logs_every_part_and_earns_more(grpo_job) -> None:
     assert (paths.root / "best").is_dir()
 
 
+def test_each_image_is_processed_once_a_step(grpo_job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four prompts of four answers, in two micro-batches, with a reference: sampled, asked about and trained."""
+    from ray_vlm.data import collate
+    from ray_vlm.methods import groups
+
+    processed: list[int] = []
+
+    def counted(images: Any, *args: Any) -> Any:
+        processed.append(len(images))
+        return read(images, *args)
+
+    read = collate.read_pixels
+    monkeypatch.setattr(collate, "read_pixels", counted)
+    monkeypatch.setattr(groups, "read_pixels", counted)
+    train_options = {"max_steps": 2, "global_batch_size": 16, "micro_batch_size": 8}
+    _train(grpo_job(train=train_options, data={"eval": None}), "method.beta=0.02", "method.num_generations=4")
+    assert processed == [1] * 8
+
+
 def test_prompts_with_columns_of_their_own(job_file, tmp_path: Path, scenes: Path) -> None:
     rows = json.loads((scenes / "train.json").read_text())["images"][:8]
     lines = [
