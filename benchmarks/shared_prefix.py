@@ -2,183 +2,203 @@
 
 Tiny Qwen3-VL and Qwen2.5-VL (text 256 wide, 4 layers; tower 128 wide, 3 layers), float32, LoRA on the language model,
 activation checkpointing in both arms as TRL has it, one torch thread; prompts of about 280 tokens, 256 of them of an
-image; completions injected. Arms alternate; a ratio is the median of the pairs. Each ratio counts only if losses and
-gradients agree in the same run. Tokens through the language model and patches through the tower are counted by hooks.
+image; completions injected where no rollout is measured. TRL is tuned (`max_length=None`, the same dtype, for SFT
+`batch_rebalance` with lengths too); "patched" has in addition the frozen tower without autograd and a head that scores
+trained tokens alone. Arms alternate and learn: a ratio is the median of pairs, and counts only if log-probabilities,
+gradients and the losses of all steps agree. Tokens through the language model and patches through the tower are counted
+by hooks. What the same step takes at the size of real models is computed (`benchmarks/real_size.py`).
 """
 
-import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.arms import GROUP, SIDE, Arm, gradients_apart, logps_apart, make_job, write_model
 from benchmarks.figures import figure, report
-from benchmarks.stock import checkpointed, our_trainer, stock_trainer
-from ray_vlm.config.load import load_resolved
+from benchmarks.image_path import image_path
+from benchmarks.real_size import computed
+from benchmarks.stock import our_trainer, patched_trainer, stock_trainer
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.models.live import LiveBytes
+from ray_vlm.models.features import keep_features
 
-GROUP, PAIRS, EXACT = 8, 5, 1e-5
-SIDE = {"qwen3_vl": 256, "qwen2_5_vl": 448}  # of an image of 16 x 16 visual tokens
-BARS: dict[tuple[str, str], float] = {
-    ("grpo, C=16", "qwen3_vl"): 5.0,
-    ("grpo, C=16", "qwen2_5_vl"): 6.0,
-    ("grpo, C=64", "qwen3_vl"): 3.0,
-    ("grpo, C=64", "qwen2_5_vl"): 3.5,
-    ("dpo, C=32", "qwen3_vl"): 1.9,
-    ("dpo, C=32", "qwen2_5_vl"): 2.5,
-    ("sft, 40 % padding efficiency", "qwen3_vl"): 1.5,
-    ("sft, 40 % padding efficiency", "qwen2_5_vl"): 2.0,
+EXACT, CURVE = 1e-5, 1e-4
+BARS: dict[str, tuple[float, float]] = {  # Qwen3-VL, Qwen2.5-VL
+    "grpo, C=16": (5.0, 6.0),
+    "grpo, C=64": (3.0, 3.5),
+    "grpo, C=32, whole step with rollouts": (2.0, 2.0),
+    "dpo, C=32": (1.9, 2.5),
+    "dpo, C=32, with caches from epoch 2": (3.2, 4.0),
+    "sft, 40 % padding efficiency": (1.5, 2.0),
+    "sft, batch_rebalance": (1.1, 1.1),
 }
+UNEVEN = (900, *(60,) * 7)  # words of SFT's answers
+TAIL = tuple(int(n) for n in np.random.default_rng(1).lognormal(4.0, 1.0, 32))
 
 
-def write_model(folder: Path, family: str) -> str:
-    """Random weights, twice as wide as the demo's; images of `SIDE` pixels stay as they are."""
-    import torch
-    from transformers import AutoModelForImageTextToText
+class Case:
+    """Arms of one case, stepped in turn."""
 
-    from ray_vlm.demo.tiny import build_config, build_processor
+    def __init__(self, name: str, family: str, ours: Arm, stock: Arm, patched: Arm | None = None):
+        self.name, self.family = name, family
+        self.arms = [ours, stock] + ([patched] if patched else [])
 
-    processor = build_processor(family)
-    processor.image_processor.size = {"shortest_edge": 64**2, "longest_edge": 512**2}
-    torch.manual_seed(0)
-    config = build_config(processor.tokenizer, family, hidden=256)
-    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+    def run(self, pairs: int) -> list[dict[str, Any]]:
+        """The figures after so many pairs of steps, one to warm up."""
+        times, losses, exact = [], [], 0.0
+        ours, stock, *_ = self.arms
+        for number in range(pairs + 1):
+            times.append([arm.step() for arm in self.arms])
+            if number == 0:
+                exact = max(gradients_apart(ours, stock), logps_apart(ours, stock))
+            losses.append((ours.loss, stock.loss))
+            for arm in self.arms:
+                arm.learn()
+        curve = max(abs(mine - theirs) / max(abs(theirs), 1e-2) for mine, theirs in losses)
+        ratios = [[of_pair[n] / of_pair[0] for of_pair in times[1:]] for n in range(1, len(self.arms))]
+        found = [self.figure("step, TRL against ours", statistics.median(ratios[0]), "x", self.bar, most=False)]
+        if len(ratios) > 1:
+            found.append(self.figure("step, TRL patched against ours", statistics.median(ratios[1]), "x"))
+        found.append(self.figure("log-probabilities, gradients apart", exact, "", EXACT))
+        found.append(self.figure(f"losses of {len(losses)} steps apart", curve, "", CURVE))
+        found.append(self.figure("tokens, TRL against ours", stock.tokens / ours.tokens, "x"))
+        if ours.patches:
+            found.append(self.figure("patches, TRL against ours", stock.patches / ours.patches, "x"))
+        return found
 
+    @property
+    def bar(self) -> float | None:
+        """The least that is asked of the ratio."""
+        both = BARS.get(self.name)
+        return both and both[list(SIDE).index(self.family)]
 
-def make_job(folder: Path, model: str, family: str, method: str, lengths: tuple[int, ...]) -> JobConfig:
-    """A job of the method on noise; `lengths`: words of the answers, row by row."""
-    from PIL import Image
-
-    rng, words = np.random.default_rng(0), ["circle", "square", "ring", "star", "cross", "object"]
-    (folder / method).mkdir(exist_ok=True)
-    rows = []
-    for number, length in enumerate(lengths):
-        name = f"{number}.png"
-        pixels = rng.integers(0, 255, (SIDE[family], SIDE[family], 3), np.uint8)
-        Image.fromarray(pixels).save(folder / method / name)
-        said = [" ".join(rng.choice(words, length)) for _ in range(2)]
-        turns = [{"from": "human", "value": "<image>What is shown?"}, {"from": "gpt", "value": said[0]}]
-        asked = {"prompt": "<image>What is shown?", "images": [name]}
-        of_method = {"sft": {"image": name, "conversations": turns}, "grpo": asked}
-        rows.append(of_method.get(method) or asked | {"chosen": said[0], "rejected": said[1]})
-    path = folder / method / f"{'-'.join(map(str, lengths))}.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    data = {"path": str(path), "format": {"sft": "llava", "dpo": "preference", "grpo": "prompt"}[method]}
-    size = GROUP if method == "grpo" else len(lengths)
-    options: dict[str, Any] = {"name": method}
-    if method == "grpo":
-        options |= {"num_generations": GROUP, "rewards": {"benchmarks.stock:token_reward": 1.0}}
-    return load_resolved(
-        {
-            "method": options,
-            "task": "chat",
-            "model": {"name": model, "load_in_4bit": False} | ({} if method == "sft" else {"adapter": "the one here"}),
-            "lora": {"rank": 8, "alpha": 16},
-            "data": {"train": data | {"image_root": str(folder / method)}},
-            "train": {"global_batch_size": size, "micro_batch_size": size, "bf16": False},
-            "cluster": {"num_workers": 0},
-        }
-    )
+    def figure(self, what: str, value: float, unit: str, bar: float | None = None, most: bool = True) -> dict[str, Any]:
+        """One of the case's."""
+        return figure(f"{self.name}, {self.family}: {what}", value, unit, bar, most)
 
 
-class Arm:
-    """One side: its trainer, ready, and what goes into a step."""
-
-    def __init__(self, build: Callable[..., tuple[Any, Any]], job: JobConfig, rows: int, answers: Any):
-        trainer, batch = build(job, rows, answers)
-        self.trainer = checkpointed(trainer)
-        trainer.current_gradient_accumulation_steps = 1
-        samples, self.num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-        self.inputs = trainer._prepare_inputs(samples[0])  # for GRPO: sampled and scored
-        self.tokens = self.patches = 0
-        base = trainer.model.get_base_model()
-        base.get_decoder().register_forward_pre_hook(self._count_tokens, with_kwargs=True)
-        base.get_encoder(modality="image").register_forward_pre_hook(self._count_patches, with_kwargs=True)
-
-    def _count_tokens(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
-
-    def _count_patches(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.patches += (args[0] if args else kwargs.get("hidden_states", kwargs.get("pixel_values"))).shape[0]
-
-    def step(self) -> float:
-        """Seconds of loss and gradients."""
-        self.trainer.model.zero_grad()
-        self.tokens = self.patches = 0
-        started = time.perf_counter()
-        loss = self.trainer.compute_loss(self.trainer.model, dict(self.inputs), num_items_in_batch=self.num_items)
-        loss.backward()
-        self.loss = float(loss)
-        return time.perf_counter() - started
-
-    def gradients(self) -> dict[str, Any]:
-        """Of the last step."""
-        named = self.trainer.model.named_parameters()
-        return {name: p.grad.clone() for name, p in named if p.grad is not None}
-
-    def peak(self) -> int:
-        """Bytes alive above the model at the most, in a step."""
-        model = self.trainer.model
-        model.zero_grad()
-        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-            self.step()
-        return live.peak
-
-
-def apart(one: Arm, other: Arm) -> float:
-    """The larger of the relative differences of the losses and of the gradients."""
-    mine, theirs = one.gradients(), other.gradients()
-    assert mine.keys() == theirs.keys()
-    scale = max(float(g.norm()) for g in theirs.values())
-    assert scale > 0
-    worst = max(float((mine[n] - g).norm()) / max(float(g.norm()), 1e-2 * scale) for n, g in theirs.items())
-    return max(worst, abs(one.loss - other.loss) / max(abs(other.loss), 1e-3))
-
-
-def compare(job: JobConfig, name: str, family: str, rows: int, answers: Any, pairs: int) -> list[dict[str, Any]]:
-    """Figures of one case."""
-    ours, stock = Arm(our_trainer, job, rows, answers), Arm(stock_trainer, job, rows, answers)
-    times = [(ours.step(), stock.step()) for _ in range(pairs + 1)][1:]
-    exact, bar = apart(ours, stock), BARS.get((name, family))
-    ratio = statistics.median(theirs / mine for mine, theirs in times)
-    found = [figure(f"{name}, {family}: step, TRL against ours", ratio, "x", bar, most=False)]
-    found.append(figure(f"{name}, {family}: loss and gradients apart", exact, "relative", EXACT))
-    found.append(figure(f"{name}, {family}: tokens, TRL against ours", stock.tokens / ours.tokens, "x"))
-    found.append(figure(f"{name}, {family}: patches, TRL against ours", stock.patches / ours.patches, "x"))
-    if job.method.name == "grpo":
-        bar = 0.4 if name == "grpo, C=64" else None
-        found.append(figure(f"{name}, {family}: peak of live bytes", ours.peak() / stock.peak(), "x of TRL's", bar))
+def groups(folder: Path, model: str, family: str, length: int, pairs: int) -> list[dict[str, Any]]:
+    """GRPO's training phase on eight injected answers of `length` tokens."""
+    job, rng = make_job(folder, model, family, "grpo", (1,)), np.random.default_rng(length)
+    answers = [rng.integers(20, 600, length).tolist() for _ in range(GROUP)]
+    arms = [Arm(build, job, [[0]], answers) for build in (our_trainer, stock_trainer, patched_trainer)]
+    case = Case(f"grpo, C={length}", family, *arms)
+    found = case.run(pairs)
+    if length == 64:
+        found.append(case.figure("peak of live bytes", arms[0].peak() / arms[1].peak(), "x of TRL's", 0.4))
     return found
 
 
+def whole_step(folder: Path, model: str, family: str, pairs: int) -> list[dict[str, Any]]:
+    """GRPO with rollouts of `transformers`: sampling, scoring, loss and gradients. The same prompt, other answers."""
+    import time
+
+    job = make_job(folder, model, family, "grpo", (1,), max_completion_tokens=32)
+    ours, stock = Arm(our_trainer, job, [[0]]), Arm(stock_trainer, job, [[0]])
+
+    def timed(arm: Arm) -> float:
+        started = time.perf_counter()
+        arm.draw()
+        arm.step()
+        return time.perf_counter() - started
+
+    times = [(timed(ours), timed(stock)) for _ in range(pairs + 1)][1:]
+    case = Case("grpo, C=32, whole step with rollouts", family, ours, stock)
+    said = [int(arm.inputs[0]["completion_mask"].sum()) for arm in (ours, stock)]
+    ratio = statistics.median(theirs / mine for mine, theirs in times)
+    found = [case.figure("TRL against ours", ratio, "x", case.bar, most=False)]
+    return [*found, case.figure("tokens sampled in the last step, TRL's to ours", said[1] / said[0], "x")]
+
+
+def preferences(folder: Path, model: str, family: str, pairs: int) -> list[dict[str, Any]]:
+    """DPO on two pairs: with the reference asked in every step, and with it and the images' features known."""
+    job = make_job(folder, model, family, "dpo", (28, 28))
+    arms = [Arm(build, job, [[0, 1]]) for build in (our_trainer, stock_trainer, patched_trainer)]
+    found = Case("dpo, C=32", family, *arms).run(pairs)
+    ours = Arm(our_trainer, job, [[0, 1]])
+    keep_features(ours.trainer.model, folder / "features", 2**30)
+    referred = ours.trainer.refer(ours.inputs[0])
+    named = [referred[f"ref_{which}_logps"].numpy() for which in ("chosen", "rejected")]
+    ours.trainer.reference = np.stack(named, axis=1)
+    return found + Case("dpo, C=32, with caches from epoch 2", family, ours, Arm(stock_trainer, job, [[0, 1]])).run(
+        pairs
+    )
+
+
+def imitation(folder: Path, model: str, family: str, pairs: int) -> list[dict[str, Any]]:
+    """SFT where one row is long; against TRL's best sampler; and where there is nothing to gain."""
+    job = make_job(folder, model, family, "sft", UNEVEN)
+    arms = [Arm(build, job, [range(8)]) for build in (our_trainer, stock_trainer, patched_trainer)]
+    found = Case("sft, 40 % padding efficiency", family, *arms).run(pairs)
+    job = make_job(folder, model, family, "sft", TAIL)
+    theirs, mine = rebalanced(job), budgeted(job)
+    found += Case("sft, batch_rebalance", family, Arm(our_trainer, job, mine), Arm(stock_trainer, job, theirs)).run(
+        pairs // 2
+    )
+    job = make_job(folder, model, family, "sft", (60,) * 4)
+    folded, plain = Arm(our_trainer, job, [range(4)]), Arm(partial(our_trainer, fold=False), job, [range(4)])
+    times = [(folded.step(), plain.step()) for _ in range(2 * pairs + 1)][1:]
+    ratio = statistics.median(mine / theirs for mine, theirs in times)
+    return [*found, figure(f"sft, nothing to fold, {family}: step against a plain one", ratio, "x", 1.03)]
+
+
+def lengths(job: JobConfig) -> np.ndarray:
+    """Tokens of each of the job's rows."""
+    from ray_vlm.train.prepare import prepare
+
+    index = prepare(job).train
+    return index.image_tokens + index.prompt_tokens + index.answer_tokens
+
+
+def rebalanced(job: JobConfig, accumulation: int = 4) -> list[list[int]]:
+    """Micro-batches of one step as transformers' `batch_rebalance` makes them, with the rows' true lengths."""
+    from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+    known = lengths(job).tolist()
+    return [list(map(int, rows)) for rows in BatchRebalanceSampler(known, len(known), 1, accumulation)]
+
+
+def budgeted(job: JobConfig, accumulation: int = 4) -> list[list[int]]:
+    """The same rows as our plan shares them out under a budget of tokens, in as many micro-batches."""
+    from ray_vlm.data.plan import Plan
+
+    known = lengths(job)
+    budget = int(max(known.max(), np.ceil(known.sum() / accumulation * 1.02)))
+    plan = Plan(len(known), len(known), 1, 1, costs=known, tokens=known, budget=budget)
+    return [list(batch.rows) for batch in plan.rank_step(0, 0)]
+
+
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All cases; quick: one family and three pairs."""
+    """All cases; quick: one family, and fewer pairs."""
+    found = _measure(["qwen3_vl"] if quick else list(SIDE), 4 if quick else 8)
+    return found if quick else found + computed()
+
+
+def full() -> list[dict[str, Any]]:
+    """Curves of twenty steps."""
+    return _measure(list(SIDE), 20) + computed()
+
+
+def _measure(families: Sequence[str], pairs: int) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    found, rng = [], np.random.default_rng(0)
+    found = []
     with tempfile.TemporaryDirectory() as temporary:
-        for family in ("qwen3_vl",) if quick else SIDE:
+        for family in families:
             folder = Path(temporary) / family
             folder.mkdir()
-            model, pairs = write_model(folder / "model", family), 3 if quick else PAIRS
-            for length in (16, 64):
-                job = make_job(folder, model, family, "grpo", (1,))
-                answers = [rng.integers(20, 600, length).tolist() for _ in range(GROUP)]
-                found += compare(job, f"grpo, C={length}", family, 1, answers, pairs)
-            job = make_job(folder, model, family, "dpo", (28, 28))
-            found += compare(job, "dpo, C=32", family, 2, (), pairs)
-            job = make_job(folder, model, family, "sft", (900, 60, 60, 60, 60, 60, 60, 60))
-            found += compare(job, "sft, 40 % padding efficiency", family, 8, (), pairs)
+            model = write_model(folder / "model", family)
+            parts: list[Callable[..., list]] = [partial(groups, length=16), partial(groups, length=64)]
+            for part in (*parts, whole_step, preferences, imitation):
+                found += part(folder, model, family, pairs=pairs)
+            found += image_path(folder, model, family)
     return found
 
 
 if __name__ == "__main__":
-    report(measure)
+    report(measure, full=full)

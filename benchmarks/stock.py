@@ -1,4 +1,4 @@
-"""One training step of our trainers and of stock TRL's on the same rows, for `benchmarks.parity`.
+"""One training step of our trainers and of stock TRL's on the same rows, for `parity` and `shared_prefix`.
 
 The model has an adapter whose B is not zero; for DPO and GRPO it is the reference, and what trains starts a little away
 from it. GRPO's answers are injected: both sides get the same ones, and the same rewards.
@@ -7,6 +7,7 @@ from it. GRPO's answers are injected: both sides get the same ones, and the same
 import copy
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
@@ -76,11 +77,15 @@ def one_step(trainer: Any, batch: Any, away: bool = False) -> Step:
 
 def our_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> Step:
     """Ours, on the first `rows` records of the job."""
-    return one_step(*our_trainer(job, rows, answers), away=job.method.name != "sft")
+    trainer, (batch,) = our_trainer(job, [range(rows)], answers)
+    return one_step(trainer, batch, away=job.method.name != "sft")
 
 
-def our_trainer(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> tuple[Any, Any]:
-    """Our trainer of the job's method, and its batch of the first `rows` records."""
+def our_trainer(
+    job: JobConfig, batches: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] = (), fold: bool = True
+) -> tuple[Any, list]:
+    """Our trainer of the job's method, and its micro-batches of these records. `answers`: to be taken for sampled ones;
+    none: GRPO samples. `fold`: share beginnings and pack."""
     import datasets
 
     prepared = prepare(job)
@@ -94,17 +99,16 @@ def our_trainer(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()
         train_dataset=datasets.Dataset.from_list([method.EXAMPLE_ROW]),
         **method.extras(job),
     )
-    fold_rows(trainer.model, Folding(share=job.method.name != "sft", pack=True))
+    fold_rows(trainer.model, Folding(share=fold and job.method.name != "sft", pack=fold))
     score_labelled(trainer.model)
     run_frozen_tower_plainly(trainer.model)
     trainer.preparer, trainer.fetch_records = preparer, lambda: records
-    group = job.method.num_generations
-    groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
-    trainer.sample = lambda *_, **__: groups
-    from dataclasses import replace
-
-    batch = [replace(preparer.row(records[i]), number=i) for i in range(rows)]
-    return trainer, method.collate(batch, preparer, "cpu")
+    if answers:
+        group = job.method.num_generations
+        groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
+        trainer.sample = lambda *_, **__: groups
+    rows = [[replace(preparer.row(records[i]), number=i) for i in batch] for batch in batches]
+    return trainer, [method.collate(batch, preparer, "cpu") for batch in rows]
 
 
 def _injected(ids: Sequence[int]) -> Completion:
@@ -113,15 +117,30 @@ def _injected(ids: Sequence[int]) -> Completion:
 
 def stock_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> Step:
     """Stock TRL's, on the same rows."""
-    return one_step(*stock_trainer(job, rows, answers), away=job.method.name != "sft")
+    trainer, (batch,) = stock_trainer(job, [range(rows)], answers)
+    return one_step(trainer, batch, away=job.method.name != "sft")
 
 
-def stock_trainer(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> tuple[Any, Any]:
-    """Stock TRL's trainer, and its batch of the same rows through its own collator and processor."""
+def stock_trainer(
+    job: JobConfig, batches: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] = ()
+) -> tuple[Any, list]:
+    """Stock TRL's trainer, and its micro-batches of the same rows through its own collator and processor."""
     prepared = prepare(job)
-    preparer, records = load_preparer(prepared.spec), prepared.train.records[:rows]
+    preparer = load_preparer(prepared.spec)
     build = {"sft": _stock_sft, "dpo": _stock_dpo, "grpo": _stock_grpo}[job.method.name]
-    return build(job, preparer, records, answers)
+    return build(job, preparer, [[prepared.train.records[i] for i in batch] for batch in batches], answers)
+
+
+def patched_trainer(
+    job: JobConfig, batches: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] = ()
+) -> tuple[Any, list]:
+    """Stock TRL's with what anyone could patch into it: the frozen tower without autograd, and a head that scores
+    nothing that is not trained."""
+    trainer, made = stock_trainer(job, batches, answers)
+    fold_rows(trainer.model, Folding())
+    score_labelled(trainer.model)
+    run_frozen_tower_plainly(trainer.model)
+    return trainer, made
 
 
 def _asked(record: Any, preparer: Preparer) -> dict[str, Any]:
@@ -138,31 +157,34 @@ def _said(text: str) -> list[dict[str, str]]:
 def _stock_sft(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import SFTConfig, SFTTrainer
 
-    rows = [_asked(r, preparer) | {"completion": _said(preparer.answer(r).text)} for r in records]
-    trainer = _stock(job, preparer, rows, SFTTrainer, SFTConfig, {"max_length": None})
-    return trainer, trainer.data_collator(rows)
+    rows = [[_asked(r, preparer) | {"completion": _said(preparer.answer(r).text)} for r in part] for part in records]
+    trainer = _stock(job, preparer, rows[0], SFTTrainer, SFTConfig, {"max_length": None})
+    return trainer, [trainer.data_collator(part) for part in rows]
 
 
 def _stock_dpo(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import DPOConfig, DPOTrainer
 
-    both = [{"chosen": _said(r.chosen), "rejected": _said(r.rejected)} for r in records]
-    rows = [_asked(r, preparer) | told for r, told in zip(records, both, strict=True)]
+    rows = [
+        [_asked(r, preparer) | {"chosen": _said(r.chosen), "rejected": _said(r.rejected)} for r in part]
+        for part in records
+    ]
     options = {"max_length": None, "beta": 0.1 if job.method.beta is None else job.method.beta}
-    trainer = _stock(job, preparer, rows, DPOTrainer, DPOConfig, options)
-    return trainer, trainer.data_collator(rows)
+    trainer = _stock(job, preparer, rows[0], DPOTrainer, DPOConfig, options)
+    return trainer, [trainer.data_collator(part) for part in rows]
 
 
 def _stock_grpo(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
-    rows = [_asked(r, preparer) for r in records]
+    rows = [[_asked(r, preparer) for r in part] for part in records]
     group, method = job.method.num_generations, job.method
     options = {"num_generations": group, "max_completion_length": method.max_completion_tokens}
     options |= {"beta": method.beta or 0.0, "temperature": method.temperature}
-    trainer = _stock(job, preparer, rows, GRPOTrainer, GRPOConfig, options, {"reward_funcs": [token_reward]})
-    trainer._generate_single_turn = lambda *_, **__: ([list(ids) for ids in answers], None)
-    return trainer, [row for row in rows for _ in range(group)]
+    trainer = _stock(job, preparer, rows[0], GRPOTrainer, GRPOConfig, options, {"reward_funcs": [token_reward]})
+    if answers:
+        trainer._generate_single_turn = lambda *_, **__: ([list(ids) for ids in answers], None)
+    return trainer, [[row for row in part for _ in range(group)] for part in rows]
 
 
 def token_reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:

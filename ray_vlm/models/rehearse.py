@@ -5,6 +5,7 @@ that dequantise as bitsandbytes' do; the image encoder runs block by block.
 """
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +86,11 @@ class Rehearsal:
                 plain += parameter.element_size() * parameter.numel()
         return Weights(small, plain, trained)
 
-    def run(self, batch: Batch, checkpointed: int | None = None) -> LiveBytes:
+    def run(self, batch: Batch, checkpointed: int | None = None, watch: Any = None) -> LiveBytes:
         """One forward and backward; what was alive above the weights, gradients among it.
 
-        `checkpointed`: how many of the first layers recompute their activations; None: as the job says.
+        `checkpointed`: how many of the first layers recompute their activations; None: as the job says. `watch`: a
+        context that sees every operation too.
         """
         import torch
 
@@ -103,7 +105,8 @@ class Rehearsal:
         known = [*self.model.parameters(), *self.model.buffers()]
         for parameter in self.model.parameters():
             parameter.grad = None
-        with self.mode, LiveBytes(known) as live, torch.autocast("cpu", torch.bfloat16, enabled=self.job.train.bf16):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.job.train.bf16)
+        with self.mode, LiveBytes(known) as live, watch or nullcontext(), autocast:
             live.begin("vision")
             pixels = self._pixels(batch)
             features = self._see(batch, pixels)
