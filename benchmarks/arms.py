@@ -87,7 +87,7 @@ class Arm:
         self.optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-3)
         base = trainer.model.get_base_model()
         base.get_decoder().register_forward_pre_hook(self._count_tokens, with_kwargs=True)
-        base.get_encoder(modality="image").register_forward_pre_hook(self._count_patches, with_kwargs=True)
+        base.get_encoder(modality="image").patch_embed.register_forward_pre_hook(self._count_patches)
         trainer.model.register_forward_hook(self._keep_logps)
         self.draw()
 
@@ -100,7 +100,7 @@ class Arm:
     def _count_tokens(self, module: Any, args: Any, kwargs: Any) -> None:
         self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
 
-    def _count_patches(self, module: Any, args: Any, kwargs: Any) -> None:
+    def _count_patches(self, module: Any, args: Any) -> None:
         self.patches += args[0].shape[0]
 
     def _keep_logps(self, module: Any, args: Any, out: Any) -> None:
@@ -158,5 +158,6 @@ def logps_apart(one: Arm, other: Arm) -> float:
     for mine, theirs in zip(one.logps, other.logps, strict=True):
         trained = mine != 0  # where nothing is trained, ours has nothing
         assert trained.any()
-        worst = max(worst, float((mine - theirs)[trained].abs().max()))
+        apart = (mine[:, None] - theirs[None]) * trained[:, None]  # TRL shuffles the answers of a group
+        worst = max(worst, float(apart.abs().amax(dim=2).amin(dim=1).max()))
     return worst

@@ -24,7 +24,7 @@ from benchmarks.image_path import image_path
 from benchmarks.real_size import computed
 from benchmarks.stock import our_trainer, patched_trainer, stock_trainer
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.models.features import keep_features
+from ray_vlm.models.features import Recent, Shelf, keep_features
 
 EXACT, CURVE = 1e-5, 1e-4
 BARS: dict[str, tuple[float, float]] = {  # Qwen3-VL, Qwen2.5-VL
@@ -120,7 +120,7 @@ def preferences(folder: Path, model: str, family: str, pairs: int) -> list[dict[
     arms = [Arm(build, job, [[0, 1]]) for build in (our_trainer, stock_trainer, patched_trainer)]
     found = Case("dpo, C=32", family, *arms).run(pairs)
     ours = Arm(our_trainer, job, [[0, 1]])
-    keep_features(ours.trainer.model, folder / "features", 2**30)
+    keep_features(ours.trainer.model, Recent(), Shelf(folder / "features", 2**30, ours.trainer.model))
     referred = ours.trainer.refer(ours.inputs[0])
     named = [referred[f"ref_{which}_logps"].numpy() for which in ("chosen", "rejected")]
     ours.trainer.reference = np.stack(named, axis=1)

@@ -16,6 +16,7 @@ from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows
 from ray_vlm.methods.head import score_labelled
 from ray_vlm.methods.rollout import Completion
+from ray_vlm.models.features import Recent, keep_features
 from ray_vlm.models.packing import Folding
 from ray_vlm.models.tower import run_frozen_tower_plainly
 from ray_vlm.train.feed import feed_trainer
@@ -102,6 +103,9 @@ def our_trainer(
     fold_rows(trainer.model, Folding(share=fold and job.method.name != "sft", pack=fold))
     score_labelled(trainer.model)
     run_frozen_tower_plainly(trainer.model)
+    trainer.recent = Recent()
+    if fold and job.method.name != "sft":
+        keep_features(trainer.model, trainer.recent)
     trainer.preparer, trainer.fetch_records = preparer, lambda: records
     if answers:
         group = job.method.num_generations

@@ -46,6 +46,7 @@ def trainer_class(job: JobConfig) -> type:
 
     class PreferenceTrainer(DPOTrainer):
         reference: Any = None  # float32 [rows, 2]: what the reference says of each pair, or None
+        recent: Any = None  # `models.features.Recent`
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
@@ -64,6 +65,7 @@ def trainer_class(job: JobConfig) -> type:
                 told = torch.as_tensor(self.reference[numbers], device=inputs["input_ids"].device)
                 chosen, rejected = told.unbind(dim=1)
             else:
+                self.recent.start(len(inputs.get("image_grid_thw", ())))  # what the reference sees is seen again
                 chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
             return inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 

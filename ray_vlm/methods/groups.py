@@ -23,6 +23,7 @@ def sample_step(trainer: Any, rows: Sequence[Row]) -> dict[str, Any]:
 
     trainer.model.train()  # TRL reads from it that this is no evaluation
     trainer.pixels = {}
+    trainer.recent.start(sum(len(row.images) for row in rows))
     group, records = trainer.job.method.num_generations, trainer.fetch_records()
     trainer.rows_of = [row for row in rows for _ in range(group)]
     turns = [trainer.preparer.turns(records[row.number]) for row in rows]

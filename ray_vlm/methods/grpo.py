@@ -54,7 +54,7 @@ def heaviest(trainer: Any, rows: list[Row], device: str) -> dict[str, Any]:
 def trainer_class(job: JobConfig) -> type:
     """TRL's trainer, which samples from our rows and scores with our rewards.
 
-    The worker gives it `preparer` and `fetch_records` before it trains.
+    The worker gives it `preparer`, `fetch_records` and `recent` (`models.features.Recent`) before it trains.
     """
     from trl import GRPOTrainer
 

@@ -1,7 +1,9 @@
-"""What a frozen image encoder makes of an image, kept on a disk: each image is encoded once, in all epochs and runs.
+"""What a frozen image encoder makes of an image, made once: within a step, and with a folder in all epochs and runs.
 
-Keyed by content: the pixels as the encoder gets them, and the encoder's weights. A file that cannot be read is made
-again; a full disk, or a folder that holds what it may, ends the writing and nothing else.
+Within a step the reference, the rollout and what is trained look at the same images: `Recent` has them in memory, by
+their pixels. `Shelf` has them on a disk, by a fingerprint of the pixels as the encoder gets them and of the encoder's
+weights. A file that cannot be read is made again; a full disk, or a folder that holds what it may, ends the writing and
+nothing else.
 """
 
 import hashlib
@@ -18,74 +20,105 @@ _AT_ONCE = 2**22  # numbers
 Features = dict[str, Any]  # of one image: "pooled" and, of models with DeepStack, "deepstack.0", ... [tokens, width]
 
 
-def keep_features(model: Any, folder: Path, limit: float) -> None:
-    """Let the model's image encoder, in which nothing learns, take from `folder` what it made before.
+def why_not_kept(model: Any) -> str | None:
+    """Why what the model's image encoder makes of an image is not fixed, or not known, if so. An adapter in it says one
+    thing when it is on and another when it is off, as the references of DPO and GRPO ask."""
+    tower = _tower(model)
+    if not hasattr(tower, "spatial_merge_size"):
+        return f"it knows the image encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and this is a {type(tower).__name__}"
+    changing = [name for name, p in tower.named_parameters() if "lora_" in name or p.requires_grad]
+    return f"{changing[0]} in the image encoder is an adapter's or learns" if changing else None
 
-    `limit`: bytes that the folder may hold. Raises `ModelError` for an encoder with an adapter: it would say one thing
-    with it and another without, as the references of DPO and GRPO ask.
-    """
+
+def keep_features(model: Any, recent: "Recent", shelf: "Shelf | None" = None) -> None:
+    """Let the model's image encoder take what it made before from `recent`, or from `shelf`. Raises `ModelError` where
+    that would not be the same."""
     import torch
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    tower = base.get_encoder(modality="image")
-    if not hasattr(tower, "spatial_merge_size"):
-        raise ModelError(
-            f"train.vision_cache: it knows the image encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and this one is a "
-            f"{type(tower).__name__}. Leave train.vision_cache out."
-        )
-    if changing := [name for name, p in tower.named_parameters() if "lora_" in name or p.requires_grad]:
-        raise ModelError(
-            f"train.vision_cache: {changing[0]} in the image encoder is an adapter's or learns, so what the encoder "
-            "makes of an image is not fixed. Leave train.vision_cache out."
-        )
+    if why := why_not_kept(model):
+        raise ModelError(f"train.vision_cache: {why}. Leave train.vision_cache out.")
+    tower = _tower(model)
     plain, merge = tower.forward, tower.spatial_merge_size**2
-    shelf = Shelf(folder / _key([fingerprint(value) for value in tower.state_dict().values()]), limit)
 
     @torch.no_grad()
     def forward(pixels: Any, grid_thw: Any, **options: Any) -> Any:
         patches = grid_thw.prod(dim=1).tolist()
-        images, device = pixels.split(patches), pixels.device
-        how = f"{pixels.dtype} {torch.is_autocast_enabled(device.type)}"
-        keys = [_key([how, grid.tolist(), fingerprint(own)]) for grid, own in zip(grid_thw, images, strict=True)]
-        found: dict[str, Any] = {key: shelf.read(key, str(device)) for key in keys}
-        missing = {key: number for number, key in enumerate(keys) if found[key] is None}
-        if numbers := list(missing.values()):
-            made = plain(torch.cat([images[n] for n in numbers]), grid_thw=grid_thw[numbers], **options)
-            for key, features in zip(missing, _by_image(made, [patches[n] // merge for n in numbers]), strict=True):
-                shelf.write(key, features)
-                found[key] = features
-        return _output([found[key] for key in keys])
+        how = f"{pixels.dtype} {torch.is_autocast_enabled(pixels.device.type)}"
+        images = [(own, f"{how} {grid}") for own, grid in zip(pixels.split(patches), grid_thw.tolist(), strict=True)]
+        found: list[Any] = [recent.read(*image) or (shelf.read(*image) if shelf else None) for image in images]
+        if missing := [number for number, features in enumerate(found) if features is None]:
+            made = plain(torch.cat([images[n][0] for n in missing]), grid_thw=grid_thw[missing], **options)
+            for n, features in zip(missing, _by_image(made, [patches[n] // merge for n in missing]), strict=True):
+                found[n] = features
+                if shelf:
+                    shelf.write(*images[n], features)
+        for image, features in zip(images, found, strict=True):
+            recent.write(*image, features)
+        return _output(found)
 
     tower.forward = forward
+
+
+class Recent:
+    """The features of the last images, of no more than `room`."""
+
+    def __init__(self) -> None:
+        self.room = 0
+        self.kept: dict[tuple, tuple[Any, Features]] = {}
+
+    def start(self, room: int) -> None:
+        """Forget all, and keep so many images from now on."""
+        self.room = room
+        self.kept.clear()
+
+    def read(self, pixels: Any, how: str) -> Features | None:
+        """Those of the very same pixels, seen in the same way."""
+        import torch
+
+        there = self.kept.get(self._key(pixels, how)) if self.kept else None
+        return there[1] if there is not None and torch.equal(there[0], pixels) else None
+
+    def write(self, pixels: Any, how: str, features: Features) -> None:
+        """Keep them in place of the oldest."""
+        if self.room:
+            self.kept[self._key(pixels, how)] = pixels, features
+        while len(self.kept) > self.room:
+            self.kept.pop(next(iter(self.kept)))
+
+    def _key(self, pixels: Any, how: str) -> tuple:
+        return how, float(pixels.sum())  # `read` looks at every pixel of what this finds
 
 
 class Shelf:
     """Files of features in a folder, which other processes may use too."""
 
-    def __init__(self, folder: Path, limit: float):
-        self.folder, self.limit, self.written, self.full = folder, limit, 0, False
+    def __init__(self, folder: Path, limit: float, model: Any):
+        """`limit`: bytes that the folder may hold. `model`: whose encoder it is; its features have a folder in it."""
+        weights = [fingerprint(value) for value in _tower(model).state_dict().values()]
+        self.folder, self.limit, self.written, self.full = folder / _key(weights), limit, 0, False
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ModelError(
-                f"train.vision_cache={str(folder.parent)!r} cannot be used as a folder: {error}. Name one on a disk of "
-                "each node, or leave it out."
+                f"train.vision_cache={str(folder)!r} cannot be used as a folder: {error}. Name one on a disk of each "
+                "node, or leave it out."
             ) from None
 
-    def read(self, key: str, device: str) -> Features | None:
-        """What is kept under the key; None if nothing is, or nothing that can be read."""
+    def read(self, pixels: Any, how: str) -> Features | None:
+        """What is kept of the image; None if nothing is, or nothing that can be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.folder / key, device)
+            return load_file(self.folder / _key([how, fingerprint(pixels)]), str(pixels.device))
         except (OSError, SafetensorError):
             return None
 
-    def write(self, key: str, features: Features) -> None:
-        """Keep it, whole or not at all. Says so once where there is no more room."""
+    def write(self, pixels: Any, how: str, features: Features) -> None:
+        """Keep them, whole or not at all. Says so once where there is no more room."""
         from safetensors.torch import save_file
 
+        key = _key([how, fingerprint(pixels)])
         half = self.folder / f"{key}.{os.getpid()}.part"
         try:
             if not self.full and self.written % _RECOUNT == 0 and self._held() >= self.limit:
@@ -104,6 +137,10 @@ class Shelf:
     def _stop(self, why: str) -> None:
         self.full = True
         print(f"note: train.vision_cache: no more is written. {why}", flush=True)
+
+
+def _tower(model: Any) -> Any:
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_encoder(modality="image")
 
 
 def fingerprint(values: Any) -> str:

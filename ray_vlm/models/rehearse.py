@@ -109,12 +109,12 @@ class Rehearsal:
         with self.mode, LiveBytes(known) as live, watch or nullcontext(), autocast:
             live.begin("vision")
             pixels = self._pixels(batch)
-            features = self._see(batch, pixels)
+            features, recent = self._see(batch, pixels), self._recent(batch)
             live.begin("forward")
             loss = self._loss(batch, features, live)
             live.begin("backward")
             loss.backward()
-            del loss, features, pixels
+            del loss, features, pixels, recent
         return live
 
     def _build(self) -> tuple[Any, Any]:
@@ -148,6 +148,18 @@ class Rehearsal:
             return None
         values = self.base.get_encoder(modality="image").patch_embed.proj.weight[0].numel()
         return torch.empty(round(sum(batch.patches) * batch.copies), values)
+
+    def _recent(self, batch: Batch) -> Any:
+        """What the encoder made of a step's images, which DPO and GRPO keep for the step (`models/features.py`)."""
+        import torch
+
+        if not batch.patches or not self.sees or self.job.method.name == "sft":
+            return None
+        tower = self.base.get_encoder(modality="image")
+        layers = 1 + len(getattr(tower, "deepstack_visual_indexes", ()))
+        tokens = sum(batch.patches) * batch.copies / tower.spatial_merge_size**2
+        width = self.base.get_input_embeddings().weight.shape[1]
+        return torch.empty(round(tokens), layers * width, dtype=self.dtype)
 
     def _see(self, batch: Batch, pixels: Any) -> Any:
         """Run the image encoder's blocks; under autograd only where something in it learns."""

@@ -15,7 +15,7 @@ from ray_vlm.methods.forward import fold_rows, plan_folding
 from ray_vlm.methods.head import score_labelled
 from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.families import Family
-from ray_vlm.models.features import keep_features
+from ray_vlm.models.features import Recent, Shelf, keep_features, why_not_kept
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.models.tower import run_frozen_tower_plainly
@@ -99,8 +99,12 @@ def build_trainer(
     if folding.share or folding.pack:
         score_labelled(trainer.model)
     run_frozen_tower_plainly(trainer.model)
-    if job.train.vision_cache is not None:
-        keep_features(trainer.model, Path(job.train.vision_cache).expanduser(), job.train.vision_cache_gib * 2**30)
+    trainer.recent, cache = Recent(), job.train.vision_cache
+    if cache is not None:
+        shelf = Shelf(Path(cache).expanduser(), job.train.vision_cache_gib * 2**30, trainer.model)
+        keep_features(trainer.model, trainer.recent, shelf)
+    elif job.method.name != "sft" and job.cluster.zero_stage < 3 and not why_not_kept(trainer.model):
+        keep_features(trainer.model, trainer.recent)  # ZeRO-3 has all workers run the encoder together or none
     trainer.rates = (preparer.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
