@@ -79,7 +79,7 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
         trainer.train()
     config, index = load_config(job.model), prepared.train
     rehearsal = Rehearsal(config, job, preparer.family)
-    merge, folding = merge_of(config), plan_folding(job, preparer.family)
+    merge, folding = merge_of(config), plan_folding(job, preparer.family, config)
     weights = rehearsal.weights()
     loaded = weights.quantised + weights.plain
     found = []
@@ -140,7 +140,7 @@ def real_figures() -> list[dict[str, Any]]:
             family = family_of(config)
             size = RowSize(1024, 128, 256)
             rehearsal = Rehearsal(config, job, family)
-            found = estimate(rehearsal, micro_sizes(job, size), merge_of(config), plan_folding(job, family))
+            found = estimate(rehearsal, micro_sizes(job, size), merge_of(config), plan_folding(job, family, config))
             figures.append(figure(f"memory.{method}.{config.model_type}", found.peak / GIB, "GiB", 40.0))
     return figures
 

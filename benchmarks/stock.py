@@ -16,11 +16,11 @@ from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows
 from ray_vlm.methods.head import score_labelled
 from ray_vlm.methods.rollout import Completion
-from ray_vlm.models.features import Recent, keep_features
 from ray_vlm.models.packing import Folding
 from ray_vlm.models.tower import run_frozen_tower_plainly
 from ray_vlm.train.feed import feed_trainer
 from ray_vlm.train.prepare import prepare
+from ray_vlm.train.trainer import spare_work
 
 Step = dict[str, Any]  # {"loss": float, "grads": {name: tensor}}
 
@@ -100,12 +100,8 @@ def our_trainer(
         train_dataset=datasets.Dataset.from_list([method.EXAMPLE_ROW]),
         **method.extras(job),
     )
-    fold_rows(trainer.model, Folding(share=fold and job.method.name != "sft", pack=fold))
-    score_labelled(trainer.model)
-    run_frozen_tower_plainly(trainer.model)
-    trainer.recent = Recent()
-    if fold and job.method.name != "sft":
-        keep_features(trainer.model, trainer.recent)
+    hidden = trainer.model.config.get_text_config().hidden_size
+    spare_work(trainer, job, preparer, Folding(fold and job.method.name != "sft", fold, hidden))
     trainer.preparer, trainer.fetch_records = preparer, lambda: records
     if answers:
         group = job.method.num_generations
@@ -163,6 +159,9 @@ def _stock_sft(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -
 
     rows = [[_asked(r, preparer) | {"completion": _said(preparer.answer(r).text)} for r in part] for part in records]
     trainer = _stock(job, preparer, rows[0], SFTTrainer, SFTConfig, {"max_length": None})
+    trainer.model_accepts_loss_kwargs = (
+        True  # for Qwen's it would weigh every micro-batch alike, however few its tokens
+    )
     return trainer, [trainer.data_collator(part) for part in rows]
 
 

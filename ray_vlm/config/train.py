@@ -33,8 +33,8 @@ class Train(Section):
         None,
         ge=1,
         le=Largest,
-        description="SFT: rows that one worker runs at a time are as many as hold so many tokens together, those of "
-        "images counted, in place of `micro_batch_size`.",
+        description="SFT: rows that one worker runs at a time are as many as have so many tokens together, those of "
+        "images counted and padded to the longest, in place of `micro_batch_size`. Rows of like length go together.",
     )
     packing: bool = Field(
         True,

@@ -33,7 +33,8 @@ class Plan:
     `factors`: `float64 [rows]`, how often each row is shown in an epoch; None: once. `costs`: `[rows]`, work that a row
     makes (tokens), to share out evenly; None: rows are dealt in order. `whole_steps`: an epoch's last step is made
     whole by rows of its beginning, so that every rank always has as many. `tokens`: `int64 [rows]`; with them
-    micro-batches hold no more than `budget` tokens each, however many rows those are, in place of `micro_batch_size`.
+    micro-batches hold no more than `budget` tokens each, padded to the longest row, however many rows those are, in
+    place of `micro_batch_size`.
     """
 
     num_rows: int
@@ -73,9 +74,7 @@ class Plan:
         most = 1
         for step in range(self.num_steps):
             for rows in deal(self.step_rows(step), self.costs, self.world_size):
-                sizes = self.tokens[rows]
-                while most < len(rows) and max(int(sizes[part].sum()) for part in spread(sizes, most)) > self.budget:
-                    most += 1
+                most = max(most, least_parts(self.tokens[rows], self.budget))
         return most
 
     @property
@@ -106,24 +105,31 @@ class Plan:
 
     def rank_step(self, step: int, rank: int) -> list[MicroBatch]:
         """The micro-batches of one rank in one step, always `accumulation` of them."""
-        rows = self.step_rows(step)
-        mine = deal(rows, self.costs, self.world_size)[rank]
-        if self.tokens is None:
-            parts = np.array_split(mine, self.accumulation)
-        else:
-            parts = [mine[part] for part in spread(self.tokens[mine], self.accumulation)]
-        return [
-            MicroBatch(tuple(int(r) for r in part)) if len(part) else MicroBatch((int(rows[0]),), filler=True)
-            for part in parts
-        ]
+        if (step, rank) not in self._steps:
+            rows = self.step_rows(step)
+            mine = deal(rows, self.costs, self.world_size)[rank]
+            if self.tokens is None:
+                parts = np.array_split(mine, self.accumulation)
+            else:
+                parts = [mine[part] for part in group_alike(self.tokens[mine], self.accumulation, self.budget)]
+            self._steps.clear()
+            self._steps[step, rank] = [
+                MicroBatch(tuple(int(r) for r in part)) if len(part) else MicroBatch((int(rows[0]),), filler=True)
+                for part in parts
+            ]
+        return self._steps[step, rank]
 
     def micro_batch(self, number: int, rank: int) -> MicroBatch:
         """Micro-batch `number` of a rank, counted from the start of the run."""
         step, part = divmod(number, self.accumulation)
         return self.rank_step(step, rank)[part]
 
+    @cached_property
+    def _steps(self) -> dict[tuple[int, int], list[MicroBatch]]:
+        return {}  # the last that was asked for: its micro-batches are asked for one after another
+
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_orders"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_orders", "_steps")}
 
 
 def epoch_order(
@@ -176,15 +182,34 @@ def deal(rows: np.ndarray, costs: np.ndarray | None, world_size: int) -> list[np
     return [np.array(part, np.int64) for part in mine]
 
 
-def spread(sizes: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Positions of `sizes` in `parts` groups with sums as equal as the LPT rule makes them (Graham 1969)."""
-    sums = [(0, part) for part in range(parts)]
-    found: list[list[int]] = [[] for _ in range(parts)]
-    for position in np.argsort(-sizes, kind="stable").tolist():
-        total, part = heapq.heappop(sums)
-        found[part].append(position)
-        heapq.heappush(sums, (total + int(sizes[position]), part))
-    return [np.array(sorted(part), np.int64) for part in found]
+def least_parts(sizes: np.ndarray, budget: int) -> int:
+    """The fewest groups of `sizes` of which none, padded to its longest, has more than `budget` tokens."""
+    ranked, parts, first = np.sort(sizes)[::-1], 0, 0
+    while first < len(ranked):
+        first += max(1, budget // max(1, int(ranked[first])))
+        parts += 1
+    return max(1, parts)
+
+
+def group_alike(sizes: np.ndarray, parts: int, budget: int) -> list[np.ndarray]:
+    """Positions of `sizes` in `parts` groups of like sizes, of no more than `budget` tokens when padded to their
+    longest, with the least padding. `parts`: `least_parts` or more; some are empty where sizes are fewer."""
+    ranked, count = np.argsort(-sizes, kind="stable"), len(sizes)
+    used = min(parts, count)
+    first, end = np.ogrid[:count, : count + 1]
+    padded = (end - first) * np.append(sizes[ranked], 0)[:count, None].astype(float)  # of ranked[first:end] as a group
+    padded[(end <= first) | ((padded > budget) & (end - first > 1))] = np.inf
+    cost, starts = np.full(count + 1, np.inf), []
+    cost[0] = 0.0
+    for _ in range(used):
+        total = cost[:count, None] + padded
+        starts.append(total.argmin(axis=0))
+        cost = total.min(axis=0)
+    found, end_of = [], count
+    for start in reversed(starts):
+        found.append(np.sort(ranked[start[end_of] : end_of]))
+        end_of = int(start[end_of])
+    return found[::-1] + [np.array([], np.int64)] * (parts - used)
 
 
 def plan_sample(num_rows: int, count: int | None) -> list[int]:

@@ -4,8 +4,8 @@ DPO's two answers, and all answers of a GRPO group, stand behind the same images
 out as rows of a padded batch, so images and question are encoded once a row. `fold_rows` wraps the forward of the
 *backbone*, which TRL's log-probability head calls for hidden states: rows with the same images become one tree - their
 common beginning once, then every row's rest as a branch that sees the beginning and itself - and each row gets its
-hidden states back where TRL expects them. Trees, of one row in SFT, are packed into as few rows as are no longer than
-the longest of them. Losses, metrics and options stay TRL's; nothing is approximated (the idea: Wang & Hegde 2024,
+hidden states back where TRL expects them. Trees, of one row in SFT, are packed behind one another where that is less
+work. Losses, metrics and options stay TRL's; nothing is approximated (the idea: Wang & Hegde 2024,
 arXiv:2410.20305; packing: Krell et al. 2021, arXiv:2107.02027; here with M-RoPE positions and images).
 """
 
@@ -30,11 +30,11 @@ class Tree:
     length: int
 
 
-def plan_folding(job: JobConfig, family: Family) -> Folding:
-    """What may be done to the rows of the job's batches."""
+def plan_folding(job: JobConfig, family: Family, config: Any) -> Folding:
+    """What may be done to the rows of the job's batches; `config`: the model's."""
     exact = why_alone(job, family) is None
     share = job.method.name != "sft" and job.method.share_prefixes
-    return Folding(exact and share, exact and job.train.packing)
+    return Folding(exact and share, exact and job.train.packing, config.get_text_config().hidden_size)
 
 
 def why_alone(job: JobConfig, family: Family) -> str | None:
@@ -69,7 +69,7 @@ def fold_rows(model: Any, folding: Folding) -> None:
         alone = [Tree((row,), len(ids)) for row, ids in enumerate(tokens)]
         trees = plan_trees(tokens, images) if folding.share else alone
         sizes = [tree.length + sum(len(tokens[row]) - tree.length for row in tree.rows) for tree in trees]
-        packs = plan_packs(sizes) if folding.pack else [[number] for number in range(len(trees))]
+        packs = plan_packs(sizes, folding.hidden) if folding.pack else [[number] for number in range(len(trees))]
         if len(packs) == len(tokens):
             return plain(**apart)
         return _run(backbone, plain, inputs, tokens, [[trees[n] for n in numbers] for numbers in packs], images)

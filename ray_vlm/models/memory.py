@@ -64,7 +64,7 @@ def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: Fo
     method, answered = job.method, sum(size.answer_tokens for size in sizes)
     compact = bool(job.cluster.gpus_per_worker) or folding.share or folding.pack
     if method.name == "sft":
-        found = _packed([size.tokens for size in sizes], patches, folding.pack)
+        found = _packed([size.tokens for size in sizes], patches, folding)
         return replace(found, labelled=answered if compact and method.loss_on == "answer" else None)
     if method.name == "dpo":
         group, both = 2, [size.answer_tokens for size in sizes]
@@ -82,15 +82,18 @@ def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: Fo
     if method.name == "grpo":
         answers = job.train.global_batch_size / max(1, job.cluster.num_workers)
         copies = max(1.0, answers / method.num_generations / len(sizes))
-    return replace(_packed(trees, patches, folding.pack, (rows, longest)), labelled=labelled, copies=copies)
+    return replace(_packed(trees, patches, folding, (rows, longest)), labelled=labelled, copies=copies)
 
 
-def _packed(sizes: Sequence[int], patches: tuple[int, ...], pack: bool, layout: tuple[int, int] | None = None) -> Batch:
+def _packed(
+    sizes: Sequence[int], patches: tuple[int, ...], folding: Folding, layout: tuple[int, int] | None = None
+) -> Batch:
     """Rows of these lengths, packed or not; `layout`: rows and tokens as TRL has them, if others than these."""
-    rows = len(plan_packs(sizes)) if pack else len(sizes)
-    if layout is None and rows < len(sizes):
+    packs = plan_packs(sizes, folding.hidden) if folding.pack else [[number] for number in range(len(sizes))]
+    if layout is None and len(packs) < len(sizes):
         layout = (len(sizes), max(sizes))
-    return Batch(rows, max(sizes), patches, masked=len(sizes) > 1 or layout is not None, spread=layout)
+    width = max(sum(sizes[number] for number in pack) for pack in packs)
+    return Batch(len(packs), width, patches, masked=len(sizes) > 1 or layout is not None, spread=layout)
 
 
 def estimate(

@@ -56,7 +56,7 @@ def predict(job: JobConfig, index: Index, rows: Sequence[int], preparer: Prepare
     """Memory of one worker when these rows go through it."""
     rehearsal, merge = _rehearse(job, preparer)
     sizes = [row_size(index, row, preparer) for row in rows]
-    return estimate(rehearsal, sizes, merge, plan_folding(job, preparer.family))
+    return estimate(rehearsal, sizes, merge, plan_folding(job, preparer.family, rehearsal.config))
 
 
 def plan_probe(job: JobConfig, plan: Plan, index: Index, preparer: Preparer) -> Probe | None:
@@ -84,7 +84,9 @@ def fit(job: JobConfig, index: Index, preparer: Preparer) -> tuple[JobConfig, st
     assert card is not None
     size = row_size(index, int(np.argmax(index.tokens)), preparer)
     rehearsal, merge = _rehearse(job, preparer)
-    found = choose(rehearsal, size, micros(job), merge, plan_folding(job, preparer.family), card * GIB)
+    found = choose(
+        rehearsal, size, micros(job), merge, plan_folding(job, preparer.family, rehearsal.config), card * GIB
+    )
     if found is None:
         raise ConfigError(
             f"train.memory=auto: not even {micros(job)[0]} at a time, with every layer recomputed, fits into "

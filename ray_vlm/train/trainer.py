@@ -17,6 +17,7 @@ from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.families import Family
 from ray_vlm.models.features import Recent, Shelf, keep_features, why_not_kept
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
+from ray_vlm.models.packing import Folding
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.models.tower import run_frozen_tower_plainly
 from ray_vlm.train.attempt import Attempt, Place
@@ -93,18 +94,7 @@ def build_trainer(
     trainer = feed_trainer(method.trainer_class(job))(
         model=model, args=args, train_dataset=example, **options, **method.extras(job)
     )
-    folding = plan_folding(job, preparer.family)
-    if preparer.stock is None:
-        fold_rows(trainer.model, folding)
-    if folding.share or folding.pack:
-        score_labelled(trainer.model)
-    run_frozen_tower_plainly(trainer.model)
-    trainer.recent, cache = Recent(), job.train.vision_cache
-    if cache is not None:
-        shelf = Shelf(Path(cache).expanduser(), job.train.vision_cache_gib * 2**30, trainer.model)
-        keep_features(trainer.model, trainer.recent, shelf)
-    elif job.method.name != "sft" and job.cluster.zero_stage < 3 and not why_not_kept(trainer.model):
-        keep_features(trainer.model, trainer.recent)  # ZeRO-3 has all workers run the encoder together or none
+    spare_work(trainer, job, preparer, plan_folding(job, preparer.family, model.config))
     trainer.rates = (preparer.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
@@ -124,6 +114,22 @@ def build_trainer(
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer
+
+
+def spare_work(trainer: Any, job: JobConfig, preparer: Preparer, folding: Folding) -> None:
+    """Let the trainer's model run nothing twice and nothing in vain: beginnings that rows share, padding, tokens that
+    nobody scores, a frozen image encoder's backward, and images that it has seen."""
+    if preparer.stock is None:
+        fold_rows(trainer.model, folding)
+    if folding.share or folding.pack:
+        score_labelled(trainer.model)
+    run_frozen_tower_plainly(trainer.model)
+    trainer.recent, cache = Recent(), job.train.vision_cache
+    if cache is not None:
+        shelf = Shelf(Path(cache).expanduser(), job.train.vision_cache_gib * 2**30, trainer.model)
+        keep_features(trainer.model, trainer.recent, shelf)
+    elif job.method.name != "sft" and job.cluster.zero_stage < 3 and not why_not_kept(trainer.model):
+        keep_features(trainer.model, trainer.recent)  # ZeRO-3 has all workers run the encoder together or none
 
 
 def _printer() -> type:

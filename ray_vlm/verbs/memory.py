@@ -41,7 +41,7 @@ def _memory(args: argparse.Namespace) -> None:
     config = _config(job, known=args.tokens is not None)
     family = family_of(config)
     cards = args.card or ([job.cluster.gpu_memory_gib] if job.cluster.gpu_memory_gib else [])
-    folding, merge, rehearsal = plan_folding(job, family), merge_of(config), Rehearsal(config, job, family)
+    folding, merge, rehearsal = plan_folding(job, family, config), merge_of(config), Rehearsal(config, job, family)
     found = estimate(rehearsal, micro_sizes(job, size), merge, folding)
     print(
         f"{job.model.name}, {job.method.name}, {job.train.micro_batch_size} at a time; the heaviest row has "

@@ -1,12 +1,12 @@
 """The plan: every row once an epoch, the same steps for any number of workers, any step without those before."""
 
-import math
+import itertools
 import pickle
 
 import numpy as np
 import pytest
 
-from ray_vlm.data.plan import Plan, deal, plan_sample, spread
+from ray_vlm.data.plan import Plan, deal, group_alike, least_parts, plan_sample
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -72,18 +72,36 @@ def test_micro_batches_under_a_budget_of_tokens() -> None:
             batches = [plan.rank_step(step, rank) for rank in range(world)]
             assert {len(of_rank) for of_rank in batches} == {plan.accumulation}
             real = [b.rows for of_rank in batches for b in of_rank if not b.filler]
-            assert all(tokens[list(rows)].sum() <= 1500 for rows in real)
+            assert all(len(rows) * tokens[list(rows)].max() <= 1500 for rows in real)
             assert sorted(r for rows in real for r in rows) == sorted(plan.step_rows(step).tolist())
         fewest = max(
-            math.ceil(tokens[rows].sum() / 1500)
+            least_parts(tokens[rows], 1500)
             for step in range(plan.num_steps)
             for rows in deal(plan.step_rows(step), plan.costs, world)
         )
-        assert fewest <= plan.accumulation <= fewest + 2
+        assert plan.accumulation == fewest
     assert pickle.loads(pickle.dumps(plan)).rank_step(3, 1) == plan.rank_step(3, 1)
 
 
-def test_groups_of_like_sums() -> None:
-    parts = spread(np.array([9, 1, 5, 5, 4]), 3)
-    assert [part.tolist() for part in parts] == [[0], [2, 4], [1, 3]]
-    assert [part.tolist() for part in spread(np.array([3]), 2)] == [[0], []]
+def test_groups_of_like_sizes() -> None:
+    parts = group_alike(np.array([9, 1, 5, 5, 4]), 3, 100)
+    assert [part.tolist() for part in parts] == [[0], [2, 3, 4], [1]]
+    assert [part.tolist() for part in group_alike(np.array([3]), 2, 3)] == [[0], []]
+    assert [part.tolist() for part in group_alike(np.array([5, 5, 5]), 2, 10)] in ([[0], [1, 2]], [[0, 1], [2]])
+    assert least_parts(np.array([5, 5, 5]), 10) == 2
+    assert least_parts(np.array([9, 1, 5, 5, 4]), 9) == 4
+
+
+def test_no_other_groups_have_less_padding() -> None:
+    """Against every way to cut sorted sizes into so many stretches."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        sizes, budget = rng.integers(1, 60, 7), 120
+        parts = least_parts(sizes, budget) + int(rng.integers(0, 2))
+        found = group_alike(sizes, parts, budget)
+        ranked = np.sort(sizes)[::-1]
+        cuts = itertools.combinations(range(1, 7), parts - 1)
+        ways = [[ranked[a:b] for a, b in itertools.pairwise((0, *cut, 7))] for cut in cuts]
+        fitting = [sum(len(g) * g[0] for g in way) for way in ways if all(len(g) * g[0] <= budget for g in way)]
+        assert sum(len(part) * sizes[part].max() for part in found) == min(fitting)
+        assert sorted(np.concatenate(found).tolist()) == list(range(7))
