@@ -108,9 +108,11 @@ class Arm:
         if told is not None and told.requires_grad:  # not what a reference says
             self.logps.append(told.detach())
 
-    def step(self) -> float:
-        """Seconds of loss and gradients."""
+    def step(self, seen: bool = False) -> float:
+        """Seconds of loss and gradients. `seen`: of a step whose images the rollout has seen."""
         self.trainer.model.zero_grad()
+        if not seen and hasattr(self.trainer, "recent"):
+            self.trainer.recent.start(self.trainer.recent.room)
         self.tokens = self.patches = 0
         self.logps.clear()
         self.loss, started = 0.0, time.perf_counter()

@@ -46,7 +46,7 @@ def computed() -> list[dict[str, Any]]:
             asks = int(method == "dpo")  # the reference: one more forward, where a checkpointed step takes three
             trl = theirs * (1 + asks / 3) + rows * image * (times + asks)
             told = f"computed, {method}, {name.split('/')[1]}, P={prompt}, C={length}: work, TRL against ours"
-            found.append(figure(told, trl / (ours * (1 + asks / 3) + image * (1 + asks)), "x"))
+            found.append(figure(told, trl / (ours * (1 + asks / 3) + image), "x"))
             if asks:
                 found.append(figure(f"{told} with caches", trl / ours, "x"))
     return found
