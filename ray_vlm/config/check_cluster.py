@@ -14,6 +14,11 @@ CLUSTER_RULES: list[Rule] = [
         "under ZeRO-3 no worker has weights to run a batch through before training begins. Leave it out.",
     ),
     (
+        lambda j: j.train.nonfinite == "skip" and j.cluster.deepspeed is not None,
+        ("train.nonfinite", "cluster.deepspeed"),
+        "DeepSpeed takes its step before the gradient can be looked at. Leave train.nonfinite out.",
+    ),
+    (
         lambda j: j.train.vision_cache is not None and j.cluster.zero_stage == 3,
         ("train.vision_cache", "cluster.deepspeed"),
         "under ZeRO-3 no worker has the image encoder's weights, whose content is part of what names a file. Use "

@@ -9,7 +9,7 @@ MAY_CHANGE = (
     *("cluster", "track", "checkpoint", "run", "data.num_loaders", "data.test"),
     *("train.num_epochs", "train.max_steps", "train.log_every_steps", "train.early_stopping_patience"),
     *("train.micro_batch_size", "train.tokens_per_micro_batch", "train.packing", "train.gradient_checkpointing"),
-    *("train.memory", "train.probe", "train.vision_cache", "train.vision_cache_gib"),
+    *("train.memory", "train.probe", "train.vision_cache", "train.vision_cache_gib", "train.nonfinite"),
     *("evaluate.every_steps", "evaluate.batch_size"),
     *("evaluate.asynchronous", "evaluate.engine", "evaluate.num_replicas"),
 )

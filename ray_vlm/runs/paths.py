@@ -26,7 +26,10 @@ from ray_vlm.runs.store import Store, is_remote, join, local_path
 
 CLAIMED = ".claimed"  # holds a name in an object store until the run's first files are there
 _SEE_S = 15.0  # a network file system may show another node's new file this late
-_KEPT = ("job.yaml", "resolved.json", "run.json", "metrics.jsonl", "training_log.json", "bad_rows.jsonl")
+_KEPT = (
+    *("job.yaml", "resolved.json", "run.json", "metrics.jsonl", "training_log.json"),
+    *("bad_rows.jsonl", "bad_steps.jsonl"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class RunPaths:
     @property
     def bad_rows(self) -> Path:
         return self.root / "bad_rows.jsonl"
+
+    @property
+    def bad_steps(self) -> Path:
+        return self.root / "bad_steps.jsonl"
 
     @property
     def balance(self) -> Path:

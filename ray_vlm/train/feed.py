@@ -70,6 +70,7 @@ def feed_trainer(trainer_class: type) -> type:
         control: Any
         validate: Callable[[Any], dict[str, float]] | None = None
         write_checkpoint: Callable[[], None]
+        skips_nonfinite = False
         rates: tuple[Any, dict[str, float]] = (None, {})  # the family, and learning rates of its parts
 
         def __init__(self, *args: Any, **kwargs: Any):
@@ -96,7 +97,9 @@ def feed_trainer(trainer_class: type) -> type:
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             with self.clock.phase("step"):
-                return super().training_step(*args, **kwargs)
+                loss = super().training_step(*args, **kwargs)
+            # The Trainer sums losses up, and takes the sum off after logging: NaN would stay in it.
+            return loss.nan_to_num(0.0, 0.0, 0.0) if self.skips_nonfinite else loss
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             with self.clock.phase("forward"):

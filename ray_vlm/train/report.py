@@ -22,6 +22,7 @@ from ray_vlm.runs.monitor import LINE_KEYS, Monitor, current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, write_folder
 from ray_vlm.train.attempt import Place
 from ray_vlm.train.background import find_left
+from ray_vlm.train.finite import Spikes
 
 _WAIT_S = 0.2  # between looks at a validation that is waited for
 
@@ -46,9 +47,9 @@ class RunCallback(TrainerCallback):
     `save` writes weights and how inputs were made into a folder, after all ranks have called `gather`; `tell` reports
     to Ray; `stop_asked` says after every step whether this rank was told to leave, and `agree` makes of one rank's
     flags those of all; `check_owner` is asked before anything is replaced; `logged` names the numbers that are kept;
-    `gradients` gives their norms by part of the model, `usage` what the step took since it was last asked, `samples`
-    captions and images of the last validation; `background` measures in the ranks' stead where validation is
-    asynchronous.
+    `gradients` gives their norms by part of the model, which `check_finite` looks at before the optimizer moves;
+    `usage` what the step took since it was last asked, `samples` captions and images of the last validation;
+    `background` measures in the ranks' stead where validation is asynchronous.
     """
 
     logged: Callable[[dict[str, Any]], dict[str, Any]] = staticmethod(lambda logs: dict(logs))
@@ -60,6 +61,7 @@ class RunCallback(TrainerCallback):
     background: Any = None
     check_owner: Callable[[], None] = staticmethod(lambda: None)
     gather: Callable[[], None] = staticmethod(lambda: None)
+    check_finite: Callable[[Any, int, dict[str, float]], bool] = staticmethod(lambda model, step, norms: False)
 
     def __init__(
         self,
@@ -84,6 +86,8 @@ class RunCallback(TrainerCallback):
         self._tokens = 0.0
         self._step = 0
         self._norms: dict[str, float] = {}
+        self._spikes = Spikes()
+        self._skipped = False  # the step that is being logged
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = time.monotonic()
@@ -93,6 +97,7 @@ class RunCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._norms = self.gradients(kwargs["model"])
+        self._skipped = self.check_finite(kwargs["model"], state.global_step, self._norms)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / self.plan.steps_per_epoch  # the Trainer's is wrong in an epoch resumed midway
@@ -115,15 +120,20 @@ class RunCallback(TrainerCallback):
         logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs:
             return
+        if self.job.cluster.deepspeed and not math.isfinite(logs["loss"]):  # its gradients are not to be seen
+            self.check_finite(kwargs["model"], state.global_step - 1, {"the loss": logs["loss"]})
         now = time.monotonic()
         tokens = logs.get("num_tokens", 0.0)
-        values = self.logged(logs)
+        values = self.logged(logs | ({"loss": math.nan} if self._skipped else {}))
         values["tokens_per_s"] = (tokens - self._tokens) / max(now - self._last, 1e-9)
         values["step_s"] = now - self._last
         values |= by_part(self._norms, float(logs.get("grad_norm") or 0.0)) | self.usage()
         self._tokens, self._last = tokens, now
-        self.progress.epoch_losses.append(float(logs["loss"]))
+        if math.isfinite(values["loss"]):
+            self.progress.epoch_losses.append(float(logs["loss"]))
         if self.monitor is not None:
+            if self.job.method.name != "grpo" and (told := self._spikes.look(state.global_step, values["loss"])):
+                self.monitor.note(state.global_step, told)  # GRPO's loss says little by its height
             self.monitor.write("train", state.global_step, state.epoch or 0.0, values)
             if state.global_step % self.job.train.log_every_steps == 0:
                 self.monitor.publish()

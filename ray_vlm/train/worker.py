@@ -184,6 +184,7 @@ def _build_callback(
 ) -> Any:
     from ray_vlm.evaluate.drawn import draw_predictions
     from ray_vlm.train.background import Background
+    from ray_vlm.train.finite import watch_steps
     from ray_vlm.train.gradients import watch_gradients
     from ray_vlm.train.report import Progress, RunCallback, plain
 
@@ -211,6 +212,8 @@ def _build_callback(
 
     callback = RunCallback(job, paths, task.plan, monitor, save, tell)
     callback.gather = gather
+    records = trainer.fetch_records()
+    callback.check_finite = watch_steps(job, paths, task.plan, monitor, lambda row: str(records[row].id))
     callback.logged = METHODS[job.method.name].logged
     callback.gradients = watch_gradients(job, load_preparer(task.spec).family, trainer.model, place)
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))

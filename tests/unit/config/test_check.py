@@ -56,6 +56,7 @@ BROKEN = [
     {"tune": {"resident": True}, "evaluate": {"asynchronous": True}, "data": TRAIN | {"eval": 0.1}},
     {"train": {"memory": "auto"}},
     {"train": {"probe": True}, "cluster": {"deepspeed": "zero3"}},
+    {"train": {"nonfinite": "skip"}, "cluster": {"deepspeed": "zero2"}},
     {"train": {"vision_cache": "features"}, "cluster": {"deepspeed": "zero3"}},
     {"cluster": {"num_workers": 32}},
     {"cluster": {"gpus_per_worker": 0.5}},
