@@ -1,7 +1,7 @@
 """What a frozen image encoder makes of an image, made once: within a step, and with a folder in all epochs and runs.
 
 Within a step the reference, the rollout and what is trained look at the same images: `Recent` has them in memory, by
-their pixels. `Shelf` has them on a disk, by a fingerprint of the pixels as the encoder gets them and of the encoder's
+their pixels. `Shelf` has them on a disk, by the hash of the pixels as the encoder gets them and of the encoder's
 weights. A file that cannot be read is made again; a full disk, or a folder that holds what it may, ends the writing and
 nothing else.
 """
@@ -15,8 +15,6 @@ from typing import Any
 from ray_vlm.errors import ModelError
 
 _RECOUNT = 500  # files written between looks at how full the folder is: other processes write to it too
-_WORDS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
-_AT_ONCE = 2**22  # numbers
 Features = dict[str, Any]  # of one image: "pooled" and, of models with DeepStack, "deepstack.0", ... [tokens, width]
 
 
@@ -144,20 +142,12 @@ def _tower(model: Any) -> Any:
 
 
 def fingerprint(values: Any) -> str:
-    """A tensor's content in 128 bits, computed where it lies: two sums of its words, each times a number that is drawn
-    by its place. No protection against images made to collide."""
+    """SHA-256 of a tensor's content, shape and dtype."""
     import torch
 
-    words = values.detach().contiguous().reshape(-1).view(getattr(torch, _WORDS[values.element_size()]))
-    sums = [len(words), 0, 0]
-    for start in range(0, len(words), _AT_ONCE):
-        part = words[start : start + _AT_ONCE].long()
-        places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
-        for number, factor in ((1, -7046029254386353131), (2, -4417276706812531889)):
-            drawn = places * factor
-            drawn = (drawn ^ (drawn >> 29)) * -4658895280553007687
-            sums[number] += int((part * ((drawn ^ (drawn >> 32)) | 1)).sum())
-    return " ".join(str(number) for number in sums)
+    found = hashlib.sha256(f"{values.dtype} {list(values.shape)} ".encode())
+    found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _key(told: Sequence[Any]) -> str:
