@@ -58,6 +58,7 @@ class Case:
             losses.append((ours.loss, stock.loss))
             for arm in self.arms:
                 arm.learn()
+        later = logps_apart(ours, stock)
         curve = max(abs(mine - theirs) / max(abs(theirs), 1e-2) for mine, theirs in losses)
         ratios = [[of_pair[n] / of_pair[0] for of_pair in times[1:]] for n in range(1, len(self.arms))]
         found = [self.figure("step, TRL against ours", statistics.median(ratios[0]), "x", self.bar, most=False)]
@@ -65,6 +66,7 @@ class Case:
             found.append(self.figure("step, TRL patched against ours", statistics.median(ratios[1]), "x"))
         found.append(self.figure("log-probabilities, gradients apart", exact, "", EXACT))
         found.append(self.figure(f"losses of {len(losses)} steps apart", curve, "", CURVE))
+        found.append(self.figure(f"log-probabilities of step {len(losses)} apart", later, ""))
         found.append(self.figure("tokens, TRL against ours", stock.tokens / ours.tokens, "x"))
         if ours.patches:
             found.append(self.figure("patches, TRL against ours", stock.patches / ours.patches, "x"))

@@ -108,7 +108,9 @@ class Data(Section):
         None, description="Classification: the same for the values of all attributes but the first."
     )
     on_bad_row: Literal["raise", "quarantine"] = Field(
-        "raise", description="`raise`: nothing starts. `quarantine`: written to `bad_rows.jsonl`, counted, left out."
+        "raise",
+        description="`raise`: nothing starts. `quarantine`: written to `bad_rows.jsonl`, counted, left out; "
+        "of a row that cannot be read any more while training, another takes the place.",
     )
     num_loaders: int | None = Field(
         None,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.cluster.environment import Environment
+from ray_vlm.data.lost import make_row
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.records import Record
 from ray_vlm.data.rows import load_preparer
@@ -35,7 +36,8 @@ _TASK_BYTES, _TASK_ROWS = 128 * 2**20, 64
 class Feed:
     """What one rank streams: its micro-batches `first` up to (not including) `last` of a plan over `records`.
 
-    `records` is the tuple itself, or a Ray object reference to it. `row_bytes`: of a row's pixels, about.
+    `records` is the tuple itself, or a Ray object reference to it. `row_bytes`: of a row's pixels, about. `fill_in`:
+    another row takes the place of one that cannot be read any more (`data/lost.py`).
     """
 
     records: Any
@@ -45,12 +47,13 @@ class Feed:
     first: int
     last: int
     row_bytes: float = 4 * 2**20
+    fill_in: bool = False
 
 
 def make_rows(feed: Feed, records: Sequence[Record], number: int) -> list[Row]:
     """The rows of micro-batch `number`; those of a filler train nothing."""
     micro = feed.plan.micro_batch(number, feed.rank)
-    rows = [replace(load_preparer(feed.spec).row(records[i]), number=i) for i in micro.rows]
+    rows = [make_row(load_preparer(feed.spec), records, i, feed.fill_in) for i in micro.rows]
     if micro.filler:
         rows = [replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows]
     return rows

@@ -14,6 +14,7 @@ from ray_vlm.config.load import dump_job, fill_defaults
 from ray_vlm.config.resume import check_resume
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
+from ray_vlm.data.lost import describe_lost
 from ray_vlm.data.records import Image, PreferenceRecord, Record, SftRecord
 from ray_vlm.data.splits import Parts
 from ray_vlm.data.stream import mean_bytes
@@ -151,6 +152,8 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
             paths.refresh(paths.metrics)
             finish_manifest(paths, status, result, error)
             write_training_log(paths, result["best"] if result else None)
+    if lost := result.get("lost_rows"):
+        print(describe_lost(lost), flush=True)
     if result["stopped"]:
         raise Interrupted(
             f"stopped at step {result['steps']} of {prepared.plan.num_steps}, with a checkpoint; --resume goes on "

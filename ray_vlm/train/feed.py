@@ -21,7 +21,7 @@ class PlannedBatches:
 
     `build` makes what the trainer takes of the stream's rows. `first`: number of the stream's first micro-batch. In an
     epoch that is resumed midway only the rest comes. `accumulation`: what the trainer counts as batches of one step.
-    `clock` is told how long rows were waited for; `num_images` counts what came.
+    `clock` is told how long rows were waited for; `num_images` counts what came. `rank`: whose micro-batches they are.
     """
 
     def __init__(
@@ -32,9 +32,12 @@ class PlannedBatches:
         accumulation: int,
         first: int = 0,
         clock: Clock | None = None,
+        rank: int = 0,
     ):
         self.clock = clock or Clock("cpu")
         self.num_images = 0
+        self.lost: list[tuple[int, int]] = []  # rows that could not be read, with those in their place
+        self._rank = rank
         self._next = first
         self._stream = stream
         self._plan = plan
@@ -51,6 +54,8 @@ class PlannedBatches:
                 rows = next(self._stream, None)
             if rows is None:
                 return
+            planned = self._plan.micro_batch(self._next, self._rank).rows
+            self.lost += [(i, row.number) for i, row in zip(planned, rows, strict=True) if row.number != i]
             self._next += 1
             self.num_images += sum(len(row.images) for row in rows)
             with self.clock.phase("collate"):

@@ -101,7 +101,9 @@ def build_trainer(
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
     plan = task.plan
     first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
-    feed = Feed(task.train, task.spec, plan, place.rank, first, last, task.row_bytes)
+    feed = Feed(
+        task.train, task.spec, plan, place.rank, first, last, task.row_bytes, job.data.on_bad_row == "quarantine"
+    )
     if place.ray:
         stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment)
     else:
@@ -111,7 +113,7 @@ def build_trainer(
         return method.collate(rows, preparer, place.device)
 
     steps = args.gradient_accumulation_steps
-    trainer.planned_batches = PlannedBatches(stream, plan, build, steps, first, trainer.clock)
+    trainer.planned_batches = PlannedBatches(stream, plan, build, steps, first, trainer.clock, place.rank)
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer

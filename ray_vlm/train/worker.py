@@ -123,7 +123,10 @@ def _train(
     finally:
         _close(paths, attempt, trainer, monitor, meter)
     steps = max(attempt.step, trainer.state.global_step)
-    told = {"steps": steps, "num_steps": task.plan.num_steps}
+    told: dict[str, Any] = {"steps": steps, "num_steps": task.plan.num_steps}
+    if lost := [pair for of_rank in place.gather(trainer.planned_batches.lost) for pair in of_rank]:
+        records = trainer.fetch_records()
+        told["lost_rows"] = [(str(records[gone].id), str(records[other].id)) for gone, other in lost]
     return told | {"best": callback.progress.best, "stopped": callback.stopped}
 
 

@@ -250,3 +250,32 @@ def test_a_failed_run_says_why_in_its_folder(job_file, scenes: Path, monkeypatch
     run = json.loads((Path(yaml.safe_load(path.read_text())["run"]["output_dir"]) / "run" / "run.json").read_text())
     assert run["status"] == "failed"
     assert "caught fire" in run["attempts"][0]["error"]
+
+
+def test_an_image_that_is_gone_is_counted(
+    job_file: Any, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Deleted between the check of the rows and their step: the run ends with as many steps, and says so."""
+    import shutil
+
+    from ray_vlm.data import lost
+    from ray_vlm.train import driver
+
+    monkeypatch.setattr(lost, "WAITS_S", (0.0, 0.0))
+    copy = tmp_path / "scenes"
+    shutil.copytree(scenes, copy)
+    launch = driver.launch
+    gone = json.loads((copy / "train.json").read_text())["images"][0]["file_name"]
+
+    def lose(*args: Any, **kwargs: Any) -> Any:
+        (copy / gone).unlink()
+        return launch(*args, **kwargs)
+
+    monkeypatch.setattr(driver, "launch", lose)
+    data = {"train": {"path": str(copy / "train.json")}, "eval": None, "on_bad_row": "quarantine"}
+    path = job_file(data=data, train={"max_steps": None, "global_batch_size": 8, "micro_batch_size": 4})
+    paths = driver.train(load_job(path), "")
+    result = json.loads(paths.run.read_text())["result"]
+    assert len(result["lost_rows"]) == 1
+    assert result["steps"] == result["num_steps"]
+    assert "1 rows could not be read any more" in capsys.readouterr().out

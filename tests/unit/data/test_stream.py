@@ -106,6 +106,39 @@ def test_an_error_in_the_loader_reaches_the_consumer(scenes: Path, tiny_models: 
         list(stream_local(feed))
 
 
+def test_another_row_takes_the_place_of_a_lost_one(
+    scenes: Path, tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from ray_vlm.data import lost
+
+    monkeypatch.setattr(lost, "WAITS_S", (0.0, 0.0))
+    index, spec = _index(scenes, tiny_models["qwen3_vl"])
+    records = list(index.records[:6])
+    for number in (1, 2, 5):
+        records[number] = replace(records[number], images=(str(tmp_path / "gone.jpg"),))
+    feed = Feed(tuple(records), spec, Plan(6, 2, 2, 1, shuffle=False), 0, 0, 3, fill_in=True)
+    assert [[row.number for row in rows] for rows in stream_local(feed)] == [[0, 3], [3, 3], [4, 0]]
+    none = tuple(replace(record, images=(str(tmp_path / "gone.jpg"),)) for record in records)
+    with pytest.raises(DataError, match=r"gone.jpg .*Nor can any of the 5 rows after it"):
+        list(stream_local(replace(feed, records=none)))
+
+
+def test_a_file_that_comes_back_is_waited_for(
+    scenes: Path, tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+    from dataclasses import replace
+
+    index, spec = _index(scenes, tiny_models["qwen3_vl"])
+    late = tmp_path / "late.png"
+    record = replace(index.records[0], images=(str(late),))
+    monkeypatch.setattr(time, "sleep", lambda wait: late.write_bytes(Path(index.records[0].images[0]).read_bytes()))
+    rows = list(stream_local(Feed((record,), spec, Plan(1, 1, 1, 1), 0, 0, 1)))
+    assert rows[0][0].number == 0
+
+
 def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dict[str, str]) -> None:
     import threading
 
