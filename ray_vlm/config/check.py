@@ -158,6 +158,11 @@ RULES: list[Rule] = [
         "all parts are frozen, so nothing would learn. Leave one out.",
     ),
     (
+        lambda j: "://" in (j.train.vision_cache or ""),
+        ("train.vision_cache",),
+        "it is a folder on a disk of each node, not an address. Give a path.",
+    ),
+    (
         lambda j: j.train.vision_cache is not None and not _learning(j).isdisjoint({"vision", "connector"}),
         ("train.vision_cache", "lora.target", "train.freeze"),
         "what the image encoder makes of an image changes as it, or the connector in it, learns. Leave "

@@ -32,7 +32,7 @@ def make_row(preparer: Preparer, records: Sequence[Record], number: int, fill_in
             else:
                 time.sleep(wait)
     if not fill_in:
-        raise DataError(f"{first} data.on_bad_row=quarantine puts another row in its place.")
+        raise DataError(f"{first} Mend that, then go on with --resume.")
     others = [(number + step) % len(records) for step in range(1, min(_OTHERS, len(records) - 1) + 1)]
     for other in others:
         try:

@@ -17,6 +17,8 @@ from functools import cached_property
 
 import numpy as np
 
+_STEPS = 64  # of a rank each, that a plan keeps in memory
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -105,19 +107,22 @@ class Plan:
 
     def rank_step(self, step: int, rank: int) -> list[MicroBatch]:
         """The micro-batches of one rank in one step, always `accumulation` of them."""
-        if (step, rank) not in self._steps:
+        found = self._steps.get((step, rank))
+        if found is None:
             rows = self.step_rows(step)
             mine = deal(rows, self.costs, self.world_size)[rank]
             if self.tokens is None:
                 parts = np.array_split(mine, self.accumulation)
             else:
                 parts = [mine[part] for part in group_alike(self.tokens[mine], self.accumulation, self.budget)]
-            self._steps.clear()
-            self._steps[step, rank] = [
+            found = [
                 MicroBatch(tuple(int(r) for r in part)) if len(part) else MicroBatch((int(rows[0]),), filler=True)
                 for part in parts
             ]
-        return self._steps[step, rank]
+            if len(self._steps) > _STEPS:
+                self._steps.clear()
+            self._steps[step, rank] = found
+        return found
 
     def micro_batch(self, number: int, rank: int) -> MicroBatch:
         """Micro-batch `number` of a rank, counted from the start of the run."""
@@ -126,7 +131,7 @@ class Plan:
 
     @cached_property
     def _steps(self) -> dict[tuple[int, int], list[MicroBatch]]:
-        return {}  # the last that was asked for: its micro-batches are asked for one after another
+        return {}  # the last ones: the loader and the trainer ask for micro-batches one after another
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in ("_orders", "_steps")}

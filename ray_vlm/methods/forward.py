@@ -61,9 +61,8 @@ def fold_rows(model: Any, folding: Folding) -> None:
         if not handled and image_spans is None:
             return plain(*args, **inputs)
         images = RowImages(backbone.visual, inputs, image_spans)
-        apart = inputs if image_spans is None else inputs | images.of_all(range(len(images.spans)))
         if not handled:
-            return plain(*args, **apart)
+            return plain(*args, **_apart(inputs, images, image_spans))
         rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         tokens = [ids[mask.bool()].tolist() for ids, mask in rows]
         alone = [Tree((row,), len(ids)) for row, ids in enumerate(tokens)]
@@ -71,10 +70,15 @@ def fold_rows(model: Any, folding: Folding) -> None:
         sizes = [tree.length + sum(len(tokens[row]) - tree.length for row in tree.rows) for tree in trees]
         packs = plan_packs(sizes, folding.hidden) if folding.pack else [[number] for number in range(len(trees))]
         if len(packs) == len(tokens):
-            return plain(**apart)
+            return plain(**_apart(inputs, images, image_spans))
         return _run(backbone, plain, inputs, tokens, [[trees[n] for n in numbers] for numbers in packs], images)
 
     backbone.forward = forward
+
+
+def _apart(inputs: dict[str, Any], images: RowImages, spans: Sequence[Span] | None) -> dict[str, Any]:
+    """The inputs with each row's images for itself, as transformers wants them."""
+    return inputs if spans is None else inputs | images.of_all(range(len(images.spans)))
 
 
 def plan_trees(tokens: Sequence[list[int]], images: Any) -> list[Tree]:

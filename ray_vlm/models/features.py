@@ -9,12 +9,15 @@ nothing else.
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import ModelError
 
-_RECOUNT = 500  # files written between looks at how full the folder is: other processes write to it too
+_RECOUNT = 0.01  # of the limit, written between looks at how full the folder is: other processes write to it too
+_SUFFIX = ".features"
+_KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # whose encoder gives out what `_output` makes again
 Features = dict[str, Any]  # of one image: "pooled" and, of models with DeepStack, "deepstack.0", ... [tokens, width]
 
 
@@ -22,8 +25,8 @@ def why_not_kept(model: Any) -> str | None:
     """Why what the model's image encoder makes of an image is not fixed, or not known, if so. An adapter in it says one
     thing when it is on and another when it is off, as the references of DPO and GRPO ask."""
     tower = _tower(model)
-    if not hasattr(tower, "spatial_merge_size"):
-        return f"it knows the image encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and this is a {type(tower).__name__}"
+    if model.config.model_type not in _KNOWN:
+        return f"it knows the image encoders of {', '.join(_KNOWN)}, and this is a {model.config.model_type}"
     changing = [name for name, p in tower.named_parameters() if "lora_" in name or p.requires_grad]
     return f"{changing[0]} in the image encoder is an adapter's or learns" if changing else None
 
@@ -92,8 +95,12 @@ class Shelf:
 
     def __init__(self, folder: Path, limit: float, model: Any):
         """`limit`: bytes that the folder may hold. `model`: whose encoder it is; its features have a folder in it."""
-        weights = [fingerprint(value) for value in _tower(model).state_dict().values()]
-        self.folder, self.limit, self.written, self.full = folder / _key(weights), limit, 0, False
+        import transformers
+
+        tower = _tower(model)
+        known = [transformers.__version__, sorted(tower.config.to_dict().items(), key=str)]
+        self.folder = folder / _key([*known, *(fingerprint(value) for value in tower.state_dict().values())])
+        self.limit, self.full, self.held, self.unseen = limit, False, held(folder), 0.0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -108,33 +115,44 @@ class Shelf:
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.folder / _key([how, fingerprint(pixels)]), str(pixels.device))
+            return load_file(self.folder / (_key([how, fingerprint(pixels)]) + _SUFFIX), str(pixels.device))
         except (OSError, SafetensorError):
             return None
 
     def write(self, pixels: Any, how: str, features: Features) -> None:
         """Keep them, whole or not at all. Says so once where there is no more room."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        key = _key([how, fingerprint(pixels)])
-        half = self.folder / f"{key}.{os.getpid()}.part"
+        if self.full:
+            return
+        name = _key([how, fingerprint(pixels)]) + _SUFFIX
+        half = self.folder / f"{name}.{os.getpid()}"
         try:
-            if not self.full and self.written % _RECOUNT == 0 and self._held() >= self.limit:
-                self._stop(f"{self.folder.parent} holds {self.limit / 2**30:g} GiB, as train.vision_cache_gib says")
-            if not self.full:
-                save_file({name: value.contiguous() for name, value in features.items()}, half)
-                os.replace(half, self.folder / key)
-                self.written += 1
-        except OSError as error:
+            if self.unseen >= self.limit * _RECOUNT:
+                self.held, self.unseen = held(self.folder.parent), 0.0
+            if self.held + self.unseen >= self.limit:
+                return self._stop(f"{self.folder.parent} holds what train.vision_cache_gib allows")
+            save_file({name: value.contiguous() for name, value in features.items()}, half)
+            os.replace(half, self.folder / name)
+            self.unseen += sum(value.nbytes for value in features.values())
+        except (OSError, SafetensorError) as error:
             self._stop(f"{self.folder}: {error}")
-            half.unlink(missing_ok=True)
-
-    def _held(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.parent.glob("*/*"))
+            with suppress(OSError):
+                half.unlink(missing_ok=True)
 
     def _stop(self, why: str) -> None:
         self.full = True
         print(f"note: train.vision_cache: no more is written. {why}", flush=True)
+
+
+def held(folder: Path) -> float:
+    """Bytes of all features in the folder, of every encoder."""
+    total = 0.0
+    for path in folder.glob(f"*/*{_SUFFIX}*"):
+        with suppress(FileNotFoundError):  # another process has just given it its name
+            total += path.stat().st_size
+    return total
 
 
 def _tower(model: Any) -> Any:

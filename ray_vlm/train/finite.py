@@ -9,6 +9,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,21 @@ def is_finite(norms: Mapping[str, float]) -> bool:
     return all(math.isfinite(norm) for norm in norms.values())
 
 
-def describe_step(plan: Plan, step: int, norms: Mapping[str, float], ids: Callable[[int], str]) -> dict[str, Any]:
-    """A line for `bad_steps.jsonl`: the step (from 1), the parts whose gradient is not finite, and the rows of every
-    rank's micro-batches. `step`: from 0; `ids`: the id of a row by its position."""
+def describe_step(plan: Plan, step: int, ids: Callable[[int], str]) -> dict[str, Any]:
+    """A line for `bad_steps.jsonl`: the step (from 1) and the rows of every rank's micro-batches. `step`: from 0;
+    `ids`: the id of a row by its position. Clipping makes all gradients NaN where one is, so no part is named."""
     ranks = [
         [[ids(row) for row in batch.rows] for batch in plan.rank_step(step, rank) if not batch.filler]
         for rank in range(plan.world_size)
     ]
-    return {"step": step + 1, "parts": [part for part, norm in norms.items() if not math.isfinite(norm)], "rows": ranks}
+    return {"step": step + 1, "rows": ranks}
 
 
 def explain(told: Mapping[str, Any], skipped: bool) -> str:
     """A sentence on such a line."""
     rows = [row for of_rank in told["rows"] for batch in of_rank for row in batch]
     named = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
-    found = f"step {told['step']}: the gradient ({', '.join(told['parts'])}) is not finite. Rows: {named}"
+    found = f"step {told['step']}: the gradient is not finite. Rows: {named}"
     if skipped:
         return f"{found}. They change nothing; see bad_steps.jsonl"
     return (
@@ -88,11 +89,12 @@ def watch_steps(
     def check(model: Any, step: int, norms: Mapping[str, float]) -> bool:
         if is_finite(norms):
             return False
-        told, skip = describe_step(plan, step, norms, ids), job.train.nonfinite == "skip"
+        told, skip = describe_step(plan, step, ids), job.train.nonfinite == "skip"
         if monitor is not None:
-            paths.refresh(paths.bad_steps)
-            _add_line(paths.bad_steps, json.dumps(told, ensure_ascii=False))
-            paths.publish(paths.bad_steps)
+            with suppress(OSError):  # a store that stumbles must not end what goes on, nor hide why it does not
+                paths.refresh(paths.bad_steps)
+                _add_line(paths.bad_steps, json.dumps(told, ensure_ascii=False))
+                paths.publish(paths.bad_steps)
         if not skip:
             raise RunError(explain(told, skipped=False))
         if monitor is not None:

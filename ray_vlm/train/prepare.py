@@ -177,8 +177,10 @@ def absolute_paths(job: JobConfig) -> JobConfig:
     data: dict[str, Any] = {name: source(getattr(job.data, name)) for name in ("train", "eval", "test")}
     data["mix"] = tuple(source(value) for value in job.data.mix)
     model = {k: _absolute(v) for k in ("name", "adapter") if (v := getattr(job.model, k)) and _is_local(v)}
+    cache = job.train.vision_cache and str(Path(job.train.vision_cache).expanduser().absolute())
     return job.model_copy(
         update={
+            "train": job.train.model_copy(update={"vision_cache": cache}),
             "data": job.data.model_copy(update=data),
             "model": job.model.model_copy(update=model),
             "run": job.run.model_copy(update={"output_dir": _output_dir(job.run.output_dir)}),

@@ -32,6 +32,7 @@ BROKEN = [
     {"train": {"learning_rates": {"vision": 1e-5}}},
     {"train": {"freeze": ["vision"]}},
     {"lora": None, "model": WHOLE, "train": {"freeze": ["vision", "connector", "language"]}},
+    {"train": {"vision_cache": "s3://bucket/features"}},
     {"train": {"vision_cache": "features"}, "lora": {"target": ["language", "connector"]}},
     {"task": {"labels": ["a", "a"]}},
     {"evaluate": {"metric": "accuracy"}},

@@ -93,13 +93,25 @@ def test_a_full_folder_ends_the_writing(
     tiny_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "y").write_bytes(b"12345")
+    (tmp_path / "x" / "y.features").write_bytes(b"12345")
     base, encoded = _model(tiny_models["qwen3_vl"], tmp_path, 5)
     pixels = _pixels(base)
     _features(base, pixels)
     _features(base, pixels)
     assert encoded == [52, 52]
     assert len(list(tmp_path.glob("*/*"))) == 1
+    assert capsys.readouterr().out.count("no more is written") == 1
+
+
+def test_a_disk_that_refuses_ends_the_writing(
+    tiny_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base, encoded = _model(tiny_models["qwen3_vl"], tmp_path)
+    next(tmp_path.iterdir()).rmdir()  # as full a disk as a test can have
+    pixels = _pixels(base)
+    _features(base, pixels)
+    _features(base, pixels)
+    assert encoded == [52, 52]
     assert capsys.readouterr().out.count("no more is written") == 1
 
 
