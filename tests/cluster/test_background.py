@@ -42,6 +42,7 @@ def _left(paths: RunPaths) -> list[str]:
     return [p.name for p in paths.root.iterdir() if "validate" in p.name]
 
 
+@pytest.mark.slow
 def test_it_equals_validation_between_steps(ray_cluster: None, sft_job: Path) -> None:
     between = _train(sft_job, "run.name=between", "cluster.num_workers=0")
     beside = _train(sft_job, "run.name=beside", _BESIDE)

@@ -30,6 +30,7 @@ def _same(one: RunPaths, other: RunPaths, near: float) -> None:
     assert all(float((a[name].float() - b[name].float()).abs().max()) < near for name in a)
 
 
+@pytest.mark.slow
 def test_cut_up_4bit_weights_learn_the_same(ray_cluster, job_file) -> None:
     path = job_file(train={"max_steps": 3, "micro_batch_size": 2, "gradient_checkpointing": True})
     options = ("model.load_in_4bit=true", "lora.target=[language,vision]")
