@@ -147,8 +147,6 @@ def _lay_out(mask: Any, tokens: list[list[int]], packs: Sequence[Sequence[Tree]]
     import torch
 
     columns = [of_row.nonzero()[:, 0].cpu() for of_row in mask.bool()]  # where a row's tokens stand in the batch
-    sizes = [[len(tokens[row]) - tree.length for row in tree.rows] for pack in packs for tree in pack]
-    whole = iter(zip((tree for pack in packs for tree in pack), sizes, strict=True))
     width = max(sum(tree.length + sum(len(tokens[r]) - tree.length for r in tree.rows) for tree in p) for p in packs)
     places = torch.zeros(mask.shape, dtype=torch.long)
     sources: list[Any] = []
@@ -156,8 +154,8 @@ def _lay_out(mask: Any, tokens: list[list[int]], packs: Sequence[Sequence[Tree]]
     branches: list[Any] = []
     for number, pack in enumerate(packs):
         start, of_pack = number * width, []
-        for k in range(len(pack)):
-            tree, of_tree = next(whole)
+        for k, tree in enumerate(pack):
+            of_tree = [len(tokens[row]) - tree.length for row in tree.rows]
             flat = [row * mask.shape[1] + columns[row] for row in tree.rows]
             source = torch.cat([flat[0][: tree.length], *(of_row[tree.length :] for of_row in flat)])
             branch = torch.repeat_interleave(torch.arange(len(of_tree) + 1), torch.tensor([tree.length, *of_tree]))

@@ -46,13 +46,18 @@ def keep_features(model: Any, recent: "Recent", shelf: "Shelf | None" = None) ->
         patches = grid_thw.prod(dim=1).tolist()
         how = f"{pixels.dtype} {torch.is_autocast_enabled(pixels.device.type)}"
         images = [(own, f"{how} {grid}") for own, grid in zip(pixels.split(patches), grid_thw.tolist(), strict=True)]
-        found: list[Any] = [recent.read(*image) or (shelf.read(*image) if shelf else None) for image in images]
+        found: list[Any] = [recent.read(*image) for image in images]
+        names: dict[int, str] = {}
+        if shelf is not None:
+            names = {n: shelf.name(*images[n]) for n, features in enumerate(found) if features is None}
+            for n, name in names.items():
+                found[n] = shelf.read(name, str(pixels.device))
         if missing := [number for number, features in enumerate(found) if features is None]:
             made = plain(torch.cat([images[n][0] for n in missing]), grid_thw=grid_thw[missing], **options)
             for n, features in zip(missing, _by_image(made, [patches[n] // merge for n in missing]), strict=True):
                 found[n] = features
                 if shelf:
-                    shelf.write(*images[n], features)
+                    shelf.write(names[n], features)
         for image, features in zip(images, found, strict=True):
             recent.write(*image, features)
         return _output(found)
@@ -109,31 +114,34 @@ class Shelf:
                 "node, or leave it out."
             ) from None
 
-    def read(self, pixels: Any, how: str) -> Features | None:
-        """What is kept of the image; None if nothing is, or nothing that can be read."""
+    def name(self, pixels: Any, how: str) -> str:
+        """Of the file of an image, seen in this way."""
+        return _key([how, fingerprint(pixels)]) + _SUFFIX
+
+    def read(self, name: str, device: str) -> Features | None:
+        """What is kept under the name; None if nothing is, or nothing that can be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.folder / (_key([how, fingerprint(pixels)]) + _SUFFIX), str(pixels.device))
+            return load_file(self.folder / name, device)
         except (OSError, SafetensorError):
             return None
 
-    def write(self, pixels: Any, how: str, features: Features) -> None:
+    def write(self, name: str, features: Features) -> None:
         """Keep them, whole or not at all. Says so once where there is no more room."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if self.full:
             return
-        name = _key([how, fingerprint(pixels)]) + _SUFFIX
         half = self.folder / f"{name}.{os.getpid()}"
         try:
             if self.unseen >= self.limit * _RECOUNT:
                 self.held, self.unseen = held(self.folder.parent), 0.0
             if self.held + self.unseen >= self.limit:
                 return self._stop(f"{self.folder.parent} holds what train.vision_cache_gib allows")
-            save_file({name: value.contiguous() for name, value in features.items()}, half)
+            save_file({part: value.contiguous() for part, value in features.items()}, half)
             os.replace(half, self.folder / name)
             self.unseen += sum(value.nbytes for value in features.values())
         except (OSError, SafetensorError) as error:
