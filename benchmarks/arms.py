@@ -123,6 +123,13 @@ class Arm:
             self.loss += float(loss.detach())
         return time.perf_counter() - started
 
+    def collate(self) -> float:
+        """Seconds that stock TRL's collator takes for the step's rows; GRPO's are collated in the rollout: 0."""
+        started = time.perf_counter()
+        for rows in getattr(self.trainer, "drawn", []):
+            self.trainer.data_collator(rows)
+        return time.perf_counter() - started
+
     def learn(self) -> None:
         """One step of AdamW."""
         self.optimizer.step()

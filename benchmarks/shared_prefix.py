@@ -4,9 +4,11 @@ Tiny Qwen3-VL and Qwen2.5-VL (text 256 wide, 4 layers; tower 128 wide, 3 layers)
 activation checkpointing in both arms as TRL has it, one torch thread; prompts of about 280 tokens, 256 of them of an
 image; completions injected where no rollout is measured. TRL is tuned (`max_length=None`, the same dtype, for SFT
 `batch_rebalance` with lengths too); "patched" has in addition the frozen tower without autograd and a head that scores
-trained tokens alone. Arms alternate and learn: a ratio is the median of pairs, and counts only if log-probabilities,
-gradients and the losses of all steps agree. Tokens through the language model and patches through the tower are counted
-by hooks. What the same step takes at the size of real models is computed (`benchmarks/real_size.py`).
+trained tokens alone; "default" draws SFT's rows at random and collates in the trainer's process (`max_length` stays
+None there too: 1,024 would cut answers off, and it would be another step). Arms alternate and learn: a ratio is the
+median of pairs, and counts only if log-probabilities, gradients and the losses of all steps agree. Tokens through the
+language model and patches through the tower are counted by hooks. What the same step takes at the size of real models
+is computed (`benchmarks/real_size.py`).
 """
 
 import statistics
@@ -43,16 +45,21 @@ TAIL = tuple(int(n) for n in np.random.default_rng(3).lognormal(4.5, 1.2, 32).cl
 class Case:
     """Arms of one case, stepped in turn."""
 
-    def __init__(self, name: str, family: str, ours: Arm, stock: Arm, patched: Arm | None = None):
+    def __init__(
+        self, name: str, family: str, ours: Arm, stock: Arm, patched: Arm | None = None, default: Arm | None = None
+    ):
         self.name, self.family = name, family
-        self.arms = [ours, stock] + ([patched] if patched else [])
+        self.arms = [arm for arm in (ours, stock, patched, default) if arm]
+        self.titles = ["TRL", *(["TRL patched"] if patched else [])]
+        self.default = default or stock
 
     def run(self, pairs: int) -> list[dict[str, Any]]:
         """The figures after so many pairs of steps, one to warm up."""
-        times, losses, exact = [], [], 0.0
+        times, losses, exact, collating = [], [], 0.0, []
         ours, stock, *_ = self.arms
         for number in range(pairs + 1):
             times.append([arm.step() for arm in self.arms])
+            collating.append(self.default.collate())
             if number == 0:
                 exact = max(gradients_apart(ours, stock), logps_apart(ours, stock))
             losses.append((ours.loss, stock.loss))
@@ -60,10 +67,15 @@ class Case:
                 arm.learn()
         later = logps_apart(ours, stock)
         curve = max(abs(mine - theirs) / max(abs(theirs), 1e-2) for mine, theirs in losses)
-        ratios = [[of_pair[n] / of_pair[0] for of_pair in times[1:]] for n in range(1, len(self.arms))]
-        found = [self.figure("step, TRL against ours", statistics.median(ratios[0]), "x", self.bar, most=False)]
-        if len(ratios) > 1:
-            found.append(self.figure("step, TRL patched against ours", statistics.median(ratios[1]), "x"))
+        found = []
+        for n, title in enumerate(self.titles, 1):
+            ratio = statistics.median(of_pair[n] / of_pair[0] for of_pair in times[1:])
+            asked = {"bar": self.bar, "most": False} if n == 1 else {}
+            found.append(self.figure(f"step, {title} against ours", ratio, "x", **asked))
+        n = self.arms.index(self.default)
+        waits = zip(times[1:], collating[1:], strict=True)
+        ratio = statistics.median((of_pair[n] + wait) / of_pair[0] for of_pair, wait in waits)
+        found.append(self.figure("step, TRL default against ours", ratio, "x"))
         found.append(self.figure("log-probabilities, gradients apart", exact, "", EXACT))
         found.append(self.figure(f"losses of {len(losses)} steps apart", curve, "", CURVE))
         found.append(self.figure(f"log-probabilities of step {len(losses)} apart", later, ""))
@@ -138,9 +150,10 @@ def imitation(folder: Path, model: str, family: str, pairs: int) -> list[dict[st
     found = Case("sft, 40 % padding efficiency", family, *arms).run(pairs)
     job = make_job(folder, model, family, "sft", TAIL)
     ours, stock = Arm(our_trainer, job, budgeted(job)), Arm(stock_trainer, job, rebalanced(job))
-    case = Case("sft, against batch_rebalance at accumulation 4", family, ours, stock)
-    drawn = np.array_split(lengths(job), 4)
-    efficiency = statistics.mean(float(part.sum() / (len(part) * part.max())) for part in drawn)
+    known, drawn = lengths(job), np.array_split(np.arange(len(TAIL)), 4)  # their order is random already
+    default = Arm(stock_trainer, job, drawn)
+    case = Case("sft, against batch_rebalance at accumulation 4", family, ours, stock, default=default)
+    efficiency = statistics.mean(float(known[part].mean() / known[part].max()) for part in drawn)
     found.append(case.figure("padding efficiency in random order", efficiency, ""))
     found += case.run(max(2, pairs // 2))
     if pairs >= CURVES:
