@@ -1,5 +1,6 @@
 """Two sides of a training step on the same rows, for `shared_prefix`: tiny models, jobs, and an arm a side."""
 
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -125,8 +126,9 @@ class Arm:
 
     def collate(self) -> float:
         """Seconds that stock TRL's collator takes for the step's rows; GRPO's are collated in the rollout: 0."""
+        drawn = copy.deepcopy(getattr(self.trainer, "drawn", []))
         started = time.perf_counter()
-        for rows in getattr(self.trainer, "drawn", []):
+        for rows in drawn:
             self.trainer.data_collator(rows)
         return time.perf_counter() - started
 

@@ -162,7 +162,7 @@ def _stock_sft(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -
     trainer.model_accepts_loss_kwargs = (
         True  # for Qwen's it would weigh every micro-batch alike, however few its tokens
     )
-    trainer.drawn = rows
+    trainer.drawn = copy.deepcopy(rows)  # the collator changes what it is given
     return trainer, [trainer.data_collator(part) for part in rows]
 
 
@@ -175,7 +175,7 @@ def _stock_dpo(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -
     ]
     options = {"max_length": None, "beta": 0.1 if job.method.beta is None else job.method.beta}
     trainer = _stock(job, preparer, rows[0], DPOTrainer, DPOConfig, options)
-    trainer.drawn = rows
+    trainer.drawn = copy.deepcopy(rows)  # the collator changes what it is given
     return trainer, [trainer.data_collator(part) for part in rows]
 
 
