@@ -14,6 +14,7 @@ from ray_vlm.errors import RunError
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing calls home
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next poll, 2 s apart by default
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # 5 s of a notice of 15 or 30 would be gone
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_enable_metrics_collection": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
@@ -83,4 +84,6 @@ def find_resources(job: JobConfig, at_once: int = 1) -> tuple[dict[str, float], 
     if minutes := job.cluster.startup_minutes:
         wait_longer(minutes)
         return expected(ray.cluster_resources(), job, at_once), []
+    if job.cluster.most_workers > job.cluster.least_workers:  # Ray asks first for room that a lost node had
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     return ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -17,15 +17,18 @@ class Layout:
     cpus_per_loader: float
 
 
-def count_processes(job: JobConfig) -> int:
-    """Processes that hold the model: the workers, and one more where validation has its own."""
-    return job.cluster.num_workers + job.evaluate.asynchronous
+def count_processes(job: JobConfig, workers: int | None = None) -> int:
+    """Processes that hold the model: the workers, by default the fewest that the job trains with, and one more where
+    validation has its own. 0 for a job of this process alone."""
+    fewest = job.cluster.least_workers if job.cluster.num_workers else 0
+    return (workers or fewest) + job.evaluate.asynchronous
 
 
 def cpus_needed(job: JobConfig) -> int:
     """CPUs of a cluster of our own: those of the processes with a model, and one loader for each worker beyond them."""
-    loaders = job.cluster.num_workers * (job.data.num_loaders or 1)
-    return int(-(-count_processes(job) * job.cluster.cpus_per_worker // 1)) + loaders
+    workers = job.cluster.most_workers if job.cluster.num_workers else 0
+    loaders = workers * (job.data.num_loaders or 1)
+    return int(-(-count_processes(job, workers) * job.cluster.cpus_per_worker // 1)) + loaders
 
 
 def plan_layout(
@@ -37,9 +40,11 @@ def plan_layout(
     wait for ever without an error.
     """
     cluster, problems = job.cluster, []
+    each_of = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     processes = count_processes(job)
-    who = f"{cluster.num_workers} workers" + (" and one for evaluate.asynchronous" if job.evaluate.asynchronous else "")
-    for name, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+    beside = " and one for evaluate.asynchronous" if job.evaluate.asynchronous else ""
+    who = f"{cluster.least_workers} workers{beside}"
+    for name, each in each_of.items():
         need, have = each * processes, resources.get(name, 0)
         if need > have:
             problems.append(
@@ -52,14 +57,23 @@ def plan_layout(
                 f"cluster: a worker of {each:g} {name} fits on no node; the largest has {most:g}. Lower "
                 f"cluster.{name.lower()}s_per_worker."
             )
-    free = resources.get("CPU", 0) - cluster.cpus_per_worker * processes
-    if not problems and free < 1:
+    workers = max(cluster.least_workers, min(cluster.most_workers, _fit(resources, each_of)))
+    free = left = resources.get("CPU", 0) - cluster.cpus_per_worker * count_processes(job, workers)
+    if cluster.most_workers > cluster.least_workers and nodes:  # nodes may go, and workers fill the one that stays
+        alone = [min(cluster.most_workers, _fit(node, each_of)) * cluster.cpus_per_worker for node in nodes]
+        left = min(free, max(node.get("CPU", 0) - taken for node, taken in zip(nodes, alone, strict=True)))
+    if not problems and left < 1:
         problems.append(
             f"cluster: the workers take all {resources.get('CPU', 0):g} CPUs, and Ray Data needs at least one to read "
             "images. Lower cluster.num_workers or cluster.cpus_per_worker, or add a CPU node."
         )
     if problems:
         raise RunError(problems)
-    for_each = free / cluster.num_workers
+    for_each = free / workers
     loaders = job.data.num_loaders or max(1, min(_MOST_LOADERS, int(for_each)))
     return Layout(loaders, min(1.0, int(for_each / loaders * 100) / 100))
+
+
+def _fit(resources: Mapping[str, float], each_of: Mapping[str, float]) -> int:
+    """How many workers fit."""
+    return min(int(resources.get(name, 0) // each) for name, each in each_of.items() if each)

@@ -14,7 +14,7 @@ CLUSTER_RULES: list[Rule] = [
         "under ZeRO-3 no worker has weights to run a batch through before training begins. Leave it out.",
     ),
     (
-        lambda j: j.train.nonfinite == "skip" and j.cluster.deepspeed is not None,
+        lambda j: j.train.nonfinite != "stop" and j.cluster.deepspeed is not None,
         ("train.nonfinite", "cluster.deepspeed"),
         "DeepSpeed takes its step before the gradient can be looked at. Leave train.nonfinite out.",
     ),
@@ -25,9 +25,26 @@ CLUSTER_RULES: list[Rule] = [
         "zero2, or leave it out.",
     ),
     (
-        lambda j: j.cluster.num_workers > j.train.global_batch_size,
+        lambda j: j.cluster.most_workers > j.train.global_batch_size,
         ("cluster.num_workers", "train.global_batch_size"),
         "more workers than rows in a step; some would only run filler. Raise train.global_batch_size, or use fewer.",
+    ),
+    (
+        lambda j: isinstance(j.cluster.num_workers, list) and j.cluster.least_workers >= j.cluster.most_workers,
+        ("cluster.num_workers",),
+        "of two numbers the first is the fewest workers and the second the most. Give [fewest, most], or one number.",
+    ),
+    (
+        lambda j: isinstance(j.cluster.num_workers, list) and j.cluster.deepspeed is not None,
+        ("cluster.num_workers", "cluster.deepspeed"),
+        "under DeepSpeed each worker's part of a checkpoint fits one number of workers. Give one, or leave DeepSpeed "
+        "out.",
+    ),
+    (
+        lambda j: isinstance(j.cluster.num_workers, list) and j.evaluate.asynchronous,
+        ("cluster.num_workers", "evaluate.asynchronous"),
+        "workers that come and go leave no room for a process that validates beside them. Give one number, or leave "
+        "evaluate.asynchronous out.",
     ),
     (
         lambda j: j.cluster.gpus_per_worker not in (0, 1),

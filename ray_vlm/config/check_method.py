@@ -132,7 +132,7 @@ def _check_even(job: JobConfig) -> Broken:
     A group stays whole on one worker. `train.global_batch_size` counts the answers of groups.
     """
     group = job.method.num_generations if job.method.name == "grpo" else 1
-    whole, micro, workers = job.train.global_batch_size, job.train.micro_batch_size, max(1, job.cluster.num_workers)
+    whole, micro = job.train.global_batch_size, job.train.micro_batch_size
     what = "sampled answers" if group > 1 else "pairs"
     if whole % group:
         yield (
@@ -140,15 +140,19 @@ def _check_even(job: JobConfig) -> Broken:
             f"{group} does not divide train.global_batch_size={whole}, which counts sampled answers for grpo. Use a "
             f"multiple, such as {group * max(1, round(whole / group))}.",
         )
-    elif whole // group % workers:
-        even = group * workers * max(1, whole // group // workers)
-        groups = f" in {whole // group} groups" if group > 1 else ""
-        yield (
-            "cluster.num_workers",
-            f"{workers} workers cannot share {whole} {what}{groups} evenly. Use train.global_batch_size={even}.",
-        )
-    elif whole // workers % micro:
-        yield (
-            "train.micro_batch_size",
-            f"{micro} does not divide the {whole // workers} {what} of one worker in a step. Use a divisor of it.",
-        )
+        return
+    for workers in range(job.cluster.least_workers, job.cluster.most_workers + 1):
+        if whole // group % workers:
+            even = group * workers * max(1, whole // group // workers)
+            groups = f" in {whole // group} groups" if group > 1 else ""
+            fix = f"Use train.global_batch_size={even}."
+            if isinstance(job.cluster.num_workers, list):
+                fix = "Use a train.global_batch_size that all numbers of workers divide, or one number of workers."
+            yield "cluster.num_workers", f"{workers} workers cannot share {whole} {what}{groups} evenly. {fix}"
+            return
+        if whole // workers % micro:
+            yield (
+                "train.micro_batch_size",
+                f"{micro} does not divide the {whole // workers} {what} of one worker in a step. Use a divisor of it.",
+            )
+            return

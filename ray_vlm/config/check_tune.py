@@ -8,7 +8,7 @@ from ray_vlm.config.schema import JobConfig
 
 TUNE_RULES: list[Rule] = [
     (
-        lambda j: j.tune.resident and j.cluster.num_workers > 1,
+        lambda j: j.tune.resident and j.cluster.most_workers > 1,
         ("tune.resident", "cluster.num_workers"),
         "a trial is one process with one device. Set cluster.num_workers to 1 or 0.",
     ),

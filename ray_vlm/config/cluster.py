@@ -1,6 +1,6 @@
 """The job's `cluster` section: what it runs on."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,8 +18,23 @@ class Cluster(Section):
         """Of `deepspeed`; 0 without."""
         return int(self.deepspeed[len("zero")]) if self.deepspeed else 0
 
-    num_workers: int = Field(
-        1, ge=0, le=Largest, description="Training processes. 0: this process, without starting Ray."
+    @property
+    def least_workers(self) -> int:
+        """The fewest that train together; 1 for this process."""
+        return max(1, self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0])
+
+    @property
+    def most_workers(self) -> int:
+        """The most that train together; 1 for this process."""
+        return max(1, self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1])
+
+    num_workers: (
+        Annotated[int, Field(ge=0, le=Largest)]
+        | Annotated[list[Annotated[int, Field(ge=1, le=Largest)]], Field(min_length=2, max_length=2)]
+    ) = Field(
+        1,
+        description="Training processes. 0: this process, without starting Ray. `[2, 8]`: as many of 2 to 8 as the "
+        "cluster has room for, more or fewer while the run goes on; a step has `train.global_batch_size` rows anyway.",
     )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
@@ -34,6 +49,15 @@ class Cluster(Section):
         ge=0,
         le=Largest,
         description="Failures after which a run goes on from its last checkpoint by itself.",
+    )
+    stall_minutes: float = Field(
+        30,
+        gt=0,
+        description="How long nothing may move in a step, a validation or a checkpoint: then `stalls/` has the stacks "
+        "of all workers, and it is told which one hangs, where and with which rows.",
+    )
+    on_stall: Literal["restart", "stop"] = Field(
+        "restart", description="What follows then: going on from the last checkpoint, as after a failure, or the end."
     )
     address: str | None = Field(None, description="Ray cluster to join. null: `RAY_ADDRESS`, or a cluster of our own.")
     startup_minutes: float = Field(

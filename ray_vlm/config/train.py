@@ -64,10 +64,11 @@ class Train(Section):
     )
     vision_cache_gib: float = Field(50.0, gt=0, description="What `vision_cache` may hold; no more is written then.")
     bf16: bool = Field(True, description="bfloat16 arithmetic and base; what is trained stays float32. false: float32.")
-    nonfinite: Literal["stop", "skip"] = Field(
+    nonfinite: Literal["stop", "skip", "rewind"] = Field(
         "stop",
-        description="Where a step's gradient is NaN or infinite: end the run and keep nothing of the step, or go on as "
-        "if it had no rows. Either way `bad_steps.jsonl` has the rows.",
+        description="Where a step's gradient is NaN or infinite: end the run and keep nothing of the step, go on as if "
+        "it had no rows, or go back to the last checkpoint and train none of the rows from there to this step. In any "
+        "case `bad_steps.jsonl` has the rows.",
     )
     log_every_steps: int = Field(10, ge=1, le=Largest, description="Steps between console lines; files get every step.")
     early_stopping_patience: int | None = Field(

@@ -56,7 +56,7 @@ def make_pairs(
         say(f"note: {note}")
     if index.bad:
         say(f"{len(index.bad)} bad rows left out; `ray-vlm data check` names them")
-    workers = job.cluster.num_workers
+    workers = job.cluster.most_workers if job.cluster.num_workers else 0
     where = weights if workers == 0 or adapter is None else full_address(adapter)
     with closing(sample_answers(job, parts.spec, index.records, where, workers)) as batches:
         rows = build_rows(index.records, batches, preparer, names, job.pairs.min_margin)

@@ -94,7 +94,7 @@ def num_actors(job: JobConfig) -> int:
     """How many processes hold the model; 0 is this one."""
     if job.evaluate.num_replicas is not None:
         return job.evaluate.num_replicas
-    return job.cluster.num_workers if job.cluster.gpus_per_worker else 0
+    return job.cluster.most_workers if job.cluster.num_workers and job.cluster.gpus_per_worker else 0
 
 
 def _told(job: JobConfig) -> str:

@@ -139,7 +139,7 @@ def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
     from trl import GRPOConfig
 
     method, micro = job.method, job.train.micro_batch_size
-    accumulation = job.train.global_batch_size // max(1, job.cluster.num_workers) // micro
+    accumulation = job.train.global_batch_size // job.cluster.least_workers // micro
     own: dict[str, Any] = {
         "beta": method.beta or 0.0,
         "num_generations": method.num_generations,

@@ -80,7 +80,7 @@ def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: Fo
     trees = [p + a for p, a in zip(prompts, both, strict=True)]
     copies = 1.0  # of the images among the inputs; GRPO keeps those of all of a step's prompts
     if method.name == "grpo":
-        answers = job.train.global_batch_size / max(1, job.cluster.num_workers)
+        answers = job.train.global_batch_size / job.cluster.least_workers
         copies = max(1.0, answers / method.num_generations / len(sizes))
     return replace(_packed(trees, patches, folding, (rows, longest)), labelled=labelled, copies=copies)
 
@@ -128,7 +128,7 @@ def shared_out(job: JobConfig, weights: Weights, largest: float) -> dict[str, fl
     `largest`: bytes of the largest module, which ZeRO-3 puts together whole to run it. Under DeepSpeed what learns is
     in the base's dtype, and the optimizer has a float32 copy (its `runtime/zero/stage_1_and_2.py` and `stage3.py`).
     """
-    cluster, workers = job.cluster, max(1, job.cluster.num_workers)
+    cluster, workers = job.cluster, job.cluster.least_workers
     stage, whole = cluster.zero_stage, weights.trained
     if not stage:
         parts = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain}
@@ -155,7 +155,7 @@ def rollout_bytes(job: JobConfig, config: Any, size: RowSize) -> float:
     """The KV cache of all answers that one worker samples at once."""
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sequences = job.train.global_batch_size / max(1, job.cluster.num_workers)
+    sequences = job.train.global_batch_size / job.cluster.least_workers
     length = size.image_tokens + size.prompt_tokens + job.method.max_completion_tokens
     each = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if job.train.bf16 else 4)
     return float(each * sequences * length)

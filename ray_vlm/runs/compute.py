@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.runs.read import Run, is_number, setting
+from ray_vlm.runs.sound import number_of
 from ray_vlm.runs.text import tell_number, tell_time
 
 PHASES = ("data", "rollout", "forward", "backward")  # of a step; what is left of it is the optimizer and the logging
@@ -31,13 +32,24 @@ PEAKS = {
 }
 
 
+def _workers(run: Run) -> float:
+    """How many trained at once; of a number that changed the mean over the steps that count."""
+    found, asked = [], setting(run.job, "cluster.num_workers")
+    now = max(asked) if isinstance(asked, list) else max(1, asked or 1)
+    for line in run.current:
+        now = number_of(line, "num_workers") or now
+        found += [now] if line["kind"] == "train" else []
+    mean = sum(found) / len(found) if found else now
+    return round(mean, 2) if mean % 1 else int(mean)
+
+
 def measure_compute(run: Run) -> dict[str, Any]:
     """Everything that is known of a run's cost; numbers that cannot be known are None."""
     steps = [line for line in run.current if line["kind"] == "train" and is_number(line.get("step_s"))]
     train_s = sum(line["step_s"] for line in steps)
     tokens = sum(line["step_s"] * line["tokens_per_s"] for line in steps if is_number(line.get("tokens_per_s")))
     images = sum(line["images"] for line in steps if is_number(line.get("images")))
-    workers = max(1, setting(run.job, "cluster.num_workers") or 1)
+    workers = _workers(run)
     processes = workers + bool(setting(run.job, "evaluate.asynchronous"))
     cards = float(setting(run.job, "cluster.gpus_per_worker") or 0)
     flops = count_flops(run, tokens)
@@ -66,7 +78,7 @@ def measure_energy(run: Run) -> dict[str, float | None]:
     """`energy_kwh` and `co2_kg` of all attempts, each up to what it last wrote down; None where no one measured."""
     last = {line["attempt"]: line for line in run.lines if line["kind"] == "energy"}
     names = ("energy_kwh", "co2_kg")
-    return {name: sum(line.get(name) or 0.0 for line in last.values()) if last else None for name in names}
+    return {name: sum(number_of(line, name) for line in last.values()) if last else None for name in names}
 
 
 def count_flops(run: Run, tokens: float) -> float | None:
@@ -84,10 +96,10 @@ def count_flops(run: Run, tokens: float) -> float | None:
 
 def split_wall(run: Run, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Seconds of the whole run by what they were spent on; `start_and_end` is what no line accounts for."""
-    told = {name: sum(line.get(f"{name}_s") or 0.0 for line in steps) for name in PHASES}
+    told = {name: sum(number_of(line, f"{name}_s") for line in steps) for name in PHASES}
     told["optimizer"] = max(0.0, sum(line["step_s"] for line in steps) - sum(told.values()))
-    told["validation"] = sum(line.get("validation_s") or 0.0 for line in run.of_kind("eval"))
-    told["checkpoint"] = sum(line.get("checkpoint_s") or 0.0 for line in run.of_kind("checkpoint"))
+    told["validation"] = sum(number_of(line, "validation_s") for line in run.of_kind("eval"))
+    told["checkpoint"] = sum(number_of(line, "checkpoint_s") for line in run.of_kind("checkpoint"))
     told["done_again"] = measure_lost(run)["s"]
     told["start_and_end"] = max(0.0, run.wall_s - sum(told.values()))
     return told
@@ -97,7 +109,7 @@ def measure_lost(run: Run) -> dict[str, float]:
     """Steps whose work a failure threw away, and the seconds that they took."""
     kept = {id(line) for line in run.current}
     lost = [line for line in run.lines if line["kind"] == "train" and id(line) not in kept]
-    return {"steps": len(lost), "s": sum(line.get("step_s") or 0.0 for line in lost)}
+    return {"steps": len(lost), "s": sum(number_of(line, "step_s") for line in lost)}
 
 
 _UNFINISHED = ("failed", "died", "interrupted", "pruned")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm import __version__
+from ray_vlm.runs.attempts import complete
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import CLAIMED, RunPaths, write_json
 
@@ -71,14 +72,12 @@ def update_manifest(paths: RunPaths, **changes: Any) -> None:
 
 
 def end_attempt(paths: RunPaths, status: str, error: str = "") -> None:
-    """Close the last attempt: `finished`, `failed` or `interrupted`, and from which step to which it trained."""
+    """Close the last attempt: `finished`, `failed`, `preempted` or `interrupted`."""
     run = json.loads(paths.run.read_text())
     last = run["attempts"][-1]
     # Whoever says it later, as a sweep does of a trial that it ended, says nothing about when.
     last |= {"ended": last.get("ended") or time.time(), "status": status} | ({"error": error} if error else {})
-    steps = [line for line in read_metrics(paths.metrics) if line["attempt"] >= last["attempt"]]
-    if starts := [line["step"] for line in steps if line["kind"] == "start"]:
-        last |= {"from_step": starts[0], "to_step": max(line["step"] for line in steps if "step" in line)}
+    run["attempts"] = complete(run["attempts"], read_metrics(paths.metrics))
     _write(paths, run)
 
 

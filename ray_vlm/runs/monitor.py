@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.runs.sound import load_sound
+
 LINE_KEYS = ("kind", "attempt", "step", "epoch", "time")  # of a line, beside its numbers
 NOT_MEASURES = (*LINE_KEYS, "validation_s", "background_s")  # of a validation's line, beside what was measured
 
@@ -30,7 +32,7 @@ def whole_lines(data: bytes) -> list[Any]:
     found = []
     for text in data.splitlines():
         try:
-            found.append(json.loads(text))
+            found.append(load_sound(text))
         except ValueError:
             continue
     return found
@@ -39,7 +41,7 @@ def whole_lines(data: bytes) -> list[Any]:
 def read_line(text: bytes) -> dict[str, Any] | None:
     """One line of `metrics.jsonl`, or None for one that a crash cut off."""
     try:
-        line = json.loads(text)
+        line = load_sound(text)
     except ValueError:
         return None
     return line if isinstance(line, dict) and "kind" in line else None
@@ -83,12 +85,10 @@ class Monitor:
         self._publish = publish or (lambda: None)
         self._trackers = trackers
 
-    def start(
-        self, step: int, trainable: dict[str, dict[str, int]], device: str = "", num_steps: int | None = None
-    ) -> None:
-        """The first line of an attempt: the step that it goes on from, weights by part of the model, the name of the
-        card or processor that rank 0 has, and how many steps it will be in all."""
-        self._put(self._line("start", step) | {"trainable": trainable, "device": device, "num_steps": num_steps})
+    def start(self, step: int, trainable: dict[str, dict[str, int]], **about: Any) -> None:
+        """The first line of an attempt: the step that it goes on from, weights by part of the model, and `about`: the
+        `device` that rank 0 has by name, `num_steps` in all, `num_workers`."""
+        self._put(self._line("start", step) | {"trainable": trainable} | about)
         self.publish()
 
     def note(self, step: int, text: str) -> None:

@@ -55,8 +55,8 @@ def plain_lines(text: str) -> str:
 
 def _head(run: Run) -> list[str]:
     job = run.job
-    lora = setting(job, "lora")
-    how = f"LoRA of rank {lora['rank']} on {', '.join(lora['target'])}" if isinstance(lora, dict) else "all weights"
+    rank, parts = setting(job, "lora.rank") or "?", setting(job, "lora.target") or "?"
+    how = f"LoRA of rank {rank} on {', '.join(parts)}" if setting(job, "lora") else "all weights"
     bits = ", 4 bit" if setting(job, "model.load_in_4bit") else ""
     workers = setting(job, "cluster.num_workers")
     cards = setting(job, "cluster.gpus_per_worker") or 0
@@ -69,10 +69,14 @@ def _head(run: Run) -> list[str]:
         f"{run.address}: {run.status}",
         f"{setting(job, 'method.name')} of {setting(job, 'task.name')} on {setting(job, 'model.name')}{bits}; {how}",
         f"{tell_date(run.started)}, {tell_time(run.wall_s)}, {_plural(run.num_attempts, 'attempt')}, "
-        + (f"{_plural(workers, 'worker')} with {each} each" if workers else "in one process")
+        + (f"{_tell_workers(workers)} with {each} each" if workers else "in one process")
         + (f", {memory} GiB of memory" if memory else ""),
         f"ray_vlm {versions.get('ray-vlm', '?')}{f' at {commit}' if commit else ''}; {told}",
     ]
+
+
+def _tell_workers(workers: Any) -> str:
+    return f"{workers[0]} to {workers[1]} workers" if isinstance(workers, list) else _plural(workers, "worker")
 
 
 def _training(run: Run) -> list[str]:

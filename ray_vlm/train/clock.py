@@ -3,6 +3,7 @@
 import platform
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +12,38 @@ from ray_vlm.train.attempt import Place
 
 
 class Clock:
-    """Adds up the seconds of named phases until they are taken."""
+    """Adds up the seconds of named phases until they are taken, and knows which one it is in.
+
+    `inside`: the phases, the outer ones first; `entered`: how often each was begun; `moved`: when one last began or
+    ended, as `time.monotonic` counts.
+    """
 
     def __init__(self, device: str):
         self._events: list[tuple[str, Any, Any]] | None = [] if device.startswith("cuda") else None
         self._seconds: dict[str, float] = {}
+        self.inside: list[str] = []
+        self.entered: Counter[str] = Counter()
+        self.moved = time.monotonic()
+
+    def tick(self) -> None:
+        """Something was got done."""
+        self.moved = time.monotonic()
 
     @contextmanager
     def phase(self, name: str, host: bool = False) -> Iterator[None]:
         """What the body takes counts to `name`. `host`: it is the CPU's work, such as waiting for data."""
+        self.inside.append(name)
+        self.entered[name] += 1
+        self.tick()
+        try:
+            with self._timed(name, host):
+                yield
+        finally:
+            self.inside.pop()
+            self.tick()
+
+    @contextmanager
+    def _timed(self, name: str, host: bool) -> Iterator[None]:
         if self._events is None or host:
             started = time.perf_counter()
             try:

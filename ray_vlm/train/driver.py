@@ -19,6 +19,7 @@ from ray_vlm.data.records import Image, PreferenceRecord, Record, SftRecord
 from ray_vlm.data.splits import Parts
 from ray_vlm.data.stream import mean_bytes
 from ray_vlm.errors import ConfigError, Interrupted, RunError
+from ray_vlm.runs.attempts import tell_attempts
 from ray_vlm.runs.manifest import (
     finish_manifest,
     is_running,
@@ -152,6 +153,8 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
             paths.refresh(paths.metrics)
             finish_manifest(paths, status, result, error)
             write_training_log(paths, result["best"] if result else None)
+            if told := tell_attempts(json.loads(paths.run.read_text())["attempts"]):
+                print(told, flush=True)
     if lost := result.get("lost_rows"):
         print(describe_lost(lost), flush=True)
     if result["stopped"]:

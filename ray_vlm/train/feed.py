@@ -21,7 +21,8 @@ class PlannedBatches:
 
     `build` makes what the trainer takes of the stream's rows. `first`: number of the stream's first micro-batch. In an
     epoch that is resumed midway only the rest comes. `accumulation`: what the trainer counts as batches of one step.
-    `clock` is told how long rows were waited for; `num_images` counts what came. `rank`: whose micro-batches they are.
+    `clock` is told how long rows were waited for; `num_images` counts what came; `number` is that of the micro-batch
+    to come. `rank`: whose micro-batches they are.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class PlannedBatches:
         self.num_images = 0
         self.lost: list[tuple[int, int]] = []  # rows that could not be read, with those in their place
         self._rank = rank
-        self._next = first
+        self.number = first
         self._stream = stream
         self._plan = plan
         self._build = build
@@ -49,14 +50,14 @@ class PlannedBatches:
 
     def __iter__(self) -> Iterator[Any]:
         whole = self._plan.steps_per_epoch * self._plan.accumulation
-        for _ in range(whole - self._next % whole):
+        for _ in range(whole - self.number % whole):
             with self.clock.phase("data", host=True):
                 rows = next(self._stream, None)
             if rows is None:
                 return
-            planned = self._plan.micro_batch(self._next, self._rank).rows
+            planned = self._plan.micro_batch(self.number, self._rank).rows
             self.lost += [(i, row.number) for i, row in zip(planned, rows, strict=True) if row.number != i]
-            self._next += 1
+            self.number += 1
             self.num_images += sum(len(row.images) for row in rows)
             with self.clock.phase("collate"):
                 batch = self._build(rows)
@@ -111,12 +112,14 @@ def feed_trainer(trainer_class: type) -> type:
                 return super().compute_loss(*args, **kwargs)
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            metrics = self.validate(self) if self.validate else {}
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            with self.clock.phase("validation", host=True):
+                metrics = self.validate(self) if self.validate else {}
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            self.write_checkpoint()
+            with self.clock.phase("checkpoint", host=True):
+                self.write_checkpoint()
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Left out: TRL's card names its own defaults; ours comes with the export."""

@@ -110,7 +110,7 @@ def describe_choice(found: Choice, num_layers: int, card: float) -> str:
 def micros(job: JobConfig) -> list[int]:
     """Micro-batches that the job may have, ascending: divisors of a worker's rows in a step; of GRPO's answers those
     that hold whole groups, or divide one."""
-    mine = -(-job.train.global_batch_size // max(1, job.cluster.num_workers))
+    mine = -(-job.train.global_batch_size // job.cluster.least_workers)
     group = job.method.num_generations if job.method.name == "grpo" else 1
     found = [n for n in range(1, mine + 1) if mine % n == 0 and (n % group == 0 or group % n == 0)]
     return found or [1]

@@ -20,10 +20,14 @@ from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.manifest import end_attempt, start_attempt, update_manifest
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.finite import Rewind
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
+from ray_vlm.train.watchdog import take_sentence
 from ray_vlm.train.worker import WorkerTask, train_worker
 
-_PAUSE_S = 2.0  # before another try, doubled each time
+_PAUSE_S = 2.0  # before another try
+_RESIZE_S = 20.0  # how often Ray looks for room for more workers, where their number may change
+_PATIENCE = 2.0  # how much longer than the watchdog the workers' connections wait for one another
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,21 @@ def plan_retry(failures: list[Failure], max_failures: int) -> bool:
     return not (before and last.raised and (before.text, before.step) == (last.text, last.step))
 
 
+def plan_pause(failures: list[Failure]) -> float:
+    """Seconds before another try: doubled for each failure in a row that came before a new step was reached."""
+    stuck = 1
+    for last, before in zip(failures[::-1], failures[-2::-1], strict=False):
+        if last.step > before.step:
+            break
+        stuck += 1
+    return _PAUSE_S * 2 ** min(stuck - 1, 5)
+
+
 def describe_failure(error: Exception, step: int) -> Failure:
     """What `TorchTrainer.fit` raised, in our words. `step`: the last one that was trained."""
     workers = {rank: getattr(e, "_base_exc", e) for rank, e in getattr(error, "worker_failures", {}).items()}
-    own = next((e for _, e in sorted(workers.items()) if isinstance(e, RayVlmError)), None)
+    refused = (e for _, e in sorted(workers.items()) if isinstance(e, RayVlmError) and not isinstance(e, Rewind))
+    own = next(refused, None)
     if own is None and isinstance(error, RayVlmError):
         own = error
     if not workers:
@@ -80,7 +95,7 @@ def launch(
     """
     if job.cluster.num_workers == 0:
         with StopRequest(asked) as request:
-            return train_worker(task, stop=lambda: request.wanted), request.signal
+            return _train_here(job, task, paths, request), request.signal
     with connect(job, at_once) as layout:
         import ray
 
@@ -96,36 +111,68 @@ def launch(
         console = Console(task.plan.num_steps, job.train.log_every_steps)
         with StopRequest(asked) as request, follow(paths, console):
             try:
-                _retry(job, task, paths, request)
+                result = _retry(job, task, paths, request)
             except KeyboardInterrupt:  # the second one: the workers must not go on without us
                 ray.shutdown()
                 raise
     paths.store.remove(STOP_FILE)
-    result = paths.take_result()
     shutil.rmtree(_scratch(paths), ignore_errors=True)  # Ray's own state; a finished run needs none
     return result, request.signal
 
 
-def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> None:
+def _train_here(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
+    """In this process; again only where the run rewinds."""
     failures: list[Failure] = []
-    number = task.attempt
     while True:
         try:
-            return _fit(job, replace(task, attempt=number), paths, request)
+            return train_worker(task, stop=lambda: request.wanted)
+        except Rewind as error:
+            failures.append(Failure(str(error), raised=True, step=_last_step(paths)))
+            if not plan_retry(failures, job.cluster.max_failures):
+                raise
+            task = replace(task, attempt=_next_attempt(paths, "failed", str(error)))
+
+
+def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
+    """The workers' result, after as many tries as it takes. Leaving a machine that is taken away is no failure."""
+    failures: list[Failure] = []
+    while True:
+        try:
+            _fit(job, task, paths, request)
+            result = paths.take_result()
+            if result.get("leaving") is None or request.wanted:
+                return result
+            status, text = "preempted", result["leaving"]
         except Exception as error:  # the edge to Ray: written down, then tried again or raised
             with suppress(OSError):
                 paths.refresh(paths.metrics)
-            failures.append(failure := describe_failure(error, _last_step(paths)))
+            failures.append(failure := _explain(job, task, paths, error))
             if request.wanted or not plan_retry(failures, job.cluster.max_failures):
                 if failure.own is not None:
                     raise failure.own from error
                 tries = f" after {len(failures)} tries" if len(failures) > 1 else ""
                 raise RunError(f"training failed{tries}: {failure.text}") from error
-        print(f"{failure.text.splitlines()[0][:300]}; going on from the last checkpoint", flush=True)
-        time.sleep(_PAUSE_S * 2 ** min(len(failures) - 1, 5))
-        with suppress(OSError):  # a store that was the trouble; the workers count on by themselves
-            end_attempt(paths, "failed", failure.text[-2000:])
-            number = start_attempt(paths)
+            status, text = "failed", failure.text
+        print(f"{text.splitlines()[0][:500]}; going on from the last checkpoint", flush=True)
+        time.sleep(plan_pause(failures) if status == "failed" else 0.0)
+        task = replace(task, attempt=_next_attempt(paths, status, text))
+
+
+def _next_attempt(paths: RunPaths, status: str, text: str) -> int:
+    """Close the attempt in `run.json` and begin another; 0, and the workers count on by themselves, where the store is
+    the trouble."""
+    with suppress(OSError):
+        end_attempt(paths, status, text[-2000:])
+        return start_attempt(paths)
+    return 0
+
+
+def _explain(job: JobConfig, task: WorkerTask, paths: RunPaths, error: Exception) -> Failure:
+    """Why a try ended: what the workers said before they ended themselves, or what Ray says of them."""
+    step = _last_step(paths)
+    if said := take_sentence(paths.store, task.attempt):
+        return Failure(said, RunError(said) if job.cluster.on_stall == "stop" else None, raised=True, step=step)
+    return describe_failure(error, step)
 
 
 def _last_step(paths: RunPaths) -> int:
@@ -140,14 +187,16 @@ def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest
     It runs in a thread, where Ray Train leaves SIGINT alone: its handler would end this process with exit code 0.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
+    workers = job.cluster.num_workers
     each = {"CPU": job.cluster.cpus_per_worker, "GPU": job.cluster.gpus_per_worker}
     trainer = TorchTrainer(
         run_ray_worker,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
-            num_workers=job.cluster.num_workers,
+            num_workers=workers if isinstance(workers, int) else (workers[0], workers[1]),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=_RESIZE_S,  # type: ignore[call-arg]
             use_gpu=job.cluster.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in each.items() if amount},
         ),
@@ -156,6 +205,7 @@ def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest
             storage_path=_scratch(paths),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=job.cluster.max_failures),  # type: ignore[call-arg]
         ),
+        torch_config=TorchConfig(timeout_s=int(_PATIENCE * 60 * job.cluster.stall_minutes) + 60),
     )
     raised: list[BaseException] = []
 

@@ -143,7 +143,7 @@ def plan_run(
 
     GRPO's batch sizes count answers, and a worker samples for all prompts of its step at once.
     """
-    train, workers = job.train, max(1, job.cluster.num_workers)
+    train, workers = job.train, job.cluster.least_workers
     whole, micro = train.global_batch_size, train.micro_batch_size
     if job.method.name == "grpo":
         whole //= job.method.num_generations

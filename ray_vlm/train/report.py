@@ -45,11 +45,12 @@ class RunCallback(TrainerCallback):
     """Writes what happens. `monitor` is None on every rank but 0.
 
     `save` writes weights and how inputs were made into a folder, after all ranks have called `gather`; `tell` reports
-    to Ray; `stop_asked` says after every step whether this rank was told to leave, and `agree` makes of one rank's
-    flags those of all; `check_owner` is asked before anything is replaced; `logged` names the numbers that are kept;
-    `gradients` gives their norms by part of the model, which `check_finite` looks at before the optimizer moves;
-    `usage` what the step took since it was last asked, `samples` captions and images of the last validation;
-    `background` measures in the ranks' stead where validation is asynchronous.
+    to Ray; `stop_asked` says after every step whether this rank was told to leave, `notice` whether machines are about
+    to be taken away, and `agree` makes of one rank's flags those of all; `tick` is called while others are waited for;
+    `check_owner` is asked before anything is replaced; `logged` names the numbers that are kept; `gradients` gives
+    their norms by part of the model, which `check_finite` looks at before the optimizer moves; `usage` what the step
+    took since it was last asked, `samples` captions and images of the last validation; `background` measures in the
+    ranks' stead where validation is asynchronous.
     """
 
     logged: Callable[[dict[str, Any]], dict[str, Any]] = staticmethod(lambda logs: dict(logs))
@@ -57,6 +58,8 @@ class RunCallback(TrainerCallback):
     usage: Callable[[], dict[str, float]] = staticmethod(dict)
     samples: Callable[[], Sequence[tuple[str, Any]]] = staticmethod(tuple)
     stop_asked: Callable[[], bool] = staticmethod(lambda: False)
+    notice: Any = None
+    tick: Callable[[], None] = staticmethod(lambda: None)
     agree: Callable[..., Sequence[bool]] = staticmethod(lambda *flags: flags)
     background: Any = None
     check_owner: Callable[[], None] = staticmethod(lambda: None)
@@ -80,6 +83,7 @@ class RunCallback(TrainerCallback):
         self.tell = tell
         self.progress = Progress()
         self.stopped = False
+        self.leaving: str | None = None  # why, where machines are about to be taken away
         self.checkpoint_s = 0.0  # how long the last one took
         self._held_s = 0.0  # how long the ranks waited for the last validation to begin
         self._last = time.monotonic()
@@ -102,7 +106,12 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / self.plan.steps_per_epoch  # the Trainer's is wrong in an epoch resumed midway
         self._step = state.global_step
-        stop, measured = self.agree(self.stop_asked(), self.background is not None and self.background.ready())
+        asked = self.notice is not None and self.notice.is_due()
+        measured = self.background is not None and self.background.ready()
+        stop, measured, asked = self.agree(self.stop_asked(), measured, asked)
+        if asked and self.notice is not None:  # all workers together: Ray waits for them
+            self.leaving = self.notice.look()
+            stop = stop or self.leaving is not None
         if measured:
             started = time.monotonic()
             self._collect(control)
@@ -169,6 +178,7 @@ class RunCallback(TrainerCallback):
             if measured:
                 self._collect(control)
             else:
+                self.tick()
                 time.sleep(_WAIT_S)
 
     def recall(self, step: int, place: Place) -> None:

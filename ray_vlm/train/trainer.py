@@ -95,7 +95,7 @@ def build_trainer(
         model=model, args=args, train_dataset=example, **options, **method.extras(job)
     )
     spare_work(trainer, job, preparer, plan_folding(job, preparer.family, model.config))
-    trainer.skips_nonfinite = job.train.nonfinite == "skip"
+    trainer.skips_nonfinite = job.train.nonfinite != "stop"
     trainer.rates = (preparer.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)

@@ -7,12 +7,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.cluster.environment import Environment
-from ray_vlm.config.load import load_resolved
+from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import describe_preprocessing
@@ -29,9 +29,11 @@ from ray_vlm.train.clock import name_device, watch_usage
 from ray_vlm.train.deepspeed import gather_weights
 from ray_vlm.train.energy import Meter, sum_energy
 from ray_vlm.train.fit import Probe
+from ray_vlm.train.notice import watch_notice
 from ray_vlm.train.probe import run_probe
 from ray_vlm.train.stop import agree, watch
 from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
+from ray_vlm.train.watchdog import watch_worker
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool
     job, paths = load_resolved(task.job), open_run(task.run)
     try:
         place = prepare_process(job, in_ray)
+        if isinstance(job.cluster.num_workers, list):
+            job, task = settle_workers(job, task, place.world_size)
         attempt = begin_attempt(paths.store, place, task.attempt)
         result = _train(job, paths, task, place, attempt, stop or watch(paths.store))
         if place.ray and place.rank == 0:
@@ -73,6 +77,14 @@ def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool
         return result
     finally:
         paths.discard()
+
+
+def settle_workers(job: JobConfig, task: WorkerTask, world_size: int) -> tuple[JobConfig, WorkerTask]:
+    """The job and its task for the number of workers that there are now; a step has the same rows."""
+    cluster = job.cluster.model_copy(update={"num_workers": world_size})
+    job, plan = job.model_copy(update={"cluster": cluster}), task.plan
+    micro = plan.global_batch_size // world_size if job.method.name == "grpo" else plan.micro_batch_size
+    return job, replace(task, job=dump_job(job), plan=replace(plan, world_size=world_size, micro_batch_size=micro))
 
 
 def _train(
@@ -91,7 +103,9 @@ def _train(
     trainer = build_trainer(job, task, args, model, preparer, place, attempt)
     monitor = _build_monitor(job, paths, task, place, attempt)
     callback = _build_callback(job, paths, monitor, trainer, task, place, attempt)
-    callback.stop_asked = stop
+    callback.stop_asked, callback.tick = stop, trainer.clock.tick
+    if place.ray:
+        callback.notice = watch_notice()
     meter = Meter(job.track.country, place.device) if job.track.energy and job.track.country else None
     write_energy = _energy_writer(meter, monitor, place, trainer)
     _connect(job, trainer, callback, place, attempt, about, write_energy)
@@ -102,14 +116,16 @@ def _train(
             for text in attempt.notes:
                 monitor.note(attempt.step, text)
             counts = count_trainable(trainer.model, preparer.family)
-            monitor.start(attempt.step, counts, name_device(place.device), task.plan.num_steps)
+            about = {"num_steps": task.plan.num_steps, "num_workers": place.world_size}
+            monitor.start(attempt.step, counts, device=name_device(place.device), **about)
         if task.probe is not None:
             took = run_probe(trainer, job, task.probe, place)
             if monitor is not None:
                 monitor.note(attempt.step, took)
         callback.recall(attempt.step if attempt.checkpoint else -1, place)
         if attempt.step < task.plan.num_steps:
-            trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
+            with watch_worker(job, paths.store, place, attempt, trainer, task.plan, _names(trainer)):
+                trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
         else:  # it died between its last checkpoint and `final/`
             trainer._load_from_checkpoint(str(attempt.folder))
         if not callback.stopped:
@@ -127,7 +143,14 @@ def _train(
     if lost := [pair for of_rank in place.gather(trainer.planned_batches.lost) for pair in of_rank]:
         records = trainer.fetch_records()
         told["lost_rows"] = [(str(records[gone].id), str(records[other].id)) for gone, other in lost]
-    return told | {"best": callback.progress.best, "stopped": callback.stopped}
+    told |= {"best": callback.progress.best, "stopped": callback.stopped, "leaving": callback.leaving}
+    return told
+
+
+def _names(trainer: Any) -> Callable[[int], str]:
+    """The id of a training row by its position."""
+    records = trainer.fetch_records()
+    return lambda row: str(records[row].id)
 
 
 def _connect(
@@ -187,7 +210,7 @@ def _build_callback(
 ) -> Any:
     from ray_vlm.evaluate.drawn import draw_predictions
     from ray_vlm.train.background import Background
-    from ray_vlm.train.finite import watch_steps
+    from ray_vlm.train.finite import read_bad_steps, watch_steps
     from ray_vlm.train.gradients import watch_gradients
     from ray_vlm.train.report import Progress, RunCallback, plain
 
@@ -215,8 +238,8 @@ def _build_callback(
 
     callback = RunCallback(job, paths, task.plan, monitor, save, tell)
     callback.gather = gather
-    records = trainer.fetch_records()
-    callback.check_finite = watch_steps(job, paths, task.plan, monitor, lambda row: str(records[row].id))
+    listed = place.share(read_bad_steps(paths) if place.rank == 0 else None)
+    callback.check_finite = watch_steps(job, paths, task.plan, monitor, _names(trainer), (attempt.step, listed))
     callback.logged = METHODS[job.method.name].logged
     callback.gradients = watch_gradients(job, load_preparer(task.spec).family, trainer.model, place)
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))

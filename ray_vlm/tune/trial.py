@@ -64,6 +64,8 @@ def build_trial_job(sweep: Sweep, number: int, drawn: Mapping[str, Any]) -> tupl
         place[last] = value
     if job["tune"]["resident"]:
         job["cluster"]["num_workers"] = 0  # in the process that has the base
+    elif isinstance(workers := job["cluster"]["num_workers"], list):
+        job["cluster"]["num_workers"] = min(workers)  # trials share the cluster: none takes what others need
     job["run"] = job["run"] | {"output_dir": join(sweep.address, TRIALS), "name": name_trial(number)}
     return load_resolved(job), values
 

@@ -55,6 +55,20 @@ def test_validation_beside_training_needs_one_process_more() -> None:
         plan_layout(job, {"CPU": 5})
 
 
+def test_elastic_workers_need_room_for_the_fewest_and_leave_a_cpu_wherever_they_are() -> None:
+    """Ray Train fills what is left of the cluster with workers: on a node that is left alone, one CPU must stay."""
+    job = _job(num_workers=[1, 2], cpus_per_worker=2)
+    three = {"CPU": 3.0}
+    assert plan_layout(job, {"CPU": 6}, [three, three]) == Layout(1, 1.0)
+    assert plan_layout(job, {"CPU": 3}, [three]) == Layout(1, 1.0)
+    assert cpus_needed(job) == 6
+    with pytest.raises(RunError, match="Ray Data needs at least one"):
+        plan_layout(job, {"CPU": 8}, [{"CPU": 4.0}, {"CPU": 4.0}])
+    assert plan_layout(job, {"CPU": 9}, [{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 1.0}])
+    with pytest.raises(RunError, match="1 workers of 2 CPU need 2, but the cluster has 1"):
+        plan_layout(job, {"CPU": 1})
+
+
 def test_our_own_cluster_is_large_enough() -> None:
     for workers in (1, 2, 3):
         job = _job(num_workers=workers, cpus_per_worker=1.5)

@@ -87,9 +87,9 @@ def test_what_is_written_of_a_step() -> None:
     plan = Plan(12, 4, 1, 2, shuffle=False)
     told = describe_step(plan, 1, lambda row: f"r{row}")
     assert told == {"step": 2, "rows": [[["r4"], ["r5"]], [["r6"], ["r7"]]]}
-    assert explain(told, skipped=True).endswith("Rows: r4, r5, r6, r7. They change nothing; see bad_steps.jsonl")
+    assert explain(told, "skip").endswith("Rows: r4, r5, r6, r7. They change nothing; see bad_steps.jsonl")
     many = told | {"rows": [[[str(n) for n in range(20)]]]}
-    assert "0, 1, 2, 3, 4, 5, 6, 7 and 12 more" in explain(many, skipped=True)
+    assert "0, 1, 2, 3, 4, 5, 6, 7 and 12 more" in explain(many, "skip")
     assert is_finite({"a": 1.0})
     assert not is_finite({"a": 1.0, "b": math.inf})
 
@@ -101,3 +101,27 @@ def test_jumps_of_the_loss() -> None:
     assert spikes.look(31, 2.5) == "step 31: loss 2.5, where the median of the last 31 is 1.02"
     assert spikes.look(32, math.nan) is None
     assert Spikes().look(1, 99.0) is None
+
+
+def test_a_rewound_run_trains_nothing_from_its_checkpoint_to_the_step(
+    job_file: Any, poisoned: list[int], capsys: pytest.CaptureFixture
+) -> None:
+    """Steps 3 and 4 come after the checkpoint of step 2, and 4 fails: both are left out, by the same command."""
+    from safetensors.numpy import load_file
+
+    sections = {"train": {"max_steps": 5, "global_batch_size": 2, "micro_batch_size": 2, "nonfinite": "rewind"}}
+    path = job_file(**sections, checkpoint={"every_steps": 2, "keep": 5})
+    poisoned.append(3)
+    paths = _train(path)
+    found = {p.name.split("-")[1]: next(p.rglob("adapter_model.safetensors")) for p in paths.root.glob("checkpoint-*")}
+    second, fourth, fifth = (load_file(found[step]) for step in ("2", "4", "5"))
+    assert all((second[name] == fourth[name]).all() for name in second)
+    assert any((fourth[name] != fifth[name]).any() for name in fourth)
+    lines = [line for line in read_metrics(paths.metrics) if line["kind"] == "train"]
+    assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (1, 2), (1, 3), (2, 3), (2, 4), (2, 5)]
+    assert [line["loss"] is None for line in lines] == [False, False, False, True, True, False]
+    attempts = json.loads(paths.run.read_text())["attempts"]
+    assert [(a["status"], a.get("lost_steps")) for a in attempts] == [("failed", 1), ("finished", None)]
+    told = capsys.readouterr().out
+    assert "the gradient of step 4 was not finite: the steps from 3 to it change nothing" in told
+    assert "2 attempts: step 4: the gradient is not finite" in told

@@ -5,7 +5,8 @@ import pickle
 from ray.train import ControllerError, WorkerGroupError
 
 from ray_vlm.errors import DataError, Interrupted
-from ray_vlm.train.launch import Failure, describe_failure, plan_retry
+from ray_vlm.train.finite import Rewind
+from ray_vlm.train.launch import Failure, describe_failure, plan_pause, plan_retry
 
 
 class _Raised(Exception):
@@ -76,3 +77,16 @@ def test_the_environment_is_set_before_anything_else(monkeypatch) -> None:
     monkeypatch.setattr(launch, "train_worker", lambda task, in_ray: seen.append(os.environ.get("HF_TOKEN")))
     launch.run_ray_worker({"task": SimpleNamespace(environment=Environment(dict(environment.values)))})
     assert seen == ["hf_secret"]
+
+
+def test_the_pause_grows_only_while_nothing_is_gained() -> None:
+    at = [Failure("died", step=step) for step in (3, 3, 3, 8, 8)]
+    assert [plan_pause(at[:n]) for n in range(1, 6)] == [2, 4, 8, 2, 4]
+    assert plan_pause([Failure("died")] * 40) == 64
+
+
+def test_a_rewind_is_no_refusal() -> None:
+    error = WorkerGroupError("failed", {1: _Raised(Rewind("step 7: not finite")), 0: _Raised(Rewind("step 7"))})
+    failure = describe_failure(error, 6)
+    assert failure.own is None
+    assert plan_retry([failure], 1)
