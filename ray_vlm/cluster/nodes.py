@@ -121,6 +121,16 @@ def ask_nodes(timeout_s: float = 60.0) -> tuple[list[Node], list[str]]:
     return found, problems
 
 
+def living_nodes() -> set[str]:
+    """Addresses of the cluster's living nodes; none where the cluster itself does not answer."""
+    import ray
+
+    try:
+        return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    except (ConnectionError, RuntimeError):
+        return set()
+
+
 def expected(now: Mapping[str, float], job: JobConfig, at_once: int = 1) -> dict[str, float]:
     """What a cluster that starts machines on demand is taken to come to: what it has `now`, and no less than
     `at_once` runs of the job need."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_vlm.cluster.connect import connect
+from ray_vlm.cluster.nodes import living_nodes
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.runs.console import Console, follow
@@ -27,6 +28,8 @@ from ray_vlm.train.worker import WorkerTask, train_worker
 
 _PAUSE_S = 2.0  # before another try
 _RESIZE_S = 20.0  # how often Ray looks for room for more workers, where their number may change
+# What gloo and NCCL say where the process or the machine at the other end is gone.
+_CUT = ("closed by peer", "reset by peer", "remote process exited", "unhandled system error", "Timed out waiting")
 _PATIENCE = 2.0  # how much longer than the watchdog the workers' connections wait for one another
 
 
@@ -76,6 +79,9 @@ def describe_failure(error: Exception, step: int) -> Failure:
         dead = sorted(set(workers) - set(raised))
         return Failure(f"worker {', '.join(map(str, dead))} died", own, step=step)
     rank, first = min(raised.items())
+    if isinstance(first, RuntimeError) and any(mark in str(first) for mark in _CUT):
+        text = str(first).strip().splitlines()[0][:200]
+        return Failure(f"worker {rank} lost its connection to another ({text})", own, step=step)
     return Failure(f"worker {rank}: {type(first).__name__}: {first}", own, raised=True, step=step)
 
 
@@ -137,6 +143,7 @@ def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopReque
     """The workers' result, after as many tries as it takes. Leaving a machine that is taken away is no failure."""
     failures: list[Failure] = []
     while True:
+        nodes = living_nodes()
         try:
             _fit(job, task, paths, request)
             result = paths.take_result()
@@ -146,7 +153,7 @@ def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopReque
         except Exception as error:  # the edge to Ray: written down, then tried again or raised
             with suppress(OSError):
                 paths.refresh(paths.metrics)
-            failures.append(failure := _explain(job, task, paths, error))
+            failures.append(failure := _explain(job, task, paths, error, nodes))
             if request.wanted or not plan_retry(failures, job.cluster.max_failures):
                 if failure.own is not None:
                     raise failure.own from error
@@ -167,12 +174,15 @@ def _next_attempt(paths: RunPaths, status: str, text: str) -> int:
     return 0
 
 
-def _explain(job: JobConfig, task: WorkerTask, paths: RunPaths, error: Exception) -> Failure:
-    """Why a try ended: what the workers said before they ended themselves, or what Ray says of them."""
+def _explain(job: JobConfig, task: WorkerTask, paths: RunPaths, error: Exception, nodes: set[str]) -> Failure:
+    """Why a try ended: what the workers said before they ended themselves, or what Ray says of them. `nodes`: those
+    that lived when it began."""
     step = _last_step(paths)
     if said := take_sentence(paths.store, task.attempt):
         return Failure(said, RunError(said) if job.cluster.on_stall == "stop" else None, raised=True, step=step)
-    return describe_failure(error, step)
+    failure = describe_failure(error, step)
+    gone = ", ".join(sorted(nodes - living_nodes()))
+    return replace(failure, text=f"node {gone} is gone: {failure.text}") if gone else failure
 
 
 def _last_step(paths: RunPaths) -> int:

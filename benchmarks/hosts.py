@@ -6,6 +6,7 @@ and `nsenter`; nothing of the machine's own network is touched.
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NET = "10.79.0"
+_MOST = 10  # hosts
 TOOLS = ("ip", "unshare", "nsenter", "mount")
 
 
@@ -40,28 +42,59 @@ class Host:
         return ["nsenter", "-t", str(self.pid), "-m", "-p", "-n", "-u", "--", *inside]
 
 
-@contextmanager
-def start_hosts(commands: Sequence[Sequence[str]], env: Mapping[str, str], folder: Path) -> Iterator[list[Host]]:
-    """Hosts that run one command each, for as long as the context lasts; their output is in `folder`."""
-    names = [f"rvh{i}" for i in range(len(commands))]
-    _remove([*names, "rvhsw"])
-    _ip("netns add rvhsw", "-n rvhsw link set lo up", "-n rvhsw link add br0 type bridge", "-n rvhsw link set br0 up")
-    hosts, processes = [], []
-    try:
-        for i, (name, command) in enumerate(zip(names, commands, strict=True)):
-            address = f"{NET}.{10 + i}"
-            _ip(f"netns add {name}", f"-n {name} link set lo up")
-            _ip(f"link add v{i} netns rvhsw type veth peer name eth0 netns {name}")
-            _ip(f"-n rvhsw link set v{i} master br0 up", f"-n {name} addr add {address}/24 dev eth0")
-            _ip(f"-n {name} link set eth0 up")
-            processes.append(_start(name, command, env, folder / f"{name}.log"))
-            hosts.append(Host(address, _only_child(processes[-1].pid)))
-        yield hosts
-    finally:
-        for process in processes:
+class Hosts(list[Host]):
+    """Hosts that can be added, killed, cut off from the others, and connected again."""
+
+    def __init__(self, env: Mapping[str, str], folder: Path):
+        super().__init__()
+        self._env, self._folder = dict(env), folder
+        self._processes: list[subprocess.Popen] = []
+
+    def start(self, command: Sequence[str]) -> Host:
+        """One more host, which runs `command` for as long as it lives."""
+        i = len(self)
+        name, address = f"rvh{i}", f"{NET}.{10 + i}"
+        _ip(f"netns add {name}", f"-n {name} link set lo up")
+        _ip(f"link add v{i} netns rvhsw type veth peer name eth0 netns {name}")
+        _ip(f"-n rvhsw link set v{i} master br0 up", f"-n {name} addr add {address}/24 dev eth0")
+        _ip(f"-n {name} link set eth0 up")
+        self._processes.append(_start(name, command, self._env, self._folder / f"{name}.log"))
+        self.append(Host(address, _only_child(self._processes[-1].pid)))
+        return self[-1]
+
+    def kill(self, number: int) -> None:
+        """All its processes at once, as when the power goes."""
+        os.kill(self[number].pid, signal.SIGKILL)
+        self._processes[number].wait()
+
+    def cut(self, number: int) -> None:
+        """Take its cable out."""
+        _ip(f"-n rvhsw link set v{number} down")
+
+    def heal(self, number: int) -> None:
+        """Put it in again."""
+        _ip(f"-n rvhsw link set v{number} up")
+
+    def end(self) -> None:
+        """Kill all."""
+        for process in self._processes:
             process.kill()
             process.wait()
-        _remove([*names, "rvhsw"])
+
+
+@contextmanager
+def start_hosts(commands: Sequence[Sequence[str]], env: Mapping[str, str], folder: Path) -> Iterator[Hosts]:
+    """Hosts that run one command each, for as long as the context lasts; their output is in `folder`."""
+    _remove()
+    _ip("netns add rvhsw", "-n rvhsw link set lo up", "-n rvhsw link add br0 type bridge", "-n rvhsw link set br0 up")
+    hosts = Hosts(env, folder)
+    try:
+        for command in commands:
+            hosts.start(command)
+        yield hosts
+    finally:
+        hosts.end()
+        _remove()
 
 
 def _start(name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen:
@@ -87,6 +120,6 @@ def _ip(*commands: str) -> None:
         subprocess.run(["ip", *command.split()], check=True, capture_output=True)
 
 
-def _remove(names: Sequence[str]) -> None:
-    for name in names:
+def _remove() -> None:
+    for name in ["rvhsw", *(f"rvh{i}" for i in range(_MOST))]:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)

@@ -1,0 +1,230 @@
+"""What a run does when machines go: killed, cut off for a while or for good, taken away with a notice, started anew.
+
+Real Ray nodes, each with an address and processes of its own (`benchmarks/hosts.py`): a head without CPUs on which the
+command runs, and nodes for one worker each, who may be one or two. Part of `python -m benchmarks.chaos --full`, and the
+tests' `tests/cluster/test_lost_nodes.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.hosts import Hosts, start_hosts
+from ray_vlm.config.load import load_job
+from ray_vlm.runs.monitor import current_lines, read_metrics
+from ray_vlm.runs.paths import RunPaths
+
+ROOT = Path(__file__).parents[1]
+EVERY = 10  # steps between checkpoints
+DETECTED_S = 4.5  # what the health checks below come to: three of half a second that wait for a second each
+_HEALTH = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
+_START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+_START += ["--object-store-memory=200000000"]
+_HEAD = "10.79.0.10"
+
+
+@dataclass
+class Scene:
+    """A cluster, a run on it that is under way, and what was seen."""
+
+    hosts: Hosts
+    env: dict[str, str]
+    paths: RunPaths
+    process: subprocess.Popen
+
+    def lines(self, kind: str = "train") -> list[dict[str, Any]]:
+        """Of `metrics.jsonl`, with what was done again."""
+        return [line for line in read_metrics(self.paths.metrics) if line["kind"] == kind]
+
+    def wait(self, holds: Callable[[], Any], limit_s: float = 150.0) -> float:
+        """Wait until it holds; the time. Raises when it does not, or when the run ends before."""
+        until = time.monotonic() + limit_s
+        while not holds():
+            assert self.process.poll() is None, f"the run ended: {self.told()}"
+            assert time.monotonic() < until, f"nothing after {limit_s} s: {self.told()}"
+            time.sleep(0.05)
+        return time.time()
+
+    def wait_step(self, step: int, attempt: int = 1, limit_s: float = 150.0) -> float:
+        """Wait for a step of that attempt or of a later one."""
+        return self.wait(lambda: any(x["step"] >= step and x["attempt"] >= attempt for x in self.lines()), limit_s)
+
+    def told(self) -> str:
+        """The end of what the command said."""
+        return (self.paths.root.parent / "out.txt").read_text()[-3000:]
+
+    def finish(self, limit_s: float = 300.0) -> dict[str, Any]:
+        """Wait for the end; `run.json`."""
+        assert self.process.wait(timeout=limit_s) == 0, self.told()
+        return json.loads(self.paths.run.read_text())
+
+
+def write_job(folder: Path, steps: int, workers: Any) -> Path:
+    """A small SFT job on drawn scenes; the one that is there stays."""
+    if (folder / "job.yaml").exists():
+        return folder / "job.yaml"
+    from ray_vlm.demo.shapes import draw
+    from ray_vlm.demo.tiny import write_untrained
+
+    draw(folder / "scenes", "studio", "train", 30)
+    job = {
+        "model": {"name": str(write_untrained(folder / "model", "qwen3_vl")), "load_in_4bit": False},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": {"path": str(folder / "scenes" / "train.json")}},
+        "train": {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": steps, "bf16": False},
+        "checkpoint": {"every_steps": EVERY, "keep": 3},
+        "cluster": {"num_workers": workers, "cpus_per_worker": 2, "max_failures": 5},
+        "run": {"name": "run", "output_dir": str(folder)},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    return folder / "job.yaml"
+
+
+@contextmanager
+def start_scene(folder: Path, steps: int, workers: Any = (1, 2), nodes: int = 2) -> Iterator[Scene]:
+    """The cluster with the run started on its head."""
+    job = write_job(folder, steps, list(workers) if isinstance(workers, tuple) else workers)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {f"RAY_health_check_{name}": str(value) for name, value in _HEALTH.items()}
+    env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+    env |= {"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(ROOT)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    with start_hosts([head(), *(node(i + 1) for i in range(nodes))], env, folder) as hosts:
+        env["RAY_ADDRESS"] = f"{_HEAD}:6379"
+        until = time.monotonic() + 120
+        while count_nodes(hosts, env) < nodes + 1:
+            assert time.monotonic() < until, "\n".join(log.read_text()[-800:] for log in folder.glob("rvh*.log"))
+            time.sleep(1)
+        command = [sys.executable, "-m", "ray_vlm", "train", str(job), "--resume"]
+        scene = Scene(hosts, env, RunPaths(folder / "run"), _launch(hosts, env, command, folder))
+        try:
+            yield scene
+        finally:
+            scene.process.kill()
+            scene.process.wait()
+
+
+def head() -> list[str]:
+    """The command of the first host."""
+    return [*_START, "--head", "--port=6379", "--num-cpus=0", f"--node-ip-address={_HEAD}", f"--dashboard-host={_HEAD}"]
+
+
+def node(number: int) -> list[str]:
+    """The command of another: room for one worker of two CPUs, and one CPU that reads images."""
+    return [*_START, f"--address={_HEAD}:6379", "--num-cpus=3", f"--node-ip-address=10.79.0.{10 + number}"]
+
+
+def _launch(hosts: Hosts, env: dict[str, str], command: list[str], folder: Path) -> subprocess.Popen:
+    with open(folder / "out.txt", "ab") as out:
+        return subprocess.Popen(hosts[0].words(command), env=env, cwd=ROOT, stdout=out, stderr=out)
+
+
+def _ask(hosts: Hosts, env: dict[str, str], code: str) -> str:
+    code = f"import ray; ray.init(address='{_HEAD}:6379', logging_level='ERROR', log_to_driver=False); {code}"
+    words = hosts[0].words([sys.executable, "-c", code])
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def count_nodes(hosts: Hosts, env: dict[str, str]) -> int:
+    """Living nodes as the head sees them."""
+    told = _ask(hosts, env, "print(sum(n['Alive'] for n in ray.nodes()))")
+    return int(told.split()[-1]) if told else 0
+
+
+def compare(scene: Scene, folder: Path) -> dict[str, Any]:
+    """The finished run against the same job in one process that nothing happened to: the largest relative difference of
+    a step's loss, steps that are missing or doubled, and what was lost."""
+    from ray_vlm.train.driver import train
+
+    job = load_job(folder / "job.yaml", ["cluster.num_workers=0", "run.name=alone"])
+    alone = current_lines(read_metrics(train(job, "").metrics))
+    want = {line["step"]: line["loss"] for line in alone if line["kind"] == "train"}
+    lines = [x for x in current_lines(read_metrics(scene.paths.metrics)) if x["kind"] == "train"]
+    got = [(line["step"], line["loss"]) for line in lines]
+    run = json.loads(scene.paths.run.read_text())
+    return {
+        "apart": max(abs(loss - want[step]) / abs(want[step]) for step, loss in got),
+        "steps_once": [step for step, _ in got] == sorted(want),
+        "images": sum(line["images"] for line in lines) == 4 * len(want),
+        "lost_steps": [a.get("lost_steps", 0) for a in run["attempts"]],
+        "workers": [a["workers"] for a in run["attempts"] if "workers" in a],
+        "status": [a["status"] for a in run["attempts"]],
+    }
+
+
+def kill_and_add(folder: Path, steps: int = 300) -> dict[str, Any]:
+    """Two nodes; one is killed; the run goes on with one worker; another node comes and it goes on with two."""
+    with start_scene(folder, steps) as scene:
+        scene.wait_step(EVERY + 2)
+        scene.hosts.kill(2)
+        killed = time.time()
+        on = scene.wait_step(EVERY + 1, attempt=2)
+        scene.wait_step(2 * EVERY + 2, attempt=2)
+        scene.hosts.start(node(3))
+        scene.wait(lambda: any(line["num_workers"] == 2 and line["attempt"] > 2 for line in scene.lines("start")))
+        scene.finish()
+        return {"went_on_s": on - killed - DETECTED_S} | compare(scene, folder)
+
+
+def cut_for_good(folder: Path, steps: int = 60) -> dict[str, Any]:
+    """A node that may hold rank 0 loses its cable and lives on; the cable comes back after the run went on."""
+    with start_scene(folder, steps) as scene:
+        scene.wait_step(EVERY + 2)
+        scene.hosts.cut(1)
+        cut = time.time()
+        on = scene.wait_step(EVERY + 1, attempt=2)
+        scene.hosts.heal(1)
+        scene.finish()
+        return {"went_on_s": on - cut - DETECTED_S} | compare(scene, folder)
+
+
+def cut_briefly(folder: Path, steps: int = 60) -> dict[str, Any]:
+    """A cable that is out for a second, less than the health checks allow."""
+    with start_scene(folder, steps) as scene:
+        scene.wait_step(EVERY + 2)
+        scene.hosts.cut(2)
+        time.sleep(1.0)
+        scene.hosts.heal(2)
+        scene.finish()
+        return compare(scene, folder)
+
+
+def take_away(folder: Path, steps: int = 90, notice_s: int = 15) -> dict[str, Any]:
+    """A node is drained with a notice and killed when it is over."""
+    with start_scene(folder, steps) as scene:
+        scene.wait_step(EVERY + 2)
+        code = "print([n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == '10.79.0.12'][0])"
+        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", f"{_HEAD}:6379"]
+        drain += ["--node-id", _ask(scene.hosts, scene.env, code).split()[-1], "--reason-message", "spot"]
+        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(notice_s)]
+        done = subprocess.run(scene.hosts[0].words(drain), env=scene.env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        given, step = time.time(), max(line["step"] for line in scene.lines())
+        time.sleep(notice_s)
+        scene.hosts.kill(2)
+        saved = [x for x in scene.lines("checkpoint") if x["step"] >= step and x["time"] < given + notice_s]
+        reached = max(x["step"] for x in scene.lines() if x["attempt"] == 1)
+        scene.finish()
+        assert saved, f"no checkpoint within the notice: {scene.told()}"
+        told = {"saved_s": saved[0]["time"] - given, "steps_old": reached - max(x["step"] for x in saved)}
+        return told | compare(scene, folder)
+
+
+def restart_head(folder: Path, steps: int = 40) -> dict[str, Any]:
+    """The head dies with the command on it; the cluster is started anew, and the same command goes on."""
+    with start_scene(folder, steps, nodes=1) as scene:
+        scene.wait_step(EVERY + 2)
+        scene.hosts.kill(0)
+        scene.process.wait()
+    with start_scene(folder, steps, nodes=1) as again:
+        again.finish()
+        return compare(again, folder)
