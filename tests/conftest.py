@@ -64,6 +64,7 @@ def ray_cluster() -> Any:
     """One Ray cluster of this process for all tests that need one; with the dashboard, which job stops rely on."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 

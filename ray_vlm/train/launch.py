@@ -80,7 +80,7 @@ def describe_failure(error: Exception, step: int) -> Failure:
         return Failure(f"worker {', '.join(map(str, dead))} died", own, step=step)
     rank, first = min(raised.items())
     if isinstance(first, RuntimeError) and any(mark in str(first) for mark in _CUT):
-        text = str(first).strip().splitlines()[0][:200]
+        text = str(first).strip().splitlines()[0].split(". ")[0].rsplit("] ")[-1][:200]
         return Failure(f"worker {rank} lost its connection to another ({text})", own, step=step)
     return Failure(f"worker {rank}: {type(first).__name__}: {first}", own, raised=True, step=step)
 

@@ -42,10 +42,11 @@ def _grpo(job_file: Any, tmp_path: Path, scenes: Path, **cluster: Any) -> tuple[
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = {"num_generations": 2, "max_completion_tokens": 4}
     options |= {"rewards": {"tests.cluster.test_stall:hang_once": 1.0}}
+    source = {"path": str(tmp_path / "rows.jsonl"), "format": "prompt", "image_root": str(scenes)}
     path = job_file(
         method={"name": "grpo", **options},
         task={"name": "chat"},
-        data={"train": {"path": str(tmp_path / "rows.jsonl"), "format": "prompt", "image_root": str(scenes)}, "shuffle": False},
+        data={"train": source, "shuffle": False},
         train={"max_steps": 4, "global_batch_size": 4, "micro_batch_size": 2},
         checkpoint={"every_steps": 1},
         cluster={"num_workers": 2, "stall_minutes": LIMIT, **cluster},

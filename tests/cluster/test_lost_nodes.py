@@ -1,0 +1,64 @@
+"""Nodes that die, lose their cable, are taken away with a notice, or come: the run goes on with the same losses.
+
+Each is a scene of `benchmarks/lost_nodes.py`, with what it has to come to.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.hosts import why_not
+from benchmarks.lost_nodes import EVERY, cut_briefly, cut_for_good, kill_and_add, restart_head, take_away
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def hosts() -> None:
+    if reason := why_not():
+        pytest.skip(f"several hosts on one machine: {reason}")
+
+
+def test_a_node_dies_and_another_comes(tmp_path: Path) -> None:
+    found = kill_and_add(tmp_path)
+    assert found["workers"][0] == 2
+    assert 1 in found["workers"]
+    assert found["workers"][-1] == 2
+    assert found["went_on_s"] <= 60
+    assert max(found["lost_steps"]) <= EVERY
+    assert found["steps_once"]
+    assert found["images"]
+    assert found["apart"] <= 1e-5
+
+
+def test_a_node_that_was_cut_off_comes_back_and_changes_nothing(tmp_path: Path) -> None:
+    found = cut_for_good(tmp_path)
+    assert found["went_on_s"] <= 60
+    assert max(found["lost_steps"]) <= EVERY
+    assert found["steps_once"]
+    assert found["apart"] <= 1e-5
+
+
+def test_a_short_cut_is_no_failure(tmp_path: Path) -> None:
+    found = cut_briefly(tmp_path)
+    assert found["status"] == ["finished"]
+    assert found["steps_once"]
+    assert found["apart"] <= 1e-5
+
+
+def test_a_machine_is_left_within_its_notice(tmp_path: Path) -> None:
+    found = take_away(tmp_path)
+    assert found["saved_s"] < 15
+    assert found["steps_old"] <= 10
+    assert found["status"][0] == "preempted"
+    assert found["lost_steps"][0] == 0
+    assert found["steps_once"]
+    assert found["apart"] <= 1e-5
+
+
+def test_a_head_that_died_is_started_again(tmp_path: Path) -> None:
+    found = restart_head(tmp_path)
+    assert found["status"] == ["running", "finished"]
+    assert max(found["lost_steps"]) <= EVERY
+    assert found["steps_once"]
+    assert found["apart"] <= 1e-5
