@@ -200,7 +200,7 @@ def cut_briefly(folder: Path, steps: int = 60) -> dict[str, Any]:
         return compare(scene, folder)
 
 
-def take_away(folder: Path, steps: int = 90, notice_s: int = 15) -> dict[str, Any]:
+def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, Any]:
     """A node is drained with a notice and killed when it is over."""
     with start_scene(folder, steps) as scene:
         scene.wait_step(EVERY + 2)

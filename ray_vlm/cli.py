@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 it failed on the way, 2 the job or the command line was wr
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -134,7 +135,8 @@ def _train(args: argparse.Namespace) -> None:
 
     job = load_job(args.job, args.overrides)
     paths = train(job, Path(args.job).read_text(encoding="utf-8"), args.overwrite, resume=args.resume)
-    best = f", best {paths.place('best')}" if "best" in paths.store.names() else ""
+    result = json.loads(paths.run.read_text())["result"]
+    best = f", best {paths.place('best')}" if result.get("best") else ""
     print(f"run folder {paths.address}: final {paths.place('final')}{best}")
     paths.discard()
     return None

@@ -59,7 +59,7 @@ def _cause(entry: Mapping[str, Any], following: Mapping[str, Any]) -> str:
     if status == "interrupted":
         return "stopped by a signal"
     if status == "running":
-        return "its driver died"
+        return "ended without a word"
     return (str(entry.get("error") or "").strip().splitlines() or [status])[0].rstrip(".")[:200]
 
 

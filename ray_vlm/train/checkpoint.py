@@ -5,12 +5,13 @@ that `transformers.Trainer` reads back; where it stands in the plan is its step.
 """
 
 import hashlib
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import ModelError, RunError
-from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, write_part
+from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, remove_checkpoint, write_part
 from ray_vlm.runs.store import Store
 from ray_vlm.train.attempt import Attempt, Place, check_owner
 
@@ -47,9 +48,15 @@ class CheckpointWriter:
                 with suppress(OSError):  # the new one counts already; what could not be deleted stays
                     prune(self.store, *self.keep)
         except OSError as error:
+            fix = "make room or mend the store"
+            if self.store.local is None and error.errno is not None:  # no store's number: this machine's
+                fix = f"make room in {tempfile.gettempdir()}, where files are made, or set TMPDIR"
+            elif self.store.local is not None and self.place.rank == 0:
+                with suppress(OSError):  # so that a full disk has room for what went wrong
+                    remove_checkpoint(self.store, name)
             raise RunError(
                 f"checkpoint at step {step} cannot be written to {self.store.address} ({error}). Earlier ones are "
-                "untouched: make room or mend the store, then go on with --resume."
+                f"untouched: {fix}, then go on with --resume."
             ) from error
 
 

@@ -2,6 +2,7 @@
 
 import platform
 import resource
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ class Clock:
     """Adds up the seconds of named phases until they are taken, and knows which one it is in.
 
     `inside`: the phases, the outer ones first; `entered`: how often each was begun; `moved`: when one last began or
-    ended, as `time.monotonic` counts.
+    ended, as `time.monotonic` counts; `thread`: the one that did.
     """
 
     def __init__(self, device: str):
@@ -23,11 +24,11 @@ class Clock:
         self._seconds: dict[str, float] = {}
         self.inside: list[str] = []
         self.entered: Counter[str] = Counter()
-        self.moved = time.monotonic()
+        self.tick()
 
     def tick(self) -> None:
         """Something was got done."""
-        self.moved = time.monotonic()
+        self.moved, self.thread = time.monotonic(), threading.get_ident()
 
     @contextmanager
     def phase(self, name: str, host: bool = False) -> Iterator[None]:

@@ -4,10 +4,11 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray_vlm.cluster.environment import read_environment
 from ray_vlm.config.load import dump_job, fill_defaults
@@ -28,7 +29,7 @@ from ray_vlm.runs.manifest import (
     start_manifest,
     write_training_log,
 )
-from ray_vlm.runs.paths import RunPaths, check_free, claim_run, find_run, write_bad_rows, write_json
+from ray_vlm.runs.paths import RunPaths, cannot_write, check_free, claim_run, find_run, write_bad_rows, write_json
 from ray_vlm.train.launch import launch
 from ray_vlm.train.prepare import Prepared, absolute_paths, prepare
 from ray_vlm.train.worker import WorkerTask
@@ -74,15 +75,37 @@ def train(
         return paths
     if paths is None:
         paths = claim_run(job.run.output_dir, job.run.name, stem, overwrite)
-        start_manifest(paths, dump_job(prepared.job), job_text, list(command or sys.argv))
+        _start(prepared, paths, job_text, list(command or sys.argv))
     else:
-        write_json(paths.resolved, dump_job(prepared.job))
-        paths.publish(paths.resolved)
-        start_attempt(paths)
-    _write_bad_rows(prepared, paths)
-    _write_balance(prepared, paths)
+        with _refusals(paths):
+            write_json(paths.resolved, dump_job(prepared.job))
+            paths.publish(paths.resolved)
+            start_attempt(paths)
+    with _refusals(paths):
+        _write_bad_rows(prepared, paths)
+        _write_balance(prepared, paths)
     _run(prepared, paths, hosted)
     return paths
+
+
+def _start(prepared: Prepared, paths: RunPaths, job_text: str, command: list[str]) -> None:
+    """Write what a new run opens with; where that cannot be written nothing is left in the way of another try."""
+    try:
+        start_manifest(paths, dump_job(prepared.job), job_text, command)
+    except OSError as error:
+        with suppress(OSError):
+            paths.store.remove("")
+        paths.discard()
+        raise cannot_write(prepared.job.run.output_dir, error) from error
+
+
+@contextmanager
+def _refusals(paths: RunPaths) -> Iterator[None]:
+    """Around what writes into a run: a disk or a store that refuses ends it with the way on."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{paths.address}: {error}. Mend that, then go on with --resume.") from error
 
 
 def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
@@ -138,23 +161,17 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
     )
     status, error, result, stopped_by = "failed", "", None, None
     try:
-        result, stopped_by = launch(job, task, paths, hosted.stop, hosted.at_once)
+        with _refusals(paths):
+            result, stopped_by = launch(job, task, paths, hosted.stop, hosted.at_once)
         status = "interrupted" if result["stopped"] else "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     except Exception as failure:  # the edge of a run: written down, then raised
         error = str(failure)[-2000:]
-        if isinstance(failure, OSError):
-            raise RunError(f"{paths.address}: {failure}. Mend that, then go on with --resume.") from failure
         raise
     finally:
-        with suppress(OSError) if status == "failed" else nullcontext():  # a full disk must not hide the cause
-            paths.refresh(paths.metrics)
-            finish_manifest(paths, status, result, error)
-            write_training_log(paths, result["best"] if result else None)
-            if told := tell_attempts(json.loads(paths.run.read_text())["attempts"]):
-                print(told, flush=True)
+        _end(paths, status, result, error)
     if lost := result.get("lost_rows"):
         print(describe_lost(lost), flush=True)
     if result["stopped"]:
@@ -163,6 +180,21 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
             f"(run.name={paths.name}).",
             stopped_by or signal.SIGINT,
         )
+
+
+def _end(paths: RunPaths, status: str, result: dict[str, Any] | None, error: str) -> None:
+    """Write down how it ended; `run.json` last, so that what is called finished is whole."""
+
+    def allowed() -> AbstractContextManager[None]:  # a full disk must not hide the cause
+        return suppress(OSError) if status == "failed" else _refusals(paths)
+
+    with allowed():
+        paths.refresh(paths.metrics)
+        write_training_log(paths, result["best"] if result else None)
+    with allowed():
+        finish_manifest(paths, status, result, error)
+        if told := tell_attempts(json.loads(paths.run.read_text())["attempts"]):
+            print(told, flush=True)
 
 
 def rows_fingerprint(records: Sequence[Record]) -> str:

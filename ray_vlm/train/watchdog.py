@@ -45,7 +45,7 @@ _ORDER = list(_MEANS)
 @dataclass(frozen=True)
 class Standing:
     """Where a worker stands: its phase, how often it began a batch and a micro-batch's step, the step that it is in
-    (from 1), and the ids of the rows at hand."""
+    (from 1), the ids of the rows at hand, and whether it is seen to wait for the other workers."""
 
     rank: int
     host: str
@@ -55,11 +55,12 @@ class Standing:
     steps: int
     step: int
     rows: tuple[str, ...] = ()
+    waits: bool = False
 
     @property
-    def reached(self) -> tuple[int, int, int]:
+    def reached(self) -> tuple[int, int, int, bool]:
         """The same for workers side by side; less for one that is behind."""
-        return self.batches, self.steps, _ORDER.index(self.phase)
+        return self.batches, self.steps, _ORDER.index(self.phase), self.waits
 
 
 def find_phase(inside: Sequence[str]) -> str:
@@ -77,14 +78,24 @@ def describe_stall(told: Sequence[Standing], world_size: int, limit_s: float) ->
         return f"{who} said nothing for {limit} while the others waited: stopped, or its machine is gone or overloaded"
     least = min(one.reached for one in told)
     behind = [one for one in told if one.reached == least]
-    first = behind[0]
-    more = f" and {len(first.rows) - _NAMED} more" if len(first.rows) > _NAMED else ""
-    rows = f", rows {', '.join(first.rows[:_NAMED])}{more}" if first.rows else ""
-    where = f"{_MEANS[first.phase]}, step {first.step}{rows}"
+    held = [row for one in behind for row in one.rows]
+    more = f" and {len(held) - _NAMED} more" if len(held) > _NAMED else ""
+    rows = f", rows {', '.join(held[:_NAMED])}{more}" if held else ""
+    where = f"{_MEANS[behind[0].phase]}, step {behind[0].step}{rows}"
     if len(behind) == world_size and world_size > 1:
         return f"all workers hang for {limit} in the same place: {where}"
     who = ", ".join(f"{one.rank} on {one.host}" for one in behind)
     return f"worker {who} hangs for {limit}: {where}"
+
+
+def is_waiting(thread: int) -> bool:
+    """Whether a thread of this process is in an exchange between workers; in a backward pass it cannot be seen."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if "torch/distributed/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def describe_stacks() -> str:
@@ -162,8 +173,8 @@ def watch_worker(
         else:
             rows = [row for batch in plan.rank_step(step, place.rank) for row in batch.rows]
         named = () if phase in ("validation", "checkpoint") else tuple(ids(row) for row in rows)
-        begun = clock.entered["data"], clock.entered["step"]
-        return Standing(place.rank, platform.node(), os.getpid(), phase, *begun, step + 1, named)
+        begun, waits = (clock.entered["data"], clock.entered["step"]), is_waiting(clock.thread)
+        return Standing(place.rank, platform.node(), os.getpid(), phase, *begun, step + 1, named, waits)
 
     def end() -> None:
         if place.ray:

@@ -18,7 +18,7 @@ from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-LIMIT = 0.5  # minutes
+LIMIT = 1.0  # minutes
 
 
 def hang_once(completion_ids: list, hang: list, **columns: Any) -> list[float]:
@@ -94,7 +94,7 @@ def test_a_stopped_process_and_a_job_that_ends_there(ray_cluster, job_file, tmp_
         os.kill(stopped[0], signal.SIGSTOP)
 
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(RunError, match=r"worker [01] said nothing for 0.5 minutes while the others waited"):
+    with pytest.raises(RunError, match=r"worker [01] said nothing for 1 minutes while the others waited"):
         _train(path)
     until = time.monotonic() + 60
     while psutil.pid_exists(stopped[0]) and time.monotonic() < until:

@@ -52,8 +52,8 @@ def test_one_that_never_trained_and_one_that_was_stopped() -> None:
     lines = [_start(2, 0), *_steps(2, 1, 3), _start(3, 3), *_steps(3, 4, 5), _start(4, 3), *_steps(4, 4, 6)]
     lines += [_start(5, 6), *_steps(5, 7, 8)]
     assert tell_attempts(complete(listed, lines)) == (
-        "5 attempts: ControllerError: no room before its first step; stopped by a signal at step 3; its driver died at "
-        "step 5 (2 steps done again); the machine of worker 0 will be taken away in 12 s at step 6. "
+        "5 attempts: ControllerError: no room before its first step; stopped by a signal at step 3; ended without "
+        "a word at step 5 (2 steps done again); the machine of worker 0 will be taken away in 12 s at step 6. "
         "2 of 8 steps done twice."
     )
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from ray_vlm.runs.store import Store
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.clock import Clock
-from ray_vlm.train.watchdog import Standing, Watchdog, describe_stall, find_phase, take_sentence
+from ray_vlm.train.watchdog import Standing, Watchdog, describe_stall, find_phase, is_waiting, take_sentence
 
 
-def _at(rank: int, phase: str, batches: int, steps: int, rows: tuple[str, ...] = ()) -> Standing:
-    return Standing(rank, f"host{rank}", 100 + rank, phase, batches, steps, 3, rows)
+def _at(rank: int, phase: str, batches: int, steps: int, rows: tuple[str, ...] = (), waits: bool = False) -> Standing:
+    return Standing(rank, f"host{rank}", 100 + rank, phase, batches, steps, 3, rows, waits)
 
 
 def test_the_one_that_is_behind_is_named_with_its_rows() -> None:
@@ -21,6 +21,12 @@ def test_the_one_that_is_behind_is_named_with_its_rows() -> None:
     told = [_at(0, "step", 4, 2), _at(1, "forward", 4, 2, tuple("abcdefghij"))]
     assert describe_stall(told, 2, 60).startswith("worker 1 on host1 hangs")
     assert describe_stall(told, 2, 60).endswith("the forward pass, step 3, rows a, b, c, d, e, f, g, h and 2 more")
+
+
+def test_one_that_is_seen_to_wait_for_others_is_not_the_one() -> None:
+    told = [_at(0, "batch", 3, 2, ("a",), waits=True), _at(1, "batch", 3, 2, ("b",))]
+    assert describe_stall(told, 2, 60) == "worker 1 on host1 hangs for 1 minutes: sampling answers, step 3, rows b"
+    assert not is_waiting(threading.get_ident())
 
 
 def test_a_collective_in_which_all_hang_and_a_worker_that_says_nothing() -> None:
