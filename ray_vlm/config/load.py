@@ -7,7 +7,7 @@ import copy
 import difflib
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from ray_vlm.errors import ConfigError
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
-_DEEPEST = 12  # levels of a job that places are noted for; the schema has four
+_DEEPEST = 32  # levels of a file; the schema has four, and `method.trl` may have more
+_MOST_VALUES = 20_000  # of a file with its aliases written out: a few lines of them can stand for billions
 Place = dict[tuple[str | int, ...], str]  # dotted path -> "jobs/x.yaml:12" or "override 'a=b'"
 
 
@@ -88,15 +89,18 @@ def dump_job(job: JobConfig) -> dict[str, Any]:
 
 
 def load_resolved(values: dict[str, Any]) -> JobConfig:
-    """A `JobConfig` from what `dump_job` wrote."""
-    return JobConfig.model_validate(values)
+    """A `JobConfig` from what `dump_job` wrote. Raises `ConfigError` where that was altered."""
+    try:
+        return JobConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_explain(e, {}, "the resolved job") for e in error.errors()]) from None
 
 
 def fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """What `dump_job` wrote, with settings that an earlier version did not know at their defaults."""
     try:
         return dump_job(load_resolved(values))
-    except ValidationError:
+    except ConfigError:
         return values
 
 
@@ -117,36 +121,51 @@ def parse_yaml(text: str, name: str, what: str = "a job is a mapping of sections
     places: Place = {}
     problems: list[str] = []
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        _note_places(node, (), name, places, problems)
-        values = loader.construct_document(node) if node else {}
+        values, found = _construct(text)
     except (yaml.YAMLError, RecursionError, OverflowError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
         raise ConfigError(f"{where}: not valid YAML ({str(reason)[:200]}). Mend that line.") from None
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: {what}, this is a {type(values).__name__}.")
+    for path, line in found:
+        if path in places and isinstance(path[-1], str):
+            problems.append(f"{name}:{line}: `{'.'.join(map(str, path))}` is set twice; keep one.")
+        places[path] = f"{name}:{line}"
     return values, places, problems
 
 
-def _note_places(node: Any, path: tuple, name: str, places: Place, problems: list[str]) -> None:
-    if len(path) > _DEEPEST:  # also ends an alias that holds itself
-        return
+def _construct(text: str) -> tuple[Any, list[tuple[tuple[str | int, ...], int]]]:
+    """The value of a YAML text, and the path and line of everything in it. Raises as YAML does, also where the text
+    stands for more than a job can hold."""
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    found = []
+    for path, line in _entries(node, ()):
+        found.append((path, line))
+        if len(found) > _MOST_VALUES or len(path) > _DEEPEST:  # an alias that holds itself has no end either
+            much = "nested too deeply" if len(path) > _DEEPEST else f"more than {_MOST_VALUES} values, aliases included"
+            raise yaml.constructor.ConstructorError(None, None, much, node.start_mark if node else None)
+    return loader.construct_document(node) if node else None, found
+
+
+def _entries(node: Any, path: tuple) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    """Path and line of every entry below a node, aliases followed."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*path, str(key.value))
-            if here in places:
-                problems.append(
-                    f"{name}:{key.start_mark.line + 1}: `{'.'.join(map(str, here))}` is set twice; keep one."
-                )
-            places[here] = f"{name}:{key.start_mark.line + 1}"
-            _note_places(value, here, name, places, problems)
+            inside = isinstance(key, yaml.ScalarNode)
+            here = (*path, str(key.value) if inside else "?")
+            yield here, key.start_mark.line + 1
+            if not inside:
+                yield from _entries(key, here)
+            yield from _entries(value, here)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            places[(*path, i)] = f"{name}:{value.start_mark.line + 1}"
-            _note_places(value, (*path, i), name, places, problems)
+            yield (*path, i), value.start_mark.line + 1
+            yield from _entries(value, (*path, i))
 
 
 def _apply_override(values: dict, places: Place, override: str) -> list[str]:
@@ -154,7 +173,7 @@ def _apply_override(values: dict, places: Place, override: str) -> list[str]:
     if not sep or not re.fullmatch(r"\w+(\.\w+)*", key):
         return [f"override {_short(override)}: write it as section.key=value, such as train.learning_rate=2e-4."]
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        value, _ = _construct(text)
     except (yaml.YAMLError, RecursionError, OverflowError, ValueError):
         return [f"override {_short(override)}: the value is not valid YAML; quote it."]
     parts = key.split(".")

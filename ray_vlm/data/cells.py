@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from ray_vlm.config.data import Source
 from ray_vlm.data.files import resolve_image
 from ray_vlm.data.records import Box, Image, Point
+from ray_vlm.data.tables import text_fault
 
 _FARTHEST = 1e9  # no image is this large; NaN and infinity fail the comparison too
 _LAYOUT = {4: ("four", "[x1, y1, x2, y2]"), 2: ("two", "[x, y]")}
@@ -106,9 +107,12 @@ def from_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=_refuse)
+        found = json.loads(value, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} holds {shown(value)}, which is not JSON ({error}); write it as JSON") from None
+    if reason := text_fault(found):
+        raise ValueError(f"{what} {reason}")
+    return found
 
 
 def _refuse(constant: str) -> NoReturn:

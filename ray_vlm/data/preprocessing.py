@@ -6,16 +6,45 @@ Pairs that a model's own answers gave have the same in `<file>.about.json` (`ray
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError
 
 from ray_vlm.config.schema import Task
+from ray_vlm.config.section import Section
 from ray_vlm.data.files import read_bytes
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.runs.store import is_remote
 
+Colour = Annotated[int, Field(ge=0, le=255)]
+_LARGEST_AREA = 2**40  # pixels; what families without a limit of their own have
 ABOUT = ".about.json"  # ends the name of what tells how a file of pairs was made
+
+
+class _Images(Section):
+    """What `ImageSpec` says of sizes."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    min_pixels: int = Field(ge=1, le=_LARGEST_AREA)
+    max_pixels: int = Field(ge=1, le=_LARGEST_AREA)
+    pad: tuple[Colour, Colour, Colour] | None = Field(None, strict=False)
+    center: bool = False
+    stock: bool = False
+
+
+class _Saved(Section):
+    """The file; what a later version adds is left alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    task: Task
+    labels: tuple[str, ...] = Field(strict=False)
+    hints: str
+    split: str
+    images: _Images
 
 
 def describe_preprocessing(preparer: Preparer) -> dict[str, Any]:
@@ -36,28 +65,35 @@ def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec | None:
     None where they do not say; raises `ModelError` where what they say cannot be read.
     """
     path = Path(folder) / "preprocessing.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        images = saved["images"]
-        if saved["task"]["name"] != spec.task.name:
-            raise ModelError(f"{folder}: trained for {saved['task']['name']}, and the job's task is {spec.task.name}.")
-        pad = tuple(images["pad"]) if images["pad"] else None
-        return replace(
-            spec,
-            task=Task(**saved["task"]),
-            labels=tuple(saved["labels"]),
-            hints=saved["hints"],
-            split=saved["split"],
-            min_pixels=None if images.get("stock") else images["min_pixels"],
-            max_pixels=images["max_pixels"],
-            resize="pad" if pad else "stretch",
-            pad_color=pad,
-            pad_place="center" if images["center"] else "end",
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not readable ({error}). Use an adapter folder that a run wrote.") from None
+        saved = _Saved.model_validate(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not readable ({_reason(error)}). Use an adapter folder that a run wrote.") from None
+    if saved.task.name != spec.task.name:
+        raise ModelError(f"{folder}: trained for {saved.task.name}, and the job's task is {spec.task.name}.")
+    images = saved.images
+    return replace(
+        spec,
+        task=saved.task,
+        labels=saved.labels,
+        hints=saved.hints,
+        split=saved.split,
+        min_pixels=None if images.stock else images.min_pixels,
+        max_pixels=images.max_pixels,
+        resize="pad" if images.pad else "stretch",
+        pad_color=images.pad,
+        pad_place="center" if images.center else "end",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first thing that is wrong, in one line."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
 
 
 def changed_since(path: str, preparer: Preparer) -> list[str]:
@@ -73,7 +109,7 @@ def changed_since(path: str, preparer: Preparer) -> list[str]:
         codec, images = saved["task"]["codec"], dict(saved["images"])
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{about}: not readable ({type(error).__name__}: {error}). Make the pairs again, or delete it if it tells "
             "nothing of them."

@@ -60,11 +60,11 @@ class Preparer:
 
     def _check_wording(self) -> None:
         """Refuse a prompt or a class name that the tokenizer would not read as plain text."""
-        for text in (self.spec.task.prompt or "", self.spec.task.system or "", *self.spec.labels):
+        for text in (self.spec.task.prompt or "", self.spec.task.system or "", self.spec.hints, *self.spec.labels):
             found = self._reserved(text) or (IMAGE if IMAGE in text else None)
             if found or (not text.isprintable() and not text.replace("\n", "").isprintable()):
                 what = f"it holds {found!r}" if found else "it holds characters that cannot be written"
-                raise DataError(f"prompt or class name {text[:80]!r} cannot be used: {what}. Reword it.")
+                raise DataError(f"prompt, hint or class name {text[:80]!r} cannot be used: {what}. Reword it.")
 
     def _reserved(self, text: str) -> str | None:
         """The first piece of `text` that the tokenizer reads as something else than text, if any."""

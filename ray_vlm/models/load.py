@@ -4,12 +4,12 @@ bitsandbytes 0.50 on CPUs with AVX512_BF16 repacks every 4-bit layer at the firs
 wrong gradients without an error; `load_model` turns that off (the packed path has no autograd).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.schema import Model
 from ray_vlm.errors import ModelError
+from ray_vlm.models.adapter import check_adapter, put_adapter
 from ray_vlm.models.families import FAMILIES, Family
 from ray_vlm.models.generic import describe
 from ray_vlm.runs.checkpoints import fetch_folder
@@ -167,16 +167,7 @@ def keep_4bit_differentiable(model: Any) -> None:
 
 
 def load_adapter(model: Any, folder: str, spec: Model, trainable: bool = False) -> Any:
-    """`model` with the adapter in `folder` on it. Raises `ModelError` if it was trained on another base."""
-    from peft import PeftModel
-
+    """`model` with the adapter in `folder` on it. Raises `ModelError` if it is damaged or of another base."""
     folder = fetch_folder(folder)
-    path = Path(folder)
-    if (path / "config.json").is_file():
-        raise ModelError(f"{folder} is a whole model, not an adapter. Name it as the base: model.name={folder}")
-    if not (path / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing). Give a run's best/ or final/.")
-    trained_on = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if trained_on and Path(trained_on).name != Path(resolve_name(spec.name)).name:
-        raise ModelError(f"{folder}: trained on {trained_on!r}, but model.name is {spec.name!r}. Use that base.")
-    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    check_adapter(folder, resolve_name(spec.name), spec.name)
+    return put_adapter(model, folder, trainable)

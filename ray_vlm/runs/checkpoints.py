@@ -21,7 +21,7 @@ from typing import Any
 
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store, full_address, is_remote
+from ray_vlm.runs.store import Store, full_address, is_remote, making
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest and of what a checkpoint holds
@@ -61,7 +61,8 @@ def write_part(store: Store, name: str, part: str, fill: Callable[[Path], None])
     """
     staging = store.staging(f"{name}-{part}")
     try:
-        fill(staging)
+        with making(staging):
+            fill(staging)
         found = {p.relative_to(staging).as_posix(): _digest(p) for p in sorted(staging.rglob("*")) if p.is_file()}
         store.put(staging, name)
     except BaseException:
@@ -89,7 +90,7 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
 
     Raises `Damaged`, or `RunError` where a newer version of this package wrote it.
     """
-    data = store.read(f"{name}/{MANIFEST}")
+    data = _read_manifest(store, name)
     if data is None:
         raise Damaged("it was never finished (no manifest)")
     try:
@@ -104,7 +105,7 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
             raise Damaged("its manifest was altered")
         files = {file: (entry["size"], entry["sha256"]) for file, entry in body["files"].items()}
         found = Checkpoint(name, body["step"], body["attempt"], body["score"], body["about"], files)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged("its manifest is cut off or altered") from None
     there = {file: size for file, size in store.files(name).items() if file != MANIFEST}
     if missing := sorted(set(files) - set(there)):
@@ -117,6 +118,14 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
     return found
 
 
+def _read_manifest(store: Store, name: str) -> bytes | None:
+    """The bytes of the manifest, or None where no file has its name."""
+    try:
+        return store.read(f"{name}/{MANIFEST}")
+    except (IsADirectoryError, NotADirectoryError):
+        return None
+
+
 def open_checkpoint(store: Store, name: str) -> tuple[Checkpoint, Path]:
     """The checkpoint and a folder on this machine with its files, every one compared with its hash.
 
@@ -127,7 +136,12 @@ def open_checkpoint(store: Store, name: str) -> tuple[Checkpoint, Path]:
         folder = store.local / name
     else:
         folder = Path(tempfile.mkdtemp(prefix="ray_vlm-"))
-        store.fetch(name, folder)
+        try:
+            with making(folder):
+                store.fetch(name, folder)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     for file, (size, digest) in found.files.items():
         if _digest(folder / file, sync=False) != (size, digest):
             if store.local is None:
@@ -182,14 +196,18 @@ def remove_checkpoint(store: Store, name: str) -> None:
 def sweep(store: Store) -> None:
     """Delete what killed writers left: unfinished checkpoints and their staging folders."""
     for name in store.names():
-        if name.startswith(".staging-") or (_NAME.fullmatch(name) and store.read(f"{name}/{MANIFEST}") is None):
+        if name.startswith(".staging-") or (_NAME.fullmatch(name) and _read_manifest(store, name) is None):
             store.remove(name)
 
 
 def replace_folder(store: Store, name: str, fill: Callable[[Path], None], step: int) -> None:
     """Write `best/` or `final/` anew in an object store, which cannot rename: sealed again only when all is there."""
-    store.remove(f"{name}/{MANIFEST}")
-    files = write_part(store, name, "new", fill)
+
+    def make(folder: Path) -> None:
+        fill(folder)
+        store.remove(f"{name}/{MANIFEST}")  # the old one counts for as long as it can
+
+    files = write_part(store, name, "new", make)
     for left in set(store.files(name)) - set(files):
         store.remove(f"{name}/{left}")
     commit(store, name, files, step)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.runs.sound import load_sound
+from ray_vlm.runs.sound import is_sound_line, load_sound
 
 LINE_KEYS = ("kind", "attempt", "step", "epoch", "time")  # of a line, beside its numbers
 NOT_MEASURES = (*LINE_KEYS, "validation_s", "background_s")  # of a validation's line, beside what was measured
@@ -44,7 +44,7 @@ def read_line(text: bytes) -> dict[str, Any] | None:
         line = load_sound(text)
     except ValueError:
         return None
-    return line if isinstance(line, dict) and "kind" in line else None
+    return line if is_sound_line(line) else None
 
 
 def current_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store, is_remote, join, local_path
+from ray_vlm.runs.sound import check_whole
+from ray_vlm.runs.store import Store, is_remote, join, local_path, making
 
 CLAIMED = ".claimed"  # holds a name in an object store until the run's first files are there
 _SEE_S = 15.0  # a network file system may show another node's new file this late
@@ -110,9 +111,9 @@ class RunPaths:
 
     def refresh(self, *files: Path) -> None:
         """The opposite of `publish`: bring files to this machine."""
-        if self.remote is not None:
-            for file in files:
-                if (data := self.store.read(file.relative_to(self.root).as_posix())) is not None:
+        for file in files if self.remote is not None else ():
+            if (data := self.store.read(file.relative_to(self.root).as_posix())) is not None:
+                with making(file):
                     file.write_bytes(data)
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -185,26 +186,27 @@ def _claim_remote(base: Store, name: str | None, stem: str, overwrite: bool) -> 
 def find_run(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
     """The run to go on with, or None: the one of that name, or the newest of that stem.
 
-    Raises `RunError` where something else than a run lies there.
+    Raises `RunError` where something else than a run lies there, or where it cannot be read.
     """
     try:
-        if name is None:
-            numbers = _numbers(Store(output_dir).names(), stem)
-            name = f"{stem}-{max(numbers):03d}" if numbers else None
-        if name is None or not (store := Store(join(output_dir, name))).names():
-            return None
+        return _find(output_dir, name, stem)
     except OSError as error:
-        raise RunError(f"run.output_dir={output_dir!r} cannot be read ({error}).") from None
-    for file in ("resolved.json", "run.json"):
-        try:
-            json.loads(store.read(file) or b"")
-        except ValueError:
-            raise RunError(
-                f"--resume: {store.address} was left half made ({file} is missing or cut off), so what it was to learn "
-                "is not known. Delete it, or give another run.name."
-            ) from None
+        raise RunError(f"run.output_dir={output_dir!r} cannot be read ({error}). Mend that and try again.") from None
+
+
+def _find(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
+    if name is None:
+        numbers = _numbers(Store(output_dir).names(), stem)
+        name = f"{stem}-{max(numbers):03d}" if numbers else None
+    if name is None or not (store := Store(join(output_dir, name))).names():
+        return None
+    check_whole(store)
     paths = open_run(store.address)
-    paths.refresh(*(paths.root / file for file in _KEPT))
+    try:
+        paths.refresh(*(paths.root / file for file in _KEPT))
+    except OSError:
+        paths.discard()
+        raise
     return paths
 
 
@@ -255,8 +257,13 @@ def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it. NaN and infinity become null."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(_finite(value), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with making(path):
+            temporary.write_text(json.dumps(_finite(value), indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _finite(value: Any) -> Any:
@@ -275,7 +282,12 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    fill(new)
+    try:
+        with making(new):
+            fill(new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if path.exists():
         os.replace(path, old)
     os.replace(new, path)

@@ -3,7 +3,6 @@
 What is missing or torn inside a folder is never an error here: it is told in `Run.faults`, and the rest is read.
 """
 
-import json
 import math
 import platform
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from ray_vlm.errors import RunError
 from ray_vlm.runs.manifest import living_driver
 from ray_vlm.runs.monitor import current_lines, read_line
+from ray_vlm.runs.sound import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
 from ray_vlm.runs.store import Store, is_remote, join, local_path
 
 MARKS = ("run.json", "resolved.json")  # a folder with one of these is a run
@@ -121,13 +121,6 @@ class Run:
         return max([len(self.attempts), *(line["attempt"] for line in self.lines if line["kind"] == "start")])
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
-    if type(value) is float:  # asked half a million times by a comparison of 50 runs
-        return value - value == 0.0
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def setting(job: Mapping[str, Any], key: str) -> Any:
     """A resolved job's value under a dotted key, or None."""
     value: Any = job
@@ -146,7 +139,8 @@ def read_run(address: str) -> Run:
                 f"{store.address}: no run here (neither {' nor '.join(MARKS)}). `ray-vlm runs list` shows them."
             )
         faults: list[str] = []
-        job, about = (_read_json(store, name, faults) for name in ("resolved.json", "run.json"))
+        job = keep_sound("resolved.json", _read_json(store, "resolved.json", faults), "resolved.json", faults)
+        about = keep_sound_run(_read_json(store, "run.json", faults), faults)
         lines = _read_lines(store, faults)
         evaluations = _read_evaluations(store, faults) if "evaluate" in names else {}
     except OSError as error:
@@ -158,7 +152,7 @@ def read_run(address: str) -> Run:
 def _read_json(store: Store, name: str, faults: list[str]) -> dict[str, Any]:
     data = store.read(name)
     try:
-        value = json.loads(data) if data is not None else None
+        value = load_sound(data) if data is not None else None
     except ValueError:
         value = "torn"
     if isinstance(value, dict):
@@ -174,18 +168,13 @@ def _read_lines(store: Store, faults: list[str]) -> list[dict[str, Any]]:
         return []
     texts = data.splitlines()
     try:  # all at once takes a third of the time
-        found = json.loads(b"[" + b",".join(texts) + b"]")
+        found = load_sound(b"[" + b",".join(texts) + b"]")
     except ValueError:
         found = [read_line(text) for text in texts]
-    lines = [line for line in found if isinstance(line, dict) and _is_whole(line)]
+    lines = [line for line in found if is_sound_line(line)]
     if len(lines) < len(texts):
         faults.append(f"{len(texts) - len(lines)} of {len(texts)} lines of metrics.jsonl are cut off or altered")
     return lines
-
-
-def _is_whole(line: dict[str, Any]) -> bool:
-    kinds = (line.get("step"), line.get("attempt"), line.get("kind"))
-    return isinstance(kinds[0], int) and isinstance(kinds[1], int) and isinstance(kinds[2], str)
 
 
 def _read_evaluations(store: Store, faults: list[str]) -> dict[str, dict[str, Any]]:
@@ -193,7 +182,7 @@ def _read_evaluations(store: Store, faults: list[str]) -> dict[str, dict[str, An
     for name in sorted(store.files("evaluate")):
         folder, _, file = name.rpartition("/")
         if file == "metrics.json" and folder and "/" not in folder:
-            value = _read_json(store, f"evaluate/{name}", faults)
+            value = keep_sound_scores(_read_json(store, f"evaluate/{name}", faults), f"evaluate/{name}", faults)
             if isinstance(value.get("overall"), dict):
                 found[folder] = value
     return found

@@ -4,16 +4,24 @@ Names are relative, with `/`. A store needs no rename, no append and no fsync: w
 a manifest written last (`checkpoints.py`). Credentials come from the environment, as the cloud's own tools read them.
 """
 
+import errno
 import os
+import re
 import shutil
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ray_vlm.errors import RunError
 
 _BLOCK = 2**23  # bytes that are copied at a time
+_PATIENCE_S = 60.0  # that an object store which has answered before may be away; pyarrow itself gives up after 6
+_PASSING = re.compile(r"NETWORK|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|TIMEOUT|status 5\d\d")
+_T = TypeVar("_T")
 
 
 def is_remote(address: str) -> bool:
@@ -54,6 +62,7 @@ class Store:
         self.local = None if is_remote(self.address) else Path(local_path(self.address))
         self._fs: Any = None
         self._root = ""
+        self._answered = False  # lately: one that never did, as a wrong endpoint, or was given up, is not waited for
 
     def _remote(self, name: str = "") -> tuple[Any, str]:
         if self._fs is None:
@@ -64,6 +73,26 @@ class Store:
             except ValueError as error:  # pyarrow's ArrowInvalid
                 raise OSError(f"{self.address}: {error}") from None
         return self._fs, f"{self._root}/{name}".rstrip("/")
+
+    def _ask(self, do: Callable[[], _T]) -> _T:
+        """What `do()` returns; an object store that stumbles is asked again, with growing pauses."""
+        until, pause = time.monotonic() + _PATIENCE_S, 1.0
+        while True:
+            try:
+                found = do()
+            except FileNotFoundError:
+                self._answered = True
+                raise
+            except OSError as error:
+                left = until - time.monotonic()
+                if self.local is not None or not self._answered or left <= 0 or not _PASSING.search(str(error)):
+                    self._answered = False
+                    raise
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, 10.0)
+            else:
+                self._answered = True
+                return found
 
     def names(self) -> list[str]:
         """Files and folders at the top, sorted; an address that is not there yet has none."""
@@ -80,14 +109,19 @@ class Store:
         from pyarrow import fs
 
         system, path = self._remote(name)
-        infos = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+        infos = self._ask(lambda: system.get_file_info(selector))
         return {i.path[len(path) + 1 :]: i.size for i in infos if i.type == fs.FileType.File}
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file, or None where there is none."""
-        try:
+
+        def get() -> bytes:
             with self._open(name) as stream:
                 return stream.read()
+
+        try:
+            return self._ask(get)
         except FileNotFoundError:
             return None
 
@@ -114,8 +148,12 @@ class Store:
                 raise
             return sync_folder(target.parent)
         system, path = self._remote(name)
-        with system.open_output_stream(path, compression=None) as stream:
-            stream.write(data)
+
+        def send() -> None:
+            with system.open_output_stream(path, compression=None) as stream:
+                stream.write(data)
+
+        self._ask(send)
 
     def put(self, source: Path, name: str) -> None:
         """Move the files of folder `source` into folder `name`, beside those that are there."""
@@ -128,10 +166,17 @@ class Store:
                 sync_folder(target.parent)
         else:
             for file in files:
-                system, key = self._remote(f"{name}/{file.relative_to(source).as_posix()}")
-                with open(file, "rb") as data, system.open_output_stream(key, compression=None) as stream:
-                    shutil.copyfileobj(data, stream, _BLOCK)
+                self._send(file, f"{name}/{file.relative_to(source).as_posix()}")
         shutil.rmtree(source)
+
+    def _send(self, file: Path, name: str) -> None:
+        system, key = self._remote(name)
+
+        def send() -> None:
+            with open(file, "rb") as data, system.open_output_stream(key, compression=None) as stream:
+                shutil.copyfileobj(data, stream, _BLOCK)
+
+        self._ask(send)
 
     def staging(self, name: str) -> Path:
         """An empty folder to make files in before `put`; on a disk in the same file system, so that moving is free."""
@@ -147,8 +192,14 @@ class Store:
         for relative in self.files(name):
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as copy, self._open(f"{name}/{relative}") as stream:
+            self._get(f"{name}/{relative}", target)
+
+    def _get(self, name: str, target: Path) -> None:
+        def get() -> None:
+            with open(target, "wb") as copy, self._open(name) as stream:
                 shutil.copyfileobj(stream, copy, _BLOCK)
+
+        self._ask(get)
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder; nothing happens where there is none."""
@@ -160,10 +211,48 @@ class Store:
         from pyarrow import fs
 
         system, key = self._remote(name)
-        if system.get_file_info(key).type == fs.FileType.File:
-            system.delete_file(key)
+        if self._ask(lambda: system.get_file_info(key)).type == fs.FileType.File:
+            self._ask(lambda: system.delete_file(key))
         elif self.files(name):
-            system.delete_dir(key)
+            self._ask(lambda: system.delete_dir(key))
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Around whatever makes files in `folder`: what the disk refuses is an `OSError` that names its cause and place.
+
+    safetensors raises an error of its own for it, and torch a `RuntimeError` that does not say why.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    except SafetensorError as error:
+        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+    except RuntimeError as error:
+        if number := _refuses(folder):
+            raise OSError(number, os.strerror(number), str(folder)) from error
+        if not re.search("inline_container|PytorchStreamWriter|iostream", str(error)):
+            raise
+        raise OSError(errno.EIO, str(error).strip(), str(folder)) from error
+
+
+def _refuses(folder: Path) -> int | None:
+    """The number of the error by which `folder` refuses another file now, if it does."""
+    try:
+        with tempfile.TemporaryFile(dir=folder if folder.is_dir() else folder.parent) as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def sync_folder(folder: Path) -> None:

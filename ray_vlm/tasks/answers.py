@@ -14,6 +14,7 @@ _FENCE = re.compile(r"```(?:json)?")  # no repeats beside each other: a model ma
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _HALVES = re.compile(rf"{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW}")  # of a character; no file can hold them
 _TRIES = 2000  # places where an object may begin that are looked at in a broken answer
+_DEEPEST = 64  # levels of lists and objects that an answer may have
 _DECODER = json.JSONDecoder(strict=False)
 
 
@@ -61,6 +62,22 @@ def read_json(text: str) -> tuple[Any, list[str]]:
     A fence around it belongs to the form. Text around it, or an end that was cut off, is a repair; of a list that was
     cut off the whole objects are kept.
     """
+    value, repairs = _read_json(text)
+    return (None, [*repairs, "nested too deeply"]) if _is_deep(value) else (value, repairs)
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value is nested so deeply that what copies, compares or writes it would fail."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        inside = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        if not inside:
+            return False
+        level = [v for values in inside for v in values]
+    return True
+
+
+def _read_json(text: str) -> tuple[Any, list[str]]:
     repairs: list[str] = []
     if _HALVES.search(text):
         text, repairs = _HALVES.sub("\N{REPLACEMENT CHARACTER}", text), ["half a character replaced"]

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, Setting, Turns
 from ray_vlm.tasks.boxes import Frame, box_problem, write_region
@@ -87,15 +89,19 @@ def anls(found: str, right: str) -> float:
     a, b = found.casefold().strip(), right.casefold().strip()
     if not a and not b:
         return 1.0
-    similarity = 1.0 - _edits(a, b) / max(len(a), len(b))
+    longest = max(len(a), len(b))
+    if 2 * abs(len(a) - len(b)) > longest:  # at least so many edits
+        return 0.0
+    similarity = 1.0 - _edits(a, b) / longest
     return similarity if similarity >= 0.5 else 0.0
 
 
 def _edits(a: str, b: str) -> int:
     """Levenshtein distance, one row at a time."""
-    row = list(range(len(b) + 1))
+    letters = np.frombuffer(b.encode("utf-32-le", "surrogatepass"), np.uint32)
+    place = np.arange(len(b) + 1)
+    row = place
     for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
+        best = np.concatenate([[i], np.minimum(row[1:] + 1, row[:-1] + (letters != ord(x)))])
+        row = np.minimum.accumulate(best - place) + place  # and what is inserted on the way from the left
+    return int(row[-1])

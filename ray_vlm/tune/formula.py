@@ -20,6 +20,7 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
 }
 _CALLS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round, "int": int, "sqrt": math.sqrt}
 _LARGEST = 1e12  # of a power's result: 9**9**9 would take for ever
+_MOST_DIGITS = 15  # that `round` keeps or cuts: round(5, -999999999) would take for ever
 _LONGEST = 200
 
 
@@ -40,9 +41,17 @@ def compute(text: str, values: Mapping[str, Any]) -> int | float:
         return value
 
     found = _walk(_parse(text), look_up)
-    if not math.isfinite(found):
-        raise ValueError(f"{text!r} is {found}")
+    if not is_finite(found):
+        raise ValueError(f"{text!r} is {'too large' if isinstance(found, int) else found}")
     return found
+
+
+def is_finite(value: int | float) -> bool:
+    """Whether a number is finite; a whole number that no float can hold is not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _parse(text: str) -> ast.expr:
@@ -68,6 +77,8 @@ def _walk(node: ast.expr, look_up: Callable[[str], float]) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS and not node.keywords:
         given = [_walk(argument, look_up) for argument in node.args]
         try:
+            if node.func.id == "round" and any(abs(digits) > _MOST_DIGITS for digits in given[1:]):
+                raise OverflowError(f"digits are -{_MOST_DIGITS} to {_MOST_DIGITS}")
             return _CALLS[node.func.id](*given)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{ast.unparse(node)}: {error}") from None

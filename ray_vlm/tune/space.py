@@ -20,7 +20,7 @@ from typing import Any
 from ray_vlm.config.load import dump_job, load_job, parse_yaml, read_text
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.read import setting
-from ray_vlm.tune.formula import compute, read_formula
+from ray_vlm.tune.formula import compute, is_finite, read_formula
 
 NUMBERS = {"uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "randint": 2, "qrandint": 3, "lograndint": 2}
 LISTS = ("choice", "grid")
@@ -83,6 +83,7 @@ def _read(key: str, told: Any) -> Setting:
         raise ValueError(
             f"`{parts[0]}` says where and on what a trial runs, and is the same for all. Set it in the job"
         )
+    _check_plain(told)
     if isinstance(told, str):
         read_formula(told)
         return Setting(key, DERIVED, (told,))
@@ -90,25 +91,38 @@ def _read(key: str, told: Any) -> Setting:
         return Setting(key, FIXED, (told,))
     if len(told) != 1 or (kind := next(iter(told))) not in (*NUMBERS, *LISTS, FIXED):
         known = ", ".join((*NUMBERS, *LISTS, FIXED))
-        raise ValueError(f"{json.dumps(told, default=str)} is no distribution; give one of {known}")
+        raise ValueError(f"{json.dumps(told)} is no distribution; give one of {known}")
     given = told[kind]
     if kind == FIXED:
         return Setting(key, kind, (given,))
     if not isinstance(given, list) or not given:
         raise ValueError(f"{kind} needs a list of values, not {given!r}")
     if kind in LISTS:
-        if len({json.dumps(v, sort_keys=True, default=str) for v in given}) < len(given):
+        if len({json.dumps(v, sort_keys=True) for v in given}) < len(given):
             raise ValueError(f"{kind} {given} lists a value twice")
         return Setting(key, kind, tuple(given))
     _check_numbers(kind, given)
     return Setting(key, kind, tuple(given))
 
 
+def _check_plain(value: Any) -> None:
+    """Raises `ValueError` for what JSON cannot carry to a trial: YAML also has dates, bytes, sets and odd keys."""
+    if isinstance(value, dict):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"the key {odd[0]!r} is not a text. Put quotes around it")
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            _check_plain(entry)
+    elif not (value is None or isinstance(value, str | int | float)):
+        raise ValueError(f"{value!r} is a {type(value).__name__}. Use text (in quotes), numbers, true, false or null")
+
+
 def _check_numbers(kind: str, given: Sequence[Any]) -> None:
     """Raises `ValueError` where Ray would fail in the middle of a sweep, or draw nonsense."""
     if len(given) != NUMBERS[kind] or any(isinstance(v, bool) or not isinstance(v, int | float) for v in given):
         raise ValueError(f"{kind} needs {NUMBERS[kind]} numbers, not {given}")
-    if not all(math.isfinite(v) for v in given):
+    if not all(is_finite(v) for v in given):
         raise ValueError(f"{kind} {given} is without end")
     low, high = given[:2]
     if "int" in kind and not all(isinstance(v, int) for v in given):

@@ -153,3 +153,38 @@ def test_a_resumed_job_may_find_its_mixed_sources_elsewhere_but_not_others(tmp_p
     assert check_resume(resolved("/a/x.csv"), resolved("/b/x.csv")) == []
     assert "data.mix.0.path" in check_resume(resolved("/a/x.csv"), resolved("/a/y.csv"))[0]
     assert "data.mix.0.weight" in check_resume(resolved("/a/x.csv"), resolved("/a/x.csv", 2.0))[0]
+
+
+def _laughs(form: str, levels: int = 12) -> str:
+    """A line whose aliases stand for ten times as much at every level."""
+    told = ["a0: &a0 {x: 1}"]
+    for i in range(1, levels):
+        inner = ", ".join([f"*a{i - 1}"] * 10)
+        told.append({"list": f"a{i}: &a{i} [{inner}]", "merge": f"a{i}: &a{i} {{<<: [{inner}]}}"}.get(form, ""))
+        if form == "same keys":
+            told[-1] = f"a{i}: &a{i} {{{', '.join([f'y: *a{i - 1}'] * 10)}}}"
+        elif form == "keys":
+            told[-1] = f"? &a{i} [{inner}]\n: 1"
+    return "{" + ", ".join(told) + "}"
+
+
+@pytest.mark.parametrize("form", ["list", "merge", "same keys", "keys"])
+@pytest.mark.parametrize("where", ["file", "override"])
+def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(tmp_path: Path, form: str, where: str) -> None:
+    if where == "file":
+        problems = _problems(tmp_path, f"{GOOD}x: {_laughs(form)}\n")
+        assert "more than 20000 values, aliases included" in problems[0]
+    else:
+        assert any("not valid YAML" in p for p in _problems(tmp_path, GOOD, f"method.trl={_laughs(form)}"))
+
+
+@pytest.mark.parametrize("text", ["{a: " * 200 + "1" + "}" * 200, "[" * 300 + "]" * 300, "&a [*a]", "&a {b: *a}"])
+def test_what_is_nested_too_deeply_for_a_job_is_refused(tmp_path: Path, text: str) -> None:
+    assert "nested too deeply" in _problems(tmp_path, f"{GOOD}method: {{name: sft, trl: {{x: {text}}}}}\n")[0]
+    assert "not valid YAML" in _problems(tmp_path, GOOD, f"method.trl.x={text}")[0]
+
+
+def test_a_resolved_job_that_was_altered_is_a_config_error(tmp_path: Path) -> None:
+    values = dump_job(_load(tmp_path, GOOD))
+    with pytest.raises(ConfigError, match=r"the resolved job: `lora.rank` is 'x', but should be a valid integer"):
+        load_resolved(values | {"lora": values["lora"] | {"rank": "x"}})

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.formats import FORMATS, read_rows
 from ray_vlm.data.index import build_index
+from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow
+from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.data.tables import MAX_LINE_BYTES
-from ray_vlm.errors import DataError
+from ray_vlm.errors import DataError, ModelError
 
 USER, ANSWER = {"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A dog."}
 HUMAN, GPT = {"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A dog."}
@@ -63,6 +66,13 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("llava", {"conversations": [HUMAN, _turn(" ", "gpt")]}, "nothing to learn; fill or remove"),
     ("llava", {"conversations": [HUMAN, _turn(None, "gpt")]}, r"conversations\[1\] holds None in place of a text"),
     ("llava", {"conversations": [HUMAN, _turn("<image>", "gpt")]}, "images belong to the user's turns"),
+    (
+        "llava",
+        {"conversations": '[{"from": "human", "value": "\\ud800"}]'},
+        "conversations holds half a surrogate pair",
+    ),
+    ("gui_csv", {"Output": '{"action": "tap", "text": "\\udc00"}'}, "Output holds half a surrogate pair"),
+    ("gui_csv", {"Output": '{"action": "tap", "text": "\\u0000"}'}, "Output holds NUL characters"),
     ("llava", {"image": ["a.jpg", "b.jpg"]}, "1 <image> tags for 2 images; write one tag for each"),
     ("llava", {"image": None}, "1 <image> tags for 0 images"),
     ("llava", {"image": 3}, "image 3 is neither a path nor bytes; give a path"),
@@ -421,3 +431,43 @@ def test_bad_pictures_are_found_by_the_index(tmp_path: Path, tiny_models: dict[s
             assert re.search(words, reasons[row]), (name, reasons[row])
             assert name in reasons[row] or row == 5
     assert len(index) + len(index.bad) == len(pictures)
+
+
+MADE: list[tuple[str, Any, str]] = [
+    ("labels", [["dog"]], r"labels.0: Input should be a valid string"),
+    ("labels", "dog", "labels: "),
+    ("hints", None, "hints: "),
+    ("task", 3, "task: "),
+    ("task", {"name": "detection", "codec": "x"}, "task.codec: "),
+    ("task", {"name": "chat"}, "trained for chat, and the job's task is detection"),
+    ("images", [], "images: "),
+    ("images", {"min_pixels": "4096", "max_pixels": 4096}, "images.min_pixels: "),
+    ("images", {"min_pixels": 0, "max_pixels": 4096}, "images.min_pixels: "),
+    ("images", {"min_pixels": 1, "max_pixels": 4096, "pad": [0, 0, 256]}, "images.pad.2: "),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), MADE, ids=range(len(MADE)))
+def test_what_a_damaged_preprocessing_file_says_is_refused(tmp_path: Path, key: str, value: Any, words: str) -> None:
+    spec = RowSpec(Model(name="x"), Task(name="detection"), ("dog",))
+    images = {"min_pixels": 4096, "max_pixels": 8192, "pad": None, "center": False, "stock": False}
+    made = {"task": {"name": "detection"}, "labels": ["dog"], "hints": "", "split": "", "images": images}
+    (tmp_path / "preprocessing.json").write_text(json.dumps(made | {"later": "unknown"}))
+    assert read_preprocessing(str(tmp_path), spec) == replace(spec, min_pixels=4096, max_pixels=8192)
+    (tmp_path / "preprocessing.json").write_text(json.dumps(made | {key: value}))
+    with pytest.raises(ModelError, match=words):
+        read_preprocessing(str(tmp_path), spec)
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[" * 100_000, b"\xff", None])
+def test_a_preprocessing_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "preprocessing.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"preprocessing\.json: not readable .*Use an adapter folder"):
+        read_preprocessing(str(tmp_path), RowSpec(Model(name="x"), Task(), ()))
+
+
+def test_hints_that_are_no_plain_text_are_refused(tiny_models: dict[str, str]) -> None:
+    spec = RowSpec(Model(name=tiny_models["qwen3_vl"]), Task(name="classification"), ("label=dog",), hints="\ud800")
+    with pytest.raises(DataError, match=r"hint or class name .* cannot be used"):
+        Preparer(spec)

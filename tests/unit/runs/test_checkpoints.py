@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,11 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def _other_step(path: Path) -> None:
     path.write_text(path.read_text().replace('"step": 10', '"step": 99'))
 
@@ -79,6 +85,9 @@ def _other_step(path: Path) -> None:
         (lambda folder: (folder / MANIFEST).write_text(""), "manifest is cut off"),
         (lambda folder: _cut(folder / MANIFEST) or _cut(folder / MANIFEST), "manifest is cut off"),
         (lambda folder: (folder / MANIFEST).write_text("[1, 2]"), "manifest is cut off"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "manifest is cut off"),
+        (lambda folder: _folder(folder / MANIFEST), "never finished"),
+        (lambda folder: shutil.rmtree(folder) or folder.write_text("x"), "never finished"),
         (lambda folder: _other_step(folder / MANIFEST), "manifest was altered"),
         (lambda folder: (folder / "a.bin").unlink(), "a.bin is missing"),
         (lambda folder: _cut(folder / "a.bin"), "a.bin has 9 bytes instead of 10"),
@@ -94,6 +103,8 @@ def test_a_damaged_one_is_left_out_with_its_reason(tmp_path: Path, damage, reaso
     assert step == 5
     assert len(said) == 1
     assert reason in said[0]
+    sweep(store)
+    assert _newest(store)[0] == 5
 
 
 def test_a_newer_format_stops_instead_of_training_again_from_an_older_one(tmp_path: Path) -> None:

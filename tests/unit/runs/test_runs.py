@@ -64,8 +64,9 @@ def test_monitor_lines_are_json_whatever_the_numbers(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "m.jsonl").write_text('{"kind": "train"}\n{"kind": "tr')
-    assert read_metrics(tmp_path / "m.jsonl") == [{"kind": "train"}]
+    whole = {"kind": "train", "attempt": 1, "step": 1}
+    (tmp_path / "m.jsonl").write_text(json.dumps(whole) + '\n{"kind": "train"}\n{"kind": "tr')
+    assert read_metrics(tmp_path / "m.jsonl") == [whole]
     monitor = Monitor(tmp_path / "m.jsonl", attempt=2)
     monitor.start(0, {})
     monitor.close()

@@ -60,7 +60,7 @@ def test_runs_in_an_object_store_are_claimed_found_and_refused(bucket: str, tmp_
     assert first.address == join(base, "sft-001")
     assert claim_run(base, None, "sft").address == join(base, "sft-002")
     for file in (first.run, first.resolved):
-        file.write_text("{}")
+        file.write_text('{"attempts": []}')
     first.publish(first.run, first.resolved)
     with pytest.raises(Exception, match="already in use"):
         check_free(base, "sft-001", overwrite=False)

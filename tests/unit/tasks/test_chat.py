@@ -1,5 +1,7 @@
 """Chat: several images and turns, places written into texts by the codec, and string scores."""
 
+import time
+
 import pytest
 
 from ray_vlm.config.schema import Task
@@ -70,3 +72,11 @@ def test_rows_that_cannot_be_learned_say_why() -> None:
     assert "empty" in (chat.check(_record(TURNS, " "), ()) or "")
     outside = _record(TURNS, boxes=((0.0, 0.0, 900.0, 5.0),), image_of=(0,))
     assert "outside its 100x100" in (chat.check(outside, ()) or "")
+
+
+def test_long_answers_are_scored_in_no_time() -> None:
+    """Every letter against every other one took half a minute."""
+    started = time.process_time()
+    assert chat.anls("ab" * 4000, "ba" * 4000) == pytest.approx(1 - 2 / 8000)
+    assert chat.anls("a" * 100_000, "b" * 1000) == 0.0
+    assert time.process_time() - started < 10

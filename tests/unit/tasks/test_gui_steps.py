@@ -1,5 +1,7 @@
 """GUI steps: memory within its budget, places in the codec's coordinates, and what counts as success."""
 
+import copy
+import json
 from typing import Any
 
 import pytest
@@ -94,3 +96,14 @@ def test_rows_that_cannot_be_learned_say_why() -> None:
     assert gui_steps.check(_record(), ()) is None
     assert "outside" in (gui_steps.check(_record(box=(0.0, 0.0, 900.0, 5.0)), ()) or "")
     assert "move it there" in (gui_steps.check(_record({"action": "a", "bbox_2d": [1]}), ()) or "")
+
+
+@pytest.mark.parametrize("depth", [70, 300, 600, 900, 5000])
+@pytest.mark.parametrize("ends", ["[]", "{}"])
+def test_an_answer_nested_without_end_is_no_step(depth: int, ends: str) -> None:
+    """Python could neither copy nor write down what it holds."""
+    inside = "[" * depth + "]" * depth if ends == "[]" else '{"a":' * depth + "1" + "}" * depth
+    parsed = gui_steps.parse('{"action": "tap", "text": ' + inside + "}", FRAMES)
+    json.dumps(copy.deepcopy(parsed.values))
+    assert not parsed.ok
+    assert parsed.repairs

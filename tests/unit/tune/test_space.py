@@ -1,5 +1,6 @@
 """Spaces: every bad key and range is told at once and before anything starts; values are resolved by arithmetic."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,12 @@ def test_examples_touch_every_end(tmp_path: Path) -> None:
         ({"uniform": [2, 1]}, "is empty"),
         ({"uniform": [1, 1]}, "is empty"),
         ({"uniform": [1]}, "needs 2 numbers"),
+        ({"randint": [1, 10**400]}, "is without end"),
+        ({"choice": [datetime.date(2026, 1, 1), 2]}, "is a date. Use text"),
+        ({"choice": [{datetime.date(2026, 1, 1): 1}, 2]}, "the key .* is not a text. Put quotes around it"),
+        ({"value": b"x"}, "is a bytes. Use text"),
+        ({1: 2}, "the key 1 is not a text"),
+        ([datetime.date(2026, 1, 1)], "is a date. Use text"),
         ({"uniform": [1, True]}, "needs 2 numbers"),
         ({"uniform": [0, float("inf")]}, "without end"),
         ({"quniform": [0, 1, 0]}, "does not fit between the ends"),

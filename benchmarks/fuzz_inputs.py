@@ -1,0 +1,233 @@
+"""Rows, images and answers that `fuzz` breaks: each `of_...(folder)` writes whole ones once and returns an attempt.
+
+An attempt breaks one input with its generator, reads it by the package's public way, and returns how many rows, keys or
+files were lost without a word; what the package refuses comes out as one of its own errors.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.mutations import break_bytes, break_text, break_tree, odd_value, pick, write_rows
+from ray_vlm.config.data import Data
+from ray_vlm.config.load import load_resolved
+from ray_vlm.config.schema import JobConfig, Model, Task
+from ray_vlm.data.formats import FORMATS, read_rows
+from ray_vlm.data.index import build_index, measure_row
+from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import RowSpec, row_spec
+from ray_vlm.data.survey import check_sources, describe_check
+from ray_vlm.errors import DataError
+
+Attempt = Callable[[np.random.Generator], int]
+_HUMAN, _GPT = {"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A dog."}
+_USER = {"role": "user", "content": "<image>What is at <bbox>?"}
+_SAID = {"role": "assistant", "content": "A <ref-object>."}
+_OBJECTS = {"ref": ["dog"], "bbox": [[10, 20, 60, 70]]}
+_STEP = {"Instruction": "Go on.", "Output": '{"action": "tap", "text": "x"}', "Grounding": '{"bbox": [1, 2, 30, 40]}'}
+GOOD: dict[str, dict[str, Any]] = {
+    "llava": {"image": "a.jpg", "conversations": [_HUMAN, _GPT]},
+    "messages": {"images": ["a.jpg"], "messages": [_USER, _SAID], "objects": _OBJECTS},
+    "objects": {"images": ["a.jpg"], "objects": _OBJECTS},
+    "image_csv": {"image": "a.jpg", "label": "dog", "state": "wet", "bbox": "[10, 20, 60, 70]"},
+    "gui_csv": {"Task_id": "1", "Image_id": "a.jpg", **_STEP},
+    "preference": {"image": "a.jpg", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."},
+    "prompt": {"images": ["a.jpg"], "prompt": "What?", "solution": "dog"},
+}
+TASKS = {"coco": "detection", "objects": "detection", "image_csv": "classification", "gui_csv": "gui_steps"}
+METHODS = {"preference": "dpo", "prompt": "grpo"}
+LABELS = {"detection": ["dog", "cat"], "classification": ["label=dog", "state=wet"]}
+
+
+def whole_rows(format: str, count: int = 5) -> Any:
+    """Rows without a fault, as JSON holds them."""
+    if format != "coco":
+        return [GOOD[format] | {"id": f"r{i}"} for i in range(count)]
+    images = [{"id": i, "file_name": "a.jpg", "width": 100, "height": 80} for i in range(count)]
+    boxes = [{"id": i, "image_id": i % count, "category_id": 1 + i % 2, "bbox": [1, 2, 30, 40]} for i in range(8)]
+    return {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]}
+
+
+def make_job(model: str, format: str, source: dict[str, Any], labels: list[str] | None = None) -> JobConfig:
+    """A job that trains on the source."""
+    task = TASKS.get(format, "chat")
+    method = {"name": METHODS.get(format, "sft")}
+    values: dict[str, Any] = {"method": method, "task": {"name": task, "labels": labels}, "data": {"train": source}}
+    return load_resolved(values | {"model": {"name": model, "load_in_4bit": False}})
+
+
+def write_base(folder: Path) -> str:
+    """A tiny base that answers nothing sensible, and a picture."""
+    from PIL import Image
+
+    from ray_vlm.demo.tiny import write_untrained
+
+    if not (folder / "a.jpg").exists():
+        noise = np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)
+        Image.fromarray(noise).save(folder / "a.jpg")
+        write_untrained(folder / "base")
+    return str(folder / "base")
+
+
+def of_rows(folder: Path) -> Attempt:
+    """Source rows of every format and file kind: through `data check`, and through the index both ways."""
+    model, formats = write_base(folder), sorted(FORMATS)
+
+    def attempt(rng: np.random.Generator) -> int:
+        format = pick(rng, formats)
+        suffix = ".json" if format == "coco" else pick(rng, [".json", ".jsonl", ".csv", ".tsv", ".parquet"])
+        rows, by_bytes = whole_rows(format), rng.random() < 0.3
+        if not by_bytes:
+            rows = break_tree(rows, rng, above=0 if suffix in (".json", ".jsonl") else 1)
+        path = write_rows(folder, rows, suffix)
+        if by_bytes:
+            path.write_bytes(break_bytes(path.read_bytes(), rng))
+        source = {"path": str(path), "format": format}
+        if rng.random() < 0.1:
+            source["box_units"] = pick(rng, ["relative_1", "relative_1000"])
+        labels = LABELS.get(TASKS.get(format, "")) if rng.random() < 0.7 else None
+        return _read_all(make_job(model, format, source, labels), _count(rows, path, by_bytes))
+
+    return attempt
+
+
+def _count(rows: Any, path: Path, by_bytes: bool) -> int | None:
+    """How many rows the file holds, where that can be told without reading it as the package does."""
+    if by_bytes:
+        data = path.read_bytes()
+        if path.suffix != ".jsonl" or b"\n" not in data or data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return None
+        return sum(bool(line.strip()) for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
+    if isinstance(rows, dict):
+        return len(rows["images"]) if isinstance(rows.get("images"), list) else None
+    return len(rows)
+
+
+def _read_all(job: JobConfig, expected: int | None) -> int:
+    """Rows that are neither accepted nor told."""
+    source = job.data.train
+    assert source is not None
+    lost = 0
+    for check in check_sources(job, decode_images=True):
+        describe_check(check).encode()
+        lost += abs(check.rows - check.usable - len(check.bad))
+        if not check.problems:
+            lost += abs(check.rows - (check.rows if expected is None else expected))
+    rows, labels = read_rows(source)
+    lost += [row.row for row in rows] != list(range(len(rows)))
+    spec = row_spec(job, labels)
+    index = build_index(source, Data(on_bad_row="quarantine"), spec, (rows, labels))
+    lost += abs(len(index) + len(index.bad) - len(rows))
+    for record in index.records[:2]:
+        load_preparer(spec).row(record)
+    build_index(source, Data(on_bad_row="raise"), spec)
+    return lost + len(index.bad)  # `raise` has just let them pass
+
+
+def of_completions(folder: Path) -> Attempt:
+    """What a model answers, to rows of every task: understood, scored, measured, written down."""
+    from ray_vlm.evaluate.metrics import measure
+    from ray_vlm.evaluate.prediction import build_predictions, in_words
+
+    model, ready = write_base(folder), []
+    for format in ("coco", "image_csv", "gui_csv", "llava", "messages"):
+        path = write_rows(folder, whole_rows(format, 3), ".json")
+        job = make_job(model, format, {"path": str(path), "format": format}, LABELS.get(TASKS.get(format, "")))
+        for codec in (None, "qwen2_vl", "qwen2_5_vl"):
+            spec = replace(row_spec(job, []), task=job.task.model_copy(update={"codec": codec}))
+            ready.append((job.task.name, build_index(job.data.train, job.data, spec).records, Preparer(spec)))
+
+    def attempt(rng: np.random.Generator) -> int:
+        task, records, preparer = pick(rng, ready)
+        answers = []
+        for record in records:
+            right = preparer.answer(record).text
+            kind = rng.random()
+            if kind < 0.3:
+                answers.append(break_bytes(right.encode(), rng).decode(errors="replace"))
+            elif kind < 0.5:
+                answers.append(break_text(break_text(right, rng), rng))
+            elif kind < 0.55:
+                depth = int(rng.integers(1000))
+                answers.append('{"action": "x", "label": "dog", "a": ' + "[" * depth + "]" * depth + "}")
+            elif kind < 0.6:
+                answers.append(pick(rng, ['{"', "[{", '[{"bbox_2d": [', "(", "{ ", "\\ud83d", "<|box_start|>"]) * 1500)
+            else:
+                value = odd_value(rng) if kind < 0.8 else {pick(rng, _KEYS): odd_value(rng) for _ in range(3)}
+                answers.append(json.dumps(value if rng.random() < 0.5 else [value]))
+        predictions = build_predictions(records, answers, preparer)
+        for prediction in predictions:
+            json.dumps(prediction.as_dict())
+            in_words(prediction.found)
+        json.dumps(measure(task, predictions))
+        return len(records) - len(predictions)
+
+    return attempt
+
+
+_KEYS = ["bbox_2d", "label", "point_2d", "action", "text", "state"]
+
+
+def of_images(folder: Path) -> Attempt:
+    """Image files and bytes: what the index accepts of their headers is decoded and resized."""
+    model = write_base(folder)
+    whole, preparers = _pictures(), []
+    for options in ({}, {"resize": "pad"}, {"resize": "pad", "pad_place": "center", "max_pixels": 4096}):
+        preparers.append(Preparer(RowSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), (), **options)))
+
+    def attempt(rng: np.random.Generator) -> int:
+        kind, data = pick(rng, whole)
+        data = break_bytes(data, rng)
+        if rng.random() < 0.1:  # a header that says something else
+            at = {"PNG": 16, "BMP": 18, "GIF": 6, "WEBP": 24}.get(kind, 4)
+            data = data[:at] + rng.bytes(8) + data[at + 8 :]
+        path = folder / f"image{pick(rng, ['.jpg', '.png', '.txt', ''])}"
+        path.write_bytes(data)
+        image = str(path) if rng.random() < 0.7 else data
+        limit = pick(rng, [4096, *[50_000_000] * 9])
+        row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})
+        found = measure_row(row, Data(max_image_pixels=limit))
+        if isinstance(found, BadRow):
+            raise DataError(found.reason)
+        preparer = pick(rng, preparers)
+        if reason := preparer.problem(found):
+            raise DataError(reason)
+        try:
+            preparer.token_counts(found)
+        except ValueError as error:  # as the index takes it
+            raise DataError(str(error)) from None
+        preparer.row(found)
+        return 0
+
+    return attempt
+
+
+def _pictures() -> list[tuple[str, bytes]]:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 255, (80, 100, 3), np.uint8))
+    wide = Image.fromarray(rng.integers(0, 65535, (80, 100), np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds: list[tuple[str, Any, dict[str, Any]]] = [("JPEG", colours, {"exif": exif}), ("PNG", colours, {"exif": exif})]
+    kinds += [("PNG", colours.convert(mode), {}) for mode in ("RGBA", "P", "LA", "1", "L")] + [("PNG", wide, {})]
+    kinds += [("JPEG", colours.convert("CMYK"), {}), ("JPEG", colours, {"progressive": True}), ("PPM", colours, {})]
+    kinds += [
+        ("WEBP", colours, {}),
+        ("BMP", colours, {}),
+        ("GIF", colours, {"save_all": True, "append_images": [colours]}),
+    ]
+    kinds += [("TIFF", image, {}) for image in (colours, wide, colours.convert("LAB"), colours.convert("F"))]
+    found = []
+    for kind, image, options in kinds:
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        found.append((kind, file.getvalue()))
+    return found

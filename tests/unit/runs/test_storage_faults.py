@@ -1,0 +1,298 @@
+"""Disks that are really full or read-only at every page of a checkpoint, and object stores that go away or refuse."""
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ray_vlm.errors import RunError
+from ray_vlm.runs import store as stores
+from ray_vlm.runs.checkpoints import MANIFEST, Damaged, checkpoint_name, open_checkpoint, open_newest, replace_folder
+from ray_vlm.runs.monitor import Monitor, read_metrics
+from ray_vlm.runs.paths import claim_run, find_run, write_folder, write_json
+from ray_vlm.runs.store import Store, join, making
+from ray_vlm.train.attempt import Attempt, Place
+from ray_vlm.train.checkpoint import CheckpointWriter
+from tests.faults import SmallDisk, Stumbling, small_disk, stumbling_store
+
+FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    with small_disk(tmp_path / "disk", 2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def stumbling() -> Iterator[tuple[str, Stumbling]]:
+    with stumbling_store() as found:
+        yield found
+
+
+class _Trainer:
+    """Writes what a real one does, with torch and safetensors; `at` is the file that it is in."""
+
+    def __init__(self) -> None:
+        self.state = SimpleNamespace(global_step=0, log_history=[], save_to_json=self._save_state)
+        self.at = ""
+
+    def _torch(self, folder: str | Path, name: str, count: int) -> None:
+        import torch
+
+        self.at = name
+        torch.save({"a": torch.arange(count, dtype=torch.float32), "b": [1, 2, 3]}, Path(folder) / name)
+
+    def _save_rng_state(self, folder: str) -> None:
+        self._torch(folder, "rng_state.pth", 3000)
+
+    def _save_optimizer_and_scheduler(self, folder: str) -> None:
+        self._torch(folder, "optimizer.pt", 9000)
+        self._torch(folder, "scheduler.pt", 10)
+
+    def save(self, folder: Path) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        self.at = "adapter_model.safetensors"
+        save_file({"a": torch.ones(5000)}, folder / self.at)
+
+    def _save_state(self, path: str) -> None:
+        self.at = "trainer_state.json"
+        Path(path).write_text("x" * 6000)
+        self.at = MANIFEST
+
+
+def _writer(store: Store) -> CheckpointWriter:
+    attempt = Attempt(1, "ab12")
+    store.write(".attempt.json", json.dumps({"attempt": 1, "token": attempt.token}).encode())
+    return CheckpointWriter(store, Place(0, 1, "cpu", False), attempt, (9, 0), {"base": "x"})
+
+
+def _checkpoint(writer: CheckpointWriter, trainer: _Trainer, step: int) -> None:
+    trainer.state.global_step = step
+    writer.write(trainer, trainer.save, None, {})
+
+
+def _refused(writer: CheckpointWriter, trainer: _Trainer, step: int) -> str | None:
+    try:
+        _checkpoint(writer, trainer, step)
+    except RunError as error:
+        return str(error)
+    return None
+
+
+def _whole(store: Store) -> int | None:
+    found = open_newest(store, pytest.fail)
+    return found[0].step if found else None
+
+
+def test_a_disk_that_fills_at_any_page_of_a_checkpoint_keeps_the_one_before(disk: SmallDisk) -> None:
+    """Page by page more room, until the checkpoint fits; every file of it, its manifest too, is once the one that
+    does not."""
+    store, trainer, hit = Store(disk.path / "run"), _Trainer(), []
+    writer = _writer(store)
+    _checkpoint(writer, trainer, 1)
+    before = store.files()
+    for pages in range(60):
+        disk.leave(pages)
+        if (told := _refused(writer, trainer, 2)) is None:
+            break
+        assert f"checkpoint at step 2 cannot be written to {store.address}" in told
+        assert "No space left on device" in told
+        assert "--resume" in told
+        assert store.files() == before, "what did not count is still in the way"
+        assert _whole(store) == 1
+        hit.append(trainer.at)
+    assert set(hit) >= {*FILES, MANIFEST}
+    assert _whole(store) == 2
+
+
+def test_a_disk_that_turns_read_only_keeps_what_it_has(disk: SmallDisk) -> None:
+    store, trainer = Store(disk.path / "run"), _Trainer()
+    writer = _writer(store)
+    _checkpoint(writer, trainer, 1)
+    disk.make_read_only()
+    with pytest.raises(RunError, match=r"step 2 cannot be written to .*Read-only file system.*--resume"):
+        _checkpoint(writer, trainer, 2)
+    assert _whole(store) == 1
+    disk.make_writable()
+    _checkpoint(writer, trainer, 2)
+    assert _whole(store) == 2
+
+
+def test_a_full_disk_leaves_the_old_file_and_the_old_folder(disk: SmallDisk) -> None:
+    """`run.json` and `best/` are the old ones, and nothing half made takes the room that was left."""
+    trainer, file, folder = _Trainer(), disk.path / "run.json", disk.path / "best"
+    write_json(file, {"a": 1})
+    write_folder(folder, lambda f: (f / "old").write_text("old") and None)
+    there = Store(disk.path).files()
+    for pages in range(1, 4):
+        disk.leave(pages)
+        free = disk.free
+        with pytest.raises(OSError, match="No space left on device") as refused:
+            write_json(file, ["x" * 100] * 300)
+        assert (refused.value.errno, refused.value.filename) == (errno.ENOSPC, str(file))
+        with pytest.raises(OSError, match=r"No space left on device.*best"):
+            write_folder(folder, trainer._save_rng_state)
+        assert disk.free == free
+        disk.clear()
+        assert Store(disk.path).files() == there
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert (folder / "old").read_text() == "old"
+
+
+def _write_lines(monitor: Monitor) -> None:
+    for step in range(1, 999):
+        monitor.write("train", step, 0.0, {"loss": 1.0})
+
+
+def test_lines_of_metrics_that_a_full_disk_cut_off_hide_no_other(disk: SmallDisk) -> None:
+    path = disk.path / "metrics.jsonl"
+    monitor = Monitor(path, 1)
+    disk.leave(1)
+    with pytest.raises(OSError, match="No space left"):
+        _write_lines(monitor)
+    with pytest.raises(OSError, match="No space left"):
+        monitor.close()
+    assert not path.read_bytes().endswith(b"\n"), "no line was cut off; the test shows nothing"
+    steps = len(read_metrics(path))
+    disk.clear()
+    monitor = Monitor(path, 2)
+    monitor.write("train", steps + 1, 0.0, {"loss": 1.0})
+    monitor.close()
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, steps + 2))
+
+
+def test_what_is_no_fault_of_the_disk_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), making(tmp_path):
+        raise RuntimeError("CUDA out of memory")
+    with pytest.raises(RecursionError), making(tmp_path / "run.json"):
+        raise RecursionError
+    with pytest.raises(OSError, match="unexpected pos 640 vs 598") as refused, making(tmp_path):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 640 vs 598")
+    assert refused.value.filename == str(tmp_path)
+
+
+def test_a_store_that_goes_away_for_a_while_is_waited_for(stumbling: tuple[str, Stumbling], tmp_path: Path) -> None:
+    """At every request that a checkpoint makes; pyarrow tries again by itself, but not what it reads."""
+    base, app = stumbling
+    store, trainer = Store(join(base, tmp_path.name)), _Trainer()
+    writer = _writer(store)
+    seen: set[tuple[str, str]] = set()
+
+    def fault(method: str, path: str) -> int | str | None:
+        request = method, path.rsplit("/", 1)[-1]
+        known = request in seen
+        seen.add(request)
+        return None if known else "cut" if method == "PUT" else 503
+
+    app.fault = fault
+    _checkpoint(writer, trainer, 1)
+    assert {path.rsplit("/", 1)[-1] for _, path in app.failed} >= {*FILES, MANIFEST, ".attempt.json"}
+    assert _whole(store) == 1
+
+
+def test_pyarrow_s_own_patience_is_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(stores.time, "sleep", slept.append)
+    store, left = Store("s3://b/run"), [3]
+
+    def do() -> str:
+        if left[0]:
+            left[0] -= 1
+            raise OSError("AWS Error UNKNOWN (HTTP status 503) during PutObject operation")
+        return "done"
+
+    with pytest.raises(OSError, match="503"):
+        store._ask(do)  # it never answered: the endpoint may be wrong
+    store._ask(lambda: None)
+    assert (store._ask(do), left, slept) == ("done", [0], [1.0, 2.0])
+    for told in (OSError("AWS Error ACCESS_DENIED during PutObject operation"), OSError(errno.ENOSPC, "full", "x")):
+        store._ask(lambda: None)
+        with pytest.raises(OSError, match=r"ACCESS_DENIED|full"):
+            store._ask(lambda told=told: (_ for _ in ()).throw(told))
+    assert len(slept) == 2, "what waiting does not mend was waited for"
+
+
+def test_a_store_that_refuses_keeps_the_checkpoint_before(stumbling: tuple[str, Stumbling], tmp_path: Path) -> None:
+    """At every file: refused from there on, for good."""
+    base, app = stumbling
+    store, trainer = Store(join(base, tmp_path.name)), _Trainer()
+    writer = _writer(store)
+    _checkpoint(writer, trainer, 1)
+    for name in (".attempt.json", *FILES, MANIFEST):
+        gone: list[str] = []
+
+        def fault(method: str, path: str, name: str = name, gone: list[str] = gone) -> int | None:
+            if path.endswith(name):
+                gone.append(path)
+            return 403 if gone else None
+
+        app.fault = fault
+        with pytest.raises(
+            RunError, match=r"step 2 cannot be written to s3://.*ACCESS_DENIED.*mend the store.*--resume"
+        ):
+            _checkpoint(writer, trainer, 2)
+        app.fault = lambda method, path: None
+        assert gone
+        found, folder = open_newest(store, lambda text: None) or pytest.fail("none")
+        assert found.step == 1
+        shutil.rmtree(folder)
+    _checkpoint(writer, trainer, 2)
+    assert _whole(store) == 2
+
+
+def test_best_in_a_store_counts_until_the_new_one_is_made(
+    stumbling: tuple[str, Stumbling], tmp_path: Path, disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scratch disk that is full is named, with the way to another, and the old `best/` is still whole."""
+    base, _ = stumbling
+    store, trainer = Store(join(base, tmp_path.name)), _Trainer()
+    writer = _writer(store)
+    replace_folder(store, "best", trainer.save, 1)
+    monkeypatch.setattr(stores.tempfile, "tempdir", str(disk.path))
+    for pages in (0, 1, 4):
+        disk.leave(pages)
+        with pytest.raises(OSError, match=rf"No space left on device: '{disk.path}"):
+            replace_folder(store, "best", trainer.save, 2)
+        told = rf"No space left on device: '{disk.path}.*make room in {disk.path}.*TMPDIR.*--resume"
+        with pytest.raises(RunError, match=told):
+            _checkpoint(writer, trainer, 2)
+        with pytest.raises(OSError, match=rf"No space left on device: '{disk.path}"):
+            open_checkpoint(store, "best")
+        disk.clear()
+        assert list(disk.path.iterdir()) == [], "what was half made is still in the way"
+    assert open_checkpoint(store, "best")[0].step == 1
+
+
+def test_a_store_that_refuses_when_a_run_is_looked_for(
+    stumbling: tuple[str, Stumbling], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, app = stumbling
+    monkeypatch.setattr(stores.tempfile, "tempdir", str(tmp_path))
+    base = join(base, tmp_path.name)
+    paths = claim_run(base, "run", "sft")
+    paths.store.write("resolved.json", b"{}")
+    paths.store.write("run.json", b'{"attempts": []}')
+    for name in ("resolved.json", "metrics.jsonl"):
+        app.fault = lambda method, path, name=name: 403 if path.endswith(name) else None
+        with pytest.raises(RunError, match=r"run.output_dir='s3://.*cannot be read .*ACCESS_DENIED"):
+            find_run(base, "run", "sft")
+    app.fault = lambda method, path: None
+    assert list(tmp_path.iterdir()) == [paths.root], "what was half fetched is still in the way"
+    assert find_run(base, "run", "sft") is not None
+
+
+def test_a_checkpoint_cut_off_in_the_store_is_told(stumbling: tuple[str, Stumbling], tmp_path: Path) -> None:
+    base, _ = stumbling
+    store, trainer = Store(join(base, tmp_path.name)), _Trainer()
+    _checkpoint(_writer(store), trainer, 1)
+    name = checkpoint_name(1, 1, "ab12")
+    store.write(f"{name}/optimizer.pt", b"half")
+    with pytest.raises(Damaged, match=r"optimizer.pt has 4 bytes"):
+        open_checkpoint(store, name)
