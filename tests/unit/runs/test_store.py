@@ -67,7 +67,7 @@ def test_runs_in_an_object_store_are_claimed_found_and_refused(bucket: str, tmp_
     assert first.remote is not None
     found = find_run(base, "sft-001", "sft")
     assert found is not None
-    assert found.run.read_text() == "{}"
+    assert found.run.read_text() == '{"attempts": []}'
     assert find_run(base, "sft-009", "sft") is None
     with pytest.raises(Exception, match="half made"):
         find_run(base, None, "sft")
