@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.hosts import Hosts, start_hosts
+from benchmarks.figures import figure
+from benchmarks.hosts import Hosts, start_hosts, why_not
 from ray_vlm.config.load import load_job
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
@@ -82,7 +83,8 @@ def write_job(folder: Path, steps: int, workers: Any) -> Path:
         "data": {"train": {"path": str(folder / "scenes" / "train.json")}},
         "train": {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": steps, "bf16": False},
         "checkpoint": {"every_steps": EVERY, "keep": 3},
-        "cluster": {"num_workers": workers, "cpus_per_worker": 2, "max_failures": 5},
+        # one thread, and room for one worker on a node of three CPUs
+        "cluster": {"num_workers": workers, "cpus_per_worker": 1.9, "max_failures": 5},
         "run": {"name": "run", "output_dir": str(folder)},
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
@@ -120,7 +122,7 @@ def head() -> list[str]:
 
 
 def node(number: int) -> list[str]:
-    """The command of another: room for one worker of two CPUs, and one CPU that reads images."""
+    """The command of another: room for one worker, and one CPU that reads images."""
     return [*_START, f"--address={_HEAD}:6379", "--num-cpus=3", f"--node-ip-address=10.79.0.{10 + number}"]
 
 
@@ -230,3 +232,28 @@ def restart_head(folder: Path, steps: int = 40) -> dict[str, Any]:
     with start_scene(folder, steps, nodes=1) as again:
         again.finish()
         return compare(again, folder)
+
+
+def measure(folder: Path) -> list[dict[str, Any]]:
+    """All scenes, each in a folder of its own; nothing where this machine cannot have hosts."""
+    if reason := why_not():
+        print(f"lost nodes are left out: {reason}", flush=True)
+        return []
+    found = []
+    for scene in (kill_and_add, cut_for_good, cut_briefly, take_away, restart_head):
+        own, title = folder / scene.__name__, scene.__name__.replace("_", " ")
+        own.mkdir()
+        told = scene(own)
+        if "went_on_s" in told:
+            found.append(figure(f"{title}: detected, then training again", told["went_on_s"], "s", 60))
+        if "saved_s" in told:
+            found.append(figure(f"{title}: notice of 15 s, then a checkpoint", told["saved_s"], "s", 15))
+            found.append(figure("  steps that it was behind", told["steps_old"], "steps", 10))
+        found.append(figure(f"{title}: most steps done again", max(told["lost_steps"]), "steps", EVERY))
+        if scene is cut_briefly:
+            found.append(figure("  restarts", len(told["status"]) - 1, "", 0))
+        found.append(
+            figure("  every step and image once", int(told["steps_once"] and told["images"]), "", 1, most=False)
+        )
+        found.append(figure("  losses apart from one process alone", told["apart"], "", 1e-5))
+    return found
