@@ -25,6 +25,8 @@ def complete(listed: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, A
             before |= {"status": "resized", "ended": line["time"]}
             before.pop("error", None)
     for number, entry in known.items():
+        if number < last and entry.get("status", "running") == "running":
+            entry["status"] = "died"  # nobody could say why
         if number in starts:
             steps = [line["step"] for line in lines if line["attempt"] == number and line["kind"] == "train"]
             entry["from_step"] = starts[number]["step"]
@@ -58,7 +60,7 @@ def _cause(entry: Mapping[str, Any], following: Mapping[str, Any]) -> str:
         return f"went on with {_plural(following.get('workers', '?'), 'worker')}"
     if status == "interrupted":
         return "stopped by a signal"
-    if status == "running":
+    if status in ("running", "died"):
         return "ended without a word"
     return (str(entry.get("error") or "").strip().splitlines() or [status])[0].rstrip(".")[:200]
 

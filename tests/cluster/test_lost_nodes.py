@@ -58,7 +58,7 @@ def test_a_machine_is_left_within_its_notice(tmp_path: Path) -> None:
 
 def test_a_head_that_died_is_started_again(tmp_path: Path) -> None:
     found = restart_head(tmp_path)
-    assert found["status"] == ["running", "finished"]
+    assert found["status"] == ["died", "finished"]
     assert max(found["lost_steps"]) <= EVERY
     assert found["steps_once"]
     assert found["apart"] <= 1e-5
