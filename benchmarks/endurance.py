@@ -1,0 +1,217 @@
+"""The long parts of `benchmarks/chaos.py`: useful rows a second while workers are killed, and memory over time.
+
+A run starts in the Ray cluster of this process and is told to stop after so many seconds from its first step.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.figures import figure
+from benchmarks.recovery import train_job
+from ray_vlm.config.load import load_job
+from ray_vlm.errors import Interrupted
+from ray_vlm.runs.monitor import current_lines, read_metrics
+from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.stop import ask_workers
+
+KILL_EVERY_S = 30.0
+CHECKPOINT_EVERY = 20  # steps: some seconds, as one would choose where a worker dies twice a minute
+NEVER = 40_000  # steps of a run that is to go on until it is stopped; with more, starting takes longer
+MIB = 2**20
+OWN, REST, STORE = ", own pages", "the rest of Ray", "in the object store"
+Do = Callable[[RunPaths, float], None]  # what goes on beside a run, told when its first step was done
+
+
+def processes(title: str = "") -> list[psutil.Process]:
+    """Processes of this one's own Ray cluster that Ray has given this title, by their numbers."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def kill_worker(number: int) -> bool:
+    """SIGKILL to one of the training workers; whether there was any."""
+    workers = processes("RayTrainWorker")
+    if workers:
+        os.kill(workers[number % len(workers)].pid, signal.SIGKILL)
+    return bool(workers)
+
+
+def run_for(path: Path, name: str, seconds: float, beside: Do, *overrides: str) -> RunPaths:
+    """Train for so long after the first step, with `beside` in a thread; at the end a checkpoint is written."""
+    run = RunPaths(Path(load_job(path, ()).run.output_dir) / name)
+
+    def watch() -> None:
+        while not (first := _train_lines(run)):
+            time.sleep(0.1)
+        started = first[0]["time"]
+        beside(run, started)
+        time.sleep(max(0.0, started + seconds - time.time()))
+        ask_workers(run.store)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with contextlib.suppress(Interrupted):
+        train_job(path, f"run.name={name}", f"train.max_steps={NEVER}", "cluster.max_failures=1000", *overrides)
+    return run
+
+
+def _train_lines(run: RunPaths) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run.metrics) if line["kind"] == "train"]
+
+
+def _attempts(run: RunPaths) -> list[dict[str, Any]]:
+    return json.loads(run.run.read_text())["attempts"]
+
+
+def useful_steps(run: RunPaths, seconds: float) -> int:
+    """Steps that count in the end, of those done within so many seconds after the first one."""
+    until = _train_lines(run)[0]["time"] + seconds
+    counting = [line for line in current_lines(read_metrics(run.metrics)) if line["kind"] == "train"]
+    return sum(line["time"] <= until for line in counting) - 1
+
+
+def start_up(run: RunPaths) -> float:
+    """Seconds from the launch of an undisturbed run to its first step."""
+    return _train_lines(run)[0]["time"] - _attempts(run)[0]["started"]
+
+
+def goodput(path: Path, seconds: float, every: float = KILL_EVERY_S, seed: int = 2) -> list[dict[str, Any]]:
+    """Useful rows a second while a random worker is killed every so often, against the same job undisturbed."""
+    moments = random.Random(seed)
+    kills: list[float] = []
+    missed: list[float] = []  # no worker was there to be killed
+
+    def kill(run: RunPaths, started: float) -> None:
+        for number in range(1, int((seconds - 1) // every) + 1):
+            time.sleep(max(0.0, started + number * every - time.time()))
+            (kills if kill_worker(moments.randrange(2)) else missed).append(time.time())
+
+    keep = f"checkpoint.every_steps={CHECKPOINT_EVERY}"
+    calm_s = min(60.0, seconds / 3)
+    calm = run_for(path, "calm", calm_s, lambda run, started: None, keep)
+    hurt = run_for(path, "hurt", seconds, kill, keep)
+    rows = load_job(path, ()).train.global_batch_size
+    undisturbed = useful_steps(calm, calm_s) * rows / calm_s
+    useful = useful_steps(hurt, seconds) * rows
+    starting, waits = lost_time(hurt, seconds, kills, start_up(calm))
+    writes = [line["checkpoint_s"] for line in read_metrics(calm.metrics) if line["kind"] == "checkpoint"]
+    doubled = sum(waits) - len(waits) * min(waits, default=0.0)
+    again = len(_train_lines(hurt)) - sum(line["kind"] == "train" for line in current_lines(read_metrics(hurt.metrics)))
+
+    def share(wall: float) -> float:
+        return 100 * useful / wall / undisturbed
+
+    return [
+        figure(f"a kill every {every:g} s for {seconds:g} s: kills", len(kills), "kills"),
+        figure("  moments at which no worker was there to be killed", len(missed), ""),
+        figure("  checkpoints undisturbed, of each second", sum(writes) / calm_s, "s"),
+        figure("  undisturbed", undisturbed, "rows/s"),
+        figure("  useful, start-up taken out", useful / (seconds - starting), "rows/s"),
+        figure("    of undisturbed", share(seconds - starting), "%", 70, most=False),
+        figure("    with start-up in", share(seconds), "%"),
+        figure("    start-up taken out, each wait as short as the shortest", share(seconds - starting - doubled), "%"),
+        figure("  start-up undisturbed, launch to first step", start_up(calm), "s"),
+        figure("  start-ups taken out, all together", starting, "s"),
+        figure("  from a kill to the next launch (seen, and a pause): shortest", min(waits, default=0.0), "s"),
+        figure("    longest", max(waits, default=0.0), "s"),
+        figure("    all together", sum(waits), "s"),
+        figure("  steps done again", again, "steps"),
+    ]
+
+
+def lost_time(run: RunPaths, seconds: float, kills: list[float], one_start: float) -> tuple[float, list[float]]:
+    """Of the first so many seconds: those of starting again, each as long as an undisturbed start at most; and how
+    long each kill waited for the next launch."""
+    trained = _train_lines(run)
+    until = trained[0]["time"] + seconds
+    starting, waits = 0.0, []
+    attempts = _attempts(run)
+    for attempt in attempts[1:]:
+        firsts = [line["time"] for line in trained if line["attempt"] == attempt["attempt"]]
+        end = min([until, *firsts[:1], attempt["ended"]])
+        starting += min(one_start, max(0.0, end - attempt["started"]))
+    for kill in kills:
+        later = [attempt["started"] for attempt in attempts if attempt["started"] > kill]
+        waits.append(min([until, *later[:1]]) - kill)
+    return starting, waits
+
+
+def soak(path: Path, seconds: float) -> list[dict[str, Any]]:
+    """Memory of a run with validations and checkpoints: the last fifth of its time against the second one."""
+    samples: list[tuple[float, dict[str, float]]] = []
+
+    def watch(run: RunPaths, started: float) -> None:
+        while time.time() < started + seconds:
+            store = {STORE: store_mib()} if len(samples) % 10 == 0 else {}  # asking takes memory too
+            samples.append(((time.time() - started) / seconds, memory_now() | store))
+            time.sleep(1.0)
+
+    scenes = Path(str(load_job(path, ()).data.train.path))  # type: ignore[union-attr]
+    evaluate = [f"data.eval={{path: {scenes}, max_rows: 6}}", "evaluate.every_steps=60", "evaluate.num_samples=6"]
+    evaluate += ["evaluate.metric=f1_50", "evaluate.max_new_tokens=8", "checkpoint.every_steps=30"]
+    run = run_for(path, "soak", seconds, watch, *evaluate)
+    kinds = Counter(line["kind"] for line in read_metrics(run.metrics))
+    figures = [
+        figure(f"{seconds / 60:g} minutes: steps", kinds["train"], "steps", 1, most=False),
+        figure("  validations", kinds["eval"], "", 1, most=False),
+        figure("  checkpoints", kinds["checkpoint"], "", 1, most=False),
+    ]
+    names = sorted({name for _, sample in samples for name in sample})
+    for name in names:
+        early, late = _mean(samples, name, 0.2, 0.4), _mean(samples, name, 0.8, 1.0)
+        bar = None if name == STORE or REST in name else 5.0
+        figures.append(figure(f"  {name}, second fifth", early, "MiB"))
+        figures.append(figure("    grown by the last fifth", late - early, "MiB"))
+        figures.append(figure("    of what it was", 100 * (late / max(early, 1e-9) - 1), "%", bar))
+    return figures
+
+
+def memory_now() -> dict[str, float]:
+    """Resident MiB of the driver, each worker, the loaders and the rest of Ray.
+
+    Own pages are those without what is shared: a process keeps all pages of the object store that it ever touched,
+    whatever lies in them now, until it has touched each.
+    """
+    workers, loaders = processes("RayTrainWorker"), processes("MapWorker")
+    known = {process.pid for process in (*workers, *loaders)}
+    groups = {"driver": [psutil.Process()]}
+    groups |= {f"worker {number}": [process] for number, process in enumerate(workers)}
+    groups |= {"loaders": loaders, REST: [p for p in processes() if p.pid not in known]}
+    found: dict[str, float] = {}
+    for name, group in groups.items():
+        sizes = []
+        for process in group:
+            with contextlib.suppress(psutil.Error):
+                sizes.append(process.memory_info())
+        found[name] = sum(size.rss for size in sizes) / MIB
+        found[name + OWN] = sum(size.rss - size.shared for size in sizes) / MIB
+    return found
+
+
+def store_mib() -> float:
+    """What lies in Ray's object store now."""
+    import ray
+    from ray._private.internal_api import node_stats
+
+    node = ray.nodes()[0]
+    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+    return stats.store_stats.object_store_bytes_used / MIB
+
+
+def _mean(samples: list[tuple[float, dict[str, float]]], name: str, first: float, last: float) -> float:
+    return statistics.mean(sample[name] for when, sample in samples if first <= when < last and name in sample)
