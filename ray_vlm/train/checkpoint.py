@@ -34,7 +34,6 @@ class CheckpointWriter:
             trainer._save_optimizer_and_scheduler(str(folder))  # rank 0's; under DeepSpeed each rank has its part
             if self.place.rank == 0:
                 save(folder)
-                trainer.state.log_history = []  # metrics.jsonl has it
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
         try:

@@ -127,6 +127,7 @@ class RunCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
+        state.log_history.clear()  # metrics.jsonl has it
         if "loss" not in logs:
             return
         if self.job.cluster.deepspeed and not math.isfinite(logs["loss"]):  # its gradients are not to be seen
