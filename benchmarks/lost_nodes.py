@@ -20,6 +20,7 @@ import yaml
 
 from benchmarks.figures import figure
 from benchmarks.hosts import Hosts, start_hosts, why_not
+from benchmarks.recovery import write_job as write_small_job
 from ray_vlm.config.load import load_job
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
@@ -69,32 +70,24 @@ class Scene:
         return json.loads(self.paths.run.read_text())
 
 
-def write_job(folder: Path, steps: int, workers: Any) -> Path:
-    """A small SFT job on drawn scenes; the one that is there stays."""
+def write_job(folder: Path, steps: int) -> Path:
+    """A small SFT job on drawn scenes, for one worker or two; the one that is there stays."""
     if (folder / "job.yaml").exists():
         return folder / "job.yaml"
-    from ray_vlm.demo.shapes import draw
-    from ray_vlm.demo.tiny import write_untrained
-
-    draw(folder / "scenes", "studio", "train", 30)
-    job = {
-        "model": {"name": str(write_untrained(folder / "model", "qwen3_vl")), "load_in_4bit": False},
-        "lora": {"rank": 4, "alpha": 8},
-        "data": {"train": {"path": str(folder / "scenes" / "train.json")}},
-        "train": {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": steps, "bf16": False},
-        "checkpoint": {"every_steps": EVERY, "keep": 3},
-        # one thread, and room for one worker on a node of three CPUs
-        "cluster": {"num_workers": workers, "cpus_per_worker": 1.9, "max_failures": 5},
-        "run": {"name": "run", "output_dir": str(folder)},
-    }
+    job = yaml.safe_load(write_small_job(folder).read_text())
+    job["train"] |= {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": steps}
+    job["checkpoint"] = {"every_steps": EVERY, "keep": 3}
+    # one thread, and room for one worker on a node of three CPUs
+    job["cluster"] = {"num_workers": [1, 2], "cpus_per_worker": 1.9, "max_failures": 5}
+    job["run"] = {"name": "run", "output_dir": str(folder)}
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     return folder / "job.yaml"
 
 
 @contextmanager
-def start_scene(folder: Path, steps: int, workers: Any = (1, 2), nodes: int = 2) -> Iterator[Scene]:
-    """The cluster with the run started on its head."""
-    job = write_job(folder, steps, list(workers) if isinstance(workers, tuple) else workers)
+def start_scene(folder: Path, steps: int, nodes: int = 2) -> Iterator[Scene]:
+    """The cluster with the run on its head, a little behind its first checkpoint."""
+    job = write_job(folder, steps)
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env |= {f"RAY_health_check_{name}": str(value) for name, value in _HEALTH.items()}
     env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
@@ -110,6 +103,7 @@ def start_scene(folder: Path, steps: int, workers: Any = (1, 2), nodes: int = 2)
         command = [sys.executable, "-m", "ray_vlm", "train", str(job), "--resume"]
         scene = Scene(hosts, env, RunPaths(folder / "run"), _launch(hosts, env, command, folder))
         try:
+            scene.wait_step(EVERY + 2)
             yield scene
         finally:
             scene.process.kill()
@@ -168,7 +162,6 @@ def compare(scene: Scene, folder: Path) -> dict[str, Any]:
 def kill_and_add(folder: Path, steps: int = 300) -> dict[str, Any]:
     """Two nodes; one is killed; the run goes on with one worker; another node comes and it goes on with two."""
     with start_scene(folder, steps) as scene:
-        scene.wait_step(EVERY + 2)
         scene.hosts.kill(2)
         killed = time.time()
         on = scene.wait_step(EVERY + 1, attempt=2)
@@ -182,7 +175,6 @@ def kill_and_add(folder: Path, steps: int = 300) -> dict[str, Any]:
 def cut_for_good(folder: Path, steps: int = 60) -> dict[str, Any]:
     """A node that may hold rank 0 loses its cable and lives on; the cable comes back after the run went on."""
     with start_scene(folder, steps) as scene:
-        scene.wait_step(EVERY + 2)
         scene.hosts.cut(1)
         cut = time.time()
         on = scene.wait_step(EVERY + 1, attempt=2)
@@ -194,7 +186,6 @@ def cut_for_good(folder: Path, steps: int = 60) -> dict[str, Any]:
 def cut_briefly(folder: Path, steps: int = 60) -> dict[str, Any]:
     """A cable that is out for a second, less than the health checks allow."""
     with start_scene(folder, steps) as scene:
-        scene.wait_step(EVERY + 2)
         scene.hosts.cut(2)
         time.sleep(1.0)
         scene.hosts.heal(2)
@@ -205,7 +196,6 @@ def cut_briefly(folder: Path, steps: int = 60) -> dict[str, Any]:
 def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, Any]:
     """A node is drained with a notice and killed when it is over."""
     with start_scene(folder, steps) as scene:
-        scene.wait_step(EVERY + 2)
         code = "print([n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == '10.79.0.12'][0])"
         drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", f"{_HEAD}:6379"]
         drain += ["--node-id", _ask(scene.hosts, scene.env, code).split()[-1], "--reason-message", "spot"]
@@ -226,7 +216,6 @@ def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, An
 def restart_head(folder: Path, steps: int = 40) -> dict[str, Any]:
     """The head dies with the command on it; the cluster is started anew, and the same command goes on."""
     with start_scene(folder, steps, nodes=1) as scene:
-        scene.wait_step(EVERY + 2)
         scene.hosts.kill(0)
         scene.process.wait()
     with start_scene(folder, steps, nodes=1) as again:

@@ -93,3 +93,12 @@ def bucket() -> Iterator[str]:
         fs.S3FileSystem(endpoint_override=f"http://{host}:{port}", allow_bucket_creation=True).create_dir("runs")
         yield full_address("s3://runs")
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def stumbling() -> Iterator[tuple[str, Any]]:
+    """The address of a bucket, and what makes its requests fail."""
+    from tests.faults import stumbling_store
+
+    with stumbling_store() as found:
+        yield found

@@ -17,7 +17,7 @@ from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run
 from ray_vlm.runs.store import Store, join
 from ray_vlm.train.report import RunCallback
-from tests.faults import PAGE, SmallDisk, Stumbling, small_disk, stumbling_store
+from tests.faults import PAGE, SmallDisk, Stumbling, small_disk
 
 STEPS = 6  # a checkpoint after every second, a validation after every third
 
@@ -60,12 +60,6 @@ def whole(job: Write, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     with small_disk(tmp_path / "disk", 24) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def stumbling() -> Iterator[tuple[str, Stumbling]]:
-    with stumbling_store() as found:
         yield found
 
 

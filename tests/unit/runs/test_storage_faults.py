@@ -17,7 +17,7 @@ from ray_vlm.runs.paths import claim_run, find_run, write_folder, write_json
 from ray_vlm.runs.store import Store, join, making
 from ray_vlm.train.attempt import Attempt, Place
 from ray_vlm.train.checkpoint import CheckpointWriter
-from tests.faults import SmallDisk, Stumbling, small_disk, stumbling_store
+from tests.faults import SmallDisk, Stumbling, small_disk
 
 FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json")
 
@@ -25,12 +25,6 @@ FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safeten
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     with small_disk(tmp_path / "disk", 2) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def stumbling() -> Iterator[tuple[str, Stumbling]]:
-    with stumbling_store() as found:
         yield found
 
 
