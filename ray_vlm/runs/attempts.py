@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ray_vlm.runs.text import plural
+
 
 def complete(listed: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The attempts of `run.json`, those that Ray began by itself among them, with `from_step`, `to_step`, `workers`
@@ -33,9 +35,9 @@ def complete(listed: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, A
             entry["to_step"] = max(steps, default=entry["from_step"])
             if workers := starts[number].get("num_workers"):
                 entry["workers"] = workers
-            following = [n for n in starts if n > number]
-            if following or number < last:
-                then = starts[min(following)]["step"] if following else entry["to_step"]
+            if number < last:
+                following = min((n for n in starts if n > number), default=None)
+                then = entry["to_step"] if following is None else starts[following]["step"]
                 entry["lost_steps"] = max(0, entry["to_step"] - then)
     return [known[number] for number in sorted(known)]
 
@@ -48,22 +50,18 @@ def tell_attempts(attempts: Sequence[Mapping[str, Any]]) -> str | None:
     for entry, following in pairwise(attempts):
         at = f" at step {entry['to_step']}" if "to_step" in entry else " before its first step"
         again = entry.get("lost_steps", 0)
-        told.append(f"{_cause(entry, following)}{at}" + (f" ({_plural(again, 'step')} done again)" if again else ""))
+        told.append(f"{_cause(entry, following)}{at}" + (f" ({plural(again, 'step')} done again)" if again else ""))
     lost = sum(entry.get("lost_steps", 0) for entry in attempts)
     steps = max((entry.get("to_step", 0) for entry in attempts), default=0)
-    return f"{len(attempts)} attempts: {'; '.join(told)}. {lost} of {_plural(steps, 'step')} done twice."
+    return f"{len(attempts)} attempts: {'; '.join(told)}. {lost} of {plural(steps, 'step')} done twice."
 
 
 def _cause(entry: Mapping[str, Any], following: Mapping[str, Any]) -> str:
     status = entry.get("status", "running")
     if status == "resized":
-        return f"went on with {_plural(following.get('workers', '?'), 'worker')}"
+        return f"went on with {plural(following.get('workers', '?'), 'worker')}"
     if status == "interrupted":
         return "stopped by a signal"
     if status in ("running", "died"):
         return "ended without a word"
     return (str(entry.get("error") or "").strip().splitlines() or [status])[0].rstrip(".")[:200]
-
-
-def _plural(number: Any, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

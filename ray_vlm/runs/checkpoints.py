@@ -21,7 +21,7 @@ from typing import Any
 
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store, full_address, is_remote, making
+from ray_vlm.runs.store import Store, full_address, is_remote, making, whole_or_gone
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest and of what a checkpoint holds
@@ -60,14 +60,11 @@ def write_part(store: Store, name: str, part: str, fill: Callable[[Path], None])
     Several ranks may write parts with different file names. Nothing counts before `commit`.
     """
     staging = store.staging(f"{name}-{part}")
-    try:
+    with whole_or_gone(staging):
         with making(staging):
             fill(staging)
         found = {p.relative_to(staging).as_posix(): _digest(p) for p in sorted(staging.rglob("*")) if p.is_file()}
         store.put(staging, name)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return found
 
 

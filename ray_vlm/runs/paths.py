@@ -23,7 +23,7 @@ from typing import Any
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.sound import check_whole
-from ray_vlm.runs.store import Store, is_remote, join, local_path, making
+from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole_or_gone
 
 CLAIMED = ".claimed"  # holds a name in an object store until the run's first files are there
 _SEE_S = 15.0  # a network file system may show another node's new file this late
@@ -282,12 +282,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    try:
-        with making(new):
-            fill(new)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+    with whole_or_gone(new), making(new):
+        fill(new)
     if path.exists():
         os.replace(path, old)
     os.replace(new, path)

@@ -7,7 +7,7 @@ from ray_vlm.runs.compare import test_of
 from ray_vlm.runs.curves import main_key, points_of, smooth, spark
 from ray_vlm.runs.monitor import NOT_MEASURES
 from ray_vlm.runs.read import Run, is_number, setting
-from ray_vlm.runs.text import format_table, plain_text, tell_date, tell_number, tell_time
+from ray_vlm.runs.text import format_table, plain_text, plural, tell_date, tell_number, tell_time
 
 _MOST_VALIDATIONS = 8  # lines of the table
 _HEADLINES = ("f1_50", "accuracy", "step_success", "normalised")  # of a run whose own metric is not measured on tests
@@ -68,7 +68,7 @@ def _head(run: Run) -> list[str]:
     return [
         f"{run.address}: {run.status}",
         f"{setting(job, 'method.name')} of {setting(job, 'task.name')} on {setting(job, 'model.name')}{bits}; {how}",
-        f"{tell_date(run.started)}, {tell_time(run.wall_s)}, {_plural(run.num_attempts, 'attempt')}, "
+        f"{tell_date(run.started)}, {tell_time(run.wall_s)}, {plural(run.num_attempts, 'attempt')}, "
         + (f"{_tell_workers(workers)} with {each} each" if workers else "in one process")
         + (f", {memory} GiB of memory" if memory else ""),
         f"ray_vlm {versions.get('ray-vlm', '?')}{f' at {commit}' if commit else ''}; {told}",
@@ -76,7 +76,7 @@ def _head(run: Run) -> list[str]:
 
 
 def _tell_workers(workers: Any) -> str:
-    return f"{workers[0]} to {workers[1]} workers" if isinstance(workers, list) else _plural(workers, "worker")
+    return f"{workers[0]} to {workers[1]} workers" if isinstance(workers, list) else plural(workers, "worker")
 
 
 def _training(run: Run) -> list[str]:
@@ -124,13 +124,9 @@ def _evaluations(run: Run) -> list[str]:
 def _places(run: Run) -> list[str]:
     checkpoints = [name for name in run.folders if name.startswith("checkpoint-")]
     told = [f"{name}/" for name in run.folders if not name.startswith("checkpoint-")]
-    told += [_plural(len(checkpoints), "checkpoint")] if checkpoints else []
+    told += [plural(len(checkpoints), "checkpoint")] if checkpoints else []
     return [f"in it: {', '.join(told) or 'no weights'}"]
 
 
 def _cell(value: Any) -> str:
     return tell_number(value) if is_number(value) else "-"
-
-
-def _plural(number: Any, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

@@ -218,6 +218,18 @@ class Store:
 
 
 @contextmanager
+def whole_or_gone(folder: Path) -> Iterator[None]:
+    """Around whatever fills `folder`, which is removed unless the body ends well, whatever ends it."""
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        if not whole:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def making(folder: Path) -> Iterator[None]:
     """Around whatever makes files in `folder`: what the disk refuses is an `OSError` that names its cause and place.
 

@@ -3,6 +3,7 @@
 import time
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 _WIDEST = 48  # characters of a cell
 
@@ -60,3 +61,8 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST // 2 - 2]}...{text[-(_WIDEST // 2 - 1) :]}"
+
+
+def plural(number: Any, word: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {word}{'' if number == 1 else 's'}"

@@ -222,7 +222,7 @@ def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest
     def run() -> None:
         try:
             trainer.fit()
-        except BaseException as error:
+        except BaseException as error:  # the edge between the threads: raised again in the one that waits
             raised.append(error)
 
     thread = threading.Thread(target=run, name="ray-vlm-fit", daemon=True)
