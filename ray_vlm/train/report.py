@@ -106,7 +106,7 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / self.plan.steps_per_epoch  # the Trainer's is wrong in an epoch resumed midway
         self._step = state.global_step
-        asked = self.notice is not None and self.notice.is_due()
+        asked = self.notice is not None and state.global_step < self.plan.num_steps and self.notice.is_due()
         measured = self.background is not None and self.background.ready()
         stop, measured, asked = self.agree(self.stop_asked(), measured, asked)
         if asked and self.notice is not None:  # all workers together: Ray waits for them

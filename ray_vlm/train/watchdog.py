@@ -165,6 +165,8 @@ def watch_worker(
 ) -> Watchdog:
     """The watchdog of this rank. In the command's own process it only tells: whoever sits there can press Ctrl-C."""
     clock, batches = trainer.clock, trainer.planned_batches
+    # a long validation moves with every batch and token that goes into the model
+    trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: clock.tick())
 
     def stand() -> Standing:
         phase, step = find_phase(clock.inside), min(trainer.state.global_step, plan.num_steps - 1)
