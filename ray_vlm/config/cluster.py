@@ -48,7 +48,8 @@ class Cluster(Section):
         3,
         ge=0,
         le=Largest,
-        description="Failures after which a run goes on from its last checkpoint by itself.",
+        description="Failures after which a run goes on from its last checkpoint by itself. Workers and machines that "
+        "are lost count in a row: from 0 again when the run comes further than before.",
     )
     stall_minutes: float = Field(
         30,

@@ -47,22 +47,25 @@ def plan_retry(failures: list[Failure], max_failures: int) -> bool:
     """Whether to try again after the last of `failures`.
 
     Not when this package refused on purpose, nor when the same error came twice at the same step: it would come again.
+    Errors count over the whole run; deaths only in a row, so that machines may come and go for weeks.
     """
     last = failures[-1]
-    if last.own is not None or len(failures) > max_failures:
+    raised = sum(failure.raised for failure in failures)
+    if last.own is not None or max(raised, count_stuck(failures)) > max_failures:
         return False
     before = failures[-2] if len(failures) > 1 else None
     return not (before and last.raised and (before.text, before.step) == (last.text, last.step))
 
 
+def count_stuck(failures: list[Failure]) -> int:
+    """Failures since the run last came further than ever before; the first that did is one of them."""
+    furthest = max(failure.step for failure in failures)
+    return len(failures) - next(i for i, failure in enumerate(failures) if failure.step == furthest)
+
+
 def plan_pause(failures: list[Failure]) -> float:
-    """Seconds before another try: doubled for each failure in a row that came before a new step was reached."""
-    stuck = 1
-    for last, before in zip(failures[::-1], failures[-2::-1], strict=False):
-        if last.step > before.step:
-            break
-        stuck += 1
-    return _PAUSE_S * 2 ** min(stuck - 1, 5)
+    """Seconds before another try: doubled for each failure that came before a new step was reached."""
+    return _PAUSE_S * 2 ** min(count_stuck(failures) - 1, 5)
 
 
 def describe_failure(error: Exception, step: int) -> Failure:

@@ -1,6 +1,7 @@
 """A whole run in this process: what it writes, what it refuses, and that its results load without us."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,24 @@ def test_an_image_that_is_gone_is_counted(
     assert len(result["lost_rows"]) == 1
     assert result["steps"] == result["num_steps"]
     assert "1 rows could not be read any more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("delay", "hangs"), [(0.25, False), (5.0, True)])
+def test_a_long_validation_is_no_hang(
+    job_file, scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys, delay: float, hangs: bool
+) -> None:
+    """What goes into the model counts as moving; one that stands still inside it does not."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel as Model
+
+    real, slow = Model.forward, []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training and (not hangs or not slow):
+            slow.append(time.sleep(delay))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "forward", forward)
+    path = job_file(**_eval_section(scenes))
+    _run(path, "train.max_steps=2", "evaluate.metric=f1_50", "cluster.stall_minutes=0.05")
+    assert len(slow) * delay > 3.0, "longer than the limit"
+    assert ("hangs for 0.05 minutes: validation" in capsys.readouterr().err) == hangs

@@ -30,6 +30,17 @@ def test_deaths_are_retried_within_the_budget() -> None:
     assert not plan_retry([death], 0)
 
 
+def test_deaths_count_in_a_row_and_errors_in_all() -> None:
+    """Machines come and go for weeks; an error, or a run that rewinds again and again, gets no further for ever."""
+    deaths = [Failure("worker 1 died", step=step) for step in range(0, 500, 5)]
+    assert plan_retry(deaths, 1)
+    assert plan_retry([*deaths, Failure("worker 1 died", step=495)], 2)
+    assert not plan_retry([*deaths, Failure("worker 0 died", step=470)], 1), "no step further than before"
+    rewinds = [Failure(f"step {step}: not finite", raised=True, step=step) for step in (7, 8, 9)]
+    assert plan_retry(rewinds[:2], 2)
+    assert not plan_retry(rewinds, 2)
+
+
 def test_what_this_package_refused_is_not_tried_again() -> None:
     assert not plan_retry([Failure("bad row", own=DataError("bad row"), raised=True)], 9)
 

@@ -2,12 +2,17 @@
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ray.train.v2.api.preemption import PreemptionInfo
+from transformers import TrainerControl, TrainerState
 
-from ray_vlm.train.report import is_better, plain, recall_best, score_of
+from ray_vlm.train.notice import Notice
+from ray_vlm.train.report import RunCallback, is_better, plain, recall_best, score_of
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -38,3 +43,17 @@ def test_the_best_so_far_is_read_back_from_what_was_written() -> None:
     assert recall_best(lines, "f1_50") == ({"step": 6, "metrics": {"f1_50": 0.75}}, 2)
     assert recall_best(lines[:2], "f1_50") == ({"step": 2, "metrics": {"f1_50": 0.5}}, 1)
     assert recall_best([], "f1_50") == (None, 0)
+
+
+@pytest.mark.parametrize(("step", "leaves"), [(4, True), (5, False)])
+def test_a_notice_after_the_last_step_is_none(step: int, leaves: bool) -> None:
+    """What is trained to its end is written, not begun again elsewhere."""
+    job: Any = SimpleNamespace(train=SimpleNamespace(max_steps=5))
+    plan: Any = SimpleNamespace(num_steps=5, steps_per_epoch=5)
+    callback = RunCallback(job, None, plan, None, lambda path: None, lambda told: None)  # type: ignore[arg-type]
+    callback.notice = Notice(lambda: PreemptionInfo(None, {"node": [0]}), every_s=0.0)
+    control = TrainerControl()
+    callback.on_step_end(None, TrainerState(global_step=step), control)
+    assert (callback.leaving is not None) == leaves
+    assert control.should_training_stop == leaves
+    assert callback.stopped == leaves
