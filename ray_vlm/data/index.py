@@ -18,6 +18,7 @@ from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import DataError
 
+NONE_KNOWN: Mapping[str, tuple[int, int]] = {}
 _SHOWN = 20  # bad rows named in an error; all of them are in `bad_rows.jsonl` under `quarantine`
 
 
@@ -51,16 +52,22 @@ class Index:
 
 
 def build_index(
-    source: Source, data: Data, spec: RowSpec, read: tuple[list, list[str]] | None = None, number: int = 0
+    source: Source,
+    data: Data,
+    spec: RowSpec,
+    read: tuple[list, list[str]] | None = None,
+    number: int = 0,
+    known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
 ) -> Index:
     """Read, check and measure every row. Under `on_bad_row: raise` any bad row raises `DataError` with all reasons.
 
-    `read`: what `read_rows` gave for the source, if that is known; `number`: the source's place among those mixed.
+    `read`: what `read_rows` gave for the source, if that is known; `number`: the source's place among those mixed;
+    `known`: sizes of images that could be read when the run began.
     """
     rows, labels = read or read_rows(source)
     preparer = load_preparer(spec)
     with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(lambda row: measure_row(row, data), rows))
+        checked = list(pool.map(lambda row: measure_row(row, data, known), rows))
     records: list[Record] = []
     counts: list[tuple[int, int, int]] = []
     bad: list[BadRow] = []
@@ -109,8 +116,8 @@ def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
     return lines
 
 
-def measure_row(row: Any, data: Data) -> Any:
-    """The row with its image sizes and with boxes in pixels, or why it is bad."""
+def measure_row(row: Any, data: Data, known: Mapping[str, tuple[int, int]] = NONE_KNOWN) -> Any:
+    """The row with its image sizes and with boxes in pixels, or why it is bad. `known`: as `build_index` has it."""
     if isinstance(row, BadRow):
         return row
     sizes = []
@@ -118,6 +125,9 @@ def measure_row(row: Any, data: Data) -> Any:
         try:
             sizes.append(read_size(image, data.max_image_pixels))
         except (ValueError, OSError) as error:
+            if isinstance(image, str) and image in known:
+                sizes.append(known[image])  # training finds another row for its place
+                continue
             name = f" ({image})" if isinstance(image, str) else ""
             return BadRow(row.row, row.id, f"{error}{name}")
     return to_pixels(replace(row, sizes=tuple(sizes)))

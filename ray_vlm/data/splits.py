@@ -14,7 +14,7 @@ import numpy as np
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.formats import read_rows
-from ray_vlm.data.index import Index, build_index, join_indices, measure_row
+from ray_vlm.data.index import NONE_KNOWN, Index, build_index, join_indices, measure_row
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow, Image, Record, SftRecord
 from ray_vlm.data.rows import load_preparer
@@ -39,11 +39,17 @@ class Parts:
     notes: tuple[str, ...] = ()
 
 
-def load_parts(job: JobConfig, wanted: Sequence[str], spec: RowSpec | None = None) -> Parts:
+def load_parts(
+    job: JobConfig,
+    wanted: Sequence[str],
+    spec: RowSpec | None = None,
+    known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
+) -> Parts:
     """Read, split and check the sources of the parts that are `wanted`.
 
     Shares of the training rows are cut before any row is checked, so that they are the same rows whatever is bad.
-    `spec`: how an adapter's training made rows, where one is evaluated. Raises `DataError` on anything unusable, and
+    `spec`: how an adapter's training made rows, where one is evaluated. `known`: sizes of training images that could be
+    read when a run began that is resumed. Raises `DataError` on anything unusable, and
     `ConfigError` where the adapter's training did not leave out the rows that are now a share.
     """
     sources: dict[str, Source | None] = {name: getattr(job.data, name) for name in ("train", "eval", "test")}
@@ -62,7 +68,7 @@ def load_parts(job: JobConfig, wanted: Sequence[str], spec: RowSpec | None = Non
     drawn = _fingerprint(rows, shares, job) if cut or "train" in wanted else ""
     if spec is None:
         spec, notes = _spec(job, rows, sources)
-        spec = replace(spec, split=drawn, hints=_hints(rows.get("train", []), job) if hinted else spec.hints)
+        spec = replace(spec, split=drawn, hints=_hints(rows.get("train", []), job, known) if hinted else spec.hints)
     else:
         notes = []
         if cut and spec.split != drawn:
@@ -70,7 +76,10 @@ def load_parts(job: JobConfig, wanted: Sequence[str], spec: RowSpec | None = Non
                 "data.eval or data.test is a share of the training rows, and this job draws it otherwise than the "
                 "training of the adapter did. Use the same rows, shares, `data.stratify` and `seed`, or a file."
             )
-    indices = {name: _index(rows[name], job, spec) if name in wanted else None for name in sources}
+    sizes = {"train": known}
+    indices = {
+        name: _index(rows[name], job, spec, sizes.get(name, NONE_KNOWN)) if name in wanted else None for name in sources
+    }
     notes += _notes(rows)
     return Parts(spec, indices["train"], indices["eval"], indices["test"], tuple(notes))
 
@@ -160,17 +169,18 @@ def _changed(start: RowSpec | None, spec: RowSpec) -> list[str]:
     return [f"model.adapter was trained with other {', '.join(changed)}"] if changed else []
 
 
-def _hints(read: Sequence[Read], job: JobConfig) -> str:
+def _hints(read: Sequence[Read], job: JobConfig, known: Mapping[str, tuple[int, int]]) -> str:
     """Where each class mostly is in the training rows."""
-    measured = (measure_row(row, job.data) for _, rows, _ in read for row in rows)
+    measured = (measure_row(row, job.data, known) for _, rows, _ in read for row in rows)
     return describe_regions([row for row in measured if not isinstance(row, BadRow)], job.task)
 
 
-def _index(read: Sequence[Read], job: JobConfig, spec: RowSpec) -> Index:
+def _index(read: Sequence[Read], job: JobConfig, spec: RowSpec, known: Mapping[str, tuple[int, int]]) -> Index:
     kept = [(number, *of_source) for number, of_source in enumerate(read) if of_source[1]]
     if not kept:
         raise DataError(f"{read[0][0].path}: holds no rows. Give a file with at least one.")
-    return join_indices([build_index(s, job.data, spec, (rows, labels), number) for number, s, rows, labels in kept])
+    built = [build_index(s, job.data, spec, (rows, labels), number, known) for number, s, rows, labels in kept]
+    return join_indices(built)
 
 
 def _strata(rows: Sequence[Any], job: JobConfig) -> list[str]:

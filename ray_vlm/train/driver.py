@@ -4,7 +4,7 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from ray_vlm.config.load import dump_job, fill_defaults
 from ray_vlm.config.resume import check_resume
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
-from ray_vlm.data.lost import describe_lost
+from ray_vlm.data.index import NONE_KNOWN
+from ray_vlm.data.lost import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.records import Image, PreferenceRecord, Record, SftRecord
 from ray_vlm.data.splits import Parts
 from ray_vlm.data.stream import mean_bytes
@@ -69,7 +70,8 @@ def train(
         check_goes_on(paths, job)
     elif job.run.name is not None:
         check_free(job.run.output_dir, job.run.name, overwrite)  # before an hour of indexing
-    prepared = prepare(job, hosted.parts)
+    known = _read_sizes(paths) if paths is not None else NONE_KNOWN
+    prepared = prepare(job, hosted.parts, known)
     if paths is not None and _is_done(paths, prepared):
         print(f"{paths.address} is finished; for more steps raise train.num_epochs or train.max_steps", flush=True)
         return paths
@@ -82,6 +84,8 @@ def train(
             paths.publish(paths.resolved)
             start_attempt(paths)
     with _refusals(paths):
+        if not known and job.data.on_bad_row == "quarantine":
+            paths.store.write(SIZES_FILE, pack_sizes(prepared.train.records))
         _write_bad_rows(prepared, paths)
         _write_balance(prepared, paths)
     _run(prepared, paths, hosted)
@@ -117,6 +121,14 @@ def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
         )
     if problems := check_resume(fill_defaults(json.loads(paths.resolved.read_text())), dump_job(job)):
         raise ConfigError(problems)
+
+
+def _read_sizes(paths: RunPaths) -> Mapping[str, tuple[int, int]]:
+    """Sizes of the images with which the run began."""
+    data = None
+    with _refusals(paths):
+        data = paths.store.read(SIZES_FILE)
+    return unpack_sizes(data or b"")
 
 
 def _is_done(paths: RunPaths, prepared: Prepared) -> bool:

@@ -1,6 +1,7 @@
 """What is decided before a run starts: every row read and checked, the balance of classes, the plan."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ray_vlm.config.data import Source
 from ray_vlm.config.resume import check_output_dir
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import Balance, plan_balance
-from ray_vlm.data.index import Index
+from ray_vlm.data.index import NONE_KNOWN, Index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import changed_since
 from ray_vlm.data.rows import load_preparer
@@ -40,16 +41,16 @@ class Prepared:
     probe: Probe | None = None
 
 
-def prepare(job: JobConfig, parts: Parts | None = None) -> Prepared:
+def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tuple[int, int]] = NONE_KNOWN) -> Prepared:
     """Read and check all rows, unless `parts` has them, and plan the run. Touches no run folder; raises on anything
-    that cannot work."""
+    that cannot work. `known`: sizes of images of a run that goes on."""
     if job.data.train is None:
         raise ConfigError("`data.train` is missing. Give it a path and a format.")
     quiet_libraries()
     METHODS[job.method.name].check_options(job)
     check_energy(job)
     job = absolute_paths(job)
-    parts = parts or load_parts(job, wanted_parts(job))
+    parts = parts or load_parts(job, wanted_parts(job), known=known)
     assert parts.train is not None
     assert job.data.train is not None
     sources = [job.data.train, *job.data.mix]

@@ -32,13 +32,14 @@ class Progress:
     """What a run has reached; `best` is `{"step", "metrics", "path"}` once a validation has chosen one.
 
     Goes into every checkpoint: `last` are step and metrics of the last validation, `epoch_losses` those of the epoch
-    so far.
+    so far, `lost` the rows of all ranks that could not be read, each with the one in its place.
     """
 
     best: dict[str, Any] | None = None
     since_best: int = 0
     epoch_losses: list[float] = field(default_factory=list)
     last: dict[str, Any] | None = None
+    lost: list[Sequence[int]] = field(default_factory=list)
 
 
 class RunCallback(TrainerCallback):
@@ -50,7 +51,7 @@ class RunCallback(TrainerCallback):
     `check_owner` is asked before anything is replaced; `logged` names the numbers that are kept; `gradients` gives
     their norms by part of the model, which `check_finite` looks at before the optimizer moves; `usage` what the step
     took since it was last asked, `samples` captions and images of the last validation; `background` measures in the
-    ranks' stead where validation is asynchronous.
+    ranks' stead where validation is asynchronous; `count_lost` puts rows that ranks lost into `progress`.
     """
 
     logged: Callable[[dict[str, Any]], dict[str, Any]] = staticmethod(lambda logs: dict(logs))
@@ -64,6 +65,7 @@ class RunCallback(TrainerCallback):
     background: Any = None
     check_owner: Callable[[], None] = staticmethod(lambda: None)
     gather: Callable[[], None] = staticmethod(lambda: None)
+    count_lost: Callable[[], list[Sequence[int]]] = staticmethod(list)
     check_finite: Callable[[Any, int, dict[str, float]], bool] = staticmethod(lambda model, step, norms: False)
 
     def __init__(

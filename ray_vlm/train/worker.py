@@ -3,10 +3,11 @@
 `train_worker` runs in every Ray Train worker, and unchanged in the calling process for `cluster.num_workers: 0`.
 """
 
+import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def _train(
         _close(paths, attempt, trainer, monitor, meter)
     steps = max(attempt.step, trainer.state.global_step)
     told: dict[str, Any] = {"steps": steps, "num_steps": task.plan.num_steps}
-    if lost := [pair for of_rank in place.gather(trainer.planned_batches.lost) for pair in of_rank]:
+    if lost := callback.count_lost():
         records = trainer.fetch_records()
         told["lost_rows"] = [(str(records[gone].id), str(records[other].id)) for gone, other in lost]
     told |= {"best": callback.progress.best, "stopped": callback.stopped, "leaving": callback.leaving}
@@ -168,15 +169,23 @@ def _connect(
     store = callback.paths.store
     writer = CheckpointWriter(store, place, attempt, (job.checkpoint.keep, job.checkpoint.keep_best), about)
 
+    earlier = list(callback.progress.lost)
+
+    def count_lost() -> list[Sequence[int]]:
+        callback.progress.lost = [*earlier, *itertools.chain(*place.gather(trainer.planned_batches.lost))]
+        return callback.progress.lost
+
     def write_checkpoint() -> None:
         started = time.monotonic()
         callback.gather()
+        callback.count_lost()
         writer.write(trainer, callback.save, *callback.reached())
         callback.checkpoint_s = time.monotonic() - started
         write_energy()
 
     callback.agree = lambda *flags: agree(flags, place.world_size, place.device)
     callback.check_owner = lambda: check_owner(store, attempt)
+    callback.count_lost = count_lost
     trainer.write_checkpoint = write_checkpoint
     if job.evaluate.asynchronous:
         trainer.validate = callback.hand_over

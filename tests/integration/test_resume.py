@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -309,3 +310,42 @@ def test_new_intervals_hold_on_resume(job_file) -> None:
     _train(path)
     paths = _train(path, "train.max_steps=6", "checkpoint.every_steps=2", resume=True)
     assert {p.name.split("-a")[0] for p in paths.root.glob("checkpoint-*")} == {f"checkpoint-{s}" for s in (2, 4, 6)}
+
+
+def test_a_run_that_lost_rows_goes_on_without_their_files(
+    job_file, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images deleted while training: their places are taken, counted over all attempts, and kept when it is resumed."""
+    from ray_vlm.data import lost
+    from ray_vlm.train import driver
+
+    monkeypatch.setattr(lost, "WAITS_S", (0.0, 0.0))
+    copy = tmp_path / "scenes"
+    shutil.copytree(scenes, copy)
+    images = [image["file_name"] for image in json.loads((copy / "train.json").read_text())["images"]]
+    launch = driver.launch
+
+    def lose(*args: Any, **kwargs: Any) -> Any:
+        for name in images[:9]:
+            (copy / name).unlink(missing_ok=True)
+        return launch(*args, **kwargs)
+
+    monkeypatch.setattr(driver, "launch", lose)
+    data = {"train": {"path": str(copy / "train.json")}, "eval": None, "on_bad_row": "quarantine"}
+    train_section = {"max_steps": None, "global_batch_size": 4, "micro_batch_size": 4}
+    path = job_file(data=data, train=train_section, checkpoint={"every_steps": 2})
+    whole = _train(path, "run.name=whole")
+    for name in images[:9]:
+        shutil.copy(scenes / name, copy / name)
+    _stop_after(monkeypatch, 7)
+    with pytest.raises(Interrupted):
+        _train(path, "run.name=stopped")
+    paths = _train(path, "run.name=stopped", resume=True)
+    assert _steps(paths) == _steps(whole)
+    found, expected = (json.loads(p.run.read_text())["result"]["lost_rows"] for p in (paths, whole))
+    assert found == expected
+    assert len(found) == 9
+    assert not paths.bad_rows.exists(), "they are no bad rows of this run: they were good when it began"
+    (paths.root / lost.SIZES_FILE).write_bytes(b"PAR1")
+    with pytest.raises(RunError, match="other rows"):
+        _train(path, "run.name=stopped", "train.num_epochs=2", resume=True)
