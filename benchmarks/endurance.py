@@ -30,7 +30,8 @@ KILL_EVERY_S = 30.0
 CHECKPOINT_EVERY = 20  # steps: some seconds, as one would choose where a worker dies twice a minute
 NEVER = 40_000  # steps of a run that is to go on until it is stopped; with more, starting takes longer
 MIB = 2**20
-OWN, REST, STORE = ", own pages", "the rest of Ray", "in the object store"
+OWN, SEEN = ", own pages", ", with all shared pages that it ever touched"
+REST, STORE = "the rest of Ray", "in the object store"
 Do = Callable[[RunPaths, float], None]  # what goes on beside a run, told when its first step was done
 
 
@@ -157,9 +158,8 @@ def soak(path: Path, seconds: float) -> list[dict[str, Any]]:
 
     def watch(run: RunPaths, started: float) -> None:
         while time.time() < started + seconds:
-            store = {STORE: store_mib()} if len(samples) % 10 == 0 else {}  # asking takes memory too
-            samples.append(((time.time() - started) / seconds, memory_now() | store))
-            time.sleep(1.0)
+            samples.append(((time.time() - started) / seconds, memory_now() | {STORE: store_mib()}))
+            time.sleep(5.0)  # looking takes memory and time too
 
     scenes = Path(str(load_job(path, ()).data.train.path))  # type: ignore[union-attr]
     evaluate = [f"data.eval={{path: {scenes}, max_rows: 6}}", "evaluate.every_steps=60", "evaluate.num_samples=6"]
@@ -174,7 +174,7 @@ def soak(path: Path, seconds: float) -> list[dict[str, Any]]:
     names = sorted({name for _, sample in samples for name in sample})
     for name in names:
         early, late = _mean(samples, name, 0.2, 0.4), _mean(samples, name, 0.8, 1.0)
-        bar = None if name == STORE or REST in name else 5.0
+        bar = None if name == STORE or REST in name or SEEN in name else 5.0
         figures.append(figure(f"  {name}, second fifth", early, "MiB"))
         figures.append(figure("    grown by the last fifth", late - early, "MiB"))
         figures.append(figure("    of what it was", 100 * (late / max(early, 1e-9) - 1), "%", bar))
@@ -182,10 +182,11 @@ def soak(path: Path, seconds: float) -> list[dict[str, Any]]:
 
 
 def memory_now() -> dict[str, float]:
-    """Resident MiB of the driver, each worker, the loaders and the rest of Ray.
+    """MiB of the driver, each worker, the loaders and the rest of Ray: proportional, which counts a page that several
+    share by parts, so that the sum is what the machine holds; own pages; and resident.
 
-    Own pages are those without what is shared: a process keeps all pages of the object store that it ever touched,
-    whatever lies in them now, until it has touched each.
+    Resident is what grows longest: a process keeps all pages of the object store that it ever touched, whatever lies in
+    them now, until it has touched each.
     """
     workers, loaders = processes("RayTrainWorker"), processes("MapWorker")
     known = {process.pid for process in (*workers, *loaders)}
@@ -197,9 +198,10 @@ def memory_now() -> dict[str, float]:
         sizes = []
         for process in group:
             with contextlib.suppress(psutil.Error):
-                sizes.append(process.memory_info())
-        found[name] = sum(size.rss for size in sizes) / MIB
-        found[name + OWN] = sum(size.rss - size.shared for size in sizes) / MIB
+                sizes.append(process.memory_full_info())
+        found[name] = sum(size.pss for size in sizes) / MIB
+        found[name + OWN] = sum(size.uss for size in sizes) / MIB
+        found[name + SEEN] = sum(size.rss for size in sizes) / MIB
     return found
 
 
