@@ -128,7 +128,7 @@ def _report(folder: Path, steps: Sequence[Step]) -> None:
     runs = {s.title: s.run / "metrics.jsonl" for s in steps if s.run is not None}
     notes = [
         "A Qwen3-VL of 2.2 million weights, trained on filled shapes, meets hollow, worn ones on concrete and brick.",
-        f"4-bit LoRA on a CPU, run by Ray Train. '{RARE_CLASS}' is a class that it had never seen, and a rare one.",
+        f"4-bit LoRA on a CPU. '{RARE_CLASS}' is a class that it had never seen, and a rare one.",
     ]
     write_report(folder / "report.html", "ray_vlm demo", stages, runs, notes)
 
