@@ -5,9 +5,7 @@ A run starts in the Ray cluster of this process and is told to stop after so man
 
 import contextlib
 import json
-import os
 import random
-import signal
 import statistics
 import threading
 import time
@@ -19,7 +17,7 @@ from typing import Any
 import psutil
 
 from benchmarks.figures import figure
-from benchmarks.recovery import train_job
+from benchmarks.recovery import kill_process, processes, train_job
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import Interrupted
 from ray_vlm.runs.monitor import current_lines, read_metrics
@@ -33,24 +31,6 @@ MIB = 2**20
 OWN, SEEN = ", own pages", ", with all shared pages that it ever touched"
 REST, STORE = "the rest of Ray", "in the object store"
 Do = Callable[[RunPaths, float], None]  # what goes on beside a run, told when its first step was done
-
-
-def processes(title: str = "") -> list[psutil.Process]:
-    """Processes of this one's own Ray cluster that Ray has given this title, by their numbers."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    return sorted(found, key=lambda process: process.pid)
-
-
-def kill_worker(number: int) -> bool:
-    """SIGKILL to one of the training workers; whether there was any."""
-    workers = processes("RayTrainWorker")
-    if workers:
-        os.kill(workers[number % len(workers)].pid, signal.SIGKILL)
-    return bool(workers)
 
 
 def run_for(path: Path, name: str, seconds: float, beside: Do, *overrides: str) -> RunPaths:
@@ -100,7 +80,7 @@ def goodput(path: Path, seconds: float, every: float = KILL_EVERY_S, seed: int =
     def kill(run: RunPaths, started: float) -> None:
         for number in range(1, int((seconds - 1) // every) + 1):
             time.sleep(max(0.0, started + number * every - time.time()))
-            (kills if kill_worker(moments.randrange(2)) else missed).append(time.time())
+            (kills if kill_process("RayTrainWorker", moments.randrange(2)) else missed).append(time.time())
 
     keep = f"checkpoint.every_steps={CHECKPOINT_EVERY}"
     calm_s = min(60.0, seconds / 3)

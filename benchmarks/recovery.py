@@ -119,11 +119,22 @@ def at_step(run: RunPaths, step: int, do: Callable[[], Any]) -> threading.Thread
     return thread
 
 
-def kill_process(title: str, number: int = 0) -> None:
-    """SIGKILL to the `number`-th process that Ray has given this title."""
-    found = [p.pid for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
+def processes(title: str = "") -> list[psutil.Process]:
+    """Processes of this one's own Ray cluster that Ray has given this title, by their numbers."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def kill_process(title: str, number: int = 0) -> bool:
+    """SIGKILL to the `number`-th of them; whether there was any."""
+    found = processes(title)
     if found:
-        os.kill(sorted(found)[number % len(found)], signal.SIGKILL)
+        found[number % len(found)].kill()
+    return bool(found)
 
 
 def steps_of(run: RunPaths) -> list[tuple[int, float, float]]:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.recovery import kill_process
 from ray_vlm.runs.paths import RunPaths
-from tests.cluster.test_recovery import _at_step, _kill_a_worker, _steps, _train, _weights
+from tests.cluster.test_recovery import _at_step, _steps, _train, _weights
 
 pytestmark = pytest.mark.cluster
 
@@ -37,7 +38,7 @@ def test_a_killed_worker(ray_cluster, method: str, job_of, tmp_path: Path) -> No
     path = job_of(method, **more)
     whole = _train(path, "run.name=whole")
     paths = RunPaths(tmp_path / "runs" / "hurt")
-    _at_step(paths, 3, lambda: _kill_a_worker(1))
+    _at_step(paths, 3, lambda: kill_process("RayTrainWorker", 1))
     _train(path, "run.name=hurt")
     assert _steps(paths) == _steps(whole)
     assert _weights(paths) == _weights(whole)

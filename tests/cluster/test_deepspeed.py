@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.recovery import kill_process
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
-from tests.cluster.test_recovery import _at_step, _kill_a_worker, _steps, _train
+from tests.cluster.test_recovery import _at_step, _steps, _train
 
 pytestmark = pytest.mark.cluster
 TWO = "cluster.num_workers=2"
@@ -45,7 +46,7 @@ def test_a_killed_worker_and_another_number_of_them(ray_cluster, job_file, tmp_p
     options = (TWO, "cluster.deepspeed=zero2", "model.load_in_4bit=true")
     whole = _train(path, "run.name=whole", TWO, "model.load_in_4bit=true")
     paths = RunPaths(tmp_path / "runs" / "hurt")
-    _at_step(paths, 3, lambda: _kill_a_worker(1))
+    _at_step(paths, 3, lambda: kill_process("RayTrainWorker", 1))
     _same(whole, _train(path, "run.name=hurt", *options), 1e-5)
     for other, told in (("cluster.num_workers=1", "1 under zero2"), ("cluster.deepspeed=zero1", "2 under zero1")):
         with pytest.raises(RunError, match=rf"written by 2 workers under cluster.deepspeed=zero2.*there are {told}"):
@@ -62,7 +63,7 @@ def test_zero3_cuts_4bit_weights_validates_and_goes_on(ray_cluster, job_file, sc
     options = (TWO, "model.load_in_4bit=true", "lora.target=[language,vision]")
     whole = _train(path, "run.name=whole", *options)
     paths = RunPaths(tmp_path / "runs" / "hurt")
-    _at_step(paths, 3, lambda: _kill_a_worker(1))
+    _at_step(paths, 3, lambda: kill_process("RayTrainWorker", 1))
     _same(whole, _train(path, "run.name=hurt", *options, "cluster.deepspeed=zero3"), 1e-5)
     evals = [[line["loss"] for line in read_metrics(p.metrics) if line["kind"] == "eval"] for p in (whole, paths)]
     assert evals[1] == pytest.approx(evals[0], rel=1e-4)

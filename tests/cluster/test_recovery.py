@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from benchmarks.recovery import kill_process
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import current_lines, read_metrics
@@ -48,11 +48,6 @@ def _at_step(paths: RunPaths, step: int, do: Callable[[], Any]) -> threading.Thr
     return thread
 
 
-def _kill_a_worker(number: int) -> None:
-    workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-    os.kill(sorted(p.pid for p in workers)[number], signal.SIGKILL)
-
-
 @pytest.fixture
 def small(job_file, tmp_path: Path) -> Path:
     return job_file(
@@ -71,8 +66,8 @@ def test_a_killed_worker_and_then_a_killed_controller(ray_cluster, small: Path, 
     retries. The end is that of the undisturbed run, bit for bit."""
     whole = _train(small, "run.name=whole")
     paths = RunPaths(tmp_path / "runs" / "hurt")
-    _at_step(paths, 4, lambda: _kill_a_worker(1))
-    _at_step(paths, 8, _kill_the_controller)
+    _at_step(paths, 4, lambda: kill_process("RayTrainWorker", 1))
+    _at_step(paths, 8, lambda: kill_process("TrainController"))
     _train(small, "run.name=hurt")
     assert _steps(paths) == _steps(whole)
     assert _weights(paths) == _weights(whole)
@@ -85,16 +80,10 @@ def test_a_killed_worker_and_then_a_killed_controller(ray_cluster, small: Path, 
     assert third >= 6
 
 
-def _kill_the_controller() -> None:
-    found = [p for p in psutil.process_iter(["cmdline"]) if "TrainController" in " ".join(p.info["cmdline"] or [])]
-    for process in found:
-        os.kill(process.pid, signal.SIGKILL)
-
-
 @pytest.mark.slow
 def test_failures_beyond_the_budget_end_the_run_with_the_cause(ray_cluster, small: Path, tmp_path: Path) -> None:
     paths = RunPaths(tmp_path / "runs" / "run")
-    _at_step(paths, 2, lambda: _kill_a_worker(0))
+    _at_step(paths, 2, lambda: kill_process("RayTrainWorker", 0))
     with pytest.raises(RunError, match=r"training failed: worker .* died"):
         _train(small, "cluster.max_failures=0")
     assert json.loads(paths.run.read_text())["status"] == "failed"
@@ -147,7 +136,7 @@ def test_ray_may_restart_the_workers_by_itself(ray_cluster, small: Path, tmp_pat
         scaling_config=ScalingConfig(num_workers=2),
         run_config=run,
     )
-    _at_step(paths, 5, lambda: _kill_a_worker(0))
+    _at_step(paths, 5, lambda: kill_process("RayTrainWorker", 0))
     trainer.fit()
     lines = read_metrics(paths.metrics)
     assert [(line["attempt"], line["step"]) for line in lines if line["kind"] == "start"] == [(1, 0), (2, 3)]
@@ -203,7 +192,7 @@ def test_two_workers_on_an_object_store_survive_a_kill(
             time.sleep(0.2)
         while len([n for n in seen.store.names() if n.startswith("checkpoint-")]) < 1:
             time.sleep(0.05)
-        _kill_a_worker(1)
+        kill_process("RayTrainWorker", 1)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.recovery import processes
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import current_lines, read_metrics
@@ -89,8 +90,7 @@ def test_a_stopped_process_and_a_job_that_ends_there(ray_cluster, job_file, tmp_
         until = time.monotonic() + 200
         while time.monotonic() < until and not any(x["kind"] == "train" for x in read_metrics(paths.metrics)):
             time.sleep(0.05)
-        found = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-        stopped.append(max(p.pid for p in found))
+        stopped.append(processes("RayTrainWorker")[-1].pid)
         os.kill(stopped[0], signal.SIGSTOP)
 
     threading.Thread(target=stop, daemon=True).start()
