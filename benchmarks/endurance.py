@@ -25,7 +25,7 @@ from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.stop import ask_workers
 
 KILL_EVERY_S = 30.0
-CHECKPOINT_EVERY = 20  # steps: some seconds, as one would choose where a worker dies twice a minute
+CHECKPOINT_EVERY = 5  # steps: two seconds, as one would choose where a worker dies twice a minute
 NEVER = 40_000  # steps of a run that is to go on until it is stopped; with more, starting takes longer
 MIB = 2**20
 OWN, SEEN = ", own pages", ", with all shared pages that it ever touched"

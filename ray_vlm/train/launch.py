@@ -26,7 +26,8 @@ from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
 from ray_vlm.train.worker import WorkerTask, train_worker
 
-_PAUSE_S = 2.0  # before another try
+_PAUSE_S = 2.0  # between the beginnings of two tries
+_BREATH_S = 0.5  # between the end of one and the beginning of the next
 _RESIZE_S = 20.0  # how often Ray looks for room for more workers, where their number may change
 # What gloo and NCCL say where the process or the machine at the other end is gone.
 _CUT = ("closed by peer", "reset by peer", "remote process exited", "unhandled system error", "Timed out waiting")
@@ -64,7 +65,8 @@ def count_stuck(failures: list[Failure]) -> int:
 
 
 def plan_pause(failures: list[Failure]) -> float:
-    """Seconds before another try: doubled for each failure that came before a new step was reached."""
+    """Seconds that lie at least between the beginnings of two tries: doubled for each failure that came before a new
+    step was reached. A try that lived longer is followed by the next one at once."""
     return _PAUSE_S * 2 ** min(count_stuck(failures) - 1, 5)
 
 
@@ -146,7 +148,7 @@ def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopReque
     """The workers' result, after as many tries as it takes. Leaving a machine that is taken away is no failure."""
     failures: list[Failure] = []
     while True:
-        nodes = living_nodes()
+        nodes, began = living_nodes(), time.monotonic()
         try:
             _fit(job, task, paths, request)
             result = paths.take_result()
@@ -164,7 +166,8 @@ def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopReque
                 raise RunError(f"training failed{tries}: {failure.text}") from error
             status, text = "failed", failure.text
         print(f"{text.splitlines()[0][:500]}; going on from the last checkpoint", flush=True)
-        time.sleep(plan_pause(failures) if status == "failed" else 0.0)
+        if status == "failed":
+            time.sleep(max(_BREATH_S, plan_pause(failures) - (time.monotonic() - began)))
         task = replace(task, attempt=_next_attempt(paths, status, text))
 
 
