@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.endurance import goodput, kill_worker, soak
+from benchmarks.endurance import goodput, soak
 from benchmarks.figures import figure, report
-from benchmarks.recovery import STEPS, steps_of, train_job, weights_of, write_job
+from benchmarks.recovery import STEPS, kill_process, steps_of, train_job, weights_of, write_job
 from ray_vlm.errors import RayVlmError
 from ray_vlm.runs.monitor import read_metrics, whole_lines
 from ray_vlm.runs.paths import RunPaths
@@ -108,7 +108,7 @@ def kill_once(path: Path, run: RunPaths, moments: random.Random) -> dict[str, An
             if over.wait(0.02):
                 return
         time.sleep(late)  # anywhere within a step, a checkpoint or a validation
-        kill_worker(rank)
+        kill_process("RayTrainWorker", rank)
 
     threading.Thread(target=kill, daemon=True).start()
     try:
