@@ -65,7 +65,7 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
     from ray_vlm.methods.forward import plan_folding
     from ray_vlm.train.attempt import Attempt
     from ray_vlm.train.prepare import prepare
-    from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, open_stream, prepare_process
+    from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
     from ray_vlm.train.worker import WorkerTask
 
     prepared = prepare(job)
@@ -73,7 +73,7 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
     task = WorkerTask(dump_job(job), job.run.output_dir, prepared.spec, prepared.plan, prepared.train.records, None)
     attempt = Attempt(1, "measured")
     args, model = build_args(job, task, attempt), load_adapted(job, preparer.family, place)
-    trainer = build_trainer(job, task, args, model, preparer, place, open_stream(job, task, place, attempt))
+    trainer = build_trainer(job, task, args, model, preparer, place, attempt)
     trainer.write_checkpoint = lambda: None
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train()

@@ -10,7 +10,6 @@ import math
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,44 +125,6 @@ def stream_ray(
             raise RunError(f"micro-batch {number} arrived where {expected} was due. Please report this.")
         expected += 1
         yield rows
-
-
-class Begun:
-    """A stream whose first item is made from now on, in a thread, while its reader gets ready."""
-
-    def __init__(self, stream: Generator[list[Row]]):
-        self._stream = stream
-        self._first: Future | None = Future()
-        threading.Thread(target=self._begin, name="ray-vlm-first-rows", daemon=True).start()
-
-    def _begin(self) -> None:
-        assert self._first is not None
-        first = self._first
-        try:
-            first.set_result(next(self._stream, None))
-        except Exception as error:  # the edge between the threads: handed over, raised in the consumer
-            first.set_exception(error)
-
-    def __iter__(self) -> "Begun":
-        return self
-
-    def __next__(self) -> list[Row]:
-        if self._first is None:
-            return next(self._stream)
-        rows = self._first.result()
-        self._first = None
-        if rows is None:
-            raise StopIteration
-        return rows
-
-    def close(self) -> None:
-        """End it. A stream that makes its first item is waited for."""
-        if self._first is not None:
-            self._first.exception()
-        self._stream.close()
-
-
-Stream = Generator[list[Row]] | Begun
 
 
 def task_size(feed: Feed) -> int:

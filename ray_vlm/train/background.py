@@ -21,7 +21,7 @@ from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_check
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.store import Store, join
 from ray_vlm.train.attempt import Attempt, Place
-from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, open_stream, prepare_process
+from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
 
 _PREFIX = ".validate-"
 
@@ -183,7 +183,6 @@ def _build_trainer(task: Any) -> Any:
     job = job.model_copy(update={"method": method, "cluster": cluster})
     place, preparer, alone = prepare_process(job, in_ray=False), load_preparer(task.spec), Attempt(0, "")
     args = build_args(job, task, alone)
-    model, stream = load_adapted(job, preparer.family, place), open_stream(job, task, place, alone)  # it never trains
-    trainer = build_trainer(job, task, args, model, preparer, place, stream)
+    trainer = build_trainer(job, task, args, load_adapted(job, preparer.family, place), preparer, place, alone)
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # mixed precision, as training has it
     return trainer

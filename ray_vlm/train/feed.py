@@ -6,12 +6,11 @@ to bfloat16 on 4-bit bases, where a step of 1e-4 of a weight is lost).
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.spec import Row
-from ray_vlm.data.stream import Stream
 from ray_vlm.models.lora import split_rates
 from ray_vlm.train.clock import Clock
 from ray_vlm.train.deepspeed import deepspeed_config
@@ -28,7 +27,7 @@ class PlannedBatches:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: Generator[list[Row]],
         plan: Plan,
         build: Callable[[list[Row]], Any],
         accumulation: int,

@@ -9,7 +9,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import plan_sample
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
-from ray_vlm.data.stream import Begun, Feed, Stream, stream_local, stream_ray
+from ray_vlm.data.stream import Feed, stream_local, stream_ray
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows, plan_folding
 from ray_vlm.methods.head import score_labelled
@@ -76,32 +76,10 @@ def build_args(job: JobConfig, task: "WorkerTask", attempt: Attempt) -> Any:
     return args
 
 
-def open_stream(job: JobConfig, task: "WorkerTask", place: Place, attempt: Attempt) -> Stream:
-    """This rank's micro-batches from the attempt's step on. In Ray the first are made from now on, while the base is
-    loaded: starting loaders takes about as long."""
-    plan = task.plan
-    first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
-    feed = Feed(
-        task.train, task.spec, plan, place.rank, first, last, task.row_bytes, job.data.on_bad_row == "quarantine"
-    )
-    if not place.ray:
-        return stream_local(feed)
-    stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment)
-    return Begun(stream) if first < last else stream
-
-
 def build_trainer(
-    job: JobConfig,
-    task: "WorkerTask",
-    args: Any,
-    model: Any,
-    preparer: Preparer,
-    place: Place,
-    stream: Stream,
-    first: int = 0,
+    job: JobConfig, task: "WorkerTask", args: Any, model: Any, preparer: Preparer, place: Place, attempt: Attempt
 ) -> Any:
-    """TRL's trainer for the method, with `args` of `build_args`, fed by `stream`, which begins at micro-batch
-    `first`."""
+    """TRL's trainer for the method, with `args` of `build_args`, fed by our stream."""
     import datasets
 
     from ray_vlm.train.feed import PlannedBatches, feed_trainer
@@ -121,12 +99,21 @@ def build_trainer(
     trainer.rates = (preparer.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
+    plan = task.plan
+    first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
+    feed = Feed(
+        task.train, task.spec, plan, place.rank, first, last, task.row_bytes, job.data.on_bad_row == "quarantine"
+    )
+    if place.ray:
+        stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment)
+    else:
+        stream = stream_local(feed)
 
     def build(rows: list[Row]) -> Any:
         return method.collate(rows, preparer, place.device)
 
     steps = args.gradient_accumulation_steps
-    trainer.planned_batches = PlannedBatches(stream, task.plan, build, steps, first, trainer.clock, place.rank)
+    trainer.planned_batches = PlannedBatches(stream, plan, build, steps, first, trainer.clock, place.rank)
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer

@@ -33,7 +33,7 @@ from ray_vlm.train.fit import Probe
 from ray_vlm.train.notice import watch_notice
 from ray_vlm.train.probe import run_probe
 from ray_vlm.train.stop import agree, watch
-from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, open_stream, prepare_process
+from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
 from ray_vlm.train.watchdog import watch_worker
 
 
@@ -97,12 +97,11 @@ def _train(
 
     preparer = load_preparer(task.spec)
     args = build_args(job, task, attempt)
-    stream = open_stream(job, task, place, attempt)
     model = load_adapted(job, preparer.family, place)
     about = {"base": place.share(base_fingerprint(model)), "rows": task.rows, "model": job.model.name}
     about["deepspeed"] = job.cluster.deepspeed
     check_fits(attempt, about, task.plan.num_steps, place.world_size)
-    trainer = build_trainer(job, task, args, model, preparer, place, stream, attempt.step * task.plan.accumulation)
+    trainer = build_trainer(job, task, args, model, preparer, place, attempt)
     monitor = _build_monitor(job, paths, task, place, attempt)
     callback = _build_callback(job, paths, monitor, trainer, task, place, attempt)
     callback.stop_asked, callback.tick = stop, trainer.clock.tick

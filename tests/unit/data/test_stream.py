@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from ray_vlm.data.index import Index, build_index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import IGNORED, Row, RowSpec
-from ray_vlm.data.stream import Begun, Feed, make_rows, mean_bytes, pack, stream_local, stream_ray, unpack
+from ray_vlm.data.stream import Feed, make_rows, mean_bytes, pack, stream_local, stream_ray, unpack
 from ray_vlm.errors import DataError
 from tests.conftest import FAMILIES
 
@@ -152,34 +151,6 @@ def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dic
     next(rows)
     rows.close()
     assert not [t for t in threading.enumerate() if t.name == "ray-vlm-loader"]
-
-
-def test_a_stream_that_begins_early_is_the_same_and_hands_its_errors_over() -> None:
-    taken: list[int] = []
-
-    def stream(last: int, error: Exception | None = None) -> Any:
-        try:
-            for number in range(last):
-                taken.append(number)
-                yield [number]
-            if error is not None:
-                raise error
-        finally:
-            taken.append(-1)
-
-    for last in (0, 1, 4):
-        assert list(Begun(stream(last))) == [[number] for number in range(last)]
-    taken.clear()
-    early = Begun(stream(3))
-    until = time.monotonic() + 10
-    while not taken and time.monotonic() < until:
-        time.sleep(0.01)
-    assert taken == [0], "made before anybody asked, and no further"
-    early.close()
-    assert taken == [0, -1], "closed also where nobody asked"
-    assert next(Begun(stream(0)), None) is None
-    with pytest.raises(DataError, match="row 5"):
-        next(Begun(stream(0, DataError("row 5"))))
 
 
 @pytest.mark.cluster
