@@ -26,7 +26,6 @@ from ray_vlm.errors import DataError, RunError
 _AHEAD = 3  # micro-batches that wait ready for the trainer
 _BLOCK_BYTES = 16 * 2**20  # a Ray Data block is handed on when it has this size
 _BLOCKS_AHEAD = 8  # of a loader; at Ray's 2 it stands still until the driver has looked again
-_LOADER_BYTES = 4 * _BLOCKS_AHEAD * _BLOCK_BYTES  # in the object store; Ray Data lets a loader fill half of it
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Work of one loader at a time, in pixels and in rows: a task costs 10 ms or more beside its work, and what the other
 # loaders make meanwhile waits for its turn in memory.
@@ -101,11 +100,7 @@ def stream_ray(
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    options = context.execution_options
-    options.preserve_order = True
-    # Without a limit the loaders run ahead until the object store is full: gigabytes that no trainer waits for.
-    most = float(num_loaders * _LOADER_BYTES)
-    options.resource_limits = options.resource_limits.copy(object_store_memory=most)
+    context.execution_options.preserve_order = True
     context.target_max_block_size = _BLOCK_BYTES
     context._max_num_blocks_in_streaming_gen_buffer = _BLOCKS_AHEAD
     context.enable_progress_bars = False
