@@ -143,9 +143,9 @@ def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dic
     import threading
 
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
-    rows = stream_local(Feed(index.records, spec, Plan(50, 2, 2, 1), 0, 0, 25))
-    next(rows)
-    rows.close()
+    stream = stream_local(Feed(index.records, spec, Plan(50, 2, 2, 1), 0, 0, 25))
+    next(stream)
+    stream.close()
     assert not [t for t in threading.enumerate() if t.name == "ray-vlm-loader"]
 
 
