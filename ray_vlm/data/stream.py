@@ -17,6 +17,7 @@ import numpy as np
 
 from ray_vlm.cluster.environment import Environment
 from ray_vlm.data.lost import make_row
+from ray_vlm.data.pace import keep_fed, start_pace, wait_for
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.records import Record
 from ray_vlm.data.rows import load_preparer
@@ -105,20 +106,24 @@ def stream_ray(
     context._max_num_blocks_in_streaming_gen_buffer = _BLOCKS_AHEAD
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    total = feed.last - feed.first
-    dataset = ray.data.range(total, override_num_blocks=math.ceil(total / task_size(feed))).map_batches(
+    total, size = feed.last - feed.first, task_size(feed)
+    pace, ahead = start_pace(feed.first), size * (num_loaders + 1)
+    dataset = ray.data.range(total, override_num_blocks=math.ceil(total / size)).map_batches(
         _Loader,
-        fn_constructor_args=(feed, environment or Environment()),
+        fn_constructor_args=(feed, environment or Environment(), pace, ahead),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=num_loaders),
         num_cpus=cpus_per_loader,
     )
     expected = feed.first
-    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=_AHEAD, batch_format="pyarrow"):
+    batches = iter(dataset.iter_batches(batch_size=1, prefetch_batches=_AHEAD, batch_format="pyarrow"))
+    for batch in keep_fed(batches, pace):
         number, rows = unpack(batch)
         if number != expected:
             raise RunError(f"micro-batch {number} arrived where {expected} was due. Please report this.")
         expected += 1
+        if number % size == 0:
+            pace.reach.remote(number)
         yield rows
 
 
@@ -139,17 +144,18 @@ def mean_bytes(records: Sequence[Record], spec: RowSpec, sample: int = 500) -> f
 class _Loader:
     """The Ray Data actor: keeps the records and the processor, turns numbers of micro-batches into packed rows."""
 
-    def __init__(self, feed: Feed, environment: Environment):
+    def __init__(self, feed: Feed, environment: Environment, pace: Any, ahead: int):
         environment.apply()
         import ray
         import torch
 
         torch.set_num_threads(1)
         _keep_memory()
-        self.feed = feed
+        self.feed, self.pace, self.ahead = feed, pace, ahead
         self.records = ray.get(feed.records) if isinstance(feed.records, ray.ObjectRef) else feed.records
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[Any]:
+        wait_for(self.pace, self.feed.first + int(batch["id"][0]) - self.ahead)
         for offset in batch["id"]:
             number = self.feed.first + int(offset)
             yield pack(number, make_rows(self.feed, self.records, number))
