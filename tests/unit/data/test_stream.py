@@ -1,20 +1,24 @@
 """Rows on their way to the model: nothing lost, doubled, reordered or changed, with and without Ray."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.data import SIZES, make_spec, write_images, write_rows
+from benchmarks.endurance import store_mib
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
+from ray_vlm.data import stream
 from ray_vlm.data.collate import collate
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import Index, build_index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import IGNORED, Row, RowSpec
-from ray_vlm.data.stream import Feed, make_rows, pack, stream_local, stream_ray, unpack
+from ray_vlm.data.stream import Feed, make_rows, mean_bytes, pack, stream_local, stream_ray, unpack
 from ray_vlm.errors import DataError
 from tests.conftest import FAMILIES
 
@@ -160,6 +164,28 @@ def test_the_ray_stream_equals_the_local_one_byte_for_byte(ray_cluster, scenes: 
         for number, rows in enumerate(streamed):
             expected = make_rows(feed, index.records, number)
             assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
+
+
+@pytest.mark.cluster
+def test_loaders_wait_for_a_slow_trainer(
+    ray_cluster, tmp_path: Path, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they fill the object store, and then Ray Data's scheduler takes a core of the trainer's process."""
+    monkeypatch.setattr(stream, "_BLOCK_BYTES", 2**21)
+    monkeypatch.setattr(stream, "_TASK_BYTES", 16 * 2**20)
+    folder = tmp_path / "images"
+    write_images(folder, SIZES["0.3mp"], 4)
+    source, spec = write_rows(folder, SIZES["0.3mp"], 4000, 4), make_spec(Path(tiny_models["qwen3_vl"]))
+    records = build_index(source, Data(), spec).records
+    feed = Feed(records, spec, Plan(4000, 2, 2, 1), 0, 0, 2000, mean_bytes(records, spec))
+    before, rows = store_mib(), stream_ray(feed, num_loaders=1)
+    next(rows)
+    time.sleep(8.0)
+    assert 4 < store_mib() - before < 96  # three tasks and what was fetched; 900 without
+    used = time.process_time()
+    time.sleep(2.0)
+    assert time.process_time() - used < 0.6  # 2 without
+    rows.close()
 
 
 def test_decode_is_what_the_stock_loader_decodes(scenes: Path, tiny_models: dict[str, str]) -> None:

@@ -1,0 +1,89 @@
+"""Loaders wait for the trainer, and never for a trainer that waits for them."""
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from ray_vlm.data import pace
+from ray_vlm.data.pace import Pace, keep_fed, start_pace, wait_for
+
+
+def _waits(number: int, then: str, *arguments: int) -> bool:
+    """Whether a loader that asks for `number` still waits after `then` was told."""
+
+    async def ask() -> bool:
+        one = Pace(first=10)
+        waiting = asyncio.create_task(one.wait_for(number))
+        await asyncio.sleep(0.01)
+        assert waiting.done() == (number <= 10)
+        await getattr(one, then)(*arguments)
+        await asyncio.sleep(0.01)
+        return not waiting.done()
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("number", "reached", "waits"), [(5, 1, False), (20, 19, True), (20, 20, False), (20, 7, True)]
+)
+def test_a_loader_waits_until_the_trainer_is_there(number: int, reached: int, waits: bool) -> None:
+    assert _waits(number, "reach", reached) == waits
+
+
+def test_those_that_wait_are_let_go_and_the_next_ones_are_not() -> None:
+    assert not _waits(1000, "release")
+
+    async def later() -> bool:
+        one = Pace(first=10)
+        await one.release()
+        waiting = asyncio.create_task(one.wait_for(20))
+        await asyncio.sleep(0.01)
+        return not waiting.done()
+
+    assert asyncio.run(later())
+
+
+class _Counted:
+    """Stands for the actor: counts what is told."""
+
+    def __init__(self) -> None:
+        self.release, self.told = self, 0
+
+    def remote(self) -> None:
+        self.told += 1
+
+
+@pytest.mark.parametrize(("slow", "told"), [("loader", True), ("trainer", False)])
+def test_only_a_trainer_without_batches_lets_loaders_go(slow: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_STARVED_S", 0.1)
+    actor: Any = _Counted()
+
+    def make() -> Any:
+        for number in range(3):
+            time.sleep(0.4 if slow == "loader" else 0.0)
+            yield number
+
+    taken = []
+    for number in keep_fed(make(), actor):
+        time.sleep(0.4 if slow == "trainer" else 0.0)
+        taken.append(number)
+    assert taken == [0, 1, 2]
+    assert (actor.told > 0) == told
+    assert not [t for t in threading.enumerate() if t.name == "ray-vlm-pace"]
+
+
+@pytest.mark.cluster
+def test_a_loader_does_not_wait_for_a_trainer_that_is_gone(ray_cluster) -> None:
+    import ray
+
+    actor = start_pace(0)
+    ray.get(actor.reach.remote(3))
+    wait_for(actor, 3)
+    threading.Timer(0.5, lambda: ray.kill(actor)).start()
+    started = time.monotonic()
+    wait_for(actor, 4)
+    assert time.monotonic() - started > 0.3
+    wait_for(actor, 5)
