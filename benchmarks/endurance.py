@@ -26,6 +26,7 @@ from ray_vlm.train.stop import ask_workers
 
 KILL_EVERY_S = 30.0
 CHECKPOINT_EVERY = 5  # steps: two seconds, as one would choose where a worker dies twice a minute
+RESTARTS = 5  # of which the median is what a start takes
 NEVER = 40_000  # steps of a run that is to go on until it is stopped; with more, starting takes longer
 MIB = 2**20
 OWN, SEEN = ", own pages", ", with all shared pages that it ever touched"
@@ -66,9 +67,26 @@ def useful_steps(run: RunPaths, seconds: float) -> int:
     return sum(line["time"] <= until for line in counting) - 1
 
 
-def start_up(run: RunPaths) -> float:
-    """Seconds from the launch of an undisturbed run to its first step."""
-    return _train_lines(run)[0]["time"] - _attempts(run)[0]["started"]
+def restarts(path: Path, *overrides: str) -> list[float]:
+    """Seconds from the launch to the first step of restarts that nothing disturbs: the next kill comes some steps
+    later."""
+    first: dict[int, float] = {}
+
+    def kill(run: RunPaths, started: float) -> None:
+        for attempt in range(1, RESTARTS + 2):
+            while _done(run, attempt) < 10:
+                time.sleep(0.1)
+            if attempt <= RESTARTS:
+                kill_process("RayTrainWorker", attempt % 2)
+
+    run = run_for(path, "restarts", 0.0, kill, *overrides)
+    for line in _train_lines(run):
+        first.setdefault(line["attempt"], line["time"])
+    return sorted(first[attempt["attempt"]] - attempt["started"] for attempt in _attempts(run)[1:])
+
+
+def _done(run: RunPaths, attempt: int) -> int:
+    return sum(line["attempt"] == attempt for line in _train_lines(run))
 
 
 def goodput(path: Path, seconds: float, every: float = KILL_EVERY_S, seed: int = 2) -> list[dict[str, Any]]:
@@ -89,13 +107,18 @@ def goodput(path: Path, seconds: float, every: float = KILL_EVERY_S, seed: int =
     rows = load_job(path, ()).train.global_batch_size
     undisturbed = useful_steps(calm, calm_s) * rows / calm_s
     useful = useful_steps(hurt, seconds) * rows
-    starting, waits = lost_time(hurt, seconds, kills, start_up(calm))
+    starts = restarts(path, keep)
+    middle = statistics.median(starts)
+    starting, waits = lost_time(hurt, seconds, kills, middle)
     writes = [line["checkpoint_s"] for line in read_metrics(calm.metrics) if line["kind"] == "checkpoint"]
     doubled = sum(waits) - len(waits) * min(waits, default=0.0)
     again = len(_train_lines(hurt)) - sum(line["kind"] == "train" for line in current_lines(read_metrics(hurt.metrics)))
 
     def share(wall: float) -> float:
         return 100 * useful / wall / undisturbed
+
+    def share_if(start: float) -> float:
+        return share(seconds - lost_time(hurt, seconds, kills, start)[0])
 
     return [
         figure(f"a kill every {every:g} s for {seconds:g} s: kills", len(kills), "kills"),
@@ -106,7 +129,11 @@ def goodput(path: Path, seconds: float, every: float = KILL_EVERY_S, seed: int =
         figure("    of undisturbed", share(seconds - starting), "%", 70, most=False),
         figure("    with start-up in", share(seconds), "%"),
         figure("    start-up taken out, each wait as short as the shortest", share(seconds - starting - doubled), "%"),
-        figure("  start-up undisturbed, launch to first step", start_up(calm), "s"),
+        figure("    of undisturbed, were a start the shortest", share_if(starts[0]), "%"),
+        figure("    of undisturbed, were a start the longest", share_if(starts[-1]), "%"),
+        figure("  undisturbed restarts, launch to first step: shortest", starts[0], "s"),
+        figure("    median", middle, "s"),
+        figure("    longest", starts[-1], "s"),
         figure("  start-ups taken out, all together", starting, "s"),
         figure("  from a kill to the next launch (seen, and a pause): shortest", min(waits, default=0.0), "s"),
         figure("    longest", max(waits, default=0.0), "s"),

@@ -51,7 +51,8 @@ def start_pace(first: int) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Pace).remote(first)
+    actor: Any = ray.remote(Pace)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote(first)
 
 
 def wait_for(pace: Any, number: int) -> None:
