@@ -104,6 +104,7 @@ def stream_ray(
     context.execution_options.preserve_order = True
     context.target_max_block_size = _BLOCK_BYTES
     context._max_num_blocks_in_streaming_gen_buffer = _BLOCKS_AHEAD
+    context.execution_no_progress_timeout_s = -1  # a validation may take longer than Ray's half hour
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     total, size = feed.last - feed.first, task_size(feed)

@@ -171,6 +171,8 @@ def test_loaders_wait_for_a_slow_trainer(
     ray_cluster, tmp_path: Path, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else they fill the object store, and then Ray Data's scheduler takes a core of the trainer's process."""
+    from ray.data import DataContext
+
     monkeypatch.setattr(stream, "_BLOCK_BYTES", 2**21)
     monkeypatch.setattr(stream, "_TASK_BYTES", 16 * 2**20)
     folder = tmp_path / "images"
@@ -178,6 +180,7 @@ def test_loaders_wait_for_a_slow_trainer(
     source, spec = write_rows(folder, SIZES["0.3mp"], 4000, 4), make_spec(Path(tiny_models["qwen3_vl"]))
     records = build_index(source, Data(), spec).records
     feed = Feed(records, spec, Plan(4000, 2, 2, 1), 0, 0, 2000, mean_bytes(records, spec))
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 5)
     before, rows = store_mib(), stream_ray(feed, num_loaders=1)
     next(rows)
     time.sleep(8.0)
@@ -185,6 +188,8 @@ def test_loaders_wait_for_a_slow_trainer(
     used = time.process_time()
     time.sleep(2.0)
     assert time.process_time() - used < 0.6  # 2 without
+    for _ in range(100):  # more than lay ready: the execution did not end for lack of progress
+        next(rows)
     rows.close()
 
 
