@@ -1,8 +1,8 @@
 """What does chance break? Workers killed at random moments of DPO and GRPO, goodput under a kill every 30 s, memory.
 
 Run: python -m benchmarks.chaos [--quick] [--full] [--json PATH]. Moments and victims come from a seed. Two workers of
-one thread each on a tiny random Qwen3-VL in float32, one Ray cluster for all runs. As it stands 9 minutes, `--quick`
-(one kill of DPO) 1, `--full` 70. Goodput and memory are measured by `benchmarks/endurance.py`; nodes that are lost, for
+one thread each on a tiny random Qwen3-VL in float32, one Ray cluster for all runs. As it stands 12 minutes, `--quick`
+(one kill of DPO) 1, `--full` 73. Goodput and memory are measured by `benchmarks/endurance.py`; nodes that are lost, for
 which the machine must let root have network namespaces, by `benchmarks/lost_nodes.py`.
 """
 

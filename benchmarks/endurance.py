@@ -42,9 +42,11 @@ def run_for(path: Path, name: str, seconds: float, beside: Do, *overrides: str) 
         while not (first := _train_lines(run)):
             time.sleep(0.1)
         started = first[0]["time"]
-        beside(run, started)
-        time.sleep(max(0.0, started + seconds - time.time()))
-        ask_workers(run.store)
+        try:
+            beside(run, started)
+            time.sleep(max(0.0, started + seconds - time.time()))
+        finally:
+            ask_workers(run.store)
 
     threading.Thread(target=watch, daemon=True).start()
     with contextlib.suppress(Interrupted):
@@ -70,23 +72,28 @@ def useful_steps(run: RunPaths, seconds: float) -> int:
 def restarts(path: Path, *overrides: str) -> list[float]:
     """Seconds from the launch to the first step of restarts that nothing disturbs: the next kill comes some steps
     later."""
-    first: dict[int, float] = {}
 
     def kill(run: RunPaths, started: float) -> None:
-        for attempt in range(1, RESTARTS + 2):
-            while _done(run, attempt) < 10:
+        for number in range(RESTARTS + 1):
+            until = time.time() + 120
+            while _trained_since(run, number) < 10 and time.time() < until:
                 time.sleep(0.1)
-            if attempt <= RESTARTS:
-                kill_process("RayTrainWorker", attempt % 2)
+            if number < RESTARTS:
+                kill_process("RayTrainWorker", number % 2)
 
     run = run_for(path, "restarts", 0.0, kill, *overrides)
+    first: dict[int, float] = {}
     for line in _train_lines(run):
         first.setdefault(line["attempt"], line["time"])
-    return sorted(first[attempt["attempt"]] - attempt["started"] for attempt in _attempts(run)[1:])
+    later = [attempt for attempt in _attempts(run)[1:] if attempt["attempt"] in first]
+    return sorted(first[attempt["attempt"]] - attempt["started"] for attempt in later)
 
 
-def _done(run: RunPaths, attempt: int) -> int:
-    return sum(line["attempt"] == attempt for line in _train_lines(run))
+def _trained_since(run: RunPaths, failures: int) -> int:
+    """Steps of the newest attempt, if so many came before it."""
+    lines = _train_lines(run)
+    newest = max((line["attempt"] for line in lines), default=0)
+    return sum(line["attempt"] == newest for line in lines) if newest > failures else 0
 
 
 def goodput(path: Path, seconds: float, every: float = KILL_EVERY_S, seed: int = 2) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 _STARVED_S = 2.0  # without a batch for so long, the trainer lets the loaders go that wait for it
@@ -46,33 +46,45 @@ class Pace:
 
 
 def start_pace(first: int) -> Any:
-    """The actor, on the caller's node; it ends when nobody holds it any more."""
+    """The actor, on the caller's node; it ends with the caller's process, or before by `keep_fed`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor: Any = ray.remote(Pace)
-    return actor.options(num_cpus=0, scheduling_strategy=here).remote(first)
+    return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(first)
 
 
 def wait_for(pace: Any, number: int) -> None:
-    """Wait, as a loader, until the trainer has reached micro-batch `number`; not for a trainer that is gone."""
+    """Wait, as a loader, until the trainer has reached micro-batch `number`; not where nobody can tell."""
     import ray
 
     try:
         ray.get(pace.wait_for.remote(number))
-    except ray.exceptions.RayActorError:
+    except ray.exceptions.TaskCancelledError:
+        raise
+    except ray.exceptions.RayError:  # the actor starts again, or is gone with its trainer
         return
 
 
-def keep_fed(batches: Iterator[Any], pace: Any) -> Generator[Any]:
-    """The batches as they come; while none comes, loaders that wait are let go."""
+def keep_fed(batches: Any, pace: Any) -> Generator[Any]:
+    """The batches of a generator as they come. At the end nobody waits any more.
+
+    While none comes, loaders that wait are let go, at ever longer intervals: each makes a task beyond the bound then.
+    """
+    import ray
+
     asked, ended = [math.inf], threading.Event()
 
     def watch() -> None:
-        while not ended.wait(_STARVED_S / 2):
-            if time.monotonic() - asked[0] > _STARVED_S:
+        pause = _STARVED_S
+        while not ended.wait(_STARVED_S / 4):
+            waited = time.monotonic() - asked[0]
+            if waited > pause:
                 pace.release.remote()
+                pause *= 2
+            elif waited < _STARVED_S:
+                pause = _STARVED_S
 
     thread = threading.Thread(target=watch, name="ray-vlm-pace", daemon=True)
     thread.start()
@@ -87,3 +99,6 @@ def keep_fed(batches: Iterator[Any], pace: Any) -> Generator[Any]:
     finally:
         ended.set()
         thread.join()
+        batches.close()
+        if ray.is_initialized():
+            ray.kill(pace)

@@ -5,6 +5,7 @@ for each rank, and images cross the object store as uint8. Both yield the same r
 makes them.
 """
 
+import contextlib
 import ctypes
 import math
 import queue
@@ -118,14 +119,15 @@ def stream_ray(
     )
     expected = feed.first
     batches = iter(dataset.iter_batches(batch_size=1, prefetch_batches=_AHEAD, batch_format="pyarrow"))
-    for batch in keep_fed(batches, pace):
-        number, rows = unpack(batch)
-        if number != expected:
-            raise RunError(f"micro-batch {number} arrived where {expected} was due. Please report this.")
-        expected += 1
-        if number % size == 0:
-            pace.reach.remote(number)
-        yield rows
+    with contextlib.closing(keep_fed(batches, pace)) as fed:
+        for batch in fed:
+            number, rows = unpack(batch)
+            if number != expected:
+                raise RunError(f"micro-batch {number} arrived where {expected} was due. Please report this.")
+            expected += 1
+            if number % size == 0:  # less than `ahead` behind, so the task that the trainer needs never waits
+                pace.reach.remote(number)
+            yield rows
 
 
 def task_size(feed: Feed) -> int:
@@ -156,7 +158,8 @@ class _Loader:
         self.records = ray.get(feed.records) if isinstance(feed.records, ray.ObjectRef) else feed.records
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[Any]:
-        wait_for(self.pace, self.feed.first + int(batch["id"][0]) - self.ahead)
+        if (begins := int(batch["id"][0])) > self.ahead:
+            wait_for(self.pace, self.feed.first + begins - self.ahead)
         for offset in batch["id"]:
             number = self.feed.first + int(offset)
             yield pack(number, make_rows(self.feed, self.records, number))

@@ -47,36 +47,40 @@ def test_those_that_wait_are_let_go_and_the_next_ones_are_not() -> None:
 
 
 class _Counted:
-    """Stands for the actor: counts what is told."""
+    """Stands for the actor: notes when it was told to let go."""
 
     def __init__(self) -> None:
-        self.release, self.told = self, 0
+        self.release, self.told = self, list[float]()
 
     def remote(self) -> None:
-        self.told += 1
+        self.told.append(time.monotonic())
 
 
-@pytest.mark.parametrize(("slow", "told"), [("loader", True), ("trainer", False)])
-def test_only_a_trainer_without_batches_lets_loaders_go(slow: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("slow", "least", "most"), [("loader", 2, 4), ("trainer", 0, 0)])
+def test_only_a_trainer_without_batches_lets_loaders_go(
+    slow: str, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 0.1, 0.2, 0.4 and 0.8 s without one: not each 0.1 s."""
     monkeypatch.setattr(pace, "_STARVED_S", 0.1)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     actor: Any = _Counted()
 
     def make() -> Any:
         for number in range(3):
-            time.sleep(0.4 if slow == "loader" else 0.0)
+            time.sleep(1.0 if slow == "loader" and number == 1 else 0.0)
             yield number
 
     taken = []
     for number in keep_fed(make(), actor):
-        time.sleep(0.4 if slow == "trainer" else 0.0)
+        time.sleep(0.3 if slow == "trainer" else 0.0)
         taken.append(number)
     assert taken == [0, 1, 2]
-    assert (actor.told > 0) == told
+    assert least <= len(actor.told) <= most
     assert not [t for t in threading.enumerate() if t.name == "ray-vlm-pace"]
 
 
 @pytest.mark.cluster
-def test_a_loader_does_not_wait_for_a_trainer_that_is_gone(ray_cluster) -> None:
+def test_a_loader_does_not_wait_where_nobody_can_tell(ray_cluster) -> None:
     import ray
 
     actor = start_pace(0)
