@@ -188,7 +188,7 @@ def soak(path: Path, seconds: float) -> list[dict[str, Any]]:
     names = sorted({name for _, sample in samples for name in sample})
     for name in names:
         early, late = _mean(samples, name, 0.2, 0.4), _mean(samples, name, 0.8, 1.0)
-        bar = None if name == STORE or REST in name or SEEN in name else 5.0
+        bar = None if name == STORE or REST in name else 5.0
         figures.append(figure(f"  {name}, second fifth", early, "MiB"))
         figures.append(figure("    grown by the last fifth", late - early, "MiB"))
         figures.append(figure("    of what it was", 100 * (late / max(early, 1e-9) - 1), "%", bar))
