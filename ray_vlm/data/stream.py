@@ -32,6 +32,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Work of one loader at a time, in pixels and in rows: a task costs 10 ms or more beside its work, and what the other
 # loaders make meanwhile waits for its turn in memory.
 _TASK_BYTES, _TASK_ROWS = 128 * 2**20, 64
+_TASKS = 256  # a stream of small rows has no more: Ray Data puts all of them into the store before any loader starts
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def stream_ray(
 
 def task_size(feed: Feed) -> int:
     """Micro-batches that a loader makes at a time."""
-    rows = min(_TASK_ROWS, _TASK_BYTES / max(feed.row_bytes, 1.0))
-    return max(1, int(rows / feed.plan.rows_at_once))
+    rows = max(_TASK_ROWS, (feed.last - feed.first) * feed.plan.rows_at_once / _TASKS)
+    return max(1, int(min(rows, _TASK_BYTES / max(feed.row_bytes, 1.0)) / feed.plan.rows_at_once))
 
 
 def mean_bytes(records: Sequence[Record], spec: RowSpec, sample: int = 500) -> float:
