@@ -20,7 +20,7 @@ from ray_vlm.data.index import Index, build_index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import IGNORED, Row, RowSpec
-from ray_vlm.data.stream import Feed, make_rows, mean_bytes, pack, stream_local, stream_ray, unpack
+from ray_vlm.data.stream import Feed, make_rows, mean_bytes, pack, stream_local, stream_ray, task_size, unpack
 from ray_vlm.errors import DataError
 from tests.conftest import FAMILIES
 
@@ -166,6 +166,20 @@ def test_the_ray_stream_equals_the_local_one_byte_for_byte(ray_cluster, scenes: 
         for number, rows in enumerate(streamed):
             expected = make_rows(feed, index.records, number)
             assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_bytes", "expected"),
+    [
+        (100, 1e4, 64),  # a short run
+        (256 * 1000, 1e4, 1000),  # a long one of small rows: 256 tasks
+        (256 * 1000, 2**20, 128),  # and of larger ones: what a loader may hold
+        (100, 2**40, 2),
+    ],
+)
+def test_a_task_is_small_in_bytes_and_few_where_a_run_is_long(rows: int, row_bytes: float, expected: int) -> None:
+    plan = Plan(rows, 2, 2, 1)
+    assert task_size(Feed((), None, plan, 0, 0, rows // 2, row_bytes)) * 2 == expected
 
 
 @pytest.mark.cluster
