@@ -27,7 +27,7 @@ from ray_vlm.train.stop import ask_workers
 KILL_EVERY_S = 30.0
 CHECKPOINT_EVERY = 5  # steps: two seconds, as one would choose where a worker dies twice a minute
 RESTARTS = 5  # of which the median is what a start takes
-NEVER = 40_000  # steps of a run that is to go on until it is stopped; with more, starting takes longer
+NEVER = 40_000  # steps of a run that is to go on until it is stopped
 MIB = 2**20
 OWN, SEEN = ", own pages", ", with all shared pages that it ever touched"
 REST, STORE = "the rest of Ray", "in the object store"
