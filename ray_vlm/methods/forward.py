@@ -16,6 +16,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.methods.images import RowImages, Span
 from ray_vlm.models.families import Family
+from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.packing import Folding, plan_packs
 
 _NEEDED = {"input_ids", "attention_mask", "mm_token_type_ids"}
@@ -44,8 +45,9 @@ def why_alone(job: JobConfig, family: Family) -> str | None:
     return family.cannot.get("method.share_prefixes")
 
 
-def fold_rows(model: Any, folding: Folding) -> None:
-    """Let the model's backbone do to rows what `folding` says, in forwards without a cache. Exact without dropout."""
+def fold_rows(model: Any, folding: Folding, counter: OperationCounter | None = None) -> None:
+    """Let the model's backbone do to rows what `folding` says, in forwards without a cache. Exact without dropout.
+    `counter` is told of the padding behind packs."""
     backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     plain = backbone.forward
 
@@ -71,6 +73,9 @@ def fold_rows(model: Any, folding: Folding) -> None:
         packs = plan_packs(sizes, folding.hidden) if folding.pack else [[number] for number in range(len(trees))]
         if len(packs) == len(tokens):
             return plain(**_apart(inputs, images, image_spans))
+        if counter is not None:
+            lengths = [sum(sizes[n] for n in numbers) for numbers in packs]
+            counter.leave_out_padding([max(lengths) - length for length in lengths])
         return _run(backbone, plain, inputs, tokens, [[trees[n] for n in numbers] for numbers in packs], images)
 
     backbone.forward = forward

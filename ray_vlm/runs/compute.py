@@ -1,9 +1,8 @@
 """What a run cost: hours, tokens, floating-point operations, where the time went, what was lost. Pure functions.
 
-Floating-point operations are an estimate, as papers count them: 2 for each weight and token in the forward pass, 2 more
-for the gradients of activations, 2 more for those of weights where weights are trained, and with gradient checkpointing
-the forward once more. Attention's quadratic part and the vision tower's own patches are left out; MFU is their number
-over time and the card's dense bf16 peak.
+Floating-point operations are model FLOPs as `models/operations.py` counts them while a run trains: what the tokens that
+really went through the model need, without recomputed activations. MFU is their number over the time of the steps and
+the dense bf16 peak of the cards. Runs of versions that did not count them have neither.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +51,8 @@ def measure_compute(run: Run) -> dict[str, Any]:
     workers = _workers(run)
     processes = workers + bool(setting(run.job, "evaluate.asynchronous"))
     cards = float(setting(run.job, "cluster.gpus_per_worker") or 0)
-    flops = count_flops(run, tokens)
+    counted = [line["model_tflop"] for line in steps if is_number(line.get("model_tflop"))]
+    tflop = sum(counted) if counted else None
     peak, name = _peak(run), _device(run)
     wall_h = run.wall_s / 3600
     return {
@@ -66,8 +66,9 @@ def measure_compute(run: Run) -> dict[str, Any]:
         "images": images,
         "tokens_per_s": tokens / train_s if train_s else None,
         "images_per_s": images / train_s if train_s and images else None,
-        "tflop": flops / 1e12 if flops is not None else None,
-        "mfu": flops / (train_s * workers * cards * peak * 1e12) if flops and train_s and cards and peak else None,
+        "model_tokens": sum(number_of(line, "model_tokens") for line in steps) if counted else None,
+        "tflop": tflop,
+        "mfu": tflop / (train_s * workers * cards * peak) if tflop and train_s and cards and peak else None,
         **measure_energy(run),
         "time_s": split_wall(run, steps),
         "lost": measure_lost(run),
@@ -79,19 +80,6 @@ def measure_energy(run: Run) -> dict[str, float | None]:
     last = {line["attempt"]: line for line in run.lines if line["kind"] == "energy"}
     names = ("energy_kwh", "co2_kg")
     return {name: sum(number_of(line, name) for line in last.values()) if last else None for name in names}
-
-
-def count_flops(run: Run, tokens: float) -> float | None:
-    """Floating-point operations of training on so many tokens, by the module's formula; None where the run does not say
-    how many weights it has."""
-    start = next((line for line in run.lines if line["kind"] == "start"), {})
-    counts = start.get("trainable")
-    if not isinstance(counts, Mapping) or "language" not in counts:
-        return None
-    language = counts["language"]
-    per_weight = 4 + (2 if setting(run.job, "train.gradient_checkpointing") else 0)
-    trained = 2 * language.get("trainable", 0)
-    return tokens * (per_weight * language.get("total", 0) + trained)
 
 
 def split_wall(run: Run, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -122,7 +110,7 @@ def sum_compute(runs: Sequence[Run], found: Sequence[Mapping[str, Any]]) -> dict
     """
     hours = "gpu_hours" if any(one["gpu_hours"] for one in found) else "cpu_hours"
     wasted = [one[hours] for run, one in zip(runs, found, strict=True) if run.status in _UNFINISHED]
-    added = ("wall_s", "gpu_hours", "cpu_hours", "tokens", "images", "tflop", "energy_kwh", "co2_kg")
+    added = ("wall_s", "gpu_hours", "cpu_hours", "tokens", "images", "model_tokens", "tflop", "energy_kwh", "co2_kg")
     phases = list(found[0]["time_s"]) if found else []
     return {
         "device": ", ".join(sorted({one["device"] for one in found if one["device"]})) or None,
@@ -160,12 +148,13 @@ _TITLES = {
     "gpu_hours": "GPU-hours",
     "cpu_hours": "CPU-hours",
     "peak_memory_gib": "peak memory (GiB)",
-    "tokens": "tokens",
+    "tokens": "tokens, as TRL counts them",
+    "model_tokens": "tokens through the model",
     "images": "images",
     "tokens_per_s": "tokens/s",
     "images_per_s": "images/s",
-    "tflop": "TFLOP (estimate)",
-    "mfu": "MFU (estimate)",
+    "tflop": "model TFLOP",
+    "mfu": "MFU",
     "energy_kwh": "energy (kWh, estimate)",
     "co2_kg": "CO2 (kg, estimate)",
     "unfinished_hours": "hours of unfinished runs",

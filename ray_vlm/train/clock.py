@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ray_vlm.models.operations import OperationCounter
 from ray_vlm.train.attempt import Place
 
 
@@ -83,16 +84,19 @@ def split_time(phases: dict[str, float]) -> dict[str, float]:
     return {"data_s": data, "rollout_s": rollout, "forward_s": forward, "backward_s": backward}
 
 
-def watch_usage(batches: Any, place: Place) -> Callable[[], dict[str, float]]:
-    """A function that gives what was used since it was last asked: times, images of all ranks, and the peak of memory
-    (GiB, of the card or of this process) so far."""
+def watch_usage(batches: Any, operations: OperationCounter, place: Place) -> Callable[[], dict[str, float]]:
+    """A function that gives what was used since it was last asked: times; images, tokens that went through the language
+    model (`model_tokens`) and model FLOPs (`model_tflop`) of all ranks, of which this one speaks for all; and the peak
+    of memory (GiB, of the card or of this process) so far."""
     counted = batches.num_images
 
     def take() -> dict[str, float]:
         nonlocal counted
         images, counted = batches.num_images - counted, batches.num_images
-        times = split_time(batches.clock.take())
-        return times | {"images": images * place.world_size, "peak_memory_gib": peak_memory(place.device)}
+        times, (work, flops) = split_time(batches.clock.take()), operations.take()
+        whole = {"images": images, "model_tokens": work.tokens, "model_tflop": flops / 1e12}
+        whole = {name: value * place.world_size for name, value in whole.items()}
+        return times | whole | {"peak_memory_gib": peak_memory(place.device)}
 
     return take
 

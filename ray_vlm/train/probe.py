@@ -91,5 +91,6 @@ def _no_trace(trainer: Any, place: Place) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         trainer.clock.take()
+        trainer.operations.take()
         for name, value in kept.items():
             setattr(trainer, name, value)

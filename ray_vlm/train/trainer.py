@@ -17,6 +17,7 @@ from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.families import Family
 from ray_vlm.models.features import Recent, Shelf, keep_features, why_not_kept
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
+from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.packing import Folding
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.models.tower import run_frozen_tower_plainly
@@ -122,8 +123,9 @@ def build_trainer(
 def spare_work(trainer: Any, job: JobConfig, preparer: Preparer, folding: Folding) -> None:
     """Let the trainer's model run nothing twice and nothing in vain: beginnings that rows share, padding, tokens that
     nobody scores, a frozen image encoder's backward, and images that it has seen."""
+    trainer.operations = OperationCounter(trainer.model)
     if preparer.stock is None:
-        fold_rows(trainer.model, folding)
+        fold_rows(trainer.model, folding, trainer.operations)
     if folding.share or folding.pack:
         score_labelled(trainer.model)
     run_frozen_tower_plainly(trainer.model)

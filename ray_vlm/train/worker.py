@@ -252,7 +252,7 @@ def _build_callback(
     callback.logged = METHODS[job.method.name].logged
     callback.gradients = watch_gradients(job, load_preparer(task.spec).family, trainer.model, place)
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))
-    callback.usage = watch_usage(trainer.planned_batches, place)
+    callback.usage = watch_usage(trainer.planned_batches, trainer.operations, place)
     if job.evaluate.asynchronous:
         callback.background = Background(task, job, paths, place)
     if attempt.checkpoint is not None:

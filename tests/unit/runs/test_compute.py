@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ray_vlm.cli import main
-from ray_vlm.runs.compute import PHASES, count_flops, measure_compute, write_markdown
+from ray_vlm.runs.compute import PHASES, measure_compute, write_markdown
 from ray_vlm.runs.read import read_run
 from tests.unit.runs.test_read import write_run
 
@@ -15,6 +15,7 @@ def _lines(folder: Path, device: str = "NVIDIA A100-SXM4-40GB") -> None:
     weights = {"language": {"trainable": 10**6, "total": 10**9}, "vision": {"trainable": 0, "total": 10**8}}
     step = {"kind": "train", "attempt": 1, "time": 1020.0, "loss": 1.0, "step_s": 4.0, "tokens_per_s": 1000.0}
     step |= {"images": 16, "data_s": 0.5, "rollout_s": 0.0, "forward_s": 1.0, "backward_s": 2.0, "peak_memory_gib": 9.0}
+    step |= {"model_tokens": 3000, "model_tflop": 12.0}
     lines = [
         {"kind": "start", "attempt": 1, "step": 0, "time": 1010.0, "trainable": weights, "device": device},
         *(step | {"step": i} for i in range(1, 6)),
@@ -75,20 +76,26 @@ def test_several_runs_are_added_up_with_what_came_to_nothing(tmp_path: Path, cap
     assert told["all"]["lost"]["steps"] == 3
 
 
-def test_operations_by_the_formula_that_is_stated(tmp_path: Path) -> None:
+def test_operations_are_those_that_the_run_counted(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     _lines(folder)
     job = json.loads((folder / "resolved.json").read_text())
-    run = read_run(str(folder))
-    assert count_flops(run, 40_000) == 40_000 * (4 * 1e9 + 2 * 1e6)
-    job["train"]["gradient_checkpointing"] = True
+    job["train"]["gradient_checkpointing"] = True  # recomputed activations are no model FLOPs
     job["cluster"] |= {"num_workers": 2, "gpus_per_worker": 1}
     (folder / "resolved.json").write_text(json.dumps(job))
-    run = read_run(str(folder))
-    found = measure_compute(run)
-    assert count_flops(run, 40_000) == 40_000 * (6 * 1e9 + 2 * 1e6)
+    found = measure_compute(read_run(str(folder)))
+    assert (found["tflop"], found["model_tokens"]) == (120.0, 30_000)
     assert found["gpu_hours"] == pytest.approx(90 / 3600 * 2)
-    assert found["mfu"] == pytest.approx(40_000 * 6.002e9 / (40.0 * 2 * 312e12))
+    assert found["mfu"] == pytest.approx(120.0 / (40.0 * 2 * 312))
+
+
+def test_a_run_of_a_version_that_counted_nothing_has_no_mfu(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    _lines(folder)
+    lines = (folder / "metrics.jsonl").read_text().replace('"model_tflop"', '"other"')
+    (folder / "metrics.jsonl").write_text(lines)
+    found = measure_compute(read_run(str(folder)))
+    assert (found["tflop"], found["model_tokens"], found["mfu"], found["tokens"]) == (None, None, None, 40_000)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "resolved.json", "run.json"])

@@ -1,0 +1,151 @@
+"""Counted operations are those that torch counts of the same forward and backward, less what is not needed."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
+
+from ray_vlm.demo.tiny import build_config, build_processor
+from ray_vlm.methods.forward import fold_rows
+from ray_vlm.models.operations import OperationCounter, Work, count_flops, measure_size
+from ray_vlm.models.packing import Folding
+from tests.conftest import QWEN
+
+
+def _model(family: str, learns: str = "layers") -> Any:
+    """A tiny model in which the weights with `learns` in their name learn."""
+    torch.manual_seed(0)
+    config = build_config(build_processor(family).tokenizer, family)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns in name)
+    return model
+
+
+def _batch(family: str, rows: int = 1) -> dict[str, Any]:
+    """Rows of one image each and 24 tokens of text, the last 16 of which have labels."""
+    processor = build_processor(family)
+    side = 112 if family != "qwen3_vl" else 128
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)
+    image = torch.tensor(pixels).permute(2, 0, 1)
+    found = dict(processor.image_processor([image] * rows, do_resize=False, return_tensors="pt"))
+    places = int(found["image_grid_thw"][0].prod()) // 4
+    token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    ids = torch.full((rows, places + 24), 30)
+    ids[:, 2 : 2 + places] = token
+    labels = torch.full_like(ids, -100)
+    labels[:, -16:] = 30
+    kinds = {"mm_token_type_ids": (ids == token).long(), "attention_mask": torch.ones_like(ids)}
+    return {"input_ids": ids, "labels": labels, **kinds, **found}
+
+
+def _whole_rows(work: Work, tokens: int) -> Work:
+    """The work as torch counts it without a causal kernel: every token of a row with every other, all scored."""
+    return Work(tokens, tokens * tokens, tokens, work.patches, work.patch_pairs)
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_a_forward_takes_what_torch_counts(family: str) -> None:
+    model, batch = _model(family), _batch(family)
+    counter = OperationCounter(model)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(**batch)
+    work, flops = counter.take()
+    tokens = batch["input_ids"].numel()
+    assert work.tokens == tokens
+    assert work.pairs == tokens * (tokens + 1) // 2
+    assert work.scored == 16
+    assert work.patches == int(batch["image_grid_thw"].prod())
+    whole = count_flops(counter.size, _whole_rows(work, tokens), backward=False)
+    assert whole == pytest.approx(counted.get_total_flops(), rel=0.01)
+    assert flops == count_flops(counter.size, work, backward=False) < whole
+    assert counter.take() == (Work(), 0.0)
+
+
+@pytest.mark.parametrize("learns", ["language_model.layers", "layers", ""])
+def test_a_backward_takes_what_torch_counts(learns: str) -> None:
+    """Where the language layers learn and the encoder is frozen; where its blocks learn too; where everything does."""
+    model, batch = _model("qwen3_vl", learns), _batch("qwen3_vl")
+    counter = OperationCounter(model)
+    model.enable_input_require_grads()
+    if learns == "language_model.layers":
+        model.model.visual.forward = torch.no_grad()(model.model.visual.forward)
+    with FlopCounterMode(display=False) as counted:
+        model(**batch).loss.backward()
+    work, _ = counter.take()
+    whole = count_flops(counter.size, _whole_rows(work, work.tokens), backward=True)
+    # What is apart are gradients that the first layer's input needs or does not need.
+    assert whole == pytest.approx(counted.get_total_flops(), rel=0.03)
+
+
+def test_padding_and_beginnings_that_are_shared_do_not_count() -> None:
+    """Two equal rows that fold into one tree need the tokens of one and the branch of the other."""
+    family, batch = "qwen3_vl", _batch("qwen3_vl", rows=2)
+    batch["input_ids"][1, -10:] = 31
+    batch.pop("labels")
+    model = _model(family)
+    counter = OperationCounter(model)
+    fold_rows(model, Folding(share=True, pack=True), counter)
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    folded, _ = counter.take()
+    row = batch["input_ids"].shape[1]
+    beginning = row - 10
+    assert folded.tokens == beginning + 2 * 10
+    assert folded.pairs == beginning * (beginning + 1) // 2 + 2 * (10 * beginning + 10 * 11 // 2)
+
+    plain = _model(family)
+    counter = OperationCounter(plain)
+    padded = {name: value.clone() for name, value in batch.items()}
+    padded["attention_mask"][1, -10:] = 0
+    with torch.no_grad():
+        plain(**padded, use_cache=False)
+    work, _ = counter.take()
+    assert work.tokens == 2 * row - 10
+    assert work.pairs == row * (row + 1) // 2 + beginning * (beginning + 1) // 2
+
+
+def test_packs_of_unequal_length_leave_their_padding_out() -> None:
+    batch = _batch("qwen3_vl", rows=3)
+    batch["attention_mask"][1:, -12:] = 0
+    batch["attention_mask"][2, -20:] = 0
+    batch.pop("labels")
+    model = _model("qwen3_vl")
+    counter = OperationCounter(model)
+    fold_rows(model, Folding(pack=True, hidden=16), counter)  # so narrow that attention is dear: two packs
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    work, _ = counter.take()
+    lengths = batch["attention_mask"].sum(dim=1)
+    assert counter.num_forwards == 0
+    assert work.tokens == int(lengths.sum())
+    assert work.pairs == int((lengths * (lengths + 1) // 2).sum())
+
+
+def test_answers_that_are_written_count_a_token_at_a_time() -> None:
+    model, batch = _model("qwen3_vl"), _batch("qwen3_vl")
+    batch.pop("labels")
+    counter = OperationCounter(model)
+    model.generate(**batch, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    work, _ = counter.take()
+    row = batch["input_ids"].shape[1]
+    assert work.tokens == row + 4
+    assert work.pairs == row * (row + 1) // 2 + sum(row + i + 1 for i in range(4))
+
+
+def test_of_experts_those_count_that_a_token_uses() -> None:
+    dense = build_config(build_processor("qwen3_vl").tokenizer, "qwen3_vl")
+    text = copy.deepcopy(dense.text_config.to_dict()) | {"num_experts": 4, "num_experts_per_tok": 2}
+    text |= {"moe_intermediate_size": 64, "decoder_sparse_step": 1, "model_type": "qwen3_vl_moe_text"}
+    vision = dense.vision_config.to_dict() | {"model_type": "qwen3_vl_moe"}
+    size = measure_size(
+        AutoModelForImageTextToText.from_config(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+    )
+    hidden, head_dim, heads = 128, 32, 4
+    attention = 4 * hidden * heads * head_dim
+    experts = 2 * (3 * hidden * 64)  # of 4 experts two
+    assert size.language == 4 * (attention + experts + 4 * hidden)  # and the router
