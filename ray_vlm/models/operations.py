@@ -75,7 +75,7 @@ def measure_size(model: "Module") -> ModelSize:
     """The size of a vision-language model, under an adapter or not. 4-bit weights count whole."""
     import torch
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _under_adapter(model)
     decoder, encoder = _decoder(base), base.get_encoder(modality="image")
     head = base.get_output_embeddings().weight
     tables = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
@@ -110,7 +110,7 @@ class OperationCounter:
 
     def __init__(self, model: "Module"):
         self.size = measure_size(model)
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = _under_adapter(model)
         encoder = base.get_encoder(modality="image")
         self._counts: dict[bool, dict[str, int | Tensor]] = {True: {}, False: {}}
         self.num_forwards = 0
@@ -176,6 +176,10 @@ def _values(work: Work) -> tuple[int, ...]:
     return (work.tokens, work.pairs, work.scored, work.patches, work.patch_pairs)
 
 
+def _under_adapter(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _decoder(base: Any) -> Any:
     decoder = base.get_decoder()
     return decoder.model if hasattr(decoder, "lm_head") else decoder
@@ -206,8 +210,8 @@ def _share_of_experts(text: Any) -> float:
 
 def _vision_attention(vision: Any) -> tuple[int, int, int]:
     """Channels over layers that look at the whole image, over layers that look at windows, and patches of a window."""
-    depth = getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", 0)
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    depth: int = getattr(vision, "depth", None) or vision.num_hidden_layers
+    width: int = getattr(vision, "embed_dim", None) or vision.hidden_size
     whole = getattr(vision, "fullatt_block_indexes", None)
     if whole is None:
         return width * depth, 0, 0
