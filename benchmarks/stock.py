@@ -16,6 +16,7 @@ from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows
 from ray_vlm.methods.head import score_labelled
 from ray_vlm.methods.rollout import Completion
+from ray_vlm.models.backbone import recompute_first
 from ray_vlm.models.packing import Folding
 from ray_vlm.models.tower import run_frozen_tower_plainly
 from ray_vlm.train.feed import feed_trainer
@@ -33,20 +34,29 @@ def build_model(job: JobConfig) -> Any:
     from ray_vlm.models.families import FAMILIES
     from ray_vlm.models.load import load_model
     from ray_vlm.models.lora import lora_config
+    from ray_vlm.models.resident import load_resident
 
     assert job.lora is not None
-    base = load_model(job.model, bf16=False)
+    base = (load_resident if job.tune.resident else load_model)(job.model, job.train.bf16, device_of(job))
     torch.manual_seed(0)
     model = get_peft_model(base, lora_config(job.lora, FAMILIES[base.config.model_type]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
+    if (layers := job.train.gradient_checkpointing) and layers is not True:
+        recompute_first(model, layers)
     return model
+
+
+def device_of(job: JobConfig) -> str:
+    """Where a job of one process trains."""
+    return "cuda:0" if job.cluster.gpus_per_worker else "cpu"
 
 
 def arguments(job: JobConfig) -> dict[str, Any]:
     """Options that both sides share."""
-    options: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": []}
+    options: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "report_to": []}
+    options |= {"use_cpu": not job.cluster.gpus_per_worker, "bf16": job.train.bf16}
     options |= {"gradient_checkpointing": bool(job.train.gradient_checkpointing)}
     return options | {"max_steps": 1, "average_tokens_across_devices": True}
 
@@ -55,6 +65,8 @@ def checkpointed(trainer: Any) -> Any:
     """The trainer, its model recomputing activations if its options say so, as `train` would have it."""
     if trainer.args.gradient_checkpointing:
         trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if trainer.args.bf16:  # under autocast, as a trainer puts its model when it begins to train
+        trainer.model = trainer.accelerator.prepare_model(trainer.model)
     trainer.model.train()
     return trainer
 
@@ -108,7 +120,7 @@ def our_trainer(
         groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
         trainer.sample = lambda *_, **__: groups
     rows = [[replace(preparer.row(records[i]), number=i) for i in batch] for batch in batches]
-    return trainer, [method.collate(batch, preparer, "cpu") for batch in rows]
+    return trainer, [method.collate(batch, preparer, device_of(job)) for batch in rows]
 
 
 def _injected(ids: Sequence[int]) -> Completion:

@@ -23,6 +23,12 @@ def load_resident(spec: Model, bf16: bool, device: str = "cpu") -> Any:
     return share_weights(_KEPT[key])
 
 
+def keep_resident(spec: Model, bf16: bool, device: str, model: Any) -> None:
+    """Let `load_resident` hand out this base, which has been built here, for `spec`."""
+    _KEPT.clear()
+    _KEPT[spec.name, spec.revision, spec.load_in_4bit, bf16, device] = model
+
+
 def share_weights(model: Any) -> Any:
     """A copy of the module tree around the same tensors. What quantised layers know of their values is shared too."""
     same = list(chain(model.parameters(), model.buffers()))

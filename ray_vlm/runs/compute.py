@@ -53,7 +53,8 @@ def measure_compute(run: Run) -> dict[str, Any]:
     cards = float(setting(run.job, "cluster.gpus_per_worker") or 0)
     counted = [line["model_tflop"] for line in steps if is_number(line.get("model_tflop"))]
     tflop = sum(counted) if counted else None
-    peak, name = _peak(run), _device(run)
+    name = _device(run)
+    peak = find_peak(name or "")
     wall_h = run.wall_s / 3600
     return {
         "device": name,
@@ -133,9 +134,9 @@ def _device(run: Run) -> str | None:
     return start.get("device")
 
 
-def _peak(run: Run) -> float | None:
-    name = _device(run) or ""
-    return next((peak for part, peak in PEAKS.items() if part.lower() in name.lower()), None)
+def find_peak(device: str) -> float | None:
+    """The dense bf16 peak of a card in TFLOP/s by its name, as its maker states it; None for one that is not known."""
+    return next((peak for part, peak in PEAKS.items() if part.lower() in device.lower()), None)
 
 
 def _largest(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -1,0 +1,1 @@
+"""What this package does on one NVIDIA card, beside stock TRL on the same rows: `python -m benchmarks.gpu`."""

@@ -1,0 +1,148 @@
+"""What blocks are given: the size of everything, the card, bases that are built once, and a place for figures."""
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.figure_file import FigureFile
+from benchmarks.gpu.supervise import Refused
+
+GIB = 2**30
+CAP_GIB = 40.0  # the card that jobs are planned for
+QWEN3, QWEN2_5 = "Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"
+FAMILY_OF = {QWEN3: "qwen3_vl", QWEN2_5: "qwen2_5_vl"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    `side`: image tokens along a side. `groups`: GRPO's answers and tokens of each. `rollouts`: sequences sampled at
+    once; `sampled`: tokens of each. `lengths`: tokens of a tree whose attention is timed. `matrix`: rows of a product;
+    `copied`: bytes of a copy. `pairs`: timed steps of each side.
+    """
+
+    rehearse: bool
+    side: int = 32
+    words: int = 110
+    groups: tuple[tuple[int, int], ...] = ((8, 128), (8, 512), (16, 512), (16, 1024))
+    rollouts: tuple[int, ...] = (8, 64)
+    sampled: int = 48
+    lengths: tuple[int, ...] = (2114, 5186, 9282, 17474)
+    matrix: int = 8192
+    copied: int = 4 * GIB
+    pairs: int = 3
+
+    @property
+    def device(self) -> str:
+        """Where tensors live."""
+        return "cpu" if self.rehearse else "cuda:0"
+
+
+REAL = Scale(rehearse=False)
+SMALL = Scale(
+    rehearse=True,
+    side=4,
+    words=8,
+    groups=((4, 8), (8, 16)),
+    rollouts=(4, 8),
+    sampled=6,
+    lengths=(96, 160),
+    matrix=256,
+    copied=2**20,
+    pairs=1,
+)
+
+
+@dataclass
+class Bench:
+    """What a block works with. `folder`: for configurations and rows, never weights. `plans`: the planner's file."""
+
+    scale: Scale
+    figures: FigureFile
+    folder: Path
+    plans: Path
+    block: str = ""
+    bases: dict[str, Any] = field(default_factory=dict)
+
+    def of_block(self, name: str) -> "Bench":
+        """The same, for figures of this block."""
+        self.block = name
+        return self
+
+    def add(
+        self, name: str, value: float, unit: str, bar: float | None = None, most: bool = True, note: str = ""
+    ) -> None:
+        """Write a figure. Bars of speed and size are for real shapes, so a rehearsal has none."""
+        self.figures.add(self.block, name, value, unit, None if self.scale.rehearse else bar, most, note)
+
+    def check(self, name: str, value: float, unit: str, bar: float) -> None:
+        """Write a figure whose bar holds for tiny shapes too."""
+        self.figures.add(self.block, name, value, unit, bar)
+
+    def base(self, model: str) -> Any:
+        """The model's base in 4 bit on the card, built on first use; one is kept at a time."""
+        from benchmarks.gpu.shapes import build_base
+
+        if model not in self.bases:
+            self.bases.clear()
+            self.clean_up()
+            self.bases[model] = build_base(self.folder, model, self.scale)
+        return self.bases[model]
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        import torch
+
+        if not self.scale.rehearse:
+            torch.cuda.synchronize()
+
+    def seconds(self, call: Callable[[], Any], repeats: int, warm: int = 1) -> float:
+        """Median seconds of a call, the device's work included, after `warm` calls that do not count."""
+        for _ in range(warm):
+            call()
+        taken = []
+        for _ in range(repeats):
+            self.synchronize()
+            started = time.perf_counter()
+            call()
+            self.synchronize()
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    def clean_up(self) -> None:
+        """Free what earlier work left: trainers are reference cycles, which only the collector frees."""
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_available() and not self.scale.rehearse:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def plan(self, case: str, wait_s: float = 0.0) -> dict[str, Any] | None:
+        """What the planner says of a case, once it has said so; None where it has not."""
+        end = time.monotonic() + wait_s
+        while True:
+            plans = json.loads(self.plans.read_text()) if self.plans.exists() else {}
+            if case in plans or time.monotonic() >= end:
+                return plans.get(case)
+            time.sleep(0.2)
+
+
+def require_memory(gib: float) -> None:
+    """Raise `Refused` where less than this is free under the cap on the card."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    free, _ = torch.cuda.mem_get_info()
+    if free + torch.cuda.memory_reserved() < gib * GIB:
+        raise Refused(
+            f"{gib:g} GiB are needed and {free / GIB:.1f} GiB of the card are free. Use a larger card, or end what "
+            "else runs on it"
+        )

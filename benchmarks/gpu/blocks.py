@@ -1,0 +1,50 @@
+"""The blocks of the benchmark, in order of worth, each with its time limit.
+
+A card may be there for minutes only, so the limits together stay under `WHOLE_S`, and what would be missed most comes
+first. A block is a function of a `Bench` (`benchmarks/gpu/bench.py`) that writes figures as it finds them.
+"""
+
+from dataclasses import dataclass
+
+WHOLE_S = 540.0  # a command on a borrowed card ends after 10 minutes; transfers and installing take some of them
+_TRAINING = ("bitsandbytes", "datasets", "peft", "pydantic", "transformers", "trl")
+
+
+@dataclass(frozen=True)
+class Block:
+    """`call`: `module:function`. `limit_s`: seconds after which the block is ended. `needs`: packages without which it
+    cannot run. `must`: without it no other block can run either."""
+
+    name: str
+    call: str
+    limit_s: float
+    needs: tuple[str, ...] = ("torch",)
+    must: bool = False
+
+
+BLOCKS = (
+    Block("card", "benchmarks.gpu.card:inspect_card", 60, must=True),
+    Block("sft", "benchmarks.gpu.training:sft", 120, _TRAINING),
+    Block("grpo", "benchmarks.gpu.training:grpo", 110, _TRAINING),
+    Block("rollouts", "benchmarks.gpu.rollouts:rollouts", 65, _TRAINING),
+    Block("dpo", "benchmarks.gpu.training:dpo", 30, _TRAINING),
+    Block("kernels", "benchmarks.gpu.kernels:kernels", 50),
+    Block("run", "benchmarks.gpu.end_to_end:run_job", 35, _TRAINING),
+    Block("profile", "benchmarks.gpu.profiling:profile", 30, _TRAINING),
+    Block("qwen2.5", "benchmarks.gpu.training:qwen2_5", 40, _TRAINING),
+)
+assert sum(block.limit_s for block in BLOCKS) <= WHOLE_S
+
+
+def choose_blocks(names: str | None) -> tuple[Block, ...]:
+    """The blocks with these names, parted by commas, in their own order, after those that must run; None: all.
+
+    Raises `ValueError` that names what is unknown.
+    """
+    if names is None:
+        return BLOCKS
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    known = {block.name for block in BLOCKS}
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"--blocks: there is no {unknown[0]!r}. There are: {', '.join(b.name for b in BLOCKS)}.")
+    return tuple(block for block in BLOCKS if block.must or block.name in wanted)

@@ -1,0 +1,85 @@
+"""Figures in a file as they come: whatever ends the benchmark, what was measured before stays."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import figure
+
+ALLOCATED = ": ours, allocated at the peak"  # ends the name of what is compared with a plan
+ABOVE, BELOW = 0.07, 0.03  # a plan may be so much over the measured peak, and so much under it
+GIB = 2**30
+
+
+class FigureFile:
+    """A JSON list of figures, as other benchmarks write it at their end; written anew, whole, with each figure.
+
+    Every figure has beside the usual keys `block`, and `note` where there is something to say.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All figures so far."""
+        return json.loads(self.path.read_text()) if self.path.exists() else []
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._write([])
+
+    def add(
+        self,
+        block: str,
+        name: str,
+        value: float,
+        unit: str,
+        bar: float | None = None,
+        most: bool = True,
+        note: str = "",
+    ) -> None:
+        """Write a figure. `bar` as `benchmarks.figures.figure` has it; what is no number becomes None and misses it."""
+        found = figure(name, value, unit, bar, most) | {"block": block}
+        if isinstance(found["value"], float) and not math.isfinite(found["value"]):
+            found |= {"value": None, "ok": bar is None}
+        self._write([*self.read(), found | ({"note": note} if note else {})])
+
+    def fail(self, block: str, reason: str) -> None:
+        """Write that a block did not come to its end, and why."""
+        self.add(block, "ended as planned", 0, "", 1, most=False, note=reason)
+
+    def _write(self, figures: list[dict[str, Any]]) -> None:
+        half = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        half.write_text(json.dumps(figures, indent=1))
+        os.replace(half, self.path)
+
+
+def write_plans(figures: FigureFile, plans: dict[str, dict[str, Any]], bars: bool) -> None:
+    """Put the plan of each case beside what was measured of it. `bars`: whether the shapes are those of the bars."""
+    for found in figures.read():
+        case = found["name"].removesuffix(ALLOCATED)
+        if case == found["name"] or found["value"] is None:
+            continue
+        if case not in plans:
+            figures.add(found["block"], f"{case}: planned", float("nan"), "GiB", note="the planner was not done")
+            continue
+        planned = plans[case]["allocated"] / GIB
+        apart = planned / found["value"] - 1
+        figures.add(found["block"], f"{case}: planned, allocated", planned, "GiB")
+        figures.add(found["block"], f"{case}: planned over measured", apart, "relative", ABOVE if bars else None)
+        figures.add(found["block"], f"{case}: planned under measured", -apart, "relative", BELOW if bars else None)
+
+
+def write_table(figures: list[dict[str, Any]]) -> str:
+    """All figures for people to read, block by block."""
+    names = [f"{found['block']}: {found['name']}" for found in figures]
+    width = max(map(len, names), default=0)
+    lines = []
+    for name, found in zip(names, figures, strict=True):
+        value = "-" if found["value"] is None else f"{found['value']:.4g}"
+        bar = "" if found["bar"] is None else f"bar {found['bar']:g} {'ok' if found['ok'] else 'MISSED'}"
+        lines.append(f"{name:<{width}}  {value:>10} {found['unit']:<9} {bar} {found.get('note', '')}".rstrip())
+    return "\n".join(lines)

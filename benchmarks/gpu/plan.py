@@ -1,0 +1,62 @@
+"""What the package plans of a card for each case, worked out on the CPU while the card is at work.
+
+Steps are rehearsed with fake tensors, which takes a core for half a minute or more; the card does not wait for it.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.bench import REAL, SMALL, Scale
+from benchmarks.gpu.cases import CHOSEN, SHIPPED, Case, build_job, planned
+
+
+def plan_all(folder: Path, path: Path, scale: Scale) -> None:
+    """Write `{case: plan}` to `path`, anew with every case."""
+    plans: dict[str, Any] = {}
+    for case in planned(scale):
+        plans[case.name] = plan_case(folder, case, scale)
+        if case is SHIPPED:
+            plans[CHOSEN] = plan_choice(folder, scale)
+        half = path.with_name(f"{path.name}.half")
+        half.write_text(json.dumps(plans))
+        os.replace(half, path)
+
+
+def plan_case(folder: Path, case: Case, scale: Scale) -> dict[str, float]:
+    """Bytes at the peak of a step (`allocated`), and with what CUDA takes for itself (`peak`)."""
+    from ray_vlm.data.rows import load_preparer
+    from ray_vlm.models.memory import CUDA_CONTEXT
+    from ray_vlm.train.fit import heaviest_rows, predict
+    from ray_vlm.train.prepare import prepare
+
+    prepared = prepare(build_job(folder, case, scale))
+    rows = heaviest_rows(prepared.job, prepared.plan, prepared.train)
+    found = predict(prepared.job, prepared.train, rows, load_preparer(prepared.spec))
+    own = (CUDA_CONTEXT + found.parts.get("fragmentation", 0.0)) if prepared.job.cluster.gpus_per_worker else 0.0
+    return {"peak": found.peak, "allocated": found.peak - own}
+
+
+def plan_choice(folder: Path, scale: Scale) -> dict[str, Any]:
+    """What `train.memory: auto` makes of the shipped job: `micro`, `recompute`, and the plan of that."""
+    from ray_vlm.data.rows import load_preparer
+    from ray_vlm.train.fit import fit
+    from ray_vlm.train.prepare import prepare
+
+    job = build_job(folder, SHIPPED, scale, global_batch_size=16)
+    prepared = prepare(job)
+    fitted, _ = fit(prepared.job, prepared.train, load_preparer(prepared.spec))
+    chosen = {"micro": fitted.train.micro_batch_size, "recompute": fitted.train.gradient_checkpointing}
+    return chosen | plan_case(folder, dataclasses.replace(SHIPPED, **chosen), scale)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="for configurations and rows")
+    parser.add_argument("--output", type=Path, required=True, help="the file of plans")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes")
+    args = parser.parse_args()
+    plan_all(args.folder, args.output, SMALL if args.rehearse else REAL)

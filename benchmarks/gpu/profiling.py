@@ -1,0 +1,69 @@
+"""Where the time of a step goes, and that of an image encoder whose windows are attended to one by one."""
+
+import time
+from typing import Any
+
+from benchmarks.arms import Arm
+from benchmarks.gpu.bench import QWEN2_5, QWEN3, Bench
+from benchmarks.gpu.cases import SHIPPED, build_job
+from benchmarks.gpu.events import Seen, kernels_of
+from benchmarks.gpu.shapes import write_shape
+from benchmarks.stock import device_of, our_trainer
+from ray_vlm.models.resident import keep_resident
+
+
+def profile(bench: Bench) -> None:
+    """One micro-batch of the shipped job, then one image through each encoder alone."""
+    job = build_job(bench.folder, SHIPPED, bench.scale)
+    keep_resident(job.model, True, device_of(job), bench.base(QWEN3))
+    arm = Arm(our_trainer, job, [range(SHIPPED.micro)])
+    arm.step()
+    write_seen(bench, "a micro-batch of SFT", arm.step)
+    del arm
+    bench.clean_up()
+    for model in (QWEN2_5, QWEN3):
+        encode = build_encoder(bench, model)
+        write_seen(bench, f"an image through the encoder of {model.rpartition('/')[2]}", encode)
+
+
+def write_seen(bench: Bench, name: str, call: Any) -> None:
+    """Write seconds, and the shares of kinds of kernels in the time that the host takes."""
+    bench.synchronize()
+    started = time.perf_counter()
+    call()
+    bench.synchronize()
+    seconds = time.perf_counter() - started
+    seen: Seen = kernels_of(call, bench.scale.device)
+    bench.add(f"{name}: time", 1000 * seconds, "ms")
+    bench.add(f"{name}: launches", seen.launches, "")
+    bench.add(f"{name}: waits for the device", seen.waits, "")
+    for kind, took in sorted(seen.kinds.items(), key=lambda item: -item[1]):
+        bench.add(f"{name}: {kind}", took / seconds, "of time")
+    bench.add(
+        f"{name}: the card idles", max(0.0, 1 - seen.busy_s / seconds), "of time", note="; ".join(seen.names)[:300]
+    )
+
+
+def build_encoder(bench: Bench, model: str) -> Any:
+    """A function that sends one image through the image encoder of a base, random weights, nothing else loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(write_shape(bench.folder, model, bench.scale))
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    kind = type(whole.get_encoder(modality="image"))
+    with torch.device(bench.scale.device):
+        encoder = kind._from_config(config.vision_config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    encoder = encoder.to(torch.bfloat16)
+    side = bench.scale.side * config.vision_config.spatial_merge_size
+    values = encoder.patch_embed.proj.weight[0].numel()
+    patches = torch.randn(side * side, values, device=bench.scale.device, dtype=torch.bfloat16)
+    grid = torch.tensor([[1, side, side]], device=bench.scale.device)
+
+    def encode() -> Any:
+        with torch.no_grad():
+            return encoder(patches, grid_thw=grid)
+
+    encode()
+    return encode

@@ -1,0 +1,151 @@
+"""GRPO's answers: how long a token takes, in this package's loop, in stock TRL's `generate`, and in what could be.
+
+Bases with random weights never say an end token, so every answer has all its tokens.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.arms import Arm
+from benchmarks.gpu.bench import QWEN3, Bench
+from benchmarks.gpu.cases import Case, build_job
+from benchmarks.gpu.events import kernels_of
+from benchmarks.stock import device_of, our_trainer, stock_trainer
+from ray_vlm.models.resident import keep_resident
+
+GROUP = 8  # answers to a prompt
+PROMPT = 1100  # tokens before the one that a decoding step writes, on the card
+
+
+def rollouts(bench: Bench) -> None:
+    """Sampling of a step's answers, then a single decoding step as it is and as it might be."""
+    for sequences in bench.scale.rollouts:
+        sample(bench, sequences)
+    decode(bench)
+
+
+def sample(bench: Bench, sequences: int) -> None:
+    """Time the sampling of so many answers, eight to a prompt, by both sides in turn."""
+    group = min(GROUP, sequences)
+    case = Case(f"{sequences} answers", QWEN3, "grpo", group, length=bench.scale.sampled)
+    prompts = sequences // group
+    job = build_job(bench.folder, case, bench.scale, prompts)
+    keep_resident(job.model, True, device_of(job), bench.base(QWEN3))
+    arms = {"ours": Arm(our_trainer, job, [range(prompts)]), "TRL, generate": Arm(stock_trainer, job, [range(prompts)])}
+    taken: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(1 if sequences > GROUP else max(1, bench.scale.pairs - 1)):  # the constructor has warmed up
+        for name, arm in arms.items():
+            bench.synchronize()
+            started = time.perf_counter()
+            arm.draw()
+            bench.synchronize()
+            taken[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(times) for name, times in taken.items()}
+    for name, seconds in medians.items():
+        bench.add(f"{case.name}: {name}, a token", 1000 * seconds / bench.scale.sampled, "ms")
+        bench.add(f"{case.name}: {name}", sequences * bench.scale.sampled / seconds, "tokens/s")
+    bench.add(f"{case.name}: TRL's time over ours", medians["TRL, generate"] / medians["ours"], "x")
+    arms.clear()
+    bench.clean_up()
+
+
+def decode(bench: Bench) -> None:
+    """One token of eight sequences through the language model with its adapter: launches, and what dequantised weights
+    and a CUDA graph would make of it."""
+    import torch
+
+    step = build_step(bench, GROUP)
+    with torch.no_grad(), torch.autocast(bench.scale.device.partition(":")[0], torch.bfloat16):
+        seconds = bench.seconds(step, repeats=5, warm=2)
+        bench.add("a decoding step: as it is", 1000 * seconds, "ms")
+        found = kernels_of(step, bench.scale.device)
+        bench.add("a decoding step: launches", found.launches, "")
+        bench.add("a decoding step: share of the time that the card works", found.busy_s / seconds, "")
+        graphed(bench, step, "a decoding step: as a CUDA graph")
+        with bfloat16_weights(bench.base(QWEN3)):
+            bench.add("a decoding step: bfloat16 weights", 1000 * bench.seconds(step, repeats=5, warm=2), "ms")
+            graphed(bench, step, "a decoding step: bfloat16 weights, as a CUDA graph")
+
+
+def build_step(bench: Bench, sequences: int) -> Any:
+    """A function that writes one token of each sequence behind a prompt, into a cache of fixed size."""
+    import torch
+    from transformers import StaticCache
+
+    base, device = bench.base(QWEN3), bench.scale.device
+    decoder, text = base.get_decoder(), base.config.get_text_config()
+    length = 16 if bench.scale.rehearse else PROMPT
+    cache = StaticCache(config=text, max_cache_len=length + 8)
+    given = torch.randn(sequences, length, text.hidden_size, device=device, dtype=torch.bfloat16)
+    positions = torch.arange(length, device=device).expand(3, sequences, length)
+    with torch.no_grad():
+        decoder(inputs_embeds=given, position_ids=positions, past_key_values=cache, use_cache=True)
+    mask = torch.ones(sequences, 1, 1, length + 8, dtype=torch.bool, device=device)
+    mask[..., length + 1 :] = False
+    new, place = given[:, -1:], positions[..., -1:] + 1
+
+    def step() -> Any:
+        hidden = decoder(
+            inputs_embeds=new, position_ids=place, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        for layer in cache.layers:  # the next call writes the same place again
+            if hasattr(layer, "cumulative_length"):
+                rewind(layer, length)
+        return base.get_output_embeddings()(hidden)
+
+    return step
+
+
+def rewind(layer: Any, length: int) -> None:
+    """Let a layer of a static cache write behind `length` tokens again."""
+    kept = layer.cumulative_length
+    if hasattr(kept, "fill_"):
+        kept.fill_(length)
+    else:
+        layer.cumulative_length = length
+
+
+def graphed(bench: Bench, step: Any, name: str) -> None:
+    """Time the step as one CUDA graph; a CPU has none, and runs the step as it is."""
+    import torch
+
+    if bench.scale.rehearse:
+        bench.add(name, 1000 * bench.seconds(step, repeats=1), "ms", note="a CPU has no graphs: as it is")
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:  # something in the step asks the device for a value
+        if "CUDA error" in str(error):
+            raise
+        bench.add(name, float("nan"), "ms", note=f"cannot be captured: {str(error).splitlines()[0][:120]}")
+        return
+    bench.add(name, 1000 * bench.seconds(graph.replay, repeats=10, warm=2), "ms")
+
+
+@contextmanager
+def bfloat16_weights(base: Any) -> Iterator[None]:
+    """While the body runs, 4-bit layers multiply by weights that were dequantised once."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from torch.nn.functional import linear
+
+    layers = [module for module in base.modules() if type(module).__name__ == "Linear4bit"]
+    try:
+        for layer in layers:
+            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
+            layer.forward = lambda x, weight=weight, bias=layer.bias: linear(x.to(weight.dtype), weight, bias)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

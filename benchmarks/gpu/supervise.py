@@ -1,0 +1,185 @@
+"""Blocks run one after another in a process of their own, which is watched: a block that fails, hangs or takes the
+process with it costs its own figures and no others.
+
+The parent imports nothing heavy. The child writes a line into `events` when a block begins and when it ends; the parent
+kills a child whose block is over its limit and does not stop by itself, and starts another one for the blocks that are
+left. After an error of CUDA the child leaves by itself, since nothing on the card can be trusted after one.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.blocks import Block
+from benchmarks.gpu.figure_file import FigureFile
+
+GRACE_S = 8.0  # for a block to stop by itself once its time is over
+_LOOK_S = 0.1
+_TAINTED = 3  # exit code of a child that leaves because the card's state is unknown
+
+
+class TimeOver(BaseException):
+    """A block's time is over. No `Exception`: a library that catches those must not catch this."""
+
+
+class Refused(Exception):
+    """A block cannot run here; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """A file of lines `{"block", "what": "begin" | "end", "reason"}` from the child to its parent."""
+
+    path: Path
+
+    def write(self, block: str, what: str, reason: str | None = None) -> None:
+        """Add a line; `reason`: why a block failed."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"block": block, "what": what, "reason": reason}) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def run_children(
+    blocks: Sequence[Block],
+    start: Callable[[Sequence[str]], subprocess.Popen],
+    events: Events,
+    figures: FigureFile,
+    whole_s: float,
+) -> bool:
+    """Run the blocks in children; returns whether all ended as planned. `start(names)` starts a child for blocks."""
+    end, left, whole = time.monotonic() + whole_s, list(blocks), True
+    while left:
+        if time.monotonic() >= end:
+            for block in left:
+                figures.fail(block.name, f"not begun: the {whole_s:g} s of all blocks were over")
+            return False
+        child = start([block.name for block in left])
+        seen = _follow(child, left, events, end)
+        done = 0
+        for block in left:
+            reason = seen.get(block.name, "")
+            if reason == "":
+                break
+            done += 1
+            if reason is not None:
+                whole = False
+                figures.fail(block.name, reason)
+            if reason is not None and block.must:
+                for other in left[done:]:
+                    figures.fail(other.name, f"not begun: block {block.name} failed")
+                return False
+        if done == 0:  # a child that cannot even begin will not do better the next time
+            for block in left:
+                figures.fail(block.name, f"not begun: the process ended with exit code {child.returncode}")
+            return False
+        # `must` blocks prepare a process, so the next one has them again.
+        left = left[done:]
+        if left:
+            left = [block for block in blocks if block.must and block not in left] + left
+    return whole
+
+
+def _follow(child: subprocess.Popen, blocks: Sequence[Block], events: Events, end: float) -> dict[str, str | None]:
+    """Wait for the child; of each block that it began: None, or why it failed."""
+    limits = {block.name: block.limit_s for block in blocks}
+    first, seen, current, since = len(events.read()), {}, None, time.monotonic()
+    number = first
+    while True:
+        over = child.poll() is not None
+        for event in events.read()[number:]:
+            number += 1
+            if event["what"] == "begin":
+                current, since = event["block"], time.monotonic()
+            else:
+                seen[event["block"]], current = event["reason"], None
+        if over:
+            break
+        late = current is not None and time.monotonic() > since + limits[current] + GRACE_S
+        if late or time.monotonic() > end + GRACE_S:
+            child.kill()
+            child.wait()
+            if current is not None:
+                seen[current] = f"ended after {time.monotonic() - since:.0f} s: it hung in its {limits[current]:g} s"
+            return seen
+        time.sleep(_LOOK_S)
+    if current is not None:
+        seen[current] = f"its process ended with exit code {child.returncode}"
+    return seen
+
+
+def run_blocks(blocks: Sequence[Block], bench: Any, events: Events, end: float) -> int:
+    """Run the blocks in this process, which is the child; returns the exit code. `end`: on `time.monotonic`'s clock."""
+    for block in blocks:
+        events.write(block.name, "begin")
+        reason, tainted = _run_block(block, bench, min(block.limit_s, end - time.monotonic()))
+        bench.clean_up()
+        events.write(block.name, "end", reason)
+        print(f"[{block.name}] {'done' if reason is None else reason}", flush=True)
+        if tainted:
+            return _TAINTED
+        if reason is not None and block.must:
+            return 1
+    return 0
+
+
+def _run_block(block: Block, bench: Any, limit_s: float) -> tuple[str | None, bool]:
+    """Why the block failed, if it did, and whether the card's state is unknown since."""
+    if absent := [name for name in block.needs if importlib.util.find_spec(name) is None]:
+        return (
+            f"not run: {', '.join(absent)} cannot be imported here (`python -m benchmarks.gpu.carry` packs it)",
+            False,
+        )
+    if limit_s <= 1:
+        return "not begun: the time of all blocks was over", False
+    try:
+        module, _, function = block.call.partition(":")
+        with _time_limit(limit_s):
+            getattr(importlib.import_module(module), function)(bench.of_block(block.name))
+    except TimeOver:
+        return f"ended after its {limit_s:.0f} s", False
+    except Refused as error:
+        return f"not run: {error}", False
+    except Exception as error:  # whatever a block meets, the others run
+        traceback.print_exc()
+        first = (str(error).splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first[:200]}", "CUDA error" in str(error)
+    return None, False
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeOver` in the body after so many seconds; a call that does not come back to Python is not ended."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise TimeOver
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def start_child(arguments: Sequence[str]) -> subprocess.Popen:
+    """This program again, with other arguments, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments], env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )

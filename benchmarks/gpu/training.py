@@ -1,0 +1,169 @@
+"""Training steps of this package beside stock TRL's on the same rows: time, tokens, MFU, memory, gradients.
+
+A step is one micro-batch forward and backward and the optimizer. Ours is measured for memory before TRL's trainer is
+there, then the two take steps in turn. TRL is as it comes but for what decides which step it is: the same rows, the
+same answers of GRPO, nothing cut off, the same activation checkpointing.
+"""
+
+import dataclasses
+import statistics
+import time
+from dataclasses import dataclass
+
+from benchmarks.arms import Arm
+from benchmarks.gpu.bench import CAP_GIB, GIB, Bench
+from benchmarks.gpu.cases import CHOSEN, LARGER, OTHER, PAIRS, SHIPPED, Case, build_job, groups, injected_answers
+from benchmarks.gpu.figure_file import ALLOCATED
+from benchmarks.gpu.supervise import Refused
+from benchmarks.stock import device_of, our_trainer, stock_trainer
+from ray_vlm.models.operations import OperationCounter
+from ray_vlm.models.resident import keep_resident
+from ray_vlm.runs.compute import find_peak
+
+
+def sft(bench: Bench) -> None:
+    """The shipped job, eight rows at a time, and what `train.memory: auto` chooses."""
+    compare(bench, SHIPPED)
+    compare(bench, LARGER)
+    chosen = bench.plan(CHOSEN, wait_s=40)
+    if chosen is None:
+        raise Refused("the planner has not said within 40 s what train.memory=auto chooses")
+    options = {"micro": chosen["micro"], "recompute": chosen["recompute"]}
+    compare(bench, dataclasses.replace(SHIPPED, name=CHOSEN, **options))
+
+
+def grpo(bench: Bench) -> None:
+    """The training phase of a group of answers, which both sides are given."""
+    for case in groups(bench.scale):
+        compare(bench, case)
+
+
+def dpo(bench: Bench) -> None:
+    """Two pairs, the reference asked in every step."""
+    compare(bench, PAIRS)
+
+
+def qwen2_5(bench: Bench) -> None:
+    """The other family's SFT."""
+    compare(bench, OTHER)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a side does in a step: seconds, tokens through the language model, model FLOPs."""
+
+    seconds: float
+    tokens: int
+    flops: float
+
+
+def compare(bench: Bench, case: Case) -> None:
+    """Write the figures of a case: ours, stock TRL's, and how they relate. A side that does not fit is said so."""
+    import torch
+
+    job = build_job(bench.folder, case, bench.scale)
+    keep_resident(job.model, True, device_of(job), bench.base(case.model))
+    rows = [[0]] if case.method == "grpo" else [range(case.micro)]
+    answers = injected_answers(case) if case.method == "grpo" else ()
+    sides: dict[str, Arm] = {}
+    for name, build in (("ours", our_trainer), ("TRL", stock_trainer)):
+        try:
+            bench.clean_up()
+            arm = Arm(build, job, rows, answers)
+            take_step(bench, arm)  # kernels are chosen and buffers made
+            if name == "ours":
+                write_memory(bench, case, arm)
+            sides[name] = arm
+        except torch.OutOfMemoryError as error:
+            bar = 1 if name == "ours" else None
+            note = str(error).splitlines()[0][:150]
+            bench.add(f"{case.name}: {name} fits into {CAP_GIB:g} GiB", 0, "", bar, most=False, note=note)
+    paces: dict[str, list[Pace]] = {name: [] for name in sides}
+    for _ in range(bench.scale.pairs):
+        for name, arm in sides.items():
+            paces[name].append(take_step(bench, arm))
+    medians = {name: median(taken) for name, taken in paces.items()}
+    write_paces(bench, case, medians)
+    if len(sides) == 2:
+        mine, theirs = medians["ours"], medians["TRL"]
+        bench.add(f"{case.name}: step, TRL's time over ours", theirs.seconds / mine.seconds, "x")
+        bench.add(f"{case.name}: model FLOPs, TRL's over ours", theirs.flops / mine.flops, "x")
+        write_gradients(bench, case, sides["ours"], sides["TRL"])
+    sides.clear()
+    bench.clean_up()
+
+
+def take_step(bench: Bench, arm: Arm) -> Pace:
+    """One step of a side."""
+    counter = counter_of(arm)
+    counter.take()
+    bench.synchronize()
+    started = time.perf_counter()
+    arm.step()
+    arm.learn()
+    bench.synchronize()
+    seconds = time.perf_counter() - started
+    work, flops = counter.take()
+    return Pace(seconds, work.tokens, flops)
+
+
+def counter_of(arm: Arm) -> OperationCounter:
+    """What counts the operations of a side: our trainer has one, TRL's is given one."""
+    if not hasattr(arm.trainer, "operations"):
+        arm.trainer.operations = OperationCounter(arm.trainer.model)
+    return arm.trainer.operations
+
+
+def median(paces: list[Pace]) -> Pace:
+    """The median time; what is counted is the same in each step."""
+    return Pace(statistics.median(pace.seconds for pace in paces), paces[0].tokens, paces[0].flops)
+
+
+def write_paces(bench: Bench, case: Case, paces: dict[str, Pace]) -> None:
+    """Write seconds, tokens and MFU of each side."""
+    import torch
+
+    peak = None if bench.scale.rehearse else find_peak(torch.cuda.get_device_name(0))
+    for name, pace in paces.items():
+        bench.add(f"{case.name}: {name}, step", pace.seconds, "s")
+        bench.add(f"{case.name}: {name}, tokens", pace.tokens / pace.seconds, "tokens/s")
+        bench.add(f"{case.name}: {name}, model FLOPs", pace.flops / pace.seconds / 1e12, "TFLOP/s")
+        if peak is not None:
+            bench.add(f"{case.name}: {name}, MFU", pace.flops / pace.seconds / (peak * 1e12), "of peak")
+
+
+def write_memory(bench: Bench, case: Case, arm: Arm) -> None:
+    """Write what a step of ours takes; the parent compares it with the plan."""
+    import torch
+
+    if bench.scale.rehearse:
+        model = arm.trainer.model
+        learns = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+        whole = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+        allocated = float(arm.peak() + whole + 2 * learns)
+    else:
+        allocated = float(torch.cuda.max_memory_allocated())
+        free, total = torch.cuda.mem_get_info()
+        bench.add(f"{case.name}: ours, reserved at the peak", torch.cuda.max_memory_reserved() / GIB, "GiB", CAP_GIB)
+        bench.add(f"{case.name}: ours, of the card in use", (total - free) / GIB, "GiB", CAP_GIB)
+    bench.add(f"{case.name}{ALLOCATED}", allocated / GIB, "GiB", CAP_GIB)
+
+
+def write_gradients(bench: Bench, case: Case, ours: Arm, stock: Arm) -> None:
+    """Write how far apart the gradients of both sides are, all of them as one vector, from equal weights.
+
+    Both sides have learned since; so the step is taken again with the weights of one.
+    """
+    import torch
+
+    mine, theirs = (dict(arm.trainer.model.named_parameters()) for arm in (ours, stock))
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            if parameter.requires_grad:
+                parameter.copy_(theirs[name])
+    ours.step()
+    stock.step()
+    one, other = ours.gradients(), stock.gradients()
+    apart = sum(float((one[name].float() - g.float()).square().sum()) for name, g in other.items()) ** 0.5
+    whole = sum(float(g.float().square().sum()) for g in other.values()) ** 0.5
+    bench.add(f"{case.name}: gradients apart, bfloat16", apart / max(whole, 1e-30), "relative", 0.2)
