@@ -75,6 +75,8 @@ def write_plans(figures: FigureFile, plans: dict[str, dict[str, Any]], bars: boo
 
 def write_table(figures: list[dict[str, Any]]) -> str:
     """All figures for people to read, block by block."""
+    blocks = list(dict.fromkeys(found["block"] for found in figures))
+    figures = sorted(figures, key=lambda found: blocks.index(found["block"]))
     names = [f"{found['block']}: {found['name']}" for found in figures]
     width = max(map(len, names), default=0)
     lines = []
