@@ -1,9 +1,12 @@
 # Needs Python 3.11 or newer and make; everything else is set up in .venv on first use.
+# `make test-versions` needs two more interpreters; it sets up .venv-oldest and .venv-newest, about 6 GB each.
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.11
+PYTHON_NEWEST ?= python3.13
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo demo-all test test-all lint docs clean
+.PHONY: demo demo-all test test-all test-versions test-oldest test-newest lint docs clean
 
 demo: $(READY)
 	$(BIN)/ray-vlm demo
@@ -16,6 +19,12 @@ test: $(READY) lint
 
 test-all: $(READY) lint
 	$(BIN)/python -m pytest
+
+# The tests that tests/versions.txt names, with the lowest versions that pyproject.toml allows and with the newest.
+test-versions: test-oldest test-newest
+
+test-oldest test-newest: test-%: .venv-%/.ready
+	sed 's/ *#.*//; /^$$/d' tests/versions.txt | xargs .venv-$*/bin/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,5 +43,21 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(call set_up_end,oldest,$(PYTHON_OLDEST),PYTHON_OLDEST,constraints-oldest.txt)
+
+.venv-newest/.ready: pyproject.toml constraints.txt
+	$(call set_up_end,newest,$(PYTHON_NEWEST),PYTHON_NEWEST,constraints.txt)
+
+# An environment of one end: its name, its interpreter, the variable that sets that, its versions.
+define set_up_end
+@$(2) -c 'import venv' 2>/dev/null || { echo "$(2) cannot be run; name another by $(3)=/path/to/python"; exit 1; }
+@echo "setting up .venv-$(1) with $(2) (a few minutes: torch is large)"
+@test -x .venv-$(1)/bin/pip || $(2) -m venv --clear .venv-$(1)
+@.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+@.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(4) -e . pytest pytest-timeout
+@touch .venv-$(1)/.ready
+endef
+
 clean:
-	rm -rf .venv outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -16,7 +16,7 @@ from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows
 from ray_vlm.methods.head import score_labelled
 from ray_vlm.methods.rollout import Completion
-from ray_vlm.models.backbone import recompute_first
+from ray_vlm.models.backbone import recompute, recompute_first
 from ray_vlm.models.packing import Folding
 from ray_vlm.models.tower import run_frozen_tower_plainly
 from ray_vlm.train.feed import feed_trainer
@@ -64,7 +64,7 @@ def arguments(job: JobConfig) -> dict[str, Any]:
 def checkpointed(trainer: Any) -> Any:
     """The trainer, its model recomputing activations if its options say so, as `train` would have it."""
     if trainer.args.gradient_checkpointing:
-        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        recompute(trainer.model, {"use_reentrant": False})
     if trainer.args.bf16:  # under autocast, as a trainer puts its model when it begins to train
         trainer.model = trainer.accelerator.prepare_model(trainer.model)
     trainer.model.train()

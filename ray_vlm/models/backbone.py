@@ -40,17 +40,29 @@ def language_layers(base: Any) -> list[Any]:
     return list((decoder.model if hasattr(decoder, "lm_head") else decoder).layers)
 
 
+def _checkpointing_word(model: Any) -> str:
+    """transformers 5.23 renamed `gradient_checkpointing_enable` and its argument to `activation_...`."""
+    return "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+
+
+def recompute(model: Any, options: dict[str, Any] | None) -> None:
+    """Turn activation checkpointing on; `options` are those of `torch.utils.checkpoint.checkpoint`."""
+    word = _checkpointing_word(model)
+    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": options})
+
+
 def recompute_first(model: Any, count: int) -> None:
     """Where activation checkpointing is turned on, let only the first `count` layers of the language model recompute.
 
     What learns of the image encoder recomputes as before.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    enable = model.activation_checkpointing_enable
+    name = f"{_checkpointing_word(model)}_checkpointing_enable"
+    enable = getattr(model, name)
 
     def enable_first(*args: Any, **kwargs: Any) -> None:
         enable(*args, **kwargs)
         for layer in language_layers(base)[count:]:
             layer.gradient_checkpointing = False
 
-    model.activation_checkpointing_enable = enable_first
+    setattr(model, name, enable_first)

@@ -12,6 +12,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
 from ray_vlm.methods import METHODS
+from ray_vlm.models.backbone import recompute
 from ray_vlm.train.attempt import Place
 from ray_vlm.train.fit import Probe
 
@@ -80,8 +81,7 @@ def _no_trace(trainer: Any, place: Place) -> Iterator[None]:
     model, args = trainer.model, trainer.args
     was_training = model.training
     if args.gradient_checkpointing:
-        kwargs = dict(args.gradient_checkpointing_kwargs or {})
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None)
+        recompute(model, dict(args.gradient_checkpointing_kwargs or {}) or None)
     model.train()
     devices = [place.device] if place.device.startswith("cuda") else []
     try:
