@@ -2,7 +2,9 @@
 
 import gc
 import json
+import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,8 +25,8 @@ class Scale:
     """How large everything is.
 
     `side`: image tokens along a side. `groups`: GRPO's answers and tokens of each. `rollouts`: sequences sampled at
-    once; `sampled`: tokens of each. `lengths`: tokens of a tree whose attention is timed. `matrix`: rows of a product;
-    `copied`: bytes of a copy. `pairs`: timed steps of each side.
+    once; `sampled`: tokens of each. `lengths`: tokens of a tree whose attention is timed, multiples of 128. `matrix`:
+    rows of a product; `copied`: bytes of a copy. `pairs`: timed steps of each side.
     """
 
     rehearse: bool
@@ -33,7 +35,7 @@ class Scale:
     groups: tuple[tuple[int, int], ...] = ((8, 128), (8, 512), (16, 512), (16, 1024))
     rollouts: tuple[int, ...] = (8, 64)
     sampled: int = 48
-    lengths: tuple[int, ...] = (2114, 5186, 9282, 17474)
+    lengths: tuple[int, ...] = (2176, 5248, 9344, 17536)
     matrix: int = 8192
     copied: int = 4 * GIB
     pairs: int = 3
@@ -52,7 +54,7 @@ SMALL = Scale(
     groups=((4, 8), (8, 16)),
     rollouts=(4, 8),
     sampled=6,
-    lengths=(96, 160),
+    lengths=(128, 256),
     matrix=256,
     copied=2**20,
     pairs=1,
@@ -69,11 +71,17 @@ class Bench:
     plans: Path
     block: str = ""
     bases: dict[str, Any] = field(default_factory=dict)
+    end: float = math.inf
 
-    def of_block(self, name: str) -> "Bench":
-        """The same, for figures of this block."""
-        self.block = name
+    def of_block(self, name: str, limit_s: float) -> "Bench":
+        """The same, for figures of this block, which has so many seconds."""
+        self.block, self.end = name, time.monotonic() + limit_s
         return self
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the block is ended."""
+        return self.end - time.monotonic()
 
     def add(
         self, name: str, value: float, unit: str, bar: float | None = None, most: bool = True, note: str = ""
@@ -92,7 +100,10 @@ class Bench:
         if model not in self.bases:
             self.bases.clear()
             self.clean_up()
+            started = time.monotonic()
             self.bases[model] = build_base(self.folder, model, self.scale)
+            self.synchronize()
+            self.add(f"{model.rpartition('/')[2]} built and quantised", time.monotonic() - started, "s")
         return self.bases[model]
 
     def synchronize(self) -> None:
@@ -117,10 +128,12 @@ class Bench:
 
     def clean_up(self) -> None:
         """Free what earlier work left: trainers are reference cycles, which only the collector frees."""
+        gc.collect()
+        if "torch" not in sys.modules or self.scale.rehearse:
+            return
         import torch
 
-        gc.collect()
-        if torch.cuda.is_available() and not self.scale.rehearse:
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 

@@ -1,15 +1,13 @@
 """Is there a card that the figures mean something on, and how fast are its products and copies?"""
 
-import time
-
-from benchmarks.gpu.bench import CAP_GIB, GIB, QWEN3, Bench, require_memory
+from benchmarks.gpu.bench import CAP_GIB, GIB, Bench, require_memory
 from benchmarks.gpu.supervise import Refused
 
 OLDEST = (8, 0)  # Ampere; older ones emulate bfloat16
 
 
 def inspect_card(bench: Bench) -> None:
-    """Refuse what cannot be measured on, cap the memory, write the ceilings, and build the first base."""
+    """Refuse what cannot be measured on, cap the memory, and write the ceilings."""
     import torch
 
     if bench.scale.rehearse:
@@ -31,10 +29,6 @@ def inspect_card(bench: Bench) -> None:
     product, copy = measure_ceilings(bench)
     bench.add("product of bfloat16 matrices", product / 1e12, "TFLOP/s")
     bench.add("copy on the device, read and written", copy / 1e9, "GB/s")
-    started = time.perf_counter()
-    bench.base(QWEN3)
-    bench.synchronize()
-    bench.add("first base built and quantised", time.perf_counter() - started, "s")
 
 
 def check_card() -> None:

@@ -4,7 +4,7 @@ A tree is a beginning and its answers, as `methods/forward.py` lays out a group 
 the beginning and in its own answer. Shapes of Qwen3-VL-8B: 32 heads over 8 of keys and values, 128 wide.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -35,7 +35,7 @@ def trees(bench: Bench, length: int, flexible: bool) -> None:
 
     def write(name: str, call: Callable[[], Any]) -> None:
         try:
-            seconds = bench.seconds(lambda: backward(call, q), repeats=3, warm=1)
+            seconds = bench.seconds(lambda: backward(call, (q, k, v)), repeats=3, warm=1)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             if "CUDA error" in str(error):
                 raise
@@ -46,13 +46,17 @@ def trees(bench: Bench, length: int, flexible: bool) -> None:
         bench.add(f"tree of {length}: {name}, needed operations", operations / seconds / 1e12, "TFLOP/s")
 
     attend = torch.nn.functional.scaled_dot_product_attention
-    write("mask, as torch chooses", lambda: attend(q, k, v, attn_mask=mask, enable_gqa=True))
-    seen = kernels_of(lambda: attend(q, k, v, attn_mask=mask, enable_gqa=True), bench.scale.device)
+
+    def masked() -> Any:  # as transformers has it, which repeats keys and values where there is a mask
+        keys, values = (part.repeat_interleave(HEADS // SHARED, dim=1) for part in (k, v))
+        return attend(q, keys, values, attn_mask=mask)
+
+    write("mask, as torch chooses", masked)
+    seen = kernels_of(masked, bench.scale.device)
     bench.add(f"tree of {length}: kernels of a mask", seen.launches, "", note="; ".join(seen.names)[:300])
     for kernel in () if bench.scale.rehearse else KERNELS:
         with chosen(kernel):
-            keys, values = (part.repeat_interleave(HEADS // SHARED, dim=1) for part in (k, v))
-            write(f"mask, {kernel}", lambda keys=keys, values=values: attend(q, keys, values, attn_mask=mask))
+            write(f"mask, {kernel}", masked)
     write("causal, no mask", lambda: attend(q, k, v, is_causal=True, enable_gqa=True))
     if flexible:
         attend_in_blocks(bench, length, (q, k, v), mask, write)
@@ -64,8 +68,10 @@ def build_tree(bench: Bench, length: int) -> tuple[Any, Any, Any, Any]:
     import torch
 
     device = bench.scale.device
-    q = torch.randn(1, HEADS, length, WIDTH, device=device, dtype=torch.bfloat16, requires_grad=True)
-    k, v = (torch.randn(1, SHARED, length, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2))
+    q, k, v = (
+        torch.randn(1, heads, length, WIDTH, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (HEADS, SHARED, SHARED)
+    )
     branch = branches(length, device)
     earlier = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     mask = earlier & ((branch[None] == 0) | (branch[None] == branch[:, None]))
@@ -100,15 +106,17 @@ def attend_in_blocks(
     attend = torch.compile(flex_attention, dynamic=False) if on_card else flex_attention
     with torch.no_grad():
         dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        apart = (attend(q.detach(), k, v, block_mask=blocks, enable_gqa=True) - dense).abs().max()
+        q0, k0, v0 = (part.detach() for part in parts)  # a CPU has no backward of it
+        apart = (attend(q0, k0, v0, block_mask=blocks, enable_gqa=True) - dense).abs().max()
     bench.check(f"tree of {length}: FlexAttention against a mask, largest difference", float(apart), "", 0.05)
-    if on_card:  # a CPU has no backward of it
+    if on_card:
         write("FlexAttention", lambda: attend(q, k, v, block_mask=blocks, enable_gqa=True))
 
 
-def backward(call: Callable[[], Any], q: Any) -> None:
-    """Forward and backward of a call to the queries."""
-    q.grad = None
+def backward(call: Callable[[], Any], parts: Sequence[Any]) -> None:
+    """Forward and backward of a call to queries, keys and values."""
+    for part in parts:
+        part.grad = None
     call().sum().backward()
 
 
@@ -159,5 +167,9 @@ def odd_lengths(bench: Bench) -> None:
     length = 64 + (128 if bench.scale.rehearse else 2048)
     q, k, v, mask = build_tree(bench, length)
     attend = torch.nn.functional.scaled_dot_product_attention
-    backward(lambda: attend(q, k, v, attn_mask=mask, enable_gqa=True), q)
+
+    def masked() -> Any:
+        return attend(q, *(part.repeat_interleave(HEADS // SHARED, dim=1) for part in (k, v)), attn_mask=mask)
+
+    backward(masked, (q, k, v))
     bench.check("gradients that are no numbers, 64 over 128", int((~q.grad.isfinite()).sum()), "", 0)

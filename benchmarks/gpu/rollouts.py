@@ -53,8 +53,8 @@ def sample(bench: Bench, sequences: int) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """One token of eight sequences through the language model with its adapter: launches, and what dequantised weights
-    and a CUDA graph would make of it."""
+    """One token of eight sequences through the language model without an adapter: launches, and what dequantised
+    weights and a CUDA graph would make of it."""
     import torch
 
     step = build_step(bench, GROUP)

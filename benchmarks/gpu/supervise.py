@@ -128,13 +128,13 @@ def run_blocks(blocks: Sequence[Block], bench: Any, events: Events, end: float) 
     for block in blocks:
         events.write(block.name, "begin")
         reason, tainted = _run_block(block, bench, min(block.limit_s, end - time.monotonic()))
-        bench.clean_up()
         events.write(block.name, "end", reason)
         print(f"[{block.name}] {'done' if reason is None else reason}", flush=True)
         if tainted:
             return _TAINTED
         if reason is not None and block.must:
             return 1
+        bench.clean_up()
     return 0
 
 
@@ -150,7 +150,7 @@ def _run_block(block: Block, bench: Any, limit_s: float) -> tuple[str | None, bo
     try:
         module, _, function = block.call.partition(":")
         with _time_limit(limit_s):
-            getattr(importlib.import_module(module), function)(bench.of_block(block.name))
+            getattr(importlib.import_module(module), function)(bench.of_block(block.name, limit_s))
     except TimeOver:
         return f"ended after its {limit_s:.0f} s", False
     except Refused as error:

@@ -18,7 +18,7 @@ class FakeBench:
     def __init__(self, figures: FigureFile):
         self.figures, self.block = figures, ""
 
-    def of_block(self, name: str) -> "FakeBench":
+    def of_block(self, name: str, limit_s: float) -> "FakeBench":
         self.block = name
         return self
 
