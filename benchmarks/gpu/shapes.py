@@ -52,6 +52,7 @@ def build_base(folder: Path, model: str, scale: Scale) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    from ray_vlm.demo.tiny import build_tokenizer
     from ray_vlm.models.families import FAMILIES
     from ray_vlm.models.load import keep_4bit_differentiable
 
@@ -63,8 +64,8 @@ def build_base(folder: Path, model: str, scale: Scale) -> Any:
     quantise_layers(base, FAMILIES[FAMILY_OF[model]].linear["language"], scale.device)
     keep_4bit_differentiable(base)
     base.eval()
-    base.generation_config.eos_token_id = config.text_config.eos_token_id
-    base.generation_config.pad_token_id = config.text_config.pad_token_id
+    ids = build_tokenizer().convert_tokens_to_ids
+    base.generation_config.eos_token_id, base.generation_config.pad_token_id = ids(["<|im_end|>", "<|endoftext|>"])
     return base
 
 
