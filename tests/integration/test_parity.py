@@ -14,7 +14,6 @@ from benchmarks.parity import BARS, compare_with_stock, make_method_job
 from ray_vlm.config.schema import JobConfig
 from tests.conftest import FAMILIES
 
-
 CASES = [*product(FAMILIES, [("sft", 0.0), ("dpo", 0.5), ("grpo", 0.04)]), (FAMILIES[0], ("grpo", 0.0))]
 
 
@@ -30,7 +29,7 @@ def test_equals_stock_trl_in_float64(
 
 def test_equals_stock_trl_in_float32(tmp_path: Path, tiny_models: dict[str, str]) -> None:
     job, _ = make_method_job(tmp_path, tiny_models["qwen3_vl"], "dpo", 0.5)
-    loss, gradients = compare_with_stock(job, 3, dtype=torch.float32)
+    loss, gradients = compare_with_stock(job, 6, dtype=torch.float32)
     assert loss <= BARS[torch.float32]
     assert gradients <= BARS[torch.float32]
 
