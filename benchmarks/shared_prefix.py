@@ -6,7 +6,8 @@ image; completions injected where no rollout is measured. TRL is tuned (`max_len
 `batch_rebalance` with lengths too); "patched" has in addition the frozen tower without autograd and a head that scores
 trained tokens alone; "default" draws SFT's rows at random and collates in the trainer's process (`max_length` stays
 None there too: 1,024 would cut answers off, and it would be another step). Arms alternate and learn: a ratio is the
-median of pairs, and counts only if log-probabilities, gradients and the losses of all steps agree. Tokens through the
+median of pairs, and counts only if log-probabilities, gradients and the losses of all steps agree as far as float32
+lets them (`EXACT`; that the two sides compute one function is shown in float64, by `parity`). Tokens through the
 language model and patches through the tower are counted by hooks. What the same step takes at the size of real models
 is computed (`benchmarks/real_size.py`).
 """
@@ -27,7 +28,9 @@ from benchmarks.real_size import computed
 from benchmarks.stock import our_trainer, patched_trainer, stock_trainer
 from ray_vlm.config.schema import JobConfig
 
-EXACT, CURVE = 1e-5, 1e-4
+# EXACT is about rounding, which depends on the machine: 3.4e-6 on an Intel Xeon; `parity` saw 1.8 times as much on an
+# AMD EPYC as on that, so 1e-5 left too little room.
+EXACT, CURVE = 3e-5, 1e-4
 CURVES = 20  # steps of `--full`
 BARS: dict[str, tuple[float, float]] = {  # Qwen3-VL, Qwen2.5-VL
     "grpo, C=16": (5.0, 6.0),

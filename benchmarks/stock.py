@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from benchmarks.precision import arithmetic, only
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.methods import METHODS
@@ -71,27 +74,31 @@ def checkpointed(trainer: Any) -> Any:
     return trainer
 
 
-def one_step(trainer: Any, batch: Any, away: bool = False) -> Step:
+def one_step(trainer: Any, batch: Any, away: bool = False, dtype: torch.dtype = torch.float32) -> Step:
     """Loss and gradients of one step's forward and backward through the trainer's own code; `away`: the weights first
-    move off the reference."""
-    import torch
-
+    move off the reference. `dtype`: float64 converts the model, and raises `AssertionError` if the step, which must be
+    in `arithmetic(dtype)`, uses a narrower number."""
+    trainer.model.to(dtype)
     if away:
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
                 if ".default." in name and "lora_B" in name:
                     parameter.mul_(1.5)
     trainer.current_gradient_accumulation_steps = 1
-    samples, num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-    loss = float(trainer.training_step(trainer.model, samples[0], num_items))
+    with only(dtype):
+        samples, num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+        loss = float(trainer.training_step(trainer.model, samples[0], num_items))
     parameters = trainer.model.named_parameters()
     return {"loss": loss, "grads": {n: p.grad.clone() for n, p in parameters if p.grad is not None}}
 
 
-def our_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> Step:
-    """Ours, on the first `rows` records of the job."""
-    trainer, (batch,) = our_trainer(job, [range(rows)], answers)
-    return one_step(trainer, batch, away=job.method.name != "sft")
+def our_step(
+    job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = (), dtype: torch.dtype = torch.float32
+) -> Step:
+    """Ours, on the first `rows` records of the job, in float32 or float64."""
+    with arithmetic(dtype):
+        trainer, (batch,) = our_trainer(job, [range(rows)], answers)
+        return one_step(trainer, batch, job.method.name != "sft", dtype)
 
 
 def our_trainer(
@@ -127,10 +134,13 @@ def _injected(ids: Sequence[int]) -> Completion:
     return Completion(list(ids), [0.0] * len(ids), True)
 
 
-def stock_step(job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = ()) -> Step:
-    """Stock TRL's, on the same rows."""
-    trainer, (batch,) = stock_trainer(job, [range(rows)], answers)
-    return one_step(trainer, batch, away=job.method.name != "sft")
+def stock_step(
+    job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = (), dtype: torch.dtype = torch.float32
+) -> Step:
+    """Stock TRL's, on the same rows, in float32 or float64."""
+    with arithmetic(dtype):
+        trainer, (batch,) = stock_trainer(job, [range(rows)], answers)
+        return one_step(trainer, batch, job.method.name != "sft", dtype)
 
 
 def stock_trainer(

@@ -1,11 +1,16 @@
-"""Shared beginnings are exact: hidden states and gradients of both families, in both paddings, and nothing leaks."""
+"""Shared beginnings are exact: hidden states and gradients of both families, in both paddings, and nothing leaks.
 
+In float64, where another order of summation is about 1e-14 and a fault is not hidden in it.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.precision import arithmetic, only
 from ray_vlm.config.schema import Lora, Model, Task
 from ray_vlm.data.collate import collate, read_pixels
 from ray_vlm.data.records import PromptRecord
@@ -18,7 +23,14 @@ from ray_vlm.models.lora import lora_config
 from ray_vlm.models.packing import Folding
 from tests.conftest import QWEN
 
+EXACT = 1e-9  # absolute for hidden states of about 1, relative for gradients
 ANSWERS = [[300, 301], [300, 302, 303, 304], [310], [300, 301, 305]]
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    with arithmetic(torch.float64):
+        yield
 
 
 def _model(folder: str) -> Any:
@@ -31,7 +43,7 @@ def _model(folder: str) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    return model
+    return model.to(torch.float64)
 
 
 def _rows(folder: str, tmp_path: Any) -> tuple[Any, list[Row]]:
@@ -57,10 +69,24 @@ def _rows(folder: str, tmp_path: Any) -> tuple[Any, list[Row]]:
 def _hidden(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Hidden states of the tokens that are there, and gradients of a number made from them."""
     model.zero_grad()
-    hidden = model.get_base_model().base_model(**batch, use_cache=False).last_hidden_state
-    kept = hidden[batch["attention_mask"].bool()]
-    (kept * torch.linspace(-1, 1, kept.numel()).reshape(kept.shape)).sum().backward()
+    with only(torch.float64):
+        hidden = model.get_base_model().base_model(**batch, use_cache=False).last_hidden_state
+        kept = hidden[batch["attention_mask"].bool()]
+        (kept * torch.linspace(-1, 1, kept.numel()).reshape(kept.shape)).sum().backward()
     return kept.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert float((found - expected).abs().max()) < EXACT
+
+
+def _assert_gradients_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    scale = max(float(g.norm()) for g in expected.values())
+    assert scale > 0
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        limit = EXACT * max(float(gradient.norm()), 1e-2 * scale)
+        assert float((found[name] - gradient).norm()) < limit, name
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -79,11 +105,8 @@ def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], t
     shared, shared_gradients = _hidden(model, batch)
     assert seen[0][0] == 2, "two trees"
     assert seen[0].numel() < 0.5 * batch["input_ids"].numel()
-    scale = max(float(g.norm()) for g in plain_gradients.values())
-    assert float((shared - plain).abs().max()) < 1e-5
-    assert plain_gradients.keys() == shared_gradients.keys()
-    for name, gradient in plain_gradients.items():
-        assert float((shared_gradients[name] - gradient).norm()) < 1e-5 * max(float(gradient.norm()), 1e-2 * scale)
+    _assert_equal(shared, plain)
+    _assert_gradients_equal(shared_gradients, plain_gradients)
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -91,7 +114,7 @@ def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], t
 def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str], tmp_path: Any) -> None:
     """Rows of one and of two images and of none, long and short, in fewer rows than they are."""
     preparer, rows = _rows(tiny_models[family], tmp_path)
-    long = Row(np.arange(20, 400, dtype=np.int64), np.zeros(380, np.int64), ())
+    long = Row(np.arange(20, 220, dtype=np.int64), np.zeros(200, np.int64), ())
     short = [Row(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (5, 30, 31)]
     batch = collate([rows[0], short[0], rows[4], long, short[1], rows[1], short[2], rows[5]], preparer)
     batch.pop("labels", None)
@@ -104,10 +127,8 @@ def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str],
     fold_rows(model, Folding(share=share, pack=True))
     packed, packed_gradients = _hidden(model, batch)
     assert seen[0].numel() < (0.4 if share else 0.8) * batch["input_ids"].numel()
-    scale = max(float(g.norm()) for g in plain_gradients.values())
-    assert float((packed - plain).abs().max()) < 1e-5
-    for name, gradient in plain_gradients.items():
-        assert float((packed_gradients[name] - gradient).norm()) < 1e-5 * max(float(gradient.norm()), 1e-2 * scale)
+    _assert_equal(packed, plain)
+    _assert_gradients_equal(packed_gradients, plain_gradients)
 
 
 def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> None:
@@ -120,7 +141,7 @@ def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> 
     before, _ = _hidden(model, batch)
     batch["input_ids"][2, 0] += 7
     after, _ = _hidden(model, batch)
-    changed = ((after - before).abs().amax(dim=1) > 1e-6).nonzero()[:, 0].tolist()
+    changed = ((after - before).abs().amax(dim=1) > EXACT).nonzero()[:, 0].tolist()
     assert changed == list(range(80, 100)), "the row itself, and neither of those beside it"
 
 
@@ -134,7 +155,7 @@ def test_an_answer_changes_no_other(tiny_models: dict[str, str], tmp_path: Any) 
     counts = batch["attention_mask"].sum(dim=1).tolist()
     batch["input_ids"][1, counts[1] - 1] += 7
     after, _ = _hidden(model, batch)
-    changed = ((after - before).abs().amax(dim=1) > 1e-6).nonzero()[:, 0].tolist()
+    changed = ((after - before).abs().amax(dim=1) > EXACT).nonzero()[:, 0].tolist()
     assert changed == [counts[0] + counts[1] - 1]
 
 
@@ -168,10 +189,8 @@ def test_images_that_rows_share_are_there_once(
     fold_rows(model, folding)
     found, gradients = _hidden(model, once)
     assert patches == [len(once["pixel_values"] if folding.share else copied["pixel_values"])]
-    scale = max(float(g.norm()) for g in plain_gradients.values())
-    assert float((found - plain).abs().max()) < 1e-5
-    for name, gradient in plain_gradients.items():
-        assert float((gradients[name] - gradient).norm()) < 1e-5 * max(float(gradient.norm()), 1e-2 * scale)
+    _assert_equal(found, plain)
+    _assert_gradients_equal(gradients, plain_gradients)
 
 
 def test_images_that_differ_by_a_pixel_are_not_shared(tiny_models: dict[str, str], tmp_path: Any) -> None:
@@ -188,7 +207,7 @@ def test_images_that_differ_by_a_pixel_are_not_shared(tiny_models: dict[str, str
     fold_rows(model, Folding(share=True))
     found, _ = _hidden(model, batch)
     assert patches == [len(batch["pixel_values"]) * 2 // 3], "the first image twice as one, the other for itself"
-    assert float((found - plain).abs().max()) < 1e-5
+    _assert_equal(found, plain)
 
 
 def test_an_answer_without_tokens(tiny_models: dict[str, str], tmp_path: Any) -> None:
@@ -201,4 +220,4 @@ def test_an_answer_without_tokens(tiny_models: dict[str, str], tmp_path: Any) ->
     plain, _ = _hidden(model, batch)
     fold_rows(model, Folding(share=True, pack=True))
     found, _ = _hidden(model, batch)
-    assert float((found - plain).abs().max()) < 1e-5
+    _assert_equal(found, plain)
