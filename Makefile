@@ -5,6 +5,8 @@ PYTHON_OLDEST ?= python3.11
 PYTHON_NEWEST ?= python3.13
 BIN := .venv/bin
 READY := .venv/.ready
+# Two processes share the tests out; all that need a Ray cluster stay in one of them (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo demo-all test test-all test-versions test-oldest test-newest lint docs clean
 
@@ -15,10 +17,10 @@ demo-all: $(READY)
 	$(BIN)/ray-vlm demo --all
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY) lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The tests that tests/versions.txt names, with the lowest versions that pyproject.toml allows and with the newest.
 test-versions: test-oldest test-newest

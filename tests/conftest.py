@@ -6,14 +6,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+
+from tests.support.jobs import write_job
+from tests.support.quick import compile_templates_once, freeze_imports
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wait for one another's cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")  # whose code paths differ most
 QWEN = (*FAMILIES, "qwen2_vl")
+ROOMS = ("cluster", "integration", "unit")  # in the order of what their tests take; all others come last
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    compile_templates_once()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests stay together, where pytest-xdist shares them out, and begin with what takes longest.
+
+    Those of a file share what its fixtures made. All that start a Ray cluster are one group, so that there is one
+    cluster, and that tests which look for Ray's processes find their own.
+    """
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("cluster"):
+            return 0
+        room = item.path.relative_to(here).parts[0]
+        return ROOMS.index(room) if room in ROOMS else len(ROOMS)
+
+    here = Path(__file__).parent
+    items.sort(key=place)
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "cluster" if item.get_closest_marker("cluster") else str(item.path.relative_to(here))
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_runtest_setup() -> None:
+    freeze_imports()
 
 
 @pytest.fixture(scope="session")
@@ -41,20 +75,7 @@ def job_file(tmp_path: Path, scenes: Path, tiny_models: dict[str, str]) -> Any:
     """A function that writes a small job and returns its path; keyword sections are merged over the defaults."""
 
     def write(family: str = "qwen3_vl", **sections: Any) -> Path:
-        job: dict[str, Any] = {
-            "model": {"name": tiny_models[family], "load_in_4bit": False},
-            "lora": {"rank": 4, "alpha": 8},
-            "data": {"train": {"path": str(scenes / "train.json")}},
-            "train": {"global_batch_size": 8, "micro_batch_size": 4, "max_steps": 3, "bf16": False},
-            "cluster": {"num_workers": 0},
-            "run": {"name": "run", "output_dir": str(tmp_path / "runs")},
-        }
-        job["train"] |= {"gradient_checkpointing": False, "learning_rate": 1e-3}
-        for name, values in sections.items():
-            job[name] = {**job.get(name, {}), **values} if isinstance(values, dict) else values
-        path = tmp_path / "job.yaml"
-        path.write_text(yaml.safe_dump(job))
-        return path
+        return write_job(tmp_path, scenes, tiny_models[family], **sections)
 
     return write
 

@@ -5,8 +5,9 @@ autoescape). Reads what evaluations and runs wrote and nothing else.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.evaluate.intervals import measure_differences
@@ -14,6 +15,9 @@ from ray_vlm.evaluate.pictures import Stage, choose_images, draw_picture
 from ray_vlm.runs.curves import learning_curve
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.read import is_number
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _TITLES = {
     "f1_50": "F1 at IoU 0.5",
@@ -81,11 +85,16 @@ def write_report(
 
 def render(template: str, folder: Path | None = None, **values: Any) -> str:
     """A page of this folder's templates, or of another one's that build on them; every value is escaped."""
+    return _environment(folder).get_template(template).render(**values)
+
+
+@cache
+def _environment(folder: Path | None) -> "Environment":
+    """Keeps what it compiled, which takes longer than to fill it in."""
     from jinja2 import Environment, FileSystemLoader
 
     folders = [Path(__file__).parent, *([folder] if folder else [])]
-    environment = Environment(loader=FileSystemLoader(folders), autoescape=True)
-    return environment.get_template(template).render(**values)
+    return Environment(loader=FileSystemLoader(folders), autoescape=True)
 
 
 def _headlines(stages: Sequence[Stage], changes: Mapping[str, Any]) -> list[dict[str, Any]]:

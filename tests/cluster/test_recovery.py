@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.recovery import kill_process
+from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import current_lines, read_metrics
@@ -119,10 +120,12 @@ def test_failures_beyond_the_budget_end_the_run_with_the_cause(ray_cluster, smal
     assert [step for step, _, _ in _steps(paths)] == list(range(1, 11))
 
 
-def test_a_killed_driver_and_a_torn_snapshot(small: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_and_a_torn_snapshot(ray_cluster, small: Path, tmp_path: Path) -> None:
+    """The driver with a Ray of its own; the next one on another cluster."""
     paths = RunPaths(tmp_path / "runs" / "run")
-    command = [sys.executable, "-m", "ray_vlm", "train", str(small), "--resume", "cluster.num_workers=1"]
-    driver = subprocess.Popen([*command, "train.max_steps=2000"], cwd=ROOT, start_new_session=True)
+    words = ["train", str(small), "--resume", "cluster.num_workers=1"]
+    command = [sys.executable, "-m", "ray_vlm", *words, "train.max_steps=2000"]
+    driver = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     _at_step(paths, 5, lambda: os.kill(driver.pid, signal.SIGKILL)).join()
     assert driver.wait(timeout=10) == -signal.SIGKILL
     assert json.loads(paths.run.read_text())["status"] == "running"
@@ -130,8 +133,7 @@ def test_a_killed_driver_and_a_torn_snapshot(small: Path, tmp_path: Path) -> Non
     snapshot.mkdir(parents=True, exist_ok=True)
     (snapshot / "checkpoint_manager_snapshot.json").write_text("")
     reached = max(step for step, _, _ in _steps(paths))
-    done = subprocess.run([*command, f"train.max_steps={reached + 3}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert main([*words, f"train.max_steps={reached + 3}"]) == 0
     assert [step for step, _, _ in _steps(paths)] == list(range(1, reached + 4))
     assert [a.get("from_step") for a in json.loads(paths.run.read_text())["attempts"]][1] >= 3
     assert not (paths.root / ".ray").exists()

@@ -132,12 +132,13 @@ def test_the_reference_is_asked_once_and_never_served_stale(dpo_job, tmp_path: P
     kept = sorted(p.name for p in (tmp_path / "runs" / ".reference").glob("*.npy"))
     assert len(kept) == 1
     capsys.readouterr()
-    _train(path, "run.name=again", "train.learning_rate=1e-4", "method.beta=0.3", "lora.rank=8")
+    once = "train.max_steps=1"
+    _train(path, "run.name=again", once, "train.learning_rate=1e-4", "method.beta=0.3", "lora.rank=8")
     assert "are known" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "runs" / ".reference").glob("*.npy")) == kept
     adapter = f"model.adapter={known.root / 'final'}"
     for number, change in enumerate((adapter, "data.max_pixels=30000", "model.load_in_4bit=true", "data.eval=0.3"), 2):
-        _train(path, f"run.name=changed_{number}", change)
+        _train(path, f"run.name=changed_{number}", once, change)
         assert len(list((tmp_path / "runs" / ".reference").glob("*.npy"))) == number
 
 
@@ -286,7 +287,7 @@ def test_pairs_of_other_image_sizes_are_refused(dpo_job) -> None:
         prepare(job)
 
 
-@pytest.mark.parametrize("precompute", [True, False])
+@pytest.mark.parametrize("precompute", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_parts_of_a_given_adapter_stay_frozen_through_the_reference(dpo_job, tmp_path: Path, precompute: bool) -> None:
     from safetensors.torch import load_file
 

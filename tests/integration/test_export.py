@@ -1,6 +1,7 @@
 """Exports load without this package and say what the run's own weights say; what cannot be exported is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,29 @@ import yaml
 
 from ray_vlm.cli import main
 from ray_vlm.models.export import TOLERANCE, compare, merge
+from tests.conftest import FAMILIES
+from tests.support.jobs import write_job
+from tests.support.twins import slow_but
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
-
-def _train(job_file: Any, scenes: Path, tmp_path: Path, family: str = "qwen3_vl", **sections: Any) -> Path:
+def _train(folder: Path, scenes: Path, model: str, /, **sections: Any) -> Path:
     data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")}
     lora = {"target": ["language", "connector", "vision"]}
     train = {"learning_rate": 1e-2} | sections.pop("train", {})
-    path = job_file(family, data=data, lora=lora, train=train, **sections)
-    assert main(["train", str(path)]) == 0
-    return tmp_path / "runs" / "run"
+    assert main(["train", str(write_job(folder, scenes, model, data=data, lora=lora, train=train, **sections))]) == 0
+    return folder / "runs" / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, scenes: Path, tiny_models: dict[str, str]) -> Path:
+    """A run in full precision."""
+    return _train(tmp_path_factory.mktemp("trained"), scenes, tiny_models["qwen3_vl"])
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(trained, tmp_path / "runs" / "run")
 
 
 def _batch(run: Path) -> dict[str, Any]:
@@ -31,14 +44,14 @@ def _batch(run: Path) -> dict[str, Any]:
     return check_batches(job, str(run / "final"), "cpu")[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["qwen3_vl"], FAMILIES))
 def test_a_merged_model_says_what_base_and_adapter_say(
-    family: str, job_file: Any, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    family: str, tiny_models: dict[str, str], scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    run = _train(job_file, scenes, tmp_path, family, model={"load_in_4bit": True})
+    run = _train(tmp_path, scenes, tiny_models[family], model={"load_in_4bit": True})
     assert main(["export", str(run), "--merged"]) == 0
     assert "no logit differs" in capsys.readouterr().out
     folder, batch = run / "export" / "merged", _batch(run)
@@ -53,10 +66,9 @@ def test_a_merged_model_says_what_base_and_adapter_say(
     assert json.loads((folder / "preprocessing.json").read_text())["task"]["name"] == "detection"
 
 
-def test_an_adapter_goes_with_a_card_that_tells_what_it_is(job_file: Any, scenes: Path, tmp_path: Path) -> None:
-    run = _train(job_file, scenes, tmp_path)
+def test_an_adapter_goes_with_a_card_that_tells_what_it_is(trained: Path, run: Path, scenes: Path) -> None:
     words = ["--adapter", str(run / "final"), "evaluate.max_new_tokens=6"]
-    assert main(["evaluate", str(tmp_path / "job.yaml"), *words]) == 0
+    assert main(["evaluate", str(trained.parents[1] / "job.yaml"), *words]) == 0
     assert main(["export", str(run)]) == 0
     folder = run / "export" / "adapter"
     assert (folder / "adapter_model.safetensors").read_bytes() == (run / "final/adapter_model.safetensors").read_bytes()
@@ -69,8 +81,8 @@ def test_an_adapter_goes_with_a_card_that_tells_what_it_is(job_file: Any, scenes
     assert str(scenes) not in card, "folders of the machine are nobody's business"
 
 
-def test_bfloat16_is_within_its_own_rounding(job_file: Any, scenes: Path, tmp_path: Path) -> None:
-    run = _train(job_file, scenes, tmp_path, train={"bf16": True})
+def test_bfloat16_is_within_its_own_rounding(scenes: Path, tmp_path: Path, tiny_models: dict[str, str]) -> None:
+    run = _train(tmp_path, scenes, tiny_models["qwen3_vl"], train={"bf16": True})
     from ray_vlm.config.load import load_resolved
 
     job = load_resolved(json.loads((run / "resolved.json").read_text()))
@@ -79,9 +91,8 @@ def test_bfloat16_is_within_its_own_rounding(job_file: Any, scenes: Path, tmp_pa
 
 
 def test_what_cannot_be_exported_is_refused(
-    job_file: Any, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run: Path, scenes: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = _train(job_file, scenes, tmp_path)
     refusals: list[tuple[list[str], str]] = [
         (["--weights", "best"], "has no best"),
         (["--output", str(scenes)], "something is there already"),

@@ -1,9 +1,13 @@
 """Shared beginnings are exact: hidden states and gradients of both families, in both paddings, and nothing leaks.
 
+<<<<<<< HEAD
 In float64, where another order of summation is about 1e-14 and a fault is not hidden in it.
 """
 
 from collections.abc import Iterator
+=======
+import itertools
+>>>>>>> fasttests
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
 from ray_vlm.models.packing import Folding
 from tests.conftest import QWEN
+from tests.support.twins import slow_but
 
 EXACT = 1e-9  # absolute for hidden states of about 1, relative for gradients
 ANSWERS = [[300, 301], [300, 302, 303, 304], [310], [300, 301, 305]]
@@ -89,8 +94,13 @@ def _assert_gradients_equal(found: dict[str, torch.Tensor], expected: dict[str, 
         assert float((found[name] - gradient).norm()) < limit, name
 
 
-@pytest.mark.parametrize("family", QWEN)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("family", "side"),
+    slow_but(
+        [("qwen3_vl", "left"), ("qwen2_5_vl", "right"), ("qwen2_vl", "left")],
+        itertools.product(QWEN, ["left", "right"]),
+    ),
+)
 def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], tmp_path: Any) -> None:
     preparer, rows = _rows(tiny_models[family], tmp_path)
     batch = collate([rows[i] for i in (0, 4, 1, 5, 2, 6, 7, 3)], preparer, side=side)
@@ -109,8 +119,10 @@ def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], t
     _assert_gradients_equal(shared_gradients, plain_gradients)
 
 
-@pytest.mark.parametrize("family", QWEN)
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(
+    ("family", "share"),
+    slow_but([("qwen3_vl", True), ("qwen2_5_vl", False), ("qwen2_vl", True)], itertools.product(QWEN, [True, False])),
+)
 def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str], tmp_path: Any) -> None:
     """Rows of one and of two images and of none, long and short, in fewer rows than they are."""
     preparer, rows = _rows(tiny_models[family], tmp_path)
@@ -168,8 +180,14 @@ def test_generation_goes_the_plain_way(tiny_models: dict[str, str]) -> None:
     assert torch.equal(model.generate(input_ids=ids, **options), before)
 
 
-@pytest.mark.parametrize("family", QWEN)
-@pytest.mark.parametrize("folding", [Folding(), Folding(share=True), Folding(share=True, pack=True)], ids=str)
+FOLDINGS = [Folding(), Folding(share=True), Folding(share=True, pack=True)]
+
+
+@pytest.mark.parametrize(
+    ("family", "folding"),
+    slow_but([*zip(QWEN, FOLDINGS, strict=True), ("qwen3_vl", FOLDINGS[2])], itertools.product(QWEN, FOLDINGS)),
+    ids=str,
+)
 def test_images_that_rows_share_are_there_once(
     family: str, folding: Folding, tiny_models: dict[str, str], tmp_path: Any
 ) -> None:

@@ -56,12 +56,14 @@ def test_a_killed_evaluation_goes_on_and_makes_no_answer_twice(
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("change", ["evaluate.max_new_tokens=5", "model.load_in_4bit=true", "data.max_pixels=9216"])
-def test_other_inputs_are_answered_anew(job_file, scenes: Path, tmp_path: Path, calls: list, change: str) -> None:
-    job = _job(job_file, scenes)
-    for words, expected in (([], 3), ([], 3), ([change], 6), ([change], 6)):
-        assert main(["evaluate", job, *words, "--output", str(tmp_path / "out")]) == 0
-        assert len(calls) == expected, words
+def test_other_inputs_are_answered_anew(job_file, scenes: Path, tmp_path: Path, calls: list) -> None:
+    """One change after another: each is answered anew, and once."""
+    job, expected = _job(job_file, scenes), 0
+    for change in ([], ["evaluate.max_new_tokens=5"], ["model.load_in_4bit=true"], ["data.max_pixels=9216"]):
+        expected += 3
+        for _ in range(2):
+            assert main(["evaluate", job, *change, "--output", str(tmp_path / "out")]) == 0
+            assert len(calls) == expected, change
 
 
 def test_another_adapter_is_asked_anew_and_a_copy_is_not(job_file, scenes: Path, tmp_path: Path, calls: list) -> None:

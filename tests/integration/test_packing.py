@@ -12,6 +12,8 @@ from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
 from ray_vlm.train.prepare import prepare
+from tests.conftest import FAMILIES
+from tests.support.twins import slow_but
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def _losses(path: Path, *overrides: str) -> tuple[list[tuple[float, float]], Run
     return [(line["loss"], line["grad_norm"]) for line in lines], paths
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", slow_but(["qwen3_vl"], FAMILIES))
 def test_packed_padded_and_budgeted_rows_learn_the_same(family: str, uneven, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray_vlm.methods import forward
 

@@ -16,14 +16,23 @@ from ray_vlm.errors import DataError, RunError
 from ray_vlm.evaluate import generate, predict
 from ray_vlm.evaluate.predictor import Ask, Found
 from ray_vlm.tasks.gui_steps import remember
+from tests.support.jobs import write_job
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, scenes: Path, tiny_models: dict[str, str]) -> Path:
+    """A folder with a job and its run, for tests that change neither."""
+    folder = tmp_path_factory.mktemp("detector")
+    data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")}
+    evaluate = {"max_new_tokens": 12, "batch_size": 5}
+    assert main(["train", str(write_job(folder, scenes, tiny_models["qwen3_vl"], data=data, evaluate=evaluate))]) == 0
+    return folder
 
 
 @pytest.fixture
-def detector(job_file, scenes: Path, tmp_path: Path) -> tuple[Path, Path]:
+def detector(trained: Path, scenes: Path) -> tuple[Path, Path]:
     """A trained run and its test scenes."""
-    data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "test")}
-    assert main(["train", str(job_file(data=data, evaluate={"max_new_tokens": 12, "batch_size": 5}))]) == 0
-    return tmp_path / "runs" / "run", scenes
+    return trained / "runs" / "run", scenes
 
 
 def _predictor(job_file: Any, task: str, **options: Any) -> Predictor:
@@ -43,11 +52,11 @@ def test_an_image_in_any_form_gives_the_same_answer(detector: tuple[Path, Path])
     assert set(found[0].values) == {"boxes", "labels"}
 
 
-def test_prediction_is_what_evaluation_measured(detector: tuple[Path, Path], job_file: Any, tmp_path: Path) -> None:
-    run, scenes = detector
-    job = str(tmp_path / "job.yaml")
-    assert main(["evaluate", job, "--adapter", str(run / "final")]) == 0
-    lines = [json.loads(line) for line in (run / "evaluate/final/predictions.jsonl").open()]
+def test_prediction_is_what_evaluation_measured(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    run, measured = trained / "runs" / "run", tmp_path / "measured"
+    words = ["--adapter", str(run / "final"), "--output", str(measured)]
+    assert main(["evaluate", str(trained / "job.yaml"), *words]) == 0
+    lines = [json.loads(line) for line in (measured / "predictions.jsonl").open()]
     found = Predictor.from_run(str(run)).predict_many([Ask(tuple(line["images"]), {}) for line in lines])
     assert [f.answer for f in found] == [line["answer"] for line in lines]
     out = tmp_path / "found.jsonl"

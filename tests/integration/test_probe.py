@@ -43,7 +43,7 @@ def job_of(job_file, tmp_path: Path, tiny_models: dict[str, str]) -> Any:
     return write
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=pytest.mark.slow), "grpo"])
 def test_a_probe_leaves_no_trace_and_is_told(method: str, job_of, capsys: pytest.CaptureFixture) -> None:
     """With dropout, so random state counts too; and what it took is near what was predicted."""
     path = job_of(method)

@@ -1,6 +1,7 @@
 """Rollouts with a shared prefill: `generate`'s own tokens, the trainer's log-probabilities, the right frequencies."""
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray_vlm.models.families import FAMILIES as KNOWN
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
 from tests.conftest import FAMILIES
+from tests.support.twins import slow_but
 
 # Prompts of different lengths, with images of different sizes (width, height): left padding and positions matter.
 PROMPTS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (
@@ -109,9 +111,13 @@ def _scored(model: Any, row: Row, completion: Completion, preparer: Preparer, te
     return before.log_softmax(-1).gather(1, new[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[1:2] * 2, PROMPTS[:1]], ids=["mixed", "text", "one"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_generate_on_copies(family: str, prompts: Sequence, tiny_models: dict[str, str]) -> None:
+SHOWN = {"mixed": PROMPTS, "text": PROMPTS[1:2] * 2, "one": PROMPTS[:1]}
+QUICK = [("qwen3_vl", "mixed"), ("qwen3_vl", "text"), ("qwen2_5_vl", "mixed"), ("qwen2_5_vl", "one")]
+
+
+@pytest.mark.parametrize(("family", "shown"), slow_but(QUICK, itertools.product(FAMILIES, SHOWN)))
+def test_greedy_equals_generate_on_copies(family: str, shown: str, tiny_models: dict[str, str]) -> None:
+    prompts = SHOWN[shown]
     preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
     rows = _rows(preparer, prompts)
     ours = sample_groups(model, rows, preparer, GREEDY, SEEDS[: len(rows)], "cpu")
@@ -119,8 +125,10 @@ def test_greedy_equals_generate_on_copies(family: str, prompts: Sequence, tiny_m
     assert not any(completion.finished for group in ours for completion in group)
 
 
-@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["fp32", "nf4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "load_in_4bit"),
+    slow_but([("qwen3_vl", True), ("qwen2_5_vl", False)], itertools.product(FAMILIES, [False, True])),
+)
 def test_the_model_in_training_rolls_out_as_generate_does(
     family: str, load_in_4bit: bool, tiny_models: dict[str, str]
 ) -> None:
@@ -154,8 +162,10 @@ def test_a_completion_ends_with_its_end_token(family: str, tiny_models: dict[str
     assert ours[2][0].finished
 
 
-@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "temperature"),
+    slow_but([("qwen3_vl", 0), ("qwen2_5_vl", 0.7)], itertools.product(FAMILIES, [0, 0.7, 1.0])),
+)
 def test_logprobs_are_those_of_the_trainer_s_forward(
     family: str, temperature: float, tiny_models: dict[str, str]
 ) -> None:
@@ -249,8 +259,10 @@ def test_image_tokens_are_never_sampled(temperature: float, tiny_models: dict[st
         assert max(value for completion in group for value in completion.logprobs) < -50  # told, though banned
 
 
-@pytest.mark.parametrize("group_batch", [None, 2, 1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "group_batch"),
+    slow_but([("qwen3_vl", None), ("qwen3_vl", 1), ("qwen2_5_vl", 2)], itertools.product(FAMILIES, [None, 2, 1])),
+)
 def test_each_image_is_encoded_once(family: str, group_batch: int | None, tiny_models: dict[str, str]) -> None:
     preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
     patches, tokens = [], []

@@ -1,6 +1,7 @@
 """Each task from a file to a score, on tiny random models: train, evaluate, and what lies in the run folder."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from PIL import Image
 
 from ray_vlm.cli import main
 from tests.conftest import FAMILIES
+from tests.support.twins import slow_but
 
 
-@pytest.fixture
-def sources(tmp_path: Path) -> dict[str, dict[str, Any]]:
+def _write_sources(tmp_path: Path) -> dict[str, dict[str, Any]]:
     """A small source for each task but detection, with images beside it."""
     rng = np.random.default_rng(0)
     for i in range(24):
@@ -40,11 +41,17 @@ def sources(tmp_path: Path) -> dict[str, dict[str, Any]]:
     return {task: {"path": str(tmp_path / name), "format": kind} for task, (name, kind) in formats.items()}
 
 
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """Sources of the test's own."""
+    return _write_sources(tmp_path)
+
+
 METRIC = {"classification": "accuracy", "gui_steps": "step_success", "chat": "anls"}
+QUICK = [("classification", "qwen3_vl"), ("gui_steps", "qwen2_5_vl"), ("chat", "qwen3_vl")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("task", list(METRIC))
+@pytest.mark.parametrize(("task", "family"), slow_but(QUICK, itertools.product(METRIC, FAMILIES)))
 def test_train_and_evaluate(task: str, family: str, sources, job_file, tmp_path: Path, capsys) -> None:
     data = {"train": sources[task], "eval": 0.25, "test": 0.25}
     sections = {"task": task, "data": data, "evaluate": {"metric": METRIC[task], "max_new_tokens": 8}}
@@ -162,16 +169,15 @@ def test_a_bad_row_does_not_redraw_the_split(sources, job_file, tmp_path: Path) 
     assert bad == 1, "told once"
 
 
-@pytest.mark.parametrize("change", ["seed=1", "data.eval=null", "data.test=0.3", "data.stratify=false"])
-def test_an_adapter_is_never_measured_on_rows_that_it_learned(
-    change: str, sources, job_file, tmp_path: Path, capsys
-) -> None:
+def test_an_adapter_is_never_measured_on_rows_that_it_learned(sources, job_file, tmp_path: Path, capsys) -> None:
     data = {"train": sources["classification"], "eval": 0.25, "test": 0.25}
     path = job_file(task="classification", data=data, evaluate={"max_new_tokens": 4})
     assert main(["train", str(path)]) == 0
     final = str(tmp_path / "runs" / "run" / "final")
-    assert main(["evaluate", str(path), change, "--adapter", final]) == 2
-    assert "otherwise than the training of the adapter" in capsys.readouterr().err
+    for change in ("seed=1", "data.eval=null", "data.test=0.3", "data.stratify=false"):
+        capsys.readouterr()
+        assert main(["evaluate", str(path), change, "--adapter", final]) == 2, change
+        assert "otherwise than the training of the adapter" in capsys.readouterr().err, change
     assert main(["evaluate", str(path), "data.on_bad_row=quarantine", "--adapter", final]) == 0
 
 
@@ -226,6 +232,7 @@ def test_places_in_chat_are_scored_as_they_were_trained(job_file, tmp_path: Path
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_rows_without_images_do_not_stop_two_workers(job_file, tmp_path: Path, ray_cluster) -> None:
     Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
     rows = []

@@ -1,6 +1,7 @@
 """The wheel, installed where no checkout is, has all it needs; the demo runs from it in an empty folder."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -17,12 +18,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
     site = next((folder / "venv" / "lib").glob("python*")) / "site-packages"
     (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     (wheel,) = (folder / "dist").glob("*.whl")
     python = folder / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", str(wheel)], check=True)
     return folder / "venv" / "bin"
 
 
@@ -35,7 +37,9 @@ def test_the_wheel_brings_its_job_weights_and_template(installed: Path, tmp_path
         "print(find_job('demo_sft.yaml'), load_config(job.model).model_type)\n"
         "assert (Path(ray_vlm.__file__).parent / 'evaluate/report.html.j2').is_file()\n"
     )
-    out = subprocess.run([installed / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # or a checkout there would be imported
+    command = [installed / "python", "-c", code]
+    out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert "starter/jobs/demo_sft.yaml qwen3_vl" in out.stdout
 
 

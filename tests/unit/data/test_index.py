@@ -150,10 +150,10 @@ def test_a_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
     import time
 
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    started = time.monotonic()
+    started = time.process_time()  # others may be at work on this machine
     with pytest.raises(ValueError, match=r"400000000 pixels|decompression bomb"):
         read_size(str(tmp_path / "bomb.png"), 50_000_000)
-    assert time.monotonic() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_a_turned_tiff_is_measured_upright(tmp_path: Path) -> None:

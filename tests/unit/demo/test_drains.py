@@ -21,11 +21,19 @@ def _box(row: dict[str, str]) -> list[float]:
     return [float(row[name]) for name in ("x1", "y1", "x2", "y2")]
 
 
-@pytest.fixture(scope="module")
-def drains(tmp_path_factory: pytest.TempPathFactory) -> Path:
+SHIPPED = {"train": 6000, "eval": 160, "test": 1600}
+FEWER = {"train": 1200, "eval": 160, "test": 400}
+
+
+@pytest.fixture(scope="module", params=[FEWER, pytest.param(SHIPPED, marks=pytest.mark.slow)], ids=["fewer", "all"])
+def drains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of photos: a quarter of them and less, or all."""
     folder = tmp_path_factory.mktemp("demo") / "drains"
-    for split in SPLITS:
-        draw_file(str(folder / f"{split}.csv"))
+    for split, number in request.param.items():
+        if number == SPLITS[split].num_images:
+            draw_file(str(folder / f"{split}.csv"))
+        else:
+            draw(folder, split, number)
     return folder
 
 
@@ -39,14 +47,16 @@ def test_photos_repeat_and_splits_and_seeds_differ(tmp_path: Path) -> None:
 
 
 def test_rare_things_are_as_rare_as_said(drains: Path) -> None:
+    assert {split: told.num_images for split, told in SPLITS.items()} == SHIPPED
     rows = _rows(drains / "train.csv")
     classes = Counter(row["object"] for row in rows)
-    assert classes == {label: 180 if label == RARE_CLASS else 1455 for label in SHAPES}
-    assert Counter(row["condition"] for row in rows) == {"blocked": 480, "clear": 5520}
-    for split, (number, rare, blocked) in {"eval": (160, 13, 40), "test": (1600, 128, 400)}.items():
+    rare, other, blocked = {6000: (180, 1455, 480), 1200: (36, 291, 96)}[len(rows)]
+    assert classes == {label: rare if label == RARE_CLASS else other for label in SHAPES}
+    assert Counter(row["condition"] for row in rows) == {"blocked": blocked, "clear": len(rows) - blocked}
+    for split in ("eval", "test"):
         rows = _rows(drains / f"{split}.csv")
-        found = (len(rows), *(sum(w in row.values() for row in rows) for w in (RARE_CLASS, "blocked")))
-        assert found == (number, rare, blocked)
+        found = tuple(sum(w in row.values() for row in rows) for w in (RARE_CLASS, "blocked"))
+        assert found == {160: (13, 40), 1600: (128, 400), 400: (32, 100)}[len(rows)]
 
 
 def test_the_condition_is_independent_of_the_class(drains: Path) -> None:

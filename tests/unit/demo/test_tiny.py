@@ -13,6 +13,6 @@ def test_the_shipped_weights_are_small_and_safe() -> None:
 
 
 def test_the_shipped_base_finds_objects_on_its_own_domain(tmp_path: Path) -> None:
-    scores = measure(Path(resolve_name("tiny")), tmp_path, num_images=128)
+    scores = measure(Path(resolve_name("tiny")), tmp_path, num_images=64)
     assert scores["parse_rate"] >= 0.95
     assert scores["f1_50"] >= 0.80

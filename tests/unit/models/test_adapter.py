@@ -1,5 +1,6 @@
 """A corpus of broken adapters: each is refused with its file and the reason, and none goes on half."""
 
+import copy
 import json
 import os
 import pickle
@@ -27,13 +28,18 @@ class Payload:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tiny_models: dict[str, str]) -> Any:
+    """The base, to be copied: even a refused adapter leaves its marks on it."""
+    return load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), bf16=False)
+
+
+@pytest.fixture(scope="module")
+def whole(base: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of ranks 4 and 2 with B matrices that do something."""
     from peft import get_peft_model
 
     lora = Lora(rank=4, target=["language", "vision"], ranks={"vision": 2})
-    base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), bf16=False)
-    model = get_peft_model(base, lora_config(lora, FAMILIES["qwen3_vl"]))
+    model = get_peft_model(copy.deepcopy(base), lora_config(lora, FAMILIES["qwen3_vl"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -120,14 +126,14 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=range(len(DAMAGES)))
 def test_a_damaged_adapter_is_refused(
-    tmp_path: Path, whole: Path, tiny_models: dict[str, str], damage: Callable[[Path], None], words: str
+    tmp_path: Path, whole: Path, base: Any, tiny_models: dict[str, str], damage: Callable[[Path], None], words: str
 ) -> None:
     spec = Model(name=tiny_models["qwen3_vl"], load_in_4bit=False)
     folder = tmp_path / "best"
     shutil.copytree(whole, folder)
     damage(folder)
     with pytest.raises(ModelError, match=words) as error:
-        load_adapter(load_model(spec, bf16=False), str(folder), spec)
+        load_adapter(copy.deepcopy(base), str(folder), spec)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -75,10 +75,10 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
 
 def test_logging_costs_under_a_millisecond(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path / "m.jsonl", attempt=1)
-    started = time.perf_counter()
+    started = time.process_time()  # others may be at work on this machine
     for step in range(500):
         monitor.write("train", step, 0.1, {"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens_per_s": 9.0})
-    assert (time.perf_counter() - started) / 500 < 1e-3
+    assert (time.process_time() - started) / 500 < 1e-3
 
 
 def test_console_shows_one_line_every_n_steps_and_follows_a_file(tmp_path: Path) -> None:

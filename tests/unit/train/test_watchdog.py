@@ -77,10 +77,10 @@ def test_a_sentence_of_an_earlier_attempt_is_not_taken(tmp_path: Path) -> None:
 
 def test_phases_and_ticks_keep_it_quiet(tmp_path: Path) -> None:
     clock, ended = Clock("cpu"), []
-    with Watchdog(clock, lambda: _at(0, "data", 1, 1), Store(tmp_path), Attempt(1, "t"), 1, 0.4, ended.append):
+    with Watchdog(clock, lambda: _at(0, "data", 1, 1), Store(tmp_path), Attempt(1, "t"), 1, 1.5, ended.append):
         for _ in range(8):
             with clock.phase("forward"):
-                time.sleep(0.1)
+                time.sleep(0.25)
             clock.tick()
     assert not ended
     assert clock.entered["forward"] == 8

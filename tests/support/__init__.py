@@ -1,0 +1,1 @@
+"""What the tests stand on and do not test."""
