@@ -1,13 +1,10 @@
 """Shared beginnings are exact: hidden states and gradients of both families, in both paddings, and nothing leaks.
 
-<<<<<<< HEAD
 In float64, where another order of summation is about 1e-14 and a fault is not hidden in it.
 """
 
-from collections.abc import Iterator
-=======
 import itertools
->>>>>>> fasttests
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
