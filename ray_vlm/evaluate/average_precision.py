@@ -48,6 +48,7 @@ def coco_eval(rows: Sequence[Mapping[str, Any]]) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
         gt.dataset = {
+            "info": {},  # pycocotools 2.0.10 does not do without
             "images": [{"id": i} for i in range(len(rows))],
             "annotations": truth,
             "categories": [{"id": i, "name": label} for label, i in ids.items()],

@@ -19,7 +19,9 @@ from ray_vlm import __version__
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.spec import Row
 from ray_vlm.evaluate.actors import Do, Loaded, Work, do_batches
+from ray_vlm.methods.decoding import decode_greedy
 from ray_vlm.models.dense import dequantised
 from ray_vlm.models.load import resolve_name
 from ray_vlm.runs.monitor import whole_lines
@@ -40,27 +42,41 @@ def generate_answers(
     """The model's answer to each record, in their order. Leaves the model in evaluation mode."""
     import torch
 
-    tokenizer = preparer.tokenizer
     model.eval()
+    tokens_of = _generate if _needs_generate(preparer) else decode_greedy
     answers: list[str] = []
     for start in range(0, len(records), batch_size):
-        part = records[start : start + batch_size]
-        batch = collate([preparer.prompt_row(record) for record in part], preparer, device, side="left")
+        rows = [preparer.prompt_row(record) for record in records[start : start + batch_size]]
         with torch.inference_mode(), dequantised(model):
-            tokens = model.generate(
-                **{k: v for k, v in batch.items() if k != "labels"},
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,  # hub models bring their own; it would punish repeated digits and labels
-                use_cache=True,
-                eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        new = tokens[:, batch["input_ids"].shape[1] :]
-        answers += [preparer.text(ids) for ids in new.tolist()]
+            tokens = tokens_of(model, rows, preparer, max_new_tokens, device)
+        answers += [preparer.text(ids) for ids in tokens]
         if on_progress is not None:
             on_progress(len(answers))
     return answers
+
+
+def _needs_generate(preparer: Preparer) -> bool:
+    """Whether answers come from transformers' `generate`: for families whose caches and masks only it knows, and under
+    ZeRO-3, where all ranks go through the model until the last of them has answered."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return preparer.stock is not None or is_deepspeed_zero3_enabled()
+
+
+def _generate(model: Any, rows: Sequence[Row], preparer: Preparer, max_new_tokens: int, device: str) -> list[list[int]]:
+    """The new tokens of each prompt row by transformers' `generate`, greedy, with what pads them after their end."""
+    tokenizer = preparer.tokenizer
+    batch = collate(rows, preparer, device, side="left")
+    tokens = model.generate(
+        **{k: v for k, v in batch.items() if k != "labels"},
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,  # hub models bring their own; it would punish repeated digits and labels
+        use_cache=True,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokens[:, batch["input_ids"].shape[1] :].tolist()
 
 
 def plan_batches(costs: Sequence[float], batch_size: int) -> tuple[tuple[int, ...], ...]:

@@ -16,11 +16,8 @@ import numpy as np
 from ray_vlm.data.collate import collate, join_pixels
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
-from ray_vlm.methods.kv_cache import make_room
+from ray_vlm.methods.decoding import base_of, decode, end_ids
 from ray_vlm.models.dense import dequantised
-
-# Ended rows leave the batch when no more than this share goes on. To drop each at once would copy the cache too often.
-_KEEP = 0.75
 
 
 @dataclass(frozen=True)
@@ -107,93 +104,31 @@ def _sample_batch(
     """The groups of prompts that run together."""
     import torch
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under PEFT
-    ends = torch.tensor(_end_ids(base, preparer), device=device)
+    base = base_of(model)
     # An answer holds no pixels, and the trainer would look for those of every such token.
     kinds = (getattr(base.config, name, None) for name in ("image_token_id", "video_token_id"))
     never = torch.tensor([preparer.image_token_id, *(token for token in kinds if token is not None)], device=device)
-    pad = preparer.tokenizer.pad_token_id
-    axes = _axes(base)
     given = None if pixels is None else join_pixels([pixels(row) for row in rows])
     batch = collate(rows, preparer, device, side="left", pixels=given)
-    logits, cache, position, mask = _prefill(model, base, batch, sampling.num_generations)
-    draws = torch.from_numpy(uniforms).to(device)
-    if isinstance(sampling.temperature, tuple) and len(sampling.temperature) != sampling.num_generations:
-        raise ValueError(f"{len(sampling.temperature)} temperatures for {sampling.num_generations} completions")
-    heat = torch.tensor(np.resize(sampling.temperature, len(logits)), dtype=torch.float32, device=device)
-    tokens = torch.full(draws.shape, pad, device=device)
-    logprobs = torch.zeros(draws.shape, device=device)
-    rows_left = torch.arange(len(logits), device=device)  # which sequences the batch still holds
-    going = torch.ones(len(logits), dtype=torch.bool, device=device)  # of those, which have not ended
-    token: Any = None
-    for step in range(sampling.max_new_tokens):
-        if step:
-            # Ended rows that are still here go on unmasked: nobody reads what they compute, and without any padding in
-            # the prompts attention then needs no mask at all.
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            out = model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=axes(position + step - 1)[..., None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = out.logits[:, -1]
-        token, logprob = _choose(logits, draws[step, rows_left], heat[rows_left], sampling, never)
-        tokens[step, rows_left], logprobs[step, rows_left] = token, logprob
-        going &= ~torch.isin(token, ends)
-        count = int(going.sum())
-        if count == 0:
-            break
-        if count <= _KEEP * len(going):
-            cache.batch_select_indices(going.nonzero()[:, 0])
-            rows_left, token, position, mask = (values[going] for values in (rows_left, token, position, mask))
-            going = going[going]
-    found = _completions(tokens.T.tolist(), logprobs.T.tolist(), set(ends.tolist()))
     size = sampling.num_generations
+    draws = torch.from_numpy(uniforms).to(device)
+    if isinstance(sampling.temperature, tuple) and len(sampling.temperature) != size:
+        raise ValueError(f"{len(sampling.temperature)} temperatures for {size} completions")
+    heat = torch.tensor(np.resize(sampling.temperature, len(rows) * size), dtype=torch.float32, device=device)
+    logprobs = torch.zeros(draws.shape, device=device)
+
+    def choose_token(logits: Any, step: int, rows_left: Any) -> Any:
+        token, logprob = _choose(logits, draws[step, rows_left], heat[rows_left], sampling, never)
+        logprobs[step, rows_left] = logprob
+        return token
+
+    tokens = decode(model, batch, preparer, sampling.max_new_tokens, choose_token, repeats=size)
+    ends = end_ids(base, preparer)
+    found = [
+        Completion(ids, values[: len(ids)], ids[-1] in ends)
+        for ids, values in zip(tokens, logprobs.T.tolist(), strict=True)
+    ]
     return [found[start : start + size] for start in range(0, len(found), size)]
-
-
-def _prefill(model: Any, base: Any, batch: dict[str, Any], repeats: int) -> tuple[Any, Any, Any, Any]:
-    """One forward of the prompts, and what it leaves repeated for the completions of each.
-
-    Returns logits of the first new token `[sequences, vocabulary]`, the KV cache, the position of the first new token
-    `int64 [sequences]`, and the attention mask `[sequences, tokens]`.
-    """
-    mask = batch["attention_mask"]
-    positions, first = _positions(base, batch)
-    given = {key: value for key, value in batch.items() if key != "mm_token_type_ids" or not _has_axes(base)}
-    out = model(**given, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(repeats)
-    make_room(cache)
-    repeated = (values.repeat_interleave(repeats, dim=0) for values in (first, mask))
-    return out.logits[:, -1].repeat_interleave(repeats, dim=0), cache, *repeated
-
-
-def _has_axes(base: Any) -> bool:
-    """Whether positions have M-RoPE's three axes."""
-    return hasattr(base.base_model, "get_rope_index")
-
-
-def _axes(base: Any) -> Callable[[Any], Any]:
-    """Positions of text `[...]` as the model takes them: all three of M-RoPE's axes are equal there."""
-    return (lambda position: position.expand(3, *position.shape)) if _has_axes(base) else (lambda position: position)
-
-
-def _positions(base: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
-    """Positions of the prompts' tokens, and of the first new one.
-
-    They are given in every call. Those that a model stores for itself (`rope_deltas`) are of the last batch it saw,
-    whoever's that was. Without images `get_rope_index` gives plain positions, counted after the padding.
-    """
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    if not _has_axes(base):
-        return (mask.cumsum(dim=1) - 1).clamp(min=0), mask.sum(dim=1)
-    positions, deltas = base.base_model.get_rope_index(
-        ids, batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"), attention_mask=mask
-    )
-    return positions, mask.sum(dim=1) + deltas[:, 0]
 
 
 def _choose(logits: Any, draws: Any, heat: Any, sampling: Sampling, never: Any) -> tuple[Any, Any]:
@@ -229,17 +164,3 @@ def _truncate(scores: Any, sampling: Sampling) -> Any:
         beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # those before it are enough; the first always stays
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return scores
-
-
-def _end_ids(base: Any, preparer: Preparer) -> list[int]:
-    ends = base.generation_config.eos_token_id or preparer.tokenizer.eos_token_id
-    return list(ends) if isinstance(ends, list | tuple) else [ends]
-
-
-def _completions(tokens: list[list[int]], logprobs: list[list[float]], ends: set[int]) -> list[Completion]:
-    """Each sequence up to its first end token."""
-    found = []
-    for ids, values in zip(tokens, logprobs, strict=True):
-        length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-        found.append(Completion(ids[:length], values[:length], length is not None))
-    return found

@@ -55,6 +55,41 @@ def test_batch_size_changes_no_answer(scenes: Path, tiny_models: dict[str, str])
         assert one == many
 
 
+@pytest.mark.parametrize("name", ["tiny", "qwen3_vl", "qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_answers_are_those_of_generate(
+    name: str, load_in_4bit: bool, scenes: Path, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token for token; the trained model's answers end at different lengths, and so leave the batch."""
+    from ray_vlm.evaluate import generate
+    from ray_vlm.models.load import load_model
+
+    spec = RowSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), Task(), LABELS)
+    index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
+    model, preparer = load_model(spec.model, bf16=False), load_preparer(spec)
+    calls = _count_calls(model.get_decoder(), monkeypatch)
+    found = generate_answers(model, index.records, preparer, len(index.records), 80)
+    rows_at_once, calls[:] = calls[:], []
+    monkeypatch.setattr(generate, "_needs_generate", lambda preparer: True)
+    assert generate_answers(model, index.records, preparer, len(index.records), 80) == found
+    assert set(calls) == {12}
+    assert (rows_at_once[-1] < 12) == (name == "tiny")
+    assert name != "tiny" or len({len(text) for text in found}) > 3
+
+
+def _count_calls(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each call of the language model has, as they come."""
+    calls: list[int] = []
+    forward = decoder.forward
+
+    def counted(*args: Any, **inputs: Any) -> Any:
+        calls.append(len(inputs["inputs_embeds"]))
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(decoder, "forward", counted)
+    return calls
+
+
 def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models: dict[str, str]) -> None:
     from ray_vlm.models.load import load_model
 
