@@ -85,16 +85,18 @@ def losing(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     return [f"data.train={{path: {copy / 'train.json'}}}", "data.eval=null", "data.on_bad_row=quarantine"]
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_worker_and_then_a_killed_controller(
-    ray_cluster, small: Path, tmp_path: Path, losing: list[str]
+    workers: int, ray_cluster, small: Path, tmp_path: Path, losing: list[str]
 ) -> None:
     """Right after a checkpoint, which Ray would have lost; the second time Ray's controller dies, which it never
-    retries. The end is that of the undisturbed run, bit for bit, and so are the rows that both lost."""
-    whole = _train(small, *losing, "run.name=whole")
+    retries. The end is that of the undisturbed run, bit for bit, and so are the rows that both lost. One worker's
+    numbers are those of a run in this process."""
+    whole = _train(small, *losing, "run.name=whole", f"cluster.num_workers={workers if workers > 1 else 0}")
     paths = RunPaths(tmp_path / "runs" / "hurt")
-    _at_step(paths, 4, lambda: kill_process("RayTrainWorker", 1))
+    _at_step(paths, 4, lambda: kill_process("RayTrainWorker", workers - 1))
     _at_step(paths, 8, lambda: kill_process("TrainController"))
-    _train(small, *losing, "run.name=hurt")
+    _train(small, *losing, "run.name=hurt", f"cluster.num_workers={workers}")
     assert _steps(paths) == _steps(whole)
     assert _weights(paths) == _weights(whole)
     lost, undisturbed = (sorted(json.loads(p.run.read_text())["result"]["lost_rows"]) for p in (paths, whole))
