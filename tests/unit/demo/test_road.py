@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ray_vlm.demo.road import PAIRS, road_job
-from ray_vlm.demo.story import _progress, demo_job
+from ray_vlm.demo.story import _END_S, _REPORT_S, _progress, demo_job
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
@@ -26,7 +26,7 @@ def test_jobs_of_the_road_stay_in_its_folder(tmp_path: Path, name: str) -> None:
 def test_every_stage_is_announced_with_what_is_left(capsys) -> None:
     import time
 
-    say = _progress(time.monotonic() - 700.0, whole=True)
+    say = _progress(time.monotonic() - (_END_S[True] - _REPORT_S), whole=True)
     for stage in ("draw scenes", "zero-shot", "fine-tune", "evaluate", "pairs", "DPO", "GRPO", "report"):
         say(stage)
     told = capsys.readouterr().out.split("\n\n")
