@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     demo = verbs.add_parser("demo", help="watch a tiny model learn to find objects; a few minutes on a CPU")
     demo.add_argument("--output-dir", default="outputs", help="where the demo writes (default: outputs)")
-    demo.add_argument("--all", action="store_true", help="then go on with DPO and GRPO; 12 minutes in all")
+    demo.add_argument("--all", action="store_true", help="then go on with DPO and GRPO; 5 minutes in all")
     demo.set_defaults(verb=_demo)
     config = job_verb(verbs, "config", "print the resolved job, every default written out", _config)
     config.add_argument("--dry-run", action="store_true", help="also read the data, plan the run, show trained tokens")

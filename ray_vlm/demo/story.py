@@ -21,9 +21,9 @@ from ray_vlm.runs.paths import write_json
 JOB = "demo_sft.yaml"
 # Seconds into the demo at which each stage starts; only used to say how long is left.
 _STAGES = {"draw scenes": 0.0, "zero-shot": 7.0, "fine-tune": 11.0, "evaluate": 122.0}
-_ROAD = {"pairs": 129.0, "DPO": 185.0, "GRPO": 275.0}
+_ROAD = {"pairs": 130.0, "DPO": 155.0, "GRPO": 184.0}
 _REPORT_S = 5.0
-_END_S = {False: 130.0, True: 470.0}  # with the road or without
+_END_S = {False: 130.0, True: 241.0}  # with the road or without
 
 
 @dataclass(frozen=True)
