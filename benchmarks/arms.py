@@ -151,15 +151,6 @@ class Arm:
         return live.peak
 
 
-def gradients_apart(one: Arm, other: Arm) -> float:
-    """The largest relative difference of a gradient; small ones count as one hundredth of the largest."""
-    mine, theirs = one.gradients(), other.gradients()
-    assert mine.keys() == theirs.keys()
-    scale = max(float(g.norm()) for g in theirs.values())
-    assert scale > 0
-    return max(float((mine[n] - g).norm()) / max(float(g.norm()), 1e-2 * scale) for n, g in theirs.items())
-
-
 def logps_apart(one: Arm, other: Arm) -> float:
     """The largest difference of a trained token's log-probability in the last step; 0 where the arms have their rows
     in other micro-batches, so that tokens cannot be paired."""

@@ -6,7 +6,7 @@ from it. GRPO's answers are injected: both sides get the same ones, and the same
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,8 @@ from ray_vlm.train.feed import feed_trainer
 from ray_vlm.train.prepare import prepare
 from ray_vlm.train.trainer import spare_work
 
-Step = dict[str, Any]  # {"loss": float, "grads": {name: tensor}}
+Step = dict[str, Any]  # {"loss": float, "grads": Gradients}
+Gradients = dict[str, torch.Tensor]  # by the name of the weights
 
 
 def build_model(job: JobConfig) -> Any:
@@ -96,9 +97,7 @@ def our_step(
     job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = (), dtype: torch.dtype = torch.float32
 ) -> Step:
     """Ours, on the first `rows` records of the job, in float32 or float64."""
-    with arithmetic(dtype):
-        trainer, (batch,) = our_trainer(job, [range(rows)], answers)
-        return one_step(trainer, batch, job.method.name != "sft", dtype)
+    return _step_of(our_trainer, job, rows, answers, dtype)
 
 
 def our_trainer(
@@ -138,9 +137,28 @@ def stock_step(
     job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = (), dtype: torch.dtype = torch.float32
 ) -> Step:
     """Stock TRL's, on the same rows, in float32 or float64."""
+    return _step_of(stock_trainer, job, rows, answers, dtype)
+
+
+def _step_of(
+    build: Callable[..., tuple[Any, list]],
+    job: JobConfig,
+    rows: int,
+    answers: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+) -> Step:
     with arithmetic(dtype):
-        trainer, (batch,) = stock_trainer(job, [range(rows)], answers)
+        trainer, (batch,) = build(job, [range(rows)], answers)
         return one_step(trainer, batch, job.method.name != "sft", dtype)
+
+
+def gradients_apart(one: Gradients, other: Gradients, least: float) -> float:
+    """The largest difference of a gradient, relative to the norm of `other`'s; a gradient whose norm is below `least`
+    of the largest one's counts as that large."""
+    assert one.keys() == other.keys()
+    scale = max(float(gradient.norm()) for gradient in other.values())
+    assert scale > 0
+    return max(float((one[n] - g).norm()) / max(float(g.norm()), least * scale) for n, g in other.items())
 
 
 def stock_trainer(

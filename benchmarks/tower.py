@@ -18,6 +18,7 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import Row, RowSpec
 from ray_vlm.demo.tiny import write_untrained
+from ray_vlm.models.backbone import recompute
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
@@ -36,7 +37,7 @@ def build(folder: Path, family: str, plainly: bool) -> Any:
     config.init_lora_weights = False
     torch.manual_seed(0)
     model = get_peft_model(base, config)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(model, {"use_reentrant": False})
     model.enable_input_require_grads()
     if plainly:
         assert run_frozen_tower_plainly(model)

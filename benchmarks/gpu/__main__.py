@@ -1,6 +1,6 @@
 """What this package does on one NVIDIA card, beside stock TRL on the same rows.
 
-`python -m benchmarks.gpu --json F` on a card with 16 GiB free or more; memory is capped at 40 GiB. Blocks run in order
+`python -m benchmarks.gpu --json F` on a card with 14 GiB free or more; memory is capped at 40 GiB. Blocks run in order
 of worth, each with a time limit, and every figure is in F as soon as it is known. Bases have the shapes of
 Qwen3-VL-8B and Qwen2.5-VL-7B with random weights, built on the card: no hub, and no weights on a disk. `--blocks
 sft,grpo` runs some; `--rehearse` runs the same code with tiny shapes on a CPU. Exit code 1 where a bar is missed or a

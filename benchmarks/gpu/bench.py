@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.figure_file import FigureFile
-from benchmarks.gpu.supervise import Refused
+from benchmarks.gpu.figure_file import GIB, FigureFile
 
-GIB = 2**30
+if TYPE_CHECKING:
+    from benchmarks.gpu.cases import Case
+    from ray_vlm.config.schema import JobConfig
+
 CAP_GIB = 40.0  # the card that jobs are planned for
 QWEN3, QWEN2_5 = "Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"
 FAMILY_OF = {QWEN3: "qwen3_vl", QWEN2_5: "qwen2_5_vl"}
@@ -106,6 +108,16 @@ class Bench:
             self.add(f"{model.rpartition('/')[2]} built and quantised", time.monotonic() - started, "s")
         return self.bases[model]
 
+    def job(self, case: "Case", prompts: int = 1, **train: Any) -> "JobConfig":
+        """The job of a case (`cases.build_job`), whose base `load_resident` hands out from now on."""
+        from benchmarks.gpu.cases import build_job
+        from benchmarks.stock import device_of
+        from ray_vlm.models.resident import keep_resident
+
+        job = build_job(self.folder, case, self.scale, prompts, **train)
+        keep_resident(job.model, True, device_of(job), self.base(case.model))
+        return job
+
     def synchronize(self) -> None:
         """Wait for the device."""
         import torch
@@ -145,17 +157,3 @@ class Bench:
             if case in plans or time.monotonic() >= end:
                 return plans.get(case)
             time.sleep(0.2)
-
-
-def require_memory(gib: float) -> None:
-    """Raise `Refused` where less than this is free under the cap on the card."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return
-    free, _ = torch.cuda.mem_get_info()
-    if free + torch.cuda.memory_reserved() < gib * GIB:
-        raise Refused(
-            f"{gib:g} GiB are needed and {free / GIB:.1f} GiB of the card are free. Use a larger card, or end what "
-            "else runs on it"
-        )

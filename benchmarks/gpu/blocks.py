@@ -30,7 +30,7 @@ BLOCKS = (
     Block("dpo", "benchmarks.gpu.training:dpo", 30, _TRAINING),
     Block("kernels", "benchmarks.gpu.kernels:kernels", 45),
     Block("run", "benchmarks.gpu.end_to_end:run_job", 35, _TRAINING),
-    Block("profile", "benchmarks.gpu.profiling:profile", 25, _TRAINING),
+    Block("profile", "benchmarks.gpu.step_profile:profile_step", 25, _TRAINING),
     Block("qwen2.5", "benchmarks.gpu.training:qwen2_5", 35, _TRAINING),
 )
 assert sum(block.limit_s for block in BLOCKS) <= WHOLE_S

@@ -1,9 +1,10 @@
 """Is there a card that the figures mean something on, and how fast are its products and copies?"""
 
-from benchmarks.gpu.bench import CAP_GIB, GIB, Bench, require_memory
+from benchmarks.gpu.bench import CAP_GIB, GIB, Bench
 from benchmarks.gpu.supervise import Refused
 
 OLDEST = (8, 0)  # Ampere; older ones emulate bfloat16
+NEEDED_GIB = 14.0
 
 
 def inspect_card(bench: Bench) -> None:
@@ -43,7 +44,12 @@ def check_card() -> None:
             f"{name} has compute capability {capability[0]}.{capability[1]}, which emulates bfloat16. Use a card of "
             "8.0 (Ampere) or newer"
         )
-    require_memory(14.0)
+    free, _ = torch.cuda.mem_get_info()
+    if free + torch.cuda.memory_reserved() < NEEDED_GIB * GIB:
+        raise Refused(
+            f"{NEEDED_GIB:g} GiB are needed and {free / GIB:.1f} GiB of the card are free. Use a larger card, or end "
+            "what else runs on it"
+        )
 
 
 def measure_ceilings(bench: Bench) -> tuple[float, float]:

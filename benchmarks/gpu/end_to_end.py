@@ -1,12 +1,11 @@
 """A run as people start it, `train(job)`, on the card: does it end, and what does its run folder say of it?"""
 
+import json
 import math
 
-from benchmarks.gpu.bench import QWEN3, Bench
-from benchmarks.gpu.cases import SHIPPED, build_job
-from benchmarks.stock import device_of
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.cases import SHIPPED
 from ray_vlm.config.load import dump_job
-from ray_vlm.models.resident import keep_resident
 from ray_vlm.runs.compute import measure_compute
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.read import read_run
@@ -17,9 +16,8 @@ STEPS = 6
 
 def run_job(bench: Bench) -> None:
     """Six steps of the shipped job in this process, from the index to `final/`."""
-    job = build_job(bench.folder, SHIPPED, bench.scale, global_batch_size=2 * SHIPPED.micro, max_steps=STEPS)
-    keep_resident(job.model, True, device_of(job), bench.base(QWEN3))
-    paths = train(job, str(dump_job(job)), overwrite=True)
+    job = bench.job(SHIPPED, global_batch_size=2 * SHIPPED.micro, max_steps=STEPS)
+    paths = train(job, json.dumps(dump_job(job)), overwrite=True)
     lines = [line for line in read_metrics(paths.metrics) if line["kind"] == "train"]
     bench.check("steps that are missing", STEPS - len(lines), "", 0)
     bench.check("losses that are no numbers", sum(not math.isfinite(line["loss"]) for line in lines), "", 0)

@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import figure
+from ray_vlm.runs.paths import write_json
 
 ALLOCATED = ": ours, allocated at the peak"  # ends the name of what is compared with a plan
 ABOVE, BELOW = 0.07, 0.03  # a plan may be so much over the measured peak, and so much under it
@@ -29,7 +29,7 @@ class FigureFile:
 
     def clear(self) -> None:
         """Begin anew."""
-        self._write([])
+        write_json(self.path, [])
 
     def add(
         self,
@@ -42,35 +42,30 @@ class FigureFile:
         note: str = "",
     ) -> None:
         """Write a figure. `bar` as `benchmarks.figures.figure` has it; what is no number becomes None and misses it."""
-        found = figure(name, value, unit, bar, most) | {"block": block}
-        if isinstance(found["value"], float) and not math.isfinite(found["value"]):
-            found |= {"value": None, "ok": bar is None}
-        self._write([*self.read(), found | ({"note": note} if note else {})])
+        result = figure(name, value, unit, bar, most) | {"block": block}
+        if not math.isfinite(value):
+            result |= {"value": None, "ok": bar is None}
+        write_json(self.path, [*self.read(), result | ({"note": note} if note else {})])
 
     def fail(self, block: str, reason: str) -> None:
         """Write that a block did not come to its end, and why."""
         self.add(block, "ended as planned", 0, "", 1, most=False, note=reason)
 
-    def _write(self, figures: list[dict[str, Any]]) -> None:
-        half = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        half.write_text(json.dumps(figures, indent=1))
-        os.replace(half, self.path)
-
 
 def write_plans(figures: FigureFile, plans: dict[str, dict[str, Any]], bars: bool) -> None:
     """Put the plan of each case beside what was measured of it. `bars`: whether the shapes are those of the bars."""
-    for found in figures.read():
-        case = found["name"].removesuffix(ALLOCATED)
-        if case == found["name"] or found["value"] is None:
+    for measured in figures.read():
+        case, block = measured["name"].removesuffix(ALLOCATED), measured["block"]
+        if case == measured["name"] or measured["value"] is None:
             continue
         if case not in plans:
-            figures.add(found["block"], f"{case}: planned", float("nan"), "GiB", note="the planner was not done")
+            figures.add(block, f"{case}: planned", float("nan"), "GiB", note="the planner was not done")
             continue
         planned = plans[case]["allocated"] / GIB
-        apart = planned / found["value"] - 1
-        figures.add(found["block"], f"{case}: planned, allocated", planned, "GiB")
-        figures.add(found["block"], f"{case}: planned over measured", apart, "relative", ABOVE if bars else None)
-        figures.add(found["block"], f"{case}: planned under measured", -apart, "relative", BELOW if bars else None)
+        apart = planned / measured["value"] - 1
+        figures.add(block, f"{case}: planned, allocated", planned, "GiB")
+        figures.add(block, f"{case}: planned over measured", apart, "relative", ABOVE if bars else None)
+        figures.add(block, f"{case}: planned under measured", -apart, "relative", BELOW if bars else None)
 
 
 def write_table(figures: list[dict[str, Any]]) -> str:

@@ -9,7 +9,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.events import kernels_of
+from benchmarks.gpu.profiler import profile_kernels
+from benchmarks.gpu.supervise import first_line, leave_after_cuda_error
 
 HEADS, SHARED, WIDTH = 32, 8, 128
 ANSWERS = 8
@@ -37,29 +38,34 @@ def trees(bench: Bench, length: int, flexible: bool) -> None:
         try:
             seconds = bench.seconds(lambda: backward(call, (q, k, v)), repeats=3, warm=1)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            if "CUDA error" in str(error):
-                raise
-            note = str(error).splitlines()[0][:120]
-            bench.add(f"tree of {length}: {name}", float("nan"), "ms", note=f"does not take it: {note}")
+            leave_after_cuda_error(error)
+            bench.add(f"tree of {length}: {name}", float("nan"), "ms", note=f"does not take it: {first_line(error)}")
             return
         bench.add(f"tree of {length}: {name}", 1000 * seconds, "ms")
         bench.add(f"tree of {length}: {name}, needed operations", operations / seconds / 1e12, "TFLOP/s")
 
     attend = torch.nn.functional.scaled_dot_product_attention
 
-    def masked() -> Any:  # as transformers has it, which repeats keys and values where there is a mask
-        keys, values = (part.repeat_interleave(HEADS // SHARED, dim=1) for part in (k, v))
-        return attend(q, keys, values, attn_mask=mask)
+    def masked() -> Any:
+        return attend_masked(q, k, v, mask)
 
     write("mask, as torch chooses", masked)
-    seen = kernels_of(masked, bench.scale.device)
-    bench.add(f"tree of {length}: kernels of a mask", seen.launches, "", note="; ".join(seen.names)[:300])
+    profile = profile_kernels(masked, bench.scale.device)
+    bench.add(f"tree of {length}: kernels of a mask", profile.launches, "", note="; ".join(profile.names)[:300])
     for kernel in () if bench.scale.rehearse else KERNELS:
         with chosen(kernel):
             write(f"mask, {kernel}", masked)
     write("causal, no mask", lambda: attend(q, k, v, is_causal=True, enable_gqa=True))
     if flexible:
         attend_in_blocks(bench, length, (q, k, v), mask, write)
+
+
+def attend_masked(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """Attention with a mask as transformers calls it: keys and values are repeated for the heads that share them."""
+    import torch
+
+    keys, values = (part.repeat_interleave(HEADS // SHARED, dim=1) for part in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
 def build_tree(bench: Bench, length: int) -> tuple[Any, Any, Any, Any]:
@@ -105,7 +111,7 @@ def attend_in_blocks(
     blocks = create_block_mask(sees, None, None, length, length, device=device, _compile=on_card)
     attend = torch.compile(flex_attention, dynamic=False) if on_card else flex_attention
     with torch.no_grad():
-        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        dense = attend_masked(q, k, v, mask)
         q0, k0, v0 = (part.detach() for part in parts)  # a CPU has no backward of it
         apart = (attend(q0, k0, v0, block_mask=blocks, enable_gqa=True) - dense).abs().max()
     bench.check(f"tree of {length}: FlexAttention against a mask, largest difference", float(apart), "", 0.05)
@@ -154,22 +160,15 @@ def windows(bench: Bench) -> None:
         seconds = bench.seconds(lambda: varlen_attn(*flat, ends, ends, WINDOW, WINDOW), repeats=5)
         bench.add("windows of a layer: by their ends", 1000 * seconds, "ms")
     except (RuntimeError, TypeError, ValueError) as error:
-        if "CUDA error" in str(error):
-            raise
-        bench.add("windows of a layer: by their ends", float("nan"), "ms", note=str(error).splitlines()[0][:150])
+        leave_after_cuda_error(error)
+        bench.add("windows of a layer: by their ends", float("nan"), "ms", note=first_line(error))
 
 
 def odd_lengths(bench: Bench) -> None:
     """Gradients of queries where the number of keys is 64 more than a multiple of 128: early cuDNN 9 made some that are
     no numbers there."""
-    import torch
 
     length = 64 + (128 if bench.scale.rehearse else 2048)
     q, k, v, mask = build_tree(bench, length)
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def masked() -> Any:
-        return attend(q, *(part.repeat_interleave(HEADS // SHARED, dim=1) for part in (k, v)), attn_mask=mask)
-
-    backward(masked, (q, k, v))
+    backward(lambda: attend_masked(q, k, v, mask), (q, k, v))
     bench.check("gradients that are no numbers, 64 over 128", int((~q.grad.isfinite()).sum()), "", 0)

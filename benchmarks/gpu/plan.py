@@ -5,13 +5,12 @@ Steps are rehearsed with fake tensors, which takes a core for half a minute or m
 
 import argparse
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.bench import REAL, SMALL, Scale
 from benchmarks.gpu.cases import CHOSEN, SHIPPED, Case, build_job, planned
+from ray_vlm.runs.paths import write_json
 
 
 def plan_all(folder: Path, path: Path, scale: Scale) -> None:
@@ -21,9 +20,7 @@ def plan_all(folder: Path, path: Path, scale: Scale) -> None:
         plans[case.name] = plan_case(folder, case, scale)
         if case is SHIPPED:
             plans[CHOSEN] = plan_choice(folder, scale)
-        half = path.with_name(f"{path.name}.half")
-        half.write_text(json.dumps(plans))
-        os.replace(half, path)
+        write_json(path, plans)
 
 
 def plan_case(folder: Path, case: Case, scale: Scale) -> dict[str, float]:

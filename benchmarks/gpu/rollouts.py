@@ -4,17 +4,15 @@ Bases with random weights never say an end token, so every answer has all its to
 """
 
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.arms import Arm
 from benchmarks.gpu.bench import QWEN3, Bench
-from benchmarks.gpu.cases import Case, build_job
-from benchmarks.gpu.events import kernels_of
-from benchmarks.stock import device_of, our_trainer, stock_trainer
-from ray_vlm.models.resident import keep_resident
+from benchmarks.gpu.cases import Case
+from benchmarks.gpu.profiler import profile_kernels
+from benchmarks.gpu.supervise import first_line, leave_after_cuda_error
+from benchmarks.stock import our_trainer, stock_trainer
+from ray_vlm.models.dense import multiply_dequantised, quantised_layers
 
 GROUP = 8  # answers to a prompt
 PROMPT = 1100  # tokens before the one that a decoding step writes, on the card
@@ -32,17 +30,12 @@ def sample(bench: Bench, sequences: int) -> None:
     group = min(GROUP, sequences)
     case = Case(f"{sequences} answers", QWEN3, "grpo", group, length=bench.scale.sampled)
     prompts = sequences // group
-    job = build_job(bench.folder, case, bench.scale, prompts)
-    keep_resident(job.model, True, device_of(job), bench.base(QWEN3))
+    job = bench.job(case, prompts)
     arms = {"ours": Arm(our_trainer, job, [range(prompts)]), "TRL, generate": Arm(stock_trainer, job, [range(prompts)])}
     taken: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(1 if sequences > GROUP else max(1, bench.scale.pairs - 1)):  # the constructor has warmed up
         for name, arm in arms.items():
-            bench.synchronize()
-            started = time.perf_counter()
-            arm.draw()
-            bench.synchronize()
-            taken[name].append(time.perf_counter() - started)
+            taken[name].append(bench.seconds(arm.draw, repeats=1, warm=0))
     medians = {name: statistics.median(times) for name, times in taken.items()}
     for name, seconds in medians.items():
         bench.add(f"{case.name}: {name}, a token", 1000 * seconds / bench.scale.sampled, "ms")
@@ -61,11 +54,11 @@ def decode(bench: Bench) -> None:
     with torch.no_grad(), torch.autocast(bench.scale.device.partition(":")[0], torch.bfloat16):
         seconds = bench.seconds(step, repeats=5, warm=2)
         bench.add("a decoding step: as it is", 1000 * seconds, "ms")
-        found = kernels_of(step, bench.scale.device)
-        bench.add("a decoding step: launches", found.launches, "")
-        bench.add("a decoding step: share of the time that the card works", found.busy_s / seconds, "")
+        profile = profile_kernels(step, bench.scale.device)
+        bench.add("a decoding step: launches", profile.launches, "")
+        bench.add("a decoding step: share of the time that the card works", profile.busy_s / seconds, "")
         graphed(bench, step, "a decoding step: as a CUDA graph")
-        with bfloat16_weights(bench.base(QWEN3)):
+        with multiply_dequantised(quantised_layers(bench.base(QWEN3))):
             bench.add("a decoding step: bfloat16 weights", 1000 * bench.seconds(step, repeats=5, warm=2), "ms")
             graphed(bench, step, "a decoding step: bfloat16 weights, as a CUDA graph")
 
@@ -126,26 +119,7 @@ def graphed(bench: Bench, step: Any, name: str) -> None:
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:  # something in the step asks the device for a value
-        if "CUDA error" in str(error):
-            raise
-        bench.add(name, float("nan"), "ms", note=f"cannot be captured: {str(error).splitlines()[0][:120]}")
+        leave_after_cuda_error(error)
+        bench.add(name, float("nan"), "ms", note=f"cannot be captured: {first_line(error)}")
         return
     bench.add(name, 1000 * bench.seconds(graph.replay, repeats=10, warm=2), "ms")
-
-
-@contextmanager
-def bfloat16_weights(base: Any) -> Iterator[None]:
-    """While the body runs, 4-bit layers multiply by weights that were dequantised once."""
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-    from torch.nn.functional import linear
-
-    layers = [module for module in base.modules() if type(module).__name__ == "Linear4bit"]
-    try:
-        for layer in layers:
-            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
-            layer.forward = lambda x, weight=weight, bias=layer.bias: linear(x.to(weight.dtype), weight, bias)
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward

@@ -37,6 +37,22 @@ class Refused(Exception):
     """A block cannot run here; the text says why and what to do."""
 
 
+def is_cuda_error(error: BaseException) -> bool:
+    """Whether nothing on the card can be trusted after this error."""
+    return "CUDA error" in str(error)
+
+
+def leave_after_cuda_error(error: BaseException) -> None:
+    """Raise the error again if nothing on the card can be trusted after it."""
+    if is_cuda_error(error):
+        raise error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, as far as it fits into a table."""
+    return next(iter(str(error).splitlines()), "")[:150]
+
+
 @dataclass(frozen=True)
 class Events:
     """A file of lines `{"block", "what": "begin" | "end", "reason"}` from the child to its parent."""
@@ -70,36 +86,29 @@ def run_children(
                 figures.fail(block.name, f"not begun: the {whole_s:g} s of all blocks were over")
             return False
         child = start([block.name for block in left])
-        seen = _follow(child, left, events, end)
-        done = 0
-        for block in left:
-            reason = seen.get(block.name, "")
-            if reason == "":
-                break
-            done += 1
-            if reason is not None:
-                whole = False
-                figures.fail(block.name, reason)
-            if reason is not None and block.must:
-                for other in left[done:]:
-                    figures.fail(other.name, f"not begun: block {block.name} failed")
-                return False
-        if done == 0:  # a child that cannot even begin will not do better the next time
+        reasons = _follow(child, left, events, end)
+        ended, left = left[: len(reasons)], left[len(reasons) :]
+        failed = [block for block in ended if reasons[block.name] is not None]
+        for block in failed:
+            figures.fail(block.name, str(reasons[block.name]))
+        whole = whole and not failed
+        why = next((f"block {block.name} failed" for block in failed if block.must), None)
+        if why is None and all(block.must for block in ended):  # another child will not do better
+            why = f"the process ended with exit code {child.returncode}"
+        if why is not None:
             for block in left:
-                figures.fail(block.name, f"not begun: the process ended with exit code {child.returncode}")
+                figures.fail(block.name, f"not begun: {why}")
             return False
-        # `must` blocks prepare a process, so the next one has them again.
-        left = left[done:]
-        if left:
-            left = [block for block in blocks if block.must and block not in left] + left
+        if left:  # `must` blocks prepare a process, so the next one has them again
+            left = [*(block for block in ended if block.must), *left]
     return whole
 
 
 def _follow(child: subprocess.Popen, blocks: Sequence[Block], events: Events, end: float) -> dict[str, str | None]:
-    """Wait for the child; of each block that it began: None, or why it failed."""
+    """Wait for the child; of each block that it began, in their order: None, or why it failed."""
     limits = {block.name: block.limit_s for block in blocks}
-    first, seen, current, since = len(events.read()), {}, None, time.monotonic()
-    number = first
+    reasons: dict[str, str | None] = {}
+    current, since, number = None, time.monotonic(), len(events.read())
     while True:
         over = child.poll() is not None
         for event in events.read()[number:]:
@@ -107,7 +116,7 @@ def _follow(child: subprocess.Popen, blocks: Sequence[Block], events: Events, en
             if event["what"] == "begin":
                 current, since = event["block"], time.monotonic()
             else:
-                seen[event["block"]], current = event["reason"], None
+                reasons[event["block"]], current = event["reason"], None
         if over:
             break
         late = current is not None and time.monotonic() > since + limits[current] + GRACE_S
@@ -115,12 +124,12 @@ def _follow(child: subprocess.Popen, blocks: Sequence[Block], events: Events, en
             child.kill()
             child.wait()
             if current is not None:
-                seen[current] = f"ended after {time.monotonic() - since:.0f} s: it hung in its {limits[current]:g} s"
-            return seen
+                reasons[current] = f"ended after {time.monotonic() - since:.0f} s: it hung in its {limits[current]:g} s"
+            return reasons
         time.sleep(_LOOK_S)
     if current is not None:
-        seen[current] = f"its process ended with exit code {child.returncode}"
-    return seen
+        reasons[current] = f"its process ended with exit code {child.returncode}"
+    return reasons
 
 
 def run_blocks(blocks: Sequence[Block], bench: Any, events: Events, end: float) -> int:
@@ -157,8 +166,7 @@ def _run_block(block: Block, bench: Any, limit_s: float) -> tuple[str | None, bo
         return f"not run: {error}", False
     except Exception as error:  # whatever a block meets, the others run
         traceback.print_exc()
-        first = (str(error).splitlines() or [""])[0]
-        return f"{type(error).__name__}: {first[:200]}", "CUDA error" in str(error)
+        return f"{type(error).__name__}: {first_line(error)}", is_cuda_error(error)
     return None, False
 
 

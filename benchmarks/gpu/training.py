@@ -7,17 +7,15 @@ same answers of GRPO, nothing cut off, the same activation checkpointing.
 
 import dataclasses
 import statistics
-import time
 from dataclasses import dataclass
 
 from benchmarks.arms import Arm
 from benchmarks.gpu.bench import CAP_GIB, GIB, Bench
-from benchmarks.gpu.cases import CHOSEN, LARGER, OTHER, PAIRS, SHIPPED, Case, build_job, groups, injected_answers
+from benchmarks.gpu.cases import CHOSEN, LARGER, OTHER, PAIRS, SHIPPED, Case, groups, injected_answers
 from benchmarks.gpu.figure_file import ALLOCATED
-from benchmarks.gpu.supervise import Refused
-from benchmarks.stock import device_of, our_trainer, stock_trainer
+from benchmarks.gpu.supervise import Refused, first_line
+from benchmarks.stock import our_trainer, stock_trainer
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.models.resident import keep_resident
 from ray_vlm.runs.compute import find_peak
 
 NEEDED_S = 25.0  # for the largest group
@@ -66,8 +64,7 @@ def compare(bench: Bench, case: Case) -> None:
     """Write the figures of a case: ours, stock TRL's, and how they relate. A side that does not fit is said so."""
     import torch
 
-    job = build_job(bench.folder, case, bench.scale)
-    keep_resident(job.model, True, device_of(job), bench.base(case.model))
+    job = bench.job(case)
     rows = [[0]] if case.method == "grpo" else [range(case.micro)]
     answers = injected_answers(case) if case.method == "grpo" else ()
     sides: dict[str, Arm] = {}
@@ -81,8 +78,7 @@ def compare(bench: Bench, case: Case) -> None:
             sides[name] = arm
         except torch.OutOfMemoryError as error:
             bar = 1 if name == "ours" else None
-            note = str(error).splitlines()[0][:150]
-            bench.add(f"{case.name}: {name} fits into {CAP_GIB:g} GiB", 0, "", bar, most=False, note=note)
+            bench.add(f"{case.name}: {name} fits into {CAP_GIB:g} GiB", 0, "", bar, most=False, note=first_line(error))
     paces: dict[str, list[Pace]] = {name: [] for name in sides}
     for _ in range(bench.scale.pairs):
         for name, arm in sides.items():
@@ -102,12 +98,12 @@ def take_step(bench: Bench, arm: Arm) -> Pace:
     """One step of a side."""
     counter = counter_of(arm)
     counter.take()
-    bench.synchronize()
-    started = time.perf_counter()
-    arm.step()
-    arm.learn()
-    bench.synchronize()
-    seconds = time.perf_counter() - started
+
+    def step_and_learn() -> None:
+        arm.step()
+        arm.learn()
+
+    seconds = bench.seconds(step_and_learn, repeats=1, warm=0)
     work, flops = counter.take()
     return Pace(seconds, work.tokens, flops)
 

@@ -21,7 +21,8 @@ from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.evaluate.actors import Do, Loaded, Work, do_batches
-from ray_vlm.methods.decoding import decode_greedy
+from ray_vlm.methods.decoding import decode_greedy, end_ids
+from ray_vlm.models.backbone import base_of
 from ray_vlm.models.dense import dequantised
 from ray_vlm.models.load import resolve_name
 from ray_vlm.runs.monitor import whole_lines
@@ -65,7 +66,6 @@ def _needs_generate(preparer: Preparer) -> bool:
 
 def _generate(model: Any, rows: Sequence[Row], preparer: Preparer, max_new_tokens: int, device: str) -> list[list[int]]:
     """The new tokens of each prompt row by transformers' `generate`, greedy, with what pads them after their end."""
-    tokenizer = preparer.tokenizer
     batch = collate(rows, preparer, device, side="left")
     tokens = model.generate(
         **{k: v for k, v in batch.items() if k != "labels"},
@@ -73,8 +73,8 @@ def _generate(model: Any, rows: Sequence[Row], preparer: Preparer, max_new_token
         do_sample=False,
         repetition_penalty=1.0,  # hub models bring their own; it would punish repeated digits and labels
         use_cache=True,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_ids(base_of(model), preparer),
+        pad_token_id=preparer.tokenizer.pad_token_id,
     )
     return tokens[:, batch["input_ids"].shape[1] :].tolist()
 

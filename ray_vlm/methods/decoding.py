@@ -12,6 +12,7 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.methods.kv_cache import make_room
+from ray_vlm.models.backbone import base_of
 
 # Ended rows leave the batch when no more than this share goes on. To drop each at once would copy the cache too often.
 _KEEP = 0.75
@@ -19,11 +20,6 @@ _KEEP = 0.75
 # (logits `[sequences, vocabulary]`, number of the step, which sequences these are `int64 [sequences]`) -> next tokens
 # `int64 [sequences]`
 ChooseToken = Callable[[Any, int, Any], Any]
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model under PEFT, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decode(

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.methods.images import RowImages, Span
+from ray_vlm.models.backbone import base_of
 from ray_vlm.models.families import Family
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.packing import Folding, plan_packs
@@ -48,7 +49,7 @@ def why_alone(job: JobConfig, family: Family) -> str | None:
 def fold_rows(model: Any, folding: Folding, counter: OperationCounter | None = None) -> None:
     """Let the model's backbone do to rows what `folding` says, in forwards without a cache. Exact without dropout.
     `counter` is told of the padding behind packs."""
-    backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    backbone = base_of(model).base_model
     plain = backbone.forward
 
     def forward(*args: Any, keep: Any = None, **inputs: Any) -> Any:

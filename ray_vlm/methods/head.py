@@ -8,13 +8,15 @@ have a label, and what it says of them goes back to where TRL's trainers look.
 import functools
 from typing import Any
 
+from ray_vlm.models.backbone import base_of
+
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def score_labelled(model: Any) -> None:
     """Let the fused head of `model`, under an adapter or not, score labelled positions alone. Needs a backbone that
     knows `keep` (`methods/forward.fold_rows`). Exact."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     fused = base.forward
 
     @functools.wraps(fused)  # `generate` looks at the signature

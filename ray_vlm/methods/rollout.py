@@ -16,7 +16,8 @@ import numpy as np
 from ray_vlm.data.collate import collate, join_pixels
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
-from ray_vlm.methods.decoding import base_of, decode, end_ids
+from ray_vlm.methods.decoding import decode, end_ids
+from ray_vlm.models.backbone import base_of
 from ray_vlm.models.dense import dequantised
 
 

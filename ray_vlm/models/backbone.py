@@ -27,17 +27,27 @@ class Backbone:
         return model.language_model.model(inputs_embeds=embedded, **given)
 
 
+def base_of(model: Any) -> Any:
+    """The transformers model under an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def ensure_backbone(model: Any) -> None:
     """Give the model, under an adapter or not, a `base_model` that returns hidden states, if it has none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if base.base_model is base:
         object.__setattr__(base, base.base_model_prefix, Backbone(base))  # not a submodule: its weights are there
 
 
+def language_model(base: Any) -> Any:
+    """The language model without its head: what turns embeddings into hidden states."""
+    decoder = base.get_decoder()
+    return decoder.model if hasattr(decoder, "lm_head") else decoder
+
+
 def language_layers(base: Any) -> list[Any]:
     """The decoder layers of the language model, in order."""
-    decoder = base.get_decoder()
-    return list((decoder.model if hasattr(decoder, "lm_head") else decoder).layers)
+    return list(language_model(base).layers)
 
 
 def _checkpointing_word(model: Any) -> str:
@@ -56,7 +66,7 @@ def recompute_first(model: Any, count: int) -> None:
 
     What learns of the image encoder recomputes as before.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     name = f"{_checkpointing_word(model)}_checkpointing_enable"
     enable = getattr(model, name)
 

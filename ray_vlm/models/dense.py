@@ -3,7 +3,7 @@ every layer anew for each of them. On a CPU the numbers stay the same to the bit
 weights there too (`_gemm_4bit_default_impl` in `bitsandbytes/backends/default/ops.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,25 @@ def dequantised(model: Any) -> Iterator[None]:
 
     Nothing changes on a GPU, whose kernels read 4 bits as they are. For forwards without gradients.
     """
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-
-    layers = [module for module in model.modules() if _is_quantised(module)]
+    layers = quantised_layers(model)
     size = sum(4 * layer.weight.quant_state.shape.numel() for layer in layers)
     if size > MOST_BYTES or any(layer.weight.device.type != "cpu" for layer in layers):
         layers = []
+    with multiply_dequantised(layers):
+        yield
+
+
+def quantised_layers(model: Any) -> list[Any]:
+    """The 4-bit layers of a model."""
+    return [module for module in model.modules() if _is_quantised(module)]
+
+
+@contextmanager
+def multiply_dequantised(layers: Sequence[Any]) -> Iterator[None]:
+    """While the body runs, these 4-bit layers multiply by weights in their compute dtype, dequantised once."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
     own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}  # accelerate's hooks
     try:
         for layer in layers:

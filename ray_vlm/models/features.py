@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import ModelError
+from ray_vlm.models.backbone import base_of
 
 _RECOUNT = 0.01  # of the limit, written between looks at how full the folder is: other processes write to it too
 _SUFFIX = ".features"
@@ -164,7 +165,7 @@ def held(folder: Path) -> float:
 
 
 def _tower(model: Any) -> Any:
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_encoder(modality="image")
+    return base_of(model).get_encoder(modality="image")
 
 
 def fingerprint(values: Any) -> str:

@@ -91,14 +91,19 @@ def train_parts(model: Any, lora: Lora, family: Family) -> Any:
     return model
 
 
+def num_weights(parameter: Any) -> int:
+    """Weights of a parameter: 4-bit ones count whole, and of one that ZeRO-3 has cut all slices."""
+    stored = getattr(parameter, "ds_numel", parameter.numel())
+    return 2 * stored if type(parameter).__name__ == "Params4bit" else stored  # two 4-bit weights in each byte
+
+
 def count_trainable(model: Any, family: Family) -> dict[str, dict[str, int]]:
     """Weights by part of the model: `{"language": {"trainable": n, "total": n, "in_4bit": n}, ...}`; 4-bit weights
     count whole."""
     counts = {part: {"trainable": 0, "total": 0, "in_4bit": 0} for part in family.prefixes}
     for name, parameter in model.named_parameters():
-        size, part = getattr(parameter, "ds_numel", parameter.numel()), part_of(family, name)  # ds: a slice of ZeRO-3's
+        size, part = num_weights(parameter), part_of(family, name)
         if type(parameter).__name__ == "Params4bit":
-            size *= 2  # two 4-bit weights in each stored byte
             counts[part]["in_4bit"] += size
         counts[part]["total"] += size
         counts[part]["trainable"] += size if parameter.requires_grad else 0

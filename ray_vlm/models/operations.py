@@ -11,10 +11,11 @@ al. 2022 (arXiv:2204.02311) define it, and a step that shares beginnings needs f
 them.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray_vlm.models.backbone import language_layers
+from ray_vlm.models.backbone import base_of, language_layers, language_model
+from ray_vlm.models.lora import num_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,41 +61,43 @@ def count_flops(size: ModelSize, work: Work, backward: bool) -> float:
     """Model FLOPs of one forward of this work, with its backward or without."""
     linear = 2 * (size.language * work.tokens + size.head * work.scored)
     attention = 4 * size.language_attention * work.pairs
-    seen = 2 * size.vision * work.patches
-    looked = 4 * (size.vision_attention * work.patch_pairs + size.window_attention * size.window * work.patches)
+    vision_linear = 2 * size.vision * work.patches
+    vision_pairs = size.vision_attention * work.patch_pairs + size.window_attention * size.window * work.patches
+    vision = vision_linear + 4 * vision_pairs
     if not backward:
-        return linear + attention + seen + looked
+        return linear + attention + vision
     trained = size.language_trained * work.tokens + (size.head * work.scored if size.head_trained else 0)
-    found = 2 * linear + 3 * attention + 2 * trained
+    language = 2 * linear + 3 * attention + 2 * trained
     if not size.vision_trained:  # a frozen encoder has no backward
-        return found + seen + looked
-    return found + 2 * seen + 3 * looked + 2 * size.vision_trained * work.patches
+        return language + vision
+    return language + 2 * vision_linear + 3 * 4 * vision_pairs + 2 * size.vision_trained * work.patches
 
 
 def measure_size(model: "Module") -> ModelSize:
     """The size of a vision-language model, under an adapter or not. 4-bit weights count whole."""
     import torch
 
-    base = _under_adapter(model)
-    decoder, encoder = _decoder(base), base.get_encoder(modality="image")
-    head = base.get_output_embeddings().weight
-    tables = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
+    base: Any = base_of(model)
+    encoder, head = base.get_encoder(modality="image"), base.get_output_embeddings().weight
     text, vision = base.config.get_text_config(), base.config.vision_config
-    language = _weights(decoder, tables, _share_of_experts(text))
-    merged = getattr(vision, "spatial_merge_size", 1) ** 2
-    mergers = [module for name, module in encoder.named_children() if "merger" in name]
-    once, rest = _weights(encoder, tables | {id(p) for m in mergers for p in m.parameters()}, 1.0), (0.0, 0.0)
-    for merger in mergers:
-        rest = _add(rest, _weights(merger, tables, 1.0))
+    tables = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
+    language, language_trained = _count_weights(language_model(base), tables, _share_of_experts(text))
+    patches_at_once = getattr(vision, "spatial_merge_size", 1) ** 2
+    of_vision = of_vision_trained = 0.0
+    for name, module in encoder.named_children():
+        total, trained = _count_weights(module, tables)
+        seen_at_once = patches_at_once if "merger" in name else 1
+        of_vision, of_vision_trained = of_vision + total / seen_at_once, of_vision_trained + trained / seen_at_once
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     whole, windows, window = _vision_attention(vision)
     return ModelSize(
-        *language,
-        head=float(_numel(head)),
+        language=language,
+        language_trained=language_trained,
+        head=float(num_weights(head)),
         head_trained=bool(head.requires_grad),
         language_attention=heads * len(language_layers(base)),
-        vision=once[0] + rest[0] / merged,
-        vision_trained=once[1] + rest[1] / merged,
+        vision=of_vision,
+        vision_trained=of_vision_trained,
         vision_attention=whole,
         window_attention=windows,
         window=window,
@@ -105,27 +108,25 @@ class OperationCounter:
     """Counts what goes through a model, in every forward that is called on it until `take`.
 
     It hangs hooks on the model, its language model and its image encoder; counts stay on the device until they are
-    taken, so nothing waits for the device in between. `num_forwards` counts calls of the language model.
+    taken, so nothing waits for the device in between.
     """
 
     def __init__(self, model: "Module"):
         self.size = measure_size(model)
-        base = _under_adapter(model)
+        self._counts: dict[bool, dict[str, int | Tensor]] = {True: {}, False: {}}  # by whether a backward follows
+        base: Any = base_of(model)
         encoder = base.get_encoder(modality="image")
-        self._counts: dict[bool, dict[str, int | Tensor]] = {True: {}, False: {}}
-        self.num_forwards = 0
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        _decoder(base).register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        language_model(base).register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
 
     def take(self) -> tuple[Work, float]:
         """The work since the last call, and its model FLOPs. Waits for the device."""
-        found = {learns: Work(**{name: int(n) for name, n in c.items()}) for learns, c in self._counts.items()}
+        parts = {backward: Work(**{name: int(n) for name, n in c.items()}) for backward, c in self._counts.items()}
         for counts in self._counts.values():
             counts.clear()
-        self.num_forwards = 0
-        work = Work(*(a + b for a, b in zip(_values(found[True]), _values(found[False]), strict=True)))
-        return work, sum(count_flops(self.size, of_kind, learns) for learns, of_kind in found.items())
+        work = Work(*map(sum, zip(*map(astuple, parts.values()), strict=True)))
+        return work, sum(count_flops(self.size, part, backward) for backward, part in parts.items())
 
     def leave_out_padding(self, lengths: list[int]) -> None:
         """Padding behind packs, which their mask cannot tell from tokens: of each pack its length."""
@@ -153,7 +154,6 @@ class OperationCounter:
         rows, width = given.shape[:2]
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         before = cache.get_seq_length() if cache is not None else 0
-        self.num_forwards += 1
         if before:  # tokens of answers that are being written; no padding among them
             self._add(tokens=rows * width, pairs=rows * (width * before + width * (width + 1) // 2))
         elif mask is None or isinstance(mask, dict):
@@ -172,34 +172,16 @@ class OperationCounter:
             self._add(patches=patches.sum(), patch_pairs=(patches * frame).sum())
 
 
-def _values(work: Work) -> tuple[int, ...]:
-    return (work.tokens, work.pairs, work.scored, work.patches, work.patch_pairs)
-
-
-def _under_adapter(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _decoder(base: Any) -> Any:
-    decoder = base.get_decoder()
-    return decoder.model if hasattr(decoder, "lm_head") else decoder
-
-
-def _numel(parameter: "Tensor") -> int:
-    count = getattr(parameter, "ds_numel", parameter.numel())  # ds: a slice of ZeRO-3's
-    return 2 * count if type(parameter).__name__ == "Params4bit" else count  # two 4-bit weights in each stored byte
-
-
-def _weights(module: "Module", without: set[int], experts: float) -> tuple[float, float]:
+def _count_weights(module: "Module", without: set[int], experts: float = 1.0) -> tuple[float, float]:
     """Weights that multiply a token, and those of them that learn. `experts`: the share of experts that each uses."""
     total = trained = 0.0
     for name, parameter in module.named_parameters():
         frozen_lora = ".lora_" in f".{name}" and not parameter.requires_grad  # a reference's adapter lies beside
         if parameter.dim() < 2 or id(parameter) in without or frozen_lora:
             continue
-        share = experts if ".experts." in f".{name}" else 1.0
-        total += share * _numel(parameter)
-        trained += share * _numel(parameter) if parameter.requires_grad else 0.0
+        used = num_weights(parameter) * (experts if ".experts." in f".{name}" else 1.0)
+        total += used
+        trained += used if parameter.requires_grad else 0.0
     return total, trained
 
 
@@ -217,7 +199,3 @@ def _vision_attention(vision: Any) -> tuple[int, int, int]:
         return width * depth, 0, 0
     window = (vision.window_size // vision.patch_size) ** 2
     return width * len(whole), width * (depth - len(whole)), window
-
-
-def _add(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    return one[0] + other[0], one[1] + other[1]

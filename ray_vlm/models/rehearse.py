@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.models.backbone import language_layers
+from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.families import Family
 from ray_vlm.models.live import LiveBytes
 from ray_vlm.models.lora import freeze_parts, lora_config
@@ -132,7 +132,7 @@ class Rehearsal:
                     module.__class__ = _four_bit()
         model = get_peft_model(base, lora_config(job.lora, self.family))
         model.train()
-        base.gradient_checkpointing_enable({"use_reentrant": False})  # `run` says which layers do
+        recompute(base, {"use_reentrant": False})  # `run` says which layers do
         return model, base
 
     @property
@@ -192,12 +192,10 @@ class Rehearsal:
             hidden = hidden.masked_scatter(place, features.to(hidden.dtype))
         if not hidden.requires_grad:
             hidden.requires_grad_(True)  # as `enable_input_require_grads` has it
-        decoder = base.get_decoder()
-        decoder = decoder.model if hasattr(decoder, "lm_head") else decoder
         mask = None
         if batch.masked:
             mask = torch.zeros(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
-        out = decoder(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
+        out = language_model(base)(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
         if batch.spread is not None:
             out = out.reshape(-1, out.shape[-1])[torch.zeros(batch.spread, dtype=torch.long)]
             ids = torch.zeros(batch.spread, dtype=torch.long)

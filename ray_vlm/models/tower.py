@@ -7,13 +7,14 @@ and back-propagated through at every step. The gradients of what does learn are 
 
 from typing import Any
 
+from ray_vlm.models.backbone import base_of
+
 
 def run_frozen_tower_plainly(model: Any) -> bool:
     """Run the model's image encoder under `no_grad` if nothing in it is trainable; returns whether that is so."""
     import torch
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    tower = base.get_encoder(modality="image")
+    tower = base_of(model).get_encoder(modality="image")
     if any(parameter.requires_grad for parameter in tower.parameters()):
         return False
     tower.forward = torch.no_grad()(tower.forward)

@@ -68,9 +68,11 @@ class PlannedBatches:
         self._stream.close()
 
 
-def _not_estimated(trainer: Any, inputs: Any) -> int:
-    """Nobody reads the estimate of a micro-batch, for which the Trainer walks through the model each time."""
-    return 0
+def _restore(model: Any, exact: dict[str, Any]) -> None:
+    """Put back the trained weights that TRL has cast, in float32."""
+    for name, parameter in model.named_parameters():
+        if name in exact:
+            parameter.data = exact[name].to(parameter.device).float()
 
 
 def feed_trainer(trainer_class: type) -> type:
@@ -83,16 +85,13 @@ def feed_trainer(trainer_class: type) -> type:
         write_checkpoint: Callable[[], None]
         skips_nonfinite = False
         rates: tuple[Any, dict[str, float]] = (None, {})  # the family, and learning rates of its parts
-        floating_point_ops = _not_estimated
 
         def __init__(self, *args: Any, **kwargs: Any):
             named = kwargs["model"].named_parameters()
             exact = {name: p.data for name, p in named if p.requires_grad and not hasattr(p, "ds_id")}
             super().__init__(*args, **kwargs)
             self.clock = Clock(str(self.args.device))
-            for name, parameter in self.model.named_parameters():
-                if name in exact:
-                    parameter.data = exact[name].to(parameter.device).float()
+            _restore(self.model, exact)
 
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             optimizer, (family, rates) = super().create_optimizer(*args, **kwargs), self.rates
@@ -126,6 +125,10 @@ def feed_trainer(trainer_class: type) -> type:
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             with self.clock.phase("checkpoint", host=True):
                 self.write_checkpoint()
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            """Left out: no one reads this estimate, and the Trainer walks through the model for each micro-batch."""
+            return 0
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Left out: TRL's card names its own defaults; ours comes with the export."""

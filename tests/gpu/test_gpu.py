@@ -17,8 +17,8 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.blocks import BLOCKS, WHOLE_S, Block
 from benchmarks.gpu.card import check_card
 from benchmarks.gpu.carry import PACKAGES, read_versions, strip_wheel
-from benchmarks.gpu.events import kind_of
 from benchmarks.gpu.figure_file import ALLOCATED, FigureFile, write_plans, write_table
+from benchmarks.gpu.profiler import kind_of
 from benchmarks.gpu.supervise import Events, Refused, run_children
 from tests.gpu.fake_blocks import block
 

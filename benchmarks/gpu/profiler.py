@@ -18,7 +18,7 @@ _WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynch
 
 
 @dataclass(frozen=True)
-class Seen:
+class Profile:
     """`kinds`: seconds of the device by kind of kernel. `busy_s`: all of them. `launches`: kernels. `waits`: times that
     the host waited for the device."""
 
@@ -29,7 +29,7 @@ class Seen:
     names: tuple[str, ...]
 
 
-def kernels_of(call: Callable[[], Any], device: str) -> Seen:
+def profile_kernels(call: Callable[[], Any], device: str) -> Profile:
     """Run the call under a profiler. On a CPU operations stand for kernels."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -52,7 +52,7 @@ def kernels_of(call: Callable[[], Any], device: str) -> Seen:
             busy += seconds
             launches += event.count
             names[event.key] += seconds
-    return Seen(dict(kinds), busy, int(launches), int(waits), tuple(name for name, _ in names.most_common(8)))
+    return Profile(dict(kinds), busy, int(launches), int(waits), tuple(name for name, _ in names.most_common(8)))
 
 
 def kind_of(name: str) -> str:

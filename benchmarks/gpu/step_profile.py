@@ -1,47 +1,39 @@
 """Where the time of a step goes, and that of an image encoder whose windows are attended to one by one."""
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.arms import Arm
 from benchmarks.gpu.bench import QWEN2_5, QWEN3, Bench
-from benchmarks.gpu.cases import SHIPPED, build_job
-from benchmarks.gpu.events import Seen, kernels_of
+from benchmarks.gpu.cases import SHIPPED
+from benchmarks.gpu.profiler import profile_kernels
 from benchmarks.gpu.shapes import write_shape
-from benchmarks.stock import device_of, our_trainer
-from ray_vlm.models.resident import keep_resident
+from benchmarks.stock import our_trainer
 
 
-def profile(bench: Bench) -> None:
+def profile_step(bench: Bench) -> None:
     """One micro-batch of the shipped job, then one image through each encoder alone."""
-    job = build_job(bench.folder, SHIPPED, bench.scale)
-    keep_resident(job.model, True, device_of(job), bench.base(QWEN3))
-    arm = Arm(our_trainer, job, [range(SHIPPED.micro)])
+    arm = Arm(our_trainer, bench.job(SHIPPED), [range(SHIPPED.micro)])
     arm.step()
-    write_seen(bench, "a micro-batch of SFT", arm.step)
+    write_profile(bench, "a micro-batch of SFT", arm.step)
     del arm
     bench.clean_up()
     for model in (QWEN2_5, QWEN3):
         encode = build_encoder(bench, model)
-        write_seen(bench, f"an image through the encoder of {model.rpartition('/')[2]}", encode)
+        write_profile(bench, f"an image through the encoder of {model.rpartition('/')[2]}", encode)
 
 
-def write_seen(bench: Bench, name: str, call: Any) -> None:
+def write_profile(bench: Bench, name: str, call: Callable[[], Any]) -> None:
     """Write seconds, and the shares of kinds of kernels in the time that the host takes."""
-    bench.synchronize()
-    started = time.perf_counter()
-    call()
-    bench.synchronize()
-    seconds = time.perf_counter() - started
-    seen: Seen = kernels_of(call, bench.scale.device)
+    seconds = bench.seconds(call, repeats=1, warm=0)
+    profile = profile_kernels(call, bench.scale.device)
     bench.add(f"{name}: time", 1000 * seconds, "ms")
-    bench.add(f"{name}: launches", seen.launches, "")
-    bench.add(f"{name}: waits for the device", seen.waits, "")
-    for kind, took in sorted(seen.kinds.items(), key=lambda item: -item[1]):
+    bench.add(f"{name}: launches", profile.launches, "")
+    bench.add(f"{name}: waits for the device", profile.waits, "")
+    for kind, took in sorted(profile.kinds.items(), key=lambda item: -item[1]):
         bench.add(f"{name}: {kind}", took / seconds, "of time")
-    bench.add(
-        f"{name}: the card idles", max(0.0, 1 - seen.busy_s / seconds), "of time", note="; ".join(seen.names)[:300]
-    )
+    idle, names = max(0.0, 1 - profile.busy_s / seconds), "; ".join(profile.names)[:300]
+    bench.add(f"{name}: the card idles", idle, "of time", note=names)
 
 
 def build_encoder(bench: Bench, model: str) -> Any:
