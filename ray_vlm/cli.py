@@ -75,6 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     config = job_verb(verbs, "config", "print the resolved job, every default written out", _config)
     config.add_argument("--dry-run", action="store_true", help="also read the data, plan the run, show trained tokens")
     config.add_argument("--compatibility", action=_Compatibility, nargs=0, help="print what goes together, and exit")
+    _add_computing_verbs(verbs)
+    add_starter_verbs(verbs, _parser)
+    add_data_verbs(verbs)
+    add_memory_verb(verbs)
+    add_runs_verbs(verbs)
+    add_cluster_verbs(verbs, _add_computing_verbs)
+    return parser
+
+
+def _add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
+    """Those that `ray-vlm submit` runs on a cluster, with the same words and options."""
     train = job_verb(verbs, "train", "run a job", _train)
     train.add_argument("--dry-run", action="store_true", help="print the resolved job, the plan and first records only")
     either = train.add_mutually_exclusive_group()
@@ -95,15 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--adapter", help="a run's best/ or final/ to sample (default: model.adapter, or the base)")
     pairs.add_argument("--part", choices=["train", "eval"], default="train", help="whose rows (default: train)")
     pairs.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
-    add_starter_verbs(verbs, _parser)
-    add_data_verbs(verbs)
     add_predict_verb(verbs)
     add_tune_verb(verbs)
     add_export_verb(verbs)
-    add_memory_verb(verbs)
-    add_runs_verbs(verbs)
-    add_cluster_verbs(verbs)
-    return parser
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.jobs import write_job
 from tests.support.quick import compile_templates_once, freeze_imports
+from tests.support.wheel import install_wheel
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -123,3 +124,9 @@ def stumbling() -> Iterator[tuple[str, Any]]:
 
     with stumbling_store() as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`bin/` of an environment that has the wheel of this checkout."""
+    return install_wheel(tmp_path_factory.mktemp("wheel"))

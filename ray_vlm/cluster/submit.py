@@ -3,87 +3,171 @@
 Ray's own command ends with 0 or 1, and with 0 for a job that was stopped; here the code is the driver's.
 """
 
+import logging
+import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ray_vlm.cluster.package import PACKAGE_FOLDER, Archive, write_archive
 from ray_vlm.cluster.secrets import SECRETS_VARIABLE, send_secrets
 from ray_vlm.errors import ConfigError, RunError
 
-STOPPED = 130  # exit code of a job that was stopped and left no code of its own
-_POLL_S = 1.0
-_PATIENCE_S = 60.0  # of one that follows a job for hours
-_LAUNCH_FILE = "jobs/runtime_env.yaml"
-
-
-def connect_jobs(address: str | None) -> Any:
-    """A client of the cluster's job server. Raises `RunError` with the way out where it does not answer or refuses."""
+if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+STOPPED = 130  # exit code of a job that was stopped and left no code of its own
+SUPPORTED_RAY = ((2, 60), (3, 0))  # from, and below; as in pyproject.toml
+_POLL_S = 1.0
+_PATIENCE_S = 60.0  # of one that follows a job for hours
+_TIMEOUT_S = (10.0, 120.0)  # of a connection, and of an answer
+_LAUNCH_FILE = "jobs/runtime_env.yaml"
+_SERVER_VARIABLE = "RAY_API_SERVER_ADDRESS"
+_AWAY = (
+    "If the cluster's head stopped, its jobs ended with it: start it again, and submit the same command with --resume. "
+    "If not, the job goes on without us: `ray-vlm jobs list` names it, `ray-vlm jobs logs NAME --follow` follows it."
+)
+
+
+def connect_jobs(address: str | None) -> "JobSubmissionClient":
+    """A client of the cluster's job server. Raises `RunError` with the way out where it does not answer, refuses, or
+    runs a Ray that this package does not work with."""
+    if address is not None:
+        if "://" not in address and address != "auto":
+            raise ConfigError(f"--address {address}: a job server's address has a scheme. Give http://{address}.")
+        os.environ[_SERVER_VARIABLE] = address  # which Ray would prefer to what it is given
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        """With a limit to waiting: Ray's own waits for ever for a machine that went away."""
+
+        def _do_request(self, *args: Any, **options: Any) -> Any:
+            return super()._do_request(*args, **{"timeout": _TIMEOUT_S, **options})
+
+    for name in ("dashboard_sdk", "job.sdk"):  # they tell of every package that is sent
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fix = "Give --address http://HOST:8265 (or RAY_API_SERVER_ADDRESS), and check that the dashboard runs."
-        if re.search(r"\b40[13]\b|[Aa]uthenticat|[Uu]nauthorized|token", str(error)):
-            fix = "Set RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+        client = Client(address)
+    except _failures() as error:
+        where = address or os.environ.get(_SERVER_VARIABLE) or os.environ.get("RAY_ADDRESS") or "the default address"
+        fix = f"Give --address http://HOST:8265 (or {_SERVER_VARIABLE}), and check that the dashboard runs."
+        raise RunError(f"the cluster's job server at {where} cannot be used: {describe_failure(error, fix)}") from None
+    check_ray_version(client._server_ray_version)
+    return client
+
+
+def check_ray_version(version: str | None) -> None:
+    """Raise `RunError` for a cluster whose Ray this package does not work with; note one that differs from ours."""
+    import ray
+
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version or "")[:2])
+    if len(numbers) == 2 and not SUPPORTED_RAY[0] <= numbers < SUPPORTED_RAY[1]:
+        low, high = (".".join(map(str, limit)) for limit in SUPPORTED_RAY)
         raise RunError(
-            f"the cluster's job server at {address or 'the default address'} refuses: {text} {fix}"
-        ) from None
+            f"the cluster runs Ray {version}, and this package needs {low} or newer, below {high}. Nothing was sent. "
+            f"Start the cluster with another Ray, best {ray.__version__} as here."
+        )
+    if version and version != ray.__version__:
+        print(f"note: the cluster runs Ray {version}, this machine {ray.__version__}", file=sys.stderr)
 
 
-def entrypoint(verb: str, job: str, words: Sequence[str]) -> str:
+def _failures() -> tuple[type[Exception], ...]:
+    """What Ray's client raises where the server refuses, is away, or answers nonsense."""
+    from ray.exceptions import RayError
+
+    return OSError, RuntimeError, ValueError, RayError
+
+
+def describe_failure(error: Exception, fix: str = "") -> str:
+    """What Ray's client says, in one sentence, and the way out: `fix`, or what a refused token asks for."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[-1 if "Traceback" in str(error) else 0][:500].rstrip(".")
+    if _is_refusal(error):
+        fix = "Set RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+        if os.environ.get("RAY_AUTH_MODE") == "token":
+            fix = (
+                "The token of this machine (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token) is missing or "
+                "not the cluster's; set it to the one that the cluster was started with."
+            )
+    return f"{text}. {fix}".rstrip()
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a token is missing or wrong."""
+    return bool(re.search(r"\b40[13]\b|[Aa]uthenticat|[Uu]nauthorized|UNAUTHENTICATED|InvalidAuthToken", str(error)))
+
+
+def entrypoint(verb: str, words: Sequence[str]) -> str:
     """The command that runs on the cluster."""
-    return shlex.join(["python", "-m", "ray_vlm", verb, job, *words])
+    return shlex.join(["python", "-m", "ray_vlm", verb, *words])
 
 
-def plan_runtime_env(working_dir: Path, env_file: Path | None) -> dict[str, Any]:
-    """What the job takes along: the file's settings (default: the folder's own `jobs/runtime_env.yaml`, or the one that
-    ships with the package), the folder, and this package where the folder does not hold it.
+def load_runtime_env(working_dir: Path, env_file: str | None) -> tuple[dict[str, Any], str]:
+    """The settings of the job's environment, and the name of the file that has them: the given one, the folder's own
+    `jobs/runtime_env.yaml`, or the one that ships with the package.
 
-    Raises `ConfigError` for a file that is not there or not a mapping.
+    Raises `ConfigError` for a file that is not there or not such a mapping.
     """
-    package = Path(__file__).parents[1]
-    shipped = [working_dir / _LAUNCH_FILE, package / "starter" / _LAUNCH_FILE, package.parent / _LAUNCH_FILE]
-    file = env_file or next((path for path in shipped if path.is_file()), None)
+    shipped = [root / _LAUNCH_FILE for root in (working_dir, PACKAGE_FOLDER / "starter", PACKAGE_FOLDER.parent)]
+    file = Path(env_file) if env_file else next((path for path in shipped if path.is_file()), None)
     try:
-        env = yaml.safe_load(file.read_text(encoding="utf-8")) if file else {}
+        env = yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file else {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--runtime-env {file}: cannot be read ({error}).") from None
     if not isinstance(env, dict) or not isinstance(env.get("env_vars", {}), dict):
         raise ConfigError(f"--runtime-env {file}: a mapping is needed, with `env_vars` a mapping of text.")
-    if not (working_dir / "ray_vlm" / "__init__.py").is_file():
-        env["py_modules"] = [*env.get("py_modules", []), str(package)]
-    return {**env, "working_dir": str(working_dir)}
+    for name in ("excludes", "py_modules"):
+        if not isinstance(env.get(name, []), list) or not all(isinstance(entry, str) for entry in env.get(name, [])):
+            raise ConfigError(f"--runtime-env {file}: `{name}` is a list of text.")
+    if "working_dir" in env:
+        raise ConfigError(f"--runtime-env {file}: `working_dir` is what --working-dir says. Take it out.")
+    own = file is not None and (env_file or file == shipped[0])
+    return env, (env_file or _LAUNCH_FILE) if own else f"{_LAUNCH_FILE} as it ships with the package"
 
 
-def check_job_file(job: str, working_dir: Path) -> str:
-    """The job's path inside the folder that travels. Raises `ConfigError` for one outside."""
-    path = Path(job).resolve()
-    if not path.is_relative_to(working_dir):
-        raise ConfigError(f"{job} lies outside {working_dir}, which is what the cluster gets. Give --working-dir.")
-    return path.relative_to(working_dir).as_posix()
+def submit(
+    client: "JobSubmissionClient",
+    command: str,
+    env: Mapping[str, Any],
+    archives: tuple[Archive, Archive],
+    name: str | None = None,
+    driver_cpus: float | None = None,
+    driver_gpus: float | None = None,
+) -> str:
+    """Send the archives of the working folder and of this package, and start the command as a Ray job; returns its id.
 
-
-def submit(client: Any, command: str, env: Mapping[str, Any], name: str | None = None) -> str:
-    """Start the command as a Ray job; returns its id. Secrets of this process go along, seen by nobody."""
+    Secrets of this process go along, seen by nobody; they are sent last, since they are kept for ten minutes only.
+    """
     try:
-        package = send_secrets(client)
-        variables = {**env.get("env_vars", {}), **({SECRETS_VARIABLE: package} if package else {})}
+        working_dir, package = (_send(client, archive) for archive in archives)
+        secrets = send_secrets(client)
+        variables = {**env.get("env_vars", {}), **({SECRETS_VARIABLE: secrets} if secrets else {})}
+        modules = [*env.get("py_modules", []), package]
         return client.submit_job(
             entrypoint=command,
-            runtime_env={**env, "env_vars": variables},
+            runtime_env={**env, "working_dir": working_dir, "py_modules": modules, "env_vars": variables},
             submission_id=name,
             metadata={"by": "ray_vlm"},
+            entrypoint_num_cpus=driver_cpus,
+            entrypoint_num_gpus=driver_gpus,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RunError(f"the cluster did not take the job: {_last_line(error)}") from None
+    except _failures() as error:
+        raise RunError(f"the cluster did not take the job: {describe_failure(error)}") from None
+
+
+def _send(client: "JobSubmissionClient", archive: Archive) -> str:
+    """Leave an archive with the cluster, unless it is there already; returns its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "archive.zip"
+        write_archive(archive, path)
+        return client._upload_package_if_needed(str(path), include_gitignore=False, is_file=True)
 
 
 def follow_job(client: Any, job: str, ask: Callable[[str], bool]) -> int:
@@ -130,15 +214,16 @@ def exit_code(info: Any) -> int:
 
 def ask_cluster(do: Callable[[], Any], patience_s: float = 0.0) -> Any:
     """What `do` returns, tried again for a while where the job server stumbles. Raises `RunError` with what it said."""
-    until = time.monotonic() + patience_s
+    until, patient = time.monotonic() + patience_s, False
     while True:
         try:
             return do()
-        except (OSError, RuntimeError) as error:
-            if time.monotonic() >= until:
-                raise RunError(
-                    f"the job server says: {_last_line(error)} Jobs go on without us; `ray-vlm jobs list` names them."
-                ) from None
+        except _failures() as error:
+            if _is_refusal(error) or time.monotonic() >= until:
+                raise RunError(f"the job server says: {describe_failure(error, _AWAY if patient else '')}") from None
+            if not patient:
+                print(f"the job server does not answer; it is asked again for {patience_s:.0f} s", file=sys.stderr)
+            patient = True
         time.sleep(_POLL_S)
 
 
@@ -153,8 +238,3 @@ def describe_jobs(jobs: Sequence[Any]) -> str:
     return "\n".join(
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
     )
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:500] if lines else type(error).__name__

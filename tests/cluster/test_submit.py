@@ -1,4 +1,5 @@
-"""Jobs on a cluster with token authentication: both ways of submitting leave the same run; nobody sees a token."""
+"""Jobs on a cluster with token authentication: from a clone, from a folder of one's own, from an installed wheel; both
+ways of submitting leave the same run; every verb ends with its own code; nobody sees a token."""
 
 import json
 import os
@@ -47,7 +48,7 @@ def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[di
         time.sleep(0.5)
     else:
         pytest.fail((folder / "head.log").read_text())
-    yield env | {"RAY_API_SERVER_ADDRESS": address}, folder
+    yield env | {"RAY_API_SERVER_ADDRESS": address, "TEST_HEAD": f"127.0.0.1:{port}"}, folder
     for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
         process.kill()
     log.close()
@@ -110,6 +111,114 @@ def test_two_ways_of_submitting_leave_the_same_run(token_cluster: Any, clone: Pa
     assert SECRET not in ours.stdout + ours.stderr
     holding = [p for folder in (logs, tmp_path / "out") for p in folder.rglob("*") if _holds(p, SECRET)]
     assert holding == []
+
+
+JOB = """\
+task: detection
+model: {name: tiny}
+lora: {rank: 4}
+data:
+  train: {path: data/train.json}
+  eval: {path: OUT/eval.json, image_root: data, create: "mine:draw"}
+  test: {path: data/test.json, max_rows: 4}
+train: {max_steps: 2, global_batch_size: 4, micro_batch_size: 2, bf16: false}
+evaluate: {every_steps: 2, num_samples: 2, max_new_tokens: 32}
+pairs: {num_samples: 4, temperature: [1.0, 1.6], min_margin: 0.0}
+checkpoint: {every_steps: 2}
+cluster: {num_workers: 1, cpus_per_worker: 1}
+run: {name: mine, output_dir: OUT}
+"""
+MODULE = """\
+import pathlib, shutil, ray_vlm
+def draw(path):
+    pathlib.Path(path + ".package").write_text(ray_vlm.__file__)
+    shutil.copy("data/eval.json", path)
+"""
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, scenes: Path) -> tuple[Path, Path]:
+    """A user's folder with a job, its rows in `data/` and a module; and where results go."""
+    folder, out = tmp_path / "own", tmp_path / "out"
+    shutil.copytree(scenes, folder / "data")
+    out.mkdir()
+    (folder / "job.yaml").write_text(JOB.replace("OUT", str(out)))
+    (folder / "space.yaml").write_text("lora.rank: {choice: [2, 4]}\n")
+    (folder / "mine.py").write_text(MODULE)
+    return folder, out
+
+
+def _ran_with(out: Path) -> str:
+    return (out / "eval.json.package").read_text()
+
+
+def test_from_a_folder_of_one_s_own(token_cluster: Any, own_folder: tuple[Path, Path]) -> None:
+    """Its `data/` travels, and is no reason to take `ray_vlm.data` away."""
+    folder, out = own_folder
+    env = token_cluster[0] | {"PYTHONPATH": str(ROOT)}
+    done = _run(_ray_vlm("submit", "train", "job.yaml"), folder, env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"sends the working folder, {folder.resolve()}" in done.stdout
+    assert json.loads((out / "mine" / "run.json").read_text())["status"] == "finished"
+    assert "py_modules_files/_ray_pkg_" in _ran_with(out), "the package that was sent ran, whatever the cluster has"
+
+
+def test_every_verb_from_an_installed_wheel(token_cluster: Any, own_folder: tuple[Path, Path], installed: Path) -> None:
+    """Each ends with the verb's own code, its results where they were asked for."""
+    folder, out = own_folder
+    env = {name: value for name, value in token_cluster[0].items() if name != "PYTHONPATH"}
+    run, best, submit = str(out / "mine"), str(out / "mine" / "final"), [str(installed / "ray-vlm"), "submit"]
+    for words, result in (
+        (["train", "job.yaml"], "mine/run.json"),
+        (["train", "job.yaml", "--resume", "train.max_steps=3"], "mine/run.json"),
+        (["evaluate", "job.yaml", "--adapter", best, "--base", "--output", f"{out}/e"], "e/report.html"),
+        (["pairs", "job.yaml", "--adapter", best, "--output", f"{out}/pairs.jsonl"], "pairs.jsonl"),
+        (["predict", run, "data/test", "--output", f"{out}/p.csv", "--draw", f"{out}/drawn"], "p.csv"),
+        (["export", run, "--output", f"{out}/x"], "x/README.md"),
+        (["tune", "job.yaml", "--space", "space.yaml", "run.name=sweep"], "sweep-space/sweep.json"),
+    ):
+        done = _run([*submit, *words], folder, env)
+        assert done.returncode == 0, f"{words}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        assert (out / result).exists(), f"{words}: {sorted(out.rglob('*'))}"
+    assert json.loads((out / "mine" / "run.json").read_text())["result"]["steps"] == 3
+    assert len(list((out / "drawn").glob("*.png"))) == 12
+    assert "py_modules_files/_ray_pkg_" in _ran_with(out)
+    again = _run([*submit, "export", run, "--output", f"{out}/x"], folder, env)
+    assert again.returncode == 1
+    assert "something is there already" in again.stdout
+    wrong = _run(
+        [str(installed / "ray-vlm"), "submit", "predict", run, "data/test", "--output", f"{out}/p.x"], folder, env
+    )
+    assert wrong.returncode == 2, wrong.stdout + wrong.stderr
+
+
+def test_strangers_are_told_what_is_missing(token_cluster: Any, own_folder: tuple[Path, Path]) -> None:
+    """No token and a wrong one, where Ray is told the job server and where it finds it out from the cluster."""
+    folder, _ = own_folder
+    env = token_cluster[0] | {"PYTHONPATH": str(ROOT)}
+    found = {k: v for k, v in env.items() if k != "RAY_API_SERVER_ADDRESS"} | {"RAY_ADDRESS": env["TEST_HEAD"]}
+    assert _run(_ray_vlm("jobs", "list"), folder, found).returncode == 0
+    for here in (env, found):
+        none = {k: v for k, v in here.items() if not k.startswith("RAY_AUTH")} | {"HOME": str(folder)}
+        for stranger in (none, none | {"RAY_AUTH_MODE": "token"}, here | {"RAY_AUTH_TOKEN": "0" * 64}):
+            for words in (["jobs", "list"], ["submit", "train", "job.yaml"]):
+                done = _run(_ray_vlm(*words), folder, stranger)
+                assert done.returncode == 1, done.stdout + done.stderr
+                assert "Traceback" not in done.stderr
+                assert "RAY_AUTH_TOKEN" in done.stderr, done.stderr
+
+
+def test_a_job_server_takes_no_more_than_is_said(token_cluster: Any, tmp_path: Path) -> None:
+    """A little less than the limit of `check_size` is taken, and the limit is not."""
+    from ray_vlm.cluster.package import MAX_UPLOAD_BYTES
+
+    env = token_cluster[0] | {"PYTHONPATH": str(ROOT)}
+    code = "import sys; from ray_vlm.cluster.submit import connect_jobs; client = connect_jobs(None)\n"
+    code += "put = client._do_request('PUT', '/api/packages/gcs/_ray_pkg_0.zip', data=bytes(int(sys.argv[1])))\n"
+    code += "print(put.status_code)"
+    for size, taken in ((MAX_UPLOAD_BYTES - 2**16, True), (MAX_UPLOAD_BYTES, False)):
+        done = _run([sys.executable, "-c", code, str(size)], tmp_path, env)
+        assert (done.stdout.strip() == "200") == taken, done.stdout + done.stderr
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -3,29 +3,9 @@
 import json
 import os
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`bin/` of a new environment that has the built wheel; third-party packages are borrowed from this one."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
-    site = next((folder / "venv" / "lib").glob("python*")) / "site-packages"
-    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    (wheel,) = (folder / "dist").glob("*.whl")
-    python = folder / "venv" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python)]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", str(wheel)], check=True)
-    return folder / "venv" / "bin"
 
 
 def test_the_wheel_brings_its_job_weights_and_template(installed: Path, tmp_path: Path) -> None:

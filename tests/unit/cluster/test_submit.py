@@ -1,16 +1,32 @@
 """Submitting without a cluster: commands, environments, exit codes."""
 
+import io
 import shlex
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ray_vlm.cli import main
+from ray_vlm.cluster import submit as submit_module
+from ray_vlm.cluster.environment import FORWARDED
 from ray_vlm.cluster.secrets import send_secrets
-from ray_vlm.cluster.submit import check_job_file, describe_jobs, entrypoint, exit_code, follow_job, plan_runtime_env
+from ray_vlm.cluster.submit import (
+    SUPPORTED_RAY,
+    describe_jobs,
+    entrypoint,
+    exit_code,
+    follow_job,
+    load_runtime_env,
+)
 from ray_vlm.config.resume import check_output_dir
 from ray_vlm.errors import ConfigError
+from tests.support.job_server import JobServer, start_job_server
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,28 +51,163 @@ def test_the_exit_code_is_the_run_s_own(info: Any, code: int, capsys) -> None:
 
 
 def test_the_command_keeps_every_character() -> None:
-    words = ["run.output_dir=/a b", "method={name: sft, trl: {x: 1}}", "task.prompt=it's $HOME"]
-    assert shlex.split(entrypoint("train", "jobs/a.yaml", words))[5:] == words
+    words = ["jobs/a.yaml", "run.output_dir=/a b", "method={name: sft, trl: {x: 1}}", "task.prompt=it's $HOME"]
+    assert shlex.split(entrypoint("train", words)) == ["python", "-m", "ray_vlm", "train", *words]
 
 
-def test_what_the_job_takes_along(tmp_path: Path) -> None:
-    own = plan_runtime_env(ROOT, None)
-    assert {"/outputs/", "/.venv/", "/data/"} <= set(own["excludes"])
+def test_the_environment_is_the_folder_s_own_or_the_one_that_ships(tmp_path: Path) -> None:
+    own, name = load_runtime_env(ROOT, None)
+    assert {"/outputs/", "/.venv/", ".env"} <= set(own["excludes"])
+    assert not {"/data/", "data/"} & set(own["excludes"]), "a user's rows lie there"
     assert int(own["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
-    assert "py_modules" not in own
-    elsewhere = plan_runtime_env(tmp_path, None)
-    assert Path(elsewhere["py_modules"][0]).name == "ray_vlm"
-    (tmp_path / "env.yaml").write_text("- a list")
-    with pytest.raises(ConfigError, match="a mapping is needed"):
-        plan_runtime_env(tmp_path, tmp_path / "env.yaml")
+    assert name == "jobs/runtime_env.yaml"
+    assert load_runtime_env(tmp_path, None) == (own, "jobs/runtime_env.yaml as it ships with the package")
+    for text, problem in (
+        ("- a list", "a mapping is needed"),
+        ("excludes: data/", "`excludes` is a list of text"),
+        ("working_dir: /x", "`working_dir` is what --working-dir says"),
+    ):
+        (tmp_path / "env.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=problem):
+            load_runtime_env(tmp_path, str(tmp_path / "env.yaml"))
     with pytest.raises(ConfigError, match="cannot be read"):
-        plan_runtime_env(tmp_path, tmp_path / "nowhere.yaml")
+        load_runtime_env(tmp_path, str(tmp_path / "nowhere.yaml"))
 
 
-def test_a_job_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
-    assert check_job_file(str(ROOT / "jobs" / "demo_sft.yaml"), ROOT) == "jobs/demo_sft.yaml"
-    with pytest.raises(ConfigError, match="lies outside"):
-        check_job_file(str(tmp_path / "a.yaml"), ROOT)
+JOB = """\
+task: classification
+model: {name: tiny}
+data: {train: {path: data/train.csv, format: image_csv}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder with a job and its rows, which is the current one; nothing of this machine's Ray is known."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("image,x\n")
+    (tmp_path / "job.yaml").write_text(JOB)
+    for name in (*FORWARDED, "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")  # an --address is preferred to it
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def server() -> Iterator[JobServer]:
+    """A job server of this Ray."""
+    import ray
+
+    server = JobServer(ray.__version__)
+    with start_job_server(server):
+        yield server
+
+
+SUBMIT = ["submit", "train", "job.yaml", "run.output_dir=/shared/outputs"]
+
+
+def test_a_folder_with_data_in_it_is_sent_and_the_package_whole(folder: Path, server: JobServer, capsys) -> None:
+    (folder / "jobs").mkdir()
+    (folder / "jobs" / "runtime_env.yaml").write_text("excludes: [/other/, '*.log']\nenv_vars: {A: b}\n")
+    (folder / "a.log").write_text("x")
+    server.log, server.exit_code = "step 1\n", 3
+    assert main([*SUBMIT, "--address", server.address, "--submission-id", "mine"]) == 3
+    (job,) = server.jobs
+    assert shlex.split(job["entrypoint"])[2:] == ["ray_vlm", *SUBMIT[1:]]
+    assert job["submission_id"] == "mine"
+    env = job["runtime_env"]
+    assert env["env_vars"] == {"A": "b"}
+    archives = [server.packages[uri.removeprefix("gcs://")] for uri in (env["working_dir"], *env["py_modules"])]
+    own, package = (set(zipfile.ZipFile(io.BytesIO(data)).namelist()) for data in archives)
+    assert own == {"job.yaml", "data/train.csv", "jobs/runtime_env.yaml"}
+    assert {"ray_vlm/__init__.py", "ray_vlm/data/__init__.py", "ray_vlm/evaluate/report.html.j2"} <= package
+    told = capsys.readouterr().out
+    assert f"sends the working folder, {folder}: 3 files" in told
+    assert "left out by jobs/runtime_env.yaml: a.log" in told
+    assert "sends ray_vlm" in told
+    assert "results go to /shared/outputs" in told
+    assert told.endswith("step 1\n")
+    asked = len(server.requests)
+    assert main([*SUBMIT, "--address", server.address, "--no-wait"]) == 0
+    assert not [request for request in server.requests[asked:] if request.startswith("PUT")], "both were there already"
+
+
+def test_what_is_refused_is_refused_before_anything_is_sent(folder: Path, server: JobServer, capsys) -> None:
+    address = ["--address", server.address]
+    for words, problem in (
+        (["submit", "train", "job.yaml", *address], "run.output_dir='outputs' is relative"),
+        ([*SUBMIT, *address, "--working-dir", "data"], "lies outside"),
+        ([*SUBMIT, *address, "--working-dir", "nowhere"], "--working-dir nowhere: no such folder"),
+        ([*SUBMIT, "data.train.path=x.csv", *address], "data.train.path='x.csv' is not in"),
+        ([*SUBMIT, "--address", server.address.removeprefix("http://")], "a job server's address has a scheme"),
+    ):
+        assert main(words) == 2
+        assert problem in capsys.readouterr().err
+    assert server.requests == []
+    server.ray_version = "2.40.0"
+    assert main([*SUBMIT, *address]) == 1
+    assert "the cluster runs Ray 2.40.0, and this package needs 2.60 or newer" in capsys.readouterr().err
+    server.ray_version = "2.99.1"
+    assert main(["jobs", "show", "j", *address]) == 0
+    assert "note: the cluster runs Ray 2.99.1" in capsys.readouterr().err
+    assert server.packages == {}
+    assert server.jobs == []
+
+
+def test_the_supported_versions_of_ray_are_those_of_the_package() -> None:
+    (given,) = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if '"ray[' in line]
+    low, high = (".".join(map(str, limit)) for limit in SUPPORTED_RAY)
+    assert f">={low},<{high.split('.')[0]}" in given
+
+
+def test_without_a_token_and_with_a_wrong_one(
+    folder: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    server.token = "right"
+    for words in (["jobs", "list"], SUBMIT):
+        assert main([*words, "--address", server.address]) == 1
+        told = capsys.readouterr().err
+        assert "Missing authentication token. Set RAY_AUTH_MODE=token and" in told
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    server.token = "x"
+
+    def refuse(address: str | None) -> str:
+        from ray.exceptions import AuthenticationError
+
+        raise AuthenticationError("InvalidAuthToken: Authentication token is missing or incorrect")
+
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    monkeypatch.setattr("ray.dashboard.modules.job.sdk.get_address_for_submission_client", refuse)
+    for words in (["jobs", "list"], SUBMIT):
+        assert main(words) == 1
+        told = capsys.readouterr().err
+        assert "error: the cluster's job server at the default address cannot be used: InvalidAuthToken" in told
+        assert "is missing or not the cluster's" in told
+    assert server.packages == {}
+
+
+def test_a_head_that_stops_while_a_job_is_followed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import ray
+
+    monkeypatch.setattr(submit_module, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(submit_module, "_POLL_S", 0.1)
+    server = JobServer(ray.__version__, running=True)
+    with start_job_server(server) as http:
+
+        def stop() -> None:
+            while not [request for request in server.requests if request.endswith("/logs")]:
+                time.sleep(0.01)
+            http.shutdown()
+            http.server_close()
+
+        threading.Thread(target=stop).start()
+        assert main([*SUBMIT, "--address", server.address]) == 1
+    told = capsys.readouterr()
+    assert "step 1" in told.out
+    assert "does not answer; it is asked again for 0 s" in told.err
+    assert "start it again, and submit the same command with --resume" in told.err
+    assert "Traceback" not in told.err
 
 
 @pytest.mark.parametrize(("address", "fine"), [("outputs", False), ("./x", False), ("/x", True), ("s3://b/x", True)])
@@ -65,8 +216,6 @@ def test_where_a_job_may_write(address: str, fine: bool) -> None:
 
 
 def test_tokens_go_as_a_package_that_cannot_be_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_vlm.cluster.environment import FORWARDED
-
     for name in FORWARDED:
         monkeypatch.delenv(name, raising=False)
     sent: list[tuple] = []

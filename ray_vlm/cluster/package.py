@@ -1,0 +1,214 @@
+"""What a submitted job takes along: the working folder and this package, each planned as plain data, then zipped.
+
+Ray zips a folder that is named in a runtime environment by itself, and applies `excludes` to a folder of `py_modules`
+as well: a pattern that is meant for the data would take modules out of the package. Archives it sends as they are.
+So both are archives of ours, and what is said before they are sent is what they hold.
+"""
+
+import os
+import posixpath
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import ZipFile, ZipInfo
+
+from ray_vlm import __version__
+from ray_vlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ray._private.thirdparty.pathspec import PathSpec
+
+PACKAGE_FOLDER = Path(__file__).parents[1]
+IGNORE_GITIGNORE = "RAY_RUNTIME_ENV_IGNORE_GITIGNORE"  # Ray's own switch: "1" sends what git ignores
+MAX_UPLOAD_BYTES = 100 * 2**20  # Ray's job server takes no larger request (`DASHBOARD_CLIENT_MAX_SIZE`)
+
+_NEVER_SENT = (".git/", ".venv*/", "venv/", "__pycache__/", "*.pyc")
+_NEVER = "this command, which never sends it"
+_NAMES_SHOWN = 5
+_ENTRY_BYTES = 120  # of a zip archive for each file, beside its name (twice) and its bytes
+_EARLIEST = (1980, 1, 1, 0, 0, 0)  # the date of every file: the same files are the same archive, sent once
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Files of a folder that are sent, and what is left out of it. Nothing has been read yet but names and sizes."""
+
+    folder: Path
+    files: Mapping[str, int]  # path in the folder -> bytes
+    left_out: Mapping[str, str] = field(default_factory=dict)  # path, of a folder with a slash -> by what
+    prefix: str = ""  # where the files lie in the archive
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the files."""
+        return sum(self.files.values())
+
+    @property
+    def archive_bytes(self) -> int:
+        """Of the archive, at most: files are not compressed in it."""
+        return self.num_bytes + sum(_ENTRY_BYTES + 2 * len(os.fsencode(self.prefix + name)) for name in self.files)
+
+    def holds(self, path: str) -> bool:
+        """Whether a file, or any file of a folder, is sent."""
+        path = posixpath.normpath(path)
+        return path in self.files or path == "." or any(name.startswith(f"{path}/") for name in self.files)
+
+    def why_left_out(self, path: str) -> str | None:
+        """By what a file or a folder is left out; None where it is sent, or is not there."""
+        path = posixpath.normpath(path)
+        for name, reason in self.left_out.items():
+            if path == name.rstrip("/") or (name.endswith("/") and path.startswith(name)):
+                return reason
+        return None
+
+    def left_out_below(self, path: str) -> dict[str, str]:
+        """What is left out of a folder that is sent itself, and by what."""
+        start = "" if posixpath.normpath(path) == "." else f"{posixpath.normpath(path)}/"
+        return {name: reason for name, reason in self.left_out.items() if name.startswith(start)}
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Patterns as in .gitignore, relative to the folder that they stand in."""
+
+    base: str
+    spec: "PathSpec"
+    origin: str
+    has_exceptions: bool  # lines with `!`, which bring back files of a folder that another line names
+
+    def matches(self, name: str) -> bool:
+        """`name`: a path in the working folder, of a folder with a slash."""
+        if name.endswith("/") and self.has_exceptions:
+            return False  # its files are looked at one by one
+        return name.startswith(self.base) and self.spec.match_file(name[len(self.base) :])
+
+
+def _rule(base: str, lines: Sequence[str], origin: str) -> _Rule:
+    from ray._private.thirdparty.pathspec import PathSpec
+
+    exceptions = any(line.strip().startswith("!") for line in lines)
+    return _Rule(base, PathSpec.from_lines("gitwildmatch", lines), origin, exceptions)
+
+
+def plan_working_folder(folder: Path, excludes: Sequence[str], excludes_of: str) -> Archive:
+    """What is sent of a working folder: all but what `.gitignore` and `.rayignore` of its folders and `excludes` name.
+
+    `excludes_of`: what is to blame for `excludes`. This package, where it lies in the folder, is left to an archive of
+    its own. Raises `ConfigError` where the folder cannot be read.
+    """
+    ignore_files = [".rayignore"] if os.environ.get(IGNORE_GITIGNORE) == "1" else [".gitignore", ".rayignore"]
+    rules = [_rule("", _NEVER_SENT, _NEVER), _rule("", excludes, excludes_of)]
+    if (folder / "ray_vlm" / "__init__.py").is_file():
+        rules.append(_rule("", ["/ray_vlm/"], "this command, which sends the package by itself"))
+    return _plan(folder, rules, ignore_files)
+
+
+def plan_package() -> Archive:
+    """This package as it runs here; no pattern of the user's applies to it."""
+    archive = _plan(PACKAGE_FOLDER, [_rule("", _NEVER_SENT, _NEVER)], [])
+    return Archive(archive.folder, archive.files, prefix="ray_vlm/")
+
+
+def _plan(folder: Path, rules: Sequence[_Rule], ignore_files: Sequence[str]) -> Archive:
+    files: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+    pending = [("", tuple(rules), frozenset({os.path.realpath(folder)}))]
+    while pending:
+        base, known, parents = pending.pop()
+        try:
+            entries = sorted(os.scandir(folder / base), key=lambda entry: entry.name)
+            known += tuple(_read_ignore_files(folder, base, ignore_files))
+            for entry in entries:
+                name, reason = _judge(entry, base, known, parents)
+                if reason is not None:
+                    left_out[name] = reason
+                elif name.endswith("/"):
+                    pending.append((name, known, parents | {os.path.realpath(entry.path)}))
+                else:
+                    files[name] = entry.stat().st_size
+        except OSError as error:
+            raise ConfigError(
+                f"--working-dir {folder}: {error.filename or base} cannot be read ({error.strerror}). Mend its "
+                "permissions, or leave it out by a line in .rayignore."
+            ) from None
+    return Archive(folder, dict(sorted(files.items())), dict(sorted(left_out.items())))
+
+
+def _judge(entry: os.DirEntry, base: str, rules: Sequence[_Rule], parents: frozenset[str]) -> tuple[str, str | None]:
+    """The path of an entry, of a folder with a slash, and by what it is left out. Links are followed, as Ray does."""
+    is_folder = entry.is_dir()
+    name = f"{base}{entry.name}{'/' if is_folder else ''}"
+    for rule in rules:
+        if rule.matches(name):
+            return name, rule.origin
+    if is_folder and entry.is_symlink() and os.path.realpath(entry.path) in parents:
+        return name, "its being a link to a folder that holds it"
+    if not is_folder and not entry.is_file():
+        return name, "its being neither a file nor a folder"
+    if "\\" in name or name.encode(errors="surrogateescape").decode(errors="replace") != name:
+        return name, "its name, which Ray does not unpack"
+    return name, None
+
+
+def _read_ignore_files(folder: Path, base: str, names: Sequence[str]) -> Iterator[_Rule]:
+    for name in names:
+        path = folder / base / name
+        if path.is_file():
+            yield _rule(base, path.read_text(encoding="utf-8", errors="replace").splitlines(), base + name)
+
+
+def check_size(archive: Archive) -> None:
+    """Raise `ConfigError` for a working folder that the job server would refuse, with what is largest in it."""
+    if archive.archive_bytes < MAX_UPLOAD_BYTES:
+        return
+    sizes: dict[str, int] = {}
+    for name, size in archive.files.items():
+        top, slash, _ = name.partition("/")
+        sizes[top + slash] = sizes.get(top + slash, 0) + size
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:_NAMES_SHOWN]
+    raise ConfigError(
+        f"--working-dir {archive.folder}: {len(archive.files):,} files of {format_bytes(archive.num_bytes)} would be "
+        f"sent, and Ray's job server takes less than {format_bytes(MAX_UPLOAD_BYTES)}. The largest: "
+        f"{', '.join(f'{name} {format_bytes(sizes[name])}' for name in largest)}. Put data and models where every node "
+        "reaches them, name them in the job by an absolute path or an address such as s3://, and leave them out here "
+        "by a line in .rayignore, as in .gitignore."
+    )
+
+
+def describe_archive(archive: Archive) -> str:
+    """What is sent, and what is left out by what, in lines for a terminal."""
+    what = f"ray_vlm {__version__}" if archive.prefix else "the working folder"
+    lines = [f"sends {what}, {archive.folder}: {_count(archive.files)}, {format_bytes(archive.num_bytes)}"]
+    for reason in dict.fromkeys(archive.left_out.values()):
+        names = [name for name, by in archive.left_out.items() if by == reason]
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        lines.append(f"  left out by {reason}: {', '.join(names[:_NAMES_SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+def _count(files: Mapping[str, int]) -> str:
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
+
+
+def format_bytes(size: float) -> str:
+    """A size in the units that file managers use."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def write_archive(archive: Archive, path: Path) -> None:
+    """Write the files as a zip archive that depends on their names and contents alone."""
+    with ZipFile(path, "w") as target:
+        for name in archive.files:
+            source = archive.folder / name
+            info = ZipInfo(archive.prefix + name, _EARLIEST)
+            mode = 0o755 if source.stat().st_mode & stat.S_IXUSR else 0o644
+            info.external_attr = (stat.S_IFREG | mode) << 16
+            with open(source, "rb") as data, target.open(info, "w") as out:
+                shutil.copyfileobj(data, out)

@@ -1,0 +1,129 @@
+"""`ray-vlm submit VERB ...`: run any verb that computes as a Ray job on a cluster, and follow it."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_vlm.cluster.package import Archive
+    from ray_vlm.config.schema import JobConfig
+
+SERVER_HELP = "the cluster's job server, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, or this machine)"
+
+
+def add_submit_verb(
+    verbs: argparse._SubParsersAction, add_computing_verbs: Callable[[argparse._SubParsersAction], None]
+) -> None:
+    """`ray-vlm submit VERB`: every verb that `add_computing_verbs` adds, with its own words and options."""
+    submit = verbs.add_parser("submit", help="run a verb as a Ray job on a cluster, and follow it")
+    own = {action.dest for action in _add_options(submit)}
+    computing = submit.add_subparsers(metavar="VERB", required=True)
+    add_computing_verbs(computing)
+    for name, parser in computing.choices.items():
+        words = tuple(action for action in parser._actions if not isinstance(action, argparse._HelpAction))
+        assert not own & {action.dest for action in words}, f"{name} has an option of submit's name"
+        _add_options(parser, left_to_submit=True)
+        parser.set_defaults(verb=_submit, submitted_verb=name, submitted_actions=words)
+
+
+def _add_options(parser: argparse.ArgumentParser, left_to_submit: bool = False) -> list[argparse.Action]:
+    """Submit's own options, which may stand before and after the verb. `left_to_submit`: the defaults are."""
+    default: Any = argparse.SUPPRESS if left_to_submit else None
+    folder = default if left_to_submit else "."
+    group = parser.add_argument_group("where and how it runs")
+    return [
+        group.add_argument("--address", default=default, help=SERVER_HELP),
+        group.add_argument(
+            "--no-wait", action="store_true", default=default or False, help="do not follow the log, return at once"
+        ),
+        group.add_argument("--working-dir", default=folder, metavar="FOLDER", help="what travels (default: this one)"),
+        group.add_argument("--runtime-env", default=default, metavar="FILE", help="default: jobs/runtime_env.yaml"),
+        group.add_argument("--submission-id", default=default, metavar="NAME", help="the job's name on the cluster"),
+        group.add_argument(
+            "--driver-cpus", type=float, default=default, metavar="N", help="run the verb itself on a node with these"
+        ),
+        group.add_argument(
+            "--driver-gpus",
+            type=float,
+            default=default,
+            metavar="N",
+            help="the same for GPUs: for verbs that compute in one process (default: on the head)",
+        ),
+    ]
+
+
+def command_words(actions: tuple[argparse.Action, ...], values: dict[str, Any]) -> list[str]:
+    """The words that give a verb these values: what stands alone, then options that are not at their default."""
+    words: list[str] = []
+    options: list[str] = []
+    for action in actions:
+        value = values.get(action.dest)
+        if not action.option_strings:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+        elif value in (None, action.default):
+            continue
+        elif action.nargs == 0:
+            options += action.option_strings[-1:] if value == action.const else []
+        else:
+            options += [f"{action.option_strings[-1]}={one}" for one in (value if isinstance(value, list) else [value])]
+    return [*words, *options]
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from ray_vlm.cluster.package import check_size, describe_archive, plan_package, plan_working_folder
+    from ray_vlm.cluster.submit import connect_jobs, entrypoint, follow_job, load_runtime_env, submit
+    from ray_vlm.config.load import load_job
+
+    job = load_job(args.job, args.overrides) if hasattr(args, "job") else None
+    folder = _working_folder(args.working_dir)
+    env, env_file = load_runtime_env(folder, args.runtime_env)
+    archive, package = plan_working_folder(folder, env.get("excludes", []), env_file), plan_package()
+    values, lines = _check_paths(args, job, archive)
+    check_size(archive)
+    command = entrypoint(args.submitted_verb, command_words(args.submitted_actions, values))
+    client = connect_jobs(args.address)
+    print("\n".join([describe_archive(archive), describe_archive(package), *lines]), flush=True)
+    name = submit(client, command, env, (archive, package), args.submission_id, args.driver_cpus, args.driver_gpus)
+    print(f"job {name}: {command}", flush=True)
+    return 0 if args.no_wait else follow_job(client, name, ask)
+
+
+def _working_folder(path: str) -> Path:
+    from ray_vlm.errors import ConfigError
+
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"--working-dir {path}: no such folder.")
+    return folder
+
+
+def _check_paths(
+    args: argparse.Namespace, job: "JobConfig | None", archive: "Archive"
+) -> tuple[dict[str, Any], list[str]]:
+    """The verb's words as the cluster is given them, and lines on what it reads and writes beside the folder.
+
+    Raises `ConfigError` with all that is wrong.
+    """
+    from ray_vlm.cluster.submit_paths import check_job, check_results, check_words
+    from ray_vlm.errors import ConfigError
+
+    words = {action.dest: getattr(args, action.dest) for action in args.submitted_actions}
+    values, found = check_words(words, archive)
+    if job is not None:
+        found += check_job(job, values["job"], archive)
+    found += check_results(args.submitted_verb, words, job)
+    if found.problems:
+        raise ConfigError(found.problems)
+    lines = [f"note: {note}" for note in found.notes]
+    lines += [f"all nodes must see {place}" for place in dict.fromkeys(found.expected)]
+    return values, [*lines, *(f"results go to {place}, as the nodes see it" for place in found.written)]
+
+
+def ask(question: str) -> bool:
+    """Whether a person at the terminal says yes."""
+    try:
+        return sys.stdin.isatty() and input(question).strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        return False
