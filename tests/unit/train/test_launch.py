@@ -6,7 +6,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from ray_vlm.errors import DataError, Interrupted
 from ray_vlm.train.finite import Rewind
-from ray_vlm.train.launch import Failure, describe_failure, plan_pause, plan_retry
+from ray_vlm.train.restarts import Failure, describe_failure, plan_pause, plan_retry
 
 
 class _Raised(Exception):
