@@ -22,7 +22,7 @@ from ray_vlm.data.spec import Row, RowSpec
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.machine import count_threads
 from ray_vlm.models.load import load_adapter, load_model
-from ray_vlm.models.out_of_memory import advise_inference, describe_out_of_memory, is_out_of_memory
+from ray_vlm.models.out_of_memory import NO_ROOM, advise_inference, describe_out_of_memory, is_out_of_memory
 from ray_vlm.runs.checkpoints import fetch_folder
 
 _BLOCKS_PER_ACTOR = 64
@@ -117,7 +117,7 @@ def _do(loaded: Loaded, do: Do, number: int) -> Any:
         if not is_out_of_memory(error):
             raise
         advice = advise_inference(loaded.work.job.evaluate.batch_size)
-        raise RunError(f"out of GPU memory at batch {number}: {describe_out_of_memory(error)}. {advice}") from error
+        raise RunError(f"{NO_ROOM} at batch {number}: {describe_out_of_memory(error)}. {advice}") from error
 
 
 class _Actor:

@@ -10,6 +10,7 @@ _MARKS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "Cuda failure 2 'out of memory'",
 )
+NO_ROOM = "ran out of GPU memory"  # is in every message about it
 _SENTENCES = 3  # of torch's own text: what was asked for, what the card has, what is free
 
 

@@ -7,7 +7,7 @@ try again what this package refused on purpose, and it keeps no account. So rest
 from dataclasses import dataclass
 
 from ray_vlm.errors import RayVlmError, RunError
-from ray_vlm.models.out_of_memory import describe_out_of_memory, is_out_of_memory
+from ray_vlm.models.out_of_memory import NO_ROOM, describe_out_of_memory, is_out_of_memory
 from ray_vlm.train.finite import Rewind
 
 _PAUSE_S = 2.0  # between the beginnings of two tries
@@ -78,7 +78,7 @@ def describe_failure(error: Exception, step: int, advice: str = "") -> Failure:
 
 def explain_out_of_memory(error: BaseException, who: str, step: int, advice: str) -> RunError:
     """Our error for a card without room."""
-    return RunError(f"{who} ran out of GPU memory after step {step}: {describe_out_of_memory(error)}. {advice}")
+    return RunError(f"{who} {NO_ROOM} after step {step}: {describe_out_of_memory(error)}. {advice}")
 
 
 def _is_death(error: BaseException) -> bool:
