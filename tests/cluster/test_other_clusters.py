@@ -1,5 +1,5 @@
-"""A Ray that runs on the machine already, left by `ray start` with a token: not joined unasked, and joined or refused as
-the job says. Signals while Ray starts."""
+"""A Ray that `ray start` has left on the machine, with a token: not joined unasked, and joined or refused as the job
+says. Signals while Ray starts."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from ray_vlm.runs.monitor import read_metrics
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef" * 4
+TOKEN_OF_ANOTHER = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def head() -> Iterator[dict[str, str]]:
     own = env | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=3", "--port=0"]
     with open(folder / "log", "w") as log:
-        words = [*command, "--dashboard-port=0", "--disable-usage-stats"]
+        words = [*command, "--include-dashboard=False", "--disable-usage-stats"]
         process = subprocess.Popen(words, env=own, stdout=log, stderr=log, start_new_session=True)
     address = folder / "ray" / "ray_current_cluster"
     until = time.monotonic() + 90

@@ -24,6 +24,5 @@ def test_a_card_without_room_is_told_with_what_to_lower(text: str, ours: bool) -
         _do(loaded, answer, 1)
     assert isinstance(error.value, RunError) == ours
     if ours:
-        assert str(error.value).startswith(
-            f"ran out of GPU memory at batch 1: {FULL}. Lower evaluate.batch_size (now 16)"
-        )
+        told = f"ran out of GPU memory at batch 1: {FULL}. Lower evaluate.batch_size (now 16)"
+        assert str(error.value).startswith(told)
