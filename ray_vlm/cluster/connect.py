@@ -32,7 +32,7 @@ _ANSWER_S = 0.3  # how long a cluster on this machine may take to answer
 def explain_refusal(address: str, setting: str, text: str) -> str:
     """Why the cluster at `address`, which `setting` names, cannot be joined, by what Ray said, and the fix."""
     reason = " ".join(text.split())[:300] or "no reason was given"
-    if re.search(r"[Aa]uthenticat|[Uu]nauthori[sz]ed|[Ii]nvalid.{0,10}[Tt]oken", text):
+    if re.search("authenticat|unauthori[sz]ed|invalid.{0,10}token", text, re.IGNORECASE):
         fix = (
             "Set RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (on its "
             "head: `ray get-auth-token`)."
