@@ -221,8 +221,9 @@ def _read_run(broken: str, whole: str, draw: bool) -> int:
     from ray_vlm.runs.card import write_card
     from ray_vlm.runs.compare import compare_runs, describe_comparison, run_titles
     from ray_vlm.runs.compute import measure_compute, sum_compute, write_markdown
+    from ray_vlm.runs.drivers import check_not_driven
     from ray_vlm.runs.export import write_table
-    from ray_vlm.runs.manifest import end_attempt, is_running, start_attempt, write_training_log
+    from ray_vlm.runs.manifest import end_attempt, start_attempt, write_training_log
     from ray_vlm.runs.paths import find_run
     from ray_vlm.runs.plot import plot_runs
     from ray_vlm.runs.read import find_runs, read_run
@@ -245,7 +246,7 @@ def _read_run(broken: str, whole: str, draw: bool) -> int:
     paths = find_run(str(Path(broken).parent), "broken", "x")
     assert paths is not None
     check_resume(fill_defaults(json.loads(paths.resolved.read_text())), dict(runs[1].job))
-    is_running(paths)
+    check_not_driven(paths.store, "--resume")
     start_attempt(paths)
     end_attempt(paths, "failed")
     write_training_log(paths, None)

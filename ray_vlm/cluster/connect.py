@@ -2,13 +2,16 @@
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ray_vlm.cluster.nodes import ask_nodes, compare_nodes, describe_node, expected, wait_longer
-from ray_vlm.cluster.preflight import Layout, cpus_needed, plan_layout
+from ray_vlm.cluster.preflight import Layout, cpus_needed, describe_idle_gpus, plan_layout
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
+from ray_vlm.machine import cannot_hold_ray, count_cpus, count_gpus, describe_room, ray_folder, read_disk
 
 # What Ray is told before it starts; a value that the user has set stays.
 SETTINGS = {
@@ -22,18 +25,64 @@ SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+_OWN = "local"  # Ray's word for a cluster of this process's own
+_ANSWER_S = 0.3  # how long a cluster on this machine may take to answer
 
 
-def _join(address: str) -> None:
+def explain_refusal(address: str, setting: str, text: str) -> str:
+    """Why the cluster at `address`, which `setting` names, cannot be joined, by what Ray said, and the fix."""
+    reason = " ".join(text.split())[:300] or "no reason was given"
+    if re.search("authenticat|unauthori[sz]ed|invalid.{0,10}token", text, re.IGNORECASE):
+        fix = (
+            "Set RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (on its "
+            "head: `ray get-auth-token`)."
+        )
+    elif "ersion mismatch" in text:
+        fix = "Install here the Ray and the Python that the cluster has, or start the cluster with those of here."
+    else:
+        fix = "Start it, or leave the address out to use a cluster of this machine's own."
+    return f"{setting}={address!r} cannot be joined ({reason}). {fix}"
+
+
+def _join(address: str, setting: str) -> None:
     import ray
+    from ray.exceptions import RayError
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunError(
-            f"cluster.address={address!r} cannot be joined ({str(error).splitlines()[0]}). Start it, or leave the "
-            "address out to use a cluster of this machine's own."
-        ) from None
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise RunError(explain_refusal(address, setting, str(error))) from None
+
+
+def find_other_cluster() -> str | None:
+    """The address of a cluster that `ray start` left on this machine and that answers, or None. The file that holds it
+    stays behind when a cluster dies."""
+    try:
+        address = (ray_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip()
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S):
+            return address
+    except (OSError, ValueError, OverflowError):
+        return None
+
+
+def _start_own(cpus: int) -> None:
+    """A cluster in this machine. Another one that runs here is left alone, where Ray itself would join it unasked."""
+    import ray
+
+    disk = read_disk(ray_folder())
+    note = describe_room(disk)
+    if note and cannot_hold_ray(disk):
+        raise RunError(note)
+    notes = [note] if note else []
+    if (other := find_other_cluster()) is not None:
+        notes.append(
+            f"a Ray cluster runs on this machine already ({other}); this starts one of its own beside it. "
+            "cluster.address=auto, or RAY_ADDRESS=auto, joins that one"
+        )
+    for text in notes:
+        print(f"note: {text}", flush=True)
+    ray.init(address=_OWN, num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
 
 
 @contextmanager
@@ -47,18 +96,26 @@ def start_ray(job: JobConfig) -> Iterator[None]:
     import ray
 
     mine = not ray.is_initialized()
-    if mine:
-        address = job.cluster.address or os.environ.get("RAY_ADDRESS")
-        if address:
-            _join(address)
-        else:
-            cpus = max(os.cpu_count() or 1, cpus_needed(job))
-            ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
     try:
+        if mine:
+            setting = "cluster.address" if job.cluster.address else "RAY_ADDRESS"
+            address = job.cluster.address or os.environ.get("RAY_ADDRESS") or _OWN
+            if address == _OWN:
+                _start_own(max(count_cpus(), cpus_needed(job)))
+            else:
+                _join(address, setting)
+            if job.cluster.gpus_per_worker == 0:
+                tell_idle_gpus(count_gpus() if address == _OWN else int(ray.cluster_resources().get("GPU", 0)))
         yield
     finally:
         if mine:
             ray.shutdown()
+
+
+def tell_idle_gpus(count: int) -> None:
+    """Say that a run on CPUs leaves cards idle, where there are any."""
+    if count:
+        print(f"note: {describe_idle_gpus(count)}", flush=True)
 
 
 @contextmanager

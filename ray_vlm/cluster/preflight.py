@@ -77,3 +77,9 @@ def plan_layout(
 def _fit(resources: Mapping[str, float], each_of: Mapping[str, float]) -> int:
     """How many workers fit."""
     return min(int(resources.get(name, 0) // each) for name, each in each_of.items() if each)
+
+
+def describe_idle_gpus(count: int) -> str:
+    """What a run on CPUs says where there are cards."""
+    cards = "a GPU lies" if count == 1 else f"{count} GPUs lie"
+    return f"{cards} idle, and the job runs on CPUs; cluster.gpus_per_worker=1 gives each worker a GPU"

@@ -5,7 +5,6 @@ at a bad row, at a source without a good one, or at a file that cannot be used a
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,8 +22,9 @@ from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.source import prepare_source
 from ray_vlm.data.spec import row_spec
 from ray_vlm.errors import DataError, RunError
+from ray_vlm.machine import count_cpus
 
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = min(8, count_cpus())
 _SHOWN_REASONS = 40
 _VARYING = (  # what differs between reasons that are alike -> what stands for it; in this order
     (re.compile(r"^id .{1,300}? is used by"), "id … is used by"),

@@ -20,7 +20,9 @@ from ray_vlm.data.records import SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import Row, RowSpec
 from ray_vlm.errors import RayVlmError, RunError
+from ray_vlm.machine import count_threads
 from ray_vlm.models.load import load_adapter, load_model
+from ray_vlm.models.out_of_memory import NO_ROOM, advise_inference, describe_out_of_memory, is_out_of_memory
 from ray_vlm.runs.checkpoints import fetch_folder
 
 _BLOCKS_PER_ACTOR = 64
@@ -70,7 +72,7 @@ class Loaded:
         import torch
 
         job = self.work.job
-        torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
+        torch.set_num_threads(count_threads(job.cluster.cpus_per_worker))
         model = load_model(job.model, job.train.bf16, self.device)
         return model if self.work.adapter is None else load_adapter(model, self.work.adapter, job.model)
 
@@ -109,7 +111,13 @@ def _local(work: Work, do: Do, numbers: Sequence[int]) -> Generator[tuple[int, A
 
 def _do(loaded: Loaded, do: Do, number: int) -> Any:
     positions = loaded.work.batches[number]
-    return do(loaded, [loaded.records[i] for i in positions], positions)
+    try:
+        return do(loaded, [loaded.records[i] for i in positions], positions)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = advise_inference(loaded.work.job.evaluate.batch_size)
+        raise RunError(f"{NO_ROOM} at batch {number}: {describe_out_of_memory(error)}. {advice}") from error
 
 
 class _Actor:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm import __version__
+from ray_vlm.machine import count_cpus
 from ray_vlm.runs.attempts import complete
+from ray_vlm.runs.drivers import this_process
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import CLAIMED, RunPaths, write_json
 
@@ -55,7 +57,7 @@ def start_attempt(paths: RunPaths) -> int:
     """Note in `run.json` that the run starts, or goes on, and in which process. Returns the attempt's number."""
     run = json.loads(paths.run.read_text())
     number = last_attempt(paths) + 1
-    attempt = {"attempt": number, "started": time.time(), "driver": _this_process()}
+    attempt = {"attempt": number, "started": time.time(), "driver": this_process()}
     _write(paths, run | {"status": "running", "attempts": [*run["attempts"], attempt]})
     return number
 
@@ -85,36 +87,6 @@ def finish_manifest(paths: RunPaths, status: str, result: dict[str, Any] | None 
     """Close the last attempt and set the run's status: `finished`, `failed` or `interrupted`."""
     end_attempt(paths, status, error)
     update_manifest(paths, status=status, result=result)
-
-
-def is_running(paths: RunPaths) -> dict[str, Any] | None:
-    """The other process on this machine that still drives the run (`host`, `pid`), or None. Of other machines nothing
-    is known; should two drivers meet, the workers of the older attempt give up (`train/attempt.py`)."""
-    driver = living_driver(json.loads(paths.run.read_text()))
-    return None if driver is None or driver["pid"] == os.getpid() else driver
-
-
-def living_driver(run: dict[str, Any]) -> dict[str, Any] | None:
-    """The process on this machine that drives a run, by what its `run.json` says, or None."""
-    attempts = run.get("attempts") or [{}]
-    driver = attempts[-1].get("driver")
-    if not driver or "ended" in attempts[-1] or driver["host"] != platform.node():
-        return None
-    return driver if _started(driver["pid"]) == driver["started"] else None
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _started(pid: int) -> float | None:
-    """When the process with this number started, so that a number used again is not mistaken for the old process."""
-    import psutil
-
-    try:
-        return psutil.Process(pid).create_time()
-    except psutil.Error:
-        return None
 
 
 def _write(paths: RunPaths, run: dict[str, Any]) -> None:
@@ -169,4 +141,4 @@ def _git_commit() -> str | None:
 
 def _hardware() -> dict[str, Any]:
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "memory_gib": round(pages / 2**30, 1)}
+    return {"machine": platform.machine(), "cpus": count_cpus(), "memory_gib": round(pages / 2**30, 1)}

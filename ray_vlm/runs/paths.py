@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
+from ray_vlm.runs.drivers import check_not_driven
 from ray_vlm.runs.sound import check_whole
 from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole_or_gone
 
@@ -211,7 +212,8 @@ def _find(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
 
 
 def check_free(output_dir: str, name: str, overwrite: bool) -> None:
-    """Raise `RunError` unless run `name` may be written: nothing there, or a run and `overwrite`. Changes nothing."""
+    """Raise `RunError` unless run `name` may be written: nothing there, or a run that no other process trains, and
+    `overwrite`. Changes nothing."""
     store = Store(join(output_dir, name))
     if store.local is not None and (store.local.is_symlink() or (store.local.exists() and not store.local.is_dir())):
         raise RunError(f"run.name={name!r}: {store.local} is a link or a file. Give another run.name.")
@@ -228,6 +230,10 @@ def check_free(output_dir: str, name: str, overwrite: bool) -> None:
         )
     if "run.json" not in names:
         raise RunError(f"--overwrite: {store.address} is not a run folder (run.json is missing), so it is not deleted.")
+    try:
+        check_not_driven(store, "--overwrite")
+    except OSError as error:
+        raise cannot_write(output_dir, error) from None
 
 
 def _numbers(names: Iterable[str], stem: str) -> list[int]:

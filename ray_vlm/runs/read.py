@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.manifest import living_driver
+from ray_vlm.runs.drivers import living_driver
 from ray_vlm.runs.monitor import current_lines, read_line
 from ray_vlm.runs.sound import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
 from ray_vlm.runs.store import Store, is_remote, join, local_path
@@ -81,10 +81,10 @@ class Run:
 
     @cached_property
     def best(self) -> dict[str, Any] | None:
-        """The validation line that is best by the job's metric, the first among equals."""
-        found = [line for line in self.of_kind("eval") if is_number(line.get(self.metric))]
-        sign = -1 if self.metric in LOWER_IS_BETTER else 1
-        return max(found, key=lambda line: sign * line[self.metric], default=None)
+        """The validation line that is best by the job's metric (`rank_validation`), the later one among equals."""
+        evals = self.of_kind("eval")
+        ranked = [(rank, i) for i, line in enumerate(evals) if (rank := rank_validation(line, self.metric))]
+        return evals[max(ranked)[1]] if ranked else None
 
     @property
     def started(self) -> float | None:
@@ -119,6 +119,16 @@ class Run:
     def num_attempts(self) -> int:
         """Launches, with those that Ray made by itself."""
         return max([len(self.attempts), *(line["attempt"] for line in self.lines if line["kind"] == "start")])
+
+
+def rank_validation(numbers: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    """What validations are ordered by, higher is better: the job's metric, and among equals the validation loss. None
+    without a finite number. Of two that are equal in both the later one is taken, which has seen more."""
+    value, loss = (numbers.get(name) for name in (metric, "loss"))
+    if value is None or not is_number(value):
+        return None
+    by_loss = -float(loss) if loss is not None and is_number(loss) else -math.inf
+    return (-float(value) if metric in LOWER_IS_BETTER else float(value)), by_loss
 
 
 def setting(job: Mapping[str, Any], key: str) -> Any:

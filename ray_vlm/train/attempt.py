@@ -8,7 +8,7 @@ import json
 import platform
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.checkpoints import Checkpoint, open_checkpoint, open_newest, sweep
+from ray_vlm.runs.drivers import check_own
 from ray_vlm.runs.store import Store
 
 _OWNER = ".attempt.json"
@@ -67,10 +68,11 @@ class Attempt:
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def begin_attempt(store: Store, place: Place, at_least: int) -> Attempt:
+def begin_attempt(store: Store, place: Place, at_least: int, driver: Mapping[str, Any] | None = None) -> Attempt:
     """Prove the storage, take the run over, find the newest whole checkpoint. All ranks return the same.
 
-    `at_least`: the number that the driver gave; one that Ray started by itself counts on.
+    `at_least`: the number that the driver gave; one that Ray started by itself counts on. `driver`: the process that
+    must still drive the run, as `run.json` names it.
     """
     token = place.share(uuid.uuid4().hex[:8])
     if place.ray:
@@ -80,6 +82,8 @@ def begin_attempt(store: Store, place: Place, at_least: int) -> Attempt:
         number, name, notes = place.share(None)
         checkpoint, folder = open_checkpoint(store, name) if name else (None, None)
         return Attempt(number, token, checkpoint, folder, notes)
+    if driver is not None:
+        _check_driver(store, driver)
     owner = json.loads(store.read(_OWNER) or b"{}")
     number = max(at_least, owner.get("attempt", 0) + 1)
     store.write(_OWNER, json.dumps({"attempt": number, "token": token}).encode())
@@ -94,10 +98,21 @@ def check_owner(store: Store, attempt: Attempt) -> None:
     """Raise `RunError` where a newer attempt has taken the run over; asked before anything is committed."""
     owner = json.loads(store.read(_OWNER) or b"{}")
     if owner.get("token") != attempt.token:
-        raise RunError(
-            f"attempt {attempt.number} of {store.address} was taken over by attempt {owner.get('attempt')}, so it "
-            "writes nothing more."
-        )
+        by = f"taken over by attempt {owner.get('attempt')}" if owner else "deleted"
+        by += " of another driver" if owner and owner.get("attempt", 0) <= attempt.number else ""
+        raise RunError(f"attempt {attempt.number} of {store.address} was {by}, so it writes nothing more.")
+
+
+def _check_driver(store: Store, driver: Mapping[str, Any], wait_s: float = _SEE_S) -> None:
+    """Raise `RunError` where another driver has the run now: workers that Ray started anew must not take it back."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            return check_own(store, driver)
+        except RunError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.5)
 
 
 def prove_storage(store: Store, place: Place, token: str, wait_s: float = _SEE_S) -> None:

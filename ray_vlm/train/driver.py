@@ -22,9 +22,9 @@ from ray_vlm.data.splits import Parts
 from ray_vlm.data.stream import mean_bytes
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.runs.attempts import tell_attempts
+from ray_vlm.runs.drivers import check_not_driven, check_own, this_process
 from ray_vlm.runs.manifest import (
     finish_manifest,
-    is_running,
     last_attempt,
     start_attempt,
     start_manifest,
@@ -114,11 +114,8 @@ def _refusals(paths: RunPaths) -> Iterator[None]:
 
 def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
     """Raise unless the run in `paths` may be resumed by `job`: nothing drives it now, and both learn the same."""
-    if driver := is_running(paths):
-        raise RunError(
-            f"--resume: {paths.address} is being trained by process {driver['pid']} on {driver['host']}. Wait for it, "
-            "or stop it first."
-        )
+    with _refusals(paths):
+        check_not_driven(paths.store, "--resume")
     if problems := check_resume(fill_defaults(json.loads(paths.resolved.read_text())), dump_job(job)):
         raise ConfigError(problems)
 
@@ -166,6 +163,7 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
         train=prepared.train.records,
         eval=prepared.eval.records if prepared.eval else None,
         attempt=last_attempt(paths),
+        driver=this_process(),
         rows=rows_fingerprint(prepared.train.records),
         row_bytes=mean_bytes(prepared.train.records, prepared.spec),
         probe=prepared.probe,
@@ -176,7 +174,7 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
         with _refusals(paths):
             result, stopped_by = launch(job, task, paths, hosted.stop, hosted.at_once)
         status = "interrupted" if result["stopped"] else "finished"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         status = "interrupted"
         raise
     except Exception as failure:  # the edge of a run: written down, then raised
@@ -195,12 +193,14 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
 
 
 def _end(paths: RunPaths, status: str, result: dict[str, Any] | None, error: str) -> None:
-    """Write down how it ended; `run.json` last, so that what is called finished is whole."""
+    """Write down how it ended; `run.json` last, so that what is called finished is whole. Where another driver has the
+    run now, nothing is written: raises `RunError`."""
 
     def allowed() -> AbstractContextManager[None]:  # a full disk must not hide the cause
         return suppress(OSError) if status == "failed" else _refusals(paths)
 
     with allowed():
+        check_own(paths.store)
         paths.refresh(paths.metrics)
         write_training_log(paths, result["best"] if result else None)
     with allowed():

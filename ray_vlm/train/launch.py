@@ -1,99 +1,37 @@
-"""Run the workers in Ray, and again after a failure that another try can mend. Policy first, then what carries it out.
+"""Run the workers in Ray, and again after a failure that another try can mend (`train/restarts.py` says which).
 
-Ray Train could restart the workers itself, but not when its controller dies or while a process group starts, it would
-try again what this package refused on purpose, and it keeps no account. So restarts are counted here, in one budget;
-workers take it from the newest whole checkpoint whoever started them (`train/attempt.py`).
+Workers take a run from its newest whole checkpoint, whoever started them (`train/attempt.py`).
 """
 
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from ray_vlm.cluster.connect import connect
+from ray_vlm.cluster.connect import connect, tell_idle_gpus
 from ray_vlm.cluster.nodes import living_nodes
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.errors import RayVlmError, RunError
+from ray_vlm.errors import Interrupted, RunError
+from ray_vlm.machine import count_gpus
+from ray_vlm.models.out_of_memory import advise_training, is_out_of_memory
 from ray_vlm.runs.console import Console, follow
+from ray_vlm.runs.drivers import check_own
 from ray_vlm.runs.manifest import end_attempt, start_attempt, update_manifest
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.finite import Rewind
+from ray_vlm.train.restarts import Failure, describe_failure, explain_out_of_memory, plan_pause, plan_retry
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
 from ray_vlm.train.worker import WorkerTask, train_worker
 
-_PAUSE_S = 2.0  # between the beginnings of two tries
-_BREATH_S = 0.5  # between the end of one and the beginning of the next
+_BREATH_S = 0.5  # between the end of one try and the beginning of the next
 _RESIZE_S = 20.0  # how often Ray looks for room for more workers, where their number may change
-# What gloo and NCCL say where the process or the machine at the other end is gone.
-_CUT = ("closed by peer", "reset by peer", "remote process exited", "unhandled system error", "Timed out waiting")
 _PATIENCE = 2.0  # how much longer than the watchdog the workers' connections wait for one another
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a try ended. `own`: raised by this package on purpose; `raised`: by code in a worker, not by its death."""
-
-    text: str
-    own: RayVlmError | None = None
-    raised: bool = False
-    step: int = 0
-
-
-def plan_retry(failures: list[Failure], max_failures: int) -> bool:
-    """Whether to try again after the last of `failures`.
-
-    Not when this package refused on purpose, nor when the same error came twice at the same step: it would come again.
-    Errors count over the whole run; deaths only in a row, so that machines may come and go for weeks.
-    """
-    last = failures[-1]
-    raised = sum(failure.raised for failure in failures)
-    if last.own is not None or max(raised, count_stuck(failures)) > max_failures:
-        return False
-    before = failures[-2] if len(failures) > 1 else None
-    return not (before and last.raised and (before.text, before.step) == (last.text, last.step))
-
-
-def count_stuck(failures: list[Failure]) -> int:
-    """Failures since the run last came further than ever before; the first that did is one of them."""
-    furthest = max(failure.step for failure in failures)
-    return len(failures) - next(i for i, failure in enumerate(failures) if failure.step == furthest)
-
-
-def plan_pause(failures: list[Failure]) -> float:
-    """Seconds that lie at least between the beginnings of two tries: doubled for each failure that came before a new
-    step was reached. A try that lived longer is followed by the next one at once."""
-    return _PAUSE_S * 2 ** min(count_stuck(failures) - 1, 5)
-
-
-def describe_failure(error: Exception, step: int) -> Failure:
-    """What `TorchTrainer.fit` raised, in our words. `step`: the last one that was trained."""
-    workers = {rank: getattr(e, "_base_exc", e) for rank, e in getattr(error, "worker_failures", {}).items()}
-    refused = (e for _, e in sorted(workers.items()) if isinstance(e, RayVlmError) and not isinstance(e, Rewind))
-    own = next(refused, None)
-    if own is None and isinstance(error, RayVlmError):
-        own = error
-    if not workers:
-        return Failure(f"{type(error).__name__}: {str(error).strip()[-1000:]}", own, step=step)
-    raised = {rank: e for rank, e in workers.items() if not _is_death(e)}
-    if len(raised) < len(workers):  # who died is the cause; what the others raised only follows
-        dead = sorted(set(workers) - set(raised))
-        return Failure(f"worker {', '.join(map(str, dead))} died", own, step=step)
-    rank, first = min(raised.items())
-    if isinstance(first, RuntimeError) and any(mark in str(first) for mark in _CUT):
-        text = str(first).strip().splitlines()[0].split(". ")[0].rsplit("] ")[-1][:200]
-        return Failure(f"worker {rank} lost its connection to another ({text})", own, step=step)
-    return Failure(f"worker {rank}: {type(first).__name__}: {first}", own, raised=True, step=step)
-
-
-def _is_death(error: BaseException) -> bool:
-    from ray.exceptions import RayActorError
-
-    return isinstance(error, RayActorError) or type(error).__name__ == "WorkerHealthCheckFailedError"
 
 
 def launch(
@@ -104,12 +42,29 @@ def launch(
     `cluster.num_workers: 0` runs in this process. `asked` says whether to stop, beside signals; `at_once`: how many
     runs share the cluster. Raises the workers' own errors, or `RunError` when tries are used up.
     """
-    if job.cluster.num_workers == 0:
-        with StopRequest(asked) as request:
-            return _train_here(job, task, paths, request), request.signal
+    with StopRequest(asked, trained=False) as request:
+        try:
+            if job.cluster.num_workers == 0:
+                result = _train_here(job, task, paths, request)
+            else:
+                result = _train_in_ray(job, task, paths, request, at_once)
+        except KeyboardInterrupt:
+            if not request.left_early:
+                raise
+            step = _last_step(paths)
+            at = f"at step {step}, while the workers started" if step else "before the first step"
+            text = f"stopped {at}; --resume goes on (run.name={paths.name})."
+            raise Interrupted(text, request.signal or signal.SIGINT) from None
+    return result, request.signal
+
+
+def _train_in_ray(
+    job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest, at_once: int
+) -> dict[str, Any]:
     with connect(job, at_once) as layout:
         import ray
 
+        request.listen()  # Ray has put a handler of its own in place
         task = replace(
             task,
             train=ray.put(task.train),
@@ -117,37 +72,68 @@ def launch(
             num_loaders=layout.num_loaders,
             cpus_per_loader=layout.cpus_per_loader,
         )
+        check_own(paths.store)
         update_manifest(paths, cluster={k: v for k, v in ray.cluster_resources().items() if ":" not in k})
         paths.store.remove(STOP_FILE)
-        console = Console(task.plan.num_steps, job.train.log_every_steps)
-        with StopRequest(asked) as request, follow(paths, console):
+        console = _StepWatcher(request, paths, task.plan.num_steps, job.train.log_every_steps)
+        with follow(paths, console):
             try:
                 result = _retry(job, task, paths, request)
-            except KeyboardInterrupt:  # the second one: the workers must not go on without us
+            except KeyboardInterrupt:  # the workers must not go on without us
                 ray.shutdown()
+                shutil.rmtree(_scratch(paths), ignore_errors=True)
                 raise
     paths.store.remove(STOP_FILE)
     shutil.rmtree(_scratch(paths), ignore_errors=True)  # Ray's own state; a finished run needs none
-    return result, request.signal
+    return result
+
+
+class _StepWatcher(Console):
+    """A console that tells the request of the first step: from then on a checkpoint is worth its time. Of a run in an
+    object store lines come late, so there the worker's start counts."""
+
+    def __init__(self, request: StopRequest, paths: RunPaths, num_steps: int, log_every_steps: int):
+        super().__init__(num_steps, log_every_steps)
+        self._request = request
+        self._awaited = ("train",) if paths.remote is None else ("train", "start")
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Print the line, and mark that there is something to keep."""
+        if line["kind"] in self._awaited:
+            self._request.trained = True
+        super().show(line)
 
 
 def _train_here(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
     """In this process; again only where the run rewinds."""
+    if job.cluster.gpus_per_worker == 0:
+        tell_idle_gpus(count_gpus())
+
+    def stop() -> bool:  # asked after every step
+        request.trained = True
+        return request.wanted
+
     failures: list[Failure] = []
     while True:
         try:
-            return train_worker(task, stop=lambda: request.wanted)
+            return train_worker(task, stop=stop)
         except Rewind as error:
             failures.append(Failure(str(error), raised=True, step=_last_step(paths)))
             if not plan_retry(failures, job.cluster.max_failures):
                 raise
             task = replace(task, attempt=_next_attempt(paths, "failed", str(error)))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = advise_training(job.train, job.evaluate.batch_size)
+            raise explain_out_of_memory(error, "this process", _last_step(paths), advice) from error
 
 
 def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
     """The workers' result, after as many tries as it takes. Leaving a machine that is taken away is no failure."""
     failures: list[Failure] = []
     while True:
+        request.trained = False
         nodes, began = living_nodes(), time.monotonic()
         try:
             _fit(job, task, paths, request)
@@ -173,8 +159,9 @@ def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopReque
 
 def _next_attempt(paths: RunPaths, status: str, text: str) -> int:
     """Close the attempt in `run.json` and begin another; 0, and the workers count on by themselves, where the store is
-    the trouble."""
+    the trouble. Raises `RunError` where another driver has the run now."""
     with suppress(OSError):
+        check_own(paths.store)
         end_attempt(paths, status, text[-2000:])
         return start_attempt(paths)
     return 0
@@ -186,7 +173,7 @@ def _explain(job: JobConfig, task: WorkerTask, paths: RunPaths, error: Exception
     step = _last_step(paths)
     if said := take_sentence(paths.store, task.attempt):
         return Failure(said, RunError(said) if job.cluster.on_stall == "stop" else None, raised=True, step=step)
-    failure = describe_failure(error, step)
+    failure = describe_failure(error, step, advise_training(job.train, job.evaluate.batch_size))
     gone = ", ".join(sorted(nodes - living_nodes()))
     return replace(failure, text=f"node {gone} is gone: {failure.text}") if gone else failure
 
@@ -238,6 +225,7 @@ def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest
         thread.join(0.2)
         if request.wanted and not told:
             with suppress(OSError):  # tried again until the store takes it
+                check_own(paths.store)
                 ask_workers(paths.store)
                 told = True
     if raised:

@@ -18,10 +18,11 @@ from transformers import TrainerCallback
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.runs.checkpoints import replace_folder
-from ray_vlm.runs.monitor import LINE_KEYS, Monitor, current_lines, read_metrics
+from ray_vlm.runs.monitor import Monitor, current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, write_folder
 from ray_vlm.train.attempt import Place
 from ray_vlm.train.background import find_left
+from ray_vlm.train.best import improves, is_better, recall_best
 from ray_vlm.train.finite import Spikes
 
 _WAIT_S = 0.2  # between looks at a validation that is waited for
@@ -29,7 +30,8 @@ _WAIT_S = 0.2  # between looks at a validation that is waited for
 
 @dataclass
 class Progress:
-    """What a run has reached; `best` is `{"step", "metrics", "path"}` once a validation has chosen one.
+    """What a run has reached; `best` is `{"step", "metrics", "path"}` once a validation has chosen one;
+    `since_best` counts validations since the metric was last improved.
 
     Goes into every checkpoint: `last` are step and metrics of the last validation, `epoch_losses` those of the epoch
     so far, `lost` the rows of all ranks that could not be read, each with the one in its place.
@@ -220,9 +222,9 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Write down what was measured of the weights of `step`, which `save` writes, and draw the consequences."""
         name = self.job.evaluate.metric
-        best_so_far = self.progress.best["metrics"][name] if self.progress.best else math.nan
-        better = is_better(name, metrics[name], best_so_far)
-        self.progress.since_best = 0 if better else self.progress.since_best + 1
+        best_so_far = self.progress.best["metrics"] if self.progress.best else {}
+        better = is_better(name, metrics, best_so_far)
+        self.progress.since_best = 0 if improves(name, metrics, best_so_far) else self.progress.since_best + 1
         if better:
             self.progress.best = {"step": step, "metrics": metrics, "path": self.paths.place("best")}
             self.gather()
@@ -276,20 +278,3 @@ def score_of(metric: str, metrics: dict[str, float]) -> float:
 def plain(metrics: dict[str, Any]) -> dict[str, int | float | str]:
     """The same numbers as Python's own: Ray ends a run that reports those of numpy or torch."""
     return {k: v if type(v) in (int, str, bool) else float(v) for k, v in metrics.items()}
-
-
-def recall_best(evals: Sequence[dict[str, Any]], metric: str) -> tuple[dict[str, Any] | None, int]:
-    """The best of the lines of validations by `metric`, as `Progress` has it, and how many came after it."""
-    best, since = None, 0
-    for line in evals:
-        metrics = {k: math.nan if v is None else v for k, v in line.items() if k not in LINE_KEYS}
-        if is_better(metric, metrics[metric], best["metrics"][metric] if best else math.nan):
-            best, since = {"step": line["step"], "metrics": metrics}, 0
-        else:
-            since += 1
-    return best, since
-
-
-def is_better(metric: str, new: float, old: float) -> bool:
-    """Whether `new` beats `old`; NaN never does. Losses fall, every other metric rises."""
-    return new == new and (old != old or (new < old if metric == "loss" else new > old))

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the first asks for a checkpoint and an orderly end, the second ends at once.
+"""Ctrl-C and SIGTERM: the first asks for a checkpoint and an orderly end, the second ends at once. Before the first
+step there is nothing to keep, so the first ends at once too.
 
 In one process the trainer asks the `StopRequest` itself. Under Ray the driver gets the signal and leaves a file in the
 run folder that rank 0 looks for; the ranks agree on the step at which they leave.
@@ -20,11 +21,14 @@ _REMOTE_S = 5.0  # an object store is asked this often, a disk at every step
 class StopRequest:
     """A context in which the first signal is a request, kept in `signal`, and the second a `KeyboardInterrupt`.
 
-    `asked` may want it too: it ends a trial that is behind the others.
+    `asked` may want it too: it ends a trial that is behind the others. While nothing was `trained` since the last
+    checkpoint or the start, the first signal is a `KeyboardInterrupt` as well, and `left_early` says so.
     """
 
-    def __init__(self, asked: Callable[[], bool] | None = None) -> None:
+    def __init__(self, asked: Callable[[], bool] | None = None, trained: bool = True) -> None:
         self.signal: int | None = None
+        self.trained = trained
+        self.left_early = False
         self._asked = asked
         self._old: dict[int, Any] = {}
 
@@ -33,10 +37,15 @@ class StopRequest:
         return self.signal is not None or (self._asked is not None and self._asked())
 
     def __enter__(self) -> "StopRequest":
+        self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Take the signals, also where something has put handlers of its own in place meanwhile, as Ray does."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
+                old = signal.signal(number, self._handle)
+                self._old.setdefault(number, old)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
@@ -46,6 +55,9 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+        if not self.trained:
+            self.left_early = True
+            raise KeyboardInterrupt
         print("\nstopping: a checkpoint is written after this step. Once more leaves at once.", flush=True)
 
 

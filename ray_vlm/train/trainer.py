@@ -10,6 +10,7 @@ from ray_vlm.data.plan import plan_sample
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.data.stream import Feed, stream_local, stream_ray
+from ray_vlm.machine import count_threads
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows, plan_folding
 from ray_vlm.methods.head import score_labelled
@@ -33,7 +34,7 @@ def prepare_process(job: JobConfig, in_ray: bool) -> Place:
     import torch
     import transformers
 
-    torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
+    torch.set_num_threads(count_threads(job.cluster.cpus_per_worker))
     transformers.set_seed(job.seed)
     if not in_ray:
         return Place(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)

@@ -41,8 +41,9 @@ from ray_vlm.train.watchdog import watch_worker
 class WorkerTask:
     """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them.
 
-    `run`: where the run is kept. `attempt`: its number, as the driver counts. `rows`: fingerprint of `train`.
-    `row_bytes`: of the pixels of one of them, about. `probe`: the batch to run before the first step.
+    `run`: where the run is kept. `attempt`: its number, as the driver counts. `driver`: the process that drives it.
+    `rows`: fingerprint of `train`. `row_bytes`: of the pixels of one of them, about. `probe`: the batch to run before
+    the first step.
     """
 
     job: dict[str, Any]
@@ -54,6 +55,7 @@ class WorkerTask:
     num_loaders: int = 1
     cpus_per_loader: float = 1.0
     attempt: int = 1
+    driver: dict[str, Any] | None = None
     rows: str = ""
     row_bytes: float = 4 * 2**20
     probe: Probe | None = None
@@ -71,7 +73,7 @@ def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool
         place = prepare_process(job, in_ray)
         if isinstance(job.cluster.num_workers, list):
             job, task = settle_workers(job, task, place.world_size)
-        attempt = begin_attempt(paths.store, place, task.attempt)
+        attempt = begin_attempt(paths.store, place, task.attempt, task.driver)
         result = _train(job, paths, task, place, attempt, stop or watch(paths.store))
         if place.ray and place.rank == 0:
             paths.write_result(result)

@@ -23,6 +23,7 @@ from ray_vlm.config.resume import check_resume, touches
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, Interrupted, RunError
+from ray_vlm.runs.drivers import refuse_living, this_process
 from ray_vlm.runs.manifest import finish_manifest, write_training_log
 from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.store import Store, join
@@ -126,12 +127,14 @@ def shares_rows(space: Space, job: JobConfig) -> bool:
 
 
 def _check_place(address: str, job: JobConfig, space: Space, resume: bool, overwrite: bool) -> None:
-    """Raise where the sweep's folder holds something that must stay, or another sweep than the one to go on with."""
+    """Raise where the sweep's folder holds something that must stay, a sweep that another process drives, or another
+    one than that to go on with."""
     if not Store(address).names():
         return
     if not resume and not overwrite:
         raise RunError(f"{address} exists. Go on with it by --resume, or delete it by --overwrite.")
     found = read_sweep(address)
+    refuse_living(found.get("driver"), address, "--resume" if resume else "--overwrite")
     if resume:
         _check_same(address, found, job, space)
 
@@ -203,6 +206,7 @@ def write_sweep(address: str, job: JobConfig, space: Space, trials: Sequence[Tri
         "space": asdict(space)["settings"],
         "metric": job.evaluate.metric,
         "written": time.time(),
+        "driver": this_process() if status == "running" else None,
         "best": trials[order[0]].name if order else None,
         "trials": [asdict(trial) for trial in trials],
     }

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.splits import Parts
 from ray_vlm.errors import Interrupted, RunError
+from ray_vlm.models.out_of_memory import NO_ROOM
 from ray_vlm.runs.monitor import current_lines, read_line
 from ray_vlm.runs.read import is_number, read_run
 from ray_vlm.runs.store import Store, join
@@ -35,7 +37,8 @@ _POLL_S = {True: 0.3, False: 5.0}  # a disk; an object store
 @dataclass(frozen=True)
 class Sweep:
     """What every trial knows. `job`: resolved; `address`: the sweep's folder; `parts`: rows that were read once for
-    all, None where trials differ in them; `draws`: values by number where they were drawn beforehand."""
+    all, None where trials differ in them; `draws`: values by number where they were drawn beforehand; `began`: when
+    this call of the sweep began."""
 
     job: Mapping[str, Any]
     space: Space
@@ -45,6 +48,7 @@ class Sweep:
     parts: Parts | None = None
     draws: tuple[Mapping[str, Any], ...] = ()
     environment: Environment = field(default_factory=Environment)
+    began: float = field(default_factory=time.time)
 
 
 def name_trial(number: int) -> str:
@@ -82,6 +86,8 @@ def run_trial(config: dict[str, Any], sweep: Sweep) -> None:
     job, values = build_trial_job(sweep, number, drawn)
     with tell_tune(job, sweep) as told:
         if not _was_pruned(job):
+            if refused := _had_no_room(job, sweep.began):
+                raise RunError(refused)
             text = f"# trial {name_trial(number)}: {json.dumps(values)}\n"
             text += yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True)
             try:
@@ -91,6 +97,16 @@ def run_trial(config: dict[str, Any], sweep: Sweep) -> None:
                     raise
     if told.ended.is_set():
         sys.exit(0)  # Tune expects no more of it
+
+
+def _had_no_room(job: JobConfig, began: float) -> str | None:
+    """What the trial ended with since the sweep began, where a card had no room: Tune tries it again, and the same
+    settings would end alike. A sweep that is resumed does train it again, since its cluster may be another one."""
+    with suppress(RunError):
+        last = (read_run(join(job.run.output_dir, str(job.run.name))).attempts or [{}])[-1]
+        if NO_ROOM in str(last.get("error", "")) and last.get("ended", 0.0) >= began:
+            return str(last["error"])
+    return None
 
 
 def _was_pruned(job: JobConfig) -> bool:

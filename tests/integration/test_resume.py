@@ -96,6 +96,26 @@ def test_a_second_signal_leaves_at_once(job_file, monkeypatch: pytest.MonkeyPatc
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_before_the_first_step_leaves_at_once(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the base is loaded there is nothing to keep: no step is trained for the sake of a checkpoint."""
+    from ray_vlm.train import worker
+
+    def interrupted(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(worker, "load_adapted", interrupted)
+    path = job_file(train={"max_steps": 2})
+    with pytest.raises(
+        Interrupted, match=r"stopped before the first step; --resume goes on \(run\.name=early\)"
+    ) as stop:
+        _train(path, "run.name=early")
+    assert stop.value.exit_code == 143
+    run = json.loads((path.parent / "runs" / "early" / "run.json").read_text())
+    assert run["status"] == run["attempts"][0]["status"] == "interrupted"
+    assert not list((path.parent / "runs" / "early").glob("checkpoint-*"))
+
+
 def test_resume_from_the_one_before_a_damaged_checkpoint(job_file, capsys) -> None:
     path = job_file(train={"max_steps": 6}, checkpoint={"every_steps": 2})
     whole = _train(path, "run.name=whole")

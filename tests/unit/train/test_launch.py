@@ -1,12 +1,16 @@
 """When another try is made, and how failures are told. No cluster."""
 
 import pickle
+from typing import Any
 
+import pytest
 from ray.train import ControllerError, WorkerGroupError
 
-from ray_vlm.errors import DataError, Interrupted
+from ray_vlm.config.train import Train
+from ray_vlm.errors import DataError, Interrupted, RunError
+from ray_vlm.models.out_of_memory import advise_training, is_out_of_memory
 from ray_vlm.train.finite import Rewind
-from ray_vlm.train.launch import Failure, describe_failure, plan_pause, plan_retry
+from ray_vlm.train.restarts import Failure, describe_failure, plan_pause, plan_retry
 
 
 class _Raised(Exception):
@@ -50,6 +54,62 @@ def test_the_same_error_twice_at_the_same_step_is_final() -> None:
     assert plan_retry([error], 9)
     assert not plan_retry([error, error], 9)
     assert plan_retry([error, Failure(error.text, raised=True, step=8)], 9)
+
+
+def _out_of_memory() -> Exception:
+    import torch
+
+    text = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 39.38 GiB of which 1.19 GiB is "
+    )
+    return torch.OutOfMemoryError(text + "is free. Including non-PyTorch memory, this process has 38.18 GiB in use.")
+
+
+def test_a_card_without_room_is_our_error_and_is_not_tried_again() -> None:
+    """Also where another worker only tells that the one without room is gone, or died of it."""
+    lost = RuntimeError("Connection closed by peer")
+    for others in ({}, {0: _Raised(lost)}, {0: _death()}):
+        failure = describe_failure(WorkerGroupError("x", {**others, 1: _Raised(_out_of_memory())}), 7, "Lower it.")
+        assert failure.own is not None
+        assert failure.own.problems == [
+            "worker 1 ran out of GPU memory after step 7: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
+            "total capacity of 39.38 GiB of which 1.19 GiB is free. Lower it."
+        ]
+        assert not plan_retry([failure], 9)
+
+
+def test_what_else_is_said_of_a_full_card_is_known_and_the_computer_s_memory_is_not_meant() -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    known = ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]
+    known += ["validation failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB."]
+    assert all(is_out_of_memory(RuntimeError(text)) for text in known)
+    assert not is_out_of_memory(OutOfMemoryError("the node is running low on memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_the_advice_names_what_the_job_has_not_used_yet() -> None:
+    told = advise_training(Train(micro_batch_size=4, gradient_checkpointing=False), 8)
+    assert "lower train.micro_batch_size (now 4); or set train.gradient_checkpointing=true; or" in told
+    spent = advise_training(Train(micro_batch_size=1, gradient_checkpointing=True), 8)
+    assert "micro_batch_size" not in spent
+    assert "gradient_checkpointing" not in spent
+    assert "evaluate.batch_size (now 8)" in spent
+    assert "lower train.tokens_per_micro_batch (now 900)" in advise_training(Train(tokens_per_micro_batch=900), 8)
+
+
+def test_a_run_of_this_process_tells_a_full_card_alike(monkeypatch, tmp_path) -> None:
+    import ray_vlm.train.launch as launch
+    from ray_vlm.config.schema import JobConfig
+    from ray_vlm.runs.paths import RunPaths
+
+    def train_worker(task: Any, stop: Any) -> None:
+        raise _out_of_memory()
+
+    monkeypatch.setattr(launch, "train_worker", train_worker)
+    job = JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "cluster": {"num_workers": 0}})
+    with pytest.raises(RunError, match=r"this process ran out of GPU memory after step 0: CUDA.*not tried again"):
+        launch.launch(job, None, RunPaths(tmp_path))  # type: ignore[arg-type]
 
 
 def test_the_cause_is_told_before_what_followed_from_it() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from ray.train.v2.api.preemption import PreemptionInfo
 from transformers import TrainerControl, TrainerState
 
+from ray_vlm.train.best import is_better, recall_best
 from ray_vlm.train.notice import Notice
-from ray_vlm.train.report import RunCallback, is_better, plain, recall_best, score_of
+from ray_vlm.train.report import RunCallback, plain, score_of
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -26,7 +28,9 @@ def test_a_score_is_always_finite_and_a_bad_one_the_worst(bad: float) -> None:
 def test_a_lower_loss_and_a_higher_metric_score_higher() -> None:
     assert score_of("loss", {"loss": 0.1}) > score_of("loss", {"loss": 0.2})
     assert score_of("map", {"map": 0.2}) > score_of("map", {"map": 0.1})
-    assert not is_better("loss", math.nan, 0.5)
+    assert not is_better("loss", {"loss": math.nan}, {"loss": 0.5})
+    assert is_better("loss", {"loss": 0.4}, {"loss": 0.5})
+    assert not is_better("map", {"map": 0.4}, {"map": 0.5})
 
 
 def test_numbers_of_numpy_and_torch_become_python_s_own() -> None:
@@ -40,9 +44,20 @@ def test_the_best_so_far_is_read_back_from_what_was_written() -> None:
         {"kind": "eval", "attempt": 1, "step": step, "epoch": 0.5, "time": 1.0, "f1_50": score}
         for step, score in ((2, 0.5), (4, None), (6, 0.75), (8, 0.75), (10, 0.5))
     ]
-    assert recall_best(lines, "f1_50") == ({"step": 6, "metrics": {"f1_50": 0.75}}, 2)
+    assert recall_best(lines, "f1_50") == ({"step": 8, "metrics": {"f1_50": 0.75}}, 2)
     assert recall_best(lines[:2], "f1_50") == ({"step": 2, "metrics": {"f1_50": 0.5}}, 1)
     assert recall_best([], "f1_50") == (None, 0)
+
+
+def test_among_equals_the_lower_loss_and_then_the_later_step_is_the_best() -> None:
+    """F1 stays 0 for a while in many runs, in which the loss tells which weights are better."""
+    found = ((2, 0.0, 3.0), (4, 0.0, 1.5), (6, 0.0, 2.0), (8, 0.0, 1.5), (10, 0.0, None))
+    numbers = [{"f1_50": f1, "loss": math.nan if loss is None else loss} for _, f1, loss in found]
+    assert [is_better("f1_50", now, before) for before, now in pairwise(numbers)] == [True, False, True, False]
+    lines = [{"kind": "eval", "attempt": 1, "step": step, "f1_50": f1, "loss": loss} for step, f1, loss in found]
+    best, since = recall_best(lines, "f1_50")
+    assert best is not None
+    assert (best["step"], since) == (8, 4), "early stopping still waits for the metric itself"
 
 
 @pytest.mark.parametrize(("step", "leaves"), [(4, True), (5, False)])

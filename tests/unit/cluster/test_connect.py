@@ -1,0 +1,154 @@
+"""Which cluster a run gets, and what is said beforehand. Ray itself is not started."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ray_vlm.cluster import connect
+from ray_vlm.cluster.connect import SETTINGS, explain_refusal, find_other_cluster, start_ray
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import RunError
+from ray_vlm.machine import GIB, Disk
+
+
+def _job(**cluster: Any) -> JobConfig:
+    return JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "cluster": cluster})
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What `ray.init` was called with, on a machine of 4 CPUs without cards, with room, where no other cluster runs."""
+    called: dict[str, Any] = {}
+    for name in SETTINGS:
+        monkeypatch.setenv(name, SETTINGS[name])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **kwargs: called.update(kwargs))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
+    monkeypatch.setattr(connect, "count_cpus", lambda: 4)
+    monkeypatch.setattr(connect, "count_gpus", lambda: 0)
+    monkeypatch.setattr(connect, "read_disk", lambda folder: Disk(str(folder), 100 * GIB, 50 * GIB))
+    return called
+
+
+@pytest.fixture
+def other_cluster(tmp_path: Path) -> Iterator[str]:
+    """The address of something that answers, where `ray start` would have left it."""
+    (tmp_path / "ray").mkdir()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
+        yield address
+
+
+@pytest.mark.parametrize(("workers", "cpus"), [(1, 4), (6, 12)])
+def test_a_cluster_of_our_own_has_the_cpus_that_we_may_use_or_need(
+    started: dict[str, Any], workers: int, cpus: int, capsys: pytest.CaptureFixture
+) -> None:
+    with start_ray(_job(num_workers=workers)):
+        pass
+    assert (started["address"], started["num_cpus"]) == ("local", cpus)
+    assert capsys.readouterr().out == ""
+
+
+def test_beside_another_cluster_we_start_our_own_and_say_how_to_join(
+    started: dict[str, Any], other_cluster: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert find_other_cluster() == other_cluster
+    with start_ray(_job()):
+        pass
+    assert started["address"] == "local"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"a Ray cluster runs on this machine already ({other_cluster})" in line
+    assert "cluster.address=auto" in line
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:1", "garbage", "", "127.0.0.1:999999999999"])
+def test_an_address_that_a_dead_cluster_left_counts_for_nothing(
+    started: dict[str, Any], tmp_path: Path, text: str, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(text)
+    with start_ray(_job()):
+        pass
+    assert started["address"] == "local"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_cluster_that_was_named_is_joined_as_it_is(
+    started: dict[str, Any], other_cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    with start_ray(_job(gpus_per_worker=1)):
+        assert started["address"] == "10.0.0.9:6379"
+    with start_ray(_job(address="auto", gpus_per_worker=1)):
+        assert started["address"] == "auto"
+    assert "num_cpus" not in started
+    assert capsys.readouterr().out == ""
+    with start_ray(_job(address="local")):
+        assert (started["address"], started["num_cpus"]) == ("local", 4)
+
+
+def test_cards_that_lie_idle_are_told_in_one_line(
+    started: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with start_ray(_job(address="auto")):
+        pass
+    monkeypatch.setattr(connect, "count_gpus", lambda: 1)
+    with start_ray(_job()):
+        pass
+    with start_ray(_job(gpus_per_worker=1)):
+        pass
+    joined, own = capsys.readouterr().out.splitlines()
+    assert joined.startswith("note: 4 GPUs lie idle, and the job runs on CPUs; cluster.gpus_per_worker=1")
+    assert own.startswith("note: a GPU lies idle")
+
+
+def test_a_full_temporary_folder_is_told_before_ray_starts(
+    started: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(connect, "read_disk", lambda folder: Disk("/tmp/ray", 100 * GIB, 2 * GIB))
+    with start_ray(_job()):
+        pass
+    assert "note: /tmp/ray, Ray's temporary folder, is 98% full" in capsys.readouterr().out
+    started.clear()
+    monkeypatch.setattr(connect, "read_disk", lambda folder: Disk("/tmp/ray", 100 * GIB, 2**20))
+    with pytest.raises(RunError, match="RAY_TMPDIR"), start_ray(_job()):
+        pass
+    assert started == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("Token authentication is enabled but no authentication token was found", "RAY_AUTH_TOKEN"),
+        ("RPC Error message: Invalid authentication token; RPC Error details: UNAUTHENTICATED", "RAY_AUTH_TOKEN"),
+        ("Version mismatch: The cluster was started with:\n    Ray: 2.9\n    Python: 3.11", "Install here the Ray"),
+        ("ray client connection timeout", "Start it, or leave the address out"),
+    ],
+)
+def test_a_cluster_that_refuses_is_told_with_the_fix(text: str, fix: str) -> None:
+    told = explain_refusal("10.0.0.9:6379", "RAY_ADDRESS", text)
+    assert told.startswith("RAY_ADDRESS='10.0.0.9:6379' cannot be joined (")
+    assert " ".join(text.split()) in told
+    assert fix in told
+
+
+def test_whatever_ray_raises_of_a_refusal_is_ours(started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import AuthenticationError
+
+    def refuse(**kwargs: Any) -> None:
+        raise AuthenticationError("no token was found")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    told = r"cluster\.address='auto' cannot be joined .*RAY_AUTH_MODE=token"
+    with pytest.raises(RunError, match=told), start_ray(_job(address="auto")):
+        pass

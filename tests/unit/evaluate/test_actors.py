@@ -1,0 +1,28 @@
+"""What the model's work on a batch raises."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import RunError
+from ray_vlm.evaluate.actors import _do
+
+FULL = "CUDA out of memory. Tried to allocate 2 GiB"
+
+
+@pytest.mark.parametrize(("text", "ours"), [(FULL, True), ("bad shape", False)])
+def test_a_card_without_room_is_told_with_what_to_lower(text: str, ours: bool) -> None:
+    job = JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "evaluate": {"batch_size": 16}})
+    loaded: Any = SimpleNamespace(work=SimpleNamespace(batches=((0,), (1,)), job=job), records=["a", "b"])
+
+    def answer(*args: Any) -> None:
+        raise RuntimeError(text)
+
+    with pytest.raises(RunError if ours else RuntimeError) as error:
+        _do(loaded, answer, 1)
+    assert isinstance(error.value, RunError) == ours
+    if ours:
+        told = f"ran out of GPU memory at batch 1: {FULL}. Lower evaluate.batch_size (now 16)"
+        assert str(error.value).startswith(told)
