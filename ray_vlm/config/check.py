@@ -204,6 +204,11 @@ RULES: list[Rule] = [
         "energy and country go together: the carbon dioxide of a kilowatt-hour depends on where it is made. Give both.",
     ),
     (
+        lambda j: not j.track.wandb and bool(j.track.wandb_entity or j.track.wandb_group or j.track.wandb_tags),
+        ("track.wandb", "track.wandb_entity", "track.wandb_group", "track.wandb_tags"),
+        "entity, group and tags are of Weights & Biases. Set track.wandb=true, or remove them.",
+    ),
+    (
         lambda j: _same_rows(j.data.test, j.data.eval),
         ("data.test", "data.eval"),
         "the rows that choose `best/` cannot also give the headline numbers. Use rows of its own.",

@@ -9,15 +9,16 @@ later steps is history.
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.runs.sound import is_sound_line, load_sound
+from ray_vlm.runs.sound import is_number, is_sound_line, load_sound
 
 LINE_KEYS = ("kind", "attempt", "step", "epoch", "time")  # of a line, beside its numbers
 NOT_MEASURES = (*LINE_KEYS, "validation_s", "background_s")  # of a validation's line, beside what was measured
+LOWER_IS_BETTER = ("loss",)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -61,11 +62,22 @@ def current_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def best_line(lines: Iterable[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The validation line that is best by `metric`: among equals the one of the lowest loss, then the latest."""
+
+    def key(line: dict[str, Any]) -> tuple[float, float, int]:
+        value = -line[metric] if metric in LOWER_IS_BETTER else line[metric]
+        return value, -line["loss"] if is_number(line.get("loss")) else -math.inf, line["step"]
+
+    measured = (line for line in lines if line["kind"] == "eval" and is_number(line.get(metric)))
+    return max(measured, key=key, default=None)
+
+
 class Monitor:
     """Appends to `metrics.jsonl`; `close` it at the end.
 
-    `trackers`: as `runs/track.py` has them. `show` is called with each line written, `publish` when the file should be
-    copied to where the run is kept.
+    `trackers`: as `runs/track.py` has them. `show` is called with each line written, `record` with the line and `best`,
+    the best checkpoint so far, `publish` when the file should be copied to where the run is kept.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class Monitor:
         trackers: Sequence[Any] = (),
         show: Callable[[dict[str, Any]], None] | None = None,
         publish: Callable[[], None] | None = None,
+        record: Callable[[dict[str, Any], Mapping[str, Any] | None], None] | None = None,
     ):
         torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
@@ -83,7 +96,9 @@ class Monitor:
         self._attempt = attempt
         self._show = show
         self._publish = publish or (lambda: None)
+        self._record = record
         self._trackers = trackers
+        self.best: Mapping[str, Any] | None = None  # step, metrics and path of the best checkpoint so far
 
     def start(self, step: int, trainable: dict[str, dict[str, int]], **about: Any) -> None:
         """The first line of an attempt: the step that it goes on from, weights by part of the model, and `about`: the
@@ -115,6 +130,8 @@ class Monitor:
     def _put(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self._record is not None:
+            self._record(line, self.best)
         if self._show is not None:
             self._show(line)
 
@@ -124,11 +141,13 @@ class Monitor:
             self._publish()
 
     def close(self) -> None:
-        """Write out and copy what is left."""
+        """Write out and copy what is left, that of trackers too."""
         self._file.close()
         self.publish()
         for tracker in self._trackers:
             tracker.finish()
+        if self._trackers:
+            self.publish()
 
 
 def _plain(value: Any) -> float | int | None:

@@ -46,10 +46,13 @@ def _submit(args: argparse.Namespace) -> int:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.resume import check_output_dir
     from ray_vlm.errors import ConfigError
+    from ray_vlm.runs.track import adopt_wandb_login
 
     job = load_job(args.job, args.overrides)
     if problems := check_output_dir(job.run.output_dir) + check_output_dir(args.output or "/", "--output"):
         raise ConfigError(problems)
+    if job.track.wandb:
+        adopt_wandb_login()  # travels with the other tokens
     folder = Path(args.working_dir).resolve()
     words = [*args.overrides, *(args.flags or [])]
     if args.what == "tune" and not args.space:
