@@ -10,6 +10,7 @@ from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import tell_number, tell_time
 
 ADAPTER, MERGED = "adapter", "merged"
+CHOSE_BEST = "that also chose best/"  # of rows, where `data.test_on_eval` measures them
 _VERSIONS = ("ray-vlm", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -74,7 +75,10 @@ def _scores(run: Run) -> str:
         known = isinstance(ends, list) and len(ends) == 2 and all(is_number(end) for end in ends)
         told = " to ".join(tell_number(end) for end in ends) if ends and known else "-"
         rows.append((metric, tell_number(value), told))
-    where = f"On {found.get('num_rows', '?')} test rows (`evaluate/{_plain(name)}`), with 95 % intervals:"
+    rows_are = (
+        f"validation rows {CHOSE_BEST}, so better than on new ones" if found.get("rows_chose_best") else "test rows"
+    )
+    where = f"On {found.get('num_rows', '?')} {rows_are} (`evaluate/{_plain(name)}`), with 95 % intervals:"
     return f"## How good it is\n\n{where}\n\n" + _table(("metric", "value", "interval"), rows)
 
 

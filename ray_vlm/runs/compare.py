@@ -192,7 +192,9 @@ def _notes(
             if found
         )
         notes.append(f"Test rows differ, so their numbers are not comparable ({told}).")
-    for title, run, (name, _) in zip(titles, runs, chosen, strict=True):
+    for title, run, (name, found) in zip(titles, runs, chosen, strict=True):
+        if found.get("rows_chose_best"):
+            notes.append(f"{title} was tested on the validation rows, which also chose its best/ (data.test_on_eval).")
         if run.log:
             notes.append(f"{title}: {run.address} is a training log alone, without numbers on data.test.")
         elif not name:
