@@ -24,6 +24,7 @@ from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.pictures import Stage
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.evaluate.report import write_report
+from ray_vlm.evaluate.tracked import track_test
 from ray_vlm.runs.card import CHOSE_BEST
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
@@ -146,6 +147,8 @@ def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
         told = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
         print(f"{subject.title}, {metrics['num_rows']} rows{told}: {numbers}")
+        if subject.adapter is not None:
+            track_test(job.track, subject.adapter, metrics["overall"])
     if other := next((s for s in stages if _ids(s) != _ids(stages[0])), None):
         raise RunError(f"{stages[0].title} and {other.title} hold different test rows, so they cannot be compared.")
     runs = {

@@ -147,6 +147,12 @@ class WandbTracker:
         shown = [wandb.Image(image, caption=text) for text, image in images]
         self._put({"eval/samples": shown, "eval/step": step}, step)
 
+    def log_test(self, values: Mapping[str, Any], step: int) -> None:
+        """What was measured on test rows, once the run is over, of the weights of `step`."""
+        self._run.define_metric("test/step")
+        self._run.define_metric("test/*", step_metric="test/step")
+        self._run.log({f"test/{name}": value for name, value in values.items()} | {"test/step": step})
+
     def _put(self, values: Mapping[str, Any], step: int) -> None:
         self._step = max(self._step, step)  # Weights & Biases drops what belongs to an earlier step
         self._run.log(dict(values), step=self._step)

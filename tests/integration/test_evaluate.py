@@ -193,6 +193,35 @@ def test_the_validation_rows_are_a_test_where_that_is_said(
     assert "also chose its best/" in " ".join(compare_runs([read, read]).notes)
 
 
+def test_test_numbers_reach_the_tracker_at_the_step_of_their_weights(
+    job_file, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    calls: list[dict[str, Any]] = []
+    logged: list[dict[str, Any]] = []
+
+    class Fake:
+        offline = True
+        log = staticmethod(lambda values, step=None: logged.append(values))
+        define_metric = staticmethod(lambda name, step_metric=None: None)
+        finish = staticmethod(lambda: None)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options) or Fake())
+    path = job_file(track={"wandb": True}, checkpoint={"every_steps": 2}, **_sections(scenes))
+    assert main(["train", str(path)]) == 0
+    run = tmp_path / "runs" / "run"
+    (checkpoint,) = run.glob("checkpoint-2-*")
+    words = [word for folder in (checkpoint, run / "final") for word in ("--adapter", str(folder))]
+    assert main(["evaluate", str(path), *words, "--base", "--output", str(tmp_path / "found")]) == 0
+    tested = [values for values in logged if "test/step" in values]
+    assert [values["test/step"] for values in tested] == [2, 3]
+    assert all({"test/f1_50", "test/map"} <= set(values) for values in tested)
+    assert {call["id"] for call in calls} == {json.loads((run / "run.json").read_text())["id"]}
+
+
 def test_no_test_rows_no_headline_numbers(job_file, capsys) -> None:
     assert main(["evaluate", str(job_file())]) == 2
     assert "data.test_on_eval=true" in capsys.readouterr().err
