@@ -29,7 +29,8 @@ _QUICK_S = 0.05  # a log that takes no longer than this is written at every vali
 class TrainingLog:
     """The log of a run that goes on; rank 0 has it. `lines`: what `metrics.jsonl` holds already.
 
-    Every line is kept as the text that it becomes, so that writing the log is writing text. `clock` gives seconds.
+    Every line is kept as the text that it becomes, so that writing the log is writing text. `check` is asked before each
+    writing, and raises where another attempt has the run; `clock` gives seconds.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class TrainingLog:
         paths: RunPaths,
         configuration: Mapping[str, Any],
         lines: Iterable[dict[str, Any]] = (),
+        check: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._paths, self._configuration, self._clock = paths, configuration, clock
+        self._paths, self._configuration = paths, configuration
+        self._check, self._clock = check, clock
         self._about: dict[str, Any] = {"name": paths.name, "status": "running", "step": 0}
         self._texts: dict[str, list[tuple[int, str]]] = {kind: [] for kind in HISTORIES}
         self._best: Mapping[str, Any] | None = None
@@ -60,6 +63,7 @@ class TrainingLog:
         self._best = best or self._best
         if line["kind"] == "start" or self._is_due(line["kind"] in ("eval", "checkpoint", "epoch")):
             with suppress(OSError):  # a full disk: a checkpoint will say so, and the driver writes the log again
+                self._check()
                 self.write()
 
     def write(self) -> None:

@@ -264,14 +264,16 @@ def _build_monitor(job: JobConfig, paths: RunPaths, task: WorkerTask, place: Pla
     """Rank 0's monitor. In this process it prints as well; under Ray the driver follows the file and prints."""
     if place.rank != 0:
         return None
-    track, wandb = job.track, {}
+    track = job.track
+    wandb: dict[str, Any] = {}
     if track.wandb:
         wandb = {"project": track.wandb_project, "entity": track.wandb_entity}
         wandb |= {"group": track.wandb_group, "tags": list(track.wandb_tags) or None}
     trackers = build_trackers(paths, task.job, attempt.step, wandb, track.tensorboard)
     show = None if place.ray else Console(task.plan.num_steps, job.train.log_every_steps).show
     paths.refresh(paths.metrics)  # an object store cannot append: what is there is written again, with more
-    log, kept = TrainingLog(paths, task.job, read_metrics(paths.metrics)), KeptFiles(paths)
+    log = TrainingLog(paths, task.job, read_metrics(paths.metrics), lambda: check_owner(paths.store, attempt))
+    kept = KeptFiles(paths)
 
     def publish() -> None:
         paths.publish(paths.metrics)
