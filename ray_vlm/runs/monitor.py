@@ -98,6 +98,7 @@ class Monitor:
         self._publish = publish or (lambda: None)
         self._record = record
         self._trackers = trackers
+        self.closed = False
         self.best: Mapping[str, Any] | None = None  # step, metrics and path of the best checkpoint so far
 
     def start(self, step: int, trainable: dict[str, dict[str, int]], **about: Any) -> None:
@@ -146,6 +147,7 @@ class Monitor:
         self.publish()
         for tracker in self._trackers:
             tracker.finish()
+        self.closed = True
         if self._trackers:
             self.publish()
 

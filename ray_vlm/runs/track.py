@@ -8,6 +8,7 @@ import configparser
 import json
 import netrc
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from ray_vlm.runs.paths import RunPaths
 _WANDB_HOSTS = ("wandb.ai", "coreweave.com")  # where W&B itself keeps its server; a company's own has a base URL
 _KEPT = ("training_log.json", "tensorboard/*", "wandb/offline-run-*/**/*")  # beside `metrics.jsonl`, as the run goes on
 
+_AGAIN_S = 60.0  # between two copies of a tracker's file, which only grows
 
 # name in metrics.jsonl -> name in trackers
 _NAMES = {
@@ -102,18 +104,20 @@ class KeptFiles:
 
     def __init__(self, paths: RunPaths):
         self._paths = paths
-        self._sent: dict[Path, tuple[int, int]] = {}
+        self._sent: dict[Path, tuple[tuple[int, int], float]] = {}  # time and size of the file, and when it was sent
 
-    def publish(self) -> None:
-        """Copy the files that are new or have changed to where the run is kept. Raises `OSError` where the store
-        refuses one; that one and those after it are sent the next time."""
+    def publish(self, everything: bool) -> None:
+        """Copy the files that are new or have changed to where the run is kept; `everything`: also those of which an
+        earlier state was sent a moment ago. Raises `OSError` where the store refuses one; that one and those after it
+        are sent the next time."""
         if self._paths.remote is None:
             return
         for path in sorted(path for form in _KEPT for path in self._paths.root.glob(form) if path.is_file()):
-            state = (path.stat().st_mtime_ns, path.stat().st_size)
-            if self._sent.get(path) != state:
+            state, now = (path.stat().st_mtime_ns, path.stat().st_size), time.monotonic()
+            sent, when = self._sent.get(path, (None, -_AGAIN_S))
+            if state != sent and (everything or path.suffix == ".json" or now - when >= _AGAIN_S):
                 self._paths.publish(path)
-                self._sent[path] = state
+                self._sent[path] = (state, now)
 
 
 class WandbTracker:

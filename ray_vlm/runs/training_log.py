@@ -29,8 +29,8 @@ _QUICK_S = 0.05  # a log that takes no longer than this is written at every vali
 class TrainingLog:
     """The log of a run that goes on; rank 0 has it. `lines`: what `metrics.jsonl` holds already.
 
-    Every line is kept as the text that it becomes, so that writing the log is writing text. `check` is asked before each
-    writing, and raises where another attempt has the run; `clock` gives seconds.
+    Every line is kept as the text that it becomes, so that writing the log is writing text. `check` is asked before
+    each writing, and raises where another attempt has the run; `clock` gives seconds.
     """
 
     def __init__(

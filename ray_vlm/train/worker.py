@@ -277,7 +277,7 @@ def _build_monitor(job: JobConfig, paths: RunPaths, task: WorkerTask, place: Pla
 
     def publish() -> None:
         paths.publish(paths.metrics)
-        kept.publish()
+        kept.publish(everything=monitor.closed)
 
     monitor = Monitor(paths.metrics, attempt.number, trackers, show, publish, log.add)
     for tracker in trackers:

@@ -173,7 +173,7 @@ def test_in_an_object_store_too(bucket: str, tmp_path: Path) -> None:
 
     def publish() -> None:
         paths.publish(paths.metrics)
-        kept.publish()
+        kept.publish(everything=monitor.closed)
 
     monitor = Monitor(paths.metrics, 1, publish=publish, record=log.add)
     monitor.start(0, {}, num_steps=9)
@@ -184,6 +184,11 @@ def test_in_an_object_store_too(bucket: str, tmp_path: Path) -> None:
     monitor.publish()
     assert {"training_log.json", "wandb/offline-run-1/run-x.wandb", "tensorboard/events.1"} <= set(store.files())
     assert "wandb/debug.log" not in store.files()
+    (made / "wandb/offline-run-1/run-x.wandb").write_text("more")
+    monitor.publish()
+    assert store.read("wandb/offline-run-1/run-x.wandb") == b"x", "it grows all the time: now and then is enough"
+    kept.publish(everything=True)
+    assert store.read("wandb/offline-run-1/run-x.wandb") == b"more"
     assert json.loads(store.read("training_log.json") or b"")["training_history"] == []
     found = read_run(address)
     assert (found.status, found.step) == ("died", 1)
