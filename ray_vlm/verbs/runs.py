@@ -73,7 +73,7 @@ def find_run(name: str) -> str:
     from ray_vlm.runs.store import is_remote
 
     here, inside = Path(name), Path(_OUTPUTS) / name
-    if is_remote(name) or here.is_file() or here.is_absolute():
+    if is_remote(name) or name.startswith(("file://", "~")) or here.is_file() or here.is_absolute():
         return name
     if inside.exists() and not (here.is_dir() and find_runs(name)):  # a folder of data may have the same name
         return str(inside)
@@ -86,11 +86,11 @@ def find_run(name: str) -> str:
 def _read(name: str) -> "Run":
     """The run. Raises `RunError` that says where it was looked for."""
     from ray_vlm.errors import RunError
-    from ray_vlm.runs.read import complete_log, find_runs, read_run
-    from ray_vlm.runs.store import is_remote
+    from ray_vlm.runs.read import complete_log, find_runs, is_log, read_run
+    from ray_vlm.runs.store import is_remote, local_path
 
     address = find_run(name)
-    if not is_remote(address) and not Path(address).exists():
+    if not is_remote(address) and not Path(local_path(address)).exists():
         raise RunError(
             f"{name}: no run here: there is no such file or folder, nor a run of that name in {_OUTPUTS}/. "
             "`ray-vlm runs list` shows those that there are; give the path of one that lies elsewhere."
@@ -98,7 +98,7 @@ def _read(name: str) -> "Run":
     try:
         run = read_run(address)
     except RunError:
-        if inside := find_runs(address) if not Path(address).is_file() else []:
+        if inside := [] if is_log(address) else find_runs(address):
             raise RunError(
                 f"{address} is a folder of {len(inside)} runs: `ray-vlm runs list {name}` shows them. Give one of "
                 f"them, such as {inside[0]}."
