@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks.figures import figure, report
 from ray_vlm.cli import main
 from ray_vlm.runs.monitor import Monitor
+from ray_vlm.runs.paths import RunPaths
+from ray_vlm.runs.training_log import TrainingLog
 
 
 def write_runs(folder: Path, num_runs: int, num_steps: int) -> list[Path]:
@@ -17,10 +19,15 @@ def write_runs(folder: Path, num_runs: int, num_steps: int) -> list[Path]:
     for i in range(num_runs):
         run = folder / f"run_{i:02d}"
         run.mkdir()
-        job = {"method": {"name": "sft"}, "task": {"name": "detection"}, "train": {"learning_rate": 1e-4 * (i + 1)}}
+        job: dict[str, Any] = {
+            "method": {"name": "sft"},
+            "task": {"name": "detection"},
+            "train": {"learning_rate": 1e-4 * (i + 1)},
+        }
         (run / "resolved.json").write_text(json.dumps(job))
         (run / "run.json").write_text(json.dumps({"status": "finished", "attempts": [{"started": 0.0, "ended": 9.0}]}))
-        monitor = Monitor(run / "metrics.jsonl", 1)
+        log = TrainingLog(RunPaths(run), job)
+        monitor = Monitor(run / "metrics.jsonl", 1, record=log.add)
         for step in range(1, num_steps + 1):
             monitor.write("train", step, step / num_steps, _values(step, i))
             if step % 1000 == 0:

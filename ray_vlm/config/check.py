@@ -204,9 +204,25 @@ RULES: list[Rule] = [
         "energy and country go together: the carbon dioxide of a kilowatt-hour depends on where it is made. Give both.",
     ),
     (
-        lambda j: _same_rows(j.data.test, j.data.eval),
+        lambda j: not j.track.wandb and bool(j.track.wandb_entity or j.track.wandb_group or j.track.wandb_tags),
+        ("track.wandb", "track.wandb_entity", "track.wandb_group", "track.wandb_tags"),
+        "entity, group and tags are of Weights & Biases. Set track.wandb=true, or remove them.",
+    ),
+    (
+        lambda j: _same_rows(j.data.test, j.data.eval) and not j.data.test_on_eval,
         ("data.test", "data.eval"),
-        "the rows that choose `best/` cannot also give the headline numbers. Use rows of its own.",
+        "the rows that choose `best/` cannot also give the headline numbers. Use rows of its own; or set "
+        "data.test_on_eval=true, and every report will say that its rows chose.",
+    ),
+    (
+        lambda j: j.data.test_on_eval and j.data.eval is None,
+        ("data.test_on_eval", "data.eval"),
+        "there are no such rows, since `data.eval` is not set. Give it rows, or give data.test its own.",
+    ),
+    (
+        lambda j: j.data.test_on_eval and j.data.test is not None and not _same_rows(j.data.test, j.data.eval),
+        ("data.test_on_eval", "data.test"),
+        "data.test has rows of its own, which are the better test. Remove one of the two.",
     ),
     (
         lambda j: any(_same_rows(j.data.test, s) for s in (j.data.train, *j.data.mix)),

@@ -54,12 +54,22 @@ class Data(Section):
             value = {k: {"ratio": v} if k in ("eval", "test") and _is_number(v) else v for k, v in value.items()}
         return value
 
+    @property
+    def tested(self) -> Source | None:
+        """The rows that `ray-vlm evaluate` measures."""
+        return self.eval if self.test_on_eval else self.test
+
     train: Source | None = Field(None, description="Rows to learn from.")
     mix: tuple[Source, ...] = Field((), strict=False, description="More training rows, mixed in by their `weight`.")
     eval: Source | None = Field(
         None, description="Rows that choose `best/`; a number is a share of the training rows. null: no validation."
     )
     test: Source | None = Field(None, description="Rows for headline numbers only; a number is a share of train.")
+    test_on_eval: bool = Field(
+        False,
+        description="Test on the rows of `eval`, which also choose `best/`, in place of rows of their own; reports and "
+        "cards say so.",
+    )
     stratify: bool = Field(True, description="Shares of the training rows keep the mix of classes.")
     min_pixels: int | None = Field(
         None, ge=1, le=Largest, description="Smallest image area after resizing, in pixels. null: the processor's own."

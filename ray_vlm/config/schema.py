@@ -202,8 +202,15 @@ class Tune(Section):
 class Track(Section):
     """Who else gets the numbers."""
 
-    wandb: bool = Field(False, description="Send numbers to Weights & Biases; offline when there is no key.")
+    wandb: bool = Field(False, description="Send numbers to Weights & Biases; offline where nobody is logged in.")
     wandb_project: str = Field("ray-vlm", description="Project name in Weights & Biases.")
+    wandb_entity: str | None = Field(None, min_length=1, description="Team or user there. null: the login's own.")
+    wandb_group: str | None = Field(
+        None, min_length=1, max_length=128, description="Group of runs there. null: none, or of a trial its sweep."
+    )
+    wandb_tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field(
+        (), strict=False, description="Tags there, a list of words."
+    )
     tensorboard: bool = Field(False, description="Write event files for TensorBoard into the run's `tensorboard/`.")
     energy: bool = Field(
         False, description="Estimate energy and carbon dioxide by codecarbon, offline; needs `ray_vlm[energy]`."

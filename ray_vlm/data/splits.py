@@ -52,7 +52,12 @@ def load_parts(
     read when a run began that is resumed. Raises `DataError` on anything unusable, and
     `ConfigError` where the adapter's training did not leave out the rows that are now a share.
     """
+    if job.data.test_on_eval and "test" in wanted:
+        parts = load_parts(job, ["eval" if name == "test" else name for name in wanted], spec, known)
+        return replace(parts, test=parts.eval)
     sources: dict[str, Source | None] = {name: getattr(job.data, name) for name in ("train", "eval", "test")}
+    if job.data.test_on_eval:
+        sources["test"] = None  # the same rows by another name
     if missing := [name for name in wanted if sources[name] is None]:
         raise ConfigError(f"`data.{missing[0]}` is missing. Give it a path and a format.")
     shares = {name: s.ratio for name, s in sources.items() if s is not None and s.ratio is not None}

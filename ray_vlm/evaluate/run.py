@@ -24,6 +24,8 @@ from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.pictures import Stage
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.evaluate.report import write_report
+from ray_vlm.evaluate.tracked import track_test
+from ray_vlm.runs.card import CHOSE_BEST
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
 from ray_vlm.runs.store import full_address, is_remote
@@ -64,8 +66,11 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     `adapter`: a run's `best/` or `final/`; None is the untouched base, the zero-shot baseline. Answers that an earlier
     call left there, made from the same inputs, are not made again.
     """
-    if job.data.test is None:
-        raise ConfigError("`data.test` is missing: headline numbers never come from rows that chose a checkpoint.")
+    if job.data.tested is None:
+        raise ConfigError(
+            "`data.test` is missing: headline numbers do not come from rows that chose a checkpoint. Give it rows; or "
+            "set data.test_on_eval=true to measure those of data.eval, and every report will say so."
+        )
     weights = fetch_folder(adapter) if adapter is not None else None
     parts = load_parts(job, ["test"], read_preprocessing(weights, row_spec(job, [])) if weights is not None else None)
     index = parts.test
@@ -79,6 +84,7 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     metrics = measure(job.task.name, predictions)
     metrics |= {"adapter": adapter, "test": _told(job), "wall_s": time.monotonic() - started}
     metrics["num_bad_rows"] = len(index.bad)
+    metrics |= {"rows_chose_best": True} if job.data.test_on_eval else {}
     metrics["intervals"] = measure_intervals(job.task.name, [p.as_dict() for p in predictions])
     folder.mkdir(parents=True, exist_ok=True)
     if index.bad:
@@ -99,7 +105,7 @@ def num_actors(job: JobConfig) -> int:
 
 def _told(job: JobConfig) -> str:
     """What was measured, in words."""
-    test, train = job.data.test, job.data.train
+    test, train = job.data.tested, job.data.train
     assert test is not None
     return test.path or f"{test.ratio} of {train.path if train else ''}"
 
@@ -139,7 +145,10 @@ def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str
         metrics = evaluate(subject.job, subject.adapter, where)
         stages.append(Stage(subject.title, metrics, read_predictions(where)))
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
-        print(f"{subject.title}, {metrics['num_rows']} rows: {numbers}")
+        told = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
+        print(f"{subject.title}, {metrics['num_rows']} rows{told}: {numbers}")
+        if subject.adapter is not None:
+            track_test(job.track, subject.adapter, metrics["overall"])
     if other := next((s for s in stages if _ids(s) != _ids(stages[0])), None):
         raise RunError(f"{stages[0].title} and {other.title} hold different test rows, so they cannot be compared.")
     runs = {
@@ -170,7 +179,8 @@ def _place(job: JobConfig, subjects: Sequence[Subject], output: str | None) -> P
         raise ConfigError("results are written to a folder, and this adapter or run lies elsewhere. Give --output.")
     if adapter:
         return Path(adapter).parent / "evaluate" / Path(adapter).name
-    test = Path(job.data.test.path).stem if job.data.test and job.data.test.path else "test"
+    tested = job.data.tested
+    test = Path(tested.path).stem if tested and tested.path else "eval" if job.data.test_on_eval else "test"
     name = f"{Path(job.model.name).name}-{test}"
     return Path(job.run.output_dir) / "evaluate" / (name if len(subjects) == 1 else f"{name}-{len(subjects)}")
 

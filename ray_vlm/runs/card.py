@@ -10,6 +10,8 @@ from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import tell_number, tell_time
 
 ADAPTER, MERGED = "adapter", "merged"
+SHIPPED = "tiny"  # `model.name` of the weights that come with this package
+CHOSE_BEST = "that also chose best/"  # of rows, where `data.test_on_eval` measures them
 _VERSIONS = ("ray-vlm", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -19,20 +21,21 @@ def write_card(
     """Markdown with the hub's head. `weights`: `best` or `final`; `licence`: of the base, None where it is not known;
     `checked`: how far merged weights are from base and adapter, as `models.export.merge` found."""
     base = str(setting(run.job, "model.name"))
-    parts = [_head(kind, base, licence), _title(run, kind, weights, base), _how(run), _scores(run), _cost(run)]
+    adapter = kind == ADAPTER and bool(setting(run.job, "lora"))
+    parts = [_head(adapter, base, licence), _title(run, kind, weights, base), _how(run), _scores(run), _cost(run)]
     parts += [_check(checked)] if checked is not None else []
     return "\n\n".join([*parts, _loading(run, kind, base)]) + "\n"
 
 
-def _head(kind: str, base: str, licence: str | None) -> str:
+def _head(adapter: bool, base: str, licence: str | None) -> str:
     lines = ["---", f"base_model: {json.dumps(base)}", "pipeline_tag: image-text-to-text"]
-    lines.append(f"library_name: {'peft' if kind == ADAPTER else 'transformers'}")
+    lines.append(f"library_name: {'peft' if adapter else 'transformers'}")
     lines += [f"license: {json.dumps(licence)}"] if licence else []
-    return "\n".join([*lines, "tags: [ray_vlm, lora]", "---"])
+    return "\n".join([*lines, f"tags: [ray_vlm{', lora' if adapter else ''}]", "---"])
 
 
 def _title(run: Run, kind: str, weights: str, base: str) -> str:
-    what = "LoRA adapter" if kind == ADAPTER else "merged model"
+    what = "merged model" if kind == MERGED else "LoRA adapter" if setting(run.job, "lora") else "fine-tuned model"
     step = run.best["step"] if weights == "best" and run.best else run.step
     name, task = _plain(run.name), setting(run.job, "task.name")
     return f"# {name}\n\nA {what} for {task}, of {_plain(base)}: `{weights}/` of the run `{name}`, step {step}."
@@ -74,7 +77,10 @@ def _scores(run: Run) -> str:
         known = isinstance(ends, list) and len(ends) == 2 and all(is_number(end) for end in ends)
         told = " to ".join(tell_number(end) for end in ends) if ends and known else "-"
         rows.append((metric, tell_number(value), told))
-    where = f"On {found.get('num_rows', '?')} test rows (`evaluate/{_plain(name)}`), with 95 % intervals:"
+    rows_are = (
+        f"validation rows {CHOSE_BEST}, so better than on new ones" if found.get("rows_chose_best") else "test rows"
+    )
+    where = f"On {found.get('num_rows', '?')} {rows_are} (`evaluate/{_plain(name)}`), with 95 % intervals:"
     return f"## How good it is\n\n{where}\n\n" + _table(("metric", "value", "interval"), rows)
 
 
@@ -99,15 +105,23 @@ def _check(checked: Mapping[str, float]) -> str:
 
 
 def _loading(run: Run, kind: str, base: str) -> str:
-    rank, lines = setting(run.job, "lora.rank") or 16, ["from transformers import AutoModelForImageTextToText", ""]
-    if kind == ADAPTER:
+    """Code that runs as it stands in the folder of the card, and what else there is to know."""
+    lines = ["from transformers import AutoModelForImageTextToText", ""]
+    if kind == ADAPTER and setting(run.job, "lora"):
         lines.insert(0, "from peft import PeftModel")
-        lines.append(f"base = AutoModelForImageTextToText.from_pretrained({base!r})")
-        lines.append('model = PeftModel.from_pretrained(base, "FOLDER")')
+        name = repr(base)
+        if base == SHIPPED:  # no name of the hub: it lies in this package
+            lines.insert(0, "from importlib.resources import files\n")
+            name = 'str(files("ray_vlm") / "demo" / "weights")'
+        revision = setting(run.job, "model.revision")
+        pinned = f", revision={revision!r}" if revision else ""
+        lines.append(f"base = AutoModelForImageTextToText.from_pretrained({name}{pinned})")
+        lines.append('model = PeftModel.from_pretrained(base, ".")  # this folder, or its name on the hub')
+        rank = setting(run.job, "lora.rank") or 16
         serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=FOLDER"
         note = "vLLM takes adapters on the language model only: merge others first. Not tried on hardware."
     else:
-        lines.append('model = AutoModelForImageTextToText.from_pretrained("FOLDER")')
+        lines.append('model = AutoModelForImageTextToText.from_pretrained(".")  # this folder, or its name on the hub')
         serve, note = "vllm serve FOLDER", "Not tried on hardware."
     code = "\n".join(lines)
     how = "`preprocessing.json` says how images were resized and questions worded; do the same."

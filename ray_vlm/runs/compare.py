@@ -1,17 +1,20 @@
 """What differs between runs: settings, and metrics side by side with the best marked. Pure functions."""
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray_vlm.runs.curves import main_key, points_of, smooth
-from ray_vlm.runs.monitor import NOT_MEASURES
-from ray_vlm.runs.read import LOWER_IS_BETTER, Run, is_number, setting
+from ray_vlm.runs.monitor import LOWER_IS_BETTER, NOT_MEASURES
+from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_table, plain_text, tell_number, tell_time
 
 _PREFERRED = ("best", "final")  # evaluations that stand for a run, the first that is there
 SETTINGS, _VALIDATION = "settings that differ", "validation at the step of best/"
+_LONGEST_NAME = 80  # characters of a file's name that are titles
 _MOST_COLUMNS = 5  # runs that stand side by side in a terminal; more stand below one another
 
 
@@ -51,12 +54,28 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
 
 def run_titles(runs: Sequence[Run]) -> tuple[str, ...]:
     """Each run's name, with as much of its path as tells it from the others."""
-    parts = [run.address.partition("?")[0].rstrip("/").split("/") for run in runs]
+    parts = [_path_of(run) for run in runs]
     for count in range(1, max(map(len, parts)) + 1):
         titles = ["/".join(part[-count:]) for part in parts]
         if len(set(titles)) == len(titles):
             return tuple(titles)
     return tuple(f"{title} ({i + 1})" for i, title in enumerate(titles))
+
+
+def _path_of(run: Run) -> list[str]:
+    """The parts of the run's address; of a log alone, its folder's and the run's name, which its folder often has."""
+    parts = run.folder.partition("?")[0].rstrip("/").split("/")
+    return [*parts, run.log] if run.log and parts[-1] != run.log else parts
+
+
+def join_titles(runs: Sequence[Run]) -> str:
+    """The runs' titles as one name of a file: other runs, another name."""
+    titles = dict.fromkeys(run_titles(runs) if len(runs) > 1 else [runs[0].name])
+    stem = "-vs-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-") or "run" for title in titles)
+    if len(stem) <= _LONGEST_NAME:
+        return stem
+    digest = hashlib.sha256("\0".join(titles).encode()).hexdigest()[:8]
+    return f"{stem[:_LONGEST_NAME]}-and-others-{digest}"
 
 
 def test_of(run: Run) -> tuple[str, dict[str, Any]]:
@@ -173,8 +192,12 @@ def _notes(
             if found
         )
         notes.append(f"Test rows differ, so their numbers are not comparable ({told}).")
-    for title, run, (name, _) in zip(titles, runs, chosen, strict=True):
-        if not name:
+    for title, run, (name, found) in zip(titles, runs, chosen, strict=True):
+        if found.get("rows_chose_best"):
+            notes.append(f"{title} was tested on the validation rows, which also chose its best/ (data.test_on_eval).")
+        if run.log:
+            notes.append(f"{title}: {run.address} is a training log alone, without numbers on data.test.")
+        elif not name:
             weights = next((name for name in _PREFERRED if name in run.folders), "best")
             notes.append(
                 f"{title} has no evaluation; `ray-vlm evaluate JOB --adapter {run.address}/{weights}` makes one."

@@ -1,4 +1,4 @@
-"""What a run says of itself: `run.json` (status, versions, hardware, attempts) and the summary `training_log.json`."""
+"""What a run says of itself: `run.json` (status, versions, hardware, attempts)."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from ray_vlm import __version__
 from ray_vlm.machine import count_cpus
 from ray_vlm.runs.attempts import complete
 from ray_vlm.runs.drivers import this_process
-from ray_vlm.runs.monitor import current_lines, read_metrics
+from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import CLAIMED, RunPaths, write_json
 
 _PACKAGES = (
@@ -92,28 +92,6 @@ def finish_manifest(paths: RunPaths, status: str, result: dict[str, Any] | None 
 def _write(paths: RunPaths, run: dict[str, Any]) -> None:
     write_json(paths.run, run)
     paths.publish(paths.run)
-
-
-def write_training_log(paths: RunPaths, best: dict[str, Any] | None) -> dict[str, Any]:
-    """Sum the run up in `training_log.json`: configuration, histories, best checkpoint (step, metrics, path).
-
-    Steps that a later attempt did again count once, as that attempt did them.
-    """
-    lines = current_lines(read_metrics(paths.metrics))
-    log = {
-        "configuration": json.loads(paths.resolved.read_text()),
-        "training_history": [_without(line, "kind") for line in lines if line["kind"] == "train"],
-        "epoch_history": [_without(line, "kind") for line in lines if line["kind"] == "epoch"],
-        "validation_history": [_without(line, "kind") for line in lines if line["kind"] == "eval"],
-        "best_checkpoint": best,
-    }
-    write_json(paths.training_log, log)
-    paths.publish(paths.training_log)
-    return log
-
-
-def _without(line: dict[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in line.items() if k != key}
 
 
 def _versions() -> dict[str, str]:

@@ -9,15 +9,16 @@ later steps is history.
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.runs.sound import is_sound_line, load_sound
+from ray_vlm.runs.sound import is_number, is_sound_line, load_sound
 
 LINE_KEYS = ("kind", "attempt", "step", "epoch", "time")  # of a line, beside its numbers
 NOT_MEASURES = (*LINE_KEYS, "validation_s", "background_s")  # of a validation's line, beside what was measured
+LOWER_IS_BETTER = ("loss",)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -61,11 +62,28 @@ def current_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def rank_validation(numbers: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    """What validations are ordered by, higher is better: the job's metric, and among equals the validation loss. None
+    without a finite number. Of two that are equal in both the later one is taken, which has seen more."""
+    value, loss = (numbers.get(name) for name in (metric, "loss"))
+    if value is None or not is_number(value):
+        return None
+    by_loss = -float(loss) if loss is not None and is_number(loss) else -math.inf
+    return (-float(value) if metric in LOWER_IS_BETTER else float(value)), by_loss
+
+
+def best_line(lines: Iterable[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The validation line that is best by `metric` (`rank_validation`), the later one among equals."""
+    evals = [line for line in lines if line["kind"] == "eval"]
+    ranked = [(rank, i) for i, line in enumerate(evals) if (rank := rank_validation(line, metric))]
+    return evals[max(ranked)[1]] if ranked else None
+
+
 class Monitor:
     """Appends to `metrics.jsonl`; `close` it at the end.
 
-    `trackers`: as `runs/track.py` has them. `show` is called with each line written, `publish` when the file should be
-    copied to where the run is kept.
+    `trackers`: as `runs/track.py` has them. `show` is called with each line written, `record` with the line and `best`,
+    the best checkpoint so far, `publish` when the file should be copied to where the run is kept.
     """
 
     def __init__(
@@ -75,6 +93,7 @@ class Monitor:
         trackers: Sequence[Any] = (),
         show: Callable[[dict[str, Any]], None] | None = None,
         publish: Callable[[], None] | None = None,
+        record: Callable[[dict[str, Any], Mapping[str, Any] | None], None] | None = None,
     ):
         torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
@@ -83,7 +102,10 @@ class Monitor:
         self._attempt = attempt
         self._show = show
         self._publish = publish or (lambda: None)
+        self._record = record
         self._trackers = trackers
+        self.closed = False
+        self.best: Mapping[str, Any] | None = None  # step, metrics and path of the best checkpoint so far
 
     def start(self, step: int, trainable: dict[str, dict[str, int]], **about: Any) -> None:
         """The first line of an attempt: the step that it goes on from, weights by part of the model, and `about`: the
@@ -115,6 +137,8 @@ class Monitor:
     def _put(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self._record is not None:
+            self._record(line, self.best)
         if self._show is not None:
             self._show(line)
 
@@ -124,11 +148,14 @@ class Monitor:
             self._publish()
 
     def close(self) -> None:
-        """Write out and copy what is left."""
+        """Write out and copy what is left, that of trackers too."""
         self._file.close()
         self.publish()
         for tracker in self._trackers:
             tracker.finish()
+        self.closed = True
+        if self._trackers:
+            self.publish()
 
 
 def _plain(value: Any) -> float | int | None:

@@ -119,7 +119,7 @@ class RunPaths:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Rank 0 leaves here what the driver writes into `run.json`."""
-        self.store.write(".result.json", json.dumps(_finite(result)).encode())
+        self.store.write(".result.json", json.dumps(finite(result)).encode())
 
     def take_result(self) -> dict[str, Any]:
         """What `write_result` left, removing it. Raises `RunError` where the workers ended without it."""
@@ -265,18 +265,19 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with making(path):
-            temporary.write_text(json.dumps(_finite(value), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null for every NaN and infinity in it, which JSON has no words for."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

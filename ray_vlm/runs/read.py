@@ -1,4 +1,5 @@
-"""Reading run folders as far as they go: whole, cut off by a crash, or still growing.
+"""Reading runs as far as they go: a folder that is whole, cut off by a crash or still growing, or a `training_log.json`
+on its own.
 
 What is missing or torn inside a folder is never an error here: it is told in `Run.faults`, and the rest is read.
 """
@@ -7,6 +8,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +16,22 @@ from typing import Any
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.drivers import living_driver
-from ray_vlm.runs.monitor import current_lines, read_line
+from ray_vlm.runs.monitor import best_line, current_lines, read_line
+from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.sound import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
 from ray_vlm.runs.store import Store, is_remote, join, local_path
+from ray_vlm.runs.training_log import describe_attempts, parse_log, write_training_log
 
-MARKS = ("run.json", "resolved.json")  # a folder with one of these is a run
+LOG = "training_log.json"
+MARKS = ("run.json", "resolved.json", LOG)  # a folder with one of these is a run
 _DEEPEST = 3  # folders under an output folder in which runs are looked for
-LOWER_IS_BETTER = ("loss",)
 
 
 @dataclass(frozen=True)
 class Run:
     """What a run folder says. `job`: the resolved job, `about`: `run.json`, `lines`: all of `metrics.jsonl`;
-    `evaluations`: `metrics.json` of each folder in `evaluate/`; `folders`: names of weights and checkpoints."""
+    `evaluations`: `metrics.json` of each folder in `evaluate/`; `folders`: names of weights and checkpoints. `log`: the
+    name that a `training_log.json` gives the run, where that file is all there is, and `address` is the file's."""
 
     address: str
     job: Mapping[str, Any]
@@ -35,11 +40,17 @@ class Run:
     evaluations: Mapping[str, dict[str, Any]]
     folders: tuple[str, ...]
     faults: tuple[str, ...]
+    log: str | None = None
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
-        return self.address.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+        """The folder's own name, or that which the log gives."""
+        return self.log or self.address.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def folder(self) -> str:
+        """The address of the run's folder, or of the one that the log lies in."""
+        return _split_file(self.address)[0] if self.log else self.address
 
     @cached_property
     def current(self) -> list[dict[str, Any]]:
@@ -54,7 +65,7 @@ class Run:
     def status(self) -> str:
         """As `run.json` has it; `died` where it says `running` and its process on this machine is gone; `?` unknown."""
         told = str(self.about.get("status", "?"))
-        if told != "running" or is_remote(self.address):
+        if told != "running":
             return told
         driver = self.attempts[-1].get("driver") if self.attempts else None
         if not driver or driver.get("host") != platform.node():
@@ -81,10 +92,8 @@ class Run:
 
     @cached_property
     def best(self) -> dict[str, Any] | None:
-        """The validation line that is best by the job's metric (`rank_validation`), the later one among equals."""
-        evals = self.of_kind("eval")
-        ranked = [(rank, i) for i, line in enumerate(evals) if (rank := rank_validation(line, self.metric))]
-        return evals[max(ranked)[1]] if ranked else None
+        """The validation line that is best by the job's metric."""
+        return best_line(self.current, self.metric)
 
     @property
     def started(self) -> float | None:
@@ -118,17 +127,9 @@ class Run:
     @property
     def num_attempts(self) -> int:
         """Launches, with those that Ray made by itself."""
-        return max([len(self.attempts), *(line["attempt"] for line in self.lines if line["kind"] == "start")])
-
-
-def rank_validation(numbers: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
-    """What validations are ordered by, higher is better: the job's metric, and among equals the validation loss. None
-    without a finite number. Of two that are equal in both the later one is taken, which has seen more."""
-    value, loss = (numbers.get(name) for name in (metric, "loss"))
-    if value is None or not is_number(value):
-        return None
-    by_loss = -float(loss) if loss is not None and is_number(loss) else -math.inf
-    return (-float(value) if metric in LOWER_IS_BETTER else float(value)), by_loss
+        started = [line["attempt"] for line in self.lines if line["kind"] == "start"]
+        listed = [attempt["attempt"] for attempt in self.attempts if is_number(attempt.get("attempt"))]
+        return max([len(self.attempts), *started, *listed])
 
 
 def setting(job: Mapping[str, Any], key: str) -> Any:
@@ -140,10 +141,15 @@ def setting(job: Mapping[str, Any], key: str) -> Any:
 
 
 def read_run(address: str) -> Run:
-    """The run in a folder or an object store. Raises `RunError` where there is none."""
+    """The run in a folder or an object store, or in a file that is a `training_log.json`. Raises `RunError` where there
+    is none."""
     store = Store(address if is_remote(address) else local_path(address))
+    if is_log(store.address):
+        return _read_log(store.address)
     try:
         names = store.names()
+        if set(MARKS) & set(names) == {LOG}:
+            return _read_log(join(store.address, LOG))
         if not set(MARKS) & set(names):
             raise RunError(
                 f"{store.address}: no run here (neither {' nor '.join(MARKS)}). `ray-vlm runs list` shows them."
@@ -157,6 +163,56 @@ def read_run(address: str) -> Run:
         raise RunError(f"{store.address} cannot be read ({error}).") from None
     folders = tuple(name for name in names if name in ("best", "final") or name.startswith("checkpoint-"))
     return Run(store.address, job, about, lines, evaluations, folders, tuple(faults))
+
+
+def is_log(address: str) -> bool:
+    """Whether an address is that of a file, which can only be a `training_log.json`, and not of a run's folder."""
+    if is_remote(address):
+        return address.partition("?")[0].endswith(".json")
+    return Path(local_path(address)).is_file()
+
+
+def _split_file(address: str) -> tuple[str, str]:
+    """The address of the folder that a file lies in, and the file's name."""
+    base, mark, options = address.partition("?") if is_remote(address) else (address, "", "")
+    folder, _, name = base.rpartition("/")
+    return f"{folder or '/'}{mark}{options}", name
+
+
+def _read_log(address: str) -> Run:
+    folder, file = _split_file(address)
+    try:
+        data = Store(folder).read(file)
+    except OSError as error:
+        raise RunError(f"{address} cannot be read ({error}).") from None
+    if data is None:
+        raise RunError(f"{address}: no such file.")
+    log = parse_log(data, address)
+    about = {"status": str(log.about.get("status", "?")), "attempts": describe_attempts(log.lines)}
+    if is_number(num_steps := log.about.get("num_steps")):
+        about["result"] = {"num_steps": num_steps}
+    stem = file.removesuffix(".json")
+    outer = folder.partition("?")[0].rstrip("/").rsplit("/", 1)[-1] if file == LOG else stem
+    names = (log.about.get("name"), setting(log.configuration, "run.name"), outer, stem)
+    name = next(name for name in names if isinstance(name, str) and name)
+    return Run(address, log.configuration, about, log.lines, {}, (), log.faults, name)
+
+
+def complete_log(run: Run) -> None:
+    """Bring the `training_log.json` of a run whose driver was killed up to its last line, where nobody has yet."""
+    if run.log is not None or run.status != "died" or not run.job:
+        return
+    store = Store(run.address)
+    with suppress(OSError, RunError):  # a folder that may not be written to: the run is shown without it
+        data = store.read(LOG)
+        if data is not None and parse_log(data, LOG).about.get("status") == run.status:
+            return
+        paths = open_run(run.address)
+        try:
+            paths.refresh(paths.metrics, paths.resolved)
+            write_training_log(paths, run.status)
+        finally:
+            paths.discard()
 
 
 def _read_json(store: Store, name: str, faults: list[str]) -> dict[str, Any]:

@@ -118,7 +118,9 @@ def _evaluations(run: Run) -> list[str]:
         [name, str(found.get("num_rows", "?")), *(_cell(found["overall"].get(k)) for k in names)]
         for name, found in run.evaluations.items()
     ]
-    return ["on data.test", format_table([["evaluation", "rows", *names], *rows])]
+    chose = any(found.get("rows_chose_best") for found in run.evaluations.values())
+    told = "on data.eval, whose rows also chose best/" if chose else "on data.test"
+    return [told, format_table([["evaluation", "rows", *names], *rows])]
 
 
 def _places(run: Run) -> list[str]:

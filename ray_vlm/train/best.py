@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_vlm.runs.monitor import LINE_KEYS
-from ray_vlm.runs.read import rank_validation
+from ray_vlm.runs.monitor import LINE_KEYS, rank_validation
 
 
 def is_better(metric: str, new: Mapping[str, float], old: Mapping[str, float]) -> bool:

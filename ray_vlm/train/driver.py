@@ -28,9 +28,10 @@ from ray_vlm.runs.manifest import (
     last_attempt,
     start_attempt,
     start_manifest,
-    write_training_log,
 )
 from ray_vlm.runs.paths import RunPaths, cannot_write, check_free, claim_run, find_run, write_bad_rows, write_json
+from ray_vlm.runs.track import adopt_wandb_login
+from ray_vlm.runs.training_log import write_training_log
 from ray_vlm.train.launch import launch
 from ray_vlm.train.prepare import Prepared, absolute_paths, prepare
 from ray_vlm.train.worker import WorkerTask
@@ -64,6 +65,8 @@ def train(
     Raises `Interrupted` when a signal stopped it; a checkpoint is then on the disk.
     """
     job = absolute_paths(job)
+    if job.track.wandb:
+        adopt_wandb_login()  # before `read_environment` takes it to the workers
     stem = f"{job.method.name}-{Path(job.model.name).name.lower()}-{job.task.name}"
     paths = find_run(job.run.output_dir, job.run.name, stem) if resume else None
     if paths is not None:
@@ -202,7 +205,7 @@ def _end(paths: RunPaths, status: str, result: dict[str, Any] | None, error: str
     with allowed():
         check_own(paths.store)
         paths.refresh(paths.metrics)
-        write_training_log(paths, result["best"] if result else None)
+        write_training_log(paths, status, result["best"] if result else None)
     with allowed():
         finish_manifest(paths, status, result, error)
         if told := tell_attempts(json.loads(paths.run.read_text())["attempts"]):

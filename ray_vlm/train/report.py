@@ -96,6 +96,7 @@ class RunCallback(TrainerCallback):
         self._norms: dict[str, float] = {}
         self._spikes = Spikes()
         self._skipped = False  # the step that is being logged
+        self._rate: dict[str, float] = {}  # learning rate of the last step that was logged
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = time.monotonic()
@@ -143,6 +144,7 @@ class RunCallback(TrainerCallback):
         values["step_s"] = now - self._last
         values |= by_part(self._norms, float(logs.get("grad_norm") or 0.0)) | self.usage()
         self._tokens, self._last = tokens, now
+        self._rate = {name: logs[name] for name in ("learning_rate",) if name in logs}
         if math.isfinite(values["loss"]):
             self.progress.epoch_losses.append(float(logs["loss"]))
         if self.monitor is not None:
@@ -157,8 +159,8 @@ class RunCallback(TrainerCallback):
             return  # the epoch goes on in the next attempt
         losses, self.progress.epoch_losses = self.progress.epoch_losses, []
         if self.monitor is not None and losses:
-            mean = sum(losses) / len(losses)
-            self.monitor.write("epoch", state.global_step, state.epoch or 0.0, {"loss": mean})
+            mean = {"loss": sum(losses) / len(losses)}
+            self.monitor.write("epoch", state.global_step, state.epoch or 0.0, mean | self._rate)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.background is not None:
@@ -233,6 +235,7 @@ class RunCallback(TrainerCallback):
             if better:
                 self.check_owner()
                 publish_weights(self.paths, self.paths.best, save, step)
+            self.monitor.best = self.progress.best
             self.monitor.write("eval", step, step / self.plan.steps_per_epoch, metrics)
             self.monitor.pictures(step, samples)
             self.monitor.publish()

@@ -4,7 +4,6 @@
 """
 
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +21,10 @@ from ray_vlm.data.spec import RowSpec
 from ray_vlm.methods import METHODS
 from ray_vlm.models.lora import count_trainable
 from ray_vlm.runs.console import Console
-from ray_vlm.runs.monitor import Monitor
+from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
-from ray_vlm.runs.track import TensorBoardTracker, WandbTracker
+from ray_vlm.runs.track import KeptFiles, build_trackers
+from ray_vlm.runs.training_log import TrainingLog
 from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
 from ray_vlm.train.clock import name_device, watch_usage
 from ray_vlm.train.deepspeed import gather_weights
@@ -266,17 +266,23 @@ def _build_monitor(job: JobConfig, paths: RunPaths, task: WorkerTask, place: Pla
     """Rank 0's monitor. In this process it prints as well; under Ray the driver follows the file and prints."""
     if place.rank != 0:
         return None
-    trackers: list[Any] = []
-    if job.track.wandb:
-        run = json.loads(paths.store.read("run.json") or b"{}")
-        names = {"project": job.track.wandb_project, "name": paths.name, "dir": str(paths.root), "id": run["id"]}
-        trackers.append(WandbTracker(names | {"config": task.job}))
-    if job.track.tensorboard:
-        trackers.append(TensorBoardTracker(paths.root / "tensorboard", attempt.step))
+    track = job.track
+    wandb: dict[str, Any] = {}
+    if track.wandb:
+        wandb = {"project": track.wandb_project, "entity": track.wandb_entity}
+        wandb |= {"group": track.wandb_group, "tags": list(track.wandb_tags) or None}
+    trackers = build_trackers(paths, task.job, attempt.step, wandb, track.tensorboard)
     show = None if place.ray else Console(task.plan.num_steps, job.train.log_every_steps).show
     paths.refresh(paths.metrics)  # an object store cannot append: what is there is written again, with more
+    log = TrainingLog(paths, task.job, read_metrics(paths.metrics), lambda: check_owner(paths.store, attempt))
+    kept = KeptFiles(paths)
 
     def publish() -> None:
-        paths.publish(paths.metrics, *(paths.root / "tensorboard").glob("*"))
+        paths.publish(paths.metrics)
+        kept.publish(everything=monitor.closed)
 
-    return Monitor(paths.metrics, attempt.number, trackers, show, publish)
+    monitor = Monitor(paths.metrics, attempt.number, trackers, show, publish, log.add)
+    for tracker in trackers:
+        for text in tracker.notes:
+            monitor.note(attempt.step, text)
+    return monitor

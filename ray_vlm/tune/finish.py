@@ -33,7 +33,7 @@ def finish_sweep(
         + ", ".join(f"{key}={value}" for key, value in best.values.items())
     )
     notes = [f"Ranked by {best.metric} on the eval rows."]
-    if job.data.test is not None:
+    if job.data.tested is not None:
         notes.append(_measure(run, say))
     if job.tune.export is not None:
         kind = MERGED if job.tune.export == "merged" else ADAPTER
@@ -57,7 +57,8 @@ def _measure(run: Run, say: Callable[[str], None]) -> str:
     _make(run.address, name, lambda folder: found.update(evaluate(load_resolved(dict(run.job)), weights, folder, say)))
     names = [name for name in TASK_METRICS[found["task"]] if name in found["overall"]]
     numbers = ", ".join(f"{name} {tell_number(found['overall'][name])}" for name in names[:4])
-    told = f"The best trial on {found['num_rows']} test rows, which chose nothing: {numbers}."
+    rows = "validation rows, which also chose it" if found.get("rows_chose_best") else "test rows, which chose nothing"
+    told = f"The best trial on {found['num_rows']} {rows}: {numbers}."
     say(told)
     return told
 

@@ -24,9 +24,11 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.runs.drivers import refuse_living, this_process
-from ray_vlm.runs.manifest import finish_manifest, write_training_log
+from ray_vlm.runs.manifest import finish_manifest
 from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.store import Store, join
+from ray_vlm.runs.track import adopt_wandb_login
+from ray_vlm.runs.training_log import write_training_log
 from ray_vlm.train.prepare import absolute_paths, prepare, wanted_parts
 from ray_vlm.tune.finish import finish_sweep
 from ray_vlm.tune.plan import SweepPlan, plan_sweep
@@ -69,6 +71,8 @@ def tune(
     job = _ranked(absolute_paths(load_job(job_path, overrides)))
     address = join(job.run.output_dir, f"{_stem(job, job_path)}-{Path(space_path).stem}")
     _check_place(address, job, space, resume, overwrite)
+    if job.track.wandb:
+        adopt_wandb_login()
     known = read_trials(address, space) if resume else []
     parts = load_parts(job, wanted_parts(job)) if shares_rows(space, job) else None
     steps = prepare(job, parts).plan  # what no trial could do without, before any starts
@@ -233,7 +237,7 @@ def _settle(address: str, ended: Sequence[int]) -> None:
         paths.refresh(paths.run, paths.metrics, paths.resolved)
         if paths.run.is_file() and json.loads(paths.run.read_text())["status"] not in ("finished", PRUNED):
             finish_manifest(paths, PRUNED)
-            write_training_log(paths, None)
+            write_training_log(paths, PRUNED)
         paths.discard()
 
 

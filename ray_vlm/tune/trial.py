@@ -70,6 +70,8 @@ def build_trial_job(sweep: Sweep, number: int, drawn: Mapping[str, Any]) -> tupl
         job["cluster"]["num_workers"] = 0  # in the process that has the base
     elif isinstance(workers := job["cluster"]["num_workers"], list):
         job["cluster"]["num_workers"] = min(workers)  # trials share the cluster: none takes what others need
+    if job["track"]["wandb"] and not job["track"]["wandb_group"]:
+        job["track"]["wandb_group"] = sweep.address.partition("?")[0].rstrip("/").rpartition("/")[2][-128:]
     job["run"] = job["run"] | {"output_dir": join(sweep.address, TRIALS), "name": name_trial(number)}
     return load_resolved(job), values
 

@@ -1,4 +1,5 @@
-"""`ray-vlm runs`: look at finished, failed and living runs, and compare them. Reads run folders and nothing else."""
+"""`ray-vlm runs`: look at finished, failed and living runs, and compare them. Reads run folders, or a
+`training_log.json` alone, and nothing else."""
 
 import argparse
 import gc
@@ -18,26 +19,36 @@ def add_runs_verbs(verbs: argparse._SubParsersAction) -> None:
     """`ray-vlm runs list|show|plot|export|compute|compare`."""
     runs = verbs.add_parser("runs", help="look at runs: list, show, plot, export, compute, compare")
     actions = runs.add_subparsers(metavar="ACTION", required=True)
-    every = actions.add_parser("list", help="all runs under a folder, the newest first")
-    every.add_argument("folder", nargs="?", default=_OUTPUTS, help=f"default: {_OUTPUTS}")
+    every = actions.add_parser("list", help="all runs under a folder, or of a sweep, the newest first")
+    every.add_argument(
+        "folder", nargs="?", default=_OUTPUTS, help=f"a folder, or a sweep in {_OUTPUTS}/ (default: {_OUTPUTS})"
+    )
     every.set_defaults(verb=_list)
     _action(actions, "show", "one screen on a run", _show, many=False)
     plot = _action(actions, "plot", "curves of one or several runs on one picture", _plot, many=True)
     plot.add_argument("--metric", action="append", default=[], metavar="NAME", help="draw this number; may be repeated")
-    plot.add_argument("--output", metavar="PATH", help=".png or .svg (default: both, beside the first run's numbers)")
+    plot.add_argument(
+        "--output",
+        metavar="PATH",
+        help=".png or .svg; in a folder, such as plots/, both, named by the runs (default: both, beside the first run)",
+    )
     export = _action(actions, "export", "a run's numbers as a table", _export, many=False)
     export.add_argument(
         "--csv",
         nargs="?",
         const="",
         metavar="PATH",
-        help="where to (default: metrics.csv in the run); - is the terminal",
+        help="where to: a file, a folder, or - for the terminal (default: metrics.csv in the run)",
     )
     cost = _action(actions, "compute", "what runs cost: hours, tokens, FLOPs, where the time went", _compute, many=True)
     cost.add_argument("--json", metavar="PATH", help="also everything as JSON")
     compare = _action(actions, "compare", "settings that differ, and metrics side by side", _compare, many=True)
     compare.add_argument(
-        "--html", nargs="?", const="", metavar="PATH", help="also a page with curves and images (default: compare.html)"
+        "--html",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="also a page with curves and images: a file, or a folder (default: compare-A-vs-B.html beside the first)",
     )
 
 
@@ -46,35 +57,69 @@ def _action(
 ) -> argparse.ArgumentParser:
     action = actions.add_parser(name, help=text)
     if many:
-        action.add_argument("runs", nargs="+", metavar="RUN", help=f"run folders, or names in {_OUTPUTS}/")
+        told = f"run folders, files training_log.json, or names in {_OUTPUTS}/"
+        action.add_argument("runs", nargs="+", metavar="RUN", help=told)
     else:
-        action.add_argument("run", metavar="RUN", help=f"a run folder, or a name in {_OUTPUTS}/")
+        told = f"a run folder, a file training_log.json, or a name in {_OUTPUTS}/"
+        action.add_argument("run", metavar="RUN", help=told)
     action.set_defaults(verb=run)
     return action
 
 
 def find_run(name: str) -> str:
-    """The address of a run: a path, or the name of one in the usual folder."""
-    inside = Path(_OUTPUTS) / name
-    return str(inside) if not Path(name).exists() and inside.is_dir() else name
+    """The address of a run: `name` itself where that is a path, or one of that name in the usual folder, also a trial
+    of a sweep where no other has its name. What is not found is returned as it is."""
+    from ray_vlm.runs.read import find_runs
+    from ray_vlm.runs.store import is_remote
+
+    here, inside = Path(name), Path(_OUTPUTS) / name
+    if is_remote(name) or name.startswith(("file://", "~")) or here.is_file() or here.is_absolute():
+        return name
+    if inside.exists() and not (here.is_dir() and find_runs(name)):  # a folder of data may have the same name
+        return str(inside)
+    if not here.exists():
+        named = [address for address in find_runs(_OUTPUTS) if address.endswith(f"/{name}")]
+        return named[0] if len(named) == 1 else name
+    return name
 
 
 def _read(name: str) -> "Run":
-    from ray_vlm.runs.read import read_run
+    """The run. Raises `RunError` that says where it was looked for."""
+    from ray_vlm.errors import RunError
+    from ray_vlm.runs.read import complete_log, find_runs, is_log, read_run
+    from ray_vlm.runs.store import is_remote, local_path
 
-    return read_run(find_run(name))
+    address = find_run(name)
+    if not is_remote(address) and not Path(local_path(address)).exists():
+        raise RunError(
+            f"{name}: no run here: there is no such file or folder, nor a run of that name in {_OUTPUTS}/. "
+            "`ray-vlm runs list` shows those that there are; give the path of one that lies elsewhere."
+        )
+    try:
+        run = read_run(address)
+    except RunError:
+        if inside := [] if is_log(address) else find_runs(address):
+            raise RunError(
+                f"{address} is a folder of {len(inside)} runs: `ray-vlm runs list {name}` shows them. Give one of "
+                f"them, such as {inside[0]}."
+            ) from None
+        raise
+    complete_log(run)
+    return run
 
 
 def _read_all(names: Sequence[str]) -> "list[Run]":
     """All runs, of a folder of runs each in it; every one that cannot be read is named at once."""
     from ray_vlm.errors import RunError
-    from ray_vlm.runs.read import find_runs, read_run
+    from ray_vlm.runs.read import find_runs, is_log
 
     runs, problems = [], []
     gc.disable()  # it would look at half a million lines again and again: a fifth of the time
     for name in names:
         try:
-            runs += [read_run(address) for address in find_runs(find_run(name))] or [_read(name)]
+            address = find_run(name)
+            found = [] if is_log(address) else find_runs(address)
+            runs += [_read(each) for each in found or [name]]
         except RunError as error:
             problems += error.problems
     gc.freeze()
@@ -88,9 +133,11 @@ def _list(args: argparse.Namespace) -> None:
     from ray_vlm.runs.read import find_runs, read_run
     from ray_vlm.runs.show import describe_runs
 
-    runs = [read_run(address) for address in find_runs(args.folder)]
+    folder = find_run(args.folder)
+    runs = [read_run(address) for address in find_runs(folder)]
     here = os.getcwd() + os.sep
-    print(describe_runs(runs, here) if runs else f"no runs under {args.folder}; `ray-vlm train JOB` makes one")
+    also = "" if args.folder == _OUTPUTS else f", nor in {_OUTPUTS}/ under that name"
+    print(describe_runs(runs, here) if runs else f"no runs under {folder}{also}; `ray-vlm train JOB` makes one")
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -112,33 +159,52 @@ def _plot(args: argparse.Namespace) -> None:
 def _pictures(output: str | None, runs: "Sequence[Run]") -> list[tuple[str, str]]:
     """Where each picture goes, and its form."""
     from ray_vlm.errors import ConfigError
+    from ray_vlm.runs.compare import join_titles
 
+    forms = ("png", "svg")
     if output is None:
-        return [(_beside(runs, f"plot.{form}"), form) for form in ("png", "svg")]
+        return [(_beside(runs, "plot", form), form) for form in forms]
+    if _is_folder(output):
+        return [(str(Path(output) / f"{join_titles(runs)}.{form}"), form) for form in forms]
     form = Path(output).suffix.lower().removeprefix(".")
-    if form not in ("png", "svg"):
-        raise ConfigError(f"--output {output}: its name ends in neither .png nor .svg.")
+    if form not in forms:
+        raise ConfigError(
+            f"--output {output}: its name ends in neither .png nor .svg. Give such a file, or a folder: {output}/"
+        )
     return [(output, form)]
 
 
-def _beside(runs: "Sequence[Run]", name: str) -> str:
-    """In the folder of the one run, or beside the first of several; in the current folder for one kept elsewhere."""
+def _is_folder(output: str) -> bool:
+    """Whether a place for results is a folder: one that is there, or that is written as one."""
+    return output.endswith(("/", os.sep)) or Path(output).is_dir()
+
+
+def _beside(runs: "Sequence[Run]", stem: str, ending: str) -> str:
+    """In the folder of the one run, or beside the first of several and named by them; in the current folder for one
+    kept elsewhere. Beside a `training_log.json` it has the log's name."""
+    from ray_vlm.runs.compare import join_titles
     from ray_vlm.runs.store import is_remote
 
-    first = runs[0].address
-    if is_remote(first):
-        return name
-    return str((Path(first) if len(runs) == 1 else Path(first).parent) / name)
+    first = runs[0]
+    if len(runs) > 1:
+        folder, name = Path(first.folder) if first.log else Path(first.address).parent, f"{stem}-{join_titles(runs)}"
+    elif first.log:
+        folder, name = Path(first.folder), f"{Path(first.address.partition('?')[0]).stem}-{stem}"
+    else:
+        folder, name = Path(first.address), stem
+    return f"{name}.{ending}" if is_remote(first.address) else str(folder / f"{name}.{ending}")
 
 
 def _export(args: argparse.Namespace) -> None:
+    from ray_vlm.runs.compare import join_titles
     from ray_vlm.runs.export import write_table
 
     run = _read(args.run)
     if args.csv == "-":
         sys.stdout.write(write_table(run))
         return
-    place = args.csv or _beside([run], "metrics.csv")
+    place = args.csv or _beside([run], "metrics", "csv")
+    place = str(Path(place) / f"{join_titles([run])}.csv") if _is_folder(place) else place
     _write(place, write_table(run).encode())
     print(f"table: {place}")
 
@@ -162,7 +228,7 @@ def _compute(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from ray_vlm.runs.compare import compare_runs, describe_comparison
+    from ray_vlm.runs.compare import compare_runs, describe_comparison, join_titles
 
     runs = _read_all(args.runs)
     comparison = compare_runs(runs)
@@ -170,7 +236,8 @@ def _compare(args: argparse.Namespace) -> None:
     if args.html is not None:
         from ray_vlm.evaluate.compare import write_comparison
 
-        place = args.html or _beside([*runs, *runs], "compare.html")
+        place = args.html or _beside([*runs, *runs[: len(runs) == 1]], "compare", "html")
+        place = str(Path(place) / f"compare-{join_titles(runs)}.html") if _is_folder(place) else place
         _write(place, write_comparison(runs, comparison).encode())
         print(f"\npage: {place}")
 

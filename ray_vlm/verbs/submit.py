@@ -75,8 +75,11 @@ def _submit(args: argparse.Namespace) -> int:
     from ray_vlm.cluster.package import check_size, describe_archive, plan_package, plan_working_folder
     from ray_vlm.cluster.submit import connect_jobs, entrypoint, follow_job, load_runtime_env, submit
     from ray_vlm.config.load import load_job
+    from ray_vlm.runs.track import adopt_wandb_login
 
     job = load_job(args.job, args.overrides) if hasattr(args, "job") else None
+    if job is not None and job.track.wandb:
+        adopt_wandb_login()  # travels with the other tokens
     folder = _working_folder(args.working_dir)
     env, env_file = load_runtime_env(folder, args.runtime_env)
     archive, package = plan_working_folder(folder, env.get("excludes", []), env_file), plan_package()

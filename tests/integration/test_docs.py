@@ -63,6 +63,7 @@ def test_commands_that_need_no_cluster_are_run(
     for name in ("A", "B", "C", "demo_sft"):
         shutil.copytree("outputs/NAME", f"outputs/{name}")
     shutil.copytree(scenes / "test", "photos")
+    shutil.copytree(scenes / "test", "outputs/demo/data/site/test")
     done = set()
     for command in (command for page in PAGES for command in commands(page)):
         words = _words(command)

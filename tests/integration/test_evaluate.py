@@ -165,6 +165,63 @@ def test_a_whole_model_is_not_taken_for_an_adapter(job_file, scenes: Path, tmp_p
     assert main(["evaluate", str(path), f"model.name={final}"]) == 0
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_the_validation_rows_are_a_test_where_that_is_said(
+    job_file, scenes: Path, tmp_path: Path, share: bool, capsys
+) -> None:
+    """The zero-shot test on the validation images: everything that shows its numbers tells what the rows chose."""
+    from ray_vlm.runs.card import ADAPTER, write_card
+    from ray_vlm.runs.compare import compare_runs
+    from ray_vlm.runs.read import read_run
+    from ray_vlm.runs.show import describe_run
+
+    data = {"train": {"path": str(scenes / "train.json")}, "test_on_eval": True}
+    data |= {"eval": 0.2 if share else {"path": str(scenes / "eval.json")}}
+    path = job_file(data=data, evaluate={"max_new_tokens": 4, "num_samples": 3}, train={"max_steps": 1})
+    assert main(["train", str(path)]) == 0
+    run = tmp_path / "runs" / "run"
+    assert main(["evaluate", str(path), "--adapter", str(run / "final")]) == 0
+    told = capsys.readouterr().out
+    assert f"{10 if share else 12} rows that also chose best/" in told, "all of them, not the samples of training"
+    metrics = json.loads((run / "evaluate" / "final" / "metrics.json").read_text())
+    assert metrics["rows_chose_best"] is True
+    page = (run / "evaluate" / "final" / "report.html").read_text()
+    assert "validation rows that also chose best/" in page
+    read = read_run(str(run))
+    assert "that also chose best/" in write_card(read, ADAPTER, "final")
+    assert "rows also chose best/" in describe_run(read)
+    assert "also chose its best/" in " ".join(compare_runs([read, read]).notes)
+
+
+def test_test_numbers_reach_the_tracker_at_the_step_of_their_weights(
+    job_file, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    calls: list[dict[str, Any]] = []
+    logged: list[dict[str, Any]] = []
+
+    class Fake:
+        offline = True
+        log = staticmethod(lambda values, step=None: logged.append(values))
+        define_metric = staticmethod(lambda name, step_metric=None: None)
+        finish = staticmethod(lambda: None)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options) or Fake())
+    path = job_file(track={"wandb": True}, checkpoint={"every_steps": 2}, **_sections(scenes))
+    assert main(["train", str(path)]) == 0
+    run = tmp_path / "runs" / "run"
+    (checkpoint,) = run.glob("checkpoint-2-*")
+    words = [word for folder in (checkpoint, run / "final") for word in ("--adapter", str(folder))]
+    assert main(["evaluate", str(path), *words, "--base", "--output", str(tmp_path / "found")]) == 0
+    tested = [values for values in logged if "test/step" in values]
+    assert [values["test/step"] for values in tested] == [2, 3]
+    assert all({"test/f1_50", "test/map"} <= set(values) for values in tested)
+    assert {call["id"] for call in calls} == {json.loads((run / "run.json").read_text())["id"]}
+
+
 def test_no_test_rows_no_headline_numbers(job_file, capsys) -> None:
     assert main(["evaluate", str(job_file())]) == 2
-    assert "`data.test` is missing" in capsys.readouterr().err
+    assert "data.test_on_eval=true" in capsys.readouterr().err

@@ -81,6 +81,27 @@ def test_an_adapter_goes_with_a_card_that_tells_what_it_is(trained: Path, run: P
     assert str(scenes) not in card, "folders of the machine are nobody's business"
 
 
+def _code_of(card: str) -> str:
+    return card.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("model", ["tiny", "qwen3_vl"])
+def test_the_code_of_a_card_loads_what_lies_beside_it(
+    model: str, scenes: Path, tmp_path: Path, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _train(tmp_path, scenes, tiny_models.get(model, model), train={"max_steps": 2})
+    kinds = [[]] if model == "tiny" else [[], ["--merged"]]
+    for words in kinds:
+        assert main(["export", str(run), *words]) == 0
+        folder = run / "export" / ("merged" if words else "adapter")
+        monkeypatch.chdir(folder)
+        found: dict[str, Any] = {}
+        exec(_code_of((folder / "README.md").read_text()), found)
+        learned = [p for name, p in found["model"].named_parameters() if "lora_B" in name]
+        assert bool(learned) != bool(words)
+        assert all(float(p.abs().sum()) > 0 for p in learned)
+
+
 def test_bfloat16_is_within_its_own_rounding(scenes: Path, tmp_path: Path, tiny_models: dict[str, str]) -> None:
     run = _train(tmp_path, scenes, tiny_models["qwen3_vl"], train={"bf16": True})
     from ray_vlm.config.load import load_resolved

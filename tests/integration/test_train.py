@@ -188,11 +188,13 @@ def test_early_stopping_stops(job_file, scenes: Path) -> None:
     assert len(json.loads(paths.training_log.read_text())["training_history"]) == 3
 
 
-def test_wandb_offline_gets_every_step(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_gets_every_step(job_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, dict]] = []
     axes: dict[str, str | None] = {}
 
     class Fake:
+        offline = True
+
         def log(self, values: dict, step: int) -> None:
             seen.append((step, values))
 
@@ -207,13 +209,21 @@ def test_wandb_offline_gets_every_step(job_file, monkeypatch: pytest.MonkeyPatch
     options: dict[str, Any] = {}
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where nobody ran `wandb login`
     monkeypatch.setattr(wandb, "init", lambda **kw: options.update(kw) or Fake())
-    _run(job_file(track={"wandb": True}), "train.num_epochs=1", "train.max_steps=7")
+    track = {"wandb": True, "wandb_group": "night", "wandb_tags": ["tiny", "scenes"]}
+    paths = _run(job_file(track=track), "train.num_epochs=1", "train.max_steps=7")
     assert options["mode"] == "offline"
+    assert (options["group"], options["tags"], options["entity"]) == ("night", ["tiny", "scenes"], None)
+    assert any("offline, in wandb/" in line["text"] for line in read_metrics(paths.metrics) if line["kind"] == "note")
     steps = [step for step, values in seen if "train/batch_loss" in values]
     assert steps == [1, 2, 3, 4, 5, 6, 7]
     assert {"train/learning_rate", "train/epoch"} <= set(seen[0][1])
-    assert [step for step, values in seen if "train/epoch_avg_loss" in values] == [7]
+    (epoch,) = [(step, values) for step, values in seen if "train/epoch_avg_loss" in values]
+    (line,) = json.loads(paths.training_log.read_text())["epoch_history"]
+    assert epoch == (7, {"train/epoch_avg_loss": line["loss"], "train/epoch_learning_rate": line["learning_rate"]})
+    last = [values for _, values in seen if "train/batch_loss" in values][-1]
+    assert line["learning_rate"] == last["train/learning_rate"] > 0
     assert seen[-1][0] == -1
     assert axes["eval/*"] == "eval/step"
 

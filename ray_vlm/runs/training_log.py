@@ -1,0 +1,199 @@
+"""`training_log.json`: the run in one file, for people and tools that want nothing else.
+
+`run` (name, status, step), `configuration`, `training_history`, `epoch_history`, `validation_history` and
+`best_checkpoint` (step, metrics, path). It is replaced as a whole while the run goes on, so it can be read at any time;
+what a killed run left unwritten is completed from `metrics.jsonl` by the next attempt, or by whoever reads the run.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.errors import RunError
+from ray_vlm.runs.monitor import LINE_KEYS, best_line, current_lines, read_metrics
+from ray_vlm.runs.paths import RunPaths, finite
+from ray_vlm.runs.sound import is_number, is_sound_line, keep_sound, load_sound, number_of
+from ray_vlm.runs.store import making
+
+HISTORIES = {"train": "training_history", "epoch": "epoch_history", "eval": "validation_history"}
+_EVERY_S = 10.0  # between two writings, where no validation or checkpoint asks for one
+_STEP_S = 0.0005  # that writing may take of each step on average, in a run so long that it takes time
+_QUICK_S = 0.05  # a log that takes no longer than this is written at every validation and checkpoint
+
+
+class TrainingLog:
+    """The log of a run that goes on; rank 0 has it. `lines`: what `metrics.jsonl` holds already.
+
+    Every line is kept as the text that it becomes, so that writing the log is writing text. `check` is asked before
+    each writing, and raises where another attempt has the run; `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        paths: RunPaths,
+        configuration: Mapping[str, Any],
+        lines: Iterable[dict[str, Any]] = (),
+        check: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._paths, self._configuration = paths, configuration
+        self._check, self._clock = check, clock
+        self._about: dict[str, Any] = {"name": paths.name, "status": "running", "step": 0}
+        self._texts: dict[str, list[tuple[int, str]]] = {kind: [] for kind in HISTORIES}
+        self._best: Mapping[str, Any] | None = None
+        self._written = -_EVERY_S
+        self._steps = 0  # that this attempt trained
+        self._spent = self._took = 0.0  # seconds that writing took so far, and the last time
+        for line in current_lines(lines):
+            self._take(line)
+
+    def add(self, line: dict[str, Any], best: Mapping[str, Any] | None = None) -> None:
+        """Take a line that was appended to `metrics.jsonl`, and write the log where that is due. `best`: the best
+        checkpoint; where the workers have not said it yet, the validations do."""
+        self._take(line)
+        self._steps += line["kind"] == "train"
+        if line["kind"] == "start":
+            known = [json.loads(text) | {"kind": "eval"} for _, text in self._texts["eval"]]
+            self._best = _find_best(known, self._configuration, self._paths.place("best"))
+        self._best = best or self._best
+        if line["kind"] == "start" or self._is_due(line["kind"] in ("eval", "checkpoint", "epoch")):
+            with suppress(OSError):  # a full disk: a checkpoint will say so, and the driver writes the log again
+                self._check()
+                self.write()
+
+    def write(self) -> None:
+        """Replace the file."""
+        started = self._clock()
+        about = self._about | {"written": time.time()}
+        texts = {kind: [text for _, text in known] for kind, known in self._texts.items()}
+        write_log(self._paths.training_log, about, self._configuration, texts, self._best)
+        self._written = self._clock()
+        self._took = self._written - started
+        self._spent += self._took
+
+    def _is_due(self, asked: bool) -> bool:
+        if asked and self._took <= _QUICK_S:
+            return True
+        return self._clock() - self._written >= _EVERY_S and self._spent <= _STEP_S * self._steps
+
+    def _take(self, line: dict[str, Any]) -> None:
+        kind, step = line["kind"], line["step"]
+        if kind == "start":  # what an earlier attempt did after this step is done again
+            self._texts = {k: [(s, text) for s, text in known if s <= step] for k, known in self._texts.items()}
+            self._about |= {"step": step} | ({"num_steps": line["num_steps"]} if "num_steps" in line else {})
+        elif kind in HISTORIES:
+            self._texts[kind].append((step, encode_line(line)))
+            self._about["step"] = max(step, self._about["step"])
+
+
+def encode_line(line: Mapping[str, Any]) -> str:
+    """A line of `metrics.jsonl` as an entry of its history."""
+    return json.dumps(finite({key: value for key, value in line.items() if key != "kind"}))
+
+
+def write_log(
+    path: Path,
+    about: Mapping[str, Any],
+    configuration: Mapping[str, Any],
+    texts: Mapping[str, Sequence[str]],
+    best: Mapping[str, Any] | None,
+) -> None:
+    """Write the file, an entry a line, so that a reader sees the old one or the new one. `texts`: by kind of line."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with making(path), open(temporary, "w", encoding="utf-8") as file:
+            file.write(f'{{\n "run": {json.dumps(finite(about))},\n')
+            file.write(f' "configuration": {json.dumps(finite(configuration), indent=1)}')
+            for kind, history in HISTORIES.items():
+                file.write(f',\n "{history}": [')
+                file.writelines(f"{',' if i else ''}\n  {text}" for i, text in enumerate(texts.get(kind, ())))
+                file.write("\n ]")
+            file.write(f',\n "best_checkpoint": {json.dumps(finite(best))}\n}}\n')
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_training_log(paths: RunPaths, status: str, best: Mapping[str, Any] | None = None) -> None:
+    """Write the log of a run that is over, or that nobody drives any more, from its `metrics.jsonl`.
+
+    Steps that a later attempt did again count once, as that attempt did them. `best`: what the workers called the best
+    checkpoint; None where they could not say it, and then the validations do.
+    """
+    lines = current_lines(read_metrics(paths.metrics))
+    configuration = json.loads(paths.resolved.read_text())
+    texts = {kind: [encode_line(line) for line in lines if line["kind"] == kind] for kind in HISTORIES}
+    planned = [line["num_steps"] for line in lines if line["kind"] == "start" and "num_steps" in line]
+    about = {"name": paths.name, "status": status, "step": max((line["step"] for line in lines), default=0)}
+    about |= {"num_steps": planned[-1]} if planned else {}
+    best = best or _find_best(lines, configuration, paths.place("best"))
+    write_log(paths.training_log, about | {"written": time.time()}, configuration, texts, best)
+    paths.publish(paths.training_log)
+
+
+def _find_best(lines: Iterable[dict[str, Any]], configuration: Any, path: str) -> dict[str, Any] | None:
+    """The best validation as `best_checkpoint`. `path`: of `best/`."""
+    evaluate = configuration.get("evaluate") if isinstance(configuration, Mapping) else None
+    metric = evaluate.get("metric") if isinstance(evaluate, Mapping) else None
+    if (line := best_line(lines, str(metric or "loss"))) is None:
+        return None
+    metrics = {key: value for key, value in line.items() if key not in LINE_KEYS}
+    return {"step": line["step"], "metrics": metrics, "path": path}
+
+
+@dataclass(frozen=True)
+class LogContent:
+    """What a `training_log.json` says: its `run` section, the job, and its entries as lines of `metrics.jsonl`."""
+
+    about: dict[str, Any]
+    configuration: dict[str, Any]
+    lines: list[dict[str, Any]]
+    faults: tuple[str, ...] = ()
+
+
+def parse_log(data: bytes, name: str) -> LogContent:
+    """Read the file's bytes as far as they can be counted on. Raises `RunError` where they are no training log.
+
+    `name`: how errors and faults call the file.
+    """
+    try:
+        log = load_sound(data)
+    except ValueError as error:
+        raise RunError(
+            f"{name} is cut off or altered ({error}). Give the run's folder, if it is still there."
+        ) from None
+    if not isinstance(log, dict) or not {"configuration", HISTORIES["train"]} <= set(log):
+        raise RunError(f"{name} is no training log: `configuration` and `{HISTORIES['train']}` are missing in it.")
+    faults: list[str] = []
+    configuration, about = log["configuration"], log.get("run")
+    if not isinstance(configuration, dict):
+        faults.append(f"{name}: its configuration is no object")
+    lines = []
+    for kind, history in HISTORIES.items():
+        listed = log.get(history) or []
+        listed = listed if isinstance(listed, list) else [listed]
+        entries = [{"kind": kind} | entry for entry in listed if isinstance(entry, dict)]
+        sound = [line for line in entries if is_sound_line(line)]
+        if len(sound) < len(listed):
+            faults.append(f"{len(listed) - len(sound)} of {len(listed)} entries of its {history} are altered")
+        lines += sound
+    lines.sort(key=lambda line: (line["attempt"], line["step"]))  # those of one step stay in the order of kinds
+    job = keep_sound("resolved.json", configuration if isinstance(configuration, dict) else {}, name, faults)
+    return LogContent(about if isinstance(about, dict) else {}, job, lines, tuple(faults))
+
+
+def describe_attempts(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The attempts that the lines are of, as `run.json` would list them: from the first line to the last."""
+    attempts: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if is_number(line.get("time")):
+            begun = line["time"] - (number_of(line, "step_s") if line["kind"] == "train" else 0.0)
+            known = attempts.setdefault(line["attempt"], {"attempt": line["attempt"], "started": begun})
+            known |= {"started": min(begun, known["started"]), "ended": max(line["time"], known.get("ended", 0.0))}
+    return [attempts[number] for number in sorted(attempts)]

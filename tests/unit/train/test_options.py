@@ -1,0 +1,34 @@
+"""What a job's `train` section makes of the optimizer."""
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.plan import Plan
+from ray_vlm.train.feed import shared_options
+
+
+def test_the_schedule_that_made_detection_stable() -> None:
+    """5e-5 in place of 1e-4, cosine down to 1e-6, decay 1e-4 and a norm of 1.0."""
+    import torch
+    from transformers import get_scheduler
+
+    train = {"learning_rate": 5e-5, "min_lr_ratio": 0.02, "num_epochs": 10.0, "global_batch_size": 2}
+    job = JobConfig.model_validate({"model": {"name": "x"}, "data": {"train": {"path": "a"}}, "train": train})
+    plan = Plan(20, 2, 1, 1, num_epochs=10.0)
+    options = shared_options(job, plan, has_eval=False)
+    assert (options["weight_decay"], options["max_grad_norm"]) == (1e-4, 1.0)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=options["learning_rate"])
+    schedule = get_scheduler(
+        options["lr_scheduler_type"],
+        optimizer,
+        options["warmup_steps"],
+        plan.num_steps,
+        scheduler_specific_kwargs=options["lr_scheduler_kwargs"],
+    )
+    rates = []
+    for _ in range(plan.num_steps):
+        optimizer.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    assert max(rates) == 5e-5
+    assert abs(rates[-1] - 1e-6) < 1e-12
+    after = rates[options["warmup_steps"] :]
+    assert after == sorted(after, reverse=True)
