@@ -170,7 +170,7 @@ class Preparer:
     @property
     def num_closing_tokens(self) -> int:
         """Tokens that close an answer; `token_counts` counts them with it."""
-        return len(self._ids(self._layout((), ())[1]))
+        return len(self._ids(self._layout((("user", "?"),), ())[1]))
 
     def row(self, record: Record) -> Row:
         """What the spec's method trains of a record, with pixels."""

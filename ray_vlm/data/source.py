@@ -1,13 +1,24 @@
-"""Make a source ready to read: one that names a function to make it is made on first use."""
+"""Read a source; one that names a function to make it is made on first use."""
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 from ray_vlm.config.data import Source
+from ray_vlm.data.formats import read_rows
 from ray_vlm.errors import ConfigError, RayVlmError
+from ray_vlm.runs.progress import lasting
 
 
-def prepare_source(source: Source) -> None:
+def read_source(source: Source) -> tuple[list[Any], list[str]]:
+    """What `formats.read_rows` gives for the source, made first where it is not there. Raises as that does, and
+    `ConfigError` where it cannot be made."""
+    with lasting(f"reading {source.path}"):
+        _make(source)
+        return read_rows(source)
+
+
+def _make(source: Source) -> None:
     """Call `source.create` with the path if the file is not there yet. Raises `ConfigError` if it cannot be called."""
     if source.create is None or Path(source.path).exists():
         return
