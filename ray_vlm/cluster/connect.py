@@ -87,3 +87,9 @@ def find_resources(job: JobConfig, at_once: int = 1) -> tuple[dict[str, float], 
     if job.cluster.most_workers > job.cluster.least_workers:  # Ray asks first for room that a lost node had
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     return ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def describe_start(job: JobConfig) -> str:
+    """What `start_ray` is about to do, which may take a while."""
+    address = job.cluster.address or os.environ.get("RAY_ADDRESS")
+    return f"joining the Ray cluster at {address}" if address else "starting Ray on this machine"

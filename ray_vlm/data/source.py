@@ -14,11 +14,11 @@ def read_source(source: Source) -> tuple[list[Any], list[str]]:
     """What `formats.read_rows` gives for the source, made first where it is not there. Raises as that does, and
     `ConfigError` where it cannot be made."""
     with lasting(f"reading {source.path}"):
-        _make(source)
+        prepare_source(source)
         return read_rows(source)
 
 
-def _make(source: Source) -> None:
+def prepare_source(source: Source) -> None:
     """Call `source.create` with the path if the file is not there yet. Raises `ConfigError` if it cannot be called."""
     if source.create is None or Path(source.path).exists():
         return
