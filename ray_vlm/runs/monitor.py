@@ -98,7 +98,6 @@ class Monitor:
     def progress(self, step: int, text: str) -> None:
         """How far something that lasts is; of no interest later."""
         self._put(self._line("progress", step) | {"text": text})
-        self.publish()
 
     def _line(self, kind: str, step: int) -> dict[str, Any]:
         return {"kind": kind, "attempt": self._attempt, "step": step, "time": time.time()}

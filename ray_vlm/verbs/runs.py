@@ -37,7 +37,11 @@ def add_runs_verbs(verbs: argparse._SubParsersAction) -> None:
     cost.add_argument("--json", metavar="PATH", help="also everything as JSON")
     compare = _action(actions, "compare", "settings that differ, and metrics side by side", _compare, many=True)
     compare.add_argument(
-        "--html", nargs="?", const="", metavar="PATH", help="also a page with curves and images (default: compare.html)"
+        "--html",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="also a page with curves and images (default: compare-A-B.html beside A)",
     )
 
 
@@ -170,9 +174,15 @@ def _compare(args: argparse.Namespace) -> None:
     if args.html is not None:
         from ray_vlm.evaluate.compare import write_comparison
 
-        place = args.html or _beside([*runs, *runs], "compare.html")
+        place = args.html or _beside([*runs, *runs], _name_page([run.name for run in runs]))
         _write(place, write_comparison(runs, comparison).encode())
         print(f"\npage: {place}")
+
+
+def _name_page(names: Sequence[str]) -> str:
+    """Pages of other runs have other names, so that they do not overwrite one another."""
+    more = f"-and-{len(names) - 3}-more" if len(names) > 3 else ""
+    return f"compare-{'-'.join(names[:3])[:200]}{more}.html"
 
 
 def _write(place: str, data: bytes) -> None:
