@@ -18,7 +18,7 @@ def add_data_verbs(verbs: argparse._SubParsersAction) -> None:
     preview.add_argument("--rows", type=_row_count, default=12, metavar="N", help="how many, 1 to 200 (default: 12)")
     for action, name in ((stats, "stats"), (preview, "preview")):
         action.add_argument(
-            "--output", metavar="PATH", help=f"the PNG (default: <run.output_dir>/data/<job>-{name}.png)"
+            "--output", metavar="PATH", help=f"the PNG (default: JOB-{name}.png in <run.output_dir>/data)"
         )
 
 

@@ -41,7 +41,7 @@ def add_runs_verbs(verbs: argparse._SubParsersAction) -> None:
         nargs="?",
         const="",
         metavar="PATH",
-        help="also a page with curves and images (default: compare-A-B.html beside A)",
+        help="also a page with curves and images (default: compare-A-B.html)",
     )
 
 
