@@ -38,9 +38,7 @@ def test_files_say_what_the_processor_says(family: str, tiny_models: dict[str, s
     spec = RowSpec(model, Task(), ("circle", "square", "star"))
     before = Preparer(spec)
     assert before._processor is None
-    counted = [
-        row for row in map(lambda r: measure_row(r, Data()), read_rows(Source(path=str(scenes / "eval.json")))[0])
-    ]
+    counted = [measure_row(row, Data()) for row in read_rows(Source(path=str(scenes / "eval.json")))[0]]
     by_files = [before.token_counts(row) for row in counted], before._layout(rows.mark_answers(TURNS), ())
     before._load()
     by_processor = [before.token_counts(row) for row in counted], before._layout(rows.mark_answers(TURNS), ())
