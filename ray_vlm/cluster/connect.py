@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -44,6 +45,7 @@ def start_ray(job: JobConfig) -> Iterator[None]:
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    print(describe_start(job), flush=True)  # to import Ray and to start it takes longer than a person waits in silence
     import ray
 
     mine = not ray.is_initialized()
@@ -90,6 +92,8 @@ def find_resources(job: JobConfig, at_once: int = 1) -> tuple[dict[str, float], 
 
 
 def describe_start(job: JobConfig) -> str:
-    """What `start_ray` is about to do, which may take a while."""
+    """What `start_ray` is about to do."""
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return "using the Ray cluster that this process has joined"
     address = job.cluster.address or os.environ.get("RAY_ADDRESS")
     return f"joining the Ray cluster at {address}" if address else "starting Ray on this machine"

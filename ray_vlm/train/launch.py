@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray_vlm.cluster.connect import connect, describe_start
+from ray_vlm.cluster.connect import connect
 from ray_vlm.cluster.nodes import living_nodes
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RayVlmError, RunError
@@ -107,7 +107,6 @@ def launch(
     if job.cluster.num_workers == 0:
         with StopRequest(asked) as request:
             return _train_here(job, task, paths, request), request.signal
-    print(describe_start(job), flush=True)
     with connect(job, at_once) as layout:
         import ray
 
