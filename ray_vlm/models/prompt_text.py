@@ -129,8 +129,8 @@ def _read_tokenizer(text: str, settings: Mapping[str, Any]) -> "Tokenizer | None
     beside = [_named(token) for token in (settings.get("added_tokens_decoder") or {}).values()]
     beside += [_named(settings.get(f"{name}_token")) for name in ("eos", "pad", "bos", "unk")]
     beside += [_named(token) for token in settings.get("additional_special_tokens") or ()]
-    special = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
-    return None if {token for token in beside if token is not None} - special else _whole(tokenizer)
+    there = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
+    return None if {token for token in beside if token is not None} - there else _whole(tokenizer)
 
 
 def _whole(tokenizer: "Tokenizer") -> "Tokenizer":

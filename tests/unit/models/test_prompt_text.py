@@ -47,6 +47,25 @@ def test_files_say_what_the_processor_says(family: str, tiny_models: dict[str, s
     assert [len(before.train_row(row).input_ids) for row in counted] == [sum(counts) for counts in by_files[0]]
 
 
+def test_a_qwen_tokenizer_says_what_its_file_says(tmp_path: Path) -> None:
+    """transformers builds it anew from the words of the file, by rules of its own."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocabulary = {token: number for number, token in enumerate([*sorted(ByteLevel.alphabet()), "he", "Ġt"])}
+    words = Qwen2Tokenizer(vocab=vocabulary, merges=[("h", "e"), ("Ġ", "t")], eos_token="<|im_end|>")
+    words.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
+    words.save_pretrained(tmp_path)
+    base = Path(resolve_name("tiny"))
+    for name in ("config.json", "processor_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, tmp_path)
+    found = read_prompt_text(Model(name=str(tmp_path)), str(tmp_path))
+    assert found is not None
+    read, loaded = found[0].tokenizer, Qwen2Tokenizer.from_pretrained(tmp_path).backend_tokenizer
+    for text in ("the cat's 12 boxes", "cafe\u0301  \n\n x", "<|image_pad|>\thé <|im_end|>\n", "物体 [1, 2]"):
+        assert read.encode(text).ids == loaded.encode(text).ids
+
+
 def _drop(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
