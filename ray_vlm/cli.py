@@ -1,6 +1,7 @@
 """The verbs of `ray-vlm`. Nothing heavy is imported until a verb needs it, so `--help` is quick.
 
-Exit codes: 0 done, 1 it failed on the way, 2 the job or the command line was wrong and nothing was started.
+Exit codes: 0 done, 1 it failed on the way, 2 the job or the command line was wrong and nothing was started, 130 Ctrl-C,
+141 whoever read what it prints has left.
 """
 
 import argparse
@@ -22,10 +23,36 @@ from ray_vlm.verbs.runs import add_runs_verbs
 from ray_vlm.verbs.starter import add_starter_verbs
 from ray_vlm.verbs.tune import add_tune_verb
 
+_READER_LEFT = 141  # as a shell tells it of a program that SIGPIPE ended
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    """Run one verb; returns the exit code. Where whoever reads what it prints has left (`| head`), it ends quietly."""
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            sys.stdout.flush()  # a reader who has left is noticed here, and not when Python ends
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return _READER_LEFT
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what is printed any more; if so, nothing is printed from now on."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            return True
+    return False
+
+
+def _run(arguments: Sequence[str]) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
@@ -73,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--all", action="store_true", help="then go on with DPO and GRPO; 5 minutes in all")
     demo.set_defaults(verb=_demo)
     config = job_verb(verbs, "config", "print the resolved job, every default written out", _config)
-    config.add_argument("--dry-run", action="store_true", help="also read the data, plan the run, show trained tokens")
+    config.add_argument("--dry-run", action="store_true", help="first read the data, print the plan and first records")
     config.add_argument("--compatibility", action=_Compatibility, nargs=0, help="print what goes together, and exit")
     _add_computing_verbs(verbs)
     add_starter_verbs(verbs, _parser)
@@ -87,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
     """Those that `ray-vlm submit` runs on a cluster, with the same words and options."""
     train = job_verb(verbs, "train", "run a job", _train)
-    train.add_argument("--dry-run", action="store_true", help="print the resolved job, the plan and first records only")
+    train.add_argument("--dry-run", action="store_true", help="print the plan, first records and the resolved job only")
     either = train.add_mutually_exclusive_group()
     either.add_argument("--overwrite", action="store_true", help="delete the run of that name first")
     either.add_argument("--resume", action="store_true", help="go on with the run of that name, or start it")
@@ -123,13 +150,14 @@ def _config(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import dump_job, load_job
 
     job = load_job(args.job, args.overrides)
-    print(yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True), end="")
     if args.dry_run:
         from ray_vlm.data.preview import describe_prepared
         from ray_vlm.train.prepare import prepare
 
         prepared = prepare(job)
         print(describe_prepared(prepared.train, prepared.plan, prepared.spec, prepared.balance))
+        print("\n".join(["", *(f"note: {note}" for note in prepared.notes), "# all settings, defaults written out"]))
+    print(yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True), end="")
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -93,6 +94,7 @@ def start_ray(job: JobConfig) -> Iterator[None]:
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    print(describe_start(job), flush=True)  # to import Ray and to start it takes longer than a person waits in silence
     import ray
 
     mine = not ray.is_initialized()
@@ -144,3 +146,11 @@ def find_resources(job: JobConfig, at_once: int = 1) -> tuple[dict[str, float], 
     if job.cluster.most_workers > job.cluster.least_workers:  # Ray asks first for room that a lost node had
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     return ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def describe_start(job: JobConfig) -> str:
+    """What `start_ray` is about to do."""
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return "using the Ray cluster that this process has joined"
+    address = job.cluster.address or os.environ.get("RAY_ADDRESS")
+    return f"joining the Ray cluster at {address}" if address else "starting Ray on this machine"

@@ -1,8 +1,8 @@
 """Image files -> upright uint8 RGB, and the size that a family's processor makes of them.
 
 Everything that can go wrong with a file is a `ValueError` or `OSError` with a reason; the index turns it into a bad
-row. Sizes come from transformers' own smart resize, pixels from the processor's own resize, so that a resized image
-equals the stock processor's bit for bit.
+row. Sizes come from the rule of transformers' own smart resize, pixels from the processor's own resize, so that a
+resized image equals the stock processor's bit for bit.
 """
 
 import io
@@ -13,12 +13,17 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ray_vlm.data.spec import RowSpec
+from ray_vlm.errors import DataError
+from ray_vlm.models.families import Family
+from ray_vlm.models.prompt_text import ImageSizes
 from ray_vlm.runs.store import is_remote
 
 Image.init()  # all decoders, so that they can be named
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others are refused, by name
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what the last bytes of a whole file contain
 _ORIENTATION = 0x0112
+_UNLIMITED = 2**40  # pixels
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,6 @@ class ImageSpec:
 
     def place(self, size: tuple[int, int]) -> Placement:
         """Placement of an image of (width, height). Raises `ValueError` on extreme shapes."""
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
         width, height = size
         if min(size) < self.factor:
             raise ValueError(
@@ -69,8 +72,8 @@ class ImageSpec:
             return Placement(smaller, smaller)
         if self.pad is not None:
             return self._pad(size)
-        tall, wide = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
-        return Placement((wide, tall), (wide, tall))
+        resized = smart_resize(size, self.factor, self.min_pixels, self.max_pixels)
+        return Placement(resized, resized)
 
     def _pad(self, size: tuple[int, int]) -> Placement:
         """Keep the shape; scale only as far as the limits ask."""
@@ -102,6 +105,44 @@ class ImageSpec:
         """Visual tokens of an image of (width, height), before resizing; not of `stock` ones."""
         width, height = self.place(size).resized
         return (width // self.factor) * (height // self.factor)
+
+
+def build_image_spec(sizes: ImageSizes | None, spec: RowSpec, family: Family) -> ImageSpec:
+    """How rows of `spec` size images; `sizes`: what the base's files say. Raises `DataError` for what the family does
+    not do."""
+    if family.stock_images:
+        if spec.min_pixels or spec.resize == "pad":
+            raise DataError(
+                f"data.min_pixels and data.resize=pad are not for {family.model_type}: its own processor sizes images. "
+                "Remove them; data.max_pixels makes images smaller before it sees them."
+            )
+        return ImageSpec(1, 1, 1, spec.max_pixels or _UNLIMITED, stock=True)
+    assert sizes is not None
+    low = spec.min_pixels or sizes.min_pixels
+    high = spec.max_pixels or sizes.max_pixels
+    mean = [round(255 * value) for value in sizes.mean]
+    color = spec.pad_color or (mean[0], mean[1], mean[2])
+    pad = color if spec.resize == "pad" else None
+    return ImageSpec(sizes.patch_size, sizes.merge_size, min(low, high), high, pad, spec.pad_place == "center")
+
+
+def smart_resize(size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of an image of that size with sides that are multiples of `factor` and an area within the limits.
+
+    The rule of `transformers.models.qwen2_vl`, which cannot be imported without torchvision; a test compares the two.
+    Raises `ValueError` on extreme shapes.
+    """
+    shape = max(size) / min(size)
+    if shape > 200:
+        raise ValueError(f"absolute aspect ratio must be smaller than 200, got {shape}")
+    width, height = (round(side / factor) * factor for side in size)
+    if width * height > max_pixels:
+        beta = math.sqrt((size[1] * size[0]) / max_pixels)
+        width, height = (max(factor, math.floor(side / beta / factor) * factor) for side in size)
+    elif width * height < min_pixels:
+        beta = math.sqrt(min_pixels / (size[1] * size[0]))
+        width, height = (math.ceil(side * beta / factor) * factor for side in size)
+    return width, height
 
 
 def read_size(image: str | bytes, max_pixels: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import DataError
+from ray_vlm.runs.progress import track
 
 NONE_KNOWN: Mapping[str, tuple[int, int]] = {}
 _SHOWN = 20  # bad rows named in an error; all of them are in `bad_rows.jsonl` under `quarantine`
@@ -66,18 +67,18 @@ def build_index(
     """
     rows, labels = read or read_rows(source)
     preparer = load_preparer(spec)
-    with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(lambda row: measure_row(row, data, known), rows))
     records: list[Record] = []
     counts: list[tuple[int, int, int]] = []
     bad: list[BadRow] = []
-    for row in checked:
-        counted = row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens)
-        if isinstance(counted, BadRow):
-            bad.append(replace(counted, source=number))
-        else:
-            records.append(replace(row, source=number) if number else row)
-            counts.append(counted)
+    with ThreadPoolExecutor(8) as pool:
+        measured = pool.map(lambda row: measure_row(row, data, known), rows)
+        for row in track(measured, f"checking the rows of {source.path}", len(rows)):
+            counted = row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens)
+            if isinstance(counted, BadRow):
+                bad.append(replace(counted, source=number))
+            else:
+                records.append(replace(row, source=number) if number else row)
+                counts.append(counted)
     if bad and data.on_bad_row == "raise":
         raise DataError(describe_bad(bad, len(rows), source.path))
     if not records:

@@ -1,62 +1,94 @@
 """One record -> token ids, labels and resized pixels: the work of a loader, in a thread or in a Ray Data process.
 
 `RowSpec` is plain data that says how; `Preparer` holds the processor and does it. Training, validation and prediction
-go through the same `Preparer`, so they cannot resize or word anything differently.
+go through the same `Preparer`, so they cannot resize or word anything differently. Rows are checked and counted before
+the processor is loaded, which brings torch along, wherever the base's files say enough (`models/prompt_text.py`).
 """
 
 import re
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from ray_vlm.data.images import ImageSpec, decode, resize
+from ray_vlm.data.images import ImageSpec, build_image_spec, decode, resize
+from ray_vlm.data.layout import MARK, expand_images, lay_out, mark_answers
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.spec import IGNORED, Row, RowSpec, Tokens
 from ray_vlm.data.stock import load_stock
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
-from ray_vlm.models.load import family_of, load_config, load_processor
+from ray_vlm.models.load import family_of, load_config, load_processor, resolve_name
+from ray_vlm.models.prompt_text import PromptText, read_prompt_text, take_prompt_text
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import IMAGE, Answer, Setting, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
 
 _PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
-_UNLIMITED = 2**40  # pixels
-_MARK = "\x00"  # stands for an assistant's words while a conversation is laid out
+_LOADING = threading.Lock()
 
 
 class Preparer:
-    """Turns records into rows; holds the processor."""
+    """Turns records into rows. Holds the processor once a row with pixels, or the processor itself, has been asked
+    for."""
 
     def __init__(self, spec: RowSpec):
         quiet_libraries()
         self.spec = spec
         self.task = TASKS[spec.task.name]
-        self.processor = load_processor(spec.model)
-        self.tokenizer = self.processor.tokenizer
-        config = load_config(spec.model)
-        self.family: Family = family_of(config)
-        self.tokenizer.backend_tokenizer.no_truncation()  # both may have been saved with a tokenizer
-        self.tokenizer.backend_tokenizer.no_padding()
-        self._encode = self.tokenizer.backend_tokenizer.encode  # the wrapper around it takes longer than its work
-        self.codec_name = spec.task.codec or self.family.codec
+        self.setting = Setting(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
+        self.stock: Any = None
+        self._weight_of = dict(spec.token_weights)
+        self._processor: Any = None
+        if (found := read_prompt_text(spec.model, resolve_name(spec.model.name))) is not None:
+            self._use(*found)
+        else:
+            self._load()
+        self._check_wording()
+
+    def _use(self, text: PromptText, family: Family) -> None:
+        """Put texts into tokens by `text` from now on."""
+        self.family = family
+        self.codec_name = self.spec.task.codec or family.codec
         self.codec = CODECS[self.codec_name]
-        self.image_spec = _image_spec(self.processor, spec, self.family)
-        self.image_token = self.processor.image_token  # an image's placeholder in a prompt
-        self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)  # and what it becomes
-        self.stock = load_stock(self.processor, config) if self.family.stock_images else None
+        self.image_spec = build_image_spec(text.sizes, self.spec, family)
+        self.image_token = text.image_token  # an image's placeholder in a prompt
+        self.image_token_id = text.tokenizer.token_to_id(self.image_token)  # and what it becomes
+        self.kinds = "mm_token_type_ids" if self.stock is None else self.stock.kinds
+        self._encode = text.tokenizer.encode  # transformers' wrapper around it takes longer than its work
+        self._render = text.render
+        self._layout = lru_cache(64)(self._lay_out)
+        self._special = [token for token in text.special if not _PLACES.fullmatch(token)]
         if self.stock is not None:
             self.image_token_id = self.stock.token_id
-        self.kinds = "mm_token_type_ids" if self.stock is None else self.stock.kinds
-        self.setting = Setting(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
-        self._layout = lru_cache(64)(self._lay_out)
-        self._weight_of = dict(spec.token_weights)
-        special = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        self._special = [token for token in special if not _PLACES.fullmatch(token)]
-        self._check_wording()
+
+    def _load(self) -> None:
+        """Load the processor, unless it is there: what is trained and asked is put into tokens by itself."""
+        if self._processor is not None:
+            return
+        with _LOADING:
+            if self._processor is not None:
+                return
+            processor, config = load_processor(self.spec.model), load_config(self.spec.model)
+            family = family_of(config)
+            if family.stock_images:
+                self.stock = load_stock(processor, config)
+            self._use(take_prompt_text(processor, family), family)
+            self._processor = processor
+
+    @property
+    def processor(self) -> Any:
+        """The base's own processor."""
+        self._load()
+        return self._processor
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
 
     def _check_wording(self) -> None:
         """Refuse a prompt or a class name that the tokenizer would not read as plain text."""
@@ -68,7 +100,7 @@ class Preparer:
 
     def _reserved(self, text: str) -> str | None:
         """The first piece of `text` that the tokenizer reads as something else than text, if any."""
-        return next((t for t in (*self._special, self.image_token, _MARK) if t in text), None)
+        return next((t for t in (*self._special, self.image_token, MARK) if t in text), None)
 
     def frames(self, record: Record) -> tuple[Frame, ...]:
         """The coordinate frame of each image."""
@@ -135,6 +167,11 @@ class Preparer:
         answered = len(tokens.whole) - asked if answers else 0
         return tokens.num_image_tokens, asked - tokens.num_image_tokens, answered + more
 
+    @property
+    def num_closing_tokens(self) -> int:
+        """Tokens that close an answer; `token_counts` counts them with it."""
+        return len(self._ids(self._layout((("user", "?"),), ())[1]))
+
     def row(self, record: Record) -> Row:
         """What the spec's method trains of a record, with pixels."""
         make = {"answer": self.train_row, "pair": self.pair_row, "prompt": self.prompt_row}
@@ -142,12 +179,14 @@ class Preparer:
 
     def pair_row(self, record: Any) -> Row:
         """The prompt with pixels, and both answers, the preferred one first."""
+        self._load()
         prompt = self._tokens(record, Answer(record.chosen)).prompt
         both = tuple(np.array(self._closed(record, answer), np.int32) for answer in self.answers(record))
         return Row(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record), completions=both)
 
     def train_row(self, record: Any) -> Row:
         """Prompt and answer with pixels."""
+        self._load()
         tokens = self._tokens(record, self.answer(record))
         ids = np.array(tokens.whole, np.int32)
         labels = ids.copy()
@@ -159,6 +198,7 @@ class Preparer:
 
     def prompt_row(self, record: Record) -> Row:
         """The prompt with pixels, for generation."""
+        self._load()
         prompt = self._tokens(record, Answer("")).prompt
         return Row(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record))
 
@@ -173,7 +213,7 @@ class Preparer:
     def _tokens(self, record: Record, answer: Answer) -> Tokens:
         turns = self.turns(record)
         said = [Answer(text) for role, text in turns if role == "assistant"]
-        before, close = self._layout(_marked(turns), self._expansions(record))
+        before, close = self._layout(mark_answers(turns), self._expansions(record))
         num_tokens = [self.num_image_tokens(size) for size in record.sizes]
         counts = iter(num_tokens)
         whole: list[int] = []
@@ -201,7 +241,7 @@ class Preparer:
 
     def _closed(self, record: Record, answer: Answer) -> list[int]:
         """Token ids of an answer and of what closes it."""
-        _, close = self._layout(_marked(self.turns(record)), self._expansions(record))
+        _, close = self._layout(mark_answers(self.turns(record)), self._expansions(record))
         return self._ids(answer.text + close)
 
     def _weighted(self, told: Answer, close: str) -> tuple[list[int], list[float]]:
@@ -224,22 +264,9 @@ class Preparer:
     def _lay_out(self, turns: Turns, expansions: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], str]:
         """Token ids before each assistant's words, and the text that closes such words. An image is one token, or what
         is in `expansions` for it."""
-        messages = [{"role": role, "content": _parts(text)} for role, text in turns]
-        render = self.processor.apply_chat_template
-        prompt = render(messages, tokenize=False, add_generation_prompt=True)
-        told = {"role": "assistant", "content": _parts(_MARK)}
-        whole = render([*messages, told], tokenize=False)
-        pieces = whole.split(_MARK)
-        if not whole.startswith(prompt) or len(pieces) != 2 + sum(role == "assistant" for role, _ in turns):
-            raise DataError("the processor's chat template renders an answer that does not continue its own prompt.")
-        close = pieces.pop()
-        if not all(piece.startswith(close) for piece in pieces[1:]):
-            raise DataError("the processor's chat template closes an earlier answer otherwise than the last one.")
-        heads = [pieces[0], *(piece[len(close) :] for piece in pieces[1:])]
+        heads, close = lay_out(turns, self._render)
         if self.stock is not None:
-            given = iter(expansions)
-            pieces = [head.split(self.image_token) for head in heads]
-            heads = [first + "".join(next(given) + more for more in rest) for first, *rest in pieces]
+            heads = expand_images(heads, self.image_token, expansions)
         return tuple(tuple(self._ids(head)) for head in heads), close
 
     def _pixels(self, record: Record) -> tuple[np.ndarray, ...]:
@@ -254,39 +281,6 @@ class Preparer:
                 raise DataError(f"row {record.row} (id {record.id}): {name} has changed size since the run started.")
             images.append(resize(pixels, self.image_spec, self.processor.image_processor))
         return tuple(images)
-
-
-def _marked(turns: Turns) -> Turns:
-    """The turns with a mark for each of the assistant's, whose words do not change how the rest is laid out."""
-    return tuple((role, _MARK if role == "assistant" else text) for role, text in turns)
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    """A turn's text as the chat template takes it, `<image>` tags as images."""
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(IMAGE)):
-        if number:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _image_spec(processor: Any, spec: RowSpec, family: Family) -> ImageSpec:
-    if family.stock_images:
-        if spec.min_pixels or spec.resize == "pad":
-            raise DataError(
-                f"data.min_pixels and data.resize=pad are not for {family.model_type}: its own processor sizes images. "
-                "Remove them; data.max_pixels makes images smaller before it sees them."
-            )
-        return ImageSpec(1, 1, 1, spec.max_pixels or _UNLIMITED, stock=True)
-    images = processor.image_processor
-    low = spec.min_pixels or images.size["shortest_edge"]
-    high = spec.max_pixels or images.size["longest_edge"]
-    mean = [round(255 * value) for value in images.image_mean]
-    color = spec.pad_color or (mean[0], mean[1], mean[2])
-    pad = color if spec.resize == "pad" else None
-    return ImageSpec(images.patch_size, images.merge_size, min(low, high), high, pad, spec.pad_place == "center")
 
 
 @lru_cache(maxsize=4)

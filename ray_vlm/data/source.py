@@ -1,10 +1,21 @@
-"""Make a source ready to read: one that names a function to make it is made on first use."""
+"""Read a source; one that names a function to make it is made on first use."""
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 from ray_vlm.config.data import Source
+from ray_vlm.data.formats import read_rows
 from ray_vlm.errors import ConfigError, RayVlmError
+from ray_vlm.runs.progress import lasting
+
+
+def read_source(source: Source) -> tuple[list[Any], list[str]]:
+    """What `formats.read_rows` gives for the source, made first where it is not there. Raises as that does, and
+    `ConfigError` where it cannot be made."""
+    with lasting(f"reading {source.path}"):
+        prepare_source(source)
+        return read_rows(source)
 
 
 def prepare_source(source: Source) -> None:

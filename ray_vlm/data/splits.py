@@ -13,12 +13,11 @@ import numpy as np
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.formats import read_rows
 from ray_vlm.data.index import NONE_KNOWN, Index, build_index, join_indices, measure_row
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow, Image, Record, SftRecord
 from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.source import prepare_source
+from ray_vlm.data.source import read_source
 from ray_vlm.data.spec import RowSpec, row_spec
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.runs.checkpoints import fetch_folder
@@ -90,8 +89,7 @@ def load_parts(
 
 
 def _read(source: Source) -> Read:
-    prepare_source(source)
-    return (source, *read_rows(source))
+    return (source, *read_source(source))
 
 
 def _same_file(source: Source, job: JobConfig) -> bool:

@@ -14,15 +14,15 @@ from typing import Any
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.source import prepare_source
+from ray_vlm.data.source import read_source
 from ray_vlm.data.spec import row_spec
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
+from ray_vlm.runs.progress import track
 
 _THREADS = min(8, count_cpus())
 _SHOWN_REASONS = 40
@@ -79,13 +79,20 @@ def named_sources(job: JobConfig) -> dict[str, Source]:
 
 
 def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[SourceCheck]:
-    """Check every source, one after the other; each comes out as soon as it is done.
+    """Check every source, one after the other, those that cannot be used first; each comes out as soon as it is done.
 
     `decode_images`: also decode every image whole, as training will. Raises only where the job itself cannot work
     (its model, its prompt); whatever is wrong with data is in what comes out.
     """
     sources = named_sources(job)
     read = {name: _read(source, job) for name, source in sources.items()}
+    for name, source in list(sources.items()):
+        if not read[name].rows:  # before anything that takes long is loaded
+            problems = read[name].problems or (f"{source.path}: it has no rows.",)
+            yield SourceCheck(name, source.path, 0, 0, (), read[name].seconds, problems)
+            del sources[name]
+    if not sources:
+        return
     training = [r for name, r in read.items() if name == "train" or name.startswith("mix")]
     labels = [label for r in training for label in r.labels] or [label for r in read.values() for label in r.labels]
     data = job.data.model_copy(update={"on_bad_row": "quarantine"})
@@ -98,19 +105,17 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
     for name, source in sources.items():
         started, rows = time.monotonic(), read[name].rows
         with ThreadPoolExecutor(_THREADS) as pool:
-            measured = list(pool.map(one, rows))
-        counted = [row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens) for row in measured]
+            measured = track(pool.map(one, rows), f"checking the rows of {source.path}", len(rows))
+            counted = [r if isinstance(r, BadRow) else count_row(r, preparer, data.max_tokens) for r in measured]
         bad = tuple(row for row in counted if isinstance(row, BadRow))
-        problems = read[name].problems or (() if rows else (f"{source.path}: it has no rows.",))
         seconds = read[name].seconds + time.monotonic() - started
-        yield SourceCheck(name, source.path, len(rows), len(rows) - len(bad), bad, seconds, problems)
+        yield SourceCheck(name, source.path, len(rows), len(rows) - len(bad), bad, seconds)
 
 
 def _read(source: Source, job: JobConfig) -> _Read:
     started = time.monotonic()
     try:
-        prepare_source(source)
-        rows, labels = read_rows(source)
+        rows, labels = read_source(source)
     except DataError as error:
         return _Read([], [], tuple(error.problems), time.monotonic() - started)
     return _Read(rows, labels, (), time.monotonic() - started)

@@ -20,6 +20,7 @@ from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.methods.groups import score_answers
 from ray_vlm.methods.rewards import total
 from ray_vlm.methods.rollout import Sampling, sample_groups
+from ray_vlm.runs.progress import Progress
 
 
 def validate_answers(
@@ -33,7 +34,7 @@ def validate_answers(
     sums = _sum(_loss(model, batches, preparer, device), device, world_size)
     metrics = {"loss": sums[0] / max(sums[1], 1.0)}
     if options.metric != "loss":
-        answers = generate_answers(model, records, preparer, options.batch_size, options.max_new_tokens, device)
+        answers = _answer(model, records, preparer, job, device, world_size)
         trainer.shown = build_predictions(records, answers, preparer)
         metrics |= _measure(trainer.shown, job, world_size)
     model.train(was_training)
@@ -50,10 +51,25 @@ def _in_step(records: Sequence[Any], size: int, device: str, world_size: int) ->
     most = torch.tensor(-(-len(records) // size), device=device)
     if world_size > 1:
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    progress = _progress("validation", records, world_size)
     for start in range(0, int(most) * size, size):
         batch = records[start : start + size]
         if records:
             yield batch or records[:1], bool(batch)
+        progress.reach(min(start + size, len(records)))
+
+
+def _progress(what: str, records: Sequence[Any], world_size: int) -> Progress:
+    return Progress(what, len(records), "rows" if world_size == 1 else "rows of this worker")
+
+
+def _answer(
+    model: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str, world_size: int
+) -> list[str]:
+    """The model's greedy answer to each of this rank's records."""
+    options, progress = job.evaluate, _progress("validation, answers", records, world_size)
+    size, limit = options.batch_size, options.max_new_tokens
+    return generate_answers(model, records, preparer, size, limit, device, progress.reach)
 
 
 def _loss(
@@ -134,9 +150,8 @@ def validate_rewards(
 ) -> dict[str, float]:
     """GRPO: `reward` and `reward_<part>` of greedy answers, and what the task measures where rows have a truth; with
     `method.num_generations_eval` also `sampled_reward`, of answers that are sampled as in training."""
-    started, options = time.monotonic(), job.evaluate
-    was_training = trainer.model.training
-    answers = generate_answers(trainer.model, records, preparer, options.batch_size, options.max_new_tokens, device)
+    started, was_training = time.monotonic(), trainer.model.training
+    answers = _answer(trainer.model, records, preparer, job, device, world_size)
     trainer.model.train(was_training)
     ids = [preparer.tokenizer.encode(text, add_special_tokens=False) for text in answers]
     mine = _score(trainer, records, answers, ids, preparer)

@@ -4,6 +4,7 @@ bitsandbytes 0.50 on CPUs with AVX512_BF16 repacks every 4-bit layer at the firs
 wrong gradients without an error; `load_model` turns that off (the packed path has no autograd).
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray_vlm.models.adapter import check_adapter, put_adapter
 from ray_vlm.models.families import FAMILIES, Family
 from ray_vlm.models.generic import describe
 from ray_vlm.runs.checkpoints import fetch_folder
+from ray_vlm.runs.progress import lasting
 
 
 def resolve_name(name: str) -> str:
@@ -25,12 +27,25 @@ def load_config(spec: Model) -> Any:
     from transformers import AutoConfig
 
     name = resolve_name(spec.name)
+    _check_folder(spec.name, name)
     try:
         return AutoConfig.from_pretrained(name, revision=spec.revision)
     except Exception as error:  # transformers' configuration classes raise what they like
         raise ModelError(
             f"model.name={spec.name!r} cannot be loaded ({_first_line(error)}). {_advice(error)}"
         ) from None
+
+
+def _check_folder(told: str, name: str) -> None:
+    """Raise `ModelError` for a path where no base is: transformers would look for it on the hub and speak of that."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.name={told!r}: the folder holds no config.json. Give the folder of a base.")
+    elif path.exists():
+        raise ModelError(f"model.name={told!r} is a file. Give the folder of a base, or a hub name.")
+    elif name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:  # a hub name is `name` or `owner/name`
+        raise ModelError(f"model.name={told!r}: there is no such folder. Give one with a base in it, or a hub name.")
 
 
 def _advice(error: BaseException | None) -> str:
@@ -103,8 +118,10 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
         )
     if not is_deepspeed_zero3_enabled():  # which places weights itself
         options["device_map"] = {"": device}
+    name = resolve_name(spec.name)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(resolve_name(spec.name), **options)
+        with lasting(f"loading {spec.name}", lambda: describe_download(name)):
+            model = AutoModelForImageTextToText.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({_first_line(error)}).") from error
     if is_deepspeed_zero3_enabled():
@@ -115,6 +132,24 @@ def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
     if family.stock_images:
         cast_pixels(model)
     return model
+
+
+def describe_download(name: str) -> str:
+    """How much of a hub model's weights has come into the cache, and of how much where that is known; nothing of a
+    folder's."""
+    if Path(name).is_dir():
+        return ""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    blobs = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
+    try:
+        there = sum(file.stat().st_size for file in blobs.glob("*"))
+        index = try_to_load_from_cache(name, "model.safetensors.index.json")
+        total = json.loads(Path(index).read_bytes())["metadata"]["total_size"] if isinstance(index, str) else 0
+    except (OSError, ValueError, KeyError, TypeError):  # files come and go while they are fetched
+        return ""
+    return f"{there / 2**30:.1f}{f' of {total / 2**30:.1f}' if total else ''} GiB in the cache"
 
 
 def _forget_renamings(model: Any) -> None:

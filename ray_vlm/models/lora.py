@@ -1,12 +1,15 @@
 """LoRA where the job asks for it, and the count of what is trainable."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.config.schema import Lora
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
+
+_ADDED = re.compile(r"\.(lora_\w+|modules_to_save)\.")  # in the names of weights that PEFT puts beside the base's
 
 
 def lora_config(lora: Lora, family: Family) -> Any:
@@ -98,13 +101,16 @@ def num_weights(parameter: Any) -> int:
 
 
 def count_trainable(model: Any, family: Family) -> dict[str, dict[str, int]]:
-    """Weights by part of the model: `{"language": {"trainable": n, "total": n, "in_4bit": n}, ...}`; 4-bit weights
-    count whole."""
+    """Weights by part of the model: `{"language": {"trainable": n, "total": n, "in_4bit": n}, ...}`.
+
+    `total` and `in_4bit` are of the base alone, without adapters, the reference's copy of one, and layers that PEFT has
+    copied to train them whole; 4-bit weights count whole.
+    """
     counts = {part: {"trainable": 0, "total": 0, "in_4bit": 0} for part in family.prefixes}
     for name, parameter in model.named_parameters():
         size, part = num_weights(parameter), part_of(family, name)
         if type(parameter).__name__ == "Params4bit":
             counts[part]["in_4bit"] += size
-        counts[part]["total"] += size
+        counts[part]["total"] += 0 if _ADDED.search(name) else size
         counts[part]["trainable"] += size if parameter.requires_grad else 0
     return counts

@@ -7,14 +7,16 @@ that dequantise as bitsandbytes' do; the image encoder runs block by block.
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.families import Family
-from ray_vlm.models.live import LiveBytes
 from ray_vlm.models.lora import freeze_parts, lora_config
 from ray_vlm.models.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from ray_vlm.models.live import LiveBytes
 
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in NF4 with double quantisation, blocks of 64 and 256
 
@@ -86,13 +88,15 @@ class Rehearsal:
                 plain += parameter.element_size() * parameter.numel()
         return Weights(small, plain, trained)
 
-    def run(self, batch: Batch, checkpointed: int | None = None, watch: Any = None) -> LiveBytes:
+    def run(self, batch: Batch, checkpointed: int | None = None, watch: Any = None) -> "LiveBytes":
         """One forward and backward; what was alive above the weights, gradients among it.
 
         `checkpointed`: how many of the first layers recompute their activations; None: as the job says. `watch`: a
         context that sees every operation too.
         """
         import torch
+
+        from ray_vlm.models.live import LiveBytes
 
         layers = language_layers(self.base)
         asked = self.job.train.gradient_checkpointing if checkpointed is None else checkpointed
@@ -180,7 +184,7 @@ class Rehearsal:
                 hidden = block(hidden, cu_seqlens=ends, position_embeddings=(turn, turn))
             return tower.merger(hidden)
 
-    def _loss(self, batch: Batch, features: Any, live: LiveBytes) -> Any:
+    def _loss(self, batch: Batch, features: Any, live: "LiveBytes") -> Any:
         import torch
         from trl.kernels import ChunkedLogProbFunction
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_vlm.runs.monitor import NOT_MEASURES, read_line
 from ray_vlm.runs.paths import RunPaths
+from ray_vlm.runs.progress import describe_duration
 
 _POLL_S = 0.3
 _POLL_REMOTE_S = 3.0
@@ -18,8 +19,8 @@ class Console:
     def __init__(self, num_steps: int, log_every_steps: int, say: Callable[[str], None] | None = None):
         self._num_steps = num_steps
         self._every = log_every_steps
-        self._say = say or (lambda text: print(text, flush=True))
-        self._first: tuple[int, float] | None = None
+        self._say = say or tell
+        self._first: tuple[int, float] | None = None  # the first step of this attempt, and when it ended
 
     def show(self, line: dict[str, Any]) -> None:
         """Print one line of `metrics.jsonl`, or nothing."""
@@ -30,7 +31,7 @@ class Console:
                 self._say(f"attempt {line['attempt']} goes on from step {line['step']}")
         elif line["kind"] == "checkpoint":
             self._say(f"checkpoint at step {line['step']} ({line['checkpoint_s']:.1f} s)")
-        elif line["kind"] == "note":
+        elif line["kind"] in ("note", "progress"):
             self._say(line["text"])
         elif line["kind"] == "eval":
             numbers = "  ".join(
@@ -38,19 +39,28 @@ class Console:
             )
             self._say(f"validation at step {line['step']}: {numbers}")
         elif line["kind"] == "train":
-            self._first = self._first or (line["step"] - 1, line["time"] - (line.get("step_s") or 0.0))
+            self._first = self._first or (line["step"], line["time"])
             if line["step"] % self._every == 0 or line["step"] == self._num_steps:
                 self._say(self._train_line(line))
 
     def _train_line(self, line: dict[str, Any]) -> str:
-        step, (first, started) = line["step"], self._first or (0, line["time"])
-        left = max(0, int((line["time"] - started) / max(step - first, 1) * (self._num_steps - step)))
+        step, (first, ended) = line["step"], self._first or (line["step"], line["time"])
+        left = "-:--"  # the first step waits for the loaders and warms caches up, so it tells nothing of the others
+        if step > first or step == self._num_steps:
+            left = describe_duration((line["time"] - ended) / max(step - first, 1) * (self._num_steps - step))
+        count, epoch = f"{step:>{len(str(self._num_steps))}}/{self._num_steps}", line.get("epoch") or 0.0
         shown = "".join(f"{text} {_number(line[name], '.3f')}  " for name, text in _SHOWN.items() if name in line)
         return (
-            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {_number(line['loss'], '8.4f')}  {shown}"
+            f"step {count}  epoch {epoch:.2f}  loss {_number(line['loss'], '8.4f')}  {shown}"
             f"lr {_number(line.get('learning_rate'), '.2e')}  grad {_number(line.get('grad_norm'), '7.3f')}  "
-            f"{_number(line.get('tokens_per_s'), '8,.0f')} tok/s  left {left // 60:3d}:{left % 60:02d}"
+            f"{_number(line.get('tokens_per_s'), '8,.0f')} tok/s  left {left:>6}"
         )
+
+
+def tell(text: str) -> None:
+    """Print a line at once. A reader who has left (`| head`) must not end a run."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
 
 
 _SHOWN = {"reward": "reward", "preference_accuracy": "preferred", "reward_margin": "margin", "kl": "kl"}
@@ -61,15 +71,18 @@ def _number(value: float | None, form: str) -> str:
 
 
 def describe_trainable(counts: dict[str, dict[str, int]]) -> str:
-    """What is trainable, how much and where: the table at the start of a run."""
-    total = sum(c["total"] for c in counts.values())
-    trained = sum(c["trainable"] for c in counts.values())
+    """What is trainable, how much and where, beside the weights of the base: the table at the start of a run."""
     rows = [
-        f"  {part:<10} {c['trainable']:>13,} of {c['total']:>14,}"
-        + (f", {c['in_4bit'] / c['total']:.0%} in 4 bit" if c.get("in_4bit") else "")
+        f"  {part:<10} {_shares(c['trainable'], c['total'])}"
+        + (f", {c['in_4bit'] / c['total']:.0%} of them in 4 bit" if c.get("in_4bit") and c["total"] else "")
         for part, c in sorted(counts.items())
     ]
-    return "\n".join([f"trainable weights: {trained:,} of {total:,} ({trained / max(total, 1):.2%})", *rows])
+    trained, total = (sum(c[key] for c in counts.values()) for key in ("trainable", "total"))
+    return "\n".join([f"trainable weights: {_shares(trained, total).strip()}", *rows])
+
+
+def _shares(trained: int, total: int) -> str:
+    return f"{trained:>13,}, {trained / max(total, 1):>7.2%} of the base's {total:>14,}"
 
 
 @contextmanager

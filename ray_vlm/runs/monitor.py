@@ -1,9 +1,9 @@
 """Every number that is ever shown: one line in `metrics.jsonl`, and the same to trackers where asked for.
 
-Lines have `kind` start, train (every optimizer step), epoch, eval, checkpoint, energy (of the attempt so far) or note,
-with `attempt`, `step` (the true global step), `epoch` and `time` (seconds since 1970). Only rank 0 writes. The file
-only grows: an attempt that goes on from step k opens with a start line of that step, and what earlier attempts say of
-later steps is history.
+Lines have `kind` start, train (every optimizer step), epoch, eval, checkpoint, energy (of the attempt so far), note or
+progress (how far a validation or the load of the base is), with `attempt`, `step` (the true global step), `epoch` and
+`time` (seconds since 1970). Only rank 0 writes. The file only grows: an attempt that goes on from step k opens with a
+start line of that step, and what earlier attempts say of later steps is history.
 """
 
 import json
@@ -116,6 +116,10 @@ class Monitor:
     def note(self, step: int, text: str) -> None:
         """A sentence for the person who watches."""
         self._put(self._line("note", step) | {"text": text})
+
+    def progress(self, step: int, text: str) -> None:
+        """How far something that lasts is; of no interest later."""
+        self._put(self._line("progress", step) | {"text": text})
 
     def _line(self, kind: str, step: int) -> dict[str, Any]:
         return {"kind": kind, "attempt": self._attempt, "step": step, "time": time.time()}

@@ -65,6 +65,7 @@ def train(
     Raises `Interrupted` when a signal stopped it; a checkpoint is then on the disk.
     """
     job = absolute_paths(job)
+    print(describe_job(job), flush=True)  # before anything that takes long
     if job.track.wandb:
         adopt_wandb_login()  # before `read_environment` takes it to the workers
     stem = f"{job.method.name}-{Path(job.model.name).name.lower()}-{job.task.name}"
@@ -91,8 +92,25 @@ def train(
             paths.store.write(SIZES_FILE, pack_sizes(prepared.train.records))
         _write_bad_rows(prepared, paths)
         _write_balance(prepared, paths)
+    print(describe_plan(prepared, paths), flush=True)
     _run(prepared, paths, hosted)
     return paths
+
+
+def describe_job(job: JobConfig) -> str:
+    """What is about to be done, from the job alone."""
+    sources = [job.data.train, *job.data.mix, job.data.eval]
+    files = dict.fromkeys(s.path for s in sources if s is not None and s.path)
+    return f"{job.method.name} of {job.model.name} for {job.task.name}: reading {', '.join(files)}"
+
+
+def describe_plan(prepared: Prepared, paths: RunPaths) -> str:
+    """Where a run is kept, and what it will train on."""
+    plan, held_out = prepared.plan, f" and {len(prepared.eval):,} eval" if prepared.eval is not None else ""
+    return (
+        f"run folder {paths.address}: {len(prepared.train):,} training{held_out} rows; {plan.num_steps:,} steps of "
+        f"{plan.global_batch_size:,} rows, {plan.steps_per_epoch:,} an epoch"
+    )
 
 
 def _start(prepared: Prepared, paths: RunPaths, job_text: str, command: list[str]) -> None:

@@ -65,6 +65,8 @@ def _train_in_ray(
         import ray
 
         request.listen()  # Ray has put a handler of its own in place
+        count = job.cluster.least_workers
+        print(f"Ray runs; starting {count} worker{'' if count == 1 else 's'}", flush=True)
         task = replace(
             task,
             train=ray.put(task.train),

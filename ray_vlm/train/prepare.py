@@ -66,7 +66,7 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         job, told = fit(job, parts.train, preparer)
         notes.append(told)
     plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs, _check_budget(job, parts.train))
-    notes += _tell_alone(job, spec)
+    notes += [*_tell_alone(job, spec), *_tell_long_answers(job, parts, preparer.num_closing_tokens)]
     _check_images(job, parts.train)
     probe = plan_probe(job, plan, parts.train, preparer)
     return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes), probe)
@@ -116,6 +116,23 @@ def _tell_alone(job: JobConfig, spec: RowSpec) -> list[str]:
     if job.method.name == "sft" or not job.method.share_prefixes or reason is None:
         return []
     return [f"rows that begin alike are read whole each: {reason} (method.share_prefixes)"]
+
+
+def _tell_long_answers(job: JobConfig, parts: Parts, num_closing: int) -> list[str]:
+    """How many answers are longer than any that evaluation lets the model write."""
+    limit, longest, counts = job.evaluate.max_new_tokens, 0, []
+    for name in ("train", "eval") if job.method.name != "dpo" else ():  # pairs are compared, not generated
+        index: Index | None = getattr(parts, name)
+        tokens = index.answer_tokens - num_closing if index is not None else np.zeros(0)
+        if above := int((tokens > limit).sum()):
+            counts.append(f"{above:,} of {len(tokens):,} rows of data.{name}")
+            longest = max(longest, int(tokens.max()))
+    if not counts:
+        return []
+    return [
+        f"{' and '.join(counts)} have answers of more than evaluate.max_new_tokens={limit} tokens, so the model can "
+        f"never write them whole; the longest has {longest:,}. Raise it, or shorten them."
+    ]
 
 
 def _check_pairs(job: JobConfig, spec: RowSpec) -> None:

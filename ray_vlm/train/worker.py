@@ -23,6 +23,7 @@ from ray_vlm.models.lora import count_trainable
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
+from ray_vlm.runs.progress import send_progress
 from ray_vlm.runs.track import KeptFiles, build_trackers
 from ray_vlm.runs.training_log import TrainingLog
 from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
@@ -32,6 +33,7 @@ from ray_vlm.train.energy import Meter, sum_energy
 from ray_vlm.train.fit import Probe
 from ray_vlm.train.notice import watch_notice
 from ray_vlm.train.probe import run_probe
+from ray_vlm.train.progress_lines import progress_writer
 from ray_vlm.train.stop import agree, watch
 from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
 from ray_vlm.train.watchdog import watch_worker
@@ -74,7 +76,8 @@ def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool
         if isinstance(job.cluster.num_workers, list):
             job, task = settle_workers(job, task, place.world_size)
         attempt = begin_attempt(paths.store, place, task.attempt, task.driver)
-        result = _train(job, paths, task, place, attempt, stop or watch(paths.store))
+        with send_progress(progress_writer(paths, place, attempt)):
+            result = _train(job, paths, task, place, attempt, stop or watch(paths.store))
         if place.ray and place.rank == 0:
             paths.write_result(result)
         return result

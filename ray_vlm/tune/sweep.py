@@ -29,6 +29,7 @@ from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.store import Store, join
 from ray_vlm.runs.track import adopt_wandb_login
 from ray_vlm.runs.training_log import write_training_log
+from ray_vlm.train.driver import describe_job
 from ray_vlm.train.prepare import absolute_paths, prepare, wanted_parts
 from ray_vlm.tune.finish import finish_sweep
 from ray_vlm.tune.plan import SweepPlan, plan_sweep
@@ -69,6 +70,7 @@ def tune(
     space = load_space(space_path)
     check_space(space, job_path, overrides)
     job = _ranked(absolute_paths(load_job(job_path, overrides)))
+    say(describe_job(job))
     address = join(job.run.output_dir, f"{_stem(job, job_path)}-{Path(space_path).stem}")
     _check_place(address, job, space, resume, overwrite)
     if job.track.wandb:

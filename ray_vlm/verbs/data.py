@@ -17,7 +17,9 @@ def add_data_verbs(verbs: argparse._SubParsersAction) -> None:
     preview = job_verb(actions, "preview", "pictures and tokens of some rows as the model gets them", _data_preview)
     preview.add_argument("--rows", type=_row_count, default=12, metavar="N", help="how many, 1 to 200 (default: 12)")
     for action, name in ((stats, "stats"), (preview, "preview")):
-        action.add_argument("--output", metavar="PATH", help=f"the PNG (default: <run.output_dir>/data/{name}.png)")
+        action.add_argument(
+            "--output", metavar="PATH", help=f"the PNG (default: JOB-{name}.png in <run.output_dir>/data)"
+        )
 
 
 def _row_count(text: str) -> int:
@@ -55,7 +57,8 @@ def _data_stats(args: argparse.Namespace) -> None:
     stats = measure_rows(job)
     print(describe_stats(stats))
     picture = draw_stats(stats, f"{Path(args.job).name}: {stats.parts['train'][0]:,} training rows")
-    print(f"\npicture: {write_picture(picture, args.output, job.run.output_dir, 'stats')}")
+    name = f"{Path(args.job).stem}-stats"  # pictures of two jobs must not overwrite one another
+    print(f"\npicture: {write_picture(picture, args.output, job.run.output_dir, name)}")
 
 
 def _data_preview(args: argparse.Namespace) -> None:
@@ -73,4 +76,5 @@ def _data_preview(args: argparse.Namespace) -> None:
     print(describe_rows(train, spec, chosen))
     title = f"{Path(args.job).name}: {len(chosen.positions)} of {len(train):,} training rows, as the model sees them"
     picture = draw_sheet(make_cells(train, spec, chosen.positions), title, describe_choice(chosen, spec))
-    print(f"\npicture: {write_picture(picture, args.output, prepared.job.run.output_dir, 'preview')}")
+    name = f"{Path(args.job).stem}-preview"
+    print(f"\npicture: {write_picture(picture, args.output, prepared.job.run.output_dir, name)}")

@@ -30,14 +30,15 @@ def _size(text: str) -> Any:
 
 def _memory(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
+
+    job = load_job(args.job, args.overrides)
+    size = args.tokens or _heaviest(job)  # what is wrong with the job or its rows is told before torch is imported
     from ray_vlm.methods.forward import plan_folding
     from ray_vlm.models.load import family_of
     from ray_vlm.models.memory import GIB, choose, describe, estimate, merge_of, micro_sizes
     from ray_vlm.models.rehearse import Rehearsal
     from ray_vlm.train.fit import describe_choice, micros
 
-    job = load_job(args.job, args.overrides)
-    size = args.tokens or _heaviest(job)
     config = _config(job, known=args.tokens is not None)
     family = family_of(config)
     cards = args.card or ([job.cluster.gpu_memory_gib] if job.cluster.gpu_memory_gib else [])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,21 @@ def test_dry_run_shows_plan_and_trained_tokens(job_file, tmp_path: Path, capsys)
     assert "rows 50, left out 0" in out
     assert "steps 3, 7 an epoch" in out
     assert "[[```json" in out
+    assert out.index("rows 50") < out.index("# all settings") < out.index("learning_rate:"), "the plan comes first"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_says_what_it_is_about_to_do(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
+    path = job_file(**_eval_section(scenes))
+    assert main(["train", str(path), "evaluate.max_new_tokens=20"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("sft of ")
+    assert f"reading {scenes / 'train.json'}, {scenes / 'eval.json'}" in first
+    note, plan = (next(i for i, line in enumerate(lines) if line.startswith(start)) for start in ("note: ", "run fold"))
+    assert note < plan
+    assert re.search(r"of 50 rows of data.train and \d+ of 12 rows of data.eval have answers of more than", lines[note])
+    told = f"run folder {tmp_path / 'runs' / 'run'}: 50 training and 12 eval rows; 3 steps of 8 rows, 7 an epoch"
+    assert lines[plan] == told
 
 
 def test_early_stopping_stops(job_file, scenes: Path) -> None:

@@ -165,7 +165,7 @@ def test_the_verb_writes_a_sheet_and_prints_tokens(
     out = capsys.readouterr().out
     assert out.count("--- row") == 3
     assert "tokens of 5 rows" in out
-    assert Image.open(tmp_path / "runs" / "data" / "preview.png").size[0] > 1000
+    assert Image.open(tmp_path / "runs" / "data" / f"{job_file().stem}-preview.png").size[0] > 1000
     with pytest.raises(SystemExit):
         main(["data", "preview", str(job_file()), "--rows", "0"])
 

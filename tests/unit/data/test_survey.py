@@ -170,7 +170,7 @@ def test_other_limits_are_what_that_job_would_have(job_file: Any, tmp_path: Path
 def test_stats_writes_a_picture_where_it_is_told(job_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     job = str(job_file())
     assert main(["data", "stats", job]) == 0
-    assert Image.open(tmp_path / "runs" / "data" / "stats.png").size[0] > 1000
+    assert Image.open(tmp_path / "runs" / "data" / f"{Path(job).stem}-stats.png").size[0] > 1000
     assert main(["data", "stats", job, "--output", str(tmp_path / "deep" / "a.png")]) == 0
     assert (tmp_path / "deep" / "a.png").is_file()
     assert f"picture: {tmp_path / 'deep' / 'a.png'}" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from ray_vlm.config.schema import Lora, Model
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, part_of
-from ray_vlm.models.load import load_adapter, load_config, load_model
+from ray_vlm.models.load import describe_download, load_adapter, load_config, load_model
 from ray_vlm.models.lora import count_trainable, lora_config, train_parts
 from tests.conftest import QWEN
 
@@ -78,6 +78,58 @@ def test_counts_include_every_4bit_weight(tiny_models: dict[str, str]) -> None:
         for bits in (True, False)
     ]
     assert [c["total"] for c in counts[0].values()] == [c["total"] for c in counts[1].values()]
+
+
+def test_shares_are_those_of_the_base(tiny_models: dict[str, str]) -> None:
+    """Adapters, the reference's copy of one and layers copied to be trained whole are no part of what is adapted."""
+    folder, family = tiny_models["qwen3_vl"], FAMILIES["qwen3_vl"]
+    plain = count_trainable(load_model(Model(name=folder), bf16=False), family)
+    adapted = _adapted(folder, ["language"])
+    adapted.add_adapter("ref", adapted.peft_config["default"])
+    counts = count_trainable(adapted, family)
+    for part, count in counts.items():
+        assert (count["total"], count["in_4bit"]) == (plain[part]["total"], plain[part]["in_4bit"])
+    assert counts["language"]["trainable"] > 0
+
+
+def test_copied_layers_are_trained_and_not_counted_twice() -> None:
+    class Peft:
+        def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+            sizes = {"original_module": 7, "modules_to_save.default": 7, "modules_to_save.ref": 7}
+            return [
+                (f"base_model.model.lm_head.{name}.weight", torch.nn.Parameter(torch.zeros(n), "default" in name))
+                for name, n in sizes.items()
+            ]
+
+    assert count_trainable(Peft(), FAMILIES["qwen3_vl"])["language"] == {"trainable": 7, "total": 7, "in_4bit": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("/no/such", "there is no such folder"),
+        ("./models/none", "there is no such folder"),
+        ("a/b/c", "there is no such folder"),
+        ("pyproject.toml", "is a file"),
+        ("docs", "holds no config.json"),
+    ],
+)
+def test_a_path_without_a_base_is_not_called_a_name_on_the_hub(
+    name: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[3])
+    with pytest.raises(ModelError, match=told) as raised:
+        load_config(Model(name=name))
+    assert "repo" not in str(raised.value)
+
+
+def test_a_download_says_how_much_has_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = tmp_path / "models--some--base" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "a.incomplete").write_bytes(bytes(2**20))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert describe_download("some/base") == "0.0 GiB in the cache"
+    assert describe_download(str(tmp_path)) == ""
 
 
 def test_unusable_models_and_adapters_are_named(tmp_path: Path, tiny_models: dict[str, str]) -> None:

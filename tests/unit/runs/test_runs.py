@@ -93,11 +93,38 @@ def test_console_shows_one_line_every_n_steps_and_follows_a_file(tmp_path: Path)
             monitor.write("train", step, 0.1, values)
         monitor.write("eval", 10, 1.0, {"loss": 0.5, "f1_50": 0.25})
         monitor.close()
-    assert said[0].startswith("trainable weights: 1 of 10 (10.00%)")
-    assert said[1].startswith("step  5/10  loss   1.0000  lr 1.00e-04  grad   0.500     1,234 tok/s")
+    assert said[0].startswith("trainable weights: 1,  10.00% of the base's             10")
+    assert said[1].startswith("step  5/10  epoch 0.10  loss   1.0000  lr 1.00e-04  grad   0.500     1,234 tok/s  left")
     assert said[2].startswith("step 10/10")
     assert said[3] == "validation at step 10: loss 0.5000  f1_50 0.2500"
     assert len(said) == 4
+
+
+def test_time_left_is_not_that_of_the_start() -> None:
+    """The first step of an attempt waits for the loaders and warms caches up."""
+    said: list[str] = []
+    console = Console(num_steps=200, log_every_steps=1, say=said.append)
+    line = {"kind": "train", "attempt": 1, "loss": 1.0, "epoch": 0.5}
+    for step, ended in ((101, 60.0), (102, 62.0), (103, 64.0)):
+        console.show(line | {"step": step, "time": ended, "step_s": ended})
+    console.show({"kind": "start", "attempt": 2, "step": 103, "time": 70.0, "trainable": {}})
+    console.show(line | {"step": 104, "time": 99.0, "step_s": 20.0})
+    console.show(line | {"step": 200, "time": 199.0, "step_s": 1.0})
+    assert [text.rpartition("left")[2].strip() for text in said if text.startswith("step")] == [
+        *("-:--", "3:16", "3:14", "-:--", "0:00")
+    ]
+
+
+def test_a_reader_who_leaves_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    Console(10, 1).show({"kind": "note", "attempt": 1, "step": 1, "text": "on it goes"})
 
 
 def test_tensorboard_gets_numbers_and_pictures_and_goes_on_where_a_run_was_resumed(tmp_path: Path) -> None:

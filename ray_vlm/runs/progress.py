@@ -1,0 +1,115 @@
+"""Plain lines on work that lasts: how much of it is done, how fast, how long it will take. Work of a few seconds says
+nothing.
+
+Lines go to the logger `ray_vlm.progress`, which prints them to stderr, so that what a command prints can still be read
+by another. A run sends them to its own lines (`send_progress`), which its driver shows.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+LOGGER = logging.getLogger("ray_vlm.progress")
+_FIRST_S = 5.0  # what is over sooner needs no line
+_EVERY_S = 10.0  # between lines, and later a tenth of the time so far: an hour of work is some 30 lines
+_T = TypeVar("_T")
+
+
+class _Handler(logging.Handler):
+    """Hands each line to a function."""
+
+    def __init__(self, write: Callable[[str], None]):
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # a line that cannot be shown must not end the work
+            self._write(record.getMessage())
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False
+LOGGER.addHandler(_Handler(_print))
+
+
+@contextmanager
+def send_progress(write: Callable[[str], None]) -> Iterator[None]:
+    """While the body runs, lines go to `write` and nowhere else."""
+    before, LOGGER.handlers = LOGGER.handlers, [_Handler(write)]
+    try:
+        yield
+    finally:
+        LOGGER.handlers = before
+
+
+class Progress:
+    """One piece of work of `total` units: `reach` is told how many are done. `what` opens each line; `clock`: in
+    seconds."""
+
+    def __init__(self, what: str, total: int, unit: str = "rows", clock: Callable[[], float] = time.monotonic):
+        self._what, self._total, self._unit, self._clock = what, total, unit, clock
+        self._started = clock()
+        self._due = self._started + _FIRST_S
+        self._told = False
+
+    def reach(self, done: int) -> None:
+        """So many units are done; says so where a line is due, and at the end where there were lines before."""
+        now = self._clock()
+        spent = now - self._started
+        if done >= self._total:
+            if self._told:
+                LOGGER.info(f"{self._what}: {done:,} {self._unit} in {describe_duration(spent)}")
+            self._told = False
+        elif now >= self._due:
+            rate = done / spent
+            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+            left = f", {describe_duration((self._total - done) / rate)} left" if done else ""
+            LOGGER.info(f"{self._what}: {done:,} of {self._total:,} {self._unit}, {speed} a second{left}")
+            self._told = True
+            self._due = now + max(_EVERY_S, spent / 10)
+
+
+def track(items: Iterable[_T], what: str, total: int, unit: str = "rows") -> Iterator[_T]:
+    """The items, with lines on how many of the `total` have been taken."""
+    progress = Progress(what, total, unit)
+    for number, item in enumerate(items):
+        progress.reach(number)
+        yield item
+    progress.reach(total)
+
+
+@contextmanager
+def lasting(what: str, look: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """While the body runs, lines on how long it has taken, for work that does not say how far it is. `look`: what else
+    there is to say then, or nothing."""
+    over, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        pause = _FIRST_S
+        while not over.wait(pause):
+            spent = time.monotonic() - started
+            more = look()
+            LOGGER.info(f"{what}: {describe_duration(spent)} so far{', ' if more else ''}{more}")
+            pause = max(_EVERY_S, spent / 10)
+
+    thread = threading.Thread(target=tell, name="ray-vlm-lasting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def describe_duration(seconds: float) -> str:
+    """`m:ss`, and from an hour on `h:mm:ss`."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,124 @@
+"""What a base's files say of texts is what its processor says, and where they cannot say all they say nothing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ray_vlm.config.data import Data, Source
+from ray_vlm.config.schema import Model, Task
+from ray_vlm.data import rows
+from ray_vlm.data.formats import read_rows
+from ray_vlm.data.images import smart_resize
+from ray_vlm.data.index import measure_row
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.spec import RowSpec
+from ray_vlm.models.families import FAMILIES
+from ray_vlm.models.load import load_processor, resolve_name
+from ray_vlm.models.prompt_text import read_prompt_text, take_prompt_text
+from tests.conftest import QWEN
+
+TURNS = (("system", "Be brief."), ("user", "Look: <image> and <image>?"), ("assistant", "Yes."), ("user", "Why, é?\n"))
+
+
+@pytest.mark.parametrize("family", [*QWEN, "tiny"])
+def test_files_say_what_the_processor_says(family: str, tiny_models: dict[str, str], scenes: Path) -> None:
+    name = resolve_name("tiny") if family == "tiny" else tiny_models[family]
+    model = Model(name=name, load_in_4bit=False)
+    found = read_prompt_text(model, name)
+    assert found is not None
+    text, read_family = found
+    taken = take_prompt_text(load_processor(model), read_family)
+    assert read_family is FAMILIES["qwen3_vl" if family == "tiny" else family]
+    assert (text.sizes, text.image_token, text.special) == (taken.sizes, taken.image_token, taken.special)
+    assert text.tokenizer.to_str() == taken.tokenizer.to_str()
+    spec = RowSpec(model, Task(), ("circle", "square", "star"))
+    before = Preparer(spec)
+    assert before._processor is None
+    counted = [measure_row(row, Data()) for row in read_rows(Source(path=str(scenes / "eval.json")))[0]]
+    by_files = [before.token_counts(row) for row in counted], before._layout(rows.mark_answers(TURNS), ())
+    before._load()
+    by_processor = [before.token_counts(row) for row in counted], before._layout(rows.mark_answers(TURNS), ())
+    assert before._processor is not None
+    assert by_files == by_processor
+    assert [len(before.train_row(row).input_ids) for row in counted] == [sum(counts) for counts in by_files[0]]
+
+
+def test_a_qwen_tokenizer_says_what_its_file_says(tmp_path: Path) -> None:
+    """transformers builds it anew from the words of the file, by rules of its own."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocabulary = {token: number for number, token in enumerate([*sorted(ByteLevel.alphabet()), "he", "Ġt"])}
+    words = Qwen2Tokenizer(vocab=vocabulary, merges=[("h", "e"), ("Ġ", "t")], eos_token="<|im_end|>")
+    words.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
+    words.save_pretrained(tmp_path)
+    base = Path(resolve_name("tiny"))
+    for name in ("config.json", "processor_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, tmp_path)
+    found = read_prompt_text(Model(name=str(tmp_path)), str(tmp_path))
+    assert found is not None
+    read, loaded = found[0].tokenizer, Qwen2Tokenizer.from_pretrained(tmp_path).backend_tokenizer
+    for text in ("the cat's 12 boxes", "cafe\u0301  \n\n x", "<|image_pad|>\thé <|im_end|>\n", "物体 [1, 2]"):
+        assert read.encode(text).ids == loaded.encode(text).ids
+
+
+def _drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _set(name: str, **values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _drop("config.json"),
+        _drop("tokenizer.json"),
+        _drop("chat_template.jinja"),
+        _drop("processor_config.json"),
+        lambda folder: (folder / "additional_chat_templates").mkdir(),
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        lambda folder: (folder / "chat_template.jinja").write_text("{% generation %}x{% endgeneration %}"),
+        _set("config.json", model_type="llama4"),
+        _set("config.json", model_type="gemma3"),
+        _set("tokenizer_config.json", tokenizer_class="GemmaTokenizer"),
+        _set("tokenizer_config.json", eos_token="<|nowhere|>"),
+        _set("tokenizer_config.json", added_tokens_decoder={"9": {"content": "<|nowhere|>"}}),
+        _set("processor_config.json", image_processor={"image_processor_type": "SiglipImageProcessor"}),
+        _set("processor_config.json", chat_template="x"),
+    ],
+)
+def test_files_that_do_not_say_all_say_nothing(change: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(resolve_name("tiny"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = Model(name=str(folder))
+    assert read_prompt_text(model, str(folder)) is not None
+    change(folder)
+    assert read_prompt_text(model, str(folder)) is None
+
+
+def test_a_base_that_is_not_in_the_cache_says_nothing() -> None:
+    assert read_prompt_text(Model(name="nobody/no-such-base"), "nobody/no-such-base") is None
+
+
+def test_sizes_are_those_of_transformers() -> None:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as theirs
+
+    random = np.random.default_rng(0)
+    for _ in range(5000):
+        width, height = (int(side) for side in random.integers(28, 5000, 2))
+        factor, low = int(random.choice([16, 28, 32])), int(random.integers(1, 10**6))
+        high = low + int(random.integers(0, 10**7))
+        if max(width, height) <= 200 * min(width, height):
+            tall, wide = theirs(height, width, factor, low, high)
+            assert smart_resize((width, height), factor, low, high) == (wide, tall)
+    with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
+        smart_resize((28, 5700), 28, 1, 10**6)

@@ -1,0 +1,90 @@
+"""Lines on what lasts: none for what is quick, then with rate and time left, and where they are sent."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ray_vlm.runs import progress
+from ray_vlm.runs.console import Console
+from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.runs.paths import RunPaths
+from ray_vlm.runs.progress import Progress, describe_duration, lasting, send_progress, track
+from ray_vlm.train.attempt import Attempt, Place
+from ray_vlm.train.progress_lines import progress_writer
+
+
+def test_what_is_quick_says_nothing() -> None:
+    said: list[str] = []
+    with send_progress(said.append), lasting("loading"):
+        assert list(track(range(1000), "checking rows", 1000)) == list(range(1000))
+    assert said == []
+
+
+def test_what_lasts_says_how_far_it_is_ever_less_often() -> None:
+    said: list[str] = []
+    now = [100.0]
+    with send_progress(said.append):
+        told = Progress("checking rows", 4000, clock=lambda: now[0])
+        for done in range(4000):
+            told.reach(done)
+            now[0] += 0.1  # 400 seconds in all
+        told.reach(4000)
+        told.reach(4000)
+    assert said[0] == "checking rows: 50 of 4,000 rows, 10 a second, 6:35 left"
+    assert said[1].startswith("checking rows: 150 of 4,000 rows")
+    assert 15 < len(said) < 30
+    assert said[-1] == "checking rows: 4,000 rows in 6:40"
+
+
+def test_work_that_cannot_say_how_far_it_is_says_how_long_it_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST_S", 0.01)
+    said: list[str] = []
+    there = threading.Event()
+
+    def write(text: str) -> None:
+        said.append(text)
+        there.set()
+
+    with send_progress(write), lasting("loading a base", lambda: "0.5 of 2.0 GiB in the cache"):
+        assert there.wait(20)
+    assert said == ["loading a base: 0:00 so far, 0.5 of 2.0 GiB in the cache"]
+
+
+def test_lines_go_to_stderr_unless_a_run_takes_them(capsys: pytest.CaptureFixture) -> None:
+    progress.LOGGER.info("a line")
+    with send_progress(lambda text: None):
+        progress.LOGGER.info("another")
+    progress.LOGGER.info("a third")
+    assert capsys.readouterr() == ("", "a line\na third\n")
+
+
+def test_durations() -> None:
+    assert [describe_duration(s) for s in (0, 59.9, 60, 3599, 3600, 36000)] == [
+        *("0:00", "0:59", "1:00", "59:59", "1:00:00", "10:00:00")
+    ]
+
+
+def test_a_worker_s_lines_are_lines_of_its_run(tmp_path: Path) -> None:
+    paths, attempt = RunPaths(tmp_path), Attempt(2, "token")
+    for rank in (0, 1):
+        with send_progress(progress_writer(paths, Place(rank, 2, "cpu", ray=True), attempt)):
+            progress.LOGGER.info("loading a base: 0:05 so far")
+    (line,) = read_metrics(paths.metrics)
+    assert (line["kind"], line["attempt"], line["text"]) == ("progress", 2, "loading a base: 0:05 so far")
+    said: list[str] = []
+    Console(10, 1, said.append).show(line)
+    assert said == ["loading a base: 0:05 so far"]
+
+
+def test_validation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray_vlm.evaluate.validate import _in_step
+
+    monkeypatch.setattr(progress, "_FIRST_S", -1.0)
+    said: list[str] = []
+    with send_progress(said.append):
+        for _ in _in_step(range(5), 2, "cpu", 1):
+            time.sleep(0.001)
+    assert said[0].startswith("validation: 2 of 5 rows, ")
+    assert said[-1].startswith("validation: 5 rows in ")
