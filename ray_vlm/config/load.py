@@ -217,7 +217,7 @@ def _explain(error: Any, places: Place, name: str) -> str:
         return f"{where} is not a setting.{fix}"
     if kind == "missing":
         return f"{where} is missing. {_describe(path)}"
-    message = str(error["msg"]).removeprefix("Input should be ").rstrip(".")
+    message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ").rstrip(".")
     if kind == "invalid_key":
         return f"{where} is not a setting: keys are text."
     return f"{where} is {_short(value)}, but should be {message}. {_describe(path)}"

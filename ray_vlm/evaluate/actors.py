@@ -71,7 +71,7 @@ class Loaded:
 
         job = self.work.job
         torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
-        model = load_model(job.model, job.train.bf16, self.device)
+        model = load_model(job.model, job.train.precision, self.device)
         return model if self.work.adapter is None else load_adapter(model, self.work.adapter, job.model)
 
     @cached_property

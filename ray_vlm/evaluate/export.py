@@ -88,7 +88,7 @@ def _write_merged(
     run: Run, job: JobConfig, files: str, folder: Path, name: str, licence: str | None, say: Callable[[str], None]
 ) -> None:
     device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
-    model, checked = merge(job.model, files, check_batches(job, files, device), job.train.bf16, device)
+    model, checked = merge(job.model, files, check_batches(job, files, device), job.train.precision, device)
     say(
         f"merged: on {checked['rows']:.0f} rows no logit differs by more than {checked['largest']:.3g} (largest "
         f"{checked['scale']:.3g}); {checked['same_token']:.2%} of the likeliest tokens are the same"

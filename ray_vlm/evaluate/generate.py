@@ -153,7 +153,7 @@ def describe_work(work: Work, weights: str | None) -> dict[str, str]:
         rows.update(repr(told).encode())
     loading = (
         job.model.load_in_4bit,
-        job.train.bf16,
+        job.train.precision,
         job.cluster.gpus_per_worker > 0,
         job.model.revision,
         job.evaluate.engine,

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.schema import Model
+from ray_vlm.config.train import Precision
 from ray_vlm.errors import ModelError
 from ray_vlm.models.adapter import check_adapter, put_adapter
 from ray_vlm.models.families import FAMILIES, Family
 from ray_vlm.models.generic import describe
+from ray_vlm.models.precision import dtype_of
 from ray_vlm.runs.checkpoints import fetch_folder
 
 
@@ -81,17 +83,16 @@ def load_processor(spec: Model) -> Any:
     return processor
 
 
-def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
+def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     """The base on `device`, frozen state as loaded; NF4 with double quantisation where `spec.load_in_4bit`.
 
-    Compute is bfloat16 or float32. In 4 bit the vision tower, the embeddings and the head stay unquantised.
+    Compute is what `precision` says. In 4 bit the vision tower, the embeddings and the head stay unquantised.
     """
-    import torch
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     family = family_of(load_config(spec))
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype_of(precision)
     options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "attn_implementation": "sdpa"}
     if spec.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(

@@ -14,6 +14,7 @@ from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.families import Family
 from ray_vlm.models.live import LiveBytes
 from ray_vlm.models.lora import freeze_parts, lora_config
+from ray_vlm.models.precision import autocast, dtype_of
 from ray_vlm.models.quiet import quiet_libraries
 
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in NF4 with double quantisation, blocks of 64 and 256
@@ -56,7 +57,7 @@ class Rehearsal:
         quiet_libraries()
 
         self.job, self.family, self.config = job, family, config
-        self.dtype = torch.bfloat16 if job.train.bf16 else torch.float32
+        self.dtype = dtype_of(job.train.precision)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             self.model, self.base = self._build()
@@ -92,7 +93,6 @@ class Rehearsal:
         `checkpointed`: how many of the first layers recompute their activations; None: as the job says. `watch`: a
         context that sees every operation too.
         """
-        import torch
 
         layers = language_layers(self.base)
         asked = self.job.train.gradient_checkpointing if checkpointed is None else checkpointed
@@ -105,8 +105,7 @@ class Rehearsal:
         known = [*self.model.parameters(), *self.model.buffers()]
         for parameter in self.model.parameters():
             parameter.grad = None
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.job.train.bf16)
-        with self.mode, LiveBytes(known) as live, watch or nullcontext(), autocast:
+        with self.mode, LiveBytes(known) as live, watch or nullcontext(), autocast(self.job.train.precision, "cpu"):
             live.begin("vision")
             pixels = self._pixels(batch)
             features, recent = self._see(batch, pixels), self._recent(batch)

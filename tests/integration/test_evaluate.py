@@ -50,7 +50,7 @@ def test_batch_size_changes_no_answer(scenes: Path, tiny_models: dict[str, str])
     for folder in tiny_models.values():
         spec = RowSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS)
         index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-        model = load_model(spec.model, bf16=False)
+        model = load_model(spec.model, precision="fp32")
         one, many = (generate_answers(model, index.records, load_preparer(spec), size, 6) for size in (1, 5))
         assert one == many
 
@@ -66,7 +66,7 @@ def test_answers_are_those_of_generate(
 
     spec = RowSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-    model, preparer = load_model(spec.model, bf16=False), load_preparer(spec)
+    model, preparer = load_model(spec.model, precision="fp32"), load_preparer(spec)
     calls = _count_calls(model.get_decoder(), monkeypatch)
     found = generate_answers(model, index.records, preparer, len(index.records), 80)
     rows_at_once, calls[:] = calls[:], []
@@ -95,7 +95,7 @@ def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models:
 
     spec = RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json"), max_rows=4), Data(), spec)
-    model = load_model(spec.model, bf16=False)
+    model = load_model(spec.model, precision="fp32")
     plain = generate_answers(model, index.records, load_preparer(spec), 4, 12)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.do_sample = True
@@ -111,7 +111,7 @@ def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[
 
     spec = RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-    preparer, model = load_preparer(spec), load_model(spec.model, bf16=False)
+    preparer, model = load_preparer(spec), load_model(spec.model, precision="fp32")
     batch = collate([preparer.train_row(record) for record in index.records], preparer)
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
