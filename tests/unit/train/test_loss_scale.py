@@ -87,12 +87,12 @@ def test_a_loss_that_is_no_number_is_a_fault_in_float16_too(job_file: Any, monke
 
     monkeypatch.setattr(sft, "collate", spoiled)
     path = job_file(train={"global_batch_size": 2, "micro_batch_size": 2})
-    with pytest.raises(RunError, match="step 1: the gradient is not finite. Rows: "):
+    with pytest.raises(RunError, match=r"step 1: the gradient is not finite. Rows: "):
         _train(path, "spoiled")
 
 
 def test_float16_under_deepspeed_is_refused(job_file: Any) -> None:
-    with pytest.raises(ConfigError, match="train.precision.*DeepSpeed scales the loss by itself"):
+    with pytest.raises(ConfigError, match=r"train.precision.*DeepSpeed scales the loss by itself"):
         load_job(job_file(), ["train.precision=fp16", "cluster.deepspeed=zero2", "cluster.num_workers=1"])
 
 
