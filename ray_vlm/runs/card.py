@@ -9,7 +9,8 @@ from ray_vlm.runs.compute import measure_compute
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import tell_number, tell_time
 
-ADAPTER, MERGED = "adapter", "merged"
+ADAPTER, MERGED, WHOLE = "adapter", "merged", "model"  # kinds of exports, which name their folders
+TITLES = {ADAPTER: "adapter", MERGED: "merged model", WHOLE: "model"}
 _VERSIONS = ("ray-vlm", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -28,11 +29,11 @@ def _head(kind: str, base: str, licence: str | None) -> str:
     lines = ["---", f"base_model: {json.dumps(base)}", "pipeline_tag: image-text-to-text"]
     lines.append(f"library_name: {'peft' if kind == ADAPTER else 'transformers'}")
     lines += [f"license: {json.dumps(licence)}"] if licence else []
-    return "\n".join([*lines, "tags: [ray_vlm, lora]", "---"])
+    return "\n".join([*lines, f"tags: [{'ray_vlm' if kind == WHOLE else 'ray_vlm, lora'}]", "---"])
 
 
 def _title(run: Run, kind: str, weights: str, base: str) -> str:
-    what = "LoRA adapter" if kind == ADAPTER else "merged model"
+    what = "LoRA adapter" if kind == ADAPTER else TITLES[kind]
     step = run.best["step"] if weights == "best" and run.best else run.step
     name, task = _plain(run.name), setting(run.job, "task.name")
     return f"# {name}\n\nA {what} for {task}, of {_plain(base)}: `{weights}/` of the run `{name}`, step {step}."

@@ -16,7 +16,7 @@ from ray_vlm.cluster.environment import Environment
 from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.preprocessing import describe_preprocessing
+from ray_vlm.data.preprocessing import PREPROCESSING, asking_of, describe_preprocessing
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.methods import METHODS
@@ -227,7 +227,7 @@ def _build_callback(
     from ray_vlm.train.loss_scale import watch_overflow
     from ray_vlm.train.report import Progress, RunCallback, plain
 
-    preprocessing = describe_preprocessing(load_preparer(task.spec))
+    preprocessing = describe_preprocessing(load_preparer(task.spec), asking_of(job))
 
     whole: dict[str, Any] = {}  # under ZeRO-3, where no rank has all, what `gather` put together for `save`
 
@@ -241,7 +241,7 @@ def _build_callback(
         trainer.model.save_pretrained(folder, **only)
         if job.lora is None:
             trainer.processing_class.save_pretrained(folder)
-        write_json(folder / "preprocessing.json", preprocessing)
+        write_json(folder / PREPROCESSING, preprocessing)
 
     def tell(metrics: dict[str, Any]) -> None:
         if place.ray:

@@ -156,13 +156,12 @@ def test_labels_of_the_job_are_asked_for_and_saved(job_file, scenes: Path, tmp_p
     assert main(["evaluate", str(path), "--adapter", str(final)]) == 0
 
 
-def test_a_whole_model_is_not_taken_for_an_adapter(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
-    path = job_file(lora=None, **_sections(scenes))
-    assert main(["train", str(path)]) == 0
-    final = str(tmp_path / "runs" / "run" / "final")
-    assert main(["evaluate", str(path), "--adapter", final]) == 1
-    assert f"model.name={final}" in capsys.readouterr().err
-    assert main(["evaluate", str(path), f"model.name={final}"]) == 0
+def test_a_whole_model_of_another_kind_is_refused(
+    job_file, scenes: Path, tiny_models: dict[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    other = tiny_models["qwen2_5_vl"]
+    assert main(["evaluate", str(job_file(**_sections(scenes))), "--adapter", other]) == 1
+    assert f"{other} is a qwen2_5_vl, and model.name=" in capsys.readouterr().err
 
 
 def test_no_test_rows_no_headline_numbers(job_file, capsys) -> None:
