@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ray_vlm.config.check import check_job
+from ray_vlm.config.places import find_places
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
 
@@ -41,7 +42,10 @@ _Loader.add_implicit_resolver(
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """The job in `path` with `overrides` applied and every rule of `check.py` kept. Raises `ConfigError`."""
+    """The job in `path` with `overrides` applied and every rule of `check.py` kept. Raises `ConfigError`.
+
+    Files that it names are looked for in the current folder, then beside it.
+    """
     text = read_text(Path(path))
     values, places, problems = parse_yaml(text, str(path))
     for override in overrides:
@@ -54,7 +58,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         problems += [f"{_place(places, tuple(key.split('.')), str(path))}: {text}" for key, text in broken]
     if job is None or problems:
         raise ConfigError(problems)
-    return job
+    return find_places(job, path)
 
 
 def _validate(values: dict) -> tuple[JobConfig | None, list]:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.config.places import describe_search
 from ray_vlm.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -49,7 +50,7 @@ def check_adapter(folder: str, base: str, told: str) -> None:
         raise ModelError(f"{folder} is a whole model, not an adapter. Name it as the base: model.name={folder}")
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            raise ModelError(f"{folder}: no adapter here ({name} is missing). {_USE}")
+            raise ModelError(f"{folder}: no adapter here ({name} is missing). {_USE}{describe_search(folder)}")
     config = _read_config(path / CONFIG)
     trained_on = config.get("base_model_name_or_path")
     if trained_on and (not isinstance(trained_on, str) or _last_name(trained_on) != _last_name(base)):
