@@ -60,6 +60,19 @@ def test_the_old_form_of_precision_says_the_same(tmp_path: Path, old: bool, prec
     assert "train.precision" in check_resume(fill_defaults(of_earlier), dump_job(other))[0]
 
 
+def test_names_of_one_s_own_are_keys(tmp_path: Path) -> None:
+    names = ["toe-drain", "deep hole", "5.5 inch", "driver's"]
+    words = ["toe-drain=7", "deep hole=2", '"5.5 inch"=0.5', "driver's=1.5"]
+    job = _load(tmp_path, GOOD + "task: {labels: [a]}\n", *(f"data.oversample.{word}" for word in words))
+    assert job.data.oversample == dict(zip(names, (7, 2, 0.5, 1.5), strict=True))
+    text = GOOD.replace("}}", "}, oversample: auto, test: 0.1}")
+    (told,) = _problems(tmp_path, text, "data.oversample.toe-drain=7")
+    assert "`data.oversample` is 'auto', not a section" in told
+    assert "Give all of it: data.oversample={toe-drain: ...}" in told
+    assert _load(tmp_path, text, "data.test.ratio=0.2").data.test.ratio == 0.2
+    assert any("and not both" in problem for problem in _problems(tmp_path, text, "data.test.path=b.json"))
+
+
 def test_every_problem_is_told_at_once_with_its_place_and_fix(tmp_path: Path) -> None:
     text = (
         "model: {name: x, load_in_4bits: true}\n"

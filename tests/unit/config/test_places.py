@@ -48,7 +48,7 @@ def test_files_are_looked_for_here_and_then_beside_the_job(job_file: Path) -> No
         with pytest.raises(DataError, match="no such file") as error:
             read_table(gone)
         assert f"looked for in {Path.cwd()} and in {beside}, beside the job file" in str(error.value)
-    with pytest.raises(Exception, match="no adapter here.*beside the job file"):
+    with pytest.raises(Exception, match=r"no adapter here.*beside the job file"):
         check_adapter("trained", "base", "base")
     with pytest.raises(DataError) as error:
         read_table("/nowhere/gone.json")
