@@ -69,7 +69,7 @@ def checkpointed(trainer: Any) -> Any:
     """The trainer, its model recomputing activations if its options say so, as `train` would have it."""
     if trainer.args.gradient_checkpointing:
         recompute(trainer.model, {"use_reentrant": False})
-    if trainer.args.bf16:  # under autocast, as a trainer puts its model when it begins to train
+    if trainer.args.bf16 or trainer.args.fp16:  # under autocast, as a trainer puts its model when it begins to train
         trainer.model = trainer.accelerator.prepare_model(trainer.model)
     trainer.model.train()
     return trainer

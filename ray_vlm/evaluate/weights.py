@@ -67,6 +67,13 @@ def weights_of(run: Run, weights: str | None) -> str:
     return join(run.address, weights or there[0])
 
 
+def trained_weights(name: str) -> str:
+    """The weights that `evaluate --adapter` names: of a run its `best/`, or `final/` where there is no best; else the
+    folder of that name."""
+    run = _read_run(name)
+    return weights_of(run, None) if run is not None else name
+
+
 def _of_job_file(name: str) -> Answerer | None:
     """The base that a job file names, with the adapter that it begins with."""
     if Path(name).suffix.lower() not in _JOB_FILES or not Path(name).is_file():

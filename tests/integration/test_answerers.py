@@ -134,7 +134,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, scenes: Path, tiny_models: d
 
 def test_a_run_that_trained_all_weights_is_asked_and_measured(whole: Path, scenes: Path, tmp_path: Path) -> None:
     run, measured = whole / "sweep" / "trials" / "000", tmp_path / "measured"
-    words = ["--adapter", str(run / "best"), "--output", str(measured)]
+    words = ["--adapter", str(run), "--output", str(measured)]
     assert main(["evaluate", str(whole / "job.yaml"), *words]) == 0
     lines = [json.loads(line) for line in (measured / "predictions.jsonl").open()]
     for name in (str(run), str(run / "best")):
