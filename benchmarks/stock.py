@@ -61,6 +61,7 @@ def arguments(job: JobConfig) -> dict[str, Any]:
     """Options that both sides share."""
     options: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "report_to": []}
     options |= {"use_cpu": not job.cluster.gpus_per_worker, "bf16": job.train.precision == "bf16"}
+    options |= {"fp16": job.train.precision == "fp16"}
     options |= {"gradient_checkpointing": bool(job.train.gradient_checkpointing)}
     return options | {"max_steps": 1, "average_tokens_across_devices": True}
 
