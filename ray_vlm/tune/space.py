@@ -27,6 +27,7 @@ NUMBERS = {"uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "rand
 LISTS = ("choice", "grid")
 FIXED, DERIVED = "value", "derived"
 _OWN_SECTIONS = ("tune", "cluster", "run", "track")  # a trial must not change where and on what it runs
+_BY_CLASS = tuple(("data", name) for name in ("oversample", "class_weights", "condition_weights"))
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
+def value_of(job: Mapping[str, Any], key: str) -> Any:
+    """What a resolved job has under the key of a space; rows and tokens of a class that it does not name count once."""
+    value, parts = setting(job, key), split_key(key) or ()
+    return 1.0 if value is None and len(parts) == 3 and parts[:2] in _BY_CLASS else value
+
+
 def own_values(space: Space, job: Mapping[str, Any]) -> dict[str, Any] | None:
     """The job's own values of what is searched, or None where one of them lies outside the space."""
-    values = {s.key: setting(job, s.key) for s in space.searched}
+    values = {s.key: value_of(job, s.key) for s in space.searched}
     return values if all(_holds(s, values[s.key]) for s in space.searched) else None
 
 

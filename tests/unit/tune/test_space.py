@@ -9,7 +9,7 @@ import yaml
 
 from ray_vlm.config.load import dump_job, load_job
 from ray_vlm.errors import ConfigError
-from ray_vlm.tune.space import check_space, examples, load_space, resolve, write_overrides
+from ray_vlm.tune.space import Space, check_space, examples, load_space, own_values, resolve, write_overrides
 
 GOOD: dict[str, Any] = {
     "train.learning_rate": {"loguniform": [2e-5, 1e-3]},
@@ -58,6 +58,7 @@ def test_one_class_of_a_setting_is_searched(tmp_path: Path, job: Path) -> None:
     space = load_space(_write(tmp_path, {"data.oversample.toe-drain": {"uniform": [1.0, 8.0]}, "data.test.ratio": 0.2}))
     check_space(space, str(job), ["data.test=0.1"])
     sweep = Sweep(dump_job(load_job(job, ["data.test=0.1"])), space, "sweep", "loss")
+    assert own_values(Space(space.searched), sweep.job) == {"data.oversample.toe-drain": 1.0}, "as often as all others"
     made, values = build_trial_job(sweep, 0, {"data.oversample.toe-drain": 3.0})
     assert made.data.oversample == {"toe-drain": 3.0}
     assert made.data.test is not None
