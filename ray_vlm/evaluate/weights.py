@@ -151,8 +151,8 @@ def _read_run(address: str) -> Run | None:
     place = address if is_remote(address) else local_path(address)
     try:
         there = set(MARKS) & set(Store(place).names())
-    except OSError:
-        return None
+    except OSError as error:
+        raise RunError(f"{place} cannot be read ({error}).") from None
     return read_run(place) if there else None
 
 
