@@ -70,7 +70,7 @@ def test_a_tree_of_its_own_around_the_same_tensors(job_file: Any, monkeypatch: p
     modules = [m for m in one.modules() if type(m).__name__ == "Linear4bit"]
     assert modules
     assert all(not m.support_avx512bf16_for_cpu for m in modules)
-    fresh = load_model(spec, False)
+    fresh = load_model(spec, "fp32")
     assert copy.deepcopy(fresh).state_dict().keys() == two.state_dict().keys()
     tree = share_weights(fresh)
     assert all(torch.equal(a, b) for a, b in zip(tree.buffers(), fresh.buffers(), strict=True))

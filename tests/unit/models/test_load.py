@@ -76,7 +76,9 @@ def test_lora_lands_on_the_part_that_was_named(family: str, part: str, tiny_mode
 
 def test_counts_include_every_4bit_weight(tiny_models: dict[str, str]) -> None:
     counts = [
-        count_trainable(load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=bits), False), FAMILIES["qwen3_vl"])
+        count_trainable(
+            load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=bits), "fp32"), FAMILIES["qwen3_vl"]
+        )
         for bits in (True, False)
     ]
     assert [c["total"] for c in counts[0].values()] == [c["total"] for c in counts[1].values()]
@@ -85,7 +87,7 @@ def test_counts_include_every_4bit_weight(tiny_models: dict[str, str]) -> None:
 def test_unusable_models_and_adapters_are_named(tmp_path: Path, tiny_models: dict[str, str]) -> None:
     with pytest.raises(ModelError, match="nowhere"):
         load_config(Model(name=str(tmp_path / "nowhere")))
-    model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), False)
+    model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), "fp32")
     with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
         load_adapter(model, str(tmp_path), Model(name="x"))
     adapted = _adapted(tiny_models["qwen2_5_vl"], ["language"])
