@@ -58,7 +58,7 @@ def make_job(folder: Path, model: str, family: str, method: str, lengths: Sequen
             "model": {"name": model, "load_in_4bit": False} | ({} if method == "sft" else {"adapter": "the one here"}),
             "lora": {"rank": 8, "alpha": 16},
             "data": {"train": data | {"image_root": str(folder / "images")}},
-            "train": {"global_batch_size": size, "micro_batch_size": size, "bf16": False},
+            "train": {"global_batch_size": size, "micro_batch_size": size, "precision": "fp32"},
             "cluster": {"num_workers": 0},
         }
     )

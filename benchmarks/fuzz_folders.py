@@ -40,7 +40,7 @@ def of_adapters(folder: Path) -> Attempt:
 
     job = make_job(write_base(folder), "coco", {"path": str(folder / "rows.json")}, ["dog", "cat"])
     spec = row_spec(job, [])
-    base = load_model(Model(name=job.model.name, load_in_4bit=False), bf16=False)
+    base = load_model(Model(name=job.model.name, load_in_4bit=False), precision="fp32")
     whole = _write_adapter(folder, base, Preparer(spec))
     ids = torch.arange(20, 30)[None]
 

@@ -45,7 +45,7 @@ def photo_job(folder: Path, model: str) -> JobConfig:
             "model": {"name": model, "load_in_4bit": False},
             "lora": {"rank": 8, "alpha": 16},
             "data": {"train": data},
-            "train": {"global_batch_size": size, "micro_batch_size": size // ACCUMULATION, "bf16": False},
+            "train": {"global_batch_size": size, "micro_batch_size": size // ACCUMULATION, "precision": "fp32"},
             "cluster": {"num_workers": 0},
         }
     )

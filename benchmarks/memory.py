@@ -51,7 +51,7 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
             "model": {"name": str(folder / family)},
             "lora": {"rank": rank, "target": parts},
             "data": data,
-            "train": {"global_batch_size": rows, "micro_batch_size": rows, "max_steps": 2, "bf16": False}
+            "train": {"global_batch_size": rows, "micro_batch_size": rows, "max_steps": 2, "precision": "fp32"}
             | {"gradient_checkpointing": checkpointing},
             "cluster": {"num_workers": 0},
             "run": {"output_dir": str(folder / "runs")},

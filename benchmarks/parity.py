@@ -51,7 +51,7 @@ def make_job(folder: Path, model: str, steps: int, num_workers: int = 0, rows: i
             "model": {"name": model, "load_in_4bit": False},
             "lora": {"rank": 4, "alpha": 8, "target": ["language", "connector", "vision"]},
             "data": {"train": {"path": str(folder / "train.json")}},
-            "train": train_options | {"bf16": False, "gradient_checkpointing": False},
+            "train": train_options | {"precision": "fp32", "gradient_checkpointing": False},
             "cluster": {"num_workers": num_workers},
             "run": {"name": f"workers_{num_workers}", "output_dir": str(folder / "runs")},
         }

@@ -57,7 +57,7 @@ def compare(folder: Path, family: str, pairs: int) -> list[dict[str, Any]]:
     import torch
 
     spec = Model(name=str(write_untrained(folder / family, family)), load_in_4bit=False)
-    model = load_model(spec, bf16=False).eval()
+    model = load_model(spec, precision="fp32").eval()
     preparer, row = make_prompt(spec)
     pad = preparer.tokenizer.pad_token_id
     copies = collate([row] * GROUP, preparer)

@@ -87,7 +87,7 @@ def write_job(folder: Path) -> Path:
         "model": {"name": str(write_untrained(folder / "model", "qwen3_vl")), "load_in_4bit": False},
         "lora": {"rank": 4, "alpha": 8},
         "data": {"train": {"path": str(folder / "scenes" / "train.json")}},
-        "train": {"global_batch_size": 6, "micro_batch_size": 3, "max_steps": STEPS, "bf16": False},
+        "train": {"global_batch_size": 6, "micro_batch_size": 3, "max_steps": STEPS, "precision": "fp32"},
         "checkpoint": {"every_steps": 3},
         "cluster": {"num_workers": 2},
         "run": {"output_dir": str(folder / "runs")},

@@ -36,7 +36,7 @@ def make_job(folder: Path, steps: int, name: str) -> JobConfig:
         {
             "model": {"name": str(folder / "model"), "load_in_4bit": False},
             "data": {"train": {"path": str(folder / "data/train.json")}, "shuffle": False},
-            "train": options | {"bf16": False, "gradient_checkpointing": False, "log_every_steps": 1000},
+            "train": options | {"precision": "fp32", "gradient_checkpointing": False, "log_every_steps": 1000},
             "cluster": {"num_workers": 1, "cpus_per_worker": 1},
             "run": {"name": name, "output_dir": str(folder / "runs")},
         }
@@ -91,7 +91,7 @@ def run_plain(folder: Path, steps: int) -> None:
                 times.append(time.monotonic() - self.last)
                 self.last = time.monotonic()
 
-    base = load_model(job.model, bf16=False)
+    base = load_model(job.model, precision="fp32")
     assert job.lora is not None
     args = SFTConfig(
         output_dir=str(folder / "plain"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=1e-3,

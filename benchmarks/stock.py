@@ -41,7 +41,7 @@ def build_model(job: JobConfig) -> Any:
     from ray_vlm.models.resident import load_resident
 
     assert job.lora is not None
-    base = (load_resident if job.tune.resident else load_model)(job.model, job.train.bf16, device_of(job))
+    base = (load_resident if job.tune.resident else load_model)(job.model, job.train.precision, device_of(job))
     torch.manual_seed(0)
     model = get_peft_model(base, lora_config(job.lora, FAMILIES[base.config.model_type]))
     for name, parameter in model.named_parameters():
@@ -60,7 +60,8 @@ def device_of(job: JobConfig) -> str:
 def arguments(job: JobConfig) -> dict[str, Any]:
     """Options that both sides share."""
     options: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "report_to": []}
-    options |= {"use_cpu": not job.cluster.gpus_per_worker, "bf16": job.train.bf16}
+    options |= {"use_cpu": not job.cluster.gpus_per_worker, "bf16": job.train.precision == "bf16"}
+    options |= {"fp16": job.train.precision == "fp16"}
     options |= {"gradient_checkpointing": bool(job.train.gradient_checkpointing)}
     return options | {"max_steps": 1, "average_tokens_across_devices": True}
 
@@ -69,7 +70,7 @@ def checkpointed(trainer: Any) -> Any:
     """The trainer, its model recomputing activations if its options say so, as `train` would have it."""
     if trainer.args.gradient_checkpointing:
         recompute(trainer.model, {"use_reentrant": False})
-    if trainer.args.bf16:  # under autocast, as a trainer puts its model when it begins to train
+    if trainer.args.bf16 or trainer.args.fp16:  # under autocast, as a trainer puts its model when it begins to train
         trainer.model = trainer.accelerator.prepare_model(trainer.model)
     trainer.model.train()
     return trainer

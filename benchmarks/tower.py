@@ -32,7 +32,7 @@ def build(folder: Path, family: str, plainly: bool) -> Any:
     import torch
     from peft import get_peft_model
 
-    base = load_model(Model(name=str(folder), load_in_4bit=False), bf16=False)
+    base = load_model(Model(name=str(folder), load_in_4bit=False), precision="fp32")
     config = lora_config(Lora(rank=8), FAMILIES[family])
     config.init_lora_weights = False
     torch.manual_seed(0)

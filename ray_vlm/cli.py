@@ -120,7 +120,10 @@ def _add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
     either.add_argument("--resume", action="store_true", help="go on with the run of that name, or start it")
     evaluate = job_verb(verbs, "evaluate", "measure the base or an adapter on data.test", _evaluate)
     evaluate.add_argument(
-        "--adapter", action="append", default=[], help="a run's best/ or final/; may be repeated; without it, the base"
+        "--adapter",
+        action="append",
+        default=[],
+        help="a run, its best/ or final/, an exported adapter or a whole model; may be repeated; without it, the base",
     )
     evaluate.add_argument("--base", action="store_true", help="beside adapters, also the untouched base")
     evaluate.add_argument("--base-unquantised", action="store_true", help="also the base without quantisation")
@@ -178,9 +181,10 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.evaluate.run import evaluate_and_report, plan_subjects
+    from ray_vlm.evaluate.weights import trained_weights
 
     job = load_job(args.job, args.overrides)
-    subjects = plan_subjects(job, args.adapter, args.base, args.base_unquantised)
+    subjects = plan_subjects(job, [trained_weights(name) for name in args.adapter], args.base, args.base_unquantised)
     evaluate_and_report(job, subjects, args.output, args.against)
 
 

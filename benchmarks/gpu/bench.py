@@ -115,7 +115,7 @@ class Bench:
         from ray_vlm.models.resident import keep_resident
 
         job = build_job(self.folder, case, self.scale, prompts, **train)
-        keep_resident(job.model, True, device_of(job), self.base(case.model))
+        keep_resident(job.model, job.train.precision, device_of(job), self.base(case.model))
         return job
 
     def synchronize(self) -> None:

@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ray_vlm.config.places import job_folder, use_job_folder
+
 FORWARDED = (
     *("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"),
     *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE"),
@@ -18,15 +20,19 @@ FORWARDED = (
 
 @dataclass(frozen=True)
 class Environment:
-    """Variables on their way to a worker. Their values are not in the `repr`."""
+    """Variables on their way to a worker; their values are not in the `repr`. `job_folder`: that of the job file, where
+    functions that the job names may be."""
 
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
+    job_folder: str | None = None
 
     def apply(self) -> None:
         """Set them in this process, before the libraries that read them are imported."""
         os.environ.update(self.values)
+        if self.job_folder is not None and os.path.isdir(self.job_folder):  # another machine may not have it
+            use_job_folder(self.job_folder)
 
 
 def read_environment() -> Environment:
-    """What of `FORWARDED` is set in this process."""
-    return Environment({name: os.environ[name] for name in FORWARDED if name in os.environ})
+    """What of `FORWARDED` is set in this process, and where its job file lies."""
+    return Environment({name: os.environ[name] for name in FORWARDED if name in os.environ}, job_folder())

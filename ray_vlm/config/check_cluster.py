@@ -19,6 +19,12 @@ CLUSTER_RULES: list[Rule] = [
         "DeepSpeed takes its step before the gradient can be looked at. Leave train.nonfinite out.",
     ),
     (
+        lambda j: j.train.precision == "fp16" and j.cluster.deepspeed is not None,
+        ("train.precision", "cluster.deepspeed"),
+        "DeepSpeed scales the loss by itself, and a step that it leaves out cannot be told from a fault. Use bf16 or "
+        "fp32, or leave cluster.deepspeed out.",
+    ),
+    (
         lambda j: j.train.vision_cache is not None and j.cluster.zero_stage == 3,
         ("train.vision_cache", "cluster.deepspeed"),
         "under ZeRO-3 no worker has the image encoder's weights, whose content is part of what names a file. Use "

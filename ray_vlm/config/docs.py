@@ -21,6 +21,9 @@ One YAML file says what to do. Every setting is listed here with its default; th
 
 Unknown keys are errors. `ray-vlm config JOB` prints the job with every default; `--dry-run` adds the plan (rows, steps,
 tokens) and the first records with the trained tokens marked. `method` and `task` may be given by name alone.
+Names of your own are keys as well, `data.oversample.toe-drain=7`, in quotes where they hold a dot or an equals sign:
+`data.oversample."5.5 inch"=2`. Paths, and the modules of `module:function`, are looked for in the current folder, then
+in that of the job file.
 """
 
 

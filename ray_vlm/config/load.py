@@ -15,13 +15,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ray_vlm.config.check import check_job
+from ray_vlm.config.places import find_places
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
+from ray_vlm.runs.keys import describe_no_section, split_setting
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 _DEEPEST = 32  # levels of a file; the schema has four, and `method.trl` may have more
 _MOST_VALUES = 20_000  # of a file with its aliases written out: a few lines of them can stand for billions
+_SHARES = (("data", "eval"), ("data", "test"))  # settings that may be a number
 Place = dict[tuple[str | int, ...], str]  # dotted path -> "jobs/x.yaml:12" or "override 'a=b'"
 
 
@@ -41,7 +44,10 @@ _Loader.add_implicit_resolver(
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """The job in `path` with `overrides` applied and every rule of `check.py` kept. Raises `ConfigError`."""
+    """The job in `path` with `overrides` applied and every rule of `check.py` kept. Raises `ConfigError`.
+
+    Files that it names are looked for in the current folder, then beside it.
+    """
     text = read_text(Path(path))
     values, places, problems = parse_yaml(text, str(path))
     for override in overrides:
@@ -54,7 +60,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         problems += [f"{_place(places, tuple(key.split('.')), str(path))}: {text}" for key, text in broken]
     if job is None or problems:
         raise ConfigError(problems)
-    return job
+    return find_places(job, path)
 
 
 def _validate(values: dict) -> tuple[JobConfig | None, list]:
@@ -169,29 +175,30 @@ def _entries(node: Any, path: tuple) -> Iterator[tuple[tuple[str | int, ...], in
 
 
 def _apply_override(values: dict, places: Place, override: str) -> list[str]:
-    key, sep, text = override.partition("=")
-    if not sep or not re.fullmatch(r"\w+(\.\w+)*", key):
+    if (found := split_setting(override)) is None:
         return [f"override {_short(override)}: write it as section.key=value, such as train.learning_rate=2e-4."]
+    parts, text = found
     try:
         value, _ = _construct(text)
     except (yaml.YAMLError, RecursionError, OverflowError, ValueError):
         return [f"override {_short(override)}: the value is not valid YAML; quote it."]
-    parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):
         inner: Any = values.get(part)
         if isinstance(inner, str) and part in ("method", "task"):
             inner = {"name": inner}
+        elif parts[: depth + 1] in _SHARES and isinstance(inner, int | float) and not isinstance(inner, bool):
+            inner = {"ratio": inner}  # which `data.test: 0.1` is short for
         elif inner is not None and not isinstance(inner, dict):
-            return [f"override {_short(override)}: `{'.'.join(parts[: depth + 1])}` is {inner!r}, not a section."]
+            return [f"override {_short(override)}: {describe_no_section(parts, depth + 1, inner)}"]
         values[part] = dict(inner or {})
         values = values[part]
-    if len(parts) == 1 and key in ("method", "task") and isinstance(values.get(key), dict):
-        value = {**values[key], "name": value} if isinstance(value, str) else value
+    if parts in (("method",), ("task",)) and isinstance(values.get(parts[0]), dict):
+        value = {**values[parts[0]], "name": value} if isinstance(value, str) else value
     values[parts[-1]] = value
-    for old in [place for place in places if place[: len(parts)] == tuple(parts)]:
+    for old in [place for place in places if place[: len(parts)] == parts]:
         del places[old]  # what the file said there is gone
     for depth in range(1, len(parts) + 1):
-        places.setdefault(tuple(parts[:depth]), f"override {_short(override)}")
+        places.setdefault(parts[:depth], f"override {_short(override)}")
     return []
 
 
@@ -217,7 +224,7 @@ def _explain(error: Any, places: Place, name: str) -> str:
         return f"{where} is not a setting.{fix}"
     if kind == "missing":
         return f"{where} is missing. {_describe(path)}"
-    message = str(error["msg"]).removeprefix("Input should be ").rstrip(".")
+    message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ").rstrip(".")
     if kind == "invalid_key":
         return f"{where} is not a setting: keys are text."
     return f"{where} is {_short(value)}, but should be {message}. {_describe(path)}"

@@ -1,12 +1,13 @@
 """The job's `train` section: the optimizer, the batches, and what is kept in memory."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ray_vlm.config.section import Largest, Section
 
 Part = Literal["language", "connector", "vision"]  # of a model; `models/families.py` says which weights
+Precision = Literal["bf16", "fp16", "fp32"]
 
 
 class Train(Section):
@@ -63,7 +64,14 @@ class Train(Section):
         "content, for later epochs and runs.",
     )
     vision_cache_gib: float = Field(50.0, gt=0, description="What `vision_cache` may hold; no more is written then.")
-    bf16: bool = Field(True, description="bfloat16 arithmetic and base; what is trained stays float32. false: float32.")
+    precision: Precision = Field(
+        "bf16",
+        description="Arithmetic and base: bfloat16; float16 with a scaled loss, for cards that only emulate bfloat16 "
+        "(T4, V100); or float32. What is trained stays float32.",
+    )
+    bf16: bool | None = Field(
+        None, exclude=True, description="Old form of `precision`: true is `bf16`, false is `fp32`. Give one of the two."
+    )
     nonfinite: Literal["stop", "skip", "rewind"] = Field(
         "stop",
         description="Where a step's gradient is NaN or infinite: end the run and keep nothing of the step, go on as if "
@@ -74,3 +82,19 @@ class Train(Section):
     early_stopping_patience: int | None = Field(
         None, ge=1, le=Largest, description="Stop after this many validations without a better `evaluate.metric`."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_bf16(cls, value: Any) -> Any:
+        """`bf16: false`, as jobs of earlier versions have it, is `precision: fp32`."""
+        if isinstance(value, dict) and isinstance(value.get("bf16"), bool) and "precision" not in value:
+            return value | {"precision": "bf16" if value["bf16"] else "fp32"}
+        return value
+
+    @field_validator("bf16")
+    @classmethod
+    def _agrees(cls, value: bool | None, info: ValidationInfo) -> None:
+        """It is in `precision` now, so that a job is the same however it was written."""
+        precision = info.data.get("precision")
+        if value is not None and precision is not None and value != (precision == "bf16"):
+            raise ValueError(f"left out beside train.precision={precision}, which says otherwise")

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from ray_vlm.config.schema import Task
-from ray_vlm.config.section import Section
+from ray_vlm.config.schema import JobConfig, Task
+from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.train import Precision
 from ray_vlm.data.files import read_bytes
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import RowSpec
@@ -20,6 +21,7 @@ from ray_vlm.runs.store import is_remote
 
 Colour = Annotated[int, Field(ge=0, le=255)]
 _LARGEST_AREA = 2**40  # pixels; what families without a limit of their own have
+PREPROCESSING = "preprocessing.json"
 ABOUT = ".about.json"  # ends the name of what tells how a file of pairs was made
 
 
@@ -35,7 +37,19 @@ class _Images(Section):
     stock: bool = False
 
 
-class _Saved(Section):
+class Asking(Section):
+    """What else it takes to ask weights as their run did; files of earlier versions have none of it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    revision: str | None = None
+    load_in_4bit: bool = False
+    precision: Precision | None = None
+    max_new_tokens: int | None = Field(None, ge=1, le=Largest)
+    max_image_pixels: int | None = Field(None, ge=1, le=Largest)
+
+
+class Saved(Section):
     """The file; what a later version adds is left alone."""
 
     model_config = ConfigDict(extra="ignore")
@@ -45,10 +59,25 @@ class _Saved(Section):
     hints: str
     split: str
     images: _Images
+    asking: Asking = Field(default_factory=Asking)
 
 
-def describe_preprocessing(preparer: Preparer) -> dict[str, Any]:
-    """How inputs are made, for `preprocessing.json` beside the weights; `read_preprocessing` reads it back."""
+def asking_of(job: JobConfig) -> Asking:
+    """What a run of this job asks by, beside its inputs."""
+    return Asking(
+        revision=job.model.revision,
+        load_in_4bit=job.model.load_in_4bit,
+        precision=job.train.precision,
+        max_new_tokens=job.evaluate.max_new_tokens,
+        max_image_pixels=job.data.max_image_pixels,
+    )
+
+
+def describe_preprocessing(preparer: Preparer, asking: Asking | None = None) -> dict[str, Any]:
+    """How inputs are made, for `preprocessing.json` beside the weights; `read_saved` reads it back.
+
+    `asking`: what else it takes to ask them, for weights that go where their run is not.
+    """
     spec = preparer.spec
     return {
         "task": spec.task.model_dump() | {"codec": preparer.codec_name},
@@ -56,7 +85,18 @@ def describe_preprocessing(preparer: Preparer) -> dict[str, Any]:
         "hints": spec.hints,
         "split": spec.split,
         "images": asdict(preparer.image_spec),
-    }
+    } | ({"asking": asking.model_dump()} if asking is not None else {})
+
+
+def read_saved(folder: str) -> Saved | None:
+    """What lies beside the weights in `folder`, if anything. Raises `ModelError` where it cannot be read."""
+    path = Path(folder) / PREPROCESSING
+    if not path.exists():
+        return None
+    try:
+        return Saved.model_validate(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not readable ({_reason(error)}). Use an adapter folder that a run wrote.") from None
 
 
 def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec | None:
@@ -64,13 +104,9 @@ def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec | None:
 
     None where they do not say; raises `ModelError` where what they say cannot be read.
     """
-    path = Path(folder) / "preprocessing.json"
-    if not path.exists():
+    saved = read_saved(folder)
+    if saved is None:
         return None
-    try:
-        saved = _Saved.model_validate(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not readable ({_reason(error)}). Use an adapter folder that a run wrote.") from None
     if saved.task.name != spec.task.name:
         raise ModelError(f"{folder}: trained for {saved.task.name}, and the job's task is {spec.task.name}.")
     images = saved.images

@@ -1,10 +1,10 @@
 """Read a source; one that names a function to make it is made on first use."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.data import Source
+from ray_vlm.config.places import import_function
 from ray_vlm.data.formats import read_rows
 from ray_vlm.errors import ConfigError, RayVlmError
 from ray_vlm.runs.progress import lasting
@@ -22,9 +22,8 @@ def prepare_source(source: Source) -> None:
     """Call `source.create` with the path if the file is not there yet. Raises `ConfigError` if it cannot be called."""
     if source.create is None or Path(source.path).exists():
         return
-    module, _, name = source.create.partition(":")
     try:
-        getattr(importlib.import_module(module), name)(source.path)
+        import_function(source.create)(source.path)
     except RayVlmError:
         raise
     except Exception as error:  # a user's own function

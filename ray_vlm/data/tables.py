@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from ray_vlm.config.places import describe_search
 from ray_vlm.data.files import open_file, read_bytes
 from ray_vlm.data.records import BadRow
 from ray_vlm.errors import DataError
@@ -69,7 +70,7 @@ def _whole(address: str) -> bytes:
 
 def _unreadable(address: str, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{address}: no such file. Give `path` the location of the rows.")
+        return DataError(f"{address}: no such file. Give `path` the location of the rows.{describe_search(address)}")
     if isinstance(error, IsADirectoryError):
         return DataError(f"{address}: a folder. Give `path` the file with the rows.")
     return DataError(f"{address}: not readable ({error}). Give `path` a file that this machine can read.")

@@ -119,7 +119,7 @@ def _import_libraries(job: JobConfig) -> None:
 
     quiet_libraries()
     load_processor(job.model)
-    load_model(job.model, job.train.bf16)
+    load_model(job.model, job.train.precision)
 
 
 def measure_step(name: str, title: str, job: JobConfig, folder: Path, run: Path | None = None) -> Step:

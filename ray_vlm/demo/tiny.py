@@ -204,7 +204,7 @@ def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
                 "lora": None,
                 "task": task,
                 "data": {"train": source},
-                "train": options | {"bf16": False, "log_every_steps": 25},
+                "train": options | {"precision": "fp32", "log_every_steps": 25},
                 "cluster": {"num_workers": 0, "cpus_per_worker": 2},
                 "run": {"name": name, "output_dir": str(folder / "runs")},
             }
@@ -231,7 +231,7 @@ def measure(weights: Path, folder: Path, num_images: int = 192) -> dict[str, flo
     job = {
         "model": {"name": str(weights), "load_in_4bit": False},
         "data": {"test": {"path": str(folder / "scenes" / "test.json")}},
-        "train": {"bf16": False},
+        "train": {"precision": "fp32"},
         "evaluate": {"batch_size": 64, "max_new_tokens": 160},
     }
     return evaluate(load_resolved(job), None, folder / "score")["overall"]

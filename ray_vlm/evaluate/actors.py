@@ -21,7 +21,8 @@ from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import Row, RowSpec
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.machine import count_threads
-from ray_vlm.models.load import load_adapter, load_model
+from ray_vlm.models.adapter import is_whole_model
+from ray_vlm.models.load import load_trained, whole_model
 from ray_vlm.models.out_of_memory import NO_ROOM, advise_inference, describe_out_of_memory, is_out_of_memory
 from ray_vlm.runs.checkpoints import fetch_folder
 
@@ -30,8 +31,9 @@ _BLOCKS_PER_ACTOR = 64
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done. `records`: all records, or a Ray object reference to them; `adapter`: its address, None for
-    the base; `batches`: positions of the records of each batch."""
+    """What is to be done. `records`: all records, or a Ray object reference to them; `adapter`: address
+    of an adapter, or of a whole model in the base's place; None for the base. `batches`: positions of the records of
+    each batch."""
 
     job: JobConfig
     spec: RowSpec
@@ -68,13 +70,12 @@ class Loaded:
 
     @cached_property
     def model(self) -> Any:
-        """The base, with the adapter where there is one."""
+        """The base, with the adapter where there is one, or the whole model in its place."""
         import torch
 
         job = self.work.job
         torch.set_num_threads(count_threads(job.cluster.cpus_per_worker))
-        model = load_model(job.model, job.train.bf16, self.device)
-        return model if self.work.adapter is None else load_adapter(model, self.work.adapter, job.model)
+        return load_trained(job.model, job.train.precision, self.work.adapter, self.device)
 
     @cached_property
     def answer(self) -> Callable[[Sequence[Row]], list[str]]:
@@ -82,11 +83,13 @@ class Loaded:
         from ray_vlm.methods.vllm import build_answerer
 
         work, memory = self.work, 0
-        adapter = fetch_folder(work.adapter) if work.adapter is not None else None
+        adapter, job = fetch_folder(work.adapter) if work.adapter is not None else None, work.job
+        if adapter is not None and is_whole_model(adapter):
+            job, adapter = job.model_copy(update={"model": whole_model(job.model, adapter)}), None
         longest = max(sum(self.preparer.token_counts(record)[:2]) for record in self.records)
         if work.spec.task.name == "gui_steps":  # that a walk may still gather
             memory = work.spec.task.long_memory_tokens + work.spec.task.short_memory * work.job.evaluate.max_new_tokens
-        return build_answerer(work.job, adapter, self.preparer, longest + memory)
+        return build_answerer(job, adapter, self.preparer, longest + memory)
 
 
 Do = Callable[[Loaded, Sequence[SftRecord], Sequence[int]], Any]  # model, a batch and its positions -> plain data

@@ -18,10 +18,10 @@ from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import row_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
-from ray_vlm.evaluate.predictor import weights_of
+from ray_vlm.evaluate.weights import weights_of
 from ray_vlm.models.export import merge
 from ray_vlm.models.load import load_processor, resolve_name
-from ray_vlm.runs.card import ADAPTER, MERGED, write_card
+from ray_vlm.runs.card import ADAPTER, MERGED, TITLES, WHOLE, write_card
 from ray_vlm.runs.checkpoints import MANIFEST, fetch_folder
 from ray_vlm.runs.paths import write_folder
 from ray_vlm.runs.read import Run, read_run
@@ -38,7 +38,8 @@ def export_run(
     weights: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write the export of a run and return its folder; by default `<run>/export/adapter` or `.../merged`.
+    """Write the export of a run and return its folder; by default `<run>/export/adapter`, `.../merged`, or
+    `.../model` where all weights were trained.
 
     `weights`: `best` or `final`; None takes `best` where there is one. Raises `RunError` for a run without weights, and
     `ModelError` for a base that cannot be merged or a merge that says something else.
@@ -48,22 +49,30 @@ def export_run(
         raise RunError(f"{run.address}: resolved.json cannot be read, so its model is not known.")
     job, source = load_resolved(dict(run.job)), weights_of(run, weights)
     name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
-    folder = _place(run, output, merged)
-    files = fetch_folder(source)
-    licence = read_licence(job)
     if job.lora is None and merged:
         raise ConfigError(
             f"{run.address} trained all weights: {name}/ is a whole model already. Export it without --merged."
         )
+    kind = kind_of(run, merged)
+    folder = _place(run, output, kind)
+    files = fetch_folder(source)
+    licence = read_licence(job)
     if merged:
         _write_merged(run, job, files, folder, name, licence, say)
     else:
-        _write_adapter(run, files, folder, name, licence)
-    say(f"{'merged model' if merged else 'adapter'} of {run.name}/{name} in {folder}")
+        _write_as_it_is(run, kind, files, folder, name, licence)
+    say(f"{TITLES[kind]} of {run.name}/{name} in {folder}")
     return folder
 
 
-def _place(run: Run, output: str | None, merged: bool) -> Path:
+def kind_of(run: Run, merged: bool) -> str:
+    """What an export of the run is: an adapter, a merged model, or the model where all weights were trained."""
+    if run.job.get("lora") is None:
+        return WHOLE
+    return MERGED if merged else ADAPTER
+
+
+def _place(run: Run, output: str | None, kind: str) -> Path:
     if output:
         folder = Path(output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -73,13 +82,13 @@ def _place(run: Run, output: str | None, merged: bool) -> Path:
         raise ConfigError(
             f"{run.address} lies in an object store, and an export is written to a folder. Give --output."
         )
-    return Path(run.address) / "export" / (MERGED if merged else ADAPTER)
+    return Path(run.address) / "export" / kind
 
 
-def _write_adapter(run: Run, files: str, folder: Path, name: str, licence: str | None) -> None:
+def _write_as_it_is(run: Run, kind: str, files: str, folder: Path, name: str, licence: str | None) -> None:
     def fill(new: Path) -> None:
         shutil.copytree(files, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, "README.md"))
-        (new / "README.md").write_text(write_card(run, ADAPTER, name, licence), encoding="utf-8")
+        (new / "README.md").write_text(write_card(run, kind, name, licence), encoding="utf-8")
 
     write_folder(folder, fill)
 
@@ -88,7 +97,7 @@ def _write_merged(
     run: Run, job: JobConfig, files: str, folder: Path, name: str, licence: str | None, say: Callable[[str], None]
 ) -> None:
     device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
-    model, checked = merge(job.model, files, check_batches(job, files, device), job.train.bf16, device)
+    model, checked = merge(job.model, files, check_batches(job, files, device), job.train.precision, device)
     say(
         f"merged: on {checked['rows']:.0f} rows no logit differs by more than {checked['largest']:.3g} (largest "
         f"{checked['scale']:.3g}); {checked['same_token']:.2%} of the likeliest tokens are the same"

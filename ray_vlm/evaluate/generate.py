@@ -22,6 +22,7 @@ from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import Row
 from ray_vlm.evaluate.actors import Do, Loaded, Work, do_batches
 from ray_vlm.methods.decoding import decode_greedy, end_ids
+from ray_vlm.models.adapter import is_whole_model
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.dense import dequantised
 from ray_vlm.models.load import resolve_name
@@ -153,7 +154,7 @@ def describe_work(work: Work, weights: str | None) -> dict[str, str]:
         rows.update(repr(told).encode())
     loading = (
         job.model.load_in_4bit,
-        job.train.bf16,
+        job.train.precision,
         job.cluster.gpus_per_worker > 0,
         job.model.revision,
         job.evaluate.engine,
@@ -161,7 +162,7 @@ def describe_work(work: Work, weights: str | None) -> dict[str, str]:
     packages = [metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
     inputs = {
         "base": (job.model.name, loading, _files(resolve_name(job.model.name))),
-        "adapter": _contents(weights) if weights else None,
+        "adapter": _trained(weights) if weights else None,
         "preprocessing": (asdict(replace(work.spec, model=None)), asdict(preparer.image_spec)),  # type: ignore[arg-type]
         "batches": (work.batches, job.evaluate.max_new_tokens),
         "versions": (__version__, packages),
@@ -185,8 +186,11 @@ def _files(folder: str) -> list[tuple[str, Any]]:
     return [(folder, None)] if not root.is_dir() else [(p.name, _stamp(str(p))) for p in sorted(root.glob("*.*"))]
 
 
-def _contents(folder: str) -> list[tuple[str, str]]:
-    """Names and hashes of an adapter's files: a copy of it gives the same answers."""
+def _trained(folder: str) -> list[tuple[str, Any]]:
+    """What stands for trained weights: of an adapter names and hashes of files, since a copy gives the same answers; of
+    a whole model, which is large, names, sizes and times."""
+    if is_whole_model(folder):
+        return _files(folder)
     files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
     return [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
 

@@ -8,7 +8,8 @@
     found.draw().save("found.png")
 
 How images are resized and questions worded comes from the `preprocessing.json` beside the weights, so it is what
-training did. Bases without an adapter: `Predictor(job)`.
+training did. `from_run` also takes `best/`, an exported adapter, a merged model, a base or a job file; `evaluate/
+weights.py` finds out which.
 """
 
 import io
@@ -18,19 +19,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.config.load import load_resolved
+from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.images import read_size
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import Box, Point, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import row_spec
-from ray_vlm.errors import DataError, RunError
+from ray_vlm.errors import DataError
 from ray_vlm.evaluate.actors import Loaded, Work
 from ray_vlm.evaluate.generate import generate_answers, plan_batches
+from ray_vlm.evaluate.weights import find_answerer
 from ray_vlm.runs.checkpoints import fetch_folder
-from ray_vlm.runs.read import Run, read_run
-from ray_vlm.runs.store import full_address, join
+from ray_vlm.runs.store import full_address
 from ray_vlm.tasks.answers import IMAGE
 from ray_vlm.tasks.boxes import box_problem
 from ray_vlm.tasks.gui_steps import remember
@@ -85,32 +86,40 @@ class Ask:
 class Predictor:
     """A base with an adapter on it, or alone, that answers. Loads the weights at the first question."""
 
-    def __init__(self, job: JobConfig, adapter: str | None = None):
+    def __init__(self, job: JobConfig, adapter: str | None = None, wording: str | None = None):
         """`job`: model, task and limits; `adapter`: folder or address of `best/` or `final/`; None is the base.
+        `wording`: another folder whose `preprocessing.json` says how to ask.
 
         Raises `ModelError` for an adapter of another task or base.
         """
         self.weights = fetch_folder(adapter) if adapter is not None else None
-        spec = row_spec(job, [])
-        spec = (read_preprocessing(self.weights, spec) if self.weights is not None else None) or spec
+        spec, asked_by = row_spec(job, []), wording or self.weights
+        spec = (read_preprocessing(asked_by, spec) if asked_by is not None else None) or spec
         self.job, self.task = job, spec.task.name
         self._adapter = adapter
         self._loaded = Loaded(Work(job, spec, (), self.weights, ()))
 
     @classmethod
-    def from_run(cls, run: str, weights: str | None = None, device: str | None = None) -> "Predictor":
-        """From a run folder or its address. `weights`: `best` or `final`; None takes `best` where there is one.
+    def from_run(
+        cls,
+        run: str,
+        weights: str | None = None,
+        device: str | None = None,
+        base: str | None = None,
+        job: JobConfig | str | None = None,
+        task: str | None = None,
+    ) -> "Predictor":
+        """From a run, its `best/`, an exported adapter, a merged model, a base, or a job file: folder, address or hub
+        name.
 
-        `device`: `cpu` or `cuda`; None is what the run trained on. Raises `RunError` where the run has no weights.
+        `weights`: of a run, `best`, `final` or `base`; None takes `best` where there is one. `device`: `cpu` or `cuda`;
+        None is what the run trained on. `base`: an adapter's, where it lies elsewhere than when it was trained. `job`,
+        or `task` alone, says how to ask weights with no `preprocessing.json` beside them. Raises `RunError` where
+        nothing is found, `ConfigError` or `ModelError` where it takes more to ask.
         """
-        found = read_run(str(run))
-        job = load_resolved(dict(found.job)) if found.job else None
-        if job is None:
-            raise RunError(f"{found.address}: resolved.json cannot be read, so its model is not known.")
-        if device is not None:
-            cards = 0 if device == "cpu" else max(1.0, job.cluster.gpus_per_worker)
-            job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"gpus_per_worker": cards})})
-        return cls(job, weights_of(found, weights))
+        asked = load_job(job) if isinstance(job, str) else job
+        found = find_answerer(str(run), weights, base, asked, task, device)
+        return cls(found.job, found.weights, found.wording)
 
     def predict(self, image: Any, **told: Any) -> Found:
         """The answer to one image, or to a list of them for `chat`.
@@ -187,15 +196,6 @@ class Predictor:
         """The model as so many processes load it, 0 for this one; still without records."""
         where = self.weights if num_actors == 0 or self._adapter is None else full_address(self._adapter)
         return replace(self._loaded.work, adapter=where)
-
-
-def weights_of(run: Run, weights: str | None) -> str:
-    """The address of a run's `best/` or `final/`. Raises `RunError` where it has not what is asked for."""
-    there = [name for name in ("best", "final") if name in run.folders]
-    if weights not in (None, *there) or not there:
-        wanted = weights or "best/ or final/"
-        raise RunError(f"{run.address} has no {wanted}. There is: {', '.join(there) or 'no weights yet'}.")
-    return join(run.address, weights or there[0])
 
 
 def _encoded(image: Any) -> str | bytes:

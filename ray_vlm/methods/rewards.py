@@ -4,17 +4,15 @@ What is rewarded is what is measured. `load_rewards` reads what a job names, `ch
 before training, and `score_completions` scores a batch of completions, part by part.
 """
 
-import importlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
+from ray_vlm.config.places import import_function
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.methods.reward_answers import FRAME, ORDER, TRUTH, Case, attributes_of, build_cases
 from ray_vlm.methods.reward_parts import PARTS, score_parts
@@ -52,7 +50,7 @@ def load_rewards(
     """The rewards that a job names; `weights` None: `DEFAULT_WEIGHTS` of the task.
 
     A part is one of `PARTS[task]`, for classification also an attribute's name from `labels`, or `module:function`,
-    which is imported (the current folder goes onto `sys.path` first, as with `python -m`). A weight of 0 only logs the
+    which is imported from the current folder, what is installed, or the job file's folder. A weight of 0 only logs the
     part. `has_truth` False: the rows are prompts alone, which only functions can score. Raises `ConfigError` with
     everything that is wrong.
     """
@@ -94,11 +92,8 @@ def _is_number(value: Any) -> bool:
 
 def _import_function(name: str) -> tuple[Any, str | None]:
     """What is behind `module:function`, and what is wrong with it."""
-    module, _, attribute = name.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = import_function(name)
     except Exception as error:  # the module is the user's, and may raise anything
         return None, f"could not be imported ({type(error).__name__}: {error}). Mend the module or the name."
     if not callable(function):

@@ -19,6 +19,7 @@ from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Completion, Sampling
 from ray_vlm.models.families import part_of
 from ray_vlm.models.load import resolve_name
+from ray_vlm.models.precision import DTYPES
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # largest ranks that vLLM makes room for
 
@@ -36,7 +37,7 @@ def start_engine(job: JobConfig, key: str, max_lora_rank: int | None, **options:
         model=resolve_name(job.model.name),
         revision=job.model.revision,
         quantization="bitsandbytes" if job.model.load_in_4bit else None,
-        dtype="bfloat16" if job.train.bf16 else "float32",
+        dtype=DTYPES[job.train.precision],
         enable_lora=max_lora_rank is not None,
         seed=job.seed,
         trust_remote_code=False,

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.config.places import describe_search
 from ray_vlm.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,18 +24,36 @@ _REFUSALS = (
 )
 
 
+def is_whole_model(folder: str) -> bool:
+    """Whether a folder holds a whole model, as full fine-tuning and merging write it, and not an adapter."""
+    return (Path(folder) / "config.json").is_file() and not (Path(folder) / CONFIG).is_file()
+
+
+def named_base(folder: str) -> str | None:
+    """The base that an adapter's folder names, a hub name or a folder of where it was trained; None where none is."""
+    found = _read_config(Path(folder) / CONFIG).get("base_model_name_or_path")
+    return found if isinstance(found, str) and found else None
+
+
+def _last_name(base: str) -> str:
+    """What a base is called wherever it lies; a snapshot in the hub's cache is called as on the hub."""
+    path = Path(base)
+    cached = next((part for part in path.parts if part.startswith("models--")), None)
+    return cached.rpartition("--")[2] if cached and "snapshots" in path.parts else path.name
+
+
 def check_adapter(folder: str, base: str, told: str) -> None:
     """Raise `ModelError` where the folder holds no LoRA of `base` (a hub name or folder; `told`: as the job has it)
     whose weights are whole."""
     path = Path(folder)
-    if (path / "config.json").is_file():
+    if is_whole_model(folder):
         raise ModelError(f"{folder} is a whole model, not an adapter. Name it as the base: model.name={folder}")
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            raise ModelError(f"{folder}: no adapter here ({name} is missing). {_USE}")
+            raise ModelError(f"{folder}: no adapter here ({name} is missing). {_USE}{describe_search(folder)}")
     config = _read_config(path / CONFIG)
     trained_on = config.get("base_model_name_or_path")
-    if trained_on and (not isinstance(trained_on, str) or Path(trained_on).name != Path(base).name):
+    if trained_on and (not isinstance(trained_on, str) or _last_name(trained_on) != _last_name(base)):
         raise ModelError(f"{folder}: trained on {trained_on!r}, but model.name is {told!r}. Use that base.")
     _check_ranks(path, config, _read_weights(path / WEIGHTS))
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray_vlm.config.schema import Model
+from ray_vlm.config.train import Precision
 from ray_vlm.errors import ModelError
 from ray_vlm.models.load import load_adapter, load_config, load_model
+from ray_vlm.models.precision import DTYPES
 
 # Largest difference of a logit, as a share of the largest logit, that rounding explains (measured in docs/LOG.md).
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
 def check_mergeable(spec: Model) -> None:
@@ -26,7 +28,7 @@ def check_mergeable(spec: Model) -> None:
 
 
 def merge(
-    spec: Model, adapter: str, batches: Sequence[dict[str, Any]], bf16: bool, device: str = "cpu"
+    spec: Model, adapter: str, batches: Sequence[dict[str, Any]], precision: Precision, device: str = "cpu"
 ) -> tuple[Any, dict[str, float]]:
     """The base with the adapter merged in, and how far its logits are from the two apart.
 
@@ -36,12 +38,12 @@ def merge(
     explains.
     """
     check_mergeable(spec)
-    model = load_adapter(load_model(spec.model_copy(update={"load_in_4bit": False}), bf16, device), adapter, spec)
+    model = load_adapter(load_model(spec.model_copy(update={"load_in_4bit": False}), precision, device), adapter, spec)
     model.eval()
     apart = [_logits(model, batch) for batch in batches]
     merged = model.merge_and_unload(safe_merge=True)
     found = compare(apart, [_logits(merged, batch) for batch in batches])
-    limit = TOLERANCE["bfloat16" if bf16 else "float32"]
+    limit = TOLERANCE[DTYPES[precision]]
     if batches and not found["largest"] <= limit * found["scale"]:
         raise ModelError(
             f"{adapter}: merged, its logits differ by {found['largest']:.3g} from base and adapter, where {limit:g} of "

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.schema import Model
+from ray_vlm.config.train import Precision
 from ray_vlm.errors import ModelError
-from ray_vlm.models.adapter import check_adapter, put_adapter
+from ray_vlm.models.adapter import CONFIG, WEIGHTS, check_adapter, is_whole_model, put_adapter
 from ray_vlm.models.families import FAMILIES, Family
 from ray_vlm.models.generic import describe
+from ray_vlm.models.precision import dtype_of
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.progress import lasting
 
@@ -96,17 +98,16 @@ def load_processor(spec: Model) -> Any:
     return processor
 
 
-def load_model(spec: Model, bf16: bool, device: str = "cpu") -> Any:
+def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     """The base on `device`, frozen state as loaded; NF4 with double quantisation where `spec.load_in_4bit`.
 
-    Compute is bfloat16 or float32. In 4 bit the vision tower, the embeddings and the head stay unquantised.
+    Compute is what `precision` says. In 4 bit the vision tower, the embeddings and the head stay unquantised.
     """
-    import torch
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     family = family_of(load_config(spec))
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype_of(precision)
     options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "attn_implementation": "sdpa"}
     if spec.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -206,3 +207,40 @@ def load_adapter(model: Any, folder: str, spec: Model, trainable: bool = False) 
     folder = fetch_folder(folder)
     check_adapter(folder, resolve_name(spec.name), spec.name)
     return put_adapter(model, folder, trainable)
+
+
+def load_trained(spec: Model, precision: Precision, weights: str | None, device: str = "cpu") -> Any:
+    """The base with what was trained on it: an adapter, or the whole model that is in `weights` in its place.
+
+    A whole model is loaded as it was written, without quantisation. None is the base alone. Raises `ModelError` where
+    the weights are of another base.
+    """
+    folder = fetch_folder(weights) if weights is not None else None
+    if folder is not None and is_whole_model(folder):
+        return load_model(whole_model(spec, folder), precision, device)
+    model = load_model(spec, precision, device)
+    return model if folder is None else load_adapter(model, folder, spec)
+
+
+def whole_model(spec: Model, folder: str) -> Model:
+    """The section for a whole model that was trained from the base. Raises `ModelError` where it is of another kind."""
+    whole = Model(name=folder, load_in_4bit=False)
+    kind, base = load_config(whole).model_type, load_config(spec).model_type
+    if kind != base:
+        raise ModelError(f"{folder} is a {kind}, and model.name={spec.name!r} is a {base}. Use a job of that base.")
+    return whole
+
+
+def fetch_from_hub(name: str) -> str:
+    """A folder of the hub's cache with what says what `name` on the hub is, and the weights where it is an adapter.
+
+    Raises `ModelError` where it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, "config.json", "preprocessing.json"])
+    except Exception as error:  # the hub's client raises what it likes
+        raise ModelError(
+            f"{name} is no folder here, and cannot be loaded from the hub ({_first_line(error)}). {_advice(error)}"
+        ) from None

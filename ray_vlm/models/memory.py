@@ -134,7 +134,7 @@ def shared_out(job: JobConfig, weights: Weights, largest: float) -> dict[str, fl
         parts = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain}
         parts |= {"what learns, float32": whole, "Adam's two moments": 2 * whole, "gradients": whole}
         return parts | ({"buckets of gradients for the other workers": whole} if workers > 1 else {})
-    held, learns = (workers if stage == 3 else 1), whole / 2 if job.train.bf16 else whole
+    held, learns = (workers if stage == 3 else 1), whole / 2 if job.train.precision != "fp32" else whole
     away = "offload" in (cluster.deepspeed or "")
     slices = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain, "what learns": learns}
     parts = {} if stage == 3 and away else {name: value / held for name, value in slices.items()}
@@ -157,7 +157,7 @@ def rollout_bytes(job: JobConfig, config: Any, size: RowSize) -> float:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     sequences = job.train.global_batch_size / job.cluster.least_workers
     length = size.image_tokens + size.prompt_tokens + job.method.max_completion_tokens
-    each = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if job.train.bf16 else 4)
+    each = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (4 if job.train.precision == "fp32" else 2)
     return float(each * sequences * length)
 
 

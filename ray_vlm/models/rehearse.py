@@ -13,6 +13,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import freeze_parts, lora_config
+from ray_vlm.models.precision import autocast, dtype_of
 from ray_vlm.models.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Rehearsal:
         quiet_libraries()
 
         self.job, self.family, self.config = job, family, config
-        self.dtype = torch.bfloat16 if job.train.bf16 else torch.float32
+        self.dtype = dtype_of(job.train.precision)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             self.model, self.base = self._build()
@@ -94,7 +95,6 @@ class Rehearsal:
         `checkpointed`: how many of the first layers recompute their activations; None: as the job says. `watch`: a
         context that sees every operation too.
         """
-        import torch
 
         from ray_vlm.models.live import LiveBytes
 
@@ -109,8 +109,7 @@ class Rehearsal:
         known = [*self.model.parameters(), *self.model.buffers()]
         for parameter in self.model.parameters():
             parameter.grad = None
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.job.train.bf16)
-        with self.mode, LiveBytes(known) as live, watch or nullcontext(), autocast:
+        with self.mode, LiveBytes(known) as live, watch or nullcontext(), autocast(self.job.train.precision, "cpu"):
             live.begin("vision")
             pixels = self._pixels(batch)
             features, recent = self._see(batch, pixels), self._recent(batch)

@@ -9,24 +9,25 @@ from itertools import chain
 from typing import Any
 
 from ray_vlm.config.schema import Model
+from ray_vlm.config.train import Precision
 from ray_vlm.models.load import load_model
 
 _KEPT: dict[tuple, Any] = {}
 
 
-def load_resident(spec: Model, bf16: bool, device: str = "cpu") -> Any:
+def load_resident(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     """As `load_model`, but weights come from the disk only once in this process; nobody may change them."""
-    key = (spec.name, spec.revision, spec.load_in_4bit, bf16, device)
+    key = (spec.name, spec.revision, spec.load_in_4bit, precision, device)
     if key not in _KEPT:
         _KEPT.clear()  # one base is what a card holds
-        _KEPT[key] = load_model(spec, bf16, device)
+        _KEPT[key] = load_model(spec, precision, device)
     return share_weights(_KEPT[key])
 
 
-def keep_resident(spec: Model, bf16: bool, device: str, model: Any) -> None:
+def keep_resident(spec: Model, precision: Precision, device: str, model: Any) -> None:
     """Let `load_resident` hand out this base, which has been built here, for `spec`."""
     _KEPT.clear()
-    _KEPT[spec.name, spec.revision, spec.load_in_4bit, bf16, device] = model
+    _KEPT[spec.name, spec.revision, spec.load_in_4bit, precision, device] = model
 
 
 def share_weights(model: Any) -> Any:

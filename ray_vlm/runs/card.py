@@ -9,7 +9,8 @@ from ray_vlm.runs.compute import measure_compute
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import tell_number, tell_time
 
-ADAPTER, MERGED = "adapter", "merged"
+ADAPTER, MERGED, WHOLE = "adapter", "merged", "model"  # kinds of exports, which name their folders
+TITLES = {ADAPTER: "adapter", MERGED: "merged model", WHOLE: "model"}
 SHIPPED = "tiny"  # `model.name` of the weights that come with this package
 CHOSE_BEST = "that also chose best/"  # of rows, where `data.test_on_eval` measures them
 _VERSIONS = ("ray-vlm", "torch", "transformers", "trl", "peft", "bitsandbytes")
@@ -21,21 +22,20 @@ def write_card(
     """Markdown with the hub's head. `weights`: `best` or `final`; `licence`: of the base, None where it is not known;
     `checked`: how far merged weights are from base and adapter, as `models.export.merge` found."""
     base = str(setting(run.job, "model.name"))
-    adapter = kind == ADAPTER and bool(setting(run.job, "lora"))
-    parts = [_head(adapter, base, licence), _title(run, kind, weights, base), _how(run), _scores(run), _cost(run)]
+    parts = [_head(kind, base, licence), _title(run, kind, weights, base), _how(run), _scores(run), _cost(run)]
     parts += [_check(checked)] if checked is not None else []
     return "\n\n".join([*parts, _loading(run, kind, base)]) + "\n"
 
 
-def _head(adapter: bool, base: str, licence: str | None) -> str:
+def _head(kind: str, base: str, licence: str | None) -> str:
     lines = ["---", f"base_model: {json.dumps(base)}", "pipeline_tag: image-text-to-text"]
-    lines.append(f"library_name: {'peft' if adapter else 'transformers'}")
+    lines.append(f"library_name: {'peft' if kind == ADAPTER else 'transformers'}")
     lines += [f"license: {json.dumps(licence)}"] if licence else []
-    return "\n".join([*lines, f"tags: [ray_vlm{', lora' if adapter else ''}]", "---"])
+    return "\n".join([*lines, f"tags: [{'ray_vlm' if kind == WHOLE else 'ray_vlm, lora'}]", "---"])
 
 
 def _title(run: Run, kind: str, weights: str, base: str) -> str:
-    what = "merged model" if kind == MERGED else "LoRA adapter" if setting(run.job, "lora") else "fine-tuned model"
+    what = {ADAPTER: "LoRA adapter", WHOLE: "fine-tuned model"}.get(kind, TITLES[kind])
     step = run.best["step"] if weights == "best" and run.best else run.step
     name, task = _plain(run.name), setting(run.job, "task.name")
     return f"# {name}\n\nA {what} for {task}, of {_plain(base)}: `{weights}/` of the run `{name}`, step {step}."
@@ -107,7 +107,7 @@ def _check(checked: Mapping[str, float]) -> str:
 def _loading(run: Run, kind: str, base: str) -> str:
     """Code that runs as it stands in the folder of the card, and what else there is to know."""
     lines = ["from transformers import AutoModelForImageTextToText", ""]
-    if kind == ADAPTER and setting(run.job, "lora"):
+    if kind == ADAPTER:
         lines.insert(0, "from peft import PeftModel")
         name = repr(base)
         if base == SHIPPED:  # no name of the hub: it lies in this package

@@ -16,6 +16,7 @@ from typing import Any
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.drivers import living_driver
+from ray_vlm.runs.keys import split_key
 from ray_vlm.runs.monitor import best_line, current_lines, read_line
 from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.sound import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
@@ -135,7 +136,7 @@ class Run:
 def setting(job: Mapping[str, Any], key: str) -> Any:
     """A resolved job's value under a dotted key, or None."""
     value: Any = job
-    for part in key.split("."):
+    for part in split_key(key) or ():
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 

@@ -1,7 +1,7 @@
 """What a trainer's state becomes on disk, and that it fits what is loaded.
 
-A checkpoint holds the adapter (or the whole model), optimizer, scheduler and each rank's random state, in the files
-that `transformers.Trainer` reads back; where it stands in the plan is its step.
+A checkpoint holds the adapter (or the whole model), optimizer, scheduler, the loss scale of float16 and each rank's
+random state, in the files that `transformers.Trainer` reads back; where it stands in the plan is its step.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ class CheckpointWriter:
         def fill(folder: Path) -> None:
             trainer._save_rng_state(str(folder))
             trainer._save_optimizer_and_scheduler(str(folder))  # rank 0's; under DeepSpeed each rank has its part
+            trainer._save_scaler(str(folder))  # rank 0's, where float16 needs one
             if self.place.rank == 0:
                 save(folder)
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))

@@ -30,7 +30,7 @@ def deepspeed_config(job: JobConfig) -> dict[str, Any] | None:
             zero["offload_param"] = {"device": "cpu"}
     return {
         "zero_optimization": zero,
-        "bf16": {"enabled": job.train.bf16},
+        "bf16": {"enabled": job.train.precision == "bf16"},
         "communication_data_type": "fp32",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

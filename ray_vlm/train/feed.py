@@ -6,6 +6,7 @@ to bfloat16 on 4-bit bases, where a step of 1e-4 of a weight is lost).
 
 import math
 import tempfile
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray_vlm.data.spec import Row
 from ray_vlm.models.lora import split_rates
 from ray_vlm.train.clock import Clock
 from ray_vlm.train.deepspeed import deepspeed_config
+from ray_vlm.train.loss_scale import scale_on_cpu
 
 
 class PlannedBatches:
@@ -90,6 +92,8 @@ def feed_trainer(trainer_class: type) -> type:
             named = kwargs["model"].named_parameters()
             exact = {name: p.data for name, p in named if p.requires_grad and not hasattr(p, "ds_id")}
             super().__init__(*args, **kwargs)
+            scale_on_cpu(self.accelerator)
+            self._losses: deque[Any] = deque(maxlen=self.args.gradient_accumulation_steps)
             self.clock = Clock(str(self.args.device))
             _restore(self.model, exact)
 
@@ -109,8 +113,13 @@ def feed_trainer(trainer_class: type) -> type:
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             with self.clock.phase("step"):
                 loss = super().training_step(*args, **kwargs)
+            self._losses.append(loss.detach())
             # The Trainer sums losses up, and takes the sum off after logging: NaN would stay in it.
             return loss.nan_to_num(0.0, 0.0, 0.0) if self.skips_nonfinite else loss
+
+        def losses_are_finite(self) -> bool:
+            """Whether those of the last step are, on this rank."""
+            return all(bool(loss.isfinite().all()) for loss in self._losses)
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             with self.clock.phase("forward"):
@@ -157,7 +166,8 @@ def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "gradient_checkpointing": bool(train.gradient_checkpointing),
-        "bf16": train.bf16,
+        "bf16": train.precision == "bf16",
+        "fp16": train.precision == "fp16",
         "deepspeed": deepspeed_config(job),
         "use_cpu": job.cluster.gpus_per_worker == 0,
         # text alone leaves the tower's weights without a gradient

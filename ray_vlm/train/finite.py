@@ -98,12 +98,14 @@ def watch_steps(
     monitor: Monitor | None,
     ids: Callable[[int], str],
     begun: tuple[int, Sequence[int]] = (0, ()),
+    overflowed: Callable[[], str | None] = lambda: None,
 ) -> Callable[[Any, int, Mapping[str, float]], bool]:
     """A function that is called with the model, the step (from 0) and its gradient's norms before the optimizer moves.
 
     Where they are not finite it raises `RunError`, or drops the gradients and says so. `monitor`: of rank 0, which
     writes down. `begun`: the step that this attempt goes on from, and the steps that were bad before it; with
-    `train.nonfinite=rewind` none between them is trained.
+    `train.nonfinite=rewind` none between them is trained. `overflowed`: why a gradient that is not finite is the
+    business of float16's scaler, which leaves the step out by itself, or None.
     """
     policy = job.train.nonfinite
     until = max([step for step in begun[1] if step > begun[0]], default=0) if policy == "rewind" else 0
@@ -116,6 +118,10 @@ def watch_steps(
             drop_gradients(model)
             return True
         if is_finite(norms):
+            return False
+        if (scaled := overflowed()) is not None:
+            if monitor is not None:
+                monitor.note(step + 1, scaled)
             return False
         told = describe_step(plan, step, ids)
         if monitor is not None:

@@ -13,6 +13,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
 from ray_vlm.methods import METHODS
 from ray_vlm.models.backbone import recompute
+from ray_vlm.models.precision import autocast
 from ray_vlm.train.attempt import Place
 from ray_vlm.train.fit import Probe
 
@@ -30,7 +31,7 @@ def run_probe(trainer: Any, job: JobConfig, probe: Probe, place: Place) -> str:
     try:
         with _no_trace(trainer, place), _measure(model, place) as took:
             batch = METHODS[job.method.name].heaviest(trainer, rows, place.device)
-            with torch.autocast(torch.device(place.device).type, torch.bfloat16, enabled=job.train.bf16):
+            with autocast(job.train.precision, place.device):
                 trainer.compute_loss(model, batch).backward()
             del batch
     except torch.OutOfMemoryError as error:

@@ -62,7 +62,7 @@ def describe_reference(
     return {
         "base": base,
         "model": [os.path.basename(job.model.name), job.model.revision, job.model.load_in_4bit],
-        "bf16": job.train.bf16,
+        "precision": job.train.precision,
         "adapter": _fingerprint(job.model.adapter),
         "rows": rows,
         "images": images.hexdigest(),

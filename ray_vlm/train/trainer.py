@@ -55,7 +55,7 @@ def load_adapted(job: JobConfig, family: Family, place: Place) -> Any:
     from ray_vlm.models.resident import load_resident
 
     load = load_resident if job.tune.resident else load_model
-    model = load(job.model, job.train.bf16, place.device)
+    model = load(job.model, job.train.precision, place.device)
     if job.lora is None:
         return freeze_parts(model, job.train.freeze or (), family)
     if job.model.adapter is not None:

@@ -15,11 +15,12 @@ from ray_vlm.cluster.environment import Environment
 from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.preprocessing import describe_preprocessing
+from ray_vlm.data.preprocessing import PREPROCESSING, asking_of, describe_preprocessing
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.methods import METHODS
 from ray_vlm.models.lora import count_trainable
+from ray_vlm.models.precision import describe_emulation
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
@@ -119,6 +120,8 @@ def _train(
         if job.method.precompute_ref_log_probs:
             trainer.reference = find_reference(job, task, trainer, place, about["base"], monitor)
         if monitor is not None:
+            if (emulated := describe_emulation(job.train.precision, place.device)) is not None:
+                monitor.note(attempt.step, emulated)
             for text in attempt.notes:
                 monitor.note(attempt.step, text)
             counts = count_trainable(trainer.model, preparer.family)
@@ -226,9 +229,10 @@ def _build_callback(
     from ray_vlm.train.background import Background
     from ray_vlm.train.finite import read_bad_steps, watch_steps
     from ray_vlm.train.gradients import watch_gradients
+    from ray_vlm.train.loss_scale import watch_overflow
     from ray_vlm.train.report import Progress, RunCallback, plain
 
-    preprocessing = describe_preprocessing(load_preparer(task.spec))
+    preprocessing = describe_preprocessing(load_preparer(task.spec), asking_of(job))
 
     whole: dict[str, Any] = {}  # under ZeRO-3, where no rank has all, what `gather` put together for `save`
 
@@ -242,7 +246,7 @@ def _build_callback(
         trainer.model.save_pretrained(folder, **only)
         if job.lora is None:
             trainer.processing_class.save_pretrained(folder)
-        write_json(folder / "preprocessing.json", preprocessing)
+        write_json(folder / PREPROCESSING, preprocessing)
 
     def tell(metrics: dict[str, Any]) -> None:
         if place.ray:
@@ -253,7 +257,9 @@ def _build_callback(
     callback = RunCallback(job, paths, task.plan, monitor, save, tell)
     callback.gather = gather
     listed = place.share(read_bad_steps(paths) if place.rank == 0 else None)
-    callback.check_finite = watch_steps(job, paths, task.plan, monitor, _names(trainer), (attempt.step, listed))
+    callback.check_finite = watch_steps(
+        job, paths, task.plan, monitor, _names(trainer), (attempt.step, listed), watch_overflow(trainer, place)
+    )
     callback.logged = METHODS[job.method.name].logged
     callback.gradients = watch_gradients(job, load_preparer(task.spec).family, trainer.model, place)
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))

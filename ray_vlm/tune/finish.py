@@ -8,10 +8,10 @@ from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.config.check_tune import tune_metrics
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.evaluate.export import export_run
-from ray_vlm.evaluate.predictor import weights_of
+from ray_vlm.evaluate.export import export_run, kind_of
 from ray_vlm.evaluate.run import evaluate
-from ray_vlm.runs.card import ADAPTER, MERGED
+from ray_vlm.evaluate.weights import weights_of
+from ray_vlm.runs.card import MERGED
 from ray_vlm.runs.read import Run, read_run
 from ray_vlm.runs.store import Store, is_remote, join
 from ray_vlm.runs.text import tell_number
@@ -36,7 +36,7 @@ def finish_sweep(
     if job.data.tested is not None:
         notes.append(_measure(run, say))
     if job.tune.export is not None:
-        kind = MERGED if job.tune.export == "merged" else ADAPTER
+        kind = kind_of(run, job.tune.export == "merged")
         name = f"export/{kind}"
         Store(address).remove(name)
         _make(address, name, lambda folder: export_run(run.address, str(folder), kind == MERGED, None, lambda _: None))

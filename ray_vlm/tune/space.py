@@ -19,6 +19,7 @@ from typing import Any
 
 from ray_vlm.config.load import dump_job, load_job, parse_yaml, read_text
 from ray_vlm.errors import ConfigError
+from ray_vlm.runs.keys import describe_no_section, split_key
 from ray_vlm.runs.read import setting
 from ray_vlm.tune.formula import compute, is_finite, read_formula
 
@@ -26,6 +27,7 @@ NUMBERS = {"uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "rand
 LISTS = ("choice", "grid")
 FIXED, DERIVED = "value", "derived"
 _OWN_SECTIONS = ("tune", "cluster", "run", "track")  # a trial must not change where and on what it runs
+_BY_CLASS = tuple(("data", name) for name in ("oversample", "class_weights", "condition_weights"))
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ def load_space(path: str | Path) -> Space:
 
 
 def _read(key: str, told: Any) -> Setting:
-    parts = key.split(".")
-    if not all(part.isidentifier() for part in parts):
-        raise ValueError("a key is written section.key; search a whole mapping by {choice: [{...}, {...}]}")
+    parts = split_key(key)
+    if parts is None:
+        raise ValueError("a key is written section.key, with quotes around a name that holds a dot")
     if parts[0] in _OWN_SECTIONS:
         raise ValueError(
             f"`{parts[0]}` says where and on what a trial runs, and is the same for all. Set it in the job"
@@ -162,9 +164,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
+def value_of(job: Mapping[str, Any], key: str) -> Any:
+    """What a resolved job has under the key of a space; rows and tokens of a class that it does not name count once."""
+    value, parts = setting(job, key), split_key(key) or ()
+    return 1.0 if value is None and len(parts) == 3 and parts[:2] in _BY_CLASS else value
+
+
 def own_values(space: Space, job: Mapping[str, Any]) -> dict[str, Any] | None:
     """The job's own values of what is searched, or None where one of them lies outside the space."""
-    values = {s.key: setting(job, s.key) for s in space.searched}
+    values = {s.key: value_of(job, s.key) for s in space.searched}
     return values if all(_holds(s, values[s.key]) for s in space.searched) else None
 
 
@@ -198,8 +206,8 @@ def _ends(setting: Setting) -> list[Any]:
 def check_space(space: Space, job_path: str, overrides: Sequence[str]) -> None:
     """Raise `ConfigError` with every setting of the space that the job's schema or rules refuse."""
     job = dump_job(load_job(job_path, overrides))
-    problems: list[str] = []
-    for drawn in examples(space):
+    problems = list(_without_section(space, job))
+    for drawn in examples(space) if not problems else ():
         try:
             values = resolve(space, drawn, job)
         except ValueError as error:
@@ -211,3 +219,17 @@ def check_space(space: Space, job_path: str, overrides: Sequence[str]) -> None:
             problems += [f"{space.path}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _without_section(space: Space, job: Mapping[str, Any]) -> Iterator[str]:
+    """Keys inside what the job has as a single value: `data.oversample: auto`, or a share as `data.test: 0.1`."""
+    for key in (s.key for s in space.settings):
+        parts, value = split_key(key) or (), job
+        for depth, part in enumerate(parts[:-1]):
+            value = value.get(part)  # type: ignore[assignment]
+            if value is None:
+                break
+            if not isinstance(value, Mapping):
+                told = describe_no_section(parts, depth + 1, value)
+                yield f"{space.path}: `{key}`: {told} in the job, or search all of it: {{choice: [...]}}"
+                break

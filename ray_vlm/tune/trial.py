@@ -22,6 +22,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.splits import Parts
 from ray_vlm.errors import Interrupted, RunError
 from ray_vlm.models.out_of_memory import NO_ROOM
+from ray_vlm.runs.keys import split_key
 from ray_vlm.runs.monitor import current_lines, read_line
 from ray_vlm.runs.read import is_number, read_run
 from ray_vlm.runs.store import Store, join
@@ -61,9 +62,11 @@ def build_trial_job(sweep: Sweep, number: int, drawn: Mapping[str, Any]) -> tupl
     values = resolve(sweep.space, drawn, sweep.job) if drawn else {}
     job = json.loads(json.dumps(dict(sweep.job)))
     for key, value in values.items():
-        *sections, last = key.split(".")
+        *sections, last = split_key(key) or ()
         place = job
         for section in sections:
+            if place.get(section) is None:
+                place[section] = {}  # the first class of `data.oversample`
             place = place[section]
         place[last] = value
     if job["tune"]["resident"]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.read import Run, is_number, read_run, setting
+from ray_vlm.runs.read import Run, is_number, read_run
 from ray_vlm.runs.store import Store, join
 from ray_vlm.tune.plan import rank_trials
-from ray_vlm.tune.space import Space
+from ray_vlm.tune.space import Space, value_of
 
 TRIALS = "trials"  # folder of a sweep that holds its runs
 
@@ -50,7 +50,7 @@ def read_trial(run: Run, space: Space) -> Trial:
     best = run.best or {}
     return Trial(
         name=run.name,
-        values={s.key: setting(run.job, s.key) for s in space.settings},
+        values={s.key: value_of(run.job, s.key) for s in space.settings},
         status=run.status,
         step=run.step,
         num_steps=run.num_steps,

@@ -1,19 +1,35 @@
-"""`ray-vlm predict`: answers for images, folders and tables, by a run's weights."""
+"""`ray-vlm predict`: answers for images, folders and tables, by a run's weights or by others."""
 
 import argparse
+from pathlib import Path
 
 
 def add_predict_verb(verbs: argparse._SubParsersAction) -> None:
     """`ray-vlm predict RUN INPUT... --output PATH`."""
-    predict = verbs.add_parser("predict", help="what a run's model says of images, folders or tables")
-    predict.add_argument("run", metavar="RUN", help="a run folder, or a name in outputs/")
+    predict = verbs.add_parser("predict", help="what a model says of images, folders or tables")
+    predict.add_argument(
+        "run",
+        metavar="RUN",
+        help="a run or a sweep (a folder, or a name in outputs/), its best/ or final/, an exported adapter, a merged "
+        "model, a base, each a folder or a name on the hub; or a job file, whose base is asked",
+    )
     predict.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="images, folders of images, or tables with a column"
     )
     predict.add_argument("--output", required=True, metavar="PATH", help="results, .jsonl or .csv")
     predict.add_argument("--draw", metavar="FOLDER", help="also images there, with what was found on them")
     predict.add_argument("--question", metavar="TEXT", help="asked about every image (chat)")
-    predict.add_argument("--weights", choices=["best", "final"], help="default: best, or final where there is no best")
+    predict.add_argument(
+        "--weights",
+        choices=["best", "final", "base"],
+        help="of a run; base is what it began with (default: best, or final where there is no best)",
+    )
+    predict.add_argument(
+        "--base", metavar="NAME", help="an adapter's base, where it lies elsewhere than when it was trained"
+    )
+    predict.add_argument(
+        "--job", metavar="JOB", help="a job file with task and wording, for weights that do not say how to ask them"
+    )
     predict.add_argument("--device", choices=["cpu", "cuda"], help="default: what the run trained on")
     predict.add_argument(
         "--num-replicas",
@@ -28,9 +44,16 @@ def _predict(args: argparse.Namespace) -> None:
     from ray_vlm.errors import ConfigError
     from ray_vlm.evaluate.predict import predict_files
     from ray_vlm.evaluate.predictor import Predictor
+    from ray_vlm.runs.store import is_remote
     from ray_vlm.verbs.runs import find_run
 
-    predictor = Predictor.from_run(find_run(args.run), args.weights, args.device)
+    task = "chat" if args.question is not None else None
+    name = find_run(args.run)
+    if is_remote(name) or (Path(name) / "sweep.json").is_file():
+        from ray_vlm.tune.sweep import find_best
+
+        name = find_best(name)
+    predictor = Predictor.from_run(name, args.weights, args.device, args.base, args.job, task)
     replicas = args.num_replicas if args.num_replicas is not None else predictor.job.evaluate.num_replicas or 0
     if replicas < 0:
         raise ConfigError(f"--num-replicas {replicas}: a number of processes is needed, 0 or more.")

@@ -44,7 +44,8 @@ def build(chosen: Combination, folder: Path = Path("x"), model: str = "x") -> Jo
     cluster = chosen["cluster"]
     where = {"num_workers": 2, "deepspeed": cluster} if isinstance(cluster, str) else {"num_workers": cluster}
     steps = {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3}
-    kept = {"bf16": chosen["weights"] == "bfloat16", "gradient_checkpointing": chosen["checkpointing"]}
+    precision = "bf16" if chosen["weights"] == "bfloat16" else "fp32"
+    kept = {"precision": precision, "gradient_checkpointing": chosen["checkpointing"]}
     return load_resolved(
         {
             "method": method,

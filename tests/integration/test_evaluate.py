@@ -50,7 +50,7 @@ def test_batch_size_changes_no_answer(scenes: Path, tiny_models: dict[str, str])
     for folder in tiny_models.values():
         spec = RowSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS)
         index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-        model = load_model(spec.model, bf16=False)
+        model = load_model(spec.model, precision="fp32")
         one, many = (generate_answers(model, index.records, load_preparer(spec), size, 6) for size in (1, 5))
         assert one == many
 
@@ -66,7 +66,7 @@ def test_answers_are_those_of_generate(
 
     spec = RowSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-    model, preparer = load_model(spec.model, bf16=False), load_preparer(spec)
+    model, preparer = load_model(spec.model, precision="fp32"), load_preparer(spec)
     calls = _count_calls(model.get_decoder(), monkeypatch)
     found = generate_answers(model, index.records, preparer, len(index.records), 80)
     rows_at_once, calls[:] = calls[:], []
@@ -95,7 +95,7 @@ def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models:
 
     spec = RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json"), max_rows=4), Data(), spec)
-    model = load_model(spec.model, bf16=False)
+    model = load_model(spec.model, precision="fp32")
     plain = generate_answers(model, index.records, load_preparer(spec), 4, 12)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.do_sample = True
@@ -111,7 +111,7 @@ def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[
 
     spec = RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-    preparer, model = load_preparer(spec), load_model(spec.model, bf16=False)
+    preparer, model = load_preparer(spec), load_model(spec.model, precision="fp32")
     batch = collate([preparer.train_row(record) for record in index.records], preparer)
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
@@ -156,13 +156,12 @@ def test_labels_of_the_job_are_asked_for_and_saved(job_file, scenes: Path, tmp_p
     assert main(["evaluate", str(path), "--adapter", str(final)]) == 0
 
 
-def test_a_whole_model_is_not_taken_for_an_adapter(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
-    path = job_file(lora=None, **_sections(scenes))
-    assert main(["train", str(path)]) == 0
-    final = str(tmp_path / "runs" / "run" / "final")
-    assert main(["evaluate", str(path), "--adapter", final]) == 1
-    assert f"model.name={final}" in capsys.readouterr().err
-    assert main(["evaluate", str(path), f"model.name={final}"]) == 0
+def test_a_whole_model_of_another_kind_is_refused(
+    job_file, scenes: Path, tiny_models: dict[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    other = tiny_models["qwen2_5_vl"]
+    assert main(["evaluate", str(job_file(**_sections(scenes))), "--adapter", other]) == 1
+    assert f"{other} is a qwen2_5_vl, and model.name=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -10,7 +10,9 @@ import torch
 import yaml
 
 from ray_vlm.cli import main
+from ray_vlm.config.train import Precision
 from ray_vlm.models.export import TOLERANCE, compare, merge
+from ray_vlm.models.precision import DTYPES
 from tests.conftest import FAMILIES
 from tests.support.jobs import write_job
 from tests.support.twins import slow_but
@@ -102,13 +104,16 @@ def test_the_code_of_a_card_loads_what_lies_beside_it(
         assert all(float(p.abs().sum()) > 0 for p in learned)
 
 
-def test_bfloat16_is_within_its_own_rounding(scenes: Path, tmp_path: Path, tiny_models: dict[str, str]) -> None:
-    run = _train(tmp_path, scenes, tiny_models["qwen3_vl"], train={"bf16": True})
+@pytest.mark.parametrize("precision", slow_but(["bf16"], ["bf16", "fp16"]))
+def test_a_narrow_precision_is_within_its_own_rounding(
+    precision: Precision, scenes: Path, tmp_path: Path, tiny_models: dict[str, str]
+) -> None:
+    run = _train(tmp_path, scenes, tiny_models["qwen3_vl"], train={"precision": precision})
     from ray_vlm.config.load import load_resolved
 
     job = load_resolved(json.loads((run / "resolved.json").read_text()))
-    _, found = merge(job.model, str(run / "final"), [_batch(run)], bf16=True)
-    assert 0 < found["largest"] <= TOLERANCE["bfloat16"] * found["scale"]
+    _, found = merge(job.model, str(run / "final"), [_batch(run)], precision)
+    assert 0 < found["largest"] <= TOLERANCE[DTYPES[precision]] * found["scale"]
 
 
 def test_what_cannot_be_exported_is_refused(

@@ -124,7 +124,7 @@ def test_parts_are_told_apart(family: str, folders: dict[str, str]) -> None:
     known = family_of(load_config(spec))
     parts = [part for part in PARTS if part in known.linear]
     for part in parts:
-        model = get_peft_model(load_model(spec, bf16=False), lora_config(Lora(rank=2, target=[part]), known))
+        model = get_peft_model(load_model(spec, precision="fp32"), lora_config(Lora(rank=2, target=[part]), known))
         counts = count_trainable(model, known)
         assert [name for name, count in counts.items() if count["trainable"]] == [part]
         assert all(count["total"] for count in counts.values())
@@ -134,7 +134,7 @@ def test_parts_are_told_apart(family: str, folders: dict[str, str]) -> None:
 def test_four_bits_are_in_the_language_model_alone(family: str, folders: dict[str, str]) -> None:
     spec = Model(name=folders[family], load_in_4bit=True)
     known = family_of(load_config(spec))
-    model = load_model(spec, bf16=False)
+    model = load_model(spec, precision="fp32")
     import re
 
     small = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
@@ -144,7 +144,7 @@ def test_four_bits_are_in_the_language_model_alone(family: str, folders: dict[st
 
 def test_experts_that_stay_whole_are_told(folders: dict[str, str]) -> None:
     with pytest.raises(ModelError, match=r"only \d+% of the weights .* in 4 bit; llama4's .*experts"):
-        load_model(Model(name=folders["llama4"], load_in_4bit=True), bf16=False)
+        load_model(Model(name=folders["llama4"], load_in_4bit=True), precision="fp32")
 
 
 @pytest.mark.parametrize("family", slow_but(["llama4"], STOCK))

@@ -39,7 +39,7 @@ def _float64() -> Iterator[None]:
 def _model(folder: str) -> Any:
     from peft import get_peft_model
 
-    model = load_model(Model(name=folder, load_in_4bit=False), bf16=False)
+    model = load_model(Model(name=folder, load_in_4bit=False), precision="fp32")
     torch.manual_seed(0)
     target = ["language", "connector", "vision"]
     model = get_peft_model(model, lora_config(Lora(rank=4, target=target), FAMILIES[model.config.model_type]))

@@ -61,7 +61,7 @@ def test_every_run_on_a_kept_base_is_the_run_alone(
 def test_a_tree_of_its_own_around_the_same_tensors(job_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_job(job_file(model={"load_in_4bit": True})).model
     monkeypatch.setattr(resident, "_KEPT", {})
-    one, two = load_resident(spec, False), load_resident(spec, False)
+    one, two = load_resident(spec, "fp32"), load_resident(spec, "fp32")
     assert one is not two
     pairs = list(zip(one.named_parameters(), two.named_parameters(), strict=True))
     assert all(a is b for (_, a), (_, b) in pairs)
@@ -70,7 +70,7 @@ def test_a_tree_of_its_own_around_the_same_tensors(job_file: Any, monkeypatch: p
     modules = [m for m in one.modules() if type(m).__name__ == "Linear4bit"]
     assert modules
     assert all(not m.support_avx512bf16_for_cpu for m in modules)
-    fresh = load_model(spec, False)
+    fresh = load_model(spec, "fp32")
     assert copy.deepcopy(fresh).state_dict().keys() == two.state_dict().keys()
     tree = share_weights(fresh)
     assert all(torch.equal(a, b) for a, b in zip(tree.buffers(), fresh.buffers(), strict=True))

@@ -54,7 +54,7 @@ def _rows(preparer: Preparer, prompts: Sequence = PROMPTS) -> list[Row]:
 
 
 def _model(folder: str, load_in_4bit: bool = False) -> Any:
-    return load_model(Model(name=folder, load_in_4bit=load_in_4bit), bf16=False)
+    return load_model(Model(name=folder, load_in_4bit=load_in_4bit), precision="fp32")
 
 
 def _adapted(folder: str, load_in_4bit: bool = False) -> Any:

@@ -36,7 +36,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, scenes: Path, tiny_models: dic
             "model": {"name": tiny_models["qwen3_vl"], "load_in_4bit": False},
             "lora": {"rank": 4, "alpha": 8, "dropout": 0.2},
             "data": rows,
-            "train": train | {"bf16": False, "gradient_checkpointing": False},
+            "train": train | {"precision": "fp32", "gradient_checkpointing": False},
             "checkpoint": {"every_steps": 2},
             "evaluate": {"every_steps": 3, "num_samples": 4, "max_new_tokens": 4},
             "cluster": {"num_workers": 0},

@@ -59,7 +59,7 @@ def test_the_loss_is_the_weighted_mean_over_the_step(job_file, scenes: Path, tmp
     weights = batch.pop("loss_weights")[:, 1:]
     labels = batch.pop("labels")[:, 1:]
     with torch.no_grad():
-        logits = load_model(prepared.job.model, bf16=False)(**batch).logits[:, :-1]
+        logits = load_model(prepared.job.model, precision="fp32")(**batch).logits[:, :-1]
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     expected = float((each * weights).sum() / weights.sum())
     assert float(weights.max()) == 5.0

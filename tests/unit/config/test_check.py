@@ -61,6 +61,7 @@ BROKEN = [
     {"train": {"memory": "auto"}},
     {"train": {"probe": True}, "cluster": {"deepspeed": "zero3"}},
     {"train": {"nonfinite": "skip"}, "cluster": {"deepspeed": "zero2"}},
+    {"train": {"precision": "fp16"}, "cluster": {"deepspeed": "zero2"}},
     {"train": {"vision_cache": "features"}, "cluster": {"deepspeed": "zero3"}},
     {"cluster": {"num_workers": 32}},
     {"cluster": {"num_workers": [2, 2]}},

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_vlm.config.load import dump_job, load_job, load_resolved
+from ray_vlm.config.load import dump_job, fill_defaults, load_job, load_resolved
+from ray_vlm.config.resume import check_resume
 from ray_vlm.errors import ConfigError
 
 GOOD = "model: {name: x}\ndata: {train: {path: a.json}}\n"
@@ -32,7 +33,7 @@ def test_short_forms_defaults_and_round_trip(tmp_path: Path) -> None:
     ("override", "read"),
     [
         ("model.load_in_4bit=false", lambda j: j.model.load_in_4bit is False),
-        ("train.bf16=false", lambda j: j.train.bf16 is False),
+        ("train.bf16=false", lambda j: j.train.precision == "fp32"),
         ("train.gradient_checkpointing=false", lambda j: j.train.gradient_checkpointing is False),
         ("train.learning_rate=2e-4", lambda j: j.train.learning_rate == 2e-4),
         ("train.learning_rate=1E5", lambda j: j.train.learning_rate == 1e5),
@@ -45,6 +46,31 @@ def test_short_forms_defaults_and_round_trip(tmp_path: Path) -> None:
 def test_overrides_win_over_the_file(tmp_path: Path, override: str, read) -> None:
     text = GOOD + "method: sft\ntrain: {bf16: true, gradient_checkpointing: true}\nrun: {name: x}\n"
     assert read(_load(tmp_path, text, override))
+
+
+@pytest.mark.parametrize(("old", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_the_old_form_of_precision_says_the_same(tmp_path: Path, old: bool, precision: str) -> None:
+    job = _load(tmp_path, GOOD + f"train: {{bf16: {str(old).lower()}}}\n")
+    assert job == _load(tmp_path, GOOD + f"train: {{precision: {precision}}}\n")
+    assert load_resolved(dump_job(job)) == job
+    of_earlier = dump_job(job)
+    of_earlier["train"] = {k: v for k, v in of_earlier["train"].items() if k != "precision"} | {"bf16": old}
+    assert check_resume(fill_defaults(of_earlier), dump_job(job)) == [], "a run of an earlier version goes on"
+    other = _load(tmp_path, GOOD + "train: {precision: fp16}\n")
+    assert "train.precision" in check_resume(fill_defaults(of_earlier), dump_job(other))[0]
+
+
+def test_names_of_one_s_own_are_keys(tmp_path: Path) -> None:
+    names = ["toe-drain", "deep hole", "5.5 inch", "driver's"]
+    words = ["toe-drain=7", "deep hole=2", '"5.5 inch"=0.5', "driver's=1.5"]
+    job = _load(tmp_path, GOOD + "task: {labels: [a]}\n", *(f"data.oversample.{word}" for word in words))
+    assert job.data.oversample == dict(zip(names, (7, 2, 0.5, 1.5), strict=True))
+    text = GOOD.replace("}}", "}, oversample: auto, test: 0.1}")
+    (told,) = _problems(tmp_path, text, "data.oversample.toe-drain=7")
+    assert "`data.oversample` is 'auto', not a section" in told
+    assert "Give all of it: data.oversample={toe-drain: ...}" in told
+    assert _load(tmp_path, text, "data.test.ratio=0.2").data.test.ratio == 0.2
+    assert any("and not both" in problem for problem in _problems(tmp_path, text, "data.test.path=b.json"))
 
 
 def test_every_problem_is_told_at_once_with_its_place_and_fix(tmp_path: Path) -> None:
@@ -73,6 +99,8 @@ def test_every_problem_is_told_at_once_with_its_place_and_fix(tmp_path: Path) ->
         ("- a\n- b\n", "a job is a mapping"),
         ("model: {name: x\n", "not valid YAML"),
         (GOOD + "train: {bf16: 1}\n", "should be a valid boolean"),
+        (GOOD + "train: {bf16: true, precision: fp16}\n", "left out beside train.precision=fp16"),
+        (GOOD + "train: {precision: float16}\n", "'fp16'"),
         (GOOD + "train: {bf16: true, bf16: false}\n", "set twice"),
         (GOOD + "method: ppo\n", "'sft'"),
         (GOOD + "lora: {target: []}\n", "at least 1 item"),

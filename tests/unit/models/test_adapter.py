@@ -30,7 +30,7 @@ class Payload:
 @pytest.fixture(scope="module")
 def base(tiny_models: dict[str, str]) -> Any:
     """The base, to be copied: even a refused adapter leaves its marks on it."""
-    return load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), bf16=False)
+    return load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,6 @@ def test_a_whole_one_goes_on_as_it_is(whole: Path, tiny_models: dict[str, str]) 
     from safetensors.torch import load_file
 
     spec = Model(name=tiny_models["qwen3_vl"], load_in_4bit=False)
-    loaded = get_peft_model_state_dict(load_adapter(load_model(spec, bf16=False), str(whole), spec))
+    loaded = get_peft_model_state_dict(load_adapter(load_model(spec, precision="fp32"), str(whole), spec))
     for name, tensor in load_file(whole / WEIGHTS).items():
         assert torch.equal(tensor, loaded[name])

@@ -1,20 +1,23 @@
 """Weights that are dequantised once give the very numbers that 4-bit layers give, and leave no trace."""
 
+from typing import get_args
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from ray_vlm.config.schema import Model
+from ray_vlm.config.train import Precision
 from ray_vlm.models import dense
 from ray_vlm.models.dense import dequantised
 from ray_vlm.models.load import load_model
 from tests.conftest import FAMILIES
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_to_the_bit(family: str, bf16: bool, tiny_models: dict[str, str]) -> None:
-    base = load_model(Model(name=tiny_models[family], load_in_4bit=True), bf16=bf16)
+def test_same_to_the_bit(family: str, precision: Precision, tiny_models: dict[str, str]) -> None:
+    base = load_model(Model(name=tiny_models[family], load_in_4bit=True), precision=precision)
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
     ids = torch.randint(5, 300, (3, 17), generator=torch.Generator().manual_seed(0))
     model.eval()
@@ -34,14 +37,14 @@ def test_same_to_the_bit(family: str, bf16: bool, tiny_models: dict[str, str]) -
 
 
 def test_a_large_model_keeps_its_four_bits(tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), bf16=False)
+    model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), precision="fp32")
     monkeypatch.setattr(dense, "MOST_BYTES", 1000)
     with dequantised(model):
         assert not any("forward" in m.__dict__ for m in model.modules() if dense._is_quantised(m))
 
 
 def test_gradients_are_those_of_four_bits_afterwards(tiny_models: dict[str, str]) -> None:
-    base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), bf16=False)
+    base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), precision="fp32")
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     ids = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -24,7 +24,7 @@ _GIB = 2**30
 
 def _model(folder: str, cache: Path | None = None, limit: float = _GIB) -> tuple[Any, list[int]]:
     """The base, and a list that tells the patches of each run of its encoder's blocks."""
-    base = load_model(Model(name=folder, load_in_4bit=False), bf16=False)
+    base = load_model(Model(name=folder, load_in_4bit=False), precision="fp32")
     base.requires_grad_(False)
     run_frozen_tower_plainly(base)
     encoded: list[int] = []
@@ -118,7 +118,7 @@ def test_a_disk_that_refuses_ends_the_writing(
 def test_what_changes_is_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:
     from peft import get_peft_model
 
-    base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), bf16=False)
+    base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), precision="fp32")
     with pytest.raises(ModelError, match="adapter's or learns"):
         keep_features(base, Recent())
     model = get_peft_model(base, lora_config(Lora(rank=2, target=["vision"]), FAMILIES["qwen3_vl"]))

@@ -1,11 +1,13 @@
 """Loading: what is quantised, what is trained, and gradients that survive an evaluation in 4 bit."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from ray_vlm.config.schema import Lora, Model
+from ray_vlm.config.train import Precision
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, part_of
 from ray_vlm.models.load import describe_download, load_adapter, load_config, load_model
@@ -13,10 +15,10 @@ from ray_vlm.models.lora import count_trainable, lora_config, train_parts
 from tests.conftest import QWEN
 
 
-def _adapted(folder: str, target: list[str], bf16: bool = False):
+def _adapted(folder: str, target: list[str], precision: Precision = "fp32"):
     from peft import get_peft_model
 
-    model = load_model(Model(name=folder), bf16=bf16)
+    model = load_model(Model(name=folder), precision=precision)
     torch.manual_seed(0)
     return get_peft_model(model, lora_config(Lora(rank=4, target=target), FAMILIES[model.config.model_type]))
 
@@ -32,7 +34,7 @@ def _gradients(model, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", QWEN)
 def test_4bit_layers_are_those_of_the_language_model(family: str, tiny_models: dict[str, str]) -> None:
-    model = load_model(Model(name=tiny_models[family]), bf16=False)
+    model = load_model(Model(name=tiny_models[family]), precision="fp32")
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     quantised = [name for name, kind in kinds.items() if kind == "Linear4bit"]
     assert len(quantised) == 4 * 7
@@ -43,9 +45,9 @@ def test_4bit_layers_are_those_of_the_language_model(family: str, tiny_models: d
 
 
 @pytest.mark.parametrize("family", QWEN)
-@pytest.mark.parametrize("bf16", [False, True])
-def test_gradients_are_the_same_before_and_after_an_evaluation(family: str, bf16: bool, tiny_models) -> None:
-    model = _adapted(tiny_models[family], ["language"], bf16)
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_gradients_are_the_same_before_and_after_an_evaluation(family: str, precision: Precision, tiny_models) -> None:
+    model = _adapted(tiny_models[family], ["language"], precision)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -74,7 +76,9 @@ def test_lora_lands_on_the_part_that_was_named(family: str, part: str, tiny_mode
 
 def test_counts_include_every_4bit_weight(tiny_models: dict[str, str]) -> None:
     counts = [
-        count_trainable(load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=bits), False), FAMILIES["qwen3_vl"])
+        count_trainable(
+            load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=bits), "fp32"), FAMILIES["qwen3_vl"]
+        )
         for bits in (True, False)
     ]
     assert [c["total"] for c in counts[0].values()] == [c["total"] for c in counts[1].values()]
@@ -83,7 +87,7 @@ def test_counts_include_every_4bit_weight(tiny_models: dict[str, str]) -> None:
 def test_shares_are_those_of_the_base(tiny_models: dict[str, str]) -> None:
     """Adapters, the reference's copy of one and layers copied to be trained whole are no part of what is adapted."""
     folder, family = tiny_models["qwen3_vl"], FAMILIES["qwen3_vl"]
-    plain = count_trainable(load_model(Model(name=folder), bf16=False), family)
+    plain = count_trainable(load_model(Model(name=folder), "fp32"), family)
     adapted = _adapted(folder, ["language"])
     adapted.add_adapter("ref", adapted.peft_config["default"])
     counts = count_trainable(adapted, family)
@@ -135,7 +139,7 @@ def test_a_download_says_how_much_has_come(tmp_path: Path, monkeypatch: pytest.M
 def test_unusable_models_and_adapters_are_named(tmp_path: Path, tiny_models: dict[str, str]) -> None:
     with pytest.raises(ModelError, match="nowhere"):
         load_config(Model(name=str(tmp_path / "nowhere")))
-    model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), False)
+    model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), "fp32")
     with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
         load_adapter(model, str(tmp_path), Model(name="x"))
     adapted = _adapted(tiny_models["qwen2_5_vl"], ["language"])
@@ -171,7 +175,7 @@ def test_of_a_given_adapter_only_the_named_parts_go_on(tiny_models: dict[str, st
     spec = Model(name=folder)
 
     def trained(*target: str) -> set[str]:
-        model = load_adapter(load_model(spec, bf16=False), str(tmp_path), spec, trainable=True)
+        model = load_adapter(load_model(spec, precision="fp32"), str(tmp_path), spec, trainable=True)
         train_parts(model, Lora(target=list(target)), family)
         return {part_of(family, name) for name, p in model.named_parameters() if p.requires_grad}
 

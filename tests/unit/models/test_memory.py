@@ -76,10 +76,12 @@ def test_batches_of_each_method() -> None:
 @pytest.mark.parametrize("bits", [True, False])
 def test_weights_are_those_of_the_loaded_model(bits: bool, tiny_models: dict[str, str]) -> None:
     spec = Model(name=tiny_models["qwen3_vl"], load_in_4bit=bits)
-    job = _job(model={"name": spec.name, "load_in_4bit": bits}, train={"bf16": False}, lora=Lora(rank=4).model_dump())
+    job = _job(
+        model={"name": spec.name, "load_in_4bit": bits}, train={"precision": "fp32"}, lora=Lora(rank=4).model_dump()
+    )
     weights = Rehearsal(load_config(spec), job, family_of(load_config(spec))).weights()
     small = plain = 0
-    for parameter in load_model(spec, bf16=False).parameters():
+    for parameter in load_model(spec, precision="fp32").parameters():
         if type(parameter).__name__ == "Params4bit":
             state = parameter.quant_state
             small += parameter.numel() + state.absmax.numel() + 4 * state.state2.absmax.numel()

@@ -23,7 +23,7 @@ KNOWN = FAMILIES["qwen3_vl"]
 
 
 def _base(folder: str) -> Any:
-    return load_model(Model(name=folder, load_in_4bit=False), bf16=False)
+    return load_model(Model(name=folder, load_in_4bit=False), precision="fp32")
 
 
 def test_each_part_has_its_rank_and_the_same_scale(tiny_models: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from ray_vlm.config.load import dump_job, load_job
 from ray_vlm.errors import ConfigError
-from ray_vlm.tune.space import check_space, examples, load_space, resolve, write_overrides
+from ray_vlm.tune.space import Space, check_space, examples, load_space, own_values, resolve, write_overrides
 
 GOOD: dict[str, Any] = {
     "train.learning_rate": {"loguniform": [2e-5, 1e-3]},
@@ -50,6 +50,24 @@ def test_values_are_drawn_shared_and_computed(tmp_path: Path, job: Path) -> None
     assert trial.data.oversample == {"drain": 2.0}
     assert trial.method.trl == {"loss_type": "nll"}
     check_space(space, str(job), [])
+
+
+def test_one_class_of_a_setting_is_searched(tmp_path: Path, job: Path) -> None:
+    from ray_vlm.tune.trial import Sweep, build_trial_job
+
+    space = load_space(_write(tmp_path, {"data.oversample.toe-drain": {"uniform": [1.0, 8.0]}, "data.test.ratio": 0.2}))
+    check_space(space, str(job), ["data.test=0.1"])
+    sweep = Sweep(dump_job(load_job(job, ["data.test=0.1"])), space, "sweep", "loss")
+    assert own_values(Space(space.searched), sweep.job) == {"data.oversample.toe-drain": 1.0}, "as often as all others"
+    made, values = build_trial_job(sweep, 0, {"data.oversample.toe-drain": 3.0})
+    assert made.data.oversample == {"toe-drain": 3.0}
+    assert made.data.test is not None
+    assert made.data.test.ratio == values["data.test.ratio"] == 0.2
+    with pytest.raises(ConfigError) as error:
+        check_space(space, str(job), ["data.oversample=auto"])
+    (told,) = error.value.problems
+    assert "`data.oversample` is 'auto', not a section" in told
+    assert "search all of it: {choice: [...]}" in told
 
 
 def test_a_formula_may_use_the_job_and_another_formula(tmp_path: Path, job: Path) -> None:

@@ -1,0 +1,89 @@
+"""Relative names of a job: looked for here, then beside the job file, and said where in vain."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_vlm.cluster.environment import Environment, read_environment
+from ray_vlm.config import places
+from ray_vlm.config.load import load_job
+from ray_vlm.config.places import import_function
+from ray_vlm.data.source import prepare_source
+from ray_vlm.data.tables import read_table
+from ray_vlm.errors import ConfigError, DataError
+from ray_vlm.methods.rewards import load_rewards
+from ray_vlm.models.adapter import check_adapter
+from ray_vlm.train.prepare import absolute_paths
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job in a folder of its own, run from another; what the tests import is forgotten again."""
+    for folder in ("here", "jobs"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(Path.cwd()))])
+    monkeypatch.setattr(places, "_job_folder", None)
+    path = tmp_path / "jobs" / "job.yaml"
+    sources = "train: {path: rows.json, image_root: photos}, eval: {path: gone.json}, mix: [{path: more.json}]"
+    path.write_text(f"model: {{name: base, adapter: trained}}\ndata: {{{sources}}}\n")
+    return path
+
+
+def test_files_are_looked_for_here_and_then_beside_the_job(job_file: Path) -> None:
+    beside = job_file.parent
+    for name in ("rows.json", "more.json"):
+        (beside / name).write_text("{}")
+    Path("rows.json").write_text("{}")
+    for folder in (Path("photos"), beside / "base"):
+        folder.mkdir()
+    job = load_job(job_file)
+    assert (job.data.train.path, job.data.train.image_root) == ("rows.json", "photos"), "what is here comes first"
+    assert job.data.mix[0].path == str(beside / "more.json")
+    assert job.model.name == str(beside / "base")
+    whole = absolute_paths(job)
+    assert whole.data.train.path == str(Path("rows.json").absolute())
+    for gone in (job.data.eval.path, whole.data.eval.path):
+        with pytest.raises(DataError, match="no such file") as error:
+            read_table(gone)
+        assert f"looked for in {Path.cwd()} and in {beside}, beside the job file" in str(error.value)
+    with pytest.raises(Exception, match=r"no adapter here.*beside the job file"):
+        check_adapter("trained", "base", "base")
+    with pytest.raises(DataError) as error:
+        read_table("/nowhere/gone.json")
+    assert "beside the job file" not in str(error.value), "it was named by its whole path"
+
+
+def test_functions_are_looked_for_here_and_then_beside_the_job(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = job_file.parent
+    Path("both_mine.py").write_text("def f(**kwargs): return 'here'\n")
+    (beside / "both_mine.py").write_text("def f(**kwargs): return 'beside'\n")
+    (beside / "beside_mine.py").write_text("def f(path): open(path, 'w').write('{}')\n")
+    (beside / "broken_mine.py").write_text("import surely_not_there\n")
+    for name in ("both_mine", "beside_mine", "broken_mine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    job = load_job(job_file, ["data.train.create=beside_mine:f"])
+    assert import_function("both_mine:f")() == "here"
+    prepare_source(job.data.train)
+    assert Path("rows.json").exists()
+    with pytest.raises(ConfigError) as error:
+        load_rewards("chat", {"nowhere_mine:f": 1.0, "broken_mine:f": 1.0})
+    gone, broken = error.value.problems
+    assert f"looked for in {Path.cwd()}, among what is installed and in {beside}" in gone
+    assert "the name is my_code:function" in gone
+    assert "No module named 'surely_not_there'" in broken
+
+
+def test_a_worker_looks_beside_the_job_too(job_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (job_file.parent / "worker_mine.py").write_text("def f(): return 1\n")
+    monkeypatch.delitem(sys.modules, "worker_mine", raising=False)
+    load_job(job_file)
+    environment = read_environment()
+    places.use_job_folder(None)  # as a process that has read no job
+    with pytest.raises(ModuleNotFoundError):
+        import_function("worker_mine:f")
+    environment.apply()
+    assert import_function("worker_mine:f")() == 1
+    Environment(job_folder=str(tmp_path / "on another machine")).apply()
+    assert places.job_folder() == str(job_file.parent)

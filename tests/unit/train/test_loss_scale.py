@@ -1,0 +1,117 @@
+"""float16: a gradient that overflows is the scaler's business, and a run that goes on knows the scale that it had."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ray_vlm.config.load import load_job
+from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.models.precision import autocast, describe_emulation, fastest_precision
+from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.attempt import Place
+from ray_vlm.train.driver import ALONE, Hosted, train
+from ray_vlm.train.loss_scale import watch_overflow
+
+_HERE = Place(0, 1, "cpu", ray=False)
+
+
+def _trainer(scale: float | None, finite: bool) -> Any:
+    scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+    return SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler), losses_are_finite=lambda: finite)
+
+
+@pytest.mark.parametrize(
+    ("scale", "finite", "mine"),
+    [(65536.0, True, True), (65536.0, False, False), (1.0, True, False), (None, True, False)],
+)
+def test_whose_business_an_overflow_is(scale: float | None, finite: bool, mine: bool) -> None:
+    told = watch_overflow(_trainer(scale, finite), _HERE)()
+    assert (told is not None) == mine
+    assert told is None or "loss scale of 65536" in told
+
+
+@pytest.fixture
+def high_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scalers begin at a scale at which the first gradients overflow."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**30))
+
+
+def _train(path: Path, name: str, hosted: Hosted = ALONE, resume: bool = False, *more: str) -> RunPaths:
+    job = load_job(path, ["train.precision=fp16", f"run.name={name}", "train.max_steps=8", *more])
+    return train(job, path.read_text(), resume=resume, hosted=hosted)
+
+
+def _notes(paths: RunPaths) -> list[str]:
+    return [line["text"] for line in read_metrics(paths.metrics) if line["kind"] == "note"]
+
+
+def test_a_run_in_float16_is_the_same_where_it_was_stopped(job_file: Any, high_scale: None, tmp_path: Path) -> None:
+    """It is stopped while the scale is still on its way down; with another scale other steps would be left out."""
+    from safetensors.torch import load_file
+
+    from ray_vlm.errors import Interrupted
+
+    path = job_file(model={"load_in_4bit": True}, train={"global_batch_size": 2, "micro_batch_size": 2})
+    whole = _train(path, "whole")
+    told = [note for note in _notes(whole) if "float16 overflowed" in note]
+    assert "at a loss scale of 1.07374e+09: the step is left out" in told[0]
+    assert 2 <= len(told) < 8, "some steps overflow, and some do not"
+    assert not whole.bad_steps.exists(), "no fault of the rows"
+    asked = []
+    with pytest.raises(Interrupted):
+        _train(path, "stopped", Hosted(stop=lambda: len(asked) > 0 or bool(asked.append(1))))
+    stopped = RunPaths(tmp_path / "runs" / "stopped")
+    assert list(stopped.root.glob("checkpoint-*/scaler.pt"))
+    _train(path, "stopped", resume=True)
+    ours, theirs = (load_file(p.final / "adapter_model.safetensors") for p in (stopped, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {tensor.dtype for tensor in theirs.values()} == {torch.float32}
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in theirs.items() if "lora_B" in name)
+    assert json.loads(whole.resolved.read_text())["train"]["precision"] == "fp16"
+
+
+def test_a_loss_that_is_no_number_is_a_fault_in_float16_too(job_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray_vlm.methods import sft
+
+    collate = sft.collate
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        batch = collate(*args, **kwargs)
+        return batch | {"pixel_values": batch["pixel_values"] * float("inf")}
+
+    monkeypatch.setattr(sft, "collate", spoiled)
+    path = job_file(train={"global_batch_size": 2, "micro_batch_size": 2})
+    with pytest.raises(RunError, match=r"step 1: the gradient is not finite. Rows: "):
+        _train(path, "spoiled")
+
+
+def test_float16_under_deepspeed_is_refused(job_file: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train.precision.*DeepSpeed scales the loss by itself"):
+        load_job(job_file(), ["train.precision=fp16", "cluster.deepspeed=zero2", "cluster.num_workers=1"])
+
+
+@pytest.mark.parametrize(("capability", "best"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16")])
+def test_cards_that_emulate_bfloat16_are_told(
+    capability: tuple[int, int], best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    told = describe_emulation("bf16", "cuda:0")
+    assert (told is None) == (best == "bf16")
+    assert told is None or "Set train.precision=fp16" in told
+    assert fastest_precision("cuda:0") == best
+    assert fastest_precision("cpu") == "fp32"
+    assert describe_emulation("fp16", "cuda:0") is describe_emulation("bf16", "cpu") is None
+
+
+def test_what_a_forward_is_cast_to() -> None:
+    one = torch.ones(2, 2)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        with autocast(precision, "cpu"):  # type: ignore[arg-type]
+            assert (one @ one).dtype == dtype
