@@ -47,6 +47,16 @@ def test_overrides_win_over_the_file(tmp_path: Path, override: str, read) -> Non
     assert read(_load(tmp_path, text, override))
 
 
+def test_an_id_may_be_written_as_a_number(tmp_path: Path) -> None:
+    text = "model: {name: x}\ntask: gui_steps\ndata: {train: {path: a.csv, format: gui_csv, task_start: 1}}\n"
+    job = _load(tmp_path, text, "data.train.task_end=20")
+    assert job.data.train is not None
+    assert (job.data.train.task_start, job.data.train.task_end) == ("1", "20")
+    assert load_resolved(dump_job(job)) == job
+    for wrong in ("true", "1.5", "[1]"):
+        assert "`data.train.task_end` is" in _problems(tmp_path, text, f"data.train.task_end={wrong}")[0]
+
+
 def test_every_problem_is_told_at_once_with_its_place_and_fix(tmp_path: Path) -> None:
     text = (
         "model: {name: x, load_in_4bits: true}\n"
