@@ -89,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--output", help="folder for the results (default: beside the adapter, or <output_dir>/evaluate)"
     )
+    evaluate.add_argument(
+        "--both-memories",
+        action="store_true",
+        help="GUI steps: with the truth's memory of earlier steps and with the model's own, in one report",
+    )
     evaluate.add_argument("--against", help="folder of another evaluation to show beside this one in report.html")
     pairs = job_verb(verbs, "pairs", "make preference data from a model's own answers", _pairs)
     pairs.add_argument("--output", required=True, metavar="PATH", help="the file of pairs, .jsonl")
@@ -147,7 +152,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ray_vlm.evaluate.run import evaluate_and_report, plan_subjects
 
     job = load_job(args.job, args.overrides)
-    subjects = plan_subjects(job, args.adapter, args.base, args.base_unquantised)
+    subjects = plan_subjects(job, args.adapter, args.base, args.base_unquantised, args.both_memories)
     evaluate_and_report(job, subjects, args.output, args.against)
 
 
