@@ -57,8 +57,9 @@ def predict_files(
     if not records:
         reasons = [f"{given[i].ask.id}: {reason}" for i, reason in list(errors.items())[:_MOST_REASONS]]
         raise DataError([*reasons, f"None of {len(given)} inputs can be read; {output} says why of each."])
-    for i, of_one in found.items() if draw else ():
-        _draw(Path(str(draw)), i + 1, given[i].ask, of_one)
+    if draw:
+        for i, of_one in found.items():
+            _draw(Path(draw), i + 1, given[i].ask, of_one)
     _kept(output).unlink(missing_ok=True)
     return len(given)
 

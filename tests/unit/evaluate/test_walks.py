@@ -1,4 +1,4 @@
-"""GUI tasks with the model's own memory: whole tasks in a batch, steps in order, and what each is told of the others."""
+"""GUI tasks with the model's own memory: whole tasks in a batch, steps in order, what each is told of the others."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
