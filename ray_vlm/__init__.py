@@ -4,15 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray_vlm.evaluate.predictor import Predictor
+    from ray_vlm.evaluate.questions import Ask
 
 __version__ = "0.1.0"
-__all__ = ["Predictor"]
+__all__ = ["Ask", "Predictor"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Predictor`, which needs torch, is imported when it is asked for."""
+    """`Predictor`, which needs torch, and `Ask` are imported when they are asked for."""
     if name == "Predictor":
         from ray_vlm.evaluate.predictor import Predictor
 
         return Predictor
+    if name == "Ask":
+        from ray_vlm.evaluate.questions import Ask
+
+        return Ask
     raise AttributeError(f"module 'ray_vlm' has no attribute {name!r}")

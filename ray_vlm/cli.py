@@ -130,6 +130,11 @@ def _add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
     evaluate.add_argument(
         "--output", help="folder for the results (default: beside the adapter, or <output_dir>/evaluate)"
     )
+    evaluate.add_argument(
+        "--both-memories",
+        action="store_true",
+        help="GUI steps: with the truth's memory of earlier steps and with the model's own, in one report",
+    )
     evaluate.add_argument("--against", help="folder of another evaluation to show beside this one in report.html")
     pairs = job_verb(verbs, "pairs", "make preference data from a model's own answers", _pairs)
     pairs.add_argument("--output", required=True, metavar="PATH", help="the file of pairs, .jsonl")
@@ -184,7 +189,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ray_vlm.evaluate.weights import trained_weights
 
     job = load_job(args.job, args.overrides)
-    subjects = plan_subjects(job, [trained_weights(name) for name in args.adapter], args.base, args.base_unquantised)
+    adapters = [trained_weights(name) for name in args.adapter]
+    subjects = plan_subjects(job, adapters, args.base, args.base_unquantised, args.both_memories)
     evaluate_and_report(job, subjects, args.output, args.against)
 
 

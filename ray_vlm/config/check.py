@@ -199,6 +199,11 @@ RULES: list[Rule] = [
         "vllm needs a GPU. Set cluster.gpus_per_worker=1, or use transformers.",
     ),
     (
+        lambda j: j.evaluate.memory == "model" and j.task.name != "gui_steps",
+        ("evaluate.memory", "task"),
+        "only GUI steps have a memory of earlier ones. Leave it out, or set task=gui_steps.",
+    ),
+    (
         lambda j: j.track.energy != (j.track.country is not None),
         ("track.country", "track.energy"),
         "energy and country go together: the carbon dioxide of a kilowatt-hour depends on where it is made. Give both.",

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ray_vlm.config.section import Largest, Section
 
@@ -41,6 +41,12 @@ class Source(Section):
         None, description="`module:function`, called with `path` once when that file is missing. Made for demos."
     )
     max_rows: int | None = Field(None, ge=1, le=Largest, description="Use only the first rows.")
+
+    @field_validator("task_start", "task_end", mode="before")
+    @classmethod
+    def _id_as_text(cls, value: Any) -> Any:
+        """An id that YAML reads as a number, `task_start: 1`, is a text as all ids are."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class Data(Section):

@@ -11,7 +11,7 @@ MAY_CHANGE = (
     *("train.micro_batch_size", "train.tokens_per_micro_batch", "train.packing", "train.gradient_checkpointing"),
     *("train.memory", "train.probe", "train.vision_cache", "train.vision_cache_gib", "train.nonfinite"),
     *("evaluate.every_steps", "evaluate.batch_size"),
-    *("evaluate.asynchronous", "evaluate.engine", "evaluate.num_replicas"),
+    *("evaluate.asynchronous", "evaluate.engine", "evaluate.num_replicas", "evaluate.memory"),
 )
 # Paths may differ, as they do in each Ray job's copy of the folder: rows and base are compared by their contents.
 _MAY_MOVE = re.compile(r"model\.(name|adapter)|data\.(train|eval|mix\.\d+)\.(path|image_root)")

@@ -151,6 +151,11 @@ class Evaluate(Section):
         "language model only; it has not been tried on hardware.",
     )
     max_new_tokens: int = Field(512, ge=1, le=Largest, description="Longest answer.")
+    memory: Literal["truth", "model"] = Field(
+        "truth",
+        description="GUI steps: whose earlier steps `ray-vlm evaluate` tells the model: those of the truth, or what it "
+        "answered to them itself. Validation during training tells the truth's.",
+    )
 
 
 class Pairs(Section):

@@ -1,12 +1,17 @@
-"""GUI steps: rows of `Task_id, Image_id, Instruction, Output, Grounding`, a task's rows being its steps in order."""
+"""GUI steps: rows of `Task_id, Image_id, Instruction, Output, Grounding`, a task's rows being its steps in order.
+
+An Output is a step, `{"action": "click", ...}`, or holds it one level deeper, `{"action": {"type": "click", ...}}`. A
+Grounding is a list of coordinates, or an object that holds them by name or under a name, itself a list or an object.
+"""
 
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.cells import Row, box, box_units, from_json, images, is_empty, point, region, shown, word
+from ray_vlm.data.cells import Row, box, box_units, from_json, images, is_empty, is_number, point, region, shown, word
 from ray_vlm.data.records import BadRow, Box, Point, SftRecord
 from ray_vlm.errors import DataError
 
@@ -14,6 +19,7 @@ _ACTIONS = ("action", "action_type", "type")
 _BOXES = ("bbox", "bbox_2d", "box")
 _POINTS = ("point", "point_2d", "coordinate", "coordinates")
 _FILL = "fill it, or name its column with data.*.columns"
+_CORNERS, _RECTANGLE = ("x1", "y1", "x2", "y2"), ("x", "y", "width", "height")  # of boxes that are written by name
 _NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
 
 
@@ -111,15 +117,28 @@ def _output(row: Row) -> tuple[dict[str, Any], str]:
     value = from_json(row.first("Output"), "Output")
     if not isinstance(value, dict):
         raise ValueError(f'Output holds {shown(value)}, which is not a JSON object; write {{"action": ...}}')
-    key = next((k for k in _ACTIONS if k in value), "action")
-    action = value.get(key)
-    if not isinstance(action, str) or not action.strip():
-        raise ValueError(f"Output {shown(value)} has no text under `action`; name what is done")
-    output = {"action": word(action, "action"), **{k: v for k, v in value.items() if k != key}}
+    action, arguments = _action(value)
+    output = {"action": action, **arguments}
     try:
         return output, json.dumps(output, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"Output {shown(value)} cannot be written as JSON ({error}); mend it") from None
+
+
+def _action(value: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of what is done and its arguments, those of a nested action object before the others. Raises
+    `ValueError`."""
+    key = next((name for name in _ACTIONS if name in value), "action")
+    action, arguments = value.get(key), {name: v for name, v in value.items() if name != key}
+    if isinstance(action, dict):
+        inner = next((name for name in (*_ACTIONS, "name") if name in action), "action")
+        nested = {name: v for name, v in action.items() if name != inner}
+        if twice := [name for name in nested if name in arguments]:
+            raise ValueError(f"Output {shown(value)} says {twice[0]!r} twice, beside `{key}` and in it; keep one")
+        action, arguments = action.get(inner), {**nested, **arguments}
+    if not isinstance(action, str) or not action.strip():
+        raise ValueError(f"Output {shown(value)} has no text under `action`; name what is done")
+    return word(action, "action"), arguments
 
 
 def _grounding(row: Row) -> tuple[Box | None, Point | None]:
@@ -127,14 +146,36 @@ def _grounding(row: Row) -> tuple[Box | None, Point | None]:
     value = from_json(row.first("Grounding"), "Grounding")
     if is_empty(value):
         return None, None
-    if isinstance(value, list):
-        found = region(value, "Grounding")
-        return (found, None) if len(found) == 4 else (None, found)
-    if not isinstance(value, dict) or not any(key in value for key in (*_BOXES, *_POINTS)):
+    known = [key for key in (*_BOXES, *_POINTS) if isinstance(value, dict) and key in value]
+    held = {key: place for key in known if not is_empty(place := _coordinates(value[key]))}
+    boxes = [box(held[key], f"Grounding {key}") for key in _BOXES if key in held]
+    points = [point(held[key], f"Grounding {key}") for key in _POINTS if key in held]
+    if held:
+        return boxes[0] if boxes else None, points[0] if points else None
+    by_name = _coordinates(value)
+    if by_name is value and not known and not isinstance(value, list):
         raise ValueError(
-            f"Grounding holds {shown(value)}; use one of {', '.join((*_BOXES, *_POINTS))}, or nothing where nothing is "
-            "pointed at"
+            f"Grounding holds {shown(value)}; use one of {', '.join((*_BOXES, *_POINTS))}, coordinates by name "
+            "(x, y or x1, y1, x2, y2), or nothing where nothing is pointed at"
         )
-    boxes = [box(value[key], f"Grounding {key}") for key in _BOXES if not is_empty(value.get(key))]
-    points = [point(value[key], f"Grounding {key}") for key in _POINTS if not is_empty(value.get(key))]
-    return boxes[0] if boxes else None, points[0] if points else None
+    if by_name is None or isinstance(by_name, dict):
+        return None, None
+    found = region(by_name, "Grounding")
+    return (found, None) if len(found) == 4 else (None, found)
+
+
+def _coordinates(value: Any) -> Any:
+    """Coordinates that are written by name as a list, None where all are empty; any other value as it is."""
+    if not isinstance(value, dict):
+        return value
+    if any(name in value for name in _CORNERS):
+        found = [value.get(name) for name in _CORNERS]
+    elif all(name in value for name in _RECTANGLE):
+        x, y, width, height = found = [value[name] for name in _RECTANGLE]
+        if all(is_number(v) for v in found):
+            found = [x, y, x + width, y + height]
+    elif "x" in value or "y" in value:
+        found = [value.get("x"), value.get("y")]
+    else:
+        return value
+    return None if all(is_empty(v) for v in found) else found

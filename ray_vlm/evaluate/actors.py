@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,15 +31,17 @@ _BLOCKS_PER_ACTOR = 64
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done. `records`: all records, or a Ray object reference to them; `adapter`: address
-    of an adapter, or of a whole model in the base's place; None for the base. `batches`: positions of the records of
-    each batch."""
+    """What is to be done. `records`: all records, or a Ray object reference to them; `adapter`: address of an adapter,
+    or of a whole model in the base's place; None for the base. `batches`: positions of the records of each batch;
+    `memory`: whose earlier steps a GUI step is told, the records' own (`truth`) or what the model answered to them
+    (`model`): a batch then holds whole tasks."""
 
     job: JobConfig
     spec: RowSpec
     records: Any
     adapter: str | None
     batches: tuple[tuple[int, ...], ...]
+    memory: Literal["truth", "model"] = "truth"
 
 
 class Loaded:
@@ -87,7 +89,7 @@ class Loaded:
         if adapter is not None and is_whole_model(adapter):
             job, adapter = job.model_copy(update={"model": whole_model(job.model, adapter)}), None
         longest = max(sum(self.preparer.token_counts(record)[:2]) for record in self.records)
-        if work.spec.task.name == "gui_steps":  # that a walk may still gather
+        if work.memory == "model":  # that a task may still gather
             memory = work.spec.task.long_memory_tokens + work.spec.task.short_memory * work.job.evaluate.max_new_tokens
         return build_answerer(job, adapter, self.preparer, longest + memory)
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import Row
-from ray_vlm.evaluate.actors import Do, Loaded, Work, do_batches
+from ray_vlm.evaluate.actors import Loaded, Work, do_batches
+from ray_vlm.evaluate.walks import walk
 from ray_vlm.methods.decoding import decode_greedy, end_ids
 from ray_vlm.models.adapter import is_whole_model
 from ray_vlm.models.backbone import base_of
@@ -93,13 +95,11 @@ def answer_all(
     num_actors: int,
     say: Callable[[str], None] | None = None,
     weights: str | None = None,
-    do: Do | None = None,
 ) -> list[str]:
     """The greedy answer to each record, in their order.
 
     `path`: a file that grows; answers that are there, made from the same inputs, are not made again. `say` is told how
-    far it is. `weights`: a folder with the files of `work.adapter`, which may lie elsewhere. `do`: what answers a
-    batch, by default all its records at once.
+    far it is. `weights`: a folder with the files of `work.adapter`, which may lie elsewhere.
     """
     key = describe_work(work, weights or work.adapter) if path is not None else {}
     known = _read_answers(path, key, work) if path is not None else {}
@@ -110,7 +110,7 @@ def answer_all(
     started, told, first = time.monotonic(), 0.0, done
     file = _open_answers(path, key, known) if path is not None else None
     try:
-        for number, answers in do_batches(work, do or _answer, left, num_actors):
+        for number, answers in do_batches(work, _answer, left, num_actors):
             known[number] = answers
             done += len(answers)
             if file is not None:
@@ -140,12 +140,14 @@ def answer_records(loaded: Loaded, records: Sequence[Record]) -> list[str]:
 
 
 def _answer(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
+    if loaded.work.memory == "model":
+        return walk(records, loaded.preparer, partial(answer_records, loaded))
     return answer_records(loaded, records)
 
 
 def describe_work(work: Work, weights: str | None) -> dict[str, str]:
-    """What the answers depend on, as hashes by name: where all are equal, so are the answers. `weights`: the adapter's
-    folder on this machine."""
+    """What the answers depend on, as hashes by name, and whose memory: where all are equal, so are the answers.
+    `weights`: the adapter's folder on this machine."""
     job, preparer = work.job, load_preparer(work.spec)
     rows = hashlib.sha256()
     for r in work.records:
@@ -168,7 +170,7 @@ def describe_work(work: Work, weights: str | None) -> dict[str, str]:
         "versions": (__version__, packages),
     }
     hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in inputs.items()}
-    return hashes | {"rows": rows.hexdigest()[:16]}
+    return hashes | {"rows": rows.hexdigest()[:16], "memory": work.memory}
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

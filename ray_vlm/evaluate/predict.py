@@ -14,13 +14,14 @@ from typing import Any
 
 from ray_vlm.data.records import SftRecord
 from ray_vlm.errors import ConfigError, DataError, RunError
-from ray_vlm.evaluate.actors import Loaded
-from ray_vlm.evaluate.generate import answer_all, answer_records, plan_batches
-from ray_vlm.evaluate.inputs import read_input
-from ray_vlm.evaluate.predictor import Ask, Found, Predictor
-from ray_vlm.tasks.gui_steps import remember
+from ray_vlm.evaluate.generate import answer_all, plan_batches
+from ray_vlm.evaluate.inputs import Input, read_inputs
+from ray_vlm.evaluate.predictor import Found, Predictor
+from ray_vlm.evaluate.questions import Ask
+from ray_vlm.evaluate.walks import plan_walks
 
 _ENDINGS = (".jsonl", ".csv")
+_MOST_REASONS = 20  # that are told where no input can be read; the results hold all of them
 
 
 def predict_files(
@@ -31,49 +32,50 @@ def predict_files(
     draw: str | None = None,
     num_replicas: int = 0,
     say: Callable[[str], None] = print,
+    image_root: str | None = None,
 ) -> int:
     """Answer every input and write the results, in the order of the inputs; returns how many.
 
     `output`: .jsonl or .csv; `draw`: a folder for images with what was found on them; `num_replicas`: processes that
-    hold the model, 0 is this one. Inputs that cannot be read are results too, with `error`; raises `DataError` where
-    none can.
+    hold the model, 0 is this one; `image_root`: folder of the images that tables name, by default the table's own.
+    Inputs that cannot be read are results too, with `error`; raises `DataError` once they are written where none can.
     """
     if Path(output).suffix.lower() not in _ENDINGS:
         raise ConfigError(f"--output {output}: its name ends in neither .jsonl nor .csv.")
-    asks = [ask for given in inputs for ask in read_input(given, question, predictor.task)]
-    if not asks:
+    given = read_inputs(inputs, question, predictor.task, image_root)
+    if not given:
         raise DataError(f"{', '.join(inputs)}: no images there. Give images, folders of images, or a table.")
-    records, errors = _records(predictor, asks)
-    if len(errors) == len(asks):
-        raise DataError([f"{asks[i].id}: {reason}" for i, reason in list(errors.items())[:20]])
+    records, errors = _records(predictor, given)
     if errors:
-        say(f"{len(errors)} of {len(asks)} inputs cannot be read; their results say why")
-    answers = dict(zip(records, _answers(predictor, list(records.values()), output, num_replicas, say), strict=True))
-    results = []
-    for i, ask in enumerate(asks):
-        result = errors[i] if i in errors else predictor.understand(records[i], answers[i], ask)
-        results.append(_result(ask, result))
-        if draw and isinstance(result, Found):
-            _draw(Path(draw), i + 1, ask, result)
-    _write(output, results)
+        say(f"{len(errors)} of {len(given)} inputs cannot be read; their results say why")
+    answers = _answers(predictor, list(records.values()), output, num_replicas, say) if records else []
+    found = {
+        i: predictor.understand(record, answer, given[i].ask)
+        for (i, record), answer in zip(records.items(), answers, strict=True)
+    }
+    _write(output, [_result(of_one, errors[i] if i in errors else found[i]) for i, of_one in enumerate(given)])
+    if not records:
+        reasons = [f"{given[i].ask.id}: {reason}" for i, reason in list(errors.items())[:_MOST_REASONS]]
+        raise DataError([*reasons, f"None of {len(given)} inputs can be read; {output} says why of each."])
+    if draw:
+        for i, of_one in found.items():
+            _draw(Path(draw), i + 1, given[i].ask, of_one)
     _kept(output).unlink(missing_ok=True)
-    return len(results)
+    return len(given)
 
 
-def _records(predictor: Predictor, asks: Sequence[Ask]) -> tuple[dict[int, SftRecord], dict[int, str]]:
+def _records(predictor: Predictor, given: Sequence[Input]) -> tuple[dict[int, SftRecord], dict[int, str]]:
     """By position: the records that can be asked, and why the others cannot."""
     records: dict[int, SftRecord] = {}
     errors: dict[int, str] = {}
-    for i, ask in enumerate(asks):
-        try:
-            if "error" in ask.told:
-                raise DataError(str(ask.told["error"]))
-            told = dict(ask.told)
-            task = told.pop("task", None)
-            record = predictor.record(replace(ask, told=told), i)
-            records[i] = record if task is None else replace(record, context={**record.context, "task": task})
-        except DataError as error:
-            errors[i] = "; ".join(error.problems)
+    for i, of_one in enumerate(given):
+        found = of_one.error or predictor.try_record(of_one.ask, i)
+        if isinstance(found, str):
+            errors[i] = found
+        elif of_one.task is None:
+            records[i] = found
+        else:
+            records[i] = replace(found, context={**found.context, "task": of_one.task})
     return records, errors
 
 
@@ -81,52 +83,16 @@ def _answers(
     predictor: Predictor, records: Sequence[SftRecord], output: str, num_replicas: int, say: Callable[[str], None]
 ) -> list[str]:
     preparer, size = predictor.preparer, predictor.job.evaluate.batch_size
-    steps = predictor.task == "gui_steps"
-    costs = [] if steps else [sum(preparer.token_counts(record)[:2]) for record in records]
-    batches = plan_walks(records, size) if steps else plan_batches(costs, size)
-    work = replace(predictor.work(num_replicas), records=tuple(records), batches=batches)
+    work = replace(predictor.work(num_replicas), records=tuple(records))
+    if predictor.task == "gui_steps":
+        work = replace(work, batches=plan_walks(records, size), memory="model")
+    else:
+        costs = [sum(preparer.token_counts(record)[:2]) for record in records]
+        work = replace(work, batches=plan_batches(costs, size))
     try:
-        return answer_all(work, _kept(output), num_replicas, say, predictor.weights, walk if steps else None)
+        return answer_all(work, _kept(output), num_replicas, say, predictor.weights)
     except OSError as error:
         raise _cannot_write(output, error) from None
-
-
-def plan_walks(records: Sequence[SftRecord], batch_size: int) -> tuple[tuple[int, ...], ...]:
-    """Positions of the records of `batch_size` tasks at a time, whole; a record without a task is one of its own."""
-    whole = sorted(_by_task(records).values(), key=len, reverse=True)  # of one batch about as long
-    return tuple(
-        tuple(i for steps in whole[start : start + batch_size] for i in steps)
-        for start in range(0, len(whole), batch_size)
-    )
-
-
-def walk(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
-    """The answers to whole GUI tasks, step i of all at once; what was answered is the memory of the next step."""
-    preparer, tasks = loaded.preparer, _by_task(records)
-    answers = [""] * len(records)
-    history: dict[Any, tuple[str, ...]] = dict.fromkeys(tasks, ())
-    for number in range(max(map(len, tasks.values()))):
-        now = {name: steps[number] for name, steps in tasks.items() if number < len(steps)}
-        asked = [_with_history(records[i], history[name]) for name, i in now.items()]
-        texts = answer_records(loaded, asked)
-        for (name, i), record, text in zip(now.items(), asked, texts, strict=True):
-            answers[i] = text
-            found = preparer.task.parse(text, preparer.frames(record)).values
-            short, long = remember(history[name], found["output"], preparer.setting)
-            history[name] = (*long, *short)
-    return answers
-
-
-def _by_task(records: Sequence[SftRecord]) -> dict[Any, list[int]]:
-    """Positions of each task's records, in order."""
-    tasks: dict[Any, list[int]] = {}
-    for i, record in enumerate(records):
-        tasks.setdefault(record.context["task"] or i, []).append(i)
-    return tasks
-
-
-def _with_history(record: SftRecord, history: tuple[str, ...]) -> SftRecord:
-    return replace(record, context={**record.context, "history": history, "step": len(history)})
 
 
 def _kept(output: str) -> Path:
@@ -135,12 +101,15 @@ def _kept(output: str) -> Path:
     return path.with_name(f".{path.name}.answers.jsonl")
 
 
-def _result(ask: Ask, found: Found | str) -> dict[str, Any]:
-    head = {"id": ask.id, "images": list(ask.images)}
+def _result(given: Input, found: Found | str) -> dict[str, Any]:
+    result: dict[str, Any] = {"id": given.ask.id}
+    if given.task is not None:
+        result |= {"Task_id": given.task, "step": given.step}
+    result["images"] = list(given.ask.images)
     if isinstance(found, str):
-        return head | {"error": found}
+        return result | {"error": found}
     values = {"answer": found.answer, "found": dict(found.values), "ok": found.ok, "repairs": list(found.repairs)}
-    return head | values
+    return result | values
 
 
 def _write(output: str, results: Sequence[Mapping[str, Any]]) -> None:
@@ -153,15 +122,22 @@ def _write(output: str, results: Sequence[Mapping[str, Any]]) -> None:
             if path.suffix.lower() == ".jsonl":
                 file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
             else:
-                table = csv.writer(file)
-                table.writerow(["id", "images", "found", "ok", "answer", "error"])
-                for r in results:
-                    found = json.dumps(r.get("found"), ensure_ascii=False) if "found" in r else ""
-                    images = " ".join(map(str, r["images"]))
-                    table.writerow([r["id"], images, found, r.get("ok", ""), r.get("answer", ""), r.get("error", "")])
+                steps = ["Task_id", "step"] if any("Task_id" in result for result in results) else []
+                table = csv.DictWriter(file, ["id", *steps, "images", "found", "ok", "answer", "error"])
+                table.writeheader()
+                table.writerows(_as_cells(result) for result in results)
         os.replace(temporary, path)
     except OSError as error:
         raise _cannot_write(output, error) from None
+
+
+def _as_cells(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as a row of a table: several images in one cell, what was found as JSON."""
+    cells = {name: value for name, value in result.items() if name != "repairs"}
+    cells["images"] = " ".join(map(str, result["images"]))
+    if "found" in result:
+        cells["found"] = json.dumps(result["found"], ensure_ascii=False)
+    return cells
 
 
 def _cannot_write(output: str, error: OSError) -> RunError:

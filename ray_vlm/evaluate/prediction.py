@@ -6,6 +6,9 @@ from typing import Any
 
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.rows import Preparer
+from ray_vlm.methods.reward_answers import attributes_of
+from ray_vlm.tasks.answers import Parsed
+from ray_vlm.tasks.classification import check_attributes
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,20 @@ def rates(hits: int, misses: int, invented: int, suffix: str = "") -> dict[str, 
     return {f"precision{suffix}": precision, f"recall{suffix}": recall, f"f1{suffix}": f1}
 
 
+def parse_answer(text: str, record: SftRecord, preparer: Preparer) -> Parsed:
+    """What an answer to the record says. A classification is in the promised form if its attributes are those that were
+    asked for: those of the truth, or those of the labels where the record has no truth."""
+    parsed = preparer.task.parse(text, preparer.frames(record))
+    if preparer.spec.task.name != "classification":
+        return parsed
+    return check_attributes(parsed, tuple(record.truth["attributes"]) or tuple(attributes_of(preparer.spec.labels)))
+
+
 def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], preparer: Preparer) -> list[Prediction]:
     """Parse and score each answer with the task's own functions."""
     predictions = []
     for record, text in zip(records, answers, strict=True):
-        parsed, truth = preparer.task.parse(text, preparer.frames(record)), preparer.truth(record)
+        parsed, truth = parse_answer(text, record, preparer), preparer.truth(record)
         predictions.append(
             Prediction(
                 row=record.row,

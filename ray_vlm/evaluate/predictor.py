@@ -12,16 +12,13 @@ training did. `from_run` also takes `best/`, an exported adapter, a merged model
 weights.py` finds out which.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.images import read_size
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import Box, Point, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
@@ -29,12 +26,14 @@ from ray_vlm.data.spec import row_spec
 from ray_vlm.errors import DataError
 from ray_vlm.evaluate.actors import Loaded, Work
 from ray_vlm.evaluate.generate import generate_answers, plan_batches
+from ray_vlm.evaluate.prediction import parse_answer
+from ray_vlm.evaluate.questions import Ask, build_question, name_of
 from ray_vlm.evaluate.weights import find_answerer
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.store import full_address
-from ray_vlm.tasks.answers import IMAGE
-from ray_vlm.tasks.boxes import box_problem
-from ray_vlm.tasks.gui_steps import remember
+from ray_vlm.tasks.gui_steps import read_memory, remember
+
+Memory = Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | str | None  # steps as texts or JSON objects
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,6 @@ class Step:
     answer: str
     short_term_memory: tuple[str, ...]
     long_term_memory: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One question. `images`: paths, addresses, encoded bytes, PIL images or arrays `uint8 [h, w, 3]`; `told`: what the
-    task's question needs beside them, as `Predictor.predict` takes it."""
-
-    images: tuple[Any, ...]
-    told: Mapping[str, Any]
-    id: str = ""
 
 
 class Predictor:
@@ -127,8 +116,7 @@ class Predictor:
         `told`: for chat `question`; for classification, if the job tells positions, `box` in pixels; for GUI steps
         `goal` and `history`. Raises `DataError` for an image that cannot be read.
         """
-        images = tuple(image) if isinstance(image, list | tuple) else (image,)
-        return self.predict_many([Ask(images, told)])[0]
+        return self.predict_many([Ask(image, told)])[0]
 
     def predict_many(self, asks: Sequence[Ask]) -> list[Found]:
         """The answers to many questions, `evaluate.batch_size` at a time. Raises `DataError` with every bad one."""
@@ -156,12 +144,19 @@ class Predictor:
         self,
         image_path: Any,
         user_goal: str,
-        short_term_memory: Sequence[str] = (),
-        long_term_memory: Sequence[str] = (),
+        short_term_memory: Memory = (),
+        long_term_memory: Memory = (),
     ) -> Step:
-        """The next GUI step towards the goal on this screen. Memories are steps as JSON text, oldest first; start with
-        none, and hand on what the last step returned."""
-        history = (*long_term_memory, *short_term_memory)
+        """The next GUI step towards the goal on this screen. Start without memories, and hand on what the last step
+        returned; steps of your own may be texts or JSON objects, in a list, oldest first, or a single one.
+
+        Raises `DataError` for an image that cannot be read and for a memory that is something else.
+        """
+        try:
+            earlier = read_memory(long_term_memory, "long_term_memory")
+            history = (*earlier, *read_memory(short_term_memory, "short_term_memory"))
+        except ValueError as error:
+            raise DataError(str(error)) from None
         found = self.predict(image_path, goal=user_goal, history=history)
         values = found.values
         short, long = remember(history, values["output"], self.preparer.setting)
@@ -169,22 +164,22 @@ class Predictor:
 
     def record(self, ask: Ask, row: int = 0) -> SftRecord:
         """The record that asks. Raises `DataError` that names the image or the question and what is wrong."""
-        name = ask.id or next((str(i) for i in ask.images if isinstance(i, str | Path)), f"input {row}")
+        found = self.try_record(ask, row)
+        if isinstance(found, str):
+            raise DataError(f"{name_of(ask, row)}: {found}")
+        return found
+
+    def try_record(self, ask: Ask, row: int = 0) -> SftRecord | str:
+        """The record that asks, or why it cannot be asked."""
         try:
-            images = tuple(_encoded(image) for image in ask.images)
-            sizes = tuple(read_size(image, self.job.data.max_image_pixels) for image in images)
-            truth, context = _TELL[self.task](ask.told, sizes)
-            record = SftRecord(name, row, images, sizes, truth, context)
-            problem = self.preparer.question_problem(record)
+            record = build_question(ask, row, self.task, self.job.data.max_image_pixels)
+            return self.preparer.question_problem(record) or record
         except (ValueError, OSError, TypeError) as error:
-            raise DataError(f"{name}: {error}") from None
-        if problem:
-            raise DataError(f"{name}: {problem}")
-        return record
+            return str(error) or type(error).__name__
 
     def understand(self, record: SftRecord, answer: str, ask: Ask) -> Found:
         """What an answer to the record says."""
-        parsed = self.preparer.task.parse(answer, self.preparer.frames(record))
+        parsed = parse_answer(answer, record, self.preparer)
         return Found(ask.images, record.sizes, answer, parsed.values, parsed.ok, parsed.repairs)
 
     @cached_property
@@ -196,84 +191,3 @@ class Predictor:
         """The model as so many processes load it, 0 for this one; still without records."""
         where = self.weights if num_actors == 0 or self._adapter is None else full_address(self._adapter)
         return replace(self._loaded.work, adapter=where)
-
-
-def _encoded(image: Any) -> str | bytes:
-    """An image as records hold it: a path, an address, or bytes of a file."""
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, str | Path):
-        return str(image)
-    from PIL import Image
-
-    if not isinstance(image, Image.Image):
-        try:
-            image = Image.fromarray(image)
-        except (TypeError, AttributeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{type(image).__name__} is no image ({error}); give a path, bytes, PIL or uint8"
-            ) from None
-    out = io.BytesIO()
-    (image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB")).save(out, "PNG", compress_level=1)
-    return out.getvalue()
-
-
-Sizes = Sequence[tuple[int, int]]
-Told = Mapping[str, Any]
-
-
-def _only(told: Told, *names: str) -> None:
-    if unknown := [name for name in told if name not in names]:
-        raise ValueError(f"{', '.join(unknown)} means nothing to this task; it takes {', '.join(names) or 'an image'}")
-
-
-def _tell_nothing(told: Told, sizes: Sizes) -> tuple[dict, dict]:
-    _only(told)
-    _one(sizes)
-    return {"boxes": (), "labels": ()}, {}
-
-
-def _tell_box(told: Told, sizes: Sizes) -> tuple[dict, dict]:
-    _only(told, "box")
-    _one(sizes)
-    box = told.get("box")
-    if box is None:
-        return {"attributes": {}}, {}
-    box = tuple(float(v) for v in box)
-    if len(box) != 4 or (problem := box_problem(box, sizes[0])):
-        raise ValueError(f"box {list(box)} is not x1, y1, x2, y2 in pixels" + (f": {problem}" if len(box) == 4 else ""))
-    return {"attributes": {}}, {"box": box}
-
-
-def _tell_question(told: Told, sizes: Sizes) -> tuple[dict, dict]:
-    _only(told, "question")
-    question = told.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError("chat needs a question")
-    tags = "" if IMAGE in question else IMAGE * len(sizes)
-    return {"answer": ""}, {"turns": (("user", tags + question),)}
-
-
-def _tell_goal(told: Told, sizes: Sizes) -> tuple[dict, dict]:
-    _only(told, "goal", "history")
-    _one(sizes)
-    goal, history = told.get("goal"), told.get("history", ())
-    if not isinstance(goal, str) or not goal.strip():
-        raise ValueError("a GUI step needs a goal")
-    if isinstance(history, str) or not all(isinstance(step, str) for step in history):
-        raise ValueError("memory is a list of texts, one for each step")
-    context = {"instruction": goal, "task": "", "step": len(history), "history": tuple(history)}
-    return {"output": {"action": ""}, "box": None, "point": None}, context
-
-
-def _one(sizes: Sizes) -> None:
-    if len(sizes) != 1:
-        raise ValueError(f"{len(sizes)} images, and this task looks at one")
-
-
-_TELL = {
-    "detection": _tell_nothing,
-    "classification": _tell_box,
-    "chat": _tell_question,
-    "gui_steps": _tell_goal,
-}

@@ -7,7 +7,7 @@ import csv
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,14 @@ from ray_vlm.evaluate.pictures import Stage
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.evaluate.report import write_report
 from ray_vlm.evaluate.tracked import track_test
+from ray_vlm.evaluate.walks import plan_walks
 from ray_vlm.runs.card import CHOSE_BEST
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
 from ray_vlm.runs.store import full_address, is_remote
+
+MEMORIES = {"truth": "the truth's", "model": "the model's own"}  # `evaluate.memory` in words
+_FOLDERS = {"truth": "", "model": "-own-memory"}  # what ends the names of folders with results
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,13 @@ class Subject:
     adapter: str | None = None
 
 
-def plan_subjects(job: JobConfig, adapters: Sequence[str], base: bool, unquantised: bool) -> list[Subject]:
+def plan_subjects(
+    job: JobConfig, adapters: Sequence[str], base: bool, unquantised: bool, both_memories: bool = False
+) -> list[Subject]:
     """What to measure, in the order of the report: the base unquantised, the base, the adapters.
 
     With nothing asked for, the base. In one report the loss by quantisation is not mistaken for training's.
+    `both_memories`: all with the truth's memory, then all with their own. Raises `ConfigError` for tasks without one.
     """
     subjects = []
     if unquantised and job.model.load_in_4bit:
@@ -56,7 +63,19 @@ def plan_subjects(job: JobConfig, adapters: Sequence[str], base: bool, unquantis
     for i, (adapter, parts) in enumerate(zip(adapters, names, strict=True)):
         title = "/".join(parts) if names.count(parts) == 1 else f"{'/'.join(parts)} ({i + 1})"
         subjects.append(Subject(title, f"{i + 1}-{'-'.join(parts)}", job, adapter))
-    return subjects
+    if not both_memories:
+        return subjects
+    if job.task.name != "gui_steps":
+        raise ConfigError(f"--both-memories: the task {job.task.name} has no memory of earlier steps. Leave it out.")
+    if len(subjects) == 1 and adapters:
+        subjects = [replace(subjects[0], folder=names[0][-1])]  # among the evaluations of its run
+    return [_with_memory(subject, memory) for memory in MEMORIES for subject in subjects]
+
+
+def _with_memory(subject: Subject, memory: str) -> Subject:
+    options = subject.job.evaluate.model_copy(update={"memory": memory})
+    job = subject.job.model_copy(update={"evaluate": options})
+    return replace(subject, folder=f"{subject.folder}{_FOLDERS[memory]}", job=job)
 
 
 def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -77,12 +96,16 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     assert index is not None
     started, actors = time.monotonic(), num_actors(job)
     where = weights if actors == 0 or adapter is None else full_address(adapter)
-    batches = plan_batches(index.image_tokens + index.prompt_tokens, job.evaluate.batch_size)
-    work = Work(job, parts.spec, index.records, where, batches)
+    if job.evaluate.memory == "model":
+        batches = plan_walks(index.records, job.evaluate.batch_size)
+    else:
+        batches = plan_batches(index.image_tokens + index.prompt_tokens, job.evaluate.batch_size)
+    work = Work(job, parts.spec, index.records, where, batches, job.evaluate.memory)
     answers = answer_all(work, folder / ANSWERS, actors, say, weights)
     predictions = build_predictions(index.records, answers, load_preparer(parts.spec))
     metrics = measure(job.task.name, predictions)
     metrics |= {"adapter": adapter, "test": _told(job), "wall_s": time.monotonic() - started}
+    metrics |= {"memory": job.evaluate.memory} if job.task.name == "gui_steps" else {}
     metrics["num_bad_rows"] = len(index.bad)
     metrics |= {"rows_chose_best": True} if job.data.test_on_eval else {}
     metrics["intervals"] = measure_intervals(job.task.name, [p.as_dict() for p in predictions])
@@ -96,6 +119,11 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     return metrics
 
 
+def _titled(title: str, memory: str | None) -> str:
+    """A title that says whose memory GUI steps were told."""
+    return f"{title}, {MEMORIES[memory]} memory" if memory in MEMORIES else title
+
+
 def num_actors(job: JobConfig) -> int:
     """How many processes hold the model; 0 is this one."""
     if job.evaluate.num_replicas is not None:
@@ -107,7 +135,8 @@ def _told(job: JobConfig) -> str:
     """What was measured, in words."""
     test, train = job.data.tested, job.data.train
     assert test is not None
-    return test.path or f"{test.ratio} of {train.path if train else ''}"
+    rows = test.path or f"{test.ratio} of {train.path if train else ''}"
+    return _titled(rows, "model") if job.evaluate.memory == "model" else rows
 
 
 def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
@@ -143,17 +172,18 @@ def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str
     for subject in subjects:
         where = folder if len(subjects) == 1 else folder / subject.folder
         metrics = evaluate(subject.job, subject.adapter, where)
-        stages.append(Stage(subject.title, metrics, read_predictions(where)))
+        title = _titled(subject.title, metrics.get("memory"))
+        stages.append(Stage(title, metrics, read_predictions(where)))
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
         told = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
-        print(f"{subject.title}, {metrics['num_rows']} rows{told}: {numbers}")
+        print(f"{title}, {metrics['num_rows']} rows{told}: {numbers}")
         if subject.adapter is not None:
             track_test(job.track, subject.adapter, metrics["overall"])
     if other := next((s for s in stages if _ids(s) != _ids(stages[0])), None):
         raise RunError(f"{stages[0].title} and {other.title} hold different test rows, so they cannot be compared.")
     runs = {
         s.title if len(subjects) > 1 else "": Path(s.adapter).parent / "metrics.jsonl"
-        for s in subjects
+        for s in subjects  # one that is measured with both memories has one curve
         if s.adapter and not is_remote(s.adapter)
     }
     changes = write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, runs)
@@ -171,18 +201,20 @@ def _ids(stage: Stage) -> list[str]:
 
 
 def _place(job: JobConfig, subjects: Sequence[Subject], output: str | None) -> Path:
-    """Where results go: beside the adapter, or for the base and for several under the job's output folder."""
+    """Where results go: beside the adapter, or for the base and for several of them under the job's output folder."""
     if output:
         return Path(output)
-    adapter = subjects[0].adapter if len(subjects) == 1 else None
+    adapter = subjects[0].adapter if len({subject.adapter for subject in subjects}) == 1 else None
+    own = _FOLDERS[job.evaluate.memory]
     if is_remote(adapter or job.run.output_dir):
         raise ConfigError("results are written to a folder, and this adapter or run lies elsewhere. Give --output.")
     if adapter:
-        return Path(adapter).parent / "evaluate" / Path(adapter).name
+        of_run = Path(adapter).parent / "evaluate"
+        return of_run / f"{Path(adapter).name}{own}" if len(subjects) == 1 else of_run
     tested = job.data.tested
     test = Path(tested.path).stem if tested and tested.path else "eval" if job.data.test_on_eval else "test"
     name = f"{Path(job.model.name).name}-{test}"
-    return Path(job.run.output_dir) / "evaluate" / (name if len(subjects) == 1 else f"{name}-{len(subjects)}")
+    return Path(job.run.output_dir) / "evaluate" / f"{name}{own if len(subjects) == 1 else f'-{len(subjects)}'}"
 
 
 def load_stage(folder: Path, title: str, task: str) -> Stage:
@@ -191,7 +223,7 @@ def load_stage(folder: Path, title: str, task: str) -> Stage:
         metrics = json.loads((folder / "metrics.json").read_text())
         if metrics.get("task") != task:
             raise ValueError(f"it is of the task {metrics.get('task')!r}")
-        return Stage(title, metrics, read_predictions(folder))
+        return Stage(_titled(title, metrics.get("memory")), metrics, read_predictions(folder))
     except (OSError, ValueError) as error:
         raise RunError(
             f"{folder}: no evaluation here ({error}). Give a folder that `ray-vlm evaluate` wrote."

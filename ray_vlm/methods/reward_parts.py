@@ -45,7 +45,7 @@ def _format(task: str, parsed: Parsed, truth: Mapping[str, Any]) -> float:
         "gui_steps": lambda: any(name in values.get("output", {}) for name in truth["output"]),
         "chat": lambda: bool(values.get("answer")),
     }
-    named = task != "classification" or truth["attributes"].keys() <= values.get("attributes", {}).keys()
+    named = task != "classification" or truth["attributes"].keys() == values.get("attributes", {}).keys()
     return 1.0 if parsed.ok and named else 0.5 * understood[task]()
 
 

@@ -10,7 +10,8 @@ answer is one JSON object, `{"object": "toe_drain", "condition": "blocked"}`. La
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray_vlm.config.schema import Task
@@ -115,6 +116,17 @@ def parse(text: str, frames: Sequence[Frame]) -> Parsed:
     if len(found) < len(value):
         repairs.append("dropped attributes that are not text")
     return Parsed({"attributes": found}, not repairs, tuple(repairs))
+
+
+def check_attributes(parsed: Parsed, asked: Collection[str]) -> Parsed:
+    """The answer, no longer `ok` where it lacks an attribute that was asked for or has one that was not. With nothing
+    `asked` for, nothing is known of that."""
+    if not parsed.ok or not asked:
+        return parsed
+    found = parsed.values["attributes"]
+    repairs = [f"attribute {name!r} is missing" for name in asked if name not in found]
+    repairs += [f"attribute {name[:80]!r} was not asked for" for name in found if name not in asked]
+    return replace(parsed, ok=not repairs, repairs=(*parsed.repairs, *repairs))
 
 
 def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:

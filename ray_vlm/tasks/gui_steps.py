@@ -10,7 +10,7 @@ and before them as many earlier ones as fit into `task.long_memory_tokens`, the 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.data.records import SftRecord
@@ -68,8 +68,36 @@ def split_memory(history: Sequence[str], setting: Setting) -> tuple[tuple[str, .
 
 def remember(history: Sequence[str], output: Mapping[str, Any], setting: Setting) -> tuple[tuple, tuple]:
     """The short and the long memory after a step: its `output` joins the history unless no action was understood."""
-    done = [json.dumps(output, ensure_ascii=False, separators=(",", ":"))] if "action" in output else []
+    done = [write_step(output)] if "action" in output else []
     return split_memory([*history, *done], setting)
+
+
+def write_step(output: Mapping[str, Any]) -> str:
+    """A step as a memory holds it: compact JSON."""
+    return json.dumps(output, ensure_ascii=False, separators=(",", ":"))
+
+
+def read_memory(memory: object, name: str) -> tuple[str, ...]:
+    """Earlier steps as texts, oldest first: those of a list of texts and JSON objects, or one of these by itself.
+
+    None and what is empty are no step. `name` is what messages call the memory. Raises `ValueError`.
+    """
+    single = isinstance(memory, str | bytes | Mapping) or not isinstance(memory, Iterable)
+    entries: Iterable[object] = [memory] if single else memory  # type: ignore[assignment]
+    steps = []
+    for entry in entries:
+        if not isinstance(entry, str | Mapping | None):
+            raise ValueError(
+                f"{name} holds {str(entry)[:80]!r} ({type(entry).__name__}); a step is a text or a JSON object, and a "
+                "memory is a list of steps or a single one"
+            )
+        try:
+            text = write_step(entry) if isinstance(entry, Mapping) and entry else entry
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name} holds an object that cannot be written as JSON ({error}); mend it") from None
+        if isinstance(text, str) and text.strip():
+            steps.append(text)
+    return tuple(steps)
 
 
 def _list(steps: Sequence[str]) -> str:

@@ -18,6 +18,9 @@ def add_predict_verb(verbs: argparse._SubParsersAction) -> None:
     )
     predict.add_argument("--output", required=True, metavar="PATH", help="results, .jsonl or .csv")
     predict.add_argument("--draw", metavar="FOLDER", help="also images there, with what was found on them")
+    predict.add_argument(
+        "--image-root", metavar="FOLDER", help="folder of the images that tables name (default: the table's own)"
+    )
     predict.add_argument("--question", metavar="TEXT", help="asked about every image (chat)")
     predict.add_argument(
         "--weights",
@@ -57,6 +60,8 @@ def _predict(args: argparse.Namespace) -> None:
     replicas = args.num_replicas if args.num_replicas is not None else predictor.job.evaluate.num_replicas or 0
     if replicas < 0:
         raise ConfigError(f"--num-replicas {replicas}: a number of processes is needed, 0 or more.")
-    count = predict_files(predictor, args.inputs, args.output, args.question, args.draw, replicas)
+    count = predict_files(
+        predictor, args.inputs, args.output, args.question, args.draw, replicas, image_root=args.image_root
+    )
     drawn = f"; images in {args.draw}" if args.draw else ""
     print(f"{count} results in {args.output}{drawn}")

@@ -1,5 +1,6 @@
 """Every command in the documents is one that the command line takes, and those that need no cluster are run."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ray_vlm
 from ray_vlm.cli import _parser, main
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,15 @@ def test_commands_are_taken(page: Path) -> None:
         args, rest = _parser().parse_known_args(_words(command))
         assert args.verb, command
         assert not [word for word in rest if "=" not in word], command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_names_in_python_are_imported_on_their_page(page: Path) -> None:
+    blocks = "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+    imported = re.findall(r"^from (ray_vlm[\w.]*) import (.+)$", blocks, re.MULTILINE)
+    names = {name.strip(): module for module, found in imported for name in found.split(",")}
+    assert all(hasattr(importlib.import_module(module), name) for name, module in names.items())
+    assert {name for name in ray_vlm.__all__ if re.search(rf"\b{name}\b[(.]", blocks)} <= set(names)
 
 
 def test_there_are_commands() -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_vlm import Predictor
+from ray_vlm import Ask, Predictor
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
-from ray_vlm.errors import DataError, RunError
+from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate import generate, predict
-from ray_vlm.evaluate.predictor import Ask, Found
+from ray_vlm.evaluate import predictor as predictor_module
+from ray_vlm.evaluate.predictor import Found
 from ray_vlm.tasks.gui_steps import remember
 from tests.support.jobs import write_job
 
@@ -57,7 +58,7 @@ def test_prediction_is_what_evaluation_measured(trained: Path, scenes: Path, tmp
     words = ["--adapter", str(run / "final"), "--output", str(measured)]
     assert main(["evaluate", str(trained / "job.yaml"), *words]) == 0
     lines = [json.loads(line) for line in (measured / "predictions.jsonl").open()]
-    found = Predictor.from_run(str(run)).predict_many([Ask(tuple(line["images"]), {}) for line in lines])
+    found = Predictor.from_run(str(run)).predict_many([Ask(line["images"][0]) for line in lines])
     assert [f.answer for f in found] == [line["answer"] for line in lines]
     out = tmp_path / "found.jsonl"
     assert main(["predict", str(run), str(scenes / "test"), "--output", str(out)]) == 0
@@ -82,7 +83,12 @@ def test_files_that_cannot_be_read_are_results_too(detector: tuple[Path, Path], 
     assert Image.open(drawn[0]).width == Image.open(folder / "a.jpg").width
     (folder / "a.jpg").unlink()
     assert main(words) == 1
-    assert "c.png: image file is empty" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "error: c.png: image file is empty" in told, "named once"
+    assert "None of 2 inputs can be read" in told
+    rows = list(csv.DictReader((tmp_path / "o.csv").open()))
+    assert [row["id"] for row in rows] == ["b.jpg", "c.png"]
+    assert all(row["error"] and not row["error"].startswith(row["id"]) for row in rows)
 
 
 def test_what_cannot_start_is_refused(detector: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
@@ -109,7 +115,7 @@ def test_what_cannot_start_is_refused(detector: tuple[Path, Path], tmp_path: Pat
         ("chat", {}, {"question": "<image><image> same?"}, "2 <image> tags for 1 images"),
         ("chat", {}, {"question": "be quiet<|im_end|>"}, "does not read as text"),
         ("gui_steps", {}, {"history": []}, "needs a goal"),
-        ("gui_steps", {}, {"goal": "x", "history": "step"}, "list of texts"),
+        ("gui_steps", {}, {"goal": "x", "history": [3]}, "a step is a text or a JSON object"),
     ],
 )
 def test_questions_that_cannot_be_asked(job_file, task: str, options: dict, told: dict, reason: str) -> None:
@@ -139,8 +145,29 @@ def test_memory_is_carried_on_and_cut_as_in_training(job_file) -> None:
     assert 0 < len(long) < 4
     assert long == tuple(done[4 - len(long) : 4])
     assert remember(history, {}, predictor.preparer.setting) == (short, long), "what was not understood is forgotten"
-    step = predictor.predict_step(Image.new("RGB", (64, 64)), "press", short, long)
+    screen = Image.new("RGB", (64, 64))
+    step = predictor.predict_step(screen, "press", short, long)
     assert set(step.short_term_memory) <= {*done, json.dumps(step.output, separators=(",", ":"))}
+    with pytest.raises(DataError, match="short_term_memory holds '3'"):
+        predictor.predict_step(screen, "press", [3])
+
+
+def test_a_memory_may_be_a_text_or_a_step_by_itself(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As texts their letters would be taken for steps, as objects their keys."""
+    predictor = _predictor(job_file, "gui_steps", short_memory=1, long_memory_tokens=40)
+    questions: list[str] = []
+
+    def stub(model: Any, records: Any, preparer: Any, *args: Any) -> list[str]:
+        questions.extend(preparer.turns(record)[-1][1] for record in records)
+        return ['{"action": "done"}' for _ in records]
+
+    monkeypatch.setattr(predictor_module, "generate_answers", stub)
+    step = predictor.predict_step(Image.new("RGB", (64, 64)), "press", {"action": "tap"}, "opened the mail")
+    assert 'Earlier steps: opened the mail\nLast steps: {"action":"tap"}\n' in questions[0]
+    assert (step.short_term_memory, step.long_term_memory) == (
+        ('{"action":"done"}',),
+        ("opened the mail", '{"action":"tap"}'),
+    )
 
 
 def _steps_table(folder: Path) -> Path:
@@ -163,7 +190,7 @@ def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(
         asked.append([(r.id, r.context["history"], r.context["step"]) for r in records])
         return ['{"action":"tap"}' if r.id != "row 0" else "[?" for r in records]
 
-    monkeypatch.setattr(predict, "answer_records", stub)
+    monkeypatch.setattr(generate, "answer_records", stub)
     predictor = _predictor(job_file, "gui_steps")
     out, table = tmp_path / "out.jsonl", str(_steps_table(tmp_path))
     assert predict.predict_files(predictor, [table], str(out), say=lambda text: None) == 7
@@ -173,16 +200,42 @@ def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(
     assert [row["id"] for row in rows] == [f"row {i}" for i in range(7)]
     assert ["error" in row for row in rows] == [False, False, False, True, True, False, False]
     assert "outside" in rows[4]["error"]
+    assert not rows[3]["error"].startswith("row 3")
+    places = [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("", 0), ("", 0)]
+    assert [(row["Task_id"], row["step"]) for row in rows] == places
     asked.clear()
     monkeypatch.setattr(
-        predict, "answer_records", lambda loaded, records: stub(loaded, records) and ['{"action":"tap"}']
+        generate, "answer_records", lambda loaded, records: stub(loaded, records) and ['{"action":"tap"}']
     )
     predictor.job = predictor.job.model_copy(
         update={"evaluate": predictor.job.evaluate.model_copy(update={"batch_size": 1})}
     )
+    out = tmp_path / "out.csv"
     predict.predict_files(predictor, [table], str(out), say=lambda text: None)
+    assert [(row["Task_id"], int(row["step"])) for row in csv.DictReader(out.open())] == places
     assert [asks[0][0] for asks in asked] == ["row 0", "row 2", "row 1", "row 5", "row 6"], "one task after another"
     assert asked[1] == [("row 2", ('{"action":"tap"}',), 1)]
+
+
+def test_a_table_s_images_may_lie_elsewhere(job_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "answer_records", lambda loaded, records: ["[]"] * len(records))
+    predictor, out = _predictor(job_file, "detection", labels=["a"]), tmp_path / "found.jsonl"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "tables").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
+    table = tmp_path / "tables" / "rows.csv"
+    table.write_text("image\na.png\n")
+    with pytest.raises(DataError, match="row 0: "):
+        predict.predict_files(predictor, [str(table)], str(out))
+    assert "error" in json.loads(out.read_text())
+    root = str(tmp_path / "photos")
+    assert predict.predict_files(predictor, [str(table)], str(out), say=lambda text: None, image_root=root) == 1
+    (found,) = map(json.loads, out.open())
+    assert (found["images"], found["ok"]) == ([f"{root}/a.png"], True)
+    assert "Task_id" not in found
+    for given, wrong, told in ((str(table), "nowhere", "no such folder"), (f"{root}/a.png", root, "it is for tables")):
+        with pytest.raises(ConfigError, match=told):
+            predict.predict_files(predictor, [given], str(out), image_root=wrong)
 
 
 def test_a_prediction_that_was_killed_asks_nothing_twice(

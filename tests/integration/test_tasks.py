@@ -72,6 +72,42 @@ def test_train_and_evaluate(task: str, family: str, sources, job_file, tmp_path:
     assert resolved["data"]["test"]["ratio"] == 0.25
 
 
+def test_gui_steps_are_told_whose_memory_the_job_says(
+    sources, job_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from ray_vlm.evaluate import generate
+
+    asked: list[list[tuple[str, ...]]] = []
+
+    def stub(loaded: Any, records: Any) -> list[str]:
+        asked.append([record.context["history"] for record in records])
+        return ['{"action": "wait"}' for _ in records]
+
+    monkeypatch.setattr(generate, "answer_records", stub)
+    data = {"train": None, "test": sources["gui_steps"] | {"max_rows": 6}}
+    path, out = str(job_file(task="gui_steps", data=data)), tmp_path / "out"
+    assert main(["evaluate", path, "--both-memories", "--output", str(out)]) == 0
+    told, wait = ['{"action":"click","target":"b0"}', '{"action":"click","target":"b1"}'], '{"action":"wait"}'
+    assert sorted(asked[0]) == sorted(2 * [(), (told[0],), tuple(told)]), "the truth tells of clicks, in one batch"
+    assert asked[1:] == [[(), ()], [(wait,), (wait,)], [(wait, wait), (wait, wait)]], "step by step, and no click"
+    for folder, memory in (("base", "truth"), ("base-own-memory", "model")):
+        metrics = json.loads((out / folder / "metrics.json").read_text())
+        assert metrics["memory"] == json.loads((out / folder / "answers.jsonl").open().readline())["key"]["memory"]
+        assert (metrics["memory"], metrics["num_tasks"]) == (memory, 2)
+        assert {"step_success", "task_success"} <= set(metrics["intervals"])
+    html = (out / "report.html").read_text()
+    assert "base, the truth&#39;s memory" in html
+    assert "base, the model&#39;s own memory" in html
+    assert "task_success" in json.loads((out / "comparison.json").read_text())["differences"]
+    asked.clear()
+    assert main(["evaluate", path, "--both-memories", "--output", str(out)]) == 0
+    assert not asked, "all answers are there"
+    assert main(["evaluate", path, "evaluate.memory=model", "--output", str(out / "base")]) == 0
+    assert len(asked) == 3, "those with the truth's memory are not taken for its own"
+    assert main(["evaluate", str(job_file()), "--both-memories"]) == 2
+    assert "has no memory" in capsys.readouterr().err
+
+
 def test_the_parts_of_a_split_share_no_row(sources, job_file) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.data.splits import load_parts

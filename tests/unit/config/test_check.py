@@ -40,6 +40,7 @@ BROKEN = [
     {"evaluate": {"asynchronous": True}, "cluster": {"num_workers": 0}, "data": TRAIN | {"eval": 0.1}},
     {"evaluate": {"asynchronous": True}},
     {"evaluate": {"engine": "vllm"}},
+    {"evaluate": {"memory": "model"}},
     {"track": {"energy": True}},
     {"track": {"wandb_group": "night"}},
     {"data": {"eval": {"path": "a"}, "test": {"path": "a"}}},

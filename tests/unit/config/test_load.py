@@ -73,6 +73,16 @@ def test_names_of_one_s_own_are_keys(tmp_path: Path) -> None:
     assert any("and not both" in problem for problem in _problems(tmp_path, text, "data.test.path=b.json"))
 
 
+def test_an_id_may_be_written_as_a_number(tmp_path: Path) -> None:
+    text = "model: {name: x}\ntask: gui_steps\ndata: {train: {path: a.csv, format: gui_csv, task_start: 1}}\n"
+    job = _load(tmp_path, text, "data.train.task_end=20")
+    assert job.data.train is not None
+    assert (job.data.train.task_start, job.data.train.task_end) == ("1", "20")
+    assert load_resolved(dump_job(job)) == job
+    for wrong in ("true", "1.5", "[1]"):
+        assert "`data.train.task_end` is" in _problems(tmp_path, text, f"data.train.task_end={wrong}")[0]
+
+
 def test_every_problem_is_told_at_once_with_its_place_and_fix(tmp_path: Path) -> None:
     text = (
         "model: {name: x, load_in_4bits: true}\n"

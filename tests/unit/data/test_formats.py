@@ -242,6 +242,45 @@ def test_gui_tasks_are_kept_by_id(tmp_path: Path, options: dict[str, Any], rows:
     assert [r.row for r in records] == rows
 
 
+@pytest.mark.parametrize(
+    ("output", "written"),
+    [
+        ({"action": {"type": "tap", "text": "hi"}, "reason": "x"}, '{"action":"tap","text":"hi","reason":"x"}'),
+        ({"reason": "x", "action": {"name": "tap"}}, '{"action":"tap","reason":"x"}'),
+        ({"type": {"action": "tap", "type": "button"}}, '{"action":"tap","type":"button"}'),
+        ({"action": {"action_type": "tap", "name": "Save"}}, '{"action":"tap","name":"Save"}'),
+        ({"action": "tap", "type": "button"}, '{"action":"tap","type":"button"}'),
+    ],
+)
+def test_a_nested_action_is_a_step_like_a_flat_one(tmp_path: Path, output: dict[str, Any], written: str) -> None:
+    rows = [row | {"Output": json.dumps(output), "Task_id": "1"} for row in _steps()[:2]]
+    records, _ = _read(_write(tmp_path / "rows.csv", rows), "gui_csv")
+    assert records[0].truth["output"] == json.loads(written)
+    assert next(iter(records[0].truth["output"])) == "action"
+    assert records[1].context["history"] == (written,)
+
+
+@pytest.mark.parametrize(
+    ("grounding", "box", "point"),
+    [
+        ({"x": 5, "y": 6.5}, None, (5.0, 6.5)),
+        ({"x1": 1, "y1": 2, "x2": 3, "y2": 4}, (1.0, 2.0, 3.0, 4.0), None),
+        ({"x": 1, "y": 2, "width": 10, "height": 20}, (1.0, 2.0, 11.0, 22.0), None),
+        ({"point": {"x": 5, "y": 6}}, None, (5.0, 6.0)),
+        ({"point": [5, 6], "x": 8, "y": 9}, None, (5.0, 6.0)),
+        ({"bbox": {"x1": 1, "y1": 2, "x2": 3, "y2": 4}, "width": 1920}, (1.0, 2.0, 3.0, 4.0), None),
+        ({"bbox": None, "x": 5, "y": 6}, None, (5.0, 6.0)),
+        ({"x": None, "y": None}, None, None),
+        ({"point": {"x": None, "y": None}}, None, None),
+        ({"bbox": None}, None, None),
+    ],
+)
+def test_groundings_by_name_and_nested(tmp_path: Path, grounding: dict[str, Any], box: Any, point: Any) -> None:
+    row = _steps()[0] | {"Grounding": json.dumps(grounding)}
+    (record,), _ = _read(_write(tmp_path / "rows.csv", [row]), "gui_csv")
+    assert (record.truth["box"], record.truth["point"]) == (box, point)
+
+
 def test_gui_tasks_with_names_are_kept_by_their_place(tmp_path: Path) -> None:
     rows = [row | {"Task_id": f"t{name}"} for row, name in zip(_steps(), "zabcz", strict=True)]
     path = _write(tmp_path / "rows.csv", rows)

@@ -169,7 +169,9 @@ def test_format_is_half_where_something_was_understood() -> None:
     assert _detect(TASKS["detection"].parse("[]", (FRAME,)))["format"] == 1.0
     named = load_rewards("classification", None)
     truth = {"attributes": {"object": "drain"}}
-    for text, score in (('so: {"object": "pipe"}', 0.5), ('so: {"other": "pipe"}', 0.0), ('{"object": "pipe"}', 1.0)):
+    texts = {'so: {"object": "pipe"}': 0.5, 'so: {"other": "pipe"}': 0.0, '{"object": "pipe"}': 1.0}
+    texts['{"object": "pipe", "why": "round"}'] = 0.5  # an attribute that was not asked for
+    for text, score in texts.items():
         assert part_scores(named, TASKS["classification"].parse(text, ()), truth)["format"] == score
 
 

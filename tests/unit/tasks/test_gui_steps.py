@@ -98,6 +98,29 @@ def test_rows_that_cannot_be_learned_say_why() -> None:
     assert "move it there" in (gui_steps.check(_record({"action": "a", "bbox_2d": [1]}), ()) or "")
 
 
+@pytest.mark.parametrize(
+    ("memory", "steps"),
+    [
+        (None, ()),
+        ("", ()),
+        ({}, ()),
+        ([], ()),
+        ("tapped Save", ("tapped Save",)),
+        ({"action": "tap", "text": "ü"}, ('{"action":"tap","text":"ü"}',)),
+        (["one", {"action": "tap"}, "", None], ("one", '{"action":"tap"}')),
+        ((text for text in ("one", "two")), ("one", "two")),
+    ],
+)
+def test_a_memory_is_steps_or_a_single_one(memory: Any, steps: tuple[str, ...]) -> None:
+    assert gui_steps.read_memory(memory, "memory") == steps
+
+
+@pytest.mark.parametrize("memory", [3, b"tap", ["one", 3], [["one"]], {"action": {1, 2}}, [{"a": b"x"}]])
+def test_what_is_no_memory_is_refused(memory: Any) -> None:
+    with pytest.raises(ValueError, match="short_term_memory holds"):
+        gui_steps.read_memory(memory, "short_term_memory")
+
+
 @pytest.mark.parametrize("depth", [70, 300, 600, 900, 5000])
 @pytest.mark.parametrize("ends", ["[]", "{}"])
 def test_an_answer_nested_without_end_is_no_step(depth: int, ends: str) -> None:
