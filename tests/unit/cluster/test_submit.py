@@ -255,7 +255,8 @@ class _Client:
         self.stopped = True
 
 
-def test_ctrl_c_asks_and_then_waits_for_the_checkpoint(capsys) -> None:
+def test_ctrl_c_asks_and_then_waits_for_the_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(submit_module, "_POLL_S", 0.01)
     client = _Client()
     assert follow_job(client, "j", ask=lambda question: True) == 130
     assert client.stopped
