@@ -84,9 +84,7 @@ class _Rule:
         if not name.startswith(self.base):
             return False
         name = name[len(self.base) :]
-        if name.endswith("/") and self.spec.match_file(
-            name.rstrip("/")
-        ):  # of `x/*`, Ray's patterns know x/y, not x/y/z
+        if name.endswith("/") and self.spec.match_file(name.rstrip("/")):  # `x/*` is x/y to Ray, not x/y/z
             return True
         return not (name.endswith("/") and self.has_exceptions) and self.spec.match_file(name)
 
