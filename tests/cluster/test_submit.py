@@ -123,8 +123,9 @@ data:
   test: {path: data/test.json, max_rows: 4}
 train: {max_steps: 2, global_batch_size: 4, micro_batch_size: 2, bf16: false}
 evaluate: {every_steps: 2, num_samples: 2, max_new_tokens: 32}
-pairs: {num_samples: 4, temperature: [1.0, 1.6], min_margin: 0.0}
+pairs: {num_samples: 4, temperature: [1.0, 1.6], min_margin: 0.01}
 checkpoint: {every_steps: 2}
+tune: {num_trials: 2}
 cluster: {num_workers: 1, cpus_per_worker: 1}
 run: {name: mine, output_dir: OUT}
 """
