@@ -210,14 +210,14 @@ def test_strangers_are_told_what_is_missing(token_cluster: Any, own_folder: tupl
 
 
 def test_a_job_server_takes_no_more_than_is_said(token_cluster: Any, tmp_path: Path) -> None:
-    """A little less than the limit of `check_size` is taken, and the limit is not."""
+    """A little less than the limit of `check_size` is taken, a little more is not."""
     from ray_vlm.cluster.package import MAX_UPLOAD_BYTES
 
     env = token_cluster[0] | {"PYTHONPATH": str(ROOT)}
     code = "import sys; from ray_vlm.cluster.submit import connect_jobs; client = connect_jobs(None)\n"
     code += "put = client._do_request('PUT', '/api/packages/gcs/_ray_pkg_0.zip', data=bytes(int(sys.argv[1])))\n"
     code += "print(put.status_code)"
-    for size, taken in ((MAX_UPLOAD_BYTES - 2**16, True), (MAX_UPLOAD_BYTES, False)):
+    for size, taken in ((MAX_UPLOAD_BYTES - 2**16, True), (MAX_UPLOAD_BYTES + 2**16, False)):
         done = _run([sys.executable, "-c", code, str(size)], tmp_path, env)
         assert (done.stdout.strip() == "200") == taken, done.stdout + done.stderr
 
