@@ -19,7 +19,7 @@ from ray_vlm.config.schema import JobConfig
 
 # Options and words of the verbs by what they name; those of neither kind name nothing. A test holds that all are known.
 SENT = ("job", "space")  # a file that travels
-READ = ("run", "inputs", "adapter", "against")  # travels, or lies where all nodes see it
+READ = ("run", "inputs", "adapter", "against", "base", "image_root")  # travels, or lies where all nodes see it
 WRITTEN = ("output", "draw")
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,7 +65,7 @@ def check_words(words: Mapping[str, Any], archive: Archive) -> tuple[dict[str, A
         value = given.get(name)
         if isinstance(value, list):
             given[name] = [_check_read(name, one, archive, report) for one in value]
-        elif value is not None:
+        elif isinstance(value, str):
             given[name] = _check_read(name, value, archive, report)
     return given, report
 
@@ -100,11 +100,18 @@ def _check_read(name: str, value: str, archive: Archive, report: PathReport) -> 
         report.problems.append(f"{label} is left out by {reason}. {_take_out(reason)}")
     elif archive.holds(inside):
         return inside
-    elif name in ("inputs", "against") or not _HUB_NAME.fullmatch(value):
+    elif not _may_be_elsewhere(name, value, archive):
         report.problems.append(
             f"{label}: there is no such thing in {archive.folder}, which is what the cluster gets. Give {_SHARED}."
         )
     return value
+
+
+def _may_be_elsewhere(name: str, value: str, archive: Archive) -> bool:
+    """Whether what is not in the folder may be a name on the hub, or of a base that ships with the package."""
+    if name == "run":  # of a run in outputs/ here the cluster knows nothing
+        return not (archive.folder / "outputs" / value).exists()
+    return name == "base" or (name == "adapter" and _HUB_NAME.fullmatch(value) is not None)
 
 
 def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:

@@ -76,7 +76,7 @@ def _submit(args: argparse.Namespace) -> int:
     from ray_vlm.cluster.submit import connect_jobs, entrypoint, follow_job, load_runtime_env, submit
     from ray_vlm.config.load import load_job
 
-    job = load_job(args.job, args.overrides) if hasattr(args, "job") else None
+    job = load_job(args.job, args.overrides) if hasattr(args, "overrides") else None
     folder = _working_folder(args.working_dir)
     env, env_file = load_runtime_env(folder, args.runtime_env)
     archive, package = plan_working_folder(folder, env.get("excludes", []), env_file), plan_package()
