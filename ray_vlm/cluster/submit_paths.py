@@ -19,7 +19,8 @@ from ray_vlm.config.schema import JobConfig
 
 # Options and words of the verbs by what they name; those of neither kind name nothing. A test holds that all are known.
 SENT = ("job", "space")  # a file that travels
-READ = ("run", "inputs", "adapter", "against", "base", "image_root")  # travels, or lies where all nodes see it
+READ = ("run", "inputs", "adapter", "against", "base", "image_root")  # travels, or lies where all nodes see it; of a
+# run, an adapter and a base there may be no such file: a name on the hub, or of a base that ships with the package
 WRITTEN = ("output", "draw")
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -92,6 +93,8 @@ def _check_read(name: str, value: str, archive: Archive, report: PathReport) -> 
             report.expected.append(value)
         return value
     inside = name_in_folder(value, archive.folder)
+    if name == "run" and not Path(value).exists() and (archive.folder / "outputs" / value).exists():
+        inside = f"outputs/{value}"
     if inside is None:
         report.problems.append(
             f"{label} lies outside {archive.folder}, which is what the cluster gets. Give {_SHARED}."
@@ -100,18 +103,11 @@ def _check_read(name: str, value: str, archive: Archive, report: PathReport) -> 
         report.problems.append(f"{label} is left out by {reason}. {_take_out(reason)}")
     elif archive.holds(inside):
         return inside
-    elif not _may_be_elsewhere(name, value, archive):
+    elif name in ("inputs", "against", "image_root") or (name == "adapter" and not _HUB_NAME.fullmatch(value)):
         report.problems.append(
             f"{label}: there is no such thing in {archive.folder}, which is what the cluster gets. Give {_SHARED}."
         )
     return value
-
-
-def _may_be_elsewhere(name: str, value: str, archive: Archive) -> bool:
-    """Whether what is not in the folder may be a name on the hub, or of a base that ships with the package."""
-    if name == "run":  # of a run in outputs/ here the cluster knows nothing
-        return not (archive.folder / "outputs" / value).exists()
-    return name == "base" or (name == "adapter" and _HUB_NAME.fullmatch(value) is not None)
 
 
 def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:

@@ -104,7 +104,7 @@ def test_what_travels_is_named_as_in_the_folder(folder: Path, monkeypatch: pytes
         ({"space": "nowhere.yaml"}, "nowhere.yaml: no such file in"),
         ({"space": "space.yaml"}, "space.yaml: the space is left out by env.yaml. Change that, or give"),
         ({"adapter": "outputs/run/best"}, "--adapter outputs/run/best is left out by env.yaml.*s3://"),
-        ({"run": "run"}, "run=run: there is no such thing in"),
+        ({"run": "run"}, "run=run is left out by env.yaml"),
         ({"inputs": ["../photos"]}, "inputs=../photos lies outside"),
         ({"against": "some/evaluation"}, "--against some/evaluation: there is no such thing"),
     ],
