@@ -61,7 +61,7 @@ def command_words(actions: tuple[argparse.Action, ...], values: dict[str, Any]) 
     for action in actions:
         value = values.get(action.dest)
         if not action.option_strings:
-            words += map(str, value) if isinstance(value, list) else [str(value)]
+            words += [str(word) for word in (value if isinstance(value, list) else [value])]
         elif value in (None, action.default):
             continue
         elif action.nargs == 0:
