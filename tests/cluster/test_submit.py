@@ -175,7 +175,7 @@ def test_every_verb_from_an_installed_wheel(token_cluster: Any, own_folder: tupl
         (["evaluate", "job.yaml", "--adapter", best, "--base", "--output", f"{out}/e"], "e/report.html"),
         (["pairs", "job.yaml", "--adapter", best, "--output", f"{out}/pairs.jsonl"], "pairs.jsonl"),
         (["predict", run, "data/test", "--output", f"{out}/p.csv", "--draw", f"{out}/drawn"], "p.csv"),
-        (["export", run, "--output", f"{out}/x"], "x/README.md"),
+        (["export", run, "--output", f"{out}/x", "--driver-cpus", "1"], "x/README.md"),
         (["tune", "job.yaml", "--space", "space.yaml", "run.name=sweep"], "sweep-space/sweep.json"),
     ):
         done = _run([*submit, *words], folder, env)
