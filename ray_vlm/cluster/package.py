@@ -77,13 +77,16 @@ class _Rule:
     base: str
     spec: "PathSpec"
     origin: str
-    has_exceptions: bool  # lines with `!`, which bring back files of a folder that another line names
+    has_exceptions: bool  # lines with `!`: what is in a folder is looked at file by file then
 
     def matches(self, name: str) -> bool:
         """`name`: a path in the working folder, of a folder with a slash."""
-        if name.endswith("/") and self.has_exceptions:
-            return False  # its files are looked at one by one
-        return name.startswith(self.base) and self.spec.match_file(name[len(self.base) :])
+        if not name.startswith(self.base):
+            return False
+        name = name[len(self.base) :]
+        if name.endswith("/") and self.spec.match_file(name.rstrip("/")):  # `x/*` is x/y to Ray, not x/y/z
+            return True
+        return not (name.endswith("/") and self.has_exceptions) and self.spec.match_file(name)
 
 
 def _rule(base: str, lines: Sequence[str], origin: str) -> _Rule:

@@ -87,7 +87,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def describe_failure(error: Exception, fix: str = "") -> str:
     """What Ray's client says, in one sentence, and the way out: `fix`, or what a refused token asks for."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).splitlines() if re.search(r"\w", line)] or [type(error).__name__]
     text = lines[-1 if "Traceback" in str(error) else 0][:500].rstrip(".")
     if _is_refusal(error):
         fix = "Set RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
@@ -159,7 +159,8 @@ def submit(
             entrypoint_num_gpus=driver_gpus,
         )
     except _failures() as error:
-        raise RunError(f"the cluster did not take the job: {describe_failure(error)}") from None
+        fix = "Where `ray-vlm jobs list` does not name it, submit it again."
+        raise RunError(f"the cluster did not take the job: {describe_failure(error, fix)}") from None
 
 
 def _send(client: "JobSubmissionClient", archive: Archive) -> str:

@@ -19,7 +19,8 @@ from ray_vlm.config.schema import JobConfig
 
 # Options and words of the verbs by what they name; those of neither kind name nothing. A test holds that all are known.
 SENT = ("job", "space")  # a file that travels
-READ = ("run", "inputs", "adapter", "against")  # travels, or lies where all nodes see it
+READ = ("run", "inputs", "adapter", "against", "base", "image_root")  # travels, or lies where all nodes see it; of a
+# run, an adapter and a base there may be no such file: a name on the hub, or of a base that ships with the package
 WRITTEN = ("output", "draw")
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,7 +66,7 @@ def check_words(words: Mapping[str, Any], archive: Archive) -> tuple[dict[str, A
         value = given.get(name)
         if isinstance(value, list):
             given[name] = [_check_read(name, one, archive, report) for one in value]
-        elif value is not None:
+        elif isinstance(value, str):
             given[name] = _check_read(name, value, archive, report)
     return given, report
 
@@ -92,6 +93,8 @@ def _check_read(name: str, value: str, archive: Archive, report: PathReport) -> 
             report.expected.append(value)
         return value
     inside = name_in_folder(value, archive.folder)
+    if name == "run" and not Path(value).exists() and (archive.folder / "outputs" / value).exists():
+        inside = f"outputs/{value}"
     if inside is None:
         report.problems.append(
             f"{label} lies outside {archive.folder}, which is what the cluster gets. Give {_SHARED}."
@@ -100,7 +103,7 @@ def _check_read(name: str, value: str, archive: Archive, report: PathReport) -> 
         report.problems.append(f"{label} is left out by {reason}. {_take_out(reason)}")
     elif archive.holds(inside):
         return inside
-    elif name in ("inputs", "against") or not _HUB_NAME.fullmatch(value):
+    elif name in ("inputs", "against", "image_root") or (name == "adapter" and not _HUB_NAME.fullmatch(value)):
         report.problems.append(
             f"{label}: there is no such thing in {archive.folder}, which is what the cluster gets. Give {_SHARED}."
         )

@@ -61,7 +61,7 @@ def command_words(actions: tuple[argparse.Action, ...], values: dict[str, Any]) 
     for action in actions:
         value = values.get(action.dest)
         if not action.option_strings:
-            words += map(str, value) if isinstance(value, list) else [str(value)]
+            words += [str(word) for word in (value if isinstance(value, list) else [value])]
         elif value in (None, action.default):
             continue
         elif action.nargs == 0:
@@ -77,7 +77,7 @@ def _submit(args: argparse.Namespace) -> int:
     from ray_vlm.config.load import load_job
     from ray_vlm.runs.track import adopt_wandb_login
 
-    job = load_job(args.job, args.overrides) if hasattr(args, "job") else None
+    job = load_job(args.job, args.overrides) if hasattr(args, "overrides") else None
     if job is not None and job.track.wandb:
         adopt_wandb_login()  # travels with the other tokens
     folder = _working_folder(args.working_dir)

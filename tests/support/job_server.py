@@ -68,7 +68,7 @@ def start_job_server(server: JobServer) -> Iterator[ThreadingHTTPServer]:
             """Say nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         server.address = f"http://127.0.0.1:{http.server_address[1]}"
         yield http
         http.shutdown()

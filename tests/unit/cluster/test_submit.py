@@ -187,6 +187,23 @@ def test_without_a_token_and_with_a_wrong_one(
     assert server.packages == {}
 
 
+@pytest.mark.parametrize("ending", ["refuses", "stops"])
+def test_a_head_that_fails_while_it_is_sent_something(folder: Path, server: JobServer, capsys, ending: str) -> None:
+    answer = server.answer
+
+    def fail(method: str, path: str, body: bytes) -> tuple[int, object]:
+        if method == "PUT" and ending == "stops":
+            raise ConnectionError  # the connection is cut before any answer
+        return (500, "Traceback ...\n\nValueError: no room\n") if method == "PUT" else answer(method, path, body)
+
+    server.answer = fail  # type: ignore[method-assign]
+    assert main([*SUBMIT, "--address", server.address]) == 1
+    told = capsys.readouterr().err
+    assert "error: the cluster did not take the job: " in told
+    assert ("ValueError: no room." in told) == (ending == "refuses")
+    assert server.jobs == []
+
+
 def test_a_head_that_stops_while_a_job_is_followed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     import ray
 
@@ -255,7 +272,8 @@ class _Client:
         self.stopped = True
 
 
-def test_ctrl_c_asks_and_then_waits_for_the_checkpoint(capsys) -> None:
+def test_ctrl_c_asks_and_then_waits_for_the_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(submit_module, "_POLL_S", 0.01)
     client = _Client()
     assert follow_job(client, "j", ask=lambda question: True) == 130
     assert client.stopped

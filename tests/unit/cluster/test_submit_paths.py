@@ -15,7 +15,7 @@ from ray_vlm.verbs.submit import command_words
 
 VERBS = ("train", "tune", "evaluate", "pairs", "predict", "export")
 NO_PATHS = {  # options that name no file
-    *("overrides", "dry_run", "overwrite", "resume", "base", "base_unquantised", "part", "merged", "weights"),
+    *("overrides", "dry_run", "overwrite", "resume", "base_unquantised", "both_memories", "part", "merged", "weights"),
     *("question", "device", "num_replicas"),
 }
 JOB = """\
@@ -57,7 +57,7 @@ def test_every_word_of_every_verb_is_known_to_name_a_path_or_none() -> None:
     """A new option must say whether it names something that travels, is read, or is written."""
     assert set(_computing()) == set(VERBS)
     words = {action.dest for parser in _computing().values() for action in parser._actions} - {"help"}
-    assert words == {*SENT, *READ, *WRITTEN, *NO_PATHS}
+    assert words - {*SENT, *READ, *WRITTEN, *NO_PATHS} == set()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_travels_is_named_as_in_the_folder(folder: Path, monkeypatch: pytes
         ({"space": "nowhere.yaml"}, "nowhere.yaml: no such file in"),
         ({"space": "space.yaml"}, "space.yaml: the space is left out by env.yaml. Change that, or give"),
         ({"adapter": "outputs/run/best"}, "--adapter outputs/run/best is left out by env.yaml.*s3://"),
-        ({"run": "run"}, "run=run: there is no such thing in"),
+        ({"run": "run"}, "run=run is left out by env.yaml"),
         ({"inputs": ["../photos"]}, "inputs=../photos lies outside"),
         ({"against": "some/evaluation"}, "--against some/evaluation: there is no such thing"),
     ],
@@ -115,9 +115,13 @@ def test_what_would_not_be_found_is_refused(folder: Path, words: dict[str, Any],
     assert re.search(problem, report.problems[0]), report.problems
 
 
-def test_a_name_on_the_hub_is_left_to_the_verb(folder: Path) -> None:
-    given, report = check_words({"adapter": "someone/adapter"}, _archive(folder))
-    assert (given["adapter"], report.problems, report.expected) == ("someone/adapter", [], [])
+@pytest.mark.parametrize(
+    "words",
+    [{"adapter": "someone/adapter"}, {"run": "someone/model"}, {"run": "tiny"}, {"base": "tiny"}, {"base": True}],
+)
+def test_a_name_on_the_hub_or_of_the_package_is_left_to_the_verb(folder: Path, words: dict[str, Any]) -> None:
+    given, report = check_words(words, _archive(folder))
+    assert (given, report) == (words, PathReport())
 
 
 def test_rows_images_and_modules_of_a_job_must_travel(folder: Path) -> None:
