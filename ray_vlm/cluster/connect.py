@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from ray_vlm.cluster import authentication
 from ray_vlm.cluster.nodes import ask_nodes, compare_nodes, describe_node, expected, wait_longer
 from ray_vlm.cluster.preflight import Layout, cpus_needed, describe_idle_gpus, plan_layout
 from ray_vlm.config.schema import JobConfig
@@ -32,23 +33,23 @@ _ANSWER_S = 0.3  # how long a cluster on this machine may take to answer
 
 def explain_refusal(address: str, setting: str, text: str) -> str:
     """Why the cluster at `address`, which `setting` names, cannot be joined, by what Ray said, and the fix."""
-    reason = " ".join(text.split())[:300] or "no reason was given"
-    if re.search("authenticat|unauthori[sz]ed|invalid.{0,10}token", text, re.IGNORECASE):
-        fix = (
-            "Set RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (on its "
-            "head: `ray get-auth-token`)."
-        )
+    reason = " ".join(text.split())
+    if re.search("authenticat|unauthori[sz]ed|token", text, re.IGNORECASE):
+        reason, fix = reason.split(". ")[0], authentication.FIX
     elif "ersion mismatch" in text:
         fix = "Install here the Ray and the Python that the cluster has, or start the cluster with those of here."
     else:
         fix = "Start it, or leave the address out to use a cluster of this machine's own."
-    return f"{setting}={address!r} cannot be joined ({reason}). {fix}"
+    return f"{setting}={address!r} cannot be joined ({reason[:300] or 'no reason was given'}). {fix}"
 
 
 def _join(address: str, setting: str) -> None:
     import ray
     from ray.exceptions import RayError
 
+    by_ray = address == "auto"
+    if refused := authentication.check_token((find_other_cluster() or "") if by_ray else address, by_ray):
+        raise RunError(explain_refusal(address, setting, refused))
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:

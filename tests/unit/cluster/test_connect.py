@@ -31,6 +31,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr(ray, "init", lambda **kwargs: called.update(kwargs))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
+    monkeypatch.setattr(connect.authentication, "check_token", lambda *args: None)
     monkeypatch.setattr(connect, "count_cpus", lambda: 4)
     monkeypatch.setattr(connect, "count_gpus", lambda: 0)
     monkeypatch.setattr(connect, "read_disk", lambda folder: Disk(str(folder), 100 * GIB, 50 * GIB))

@@ -73,6 +73,17 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     assert run.faults == ()
 
 
+def test_the_best_validation_is_the_one_whose_weights_are_kept(tmp_path: Path) -> None:
+    """Among equals the one of the lower loss, and then the later one, as training chooses `best/`."""
+    with open(write_run(tmp_path / "a") / "metrics.jsonl", "a") as file:
+        for step, f1, loss in ((3, 0.1, 2.5), (4, 0.1, 1.5), (5, 0.1, 1.5), (6, 0.1, None), (7, 0.05, 0.5)):
+            line = {"kind": "eval", "attempt": 1, "step": step, "f1_50": f1, "loss": loss, "time": 1010.0, "epoch": 1.0}
+            file.write(json.dumps(line) + "\n")
+    best = read_run(str(tmp_path / "a")).best
+    assert best is not None
+    assert best["step"] == 5
+
+
 @pytest.mark.parametrize("name", ["resolved.json", "run.json", "metrics.jsonl"])
 @pytest.mark.parametrize("how", ["missing", "empty", "torn", "null", "list", "zeros"])
 def test_what_is_missing_or_torn_is_told_and_never_fatal(

@@ -62,7 +62,7 @@ def _out_of_memory() -> Exception:
     text = (
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 39.38 GiB of which 1.19 GiB is "
     )
-    return torch.OutOfMemoryError(text + "is free. Including non-PyTorch memory, this process has 38.18 GiB in use.")
+    return torch.OutOfMemoryError(text + "free. Including non-PyTorch memory, this process has 38.18 GiB in use.")
 
 
 def test_a_card_without_room_is_our_error_and_is_not_tried_again() -> None:

@@ -1,0 +1,82 @@
+"""Whether a cluster would refuse us for our token, asked of something that answers as Ray's does."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from ray_vlm.cluster.authentication import check_token, find_token, sends_token
+
+TOKEN = "the cluster's"
+
+
+class _Gcs(grpc.GenericRpcHandler):
+    """Answers only whoever has the token."""
+
+    def service(self, details: Any) -> Any:
+        def answer(request: bytes, context: Any) -> bytes:
+            if ("authorization", f"Bearer {TOKEN}") not in context.invocation_metadata():
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[_Gcs()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "token", "by_ray", "told"),
+    [
+        (None, None, False, "it wants a token"),
+        (None, None, True, "it wants a token"),
+        ("token", None, False, "it wants a token"),
+        ("token", "another", False, "it has another token"),
+        (None, TOKEN, False, "RAY_AUTH_MODE does not let Ray send"),
+        ("disabled", TOKEN, True, "RAY_AUTH_MODE does not let Ray send"),
+        ("token", TOKEN, False, None),
+        (None, TOKEN, True, None),
+    ],
+)
+def test_a_cluster_with_a_token(
+    cluster: str, mode: str | None, token: str | None, by_ray: bool, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RAY_AUTH_MODE", mode), ("RAY_AUTH_TOKEN", token)):
+        if value:
+            monkeypatch.setenv(name, value)
+    found = check_token(cluster, by_ray)
+    assert (found is None) == (told is None)
+    assert told is None or told in str(found)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:10001", "auto", ""])
+def test_what_does_not_answer_is_left_to_ray(address: str) -> None:
+    assert check_token(address) is None
+
+
+def test_tokens_are_found_where_ray_finds_them(tmp_path: Path) -> None:
+    assert find_token({}, tmp_path) is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("of home\n")
+    (tmp_path / "other").write_text("of path")
+    assert find_token({}, tmp_path) == "of home"
+    assert find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}, tmp_path) == "of path"
+    assert find_token({"RAY_AUTH_TOKEN": "of value", "RAY_AUTH_TOKEN_PATH": "x"}, tmp_path) == "of value"
+    assert sends_token(False, {"RAY_AUTH_MODE": "token"})
+    assert not sends_token(True, {"RAY_AUTH_MODE": "disabled"})
