@@ -265,7 +265,9 @@ def test_results_go_to_a_folder_under_the_names_of_their_runs(
     for name in ("a", "b", "c"):
         write_run(tmp_path / "outputs" / name)
     assert main(["runs", "plot", "a", "--metric", "loss", "--output", "plots/"]) == 0
-    assert main(["runs", "plot", "a", "b", "--metric", "loss", "--output", "plots"]) == 0, "a folder that is there needs no slash"
+    assert main(["runs", "plot", "a", "b", "--metric", "loss", "--output", "plots"]) == 0, (
+        "a folder that is there needs no slash"
+    )
     assert main(["runs", "export", "a", "--csv", "plots/"]) == 0
     assert main(["runs", "compare", "a", "b", "--html", "plots"]) == 0
     names = {"a.png", "a.svg", "a-vs-b.png", "a-vs-b.svg", "a.csv", "compare-a-vs-b.html"}
