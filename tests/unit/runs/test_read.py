@@ -286,7 +286,7 @@ def test_times_are_short() -> None:
 def test_init_writes_jobs_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["init", str(tmp_path / "new")]) == 0
     jobs = tmp_path / "new" / "jobs"
-    assert "next: cd" in capsys.readouterr().out
+    assert f"    cd {tmp_path / 'new'}\n" in capsys.readouterr().out
     assert main(["config", str(jobs / "demo_sft.yaml")]) == 0
     (jobs / "demo_sft.yaml").write_text("mine")
     (jobs / "demo_dpo.yaml").unlink()

@@ -218,7 +218,7 @@ def test_a_log_alone_is_a_run_for_every_verb(tmp_path: Path, capsys, monkeypatch
         "epoch",
         "eval",
     ]
-    assert main(["runs", "plot", str(a)]) == 0
+    assert main(["runs", "plot", str(a), "--metric", "loss"]) == 0
     assert main(["runs", "export", str(a), "--csv"]) == 0
     assert {p.name for p in (tmp_path / "mail").iterdir()} == {
         "from_ada.json",
@@ -264,8 +264,10 @@ def test_results_go_to_a_folder_under_the_names_of_their_runs(
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "c"):
         write_run(tmp_path / "outputs" / name)
-    assert main(["runs", "plot", "a", "--output", "plots/"]) == 0
-    assert main(["runs", "plot", "a", "b", "--output", "plots"]) == 0, "a folder that is there needs no slash"
+    assert main(["runs", "plot", "a", "--metric", "loss", "--output", "plots/"]) == 0
+    assert main(["runs", "plot", "a", "b", "--metric", "loss", "--output", "plots"]) == 0, (
+        "a folder that is there needs no slash"
+    )
     assert main(["runs", "export", "a", "--csv", "plots/"]) == 0
     assert main(["runs", "compare", "a", "b", "--html", "plots"]) == 0
     names = {"a.png", "a.svg", "a-vs-b.png", "a-vs-b.svg", "a.csv", "compare-a-vs-b.html"}
