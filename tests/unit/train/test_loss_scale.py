@@ -39,7 +39,7 @@ def test_whose_business_an_overflow_is(scale: float | None, finite: bool, mine: 
 def high_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scalers begin at a scale at which the first gradients overflow."""
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**30))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**20))
 
 
 def _train(path: Path, name: str, hosted: Hosted = ALONE, resume: bool = False, *more: str) -> RunPaths:
@@ -60,7 +60,7 @@ def test_a_run_in_float16_is_the_same_where_it_was_stopped(job_file: Any, high_s
     path = job_file(model={"load_in_4bit": True}, train={"global_batch_size": 2, "micro_batch_size": 2})
     whole = _train(path, "whole")
     told = [note for note in _notes(whole) if "float16 overflowed" in note]
-    assert "at a loss scale of 1.07374e+09: the step is left out" in told[0]
+    assert "at a loss scale of 1.04858e+06: the step is left out" in told[0]
     assert 2 <= len(told) < 8, "some steps overflow, and some do not"
     assert not whole.bad_steps.exists(), "no fault of the rows"
     asked = []
