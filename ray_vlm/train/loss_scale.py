@@ -15,8 +15,8 @@ _LEAST = 1.0  # a scale at which gradients that still overflow are not the scale
 
 
 class StepLosses:
-    """The losses of a trainer's last step. On CPUs it turns autocast and a scaler on, which accelerate leaves out there for
-    float16; so it is made before anything is prepared."""
+    """The losses of a trainer's last step. On CPUs it turns autocast and a scaler on, which accelerate leaves out for
+    float16 there; so it is made before anything is prepared."""
 
     def __init__(self, accelerator: Any, accumulation: int):
         import torch
