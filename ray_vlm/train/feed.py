@@ -6,7 +6,6 @@ to bfloat16 on 4-bit bases, where a step of 1e-4 of a weight is lost).
 
 import math
 import tempfile
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from ray_vlm.data.spec import Row
 from ray_vlm.models.lora import split_rates
 from ray_vlm.train.clock import Clock
 from ray_vlm.train.deepspeed import deepspeed_config
-from ray_vlm.train.loss_scale import scale_on_cpu
+from ray_vlm.train.loss_scale import StepLosses
 
 
 class PlannedBatches:
@@ -77,10 +76,21 @@ def _restore(model: Any, exact: dict[str, Any]) -> None:
             parameter.data = exact[name].to(parameter.device).float()
 
 
+class LeftOut:
+    """What a fed trainer does not do of what TRL's do."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Left out: no one reads this estimate, and the Trainer walks through the model for each micro-batch."""
+        return 0
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Left out: TRL's card names its own defaults; ours comes with the export."""
+
+
 def feed_trainer(trainer_class: type) -> type:
     """A subclass of a TRL trainer that is fed by `PlannedBatches` and validated by a function of ours."""
 
-    class FedTrainer(trainer_class):
+    class FedTrainer(LeftOut, trainer_class):
         planned_batches: PlannedBatches
         control: Any
         validate: Callable[[Any], dict[str, float]] | None = None
@@ -92,8 +102,7 @@ def feed_trainer(trainer_class: type) -> type:
             named = kwargs["model"].named_parameters()
             exact = {name: p.data for name, p in named if p.requires_grad and not hasattr(p, "ds_id")}
             super().__init__(*args, **kwargs)
-            scale_on_cpu(self.accelerator)
-            self._losses: deque[Any] = deque(maxlen=self.args.gradient_accumulation_steps)
+            self.losses = StepLosses(self.accelerator, self.args.gradient_accumulation_steps)
             self.clock = Clock(str(self.args.device))
             _restore(self.model, exact)
 
@@ -113,13 +122,9 @@ def feed_trainer(trainer_class: type) -> type:
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             with self.clock.phase("step"):
                 loss = super().training_step(*args, **kwargs)
-            self._losses.append(loss.detach())
+            self.losses.keep(loss)
             # The Trainer sums losses up, and takes the sum off after logging: NaN would stay in it.
             return loss.nan_to_num(0.0, 0.0, 0.0) if self.skips_nonfinite else loss
-
-        def losses_are_finite(self) -> bool:
-            """Whether those of the last step are, on this rank."""
-            return all(bool(loss.isfinite().all()) for loss in self._losses)
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             with self.clock.phase("forward"):
@@ -134,13 +139,6 @@ def feed_trainer(trainer_class: type) -> type:
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             with self.clock.phase("checkpoint", host=True):
                 self.write_checkpoint()
-
-        def floating_point_ops(self, inputs: Any) -> int:
-            """Left out: no one reads this estimate, and the Trainer walks through the model for each micro-batch."""
-            return 0
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """Left out: TRL's card names its own defaults; ours comes with the export."""
 
     FedTrainer.__name__ = trainer_class.__name__
     return FedTrainer

@@ -5,6 +5,7 @@ fault, and usual in a run's first steps. It is one where a loss is not finite ei
 scale has come down to nothing.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,25 @@ from ray_vlm.train.attempt import Place
 _LEAST = 1.0  # a scale at which gradients that still overflow are not the scale's fault
 
 
-def scale_on_cpu(accelerator: Any) -> None:
-    """Autocast and a scaler on CPUs, where accelerate leaves out both for float16; before anything is prepared."""
-    import torch
+class StepLosses:
+    """The losses of a trainer's last step. On CPUs it turns autocast and a scaler on, which accelerate leaves out for
+    float16 there; so it is made before anything is prepared."""
 
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
-        accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu")
+    def __init__(self, accelerator: Any, accumulation: int):
+        import torch
+
+        self._last: deque[Any] = deque(maxlen=accumulation)
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            accelerator.native_amp = True
+            accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    def keep(self, loss: Any) -> None:
+        """Hear a micro-batch's loss."""
+        self._last.append(loss.detach())
+
+    def are_finite(self) -> bool:
+        """Whether all of them are, on this rank."""
+        return all(bool(loss.isfinite().all()) for loss in self._last)
 
 
 def watch_overflow(trainer: Any, place: Place) -> Callable[[], str | None]:
@@ -32,7 +45,7 @@ def watch_overflow(trainer: Any, place: Place) -> Callable[[], str | None]:
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is None:
             return None
-        finite, scale = all(place.gather(trainer.losses_are_finite())), scaler.get_scale()
+        finite, scale = all(place.gather(trainer.losses.are_finite())), scaler.get_scale()
         if not finite or scale <= _LEAST:
             return None
         return f"float16 overflowed at a loss scale of {scale:g}: the step is left out and the scale is lowered"

@@ -128,7 +128,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, scenes: Path, tiny_models: d
     data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "eval", "test")}
     sections: dict[str, Any] = {"data": data, "evaluate": {"max_new_tokens": 12, "num_samples": 2}, "lora": None}
     job = write_job(folder, scenes, tiny_models["qwen3_vl"], **sections)
-    assert main(["train", str(job), f"run.output_dir={folder / 'sweep' / 'trials'}", "run.name=000"]) == 0
+    assert main(["train", str(job), f"run.output_dir={folder / 'sweep' / 'trials'}", 'run.name="000"']) == 0
     return folder
 
 

@@ -22,7 +22,9 @@ _HERE = Place(0, 1, "cpu", ray=False)
 
 def _trainer(scale: float | None, finite: bool) -> Any:
     scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
-    return SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler), losses_are_finite=lambda: finite)
+    return SimpleNamespace(
+        accelerator=SimpleNamespace(scaler=scaler), losses=SimpleNamespace(are_finite=lambda: finite)
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,11 +41,13 @@ def test_whose_business_an_overflow_is(scale: float | None, finite: bool, mine: 
 def high_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scalers begin at a scale at which the first gradients overflow."""
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**30))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**20))
 
 
 def _train(path: Path, name: str, hosted: Hosted = ALONE, resume: bool = False, *more: str) -> RunPaths:
-    job = load_job(path, ["train.precision=fp16", f"run.name={name}", "train.max_steps=8", *more])
+    job = load_job(
+        path, ["train.precision=fp16", f"run.name={name}", "train.max_steps=3", "train.warmup_ratio=0", *more]
+    )
     return train(job, path.read_text(), resume=resume, hosted=hosted)
 
 
@@ -57,11 +61,11 @@ def test_a_run_in_float16_is_the_same_where_it_was_stopped(job_file: Any, high_s
 
     from ray_vlm.errors import Interrupted
 
-    path = job_file(model={"load_in_4bit": True}, train={"global_batch_size": 2, "micro_batch_size": 2})
+    path = job_file(train={"global_batch_size": 1, "micro_batch_size": 1})
     whole = _train(path, "whole")
     told = [note for note in _notes(whole) if "float16 overflowed" in note]
-    assert "at a loss scale of 1.07374e+09: the step is left out" in told[0]
-    assert 2 <= len(told) < 8, "some steps overflow, and some do not"
+    assert "at a loss scale of 1.04858e+06: the step is left out" in told[0]
+    assert len(told) == 2, "the first two of three"
     assert not whole.bad_steps.exists(), "no fault of the rows"
     asked = []
     with pytest.raises(Interrupted):
