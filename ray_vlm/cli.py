@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 it failed on the way, 2 the job or the command line was wr
 import argparse
 import json
 import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,15 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _reader_left() -> bool:
     """Whether nobody reads what is printed any more; if so, nothing is printed from now on."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-            return True
-    return False
+    gone = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_cut(stream.fileno())]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in gone:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+    return bool(gone)
+
+
+def _is_cut(number: int) -> bool:
+    """Whether the other end of a pipe is closed. A second write would not tell: Python drops what the first left."""
+    pipe = select.poll()
+    pipe.register(number, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in pipe.poll(0))
 
 
 def _run(arguments: Sequence[str]) -> int:

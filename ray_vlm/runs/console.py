@@ -7,7 +7,7 @@ from typing import Any
 
 from ray_vlm.runs.monitor import NOT_MEASURES, read_line
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.progress import describe_duration
+from ray_vlm.runs.progress import describe_duration, lasting, send_progress
 
 _POLL_S = 0.3
 _POLL_REMOTE_S = 3.0
@@ -19,29 +19,31 @@ class Console:
     def __init__(self, num_steps: int, log_every_steps: int, say: Callable[[str], None] | None = None):
         self._num_steps = num_steps
         self._every = log_every_steps
-        self._say = say or tell
+        self.say = say or tell
+        self.begun = threading.Event()  # the workers have said something
         self._first: tuple[int, float] | None = None  # the first step of this attempt, and when it ended
 
     def show(self, line: dict[str, Any]) -> None:
         """Print one line of `metrics.jsonl`, or nothing."""
+        self.begun.set()
         if line["kind"] == "start":
             self._first = None
-            self._say(describe_trainable(line["trainable"]))
+            self.say(describe_trainable(line["trainable"]))
             if line["step"]:
-                self._say(f"attempt {line['attempt']} goes on from step {line['step']}")
+                self.say(f"attempt {line['attempt']} goes on from step {line['step']}")
         elif line["kind"] == "checkpoint":
-            self._say(f"checkpoint at step {line['step']} ({line['checkpoint_s']:.1f} s)")
+            self.say(f"checkpoint at step {line['step']} ({line['checkpoint_s']:.1f} s)")
         elif line["kind"] in ("note", "progress"):
-            self._say(line["text"])
+            self.say(line["text"])
         elif line["kind"] == "eval":
             numbers = "  ".join(
                 f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, int | float) and k not in NOT_MEASURES
             )
-            self._say(f"validation at step {line['step']}: {numbers}")
+            self.say(f"validation at step {line['step']}: {numbers}")
         elif line["kind"] == "train":
             self._first = self._first or (line["step"], line["time"])
             if line["step"] % self._every == 0 or line["step"] == self._num_steps:
-                self._say(self._train_line(line))
+                self.say(self._train_line(line))
 
     def _train_line(self, line: dict[str, Any]) -> str:
         step, (first, ended) = line["step"], self._first or (line["step"], line["time"])
@@ -93,7 +95,8 @@ def follow(paths: RunPaths, console: Console) -> Iterator[None]:
     thread = threading.Thread(target=_follow, args=(paths, console, done, shown), name="ray-vlm-console", daemon=True)
     thread.start()
     try:
-        yield
+        with send_progress(console.say), lasting("waiting for the workers", over=console.begun):
+            yield
     finally:
         done.set()
         thread.join(timeout=5)

@@ -87,10 +87,10 @@ def track(items: Iterable[_T], what: str, total: int, unit: str = "rows") -> Ite
 
 
 @contextmanager
-def lasting(what: str, look: Callable[[], str] = lambda: "") -> Iterator[None]:
+def lasting(what: str, look: Callable[[], str] = lambda: "", over: threading.Event | None = None) -> Iterator[None]:
     """While the body runs, lines on how long it has taken, for work that does not say how far it is. `look`: what else
-    there is to say then, or nothing."""
-    over, started = threading.Event(), time.monotonic()
+    there is to say then, or nothing. `over`: set where the work ends before the body does."""
+    over, started = over or threading.Event(), time.monotonic()
 
     def tell() -> None:
         pause = _FIRST_S

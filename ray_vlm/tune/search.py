@@ -135,8 +135,10 @@ def run_tune(
 
 
 def _tpe(space: Space, seed: int, known: Mapping[int, Mapping[str, Any]]) -> Any:
+    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # else it announces its study
     first = sorted(known)
     numbers = itertools.chain(first, itertools.count(max(first, default=-1) + 1))
 

@@ -29,9 +29,22 @@ def _eval_section(scenes: Path) -> dict[str, Any]:
     return {"data": rows, "evaluate": {"every_steps": 2, "num_samples": 6, "max_new_tokens": 12}}
 
 
-def test_the_run_folder_explains_itself(job_file, scenes: Path) -> None:
+def _check_first_lines(lines: list[str], scenes: Path, address: str) -> None:
+    """What is read is said first, then what stands out in it, then what will be done with it."""
+    first, note, plan = (
+        next((i, line) for i, line in enumerate(lines) if line.startswith(start))
+        for start in ("sft of ", "note: ", "run folder ")
+    )
+    assert first[0] == 0 < note[0] < plan[0]
+    assert f"reading {scenes / 'train.json'}, {scenes / 'eval.json'}" in first[1]
+    assert re.search(r"50 of 50 rows of data.train and \d+ of 12 rows of data.eval have answers of more than", note[1])
+    assert plan[1] == f"run folder {address}: 50 training and 12 eval rows; 4 steps of 8 rows, 7 an epoch"
+
+
+def test_the_run_folder_explains_itself(job_file, scenes: Path, capsys) -> None:
     path = job_file(checkpoint={"every_steps": 2, "keep_best": 0}, **_eval_section(scenes))
     paths = _run(path, "train.max_steps=4")
+    _check_first_lines(capsys.readouterr().out.splitlines(), scenes, paths.address)
     assert paths.job.read_text() == path.read_text()
     resolved = json.loads(paths.resolved.read_text())
     assert resolved["train"]["max_steps"] == 4
@@ -181,19 +194,6 @@ def test_dry_run_shows_plan_and_trained_tokens(job_file, tmp_path: Path, capsys)
     assert "[[```json" in out
     assert out.index("rows 50") < out.index("# all settings") < out.index("learning_rate:"), "the plan comes first"
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_run_says_what_it_is_about_to_do(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
-    path = job_file(**_eval_section(scenes))
-    assert main(["train", str(path), "evaluate.max_new_tokens=20"]) == 0
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first.startswith("sft of ")
-    assert f"reading {scenes / 'train.json'}, {scenes / 'eval.json'}" in first
-    note, plan = (next(i for i, line in enumerate(lines) if line.startswith(start)) for start in ("note: ", "run fold"))
-    assert note < plan
-    assert re.search(r"of 50 rows of data.train and \d+ of 12 rows of data.eval have answers of more than", lines[note])
-    told = f"run folder {tmp_path / 'runs' / 'run'}: 50 training and 12 eval rows; 3 steps of 8 rows, 7 an epoch"
-    assert lines[plan] == told
 
 
 def test_early_stopping_stops(job_file, scenes: Path) -> None:

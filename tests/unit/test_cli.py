@@ -26,9 +26,8 @@ def test_settings_may_stand_before_and_behind_options(capsys: pytest.CaptureFixt
         assert ("seed: 7" in capsys.readouterr().out) == ("seed=7" in words)
 
 
-@pytest.mark.parametrize("words", [["config", "jobs/demo_sft.yaml"], ["--help"]])
-def test_a_reader_who_leaves_gets_no_traceback(words: list[str]) -> None:
-    command = [sys.executable, "-m", "ray_vlm", *words]
+def test_a_reader_who_leaves_gets_no_traceback() -> None:
+    command = [sys.executable, "-m", "ray_vlm", "config", "jobs/demo_sft.yaml"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

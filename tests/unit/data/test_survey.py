@@ -87,8 +87,8 @@ def test_a_source_that_is_all_bad_or_no_file_at_all_stops_nothing(
     }
     job_path = job_file(data=data | {"test": 0.2})
     checks = list(check_sources(load_job(job_path)))
-    assert [(c.name, c.rows, c.usable) for c in checks] == [("train", 7, 3), ("mix[0]", 1, 0), ("eval", 0, 0)]
-    assert "not readable" in checks[2].problems[0]
+    assert [(c.name, c.rows, c.usable) for c in checks] == [("eval", 0, 0), ("train", 7, 3), ("mix[0]", 1, 0)]
+    assert "not readable" in checks[0].problems[0]
     lines = tmp_path / "bad.jsonl"
     assert main(["data", "check", str(job_path), "--bad-rows", str(lines)]) == 1
     told = capsys.readouterr().out

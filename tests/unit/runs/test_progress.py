@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ray_vlm.runs import progress
-from ray_vlm.runs.console import Console
-from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.runs.console import Console, follow
+from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.progress import Progress, describe_duration, lasting, send_progress, track
 from ray_vlm.train.attempt import Attempt, Place
@@ -29,13 +29,13 @@ def test_what_lasts_says_how_far_it_is_ever_less_often() -> None:
         told = Progress("checking rows", 4000, clock=lambda: now[0])
         for done in range(4000):
             told.reach(done)
-            now[0] += 0.1  # 400 seconds in all
+            now[0] += 0.125  # 500 seconds in all
         told.reach(4000)
         told.reach(4000)
-    assert said[0] == "checking rows: 50 of 4,000 rows, 10 a second, 6:35 left"
-    assert said[1].startswith("checking rows: 150 of 4,000 rows")
+    assert said[0] == "checking rows: 40 of 4,000 rows, 8 a second, 8:15 left"
+    assert said[1].startswith("checking rows: 120 of 4,000 rows")
     assert 15 < len(said) < 30
-    assert said[-1] == "checking rows: 4,000 rows in 6:40"
+    assert said[-1] == "checking rows: 4,000 rows in 8:20"
 
 
 def test_work_that_cannot_say_how_far_it_is_says_how_long_it_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +76,22 @@ def test_a_worker_s_lines_are_lines_of_its_run(tmp_path: Path) -> None:
     said: list[str] = []
     Console(10, 1, said.append).show(line)
     assert said == ["loading a base: 0:05 so far"]
+
+
+def test_a_driver_says_that_it_waits_until_its_workers_speak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST_S", 0.01)
+    monkeypatch.setattr(progress, "_EVERY_S", 0.01)
+    said: list[str] = []
+    with follow(paths := RunPaths(tmp_path), Console(10, 1, said.append)):
+        while not said:
+            time.sleep(0.01)
+        monitor = Monitor(paths.metrics, attempt=1)
+        monitor.note(0, "here")
+        while "here" not in said:
+            time.sleep(0.01)
+        time.sleep(0.05)
+    monitor.close()
+    assert set(said) == {"waiting for the workers: 0:00 so far", "here"}
 
 
 def test_validation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,15 @@ def test_values_come_back_from_tpe() -> None:
     assert decode(SPACE, coded) == values
 
 
+def test_tpe_draws_without_announcing_itself(capfd: pytest.CaptureFixture) -> None:
+    from ray_vlm.tune.search import _tpe
+
+    drawn = _tpe(SPACE, 0, {}).suggest("a")
+    assert drawn is not None
+    assert {s.key for s in SPACE.searched} | {"number"} == set(drawn)
+    assert "study" not in capfd.readouterr().err
+
+
 def test_the_jobs_own_values_are_a_trial_only_inside_the_space() -> None:
     job: dict[str, Any] = {"train": {"learning_rate": 1e-4}, "seed": 0, "data": {"oversample": None}}
     assert own_values(SPACE, job | {"lora": {"rank": 8}}) == {
