@@ -24,6 +24,7 @@ from ray_vlm.data.records import Record
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import IGNORED, Row, RowSpec
 from ray_vlm.errors import DataError, RunError
+from ray_vlm.models.imports import keep_imports, no_garbage_collection
 
 _AHEAD = 3  # micro-batches that wait ready for the trainer
 _BLOCK_BYTES = 16 * 2**20  # a Ray Data block is handed on when it has this size
@@ -151,8 +152,12 @@ class _Loader:
     def __init__(self, feed: Feed, environment: Environment, pace: Any, ahead: int):
         environment.apply()
         import ray
-        import torch
 
+        with no_garbage_collection():
+            import torch
+            import transformers.image_processing_backends
+            import transformers.processing_utils  # noqa: F401
+        keep_imports()
         torch.set_num_threads(1)
         _keep_memory()
         self.feed, self.pace, self.ahead = feed, pace, ahead

@@ -1,10 +1,5 @@
 """Training through a real Ray cluster: the same numbers and the same files as in one process."""
 
-import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,23 +40,6 @@ def test_one_two_and_three_workers_equal_one_process(ray_cluster, tmp_path: Path
     found = curves(tmp_path, tiny_models["qwen3_vl"], 20, (0, 1, 2, 3))
     for number in (1, 2, 3):
         assert found[number] == pytest.approx(found[0], rel=1e-4)
-
-
-def test_ctrl_c_stops_the_workers_and_is_written_down(job_file, scenes: Path, tmp_path: Path) -> None:
-    """In a process of its own: Ray Train's own handler would end it with exit code 0 and status "running"."""
-    path = _job(job_file, scenes)
-    command = [sys.executable, "-m", "ray_vlm", "train", str(path), "cluster.num_workers=1", "train.max_steps=5000"]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
-    run = tmp_path / "runs" / "run"
-    deadline = time.monotonic() + 150
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    manifest = json.loads((run / "run.json").read_text())
-    assert manifest["status"] == manifest["attempts"][0]["status"] == "interrupted"
-    assert (run / "training_log.json").exists()
 
 
 def test_a_worker_that_fails_is_reported_with_its_cause(ray_cluster, job_file, scenes: Path, tmp_path: Path) -> None:

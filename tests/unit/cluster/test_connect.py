@@ -153,3 +153,8 @@ def test_whatever_ray_raises_of_a_refusal_is_ours(started: dict[str, Any], monke
     told = r"cluster\.address='auto' cannot be joined .*RAY_AUTH_MODE=token"
     with pytest.raises(RunError, match=told), start_ray(_job(address="auto")):
         pass
+
+
+def test_a_report_waits_for_no_slow_poll() -> None:
+    """At Ray's own two seconds each report would hold the workers as long (`tests/cluster/test_recovery.py`)."""
+    assert float(SETTINGS["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]) <= 0.2

@@ -22,6 +22,7 @@ from ray_vlm.data.spec import IGNORED, Row, RowSpec
 from ray_vlm.data.stream import Feed, make_rows, mean_bytes, pack, stream_local, stream_ray, task_size, unpack
 from ray_vlm.errors import DataError
 from tests.conftest import FAMILIES
+from tests.support.twins import slow_but
 
 LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
 
@@ -155,16 +156,16 @@ def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dic
 
 
 @pytest.mark.cluster
-def test_the_ray_stream_equals_the_local_one_byte_for_byte(ray_cluster, scenes: Path, tiny_models) -> None:
+@pytest.mark.parametrize("rank", slow_but([1], [0, 1]))
+def test_the_ray_stream_equals_the_local_one_byte_for_byte(rank: int, ray_cluster, scenes: Path, tiny_models) -> None:
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     plan = Plan(len(index), 8, 3, 2, num_epochs=1)
-    for rank in range(2):
-        feed = Feed(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
-        streamed = list(stream_ray(feed, num_loaders=2, cpus_per_loader=0.5))
-        assert len(streamed) == feed.last
-        for number, rows in enumerate(streamed):
-            expected = make_rows(feed, index.records, number)
-            assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
+    feed = Feed(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
+    streamed = list(stream_ray(feed, num_loaders=2, cpus_per_loader=0.5))
+    assert len(streamed) == feed.last
+    for number, rows in enumerate(streamed):
+        expected = make_rows(feed, index.records, number)
+        assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -214,26 +215,33 @@ def test_tasks_in_another_order_and_a_bad_row_are_no_deadlock(
     ray_cluster, scenes: Path, tmp_path: Path, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two loaders, begun in the middle of a plan. Killed together, they get their tasks back in any order. A row that
-    cannot be read ends the stream, and with it those that wait."""
+    cannot be read then ends the stream, and with it those that wait."""
     from dataclasses import replace
 
     monkeypatch.setattr(stream, "_TASK_ROWS", 6)
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     plan = Plan(len(index), 8, 3, 1, num_epochs=8)
-    last = plan.num_steps * plan.accumulation
-    feed = Feed(index.records, spec, plan, 0, 5, last)
-    for number, rows in enumerate(stream_ray(feed, num_loaders=2, cpus_per_loader=0.5), start=5):
-        assert all(_same(a, b) for a, b in zip(rows, make_rows(feed, index.records, number), strict=True))
-        if number == 20:
-            assert kill_process("MapWorker", 0)
-            assert kill_process("MapWorker", 1)
-        time.sleep(0.01)
-    assert number == last - 1
-    row = plan.micro_batch(80, 0).rows[0]
+    begins = {row: n for n in reversed(range(5, 80)) for row in plan.micro_batch(n, 0).rows}  # where each comes first
+    row = max((row for n in range(5) for row in plan.micro_batch(n, 0).rows), key=lambda row: begins[row])
     gone = replace(index.records[row], images=(str(tmp_path / "gone.jpg"),))
-    feed = replace(feed, records=(*index.records[:row], gone, *index.records[row + 1 :]))
+    records = (*index.records[:row], gone, *index.records[row + 1 :])
+    feed = Feed(records, spec, plan, 0, 5, plan.num_steps * plan.accumulation)
+    came = []
+
+    def follow() -> None:
+        for number, rows in enumerate(stream_ray(feed, num_loaders=2, cpus_per_loader=0.5), start=5):
+            assert all(_same(a, b) for a, b in zip(rows, make_rows(feed, records, number), strict=True))
+            came.append(number)
+            if number == 12:
+                assert kill_process("MapWorker", 0)
+                assert kill_process("MapWorker", 1)
+            time.sleep(0.01)
+
     with pytest.raises(Exception, match=r"gone\.jpg"):
-        list(stream_ray(feed, num_loaders=2, cpus_per_loader=0.5))
+        follow()
+    assert came == list(range(5, came[-1] + 1))
+    assert 12 < came[-1] < begins[row]
+    assert begins[row] > 30
     until = time.monotonic() + 20
     while (busy := processes("_Loader)).submit")) and time.monotonic() < until:
         time.sleep(0.2)
