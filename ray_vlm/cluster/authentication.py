@@ -46,7 +46,7 @@ def check_token(address: str, found_by_ray: bool = False) -> str | None:
             ask = channel.unary_unary(_METHOD)
             ask(b"", timeout=_ANSWER_S, metadata=[("authorization", f"Bearer {sent}")] if sent else [])
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # type: ignore[attr-defined]
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
                 return None
             if sent:
                 return "it has another token than the one that is set here"

@@ -42,7 +42,8 @@ def is_alive(driver: Any) -> bool:
     """Whether a process that a file names lives on this machine; of other machines nothing is known."""
     if not isinstance(driver, Mapping) or driver.get("host") != platform.node() or not is_count(driver.get("pid")):
         return False
-    told, now = driver.get("started"), _started(driver["pid"])
+    told: Any = driver.get("started")
+    now = _started(driver["pid"])
     return is_number(told) and now is not None and abs(now - told) <= _CLOCK_S
 
 
