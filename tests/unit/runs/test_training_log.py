@@ -211,6 +211,8 @@ def test_a_log_alone_is_a_run_for_every_verb(tmp_path: Path, capsys, monkeypatch
     told = capsys.readouterr().out
     assert "sft of detection on tiny" in told
     assert "the best by f1_50" in told
+    assert "a training log alone, of the run night" in told
+    assert "ray_vlm ?" not in told
     assert main(["runs", "export", str(a), "--csv", "-"]) == 0
     assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
         "kind",
