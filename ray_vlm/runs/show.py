@@ -71,7 +71,7 @@ def _head(run: Run) -> list[str]:
         f"{tell_date(run.started)}, {tell_time(run.wall_s)}, {plural(run.num_attempts, 'attempt')}, "
         + (f"{_tell_workers(workers)} with {each} each" if workers else "in one process")
         + (f", {memory} GiB of memory" if memory else ""),
-        f"ray_vlm {versions.get('ray-vlm', '?')}{f' at {commit}' if commit else ''}; {told}",
+        *([] if run.log else [f"ray_vlm {versions.get('ray-vlm', '?')}{f' at {commit}' if commit else ''}; {told}"]),
     ]
 
 
@@ -124,6 +124,8 @@ def _evaluations(run: Run) -> list[str]:
 
 
 def _places(run: Run) -> list[str]:
+    if run.log:
+        return [f"a training log alone, of the run {run.log}: weights and evaluations lie in the run's own folder"]
     checkpoints = [name for name in run.folders if name.startswith("checkpoint-")]
     told = [f"{name}/" for name in run.folders if not name.startswith("checkpoint-")]
     told += [plural(len(checkpoints), "checkpoint")] if checkpoints else []

@@ -23,7 +23,7 @@ from ray_vlm.runs.store import making
 HISTORIES = {"train": "training_history", "epoch": "epoch_history", "eval": "validation_history"}
 _EVERY_S = 10.0  # between two writings, where no validation or checkpoint asks for one
 _STEP_S = 0.0005  # that writing may take of each step on average, in a run so long that it takes time
-_QUICK_S = 0.05  # a log that takes no longer than this is written at every validation and checkpoint
+_QUICK_S = 0.25  # a log that takes no longer than this is written at every validation and checkpoint
 
 
 class TrainingLog:
