@@ -96,6 +96,7 @@ def _import(module: str) -> Any:
         known = _job_folder in sys.path
         if _job_folder is None or known or not f"{module}.".startswith(f"{error.name}."):
             raise
+    assert _job_folder is not None
     sys.path.append(_job_folder)  # last, so that nothing in it hides what others import
     importlib.invalidate_caches()
     return importlib.import_module(module)

@@ -120,7 +120,7 @@ def _of_weights(name: str, base: str | None, job: JobConfig | None, task: str | 
         )
     else:
         told = saved.asking if saved is not None else Asking()
-        section = {"name": model, "load_in_4bit": adapter and told.load_in_4bit}
+        section: dict[str, Any] = {"name": model, "load_in_4bit": adapter and told.load_in_4bit}
         section |= {"revision": told.revision} if adapter and base is None else {}
         asked = _as_weights_say(saved, task, section, device)
     return Answerer(asked, folder if adapter else None, folder if saved is not None else None)
@@ -218,7 +218,7 @@ def _as_weights_say(saved: Saved | None, task: str | None, model: dict[str, Any]
     on_card = torch.cuda.is_available() if device is None else device == "cuda"
     told = saved.asking if saved is not None else Asking()
     own = told.precision == "fp32"  # a narrower one is the device's choice: cards differ in which they have
-    sections = {
+    sections: dict[str, Any] = {
         "task": saved.task if saved is not None else task,
         "model": model,
         "data": {"max_image_pixels": told.max_image_pixels},
