@@ -182,7 +182,8 @@ def _build_render(template: str, settings: Mapping[str, Any]) -> Render:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     compiled = environment.from_string(template)
     tokens = {f"{name}_token": _named(settings.get(f"{name}_token")) for name in ("eos", "pad", "bos", "unk")}
     known = {name: token for name, token in tokens.items() if token is not None}

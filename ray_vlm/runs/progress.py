@@ -43,7 +43,8 @@ LOGGER.addHandler(_Handler(_print))
 @contextmanager
 def send_progress(write: Callable[[str], None]) -> Iterator[None]:
     """While the body runs, lines go to `write` and nowhere else."""
-    before, LOGGER.handlers = LOGGER.handlers, [_Handler(write)]
+    before = LOGGER.handlers
+    LOGGER.handlers = [_Handler(write)]
     try:
         yield
     finally:

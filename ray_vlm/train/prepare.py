@@ -120,7 +120,8 @@ def _tell_alone(job: JobConfig, spec: RowSpec) -> list[str]:
 
 def _tell_long_answers(job: JobConfig, parts: Parts, num_closing: int) -> list[str]:
     """How many answers are longer than any that evaluation lets the model write."""
-    limit, longest, counts = job.evaluate.max_new_tokens, 0, []
+    limit, longest = job.evaluate.max_new_tokens, 0
+    counts: list[str] = []
     for name in ("train", "eval") if job.method.name != "dpo" else ():  # pairs are compared, not generated
         index: Index | None = getattr(parts, name)
         tokens = index.answer_tokens - num_closing if index is not None else np.zeros(0)
