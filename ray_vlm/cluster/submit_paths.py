@@ -140,8 +140,8 @@ def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:
 def check_results(verb: str, words: Mapping[str, Any], job: JobConfig | None) -> PathReport:
     """Where a verb with these words writes, and why nobody would find it there, if so."""
     given = {f"--{name}": words[name] for name in WRITTEN if words.get(name) is not None}
-    adapters = words.get("adapter")
-    if verb == "evaluate" and not given and len(adapters or []) == 1:
+    adapters = words.get("adapter") or []
+    if verb == "evaluate" and not given and len(adapters) == 1:
         given = {"without --output, results go beside the adapter: its folder": os.path.dirname(adapters[0])}
     elif job is not None and not (verb == "evaluate" and given):
         given["run.output_dir"] = job.run.output_dir

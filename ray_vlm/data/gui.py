@@ -168,11 +168,13 @@ def _coordinates(value: Any) -> Any:
     """Coordinates that are written by name as a list, None where all are empty; any other value as it is."""
     if not isinstance(value, dict):
         return value
+    found: list[Any]
     if any(name in value for name in _CORNERS):
         found = [value.get(name) for name in _CORNERS]
     elif all(name in value for name in _RECTANGLE):
-        x, y, width, height = found = [value[name] for name in _RECTANGLE]
+        found = [value[name] for name in _RECTANGLE]
         if all(is_number(v) for v in found):
+            x, y, width, height = found
             found = [x, y, x + width, y + height]
     elif "x" in value or "y" in value:
         found = [value.get("x"), value.get("y")]

@@ -56,14 +56,18 @@ class Preparer:
         self.codec = CODECS[self.codec_name]
         self.image_spec = build_image_spec(text.sizes, self.spec, family)
         self.image_token = text.image_token  # an image's placeholder in a prompt
-        self.image_token_id = text.tokenizer.token_to_id(self.image_token)  # and what it becomes
+        token_id = text.tokenizer.token_to_id(self.image_token) if self.stock is None else self.stock.token_id
+        if token_id is None:
+            raise DataError(
+                f"model.name={self.spec.model.name!r}: its tokenizer does not know {self.image_token}, which stands "
+                "for an image. Use a base whose files belong together."
+            )
+        self.image_token_id: int = token_id  # and what it becomes
         self.kinds = "mm_token_type_ids" if self.stock is None else self.stock.kinds
         self._encode = text.tokenizer.encode  # transformers' wrapper around it takes longer than its work
         self._render = text.render
         self._layout = lru_cache(64)(self._lay_out)
         self._special = [token for token in text.special if not _PLACES.fullmatch(token)]
-        if self.stock is not None:
-            self.image_token_id = self.stock.token_id
 
     def _load(self) -> None:
         """Load the processor, unless it is there: what is trained and asked is put into tokens by itself."""

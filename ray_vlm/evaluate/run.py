@@ -175,8 +175,8 @@ def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str
         title = _titled(subject.title, metrics.get("memory"))
         stages.append(Stage(title, metrics, read_predictions(where)))
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
-        told = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
-        print(f"{title}, {metrics['num_rows']} rows{told}: {numbers}")
+        which = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
+        print(f"{title}, {metrics['num_rows']} rows{which}: {numbers}")
         if subject.adapter is not None:
             track_test(job.track, subject.adapter, metrics["overall"])
     if other := next((s for s in stages if _ids(s) != _ids(stages[0])), None):

@@ -189,7 +189,7 @@ def _read_log(address: str) -> Run:
     if data is None:
         raise RunError(f"{address}: no such file.")
     log = parse_log(data, address)
-    about = {"status": str(log.about.get("status", "?")), "attempts": describe_attempts(log.lines)}
+    about: dict[str, Any] = {"status": str(log.about.get("status", "?")), "attempts": describe_attempts(log.lines)}
     if is_number(num_steps := log.about.get("num_steps")):
         about["result"] = {"num_steps": num_steps}
     stem = file.removesuffix(".json")
