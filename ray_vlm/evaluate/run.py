@@ -145,8 +145,8 @@ def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str
         metrics = evaluate(subject.job, subject.adapter, where)
         stages.append(Stage(subject.title, metrics, read_predictions(where)))
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
-        told = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
-        print(f"{subject.title}, {metrics['num_rows']} rows{told}: {numbers}")
+        chose = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
+        print(f"{subject.title}, {metrics['num_rows']} rows{chose}: {numbers}")
         if subject.adapter is not None:
             track_test(job.track, subject.adapter, metrics["overall"])
     if other := next((s for s in stages if _ids(s) != _ids(stages[0])), None):
