@@ -177,7 +177,7 @@ def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
         which = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
         print(f"{title}, {metrics['num_rows']} rows{which}: {numbers}")
-        if subject.adapter is not None:
+        if subject.adapter is not None and metrics.get("memory") != "model":  # numbers of one kind under one name
             track_test(job.track, subject.adapter, metrics["overall"])
     if other := next((s for s in stages if _ids(s) != _ids(stages[0])), None):
         raise RunError(f"{stages[0].title} and {other.title} hold different test rows, so they cannot be compared.")
