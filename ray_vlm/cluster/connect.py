@@ -29,6 +29,7 @@ SETTINGS = {
 }
 _OWN = "local"  # Ray's word for a cluster of this process's own
 _ANSWER_S = 0.3  # how long a cluster on this machine may take to answer
+_JOIN_S = 5.0  # the same of one that is to be joined
 
 
 def explain_refusal(address: str, setting: str, text: str) -> str:
@@ -48,6 +49,8 @@ def _join(address: str, setting: str) -> None:
     from ray.exceptions import RayError
 
     by_ray = address == "auto"
+    if re.fullmatch(r"[^/]+:\d+", address) and not answers(address, _JOIN_S):  # Ray itself tries for minutes
+        raise RunError(explain_refusal(address, setting, "nothing answers there"))
     if refused := authentication.check_token((find_other_cluster() or "") if by_ray else address, by_ray):
         raise RunError(explain_refusal(address, setting, refused))
     try:
@@ -56,16 +59,24 @@ def _join(address: str, setting: str) -> None:
         raise RunError(explain_refusal(address, setting, str(error))) from None
 
 
+def answers(address: str, timeout_s: float) -> bool:
+    """Whether anything takes connections at a host and a port."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout_s):
+            return True
+    except (OSError, ValueError, OverflowError):
+        return False
+
+
 def find_other_cluster() -> str | None:
     """The address of a cluster that `ray start` left on this machine and that answers, or None. The file that holds it
     stays behind when a cluster dies."""
     try:
         address = (ray_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip()
-        host, _, port = address.rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S):
-            return address
-    except (OSError, ValueError, OverflowError):
+    except (OSError, UnicodeDecodeError):
         return None
+    return address if answers(address, _ANSWER_S) else None
 
 
 def _start_own(cpus: int) -> None:

@@ -87,6 +87,7 @@ def test_an_address_that_a_dead_cluster_left_counts_for_nothing(
 def test_a_cluster_that_was_named_is_joined_as_it_is(
     started: dict[str, Any], other_cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setattr(connect, "answers", lambda address, timeout_s: True)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
     with start_ray(_job(gpus_per_worker=1)):
         assert started["address"] == "10.0.0.9:6379"
@@ -141,6 +142,13 @@ def test_a_cluster_that_refuses_is_told_with_the_fix(text: str, fix: str) -> Non
     assert told.startswith("RAY_ADDRESS='10.0.0.9:6379' cannot be joined (")
     assert " ".join(text.split()) in told
     assert fix in told
+
+
+def test_an_address_where_nothing_answers_is_told_at_once(started: dict[str, Any]) -> None:
+    told = r"cluster\.address=.127\.0\.0\.1:1. cannot be joined \(nothing answers there\)"
+    with pytest.raises(RunError, match=told), start_ray(_job(address="127.0.0.1:1")):
+        pass
+    assert started == {}
 
 
 def test_whatever_ray_raises_of_a_refusal_is_ours(started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
