@@ -165,4 +165,5 @@ def describe_start(job: JobConfig) -> str:
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return "using the Ray cluster that this process has joined"
     address = job.cluster.address or os.environ.get("RAY_ADDRESS")
-    return f"joining the Ray cluster at {address}" if address else "starting Ray on this machine"
+    own = address in (None, "", _OWN)
+    return "starting Ray on this machine" if own else f"joining the Ray cluster at {address}"

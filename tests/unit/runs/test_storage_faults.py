@@ -44,6 +44,9 @@ class _Trainer:
     def _save_rng_state(self, folder: str) -> None:
         self._torch(folder, "rng_state.pth", 3000)
 
+    def _save_scaler(self, folder: str) -> None:
+        pass  # only float16 has one
+
     def _save_optimizer_and_scheduler(self, folder: str) -> None:
         self._torch(folder, "optimizer.pt", 9000)
         self._torch(folder, "scheduler.pt", 10)
