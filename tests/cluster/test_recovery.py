@@ -35,13 +35,14 @@ def _weights(paths: RunPaths) -> bytes:
     return (paths.final / "adapter_model.safetensors").read_bytes()
 
 
-def _at_step(paths: RunPaths, step: int, do: Callable[[], Any]) -> threading.Thread:
-    """Call `do` as soon as `metrics.jsonl` has that step."""
+def _at_step(paths: RunPaths, step: int, do: Callable[[], Any], attempt: int | None = None) -> threading.Thread:
+    """Call `do` as soon as `metrics.jsonl` has that step, of that attempt: workers outlive a killed driver a little."""
 
     def wait() -> None:
         until = time.monotonic() + 200
         while time.monotonic() < until:
-            if any(line.get("step") == step and line["kind"] == "train" for line in read_metrics(paths.metrics)):
+            lines = [line for line in read_metrics(paths.metrics) if attempt in (None, line["attempt"])]
+            if any(line["step"] == step and line["kind"] == "train" for line in lines):
                 return do()
             time.sleep(0.02)
 
@@ -140,8 +141,11 @@ def test_a_killed_driver_a_torn_snapshot_and_ctrl_c(small: Path, tmp_path: Path)
     (snapshot / "checkpoint_manager_snapshot.json").write_text("")
     reached = max(step for step, _, _ in _steps(paths))
     driver = start()
-    _at_step(paths, reached + 3, lambda: driver.send_signal(signal.SIGINT)).join()
-    assert driver.wait(timeout=60) == 130
+    _at_step(paths, reached + 3, lambda: driver.send_signal(signal.SIGINT), attempt=2).join()
+    try:
+        assert driver.wait(timeout=60) == 130
+    finally:
+        driver.kill()
     last = _steps(paths)[-1][0]
     assert [step for step, _, _ in _steps(paths)] == list(range(1, last + 1))
     manifest = json.loads(paths.run.read_text())
