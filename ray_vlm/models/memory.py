@@ -11,10 +11,10 @@ from typing import Any
 
 from ray_vlm.config.cluster import BUCKET, GATHERED
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.machine import GIB
 from ray_vlm.models.packing import Folding, plan_packs
 from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
 
-GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB  # of the driver, kernels and cuBLAS' workspace
 FRAGMENTATION = 0.06  # of what a step makes; blocks that nothing fits into
 

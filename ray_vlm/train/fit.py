@@ -13,9 +13,10 @@ from ray_vlm.data.index import Index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import Preparer
 from ray_vlm.errors import ConfigError
+from ray_vlm.machine import GIB
 from ray_vlm.methods.forward import plan_folding
 from ray_vlm.models.load import load_config
-from ray_vlm.models.memory import GIB, Choice, Estimate, RowSize, choose, estimate, merge_of, micro_sizes
+from ray_vlm.models.memory import Choice, Estimate, RowSize, choose, estimate, merge_of, micro_sizes
 
 _LOOKED_AT = 50_000  # micro-batches of a plan that are compared; more would hold the start up
 

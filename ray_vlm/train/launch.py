@@ -17,7 +17,6 @@ from ray_vlm.cluster.nodes import living_nodes
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import Interrupted, RunError
 from ray_vlm.machine import count_gpus
-from ray_vlm.models.imports import import_training_libraries, keep_imports
 from ray_vlm.models.out_of_memory import advise_training, is_out_of_memory
 from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.drivers import check_own
@@ -243,6 +242,4 @@ def _scratch(paths: RunPaths) -> str:
 def run_ray_worker(config: dict[str, Any]) -> None:
     """What Ray Train calls on every worker, at the start and whenever it restarts them."""
     config["task"].environment.apply()
-    import_training_libraries()
-    keep_imports()
     train_worker(config["task"], in_ray=True)

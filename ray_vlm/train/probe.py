@@ -11,6 +11,7 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
+from ray_vlm.machine import GIB
 from ray_vlm.methods import METHODS
 from ray_vlm.models.backbone import recompute
 from ray_vlm.models.precision import autocast
@@ -18,7 +19,6 @@ from ray_vlm.train.attempt import Place
 from ray_vlm.train.fit import Probe
 
 _KEPT = ("_metrics", "_total_train_tokens", "_step")  # what TRL counts in a loss
-GIB = 2**30
 
 
 def run_probe(trainer: Any, job: JobConfig, probe: Probe, place: Place) -> str:

@@ -17,7 +17,7 @@ from ray_vlm.methods.head import score_labelled
 from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.families import Family
 from ray_vlm.models.features import Recent, Shelf, keep_features, why_not_kept
-from ray_vlm.models.imports import import_training_libraries
+from ray_vlm.models.imports import import_training_libraries, keep_imports
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.packing import Folding
@@ -33,6 +33,8 @@ def prepare_process(job: JobConfig, in_ray: bool) -> Place:
     """Threads, seeds and quiet libraries; where we are. Nothing here or later calls home unless the job asks."""
     quiet_libraries()
     import_training_libraries()
+    if in_ray:
+        keep_imports()
     import torch
     import transformers
 

@@ -33,9 +33,10 @@ def _memory(args: argparse.Namespace) -> None:
 
     job = load_job(args.job, args.overrides)
     size = args.tokens or _heaviest(job)  # what is wrong with the job or its rows is told before torch is imported
+    from ray_vlm.machine import GIB
     from ray_vlm.methods.forward import plan_folding
     from ray_vlm.models.load import family_of
-    from ray_vlm.models.memory import GIB, choose, describe, estimate, merge_of, micro_sizes
+    from ray_vlm.models.memory import choose, describe, estimate, merge_of, micro_sizes
     from ray_vlm.models.rehearse import Rehearsal
     from ray_vlm.train.fit import describe_choice, micros
 
