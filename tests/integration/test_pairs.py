@@ -27,18 +27,12 @@ def _job(job_file: Any, scenes: Path, **sections: Any) -> Path:
     )
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the pairs of `_job` are kept, once they are made."""
-    return tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-
-
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_pairs_are_ordinary_preference_rows(job_file, scenes: Path, made: Path, capsys) -> None:
-    path = _job(job_file, scenes)
+def test_pairs_are_ordinary_preference_rows(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
+    path, made = _job(job_file, scenes), tmp_path / "pairs.jsonl"
     assert main(["pairs", str(path), "--output", str(made)]) == 0
     out = capsys.readouterr().out
     about = json.loads(Path(f"{made}.about.json").read_text())
@@ -61,7 +55,7 @@ def test_pairs_are_ordinary_preference_rows(job_file, scenes: Path, made: Path, 
         assert record.images == told[record.id].images
         assert preparer.prompt_row(record).input_ids.tolist() == preparer.prompt_row(told[record.id]).input_ids.tolist()
     assert changed_since(str(made), preparer) == []
-    assert not list(made.parent.glob(".*"))
+    assert not list(made.parent.glob(".*pairs*"))
 
 
 def test_nothing_is_overwritten_by_chance(job_file, scenes: Path, tmp_path: Path, capsys) -> None:
@@ -95,12 +89,11 @@ def test_an_adapter_is_sampled_with_its_own_wording(job_file, scenes: Path, tmp_
 
 
 @pytest.mark.cluster
-def test_two_workers_write_the_same_file(ray_cluster, job_file, scenes: Path, made: Path, tmp_path: Path) -> None:
-    path, output = _job(job_file, scenes), tmp_path / "pairs.jsonl"
-    if not made.exists():
-        assert main(["pairs", str(path), "--output", str(made)]) == 0
-    assert main(["pairs", str(path), "cluster.num_workers=2", "--output", str(output)]) == 0
-    assert output.read_bytes() == made.read_bytes()
+def test_two_workers_write_the_same_file(ray_cluster, job_file, scenes: Path, tmp_path: Path) -> None:
+    path, alone, shared = _job(job_file, scenes), tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    assert main(["pairs", str(path), "--output", str(alone)]) == 0
+    assert main(["pairs", str(path), "cluster.num_workers=2", "--output", str(shared)]) == 0
+    assert shared.read_bytes() == alone.read_bytes()
 
 
 @pytest.mark.cluster
