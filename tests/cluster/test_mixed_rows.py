@@ -8,10 +8,12 @@ import pytest
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import ConfigError
 from ray_vlm.train.prepare import prepare
+from tests.cluster.test_ray_train import file_names
 from tests.cluster.test_recovery import _steps, _train
 
 pytestmark = pytest.mark.cluster
 ALL = "lora.target=[language,connector,vision]"
+IN_4BIT = "model.load_in_4bit=true"
 
 
 @pytest.fixture
@@ -30,13 +32,19 @@ def mixed(job_file, scenes: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "options", [(ALL,), pytest.param(("cluster.deepspeed=zero2", "lora.target=[language]"), marks=pytest.mark.slow)]
+    "options",
+    [
+        (ALL, IN_4BIT),
+        pytest.param((ALL,), marks=pytest.mark.slow),
+        pytest.param(("cluster.deepspeed=zero2", "lora.target=[language]"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_worker_without_images_goes_on(ray_cluster, mixed: Path, options: tuple[str, ...]) -> None:
     alone = _train(mixed, "run.name=alone", *[o for o in options if "deepspeed" not in o])
     two = _train(mixed, "run.name=two", "cluster.num_workers=2", *options)
     for a, b in zip(_steps(alone), _steps(two), strict=True):
         assert b[1:] == pytest.approx(a[1:], rel=1e-4, abs=1e-6)
+    assert file_names(two) == file_names(alone)
 
 
 def test_where_it_would_wait_for_ever_the_rows_are_named(mixed: Path) -> None:

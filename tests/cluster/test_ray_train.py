@@ -7,15 +7,20 @@ import pytest
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.runs.monitor import read_metrics
+from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
 
 pytestmark = pytest.mark.cluster
 
 
+def file_names(paths: RunPaths) -> set[str]:
+    """What a run folder has, without the times in its checkpoints' names."""
+    return {p.name.split("-a1-")[0] for p in paths.root.iterdir() if not p.name.startswith(".")}
+
+
 def _losses(path: Path, *overrides: str) -> tuple[list[float], set[str]]:
     paths = train(load_job(path, [*overrides]), path.read_text(), overwrite=True)
-    names = {p.name.split("-a1-")[0] for p in paths.root.iterdir() if not p.name.startswith(".")}
-    return [line["loss"] for line in read_metrics(paths.metrics) if line["kind"] == "train"], names
+    return [line["loss"] for line in read_metrics(paths.metrics) if line["kind"] == "train"], file_names(paths)
 
 
 def _job(job_file, scenes: Path) -> Path:
@@ -24,6 +29,7 @@ def _job(job_file, scenes: Path) -> Path:
     return job_file(data=data, evaluate=evaluate, train={"max_steps": 4, "global_batch_size": 7})
 
 
+@pytest.mark.slow  # test_mixed_rows.py has the quick one
 def test_two_workers_equal_one_process_in_4bit(ray_cluster, job_file, scenes: Path) -> None:
     path = _job(job_file, scenes)
     alone, files_alone = _losses(path, "cluster.num_workers=0", "model.load_in_4bit=true")
