@@ -9,8 +9,8 @@ from pathlib import Path
 _ANSWER_S = 3.0
 _METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # what every Ray answers that is alive
 FIX = (
-    "Set RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (on its head: `ray "
-    "get-auth-token`)."
+    "Set RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token "
+    "(`ray get-auth-token` on its head shows it)."
 )
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 from ray_vlm.config.places import job_folder, use_job_folder
 
+PATHS = ("HF_HOME", "GOOGLE_APPLICATION_CREDENTIALS")  # names of places that another machine may not have
 FORWARDED = (
-    *("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"),
+    *PATHS,
+    *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"),
     *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_REGION"),
-    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "GOOGLE_APPLICATION_CREDENTIALS"),
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
 )
 
 
@@ -27,8 +29,9 @@ class Environment:
     job_folder: str | None = None
 
     def apply(self) -> None:
-        """Set them in this process, before the libraries that read them are imported."""
-        os.environ.update(self.values)
+        """Set them in this process, before the libraries that read them are imported. A path that this machine does not
+        have is left out, so that the machine's own setting, or the default, counts."""
+        os.environ.update({name: v for name, v in self.values.items() if name not in PATHS or os.path.exists(v)})
         if self.job_folder is not None and os.path.isdir(self.job_folder):  # another machine may not have it
             use_job_folder(self.job_folder)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ray_vlm.cluster import authentication
 from ray_vlm.cluster.package import PACKAGE_FOLDER, Archive, write_archive
 from ray_vlm.cluster.secrets import SECRETS_VARIABLE, send_secrets
 from ray_vlm.errors import ConfigError, RunError
@@ -90,12 +91,7 @@ def describe_failure(error: Exception, fix: str = "") -> str:
     lines = [line.strip() for line in str(error).splitlines() if re.search(r"\w", line)] or [type(error).__name__]
     text = lines[-1 if "Traceback" in str(error) else 0][:500].rstrip(".")
     if _is_refusal(error):
-        fix = "Set RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
-        if os.environ.get("RAY_AUTH_MODE") == "token":
-            fix = (
-                "The token of this machine (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token) is missing or "
-                "not the cluster's; set it to the one that the cluster was started with."
-            )
+        fix = authentication.FIX
     return f"{text}. {fix}".rstrip()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from ray_vlm.cluster.package import IGNORE_GITIGNORE, Archive
 from ray_vlm.config.data import Source
 from ray_vlm.config.load import dump_job
+from ray_vlm.config.places import is_hub_name
 from ray_vlm.config.resume import check_output_dir
 from ray_vlm.config.schema import JobConfig
 
@@ -23,7 +24,6 @@ READ = ("run", "inputs", "adapter", "against", "base", "image_root")  # travels,
 # run, an adapter and a base there may be no such file: a name on the hub, or of a base that ships with the package
 WRITTEN = ("output", "draw")
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):[A-Za-z_]\w*")
 _SHARED = "a place that all nodes see: an absolute path on a shared file system, or an address such as s3://"
 
@@ -103,7 +103,7 @@ def _check_read(name: str, value: str, archive: Archive, report: PathReport) -> 
         report.problems.append(f"{label} is left out by {reason}. {_take_out(reason)}")
     elif archive.holds(inside):
         return inside
-    elif name in ("inputs", "against", "image_root") or (name == "adapter" and not _HUB_NAME.fullmatch(value)):
+    elif name in ("inputs", "against", "image_root") or (name == "adapter" and not is_hub_name(value)):
         report.problems.append(
             f"{label}: there is no such thing in {archive.folder}, which is what the cluster gets. Give {_SHARED}."
         )

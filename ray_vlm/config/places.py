@@ -6,6 +6,7 @@ the job file that this process runs is kept here, and which names were in neithe
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _job_folder: str | None = None
 _missing: set[str] = set()  # whole paths, in the current folder
 
@@ -55,6 +57,11 @@ def find_places(job: JobConfig, job_file: str | Path) -> JobConfig:
     return job.model_copy(
         update={"data": job.data.model_copy(update=data), "model": job.model.model_copy(update=model)}
     )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name may be a repository of the Hugging Face hub, `owner/name`."""
+    return _HUB_NAME.fullmatch(name) is not None
 
 
 def describe_search(name: str) -> str:

@@ -13,7 +13,7 @@ from ray_vlm.runs.curves import MAIN, main_key, overlay
 from ray_vlm.runs.monitor import whole_lines
 from ray_vlm.runs.read import Run, setting
 from ray_vlm.runs.store import Store
-from ray_vlm.runs.text import tell_number
+from ray_vlm.runs.text import format_number
 
 _MOST_VIEWS = 6  # runs whose answers stand beside each other on an image
 
@@ -33,7 +33,7 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison) -> str:
         notes=notes,
         comparison=comparison,
         settings=SETTINGS,
-        tell=lambda value: value if isinstance(value, str) else tell_number(value),
+        tell=lambda value: value if isinstance(value, str) else format_number(value),
         charts=_charts(runs, comparison.titles),
         images=images,
         columns=len(stages),

@@ -4,12 +4,12 @@ Names are folders, addresses in an object store, or names on the hub. How images
 from the `preprocessing.json` beside weights, where there is one, else from a job.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.load import load_job, load_resolved
+from ray_vlm.config.places import is_hub_name
 from ray_vlm.config.schema import JobConfig, Model
 from ray_vlm.data.preprocessing import PREPROCESSING, Asking, Saved, read_saved
 from ray_vlm.errors import ConfigError, ModelError, RunError
@@ -21,7 +21,6 @@ from ray_vlm.runs.read import MARKS, Run, read_run
 from ray_vlm.runs.store import Store, is_remote, join, local_path
 
 BASE = "base"  # of a run: what it began with
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _JOB_FILES = (".yaml", ".yml")
 
 
@@ -183,7 +182,7 @@ def _fetch(name: str) -> tuple[str, bool]:
                 "`ray-vlm runs list` shows runs."
             )
         return folder, False
-    if _HUB_NAME.fullmatch(name):
+    if is_hub_name(name):
         return fetch_from_hub(name), True
     raise RunError(
         f"{name}: no run, folder or job file of that name, nor is it a name on the hub (owner/name). `ray-vlm runs "

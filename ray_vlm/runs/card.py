@@ -7,7 +7,7 @@ from typing import Any
 from ray_vlm.runs.compare import test_of
 from ray_vlm.runs.compute import measure_compute
 from ray_vlm.runs.read import Run, is_number, setting
-from ray_vlm.runs.text import tell_number, tell_time
+from ray_vlm.runs.text import format_duration, format_number
 
 ADAPTER, MERGED, WHOLE = "adapter", "merged", "model"  # kinds of exports, which name their folders
 TITLES = {ADAPTER: "adapter", MERGED: "merged model", WHOLE: "model"}
@@ -75,8 +75,8 @@ def _scores(run: Run) -> str:
     for metric, value in overall.items():
         ends = intervals.get(metric)
         known = isinstance(ends, list) and len(ends) == 2 and all(is_number(end) for end in ends)
-        told = " to ".join(tell_number(end) for end in ends) if ends and known else "-"
-        rows.append((metric, tell_number(value), told))
+        told = " to ".join(format_number(end) for end in ends) if ends and known else "-"
+        rows.append((metric, format_number(value), told))
     rows_are = (
         f"validation rows {CHOSE_BEST}, so better than on new ones" if found.get("rows_chose_best") else "test rows"
     )
@@ -87,10 +87,10 @@ def _scores(run: Run) -> str:
 def _cost(run: Run) -> str:
     found = measure_compute(run)
     rows = [("hardware", found["device"] or "?"), ("workers", found["num_workers"])]
-    rows.append(("wall time", tell_time(run.wall_s)))
+    rows.append(("wall time", format_duration(run.wall_s)))
     titles = {"gpu_hours": "GPU-hours", "cpu_hours": "CPU-hours"}
     titles |= {"energy_kwh": "energy (kWh, estimate)", "co2_kg": "CO2 (kg, estimate)"}
-    rows += [(title, tell_number(found[key])) for key, title in titles.items() if found.get(key)]
+    rows += [(title, format_number(found[key])) for key, title in titles.items() if found.get(key)]
     return "## What it cost\n\n" + _table(("what", "value"), rows)
 
 

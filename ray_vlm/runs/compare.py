@@ -10,7 +10,7 @@ from typing import Any
 from ray_vlm.runs.curves import main_key, points_of, smooth
 from ray_vlm.runs.monitor import LOWER_IS_BETTER, NOT_MEASURES
 from ray_vlm.runs.read import Run, is_number, setting
-from ray_vlm.runs.text import format_table, plain_text, tell_number, tell_time
+from ray_vlm.runs.text import format_duration, format_number, format_table, plain_text
 
 _PREFERRED = ("best", "final")  # evaluations that stand for a run, the first that is there
 SETTINGS, _VALIDATION = "settings that differ", "validation at the step of best/"
@@ -168,7 +168,7 @@ def _training(runs: Sequence[Run]) -> tuple[Line, ...]:
         Line("steps", tuple(str(run.step) for run in runs)),
         Line(f"{main_key(runs[0].current) if same else 'loss or reward'}, smoothed, at the end", ends),
         Line("tokens/s, median", tuple(speed(run) for run in runs)),
-        Line("time", tuple(tell_time(run.wall_s) for run in runs)),
+        Line("time", tuple(format_duration(run.wall_s) for run in runs)),
         Line("attempts", tuple(str(run.num_attempts) for run in runs)),
     )
 
@@ -221,5 +221,5 @@ def describe_comparison(comparison: Comparison) -> str:
 
 
 def _cells(line: Line) -> list[str]:
-    told = [v if isinstance(v, str) else tell_number(v) for v in line.values]
+    told = [v if isinstance(v, str) else format_number(v) for v in line.values]
     return [line.title, *(f"{text}{'*' if i in line.best else ''}" for i, text in enumerate(told))]

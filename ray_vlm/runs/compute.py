@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.sound import number_of
-from ray_vlm.runs.text import tell_number, tell_time
+from ray_vlm.runs.text import format_duration, format_number
 
 PHASES = ("data", "rollout", "forward", "backward")  # of a step; what is left of it is the optimizer and the logging
 # Dense bf16 peak in TFLOP/s, by what a card's name holds; the first that matches (makers' data sheets).
@@ -169,7 +169,7 @@ def write_markdown(titles: Sequence[str], found: Sequence[Mapping[str, Any]]) ->
     """A table for a paper, one column for each run."""
     shown = {key: title for key, title in _TITLES.items() if key not in _RARE or any(key in one for one in found)}
     rows = [(title, [_tell(one.get(key)) for one in found]) for key, title in shown.items()]
-    rows.append(("wall time", [tell_time(one["wall_s"]) for one in found]))
+    rows.append(("wall time", [format_duration(one["wall_s"]) for one in found]))
     for phase in found[0]["time_s"] if found else ():
         shares = [one["time_s"].get(phase, 0.0) / max(one["wall_s"], 1e-9) for one in found]
         rows.append((f"time: {phase.replace('_', ' ')}", [f"{share:.1%}" for share in shares]))
@@ -179,7 +179,7 @@ def write_markdown(titles: Sequence[str], found: Sequence[Mapping[str, Any]]) ->
 
 
 def _tell(value: Any) -> str:
-    return value if isinstance(value, str) else tell_number(value)
+    return value if isinstance(value, str) else format_number(value)
 
 
 def _cell(text: str) -> str:

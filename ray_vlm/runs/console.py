@@ -7,7 +7,8 @@ from typing import Any
 
 from ray_vlm.runs.monitor import NOT_MEASURES, read_line
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.progress import describe_duration, lasting, send_progress
+from ray_vlm.runs.progress import lasting, send_progress
+from ray_vlm.runs.text import format_duration
 
 _POLL_S = 0.3
 _POLL_REMOTE_S = 3.0
@@ -47,15 +48,15 @@ class Console:
 
     def _train_line(self, line: dict[str, Any]) -> str:
         step, (first, ended) = line["step"], self._first or (line["step"], line["time"])
-        left = "-:--"  # the first step waits for the loaders and warms caches up, so it tells nothing of the others
+        left = "-"  # the first step waits for the loaders and warms caches up, so it tells nothing of the others
         if step > first or step == self._num_steps:
-            left = describe_duration((line["time"] - ended) / max(step - first, 1) * (self._num_steps - step))
+            left = format_duration((line["time"] - ended) / max(step - first, 1) * (self._num_steps - step))
         count, epoch = f"{step:>{len(str(self._num_steps))}}/{self._num_steps}", line.get("epoch") or 0.0
         shown = "".join(f"{text} {_number(line[name], '.3f')}  " for name, text in _SHOWN.items() if name in line)
         return (
             f"step {count}  epoch {epoch:.2f}  loss {_number(line['loss'], '8.4f')}  {shown}"
             f"lr {_number(line.get('learning_rate'), '.2e')}  grad {_number(line.get('grad_norm'), '7.3f')}  "
-            f"{_number(line.get('tokens_per_s'), '8,.0f')} tok/s  left {left:>6}"
+            f"{_number(line.get('tokens_per_s'), '8,.0f')} tok/s  left {left:>9}"
         )
 
 

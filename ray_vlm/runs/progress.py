@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from ray_vlm.runs.text import format_duration
+
 LOGGER = logging.getLogger("ray_vlm.progress")
 _FIRST_S = 5.0  # what is over sooner needs no line
 _EVERY_S = 10.0  # between lines, and later a tenth of the time so far: an hour of work is some 30 lines
@@ -67,12 +69,12 @@ class Progress:
         spent = now - self._started
         if done >= self._total:
             if self._told:
-                LOGGER.info(f"{self._what}: {done:,} {self._unit} in {describe_duration(spent)}")
+                LOGGER.info(f"{self._what}: {done:,} {self._unit} in {format_duration(spent)}")
             self._told = False
         elif now >= self._due:
             rate = done / spent
             speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-            left = f", {describe_duration((self._total - done) / rate)} left" if done else ""
+            left = f", {format_duration((self._total - done) / rate)} left" if done else ""
             LOGGER.info(f"{self._what}: {done:,} of {self._total:,} {self._unit}, {speed} a second{left}")
             self._told = True
             self._due = now + max(_EVERY_S, spent / 10)
@@ -98,7 +100,7 @@ def lasting(what: str, look: Callable[[], str] = lambda: "", over: threading.Eve
         while not over.wait(pause):
             spent = time.monotonic() - started
             more = look()
-            LOGGER.info(f"{what}: {describe_duration(spent)} so far{', ' if more else ''}{more}")
+            LOGGER.info(f"{what}: {format_duration(spent)} so far{', ' if more else ''}{more}")
             pause = max(_EVERY_S, spent / 10)
 
     thread = threading.Thread(target=tell, name="ray-vlm-lasting", daemon=True)
@@ -108,9 +110,3 @@ def lasting(what: str, look: Callable[[], str] = lambda: "", over: threading.Eve
     finally:
         over.set()
         thread.join()
-
-
-def describe_duration(seconds: float) -> str:
-    """`m:ss`, and from an hour on `h:mm:ss`."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -7,7 +7,7 @@ from ray_vlm.runs.compare import test_of
 from ray_vlm.runs.curves import main_key, points_of, smooth, spark
 from ray_vlm.runs.monitor import NOT_MEASURES
 from ray_vlm.runs.read import Run, is_number, setting
-from ray_vlm.runs.text import format_table, plain_text, plural, tell_date, tell_number, tell_time
+from ray_vlm.runs.text import format_date, format_duration, format_number, format_table, plain_text, plural
 
 _MOST_VALIDATIONS = 8  # lines of the table
 _HEADLINES = ("f1_50", "accuracy", "step_success", "normalised")  # of a run whose own metric is not measured on tests
@@ -26,8 +26,8 @@ def _line(run: Run, here: str) -> list[str]:
     overall = test_of(run)[1].get("overall", {})
     headline = next((name for name in (run.metric, *_HEADLINES) if is_number(overall.get(name))), None)
     kind = [str(setting(run.job, key) or "?") for key in ("method.name", "task.name", "model.name")]
-    best = f"{run.metric} {tell_number(run.best[run.metric])}" if run.best else "-"
-    tested = f"{headline} {tell_number(overall[headline])}" if headline else "-"
+    best = f"{run.metric} {format_number(run.best[run.metric])}" if run.best else "-"
+    tested = f"{headline} {format_number(overall[headline])}" if headline else "-"
     status = f"{run.status}!" if run.faults else run.status
     return [
         run.address.removeprefix(here),
@@ -36,8 +36,8 @@ def _line(run: Run, here: str) -> list[str]:
         steps,
         best,
         tested,
-        tell_date(run.started),
-        tell_time(run.wall_s),
+        format_date(run.started),
+        format_duration(run.wall_s),
     ]
 
 
@@ -68,7 +68,7 @@ def _head(run: Run) -> list[str]:
     return [
         f"{run.address}: {run.status}",
         f"{setting(job, 'method.name')} of {setting(job, 'task.name')} on {setting(job, 'model.name')}{bits}; {how}",
-        f"{tell_date(run.started)}, {tell_time(run.wall_s)}, {plural(run.num_attempts, 'attempt')}, "
+        f"{format_date(run.started)}, {format_duration(run.wall_s)}, {plural(run.num_attempts, 'attempt')}, "
         + (f"{_tell_workers(workers)} with {each} each" if workers else "in one process")
         + (f", {memory} GiB of memory" if memory else ""),
         *([] if run.log else [f"ray_vlm {versions.get('ray-vlm', '?')}{f' at {commit}' if commit else ''}; {told}"]),
@@ -86,7 +86,7 @@ def _training(run: Run) -> list[str]:
         if points:
             first, last = points[0][1], smooth(points)[-1][1]
             lines.append(
-                f"{key:<20} {tell_number(first):>8} -> {tell_number(last):<8} {spark(points)}  {run.step} steps"
+                f"{key:<20} {format_number(first):>8} -> {format_number(last):<8} {spark(points)}  {run.step} steps"
             )
     for error in [a["error"] for a in run.attempts if a.get("error")]:
         lines.append(f"error: {str(error).strip().splitlines()[-1][:300]}")
@@ -133,4 +133,4 @@ def _places(run: Run) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return tell_number(value) if is_number(value) else "-"
+    return format_number(value) if is_number(value) else "-"

@@ -13,7 +13,7 @@ def plain_text(text: str) -> str:
     return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c for c in text)
 
 
-def tell_number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """A number in few characters; `-` for none."""
     if value is None:
         return "-"
@@ -24,14 +24,14 @@ def tell_number(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
 
 
-def tell_setting(value: object) -> str:
+def format_setting(value: object) -> str:
     """A setting in few characters; `-` for null."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return "-" if value is None else plain_text(str(value).replace("'", ""))
 
 
-def tell_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration: 42 s, 12:05 min, 3:07 h."""
     whole = round(seconds)
     if whole < 60:
@@ -41,7 +41,7 @@ def tell_time(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
-def tell_date(seconds: float | None) -> str:
+def format_date(seconds: float | None) -> str:
     """A moment, in local time; `-` for none."""
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray_vlm.runs.read import is_number
-from ray_vlm.runs.text import tell_setting
+from ray_vlm.runs.text import format_setting
 from ray_vlm.tune.space import LISTS, Setting, Space
 from ray_vlm.tune.trials import Trial, rank
 
@@ -42,7 +42,7 @@ def _axis(setting: Setting, values: Sequence[Any]) -> dict[str, Any]:
     if all(is_number(json.loads(name)) for name in names):
         names.sort(key=lambda name: float(json.loads(name)))
     heights = {name: _down((i + 0.5) / len(names)) for i, name in enumerate(names)}
-    marks = [(y, tell_setting(json.loads(name))) for name, y in heights.items()]
+    marks = [(y, format_setting(json.loads(name))) for name, y in heights.items()]
     return {"title": setting.key, "marks": marks, "place": lambda v: heights[json.dumps(v, sort_keys=True)]}
 
 
@@ -53,7 +53,7 @@ def _number_axis(title: str, values: Sequence[float], log: bool) -> dict[str, An
     def place(value: float) -> float:
         return _down((scale(value) - low) / ((high - low) or 1.0))
 
-    marks = [(place(value), tell_setting(float(value))) for value in dict.fromkeys((min(values), max(values)))]
+    marks = [(place(value), format_setting(float(value))) for value in dict.fromkeys((min(values), max(values)))]
     return {"title": title, "marks": marks, "place": place}
 
 

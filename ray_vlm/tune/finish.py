@@ -14,7 +14,7 @@ from ray_vlm.evaluate.weights import weights_of
 from ray_vlm.runs.card import MERGED
 from ray_vlm.runs.read import Run, read_run
 from ray_vlm.runs.store import Store, is_remote, join
-from ray_vlm.runs.text import tell_number
+from ray_vlm.runs.text import format_number
 from ray_vlm.tune.report import write_report
 from ray_vlm.tune.space import Space
 from ray_vlm.tune.trials import Trial, rank, trial_address
@@ -29,7 +29,7 @@ def finish_sweep(
     best = trials[rank(trials)[0]]
     run = read_run(trial_address(address, best.name))
     say(
-        f"best: trial {best.name}, {best.metric} {tell_number(best.metrics[best.metric])} at step {best.best_step}: "
+        f"best: trial {best.name}, {best.metric} {format_number(best.metrics[best.metric])} at step {best.best_step}: "
         + ", ".join(f"{key}={value}" for key, value in best.values.items())
     )
     notes = [f"Ranked by {best.metric} on the eval rows."]
@@ -56,7 +56,7 @@ def _measure(run: Run, say: Callable[[str], None]) -> str:
     found: dict = {}
     _make(run.address, name, lambda folder: found.update(evaluate(load_resolved(dict(run.job)), weights, folder, say)))
     names = [name for name in TASK_METRICS[found["task"]] if name in found["overall"]]
-    numbers = ", ".join(f"{name} {tell_number(found['overall'][name])}" for name in names[:4])
+    numbers = ", ".join(f"{name} {format_number(found['overall'][name])}" for name in names[:4])
     rows = "validation rows, which also chose it" if found.get("rows_chose_best") else "test rows, which chose nothing"
     told = f"The best trial on {found['num_rows']} {rows}: {numbers}."
     say(told)

@@ -13,7 +13,7 @@ from ray_vlm.evaluate.report import render
 from ray_vlm.runs.compute import measure_compute, sum_compute
 from ray_vlm.runs.curves import overlay
 from ray_vlm.runs.read import Run
-from ray_vlm.runs.text import tell_number, tell_setting, tell_time
+from ray_vlm.runs.text import format_duration, format_number, format_setting
 from ray_vlm.tune.coordinates import lay_out
 from ray_vlm.tune.importance import measure_importance
 from ray_vlm.tune.plan import pareto
@@ -57,11 +57,11 @@ def _row(trial: Trial, keys: Sequence[str], metrics: Sequence[str], best: bool, 
     told = trial.status if trial.status == "finished" else f"{trial.status} at step {trial.step}"
     return {
         "name": trial.name,
-        "values": [tell_setting(trial.values.get(key)) for key in keys],
-        "numbers": [tell_number(trial.metrics.get(name)) for name in metrics],
+        "values": [format_setting(trial.values.get(key)) for key in keys],
+        "numbers": [format_number(trial.metrics.get(name)) for name in metrics],
         "step": trial.best_step if trial.best_step is not None else "-",
         "status": told,
-        "time": tell_time(trial.wall_s),
+        "time": format_duration(trial.wall_s),
         "best": best,
         "front": front,
     }
@@ -74,14 +74,14 @@ def describe_cost(trials: Sequence[Trial], runs: Sequence[Run]) -> list[tuple[st
     found = sum_compute(runs, [measure_compute(run) for run in runs])
     statuses = [trial.status for trial in trials]
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-    rows = [("trials", counts), ("time of all trials", tell_time(found["wall_s"]))]
+    rows = [("trials", counts), ("time of all trials", format_duration(found["wall_s"]))]
     titles = {
         "gpu_hours": "GPU-hours",
         "cpu_hours": "CPU-hours",
         "unfinished_hours": "of them in trials without an end",
     }
     titles |= {"energy_kwh": "energy (kWh, estimate)", "co2_kg": "CO2 (kg, estimate)"}
-    rows += [(name, tell_number(found[key])) for key, name in titles.items() if found.get(key)]
+    rows += [(name, format_number(found[key])) for key, name in titles.items() if found.get(key)]
     return [*rows, ("steps trained", f"{sum(trial.step for trial in trials):,}")]
 
 

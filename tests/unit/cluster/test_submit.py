@@ -183,7 +183,7 @@ def test_without_a_token_and_with_a_wrong_one(
         assert main(words) == 1
         told = capsys.readouterr().err
         assert "error: the cluster's job server at the default address cannot be used: InvalidAuthToken" in told
-        assert "is missing or not the cluster's" in told
+        assert "the cluster's own token in RAY_AUTH_TOKEN" in told
     assert server.packages == {}
 
 

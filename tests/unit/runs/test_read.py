@@ -21,7 +21,7 @@ from ray_vlm.runs.export import write_table
 from ray_vlm.runs.plot import default_keys, plot_runs
 from ray_vlm.runs.read import find_runs, is_number, read_run
 from ray_vlm.runs.show import describe_run, describe_runs
-from ray_vlm.runs.text import format_table, plain_text, tell_number, tell_time
+from ray_vlm.runs.text import format_duration, format_number, format_table, plain_text
 
 EVIL = "<script>\x1b[31m"
 
@@ -276,11 +276,17 @@ def test_text_that_came_from_files_cannot_drive_the_terminal() -> None:
     [(None, "-"), (0.0, "0.000"), (0.12345, "0.123"), (3e-5, "3.0e-05"), (12345.6, "12,346"), (7, "7")],
 )
 def test_numbers_are_short(value: float | None, told: str) -> None:
-    assert tell_number(value) == told
+    assert format_number(value) == told
 
 
 def test_times_are_short() -> None:
-    assert [tell_time(s) for s in (0.4, 59.4, 61, 3600, 90000)] == ["0 s", "59 s", "1:01 min", "1:00 h", "25:00 h"]
+    assert [format_duration(s) for s in (0.4, 59.4, 61, 3600, 90000)] == [
+        "0 s",
+        "59 s",
+        "1:01 min",
+        "1:00 h",
+        "25:00 h",
+    ]
 
 
 def test_init_writes_jobs_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -111,7 +111,7 @@ def test_time_left_is_not_that_of_the_start() -> None:
     console.show(line | {"step": 104, "time": 99.0, "step_s": 20.0})
     console.show(line | {"step": 200, "time": 199.0, "step_s": 1.0})
     assert [text.rpartition("left")[2].strip() for text in said if text.startswith("step")] == [
-        *("-:--", "3:16", "3:14", "-:--", "0:00")
+        *("-", "3:16 min", "3:14 min", "-", "0 s")
     ]
 
 
