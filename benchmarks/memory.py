@@ -64,16 +64,17 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
     from ray_vlm.data.rows import load_preparer
     from ray_vlm.methods.forward import plan_folding
     from ray_vlm.train.attempt import Attempt
+    from ray_vlm.train.feed import open_stream
     from ray_vlm.train.prepare import prepare
-    from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
+    from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
     from ray_vlm.train.worker import WorkerTask
 
     prepared = prepare(job)
-    preparer, place = load_preparer(prepared.spec), prepare_process(job, False)
+    prepare_process(job, False)
+    preparer, place = load_preparer(prepared.spec), find_place(job, False)
     task = WorkerTask(dump_job(job), job.run.output_dir, prepared.spec, prepared.plan, prepared.train.records, None)
-    attempt = Attempt(1, "measured")
-    args, model = build_args(job, task, attempt), load_adapted(job, preparer.family, place)
-    trainer = build_trainer(job, task, args, model, preparer, place, attempt)
+    args, model = build_args(job, task, Attempt(1, "measured")), load_adapted(job, preparer.family, place)
+    trainer = build_trainer(job, task, args, model, preparer, place, 0, open_stream(job, task, place, 0))
     trainer.write_checkpoint = lambda: None
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train()

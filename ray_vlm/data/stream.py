@@ -11,6 +11,7 @@ import math
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from ray_vlm.data.spec import IGNORED, Row, RowSpec
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.models.imports import keep_imports, no_garbage_collection
 
+_FIRST_S = 60.0  # a loader has started by then, if there is a CPU for it
 _AHEAD = 3  # micro-batches that wait ready for the trainer
 _BLOCK_BYTES = 16 * 2**20  # a Ray Data block is handed on when it has this size
 _BLOCKS_AHEAD = 8  # of a loader; at Ray's 2 it stands still until the driver has looked again
@@ -130,6 +132,38 @@ def stream_ray(
             if number % size == 0:  # less than `ahead` behind, so the task that the trainer needs never waits
                 pace.reach.remote(number)
             yield rows
+
+
+class StartedStream(Iterator[list[Row]]):
+    """A stream whose first micro-batch is made from now on, by a thread: a loader takes as long to start as a worker
+    takes to load its libraries and its base."""
+
+    def __init__(self, stream: Generator[list[Row]]):
+        self._stream = stream
+        self._first: Future[list[Row] | None] | None = Future()
+        threading.Thread(target=self._make_first, args=(self._first,), name="ray-vlm-first", daemon=True).start()
+
+    def _make_first(self, first: "Future[list[Row] | None]") -> None:
+        try:
+            first.set_result(next(self._stream, None))
+        except BaseException as error:  # the edge between the threads: raised again in the one that takes the batch
+            first.set_exception(error)
+
+    def __next__(self) -> list[Row]:
+        first, self._first = self._first, None
+        rows = next(self._stream, None) if first is None else first.result()
+        if rows is None:
+            raise StopIteration
+        return rows
+
+    def close(self) -> None:
+        """End the stream. A generator cannot be closed while it runs, so this waits for a first micro-batch that is
+        still being made; where there is no room for loaders none will come, and the stream ends with its process."""
+        if self._first is None or wait([self._first], _FIRST_S).done:
+            self._stream.close()
+
+
+Stream = Generator[list[Row]] | StartedStream
 
 
 def task_size(feed: Feed) -> int:

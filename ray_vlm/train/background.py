@@ -21,7 +21,8 @@ from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_check
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.store import Store, join
 from ray_vlm.train.attempt import Attempt, Place
-from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
+from ray_vlm.train.feed import open_stream
+from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
 
 _PREFIX = ".validate-"
 
@@ -181,8 +182,10 @@ def _build_trainer(task: Any) -> Any:
     method = job.method.model_copy(update={"rollouts": "transformers"})  # no second vLLM for a few greedy answers
     cluster = job.cluster.model_copy(update={"deepspeed": None})
     job = job.model_copy(update={"method": method, "cluster": cluster})
-    place, preparer, alone = prepare_process(job, in_ray=False), load_preparer(task.spec), Attempt(0, "")
-    args = build_args(job, task, alone)
-    trainer = build_trainer(job, task, args, load_adapted(job, preparer.family, place), preparer, place, alone)
+    prepare_process(job, in_ray=False)
+    place, preparer = find_place(job, in_ray=False), load_preparer(task.spec)
+    args, model = build_args(job, task, Attempt(0, "")), load_adapted(job, preparer.family, place)
+    stream = open_stream(job, task, place, 0)  # which nobody takes anything from
+    trainer = build_trainer(job, task, args, model, preparer, place, 0, stream)
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # mixed precision, as training has it
     return trainer

@@ -6,15 +6,31 @@ to bfloat16 on 4-bit bases, where a step of 1e-4 of a weight is lost).
 
 import math
 import tempfile
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
+from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.spec import Row
+from ray_vlm.data.stream import Feed, StartedStream, Stream, stream_local, stream_ray
 from ray_vlm.models.lora import split_rates
+from ray_vlm.train.attempt import Place
 from ray_vlm.train.clock import Clock
 from ray_vlm.train.deepspeed import deepspeed_config
 from ray_vlm.train.loss_scale import StepLosses
+
+if TYPE_CHECKING:
+    from ray_vlm.train.worker import WorkerTask
+
+
+def open_stream(job: JobConfig, task: "WorkerTask", place: Place, first: int) -> Stream:
+    """What this rank trains on, from micro-batch `first` to the plan's end. Under Ray its loaders start at once."""
+    last = task.plan.num_steps * task.plan.accumulation
+    fill_in = job.data.on_bad_row == "quarantine"
+    feed = Feed(task.train, task.spec, task.plan, place.rank, first, last, task.row_bytes, fill_in)
+    if not place.ray or first >= last:
+        return stream_local(feed)
+    return StartedStream(stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment))
 
 
 class PlannedBatches:
@@ -28,7 +44,7 @@ class PlannedBatches:
 
     def __init__(
         self,
-        stream: Generator[list[Row]],
+        stream: Stream,
         plan: Plan,
         build: Callable[[list[Row]], Any],
         accumulation: int,

@@ -9,7 +9,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import plan_sample
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import Row
-from ray_vlm.data.stream import Feed, stream_local, stream_ray
+from ray_vlm.data.stream import Stream
 from ray_vlm.machine import count_threads
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.forward import fold_rows, plan_folding
@@ -29,8 +29,22 @@ if TYPE_CHECKING:
     from ray_vlm.train.worker import WorkerTask
 
 
-def prepare_process(job: JobConfig, in_ray: bool) -> Place:
-    """Threads, seeds and quiet libraries; where we are. Nothing here or later calls home unless the job asks."""
+def find_place(job: JobConfig, in_ray: bool) -> Place:
+    """The rank and the device of this process."""
+    if not in_ray:
+        return Place(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)
+    import ray.train.torch
+    import torch
+
+    context = ray.train.get_context()
+    device = str(ray.train.torch.get_device())
+    if device != "cpu":
+        torch.cuda.set_device(device)  # what ranks tell one another goes through the current card
+    return Place(context.get_world_rank(), context.get_world_size(), device, ray=True)
+
+
+def prepare_process(job: JobConfig, in_ray: bool) -> None:
+    """Load the libraries, quietly; set threads and seeds. Nothing here or later calls home unless the job asks."""
     quiet_libraries()
     import_training_libraries()
     if in_ray:
@@ -40,15 +54,6 @@ def prepare_process(job: JobConfig, in_ray: bool) -> Place:
 
     torch.set_num_threads(count_threads(job.cluster.cpus_per_worker))
     transformers.set_seed(job.seed)
-    if not in_ray:
-        return Place(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    device = str(ray.train.torch.get_device())
-    if device != "cpu":
-        torch.cuda.set_device(device)  # what ranks tell one another goes through the current card
-    return Place(context.get_world_rank(), context.get_world_size(), device, ray=True)
 
 
 def load_adapted(job: JobConfig, family: Family, place: Place) -> Any:
@@ -83,9 +88,16 @@ def build_args(job: JobConfig, task: "WorkerTask", attempt: Attempt) -> Any:
 
 
 def build_trainer(
-    job: JobConfig, task: "WorkerTask", args: Any, model: Any, preparer: Preparer, place: Place, attempt: Attempt
+    job: JobConfig,
+    task: "WorkerTask",
+    args: Any,
+    model: Any,
+    preparer: Preparer,
+    place: Place,
+    first: int,
+    stream: Stream,
 ) -> Any:
-    """TRL's trainer for the method, with `args` of `build_args`, fed by our stream."""
+    """TRL's trainer for the method, with `args` of `build_args`, fed by a stream that begins at `first`."""
     import datasets
 
     from ray_vlm.train.feed import PlannedBatches, feed_trainer
@@ -105,21 +117,12 @@ def build_trainer(
     trainer.rates = (preparer.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
-    plan = task.plan
-    first, last = attempt.step * plan.accumulation, plan.num_steps * plan.accumulation
-    feed = Feed(
-        task.train, task.spec, plan, place.rank, first, last, task.row_bytes, job.data.on_bad_row == "quarantine"
-    )
-    if place.ray:
-        stream = stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment)
-    else:
-        stream = stream_local(feed)
 
     def build(rows: list[Row]) -> Any:
         return method.collate(rows, preparer, place.device)
 
     steps = args.gradient_accumulation_steps
-    trainer.planned_batches = PlannedBatches(stream, plan, build, steps, first, trainer.clock, place.rank)
+    trainer.planned_batches = PlannedBatches(stream, task.plan, build, steps, first, trainer.clock, place.rank)
     if has_eval:
         trainer.validate = _validation(job, task, preparer, place)
     return trainer

@@ -7,6 +7,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import PREPROCESSING, asking_of, describe_preprocessing
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.stream import Stream
 from ray_vlm.methods import METHODS
 from ray_vlm.models.lora import count_trainable
 from ray_vlm.models.precision import describe_emulation
+from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
@@ -31,12 +34,13 @@ from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
 from ray_vlm.train.clock import name_device, watch_usage
 from ray_vlm.train.deepspeed import gather_weights
 from ray_vlm.train.energy import Meter, sum_energy
+from ray_vlm.train.feed import open_stream
 from ray_vlm.train.fit import Probe
 from ray_vlm.train.notice import watch_notice
 from ray_vlm.train.probe import run_probe
 from ray_vlm.train.progress_lines import progress_writer
 from ray_vlm.train.stop import agree, watch
-from ray_vlm.train.trainer import build_args, build_trainer, load_adapted, prepare_process
+from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
 from ray_vlm.train.watchdog import watch_worker
 
 
@@ -73,12 +77,15 @@ def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool
     """
     job, paths = load_resolved(task.job), open_run(task.run)
     try:
-        place = prepare_process(job, in_ray)
+        quiet_libraries()
+        place = find_place(job, in_ray)
         if isinstance(job.cluster.num_workers, list):
             job, task = settle_workers(job, task, place.world_size)
         attempt = begin_attempt(paths.store, place, task.attempt, task.driver)
-        with send_progress(progress_writer(paths, place, attempt)):
-            result = _train(job, paths, task, place, attempt, stop or watch(paths.store))
+        stream = open_stream(job, task, place, attempt.step * task.plan.accumulation)
+        with closing(stream), send_progress(progress_writer(paths, place, attempt)):
+            prepare_process(job, in_ray)
+            result = _train(job, paths, task, place, attempt, stream, stop or watch(paths.store))
         if place.ray and place.rank == 0:
             paths.write_result(result)
         return result
@@ -95,7 +102,13 @@ def settle_workers(job: JobConfig, task: WorkerTask, world_size: int) -> tuple[J
 
 
 def _train(
-    job: JobConfig, paths: RunPaths, task: WorkerTask, place: Place, attempt: Attempt, stop: Callable[[], bool]
+    job: JobConfig,
+    paths: RunPaths,
+    task: WorkerTask,
+    place: Place,
+    attempt: Attempt,
+    stream: Stream,
+    stop: Callable[[], bool],
 ) -> dict[str, Any]:
     from ray_vlm.train.checkpoint import base_fingerprint, check_fits
     from ray_vlm.train.reference import find_reference
@@ -107,7 +120,7 @@ def _train(
     about = {"base": place.share(base_fingerprint(model)), "rows": task.rows, "model": job.model.name}
     about["deepspeed"] = job.cluster.deepspeed
     check_fits(attempt, about, task.plan.num_steps, place.world_size)
-    trainer = build_trainer(job, task, args, model, preparer, place, attempt)
+    trainer = build_trainer(job, task, args, model, preparer, place, attempt.step * task.plan.accumulation, stream)
     monitor = _build_monitor(job, paths, task, place, attempt)
     callback = _build_callback(job, paths, monitor, trainer, task, place, attempt)
     callback.stop_asked, callback.tick = stop, trainer.clock.tick

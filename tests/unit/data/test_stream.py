@@ -1,6 +1,8 @@
 """Rows on their way to the model: nothing lost, doubled, reordered or changed, with and without Ray."""
 
+import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,17 @@ from ray_vlm.data.index import Index, build_index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.spec import IGNORED, Row, RowSpec
-from ray_vlm.data.stream import Feed, make_rows, mean_bytes, pack, stream_local, stream_ray, task_size, unpack
+from ray_vlm.data.stream import (
+    Feed,
+    StartedStream,
+    make_rows,
+    mean_bytes,
+    pack,
+    stream_local,
+    stream_ray,
+    task_size,
+    unpack,
+)
 from ray_vlm.errors import DataError
 from tests.conftest import FAMILIES
 from tests.support.twins import slow_but
@@ -254,3 +266,50 @@ def test_decode_is_what_the_stock_loader_decodes(scenes: Path, tiny_models: dict
     index, _ = _index(scenes, tiny_models["qwen3_vl"])
     for record in index.records[:10]:
         assert np.array_equal(decode(record.images[0]), np.asarray(load_image(record.images[0])))
+
+
+def test_a_started_stream_makes_its_first_batch_before_it_is_asked_for() -> None:
+    made, ended = threading.Event(), threading.Event()
+
+    def make() -> Generator[list]:
+        try:
+            made.set()
+            yield ["first"]
+            yield ["second"]
+        finally:
+            ended.set()
+
+    batches = StartedStream(make())
+    assert made.wait(10)
+    assert list(batches) == [["first"], ["second"]]
+    assert next(batches, None) is None
+    unused = StartedStream(make())
+    ended.clear()
+    unused.close()
+    assert ended.is_set()
+
+
+def test_what_the_first_batch_raises_is_raised_where_it_is_taken() -> None:
+    def fail() -> Generator[list]:
+        raise DataError("row 3 is gone")
+        yield []
+
+    batches = StartedStream(fail())
+    with pytest.raises(DataError, match="row 3 is gone"):
+        next(batches)
+    batches.close()
+    StartedStream(fail()).close()  # which nobody took, so nobody is told
+
+
+def test_a_first_batch_that_never_comes_does_not_hold_the_end_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_FIRST_S", 0.05)
+    release = threading.Event()
+
+    def wait_for_room() -> Generator[list]:
+        release.wait(60)
+        yield []
+
+    started = time.monotonic()
+    StartedStream(wait_for_room()).close()
+    assert time.monotonic() - started < 10
+    release.set()
