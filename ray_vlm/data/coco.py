@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.cells import control_character, is_number, shown, word
+from ray_vlm.data.cells import control_character, is_empty, is_number, shown, word
 from ray_vlm.data.files import local_root, parent_folder, resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.tables import read_json
@@ -13,20 +13,22 @@ from ray_vlm.runs.store import is_remote
 
 
 def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
-    """All images in file order and the names of `categories`, in file order; boxes are `[x, y, width, height]`.
+    """All images in file order and the names of `categories`, in file order; boxes are `[x, y, width, height]`, and
+    where there is none, those around `segmentation`.
 
-    Crowd regions (`iscrowd: 1`) are left out: they are not one object. Raises `DataError` where the file as a whole
-    cannot be used.
+    Crowd regions (`iscrowd: 1`) are left out: they are not one object. Annotations of images that are not listed are
+    bad rows behind those of the images. Raises `DataError` where the file as a whole cannot be used.
     """
     data = read_json(source.path)
     if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
         raise DataError(f"{source.path}: not COCO; expected a JSON object with lists `images` and `annotations`.")
     source = _with_columns(source, data["images"])
-    names, labels = _categories(data.get("categories"), source.path)
+    used = {str(_id_of(annotation, "category_id")) for annotation in data["annotations"]}
+    names, labels = _categories(data.get("categories"), used, source.path)
     seen = Counter(str(_id_of(image)) for image in data["images"] if _id_of(image) is not None)
-    boxes = _boxes_by_image(data["annotations"], set(seen), source.path)
+    boxes, orphans = _boxes_by_image(data["annotations"], set(seen), len(data["images"]))
     rows = [_row(i, image, boxes, names, source, seen) for i, image in enumerate(data["images"])]
-    return rows[: source.max_rows], labels
+    return [*rows[: source.max_rows], *orphans], labels
 
 
 def image_root(source: Source) -> str:
@@ -52,38 +54,54 @@ def _with_columns(source: Source, images: list) -> Source:
 
 
 def _id_of(value: Any, key: str = "id") -> int | str | None:
-    """The id under `key`, or None where there is none that can be used."""
+    """The id under `key`, or None where there is none that can be used. 1.0 is 1: tables with gaps write it so."""
     found = value.get(key) if isinstance(value, dict) else None
+    if isinstance(found, float) and found.is_integer():
+        return int(found)
     return found if isinstance(found, int | str) and not isinstance(found, bool) and found != "" else None
 
 
-def _categories(categories: Any, path: str) -> tuple[dict[str, str], list[str]]:
-    """Names by id (as text), and the names in file order."""
+def _categories(categories: Any, used: set[str], path: str) -> tuple[dict[str, str], list[str]]:
+    """Names by id (as text), and the class names in file order. `used`: ids that annotations have.
+
+    Left out of the class names are groups, which no annotation uses: Roboflow writes the project's name as a first
+    category with the supercategory "none", the classes below it. Two ids of one name are one class.
+    """
     listed = categories if isinstance(categories, list) else []
     pairs = [(_id_of(c), c["name"]) for c in listed if isinstance(c, dict) and isinstance(c.get("name"), str)]
     names = {str(i): name for i, name in pairs if i is not None and name}
     if not names or len(pairs) < len(listed):
         raise DataError(f"{path}: `categories` must list objects, each with an `id` and a `name`.")
-    if len(names) < len(pairs) or len(set(names.values())) < len(names):
-        raise DataError(f"{path}: `categories` has an id or a name twice, or empty. Make them unique.")
+    if len(names) < len(pairs):
+        raise DataError(f"{path}: `categories` has an id twice, or a name that is empty. Make ids unique, fill names.")
     for name in names.values():
         if found := control_character(name):
             raise DataError(f"{path}: category {shown(name)} holds the control character {found}. Remove it.")
-    return names, list(names.values())
+    groups = {
+        c["supercategory"]
+        for c in listed
+        if isinstance(c.get("supercategory"), str) and c["supercategory"] != c["name"]
+    }
+    classes = {
+        str(_id_of(c)): c["name"]
+        for c in listed
+        if str(_id_of(c)) in used or (c["name"] not in groups and c.get("supercategory") != "none")
+    }
+    return names, list(dict.fromkeys((classes or names).values()))
 
 
-def _boxes_by_image(annotations: list, images: set[str], path: str) -> dict[str, list[dict]]:
-    boxes, problems = defaultdict(list), []
+def _boxes_by_image(annotations: list, images: set[str], num_images: int) -> tuple[dict[str, list[dict]], list[BadRow]]:
+    """Annotations by the id of their image, without crowds; and those whose image is not listed, as bad rows."""
+    boxes, orphans = defaultdict(list), []
     for position, annotation in enumerate(annotations):
         image = _id_of(annotation, "image_id")
         if str(image) not in images:
-            problems.append(f"{path}: annotation {position} has image_id {image!r}, which no image has")
-        elif annotation.get("iscrowd") != 1:
+            told = annotation.get("image_id") if isinstance(annotation, dict) else annotation
+            reason = f"annotation {position} has image_id {shown(told)}, which no image has; remove it or add the image"
+            orphans.append(BadRow(num_images + position, "", reason))
+        elif str(annotation.get("iscrowd")) not in ("1", "True"):
             boxes[str(image)].append(annotation)
-    if problems:
-        more = f" ({len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise DataError([*problems[:5], f"{path}: remove those annotations or add their images.{more}"])
-    return boxes
+    return boxes, orphans
 
 
 def _row(row: int, image: Any, boxes: dict, names: dict, source: Source, seen: Counter) -> SftRecord | BadRow:
@@ -112,7 +130,7 @@ def _truth(annotations: Any, names: dict[str, str]) -> dict[str, tuple]:
     """Corners and class names. Raises `ValueError`."""
     corners, labels = [], []
     for annotation in annotations:
-        box, category = annotation.get("bbox"), _id_of(annotation, "category_id")
+        box, category = _box_of(annotation), _id_of(annotation, "category_id")
         if str(category) not in names:
             raise ValueError(
                 f"category_id {shown(annotation.get('category_id'))} is not in `categories`; mend it or add that one"
@@ -123,3 +141,39 @@ def _truth(annotations: Any, names: dict[str, str]) -> dict[str, tuple]:
         corners.append((x, y, x + w, y + h))
         labels.append(names[str(category)])
     return {"boxes": tuple(corners), "labels": tuple(labels)}
+
+
+def _box_of(annotation: dict) -> Any:
+    """What stands under `bbox`; if nothing does, the box around `segmentation`: polygons, or a mask as run lengths."""
+    box, mask = annotation.get("bbox"), annotation.get("segmentation")
+    if not is_empty(box) or is_empty(mask):
+        return box
+    if isinstance(mask, dict):
+        return _box_of_mask(mask)
+    if not isinstance(mask, list):
+        raise ValueError("there is no bbox, and segmentation is neither polygons nor run lengths; add a bbox")
+    points = [polygon for polygon in mask if isinstance(polygon, list) and len(polygon) >= 4 and len(polygon) % 2 == 0]
+    if len(points) < len(mask) or not all(is_number(v) for polygon in points for v in polygon):
+        raise ValueError("there is no bbox, and segmentation has a polygon that is not x, y, x, y, ...; add a bbox")
+    xs, ys = ([float(v) for polygon in points for v in polygon[axis::2]] for axis in (0, 1))
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def _box_of_mask(mask: dict) -> list[float]:
+    """The box around a mask of run lengths, `{"size": [height, width], "counts": [...] or text}`."""
+    from pycocotools import mask as masks
+
+    size, counts = mask.get("size"), mask.get("counts")
+    try:
+        if not all(isinstance(side, int) and 0 < side < 2**20 for side in (size[0], size[1])):
+            raise ValueError(f"size {shown(size)}")  # the library divides by it
+        if isinstance(counts, list):
+            if sum(counts) != size[0] * size[1] or min(counts) < 0:
+                raise ValueError("the counts do not add up to its size")
+            found = masks.frPyObjects(mask, size[0], size[1])
+        else:
+            found = {"size": size, "counts": counts.encode("ascii")}
+        x, y, width, height = (float(v) for v in masks.toBbox(found))
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, KeyError) as error:
+        raise ValueError(f"there is no bbox, and segmentation cannot be read ({error}); add a bbox") from None
+    return [x, y, width, height]

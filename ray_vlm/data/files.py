@@ -9,6 +9,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 from ray_vlm.runs.store import full_address, is_remote, local_path
 
@@ -92,7 +93,8 @@ def resolve_image(root: str, name: str) -> str:
     """The absolute path or the address of image `name` inside the folder `root`.
 
     Raises `ValueError` with the reason for names that leave the folder (`..`, absolute paths, symlinks), for URLs and
-    for what no file can be called. Whether the file is there is not looked at.
+    for what no file can be called. A name that is not there may be written as Windows or the web write it, `\\` for `/`
+    and `%20` for a space. Whether the file is there is not looked at otherwise.
     """
     if name[:5].lower() == "data:":
         raise ValueError("image is a data: URI, which is not read; write it to a file and give a path under image_root")
@@ -110,9 +112,21 @@ def resolve_image(root: str, name: str) -> str:
         path = os.path.realpath(os.path.join(folder, name.removeprefix("file://")))
     except (OSError, ValueError) as error:
         raise ValueError(f"image {name[:80]!r} is not a path ({error}); give a path under image_root") from None
+    if not os.path.exists(path):
+        path = _find_spelled(folder, name) or path
     if not path.startswith(folder.rstrip("/") + "/"):
         raise ValueError(f"image {name[:200]!r} lies outside image_root {folder}; move it there, or set image_root")
     return path
+
+
+def _find_spelled(folder: str, name: str) -> str | None:
+    """The file inside `folder` that a name with backslashes or URL escapes means, if there is one."""
+    plain = name.replace("\\", "/")
+    for spelled in dict.fromkeys((plain, unquote(name), unquote(plain))):
+        path = os.path.realpath(os.path.join(folder, spelled)) if spelled != name and "\0" not in spelled else ""
+        if path.startswith(folder.rstrip("/") + "/") and os.path.isfile(path):
+            return path
+    return None
 
 
 def _not_a_path(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -88,7 +89,7 @@ def _read(
 ) -> tuple[list[Record | BadRow], list[str]]:
     """Rows of a table, one by one. `needs`: of each group of names, one column must be filled."""
     rows = _rows(source, needs)[: source.max_rows]
-    made = _refuse_twice([_made(row, make, needs) for row in rows])
+    made = _number_twice([_made(row, make, needs) for row in rows])
     labels = dict.fromkeys(label for record in made if isinstance(record, SftRecord) for label in _labels(record))
     attributes = list(dict.fromkeys(label.partition("=")[0] for label in labels if "=" in label))
     return made, sorted(labels, key=lambda label: (_place(label, attributes), label))
@@ -122,6 +123,24 @@ def _made(row: Row | BadRow, make: Callable[[Row], Record], needs: tuple[tuple[s
         return make(row)
     except ValueError as error:
         return BadRow(row.number, row.id, str(error))
+
+
+def _number_twice(rows: list[Record | BadRow]) -> list[Record | BadRow]:
+    """Rows whose id another one has, as where it is the image's and several questions are asked of that: the second is
+    `ID#2`. They are one group, so that no split takes them apart."""
+    counts = Counter(row.id for row in rows)
+    met: Counter[str] = Counter()
+    found: list[Record | BadRow] = []
+    for row in rows:
+        if counts[row.id] > 1 and not isinstance(row, BadRow):
+            met[row.id] += 1
+            name = row.id if met[row.id] == 1 else f"{row.id}#{met[row.id]}"
+            while name != row.id and name in counts:
+                met[row.id] += 1
+                name = f"{row.id}#{met[row.id]}"
+            row = replace(row, id=name, group=row.group or row.id)
+        found.append(row)
+    return found
 
 
 def _refuse_twice(rows: list[Record | BadRow]) -> list[Record | BadRow]:

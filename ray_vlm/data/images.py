@@ -7,11 +7,12 @@ resized image equals the stock processor's bit for bit.
 
 import io
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import DataError
@@ -20,9 +21,32 @@ from ray_vlm.models.prompt_text import ImageSizes
 from ray_vlm.runs.store import is_remote
 
 Image.init()  # all decoders, so that they can be named
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others are refused, by name
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # others are refused, by name
+# What other files begin with, from which byte on.
+_OTHERS = (
+    (4, b"ftyphe", "a HEIC image"),
+    (4, b"ftypmif1", "a HEIF image"),
+    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"<svg", "an SVG drawing"),
+    (0, b"<?xml", "an XML document"),
+    (0, b"<!doctype html", "an HTML page, as a failed download leaves it"),
+    (0, b"<html", "an HTML page, as a failed download leaves it"),
+    (0, b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull`"),
+)
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what the last bytes of a whole file contain
 _ORIENTATION = 0x0112
+_TURNS = {  # by the EXIF orientation: what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PILLOW_LIMIT = threading.Lock()
 _UNLIMITED = 2**40  # pixels
 
 
@@ -61,11 +85,8 @@ class ImageSpec:
     def place(self, size: tuple[int, int]) -> Placement:
         """Placement of an image of (width, height). Raises `ValueError` on extreme shapes."""
         width, height = size
-        if min(size) < self.factor:
-            raise ValueError(
-                f"image is {width}x{height} px; its short side is below {self.factor} px, one visual token. "
-                "Leave it out, or enlarge it"
-            )
+        if min(size) < 1:
+            raise ValueError(f"image is {width}x{height} px, which is empty")
         if self.stock:
             scale = min(1.0, math.sqrt(self.max_pixels / (width * height)))
             smaller = (max(1, int(width * scale)), max(1, int(height * scale))) if scale < 1 else size
@@ -127,14 +148,15 @@ def build_image_spec(sizes: ImageSizes | None, spec: RowSpec, family: Family) ->
 
 
 def smart_resize(size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(width, height) of an image of that size with sides that are multiples of `factor` and an area within the limits.
+    """(width, height) of an image of that size with sides that are multiples of `factor` and an area within the limits;
+    an image smaller than one visual token is enlarged.
 
     The rule of `transformers.models.qwen2_vl`, which cannot be imported without torchvision; a test compares the two.
     Raises `ValueError` on extreme shapes.
     """
     shape = max(size) / min(size)
     if shape > 200:
-        raise ValueError(f"absolute aspect ratio must be smaller than 200, got {shape}")
+        raise ValueError(f"image is {size[0]}x{size[1]} px; one side is over 200 times the other")
     width, height = (round(side / factor) * factor for side in size)
     if width * height > max_pixels:
         beta = math.sqrt((size[1] * size[0]) / max_pixels)
@@ -169,8 +191,44 @@ def read_size(image: str | bytes, max_pixels: int) -> tuple[int, int]:
         raise ValueError(f"image cannot be read ({type(error).__name__}: {error})") from None
 
 
+def _open(file: Any) -> Image.Image:
+    """The image in a file. `data.max_image_pixels` is the limit here, so Pillow's own, which no job can raise, is off.
+    Raises `_Told` for what is no image that is read."""
+    try:
+        with _PILLOW_LIMIT:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return Image.open(file, formats=FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+    except UnidentifiedImageError:
+        file.seek(0)
+        if (kind := _name_kind(file.read(64))) is None:
+            raise
+        raise _Told(f"image file is {kind}; images are read from {', '.join(FORMATS)}: convert or replace it") from None
+
+
+def _name_kind(head: bytes) -> str | None:
+    """What a file is that begins so, if it is something that is not read."""
+    for start, mark, kind in _OTHERS:
+        if head[start:].lower().startswith(mark.lower()):
+            return kind
+    name = next((name for name, (_, accept) in Image.OPEN.items() if accept and accept(head) is True), None)
+    return f"a {name} image" if name and name not in FORMATS else None
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8, by EXIF or XMP; 1 where that cannot be read. Pillow turns TIFF files itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # EXIF of any program is parsed here, and the pixels are good without it
+        return 1
+
+
 def _read_header(file: Any, tail: bytes, max_pixels: int) -> tuple[int, int]:
-    with Image.open(file, formats=FORMATS) as image:
+    with _open(file) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise _Told(
@@ -180,11 +238,11 @@ def _read_header(file: Any, tail: bytes, max_pixels: int) -> tuple[int, int]:
         if image.mode == "F":
             raise _Told("floating-point images have no agreed range; convert it to 8 bit")
         kind = image.format or ""
-        if kind not in _ENDS or _ENDS[kind] not in tail:
+        if kind not in _ENDS or _ENDS[kind] not in tail or b"eXIf" in tail:  # a PNG may have that behind the pixels
             image.load()
-        # Pillow gives a TIFF's size upright already
-        look = kind != "TIFF" and (kind != "PNG" or "exif" in image.info)  # getexif() decodes a PNG to find none
-        turned = look and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        # getexif() decodes a PNG to find none
+        look = kind != "PNG" or not {"exif", "xmp", "Raw profile type exif"}.isdisjoint(image.info)
+        turned = look and _orientation(image) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
@@ -205,10 +263,10 @@ class _Told(ValueError):
 
 def decode(source: str | bytes) -> np.ndarray:
     """`uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted."""
-    with open_image(source) as file, Image.open(file, formats=FORMATS) as opened:
+    with open_image(source) as file, _open(file) as opened:
         opened.load()
-        ImageOps.exif_transpose(opened, in_place=True)
-        image: Image.Image = opened
+        turn = _TURNS.get(_orientation(opened))  # not `exif_transpose`, which writes all other EXIF anew and may fail
+        image: Image.Image = opened if turn is None else opened.transpose(turn)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         depth = np.asarray(image).astype(np.float32)
         image = Image.fromarray((np.clip(depth, 0, 65535) / 257.0).round().astype(np.uint8))

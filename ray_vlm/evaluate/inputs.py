@@ -22,7 +22,7 @@ from ray_vlm.evaluate.questions import Ask
 from ray_vlm.runs.store import is_remote
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 _COLUMNS = ("image", "images", "file_name", "image_path", "path", "Image_id")  # where a table has its images
 
 assert len(_IMAGES) >= len(FORMATS)

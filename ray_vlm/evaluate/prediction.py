@@ -5,10 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer
-from ray_vlm.methods.reward_answers import attributes_of
-from ray_vlm.tasks.answers import Parsed
-from ray_vlm.tasks.classification import check_attributes
+from ray_vlm.data.rows import Preparer, parse_answer
 
 
 @dataclass(frozen=True)
@@ -42,15 +39,6 @@ def rates(hits: int, misses: int, invented: int, suffix: str = "") -> dict[str, 
     recall = hits / (hits + misses) if hits + misses else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return {f"precision{suffix}": precision, f"recall{suffix}": recall, f"f1{suffix}": f1}
-
-
-def parse_answer(text: str, record: SftRecord, preparer: Preparer) -> Parsed:
-    """What an answer to the record says. A classification is in the promised form if its attributes are those that were
-    asked for: those of the truth, or those of the labels where the record has no truth."""
-    parsed = preparer.task.parse(text, preparer.frames(record))
-    if preparer.spec.task.name != "classification":
-        return parsed
-    return check_attributes(parsed, tuple(record.truth["attributes"]) or tuple(attributes_of(preparer.spec.labels)))
 
 
 def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], preparer: Preparer) -> list[Prediction]:

@@ -21,12 +21,11 @@ from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import Box, Point, SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.rows import Preparer, load_preparer, parse_answer
 from ray_vlm.data.spec import row_spec
 from ray_vlm.errors import DataError
 from ray_vlm.evaluate.actors import Loaded, Work
 from ray_vlm.evaluate.generate import generate_answers, plan_batches
-from ray_vlm.evaluate.prediction import parse_answer
 from ray_vlm.evaluate.questions import Ask, build_question, name_of
 from ray_vlm.evaluate.weights import find_answerer
 from ray_vlm.runs.checkpoints import fetch_folder

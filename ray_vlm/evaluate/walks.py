@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer
+from ray_vlm.data.rows import Preparer, parse_answer
 from ray_vlm.tasks.gui_steps import remember
 
 
@@ -34,7 +34,7 @@ def walk(
         asked = [_with_history(records[i], history[name]) for name, i in positions.items()]
         for (name, i), record, text in zip(positions.items(), asked, answer(asked), strict=True):
             answers[i] = text
-            found = preparer.task.parse(text, preparer.frames(record)).values
+            found = parse_answer(text, record, preparer).values
             short, long = remember(history[name], found["output"], preparer.setting)
             history[name] = (*long, *short)
     return answers

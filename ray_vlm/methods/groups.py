@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_vlm.data.collate import join_pixels, read_pixels, spans_of_rows
 from ray_vlm.data.records import PromptRecord, Record
-from ray_vlm.data.rows import Preparer
+from ray_vlm.data.rows import Preparer, parse_answer
 from ray_vlm.data.spec import Row
 from ray_vlm.methods.rewards import Rewards, score_completions
 from ray_vlm.methods.rollout import Completion, Sampling
@@ -96,12 +96,11 @@ def score_answers(
     """Every part of the reward of each answer (text and token ids) to its record. Raises `DataError` as
     `score_completions` does."""
     distinct = {id(record): record for record in records}  # a record is there once for each answer to it
-    frames = {key: preparer.frames(record) for key, record in distinct.items()}
     truth = {
         key: {} if isinstance(record, PromptRecord) else preparer.truth(record)  # type: ignore[arg-type]
         for key, record in distinct.items()
     }
-    parsed = [preparer.task.parse(text, frames[id(r)]) for text, r in zip(texts, records, strict=True)]
+    parsed = [parse_answer(text, r, preparer) for text, r in zip(texts, records, strict=True)]
     truths = [truth[id(record)] for record in records]
     columns: dict[str, list[Any]] = {}
     if isinstance(records[0], PromptRecord):

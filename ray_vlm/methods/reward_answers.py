@@ -10,6 +10,7 @@ from typing import Any
 
 from ray_vlm.data.records import Box
 from ray_vlm.tasks.boxes import Frame, write_boxes
+from ray_vlm.tasks.classification import attributes_of
 
 FRAME = Frame((1000, 1000), (1000, 1000))
 TRUTH = "truth"
@@ -30,14 +31,6 @@ class Case:
     truth: Mapping[str, Any]
     answers: Mapping[str, str]
     judges: Mapping[str, frozenset[str]]
-
-
-def attributes_of(labels: Sequence[str]) -> dict[str, str]:
-    """The attributes that labels `attribute=value` name, each with its first value."""
-    found: dict[str, str] = {}
-    for name, _, value in (label.partition("=") for label in labels):
-        found.setdefault(name, value)
-    return found
 
 
 def build_cases(task: str, labels: Sequence[str] = ()) -> list[Case]:

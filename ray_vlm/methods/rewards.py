@@ -14,10 +14,11 @@ from typing import Any
 
 from ray_vlm.config.places import import_function
 from ray_vlm.errors import ConfigError, DataError
-from ray_vlm.methods.reward_answers import FRAME, ORDER, TRUTH, Case, attributes_of, build_cases
+from ray_vlm.methods.reward_answers import FRAME, ORDER, TRUTH, Case, build_cases
 from ray_vlm.methods.reward_parts import PARTS, score_parts
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import Parsed
+from ray_vlm.tasks.classification import attributes_of
 
 DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
     **{task: dict.fromkeys(parts, 1.0) for task, parts in PARTS.items()},

@@ -88,7 +88,12 @@ def load_processor(spec: Model) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(resolve_name(spec.name), revision=spec.revision)
-    except (OSError, ValueError, TypeError) as error:
+    except ImportError as error:  # some families' processors need a package of their own
+        raise ModelError(
+            f"model.name={spec.name!r}: its processor needs a package that is not installed ({_first_line(error)}). "
+            "Install it with pip."
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
             f"model.name={spec.name!r}: its processor cannot be loaded ({_first_line(error)}). The folder needs the "
             "tokenizer and processor files of the base."
@@ -96,6 +101,17 @@ def load_processor(spec: Model) -> Any:
     if getattr(processor, "chat_template", None) is None:
         raise ModelError(f"model.name={spec.name!r} has no chat template. Use an instruction-tuned base.")
     return processor
+
+
+def _check_unquantised(spec: Model, config: Any) -> None:
+    """Raise `ModelError` for a base that was published quantised by another method than bitsandbytes'."""
+    about = getattr(config, "quantization_config", None) or {}
+    method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
+    if method is not None and "bitsandbytes" not in (name := str(getattr(method, "value", method))):
+        raise ModelError(
+            f"model.name={spec.name!r} was published quantised ({name}), and its weights cannot be trained or "
+            "quantised again. Give the unquantised base; model.load_in_4bit quantises that as it is loaded."
+        )
 
 
 def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
@@ -106,8 +122,9 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    family = family_of(load_config(spec))
-    dtype = dtype_of(precision)
+    config = load_config(spec)
+    family, dtype = family_of(config), dtype_of(precision)
+    _check_unquantised(spec, config)
     options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "attn_implementation": "sdpa"}
     if spec.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -123,7 +140,7 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     try:
         with lasting(f"loading {spec.name}", lambda: describe_download(name)):
             model = AutoModelForImageTextToText.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, AttributeError) as error:
         raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({_first_line(error)}).") from error
     if is_deepspeed_zero3_enabled():
         _forget_renamings(model)

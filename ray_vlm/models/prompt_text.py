@@ -7,7 +7,8 @@ those of the Qwen families. What is trained, asked or drawn is put into tokens b
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,10 +65,25 @@ def take_prompt_text(processor: Any, family: Family) -> PromptText:
         sizes = ImageSizes(images.patch_size, images.merge_size, low, high, tuple(images.image_mean))
 
     def render(messages: Messages, answer_follows: bool) -> str:
-        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+        with _template_errors():
+            return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
 
     special = (token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
     return PromptText(_whole(backend), render, tuple(special), processor.image_token, sizes)
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """What a chat template raises about the messages that it is given, as `ValueError`."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"the base's chat template refuses its turns ({type(error).__name__}: {error}); without task.system, or "
+            "with turns that the template knows, it may take them"
+        ) from None
 
 
 def read_prompt_text(spec: Model, folder: str) -> tuple[PromptText, Family] | None:
@@ -190,6 +206,7 @@ def _build_render(template: str, settings: Mapping[str, Any]) -> Render:
 
     def render(messages: Messages, answer_follows: bool) -> str:
         plain = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer_follows}
-        return compiled.render(**plain, **known)
+        with _template_errors():
+            return compiled.render(**plain, **known)
 
     return render

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ IMAGE = "<image>"
 _FENCE = re.compile(r"```(?:json)?")  # no repeats beside each other: a model may write a page of spaces
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _HALVES = re.compile(rf"{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW}")  # of a character; no file can hold them
+_BRACKET, _LIST = re.compile(r"[\[{]"), re.compile(r"\[\s*\{")  # where a value may begin, and a list of objects
 _TRIES = 2000  # places where an object may begin that are looked at in a broken answer
 _DEEPEST = 64  # levels of lists and objects that an answer may have
 _DECODER = json.JSONDecoder(strict=False)
@@ -56,13 +57,24 @@ def with_images(num_images: int, question: str, system: str | None) -> Turns:
     return (*before, ("user", IMAGE * num_images + question))
 
 
+def final_text(text: str) -> str:
+    """The final answer of a model that reasons first: what follows the last `</think>`, and of that what the last
+    `<answer>` holds. Empty if the reasoning never ends; a text without these marks is returned as it is."""
+    if "</think>" in text:
+        text = text.rpartition("</think>")[2]
+    elif "<think>" in text:
+        return ""
+    return text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else text
+
+
 def read_json(text: str) -> tuple[Any, list[str]]:
     """The JSON value in an answer and what was wrong with its form; None where there is none. Never raises.
 
-    A fence around it belongs to the form. Text around it, or an end that was cut off, is a repair; of a list that was
-    cut off the whole objects are kept.
+    Reasoning before the answer and a fence around it belong to the form. Text around it, or an end that was cut off, is
+    a repair. Of several values the last one counts, since drafts come before the final answer; of a list that was cut
+    off the whole objects are kept.
     """
-    value, repairs = _read_json(text)
+    value, repairs = _read_json(final_text(text))
     return (None, [*repairs, "nested too deeply"]) if _is_deep(value) else (value, repairs)
 
 
@@ -87,47 +99,47 @@ def _read_json(text: str) -> tuple[Any, list[str]]:
         return json.loads(inside, strict=False), repairs
     except (ValueError, RecursionError):
         pass
-    found, value = _first_value(text)
-    if found:
+    value, whole = _last_value(text)
+    if whole:
         return value, [*repairs, "text around the JSON"]
-    if objects := list(_objects(text)):
-        return objects, [*repairs, "JSON cut off or broken; whole objects kept"]
+    if value:
+        return value, [*repairs, "JSON cut off or broken; whole objects kept"]
     return None, [*repairs, "no JSON in it"]
 
 
-def _first_value(text: str) -> tuple[bool, Any]:
-    """The first list of objects, or the first object outside any list, that is whole."""
-    for match in _tries(re.compile(r"[\[{]").finditer(text)):
-        try:
-            value, _ = _DECODER.raw_decode(text, match.start())
-        except RecursionError:
-            return False, None
-        except ValueError:
-            if match.group() == "[":
-                return False, None  # its objects are picked out one by one
-            continue
-        if isinstance(value, dict) or all(isinstance(item, dict) for item in value):
-            return True, value
-    return False, None
-
-
-def _objects(text: str) -> Iterator[dict]:
+def _last_value(text: str) -> tuple[Any, bool]:
+    """The last list of objects, or the last object outside any list, and whether it is whole: of a list that is cut off
+    or broken, its whole objects."""
+    value: Any = None
+    broken: list[dict] | None = None  # objects of the list that begins last and does not end
     end = 0
-    for match in _tries(re.finditer(r"\{", text)):
+    for _, match in zip(range(_TRIES), _BRACKET.finditer(text), strict=False):
         if match.start() < end:
             continue
         try:
-            value, end = _DECODER.raw_decode(text, match.start())
+            found, end = _DECODER.raw_decode(text, match.start())
         except RecursionError:
-            return
+            break
         except ValueError:
+            if _LIST.match(text, match.start()) and broken is None:
+                broken = []
             continue
-        yield value
+        if isinstance(found, dict) and broken is not None:
+            broken.append(found)
+        elif isinstance(found, dict) or all(isinstance(item, dict) for item in found):
+            value, broken = found, None
+        else:
+            end = match.end()  # objects may be inside
+    return (value, value is not None) if not broken else (broken, False)
 
 
-def _tries(matches: Iterator[re.Match]) -> Iterator[re.Match]:
-    for _, match in zip(range(_TRIES), matches, strict=False):
-        yield match
+def name_class(found: str, labels: Sequence[str]) -> str:
+    """The class that an answer means: one of `labels` that is equal but for case, spaces and underscores, if only one
+    is; else what was found."""
+    if found in labels:
+        return found
+    alike = [label for label in labels if same_words(found.replace("_", " "), label.replace("_", " "))]
+    return alike[0] if len(alike) == 1 else found
 
 
 def same_words(a: str, b: str) -> bool:

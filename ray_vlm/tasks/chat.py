@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.data.records import SftRecord
-from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, Setting, Turns
+from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, Setting, Turns, final_text
 from ray_vlm.tasks.boxes import Frame, box_problem, write_region
 
 _PLACEHOLDER = re.compile(r"<bbox>|<ref-object>")
@@ -69,14 +69,15 @@ def _fill(record: SftRecord, frames: Sequence[Frame]) -> Turns:
 
 
 def parse(text: str, frames: Sequence[Frame]) -> Parsed:
-    """`answer`: the text without spaces around it."""
-    return Parsed({"answer": text.strip()}, bool(text.strip()), () if text.strip() else ("empty answer",))
+    """`answer`: the text without the reasoning before it and the spaces around it."""
+    found = final_text(text).strip()
+    return Parsed({"answer": found}, bool(found), () if found else ("empty answer",))
 
 
 def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
     """`exact`; `normalised`: equal but for case, punctuation, articles and spaces (as SQuAD and VQA do); `anls`: one
     minus the edit distance over the longer length, 0 where that is below 0.5 (Biten et al. 2019, arXiv:1905.13648)."""
-    found, right = parsed.values.get("answer", ""), truth["answer"].strip()
+    found, right = parsed.values.get("answer", ""), final_text(truth["answer"]).strip()
     return {"exact": found == right, "normalised": _normal(found) == _normal(right), "anls": anls(found, right)}
 
 

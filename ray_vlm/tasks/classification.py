@@ -118,6 +118,14 @@ def parse(text: str, frames: Sequence[Frame]) -> Parsed:
     return Parsed({"attributes": found}, not repairs, tuple(repairs))
 
 
+def attributes_of(labels: Sequence[str]) -> dict[str, str]:
+    """The attributes that labels `attribute=value` name, each with its first value."""
+    found: dict[str, str] = {}
+    for name, _, value in (label.partition("=") for label in labels):
+        found.setdefault(name, value)
+    return found
+
+
 def check_attributes(parsed: Parsed, asked: Collection[str]) -> Parsed:
     """The answer, no longer `ok` where it lacks an attribute that was asked for or has one that was not. With nothing
     `asked` for, nothing is known of that."""

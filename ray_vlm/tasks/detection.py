@@ -7,12 +7,13 @@ form (`tasks/boxes.py`); `[]`, or `None` in Qwen2-VL's form, says that nothing i
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ray_vlm.data.records import SftRecord
-from ray_vlm.tasks.answers import Answer, Parsed, Setting, Turns, with_images
+from ray_vlm.tasks.answers import Answer, Parsed, Setting, Turns, name_class, with_images
 from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, match, read_boxes, write_boxes
 
 PROMPT = (
@@ -57,6 +58,13 @@ def parse(text: str, frames: Sequence[Frame]) -> Parsed:
     objects, ok, repairs = read_boxes(text, frames[0])
     boxes, labels = tuple(box for box, _ in objects), tuple(label for _, label in objects)
     return Parsed({"boxes": boxes, "labels": labels}, ok, tuple(repairs))
+
+
+def name_classes(parsed: Parsed, labels: Sequence[str]) -> Parsed:
+    """The answer with its labels as the job writes them: a model that was never told answers `stop sign` for
+    `Stop_Sign`."""
+    named = tuple(name_class(label, labels) for label in parsed.values["labels"])
+    return replace(parsed, values=parsed.values | {"labels": named})
 
 
 def score(parsed: Parsed, truth: Mapping[str, Any], threshold: float = 0.5) -> dict[str, Any]:

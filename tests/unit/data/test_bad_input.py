@@ -244,12 +244,15 @@ def test_a_bad_text_of_parquet_is_named_by_its_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", GOOD)
-def test_rows_of_one_id_are_all_bad(tmp_path: Path, format: str) -> None:
+def test_rows_of_one_id_are_told_apart(tmp_path: Path, format: str) -> None:
     rows = [GOOD[format] | {"id": name} for name in ("x", 7, "7", "y")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = _read(tmp_path / "rows.json", format)
-    assert [isinstance(r, BadRow) for r in found] == [False, True, True, False]
-    assert found[1] == BadRow(1, "7", "id 7 is used by 2 rows; make it unique")
+    if format == "gui_csv":  # a step's id is its own
+        assert [isinstance(r, BadRow) for r in found] == [False, True, True, False]
+        assert found[1] == BadRow(1, "7", "id 7 is used by 2 rows; make it unique")
+    else:
+        assert [r.id for r in found] == ["x", "7", "7#2", "y"]
 
 
 def test_a_row_without_its_group_is_bad(tmp_path: Path) -> None:
@@ -408,8 +411,8 @@ PICTURES: list[tuple[str, bytes | None, str | None]] = [
     ("without_end.jpg", _image("JPEG")[:-2], "truncated"),
     ("half.png", _image("PNG")[:1500], "truncated|cannot be read"),
     ("empty.jpg", b"", r"empty \(0 bytes\).*fetch it again"),
-    ("page.jpg", b"<html>not an image</html>", "cannot be read"),
-    ("thin.png", _image("PNG", (1, 5000)), "short side is below .*Leave it out, or enlarge it"),
+    ("page.jpg", b"<html>not an image</html>", "an HTML page, as a failed download leaves it"),
+    ("thin.png", _image("PNG", (1, 5000)), "one side is over 200 times the other"),
     ("missing.jpg", None, "missing; mend the path or image_root"),
     ("gif_named.jpg", _image("GIF"), None),
 ]

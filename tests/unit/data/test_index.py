@@ -50,7 +50,7 @@ def _corpus(folder: Path) -> Source:
 
 
 REASONS = {
-    2: "truncated", 3: "empty", 4: "cannot be read", 5: "not a file", 6: "missing", 7: "short side",
+    2: "truncated", 3: "empty", 4: "an HTML page", 5: "not a file", 6: "missing", 7: "over 200 times",
     8: "max_image_pixels", 9: "outside image_root", 10: "empty or inverted", 11: "outside its 100x80 image",
     12: "four finite", 13: "four finite", 14: "category_id 9", 15: "four finite", 16: "used by 2", 17: "used by 2",
     18: "needs an `id`",
@@ -94,10 +94,7 @@ def test_too_many_tokens_is_a_bad_row(tmp_path: Path, spec: RowSpec) -> None:
         ('{"images": [], "annotations": [], "categories": []}', "`categories` must list"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": null}]}', "`categories` must list"),
         ('{"images": [], "annotations": [], "categories": [{"id": [], "name": "a"}]}', "`categories` must list"),
-        (
-            '{"images": [], "annotations": [3], "categories": [{"id": 1, "name": "a"}]}',
-            "annotation 0 has image_id None",
-        ),
+        ('{"images": [], "annotations": [3], "categories": [{"id": 1, "name": "a"}]}', "annotation 0 has image_id 3"),
     ],
 )
 def test_unusable_files_are_refused_whole(tmp_path: Path, spec: RowSpec, text: str, words: str) -> None:

@@ -111,7 +111,7 @@ def test_check_of_good_data_exits_with_0(job_file: Any, scenes: Path, capsys: py
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("image is 1x4000 px; its short side is below 28 px", "image is 3x900 px; its short side is below 28 px"),
+        ("image is 1x4000 px; one side is over 200 times", "image is 3x900 px; one side is over 200 times"),
         ("id a b is used by 2 rows; make it unique", "id 7 is used by 13 rows; make it unique"),
         ("box [1.0, -2, 3, 4] (x1, y1, x2, y2) is empty", "box [90, 8, 7, 6.5] (x1, y1, x2, y2) is empty"),
         ("class 'it\\'s' is not among ['a', 'b']; add it", "class 'dog' is not among ['c']; add it"),

@@ -1,5 +1,7 @@
 """Loading: what is quantised, what is trained, and gradients that survive an evaluation in 4 bit."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -10,7 +12,7 @@ from ray_vlm.config.schema import Lora, Model
 from ray_vlm.config.train import Precision
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, part_of
-from ray_vlm.models.load import describe_download, load_adapter, load_config, load_model
+from ray_vlm.models.load import describe_download, load_adapter, load_config, load_model, load_processor
 from ray_vlm.models.lora import count_trainable, lora_config, train_parts
 from tests.conftest import QWEN
 
@@ -167,6 +169,30 @@ def test_what_the_hub_refuses_is_told_with_the_way_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ModelError, match=advice):
         load_config(Model(name="some/base"))
+
+
+@pytest.mark.parametrize("in_4bit", [True, False])
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8"])
+def test_a_base_that_is_quantised_already_is_refused(
+    tmp_path: Path, tiny_models: dict[str, str], method: str, in_4bit: bool
+) -> None:
+    shutil.copytree(tiny_models["qwen3_vl"], tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    about = {"quant_method": method, "bits": 4, "group_size": 128, "activation_scheme": "dynamic"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    with pytest.raises(ModelError, match=rf"published quantised \({method}\).*Give the unquantised base"):
+        load_model(Model(name=str(tmp_path / "base"), load_in_4bit=in_4bit), "fp32")
+
+
+def test_a_processor_that_needs_a_package_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoProcessor
+
+    def refuse(*args: object, **options: object) -> None:
+        raise ImportError("Package `num2words` is required to run SmolVLM processor.")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=r"`num2words` is required.*Install it with pip"):
+        load_processor(Model(name="some/base"))
 
 
 def test_of_a_given_adapter_only_the_named_parts_go_on(tiny_models: dict[str, str], tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from ray_vlm.config.schema import Model, Task
 from ray_vlm.data import rows
 from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import smart_resize
-from ray_vlm.data.index import measure_row
+from ray_vlm.data.index import build_index, measure_row
 from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import RowSpec
+from ray_vlm.errors import DataError
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import load_processor, resolve_name
 from ray_vlm.models.prompt_text import read_prompt_text, take_prompt_text
@@ -122,3 +123,20 @@ def test_sizes_are_those_of_transformers() -> None:
             assert smart_resize((width, height), factor, low, high) == (wide, tall)
     with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
         smart_resize((28, 5700), 28, 1, 10**6)
+
+
+@pytest.mark.parametrize("by_processor", [False, True])
+def test_a_template_that_refuses_a_turn_makes_bad_rows(tmp_path: Path, scenes: Path, by_processor: bool) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(resolve_name("tiny"), base)
+    template = (base / "chat_template.jinja").read_text()
+    refuse = "{%- if messages[0].role == 'system' %}{{ raise_exception('no system') }}{%- endif %}"
+    (base / "chat_template.jinja").write_text(refuse + template)
+    labels = ("circle", "square", "triangle", "cross", "ring", "diamond", "star")
+    model, source = Model(name=str(base), load_in_4bit=False), Source(path=str(scenes / "eval.json"))
+    assert len(build_index(source, Data(), RowSpec(model, Task(), labels))) == 12
+    spec = RowSpec(model, Task(system="Be brief."), labels)
+    if by_processor:
+        rows.load_preparer(spec)._load()
+    with pytest.raises(DataError, match=r"row 0 .*chat template refuses its turns \(TemplateError: no system\)"):
+        build_index(source, Data(), spec)
