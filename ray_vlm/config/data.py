@@ -31,6 +31,16 @@ class Source(Section):
     box_units: Literal["pixels", "relative_1", "relative_1000"] = Field(
         "pixels", description="What box numbers in the rows mean; `pixels` are of the upright original image."
     )
+    box_frame: Literal["image", "listed"] | None = Field(
+        None,
+        description="COCO: whose pixels boxes are in where the file lists another size than the upright image has: the "
+        "`image`'s, or those of the `listed` size. null: such rows are bad.",
+    )
+    crowds: Literal["skip", "objects"] | None = Field(
+        None,
+        description="COCO: whether crowd annotations (`iscrowd: 1`) are left out or are objects. null: left out, and "
+        "refused where they are most of a class.",
+    )
     weight: float = Field(
         1.0, gt=0, description="How often a training row of this source is shown in an epoch, on average."
     )

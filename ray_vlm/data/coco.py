@@ -7,6 +7,7 @@ from ray_vlm.config.data import Source
 from ray_vlm.data.cells import control_character, is_empty, is_number, shown, word
 from ray_vlm.data.files import local_root, parent_folder, resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.suspicions import crowd_problem
 from ray_vlm.data.tables import read_json
 from ray_vlm.errors import DataError
 from ray_vlm.runs.store import is_remote
@@ -16,8 +17,9 @@ def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
     """All images in file order and the names of `categories`, in file order; boxes are `[x, y, width, height]`, and
     where there is none, those around `segmentation`.
 
-    Crowd regions (`iscrowd: 1`) are left out: they are not one object. Annotations of images that are not listed are
-    bad rows behind those of the images. Raises `DataError` where the file as a whole cannot be used.
+    Crowd regions (`iscrowd: 1`) are left out, since they are not one object, unless `crowds` says otherwise.
+    Annotations of images that are not listed are bad rows behind those of the images. Raises `DataError` where the file
+    as a whole cannot be used.
     """
     data = read_json(source.path)
     if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
@@ -27,6 +29,7 @@ def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
     names, labels = _categories(data.get("categories"), used, source.path)
     seen = Counter(str(_id_of(image)) for image in data["images"] if _id_of(image) is not None)
     boxes, orphans = _boxes_by_image(data["annotations"], set(seen), len(data["images"]))
+    _check_crowds(source, boxes, names)
     rows = [_row(i, image, boxes, names, source, seen) for i, image in enumerate(data["images"])]
     return [*rows[: source.max_rows], *orphans], labels
 
@@ -91,7 +94,7 @@ def _categories(categories: Any, used: set[str], path: str) -> tuple[dict[str, s
 
 
 def _boxes_by_image(annotations: list, images: set[str], num_images: int) -> tuple[dict[str, list[dict]], list[BadRow]]:
-    """Annotations by the id of their image, without crowds; and those whose image is not listed, as bad rows."""
+    """Annotations by the id of their image; and those whose image is not listed, as bad rows."""
     boxes, orphans = defaultdict(list), []
     for position, annotation in enumerate(annotations):
         image = _id_of(annotation, "image_id")
@@ -99,9 +102,24 @@ def _boxes_by_image(annotations: list, images: set[str], num_images: int) -> tup
             told = annotation.get("image_id") if isinstance(annotation, dict) else annotation
             reason = f"annotation {position} has image_id {shown(told)}, which no image has; remove it or add the image"
             orphans.append(BadRow(num_images + position, "", reason))
-        elif str(annotation.get("iscrowd")) not in ("1", "True"):
+        else:
             boxes[str(image)].append(annotation)
     return boxes, orphans
+
+
+def _check_crowds(source: Source, boxes: dict[str, list[dict]], names: dict[str, str]) -> None:
+    """Raise where most annotations of a class are crowds and the job does not say what they are."""
+    counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    for annotation in (annotation for of_image in boxes.values() for annotation in of_image):
+        name = names.get(str(_id_of(annotation, "category_id")))
+        if name is not None:
+            counts[not _is_crowd(annotation)][name] += 1
+    if source.crowds is None and (problem := crowd_problem(*counts)):
+        raise DataError(f"{source.path}: {problem}.")
+
+
+def _is_crowd(annotation: dict) -> bool:
+    return str(annotation.get("iscrowd")) in ("1", "True")
 
 
 def _row(row: int, image: Any, boxes: dict, names: dict, source: Source, seen: Counter) -> SftRecord | BadRow:
@@ -116,14 +134,27 @@ def _row(row: int, image: Any, boxes: dict, names: dict, source: Source, seen: C
     try:
         path = resolve_image(str(source.image_root), image[file_name])
         group = word(image.get(source.columns["group"]), "group") if "group" in source.columns else ""
-        truth = _truth(boxes.get(name, ()), names)
+        of_image = boxes.get(name, [])
+        kept = [a for a in of_image if source.crowds == "objects" or not _is_crowd(a)]
+        truth = _truth(kept, names)
     except ValueError as error:
         return BadRow(row, name, str(error))
-    return SftRecord(name, row, (path,), (), truth, _context(source, truth), group)
+    context = _context(source, truth, image)
+    if len(kept) < len(of_image):
+        context["crowds"] = len(of_image) - len(kept)
+    return SftRecord(name, row, (path,), (), truth, context, group)
 
 
-def _context(source: Source, truth: dict) -> dict[str, str]:
-    return {"box_units": source.box_units} if source.box_units != "pixels" and truth["boxes"] else {}
+def _context(source: Source, truth: dict, image: dict) -> dict[str, Any]:
+    """What the index needs of a row with boxes: their units, and the size that the file lists of its image."""
+    if not truth["boxes"]:
+        return {}
+    if source.box_units != "pixels":
+        return {"box_units": source.box_units}
+    listed = (image.get("width"), image.get("height"))
+    if source.box_frame == "image" or not all(is_number(side) and side >= 1 for side in listed):
+        return {}
+    return {"listed": listed, "frame": source.box_frame}
 
 
 def _truth(annotations: Any, names: dict[str, str]) -> dict[str, tuple]:

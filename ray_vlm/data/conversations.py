@@ -4,6 +4,7 @@ Turns become `(role, text)` with the roles system, user and assistant; an `<imag
 Every function raises `ValueError` with what is wrong and what to do.
 """
 
+import re
 from typing import Any
 
 from ray_vlm.data.cells import Row, box_units, image, images, is_empty, nested, region, shown, word
@@ -13,6 +14,9 @@ from ray_vlm.tasks.answers import IMAGE, Turns
 _BOX, _NAME = "<bbox>", "<ref-object>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ORDER = "turns are an optional system turn, then user and assistant in turn"
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_MEDIA_TAGS = ("<video>", "<audio>")
+_PICTURE = re.compile(r".*\.(jpe?g|png|webp|avif|gif|bmp|tiff?|ppm)", re.IGNORECASE)
 _NOT_COLUMNS = ("id", "image", "images", "group")
 
 
@@ -31,7 +35,7 @@ def _chat_record(row: Row, column: str) -> SftRecord:
     _check_order(turns, "assistant")
     if not turns[-1][1].strip():
         raise ValueError(f"the last answer in {column} is empty, so there is nothing to learn; fill or remove the row")
-    pictures = images(row, "images", "image") or inline
+    pictures = _pictures(row, turns, inline)
     turns = _place_images(turns, len(pictures))
     context: dict[str, Any] = {"turns": turns[:-1]}
     if column == "messages" and row.first("objects") is not None:
@@ -88,7 +92,7 @@ def preference_record(row: Row) -> PreferenceRecord:
         _refuse_tags(text, f"the {name} answer")
     if chosen.strip() == rejected.strip():
         raise ValueError("chosen and rejected are the same, so there is nothing to prefer; mend or remove the row")
-    pictures = images(row, "images", "image") or inline
+    pictures = _pictures(row, turns, inline)
     return PreferenceRecord(
         row.id, row.number, pictures, (), _place_images(turns, len(pictures)), chosen, rejected, row.group
     )
@@ -98,11 +102,40 @@ def prompt_record(row: Row) -> PromptRecord:
     """`prompt` (or EasyR1's `problem`) with `images`; all other columns are handed on as they are."""
     turns, inline = _read_prompt(row, ("prompt", "problem"))
     _check_order(turns, "user")
-    pictures = images(row, "images", "image") or inline
+    pictures = _pictures(row, turns, inline)
     asked = ("prompt", "problem") if is_empty(row.cells.get("prompt")) else ("prompt",)
     used = {*asked, *_NOT_COLUMNS, *row.source.columns.values()}
     columns = {name: value for name, value in row.cells.items() if name not in used or name in _extra_names(row)}
     return PromptRecord(row.id, row.number, pictures, (), _place_images(turns, len(pictures)), columns, row.group)
+
+
+def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image, ...]:
+    """The row's images. Raises `ValueError` where it has media that would not be seen: video, audio, or an image in a
+    column that is not read."""
+    if (name := next((name for name in _OTHER_MEDIA if not is_empty(row.cells.get(name))), None)) is not None:
+        raise ValueError(f"the row has {name}, which is not read; leave the row out, or give images of it")
+    if (tag := next((tag for tag in _MEDIA_TAGS for _, text in turns if tag in text), None)) is not None:
+        raise ValueError(f"a text holds {tag}, which is not read; leave the row out, or remove the tag")
+    pictures = images(row, "images", "image") or inline
+    if not pictures and (name := _misnamed(row)) is not None:
+        raise ValueError(
+            f"the row has no image, and its column {name} names one ({shown(row.cells[name])}); read it by "
+            f"data.*.columns={{image: {name}}}"
+        )
+    return pictures
+
+
+def _misnamed(row: Row) -> str | None:
+    """A column that holds an image, if there is one: a name with an image's ending, or Parquet's bytes and path."""
+    for name, value in row.cells.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if name in ("id", "group", *row.source.columns, *row.source.columns.values()):
+            continue
+        if isinstance(first, str) and len(first) < 1000 and _PICTURE.fullmatch(first.strip()):
+            return name
+        if isinstance(first, dict) and isinstance(first.get("bytes"), bytes):
+            return name
+    return None
 
 
 def _extra_names(row: Row) -> set[str]:
@@ -143,6 +176,11 @@ def _read_turns(value: Any, name: str, root: str) -> tuple[Turns, tuple[Image, .
         role = turn.get("role", turn.get("from"))
         if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"{where} has the role {shown(role)}; use system, user (human) or assistant (gpt)")
+        if turn.get("loss") is False or (_ROLES[role] == "assistant" and turn.get("weight") == 0):
+            raise ValueError(
+                f"{where} is marked as not to be learned (loss or weight), and every answer is learned; end the row "
+                "before it, or move what was said so far into the question"
+            )
         turns.append((_ROLES[role], _text(turn.get("content", turn.get("value")), where, inline, root)))
     return tuple(turns), tuple(inline)
 

@@ -246,6 +246,12 @@ def _read_header(file: Any, tail: bytes, max_pixels: int) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
+def read_orientation(image: str | bytes) -> int:
+    """The EXIF orientation of an image that can be read, 1 to 8."""
+    with open_image(image) as file, _open(file) as opened:
+        return _orientation(opened)
+
+
 def open_image(image: str | bytes) -> Any:
     """The file of an image: a local path, an address, or its own bytes."""
     if isinstance(image, bytes):

@@ -12,10 +12,11 @@ import numpy as np
 
 from ray_vlm.config.data import Data, Source
 from ray_vlm.data.formats import read_rows
-from ray_vlm.data.images import read_size
+from ray_vlm.data.images import read_orientation, read_size
 from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.suspicions import describe_sizes, find_suspicions, sizes_differ, strip_marks, unit_problem
 from ray_vlm.errors import DataError
 from ray_vlm.runs.progress import track
 
@@ -28,7 +29,7 @@ class Index:
     """The usable rows of a source, in file order: records of one of the kinds in `records.py`.
 
     `image_tokens`, `prompt_tokens` (without images) and `answer_tokens` are `int64 [rows]`; `labels` are the class
-    names that the source declares; `bad` are the rows that were left out.
+    names that the source declares; `bad` are the rows that were left out; `notes` what looks odd about the source.
     """
 
     records: tuple[Any, ...]
@@ -37,6 +38,7 @@ class Index:
     answer_tokens: np.ndarray
     labels: tuple[str, ...]
     bad: tuple[BadRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -83,7 +85,8 @@ def build_index(
         raise DataError(describe_bad(bad, len(rows), source.path))
     if not records:
         raise DataError(f"{source.path}: no usable row among {len(rows)}. " + "; ".join(b.reason for b in bad[:3]))
-    return Index(tuple(records), *_columns(counts), tuple(labels), tuple(bad))
+    notes = find_suspicions(source, rows, records, labels)
+    return Index(tuple(records), *_columns(counts), tuple(labels), tuple(bad), tuple(notes))
 
 
 def _columns(counts: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -102,6 +105,7 @@ def join_indices(indices: Sequence[Index]) -> Index:
         np.concatenate([index.answer_tokens for index in indices]),
         tuple(dict.fromkeys(label for index in indices for label in index.labels)),
         tuple(bad for index in indices for bad in index.bad),
+        tuple(note for index in indices for note in index.notes),
     )
 
 
@@ -131,7 +135,55 @@ def measure_row(row: Any, data: Data, known: Mapping[str, tuple[int, int]] = NON
                 continue
             name = f" ({image})" if isinstance(image, str) else ""
             return BadRow(row.row, row.id, f"{error}{name}")
-    return to_pixels(replace(row, sizes=tuple(sizes)))
+    return settle_boxes(replace(row, sizes=tuple(sizes)))
+
+
+def settle_boxes(record: Any) -> Any:
+    """The record with boxes in original pixels, or why they cannot be meant as they stand."""
+    if not isinstance(record, SftRecord):
+        return record
+    if "listed" in record.context and sizes_differ(record.context["listed"], record.sizes[0]):
+        record = _in_listed_frame(record)
+        if isinstance(record, BadRow):
+            return record
+    elif "box_units" not in record.context and (reason := unit_problem(record)):
+        return BadRow(record.row, record.id, reason)
+    record = to_pixels(record)
+    marked = {"listed", "frame", "crowds"} & record.context.keys()
+    return replace(record, context=strip_marks(record.context)) if marked else record
+
+
+def _in_listed_frame(record: SftRecord) -> SftRecord | BadRow:
+    """The record with boxes that belong to the size which its file lists brought to its upright image."""
+    listed, size = record.context["listed"], record.sizes[0]
+    reason = None if record.context["frame"] == "listed" else describe_sizes(listed, size)
+    turn = read_orientation(record.images[0]) if reason is None and not sizes_differ(listed[::-1], size) else 1
+    stretch = (size[0] / listed[0]) / (size[1] / listed[1])
+    if reason is None and turn < 5 and abs(stretch - 1) > 0.02:
+        reason = (
+            f"the file lists {listed[0]}x{listed[1]} px, and the image has {size[0]}x{size[1]}, which is another "
+            "shape, and is not turned; set box_frame=image, or mend its width and height"
+        )
+    if reason is not None:
+        return BadRow(record.row, record.id, reason)
+    boxes = tuple(_turned(box, listed, size, turn) for box in record.truth["boxes"])
+    return replace(record, truth={**record.truth, "boxes": boxes})
+
+
+def _turned(
+    box: Sequence[float], listed: tuple[int, int], size: tuple[int, int], turn: int
+) -> tuple[float, float, float, float]:
+    """A box in an image of the size `listed`, as it lies in the upright image of `size`; `turn`: EXIF's orientation."""
+    width, height = listed
+    (x1, y1, x2, y2) = box
+    if turn in (6, 7):
+        y1, y2 = height - y2, height - y1
+    if turn in (7, 8):
+        x1, x2 = width - x2, width - x1
+    if turn >= 5:
+        return y1, x1, y2, x2
+    scale_x, scale_y = size[0] / width, size[1] / height
+    return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
 
 
 def to_pixels(record: Any) -> Any:

@@ -84,7 +84,7 @@ def load_parts(
     indices = {
         name: _index(rows[name], job, spec, sizes.get(name, NONE_KNOWN)) if name in wanted else None for name in sources
     }
-    notes += _notes(rows)
+    notes += [*_notes(rows), *(note for index in indices.values() if index is not None for note in index.notes)]
     return Parts(spec, indices["train"], indices["eval"], indices["test"], tuple(notes))
 
 

@@ -20,6 +20,7 @@ from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.source import read_source
 from ray_vlm.data.spec import row_spec
+from ray_vlm.data.suspicions import find_suspicions
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
 from ray_vlm.runs.progress import track
@@ -43,7 +44,7 @@ class SourceCheck:
     """What one source came to. `name` is its setting (`train`, `mix[0]`, `eval`, `test`).
 
     `rows` = `usable` + the number of `bad`. `problems`: why the file as a whole cannot be used. `seconds`: reading and
-    checking.
+    checking; `notes`: what looks odd about it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class SourceCheck:
     bad: tuple[BadRow, ...]
     seconds: float
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def good(self) -> bool:
@@ -106,10 +108,15 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
         started, rows = time.monotonic(), read[name].rows
         with ThreadPoolExecutor(_THREADS) as pool:
             measured = track(pool.map(one, rows), f"checking the rows of {source.path}", len(rows))
-            counted = [r if isinstance(r, BadRow) else count_row(r, preparer, data.max_tokens) for r in measured]
+            usable, counted = [], []
+            for row in measured:
+                counted.append(row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens))
+                if not isinstance(counted[-1], BadRow):
+                    usable.append(row)
         bad = tuple(row for row in counted if isinstance(row, BadRow))
+        notes = tuple(find_suspicions(source, rows, usable, read[name].labels))
         seconds = read[name].seconds + time.monotonic() - started
-        yield SourceCheck(name, source.path, len(rows), len(rows) - len(bad), bad, seconds)
+        yield SourceCheck(name, source.path, len(rows), len(rows) - len(bad), bad, seconds, notes=notes)
 
 
 def _read(source: Source, job: JobConfig) -> _Read:
@@ -161,6 +168,7 @@ def describe_check(check: SourceCheck) -> str:
         f"  rows {check.rows}, usable {check.usable}, bad {len(check.bad)}  ({check.seconds:.1f} s, {speed})",
     ]
     lines += [f"  cannot be used: {plain(problem)}" for problem in check.problems]
+    lines += [f"  note: {plain(note.removeprefix(check.path + ': '))}" for note in check.notes]
     groups = group_bad(check.bad)
     if groups:
         places = [f"row {rows[0].row} (id {_short(rows[0].id) or '?'})" for _, rows in groups[:_SHOWN_REASONS]]

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -218,12 +218,50 @@ def _read_parquet(address: str) -> Table:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
                 raise DataError(f"{address}: a column name is there twice ({', '.join(names)}). Give each one name.")
+            features = _class_features(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(_FEWER_ROWS):
                 for i in range(batch.num_rows):
-                    rows.append(_parquet_row(batch, i, len(rows)))
+                    row = _parquet_row(batch, i, len(rows))
+                    rows.append(
+                        (row[0], apply_class_names(row[1], features)) if features and isinstance(row, tuple) else row
+                    )
     except (OSError, ValueError, ImportError, ArrowException) as error:
         raise _unreadable(address, error) from None
     return Table(rows, tuple(names), True)
+
+
+def _class_features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """The features that `datasets` wrote into a Parquet file, if there are classes among them; else nothing."""
+    told = metadata.get(b"huggingface", b"")
+    if b"ClassLabel" not in told:
+        return {}
+    try:
+        features = json.loads(told)["info"]["features"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def apply_class_names(value: Any, feature: Any) -> Any:
+    """A cell in which classes are names, where its feature says that they are numbers (`ClassLabel` of `datasets`). A
+    number without a name is none: -1 stands for a missing class."""
+    if isinstance(feature, list) and len(feature) == 1:
+        feature = {"_type": "List", "feature": feature[0]}
+    if not isinstance(feature, dict):
+        return value
+    kind, inside = feature.get("_type"), feature.get("feature")
+    if kind == "ClassLabel":
+        names = feature.get("names")
+        if not isinstance(value, int) or isinstance(value, bool) or not isinstance(names, list):
+            return value
+        return names[value] if 0 <= value < len(names) else None
+    if kind in ("Sequence", "List", "LargeList") and isinstance(value, list):
+        return [apply_class_names(item, inside) for item in value]
+    if kind in ("Sequence", "List", "LargeList") and isinstance(value, dict) and isinstance(inside, dict):
+        return {k: apply_class_names(v, {"_type": "List", "feature": inside.get(k)}) for k, v in value.items()}
+    if kind is None and isinstance(value, dict):
+        return {k: apply_class_names(v, feature.get(k)) for k, v in value.items()}
+    return value
 
 
 def _parquet_row(batch: Any, position: int, row: int) -> tuple[int, dict[str, Any]] | BadRow:

@@ -1,18 +1,25 @@
 """Files as popular tools write them: read as they are meant, whatever they look like."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as masks
 
-from ray_vlm.config.data import Source
+from ray_vlm.config.data import Data, Source
 from ray_vlm.data.files import resolve_image
 from ray_vlm.data.formats import read_rows
+from ray_vlm.data.images import decode
+from ray_vlm.data.index import measure_row, settle_boxes
 from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.suspicions import find_suspicions
+from ray_vlm.data.tables import apply_class_names
+from ray_vlm.errors import DataError
 
 DOG = [{"id": 1, "name": "dog"}]
 ROBOFLOW = {"id": 0, "name": "fish", "supercategory": "none"}  # the project, before its classes
@@ -149,3 +156,198 @@ def test_several_questions_about_one_image_may_share_its_id(tmp_path: Path) -> N
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found, _ = read_rows(Source(path=str(tmp_path / "rows.json"), format="llava"))
     assert [(row.id, row.group) for row in found] == [("7", "7"), ("7#3", "7"), ("7#2", ""), ("8", ""), ("7#4", "7")]
+
+
+def _rows(folder: Path, rows: list[dict], format: str, **options: Any) -> list[Any]:
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return read_rows(Source(path=str(folder / "rows.json"), format=format, **options))[0]
+
+
+TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"video": "a.mp4"}, "the row has video, which is not read"),
+        ({"audios": ["a.wav"], "image": "a.jpg"}, "the row has audios"),
+        ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}, TURNS[1]]}, "a text holds <video>"),
+        ({"image_path": "a.jpg"}, r"its column image_path names one \('a.jpg'\).*columns=\{image: image_path\}"),
+        ({"photos": ["d/A.PNG"]}, "its column photos names one"),
+        ({"conversations": [*TURNS[:1], TURNS[1] | {"loss": False}, *TURNS]}, "marked as not to be learned"),
+        ({"conversations": [*TURNS[:1], TURNS[1] | {"weight": 0}, *TURNS]}, "marked as not to be learned"),
+    ],
+)
+def test_what_would_not_be_seen_or_heard_makes_a_row_bad(tmp_path: Path, row: dict, reason: str) -> None:
+    (found,) = _rows(tmp_path, [{"id": "8", "conversations": TURNS} | row], "llava")
+    assert isinstance(found, BadRow)
+    assert re.search(reason, found.reason)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {}, {"video": None, "audios": []}, {"id": "a.jpg"}, {"source": "see the photo a.jpg"},
+        {"conversations": [TURNS[0], TURNS[1] | {"loss": True, "weight": 1.0}]},
+    ],
+)  # fmt: skip
+def test_text_without_media_stays_a_row(tmp_path: Path, row: dict) -> None:
+    (found,) = _rows(tmp_path, [{"id": "8", "conversations": TURNS} | row], "llava")
+    assert isinstance(found, SftRecord)
+    assert found.images == ()
+
+
+def test_a_mapped_column_has_the_image(tmp_path: Path) -> None:
+    row = {"id": "9", "photo": "a.jpg", "conversations": TURNS}
+    (found,) = _rows(tmp_path, [row], "llava", columns={"image": "photo"})
+    assert found.images == (str(tmp_path / "a.jpg"),)
+
+
+FEATURES = {
+    "label": {"names": ["cat", "dog"], "_type": "ClassLabel"},
+    "objects": {"category": {"feature": {"names": ["cup", "bowl"], "_type": "ClassLabel"}, "_type": "List"}},
+    "old": [{"names": ["a", "b"], "_type": "ClassLabel"}],
+    "struct": {"feature": {"kind": {"names": ["n", "y"], "_type": "ClassLabel"}}, "_type": "Sequence"},
+    "count": {"dtype": "int64", "_type": "Value"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("label", 1, "dog"), ("label", -1, None), ("label", 7, None), ("label", None, None), ("count", 1, 1),
+        ("objects", {"category": [1, 0]}, {"category": ["bowl", "cup"]}), ("old", [1, 0], ["b", "a"]),
+        ("struct", {"kind": [1]}, {"kind": ["y"]}), ("struct", [{"kind": 1}], [{"kind": "y"}]), ("other", 1, 1),
+    ],
+)  # fmt: skip
+def test_classes_of_datasets_are_their_names(name: str, value: Any, named: Any) -> None:
+    assert apply_class_names({name: value}, FEATURES) == {name: named}
+
+
+def test_parquet_of_datasets_has_class_names(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    about = json.dumps({"info": {"features": {"label": FEATURES["label"]}}})
+    table = pyarrow.table({"image": ["a.jpg", "b.jpg"], "label": [0, 1]})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": about}), tmp_path / "rows.parquet")
+    rows, labels = read_rows(Source(path=str(tmp_path / "rows.parquet"), format="image_csv"))
+    assert labels == ["label=cat", "label=dog"]
+    assert [row.truth["attributes"] for row in rows] == [{"label": "cat"}, {"label": "dog"}]
+
+
+def _image(path: Path, size: tuple[int, int], orientation: int = 1) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size).save(path, exif=exif)
+
+
+def _sized(folder: Path, listed: tuple[Any, Any], bbox: list[float], **options: Any) -> Any:
+    """The only row of a file that lists this size of `a.jpg`, measured."""
+    data = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": listed[0], "height": listed[1]}],
+        "annotations": [_box(bbox=bbox)],
+        "categories": DOG,
+    }
+    (folder / "rows.json").write_text(json.dumps(data))
+    rows, _ = read_rows(Source(path=str(folder / "rows.json"), **options))
+    return measure_row(rows[0], Data())
+
+
+def test_sizes_that_contradict_the_image_are_bad_until_the_job_says_what_boxes_mean(tmp_path: Path) -> None:
+    _image(tmp_path / "a.jpg", (64, 48))
+    small = _sized(tmp_path, (640, 480), [10, 20, 20, 20])
+    assert "lists 640x480 px, and the upright image has 64x48: as of another resolution" in small.reason
+    assert _sized(tmp_path, (640, 480), [10, 20, 20, 20], box_frame="listed").truth["boxes"] == ((1.0, 2.0, 3.0, 4.0),)
+    assert _sized(tmp_path, (640, 480), [10, 20, 20, 20], box_frame="image").truth["boxes"] == ((10, 20, 30, 40),)
+    assert "another shape" in _sized(tmp_path, (640, 300), [10, 20, 20, 20], box_frame="listed").reason
+    for listed in ((64, 48), (65, 47), (None, None), ("64", "48"), (0, 48)):
+        found = _sized(tmp_path, listed, [10, 20, 20, 20])
+        assert found.truth["boxes"] == ((10, 20, 30, 40),)
+        assert found.context == {}
+
+
+# A box of 20 by 10 at the top left of what the camera stored, as it lies in the upright image.
+@pytest.mark.parametrize(
+    ("orientation", "box"),
+    [(5, (2, 1, 12, 21)), (6, (36, 1, 46, 21)), (7, (36, 43, 46, 63)), (8, (2, 43, 12, 63))],
+)
+def test_boxes_of_a_photo_that_a_tool_did_not_turn(tmp_path: Path, orientation: int, box: tuple) -> None:
+    stored = np.zeros((48, 64, 3), np.uint8)
+    stored[2:12, 1:21] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")  # a PNG by its content
+    refused = _sized(tmp_path, (64, 48), [1, 2, 20, 10])
+    assert "width and height are exchanged" in refused.reason
+    found = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
+    assert found.truth["boxes"] == (box,)
+    x1, y1, x2, y2 = box
+    upright = decode(found.images[0])
+    assert (upright[y1:y2, x1:x2] == 255).all()
+    assert upright.sum() == stored.sum()
+
+
+@pytest.mark.parametrize("bbox", [[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1], [0.0, 0.5, 1.0, 0.5]])
+def test_boxes_that_are_shares_are_not_taken_for_pixels(tmp_path: Path, bbox: list[float]) -> None:
+    _image(tmp_path / "a.jpg", (1000, 800))
+    found = _sized(tmp_path, (1000, 800), bbox)
+    assert "seem to be shares of the image; set box_units=relative_1" in found.reason
+    assert isinstance(_sized(tmp_path, (1000, 800), bbox, box_units="relative_1"), SftRecord)
+    assert isinstance(_sized(tmp_path, (1000, 800), [0.1, 0.2, 30, 40]), SftRecord)
+
+
+@pytest.mark.parametrize(
+    ("place", "good"), [((0.5, 0.3), False), ((0.0, 1.0), True), ((1.0, 1.0), True), ((1.5, 0.3), True)]
+)
+def test_a_point_that_is_a_share_is_not_taken_for_a_pixel(place: tuple[float, float], good: bool) -> None:
+    record = SftRecord("1", 0, ("a.jpg",), ((1000, 800),), {"output": {}, "box": None, "point": place})
+    assert isinstance(settle_boxes(record), SftRecord) is good
+
+
+@pytest.mark.parametrize(
+    ("crowds", "objects", "bad"), [(1, 0, True), (3, 1, True), (1, 1, False), (1, 5, False), (0, 2, False)]
+)
+def test_a_class_of_crowds_stops_until_the_job_says_what_they_are(
+    tmp_path: Path, crowds: int, objects: int, bad: bool
+) -> None:
+    """CVAT writes every mask as a crowd."""
+    boxes = [_box(iscrowd=1)] * crowds + [_box()] * objects
+    if bad:
+        with pytest.raises(DataError, match=rf"most annotations of dog \({crowds} of {crowds + objects}\) are crowds"):
+            _coco(tmp_path, boxes)
+    else:
+        (row,), _ = _coco(tmp_path, boxes)
+        assert len(row.truth["boxes"]) == objects
+    for setting, expected in (("objects", crowds + objects), ("skip", objects)):
+        (row,), _ = read_rows(Source(path=str(tmp_path / "rows.json"), crowds=setting))
+        assert len(row.truth["boxes"]) == expected
+
+
+def test_what_is_odd_about_a_source_is_told_with_counts(tmp_path: Path) -> None:
+    source = Source(path="rows.json")
+    large = [SftRecord(str(i), i, ("a",), ((4000, 3000),), {"boxes": ((1, 2, 900, 990),)}) for i in range(30)]
+    crowd = SftRecord("7", 0, ("a",), (), {"boxes": ()}, {"crowds": 3})
+    labels = ["Stop_Sign", "stop sign", "dog"]
+    notes = find_suspicions(source, [crowd, *large], large, labels)
+    assert [note.partition(": ")[2][:30] for note in notes] == [
+        "classes 'Stop_Sign', 'stop sig", "3 crowd annotations (iscrowd: ", "no box reaches beyond 1000, th",
+    ]  # fmt: skip
+    text = [SftRecord("1", 0, (), (), {"answer": "x"})]
+    assert "no row has an image" in find_suspicions(source, text, text, [])[0]
+
+
+def test_clean_rows_raise_no_suspicion() -> None:
+    """A hundred sources of boxes anywhere in images of any size."""
+    rng = np.random.default_rng(0)
+    for number in range(100):
+        rows = []
+        for i in range(int(rng.integers(1, 60))):
+            width, height = (int(v) for v in rng.integers(40, 4000, 2))
+            low = rng.uniform(0, 0.8, 2)
+            high = low + rng.uniform(0.1, 0.2, 2)
+            box = (low[0] * width, low[1] * height, high[0] * width, high[1] * height)
+            rows.append(SftRecord(str(i), i, ("a",), ((width, height),), {"boxes": (box,), "labels": ("dog",)}))
+        assert find_suspicions(Source(path="rows.json"), rows, rows, ["dog", "cat", f"class {number}"]) == []
+        assert all(isinstance(settle_boxes(row), SftRecord) for row in rows)

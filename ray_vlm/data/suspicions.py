@@ -1,0 +1,113 @@
+"""What looks wrong about rows that can be read: numbers in another unit, sizes that contradict the file, crowds, labels
+that are one class in two spellings. What would teach the model something wrong is a reason against the row or the
+file, with the setting that allows it; what may be meant is a note.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ray_vlm.config.data import Source
+from ray_vlm.data.records import BadRow, Record, SftRecord
+
+_SAME_PX = 2  # tools round sizes
+_FEW = 20  # boxes and fewer say nothing about a unit
+_SHOWN = 3
+
+
+def unit_problem(record: Record) -> str | None:
+    """Why the boxes or points of a row in pixels seem to be shares of the image, if so: all lie in its first pixel."""
+    regions = regions_of(record)
+    if not regions or max(max(region) for region in regions) > 1.0 or min(min(region) for region in regions) < 0.0:
+        return None
+    if all(len(region) == 2 and float(v).is_integer() for region in regions for v in region):
+        return None  # a point in the corner
+    shown = [round(v, 4) for v in regions[0]]
+    return f"{shown} lies within one pixel, so its numbers seem to be shares of the image; set box_units=relative_1"
+
+
+def regions_of(record: Record) -> list[Sequence[float]]:
+    """All boxes and points of a row, as its source has them."""
+    if not isinstance(record, SftRecord):
+        return []
+    found: list[Sequence[float]] = [*record.truth.get("boxes", ()), *record.context.get("boxes", ())]
+    single = (record.truth.get("box"), record.truth.get("point"), record.context.get("box"))
+    return [*found, *(region for region in single if region is not None)]
+
+
+def sizes_differ(listed: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether a file lists another (width, height) of an image than the image has."""
+    return any(abs(a - b) > _SAME_PX for a, b in zip(listed, size, strict=True))
+
+
+def describe_sizes(listed: tuple[int, int], size: tuple[int, int]) -> str:
+    """The reason against a row whose file lists another size than its image has."""
+    turned = not sizes_differ((listed[1], listed[0]), size)
+    why = "width and height are exchanged, as where a camera was held upright" if turned else "as of another resolution"
+    return (
+        f"the file lists {listed[0]}x{listed[1]} px, and the upright image has {size[0]}x{size[1]}: {why}. Set "
+        "box_frame=listed if the boxes belong to the listed size, or box_frame=image if they fit the image"
+    )
+
+
+def crowd_problem(crowds: Counter[str], objects: Counter[str]) -> str | None:
+    """Why a file whose annotations are crowds for the most part cannot be meant so, if any class is: by class, how many
+    crowds there are and how many objects."""
+    most = [name for name, count in crowds.items() if count > objects[name]]
+    if not most:
+        return None
+    shown = ", ".join(f"{name} ({crowds[name]} of {crowds[name] + objects[name]})" for name in sorted(most)[:_SHOWN])
+    return (
+        f"most annotations of {shown}{' and others' if len(most) > _SHOWN else ''} are crowds (iscrowd: 1), as CVAT "
+        "writes every mask; they would be left out, and the model would learn that nothing is there. Set "
+        "crowds=objects to count them as objects, or crowds=skip to leave them out"
+    )
+
+
+def find_suspicions(
+    source: Source, rows: Sequence[Record | BadRow], records: Sequence[Record], labels: Iterable[str]
+) -> list[str]:
+    """Notes on a source as a whole: its `rows` as they were read, and the `records` of them that can be used, with the
+    sizes of their images."""
+    notes = [*_tell_spellings(labels), *_tell_crowds(rows), *_tell_unit(source, records), *_tell_bare(records)]
+    return [f"{source.path}: {note}" for note in notes]
+
+
+def _tell_spellings(labels: Iterable[str]) -> Iterable[str]:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        alike[" ".join(label.replace("_", " ").casefold().split())].append(label)
+    for names in alike.values():
+        if len(names) > 1:
+            yield f"classes {', '.join(map(repr, names))} differ only in case, spaces or underscores; are they one?"
+
+
+def _tell_crowds(rows: Sequence[Record | BadRow]) -> Iterable[str]:
+    found = [row for row in rows if isinstance(row, SftRecord) and row.context.get("crowds")]
+    if count := sum(record.context["crowds"] for record in found):
+        yield (
+            f"{count} crowd annotations (iscrowd: 1) of {len(found)} images are left out, such as of id {found[0].id}; "
+            "crowds=objects counts them as objects"
+        )
+
+
+def _tell_unit(source: Source, records: Sequence[Record]) -> Iterable[str]:
+    regions = [(region, record.sizes[0]) for record in records if record.sizes for region in regions_of(record)]
+    large = sum(min(size) > 1100 for _, size in regions)
+    if source.box_units != "pixels" or len(regions) < _FEW or large < len(regions) / 2:
+        return
+    if max(max(region) for region, _ in regions) <= 1000:
+        yield (
+            "no box reaches beyond 1000, though most images have more pixels on both sides; if the numbers are "
+            "thousandths of the image, set box_units=relative_1000"
+        )
+
+
+def _tell_bare(records: Sequence[Record]) -> Iterable[str]:
+    if records and not any(record.images for record in records):
+        yield "no row has an image; a column with images is named by columns={image: NAME}"
+
+
+def strip_marks(context: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's context without what only these checks need."""
+    return {key: value for key, value in context.items() if key not in ("listed", "frame", "crowds")}
