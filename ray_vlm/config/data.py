@@ -24,6 +24,9 @@ class Source(Section):
     image_root: str | None = Field(
         None, description="Folder of the images; nothing outside it is read. null: the folder of `path`."
     )
+    follow_links: bool = Field(
+        False, description="Read images by symlinks that lie in `image_root` and lead out of it."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Names that differ, ours to theirs: `{image: photo}`. `group` names a column that no split cuts.",
@@ -137,6 +140,11 @@ class Data(Section):
         "raise",
         description="`raise`: nothing starts. `quarantine`: written to `bad_rows.jsonl`, counted, left out; "
         "of a row that cannot be read any more while training, another takes the place.",
+    )
+    on_bad_box: Literal["raise", "clip", "drop"] = Field(
+        "raise",
+        description="Detection: a box that is empty or leaves its image makes its row bad (`raise`), is cut to the "
+        "image (`clip`), or is left out alone (`drop`); `clip` leaves empty ones out too, and both are counted.",
     )
     num_loaders: int | None = Field(
         None,

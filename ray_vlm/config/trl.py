@@ -58,6 +58,8 @@ NAMED_IN_JOB = {
     "reward_weights": "method.rewards",
     "num_generations_eval": "method.num_generations_eval",
     "use_vllm": "method.rollouts",
+    "fsdp": "cluster.deepspeed",
+    "fsdp_config": "cluster.deepspeed",
 }
 
 # TRL options that would break what the feed promises.

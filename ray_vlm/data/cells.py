@@ -134,18 +134,18 @@ def images(row: Row, *names: str) -> tuple[Image, ...]:
         value = from_json(value, names[0])
     if value is None:
         return ()
-    return tuple(image(v, row.root) for v in (value if isinstance(value, list | tuple) else [value]))
+    return tuple(image(v, row) for v in (value if isinstance(value, list | tuple) else [value]))
 
 
-def image(value: Any, root: str) -> Image:
-    """One image: bytes as they are, a path resolved inside `root`."""
+def image(value: Any, row: Row) -> Image:
+    """One image: bytes as they are, a path resolved inside the row's folder of images."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
         return value
     if not isinstance(value, str):
         raise ValueError(f"image {shown(value)} is neither a path nor bytes; give a path under image_root")
-    return resolve_image(root, value)
+    return resolve_image(row.root, value, row.source.follow_links)
 
 
 def box_units(row: Row) -> dict[str, str]:

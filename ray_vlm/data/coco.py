@@ -132,7 +132,7 @@ def _row(row: int, image: Any, boxes: dict, names: dict, source: Source, seen: C
     if seen[name] > 1:
         return BadRow(row, name, f"id {name} is used by {seen[name]} images; make it unique")
     try:
-        path = resolve_image(str(source.image_root), image[file_name])
+        path = resolve_image(str(source.image_root), image[file_name], source.follow_links)
         group = word(image.get(source.columns["group"]), "group") if "group" in source.columns else ""
         of_image = boxes.get(name, [])
         kept = [a for a in of_image if source.crowds == "objects" or not _is_crowd(a)]

@@ -31,7 +31,7 @@ def messages_record(row: Row) -> SftRecord:
 
 
 def _chat_record(row: Row, column: str) -> SftRecord:
-    turns, inline = _read_turns(row.first(column), column, row.root)
+    turns, inline = _read_turns(row.first(column), column, row)
     _check_order(turns, "assistant")
     if not turns[-1][1].strip():
         raise ValueError(f"the last answer in {column} is empty, so there is nothing to learn; fill or remove the row")
@@ -83,8 +83,8 @@ def preference_record(row: Row) -> PreferenceRecord:
         _check_order(turns, "assistant")
         turns, chosen = turns[:-1], turns[-1][1]
     else:
-        chosen = _read_answer(answer, "chosen", row.root)
-    rejected = _read_answer(row.first("rejected", "rejected_response"), "rejected", row.root)
+        chosen = _read_answer(answer, "chosen", row)
+    rejected = _read_answer(row.first("rejected", "rejected_response"), "rejected", row)
     _check_order(turns, "user")
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
@@ -149,20 +149,20 @@ def _read_prompt(row: Row, texts: tuple[str, ...], lists: tuple[str, ...] = ()) 
     if isinstance(value, str):
         return (("user", value),), ()
     name, value = (texts[0], value) if value is not None else (lists[0], row.first(*lists))
-    return _read_turns(value, name, row.root)
+    return _read_turns(value, name, row)
 
 
-def _read_answer(value: Any, name: str, root: str) -> str:
+def _read_answer(value: Any, name: str, row: Row) -> str:
     """An answer given as text, as one turn or as a list of one turn."""
     if value is None or isinstance(value, str):
         return value or ""
-    turns, _ = _read_turns([value] if isinstance(value, dict) else value, name, root)
+    turns, _ = _read_turns([value] if isinstance(value, dict) else value, name, row)
     if len(turns) != 1 or turns[0][0] != "assistant":
         raise ValueError(f"{name} must be a text or one turn of the assistant; it has {len(turns)} turns")
     return turns[0][1]
 
 
-def _read_turns(value: Any, name: str, root: str) -> tuple[Turns, tuple[Image, ...]]:
+def _read_turns(value: Any, name: str, row: Row) -> tuple[Turns, tuple[Image, ...]]:
     """Turns in either spelling, and the images that stand in them (`{"type": "image", "image": path}`)."""
     listed = nested(value, name)
     if not isinstance(listed, list) or not listed:
@@ -181,11 +181,11 @@ def _read_turns(value: Any, name: str, root: str) -> tuple[Turns, tuple[Image, .
                 f"{where} is marked as not to be learned (loss or weight), and every answer is learned; end the row "
                 "before it, or move what was said so far into the question"
             )
-        turns.append((_ROLES[role], _text(turn.get("content", turn.get("value")), where, inline, root)))
+        turns.append((_ROLES[role], _text(turn.get("content", turn.get("value")), where, inline, row)))
     return tuple(turns), tuple(inline)
 
 
-def _text(content: Any, where: str, inline: list[Image], root: str) -> str:
+def _text(content: Any, where: str, inline: list[Image], row: Row) -> str:
     """The text of a turn; images that stand in it are added to `inline`."""
     if isinstance(content, str):
         return content
@@ -197,7 +197,7 @@ def _text(content: Any, where: str, inline: list[Image], root: str) -> str:
         if kind == "image":
             pieces.append(IMAGE)
             if part.get("image") is not None:
-                inline.append(image(part["image"], root))
+                inline.append(image(part["image"], row))
         elif kind == "text" and isinstance(part.get("text"), str):
             pieces.append(part["text"])
         else:

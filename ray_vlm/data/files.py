@@ -89,12 +89,13 @@ def _file_system(scheme: str, server: str, options: str) -> tuple[Any, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(system)), folder
 
 
-def resolve_image(root: str, name: str) -> str:
+def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
     """The absolute path or the address of image `name` inside the folder `root`.
 
     Raises `ValueError` with the reason for names that leave the folder (`..`, absolute paths, symlinks), for URLs and
     for what no file can be called. A name that is not there may be written as Windows or the web write it, `\\` for `/`
-    and `%20` for a space. Whether the file is there is not looked at otherwise.
+    and `%20` for a space. Whether the file is there is not looked at otherwise. `follow_links`: a symlink inside the
+    folder may lead out of it.
     """
     if name[:5].lower() == "data:":
         raise ValueError("image is a data: URI, which is not read; write it to a file and give a path under image_root")
@@ -109,14 +110,24 @@ def resolve_image(root: str, name: str) -> str:
         raise ValueError(f"image {name[:80]!r} lies outside image_root {root}; give a path under it")
     folder = local_root(root)
     try:
-        path = os.path.realpath(os.path.join(folder, name.removeprefix("file://")))
+        path = os.path.normpath(os.path.join(folder, name.removeprefix("file://")))
+        named_inside = _is_inside(path, folder)
+        if not (follow_links and named_inside):
+            path = os.path.realpath(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"image {name[:80]!r} is not a path ({error}); give a path under image_root") from None
     if not os.path.exists(path):
         path = _find_spelled(folder, name) or path
-    if not path.startswith(folder.rstrip("/") + "/"):
-        raise ValueError(f"image {name[:200]!r} lies outside image_root {folder}; move it there, or set image_root")
+    if not _is_inside(path, folder):
+        fix = "move it there, or set image_root"
+        if named_inside:
+            fix = f"it is a link to {path}; set follow_links=true if links may lead out of the folder"
+        raise ValueError(f"image {name[:200]!r} lies outside image_root {folder}; {fix}")
     return path
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")
 
 
 def _find_spelled(folder: str, name: str) -> str | None:
@@ -124,7 +135,7 @@ def _find_spelled(folder: str, name: str) -> str | None:
     plain = name.replace("\\", "/")
     for spelled in dict.fromkeys((plain, unquote(name), unquote(plain))):
         path = os.path.realpath(os.path.join(folder, spelled)) if spelled != name and "\0" not in spelled else ""
-        if path.startswith(folder.rstrip("/") + "/") and os.path.isfile(path):
+        if _is_inside(path, folder) and os.path.isfile(path):
             return path
     return None
 

@@ -16,9 +16,17 @@ from ray_vlm.data.images import read_orientation, read_size
 from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import RowSpec
-from ray_vlm.data.suspicions import describe_sizes, find_suspicions, sizes_differ, strip_marks, unit_problem
+from ray_vlm.data.suspicions import (
+    describe_sizes,
+    find_suspicions,
+    sizes_differ,
+    strip_marks,
+    tell_mended,
+    unit_problem,
+)
 from ray_vlm.errors import DataError
 from ray_vlm.runs.progress import track
+from ray_vlm.tasks.boxes import box_problem
 
 NONE_KNOWN: Mapping[str, tuple[int, int]] = {}
 _SHOWN = 20  # bad rows named in an error; all of them are in `bad_rows.jsonl` under `quarantine`
@@ -86,6 +94,7 @@ def build_index(
     if not records:
         raise DataError(f"{source.path}: no usable row among {len(rows)}. " + "; ".join(b.reason for b in bad[:3]))
     notes = find_suspicions(source, rows, records, labels)
+    notes += tell_mended(rows, records, source, data.on_bad_box)
     return Index(tuple(records), *_columns(counts), tuple(labels), tuple(bad), tuple(notes))
 
 
@@ -135,11 +144,12 @@ def measure_row(row: Any, data: Data, known: Mapping[str, tuple[int, int]] = NON
                 continue
             name = f" ({image})" if isinstance(image, str) else ""
             return BadRow(row.row, row.id, f"{error}{name}")
-    return settle_boxes(replace(row, sizes=tuple(sizes)))
+    return settle_boxes(replace(row, sizes=tuple(sizes)), data.on_bad_box)
 
 
-def settle_boxes(record: Any) -> Any:
-    """The record with boxes in original pixels, or why they cannot be meant as they stand."""
+def settle_boxes(record: Any, on_bad_box: str = "raise") -> Any:
+    """The record with boxes in original pixels, or why they cannot be meant as they stand. `on_bad_box`: as the job
+    says."""
     if not isinstance(record, SftRecord):
         return record
     if "listed" in record.context and sizes_differ(record.context["listed"], record.sizes[0]):
@@ -149,8 +159,26 @@ def settle_boxes(record: Any) -> Any:
     elif "box_units" not in record.context and (reason := unit_problem(record)):
         return BadRow(record.row, record.id, reason)
     record = to_pixels(record)
+    if on_bad_box != "raise" and "labels" in record.truth:
+        record = _without_bad_boxes(record, clip=on_bad_box == "clip")
     marked = {"listed", "frame", "crowds"} & record.context.keys()
     return replace(record, context=strip_marks(record.context)) if marked else record
+
+
+def _without_bad_boxes(record: SftRecord, clip: bool) -> SftRecord:
+    """The record with the boxes that lie in its image, those that leave it cut off or left out."""
+    width, height = record.sizes[0]
+    kept = []
+    for box, label in zip(record.truth["boxes"], record.truth["labels"], strict=True):
+        bad = box_problem(box, record.sizes[0]) is not None
+        if bad and clip:
+            x1, y1, x2, y2 = box
+            box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+            bad = box_problem(box, record.sizes[0]) is not None
+        if not bad:
+            kept.append((box, label))
+    boxes, labels = tuple(box for box, _ in kept), tuple(label for _, label in kept)
+    return replace(record, truth={**record.truth, "boxes": boxes, "labels": labels})
 
 
 def _in_listed_frame(record: SftRecord) -> SftRecord | BadRow:

@@ -73,6 +73,23 @@ def find_suspicions(
     return [f"{source.path}: {note}" for note in notes]
 
 
+def tell_mended(
+    rows: Sequence[Record | BadRow], records: Sequence[Record], source: Source, on_bad_box: str
+) -> list[str]:
+    """A note on the boxes that `data.on_bad_box` has cut or left out. `rows`: as they were read."""
+    if on_bad_box == "raise":
+        return []
+    before = {row.row: row for row in rows if isinstance(row, SftRecord)}
+    pairs = [
+        (before[r.row].truth.get("boxes", ()), r.truth.get("boxes", ())) for r in records if isinstance(r, SftRecord)
+    ]
+    dropped = sum(len(old) - len(new) for old, new in pairs)
+    same_unit = source.box_units == "pixels" and source.box_frame != "listed"
+    cut = sum(len(set(new) - set(old)) for old, new in pairs) if same_unit else 0
+    told = [f"{count} boxes {what}" for count, what in ((cut, "cut to their image"), (dropped, "left out")) if count]
+    return [f"{source.path}: {' and '.join(told)} (data.on_bad_box={on_bad_box})"] if told else []
+
+
 def _tell_spellings(labels: Iterable[str]) -> Iterable[str]:
     alike: dict[str, list[str]] = defaultdict(list)
     for label in labels:

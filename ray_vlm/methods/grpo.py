@@ -113,12 +113,21 @@ def job_rewards(job: JobConfig, labels: Sequence[str] = ()) -> Rewards:
     return load_rewards(job.task.name, job.method.rewards, job.method.box_quality, has_truth, labels)
 
 
+# Values that TRL compares with only when it trains (`grpo_trainer.py`); a test holds that it knows these.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
+
+
 def check_options(job: JobConfig) -> None:
-    """Raises `ConfigError` for what TRL's `GRPOConfig` does not take."""
-    if job.method.trl:
+    """Raises `ConfigError` for what TRL's `GRPOConfig` or its trainer does not take."""
+    if job.method.trl or job.method.loss_type is not None:
         from trl import GRPOConfig
 
-        check_trl_options(job, GRPOConfig)
+        check_trl_options(job, GRPOConfig, CHOICES)
 
 
 def extras(job: JobConfig) -> dict[str, Any]:

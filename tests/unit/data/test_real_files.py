@@ -17,7 +17,7 @@ from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import measure_row, settle_boxes
 from ray_vlm.data.records import BadRow, SftRecord
-from ray_vlm.data.suspicions import find_suspicions
+from ray_vlm.data.suspicions import find_suspicions, tell_mended
 from ray_vlm.data.tables import apply_class_names
 from ray_vlm.errors import DataError
 
@@ -351,3 +351,38 @@ def test_clean_rows_raise_no_suspicion() -> None:
             rows.append(SftRecord(str(i), i, ("a",), ((width, height),), {"boxes": (box,), "labels": ("dog",)}))
         assert find_suspicions(Source(path="rows.json"), rows, rows, ["dog", "cat", f"class {number}"]) == []
         assert all(isinstance(settle_boxes(row), SftRecord) for row in rows)
+
+
+def test_a_link_that_leads_out_is_followed_where_the_job_says_so(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "store" / "s.jpg").write_bytes(b"")
+    (tmp_path / "in" / "s.jpg").symlink_to(tmp_path / "store" / "s.jpg")
+    with pytest.raises(ValueError, match=r"it is a link to .*store/s.jpg; set follow_links=true"):
+        resolve_image(str(tmp_path / "in"), "s.jpg")
+    assert resolve_image(str(tmp_path / "in"), "s.jpg", follow_links=True) == str(tmp_path / "in" / "s.jpg")
+    for name in ("../store/s.jpg", "a/../../store/s.jpg", str(tmp_path / "store" / "s.jpg")):
+        with pytest.raises(ValueError, match="lies outside"):
+            resolve_image(str(tmp_path / "in"), name, follow_links=True)
+
+
+BOXES = ((5.0, 5.0, 20.0, 20.0), (5.0, 5.0, 5.0, 15.0), (40.0, 10.0, 67.0, 20.0), (90.0, 90.0, 99.0, 99.0))
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept", "told"),
+    [
+        ("raise", 4, ""),
+        ("clip", 2, "1 boxes cut to their image and 2 boxes left out (data.on_bad_box=clip)"),
+        ("drop", 1, "3 boxes left out (data.on_bad_box=drop)"),
+    ],
+)
+def test_one_bad_box_need_not_cost_the_others(setting: str, kept: int, told: str) -> None:
+    row = SftRecord("1", 0, ("a",), ((64, 48),), {"boxes": BOXES, "labels": tuple("abcd")})
+    found = settle_boxes(row, setting)
+    assert len(found.truth["boxes"]) == len(found.truth["labels"]) == kept
+    if setting == "clip":
+        assert found.truth["boxes"] == (BOXES[0], (40.0, 10.0, 64.0, 20.0))
+        assert found.truth["labels"] == ("a", "c")
+    notes = tell_mended([row], [found], Source(path="rows.json"), setting)
+    assert notes == ([f"rows.json: {told}"] if told else [])
