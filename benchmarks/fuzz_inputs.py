@@ -40,6 +40,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "preference": {"image": "a.jpg", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."},
     "prompt": {"images": ["a.jpg"], "prompt": "What?", "solution": "dog"},
 }
+_CATEGORIES = [{"id": 1, "name": "dog", "supercategory": "all"}, {"id": 2, "name": "cat", "supercategory": "all"}]
 TASKS = {"coco": "detection", "objects": "detection", "image_csv": "classification", "gui_csv": "gui_steps"}
 METHODS = {"preference": "dpo", "prompt": "grpo"}
 LABELS = {"detection": ["dog", "cat"], "classification": ["label=dog", "state=wet"]}
@@ -50,8 +51,15 @@ def whole_rows(format: str, count: int = 5) -> Any:
     if format != "coco":
         return [GOOD[format] | {"id": f"r{i}"} for i in range(count)]
     images = [{"id": i, "file_name": "a.jpg", "width": 100, "height": 80} for i in range(count)]
-    boxes = [{"id": i, "image_id": i % count, "category_id": 1 + i % 2, "bbox": [1, 2, 30, 40]} for i in range(8)]
-    return {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]}
+    boxes: list[dict[str, Any]] = [
+        {"id": i, "image_id": i % count, "category_id": 1 + i % 2, "bbox": [1, 2, 30, 40], "iscrowd": 0}
+        for i in range(8)
+    ]
+    boxes[5] |= {"bbox": [], "segmentation": [[1, 1, 10, 1, 10, 10]]}  # as tools for masks write it
+    boxes[6] |= {"bbox": None, "segmentation": {"size": [80, 100], "counts": [810, 20, 7170]}}
+    boxes[7] |= {"bbox": None, "segmentation": {"size": [80, 100], "counts": "Zi0d0l1"}}
+    categories = [{"id": 0, "name": "all", "supercategory": "none"}]  # as Roboflow does
+    return {"images": images, "annotations": boxes, "categories": [*categories, *_CATEGORIES]}
 
 
 def make_job(model: str, format: str, source: dict[str, Any], labels: list[str] | None = None) -> JobConfig:
@@ -105,7 +113,12 @@ def _count(rows: Any, path: Path, by_bytes: bool) -> int | None:
             return None
         return sum(bool(line.strip()) for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
     if isinstance(rows, dict):
-        return len(rows["images"]) if isinstance(rows.get("images"), list) else None
+        images, boxes = rows.get("images"), rows.get("annotations")
+        if not isinstance(images, list) or not isinstance(boxes, list):
+            return None
+        ids = {str(image.get("id")) for image in images if isinstance(image, dict)}
+        strays = [box for box in boxes if not isinstance(box, dict) or str(box.get("image_id")) not in ids]
+        return None if strays else len(images)  # each annotation of no image is a bad row of its own
     return len(rows)
 
 

@@ -101,7 +101,7 @@ def _boxes_by_image(annotations: list, images: set[str], num_images: int) -> tup
         if str(image) not in images:
             told = annotation.get("image_id") if isinstance(annotation, dict) else annotation
             reason = f"annotation {position} has image_id {shown(told)}, which no image has; remove it or add the image"
-            orphans.append(BadRow(num_images + position, "", reason))
+            orphans.append(BadRow(num_images + len(orphans), "", reason))
         else:
             boxes[str(image)].append(annotation)
     return boxes, orphans

@@ -116,7 +116,7 @@ def test_annotations_of_other_images_are_bad_rows_that_harm_no_other(tmp_path: P
     rows, _ = _coco(tmp_path, [_box(), _box(image_id=99), _box(image_id=1.5)])
     assert isinstance(rows[0], SftRecord)
     assert "image_id 1.5" in rows[2].reason
-    assert rows[1] == BadRow(2, "", "annotation 1 has image_id 99, which no image has; remove it or add the image")
+    assert rows[1] == BadRow(1, "", "annotation 1 has image_id 99, which no image has; remove it or add the image")
 
 
 @pytest.mark.parametrize("crowd", [1, "1", True])
