@@ -12,6 +12,17 @@ from ray_vlm.data.tables import read_json
 from ray_vlm.errors import DataError
 from ray_vlm.runs.store import is_remote
 
+# Keys of what other tools write, and which tool that is.
+_TOOLS: tuple[tuple[set[str], str], ...] = (
+    ({"annotations", "data"}, "Label Studio (JSON)"),
+    ({"shapes", "imagePath"}, "labelme, one for each image"),
+    ({"_via_img_metadata"}, "VIA"),
+    ({"samples", "name"}, "FiftyOne"),
+    ({"objects", "img_width"}, "Label Studio or Supervisely"),
+    ({"conversations"}, "LLaVA, which is format=llava; or"),
+    ({"messages"}, "chats, which is format=messages; or"),
+)
+
 
 def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
     """All images in file order and the names of `categories`, in file order; boxes are `[x, y, width, height]`, and
@@ -23,7 +34,9 @@ def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
     """
     data = read_json(source.path)
     if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
-        raise DataError(f"{source.path}: not COCO; expected a JSON object with lists `images` and `annotations`.")
+        raise DataError(
+            f"{source.path}: not COCO; expected a JSON object with lists `images` and `annotations`.{_name_tool(data)}"
+        )
     source = _with_columns(source, data["images"])
     used = {str(_id_of(annotation, "category_id")) for annotation in data["annotations"]}
     names, labels = _categories(data.get("categories"), used, source.path)
@@ -32,6 +45,15 @@ def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
     _check_crowds(source, boxes, names)
     rows = [_row(i, image, boxes, names, source, seen) for i, image in enumerate(data["images"])]
     return [*rows[: source.max_rows], *orphans], labels
+
+
+def _name_tool(data: Any) -> str:
+    """Whose file this seems to be, and what to export from there; empty where that is not known."""
+    first = data[0] if isinstance(data, list) and data else data
+    if not isinstance(first, dict):
+        return ""
+    tool = next((tool for keys, tool in _TOOLS if keys <= first.keys()), None)
+    return f" It looks like a file of {tool}: export COCO there." if tool else ""
 
 
 def image_root(source: Source) -> str:

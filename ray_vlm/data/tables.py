@@ -32,6 +32,18 @@ class Table:
     whole_columns: bool
 
 
+_YOLO = " YOLO's labels are files for each image: convert the data set to COCO (format=coco)."
+_TOOLS = {  # what files of other suffixes are, mostly
+    ".yaml": _YOLO,
+    ".yml": _YOLO,
+    ".txt": _YOLO,
+    ".xml": " Pascal VOC has a file for each image: convert the data set to COCO (format=coco).",
+    ".tfrecord": " TFRecord is not read: convert it to Parquet or COCO.",
+    ".arrow": " Load it with `datasets` and write it by `to_parquet`.",
+    ".tar": " WebDataset is not read: unpack it, and write the rows as JSONL.",
+}
+
+
 def read_table(address: str) -> Table:
     """The rows of a file, by its suffix. Raises `DataError` where the file as a whole cannot be used."""
     suffix = PurePosixPath(address.partition("?")[0] if is_remote(address) else address).suffix.lower()
@@ -46,7 +58,7 @@ def read_table(address: str) -> Table:
     else:
         raise DataError(
             f"{address}: rows are not read from {suffix or 'a name without a suffix'}. Give a .json, .jsonl, .ndjson, "
-            ".csv, .tsv or .parquet file."
+            f".csv, .tsv or .parquet file.{_TOOLS.get(suffix, '')}"
         )
     if not table.rows:
         raise DataError(f"{address}: holds no rows. Give a file with at least one.")

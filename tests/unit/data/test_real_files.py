@@ -386,3 +386,28 @@ def test_one_bad_box_need_not_cost_the_others(setting: str, kept: int, told: str
         assert found.truth["labels"] == ("a", "c")
     notes = tell_mended([row], [found], Source(path="rows.json"), setting)
     assert notes == ([f"rows.json: {told}"] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("data", "tool"),
+    [
+        ([{"id": 1, "annotations": [], "data": {"image": "a.jpg"}}], "Label Studio"),
+        ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, "labelme"),
+        ({"_via_img_metadata": {}}, "VIA"),
+        ({"name": "x", "samples": []}, "FiftyOne"),
+        ([{"conversations": []}], "format=llava"),
+    ],
+)
+def test_a_file_of_another_tool_is_named_with_what_to_export(tmp_path: Path, data: Any, tool: str) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    with pytest.raises(DataError, match=rf"not COCO; .*looks like a file of .*{tool}.*export COCO"):
+        read_rows(Source(path=str(tmp_path / "rows.json")))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("data.yaml", "YOLO"), ("a.xml", "Pascal VOC"), ("data.arrow", "to_parquet")]
+)
+def test_a_suffix_of_another_tool_is_told_with_the_way_out(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=rf"rows are not read from .*{told}"):
+        read_rows(Source(path=str(tmp_path / name), format="llava"))
