@@ -29,8 +29,8 @@ def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
     where there is none, those around `segmentation`.
 
     Crowd regions (`iscrowd: 1`) are left out, since they are not one object, unless `crowds` says otherwise.
-    Annotations of images that are not listed are bad rows behind those of the images. Raises `DataError` where the file
-    as a whole cannot be used.
+    Annotations of images that are not listed are one bad row behind those of the images. Raises `DataError` where the
+    file as a whole cannot be used.
     """
     data = read_json(source.path)
     if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
@@ -41,10 +41,10 @@ def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
     used = {str(_id_of(annotation, "category_id")) for annotation in data["annotations"]}
     names, labels = _categories(data.get("categories"), used, source.path)
     seen = Counter(str(_id_of(image)) for image in data["images"] if _id_of(image) is not None)
-    boxes, orphans = _boxes_by_image(data["annotations"], set(seen), len(data["images"]))
+    boxes, stray = _boxes_by_image(data["annotations"], set(seen), len(data["images"]))
     _check_crowds(source, boxes, names)
     rows = [_row(i, image, boxes, names, source, seen) for i, image in enumerate(data["images"])]
-    return [*rows[: source.max_rows], *orphans], labels
+    return [*rows[: source.max_rows], *stray], labels
 
 
 def _name_tool(data: Any) -> str:
@@ -89,8 +89,8 @@ def _id_of(value: Any, key: str = "id") -> int | str | None:
 def _categories(categories: Any, used: set[str], path: str) -> tuple[dict[str, str], list[str]]:
     """Names by id (as text), and the class names in file order. `used`: ids that annotations have.
 
-    Left out of the class names are groups, which no annotation uses: Roboflow writes the project's name as a first
-    category with the supercategory "none", the classes below it. Two ids of one name are one class.
+    Left out of the class names are groups: what is a supercategory of others, has none itself, and is used by no
+    annotation. Roboflow writes the project's name so, as a first category. Two ids of one name are one class.
     """
     listed = categories if isinstance(categories, list) else []
     pairs = [(_id_of(c), c["name"]) for c in listed if isinstance(c, dict) and isinstance(c.get("name"), str)]
@@ -102,31 +102,27 @@ def _categories(categories: Any, used: set[str], path: str) -> tuple[dict[str, s
     for name in names.values():
         if found := control_character(name):
             raise DataError(f"{path}: category {shown(name)} holds the control character {found}. Remove it.")
-    groups = {
-        c["supercategory"]
-        for c in listed
-        if isinstance(c.get("supercategory"), str) and c["supercategory"] != c["name"]
-    }
+    parents = {c["supercategory"] for c in listed if isinstance(c.get("supercategory"), str)}
     classes = {
         str(_id_of(c)): c["name"]
         for c in listed
-        if str(_id_of(c)) in used or (c["name"] not in groups and c.get("supercategory") != "none")
+        if str(_id_of(c)) in used or c["name"] not in parents or c.get("supercategory") not in (None, "", "none")
     }
     return names, list(dict.fromkeys((classes or names).values()))
 
 
 def _boxes_by_image(annotations: list, images: set[str], num_images: int) -> tuple[dict[str, list[dict]], list[BadRow]]:
-    """Annotations by the id of their image; and those whose image is not listed, as bad rows."""
-    boxes, orphans = defaultdict(list), []
+    """Annotations by the id of their image; and those whose image is not listed, as one bad row behind all images."""
+    boxes, strays = defaultdict(list), list[str]()
     for position, annotation in enumerate(annotations):
         image = _id_of(annotation, "image_id")
-        if str(image) not in images:
+        if image is None or str(image) not in images:
             told = annotation.get("image_id") if isinstance(annotation, dict) else annotation
-            reason = f"annotation {position} has image_id {shown(told)}, which no image has; remove it or add the image"
-            orphans.append(BadRow(num_images + len(orphans), "", reason))
+            strays.append(f"annotation {position} has image_id {shown(told)}, which no image has")
         else:
             boxes[str(image)].append(annotation)
-    return boxes, orphans
+    more = f", and so have {len(strays) - 1} others" if len(strays) > 1 else ""
+    return boxes, [BadRow(num_images, "", f"{strays[0]}{more}; remove it or add the image")] if strays else []
 
 
 def _check_crowds(source: Source, boxes: dict[str, list[dict]], names: dict[str, str]) -> None:
@@ -141,14 +137,15 @@ def _check_crowds(source: Source, boxes: dict[str, list[dict]], names: dict[str,
 
 
 def _is_crowd(annotation: dict) -> bool:
-    return str(annotation.get("iscrowd")) in ("1", "True")
+    value = annotation.get("iscrowd")
+    return value.strip().lower() in ("1", "1.0", "true") if isinstance(value, str) else value == 1
 
 
 def _row(row: int, image: Any, boxes: dict, names: dict, source: Source, seen: Counter) -> SftRecord | BadRow:
     file_name = source.columns.get("image", source.columns.get("file_name", "file_name"))
     if _id_of(image) is None or not isinstance(image.get(file_name), str):
         return BadRow(row, "", f"an entry of `images` needs an `id` (a number or text) and a `{file_name}`")
-    name = str(image["id"])
+    name = str(_id_of(image))
     if found := control_character(name):
         return BadRow(row, "", f"id {shown(name)} holds the control character {found}; remove it")
     if seen[name] > 1:

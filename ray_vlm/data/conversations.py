@@ -16,7 +16,8 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _ORDER = "turns are an optional system turn, then user and assistant in turn"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _MEDIA_TAGS = ("<video>", "<audio>")
-_PICTURE = re.compile(r".*\.(jpe?g|png|webp|avif|gif|bmp|tiff?|ppm)", re.IGNORECASE)
+_TEXTS = ("id", "group", "prompt", "problem", "chosen", "rejected", "rejected_response", "solution", "answer")
+_PICTURE = re.compile(r"\S+\.(jpe?g|png|webp|avif|gif|bmp|tiff?|ppm)", re.IGNORECASE)
 _NOT_COLUMNS = ("id", "image", "images", "group")
 
 
@@ -32,6 +33,7 @@ def messages_record(row: Row) -> SftRecord:
 
 def _chat_record(row: Row, column: str) -> SftRecord:
     turns, inline = _read_turns(row.first(column), column, row)
+    _check_learned(nested(row.first(column), column), column)
     _check_order(turns, "assistant")
     if not turns[-1][1].strip():
         raise ValueError(f"the last answer in {column} is empty, so there is nothing to learn; fill or remove the row")
@@ -48,6 +50,17 @@ def _chat_record(row: Row, column: str) -> SftRecord:
                 )
         context |= {"refs": refs, "boxes": regions, "image_of": image_of, **units}
     return SftRecord(row.id, row.number, pictures, (), {"answer": turns[-1][1]}, context, row.group)
+
+
+def _check_learned(turns: list[dict[str, Any]], column: str) -> None:
+    """Raise for an answer that is marked as not to be learned."""
+    for i, turn in enumerate(turns):
+        is_answer = _ROLES[turn.get("role", turn.get("from"))] == "assistant"
+        if is_answer and (turn.get("loss") is False or (turn.get("weight") == 0 and turn["weight"] is not False)):
+            raise ValueError(
+                f"{column}[{i}] is marked as not to be learned (loss or weight), and every answer is learned; end the "
+                "row before it, or move what was said so far into the question"
+            )
 
 
 def read_objects(
@@ -112,9 +125,11 @@ def prompt_record(row: Row) -> PromptRecord:
 def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image, ...]:
     """The row's images. Raises `ValueError` where it has media that would not be seen: video, audio, or an image in a
     column that is not read."""
-    if (name := next((name for name in _OTHER_MEDIA if not is_empty(row.cells.get(name))), None)) is not None:
+    if (name := next((name for name in _OTHER_MEDIA if _is_medium(row.cells.get(name))), None)) is not None:
         raise ValueError(f"the row has {name}, which is not read; leave the row out, or give images of it")
-    if (tag := next((tag for tag in _MEDIA_TAGS for _, text in turns if tag in text), None)) is not None:
+    if (
+        tag := next((tag for tag in _MEDIA_TAGS for role, text in turns if role == "user" and tag in text), None)
+    ) is not None:
         raise ValueError(f"a text holds {tag}, which is not read; leave the row out, or remove the tag")
     pictures = images(row, "images", "image") or inline
     if not pictures and (name := _misnamed(row)) is not None:
@@ -125,11 +140,20 @@ def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image,
     return pictures
 
 
+def _is_medium(value: Any) -> bool:
+    """Whether a cell names or holds a video or a sound."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_medium, value))
+    if isinstance(value, dict):
+        return any(map(_is_medium, value.values()))
+    return isinstance(value, str | bytes) and not is_empty(value) and len(value) > 0
+
+
 def _misnamed(row: Row) -> str | None:
     """A column that holds an image, if there is one: a name with an image's ending, or Parquet's bytes and path."""
     for name, value in row.cells.items():
         first = value[0] if isinstance(value, list) and value else value
-        if name in ("id", "group", *row.source.columns, *row.source.columns.values()):
+        if name in (*_TEXTS, *row.source.columns, *row.source.columns.values()):
             continue
         if isinstance(first, str) and len(first) < 1000 and _PICTURE.fullmatch(first.strip()):
             return name
@@ -176,11 +200,6 @@ def _read_turns(value: Any, name: str, row: Row) -> tuple[Turns, tuple[Image, ..
         role = turn.get("role", turn.get("from"))
         if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"{where} has the role {shown(role)}; use system, user (human) or assistant (gpt)")
-        if turn.get("loss") is False or (_ROLES[role] == "assistant" and turn.get("weight") == 0):
-            raise ValueError(
-                f"{where} is marked as not to be learned (loss or weight), and every answer is learned; end the row "
-                "before it, or move what was said so far into the question"
-            )
         turns.append((_ROLES[role], _text(turn.get("content", turn.get("value")), where, inline, row)))
     return tuple(turns), tuple(inline)
 

@@ -110,18 +110,17 @@ def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
         raise ValueError(f"image {name[:80]!r} lies outside image_root {root}; give a path under it")
     folder = local_root(root)
     try:
-        path = os.path.normpath(os.path.join(folder, name.removeprefix("file://")))
-        named_inside = _is_inside(path, folder)
-        if not (follow_links and named_inside):
-            path = os.path.realpath(path)
+        named = os.path.join(folder, name.removeprefix("file://"))
+        named_inside = _is_inside(os.path.normpath(named), folder)
+        path = os.path.normpath(named) if follow_links and named_inside else os.path.realpath(named)
     except (OSError, ValueError) as error:
         raise ValueError(f"image {name[:80]!r} is not a path ({error}); give a path under image_root") from None
     if not os.path.exists(path):
-        path = _find_spelled(folder, name) or path
+        path = _find_spelled(folder, name.removeprefix("file://"), follow_links) or path
     if not _is_inside(path, folder):
         fix = "move it there, or set image_root"
         if named_inside:
-            fix = f"it is a link to {path}; set follow_links=true if links may lead out of the folder"
+            fix = f"it is a link to {path}; move that here, or set follow_links=true of the job's source"
         raise ValueError(f"image {name[:200]!r} lies outside image_root {folder}; {fix}")
     return path
 
@@ -130,11 +129,13 @@ def _is_inside(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip("/") + "/")
 
 
-def _find_spelled(folder: str, name: str) -> str | None:
+def _find_spelled(folder: str, name: str, follow_links: bool) -> str | None:
     """The file inside `folder` that a name with backslashes or URL escapes means, if there is one."""
     plain = name.replace("\\", "/")
     for spelled in dict.fromkeys((plain, unquote(name), unquote(plain))):
-        path = os.path.realpath(os.path.join(folder, spelled)) if spelled != name and "\0" not in spelled else ""
+        if spelled == name or "\0" in spelled:
+            continue
+        path = (os.path.normpath if follow_links else os.path.realpath)(os.path.join(folder, spelled))
         if _is_inside(path, folder) and os.path.isfile(path):
             return path
     return None

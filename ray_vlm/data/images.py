@@ -7,7 +7,6 @@ resized image equals the stock processor's bit for bit.
 
 import io
 import math
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,10 @@ from ray_vlm.models.prompt_text import ImageSizes
 from ray_vlm.runs.store import is_remote
 
 Image.init()  # all decoders, so that they can be named
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # others are refused, by name
+_READ = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = tuple(
+    kind for kind in _READ if kind in Image.OPEN
+)  # Pillow before 11.3 has no AVIF; others are refused by name
 # What other files begin with, from which byte on.
 _OTHERS = (
     (4, b"ftyphe", "a HEIC image"),
@@ -46,7 +48,6 @@ _TURNS = {  # by the EXIF orientation: what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PILLOW_LIMIT = threading.Lock()
 _UNLIMITED = 2**40  # pixels
 
 
@@ -173,6 +174,7 @@ def read_size(image: str | bytes, max_pixels: int) -> tuple[int, int]:
     Formats whose end is not marked, and files with something behind the mark, are decoded once to be sure.
     Raises `ValueError` with the reason.
     """
+    _allow(max_pixels)
     try:
         with open_image(image) as file:
             end = file.seek(0, 2)
@@ -192,15 +194,9 @@ def read_size(image: str | bytes, max_pixels: int) -> tuple[int, int]:
 
 
 def _open(file: Any) -> Image.Image:
-    """The image in a file. `data.max_image_pixels` is the limit here, so Pillow's own, which no job can raise, is off.
-    Raises `_Told` for what is no image that is read."""
+    """The image in a file. Raises `_Told` for what is no image that is read."""
     try:
-        with _PILLOW_LIMIT:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                return Image.open(file, formats=FORMATS)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+        return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         file.seek(0)
         if (kind := _name_kind(file.read(64))) is None:
@@ -208,13 +204,29 @@ def _open(file: Any) -> Image.Image:
         raise _Told(f"image file is {kind}; images are read from {', '.join(FORMATS)}: convert or replace it") from None
 
 
+def _allow(pixels: int) -> None:
+    """Raise Pillow's own limit of pixels in this process where a job allows more: that counts, and Pillow looks at its
+    own in many places."""
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
 def _name_kind(head: bytes) -> str | None:
     """What a file is that begins so, if it is something that is not read."""
     for start, mark, kind in _OTHERS:
         if head[start:].lower().startswith(mark.lower()):
             return kind
-    name = next((name for name, (_, accept) in Image.OPEN.items() if accept and accept(head) is True), None)
-    return f"a {name} image" if name and name not in FORMATS else None
+    name = next((name for name in Image.OPEN if name not in FORMATS and _accepts(name, head)), None)
+    return f"a {name} image" if name else None
+
+
+def _accepts(name: str, head: bytes) -> bool:
+    """Whether one of Pillow's decoders takes a file that begins so for its own."""
+    try:
+        accept = Image.OPEN[name][1]
+        return accept is not None and accept(head) is True
+    except Exception:  # decoders raise what they like
+        return False
 
 
 def _orientation(image: Image.Image) -> int:
@@ -238,7 +250,8 @@ def _read_header(file: Any, tail: bytes, max_pixels: int) -> tuple[int, int]:
         if image.mode == "F":
             raise _Told("floating-point images have no agreed range; convert it to 8 bit")
         kind = image.format or ""
-        if kind not in _ENDS or _ENDS[kind] not in tail or b"eXIf" in tail:  # a PNG may have that behind the pixels
+        late = kind == "PNG" and any(mark in tail for mark in (b"eXIf", b"iTXt", b"zTXt"))  # behind the pixels
+        if kind not in _ENDS or _ENDS[kind] not in tail or late:
             image.load()
         # getexif() decodes a PNG to find none
         look = kind != "PNG" or not {"exif", "xmp", "Raw profile type exif"}.isdisjoint(image.info)
@@ -267,8 +280,10 @@ class _Told(ValueError):
     """A reason that is told as it stands."""
 
 
-def decode(source: str | bytes) -> np.ndarray:
-    """`uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted."""
+def decode(source: str | bytes, pixels: int = 0) -> np.ndarray:
+    """`uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted. `pixels`: how many
+    the image was found to have."""
+    _allow(pixels)
     with open_image(source) as file, _open(file) as opened:
         opened.load()
         turn = _TURNS.get(_orientation(opened))  # not `exif_transpose`, which writes all other EXIF anew and may fail

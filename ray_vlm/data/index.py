@@ -152,7 +152,8 @@ def settle_boxes(record: Any, on_bad_box: str = "raise") -> Any:
     says."""
     if not isinstance(record, SftRecord):
         return record
-    if "listed" in record.context and sizes_differ(record.context["listed"], record.sizes[0]):
+    listed = record.context.get("listed")
+    if listed and (record.context["frame"] == "listed" or sizes_differ(listed, record.sizes[0])):
         record = _in_listed_frame(record)
         if isinstance(record, BadRow):
             return record
@@ -184,16 +185,23 @@ def _without_bad_boxes(record: SftRecord, clip: bool) -> SftRecord:
 def _in_listed_frame(record: SftRecord) -> SftRecord | BadRow:
     """The record with boxes that belong to the size which its file lists brought to its upright image."""
     listed, size = record.context["listed"], record.sizes[0]
-    reason = None if record.context["frame"] == "listed" else describe_sizes(listed, size)
-    turn = read_orientation(record.images[0]) if reason is None and not sizes_differ(listed[::-1], size) else 1
-    stretch = (size[0] / listed[0]) / (size[1] / listed[1])
-    if reason is None and turn < 5 and abs(stretch - 1) > 0.02:
-        reason = (
+    if record.context["frame"] != "listed":
+        return BadRow(record.row, record.id, describe_sizes(listed, size))
+    try:
+        turn = read_orientation(record.images[0])
+    except (OSError, ValueError):  # it is gone, and training finds another row for its place
+        return record
+    if turn >= 5 and not sizes_differ(listed, size) and sizes_differ(listed[::-1], size):
+        turn = 1  # this one was turned before its boxes were drawn
+    stored = size[::-1] if turn >= 5 else size
+    stretch = (stored[0] / listed[0]) / (stored[1] / listed[1])
+    if abs(stretch - 1) > 0.02 and sizes_differ(listed, stored):
+        return BadRow(
+            record.row,
+            record.id,
             f"the file lists {listed[0]}x{listed[1]} px, and the image has {size[0]}x{size[1]}, which is another "
-            "shape, and is not turned; set box_frame=image, or mend its width and height"
+            "shape; set box_frame=image, or mend its width and height",
         )
-    if reason is not None:
-        return BadRow(record.row, record.id, reason)
     boxes = tuple(_turned(box, listed, size, turn) for box in record.truth["boxes"])
     return replace(record, truth={**record.truth, "boxes": boxes})
 
@@ -203,13 +211,13 @@ def _turned(
 ) -> tuple[float, float, float, float]:
     """A box in an image of the size `listed`, as it lies in the upright image of `size`; `turn`: EXIF's orientation."""
     width, height = listed
-    (x1, y1, x2, y2) = box
-    if turn in (6, 7):
-        y1, y2 = height - y2, height - y1
-    if turn in (7, 8):
+    x1, y1, x2, y2 = box
+    if turn in (2, 3, 7, 8):
         x1, x2 = width - x2, width - x1
+    if turn in (3, 4, 6, 7):
+        y1, y2 = height - y2, height - y1
     if turn >= 5:
-        return y1, x1, y2, x2
+        x1, y1, x2, y2, width, height = y1, x1, y2, x2, height, width
     scale_x, scale_y = size[0] / width, size[1] / height
     return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
 

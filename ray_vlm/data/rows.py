@@ -280,7 +280,7 @@ class Preparer:
         for image, size in zip(record.images, record.sizes, strict=True):
             name = image if isinstance(image, str) else "its image"
             try:
-                pixels = decode(image)
+                pixels = decode(image, size[0] * size[1])
             except Exception as error:  # decoders raise what they like
                 raise DataError(f"row {record.row} (id {record.id}): {name} cannot be decoded ({error}).") from None
             if (pixels.shape[1], pixels.shape[0]) != size:

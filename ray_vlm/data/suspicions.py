@@ -11,6 +11,7 @@ from ray_vlm.config.data import Source
 from ray_vlm.data.records import BadRow, Record, SftRecord
 
 _SAME_PX = 2  # tools round sizes
+_MANY = 5  # crowds of a class without an object; a small part of COCO has one or two
 _FEW = 20  # boxes and fewer say nothing about a unit
 _SHOWN = 3
 
@@ -51,9 +52,10 @@ def describe_sizes(listed: tuple[int, int], size: tuple[int, int]) -> str:
 
 
 def crowd_problem(crowds: Counter[str], objects: Counter[str]) -> str | None:
-    """Why a file whose annotations are crowds for the most part cannot be meant so, if any class is: by class, how many
-    crowds there are and how many objects."""
-    most = [name for name, count in crowds.items() if count > objects[name]]
+    """Why a file with so many crowds cannot be meant so, if it cannot: most of its annotations are crowds, or all of a
+    class. By class, how many crowds there are and how many objects."""
+    whole = crowds.total() > objects.total()
+    most = [name for name, n in crowds.items() if n > objects[name] and (whole or (n >= _MANY and not objects[name]))]
     if not most:
         return None
     shown = ", ".join(f"{name} ({crowds[name]} of {crowds[name] + objects[name]})" for name in sorted(most)[:_SHOWN])

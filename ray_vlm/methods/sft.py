@@ -74,7 +74,7 @@ def check_options(job: JobConfig) -> None:
     if job.method.trl:
         from trl import SFTConfig
 
-        check_trl_options(job, SFTConfig, {"loss_type": ("nll", "dft")})
+        check_trl_options(job, SFTConfig, {"loss_type": ("nll", "dft", "chunked_nll")})
 
 
 def extras(job: JobConfig) -> dict[str, Any]:

@@ -109,8 +109,8 @@ def _check_unquantised(spec: Model, config: Any) -> None:
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
     if method is not None and "bitsandbytes" not in (name := str(getattr(method, "value", method))):
         raise ModelError(
-            f"model.name={spec.name!r} was published quantised ({name}), and its weights cannot be trained or "
-            "quantised again. Give the unquantised base; model.load_in_4bit quantises that as it is loaded."
+            f"model.name={spec.name!r} was published quantised ({name}), and cannot be quantised again to 4 bit. Give "
+            "the unquantised base; model.load_in_4bit quantises that as it is loaded."
         )
 
 
@@ -124,7 +124,8 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
 
     config = load_config(spec)
     family, dtype = family_of(config), dtype_of(precision)
-    _check_unquantised(spec, config)
+    if spec.load_in_4bit:
+        _check_unquantised(spec, config)
     options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "attn_implementation": "sdpa"}
     if spec.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(

@@ -13,6 +13,7 @@ IMAGE = "<image>"
 _FENCE = re.compile(r"```(?:json)?")  # no repeats beside each other: a model may write a page of spaces
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _HALVES = re.compile(rf"{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW}")  # of a character; no file can hold them
+_KEY = re.compile(r'":\s*$')
 _BRACKET, _LIST = re.compile(r"[\[{]"), re.compile(r"\[\s*\{")  # where a value may begin, and a list of objects
 _TRIES = 2000  # places where an object may begin that are looked at in a broken answer
 _DEEPEST = 64  # levels of lists and objects that an answer may have
@@ -67,14 +68,14 @@ def final_text(text: str) -> str:
     return text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else text
 
 
-def read_json(text: str) -> tuple[Any, list[str]]:
+def read_json(text: str, first_object: bool = False) -> tuple[Any, list[str]]:
     """The JSON value in an answer and what was wrong with its form; None where there is none. Never raises.
 
     Reasoning before the answer and a fence around it belong to the form. Text around it, or an end that was cut off, is
-    a repair. Of several values the last one counts, since drafts come before the final answer; of a list that was cut
-    off the whole objects are kept.
+    a repair. Of several lists or objects the last one counts, since drafts come before the final answer, or of objects
+    the first (`first_object`); of a list that was cut off the whole objects are kept.
     """
-    value, repairs = _read_json(final_text(text))
+    value, repairs = _read_json(final_text(text), first_object)
     return (None, [*repairs, "nested too deeply"]) if _is_deep(value) else (value, repairs)
 
 
@@ -89,7 +90,7 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _read_json(text: str) -> tuple[Any, list[str]]:
+def _read_json(text: str, first_object: bool) -> tuple[Any, list[str]]:
     repairs: list[str] = []
     if _HALVES.search(text):
         text, repairs = _HALVES.sub("\N{REPLACEMENT CHARACTER}", text), ["half a character replaced"]
@@ -99,7 +100,7 @@ def _read_json(text: str) -> tuple[Any, list[str]]:
         return json.loads(inside, strict=False), repairs
     except (ValueError, RecursionError):
         pass
-    value, whole = _last_value(text)
+    value, whole = _last_value(text, first_object)
     if whole:
         return value, [*repairs, "text around the JSON"]
     if value:
@@ -107,30 +108,38 @@ def _read_json(text: str) -> tuple[Any, list[str]]:
     return None, [*repairs, "no JSON in it"]
 
 
-def _last_value(text: str) -> tuple[Any, bool]:
-    """The last list of objects, or the last object outside any list, and whether it is whole: of a list that is cut off
-    or broken, its whole objects."""
-    value: Any = None
+def _last_value(text: str, first_object: bool) -> tuple[Any, bool]:
+    """The last list of objects in a text or, where there is none, the last (or first) object, and whether it is whole:
+    of a list that is cut off or broken, its whole objects. Something empty counts where there is nothing else."""
+    lists, objects, empty = list[list](), list[dict](), list[Any]()
     broken: list[dict] | None = None  # objects of the list that begins last and does not end
     end = 0
     for _, match in zip(range(_TRIES), _BRACKET.finditer(text), strict=False):
-        if match.start() < end:
+        start = match.start()
+        if start < end:
             continue
         try:
-            found, end = _DECODER.raw_decode(text, match.start())
+            found, end = _DECODER.raw_decode(text, start)
         except RecursionError:
             break
         except ValueError:
-            if _LIST.match(text, match.start()) and broken is None:
+            if _LIST.match(text, start) and broken is None:
                 broken = []
             continue
-        if isinstance(found, dict) and broken is not None:
-            broken.append(found)
-        elif isinstance(found, dict) or all(isinstance(item, dict) for item in found):
-            value, broken = found, None
-        else:
+        inside = broken is not None and _KEY.search(text[max(0, start - 20) : start])  # a value of a broken object
+        if not isinstance(found, dict) and not all(isinstance(item, dict) for item in found):
             end = match.end()  # objects may be inside
-    return (value, value is not None) if not broken else (broken, False)
+        elif not found:
+            empty.append(found)
+        elif isinstance(found, dict):
+            (objects if broken is None else broken).append(found)
+        elif not inside:
+            lists.append(found)
+            broken = None
+    if broken:
+        return broken, False
+    whole = lists[-1:] or (objects[:1] if first_object else objects[-1:]) or empty[-1:]
+    return (whole[0], True) if whole else (None, False)
 
 
 def name_class(found: str, labels: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ray_vlm.data.records import Box, Point
-from ray_vlm.tasks.answers import Answer, read_json
+from ray_vlm.tasks.answers import Answer, final_text, read_json
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def read_boxes(text: str, frame: Frame) -> tuple[list[tuple[Box, str]], bool, li
 
     Either syntax is read, whatever was promised. A box that says nothing new is dropped, as are empty ones.
     """
-    promised = frame.codec.syntax
+    promised, text = frame.codec.syntax, final_text(text)
     items, repairs = _read_tokens(text) if promised == "tokens" or "<|box_start|>" in text else _read_list(text)
     if promised == "tokens" and not items and text.strip() != "None":
         items, repairs = _read_list(text)

@@ -117,7 +117,7 @@ def answer(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Answ
 
 def parse(text: str, frames: Sequence[Frame]) -> Parsed:
     """`output` (action and arguments), `box` and `point` in original pixels or None. Never raises."""
-    value, repairs = read_json(text)
+    value, repairs = read_json(text, first_object=True)  # of several steps the next one
     if isinstance(value, list) and value:
         value, repairs = value[0], [*repairs, "the first of a list of steps"]
     if not isinstance(value, dict):

@@ -45,6 +45,7 @@ def _box(**options: Any) -> dict[str, Any]:
         ([ROBOFLOW, {"id": 1, "name": "fish", "supercategory": "fish"}], ["fish"]),
         ([ROBOFLOW, {"id": 1, "name": "eel", "supercategory": "fish"}], ["eel"]),
         ([{"id": 1, "name": "bus", "supercategory": "vehicle"}, {"id": 7, "name": "vehicle"}], ["bus"]),
+        ([{"id": 1, "name": "a", "supercategory": "none"}, ROBOFLOW | {"id": 2}], ["a", "fish"]),
         ([{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}], ["cat", "dog"]),  # a class may have no box in one file
         ([{"id": 1, "name": "person", "supercategory": "person"}, {"id": 2, "name": "bus"}], ["person", "bus"]),
         ([{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}], ["dog"]),
@@ -110,16 +111,17 @@ def test_ids_that_passed_through_a_table_are_whole_numbers(tmp_path: Path) -> No
     assert (row.id, row.truth["labels"]) == ("1", ("dog",))
     (row,), _ = _coco(tmp_path, [_box()], [{"id": 1.0, "name": "dog"}], image_id=1.0)
     assert (row.id, row.truth["labels"]) == ("1", ("dog",))
+    assert len(row.truth["boxes"]) == 1
 
 
-def test_annotations_of_other_images_are_bad_rows_that_harm_no_other(tmp_path: Path) -> None:
-    rows, _ = _coco(tmp_path, [_box(), _box(image_id=99), _box(image_id=1.5)])
-    assert isinstance(rows[0], SftRecord)
-    assert "image_id 1.5" in rows[2].reason
-    assert rows[1] == BadRow(1, "", "annotation 1 has image_id 99, which no image has; remove it or add the image")
+def test_annotations_of_other_images_harm_no_row(tmp_path: Path) -> None:
+    (row, stray), _ = _coco(tmp_path, [_box(), _box(image_id=99), _box(image_id=1.5), 5])
+    assert row.truth["boxes"] == ((1.0, 2.0, 11.0, 12.0),)
+    told = "annotation 1 has image_id 99, which no image has, and so have 2 others; remove it or add the image"
+    assert stray == BadRow(1, "", told)
 
 
-@pytest.mark.parametrize("crowd", [1, "1", True])
+@pytest.mark.parametrize("crowd", [1, "1", True, 1.0, "1.0", "true"])
 def test_a_crowd_is_no_object_however_it_is_written(tmp_path: Path, crowd: Any) -> None:
     (row,), _ = _coco(tmp_path, [_box(iscrowd=crowd), _box(iscrowd=0, bbox=[3, 3, 3, 3])])
     assert row.truth["boxes"] == ((3.0, 3.0, 6.0, 6.0),)
@@ -174,7 +176,7 @@ TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
         ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}, TURNS[1]]}, "a text holds <video>"),
         ({"image_path": "a.jpg"}, r"its column image_path names one \('a.jpg'\).*columns=\{image: image_path\}"),
         ({"photos": ["d/A.PNG"]}, "its column photos names one"),
-        ({"conversations": [*TURNS[:1], TURNS[1] | {"loss": False}, *TURNS]}, "marked as not to be learned"),
+        ({"conversations": [*TURNS[:1], TURNS[1] | {"loss": False}, *TURNS]}, r"conversations\[1\] is marked as not"),
         ({"conversations": [*TURNS[:1], TURNS[1] | {"weight": 0}, *TURNS]}, "marked as not to be learned"),
     ],
 )
@@ -188,12 +190,14 @@ def test_what_would_not_be_seen_or_heard_makes_a_row_bad(tmp_path: Path, row: di
     "row",
     [
         {}, {"video": None, "audios": []}, {"id": "a.jpg"}, {"source": "see the photo a.jpg"},
-        {"conversations": [TURNS[0], TURNS[1] | {"loss": True, "weight": 1.0}]},
+        {"conversations": [TURNS[0] | {"loss": False}, TURNS[1] | {"loss": True, "weight": 1.0}]}, {"video": False},
+        {"videos": [None]}, {"audio": {"bytes": None, "path": None}}, {"note": "what format has photo.jpg"},
+        {"conversations": [TURNS[0], TURNS[1] | {"value": "<video src=x>, <video>"}]}, {"answer": "a.png"},
     ],
 )  # fmt: skip
 def test_text_without_media_stays_a_row(tmp_path: Path, row: dict) -> None:
     (found,) = _rows(tmp_path, [{"id": "8", "conversations": TURNS} | row], "llava")
-    assert isinstance(found, SftRecord)
+    assert isinstance(found, SftRecord), found.reason
     assert found.images == ()
 
 
@@ -270,7 +274,10 @@ def test_sizes_that_contradict_the_image_are_bad_until_the_job_says_what_boxes_m
 # A box of 20 by 10 at the top left of what the camera stored, as it lies in the upright image.
 @pytest.mark.parametrize(
     ("orientation", "box"),
-    [(5, (2, 1, 12, 21)), (6, (36, 1, 46, 21)), (7, (36, 43, 46, 63)), (8, (2, 43, 12, 63))],
+    [
+        *((2, (43, 2, 63, 12)), (3, (43, 36, 63, 46)), (4, (1, 36, 21, 46))),
+        *((5, (2, 1, 12, 21)), (6, (36, 1, 46, 21)), (7, (36, 43, 46, 63)), (8, (2, 43, 12, 63))),
+    ],
 )
 def test_boxes_of_a_photo_that_a_tool_did_not_turn(tmp_path: Path, orientation: int, box: tuple) -> None:
     stored = np.zeros((48, 64, 3), np.uint8)
@@ -279,11 +286,15 @@ def test_boxes_of_a_photo_that_a_tool_did_not_turn(tmp_path: Path, orientation: 
     exif[0x0112] = orientation
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
     (tmp_path / "a.png").rename(tmp_path / "a.jpg")  # a PNG by its content
-    refused = _sized(tmp_path, (64, 48), [1, 2, 20, 10])
-    assert "width and height are exchanged" in refused.reason
+    if orientation >= 5:
+        assert "width and height are exchanged" in _sized(tmp_path, (64, 48), [1, 2, 20, 10]).reason
+        turned = _sized(tmp_path, (48, 64), [1, 2, 20, 10], box_frame="listed")
+        assert turned.truth["boxes"] == ((1, 2, 21, 12),), "the file lists this one as it is seen"
     found = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
     assert found.truth["boxes"] == (box,)
     x1, y1, x2, y2 = box
+    twice = _sized(tmp_path, (128, 96), [2, 4, 40, 20], box_frame="listed")
+    assert twice.truth["boxes"] == (box,)
     upright = decode(found.images[0])
     assert (upright[y1:y2, x1:x2] == 255).all()
     assert upright.sum() == stored.sum()
@@ -308,7 +319,7 @@ def test_a_point_that_is_a_share_is_not_taken_for_a_pixel(place: tuple[float, fl
 
 @pytest.mark.parametrize(
     ("crowds", "objects", "bad"), [(1, 0, True), (3, 1, True), (1, 1, False), (1, 5, False), (0, 2, False)]
-)
+)  # of the only class
 def test_a_class_of_crowds_stops_until_the_job_says_what_they_are(
     tmp_path: Path, crowds: int, objects: int, bad: bool
 ) -> None:
@@ -411,3 +422,22 @@ def test_a_suffix_of_another_tool_is_told_with_the_way_out(tmp_path: Path, name:
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=rf"rows are not read from .*{told}"):
         read_rows(Source(path=str(tmp_path / name), format="llava"))
+
+
+def test_a_class_of_crowds_among_others_stops_where_it_is_no_chance(tmp_path: Path) -> None:
+    categories = [*DOG, {"id": 2, "name": "person"}]
+    dogs, crowd = [_box()] * 20, _box(category_id=2, iscrowd=1)
+    (row,), _ = _coco(tmp_path, [*dogs, crowd], categories)
+    assert len(row.truth["boxes"]) == 20
+    with pytest.raises(DataError, match=r"most annotations of person \(5 of 5\) are crowds"):
+        _coco(tmp_path, [*dogs, *[crowd] * 5], categories)
+
+
+def test_an_image_that_is_gone_keeps_its_place_in_a_run_that_goes_on(tmp_path: Path) -> None:
+    _image(tmp_path / "a.jpg", (64, 48), 6)
+    found = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
+    (tmp_path / "a.jpg").unlink()
+    rows, _ = read_rows(Source(path=str(tmp_path / "rows.json"), box_frame="listed"))
+    assert isinstance(measure_row(rows[0], Data()), BadRow)
+    again = measure_row(rows[0], Data(), {found.images[0]: (48, 64)})
+    assert (again.id, again.sizes) == ("1", ((48, 64),))

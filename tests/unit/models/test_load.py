@@ -171,17 +171,14 @@ def test_what_the_hub_refuses_is_told_with_the_way_out(monkeypatch: pytest.Monke
         load_config(Model(name="some/base"))
 
 
-@pytest.mark.parametrize("in_4bit", [True, False])
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8"])
-def test_a_base_that_is_quantised_already_is_refused(
-    tmp_path: Path, tiny_models: dict[str, str], method: str, in_4bit: bool
-) -> None:
+def test_a_base_that_is_quantised_already_is_refused(tmp_path: Path, tiny_models: dict[str, str], method: str) -> None:
     shutil.copytree(tiny_models["qwen3_vl"], tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     about = {"quant_method": method, "bits": 4, "group_size": 128, "activation_scheme": "dynamic"}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
     with pytest.raises(ModelError, match=rf"published quantised \({method}\).*Give the unquantised base"):
-        load_model(Model(name=str(tmp_path / "base"), load_in_4bit=in_4bit), "fp32")
+        load_model(Model(name=str(tmp_path / "base")), "fp32")
 
 
 def test_a_processor_that_needs_a_package_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
