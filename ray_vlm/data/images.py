@@ -13,30 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ray_vlm.data.image_kinds import FORMATS, name_kind
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
 from ray_vlm.models.prompt_text import ImageSizes
 from ray_vlm.runs.store import is_remote
 
-Image.init()  # all decoders, so that they can be named
-_READ = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
-FORMATS = tuple(
-    kind for kind in _READ if kind in Image.OPEN
-)  # Pillow before 11.3 has no AVIF; others are refused by name
-# What other files begin with, from which byte on.
-_OTHERS = (
-    (4, b"ftyphe", "a HEIC image"),
-    (4, b"ftypmif1", "a HEIF image"),
-    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
-    (0, b"\xff\x0a", "a JPEG XL image"),
-    (0, b"%PDF", "a PDF document"),
-    (0, b"<svg", "an SVG drawing"),
-    (0, b"<?xml", "an XML document"),
-    (0, b"<!doctype html", "an HTML page, as a failed download leaves it"),
-    (0, b"<html", "an HTML page, as a failed download leaves it"),
-    (0, b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull`"),
-)
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what the last bytes of a whole file contain
 _ORIENTATION = 0x0112
 _TURNS = {  # by the EXIF orientation: what makes the image upright
@@ -199,7 +182,7 @@ def _open(file: Any) -> Image.Image:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         file.seek(0)
-        if (kind := _name_kind(file.read(64))) is None:
+        if (kind := name_kind(file.read(64))) is None:
             raise
         raise _Told(f"image file is {kind}; images are read from {', '.join(FORMATS)}: convert or replace it") from None
 
@@ -209,24 +192,6 @@ def _allow(pixels: int) -> None:
     own in many places."""
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = pixels
-
-
-def _name_kind(head: bytes) -> str | None:
-    """What a file is that begins so, if it is something that is not read."""
-    for start, mark, kind in _OTHERS:
-        if head[start:].lower().startswith(mark.lower()):
-            return kind
-    name = next((name for name in Image.OPEN if name not in FORMATS and _accepts(name, head)), None)
-    return f"a {name} image" if name else None
-
-
-def _accepts(name: str, head: bytes) -> bool:
-    """Whether one of Pillow's decoders takes a file that begins so for its own."""
-    try:
-        accept = Image.OPEN[name][1]
-        return accept is not None and accept(head) is True
-    except Exception:  # decoders raise what they like
-        return False
 
 
 def _orientation(image: Image.Image) -> int:

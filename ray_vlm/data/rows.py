@@ -24,10 +24,8 @@ from ray_vlm.models.load import family_of, load_config, load_processor, resolve_
 from ray_vlm.models.prompt_text import PromptText, read_prompt_text, take_prompt_text
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.tasks import TASKS
-from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, Setting, Turns
+from ray_vlm.tasks.answers import IMAGE, Answer, Setting, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
-from ray_vlm.tasks.classification import attributes_of, check_attributes
-from ray_vlm.tasks.detection import name_classes
 
 _PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
 _LOADING = threading.Lock()
@@ -293,14 +291,3 @@ class Preparer:
 def load_preparer(spec: RowSpec) -> Preparer:
     """The process's `Preparer` for `spec`, made once."""
     return Preparer(spec)
-
-
-def parse_answer(text: str, record: Record, preparer: Preparer) -> Parsed:
-    """What an answer to the record says, with the classes of the job. A classification is in the promised form if its
-    attributes are those that were asked for: those of the truth, or those of the labels if the record has no truth."""
-    parsed, labels = preparer.task.parse(text, preparer.frames(record)), preparer.spec.labels
-    if preparer.spec.task.name == "detection":
-        return name_classes(parsed, labels)
-    if preparer.spec.task.name == "classification" and isinstance(record, SftRecord):
-        return check_attributes(parsed, tuple(record.truth["attributes"]) or tuple(attributes_of(labels)))
-    return parsed

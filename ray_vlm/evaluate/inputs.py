@@ -14,7 +14,7 @@ from typing import Any
 
 from ray_vlm.data.cells import from_json, is_empty
 from ray_vlm.data.files import parent_folder, resolve_image
-from ray_vlm.data.images import FORMATS
+from ray_vlm.data.image_kinds import FORMATS
 from ray_vlm.data.records import BadRow
 from ray_vlm.data.tables import read_table
 from ray_vlm.errors import ConfigError, DataError

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer, parse_answer
+from ray_vlm.data.rows import Preparer
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from typing import Any
 
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import Box, Point, SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer, parse_answer
+from ray_vlm.data.rows import Preparer, load_preparer
 from ray_vlm.data.spec import row_spec
 from ray_vlm.errors import DataError
 from ray_vlm.evaluate.actors import Loaded, Work

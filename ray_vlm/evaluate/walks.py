@@ -4,8 +4,9 @@ them at the next one, cut and forgotten as `Predictor.predict_step` does it."""
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
+from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer, parse_answer
+from ray_vlm.data.rows import Preparer
 from ray_vlm.tasks.gui_steps import remember
 
 

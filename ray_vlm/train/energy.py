@@ -6,10 +6,12 @@ else runs there. What was used between the last checkpoint and a crash is not kn
 
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
+from ray_vlm.runs.monitor import Monitor
 from ray_vlm.train.attempt import Place
 
 _SAMPLE_S = 15.0
@@ -114,3 +116,13 @@ def add_up(found: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
             sums["energy_kwh"] += of_rank[part]
             sums["co2_kg"] += of_rank[part] * of_rank["kg_per_kwh"]
     return sums if machines else {}
+
+
+def energy_writer(meter: Meter | None, monitor: Monitor | None, place: Place, trainer: Any) -> Callable[[], None]:
+    """A function that all ranks call at the same steps, to write down what they have used; without meters nothing."""
+
+    def write() -> None:
+        if meter is not None and (found := sum_energy(meter, place)) and monitor is not None:
+            monitor.write("energy", trainer.state.global_step, trainer.state.epoch or 0.0, found)
+
+    return write

@@ -33,7 +33,7 @@ from ray_vlm.runs.training_log import TrainingLog
 from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
 from ray_vlm.train.clock import name_device, watch_usage
 from ray_vlm.train.deepspeed import gather_weights
-from ray_vlm.train.energy import Meter, sum_energy
+from ray_vlm.train.energy import Meter, energy_writer
 from ray_vlm.train.feed import open_stream
 from ray_vlm.train.fit import Probe
 from ray_vlm.train.notice import watch_notice
@@ -127,7 +127,7 @@ def _train(
     if place.ray:
         callback.notice = watch_notice()
     meter = Meter(job.track.country, place.device) if job.track.energy and job.track.country else None
-    write_energy = _energy_writer(meter, monitor, place, trainer)
+    write_energy = energy_writer(meter, monitor, place, trainer)
     _connect(job, trainer, callback, place, attempt, about, write_energy)
     try:
         if job.method.precompute_ref_log_probs:
@@ -211,16 +211,6 @@ def _connect(
     if job.evaluate.asynchronous:
         trainer.validate = callback.hand_over
     trainer.add_callback(callback)
-
-
-def _energy_writer(meter: Meter | None, monitor: Monitor | None, place: Place, trainer: Any) -> Callable[[], None]:
-    """A function that all ranks call at the same steps, to write down what they have used; without meters nothing."""
-
-    def write() -> None:
-        if meter is not None and (found := sum_energy(meter, place)) and monitor is not None:
-            monitor.write("energy", trainer.state.global_step, trainer.state.epoch or 0.0, found)
-
-    return write
 
 
 def _close(paths: RunPaths, attempt: Attempt, trainer: Any, monitor: Monitor | None, meter: Meter | None) -> None:
