@@ -85,6 +85,7 @@ def job_file(tmp_path: Path, scenes: Path, tiny_models: dict[str, str]) -> Any:
 def ray_cluster() -> Any:
     """One Ray cluster of this process for all tests that need one; with the dashboard, which job stops rely on."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as a cluster of a run's own has it
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")

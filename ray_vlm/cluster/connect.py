@@ -27,6 +27,8 @@ SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+# The same of a cluster of our own: no machine is taken away from it, so no process needs to look out for that.
+OWN_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 _OWN = "local"  # Ray's word for a cluster of this process's own
 _ANSWER_S = 0.3  # how long a cluster on this machine may take to answer
 _JOIN_S = 5.0  # the same of one that is to be joined
@@ -109,12 +111,14 @@ def start_ray(job: JobConfig) -> Iterator[None]:
     print(describe_start(job), flush=True)  # to import Ray and to start it takes longer than a person waits in silence
     import ray
 
-    mine = not ray.is_initialized()
+    mine, added = not ray.is_initialized(), set[str]()
     try:
         if mine:
             setting = "cluster.address" if job.cluster.address else "RAY_ADDRESS"
             address = job.cluster.address or os.environ.get("RAY_ADDRESS") or _OWN
             if address == _OWN:
+                added = OWN_SETTINGS.keys() - os.environ.keys()
+                os.environ.update({name: OWN_SETTINGS[name] for name in added})
                 _start_own(max(count_cpus(), cpus_needed(job)))
             else:
                 _join(address, setting)
@@ -124,6 +128,8 @@ def start_ray(job: JobConfig) -> Iterator[None]:
     finally:
         if mine:
             ray.shutdown()
+        for name in added:  # a cluster that is joined later may lose machines
+            os.environ.pop(name, None)
 
 
 def tell_idle_gpus(count: int) -> None:

@@ -1,5 +1,6 @@
 """Which cluster a run gets, and what is said beforehand. Ray itself is not started."""
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,14 +94,18 @@ def test_a_cluster_that_was_named_is_joined_as_it_is(
 ) -> None:
     monkeypatch.setattr(connect, "answers", lambda address, timeout_s: True)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)
     with start_ray(_job(gpus_per_worker=1)):
         assert started["address"] == "10.0.0.9:6379"
     with start_ray(_job(address="auto", gpus_per_worker=1)):
         assert started["address"] == "auto"
+        assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
     assert "num_cpus" not in started
     assert _notes(capsys) == []
     with start_ray(_job(address="local")):
         assert (started["address"], started["num_cpus"]) == ("local", 4)
+        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0", "no machine is taken away from this one"
+    assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
     assert capsys.readouterr().out.startswith("starting Ray on this machine\n")
 
 

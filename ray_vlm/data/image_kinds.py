@@ -1,0 +1,38 @@
+"""Which kinds of image files are read, and the names of others, for errors."""
+
+from PIL import Image
+
+Image.init()  # all decoders, so that they can be named
+_READ = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = tuple(kind for kind in _READ if kind in Image.OPEN)  # Pillow before 11.3 has no AVIF
+# What other files begin with, from which byte on.
+_OTHERS = (
+    (4, b"ftyphe", "a HEIC image"),
+    (4, b"ftypmif1", "a HEIF image"),
+    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"<svg", "an SVG drawing"),
+    (0, b"<?xml", "an XML document"),
+    (0, b"<!doctype html", "an HTML page, as a failed download leaves it"),
+    (0, b"<html", "an HTML page, as a failed download leaves it"),
+    (0, b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull`"),
+)
+
+
+def name_kind(head: bytes) -> str | None:
+    """What a file is that begins so, if it is something that is not read."""
+    for start, mark, kind in _OTHERS:
+        if head[start:].lower().startswith(mark.lower()):
+            return kind
+    name = next((name for name in Image.OPEN if name not in FORMATS and _accepts(name, head)), None)
+    return f"a {name} image" if name else None
+
+
+def _accepts(name: str, head: bytes) -> bool:
+    """Whether one of Pillow's decoders takes a file that begins so for its own."""
+    try:
+        accept = Image.OPEN[name][1]
+        return accept is not None and accept(head) is True
+    except Exception:  # decoders raise what they like
+        return False
