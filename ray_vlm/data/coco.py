@@ -170,10 +170,10 @@ def _context(source: Source, truth: dict, image: dict) -> dict[str, Any]:
         return {}
     if source.box_units != "pixels":
         return {"box_units": source.box_units}
-    listed = (image.get("width"), image.get("height"))
-    if source.box_frame == "image" or not all(is_number(side) and side >= 1 for side in listed):
+    listed: list[Any] = [side for side in (image.get("width"), image.get("height")) if is_number(side)]
+    if source.box_frame == "image" or len(listed) < 2 or min(listed) < 1:
         return {}
-    return {"listed": listed, "frame": source.box_frame}
+    return {"listed": tuple(listed), "frame": source.box_frame}
 
 
 def _truth(annotations: Any, names: dict[str, str]) -> dict[str, tuple]:
@@ -213,7 +213,8 @@ def _box_of_mask(mask: dict) -> list[float]:
     """The box around a mask of run lengths, `{"size": [height, width], "counts": [...] or text}`."""
     from pycocotools import mask as masks
 
-    size, counts = mask.get("size"), mask.get("counts")
+    size: Any = mask.get("size")
+    counts: Any = mask.get("counts")
     try:
         if not all(isinstance(side, int) and 0 < side < 2**20 for side in (size[0], size[1])):
             raise ValueError(f"size {shown(size)}")  # the library divides by it

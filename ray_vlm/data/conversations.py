@@ -55,7 +55,7 @@ def _chat_record(row: Row, column: str) -> SftRecord:
 def _check_learned(turns: list[dict[str, Any]], column: str) -> None:
     """Raise for an answer that is marked as not to be learned."""
     for i, turn in enumerate(turns):
-        is_answer = _ROLES[turn.get("role", turn.get("from"))] == "assistant"
+        is_answer = _ROLES[str(turn.get("role", turn.get("from")))] == "assistant"
         if is_answer and (turn.get("loss") is False or (turn.get("weight") == 0 and turn["weight"] is not False)):
             raise ValueError(
                 f"{column}[{i}] is marked as not to be learned (loss or weight), and every answer is learned; end the "

@@ -16,7 +16,7 @@ from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import count_row, measure_row
-from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.source import read_source
 from ray_vlm.data.spec import row_spec
@@ -108,10 +108,11 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
         started, rows = time.monotonic(), read[name].rows
         with ThreadPoolExecutor(_THREADS) as pool:
             measured = track(pool.map(one, rows), f"checking the rows of {source.path}", len(rows))
-            usable, counted = [], []
+            usable: list[Record] = []
+            counted: list[Any] = []
             for row in measured:
                 counted.append(row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens))
-                if not isinstance(counted[-1], BadRow):
+                if not isinstance(row, BadRow) and not isinstance(counted[-1], BadRow):
                     usable.append(row)
         bad = tuple(row for row in counted if isinstance(row, BadRow))
         notes = find_suspicions(source, rows, usable, read[name].labels)

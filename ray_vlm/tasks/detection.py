@@ -64,7 +64,7 @@ def name_classes(parsed: Parsed, labels: Sequence[str]) -> Parsed:
     """The answer with its labels as the job writes them: a model that was never told answers `stop sign` for
     `Stop_Sign`."""
     named = tuple(name_class(label, labels) for label in parsed.values["labels"])
-    return replace(parsed, values=parsed.values | {"labels": named})
+    return replace(parsed, values={**parsed.values, "labels": named})
 
 
 def score(parsed: Parsed, truth: Mapping[str, Any], threshold: float = 0.5) -> dict[str, Any]:

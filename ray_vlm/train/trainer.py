@@ -2,6 +2,7 @@
 validation. Used by the workers, and by the process that validates beside them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,3 +178,9 @@ def fetch_records(records: Any) -> tuple:
 
         _FETCHED[records] = ray.get(records)
     return _FETCHED[records]
+
+
+def row_names(trainer: Any) -> Callable[[int], str]:
+    """The id of a training row by its position."""
+    records = trainer.fetch_records()
+    return lambda row: str(records[row].id)

@@ -40,7 +40,7 @@ from ray_vlm.train.notice import watch_notice
 from ray_vlm.train.probe import run_probe
 from ray_vlm.train.progress_lines import progress_writer
 from ray_vlm.train.stop import agree, watch
-from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
+from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process, row_names
 from ray_vlm.train.watchdog import watch_worker
 
 
@@ -115,8 +115,7 @@ def _train(
     from ray_vlm.train.report import publish_weights
 
     preparer = load_preparer(task.spec)
-    args = build_args(job, task, attempt)
-    model = load_adapted(job, preparer.family, place)
+    args, model = build_args(job, task, attempt), load_adapted(job, preparer.family, place)
     about = {"base": place.share(base_fingerprint(model)), "rows": task.rows, "model": job.model.name}
     about["deepspeed"] = job.cluster.deepspeed
     check_fits(attempt, about, task.plan.num_steps, place.world_size)
@@ -146,7 +145,7 @@ def _train(
                 monitor.note(attempt.step, took)
         callback.recall(attempt.step if attempt.checkpoint else -1, place)
         if attempt.step < task.plan.num_steps:
-            with watch_worker(job, paths.store, place, attempt, trainer, task.plan, _names(trainer)):
+            with watch_worker(job, paths.store, place, attempt, trainer, task.plan, row_names(trainer)):
                 trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
         else:  # it died between its last checkpoint and `final/`
             trainer._load_from_checkpoint(str(attempt.folder))
@@ -161,18 +160,16 @@ def _train(
     finally:
         _close(paths, attempt, trainer, monitor, meter)
     steps = max(attempt.step, trainer.state.global_step)
-    told: dict[str, Any] = {"steps": steps, "num_steps": task.plan.num_steps}
+    return {"steps": steps, "num_steps": task.plan.num_steps, **_summarise(callback, trainer)}
+
+
+def _summarise(callback: Any, trainer: Any) -> dict[str, Any]:
+    """How the run went, beside its steps."""
+    told = {"best": callback.progress.best, "stopped": callback.stopped, "leaving": callback.leaving}
     if lost := callback.count_lost():
         records = trainer.fetch_records()
         told["lost_rows"] = [(str(records[gone].id), str(records[other].id)) for gone, other in lost]
-    told |= {"best": callback.progress.best, "stopped": callback.stopped, "leaving": callback.leaving}
     return told
-
-
-def _names(trainer: Any) -> Callable[[int], str]:
-    """The id of a training row by its position."""
-    records = trainer.fetch_records()
-    return lambda row: str(records[row].id)
 
 
 def _connect(
@@ -261,7 +258,7 @@ def _build_callback(
     callback.gather = gather
     listed = place.share(read_bad_steps(paths) if place.rank == 0 else None)
     callback.check_finite = watch_steps(
-        job, paths, task.plan, monitor, _names(trainer), (attempt.step, listed), watch_overflow(trainer, place)
+        job, paths, task.plan, monitor, row_names(trainer), (attempt.step, listed), watch_overflow(trainer, place)
     )
     callback.logged = METHODS[job.method.name].logged
     callback.gradients = watch_gradients(job, load_preparer(task.spec).family, trainer.model, place)

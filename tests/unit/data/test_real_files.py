@@ -369,7 +369,7 @@ def test_a_link_that_leads_out_is_followed_where_the_job_says_so(tmp_path: Path)
     (tmp_path / "in").mkdir()
     (tmp_path / "store" / "s.jpg").write_bytes(b"")
     (tmp_path / "in" / "s.jpg").symlink_to(tmp_path / "store" / "s.jpg")
-    with pytest.raises(ValueError, match=r"it is a link to .*store/s.jpg; set follow_links=true"):
+    with pytest.raises(ValueError, match=r"it is a link to .*store/s.jpg; .* set follow_links=true"):
         resolve_image(str(tmp_path / "in"), "s.jpg")
     assert resolve_image(str(tmp_path / "in"), "s.jpg", follow_links=True) == str(tmp_path / "in" / "s.jpg")
     for name in ("../store/s.jpg", "a/../../store/s.jpg", str(tmp_path / "store" / "s.jpg")):

@@ -21,7 +21,12 @@ def _record(task: str, step: int, truth: str = "truth") -> SftRecord:
 
 def _preparer(**options: Any) -> Any:
     setting = Setting(Task(name="gui_steps", **options), count_tokens=lambda text: 1)
-    return SimpleNamespace(task=gui_steps, frames=lambda record: FRAMES, setting=setting)
+    return SimpleNamespace(
+        task=gui_steps,
+        frames=lambda record: FRAMES,
+        setting=setting,
+        spec=SimpleNamespace(task=setting.options, labels=()),
+    )
 
 
 def test_a_batch_holds_whole_tasks_the_longest_first() -> None:

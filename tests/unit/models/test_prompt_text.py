@@ -115,13 +115,13 @@ def test_sizes_are_those_of_transformers() -> None:
 
     random = np.random.default_rng(0)
     for _ in range(5000):
-        width, height = (int(side) for side in random.integers(28, 5000, 2))
+        width, height = (int(side) for side in random.integers(1, random.choice([40, 5000]), 2))
         factor, low = int(random.choice([16, 28, 32])), int(random.integers(1, 10**6))
         high = low + int(random.integers(0, 10**7))
         if max(width, height) <= 200 * min(width, height):
             tall, wide = theirs(height, width, factor, low, high)
             assert smart_resize((width, height), factor, low, high) == (wide, tall)
-    with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
+    with pytest.raises(ValueError, match="one side is over 200 times"):
         smart_resize((28, 5700), 28, 1, 10**6)
 
 
