@@ -166,10 +166,12 @@ def compare(others: list[Path], pairs: int) -> list[dict[str, Any]]:
         folder = Path(name)
         draw(folder, "studio", "train", 50)
         with head(folder) as address:
-            for _ in range(pairs):
+            for number in range(pairs + 1):
                 for label, checkout in checkouts.items():
-                    starts[label].append(submit(checkout, folder, address))
-                    print(label, {k: round(v, 1) for k, v in starts[label][-1].moments.items()}, flush=True)
+                    found = submit(checkout, folder, address)
+                    print(label, {k: round(v, 1) for k, v in found.moments.items()}, flush=True)
+                    if number:  # the first turn fills the disk's cache and compiles what a checkout brings
+                        starts[label].append(found)
     print(tabulate(starts))
     first = {label: [one.moments["first step"] for one in own] for label, own in starts.items()}
     figures = [figure(f"first step, {label}", statistics.median(taken), "s") for label, taken in first.items()]
