@@ -79,7 +79,7 @@ def _work(job_file: Any) -> Work:
     return Work(job, None, tuple(range(6)), None, tuple((i,) for i in range(6)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("count", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_a_replica_refuses_arrives_as_it_was_said(job_file, count: int, ray_cluster) -> None:
     work = _work(job_file)
     with pytest.raises(ModelError, match="no such model"):

@@ -190,6 +190,7 @@ def test_a_trial_that_fails_is_tried_again_and_then_left(
     assert (sweep / "export" / "adapter").is_dir()
 
 
+@pytest.mark.slow  # tests/unit/tune/test_plan.py has the quick one
 def test_a_trial_without_a_number_is_never_the_best(
     ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path
 ) -> None:
