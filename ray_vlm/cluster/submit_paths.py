@@ -177,7 +177,7 @@ def _job_inputs(job: JobConfig) -> Iterator[tuple[str, str, bool]]:
 
 
 def _modules(value: Any) -> Iterator[str]:
-    """The modules of all `module:function` among plain data."""
+    """The modules of all `module:function` among plain data, but for this package's own: it is sent by itself."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _modules(key)
@@ -185,7 +185,7 @@ def _modules(value: Any) -> Iterator[str]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for inner in value:
             yield from _modules(inner)
-    elif isinstance(value, str) and (match := _FUNCTION.fullmatch(value)):
+    elif isinstance(value, str) and (match := _FUNCTION.fullmatch(value)) and not value.startswith("ray_vlm."):
         yield match[1]
 
 

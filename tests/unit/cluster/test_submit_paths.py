@@ -142,6 +142,10 @@ def test_rows_images_and_modules_of_a_job_must_travel(folder: Path) -> None:
         "data.train.image_root: 1 of what is in data/photos is left out, such as data/photos/1.png by .gitignore"
     ]
     assert report.problems == ["mine/rewards.py, the module of a function in the job, is left out by .gitignore."]
+    (folder / "ray_vlm" / "demo").mkdir(parents=True)  # as in a checkout
+    (folder / "ray_vlm" / "demo" / "shapes.py").write_text("")
+    shipped = "data.test={path: /shared/t.csv, format: image_csv, create: ray_vlm.demo.shapes:draw_file}"
+    assert _job(folder, _archive(folder, "/ray_vlm"), shipped).problems == []
     (missing,) = _job(folder, _archive(folder), "data.test={path: no.csv, format: image_csv}").problems
     assert "data.test.path='no.csv' is not in" in missing
     (adapter,) = _job(folder, _archive(folder), "model.adapter=outputs/run/best").problems
