@@ -51,11 +51,16 @@ def launch(
         except KeyboardInterrupt:
             if not request.left_early:
                 raise
-            step = _last_step(paths)
-            at = f"at step {step}, while the workers started" if step else "before the first step"
-            text = f"stopped {at}; --resume goes on (run.name={paths.name})."
-            raise Interrupted(text, request.signal or signal.SIGINT) from None
+            raise _stopped_early(paths, request.signal or signal.SIGINT) from None
+        except SystemExit:  # what Ray's own handler of SIGTERM raises, which is in place while Ray starts
+            raise _stopped_early(paths, signal.SIGTERM) from None
     return result, request.signal
+
+
+def _stopped_early(paths: RunPaths, number: int) -> Interrupted:
+    step = _last_step(paths)
+    at = f"at step {step}, while the workers started" if step else "before the first step"
+    return Interrupted(f"stopped {at}; --resume goes on (run.name={paths.name}).", number)
 
 
 def _train_in_ray(

@@ -169,3 +169,19 @@ def test_a_lost_connection_is_no_error_of_the_worker_that_tells_it() -> None:
     told = "Read error [10.0.0.2]:43681: Connection reset by peer"
     assert failure.text == f"worker 0 lost its connection to another ({told})"
     assert plan_retry([failure, failure], 9), "machines may go twice at the same step"
+
+
+def test_a_signal_that_ray_s_own_handler_took_is_a_stop(monkeypatch, tmp_path) -> None:
+    """While Ray starts its handlers are in place, and they end the process with 15 or 1."""
+    import ray_vlm.train.launch as launch
+    from ray_vlm.config.schema import JobConfig
+    from ray_vlm.runs.paths import RunPaths
+
+    def take(*args: object) -> None:
+        raise SystemExit(15)
+
+    monkeypatch.setattr(launch, "_train_in_ray", take)
+    job = JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "cluster": {"num_workers": 1}})
+    with pytest.raises(Interrupted, match="stopped before the first step; --resume goes on") as stopped:
+        launch.launch(job, None, RunPaths(tmp_path))  # type: ignore[arg-type]
+    assert stopped.value.exit_code == 143
