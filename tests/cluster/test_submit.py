@@ -48,6 +48,7 @@ def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[di
         time.sleep(0.5)
     else:
         pytest.fail((folder / "head.log").read_text())
+    time.sleep(15)  # the agent that starts jobs comes after the server that takes them
     yield env | {"RAY_API_SERVER_ADDRESS": address, "TEST_HEAD": f"127.0.0.1:{port}"}, folder
     for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
         process.kill()
