@@ -115,7 +115,7 @@ def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
         path = os.path.normpath(named) if follow_links and named_inside else os.path.realpath(named)
     except (OSError, ValueError) as error:
         raise ValueError(f"image {name[:80]!r} is not a path ({error}); give a path under image_root") from None
-    if not os.path.exists(path):
+    if ("\\" in name or "%" in name) and not os.path.exists(path):
         path = _find_spelled(folder, name.removeprefix("file://"), follow_links) or path
     if not _is_inside(path, folder):
         fix = "move it there, or set image_root"

@@ -7,6 +7,7 @@ resized image equals the stock processor's bit for bit.
 
 import io
 import math
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +201,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # EXIF of any program is parsed here, and the pixels are good without it
+    except (ValueError, TypeError, SyntaxError, struct.error):  # of broken EXIF or XMP; the pixels are good without it
         return 1
 
 

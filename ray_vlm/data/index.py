@@ -21,7 +21,6 @@ from ray_vlm.data.suspicions import (
     find_suspicions,
     sizes_differ,
     strip_marks,
-    tell_mended,
     unit_problem,
 )
 from ray_vlm.errors import DataError
@@ -93,8 +92,7 @@ def build_index(
         raise DataError(describe_bad(bad, len(rows), source.path))
     if not records:
         raise DataError(f"{source.path}: no usable row among {len(rows)}. " + "; ".join(b.reason for b in bad[:3]))
-    notes = find_suspicions(source, rows, records, labels)
-    notes += tell_mended(rows, records, source, data.on_bad_box)
+    notes = find_suspicions(source, rows, records, labels, data.on_bad_box)
     return Index(tuple(records), *_columns(counts), tuple(labels), tuple(bad), tuple(notes))
 
 
@@ -134,27 +132,28 @@ def measure_row(row: Any, data: Data, known: Mapping[str, tuple[int, int]] = NON
     """The row with its image sizes and with boxes in pixels, or why it is bad. `known`: as `build_index` has it."""
     if isinstance(row, BadRow):
         return row
-    sizes = []
+    sizes, gone = [], False
     for image in row.images:
         try:
             sizes.append(read_size(image, data.max_image_pixels))
         except (ValueError, OSError) as error:
             if isinstance(image, str) and image in known:
                 sizes.append(known[image])  # training finds another row for its place
+                gone = True
                 continue
             name = f" ({image})" if isinstance(image, str) else ""
             return BadRow(row.row, row.id, f"{error}{name}")
-    return settle_boxes(replace(row, sizes=tuple(sizes)), data.on_bad_box)
+    return settle_boxes(replace(row, sizes=tuple(sizes)), data.on_bad_box, gone)
 
 
-def settle_boxes(record: Any, on_bad_box: str = "raise") -> Any:
+def settle_boxes(record: Any, on_bad_box: str = "raise", gone: bool = False) -> Any:
     """The record with boxes in original pixels, or why they cannot be meant as they stand. `on_bad_box`: as the job
-    says."""
+    says; `gone`: its image cannot be read any more, and training finds another row for its place."""
     if not isinstance(record, SftRecord):
         return record
     listed = record.context.get("listed")
     if listed and (record.context["frame"] == "listed" or sizes_differ(listed, record.sizes[0])):
-        record = _in_listed_frame(record)
+        record = _in_listed_frame(record, gone)
         if isinstance(record, BadRow):
             return record
     elif "box_units" not in record.context and (reason := unit_problem(record)):
@@ -162,8 +161,8 @@ def settle_boxes(record: Any, on_bad_box: str = "raise") -> Any:
     record = to_pixels(record)
     if on_bad_box != "raise" and "labels" in record.truth:
         record = _without_bad_boxes(record, clip=on_bad_box == "clip")
-    marked = {"listed", "frame", "crowds"} & record.context.keys()
-    return replace(record, context=strip_marks(record.context)) if marked else record
+    context = strip_marks(record.context)
+    return replace(record, context=context) if len(context) < len(record.context) else record
 
 
 def _without_bad_boxes(record: SftRecord, clip: bool) -> SftRecord:
@@ -182,15 +181,17 @@ def _without_bad_boxes(record: SftRecord, clip: bool) -> SftRecord:
     return replace(record, truth={**record.truth, "boxes": boxes, "labels": labels})
 
 
-def _in_listed_frame(record: SftRecord) -> SftRecord | BadRow:
+def _in_listed_frame(record: SftRecord, gone: bool) -> SftRecord | BadRow:
     """The record with boxes that belong to the size which its file lists brought to its upright image."""
     listed, size = record.context["listed"], record.sizes[0]
     if record.context["frame"] != "listed":
         return BadRow(record.row, record.id, describe_sizes(listed, size))
+    if gone:
+        return record
     try:
         turn = read_orientation(record.images[0])
-    except (OSError, ValueError):  # it is gone, and training finds another row for its place
-        return record
+    except (OSError, ValueError) as error:  # between two looks; unturned boxes would be learned wrong
+        return BadRow(record.row, record.id, f"image cannot be read ({error})")
     if turn >= 5 and not sizes_differ(listed, size) and sizes_differ(listed[::-1], size):
         turn = 1  # this one was turned before its boxes were drawn
     stored = size[::-1] if turn >= 5 else size

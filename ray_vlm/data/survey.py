@@ -20,7 +20,7 @@ from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.source import read_source
 from ray_vlm.data.spec import row_spec
-from ray_vlm.data.suspicions import find_suspicions, tell_mended
+from ray_vlm.data.suspicions import find_suspicions
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
 from ray_vlm.runs.progress import track
@@ -115,8 +115,7 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
                 if not isinstance(row, BadRow) and not isinstance(counted[-1], BadRow):
                     usable.append(row)
         bad = tuple(row for row in counted if isinstance(row, BadRow))
-        notes = find_suspicions(source, rows, usable, read[name].labels)
-        notes += tell_mended(rows, usable, source, data.on_bad_box)
+        notes = find_suspicions(source, rows, usable, read[name].labels, data.on_bad_box)
         seconds = read[name].seconds + time.monotonic() - started
         yield SourceCheck(name, source.path, len(rows), len(rows) - len(bad), bad, seconds, notes=tuple(notes))
 

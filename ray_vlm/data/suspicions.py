@@ -67,12 +67,16 @@ def crowd_problem(crowds: Counter[str], objects: Counter[str]) -> str | None:
 
 
 def find_suspicions(
-    source: Source, rows: Sequence[Record | BadRow], records: Sequence[Record], labels: Iterable[str]
+    source: Source,
+    rows: Sequence[Record | BadRow],
+    records: Sequence[Record],
+    labels: Iterable[str],
+    on_bad_box: str = "raise",
 ) -> list[str]:
     """Notes on a source as a whole: its `rows` as they were read, and the `records` of them that can be used, with the
-    sizes of their images."""
+    sizes of their images. `on_bad_box`: as the job says."""
     notes = [*_tell_spellings(labels), *_tell_crowds(rows), *_tell_unit(source, records), *_tell_bare(records)]
-    return [f"{source.path}: {note}" for note in notes]
+    return [*(f"{source.path}: {note}" for note in notes), *tell_mended(rows, records, source, on_bad_box)]
 
 
 def tell_mended(
@@ -111,9 +115,11 @@ def _tell_crowds(rows: Sequence[Record | BadRow]) -> Iterable[str]:
 
 
 def _tell_unit(source: Source, records: Sequence[Record]) -> Iterable[str]:
+    if source.box_units != "pixels":
+        return
     regions = [(region, record.sizes[0]) for record in records if record.sizes for region in regions_of(record)]
     large = sum(min(size) > 1100 for _, size in regions)
-    if source.box_units != "pixels" or len(regions) < _FEW or large < len(regions) / 2:
+    if len(regions) < _FEW or large < len(regions) / 2:
         return
     if max(max(region) for region, _ in regions) <= 1000:
         yield (

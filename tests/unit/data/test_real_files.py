@@ -433,6 +433,19 @@ def test_a_class_of_crowds_among_others_stops_where_it_is_no_chance(tmp_path: Pa
         _coco(tmp_path, [*dogs, *[crowd] * 5], categories)
 
 
+def test_an_image_that_cannot_be_read_again_leaves_no_unturned_boxes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _image(tmp_path / "a.jpg", (64, 48), 6)
+
+    def refuse(image: str) -> int:
+        raise OSError("the store is away")
+
+    monkeypatch.setattr("ray_vlm.data.index.read_orientation", refuse)
+    found = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
+    assert found == BadRow(0, "1", "image cannot be read (the store is away)")
+
+
 def test_an_image_that_is_gone_keeps_its_place_in_a_run_that_goes_on(tmp_path: Path) -> None:
     _image(tmp_path / "a.jpg", (64, 48), 6)
     found = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
