@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import fuzz_folders, fuzz_inputs, fuzz_settings
+from benchmarks import fuzz_bases, fuzz_exports, fuzz_folders, fuzz_images, fuzz_inputs, fuzz_settings
 from benchmarks.figures import figure, report
 from ray_vlm.errors import ConfigError, DataError, ModelError, RunError
 
@@ -30,14 +30,18 @@ LIMIT_S = 20.0  # an attempt that takes longer by the clock is stopped
 SLOWEST_S = 5.0  # of an attempt, in seconds of the processor: others may be at work on this machine
 # kind -> what makes an attempt, and how many of 10,000 mutations it gets
 KINDS: dict[str, tuple[Callable[[Path], fuzz_inputs.Attempt], int]] = {
-    "rows": (fuzz_inputs.of_rows, 3500),
-    "jobs": (fuzz_settings.of_jobs, 2000),
-    "spaces": (fuzz_settings.of_spaces, 800),
-    "completions": (fuzz_inputs.of_completions, 1000),
-    "images": (fuzz_inputs.of_images, 1000),
-    "adapters": (fuzz_folders.of_adapters, 700),
-    "checkpoints": (fuzz_folders.of_checkpoints, 400),
-    "runs": (fuzz_folders.of_runs, 600),
+    "rows": (fuzz_inputs.of_rows, 2700),
+    "jobs": (fuzz_settings.of_jobs, 1500),
+    "spaces": (fuzz_settings.of_spaces, 600),
+    "completions": (fuzz_inputs.of_completions, 800),
+    "images": (fuzz_images.of_images, 800),
+    "adapters": (fuzz_folders.of_adapters, 500),
+    "checkpoints": (fuzz_folders.of_checkpoints, 300),
+    "runs": (fuzz_folders.of_runs, 500),
+    "exports": (fuzz_exports.of_exports, 900),
+    "exif": (fuzz_images.of_exif, 600),
+    "templates": (fuzz_bases.of_templates, 600),
+    "processors": (fuzz_bases.of_processors, 700),
 }
 
 

@@ -1,10 +1,9 @@
-"""Rows, images and answers that `fuzz` breaks: each `of_...(folder)` writes whole ones once and returns an attempt.
+"""Rows and answers that `fuzz` breaks: each `of_...(folder)` writes whole ones once and returns an attempt.
 
 An attempt breaks one input with its generator, reads it by the package's public way, and returns how many rows, keys or
 files were lost without a word; what the package refuses comes out as one of its own errors.
 """
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,14 +15,12 @@ import numpy as np
 from benchmarks.mutations import break_bytes, break_text, break_tree, odd_value, pick, write_rows
 from ray_vlm.config.data import Data
 from ray_vlm.config.load import load_resolved
-from ray_vlm.config.schema import JobConfig, Model, Task
+from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.formats import FORMATS, read_rows
-from ray_vlm.data.index import build_index, measure_row
-from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.index import build_index
 from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import RowSpec, row_spec
+from ray_vlm.data.spec import row_spec
 from ray_vlm.data.survey import check_sources, describe_check
-from ray_vlm.errors import DataError
 
 Attempt = Callable[[np.random.Generator], int]
 _HUMAN, _GPT = {"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A dog."}
@@ -100,12 +97,12 @@ def of_rows(folder: Path) -> Attempt:
         if rng.random() < 0.1:
             source["box_units"] = pick(rng, ["relative_1", "relative_1000"])
         labels = LABELS.get(TASKS.get(format, "")) if rng.random() < 0.7 else None
-        return _read_all(make_job(model, format, source, labels), _count(rows, path, by_bytes))
+        return read_all(make_job(model, format, source, labels), count_rows(rows, path, by_bytes))
 
     return attempt
 
 
-def _count(rows: Any, path: Path, by_bytes: bool) -> int | None:
+def count_rows(rows: Any, path: Path, by_bytes: bool) -> int | None:
     """How many rows the file holds, where that can be told without reading it as the package does."""
     if by_bytes:
         data = path.read_bytes()
@@ -122,7 +119,7 @@ def _count(rows: Any, path: Path, by_bytes: bool) -> int | None:
     return len(rows)
 
 
-def _read_all(job: JobConfig, expected: int | None) -> int:
+def read_all(job: JobConfig, expected: int | None) -> int:
     """Rows that are neither accepted nor told."""
     source = job.data.train
     assert source is not None
@@ -185,62 +182,3 @@ def of_completions(folder: Path) -> Attempt:
 
 
 _KEYS = ["bbox_2d", "label", "point_2d", "action", "text", "state"]
-
-
-def of_images(folder: Path) -> Attempt:
-    """Image files and bytes: what the index accepts of their headers is decoded and resized."""
-    model = write_base(folder)
-    whole, preparers = _pictures(), []
-    for options in ({}, {"resize": "pad"}, {"resize": "pad", "pad_place": "center", "max_pixels": 4096}):
-        preparers.append(Preparer(RowSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), (), **options)))
-
-    def attempt(rng: np.random.Generator) -> int:
-        kind, data = pick(rng, whole)
-        data = break_bytes(data, rng)
-        if rng.random() < 0.1:  # a header that says something else
-            at = {"PNG": 16, "BMP": 18, "GIF": 6, "WEBP": 24}.get(kind, 4)
-            data = data[:at] + rng.bytes(8) + data[at + 8 :]
-        path = folder / f"image{pick(rng, ['.jpg', '.png', '.txt', ''])}"
-        path.write_bytes(data)
-        image = str(path) if rng.random() < 0.7 else data
-        limit = pick(rng, [4096, *[50_000_000] * 9])
-        row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})
-        found = measure_row(row, Data(max_image_pixels=limit))
-        if isinstance(found, BadRow):
-            raise DataError(found.reason)
-        preparer = pick(rng, preparers)
-        if reason := preparer.problem(found):
-            raise DataError(reason)
-        try:
-            preparer.token_counts(found)
-        except ValueError as error:  # as the index takes it
-            raise DataError(str(error)) from None
-        preparer.row(found)
-        return 0
-
-    return attempt
-
-
-def _pictures() -> list[tuple[str, bytes]]:
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    colours = Image.fromarray(rng.integers(0, 255, (80, 100, 3), np.uint8))
-    wide = Image.fromarray(rng.integers(0, 65535, (80, 100), np.uint16))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    kinds: list[tuple[str, Any, dict[str, Any]]] = [("JPEG", colours, {"exif": exif}), ("PNG", colours, {"exif": exif})]
-    kinds += [("PNG", colours.convert(mode), {}) for mode in ("RGBA", "P", "LA", "1", "L")] + [("PNG", wide, {})]
-    kinds += [("JPEG", colours.convert("CMYK"), {}), ("JPEG", colours, {"progressive": True}), ("PPM", colours, {})]
-    kinds += [
-        ("WEBP", colours, {}),
-        ("BMP", colours, {}),
-        ("GIF", colours, {"save_all": True, "append_images": [colours]}),
-    ]
-    kinds += [("TIFF", image, {}) for image in (colours, wide, colours.convert("LAB"), colours.convert("F"))]
-    found = []
-    for kind, image, options in kinds:
-        file = io.BytesIO()
-        image.save(file, kind, **options)
-        found.append((kind, file.getvalue()))
-    return found

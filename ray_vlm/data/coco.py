@@ -22,6 +22,7 @@ _TOOLS: tuple[tuple[set[str], str], ...] = (
     ({"conversations"}, "LLaVA, which is format=llava; or"),
     ({"messages"}, "chats, which is format=messages; or"),
 )
+_NO_CLASSES = ("_background_", "__ignore__")  # of labelme
 
 
 def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
@@ -90,7 +91,8 @@ def _categories(categories: Any, used: set[str], path: str) -> tuple[dict[str, s
     """Names by id (as text), and the class names in file order. `used`: ids that annotations have.
 
     Left out of the class names are groups: what is a supercategory of others, has none itself, and is used by no
-    annotation. Roboflow writes the project's name so, as a first category. Two ids of one name are one class.
+    annotation, as Roboflow writes the project's name; and labelme's two names for what is no class. Two ids of one name
+    are one class.
     """
     listed = categories if isinstance(categories, list) else []
     pairs = [(_id_of(c), c["name"]) for c in listed if isinstance(c, dict) and isinstance(c.get("name"), str)]
@@ -106,9 +108,13 @@ def _categories(categories: Any, used: set[str], path: str) -> tuple[dict[str, s
     classes = {
         str(_id_of(c)): c["name"]
         for c in listed
-        if str(_id_of(c)) in used or c["name"] not in parents or c.get("supercategory") not in (None, "", "none")
+        if str(_id_of(c)) in used or not (c["name"] in _NO_CLASSES or _is_group(c, parents))
     }
     return names, list(dict.fromkeys((classes or names).values()))
+
+
+def _is_group(category: dict, parents: set[str]) -> bool:
+    return category["name"] in parents and category.get("supercategory") in (None, "", "none")
 
 
 def _boxes_by_image(annotations: list, images: set[str], num_images: int) -> tuple[dict[str, list[dict]], list[BadRow]]:

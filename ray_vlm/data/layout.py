@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ray_vlm.errors import DataError
+from ray_vlm.errors import ModelError
 from ray_vlm.models.prompt_text import Render
 from ray_vlm.tasks.answers import IMAGE, Turns
 
@@ -17,17 +17,23 @@ def mark_answers(turns: Turns) -> Turns:
 def lay_out(turns: Turns, render: Render) -> tuple[list[str], str]:
     """The text before each assistant's words, an answer to the last turn included, and the text that closes such words.
 
-    `turns`: as `mark_answers` gives them. Raises `DataError` for a template that does not keep to that order.
+    `turns`: as `mark_answers` gives them. Raises `ModelError` for a template that does not keep to that order.
     """
     messages = [{"role": role, "content": _parts(text)} for role, text in turns]
     prompt = render(messages, True)
     whole = render([*messages, {"role": "assistant", "content": _parts(MARK)}], False)
     pieces = whole.split(MARK)
     if not whole.startswith(prompt) or len(pieces) != 2 + sum(role == "assistant" for role, _ in turns):
-        raise DataError("the processor's chat template renders an answer that does not continue its own prompt.")
+        raise ModelError(
+            "the base's chat template renders an answer that does not continue its own prompt, so the two cannot be "
+            "told apart. Mend the template, or use another base."
+        )
     close = pieces.pop()
     if not all(piece.startswith(close) for piece in pieces[1:]):
-        raise DataError("the processor's chat template closes an earlier answer otherwise than the last one.")
+        raise ModelError(
+            "the base's chat template closes an earlier answer otherwise than the last one, so answers cannot be found "
+            "in it. Mend the template, or use another base."
+        )
     return [pieces[0], *(piece[len(close) :] for piece in pieces[1:])], close
 
 

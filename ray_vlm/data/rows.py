@@ -20,7 +20,8 @@ from ray_vlm.data.spec import IGNORED, Row, RowSpec, Tokens
 from ray_vlm.data.stock import load_stock
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
-from ray_vlm.models.load import family_of, load_config, load_processor, resolve_name
+from ray_vlm.models.load import family_of, load_config, resolve_name
+from ray_vlm.models.processor import load_processor
 from ray_vlm.models.prompt_text import PromptText, read_prompt_text, take_prompt_text
 from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.tasks import TASKS
@@ -269,6 +270,12 @@ class Preparer:
         """Token ids before each assistant's words, and the text that closes such words. An image is one token, or what
         is in `expansions` for it."""
         heads, close = lay_out(turns, self._render)
+        written = sum(head.count(self.image_token) for head in heads)
+        if written != (wanted := sum(text.count(IMAGE) for _, text in turns)):
+            raise ValueError(
+                f"the base's chat template writes {written} images ({self.image_token}) for {wanted}; use the template "
+                "that its publisher gives for images, or another base"
+            )
         if self.stock is not None:
             heads = expand_images(heads, self.image_token, expansions)
         return tuple(tuple(self._ids(head)) for head in heads), close

@@ -19,6 +19,7 @@ from ray_vlm.data.records import BadRow, Image, Record, SftRecord
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.source import read_source
 from ray_vlm.data.spec import RowSpec, row_spec
+from ray_vlm.data.suspicions import tell_unused
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.tasks import TASKS
@@ -153,7 +154,10 @@ def _spec(
         except DataError:
             notes.append("class names come from the rows that are measured: data.train cannot be read")
     named = named or [read for of_part in rows.values() for read in of_part]
-    spec = row_spec(job, list(dict.fromkeys(label for _, _, labels in named for label in labels)))
+    labels = list(dict.fromkeys(label for _, _, of_source in named for label in of_source))
+    if not job.task.labels and "train" in rows:
+        notes += tell_unused(labels, (row for of_part in rows.values() for _, found, _ in of_part for row in found))
+    spec = row_spec(job, labels)
     return spec, notes + _changed(start, spec)
 
 

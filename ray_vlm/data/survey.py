@@ -20,7 +20,7 @@ from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.rows import load_preparer
 from ray_vlm.data.source import read_source
 from ray_vlm.data.spec import row_spec
-from ray_vlm.data.suspicions import find_suspicions
+from ray_vlm.data.suspicions import find_suspicions, tell_unused
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
 from ray_vlm.runs.progress import track
@@ -99,6 +99,9 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
     labels = [label for r in training for label in r.labels] or [label for r in read.values() for label in r.labels]
     data = job.data.model_copy(update={"on_bad_row": "quarantine"})
     preparer = load_preparer(row_spec(job, list(dict.fromkeys(labels))))
+    unused = (
+        [] if job.task.labels or not training else tell_unused(labels, (row for r in read.values() for row in r.rows))
+    )
 
     def one(row: Any) -> BadRow | SftRecord:
         measured = measure_row(row, data)
@@ -116,6 +119,7 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
                     usable.append(row)
         bad = tuple(row for row in counted if isinstance(row, BadRow))
         notes = find_suspicions(source, rows, usable, read[name].labels, data.on_bad_box)
+        notes += unused if name == "train" else []
         seconds = read[name].seconds + time.monotonic() - started
         yield SourceCheck(name, source.path, len(rows), len(rows) - len(bad), bad, seconds, notes=tuple(notes))
 

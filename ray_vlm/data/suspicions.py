@@ -96,6 +96,19 @@ def tell_mended(
     return [f"{source.path}: {' and '.join(told)} (data.on_bad_box={on_bad_box})"] if told else []
 
 
+def tell_unused(labels: Iterable[str], rows: Iterable[Record | BadRow]) -> list[str]:
+    """A note on class names that the training files declare and none of their `rows` has, which the question names."""
+    used = {label for row in rows if isinstance(row, SftRecord) for label in row.truth.get("labels", ())}
+    unused = [label for label in dict.fromkeys(labels) if "=" not in label and label not in used]
+    if not unused or not used:
+        return []
+    more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
+    return [
+        f"no row has a box of {', '.join(map(repr, unused[:_SHOWN]))}{more}, but the question asks for it; task.labels "
+        "sets which classes are asked for"
+    ]
+
+
 def _tell_spellings(labels: Iterable[str]) -> Iterable[str]:
     alike: dict[str, list[str]] = defaultdict(list)
     for label in labels:

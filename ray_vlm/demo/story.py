@@ -114,7 +114,8 @@ def draw_scenes(job: JobConfig) -> None:
 def _import_libraries(job: JobConfig) -> None:
     """Import what evaluation imports later on its way, most of it only when a model is loaded."""
     import ray_vlm.evaluate.run  # noqa: F401
-    from ray_vlm.models.load import load_model, load_processor
+    from ray_vlm.models.load import load_model
+    from ray_vlm.models.processor import load_processor
     from ray_vlm.models.quiet import quiet_libraries
 
     quiet_libraries()

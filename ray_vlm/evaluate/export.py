@@ -20,7 +20,8 @@ from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.weights import weights_of
 from ray_vlm.models.export import merge
-from ray_vlm.models.load import load_processor, resolve_name
+from ray_vlm.models.load import resolve_name
+from ray_vlm.models.processor import load_processor
 from ray_vlm.runs.card import ADAPTER, MERGED, TITLES, WHOLE, write_card
 from ray_vlm.runs.checkpoints import MANIFEST, fetch_folder
 from ray_vlm.runs.paths import write_folder

@@ -1,4 +1,4 @@
-"""Load a base model, in 4 bit or not, and its processor; put a trained adapter on it.
+"""Load a base model, in 4 bit or not; put a trained adapter on it.
 
 bitsandbytes 0.50 on CPUs with AVX512_BF16 repacks every 4-bit layer at the first evaluation and from then on gives
 wrong gradients without an error; `load_model` turns that off (the packed path has no autograd).
@@ -33,9 +33,7 @@ def load_config(spec: Model) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=spec.revision)
     except Exception as error:  # transformers' configuration classes raise what they like
-        raise ModelError(
-            f"model.name={spec.name!r} cannot be loaded ({_first_line(error)}). {_advice(error)}"
-        ) from None
+        raise ModelError(f"model.name={spec.name!r} cannot be loaded ({first_line(error)}). {_advice(error)}") from None
 
 
 def _check_folder(told: str, name: str) -> None:
@@ -71,8 +69,10 @@ def _advice(error: BaseException | None) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, and the next where that is announced; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def family_of(config: Any) -> Family:
@@ -80,27 +80,6 @@ def family_of(config: Any) -> Family:
 
     Raises `ModelError` for one that is no vision-language model."""
     return FAMILIES.get(config.model_type) or describe(config)
-
-
-def load_processor(spec: Model) -> Any:
-    """The base's own processor. Raises `ModelError` where it is missing or cannot render a chat."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(resolve_name(spec.name), revision=spec.revision)
-    except ImportError as error:  # some families' processors need a package of their own
-        raise ModelError(
-            f"model.name={spec.name!r}: its processor needs a package that is not installed ({_first_line(error)}). "
-            "Install it with pip."
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"model.name={spec.name!r}: its processor cannot be loaded ({_first_line(error)}). The folder needs the "
-            "tokenizer and processor files of the base."
-        ) from None
-    if getattr(processor, "chat_template", None) is None:
-        raise ModelError(f"model.name={spec.name!r} has no chat template. Use an instruction-tuned base.")
-    return processor
 
 
 def _check_unquantised(spec: Model, config: Any) -> None:
@@ -142,7 +121,7 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
         with lasting(f"loading {spec.name}", lambda: describe_download(name)):
             model = AutoModelForImageTextToText.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({_first_line(error)}).") from error
+        raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({first_line(error)}).") from error
     if is_deepspeed_zero3_enabled():
         _forget_renamings(model)
     keep_4bit_differentiable(model)
@@ -260,5 +239,5 @@ def fetch_from_hub(name: str) -> str:
         return snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, "config.json", "preprocessing.json"])
     except Exception as error:  # the hub's client raises what it likes
         raise ModelError(
-            f"{name} is no folder here, and cannot be loaded from the hub ({_first_line(error)}). {_advice(error)}"
+            f"{name} is no folder here, and cannot be loaded from the hub ({first_line(error)}). {_advice(error)}"
         ) from None

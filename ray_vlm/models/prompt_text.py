@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.schema import Model
+from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, Family
 
 if TYPE_CHECKING:
@@ -61,8 +62,13 @@ def take_prompt_text(processor: Any, family: Family) -> PromptText:
     backend, images = processor.tokenizer.backend_tokenizer, processor.image_processor
     sizes = None
     if not family.stock_images:
-        low, high = images.size["shortest_edge"], images.size["longest_edge"]
-        sizes = ImageSizes(images.patch_size, images.merge_size, low, high, tuple(images.image_mean))
+        sizes = _check_sizes(images.patch_size, images.merge_size, dict(images.size), images.image_mean)
+        if sizes is None or "image_grid_thw" not in images.model_input_names:
+            raise ModelError(
+                f"the base's {type(images).__name__} is not an image processor of Qwen's (patch_size="
+                f"{images.patch_size!r}, merge_size={images.merge_size!r}, size={dict(images.size)}, image_mean="
+                f"{images.image_mean!r}). Fetch its processor files again, or use another base."
+            )
 
     def render(messages: Messages, answer_follows: bool) -> str:
         with _template_errors():
@@ -74,12 +80,17 @@ def take_prompt_text(processor: Any, family: Family) -> PromptText:
 
 @contextmanager
 def _template_errors() -> Iterator[None]:
-    """What a chat template raises about the messages that it is given, as `ValueError`."""
-    from jinja2 import TemplateError
+    """What a chat template raises about the messages that it is given, as `ValueError`; about itself, `ModelError`."""
+    from jinja2 import TemplateSyntaxError
 
     try:
         yield
-    except (TemplateError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"the base's chat template is damaged (line {error.lineno}: {error.message}). Fetch it again, or use "
+            "another base."
+        ) from None
+    except Exception as error:  # a template is a program of the base's own
         raise ValueError(
             f"the base's chat template refuses its turns ({type(error).__name__}: {error}); without task.system, or "
             "with turns that the template knows, it may take them"
@@ -164,9 +175,19 @@ def _read_sizes(read: Callable[[str], str | None]) -> ImageSizes | None:
     for edge, limit in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         if images.get(limit) is not None:
             size[edge] = images[limit]
-    mean = tuple(images.get("image_mean") or _DEFAULT_MEAN)
     patch, merge = images.get("patch_size", 14), images.get("merge_size", 2)
-    return ImageSizes(patch, merge, size["shortest_edge"], size["longest_edge"], mean)
+    return _check_sizes(patch, merge, size, images.get("image_mean") or _DEFAULT_MEAN)
+
+
+def _check_sizes(patch: Any, merge: Any, size: Mapping[str, Any], mean: Any) -> ImageSizes | None:
+    """The sizes, or None where a file holds something else than the numbers that are meant."""
+    low, high = size.get("shortest_edge"), size.get("longest_edge")
+    shares = mean if isinstance(mean, list | tuple) else ()
+    if not all(isinstance(value, int) and 0 < value < 2**40 for value in (patch, merge, low, high)):
+        return None
+    if len(shares) != 3 or not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
+        return None
+    return ImageSizes(patch, merge, size["shortest_edge"], size["longest_edge"], tuple(shares))
 
 
 def _read_template(read: Callable[[str], str | None]) -> str | None:

@@ -5,17 +5,25 @@ random state, in the files that `transformers.Trainer` reads back; where it stan
 """
 
 import hashlib
+import json
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.preprocessing import describe_preprocessing
+from ray_vlm.data.rows import Preparer
+from ray_vlm.data.rules import RULES, rules_since
 from ray_vlm.errors import ModelError, RunError
 from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, remove_checkpoint, write_part
 from ray_vlm.runs.store import Store
 from ray_vlm.train.attempt import Attempt, Place, check_owner
 
 _SAMPLE = 16  # weights of each tensor that enter the base's fingerprint
+# What of `preprocessing.json` decides how a row is asked, and what it is called.
+_QUESTION = {"task": "task", "labels": "class names", "hints": "hints", "images": "image sizes"}
 
 
 class CheckpointWriter:
@@ -71,9 +79,24 @@ def base_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def describe_run(base: str, rows: str, job: JobConfig, preparer: Preparer) -> dict[str, Any]:
+    """What a checkpoint keeps so that `check_fits` can tell whether it belongs to a run. `base`, `rows`: fingerprints
+    of the base's weights and of the training rows."""
+    question = describe_preprocessing(preparer)
+    return {
+        "base": base,
+        "rows": rows,
+        "model": job.model.name,
+        "deepspeed": job.cluster.deepspeed,
+        "rules": RULES,
+        "formats": sorted({source.format for source in (job.data.train, *job.data.mix) if source is not None}),
+        "question": json.loads(json.dumps({name: question[name] for name in _QUESTION})),
+    }
+
+
 def check_fits(attempt: Attempt, about: dict[str, Any], num_steps: int, world_size: int) -> None:
-    """Raise where the checkpoint belongs to another base or other rows, lies behind the run's end, or where DeepSpeed
-    cut it into other pieces."""
+    """Raise where the checkpoint belongs to another base, other rows or another question, lies behind the run's end,
+    or where DeepSpeed cut it into other pieces. `about`: as `describe_run` gives it."""
     if attempt.checkpoint is None:
         return
     old, name = attempt.checkpoint.about, attempt.checkpoint.name
@@ -82,11 +105,8 @@ def check_fits(attempt: Attempt, about: dict[str, Any], num_steps: int, world_si
             f"{name} was trained on another base (fingerprint {old.get('base')}, model.name has {about['base']}). "
             "Use the same model.name and model.revision, or start a new run."
         )
-    if old.get("rows") != about["rows"]:
-        raise RunError(
-            f"{name} was trained on other rows (fingerprint {old.get('rows')}, data.train has {about['rows']}), so the "
-            "next unseen row is not known. Use the same data, or start a new run with model.adapter."
-        )
+    if problem := _rows_problem(old, about):
+        raise RunError(f"{name} was trained {problem}. Use the same data, or start a new run with model.adapter.")
     cut, cuts = (old.get("deepspeed"), old.get("world_size")), (about["deepspeed"], world_size)
     if cut != cuts and (cut[0] or cuts[0]):
         raise RunError(
@@ -98,3 +118,24 @@ def check_fits(attempt: Attempt, about: dict[str, Any], num_steps: int, world_si
             f"{name} is of step {attempt.step}, behind the {num_steps} steps of this job. Raise train.num_epochs or "
             "train.max_steps, or start a new run."
         )
+
+
+def _rows_problem(old: Mapping[str, Any], about: Mapping[str, Any]) -> str | None:
+    """What training would see otherwise than when the checkpoint was written, and which rules changed since."""
+    if old.get("rows") != about["rows"]:
+        problem = (
+            f"on other rows (fingerprint {old.get('rows')}, data.train has {about['rows']}), so the next unseen row is "
+            "not known"
+        )
+    elif changed := [name for name in _QUESTION if name in old.get("question", {}) and not _same(name, old, about)]:
+        told = (f"{_QUESTION[name]} {old['question'][name]!r}, now {about['question'][name]!r}" for name in changed)
+        problem = f"with another question: {'; '.join(told)}"
+    else:
+        return None
+    rules = rules_since(old.get("rules", 0), about["formats"])
+    since = f". Since it was written these rules have changed: {'; '.join(rules)}" if rules else ""
+    return problem + since
+
+
+def _same(name: str, old: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
+    return old["question"][name] == about["question"][name]

@@ -110,14 +110,13 @@ def _train(
     stream: Stream,
     stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    from ray_vlm.train.checkpoint import base_fingerprint, check_fits
+    from ray_vlm.train.checkpoint import base_fingerprint, check_fits, describe_run
     from ray_vlm.train.reference import find_reference
     from ray_vlm.train.report import publish_weights
 
     preparer = load_preparer(task.spec)
     args, model = build_args(job, task, attempt), load_adapted(job, preparer.family, place)
-    about = {"base": place.share(base_fingerprint(model)), "rows": task.rows, "model": job.model.name}
-    about["deepspeed"] = job.cluster.deepspeed
+    about = describe_run(place.share(base_fingerprint(model)), task.rows, job, preparer)
     check_fits(attempt, about, task.plan.num_steps, place.world_size)
     trainer = build_trainer(job, task, args, model, preparer, place, attempt.step * task.plan.accumulation, stream)
     monitor = _build_monitor(job, paths, task, place, attempt)

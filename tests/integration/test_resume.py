@@ -187,6 +187,11 @@ def test_other_rows_and_another_base_are_refused(
     with pytest.raises(RunError, match="trained on other rows"):
         _train(path, *there, "train.max_steps=3", resume=True)
     coco["images"].reverse()
+    coco["categories"].append({"id": 99, "name": "zebra"})
+    (moved / "scenes" / "train.json").write_text(json.dumps(coco))
+    with pytest.raises(RunError, match=r"another question: class names \[.*'diamond'\], now \[.*'zebra'\]"):
+        _train(path, *there, "train.max_steps=3", resume=True)
+    coco["categories"].pop()
     (moved / "scenes" / "train.json").write_text(json.dumps(coco))
     from ray_vlm.demo.tiny import write_untrained
 

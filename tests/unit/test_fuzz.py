@@ -1,12 +1,19 @@
 """Some hundreds of the benchmark's mutations: nothing but our own errors, nothing lost, no hang."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks.fuzz import KINDS, run_kind
+from benchmarks.fuzz_exports import TOOLS, write_images
+from benchmarks.fuzz_inputs import make_job, write_base
 from benchmarks.mutations import break_bytes, break_tree
+from ray_vlm.data.formats import read_rows
+from ray_vlm.data.survey import check_sources
 
-COUNTS = {"rows": 100, "jobs": 150, "spaces": 50, "completions": 60, "images": 100, "adapters": 20}
+COUNTS = {"rows": 100, "jobs": 150, "spaces": 50, "completions": 60, "images": 100, "adapters": 20, "exif": 100}
 
 
 @pytest.mark.parametrize("share", [0.4, pytest.param(1.0, marks=pytest.mark.slow)])
@@ -41,3 +48,20 @@ def test_a_find_is_told_with_what_makes_it_again(
     assert "rows 0: " in (found := capsys.readouterr().err)
     assert "KeyError: 'x' at test_fuzz.py" in found
     assert "2 lost without a word" in found
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_a_tool_writes_is_whole(tool: str, tmp_path: Path) -> None:
+    model = write_base(tmp_path)
+    write_images(tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps(TOOLS[tool]()))
+    job = make_job(model, "coco", {"path": str(tmp_path / "rows.json"), "format": "coco"})
+    (check,) = check_sources(job)
+    assert (check.usable, check.bad, check.problems) == (4, (), ())
+    assert all("crowd" in note for note in check.notes)
+    assert job.data.train is not None
+    rows, labels = read_rows(job.data.train)
+    assert set(labels) == {"dog", "cat"}
+    assert sum(len(row.truth["boxes"]) for row in rows) == (3 if tool == "cvat" else 4)  # one of CVAT's is a crowd
+    corners = {tuple(round(v) for v in box) for row in rows for box in row.truth["boxes"]}
+    assert corners <= {(10, 20, 40, 60), (10, 20, 41, 60)}

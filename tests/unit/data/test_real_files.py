@@ -17,7 +17,7 @@ from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import measure_row, settle_boxes
 from ray_vlm.data.records import BadRow, SftRecord
-from ray_vlm.data.suspicions import find_suspicions, tell_mended
+from ray_vlm.data.suspicions import find_suspicions, tell_mended, tell_unused
 from ray_vlm.data.tables import apply_class_names
 from ray_vlm.errors import DataError
 
@@ -347,6 +347,22 @@ def test_what_is_odd_about_a_source_is_told_with_counts(tmp_path: Path) -> None:
     ]  # fmt: skip
     text = [SftRecord("1", 0, (), (), {"answer": "x"})]
     assert "no row has an image" in find_suspicions(source, text, text, [])[0]
+
+
+def test_classes_without_a_box_are_told() -> None:
+    rows = [SftRecord("1", 0, ("a",), (), {"boxes": ((1, 2, 3, 4),), "labels": ("dog",)})]
+    (note,) = tell_unused(["dog", *"abcd"], rows)
+    assert note.startswith(
+        "no row has a box of 'a', 'b', 'c' and 1 more, but the question asks for it; task.labels sets"
+    )
+    assert tell_unused(["dog"], rows) == tell_unused(["state=wet"], rows) == tell_unused(["dog"], []) == []
+
+
+def test_labelmes_names_for_no_class_are_none(tmp_path: Path) -> None:
+    names = ["_background_", "dog", "__ignore__", "cat"]
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    assert _coco(tmp_path, [_box()], categories)[1] == ["dog", "cat"]
+    assert _coco(tmp_path, [_box(), _box(category_id=0)], categories)[1] == ["_background_", "dog", "cat"]
 
 
 def test_clean_rows_raise_no_suspicion() -> None:

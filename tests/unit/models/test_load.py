@@ -12,7 +12,7 @@ from ray_vlm.config.schema import Lora, Model
 from ray_vlm.config.train import Precision
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, part_of
-from ray_vlm.models.load import describe_download, load_adapter, load_config, load_model, load_processor
+from ray_vlm.models.load import describe_download, load_adapter, load_config, load_model
 from ray_vlm.models.lora import count_trainable, lora_config, train_parts
 from tests.conftest import QWEN
 
@@ -179,17 +179,6 @@ def test_a_base_that_is_quantised_already_is_refused(tmp_path: Path, tiny_models
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
     with pytest.raises(ModelError, match=rf"published quantised \({method}\).*Give the unquantised base"):
         load_model(Model(name=str(tmp_path / "base")), "fp32")
-
-
-def test_a_processor_that_needs_a_package_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoProcessor
-
-    def refuse(*args: object, **options: object) -> None:
-        raise ImportError("Package `num2words` is required to run SmolVLM processor.")
-
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
-    with pytest.raises(ModelError, match=r"`num2words` is required.*Install it with pip"):
-        load_processor(Model(name="some/base"))
 
 
 def test_of_a_given_adapter_only_the_named_parts_go_on(tiny_models: dict[str, str], tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from ray_vlm.data.rows import Preparer
 from ray_vlm.data.spec import RowSpec
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import FAMILIES
-from ray_vlm.models.load import load_processor, resolve_name
+from ray_vlm.models.load import resolve_name
+from ray_vlm.models.processor import load_processor
 from ray_vlm.models.prompt_text import read_prompt_text, take_prompt_text
 from tests.conftest import QWEN
 
