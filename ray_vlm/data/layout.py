@@ -37,6 +37,17 @@ def lay_out(turns: Turns, render: Render) -> tuple[list[str], str]:
     return [pieces[0], *(piece[len(close) :] for piece in pieces[1:])], close
 
 
+def check_images(heads: Sequence[str], turns: Turns, image_token: str) -> None:
+    """Raise `ValueError` where the template has written another number of images than the turns have."""
+    written = sum(head.count(image_token) for head in heads)
+    wanted = sum(text.count(IMAGE) for _, text in turns)
+    if written != wanted:
+        raise ValueError(
+            f"the base's chat template writes {written} images ({image_token}) for {wanted}; use the template that its "
+            "publisher gives for images, or another base"
+        )
+
+
 def expand_images(heads: Sequence[str], image_token: str, expansions: Sequence[str]) -> list[str]:
     """The texts with what stands for each image, in their order, in place of its placeholder."""
     given = iter(expansions)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.data.images import ImageSpec, build_image_spec, decode, resize
-from ray_vlm.data.layout import MARK, expand_images, lay_out, mark_answers
+from ray_vlm.data.layout import MARK, check_images, expand_images, lay_out, mark_answers
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.spec import IGNORED, Row, RowSpec, Tokens
 from ray_vlm.data.stock import load_stock
@@ -44,6 +44,7 @@ class Preparer:
         self.stock: Any = None
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
+        self._last_answer: tuple[Record | None, Answer] = (None, Answer(""))
         if (found := read_prompt_text(spec.model, resolve_name(spec.model.name))) is not None:
             self._use(*found)
         else:
@@ -139,7 +140,11 @@ class Preparer:
     def answers(self, record: Record) -> tuple[Answer, ...]:
         """Every answer that a record holds: the right one, the preferred one and the other, or none."""
         if isinstance(record, SftRecord):
-            return (self.answer(record),)
+            last, told = self._last_answer  # a row is checked, and then counted
+            if last is not record:
+                told = self.answer(record)
+                self._last_answer = (record, told)
+            return (told,)
         return (Answer(record.chosen), Answer(record.rejected)) if isinstance(record, PreferenceRecord) else ()
 
     def problem(self, record: Record) -> str | None:
@@ -270,12 +275,7 @@ class Preparer:
         """Token ids before each assistant's words, and the text that closes such words. An image is one token, or what
         is in `expansions` for it."""
         heads, close = lay_out(turns, self._render)
-        written = sum(head.count(self.image_token) for head in heads)
-        if written != (wanted := sum(text.count(IMAGE) for _, text in turns)):
-            raise ValueError(
-                f"the base's chat template writes {written} images ({self.image_token}) for {wanted}; use the template "
-                "that its publisher gives for images, or another base"
-            )
+        check_images(heads, turns, self.image_token)
         if self.stock is not None:
             heads = expand_images(heads, self.image_token, expansions)
         return tuple(tuple(self._ids(head)) for head in heads), close
