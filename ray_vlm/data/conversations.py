@@ -69,7 +69,11 @@ def read_objects(
     """Names, boxes or points, the image (0-based) that each of these is on, and the units for a record's context."""
     found = nested(row.first("objects"), "objects")
     if not isinstance(found, dict) or not all(isinstance(found.get(k), list) for k in ("ref", "bbox")):
-        raise ValueError(f'objects {shown(found)} is not {{"ref": [...], "bbox": [...]}}; write two lists')
+        other = isinstance(found, dict) and not {"category", "categories", "label", "labels"}.isdisjoint(found)
+        more = ": names, and corners x1, y1, x2, y2 (where there are categories, bbox is mostly x, y, width, height)"
+        raise ValueError(
+            f'objects {shown(found)} is not {{"ref": [...], "bbox": [...]}}; write two lists{more if other else ""}'
+        )
     refs = tuple(word(ref, f"objects.ref[{i}]") for i, ref in enumerate(found["ref"]))
     regions = tuple(region(value, f"objects.bbox[{i}]") for i, value in enumerate(found["bbox"]))
     image_of = found.get("image_id")
@@ -233,7 +237,9 @@ def _check_order(turns: Turns, last: str) -> None:
         if role == "assistant":
             _refuse_tags(text, f"turn {start + i}, of the assistant,")
     if len(turns) == start or turns[-1][0] != last:
-        raise ValueError(f"the last turn is not of the {last}; {_ORDER}")
+        answered = len(turns) > start and last == "user"
+        fix = "; take the answer out, and keep it in a column of its own for rewards" if answered else f"; {_ORDER}"
+        raise ValueError(f"the last turn is not of the {last}{fix}")
 
 
 def _refuse_tags(text: str, what: str) -> None:

@@ -2,7 +2,8 @@
 
 `precision_50`, `recall_50` and `f1_50` count pairs of equal label and IoU >= 0.5 over all images (micro); `mean_iou` is
 the mean over true objects of the IoU of the box paired with it whatever its label, 0 where none is; `map`, `map_50` are
-COCO's, every box scored 1.0, ties in the order of the answer.
+COCO's, every box scored 1.0, ties in the order of the answer. `unknown_labels`: what was answered
+most of the labels that no true object has, and how often.
 """
 
 from collections import Counter
@@ -11,6 +12,8 @@ from typing import Any
 
 from ray_vlm.evaluate.average_precision import coco_map
 from ray_vlm.evaluate.prediction import Prediction, rates
+
+_SHOWN = 10  # labels that no object has
 
 
 def measure_detection(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -29,4 +32,11 @@ def measure_detection(predictions: Sequence[Prediction]) -> dict[str, Any]:
     for label in labels:
         hits, misses, invented = (totals[kind][label] for kind in ("hits", "misses", "invented"))
         per_class[label] = rates(hits, misses, invented, "_50") | {"num": hits + misses}
-    return {"overall": overall, "per_class": per_class, "num_objects": len(ious)}
+    known = totals["hits"] + totals["misses"]
+    others = Counter({label: count for label, count in totals["invented"].items() if label not in known})
+    return {
+        "overall": overall,
+        "per_class": per_class,
+        "num_objects": len(ious),
+        "unknown_labels": dict(others.most_common(_SHOWN)),
+    }

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.train import Precision
 from ray_vlm.data.collate import collate
 from ray_vlm.data.plan import plan_sample
 from ray_vlm.data.preprocessing import read_preprocessing
@@ -38,12 +39,16 @@ def export_run(
     merged: bool = False,
     weights: str | None = None,
     say: Callable[[str], None] = print,
+    precision: Precision | None = None,
 ) -> Path:
     """Write the export of a run and return its folder; by default `<run>/export/adapter`, `.../merged`, or
     `.../model` where all weights were trained.
 
-    `weights`: `best` or `final`; None takes `best` where there is one. Raises `RunError` for a run without weights, and
-    `ModelError` for a base that cannot be merged or a merge that says something else.
+    `weights`: `best` or `final`; None takes `best` where there is one. `precision`: of a merged model, by default that
+    of the run.
+
+    Raises `RunError` for a run without weights, and `ModelError` for a base that cannot be merged or a merge that says
+    something else.
     """
     run = read_run(address)
     if not run.job:
@@ -54,12 +59,14 @@ def export_run(
         raise ConfigError(
             f"{run.address} trained all weights: {name}/ is a whole model already. Export it without --merged."
         )
+    if precision is not None and not merged:
+        raise ConfigError(f"--precision {precision} is for --merged; an adapter is exported as it was trained.")
     kind = kind_of(run, merged)
     folder = _place(run, output, kind)
     files = fetch_folder(source)
     licence = read_licence(job)
     if merged:
-        _write_merged(run, job, files, folder, name, licence, say)
+        _write_merged(run, job, files, folder, name, licence, say, precision or job.train.precision)
     else:
         _write_as_it_is(run, kind, files, folder, name, licence)
     say(f"{TITLES[kind]} of {run.name}/{name} in {folder}")
@@ -95,10 +102,17 @@ def _write_as_it_is(run: Run, kind: str, files: str, folder: Path, name: str, li
 
 
 def _write_merged(
-    run: Run, job: JobConfig, files: str, folder: Path, name: str, licence: str | None, say: Callable[[str], None]
+    run: Run,
+    job: JobConfig,
+    files: str,
+    folder: Path,
+    name: str,
+    licence: str | None,
+    say: Callable[[str], None],
+    precision: Precision,
 ) -> None:
     device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
-    model, checked = merge(job.model, files, check_batches(job, files, device), job.train.precision, device)
+    model, checked = merge(job.model, files, check_batches(job, files, device), precision, device)
     say(
         f"merged: on {checked['rows']:.0f} rows no logit differs by more than {checked['largest']:.3g} (largest "
         f"{checked['scale']:.3g}); {checked['same_token']:.2%} of the likeliest tokens are the same"

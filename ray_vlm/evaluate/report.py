@@ -123,5 +123,6 @@ def _class_table(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     for label in labels:
         cells = [stage.metrics["per_class"].get(label, {}) for stage in stages]
         count = max(cell.get("num", 0) for cell in cells)
-        rows.append({"label": label, "count": count, "values": [cell.get(key, 0.0) for cell in cells]})
+        if count:
+            rows.append({"label": label, "count": count, "values": [cell.get(key, 0.0) for cell in cells]})
     return sorted(rows, key=lambda row: -row["count"])

@@ -47,7 +47,8 @@ def merge(
     if batches and not found["largest"] <= limit * found["scale"]:
         raise ModelError(
             f"{adapter}: merged, its logits differ by {found['largest']:.3g} from base and adapter, where {limit:g} of "
-            f"the largest ({found['scale']:.3g}) would be rounding. Export the adapter, or merge in float32."
+            f"the largest ({found['scale']:.3g}) would be rounding. Export the adapter, or merge with "
+            "--precision fp32."
         )
     return merged, found
 

@@ -11,6 +11,9 @@ def add_export_verb(verbs: argparse._SubParsersAction) -> None:
     )
     export.add_argument("--merged", action="store_true", help="one model, merged into the base without quantisation")
     export.add_argument("--weights", choices=["best", "final"], help="default: best, or final where there is no best")
+    export.add_argument(
+        "--precision", choices=["bf16", "fp16", "fp32"], help="of a merged model (default: the run's train.precision)"
+    )
     export.add_argument("--output", metavar="FOLDER", help="a new folder (default: export/ in the run)")
     export.set_defaults(verb=_export)
 
@@ -20,4 +23,5 @@ def _export(args: argparse.Namespace) -> None:
     from ray_vlm.tune.sweep import find_best
     from ray_vlm.verbs.runs import find_run
 
-    export_run(find_best(find_run(args.run)), args.output, args.merged, args.weights)
+    run = find_best(find_run(args.run))
+    export_run(run, args.output, args.merged, args.weights, precision=args.precision)

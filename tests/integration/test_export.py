@@ -66,6 +66,8 @@ def test_a_merged_model_says_what_base_and_adapter_say(
     assert compare([bare], [merged])["largest"] > 0.01, "the adapter does something"
     assert AutoProcessor.from_pretrained(folder).chat_template
     assert json.loads((folder / "preprocessing.json").read_text())["task"]["name"] == "detection"
+    assert main(["export", str(run), "--merged", "--precision", "bf16", "--output", str(tmp_path / "half")]) == 0
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_an_adapter_goes_with_a_card_that_tells_what_it_is(trained: Path, run: Path, scenes: Path) -> None:
@@ -122,6 +124,7 @@ def test_what_cannot_be_exported_is_refused(
     refusals: list[tuple[list[str], str]] = [
         (["--weights", "best"], "has no best"),
         (["--output", str(scenes)], "something is there already"),
+        (["--precision", "fp32"], "--precision fp32 is for --merged"),
     ]
     for words, reason in refusals:
         assert main(["export", str(run), *words]) != 0
@@ -130,7 +133,7 @@ def test_what_cannot_be_exported_is_refused(
 
     monkeypatch.setitem(export.TOLERANCE, "float32", 0.0)
     assert main(["export", str(run), "--merged"]) == 1
-    assert "would be rounding" in capsys.readouterr().err
+    assert "merge with --precision fp32" in capsys.readouterr().err
     assert not (run / "export" / "merged").exists()
     config = type("Config", (), {"quantization_config": {"quant_method": "awq"}})()
     monkeypatch.setattr(export, "load_config", lambda spec: config)

@@ -470,3 +470,18 @@ def test_an_image_that_is_gone_keeps_its_place_in_a_run_that_goes_on(tmp_path: P
     assert isinstance(measure_row(rows[0], Data()), BadRow)
     again = measure_row(rows[0], Data(), {found.images[0]: (48, 64)})
     assert (again.id, again.sizes) == ("1", ((48, 64),))
+
+
+def test_what_other_programs_call_objects_and_prompts_is_told_with_what_to_write(tmp_path: Path) -> None:
+    asked = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": "[1, 2, 3, 4]"}]
+    rows: dict[str, dict[str, Any]] = {
+        "objects": {"image": "a.jpg", "objects": {"bbox": [[1, 2, 10, 10]], "category": [0]}},
+        "prompt": {"image": "a.jpg", "prompt": asked},
+    }
+    found = {}
+    for format, row in rows.items():
+        (tmp_path / "rows.json").write_text(json.dumps([row]))
+        (bad,), _ = read_rows(Source(path=str(tmp_path / "rows.json"), format=format))
+        found[format] = bad.reason
+    assert found["objects"].endswith("(where there are categories, bbox is mostly x, y, width, height)")
+    assert found["prompt"].endswith("take the answer out, and keep it in a column of its own for rewards")

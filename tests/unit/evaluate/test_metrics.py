@@ -40,6 +40,12 @@ def test_counts_by_class_and_overall() -> None:
     assert found["overall"]["map_50"] == pytest.approx((51 / 101 + 0.835) / 2, abs=0.05)
 
 
+def test_labels_that_no_object_has_are_counted() -> None:
+    zebras = _prediction((*TRUTH["boxes"], (1, 1, 3, 3)), ("zebra", "b", "zebra"))
+    found = measure("detection", [zebras, _prediction(TRUTH["boxes"], ("b", "yak"), row=1)])
+    assert found["unknown_labels"] == {"zebra": 2, "yak": 1}
+
+
 def test_map_ignores_labels_that_the_truth_does_not_have() -> None:
     assert coco_map([_prediction(TRUTH["boxes"], ("zebra", "b")).as_dict()])["map"] == pytest.approx(0.5)
 

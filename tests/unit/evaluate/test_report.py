@@ -31,13 +31,14 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(image)
     predictions = [_prediction(0, EVIL, image), _prediction(1, "dog", image)]
     names = ("f1_50", "map", "map_50", "mean_iou", "precision_50", "recall_50", "parse_rate")
-    per_class = {EVIL: {"f1_50": 0.5, "num": 1}}
+    per_class = {EVIL: {"f1_50": 0.5, "num": 1}, "zebra": {"f1_50": 0.0, "num": 0}}
     metrics = {
         "overall": dict.fromkeys(names, 0.5),
         "per_class": per_class,
         "num_rows": 2,
         "num_objects": 2,
         "task": "detection",
+        "unknown_labels": {"zebra": 2, EVIL: 1},
     }
     lines = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"kind": "train", "attempt": 1, "step": step, "loss": 3.0 - step}) for step in (1, 2)]
@@ -51,6 +52,8 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     assert "http://" not in html
     assert "https://" not in html
     assert "<polyline" in html
+    assert "Answered by after, and the label of no object: zebra (2), " in html
+    assert "<td>zebra" not in html, "the table has the classes of the truth"
 
 
 @pytest.mark.parametrize(
