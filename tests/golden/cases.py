@@ -1,0 +1,121 @@
+"""Short runs whose every number and file is kept: what they are, and what is kept of them.
+
+They go through the command line and through files alone, so that they hold whatever the code inside is called.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_vlm.cli import main
+from tests.support.jobs import write_job
+
+METHODS = ("sft", "dpo", "grpo")
+HERE = Path(__file__).parent
+GOLDEN, OLD_RUNS = HERE / "golden.json", HERE / "old_runs.tar.xz"
+_SMALL = {"rank": 1, "alpha": 2, "target": ["connector"]}  # its checkpoints are a few kilobytes
+_OF_LIBRARIES = ("adapter_config.json", "trainer_state.json")  # their keys are those of PEFT and transformers
+_TIMES = ("_s", "_seconds", "_gib", "memory", "per_second")  # ends of names of what differs from run to run
+
+
+def draw_data(folder: Path) -> Path:
+    """Draw the scenes that the runs train on, and pairs about them, into `folder`."""
+    from ray_vlm.demo.shapes import draw
+
+    for split, count in (("train", 12), ("eval", 4), ("test", 4)):
+        draw(folder, "studio", split, count)
+    images = json.loads((folder / "train.json").read_text())["images"]
+    pairs = [
+        {"image": image["file_name"], "prompt": "What is shown?", "chosen": f"{i} shapes", "rejected": "A dog."}
+        for i, image in enumerate(images)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def job_of(method: str, folder: Path, data: Path) -> Path:
+    """Write the job of one run: three steps of the shipped tiny base, two validations, a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources: dict[str, Any] = {name: {"path": str(data / f"{name}.json")} for name in ("train", "eval", "test")}
+    options: dict[str, Any] = {"name": method}
+    if method == "dpo":
+        sources = {"train": {"path": str(data / "pairs.jsonl"), "format": "preference"}, "eval": {"ratio": 0.25}}
+    elif method == "grpo":
+        options |= {"num_generations": 2, "max_completion_tokens": 24}
+    return write_job(
+        folder,
+        data,
+        "tiny",
+        method=options,
+        lora=_SMALL,
+        data=sources,
+        train={"global_batch_size": 4, "micro_batch_size": 2},
+        evaluate={"every_steps": 2, "max_new_tokens": 24},
+        checkpoint={"every_steps": 2, "keep": 1},
+        run={"name": method},
+    )
+
+
+def train(method: str, folder: Path, data: Path, overrides: Sequence[str] = ()) -> Path:
+    """Train a method's run in `folder`; returns the run's folder."""
+    assert main(["train", str(job_of(method, folder, data)), *overrides]) == 0
+    return folder / "runs" / method
+
+
+def describe_run(run: Path) -> dict[str, Any]:
+    """The numbers of a run, hashes of its weights, and its files by name and keys."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    numbers = [{key: value for key, value in line.items() if _is_kept(key, value)} for line in lines]
+    return {
+        "numbers": [line for line in numbers if line["kind"] in ("train", "eval")],
+        "weights": {
+            path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(run.rglob("adapter_model.safetensors"))
+            if not path.relative_to(run).parts[0].startswith("checkpoint-")
+        },
+        "files": describe_files(run),
+    }
+
+
+def _is_kept(key: str, value: Any) -> bool:
+    return not key.endswith(_TIMES) and key not in ("time", "token") and isinstance(value, int | float | str | None)
+
+
+def describe_files(folder: Path) -> dict[str, Any]:
+    """Names of all files below, those of checkpoints without their tokens; of JSON also the keys at the top."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = "/".join(_without_token(part) for part in path.relative_to(folder).parts)
+            found[name] = _keys(path)
+    return found
+
+
+def _without_token(part: str) -> str:
+    return "-".join(part.split("-")[:3]) if part.startswith("checkpoint-") else part
+
+
+def _keys(path: Path) -> list[str] | None:
+    """Keys of a JSON object, or of all lines of a JSONL file together."""
+    try:
+        if path.suffix == ".jsonl":
+            return sorted({key for line in path.read_text().splitlines() for key in json.loads(line)})
+        ours = path.suffix == ".json" and path.name not in _OF_LIBRARIES
+        value = json.loads(path.read_text()) if ours else None
+    except (ValueError, UnicodeDecodeError):
+        return None
+    return sorted(value) if isinstance(value, dict) else None
+
+
+def this_machine() -> str:
+    """What rounding depends on: the processor, the versions of torch and transformers, and the number of threads."""
+    from importlib import metadata
+
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    versions = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft"))
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    return f"{cpu.partition(': ')[2] or platform.processor()}, {versions}, {threads} threads"

@@ -1,0 +1,77 @@
+"""Short runs give the numbers and the files that they gave before, and run folders of before are still understood."""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_vlm.cli import main
+from tests.golden.cases import GOLDEN, METHODS, OLD_RUNS, describe_run, draw_data, job_of, this_machine, train
+
+WANTED = json.loads(GOLDEN.read_text())
+ANOTHER_MACHINE = 2e-3  # relative; of losses and norms of three steps in float32
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes that all runs train on."""
+    return draw_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture
+def old_runs(tmp_path: Path) -> Path:
+    """Run folders of three steps that an earlier version left."""
+    with tarfile.open(OLD_RUNS) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("method", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
+def test_a_short_run_leaves_what_it_left(method: str, tmp_path: Path, data: Path) -> None:
+    found, wanted = describe_run(train(method, tmp_path, data)), WANTED["runs"][method]
+    assert found["files"] == wanted["files"]
+    assert len(found["numbers"]) == len(wanted["numbers"])
+    same_machine = WANTED["machine"] == this_machine()
+    for mine, kept in zip(found["numbers"], wanted["numbers"], strict=True):
+        assert mine.keys() == kept.keys()
+        if same_machine:
+            assert mine == kept
+        elif method != "grpo":  # whose answers are drawn by probabilities, which rounding changes
+            assert mine == pytest.approx(kept, rel=ANOTHER_MACHINE, abs=1e-6)
+    if same_machine:
+        assert found["weights"] == wanted["weights"]
+
+
+@pytest.mark.parametrize("method", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
+def test_an_old_run_goes_on(method: str, tmp_path: Path, data: Path, old_runs: Path) -> None:
+    """It takes up its own rows, schedule and weights, and ends where a run of five steps ends."""
+    job = job_of(method, tmp_path, data)
+    assert main(["train", str(job), "--resume", "train.max_steps=5"]) == 0
+    whole = describe_run(train(method, tmp_path / "whole", data, ["train.max_steps=5"]))
+    last = [line for line in describe_run(old_runs / method)["numbers"] if line["kind"] == "train"][-1]
+    assert last["step"] == 5
+    expected = [line for line in whole["numbers"] if line["kind"] == "train"][-1]
+    assert last["loss"] == pytest.approx(expected["loss"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_an_old_run_is_measured_asked_exported_and_compared(tmp_path: Path, data: Path, old_runs: Path) -> None:
+    job, run = job_of("sft", tmp_path, data), old_runs / "sft"
+    resolved = (run / "resolved.json").read_text()  # a merge looks at the run's own rows, where they were then
+    kept = Path(json.loads(resolved)["data"]["train"]["path"]).parent
+    (run / "resolved.json").write_text(resolved.replace(str(kept), str(data)))
+    image = sorted((data / "test").iterdir())[0]
+    commands: list[list[Any]] = [
+        ["evaluate", job, "--adapter", run / "final", "--output", tmp_path / "measured"],
+        ["predict", run, image, "--output", tmp_path / "predictions.jsonl"],
+        ["export", run],
+        ["export", run, "--merged"],
+        ["runs", "show", run],
+        ["runs", "compare", *(old_runs / method for method in METHODS)],
+    ]
+    for command in commands:
+        assert main([str(word) for word in command]) == 0, command
+    assert (tmp_path / "measured" / "report.html").exists()
+    assert json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])["found"]

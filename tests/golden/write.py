@@ -1,0 +1,34 @@
+"""Write the golden file anew, and with `--old-runs` the run folders that later versions must understand.
+
+`python -m tests.golden.write [--old-runs]`: after a change that is meant. Read the difference before it is kept.
+"""
+
+import json
+import os
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # as in tests that share a machine; rounding depends on it
+
+from tests.golden.cases import GOLDEN, METHODS, OLD_RUNS, describe_run, draw_data, this_machine, train
+
+
+def write_golden(old_runs: bool) -> None:
+    """Train every method's run and keep what it left."""
+    sys.argv = ["ray-vlm", "train", "job.yaml"]  # which runs keep
+    golden = {"machine": this_machine(), "runs": {}}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = draw_data(folder / "data")
+        for method in METHODS:
+            golden["runs"][method] = describe_run(train(method, folder, data))
+        if old_runs:
+            with tarfile.open(OLD_RUNS, "w:xz") as archive:
+                archive.add(folder / "runs", "runs")
+    GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    write_golden(old_runs="--old-runs" in sys.argv)
