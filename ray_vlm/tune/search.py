@@ -6,6 +6,7 @@ is told the trials that there were, in their order, and goes on from them.
 
 import itertools
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -106,6 +107,7 @@ def run_tune(
         space, search = {"number": tune.grid_search(list(range(plan.num_trials)))}, {"num_samples": 1}
     else:
         search["search_alg"] = _tpe(sweep.space, job.seed, known)
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # that reporter prints a table and two paths, whatever `verbose` is
     with tempfile.TemporaryDirectory(prefix="ray_vlm-tune-") as folder:  # Tune's own state; it is never read back
         results = tune.Tuner(
             trainable,

@@ -41,13 +41,14 @@ def _losses(run: Path, kind: str = "train") -> list[float]:
 
 @pytest.mark.parametrize("resident", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trials_are_runs_and_the_best_is_exported(
-    resident: bool, ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path
+    resident: bool, ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     from peft import PeftConfig
 
     path = _job(job_file, scenes, resident=resident)
     said: list[str] = []
     sweep = Path(tune(str(path), [], _space(tmp_path), say=said.append))
+    assert "View detailed results" not in capfd.readouterr().out, "Ray Tune's own words"
     trials = json.loads((sweep / "sweep.json").read_text())
     assert [t["values"]["train.learning_rate"] for t in trials["trials"]] == RATES
     assert {t["status"] for t in trials["trials"]} == {"finished"}

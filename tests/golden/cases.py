@@ -66,6 +66,23 @@ def train(method: str, folder: Path, data: Path, overrides: Sequence[str] = ()) 
     return folder / "runs" / method
 
 
+def sweep(folder: Path, data: Path) -> Path:
+    """Run a sweep of two trials on the Ray cluster of this process, or one of its own; returns the sweep's folder."""
+    job = job_of("sft", folder, data)
+    (folder / "space.yaml").write_text("train.learning_rate: {grid: [1.0e-3, 1.0e-5]}\n")
+    options = ["run.name=null", "tune.num_trials=2", "tune.scheduler=none", "tune.default_first=false"]
+    assert main(["tune", str(job), "--space", str(folder / "space.yaml"), *options, "evaluate.metric=loss"]) == 0
+    return next(path.parent for path in (folder / "runs").glob("*/sweep.json"))
+
+
+def describe_sweep(folder: Path) -> dict[str, Any]:
+    """The numbers of each trial in the order of their rates, and all files of the sweep by name and keys."""
+    trials = [path.parent for path in folder.glob("trials/*/resolved.json")]
+    rates = {json.loads((t / "resolved.json").read_text())["train"]["learning_rate"]: t for t in trials}
+    files = {name: keys for name, keys in describe_files(folder).items() if not name.startswith("trials/")}
+    return {"trials": [describe_run(rates[rate]) for rate in sorted(rates)], "files": files}
+
+
 def describe_run(run: Path) -> dict[str, Any]:
     """The numbers of a run, hashes of its weights, and its files by name and keys."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

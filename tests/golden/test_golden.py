@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from ray_vlm.cli import main
-from tests.golden.cases import GOLDEN, METHODS, OLD_RUNS, describe_run, draw_data, job_of, this_machine, train
+from tests.golden.cases import (
+    GOLDEN,
+    METHODS,
+    OLD_RUNS,
+    describe_run,
+    describe_sweep,
+    draw_data,
+    job_of,
+    sweep,
+    this_machine,
+    train,
+)
 
 WANTED = json.loads(GOLDEN.read_text())
 ANOTHER_MACHINE = 2e-3  # relative; of losses and norms of three steps in float32
@@ -28,9 +39,9 @@ def old_runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-@pytest.mark.parametrize("method", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
-def test_a_short_run_leaves_what_it_left(method: str, tmp_path: Path, data: Path) -> None:
-    found, wanted = describe_run(train(method, tmp_path, data)), WANTED["runs"][method]
+def _check(found: dict[str, Any], wanted: dict[str, Any], drawn: bool = False) -> None:
+    """Compare a run with what is kept: to the bit on the same machine. `drawn`: its answers are drawn by probabilities,
+    which rounding changes."""
     assert found["files"] == wanted["files"]
     assert len(found["numbers"]) == len(wanted["numbers"])
     same_machine = WANTED["machine"] == this_machine()
@@ -38,10 +49,24 @@ def test_a_short_run_leaves_what_it_left(method: str, tmp_path: Path, data: Path
         assert mine.keys() == kept.keys()
         if same_machine:
             assert mine == kept
-        elif method != "grpo":  # whose answers are drawn by probabilities, which rounding changes
+        elif not drawn:
             assert mine == pytest.approx(kept, rel=ANOTHER_MACHINE, abs=1e-6)
     if same_machine:
         assert found["weights"] == wanted["weights"]
+
+
+@pytest.mark.parametrize("method", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
+def test_a_short_run_leaves_what_it_left(method: str, tmp_path: Path, data: Path) -> None:
+    _check(describe_run(train(method, tmp_path, data)), WANTED["runs"][method], drawn=method == "grpo")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_sweep_leaves_what_it_left(tmp_path: Path, data: Path, ray_cluster: None) -> None:
+    found = describe_sweep(sweep(tmp_path, data))
+    assert found["files"] == WANTED["sweep"]["files"]
+    for trial, wanted in zip(found["trials"], WANTED["sweep"]["trials"], strict=True):
+        _check(trial, wanted)
 
 
 @pytest.mark.parametrize("method", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])

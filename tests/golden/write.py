@@ -12,7 +12,17 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as in tests that share a machine; rounding depends on it
 
-from tests.golden.cases import GOLDEN, METHODS, OLD_RUNS, describe_run, draw_data, this_machine, train
+from tests.golden.cases import (
+    GOLDEN,
+    METHODS,
+    OLD_RUNS,
+    describe_run,
+    describe_sweep,
+    draw_data,
+    sweep,
+    this_machine,
+    train,
+)
 
 
 def write_golden(old_runs: bool) -> None:
@@ -24,6 +34,7 @@ def write_golden(old_runs: bool) -> None:
         data = draw_data(folder / "data")
         for method in METHODS:
             golden["runs"][method] = describe_run(train(method, folder, data))
+        golden["sweep"] = describe_sweep(sweep(folder / "swept", data))
         if old_runs:
             with tarfile.open(OLD_RUNS, "w:xz") as archive:
                 archive.add(folder / "runs", "runs")
