@@ -34,7 +34,7 @@ def places(folder: Path, *splits: str) -> list[str]:
 def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
     """Mean reward of answers to the test images, sampled as the GRPO job samples them."""
     from ray_vlm.data.preprocessing import read_preprocessing
-    from ray_vlm.data.spec import row_spec
+    from ray_vlm.data.spec import sample_spec
     from ray_vlm.data.splits import load_parts
     from ray_vlm.evaluate.samples import sample_answers
 
@@ -54,7 +54,7 @@ def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
             ),
         }
     )
-    parts = load_parts(job, ["test"], read_preprocessing(adapter, row_spec(job, [])))
+    parts = load_parts(job, ["test"], read_preprocessing(adapter, sample_spec(job, [])))
     assert parts.test is not None
     batches = sample_answers(job, parts.spec, parts.test.records, str(adapter), num_actors=0)
     rewards = [sample.reward for batch in batches for of_row in batch for sample in of_row]

@@ -20,7 +20,7 @@ from ray_vlm.data.records import Box, SftRecord
 from ray_vlm.evaluate.average_precision import coco_map
 from ray_vlm.evaluate.prediction import Prediction
 from ray_vlm.tasks import detection
-from ray_vlm.tasks.answers import Parsed, Setting
+from ray_vlm.tasks.answers import Parsed, PromptContext
 from ray_vlm.tasks.boxes import CODECS, Frame, iou_matrix, match
 
 PATCHES = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
@@ -73,7 +73,7 @@ def random_cases(spec: ImageSpec, codec: str, count: int) -> Iterator[tuple[Fram
 def round_trip(frame: Frame, box: Box) -> Box | None:
     """What a box has become after record -> text -> parse; None if it is lost or the text is not the promised form."""
     record = SftRecord("a", 0, ("a.jpg",), (frame.original,), {"boxes": (box,), "labels": (LABELS[0],)})
-    text = detection.answer(record, [frame], Setting(Task(), LABELS)).text
+    text = detection.answer(record, [frame], PromptContext(Task(), LABELS)).text
     parsed = detection.parse(text, [frame])
     whole = parsed.ok and not parsed.repairs and parsed.values["labels"] == LABELS[:1]
     return parsed.values["boxes"][0] if whole else None

@@ -29,9 +29,9 @@ from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.images import read_size
 from ray_vlm.data.index import build_index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import RowSpec
-from ray_vlm.data.stream import Feed, mean_bytes, pack, stream_ray, task_size
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import SampleSpec
+from ray_vlm.data.stream import StreamSpec, mean_bytes, pack, stream_ray, task_size
 from ray_vlm.demo.tiny import write_untrained
 
 SIZES = {"12mp": (4000, 3000), "2mp": (1600, 1200), "0.3mp": (640, 480)}
@@ -69,17 +69,17 @@ def write_rows(folder: Path, size: tuple[int, int], rows: int, files: int) -> So
     return Source(path=str(path))
 
 
-def make_spec(model: Path) -> RowSpec:
+def make_spec(model: Path) -> SampleSpec:
     """The tiny Qwen3-VL with the image limits that real ones are trained with."""
-    return RowSpec(Model(name=str(model), load_in_4bit=False), Task(), LABELS, max_pixels=1280 * 1024)
+    return SampleSpec(Model(name=str(model), load_in_4bit=False), Task(), LABELS, max_pixels=1280 * 1024)
 
 
-def read_plainly(path: str, spec: RowSpec) -> Any:
+def read_plainly(path: str, spec: SampleSpec) -> Any:
     """Decode, convert, resize, with no copy that is not needed; `uint8 [h, w, 3]`."""
     import torch
     from transformers.image_utils import SizeDict
 
-    preparer = load_preparer(spec)
+    preparer = load_sample_builder(spec)
     processor, sizes = preparer.processor.image_processor, preparer.image_spec
     with Image.open(path) as file:
         file.load()
@@ -93,7 +93,7 @@ def read_plainly(path: str, spec: RowSpec) -> Any:
 class PlainDataset:
     """The same work as a torch data set."""
 
-    def __init__(self, paths: Sequence[str], spec: RowSpec):
+    def __init__(self, paths: Sequence[str], spec: SampleSpec):
         self.paths, self.spec = paths, spec
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ def rate(micro_batches: Iterable[Any], task: int, size: int = 1) -> float:
     return (last - task) / (arrivals[last] - arrivals[task])
 
 
-def through_loader(paths: Sequence[str], spec: RowSpec, task: int) -> float:
+def through_loader(paths: Sequence[str], spec: SampleSpec, task: int) -> float:
     """Images a second of a torch DataLoader with one worker."""
     from torch.utils.data import DataLoader
 
@@ -122,26 +122,26 @@ def through_loader(paths: Sequence[str], spec: RowSpec, task: int) -> float:
     return rate(loader, task)
 
 
-def through_stream(source: Source, spec: RowSpec, task: int) -> float:
+def through_stream(source: Source, spec: SampleSpec, task: int) -> float:
     """Images a second of our stream with one loader."""
     import ray
 
     index = build_index(source, Data(), spec)
     plan = Plan(len(index), MICRO, MICRO, 1, shuffle=False)
-    feed = Feed(ray.put(index.records), spec, plan, 0, 0, plan.num_steps, mean_bytes(index.records, spec))
+    feed = StreamSpec(ray.put(index.records), spec, plan, 0, 0, plan.num_steps, mean_bytes(index.records, spec))
     assert task_size(feed) * MICRO == task
     return rate(stream_ray(feed, num_loaders=1, cpus_per_loader=1), task, MICRO)
 
 
-def stored_bytes(paths: Sequence[str], source: Source, spec: RowSpec) -> float:
+def stored_bytes(paths: Sequence[str], source: Source, spec: SampleSpec) -> float:
     """Bytes of the block that a micro-batch becomes, over those of its pixels."""
     records = build_index(source, Data(), spec).records[:MICRO]
-    rows = [load_preparer(spec).train_row(record) for record in records]
+    rows = [load_sample_builder(spec).train_row(record) for record in records]
     assert all(np.array_equal(row.images[0], read_plainly(path, spec)) for row, path in zip(rows, paths, strict=False))
     return pack(0, rows).get_total_buffer_size() / sum(image.nbytes for row in rows for image in row.images)
 
 
-def stream_figures(folder: Path, spec: RowSpec, rounds: int, share: float) -> list[dict[str, Any]]:
+def stream_figures(folder: Path, spec: SampleSpec, rounds: int, share: float) -> list[dict[str, Any]]:
     """The three arms in turn, for each size."""
     figures = []
     for name, size in SIZES.items():
@@ -170,7 +170,7 @@ def run_index(folder: Path, num_rows: int) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     spec = make_spec(folder / "model")
     source = write_rows(folder / "many", SIZES["0.3mp"], num_rows, num_rows)
-    load_preparer(spec)
+    load_sample_builder(spec)
     found = []
     for _ in range(3):
         started = time.perf_counter()

@@ -13,13 +13,13 @@ from benchmarks.figures import figure, report
 from ray_vlm.config.load import load_job
 from ray_vlm.data.splits import load_parts
 from ray_vlm.demo.shapes import draw
-from ray_vlm.evaluate.actors import Work, do_batches
+from ray_vlm.evaluate.actors import InferenceJob, do_batches
 from ray_vlm.evaluate.generate import _answer, plan_batches
 
 JOB = "jobs/demo_sft.yaml"
 
 
-def answers(work: Work, num_actors: int) -> tuple[dict[int, Any], float]:
+def answers(work: InferenceJob, num_actors: int) -> tuple[dict[int, Any], float]:
     """What every batch was answered, and batches a second once all actors work."""
     found, marks = {}, []
     for number, texts in do_batches(work, _answer, range(len(work.batches)), num_actors):
@@ -38,7 +38,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         parts = load_parts(job, ["test"])
         assert parts.test is not None
         batches = plan_batches(parts.test.image_tokens + parts.test.prompt_tokens, job.evaluate.batch_size)
-        work = Work(job, parts.spec, parts.test.records, None, batches)
+        work = InferenceJob(job, parts.spec, parts.test.records, None, batches)
         rates: dict[int, list[float]] = {1: [], 2: []}
         seen = []
         for _ in range(1 if quick else 2):

@@ -126,7 +126,7 @@ def prepare() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
-    from ray_vlm.models.quiet import quiet_libraries
+    from ray_vlm.models.library_logging import quiet_libraries
 
     torch.set_num_threads(1)
     quiet_libraries()

@@ -19,8 +19,8 @@ from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.collate import collate
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, PreferenceRecord, SftRecord
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
 
 _TEMPLATE = "chat_template.jinja"
@@ -142,7 +142,9 @@ def _read_rows(base: Path, records: list[Any], system: str | None) -> int:
     model, task = Model(name=str(base), load_in_4bit=False), Task(name="chat", system=system)
     lost, reasons = 0, []
     for record in records:
-        preparer = Preparer(RowSpec(model, task, (), kind="pair" if isinstance(record, PreferenceRecord) else "answer"))
+        preparer = SampleBuilder(
+            SampleSpec(model, task, (), kind="pair" if isinstance(record, PreferenceRecord) else "answer")
+        )
         counts = count_row(record, preparer, None)
         if isinstance(counts, BadRow):
             reasons.append(counts.reason)

@@ -15,8 +15,8 @@ from benchmarks.fuzz_inputs import Attempt, make_job, write_base
 from benchmarks.mutations import break_bytes, break_tree, pick
 from ray_vlm.config.load import dump_job, fill_defaults
 from ray_vlm.data.preprocessing import ABOUT, changed_since, describe_preprocessing, read_preprocessing
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import sample_spec
 
 _WEIGHTS, _CONFIG, _MADE = "adapter_model.safetensors", "adapter_config.json", "preprocessing.json"
 
@@ -39,9 +39,9 @@ def of_adapters(folder: Path) -> Attempt:
     from ray_vlm.models.load import load_adapter, load_model
 
     job = make_job(write_base(folder), "coco", {"path": str(folder / "rows.json")}, ["dog", "cat"])
-    spec = row_spec(job, [])
+    spec = sample_spec(job, [])
     base = load_model(Model(name=job.model.name, load_in_4bit=False), precision="fp32")
-    whole = _write_adapter(folder, base, Preparer(spec))
+    whole = _write_adapter(folder, base, SampleBuilder(spec))
     ids = torch.arange(20, 30)[None]
 
     def attempt(rng: np.random.Generator) -> int:
@@ -52,9 +52,9 @@ def of_adapters(folder: Path) -> Attempt:
         if rng.random() < 0.2:
             shutil.copy(folder / "about", folder / f"pairs.jsonl{ABOUT}")
             _break_json(folder / f"pairs.jsonl{ABOUT}", rng)
-            changed_since(str(folder / "pairs.jsonl"), load_preparer(spec))
+            changed_since(str(folder / "pairs.jsonl"), load_sample_builder(spec))
         found = read_preprocessing(str(broken), spec) or spec
-        Preparer(found)
+        SampleBuilder(found)
         model = load_adapter(copy.deepcopy(base), str(broken), job.model)
         lost = _apart(model, broken) + (folder / "run").exists()
         with torch.no_grad():
@@ -64,7 +64,7 @@ def of_adapters(folder: Path) -> Attempt:
     return attempt
 
 
-def _write_adapter(folder: Path, base: Any, preparer: Preparer) -> Path:
+def _write_adapter(folder: Path, base: Any, preparer: SampleBuilder) -> Path:
     import torch
     from peft import get_peft_model
 

@@ -15,8 +15,8 @@ from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, SftRecord
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
 
 
@@ -25,7 +25,9 @@ def of_images(folder: Path) -> Attempt:
     model = write_base(folder)
     whole, preparers = _pictures(), []
     for options in ({}, {"resize": "pad"}, {"resize": "pad", "pad_place": "center", "max_pixels": 4096}):
-        preparers.append(Preparer(RowSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), (), **options)))
+        preparers.append(
+            SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), (), **options))
+        )
 
     def attempt(rng: np.random.Generator) -> int:
         kind, data = pick(rng, whole)
@@ -42,7 +44,7 @@ def of_images(folder: Path) -> Attempt:
     return attempt
 
 
-def _read(image: str | bytes, preparer: Preparer, max_pixels: int) -> tuple[int, int]:
+def _read(image: str | bytes, preparer: SampleBuilder, max_pixels: int) -> tuple[int, int]:
     """Read a row with that image as training does; (width, height). Raises `DataError` where it would be a bad row."""
     row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})
     found = measure_row(row, Data(max_image_pixels=max_pixels))
@@ -58,7 +60,7 @@ def _read(image: str | bytes, preparer: Preparer, max_pixels: int) -> tuple[int,
 def of_exif(folder: Path) -> Attempt:
     """Whole images with a damaged EXIF block: each is read, with its own pixels in one of the eight turns."""
     model = write_base(folder)
-    preparer = Preparer(RowSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), ()))
+    preparer = SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), ()))
     whole = {kind: _encode(kind, _colours()) for kind in ("JPEG", "PNG", "WEBP")}
     turns = {kind: _turns(decode(data)) for kind, data in whole.items()}
 

@@ -18,8 +18,8 @@ from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.formats import FORMATS, read_rows
 from ray_vlm.data.index import build_index
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.survey import check_sources, describe_check
 
 Attempt = Callable[[np.random.Generator], int]
@@ -131,11 +131,11 @@ def read_all(job: JobConfig, expected: int | None) -> int:
             lost += abs(check.rows - (check.rows if expected is None else expected))
     rows, labels = read_rows(source)
     lost += [row.row for row in rows] != list(range(len(rows)))
-    spec = row_spec(job, labels)
+    spec = sample_spec(job, labels)
     index = build_index(source, Data(on_bad_row="quarantine"), spec, (rows, labels))
     lost += abs(len(index) + len(index.bad) - len(rows))
     for record in index.records[:2]:
-        load_preparer(spec).row(record)
+        load_sample_builder(spec).row(record)
     build_index(source, Data(on_bad_row="raise"), spec)
     return lost + len(index.bad)  # `raise` has just let them pass
 
@@ -150,8 +150,8 @@ def of_completions(folder: Path) -> Attempt:
         path = write_rows(folder, whole_rows(format, 3), ".json")
         job = make_job(model, format, {"path": str(path), "format": format}, LABELS.get(TASKS.get(format, "")))
         for codec in (None, "qwen2_vl", "qwen2_5_vl"):
-            spec = replace(row_spec(job, []), task=job.task.model_copy(update={"codec": codec}))
-            ready.append((job.task.name, build_index(job.data.train, job.data, spec).records, Preparer(spec)))
+            spec = replace(sample_spec(job, []), task=job.task.model_copy(update={"codec": codec}))
+            ready.append((job.task.name, build_index(job.data.train, job.data, spec).records, SampleBuilder(spec)))
 
     def attempt(rng: np.random.Generator) -> int:
         task, records, preparer = pick(rng, ready)

@@ -18,7 +18,7 @@ from benchmarks.figures import figure
 from benchmarks.stock import arguments, build_model, token_reward
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.methods.groups import prompt_pixels
 from ray_vlm.train.prepare import prepare
 
@@ -57,7 +57,7 @@ def stock_step(job: JobConfig) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     prepared = prepare(job)
-    preparer = load_preparer(prepared.spec)
+    preparer = load_sample_builder(prepared.spec)
     asked = [{"role": "user", "content": "What is shown?"}]
     rows = [{"prompt": asked, "images": [str(record.images[0])]} for record in prepared.train.records]
     table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
@@ -94,7 +94,7 @@ def our_step(job: JobConfig) -> Any:
     from types import SimpleNamespace
 
     prepared = prepare(job)
-    preparer, records = load_preparer(prepared.spec), prepared.train.records
+    preparer, records = load_sample_builder(prepared.spec), prepared.train.records
 
     def step() -> int:
         trainer = SimpleNamespace(pixels={}, preparer=preparer, args=SimpleNamespace(device="cpu"))

@@ -61,18 +61,18 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
 
 def compare(job: JobConfig) -> tuple[float, float, float]:
     """Bytes above the loaded model: measured, predicted, and by four times the weights."""
-    from ray_vlm.data.rows import load_preparer
-    from ray_vlm.methods.forward import plan_folding
+    from ray_vlm.data.samples import load_sample_builder
+    from ray_vlm.methods.prefix_sharing import plan_folding
     from ray_vlm.train.attempt import Attempt
-    from ray_vlm.train.feed import open_stream
+    from ray_vlm.train.planned_trainer import open_stream
     from ray_vlm.train.prepare import prepare
     from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
-    from ray_vlm.train.worker import WorkerTask
+    from ray_vlm.train.worker import WorkerSpec
 
     prepared = prepare(job)
     prepare_process(job, False)
-    preparer, place = load_preparer(prepared.spec), find_place(job, False)
-    task = WorkerTask(dump_job(job), job.run.output_dir, prepared.spec, prepared.plan, prepared.train.records, None)
+    preparer, place = load_sample_builder(prepared.spec), find_place(job, False)
+    task = WorkerSpec(dump_job(job), job.run.output_dir, prepared.spec, prepared.plan, prepared.train.records, None)
     args, model = build_args(job, task, Attempt(1, "measured")), load_adapted(job, preparer.family, place)
     trainer = build_trainer(job, task, args, model, preparer, place, 0, open_stream(job, task, place, 0))
     trainer.write_checkpoint = lambda: None
@@ -123,7 +123,7 @@ def tiny_figures(quick: bool) -> list[dict[str, Any]]:
 
 def real_figures() -> list[dict[str, Any]]:
     """What 4-bit jobs of real models would take, one row or group at a time."""
-    from ray_vlm.methods.forward import plan_folding
+    from ray_vlm.methods.prefix_sharing import plan_folding
 
     figures = []
     for name in REAL:

@@ -28,7 +28,7 @@ from benchmarks.figures import figure, report
 from benchmarks.stock import gradients_apart, our_step, stock_step
 from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.runs.monitor import read_metrics
@@ -95,7 +95,7 @@ def make_alignment_job(folder: Path, model: str, method: str, beta: float) -> tu
 def write_pairs(folder: Path, model: str) -> Path:
     """Pairs from drawn scenes: the right answer, and the same with its last object left out and the rest moved."""
     prepared = prepare(make_job(folder, model, 1))
-    preparer = load_preparer(prepared.spec)
+    preparer = load_sample_builder(prepared.spec)
     path = folder / "pairs.jsonl"
     with path.open("w") as file:
         for record in prepared.train.records:

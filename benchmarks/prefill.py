@@ -22,8 +22,8 @@ from benchmarks.figures import figure, report
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PromptRecord
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import Row, RowSpec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.methods.rollout import Sampling, sample_groups
 from ray_vlm.models.load import load_model
@@ -35,10 +35,10 @@ GREEDY_TOKENS = 16
 WARM_UP = 2
 
 
-def make_prompt(model: Model) -> tuple[Preparer, Row]:
+def make_prompt(model: Model) -> tuple[SampleBuilder, Sample]:
     """A question about a picture of noise that makes 16 x 16 tokens."""
-    side = load_preparer(RowSpec(model, Task(name="chat"), ())).image_spec.factor * IMAGE_TOKENS_A_SIDE
-    preparer = load_preparer(RowSpec(model, Task(name="chat"), (), max_pixels=side * side, kind="prompt"))
+    side = load_sample_builder(SampleSpec(model, Task(name="chat"), ())).image_spec.factor * IMAGE_TOKENS_A_SIDE
+    preparer = load_sample_builder(SampleSpec(model, Task(name="chat"), (), max_pixels=side * side, kind="prompt"))
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     Image.fromarray(pixels).save(file, "PNG")

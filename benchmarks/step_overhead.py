@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.figures import figure, report
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.runs.monitor import Monitor, read_metrics
@@ -71,7 +71,7 @@ def run_plain(folder: Path, steps: int) -> None:
     torch.set_num_threads(1)
     job = make_job(folder, steps, "plain")
     prepared = prepare(job)
-    preparer = load_preparer(prepared.spec)
+    preparer = load_sample_builder(prepared.spec)
     rows: dict[str, list[Any]] = {"images": [], "prompt": [], "completion": []}
     for record in prepared.train.records:
         rows["images"].append(list(record.images))

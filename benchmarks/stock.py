@@ -14,15 +14,15 @@ import torch
 
 from benchmarks.precision import arithmetic, only
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.methods import METHODS
-from ray_vlm.methods.forward import fold_rows
 from ray_vlm.methods.head import score_labelled
+from ray_vlm.methods.prefix_sharing import share_prefixes
 from ray_vlm.methods.rollout import Completion
 from ray_vlm.models.backbone import recompute, recompute_first
-from ray_vlm.models.packing import Folding
-from ray_vlm.models.tower import run_frozen_tower_plainly
-from ray_vlm.train.feed import feed_trainer
+from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
+from ray_vlm.models.packing import PackingOptions
+from ray_vlm.train.planned_trainer import feed_trainer
 from ray_vlm.train.prepare import prepare
 from ray_vlm.train.trainer import spare_work
 
@@ -35,10 +35,10 @@ def build_model(job: JobConfig) -> Any:
     import torch
     from peft import get_peft_model
 
+    from ray_vlm.models.base_cache import load_resident
     from ray_vlm.models.families import FAMILIES
     from ray_vlm.models.load import load_model
     from ray_vlm.models.lora import lora_config
-    from ray_vlm.models.resident import load_resident
 
     assert job.lora is not None
     base = (load_resident if job.tune.resident else load_model)(job.model, job.train.precision, device_of(job))
@@ -109,7 +109,7 @@ def our_trainer(
     import datasets
 
     prepared = prepare(job)
-    preparer, records = load_preparer(prepared.spec), prepared.train.records
+    preparer, records = load_sample_builder(prepared.spec), prepared.train.records
     method = METHODS[job.method.name]
     args = method.build_args(job, arguments(job) | {"per_device_train_batch_size": job.train.global_batch_size})
     trainer = feed_trainer(method.trainer_class(job))(
@@ -120,7 +120,7 @@ def our_trainer(
         **method.extras(job),
     )
     hidden = trainer.model.config.get_text_config().hidden_size
-    spare_work(trainer, job, preparer, Folding(fold and job.method.name != "sft", fold, hidden))
+    spare_work(trainer, job, preparer, PackingOptions(fold and job.method.name != "sft", fold, hidden))
     trainer.preparer, trainer.fetch_records = preparer, lambda: records
     if answers:
         group = job.method.num_generations
@@ -167,7 +167,7 @@ def stock_trainer(
 ) -> tuple[Any, list]:
     """Stock TRL's trainer, and its micro-batches of the same rows through its own collator and processor."""
     prepared = prepare(job)
-    preparer = load_preparer(prepared.spec)
+    preparer = load_sample_builder(prepared.spec)
     build = {"sft": _stock_sft, "dpo": _stock_dpo, "grpo": _stock_grpo}[job.method.name]
     return build(job, preparer, [[prepared.train.records[i] for i in batch] for batch in batches], answers)
 
@@ -178,13 +178,13 @@ def patched_trainer(
     """Stock TRL's with what anyone could patch into it: the frozen tower without autograd, and a head that scores
     nothing that is not trained."""
     trainer, made = stock_trainer(job, batches, answers)
-    fold_rows(trainer.model, Folding())
+    share_prefixes(trainer.model, PackingOptions())
     score_labelled(trainer.model)
     run_frozen_tower_plainly(trainer.model)
     return trainer, made
 
 
-def _asked(record: Any, preparer: Preparer) -> dict[str, Any]:
+def _asked(record: Any, preparer: SampleBuilder) -> dict[str, Any]:
     from PIL import Image
 
     text = preparer.turns(record)[-1][1].removeprefix("<image>")
@@ -195,7 +195,7 @@ def _said(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def _stock_sft(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -> tuple[Any, Any]:
+def _stock_sft(job: JobConfig, preparer: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import SFTConfig, SFTTrainer
 
     rows = [[_asked(r, preparer) | {"completion": _said(preparer.answer(r).text)} for r in part] for part in records]
@@ -207,7 +207,7 @@ def _stock_sft(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -
     return trainer, [trainer.data_collator(part) for part in rows]
 
 
-def _stock_dpo(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -> tuple[Any, Any]:
+def _stock_dpo(job: JobConfig, preparer: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import DPOConfig, DPOTrainer
 
     rows = [
@@ -220,7 +220,7 @@ def _stock_dpo(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -
     return trainer, [trainer.data_collator(part) for part in rows]
 
 
-def _stock_grpo(job: JobConfig, preparer: Preparer, records: Any, answers: Any) -> tuple[Any, Any]:
+def _stock_grpo(job: JobConfig, preparer: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
     rows = [[_asked(r, preparer) for r in part] for part in records]
@@ -239,7 +239,13 @@ def token_reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> lis
 
 
 def _stock(
-    job: JobConfig, preparer: Preparer, rows: list, trainer: Any, config: Any, options: dict, more: dict | None = None
+    job: JobConfig,
+    preparer: SampleBuilder,
+    rows: list,
+    trainer: Any,
+    config: Any,
+    options: dict,
+    more: dict | None = None,
 ) -> Any:
     import datasets
 

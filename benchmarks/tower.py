@@ -15,14 +15,14 @@ import numpy as np
 from benchmarks.figures import figure, report
 from ray_vlm.config.schema import Lora, Model, Task
 from ray_vlm.data.collate import collate
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import Row, RowSpec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.models.backbone import recompute
 from ray_vlm.models.families import FAMILIES
+from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
-from ray_vlm.models.tower import run_frozen_tower_plainly
 
 SIDE, ROWS, WORDS = 196, 4, 64
 
@@ -57,13 +57,13 @@ def compare(folder: Path, family: str, rounds: int) -> list[dict[str, Any]]:
     import torch
 
     write_untrained(folder, family)
-    preparer = load_preparer(RowSpec(Model(name=str(folder), load_in_4bit=False), Task(name="chat"), ()))
+    preparer = load_sample_builder(SampleSpec(Model(name=str(folder), load_in_4bit=False), Task(name="chat"), ()))
     rng = np.random.default_rng(0)
     side = preparer.image_spec.place((SIDE, SIDE)).resized[0]
     image = rng.integers(0, 255, (side, side, 3), np.uint8)
     count = preparer.num_image_tokens((side, side))
     ids = np.array([preparer.image_token_id] * count + list(range(300, 300 + WORDS)), np.int32)
-    batch = collate([Row(ids, np.zeros(0, np.int32), (image,))] * ROWS, preparer)
+    batch = collate([Sample(ids, np.zeros(0, np.int32), (image,))] * ROWS, preparer)
     arms = {plainly: build(folder, family, plainly) for plainly in (False, True)}
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(rounds):

@@ -25,27 +25,27 @@ def plan_all(folder: Path, path: Path, scale: Scale) -> None:
 
 def plan_case(folder: Path, case: Case, scale: Scale) -> dict[str, float]:
     """Bytes at the peak of a step (`allocated`), and with what CUDA takes for itself (`peak`)."""
-    from ray_vlm.data.rows import load_preparer
+    from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.models.memory import CUDA_CONTEXT
-    from ray_vlm.train.fit import heaviest_rows, predict
+    from ray_vlm.train.memory_plan import heaviest_rows, predict
     from ray_vlm.train.prepare import prepare
 
     prepared = prepare(build_job(folder, case, scale))
     rows = heaviest_rows(prepared.job, prepared.plan, prepared.train)
-    found = predict(prepared.job, prepared.train, rows, load_preparer(prepared.spec))
+    found = predict(prepared.job, prepared.train, rows, load_sample_builder(prepared.spec))
     own = (CUDA_CONTEXT + found.parts.get("fragmentation", 0.0)) if prepared.job.cluster.gpus_per_worker else 0.0
     return {"peak": found.peak, "allocated": found.peak - own}
 
 
 def plan_choice(folder: Path, scale: Scale) -> dict[str, Any]:
     """What `train.memory: auto` makes of the shipped job: `micro`, `recompute`, and the plan of that."""
-    from ray_vlm.data.rows import load_preparer
-    from ray_vlm.train.fit import fit
+    from ray_vlm.data.samples import load_sample_builder
+    from ray_vlm.train.memory_plan import fit
     from ray_vlm.train.prepare import prepare
 
     job = build_job(folder, SHIPPED, scale, global_batch_size=16)
     prepared = prepare(job)
-    fitted, _ = fit(prepared.job, prepared.train, load_preparer(prepared.spec))
+    fitted, _ = fit(prepared.job, prepared.train, load_sample_builder(prepared.spec))
     chosen = {"micro": fitted.train.micro_batch_size, "recompute": fitted.train.gradient_checkpointing}
     return chosen | plan_case(folder, dataclasses.replace(SHIPPED, **chosen), scale)
 

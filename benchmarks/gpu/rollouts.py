@@ -12,7 +12,7 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.profiler import profile_kernels
 from benchmarks.gpu.supervise import first_line, leave_after_cuda_error
 from benchmarks.stock import our_trainer, stock_trainer
-from ray_vlm.models.dense import multiply_dequantised, quantised_layers
+from ray_vlm.models.dequantize import multiply_dequantised, quantised_layers
 
 GROUP = 8  # answers to a prompt
 PROMPT = 1100  # tokens before the one that a decoding step writes, on the card

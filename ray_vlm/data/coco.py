@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.cells import control_character, is_empty, is_number, shown, word
+from ray_vlm.data.fields import control_character, is_empty, is_number, shown, word
 from ray_vlm.data.files import local_root, parent_folder, resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.suspicions import crowd_problem

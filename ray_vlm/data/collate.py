@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import IGNORED, Row
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import IGNORED, Sample
 from ray_vlm.errors import DataError
 
 
 def collate(
-    rows: Sequence[Row],
-    preparer: Preparer,
+    rows: Sequence[Sample],
+    preparer: SampleBuilder,
     device: str = "cpu",
     side: str = "right",
     copies: int = 1,
@@ -64,13 +64,13 @@ def collate(
     return batch
 
 
-def spans_of_rows(rows: Sequence[Row]) -> list[tuple[int, int]]:
+def spans_of_rows(rows: Sequence[Sample]) -> list[tuple[int, int]]:
     """Which of all their images are each row's: the first, and one after the last."""
     ends = [0, *accumulate(len(row.images) for row in rows)]
     return list(pairwise(ends))
 
 
-def read_pixels(images: Sequence[np.ndarray], preparer: Preparer, device: str) -> dict[str, Any]:
+def read_pixels(images: Sequence[np.ndarray], preparer: SampleBuilder, device: str) -> dict[str, Any]:
     """`pixel_values` and `image_grid_thw` of resized images, or what the family's processor makes; nothing where there
     are none."""
     import torch
@@ -91,7 +91,7 @@ def join_pixels(pixels: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.cat([of_row[name] for of_row in found]) for name in (found or [{}])[0]}
 
 
-def collate_pairs(rows: Sequence[Row], preparer: Preparer, device: str = "cpu") -> dict[str, Any]:
+def collate_pairs(rows: Sequence[Sample], preparer: SampleBuilder, device: str = "cpu") -> dict[str, Any]:
     """Pairs as TRL's DPO takes them: the preferred answers of all rows, then the others, each behind its prompt.
 
     As `collate`, with `completion_mask` (`int64 [2 rows, longest]`) in place of labels.
@@ -102,11 +102,11 @@ def collate_pairs(rows: Sequence[Row], preparer: Preparer, device: str = "cpu") 
     return batch
 
 
-def answered(row: Row, completion: np.ndarray) -> Row:
+def answered(row: Sample, completion: np.ndarray) -> Sample:
     """A row of the prompt of `row` and this answer to it, which is trained."""
     ids = np.concatenate([row.input_ids, completion])
     labels = np.concatenate([np.full_like(row.input_ids, IGNORED), completion])
-    return Row(ids, labels, row.images, number=row.number)
+    return Sample(ids, labels, row.images, number=row.number)
 
 
 def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int64) -> Any:
@@ -119,7 +119,7 @@ def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int6
     return out
 
 
-def _check_grid(batch: dict[str, Any], preparer: Preparer, copies: int) -> None:
+def _check_grid(batch: dict[str, Any], preparer: SampleBuilder, copies: int) -> None:
     """The image tokens that were planned must be those that the tower will make."""
     planned = int(batch["mm_token_type_ids"].sum()) // copies
     made = int(batch["image_grid_thw"].prod(dim=-1).sum()) // preparer.image_spec.merge**2

@@ -7,7 +7,7 @@ Every function raises `ValueError` with what is wrong and what to do.
 import re
 from typing import Any
 
-from ray_vlm.data.cells import Row, box_units, image, images, is_empty, nested, region, shown, word
+from ray_vlm.data.fields import Row, box_units, image, images, is_empty, nested, region, shown, word
 from ray_vlm.data.records import Box, Image, Point, PreferenceRecord, PromptRecord, SftRecord
 from ray_vlm.tasks.answers import IMAGE, Turns
 

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.cells import Row, box, box_units, images, is_empty, nested, shown, word
 from ray_vlm.data.coco import image_root, read_coco
 from ray_vlm.data.conversations import llava_record, messages_record, preference_record, prompt_record, read_objects
+from ray_vlm.data.fields import Row, box, box_units, images, is_empty, nested, shown, word
 from ray_vlm.data.gui import gui_records
 from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.tables import Table, read_table

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.cells import Row, box, box_units, from_json, images, is_empty, is_number, point, region, shown, word
+from ray_vlm.data.fields import Row, box, box_units, from_json, images, is_empty, is_number, point, region, shown, word
 from ray_vlm.data.records import BadRow, Box, Point, SftRecord
 from ray_vlm.errors import DataError
 

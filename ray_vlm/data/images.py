@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ray_vlm.data.image_kinds import FORMATS, name_kind
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
 from ray_vlm.models.prompt_text import ImageSizes
@@ -51,7 +51,7 @@ class ImageSpec:
 
     `pad`: a colour to fill up with in place of stretching; `center`: on all sides, not only at the right and bottom.
     `stock`: images are only made smaller, where they have more than `max_pixels`, and the family's own processor does
-    the rest (`data/stock.py`).
+    the rest (`data/processor_images.py`).
     """
 
     patch: int
@@ -113,7 +113,7 @@ class ImageSpec:
         return (width // self.factor) * (height // self.factor)
 
 
-def build_image_spec(sizes: ImageSizes | None, spec: RowSpec, family: Family) -> ImageSpec:
+def build_image_spec(sizes: ImageSizes | None, spec: SampleSpec, family: Family) -> ImageSpec:
     """How rows of `spec` size images; `sizes`: what the base's files say. Raises `DataError` for what the family does
     not do."""
     if family.stock_images:

@@ -14,8 +14,8 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import read_orientation, read_size
 from ray_vlm.data.records import BadRow, Record, SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.suspicions import (
     describe_sizes,
     find_suspicions,
@@ -64,7 +64,7 @@ class Index:
 def build_index(
     source: Source,
     data: Data,
-    spec: RowSpec,
+    spec: SampleSpec,
     read: tuple[list, list[str]] | None = None,
     number: int = 0,
     known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
@@ -75,7 +75,7 @@ def build_index(
     `known`: sizes of images that could be read when the run began.
     """
     rows, labels = read or read_rows(source)
-    preparer = load_preparer(spec)
+    preparer = load_sample_builder(spec)
     records: list[Record] = []
     counts: list[tuple[int, int, int]] = []
     bad: list[BadRow] = []
@@ -248,7 +248,7 @@ def to_pixels(record: Any) -> Any:
     return replace(record, truth=scaled(record.truth), context=context)
 
 
-def count_row(row: Record, preparer: Preparer, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
+def count_row(row: Record, preparer: SampleBuilder, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
     """Tokens of (images, prompt without images, answer), or why the row is bad."""
     try:
         if reason := preparer.problem(row):

@@ -1,13 +1,13 @@
 """What a model's answer to a record says, in the words of the job."""
 
 from ray_vlm.data.records import Record, SftRecord
-from ray_vlm.data.rows import Preparer
+from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.tasks.answers import Parsed
 from ray_vlm.tasks.classification import attributes_of, check_attributes
 from ray_vlm.tasks.detection import name_classes
 
 
-def parse_answer(text: str, record: Record, preparer: Preparer) -> Parsed:
+def parse_answer(text: str, record: Record, preparer: SampleBuilder) -> Parsed:
     """What an answer to the record says, with the classes of the job. A classification is in the promised form if its
     attributes are those that were asked for: those of the truth, or those of the labels if the record has no truth."""
     parsed, labels = preparer.task.parse(text, preparer.frames(record)), preparer.spec.labels

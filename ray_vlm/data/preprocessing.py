@@ -14,8 +14,8 @@ from ray_vlm.config.schema import JobConfig, Task
 from ray_vlm.config.section import Largest, Section
 from ray_vlm.config.train import Precision
 from ray_vlm.data.files import read_bytes
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.runs.store import is_remote
 
@@ -73,7 +73,7 @@ def asking_of(job: JobConfig) -> Asking:
     )
 
 
-def describe_preprocessing(preparer: Preparer, asking: Asking | None = None) -> dict[str, Any]:
+def describe_preprocessing(preparer: SampleBuilder, asking: Asking | None = None) -> dict[str, Any]:
     """How inputs are made, for `preprocessing.json` beside the weights; `read_saved` reads it back.
 
     `asking`: what else it takes to ask them, for weights that go where their run is not.
@@ -99,7 +99,7 @@ def read_saved(folder: str) -> Saved | None:
         raise ModelError(f"{path}: not readable ({_reason(error)}). Use an adapter folder that a run wrote.") from None
 
 
-def read_preprocessing(folder: str, spec: RowSpec) -> RowSpec | None:
+def read_preprocessing(folder: str, spec: SampleSpec) -> SampleSpec | None:
     """`spec` with the wording, class names, codec and image sizes of the training of the weights in `folder`.
 
     None where they do not say; raises `ModelError` where what they say cannot be read.
@@ -132,7 +132,7 @@ def _reason(error: Exception) -> str:
     return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
 
 
-def changed_since(path: str, preparer: Preparer) -> list[str]:
+def changed_since(path: str, preparer: SampleBuilder) -> list[str]:
     """What `preparer` does otherwise than the sampling of the pairs in the file `path`, each with both values.
 
     Places that answers give in pixels of the resized image hold only at the same image sizes. Empty where nothing

@@ -1,6 +1,6 @@
 """What a person sees before anything starts: the plan in numbers, and rows with the tokens that are trained marked.
 
-`sheet.py` makes pictures of the same rows.
+`preview_images.py` makes pictures of the same rows.
 """
 
 from collections import Counter
@@ -15,17 +15,17 @@ from ray_vlm.data.balance import Balance, describe_balance
 from ray_vlm.data.collate import answered
 from ray_vlm.data.index import Index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import IGNORED, Row, RowSpec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.data.survey import plain
 
 _SHOWN_RECORDS = 2
 _TOKEN_NOTE = "trained tokens between [[ and ]], [[x2.50: where they weigh 2.50; the rest is only read"
 
 
-def describe_prepared(index: Index, plan: Plan, spec: RowSpec, balance: Balance) -> str:
+def describe_prepared(index: Index, plan: Plan, spec: SampleSpec, balance: Balance) -> str:
     """Rows, steps, tokens and the mix of classes, then the token view of the first records."""
-    preparer = load_preparer(spec)
+    preparer = load_sample_builder(spec)
     tokens = index.tokens
     step = plan.step_rows(0)
     limit = f"{plan.budget} tokens" if plan.budget else str(plan.micro_batch_size)
@@ -78,9 +78,9 @@ def _spaced(positions: np.ndarray, count: int) -> list[int]:
     return [int(positions[int(i * stretch + (0.5 + i * 0.618) % 1.0 * max(stretch - 1, 0))]) for i in range(count)]
 
 
-def describe_choice(chosen: Chosen, spec: RowSpec) -> list[str]:
+def describe_choice(chosen: Chosen, spec: SampleSpec) -> list[str]:
     """What the rows of a picture are, and how to read it."""
-    codec = load_preparer(spec).codec_name
+    codec = load_sample_builder(spec).codec_name
     lines = [f"Drawn from the text that is trained, read back as predictions are (boxes in the form of {codec})."]
     if chosen.rarest is not None:
         lines.append(
@@ -90,9 +90,9 @@ def describe_choice(chosen: Chosen, spec: RowSpec) -> list[str]:
     return lines
 
 
-def describe_rows(index: Index, spec: RowSpec, chosen: Chosen, num_views: int = 3) -> str:
+def describe_rows(index: Index, spec: SampleSpec, chosen: Chosen, num_views: int = 3) -> str:
     """The token view of the first chosen rows, then how the tokens of all chosen rows are trained, as a table."""
-    preparer = load_preparer(spec)
+    preparer = load_sample_builder(spec)
     lines = [f"{_TOKEN_NOTE}:"]
     lines += [_token_view(index, i, preparer) for i in chosen.positions[:num_views]]
     rows = [row for i in chosen.positions for row in whole_rows(index.records[i], preparer)]
@@ -115,7 +115,7 @@ class TokenCounts:
         return self.trained + self.prompt + self.image
 
 
-def count_tokens(rows: Sequence[Row], image_token_id: int) -> TokenCounts:
+def count_tokens(rows: Sequence[Sample], image_token_id: int) -> TokenCounts:
     """Count the tokens of rows as they are trained."""
     trained = image = total = 0
     weight = 0.0
@@ -136,13 +136,13 @@ def _count_lines(counts: TokenCounts, num_rows: int) -> list[str]:
     return [*lines, f"  mean weight of a trained token: {counts.weight:.3f}"]
 
 
-def _token_view(index: Index, position: int, preparer: Preparer) -> str:
+def _token_view(index: Index, position: int, preparer: SampleBuilder) -> str:
     record = index.records[position]
     views = [_marked_text(row, preparer) for row in whole_rows(record, preparer)]
     return f"--- row {record.row} (id {plain(record.id)})\n" + "\n--- against\n".join(views)
 
 
-def whole_rows(record: Any, preparer: Preparer) -> list[Row]:
+def whole_rows(record: Any, preparer: SampleBuilder) -> list[Sample]:
     """What a model sees of a record in training: one row, of a pair one for each answer; of a prompt nothing is trained
     yet."""
     row = preparer.row(record)
@@ -151,7 +151,7 @@ def whole_rows(record: Any, preparer: Preparer) -> list[Row]:
     return [row if len(row.labels) else answered(row, np.zeros(0, np.int32))]
 
 
-def _marked_text(row: Row, preparer: Preparer) -> str:
+def _marked_text(row: Sample, preparer: SampleBuilder) -> str:
     weights = np.ones(len(row.input_ids), np.float32) if row.weights is None else row.weights
     image = row.input_ids == preparer.image_token_id
     trained = row.labels != IGNORED

@@ -1,4 +1,4 @@
-"""What a row is, and how records become rows: plain data that every process shares. `rows.py` makes them."""
+"""What a row is, and how records become rows: plain data that every process shares. `samples.py` makes them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ KINDS: dict[str, Literal["answer", "pair", "prompt"]] = {"sft": "answer", "dpo":
 
 
 @dataclass(frozen=True)
-class RowSpec:
+class SampleSpec:
     """How records become rows: base model, task, class names in prompt order, images, what is trained.
 
     `hints`: what the training data tells the prompt. `token_weights`: (tag, weight) of answer tokens in the loss.
@@ -34,11 +34,11 @@ class RowSpec:
     kind: Literal["answer", "pair", "prompt"] = "answer"
 
 
-def row_spec(job: JobConfig, labels: list[str]) -> RowSpec:
-    """The job's `RowSpec`. `labels` are the class names of the training data; `task.labels` wins over them."""
+def sample_spec(job: JobConfig, labels: list[str]) -> SampleSpec:
+    """The job's `SampleSpec`. `labels` are the class names of the training data; `task.labels` wins over them."""
     names = tuple(job.task.labels or labels)
     data = job.data
-    return RowSpec(
+    return SampleSpec(
         model=job.model,
         task=job.task,
         labels=names,
@@ -53,7 +53,7 @@ def row_spec(job: JobConfig, labels: list[str]) -> RowSpec:
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     """What a model sees of one record. `labels` equals `input_ids` where a token is trained, else -100.
 
     For generation `input_ids` is the prompt alone and `labels` is empty; of a pair it is the prompt, and `completions`

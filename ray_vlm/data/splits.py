@@ -16,9 +16,9 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.index import NONE_KNOWN, Index, build_index, join_indices, measure_row
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow, Image, Record, SftRecord
-from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.source import read_source
-from ray_vlm.data.spec import RowSpec, row_spec
+from ray_vlm.data.spec import SampleSpec, sample_spec
 from ray_vlm.data.suspicions import tell_unused
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.runs.checkpoints import fetch_folder
@@ -32,7 +32,7 @@ Read = tuple[Source, list[Any], list[str]]  # a source, its rows (records or bad
 class Parts:
     """What a job's data came to. `notes` are lines that a person should see."""
 
-    spec: RowSpec
+    spec: SampleSpec
     train: Index | None
     eval: Index | None
     test: Index | None
@@ -42,7 +42,7 @@ class Parts:
 def load_parts(
     job: JobConfig,
     wanted: Sequence[str],
-    spec: RowSpec | None = None,
+    spec: SampleSpec | None = None,
     known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
 ) -> Parts:
     """Read, split and check the sources of the parts that are `wanted`.
@@ -139,12 +139,12 @@ def _fingerprint(rows: Mapping[str, list[Read]], shares: Mapping[str, float], jo
 
 def _spec(
     job: JobConfig, rows: Mapping[str, list[Read]], sources: Mapping[str, Source | None]
-) -> tuple[RowSpec, list[str]]:
+) -> tuple[SampleSpec, list[str]]:
     """The job's spec: class names come from the training data, or where that is not there from what is read.
 
     Pairs hold their own wording, so DPO keeps that of the adapter it starts from.
     """
-    start = read_preprocessing(fetch_folder(job.model.adapter), row_spec(job, [])) if job.model.adapter else None
+    start = read_preprocessing(fetch_folder(job.model.adapter), sample_spec(job, [])) if job.model.adapter else None
     if start is not None and job.method.name == "dpo":
         return start, []
     named, notes = rows.get("train", []), []
@@ -157,15 +157,15 @@ def _spec(
     labels = list(dict.fromkeys(label for _, _, of_source in named for label in of_source))
     if not job.task.labels and "train" in rows:
         notes += tell_unused(labels, (row for of_part in rows.values() for _, found, _ in of_part for row in found))
-    spec = row_spec(job, labels)
+    spec = sample_spec(job, labels)
     return spec, notes + _changed(start, spec)
 
 
-def _changed(start: RowSpec | None, spec: RowSpec) -> list[str]:
+def _changed(start: SampleSpec | None, spec: SampleSpec) -> list[str]:
     """What the job asks otherwise than the training of the adapter that it starts from."""
     if start is None:
         return []
-    before, now = (load_preparer(s) for s in (start, spec))
+    before, now = (load_sample_builder(s) for s in (start, spec))
     pairs = {
         "class names": (start.labels, spec.labels),
         "prompt": (start.task.prompt, spec.task.prompt),
@@ -182,7 +182,7 @@ def _hints(read: Sequence[Read], job: JobConfig, known: Mapping[str, tuple[int, 
     return describe_regions([row for row in measured if not isinstance(row, BadRow)], job.task)
 
 
-def _index(read: Sequence[Read], job: JobConfig, spec: RowSpec, known: Mapping[str, tuple[int, int]]) -> Index:
+def _index(read: Sequence[Read], job: JobConfig, spec: SampleSpec, known: Mapping[str, tuple[int, int]]) -> Index:
     kept = [(number, *of_source) for number, of_source in enumerate(read) if of_source[1]]
     if not kept:
         raise DataError(f"{read[0][0].path}: holds no rows. Give a file with at least one.")

@@ -16,7 +16,7 @@ from ray_vlm.data.balance import plan_balance
 from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.index import Index
 from ray_vlm.data.records import Record, SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.splits import load_parts, row_tags
 from ray_vlm.tasks.classification import centre_of, region_of
 
@@ -63,7 +63,7 @@ def measure_rows(job: JobConfig) -> Stats:
     parts = load_parts(job.model_copy(update={"data": whole}), wanted)
     train = parts.train
     assert train is not None
-    preparer = load_preparer(parts.spec)
+    preparer = load_sample_builder(parts.spec)
     spec = preparer.image_spec
     regions = [region for record in train.records for region in regions_of(record)]
     boxes = [(place, size) for _, place, size in regions if len(place) == 4]
@@ -134,7 +134,7 @@ def _resized(sizes: np.ndarray, spec: ImageSpec) -> np.ndarray:
     return _by_size(sizes, lambda size: spec.place(size).content, 2)
 
 
-def _image_tokens(sizes: np.ndarray, spec: ImageSpec, preparer: Preparer) -> np.ndarray:
+def _image_tokens(sizes: np.ndarray, spec: ImageSpec, preparer: SampleBuilder) -> np.ndarray:
     return _by_size(sizes, lambda size: (preparer.num_image_tokens(size, spec),), 1)[:, 0]
 
 
@@ -146,7 +146,7 @@ def _by_size(sizes: np.ndarray, of: Any, columns: int) -> np.ndarray:
 
 
 def _limits(
-    index: Index, sides: np.ndarray, box_images: np.ndarray, preparer: Preparer, max_tokens: int | None
+    index: Index, sides: np.ndarray, box_images: np.ndarray, preparer: SampleBuilder, max_tokens: int | None
 ) -> tuple[dict[str, Any], ...]:
     """Tokens and thin boxes for each `max_pixels`; texts are counted as they are now."""
     spec = preparer.image_spec

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.cluster.environment import Environment
-from ray_vlm.data.lost import make_row
-from ray_vlm.data.pace import keep_fed, start_pace, wait_for
+from ray_vlm.data.backpressure import keep_fed, start_pace, wait_for
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.records import Record
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import IGNORED, Row, RowSpec
+from ray_vlm.data.row_replacement import make_row
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.models.imports import keep_imports, no_garbage_collection
 
 _FIRST_S = 60.0  # a loader has started by then, if there is a CPU for it
-_AHEAD = 3  # micro-batches that wait ready for the trainer
+PREFETCH_MICRO_BATCHES = 3  # micro-batches that wait ready for the trainer
 _BLOCK_BYTES = 16 * 2**20  # a Ray Data block is handed on when it has this size
 _BLOCKS_AHEAD = 8  # of a loader; at Ray's 2 it stands still until the driver has looked again
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -39,15 +39,15 @@ _TASKS = 256  # a stream of small rows has no more: Ray Data puts all of them in
 
 
 @dataclass(frozen=True)
-class Feed:
+class StreamSpec:
     """What one rank streams: its micro-batches `first` up to (not including) `last` of a plan over `records`.
 
     `records` is the tuple itself, or a Ray object reference to it. `row_bytes`: of a row's pixels, about. `fill_in`:
-    another row takes the place of one that cannot be read any more (`data/lost.py`).
+    another row takes the place of one that cannot be read any more (`data/row_replacement.py`).
     """
 
     records: Any
-    spec: RowSpec
+    spec: SampleSpec
     plan: Plan
     rank: int
     first: int
@@ -56,18 +56,18 @@ class Feed:
     fill_in: bool = False
 
 
-def make_rows(feed: Feed, records: Sequence[Record], number: int) -> list[Row]:
+def make_rows(feed: StreamSpec, records: Sequence[Record], number: int) -> list[Sample]:
     """The rows of micro-batch `number`; those of a filler train nothing."""
     micro = feed.plan.micro_batch(number, feed.rank)
-    rows = [make_row(load_preparer(feed.spec), records, i, feed.fill_in) for i in micro.rows]
+    rows = [make_row(load_sample_builder(feed.spec), records, i, feed.fill_in) for i in micro.rows]
     if micro.filler:
         rows = [replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows]
     return rows
 
 
-def stream_local(feed: Feed) -> Generator[list[Row]]:
+def stream_local(feed: StreamSpec) -> Generator[list[Sample]]:
     """The feed's micro-batches from a thread that stays a few ahead. An error in it is raised here."""
-    ready: queue.Queue = queue.Queue(maxsize=_AHEAD)
+    ready: queue.Queue = queue.Queue(maxsize=PREFETCH_MICRO_BATCHES)
     stop = threading.Event()
 
     def put(item: Any) -> None:
@@ -100,8 +100,8 @@ def stream_local(feed: Feed) -> Generator[list[Row]]:
 
 
 def stream_ray(
-    feed: Feed, num_loaders: int, cpus_per_loader: float = 1.0, environment: Environment | None = None
-) -> Generator[list[Row]]:
+    feed: StreamSpec, num_loaders: int, cpus_per_loader: float = 1.0, environment: Environment | None = None
+) -> Generator[list[Sample]]:
     """The feed's micro-batches from `num_loaders` Ray Data actors. Raises `RunError` should order ever be broken."""
     import ray.data
 
@@ -122,7 +122,7 @@ def stream_ray(
         num_cpus=cpus_per_loader,
     )
     expected = feed.first
-    batches = iter(dataset.iter_batches(batch_size=1, prefetch_batches=_AHEAD, batch_format="pyarrow"))
+    batches = iter(dataset.iter_batches(batch_size=1, prefetch_batches=PREFETCH_MICRO_BATCHES, batch_format="pyarrow"))
     with contextlib.closing(keep_fed(batches, pace)) as fed:
         for batch in fed:
             number, rows = unpack(batch)
@@ -134,22 +134,22 @@ def stream_ray(
             yield rows
 
 
-class StartedStream(Iterator[list[Row]]):
+class StartedStream(Iterator[list[Sample]]):
     """A stream whose first micro-batch is made from now on, by a thread: a loader takes as long to start as a worker
     takes to load its libraries and its base."""
 
-    def __init__(self, stream: Generator[list[Row]]):
+    def __init__(self, stream: Generator[list[Sample]]):
         self._stream = stream
-        self._first: Future[list[Row] | None] | None = Future()
+        self._first: Future[list[Sample] | None] | None = Future()
         threading.Thread(target=self._make_first, args=(self._first,), name="ray-vlm-first", daemon=True).start()
 
-    def _make_first(self, first: "Future[list[Row] | None]") -> None:
+    def _make_first(self, first: "Future[list[Sample] | None]") -> None:
         try:
             first.set_result(next(self._stream, None))
         except BaseException as error:  # the edge between the threads: raised again in the one that takes the batch
             first.set_exception(error)
 
-    def __next__(self) -> list[Row]:
+    def __next__(self) -> list[Sample]:
         first, self._first = self._first, None
         rows = next(self._stream, None) if first is None else first.result()
         if rows is None:
@@ -163,19 +163,19 @@ class StartedStream(Iterator[list[Row]]):
             self._stream.close()
 
 
-Stream = Generator[list[Row]] | StartedStream
+Stream = Generator[list[Sample]] | StartedStream
 
 
-def task_size(feed: Feed) -> int:
+def task_size(feed: StreamSpec) -> int:
     """Micro-batches that a loader makes at a time."""
     rows = max(_TASK_ROWS, (feed.last - feed.first) * feed.plan.rows_at_once / _TASKS)
     return max(1, int(min(rows, _TASK_BYTES / max(feed.row_bytes, 1.0)) / feed.plan.rows_at_once))
 
 
-def mean_bytes(records: Sequence[Record], spec: RowSpec, sample: int = 500) -> float:
+def mean_bytes(records: Sequence[Record], spec: SampleSpec, sample: int = 500) -> float:
     """Pixels of a row in bytes, on average over evenly spaced records."""
     some = records[:: max(1, len(records) // sample)]
-    place = load_preparer(spec).image_spec.place
+    place = load_sample_builder(spec).image_spec.place
     sides = [place(size).resized for record in some for size in record.sizes]
     return sum(3.0 * width * height for width, height in sides) / max(1, len(some))
 
@@ -183,7 +183,7 @@ def mean_bytes(records: Sequence[Record], spec: RowSpec, sample: int = 500) -> f
 class _Loader:
     """The Ray Data actor: keeps the records and the processor, turns numbers of micro-batches into packed rows."""
 
-    def __init__(self, feed: Feed, environment: Environment, pace: Any, ahead: int):
+    def __init__(self, feed: StreamSpec, environment: Environment, pace: Any, ahead: int):
         environment.apply()
         import ray
 
@@ -219,7 +219,7 @@ def _keep_memory() -> None:
         return
 
 
-def pack(number: int, rows: Sequence[Row]) -> Any:
+def pack(number: int, rows: Sequence[Sample]) -> Any:
     """A micro-batch as an Arrow table of one row: pixels end to end as bytes, with their shapes beside them."""
     import pyarrow as pa
 
@@ -256,7 +256,7 @@ def _one_list(parts: Sequence[np.ndarray], dtype: Any = np.int32) -> Any:
     return pa.ListArray.from_arrays(np.array([0, len(values)], np.int32), pa.array(values))
 
 
-def unpack(table: Any) -> tuple[int, list[Row]]:
+def unpack(table: Any) -> tuple[int, list[Sample]]:
     """The number and the rows of what `pack` made; pixels stay where they lie, uncopied."""
     column = {name: table.column(name)[0] for name in table.column_names}
     about = zip(*(column[name].as_py() for name in ("lengths", "num_images", "numbers", "answers")), strict=True)
@@ -276,7 +276,7 @@ def unpack(table: Any) -> tuple[int, list[Row]]:
         ends = [first + sum(answers[: i + 1]) for i in range(len(answers))]
         completions = tuple(told[start:end] for start, end in zip([first, *ends], ends, strict=False))
         rows.append(
-            Row(
+            Sample(
                 ids[mine],
                 labels[mine] if len(labels) else labels,
                 tuple(images),

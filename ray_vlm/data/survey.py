@@ -17,9 +17,9 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, Record, SftRecord
-from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.source import read_source
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.suspicions import find_suspicions, tell_unused
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
@@ -98,7 +98,7 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
     training = [r for name, r in read.items() if name == "train" or name.startswith("mix")]
     labels = [label for r in training for label in r.labels] or [label for r in read.values() for label in r.labels]
     data = job.data.model_copy(update={"on_bad_row": "quarantine"})
-    preparer = load_preparer(row_spec(job, list(dict.fromkeys(labels))))
+    preparer = load_sample_builder(sample_spec(job, list(dict.fromkeys(labels))))
     unused = (
         [] if job.task.labels or not training else tell_unused(labels, (row for r in read.values() for row in r.rows))
     )

@@ -114,9 +114,9 @@ def draw_scenes(job: JobConfig) -> None:
 def _import_libraries(job: JobConfig) -> None:
     """Import what evaluation imports later on its way, most of it only when a model is loaded."""
     import ray_vlm.evaluate.run  # noqa: F401
+    from ray_vlm.models.library_logging import quiet_libraries
     from ray_vlm.models.load import load_model
     from ray_vlm.models.processor import load_processor
-    from ray_vlm.models.quiet import quiet_libraries
 
     quiet_libraries()
     load_processor(job.model)
@@ -142,11 +142,11 @@ def train_step(job: JobConfig, name: str) -> Path:
 
 
 def _report(folder: Path, steps: Sequence[Step]) -> None:
-    from ray_vlm.evaluate.pictures import Stage
+    from ray_vlm.evaluate.pictures import EvalResult
     from ray_vlm.evaluate.report import write_report
     from ray_vlm.evaluate.run import read_predictions
 
-    stages = [Stage(s.title, s.metrics, read_predictions(s.folder)) for s in steps]
+    stages = [EvalResult(s.title, s.metrics, read_predictions(s.folder)) for s in steps]
     runs = {s.title: s.run / "metrics.jsonl" for s in steps if s.run is not None}
     notes = [
         "A Qwen3-VL of 2.2 million weights, trained on filled shapes, meets hollow, worn ones on concrete and brick.",

@@ -17,8 +17,8 @@ from ray_vlm.cluster.connect import connect
 from ray_vlm.cluster.environment import Environment, read_environment
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import Row, RowSpec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.machine import count_threads
 from ray_vlm.models.adapter import is_whole_model
@@ -30,25 +30,25 @@ _BLOCKS_PER_ACTOR = 64
 
 
 @dataclass(frozen=True)
-class Work:
+class InferenceJob:
     """What is to be done. `records`: all records, or a Ray object reference to them; `adapter`: address of an adapter,
     or of a whole model in the base's place; None for the base. `batches`: positions of the records of each batch;
     `memory`: whose earlier steps a GUI step is told, the records' own (`truth`) or what the model answered to them
     (`model`): a batch then holds whole tasks."""
 
     job: JobConfig
-    spec: RowSpec
+    spec: SampleSpec
     records: Any
     adapter: str | None
     batches: tuple[tuple[int, ...], ...]
     memory: Literal["truth", "model"] = "truth"
 
 
-class Loaded:
+class InferenceWorker:
     """A process's model and records. Loads nothing before it is asked: an error in a Ray actor's constructor would
     arrive without its type."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: InferenceJob):
         self.work = work
 
     @cached_property
@@ -61,9 +61,9 @@ class Loaded:
         return ray.get(self.work.records)
 
     @cached_property
-    def preparer(self) -> Preparer:
-        """The process's `Preparer`."""
-        return load_preparer(self.work.spec)
+    def preparer(self) -> SampleBuilder:
+        """The process's `SampleBuilder`."""
+        return load_sample_builder(self.work.spec)
 
     @property
     def device(self) -> str:
@@ -80,7 +80,7 @@ class Loaded:
         return load_trained(job.model, job.train.precision, self.work.adapter, self.device)
 
     @cached_property
-    def answer(self) -> Callable[[Sequence[Row]], list[str]]:
+    def answer(self) -> Callable[[Sequence[Sample]], list[str]]:
         """vLLM's greedy answers, with the adapter where there is one."""
         from ray_vlm.methods.vllm import build_answerer
 
@@ -94,10 +94,12 @@ class Loaded:
         return build_answerer(job, adapter, self.preparer, longest + memory)
 
 
-Do = Callable[[Loaded, Sequence[SftRecord], Sequence[int]], Any]  # model, a batch and its positions -> plain data
+Do = Callable[
+    [InferenceWorker, Sequence[SftRecord], Sequence[int]], Any
+]  # model, a batch and its positions -> plain data
 
 
-def do_batches(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> Iterator[tuple[int, Any]]:
+def do_batches(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) -> Iterator[tuple[int, Any]]:
     """`(number, do(...))` of each batch in `numbers`, in their order; 0 actors is this process.
 
     `do` is a function of a module, and what it returns goes through JSON. Raises what an actor refused, or `RunError`.
@@ -108,13 +110,13 @@ def do_batches(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> I
         yield from results
 
 
-def _local(work: Work, do: Do, numbers: Sequence[int]) -> Generator[tuple[int, Any]]:
-    loaded = Loaded(work)
+def _local(work: InferenceJob, do: Do, numbers: Sequence[int]) -> Generator[tuple[int, Any]]:
+    loaded = InferenceWorker(work)
     for number in numbers:
         yield number, json.loads(json.dumps(_do(loaded, do, number)))
 
 
-def _do(loaded: Loaded, do: Do, number: int) -> Any:
+def _do(loaded: InferenceWorker, do: Do, number: int) -> Any:
     positions = loaded.work.batches[number]
     try:
         return do(loaded, [loaded.records[i] for i in positions], positions)
@@ -128,16 +130,16 @@ def _do(loaded: Loaded, do: Do, number: int) -> Any:
 class _Actor:
     """What Ray Data makes in each process and calls with numbers of batches."""
 
-    def __init__(self, work: Work, do: Do, environment: Environment):
+    def __init__(self, work: InferenceJob, do: Do, environment: Environment):
         environment.apply()
-        self.loaded, self.do = Loaded(work), do
+        self.loaded, self.do = InferenceWorker(work), do
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list]]:
         for number in batch["item"]:
             yield {"number": [int(number)], "found": [json.dumps(_do(self.loaded, self.do, int(number)))]}
 
 
-def _ray(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> Generator[tuple[int, Any]]:
+def _ray(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) -> Generator[tuple[int, Any]]:
     with connect(with_workers(work.job, num_actors)):
         import ray
         from ray.exceptions import RayError, RayTaskError
@@ -163,7 +165,7 @@ def with_workers(job: JobConfig, count: int) -> JobConfig:
     return job.model_copy(update={"cluster": job.cluster.model_copy(update={"num_workers": count}), "evaluate": alone})
 
 
-def _dataset(work: Work, do: Do, numbers: Sequence[int], num_actors: int) -> Any:
+def _dataset(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) -> Any:
     """The Ray Data pipeline: numbers of batches, through the actors, in order."""
     import ray.data
 

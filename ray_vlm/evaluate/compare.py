@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ray_vlm.evaluate.pictures import Stage, choose_images, draw_picture
+from ray_vlm.evaluate.pictures import EvalResult, choose_images, draw_picture
 from ray_vlm.evaluate.report import render
 from ray_vlm.runs.compare import SETTINGS, Comparison, test_of
 from ray_vlm.runs.curves import MAIN, main_key, overlay
@@ -40,7 +40,7 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison) -> str:
     )
 
 
-def load_stages(runs: Sequence[Run], titles: Sequence[str]) -> list[Stage]:
+def load_stages(runs: Sequence[Run], titles: Sequence[str]) -> list[EvalResult]:
     """The evaluation that stands for each run, with its predictions; those that have none are left out."""
     stages = []
     for run, title in zip(runs, titles, strict=True):
@@ -48,7 +48,7 @@ def load_stages(runs: Sequence[Run], titles: Sequence[str]) -> list[Stage]:
         data = Store(run.address).read(f"evaluate/{name}/predictions.jsonl") if name else None
         predictions = _read_predictions(data or b"")
         if predictions:
-            stages.append(Stage(title, metrics, predictions))
+            stages.append(EvalResult(title, metrics, predictions))
     return stages
 
 
@@ -58,7 +58,7 @@ def _read_predictions(data: bytes) -> list[dict[str, Any]]:
     return [line for line in whole_lines(data) if isinstance(line, dict) and needed <= set(line)]
 
 
-def _same_rows(stages: Sequence[Stage]) -> list[Stage]:
+def _same_rows(stages: Sequence[EvalResult]) -> list[EvalResult]:
     """The stages with the rows that all have, in one order; of those of another task than the first, none."""
     if not stages:
         return []

@@ -15,8 +15,8 @@ from ray_vlm.config.train import Precision
 from ray_vlm.data.collate import collate
 from ray_vlm.data.plan import plan_sample
 from ray_vlm.data.preprocessing import read_preprocessing
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.weights import weights_of
@@ -132,8 +132,8 @@ def check_batches(job: JobConfig, adapter: str, device: str) -> Sequence[dict[st
     part = next((p for p in ("test", "eval", "train") if getattr(job.data, p) is not None), None)
     if part is None:
         raise ConfigError("the run's job has no rows to compare logits on. Export the adapter.")
-    parts = load_parts(job, [part], read_preprocessing(adapter, row_spec(job, [])))
-    records, preparer = getattr(parts, part).records, load_preparer(parts.spec)
+    parts = load_parts(job, [part], read_preprocessing(adapter, sample_spec(job, [])))
+    records, preparer = getattr(parts, part).records, load_sample_builder(parts.spec)
     rows = [preparer.prompt_row(records[i]) for i in plan_sample(len(records), _CHECKED_ROWS)]
     return [collate(rows[i : i + _BATCH], preparer, device) for i in range(0, len(rows), _BATCH)]
 

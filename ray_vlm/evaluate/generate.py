@@ -19,14 +19,14 @@ import numpy as np
 from ray_vlm import __version__
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import Record, SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import Row
-from ray_vlm.evaluate.actors import Loaded, Work, do_batches
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import Sample
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, do_batches
 from ray_vlm.evaluate.walks import walk
 from ray_vlm.methods.decoding import decode_greedy, end_ids
 from ray_vlm.models.adapter import is_whole_model
 from ray_vlm.models.backbone import base_of
-from ray_vlm.models.dense import dequantised
+from ray_vlm.models.dequantize import dequantised
 from ray_vlm.models.load import resolve_name
 from ray_vlm.runs.monitor import whole_lines
 
@@ -37,7 +37,7 @@ _TELL_S = 5.0  # between lines on how far it is
 def generate_answers(
     model: Any,
     records: Sequence[Record],
-    preparer: Preparer,
+    preparer: SampleBuilder,
     batch_size: int,
     max_new_tokens: int,
     device: str = "cpu",
@@ -59,7 +59,7 @@ def generate_answers(
     return answers
 
 
-def _needs_generate(preparer: Preparer) -> bool:
+def _needs_generate(preparer: SampleBuilder) -> bool:
     """Whether answers come from transformers' `generate`: for families whose caches and masks only it knows, and under
     ZeRO-3, where all ranks go through the model until the last of them has answered."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -67,7 +67,9 @@ def _needs_generate(preparer: Preparer) -> bool:
     return preparer.stock is not None or is_deepspeed_zero3_enabled()
 
 
-def _generate(model: Any, rows: Sequence[Row], preparer: Preparer, max_new_tokens: int, device: str) -> list[list[int]]:
+def _generate(
+    model: Any, rows: Sequence[Sample], preparer: SampleBuilder, max_new_tokens: int, device: str
+) -> list[list[int]]:
     """The new tokens of each prompt row by transformers' `generate`, greedy, with what pads them after their end."""
     batch = collate(rows, preparer, device, side="left")
     tokens = model.generate(
@@ -90,7 +92,7 @@ def plan_batches(costs: Sequence[float], batch_size: int) -> tuple[tuple[int, ..
 
 
 def answer_all(
-    work: Work,
+    work: InferenceJob,
     path: Path | None,
     num_actors: int,
     say: Callable[[str], None] | None = None,
@@ -130,7 +132,7 @@ def answer_all(
     return texts
 
 
-def answer_records(loaded: Loaded, records: Sequence[Record]) -> list[str]:
+def answer_records(loaded: InferenceWorker, records: Sequence[Record]) -> list[str]:
     """The greedy answers to records, as one batch, by what `evaluate.engine` says."""
     job, preparer = loaded.work.job, loaded.preparer
     if job.evaluate.engine == "vllm":
@@ -139,16 +141,16 @@ def answer_records(loaded: Loaded, records: Sequence[Record]) -> list[str]:
     return generate_answers(loaded.model, records, preparer, len(records), limit, loaded.device)
 
 
-def _answer(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
+def _answer(loaded: InferenceWorker, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
     if loaded.work.memory == "model":
         return walk(records, loaded.preparer, partial(answer_records, loaded))
     return answer_records(loaded, records)
 
 
-def describe_work(work: Work, weights: str | None) -> dict[str, str]:
+def describe_work(work: InferenceJob, weights: str | None) -> dict[str, str]:
     """What the answers depend on, as hashes by name, and whose memory: where all are equal, so are the answers.
     `weights`: the adapter's folder on this machine."""
-    job, preparer = work.job, load_preparer(work.spec)
+    job, preparer = work.job, load_sample_builder(work.spec)
     rows = hashlib.sha256()
     for r in work.records:
         images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
@@ -197,7 +199,7 @@ def _trained(folder: str) -> list[tuple[str, Any]]:
     return [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
 
 
-def _read_answers(path: Path, key: Mapping[str, str], work: Work) -> dict[int, list[str]]:
+def _read_answers(path: Path, key: Mapping[str, str], work: InferenceJob) -> dict[int, list[str]]:
     """Batches that were answered from the same inputs; a line cut off by a crash is left out."""
     found: dict[int, list[str]] = {}
     if not path.is_file():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.data.cells import from_json, is_empty
+from ray_vlm.data.fields import from_json, is_empty
 from ray_vlm.data.files import parent_folder, resolve_image
 from ray_vlm.data.image_kinds import FORMATS
 from ray_vlm.data.records import BadRow

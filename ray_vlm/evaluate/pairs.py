@@ -14,8 +14,8 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.index import Index
 from ray_vlm.data.preprocessing import describe_preprocessing, read_preprocessing
 from ray_vlm.data.records import PreferenceRecord, SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.data.tables import text_fault
 from ray_vlm.errors import ConfigError
@@ -47,10 +47,10 @@ def make_pairs(
     check_rows(job, part)
     adapter = adapter or job.model.adapter
     weights = fetch_folder(adapter) if adapter is not None else None
-    parts = load_parts(job, [part], read_preprocessing(weights, row_spec(job, [])) if weights is not None else None)
+    parts = load_parts(job, [part], read_preprocessing(weights, sample_spec(job, [])) if weights is not None else None)
     index: Index = getattr(parts, part)
     names, root = name_images(index.records)
-    preparer = load_preparer(parts.spec)
+    preparer = load_sample_builder(parts.spec)
     rewards = load_scoring(job, parts.spec.labels)
     for note in (*parts.notes, *check_rewards(rewards)):
         say(f"note: {note}")
@@ -135,7 +135,7 @@ def pair_of(samples: Sequence[Sample], min_margin: float) -> dict[str, Any] | st
 def build_rows(
     records: Sequence[SftRecord],
     batches: Iterable[list[list[Sample]]],
-    preparer: Preparer,
+    preparer: SampleBuilder,
     names: dict[str, str],
     min_margin: float,
 ) -> Iterator[dict[str, Any] | str]:
@@ -156,7 +156,7 @@ def build_rows(
         yield {"id": name, "group": record.group, "images": images, "prompt": prompt, **found}
 
 
-def can_be_kept(text: str, record: SftRecord, turns: Turns, preparer: Preparer) -> bool:
+def can_be_kept(text: str, record: SftRecord, turns: Turns, preparer: SampleBuilder) -> bool:
     """Whether a row of format `preference` may hold the answer: not empty, and nothing that is read as markup."""
     if not text.strip() or IMAGE in text or text_fault(text):
         return False

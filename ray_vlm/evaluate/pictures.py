@@ -14,7 +14,7 @@ _SHOWN_PX = 640  # images are embedded at most this large
 
 
 @dataclass(frozen=True)
-class Stage:
+class EvalResult:
     """One evaluation to show: its title, `metrics.json` and predictions."""
 
     title: str
@@ -45,7 +45,7 @@ def choose_images(predictions: Sequence[dict[str, Any]]) -> list[int]:
     return rare + [others[i * len(others) // space] for i in range(space)]
 
 
-def draw_picture(position: int, stages: Sequence[Stage]) -> dict[str, Any] | None:
+def draw_picture(position: int, stages: Sequence[EvalResult]) -> dict[str, Any] | None:
     """One row's first image with the boxes of every stage, in original pixels, or its answers in words."""
     first = stages[0].predictions[position]
     if not first["images"]:
@@ -64,7 +64,7 @@ def draw_picture(position: int, stages: Sequence[Stage]) -> dict[str, Any] | Non
     }
 
 
-def _view(stage: Stage, p: dict[str, Any]) -> dict[str, Any]:
+def _view(stage: EvalResult, p: dict[str, Any]) -> dict[str, Any]:
     score = p["score"]
     if "hits" in score:
         verdict = f"{sum(score['hits'].values())} of {len(p['truth']['labels'])} found"

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer
+from ray_vlm.data.samples import SampleBuilder
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def rates(hits: int, misses: int, invented: int, suffix: str = "") -> dict[str, 
     return {f"precision{suffix}": precision, f"recall{suffix}": recall, f"f1{suffix}": f1}
 
 
-def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], preparer: Preparer) -> list[Prediction]:
+def build_predictions(
+    records: Sequence[SftRecord], answers: Sequence[str], preparer: SampleBuilder
+) -> list[Prediction]:
     """Parse and score each answer with the task's own functions."""
     predictions = []
     for record, text in zip(records, answers, strict=True):

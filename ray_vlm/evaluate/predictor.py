@@ -22,10 +22,10 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import Box, Point, SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import DataError
-from ray_vlm.evaluate.actors import Loaded, Work
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker
 from ray_vlm.evaluate.generate import generate_answers, plan_batches
 from ray_vlm.evaluate.questions import Ask, build_question, name_of
 from ray_vlm.evaluate.weights import find_answerer
@@ -53,7 +53,7 @@ class Found:
 
     def draw(self) -> Any:
         """The first image with what was found on it, as a PIL image."""
-        from ray_vlm.evaluate.drawn import draw_found
+        from ray_vlm.evaluate.draw import draw_found
 
         return draw_found(self.images[0], self.values)
 
@@ -82,11 +82,11 @@ class Predictor:
         Raises `ModelError` for an adapter of another task or base.
         """
         self.weights = fetch_folder(adapter) if adapter is not None else None
-        spec, asked_by = row_spec(job, []), wording or self.weights
+        spec, asked_by = sample_spec(job, []), wording or self.weights
         spec = (read_preprocessing(asked_by, spec) if asked_by is not None else None) or spec
         self.job, self.task = job, spec.task.name
         self._adapter = adapter
-        self._loaded = Loaded(Work(job, spec, (), self.weights, ()))
+        self._loaded = InferenceWorker(InferenceJob(job, spec, (), self.weights, ()))
 
     @classmethod
     def from_run(
@@ -183,11 +183,11 @@ class Predictor:
         return Found(ask.images, record.sizes, answer, parsed.values, parsed.ok, parsed.repairs)
 
     @cached_property
-    def preparer(self) -> Preparer:
+    def preparer(self) -> SampleBuilder:
         """What words questions and reads answers."""
-        return load_preparer(self._loaded.work.spec)
+        return load_sample_builder(self._loaded.work.spec)
 
-    def work(self, num_actors: int) -> Work:
+    def work(self, num_actors: int) -> InferenceJob:
         """The model as so many processes load it, 0 for this one; still without records."""
         where = self.weights if num_actors == 0 or self._adapter is None else full_address(self._adapter)
         return replace(self._loaded.work, adapter=where)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.evaluate.intervals import measure_differences
-from ray_vlm.evaluate.pictures import Stage, choose_images, draw_picture
+from ray_vlm.evaluate.pictures import EvalResult, choose_images, draw_picture
 from ray_vlm.runs.curves import learning_curve
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.read import is_number
@@ -43,7 +43,7 @@ _TITLES = {
 _CLASS_NUMBERS = {"f1_50": "F1 at IoU 0.5", "success": "Step success", "f1": "F1"}  # what the table by class shows
 
 
-def compare(stages: Sequence[Stage]) -> dict[str, dict[str, float]]:
+def compare(stages: Sequence[EvalResult]) -> dict[str, dict[str, float]]:
     """How the last stage differs from the first: `{metric: {"difference", "low", "high"}}` with the paired 95 %
     interval; nothing where they are of other rows."""
     first, last = stages[0], stages[-1]
@@ -59,7 +59,7 @@ def compare(stages: Sequence[Stage]) -> dict[str, dict[str, float]]:
 
 
 def write_report(
-    path: Path, title: str, stages: Sequence[Stage], runs: Mapping[str, Path], notes: Sequence[str] = ()
+    path: Path, title: str, stages: Sequence[EvalResult], runs: Mapping[str, Path], notes: Sequence[str] = ()
 ) -> dict[str, dict[str, float]]:
     """Write the report; returns how the last stage differs from the first (`compare`).
 
@@ -97,7 +97,7 @@ def _environment(folder: Path | None) -> "Environment":
     return Environment(loader=FileSystemLoader(folders), autoescape=True)
 
 
-def _headlines(stages: Sequence[Stage], changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _headlines(stages: Sequence[EvalResult], changes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The metrics of all stages, with their intervals where they are known."""
     rows = []
     overall = stages[-1].metrics["overall"]
@@ -112,11 +112,11 @@ def _headlines(stages: Sequence[Stage], changes: Mapping[str, Any]) -> list[dict
     return rows
 
 
-def _any_class(stages: Sequence[Stage]) -> dict[str, Any]:
+def _any_class(stages: Sequence[EvalResult]) -> dict[str, Any]:
     return next(iter(stages[-1].metrics["per_class"].values()), {})
 
 
-def _class_table(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+def _class_table(stages: Sequence[EvalResult]) -> list[dict[str, Any]]:
     labels = sorted({label for stage in stages for label in stage.metrics["per_class"]})
     key = next((k for k in _CLASS_NUMBERS if k in _any_class(stages)), "f1")
     rows = []

@@ -13,15 +13,15 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.preprocessing import read_preprocessing
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
-from ray_vlm.evaluate.actors import Work
+from ray_vlm.evaluate.actors import InferenceJob
 from ray_vlm.evaluate.generate import ANSWERS, answer_all, plan_batches
 from ray_vlm.evaluate.intervals import measure_intervals
 from ray_vlm.evaluate.metrics import measure
-from ray_vlm.evaluate.pictures import Stage
+from ray_vlm.evaluate.pictures import EvalResult
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.evaluate.report import write_report
 from ray_vlm.evaluate.tracked import track_test
@@ -36,7 +36,7 @@ _FOLDERS = {"truth": "", "model": "-own-memory"}  # what ends the names of folde
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """What is measured: the base as the job loads it, or an adapter on it; `folder`: its name among several."""
 
     title: str
@@ -47,7 +47,7 @@ class Subject:
 
 def plan_subjects(
     job: JobConfig, adapters: Sequence[str], base: bool, unquantised: bool, both_memories: bool = False
-) -> list[Subject]:
+) -> list[EvalTarget]:
     """What to measure, in the order of the report: the base unquantised, the base, the adapters.
 
     With nothing asked for, the base. In one report the loss by quantisation is not mistaken for training's.
@@ -56,13 +56,13 @@ def plan_subjects(
     subjects = []
     if unquantised and job.model.load_in_4bit:
         whole = job.model_copy(update={"model": job.model.model_copy(update={"load_in_4bit": False})})
-        subjects.append(Subject("base, not quantised", "base-unquantised", whole))
+        subjects.append(EvalTarget("base, not quantised", "base-unquantised", whole))
     if base or not adapters:
-        subjects.append(Subject("base, 4 bit" if job.model.load_in_4bit else "base", "base", job))
+        subjects.append(EvalTarget("base, 4 bit" if job.model.load_in_4bit else "base", "base", job))
     names = [Path(adapter.partition("?")[0]).parts[-2:] for adapter in adapters]
     for i, (adapter, parts) in enumerate(zip(adapters, names, strict=True)):
         title = "/".join(parts) if names.count(parts) == 1 else f"{'/'.join(parts)} ({i + 1})"
-        subjects.append(Subject(title, f"{i + 1}-{'-'.join(parts)}", job, adapter))
+        subjects.append(EvalTarget(title, f"{i + 1}-{'-'.join(parts)}", job, adapter))
     if not both_memories:
         return subjects
     if job.task.name != "gui_steps":
@@ -72,7 +72,7 @@ def plan_subjects(
     return [_with_memory(subject, memory) for memory in MEMORIES for subject in subjects]
 
 
-def _with_memory(subject: Subject, memory: str) -> Subject:
+def _with_memory(subject: EvalTarget, memory: str) -> EvalTarget:
     options = subject.job.evaluate.model_copy(update={"memory": memory})
     job = subject.job.model_copy(update={"evaluate": options})
     return replace(subject, folder=f"{subject.folder}{_FOLDERS[memory]}", job=job)
@@ -91,7 +91,9 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
             "set data.test_on_eval=true to measure those of data.eval, and every report will say so."
         )
     weights = fetch_folder(adapter) if adapter is not None else None
-    parts = load_parts(job, ["test"], read_preprocessing(weights, row_spec(job, [])) if weights is not None else None)
+    parts = load_parts(
+        job, ["test"], read_preprocessing(weights, sample_spec(job, [])) if weights is not None else None
+    )
     index = parts.test
     assert index is not None
     started, actors = time.monotonic(), num_actors(job)
@@ -100,9 +102,9 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
         batches = plan_walks(index.records, job.evaluate.batch_size)
     else:
         batches = plan_batches(index.image_tokens + index.prompt_tokens, job.evaluate.batch_size)
-    work = Work(job, parts.spec, index.records, where, batches, job.evaluate.memory)
+    work = InferenceJob(job, parts.spec, index.records, where, batches, job.evaluate.memory)
     answers = answer_all(work, folder / ANSWERS, actors, say, weights)
-    predictions = build_predictions(index.records, answers, load_preparer(parts.spec))
+    predictions = build_predictions(index.records, answers, load_sample_builder(parts.spec))
     metrics = measure(job.task.name, predictions)
     metrics |= {"adapter": adapter, "test": _told(job), "wall_s": time.monotonic() - started}
     metrics |= {"memory": job.evaluate.memory} if job.task.name == "gui_steps" else {}
@@ -163,7 +165,9 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str | None, against: str | None) -> Path:
+def evaluate_and_report(
+    job: JobConfig, subjects: Sequence[EvalTarget], output: str | None, against: str | None
+) -> Path:
     """What `ray-vlm evaluate` does: evaluate, print the headlines, write `report.html`. Returns the folder."""
     folder = _place(job, subjects, output)
     stages = []
@@ -173,7 +177,7 @@ def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str
         where = folder if len(subjects) == 1 else folder / subject.folder
         metrics = evaluate(subject.job, subject.adapter, where)
         title = _titled(subject.title, metrics.get("memory"))
-        stages.append(Stage(title, metrics, read_predictions(where)))
+        stages.append(EvalResult(title, metrics, read_predictions(where)))
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
         which = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
         print(f"{title}, {metrics['num_rows']} rows{which}: {numbers}")
@@ -196,11 +200,11 @@ def evaluate_and_report(job: JobConfig, subjects: Sequence[Subject], output: str
     return folder
 
 
-def _ids(stage: Stage) -> list[str]:
+def _ids(stage: EvalResult) -> list[str]:
     return [p["id"] for p in stage.predictions]
 
 
-def _place(job: JobConfig, subjects: Sequence[Subject], output: str | None) -> Path:
+def _place(job: JobConfig, subjects: Sequence[EvalTarget], output: str | None) -> Path:
     """Where results go: beside the adapter, or for the base and for several of them under the job's output folder."""
     if output:
         return Path(output)
@@ -217,13 +221,13 @@ def _place(job: JobConfig, subjects: Sequence[Subject], output: str | None) -> P
     return Path(job.run.output_dir) / "evaluate" / f"{name}{own if len(subjects) == 1 else f'-{len(subjects)}'}"
 
 
-def load_stage(folder: Path, title: str, task: str) -> Stage:
+def load_stage(folder: Path, title: str, task: str) -> EvalResult:
     """An evaluation of a task that was written earlier. Raises `RunError` where there is none."""
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
         if metrics.get("task") != task:
             raise ValueError(f"it is of the task {metrics.get('task')!r}")
-        return Stage(_titled(title, metrics.get("memory")), metrics, read_predictions(folder))
+        return EvalResult(_titled(title, metrics.get("memory")), metrics, read_predictions(folder))
     except (OSError, ValueError) as error:
         raise RunError(
             f"{folder}: no evaluation here ({error}). Give a folder that `ray-vlm evaluate` wrote."

@@ -8,9 +8,9 @@ import numpy as np
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import ConfigError
-from ray_vlm.evaluate.actors import Loaded, Work, do_batches
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, do_batches
 from ray_vlm.methods.groups import score_answers
 from ray_vlm.methods.rewards import Rewards, load_rewards, total
 from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
@@ -34,11 +34,11 @@ def load_scoring(job: JobConfig, labels: Sequence[str]) -> Rewards:
 
 
 def sample_answers(
-    job: JobConfig, spec: RowSpec, records: Sequence[SftRecord], adapter: str | None, num_actors: int
+    job: JobConfig, spec: SampleSpec, records: Sequence[SftRecord], adapter: str | None, num_actors: int
 ) -> Generator[list[list[Sample]]]:
     """The answers to every record, batch by batch in order; `evaluate.batch_size` of them are sampled at a time."""
     batches = plan_prompts(job, len(records))
-    work = Work(job, spec, tuple(records), adapter, batches)
+    work = InferenceJob(job, spec, tuple(records), adapter, batches)
     for _, found in do_batches(work, _sample, range(len(batches)), num_actors):
         yield [[Sample(*answer) for answer in of_row] for of_row in found]
 
@@ -49,7 +49,7 @@ def plan_prompts(job: JobConfig, num_records: int) -> tuple[tuple[int, ...], ...
     return tuple(tuple(range(i, min(i + size, num_records))) for i in range(0, num_records, size))
 
 
-def _sample(loaded: Loaded, records: Sequence[SftRecord], positions: Sequence[int]) -> Any:
+def _sample(loaded: InferenceWorker, records: Sequence[SftRecord], positions: Sequence[int]) -> Any:
     """The answers to a batch, as plain data."""
     job, preparer = loaded.work.job, loaded.preparer
     seeds = [(job.seed, i) for i in positions]
@@ -75,7 +75,10 @@ def _sampling(job: JobConfig) -> Sampling:
 
 
 def _score(
-    loaded: Loaded, records: Sequence[SftRecord], texts: Sequence[list[str]], groups: Sequence[list[Completion]]
+    loaded: InferenceWorker,
+    records: Sequence[SftRecord],
+    texts: Sequence[list[str]],
+    groups: Sequence[list[Completion]],
 ) -> list[float]:
     """The reward of every answer, group by group."""
     preparer, repeats = loaded.preparer, loaded.work.job.pairs.num_samples

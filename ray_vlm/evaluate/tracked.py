@@ -7,7 +7,7 @@ from ray_vlm.config.schema import Track
 from ray_vlm.errors import RunError
 from ray_vlm.runs.read import Run, is_number, read_run
 from ray_vlm.runs.store import is_remote
-from ray_vlm.runs.track import WandbTracker
+from ray_vlm.runs.trackers import WandbTracker
 
 
 def track_test(track: Track, adapter: str, numbers: dict[str, float]) -> None:

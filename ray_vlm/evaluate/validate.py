@@ -13,7 +13,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.collate import collate, collate_pairs
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer
+from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.evaluate.generate import generate_answers
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
@@ -24,7 +24,7 @@ from ray_vlm.runs.progress import Progress
 
 
 def validate_answers(
-    trainer: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str, world_size: int
+    trainer: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
     """SFT: `loss`, and unless that is the job's metric what the task measures."""
     started, model, options = time.monotonic(), trainer.model, job.evaluate
@@ -64,7 +64,7 @@ def _progress(what: str, records: Sequence[Any], world_size: int) -> Progress:
 
 
 def _answer(
-    model: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str, world_size: int
+    model: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> list[str]:
     """The model's greedy answer to each of this rank's records."""
     options, progress = job.evaluate, _progress("validation, answers", records, world_size)
@@ -73,7 +73,7 @@ def _answer(
 
 
 def _loss(
-    model: Any, batches: Iterable[tuple[Sequence[Any], bool]], preparer: Preparer, device: str
+    model: Any, batches: Iterable[tuple[Sequence[Any], bool]], preparer: SampleBuilder, device: str
 ) -> tuple[float, float]:
     """Sum of the trained tokens' negative log-likelihoods, and their number."""
     import torch
@@ -90,7 +90,7 @@ def _loss(
 
 
 def validate_pairs(
-    trainer: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str, world_size: int
+    trainer: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
     """DPO: `loss`, `preference_accuracy` (share of pairs whose chosen answer has the higher reward), `reward_margin`,
     `reward_chosen` and `reward_rejected`; a reward is beta times the log-ratio to the reference."""
@@ -146,7 +146,7 @@ def _alone(trainer: Any) -> Iterator[None]:
 
 
 def validate_rewards(
-    trainer: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str, world_size: int
+    trainer: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
     """GRPO: `reward` and `reward_<part>` of greedy answers, and what the task measures where rows have a truth; with
     `method.num_generations_eval` also `sampled_reward`, of answers that are sampled as in training."""
@@ -171,7 +171,7 @@ def validate_rewards(
 
 
 def _sample(
-    trainer: Any, records: Sequence[Any], preparer: Preparer, job: JobConfig, device: str
+    trainer: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str
 ) -> list[dict[str, Any]]:
     """The scores of answers sampled to each record. Its random numbers are the same at every validation."""
     method, repeats = job.method, job.method.num_generations_eval
@@ -186,7 +186,7 @@ def _sample(
 
 
 def _score(
-    trainer: Any, records: Sequence[Any], answers: Sequence[str], ids: Sequence[Sequence[int]], preparer: Preparer
+    trainer: Any, records: Sequence[Any], answers: Sequence[str], ids: Sequence[Sequence[int]], preparer: SampleBuilder
 ) -> list[dict[str, Any]]:
     """Every part of each answer's reward, and under "" all of it."""
     if not records:

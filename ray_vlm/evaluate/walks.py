@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer
+from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.tasks.gui_steps import remember
 
 
@@ -20,7 +20,7 @@ def plan_walks(records: Sequence[SftRecord], batch_size: int) -> tuple[tuple[int
 
 
 def walk(
-    records: Sequence[SftRecord], preparer: Preparer, answer: Callable[[Sequence[SftRecord]], list[str]]
+    records: Sequence[SftRecord], preparer: SampleBuilder, answer: Callable[[Sequence[SftRecord]], list[str]]
 ) -> list[str]:
     """The answers to whole GUI tasks, in the order of the records. `answer` is given step k of all tasks at once.
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray_vlm.data.collate import collate
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import Row
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
 from ray_vlm.methods.kv_cache import make_room
 from ray_vlm.models.backbone import base_of
 
@@ -25,7 +25,7 @@ ChooseToken = Callable[[Any, int, Any], Any]
 def decode(
     model: Any,
     batch: dict[str, Any],
-    preparer: Preparer,
+    preparer: SampleBuilder,
     max_new_tokens: int,
     choose_token: ChooseToken,
     repeats: int = 1,
@@ -73,14 +73,14 @@ def decode(
 
 
 def decode_greedy(
-    model: Any, rows: Sequence[Row], preparer: Preparer, max_new_tokens: int, device: str
+    model: Any, rows: Sequence[Sample], preparer: SampleBuilder, max_new_tokens: int, device: str
 ) -> list[list[int]]:
     """The likeliest next token each time: the new tokens of each prompt row, as `decode` gives them."""
     batch = collate(rows, preparer, device, side="left")
     return decode(model, batch, preparer, max_new_tokens, lambda logits, step, rows_left: logits.argmax(dim=-1))
 
 
-def end_ids(base: Any, preparer: Preparer) -> list[int]:
+def end_ids(base: Any, preparer: SampleBuilder) -> list[int]:
     """The tokens that end an answer."""
     ends = base.generation_config.eos_token_id or preparer.tokenizer.eos_token_id
     return list(ends) if isinstance(ends, list | tuple) else [ends]

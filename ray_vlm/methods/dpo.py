@@ -10,8 +10,8 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.collate import collate_pairs
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import Row
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.options import check_trl_options
 
@@ -29,12 +29,12 @@ _LOGGED = {
 }
 
 
-def collate(rows: list[Row], preparer: Preparer, device: str) -> dict[str, Any]:
+def collate(rows: list[Sample], preparer: SampleBuilder, device: str) -> dict[str, Any]:
     """A micro-batch as TRL's loss takes it, and `numbers`: which pairs these are."""
     return collate_pairs(rows, preparer, device) | {"numbers": [row.number for row in rows]}
 
 
-def heaviest(trainer: Any, rows: list[Row], device: str) -> dict[str, Any]:
+def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
     """The batch of these pairs; the reference is asked about them."""
     return collate_pairs(rows, trainer.preparer, device) | {"numbers": [-1]}
 
@@ -44,7 +44,7 @@ def trainer_class(job: JobConfig) -> type:
     import torch
     from trl import DPOTrainer
 
-    class PreferenceTrainer(DPOTrainer):
+    class PairedDPOTrainer(DPOTrainer):
         reference: Any = None  # float32 [rows, 2]: what the reference says of each pair, or None
         recent: Any = None  # `models.features.Recent`
 
@@ -69,7 +69,7 @@ def trainer_class(job: JobConfig) -> type:
                 chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
             return inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
-    return PreferenceTrainer
+    return PairedDPOTrainer
 
 
 def check_options(job: JobConfig) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 from ray_vlm.data.collate import join_pixels, read_pixels, spans_of_rows
 from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import PromptRecord, Record
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import Row
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
 from ray_vlm.methods.rewards import Rewards, score_completions
 from ray_vlm.methods.rollout import Completion, Sampling
 
 
-def sample_step(trainer: Any, rows: Sequence[Row]) -> dict[str, Any]:
+def sample_step(trainer: Any, rows: Sequence[Sample]) -> dict[str, Any]:
     """Sample and score the answers to a step's prompts: TRL's batch, with `rows` (the prompt of each answer) and
     `sampled` (log-probabilities at sampling, `float32 [answers, longest]`)."""
     import torch
@@ -53,7 +53,7 @@ def sample_answers(trainer: Any) -> list[Completion]:
     return [answer for group in groups for answer in group]
 
 
-def longest_answers(trainer: Any, rows: Sequence[Row], device: str) -> dict[str, Any]:
+def longest_answers(trainer: Any, rows: Sequence[Sample], device: str) -> dict[str, Any]:
     """A batch as TRL's loss takes it, with the longest answers that may be sampled to each prompt: the heaviest."""
     import torch
 
@@ -92,7 +92,7 @@ def score_answers(
     texts: Sequence[str],
     ids: Sequence[Sequence[int]],
     prompts: Sequence[Any],
-    preparer: Preparer,
+    preparer: SampleBuilder,
 ) -> list[dict[str, float | None]]:
     """Every part of the reward of each answer (text and token ids) to its record. Raises `DataError` as
     `score_completions` does."""
@@ -125,7 +125,7 @@ def pixels_of(trainer: Any, part: slice, input_ids: Any) -> dict[str, Any]:
     return kinds | pixels
 
 
-def prompt_pixels(trainer: Any, row: Row) -> dict[str, Any]:
+def prompt_pixels(trainer: Any, row: Sample) -> dict[str, Any]:
     """A prompt's images as the model takes them, processed once in a step: sampling and training take the same."""
     if id(row) not in trainer.pixels:  # with the row, so that no other gets its id
         trainer.pixels[id(row)] = row, read_pixels(row.images, trainer.preparer, str(trainer.args.device))
@@ -148,9 +148,9 @@ def join(values: Sequence[Any]) -> Any:
     return torch.stack(list(values)).mean() if values[0].dim() == 0 else torch.cat(list(values))
 
 
-def _runs(rows: Sequence[Row]) -> list[tuple[Row, int]]:
+def _runs(rows: Sequence[Sample]) -> list[tuple[Sample, int]]:
     """Rows that stand beside themselves, with how often."""
-    runs: list[tuple[Row, int]] = []
+    runs: list[tuple[Sample, int]] = []
     for row in rows:
         if runs and runs[-1][0] is row:
             runs[-1] = (row, runs[-1][1] + 1)

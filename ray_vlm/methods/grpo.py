@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import Row
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
 from ray_vlm.errors import RunError
 from ray_vlm.methods.groups import (
     join,
@@ -40,12 +40,12 @@ _LOGGED = {
 }
 
 
-def collate(rows: list[Row], preparer: Preparer, device: str) -> list[Row]:
+def collate(rows: list[Sample], preparer: SampleBuilder, device: str) -> list[Sample]:
     """The prompts themselves: tensors are made when their answers are known."""
     return rows
 
 
-def heaviest(trainer: Any, rows: list[Row], device: str) -> dict[str, Any]:
+def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
     """The batch that takes the most memory of these prompts."""
     trainer.current_gradient_accumulation_steps = 1
     return longest_answers(trainer, rows, device)
@@ -58,7 +58,7 @@ def trainer_class(job: JobConfig) -> type:
     """
     from trl import GRPOTrainer
 
-    class GroupTrainer(GRPOTrainer):
+    class PlannedGRPOTrainer(GRPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             if job.model.adapter is None and job.method.beta:  # the reference is the base; TRL keeps a copy of the new
@@ -66,9 +66,9 @@ def trainer_class(job: JobConfig) -> type:
             self.job, self.scored_by = job, job_rewards(job)
             self.use_vllm = job.method.rollouts == "vllm"  # TRL then corrects for what vLLM says differently
             self.sample = build_sampler(job, self.args) if self.use_vllm else sample_groups
-            self.rows_of: list[Row] = []  # the prompt of each answer that is worked on
+            self.rows_of: list[Sample] = []  # the prompt of each answer that is worked on
             self.answers: list[Completion] = []
-            self.pixels: dict[int, tuple[Row, dict[str, Any]]] = {}  # of the step's prompts, as the model takes them
+            self.pixels: dict[int, tuple[Sample, dict[str, Any]]] = {}  # of the step's prompts, as the model takes them
 
         def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple:
             rows = next(epoch_iterator, None)
@@ -103,7 +103,7 @@ def trainer_class(job: JobConfig) -> type:
                 note_gap(self, logps)
             return logps, entropies, aux
 
-    return GroupTrainer
+    return PlannedGRPOTrainer
 
 
 def job_rewards(job: JobConfig, labels: Sequence[str] = ()) -> Rewards:

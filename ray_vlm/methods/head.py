@@ -15,7 +15,7 @@ FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 def score_labelled(model: Any) -> None:
     """Let the fused head of `model`, under an adapter or not, score labelled positions alone. Needs a backbone that
-    knows `keep` (`methods/forward.fold_rows`). Exact."""
+    knows `keep` (`methods/forward.share_prefixes`). Exact."""
     base = base_of(model)
     fused = base.forward
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.data.collate import collate, join_pixels
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import Row
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
 from ray_vlm.methods.decoding import decode, end_ids
 from ray_vlm.models.backbone import base_of
-from ray_vlm.models.dense import dequantised
+from ray_vlm.models.dequantize import dequantised
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Completion:
 
 def sample_groups(
     model: Any,
-    rows: Sequence[Row],
-    preparer: Preparer,
+    rows: Sequence[Sample],
+    preparer: SampleBuilder,
     sampling: Sampling,
     seeds: Sequence[Sequence[int]],
     device: str,
     group_batch: int | None = None,
-    pixels: Callable[[Row], dict[str, Any]] | None = None,
+    pixels: Callable[[Sample], dict[str, Any]] | None = None,
 ) -> list[list[Completion]]:
     """`sampling.num_generations` completions for each prompt row, in their order.
 
@@ -95,12 +95,12 @@ def _uniforms(seeds: Sequence[Sequence[int]], sampling: Sampling) -> np.ndarray:
 
 def _sample_batch(
     model: Any,
-    rows: Sequence[Row],
-    preparer: Preparer,
+    rows: Sequence[Sample],
+    preparer: SampleBuilder,
     sampling: Sampling,
     uniforms: np.ndarray,
     device: str,
-    pixels: Callable[[Row], dict[str, Any]] | None,
+    pixels: Callable[[Sample], dict[str, Any]] | None,
 ) -> list[list[Completion]]:
     """The groups of prompts that run together."""
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.collate import collate as collate
-from ray_vlm.data.spec import Row
+from ray_vlm.data.spec import Sample
 from ray_vlm.errors import DataError
 from ray_vlm.methods.options import check_trl_options
 
@@ -17,7 +17,7 @@ EXAMPLE_ROW = {"images": [], "prompt": "", "completion": ""}
 _LOGGED = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
 
-def heaviest(trainer: Any, rows: list[Row], device: str) -> dict[str, Any]:
+def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
     """The batch of these rows."""
     return collate(rows, trainer.preparer, device)
 
@@ -27,7 +27,7 @@ def trainer_class(job: JobConfig) -> type:
     import torch
     from trl import SFTTrainer
 
-    class ImitationTrainer(SFTTrainer):
+    class WeightedSFTTrainer(SFTTrainer):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             # Qwen's forwards do not announce it, but TRL's loss divides by num_items_in_batch when it is given.
@@ -51,7 +51,7 @@ def trainer_class(job: JobConfig) -> type:
                 return super().compute_loss(model, inputs, *args, **kwargs)
             return super().compute_loss(weigh(model, weights), inputs, *args, **kwargs)
 
-    return ImitationTrainer
+    return WeightedSFTTrainer
 
 
 def weigh(model: Any, weights: Any) -> Callable[..., Any]:

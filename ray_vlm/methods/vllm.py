@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import Row
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Completion, Sampling
 from ray_vlm.models.families import part_of
@@ -61,7 +61,13 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
     pushed = 0
 
     def sample(
-        model: Any, rows: Sequence[Row], preparer: Preparer, sampling: Sampling, seeds: Sequence, *_: str, **__: Any
+        model: Any,
+        rows: Sequence[Sample],
+        preparer: SampleBuilder,
+        sampling: Sampling,
+        seeds: Sequence,
+        *_: str,
+        **__: Any,
     ) -> list[list[Completion]]:
         nonlocal pushed
         if not pushed:
@@ -75,7 +81,7 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
     return sample
 
 
-def _check_parts(names: Iterable[str], preparer: Preparer, who: str) -> None:
+def _check_parts(names: Iterable[str], preparer: SampleBuilder, who: str) -> None:
     """Raise `ConfigError` where an adapter has weights that vLLM leaves out."""
     if others := {part_of(preparer.family, name) for name in names} - {"language"}:
         raise ConfigError(
@@ -85,8 +91,8 @@ def _check_parts(names: Iterable[str], preparer: Preparer, who: str) -> None:
 
 
 def build_answerer(
-    job: JobConfig, adapter: str | None, preparer: Preparer, longest: int
-) -> Callable[[Sequence[Row]], list[str]]:
+    job: JobConfig, adapter: str | None, preparer: SampleBuilder, longest: int
+) -> Callable[[Sequence[Sample]], list[str]]:
     """A function that gives greedy answers to rows (`evaluate.engine: vllm`). `adapter`: a folder; None is the base;
     `longest`: tokens of the longest prompt, without which vLLM makes room for the model's whole context."""
     rank, folder = None, Path(adapter) if adapter is not None else None
@@ -99,7 +105,7 @@ def build_answerer(
     engine = start_engine(job, "evaluate.engine", rank, max_model_len=longest + job.evaluate.max_new_tokens)
     greedy = Sampling(1, job.evaluate.max_new_tokens, 0.0, 1.0, 0)
 
-    def answer(rows: Sequence[Row]) -> list[str]:
+    def answer(rows: Sequence[Sample]) -> list[str]:
         groups = generate(engine, folder, 1, rows, preparer, greedy, [(job.seed,)] * len(rows))
         return [preparer.text(group[0].ids) for group in groups]
 
@@ -110,8 +116,8 @@ def generate(
     engine: Any,
     adapter: Path | None,
     number: int,
-    rows: Sequence[Row],
-    preparer: Preparer,
+    rows: Sequence[Sample],
+    preparer: SampleBuilder,
     sampling: Sampling,
     seeds: Sequence[Sequence[int]],
 ) -> list[list[Completion]]:
@@ -136,7 +142,7 @@ def generate(
     return [[_completion(answer) for answer in output.outputs] for output in outputs]
 
 
-def prompt_of(row: Row, preparer: Preparer) -> dict[str, Any]:
+def prompt_of(row: Sample, preparer: SampleBuilder) -> dict[str, Any]:
     """A row as vLLM takes it: token ids with one image token an image, which it expands itself, and resized images."""
     from PIL import Image
 

@@ -1,7 +1,7 @@
 """What a frozen image encoder makes of an image, made once: within a step, and with a folder in all epochs and runs.
 
-Within a step the reference, the rollout and what is trained look at the same images: `Recent` has them in memory, by
-their pixels. `Shelf` has them on a disk, by the hash of the pixels as the encoder gets them and of the encoder's
+Within a step the reference, the rollout and what is trained look at the same images: `StepFeatureCache` has them in memory, by
+their pixels. `DiskFeatureCache` has them on a disk, by the hash of the pixels as the encoder gets them and of the encoder's
 weights. A file that cannot be read is made again; a full disk, or a folder that holds what it may, ends the writing and
 nothing else.
 """
@@ -32,7 +32,7 @@ def why_not_kept(model: Any) -> str | None:
     return f"{changing[0]} in the image encoder is an adapter's or learns" if changing else None
 
 
-def keep_features(model: Any, recent: "Recent", shelf: "Shelf | None" = None) -> None:
+def keep_features(model: Any, recent: "StepFeatureCache", shelf: "DiskFeatureCache | None" = None) -> None:
     """Let the model's image encoder take what it made before from `recent`, or from `shelf`. Raises `ModelError` where
     that would not be the same."""
     import torch
@@ -66,7 +66,7 @@ def keep_features(model: Any, recent: "Recent", shelf: "Shelf | None" = None) ->
     tower.forward = forward
 
 
-class Recent:
+class StepFeatureCache:
     """The features of the last images, of no more than `room`."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Recent:
         return how, float(pixels.sum())  # `read` looks at every pixel of what this finds
 
 
-class Shelf:
+class DiskFeatureCache:
     """Files of features in a folder, which other processes may use too."""
 
     def __init__(self, folder: Path, limit: float, model: Any):

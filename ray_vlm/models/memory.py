@@ -12,7 +12,7 @@ from typing import Any
 from ray_vlm.config.cluster import BUCKET, GATHERED
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.machine import GIB
-from ray_vlm.models.packing import Folding, plan_packs
+from ray_vlm.models.packing import PackingOptions, plan_packs
 from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
 
 CUDA_CONTEXT = 0.6 * GIB  # of the driver, kernels and cuBLAS' workspace
@@ -56,7 +56,7 @@ def micro_sizes(job: JobConfig, size: RowSize, micro: int | None = None) -> list
     return [size] * (max(1, rows // job.method.num_generations) if job.method.name == "grpo" else rows)
 
 
-def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: Folding) -> Batch:
+def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: PackingOptions) -> Batch:
     """A micro-batch of these rows (GRPO: prompts), as it goes through the model. `merge`: patches along a side of a
     visual token. `folding`: what is done to rows that begin alike, and to short ones."""
     patches = tuple(size.image_tokens * merge**2 for size in sizes if size.image_tokens)
@@ -86,7 +86,7 @@ def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: Fo
 
 
 def _packed(
-    sizes: Sequence[int], patches: tuple[int, ...], folding: Folding, layout: tuple[int, int] | None = None
+    sizes: Sequence[int], patches: tuple[int, ...], folding: PackingOptions, layout: tuple[int, int] | None = None
 ) -> Batch:
     """Rows of these lengths, packed or not; `layout`: rows and tokens as TRL has them, if others than these."""
     packs = plan_packs(sizes, folding.hidden) if folding.pack else [[number] for number in range(len(sizes))]
@@ -100,7 +100,7 @@ def estimate(
     rehearsal: Rehearsal,
     sizes: Sequence[RowSize],
     merge: int,
-    folding: Folding,
+    folding: PackingOptions,
     layers: int | None = None,
     at_once: JobConfig | None = None,
 ) -> Estimate:
@@ -171,7 +171,7 @@ class Choice:
 
 
 def choose(
-    rehearsal: Rehearsal, size: RowSize, micros: Sequence[int], merge: int, folding: Folding, room: float
+    rehearsal: Rehearsal, size: RowSize, micros: Sequence[int], merge: int, folding: PackingOptions, room: float
 ) -> Choice | None:
     """The fewest layers that recompute with which the smallest of `micros` (ascending) fits into `room` bytes, and then
     the largest that fits with it; None where nothing fits."""

@@ -8,7 +8,7 @@ _WIDEST = 8192  # tokens: the mask of a pack has a value for every two of them
 
 
 @dataclass(frozen=True)
-class Folding:
+class PackingOptions:
     """`share`: rows that begin alike go through their beginning once. `pack`: short rows lie behind one another.
     `hidden`: width of the language model, by which attention is dear or cheap beside the rest."""
 

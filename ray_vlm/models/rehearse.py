@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.families import Family
+from ray_vlm.models.library_logging import quiet_libraries
 from ray_vlm.models.lora import freeze_parts, lora_config
 from ray_vlm.models.precision import autocast, dtype_of
-from ray_vlm.models.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from ray_vlm.models.live import LiveBytes

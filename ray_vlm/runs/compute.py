@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.runs.read import Run, is_number, setting
-from ray_vlm.runs.sound import number_of
+from ray_vlm.runs.schema import number_of
 from ray_vlm.runs.text import format_duration, format_number
 
 PHASES = ("data", "rollout", "forward", "backward")  # of a step; what is left of it is the optimizer and the logging

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.sound import is_count, is_number, keep_sound_run, load_sound
+from ray_vlm.runs.schema import is_count, is_number, keep_sound_run, load_sound
 from ray_vlm.runs.store import Store
 
 _CLOCK_S = 2.0  # by so much a process's start may seem to move when the machine's clock is set

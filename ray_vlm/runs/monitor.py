@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.runs.sound import is_number, is_sound_line, load_sound
+from ray_vlm.runs.schema import is_number, is_sound_line, load_sound
 
 LINE_KEYS = ("kind", "attempt", "step", "epoch", "time")  # of a line, beside its numbers
 NOT_MEASURES = (*LINE_KEYS, "validation_s", "background_s")  # of a validation's line, beside what was measured
@@ -82,7 +82,7 @@ def best_line(lines: Iterable[dict[str, Any]], metric: str) -> dict[str, Any] | 
 class Monitor:
     """Appends to `metrics.jsonl`; `close` it at the end.
 
-    `trackers`: as `runs/track.py` has them. `show` is called with each line written, `record` with the line and `best`,
+    `trackers`: as `runs/trackers.py` has them. `show` is called with each line written, `record` with the line and `best`,
     the best checkpoint so far, `publish` when the file should be copied to where the run is kept.
     """
 

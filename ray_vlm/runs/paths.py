@@ -23,7 +23,7 @@ from typing import Any
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.drivers import check_not_driven
-from ray_vlm.runs.sound import check_whole
+from ray_vlm.runs.schema import check_whole
 from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole_or_gone
 
 CLAIMED = ".claimed"  # holds a name in an object store until the run's first files are there

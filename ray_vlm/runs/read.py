@@ -19,7 +19,7 @@ from ray_vlm.runs.drivers import living_driver
 from ray_vlm.runs.keys import split_key
 from ray_vlm.runs.monitor import best_line, current_lines, read_line
 from ray_vlm.runs.paths import open_run
-from ray_vlm.runs.sound import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
+from ray_vlm.runs.schema import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
 from ray_vlm.runs.store import Store, is_remote, join, local_path
 from ray_vlm.runs.training_log import describe_attempts, parse_log, write_training_log
 

@@ -17,7 +17,7 @@ from typing import Any
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import LINE_KEYS, best_line, current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, finite
-from ray_vlm.runs.sound import is_number, is_sound_line, keep_sound, load_sound, number_of
+from ray_vlm.runs.schema import is_number, is_sound_line, keep_sound, load_sound, number_of
 from ray_vlm.runs.store import making
 
 HISTORIES = {"train": "training_history", "epoch": "epoch_history", "eval": "validation_history"}

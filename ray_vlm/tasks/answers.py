@@ -21,7 +21,7 @@ _DECODER = json.JSONDecoder(strict=False)
 
 
 @dataclass(frozen=True)
-class Setting:
+class PromptContext:
     """How a job asks: the task's options, class names in prompt order, what the training data hints at, and a function
     that counts the tokens of a text."""
 

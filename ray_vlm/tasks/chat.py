@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.data.records import SftRecord
-from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, Setting, Turns, final_text
+from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, PromptContext, Turns, final_text
 from ray_vlm.tasks.boxes import Frame, box_problem, write_region
 
 _PLACEHOLDER = re.compile(r"<bbox>|<ref-object>")
@@ -40,7 +40,7 @@ def tags(record: SftRecord) -> tuple[str, ...]:
     return ()
 
 
-def ask(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Turns:
+def ask(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Turns:
     """All turns before the last answer."""
     turns = _fill(record, frames)[:-1]
     if setting.options.system and not (turns and turns[0][0] == "system"):
@@ -48,7 +48,7 @@ def ask(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Turns:
     return turns
 
 
-def answer(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Answer:
+def answer(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Answer:
     """The last answer."""
     return Answer(_fill(record, frames)[-1][1])
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray_vlm.config.schema import Task
 from ray_vlm.data.records import SftRecord
-from ray_vlm.tasks.answers import Answer, Parsed, Setting, Turns, read_json, same_words, with_images
+from ray_vlm.tasks.answers import Answer, Parsed, PromptContext, Turns, read_json, same_words, with_images
 from ray_vlm.tasks.boxes import Frame, box_problem
 
 PROMPT = "What is shown? Answer in JSON with {labels}."
@@ -41,7 +41,7 @@ def tags(record: SftRecord) -> tuple[str, ...]:
     return tuple(f"{name}={value}" for name, value in record.truth["attributes"].items())
 
 
-def ask(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Turns:
+def ask(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Turns:
     """The image, the question, and where the object is if the job wants that told."""
     question = setting.options.prompt or PROMPT
     told = {"position": _position(record, setting.options), "hints": setting.hints}
@@ -94,7 +94,7 @@ def describe_regions(records: Iterable[SftRecord], options: Task) -> str:
     return f"Usual places: {'; '.join(told)}." if told else ""
 
 
-def answer(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Answer:
+def answer(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Answer:
     """The attributes as JSON, each value a span of its tag."""
     text, spans = "{", []
     for number, (name, value) in enumerate(record.truth["attributes"].items()):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.data.records import SftRecord
-from ray_vlm.tasks.answers import Answer, Parsed, Setting, Turns, name_class, with_images
+from ray_vlm.tasks.answers import Answer, Parsed, PromptContext, Turns, name_class, with_images
 from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, match, read_boxes, write_boxes
 
 PROMPT = (
@@ -40,14 +40,14 @@ def tags(record: SftRecord) -> tuple[str, ...]:
     return tuple(record.truth["labels"])
 
 
-def ask(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Turns:
+def ask(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Turns:
     """The image and the question."""
     own = PROMPT if frames[0].codec.syntax == "json" else _PROMPT_TOKENS
     question = (setting.options.prompt or own).replace("{labels}", ", ".join(setting.labels))
     return with_images(len(record.images), question, setting.options.system)
 
 
-def answer(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Answer:
+def answer(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Answer:
     """The right answer, each object a span of its class."""
     objects = zip(record.truth["boxes"], record.truth["labels"], strict=True)
     return write_boxes(sorted(objects, key=lambda o: (o[0][1], o[0][0], o[1])), frames[0])

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.data.records import SftRecord
-from ray_vlm.tasks.answers import Answer, Parsed, Setting, Turns, read_json, same_words, with_images
+from ray_vlm.tasks.answers import Answer, Parsed, PromptContext, Turns, read_json, same_words, with_images
 from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, read_numbers
 
 PROMPT = "Goal: {goal}\nEarlier steps: {long_memory}\nLast steps: {short_memory}\nNext step in JSON?"
@@ -40,7 +40,7 @@ def tags(record: SftRecord) -> tuple[str, ...]:
     return (f"action={record.truth['output']['action']}",)
 
 
-def ask(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Turns:
+def ask(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Turns:
     """The screen, the goal and the memory of earlier steps."""
     short, long = split_memory(record.context["history"], setting)
     question = setting.options.prompt or PROMPT
@@ -53,7 +53,7 @@ def ask(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Turns:
     return with_images(len(record.images), out, setting.options.system)
 
 
-def split_memory(history: Sequence[str], setting: Setting) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split_memory(history: Sequence[str], setting: PromptContext) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The last steps, and those before them that fit into the token budget; both oldest first."""
     cut = max(0, len(history) - setting.options.short_memory)
     short, earlier = tuple(history[cut:]), history[:cut]
@@ -66,7 +66,7 @@ def split_memory(history: Sequence[str], setting: Setting) -> tuple[tuple[str, .
     return short, tuple(earlier[len(earlier) - kept :])
 
 
-def remember(history: Sequence[str], output: Mapping[str, Any], setting: Setting) -> tuple[tuple, tuple]:
+def remember(history: Sequence[str], output: Mapping[str, Any], setting: PromptContext) -> tuple[tuple, tuple]:
     """The short and the long memory after a step: its `output` joins the history unless no action was understood."""
     done = [write_step(output)] if "action" in output else []
     return split_memory([*history, *done], setting)
@@ -104,7 +104,7 @@ def _list(steps: Sequence[str]) -> str:
     return " ".join(steps) if steps else _NOTHING
 
 
-def answer(record: SftRecord, frames: Sequence[Frame], setting: Setting) -> Answer:
+def answer(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Answer:
     """The step as JSON; the whole of it is a span of its action."""
     step = dict(record.truth["output"])
     if record.truth["box"] is not None:

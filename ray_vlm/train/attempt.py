@@ -24,7 +24,7 @@ _SEE_S = 15.0  # a network file system may show a new file to other nodes this l
 
 
 @dataclass(frozen=True)
-class Place:
+class DistributedContext:
     """Where this process stands. `ray`: inside a Ray Train worker."""
 
     rank: int
@@ -68,7 +68,9 @@ class Attempt:
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def begin_attempt(store: Store, place: Place, at_least: int, driver: Mapping[str, Any] | None = None) -> Attempt:
+def begin_attempt(
+    store: Store, place: DistributedContext, at_least: int, driver: Mapping[str, Any] | None = None
+) -> Attempt:
     """Prove the storage, take the run over, find the newest whole checkpoint. All ranks return the same.
 
     `at_least`: the number that the driver gave; one that Ray started by itself counts on. `driver`: the process that
@@ -115,7 +117,7 @@ def _check_driver(store: Store, driver: Mapping[str, Any], wait_s: float = _SEE_
         time.sleep(0.5)
 
 
-def prove_storage(store: Store, place: Place, token: str, wait_s: float = _SEE_S) -> None:
+def prove_storage(store: Store, place: DistributedContext, token: str, wait_s: float = _SEE_S) -> None:
     """Every rank writes a file and reads those of all others, and what the driver wrote. Raises `RunError` on all."""
     own, host = f".proof-{token}-{place.rank}", platform.node()
     problems = place.gather((host, _problem(lambda: store.write(own, token.encode()))))

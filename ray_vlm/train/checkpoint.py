@@ -14,12 +14,12 @@ from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.preprocessing import describe_preprocessing
-from ray_vlm.data.rows import Preparer
 from ray_vlm.data.rules import RULES, rules_since
+from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.errors import ModelError, RunError
 from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, remove_checkpoint, write_part
 from ray_vlm.runs.store import Store
-from ray_vlm.train.attempt import Attempt, Place, check_owner
+from ray_vlm.train.attempt import Attempt, DistributedContext, check_owner
 
 _SAMPLE = 16  # weights of each tensor that enter the base's fingerprint
 # What of `preprocessing.json` decides how a row is asked, and what it is called.
@@ -29,7 +29,9 @@ _QUESTION = {"task": "task", "labels": "class names", "hints": "hints", "images"
 class CheckpointWriter:
     """Writes checkpoints of `trainer` into the run. `save(folder)` writes weights; `keep`, `keep_best`: retention."""
 
-    def __init__(self, store: Store, place: Place, attempt: Attempt, keep: tuple[int, int], about: dict[str, Any]):
+    def __init__(
+        self, store: Store, place: DistributedContext, attempt: Attempt, keep: tuple[int, int], about: dict[str, Any]
+    ):
         self.store, self.place, self.attempt, self.keep, self.about = store, place, attempt, keep, about
 
     def write(self, trainer: Any, save: Any, score: float | None, progress: dict[str, Any]) -> None:
@@ -79,7 +81,7 @@ def base_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe_run(base: str, rows: str, job: JobConfig, preparer: Preparer) -> dict[str, Any]:
+def describe_run(base: str, rows: str, job: JobConfig, preparer: SampleBuilder) -> dict[str, Any]:
     """What a checkpoint keeps so that `check_fits` can tell whether it belongs to a run. `base`, `rows`: fingerprints
     of the base's weights and of the training rows."""
     question = describe_preprocessing(preparer)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.train.attempt import Place
+from ray_vlm.train.attempt import DistributedContext
 
 
 class Clock:
@@ -84,7 +84,9 @@ def split_time(phases: dict[str, float]) -> dict[str, float]:
     return {"data_s": data, "rollout_s": rollout, "forward_s": forward, "backward_s": backward}
 
 
-def watch_usage(batches: Any, operations: OperationCounter, place: Place) -> Callable[[], dict[str, float]]:
+def watch_usage(
+    batches: Any, operations: OperationCounter, place: DistributedContext
+) -> Callable[[], dict[str, float]]:
     """A function that gives what was used since it was last asked: times; images, tokens that went through the language
     model (`model_tokens`) and model FLOPs (`model_tflop`) of all ranks, of which this one speaks for all; and the peak
     of memory (GiB, of the card or of this process) so far."""

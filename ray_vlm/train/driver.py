@@ -16,8 +16,8 @@ from ray_vlm.config.resume import check_resume
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
 from ray_vlm.data.index import NONE_KNOWN
-from ray_vlm.data.lost import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.records import Image, PreferenceRecord, Record, SftRecord
+from ray_vlm.data.row_replacement import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.splits import Parts
 from ray_vlm.data.stream import mean_bytes
 from ray_vlm.errors import ConfigError, Interrupted, RunError
@@ -30,15 +30,15 @@ from ray_vlm.runs.manifest import (
     start_manifest,
 )
 from ray_vlm.runs.paths import RunPaths, cannot_write, check_free, claim_run, find_run, write_bad_rows, write_json
-from ray_vlm.runs.track import adopt_wandb_login
+from ray_vlm.runs.trackers import adopt_wandb_login
 from ray_vlm.runs.training_log import write_training_log
 from ray_vlm.train.launch import launch
 from ray_vlm.train.prepare import Prepared, absolute_paths, prepare
-from ray_vlm.train.worker import WorkerTask
+from ray_vlm.train.worker import WorkerSpec
 
 
 @dataclass(frozen=True)
-class Hosted:
+class TrialContext:
     """What a sweep gives a run that it drives. `parts`: rows that were read once for all trials; `stop` says whether
     the trial is to end; `at_once`: how many share the cluster."""
 
@@ -47,7 +47,7 @@ class Hosted:
     at_once: int = 1
 
 
-ALONE = Hosted()  # a run that nobody hosts
+ALONE = TrialContext()  # a run that nobody hosts
 
 
 def train(
@@ -56,7 +56,7 @@ def train(
     overwrite: bool = False,
     command: Sequence[str] = (),
     resume: bool = False,
-    hosted: Hosted = ALONE,
+    hosted: TrialContext = ALONE,
 ) -> RunPaths:
     """Run the job to the end and return its folder. Raises after writing the reason into `run.json`.
 
@@ -173,10 +173,10 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
     paths.publish(paths.balance)
 
 
-def _run(prepared: Prepared, paths: RunPaths, hosted: Hosted = ALONE) -> None:
+def _run(prepared: Prepared, paths: RunPaths, hosted: TrialContext = ALONE) -> None:
     """Launch the workers and write down how it ended."""
     job = prepared.job
-    task = WorkerTask(
+    task = WorkerSpec(
         job=dump_job(job),
         run=paths.address,
         spec=prepared.spec,

@@ -12,7 +12,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.monitor import Monitor
-from ray_vlm.train.attempt import Place
+from ray_vlm.train.attempt import DistributedContext
 
 _SAMPLE_S = 15.0
 
@@ -96,7 +96,7 @@ def check_energy(job: JobConfig) -> None:
         )
 
 
-def sum_energy(meter: Meter, place: Place) -> dict[str, float]:
+def sum_energy(meter: Meter, place: DistributedContext) -> dict[str, float]:
     """What all ranks have used so far in this attempt; every rank calls it at the same step. Empty where
     nothing can be measured."""
     return add_up(place.gather((platform.node(), meter.read())))
@@ -118,7 +118,9 @@ def add_up(found: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
     return sums if machines else {}
 
 
-def energy_writer(meter: Meter | None, monitor: Monitor | None, place: Place, trainer: Any) -> Callable[[], None]:
+def energy_writer(
+    meter: Meter | None, monitor: Monitor | None, place: DistributedContext, trainer: Any
+) -> Callable[[], None]:
     """A function that all ranks call at the same steps, to write down what they have used; without meters nothing."""
 
     def write() -> None:

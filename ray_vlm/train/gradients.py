@@ -11,7 +11,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
-from ray_vlm.train.attempt import Place
+from ray_vlm.train.attempt import DistributedContext
 
 PATIENCE = 20  # steps with a gradient somewhere, of rows that may hold no image, before a part is missed
 
@@ -80,7 +80,7 @@ class Listener:
 
         return hear
 
-    def take(self, place: Place) -> dict[str, float]:
+    def take(self, place: DistributedContext) -> dict[str, float]:
         """What all ranks have heard since it was asked last."""
         mine = {part: float(square) for part, square in self.heard.items()}
         self.heard = dict.fromkeys(self.heard, 0.0)
@@ -93,7 +93,9 @@ class Listener:
         self._hooks = []
 
 
-def watch_gradients(job: JobConfig, family: Family, model: Any, place: Place) -> Callable[[Any], dict[str, float]]:
+def watch_gradients(
+    job: JobConfig, family: Family, model: Any, place: DistributedContext
+) -> Callable[[Any], dict[str, float]]:
     """A function that gives the model's norms by part, and raises where a part of the job gets none.
 
     DeepSpeed keeps gradients to itself: there the parts are watched, and their norms are not known.

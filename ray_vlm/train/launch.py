@@ -23,19 +23,19 @@ from ray_vlm.runs.drivers import check_own
 from ray_vlm.runs.manifest import end_attempt, start_attempt, update_manifest
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.finite import Rewind
-from ray_vlm.train.restarts import Failure, describe_failure, explain_out_of_memory, plan_pause, plan_retry
+from ray_vlm.train.nonfinite import RewindToCheckpoint
+from ray_vlm.train.restarts import Failure, describe_failure, explain_out_of_memory, restart_backoff, should_restart
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
-from ray_vlm.train.worker import WorkerTask, train_worker
+from ray_vlm.train.worker import WorkerSpec, train_worker
 
-_BREATH_S = 0.5  # between the end of one try and the beginning of the next
+MIN_RESTART_GAP_S = 0.5  # between the end of one try and the beginning of the next
 _RESIZE_S = 20.0  # how often Ray looks for room for more workers, where their number may change
 _PATIENCE = 2.0  # how much longer than the watchdog the workers' connections wait for one another
 
 
 def launch(
-    job: JobConfig, task: WorkerTask, paths: RunPaths, asked: Callable[[], bool] | None = None, at_once: int = 1
+    job: JobConfig, task: WorkerSpec, paths: RunPaths, asked: Callable[[], bool] | None = None, at_once: int = 1
 ) -> tuple[dict[str, Any], int | None]:
     """Train to the end; returns what rank 0 found and the signal that stopped it, if one did.
 
@@ -64,7 +64,7 @@ def _stopped_early(paths: RunPaths, number: int) -> Interrupted:
 
 
 def _train_in_ray(
-    job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest, at_once: int
+    job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest, at_once: int
 ) -> dict[str, Any]:
     with connect(job, at_once) as layout:
         import ray
@@ -111,7 +111,7 @@ class _StepWatcher(Console):
         super().show(line)
 
 
-def _train_here(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
+def _train_here(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
     """In this process; again only where the run rewinds."""
     if job.cluster.gpus_per_worker == 0:
         tell_idle_gpus(count_gpus())
@@ -124,9 +124,9 @@ def _train_here(job: JobConfig, task: WorkerTask, paths: RunPaths, request: Stop
     while True:
         try:
             return train_worker(task, stop=stop)
-        except Rewind as error:
+        except RewindToCheckpoint as error:
             failures.append(Failure(str(error), raised=True, step=_last_step(paths)))
-            if not plan_retry(failures, job.cluster.max_failures):
+            if not should_restart(failures, job.cluster.max_failures):
                 raise
             task = replace(task, attempt=_next_attempt(paths, "failed", str(error)))
         except RuntimeError as error:
@@ -136,7 +136,7 @@ def _train_here(job: JobConfig, task: WorkerTask, paths: RunPaths, request: Stop
             raise explain_out_of_memory(error, "this process", _last_step(paths), advice) from error
 
 
-def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
+def _retry(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
     """The workers' result, after as many tries as it takes. Leaving a machine that is taken away is no failure."""
     failures: list[Failure] = []
     while True:
@@ -152,7 +152,7 @@ def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopReque
             with suppress(OSError):
                 paths.refresh(paths.metrics)
             failures.append(failure := _explain(job, task, paths, error, nodes))
-            if request.wanted or not plan_retry(failures, job.cluster.max_failures):
+            if request.wanted or not should_restart(failures, job.cluster.max_failures):
                 if failure.own is not None:
                     raise failure.own from error
                 tries = f" after {len(failures)} tries" if len(failures) > 1 else ""
@@ -160,7 +160,7 @@ def _retry(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopReque
             status, text = "failed", failure.text
         print(f"{text.splitlines()[0][:500]}; going on from the last checkpoint", flush=True)
         if status == "failed":
-            time.sleep(max(_BREATH_S, plan_pause(failures) - (time.monotonic() - began)))
+            time.sleep(max(MIN_RESTART_GAP_S, restart_backoff(failures) - (time.monotonic() - began)))
         task = replace(task, attempt=_next_attempt(paths, status, text))
 
 
@@ -174,7 +174,7 @@ def _next_attempt(paths: RunPaths, status: str, text: str) -> int:
     return 0
 
 
-def _explain(job: JobConfig, task: WorkerTask, paths: RunPaths, error: Exception, nodes: set[str]) -> Failure:
+def _explain(job: JobConfig, task: WorkerSpec, paths: RunPaths, error: Exception, nodes: set[str]) -> Failure:
     """Why a try ended: what the workers said before they ended themselves, or what Ray says of them. `nodes`: those
     that lived when it began."""
     step = _last_step(paths)
@@ -191,7 +191,7 @@ def _last_step(paths: RunPaths) -> int:
     )
 
 
-def _fit(job: JobConfig, task: WorkerTask, paths: RunPaths, request: StopRequest) -> None:
+def _fit(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest) -> None:
     """One `TorchTrainer.fit`, under a name that no earlier one used: a torn snapshot of Ray's blocks only its own name.
 
     It runs in a thread, where Ray Train leaves SIGINT alone: its handler would end this process with exit code 0.

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ray_vlm.train.attempt import Place
+from ray_vlm.train.attempt import DistributedContext
 
 _LEAST = 1.0  # a scale at which gradients that still overflow are not the scale's fault
 
@@ -35,7 +35,7 @@ class StepLosses:
         return all(bool(loss.isfinite().all()) for loss in self._last)
 
 
-def watch_overflow(trainer: Any, place: Place) -> Callable[[], str | None]:
+def watch_overflow(trainer: Any, place: DistributedContext) -> Callable[[], str | None]:
     """A function for a step whose gradient is not finite: a sentence where that is the scaler's business, else None.
 
     All ranks call it together, since all see the same gradient.

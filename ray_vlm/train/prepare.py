@@ -15,16 +15,16 @@ from ray_vlm.data.balance import Balance, plan_balance
 from ray_vlm.data.index import NONE_KNOWN, Index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import changed_since
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.splits import Parts, load_parts, row_tags
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods import METHODS
-from ray_vlm.methods.forward import why_alone
-from ray_vlm.models.quiet import quiet_libraries
+from ray_vlm.methods.prefix_sharing import why_alone
+from ray_vlm.models.library_logging import quiet_libraries
 from ray_vlm.runs.store import full_address
 from ray_vlm.train.energy import check_energy
-from ray_vlm.train.fit import Probe, fit, plan_probe
+from ray_vlm.train.memory_plan import Probe, fit, plan_probe
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Prepared:
     """All that is decided before anything starts."""
 
     job: JobConfig
-    spec: RowSpec
+    spec: SampleSpec
     train: Index
     eval: Index | None
     plan: Plan
@@ -61,7 +61,7 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         [row_tags(job, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
     )
     spec = replace(parts.spec, token_weights=balance.token_weights)
-    preparer = load_preparer(spec)
+    preparer = load_sample_builder(spec)
     if job.train.memory is not None:
         job, told = fit(job, parts.train, preparer)
         notes.append(told)
@@ -110,9 +110,9 @@ def _check_scores(job: JobConfig, train: Index) -> list[str]:
     return check_rewards(job_rewards(job, train.labels))
 
 
-def _tell_alone(job: JobConfig, spec: RowSpec) -> list[str]:
+def _tell_alone(job: JobConfig, spec: SampleSpec) -> list[str]:
     """That rows are read whole where they were meant to share their beginnings, and why."""
-    reason = why_alone(job, load_preparer(spec).family)
+    reason = why_alone(job, load_sample_builder(spec).family)
     if job.method.name == "sft" or not job.method.share_prefixes or reason is None:
         return []
     return [f"rows that begin alike are read whole each: {reason} (method.share_prefixes)"]
@@ -136,12 +136,12 @@ def _tell_long_answers(job: JobConfig, parts: Parts, num_closing: int) -> list[s
     ]
 
 
-def _check_pairs(job: JobConfig, spec: RowSpec) -> None:
+def _check_pairs(job: JobConfig, spec: SampleSpec) -> None:
     """Raise where pairs were sampled at other image sizes: places in their answers would be wrong."""
     if job.method.name != "dpo":
         return
     sources = [s for s in (job.data.train, *job.data.mix, job.data.eval) if s is not None and s.path]
-    changed = [(s.path, text) for s in sources for text in changed_since(s.path, load_preparer(spec))]
+    changed = [(s.path, text) for s in sources for text in changed_since(s.path, load_sample_builder(spec))]
     if changed:
         raise ConfigError(
             [

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.attempt import Attempt, Place
+from ray_vlm.train.attempt import Attempt, DistributedContext
 
 
-def progress_writer(paths: RunPaths, place: Place, attempt: Attempt) -> Callable[[str], None]:
+def progress_writer(paths: RunPaths, place: DistributedContext, attempt: Attempt) -> Callable[[str], None]:
     """A function that puts a line among those of the run; rank 0 speaks for all. Under Ray the driver shows it.
 
     It opens the file each time: the base is loaded before the run's own monitor is there.

@@ -18,14 +18,16 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.collate import collate_pairs
 from ray_vlm.data.files import describe_file
 from ray_vlm.data.records import Record
-from ray_vlm.data.rows import Preparer
+from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.store import Store, join
-from ray_vlm.train.attempt import Place
+from ray_vlm.train.attempt import DistributedContext
 
 
-def find_reference(job: JobConfig, task: Any, trainer: Any, place: Place, base: str, monitor: Monitor | None) -> Any:
+def find_reference(
+    job: JobConfig, task: Any, trainer: Any, place: DistributedContext, base: str, monitor: Monitor | None
+) -> Any:
     """Log-probabilities of the chosen and the rejected answer of every pair under the reference, `float64 [pairs, 2]`.
 
     Read where an earlier run kept them, else computed by all ranks, each its share, and kept. `task` is the worker's.
@@ -48,7 +50,7 @@ def find_reference(job: JobConfig, task: Any, trainer: Any, place: Place, base: 
 
 
 def describe_reference(
-    job: JobConfig, preparer: Preparer, records: Sequence[Record], base: str, rows: str
+    job: JobConfig, preparer: SampleBuilder, records: Sequence[Record], base: str, rows: str
 ) -> dict[str, Any]:
     """All that the reference's log-probabilities depend on, as plain data. `base`: fingerprint of the base's weights;
     `rows`: that of the pairs."""
@@ -85,7 +87,7 @@ def _fingerprint(adapter: str | None) -> str | None:
     return digest.hexdigest()
 
 
-def _ask(job: JobConfig, trainer: Any, records: Sequence[Record], place: Place) -> bytes:
+def _ask(job: JobConfig, trainer: Any, records: Sequence[Record], place: DistributedContext) -> bytes:
     """All ranks run the reference over their share; every rank gets the whole, as a `.npy` file's bytes."""
     import numpy as np
     import torch

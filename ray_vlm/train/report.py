@@ -20,10 +20,10 @@ from ray_vlm.data.plan import Plan
 from ray_vlm.runs.checkpoints import replace_folder
 from ray_vlm.runs.monitor import Monitor, current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, write_folder
-from ray_vlm.train.attempt import Place
-from ray_vlm.train.background import find_left
+from ray_vlm.train.async_validator import find_left
+from ray_vlm.train.attempt import DistributedContext
 from ray_vlm.train.best import improves, is_better, recall_best
-from ray_vlm.train.finite import Spikes
+from ray_vlm.train.nonfinite import Spikes
 
 _WAIT_S = 0.2  # between looks at a validation that is waited for
 
@@ -188,7 +188,7 @@ class RunCallback(TrainerCallback):
                 self.tick()
                 time.sleep(_WAIT_S)
 
-    def recall(self, step: int, place: Place) -> None:
+    def recall(self, step: int, place: DistributedContext) -> None:
         """Take over what an earlier attempt measured beside training up to `step`, and what it left to be measured.
 
         A checkpoint knows nothing of numbers that came after it was written, so they are read from the lines.

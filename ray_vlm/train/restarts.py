@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.models.out_of_memory import NO_ROOM, describe_out_of_memory, is_out_of_memory
-from ray_vlm.train.finite import Rewind
+from ray_vlm.train.nonfinite import RewindToCheckpoint
 
 _PAUSE_S = 2.0  # between the beginnings of two tries
 # What gloo and NCCL say where the process or the machine at the other end is gone.
@@ -25,7 +25,7 @@ class Failure:
     step: int = 0
 
 
-def plan_retry(failures: list[Failure], max_failures: int) -> bool:
+def should_restart(failures: list[Failure], max_failures: int) -> bool:
     """Whether to try again after the last of `failures`.
 
     Not when this package refused on purpose, nor when the same error came twice at the same step: it would come again.
@@ -45,7 +45,7 @@ def count_stuck(failures: list[Failure]) -> int:
     return len(failures) - next(i for i, failure in enumerate(failures) if failure.step == furthest)
 
 
-def plan_pause(failures: list[Failure]) -> float:
+def restart_backoff(failures: list[Failure]) -> float:
     """Seconds that lie at least between the beginnings of two tries: doubled for each failure that came before a new
     step was reached. A try that lived longer is followed by the next one at once."""
     return _PAUSE_S * 2 ** min(count_stuck(failures) - 1, 5)
@@ -55,7 +55,9 @@ def describe_failure(error: Exception, step: int, advice: str = "") -> Failure:
     """What `TorchTrainer.fit` raised, in our words. `step`: the last one that was trained. `advice`: what
     to change where a card had no room: that is refused as our own errors are, whatever the other workers say."""
     workers = {rank: getattr(e, "_base_exc", e) for rank, e in getattr(error, "worker_failures", {}).items()}
-    refused = (e for _, e in sorted(workers.items()) if isinstance(e, RayVlmError) and not isinstance(e, Rewind))
+    refused = (
+        e for _, e in sorted(workers.items()) if isinstance(e, RayVlmError) and not isinstance(e, RewindToCheckpoint)
+    )
     own = next(refused, None)
     if own is None and isinstance(error, RayVlmError):
         own = error

@@ -8,32 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import plan_sample
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import Row
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import Stream
 from ray_vlm.machine import count_threads
 from ray_vlm.methods import METHODS
-from ray_vlm.methods.forward import fold_rows, plan_folding
 from ray_vlm.methods.head import score_labelled
+from ray_vlm.methods.prefix_sharing import plan_folding, share_prefixes
 from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.families import Family
-from ray_vlm.models.features import Recent, Shelf, keep_features, why_not_kept
+from ray_vlm.models.features import DiskFeatureCache, StepFeatureCache, keep_features, why_not_kept
+from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
 from ray_vlm.models.imports import import_training_libraries, keep_imports
+from ray_vlm.models.library_logging import quiet_libraries
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.models.packing import Folding
-from ray_vlm.models.quiet import quiet_libraries
-from ray_vlm.models.tower import run_frozen_tower_plainly
-from ray_vlm.train.attempt import Attempt, Place
+from ray_vlm.models.packing import PackingOptions
+from ray_vlm.train.attempt import Attempt, DistributedContext
 
 if TYPE_CHECKING:
-    from ray_vlm.train.worker import WorkerTask
+    from ray_vlm.train.worker import WorkerSpec
 
 
-def find_place(job: JobConfig, in_ray: bool) -> Place:
+def find_place(job: JobConfig, in_ray: bool) -> DistributedContext:
     """The rank and the device of this process."""
     if not in_ray:
-        return Place(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)
+        return DistributedContext(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)
     import ray.train.torch
     import torch
 
@@ -41,7 +41,7 @@ def find_place(job: JobConfig, in_ray: bool) -> Place:
     device = str(ray.train.torch.get_device())
     if device != "cpu":
         torch.cuda.set_device(device)  # what ranks tell one another goes through the current card
-    return Place(context.get_world_rank(), context.get_world_size(), device, ray=True)
+    return DistributedContext(context.get_world_rank(), context.get_world_size(), device, ray=True)
 
 
 def prepare_process(job: JobConfig, in_ray: bool) -> None:
@@ -57,12 +57,12 @@ def prepare_process(job: JobConfig, in_ray: bool) -> None:
     transformers.set_seed(job.seed)
 
 
-def load_adapted(job: JobConfig, family: Family, place: Place) -> Any:
+def load_adapted(job: JobConfig, family: Family, place: DistributedContext) -> Any:
     """The base with what will be trained on top: a new adapter, a given one, or all weights."""
     from peft import get_peft_model
 
+    from ray_vlm.models.base_cache import load_resident
     from ray_vlm.models.load import load_adapter, load_model
-    from ray_vlm.models.resident import load_resident
 
     load = load_resident if job.tune.resident else load_model
     model = load(job.model, job.train.precision, place.device)
@@ -77,9 +77,9 @@ def load_adapted(job: JobConfig, family: Family, place: Place) -> Any:
     return get_peft_model(model, lora_config(job.lora, family))
 
 
-def build_args(job: JobConfig, task: "WorkerTask", attempt: Attempt) -> Any:
+def build_args(job: JobConfig, task: "WorkerSpec", attempt: Attempt) -> Any:
     """TRL's options for the method. Made before the base is loaded, which under ZeRO-3 is cut into slices by them."""
-    from ray_vlm.train.feed import shared_options
+    from ray_vlm.train.planned_trainer import shared_options
 
     has_eval = task.eval is not None
     args = METHODS[job.method.name].build_args(job, shared_options(job, task.plan, has_eval))
@@ -90,18 +90,18 @@ def build_args(job: JobConfig, task: "WorkerTask", attempt: Attempt) -> Any:
 
 def build_trainer(
     job: JobConfig,
-    task: "WorkerTask",
+    task: "WorkerSpec",
     args: Any,
     model: Any,
-    preparer: Preparer,
-    place: Place,
+    preparer: SampleBuilder,
+    place: DistributedContext,
     first: int,
     stream: Stream,
 ) -> Any:
     """TRL's trainer for the method, with `args` of `build_args`, fed by a stream that begins at `first`."""
     import datasets
 
-    from ray_vlm.train.feed import PlannedBatches, feed_trainer
+    from ray_vlm.train.planned_trainer import PlannedBatches, feed_trainer
 
     method = METHODS[job.method.name]
     example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
@@ -119,7 +119,7 @@ def build_trainer(
     trainer.remove_callback(_printer())
     trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
 
-    def build(rows: list[Row]) -> Any:
+    def build(rows: list[Sample]) -> Any:
         return method.collate(rows, preparer, place.device)
 
     steps = args.gradient_accumulation_steps
@@ -129,18 +129,18 @@ def build_trainer(
     return trainer
 
 
-def spare_work(trainer: Any, job: JobConfig, preparer: Preparer, folding: Folding) -> None:
+def spare_work(trainer: Any, job: JobConfig, preparer: SampleBuilder, folding: PackingOptions) -> None:
     """Let the trainer's model run nothing twice and nothing in vain: beginnings that rows share, padding, tokens that
     nobody scores, a frozen image encoder's backward, and images that it has seen."""
     trainer.operations = OperationCounter(trainer.model)
     if preparer.stock is None:
-        fold_rows(trainer.model, folding, trainer.operations)
+        share_prefixes(trainer.model, folding, trainer.operations)
     if folding.share or folding.pack:
         score_labelled(trainer.model)
     run_frozen_tower_plainly(trainer.model)
-    trainer.recent, cache = Recent(), job.train.vision_cache
+    trainer.recent, cache = StepFeatureCache(), job.train.vision_cache
     if cache is not None:
-        shelf = Shelf(Path(cache).expanduser(), job.train.vision_cache_gib * 2**30, trainer.model)
+        shelf = DiskFeatureCache(Path(cache).expanduser(), job.train.vision_cache_gib * 2**30, trainer.model)
         keep_features(trainer.model, trainer.recent, shelf)
     elif job.method.name != "sft" and job.cluster.zero_stage < 3 and not why_not_kept(trainer.model):
         keep_features(trainer.model, trainer.recent)  # ZeRO-3 has all workers run the encoder together or none
@@ -152,7 +152,7 @@ def _printer() -> type:
     return PrinterCallback
 
 
-def _validation(job: JobConfig, task: "WorkerTask", preparer: Preparer, place: Place) -> Any:
+def _validation(job: JobConfig, task: "WorkerSpec", preparer: SampleBuilder, place: DistributedContext) -> Any:
     """The function that measures the eval rows, as the method and the job's metric need it."""
     from ray_vlm.evaluate.validate import VALIDATE
 

@@ -23,13 +23,13 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.runs.store import Store
-from ray_vlm.train.attempt import Attempt, Place
+from ray_vlm.train.attempt import Attempt, DistributedContext
 from ray_vlm.train.clock import Clock
 
 FOLDER = "stalls"
 SENTENCE = ".stall.json"  # what the driver finds
 _NAMED = 8  # rows in a sentence
-_MEANS = {
+PHASE_LABELS = {
     "data": "waiting for rows",
     "collate": "making a batch",
     "batch": "sampling answers",
@@ -39,11 +39,11 @@ _MEANS = {
     "validation": "validation",
     "checkpoint": "writing a checkpoint",
 }
-_ORDER = list(_MEANS)
+_ORDER = list(PHASE_LABELS)
 
 
 @dataclass(frozen=True)
-class Standing:
+class WorkerStatus:
     """Where a worker stands: its phase, how often it began a batch and a micro-batch's step, the step that it is in
     (from 1), the ids of the rows at hand, and whether it is seen to wait for the other workers."""
 
@@ -65,10 +65,10 @@ class Standing:
 
 def find_phase(inside: Sequence[str]) -> str:
     """The innermost phase of a clock that has a meaning here."""
-    return next((name for name in reversed(inside) if name in _MEANS), "between")
+    return next((name for name in reversed(inside) if name in PHASE_LABELS), "between")
 
 
-def describe_stall(told: Sequence[Standing], world_size: int, limit_s: float) -> str:
+def describe_stall(told: Sequence[WorkerStatus], world_size: int, limit_s: float) -> str:
     """A sentence: who hangs, where, with which rows. `told`: of every worker that could still say something. The same
     stall twice is the same sentence."""
     limit = f"{limit_s / 60:g} minutes"
@@ -81,7 +81,7 @@ def describe_stall(told: Sequence[Standing], world_size: int, limit_s: float) ->
     held = [row for one in behind for row in one.rows]
     more = f" and {len(held) - _NAMED} more" if len(held) > _NAMED else ""
     rows = f", rows {', '.join(held[:_NAMED])}{more}" if held else ""
-    where = f"{_MEANS[behind[0].phase]}, step {behind[0].step}{rows}"
+    where = f"{PHASE_LABELS[behind[0].phase]}, step {behind[0].step}{rows}"
     if len(behind) == world_size and world_size > 1:
         return f"all workers hang for {limit} in the same place: {where}"
     who = ", ".join(f"{one.rank} on {one.host}" for one in behind)
@@ -111,7 +111,7 @@ class Watchdog:
     def __init__(
         self,
         clock: Clock,
-        stand: Callable[[], Standing],
+        stand: Callable[[], WorkerStatus],
         store: Store,
         attempt: Attempt,
         world_size: int,
@@ -151,24 +151,30 @@ class Watchdog:
                 text = describe_stall(told or [mine], self.world_size, self.limit_s)
                 self.store.write(SENTENCE, json.dumps({"attempt": self.attempt.number, "text": text}).encode())
 
-    def _read_all(self, until: float) -> list[Standing]:
+    def _read_all(self, until: float) -> list[WorkerStatus]:
         while True:
             names = [f"{FOLDER}/attempt-{self.attempt.number}-rank-{rank}.json" for rank in range(self.world_size)]
             found = [json.loads(data) for name in names if (data := self.store.read(name)) is not None]
             if len(found) == self.world_size or time.monotonic() > until:
-                return [Standing(**{**one, "rows": tuple(one["rows"])}) for one in found]
+                return [WorkerStatus(**{**one, "rows": tuple(one["rows"])}) for one in found]
             time.sleep(0.2)
 
 
 def watch_worker(
-    job: JobConfig, store: Store, place: Place, attempt: Attempt, trainer: Any, plan: Plan, ids: Callable[[int], str]
+    job: JobConfig,
+    store: Store,
+    place: DistributedContext,
+    attempt: Attempt,
+    trainer: Any,
+    plan: Plan,
+    ids: Callable[[int], str],
 ) -> Watchdog:
     """The watchdog of this rank. In the command's own process it only tells: whoever sits there can press Ctrl-C."""
     clock, batches = trainer.clock, trainer.planned_batches
     # a long validation moves with every batch and token that goes into the model
     trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: clock.tick())
 
-    def stand() -> Standing:
+    def stand() -> WorkerStatus:
         phase, step = find_phase(clock.inside), min(trainer.state.global_step, plan.num_steps - 1)
         if phase in ("data", "collate"):
             rows: Sequence[int] = plan.micro_batch(batches.number, place.rank).rows
@@ -176,7 +182,7 @@ def watch_worker(
             rows = [row for batch in plan.rank_step(step, place.rank) for row in batch.rows]
         named = () if phase in ("validation", "checkpoint") else tuple(ids(row) for row in rows)
         begun, waits = (clock.entered["data"], clock.entered["step"]), is_waiting(clock.thread)
-        return Standing(place.rank, platform.node(), os.getpid(), phase, *begun, step + 1, named, waits)
+        return WorkerStatus(place.rank, platform.node(), os.getpid(), phase, *begun, step + 1, named, waits)
 
     def end() -> None:
         if place.ray:

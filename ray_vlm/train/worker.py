@@ -17,27 +17,27 @@ from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import PREPROCESSING, asking_of, describe_preprocessing
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.stream import Stream
 from ray_vlm.methods import METHODS
+from ray_vlm.models.library_logging import quiet_libraries
 from ray_vlm.models.lora import count_trainable
 from ray_vlm.models.precision import describe_emulation
-from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
 from ray_vlm.runs.progress import send_progress
-from ray_vlm.runs.track import KeptFiles, build_trackers
+from ray_vlm.runs.trackers import KeptFiles, build_trackers
 from ray_vlm.runs.training_log import TrainingLog
-from ray_vlm.train.attempt import Attempt, Place, begin_attempt, check_owner
+from ray_vlm.train.attempt import Attempt, DistributedContext, begin_attempt, check_owner
 from ray_vlm.train.clock import name_device, watch_usage
 from ray_vlm.train.deepspeed import gather_weights
 from ray_vlm.train.energy import Meter, energy_writer
-from ray_vlm.train.feed import open_stream
-from ray_vlm.train.fit import Probe
+from ray_vlm.train.memory_plan import Probe
 from ray_vlm.train.notice import watch_notice
-from ray_vlm.train.probe import run_probe
+from ray_vlm.train.oom_check import run_probe
+from ray_vlm.train.planned_trainer import open_stream
 from ray_vlm.train.progress_lines import progress_writer
 from ray_vlm.train.stop import agree, watch
 from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process, row_names
@@ -45,7 +45,7 @@ from ray_vlm.train.watchdog import watch_worker
 
 
 @dataclass(frozen=True)
-class WorkerTask:
+class WorkerSpec:
     """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them.
 
     `run`: where the run is kept. `attempt`: its number, as the driver counts. `driver`: the process that drives it.
@@ -55,7 +55,7 @@ class WorkerTask:
 
     job: dict[str, Any]
     run: str
-    spec: RowSpec
+    spec: SampleSpec
     plan: Plan
     train: Any
     eval: Any
@@ -69,7 +69,7 @@ class WorkerTask:
     environment: Environment = field(default_factory=Environment)
 
 
-def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool] | None = None) -> dict[str, Any]:
+def train_worker(task: WorkerSpec, in_ray: bool = False, stop: Callable[[], bool] | None = None) -> dict[str, Any]:
     """Train one rank to the end, from the newest whole checkpoint of the run if there is one.
 
     `stop` is asked after every step whether to write a checkpoint and leave. Returns what the driver writes into
@@ -93,7 +93,7 @@ def train_worker(task: WorkerTask, in_ray: bool = False, stop: Callable[[], bool
         paths.discard()
 
 
-def settle_workers(job: JobConfig, task: WorkerTask, world_size: int) -> tuple[JobConfig, WorkerTask]:
+def settle_workers(job: JobConfig, task: WorkerSpec, world_size: int) -> tuple[JobConfig, WorkerSpec]:
     """The job and its task for the number of workers that there are now; a step has the same rows."""
     cluster = job.cluster.model_copy(update={"num_workers": world_size})
     job, plan = job.model_copy(update={"cluster": cluster}), task.plan
@@ -104,8 +104,8 @@ def settle_workers(job: JobConfig, task: WorkerTask, world_size: int) -> tuple[J
 def _train(
     job: JobConfig,
     paths: RunPaths,
-    task: WorkerTask,
-    place: Place,
+    task: WorkerSpec,
+    place: DistributedContext,
     attempt: Attempt,
     stream: Stream,
     stop: Callable[[], bool],
@@ -114,7 +114,7 @@ def _train(
     from ray_vlm.train.reference import find_reference
     from ray_vlm.train.report import publish_weights
 
-    preparer = load_preparer(task.spec)
+    preparer = load_sample_builder(task.spec)
     args, model = build_args(job, task, attempt), load_adapted(job, preparer.family, place)
     about = describe_run(place.share(base_fingerprint(model)), task.rows, job, preparer)
     check_fits(attempt, about, task.plan.num_steps, place.world_size)
@@ -175,7 +175,7 @@ def _connect(
     job: JobConfig,
     trainer: Any,
     callback: Any,
-    place: Place,
+    place: DistributedContext,
     attempt: Attempt,
     about: dict[str, Any],
     write_energy: Callable[[], None],
@@ -222,16 +222,22 @@ def _close(paths: RunPaths, attempt: Attempt, trainer: Any, monitor: Monitor | N
 
 
 def _build_callback(
-    job: JobConfig, paths: RunPaths, monitor: Any, trainer: Any, task: WorkerTask, place: Place, attempt: Attempt
+    job: JobConfig,
+    paths: RunPaths,
+    monitor: Any,
+    trainer: Any,
+    task: WorkerSpec,
+    place: DistributedContext,
+    attempt: Attempt,
 ) -> Any:
-    from ray_vlm.evaluate.drawn import draw_predictions
-    from ray_vlm.train.background import Background
-    from ray_vlm.train.finite import read_bad_steps, watch_steps
+    from ray_vlm.evaluate.draw import draw_predictions
+    from ray_vlm.train.async_validator import AsyncValidator
     from ray_vlm.train.gradients import watch_gradients
     from ray_vlm.train.loss_scale import watch_overflow
+    from ray_vlm.train.nonfinite import read_bad_steps, watch_steps
     from ray_vlm.train.report import Progress, RunCallback, plain
 
-    preprocessing = describe_preprocessing(load_preparer(task.spec), asking_of(job))
+    preprocessing = describe_preprocessing(load_sample_builder(task.spec), asking_of(job))
 
     whole: dict[str, Any] = {}  # under ZeRO-3, where no rank has all, what `gather` put together for `save`
 
@@ -260,17 +266,19 @@ def _build_callback(
         job, paths, task.plan, monitor, row_names(trainer), (attempt.step, listed), watch_overflow(trainer, place)
     )
     callback.logged = METHODS[job.method.name].logged
-    callback.gradients = watch_gradients(job, load_preparer(task.spec).family, trainer.model, place)
+    callback.gradients = watch_gradients(job, load_sample_builder(task.spec).family, trainer.model, place)
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))
     callback.usage = watch_usage(trainer.planned_batches, trainer.operations, place)
     if job.evaluate.asynchronous:
-        callback.background = Background(task, job, paths, place)
+        callback.background = AsyncValidator(task, job, paths, place)
     if attempt.checkpoint is not None:
         callback.progress = Progress(**attempt.checkpoint.about["progress"])
     return callback
 
 
-def _build_monitor(job: JobConfig, paths: RunPaths, task: WorkerTask, place: Place, attempt: Attempt) -> Monitor | None:
+def _build_monitor(
+    job: JobConfig, paths: RunPaths, task: WorkerSpec, place: DistributedContext, attempt: Attempt
+) -> Monitor | None:
     """Rank 0's monitor. In this process it prints as well; under Ray the driver follows the file and prints."""
     if place.rank != 0:
         return None

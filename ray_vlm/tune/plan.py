@@ -9,7 +9,7 @@ from ray_vlm.cluster.preflight import count_processes
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.runs.monitor import LOWER_IS_BETTER
-from ray_vlm.runs.sound import is_number
+from ray_vlm.runs.schema import is_number
 from ray_vlm.tune.space import Space
 
 

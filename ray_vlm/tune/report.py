@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.evaluate.compare import load_stages
-from ray_vlm.evaluate.pictures import Stage, choose_images, draw_picture
+from ray_vlm.evaluate.pictures import EvalResult, choose_images, draw_picture
 from ray_vlm.evaluate.report import render
 from ray_vlm.runs.compute import measure_compute, sum_compute
 from ray_vlm.runs.curves import overlay
@@ -85,7 +85,7 @@ def describe_cost(trials: Sequence[Trial], runs: Sequence[Run]) -> list[tuple[st
     return [*rows, ("steps trained", f"{sum(trial.step for trial in trials):,}")]
 
 
-def _samples(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+def _samples(stages: Sequence[EvalResult]) -> list[dict[str, Any]]:
     if not stages:
         return []
     return [p for i in choose_images(stages[0].predictions) if (p := draw_picture(i, stages)) is not None]

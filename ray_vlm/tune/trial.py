@@ -84,7 +84,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep) -> None:
     sweep.environment.apply()
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"  # a process that is kept must see its trial end
     from ray_vlm.config.load import dump_job
-    from ray_vlm.train.driver import Hosted, train
+    from ray_vlm.train.driver import TrialContext, train
 
     number = config["number"]
     drawn = sweep.draws[number] if sweep.draws else {k: v for k, v in config.items() if k != "number"}
@@ -96,7 +96,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep) -> None:
             text = f"# trial {name_trial(number)}: {json.dumps(values)}\n"
             text += yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True)
             try:
-                train(job, text, resume=True, hosted=Hosted(sweep.parts, told.ended.is_set, sweep.at_once))
+                train(job, text, resume=True, hosted=TrialContext(sweep.parts, told.ended.is_set, sweep.at_once))
             except Interrupted:
                 if not told.ended.is_set():
                     raise

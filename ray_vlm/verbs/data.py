@@ -64,8 +64,8 @@ def _data_stats(args: argparse.Namespace) -> None:
 def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.data.preview import choose_rows, describe_choice, describe_rows
-    from ray_vlm.data.sheet import make_cells
-    from ray_vlm.data.sheet_plot import draw_sheet
+    from ray_vlm.data.preview_images import make_cells
+    from ray_vlm.data.preview_plot import draw_sheet
     from ray_vlm.data.splits import row_tags
     from ray_vlm.runs.store import write_picture
     from ray_vlm.train.prepare import prepare

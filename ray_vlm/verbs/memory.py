@@ -34,11 +34,11 @@ def _memory(args: argparse.Namespace) -> None:
     job = load_job(args.job, args.overrides)
     size = args.tokens or _heaviest(job)  # what is wrong with the job or its rows is told before torch is imported
     from ray_vlm.machine import GIB
-    from ray_vlm.methods.forward import plan_folding
+    from ray_vlm.methods.prefix_sharing import plan_folding
     from ray_vlm.models.load import family_of
     from ray_vlm.models.memory import choose, describe, estimate, merge_of, micro_sizes
     from ray_vlm.models.rehearse import Rehearsal
-    from ray_vlm.train.fit import describe_choice, micros
+    from ray_vlm.train.memory_plan import describe_choice, micros
 
     config = _config(job, known=args.tokens is not None)
     family = family_of(config)
@@ -60,13 +60,13 @@ def _memory(args: argparse.Namespace) -> None:
 
 def _heaviest(job: Any) -> Any:
     """The row with the most tokens among those that would be trained."""
-    from ray_vlm.data.rows import load_preparer
-    from ray_vlm.train.fit import row_size
+    from ray_vlm.data.samples import load_sample_builder
+    from ray_vlm.train.memory_plan import row_size
     from ray_vlm.train.prepare import prepare
 
     as_given = job.model_copy(update={"train": job.train.model_copy(update={"memory": None, "probe": False})})
     prepared = prepare(as_given)
-    return row_size(prepared.train, int(prepared.train.tokens.argmax()), load_preparer(prepared.spec))
+    return row_size(prepared.train, int(prepared.train.tokens.argmax()), load_sample_builder(prepared.spec))
 
 
 def _config(job: Any, known: bool) -> Any:

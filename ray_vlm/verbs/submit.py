@@ -75,7 +75,7 @@ def _submit(args: argparse.Namespace) -> int:
     from ray_vlm.cluster.package import check_size, describe_archive, plan_package, plan_working_folder
     from ray_vlm.cluster.submit import connect_jobs, entrypoint, follow_job, load_runtime_env, submit
     from ray_vlm.config.load import load_job
-    from ray_vlm.runs.track import adopt_wandb_login
+    from ray_vlm.runs.trackers import adopt_wandb_login
 
     job = load_job(args.job, args.overrides) if hasattr(args, "overrides") else None
     if job is not None and job.track.wandb:

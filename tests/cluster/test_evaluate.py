@@ -10,7 +10,7 @@ import pytest
 from ray_vlm.cli import main
 from ray_vlm.errors import ModelError, RunError
 from ray_vlm.evaluate import actors
-from ray_vlm.evaluate.actors import Loaded, Work, do_batches
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, do_batches
 
 pytestmark = pytest.mark.cluster
 
@@ -62,21 +62,21 @@ def test_any_number_of_replicas_predicts_the_same(
     assert all("answer" in json.loads(line) for line in texts[0].splitlines())
 
 
-def _refuse(loaded: Loaded, records: Any, positions: Any) -> Any:
+def _refuse(loaded: InferenceWorker, records: Any, positions: Any) -> Any:
     if 3 in positions:
         raise ModelError("no such model. Give another.")
     return list(positions)
 
 
-def _break(loaded: Loaded, records: Any, positions: Any) -> Any:
+def _break(loaded: InferenceWorker, records: Any, positions: Any) -> Any:
     raise KeyError("what")
 
 
-def _work(job_file: Any) -> Work:
+def _work(job_file: Any) -> InferenceJob:
     from ray_vlm.config.load import load_job
 
     job = load_job(job_file())
-    return Work(job, None, tuple(range(6)), None, tuple((i,) for i in range(6)))  # type: ignore[arg-type]
+    return InferenceJob(job, None, tuple(range(6)), None, tuple((i,) for i in range(6)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [0, 1, pytest.param(2, marks=pytest.mark.slow)])

@@ -175,12 +175,12 @@ def test_ray_may_restart_the_workers_by_itself(ray_cluster, small: Path, tmp_pat
     from ray_vlm.runs.paths import claim_run
     from ray_vlm.train.launch import run_ray_worker
     from ray_vlm.train.prepare import prepare
-    from ray_vlm.train.worker import WorkerTask
+    from ray_vlm.train.worker import WorkerSpec
 
     prepared = prepare(load_job(small))
     paths = claim_run(str(tmp_path / "runs"), "own", "x")
     start_manifest(paths, dump_job(prepared.job), "", [])
-    task = WorkerTask(dump_job(prepared.job), paths.address, prepared.spec, prepared.plan, (), None)
+    task = WorkerSpec(dump_job(prepared.job), paths.address, prepared.spec, prepared.plan, (), None)
     task = replace(task, train=prepared.train.records)
     run = RunConfig(name="own", storage_path=str(tmp_path / "ray"), failure_config=FailureConfig(max_failures=1))
     trainer = TorchTrainer(

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.parity import write_pairs
 from ray_vlm.config.load import load_job
-from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.errors import ConfigError, DataError, Interrupted
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
@@ -152,7 +152,7 @@ def test_a_changed_image_or_answer_is_another_reference(dpo_job, tmp_path: Path)
         prepared = prepare(job)
         records = prepared.train.records
         return describe_reference(
-            prepared.job, load_preparer(prepared.spec), records, "base", rows_fingerprint(records)
+            prepared.job, load_sample_builder(prepared.spec), records, "base", rows_fingerprint(records)
         )
 
     before = told()
@@ -277,7 +277,7 @@ def test_pairs_of_other_image_sizes_are_refused(dpo_job) -> None:
     from ray_vlm.data.preprocessing import describe_preprocessing
 
     job = load_job(dpo_job())
-    about = {"preprocessing": describe_preprocessing(load_preparer(prepare(job).spec))}
+    about = {"preprocessing": describe_preprocessing(load_sample_builder(prepare(job).spec))}
     beside = Path(f"{job.data.train.path}.about.json")
     beside.write_text(json.dumps(about))
     prepare(job)

@@ -13,8 +13,8 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Evaluate, Model, Task
 from ray_vlm.data.collate import collate
 from ray_vlm.data.index import build_index
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.evaluate.generate import generate_answers
 
 LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
@@ -48,10 +48,10 @@ def test_batch_size_changes_no_answer(scenes: Path, tiny_models: dict[str, str])
     from ray_vlm.models.load import load_model
 
     for folder in tiny_models.values():
-        spec = RowSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS)
+        spec = SampleSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS)
         index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
         model = load_model(spec.model, precision="fp32")
-        one, many = (generate_answers(model, index.records, load_preparer(spec), size, 6) for size in (1, 5))
+        one, many = (generate_answers(model, index.records, load_sample_builder(spec), size, 6) for size in (1, 5))
         assert one == many
 
 
@@ -64,9 +64,9 @@ def test_answers_are_those_of_generate(
     from ray_vlm.evaluate import generate
     from ray_vlm.models.load import load_model
 
-    spec = RowSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), Task(), LABELS)
+    spec = SampleSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-    model, preparer = load_model(spec.model, precision="fp32"), load_preparer(spec)
+    model, preparer = load_model(spec.model, precision="fp32"), load_sample_builder(spec)
     calls = _count_calls(model.get_decoder(), monkeypatch)
     found = generate_answers(model, index.records, preparer, len(index.records), 80)
     rows_at_once, calls[:] = calls[:], []
@@ -93,14 +93,14 @@ def _count_calls(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models: dict[str, str]) -> None:
     from ray_vlm.models.load import load_model
 
-    spec = RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
+    spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json"), max_rows=4), Data(), spec)
     model = load_model(spec.model, precision="fp32")
-    plain = generate_answers(model, index.records, load_preparer(spec), 4, 12)
+    plain = generate_answers(model, index.records, load_sample_builder(spec), 4, 12)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.do_sample = True
     model.generation_config.temperature = 9.0
-    assert generate_answers(model, index.records, load_preparer(spec), 4, 12) == plain
+    assert generate_answers(model, index.records, load_sample_builder(spec), 4, 12) == plain
 
 
 def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[str, str]) -> None:
@@ -109,9 +109,9 @@ def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[
     from ray_vlm.evaluate.validate import validate_answers
     from ray_vlm.models.load import load_model
 
-    spec = RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
+    spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-    preparer, model = load_preparer(spec), load_model(spec.model, precision="fp32")
+    preparer, model = load_sample_builder(spec), load_model(spec.model, precision="fp32")
     batch = collate([preparer.train_row(record) for record in index.records], preparer)
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]

@@ -14,8 +14,8 @@ from benchmarks.parity import write_pairs
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.collate import collate
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES
@@ -47,15 +47,15 @@ def _picture(width: int, height: int) -> np.ndarray:
     return np.random.default_rng(width).integers(0, 255, (height, width, 3), np.uint8)
 
 
-def _spec(folder: str, **options: Any) -> RowSpec:
-    return RowSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="answer", **options)
+def _spec(folder: str, **options: Any) -> SampleSpec:
+    return SampleSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="answer", **options)
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_inputs_equal_those_of_the_stock_processor(family: str, folders: dict[str, str], tmp_path: Path) -> None:
     from ray_vlm.data.records import SftRecord
 
-    preparer = load_preparer(_spec(folders[family]))
+    preparer = load_sample_builder(_spec(folders[family]))
     sizes = ((120, 70), (64, 150))
     paths = []
     for size in sizes:

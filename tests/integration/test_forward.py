@@ -16,13 +16,13 @@ from benchmarks.stock import gradients_apart
 from ray_vlm.config.schema import Lora, Model, Task
 from ray_vlm.data.collate import collate, read_pixels
 from ray_vlm.data.records import PromptRecord
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import Row, RowSpec
-from ray_vlm.methods.forward import fold_rows
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import Sample, SampleSpec
+from ray_vlm.methods.prefix_sharing import share_prefixes
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
-from ray_vlm.models.packing import Folding
+from ray_vlm.models.packing import PackingOptions
 from tests.conftest import QWEN
 from tests.support.twins import slow_but
 
@@ -49,11 +49,13 @@ def _model(folder: str) -> Any:
     return model.to(torch.float64)
 
 
-def _rows(folder: str, tmp_path: Any) -> tuple[Any, list[Row]]:
+def _rows(folder: str, tmp_path: Any) -> tuple[Any, list[Sample]]:
     """Two prompts, one with an image and one with two, with every answer behind each."""
     from PIL import Image
 
-    preparer = load_preparer(RowSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt"))
+    preparer = load_sample_builder(
+        SampleSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt")
+    )
     paths = []
     for i, size in enumerate([(96, 64), (64, 96), (64, 64)]):
         pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), np.uint8)
@@ -65,7 +67,7 @@ def _rows(folder: str, tmp_path: Any) -> tuple[Any, list[Row]]:
         prompt = preparer.prompt_row(PromptRecord("x", 0, images, sizes, (("user", text),)))
         for answer in ANSWERS:
             ids = np.concatenate([prompt.input_ids, np.array(answer)])
-            rows.append(Row(ids, prompt.labels, prompt.images))
+            rows.append(Sample(ids, prompt.labels, prompt.images))
     return preparer, rows
 
 
@@ -100,7 +102,7 @@ def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], t
     backbone.language_model.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
-    fold_rows(model, Folding(share=True, pack=False))
+    share_prefixes(model, PackingOptions(share=True, pack=False))
     shared, shared_gradients = _hidden(model, batch)
     assert seen[0][0] == 2, "two trees"
     assert seen[0].numel() < 0.5 * batch["input_ids"].numel()
@@ -115,8 +117,8 @@ def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], t
 def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str], tmp_path: Any) -> None:
     """Rows of one and of two images and of none, long and short, in fewer rows than they are."""
     preparer, rows = _rows(tiny_models[family], tmp_path)
-    long = Row(np.arange(20, 220, dtype=np.int64), np.zeros(200, np.int64), ())
-    short = [Row(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (5, 30, 31)]
+    long = Sample(np.arange(20, 220, dtype=np.int64), np.zeros(200, np.int64), ())
+    short = [Sample(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (5, 30, 31)]
     batch = collate([rows[0], short[0], rows[4], long, short[1], rows[1], short[2], rows[5]], preparer)
     batch.pop("labels", None)
     model = _model(tiny_models[family])
@@ -125,7 +127,7 @@ def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str],
     model.get_base_model().base_model.language_model.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
-    fold_rows(model, Folding(share=share, pack=True))
+    share_prefixes(model, PackingOptions(share=share, pack=True))
     packed, packed_gradients = _hidden(model, batch)
     assert seen[0].numel() < (0.4 if share else 0.8) * batch["input_ids"].numel()
     _assert_equal(packed, plain)
@@ -133,10 +135,12 @@ def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str],
 
 
 def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> None:
-    preparer = load_preparer(RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(name="chat"), ()))
-    rows = [Row(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (60, 20, 20, 20)]
+    preparer = load_sample_builder(
+        SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(name="chat"), ())
+    )
+    rows = [Sample(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (60, 20, 20, 20)]
     model = _model(tiny_models["qwen3_vl"])
-    fold_rows(model, Folding(share=False, pack=True))
+    share_prefixes(model, PackingOptions(share=False, pack=True))
     batch = collate(rows, preparer)
     batch.pop("labels", None)
     before, _ = _hidden(model, batch)
@@ -149,7 +153,7 @@ def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> 
 def test_an_answer_changes_no_other(tiny_models: dict[str, str], tmp_path: Any) -> None:
     preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
     model = _model(tiny_models["qwen3_vl"])
-    fold_rows(model, Folding(share=True, pack=False))
+    share_prefixes(model, PackingOptions(share=True, pack=False))
     batch = collate(rows[:4], preparer)
     batch.pop("labels", None)
     before, _ = _hidden(model, batch)
@@ -165,11 +169,11 @@ def test_generation_goes_the_plain_way(tiny_models: dict[str, str]) -> None:
     ids = torch.arange(20, 40)[None].repeat(2, 1)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     before = model.generate(input_ids=ids, **options)
-    fold_rows(model, Folding(share=True, pack=False))
+    share_prefixes(model, PackingOptions(share=True, pack=False))
     assert torch.equal(model.generate(input_ids=ids, **options), before)
 
 
-FOLDINGS = [Folding(), Folding(share=True), Folding(share=True, pack=True)]
+FOLDINGS = [PackingOptions(), PackingOptions(share=True), PackingOptions(share=True, pack=True)]
 
 
 @pytest.mark.parametrize(
@@ -178,11 +182,11 @@ FOLDINGS = [Folding(), Folding(share=True), Folding(share=True, pack=True)]
     ids=str,
 )
 def test_images_that_rows_share_are_there_once(
-    family: str, folding: Folding, tiny_models: dict[str, str], tmp_path: Any
+    family: str, folding: PackingOptions, tiny_models: dict[str, str], tmp_path: Any
 ) -> None:
     """`image_spans`, with a row without images among the others, and one that shows an image of each of two."""
     preparer, rows = _rows(tiny_models[family], tmp_path)
-    text = Row(np.arange(20, 50, dtype=np.int64), np.zeros(30, np.int64), ())
+    text = Sample(np.arange(20, 50, dtype=np.int64), np.zeros(30, np.int64), ())
     order = [rows[0], text, rows[4], rows[1], rows[5]]
     copied = collate(order, preparer)
     once = {name: value for name, value in copied.items() if name != "labels"}
@@ -193,7 +197,7 @@ def test_images_that_rows_share_are_there_once(
     plain, plain_gradients = _hidden(model, copied)
     visual = model.get_base_model().base_model.visual
     visual.register_forward_hook(lambda module, args, out: patches.append(len(args[0])))
-    fold_rows(model, folding)
+    share_prefixes(model, folding)
     found, gradients = _hidden(model, once)
     assert patches == [len(once["pixel_values"] if folding.share else copied["pixel_values"])]
     _assert_equal(found, plain)
@@ -204,14 +208,14 @@ def test_images_that_differ_by_a_pixel_are_not_shared(tiny_models: dict[str, str
     preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
     image = rows[0].images[0].copy()
     image[-1, -1, -1] ^= 1
-    other = Row(rows[1].input_ids, rows[1].labels, (image,))
+    other = Sample(rows[1].input_ids, rows[1].labels, (image,))
     model, patches = _model(tiny_models["qwen3_vl"]), []
     batch = collate([rows[0], other, rows[2]], preparer)
     batch.pop("labels", None)
     plain, _ = _hidden(model, batch)
     visual = model.get_base_model().base_model.visual
     visual.register_forward_hook(lambda module, args, out: patches.append(len(args[0])))
-    fold_rows(model, Folding(share=True))
+    share_prefixes(model, PackingOptions(share=True))
     found, _ = _hidden(model, batch)
     assert patches == [len(batch["pixel_values"]) * 2 // 3], "the first image twice as one, the other for itself"
     _assert_equal(found, plain)
@@ -220,11 +224,11 @@ def test_images_that_differ_by_a_pixel_are_not_shared(tiny_models: dict[str, str
 def test_an_answer_without_tokens(tiny_models: dict[str, str], tmp_path: Any) -> None:
     """A row that ends with its prompt, beside one that goes on: all of it is the beginning."""
     preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
-    empty = Row(rows[0].input_ids[: -len(ANSWERS[0])], rows[0].labels, rows[0].images)
+    empty = Sample(rows[0].input_ids[: -len(ANSWERS[0])], rows[0].labels, rows[0].images)
     model = _model(tiny_models["qwen3_vl"])
     batch = collate([empty, rows[1], empty], preparer)
     batch.pop("labels", None)
     plain, _ = _hidden(model, batch)
-    fold_rows(model, Folding(share=True, pack=True))
+    share_prefixes(model, PackingOptions(share=True, pack=True))
     found, _ = _hidden(model, batch)
     _assert_equal(found, plain)

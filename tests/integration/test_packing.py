@@ -43,11 +43,11 @@ def _losses(path: Path, *overrides: str) -> tuple[list[tuple[float, float]], Run
 
 @pytest.mark.parametrize("family", slow_but(["qwen3_vl"], FAMILIES))
 def test_packed_padded_and_budgeted_rows_learn_the_same(family: str, uneven, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_vlm.methods import forward
+    from ray_vlm.methods import prefix_sharing
 
     path, seen = uneven(family), []
-    run = forward._run
-    monkeypatch.setattr(forward, "_run", lambda *args: (seen.append(len(args[4])), run(*args))[1])
+    run = prefix_sharing._run
+    monkeypatch.setattr(prefix_sharing, "_run", lambda *args: (seen.append(len(args[4])), run(*args))[1])
     padded, _ = _losses(path, "run.name=padded", "train.packing=false")
     assert not seen
     packed, _ = _losses(path, "run.name=packed")

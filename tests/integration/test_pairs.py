@@ -11,8 +11,8 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.load import load_job
 from ray_vlm.data.index import build_index
 from ray_vlm.data.preprocessing import changed_since
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import sample_spec
 
 LABELS = ["circle", "square", "triangle", "cross", "ring", "diamond"]
 
@@ -44,7 +44,7 @@ def test_pairs_are_ordinary_preference_rows(job_file, scenes: Path, tmp_path: Pa
     assert about["rewards"] == {"format": 1.0, "bbox": 1.0, "category": 1.0, "completeness": 1.0}
     assert f"path: {made}, format: preference, image_root: {about['image_root']}" in out
     job = load_job(path)
-    preparer = load_preparer(row_spec(job, LABELS))
+    preparer = load_sample_builder(sample_spec(job, LABELS))
     read = build_index(
         Source(path=str(made), format="preference", image_root=about["image_root"]), Data(), preparer.spec
     )
@@ -81,7 +81,7 @@ def test_an_adapter_is_sampled_with_its_own_wording(job_file, scenes: Path, tmp_
     about = json.loads(Path(f"{output}.about.json").read_text())
     assert about["adapter"] == adapter
     assert about["preprocessing"]["images"]["max_pixels"] == 9216
-    changed = changed_since(str(output), load_preparer(row_spec(load_job(path), LABELS)))
+    changed = changed_since(str(output), load_sample_builder(sample_spec(load_job(path), LABELS)))
     assert len(changed) == 1
     assert "max_pixels 9216, now 36864" in changed[0]
     assert main(["pairs", str(path), *few, f"model.adapter={adapter}", "--output", str(tmp_path / "same.jsonl")]) == 0

@@ -13,7 +13,7 @@ from ray_vlm.models.memory import GIB
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
-from ray_vlm.train.fit import heaviest_rows, micros
+from ray_vlm.train.memory_plan import heaviest_rows, micros
 from ray_vlm.train.prepare import prepare
 
 

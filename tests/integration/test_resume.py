@@ -251,15 +251,15 @@ def test_a_step_without_a_trained_token_stops_the_run(job_file, monkeypatch: pyt
 
     import numpy as np
 
-    from ray_vlm.data import rows
+    from ray_vlm.data import samples
 
-    real = rows.Preparer.train_row
+    real = samples.SampleBuilder.train_row
 
     def masked(self: Any, record: Any) -> Any:
         row = real(self, record)
-        return replace(row, labels=np.full_like(row.labels, rows.IGNORED))
+        return replace(row, labels=np.full_like(row.labels, samples.IGNORED))
 
-    monkeypatch.setattr(rows.Preparer, "train_row", masked)
+    monkeypatch.setattr(samples.SampleBuilder, "train_row", masked)
     with pytest.raises(Exception, match="not one token of the global batch is trained"):
         _train(job_file())
 
@@ -341,10 +341,10 @@ def test_a_run_that_lost_rows_goes_on_without_their_files(
     job_file, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images deleted while training: their places are taken, counted over all attempts, and kept when it is resumed."""
-    from ray_vlm.data import lost
+    from ray_vlm.data import row_replacement
     from ray_vlm.train import driver
 
-    monkeypatch.setattr(lost, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(row_replacement, "WAITS_S", (0.0, 0.0))
     copy = tmp_path / "scenes"
     shutil.copytree(scenes, copy)
     images = [image["file_name"] for image in json.loads((copy / "train.json").read_text())["images"]]
@@ -371,6 +371,6 @@ def test_a_run_that_lost_rows_goes_on_without_their_files(
     assert found == expected
     assert len(found) == 9
     assert not paths.bad_rows.exists(), "they are no bad rows of this run: they were good when it began"
-    (paths.root / lost.SIZES_FILE).write_bytes(b"PAR1")
+    (paths.root / row_replacement.SIZES_FILE).write_bytes(b"PAR1")
     with pytest.raises(RunError, match="other rows"):
         _train(path, "run.name=stopped", "train.num_epochs=2", resume=True)

@@ -14,8 +14,8 @@ from scipy.stats import chisquare
 from ray_vlm.config.schema import Lora, Model, Task
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PromptRecord
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import Row, RowSpec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
 from ray_vlm.models.families import FAMILIES as KNOWN
 from ray_vlm.models.load import load_model
@@ -34,12 +34,12 @@ GREEDY = Sampling(num_generations=3, max_new_tokens=24, temperature=0)
 SEEDS = [(7, row) for row in range(len(PROMPTS))]
 
 
-def _preparer(folder: str) -> Preparer:
-    spec = RowSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt")
-    return load_preparer(spec)
+def _preparer(folder: str) -> SampleBuilder:
+    spec = SampleSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt")
+    return load_sample_builder(spec)
 
 
-def _rows(preparer: Preparer, prompts: Sequence = PROMPTS) -> list[Row]:
+def _rows(preparer: SampleBuilder, prompts: Sequence = PROMPTS) -> list[Sample]:
     rng = np.random.default_rng(0)
     rows = []
     for number, (text, sizes) in enumerate(prompts):
@@ -75,7 +75,7 @@ def _adapted(folder: str, load_in_4bit: bool = False) -> Any:
     return model.train()
 
 
-def _generate(model: Any, rows: Sequence[Row], preparer: Preparer, sampling: Sampling) -> list[list[int]]:
+def _generate(model: Any, rows: Sequence[Sample], preparer: SampleBuilder, sampling: Sampling) -> list[list[int]]:
     """`generate` on copies of each prompt, greedy: new tokens with what follows the end."""
     copies = [row for row in rows for _ in range(sampling.num_generations)]
     batch = collate(copies, preparer, side="left")
@@ -101,11 +101,13 @@ def _same_tokens(ours: list[list[Completion]], stock: list[list[int]]) -> None:
         assert completion.finished or len(completion.ids) == len(tokens)
 
 
-def _scored(model: Any, row: Row, completion: Completion, preparer: Preparer, temperature: float) -> torch.Tensor:
+def _scored(
+    model: Any, row: Sample, completion: Completion, preparer: SampleBuilder, temperature: float
+) -> torch.Tensor:
     """Log-probabilities by one forward over prompt and completion, as the trainer computes them."""
     ids = np.concatenate([row.input_ids, np.array(completion.ids, np.int32)])
     with torch.no_grad():
-        logits = model(**collate([Row(ids, row.labels, row.images)], preparer)).logits[0]
+        logits = model(**collate([Sample(ids, row.labels, row.images)], preparer)).logits[0]
     new = torch.tensor(completion.ids)
     before = logits[len(row.input_ids) - 1 : -1] / temperature
     return before.log_softmax(-1).gather(1, new[:, None])[:, 0]
@@ -138,7 +140,7 @@ def test_the_model_in_training_rolls_out_as_generate_does(
     modes = {name: module.training for name, module in model.named_modules()}
     ours = sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu")
     assert modes == {name: module.training for name, module in model.named_modules()}
-    batch = collate([Row(row.input_ids, row.input_ids, row.images) for row in rows], preparer)
+    batch = collate([Sample(row.input_ids, row.input_ids, row.images) for row in rows], preparer)
     model(**batch).loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert sum(g is not None and bool(g.any()) for g in gradients) > len(gradients) / 2
@@ -185,7 +187,7 @@ def test_a_group_does_not_depend_on_its_batch(family: str, tiny_models: dict[str
     rows = _rows(preparer)
     sampling = Sampling(num_generations=4, max_new_tokens=24)
 
-    def ids(rows: Sequence[Row], seeds: Sequence, group_batch: int | None = None) -> list[list[list[int]]]:
+    def ids(rows: Sequence[Sample], seeds: Sequence, group_batch: int | None = None) -> list[list[list[int]]]:
         groups = sample_groups(model, rows, preparer, sampling, seeds, "cpu", group_batch)
         return [[completion.ids for completion in group] for group in groups]
 
@@ -199,7 +201,7 @@ def test_a_group_does_not_depend_on_its_batch(family: str, tiny_models: dict[str
         ids(rows, SEEDS[:1])
 
 
-def _first_tokens(model: Any, preparer: Preparer, sampling: Sampling) -> tuple[np.ndarray, torch.Tensor]:
+def _first_tokens(model: Any, preparer: SampleBuilder, sampling: Sampling) -> tuple[np.ndarray, torch.Tensor]:
     """How often each token came first in four groups of one prompt, and the logits they were drawn from."""
     rows = _rows(preparer, PROMPTS[1:2])
     groups = sample_groups(model, rows * 4, preparer, sampling, SEEDS, "cpu", group_batch=1)

@@ -136,12 +136,12 @@ def test_sources_are_mixed_by_weight(sources, job_file) -> None:
 
 def test_every_turn_of_the_assistant_is_trained(sources, job_file) -> None:
     from ray_vlm.config.load import load_job
-    from ray_vlm.data.rows import load_preparer
+    from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.data.spec import IGNORED
     from ray_vlm.train.prepare import prepare
 
     prepared = prepare(load_job(job_file(task="chat", data={"train": sources["chat"]})))
-    preparer = load_preparer(prepared.spec)
+    preparer = load_sample_builder(prepared.spec)
     row = preparer.train_row(prepared.train.records[0])
     trained = preparer.tokenizer.decode(row.input_ids[row.labels != IGNORED])
     assert trained == "Thing 0.<|im_end|>\nMore.<|im_end|>\n"
@@ -170,10 +170,11 @@ def test_padding_keeps_shapes_and_is_remembered(job_file, scenes: Path, tmp_path
     assert (saved["pad"], saved["center"]) == ([1, 2, 3], True)
     from ray_vlm.config.load import load_job
     from ray_vlm.data.preprocessing import read_preprocessing
-    from ray_vlm.data.spec import row_spec
+    from ray_vlm.data.spec import sample_spec
 
     spec = read_preprocessing(
-        str(final), row_spec(load_job(path, ["data.resize=stretch", "data.pad_color=null", "data.pad_place=end"]), [])
+        str(final),
+        sample_spec(load_job(path, ["data.resize=stretch", "data.pad_color=null", "data.pad_place=end"]), []),
     )
     assert (spec.resize, spec.pad_color, spec.pad_place) == ("pad", (1, 2, 3), "center")
     assert main(["evaluate", str(path), "--adapter", str(final)]) == 0
@@ -252,7 +253,7 @@ def test_an_adapter_of_another_task_is_refused(sources, job_file, scenes: Path, 
 
 def test_places_in_chat_are_scored_as_they_were_trained(job_file, tmp_path: Path) -> None:
     from ray_vlm.config.load import load_job
-    from ray_vlm.data.rows import load_preparer
+    from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.data.splits import load_parts
     from ray_vlm.evaluate.prediction import build_predictions
 
@@ -262,7 +263,7 @@ def test_places_in_chat_are_scored_as_they_were_trained(job_file, tmp_path: Path
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     job = load_job(job_file(task="chat", data={"train": {"path": str(tmp_path / "rows.jsonl"), "format": "messages"}}))
     parts = load_parts(job, ["train"])
-    found = build_predictions(parts.train.records, ["At [100, 200, 500, 600]."], load_preparer(parts.spec))
+    found = build_predictions(parts.train.records, ["At [100, 200, 500, 600]."], load_sample_builder(parts.spec))
     assert found[0].truth["answer"] == "At [100, 200, 500, 600]."
     assert found[0].score["exact"]
 

@@ -289,10 +289,10 @@ def test_an_image_that_is_gone_is_counted(
     """Deleted between the check of the rows and their step: the run ends with as many steps, and says so."""
     import shutil
 
-    from ray_vlm.data import lost
+    from ray_vlm.data import row_replacement
     from ray_vlm.train import driver
 
-    monkeypatch.setattr(lost, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(row_replacement, "WAITS_S", (0.0, 0.0))
     copy = tmp_path / "scenes"
     shutil.copytree(scenes, copy)
     launch = driver.launch

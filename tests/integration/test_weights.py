@@ -12,8 +12,8 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.collate import collate
 from ray_vlm.data.index import build_index
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import IGNORED, RowSpec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import IGNORED, SampleSpec
 from ray_vlm.runs.monitor import read_metrics
 
 LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
@@ -31,9 +31,11 @@ def _train(job_file: Any, tmp_path: Path, name: str, weights: dict | None, **clu
 
 
 def test_tokens_of_a_class_carry_its_weight_and_no_others(scenes: Path, tiny_models: dict[str, str]) -> None:
-    spec = RowSpec(Model(name=tiny_models["qwen3_vl"]), Task(), LABELS, token_weights=(("ring", 4.0), ("cross", 0.5)))
+    spec = SampleSpec(
+        Model(name=tiny_models["qwen3_vl"]), Task(), LABELS, token_weights=(("ring", 4.0), ("cross", 0.5))
+    )
     index = build_index(Source(path=str(scenes / "train.json")), Data(), spec)
-    preparer = load_preparer(spec)
+    preparer = load_sample_builder(spec)
     seen = set()
     for record in index.records:
         row = preparer.train_row(record)
@@ -53,7 +55,7 @@ def test_the_loss_is_the_weighted_mean_over_the_step(job_file, scenes: Path, tmp
     from ray_vlm.train.prepare import prepare
 
     prepared = prepare(load_job(tmp_path / "job.yaml", ['data.class_weights={"ring": 5.0}']))
-    preparer = load_preparer(prepared.spec)
+    preparer = load_sample_builder(prepared.spec)
     rows = [preparer.train_row(prepared.train.records[i]) for i in prepared.plan.step_rows(0)]
     batch = collate(rows, preparer)
     weights = batch.pop("loss_weights")[:, 1:]

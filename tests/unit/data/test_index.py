@@ -12,14 +12,14 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.images import decode, read_size
 from ray_vlm.data.index import build_index
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
 
 
 @pytest.fixture
-def spec(tiny_models: dict[str, str]) -> RowSpec:
-    return RowSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), ("dog", "cat"))
+def spec(tiny_models: dict[str, str]) -> SampleSpec:
+    return SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), ("dog", "cat"))
 
 
 def _image(path: Path, size: tuple[int, int] = (100, 80), **options) -> bytes:
@@ -57,7 +57,7 @@ REASONS = {
 }  # fmt: skip
 
 
-def test_quarantine_keeps_the_good_and_names_each_bad_row(tmp_path: Path, spec: RowSpec) -> None:
+def test_quarantine_keeps_the_good_and_names_each_bad_row(tmp_path: Path, spec: SampleSpec) -> None:
     data = Data(on_bad_row="quarantine", max_image_pixels=100_000)
     index = build_index(_corpus(tmp_path), data, spec)
     assert [record.row for record in index.records] == [0, 1]
@@ -69,7 +69,7 @@ def test_quarantine_keeps_the_good_and_names_each_bad_row(tmp_path: Path, spec: 
     assert len(index) + len(index.bad) == 19
 
 
-def test_strict_refuses_with_rows_ids_and_reasons(tmp_path: Path, spec: RowSpec) -> None:
+def test_strict_refuses_with_rows_ids_and_reasons(tmp_path: Path, spec: SampleSpec) -> None:
     with pytest.raises(DataError) as error:
         build_index(_corpus(tmp_path), Data(max_image_pixels=100_000), spec)
     assert len(error.value.problems) == len(REASONS) + 1
@@ -77,7 +77,7 @@ def test_strict_refuses_with_rows_ids_and_reasons(tmp_path: Path, spec: RowSpec)
     assert "quarantine" in error.value.problems[-1]
 
 
-def test_too_many_tokens_is_a_bad_row(tmp_path: Path, spec: RowSpec) -> None:
+def test_too_many_tokens_is_a_bad_row(tmp_path: Path, spec: SampleSpec) -> None:
     _image(tmp_path / "a.jpg")
     rows = {"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -97,7 +97,7 @@ def test_too_many_tokens_is_a_bad_row(tmp_path: Path, spec: RowSpec) -> None:
         ('{"images": [], "annotations": [3], "categories": [{"id": 1, "name": "a"}]}', "annotation 0 has image_id 3"),
     ],
 )
-def test_unusable_files_are_refused_whole(tmp_path: Path, spec: RowSpec, text: str, words: str) -> None:
+def test_unusable_files_are_refused_whole(tmp_path: Path, spec: SampleSpec, text: str, words: str) -> None:
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match=words):
         build_index(Source(path=str(tmp_path / "rows.json")), Data(), spec)
@@ -115,7 +115,7 @@ def test_unusable_files_are_refused_whole(tmp_path: Path, spec: RowSpec, text: s
         ({}, {"bbox": [100, 80, 0.9, 0.9]}, "from outside only"),
     ],
 )
-def test_odd_values_make_bad_rows(tmp_path: Path, spec: RowSpec, image: dict, annotation: dict, reason: str) -> None:
+def test_odd_values_make_bad_rows(tmp_path: Path, spec: SampleSpec, image: dict, annotation: dict, reason: str) -> None:
     _image(tmp_path / "a.jpg")
     good = {"id": 1, "file_name": "a.jpg"}
     box = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]} | annotation
@@ -164,10 +164,10 @@ def test_a_turned_tiff_is_measured_upright(tmp_path: Path) -> None:
 def test_token_counts_are_those_of_the_rows(scenes: Path, tiny_models: dict[str, str]) -> None:
     for name in tiny_models.values():
         labels = ("circle", "square", "triangle", "cross", "ring", "diamond")
-        spec = RowSpec(Model(name=name, load_in_4bit=False), Task(), labels)
+        spec = SampleSpec(Model(name=name, load_in_4bit=False), Task(), labels)
         index = build_index(Source(path=str(scenes / "eval.json")), Data(), spec)
         for position, record in enumerate(index.records):
-            row = load_preparer(spec).train_row(record)
+            row = load_sample_builder(spec).train_row(record)
             assert len(row.input_ids) == index.tokens[position]
             assert (row.labels != -100).sum() == index.answer_tokens[position]
 
@@ -194,7 +194,7 @@ def test_odd_modes_become_rgb(tmp_path: Path, mode: str, expected: int | None) -
 
 
 @pytest.mark.parametrize(("units", "box"), [("norm1", [0.1, 0.25, 0.5, 0.75]), ("real", [10, 20, 50, 60])])
-def test_boxes_in_shares_of_the_image_become_pixels(tmp_path: Path, spec: RowSpec, units: str, box: list) -> None:
+def test_boxes_in_shares_of_the_image_become_pixels(tmp_path: Path, spec: SampleSpec, units: str, box: list) -> None:
     _image(tmp_path / "a.jpg")
     row = {"images": ["a.jpg"], "objects": {"ref": ["dog"], "bbox": [box], "bbox_type": units}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
@@ -203,7 +203,7 @@ def test_boxes_in_shares_of_the_image_become_pixels(tmp_path: Path, spec: RowSpe
     assert index.records[0].context == {}
 
 
-def test_a_source_says_what_its_numbers_mean(tmp_path: Path, spec: RowSpec) -> None:
+def test_a_source_says_what_its_numbers_mean(tmp_path: Path, spec: SampleSpec) -> None:
     _image(tmp_path / "a.jpg")
     row = {"images": ["a.jpg"], "objects": {"ref": ["dog"], "bbox": [[100, 250, 500, 750]]}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
@@ -213,7 +213,7 @@ def test_a_source_says_what_its_numbers_mean(tmp_path: Path, spec: RowSpec) -> N
         build_index(source.model_copy(update={"box_units": "pixels"}), Data(), spec)
 
 
-def test_text_that_the_tokenizer_would_not_read_as_text_is_a_bad_row(tmp_path: Path, spec: RowSpec) -> None:
+def test_text_that_the_tokenizer_would_not_read_as_text_is_a_bad_row(tmp_path: Path, spec: SampleSpec) -> None:
     from dataclasses import replace
 
     _image(tmp_path / "a.jpg")
@@ -235,11 +235,11 @@ def test_a_picture_of_floating_point_numbers_is_found_before_training(tmp_path: 
         read_size(str(tmp_path / "a.tif"), 10**6)
 
 
-def test_an_image_tag_too_many_is_told(tmp_path: Path, spec: RowSpec) -> None:
+def test_an_image_tag_too_many_is_told(tmp_path: Path, spec: SampleSpec) -> None:
     from dataclasses import replace
 
     with pytest.raises(DataError, match="'<image>'"):
-        load_preparer(replace(spec, task=Task(prompt="<image> find {labels}")))
+        load_sample_builder(replace(spec, task=Task(prompt="<image> find {labels}")))
     _image(tmp_path / "a.jpg")
     row = {"Task_id": "1", "Image_id": "a.jpg", "Instruction": "type <image>", "Output": {"action": "x"}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"Grounding": {}}))
@@ -255,5 +255,5 @@ def test_a_tokenizer_that_was_saved_with_truncation_cuts_nothing(tmp_path: Path,
     saved = json.loads((folder / "tokenizer.json").read_text())
     saved["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     (folder / "tokenizer.json").write_text(json.dumps(saved))
-    spec = RowSpec(Model(name=str(folder), load_in_4bit=False), Task(), ("dog",))
-    assert len(load_preparer(spec)._ids("a dog and a cat")) > 2
+    spec = SampleSpec(Model(name=str(folder), load_in_4bit=False), Task(), ("dog",))
+    assert len(load_sample_builder(spec)._ids("a dog and a cat")) > 2

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_vlm.data.lost import describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.records import SftRecord
+from ray_vlm.data.row_replacement import describe_lost, pack_sizes, unpack_sizes
 
 _ROW = SftRecord("a", 0, ("/a.jpg", b"bytes in the row"), ((640, 480), (3, 4)), {})
 

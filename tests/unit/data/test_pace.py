@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from ray_vlm.data import pace
-from ray_vlm.data.pace import Pace, keep_fed, start_pace, wait_for
+from ray_vlm.data import backpressure
+from ray_vlm.data.backpressure import PrefetchGate, keep_fed, start_pace, wait_for
 
 
 def _waits(number: int, then: str, *arguments: int) -> bool:
     """Whether a loader that asks for `number` still waits after `then` was told."""
 
     async def ask() -> bool:
-        one = Pace(first=10)
+        one = PrefetchGate(first=10)
         waiting = asyncio.create_task(one.wait_for(number))
         await asyncio.sleep(0.01)
         assert waiting.done() == (number <= 10)
@@ -37,7 +37,7 @@ def test_those_that_wait_are_let_go_and_the_next_ones_are_not() -> None:
     assert not _waits(1000, "release")
 
     async def later() -> bool:
-        one = Pace(first=10)
+        one = PrefetchGate(first=10)
         await one.release()
         waiting = asyncio.create_task(one.wait_for(20))
         await asyncio.sleep(0.01)
@@ -61,7 +61,7 @@ def test_only_a_trainer_without_batches_lets_loaders_go(
     slow: str, least: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After 0.1, 0.2, 0.4 and 0.8 s without one: not each 0.1 s."""
-    monkeypatch.setattr(pace, "_STARVED_S", 0.1)
+    monkeypatch.setattr(backpressure, "_STARVED_S", 0.1)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     actor: Any = _Counted()
 

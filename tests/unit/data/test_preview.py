@@ -12,10 +12,10 @@ from PIL import Image
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
 from ray_vlm.data.preview import Chosen, choose_rows, count_tokens, describe_prepared, describe_rows
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.sheet import make_cells
-from ray_vlm.data.sheet_plot import _draw_marks, _on_sheet, _wrap, draw_sheet
-from ray_vlm.data.spec import IGNORED, Row
+from ray_vlm.data.preview_images import make_cells
+from ray_vlm.data.preview_plot import _draw_marks, _on_sheet, _wrap, draw_sheet
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import IGNORED, Sample
 from ray_vlm.demo.drains import draw as draw_drains
 from ray_vlm.demo.screens import draw as draw_screens
 from ray_vlm.train.prepare import prepare
@@ -112,8 +112,8 @@ def test_gui_steps_point_where_the_answer_says(job_file: Any, tmp_path: Path) ->
 def test_tokens_are_counted_by_what_is_done_with_them() -> None:
     ids = np.array([9, 9, 1, 2, 3], np.int32)
     labels = np.array([IGNORED, IGNORED, IGNORED, 2, 3], np.int32)
-    plain = Row(ids, labels, ())
-    weighted = Row(ids, labels, (), np.array([1, 1, 1, 3, 1], np.float32))
+    plain = Sample(ids, labels, ())
+    weighted = Sample(ids, labels, (), np.array([1, 1, 1, 3, 1], np.float32))
     counts = count_tokens([plain, weighted], image_token_id=9)
     assert (counts.trained, counts.prompt, counts.image, counts.total) == (4, 2, 4, 10)
     assert counts.weight == 1.5
@@ -123,7 +123,7 @@ def test_the_token_view_marks_what_is_trained(job_file: Any) -> None:
     prepared = prepare(load_job(job_file()))
     told = describe_prepared(prepared.train, prepared.plan, prepared.spec, prepared.balance)
     view = told[told.index("--- row 0") :].split("--- row 1")[0]
-    answer = load_preparer(prepared.spec).answer(prepared.train.records[0]).text
+    answer = load_sample_builder(prepared.spec).answer(prepared.train.records[0]).text
     assert f"[[{answer}<|im_end|>" in view
     assert f"<image: {prepared.train.image_tokens[0]} tokens>" in view
     assert view.count("[[") == view.count("]]") == 1
@@ -139,8 +139,7 @@ def test_texts_are_wrapped_into_the_cell_and_shortened() -> None:
 
 def test_labels_cover_no_other_label() -> None:
     from PIL import ImageDraw
-
-    from ray_vlm.data.sheet import Mark
+    from ray_vlm.data.preview_images import Annotation
 
     drawn: list[tuple] = []
 
@@ -149,7 +148,7 @@ def test_labels_cover_no_other_label() -> None:
             drawn.extend([tuple(xy)] if fill else [])
 
     places = [(10.0 * i, 20.0 + i, 10.0 * i + 40, 60.0) for i in range(12)]
-    marks = [Mark(0, place, "a class") for place in places]
+    marks = [Annotation(0, place, "a class") for place in places]
     _draw_marks(Pen(Image.new("RGB", (300, 200))), marks, places, {"a class": "#ff0000"}, (0, 0, 299, 199))
     assert drawn
     for i, a in enumerate(drawn):

@@ -14,16 +14,16 @@ from benchmarks.endurance import store_mib
 from benchmarks.recovery import kill_process, processes
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
-from ray_vlm.data import pace, stream
+from ray_vlm.data import backpressure, stream
 from ray_vlm.data.collate import collate
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import Index, build_index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import IGNORED, Row, RowSpec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.data.stream import (
-    Feed,
     StartedStream,
+    StreamSpec,
     make_rows,
     mean_bytes,
     pack,
@@ -39,12 +39,12 @@ from tests.support.twins import slow_but
 LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
 
 
-def _index(scenes: Path, folder: str, **options) -> tuple[Index, RowSpec]:
-    spec = RowSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS, **options)
+def _index(scenes: Path, folder: str, **options) -> tuple[Index, SampleSpec]:
+    spec = SampleSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS, **options)
     return build_index(Source(path=str(scenes / "train.json")), Data(), spec), spec
 
 
-def _same(a: Row, b: Row) -> bool:
+def _same(a: Sample, b: Sample) -> bool:
     pixels = all(np.array_equal(x, y) for x, y in zip(a.images, b.images, strict=True))
     return np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.labels, b.labels) and pixels
 
@@ -52,7 +52,7 @@ def _same(a: Row, b: Row) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pixels_and_tokens_equal_the_stock_processor(family: str, scenes: Path, tiny_models: dict[str, str]) -> None:
     index, spec = _index(scenes, tiny_models[family])
-    preparer = load_preparer(spec)
+    preparer = load_sample_builder(spec)
     records = index.records[:20]
     ours = collate([preparer.train_row(record) for record in records], preparer)
     from PIL import Image
@@ -76,7 +76,7 @@ def test_pixels_and_tokens_equal_the_stock_processor(family: str, scenes: Path, 
 
 def test_pack_and_unpack_keep_every_byte(scenes: Path, tiny_models: dict[str, str]) -> None:
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
-    rows = [load_preparer(spec).train_row(record) for record in index.records[:5]]
+    rows = [load_sample_builder(spec).train_row(record) for record in index.records[:5]]
     number, back = unpack(pack(7, rows))
     assert number == 7
     assert all(_same(a, b) for a, b in zip(rows, back, strict=True))
@@ -86,7 +86,7 @@ def test_labels_train_the_answer_and_never_images_or_padding(scenes: Path, tiny_
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     _, whole = _index(scenes, tiny_models["qwen3_vl"], loss_on="whole_sequence")
     for one in (spec, whole):
-        preparer = load_preparer(one)
+        preparer = load_sample_builder(one)
         batch = collate([preparer.train_row(record) for record in index.records[:6]], preparer)
         trained = batch["labels"] != IGNORED
         assert not (trained & (batch["input_ids"] == preparer.image_token_id)).any()
@@ -100,10 +100,10 @@ def test_labels_train_the_answer_and_never_images_or_padding(scenes: Path, tiny_
 def test_no_row_is_lost_doubled_or_reordered_locally(world: int, scenes: Path, tiny_models: dict[str, str]) -> None:
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     plan = Plan(len(index), 8, 3, world, num_epochs=2)
-    made = {i: load_preparer(spec).train_row(record) for i, record in enumerate(index.records)}
+    made = {i: load_sample_builder(spec).train_row(record) for i, record in enumerate(index.records)}
     steps: list[list[int]] = [[] for _ in range(plan.num_steps)]
     for rank in range(world):
-        feed = Feed(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
+        feed = StreamSpec(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
         for number, rows in enumerate(stream_local(feed)):
             micro = plan.micro_batch(number, rank)
             if micro.filler:
@@ -119,7 +119,7 @@ def test_an_error_in_the_loader_reaches_the_consumer(scenes: Path, tiny_models: 
 
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     gone = replace(index.records[0], images=(str(tmp_path / "gone.jpg"),))
-    feed = Feed((gone,), spec, Plan(1, 1, 1, 1), 0, 0, 1)
+    feed = StreamSpec((gone,), spec, Plan(1, 1, 1, 1), 0, 0, 1)
     with pytest.raises(DataError, match=r"row 0 .*gone\.jpg"):
         list(stream_local(feed))
 
@@ -129,14 +129,14 @@ def test_another_row_takes_the_place_of_a_lost_one(
 ) -> None:
     from dataclasses import replace
 
-    from ray_vlm.data import lost
+    from ray_vlm.data import row_replacement
 
-    monkeypatch.setattr(lost, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(row_replacement, "WAITS_S", (0.0, 0.0))
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     records = list(index.records[:6])
     for number in (1, 2, 5):
         records[number] = replace(records[number], images=(str(tmp_path / "gone.jpg"),))
-    feed = Feed(tuple(records), spec, Plan(6, 2, 2, 1, shuffle=False), 0, 0, 3, fill_in=True)
+    feed = StreamSpec(tuple(records), spec, Plan(6, 2, 2, 1, shuffle=False), 0, 0, 3, fill_in=True)
     assert [[row.number for row in rows] for rows in stream_local(feed)] == [[0, 3], [3, 3], [4, 0]]
     none = tuple(replace(record, images=(str(tmp_path / "gone.jpg"),)) for record in records)
     with pytest.raises(DataError, match=r"gone.jpg .*Nor can any of the 5 rows after it"):
@@ -153,7 +153,7 @@ def test_a_file_that_comes_back_is_waited_for(
     late = tmp_path / "late.png"
     record = replace(index.records[0], images=(str(late),))
     monkeypatch.setattr(time, "sleep", lambda wait: late.write_bytes(Path(index.records[0].images[0]).read_bytes()))
-    rows = list(stream_local(Feed((record,), spec, Plan(1, 1, 1, 1), 0, 0, 1)))
+    rows = list(stream_local(StreamSpec((record,), spec, Plan(1, 1, 1, 1), 0, 0, 1)))
     assert rows[0][0].number == 0
 
 
@@ -161,7 +161,7 @@ def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dic
     import threading
 
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
-    stream = stream_local(Feed(index.records, spec, Plan(50, 2, 2, 1), 0, 0, 25))
+    stream = stream_local(StreamSpec(index.records, spec, Plan(50, 2, 2, 1), 0, 0, 25))
     next(stream)
     stream.close()
     assert not [t for t in threading.enumerate() if t.name == "ray-vlm-loader"]
@@ -172,7 +172,7 @@ def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dic
 def test_the_ray_stream_equals_the_local_one_byte_for_byte(rank: int, ray_cluster, scenes: Path, tiny_models) -> None:
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     plan = Plan(len(index), 8, 3, 2, num_epochs=1)
-    feed = Feed(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
+    feed = StreamSpec(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
     streamed = list(stream_ray(feed, num_loaders=2, cpus_per_loader=0.5))
     assert len(streamed) == feed.last
     for number, rows in enumerate(streamed):
@@ -191,7 +191,7 @@ def test_the_ray_stream_equals_the_local_one_byte_for_byte(rank: int, ray_cluste
 )
 def test_a_task_is_small_in_bytes_and_few_where_a_run_is_long(rows: int, row_bytes: float, expected: int) -> None:
     plan = Plan(rows, 2, 2, 1)
-    assert task_size(Feed((), None, plan, 0, 0, rows // 2, row_bytes)) * 2 == expected
+    assert task_size(StreamSpec((), None, plan, 0, 0, rows // 2, row_bytes)) * 2 == expected
 
 
 @pytest.mark.cluster
@@ -203,12 +203,12 @@ def test_loaders_wait_for_a_slow_trainer(
 
     monkeypatch.setattr(stream, "_BLOCK_BYTES", 2**21)
     monkeypatch.setattr(stream, "_TASK_BYTES", 16 * 2**20)
-    monkeypatch.setattr(pace, "_STARVED_S", 600)
+    monkeypatch.setattr(backpressure, "_STARVED_S", 600)
     folder = tmp_path / "images"
     write_images(folder, SIZES["0.3mp"], 4)
     source, spec = write_rows(folder, SIZES["0.3mp"], 4000, 4), make_spec(Path(tiny_models["qwen3_vl"]))
     records = build_index(source, Data(), spec).records
-    feed = Feed(records, spec, Plan(4000, 2, 2, 1), 0, 0, 2000, mean_bytes(records, spec))
+    feed = StreamSpec(records, spec, Plan(4000, 2, 2, 1), 0, 0, 2000, mean_bytes(records, spec))
     monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 5)
     before, rows = store_mib(), stream_ray(feed, num_loaders=1)
     next(rows)
@@ -237,7 +237,7 @@ def test_tasks_in_another_order_and_a_bad_row_are_no_deadlock(
     row = max((row for n in range(5) for row in plan.micro_batch(n, 0).rows), key=lambda row: begins[row])
     gone = replace(index.records[row], images=(str(tmp_path / "gone.jpg"),))
     records = (*index.records[:row], gone, *index.records[row + 1 :])
-    feed = Feed(records, spec, plan, 0, 5, plan.num_steps * plan.accumulation)
+    feed = StreamSpec(records, spec, plan, 0, 5, plan.num_steps * plan.accumulation)
     came = []
 
     def follow() -> None:

@@ -14,8 +14,8 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.load import load_job
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import build_index
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.data.stats import box_classes, measure_rows, size_changes
 from ray_vlm.data.stats_text import describe_stats
@@ -70,7 +70,7 @@ def test_check_counts_every_row_and_groups_reasons(job_file: Any, broken: Path) 
 def test_check_finds_what_the_index_finds(job_file: Any, broken: Path) -> None:
     job = load_job(job_file(data={"train": {"path": str(broken)}}))
     data = Data(on_bad_row="quarantine")
-    index = build_index(Source(path=str(broken)), data, row_spec(job, ["dog", "cat"]))
+    index = build_index(Source(path=str(broken)), data, sample_spec(job, ["dog", "cat"]))
     (check,) = check_sources(job)
     assert check.bad == index.bad
 
@@ -155,7 +155,7 @@ def test_other_limits_are_what_that_job_would_have(job_file: Any, tmp_path: Path
     job = load_job(path, ["data.max_pixels=65536", "data.max_tokens=10"])
     stats = measure_rows(job)
     assert [e["above"] for e in stats.limits] == [1] * len(stats.limits)
-    factor = load_preparer(row_spec(job, ["dog"])).image_spec.factor
+    factor = load_sample_builder(sample_spec(job, ["dog"])).image_spec.factor
     other = next(e for e in stats.limits if e["max_pixels"] == 512 * factor**2)
     again = measure_rows(load_job(path, [f"data.max_pixels={512 * factor**2}"]))
     assert other["image_tokens"] == again.tokens["image"].mean()

@@ -12,8 +12,8 @@ from ray_vlm.config.schema import JobConfig, Model, Task
 from ray_vlm.data.index import build_index
 from ray_vlm.data.preprocessing import changed_since, describe_preprocessing
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate.pair_file import check_output, describe_pairs, name_images, write_about, write_rows
 from ray_vlm.evaluate.pairs import build_rows, check_rows, choose_pair, pair_of
@@ -123,9 +123,9 @@ def test_images_are_named_inside_the_folder_around_them() -> None:
         name_images([_record(b"...", number=3)])
 
 
-def _preparer(**options: Any) -> Preparer:
+def _preparer(**options: Any) -> SampleBuilder:
     task = Task(codec=options.pop("codec", None))
-    return load_preparer(RowSpec(Model(name="tiny", load_in_4bit=False), task, ("circle",), **options))
+    return load_sample_builder(SampleSpec(Model(name="tiny", load_in_4bit=False), task, ("circle",), **options))
 
 
 def _pictures(folder: Path, count: int) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_vlm.evaluate.pictures import NUM_IMAGES, Stage, choose_images
+from ray_vlm.evaluate.pictures import NUM_IMAGES, EvalResult, choose_images
 from ray_vlm.evaluate.report import write_report
 from ray_vlm.runs.curves import learning_curve
 
@@ -43,7 +43,7 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     lines = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"kind": "train", "attempt": 1, "step": step, "loss": 3.0 - step}) for step in (1, 2)]
     lines.write_text("\n".join([*whole, '{"kin']))
-    stages = [Stage("before", metrics, predictions), Stage("after", metrics, predictions)]
+    stages = [EvalResult("before", metrics, predictions), EvalResult("after", metrics, predictions)]
     write_report(tmp_path / "report.html", EVIL, stages, {EVIL: lines}, [EVIL])
     html = (tmp_path / "report.html").read_text()
     assert "<script" not in html
@@ -75,7 +75,7 @@ def test_every_task_has_a_report(tmp_path: Path, truth: dict, found: dict, score
     prediction = one | {"truth": truth, "found": found, "score": score}
     metrics = {"overall": {"accuracy": 0.5}, "per_class": {}, "num_rows": 2}
     no_image = prediction | {"images": [], "sizes": []}
-    write_report(tmp_path / "r.html", "x", [Stage("base", metrics, [prediction, no_image])], {})
+    write_report(tmp_path / "r.html", "x", [EvalResult("base", metrics, [prediction, no_image])], {})
     html = (tmp_path / "r.html").read_text()
     assert words in html
     assert "<script" not in html

@@ -8,7 +8,7 @@ from ray_vlm.config.schema import Task
 from ray_vlm.data.records import SftRecord
 from ray_vlm.evaluate.walks import plan_walks, walk
 from ray_vlm.tasks import gui_steps
-from ray_vlm.tasks.answers import Setting
+from ray_vlm.tasks.answers import PromptContext
 from ray_vlm.tasks.boxes import Frame
 
 FRAMES = (Frame((100, 100), (100, 100)),)
@@ -20,7 +20,7 @@ def _record(task: str, step: int, truth: str = "truth") -> SftRecord:
 
 
 def _preparer(**options: Any) -> Any:
-    setting = Setting(Task(name="gui_steps", **options), count_tokens=lambda text: 1)
+    setting = PromptContext(Task(name="gui_steps", **options), count_tokens=lambda text: 1)
     return SimpleNamespace(
         task=gui_steps,
         frames=lambda record: FRAMES,

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from ray_vlm.methods.forward import Tree, _visible, plan_trees
+from ray_vlm.methods.prefix_sharing import PrefixGroup, _visible, plan_trees
 from ray_vlm.models.packing import plan_packs
 
 
@@ -26,7 +26,7 @@ def test_answers_to_one_prompt_are_one_tree_wherever_they_stand() -> None:
     prompt, other = [7, 8, 9, 9], [7, 8, 9, 5]
     tokens = [[*prompt, 1], [*other, 1], [*prompt, 2, 3], [*other, 2], [*prompt, 1, 4]]
     trees = plan_trees(tokens, Images(["a", "b", "a", "b", "a"], [3] * 5))
-    assert trees == [Tree((0, 2, 4), 4), Tree((1, 3), 4)]
+    assert trees == [PrefixGroup((0, 2, 4), 4), PrefixGroup((1, 3), 4)]
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def test_answers_to_one_prompt_are_one_tree_wherever_they_stand() -> None:
 )
 def test_rows_that_must_not_share(shown: list[str], ends: list[int]) -> None:
     tokens = [[1, 2, 3, 4], [1, 2, 3, 5]]
-    assert plan_trees(tokens, Images(["a", "a"], [2, 2])) == [Tree((0, 1), 3)]
-    assert plan_trees(tokens, Images(shown, ends)) == [Tree((0,), 4), Tree((1,), 4)]
+    assert plan_trees(tokens, Images(["a", "a"], [2, 2])) == [PrefixGroup((0, 1), 3)]
+    assert plan_trees(tokens, Images(shown, ends)) == [PrefixGroup((0,), 4), PrefixGroup((1,), 4)]
 
 
 def test_rows_alike_in_a_few_first_tokens_only_stay_apart() -> None:
@@ -47,7 +47,7 @@ def test_rows_alike_in_a_few_first_tokens_only_stay_apart() -> None:
 
 
 def test_equal_rows_are_one_beginning_without_branches() -> None:
-    assert plan_trees([[1, 2, 3]] * 3, Images([""] * 3, [0] * 3)) == [Tree((0, 1, 2), 3)]
+    assert plan_trees([[1, 2, 3]] * 3, Images([""] * 3, [0] * 3)) == [PrefixGroup((0, 1, 2), 3)]
 
 
 def test_a_branch_sees_the_beginning_and_itself() -> None:

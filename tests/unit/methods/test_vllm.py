@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ray_vlm.config.load import load_job
-from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Sampling
 from ray_vlm.methods.vllm import build_answerer, build_sampler, start_engine
@@ -63,7 +63,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
 def _parts(job_file: Any) -> tuple[Any, Any, list]:
     method = {"name": "grpo", "num_generations": 4}
     prepared = prepare(load_job(job_file(method=method, lora={"rank": 4, "target": ["language"]})))
-    preparer = load_preparer(prepared.spec)
+    preparer = load_sample_builder(prepared.spec)
     return prepared.job, preparer, [preparer.prompt_row(r) for r in prepared.train.records[:2]]
 
 
@@ -174,13 +174,13 @@ def test_evaluation_refuses_an_adapter_that_vllm_would_leave_half_out(
 
 
 def test_an_evaluation_asks_the_engine_that_the_job_names(job_file, engines: list[FakeEngine]) -> None:
-    from ray_vlm.evaluate.actors import Loaded, Work
+    from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker
     from ray_vlm.evaluate.generate import answer_records
 
     prepared = prepare(load_job(job_file()))
     options = {"engine": "vllm", "max_new_tokens": 5}
     job = prepared.job.model_copy(update={"evaluate": prepared.job.evaluate.model_copy(update=options)})
-    loaded = Loaded(Work(job, prepared.spec, prepared.train.records, None, ()))
+    loaded = InferenceWorker(InferenceJob(job, prepared.spec, prepared.train.records, None, ()))
     assert len(answer_records(loaded, prepared.train.records[:3])) == 3
     assert answer_records(loaded, prepared.train.records[:1])
     assert len(engines) == 1, "one engine for all batches"

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 
 from ray_vlm.config.schema import Model
 from ray_vlm.config.train import Precision
-from ray_vlm.models import dense
-from ray_vlm.models.dense import dequantised
+from ray_vlm.models import dequantize
+from ray_vlm.models.dequantize import dequantised
 from ray_vlm.models.load import load_model
 from tests.conftest import FAMILIES
 
@@ -22,25 +22,25 @@ def test_same_to_the_bit(family: str, precision: Precision, tiny_models: dict[st
     ids = torch.randint(5, 300, (3, 17), generator=torch.Generator().manual_seed(0))
     model.eval()
     calls = []
-    hook = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(dense._is_quantised(m)))
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(dequantize._is_quantised(m)))
     with torch.no_grad():
         before = model(input_ids=ids).logits
         with dequantised(model):
             inside = model(input_ids=ids).logits
-            changed = [m for m in model.modules() if "forward" in m.__dict__ and dense._is_quantised(m)]
+            changed = [m for m in model.modules() if "forward" in m.__dict__ and dequantize._is_quantised(m)]
         after = model(input_ids=ids).logits
     hook.remove()
     assert len(changed) == sum(calls) // 3 > 0
     assert torch.equal(before, inside)
     assert torch.equal(before, after)
-    assert not any("forward" in m.__dict__ and dense._is_quantised(m) for m in model.modules())
+    assert not any("forward" in m.__dict__ and dequantize._is_quantised(m) for m in model.modules())
 
 
 def test_a_large_model_keeps_its_four_bits(tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), precision="fp32")
-    monkeypatch.setattr(dense, "MOST_BYTES", 1000)
+    monkeypatch.setattr(dequantize, "MOST_BYTES", 1000)
     with dequantised(model):
-        assert not any("forward" in m.__dict__ for m in model.modules() if dense._is_quantised(m))
+        assert not any("forward" in m.__dict__ for m in model.modules() if dequantize._is_quantised(m))
 
 
 def test_gradients_are_those_of_four_bits_afterwards(tiny_models: dict[str, str]) -> None:

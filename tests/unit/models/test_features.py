@@ -10,10 +10,10 @@ from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import Lora, Model
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES
-from ray_vlm.models.features import Recent, Shelf, fingerprint, keep_features
+from ray_vlm.models.features import DiskFeatureCache, StepFeatureCache, fingerprint, keep_features
+from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
-from ray_vlm.models.tower import run_frozen_tower_plainly
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train
 from tests.conftest import QWEN
@@ -31,7 +31,7 @@ def _model(folder: str, cache: Path | None = None, limit: float = _GIB) -> tuple
     tower = base.get_encoder(modality="image")
     tower.patch_embed.register_forward_hook(lambda module, args, out: encoded.append(len(args[0])))
     if cache is not None:
-        keep_features(base, Recent(), Shelf(cache, limit, base))
+        keep_features(base, StepFeatureCache(), DiskFeatureCache(cache, limit, base))
     return base, encoded
 
 
@@ -72,7 +72,7 @@ def test_another_image_or_encoder_is_another_file(tiny_models: dict[str, str], t
     assert encoded == [52, 4], "one value of the second image changed in its last bit"
     with torch.no_grad():
         base.get_encoder(modality="image").merger.linear_fc1.weight[0, 0] += 1e-6
-    Shelf(tmp_path, _GIB, base)
+    DiskFeatureCache(tmp_path, _GIB, base)
     assert len(list(tmp_path.iterdir())) == 2, "a folder for each encoder"
 
 
@@ -120,11 +120,11 @@ def test_what_changes_is_refused(tiny_models: dict[str, str], tmp_path: Path) ->
 
     base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), precision="fp32")
     with pytest.raises(ModelError, match="adapter's or learns"):
-        keep_features(base, Recent())
+        keep_features(base, StepFeatureCache())
     model = get_peft_model(base, lora_config(Lora(rank=2, target=["vision"]), FAMILIES["qwen3_vl"]))
     model.requires_grad_(False)
     with pytest.raises(ModelError, match="lora_A"):
-        keep_features(model, Recent())
+        keep_features(model, StepFeatureCache())
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="cannot be used as a folder"):
         _model(tiny_models["qwen3_vl"], tmp_path / "file")

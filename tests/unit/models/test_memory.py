@@ -24,7 +24,7 @@ from ray_vlm.models.memory import (
     plan_batch,
     shared_out,
 )
-from ray_vlm.models.packing import Folding
+from ray_vlm.models.packing import PackingOptions
 from ray_vlm.models.presets import load_preset
 from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
 
@@ -56,13 +56,15 @@ def test_what_is_alive_is_counted_once_and_until_it_is_gone() -> None:
 def test_batches_of_each_method() -> None:
     size = RowSize(16, 10, 8, longest_answer=5)
     sft = _job(train={"micro_batch_size": 2})
-    assert plan_batch(sft, micro_sizes(sft, size), 2, Folding()) == Batch(2, 34, (64, 64), masked=True)
+    assert plan_batch(sft, micro_sizes(sft, size), 2, PackingOptions()) == Batch(2, 34, (64, 64), masked=True)
     uneven = [RowSize(0, 10, tokens) for tokens in (90, 40, 40)]
-    assert plan_batch(sft, uneven, 2, Folding()) == Batch(3, 100, (), masked=True)
-    assert plan_batch(sft, uneven, 2, Folding(pack=True)) == Batch(2, 100, (), True, spread=(3, 100), labelled=170)
+    assert plan_batch(sft, uneven, 2, PackingOptions()) == Batch(3, 100, (), masked=True)
+    assert plan_batch(sft, uneven, 2, PackingOptions(pack=True)) == Batch(
+        2, 100, (), True, spread=(3, 100), labelled=170
+    )
     dpo = _job(method="dpo", train={"micro_batch_size": 2})
-    assert plan_batch(dpo, micro_sizes(dpo, size), 2, Folding()) == Batch(4, 31, (64,) * 4, masked=True)
-    share = Folding(share=True)
+    assert plan_batch(dpo, micro_sizes(dpo, size), 2, PackingOptions()) == Batch(4, 31, (64,) * 4, masked=True)
+    share = PackingOptions(share=True)
     assert plan_batch(dpo, micro_sizes(dpo, size), 2, share) == Batch(2, 34, (64, 64), True, (4, 31), labelled=16)
     grpo = _job(
         method={"name": "grpo", "num_generations": 4, "max_completion_tokens": 7},
@@ -140,7 +142,7 @@ class _Stage:
     ("room", "expected"), [(11.9, None), (12, (1, 4)), (13.5, (1, 3)), (16, (1, 0)), (23, (2, 0)), (100, (8, 0))]
 )
 def test_the_least_recomputing_and_then_the_largest_batch(room: float, expected: Any) -> None:
-    found = choose(_Stage(_job()), RowSize(8, 4, 4), [1, 2, 4, 8], 2, Folding(), room * GIB)  # type: ignore[arg-type]
+    found = choose(_Stage(_job()), RowSize(8, 4, 4), [1, 2, 4, 8], 2, PackingOptions(), room * GIB)  # type: ignore[arg-type]
     assert (found and (found.micro, found.layers)) == expected
     assert found is None or found.found.peak <= room * GIB
 

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
 from ray_vlm.demo.tiny import build_config, build_processor
-from ray_vlm.methods.forward import fold_rows
+from ray_vlm.methods.prefix_sharing import share_prefixes
 from ray_vlm.models.operations import OperationCounter, Work, count_flops, measure_size
-from ray_vlm.models.packing import Folding
+from ray_vlm.models.packing import PackingOptions
 from tests.conftest import QWEN
 
 
@@ -89,7 +89,7 @@ def test_padding_and_beginnings_that_are_shared_do_not_count() -> None:
     batch.pop("labels")
     model = _model(family)
     counter = OperationCounter(model)
-    fold_rows(model, Folding(share=True, pack=True), counter)
+    share_prefixes(model, PackingOptions(share=True, pack=True), counter)
     with torch.no_grad():
         model(**batch, use_cache=False)
     folded, _ = counter.take()
@@ -118,7 +118,9 @@ def test_packs_of_unequal_length_leave_their_padding_out() -> None:
     model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
-    fold_rows(model, Folding(pack=True, hidden=16), counter)  # so narrow that attention is dear: two packs, not one
+    share_prefixes(
+        model, PackingOptions(pack=True, hidden=16), counter
+    )  # so narrow that attention is dear: two packs, not one
     with torch.no_grad():
         model(**batch, use_cache=False)
     work, _ = counter.take()

@@ -10,13 +10,13 @@ from peft import get_peft_model
 from ray_vlm.config.schema import Lora, Model, Task
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PromptRecord
-from ray_vlm.data.rows import load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, part_of
+from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, split_rates
-from ray_vlm.models.tower import run_frozen_tower_plainly
 from tests.conftest import QWEN
 
 KNOWN = FAMILIES["qwen3_vl"]
@@ -82,7 +82,7 @@ def test_modules_that_are_not_there_are_told_with_the_nearest(tiny_models: dict[
 @pytest.mark.parametrize("family", QWEN)
 def test_a_frozen_tower_runs_without_autograd_and_changes_no_gradient(family: str, tiny_models: dict[str, str]) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
-    spec = RowSpec(Model(name=tiny_models[family], load_in_4bit=False), Task(name="chat"), (), kind="prompt")
+    spec = SampleSpec(Model(name=tiny_models[family], load_in_4bit=False), Task(name="chat"), (), kind="prompt")
     found = []
     for plainly in (False, True):
         model = get_peft_model(_base(tiny_models[family]), _nonzero(lora_config(Lora(rank=4), FAMILIES[family])))
@@ -94,7 +94,7 @@ def test_a_frozen_tower_runs_without_autograd_and_changes_no_gradient(family: st
             assert run_frozen_tower_plainly(model)
         tower.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o.last_hidden_state.requires_grad))
         record = PromptRecord("a", 0, (_png(pixels),), ((96, 64),), (("user", "<image>\nWhat?"),), {})
-        batch = collate([load_preparer(spec).prompt_row(record)], load_preparer(spec))
+        batch = collate([load_sample_builder(spec).prompt_row(record)], load_sample_builder(spec))
         batch.pop("labels", None)
         model.train()
         model(**batch, labels=batch["input_ids"]).loss.backward()

@@ -13,8 +13,8 @@ from ray_vlm.config.data import Data
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, SftRecord
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import ModelError
 from ray_vlm.models.load import resolve_name
 from ray_vlm.models.processor import load_processor
@@ -88,7 +88,7 @@ def test_files_that_would_end_a_run_are_refused_at_its_start(base: Path, change:
 def test_an_image_processor_of_another_kind_is_refused(base: Path, change: Change, reason: str) -> None:
     change(base)
     with pytest.raises(ModelError, match=reason):
-        _ = Preparer(RowSpec(Model(name=str(base)), Task(name="chat"), ())).processor
+        _ = SampleBuilder(SampleSpec(Model(name=str(base)), Task(name="chat"), ())).processor
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(base: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_template_that_miscounts_images_makes_bad_rows(
 
 def _count(base: Path, scenes: Path) -> object:
     """What comes of a row with one image: its tokens, or why it is bad."""
-    preparer = Preparer(RowSpec(Model(name=str(base)), Task(name="chat"), ()))
+    preparer = SampleBuilder(SampleSpec(Model(name=str(base)), Task(name="chat"), ()))
     image = str(next(scenes.rglob("*.png"), None) or next(scenes.rglob("*.jpg")))
     row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})
     return count_row(measure_row(row, Data()), preparer, None)

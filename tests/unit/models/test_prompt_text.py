@@ -10,12 +10,12 @@ import pytest
 
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
-from ray_vlm.data import rows
+from ray_vlm.data import samples
 from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import smart_resize
 from ray_vlm.data.index import build_index, measure_row
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import resolve_name
@@ -37,13 +37,13 @@ def test_files_say_what_the_processor_says(family: str, tiny_models: dict[str, s
     assert read_family is FAMILIES["qwen3_vl" if family == "tiny" else family]
     assert (text.sizes, text.image_token, text.special) == (taken.sizes, taken.image_token, taken.special)
     assert text.tokenizer.to_str() == taken.tokenizer.to_str()
-    spec = RowSpec(model, Task(), ("circle", "square", "star"))
-    before = Preparer(spec)
+    spec = SampleSpec(model, Task(), ("circle", "square", "star"))
+    before = SampleBuilder(spec)
     assert before._processor is None
     counted = [measure_row(row, Data()) for row in read_rows(Source(path=str(scenes / "eval.json")))[0]]
-    by_files = [before.token_counts(row) for row in counted], before._layout(rows.mark_answers(TURNS), ())
+    by_files = [before.token_counts(row) for row in counted], before._layout(samples.mark_answers(TURNS), ())
     before._load()
-    by_processor = [before.token_counts(row) for row in counted], before._layout(rows.mark_answers(TURNS), ())
+    by_processor = [before.token_counts(row) for row in counted], before._layout(samples.mark_answers(TURNS), ())
     assert before._processor is not None
     assert by_files == by_processor
     assert [len(before.train_row(row).input_ids) for row in counted] == [sum(counts) for counts in by_files[0]]
@@ -135,9 +135,9 @@ def test_a_template_that_refuses_a_turn_makes_bad_rows(tmp_path: Path, scenes: P
     (base / "chat_template.jinja").write_text(refuse + template)
     labels = ("circle", "square", "triangle", "cross", "ring", "diamond", "star")
     model, source = Model(name=str(base), load_in_4bit=False), Source(path=str(scenes / "eval.json"))
-    assert len(build_index(source, Data(), RowSpec(model, Task(), labels))) == 12
-    spec = RowSpec(model, Task(system="Be brief."), labels)
+    assert len(build_index(source, Data(), SampleSpec(model, Task(), labels))) == 12
+    spec = SampleSpec(model, Task(system="Be brief."), labels)
     if by_processor:
-        rows.load_preparer(spec)._load()
+        samples.load_sample_builder(spec)._load()
     with pytest.raises(DataError, match=r"row 0 .*chat template refuses its turns \(TemplateError: no system\)"):
         build_index(source, Data(), spec)

@@ -11,7 +11,7 @@ from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.progress import Progress, lasting, send_progress, track
-from ray_vlm.train.attempt import Attempt, Place
+from ray_vlm.train.attempt import Attempt, DistributedContext
 from ray_vlm.train.progress_lines import progress_writer
 
 
@@ -63,7 +63,7 @@ def test_lines_go_to_stderr_unless_a_run_takes_them(capsys: pytest.CaptureFixtur
 def test_a_worker_s_lines_are_lines_of_its_run(tmp_path: Path) -> None:
     paths, attempt = RunPaths(tmp_path), Attempt(2, "token")
     for rank in (0, 1):
-        with send_progress(progress_writer(paths, Place(rank, 2, "cpu", ray=True), attempt)):
+        with send_progress(progress_writer(paths, DistributedContext(rank, 2, "cpu", ray=True), attempt)):
             progress.LOGGER.info("loading a base: 5 s so far")
     (line,) = read_metrics(paths.metrics)
     assert (line["kind"], line["attempt"], line["text"]) == ("progress", 2, "loading a base: 5 s so far")

@@ -132,7 +132,7 @@ def test_tensorboard_gets_numbers_and_pictures_and_goes_on_where_a_run_was_resum
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import directory_check  # noqa: F401  (the reader below follows its format)
 
-    from ray_vlm.runs.track import TensorBoardTracker
+    from ray_vlm.runs.trackers import TensorBoardTracker
 
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         tracker = TensorBoardTracker(tmp_path / "tb", first)

@@ -15,7 +15,7 @@ from ray_vlm.runs.checkpoints import MANIFEST, Damaged, checkpoint_name, open_ch
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import claim_run, find_run, write_folder, write_json
 from ray_vlm.runs.store import Store, join, making
-from ray_vlm.train.attempt import Attempt, Place
+from ray_vlm.train.attempt import Attempt, DistributedContext
 from ray_vlm.train.checkpoint import CheckpointWriter
 from tests.faults import SmallDisk, Stumbling, small_disk
 
@@ -67,7 +67,7 @@ class _Trainer:
 def _writer(store: Store) -> CheckpointWriter:
     attempt = Attempt(1, "ab12")
     store.write(".attempt.json", json.dumps({"attempt": 1, "token": attempt.token}).encode())
-    return CheckpointWriter(store, Place(0, 1, "cpu", False), attempt, (9, 0), {"base": "x"})
+    return CheckpointWriter(store, DistributedContext(0, 1, "cpu", False), attempt, (9, 0), {"base": "x"})
 
 
 def _checkpoint(writer: CheckpointWriter, trainer: _Trainer, step: int) -> None:

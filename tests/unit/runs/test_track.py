@@ -7,7 +7,7 @@ import pytest
 
 from ray_vlm.config.load import dump_job
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.runs.track import WandbTracker, adopt_wandb_login, find_wandb_login, track_names
+from ray_vlm.runs.trackers import WandbTracker, adopt_wandb_login, find_wandb_login, track_names
 
 KEY, COMPANY = "a" * 40, "b" * 40
 

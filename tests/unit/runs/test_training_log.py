@@ -169,7 +169,7 @@ def test_looking_at_a_run_whose_driver_was_killed_completes_its_log(tmp_path: Pa
 
 def test_in_an_object_store_too(bucket: str, tmp_path: Path) -> None:
     """What the attempt publishes, and what a reader completes."""
-    from ray_vlm.runs.track import KeptFiles
+    from ray_vlm.runs.trackers import KeptFiles
 
     address = join(bucket, f"{tmp_path.name}/far")
     made = tmp_path / "made"

@@ -7,7 +7,7 @@ import pytest
 from ray_vlm.config.schema import Task
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks import chat
-from ray_vlm.tasks.answers import Parsed, Setting
+from ray_vlm.tasks.answers import Parsed, PromptContext
 from ray_vlm.tasks.boxes import CODECS, Frame
 
 SIZES = ((100, 100), (200, 100))
@@ -25,12 +25,15 @@ def _frames(codec: str = "qwen3_vl") -> tuple[Frame, ...]:
 
 
 def test_all_turns_are_asked_and_the_last_is_the_answer() -> None:
-    assert chat.ask(_record(TURNS), _frames(), Setting(Task(name="chat"))) == TURNS
-    assert chat.answer(_record(TURNS), _frames(), Setting(Task())).text == "yes"
-    told = chat.ask(_record(TURNS), _frames(), Setting(Task(name="chat", system="Be brief.")))
+    assert chat.ask(_record(TURNS), _frames(), PromptContext(Task(name="chat"))) == TURNS
+    assert chat.answer(_record(TURNS), _frames(), PromptContext(Task())).text == "yes"
+    told = chat.ask(_record(TURNS), _frames(), PromptContext(Task(name="chat", system="Be brief.")))
     assert told[0] == ("system", "Be brief.")
     own = (("system", "Mine."), *TURNS)
-    assert chat.ask(_record(own), _frames(), Setting(Task(name="chat", system="Be brief.")))[0] == ("system", "Mine.")
+    assert chat.ask(_record(own), _frames(), PromptContext(Task(name="chat", system="Be brief.")))[0] == (
+        "system",
+        "Mine.",
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_places_are_written_as_the_family_writes_them_and_of_their_own_image(cod
         refs=("dog",),
         image_of=(1,),
     )
-    assert chat.answer(record, _frames(codec), Setting(Task())).text == f"The dog is at {words}."
+    assert chat.answer(record, _frames(codec), PromptContext(Task())).text == f"The dog is at {words}."
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from ray_vlm.config.schema import Task
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks import gui_steps
-from ray_vlm.tasks.answers import Parsed, Setting
+from ray_vlm.tasks.answers import Parsed, PromptContext
 from ray_vlm.tasks.boxes import CODECS, Frame
 
 FRAMES = (Frame((400, 200), (420, 196), CODECS["qwen2_5_vl"]),)
@@ -22,19 +22,19 @@ def _record(output: dict = OUTPUT, box=(100.0, 50.0, 200.0, 100.0), point=None, 
 
 
 def _question(history: list[str], goal: str = "Say hi", **options: Any) -> str:
-    setting = Setting(Task(name="gui_steps", **options), count_tokens=lambda text: len(text.split()))
+    setting = PromptContext(Task(name="gui_steps", **options), count_tokens=lambda text: len(text.split()))
     return gui_steps.ask(_record(history=history, goal=goal), FRAMES, setting)[-1][1]
 
 
 def test_answer_has_the_place_in_the_codec_s_numbers_and_reads_back() -> None:
-    answer = gui_steps.answer(_record(), FRAMES, Setting(Task()))
+    answer = gui_steps.answer(_record(), FRAMES, PromptContext(Task()))
     assert answer.text == '{"action": "type", "text": "hello", "bbox_2d": [105, 49, 210, 98]}'
     assert answer.spans == ((0, len(answer.text), "action=type"),)
     parsed = gui_steps.parse(answer.text, FRAMES)
     assert parsed.ok
     assert parsed.values["box"] == pytest.approx((100.0, 50.0, 200.0, 100.0))
     assert gui_steps.score(parsed, _record().truth)["success"]
-    point = gui_steps.answer(_record(box=None, point=(200.0, 100.0)), FRAMES, Setting(Task())).text
+    point = gui_steps.answer(_record(box=None, point=(200.0, 100.0)), FRAMES, PromptContext(Task())).text
     assert '"point_2d": [210, 98]' in point
     assert gui_steps.parse(point, FRAMES).values["point"] == pytest.approx((200.0, 100.0))
 

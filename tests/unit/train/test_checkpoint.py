@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from ray_vlm.config.load import load_resolved
-from ray_vlm.data.rows import Preparer
 from ray_vlm.data.rules import CHANGED, RULES, rules_since
-from ray_vlm.data.spec import row_spec
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import RunError
 from ray_vlm.runs.checkpoints import Checkpoint
 from ray_vlm.train.attempt import Attempt
@@ -18,7 +18,7 @@ def _about(format: str = "coco", labels: tuple[str, ...] = ("dog",), rows: str =
     job = load_resolved(
         {"model": {"name": "tiny", "load_in_4bit": False}, "data": {"train": {"path": "x.json", "format": format}}}
     )
-    return describe_run("base", rows, job, Preparer(row_spec(job, list(labels))))
+    return describe_run("base", rows, job, SampleBuilder(sample_spec(job, list(labels))))
 
 
 def _check(old: dict[str, Any], now: dict[str, Any]) -> None:

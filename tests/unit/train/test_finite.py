@@ -13,7 +13,7 @@ from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
-from ray_vlm.train.finite import Spikes, describe_step, explain, is_finite
+from ray_vlm.train.nonfinite import Spikes, describe_step, explain, is_finite
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from ray_vlm.cli import main
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES
-from ray_vlm.train.attempt import Place
+from ray_vlm.train.attempt import DistributedContext
 from ray_vlm.train.clock import Clock, split_time
 from ray_vlm.train.gradients import PATIENCE, GradientWatch, Listener, part_norms
 from ray_vlm.train.report import by_part
@@ -48,7 +48,7 @@ def test_norms_are_those_before_clipping() -> None:
 
 def test_gradients_that_are_not_kept_are_heard() -> None:
     named = _named({"language": [None, None], "vision": [None]})
-    listener, place = Listener(named, FAMILY), Place(0, 1, "cpu", ray=False)
+    listener, place = Listener(named, FAMILY), DistributedContext(0, 1, "cpu", ray=False)
     assert listener.take(place) == {"language": 0.0, "vision": 0.0}
     sum((3 * weight[0] if "language" in name else weight.sum() * 0) for name, weight in named).backward()
     assert listener.take(place) == {"language": pytest.approx(18**0.5), "vision": 0.0}

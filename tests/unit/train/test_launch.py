@@ -9,8 +9,8 @@ from ray.train import ControllerError, WorkerGroupError
 from ray_vlm.config.train import Train
 from ray_vlm.errors import DataError, Interrupted, RunError
 from ray_vlm.models.out_of_memory import advise_training, is_out_of_memory
-from ray_vlm.train.finite import Rewind
-from ray_vlm.train.restarts import Failure, describe_failure, plan_pause, plan_retry
+from ray_vlm.train.nonfinite import RewindToCheckpoint
+from ray_vlm.train.restarts import Failure, describe_failure, restart_backoff, should_restart
 
 
 class _Raised(Exception):
@@ -28,32 +28,32 @@ def _death() -> Exception:
 
 def test_deaths_are_retried_within_the_budget() -> None:
     death = Failure("worker 1 died", step=3)
-    assert plan_retry([death], 1)
-    assert plan_retry([death, death], 2)
-    assert not plan_retry([death, death], 1)
-    assert not plan_retry([death], 0)
+    assert should_restart([death], 1)
+    assert should_restart([death, death], 2)
+    assert not should_restart([death, death], 1)
+    assert not should_restart([death], 0)
 
 
 def test_deaths_count_in_a_row_and_errors_in_all() -> None:
     """Machines come and go for weeks; an error, or a run that rewinds again and again, gets no further for ever."""
     deaths = [Failure("worker 1 died", step=step) for step in range(0, 500, 5)]
-    assert plan_retry(deaths, 1)
-    assert plan_retry([*deaths, Failure("worker 1 died", step=495)], 2)
-    assert not plan_retry([*deaths, Failure("worker 0 died", step=470)], 1), "no step further than before"
+    assert should_restart(deaths, 1)
+    assert should_restart([*deaths, Failure("worker 1 died", step=495)], 2)
+    assert not should_restart([*deaths, Failure("worker 0 died", step=470)], 1), "no step further than before"
     rewinds = [Failure(f"step {step}: not finite", raised=True, step=step) for step in (7, 8, 9)]
-    assert plan_retry(rewinds[:2], 2)
-    assert not plan_retry(rewinds, 2)
+    assert should_restart(rewinds[:2], 2)
+    assert not should_restart(rewinds, 2)
 
 
 def test_what_this_package_refused_is_not_tried_again() -> None:
-    assert not plan_retry([Failure("bad row", own=DataError("bad row"), raised=True)], 9)
+    assert not should_restart([Failure("bad row", own=DataError("bad row"), raised=True)], 9)
 
 
 def test_the_same_error_twice_at_the_same_step_is_final() -> None:
     error = Failure("worker 0: OutOfMemoryError: 40 GiB", raised=True, step=7)
-    assert plan_retry([error], 9)
-    assert not plan_retry([error, error], 9)
-    assert plan_retry([error, Failure(error.text, raised=True, step=8)], 9)
+    assert should_restart([error], 9)
+    assert not should_restart([error, error], 9)
+    assert should_restart([error, Failure(error.text, raised=True, step=8)], 9)
 
 
 def _out_of_memory() -> Exception:
@@ -75,7 +75,7 @@ def test_a_card_without_room_is_our_error_and_is_not_tried_again() -> None:
             "worker 1 ran out of GPU memory after step 7: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
             "total capacity of 39.38 GiB of which 1.19 GiB is free. Lower it."
         ]
-        assert not plan_retry([failure], 9)
+        assert not should_restart([failure], 9)
 
 
 def test_what_else_is_said_of_a_full_card_is_known_and_the_computer_s_memory_is_not_meant() -> None:
@@ -124,8 +124,8 @@ def test_the_cause_is_told_before_what_followed_from_it() -> None:
 
 
 def test_a_failing_controller_can_be_retried() -> None:
-    assert plan_retry([describe_failure(ControllerError(RuntimeError("gloo: connectFullMesh failed")), 0)], 1)
-    assert plan_retry([describe_failure(_death(), 0)], 1)
+    assert should_restart([describe_failure(ControllerError(RuntimeError("gloo: connectFullMesh failed")), 0)], 1)
+    assert should_restart([describe_failure(_death(), 0)], 1)
 
 
 def test_interrupted_survives_a_process_border_with_its_code() -> None:
@@ -152,15 +152,17 @@ def test_the_environment_is_set_before_anything_else(monkeypatch) -> None:
 
 def test_the_pause_grows_only_while_nothing_is_gained() -> None:
     at = [Failure("died", step=step) for step in (3, 3, 3, 8, 8)]
-    assert [plan_pause(at[:n]) for n in range(1, 6)] == [2, 4, 8, 2, 4]
-    assert plan_pause([Failure("died")] * 40) == 64
+    assert [restart_backoff(at[:n]) for n in range(1, 6)] == [2, 4, 8, 2, 4]
+    assert restart_backoff([Failure("died")] * 40) == 64
 
 
 def test_a_rewind_is_no_refusal() -> None:
-    error = WorkerGroupError("failed", {1: _Raised(Rewind("step 7: not finite")), 0: _Raised(Rewind("step 7"))})
+    error = WorkerGroupError(
+        "failed", {1: _Raised(RewindToCheckpoint("step 7: not finite")), 0: _Raised(RewindToCheckpoint("step 7"))}
+    )
     failure = describe_failure(error, 6)
     assert failure.own is None
-    assert plan_retry([failure], 1)
+    assert should_restart([failure], 1)
 
 
 def test_a_lost_connection_is_no_error_of_the_worker_that_tells_it() -> None:
@@ -168,7 +170,7 @@ def test_a_lost_connection_is_no_error_of_the_worker_that_tells_it() -> None:
     failure = describe_failure(WorkerGroupError("failed", {0: _Raised(RuntimeError(text))}), 6)
     told = "Read error [10.0.0.2]:43681: Connection reset by peer"
     assert failure.text == f"worker 0 lost its connection to another ({told})"
-    assert plan_retry([failure, failure], 9), "machines may go twice at the same step"
+    assert should_restart([failure, failure], 9), "machines may go twice at the same step"
 
 
 def test_a_signal_that_ray_s_own_handler_took_is_a_stop(monkeypatch, tmp_path) -> None:

@@ -13,11 +13,11 @@ from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.models.precision import autocast, describe_emulation, fastest_precision
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.attempt import Place
-from ray_vlm.train.driver import ALONE, Hosted, train
+from ray_vlm.train.attempt import DistributedContext
+from ray_vlm.train.driver import ALONE, TrialContext, train
 from ray_vlm.train.loss_scale import watch_overflow
 
-_HERE = Place(0, 1, "cpu", ray=False)
+_HERE = DistributedContext(0, 1, "cpu", ray=False)
 
 
 def _trainer(scale: float | None, finite: bool) -> Any:
@@ -44,7 +44,7 @@ def high_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**20))
 
 
-def _train(path: Path, name: str, hosted: Hosted = ALONE, resume: bool = False, *more: str) -> RunPaths:
+def _train(path: Path, name: str, hosted: TrialContext = ALONE, resume: bool = False, *more: str) -> RunPaths:
     job = load_job(
         path, ["train.precision=fp16", f"run.name={name}", "train.max_steps=3", "train.warmup_ratio=0", *more]
     )
@@ -69,7 +69,7 @@ def test_a_run_in_float16_is_the_same_where_it_was_stopped(job_file: Any, high_s
     assert not whole.bad_steps.exists(), "no fault of the rows"
     asked = []
     with pytest.raises(Interrupted):
-        _train(path, "stopped", Hosted(stop=lambda: len(asked) > 0 or bool(asked.append(1))))
+        _train(path, "stopped", TrialContext(stop=lambda: len(asked) > 0 or bool(asked.append(1))))
     stopped = RunPaths(tmp_path / "runs" / "stopped")
     assert list(stopped.root.glob("checkpoint-*/scaler.pt"))
     _train(path, "stopped", resume=True)

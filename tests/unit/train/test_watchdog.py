@@ -8,11 +8,13 @@ from pathlib import Path
 from ray_vlm.runs.store import Store
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.clock import Clock
-from ray_vlm.train.watchdog import Standing, Watchdog, describe_stall, find_phase, is_waiting, take_sentence
+from ray_vlm.train.watchdog import Watchdog, WorkerStatus, describe_stall, find_phase, is_waiting, take_sentence
 
 
-def _at(rank: int, phase: str, batches: int, steps: int, rows: tuple[str, ...] = (), waits: bool = False) -> Standing:
-    return Standing(rank, f"host{rank}", 100 + rank, phase, batches, steps, 3, rows, waits)
+def _at(
+    rank: int, phase: str, batches: int, steps: int, rows: tuple[str, ...] = (), waits: bool = False
+) -> WorkerStatus:
+    return WorkerStatus(rank, f"host{rank}", 100 + rank, phase, batches, steps, 3, rows, waits)
 
 
 def test_the_one_that_is_behind_is_named_with_its_rows() -> None:

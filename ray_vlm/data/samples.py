@@ -1,7 +1,7 @@
 """One record -> token ids, labels and resized pixels: the work of a loader, in a thread or in a Ray Data process.
 
-`RowSpec` is plain data that says how; `Preparer` holds the processor and does it. Training, validation and prediction
-go through the same `Preparer`, so they cannot resize or word anything differently. Rows are checked and counted before
+`SampleSpec` is plain data that says how; `SampleBuilder` holds the processor and does it. Training, validation and prediction
+go through the same `SampleBuilder`, so they cannot resize or word anything differently. Rows are checked and counted before
 the processor is loaded, which brings torch along, wherever the base's files say enough (`models/prompt_text.py`).
 """
 
@@ -15,32 +15,32 @@ import numpy as np
 
 from ray_vlm.data.images import ImageSpec, build_image_spec, decode, resize
 from ray_vlm.data.layout import MARK, check_images, expand_images, lay_out, mark_answers
+from ray_vlm.data.processor_images import load_stock
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
-from ray_vlm.data.spec import IGNORED, Row, RowSpec, Tokens
-from ray_vlm.data.stock import load_stock
+from ray_vlm.data.spec import IGNORED, Sample, SampleSpec, Tokens
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
+from ray_vlm.models.library_logging import quiet_libraries
 from ray_vlm.models.load import family_of, load_config, resolve_name
 from ray_vlm.models.processor import load_processor
 from ray_vlm.models.prompt_text import PromptText, read_prompt_text, take_prompt_text
-from ray_vlm.models.quiet import quiet_libraries
 from ray_vlm.tasks import TASKS
-from ray_vlm.tasks.answers import IMAGE, Answer, Setting, Turns
+from ray_vlm.tasks.answers import IMAGE, Answer, PromptContext, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
 
 _PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
 _LOADING = threading.Lock()
 
 
-class Preparer:
+class SampleBuilder:
     """Turns records into rows. Holds the processor once a row with pixels, or the processor itself, has been asked
     for."""
 
-    def __init__(self, spec: RowSpec):
+    def __init__(self, spec: SampleSpec):
         quiet_libraries()
         self.spec = spec
         self.task = TASKS[spec.task.name]
-        self.setting = Setting(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
+        self.setting = PromptContext(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
         self.stock: Any = None
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
@@ -182,19 +182,19 @@ class Preparer:
         """Tokens that close an answer; `token_counts` counts them with it."""
         return len(self._ids(self._layout((("user", "?"),), ())[1]))
 
-    def row(self, record: Record) -> Row:
+    def row(self, record: Record) -> Sample:
         """What the spec's method trains of a record, with pixels."""
         make = {"answer": self.train_row, "pair": self.pair_row, "prompt": self.prompt_row}
         return make[self.spec.kind](record)
 
-    def pair_row(self, record: Any) -> Row:
+    def pair_row(self, record: Any) -> Sample:
         """The prompt with pixels, and both answers, the preferred one first."""
         self._load()
         prompt = self._tokens(record, Answer(record.chosen)).prompt
         both = tuple(np.array(self._closed(record, answer), np.int32) for answer in self.answers(record))
-        return Row(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record), completions=both)
+        return Sample(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record), completions=both)
 
-    def train_row(self, record: Any) -> Row:
+    def train_row(self, record: Any) -> Sample:
         """Prompt and answer with pixels."""
         self._load()
         tokens = self._tokens(record, self.answer(record))
@@ -204,13 +204,13 @@ class Preparer:
             labels[~np.array(tokens.trained)] = IGNORED
         labels[ids == self.image_token_id] = IGNORED
         weights = np.array(tokens.weights, np.float32) if self._weight_of else None
-        return Row(ids, labels, self._pixels(record), weights)
+        return Sample(ids, labels, self._pixels(record), weights)
 
-    def prompt_row(self, record: Record) -> Row:
+    def prompt_row(self, record: Record) -> Sample:
         """The prompt with pixels, for generation."""
         self._load()
         prompt = self._tokens(record, Answer("")).prompt
-        return Row(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record))
+        return Sample(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record))
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer from its token ids, up to its end. Special tokens before that stay: Qwen2-VL writes boxes with
@@ -295,6 +295,6 @@ class Preparer:
 
 
 @lru_cache(maxsize=4)
-def load_preparer(spec: RowSpec) -> Preparer:
-    """The process's `Preparer` for `spec`, made once."""
-    return Preparer(spec)
+def load_sample_builder(spec: SampleSpec) -> SampleBuilder:
+    """The process's `SampleBuilder` for `spec`, made once."""
+    return SampleBuilder(spec)

@@ -1,7 +1,7 @@
 """Rows of a batch that begin alike go through the model's beginning once, and short rows lie behind one another.
 
 DPO's two answers, and all answers of a GRPO group, stand behind the same images and the same question. TRL lays them
-out as rows of a padded batch, so images and question are encoded once a row. `fold_rows` wraps the forward of the
+out as rows of a padded batch, so images and question are encoded once a row. `share_prefixes` wraps the forward of the
 *backbone*, which TRL's log-probability head calls for hidden states: rows with the same images become one tree - their
 common beginning once, then every row's rest as a branch that sees the beginning and itself - and each row gets its
 hidden states back where TRL expects them. Trees, of one row in SFT, are packed behind one another where that is less
@@ -18,25 +18,25 @@ from ray_vlm.methods.images import RowImages, Span
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.families import Family
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.models.packing import Folding, plan_packs
+from ray_vlm.models.packing import PackingOptions, plan_packs
 
 _NEEDED = {"input_ids", "attention_mask", "mm_token_type_ids"}
 _HANDLED = {*_NEEDED, "pixel_values", "image_grid_thw"}  # anything else (a cache, positions) goes the plain way
 
 
 @dataclass(frozen=True)
-class Tree:
+class PrefixGroup:
     """Rows that share a beginning. `rows`: their numbers; `length`: tokens of the beginning."""
 
     rows: tuple[int, ...]
     length: int
 
 
-def plan_folding(job: JobConfig, family: Family, config: Any) -> Folding:
+def plan_folding(job: JobConfig, family: Family, config: Any) -> PackingOptions:
     """What may be done to the rows of the job's batches; `config`: the model's."""
     exact = why_alone(job, family) is None
     share = job.method.name != "sft" and job.method.share_prefixes
-    return Folding(exact and share, exact and job.train.packing, config.get_text_config().hidden_size)
+    return PackingOptions(exact and share, exact and job.train.packing, config.get_text_config().hidden_size)
 
 
 def why_alone(job: JobConfig, family: Family) -> str | None:
@@ -46,7 +46,7 @@ def why_alone(job: JobConfig, family: Family) -> str | None:
     return family.cannot.get("method.share_prefixes")
 
 
-def fold_rows(model: Any, folding: Folding, counter: OperationCounter | None = None) -> None:
+def share_prefixes(model: Any, folding: PackingOptions, counter: OperationCounter | None = None) -> None:
     """Let the model's backbone do to rows what `folding` says, in forwards without a cache. Exact without dropout.
     `counter` is told of the padding behind packs."""
     backbone = base_of(model).base_model
@@ -68,7 +68,7 @@ def fold_rows(model: Any, folding: Folding, counter: OperationCounter | None = N
             return plain(*args, **_apart(inputs, images, image_spans))
         rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         tokens = [ids[mask.bool()].tolist() for ids, mask in rows]
-        alone = [Tree((row,), len(ids)) for row, ids in enumerate(tokens)]
+        alone = [PrefixGroup((row,), len(ids)) for row, ids in enumerate(tokens)]
         trees = plan_trees(tokens, images) if folding.share else alone
         sizes = [tree.length + sum(len(tokens[row]) - tree.length for row in tree.rows) for tree in trees]
         packs = plan_packs(sizes, folding.hidden) if folding.pack else [[number] for number in range(len(trees))]
@@ -87,7 +87,7 @@ def _apart(inputs: dict[str, Any], images: RowImages, spans: Sequence[Span] | No
     return inputs if spans is None else inputs | images.of_all(range(len(images.spans)))
 
 
-def plan_trees(tokens: Sequence[list[int]], images: Any) -> list[Tree]:
+def plan_trees(tokens: Sequence[list[int]], images: Any) -> list[PrefixGroup]:
     """Rows that show the same images and begin alike, up to the last image and for half of the shorter one or more.
 
     `tokens`: of each row, without padding. `images.end(row)`: how many of them end with the row's last image;
@@ -104,7 +104,7 @@ def plan_trees(tokens: Sequence[list[int]], images: Any) -> list[Tree]:
                 break
         else:
             groups.append([row])
-    return [Tree(tuple(group), _common([tokens[row] for row in group])) for group in groups]
+    return [PrefixGroup(tuple(group), _common([tokens[row] for row in group])) for group in groups]
 
 
 def _common(sequences: Sequence[list[int]]) -> int:
@@ -121,7 +121,7 @@ def _run(
     plain: Any,
     inputs: dict[str, Any],
     tokens: list[list[int]],
-    packs: Sequence[Sequence[Tree]],
+    packs: Sequence[Sequence[PrefixGroup]],
     images: RowImages,
 ) -> Any:
     """The backbone's output for the batch, from one row a pack; `last_hidden_state` is in the batch's own layout."""
@@ -143,7 +143,7 @@ def _run(
     return output
 
 
-def _lay_out(mask: Any, tokens: list[list[int]], packs: Sequence[Sequence[Tree]]) -> tuple[Any, Any, Any, Any]:
+def _lay_out(mask: Any, tokens: list[list[int]], packs: Sequence[Sequence[PrefixGroup]]) -> tuple[Any, Any, Any, Any]:
     """Where each token of the packs comes from, and where each of the batch goes to.
 
     `source`: of each token of a pack its place in the flat batch; `tree_of` and `branch`: which tree of the pack it is

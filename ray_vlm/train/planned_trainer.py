@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.spec import Row
-from ray_vlm.data.stream import Feed, StartedStream, Stream, stream_local, stream_ray
+from ray_vlm.data.spec import Sample
+from ray_vlm.data.stream import StartedStream, Stream, StreamSpec, stream_local, stream_ray
 from ray_vlm.models.lora import split_rates
-from ray_vlm.train.attempt import Place
+from ray_vlm.train.attempt import DistributedContext
 from ray_vlm.train.clock import Clock
 from ray_vlm.train.deepspeed import deepspeed_config
 from ray_vlm.train.loss_scale import StepLosses
 
 if TYPE_CHECKING:
-    from ray_vlm.train.worker import WorkerTask
+    from ray_vlm.train.worker import WorkerSpec
 
 
-def open_stream(job: JobConfig, task: "WorkerTask", place: Place, first: int) -> Stream:
+def open_stream(job: JobConfig, task: "WorkerSpec", place: DistributedContext, first: int) -> Stream:
     """What this rank trains on, from micro-batch `first` to the plan's end. Under Ray its loaders start at once."""
     last = task.plan.num_steps * task.plan.accumulation
     fill_in = job.data.on_bad_row == "quarantine"
-    feed = Feed(task.train, task.spec, task.plan, place.rank, first, last, task.row_bytes, fill_in)
+    feed = StreamSpec(task.train, task.spec, task.plan, place.rank, first, last, task.row_bytes, fill_in)
     if not place.ray or first >= last:
         return stream_local(feed)
     return StartedStream(stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment))
@@ -46,7 +46,7 @@ class PlannedBatches:
         self,
         stream: Stream,
         plan: Plan,
-        build: Callable[[list[Row]], Any],
+        build: Callable[[list[Sample]], Any],
         accumulation: int,
         first: int = 0,
         clock: Clock | None = None,
@@ -106,7 +106,7 @@ class LeftOut:
 def feed_trainer(trainer_class: type) -> type:
     """A subclass of a TRL trainer that is fed by `PlannedBatches` and validated by a function of ours."""
 
-    class FedTrainer(LeftOut, trainer_class):
+    class PlannedTrainer(LeftOut, trainer_class):
         planned_batches: PlannedBatches
         control: Any
         validate: Callable[[Any], dict[str, float]] | None = None
@@ -156,8 +156,8 @@ def feed_trainer(trainer_class: type) -> type:
             with self.clock.phase("checkpoint", host=True):
                 self.write_checkpoint()
 
-    FedTrainer.__name__ = trainer_class.__name__
-    return FedTrainer
+    PlannedTrainer.__name__ = trainer_class.__name__
+    return PlannedTrainer
 
 
 def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:

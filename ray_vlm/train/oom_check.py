@@ -15,13 +15,13 @@ from ray_vlm.machine import GIB
 from ray_vlm.methods import METHODS
 from ray_vlm.models.backbone import recompute
 from ray_vlm.models.precision import autocast
-from ray_vlm.train.attempt import Place
-from ray_vlm.train.fit import Probe
+from ray_vlm.train.attempt import DistributedContext
+from ray_vlm.train.memory_plan import Probe
 
 _KEPT = ("_metrics", "_total_train_tokens", "_step")  # what TRL counts in a loss
 
 
-def run_probe(trainer: Any, job: JobConfig, probe: Probe, place: Place) -> str:
+def run_probe(trainer: Any, job: JobConfig, probe: Probe, place: DistributedContext) -> str:
     """Run it, and say in a sentence what it took. Raises `RunError` where it does not fit."""
     import torch
 
@@ -56,7 +56,7 @@ def _refuse(told: str, why: str, probe: Probe) -> str:
 
 
 @contextmanager
-def _measure(model: Any, place: Place) -> Iterator[dict[str, float]]:
+def _measure(model: Any, place: DistributedContext) -> Iterator[dict[str, float]]:
     """Bytes `before` on the device, and `above` them at the peak."""
     import torch
 
@@ -75,7 +75,7 @@ def _measure(model: Any, place: Place) -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def _no_trace(trainer: Any, place: Place) -> Iterator[None]:
+def _no_trace(trainer: Any, place: DistributedContext) -> Iterator[None]:
     import torch
 
     kept = {name: copy.deepcopy(getattr(trainer, name)) for name in _KEPT if hasattr(trainer, name)}

@@ -1,4 +1,4 @@
-"""The cells of `sheet.py` as one PNG: a contact sheet with a legend, the question and the answer under each image."""
+"""The cells of `preview_images.py` as one PNG: a contact sheet with a legend, the question and the answer under each image."""
 
 import io
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ray_vlm.data.sheet import Cell, Mark
+from ray_vlm.data.preview_images import Annotation, PreviewPanel
 from ray_vlm.data.survey import plain
 from ray_vlm.runs.drawing import font_families
 from ray_vlm.tasks.boxes import Frame
@@ -25,7 +25,7 @@ _SHOWN_IMAGES = 4
 Area = tuple[float, float, float, float]
 
 
-def draw_sheet(cells: Sequence[Cell], title: str, notes: Sequence[str]) -> bytes:
+def draw_sheet(cells: Sequence[PreviewPanel], title: str, notes: Sequence[str]) -> bytes:
     """The sheet as PNG, about 1600 pixels wide: title, notes, legend, and the cells in rows of four."""
     labels = sorted({mark.label for cell in cells for mark in cell.marks})
     colors = {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
@@ -84,7 +84,7 @@ def _legend(labels: Sequence[str], width: int) -> list[list[tuple[int, str]]]:
     return lines
 
 
-def _caption(cell: Cell) -> list[tuple[str, int, str]]:
+def _caption(cell: PreviewPanel) -> list[tuple[str, int, str]]:
     """Lines of (text, size, colour) under a picture."""
     parts = [(line, _SMALL, _SOFT, 1) for line in cell.head]
     parts += [(cell.problem, _SMALL, _WRONG, 3)] if cell.problem else []
@@ -92,7 +92,7 @@ def _caption(cell: Cell) -> list[tuple[str, int, str]]:
     return [(line, size, color) for text, size, color, most in parts for line in _wrap(text, size, _CELL, most)]
 
 
-def _draw_pictures(sheet: Image.Image, cell: Cell, corner: tuple[int, int], colors: dict[str, str]) -> None:
+def _draw_pictures(sheet: Image.Image, cell: PreviewPanel, corner: tuple[int, int], colors: dict[str, str]) -> None:
     """The row's images side by side on a panel, with their marks."""
     left, top = corner
     pen = ImageDraw.Draw(sheet)
@@ -114,7 +114,7 @@ def _draw_pictures(sheet: Image.Image, cell: Cell, corner: tuple[int, int], colo
         _draw_marks(pen, marks, places, colors, (at[0], at[1], at[0] + size[0] - 1, at[1] + size[1] - 1))
 
 
-def _on_sheet(mark: Mark, frame: Frame, at: tuple[int, int], scale: tuple[float, float]) -> tuple[float, ...]:
+def _on_sheet(mark: Annotation, frame: Frame, at: tuple[int, int], scale: tuple[float, float]) -> tuple[float, ...]:
     """A mark in pixels of the sheet, from those of the original image."""
     shown = frame.content or frame.resized
     return tuple(
@@ -124,7 +124,7 @@ def _on_sheet(mark: Mark, frame: Frame, at: tuple[int, int], scale: tuple[float,
 
 
 def _draw_marks(
-    pen: Any, marks: Sequence[Mark], places: Sequence[tuple[float, ...]], colors: dict[str, str], picture: Area
+    pen: Any, marks: Sequence[Annotation], places: Sequence[tuple[float, ...]], colors: dict[str, str], picture: Area
 ) -> None:
     for mark, place in zip(marks, places, strict=True):
         color = colors[mark.label]

@@ -11,10 +11,10 @@ import numpy as np
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.index import Index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.rows import Preparer
+from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.errors import ConfigError
 from ray_vlm.machine import GIB
-from ray_vlm.methods.forward import plan_folding
+from ray_vlm.methods.prefix_sharing import plan_folding
 from ray_vlm.models.load import load_config
 from ray_vlm.models.memory import Choice, Estimate, RowSize, choose, estimate, merge_of, micro_sizes
 
@@ -31,7 +31,7 @@ class Probe:
     predicted: float
 
 
-def row_size(index: Index, row: int, preparer: Preparer) -> RowSize:
+def row_size(index: Index, row: int, preparer: SampleBuilder) -> RowSize:
     """Tokens of one row, as the planner of memory takes them."""
     image, prompt, answer = (int(of[row]) for of in (index.image_tokens, index.prompt_tokens, index.answer_tokens))
     answers = preparer.row(index.records[row]).completions
@@ -53,14 +53,14 @@ def heaviest_rows(job: JobConfig, plan: Plan, index: Index) -> tuple[int, ...]:
     return rows
 
 
-def predict(job: JobConfig, index: Index, rows: Sequence[int], preparer: Preparer) -> Estimate:
+def predict(job: JobConfig, index: Index, rows: Sequence[int], preparer: SampleBuilder) -> Estimate:
     """Memory of one worker when these rows go through it."""
     rehearsal, merge = _rehearse(job, preparer)
     sizes = [row_size(index, row, preparer) for row in rows]
     return estimate(rehearsal, sizes, merge, plan_folding(job, preparer.family, rehearsal.config))
 
 
-def plan_probe(job: JobConfig, plan: Plan, index: Index, preparer: Preparer) -> Probe | None:
+def plan_probe(job: JobConfig, plan: Plan, index: Index, preparer: SampleBuilder) -> Probe | None:
     """The heaviest batch of the plan, where the job wants it to run first. Raises `ConfigError` for a card that is
     smaller than what stays on it."""
     wanted = job.train.probe if job.train.probe is not None else job.cluster.gpus_per_worker > 0
@@ -78,7 +78,7 @@ def plan_probe(job: JobConfig, plan: Plan, index: Index, preparer: Preparer) -> 
     return Probe(rows, int(index.tokens[list(rows)].max()), above)
 
 
-def fit(job: JobConfig, index: Index, preparer: Preparer) -> tuple[JobConfig, str]:
+def fit(job: JobConfig, index: Index, preparer: SampleBuilder) -> tuple[JobConfig, str]:
     """The job with `train.memory: auto` resolved, and a sentence on what was chosen. Raises `ConfigError` where not
     even the smallest batch fits."""
     card = job.cluster.gpu_memory_gib
@@ -117,7 +117,7 @@ def micros(job: JobConfig) -> list[int]:
     return found or [1]
 
 
-def _rehearse(job: JobConfig, preparer: Preparer) -> tuple[Any, int]:
+def _rehearse(job: JobConfig, preparer: SampleBuilder) -> tuple[Any, int]:
     from ray_vlm.models.rehearse import Rehearsal
 
     config = load_config(job.model)

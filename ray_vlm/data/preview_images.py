@@ -1,6 +1,6 @@
 """Rows as marked pictures: what the model sees, with boxes and points read back from the text that it is trained on.
 
-They go through the answer's text and `task.parse`, so a wrong codec or a shifted box shows. `sheet_plot.py` draws them.
+They go through the answer's text and `task.parse`, so a wrong codec or a shifted box shows. `preview_plot.py` draws them.
 """
 
 import re
@@ -11,8 +11,8 @@ import numpy as np
 
 from ray_vlm.data.index import Index
 from ray_vlm.data.records import Record, SftRecord
-from ray_vlm.data.rows import Preparer, load_preparer
-from ray_vlm.data.spec import RowSpec
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.stats import regions_of
 from ray_vlm.data.survey import plain
 from ray_vlm.tasks.answers import IMAGE, Parsed
@@ -28,7 +28,7 @@ _REGION = re.compile(
 
 
 @dataclass(frozen=True)
-class Mark:
+class Annotation:
     """A box (four numbers) or a point (two) in original pixels of one image, with its class."""
 
     image: int
@@ -37,22 +37,22 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Cell:
+class PreviewPanel:
     """One row. `head`: lines on the row, its images and how exactly regions were read back; `images`: `uint8 [h, w, 3]`
     as the model sees them; `frames`: where originals lie in them; `problem`: what went wrong in reading back."""
 
     head: tuple[str, ...]
     images: tuple[np.ndarray, ...]
     frames: tuple[Frame, ...]
-    marks: tuple[Mark, ...]
+    marks: tuple[Annotation, ...]
     question: str
     answer: str
     problem: str = ""
 
 
-def make_cells(index: Index, spec: RowSpec, positions: Sequence[int]) -> list[Cell]:
+def make_cells(index: Index, spec: SampleSpec, positions: Sequence[int]) -> list[PreviewPanel]:
     """The rows at these positions. Raises `DataError` where an image cannot be decoded."""
-    preparer = load_preparer(spec)
+    preparer = load_sample_builder(spec)
     cells = []
     for position in positions:
         record = index.records[position]
@@ -60,7 +60,7 @@ def make_cells(index: Index, spec: RowSpec, positions: Sequence[int]) -> list[Ce
     return cells
 
 
-def _plain_cell(record: Record, preparer: Preparer) -> Cell:
+def _plain_cell(record: Record, preparer: SampleBuilder) -> PreviewPanel:
     """A pair or a prompt: its texts, and what the task understands of the preferred answer."""
     answers = [answer.text for answer in preparer.answers(record)]
     frames, turns = preparer.frames(record), preparer.turns(record)
@@ -68,10 +68,10 @@ def _plain_cell(record: Record, preparer: Preparer) -> Cell:
     question = next((text for role, text in reversed(turns) if role == "user"), "")
     told = "  rather than  ".join(map(_one_line, answers))
     head = (f"row {record.row} (id {plain(record.id)})",)
-    return Cell(head, preparer.row(record).images, frames, tuple(_answered(parsed)), _one_line(question), told)
+    return PreviewPanel(head, preparer.row(record).images, frames, tuple(_answered(parsed)), _one_line(question), told)
 
 
-def _cell(record: SftRecord, preparer: Preparer) -> Cell:
+def _cell(record: SftRecord, preparer: SampleBuilder) -> PreviewPanel:
     frames, turns = preparer.frames(record), preparer.turns(record)
     answer = preparer.answer(record).text
     parsed = preparer.task.parse(answer, frames)
@@ -87,7 +87,7 @@ def _cell(record: SftRecord, preparer: Preparer) -> Cell:
     note, problem = _compare(record, frames, marks)
     if not parsed.ok or parsed.repairs:
         problem = "; ".join(["the answer is not read back as it is written", *parsed.repairs])
-    return Cell(
+    return PreviewPanel(
         tuple(line for line in (head, sizes, note) if line),
         images,
         frames,
@@ -102,24 +102,24 @@ def _one_line(text: str) -> str:
     return plain(" ".join(text.replace(IMAGE, " ").split()))
 
 
-def _answered(parsed: Parsed) -> Iterator[Mark]:
+def _answered(parsed: Parsed) -> Iterator[Annotation]:
     """What the task understood of the answer."""
     values = parsed.values
     for box, label in zip(values.get("boxes", ()), values.get("labels", ()), strict=True):
-        yield Mark(0, tuple(box), label)
+        yield Annotation(0, tuple(box), label)
     for key in ("box", "point"):
         if values.get(key) is not None:
-            yield Mark(0, tuple(values[key]), str(values["output"].get("action", "")))
+            yield Annotation(0, tuple(values[key]), str(values["output"].get("action", "")))
 
 
-def _told(parsed: Parsed, frames: Sequence[Frame], question: str) -> Iterator[Mark]:
+def _told(parsed: Parsed, frames: Sequence[Frame], question: str) -> Iterator[Annotation]:
     """A classification's answer, at the centre that its question tells."""
     if frames and (values := parsed.values.get("attributes")) and (found := _TOLD_CENTRE.search(question)):
         width, height = frames[0].original
-        yield Mark(0, (float(found[1]) * width, float(found[2]) * height), ", ".join(values.values()))
+        yield Annotation(0, (float(found[1]) * width, float(found[2]) * height), ", ".join(values.values()))
 
 
-def _in_text(record: SftRecord, frames: Sequence[Frame], texts: Sequence[str]) -> Iterator[Mark]:
+def _in_text(record: SftRecord, frames: Sequence[Frame], texts: Sequence[str]) -> Iterator[Annotation]:
     """Regions that a chat's texts name, where there are as many as the record has."""
     boxes = record.context.get("boxes", ())
     found = [[float(v) for v in match.groups() if v] for text in texts for match in _REGION.finditer(text)]
@@ -127,10 +127,10 @@ def _in_text(record: SftRecord, frames: Sequence[Frame], texts: Sequence[str]) -
         numbers = record.context.get("image_of") or (0,) * len(boxes)
         for place, image in zip(found, numbers, strict=True):
             read = frames[image].decode(place) if len(place) == 4 else frames[image].decode_point(place)
-            yield Mark(image, read, "in the text")
+            yield Annotation(image, read, "in the text")
 
 
-def _compare(record: SftRecord, frames: Sequence[Frame], marks: Sequence[Mark]) -> tuple[str, str]:
+def _compare(record: SftRecord, frames: Sequence[Frame], marks: Sequence[Annotation]) -> tuple[str, str]:
     """How far marks lie from the regions of the data, as a note; and as a problem where that is too far."""
     read = [np.array(mark.place) for mark in marks]
     right = [np.array(place) for tag, place, _ in regions_of(record)] if "attributes" not in record.truth else []

@@ -15,7 +15,7 @@ from typing import Any
 _STARVED_S = 2.0  # without a batch for so long, the trainer lets the loaders go that wait for it
 
 
-class Pace:
+class PrefetchGate:
     """A Ray actor beside the trainer: holds the number of the micro-batch that the trainer has reached."""
 
     def __init__(self, first: int):
@@ -51,7 +51,7 @@ def start_pace(first: int) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor: Any = ray.remote(Pace)
+    actor: Any = ray.remote(PrefetchGate)
     return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(first)
 
 

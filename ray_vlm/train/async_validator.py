@@ -15,13 +15,13 @@ from typing import Any
 
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.rows import load_preparer
+from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_checkpoint, replace_folder
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.store import Store, join
-from ray_vlm.train.attempt import Attempt, Place
-from ray_vlm.train.feed import open_stream
+from ray_vlm.train.attempt import Attempt, DistributedContext
+from ray_vlm.train.planned_trainer import open_stream
 from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
 
 _PREFIX = ".validate-"
@@ -36,13 +36,13 @@ class Measured:
     pictures: tuple[tuple[str, Any], ...] = ()
 
 
-class Background:
+class AsyncValidator:
     """Every rank has one and calls `resume`, `begin` and `collect` at the same steps; rank 0's does the work.
 
-    `task`: a `train.worker.WorkerTask`. `step`: of the weights that are being measured, None while there are none.
+    `task`: a `train.worker.WorkerSpec`. `step`: of the weights that are being measured, None while there are none.
     """
 
-    def __init__(self, task: Any, job: JobConfig, paths: RunPaths, place: Place):
+    def __init__(self, task: Any, job: JobConfig, paths: RunPaths, place: DistributedContext):
         self.step: int | None = None
         self._task, self._job, self._paths, self._place = task, job, paths, place
         self._actor: Any = None
@@ -160,7 +160,7 @@ class _Validator:
 
     def measure(self, address: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
         """Metrics of the weights there, and sample images where the run has trackers."""
-        from ray_vlm.evaluate.drawn import draw_predictions
+        from ray_vlm.evaluate.draw import draw_predictions
         from ray_vlm.train.report import plain
 
         if self._trainer is None:
@@ -183,7 +183,7 @@ def _build_trainer(task: Any) -> Any:
     cluster = job.cluster.model_copy(update={"deepspeed": None})
     job = job.model_copy(update={"method": method, "cluster": cluster})
     prepare_process(job, in_ray=False)
-    place, preparer = find_place(job, in_ray=False), load_preparer(task.spec)
+    place, preparer = find_place(job, in_ray=False), load_sample_builder(task.spec)
     args, model = build_args(job, task, Attempt(0, "")), load_adapted(job, preparer.family, place)
     stream = open_stream(job, task, place, 0)  # which nobody takes anything from
     trainer = build_trainer(job, task, args, model, preparer, place, 0, stream)

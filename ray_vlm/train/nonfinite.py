@@ -60,7 +60,7 @@ def drop_gradients(model: Any) -> None:
         parameter.grad = None
 
 
-class Rewind(RunError):
+class RewindToCheckpoint(RunError):
     """The run is to go on from its last checkpoint, without the rows from there to the step that failed."""
 
 
@@ -130,7 +130,7 @@ def watch_steps(
                 _add_line(paths.bad_steps, json.dumps(told, ensure_ascii=False))
                 paths.publish(paths.bad_steps)
         if policy != "skip":
-            raise (Rewind if policy == "rewind" else RunError)(explain(told, policy))
+            raise (RewindToCheckpoint if policy == "rewind" else RunError)(explain(told, policy))
         if monitor is not None:
             monitor.note(step + 1, explain(told, policy))
         drop_gradients(model)

@@ -12,8 +12,8 @@ from io import BytesIO
 from typing import Any
 
 from ray_vlm.data.records import Record
-from ray_vlm.data.rows import Preparer
-from ray_vlm.data.spec import Row
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
 from ray_vlm.errors import DataError
 
 SIZES_FILE = "image_sizes.parquet"  # of a run folder
@@ -21,7 +21,7 @@ WAITS_S = (0.2, 1.0)  # before each new attempt at the row itself
 _OTHERS = 16  # rows after it that may take its place
 
 
-def make_row(preparer: Preparer, records: Sequence[Record], number: int, fill_in: bool) -> Row:
+def make_row(preparer: SampleBuilder, records: Sequence[Record], number: int, fill_in: bool) -> Sample:
     """The row at position `number`, or with `fill_in` one in its place, whose own position is in it.
 
     Raises `DataError` where it cannot be read, or none of those after it either.
