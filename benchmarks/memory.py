@@ -22,6 +22,7 @@ from ray_vlm.models.load import family_of, load_config
 from ray_vlm.models.memory import GIB, RowSize, estimate, merge_of, micro_sizes
 from ray_vlm.models.presets import load_preset
 from ray_vlm.models.rehearse import Rehearsal
+from ray_vlm.train.worker_spec import WorkerSpec
 
 SMALL, LARGE = {"max_pixels": 8192}, {"min_pixels": 30000, "max_pixels": 40000}
 # (method, rank, checkpointing, rows at a time, parts, image sizes)
@@ -67,7 +68,6 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
     from ray_vlm.train.planned_trainer import open_stream
     from ray_vlm.train.prepare import prepare
     from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
-    from ray_vlm.train.worker import WorkerSpec
 
     prepared = prepare(job)
     prepare_process(job, False)

@@ -1,7 +1,7 @@
 """Attention of trees and packs: which kernel a mask of booleans gets, and how others would do.
 
-A tree is a beginning and its answers, as `methods/prefix_sharing.py` lays out a group of GRPO: a token sees those before it in
-the beginning and in its own answer. Shapes of Qwen3-VL-8B: 32 heads over 8 of keys and values, 128 wide.
+A tree is a beginning and its answers, as `methods/prefix_sharing.py` lays out a group of GRPO: a token sees those
+before it in the beginning and in its own answer. Shapes of Qwen3-VL-8B: 32 heads over 8 of keys and values, 128 wide.
 """
 
 from collections.abc import Callable, Sequence

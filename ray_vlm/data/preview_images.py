@@ -1,6 +1,7 @@
 """Rows as marked pictures: what the model sees, with boxes and points read back from the text that it is trained on.
 
-They go through the answer's text and `task.parse`, so a wrong codec or a shifted box shows. `preview_plot.py` draws them.
+They go through the answer's text and `task.parse`, so a wrong codec or a shifted box shows. `preview_plot.py` draws
+them.
 """
 
 import re

@@ -1,4 +1,5 @@
-"""The cells of `preview_images.py` as one PNG: a contact sheet with a legend, the question and the answer under each image."""
+"""The cells of `preview_images.py` as one PNG: a contact sheet with a legend, the question and the answer under each
+image."""
 
 import io
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """One record -> token ids, labels and resized pixels: the work of a loader, in a thread or in a Ray Data process.
 
-`SampleSpec` is plain data that says how; `SampleBuilder` holds the processor and does it. Training, validation and prediction
-go through the same `SampleBuilder`, so they cannot resize or word anything differently. Rows are checked and counted before
-the processor is loaded, which brings torch along, wherever the base's files say enough (`models/prompt_text.py`).
+`SampleSpec` is plain data that says how; `SampleBuilder` holds the processor and does it. Training, validation and
+prediction go through the same `SampleBuilder`, so they cannot resize or word anything differently. Rows are checked and
+counted before the processor is loaded, which brings torch along, wherever the base's files say enough
+(`models/prompt_text.py`).
 """
 
 import re

@@ -1,9 +1,9 @@
 """What a frozen image encoder makes of an image, made once: within a step, and with a folder in all epochs and runs.
 
-Within a step the reference, the rollout and what is trained look at the same images: `StepFeatureCache` has them in memory, by
-their pixels. `DiskFeatureCache` has them on a disk, by the hash of the pixels as the encoder gets them and of the encoder's
-weights. A file that cannot be read is made again; a full disk, or a folder that holds what it may, ends the writing and
-nothing else.
+Within a step the reference, the rollout and what is trained look at the same images: `StepFeatureCache` has them in
+memory, by their pixels. `DiskFeatureCache` has them on a disk, by the hash of the pixels as the encoder gets them and
+of the encoder's weights. A file that cannot be read is made again; a full disk, or a folder that holds what it may,
+ends the writing and nothing else.
 """
 
 import hashlib

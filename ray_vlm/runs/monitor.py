@@ -82,8 +82,8 @@ def best_line(lines: Iterable[dict[str, Any]], metric: str) -> dict[str, Any] | 
 class Monitor:
     """Appends to `metrics.jsonl`; `close` it at the end.
 
-    `trackers`: as `runs/trackers.py` has them. `show` is called with each line written, `record` with the line and `best`,
-    the best checkpoint so far, `publish` when the file should be copied to where the run is kept.
+    `trackers`: as `runs/trackers.py` has them. `show` is called with each line written, `record` with the line and
+    `best`, the best checkpoint so far, `publish` when the file should be copied to where the run is kept.
     """
 
     def __init__(

@@ -20,7 +20,8 @@ from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_checkpoint, replace_folder
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.store import Store, join
-from ray_vlm.train.attempt import Attempt, DistributedContext
+from ray_vlm.train.attempt import Attempt
+from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.planned_trainer import open_stream
 from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
 

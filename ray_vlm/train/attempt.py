@@ -18,39 +18,10 @@ from ray_vlm.errors import RunError
 from ray_vlm.runs.checkpoints import Checkpoint, open_checkpoint, open_newest, sweep
 from ray_vlm.runs.drivers import check_own
 from ray_vlm.runs.store import Store
+from ray_vlm.train.context import DistributedContext
 
 _OWNER = ".attempt.json"
 _SEE_S = 15.0  # a network file system may show a new file to other nodes this late
-
-
-@dataclass(frozen=True)
-class DistributedContext:
-    """Where this process stands. `ray`: inside a Ray Train worker."""
-
-    rank: int
-    world_size: int
-    device: str
-    ray: bool
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if self.world_size == 1:
-            return value
-        import torch.distributed
-
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank, in order of rank. Also a barrier."""
-        if self.world_size == 1:
-            return [value]
-        import torch.distributed
-
-        everyone: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(everyone, value)
-        return everyone
 
 
 @dataclass(frozen=True)
@@ -69,7 +40,10 @@ class Attempt:
 
 
 def begin_attempt(
-    store: Store, place: DistributedContext, at_least: int, driver: Mapping[str, Any] | None = None
+    store: Store,
+    place: DistributedContext,
+    at_least: int,
+    driver: Mapping[str, Any] | None = None,
 ) -> Attempt:
     """Prove the storage, take the run over, find the newest whole checkpoint. All ranks return the same.
 

@@ -19,7 +19,8 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.errors import ModelError, RunError
 from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, remove_checkpoint, write_part
 from ray_vlm.runs.store import Store
-from ray_vlm.train.attempt import Attempt, DistributedContext, check_owner
+from ray_vlm.train.attempt import Attempt, check_owner
+from ray_vlm.train.context import DistributedContext
 
 _SAMPLE = 16  # weights of each tensor that enter the base's fingerprint
 # What of `preprocessing.json` decides how a row is asked, and what it is called.
@@ -30,7 +31,12 @@ class CheckpointWriter:
     """Writes checkpoints of `trainer` into the run. `save(folder)` writes weights; `keep`, `keep_best`: retention."""
 
     def __init__(
-        self, store: Store, place: DistributedContext, attempt: Attempt, keep: tuple[int, int], about: dict[str, Any]
+        self,
+        store: Store,
+        place: DistributedContext,
+        attempt: Attempt,
+        keep: tuple[int, int],
+        about: dict[str, Any],
     ):
         self.store, self.place, self.attempt, self.keep, self.about = store, place, attempt, keep, about
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.train.attempt import DistributedContext
+from ray_vlm.train.context import DistributedContext
 
 
 class Clock:

@@ -34,7 +34,7 @@ from ray_vlm.runs.trackers import adopt_wandb_login
 from ray_vlm.runs.training_log import write_training_log
 from ray_vlm.train.launch import launch
 from ray_vlm.train.prepare import Prepared, absolute_paths, prepare
-from ray_vlm.train.worker import WorkerSpec
+from ray_vlm.train.worker_spec import WorkerSpec
 
 
 @dataclass(frozen=True)

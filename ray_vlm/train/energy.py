@@ -12,7 +12,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.monitor import Monitor
-from ray_vlm.train.attempt import DistributedContext
+from ray_vlm.train.context import DistributedContext
 
 _SAMPLE_S = 15.0
 

@@ -11,7 +11,7 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
-from ray_vlm.train.attempt import DistributedContext
+from ray_vlm.train.context import DistributedContext
 
 PATIENCE = 20  # steps with a gradient somewhere, of rows that may hold no image, before a part is missed
 

@@ -27,7 +27,8 @@ from ray_vlm.train.nonfinite import RewindToCheckpoint
 from ray_vlm.train.restarts import Failure, describe_failure, explain_out_of_memory, restart_backoff, should_restart
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
-from ray_vlm.train.worker import WorkerSpec, train_worker
+from ray_vlm.train.worker import train_worker
+from ray_vlm.train.worker_spec import WorkerSpec
 
 MIN_RESTART_GAP_S = 0.5  # between the end of one try and the beginning of the next
 _RESIZE_S = 20.0  # how often Ray looks for room for more workers, where their number may change
@@ -35,7 +36,11 @@ _PATIENCE = 2.0  # how much longer than the watchdog the workers' connections wa
 
 
 def launch(
-    job: JobConfig, task: WorkerSpec, paths: RunPaths, asked: Callable[[], bool] | None = None, at_once: int = 1
+    job: JobConfig,
+    task: WorkerSpec,
+    paths: RunPaths,
+    asked: Callable[[], bool] | None = None,
+    at_once: int = 1,
 ) -> tuple[dict[str, Any], int | None]:
     """Train to the end; returns what rank 0 found and the signal that stopped it, if one did.
 

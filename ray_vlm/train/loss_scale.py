@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ray_vlm.train.attempt import DistributedContext
+from ray_vlm.train.context import DistributedContext
 
 _LEAST = 1.0  # a scale at which gradients that still overflow are not the scale's fault
 

@@ -15,7 +15,7 @@ from ray_vlm.machine import GIB
 from ray_vlm.methods import METHODS
 from ray_vlm.models.backbone import recompute
 from ray_vlm.models.precision import autocast
-from ray_vlm.train.attempt import DistributedContext
+from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.memory_plan import Probe
 
 _KEPT = ("_metrics", "_total_train_tokens", "_step")  # what TRL counts in a loss

@@ -7,23 +7,21 @@ to bfloat16 on 4-bit bases, where a step of 1e-4 of a weight is lost).
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import StartedStream, Stream, StreamSpec, stream_local, stream_ray
 from ray_vlm.models.lora import split_rates
-from ray_vlm.train.attempt import DistributedContext
 from ray_vlm.train.clock import Clock
+from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.deepspeed import deepspeed_config
 from ray_vlm.train.loss_scale import StepLosses
-
-if TYPE_CHECKING:
-    from ray_vlm.train.worker import WorkerSpec
+from ray_vlm.train.worker_spec import WorkerSpec
 
 
-def open_stream(job: JobConfig, task: "WorkerSpec", place: DistributedContext, first: int) -> Stream:
+def open_stream(job: JobConfig, task: WorkerSpec, place: DistributedContext, first: int) -> Stream:
     """What this rank trains on, from micro-batch `first` to the plan's end. Under Ray its loaders start at once."""
     last = task.plan.num_steps * task.plan.accumulation
     fill_in = job.data.on_bad_row == "quarantine"

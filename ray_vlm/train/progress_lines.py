@@ -5,7 +5,8 @@ from collections.abc import Callable
 from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.attempt import Attempt, DistributedContext
+from ray_vlm.train.attempt import Attempt
+from ray_vlm.train.context import DistributedContext
 
 
 def progress_writer(paths: RunPaths, place: DistributedContext, attempt: Attempt) -> Callable[[str], None]:

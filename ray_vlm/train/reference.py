@@ -22,11 +22,16 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.store import Store, join
-from ray_vlm.train.attempt import DistributedContext
+from ray_vlm.train.context import DistributedContext
 
 
 def find_reference(
-    job: JobConfig, task: Any, trainer: Any, place: DistributedContext, base: str, monitor: Monitor | None
+    job: JobConfig,
+    task: Any,
+    trainer: Any,
+    place: DistributedContext,
+    base: str,
+    monitor: Monitor | None,
 ) -> Any:
     """Log-probabilities of the chosen and the rejected answer of every pair under the reference, `float64 [pairs, 2]`.
 

@@ -21,8 +21,8 @@ from ray_vlm.runs.checkpoints import replace_folder
 from ray_vlm.runs.monitor import Monitor, current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, write_folder
 from ray_vlm.train.async_validator import find_left
-from ray_vlm.train.attempt import DistributedContext
 from ray_vlm.train.best import improves, is_better, recall_best
+from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.nonfinite import Spikes
 
 _WAIT_S = 0.2  # between looks at a validation that is waited for

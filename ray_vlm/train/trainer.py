@@ -4,7 +4,7 @@ validation. Used by the workers, and by the process that validates beside them.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import plan_sample
@@ -24,10 +24,9 @@ from ray_vlm.models.library_logging import quiet_libraries
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.packing import PackingOptions
-from ray_vlm.train.attempt import Attempt, DistributedContext
-
-if TYPE_CHECKING:
-    from ray_vlm.train.worker import WorkerSpec
+from ray_vlm.train.attempt import Attempt
+from ray_vlm.train.context import DistributedContext
+from ray_vlm.train.worker_spec import WorkerSpec
 
 
 def find_place(job: JobConfig, in_ray: bool) -> DistributedContext:
@@ -77,7 +76,7 @@ def load_adapted(job: JobConfig, family: Family, place: DistributedContext) -> A
     return get_peft_model(model, lora_config(job.lora, family))
 
 
-def build_args(job: JobConfig, task: "WorkerSpec", attempt: Attempt) -> Any:
+def build_args(job: JobConfig, task: WorkerSpec, attempt: Attempt) -> Any:
     """TRL's options for the method. Made before the base is loaded, which under ZeRO-3 is cut into slices by them."""
     from ray_vlm.train.planned_trainer import shared_options
 
@@ -90,7 +89,7 @@ def build_args(job: JobConfig, task: "WorkerSpec", attempt: Attempt) -> Any:
 
 def build_trainer(
     job: JobConfig,
-    task: "WorkerSpec",
+    task: WorkerSpec,
     args: Any,
     model: Any,
     preparer: SampleBuilder,
@@ -152,7 +151,7 @@ def _printer() -> type:
     return PrinterCallback
 
 
-def _validation(job: JobConfig, task: "WorkerSpec", preparer: SampleBuilder, place: DistributedContext) -> Any:
+def _validation(job: JobConfig, task: WorkerSpec, preparer: SampleBuilder, place: DistributedContext) -> Any:
     """The function that measures the eval rows, as the method and the job's metric need it."""
     from ray_vlm.evaluate.validate import VALIDATE
 

@@ -23,8 +23,9 @@ from typing import Any
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.runs.store import Store
-from ray_vlm.train.attempt import Attempt, DistributedContext
+from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.clock import Clock
+from ray_vlm.train.context import DistributedContext
 
 FOLDER = "stalls"
 SENTENCE = ".stall.json"  # what the driver finds

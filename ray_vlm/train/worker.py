@@ -8,17 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.cluster.environment import Environment
 from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import PREPROCESSING, asking_of, describe_preprocessing
 from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.stream import Stream
 from ray_vlm.methods import METHODS
 from ray_vlm.models.library_logging import quiet_libraries
@@ -30,11 +27,11 @@ from ray_vlm.runs.paths import RunPaths, open_run, write_json
 from ray_vlm.runs.progress import send_progress
 from ray_vlm.runs.trackers import KeptFiles, build_trackers
 from ray_vlm.runs.training_log import TrainingLog
-from ray_vlm.train.attempt import Attempt, DistributedContext, begin_attempt, check_owner
+from ray_vlm.train.attempt import Attempt, begin_attempt, check_owner
 from ray_vlm.train.clock import name_device, watch_usage
+from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.deepspeed import gather_weights
 from ray_vlm.train.energy import Meter, energy_writer
-from ray_vlm.train.memory_plan import Probe
 from ray_vlm.train.notice import watch_notice
 from ray_vlm.train.oom_check import run_probe
 from ray_vlm.train.planned_trainer import open_stream
@@ -42,31 +39,7 @@ from ray_vlm.train.progress_lines import progress_writer
 from ray_vlm.train.stop import agree, watch
 from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process, row_names
 from ray_vlm.train.watchdog import watch_worker
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them.
-
-    `run`: where the run is kept. `attempt`: its number, as the driver counts. `driver`: the process that drives it.
-    `rows`: fingerprint of `train`. `row_bytes`: of the pixels of one of them, about. `probe`: the batch to run before
-    the first step.
-    """
-
-    job: dict[str, Any]
-    run: str
-    spec: SampleSpec
-    plan: Plan
-    train: Any
-    eval: Any
-    num_loaders: int = 1
-    cpus_per_loader: float = 1.0
-    attempt: int = 1
-    driver: dict[str, Any] | None = None
-    rows: str = ""
-    row_bytes: float = 4 * 2**20
-    probe: Probe | None = None
-    environment: Environment = field(default_factory=Environment)
+from ray_vlm.train.worker_spec import WorkerSpec
 
 
 def train_worker(task: WorkerSpec, in_ray: bool = False, stop: Callable[[], bool] | None = None) -> dict[str, Any]:
@@ -277,7 +250,11 @@ def _build_callback(
 
 
 def _build_monitor(
-    job: JobConfig, paths: RunPaths, task: WorkerSpec, place: DistributedContext, attempt: Attempt
+    job: JobConfig,
+    paths: RunPaths,
+    task: WorkerSpec,
+    place: DistributedContext,
+    attempt: Attempt,
 ) -> Monitor | None:
     """Rank 0's monitor. In this process it prints as well; under Ray the driver follows the file and prints."""
     if place.rank != 0:

@@ -21,6 +21,7 @@ from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.read import read_run
 from ray_vlm.train.driver import train
+from ray_vlm.train.worker_spec import WorkerSpec
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -175,7 +176,6 @@ def test_ray_may_restart_the_workers_by_itself(ray_cluster, small: Path, tmp_pat
     from ray_vlm.runs.paths import claim_run
     from ray_vlm.train.launch import run_ray_worker
     from ray_vlm.train.prepare import prepare
-    from ray_vlm.train.worker import WorkerSpec
 
     prepared = prepare(load_job(small))
     paths = claim_run(str(tmp_path / "runs"), "own", "x")

@@ -26,7 +26,9 @@ def _write(folder: Path, *names: str) -> None:
 
 def test_each_file_is_sent_or_left_out_by_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path, "job.yaml", "data/train.csv", "data/raw/1.png", "outputs/run/x", ".git/config", "sub/data/a.csv")
-    _write(tmp_path, "notes/a.txt", "notes/keep.txt", "sub/secret.txt", "ray_vlm/__init__.py", "ray_vlm/data/samples.py")
+    _write(
+        tmp_path, "notes/a.txt", "notes/keep.txt", "sub/secret.txt", "ray_vlm/__init__.py", "ray_vlm/data/samples.py"
+    )
     (tmp_path / ".gitignore").write_text("/data/raw/\nnotes/*\n!notes/keep.txt\n")
     (tmp_path / "sub" / ".rayignore").write_text("# not for others\nsecret.txt\n")
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)

@@ -139,6 +139,7 @@ def test_texts_are_wrapped_into_the_cell_and_shortened() -> None:
 
 def test_labels_cover_no_other_label() -> None:
     from PIL import ImageDraw
+
     from ray_vlm.data.preview_images import Annotation
 
     drawn: list[tuple] = []

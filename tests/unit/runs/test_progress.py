@@ -11,7 +11,8 @@ from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.progress import Progress, lasting, send_progress, track
-from ray_vlm.train.attempt import Attempt, DistributedContext
+from ray_vlm.train.attempt import Attempt
+from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.progress_lines import progress_writer
 
 

@@ -15,8 +15,9 @@ from ray_vlm.runs.checkpoints import MANIFEST, Damaged, checkpoint_name, open_ch
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import claim_run, find_run, write_folder, write_json
 from ray_vlm.runs.store import Store, join, making
-from ray_vlm.train.attempt import Attempt, DistributedContext
+from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.checkpoint import CheckpointWriter
+from ray_vlm.train.context import DistributedContext
 from tests.faults import SmallDisk, Stumbling, small_disk
 
 FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json")

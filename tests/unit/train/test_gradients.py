@@ -10,8 +10,8 @@ import torch
 from ray_vlm.cli import main
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES
-from ray_vlm.train.attempt import DistributedContext
 from ray_vlm.train.clock import Clock, split_time
+from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.gradients import PATIENCE, GradientWatch, Listener, part_norms
 from ray_vlm.train.report import by_part
 

@@ -13,7 +13,7 @@ from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.models.precision import autocast, describe_emulation, fastest_precision
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.attempt import DistributedContext
+from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.driver import ALONE, TrialContext, train
 from ray_vlm.train.loss_scale import watch_overflow
 

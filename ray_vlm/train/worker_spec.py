@@ -1,0 +1,34 @@
+"""What a training process is given: plain data that travels to it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_vlm.cluster.environment import Environment
+from ray_vlm.data.plan import Plan
+from ray_vlm.data.spec import SampleSpec
+from ray_vlm.train.memory_plan import Probe
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them.
+
+    `run`: where the run is kept. `attempt`: its number, as the driver counts. `driver`: the process that drives it.
+    `rows`: fingerprint of `train`. `row_bytes`: of the pixels of one of them, about. `probe`: the batch to run before
+    the first step.
+    """
+
+    job: dict[str, Any]
+    run: str
+    spec: SampleSpec
+    plan: Plan
+    train: Any
+    eval: Any
+    num_loaders: int = 1
+    cpus_per_loader: float = 1.0
+    attempt: int = 1
+    driver: dict[str, Any] | None = None
+    rows: str = ""
+    row_bytes: float = 4 * 2**20
+    probe: Probe | None = None
+    environment: Environment = field(default_factory=Environment)
