@@ -79,8 +79,8 @@ def read_plainly(path: str, spec: SampleSpec) -> Any:
     import torch
     from transformers.image_utils import SizeDict
 
-    preparer = load_sample_builder(spec)
-    processor, sizes = preparer.processor.image_processor, preparer.image_spec
+    builder = load_sample_builder(spec)
+    processor, sizes = builder.processor.image_processor, builder.image_spec
     with Image.open(path) as file:
         file.load()
         pixels = np.array(file if file.mode == "RGB" else file.convert("RGB"))

@@ -142,19 +142,19 @@ def _read_rows(base: Path, records: list[Any], system: str | None) -> int:
     model, task = Model(name=str(base), load_in_4bit=False), Task(name="chat", system=system)
     lost, reasons = 0, []
     for record in records:
-        preparer = SampleBuilder(
+        builder = SampleBuilder(
             SampleSpec(model, task, (), kind="pair" if isinstance(record, PreferenceRecord) else "answer")
         )
-        counts = count_row(record, preparer, None)
+        counts = count_row(record, builder, None)
         if isinstance(counts, BadRow):
             reasons.append(counts.reason)
             continue
-        row = preparer.row(record)
+        row = builder.row(record)
         made = len(row.input_ids) + sum(map(len, row.completions))
-        images = int((row.input_ids == preparer.image_token_id).sum())
+        images = int((row.input_ids == builder.image_token_id).sum())
         lost += made != sum(counts) or images != counts[0] or len(row.images) != len(record.images)
         if not row.completions:
-            collate([row], preparer)  # the processor's own look at the images
+            collate([row], builder)  # the processor's own look at the images
     if len(reasons) == len(records):
         raise DataError(reasons)
     return lost

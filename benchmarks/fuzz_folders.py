@@ -64,7 +64,7 @@ def of_adapters(folder: Path) -> Attempt:
     return attempt
 
 
-def _write_adapter(folder: Path, base: Any, preparer: SampleBuilder) -> Path:
+def _write_adapter(folder: Path, base: Any, builder: SampleBuilder) -> Path:
     import torch
     from peft import get_peft_model
 
@@ -79,7 +79,7 @@ def _write_adapter(folder: Path, base: Any, preparer: SampleBuilder) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder / "whole")
-    made = json.dumps(describe_preprocessing(preparer))
+    made = json.dumps(describe_preprocessing(builder))
     (folder / "whole" / _MADE).write_text(made)
     (folder / "about").write_text(json.dumps({"preprocessing": json.loads(made)}))
     return folder / "whole"

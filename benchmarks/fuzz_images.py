@@ -23,9 +23,9 @@ from ray_vlm.errors import DataError
 def of_images(folder: Path) -> Attempt:
     """Image files and bytes: what the index accepts of their headers is decoded and resized."""
     model = write_base(folder)
-    whole, preparers = _pictures(), []
+    whole, builders = _pictures(), []
     for options in ({}, {"resize": "pad"}, {"resize": "pad", "pad_place": "center", "max_pixels": 4096}):
-        preparers.append(
+        builders.append(
             SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), (), **options))
         )
 
@@ -38,29 +38,29 @@ def of_images(folder: Path) -> Attempt:
         path = folder / f"image{pick(rng, ['.jpg', '.png', '.txt', ''])}"
         path.write_bytes(data)
         image = str(path) if rng.random() < 0.7 else data
-        _read(image, pick(rng, preparers), pick(rng, [4096, *[50_000_000] * 9]))
+        _read(image, pick(rng, builders), pick(rng, [4096, *[50_000_000] * 9]))
         return 0
 
     return attempt
 
 
-def _read(image: str | bytes, preparer: SampleBuilder, max_pixels: int) -> tuple[int, int]:
+def _read(image: str | bytes, builder: SampleBuilder, max_pixels: int) -> tuple[int, int]:
     """Read a row with that image as training does; (width, height). Raises `DataError` where it would be a bad row."""
     row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})
     found = measure_row(row, Data(max_image_pixels=max_pixels))
     if isinstance(found, BadRow):
         raise DataError(found.reason)
-    counted = count_row(found, preparer, None)
+    counted = count_row(found, builder, None)
     if isinstance(counted, BadRow):
         raise DataError(counted.reason)
-    preparer.row(found)
+    builder.row(found)
     return found.sizes[0]
 
 
 def of_exif(folder: Path) -> Attempt:
     """Whole images with a damaged EXIF block: each is read, with its own pixels in one of the eight turns."""
     model = write_base(folder)
-    preparer = SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), ()))
+    builder = SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), ()))
     whole = {kind: _encode(kind, _colours()) for kind in ("JPEG", "PNG", "WEBP")}
     turns = {kind: _turns(decode(data)) for kind, data in whole.items()}
 
@@ -71,7 +71,7 @@ def of_exif(folder: Path) -> Attempt:
             block = break_bytes(block, rng)
         data = _with_exif(kind, whole[kind], block[:60_000])
         try:
-            width, height = _read(data, preparer, 50_000_000)
+            width, height = _read(data, builder, 50_000_000)
         except DataError as error:
             raise AssertionError(f"a whole image is refused: {error}") from None
         pixels = decode(data)

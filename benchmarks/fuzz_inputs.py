@@ -154,10 +154,10 @@ def of_completions(folder: Path) -> Attempt:
             ready.append((job.task.name, build_index(job.data.train, job.data, spec).records, SampleBuilder(spec)))
 
     def attempt(rng: np.random.Generator) -> int:
-        task, records, preparer = pick(rng, ready)
+        task, records, builder = pick(rng, ready)
         answers = []
         for record in records:
-            right = preparer.answer(record).text
+            right = builder.answer(record).text
             kind = rng.random()
             if kind < 0.3:
                 answers.append(break_bytes(right.encode(), rng).decode(errors="replace"))
@@ -171,7 +171,7 @@ def of_completions(folder: Path) -> Attempt:
             else:
                 value = odd_value(rng) if kind < 0.8 else {pick(rng, _KEYS): odd_value(rng) for _ in range(3)}
                 answers.append(json.dumps(value if rng.random() < 0.5 else [value]))
-        predictions = build_predictions(records, answers, preparer)
+        predictions = build_predictions(records, answers, builder)
         for prediction in predictions:
             json.dumps(prediction.as_dict())
             in_words(prediction.found)

@@ -57,11 +57,11 @@ def stock_step(job: JobConfig) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     prepared = prepare(job)
-    preparer = load_sample_builder(prepared.spec)
+    builder = load_sample_builder(prepared.spec)
     asked = [{"role": "user", "content": "What is shown?"}]
     rows = [{"prompt": asked, "images": [str(record.images[0])]} for record in prepared.train.records]
     table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
-    processor = copy.deepcopy(preparer.processor)
+    processor = copy.deepcopy(builder.processor)
     processor.tokenizer.padding_side = "left"
     options: dict[str, Any] = {"num_generations": GROUP, "per_device_train_batch_size": GROUP}
     options |= {"gradient_accumulation_steps": ACCUMULATION, "dataloader_num_workers": 1}
@@ -94,11 +94,11 @@ def our_step(job: JobConfig) -> Any:
     from types import SimpleNamespace
 
     prepared = prepare(job)
-    preparer, records = load_sample_builder(prepared.spec), prepared.train.records
+    builder, records = load_sample_builder(prepared.spec), prepared.train.records
 
     def step() -> int:
-        trainer = SimpleNamespace(pixels={}, preparer=preparer, args=SimpleNamespace(device="cpu"))
-        rows = [preparer.row(record) for record in records]
+        trainer = SimpleNamespace(pixels={}, builder=builder, args=SimpleNamespace(device="cpu"))
+        rows = [builder.row(record) for record in records]
         for _ in ("sampling", "training"):
             for row in rows:
                 prompt_pixels(trainer, row)

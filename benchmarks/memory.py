@@ -67,20 +67,20 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
     from ray_vlm.train.attempt import Attempt
     from ray_vlm.train.planned_trainer import open_stream
     from ray_vlm.train.prepare import prepare
-    from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
+    from ray_vlm.train.trainer import build_args, build_context, build_trainer, load_adapted, prepare_process
 
     prepared = prepare(job)
     prepare_process(job, False)
-    preparer, place = load_sample_builder(prepared.spec), find_place(job, False)
+    builder, place = load_sample_builder(prepared.spec), build_context(job, False)
     task = WorkerSpec(dump_job(job), job.run.output_dir, prepared.spec, prepared.plan, prepared.train.records, None)
-    args, model = build_args(job, task, Attempt(1, "measured")), load_adapted(job, preparer.family, place)
-    trainer = build_trainer(job, task, args, model, preparer, place, 0, open_stream(job, task, place, 0))
+    args, model = build_args(job, task, Attempt(1, "measured")), load_adapted(job, builder.family, place)
+    trainer = build_trainer(job, task, args, model, builder, place, 0, open_stream(job, task, place, 0))
     trainer.write_checkpoint = lambda: None
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train()
     config, index = load_config(job.model), prepared.train
-    rehearsal = Rehearsal(config, job, preparer.family)
-    merge, folding = merge_of(config), plan_folding(job, preparer.family, config)
+    rehearsal = Rehearsal(config, job, builder.family)
+    merge, folding = merge_of(config), plan_folding(job, builder.family, config)
     weights = rehearsal.weights()
     loaded = weights.quantised + weights.plain
     found = []
@@ -88,7 +88,7 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
         rows = prepared.plan.micro_batch(number, 0).rows
         if job.method.name == "grpo":
             rows = rows[: len(micro_sizes(job, RowSize(0, 0, 0)))]
-        longest = [max(map(len, preparer.row(index.records[row]).completions), default=0) for row in rows]
+        longest = [max(map(len, builder.row(index.records[row]).completions), default=0) for row in rows]
         counts = (index.image_tokens[list(rows)], index.prompt_tokens[list(rows)], index.answer_tokens[list(rows)])
         sizes = [RowSize(int(i), int(p), int(a), most) for i, p, a, most in zip(*counts, longest, strict=True)]
         peak = estimate(rehearsal, sizes, merge, folding).peak

@@ -95,16 +95,16 @@ def make_alignment_job(folder: Path, model: str, method: str, beta: float) -> tu
 def write_pairs(folder: Path, model: str) -> Path:
     """Pairs from drawn scenes: the right answer, and the same with its last object left out and the rest moved."""
     prepared = prepare(make_job(folder, model, 1))
-    preparer = load_sample_builder(prepared.spec)
+    builder = load_sample_builder(prepared.spec)
     path = folder / "pairs.jsonl"
     with path.open("w") as file:
         for record in prepared.train.records:
             boxes = [[v * 0.9 for v in box] for box in record.truth["boxes"]][:-1] or [[1.0, 1.0, 9.0, 9.0]]
             labels = list(record.truth["labels"])[:-1] or list(record.truth["labels"])
             worse = replace(record, truth={"boxes": boxes, "labels": labels})
-            prompt = [{"role": role, "content": text} for role, text in preparer.turns(record)]
+            prompt = [{"role": role, "content": text} for role, text in builder.turns(record)]
             row = {"id": record.id, "prompt": prompt, "images": list(record.images)}
-            row |= {"chosen": preparer.answer(record).text, "rejected": preparer.answer(worse).text}
+            row |= {"chosen": builder.answer(record).text, "rejected": builder.answer(worse).text}
             file.write(json.dumps(row) + "\n")
     return path
 

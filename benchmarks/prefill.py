@@ -38,12 +38,12 @@ WARM_UP = 2
 def make_prompt(model: Model) -> tuple[SampleBuilder, Sample]:
     """A question about a picture of noise that makes 16 x 16 tokens."""
     side = load_sample_builder(SampleSpec(model, Task(name="chat"), ())).image_spec.factor * IMAGE_TOKENS_A_SIDE
-    preparer = load_sample_builder(SampleSpec(model, Task(name="chat"), (), max_pixels=side * side, kind="prompt"))
+    builder = load_sample_builder(SampleSpec(model, Task(name="chat"), (), max_pixels=side * side, kind="prompt"))
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     Image.fromarray(pixels).save(file, "PNG")
     turns = (("user", "<image>What is shown? Which class and condition?"),)
-    return preparer, preparer.prompt_row(PromptRecord("noise", 0, (file.getvalue(),), ((side, side),), turns))
+    return builder, builder.prompt_row(PromptRecord("noise", 0, (file.getvalue(),), ((side, side),), turns))
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -58,13 +58,13 @@ def compare(folder: Path, family: str, pairs: int) -> list[dict[str, Any]]:
 
     spec = Model(name=str(write_untrained(folder / family, family)), load_in_4bit=False)
     model = load_model(spec, precision="fp32").eval()
-    preparer, row = make_prompt(spec)
-    pad = preparer.tokenizer.pad_token_id
-    copies = collate([row] * GROUP, preparer)
+    builder, row = make_prompt(spec)
+    pad = builder.tokenizer.pad_token_id
+    copies = collate([row] * GROUP, builder)
 
     def shared(num_tokens: int) -> list[list[int]]:
         sampling = Sampling(GROUP, num_tokens, temperature=0)
-        return [completion.ids for completion in sample_groups(model, [row], preparer, sampling, [(0,)], "cpu")[0]]
+        return [completion.ids for completion in sample_groups(model, [row], builder, sampling, [(0,)], "cpu")[0]]
 
     def stock(num_tokens: int) -> list[list[int]]:
         with torch.inference_mode():

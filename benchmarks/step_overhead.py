@@ -71,12 +71,12 @@ def run_plain(folder: Path, steps: int) -> None:
     torch.set_num_threads(1)
     job = make_job(folder, steps, "plain")
     prepared = prepare(job)
-    preparer = load_sample_builder(prepared.spec)
+    builder = load_sample_builder(prepared.spec)
     rows: dict[str, list[Any]] = {"images": [], "prompt": [], "completion": []}
     for record in prepared.train.records:
         rows["images"].append(list(record.images))
-        rows["prompt"].append([{"role": "user", "content": preparer.turns(record)[-1][1].removeprefix("<image>")}])
-        rows["completion"].append([{"role": "assistant", "content": preparer.answer(record).text}])
+        rows["prompt"].append([{"role": "user", "content": builder.turns(record)[-1][1].removeprefix("<image>")}])
+        rows["completion"].append([{"role": "assistant", "content": builder.answer(record).text}])
     dataset = datasets.Dataset.from_dict(rows).cast_column("images", datasets.List(datasets.Image()))
     times: list[float] = []
 
@@ -101,7 +101,7 @@ def run_plain(folder: Path, steps: int) -> None:
     )  # fmt: skip
     model = get_peft_model(base, lora_config(job.lora, FAMILIES["qwen3_vl"]))
     SFTTrainer(
-        model=model, args=args, processing_class=preparer.processor, train_dataset=dataset, callbacks=[Clock()]
+        model=model, args=args, processing_class=builder.processor, train_dataset=dataset, callbacks=[Clock()]
     ).train()
     print(json.dumps(times))
 

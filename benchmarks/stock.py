@@ -109,25 +109,25 @@ def our_trainer(
     import datasets
 
     prepared = prepare(job)
-    preparer, records = load_sample_builder(prepared.spec), prepared.train.records
+    builder, records = load_sample_builder(prepared.spec), prepared.train.records
     method = METHODS[job.method.name]
     args = method.build_args(job, arguments(job) | {"per_device_train_batch_size": job.train.global_batch_size})
     trainer = feed_trainer(method.trainer_class(job))(
         model=build_model(job),
         args=args,
-        processing_class=preparer.processor,
+        processing_class=builder.processor,
         train_dataset=datasets.Dataset.from_list([method.EXAMPLE_ROW]),
         **method.extras(job),
     )
     hidden = trainer.model.config.get_text_config().hidden_size
-    spare_work(trainer, job, preparer, PackingOptions(fold and job.method.name != "sft", fold, hidden))
-    trainer.preparer, trainer.fetch_records = preparer, lambda: records
+    spare_work(trainer, job, builder, PackingOptions(fold and job.method.name != "sft", fold, hidden))
+    trainer.builder, trainer.fetch_records = builder, lambda: records
     if answers:
         group = job.method.num_generations
         groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
         trainer.sample = lambda *_, **__: groups
-    rows = [[replace(preparer.row(records[i]), number=i) for i in batch] for batch in batches]
-    return trainer, [method.collate(batch, preparer, device_of(job)) for batch in rows]
+    rows = [[replace(builder.row(records[i]), number=i) for i in batch] for batch in batches]
+    return trainer, [method.collate(batch, builder, device_of(job)) for batch in rows]
 
 
 def _injected(ids: Sequence[int]) -> Completion:
@@ -167,9 +167,9 @@ def stock_trainer(
 ) -> tuple[Any, list]:
     """Stock TRL's trainer, and its micro-batches of the same rows through its own collator and processor."""
     prepared = prepare(job)
-    preparer = load_sample_builder(prepared.spec)
+    builder = load_sample_builder(prepared.spec)
     build = {"sft": _stock_sft, "dpo": _stock_dpo, "grpo": _stock_grpo}[job.method.name]
-    return build(job, preparer, [[prepared.train.records[i] for i in batch] for batch in batches], answers)
+    return build(job, builder, [[prepared.train.records[i] for i in batch] for batch in batches], answers)
 
 
 def patched_trainer(
@@ -184,10 +184,10 @@ def patched_trainer(
     return trainer, made
 
 
-def _asked(record: Any, preparer: SampleBuilder) -> dict[str, Any]:
+def _asked(record: Any, builder: SampleBuilder) -> dict[str, Any]:
     from PIL import Image
 
-    text = preparer.turns(record)[-1][1].removeprefix("<image>")
+    text = builder.turns(record)[-1][1].removeprefix("<image>")
     return {"images": [Image.open(record.images[0])], "prompt": [{"role": "user", "content": text}]}
 
 
@@ -195,11 +195,11 @@ def _said(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def _stock_sft(job: JobConfig, preparer: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
+def _stock_sft(job: JobConfig, builder: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import SFTConfig, SFTTrainer
 
-    rows = [[_asked(r, preparer) | {"completion": _said(preparer.answer(r).text)} for r in part] for part in records]
-    trainer = _stock(job, preparer, rows[0], SFTTrainer, SFTConfig, {"max_length": None})
+    rows = [[_asked(r, builder) | {"completion": _said(builder.answer(r).text)} for r in part] for part in records]
+    trainer = _stock(job, builder, rows[0], SFTTrainer, SFTConfig, {"max_length": None})
     trainer.model_accepts_loss_kwargs = (
         True  # for Qwen's it would weigh every micro-batch alike, however few its tokens
     )
@@ -207,27 +207,27 @@ def _stock_sft(job: JobConfig, preparer: SampleBuilder, records: Any, answers: A
     return trainer, [trainer.data_collator(part) for part in rows]
 
 
-def _stock_dpo(job: JobConfig, preparer: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
+def _stock_dpo(job: JobConfig, builder: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import DPOConfig, DPOTrainer
 
     rows = [
-        [_asked(r, preparer) | {"chosen": _said(r.chosen), "rejected": _said(r.rejected)} for r in part]
+        [_asked(r, builder) | {"chosen": _said(r.chosen), "rejected": _said(r.rejected)} for r in part]
         for part in records
     ]
     options = {"max_length": None, "beta": 0.1 if job.method.beta is None else job.method.beta}
-    trainer = _stock(job, preparer, rows[0], DPOTrainer, DPOConfig, options)
+    trainer = _stock(job, builder, rows[0], DPOTrainer, DPOConfig, options)
     trainer.drawn = copy.deepcopy(rows)  # the collator changes what it is given
     return trainer, [trainer.data_collator(part) for part in rows]
 
 
-def _stock_grpo(job: JobConfig, preparer: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
+def _stock_grpo(job: JobConfig, builder: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
-    rows = [[_asked(r, preparer) for r in part] for part in records]
+    rows = [[_asked(r, builder) for r in part] for part in records]
     group, method = job.method.num_generations, job.method
     options = {"num_generations": group, "max_completion_length": method.max_completion_tokens}
     options |= {"beta": method.beta or 0.0, "temperature": method.temperature}
-    trainer = _stock(job, preparer, rows[0], GRPOTrainer, GRPOConfig, options, {"reward_funcs": [token_reward]})
+    trainer = _stock(job, builder, rows[0], GRPOTrainer, GRPOConfig, options, {"reward_funcs": [token_reward]})
     if answers:
         trainer._generate_single_turn = lambda *_, **__: ([list(ids) for ids in answers], None)
     return trainer, [[row for row in part for _ in range(group)] for part in rows]
@@ -240,7 +240,7 @@ def token_reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> lis
 
 def _stock(
     job: JobConfig,
-    preparer: SampleBuilder,
+    builder: SampleBuilder,
     rows: list,
     trainer: Any,
     config: Any,
@@ -250,7 +250,7 @@ def _stock(
     import datasets
 
     size = {"per_device_train_batch_size": job.train.global_batch_size}
-    processor = copy.deepcopy(preparer.processor)
+    processor = copy.deepcopy(builder.processor)
     processor.tokenizer.padding_side = "left" if job.method.name == "grpo" else "right"  # as TRL loads it
     return trainer(
         model=build_model(job),

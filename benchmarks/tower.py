@@ -57,13 +57,13 @@ def compare(folder: Path, family: str, rounds: int) -> list[dict[str, Any]]:
     import torch
 
     write_untrained(folder, family)
-    preparer = load_sample_builder(SampleSpec(Model(name=str(folder), load_in_4bit=False), Task(name="chat"), ()))
+    builder = load_sample_builder(SampleSpec(Model(name=str(folder), load_in_4bit=False), Task(name="chat"), ()))
     rng = np.random.default_rng(0)
-    side = preparer.image_spec.place((SIDE, SIDE)).resized[0]
+    side = builder.image_spec.place((SIDE, SIDE)).resized[0]
     image = rng.integers(0, 255, (side, side, 3), np.uint8)
-    count = preparer.num_image_tokens((side, side))
-    ids = np.array([preparer.image_token_id] * count + list(range(300, 300 + WORDS)), np.int32)
-    batch = collate([Sample(ids, np.zeros(0, np.int32), (image,))] * ROWS, preparer)
+    count = builder.num_image_tokens((side, side))
+    ids = np.array([builder.image_token_id] * count + list(range(300, 300 + WORDS)), np.int32)
+    batch = collate([Sample(ids, np.zeros(0, np.int32), (image,))] * ROWS, builder)
     arms = {plainly: build(folder, family, plainly) for plainly in (False, True)}
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(rounds):

@@ -182,8 +182,8 @@ def _train(args: argparse.Namespace) -> None:
     job = load_job(args.job, args.overrides)
     paths = train(job, Path(args.job).read_text(encoding="utf-8"), args.overwrite, resume=args.resume)
     result = json.loads(paths.run.read_text())["result"]
-    best = f", best {paths.place('best')}" if result.get("best") else ""
-    print(f"run folder {paths.address}: final {paths.place('final')}{best}")
+    best = f", best {paths.uri('best')}" if result.get("best") else ""
+    print(f"run folder {paths.address}: final {paths.uri('final')}{best}")
     paths.discard()
     return None
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ray_vlm.config.places import job_folder, use_job_folder
+from ray_vlm.config.paths import job_folder, use_job_folder
 
 PATHS = ("HF_HOME", "GOOGLE_APPLICATION_CREDENTIALS")  # names of places that another machine may not have
 FORWARDED = (

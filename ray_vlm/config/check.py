@@ -250,7 +250,7 @@ RULES: list[Rule] = [
         "not usable as a folder name. Use letters, digits, '-', '_' and '.', beginning with a letter or digit.",
     ),
     (
-        lambda j: "\0" in j.run.output_dir or not _is_place(j.run.output_dir),
+        lambda j: "\0" in j.run.output_dir or not _is_address(j.run.output_dir),
         ("run.output_dir",),
         "not a folder, and not an address that runs can be kept at. Use a path, s3://, gs://, abfs:// or hdfs://.",
     ),
@@ -260,7 +260,7 @@ RULES: list[Rule] = [
 ]
 
 
-def _is_place(address: str) -> bool:
+def _is_address(address: str) -> bool:
     scheme, mark, rest = address.partition("://")
     return not mark or (scheme in _SCHEMES and bool(rest.strip("/")))
 

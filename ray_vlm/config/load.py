@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ray_vlm.config.check import check_job
-from ray_vlm.config.places import find_places
+from ray_vlm.config.paths import resolve_paths
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.keys import describe_no_section, split_setting
@@ -25,7 +25,7 @@ _REPR.maxstring = _REPR.maxother = 80
 _DEEPEST = 32  # levels of a file; the schema has four, and `method.trl` may have more
 _MOST_VALUES = 20_000  # of a file with its aliases written out: a few lines of them can stand for billions
 _SHARES = (("data", "eval"), ("data", "test"))  # settings that may be a number
-Place = dict[tuple[str | int, ...], str]  # dotted path -> "jobs/x.yaml:12" or "override 'a=b'"
+SourceLocations = dict[tuple[str | int, ...], str]  # dotted path -> "jobs/x.yaml:12" or "override 'a=b'"
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,18 +49,20 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Files that it names are looked for in the current folder, then beside it.
     """
     text = read_text(Path(path))
-    values, places, problems = parse_yaml(text, str(path))
+    values, locations, problems = parse_yaml(text, str(path))
     for override in overrides:
-        problems += _apply_override(values, places, override)
+        problems += _apply_override(values, locations, override)
     job, errors = _validate(values)
-    problems += [_explain(e, places, str(path)) for e in errors]
+    problems += [_explain(e, locations, str(path)) for e in errors]
     if job is not None:
         unread = {".".join(str(part) for part in e["loc"] if isinstance(part, str)) for e in errors}
         broken = check_job(job, unread)
-        problems += [f"{_place(places, tuple(key.split('.')), str(path))}: {text}" for key, text in broken]
+        problems += [
+            f"{_describe_location(locations, tuple(key.split('.')), str(path))}: {text}" for key, text in broken
+        ]
     if job is None or problems:
         raise ConfigError(problems)
-    return find_places(job, path)
+    return resolve_paths(job, path)
 
 
 def _validate(values: dict) -> tuple[JobConfig | None, list]:
@@ -122,9 +124,11 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
 
 
-def parse_yaml(text: str, name: str, what: str = "a job is a mapping of sections") -> tuple[dict, Place, list[str]]:
+def parse_yaml(
+    text: str, name: str, what: str = "a job is a mapping of sections"
+) -> tuple[dict, SourceLocations, list[str]]:
     """The values of a file with one mapping, where each stands, and what is set twice. Raises `ConfigError`."""
-    places: Place = {}
+    locations: SourceLocations = {}
     problems: list[str] = []
     try:
         values, found = _construct(text)
@@ -138,10 +142,10 @@ def parse_yaml(text: str, name: str, what: str = "a job is a mapping of sections
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: {what}, this is a {type(values).__name__}.")
     for path, line in found:
-        if path in places and isinstance(path[-1], str):
+        if path in locations and isinstance(path[-1], str):
             problems.append(f"{name}:{line}: `{'.'.join(map(str, path))}` is set twice; keep one.")
-        places[path] = f"{name}:{line}"
-    return values, places, problems
+        locations[path] = f"{name}:{line}"
+    return values, locations, problems
 
 
 def _construct(text: str) -> tuple[Any, list[tuple[tuple[str | int, ...], int]]]:
@@ -174,7 +178,7 @@ def _entries(node: Any, path: tuple) -> Iterator[tuple[tuple[str | int, ...], in
             yield from _entries(value, (*path, i))
 
 
-def _apply_override(values: dict, places: Place, override: str) -> list[str]:
+def _apply_override(values: dict, locations: SourceLocations, override: str) -> list[str]:
     if (found := split_setting(override)) is None:
         return [f"override {_short(override)}: write it as section.key=value, such as train.learning_rate=2e-4."]
     parts, text = found
@@ -195,10 +199,10 @@ def _apply_override(values: dict, places: Place, override: str) -> list[str]:
     if parts in (("method",), ("task",)) and isinstance(values.get(parts[0]), dict):
         value = {**values[parts[0]], "name": value} if isinstance(value, str) else value
     values[parts[-1]] = value
-    for old in [place for place in places if place[: len(parts)] == parts]:
-        del places[old]  # what the file said there is gone
+    for old in [place for place in locations if place[: len(parts)] == parts]:
+        del locations[old]  # what the file said there is gone
     for depth in range(1, len(parts) + 1):
-        places.setdefault(parts[:depth], f"override {_short(override)}")
+        locations.setdefault(parts[:depth], f"override {_short(override)}")
     return []
 
 
@@ -206,18 +210,18 @@ def _short(value: Any) -> str:
     return _REPR.repr(value)
 
 
-def _place(places: Place, path: tuple, name: str) -> str:
+def _describe_location(locations: SourceLocations, path: tuple, name: str) -> str:
     path = tuple(part if isinstance(part, int) else str(part) for part in path)
     for end in range(len(path), 0, -1):
-        if path[:end] in places:
-            return f"{places[path[:end]]}: `{'.'.join(map(str, path))}`"
+        if path[:end] in locations:
+            return f"{locations[path[:end]]}: `{'.'.join(map(str, path))}`"
     return f"{name}: `{'.'.join(map(str, path))}`" if path else name
 
 
-def _explain(error: Any, places: Place, name: str) -> str:
+def _explain(error: Any, locations: SourceLocations, name: str) -> str:
     """One pydantic error as: place, value, reason, fix."""
     path = tuple(error["loc"])
-    where, value, kind = _place(places, path, name), error.get("input"), error["type"]
+    where, value, kind = _describe_location(locations, path, name), error.get("input"), error["type"]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(path[-1]), _keys_at(path[:-1]), n=1, cutoff=0.5)
         fix = f" Did you mean `{near[0]}`?" if near else f" Known here: {', '.join(_keys_at(path[:-1]))}."

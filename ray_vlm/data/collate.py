@@ -17,7 +17,7 @@ from ray_vlm.errors import DataError
 
 def collate(
     rows: Sequence[Sample],
-    preparer: SampleBuilder,
+    builder: SampleBuilder,
     device: str = "cpu",
     side: str = "right",
     copies: int = 1,
@@ -38,14 +38,14 @@ def collate(
     import torch
 
     ids = [row.input_ids for row in rows]
-    pad = preparer.tokenizer.pad_token_id
+    pad = builder.tokenizer.pad_token_id
     tokens = torch.from_numpy(_pad(ids, pad, side)).to(device)
     batch: dict[str, Any] = {
         "input_ids": tokens,
         "attention_mask": torch.from_numpy(_pad([i * 0 + 1 for i in ids], 0, side)).to(device),
     }
-    if preparer.kinds is not None:
-        batch[preparer.kinds] = (tokens == preparer.image_token_id).long()
+    if builder.kinds is not None:
+        batch[builder.kinds] = (tokens == builder.image_token_id).long()
     if all(len(row.labels) == len(row.input_ids) for row in rows):
         batch["labels"] = torch.from_numpy(_pad([row.labels for row in rows], IGNORED, side)).to(device)
     if "labels" in batch and rows[0].weights is not None:
@@ -53,10 +53,10 @@ def collate(
         batch["loss_weights"] = weights * (batch["labels"] != IGNORED)
     distinct = rows[: len(rows) // copies]
     if pixels is None:
-        pixels = read_pixels([image for row in distinct for image in row.images], preparer, device)
-    if pixels and preparer.stock is None:
+        pixels = read_pixels([image for row in distinct for image in row.images], builder, device)
+    if pixels and builder.stock is None:
         batch |= pixels
-        _check_grid(batch, preparer, copies)
+        _check_grid(batch, builder, copies)
         if copies > 1:
             batch["image_spans"] = spans_of_rows(distinct) * copies
     elif pixels:
@@ -70,17 +70,17 @@ def spans_of_rows(rows: Sequence[Sample]) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-def read_pixels(images: Sequence[np.ndarray], preparer: SampleBuilder, device: str) -> dict[str, Any]:
+def read_pixels(images: Sequence[np.ndarray], builder: SampleBuilder, device: str) -> dict[str, Any]:
     """`pixel_values` and `image_grid_thw` of resized images, or what the family's processor makes; nothing where there
     are none."""
     import torch
 
     if not images:
         return {}
-    if preparer.stock is not None:
-        return {name: value.to(device) for name, value in preparer.stock.tensors(images).items()}
+    if builder.stock is not None:
+        return {name: value.to(device) for name, value in builder.stock.tensors(images).items()}
     tensors = [torch.tensor(image, device=device).permute(2, 0, 1) for image in images]
-    return dict(preparer.processor.image_processor(tensors, do_resize=False, return_tensors="pt", device=device))
+    return dict(builder.processor.image_processor(tensors, do_resize=False, return_tensors="pt", device=device))
 
 
 def join_pixels(pixels: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -91,13 +91,13 @@ def join_pixels(pixels: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.cat([of_row[name] for of_row in found]) for name in (found or [{}])[0]}
 
 
-def collate_pairs(rows: Sequence[Sample], preparer: SampleBuilder, device: str = "cpu") -> dict[str, Any]:
+def collate_pairs(rows: Sequence[Sample], builder: SampleBuilder, device: str = "cpu") -> dict[str, Any]:
     """Pairs as TRL's DPO takes them: the preferred answers of all rows, then the others, each behind its prompt.
 
     As `collate`, with `completion_mask` (`int64 [2 rows, longest]`) in place of labels.
     """
     both = [answered(row, row.completions[k]) for k in (0, 1) for row in rows]
-    batch = collate(both, preparer, device, copies=2)
+    batch = collate(both, builder, device, copies=2)
     batch["completion_mask"] = (batch.pop("labels") != IGNORED).long()
     return batch
 
@@ -119,9 +119,9 @@ def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int6
     return out
 
 
-def _check_grid(batch: dict[str, Any], preparer: SampleBuilder, copies: int) -> None:
+def _check_grid(batch: dict[str, Any], builder: SampleBuilder, copies: int) -> None:
     """The image tokens that were planned must be those that the tower will make."""
     planned = int(batch["mm_token_type_ids"].sum()) // copies
-    made = int(batch["image_grid_thw"].prod(dim=-1).sum()) // preparer.image_spec.merge**2
+    made = int(batch["image_grid_thw"].prod(dim=-1).sum()) // builder.image_spec.merge**2
     if planned != made:
         raise DataError(f"{planned} image tokens were planned, but the processor makes {made}. Please report this.")

@@ -92,10 +92,10 @@ def _read(
     made = _number_twice([_made(row, make, needs) for row in rows])
     labels = dict.fromkeys(label for record in made if isinstance(record, SftRecord) for label in _labels(record))
     attributes = list(dict.fromkeys(label.partition("=")[0] for label in labels if "=" in label))
-    return made, sorted(labels, key=lambda label: (_place(label, attributes), label))
+    return made, sorted(labels, key=lambda label: (_attribute_position(label, attributes), label))
 
 
-def _place(label: str, attributes: list[str]) -> int:
+def _attribute_position(label: str, attributes: list[str]) -> int:
     """Attributes stay in the order of their columns, the class first."""
     name = label.partition("=")[0]
     return attributes.index(name) if name in attributes else 0

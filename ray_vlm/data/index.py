@@ -75,14 +75,14 @@ def build_index(
     `known`: sizes of images that could be read when the run began.
     """
     rows, labels = read or read_rows(source)
-    preparer = load_sample_builder(spec)
+    builder = load_sample_builder(spec)
     records: list[Record] = []
     counts: list[tuple[int, int, int]] = []
     bad: list[BadRow] = []
     with ThreadPoolExecutor(8) as pool:
         measured = pool.map(lambda row: measure_row(row, data, known), rows)
         for row in track(measured, f"checking the rows of {source.path}", len(rows)):
-            counted = row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens)
+            counted = row if isinstance(row, BadRow) else count_row(row, builder, data.max_tokens)
             if isinstance(counted, BadRow):
                 bad.append(replace(counted, source=number))
             else:
@@ -248,12 +248,12 @@ def to_pixels(record: Any) -> Any:
     return replace(record, truth=scaled(record.truth), context=context)
 
 
-def count_row(row: Record, preparer: SampleBuilder, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
+def count_row(row: Record, builder: SampleBuilder, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
     """Tokens of (images, prompt without images, answer), or why the row is bad."""
     try:
-        if reason := preparer.problem(row):
+        if reason := builder.problem(row):
             return BadRow(row.row, row.id, reason)
-        counts = preparer.token_counts(row)
+        counts = builder.token_counts(row)
     except ValueError as error:
         return BadRow(row.row, row.id, str(error))
     if max_tokens is not None and sum(counts) > max_tokens:

@@ -7,12 +7,12 @@ from ray_vlm.tasks.classification import attributes_of, check_attributes
 from ray_vlm.tasks.detection import name_classes
 
 
-def parse_answer(text: str, record: Record, preparer: SampleBuilder) -> Parsed:
+def parse_answer(text: str, record: Record, builder: SampleBuilder) -> Parsed:
     """What an answer to the record says, with the classes of the job. A classification is in the promised form if its
     attributes are those that were asked for: those of the truth, or those of the labels if the record has no truth."""
-    parsed, labels = preparer.task.parse(text, preparer.frames(record)), preparer.spec.labels
-    if preparer.spec.task.name == "detection":
+    parsed, labels = builder.task.parse(text, builder.frames(record)), builder.spec.labels
+    if builder.spec.task.name == "detection":
         return name_classes(parsed, labels)
-    if preparer.spec.task.name == "classification" and isinstance(record, SftRecord):
+    if builder.spec.task.name == "classification" and isinstance(record, SftRecord):
         return check_attributes(parsed, tuple(record.truth["attributes"]) or tuple(attributes_of(labels)))
     return parsed

@@ -73,18 +73,18 @@ def asking_of(job: JobConfig) -> Asking:
     )
 
 
-def describe_preprocessing(preparer: SampleBuilder, asking: Asking | None = None) -> dict[str, Any]:
+def describe_preprocessing(builder: SampleBuilder, asking: Asking | None = None) -> dict[str, Any]:
     """How inputs are made, for `preprocessing.json` beside the weights; `read_saved` reads it back.
 
     `asking`: what else it takes to ask them, for weights that go where their run is not.
     """
-    spec = preparer.spec
+    spec = builder.spec
     return {
-        "task": spec.task.model_dump() | {"codec": preparer.codec_name},
+        "task": spec.task.model_dump() | {"codec": builder.codec_name},
         "labels": list(spec.labels),
         "hints": spec.hints,
         "split": spec.split,
-        "images": asdict(preparer.image_spec),
+        "images": asdict(builder.image_spec),
     } | ({"asking": asking.model_dump()} if asking is not None else {})
 
 
@@ -132,8 +132,8 @@ def _reason(error: Exception) -> str:
     return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
 
 
-def changed_since(path: str, preparer: SampleBuilder) -> list[str]:
-    """What `preparer` does otherwise than the sampling of the pairs in the file `path`, each with both values.
+def changed_since(path: str, builder: SampleBuilder) -> list[str]:
+    """What `builder` does otherwise than the sampling of the pairs in the file `path`, each with both values.
 
     Places that answers give in pixels of the resized image hold only at the same image sizes. Empty where nothing
     differs, or where no `<path>.about.json` tells. Raises `DataError` where that cannot be read.
@@ -150,7 +150,7 @@ def changed_since(path: str, preparer: SampleBuilder) -> list[str]:
             f"{about}: not readable ({type(error).__name__}: {error}). Make the pairs again, or delete it if it tells "
             "nothing of them."
         ) from None
-    now = json.loads(json.dumps(asdict(preparer.image_spec)))
-    changed = [f"form of boxes ({codec}, now {preparer.codec_name})"] if codec != preparer.codec_name else []
+    now = json.loads(json.dumps(asdict(builder.image_spec)))
+    changed = [f"form of boxes ({codec}, now {builder.codec_name})"] if codec != builder.codec_name else []
     sizes = [f"{name} {images.get(name)}, now {value}" for name, value in now.items() if images.get(name) != value]
     return changed + ([f"image sizes ({'; '.join(sizes)})"] if sizes else [])

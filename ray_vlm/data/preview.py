@@ -25,7 +25,7 @@ _TOKEN_NOTE = "trained tokens between [[ and ]], [[x2.50: where they weigh 2.50;
 
 def describe_prepared(index: Index, plan: Plan, spec: SampleSpec, balance: Balance) -> str:
     """Rows, steps, tokens and the mix of classes, then the token view of the first records."""
-    preparer = load_sample_builder(spec)
+    builder = load_sample_builder(spec)
     tokens = index.tokens
     step = plan.step_rows(0)
     limit = f"{plan.budget} tokens" if plan.budget else str(plan.micro_batch_size)
@@ -39,7 +39,7 @@ def describe_prepared(index: Index, plan: Plan, spec: SampleSpec, balance: Balan
         *describe_balance(balance),
         f"first records, {_TOKEN_NOTE}:",
     ]
-    lines += [_token_view(index, i, preparer) for i in range(min(_SHOWN_RECORDS, len(index)))]
+    lines += [_token_view(index, i, builder) for i in range(min(_SHOWN_RECORDS, len(index)))]
     return "\n".join(lines)
 
 
@@ -92,11 +92,11 @@ def describe_choice(chosen: Chosen, spec: SampleSpec) -> list[str]:
 
 def describe_rows(index: Index, spec: SampleSpec, chosen: Chosen, num_views: int = 3) -> str:
     """The token view of the first chosen rows, then how the tokens of all chosen rows are trained, as a table."""
-    preparer = load_sample_builder(spec)
+    builder = load_sample_builder(spec)
     lines = [f"{_TOKEN_NOTE}:"]
-    lines += [_token_view(index, i, preparer) for i in chosen.positions[:num_views]]
-    rows = [row for i in chosen.positions for row in whole_rows(index.records[i], preparer)]
-    counts = count_tokens(rows, preparer.image_token_id)
+    lines += [_token_view(index, i, builder) for i in chosen.positions[:num_views]]
+    rows = [row for i in chosen.positions for row in whole_rows(index.records[i], builder)]
+    counts = count_tokens(rows, builder.image_token_id)
     return "\n".join([*lines, "", *_count_lines(counts, len(chosen.positions))])
 
 
@@ -136,24 +136,24 @@ def _count_lines(counts: TokenCounts, num_rows: int) -> list[str]:
     return [*lines, f"  mean weight of a trained token: {counts.weight:.3f}"]
 
 
-def _token_view(index: Index, position: int, preparer: SampleBuilder) -> str:
+def _token_view(index: Index, position: int, builder: SampleBuilder) -> str:
     record = index.records[position]
-    views = [_marked_text(row, preparer) for row in whole_rows(record, preparer)]
+    views = [_marked_text(row, builder) for row in whole_rows(record, builder)]
     return f"--- row {record.row} (id {plain(record.id)})\n" + "\n--- against\n".join(views)
 
 
-def whole_rows(record: Any, preparer: SampleBuilder) -> list[Sample]:
+def whole_rows(record: Any, builder: SampleBuilder) -> list[Sample]:
     """What a model sees of a record in training: one row, of a pair one for each answer; of a prompt nothing is trained
     yet."""
-    row = preparer.row(record)
+    row = builder.row(record)
     if row.completions:
         return [answered(row, completion) for completion in row.completions]
     return [row if len(row.labels) else answered(row, np.zeros(0, np.int32))]
 
 
-def _marked_text(row: Sample, preparer: SampleBuilder) -> str:
+def _marked_text(row: Sample, builder: SampleBuilder) -> str:
     weights = np.ones(len(row.input_ids), np.float32) if row.weights is None else row.weights
-    image = row.input_ids == preparer.image_token_id
+    image = row.input_ids == builder.image_token_id
     trained = row.labels != IGNORED
     runs = groupby(range(len(row.input_ids)), key=lambda i: (image[i], trained[i], weights[i] if trained[i] else 1.0))
     pieces: list[str] = []
@@ -162,7 +162,7 @@ def _marked_text(row: Sample, preparer: SampleBuilder) -> str:
         if is_image:
             pieces.append(f"<image: {len(ids)} tokens>")
             continue
-        text = plain(preparer.tokenizer.decode(ids), keep="\n\t")
+        text = plain(builder.tokenizer.decode(ids), keep="\n\t")
         mark = "" if weight == 1 else f"x{weight:.2f}:"
         pieces.append(f"[[{mark}{text}]]" if is_trained else text)
     return "".join(pieces)

@@ -53,35 +53,35 @@ class PreviewPanel:
 
 def make_cells(index: Index, spec: SampleSpec, positions: Sequence[int]) -> list[PreviewPanel]:
     """The rows at these positions. Raises `DataError` where an image cannot be decoded."""
-    preparer = load_sample_builder(spec)
+    builder = load_sample_builder(spec)
     cells = []
     for position in positions:
         record = index.records[position]
-        cells.append(_cell(record, preparer) if isinstance(record, SftRecord) else _plain_cell(record, preparer))
+        cells.append(_cell(record, builder) if isinstance(record, SftRecord) else _plain_cell(record, builder))
     return cells
 
 
-def _plain_cell(record: Record, preparer: SampleBuilder) -> PreviewPanel:
+def _plain_cell(record: Record, builder: SampleBuilder) -> PreviewPanel:
     """A pair or a prompt: its texts, and what the task understands of the preferred answer."""
-    answers = [answer.text for answer in preparer.answers(record)]
-    frames, turns = preparer.frames(record), preparer.turns(record)
-    parsed = preparer.task.parse(answers[0], frames) if answers else Parsed()
+    answers = [answer.text for answer in builder.answers(record)]
+    frames, turns = builder.frames(record), builder.turns(record)
+    parsed = builder.task.parse(answers[0], frames) if answers else Parsed()
     question = next((text for role, text in reversed(turns) if role == "user"), "")
     told = "  rather than  ".join(map(_one_line, answers))
     head = (f"row {record.row} (id {plain(record.id)})",)
-    return PreviewPanel(head, preparer.row(record).images, frames, tuple(_answered(parsed)), _one_line(question), told)
+    return PreviewPanel(head, builder.row(record).images, frames, tuple(_answered(parsed)), _one_line(question), told)
 
 
-def _cell(record: SftRecord, preparer: SampleBuilder) -> PreviewPanel:
-    frames, turns = preparer.frames(record), preparer.turns(record)
-    answer = preparer.answer(record).text
-    parsed = preparer.task.parse(answer, frames)
+def _cell(record: SftRecord, builder: SampleBuilder) -> PreviewPanel:
+    frames, turns = builder.frames(record), builder.turns(record)
+    answer = builder.answer(record).text
+    parsed = builder.task.parse(answer, frames)
     question = next((text for role, text in reversed(turns) if role == "user"), "")
     said = [text for role, text in turns if role != "system"]
     marks = (*_answered(parsed), *_told(parsed, frames, question), *_in_text(record, frames, [*said, answer]))
-    images = preparer.train_row(record).images
+    images = builder.train_row(record).images
     sizes = ", ".join(
-        f"{w}x{h} px -> {image.shape[1]}x{image.shape[0]}, {preparer.num_image_tokens((w, h))} tokens"
+        f"{w}x{h} px -> {image.shape[1]}x{image.shape[0]}, {builder.num_image_tokens((w, h))} tokens"
         for (w, h), image in zip(record.sizes[:1], images, strict=False)
     )
     head = f"row {record.row} (id {plain(record.id)})" + (f", {len(images)} images" if len(images) > 1 else "")

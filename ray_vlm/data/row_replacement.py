@@ -21,7 +21,7 @@ WAITS_S = (0.2, 1.0)  # before each new attempt at the row itself
 _OTHERS = 16  # rows after it that may take its place
 
 
-def make_row(preparer: SampleBuilder, records: Sequence[Record], number: int, fill_in: bool) -> Sample:
+def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, fill_in: bool) -> Sample:
     """The row at position `number`, or with `fill_in` one in its place, whose own position is in it.
 
     Raises `DataError` where it cannot be read, or none of those after it either.
@@ -29,7 +29,7 @@ def make_row(preparer: SampleBuilder, records: Sequence[Record], number: int, fi
     first: DataError | None = None
     for wait in (*WAITS_S, None):
         try:
-            return replace(preparer.row(records[number]), number=number)
+            return replace(builder.row(records[number]), number=number)
         except DataError as error:
             if wait is None:
                 first = error
@@ -40,7 +40,7 @@ def make_row(preparer: SampleBuilder, records: Sequence[Record], number: int, fi
     others = [(number + step) % len(records) for step in range(1, min(_OTHERS, len(records) - 1) + 1)]
     for other in others:
         try:
-            return replace(preparer.row(records[other]), number=other)
+            return replace(builder.row(records[other]), number=other)
         except DataError:
             continue
     raise DataError(f"{first} Nor can any of the {len(others)} rows after it: mend the files or their network.")

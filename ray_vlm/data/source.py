@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.config.places import import_function
+from ray_vlm.config.paths import import_function
 from ray_vlm.data.formats import read_rows
 from ray_vlm.errors import ConfigError, RayVlmError
 from ray_vlm.runs.progress import lasting

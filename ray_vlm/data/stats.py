@@ -63,8 +63,8 @@ def measure_rows(job: JobConfig) -> Stats:
     parts = load_parts(job.model_copy(update={"data": whole}), wanted)
     train = parts.train
     assert train is not None
-    preparer = load_sample_builder(parts.spec)
-    spec = preparer.image_spec
+    builder = load_sample_builder(parts.spec)
+    spec = builder.image_spec
     regions = [region for record in train.records for region in regions_of(record)]
     boxes = [(place, size) for _, place, size in regions if len(place) == 4]
     sides = np.array([[b[2] - b[0], b[3] - b[1]] for b, _ in boxes], np.float64).reshape(-1, 2)
@@ -85,7 +85,7 @@ def measure_rows(job: JobConfig) -> Stats:
         boxes=sides,
         resized_boxes=sides * _resized(box_images, spec) / np.maximum(box_images, 1),
         tokens={**tokens, "all": train.tokens},
-        limits=_limits(train, sides, box_images, preparer, job.data.max_tokens),
+        limits=_limits(train, sides, box_images, builder, job.data.max_tokens),
         cuts=tuple(_cut(train.tokens, quantile) for quantile in _QUANTILES),
         factor=spec.factor,
         min_pixels=spec.min_pixels,
@@ -134,8 +134,8 @@ def _resized(sizes: np.ndarray, spec: ImageSpec) -> np.ndarray:
     return _by_size(sizes, lambda size: spec.place(size).content, 2)
 
 
-def _image_tokens(sizes: np.ndarray, spec: ImageSpec, preparer: SampleBuilder) -> np.ndarray:
-    return _by_size(sizes, lambda size: (preparer.num_image_tokens(size, spec),), 1)[:, 0]
+def _image_tokens(sizes: np.ndarray, spec: ImageSpec, builder: SampleBuilder) -> np.ndarray:
+    return _by_size(sizes, lambda size: (builder.num_image_tokens(size, spec),), 1)[:, 0]
 
 
 def _by_size(sizes: np.ndarray, of: Any, columns: int) -> np.ndarray:
@@ -146,17 +146,17 @@ def _by_size(sizes: np.ndarray, of: Any, columns: int) -> np.ndarray:
 
 
 def _limits(
-    index: Index, sides: np.ndarray, box_images: np.ndarray, preparer: SampleBuilder, max_tokens: int | None
+    index: Index, sides: np.ndarray, box_images: np.ndarray, builder: SampleBuilder, max_tokens: int | None
 ) -> tuple[dict[str, Any], ...]:
     """Tokens and thin boxes for each `max_pixels`; texts are counted as they are now."""
-    spec = preparer.image_spec
+    spec = builder.image_spec
     budgets = () if spec.stock else _BUDGETS  # a tile's tokens do not follow from its pixels
     sizes = np.array([size for record in index.records for size in record.sizes], np.int64).reshape(-1, 2)
     row_of = np.repeat(np.arange(len(index)), [len(record.sizes) for record in index.records])
     out = []
     for limit in sorted({*(budget * spec.factor**2 for budget in budgets), spec.max_pixels}):
         other = replace(spec, max_pixels=limit, min_pixels=min(spec.min_pixels, limit))
-        image = np.bincount(row_of, _image_tokens(sizes, other, preparer), len(index))
+        image = np.bincount(row_of, _image_tokens(sizes, other, builder), len(index))
         tokens = image + index.prompt_tokens + index.answer_tokens
         thin = (sides * _resized(box_images, other) / np.maximum(box_images, 1)).min(axis=1, initial=np.inf) < THIN_PX
         out.append(

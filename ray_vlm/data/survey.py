@@ -98,7 +98,7 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
     training = [r for name, r in read.items() if name == "train" or name.startswith("mix")]
     labels = [label for r in training for label in r.labels] or [label for r in read.values() for label in r.labels]
     data = job.data.model_copy(update={"on_bad_row": "quarantine"})
-    preparer = load_sample_builder(sample_spec(job, list(dict.fromkeys(labels))))
+    builder = load_sample_builder(sample_spec(job, list(dict.fromkeys(labels))))
     unused = (
         [] if job.task.labels or not training else tell_unused(labels, (row for r in read.values() for row in r.rows))
     )
@@ -114,7 +114,7 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
             usable: list[Record] = []
             counted: list[Any] = []
             for row in measured:
-                counted.append(row if isinstance(row, BadRow) else count_row(row, preparer, data.max_tokens))
+                counted.append(row if isinstance(row, BadRow) else count_row(row, builder, data.max_tokens))
                 if not isinstance(row, BadRow) and not isinstance(counted[-1], BadRow):
                     usable.append(row)
         bad = tuple(row for row in counted if isinstance(row, BadRow))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from ray_vlm.config.places import describe_search
+from ray_vlm.config.paths import describe_search
 from ray_vlm.data.files import open_file, read_bytes
 from ray_vlm.data.records import BadRow
 from ray_vlm.errors import DataError

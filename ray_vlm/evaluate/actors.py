@@ -61,7 +61,7 @@ class InferenceWorker:
         return ray.get(self.work.records)
 
     @cached_property
-    def preparer(self) -> SampleBuilder:
+    def builder(self) -> SampleBuilder:
         """The process's `SampleBuilder`."""
         return load_sample_builder(self.work.spec)
 
@@ -88,10 +88,10 @@ class InferenceWorker:
         adapter, job = fetch_folder(work.adapter) if work.adapter is not None else None, work.job
         if adapter is not None and is_whole_model(adapter):
             job, adapter = job.model_copy(update={"model": whole_model(job.model, adapter)}), None
-        longest = max(sum(self.preparer.token_counts(record)[:2]) for record in self.records)
+        longest = max(sum(self.builder.token_counts(record)[:2]) for record in self.records)
         if work.memory == "model":  # that a task may still gather
             memory = work.spec.task.long_memory_tokens + work.spec.task.short_memory * work.job.evaluate.max_new_tokens
-        return build_answerer(job, adapter, self.preparer, longest + memory)
+        return build_answerer(job, adapter, self.builder, longest + memory)
 
 
 Do = Callable[

@@ -62,7 +62,7 @@ def export_run(
     if precision is not None and not merged:
         raise ConfigError(f"--precision {precision} is for --merged; an adapter is exported as it was trained.")
     kind = kind_of(run, merged)
-    folder = _place(run, output, kind)
+    folder = _resolve_output(run, output, kind)
     files = fetch_folder(source)
     licence = read_licence(job)
     if merged:
@@ -80,7 +80,7 @@ def kind_of(run: Run, merged: bool) -> str:
     return MERGED if merged else ADAPTER
 
 
-def _place(run: Run, output: str | None, kind: str) -> Path:
+def _resolve_output(run: Run, output: str | None, kind: str) -> Path:
     if output:
         folder = Path(output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -133,9 +133,9 @@ def check_batches(job: JobConfig, adapter: str, device: str) -> Sequence[dict[st
     if part is None:
         raise ConfigError("the run's job has no rows to compare logits on. Export the adapter.")
     parts = load_parts(job, [part], read_preprocessing(adapter, sample_spec(job, [])))
-    records, preparer = getattr(parts, part).records, load_sample_builder(parts.spec)
-    rows = [preparer.prompt_row(records[i]) for i in plan_sample(len(records), _CHECKED_ROWS)]
-    return [collate(rows[i : i + _BATCH], preparer, device) for i in range(0, len(rows), _BATCH)]
+    records, builder = getattr(parts, part).records, load_sample_builder(parts.spec)
+    rows = [builder.prompt_row(records[i]) for i in plan_sample(len(records), _CHECKED_ROWS)]
+    return [collate(rows[i : i + _BATCH], builder, device) for i in range(0, len(rows), _BATCH)]
 
 
 def read_licence(job: JobConfig) -> str | None:

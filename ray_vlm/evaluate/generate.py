@@ -37,7 +37,7 @@ _TELL_S = 5.0  # between lines on how far it is
 def generate_answers(
     model: Any,
     records: Sequence[Record],
-    preparer: SampleBuilder,
+    builder: SampleBuilder,
     batch_size: int,
     max_new_tokens: int,
     device: str = "cpu",
@@ -47,39 +47,39 @@ def generate_answers(
     import torch
 
     model.eval()
-    tokens_of = _generate if _needs_generate(preparer) else decode_greedy
+    tokens_of = _generate if _needs_generate(builder) else decode_greedy
     answers: list[str] = []
     for start in range(0, len(records), batch_size):
-        rows = [preparer.prompt_row(record) for record in records[start : start + batch_size]]
+        rows = [builder.prompt_row(record) for record in records[start : start + batch_size]]
         with torch.inference_mode(), dequantised(model):
-            tokens = tokens_of(model, rows, preparer, max_new_tokens, device)
-        answers += [preparer.text(ids) for ids in tokens]
+            tokens = tokens_of(model, rows, builder, max_new_tokens, device)
+        answers += [builder.text(ids) for ids in tokens]
         if on_progress is not None:
             on_progress(len(answers))
     return answers
 
 
-def _needs_generate(preparer: SampleBuilder) -> bool:
+def _needs_generate(builder: SampleBuilder) -> bool:
     """Whether answers come from transformers' `generate`: for families whose caches and masks only it knows, and under
     ZeRO-3, where all ranks go through the model until the last of them has answered."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    return preparer.stock is not None or is_deepspeed_zero3_enabled()
+    return builder.stock is not None or is_deepspeed_zero3_enabled()
 
 
 def _generate(
-    model: Any, rows: Sequence[Sample], preparer: SampleBuilder, max_new_tokens: int, device: str
+    model: Any, rows: Sequence[Sample], builder: SampleBuilder, max_new_tokens: int, device: str
 ) -> list[list[int]]:
     """The new tokens of each prompt row by transformers' `generate`, greedy, with what pads them after their end."""
-    batch = collate(rows, preparer, device, side="left")
+    batch = collate(rows, builder, device, side="left")
     tokens = model.generate(
         **{k: v for k, v in batch.items() if k != "labels"},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         repetition_penalty=1.0,  # hub models bring their own; it would punish repeated digits and labels
         use_cache=True,
-        eos_token_id=end_ids(base_of(model), preparer),
-        pad_token_id=preparer.tokenizer.pad_token_id,
+        eos_token_id=end_ids(base_of(model), builder),
+        pad_token_id=builder.tokenizer.pad_token_id,
     )
     return tokens[:, batch["input_ids"].shape[1] :].tolist()
 
@@ -134,27 +134,27 @@ def answer_all(
 
 def answer_records(loaded: InferenceWorker, records: Sequence[Record]) -> list[str]:
     """The greedy answers to records, as one batch, by what `evaluate.engine` says."""
-    job, preparer = loaded.work.job, loaded.preparer
+    job, builder = loaded.work.job, loaded.builder
     if job.evaluate.engine == "vllm":
-        return loaded.answer([preparer.prompt_row(record) for record in records])
+        return loaded.answer([builder.prompt_row(record) for record in records])
     limit = job.evaluate.max_new_tokens
-    return generate_answers(loaded.model, records, preparer, len(records), limit, loaded.device)
+    return generate_answers(loaded.model, records, builder, len(records), limit, loaded.device)
 
 
 def _answer(loaded: InferenceWorker, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
     if loaded.work.memory == "model":
-        return walk(records, loaded.preparer, partial(answer_records, loaded))
+        return walk(records, loaded.builder, partial(answer_records, loaded))
     return answer_records(loaded, records)
 
 
 def describe_work(work: InferenceJob, weights: str | None) -> dict[str, str]:
     """What the answers depend on, as hashes by name, and whose memory: where all are equal, so are the answers.
     `weights`: the adapter's folder on this machine."""
-    job, preparer = work.job, load_sample_builder(work.spec)
+    job, builder = work.job, load_sample_builder(work.spec)
     rows = hashlib.sha256()
     for r in work.records:
         images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
-        told = (r.id, images, [_stamp(i) for i in images], r.sizes, preparer.turns(r), r.context.get("task"))
+        told = (r.id, images, [_stamp(i) for i in images], r.sizes, builder.turns(r), r.context.get("task"))
         rows.update(repr(told).encode())
     loading = (
         job.model.load_in_4bit,
@@ -167,7 +167,7 @@ def describe_work(work: InferenceJob, weights: str | None) -> dict[str, str]:
     inputs = {
         "base": (job.model.name, loading, _files(resolve_name(job.model.name))),
         "adapter": _trained(weights) if weights else None,
-        "preprocessing": (asdict(replace(work.spec, model=None)), asdict(preparer.image_spec)),  # type: ignore[arg-type]
+        "preprocessing": (asdict(replace(work.spec, model=None)), asdict(builder.image_spec)),  # type: ignore[arg-type]
         "batches": (work.batches, job.evaluate.max_new_tokens),
         "versions": (__version__, packages),
     }

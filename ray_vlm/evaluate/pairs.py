@@ -50,7 +50,7 @@ def make_pairs(
     parts = load_parts(job, [part], read_preprocessing(weights, sample_spec(job, [])) if weights is not None else None)
     index: Index = getattr(parts, part)
     names, root = name_images(index.records)
-    preparer = load_sample_builder(parts.spec)
+    builder = load_sample_builder(parts.spec)
     rewards = load_scoring(job, parts.spec.labels)
     for note in (*parts.notes, *check_rewards(rewards)):
         say(f"note: {note}")
@@ -59,7 +59,7 @@ def make_pairs(
     workers = job.cluster.most_workers if job.cluster.num_workers else 0
     where = weights if workers == 0 or adapter is None else full_address(adapter)
     with closing(sample_answers(job, parts.spec, index.records, where, workers)) as batches:
-        rows = build_rows(index.records, batches, preparer, names, job.pairs.min_margin)
+        rows = build_rows(index.records, batches, builder, names, job.pairs.min_margin)
         told = write_rows(path, rows, len(index), say)
     about = {
         "adapter": adapter,
@@ -73,7 +73,7 @@ def make_pairs(
         "num_bad_rows": len(index.bad),
         **told,
         "image_root": root,
-        "preprocessing": describe_preprocessing(preparer),
+        "preprocessing": describe_preprocessing(builder),
     }
     write_about(path, about)
     describe_pairs(path, about, say)
@@ -135,7 +135,7 @@ def pair_of(samples: Sequence[Sample], min_margin: float) -> dict[str, Any] | st
 def build_rows(
     records: Sequence[SftRecord],
     batches: Iterable[list[list[Sample]]],
-    preparer: SampleBuilder,
+    builder: SampleBuilder,
     names: dict[str, str],
     min_margin: float,
 ) -> Iterator[dict[str, Any] | str]:
@@ -145,8 +145,8 @@ def build_rows(
         ids = [f"{record.source}:{record.id}" for record in records]
     sampled = (samples for batch in batches for samples in batch)
     for record, name, samples in zip(records, ids, sampled, strict=True):
-        turns = preparer.turns(record)
-        kept = [sample for sample in samples if can_be_kept(sample.text, record, turns, preparer)]
+        turns = builder.turns(record)
+        kept = [sample for sample in samples if can_be_kept(sample.text, record, turns, builder)]
         found = pair_of(kept, min_margin)
         if isinstance(found, str):
             yield found
@@ -156,9 +156,9 @@ def build_rows(
         yield {"id": name, "group": record.group, "images": images, "prompt": prompt, **found}
 
 
-def can_be_kept(text: str, record: SftRecord, turns: Turns, preparer: SampleBuilder) -> bool:
+def can_be_kept(text: str, record: SftRecord, turns: Turns, builder: SampleBuilder) -> bool:
     """Whether a row of format `preference` may hold the answer: not empty, and nothing that is read as markup."""
     if not text.strip() or IMAGE in text or text_fault(text):
         return False
     as_row = PreferenceRecord(record.id, record.row, record.images, record.sizes, turns, text, text)
-    return preparer.problem(as_row) is None
+    return builder.problem(as_row) is None

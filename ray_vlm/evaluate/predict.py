@@ -82,12 +82,12 @@ def _records(predictor: Predictor, given: Sequence[Input]) -> tuple[dict[int, Sf
 def _answers(
     predictor: Predictor, records: Sequence[SftRecord], output: str, num_replicas: int, say: Callable[[str], None]
 ) -> list[str]:
-    preparer, size = predictor.preparer, predictor.job.evaluate.batch_size
+    builder, size = predictor.builder, predictor.job.evaluate.batch_size
     work = replace(predictor.work(num_replicas), records=tuple(records))
     if predictor.task == "gui_steps":
         work = replace(work, batches=plan_walks(records, size), memory="model")
     else:
-        costs = [sum(preparer.token_counts(record)[:2]) for record in records]
+        costs = [sum(builder.token_counts(record)[:2]) for record in records]
         work = replace(work, batches=plan_batches(costs, size))
     try:
         return answer_all(work, _kept(output), num_replicas, say, predictor.weights)

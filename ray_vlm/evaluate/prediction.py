@@ -42,13 +42,11 @@ def rates(hits: int, misses: int, invented: int, suffix: str = "") -> dict[str, 
     return {f"precision{suffix}": precision, f"recall{suffix}": recall, f"f1{suffix}": f1}
 
 
-def build_predictions(
-    records: Sequence[SftRecord], answers: Sequence[str], preparer: SampleBuilder
-) -> list[Prediction]:
+def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], builder: SampleBuilder) -> list[Prediction]:
     """Parse and score each answer with the task's own functions."""
     predictions = []
     for record, text in zip(records, answers, strict=True):
-        parsed, truth = parse_answer(text, record, preparer), preparer.truth(record)
+        parsed, truth = parse_answer(text, record, builder), builder.truth(record)
         predictions.append(
             Prediction(
                 row=record.row,
@@ -61,7 +59,7 @@ def build_predictions(
                 ok=parsed.ok,
                 repairs=parsed.repairs,
                 truth=truth,
-                score=preparer.task.score(parsed, truth),
+                score=builder.task.score(parsed, truth),
             )
         )
     return predictions

@@ -128,13 +128,13 @@ class Predictor:
                 problems += error.problems
         if problems:
             raise DataError(problems)
-        options, preparer = self.job.evaluate, self.preparer
-        costs = [sum(preparer.token_counts(record)[:2]) for record in records]
+        options, builder = self.job.evaluate, self.builder
+        costs = [sum(builder.token_counts(record)[:2]) for record in records]
         answers = [""] * len(records)
         for batch in plan_batches(costs, options.batch_size):
             part = [records[i] for i in batch]
             texts = generate_answers(
-                self._loaded.model, part, preparer, len(part), options.max_new_tokens, self._loaded.device
+                self._loaded.model, part, builder, len(part), options.max_new_tokens, self._loaded.device
             )
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
@@ -159,7 +159,7 @@ class Predictor:
             raise DataError(str(error)) from None
         found = self.predict(image_path, goal=user_goal, history=history)
         values = found.values
-        short, long = remember(history, values["output"], self.preparer.setting)
+        short, long = remember(history, values["output"], self.builder.setting)
         return Step(values["output"], values["box"], values["point"], found.ok, found.answer, short, long)
 
     def record(self, ask: Ask, row: int = 0) -> SftRecord:
@@ -173,17 +173,17 @@ class Predictor:
         """The record that asks, or why it cannot be asked."""
         try:
             record = build_question(ask, row, self.task, self.job.data.max_image_pixels)
-            return self.preparer.question_problem(record) or record
+            return self.builder.question_problem(record) or record
         except (ValueError, OSError, TypeError) as error:
             return str(error) or type(error).__name__
 
     def understand(self, record: SftRecord, answer: str, ask: Ask) -> Found:
         """What an answer to the record says."""
-        parsed = parse_answer(answer, record, self.preparer)
+        parsed = parse_answer(answer, record, self.builder)
         return Found(ask.images, record.sizes, answer, parsed.values, parsed.ok, parsed.repairs)
 
     @cached_property
-    def preparer(self) -> SampleBuilder:
+    def builder(self) -> SampleBuilder:
         """What words questions and reads answers."""
         return load_sample_builder(self._loaded.work.spec)
 

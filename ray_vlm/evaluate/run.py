@@ -169,7 +169,7 @@ def evaluate_and_report(
     job: JobConfig, subjects: Sequence[EvalTarget], output: str | None, against: str | None
 ) -> Path:
     """What `ray-vlm evaluate` does: evaluate, print the headlines, write `report.html`. Returns the folder."""
-    folder = _place(job, subjects, output)
+    folder = resolve_output_dir(job, subjects, output)
     stages = []
     if against is not None:
         stages.append(load_stage(Path(against), Path(against).name, job.task.name))
@@ -204,7 +204,7 @@ def _ids(stage: EvalResult) -> list[str]:
     return [p["id"] for p in stage.predictions]
 
 
-def _place(job: JobConfig, subjects: Sequence[EvalTarget], output: str | None) -> Path:
+def resolve_output_dir(job: JobConfig, subjects: Sequence[EvalTarget], output: str | None) -> Path:
     """Where results go: beside the adapter, or for the base and for several of them under the job's output folder."""
     if output:
         return Path(output)

@@ -51,11 +51,11 @@ def plan_prompts(job: JobConfig, num_records: int) -> tuple[tuple[int, ...], ...
 
 def _sample(loaded: InferenceWorker, records: Sequence[SftRecord], positions: Sequence[int]) -> Any:
     """The answers to a batch, as plain data."""
-    job, preparer = loaded.work.job, loaded.preparer
+    job, builder = loaded.work.job, loaded.builder
     seeds = [(job.seed, i) for i in positions]
-    rows = [preparer.prompt_row(record) for record in records]
-    groups = sample_groups(loaded.model, rows, preparer, _sampling(job), seeds, loaded.device)
-    texts = [[preparer.text(answer.ids) for answer in group] for group in groups]
+    rows = [builder.prompt_row(record) for record in records]
+    groups = sample_groups(loaded.model, rows, builder, _sampling(job), seeds, loaded.device)
+    texts = [[builder.text(answer.ids) for answer in group] for group in groups]
     scores = iter(_score(loaded, records, texts, groups))
     return [
         [astuple(Sample(text, next(scores), answer.finished)) for text, answer in zip(of_row, group, strict=True)]
@@ -81,15 +81,15 @@ def _score(
     groups: Sequence[list[Completion]],
 ) -> list[float]:
     """The reward of every answer, group by group."""
-    preparer, repeats = loaded.preparer, loaded.work.job.pairs.num_samples
+    builder, repeats = loaded.builder, loaded.work.job.pairs.num_samples
     rewards = load_scoring(loaded.work.job, loaded.work.spec.labels)
-    turns = [[{"role": role, "content": text} for role, text in preparer.turns(r)] for r in records]
+    turns = [[{"role": role, "content": text} for role, text in builder.turns(r)] for r in records]
     scores = score_answers(
         rewards,
         [record for record in records for _ in range(repeats)],
         [text for of_row in texts for text in of_row],
         [answer.ids for group in groups for answer in group],
         [prompt for prompt in turns for _ in range(repeats)],
-        preparer,
+        builder,
     )
     return [total(rewards, parts) for parts in scores]

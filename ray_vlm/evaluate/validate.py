@@ -24,18 +24,18 @@ from ray_vlm.runs.progress import Progress
 
 
 def validate_answers(
-    trainer: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str, world_size: int
+    trainer: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
     """SFT: `loss`, and unless that is the job's metric what the task measures."""
     started, model, options = time.monotonic(), trainer.model, job.evaluate
     was_training = model.training
     model.eval()
     batches = _in_step(records, options.batch_size, device, world_size)
-    sums = _sum(_loss(model, batches, preparer, device), device, world_size)
+    sums = _sum(_loss(model, batches, builder, device), device, world_size)
     metrics = {"loss": sums[0] / max(sums[1], 1.0)}
     if options.metric != "loss":
-        answers = _answer(model, records, preparer, job, device, world_size)
-        trainer.shown = build_predictions(records, answers, preparer)
+        answers = _answer(model, records, builder, job, device, world_size)
+        trainer.shown = build_predictions(records, answers, builder)
         metrics |= _measure(trainer.shown, job, world_size)
     model.train(was_training)
     return metrics | {"validation_s": time.monotonic() - started}
@@ -64,23 +64,23 @@ def _progress(what: str, records: Sequence[Any], world_size: int) -> Progress:
 
 
 def _answer(
-    model: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str, world_size: int
+    model: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> list[str]:
     """The model's greedy answer to each of this rank's records."""
     options, progress = job.evaluate, _progress("validation, answers", records, world_size)
     size, limit = options.batch_size, options.max_new_tokens
-    return generate_answers(model, records, preparer, size, limit, device, progress.reach)
+    return generate_answers(model, records, builder, size, limit, device, progress.reach)
 
 
 def _loss(
-    model: Any, batches: Iterable[tuple[Sequence[Any], bool]], preparer: SampleBuilder, device: str
+    model: Any, batches: Iterable[tuple[Sequence[Any], bool]], builder: SampleBuilder, device: str
 ) -> tuple[float, float]:
     """Sum of the trained tokens' negative log-likelihoods, and their number."""
     import torch
 
     summed, tokens = 0.0, 0
     for records, counts in batches:
-        batch = collate([preparer.train_row(record) for record in records], preparer, device)
+        batch = collate([builder.train_row(record) for record in records], builder, device)
         batch.pop("loss_weights", None)  # held-out rows count alike
         with torch.no_grad():
             out = model(**batch, fused_lm_head=True)
@@ -90,7 +90,7 @@ def _loss(
 
 
 def validate_pairs(
-    trainer: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str, world_size: int
+    trainer: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
     """DPO: `loss`, `preference_accuracy` (share of pairs whose chosen answer has the higher reward), `reward_margin`,
     `reward_chosen` and `reward_rejected`; a reward is beta times the log-ratio to the reference."""
@@ -99,8 +99,8 @@ def validate_pairs(
     model.eval()
     sums = dict.fromkeys(_OF_PAIRS, 0.0)
     for number, (batch, counts) in enumerate(_in_step(records, size, device, world_size)):
-        rows = [preparer.pair_row(record) for record in batch]
-        found = _measure_pairs(trainer, collate_pairs(rows, preparer, device), number)
+        rows = [builder.pair_row(record) for record in batch]
+        found = _measure_pairs(trainer, collate_pairs(rows, builder, device), number)
         for name, value in found.items():
             sums[name] += value * len(rows) * counts
     model.train(was_training)
@@ -146,53 +146,53 @@ def _alone(trainer: Any) -> Iterator[None]:
 
 
 def validate_rewards(
-    trainer: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str, world_size: int
+    trainer: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
     """GRPO: `reward` and `reward_<part>` of greedy answers, and what the task measures where rows have a truth; with
     `method.num_generations_eval` also `sampled_reward`, of answers that are sampled as in training."""
     started, was_training = time.monotonic(), trainer.model.training
-    answers = _answer(trainer.model, records, preparer, job, device, world_size)
+    answers = _answer(trainer.model, records, builder, job, device, world_size)
     trainer.model.train(was_training)
-    ids = [preparer.tokenizer.encode(text, add_special_tokens=False) for text in answers]
-    mine = _score(trainer, records, answers, ids, preparer)
+    ids = [builder.tokenizer.encode(text, add_special_tokens=False) for text in answers]
+    mine = _score(trainer, records, answers, ids, builder)
     everyone = [of_answer for part in _gather(mine, world_size) for of_answer in part]
     metrics = {}
     for name in everyone[0] if everyone else ():
         values = [of_answer[name] for of_answer in everyone if of_answer[name] is not None]
         metrics[f"reward_{name.rpartition(':')[2]}" if name else "reward"] = sum(values) / max(len(values), 1)
     if records and isinstance(records[0], SftRecord):
-        trainer.shown = build_predictions(records, answers, preparer)
+        trainer.shown = build_predictions(records, answers, builder)
         metrics |= _measure(trainer.shown, job, world_size)
     if job.method.num_generations_eval:
-        totals = [of_answer[""] for of_answer in _sample(trainer, records, preparer, job, device)]
+        totals = [of_answer[""] for of_answer in _sample(trainer, records, builder, job, device)]
         rewards = [value for part in _gather(totals, world_size) for value in part]
         metrics["sampled_reward"] = sum(rewards) / max(len(rewards), 1)
     return metrics | {"validation_s": time.monotonic() - started}
 
 
 def _sample(
-    trainer: Any, records: Sequence[Any], preparer: SampleBuilder, job: JobConfig, device: str
+    trainer: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str
 ) -> list[dict[str, Any]]:
     """The scores of answers sampled to each record. Its random numbers are the same at every validation."""
     method, repeats = job.method, job.method.num_generations_eval
     sampling = Sampling(repeats, method.max_completion_tokens, method.temperature, method.top_p, method.top_k)
-    rows = [preparer.prompt_row(record) for record in records]
+    rows = [builder.prompt_row(record) for record in records]
     seeds = [(job.seed, record.row) for record in records]
     model, size = trainer.accelerator.unwrap_model(trainer.model), max(1, job.evaluate.batch_size // repeats)
-    groups = sample_groups(model, rows, preparer, sampling, seeds, device, size)
+    groups = sample_groups(model, rows, builder, sampling, seeds, device, size)
     ids = [answer.ids for group in groups for answer in group]
     repeated = [record for record in records for _ in range(repeats)]
-    return _score(trainer, repeated, [preparer.text(answer) for answer in ids], ids, preparer)
+    return _score(trainer, repeated, [builder.text(answer) for answer in ids], ids, builder)
 
 
 def _score(
-    trainer: Any, records: Sequence[Any], answers: Sequence[str], ids: Sequence[Sequence[int]], preparer: SampleBuilder
+    trainer: Any, records: Sequence[Any], answers: Sequence[str], ids: Sequence[Sequence[int]], builder: SampleBuilder
 ) -> list[dict[str, Any]]:
     """Every part of each answer's reward, and under "" all of it."""
     if not records:
         return []
-    prompts = [[{"role": role, "content": text} for role, text in preparer.turns(record)] for record in records]
-    scores = score_answers(trainer.scored_by, records, answers, ids, prompts, preparer)
+    prompts = [[{"role": role, "content": text} for role, text in builder.turns(record)] for record in records]
+    scores = score_answers(trainer.scored_by, records, answers, ids, prompts, builder)
     return [of_answer | {"": total(trainer.scored_by, of_answer)} for of_answer in scores]
 
 

@@ -20,7 +20,7 @@ def plan_walks(records: Sequence[SftRecord], batch_size: int) -> tuple[tuple[int
 
 
 def walk(
-    records: Sequence[SftRecord], preparer: SampleBuilder, answer: Callable[[Sequence[SftRecord]], list[str]]
+    records: Sequence[SftRecord], builder: SampleBuilder, answer: Callable[[Sequence[SftRecord]], list[str]]
 ) -> list[str]:
     """The answers to whole GUI tasks, in the order of the records. `answer` is given step k of all tasks at once.
 
@@ -35,8 +35,8 @@ def walk(
         asked = [_with_history(records[i], history[name]) for name, i in positions.items()]
         for (name, i), record, text in zip(positions.items(), asked, answer(asked), strict=True):
             answers[i] = text
-            found = parse_answer(text, record, preparer).values
-            short, long = remember(history[name], found["output"], preparer.setting)
+            found = parse_answer(text, record, builder).values
+            short, long = remember(history[name], found["output"], builder.setting)
             history[name] = (*long, *short)
     return answers
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.load import load_job, load_resolved
-from ray_vlm.config.places import is_hub_name
+from ray_vlm.config.paths import is_hub_name
 from ray_vlm.config.schema import JobConfig, Model
 from ray_vlm.data.preprocessing import PREPROCESSING, Asking, Saved, read_saved
 from ray_vlm.errors import ConfigError, ModelError, RunError

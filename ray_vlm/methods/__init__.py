@@ -1,7 +1,7 @@
 """The methods: which TRL trainer, fed with what, with which options. The losses are TRL's. Imports without ray.
 
 Each module has `trainer_class()`, `EXAMPLE_ROW`, `build_args(job, shared)`, `extras(job)` (what else TRL's constructor
-takes), `collate(rows, preparer, device)` (what a micro-batch becomes) and `logged(logs)` (TRL's numbers by our names).
+takes), `collate(rows, builder, device)` (what a micro-batch becomes) and `logged(logs)` (TRL's numbers by our names).
 """
 
 from types import ModuleType

@@ -25,7 +25,7 @@ ChooseToken = Callable[[Any, int, Any], Any]
 def decode(
     model: Any,
     batch: dict[str, Any],
-    preparer: SampleBuilder,
+    builder: SampleBuilder,
     max_new_tokens: int,
     choose_token: ChooseToken,
     repeats: int = 1,
@@ -39,10 +39,10 @@ def decode(
 
     base = base_of(model)
     device = batch["input_ids"].device
-    ends = torch.tensor(end_ids(base, preparer), device=device)
+    ends = torch.tensor(end_ids(base, builder), device=device)
     axes = _axes(base)
     logits, cache, position, mask = _prefill(model, base, batch, repeats)
-    tokens = torch.full((max_new_tokens, len(logits)), preparer.tokenizer.pad_token_id, device=device)
+    tokens = torch.full((max_new_tokens, len(logits)), builder.tokenizer.pad_token_id, device=device)
     rows_left = torch.arange(len(logits), device=device)  # which sequences the batch still holds
     going = torch.ones(len(logits), dtype=torch.bool, device=device)  # of those, which have not ended
     token: Any = None
@@ -73,16 +73,16 @@ def decode(
 
 
 def decode_greedy(
-    model: Any, rows: Sequence[Sample], preparer: SampleBuilder, max_new_tokens: int, device: str
+    model: Any, rows: Sequence[Sample], builder: SampleBuilder, max_new_tokens: int, device: str
 ) -> list[list[int]]:
     """The likeliest next token each time: the new tokens of each prompt row, as `decode` gives them."""
-    batch = collate(rows, preparer, device, side="left")
-    return decode(model, batch, preparer, max_new_tokens, lambda logits, step, rows_left: logits.argmax(dim=-1))
+    batch = collate(rows, builder, device, side="left")
+    return decode(model, batch, builder, max_new_tokens, lambda logits, step, rows_left: logits.argmax(dim=-1))
 
 
-def end_ids(base: Any, preparer: SampleBuilder) -> list[int]:
+def end_ids(base: Any, builder: SampleBuilder) -> list[int]:
     """The tokens that end an answer."""
-    ends = base.generation_config.eos_token_id or preparer.tokenizer.eos_token_id
+    ends = base.generation_config.eos_token_id or builder.tokenizer.eos_token_id
     return list(ends) if isinstance(ends, list | tuple) else [ends]
 
 

@@ -29,14 +29,14 @@ _LOGGED = {
 }
 
 
-def collate(rows: list[Sample], preparer: SampleBuilder, device: str) -> dict[str, Any]:
+def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> dict[str, Any]:
     """A micro-batch as TRL's loss takes it, and `numbers`: which pairs these are."""
-    return collate_pairs(rows, preparer, device) | {"numbers": [row.number for row in rows]}
+    return collate_pairs(rows, builder, device) | {"numbers": [row.number for row in rows]}
 
 
 def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
     """The batch of these pairs; the reference is asked about them."""
-    return collate_pairs(rows, trainer.preparer, device) | {"numbers": [-1]}
+    return collate_pairs(rows, trainer.builder, device) | {"numbers": [-1]}
 
 
 def trainer_class(job: JobConfig) -> type:

@@ -27,7 +27,7 @@ def sample_step(trainer: Any, rows: Sequence[Sample]) -> dict[str, Any]:
     trainer.recent.start(sum(len(row.images) for row in rows))
     group, records = trainer.job.method.num_generations, trainer.fetch_records()
     trainer.rows_of = [row for row in rows for _ in range(group)]
-    turns = [trainer.preparer.turns(records[row.number]) for row in rows]
+    turns = [trainer.builder.turns(records[row.number]) for row in rows]
     prompts = [[{"role": role, "content": text} for role, text in of_row] for of_row in turns]
     batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(group)])
     logps = [torch.tensor(answer.logprobs) for answer in trainer.answers]
@@ -49,7 +49,7 @@ def sample_answers(trainer: Any) -> list[Completion]:
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
     device, pixels = str(trainer.args.device), partial(prompt_pixels, trainer)
-    groups = trainer.sample(model, rows, trainer.preparer, sampling, seeds, device, pixels=pixels)
+    groups = trainer.sample(model, rows, trainer.builder, sampling, seeds, device, pixels=pixels)
     return [answer for group in groups for answer in group]
 
 
@@ -80,8 +80,8 @@ def score_step(trainer: Any, prompts: Sequence[Any], ids: Sequence[Sequence[int]
 
     records = trainer.fetch_records()
     scored = [records[row.number] for row in trainer.rows_of]
-    texts = [trainer.preparer.text(answer) for answer in ids]
-    scores = score_answers(trainer.scored_by, scored, texts, ids, prompts, trainer.preparer)
+    texts = [trainer.builder.text(answer) for answer in ids]
+    scores = score_answers(trainer.scored_by, scored, texts, ids, prompts, trainer.builder)
     table = [[float("nan") if v is None else v for v in of_answer.values()] for of_answer in scores]
     return gather(torch.tensor(table, dtype=torch.float32, device=trainer.accelerator.device))
 
@@ -92,16 +92,16 @@ def score_answers(
     texts: Sequence[str],
     ids: Sequence[Sequence[int]],
     prompts: Sequence[Any],
-    preparer: SampleBuilder,
+    builder: SampleBuilder,
 ) -> list[dict[str, float | None]]:
     """Every part of the reward of each answer (text and token ids) to its record. Raises `DataError` as
     `score_completions` does."""
     distinct = {id(record): record for record in records}  # a record is there once for each answer to it
     truth = {
-        key: {} if isinstance(record, PromptRecord) else preparer.truth(record)  # type: ignore[arg-type]
+        key: {} if isinstance(record, PromptRecord) else builder.truth(record)  # type: ignore[arg-type]
         for key, record in distinct.items()
     }
-    parsed = [parse_answer(text, r, preparer) for text, r in zip(texts, records, strict=True)]
+    parsed = [parse_answer(text, r, builder) for text, r in zip(texts, records, strict=True)]
     truths = [truth[id(record)] for record in records]
     columns: dict[str, list[Any]] = {}
     if isinstance(records[0], PromptRecord):
@@ -115,9 +115,9 @@ def score_answers(
 def pixels_of(trainer: Any, part: slice, input_ids: Any) -> dict[str, Any]:
     """Image inputs of a part of the answers: each prompt's once, and `image_spans` (`methods/images.py`), which says
     whose they are; of families that do not know that, once an answer."""
-    runs, preparer = _runs(trainer.rows_of[part]), trainer.preparer
-    kinds = {preparer.kinds: (input_ids[part] == preparer.image_token_id).long()} if preparer.kinds else {}
-    if preparer.stock is not None:
+    runs, builder = _runs(trainer.rows_of[part]), trainer.builder
+    kinds = {builder.kinds: (input_ids[part] == builder.image_token_id).long()} if builder.kinds else {}
+    if builder.stock is not None:
         return kinds | join_pixels([pixels for row, n in runs for pixels in n * [prompt_pixels(trainer, row)]])
     if pixels := join_pixels([prompt_pixels(trainer, row) for row, _ in runs]):
         spans = zip(spans_of_rows([row for row, _ in runs]), runs, strict=True)
@@ -128,7 +128,7 @@ def pixels_of(trainer: Any, part: slice, input_ids: Any) -> dict[str, Any]:
 def prompt_pixels(trainer: Any, row: Sample) -> dict[str, Any]:
     """A prompt's images as the model takes them, processed once in a step: sampling and training take the same."""
     if id(row) not in trainer.pixels:  # with the row, so that no other gets its id
-        trainer.pixels[id(row)] = row, read_pixels(row.images, trainer.preparer, str(trainer.args.device))
+        trainer.pixels[id(row)] = row, read_pixels(row.images, trainer.builder, str(trainer.args.device))
     return trainer.pixels[id(row)][1]
 
 

@@ -40,7 +40,7 @@ _LOGGED = {
 }
 
 
-def collate(rows: list[Sample], preparer: SampleBuilder, device: str) -> list[Sample]:
+def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> list[Sample]:
     """The prompts themselves: tensors are made when their answers are known."""
     return rows
 
@@ -54,7 +54,7 @@ def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
 def trainer_class(job: JobConfig) -> type:
     """TRL's trainer, which samples from our rows and scores with our rewards.
 
-    The worker gives it `preparer`, `fetch_records` and `recent` (`models.features.Recent`) before it trains.
+    The worker gives it `builder`, `fetch_records` and `recent` (`models.features.Recent`) before it trains.
     """
     from trl import GRPOTrainer
 

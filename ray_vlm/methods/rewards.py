@@ -12,7 +12,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any
 
-from ray_vlm.config.places import import_function
+from ray_vlm.config.paths import import_function
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.methods.reward_answers import FRAME, ORDER, TRUTH, Case, build_cases
 from ray_vlm.methods.reward_parts import PARTS, score_parts

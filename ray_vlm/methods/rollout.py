@@ -49,7 +49,7 @@ class Completion:
 def sample_groups(
     model: Any,
     rows: Sequence[Sample],
-    preparer: SampleBuilder,
+    builder: SampleBuilder,
     sampling: Sampling,
     seeds: Sequence[Sequence[int]],
     device: str,
@@ -71,7 +71,7 @@ def sample_groups(
     with torch.no_grad(), _evaluating(model), dequantised(model):
         for start in range(0, len(pairs), size):
             prompts, own = zip(*pairs[start : start + size], strict=True)
-            groups += _sample_batch(model, prompts, preparer, sampling, _uniforms(own, sampling), device, pixels)
+            groups += _sample_batch(model, prompts, builder, sampling, _uniforms(own, sampling), device, pixels)
     return groups
 
 
@@ -96,7 +96,7 @@ def _uniforms(seeds: Sequence[Sequence[int]], sampling: Sampling) -> np.ndarray:
 def _sample_batch(
     model: Any,
     rows: Sequence[Sample],
-    preparer: SampleBuilder,
+    builder: SampleBuilder,
     sampling: Sampling,
     uniforms: np.ndarray,
     device: str,
@@ -108,9 +108,9 @@ def _sample_batch(
     base = base_of(model)
     # An answer holds no pixels, and the trainer would look for those of every such token.
     kinds = (getattr(base.config, name, None) for name in ("image_token_id", "video_token_id"))
-    never = torch.tensor([preparer.image_token_id, *(token for token in kinds if token is not None)], device=device)
+    never = torch.tensor([builder.image_token_id, *(token for token in kinds if token is not None)], device=device)
     given = None if pixels is None else join_pixels([pixels(row) for row in rows])
-    batch = collate(rows, preparer, device, side="left", pixels=given)
+    batch = collate(rows, builder, device, side="left", pixels=given)
     size = sampling.num_generations
     draws = torch.from_numpy(uniforms).to(device)
     if isinstance(sampling.temperature, tuple) and len(sampling.temperature) != size:
@@ -123,8 +123,8 @@ def _sample_batch(
         logprobs[step, rows_left] = logprob
         return token
 
-    tokens = decode(model, batch, preparer, sampling.max_new_tokens, choose_token, repeats=size)
-    ends = end_ids(base, preparer)
+    tokens = decode(model, batch, builder, sampling.max_new_tokens, choose_token, repeats=size)
+    ends = end_ids(base, builder)
     found = [
         Completion(ids, values[: len(ids)], ids[-1] in ends)
         for ids, values in zip(tokens, logprobs.T.tolist(), strict=True)

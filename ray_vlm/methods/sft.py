@@ -19,7 +19,7 @@ _LOGGED = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
 def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
     """The batch of these rows."""
-    return collate(rows, trainer.preparer, device)
+    return collate(rows, trainer.builder, device)
 
 
 def trainer_class(job: JobConfig) -> type:

@@ -63,7 +63,7 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
     def sample(
         model: Any,
         rows: Sequence[Sample],
-        preparer: SampleBuilder,
+        builder: SampleBuilder,
         sampling: Sampling,
         seeds: Sequence,
         *_: str,
@@ -72,18 +72,18 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
         nonlocal pushed
         if not pushed:
             names = [name for name, _ in model.named_parameters() if "lora_" in name]
-            _check_parts(names, preparer, "method.rollouts: model.adapter")
+            _check_parts(names, builder, "method.rollouts: model.adapter")
         pushed += 1  # vLLM keeps what it has under a number: every push needs a new one
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, selected_adapters=["default"])
-            return generate(engine, Path(folder), pushed, rows, preparer, sampling, seeds)
+            return generate(engine, Path(folder), pushed, rows, builder, sampling, seeds)
 
     return sample
 
 
-def _check_parts(names: Iterable[str], preparer: SampleBuilder, who: str) -> None:
+def _check_parts(names: Iterable[str], builder: SampleBuilder, who: str) -> None:
     """Raise `ConfigError` where an adapter has weights that vLLM leaves out."""
-    if others := {part_of(preparer.family, name) for name in names} - {"language"}:
+    if others := {part_of(builder.family, name) for name in names} - {"language"}:
         raise ConfigError(
             f"{who} adapts {', '.join(sorted(others))} too, and vllm takes adapters on the language model only. Use "
             "transformers, or an adapter that was trained with lora.target=[language]."
@@ -91,7 +91,7 @@ def _check_parts(names: Iterable[str], preparer: SampleBuilder, who: str) -> Non
 
 
 def build_answerer(
-    job: JobConfig, adapter: str | None, preparer: SampleBuilder, longest: int
+    job: JobConfig, adapter: str | None, builder: SampleBuilder, longest: int
 ) -> Callable[[Sequence[Sample]], list[str]]:
     """A function that gives greedy answers to rows (`evaluate.engine: vllm`). `adapter`: a folder; None is the base;
     `longest`: tokens of the longest prompt, without which vLLM makes room for the model's whole context."""
@@ -100,14 +100,14 @@ def build_answerer(
         from safetensors import safe_open
 
         with safe_open(folder / "adapter_model.safetensors", "np") as file:
-            _check_parts(file.keys(), preparer, f"evaluate.engine: {folder}")
+            _check_parts(file.keys(), builder, f"evaluate.engine: {folder}")
         rank = json.loads((folder / "adapter_config.json").read_text())["r"]
     engine = start_engine(job, "evaluate.engine", rank, max_model_len=longest + job.evaluate.max_new_tokens)
     greedy = Sampling(1, job.evaluate.max_new_tokens, 0.0, 1.0, 0)
 
     def answer(rows: Sequence[Sample]) -> list[str]:
-        groups = generate(engine, folder, 1, rows, preparer, greedy, [(job.seed,)] * len(rows))
-        return [preparer.text(group[0].ids) for group in groups]
+        groups = generate(engine, folder, 1, rows, builder, greedy, [(job.seed,)] * len(rows))
+        return [builder.text(group[0].ids) for group in groups]
 
     return answer
 
@@ -117,7 +117,7 @@ def generate(
     adapter: Path | None,
     number: int,
     rows: Sequence[Sample],
-    preparer: SampleBuilder,
+    builder: SampleBuilder,
     sampling: Sampling,
     seeds: Sequence[Sequence[int]],
 ) -> list[list[Completion]]:
@@ -138,15 +138,15 @@ def generate(
         for seed in seeds
     ]
     request = LoRARequest(f"step_{number}", number, str(adapter)) if adapter is not None else None
-    outputs = engine.generate([prompt_of(row, preparer) for row in rows], params, lora_request=request, use_tqdm=False)
+    outputs = engine.generate([prompt_of(row, builder) for row in rows], params, lora_request=request, use_tqdm=False)
     return [[_completion(answer) for answer in output.outputs] for output in outputs]
 
 
-def prompt_of(row: Sample, preparer: SampleBuilder) -> dict[str, Any]:
+def prompt_of(row: Sample, builder: SampleBuilder) -> dict[str, Any]:
     """A row as vLLM takes it: token ids with one image token an image, which it expands itself, and resized images."""
     from PIL import Image
 
-    token, ids = preparer.image_token_id, row.input_ids.tolist()
+    token, ids = builder.image_token_id, row.input_ids.tolist()
     kept = [t for i, t in enumerate(ids) if t != token or i == 0 or ids[i - 1] != token]
     prompt: dict[str, Any] = {"prompt_token_ids": kept}
     if row.images:

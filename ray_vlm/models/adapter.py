@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.config.places import describe_search
+from ray_vlm.config.paths import describe_search
 from ray_vlm.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -99,7 +99,7 @@ class RunPaths:
         """The files where they are kept."""
         return Store(self.address)
 
-    def place(self, name: str) -> str:
+    def uri(self, name: str) -> str:
         """Where `name` of this run is kept."""
         return join(self.address, name)
 

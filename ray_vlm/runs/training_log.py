@@ -59,7 +59,7 @@ class TrainingLog:
         self._steps += line["kind"] == "train"
         if line["kind"] == "start":
             known = [json.loads(text) | {"kind": "eval"} for _, text in self._texts["eval"]]
-            self._best = _find_best(known, self._configuration, self._paths.place("best"))
+            self._best = _find_best(known, self._configuration, self._paths.uri("best"))
         self._best = best or self._best
         if line["kind"] == "start" or self._is_due(line["kind"] in ("eval", "checkpoint", "epoch")):
             with suppress(OSError):  # a full disk: a checkpoint will say so, and the driver writes the log again
@@ -132,7 +132,7 @@ def write_training_log(paths: RunPaths, status: str, best: Mapping[str, Any] | N
     planned = [line["num_steps"] for line in lines if line["kind"] == "start" and "num_steps" in line]
     about = {"name": paths.name, "status": status, "step": max((line["step"] for line in lines), default=0)}
     about |= {"num_steps": planned[-1]} if planned else {}
-    best = best or _find_best(lines, configuration, paths.place("best"))
+    best = best or _find_best(lines, configuration, paths.uri("best"))
     write_log(paths.training_log, about | {"written": time.time()}, configuration, texts, best)
     paths.publish(paths.training_log)
 

@@ -142,7 +142,7 @@ def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
     action = _same(found.get("action"), right["action"])
     names = [name for name in right if name != "action"]
     equal = [_same(found.get(name), right[name]) for name in names]
-    inside, iou = _place(parsed, truth)
+    inside, iou = _score_grounding(parsed, truth)
     extra = truth["box"] is None and truth["point"] is None and _pointed(parsed) is not None
     return {
         "action": action,
@@ -168,7 +168,7 @@ def _pointed(parsed: Parsed) -> tuple[float, float] | None:
 NEAR_PX = 14.0  # a point is hit when the answer is no farther away (half a finger's width on a small screen)
 
 
-def _place(parsed: Parsed, truth: Mapping[str, Any]) -> tuple[bool | None, float | None]:
+def _score_grounding(parsed: Parsed, truth: Mapping[str, Any]) -> tuple[bool | None, float | None]:
     if truth["box"] is None and truth["point"] is None:
         return None, None
     at = _pointed(parsed)

@@ -23,7 +23,7 @@ from ray_vlm.runs.store import Store, join
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.planned_trainer import open_stream
-from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process
+from ray_vlm.train.trainer import build_args, build_context, build_trainer, load_adapted, prepare_process
 
 _PREFIX = ".validate-"
 
@@ -43,22 +43,22 @@ class AsyncValidator:
     `task`: a `train.worker.WorkerSpec`. `step`: of the weights that are being measured, None while there are none.
     """
 
-    def __init__(self, task: Any, job: JobConfig, paths: RunPaths, place: DistributedContext):
+    def __init__(self, task: Any, job: JobConfig, paths: RunPaths, context: DistributedContext):
         self.step: int | None = None
-        self._task, self._job, self._paths, self._place = task, job, paths, place
+        self._task, self._job, self._paths, self._context = task, job, paths, context
         self._actor: Any = None
         self._found: Any = None
 
     def resume(self, step: int, measured: Collection[int]) -> None:
         """Go on with what an earlier attempt left: weights up to `step` that are not among those `measured`."""
-        left = find_left(self._paths.store, step, measured) if self._place.rank == 0 else []
-        left = self._place.share(left)
+        left = find_left(self._paths.store, step, measured) if self._context.rank == 0 else []
+        left = self._context.broadcast(left)
         if left:
             self._start(left[-1])
 
     def begin(self, step: int, save: Callable[[Path], None]) -> None:
         """Have the weights that `save` writes measured."""
-        if self._place.rank == 0:
+        if self._context.rank == 0:
             replace_folder(self._paths.store, f"{_PREFIX}{step}", save, step)
         self._start(step)
 
@@ -73,8 +73,8 @@ class AsyncValidator:
     def collect(self) -> Measured:
         """What was found, on all ranks. Raises what the actor refused, or Ray's error where it died."""
         assert self.step is not None
-        metrics, pictures = self._get() if self._place.rank == 0 else (None, ())
-        found = Measured(self.step, self._place.share(metrics), tuple(pictures))
+        metrics, pictures = self._get() if self._context.rank == 0 else (None, ())
+        found = Measured(self.step, self._context.broadcast(metrics), tuple(pictures))
         self.step = self._found = None
         return found
 
@@ -90,7 +90,7 @@ class AsyncValidator:
 
     def forget(self, step: int) -> None:
         """Delete the weights of `step`: what was found of them is written down."""
-        if self._place.rank == 0:
+        if self._context.rank == 0:
             self._paths.store.remove(f"{_PREFIX}{step}")
 
     def _address(self, step: int) -> str:
@@ -102,7 +102,7 @@ class AsyncValidator:
 
     def _start(self, step: int) -> None:
         self.step = step
-        if self._place.rank > 0:
+        if self._context.rank > 0:
             return
         import ray
 
@@ -184,9 +184,9 @@ def _build_trainer(task: Any) -> Any:
     cluster = job.cluster.model_copy(update={"deepspeed": None})
     job = job.model_copy(update={"method": method, "cluster": cluster})
     prepare_process(job, in_ray=False)
-    place, preparer = find_place(job, in_ray=False), load_sample_builder(task.spec)
-    args, model = build_args(job, task, Attempt(0, "")), load_adapted(job, preparer.family, place)
-    stream = open_stream(job, task, place, 0)  # which nobody takes anything from
-    trainer = build_trainer(job, task, args, model, preparer, place, 0, stream)
+    context, builder = build_context(job, in_ray=False), load_sample_builder(task.spec)
+    args, model = build_args(job, task, Attempt(0, "")), load_adapted(job, builder.family, context)
+    stream = open_stream(job, task, context, 0)  # which nobody takes anything from
+    trainer = build_trainer(job, task, args, model, builder, context, 0, stream)
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # mixed precision, as training has it
     return trainer

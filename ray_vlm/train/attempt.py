@@ -41,7 +41,7 @@ class Attempt:
 
 def begin_attempt(
     store: Store,
-    place: DistributedContext,
+    context: DistributedContext,
     at_least: int,
     driver: Mapping[str, Any] | None = None,
 ) -> Attempt:
@@ -50,12 +50,12 @@ def begin_attempt(
     `at_least`: the number that the driver gave; one that Ray started by itself counts on. `driver`: the process that
     must still drive the run, as `run.json` names it.
     """
-    token = place.share(uuid.uuid4().hex[:8])
-    if place.ray:
-        prove_storage(store, place, token)
+    token = context.broadcast(uuid.uuid4().hex[:8])
+    if context.ray:
+        prove_storage(store, context, token)
     notes: list[str] = []
-    if place.rank > 0:
-        number, name, notes = place.share(None)
+    if context.rank > 0:
+        number, name, notes = context.broadcast(None)
         checkpoint, folder = open_checkpoint(store, name) if name else (None, None)
         return Attempt(number, token, checkpoint, folder, notes)
     if driver is not None:
@@ -66,7 +66,7 @@ def begin_attempt(
     with suppress(OSError):  # what cannot be deleted does not count anyhow
         sweep(store)
     checkpoint, folder = open_newest(store, notes.append) or (None, None)
-    place.share((number, checkpoint.name if checkpoint else None, notes))
+    context.broadcast((number, checkpoint.name if checkpoint else None, notes))
     return Attempt(number, token, checkpoint, folder, notes)
 
 
@@ -91,21 +91,21 @@ def _check_driver(store: Store, driver: Mapping[str, Any], wait_s: float = _SEE_
         time.sleep(0.5)
 
 
-def prove_storage(store: Store, place: DistributedContext, token: str, wait_s: float = _SEE_S) -> None:
+def prove_storage(store: Store, context: DistributedContext, token: str, wait_s: float = _SEE_S) -> None:
     """Every rank writes a file and reads those of all others, and what the driver wrote. Raises `RunError` on all."""
-    own, host = f".proof-{token}-{place.rank}", platform.node()
-    problems = place.gather((host, _problem(lambda: store.write(own, token.encode()))))
+    own, host = f".proof-{token}-{context.rank}", platform.node()
+    problems = context.all_gather((host, _problem(lambda: store.write(own, token.encode()))))
     told = [f"worker {r} on {h} cannot write to {store.address}: {p}" for r, (h, p) in enumerate(problems) if p]
     if not told:
         names = {".proof-" + f"{token}-{r}": f"worker {r} on {h}" for r, (h, _) in enumerate(problems)}
         names["run.json"] = "the driver"
-        unseen = place.gather([who for name, who in names.items() if not _sees(store, name, wait_s)])
+        unseen = context.all_gather([who for name, who in names.items() if not _sees(store, name, wait_s)])
         told = [
             f"worker {r} on {problems[r][0]} does not see what {who} wrote to {store.address}"
             for r, missing in enumerate(unseen)
             for who in missing
         ]
-    place.gather(None)  # all have looked
+    context.all_gather(None)  # all have looked
     if not _problem(lambda: store.read(own)):
         store.remove(own)
     if told:

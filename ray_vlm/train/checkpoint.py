@@ -33,12 +33,12 @@ class CheckpointWriter:
     def __init__(
         self,
         store: Store,
-        place: DistributedContext,
+        context: DistributedContext,
         attempt: Attempt,
         keep: tuple[int, int],
         about: dict[str, Any],
     ):
-        self.store, self.place, self.attempt, self.keep, self.about = store, place, attempt, keep, about
+        self.store, self.context, self.attempt, self.keep, self.about = store, context, attempt, keep, about
 
     def write(self, trainer: Any, save: Any, score: float | None, progress: dict[str, Any]) -> None:
         """Called by every rank at the same step; when it returns on rank 0, the checkpoint counts."""
@@ -49,17 +49,17 @@ class CheckpointWriter:
             trainer._save_rng_state(str(folder))
             trainer._save_optimizer_and_scheduler(str(folder))  # rank 0's; under DeepSpeed each rank has its part
             trainer._save_scaler(str(folder))  # rank 0's, where float16 needs one
-            if self.place.rank == 0:
+            if self.context.rank == 0:
                 save(folder)
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
         try:
-            if self.place.rank == 0:
+            if self.context.rank == 0:
                 check_owner(self.store, self.attempt)
-            parts = self.place.gather(write_part(self.store, name, f"rank{self.place.rank}", fill))
-            if self.place.rank == 0:
+            parts = self.context.all_gather(write_part(self.store, name, f"rank{self.context.rank}", fill))
+            if self.context.rank == 0:
                 files = {file: entry for part in parts for file, entry in part.items()}
-                about = self.about | {"world_size": self.place.world_size, "progress": progress}
+                about = self.about | {"world_size": self.context.world_size, "progress": progress}
                 commit(self.store, name, files, step, attempt=self.attempt.number, score=score, **about)
                 with suppress(OSError):  # the new one counts already; what could not be deleted stays
                     prune(self.store, *self.keep)
@@ -67,7 +67,7 @@ class CheckpointWriter:
             fix = "make room or mend the store"
             if self.store.local is None and error.errno is not None:  # no store's number: this machine's
                 fix = f"make room in {tempfile.gettempdir()}, where files are made, or set TMPDIR"
-            elif self.store.local is not None and self.place.rank == 0:
+            elif self.store.local is not None and self.context.rank == 0:
                 with suppress(OSError):  # so that a full disk has room for what went wrong
                     remove_checkpoint(self.store, name)
             raise RunError(
@@ -87,10 +87,10 @@ def base_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe_run(base: str, rows: str, job: JobConfig, preparer: SampleBuilder) -> dict[str, Any]:
+def describe_run(base: str, rows: str, job: JobConfig, builder: SampleBuilder) -> dict[str, Any]:
     """What a checkpoint keeps so that `check_fits` can tell whether it belongs to a run. `base`, `rows`: fingerprints
     of the base's weights and of the training rows."""
-    question = describe_preprocessing(preparer)
+    question = describe_preprocessing(builder)
     return {
         "base": base,
         "rows": rows,

@@ -85,7 +85,7 @@ def split_time(phases: dict[str, float]) -> dict[str, float]:
 
 
 def watch_usage(
-    batches: Any, operations: OperationCounter, place: DistributedContext
+    batches: Any, operations: OperationCounter, context: DistributedContext
 ) -> Callable[[], dict[str, float]]:
     """A function that gives what was used since it was last asked: times; images, tokens that went through the language
     model (`model_tokens`) and model FLOPs (`model_tflop`) of all ranks, of which this one speaks for all; and the peak
@@ -97,8 +97,8 @@ def watch_usage(
         images, counted = batches.num_images - counted, batches.num_images
         times, (work, flops) = split_time(batches.clock.take()), operations.take()
         whole = {"images": images, "model_tokens": work.tokens, "model_tflop": flops / 1e12}
-        whole = {name: value * place.world_size for name, value in whole.items()}
-        return times | whole | {"peak_memory_gib": peak_memory(place.device)}
+        whole = {name: value * context.world_size for name, value in whole.items()}
+        return times | whole | {"peak_memory_gib": peak_memory(context.device)}
 
     return take
 

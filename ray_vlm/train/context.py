@@ -13,7 +13,7 @@ class DistributedContext:
     device: str
     ray: bool
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value
@@ -23,7 +23,7 @@ class DistributedContext:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank, in order of rank. Also a barrier."""
         if self.world_size == 1:
             return [value]

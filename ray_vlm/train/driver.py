@@ -160,7 +160,7 @@ def _write_bad_rows(prepared: Prepared, paths: RunPaths) -> None:
     if any(bad.values()):
         write_bad_rows(paths.bad_rows, bad)
         paths.publish(paths.bad_rows)
-        print(f"{sum(map(len, bad.values()))} bad rows left out; see {paths.place('bad_rows.jsonl')}", flush=True)
+        print(f"{sum(map(len, bad.values()))} bad rows left out; see {paths.uri('bad_rows.jsonl')}", flush=True)
 
 
 def _write_balance(prepared: Prepared, paths: RunPaths) -> None:

@@ -96,10 +96,10 @@ def check_energy(job: JobConfig) -> None:
         )
 
 
-def sum_energy(meter: Meter, place: DistributedContext) -> dict[str, float]:
+def sum_energy(meter: Meter, context: DistributedContext) -> dict[str, float]:
     """What all ranks have used so far in this attempt; every rank calls it at the same step. Empty where
     nothing can be measured."""
-    return add_up(place.gather((platform.node(), meter.read())))
+    return add_up(context.all_gather((platform.node(), meter.read())))
 
 
 def add_up(found: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
@@ -119,12 +119,12 @@ def add_up(found: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
 
 
 def energy_writer(
-    meter: Meter | None, monitor: Monitor | None, place: DistributedContext, trainer: Any
+    meter: Meter | None, monitor: Monitor | None, context: DistributedContext, trainer: Any
 ) -> Callable[[], None]:
     """A function that all ranks call at the same steps, to write down what they have used; without meters nothing."""
 
     def write() -> None:
-        if meter is not None and (found := sum_energy(meter, place)) and monitor is not None:
+        if meter is not None and (found := sum_energy(meter, context)) and monitor is not None:
             monitor.write("energy", trainer.state.global_step, trainer.state.epoch or 0.0, found)
 
     return write

@@ -80,11 +80,11 @@ class Listener:
 
         return hear
 
-    def take(self, place: DistributedContext) -> dict[str, float]:
+    def take(self, context: DistributedContext) -> dict[str, float]:
         """What all ranks have heard since it was asked last."""
         mine = {part: float(square) for part, square in self.heard.items()}
         self.heard = dict.fromkeys(self.heard, 0.0)
-        return {part: math.sqrt(sum(of_rank[part] for of_rank in place.gather(mine))) for part in mine}
+        return {part: math.sqrt(sum(of_rank[part] for of_rank in context.all_gather(mine))) for part in mine}
 
     def stop(self) -> None:
         """Hear no more."""
@@ -94,7 +94,7 @@ class Listener:
 
 
 def watch_gradients(
-    job: JobConfig, family: Family, model: Any, place: DistributedContext
+    job: JobConfig, family: Family, model: Any, context: DistributedContext
 ) -> Callable[[Any], dict[str, float]]:
     """A function that gives the model's norms by part, and raises where a part of the job gets none.
 
@@ -110,7 +110,7 @@ def watch_gradients(
             watch.look(norms)
             return norms
         if watch.seen != parts:
-            watch.look(listener.take(place))
+            watch.look(listener.take(context))
         else:
             listener.stop()
         return {}

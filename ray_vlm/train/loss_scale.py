@@ -35,7 +35,7 @@ class StepLosses:
         return all(bool(loss.isfinite().all()) for loss in self._last)
 
 
-def watch_overflow(trainer: Any, place: DistributedContext) -> Callable[[], str | None]:
+def watch_overflow(trainer: Any, context: DistributedContext) -> Callable[[], str | None]:
     """A function for a step whose gradient is not finite: a sentence where that is the scaler's business, else None.
 
     All ranks call it together, since all see the same gradient.
@@ -45,7 +45,7 @@ def watch_overflow(trainer: Any, place: DistributedContext) -> Callable[[], str 
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is None:
             return None
-        finite, scale = all(place.gather(trainer.losses.are_finite())), scaler.get_scale()
+        finite, scale = all(context.all_gather(trainer.losses.are_finite())), scaler.get_scale()
         if not finite or scale <= _LEAST:
             return None
         return f"float16 overflowed at a loss scale of {scale:g}: the step is left out and the scale is lowered"

@@ -31,10 +31,10 @@ class Probe:
     predicted: float
 
 
-def row_size(index: Index, row: int, preparer: SampleBuilder) -> RowSize:
+def row_size(index: Index, row: int, builder: SampleBuilder) -> RowSize:
     """Tokens of one row, as the planner of memory takes them."""
     image, prompt, answer = (int(of[row]) for of in (index.image_tokens, index.prompt_tokens, index.answer_tokens))
-    answers = preparer.row(index.records[row]).completions
+    answers = builder.row(index.records[row]).completions
     return RowSize(image, prompt, answer, max(map(len, answers), default=0))
 
 
@@ -53,21 +53,21 @@ def heaviest_rows(job: JobConfig, plan: Plan, index: Index) -> tuple[int, ...]:
     return rows
 
 
-def predict(job: JobConfig, index: Index, rows: Sequence[int], preparer: SampleBuilder) -> Estimate:
+def predict(job: JobConfig, index: Index, rows: Sequence[int], builder: SampleBuilder) -> Estimate:
     """Memory of one worker when these rows go through it."""
-    rehearsal, merge = _rehearse(job, preparer)
-    sizes = [row_size(index, row, preparer) for row in rows]
-    return estimate(rehearsal, sizes, merge, plan_folding(job, preparer.family, rehearsal.config))
+    rehearsal, merge = _rehearse(job, builder)
+    sizes = [row_size(index, row, builder) for row in rows]
+    return estimate(rehearsal, sizes, merge, plan_folding(job, builder.family, rehearsal.config))
 
 
-def plan_probe(job: JobConfig, plan: Plan, index: Index, preparer: SampleBuilder) -> Probe | None:
+def plan_probe(job: JobConfig, plan: Plan, index: Index, builder: SampleBuilder) -> Probe | None:
     """The heaviest batch of the plan, where the job wants it to run first. Raises `ConfigError` for a card that is
     smaller than what stays on it."""
     wanted = job.train.probe if job.train.probe is not None else job.cluster.gpus_per_worker > 0
     if not wanted or job.cluster.zero_stage == 3:
         return None
     rows = heaviest_rows(job, plan, index)
-    found = predict(job, index, rows, preparer)
+    found = predict(job, index, rows, builder)
     above = found.parts.get("activations and buffers", 0.0) + found.parts["gradients"]
     stays, card = found.peak - above, job.cluster.gpu_memory_gib
     if card is not None and stays > card * GIB:
@@ -78,16 +78,14 @@ def plan_probe(job: JobConfig, plan: Plan, index: Index, preparer: SampleBuilder
     return Probe(rows, int(index.tokens[list(rows)].max()), above)
 
 
-def fit(job: JobConfig, index: Index, preparer: SampleBuilder) -> tuple[JobConfig, str]:
+def fit(job: JobConfig, index: Index, builder: SampleBuilder) -> tuple[JobConfig, str]:
     """The job with `train.memory: auto` resolved, and a sentence on what was chosen. Raises `ConfigError` where not
     even the smallest batch fits."""
     card = job.cluster.gpu_memory_gib
     assert card is not None
-    size = row_size(index, int(np.argmax(index.tokens)), preparer)
-    rehearsal, merge = _rehearse(job, preparer)
-    found = choose(
-        rehearsal, size, micros(job), merge, plan_folding(job, preparer.family, rehearsal.config), card * GIB
-    )
+    size = row_size(index, int(np.argmax(index.tokens)), builder)
+    rehearsal, merge = _rehearse(job, builder)
+    found = choose(rehearsal, size, micros(job), merge, plan_folding(job, builder.family, rehearsal.config), card * GIB)
     if found is None:
         raise ConfigError(
             f"train.memory=auto: not even {micros(job)[0]} at a time, with every layer recomputed, fits into "
@@ -117,8 +115,8 @@ def micros(job: JobConfig) -> list[int]:
     return found or [1]
 
 
-def _rehearse(job: JobConfig, preparer: SampleBuilder) -> tuple[Any, int]:
+def _rehearse(job: JobConfig, builder: SampleBuilder) -> tuple[Any, int]:
     from ray_vlm.models.rehearse import Rehearsal
 
     config = load_config(job.model)
-    return Rehearsal(config, job, preparer.family), merge_of(config)
+    return Rehearsal(config, job, builder.family), merge_of(config)

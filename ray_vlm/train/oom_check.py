@@ -21,24 +21,24 @@ from ray_vlm.train.memory_plan import Probe
 _KEPT = ("_metrics", "_total_train_tokens", "_step")  # what TRL counts in a loss
 
 
-def run_probe(trainer: Any, job: JobConfig, probe: Probe, place: DistributedContext) -> str:
+def run_probe(trainer: Any, job: JobConfig, probe: Probe, context: DistributedContext) -> str:
     """Run it, and say in a sentence what it took. Raises `RunError` where it does not fit."""
     import torch
 
     records, model = trainer.fetch_records(), trainer.model
-    rows = [trainer.preparer.row(records[number]) for number in probe.rows]
+    rows = [trainer.builder.row(records[number]) for number in probe.rows]
     told = f"{len(rows)} rows of up to {probe.tokens:,} tokens"
     try:
-        with _no_trace(trainer, place), _measure(model, place) as took:
-            batch = METHODS[job.method.name].heaviest(trainer, rows, place.device)
-            with autocast(job.train.precision, place.device):
+        with _no_trace(trainer, context), _measure(model, context) as took:
+            batch = METHODS[job.method.name].heaviest(trainer, rows, context.device)
+            with autocast(job.train.precision, context.device):
                 trainer.compute_loss(model, batch).backward()
             del batch
     except torch.OutOfMemoryError as error:
         raise RunError(_refuse(told, str(error).split(". ")[0], probe)) from error
     moments = 2 * sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    if place.device.startswith("cuda"):
-        whole = torch.cuda.get_device_properties(place.device).total_memory
+    if context.device.startswith("cuda"):
+        whole = torch.cuda.get_device_properties(context.device).total_memory
         if (all_of_it := took["before"] + took["above"] + moments) > whole:
             raise RunError(_refuse(told, f"with the optimizer {all_of_it / GIB:.1f} of {whole / GIB:.1f} GiB", probe))
     return (
@@ -56,18 +56,18 @@ def _refuse(told: str, why: str, probe: Probe) -> str:
 
 
 @contextmanager
-def _measure(model: Any, place: DistributedContext) -> Iterator[dict[str, float]]:
+def _measure(model: Any, context: DistributedContext) -> Iterator[dict[str, float]]:
     """Bytes `before` on the device, and `above` them at the peak."""
     import torch
 
     from ray_vlm.models.live import LiveBytes
 
     took: dict[str, float] = {}
-    if place.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(place.device)
-        took["before"] = torch.cuda.memory_allocated(place.device)
+    if context.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(context.device)
+        took["before"] = torch.cuda.memory_allocated(context.device)
         yield took
-        took["above"] = torch.cuda.max_memory_allocated(place.device) - took["before"]
+        took["above"] = torch.cuda.max_memory_allocated(context.device) - took["before"]
     else:
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
             yield took
@@ -75,7 +75,7 @@ def _measure(model: Any, place: DistributedContext) -> Iterator[dict[str, float]
 
 
 @contextmanager
-def _no_trace(trainer: Any, place: DistributedContext) -> Iterator[None]:
+def _no_trace(trainer: Any, context: DistributedContext) -> Iterator[None]:
     import torch
 
     kept = {name: copy.deepcopy(getattr(trainer, name)) for name in _KEPT if hasattr(trainer, name)}
@@ -84,7 +84,7 @@ def _no_trace(trainer: Any, place: DistributedContext) -> Iterator[None]:
     if args.gradient_checkpointing:
         recompute(model, dict(args.gradient_checkpointing_kwargs or {}) or None)
     model.train()
-    devices = [place.device] if place.device.startswith("cuda") else []
+    devices = [context.device] if context.device.startswith("cuda") else []
     try:
         with torch.random.fork_rng(devices):
             yield

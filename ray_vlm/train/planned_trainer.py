@@ -21,12 +21,12 @@ from ray_vlm.train.loss_scale import StepLosses
 from ray_vlm.train.worker_spec import WorkerSpec
 
 
-def open_stream(job: JobConfig, task: WorkerSpec, place: DistributedContext, first: int) -> Stream:
+def open_stream(job: JobConfig, task: WorkerSpec, context: DistributedContext, first: int) -> Stream:
     """What this rank trains on, from micro-batch `first` to the plan's end. Under Ray its loaders start at once."""
     last = task.plan.num_steps * task.plan.accumulation
     fill_in = job.data.on_bad_row == "quarantine"
-    feed = StreamSpec(task.train, task.spec, task.plan, place.rank, first, last, task.row_bytes, fill_in)
-    if not place.ray or first >= last:
+    feed = StreamSpec(task.train, task.spec, task.plan, context.rank, first, last, task.row_bytes, fill_in)
+    if not context.ray or first >= last:
         return stream_local(feed)
     return StartedStream(stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment))
 

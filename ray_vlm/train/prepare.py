@@ -61,14 +61,14 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         [row_tags(job, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
     )
     spec = replace(parts.spec, token_weights=balance.token_weights)
-    preparer = load_sample_builder(spec)
+    builder = load_sample_builder(spec)
     if job.train.memory is not None:
-        job, told = fit(job, parts.train, preparer)
+        job, told = fit(job, parts.train, builder)
         notes.append(told)
     plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs, _check_budget(job, parts.train))
-    notes += [*_tell_alone(job, spec), *_tell_long_answers(job, parts, preparer.num_closing_tokens)]
+    notes += [*_tell_alone(job, spec), *_tell_long_answers(job, parts, builder.num_closing_tokens)]
     _check_images(job, parts.train)
-    probe = plan_probe(job, plan, parts.train, preparer)
+    probe = plan_probe(job, plan, parts.train, builder)
     return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes), probe)
 
 

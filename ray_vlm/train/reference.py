@@ -29,7 +29,7 @@ def find_reference(
     job: JobConfig,
     task: Any,
     trainer: Any,
-    place: DistributedContext,
+    context: DistributedContext,
     base: str,
     monitor: Monitor | None,
 ) -> Any:
@@ -39,14 +39,14 @@ def find_reference(
     """
     records = trainer.fetch_records()
     store = Store(join(job.run.output_dir, ".reference"))
-    told = describe_reference(job, trainer.preparer, records, base, task.rows) if place.rank == 0 else {}
-    key = place.share(hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24])
-    kept = place.share(store.read(f"{key}.npy") if place.rank == 0 else None)
+    told = describe_reference(job, trainer.builder, records, base, task.rows) if context.rank == 0 else {}
+    key = context.broadcast(hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24])
+    kept = context.broadcast(store.read(f"{key}.npy") if context.rank == 0 else None)
     if kept is None:
         if monitor is not None:
             monitor.note(0, f"asking the reference about {len(records)} pairs, once")
-        kept = _ask(job, trainer, records, place)
-        if place.rank == 0:
+        kept = _ask(job, trainer, records, context)
+        if context.rank == 0:
             store.write(f"{key}.json", json.dumps(told, indent=1).encode())
             store.write(f"{key}.npy", kept)
     elif monitor is not None:
@@ -55,7 +55,7 @@ def find_reference(
 
 
 def describe_reference(
-    job: JobConfig, preparer: SampleBuilder, records: Sequence[Record], base: str, rows: str
+    job: JobConfig, builder: SampleBuilder, records: Sequence[Record], base: str, rows: str
 ) -> dict[str, Any]:
     """All that the reference's log-probabilities depend on, as plain data. `base`: fingerprint of the base's weights;
     `rows`: that of the pairs."""
@@ -73,9 +73,9 @@ def describe_reference(
         "adapter": _fingerprint(job.model.adapter),
         "rows": rows,
         "images": images.hexdigest(),
-        "template": hashlib.sha256(str(preparer.processor.chat_template).encode()).hexdigest(),
-        "vocabulary": hashlib.sha256(preparer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "image_sizes": asdict(preparer.image_spec),
+        "template": hashlib.sha256(str(builder.processor.chat_template).encode()).hexdigest(),
+        "vocabulary": hashlib.sha256(builder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "image_sizes": asdict(builder.image_spec),
         "ld_alpha": job.method.trl.get("ld_alpha"),
         "transformers": transformers.__version__,
     }
@@ -92,24 +92,24 @@ def _fingerprint(adapter: str | None) -> str | None:
     return digest.hexdigest()
 
 
-def _ask(job: JobConfig, trainer: Any, records: Sequence[Record], place: DistributedContext) -> bytes:
+def _ask(job: JobConfig, trainer: Any, records: Sequence[Record], context: DistributedContext) -> bytes:
     """All ranks run the reference over their share; every rank gets the whole, as a `.npy` file's bytes."""
     import numpy as np
     import torch
 
-    mine = range(place.rank, len(records), place.world_size)
+    mine = range(context.rank, len(records), context.world_size)
     size = job.train.micro_batch_size
     out = np.zeros((len(records), 2))
     was_training = trainer.model.training
     trainer.model.eval()
     for start in range(0, len(mine), size):
         positions = list(mine[start : start + size])
-        rows = [trainer.preparer.pair_row(records[i]) for i in positions]
-        batch = collate_pairs(rows, trainer.preparer, place.device)
+        rows = [trainer.builder.pair_row(records[i]) for i in positions]
+        batch = collate_pairs(rows, trainer.builder, context.device)
         both = trainer.compute_ref_log_probs(trainer.model, batch)
         out[positions] = torch.stack(both, dim=1).double().cpu().numpy()
     trainer.model.train(was_training)
-    whole = sum(place.gather(out))
+    whole = sum(context.all_gather(out))
     file = io.BytesIO()
     np.save(file, whole, allow_pickle=False)
     return file.getvalue()

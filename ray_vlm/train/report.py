@@ -188,24 +188,24 @@ class RunCallback(TrainerCallback):
                 self.tick()
                 time.sleep(_WAIT_S)
 
-    def recall(self, step: int, place: DistributedContext) -> None:
+    def recall(self, step: int, context: DistributedContext) -> None:
         """Take over what an earlier attempt measured beside training up to `step`, and what it left to be measured.
 
         A checkpoint knows nothing of numbers that came after it was written, so they are read from the lines.
         """
         found = None
-        if place.rank == 0:
+        if context.rank == 0:
             lines = [line for line in current_lines(read_metrics(self.paths.metrics)) if line["kind"] == "eval"]
             found = [line for line in lines if line["step"] <= step]
             if self.background is None and not any("background_s" in line for line in found):
                 found = None
-        found = place.share(found)
+        found = context.broadcast(found)
         if found is not None:
             best, self.progress.since_best = recall_best(found, self.job.evaluate.metric)
-            self.progress.best = best and best | {"path": self.paths.place("best")}
+            self.progress.best = best and best | {"path": self.paths.uri("best")}
         if self.background is not None:
             self.background.resume(step, {line["step"] for line in found or ()})
-        elif place.rank == 0:
+        elif context.rank == 0:
             find_left(self.paths.store, -1)  # nobody will measure them
 
     def _collect(self, control: Any) -> None:
@@ -228,7 +228,7 @@ class RunCallback(TrainerCallback):
         better = is_better(name, metrics, best_so_far)
         self.progress.since_best = 0 if improves(name, metrics, best_so_far) else self.progress.since_best + 1
         if better:
-            self.progress.best = {"step": step, "metrics": metrics, "path": self.paths.place("best")}
+            self.progress.best = {"step": step, "metrics": metrics, "path": self.paths.uri("best")}
             self.gather()
         self.progress.last = {"step": step, "metrics": metrics}
         if self.monitor is not None:

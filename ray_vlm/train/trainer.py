@@ -29,18 +29,18 @@ from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.worker_spec import WorkerSpec
 
 
-def find_place(job: JobConfig, in_ray: bool) -> DistributedContext:
+def build_context(job: JobConfig, in_ray: bool) -> DistributedContext:
     """The rank and the device of this process."""
     if not in_ray:
         return DistributedContext(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)
     import ray.train.torch
     import torch
 
-    context = ray.train.get_context()
+    worker = ray.train.get_context()
     device = str(ray.train.torch.get_device())
     if device != "cpu":
         torch.cuda.set_device(device)  # what ranks tell one another goes through the current card
-    return DistributedContext(context.get_world_rank(), context.get_world_size(), device, ray=True)
+    return DistributedContext(worker.get_world_rank(), worker.get_world_size(), device, ray=True)
 
 
 def prepare_process(job: JobConfig, in_ray: bool) -> None:
@@ -56,7 +56,7 @@ def prepare_process(job: JobConfig, in_ray: bool) -> None:
     transformers.set_seed(job.seed)
 
 
-def load_adapted(job: JobConfig, family: Family, place: DistributedContext) -> Any:
+def load_adapted(job: JobConfig, family: Family, context: DistributedContext) -> Any:
     """The base with what will be trained on top: a new adapter, a given one, or all weights."""
     from peft import get_peft_model
 
@@ -64,7 +64,7 @@ def load_adapted(job: JobConfig, family: Family, place: DistributedContext) -> A
     from ray_vlm.models.load import load_adapter, load_model
 
     load = load_resident if job.tune.resident else load_model
-    model = load(job.model, job.train.precision, place.device)
+    model = load(job.model, job.train.precision, context.device)
     if job.lora is None:
         return freeze_parts(model, job.train.freeze or (), family)
     if job.model.adapter is not None:
@@ -92,8 +92,8 @@ def build_trainer(
     task: WorkerSpec,
     args: Any,
     model: Any,
-    preparer: SampleBuilder,
-    place: DistributedContext,
+    builder: SampleBuilder,
+    context: DistributedContext,
     first: int,
     stream: Stream,
 ) -> Any:
@@ -108,31 +108,31 @@ def build_trainer(
     ensure_backbone(model)
     if (layers := job.train.gradient_checkpointing) and layers is not True:
         recompute_first(model, layers)
-    options = {"processing_class": preparer.processor, "eval_dataset": example if has_eval else None}
+    options = {"processing_class": builder.processor, "eval_dataset": example if has_eval else None}
     trainer = feed_trainer(method.trainer_class(job))(
         model=model, args=args, train_dataset=example, **options, **method.extras(job)
     )
-    spare_work(trainer, job, preparer, plan_folding(job, preparer.family, model.config))
+    spare_work(trainer, job, builder, plan_folding(job, builder.family, model.config))
     trainer.skips_nonfinite = job.train.nonfinite != "stop"
-    trainer.rates = (preparer.family, job.train.learning_rates or {})
+    trainer.rates = (builder.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())
-    trainer.preparer, trainer.fetch_records = preparer, lambda: fetch_records(task.train)
+    trainer.builder, trainer.fetch_records = builder, lambda: fetch_records(task.train)
 
     def build(rows: list[Sample]) -> Any:
-        return method.collate(rows, preparer, place.device)
+        return method.collate(rows, builder, context.device)
 
     steps = args.gradient_accumulation_steps
-    trainer.planned_batches = PlannedBatches(stream, task.plan, build, steps, first, trainer.clock, place.rank)
+    trainer.planned_batches = PlannedBatches(stream, task.plan, build, steps, first, trainer.clock, context.rank)
     if has_eval:
-        trainer.validate = _validation(job, task, preparer, place)
+        trainer.validate = _validation(job, task, builder, context)
     return trainer
 
 
-def spare_work(trainer: Any, job: JobConfig, preparer: SampleBuilder, folding: PackingOptions) -> None:
+def spare_work(trainer: Any, job: JobConfig, builder: SampleBuilder, folding: PackingOptions) -> None:
     """Let the trainer's model run nothing twice and nothing in vain: beginnings that rows share, padding, tokens that
     nobody scores, a frozen image encoder's backward, and images that it has seen."""
     trainer.operations = OperationCounter(trainer.model)
-    if preparer.stock is None:
+    if builder.stock is None:
         share_prefixes(trainer.model, folding, trainer.operations)
     if folding.share or folding.pack:
         score_labelled(trainer.model)
@@ -151,16 +151,16 @@ def _printer() -> type:
     return PrinterCallback
 
 
-def _validation(job: JobConfig, task: WorkerSpec, preparer: SampleBuilder, place: DistributedContext) -> Any:
+def _validation(job: JobConfig, task: WorkerSpec, builder: SampleBuilder, context: DistributedContext) -> Any:
     """The function that measures the eval rows, as the method and the job's metric need it."""
     from ray_vlm.evaluate.validate import VALIDATE
 
     records = fetch_records(task.eval)
     chosen = [records[i] for i in plan_sample(len(records), job.evaluate.num_samples)]
-    mine = chosen[place.rank :: place.world_size]
+    mine = chosen[context.rank :: context.world_size]
 
     def run(trainer: Any) -> dict[str, float]:
-        return VALIDATE[job.method.name](trainer, mine, preparer, job, place.device, place.world_size)
+        return VALIDATE[job.method.name](trainer, mine, builder, job, context.device, context.world_size)
 
     return run
 

@@ -164,7 +164,7 @@ class Watchdog:
 def watch_worker(
     job: JobConfig,
     store: Store,
-    place: DistributedContext,
+    context: DistributedContext,
     attempt: Attempt,
     trainer: Any,
     plan: Plan,
@@ -178,21 +178,21 @@ def watch_worker(
     def stand() -> WorkerStatus:
         phase, step = find_phase(clock.inside), min(trainer.state.global_step, plan.num_steps - 1)
         if phase in ("data", "collate"):
-            rows: Sequence[int] = plan.micro_batch(batches.number, place.rank).rows
+            rows: Sequence[int] = plan.micro_batch(batches.number, context.rank).rows
         else:
-            rows = [row for batch in plan.rank_step(step, place.rank) for row in batch.rows]
+            rows = [row for batch in plan.rank_step(step, context.rank) for row in batch.rows]
         named = () if phase in ("validation", "checkpoint") else tuple(ids(row) for row in rows)
         begun, waits = (clock.entered["data"], clock.entered["step"]), is_waiting(clock.thread)
-        return WorkerStatus(place.rank, platform.node(), os.getpid(), phase, *begun, step + 1, named, waits)
+        return WorkerStatus(context.rank, platform.node(), os.getpid(), phase, *begun, step + 1, named, waits)
 
     def end() -> None:
-        if place.ray:
+        if context.ray:
             time.sleep(1.0)  # the sentence is read by the driver once this process is gone
             os.kill(os.getpid(), signal.SIGKILL)
         print(f"\n{describe_stall([stand()], 1, limit_s)}. See {store.address}/{FOLDER}/", file=sys.stderr, flush=True)
 
     limit_s = 60 * job.cluster.stall_minutes
-    return Watchdog(clock, stand, store, attempt, place.world_size, limit_s, end)
+    return Watchdog(clock, stand, store, attempt, context.world_size, limit_s, end)
 
 
 def take_sentence(store: Store, attempt: int) -> str | None:

@@ -37,7 +37,7 @@ from ray_vlm.train.oom_check import run_probe
 from ray_vlm.train.planned_trainer import open_stream
 from ray_vlm.train.progress_lines import progress_writer
 from ray_vlm.train.stop import agree, watch
-from ray_vlm.train.trainer import build_args, build_trainer, find_place, load_adapted, prepare_process, row_names
+from ray_vlm.train.trainer import build_args, build_context, build_trainer, load_adapted, prepare_process, row_names
 from ray_vlm.train.watchdog import watch_worker
 from ray_vlm.train.worker_spec import WorkerSpec
 
@@ -51,15 +51,15 @@ def train_worker(task: WorkerSpec, in_ray: bool = False, stop: Callable[[], bool
     job, paths = load_resolved(task.job), open_run(task.run)
     try:
         quiet_libraries()
-        place = find_place(job, in_ray)
+        context = build_context(job, in_ray)
         if isinstance(job.cluster.num_workers, list):
-            job, task = settle_workers(job, task, place.world_size)
-        attempt = begin_attempt(paths.store, place, task.attempt, task.driver)
-        stream = open_stream(job, task, place, attempt.step * task.plan.accumulation)
-        with closing(stream), send_progress(progress_writer(paths, place, attempt)):
+            job, task = settle_workers(job, task, context.world_size)
+        attempt = begin_attempt(paths.store, context, task.attempt, task.driver)
+        stream = open_stream(job, task, context, attempt.step * task.plan.accumulation)
+        with closing(stream), send_progress(progress_writer(paths, context, attempt)):
             prepare_process(job, in_ray)
-            result = _train(job, paths, task, place, attempt, stream, stop or watch(paths.store))
-        if place.ray and place.rank == 0:
+            result = _train(job, paths, task, context, attempt, stream, stop or watch(paths.store))
+        if context.ray and context.rank == 0:
             paths.write_result(result)
         return result
     finally:
@@ -78,7 +78,7 @@ def _train(
     job: JobConfig,
     paths: RunPaths,
     task: WorkerSpec,
-    place: DistributedContext,
+    context: DistributedContext,
     attempt: Attempt,
     stream: Stream,
     stop: Callable[[], bool],
@@ -87,37 +87,37 @@ def _train(
     from ray_vlm.train.reference import find_reference
     from ray_vlm.train.report import publish_weights
 
-    preparer = load_sample_builder(task.spec)
-    args, model = build_args(job, task, attempt), load_adapted(job, preparer.family, place)
-    about = describe_run(place.share(base_fingerprint(model)), task.rows, job, preparer)
-    check_fits(attempt, about, task.plan.num_steps, place.world_size)
-    trainer = build_trainer(job, task, args, model, preparer, place, attempt.step * task.plan.accumulation, stream)
-    monitor = _build_monitor(job, paths, task, place, attempt)
-    callback = _build_callback(job, paths, monitor, trainer, task, place, attempt)
+    builder = load_sample_builder(task.spec)
+    args, model = build_args(job, task, attempt), load_adapted(job, builder.family, context)
+    about = describe_run(context.broadcast(base_fingerprint(model)), task.rows, job, builder)
+    check_fits(attempt, about, task.plan.num_steps, context.world_size)
+    trainer = build_trainer(job, task, args, model, builder, context, attempt.step * task.plan.accumulation, stream)
+    monitor = _build_monitor(job, paths, task, context, attempt)
+    callback = _build_callback(job, paths, monitor, trainer, task, context, attempt)
     callback.stop_asked, callback.tick = stop, trainer.clock.tick
-    if place.ray:
+    if context.ray:
         callback.notice = watch_notice()
-    meter = Meter(job.track.country, place.device) if job.track.energy and job.track.country else None
-    write_energy = energy_writer(meter, monitor, place, trainer)
-    _connect(job, trainer, callback, place, attempt, about, write_energy)
+    meter = Meter(job.track.country, context.device) if job.track.energy and job.track.country else None
+    write_energy = energy_writer(meter, monitor, context, trainer)
+    _connect(job, trainer, callback, context, attempt, about, write_energy)
     try:
         if job.method.precompute_ref_log_probs:
-            trainer.reference = find_reference(job, task, trainer, place, about["base"], monitor)
+            trainer.reference = find_reference(job, task, trainer, context, about["base"], monitor)
         if monitor is not None:
-            if (emulated := describe_emulation(job.train.precision, place.device)) is not None:
+            if (emulated := describe_emulation(job.train.precision, context.device)) is not None:
                 monitor.note(attempt.step, emulated)
             for text in attempt.notes:
                 monitor.note(attempt.step, text)
-            counts = count_trainable(trainer.model, preparer.family)
-            about = {"num_steps": task.plan.num_steps, "num_workers": place.world_size}
-            monitor.start(attempt.step, counts, device=name_device(place.device), **about)
+            counts = count_trainable(trainer.model, builder.family)
+            about = {"num_steps": task.plan.num_steps, "num_workers": context.world_size}
+            monitor.start(attempt.step, counts, device=name_device(context.device), **about)
         if task.probe is not None:
-            took = run_probe(trainer, job, task.probe, place)
+            took = run_probe(trainer, job, task.probe, context)
             if monitor is not None:
                 monitor.note(attempt.step, took)
-        callback.recall(attempt.step if attempt.checkpoint else -1, place)
+        callback.recall(attempt.step if attempt.checkpoint else -1, context)
         if attempt.step < task.plan.num_steps:
-            with watch_worker(job, paths.store, place, attempt, trainer, task.plan, row_names(trainer)):
+            with watch_worker(job, paths.store, context, attempt, trainer, task.plan, row_names(trainer)):
                 trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
         else:  # it died between its last checkpoint and `final/`
             trainer._load_from_checkpoint(str(attempt.folder))
@@ -125,7 +125,7 @@ def _train(
             callback.settle(trainer.control)
         if not callback.stopped:
             callback.gather()
-        if place.rank == 0 and not callback.stopped:
+        if context.rank == 0 and not callback.stopped:
             check_owner(paths.store, attempt)
             publish_weights(paths, paths.final, callback.save, max(attempt.step, trainer.state.global_step))
         write_energy()
@@ -148,7 +148,7 @@ def _connect(
     job: JobConfig,
     trainer: Any,
     callback: Any,
-    place: DistributedContext,
+    context: DistributedContext,
     attempt: Attempt,
     about: dict[str, Any],
     write_energy: Callable[[], None],
@@ -157,12 +157,12 @@ def _connect(
     from ray_vlm.train.checkpoint import CheckpointWriter
 
     store = callback.paths.store
-    writer = CheckpointWriter(store, place, attempt, (job.checkpoint.keep, job.checkpoint.keep_best), about)
+    writer = CheckpointWriter(store, context, attempt, (job.checkpoint.keep, job.checkpoint.keep_best), about)
 
     earlier = list(callback.progress.lost)
 
     def count_lost() -> list[Sequence[int]]:
-        callback.progress.lost = [*earlier, *itertools.chain(*place.gather(trainer.planned_batches.lost))]
+        callback.progress.lost = [*earlier, *itertools.chain(*context.all_gather(trainer.planned_batches.lost))]
         return callback.progress.lost
 
     def write_checkpoint() -> None:
@@ -173,7 +173,7 @@ def _connect(
         callback.checkpoint_s = time.monotonic() - started
         write_energy()
 
-    callback.agree = lambda *flags: agree(flags, place.world_size, place.device)
+    callback.agree = lambda *flags: agree(flags, context.world_size, context.device)
     callback.check_owner = lambda: check_owner(store, attempt)
     callback.count_lost = count_lost
     trainer.write_checkpoint = write_checkpoint
@@ -200,7 +200,7 @@ def _build_callback(
     monitor: Any,
     trainer: Any,
     task: WorkerSpec,
-    place: DistributedContext,
+    context: DistributedContext,
     attempt: Attempt,
 ) -> Any:
     from ray_vlm.evaluate.draw import draw_predictions
@@ -216,7 +216,7 @@ def _build_callback(
 
     def gather() -> None:
         if job.cluster.zero_stage == 3:
-            whole["state_dict"] = gather_weights(trainer.model, job.lora is not None, place.rank)
+            whole["state_dict"] = gather_weights(trainer.model, job.lora is not None, context.rank)
 
     def save(folder: Path) -> None:
         only = {} if job.lora is None else {"selected_adapters": ["default"]}  # TRL may keep one for reference
@@ -227,23 +227,23 @@ def _build_callback(
         write_json(folder / PREPROCESSING, preprocessing)
 
     def tell(metrics: dict[str, Any]) -> None:
-        if place.ray:
+        if context.ray:
             import ray.train
 
             ray.train.report(plain(metrics))
 
     callback = RunCallback(job, paths, task.plan, monitor, save, tell)
     callback.gather = gather
-    listed = place.share(read_bad_steps(paths) if place.rank == 0 else None)
+    listed = context.broadcast(read_bad_steps(paths) if context.rank == 0 else None)
     callback.check_finite = watch_steps(
-        job, paths, task.plan, monitor, row_names(trainer), (attempt.step, listed), watch_overflow(trainer, place)
+        job, paths, task.plan, monitor, row_names(trainer), (attempt.step, listed), watch_overflow(trainer, context)
     )
     callback.logged = METHODS[job.method.name].logged
-    callback.gradients = watch_gradients(job, load_sample_builder(task.spec).family, trainer.model, place)
+    callback.gradients = watch_gradients(job, load_sample_builder(task.spec).family, trainer.model, context)
     callback.samples = lambda: draw_predictions(getattr(trainer, "shown", ()))
-    callback.usage = watch_usage(trainer.planned_batches, trainer.operations, place)
+    callback.usage = watch_usage(trainer.planned_batches, trainer.operations, context)
     if job.evaluate.asynchronous:
-        callback.background = AsyncValidator(task, job, paths, place)
+        callback.background = AsyncValidator(task, job, paths, context)
     if attempt.checkpoint is not None:
         callback.progress = Progress(**attempt.checkpoint.about["progress"])
     return callback
@@ -253,11 +253,11 @@ def _build_monitor(
     job: JobConfig,
     paths: RunPaths,
     task: WorkerSpec,
-    place: DistributedContext,
+    context: DistributedContext,
     attempt: Attempt,
 ) -> Monitor | None:
     """Rank 0's monitor. In this process it prints as well; under Ray the driver follows the file and prints."""
-    if place.rank != 0:
+    if context.rank != 0:
         return None
     track = job.track
     wandb: dict[str, Any] = {}
@@ -265,7 +265,7 @@ def _build_monitor(
         wandb = {"project": track.wandb_project, "entity": track.wandb_entity}
         wandb |= {"group": track.wandb_group, "tags": list(track.wandb_tags) or None}
     trackers = build_trackers(paths, task.job, attempt.step, wandb, track.tensorboard)
-    show = None if place.ray else Console(task.plan.num_steps, job.train.log_every_steps).show
+    show = None if context.ray else Console(task.plan.num_steps, job.train.log_every_steps).show
     paths.refresh(paths.metrics)  # an object store cannot append: what is there is written again, with more
     log = TrainingLog(paths, task.job, read_metrics(paths.metrics), lambda: check_owner(paths.store, attempt))
     kept = KeptFiles(paths)

@@ -72,7 +72,7 @@ def tune(
     job = _ranked(absolute_paths(load_job(job_path, overrides)))
     say(describe_job(job))
     address = join(job.run.output_dir, f"{_stem(job, job_path)}-{Path(space_path).stem}")
-    _check_place(address, job, space, resume, overwrite)
+    _check_sweep_folder(address, job, space, resume, overwrite)
     if job.track.wandb:
         adopt_wandb_login()
     known = read_trials(address, space) if resume else []
@@ -132,7 +132,7 @@ def shares_rows(space: Space, job: JobConfig) -> bool:
     )
 
 
-def _check_place(address: str, job: JobConfig, space: Space, resume: bool, overwrite: bool) -> None:
+def _check_sweep_folder(address: str, job: JobConfig, space: Space, resume: bool, overwrite: bool) -> None:
     """Raise where the sweep's folder holds something that must stay, a sweep that another process drives, or another
     one than that to go on with."""
     if not Store(address).names():

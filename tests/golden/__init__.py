@@ -1,0 +1,1 @@
+"""Short runs whose numbers and files are kept, and run folders of earlier versions."""

@@ -49,12 +49,12 @@ def test_all_that_holds_the_weights_answers_alike(run: Path, scenes: Path, tmp_p
     names.append(_elsewhere(run / "export" / "merged", tmp_path, "merged"))
     for name in names:
         predictor = Predictor.from_run(name)
-        assert predictor.preparer.spec.labels, name
+        assert predictor.builder.spec.labels, name
         assert predictor.job.evaluate.max_new_tokens == 12, "as long as in training"
         assert predictor.predict(photo).answer == theirs.answer, name
     base = Predictor.from_run(str(run), weights="base")
     assert base.weights is None
-    assert base.preparer.spec.labels == predictor.preparer.spec.labels, "asked as the run asks"
+    assert base.builder.spec.labels == predictor.builder.spec.labels, "asked as the run asks"
     assert base.predict(photo).answer != theirs.answer, "the adapter does something"
     job = Predictor.from_run(str(trained / "job.yaml"))
     assert (job.weights, job.job.model.name) == (None, base.job.model.name)

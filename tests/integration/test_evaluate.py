@@ -66,12 +66,12 @@ def test_answers_are_those_of_generate(
 
     spec = SampleSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-    model, preparer = load_model(spec.model, precision="fp32"), load_sample_builder(spec)
+    model, builder = load_model(spec.model, precision="fp32"), load_sample_builder(spec)
     calls = _count_calls(model.get_decoder(), monkeypatch)
-    found = generate_answers(model, index.records, preparer, len(index.records), 80)
+    found = generate_answers(model, index.records, builder, len(index.records), 80)
     rows_at_once, calls[:] = calls[:], []
-    monkeypatch.setattr(generate, "_needs_generate", lambda preparer: True)
-    assert generate_answers(model, index.records, preparer, len(index.records), 80) == found
+    monkeypatch.setattr(generate, "_needs_generate", lambda builder: True)
+    assert generate_answers(model, index.records, builder, len(index.records), 80) == found
     assert set(calls) == {12}
     assert (rows_at_once[-1] < 12) == (name == "tiny")
     assert name != "tiny" or len({len(text) for text in found}) > 3
@@ -111,15 +111,15 @@ def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[
 
     spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
-    preparer, model = load_sample_builder(spec), load_model(spec.model, precision="fp32")
-    batch = collate([preparer.train_row(record) for record in index.records], preparer)
+    builder, model = load_sample_builder(spec), load_model(spec.model, precision="fp32")
+    batch = collate([builder.train_row(record) for record in index.records], builder)
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
     add_fused_lm_head(model)
     model.train()
     trainer, job = SimpleNamespace(model=model), SimpleNamespace(evaluate=Evaluate(batch_size=5))
-    found = validate_answers(trainer, index.records, preparer, job, "cpu", world_size=1)
+    found = validate_answers(trainer, index.records, builder, job, "cpu", world_size=1)
     assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert model.training
 

@@ -55,7 +55,7 @@ def _spec(folder: str, **options: Any) -> SampleSpec:
 def test_inputs_equal_those_of_the_stock_processor(family: str, folders: dict[str, str], tmp_path: Path) -> None:
     from ray_vlm.data.records import SftRecord
 
-    preparer = load_sample_builder(_spec(folders[family]))
+    builder = load_sample_builder(_spec(folders[family]))
     sizes = ((120, 70), (64, 150))
     paths = []
     for size in sizes:
@@ -63,22 +63,22 @@ def test_inputs_equal_those_of_the_stock_processor(family: str, folders: dict[st
         Image.fromarray(_picture(*size)).save(paths[-1])
     turns = (("user", "<image>\nWhat is it, and <image>?"),)
     record = SftRecord("a", 0, tuple(paths), sizes, {"answer": "A ring."}, {"turns": turns})
-    rows = [preparer.prompt_row(record)]
-    ours = collate(rows, preparer)
+    rows = [builder.prompt_row(record)]
+    ours = collate(rows, builder)
     content = [
         {"type": "image"},
         {"type": "text", "text": "\nWhat is it, and "},
         {"type": "image"},
         {"type": "text", "text": "?"},
     ]
-    stock = preparer.processor
+    stock = builder.processor
     text = stock.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
     images = [Image.fromarray(_picture(*size)) for size in sizes]
     theirs = stock(text=[text], images=[images], return_tensors="pt", add_special_tokens=False)
     assert ours.keys() - {"labels"} == theirs.keys() - {"video_metadata"}
     for name, value in theirs.items():
         assert torch.equal(ours[name].to(value.dtype), value), name
-    assert preparer.token_counts(record)[0] == int((ours["input_ids"] == preparer.image_token_id).sum())
+    assert builder.token_counts(record)[0] == int((ours["input_ids"] == builder.image_token_id).sum())
 
 
 @pytest.mark.parametrize(("method", "family"), slow_but(QUICK, itertools.product(["sft", "dpo", "grpo"], ALL)))

@@ -53,7 +53,7 @@ def _rows(folder: str, tmp_path: Any) -> tuple[Any, list[Sample]]:
     """Two prompts, one with an image and one with two, with every answer behind each."""
     from PIL import Image
 
-    preparer = load_sample_builder(
+    builder = load_sample_builder(
         SampleSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt")
     )
     paths = []
@@ -64,11 +64,11 @@ def _rows(folder: str, tmp_path: Any) -> tuple[Any, list[Sample]]:
     rows = []
     for shown, text in ((paths[:1], "<image>What is shown?"), (paths[1:], "<image>And <image>here?")):
         images, sizes = zip(*shown, strict=True)
-        prompt = preparer.prompt_row(PromptRecord("x", 0, images, sizes, (("user", text),)))
+        prompt = builder.prompt_row(PromptRecord("x", 0, images, sizes, (("user", text),)))
         for answer in ANSWERS:
             ids = np.concatenate([prompt.input_ids, np.array(answer)])
             rows.append(Sample(ids, prompt.labels, prompt.images))
-    return preparer, rows
+    return builder, rows
 
 
 def _hidden(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -93,8 +93,8 @@ def _assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     ),
 )
 def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], tmp_path: Any) -> None:
-    preparer, rows = _rows(tiny_models[family], tmp_path)
-    batch = collate([rows[i] for i in (0, 4, 1, 5, 2, 6, 7, 3)], preparer, side=side)
+    builder, rows = _rows(tiny_models[family], tmp_path)
+    batch = collate([rows[i] for i in (0, 4, 1, 5, 2, 6, 7, 3)], builder, side=side)
     batch.pop("labels", None)
     model = _model(tiny_models[family])
     plain, plain_gradients = _hidden(model, batch)
@@ -116,10 +116,10 @@ def test_sharing_is_exact(family: str, side: str, tiny_models: dict[str, str], t
 )
 def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str], tmp_path: Any) -> None:
     """Rows of one and of two images and of none, long and short, in fewer rows than they are."""
-    preparer, rows = _rows(tiny_models[family], tmp_path)
+    builder, rows = _rows(tiny_models[family], tmp_path)
     long = Sample(np.arange(20, 220, dtype=np.int64), np.zeros(200, np.int64), ())
     short = [Sample(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (5, 30, 31)]
-    batch = collate([rows[0], short[0], rows[4], long, short[1], rows[1], short[2], rows[5]], preparer)
+    batch = collate([rows[0], short[0], rows[4], long, short[1], rows[1], short[2], rows[5]], builder)
     batch.pop("labels", None)
     model = _model(tiny_models[family])
     plain, plain_gradients = _hidden(model, batch)
@@ -135,13 +135,13 @@ def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str],
 
 
 def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> None:
-    preparer = load_sample_builder(
+    builder = load_sample_builder(
         SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(name="chat"), ())
     )
     rows = [Sample(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (60, 20, 20, 20)]
     model = _model(tiny_models["qwen3_vl"])
     share_prefixes(model, PackingOptions(share=False, pack=True))
-    batch = collate(rows, preparer)
+    batch = collate(rows, builder)
     batch.pop("labels", None)
     before, _ = _hidden(model, batch)
     batch["input_ids"][2, 0] += 7
@@ -151,10 +151,10 @@ def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> 
 
 
 def test_an_answer_changes_no_other(tiny_models: dict[str, str], tmp_path: Any) -> None:
-    preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
+    builder, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
     model = _model(tiny_models["qwen3_vl"])
     share_prefixes(model, PackingOptions(share=True, pack=False))
-    batch = collate(rows[:4], preparer)
+    batch = collate(rows[:4], builder)
     batch.pop("labels", None)
     before, _ = _hidden(model, batch)
     counts = batch["attention_mask"].sum(dim=1).tolist()
@@ -185,12 +185,12 @@ def test_images_that_rows_share_are_there_once(
     family: str, folding: PackingOptions, tiny_models: dict[str, str], tmp_path: Any
 ) -> None:
     """`image_spans`, with a row without images among the others, and one that shows an image of each of two."""
-    preparer, rows = _rows(tiny_models[family], tmp_path)
+    builder, rows = _rows(tiny_models[family], tmp_path)
     text = Sample(np.arange(20, 50, dtype=np.int64), np.zeros(30, np.int64), ())
     order = [rows[0], text, rows[4], rows[1], rows[5]]
-    copied = collate(order, preparer)
+    copied = collate(order, builder)
     once = {name: value for name, value in copied.items() if name != "labels"}
-    once |= read_pixels([*rows[0].images, *rows[4].images], preparer, "cpu")
+    once |= read_pixels([*rows[0].images, *rows[4].images], builder, "cpu")
     once["image_spans"] = [(0, 1), (1, 1), (1, 3), (0, 1), (1, 3)]
     copied.pop("labels", None)
     model, patches = _model(tiny_models[family]), []
@@ -205,12 +205,12 @@ def test_images_that_rows_share_are_there_once(
 
 
 def test_images_that_differ_by_a_pixel_are_not_shared(tiny_models: dict[str, str], tmp_path: Any) -> None:
-    preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
+    builder, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
     image = rows[0].images[0].copy()
     image[-1, -1, -1] ^= 1
     other = Sample(rows[1].input_ids, rows[1].labels, (image,))
     model, patches = _model(tiny_models["qwen3_vl"]), []
-    batch = collate([rows[0], other, rows[2]], preparer)
+    batch = collate([rows[0], other, rows[2]], builder)
     batch.pop("labels", None)
     plain, _ = _hidden(model, batch)
     visual = model.get_base_model().base_model.visual
@@ -223,10 +223,10 @@ def test_images_that_differ_by_a_pixel_are_not_shared(tiny_models: dict[str, str
 
 def test_an_answer_without_tokens(tiny_models: dict[str, str], tmp_path: Any) -> None:
     """A row that ends with its prompt, beside one that goes on: all of it is the beginning."""
-    preparer, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
+    builder, rows = _rows(tiny_models["qwen3_vl"], tmp_path)
     empty = Sample(rows[0].input_ids[: -len(ANSWERS[0])], rows[0].labels, rows[0].images)
     model = _model(tiny_models["qwen3_vl"])
-    batch = collate([empty, rows[1], empty], preparer)
+    batch = collate([empty, rows[1], empty], builder)
     batch.pop("labels", None)
     plain, _ = _hidden(model, batch)
     share_prefixes(model, PackingOptions(share=True, pack=True))

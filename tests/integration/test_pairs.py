@@ -44,17 +44,17 @@ def test_pairs_are_ordinary_preference_rows(job_file, scenes: Path, tmp_path: Pa
     assert about["rewards"] == {"format": 1.0, "bbox": 1.0, "category": 1.0, "completeness": 1.0}
     assert f"path: {made}, format: preference, image_root: {about['image_root']}" in out
     job = load_job(path)
-    preparer = load_sample_builder(sample_spec(job, LABELS))
+    builder = load_sample_builder(sample_spec(job, LABELS))
     read = build_index(
-        Source(path=str(made), format="preference", image_root=about["image_root"]), Data(), preparer.spec
+        Source(path=str(made), format="preference", image_root=about["image_root"]), Data(), builder.spec
     )
-    asked = build_index(job.data.train, Data(), preparer.spec)
+    asked = build_index(job.data.train, Data(), builder.spec)
     told = {record.id: record for record in asked.records}
     for record, row in zip(read.records, rows, strict=True):
         assert (record.id, record.chosen, record.rejected) == (row["id"], row["chosen"], row["rejected"])
         assert record.images == told[record.id].images
-        assert preparer.prompt_row(record).input_ids.tolist() == preparer.prompt_row(told[record.id]).input_ids.tolist()
-    assert changed_since(str(made), preparer) == []
+        assert builder.prompt_row(record).input_ids.tolist() == builder.prompt_row(told[record.id]).input_ids.tolist()
+    assert changed_since(str(made), builder) == []
     assert not list(made.parent.glob(".*pairs*"))
 
 

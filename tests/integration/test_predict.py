@@ -139,12 +139,12 @@ def test_memory_is_carried_on_and_cut_as_in_training(job_file) -> None:
     done = [f'{{"action":"a{i}"}}' for i in range(6)]
     history: tuple[str, ...] = ()
     for text in done:
-        short, long = remember(history, json.loads(text), predictor.preparer.setting)
+        short, long = remember(history, json.loads(text), predictor.builder.setting)
         history = (*long, *short)
     assert short == tuple(done[-2:])
     assert 0 < len(long) < 4
     assert long == tuple(done[4 - len(long) : 4])
-    assert remember(history, {}, predictor.preparer.setting) == (short, long), "what was not understood is forgotten"
+    assert remember(history, {}, predictor.builder.setting) == (short, long), "what was not understood is forgotten"
     screen = Image.new("RGB", (64, 64))
     step = predictor.predict_step(screen, "press", short, long)
     assert set(step.short_term_memory) <= {*done, json.dumps(step.output, separators=(",", ":"))}
@@ -157,8 +157,8 @@ def test_a_memory_may_be_a_text_or_a_step_by_itself(job_file, monkeypatch: pytes
     predictor = _predictor(job_file, "gui_steps", short_memory=1, long_memory_tokens=40)
     questions: list[str] = []
 
-    def stub(model: Any, records: Any, preparer: Any, *args: Any) -> list[str]:
-        questions.extend(preparer.turns(record)[-1][1] for record in records)
+    def stub(model: Any, records: Any, builder: Any, *args: Any) -> list[str]:
+        questions.extend(builder.turns(record)[-1][1] for record in records)
         return ['{"action": "done"}' for _ in records]
 
     monkeypatch.setattr(predictor_module, "generate_answers", stub)

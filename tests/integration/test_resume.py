@@ -285,14 +285,14 @@ def test_a_run_in_an_object_store_is_the_same_run(
     names = {"/".join(name.split("/")[:1]).split("-a")[0] for name in Store(there.address).files()}
     assert names == {p.name.split("-a1-")[0] for p in here.root.iterdir()}
     for folder in ("final", "best"):
-        weights = Path(fetch_folder(there.place(folder))) / "adapter_model.safetensors"
+        weights = Path(fetch_folder(there.uri(folder))) / "adapter_model.safetensors"
         assert weights.read_bytes() == (here.root / folder / "adapter_model.safetensors").read_bytes()
     log = json.loads(Store(there.address).read("training_log.json") or b"")
     assert [line["loss"] for line in log["training_history"]] == [loss for _, loss, _ in _steps(here)]
-    metrics = evaluate(load_job(path), there.place("best"), tmp_path / "out")
+    metrics = evaluate(load_job(path), there.uri("best"), tmp_path / "out")
     assert metrics["num_rows"] == 12
     with pytest.raises(RunError, match="cannot be used"):
-        fetch_folder(there.place("nothing"))
+        fetch_folder(there.uri("nothing"))
 
 
 def test_a_run_that_stopped_early_is_done(job_file, scenes: Path, capsys) -> None:

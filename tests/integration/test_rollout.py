@@ -34,12 +34,12 @@ GREEDY = Sampling(num_generations=3, max_new_tokens=24, temperature=0)
 SEEDS = [(7, row) for row in range(len(PROMPTS))]
 
 
-def _preparer(folder: str) -> SampleBuilder:
+def _builder(folder: str) -> SampleBuilder:
     spec = SampleSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt")
     return load_sample_builder(spec)
 
 
-def _rows(preparer: SampleBuilder, prompts: Sequence = PROMPTS) -> list[Sample]:
+def _rows(builder: SampleBuilder, prompts: Sequence = PROMPTS) -> list[Sample]:
     rng = np.random.default_rng(0)
     rows = []
     for number, (text, sizes) in enumerate(prompts):
@@ -49,7 +49,7 @@ def _rows(preparer: SampleBuilder, prompts: Sequence = PROMPTS) -> list[Sample]:
             Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
             images.append(file.getvalue())
         record = PromptRecord(str(number), number, tuple(images), sizes, (("user", text),))
-        rows.append(preparer.prompt_row(record))
+        rows.append(builder.prompt_row(record))
     return rows
 
 
@@ -75,11 +75,11 @@ def _adapted(folder: str, load_in_4bit: bool = False) -> Any:
     return model.train()
 
 
-def _generate(model: Any, rows: Sequence[Sample], preparer: SampleBuilder, sampling: Sampling) -> list[list[int]]:
+def _generate(model: Any, rows: Sequence[Sample], builder: SampleBuilder, sampling: Sampling) -> list[list[int]]:
     """`generate` on copies of each prompt, greedy: new tokens with what follows the end."""
     copies = [row for row in rows for _ in range(sampling.num_generations)]
-    batch = collate(copies, preparer, side="left")
-    never = [preparer.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")]
+    batch = collate(copies, builder, side="left")
+    never = [builder.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")]
     with torch.inference_mode():
         tokens = model.generate(
             **batch,
@@ -87,7 +87,7 @@ def _generate(model: Any, rows: Sequence[Sample], preparer: SampleBuilder, sampl
             do_sample=False,
             use_cache=True,
             suppress_tokens=never,
-            pad_token_id=preparer.tokenizer.pad_token_id,
+            pad_token_id=builder.tokenizer.pad_token_id,
         )
     return tokens[:, batch["input_ids"].shape[1] :].tolist()
 
@@ -102,12 +102,12 @@ def _same_tokens(ours: list[list[Completion]], stock: list[list[int]]) -> None:
 
 
 def _scored(
-    model: Any, row: Sample, completion: Completion, preparer: SampleBuilder, temperature: float
+    model: Any, row: Sample, completion: Completion, builder: SampleBuilder, temperature: float
 ) -> torch.Tensor:
     """Log-probabilities by one forward over prompt and completion, as the trainer computes them."""
     ids = np.concatenate([row.input_ids, np.array(completion.ids, np.int32)])
     with torch.no_grad():
-        logits = model(**collate([Sample(ids, row.labels, row.images)], preparer)).logits[0]
+        logits = model(**collate([Sample(ids, row.labels, row.images)], builder)).logits[0]
     new = torch.tensor(completion.ids)
     before = logits[len(row.input_ids) - 1 : -1] / temperature
     return before.log_softmax(-1).gather(1, new[:, None])[:, 0]
@@ -120,10 +120,10 @@ QUICK = [("qwen3_vl", "mixed"), ("qwen3_vl", "text"), ("qwen2_5_vl", "mixed"), (
 @pytest.mark.parametrize(("family", "shown"), slow_but(QUICK, itertools.product(FAMILIES, SHOWN)))
 def test_greedy_equals_generate_on_copies(family: str, shown: str, tiny_models: dict[str, str]) -> None:
     prompts = SHOWN[shown]
-    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
-    rows = _rows(preparer, prompts)
-    ours = sample_groups(model, rows, preparer, GREEDY, SEEDS[: len(rows)], "cpu")
-    _same_tokens(ours, _generate(model, rows, preparer, GREEDY))
+    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
+    rows = _rows(builder, prompts)
+    ours = sample_groups(model, rows, builder, GREEDY, SEEDS[: len(rows)], "cpu")
+    _same_tokens(ours, _generate(model, rows, builder, GREEDY))
     assert not any(completion.finished for group in ours for completion in group)
 
 
@@ -134,28 +134,28 @@ def test_greedy_equals_generate_on_copies(family: str, shown: str, tiny_models: 
 def test_the_model_in_training_rolls_out_as_generate_does(
     family: str, load_in_4bit: bool, tiny_models: dict[str, str]
 ) -> None:
-    preparer, model = _preparer(tiny_models[family]), _adapted(tiny_models[family], load_in_4bit)
-    rows = _rows(preparer)
+    builder, model = _builder(tiny_models[family]), _adapted(tiny_models[family], load_in_4bit)
+    rows = _rows(builder)
     model.base_model.model.model.visual.eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    ours = sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu")
+    ours = sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")
     assert modes == {name: module.training for name, module in model.named_modules()}
-    batch = collate([Sample(row.input_ids, row.input_ids, row.images) for row in rows], preparer)
+    batch = collate([Sample(row.input_ids, row.input_ids, row.images) for row in rows], builder)
     model(**batch).loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert sum(g is not None and bool(g.any()) for g in gradients) > len(gradients) / 2
-    _same_tokens(ours, _generate(model.eval(), rows, preparer, GREEDY))
+    _same_tokens(ours, _generate(model.eval(), rows, builder, GREEDY))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_completion_ends_with_its_end_token(family: str, tiny_models: dict[str, str]) -> None:
-    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
-    rows = _rows(preparer)
-    whole = [group[0].ids for group in sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu")]
+    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
+    rows = _rows(builder)
+    whole = [group[0].ids for group in sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")]
     ends = {whole[0][5], whole[2][9]}
     model.generation_config.eos_token_id = sorted(ends)
-    ours = sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu")
-    _same_tokens(ours, _generate(model, rows, preparer, GREEDY))
+    ours = sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")
+    _same_tokens(ours, _generate(model, rows, builder, GREEDY))
     for group, tokens in zip(ours, whole, strict=True):
         first = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
         assert all(completion.ids == tokens[:first] for completion in group)
@@ -171,24 +171,24 @@ def test_a_completion_ends_with_its_end_token(family: str, tiny_models: dict[str
 def test_logprobs_are_those_of_the_trainer_s_forward(
     family: str, temperature: float, tiny_models: dict[str, str]
 ) -> None:
-    preparer, model = _preparer(tiny_models[family]), _adapted(tiny_models[family])
-    rows = _rows(preparer)
+    builder, model = _builder(tiny_models[family]), _adapted(tiny_models[family])
+    rows = _rows(builder)
     sampling = Sampling(num_generations=2, max_new_tokens=16, temperature=temperature, top_p=0.9, top_k=200)
-    groups = sample_groups(model, rows, preparer, sampling, SEEDS, "cpu")
+    groups = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
     for row, group in zip(rows, groups, strict=True):
         for completion in group:
-            told = _scored(model, row, completion, preparer, temperature or 1.0)
+            told = _scored(model, row, completion, builder, temperature or 1.0)
             assert torch.allclose(torch.tensor(completion.logprobs), told, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_group_does_not_depend_on_its_batch(family: str, tiny_models: dict[str, str]) -> None:
-    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
-    rows = _rows(preparer)
+    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
+    rows = _rows(builder)
     sampling = Sampling(num_generations=4, max_new_tokens=24)
 
     def ids(rows: Sequence[Sample], seeds: Sequence, group_batch: int | None = None) -> list[list[list[int]]]:
-        groups = sample_groups(model, rows, preparer, sampling, seeds, "cpu", group_batch)
+        groups = sample_groups(model, rows, builder, sampling, seeds, "cpu", group_batch)
         return [[completion.ids for completion in group] for group in groups]
 
     together = ids(rows, SEEDS)
@@ -201,12 +201,12 @@ def test_a_group_does_not_depend_on_its_batch(family: str, tiny_models: dict[str
         ids(rows, SEEDS[:1])
 
 
-def _first_tokens(model: Any, preparer: SampleBuilder, sampling: Sampling) -> tuple[np.ndarray, torch.Tensor]:
+def _first_tokens(model: Any, builder: SampleBuilder, sampling: Sampling) -> tuple[np.ndarray, torch.Tensor]:
     """How often each token came first in four groups of one prompt, and the logits they were drawn from."""
-    rows = _rows(preparer, PROMPTS[1:2])
-    groups = sample_groups(model, rows * 4, preparer, sampling, SEEDS, "cpu", group_batch=1)
+    rows = _rows(builder, PROMPTS[1:2])
+    groups = sample_groups(model, rows * 4, builder, sampling, SEEDS, "cpu", group_batch=1)
     with torch.no_grad():
-        logits = model(**collate(rows, preparer)).logits[0, -1]
+        logits = model(**collate(rows, builder)).logits[0, -1]
     first = [completion.ids[0] for group in groups for completion in group]
     return np.bincount(first, minlength=len(logits)), logits
 
@@ -214,8 +214,8 @@ def _first_tokens(model: Any, preparer: SampleBuilder, sampling: Sampling) -> tu
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_first_tokens_come_as_often_as_they_are_likely(temperature: float, tiny_models: dict[str, str]) -> None:
     folder = tiny_models["qwen3_vl"]
-    preparer, model = _preparer(folder), _model(folder)
-    counts, logits = _first_tokens(model, preparer, Sampling(2000, 1, temperature))
+    builder, model = _builder(folder), _model(folder)
+    counts, logits = _first_tokens(model, builder, Sampling(2000, 1, temperature))
     logits[[model.config.image_token_id, model.config.video_token_id]] = -torch.inf
     expected = (logits / temperature).double().softmax(-1).numpy() * counts.sum()
     order = np.argsort(expected)
@@ -231,8 +231,8 @@ def test_truncation_is_that_of_transformers(options: dict[str, Any], tiny_models
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     folder = tiny_models["qwen2_5_vl"]
-    preparer, model = _preparer(folder), _model(folder)
-    counts, logits = _first_tokens(model, preparer, Sampling(200, 1, temperature=0.5, **options))
+    builder, model = _builder(folder), _model(folder)
+    counts, logits = _first_tokens(model, builder, Sampling(200, 1, temperature=0.5, **options))
     scores = logits[None] / 0.5
     if "top_k" in options:
         scores = TopKLogitsWarper(options["top_k"])(None, scores)
@@ -244,17 +244,17 @@ def test_truncation_is_that_of_transformers(options: dict[str, Any], tiny_models
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_image_tokens_are_never_sampled(temperature: float, tiny_models: dict[str, str]) -> None:
     folder = tiny_models["qwen3_vl"]
-    preparer, model = _preparer(folder), _model(folder)
+    builder, model = _builder(folder), _model(folder)
     never = [model.config.image_token_id, model.config.video_token_id]
 
     def raise_them(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
         logits[..., never] += 100.0
         return logits
 
-    rows, sampling = _rows(preparer), Sampling(num_generations=3, max_new_tokens=8, temperature=temperature)
-    plain = sample_groups(model, rows, preparer, sampling, SEEDS, "cpu")
+    rows, sampling = _rows(builder), Sampling(num_generations=3, max_new_tokens=8, temperature=temperature)
+    plain = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
     model.lm_head.register_forward_hook(raise_them)
-    found = sample_groups(model, rows, preparer, sampling, SEEDS, "cpu")
+    found = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
     for group, before in zip(found, plain, strict=True):
         assert [completion.ids for completion in group] == [completion.ids for completion in before]
         assert not {token for completion in group for token in completion.ids} & set(never)
@@ -266,16 +266,16 @@ def test_image_tokens_are_never_sampled(temperature: float, tiny_models: dict[st
     slow_but([("qwen3_vl", None), ("qwen3_vl", 1), ("qwen2_5_vl", 2)], itertools.product(FAMILIES, [None, 2, 1])),
 )
 def test_each_image_is_encoded_once(family: str, group_batch: int | None, tiny_models: dict[str, str]) -> None:
-    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
+    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
     patches, tokens = [], []
     visual, language = model.model.visual, model.model.language_model
     visual.register_forward_pre_hook(lambda module, args, kwargs: patches.append(len(args[0])), with_kwargs=True)
     language.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
     )
-    rows = _rows(preparer)
-    sample_groups(model, rows, preparer, Sampling(5, 3), SEEDS, "cpu", group_batch)
-    assert sum(patches) == len(collate(rows, preparer)["pixel_values"])
+    rows = _rows(builder)
+    sample_groups(model, rows, builder, Sampling(5, 3), SEEDS, "cpu", group_batch)
+    assert sum(patches) == len(collate(rows, builder)["pixel_values"])
     assert len(patches) == {None: 1, 2: 2, 1: 3}[group_batch]  # one of the prompts has no image
     if group_batch == 1:
         assert sum(tokens) == sum(len(row.input_ids) for row in rows) + 4 * 5 * 2
@@ -283,11 +283,11 @@ def test_each_image_is_encoded_once(family: str, group_batch: int | None, tiny_m
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stored_positions_neither_disturb_nor_change(family: str, tiny_models: dict[str, str]) -> None:
-    preparer, model = _preparer(tiny_models[family]), _model(tiny_models[family])
-    rows = _rows(preparer)
-    groups = sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu")
+    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
+    rows = _rows(builder)
+    groups = sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")
     assert model.model.rope_deltas is None
     stale = torch.full((2, 1), 77)
     model.model.rope_deltas = stale
-    assert sample_groups(model, rows, preparer, GREEDY, SEEDS, "cpu") == groups
+    assert sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu") == groups
     assert model.model.rope_deltas is stale

@@ -141,12 +141,12 @@ def test_every_turn_of_the_assistant_is_trained(sources, job_file) -> None:
     from ray_vlm.train.prepare import prepare
 
     prepared = prepare(load_job(job_file(task="chat", data={"train": sources["chat"]})))
-    preparer = load_sample_builder(prepared.spec)
-    row = preparer.train_row(prepared.train.records[0])
-    trained = preparer.tokenizer.decode(row.input_ids[row.labels != IGNORED])
+    builder = load_sample_builder(prepared.spec)
+    row = builder.train_row(prepared.train.records[0])
+    trained = builder.tokenizer.decode(row.input_ids[row.labels != IGNORED])
     assert trained == "Thing 0.<|im_end|>\nMore.<|im_end|>\n"
     assert len(row.images) == 2
-    stock = preparer.processor.apply_chat_template(
+    stock = builder.processor.apply_chat_template(
         [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "Thing 0."}]},
@@ -156,7 +156,7 @@ def test_every_turn_of_the_assistant_is_trained(sources, job_file) -> None:
         tokenize=False,
     )
     images = [Image.open(path) for path in prepared.train.records[0].images]
-    expected = preparer.processor(images=images, text=[stock], return_tensors="np")["input_ids"][0]
+    expected = builder.processor(images=images, text=[stock], return_tensors="np")["input_ids"][0]
     assert row.input_ids.tolist() == expected.tolist()
 
 

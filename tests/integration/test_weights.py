@@ -35,12 +35,12 @@ def test_tokens_of_a_class_carry_its_weight_and_no_others(scenes: Path, tiny_mod
         Model(name=tiny_models["qwen3_vl"]), Task(), LABELS, token_weights=(("ring", 4.0), ("cross", 0.5))
     )
     index = build_index(Source(path=str(scenes / "train.json")), Data(), spec)
-    preparer = load_sample_builder(spec)
+    builder = load_sample_builder(spec)
     seen = set()
     for record in index.records:
-        row = preparer.train_row(record)
+        row = builder.train_row(record)
         for weight, name in ((4.0, "ring"), (0.5, "cross")):
-            text = preparer.tokenizer.decode(row.input_ids[row.weights == weight])
+            text = builder.tokenizer.decode(row.input_ids[row.weights == weight])
             assert text.count(f'"label": "{name}"') == record.truth["labels"].count(name)
             assert text.count("bbox_2d") == record.truth["labels"].count(name), "the box is part of the object"
             seen.add((name, bool(text)))
@@ -55,9 +55,9 @@ def test_the_loss_is_the_weighted_mean_over_the_step(job_file, scenes: Path, tmp
     from ray_vlm.train.prepare import prepare
 
     prepared = prepare(load_job(tmp_path / "job.yaml", ['data.class_weights={"ring": 5.0}']))
-    preparer = load_sample_builder(prepared.spec)
-    rows = [preparer.train_row(prepared.train.records[i]) for i in prepared.plan.step_rows(0)]
-    batch = collate(rows, preparer)
+    builder = load_sample_builder(prepared.spec)
+    rows = [builder.train_row(prepared.train.records[i]) for i in prepared.plan.step_rows(0)]
+    batch = collate(rows, builder)
     weights = batch.pop("loss_weights")[:, 1:]
     labels = batch.pop("labels")[:, 1:]
     with torch.no_grad():

@@ -85,7 +85,7 @@ def test_methods_and_models_import_without_ray() -> None:
 def test_size_and_purpose(path: Path) -> None:
     text = path.read_text()
     tree = ast.parse(text)
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 500
     assert ast.get_docstring(tree), "a module opens with its purpose"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):

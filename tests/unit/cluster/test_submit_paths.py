@@ -16,7 +16,7 @@ from ray_vlm.verbs.submit import command_words
 VERBS = ("train", "tune", "evaluate", "pairs", "predict", "export")
 NO_PATHS = {  # options that name no file
     *("overrides", "dry_run", "overwrite", "resume", "base_unquantised", "both_memories", "part", "merged", "weights"),
-    *("question", "device", "num_replicas"),
+    *("question", "device", "num_replicas", "precision"),
 }
 JOB = """\
 task: classification

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ray_vlm.cluster.environment import Environment, read_environment
-from ray_vlm.config import places
+from ray_vlm.config import paths
 from ray_vlm.config.load import load_job
-from ray_vlm.config.places import import_function
+from ray_vlm.config.paths import import_function
 from ray_vlm.data.source import prepare_source
 from ray_vlm.data.tables import read_table
 from ray_vlm.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(Path.cwd()))])
-    monkeypatch.setattr(places, "_job_folder", None)
+    monkeypatch.setattr(paths, "_job_folder", None)
     path = tmp_path / "jobs" / "job.yaml"
     sources = "train: {path: rows.json, image_root: photos}, eval: {path: gone.json}, mix: [{path: more.json}]"
     path.write_text(f"model: {{name: base, adapter: trained}}\ndata: {{{sources}}}\n")
@@ -80,10 +80,10 @@ def test_a_worker_looks_beside_the_job_too(job_file: Path, monkeypatch: pytest.M
     monkeypatch.delitem(sys.modules, "worker_mine", raising=False)
     load_job(job_file)
     environment = read_environment()
-    places.use_job_folder(None)  # as a process that has read no job
+    paths.use_job_folder(None)  # as a process that has read no job
     with pytest.raises(ModuleNotFoundError):
         import_function("worker_mine:f")
     environment.apply()
     assert import_function("worker_mine:f")() == 1
     Environment(job_folder=str(tmp_path / "on another machine")).apply()
-    assert places.job_folder() == str(job_file.parent)
+    assert paths.job_folder() == str(job_file.parent)

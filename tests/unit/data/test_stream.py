@@ -52,9 +52,9 @@ def _same(a: Sample, b: Sample) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pixels_and_tokens_equal_the_stock_processor(family: str, scenes: Path, tiny_models: dict[str, str]) -> None:
     index, spec = _index(scenes, tiny_models[family])
-    preparer = load_sample_builder(spec)
+    builder = load_sample_builder(spec)
     records = index.records[:20]
-    ours = collate([preparer.train_row(record) for record in records], preparer)
+    ours = collate([builder.train_row(record) for record in records], builder)
     from PIL import Image
 
     texts = []
@@ -63,13 +63,13 @@ def test_pixels_and_tokens_equal_the_stock_processor(family: str, scenes: Path, 
             "role": "user",
             "content": [
                 {"type": "image"},
-                {"type": "text", "text": preparer.turns(record)[-1][1].removeprefix("<image>")},
+                {"type": "text", "text": builder.turns(record)[-1][1].removeprefix("<image>")},
             ],
         }
-        answer = {"role": "assistant", "content": [{"type": "text", "text": preparer.answer(record).text}]}
-        texts.append(preparer.processor.apply_chat_template([question, answer], tokenize=False))
+        answer = {"role": "assistant", "content": [{"type": "text", "text": builder.answer(record).text}]}
+        texts.append(builder.processor.apply_chat_template([question, answer], tokenize=False))
     images = [[Image.open(record.images[0])] for record in records]
-    stock = preparer.processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
+    stock = builder.processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
     for key in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"):
         assert torch.equal(ours[key], stock[key]), key
 
@@ -86,12 +86,12 @@ def test_labels_train_the_answer_and_never_images_or_padding(scenes: Path, tiny_
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     _, whole = _index(scenes, tiny_models["qwen3_vl"], loss_on="whole_sequence")
     for one in (spec, whole):
-        preparer = load_sample_builder(one)
-        batch = collate([preparer.train_row(record) for record in index.records[:6]], preparer)
+        builder = load_sample_builder(one)
+        batch = collate([builder.train_row(record) for record in index.records[:6]], builder)
         trained = batch["labels"] != IGNORED
-        assert not (trained & (batch["input_ids"] == preparer.image_token_id)).any()
+        assert not (trained & (batch["input_ids"] == builder.image_token_id)).any()
         assert not (trained & (batch["attention_mask"] == 0)).any()
-        text = preparer.tokenizer.decode(batch["input_ids"][0][trained[0]])
+        text = builder.tokenizer.decode(batch["input_ids"][0][trained[0]])
         assert text.endswith("```<|im_end|>\n")
         assert text.startswith("```json" if one is spec else "<|im_start|>user")
 

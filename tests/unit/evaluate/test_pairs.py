@@ -123,7 +123,7 @@ def test_images_are_named_inside_the_folder_around_them() -> None:
         name_images([_record(b"...", number=3)])
 
 
-def _preparer(**options: Any) -> SampleBuilder:
+def _builder(**options: Any) -> SampleBuilder:
     task = Task(codec=options.pop("codec", None))
     return load_sample_builder(SampleSpec(Model(name="tiny", load_in_4bit=False), task, ("circle",), **options))
 
@@ -138,7 +138,7 @@ def _pictures(folder: Path, count: int) -> list[str]:
 
 @pytest.mark.parametrize(("codec", "good"), [("qwen2_vl", TOKENS), ("qwen2_5_vl", FENCED), ("qwen3_vl", FENCED)])
 def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path) -> None:
-    preparer = _preparer(codec=codec)
+    builder = _builder(codec=codec)
     bad = ' \t"None",\r\n\\ \u2028 \N{GREEK SMALL LETTER BETA} \N{ROLLING ON THE FLOOR LAUGHING} </s> \x01 '
     pictures = _pictures(tmp_path, 3)
     records = [_record(image, number=i, group="site 1") for i, image in enumerate(pictures)]
@@ -150,25 +150,25 @@ def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path) 
     ]
     names, root = name_images(records)
     path, said = tmp_path / "else" / "where" / "pairs.jsonl", []
-    told = write_rows(path, build_rows(records, [sampled[:2], sampled[2:]], preparer, names, 0.1), 3, said.append)
+    told = write_rows(path, build_rows(records, [sampled[:2], sampled[2:]], builder, names, 0.1), 3, said.append)
     assert told["without_pair"] == {"all_alike": 1, "small_margin": 0, "cut_off": 0, "unusable": 1}
     assert (told["num_pairs"], told["mean_chosen_reward"], told["mean_rejected_reward"]) == (1, 2.0, 0.5)
     assert said[-1].startswith("sampled 3/3 rows")
     source = Source(path=str(path), format="preference", image_root=root)
-    (back,) = build_index(source, Data(), preparer.spec).records
+    (back,) = build_index(source, Data(), builder.spec).records
     assert (back.chosen, back.rejected) == (good, bad)
     assert (back.id, back.group, back.images) == ("0", "site 1", (pictures[0],))
-    assert back.prompt == preparer.turns(records[0])
-    assert preparer.prompt_row(back).input_ids.tolist() == preparer.prompt_row(records[0]).input_ids.tolist()
-    assert preparer.text(preparer.pair_row(back).completions[0].tolist()) == good
+    assert back.prompt == builder.turns(records[0])
+    assert builder.prompt_row(back).input_ids.tolist() == builder.prompt_row(records[0]).input_ids.tolist()
+    assert builder.text(builder.pair_row(back).completions[0].tolist()) == good
 
 
 def test_ids_of_mixed_sources_stay_apart(tmp_path: Path) -> None:
-    preparer, pictures = _preparer(), _pictures(tmp_path, 2)
+    builder, pictures = _builder(), _pictures(tmp_path, 2)
     records = [_record(image, source=i) for i, image in enumerate(pictures)]
     names, _ = name_images(records)
     sampled = [[Sample("a", 1.0), Sample("b", 0.0)]] * 2
-    rows = list(build_rows(records, [sampled], preparer, names, 0.1))
+    rows = list(build_rows(records, [sampled], builder, names, 0.1))
     assert [row["id"] for row in rows if isinstance(row, dict)] == ["0:0", "1:0"]
 
 
@@ -196,11 +196,11 @@ def test_what_a_job_needs_is_said(tmp_path: Path) -> None:
 
 def test_other_image_sizes_and_codecs_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
-    preparer = _preparer(codec="qwen2_5_vl", max_pixels=9216, resize="pad", pad_color=(1, 2, 3))
-    assert changed_since(str(path), preparer) == []
-    write_about(path, {"preprocessing": describe_preprocessing(preparer)})
-    assert changed_since(str(path), preparer) == []
-    told = changed_since(str(path), _preparer(codec="qwen3_vl", max_pixels=18432))
+    builder = _builder(codec="qwen2_5_vl", max_pixels=9216, resize="pad", pad_color=(1, 2, 3))
+    assert changed_since(str(path), builder) == []
+    write_about(path, {"preprocessing": describe_preprocessing(builder)})
+    assert changed_since(str(path), builder) == []
+    told = changed_since(str(path), _builder(codec="qwen3_vl", max_pixels=18432))
     assert told == [
         "form of boxes (qwen2_5_vl, now qwen3_vl)",
         "image sizes (max_pixels 9216, now 18432; pad [1, 2, 3], now None)",
@@ -208,4 +208,4 @@ def test_other_image_sizes_and_codecs_are_noticed(tmp_path: Path) -> None:
     for broken in ("{", "[]", json.dumps({"preprocessing": {"task": {"codec": "x"}}})):
         Path(f"{path}.about.json").write_text(broken)
         with pytest.raises(DataError, match=r"pairs.jsonl.about.json: not readable"):
-            changed_since(str(path), preparer)
+            changed_since(str(path), builder)

@@ -14,7 +14,7 @@ from ray_vlm.tasks import classification
 LABELS = ("object=grate", "object=pipe", "condition=clear")
 
 
-def _preparer(labels: tuple[str, ...] = LABELS) -> Any:
+def _builder(labels: tuple[str, ...] = LABELS) -> Any:
     spec = SimpleNamespace(task=Task(name="classification"), labels=labels)
     return SimpleNamespace(task=classification, frames=lambda record: (), spec=spec, truth=lambda record: record.truth)
 
@@ -34,14 +34,14 @@ def _record(**attributes: str) -> SftRecord:
     ],
 )
 def test_other_attributes_than_asked_are_not_the_promised_form(text: str, ok: bool, repair: str) -> None:
-    (found,) = build_predictions([_record(object="grate", condition="clear")], [text], _preparer())
+    (found,) = build_predictions([_record(object="grate", condition="clear")], [text], _builder())
     assert found.ok is ok
     assert repair in " ".join(found.repairs)
     assert (found.repairs == ()) is ok
     assert found.score["correct"]["object"] is ("grate" in text), "what is right counts all the same"
-    assert parse_answer(text, _record(), _preparer()).ok is ok, "without a truth the labels say what was asked"
+    assert parse_answer(text, _record(), _builder()).ok is ok, "without a truth the labels say what was asked"
 
 
 def test_a_row_is_held_to_its_own_attributes() -> None:
-    assert parse_answer('{"object": "grate"}', _record(object="pipe"), _preparer()).ok
-    assert parse_answer('{"object": "grate"}', _record(), _preparer(labels=())).ok, "nothing is known"
+    assert parse_answer('{"object": "grate"}', _record(object="pipe"), _builder()).ok
+    assert parse_answer('{"object": "grate"}', _record(), _builder(labels=())).ok, "nothing is known"

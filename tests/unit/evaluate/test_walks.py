@@ -19,7 +19,7 @@ def _record(task: str, step: int, truth: str = "truth") -> SftRecord:
     return SftRecord(f"{task}/{step}", 0, ("a.png",), ((100, 100),), {}, context, task)
 
 
-def _preparer(**options: Any) -> Any:
+def _builder(**options: Any) -> Any:
     setting = PromptContext(Task(name="gui_steps", **options), count_tokens=lambda text: 1)
     return SimpleNamespace(
         task=gui_steps,
@@ -43,7 +43,7 @@ def test_each_step_is_told_what_was_answered_to_those_before() -> None:
         rounds.append([(r.id, r.context["history"], r.context["step"]) for r in asked])
         return ["no step" if r.id == "b/0" else f'{{"action": "{r.id}", "bbox_2d": [1, 2, 3, 4]}}' for r in asked]
 
-    answers = walk(records, _preparer(), answer)
+    answers = walk(records, _builder(), answer)
     assert rounds == [
         [("a/0", (), 0), ("b/0", (), 0)],
         [("a/1", ('{"action":"a/0"}',), 1), ("b/1", (), 0)],
@@ -60,5 +60,5 @@ def test_the_memory_is_cut_as_in_training() -> None:
         last.append(asked[0].context["history"])
         return [f'{{"action": "{asked[0].id}"}}']
 
-    walk(records, _preparer(short_memory=1, long_memory_tokens=4), answer)  # of three tokens each: one and its number
+    walk(records, _builder(short_memory=1, long_memory_tokens=4), answer)  # of three tokens each: one and its number
     assert last[-1] == ('{"action":"a/2"}', '{"action":"a/3"}')

@@ -63,8 +63,8 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
 def _parts(job_file: Any) -> tuple[Any, Any, list]:
     method = {"name": "grpo", "num_generations": 4}
     prepared = prepare(load_job(job_file(method=method, lora={"rank": 4, "target": ["language"]})))
-    preparer = load_sample_builder(prepared.spec)
-    return prepared.job, preparer, [preparer.prompt_row(r) for r in prepared.train.records[:2]]
+    builder = load_sample_builder(prepared.spec)
+    return prepared.job, builder, [builder.prompt_row(r) for r in prepared.train.records[:2]]
 
 
 def test_the_adapter_is_pushed_at_every_step_and_nothing_is_merged(job_file, engines: list[FakeEngine]) -> None:
@@ -72,18 +72,18 @@ def test_the_adapter_is_pushed_at_every_step_and_nothing_is_merged(job_file, eng
 
     from benchmarks.stock import build_model
 
-    job, preparer, rows = _parts(job_file)
+    job, builder, rows = _parts(job_file)
     model = build_model(job)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512)
     sample = build_sampler(job, args)
     sampling, seeds = Sampling(4, 16, 0.9, 0.95, 0), [(0, 0, 3, 0), (0, 0, 5, 0)]
-    groups = sample(model, rows, preparer, sampling, seeds, "cpu")
+    groups = sample(model, rows, builder, sampling, seeds, "cpu")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.add_(1.0)
-    sample(model, rows, preparer, sampling, seeds, "cpu")
+    sample(model, rows, builder, sampling, seeds, "cpu")
     engine = engines[0]
     assert len(engines) == 1
     assert engine.options["enable_lora"]
@@ -106,26 +106,26 @@ def test_the_adapter_is_pushed_at_every_step_and_nothing_is_merged(job_file, eng
 def test_an_adapter_that_vllm_would_leave_half_out_is_refused(job_file, engines: list[FakeEngine]) -> None:
     from benchmarks.stock import build_model
 
-    job, preparer, rows = _parts(job_file)
+    job, builder, rows = _parts(job_file)
     assert job.lora is not None
     whole = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
     sample = build_sampler(job, SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512))
     with pytest.raises(ConfigError, match=r"model.adapter adapts vision too"):
-        sample(build_model(whole), rows, preparer, Sampling(4, 16, 0.9, 0.95, 0), [(0,), (1,)], "cpu")
+        sample(build_model(whole), rows, builder, Sampling(4, 16, 0.9, 0.95, 0), [(0,), (1,)], "cpu")
     assert not engines[0].calls
 
 
 def test_prompts_and_sampling_as_vllm_takes_them(job_file, engines: list[FakeEngine]) -> None:
     from benchmarks.stock import build_model
 
-    job, preparer, rows = _parts(job_file)
+    job, builder, rows = _parts(job_file)
     args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None)
-    build_sampler(job, args)(build_model(job), rows, preparer, Sampling(4, 16), [(1,), (2,)], "cpu")
+    build_sampler(job, args)(build_model(job), rows, builder, Sampling(4, 16), [(1,), (2,)], "cpu")
     call = engines[0].calls[0]
     for prompt, row in zip(call["prompts"], rows, strict=True):
         ids = np.array(prompt["prompt_token_ids"])
-        assert (ids == preparer.image_token_id).sum() == len(row.images) == 1
-        assert len(ids) == len(row.input_ids) - (row.input_ids == preparer.image_token_id).sum() + 1
+        assert (ids == builder.image_token_id).sum() == len(row.images) == 1
+        assert len(ids) == len(row.input_ids) - (row.input_ids == builder.image_token_id).sum() + 1
         assert np.array_equal(np.array(prompt["multi_modal_data"]["image"][0]), row.images[0])
     first, second = call["params"]
     assert (first.n, first.max_tokens, first.top_k, first.logprobs) == (4, 16, -1, 0)
@@ -144,17 +144,17 @@ def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_as_it_lies(
 ) -> None:
     from benchmarks.stock import build_model
 
-    job, preparer, rows = _parts(job_file)
+    job, builder, rows = _parts(job_file)
     model = build_model(job)
     model.save_pretrained(tmp_path / "adapter")
-    answers = build_answerer(job, str(tmp_path / "adapter"), preparer, 100)(rows)
-    assert answers == [preparer.text([20, 2])] * 2
+    answers = build_answerer(job, str(tmp_path / "adapter"), builder, 100)(rows)
+    assert answers == [builder.text([20, 2])] * 2
     assert engines[0].options["max_lora_rank"] == 8
     assert engines[0].options["max_model_len"] == 100 + job.evaluate.max_new_tokens
     call = engines[0].calls[0]
     assert call["lora"].path == str(tmp_path / "adapter")
     assert [(p.n, p.temperature, p.max_tokens) for p in call["params"]] == [(1, 0.0, job.evaluate.max_new_tokens)] * 2
-    build_answerer(job, None, preparer, 100)(rows)
+    build_answerer(job, None, builder, 100)(rows)
     assert not engines[1].options["enable_lora"]
     assert engines[1].calls[0]["lora"] is None
 
@@ -164,12 +164,12 @@ def test_evaluation_refuses_an_adapter_that_vllm_would_leave_half_out(
 ) -> None:
     from benchmarks.stock import build_model
 
-    job, preparer, _ = _parts(job_file)
+    job, builder, _ = _parts(job_file)
     assert job.lora is not None
     whole = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
     build_model(whole).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"evaluate\.engine: .*adapter adapts vision too"):
-        build_answerer(job, str(tmp_path / "adapter"), preparer, 100)
+        build_answerer(job, str(tmp_path / "adapter"), builder, 100)
     assert not engines
 
 
@@ -184,7 +184,7 @@ def test_an_evaluation_asks_the_engine_that_the_job_names(job_file, engines: lis
     assert len(answer_records(loaded, prepared.train.records[:3])) == 3
     assert answer_records(loaded, prepared.train.records[:1])
     assert len(engines) == 1, "one engine for all batches"
-    longest = max(len(loaded.preparer.prompt_row(record).input_ids) for record in prepared.train.records)
+    longest = max(len(loaded.builder.prompt_row(record).input_ids) for record in prepared.train.records)
     assert engines[0].options["max_model_len"] == longest + 5
 
 

@@ -132,7 +132,7 @@ def test_a_template_that_miscounts_images_makes_bad_rows(
 
 def _count(base: Path, scenes: Path) -> object:
     """What comes of a row with one image: its tokens, or why it is bad."""
-    preparer = SampleBuilder(SampleSpec(Model(name=str(base)), Task(name="chat"), ()))
+    builder = SampleBuilder(SampleSpec(Model(name=str(base)), Task(name="chat"), ()))
     image = str(next(scenes.rglob("*.png"), None) or next(scenes.rglob("*.jpg")))
     row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})
-    return count_row(measure_row(row, Data()), preparer, None)
+    return count_row(measure_row(row, Data()), builder, None)

@@ -20,7 +20,7 @@ from ray_vlm.train import attempt as attempts
 from ray_vlm.train import context
 from ray_vlm.train.attempt import begin_attempt
 from ray_vlm.train.driver import _end
-from ray_vlm.tune.sweep import SWEEP, _check_place
+from ray_vlm.tune.sweep import SWEEP, _check_sweep_folder
 
 PARENT = {
     "host": platform.node(),
@@ -121,4 +121,4 @@ def test_a_sweep_that_another_process_drives_is_left_alone(tmp_path: Path, flag:
     Store(tmp_path).write(SWEEP, json.dumps(told).encode())
     job: Any = SimpleNamespace()
     with pytest.raises(RunError, match=rf"--{flag}: .* is being trained by process {os.getppid()}"):
-        _check_place(str(tmp_path), job, job, flag == "resume", flag == "overwrite")
+        _check_sweep_folder(str(tmp_path), job, job, flag == "resume", flag == "overwrite")

@@ -48,13 +48,13 @@ def test_norms_are_those_before_clipping() -> None:
 
 def test_gradients_that_are_not_kept_are_heard() -> None:
     named = _named({"language": [None, None], "vision": [None]})
-    listener, place = Listener(named, FAMILY), DistributedContext(0, 1, "cpu", ray=False)
-    assert listener.take(place) == {"language": 0.0, "vision": 0.0}
+    listener, context = Listener(named, FAMILY), DistributedContext(0, 1, "cpu", ray=False)
+    assert listener.take(context) == {"language": 0.0, "vision": 0.0}
     sum((3 * weight[0] if "language" in name else weight.sum() * 0) for name, weight in named).backward()
-    assert listener.take(place) == {"language": pytest.approx(18**0.5), "vision": 0.0}
+    assert listener.take(context) == {"language": pytest.approx(18**0.5), "vision": 0.0}
     listener.stop()
     sum(weight.sum() for _, weight in named).backward()
-    assert listener.take(place) == {"language": 0.0, "vision": 0.0}
+    assert listener.take(context) == {"language": 0.0, "vision": 0.0}
 
 
 def test_a_part_without_a_gradient_is_named_at_once() -> None:

@@ -30,7 +30,7 @@ def use_job_folder(folder: str | None) -> None:
     _job_folder = folder
 
 
-def find_places(job: JobConfig, job_file: str | Path) -> JobConfig:
+def resolve_paths(job: JobConfig, job_file: str | Path) -> JobConfig:
     """The job with those of its files and folders that are beside the job file, and not here, named as they are."""
     beside = Path(job_file).parent
     use_job_folder(str(beside.absolute()))
