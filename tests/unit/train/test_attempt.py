@@ -37,15 +37,15 @@ class _Rank:
     def world_size(self) -> int:
         return self.group.size
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.group.values[self.rank] = value
         self.group.barrier.wait()
         everyone = [self.group.values[r] for r in range(self.group.size)]
         self.group.barrier.wait()
         return everyone
 
-    def share(self, value: Any) -> Any:
-        return self.gather(value)[0]
+    def broadcast(self, value: Any) -> Any:
+        return self.all_gather(value)[0]
 
 
 def _on_ranks(folders: list[Path], do: Any) -> list[Any]:
