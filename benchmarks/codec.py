@@ -185,7 +185,7 @@ def other_map(predictions: Sequence[Prediction]) -> dict[str, float]:
     truth: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     for image, p in enumerate(predictions):
-        for rows, values in ((truth, p.truth), (found, p.found)):
+        for rows, values in ((truth, p.truth), (found, p.parsed)):
             for (x1, y1, x2, y2), label in zip(values["boxes"], values["labels"], strict=True):
                 box, area = [x1, y1, x2 - x1, y2 - y1], (x2 - x1) * (y2 - y1)
                 row = {"image_id": image, "category_id": numbers.get(label), "bbox": box, "area": area, "iscrowd": 0}

@@ -174,7 +174,7 @@ def of_completions(folder: Path) -> Attempt:
         predictions = build_predictions(records, answers, builder)
         for prediction in predictions:
             json.dumps(prediction.as_dict())
-            in_words(prediction.found)
+            in_words(prediction.parsed)
         json.dumps(measure(task, predictions))
         return len(records) - len(predictions)
 

@@ -51,8 +51,8 @@ class Scene:
         """Wait until it holds; the time. Raises when it does not, or when the run ends before."""
         until = time.monotonic() + limit_s
         while not holds():
-            assert self.process.poll() is None, f"the run ended: {self.told()}"
-            assert time.monotonic() < until, f"nothing after {limit_s} s: {self.told()}"
+            assert self.process.poll() is None, f"the run ended: {self.output()}"
+            assert time.monotonic() < until, f"nothing after {limit_s} s: {self.output()}"
             time.sleep(0.05)
         return time.time()
 
@@ -60,13 +60,13 @@ class Scene:
         """Wait for a step of that attempt or of a later one."""
         return self.wait(lambda: any(x["step"] >= step and x["attempt"] >= attempt for x in self.lines()), limit_s)
 
-    def told(self) -> str:
+    def output(self) -> str:
         """The end of what the command said."""
         return (self.paths.root.parent / "out.txt").read_text()[-3000:]
 
     def finish(self, limit_s: float = 300.0) -> dict[str, Any]:
         """Wait for the end; `run.json`."""
-        assert self.process.wait(timeout=limit_s) == 0, self.told()
+        assert self.process.wait(timeout=limit_s) == 0, self.output()
         return json.loads(self.paths.run.read_text())
 
 
@@ -208,7 +208,7 @@ def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, An
         saved = [x for x in scene.lines("checkpoint") if x["step"] >= step and x["time"] < given + notice_s]
         reached = max(x["step"] for x in scene.lines() if x["attempt"] == 1)
         scene.finish()
-        assert saved, f"no checkpoint within the notice: {scene.told()}"
+        assert saved, f"no checkpoint within the notice: {scene.output()}"
         told = {"saved_s": saved[0]["time"] - given, "steps_old": reached - max(x["step"] for x in saved)}
         return told | compare(scene, folder)
 

@@ -60,8 +60,6 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         problems += [
             f"{_describe_location(locations, tuple(key.split('.')), str(path))}: {text}" for key, text in broken
         ]
-            f"{_describe_location(locations, tuple(key.split('.')), str(path))}: {text}" for key, text in broken
-        ]
     if job is None or problems:
         raise ConfigError(problems)
     return resolve_paths(job, path)

@@ -26,7 +26,7 @@ def measure_detection(predictions: Sequence[Prediction]) -> dict[str, Any]:
     ious = [iou for p in predictions for iou in p.score["ious"]]
     hits, misses, invented = (sum(totals[kind].values()) for kind in ("hits", "misses", "invented"))
     overall = rates(hits, misses, invented, "_50")
-    overall |= coco_map([{"truth": p.truth, "found": p.found} for p in predictions])
+    overall |= coco_map([{"truth": p.truth, "found": p.parsed} for p in predictions])
     overall["mean_iou"] = sum(ious) / max(len(ious), 1)
     per_class = {}
     for label in labels:

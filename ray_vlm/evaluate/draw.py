@@ -31,7 +31,7 @@ def draw_found(image: Any, values: Mapping[str, Any]) -> Any:
 def draw_predictions(predictions: Sequence[Prediction], count: int = 8) -> list[tuple[str, Any]]:
     """Captions and images of the first few predictions whose images are files."""
     shown = [p for p in predictions if p.images and p.images[0] is not None][:count]
-    return [(f"{p.id}: {in_words(p.truth)}", draw_found(p.images[0], p.found)) for p in shown]
+    return [(f"{p.id}: {in_words(p.truth)}", draw_found(p.images[0], p.parsed)) for p in shown]
 
 
 def _pixels(image: Any) -> Any:

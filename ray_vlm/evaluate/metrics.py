@@ -38,7 +38,7 @@ def measure_classification(predictions: Sequence[Prediction]) -> dict[str, Any]:
             values[name].add(value)
     for p in predictions:
         for name, value in p.truth["attributes"].items():
-            found = known_value(p.found.get("attributes", {}).get(name), values[name])
+            found = known_value(p.parsed.get("attributes", {}).get(name), values[name])
             right = p.score["correct"][name]
             counts[f"{name}={value}"]["hits" if right else "misses"] += 1
             if found is not None and not right:
@@ -80,7 +80,7 @@ def measure_gui_steps(predictions: Sequence[Prediction]) -> dict[str, Any]:
         counts[tag]["misses"] = len(found) - counts[tag]["hits"]
         name = tag.partition("=")[2]
         others = (p for other, group in actions.items() if other != tag for p in group)
-        counts[tag]["invented"] = sum(same_words(str(p.found["output"].get("action")), name) for p in others)
+        counts[tag]["invented"] = sum(same_words(str(p.parsed["output"].get("action")), name) for p in others)
     overall = {
         "step_success": _mean(p.score["success"] for p in predictions),
         "task_success": _mean(all(steps) for steps in tasks.values()),

@@ -23,7 +23,7 @@ class Prediction:
     images: tuple[str | None, ...]
     sizes: tuple[tuple[int, int], ...]
     answer: str
-    found: Mapping[str, Any]
+    parsed: Mapping[str, Any]
     ok: bool
     repairs: tuple[str, ...]
     truth: Mapping[str, Any]
@@ -31,7 +31,8 @@ class Prediction:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as `predictions.jsonl` holds it."""
-        return asdict(self)
+        values = asdict(self)
+        return {"found" if name == "parsed" else name: value for name, value in values.items()}
 
 
 def rates(hits: int, misses: int, invented: int, suffix: str = "") -> dict[str, float]:
@@ -55,7 +56,7 @@ def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], buil
                 images=tuple(image if isinstance(image, str) else None for image in record.images),
                 sizes=record.sizes,
                 answer=text,
-                found=parsed.values,
+                parsed=parsed.values,
                 ok=parsed.ok,
                 repairs=parsed.repairs,
                 truth=truth,

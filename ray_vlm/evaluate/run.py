@@ -147,15 +147,15 @@ def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
         file.writelines(json.dumps(p.as_dict()) + "\n" for p in predictions)
     with open(folder / "predictions.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        if predictions and "boxes" in predictions[0].found:
+        if predictions and "boxes" in predictions[0].parsed:
             table.writerow(["id", "image", "label", "x1", "y1", "x2", "y2"])
             for p in predictions:
-                for box, label in zip(p.found["boxes"], p.found["labels"], strict=True):
+                for box, label in zip(p.parsed["boxes"], p.parsed["labels"], strict=True):
                     table.writerow([p.id, *p.images, label, *(round(v, 2) for v in box)])
             return
         table.writerow(["id", "image", "answer", "truth", "found", "score"])
         for p in predictions:
-            cells = (json.dumps(value, ensure_ascii=False) for value in (p.truth, p.found, p.score))
+            cells = (json.dumps(value, ensure_ascii=False) for value in (p.truth, p.parsed, p.score))
             table.writerow([p.id, " ".join(i for i in p.images if i), p.answer, *cells])
 
 

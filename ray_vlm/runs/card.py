@@ -61,7 +61,7 @@ def _how(run: Run) -> str:
             rows.append((f"data, {part}", path.rsplit("/", 1)[-1] if path else f"{ratio} of the training rows"))
     if setting(job, "data.oversample"):
         rows.append(("oversampling", setting(job, "data.oversample")))
-    versions = run.told("versions")
+    versions = run.section("versions")
     rows.append(("made with", ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions)))
     return "## How it was trained\n\n" + _table(("setting", "value"), rows)
 

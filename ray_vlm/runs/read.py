@@ -120,7 +120,7 @@ class Run:
         listed = self.about.get("attempts")
         return [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
 
-    def told(self, key: str) -> dict[str, Any]:
+    def section(self, key: str) -> dict[str, Any]:
         """A section of `run.json` (hardware, versions); empty where it is not there."""
         value = self.about.get(key)
         return value if isinstance(value, dict) else {}

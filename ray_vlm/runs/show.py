@@ -62,7 +62,7 @@ def _head(run: Run) -> list[str]:
     cards = setting(job, "cluster.gpus_per_worker") or 0
     cpus = setting(job, "cluster.cpus_per_worker")
     each = f"{cards:g} GPU" if cards else f"{cpus or 1:g} CPU"
-    versions, memory = run.told("versions"), run.told("hardware").get("memory_gib")
+    versions, memory = run.section("versions"), run.section("hardware").get("memory_gib")
     told = ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions)
     commit = str(run.about.get("git_commit") or "")[:12]
     return [
