@@ -1,1 +1,2 @@
-"""Side by side with the stock peers, in one run. `python -m benchmarks.NAME [--quick] [--json PATH]`."""
+"""Benchmarks that compare this package with its stock peers in one run: `python -m benchmarks.NAME [--quick] [--json
+PATH]`."""

@@ -1,10 +1,11 @@
-"""DPO and GRPO from the demo's SFT adapter, as their jobs ship (4-bit LoRA on 2 cores, through Ray Train), in seeds.
+"""DPO and GRPO from the demo's SFT adapter, with the shipped jobs (4-bit LoRA on 2 cores, through Ray Train), over
+seeds.
 
-The adapter is trained once, by `demo_sft.yaml`. Each seed then samples pairs of its own from that adapter and trains
-`demo_dpo.yaml` on them, held-out pairs being a quarter; and trains `demo_grpo.yaml`. The bar on reward is on answers
-that are sampled as the job does; with F1 it is measured before and after on the demo's test images, which no stage has
-seen. The reward of greedy answers, without a bar, is the validation's, on the eval images.
-A seed takes about eleven minutes; `--full` runs three.
+The adapter is trained once, by `demo_sft.yaml`. Each seed then samples its own pairs from that adapter and trains
+`demo_dpo.yaml` on them, with a quarter of the pairs held out; it also trains `demo_grpo.yaml`. The bar on the reward
+applies to answers sampled as the job samples them. They are measured together with F1, before and after training, on
+the demo's test images, which no training has used. The reward of greedy answers has no bar; it is the validation's, on
+the eval images. One seed takes about eleven minutes; `--full` runs three.
 """
 
 import json
@@ -27,12 +28,12 @@ ANSWERS = 16  # sampled to each test image: with 4 the mean shakes by 0.02, near
 
 
 def places(folder: Path, *splits: str) -> list[str]:
-    """The demo's scenes under `folder`, as overrides; GRPO's own training scenes are `more`."""
+    """Return overrides that point to the demo's scenes under `folder`; `more` holds GRPO's own training scenes."""
     return [f"data.{split.replace('more', 'train')}.path={folder / 'site' / split}.json" for split in splits]
 
 
 def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
-    """Mean reward of answers to the test images, sampled as the GRPO job samples them."""
+    """Return the mean reward of answers to the test images, sampled as the GRPO job samples them."""
     from ray_vlm.data.preprocessing import read_preprocessing
     from ray_vlm.data.spec import sample_spec
     from ray_vlm.data.splits import load_parts
@@ -57,26 +58,26 @@ def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
     parts = load_parts(job, ["test"], read_preprocessing(adapter, sample_spec(job, [])))
     assert parts.test is not None
     batches = sample_answers(job, parts.spec, parts.test.records, str(adapter), num_actors=0)
-    rewards = [sample.reward for batch in batches for of_row in batch for sample in of_row]
+    rewards = [sample.reward for batch in batches for samples in batch for sample in samples]
     return statistics.fmean(rewards)
 
 
 def f1(job: str, folder: Path, adapter: Path, name: str) -> float:
-    """F1 at IoU 0.5 of greedy answers to the test images."""
+    """Return F1 at IoU 0.5 of greedy answers to the test images."""
     out = folder / "evaluate" / name
     run("evaluate", job, *places(folder, "test"), "--adapter", str(adapter), "--output", str(out))
     return json.loads((out / "metrics.json").read_text())["overall"]["f1_50"]
 
 
 def validations(run_folder: Path, key: str) -> list[float]:
-    """A run's validations, the first before any step."""
+    """Return the values of a run's validations; the first comes before any training step."""
     from ray_vlm.runs.monitor import read_metrics
 
     return [line[key] for line in read_metrics(run_folder / "metrics.jsonl") if line["kind"] == "eval"]
 
 
 def train_dpo(folder: Path, adapter: Path, seed: int, changes: Sequence[str]) -> dict[str, float]:
-    """Pairs, training, and what came of it."""
+    """Sample pairs, train DPO on them, and return the metrics."""
     started, name, pairs = time.monotonic(), f"dpo_{seed}", folder / f"pairs_{seed}.jsonl"
     rows = [*places(folder, "train"), f"data.train.max_rows={NUM_ROWS}", f"seed={seed}"]
     rows += ["evaluate.batch_size=450", "cluster.num_workers=0"]
@@ -85,13 +86,13 @@ def train_dpo(folder: Path, adapter: Path, seed: int, changes: Sequence[str]) ->
     names = [f"run.output_dir={folder}", f"run.name={name}", f"seed={seed}", f"model.adapter={adapter}"]
     run("train", DPO, *sources, *names, *changes, "--overwrite")
     wall = time.monotonic() - started
-    found = validations(folder / name, "preference_accuracy")
+    accuracies = validations(folder / name, "preference_accuracy")
     after = f1(SFT, folder, folder / name / "best", name)
-    return {"dpo.preferred.before": found[0], "dpo.preferred": max(found), "dpo.f1": after, "dpo.wall": wall}
+    return {"dpo.preferred.before": accuracies[0], "dpo.preferred": max(accuracies), "dpo.f1": after, "dpo.wall": wall}
 
 
 def train_grpo(folder: Path, adapter: Path, seed: int, changes: Sequence[str]) -> dict[str, float]:
-    """Training, and what came of it."""
+    """Train GRPO and return the metrics."""
     started, name = time.monotonic(), f"grpo_{seed}"
     sources = places(folder, "more", "eval", "test")
     names = [f"run.output_dir={folder}", f"run.name={name}", f"seed={seed}", f"model.adapter={adapter}"]
@@ -99,18 +100,18 @@ def train_grpo(folder: Path, adapter: Path, seed: int, changes: Sequence[str]) -
     wall = time.monotonic() - started
     job = load_job(GRPO, [*sources, *names])
     greedy = validations(folder / name, "reward")
-    found = {
+    metrics = {
         "grpo.reward.before": mean_reward(job, adapter, seed),
         "grpo.reward": mean_reward(job, folder / name / "best", seed),
         "grpo.greedy_reward_on_eval.before": greedy[0],
         "grpo.greedy_reward_on_eval": greedy[-1],
     }
-    return found | {"grpo.f1": f1(SFT, folder, folder / name / "best", name), "grpo.wall": wall}
+    return metrics | {"grpo.f1": f1(SFT, folder, folder / name / "best", name), "grpo.wall": wall}
 
 
 def measure_seeds(seeds: Sequence[int], changes: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """All figures over these seeds; `changes` shorten the jobs."""
-    found: dict[str, list[float]] = {}
+    """Return all figures over these seeds; `changes` are overrides that shorten the jobs."""
+    measurements: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         run(
@@ -121,28 +122,28 @@ def measure_seeds(seeds: Sequence[int], changes: Sequence[str] = ()) -> list[dic
         for seed in seeds:
             values = train_dpo(folder, adapter, seed, changes) | train_grpo(folder, adapter, seed, changes)
             for name, value in values.items():
-                found.setdefault(name, []).append(value)
+                measurements.setdefault(name, []).append(value)
                 print(f"seed {seed}: {name} {value:.4f}", file=sys.stderr, flush=True)
-    return figures(found, start)
+    return figures(measurements, start)
 
 
-def figures(found: dict[str, list[float]], start: float) -> list[dict[str, Any]]:
-    """Worst seeds against the bars, and means. `start`: F1 of the SFT adapter."""
-    gains = [b - a for a, b in zip(found["grpo.reward.before"], found["grpo.reward"], strict=True)]
+def figures(measurements: dict[str, list[float]], start: float) -> list[dict[str, Any]]:
+    """Return the means over seeds, and the worst seeds against the bars. `start`: F1 of the SFT adapter."""
+    gains = [b - a for a, b in zip(measurements["grpo.reward.before"], measurements["grpo.reward"], strict=True)]
     return [
-        *(figure(f"{name}.mean", statistics.fmean(values), "") for name, values in found.items()),
+        *(figure(f"{name}.mean", statistics.fmean(values), "") for name, values in measurements.items()),
         figure("sft.f1", start, ""),
-        figure("dpo.preferred.before.worst", max(found["dpo.preferred.before"]), "", 0.60),
-        figure("dpo.preferred.worst", min(found["dpo.preferred"]), "", 0.80, most=False),
-        figure("dpo.wall.worst", max(found["dpo.wall"]), "s", 300),
+        figure("dpo.preferred.before.worst", max(measurements["dpo.preferred.before"]), "", 0.60),
+        figure("dpo.preferred.worst", min(measurements["dpo.preferred"]), "", 0.80, most=False),
+        figure("dpo.wall.worst", max(measurements["dpo.wall"]), "s", 300),
         figure("grpo.reward_gain.worst", min(gains), "", 0.05, most=False),
-        figure("grpo.f1_change.worst", min(found["grpo.f1"]) - start, "", 0.0, most=False),
-        figure("grpo.wall.worst", max(found["grpo.wall"]), "s", 300),
+        figure("grpo.f1_change.worst", min(measurements["grpo.f1"]) - start, "", 0.0, most=False),
+        figure("grpo.wall.worst", max(measurements["grpo.wall"]), "s", 300),
     ]
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """One seed; `quick` trains a few steps, to see that everything runs."""
+    """Measure one seed; `quick` trains a few steps, to check that everything runs."""
     return measure_seeds([0], ("train.max_steps=4", "evaluate.every_steps=4") if quick else ())
 
 

@@ -1,4 +1,4 @@
-"""Two sides of a training step on the same rows, for `shared_prefix`: tiny models, jobs, and an arm a side."""
+"""The two arms of a training step on the same rows, for `shared_prefix`: tiny models, jobs, and one arm per trainer."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ SIDE = {"qwen3_vl": 256, "qwen2_5_vl": 448}  # of an image of 16 x 16 visual tok
 
 
 def write_model(folder: Path, family: str) -> str:
-    """Random weights, twice as wide as the demo's; images of `SIDE` pixels stay as they are."""
+    """Write a model with random weights, twice as wide as the demo's; images of `SIDE` pixels keep their size."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -35,16 +35,17 @@ def write_model(folder: Path, family: str) -> str:
 
 
 def make_job(folder: Path, model: str, family: str, method: str, lengths: Sequence[int], **options: Any) -> JobConfig:
-    """A job of the method on noise; `lengths`: words of the answers, row by row; `options` of the method."""
+    """Build a job of the method on noise images. `lengths`: words of each row's answer; `options`: settings of the
+    method."""
     rng, words = np.random.default_rng(0), ["circle", "square", "ring", "star", "cross", "object"]
     rows = []
     for number, length in enumerate(lengths):
         name = _draw(folder / "images", number, SIDE[family], rng)
-        said = [" ".join(rng.choice(words, length)) for _ in range(2)]
-        turns = [{"from": "human", "value": "<image>What is shown?"}, {"from": "gpt", "value": said[0]}]
-        asked = {"prompt": "<image>What is shown?", "images": [name]}
-        of_method = {"sft": {"image": name, "conversations": turns}, "grpo": asked}
-        rows.append(of_method.get(method) or asked | {"chosen": said[0], "rejected": said[1]})
+        answers = [" ".join(rng.choice(words, length)) for _ in range(2)]
+        turns = [{"from": "human", "value": "<image>What is shown?"}, {"from": "gpt", "value": answers[0]}]
+        prompt = {"prompt": "<image>What is shown?", "images": [name]}
+        rows_by_method = {"sft": {"image": name, "conversations": turns}, "grpo": prompt}
+        rows.append(rows_by_method.get(method) or prompt | {"chosen": answers[0], "rejected": answers[1]})
     path = folder / f"{method}-{len(rows)}-{sum(lengths)}.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     data = {"path": str(path), "format": {"sft": "llava", "dpo": "preference", "grpo": "prompt"}[method]}
@@ -74,7 +75,7 @@ def _draw(folder: Path, number: int, side: int, rng: np.random.Generator) -> str
 
 
 class Arm:
-    """One side: its trainer, ready, and what goes into a step of one micro-batch or more."""
+    """One arm: its trainer, ready to step, and the inputs of a step of one or more micro-batches."""
 
     def __init__(self, build: Callable[..., tuple[Any, list]], job: JobConfig, batches: Any, answers: Any = ()):
         import torch
@@ -93,7 +94,7 @@ class Arm:
         self.draw()
 
     def draw(self) -> None:
-        """The step's batches as the loss takes them; of GRPO sampled and scored, which takes its time."""
+        """Build the step's batches as the loss takes them; GRPO's are sampled and scored, which takes time."""
         trainer = self.trainer
         samples, self.num_items = trainer.get_batch_samples(iter(self.made), len(self.made), trainer.args.device)
         self.inputs = [trainer._prepare_inputs(sample) for sample in samples]
@@ -105,12 +106,13 @@ class Arm:
         self.patches += args[0].shape[0]
 
     def _keep_logps(self, module: Any, args: Any, out: Any) -> None:
-        told = getattr(out, "log_probs", None)
-        if told is not None and told.requires_grad:  # not what a reference says
-            self.logps.append(told.detach())
+        log_probs = getattr(out, "log_probs", None)
+        if log_probs is not None and log_probs.requires_grad:  # not what a reference says
+            self.logps.append(log_probs.detach())
 
     def step(self, seen: bool = False) -> float:
-        """Seconds of loss and gradients. `seen`: of a step whose images the rollout has seen."""
+        """Return the seconds of loss and gradients. `seen`: time a step whose images the rollout has already
+        processed."""
         self.trainer.model.zero_grad()
         if not seen and hasattr(self.trainer, "recent"):
             self.trainer.recent.start(self.trainer.recent.room)
@@ -118,14 +120,15 @@ class Arm:
         self.logps.clear()
         self.loss, started = 0.0, time.perf_counter()
         for inputs in self.inputs:
-            given = dict(inputs) if isinstance(inputs, dict) else inputs
-            loss = self.trainer.compute_loss(self.trainer.model, given, num_items_in_batch=self.num_items)
+            step_inputs = dict(inputs) if isinstance(inputs, dict) else inputs
+            loss = self.trainer.compute_loss(self.trainer.model, step_inputs, num_items_in_batch=self.num_items)
             loss.backward()
             self.loss += float(loss.detach())
         return time.perf_counter() - started
 
     def collate(self) -> float:
-        """Seconds that stock TRL's collator takes for the step's rows; GRPO's are collated in the rollout: 0."""
+        """Return the seconds that stock TRL's collator takes for the step's rows; 0 for GRPO, which collates in the
+        rollout."""
         drawn = copy.deepcopy(getattr(self.trainer, "drawn", []))
         started = time.perf_counter()
         for rows in drawn:
@@ -133,16 +136,16 @@ class Arm:
         return time.perf_counter() - started
 
     def learn(self) -> None:
-        """One step of AdamW."""
+        """Take one step of AdamW."""
         self.optimizer.step()
 
     def gradients(self) -> dict[str, Any]:
-        """Of the last step."""
+        """Return the gradients of the last step."""
         named = self.trainer.model.named_parameters()
         return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
     def peak(self) -> int:
-        """Bytes alive above the model at the most, in a step."""
+        """Return the peak of live bytes above the model in a step."""
         model = self.trainer.model
         model.zero_grad()
         self.logps.clear()
@@ -152,14 +155,14 @@ class Arm:
 
 
 def logps_apart(one: Arm, other: Arm) -> float:
-    """The largest difference of a trained token's log-probability in the last step; 0 where the arms have their rows
-    in other micro-batches, so that tokens cannot be paired."""
+    """Return the largest difference of a trained token's log-probability in the last step; 0 where the arms group their
+    rows into different micro-batches, because tokens cannot be paired then."""
     worst = 0.0
-    if [of_batch.shape for of_batch in one.logps] != [of_batch.shape for of_batch in other.logps]:
+    if [logps.shape for logps in one.logps] != [logps.shape for logps in other.logps]:
         return worst
-    for mine, theirs in zip(one.logps, other.logps, strict=True):
-        trained = mine != 0  # where nothing is trained, ours has nothing
+    for own_logps, other_logps in zip(one.logps, other.logps, strict=True):
+        trained = own_logps != 0  # this package returns 0 for tokens that are not trained
         assert trained.any()
-        apart = (mine[:, None] - theirs[None]) * trained[:, None]  # TRL shuffles the answers of a group
+        apart = (own_logps[:, None] - other_logps[None]) * trained[:, None]  # TRL shuffles the answers of a group
         worst = max(worst, float(apart.abs().amax(dim=2).amin(dim=1).max()))
     return worst

@@ -1,9 +1,10 @@
-"""What does chance break? Workers killed at random moments of DPO and GRPO, goodput under a kill every 30 s, memory.
+"""Effects of random failures: workers killed at random moments of DPO and GRPO, goodput under a kill every 30 s,
+memory.
 
-Run: python -m benchmarks.chaos [--quick] [--full] [--json PATH]. Moments and victims come from a seed. Two workers of
-one thread each on a tiny random Qwen3-VL in float32, one Ray cluster for all runs. As it stands 12 minutes, `--quick`
-(one kill of DPO) 1, `--full` 73. Goodput and memory are measured by `benchmarks/endurance.py`; nodes that are lost, for
-which the machine must let root have network namespaces, by `benchmarks/lost_nodes.py`.
+Run: python -m benchmarks.chaos [--quick] [--full] [--json PATH]. Moments and victims come from a seed. Runs use two
+workers of one thread each on a tiny random Qwen3-VL in float32, in one Ray cluster. The default takes 12 minutes,
+`--quick` (one kill of DPO) 1, `--full` 73. `benchmarks/endurance.py` measures goodput and memory;
+`benchmarks/lost_nodes.py` measures lost nodes, for which root needs network namespaces on the machine.
 """
 
 import json
@@ -34,7 +35,7 @@ SEED = 1
 def noted_reward(
     completion_ids: list[list[int]], row_id: Sequence[str], notes: Sequence[str] = (), **columns: Any
 ) -> list[float]:
-    """The share of even token ids; writes down which rows were asked, and a hash of each answer, into `notes[0]`."""
+    """Return the share of even token ids; write the rows and a hash of each answer to the folder `notes[0]`."""
     if notes:
         asked = [[row, zlib.crc32(repr(list(ids)).encode())] for row, ids in zip(row_id, completion_ids, strict=True)]
         with open(Path(notes[0]) / f"{os.getpid()}.jsonl", "a") as file:
@@ -43,7 +44,7 @@ def noted_reward(
 
 
 def write_method_job(folder: Path, base: Path, method: str) -> Path:
-    """The SFT job `base` of that folder, made one of DPO (with validations) or GRPO (whose prompts are noted)."""
+    """Write a DPO job (with validations) or a GRPO job (with noted prompts) made from the folder's SFT job `base`."""
     from benchmarks.parity import write_pairs
 
     job, scenes = yaml.safe_load(base.read_text()), folder / "scenes"
@@ -72,33 +73,33 @@ def write_method_job(folder: Path, base: Path, method: str) -> Path:
 
 
 def notes_of(folder: Path) -> Path:
-    """Where GRPO's reward writes down what it was asked."""
+    """Return the folder where GRPO's reward notes its rows."""
     return folder / "notes"
 
 
 def asked_of(run: RunPaths, notes: Path) -> dict[int, list]:
-    """By step that counts: the rows that GRPO asked for answers, with a hash of each answer, of all workers together.
+    """Return, for each step that counts, the rows that GRPO sampled and a hash of each answer, over all workers.
 
-    A worker's calls are in the order of its steps, and belong to the attempt that was under way.
+    A worker's calls are in the order of its steps, and belong to the attempt that was running at the time.
     """
-    found: dict[int, list] = {}
+    rows_by_step: dict[int, list] = {}
     calls = [whole_lines(file.read_bytes()) for file in notes.glob("*.jsonl")]
     for attempt in json.loads(run.run.read_text())["attempts"]:
         if "from_step" not in attempt:  # it did not get so far
             continue
-        first, mine = attempt["from_step"], defaultdict(list)
-        for of_process in calls:
-            in_time = [call for call in of_process if attempt["started"] <= call["time"] <= attempt["ended"]]
+        first, attempt_rows = attempt["from_step"], defaultdict(list)
+        for process_calls in calls:
+            in_time = [call for call in process_calls if attempt["started"] <= call["time"] <= attempt["ended"]]
             for number, call in enumerate(in_time, first + 1):
-                mine[number] += call["asked"]
-        found = {step: asked for step, asked in found.items() if step <= first}
-        found |= {step: sorted(asked) for step, asked in mine.items()}
-    return found
+                attempt_rows[number] += call["asked"]
+        rows_by_step = {step: requests for step, requests in rows_by_step.items() if step <= first}
+        rows_by_step |= {step: sorted(requests) for step, requests in attempt_rows.items()}
+    return rows_by_step
 
 
 def kill_once(path: Path, run: RunPaths, moments: random.Random) -> dict[str, Any]:
-    """One run in which one of the two workers dies at a random moment: whether it ended by itself, and what was done
-    again."""
+    """Kill one of the two workers of a run at a random moment; return whether the run finished by itself, and how many
+    steps were repeated."""
     step, rank, late = moments.randrange(1, STEPS - 1), moments.randrange(2), moments.uniform(0, 0.3)
 
     over = threading.Event()
@@ -117,32 +118,32 @@ def kill_once(path: Path, run: RunPaths, moments: random.Random) -> dict[str, An
         print(f"{run.name}: {error}", flush=True)
     finally:
         over.set()
-    told = json.loads(run.run.read_text())
+    record = json.loads(run.run.read_text())
     trained = sum(line["kind"] == "train" for line in read_metrics(run.metrics))
-    found = {"ended": told["status"] == "finished", "hit": len(told["attempts"]) > 1}
-    return found | {"again": trained - len(steps_of(run)), "steps": len(steps_of(run))}
+    outcome = {"ended": record["status"] == "finished", "hit": len(record["attempts"]) > 1}
+    return outcome | {"again": trained - len(steps_of(run)), "steps": len(steps_of(run))}
 
 
 def kill_runs(path: Path, method: str, count: int, notes: Path | None = None) -> list[dict[str, Any]]:
-    """Runs of a method that are killed once each, against the same run undisturbed."""
+    """Run a method several times with one kill each, and compare with the same run undisturbed."""
     whole = train_job(path, f"run.name={method}-whole")
-    moments, found, equal, others = random.Random(SEED), [], 0, 0
+    moments, outcomes, equal, others = random.Random(SEED), [], 0, 0
     for number in range(count):
         run = RunPaths(whole.root.parent / f"{method}-killed-{number}")
-        found.append(kill_once(path, run, moments))
-        if found[-1]["ended"]:
+        outcomes.append(kill_once(path, run, moments))
+        if outcomes[-1]["ended"]:
             equal += weights_of(run) == weights_of(whole) and steps_of(run) == steps_of(whole)
             if notes is not None:
                 others += _differ(asked_of(whole, notes), asked_of(run, notes))
-    ended, hit = sum(one["ended"] for one in found), sum(one["hit"] for one in found)
+    ended, hit = sum(one["ended"] for one in outcomes), sum(one["hit"] for one in outcomes)
     figures = [
         figure(f"{method.upper()}, {count} runs with a killed worker: kills that hit", hit, "runs", count, most=False),
         figure("  runs that ended by themselves", ended, "runs", count, most=False),
-        figure("  most steps done again", max(one["again"] for one in found), "steps", EVERY),
+        figure("  most steps done again", max(one["again"] for one in outcomes), "steps", EVERY),
     ]
     if notes is None:
         return [*figures, figure("  final adapters equal bit for bit", equal, "runs", count, most=False)]
-    wrong = sum(one["steps"] != STEPS for one in found)
+    wrong = sum(one["steps"] != STEPS for one in outcomes)
     return [
         *figures,
         figure("  runs with another number of steps", wrong, "runs", 0),
@@ -153,13 +154,13 @@ def kill_runs(path: Path, method: str, count: int, notes: Path | None = None) ->
 
 def _differ(one: dict[int, list], other: dict[int, list]) -> int:
     """Steps whose prompts are not the same; where there are none at all, nothing was noted, and that differs too."""
-    rows = [{step: [row for row, _ in asked] for step, asked in of_run.items()} for of_run in (one, other)]
+    rows = [{step: [row for row, _ in requests] for step, requests in run_rows.items()} for run_rows in (one, other)]
     assert len(one) == STEPS, "the reward did not note what it was asked"
     return sum(rows[0].get(step) != rows[1].get(step) for step in range(1, STEPS + 1))
 
 
 def start_cluster() -> None:
-    """One Ray cluster of this process for all runs; a loader for each worker."""
+    """Start one Ray cluster in this process for all runs, with one loader for each worker."""
     from ray_vlm.cluster.connect import SETTINGS
 
     for name, value in SETTINGS.items():
@@ -189,12 +190,13 @@ def _measure(dpo: int, grpo: int, kills_s: float, soak_s: float) -> list[dict[st
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """One run of each method with a kill, two minutes of kills, three of memory; `quick`: the first of these."""
+    """Measure one run of each method with a kill, two minutes of kills, and three of memory; `quick`: only one DPO
+    run."""
     return _measure(1, 0, 0, 0) if quick else _measure(1, 1, 120, 180)
 
 
 def full() -> list[dict[str, Any]]:
-    """Ten runs of each method, five minutes of kills, half an hour of memory, and nodes that go."""
+    """Measure ten runs of each method, five minutes of kills, half an hour of memory, and lost nodes."""
     from benchmarks.lost_nodes import measure as lose_nodes
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,8 +1,8 @@
-"""Do boxes, matches, scores, sizes and pixels come out right? Round trips and comparisons on random cases.
+"""Correctness of boxes, matches, scores, sizes and pixels: round trips and comparisons on random cases.
 
-Record -> text -> parse -> original pixels for every codec, stretched and padded; our matching against brute force over
-all permutations; mAP of pycocotools against faster-coco-eval; sizes against published ones, and pixels against the
-stock image processors, bit for bit.
+Every codec, stretched and padded, goes from record to text, through the parser and back to original pixels. Matching is
+compared with brute force over all permutations, mAP of pycocotools with faster-coco-eval, sizes with published ones,
+and pixels with the stock image processors, bit for bit.
 """
 
 import contextlib
@@ -43,22 +43,22 @@ GOLDEN_SIZES = {
 
 
 def spec_of(codec: str, **options: Any) -> ImageSpec:
-    """The family's sizes as recommended for training: 256 to 1280 tokens."""
+    """Return the family's image sizes as recommended for training: 256 to 1280 tokens."""
     token = (2 * PATCHES[codec]) ** 2
     return ImageSpec(PATCHES[codec], 2, 256 * token, 1280 * token, **options)
 
 
 def random_cases(spec: ImageSpec, codec: str, count: int) -> Iterator[tuple[Frame, Box]]:
-    """Frames of images of random legal sizes, each with a box at least one unit of text wide and tall."""
+    """Yield frames of images of random legal sizes, each with a box at least one unit of text wide and tall."""
     rng = np.random.default_rng(0)
     made = 0
     while made < count:
         width, height = (int(v) for v in np.exp(rng.uniform(np.log(28), np.log(4000), 2)).round())
         try:
-            place = spec.place((width, height))
+            placement = spec.place((width, height))
         except ValueError:
             continue
-        frame = Frame((width, height), place.resized, CODECS[codec], place.content, place.offset)
+        frame = Frame((width, height), placement.resized, CODECS[codec], placement.content, placement.offset)
         sides = []
         for axis, side in enumerate((width, height)):
             unit = frame.decode_point((1, 1))[axis] - frame.decode_point((0, 0))[axis]
@@ -71,7 +71,7 @@ def random_cases(spec: ImageSpec, codec: str, count: int) -> Iterator[tuple[Fram
 
 
 def round_trip(frame: Frame, box: Box) -> Box | None:
-    """What a box has become after record -> text -> parse; None if it is lost or the text is not the promised form."""
+    """Return a box after record -> text -> parse, or None if it is lost or the text lacks the promised form."""
     record = SftRecord("a", 0, ("a.jpg",), (frame.original,), {"boxes": (box,), "labels": (LABELS[0],)})
     text = detection.answer(record, [frame], PromptContext(Task(), LABELS)).text
     parsed = detection.parse(text, [frame])
@@ -80,7 +80,8 @@ def round_trip(frame: Frame, box: Box) -> Box | None:
 
 
 def codec_errors(codec: str, pad: str, count: int) -> tuple[float, float, int]:
-    """Largest error inside and at the right and bottom edge, in resized pixels or thousandths; boxes lost."""
+    """Return the largest error inside and at the right and bottom edge, in resized pixels or thousandths, and the
+    number of lost boxes."""
     pixels = CODECS[codec].coordinates == "resized_pixels"
     inside, edge, lost = 0.0, 0.0, 0
     for frame, box in random_cases(spec_of(codec, **PADS[pad]), codec, count):
@@ -103,7 +104,7 @@ def codec_errors(codec: str, pad: str, count: int) -> tuple[float, float, int]:
 
 
 def codec_figures(count: int) -> list[dict[str, Any]]:
-    """Round trips of all codecs, and the official golden case."""
+    """Return the figures of all codecs' round trips and of the official golden case."""
     figures = []
     for codec, pad in itertools.product(PATCHES, PADS):
         inside, edge, lost = codec_errors(codec, pad, count)
@@ -121,7 +122,7 @@ def codec_figures(count: int) -> list[dict[str, Any]]:
 
 
 def random_boxes(rng: np.random.Generator, most: int) -> tuple[tuple[Box, ...], tuple[str, ...]]:
-    """Up to `most` boxes in a small image, so that many overlap, and their labels."""
+    """Return up to `most` boxes in a small image, so that many overlap, and their labels."""
     count = int(rng.integers(0, most + 1))
     low, side = rng.integers(0, 40, (count, 2)), rng.integers(5, 60, (count, 2))
     boxes = tuple((float(x), float(y), float(x + w), float(y + h)) for (x, y), (w, h) in zip(low, side, strict=True))
@@ -129,17 +130,18 @@ def random_boxes(rng: np.random.Generator, most: int) -> tuple[tuple[Box, ...], 
 
 
 def answer_like(rng: np.random.Generator, boxes: Sequence[Box], labels: Sequence[str], most: int) -> dict[str, Any]:
-    """What a model might answer: most true boxes, moved a little, some with another label, and invented ones."""
-    found, names = [], []
+    """Return an answer like a model's: most true boxes, slightly moved, some with another label, and some invented
+    boxes."""
+    moved, names = [], []
     for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
         if rng.random() < 0.8:
             dx, dy, dw, dh = rng.integers(-4, 5, 4)
             x, y = x1 + dx, y1 + dy
-            found.append((x, y, x + max(x2 - x1 + dw, 1.0), y + max(y2 - y1 + dh, 1.0)))
+            moved.append((x, y, x + max(x2 - x1 + dw, 1.0), y + max(y2 - y1 + dh, 1.0)))
             names.append(label if rng.random() < 0.8 else LABELS[int(rng.integers(0, len(LABELS)))])
     more, more_names = random_boxes(rng, 3)
-    order = rng.permutation(min(len(found) + len(more), most)).tolist()
-    boxes_, names_ = [*found, *more], [*names, *more_names]
+    order = rng.permutation(min(len(moved) + len(more), most)).tolist()
+    boxes_, names_ = [*moved, *more], [*names, *more_names]
     return {"boxes": tuple(boxes_[i] for i in order), "labels": tuple(names_[i] for i in order)}
 
 
@@ -147,14 +149,14 @@ ORDERS = np.array(list(itertools.permutations(range(6))))
 
 
 def brute_force(scores: np.ndarray) -> float:
-    """The largest total of one-to-one pairs, by trying all orders; up to 6 x 6."""
+    """Return the largest total of one-to-one pairs by trying all orders; for up to 6 x 6."""
     table = np.zeros((6, 6))
     table[: scores.shape[0], : scores.shape[1]] = scores
     return float(table[np.arange(6), ORDERS].sum(axis=1).max())
 
 
 def matching_figures(count: int) -> list[dict[str, Any]]:
-    """Cases in which `match` or the task's score does not reach the best total."""
+    """Count the cases in which `match` or the task's score does not reach the best total."""
     rng = np.random.default_rng(1)
     wrong_match = wrong_score = 0
     for _ in range(count):
@@ -162,13 +164,13 @@ def matching_figures(count: int) -> list[dict[str, Any]]:
         scores = rng.random((rows, columns)) * (rng.random((rows, columns)) < 0.6)
         wrong_match += abs(sum(scores[r, c] for r, c in match(scores)) - brute_force(scores)) > 1e-9
         boxes, labels = random_boxes(rng, 6)
-        found = answer_like(rng, boxes, labels, 6)
-        got = detection.score(Parsed(found), {"boxes": boxes, "labels": labels})
-        ious = iou_matrix(boxes, found["boxes"])
-        same = np.array([[t == p for p in found["labels"]] for t in labels], bool).reshape(ious.shape)
+        answer = answer_like(rng, boxes, labels, 6)
+        got = detection.score(Parsed(answer), {"boxes": boxes, "labels": labels})
+        ious = iou_matrix(boxes, answer["boxes"])
+        same = np.array([[t == p for p in answer["labels"]] for t in labels], bool).reshape(ious.shape)
         hits = brute_force((same & (ious >= 0.5)).astype(float))
         counts = sum(got["hits"].values()), sum(got["misses"].values()), sum(got["invented"].values())
-        ok = counts == (hits, len(boxes) - hits, len(found["boxes"]) - hits)
+        ok = counts == (hits, len(boxes) - hits, len(answer["boxes"]) - hits)
         wrong_score += not (ok and abs(sum(got["ious"]) - brute_force(ious)) < 1e-9)
     return [
         figure("match.differs_from_brute_force", wrong_match, "cases", 0),
@@ -177,27 +179,27 @@ def matching_figures(count: int) -> list[dict[str, Any]]:
 
 
 def other_map(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """mAP by faster-coco-eval, from rows of our own making."""
+    """Return mAP by faster-coco-eval, from rows that this benchmark builds itself."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     labels = sorted({label for p in predictions for label in p.truth["labels"]})
     numbers = {label: i for i, label in enumerate(labels, 1)}
     truth: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     for image, p in enumerate(predictions):
-        for rows, values in ((truth, p.truth), (found, p.parsed)):
+        for rows, values in ((truth, p.truth), (detections, p.parsed)):
             for (x1, y1, x2, y2), label in zip(values["boxes"], values["labels"], strict=True):
                 box, area = [x1, y1, x2 - x1, y2 - y1], (x2 - x1) * (y2 - y1)
                 row = {"image_id": image, "category_id": numbers.get(label), "bbox": box, "area": area, "iscrowd": 0}
                 rows.append(row | {"id": len(rows) + 1, "score": 1.0})
-    found = [row for row in found if row["category_id"] is not None]
-    if not truth or not found:
+    detections = [row for row in detections if row["category_id"] is not None]
+    if not truth or not detections:
         return {"map": 0.0, "map_50": 0.0}
     images = [{"id": i} for i in range(len(predictions))]
     categories = [{"id": i, "name": label} for label, i in numbers.items()]
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO({"images": images, "annotations": truth, "categories": categories})
-        run = COCOeval_faster(gt, gt.loadRes(found), "bbox")
+        run = COCOeval_faster(gt, gt.loadRes(detections), "bbox")
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -205,23 +207,24 @@ def other_map(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 def map_figures(count: int) -> list[dict[str, Any]]:
-    """Largest difference between the two implementations of mAP."""
+    """Return the largest difference between the two implementations of mAP."""
     rng = np.random.default_rng(2)
     worst = {"map": 0.0, "map_50": 0.0}
     for _ in range(count):
         predictions = []
         for row in range(int(rng.integers(1, 9))):
             boxes, labels = random_boxes(rng, 5)
-            found = answer_like(rng, boxes, labels, 8)
+            answer = answer_like(rng, boxes, labels, 8)
             truth = {"boxes": boxes, "labels": labels}
-            predictions.append(Prediction(row, str(row), "", (None,), ((100, 100),), "", found, True, (), truth, {}))
-        ours, theirs = coco_map([p.as_dict() for p in predictions]), other_map(predictions)
-        worst = {key: max(value, abs(ours[key] - theirs[key])) for key, value in worst.items()}
+            predictions.append(Prediction(row, str(row), "", (None,), ((100, 100),), "", answer, True, (), truth, {}))
+        pycoco, faster_coco = coco_map([p.as_dict() for p in predictions]), other_map(predictions)
+        worst = {key: max(value, abs(pycoco[key] - faster_coco[key])) for key, value in worst.items()}
     return [figure(f"{key}.pycocotools_vs_faster", value, "absolute", 1e-9) for key, value in worst.items()]
 
 
 def size_figures() -> list[dict[str, Any]]:
-    """Published sizes that we do not give, and those of them that we refuse: a side below one token."""
+    """Count the published sizes that this package does not reproduce, and those that it refuses because a side is below
+    one token."""
     wrong = refused = 0
     for (factor, least, most), outputs in GOLDEN_SIZES.items():
         spec = ImageSpec(factor // 2, 2, least * factor**2, most * factor**2)
@@ -239,7 +242,8 @@ def size_figures() -> list[dict[str, Any]]:
 
 
 def pixel_figures(count: int) -> list[dict[str, Any]]:
-    """Images that our path gives other pixels, or another grid, than the stock processor called on the file."""
+    """Count the images for which this package returns other pixels, or another grid, than the stock processor does for
+    the file."""
     import torch
     from PIL import Image
     from transformers import Qwen2VLImageProcessor
@@ -259,16 +263,16 @@ def pixel_figures(count: int) -> list[dict[str, Any]]:
             file = io.BytesIO()
             Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
             small = torch.tensor(resize(decode(file.getvalue()), spec, processor)).permute(2, 0, 1)
-            ours = processor([small], do_resize=False, return_tensors="pt")
+            own = processor([small], do_resize=False, return_tensors="pt")
             stock = processor(images=[Image.open(file)], return_tensors="pt")
-            differ += not all(torch.equal(ours[key], stock[key]) for key in ("pixel_values", "image_grid_thw"))
+            differ += not all(torch.equal(own[key], stock[key]) for key in ("pixel_values", "image_grid_thw"))
         names = ("qwen2_vl", "qwen2_5_vl") if codec == "qwen2_5_vl" else (codec,)
         figures += [figure(f"pixels.{name}.differ_from_stock", differ, "images", 0) for name in names]
     return figures
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All figures; a tenth of the cases with `quick`."""
+    """Return all figures; `quick` runs a tenth of the cases."""
     share = 10 if quick else 1
     return [
         *codec_figures(10_000 // share),

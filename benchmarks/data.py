@@ -1,11 +1,11 @@
-"""Does the data path keep up? Images a second through Ray Data against a bare loop and a torch DataLoader.
+"""Throughput of the data path: images per second through Ray Data against a bare loop and a torch DataLoader.
 
-JPEGs of 12, 2 and 0.3 megapixels are read, decoded and resized for Qwen3-VL (at most 1280 * 1024 pixels) by one
-process with one torch thread: a bare loop of Pillow and the processor's resize; `stream_ray` with one loader, which
-also makes tokens and labels; a torch DataLoader with one worker. Arms alternate; the figures are ratios of medians.
-Start-up is left out, and so is what waits ready at either end: the clock runs between the first row of the second task
-of a loader and the first of its last. Then the bytes that cross the object store, and rows a second of the index on
-one core.
+JPEGs of 12, 2 and 0.3 megapixels are read, decoded and resized for Qwen3-VL (at most 1280 * 1024 pixels) by one process
+with one torch thread: a bare loop of Pillow and the processor's resize; `stream_ray` with one loader, which also makes
+tokens and labels; a torch DataLoader with one worker. Arms alternate; the figures are ratios of medians. Start-up and
+whatever is buffered at either end do not count: the clock runs from the first row of a loader's second task to the
+first row of its last. Further figures are the bytes that cross the object store, and the index's rows per second on one
+core.
 """
 
 import itertools
@@ -43,7 +43,7 @@ LABELS = ("dog", "cat", "car")
 
 
 def write_images(folder: Path, size: tuple[int, int], count: int) -> None:
-    """Photo-like JPEGs: smooth shapes with noise."""
+    """Write photo-like JPEGs: smooth shapes with noise."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for number in range(count):
@@ -57,7 +57,7 @@ def write_images(folder: Path, size: tuple[int, int], count: int) -> None:
 
 
 def write_rows(folder: Path, size: tuple[int, int], rows: int, files: int) -> Source:
-    """A COCO file over the images in `folder`, with three boxes each."""
+    """Write a COCO file over the images in `folder`, with three boxes each."""
     images = [{"id": i, "file_name": f"{i % files}.jpg"} for i in range(rows)]
     box = [0.1 * size[0], 0.2 * size[1], 0.3 * size[0], 0.4 * size[1]]
     boxes = [
@@ -70,12 +70,12 @@ def write_rows(folder: Path, size: tuple[int, int], rows: int, files: int) -> So
 
 
 def make_spec(model: Path) -> SampleSpec:
-    """The tiny Qwen3-VL with the image limits that real ones are trained with."""
+    """Return the spec of the tiny Qwen3-VL with the image limits that real models are trained with."""
     return SampleSpec(Model(name=str(model), load_in_4bit=False), Task(), LABELS, max_pixels=1280 * 1024)
 
 
 def read_plainly(path: str, spec: SampleSpec) -> Any:
-    """Decode, convert, resize, with no copy that is not needed; `uint8 [h, w, 3]`."""
+    """Decode, convert and resize an image without a needless copy; return `uint8 [h, w, 3]`."""
     import torch
     from transformers.image_utils import SizeDict
 
@@ -104,7 +104,8 @@ class PlainDataset:
 
 
 def rate(micro_batches: Iterable[Any], task: int, size: int = 1) -> float:
-    """Images a second, from the first row of the second task to the first of the last; `size` rows come at a time."""
+    """Return images per second from the first row of the second task to the first of the last; `size` rows come at a
+    time."""
     arrivals = []
     for _ in micro_batches:
         arrivals += [time.perf_counter()] * size
@@ -113,7 +114,7 @@ def rate(micro_batches: Iterable[Any], task: int, size: int = 1) -> float:
 
 
 def through_loader(paths: Sequence[str], spec: SampleSpec, task: int) -> float:
-    """Images a second of a torch DataLoader with one worker."""
+    """Return images per second of a torch DataLoader with one worker."""
     from torch.utils.data import DataLoader
 
     loader = DataLoader(
@@ -123,18 +124,18 @@ def through_loader(paths: Sequence[str], spec: SampleSpec, task: int) -> float:
 
 
 def through_stream(source: Source, spec: SampleSpec, task: int) -> float:
-    """Images a second of our stream with one loader."""
+    """Return images per second of this package's stream with one loader."""
     import ray
 
     index = build_index(source, Data(), spec)
     plan = Plan(len(index), MICRO, MICRO, 1, shuffle=False)
-    feed = StreamSpec(ray.put(index.records), spec, plan, 0, 0, plan.num_steps, mean_bytes(index.records, spec))
-    assert task_size(feed) * MICRO == task
-    return rate(stream_ray(feed, num_loaders=1, cpus_per_loader=1), task, MICRO)
+    stream_spec = StreamSpec(ray.put(index.records), spec, plan, 0, 0, plan.num_steps, mean_bytes(index.records, spec))
+    assert task_size(stream_spec) * MICRO == task
+    return rate(stream_ray(stream_spec, num_loaders=1, cpus_per_loader=1), task, MICRO)
 
 
 def stored_bytes(paths: Sequence[str], source: Source, spec: SampleSpec) -> float:
-    """Bytes of the block that a micro-batch becomes, over those of its pixels."""
+    """Return the bytes of the block that holds a micro-batch, divided by those of its pixels."""
     records = build_index(source, Data(), spec).records[:MICRO]
     rows = [load_sample_builder(spec).train_row(record) for record in records]
     assert all(np.array_equal(row.images[0], read_plainly(path, spec)) for row, path in zip(rows, paths, strict=False))
@@ -142,7 +143,7 @@ def stored_bytes(paths: Sequence[str], source: Source, spec: SampleSpec) -> floa
 
 
 def stream_figures(folder: Path, spec: SampleSpec, rounds: int, share: float) -> list[dict[str, Any]]:
-    """The three arms in turn, for each size."""
+    """Run the three arms in turn for each size."""
     figures = []
     for name, size in SIZES.items():
         task = TASK[name]
@@ -166,12 +167,12 @@ def stream_figures(folder: Path, spec: SampleSpec, rounds: int, share: float) ->
 
 
 def run_index(folder: Path, num_rows: int) -> None:
-    """Rows a second of the index and of its header checks alone, on one core; prints them as JSON."""
+    """Print as JSON the rows per second of the index and of its header checks alone, on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     spec = make_spec(folder / "model")
     source = write_rows(folder / "many", SIZES["0.3mp"], num_rows, num_rows)
     load_sample_builder(spec)
-    found = []
+    rates = []
     for _ in range(3):
         started = time.perf_counter()
         index = build_index(source, Data(), spec)
@@ -179,25 +180,25 @@ def run_index(folder: Path, num_rows: int) -> None:
         for image in itertools.chain.from_iterable(record.images for record in index.records):
             read_size(image, Data().max_image_pixels)
         ended = time.perf_counter()
-        found.append((num_rows / (middle - started), num_rows / (ended - middle)))
+        rates.append((num_rows / (middle - started), num_rows / (ended - middle)))
         assert len(index) == num_rows
-    print(json.dumps([statistics.median(values) for values in zip(*found, strict=True)]))
+    print(json.dumps([statistics.median(values) for values in zip(*rates, strict=True)]))
 
 
 def index_figures(folder: Path, num_rows: int) -> list[dict[str, Any]]:
-    """The index in a process of its own."""
+    """Measure the index in a process of its own."""
     write_images(folder / "many", SIZES["0.3mp"], num_rows)
     command = [sys.executable, "-m", "benchmarks.data", "--index", str(folder), str(num_rows)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    whole, headers = json.loads(out.stdout.strip().splitlines()[-1])
+    index_rate, headers = json.loads(out.stdout.strip().splitlines()[-1])
     return [
-        figure("data.index", whole, "rows/s", 1000, most=False),
+        figure("data.index", index_rate, "rows/s", 1000, most=False),
         figure("data.index.headers_alone", headers, "rows/s"),
     ]
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All figures."""
+    """Return all figures."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     import torch

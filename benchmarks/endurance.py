@@ -1,6 +1,6 @@
-"""The long parts of `benchmarks/chaos.py`: useful rows a second while workers are killed, and memory over time.
+"""The long parts of `benchmarks/chaos.py`: useful rows per second while workers are killed, and memory over time.
 
-A run starts in the Ray cluster of this process and is told to stop after so many seconds from its first step.
+Each run starts in the Ray cluster of this process and stops after a given number of seconds from its first step.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ Do = Callable[[RunPaths, float], None]  # what goes on beside a run, told when i
 
 
 def run_for(path: Path, name: str, seconds: float, beside: Do, *overrides: str) -> RunPaths:
-    """Train for so long after the first step, with `beside` in a thread; at the end a checkpoint is written."""
+    """Train for `seconds` after the first step, with `beside` in a thread; a checkpoint is written at the end."""
     run = RunPaths(Path(load_job(path, ()).run.output_dir) / name)
 
     def watch() -> None:
@@ -63,15 +63,14 @@ def _attempts(run: RunPaths) -> list[dict[str, Any]]:
 
 
 def useful_steps(run: RunPaths, seconds: float) -> int:
-    """Steps that count in the end, of those done within so many seconds after the first one."""
+    """Return how many of the steps done within `seconds` after the first one count in the end."""
     until = _train_lines(run)[0]["time"] + seconds
     counting = [line for line in current_lines(read_metrics(run.metrics)) if line["kind"] == "train"]
     return sum(line["time"] <= until for line in counting) - 1
 
 
 def restarts(path: Path, *overrides: str) -> list[float]:
-    """Seconds from the launch to the first step of restarts that nothing disturbs: the next kill comes some steps
-    later."""
+    """Return the seconds from launch to first step of undisturbed restarts: the next kill comes some steps later."""
 
     def kill(run: RunPaths, started: float) -> None:
         for number in range(RESTARTS + 1):
@@ -97,7 +96,7 @@ def _trained_since(run: RunPaths, failures: int) -> int:
 
 
 def goodput(path: Path, seconds: float, every: float = KILL_EVERY_S, seed: int = 2) -> list[dict[str, Any]]:
-    """Useful rows a second while a random worker is killed every so often, against the same job undisturbed."""
+    """Return useful rows per second while a random worker is killed at intervals, against the same job undisturbed."""
     moments = random.Random(seed)
     kills: list[float] = []
     missed: list[float] = []  # no worker was there to be killed
@@ -150,8 +149,8 @@ def goodput(path: Path, seconds: float, every: float = KILL_EVERY_S, seed: int =
 
 
 def lost_time(run: RunPaths, seconds: float, kills: list[float], one_start: float) -> tuple[float, list[float]]:
-    """Of the first so many seconds: those of starting again, each as long as an undisturbed start at most; and how
-    long each kill waited for the next launch."""
+    """Return the seconds spent on restarts within the first `seconds`, each counted up to the length of an undisturbed
+    start, and how long each kill waited for the next launch."""
     trained = _train_lines(run)
     until = trained[0]["time"] + seconds
     starting, waits = 0.0, []
@@ -167,7 +166,8 @@ def lost_time(run: RunPaths, seconds: float, kills: list[float], one_start: floa
 
 
 def soak(path: Path, seconds: float) -> list[dict[str, Any]]:
-    """Memory of a run with validations and checkpoints: the last fifth of its time against the second one."""
+    """Compare the memory of a run with validations and checkpoints in the last fifth of its time with that in the
+    second."""
     samples: list[tuple[float, dict[str, float]]] = []
 
     def watch(run: RunPaths, started: float) -> None:
@@ -196,31 +196,32 @@ def soak(path: Path, seconds: float) -> list[dict[str, Any]]:
 
 
 def memory_now() -> dict[str, float]:
-    """MiB of the driver, each worker, the loaders and the rest of Ray: proportional, which counts a page that several
-    share by parts, so that the sum is what the machine holds; own pages; and resident.
+    """Return MiB of the driver, each worker, the loaders and the rest of Ray, in three measures: proportional, own
+    pages, and resident. Proportional memory divides a shared page among its processes, so the sum is what the machine
+    holds.
 
-    Resident is what grows longest: a process keeps all pages of the object store that it ever touched, whatever lies in
-    them now, until it has touched each.
+    Resident memory grows longest: a process keeps every page of the object store that it has ever touched, whatever the
+    page holds now, until it has touched them all.
     """
     workers, loaders = processes("RayTrainWorker"), processes("MapWorker")
     known = {process.pid for process in (*workers, *loaders)}
     groups = {"driver": [psutil.Process()]}
     groups |= {f"worker {number}": [process] for number, process in enumerate(workers)}
     groups |= {"loaders": loaders, REST: [p for p in processes() if p.pid not in known]}
-    found: dict[str, float] = {}
+    memory: dict[str, float] = {}
     for name, group in groups.items():
         sizes = []
         for process in group:
             with contextlib.suppress(psutil.Error):
                 sizes.append(process.memory_full_info())
-        found[name] = sum(size.pss for size in sizes) / MIB
-        found[name + OWN] = sum(size.uss for size in sizes) / MIB
-        found[name + SEEN] = sum(size.rss for size in sizes) / MIB
-    return found
+        memory[name] = sum(size.pss for size in sizes) / MIB
+        memory[name + OWN] = sum(size.uss for size in sizes) / MIB
+        memory[name + SEEN] = sum(size.rss for size in sizes) / MIB
+    return memory
 
 
 def store_mib() -> float:
-    """What lies in Ray's object store now."""
+    """Return the MiB now in Ray's object store."""
     import ray
     from ray._private.internal_api import node_stats
 

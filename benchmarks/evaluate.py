@@ -1,7 +1,7 @@
-"""Evaluation with several replicas: the same predictions in the same order, and how much sooner.
+"""Evaluation with several replicas: the same predictions in the same order, and the speed-up.
 
-A Qwen3-VL of the demo's size answers drawn scenes, one thread to a replica, in Ray Data actors; what is timed is from
-the first answer to the last, without starting Ray and loading the model.
+A Qwen3-VL of the demo's size answers drawn scenes in Ray Data actors, with one thread per replica. The time runs from
+the first answer to the last, without the start of Ray and the load of the model.
 """
 
 import tempfile
@@ -20,17 +20,17 @@ JOB = "jobs/demo_sft.yaml"
 
 
 def answers(work: InferenceJob, num_actors: int) -> tuple[dict[int, Any], float]:
-    """What every batch was answered, and batches a second once all actors work."""
-    found, marks = {}, []
+    """Return the answers of every batch, and batches per second once all actors work."""
+    texts_by_batch, marks = {}, []
     for number, texts in do_batches(work, _answer, range(len(work.batches)), num_actors):
-        found[number] = texts
+        texts_by_batch[number] = texts
         marks.append(time.perf_counter())
     warm = 2 * num_actors
-    return found, (len(marks) - 1 - warm) / (marks[-1] - marks[warm])
+    return texts_by_batch, (len(marks) - 1 - warm) / (marks[-1] - marks[warm])
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """One and two replicas in turn, twice each; `quick` once each with fewer scenes."""
+    """Measure one and two replicas in turn, twice each; `quick`: once each with fewer scenes."""
     with tempfile.TemporaryDirectory() as temporary:
         path = draw(Path(temporary), "studio", "test", 48 if quick else 240)
         words = [f"data.test.path={path}", "data.train=null", "data.eval=null", "model.load_in_4bit=false"]
@@ -42,13 +42,13 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         rates: dict[int, list[float]] = {1: [], 2: []}
         seen = []
         for _ in range(1 if quick else 2):
-            for count, found in rates.items():
+            for count, count_rates in rates.items():
                 texts, rate = answers(work, count)
-                found.append(rate * job.evaluate.batch_size)
+                count_rates.append(rate * job.evaluate.batch_size)
                 seen.append(texts)
         here, _ = answers(work, 0)
     alike = all(list(texts) == list(here) and texts == here for texts in seen)
-    one, two = (sum(found) / len(found) for found in rates.values())
+    one, two = (sum(count_rates) / len(count_rates) for count_rates in rates.values())
     return [
         figure("evaluate.identical", int(alike), "", 1, most=False),
         figure("evaluate.one_replica", one, "rows/s"),

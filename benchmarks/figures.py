@@ -1,4 +1,4 @@
-"""How every benchmark prints: a table for people, and with `--json PATH` a list of figures for programs."""
+"""The output of every benchmark: a table for people, and with `--json PATH` a list of figures for programs."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def figure(name: str, value: float, unit: str, bar: float | None = None, most: bool = True) -> dict[str, Any]:
-    """One measured number. `bar` is the most (or, with `most=False`, the least) that is allowed; None: no bar."""
+    """Return one measured number. `bar` is the highest allowed value (with `most=False`, the lowest); None: no bar."""
     ok = bar is None or (value <= bar if most else value >= bar)
     plain = value if isinstance(value, int) else float(value)  # numpy's numbers are none of JSON's
     return {"name": name, "value": plain, "unit": unit, "bar": bar, "ok": bool(ok)}
@@ -20,7 +20,7 @@ def report(
     argv: Sequence[str] | None = None,
     full: Callable[[], Sequence[dict[str, Any]]] | None = None,
 ) -> None:
-    """Run `measure(quick)`, or `full()` for `--full`, and print what it found; exits with 1 if a bar is missed."""
+    """Run `measure(quick)`, or `full()` for `--full`, print the figures, and exit with 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=sys.modules[measure.__module__].__doc__)
     parser.add_argument("--quick", action="store_true", help="a shorter run")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

@@ -1,8 +1,8 @@
-"""Does anything break it? Ten thousand seeded mutations of rows, jobs, spaces, adapters, images, checkpoints and runs.
+"""Ten thousand seeded mutations of rows, jobs, spaces, adapters, images, checkpoints and runs.
 
-Each is read as the verbs read it. Allowed are a result and our four errors; another exception, a wait of more than the
-limit, and rows or weights that are lost without a word are finds, told on stderr with what makes them again:
-`python -m benchmarks.fuzz --one KIND NUMBER`.
+Each mutation is read as the commands read it. Allowed outcomes are a result and this package's four errors. Any other
+exception, a time over the limit, and rows or weights that are lost silently are findings; each is printed to stderr
+with what reproduces it: `python -m benchmarks.fuzz --one KIND NUMBER`.
 """
 
 import faulthandler
@@ -46,12 +46,12 @@ KINDS: dict[str, tuple[Callable[[Path], fuzz_inputs.Attempt], int]] = {
 
 
 class Hang(BaseException):
-    """The time limit is over; not an `Exception`, so that nobody on the way takes it for one."""
+    """The time limit is exceeded; not an `Exception`, so that no caller in between catches it as one."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `Hang` in this thread after so long. A call into C that never comes back ends the process, with a trace."""
+    """Raise `Hang` in this thread after `seconds`. A call into C that never returns ends the process, with a trace."""
 
     def stop(signum: int, frame: Any) -> None:
         raise Hang(f"more than {seconds:g} s")
@@ -69,60 +69,60 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def attempt_one(kind: str, number: int, attempt: fuzz_inputs.Attempt) -> tuple[str, int, float]:
-    """What came of a mutation: `accepted`, `refused` or the find as text; how much was lost; seconds of the
-    processor."""
+    """Return the outcome of a mutation (`accepted`, `refused` or the finding as text), the number of losses, and the
+    processor's seconds."""
     rng = np.random.default_rng([SEED, list(KINDS).index(kind), number])
     lost, started = 0, time.process_time()
     try:
         with time_limit(LIMIT_S), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lost, found = attempt(rng), "accepted"
-        found = f"{lost} lost without a word" if lost else found
+            lost, outcome = attempt(rng), "accepted"
+        outcome = f"{lost} lost without a word" if lost else outcome
     except OURS as error:
         bare = [p for p in error.problems if not p.strip()] or not error.problems
-        found = "an error without words" if bare else "refused"
+        outcome = "an error without words" if bare else "refused"
     except (Hang, Exception) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        place = next((f for f in reversed(frames) if "/ray_vlm/" in f.filename), frames[-1])
+        frame = next((f for f in reversed(frames) if "/ray_vlm/" in f.filename), frames[-1])
         text = f"{type(error).__name__}: {error}"[:200].encode("ascii", "backslashreplace").decode()
-        found = f"{text} at {Path(place.filename).name}:{place.lineno} {place.name}"
-    return found, lost, time.process_time() - started
+        outcome = f"{text} at {Path(frame.filename).name}:{frame.lineno} {frame.name}"
+    return outcome, lost, time.process_time() - started
 
 
 def run_kind(kind: str, count: int) -> dict[str, Any]:
-    """Counts of a kind's mutations; finds go to stderr as they come."""
-    told = {"mutations": count, "accepted": 0, "refused": 0, "others": 0, "lost": 0, "slowest": 0.0}
+    """Return the counts of a kind's mutations; print each finding to stderr at once."""
+    counts = {"mutations": count, "accepted": 0, "refused": 0, "others": 0, "lost": 0, "slowest": 0.0}
     with tempfile.TemporaryDirectory() as temporary:
         attempt = KINDS[kind][0](Path(temporary))
         for number in range(count):
-            found, lost, seconds = attempt_one(kind, number, attempt)
-            told["slowest"] = max(told["slowest"], seconds)
-            told["lost"] += lost
-            if found in ("accepted", "refused"):
-                told[found] += 1
+            outcome, lost, seconds = attempt_one(kind, number, attempt)
+            counts["slowest"] = max(counts["slowest"], seconds)
+            counts["lost"] += lost
+            if outcome in ("accepted", "refused"):
+                counts[outcome] += 1
             else:
-                told["others"] += not lost
-                print(f"{kind} {number}: {found}", file=sys.stderr, flush=True)
+                counts["others"] += not lost
+                print(f"{kind} {number}: {outcome}", file=sys.stderr, flush=True)
             if seconds > SLOWEST_S:
                 print(f"{kind} {number}: {seconds:.1f} s", file=sys.stderr, flush=True)
-    return told
+    return counts
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All kinds; `quick`: a tenth of the mutations."""
+    """Run all kinds; `quick`: a tenth of the mutations."""
     prepare()
     figures = []
     for kind, (_, count) in KINDS.items():
-        told = run_kind(kind, count // 10 if quick else count)
-        figures += [figure(f"fuzz.{kind}.{name}", told[name], "") for name in ("mutations", "accepted", "refused")]
-        figures.append(figure(f"fuzz.{kind}.other_errors", told["others"], "", 0))
-        figures.append(figure(f"fuzz.{kind}.lost", told["lost"], "", 0))
-        figures.append(figure(f"fuzz.{kind}.slowest", told["slowest"], "s", SLOWEST_S))
+        counts = run_kind(kind, count // 10 if quick else count)
+        figures += [figure(f"fuzz.{kind}.{name}", counts[name], "") for name in ("mutations", "accepted", "refused")]
+        figures.append(figure(f"fuzz.{kind}.other_errors", counts["others"], "", 0))
+        figures.append(figure(f"fuzz.{kind}.lost", counts["lost"], "", 0))
+        figures.append(figure(f"fuzz.{kind}.slowest", counts["slowest"], "s", SLOWEST_S))
     return figures
 
 
 def prepare() -> None:
-    """One thread, no network, no chatter."""
+    """Limit this process to one thread, without network and library logging."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
@@ -134,7 +134,7 @@ def prepare() -> None:
 
 
 def run_one(kind: str, number: int) -> None:
-    """One mutation again, with the whole trace of what it raises."""
+    """Run one mutation again, with the full trace of the exception."""
     prepare()
     with tempfile.TemporaryDirectory() as temporary:
         attempt = KINDS[kind][0](Path(temporary))

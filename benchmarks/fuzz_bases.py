@@ -1,7 +1,7 @@
-"""Files of a base that `fuzz` breaks: its chat template, its tokenizer and its processor. See `fuzz_inputs` for what an
-attempt is.
+"""Mutations of a base's files for `fuzz`: its chat template, its tokenizer and its processor. `fuzz_inputs` defines an
+attempt.
 
-A base that is accepted must put rows into the tokens that were counted before training, image by image.
+Rows under an accepted base must have the tokens that were counted before training, image by image.
 """
 
 import json
@@ -43,7 +43,8 @@ _CLASSES += ["LlamaTokenizer", "qwen2_vl", "llama4", "llava", "bert"]
 
 
 def of_templates(folder: Path) -> Attempt:
-    """Chat templates cut, changed, or with a piece of another's in it, in each of the files that may hold them."""
+    """Return an attempt on chat templates that are cut, changed or mixed with another's, in each file that may hold
+    one."""
     whole, records = _write_whole(folder)
     template = (whole / _TEMPLATE).read_text()
 
@@ -52,12 +53,12 @@ def of_templates(folder: Path) -> Attempt:
         text = template
         for _ in range(int(rng.integers(1, 3))):
             text = _break_template(text, rng)
-        place = rng.random()
-        if place < 0.7:
+        draw = rng.random()
+        if draw < 0.7:
             (broken / _TEMPLATE).write_bytes(text.encode("utf-8", "surrogatepass"))
         else:
             (broken / _TEMPLATE).unlink()
-            name, value = ("chat_template.json", {}) if place < 0.85 else (_TOKENS[0], _read_json(broken / _TOKENS[0]))
+            name, value = ("chat_template.json", {}) if draw < 0.85 else (_TOKENS[0], _read_json(broken / _TOKENS[0]))
             (broken / name).write_text(json.dumps(value | {"chat_template": text}))
         system = "Be brief." if rng.random() < 0.5 else None
         return _read_rows(broken, records, system)
@@ -68,7 +69,7 @@ def of_templates(folder: Path) -> Attempt:
 def _break_template(text: str, rng: np.random.Generator) -> str:
     kind, at = rng.random(), int(rng.integers(len(text) + 1))
     if kind < 0.6:  # mostly between two blocks, where it leaves the rest whole
-        at = pick(rng, [0, *(found.end() for found in re.finditer(r"[%}]}", text))]) if rng.random() < 0.8 else at
+        at = pick(rng, [0, *(block.end() for block in re.finditer(r"[%}]}", text))]) if rng.random() < 0.8 else at
         return text[:at] + pick(rng, _JINJA) + text[at:]
     if kind < 0.7:
         return break_text(text, rng)
@@ -80,7 +81,8 @@ def _break_template(text: str, rng: np.random.Generator) -> str:
 
 
 def of_processors(folder: Path) -> Attempt:
-    """A base's tokenizer, processor and configuration files with values changed, exchanged, damaged or gone."""
+    """Return an attempt on a base's tokenizer, processor and configuration files with values changed, exchanged,
+    damaged or missing."""
     whole, records = _write_whole(folder)
 
     def attempt(rng: np.random.Generator) -> int:
@@ -120,10 +122,10 @@ def _read_json(path: Path) -> Any:
 def _write_whole(folder: Path) -> tuple[Path, list[Any]]:
     """A whole base, and rows of several turns, two images and a pair."""
     base, image = Path(write_base(folder)), str(folder / "a.jpg")
-    asked = (("user", "<image>What?"), ("assistant", "A dog."), ("user", "<image>And here?"))
+    turns = (("user", "<image>What?"), ("assistant", "A dog."), ("user", "<image>And here?"))
     records = [
         SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)}),
-        SftRecord("b", 1, (image, image), (), {"answer": "A cat."}, {"turns": asked}),
+        SftRecord("b", 1, (image, image), (), {"answer": "A cat."}, {"turns": turns}),
         SftRecord("c", 2, (), (), {"answer": "Yes."}, {"turns": (("system", "Be kind."), ("user", "Is it?"))}),
         PreferenceRecord("d", 3, (image,), (), (("user", "<image>What?"),), "A dog.", "A cat."),
     ]

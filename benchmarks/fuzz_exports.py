@@ -1,6 +1,6 @@
-"""COCO files as other tools write them, which `fuzz` breaks. See `fuzz_inputs` for what an attempt is.
+"""Mutations for `fuzz` of COCO files as other tools write them. `fuzz_inputs` defines an attempt.
 
-Each tool's file is whole as it stands: a test reads all of them without a bad row.
+Each tool's file is valid before it is broken: a test reads all of them without a bad row.
 """
 
 import json
@@ -21,7 +21,7 @@ _RUNS = [10 * _HEIGHT + 20, *([40, 40] * 29), 40, 20 + 60 * _HEIGHT]
 
 
 def write_cvat() -> dict[str, Any]:
-    """CVAT: polygons, and masks as run lengths, which it marks as crowds."""
+    """CVAT: polygons, and run-length masks, which it marks as crowds."""
     images = [
         _image(i) | {"license": 0, "flickr_url": "", "coco_url": "", "date_captured": 0} for i in range(1, _IMAGES + 1)
     ]
@@ -42,7 +42,7 @@ def write_cvat() -> dict[str, Any]:
 
 
 def write_label_studio() -> dict[str, Any]:
-    """Label Studio: names with backslashes or as of an address; keypoints and rotated boxes beside."""
+    """Label Studio: names with backslashes or from a URL, beside keypoints and rotated boxes."""
     names = ["images\\a.jpg", "images/a.jpg", "images\\b c.jpg", "images/b%20c.jpg"]
     images = [{"width": _WIDTH, "height": _HEIGHT, "id": i, "file_name": name} for i, name in enumerate(names)]
     boxes = [
@@ -89,7 +89,7 @@ def write_labelme() -> dict[str, Any]:
 
 
 def write_via() -> dict[str, Any]:
-    """VIA: ids of images as text in annotations, and one flat polygon in place of a list of them."""
+    """VIA: image ids as text in annotations, and one flat polygon instead of a list of polygons."""
     images = [
         _image(i) | {"license": 1, "flickr_url": "", "coco_url": "", "date_captured": ""} for i in range(1, _IMAGES + 1)
     ]
@@ -135,14 +135,15 @@ def _categories(parent: str | None, first: int) -> list[dict[str, Any]]:
 
 
 def write_images(folder: Path) -> None:
-    """The images that the files name, below the folder; `a.jpg` is there."""
+    """Write the images that the files name, below the folder; `a.jpg` exists already."""
     (folder / "images").mkdir(exist_ok=True)
     for name in ("a.jpg", "b c.jpg"):
         (folder / "images" / name).write_bytes((folder / "a.jpg").read_bytes())
 
 
 def of_exports(folder: Path) -> Attempt:
-    """Every tool's file, broken as a value or as bytes: through `data check`, and through the index both ways."""
+    """Return an attempt on every tool's file, broken as a value or as bytes, read by `data check` and by the index both
+    ways."""
     model = write_base(folder)
     write_images(folder)
 

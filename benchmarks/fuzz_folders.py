@@ -1,4 +1,4 @@
-"""Folders that `fuzz` breaks: adapters, checkpoints, runs. See `fuzz_inputs` for what an attempt is."""
+"""Mutations of folders for `fuzz`: adapters, checkpoints, runs. `fuzz_inputs` defines an attempt."""
 
 import copy
 import json
@@ -32,7 +32,8 @@ class _Payload:
 
 
 def of_adapters(folder: Path) -> Attempt:
-    """Adapters with a file cut, changed, exchanged or missing; what loads must be what the file holds."""
+    """Return an attempt on adapters with a file cut, changed, exchanged or missing; the loaded weights must equal the
+    file's."""
     import torch
 
     from ray_vlm.config.schema import Model
@@ -53,8 +54,8 @@ def of_adapters(folder: Path) -> Attempt:
             shutil.copy(folder / "about", folder / f"pairs.jsonl{ABOUT}")
             _break_json(folder / f"pairs.jsonl{ABOUT}", rng)
             changed_since(str(folder / "pairs.jsonl"), load_sample_builder(spec))
-        found = read_preprocessing(str(broken), spec) or spec
-        SampleBuilder(found)
+        saved_spec = read_preprocessing(str(broken), spec) or spec
+        SampleBuilder(saved_spec)
         model = load_adapter(copy.deepcopy(base), str(broken), job.model)
         lost = _apart(model, broken) + (folder / "run").exists()
         with torch.no_grad():
@@ -151,7 +152,7 @@ def _apart(model: Any, broken: Path) -> int:
 
 
 def of_checkpoints(folder: Path) -> Attempt:
-    """Two checkpoints, of which the newest is broken: what opens is one of them, whole, or none."""
+    """Return an attempt on two checkpoints whose newest is broken: what opens is one of them, complete, or none."""
     from ray_vlm.runs.checkpoints import MANIFEST, checkpoint_name, commit, open_newest, prune, sweep, write_part
     from ray_vlm.runs.store import Store
 
@@ -165,7 +166,7 @@ def of_checkpoints(folder: Path) -> Attempt:
             (path / "state.json").write_text('{"step": 1}')
 
         commit(whole, name, write_part(whole, name, "0", fill), step, score=0.5, base="x")
-    kept = {name: (folder / "run" / name / "weights.bin").read_bytes() for name in contents.values()}
+    saved_bytes = {name: (folder / "run" / name / "weights.bin").read_bytes() for name in contents.values()}
 
     def attempt(rng: np.random.Generator) -> int:
         broken = folder / "broken"
@@ -184,8 +185,8 @@ def of_checkpoints(folder: Path) -> Attempt:
         else:
             path.write_bytes(break_bytes(path.read_bytes(), rng))
         store = Store(broken)
-        found = open_newest(store, lambda text: None)
-        lost = found is None or (found[1] / "weights.bin").read_bytes() != kept[found[0].name]
+        newest = open_newest(store, lambda text: None)
+        lost = newest is None or (newest[1] / "weights.bin").read_bytes() != saved_bytes[newest[0].name]
         sweep(store)
         prune(store, 2, 1)
         return int(lost or open_newest(store, lambda text: None) is None)
@@ -194,7 +195,7 @@ def of_checkpoints(folder: Path) -> Attempt:
 
 
 def of_runs(folder: Path) -> Attempt:
-    """Run folders: listed, shown, compared, exported, costed and drawn as far as they go."""
+    """Return an attempt on run folders: listed, shown, compared, exported, costed and drawn as far as possible."""
     whole = _write_run(folder / "runs" / "whole", dump_job(make_job("tiny", "coco", {"path": "a.json"})))
 
     def attempt(rng: np.random.Generator) -> int:
@@ -272,8 +273,8 @@ def _write_run(folder: Path, job: dict[str, Any]) -> Path:
     lines += [{"kind": "eval", "step": 2, "loss": 2.0, "validation_s": 9.0}, {"kind": "checkpoint", "step": 2}]
     lines += [start | {"step": 1, "attempt": 2}, *({"kind": "train", "step": i, "attempt": 2} | step for i in (2, 3))]
     lines += [{"kind": "energy", "step": 3, "energy_kwh": 0.1, "co2_kg": 0.1}, {"kind": "note", "step": 3, "text": "x"}]
-    told = [{"attempt": 1, "time": 1000.0 + i, "epoch": 0.5} | line for i, line in enumerate(lines)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    metrics = [{"attempt": 1, "time": 1000.0 + i, "epoch": 0.5} | line for i, line in enumerate(lines)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     scores = {"task": "detection", "overall": {"f1_50": 0.5, "map": None}, "num_rows": 4, "test": "t", "per_class": {}}
     (folder / "evaluate" / "best" / "metrics.json").write_text(json.dumps(scores))
     return folder

@@ -1,4 +1,4 @@
-"""Images that `fuzz` breaks: whole files, and the EXIF block alone. See `fuzz_inputs` for what an attempt is."""
+"""Mutations of images for `fuzz`: the complete file, and the EXIF block alone. `fuzz_inputs` defines an attempt."""
 
 import io
 import struct
@@ -21,7 +21,7 @@ from ray_vlm.errors import DataError
 
 
 def of_images(folder: Path) -> Attempt:
-    """Image files and bytes: what the index accepts of their headers is decoded and resized."""
+    """Return an attempt on image files and bytes: if the index accepts a header, the image must decode and resize."""
     model = write_base(folder)
     whole, builders = _pictures(), []
     for options in ({}, {"resize": "pad"}, {"resize": "pad", "pad_place": "center", "max_pixels": 4096}):
@@ -47,18 +47,19 @@ def of_images(folder: Path) -> Attempt:
 def _read(image: str | bytes, builder: SampleBuilder, max_pixels: int) -> tuple[int, int]:
     """Read a row with that image as training does; (width, height). Raises `DataError` where it would be a bad row."""
     row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})
-    found = measure_row(row, Data(max_image_pixels=max_pixels))
-    if isinstance(found, BadRow):
-        raise DataError(found.reason)
-    counted = count_row(found, builder, None)
+    measured = measure_row(row, Data(max_image_pixels=max_pixels))
+    if isinstance(measured, BadRow):
+        raise DataError(measured.reason)
+    counted = count_row(measured, builder, None)
     if isinstance(counted, BadRow):
         raise DataError(counted.reason)
-    builder.row(found)
-    return found.sizes[0]
+    builder.row(measured)
+    return measured.sizes[0]
 
 
 def of_exif(folder: Path) -> Attempt:
-    """Whole images with a damaged EXIF block: each is read, with its own pixels in one of the eight turns."""
+    """Return an attempt on intact images with a damaged EXIF block: each is read, with its own pixels in one of the
+    eight orientations."""
     model = write_base(folder)
     builder = SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), ()))
     whole = {kind: _encode(kind, _colours()) for kind in ("JPEG", "PNG", "WEBP")}
@@ -75,8 +76,8 @@ def of_exif(folder: Path) -> Attempt:
         except DataError as error:
             raise AssertionError(f"a whole image is refused: {error}") from None
         pixels = decode(data)
-        found = next((i for i, turned in enumerate(turns[kind]) if np.array_equal(turned, pixels)), None)
-        return int(found is None or (height, width) != pixels.shape[:2])
+        turn = next((i for i, turned in enumerate(turns[kind]) if np.array_equal(turned, pixels)), None)
+        return int(turn is None or (height, width) != pixels.shape[:2])
 
     return attempt
 

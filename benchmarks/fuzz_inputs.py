@@ -1,7 +1,7 @@
-"""Rows and answers that `fuzz` breaks: each `of_...(folder)` writes whole ones once and returns an attempt.
+"""Mutations of rows and answers for `fuzz`: each `of_...(folder)` writes valid inputs once and returns an attempt.
 
-An attempt breaks one input with its generator, reads it by the package's public way, and returns how many rows, keys or
-files were lost without a word; what the package refuses comes out as one of its own errors.
+An attempt breaks one input with its generator, reads it through the package's public API, and returns how many rows,
+keys or files were lost silently. An input that the package refuses raises one of the package's own errors.
 """
 
 import json
@@ -44,7 +44,7 @@ LABELS = {"detection": ["dog", "cat"], "classification": ["label=dog", "state=we
 
 
 def whole_rows(format: str, count: int = 5) -> Any:
-    """Rows without a fault, as JSON holds them."""
+    """Return rows without a fault, as JSON holds them."""
     if format != "coco":
         return [GOOD[format] | {"id": f"r{i}"} for i in range(count)]
     images = [{"id": i, "file_name": "a.jpg", "width": 100, "height": 80} for i in range(count)]
@@ -60,7 +60,7 @@ def whole_rows(format: str, count: int = 5) -> Any:
 
 
 def make_job(model: str, format: str, source: dict[str, Any], labels: list[str] | None = None) -> JobConfig:
-    """A job that trains on the source."""
+    """Build a job that trains on the source."""
     task = TASKS.get(format, "chat")
     method = {"name": METHODS.get(format, "sft")}
     values: dict[str, Any] = {"method": method, "task": {"name": task, "labels": labels}, "data": {"train": source}}
@@ -68,7 +68,7 @@ def make_job(model: str, format: str, source: dict[str, Any], labels: list[str] 
 
 
 def write_base(folder: Path) -> str:
-    """A tiny base that answers nothing sensible, and a picture."""
+    """Write a tiny base with random weights, and a picture."""
     from PIL import Image
 
     from ray_vlm.demo.tiny import write_untrained
@@ -81,7 +81,8 @@ def write_base(folder: Path) -> str:
 
 
 def of_rows(folder: Path) -> Attempt:
-    """Source rows of every format and file kind: through `data check`, and through the index both ways."""
+    """Return an attempt on source rows of every format and file type, read by `data check` and by the index both
+    ways."""
     model, formats = write_base(folder), sorted(FORMATS)
 
     def attempt(rng: np.random.Generator) -> int:
@@ -103,7 +104,7 @@ def of_rows(folder: Path) -> Attempt:
 
 
 def count_rows(rows: Any, path: Path, by_bytes: bool) -> int | None:
-    """How many rows the file holds, where that can be told without reading it as the package does."""
+    """Return how many rows the file holds, where that can be counted without the package's own reader."""
     if by_bytes:
         data = path.read_bytes()
         if path.suffix != ".jsonl" or b"\n" not in data or data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -120,7 +121,7 @@ def count_rows(rows: Any, path: Path, by_bytes: bool) -> int | None:
 
 
 def read_all(job: JobConfig, expected: int | None) -> int:
-    """Rows that are neither accepted nor told."""
+    """Return the number of rows that are neither accepted nor reported."""
     source = job.data.train
     assert source is not None
     lost = 0
@@ -141,7 +142,7 @@ def read_all(job: JobConfig, expected: int | None) -> int:
 
 
 def of_completions(folder: Path) -> Attempt:
-    """What a model answers, to rows of every task: understood, scored, measured, written down."""
+    """Return an attempt on model answers to rows of every task: parsed, scored, measured and written."""
     from ray_vlm.evaluate.metrics import measure
     from ray_vlm.evaluate.prediction import build_predictions, in_words
 

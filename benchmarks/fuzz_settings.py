@@ -1,4 +1,4 @@
-"""Job files and search spaces that `fuzz` breaks. See `fuzz_inputs` for what an attempt is."""
+"""Mutations of job files and search spaces for `fuzz`. `fuzz_inputs` defines an attempt."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ _FORMULA = [
 
 
 def of_jobs(folder: Path) -> Attempt:
-    """Job files: texts with bytes changed, settings of other kinds, and `key=value`."""
+    """Return an attempt on job files with changed bytes, settings of other types, and `key=value` overrides."""
     texts = [path.read_text() for path in sorted((ROOT / "jobs").glob("*_*.yaml")) if "runtime" not in path.name]
     keys = [".".join(map(str, p)) for text in texts for p in places(dump_job(_job_of(folder, text))) if p]
 
@@ -45,9 +45,9 @@ def of_jobs(folder: Path) -> Attempt:
         path = folder / "job.yaml"
         path.write_bytes(data)
         job = load_job(path, overrides)
-        told = json.loads(json.dumps(dump_job(job), allow_nan=False))
-        yaml.safe_dump(told, allow_unicode=True).encode()
-        return int(load_resolved(told) != job)
+        dumped = json.loads(json.dumps(dump_job(job), allow_nan=False))
+        yaml.safe_dump(dumped, allow_unicode=True).encode()
+        return int(load_resolved(dumped) != job)
 
     return attempt
 
@@ -67,8 +67,8 @@ def _as_yaml(tree: Any) -> str:
 def _override(key: str, rng: np.random.Generator) -> str:
     value = odd_value(rng)
     text = value if isinstance(value, str) else json.dumps(value)
-    told = f"{key}={text}" if rng.random() < 0.9 else break_text(f"{key}={text}", rng)
-    return f"{key}={_laughs(rng).strip()}" if rng.random() < 0.03 else told
+    override = f"{key}={text}" if rng.random() < 0.9 else break_text(f"{key}={text}", rng)
+    return f"{key}={_laughs(rng).strip()}" if rng.random() < 0.03 else override
 
 
 def _laughs(rng: np.random.Generator) -> str:
@@ -89,7 +89,7 @@ def _laughs(rng: np.random.Generator) -> str:
 
 
 def of_spaces(folder: Path) -> Attempt:
-    """Search spaces beside the job that they are of, and the values of a trial."""
+    """Return an attempt on search spaces, with the job that they belong to, and the values of a trial."""
     from ray_vlm.tune.space import check_space, examples, load_space, own_values, resolve, write_overrides
 
     texts = []

@@ -1,7 +1,7 @@
-"""Several hosts on one Linux machine for tests: each with an address, processes and a /tmp/ray of its own.
+"""Several hosts on one Linux machine for tests, each with its own address, processes and /tmp/ray.
 
-A host is a network namespace on a bridge, and processes in it that see only one another. Needs root, `ip`, `unshare`
-and `nsenter`; nothing of the machine's own network is touched.
+A host is a network namespace on a bridge, with a process namespace of its own. Needs root, `ip`, `unshare` and
+`nsenter`; the machine's own network is not touched.
 """
 
 import os
@@ -20,7 +20,7 @@ TOOLS = ("ip", "unshare", "nsenter", "mount")
 
 
 def why_not() -> str | None:
-    """Why this machine cannot have hosts, or None."""
+    """Return why this machine cannot run hosts, or None if it can."""
     if os.geteuid() != 0:
         return "needs root"
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
@@ -31,19 +31,19 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Host:
-    """One host: its address, and the process that is the first one in it."""
+    """One host: its address and its first process."""
 
     address: str
     pid: int
 
     def words(self, command: Sequence[str]) -> list[str]:
-        """The command line that runs `command` on this host, in the folder that is the current one here."""
+        """Return the command line that runs `command` on this host, in the current folder."""
         inside = ["sh", "-c", 'cd "$0" && exec "$@"', str(Path.cwd()), *command]
         return ["nsenter", "-t", str(self.pid), "-m", "-p", "-n", "-u", "--", *inside]
 
 
 class Hosts(list[Host]):
-    """Hosts that can be added, killed, cut off from the others, and connected again."""
+    """Hosts that can be added, killed, cut off from the others, and reconnected."""
 
     def __init__(self, env: Mapping[str, str], folder: Path):
         super().__init__()
@@ -51,7 +51,7 @@ class Hosts(list[Host]):
         self._processes: list[subprocess.Popen] = []
 
     def start(self, command: Sequence[str]) -> Host:
-        """One more host, which runs `command` for as long as it lives."""
+        """Start one more host, which runs `command` as long as it lives."""
         i = len(self)
         name, address = f"rvh{i}", f"{NET}.{10 + i}"
         _ip(f"netns add {name}", f"-n {name} link set lo up")
@@ -63,20 +63,20 @@ class Hosts(list[Host]):
         return self[-1]
 
     def kill(self, number: int) -> None:
-        """All its processes at once, as when the power goes."""
+        """Kill all processes of a host at once, as in a power failure."""
         os.kill(self[number].pid, signal.SIGKILL)
         self._processes[number].wait()
 
     def cut(self, number: int) -> None:
-        """Take its cable out."""
+        """Disconnect a host from the network."""
         _ip(f"-n rvhsw link set v{number} down")
 
     def heal(self, number: int) -> None:
-        """Put it in again."""
+        """Reconnect a host to the network."""
         _ip(f"-n rvhsw link set v{number} up")
 
     def end(self) -> None:
-        """Kill all."""
+        """Kill all hosts."""
         for process in self._processes:
             process.kill()
             process.wait()
@@ -84,7 +84,7 @@ class Hosts(list[Host]):
 
 @contextmanager
 def start_hosts(commands: Sequence[Sequence[str]], env: Mapping[str, str], folder: Path) -> Iterator[Hosts]:
-    """Hosts that run one command each, for as long as the context lasts; their output is in `folder`."""
+    """Start hosts that run one command each until the context ends; their output is in `folder`."""
     _remove()
     _ip("netns add rvhsw", "-n rvhsw link set lo up", "-n rvhsw link add br0 type bridge", "-n rvhsw link set br0 up")
     hosts = Hosts(env, folder)
@@ -108,9 +108,9 @@ def _start(name: str, command: Sequence[str], env: Mapping[str, str], log: Path)
 def _only_child(pid: int) -> int:
     until = time.monotonic() + 20
     while time.monotonic() < until:
-        found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-        if found:
-            return int(found[0])
+        children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+        if children:
+            return int(children[0])
         time.sleep(0.1)
     raise RuntimeError("a host did not start")
 

@@ -1,8 +1,8 @@
-"""What GRPO does to an image before the model sees it, per distinct image of an optimizer step: TRL's way and ours.
+"""GRPO's image processing before the model, per distinct image of an optimizer step: TRL's and this package's.
 
 Eight prompts with a 1024 x 768 photo each, eight answers, accumulation 8. TRL: its own data loader (one worker), which
 fetches and decodes each image for every answer and micro-batch, and its own processing of the prompts, once to generate
-and once to train; answers injected. Ours: decode, resize, tokenise; then pixels for sampling and training.
+and once to train; answers are injected. This package: decode, resize, tokenise; then pixels for sampling and training.
 """
 
 import copy
@@ -26,7 +26,7 @@ PROMPTS, GROUP, ACCUMULATION = 8, 8, 8
 
 
 def photo_job(folder: Path, model: str) -> JobConfig:
-    """A GRPO job on JPEGs, which its processor makes smaller."""
+    """Build a GRPO job on JPEGs that the processor reduces in size."""
     from PIL import Image
 
     (folder / "photos").mkdir(exist_ok=True)
@@ -52,14 +52,14 @@ def photo_job(folder: Path, model: str) -> JobConfig:
 
 
 def stock_step(job: JobConfig) -> Any:
-    """A function that takes one optimizer step's images through stock TRL, but for the model."""
+    """Build a function that runs one optimizer step's images through stock TRL, without the model."""
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
     prepared = prepare(job)
     builder = load_sample_builder(prepared.spec)
-    asked = [{"role": "user", "content": "What is shown?"}]
-    rows = [{"prompt": asked, "images": [str(record.images[0])]} for record in prepared.train.records]
+    prompt = [{"role": "user", "content": "What is shown?"}]
+    rows = [{"prompt": prompt, "images": [str(record.images[0])]} for record in prepared.train.records]
     table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
     processor = copy.deepcopy(builder.processor)
     processor.tokenizer.padding_side = "left"
@@ -78,7 +78,8 @@ def stock_step(job: JobConfig) -> Any:
     trainer.model.train()
 
     def step() -> int:
-        """Answers whose images were processed; the loader's fetches that follow are thrown away, as TRL does."""
+        """Return the number of answers whose images were processed; the loader's later fetches are discarded, as in
+        TRL."""
         count = 0
         for number, batch in enumerate(trainer.get_train_dataloader()):
             if number == 0:
@@ -90,7 +91,7 @@ def stock_step(job: JobConfig) -> Any:
 
 
 def our_step(job: JobConfig) -> Any:
-    """The same by ours."""
+    """Build the same function for this package."""
     from types import SimpleNamespace
 
     prepared = prepare(job)
@@ -108,19 +109,19 @@ def our_step(job: JobConfig) -> Any:
 
 
 def image_path(folder: Path, model: str, family: str, pairs: int = 3) -> list[dict[str, Any]]:
-    """The ratio of the two, alternating."""
+    """Return the ratio of the two arms' times, which alternate."""
     job = photo_job(folder, model)
-    ours, stock = our_step(job), stock_step(job)
-    ratios, mine = [], 0.0
+    own, stock = our_step(job), stock_step(job)
+    ratios, own_s = [], 0.0
     for number in range(pairs + 1):
         times = []
-        for step in (ours, stock):
+        for step in (own, stock):
             started = time.perf_counter()
             assert step() == PROMPTS * GROUP
             times.append(time.perf_counter() - started)
         if number:
             ratios.append(times[1] / times[0])
-            mine = times[0]
+            own_s = times[0]
     name = f"grpo, image path, {family}"
-    found = [figure(f"{name}: TRL against ours", statistics.median(ratios), "x", 10.0, most=False)]
-    return [*found, figure(f"{name}: ours, per distinct image", 1e3 * mine / PROMPTS, "ms")]
+    figures = [figure(f"{name}: TRL against ours", statistics.median(ratios), "x", 10.0, most=False)]
+    return [*figures, figure(f"{name}: ours, per distinct image", 1e3 * own_s / PROMPTS, "ms")]

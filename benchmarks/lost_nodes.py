@@ -1,8 +1,8 @@
-"""What a run does when machines go: killed, cut off for a while or for good, taken away with a notice, started anew.
+"""The behaviour of a run when nodes are lost: killed, cut off briefly or for good, drained with notice, or restarted.
 
-Real Ray nodes, each with an address and processes of its own (`benchmarks/hosts.py`): a head without CPUs on which the
-command runs, and nodes for one worker each, who may be one or two. Part of `python -m benchmarks.chaos --full`, and the
-tests' `tests/cluster/test_lost_nodes.py`.
+The nodes are real Ray nodes, each with its own address and processes (`benchmarks/hosts.py`): a head without CPUs on
+which the command runs, and nodes for one worker each; the run allows one or two workers. This is part of `python -m
+benchmarks.chaos --full`, and `tests/cluster/test_lost_nodes.py` uses it.
 """
 
 import json
@@ -36,7 +36,7 @@ _HEAD = "10.79.0.10"
 
 @dataclass
 class Scene:
-    """A cluster, a run on it that is under way, and what was seen."""
+    """A cluster with a running job, and what was observed."""
 
     hosts: Hosts
     env: dict[str, str]
@@ -44,11 +44,12 @@ class Scene:
     process: subprocess.Popen
 
     def lines(self, kind: str = "train") -> list[dict[str, Any]]:
-        """Of `metrics.jsonl`, with what was done again."""
+        """Return the lines of `metrics.jsonl`, including those of repeated steps."""
         return [line for line in read_metrics(self.paths.metrics) if line["kind"] == kind]
 
     def wait(self, holds: Callable[[], Any], limit_s: float = 150.0) -> float:
-        """Wait until it holds; the time. Raises when it does not, or when the run ends before."""
+        """Wait until the condition holds and return the time. Raise if it does not come in time or the run ends
+        before."""
         until = time.monotonic() + limit_s
         while not holds():
             assert self.process.poll() is None, f"the run ended: {self.output()}"
@@ -57,21 +58,21 @@ class Scene:
         return time.time()
 
     def wait_step(self, step: int, attempt: int = 1, limit_s: float = 150.0) -> float:
-        """Wait for a step of that attempt or of a later one."""
+        """Wait for a step of this attempt or a later one."""
         return self.wait(lambda: any(x["step"] >= step and x["attempt"] >= attempt for x in self.lines()), limit_s)
 
     def output(self) -> str:
-        """The end of what the command said."""
+        """Return the end of the command's output."""
         return (self.paths.root.parent / "out.txt").read_text()[-3000:]
 
     def finish(self, limit_s: float = 300.0) -> dict[str, Any]:
-        """Wait for the end; `run.json`."""
+        """Wait for the end of the run and return `run.json`."""
         assert self.process.wait(timeout=limit_s) == 0, self.output()
         return json.loads(self.paths.run.read_text())
 
 
 def write_job(folder: Path, steps: int) -> Path:
-    """A small SFT job on drawn scenes, for one worker or two; the one that is there stays."""
+    """Write a small SFT job on drawn scenes, for one or two workers; an existing job stays."""
     if (folder / "job.yaml").exists():
         return folder / "job.yaml"
     job = yaml.safe_load(write_small_job(folder).read_text())
@@ -86,7 +87,7 @@ def write_job(folder: Path, steps: int) -> Path:
 
 @contextmanager
 def start_scene(folder: Path, steps: int, nodes: int = 2) -> Iterator[Scene]:
-    """The cluster with the run on its head, a little behind its first checkpoint."""
+    """Start a cluster with the run on its head, and wait until shortly after its first checkpoint."""
     job = write_job(folder, steps)
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env |= {f"RAY_health_check_{name}": str(value) for name, value in _HEALTH.items()}
@@ -111,12 +112,12 @@ def start_scene(folder: Path, steps: int, nodes: int = 2) -> Iterator[Scene]:
 
 
 def head() -> list[str]:
-    """The command of the first host."""
+    """Return the command of the first host."""
     return [*_START, "--head", "--port=6379", "--num-cpus=0", f"--node-ip-address={_HEAD}", f"--dashboard-host={_HEAD}"]
 
 
 def node(number: int) -> list[str]:
-    """The command of another: room for one worker, and one CPU that reads images."""
+    """Return the command of another host: room for one worker, and one CPU that reads images."""
     return [*_START, f"--address={_HEAD}:6379", "--num-cpus=3", f"--node-ip-address=10.79.0.{10 + number}"]
 
 
@@ -132,14 +133,15 @@ def _ask(hosts: Hosts, env: dict[str, str], code: str) -> str:
 
 
 def count_nodes(hosts: Hosts, env: dict[str, str]) -> int:
-    """Living nodes as the head sees them."""
-    told = _ask(hosts, env, "print(sum(n['Alive'] for n in ray.nodes()))")
-    return int(told.split()[-1]) if told else 0
+    """Return the number of living nodes that the head reports."""
+    output = _ask(hosts, env, "print(sum(n['Alive'] for n in ray.nodes()))")
+    return int(output.split()[-1]) if output else 0
 
 
 def compare(scene: Scene, folder: Path) -> dict[str, Any]:
-    """The finished run against the same job in one process that nothing happened to: the largest relative difference of
-    a step's loss, steps that are missing or doubled, and what was lost."""
+    """Compare the finished run with the same job undisturbed in one process; return the largest relative difference of
+    a step's loss, whether every step and image came exactly once, and lost steps, workers and status of each
+    attempt."""
     from ray_vlm.train.driver import train
 
     job = load_job(folder / "job.yaml", ["cluster.num_workers=0", "run.name=alone"])
@@ -160,7 +162,7 @@ def compare(scene: Scene, folder: Path) -> dict[str, Any]:
 
 
 def kill_and_add(folder: Path, steps: int = 300) -> dict[str, Any]:
-    """Two nodes; one is killed; the run goes on with one worker; another node comes and it goes on with two."""
+    """Start two nodes and kill one; the run continues with one worker, and with two once another node joins."""
     with start_scene(folder, steps) as scene:
         scene.hosts.kill(2)
         killed = time.time()
@@ -173,7 +175,8 @@ def kill_and_add(folder: Path, steps: int = 300) -> dict[str, Any]:
 
 
 def cut_for_good(folder: Path, steps: int = 60) -> dict[str, Any]:
-    """A node that may hold rank 0 loses its cable and lives on; the cable comes back after the run went on."""
+    """Disconnect a node that may hold rank 0 while its processes keep running; reconnect it after the run has
+    continued."""
     with start_scene(folder, steps) as scene:
         scene.hosts.cut(1)
         cut = time.time()
@@ -184,7 +187,7 @@ def cut_for_good(folder: Path, steps: int = 60) -> dict[str, Any]:
 
 
 def cut_briefly(folder: Path, steps: int = 60) -> dict[str, Any]:
-    """A cable that is out for a second, less than the health checks allow."""
+    """Disconnect a node for a second, less than the health checks allow."""
     with start_scene(folder, steps) as scene:
         scene.hosts.cut(2)
         time.sleep(1.0)
@@ -194,7 +197,7 @@ def cut_briefly(folder: Path, steps: int = 60) -> dict[str, Any]:
 
 
 def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, Any]:
-    """A node is drained with a notice and killed when it is over."""
+    """Drain a node with a notice and kill it when the notice is over."""
     with start_scene(folder, steps) as scene:
         code = "print([n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == '10.79.0.12'][0])"
         drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", f"{_HEAD}:6379"]
@@ -202,19 +205,19 @@ def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, An
         drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(notice_s)]
         done = subprocess.run(scene.hosts[0].words(drain), env=scene.env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        given, step = time.time(), max(line["step"] for line in scene.lines())
+        notice_at, step = time.time(), max(line["step"] for line in scene.lines())
         time.sleep(notice_s)
         scene.hosts.kill(2)
-        saved = [x for x in scene.lines("checkpoint") if x["step"] >= step and x["time"] < given + notice_s]
+        saved = [x for x in scene.lines("checkpoint") if x["step"] >= step and x["time"] < notice_at + notice_s]
         reached = max(x["step"] for x in scene.lines() if x["attempt"] == 1)
         scene.finish()
         assert saved, f"no checkpoint within the notice: {scene.output()}"
-        told = {"saved_s": saved[0]["time"] - given, "steps_old": reached - max(x["step"] for x in saved)}
-        return told | compare(scene, folder)
+        times = {"saved_s": saved[0]["time"] - notice_at, "steps_old": reached - max(x["step"] for x in saved)}
+        return times | compare(scene, folder)
 
 
 def restart_head(folder: Path, steps: int = 40) -> dict[str, Any]:
-    """The head dies with the command on it; the cluster is started anew, and the same command goes on."""
+    """Kill the head and the command on it; start the cluster anew, and continue with the same command."""
     with start_scene(folder, steps, nodes=1) as scene:
         scene.hosts.kill(0)
         scene.process.wait()
@@ -224,25 +227,25 @@ def restart_head(folder: Path, steps: int = 40) -> dict[str, Any]:
 
 
 def measure(folder: Path) -> list[dict[str, Any]]:
-    """All scenes, each in a folder of its own; nothing where this machine cannot have hosts."""
+    """Run all scenes, each in a folder of its own; return nothing if this machine cannot run hosts."""
     if reason := why_not():
         print(f"lost nodes are left out: {reason}", flush=True)
         return []
-    found = []
+    figures = []
     for scene in (kill_and_add, cut_for_good, cut_briefly, take_away, restart_head):
         own, title = folder / scene.__name__, scene.__name__.replace("_", " ")
         own.mkdir()
-        told = scene(own)
-        if "went_on_s" in told:
-            found.append(figure(f"{title}: detected, then training again", told["went_on_s"], "s", 60))
-        if "saved_s" in told:
-            found.append(figure(f"{title}: notice of 15 s, then a checkpoint", told["saved_s"], "s", 15))
-            found.append(figure("  steps that it was behind", told["steps_old"], "steps", 10))
-        found.append(figure(f"{title}: most steps done again", max(told["lost_steps"]), "steps", EVERY))
+        result = scene(own)
+        if "went_on_s" in result:
+            figures.append(figure(f"{title}: detected, then training again", result["went_on_s"], "s", 60))
+        if "saved_s" in result:
+            figures.append(figure(f"{title}: notice of 15 s, then a checkpoint", result["saved_s"], "s", 15))
+            figures.append(figure("  steps that it was behind", result["steps_old"], "steps", 10))
+        figures.append(figure(f"{title}: most steps done again", max(result["lost_steps"]), "steps", EVERY))
         if scene is cut_briefly:
-            found.append(figure("  restarts", len(told["status"]) - 1, "", 0))
-        found.append(
-            figure("  every step and image once", int(told["steps_once"] and told["images"]), "", 1, most=False)
+            figures.append(figure("  restarts", len(result["status"]) - 1, "", 0))
+        figures.append(
+            figure("  every step and image once", int(result["steps_once"] and result["images"]), "", 1, most=False)
         )
-        found.append(figure("  losses apart from one process alone", told["apart"], "", 1e-5))
-    return found
+        figures.append(figure("  losses apart from one process alone", result["apart"], "", 1e-5))
+    return figures

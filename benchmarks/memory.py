@@ -1,9 +1,10 @@
-"""Is the planner right? Predicted memory of a step against what is really alive in one, on tiny models; then real ones.
+"""Accuracy of the planner: predicted against measured memory of a step on tiny models, then predictions for real
+models.
 
-Each tiny job trains two steps through our own trainer on a CPU, with every tensor counted as torch makes and drops it;
-the prediction knows the job, the model's configuration and the index's token counts. Bytes are those above the loaded
-model. Beside it what `accelerate estimate-memory` goes by: the weights four times. Then the planner's word on 4-bit
-jobs of real models, with images of 1,024 tokens, on cards of 40 GiB.
+Each tiny job trains two steps through this package's trainer on a CPU, with every tensor counted when torch allocates
+and frees it; the prediction uses the job, the model's configuration and the index's token counts. Bytes are those above
+the loaded model. For comparison there is the rule of `accelerate estimate-memory`: four times the weights. Then come
+predictions for 4-bit jobs of real models, with images of 1,024 tokens, on cards of 40 GiB.
 """
 
 import statistics
@@ -38,17 +39,17 @@ REAL = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 
 
 def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
-    """One of the tiny jobs."""
+    """Build one of the tiny jobs."""
     method, rank, checkpointing, rows, parts, sizes = case
     data: dict[str, Any] = {"train": {"path": str(folder / "scenes" / "train.json")}, **sizes}
     if method == "dpo":
         data["train"] = {"path": str(write_pairs(folder, str(folder / family))), "format": "preference"}
-    told: dict[str, Any] = {"name": method}
+    method_section: dict[str, Any] = {"name": method}
     if method == "grpo":
-        told |= {"num_generations": 4, "max_completion_tokens": 16}
+        method_section |= {"num_generations": 4, "max_completion_tokens": 16}
     return load_resolved(
         {
-            "method": told,
+            "method": method_section,
             "model": {"name": str(folder / family)},
             "lora": {"rank": rank, "target": parts},
             "data": data,
@@ -61,7 +62,7 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
 
 
 def compare(job: JobConfig) -> tuple[float, float, float]:
-    """Bytes above the loaded model: measured, predicted, and by four times the weights."""
+    """Return bytes above the loaded model: measured, predicted, and by four times the weights."""
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.methods.prefix_sharing import plan_folding
     from ray_vlm.train.attempt import Attempt
@@ -71,10 +72,10 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
 
     prepared = prepare(job)
     prepare_process(job, False)
-    builder, place = load_sample_builder(prepared.spec), build_context(job, False)
+    builder, context = load_sample_builder(prepared.spec), build_context(job, False)
     task = WorkerSpec(dump_job(job), job.run.output_dir, prepared.spec, prepared.plan, prepared.train.records, None)
-    args, model = build_args(job, task, Attempt(1, "measured")), load_adapted(job, builder.family, place)
-    trainer = build_trainer(job, task, args, model, builder, place, 0, open_stream(job, task, place, 0))
+    args, model = build_args(job, task, Attempt(1, "measured")), load_adapted(job, builder.family, context)
+    trainer = build_trainer(job, task, args, model, builder, context, 0, open_stream(job, task, context, 0))
     trainer.write_checkpoint = lambda: None
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train()
@@ -83,7 +84,7 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
     merge, folding = merge_of(config), plan_folding(job, builder.family, config)
     weights = rehearsal.weights()
     loaded = weights.quantised + weights.plain
-    found = []
+    peaks = []
     for number in range(prepared.plan.num_steps * prepared.plan.accumulation):
         rows = prepared.plan.micro_batch(number, 0).rows
         if job.method.name == "grpo":
@@ -93,12 +94,12 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
         sizes = [RowSize(int(i), int(p), int(a), most) for i, p, a, most in zip(*counts, longest, strict=True)]
         peak = estimate(rehearsal, sizes, merge, folding).peak
         first = number < prepared.plan.accumulation  # Adam has no moments yet
-        found.append(peak - loaded - (3 if first else 1) * weights.trained)
-    return live.peak, max(found), 3 * loaded
+        peaks.append(peak - loaded - (3 if first else 1) * weights.trained)
+    return live.peak, max(peaks), 3 * loaded
 
 
 def tiny_figures(quick: bool) -> list[dict[str, Any]]:
-    """Errors over all tiny jobs."""
+    """Return the errors over all tiny jobs."""
     errors, stock = [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -122,7 +123,7 @@ def tiny_figures(quick: bool) -> list[dict[str, Any]]:
 
 
 def real_figures() -> list[dict[str, Any]]:
-    """What 4-bit jobs of real models would take, one row or group at a time."""
+    """Return the predicted memory of 4-bit jobs of real models, with one row or group at a time."""
     from ray_vlm.methods.prefix_sharing import plan_folding
 
     figures = []
@@ -141,13 +142,15 @@ def real_figures() -> list[dict[str, Any]]:
             family = family_of(config)
             size = RowSize(1024, 128, 256)
             rehearsal = Rehearsal(config, job, family)
-            found = estimate(rehearsal, micro_sizes(job, size), merge_of(config), plan_folding(job, family, config))
-            figures.append(figure(f"memory.{method}.{config.model_type}", found.peak / GIB, "GiB", 40.0))
+            prediction = estimate(
+                rehearsal, micro_sizes(job, size), merge_of(config), plan_folding(job, family, config)
+            )
+            figures.append(figure(f"memory.{method}.{config.model_type}", prediction.peak / GIB, "GiB", 40.0))
     return figures
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All figures."""
+    """Return all figures."""
     import torch
 
     torch.set_num_threads(1)

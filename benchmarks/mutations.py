@@ -1,4 +1,4 @@
-"""How `fuzz` breaks things: seeded changes of values, texts, bytes and rows. Pure functions of a numpy generator."""
+"""Mutations for `fuzz`: seeded changes of values, texts, bytes and rows. Pure functions of a numpy generator."""
 
 import copy
 import csv
@@ -45,12 +45,12 @@ WHOLES = [b"", b"\n", b"null", b"[]", b"{}", b"<html>404</html>", b"\x80\x04\x95
 
 
 def pick(rng: np.random.Generator, values: Sequence[Any]) -> Any:
-    """One of the values, as it is (numpy's `choice` would cast it)."""
+    """Return one of the values unchanged (numpy's `choice` would cast it)."""
     return values[int(rng.integers(len(values)))]
 
 
 def odd_value(rng: np.random.Generator) -> Any:
-    """Something that no schema asks for."""
+    """Return a value that no schema expects."""
     kind = int(rng.integers(10))
     if kind == 0:
         return nest(pick(rng, [1, "x", None]), int(rng.integers(2, 400)), bool(rng.integers(2)))
@@ -58,27 +58,27 @@ def odd_value(rng: np.random.Generator) -> Any:
 
 
 def nest(value: Any, depth: int, lists: bool) -> Any:
-    """The value inside `depth` lists or mappings."""
+    """Return the value inside `depth` lists or mappings."""
     for _ in range(depth):
         value = [value] if lists else {"a": value}
     return value
 
 
 def places(tree: Any) -> list[tuple]:
-    """The paths of all values in a tree of lists and mappings, its own first."""
-    found: list[tuple] = []
+    """Return the paths of all values in a tree of lists and mappings, the root's own first."""
+    paths: list[tuple] = []
     waiting: list[tuple[tuple, Any]] = [((), tree)]
     while waiting:
         path, value = waiting.pop()
-        found.append(path)
+        paths.append(path)
         entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         waiting += [((*path, key), inner) for key, inner in entries]
-    return found
+    return paths
 
 
 def break_tree(tree: Any, rng: np.random.Generator, above: int = 0) -> Any:
-    """A copy with one to three values replaced, removed, renamed, doubled, exchanged or cut; those nearer to the root
-    than `above` levels stay."""
+    """Return a copy with one to three values replaced, removed, renamed, doubled, exchanged or cut; values in the first
+    `above` levels stay."""
     tree = copy.deepcopy(tree)
     for _ in range(int(rng.integers(1, 4))):
         paths = [path for path in places(tree) if len(path) > above]
@@ -113,13 +113,13 @@ def _break_entry(parent: Any, key: Any, rng: np.random.Generator) -> None:
 
 
 def break_text(text: str, rng: np.random.Generator) -> str:
-    """A text cut, or with something put into it."""
+    """Return the text cut, or with something inserted."""
     at = int(rng.integers(len(text) + 1))
     return text[:at] if rng.random() < 0.3 else text[:at] + pick(rng, TEXTS) + text[at:]
 
 
 def break_bytes(data: bytes, rng: np.random.Generator) -> bytes:
-    """Bytes flipped, cut, moved, doubled, zeroed, or with something put between them; sometimes something else."""
+    """Return the bytes with some flipped, cut, moved, doubled, zeroed or inserted; sometimes replace all of them."""
     if rng.random() < 0.03:
         return pick(rng, WHOLES)
     out = bytearray(data)
@@ -127,8 +127,10 @@ def break_bytes(data: bytes, rng: np.random.Generator) -> bytes:
         kind, at = int(rng.integers(7)), int(rng.integers(len(out) + 1))
         end = min(len(out), at + int(2 ** (rng.random() * 10)))
         if kind == 0:
-            for place in rng.integers(0, max(1, len(out)), int(rng.integers(1, 9))).tolist():
-                out[place : place + 1] = bytes([out[place] ^ (1 << int(rng.integers(8)))]) if place < len(out) else b""
+            for position in rng.integers(0, max(1, len(out)), int(rng.integers(1, 9))).tolist():
+                out[position : position + 1] = (
+                    bytes([out[position] ^ (1 << int(rng.integers(8)))]) if position < len(out) else b""
+                )
         elif kind == 1:
             del out[at:]
         elif kind == 2:
@@ -145,7 +147,7 @@ def break_bytes(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def write_rows(folder: Path, rows: Any, suffix: str) -> Path:
-    """The rows as a file of that kind; texts that it cannot hold are left out of it."""
+    """Write the rows as a file of that kind; texts that it cannot hold are left out."""
     path = folder / f"rows{suffix}"
     if suffix == ".json":
         path.write_text(json.dumps(rows))

@@ -1,15 +1,16 @@
-"""Are our numbers TRL's? SFT, DPO and GRPO losses and LoRA gradients against the stock trainers, and loss curves on 0-3
+"""Equality with TRL: SFT, DPO and GRPO losses and LoRA gradients against the stock trainers, and loss curves on 0-3
 workers.
 
 Dropout 0, CPU, every comparison in float64 and in float32. All bars are relative.
 
-Float64 (`benchmarks/precision.py`) is where the claim is tested: 1e-9 on loss and gradients. The two sides were at most
-3.1e-14 apart, and a weight that is off by 1e-7 of itself is caught (`tests/integration/test_parity.py`).
+Float64 (`benchmarks/precision.py`) is where the claim is tested: 1e-9 on loss and gradients. The largest difference of
+the two trainers was 3.1e-14, and a weight with a relative error of 1e-7 is detected
+(`tests/integration/test_parity.py`).
 
-Float32 is how a job without bfloat16 trains: 3e-5 on loss and gradients. Our trainer adds the same numbers up in
-another order (shared beginnings, packed rows), so the difference is rounding and depends on the machine's kernels. It
-is largest for DPO at beta 0.5, whose loss is a small difference of large sums: gradients were 6.8e-6 apart on an Intel
-Xeon and 1.25e-5 on an AMD EPYC. The bar is 2.4 times the larger of the two.
+Float32 is how a job without bfloat16 trains: 3e-5 on loss and gradients. This package's trainer adds the same numbers
+in another order (shared prefixes, packed rows), so the difference is rounding and depends on the machine's kernels. It
+is largest for DPO at beta 0.5, whose loss is a small difference of large sums: gradients differed by 6.8e-6 on an Intel
+Xeon and by 1.25e-5 on an AMD EPYC. The bar is 2.4 times the larger of the two.
 
 Curves of 20 steps in float32: 1e-4.
 """
@@ -42,7 +43,7 @@ Answers = Sequence[Sequence[int]]
 
 
 def make_job(folder: Path, model: str, steps: int, num_workers: int = 0, rows: int = 20) -> JobConfig:
-    """A small float32 job on drawn scenes in `folder`, with LoRA on every part of the model."""
+    """Build a small float32 job on drawn scenes in `folder`, with LoRA on every part of the model."""
     if not (folder / "train.json").exists():
         draw(folder, "studio", "train", rows)
     train_options = {"global_batch_size": 6, "micro_batch_size": 2, "max_steps": steps, "learning_rate": 1e-3}
@@ -61,24 +62,26 @@ def make_job(folder: Path, model: str, steps: int, num_workers: int = 0, rows: i
 def compare_with_stock(
     job: JobConfig, num_rows: int, answers: Answers = (), dtype: torch.dtype = torch.float64
 ) -> tuple[float, float]:
-    """Relative differences of (loss, LoRA gradients) between our trainer and stock TRL on the job's first rows.
+    """Return relative differences of (loss, LoRA gradients) between this package's trainer and stock TRL on the job's
+    first rows.
 
-    A gradient's difference is relative to its norm, and to a thousandth of the largest norm where that is more."""
-    ours, stock = (step(job, num_rows, answers, dtype) for step in (our_step, stock_step))
-    loss = abs(ours["loss"] - stock["loss"]) / max(abs(stock["loss"]), 1e-3)
-    assert {g.dtype for step in (ours, stock) for g in step["grads"].values()} == {dtype}
-    return loss, gradients_apart(ours["grads"], stock["grads"], 1e-3)
+    A gradient's difference is relative to its norm, or to a thousandth of the largest norm if that is more.
+    """
+    own, stock = (step(job, num_rows, answers, dtype) for step in (our_step, stock_step))
+    loss = abs(own["loss"] - stock["loss"]) / max(abs(stock["loss"]), 1e-3)
+    assert {g.dtype for step in (own, stock) for g in step["grads"].values()} == {dtype}
+    return loss, gradients_apart(own["grads"], stock["grads"], 1e-3)
 
 
 def make_method_job(folder: Path, model: str, method: str, beta: float) -> tuple[JobConfig, Answers]:
-    """A job of one of `METHODS`, and the answers that are injected for GRPO."""
+    """Build a job of one of `METHODS`, and the answers that are injected for GRPO."""
     if method == "sft":
         return make_job(folder, model, 1), ()
     return make_alignment_job(folder, model, method, beta)
 
 
 def make_alignment_job(folder: Path, model: str, method: str, beta: float) -> tuple[JobConfig, Answers]:
-    """A DPO or GRPO job, and for GRPO the answers that are injected: two prompts with four of other lengths each."""
+    """Build a DPO or GRPO job, and for GRPO the injected answers: two prompts with four each, of different lengths."""
     base = dump_job(make_job(folder, model, 1))
     base["method"] = {"name": method, "beta": beta}
     base["model"]["adapter"] = "the one in hand"  # so that it is the reference, as TRL has it
@@ -93,7 +96,8 @@ def make_alignment_job(folder: Path, model: str, method: str, beta: float) -> tu
 
 
 def write_pairs(folder: Path, model: str) -> Path:
-    """Pairs from drawn scenes: the right answer, and the same with its last object left out and the rest moved."""
+    """Write pairs from drawn scenes: the right answer, and the same with its last object left out and the rest
+    moved."""
     prepared = prepare(make_job(folder, model, 1))
     builder = load_sample_builder(prepared.spec)
     path = folder / "pairs.jsonl"
@@ -110,13 +114,13 @@ def write_pairs(folder: Path, model: str) -> Path:
 
 
 def curves(folder: Path, model: str, steps: int, workers: Sequence[int]) -> dict[int, list[float]]:
-    """The training loss of every step, by number of workers; 0 is in-process."""
-    found = {}
+    """Return the training loss of every step by number of workers; 0 trains in this process."""
+    losses = {}
     for number in workers:
         paths = train(make_job(folder, model, steps, number), "", overwrite=True)
-        found[number] = [line["loss"] for line in read_metrics(paths.metrics) if line["kind"] == "train"]
-        assert len(found[number]) == steps
-    return found
+        losses[number] = [line["loss"] for line in read_metrics(paths.metrics) if line["kind"] == "train"]
+        assert len(losses[number]) == steps
+    return losses
 
 
 def _compared(folder: Path, family: str, model: str, method: str, beta: float) -> list[dict[str, Any]]:
@@ -133,7 +137,7 @@ def _compared(folder: Path, family: str, model: str, method: str, beta: float) -
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All figures; `quick` leaves out the runs on 2 and 3 workers."""
+    """Return all figures; `quick` leaves out the runs on 2 and 3 workers."""
     figures = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -141,9 +145,9 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         for family, model in models.items():
             for method, beta in METHODS:
                 figures += _compared(folder / "data", family, model, method, beta)
-        found = curves(folder / "data", models["qwen3_vl"], 20, (0, 1) if quick else (0, 1, 2, 3))
-        for number, losses in found.items():
-            worst = max(abs(a - b) / abs(b) for a, b in zip(losses, found[0], strict=True))
+        curves_by_workers = curves(folder / "data", models["qwen3_vl"], 20, (0, 1) if quick else (0, 1, 2, 3))
+        for number, losses in curves_by_workers.items():
+            worst = max(abs(a - b) / abs(b) for a, b in zip(losses, curves_by_workers[0], strict=True))
             figures.append(figure(f"curve.{number}_workers_vs_in_process", worst, "relative", 1e-4))
     return figures
 

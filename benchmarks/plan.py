@@ -1,9 +1,9 @@
-"""Does planning fit a large data set? Ten million rows on one core: balance, split, order and share of steps.
+"""Planning of a large data set: ten million rows on one core; balance, split, order and share of steps.
 
 A process of its own, held to one core, makes the tags, their balance (`oversample: auto`), a split with 1 % for eval
 and 1 % for test, a plan with factors and costs, the orders of epochs 0 and 1, and 100 random steps of 8 ranks in each.
-What the caller holds (tags, groups, strata, costs) counts as memory, and making it does not count as time. Bars: 60 s,
-2 GB at the peak of the process.
+The caller's data (tags, groups, strata, costs) counts as memory; the time to make it does not count. Bars: 60 s, 2 GB
+at the peak of the process.
 """
 
 import json
@@ -35,26 +35,27 @@ WORLD, STEPS = 8, 100
 
 
 class Clock:
-    """Seconds of each stage and the peak of memory behind it."""
+    """The seconds of each stage and the peak of memory at its end."""
 
     def __init__(self) -> None:
         self.stages: dict[str, tuple[float, int]] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Time the block."""
         started = time.perf_counter()
         yield
         self.stages[name] = (time.perf_counter() - started, peak_bytes())
 
 
 def peak_bytes() -> int:
-    """Most memory that this process ever held."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make_rows(num_rows: int) -> tuple[list[tuple[str, ...]], list[str], np.ndarray]:
-    """Tags of rows (tuples shared by all rows of a kind), the class each is split by, and costs like token counts."""
+    """Build tags of rows (tuples shared by all rows of a kind), the class by which each is split, and costs like token
+    counts."""
     rng = np.random.default_rng(0)
     share = TYPES | CONDITIONS
     kinds = [(first, second) for first in TYPES for second in CONDITIONS]
@@ -65,7 +66,7 @@ def make_rows(num_rows: int) -> tuple[list[tuple[str, ...]], list[str], np.ndarr
 
 
 def plan_all(num_rows: int) -> dict[str, tuple[float, int]]:
-    """Every stage of planning once."""
+    """Run every stage of planning once."""
     clock = Clock()
     with clock.stage("rows"):
         tags, strata, costs = make_rows(num_rows)
@@ -98,7 +99,7 @@ def run_inner(num_rows: int) -> None:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All figures."""
+    """Return all figures."""
     num_rows = 1_000_000 if quick else 10_000_000
     command = [sys.executable, "-m", "benchmarks.plan", "--inner", str(num_rows)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

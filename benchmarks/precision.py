@@ -1,9 +1,9 @@
-"""Float64 arithmetic for code that asks for float32, and a witness that no narrower number takes part.
+"""Float64 arithmetic for code that requests float32, and a check that no narrower number takes part.
 
-Transformers, TRL and our feed cast to float32 by name (RMSNorm, rotary embeddings, the log-probability head, losses,
-the adapter). In float32 two correct implementations differ by rounding, and how much depends on the machine; in float64
-they agree to about 1e-13, so a difference of 1e-9 is a fault. `arithmetic` turns every request for float32 into one for
-float64, for all code in its block alike.
+Transformers, TRL and this package's trainers cast to float32 by name (RMSNorm, rotary embeddings, the log-probability
+head, losses, the adapter). In float32 two correct implementations differ by rounding, and the difference depends on the
+machine; in float64 they agree to about 1e-13, so a difference of 1e-9 is a fault. `arithmetic` replaces every request
+for float32 in its block by float64, for all code alike.
 """
 
 from collections import Counter
@@ -38,7 +38,7 @@ class _Widen(TorchFunctionMode):
 
 
 class NarrowNumbers(TorchDispatchMode):
-    """Counts the operations that read or write a floating-point tensor narrower than float64, by name."""
+    """Count the operations that read or write a floating-point tensor narrower than float64, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,10 +65,10 @@ def _has_narrow(values: Iterable[Any]) -> bool:
 
 @contextmanager
 def arithmetic(dtype: torch.dtype) -> Iterator[None]:
-    """A block whose requests for float32 give `dtype`: float32 (nothing changes) or float64.
+    """Open a block in which requests for float32 give `dtype`: float32 (no change) or float64.
 
-    Raises `ValueError` for any other. Tensors that were made before the block or from NumPy's float32 stay as they are:
-    convert models with `.to(dtype)`, and let `only` tell of the rest.
+    Raise `ValueError` for any other. Tensors from before the block or from NumPy's float32 keep their dtype: convert
+    models with `.to(dtype)`, and use `only` to detect the rest.
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype}: only float32 and float64 are compared. Give one of them.")
@@ -96,8 +96,8 @@ def _forget_image_constants() -> None:
 
 @contextmanager
 def only(dtype: torch.dtype) -> Iterator[None]:
-    """A block in which every operation is in `dtype` if that is float64. Raises `AssertionError` at its end, with the
-    names of the operations, where one read or wrote a narrower tensor."""
+    """Open a block in which every operation must be in `dtype` if that is float64. Raise `AssertionError` at its end,
+    with the names of the operations, if one read or wrote a narrower tensor."""
     if dtype != torch.float64:
         yield
         return

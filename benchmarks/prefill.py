@@ -1,9 +1,9 @@
 """Time to the first token of 8 completions of one image: prefill shared by the group against `generate` on 8 copies.
 
 Untrained tiny models of both families, float32; a prompt of about 280 tokens, 256 of them one image. One torch thread;
-runs alternate, and the figure is the median of the ratios of each pair. `generate` gets its batch ready-made, ours
-makes its own, so the time in which a peer decodes and cuts 8 copies of the image is left out. The greedy tokens must
-be the same ones.
+runs alternate, and the figure is the median of the ratios of each pair. `generate` gets its batch ready-made and this
+package builds its own, so the time in which a peer decodes and cuts 8 copies of the image is left out. The greedy
+tokens must be equal.
 """
 
 import io
@@ -36,7 +36,7 @@ WARM_UP = 2
 
 
 def make_prompt(model: Model) -> tuple[SampleBuilder, Sample]:
-    """A question about a picture of noise that makes 16 x 16 tokens."""
+    """Build a question about a picture of noise that gives 16 x 16 tokens."""
     side = load_sample_builder(SampleSpec(model, Task(name="chat"), ())).image_spec.factor * IMAGE_TOKENS_A_SIDE
     builder = load_sample_builder(SampleSpec(model, Task(name="chat"), (), max_pixels=side * side, kind="prompt"))
     file = io.BytesIO()
@@ -53,7 +53,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def compare(folder: Path, family: str, pairs: int) -> list[dict[str, Any]]:
-    """The figures of one family."""
+    """Return the figures of one family."""
     import torch
 
     spec = Model(name=str(write_untrained(folder / family, family)), load_in_4bit=False)
@@ -81,30 +81,30 @@ def compare(folder: Path, family: str, pairs: int) -> list[dict[str, Any]]:
     for _ in range(WARM_UP):
         shared(1)
         stock(1)
-    ours, theirs = [], []
+    shared_s, copies_s = [], []
     for _ in range(pairs):
-        ours.append(_seconds(lambda: shared(1)))
-        theirs.append(_seconds(lambda: stock(1)))
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+        shared_s.append(_seconds(lambda: shared(1)))
+        copies_s.append(_seconds(lambda: stock(1)))
+    ratios = [b / a for a, b in zip(shared_s, copies_s, strict=True)]
     return [
         figure(f"prefill.{family}.prompt", len(row.input_ids), "tokens"),
         figure(f"prefill.{family}.differing", differing, "tokens", 0),
-        figure(f"prefill.{family}.shared", statistics.median(ours), "s"),
-        figure(f"prefill.{family}.copies", statistics.median(theirs), "s"),
+        figure(f"prefill.{family}.shared", statistics.median(shared_s), "s"),
+        figure(f"prefill.{family}.copies", statistics.median(copies_s), "s"),
         figure(f"prefill.{family}.ratio", statistics.median(ratios), "x", 3.0, most=False),
         figure(f"prefill.{family}.ratio_min", min(ratios), "x"),
         figure(f"prefill.{family}.ratio_max", max(ratios), "x"),
     ]
 
 
-def _differing(ours: list[list[int]], theirs: list[list[int]], pad: int) -> int:
+def _differing(shared: list[list[int]], copies: list[list[int]], pad: int) -> int:
     """Places at which two lists of sequences differ; `generate` pads what has ended, and ours stops there."""
-    pairs = [zip_longest(mine, other, fillvalue=pad) for mine, other in zip(ours, theirs, strict=True)]
+    pairs = [zip_longest(left, right, fillvalue=pad) for left, right in zip(shared, copies, strict=True)]
     return sum(a != b for pair in pairs for a, b in pair)
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All figures."""
+    """Return all figures."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What a run survives, and to the bit: killed workers, other numbers of workers, killed writers, a killed driver.
+"""Recovery from failures, bit for bit: killed workers, changed numbers of workers, killed writers, a killed driver.
 
 Run: python -m benchmarks.recovery [--quick] [--json PATH]. Two workers of one thread each on a tiny random Qwen3-VL in
 float32; every disturbed run is compared with the same run undisturbed.
@@ -51,8 +51,8 @@ for step in range(attempt * 1000, attempt * 1000 + 999):
 
 
 def kill_writers(folder: Path, count: int, seed: int = 0) -> dict[str, int]:
-    """Kill a writer at `count` moments; after each the newest whole checkpoint must be at least the last one that the
-    writer said to be there. Returns how many were lost or torn, and how many kills hit an unfinished one."""
+    """Kill a writer at `count` moments; after each, the newest complete checkpoint must be at least the last one that
+    the writer reported. Return how many were lost or torn, and how many kills hit an unfinished one."""
     import random
 
     moments, store = random.Random(seed), Store(folder)
@@ -64,13 +64,13 @@ def kill_writers(folder: Path, count: int, seed: int = 0) -> dict[str, int]:
             first = writer.stdout.readline()
             time.sleep(moments.uniform(0, 0.03))
             os.kill(writer.pid, signal.SIGKILL)
-            told = [int(line) for line in (first + writer.stdout.read()).split()]
-        last = max([last, *told])
-        found = open_newest(store, lambda text: None)
-        if found is None or found[0].step < last:
+            written = [int(line) for line in (first + writer.stdout.read()).split()]
+        last = max([last, *written])
+        newest = open_newest(store, lambda text: None)
+        if newest is None or newest[0].step < last:
             lost += 1
         else:
-            torn += any(len((found[1] / f"{i}.bin").read_bytes()) != 50_000 for i in range(4))
+            torn += any(len((newest[1] / f"{i}.bin").read_bytes()) != 50_000 for i in range(4))
         before = len(store.names())
         sweep(store)
         hit += len(store.names()) < before
@@ -78,7 +78,7 @@ def kill_writers(folder: Path, count: int, seed: int = 0) -> dict[str, int]:
 
 
 def write_job(folder: Path) -> Path:
-    """A small job over drawn scenes, on a tiny random model."""
+    """Write a small job over drawn scenes, on a tiny random model."""
     from ray_vlm.demo.shapes import draw
     from ray_vlm.demo.tiny import write_untrained
 
@@ -98,7 +98,7 @@ def write_job(folder: Path) -> Path:
 
 
 def train_job(path: Path, *overrides: str, resume: bool = False) -> RunPaths:
-    """The run, in this process's Ray cluster."""
+    """Train the job in this process's Ray cluster."""
     from ray_vlm.train.driver import train
 
     return train(load_job(path, overrides), path.read_text(), resume=resume)
@@ -120,45 +120,46 @@ def at_step(run: RunPaths, step: int, do: Callable[[], Any]) -> threading.Thread
 
 
 def processes(title: str = "") -> list[psutil.Process]:
-    """Processes of this one's own Ray cluster that Ray has given this title, by their numbers."""
-    found = []
+    """Return the processes of this process's Ray cluster that have this title in Ray, ordered by pid."""
+    matching = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if title in " ".join(process.cmdline()):
-                found.append(process)
-    return sorted(found, key=lambda process: process.pid)
+                matching.append(process)
+    return sorted(matching, key=lambda process: process.pid)
 
 
 def kill_process(title: str, number: int = 0) -> bool:
-    """SIGKILL to the `number`-th of them; whether there was any."""
-    found = processes(title)
-    if found:
-        found[number % len(found)].kill()
-    return bool(found)
+    """Send SIGKILL to the `number`-th of those processes; return whether there was one."""
+    victims = processes(title)
+    if victims:
+        victims[number % len(victims)].kill()
+    return bool(victims)
 
 
 def steps_of(run: RunPaths) -> list[tuple[int, float, float]]:
-    """Step, loss and gradient norm of every step that counts."""
+    """Return step, loss and gradient norm of every step that counts."""
     lines = current_lines(read_metrics(run.metrics))
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
 
 
 def weights_of(run: RunPaths) -> bytes:
-    """The final adapter."""
+    """Return the weights of the final adapter."""
     return (run.final / "adapter_model.safetensors").read_bytes()
 
 
-def kill_workers(path: Path, whole: RunPaths, count: int) -> list[dict[str, Any]]:
-    """Kill one of two workers at a random step, again and again: how many runs end by themselves, and equal."""
+def kill_workers(path: Path, undisturbed: RunPaths, count: int) -> list[dict[str, Any]]:
+    """Kill one of two workers at a random step, repeatedly; count the runs that finish by themselves, and those with
+    equal results."""
     moments, ended, equal, killed = random.Random(1), 0, 0, 0
     for number in range(count):
-        run = RunPaths(whole.root.parent / f"killed-{number}")
+        run = RunPaths(undisturbed.root.parent / f"killed-{number}")
         rank = moments.randrange(2)
         at_step(run, moments.randrange(1, STEPS - 1), lambda rank=rank: kill_process("RayTrainWorker", rank))
         train_job(path, f"run.name={run.name}")
         ended += json.loads(run.run.read_text())["status"] == "finished"
         killed += len(json.loads(run.run.read_text())["attempts"]) > 1
-        equal += weights_of(run) == weights_of(whole) and steps_of(run) == steps_of(whole)
+        equal += weights_of(run) == weights_of(undisturbed) and steps_of(run) == steps_of(undisturbed)
     return [
         figure(f"killed workers, {count} runs: kills that hit", killed, "runs", count, most=False),
         figure("  runs that ended by themselves", ended, "runs", count, most=False),
@@ -166,41 +167,42 @@ def kill_workers(path: Path, whole: RunPaths, count: int) -> list[dict[str, Any]
     ]
 
 
-def change_world(path: Path, whole: RunPaths, worlds: Sequence[int]) -> list[dict[str, Any]]:
-    """Stop and resume on other numbers of workers: rows once an epoch, losses as undisturbed."""
+def change_world(path: Path, undisturbed: RunPaths, worlds: Sequence[int]) -> list[dict[str, Any]]:
+    """Stop and resume on other numbers of workers; check rows once an epoch, and losses equal to the undisturbed
+    run's."""
     from ray_vlm.train.prepare import plan_run
     from ray_vlm.train.stop import ask_workers
 
-    run, told = RunPaths(whole.root.parent / "worlds"), []
+    run, spans = RunPaths(undisturbed.root.parent / "worlds"), []
     for number, world in enumerate(worlds):
         if number + 1 < len(worlds):
             at_step(run, 4 * (number + 1), lambda: ask_workers(run.store))
         with contextlib.suppress(Interrupted):
             train_job(path, f"run.name={run.name}", f"cluster.num_workers={world}", resume=number > 0)
         attempt = json.loads(run.run.read_text())["attempts"][-1]
-        told.append((world, attempt["from_step"], attempt["to_step"]))
+        spans.append((world, attempt["from_step"], attempt["to_step"]))
     seen: Counter = Counter()
-    for world, first, last in told:
+    for world, first, last in spans:
         plan = plan_run(load_job(path, [f"cluster.num_workers={world}"]), 30)
         for step in range(first, last):
             for rank in range(world):
                 micros = plan.rank_step(step, rank)
                 seen.update((step // plan.steps_per_epoch, row) for m in micros if not m.filler for row in m.rows)
     wrong = sum(count != 1 for count in seen.values()) + (len(seen) != STEPS * 6)
-    worst = max(abs(a[1] - b[1]) / abs(b[1]) for a, b in zip(steps_of(run), steps_of(whole), strict=True))
+    worst = max(abs(a[1] - b[1]) / abs(b[1]) for a, b in zip(steps_of(run), steps_of(undisturbed), strict=True))
     name = " -> ".join(map(str, worlds))
     return [
         figure(f"{name} workers: rows not seen exactly once an epoch", wrong, "rows", 0),
-        figure("  attempts that trained", sum(last > first for _, first, last in told), "", len(worlds), most=False),
+        figure("  attempts that trained", sum(last > first for _, first, last in spans), "", len(worlds), most=False),
         figure("  largest relative difference of a loss", worst, "", 1e-4),
     ]
 
 
-def kill_driver(path: Path, whole: RunPaths, damage: Sequence[str]) -> list[dict[str, Any]]:
-    """Kill the driver and damage what Ray keeps of the run, then the same command again."""
+def kill_driver(path: Path, undisturbed: RunPaths, damage: Sequence[str]) -> list[dict[str, Any]]:
+    """Kill the driver and damage Ray's own state of the run, then run the same command again."""
     good = 0
     for kind in damage:
-        run = RunPaths(whole.root.parent / f"driver-{kind}")
+        run = RunPaths(undisturbed.root.parent / f"driver-{kind}")
         command = [sys.executable, "-m", "ray_vlm", "train", str(path), "--resume", f"run.name={run.name}"]
         driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
         at_step(run, 5, lambda driver=driver: driver.kill()).join()
@@ -208,7 +210,7 @@ def kill_driver(path: Path, whole: RunPaths, damage: Sequence[str]) -> list[dict
         _damage_snapshots(run.root / ".ray", kind)
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         attempts = json.loads(run.run.read_text())["attempts"]
-        good += done.returncode == 0 and attempts[-1]["from_step"] >= 3 and weights_of(run) == weights_of(whole)
+        good += done.returncode == 0 and attempts[-1]["from_step"] >= 3 and weights_of(run) == weights_of(undisturbed)
     return [
         figure("killed drivers, Ray's snapshot " + "/".join(damage) + ": went on", good, "runs", len(damage), False)
     ]
@@ -224,7 +226,8 @@ def _damage_snapshots(folder: Path, kind: str) -> None:
 
 
 def checkpoint_cost(folder: Path) -> list[dict[str, Any]]:
-    """Of the demo's job at the default interval, an epoch: time of a checkpoint over the time of the steps between."""
+    """Measure the demo's job for an epoch at the default interval: time of a checkpoint over the time of the steps
+    between."""
     from ray_vlm.demo.story import demo_job
     from ray_vlm.train.driver import train
     from ray_vlm.train.prepare import plan_run
@@ -244,7 +247,7 @@ def checkpoint_cost(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All figures; `quick`: fewer of each."""
+    """Return all figures; `quick`: fewer repetitions of each."""
     import ray
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -260,11 +263,11 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         ]
         path = write_job(folder)
         ray.init(num_cpus=8, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
-        whole = train_job(path, "run.name=whole")
-        figures += kill_workers(path, whole, 1 if quick else 10)
-        figures += change_world(path, whole, (2, 1, 3))
+        undisturbed = train_job(path, "run.name=whole")
+        figures += kill_workers(path, undisturbed, 1 if quick else 10)
+        figures += change_world(path, undisturbed, (2, 1, 3))
         ray.shutdown()
-        figures += kill_driver(path, whole, ("emptied",) if quick else ("emptied", "truncated", "deleted"))
+        figures += kill_driver(path, undisturbed, ("emptied",) if quick else ("emptied", "truncated", "deleted"))
         return figures + checkpoint_cost(folder / "demo")
 
 

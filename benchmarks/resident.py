@@ -1,4 +1,4 @@
-"""Trials on a base that stays in memory against one `TorchTrainer` for each: the same curves, and how much sooner.
+"""Trials on a base that stays in memory against one `TorchTrainer` per trial: the same curves, and the speed-up.
 
 Eight trials of 20 steps of 4 rows with one validation of 16, of the demo job in 4 bit, that differ in their seed. Both
 arms are sweeps in one Ray cluster that is up before the clock starts.
@@ -23,7 +23,7 @@ SHORT = [
 
 
 def sweep(folder: Path, name: str, seeds: int, *words: str) -> tuple[dict[str, list[float]], float]:
-    """Losses of each trial, in training and validation, and the seconds of the sweep."""
+    """Return the losses of each trial, in training and validation, and the seconds of the sweep."""
     from ray_vlm.tune.sweep import tune
 
     space = folder / "space.yaml"
@@ -33,26 +33,28 @@ def sweep(folder: Path, name: str, seeds: int, *words: str) -> tuple[dict[str, l
     trials = Path(tune(JOB, words, str(space))) / "trials"
     wall = time.monotonic() - started
     lines = {trial.name: read_metrics(trial / "metrics.jsonl") for trial in sorted(trials.iterdir())}
-    return {n: [e["loss"] for e in found if e["kind"] in ("train", "eval")] for n, found in lines.items()}, wall
+    return {n: [e["loss"] for e in entries if e["kind"] in ("train", "eval")] for n, entries in lines.items()}, wall
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """`quick` runs two trials, and its ratio is not the one that the bar is for."""
+    """Return all figures; `quick` runs two trials, and the bar does not apply to its ratio."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     from ray_vlm.cluster.connect import start_ray
     from ray_vlm.config.load import load_job
 
     seeds = 2 if quick else 8
     with tempfile.TemporaryDirectory() as temporary, start_ray(load_job(JOB, SHORT)):
-        kept, kept_s = sweep(Path(temporary), "kept", seeds, "tune.resident=true")
+        shared, kept_s = sweep(Path(temporary), "kept", seeds, "tune.resident=true")
         alone, alone_s = sweep(Path(temporary), "alone", seeds, "tune.resident=false", "cluster.num_workers=1")
-    worst = max(abs(a - b) / max(abs(b), 1e-9) for name in alone for a, b in zip(kept[name], alone[name], strict=True))
+    worst = max(
+        abs(a - b) / max(abs(b), 1e-9) for name in alone for a, b in zip(shared[name], alone[name], strict=True)
+    )
     return [
         figure("resident.kept", kept_s, "s"),
         figure("resident.torch_trainers", alone_s, "s"),
         figure("resident.speedup", alone_s / kept_s, "x", None if quick else 3.0, most=False),
         figure("resident.curves", worst, "relative", 1e-6),
-        figure("resident.points", sum(map(len, kept.values())), ""),
+        figure("resident.points", sum(map(len, shared.values())), ""),
     ]
 
 

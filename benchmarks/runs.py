@@ -1,4 +1,4 @@
-"""What looking at runs costs: a comparison of 50 runs of 10,000 steps, and a line of metrics."""
+"""The cost of reading runs: a comparison of 50 runs of 10,000 steps, and one line of metrics."""
 
 import json
 import tempfile
@@ -14,7 +14,7 @@ from ray_vlm.runs.training_log import TrainingLog
 
 
 def write_runs(folder: Path, num_runs: int, num_steps: int) -> list[Path]:
-    """Runs with a line for each step, as the monitor writes them."""
+    """Write runs with a line for each step, in the monitor's format."""
     runs = []
     for i in range(num_runs):
         run = folder / f"run_{i:02d}"
@@ -44,7 +44,7 @@ def _values(step: int, i: int) -> dict[str, float]:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """`quick` writes fewer and shorter runs, and its times are not those that the bars are for."""
+    """Return all figures; `quick` writes fewer and shorter runs, and the bars do not apply to its times."""
     num_runs, num_steps = (5, 1_000) if quick else (50, 10_000)
     with tempfile.TemporaryDirectory() as temporary:
         started = time.perf_counter()

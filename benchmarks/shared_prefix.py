@@ -1,15 +1,16 @@
-"""A training step of ours against stock TRL's on the same rows: images encoded once, beginnings read once, rows packed.
+"""A training step of this package against stock TRL's on the same rows: images encoded once, shared prefixes, packed
+rows.
 
-Tiny Qwen3-VL and Qwen2.5-VL (text 256 wide, 4 layers; tower 128 wide, 3 layers), float32, LoRA on the language model,
-activation checkpointing in both arms as TRL has it, one torch thread; prompts of about 280 tokens, 256 of them of an
-image; completions injected where no rollout is measured. TRL is tuned (`max_length=None`, the same dtype, for SFT
-`batch_rebalance` with lengths too); "patched" has in addition the frozen tower without autograd and a head that scores
-trained tokens alone; "default" draws SFT's rows at random and collates in the trainer's process (`max_length` stays
-None there too: 1,024 would cut answers off, and it would be another step). Arms alternate and learn: a ratio is the
-median of pairs, and counts only if log-probabilities, gradients and the losses of all steps agree as far as float32
-lets them (`EXACT`; that the two sides compute one function is shown in float64, by `parity`). Tokens through the
-language model and patches through the tower are counted by hooks. What the same step takes at the size of real models
-is computed (`benchmarks/real_size.py`).
+Tiny Qwen3-VL and Qwen2.5-VL (text 256 wide, 4 layers; image encoder 128 wide, 3 layers), float32, LoRA on the language
+model, activation checkpointing in both arms as in TRL, one torch thread; prompts of about 280 tokens, 256 of them of an
+image; completions are injected where no rollout is measured. TRL is tuned (`max_length=None`, the same dtype, for SFT
+`batch_rebalance` with lengths too). The arm "patched" has in addition the frozen encoder without autograd and a head
+that scores only trained tokens. The arm "default" draws SFT's rows at random and collates in the trainer's process
+(`max_length` stays None there too: 1,024 would truncate answers, which would be another step). Arms alternate and
+train: a ratio is the median of pairs, and counts only if log-probabilities, gradients and the losses of all steps agree
+within float32's rounding (`EXACT`; `parity` shows in float64 that both arms compute one function). Hooks count tokens
+through the language model and patches through the encoder. `benchmarks/real_size.py` computes the same step at the size
+of real models.
 """
 
 import statistics
@@ -46,77 +47,78 @@ TAIL = tuple(int(n) for n in np.random.default_rng(3).lognormal(4.5, 1.2, 32).cl
 
 
 class Case:
-    """Arms of one case, stepped in turn."""
+    """The arms of one case, which step in turn."""
 
     def __init__(
-        self, name: str, family: str, ours: Arm, stock: Arm, patched: Arm | None = None, default: Arm | None = None
+        self, name: str, family: str, own: Arm, stock: Arm, patched: Arm | None = None, default: Arm | None = None
     ):
         self.name, self.family = name, family
-        self.arms = [arm for arm in (ours, stock, patched, default) if arm]
+        self.arms = [arm for arm in (own, stock, patched, default) if arm]
         self.titles = ["TRL", *(["TRL patched"] if patched else [])]
         self.default = default or stock
 
     def run(self, pairs: int) -> list[dict[str, Any]]:
-        """The figures after so many pairs of steps, one to warm up."""
+        """Return the figures after `pairs` pairs of steps and one to warm up."""
         times, losses, exact, collating = [], [], 0.0, []
-        ours, stock, *_ = self.arms
+        own, stock, *_ = self.arms
         for number in range(pairs + 1):
             times.append([arm.step() for arm in self.arms])
             collating.append(self.default.collate())
             if number == 0:
-                apart = gradients_apart(ours.gradients(), stock.gradients(), 1e-2)
-                exact = max(apart, logps_apart(ours, stock))
-            losses.append((ours.loss, stock.loss))
+                apart = gradients_apart(own.gradients(), stock.gradients(), 1e-2)
+                exact = max(apart, logps_apart(own, stock))
+            losses.append((own.loss, stock.loss))
             for arm in self.arms:
                 arm.learn()
-        later = logps_apart(ours, stock)
-        curve = max(abs(mine - theirs) / max(abs(theirs), 1e-2) for mine, theirs in losses)
-        found = []
+        later = logps_apart(own, stock)
+        curve = max(abs(own_loss - trl_loss) / max(abs(trl_loss), 1e-2) for own_loss, trl_loss in losses)
+        figures = []
         for n, title in enumerate(self.titles, 1):
-            ratio = statistics.median(of_pair[n] / of_pair[0] for of_pair in times[1:])
-            asked = {"bar": self.bar, "most": False} if n == 1 else {}
-            found.append(self.figure(f"step, {title} against ours", ratio, "x", **asked))
+            ratio = statistics.median(seconds[n] / seconds[0] for seconds in times[1:])
+            options = {"bar": self.bar, "most": False} if n == 1 else {}
+            figures.append(self.figure(f"step, {title} against ours", ratio, "x", **options))
         n = self.arms.index(self.default)
         waits = zip(times[1:], collating[1:], strict=True)
-        ratio = statistics.median((of_pair[n] + wait) / of_pair[0] for of_pair, wait in waits)
-        found.append(self.figure("step, TRL default against ours", ratio, "x"))
-        found.append(self.figure("log-probabilities, gradients apart", exact, "", EXACT))
-        found.append(self.figure(f"losses of {len(losses)} steps apart", curve, "", CURVE))
-        found.append(self.figure(f"log-probabilities of step {len(losses)} apart", later, ""))
-        found.append(self.figure("tokens, TRL against ours", stock.tokens / ours.tokens, "x"))
-        if ours.patches:
-            found.append(self.figure("patches, TRL against ours", stock.patches / ours.patches, "x"))
-        return found
+        ratio = statistics.median((seconds[n] + wait) / seconds[0] for seconds, wait in waits)
+        figures.append(self.figure("step, TRL default against ours", ratio, "x"))
+        figures.append(self.figure("log-probabilities, gradients apart", exact, "", EXACT))
+        figures.append(self.figure(f"losses of {len(losses)} steps apart", curve, "", CURVE))
+        figures.append(self.figure(f"log-probabilities of step {len(losses)} apart", later, ""))
+        figures.append(self.figure("tokens, TRL against ours", stock.tokens / own.tokens, "x"))
+        if own.patches:
+            figures.append(self.figure("patches, TRL against ours", stock.patches / own.patches, "x"))
+        return figures
 
     @property
     def bar(self) -> float | None:
-        """The least that is asked of the ratio."""
+        """Return the lowest allowed ratio."""
         both = BARS.get(self.name)
         return both and both[list(SIDE).index(self.family)]
 
     def figure(self, what: str, value: float, unit: str, bar: float | None = None, most: bool = True) -> dict[str, Any]:
-        """One of the case's."""
+        """Build one figure of the case."""
         return figure(f"{self.name}, {self.family}: {what}", value, unit, bar, most)
 
 
 def groups(folder: Path, model: str, family: str, length: int, pairs: int) -> list[dict[str, Any]]:
-    """GRPO's training phase on eight injected answers of `length` tokens."""
+    """Measure GRPO's training phase on eight injected answers of `length` tokens."""
     job, rng = make_job(folder, model, family, "grpo", (1,)), np.random.default_rng(length)
     answers = [rng.integers(20, 600, length).tolist() for _ in range(GROUP)]
     arms = [Arm(build, job, [[0]], answers) for build in (our_trainer, stock_trainer, patched_trainer)]
     case = Case(f"grpo, C={length}", family, *arms)
-    found = case.run(pairs)
+    figures = case.run(pairs)
     if length == 64:
-        found.append(case.figure("peak of live bytes", arms[0].peak() / arms[1].peak(), "x of TRL's", 0.4))
-    return found
+        figures.append(case.figure("peak of live bytes", arms[0].peak() / arms[1].peak(), "x of TRL's", 0.4))
+    return figures
 
 
 def whole_step(folder: Path, model: str, family: str, pairs: int) -> list[dict[str, Any]]:
-    """GRPO with rollouts of `transformers`: sampling, scoring, loss and gradients. The same prompt, other answers."""
+    """Measure GRPO with rollouts of `transformers`: sampling, scoring, loss and gradients, on the same prompt with
+    different answers."""
     import time
 
     job = make_job(folder, model, family, "grpo", (1,), max_completion_tokens=32)
-    ours, stock = Arm(our_trainer, job, [[0]]), Arm(stock_trainer, job, [[0]])
+    own, stock = Arm(our_trainer, job, [[0]]), Arm(stock_trainer, job, [[0]])
 
     def timed(arm: Arm) -> float:
         started = time.perf_counter()
@@ -124,53 +126,54 @@ def whole_step(folder: Path, model: str, family: str, pairs: int) -> list[dict[s
         arm.step(seen=True)
         return time.perf_counter() - started
 
-    times = [(timed(ours), timed(stock)) for _ in range(pairs + 1)][1:]
-    case = Case("grpo, C=32, whole step with rollouts", family, ours, stock)
-    said = [int(arm.inputs[0]["completion_mask"].sum()) for arm in (ours, stock)]
-    ratio = statistics.median(theirs / mine for mine, theirs in times)
-    found = [case.figure("TRL against ours", ratio, "x", case.bar, most=False)]
-    return [*found, case.figure("tokens sampled in the last step, TRL's to ours", said[1] / said[0], "x")]
+    times = [(timed(own), timed(stock)) for _ in range(pairs + 1)][1:]
+    case = Case("grpo, C=32, whole step with rollouts", family, own, stock)
+    num_tokens = [int(arm.inputs[0]["completion_mask"].sum()) for arm in (own, stock)]
+    ratio = statistics.median(trl_s / own_s for own_s, trl_s in times)
+    figures = [case.figure("TRL against ours", ratio, "x", case.bar, most=False)]
+    return [*figures, case.figure("tokens sampled in the last step, TRL's to ours", num_tokens[1] / num_tokens[0], "x")]
 
 
 def preferences(folder: Path, model: str, family: str, pairs: int) -> list[dict[str, Any]]:
-    """DPO on two pairs: with the reference asked in every step, and with it and the images' features known."""
+    """Measure DPO on two pairs: with the reference computed in every step, and with cached reference and image
+    features."""
     job = make_job(folder, model, family, "dpo", (28, 28))
     arms = [Arm(build, job, [[0, 1]]) for build in (our_trainer, stock_trainer, patched_trainer)]
-    found = Case("dpo, C=32", family, *arms).run(pairs)
+    figures = Case("dpo, C=32", family, *arms).run(pairs)
     cached = job.model_copy(update={"train": job.train.model_copy(update={"vision_cache": str(folder / "features")})})
-    ours = Arm(our_trainer, cached, [[0, 1]])
-    referred = ours.trainer.refer(ours.inputs[0])
+    own = Arm(our_trainer, cached, [[0, 1]])
+    referred = own.trainer.refer(own.inputs[0])
     named = [referred[f"ref_{which}_logps"].numpy() for which in ("chosen", "rejected")]
-    ours.trainer.reference = np.stack(named, axis=1)
-    return found + Case("dpo, C=32, with caches from epoch 2", family, ours, Arm(stock_trainer, job, [[0, 1]])).run(
+    own.trainer.reference = np.stack(named, axis=1)
+    return figures + Case("dpo, C=32, with caches from epoch 2", family, own, Arm(stock_trainer, job, [[0, 1]])).run(
         pairs
     )
 
 
 def imitation(folder: Path, model: str, family: str, pairs: int) -> list[dict[str, Any]]:
-    """SFT where one row is long; against TRL's best sampler; and where there is nothing to gain."""
+    """Measure SFT where one row is long, against TRL's best sampler, and where sharing gains nothing."""
     job = make_job(folder, model, family, "sft", UNEVEN)
     arms = [Arm(build, job, [range(8)]) for build in (our_trainer, stock_trainer, patched_trainer)]
-    found = Case("sft, 40 % padding efficiency", family, *arms).run(pairs)
+    figures = Case("sft, 40 % padding efficiency", family, *arms).run(pairs)
     job = make_job(folder, model, family, "sft", TAIL)
-    ours, stock = Arm(our_trainer, job, budgeted(job)), Arm(stock_trainer, job, rebalanced(job))
+    own, stock = Arm(our_trainer, job, budgeted(job)), Arm(stock_trainer, job, rebalanced(job))
     known, drawn = lengths(job), np.array_split(np.arange(len(TAIL)), 4)  # their order is random already
     default = Arm(stock_trainer, job, drawn)
-    case = Case("sft, against batch_rebalance at accumulation 4", family, ours, stock, default=default)
+    case = Case("sft, against batch_rebalance at accumulation 4", family, own, stock, default=default)
     efficiency = statistics.mean(float(known[part].mean() / known[part].max()) for part in drawn)
-    found.append(case.figure("padding efficiency in random order", efficiency, ""))
-    found += case.run(max(2, pairs // 2))
+    figures.append(case.figure("padding efficiency in random order", efficiency, ""))
+    figures += case.run(max(2, pairs // 2))
     if pairs >= CURVES:
-        found.append(case.figure("peak of live bytes", ours.peak() / stock.peak(), "x of TRL's"))
+        figures.append(case.figure("peak of live bytes", own.peak() / stock.peak(), "x of TRL's"))
     job = make_job(folder, model, family, "sft", (60,) * 4)
     folded, plain = Arm(our_trainer, job, [range(4)]), Arm(partial(our_trainer, fold=False), job, [range(4)])
     times = [(folded.step(), plain.step()) for _ in range(2 * pairs + 1)][1:]
-    ratio = statistics.median(mine / theirs for mine, theirs in times)
-    return [*found, figure(f"sft, nothing to fold, {family}: step against a plain one", ratio, "x", 1.03)]
+    ratio = statistics.median(folded_s / plain_s for folded_s, plain_s in times)
+    return [*figures, figure(f"sft, nothing to fold, {family}: step against a plain one", ratio, "x", 1.03)]
 
 
 def lengths(job: JobConfig) -> np.ndarray:
-    """Tokens of each of the job's rows."""
+    """Return the token count of each of the job's rows."""
     from ray_vlm.train.prepare import prepare
 
     index = prepare(job).train
@@ -178,7 +181,7 @@ def lengths(job: JobConfig) -> np.ndarray:
 
 
 def rebalanced(job: JobConfig, accumulation: int = 4) -> list[list[int]]:
-    """Micro-batches of one step as transformers' `batch_rebalance` makes them, with the rows' true lengths."""
+    """Return micro-batches of one step as transformers' `batch_rebalance` makes them, with the rows' true lengths."""
     from transformers.trainer_pt_utils import BatchRebalanceSampler
 
     known = lengths(job).tolist()
@@ -186,26 +189,27 @@ def rebalanced(job: JobConfig, accumulation: int = 4) -> list[list[int]]:
 
 
 def budgeted(job: JobConfig, accumulation: int = 4) -> list[list[int]]:
-    """The same rows as our plan shares them out under the largest budget of tokens that makes as many micro-batches."""
+    """Return micro-batches of the same rows under this package's plan, with the largest token budget that gives as many
+    micro-batches."""
     from ray_vlm.data.plan import Plan
 
-    known, found = lengths(job), None
+    known, batches = lengths(job), None
     for budget in range(int(known.max()), int(known.sum()), 16):
         plan = Plan(len(known), len(known), 1, 1, costs=known, tokens=known, budget=budget)
         if plan.accumulation == accumulation:
-            found = [list(batch.rows) for batch in plan.rank_step(0, 0)]
-    assert found is not None
-    return found
+            batches = [list(batch.rows) for batch in plan.rank_step(0, 0)]
+    assert batches is not None
+    return batches
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All cases in eight minutes; quick: of one family, and nothing computed."""
-    found = _measure(["qwen3_vl"] if quick else list(SIDE), 3)
-    return found if quick else found + computed()
+    """Measure all cases in eight minutes; `quick`: one family, without the computed figures."""
+    figures = _measure(["qwen3_vl"] if quick else list(SIDE), 3)
+    return figures if quick else figures + computed()
 
 
 def full() -> list[dict[str, Any]]:
-    """Curves of twenty steps."""
+    """Measure all cases with curves of twenty steps."""
     return _measure(list(SIDE), CURVES) + computed()
 
 
@@ -213,7 +217,7 @@ def _measure(families: Sequence[str], pairs: int) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    found = []
+    figures = []
     with tempfile.TemporaryDirectory() as temporary:
         for family in families:
             folder = Path(temporary) / family
@@ -221,9 +225,9 @@ def _measure(families: Sequence[str], pairs: int) -> list[dict[str, Any]]:
             model = write_model(folder / "model", family)
             parts: list[Callable[..., list]] = [partial(groups, length=16), partial(groups, length=64)]
             for part in (*parts, whole_step, preferences, imitation):
-                found += part(folder, model, family, pairs=pairs)
-            found += image_path(folder, model, family)
-    return found
+                figures += part(folder, model, family, pairs=pairs)
+            figures += image_path(folder, model, family)
+    return figures
 
 
 if __name__ == "__main__":

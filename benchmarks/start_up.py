@@ -1,8 +1,8 @@
-"""From the command to the first step of a submitted job of two steps: when each process starts, and what CPU it takes.
+"""The time from the command to the first step of a submitted two-step job: start and CPU time of each process.
 
-Run: python -m benchmarks.start_up [--against CHECKOUT] [--quick] [--json PATH]. A head of four CPUs is started on
-this machine; the job trains the tiny model in 4 bit with one Ray worker and one loader. `--against`: another checkout
-of this package, which takes turns with this one under the same interpreter.
+Run: python -m benchmarks.start_up [--against CHECKOUT] [--quick] [--json PATH]. A head of four CPUs is started on this
+machine; the job trains the tiny model in 4 bit with one Ray worker and one loader. `--against`: another checkout of
+this package, which alternates with this one under the same interpreter.
 """
 
 import argparse
@@ -42,15 +42,15 @@ _EVENTS = {"start": "the worker has its model", "train": "first step"}
 
 @dataclass
 class Start:
-    """Seconds after the command at which things happened, and CPU seconds by process."""
+    """Seconds from the command to each event, and CPU seconds by process."""
 
     moments: dict[str, float] = field(default_factory=dict)
     cpu: dict[str, float] = field(default_factory=dict)
 
 
 def submit(checkout: Path, folder: Path, address: str) -> Start:
-    """Submit the job from a checkout, and watch until the command has ended."""
-    job, found, seen = checkout / "start_up_job.yaml", Start(), dict[int, tuple[str, float, float]]()
+    """Submit the job from a checkout, and watch the processes until the command has ended."""
+    job, start, seen = checkout / "start_up_job.yaml", Start(), dict[int, tuple[str, float, float]]()
     shutil.rmtree(folder / "runs", ignore_errors=True)
     _write_job(job, folder)
     command = [sys.executable, "-m", "ray_vlm", "submit", "train", job.name, "--address", address]
@@ -64,15 +64,15 @@ def submit(checkout: Path, folder: Path, address: str) -> Start:
     job.unlink()
     if process.returncode:
         raise RuntimeError((folder / "submit.log").read_text(encoding="utf-8")[-2000:])
-    found.moments["end"] = time.time() - began
+    start.moments["end"] = time.time() - began
     for name, started, cpu in sorted(seen.values(), key=lambda one: one[1]):
         if started > began:
-            found.moments.setdefault(name, started - began)
-            found.cpu[name] = found.cpu.get(name, 0.0) + cpu
+            start.moments.setdefault(name, started - began)
+            start.cpu[name] = start.cpu.get(name, 0.0) + cpu
     for line in read_metrics(folder / "runs" / "run" / "metrics.jsonl"):
         if line["kind"] in _EVENTS:
-            found.moments.setdefault(_EVENTS[line["kind"]], line["time"] - began)
-    return found
+            start.moments.setdefault(_EVENTS[line["kind"]], line["time"] - began)
+    return start
 
 
 def _look(seen: dict[int, tuple[str, float, float]]) -> None:
@@ -101,7 +101,7 @@ def _write_job(path: Path, folder: Path) -> None:
 
 @contextmanager
 def head(folder: Path) -> Iterator[str]:
-    """A head of four CPUs; yields the address of its job server."""
+    """Start a head of four CPUs; yield the address of its job server."""
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     port, dashboard = _free_port(), _free_port()
     command = [*ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
@@ -139,7 +139,8 @@ def _wait(done: Callable[[], bool], limit_s: float = 60.0) -> None:
 
 
 def tabulate(starts: dict[str, list[Start]]) -> str:
-    """A Markdown table of medians: a row for each moment, with the CPU seconds of the process that starts then."""
+    """Return a Markdown table of medians: a row for each event, with the CPU seconds of the process that starts
+    then."""
     rows = sorted({name for own in starts.values() for one in own for name in one.moments}, key=_order(starts))
     lines = ["| seconds after the command, median | " + " | ".join(starts) + " |", "|---" * (len(starts) + 1) + "|"]
     for name in rows:
@@ -159,7 +160,7 @@ def _order(starts: dict[str, list[Start]]) -> Callable[[str], float]:
 
 
 def compare(others: list[Path], pairs: int) -> list[dict[str, Any]]:
-    """Take turns between this checkout and the others, and print the table."""
+    """Alternate between this checkout and the others, and print the table."""
     checkouts = {"this checkout": ROOT} | {str(other): other.absolute() for other in others}
     starts: dict[str, list[Start]] = {name: [] for name in checkouts}
     with tempfile.TemporaryDirectory(prefix="r") as name:
@@ -168,16 +169,16 @@ def compare(others: list[Path], pairs: int) -> list[dict[str, Any]]:
         with head(folder) as address:
             for number in range(pairs + 1):
                 for label, checkout in checkouts.items():
-                    found = submit(checkout, folder, address)
-                    print(label, {k: round(v, 1) for k, v in found.moments.items()}, flush=True)
+                    start = submit(checkout, folder, address)
+                    print(label, {k: round(v, 1) for k, v in start.moments.items()}, flush=True)
                     if number:  # the first turn fills the disk's cache and compiles what a checkout brings
-                        starts[label].append(found)
+                        starts[label].append(start)
     print(tabulate(starts))
     first = {label: [one.moments["first step"] for one in own] for label, own in starts.items()}
     figures = [figure(f"first step, {label}", statistics.median(taken), "s") for label, taken in first.items()]
-    mine = first.pop("this checkout")
+    this_checkout = first.pop("this checkout")
     for label, taken in first.items():
-        ratio = statistics.median(a / b for a, b in zip(mine, taken, strict=True))
+        ratio = statistics.median(a / b for a, b in zip(this_checkout, taken, strict=True))
         figures.append(figure(f"first step, against {label}", ratio, "x", bar=BAR))
     return figures
 

@@ -1,6 +1,6 @@
-"""Do the intervals hold? Share of simulated data sets in whose bootstrap interval the truth lies, nominally 95 %.
+"""Coverage of bootstrap intervals: the share of simulated data sets whose interval holds the truth, nominally 95 %.
 
-2,000 sets of 150 rows each: a mean of rows, a mean of rows that come in tasks of 4 alike, and F1 of images with several
+2,000 sets of 150 rows each: a mean of rows, a mean of rows in tasks of 4 similar rows, and F1 of images with several
 objects. The truth is that of 100,000 rows from the same source. mAP on 200 sets of 100 images.
 """
 
@@ -19,7 +19,7 @@ LABELS = ("a", "b", "c")
 
 
 def chat_rows(rng: np.random.Generator, count: int, together: int) -> list[dict[str, Any]]:
-    """Answers right by chance; those of a group share how likely that is."""
+    """Simulate answers that are right with a given chance; the rows of a group share that chance."""
     chances = np.repeat(rng.beta(2, 1, (count + together - 1) // together), together)[:count]
     right = rng.random(count) < chances
     return [
@@ -33,11 +33,12 @@ def chat_rows(rng: np.random.Generator, count: int, together: int) -> list[dict[
 
 
 def boxes_rows(rng: np.random.Generator, count: int) -> list[dict[str, Any]]:
-    """Images with 0 to 4 objects, found with a chance of their own, and invented boxes; real boxes for mAP."""
+    """Simulate images with 0 to 4 objects, each detected with a chance of its own, and invented boxes; with coordinates
+    for mAP."""
     rows = []
     for _ in range(count):
         chance, number = rng.beta(4, 2), int(rng.integers(0, 5))
-        truth, found = {"boxes": [], "labels": []}, {"boxes": [], "labels": []}
+        truth, answer = {"boxes": [], "labels": []}, {"boxes": [], "labels": []}
         score: dict[str, Any] = {"hits": {}, "misses": {}, "invented": {}, "ious": []}
         for k in range(number):
             label, box = str(rng.choice(LABELS)), [100.0 * k, 0.0, 100.0 * k + 50, 50.0]
@@ -48,20 +49,20 @@ def boxes_rows(rng: np.random.Generator, count: int) -> list[dict[str, Any]]:
             score["ious"].append(0.8 if hit else 0.0)
             if hit:
                 shift = float(rng.uniform(0, 15))
-                found["boxes"].append([box[0] + shift, 0.0, box[2] + shift, 50.0])
-                found["labels"].append(label)
+                answer["boxes"].append([box[0] + shift, 0.0, box[2] + shift, 50.0])
+                answer["labels"].append(label)
         if rng.random() < 0.3:
-            found["boxes"].append([1000.0, 0.0, 1050.0, 50.0])
-            found["labels"].append(str(rng.choice(LABELS)))
-            score["invented"][found["labels"][-1]] = 1
-        rows.append({"group": "", "ok": True, "truth": truth, "found": found, "score": score})
+            answer["boxes"].append([1000.0, 0.0, 1050.0, 50.0])
+            answer["labels"].append(str(rng.choice(LABELS)))
+            score["invented"][answer["labels"][-1]] = 1
+        rows.append({"group": "", "ok": True, "truth": truth, "found": answer, "score": score})
     return rows
 
 
 def coverage(
     task: str, metric: str, make: Callable[[np.random.Generator, int], list[dict[str, Any]]], sets: int, rows: int
 ) -> float:
-    """Share of sets whose interval holds the truth."""
+    """Return the share of sets whose interval holds the truth."""
     many = make(np.random.default_rng(10**6), 20_000 if metric == "map" else TRUTH_ROWS)
     if metric == "map":
         truth = coco_map(many)["map"]
@@ -81,7 +82,7 @@ def coverage(
 
 
 def measure(quick: bool) -> Sequence[dict[str, Any]]:
-    """All figures."""
+    """Return all figures."""
     sets = 100 if quick else 2000
     arms: list[tuple[str, str, str, Callable[..., list[dict[str, Any]]], int, int]] = [
         ("mean", "chat", "exact", lambda rng, n: chat_rows(rng, n, 1), sets, ROWS),
@@ -89,14 +90,14 @@ def measure(quick: bool) -> Sequence[dict[str, Any]]:
         ("f1", "detection", "f1_50", boxes_rows, sets, ROWS),
         ("map", "detection", "map", boxes_rows, sets // 10, 100),
     ]
-    found = []
+    figures = []
     for name, task, metric, make, number, rows in arms:
         share = coverage(task, metric, make, number, rows)
-        found += [
+        figures += [
             figure(f"statistics.coverage.{name}", share, "", 0.92, most=False),
             figure(f"statistics.coverage.{name}.most", share, "", 0.98),
         ]
-    return found
+    return figures
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What Ray Train, our feed and our logging add to a training step of stock TRL.
+"""The overhead of Ray Train, the data path and logging on a training step of stock TRL.
 
-The peer is `trl.SFTTrainer` as a plain script, with a dataloader worker of its own, so that both sides read images
+The peer is `trl.SFTTrainer` in a plain script, with a dataloader worker of its own, so that both arms read images
 beside the training process. One torch thread each, the same model, rows, batch and options; runs alternate, and the
 figure is the median of the ratios of each pair's median step time (the first steps are left out).
 """
@@ -30,7 +30,7 @@ WARM_UP = 5
 
 
 def make_job(folder: Path, steps: int, name: str) -> JobConfig:
-    """LoRA on a tiny Qwen3-VL, batches of 16 in one micro-batch, float32."""
+    """Build a LoRA job on a tiny Qwen3-VL, with batches of 16 in one micro-batch, float32."""
     options = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "max_steps": steps, "learning_rate": 1e-3}
     return load_resolved(
         {
@@ -44,20 +44,20 @@ def make_job(folder: Path, steps: int, name: str) -> JobConfig:
 
 
 def ray_arm(folder: Path, steps: int, name: str) -> list[float]:
-    """Seconds of each step through Ray Train with one worker."""
+    """Return the seconds of each step through Ray Train with one worker."""
     paths = train(make_job(folder, steps, name), "", overwrite=True)
     return [line["step_s"] for line in read_metrics(paths.metrics) if line["kind"] == "train"]
 
 
 def plain_arm(folder: Path, steps: int) -> list[float]:
-    """Seconds of each step of the stock trainer in a process of its own."""
+    """Return the seconds of each step of the stock trainer in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.step_overhead", "--plain", str(folder), str(steps)]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(out.stdout.strip().splitlines()[-1])
 
 
 def run_plain(folder: Path, steps: int) -> None:
-    """The plain script: stock TRL, options as its users would set them. Prints the step times as JSON."""
+    """Run the plain script: stock TRL with its users' usual options. Print the step times as JSON."""
     import datasets
     import torch
     from peft import get_peft_model
@@ -107,7 +107,7 @@ def run_plain(folder: Path, steps: int) -> None:
 
 
 def logging_cost_s(folder: Path, calls: int = 500) -> float:
-    """Seconds that one step's logging takes: the callback and its line in `metrics.jsonl`."""
+    """Return the seconds of one step's logging: the callback and its line in `metrics.jsonl`."""
     from types import SimpleNamespace
 
     from ray_vlm.train.report import RunCallback
@@ -124,7 +124,7 @@ def logging_cost_s(folder: Path, calls: int = 500) -> float:
 
 
 def help_s() -> float:
-    """Seconds of `ray-vlm --help`, the best of five."""
+    """Return the seconds of `ray-vlm --help`, the best of five."""
     times = []
     for _ in range(5):
         started = time.perf_counter()
@@ -134,9 +134,9 @@ def help_s() -> float:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All figures."""
+    """Return all figures."""
     steps, pairs = (20, 1) if quick else (40, 3)
-    ratios, ours, stock = [], [], []
+    ratios, own, stock = [], [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_untrained(folder / "model")
@@ -145,12 +145,12 @@ def measure(quick: bool) -> list[dict[str, Any]]:
             plain = statistics.median(plain_arm(folder, steps)[WARM_UP:])
             through_ray = statistics.median(ray_arm(folder, steps, f"pair_{pair}")[WARM_UP:])
             ratios.append(through_ray / plain)
-            ours.append(through_ray)
+            own.append(through_ray)
             stock.append(plain)
         cost = logging_cost_s(folder)
     return [
         figure("step.plain_trl", statistics.median(stock), "s"),
-        figure("step.ray_train_1_worker", statistics.median(ours), "s"),
+        figure("step.ray_train_1_worker", statistics.median(own), "s"),
         figure("step.ratio", statistics.median(ratios), "x", 1.10),
         figure("step.ratio_min", min(ratios), "x"),
         figure("step.ratio_max", max(ratios), "x"),

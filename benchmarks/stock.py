@@ -1,7 +1,7 @@
-"""One training step of our trainers and of stock TRL's on the same rows, for `parity` and `shared_prefix`.
+"""One training step of this package's trainers and of stock TRL's on the same rows, for `parity` and `shared_prefix`.
 
-The model has an adapter whose B is not zero; for DPO and GRPO it is the reference, and what trains starts a little away
-from it. GRPO's answers are injected: both sides get the same ones, and the same rewards.
+The model has an adapter whose B is not zero; for DPO and GRPO that adapter is the reference, and the trained weights
+start close to it. GRPO's answers are injected: both arms get the same answers and rewards.
 """
 
 import copy
@@ -31,7 +31,7 @@ Gradients = dict[str, torch.Tensor]  # by the name of the weights
 
 
 def build_model(job: JobConfig) -> Any:
-    """The base with an adapter whose B is not zero, so that every gradient has something to say."""
+    """Build the base with an adapter whose B is not zero, so that no gradient is zero."""
     import torch
     from peft import get_peft_model
 
@@ -53,12 +53,12 @@ def build_model(job: JobConfig) -> Any:
 
 
 def device_of(job: JobConfig) -> str:
-    """Where a job of one process trains."""
+    """Return the device of a job that trains in one process."""
     return "cuda:0" if job.cluster.gpus_per_worker else "cpu"
 
 
 def arguments(job: JobConfig) -> dict[str, Any]:
-    """Options that both sides share."""
+    """Return the options that both arms share."""
     options: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "report_to": []}
     options |= {"use_cpu": not job.cluster.gpus_per_worker, "bf16": job.train.precision == "bf16"}
     options |= {"fp16": job.train.precision == "fp16"}
@@ -67,7 +67,7 @@ def arguments(job: JobConfig) -> dict[str, Any]:
 
 
 def checkpointed(trainer: Any) -> Any:
-    """The trainer, its model recomputing activations if its options say so, as `train` would have it."""
+    """Return the trainer with the activation checkpointing that `train` would enable for its options."""
     if trainer.args.gradient_checkpointing:
         recompute(trainer.model, {"use_reentrant": False})
     if trainer.args.bf16 or trainer.args.fp16:  # under autocast, as a trainer puts its model when it begins to train
@@ -77,9 +77,9 @@ def checkpointed(trainer: Any) -> Any:
 
 
 def one_step(trainer: Any, batch: Any, away: bool = False, dtype: torch.dtype = torch.float32) -> Step:
-    """Loss and gradients of one step's forward and backward through the trainer's own code; `away`: the weights first
-    move off the reference. `dtype`: float64 converts the model, and raises `AssertionError` if the step, which must be
-    in `arithmetic(dtype)`, uses a narrower number."""
+    """Return loss and gradients of one step's forward and backward through the trainer's own code. `away`: move the
+    weights off the reference first. `dtype`: float64 converts the model, and raises `AssertionError` if the step, which
+    must be in `arithmetic(dtype)`, uses a narrower number."""
     trainer.model.to(dtype)
     if away:
         with torch.no_grad():
@@ -97,15 +97,15 @@ def one_step(trainer: Any, batch: Any, away: bool = False, dtype: torch.dtype = 
 def our_step(
     job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = (), dtype: torch.dtype = torch.float32
 ) -> Step:
-    """Ours, on the first `rows` records of the job, in float32 or float64."""
+    """Take a step of this package's trainer on the first `rows` records of the job, in float32 or float64."""
     return _step_of(our_trainer, job, rows, answers, dtype)
 
 
 def our_trainer(
     job: JobConfig, batches: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] = (), fold: bool = True
 ) -> tuple[Any, list]:
-    """Our trainer of the job's method, and its micro-batches of these records. `answers`: to be taken for sampled ones;
-    none: GRPO samples. `fold`: share beginnings and pack."""
+    """Return this package's trainer of the job's method, and its micro-batches of these records. `answers`: used in
+    place of sampled ones; None: GRPO samples. `fold`: share prefixes and pack."""
     import datasets
 
     prepared = prepare(job)
@@ -137,7 +137,7 @@ def _injected(ids: Sequence[int]) -> Completion:
 def stock_step(
     job: JobConfig, rows: int, answers: Sequence[Sequence[int]] = (), dtype: torch.dtype = torch.float32
 ) -> Step:
-    """Stock TRL's, on the same rows, in float32 or float64."""
+    """Take a step of stock TRL's trainer on the same rows, in float32 or float64."""
     return _step_of(stock_trainer, job, rows, answers, dtype)
 
 
@@ -154,8 +154,8 @@ def _step_of(
 
 
 def gradients_apart(one: Gradients, other: Gradients, least: float) -> float:
-    """The largest difference of a gradient, relative to the norm of `other`'s; a gradient whose norm is below `least`
-    of the largest one's counts as that large."""
+    """Return the largest difference of a gradient, relative to the norm of `other`'s; a norm below `least` times the
+    largest one is raised to that."""
     assert one.keys() == other.keys()
     scale = max(float(gradient.norm()) for gradient in other.values())
     assert scale > 0
@@ -165,7 +165,7 @@ def gradients_apart(one: Gradients, other: Gradients, least: float) -> float:
 def stock_trainer(
     job: JobConfig, batches: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] = ()
 ) -> tuple[Any, list]:
-    """Stock TRL's trainer, and its micro-batches of the same rows through its own collator and processor."""
+    """Return stock TRL's trainer, and its micro-batches of the same rows through its own collator and processor."""
     prepared = prepare(job)
     builder = load_sample_builder(prepared.spec)
     build = {"sft": _stock_sft, "dpo": _stock_dpo, "grpo": _stock_grpo}[job.method.name]
@@ -175,8 +175,8 @@ def stock_trainer(
 def patched_trainer(
     job: JobConfig, batches: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] = ()
 ) -> tuple[Any, list]:
-    """Stock TRL's with what anyone could patch into it: the frozen tower without autograd, and a head that scores
-    nothing that is not trained."""
+    """Return stock TRL's trainer with two simple patches: the frozen image encoder without autograd, and a head that
+    scores only trained tokens."""
     trainer, made = stock_trainer(job, batches, answers)
     share_prefixes(trainer.model, PackingOptions())
     score_labelled(trainer.model)
@@ -184,21 +184,24 @@ def patched_trainer(
     return trainer, made
 
 
-def _asked(record: Any, builder: SampleBuilder) -> dict[str, Any]:
+def _prompt_row(record: Any, builder: SampleBuilder) -> dict[str, Any]:
     from PIL import Image
 
     text = builder.turns(record)[-1][1].removeprefix("<image>")
     return {"images": [Image.open(record.images[0])], "prompt": [{"role": "user", "content": text}]}
 
 
-def _said(text: str) -> list[dict[str, str]]:
+def _answer_turn(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
 def _stock_sft(job: JobConfig, builder: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import SFTConfig, SFTTrainer
 
-    rows = [[_asked(r, builder) | {"completion": _said(builder.answer(r).text)} for r in part] for part in records]
+    rows = [
+        [_prompt_row(r, builder) | {"completion": _answer_turn(builder.answer(r).text)} for r in part]
+        for part in records
+    ]
     trainer = _stock(job, builder, rows[0], SFTTrainer, SFTConfig, {"max_length": None})
     trainer.model_accepts_loss_kwargs = (
         True  # for Qwen's it would weigh every micro-batch alike, however few its tokens
@@ -211,7 +214,10 @@ def _stock_dpo(job: JobConfig, builder: SampleBuilder, records: Any, answers: An
     from trl import DPOConfig, DPOTrainer
 
     rows = [
-        [_asked(r, builder) | {"chosen": _said(r.chosen), "rejected": _said(r.rejected)} for r in part]
+        [
+            _prompt_row(r, builder) | {"chosen": _answer_turn(r.chosen), "rejected": _answer_turn(r.rejected)}
+            for r in part
+        ]
         for part in records
     ]
     options = {"max_length": None, "beta": 0.1 if job.method.beta is None else job.method.beta}
@@ -223,7 +229,7 @@ def _stock_dpo(job: JobConfig, builder: SampleBuilder, records: Any, answers: An
 def _stock_grpo(job: JobConfig, builder: SampleBuilder, records: Any, answers: Any) -> tuple[Any, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
-    rows = [[_asked(r, builder) for r in part] for part in records]
+    rows = [[_prompt_row(r, builder) for r in part] for part in records]
     group, method = job.method.num_generations, job.method
     options = {"num_generations": group, "max_completion_length": method.max_completion_tokens}
     options |= {"beta": method.beta or 0.0, "temperature": method.temperature}
@@ -234,7 +240,7 @@ def _stock_grpo(job: JobConfig, builder: SampleBuilder, records: Any, answers: A
 
 
 def token_reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
-    """A reward that depends on the answer's tokens alone, so both sides can have it."""
+    """Return a reward that depends only on the answer's tokens, so that both arms can compute it."""
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 

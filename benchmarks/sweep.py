@@ -1,7 +1,7 @@
-"""The demo's sweep as it ships: how long, and is what it exports at least as good as the job that it started from?
+"""The shipped demo sweep: its duration, and whether its export is at least as good as the job that it started from.
 
-Eight trials of `jobs/demo_tune.yaml` over `tune_spaces/demo.yaml`, by the command line; then the job itself, alone,
-for as many steps as the longest trial had, measured on the same test rows.
+Eight trials of `jobs/demo_tune.yaml` over `tune_spaces/demo.yaml`, by the command line; then the job itself, alone, for
+as many steps as the longest trial had, measured on the same test rows.
 """
 
 import json
@@ -19,7 +19,7 @@ JOB, SPACE = "jobs/demo_tune.yaml", "tune_spaces/demo.yaml"
 
 
 def run(*words: str) -> float:
-    """One `ray-vlm` command; returns its seconds. Its output is shown if it fails."""
+    """Run one `ray-vlm` command and return its seconds; print its output if it fails."""
     started = time.monotonic()
     out = subprocess.run([sys.executable, "-m", "ray_vlm", *words], capture_output=True, text=True, cwd=ROOT)
     if out.returncode:
@@ -29,7 +29,7 @@ def run(*words: str) -> float:
 
 
 def loads(folder: Path) -> bool:
-    """Whether plain `peft` and `transformers` load the export."""
+    """Return whether plain `peft` and `transformers` load the export."""
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
@@ -39,20 +39,20 @@ def loads(folder: Path) -> bool:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """`quick` runs three trials of 6 steps, and its figures are not those that the bars are for."""
+    """Return all figures; `quick` runs three trials of 6 steps, and the bars do not apply to its figures."""
     few = ["train.max_steps=6", "evaluate.every_steps=2", "tune.num_trials=3"] if quick else []
     with tempfile.TemporaryDirectory() as temporary:
         out = f"run.output_dir={temporary}"
         wall = run("tune", JOB, "--space", SPACE, out, *few)
         sweep = Path(temporary) / "demo_tune-demo"
-        told = json.loads((sweep / "sweep.json").read_text())
-        best = sweep / "trials" / told["best"] / "evaluate" / "best" / "metrics.json"
-        steps = max(trial["step"] for trial in told["trials"])
+        summary = json.loads((sweep / "sweep.json").read_text())
+        best = sweep / "trials" / summary["best"] / "evaluate" / "best" / "metrics.json"
+        steps = max(trial["step"] for trial in summary["trials"])
         run("train", JOB, out, "run.name=default", *few[1:2], f"train.max_steps={steps}")
         run("evaluate", JOB, "--adapter", f"{temporary}/default/best", "--output", f"{temporary}/default/test")
         f1 = json.loads(best.read_text())["overall"]["f1_50"]
         alone = json.loads((Path(temporary) / "default" / "test" / "metrics.json").read_text())["overall"]["f1_50"]
-        statuses = [trial["status"] for trial in told["trials"]]
+        statuses = [trial["status"] for trial in summary["trials"]]
         fine = loads(sweep / "export" / "adapter")
     return [
         figure("sweep.wall", wall, "s", None if quick else 360.0),

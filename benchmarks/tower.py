@@ -1,7 +1,7 @@
 """A LoRA step on the language model, its frozen image encoder under autograd (as TRL and PEFT leave it) and without.
 
 Tiny Qwen2.5-VL and Qwen3-VL in float32 with gradient checkpointing, one torch thread, rows with an image of 192x192
-pixels. Arms alternate; the figure is the ratio of medians. Gradients are compared to the bit.
+pixels. Arms alternate; the figure is the ratio of medians. Gradients are compared bit for bit.
 """
 
 import statistics
@@ -28,7 +28,7 @@ SIDE, ROWS, WORDS = 196, 4, 64
 
 
 def build(folder: Path, family: str, plainly: bool) -> Any:
-    """The tiny model with an adapter whose B is not zero, ready to train."""
+    """Build the tiny model with an adapter whose B is not zero, ready to train."""
     import torch
     from peft import get_peft_model
 
@@ -45,7 +45,7 @@ def build(folder: Path, family: str, plainly: bool) -> Any:
 
 
 def step(model: Any, batch: dict[str, Any]) -> float:
-    """Seconds of one forward and backward."""
+    """Return the seconds of one forward and backward."""
     model.zero_grad()
     started = time.perf_counter()
     model(**batch, labels=batch["input_ids"]).loss.backward()
@@ -53,7 +53,7 @@ def step(model: Any, batch: dict[str, Any]) -> float:
 
 
 def compare(folder: Path, family: str, rounds: int) -> list[dict[str, Any]]:
-    """Both arms of one family."""
+    """Run both arms of one family."""
     import torch
 
     write_untrained(folder, family)
@@ -80,7 +80,7 @@ def compare(folder: Path, family: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All figures."""
+    """Return all figures."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,5 +1,5 @@
-"""Does DeepSpeed change the numbers? Loss curves and final adapters of two workers under each of `cluster.deepspeed`'s
-values against the same job without it, in float32 and on a 4-bit base.
+"""The effect of DeepSpeed on the numbers: loss curves and final adapters of two workers under each value of
+`cluster.deepspeed` against the same job without it, in float32 and on a 4-bit base.
 
 Tiny random Qwen3-VL, LoRA on every part, 10 steps, 2 CPU workers of a real Ray cluster. Bar: losses equal to 1e-4.
 DeepSpeed compiles an operation once, which takes over a minute.
@@ -23,7 +23,7 @@ PRESETS = [name for of in get_args(Cluster.model_fields["deepspeed"].annotation)
 
 
 def run(folder: Path, model: str, in_4bit: bool, preset: str | None, **changes: Any) -> dict[str, Any]:
-    """Losses, seconds of a step (median) and the final adapter of one run on two workers."""
+    """Return losses, seconds of a step (median) and the final adapter of one run on two workers."""
     from safetensors.torch import load_file
 
     job = dump_job(make_job(folder, model, STEPS, 2))
@@ -39,7 +39,7 @@ def run(folder: Path, model: str, in_4bit: bool, preset: str | None, **changes: 
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-    """Largest relative difference of a loss, and the difference of the adapters relative to their norm."""
+    """Return the largest relative difference of a loss, and the difference of the adapters relative to their norm."""
     assert len(one["losses"]) == len(other["losses"]) > 0
     assert one["adapter"].keys() == other["adapter"].keys()
     losses = max(abs(a - b) / abs(a) for a, b in zip(one["losses"], other["losses"], strict=True))
@@ -50,8 +50,8 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """Every preset on a base in float32 and in 4 bit; quick: two presets in 4 bit."""
-    found = []
+    """Measure every preset on a base in float32 and in 4 bit; `quick`: two presets in 4 bit."""
+    figures = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = str(write_untrained(folder / "model"))
@@ -61,10 +61,10 @@ def measure(quick: bool) -> list[dict[str, Any]]:
                 here = run(folder, model, in_4bit, preset)
                 losses, adapter = compare(plain, here)
                 name = f"{preset}, {'NF4' if in_4bit else 'float32'}"
-                found.append(figure(f"{name}: losses apart from none's", losses, "relative", 1e-4))
-                found.append(figure(f"{name}: final adapter apart from none's", adapter, "relative"))
-                found.append(figure(f"{name}: a step takes", here["step_s"] / plain["step_s"], "x"))
-    return found
+                figures.append(figure(f"{name}: losses apart from none's", losses, "relative", 1e-4))
+                figures.append(figure(f"{name}: final adapter apart from none's", adapter, "relative"))
+                figures.append(figure(f"{name}: a step takes", here["step_s"] / plain["step_s"], "x"))
+    return figures
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The verbs of `ray-vlm`. Nothing heavy is imported until a verb needs it, so `--help` is quick.
+"""The command line `ray-vlm`. Nothing heavy is imported until a verb needs it, so `--help` is quick.
 
-Exit codes: 0 done, 1 it failed on the way, 2 the job or the command line was wrong and nothing was started, 130 Ctrl-C,
-141 whoever read what it prints has left.
+Exit codes: 0 success; 1 failure; 2 an invalid job or command line, nothing was started; 130 Ctrl-C; 141 the reader of
+its output closed the pipe.
 """
 
 import argparse
@@ -19,21 +19,22 @@ from ray_vlm.verbs.cluster import add_cluster_verbs
 from ray_vlm.verbs.data import add_data_verbs
 from ray_vlm.verbs.export import add_export_verb
 from ray_vlm.verbs.memory import add_memory_verb
+from ray_vlm.verbs.parser import VerbParser
 from ray_vlm.verbs.predict import add_predict_verb
 from ray_vlm.verbs.runs import add_runs_verbs
 from ray_vlm.verbs.starter import add_starter_verbs
 from ray_vlm.verbs.tune import add_tune_verb
 
-_READER_LEFT = 141  # as a shell tells it of a program that SIGPIPE ended
+_READER_LEFT = 141  # a shell's exit code for a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code. Where whoever reads what it prints has left (`| head`), it ends quietly."""
+    """Run one verb and return the exit code. If the reader of its output closes the pipe (`| head`), end quietly."""
     try:
         try:
             return _run(sys.argv[1:] if argv is None else list(argv))
         finally:
-            sys.stdout.flush()  # a reader who has left is noticed here, and not when Python ends
+            sys.stdout.flush()  # a closed pipe is noticed here, not when Python exits
     except BrokenPipeError:
         if not _reader_left():
             raise
@@ -41,27 +42,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reader_left() -> bool:
-    """Whether nobody reads what is printed any more; if so, nothing is printed from now on."""
-    gone = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_cut(stream.fileno())]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in gone:
-        os.dup2(nowhere, number)
-    os.close(nowhere)
-    return bool(gone)
+    """Whether the output's pipe is closed. If so, further output is discarded."""
+    closed = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_cut(stream.fileno())]
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for number in closed:
+        os.dup2(devnull, number)
+    os.close(devnull)
+    return bool(closed)
 
 
 def _is_cut(number: int) -> bool:
-    """Whether the other end of a pipe is closed. A second write would not tell: Python drops what the first left."""
+    """Whether the other end of a pipe is closed. A second write cannot tell: Python has dropped the failed buffer."""
     pipe = select.poll()
     pipe.register(number, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in pipe.poll(0))
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    args, rest = _parser().parse_known_args(arguments)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.refuse_unknown(rest)
     if rest:  # key=value after an option
         args.overrides = [*args.overrides, *rest]
     from ray_vlm.errors import Interrupted, RayVlmError
@@ -85,7 +85,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 class _Compatibility(argparse.Action):
-    """Prints and ends, as `--version` does: no job is needed."""
+    """Print the table and exit, as `--version` does: no job is needed."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         from ray_vlm.config.compatibility import describe
@@ -94,19 +94,19 @@ class _Compatibility(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> VerbParser:
+    parser = VerbParser(
         prog="ray-vlm", description="Fine-tune vision-language models with 4-bit LoRA, on one core or a Ray cluster."
     )
     parser.add_argument("--version", action="version", version=f"ray-vlm {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     demo = verbs.add_parser("demo", help="watch a tiny model learn to find objects; a few minutes on a CPU")
     demo.add_argument("--output-dir", default="outputs", help="where the demo writes (default: outputs)")
-    demo.add_argument("--all", action="store_true", help="then go on with DPO and GRPO; 5 minutes in all")
+    demo.add_argument("--all", action="store_true", help="continue with DPO and GRPO; 5 minutes in all")
     demo.set_defaults(verb=_demo)
-    config = job_verb(verbs, "config", "print the resolved job, every default written out", _config)
+    config = job_verb(verbs, "config", "print the resolved job with every default", _config)
     config.add_argument("--dry-run", action="store_true", help="first read the data, print the plan and first records")
-    config.add_argument("--compatibility", action=_Compatibility, nargs=0, help="print what goes together, and exit")
+    config.add_argument("--compatibility", action=_Compatibility, nargs=0, help="print what can be combined, and exit")
     _add_computing_verbs(verbs)
     add_starter_verbs(verbs, _parser)
     add_data_verbs(verbs)
@@ -117,12 +117,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
-    """Those that `ray-vlm submit` runs on a cluster, with the same words and options."""
+    """Add the verbs that `ray-vlm submit` runs on a cluster, with the same arguments."""
     train = job_verb(verbs, "train", "run a job", _train)
     train.add_argument("--dry-run", action="store_true", help="print the plan, first records and the resolved job only")
     either = train.add_mutually_exclusive_group()
     either.add_argument("--overwrite", action="store_true", help="delete the run of that name first")
-    either.add_argument("--resume", action="store_true", help="go on with the run of that name, or start it")
+    either.add_argument("--resume", action="store_true", help="continue the run of that name, or start it")
     evaluate = job_verb(verbs, "evaluate", "measure the base or an adapter on data.test", _evaluate)
     evaluate.add_argument(
         "--adapter",
@@ -130,7 +130,7 @@ def _add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
         default=[],
         help="a run, its best/ or final/, an exported adapter or a whole model; may be repeated; without it, the base",
     )
-    evaluate.add_argument("--base", action="store_true", help="beside adapters, also the untouched base")
+    evaluate.add_argument("--base", action="store_true", help="beside adapters, also the base without an adapter")
     evaluate.add_argument("--base-unquantised", action="store_true", help="also the base without quantisation")
     evaluate.add_argument(
         "--output", help="folder for the results (default: beside the adapter, or <output_dir>/evaluate)"
@@ -138,13 +138,13 @@ def _add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
     evaluate.add_argument(
         "--both-memories",
         action="store_true",
-        help="GUI steps: with the truth's memory of earlier steps and with the model's own, in one report",
+        help="GUI steps: with earlier steps from the data and with the model's own, in one report",
     )
     evaluate.add_argument("--against", help="folder of another evaluation to show beside this one in report.html")
     pairs = job_verb(verbs, "pairs", "make preference data from a model's own answers", _pairs)
     pairs.add_argument("--output", required=True, metavar="PATH", help="the file of pairs, .jsonl")
     pairs.add_argument("--adapter", help="a run's best/ or final/ to sample (default: model.adapter, or the base)")
-    pairs.add_argument("--part", choices=["train", "eval"], default="train", help="whose rows (default: train)")
+    pairs.add_argument("--part", choices=["train", "eval"], default="train", help="which rows (default: train)")
     pairs.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     add_predict_verb(verbs)
     add_tune_verb(verbs)
@@ -195,8 +195,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     job = load_job(args.job, args.overrides)
     adapters = [trained_weights(name) for name in args.adapter]
-    subjects = plan_subjects(job, adapters, args.base, args.base_unquantised, args.both_memories)
-    evaluate_and_report(job, subjects, args.output, args.against)
+    targets = plan_subjects(job, adapters, args.base, args.base_unquantised, args.both_memories)
+    evaluate_and_report(job, targets, args.output, args.against)
 
 
 def _pairs(args: argparse.Namespace) -> None:

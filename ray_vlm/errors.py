@@ -1,4 +1,4 @@
-"""The four errors that this package raises on purpose, and the end of a run that was asked to stop.
+"""The exceptions of this package: four kinds of error, and the interruption of a run by a signal.
 
 Each problem names the value, the reason and the fix.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class RayVlmError(Exception):
-    """Base of the four. `problems` holds one sentence for each thing that is wrong; all are shown at once."""
+    """Base of all. `problems` has one message for each thing that is wrong; all are shown at once."""
 
     exit_code = 1
 
@@ -20,25 +20,25 @@ class RayVlmError(Exception):
 
 
 class ConfigError(RayVlmError):
-    """The job file, an override, or a combination of settings cannot work. Exit code 2; nothing was started."""
+    """The job file, an override or a combination of settings is invalid. Exit code 2; nothing was started."""
 
     exit_code = 2
 
 
 class DataError(RayVlmError):
-    """Rows, images or boxes are unusable. Names row, id and reason."""
+    """Rows, images or boxes are unusable. The message names the row, its id and the reason."""
 
 
 class ModelError(RayVlmError):
-    """A model folder, an adapter or its processor cannot be used as asked."""
+    """A model, an adapter or a processor cannot be used as requested."""
 
 
 class RunError(RayVlmError):
-    """A run could not start or go on: folder in use, cluster too small, a worker that failed for good."""
+    """A run could not start or continue: its folder is in use, the cluster is too small, a worker failed for good."""
 
 
 class Interrupted(RayVlmError):
-    """A signal stopped the run after a checkpoint. The exit code is the shell's for that signal: 130 or 143."""
+    """A signal stopped the run after a checkpoint. The exit code is 128 plus the signal: 130 or 143."""
 
     def __init__(self, problems: str | Sequence[str], signal: int = 2):
         super().__init__(problems)

@@ -1,6 +1,6 @@
-"""What this process may use of its machine: CPUs, the cards in sight, and the room in Ray's temporary folder.
+"""The resources of this machine that the process may use: CPUs, GPUs, and disk space in Ray's temporary folder.
 
-Read from files of the system alone: nothing is imported for it and no process is started.
+All of it is read from system files, without importing a library or starting a process.
 """
 
 import os
@@ -10,48 +10,48 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 2**30
-_FULL = 0.95  # share of a file system above which Ray keeps no more objects there (its local_fs_capacity_threshold)
-_LEAST_ROOM = 1 * GIB  # for logs and for objects that Ray's memory does not hold
-_LEAST_MEMORY_ROOM = 4 * GIB  # size of a tmpfs that counts as small
-_TO_START = 2**26  # bytes that Ray's own files take as it starts
+_FULL = 0.95  # used share of a file system above which Ray writes no objects (its local_fs_capacity_threshold)
+_MIN_FREE = 1 * GIB  # for logs, and for objects that do not fit into Ray's memory
+_MIN_TMPFS = 4 * GIB  # a smaller tmpfs gets a note
+_MIN_TO_START = 2**26  # bytes that Ray's own files need when it starts
 
 
 def count_cpus() -> int:
-    """CPUs that this process may use: those of its affinity mask, and no more than its cgroup's quota pays for."""
+    """Count the CPUs that this process may use: those of its affinity mask, limited by its cgroup's quota."""
     mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = read_cpu_quota(_read)
     return max(1, mask if quota is None else min(mask, int(quota)))
 
 
 def count_threads(cpus: float) -> int:
-    """Threads of a process that reserves `cpus`: no more than it may really use."""
+    """Return the number of threads of a process that reserves `cpus`, limited by the CPUs that it may use."""
     return max(1, min(int(cpus), count_cpus()))
 
 
 def read_cpu_quota(read: Callable[[str], str | None]) -> float | None:
-    """How many CPUs' time the cgroups of this process grant it, None without a limit. `read`: a file's text, or None.
+    """Return the CPU quota of this process's cgroups, in CPUs; None without a limit.
 
-    Version 2 and version 1 of cgroups. The limits of the groups above count too.
+    `read` returns a file's text, or None. Both versions of cgroups are read. Limits of parent groups apply too.
     """
     quotas = []
     for line in ["0::/", "1:cpu:/", *(read("/proc/self/cgroup") or "").splitlines()]:
         _, controllers, group = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
-            found = [_quota_v2(read(f"/sys/fs/cgroup{above}/cpu.max")) for above in _with_parents(group)]
+            limits = [_quota_v2(read(f"/sys/fs/cgroup{above}/cpu.max")) for above in _with_parents(group)]
         elif "cpu" in controllers.split(","):
             mounts = {f"/sys/fs/cgroup/{controllers}", "/sys/fs/cgroup/cpu"}
             folders = [f"{mount}{above}" for mount in sorted(mounts) for above in _with_parents(group)]
-            found = [
+            limits = [
                 _quota_v1(read(f"{folder}/cpu.cfs_quota_us"), read(f"{folder}/cpu.cfs_period_us")) for folder in folders
             ]
         else:
             continue
-        quotas += [quota for quota in found if quota is not None]
+        quotas += [quota for quota in limits if quota is not None]
     return min(quotas, default=None)
 
 
 def _with_parents(group: str) -> Iterator[str]:
-    """`/a/b`, `/a` and the root. In a container a group's path may be the host's: only the root is there then."""
+    """Yield `/a/b`, `/a` and the root. In a container the path may be the host's, of which only the root exists."""
     parts = group.strip("/").split("/") if group.strip("/") else []
     for length in range(len(parts), -1, -1):
         yield "".join(f"/{part}" for part in parts[:length])
@@ -67,7 +67,7 @@ def _quota_v1(quota: str | None, period: str | None) -> float | None:
 
 
 def _divide(quota: str, period: str) -> float | None:
-    """`max` and -1 stand for no limit."""
+    """Return quota / period; None for no limit, which is written `max` or -1."""
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(quota) and int(period) else None
 
 
@@ -79,7 +79,7 @@ def _read(path: str) -> str | None:
 
 
 def count_gpus(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> int:
-    """NVIDIA cards that this process may see, by their device files: neither torch nor the driver is asked."""
+    """Count the NVIDIA GPUs of the machine by their device files, without torch or the driver; 0 if they are hidden."""
     if environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles"):  # hidden on purpose
         return 0
     return sum(path.name.removeprefix("nvidia").isdigit() for path in (root / "dev").glob("nvidia*"))
@@ -87,7 +87,7 @@ def count_gpus(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) 
 
 @dataclass(frozen=True)
 class Disk:
-    """The file system of a folder: bytes in all and free, and whether it lies in memory."""
+    """The file system of a folder: total and free bytes, and whether it is in memory (tmpfs)."""
 
     folder: str
     total: int
@@ -96,41 +96,43 @@ class Disk:
 
 
 def ray_folder() -> Path:
-    """Where Ray keeps sockets, logs and objects that do not fit into memory."""
+    """Return the folder in which Ray keeps sockets, logs and objects that do not fit into memory."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"  # noqa: S108 - as Ray has it
 
 
 def read_disk(folder: Path) -> Disk:
-    """The file system on which a folder lies, or will lie once it is made."""
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    usage = shutil.disk_usage(there)
-    return Disk(str(folder), usage.total, usage.free, is_in_memory(str(there.resolve()), _read("/proc/mounts") or ""))
+    """Return the file system of a folder, or of its nearest existing parent."""
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    usage = shutil.disk_usage(existing)
+    return Disk(
+        str(folder), usage.total, usage.free, is_in_memory(str(existing.resolve()), _read("/proc/mounts") or "")
+    )
 
 
 def is_in_memory(folder: str, mounts: str) -> bool:
-    """Whether a folder lies on a tmpfs, by the text of `/proc/mounts`."""
+    """Whether a folder is on a tmpfs. `mounts` is the text of `/proc/mounts`."""
     kinds = {}
     for line in mounts.splitlines():
         _, mount, kind, *_ = [*line.split(" "), "", "", ""]
         if mount == "/" or folder == mount or folder.startswith(f"{mount}/"):
-            kinds[len(mount)] = kind  # of two mounts in one place the later one is seen
+            kinds[len(mount)] = kind  # a later mount on the same folder hides the earlier one
     return bool(kinds) and kinds[max(kinds)] in ("tmpfs", "ramfs")
 
 
 def cannot_hold_ray(disk: Disk) -> bool:
-    """Whether Ray could not even write its own files there."""
-    return disk.free < _TO_START
+    """Whether there is too little space even for Ray's own files."""
+    return disk.free < _MIN_TO_START
 
 
 def describe_room(disk: Disk) -> str | None:
-    """What is wrong with the room in Ray's temporary folder, and the fix; None where there is enough."""
+    """Return why Ray's temporary folder has too little space, and the fix; None if it has enough."""
     where = f"{disk.folder}, Ray's temporary folder,"
     fix = "Set RAY_TMPDIR to a folder with more room (a short path: sockets lie in it)"
-    if disk.in_memory and disk.total < _LEAST_MEMORY_ROOM:
+    if disk.in_memory and disk.total < _MIN_TMPFS:
         why = f"lies in memory (tmpfs) and holds only {disk.total / GIB:.1f} GiB"
     elif 1 - disk.free / max(1, disk.total) > _FULL:
         why = f"is {1 - disk.free / max(1, disk.total):.0%} full, and above {_FULL:.0%} Ray keeps no more objects there"
-    elif disk.free < _LEAST_ROOM:
+    elif disk.free < _MIN_FREE:
         why = f"has only {disk.free / GIB:.2f} GiB left"
     else:
         return None

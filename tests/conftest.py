@@ -33,14 +33,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     cluster, and that tests which look for Ray's processes find their own.
     """
 
-    def place(item: pytest.Item) -> int:
+    def position(item: pytest.Item) -> int:
         if item.get_closest_marker("cluster"):
             return 0
         room = item.path.relative_to(here).parts[0]
         return ROOMS.index(room) if room in ROOMS else len(ROOMS)
 
     here = Path(__file__).parent
-    items.sort(key=place)
+    items.sort(key=position)
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             group = "cluster" if item.get_closest_marker("cluster") else str(item.path.relative_to(here))
@@ -123,8 +123,8 @@ def stumbling() -> Iterator[tuple[str, Any]]:
     """The address of a bucket, and what makes its requests fail."""
     from tests.faults import stumbling_store
 
-    with stumbling_store() as found:
-        yield found
+    with stumbling_store() as store:
+        yield store
 
 
 @pytest.fixture(scope="session")

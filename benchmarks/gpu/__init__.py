@@ -1,1 +1,1 @@
-"""What this package does on one NVIDIA card, beside stock TRL on the same rows: `python -m benchmarks.gpu`."""
+"""Measurements of this package on one NVIDIA card, beside stock TRL on the same rows: `python -m benchmarks.gpu`."""

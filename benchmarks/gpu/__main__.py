@@ -1,10 +1,10 @@
-"""What this package does on one NVIDIA card, beside stock TRL on the same rows.
+"""Measurements of this package on one NVIDIA card, beside stock TRL on the same rows.
 
-`python -m benchmarks.gpu --json F` on a card with 14 GiB free or more; memory is capped at 40 GiB. Blocks run in order
-of worth, each with a time limit, and every figure is in F as soon as it is known. Bases have the shapes of
-Qwen3-VL-8B and Qwen2.5-VL-7B with random weights, built on the card: no hub, and no weights on a disk. `--blocks
-sft,grpo` runs some; `--rehearse` runs the same code with tiny shapes on a CPU. Exit code 1 where a bar is missed or a
-block did not end as planned.
+`python -m benchmarks.gpu --json F` needs a card with 14 GiB free or more; memory is capped at 40 GiB. Blocks run in
+order of importance, each with a time limit, and every figure is in F as soon as it is measured. Bases have the shapes
+of Qwen3-VL-8B and Qwen2.5-VL-7B with random weights, built on the card: no hub, and no weights on a disk. `--blocks
+sft,grpo` selects blocks; `--rehearse` runs the same code with tiny shapes on a CPU. The exit code is 1 if a bar is
+missed or a block did not end as planned.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PLANNER_S = 30.0  # to wait for plans that are missing once the blocks have ende
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command's arguments."""
+    """Parse the command's arguments."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--json", type=Path, default=Path("outputs/gpu.json"), help="where figures go as they come")
     parser.add_argument("--blocks", help=f"only these, parted by commas, of {', '.join(b.name for b in BLOCKS)}")
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the blocks and print the table; returns the exit code."""
+    """Run the blocks, print the table, and return the exit code."""
     args = parse(argv)
     try:
         blocks = choose_blocks(args.blocks)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return start_child(["--child", str(folder), "--blocks", ",".join(names), *same])
 
         try:
-            whole = run_children(blocks, start, Events(folder / "events.jsonl"), figures, args.limit)
+            all_ended = run_children(blocks, start, Events(folder / "events.jsonl"), figures, args.limit)
             with suppress(subprocess.TimeoutExpired):
                 planner.wait(max(1.0, min(PLANNER_S, end - time.monotonic())))
         finally:
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             planner.wait()
         plans = folder / "plans.json"
         write_plans(figures, json.loads(plans.read_text()) if plans.exists() else {}, not args.rehearse)
-    found = figures.read()
-    print("\n" + write_table(found))
-    return 0 if whole and all(one["ok"] for one in found) else 1
+    entries = figures.read()
+    print("\n" + write_table(entries))
+    return 0 if all_ended and all(one["ok"] for one in entries) else 1
 
 
 def _start_planner(folder: Path, rehearse: bool) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""What blocks are given: the size of everything, the card, bases that are built once, and a place for figures."""
+"""The context of blocks: the size of everything, the card, bases that are built once, and the file of figures."""
 
 import gc
 import json
@@ -24,11 +24,11 @@ FAMILY_OF = {QWEN3: "qwen3_vl", QWEN2_5: "qwen2_5_vl"}
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """The sizes of all measurements.
 
-    `side`: image tokens along a side. `groups`: GRPO's answers and tokens of each. `rollouts`: sequences sampled at
-    once; `sampled`: tokens of each. `lengths`: tokens of a tree whose attention is timed, multiples of 128. `matrix`:
-    rows of a product; `copied`: bytes of a copy. `pairs`: timed steps of each side.
+    `side`: image tokens along a side. `groups`: GRPO's number of answers and tokens of each. `rollouts`: sequences
+    sampled at once; `sampled`: tokens of each. `lengths`: tokens of a tree whose attention is timed, multiples of 128.
+    `matrix`: rows of a product; `copied`: bytes of a copy. `pairs`: timed steps of each arm.
     """
 
     rehearse: bool
@@ -44,7 +44,7 @@ class Scale:
 
     @property
     def device(self) -> str:
-        """Where tensors live."""
+        """Return the device of tensors."""
         return "cpu" if self.rehearse else "cuda:0"
 
 
@@ -65,7 +65,8 @@ SMALL = Scale(
 
 @dataclass
 class Bench:
-    """What a block works with. `folder`: for configurations and rows, never weights. `plans`: the planner's file."""
+    """The context that a block works with. `folder`: for configurations and rows, never weights. `plans`: the planner's
+    file."""
 
     scale: Scale
     figures: FigureFile
@@ -76,19 +77,19 @@ class Bench:
     end: float = math.inf
 
     def of_block(self, name: str, limit_s: float) -> "Bench":
-        """The same, for figures of this block, which has so many seconds."""
+        """Return this context for the figures of one block and its time limit in seconds."""
         self.block, self.end = name, time.monotonic() + limit_s
         return self
 
     @property
     def left_s(self) -> float:
-        """Seconds until the block is ended."""
+        """Return the seconds until the block is ended."""
         return self.end - time.monotonic()
 
     def add(
         self, name: str, value: float, unit: str, bar: float | None = None, most: bool = True, note: str = ""
     ) -> None:
-        """Write a figure. Bars of speed and size are for real shapes, so a rehearsal has none."""
+        """Write a figure. Bars of speed and size apply to real shapes, so a rehearsal has none."""
         self.figures.add(self.block, name, value, unit, None if self.scale.rehearse else bar, most, note)
 
     def check(self, name: str, value: float, unit: str, bar: float) -> None:
@@ -96,7 +97,7 @@ class Bench:
         self.figures.add(self.block, name, value, unit, bar)
 
     def base(self, model: str) -> Any:
-        """The model's base in 4 bit on the card, built on first use; one is kept at a time."""
+        """Return the model's base in 4 bit on the card, built on first use; one is kept at a time."""
         from benchmarks.gpu.shapes import build_base
 
         if model not in self.bases:
@@ -109,7 +110,7 @@ class Bench:
         return self.bases[model]
 
     def job(self, case: "Case", prompts: int = 1, **train: Any) -> "JobConfig":
-        """The job of a case (`cases.build_job`), whose base `load_resident` hands out from now on."""
+        """Build the job of a case (`cases.build_job`), whose base `load_resident` returns from now on."""
         from benchmarks.gpu.cases import build_job
         from benchmarks.stock import device_of
         from ray_vlm.models.base_cache import keep_resident
@@ -126,7 +127,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def seconds(self, call: Callable[[], Any], repeats: int, warm: int = 1) -> float:
-        """Median seconds of a call, the device's work included, after `warm` calls that do not count."""
+        """Return the median seconds of a call, the device's work included, after `warm` calls that do not count."""
         for _ in range(warm):
             call()
         taken = []
@@ -139,7 +140,7 @@ class Bench:
         return statistics.median(taken)
 
     def clean_up(self) -> None:
-        """Free what earlier work left: trainers are reference cycles, which only the collector frees."""
+        """Free the memory of earlier work: trainers are reference cycles, which only the garbage collector frees."""
         gc.collect()
         if "torch" not in sys.modules or self.scale.rehearse:
             return
@@ -150,7 +151,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
     def plan(self, case: str, wait_s: float = 0.0) -> dict[str, Any] | None:
-        """What the planner says of a case, once it has said so; None where it has not."""
+        """Return the planner's result for a case, or None if it has not come within the wait."""
         end = time.monotonic() + wait_s
         while True:
             plans = json.loads(self.plans.read_text()) if self.plans.exists() else {}

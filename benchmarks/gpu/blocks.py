@@ -1,7 +1,8 @@
-"""The blocks of the benchmark, in order of worth, each with its time limit.
+"""The blocks of the benchmark, in order of importance, each with its time limit.
 
-A card may be there for minutes only, so the limits together stay under `WHOLE_S`, and what would be missed most comes
-first. A block is a function of a `Bench` (`benchmarks/gpu/bench.py`) that writes figures as it finds them.
+A card may be available for minutes only, so the limits together stay under `WHOLE_S`, and the most important blocks
+come first. A block is a function of a `Bench` (`benchmarks/gpu/bench.py`) that writes each figure as soon as it is
+measured.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ _TRAINING = ("bitsandbytes", "datasets", "peft", "pydantic", "transformers", "tr
 
 @dataclass(frozen=True)
 class Block:
-    """`call`: `module:function`. `limit_s`: seconds after which the block is ended. `needs`: packages without which it
-    cannot run. `must`: without it no other block can run either."""
+    """`call`: `module:function`. `limit_s`: seconds after which the block is ended. `needs`: packages that it requires.
+    `must`: no other block can run if this one fails."""
 
     name: str
     call: str
@@ -37,9 +38,9 @@ assert sum(block.limit_s for block in BLOCKS) <= WHOLE_S
 
 
 def choose_blocks(names: str | None) -> tuple[Block, ...]:
-    """The blocks with these names, parted by commas, in their own order, after those that must run; None: all.
+    """Return the blocks with these comma-separated names, in their own order, after those that must run; None: all.
 
-    Raises `ValueError` that names what is unknown.
+    Raise `ValueError` with the names that are unknown.
     """
     if names is None:
         return BLOCKS

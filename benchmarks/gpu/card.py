@@ -1,4 +1,4 @@
-"""Is there a card that the figures mean something on, and how fast are its products and copies?"""
+"""Checks that a card is fit for measurements, and the speed of its products and copies."""
 
 from benchmarks.gpu.bench import CAP_GIB, GIB, Bench
 from benchmarks.gpu.supervise import Refused
@@ -8,7 +8,7 @@ NEEDED_GIB = 14.0
 
 
 def inspect_card(bench: Bench) -> None:
-    """Refuse what cannot be measured on, cap the memory, and write the ceilings."""
+    """Refuse a card that is unfit for measurements, cap the memory, and write the card's ceilings."""
     import torch
 
     if bench.scale.rehearse:
@@ -17,7 +17,7 @@ def inspect_card(bench: Bench) -> None:
         check_card()
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_GIB * GIB / whole))
-    if any(found["block"] == "card" for found in bench.figures.read()):
+    if any(entry["block"] == "card" for entry in bench.figures.read()):
         return  # a process that goes on where another one ended
     described = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     if not bench.scale.rehearse:
@@ -33,7 +33,7 @@ def inspect_card(bench: Bench) -> None:
 
 
 def check_card() -> None:
-    """Raise `Refused` for no card, one that emulates bfloat16, and one that is too full or too small."""
+    """Raise `Refused` if there is no card, or if it emulates bfloat16, is too full or is too small."""
     import torch
 
     if not torch.cuda.is_available():
@@ -53,7 +53,7 @@ def check_card() -> None:
 
 
 def measure_ceilings(bench: Bench) -> tuple[float, float]:
-    """Operations a second of a large product of matrices, and bytes a second of a copy."""
+    """Measure operations per second of a large matrix product, and bytes per second of a copy."""
     import torch
 
     scale = bench.scale

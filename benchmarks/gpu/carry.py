@@ -1,9 +1,9 @@
-"""Pack what a machine with a card lacks, for one that cannot install from an index: `python -m benchmarks.gpu.carry`.
+"""Pack the wheels for a machine with a card that cannot install from an index: `python -m benchmarks.gpu.carry`.
 
-Wheels of the versions in `constraints.txt` for another Python, without their own requirements, which images for
-training have: torch, transformers, accelerate, numpy, pandas, pyarrow, pyyaml, psutil, scipy, jinja2, pillow.
-bitsandbytes' wheel holds kernels for every version of CUDA; it is packed with those for one, and for the CPU. Ray,
-DeepSpeed and trackers are not needed: the benchmark trains in its own process.
+The wheels have the versions in `constraints.txt` and are for another Python. Their own requirements are left out,
+because images for training have them: torch, transformers, accelerate, numpy, pandas, pyarrow, pyyaml, psutil, scipy,
+jinja2, pillow. The wheel of bitsandbytes holds kernels for every version of CUDA; it is packed with those for one
+version and for the CPU. Ray, DeepSpeed and trackers are not needed: the benchmark trains in its own process.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _LIBRARY = re.compile(r"bitsandbytes/libbitsandbytes_(?P<kind>\w+)\.so")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the wheels and say what they take; returns the exit code."""
+    """Write the wheels, print their size, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.carry", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/gpu"), help="folder for the wheels")
     parser.add_argument("--python", default="3.12", help="version of Python there")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_versions(path: Path) -> list[str]:
-    """`name==version` of each package that travels. Raises `ValueError` for one that the file does not pin."""
+    """Return `name==version` of each package to pack. Raise `ValueError` for one that the file does not pin."""
     pinned = dict(line.split("==") for line in path.read_text().split() if "==" in line)
     known = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     if absent := [name for name in PACKAGES if name not in known]:
@@ -76,8 +76,8 @@ def download(wanted: list[str], python: str, output: Path) -> None:
 
 
 def strip_wheel(wheel: Path, cuda: str) -> None:
-    """Leave the kernels for other devices out of bitsandbytes' wheel. Raises `ValueError` where it has none for this
-    version of CUDA."""
+    """Remove the kernels for other devices from bitsandbytes' wheel. Raise `ValueError` if it has none for this version
+    of CUDA."""
     keep = {"cpu", f"cuda{cuda}"}
     with zipfile.ZipFile(wheel) as source:
         kinds = {match["kind"] for name in source.namelist() if (match := _LIBRARY.fullmatch(name))}

@@ -1,6 +1,6 @@
-"""Training steps that are measured: which base, method and rows, as jobs of this package.
+"""The training steps to measure: base, method and rows, as jobs of this package.
 
-The process that trains and the one that plans memory beside it build the same jobs and rows from these.
+The process that trains and the one that plans memory beside it build the same jobs and rows from these cases.
 """
 
 import json
@@ -22,7 +22,7 @@ WORDS = ("circle", "square", "triangle", "cross", "ring", "diamond", "star", "ob
 
 @dataclass(frozen=True)
 class Case:
-    """A micro-batch of `micro` rows (GRPO: answers) of a method. `recompute`: how many of the first layers recompute
+    """A micro-batch of `micro` rows (GRPO: answers) of a method. `recompute`: the number of first layers that recompute
     their activations; True: all. `length`: tokens of each of GRPO's answers, which are injected."""
 
     name: str
@@ -41,41 +41,41 @@ OTHER = Case("sft, 2 rows, Qwen2.5-VL", QWEN2_5, "sft", 2)
 
 
 def groups(scale: Scale) -> list[Case]:
-    """GRPO's, one group of answers each."""
+    """Return GRPO's cases, one group of answers each."""
     return [Case(f"grpo, {n} answers of {length}", QWEN3, "grpo", n, length=length) for n, length in scale.groups]
 
 
 def planned(scale: Scale) -> list[Case]:
-    """Those whose memory is planned."""
+    """Return the cases whose memory is planned."""
     return [SHIPPED, LARGER, *groups(scale), PAIRS, OTHER]
 
 
 def write_rows(folder: Path, model: str, method: str, rows: int, scale: Scale) -> Path:
-    """Chats, pairs or prompts about noise; returns their file. The same for the same arguments."""
+    """Write chats, pairs or prompts about noise and return their file. Equal arguments give equal rows."""
     from PIL import Image
 
-    side, place = image_side(folder, model, scale), folder / f"rows-{base_folder(folder, model).name}"
-    place.mkdir(exist_ok=True)
+    side, output_dir = image_side(folder, model, scale), folder / f"rows-{base_folder(folder, model).name}"
+    output_dir.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     lines: list[dict[str, Any]] = []
     for number in range(rows):
         name = f"{number}.png"
         pixels = rng.integers(0, 255, (side, side, 3), np.uint8)
         answers = [" ".join(rng.choice(WORDS, scale.words)) for _ in range(2)]
-        if not (place / name).exists():
-            Image.fromarray(pixels).save(place / name, compress_level=1)
+        if not (output_dir / name).exists():
+            Image.fromarray(pixels).save(output_dir / name, compress_level=1)
         turns = [{"from": "human", "value": "<image>\nWhat is shown?"}, {"from": "gpt", "value": answers[0]}]
-        asked = {"prompt": "<image>\nWhat is shown?", "images": [name]}
-        pair = asked | {"chosen": answers[0], "rejected": answers[1]}
-        lines.append({"sft": {"image": name, "conversations": turns}, "dpo": pair, "grpo": asked}[method])
-    path = place / f"{method}-{rows}.jsonl"
+        prompt = {"prompt": "<image>\nWhat is shown?", "images": [name]}
+        pair = prompt | {"chosen": answers[0], "rejected": answers[1]}
+        lines.append({"sft": {"image": name, "conversations": turns}, "dpo": pair, "grpo": prompt}[method])
+    path = output_dir / f"{method}-{rows}.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
     return path
 
 
 def build_job(folder: Path, case: Case, scale: Scale, prompts: int = 1, **train: Any) -> JobConfig:
-    """The job of a case, QLoRA as the shipped ones are. `prompts`: of a GRPO step, of whose answers `case.micro` go
-    through the model at once. `train`: other values of that section."""
+    """Build the job of a case, QLoRA like the shipped jobs. `prompts`: number of prompts in a GRPO step, of whose
+    answers `case.micro` go through the model at once. `train`: further values of that section."""
     rows = {"sft": max(case.micro, train.get("global_batch_size", 0)), "dpo": case.micro, "grpo": prompts}[case.method]
     path = write_rows(folder, case.model, case.method, rows, scale)
     options: dict[str, Any] = {"name": case.method}
@@ -105,6 +105,6 @@ def build_job(folder: Path, case: Case, scale: Scale, prompts: int = 1, **train:
 
 
 def injected_answers(case: Case) -> Sequence[Sequence[int]]:
-    """Token ids of GRPO's answers, all of the case's length."""
+    """Return token ids of GRPO's answers, all of the case's length."""
     rng = np.random.default_rng(case.length)
     return [rng.integers(20, 600, case.length).tolist() for _ in range(case.micro)]

@@ -1,4 +1,4 @@
-"""Figures in a file as they come: whatever ends the benchmark, what was measured before stays."""
+"""A file of figures that is written as they come: whatever ends the benchmark, earlier measurements stay."""
 
 import json
 import math
@@ -14,9 +14,9 @@ GIB = 2**30
 
 
 class FigureFile:
-    """A JSON list of figures, as other benchmarks write it at their end; written anew, whole, with each figure.
+    """A JSON list of figures in the format of the other benchmarks; the complete file is rewritten with each figure.
 
-    Every figure has beside the usual keys `block`, and `note` where there is something to say.
+    Every figure has the usual keys, and in addition `block` and, if there is a remark, `note`.
     """
 
     def __init__(self, path: Path):
@@ -24,11 +24,11 @@ class FigureFile:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> list[dict[str, Any]]:
-        """All figures so far."""
+        """Return all figures so far."""
         return json.loads(self.path.read_text()) if self.path.exists() else []
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Remove all figures."""
         write_json(self.path, [])
 
     def add(
@@ -41,19 +41,21 @@ class FigureFile:
         most: bool = True,
         note: str = "",
     ) -> None:
-        """Write a figure. `bar` as `benchmarks.figures.figure` has it; what is no number becomes None and misses it."""
+        """Write a figure. `bar` as in `benchmarks.figures.figure`; a value that is not finite becomes None and misses
+        it."""
         result = figure(name, value, unit, bar, most) | {"block": block}
         if not math.isfinite(value):
             result |= {"value": None, "ok": bar is None}
         write_json(self.path, [*self.read(), result | ({"note": note} if note else {})])
 
     def fail(self, block: str, reason: str) -> None:
-        """Write that a block did not come to its end, and why."""
+        """Write that a block did not finish, and why."""
         self.add(block, "ended as planned", 0, "", 1, most=False, note=reason)
 
 
 def write_plans(figures: FigureFile, plans: dict[str, dict[str, Any]], bars: bool) -> None:
-    """Put the plan of each case beside what was measured of it. `bars`: whether the shapes are those of the bars."""
+    """Write the plan of each case beside its measurement. `bars`: whether the shapes are those that the bars apply
+    to."""
     for measured in figures.read():
         case, block = measured["name"].removesuffix(ALLOCATED), measured["block"]
         if case == measured["name"] or measured["value"] is None:
@@ -69,14 +71,14 @@ def write_plans(figures: FigureFile, plans: dict[str, dict[str, Any]], bars: boo
 
 
 def write_table(figures: list[dict[str, Any]]) -> str:
-    """All figures for people to read, block by block."""
-    blocks = list(dict.fromkeys(found["block"] for found in figures))
-    figures = sorted(figures, key=lambda found: blocks.index(found["block"]))
-    names = [f"{found['block']}: {found['name']}" for found in figures]
+    """Format all figures as a table, block by block."""
+    blocks = list(dict.fromkeys(entry["block"] for entry in figures))
+    figures = sorted(figures, key=lambda entry: blocks.index(entry["block"]))
+    names = [f"{entry['block']}: {entry['name']}" for entry in figures]
     width = max(map(len, names), default=0)
     lines = []
-    for name, found in zip(names, figures, strict=True):
-        value = "-" if found["value"] is None else f"{found['value']:.4g}"
-        bar = "" if found["bar"] is None else f"bar {found['bar']:g} {'ok' if found['ok'] else 'MISSED'}"
-        lines.append(f"{name:<{width}}  {value:>10} {found['unit']:<9} {bar} {found.get('note', '')}".rstrip())
+    for name, entry in zip(names, figures, strict=True):
+        value = "-" if entry["value"] is None else f"{entry['value']:.4g}"
+        bar = "" if entry["bar"] is None else f"bar {entry['bar']:g} {'ok' if entry['ok'] else 'MISSED'}"
+        lines.append(f"{name:<{width}}  {value:>10} {entry['unit']:<9} {bar} {entry.get('note', '')}".rstrip())
     return "\n".join(lines)

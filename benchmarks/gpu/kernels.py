@@ -1,7 +1,7 @@
-"""Attention of trees and packs: which kernel a mask of booleans gets, and how others would do.
+"""Attention of trees and packs: which kernel a boolean mask gets, and how others perform.
 
-A tree is a beginning and its answers, as `methods/prefix_sharing.py` lays out a group of GRPO: a token sees those
-before it in the beginning and in its own answer. Shapes of Qwen3-VL-8B: 32 heads over 8 of keys and values, 128 wide.
+A tree is a prefix and its answers, as `methods/prefix_sharing.py` lays out a group of GRPO: a token sees the tokens
+before it in the prefix and in its own answer. Shapes of Qwen3-VL-8B: 32 heads over 8 of keys and values, 128 wide.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,8 @@ WINDOWS, WINDOW, VISION_HEADS, VISION_WIDTH = 64, 64, 16, 80  # of Qwen2.5-VL's 
 
 
 def kernels(bench: Bench) -> None:
-    """A known weak spot of cuDNN, windows of an image encoder, then masked attention by length of the tree."""
+    """Measure a known weak spot of cuDNN, the windows of an image encoder, then masked attention by length of the
+    tree."""
     odd_lengths(bench)
     windows(bench)
     for number, length in enumerate(bench.scale.lengths):
@@ -27,7 +28,7 @@ def kernels(bench: Bench) -> None:
 
 
 def trees(bench: Bench, length: int, flexible: bool) -> None:
-    """Forward and backward over a tree of so many tokens by each kernel that takes it."""
+    """Measure forward and backward over a tree of so many tokens with each kernel that accepts it."""
     import torch
 
     q, k, v, mask = build_tree(bench, length)
@@ -61,7 +62,8 @@ def trees(bench: Bench, length: int, flexible: bool) -> None:
 
 
 def attend_masked(q: Any, k: Any, v: Any, mask: Any) -> Any:
-    """Attention with a mask as transformers calls it: keys and values are repeated for the heads that share them."""
+    """Compute attention with a mask as transformers calls it: keys and values are repeated for the heads that share
+    them."""
     import torch
 
     keys, values = (part.repeat_interleave(HEADS // SHARED, dim=1) for part in (k, v))
@@ -69,8 +71,8 @@ def attend_masked(q: Any, k: Any, v: Any, mask: Any) -> Any:
 
 
 def build_tree(bench: Bench, length: int) -> tuple[Any, Any, Any, Any]:
-    """Queries, keys, values `[1, heads, tokens, width]` and the mask `bool [1, 1, tokens, tokens]` of a tree, half of
-    which is the beginning."""
+    """Build queries, keys, values `[1, heads, tokens, width]` and the mask `bool [1, 1, tokens, tokens]` of a tree,
+    half of which is the prefix."""
     import torch
 
     device = bench.scale.device
@@ -85,7 +87,7 @@ def build_tree(bench: Bench, length: int) -> tuple[Any, Any, Any, Any]:
 
 
 def branches(length: int, device: str) -> Any:
-    """0 for the beginning, else the number of the answer: `int64 [tokens]`."""
+    """Return for each token 0 in the prefix, else the number of its answer: `int64 [tokens]`."""
     import torch
 
     beginning = min(1090, length // 2)
@@ -96,7 +98,7 @@ def branches(length: int, device: str) -> Any:
 def attend_in_blocks(
     bench: Bench, length: int, parts: tuple[Any, Any, Any], mask: Any, write: Callable[..., None]
 ) -> None:
-    """FlexAttention with a block mask of the tree, compiled on a card. It skips blocks in which nothing is seen."""
+    """Return FlexAttention with a block mask of the tree, compiled on a card. It skips blocks that are masked out."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -120,21 +122,22 @@ def attend_in_blocks(
 
 
 def backward(call: Callable[[], Any], parts: Sequence[Any]) -> None:
-    """Forward and backward of a call to queries, keys and values."""
+    """Run forward and backward of a call with queries, keys and values."""
     for part in parts:
         part.grad = None
     call().sum().backward()
 
 
 def chosen(kernel: str) -> Any:
-    """A context in which torch takes this kernel or none."""
+    """Return a context in which torch uses this kernel or none."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel([getattr(SDPBackend, kernel)]) if hasattr(SDPBackend, kernel) else nullcontext()
 
 
 def windows(bench: Bench) -> None:
-    """An image encoder's windows: one call for each, as transformers has it, all in one call, and by their ends."""
+    """Measure an image encoder's windows: one call for each, as in transformers, all in one call, and by their
+    offsets."""
     import torch
 
     device, count = bench.scale.device, 4 if bench.scale.rehearse else WINDOWS
@@ -165,8 +168,8 @@ def windows(bench: Bench) -> None:
 
 
 def odd_lengths(bench: Bench) -> None:
-    """Gradients of queries where the number of keys is 64 more than a multiple of 128: early cuDNN 9 made some that are
-    no numbers there."""
+    """Check gradients of queries where the number of keys is 64 more than a multiple of 128: early cuDNN 9 computed
+    some that are NaN there."""
 
     length = 64 + (128 if bench.scale.rehearse else 2048)
     q, k, v, mask = build_tree(bench, length)

@@ -1,6 +1,6 @@
-"""What the package plans of a card for each case, worked out on the CPU while the card is at work.
+"""The package's memory plan of a card for each case, computed on the CPU while the card works.
 
-Steps are rehearsed with fake tensors, which takes a core for half a minute or more; the card does not wait for it.
+Steps are rehearsed with fake tensors, which takes one core half a minute or more; the card does not wait for it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from ray_vlm.runs.paths import write_json
 
 
 def plan_all(folder: Path, path: Path, scale: Scale) -> None:
-    """Write `{case: plan}` to `path`, anew with every case."""
+    """Write `{case: plan}` to `path`, again after every case."""
     plans: dict[str, Any] = {}
     for case in planned(scale):
         plans[case.name] = plan_case(folder, case, scale)
@@ -24,7 +24,7 @@ def plan_all(folder: Path, path: Path, scale: Scale) -> None:
 
 
 def plan_case(folder: Path, case: Case, scale: Scale) -> dict[str, float]:
-    """Bytes at the peak of a step (`allocated`), and with what CUDA takes for itself (`peak`)."""
+    """Return bytes at the peak of a step (`allocated`), and including CUDA's own (`peak`)."""
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.models.memory import CUDA_CONTEXT
     from ray_vlm.train.memory_plan import heaviest_rows, predict
@@ -32,13 +32,13 @@ def plan_case(folder: Path, case: Case, scale: Scale) -> dict[str, float]:
 
     prepared = prepare(build_job(folder, case, scale))
     rows = heaviest_rows(prepared.job, prepared.plan, prepared.train)
-    found = predict(prepared.job, prepared.train, rows, load_sample_builder(prepared.spec))
-    own = (CUDA_CONTEXT + found.parts.get("fragmentation", 0.0)) if prepared.job.cluster.gpus_per_worker else 0.0
-    return {"peak": found.peak, "allocated": found.peak - own}
+    prediction = predict(prepared.job, prepared.train, rows, load_sample_builder(prepared.spec))
+    own = (CUDA_CONTEXT + prediction.parts.get("fragmentation", 0.0)) if prepared.job.cluster.gpus_per_worker else 0.0
+    return {"peak": prediction.peak, "allocated": prediction.peak - own}
 
 
 def plan_choice(folder: Path, scale: Scale) -> dict[str, Any]:
-    """What `train.memory: auto` makes of the shipped job: `micro`, `recompute`, and the plan of that."""
+    """Return what `train.memory: auto` chooses for the shipped job: `micro`, `recompute`, and their plan."""
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.train.memory_plan import fit
     from ray_vlm.train.prepare import prepare

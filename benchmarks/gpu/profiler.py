@@ -1,4 +1,4 @@
-"""What a profiler saw of a call: kernels by kind, launches, waits for the device."""
+"""The profile of a call: kernels by kind, launches, waits for the device."""
 
 import re
 from collections import Counter
@@ -19,8 +19,8 @@ _WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynch
 
 @dataclass(frozen=True)
 class Profile:
-    """`kinds`: seconds of the device by kind of kernel. `busy_s`: all of them. `launches`: kernels. `waits`: times that
-    the host waited for the device."""
+    """`kinds`: device seconds by kind of kernel. `busy_s`: their sum. `launches`: kernels. `waits`: how often the host
+    waited for the device."""
 
     kinds: dict[str, float]
     busy_s: float
@@ -30,7 +30,7 @@ class Profile:
 
 
 def profile_kernels(call: Callable[[], Any], device: str) -> Profile:
-    """Run the call under a profiler. On a CPU operations stand for kernels."""
+    """Run the call under a profiler. On a CPU, operations are counted as kernels."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -56,5 +56,5 @@ def profile_kernels(call: Callable[[], Any], device: str) -> Profile:
 
 
 def kind_of(name: str) -> str:
-    """What a kernel does, by its name."""
+    """Return the kind of a kernel by its name."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other")

@@ -1,6 +1,6 @@
-"""GRPO's answers: how long a token takes, in this package's loop, in stock TRL's `generate`, and in what could be.
+"""GRPO's answers: seconds per token in this package's loop, in stock TRL's `generate`, and with possible improvements.
 
-Bases with random weights never say an end token, so every answer has all its tokens.
+Bases with random weights never produce an end token, so every answer has its full length.
 """
 
 import statistics
@@ -19,14 +19,14 @@ PROMPT = 1100  # tokens before the one that a decoding step writes, on the card
 
 
 def rollouts(bench: Bench) -> None:
-    """Sampling of a step's answers, then a single decoding step as it is and as it might be."""
+    """Measure the sampling of a step's answers, then a single decoding step with and without possible improvements."""
     for sequences in bench.scale.rollouts:
         sample(bench, sequences)
     decode(bench)
 
 
 def sample(bench: Bench, sequences: int) -> None:
-    """Time the sampling of so many answers, eight to a prompt, by both sides in turn."""
+    """Time the sampling of the answers, eight per prompt, by both arms in turn."""
     group = min(GROUP, sequences)
     case = Case(f"{sequences} answers", QWEN3, "grpo", group, length=bench.scale.sampled)
     prompts = sequences // group
@@ -46,8 +46,8 @@ def sample(bench: Bench, sequences: int) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """One token of eight sequences through the language model without an adapter: launches, and what dequantised
-    weights and a CUDA graph would make of it."""
+    """Measure one token of eight sequences through the language model without an adapter: launches, and the effect of
+    dequantised weights and of a CUDA graph."""
     import torch
 
     step = build_step(bench, GROUP)
@@ -64,7 +64,7 @@ def decode(bench: Bench) -> None:
 
 
 def build_step(bench: Bench, sequences: int) -> Any:
-    """A function that writes one token of each sequence behind a prompt, into a cache of fixed size."""
+    """Build a function that writes one token of each sequence after a prompt, into a cache of fixed size."""
     import torch
     from transformers import StaticCache
 
@@ -72,19 +72,19 @@ def build_step(bench: Bench, sequences: int) -> Any:
     decoder, text = base.get_decoder(), base.config.get_text_config()
     length = 16 if bench.scale.rehearse else PROMPT
     cache = StaticCache(config=text, max_cache_len=length + 8)
-    given = torch.randn(sequences, length, text.hidden_size, device=device, dtype=torch.bfloat16)
+    embeddings = torch.randn(sequences, length, text.hidden_size, device=device, dtype=torch.bfloat16)
     positions = torch.arange(length, device=device).expand(3, sequences, length)
     with torch.no_grad():
-        decoder(inputs_embeds=given, position_ids=positions, past_key_values=cache, use_cache=True)
+        decoder(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True)
     mask = torch.ones(sequences, 1, 1, length + 8, dtype=torch.bool, device=device)
     mask[..., length + 1 :] = False
-    new, place = given[:, -1:], positions[..., -1:] + 1
+    new, position = embeddings[:, -1:], positions[..., -1:] + 1
 
     def step() -> Any:
         hidden = decoder(
-            inputs_embeds=new, position_ids=place, attention_mask=mask, past_key_values=cache, use_cache=True
+            inputs_embeds=new, position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        for layer in cache.layers:  # the next call writes the same place again
+        for layer in cache.layers:  # the next call writes the same position again
             if hasattr(layer, "cumulative_length"):
                 rewind(layer, length)
         return base.get_output_embeddings()(hidden)
@@ -93,16 +93,16 @@ def build_step(bench: Bench, sequences: int) -> Any:
 
 
 def rewind(layer: Any, length: int) -> None:
-    """Let a layer of a static cache write behind `length` tokens again."""
-    kept = layer.cumulative_length
-    if hasattr(kept, "fill_"):
-        kept.fill_(length)
+    """Make a layer of a static cache write after `length` tokens again."""
+    counter = layer.cumulative_length
+    if hasattr(counter, "fill_"):
+        counter.fill_(length)
     else:
         layer.cumulative_length = length
 
 
 def graphed(bench: Bench, step: Any, name: str) -> None:
-    """Time the step as one CUDA graph; a CPU has none, and runs the step as it is."""
+    """Time the step as one CUDA graph; a CPU has none and runs the step unchanged."""
     import torch
 
     if bench.scale.rehearse:

@@ -1,6 +1,6 @@
-"""Bases of real shape with random weights, built on the card and quantised there: no hub, no weights on a disk.
+"""Bases of real shape with random weights, built and quantised on the card: no hub, no weights on a disk.
 
-Only a configuration and a processor are written, since jobs name a base by its folder. The processor is the family's
+Only a configuration and a processor are written, because jobs name a base by its folder. The processor is the family's
 own with the tokenizer of the tiny models; images are cut into patches of the real size.
 """
 
@@ -12,18 +12,18 @@ from benchmarks.gpu.bench import FAMILY_OF, Scale
 
 
 def base_folder(folder: Path, model: str) -> Path:
-    """Where the configuration of a base lies."""
+    """Return the folder with the configuration of a base."""
     return folder / model.rpartition("/")[2]
 
 
 def write_shape(folder: Path, model: str, scale: Scale) -> Path:
-    """Write the configuration and the processor of a base; of a tiny one of its family in a rehearsal."""
+    """Write the configuration and the processor of a base; in a rehearsal, those of a tiny base of its family."""
     from ray_vlm.demo.tiny import build_config, build_processor
     from ray_vlm.models.presets import load_preset
 
-    place, family = base_folder(folder, model), FAMILY_OF[model]
-    if (place / "config.json").exists():
-        return place
+    output_dir, family = base_folder(folder, model), FAMILY_OF[model]
+    if (output_dir / "config.json").exists():
+        return output_dir
     processor = build_processor(family)
     config = build_config(processor.tokenizer, family) if scale.rehearse else load_preset(model)
     ids = processor.tokenizer.convert_tokens_to_ids
@@ -34,13 +34,13 @@ def write_shape(folder: Path, model: str, scale: Scale) -> Path:
     images = processor.image_processor
     images.patch_size = config.vision_config.patch_size
     images.size = {"shortest_edge": 64**2, "longest_edge": 4096**2}
-    processor.save_pretrained(place)
-    config.save_pretrained(place)
-    return place
+    processor.save_pretrained(output_dir)
+    config.save_pretrained(output_dir)
+    return output_dir
 
 
 def image_side(folder: Path, model: str, scale: Scale) -> int:
-    """Pixels along a side of an image of `scale.side` tokens a side."""
+    """Return the pixels along a side of an image that is `scale.side` tokens wide and tall."""
     from transformers import AutoConfig
 
     vision = AutoConfig.from_pretrained(write_shape(folder, model, scale)).vision_config
@@ -48,7 +48,7 @@ def image_side(folder: Path, model: str, scale: Scale) -> int:
 
 
 def build_base(folder: Path, model: str, scale: Scale) -> Any:
-    """The base with random weights, its language layers in NF4 as `load_model` would have them."""
+    """Build the base with random weights, its language layers in NF4 as `load_model` has them."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -70,7 +70,7 @@ def build_base(folder: Path, model: str, scale: Scale) -> Any:
 
 
 def quantise_layers(base: Any, pattern: str, device: str) -> None:
-    """Put the linear layers whose names match into NF4 with double quantisation, one by one, where they are."""
+    """Quantise the linear layers whose names match to NF4 with double quantisation, one by one, in place."""
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 

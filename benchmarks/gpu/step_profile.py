@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and that of an image encoder whose windows are attended to one by one."""
+"""The profile of a step, and of an image encoder that attends to its windows one by one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from benchmarks.stock import our_trainer
 
 
 def profile_step(bench: Bench) -> None:
-    """One micro-batch of the shipped job, then one image through each encoder alone."""
+    """Profile one micro-batch of the shipped job, then one image through each encoder alone."""
     arm = Arm(our_trainer, bench.job(SHIPPED), [range(SHIPPED.micro)])
     arm.step()
     write_profile(bench, "a micro-batch of SFT", arm.step)
@@ -24,7 +24,7 @@ def profile_step(bench: Bench) -> None:
 
 
 def write_profile(bench: Bench, name: str, call: Callable[[], Any]) -> None:
-    """Write seconds, and the shares of kinds of kernels in the time that the host takes."""
+    """Write seconds, and the share of each kind of kernel in the host's time."""
     seconds = bench.seconds(call, repeats=1, warm=0)
     profile = profile_kernels(call, bench.scale.device)
     bench.add(f"{name}: time", 1000 * seconds, "ms")
@@ -37,7 +37,8 @@ def write_profile(bench: Bench, name: str, call: Callable[[], Any]) -> None:
 
 
 def build_encoder(bench: Bench, model: str) -> Any:
-    """A function that sends one image through the image encoder of a base, random weights, nothing else loaded."""
+    """Build a function that runs one image through the image encoder of a base with random weights, with nothing else
+    loaded."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 

@@ -1,9 +1,9 @@
-"""Blocks run one after another in a process of their own, which is watched: a block that fails, hangs or takes the
-process with it costs its own figures and no others.
+"""A supervised child process that runs the blocks: a block that fails, hangs or kills its process costs only its own
+figures.
 
-The parent imports nothing heavy. The child writes a line into `events` when a block begins and when it ends; the parent
-kills a child whose block is over its limit and does not stop by itself, and starts another one for the blocks that are
-left. After an error of CUDA the child leaves by itself, since nothing on the card can be trusted after one.
+The parent imports nothing heavy. The child writes a line to `events` when a block begins and when it ends; the parent
+kills a child whose block is over its limit and does not stop by itself, and starts another child for the remaining
+blocks. After a CUDA error the child exits by itself, because no later result on the card can be trusted.
 """
 
 import importlib
@@ -30,26 +30,26 @@ _TAINTED = 3  # exit code of a child that leaves because the card's state is unk
 
 
 class TimeOver(BaseException):
-    """A block's time is over. No `Exception`: a library that catches those must not catch this."""
+    """A block's time is over; not an `Exception`, so that no library catches it as one."""
 
 
 class Refused(Exception):
-    """A block cannot run here; the text says why and what to do."""
+    """A block cannot run here; the message says why and what to do."""
 
 
 def is_cuda_error(error: BaseException) -> bool:
-    """Whether nothing on the card can be trusted after this error."""
+    """Return whether results on the card cannot be trusted after this error."""
     return "CUDA error" in str(error)
 
 
 def leave_after_cuda_error(error: BaseException) -> None:
-    """Raise the error again if nothing on the card can be trusted after it."""
+    """Raise the error again if results on the card cannot be trusted after it."""
     if is_cuda_error(error):
         raise error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, as far as it fits into a table."""
+    """Return the first line of an error's message, cut to fit into a table."""
     return next(iter(str(error).splitlines()), "")[:150]
 
 
@@ -60,12 +60,12 @@ class Events:
     path: Path
 
     def write(self, block: str, what: str, reason: str | None = None) -> None:
-        """Add a line; `reason`: why a block failed."""
+        """Append a line; `reason`: why a block failed."""
         with self.path.open("a") as file:
             file.write(json.dumps({"block": block, "what": what, "reason": reason}) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines."""
+        """Return all complete lines."""
         if not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -78,7 +78,7 @@ def run_children(
     figures: FigureFile,
     whole_s: float,
 ) -> bool:
-    """Run the blocks in children; returns whether all ended as planned. `start(names)` starts a child for blocks."""
+    """Run the blocks in children; return whether all ended as planned. `start(names)` starts a child for blocks."""
     end, left, whole = time.monotonic() + whole_s, list(blocks), True
     while left:
         if time.monotonic() >= end:
@@ -133,7 +133,7 @@ def _follow(child: subprocess.Popen, blocks: Sequence[Block], events: Events, en
 
 
 def run_blocks(blocks: Sequence[Block], bench: Any, events: Events, end: float) -> int:
-    """Run the blocks in this process, which is the child; returns the exit code. `end`: on `time.monotonic`'s clock."""
+    """Run the blocks in this process, the child; return the exit code. `end`: a time on `time.monotonic`'s clock."""
     for block in blocks:
         events.write(block.name, "begin")
         reason, tainted = _run_block(block, bench, min(block.limit_s, end - time.monotonic()))
@@ -187,7 +187,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def start_child(arguments: Sequence[str]) -> subprocess.Popen:
-    """This program again, with other arguments, in a process of its own."""
+    """Start this program again with other arguments, in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu", *arguments], env=os.environ | {"PYTHONUNBUFFERED": "1"}
     )

@@ -1,8 +1,8 @@
 """Training steps of this package beside stock TRL's on the same rows: time, tokens, MFU, memory, gradients.
 
-A step is one micro-batch forward and backward and the optimizer. Ours is measured for memory before TRL's trainer is
-there, then the two take steps in turn. TRL is as it comes but for what decides which step it is: the same rows, the
-same answers of GRPO, nothing cut off, the same activation checkpointing.
+A step is one micro-batch forward and backward and the optimizer. Memory of this package's step is measured before TRL's
+trainer exists; then the two take steps in turn. TRL has its default settings except where they define the step: the
+same rows, the same GRPO answers, nothing truncated, the same activation checkpointing.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ NEEDED_S = 25.0  # for the largest group
 
 
 def sft(bench: Bench) -> None:
-    """The shipped job, eight rows at a time, and what `train.memory: auto` chooses."""
+    """Measure the shipped job, eight rows at a time, and the choice of `train.memory: auto`."""
     compare(bench, SHIPPED)
     compare(bench, LARGER)
     chosen = bench.plan(CHOSEN, wait_s=40)
@@ -33,7 +33,7 @@ def sft(bench: Bench) -> None:
 
 
 def grpo(bench: Bench) -> None:
-    """The training phase of a group of answers, which both sides are given."""
+    """Measure the training phase of a group of answers; both arms get the same answers."""
     for case in groups(bench.scale):
         if bench.left_s < NEEDED_S and not bench.scale.rehearse:
             bench.add(f"{case.name}: step", float("nan"), "s", note="no time was left for it")
@@ -42,18 +42,18 @@ def grpo(bench: Bench) -> None:
 
 
 def dpo(bench: Bench) -> None:
-    """Two pairs, the reference asked in every step."""
+    """Measure DPO on two pairs, with the reference computed in every step."""
     compare(bench, PAIRS)
 
 
 def qwen2_5(bench: Bench) -> None:
-    """The other family's SFT."""
+    """Measure the other family's SFT."""
     compare(bench, OTHER)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What a side does in a step: seconds, tokens through the language model, model FLOPs."""
+    """The measurements of an arm's step: seconds, tokens through the language model, model FLOPs."""
 
     seconds: float
     tokens: int
@@ -61,7 +61,7 @@ class Pace:
 
 
 def compare(bench: Bench, case: Case) -> None:
-    """Write the figures of a case: ours, stock TRL's, and how they relate. A side that does not fit is said so."""
+    """Write the figures of a case for both arms, and their ratios. An arm that runs out of memory is noted."""
     import torch
 
     job = bench.job(case)
@@ -86,16 +86,16 @@ def compare(bench: Bench, case: Case) -> None:
     medians = {name: median(taken) for name, taken in paces.items()}
     write_paces(bench, case, medians)
     if len(sides) == 2:
-        mine, theirs = medians["ours"], medians["TRL"]
-        bench.add(f"{case.name}: step, TRL's time over ours", theirs.seconds / mine.seconds, "x")
-        bench.add(f"{case.name}: model FLOPs, TRL's over ours", theirs.flops / mine.flops, "x")
+        own, trl = medians["ours"], medians["TRL"]
+        bench.add(f"{case.name}: step, TRL's time over ours", trl.seconds / own.seconds, "x")
+        bench.add(f"{case.name}: model FLOPs, TRL's over ours", trl.flops / own.flops, "x")
         write_gradients(bench, case, sides["ours"], sides["TRL"])
     sides.clear()
     bench.clean_up()
 
 
 def take_step(bench: Bench, arm: Arm) -> Pace:
-    """One step of a side."""
+    """Take one step of an arm."""
     counter = counter_of(arm)
     counter.take()
 
@@ -109,19 +109,19 @@ def take_step(bench: Bench, arm: Arm) -> Pace:
 
 
 def counter_of(arm: Arm) -> OperationCounter:
-    """What counts the operations of a side: our trainer has one, TRL's is given one."""
+    """Return the counter of an arm's operations: this package's trainer has one, TRL's is given one."""
     if not hasattr(arm.trainer, "operations"):
         arm.trainer.operations = OperationCounter(arm.trainer.model)
     return arm.trainer.operations
 
 
 def median(paces: list[Pace]) -> Pace:
-    """The median time; what is counted is the same in each step."""
+    """Return the median time; the counts are the same in each step."""
     return Pace(statistics.median(pace.seconds for pace in paces), paces[0].tokens, paces[0].flops)
 
 
 def write_paces(bench: Bench, case: Case, paces: dict[str, Pace]) -> None:
-    """Write seconds, tokens and MFU of each side."""
+    """Write seconds, tokens and MFU of each arm."""
     import torch
 
     peak = None if bench.scale.rehearse else find_peak(torch.cuda.get_device_name(0))
@@ -134,7 +134,7 @@ def write_paces(bench: Bench, case: Case, paces: dict[str, Pace]) -> None:
 
 
 def write_memory(bench: Bench, case: Case, arm: Arm) -> None:
-    """Write what a step of ours takes; the parent compares it with the plan."""
+    """Write the memory of this package's step; the parent compares it with the plan."""
     import torch
 
     if bench.scale.rehearse:
@@ -150,21 +150,21 @@ def write_memory(bench: Bench, case: Case, arm: Arm) -> None:
     bench.add(f"{case.name}{ALLOCATED}", allocated / GIB, "GiB", CAP_GIB)
 
 
-def write_gradients(bench: Bench, case: Case, ours: Arm, stock: Arm) -> None:
-    """Write how far apart the gradients of both sides are, all of them as one vector, from equal weights.
+def write_gradients(bench: Bench, case: Case, own: Arm, stock: Arm) -> None:
+    """Write the distance between the gradients of both arms, all of them as one vector, from equal weights.
 
-    Both sides have learned since; so the step is taken again with the weights of one.
+    Both arms have trained since they were built, so the step is repeated with the weights of one.
     """
     import torch
 
-    mine, theirs = (dict(arm.trainer.model.named_parameters()) for arm in (ours, stock))
+    own_parameters, trl_parameters = (dict(arm.trainer.model.named_parameters()) for arm in (own, stock))
     with torch.no_grad():
-        for name, parameter in mine.items():
+        for name, parameter in own_parameters.items():
             if parameter.requires_grad:
-                parameter.copy_(theirs[name])
-    ours.step()
+                parameter.copy_(trl_parameters[name])
+    own.step()
     stock.step()
-    one, other = ours.gradients(), stock.gradients()
+    one, other = own.gradients(), stock.gradients()
     apart = sum(float((one[name].float() - g.float()).square().sum()) for name, g in other.items()) ** 0.5
     whole = sum(float(g.float().square().sum()) for g in other.values()) ** 0.5
     bench.add(f"{case.name}: gradients apart, bfloat16", apart / max(whole, 1e-30), "relative", 0.2)

@@ -1,5 +1,7 @@
-"""Whether a Ray cluster wants a token, and another one than it would be sent. Asked before Ray joins it: Ray tries for
-twenty seconds with a wrong token and then says only that it could not connect."""
+"""Check the token of a Ray cluster before joining it.
+
+Ray itself tries for twenty seconds with a wrong token and then reports only that it could not connect.
+"""
 
 import os
 import re
@@ -7,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _ANSWER_S = 3.0
-_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # what every Ray answers that is alive
+_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # answered by every living Ray cluster
 FIX = (
     "Set RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token "
     "(`ray get-auth-token` on its head shows it)."
@@ -15,7 +17,7 @@ FIX = (
 
 
 def find_token(environ: Mapping[str, str] = os.environ, home: Path | None = None) -> str | None:
-    """The token that Ray would find on this machine, or None."""
+    """Return the token that Ray would find on this machine, or None."""
     if token := environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
     path = environ.get("RAY_AUTH_TOKEN_PATH")
@@ -26,21 +28,21 @@ def find_token(environ: Mapping[str, str] = os.environ, home: Path | None = None
         return None
 
 
-def sends_token(found_by_ray: bool, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether Ray would send a token: where it is told to, or has found the cluster by itself (`auto`)."""
+def sends_token(by_auto: bool, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether Ray would send a token: with RAY_AUTH_MODE=token, or by default to a cluster that `auto` named."""
     mode = environ.get("RAY_AUTH_MODE", "").lower()
-    return mode == "token" or (found_by_ray and not mode)
+    return mode == "token" or (by_auto and not mode)
 
 
-def check_token(address: str, found_by_ray: bool = False) -> str | None:
-    """Why the cluster at `address`, a host and a port, would refuse this process for its token; None where it would not
-    or cannot be asked in that way."""
+def check_token(address: str, by_auto: bool = False) -> str | None:
+    """Return why the cluster at `address` (host:port) would refuse this process's token; None if it would not, or does
+    not answer the check. `by_auto`: Ray found the address itself."""
     import grpc  # comes with Ray
 
     if not re.fullmatch(r"[^/]+:\d+", address):
         return None
     token = find_token()
-    sent = token if sends_token(found_by_ray) else None
+    sent = token if sends_token(by_auto) else None
     with grpc.insecure_channel(address) as channel:
         try:
             ask = channel.unary_unary(_METHOD)
@@ -49,8 +51,8 @@ def check_token(address: str, found_by_ray: bool = False) -> str | None:
             if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
                 return None
             if sent:
-                return "it has another token than the one that is set here"
-            return "it wants a token" + (
-                ", and RAY_AUTH_MODE does not let Ray send the one that is here" if token else ""
+                return "its token differs from the one that is set here"
+            return "it needs a token" + (
+                ", and RAY_AUTH_MODE does not let Ray send the one that is set here" if token else ""
             )
     return None

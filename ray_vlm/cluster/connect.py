@@ -1,4 +1,4 @@
-"""Join the Ray cluster that the job names, or start one in this machine for as long as the run lasts."""
+"""Join the Ray cluster that the job names, or start a local one for the duration of the run."""
 
 import logging
 import os
@@ -15,34 +15,38 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
 from ray_vlm.machine import cannot_hold_ray, count_cpus, count_gpus, describe_room, ray_folder, read_disk
 
-# What Ray is told before it starts; a value that the user has set stays.
+# Environment variables that are set before Ray starts; a value that the user has set stays.
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing calls home
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next poll, 2 s apart by default
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # 5 s of a notice of 15 or 30 would be gone
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next poll, by default 2 s apart
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # the default of 5 s would use up much of a notice of 15 or 30 s
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_enable_metrics_collection": "0",
+    # Ray prints what its nodes report whatever `log_to_driver` is. These two tell a person nothing.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started on node|There are infinite retries remaining",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-    "RAY_worker_niceness": "0",  # at Ray's 15 whatever else runs here holds up all threads of a step
+    "RAY_worker_niceness": "0",  # at Ray's default of 15 other processes delay every step
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-# The same of a cluster of our own: no machine is taken away from it, so no process needs to look out for that.
+# The same for a local cluster: its only machine is never preempted, so no process needs to watch for that.
 OWN_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-_OWN = "local"  # Ray's word for a cluster of this process's own
-_ANSWER_S = 0.3  # how long a cluster on this machine may take to answer
-_JOIN_S = 5.0  # the same of one that is to be joined
+_OWN = "local"  # the address with which Ray starts a new local cluster
+_ANSWER_S = 0.3  # time for a cluster on this machine to answer
+_JOIN_S = 5.0  # the same for a cluster that is to be joined
 
 
 def explain_refusal(address: str, setting: str, text: str) -> str:
-    """Why the cluster at `address`, which `setting` names, cannot be joined, by what Ray said, and the fix."""
+    """Build the message for a cluster that cannot be joined, from Ray's `text`. `setting` is where `address` is set."""
     reason = " ".join(text.split())
     if re.search("authenticat|unauthori[sz]ed|token", text, re.IGNORECASE):
         reason, fix = reason.split(". ")[0], authentication.FIX
     elif "ersion mismatch" in text:
-        fix = "Install here the Ray and the Python that the cluster has, or start the cluster with those of here."
+        fix = (
+            "Install here the versions of Ray and Python that the cluster has, or start the cluster with the ones here."
+        )
     else:
-        fix = "Start it, or leave the address out to use a cluster of this machine's own."
+        fix = "Start it, or leave the address out to start a local cluster."
     return f"{setting}={address!r} cannot be joined ({reason[:300] or 'no reason was given'}). {fix}"
 
 
@@ -50,10 +54,10 @@ def _join(address: str, setting: str) -> None:
     import ray
     from ray.exceptions import RayError
 
-    by_ray = address == "auto"
+    by_auto = address == "auto"
     if re.fullmatch(r"[^/]+:\d+", address) and not answers(address, _JOIN_S):  # Ray itself tries for minutes
         raise RunError(explain_refusal(address, setting, "nothing answers there"))
-    if refused := authentication.check_token((find_other_cluster() or "") if by_ray else address, by_ray):
+    if refused := authentication.check_token((find_other_cluster() or "") if by_auto else address, by_auto):
         raise RunError(explain_refusal(address, setting, refused))
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -62,7 +66,7 @@ def _join(address: str, setting: str) -> None:
 
 
 def answers(address: str, timeout_s: float) -> bool:
-    """Whether anything takes connections at a host and a port."""
+    """Whether anything accepts connections at `address` (host:port)."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout_s):
@@ -72,8 +76,10 @@ def answers(address: str, timeout_s: float) -> bool:
 
 
 def find_other_cluster() -> str | None:
-    """The address of a cluster that `ray start` left on this machine and that answers, or None. The file that holds it
-    stays behind when a cluster dies."""
+    """Return the address of a running cluster that `ray start` started on this machine, or None.
+
+    The file with the address remains when a cluster dies, so the address must answer too.
+    """
     try:
         address = (ray_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -82,7 +88,7 @@ def find_other_cluster() -> str | None:
 
 
 def _start_own(cpus: int) -> None:
-    """A cluster in this machine. Another one that runs here is left alone, where Ray itself would join it unasked."""
+    """Start a local cluster, also beside another one, which Ray would otherwise join by default."""
     import ray
 
     disk = read_disk(ray_folder())
@@ -102,18 +108,18 @@ def _start_own(cpus: int) -> None:
 
 @contextmanager
 def start_ray(job: JobConfig) -> Iterator[None]:
-    """The Ray cluster that the job names, or one of our own. Leaves Ray as it was found.
+    """Join the Ray cluster that the job names, or start a local one, and shut down Ray at the end if this started it.
 
-    A cluster of our own gets as many logical CPUs as the job needs, even where that is more than the machine has.
+    A local cluster gets as many logical CPUs as the job needs, even if the machine has fewer.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    print(describe_start(job), flush=True)  # to import Ray and to start it takes longer than a person waits in silence
+    print(describe_start(job), flush=True)  # before the import, since importing and starting Ray takes many seconds
     import ray
 
-    mine, added = not ray.is_initialized(), set[str]()
+    starts_ray, added = not ray.is_initialized(), set[str]()
     try:
-        if mine:
+        if starts_ray:
             setting = "cluster.address" if job.cluster.address else "RAY_ADDRESS"
             address = job.cluster.address or os.environ.get("RAY_ADDRESS") or _OWN
             if address == _OWN:
@@ -126,23 +132,23 @@ def start_ray(job: JobConfig) -> Iterator[None]:
                 tell_idle_gpus(count_gpus() if address == _OWN else int(ray.cluster_resources().get("GPU", 0)))
         yield
     finally:
-        if mine:
+        if starts_ray:
             ray.shutdown()
         for name in added:  # a cluster that is joined later may lose machines
             os.environ.pop(name, None)
 
 
 def tell_idle_gpus(count: int) -> None:
-    """Say that a run on CPUs leaves cards idle, where there are any."""
+    """Print a note that a run on CPUs leaves `count` GPUs idle, unless there are none."""
     if count:
         print(f"note: {describe_idle_gpus(count)}", flush=True)
 
 
 @contextmanager
 def connect(job: JobConfig, at_once: int = 1) -> Iterator[Layout]:
-    """A Ray cluster that can run the job, and how the job lies on it. Leaves Ray as it was found.
+    """Start or join a Ray cluster and yield the job's layout on it.
 
-    `at_once`: how many runs like it share the cluster. Raises `RunError` when a cluster that was joined is too small.
+    `at_once`: how many such runs share the cluster. Raises `RunError` if a joined cluster is too small.
     """
     with start_ray(job):
         resources, nodes = find_resources(job, at_once)
@@ -150,8 +156,11 @@ def connect(job: JobConfig, at_once: int = 1) -> Iterator[Layout]:
 
 
 def find_resources(job: JobConfig, at_once: int = 1) -> tuple[dict[str, float], list[Mapping[str, float]]]:
-    """What the cluster has, or is waited for to start for `at_once` runs of the job, all together; and by node, where
-    no others are waited for. Raises `RunError` where nodes do not fit the job: other packages, no driver."""
+    """Return the resources of the cluster in total and by node.
+
+    With `cluster.startup_minutes` the total includes the nodes that are expected to start for `at_once` runs, and the
+    list of nodes is empty. Raises `RunError` if a node does not fit the job: other packages, no driver.
+    """
     import ray
 
     living, problems = ask_nodes() if len(ray.nodes()) > 1 else ([], [])
@@ -161,13 +170,13 @@ def find_resources(job: JobConfig, at_once: int = 1) -> tuple[dict[str, float], 
     if minutes := job.cluster.startup_minutes:
         wait_longer(minutes)
         return expected(ray.cluster_resources(), job, at_once), []
-    if job.cluster.most_workers > job.cluster.least_workers:  # Ray asks first for room that a lost node had
+    if job.cluster.most_workers > job.cluster.least_workers:  # Ray first waits for the resources of a lost node
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     return ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def describe_start(job: JobConfig) -> str:
-    """What `start_ray` is about to do."""
+    """Describe what `start_ray` is about to do."""
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return "using the Ray cluster that this process has joined"
     address = job.cluster.address or os.environ.get("RAY_ADDRESS")

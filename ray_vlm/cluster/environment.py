@@ -1,7 +1,7 @@
-"""What workers must know from the driver's environment, and nobody else may see: tokens, caches, offline switches.
+"""The environment variables that workers get from the driver: tokens, caches, offline switches.
 
-The values travel with the task, in memory. They are never put into a runtime environment, which Ray writes to its logs
-and shows to everybody on the cluster, nor into a file or a command line.
+The values are sent with the task, in memory. They are never put into a runtime environment, which Ray writes to its
+logs and shows to every user of the cluster, nor into a file or a command line.
 """
 
 import os
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ray_vlm.config.paths import job_folder, use_job_folder
 
-PATHS = ("HF_HOME", "GOOGLE_APPLICATION_CREDENTIALS")  # names of places that another machine may not have
+PATHS = ("HF_HOME", "GOOGLE_APPLICATION_CREDENTIALS")  # values are paths, which another machine may not have
 FORWARDED = (
     *PATHS,
     *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"),
@@ -22,20 +22,20 @@ FORWARDED = (
 
 @dataclass(frozen=True)
 class Environment:
-    """Variables on their way to a worker; their values are not in the `repr`. `job_folder`: that of the job file, where
-    functions that the job names may be."""
+    """Variables for a worker; their values are not in the `repr`. `job_folder`: the folder of the job file, which may
+    hold functions that the job names."""
 
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
     job_folder: str | None = None
 
     def apply(self) -> None:
-        """Set them in this process, before the libraries that read them are imported. A path that this machine does not
-        have is left out, so that the machine's own setting, or the default, counts."""
+        """Set them in this process; call it before importing the libraries that read them. A path that this machine
+        does not have is left out, so that the machine's own setting or the default applies."""
         os.environ.update({name: v for name, v in self.values.items() if name not in PATHS or os.path.exists(v)})
         if self.job_folder is not None and os.path.isdir(self.job_folder):  # another machine may not have it
             use_job_folder(self.job_folder)
 
 
 def read_environment() -> Environment:
-    """What of `FORWARDED` is set in this process, and where its job file lies."""
+    """Return the variables of `FORWARDED` that are set in this process, and the folder of its job file."""
     return Environment({name: os.environ[name] for name in FORWARDED if name in os.environ}, job_folder())

@@ -1,6 +1,6 @@
-"""What the nodes of a joined cluster are and have, against what the driver's machine has: told in one message.
+"""Compare the nodes of a joined cluster with the driver's machine; all differences are reported at once.
 
-`ask_nodes` looks, in a task on every node; `compare_nodes` and `expected` decide and touch nothing.
+`ask_nodes` describes every node in a task on it; `compare_nodes` and `expected` are pure functions of that.
 """
 
 import os
@@ -14,15 +14,15 @@ from ray_vlm import __version__
 from ray_vlm.cluster.preflight import count_processes, cpus_needed
 from ray_vlm.config.schema import JobConfig
 
-# Packages whose versions decide numbers or file formats; another one on a node is an error that would come late.
+# Packages whose versions decide numbers or file formats; a different one on a node would fail late.
 SAME = ("ray-vlm", "ray", "torch", "torchvision", "transformers", "trl", "peft", "accelerate", "datasets")
 QUANTISED = ("bitsandbytes",)
-_OLDEST_DRIVER = {"13": 580, "12": 525}  # of NVIDIA's, by the major version of torch's CUDA (its release notes)
+_OLDEST_DRIVER = {"13": 580, "12": 525}  # NVIDIA driver by the major version of torch's CUDA (CUDA release notes)
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node. `versions`: of packages, absent ones left out; `driver`: NVIDIA's, or None; `cuda`: that of torch."""
+    """One node. `versions`: of the installed packages; `driver`: the NVIDIA driver, or None; `cuda`: torch's CUDA."""
 
     name: str
     python: str
@@ -33,8 +33,8 @@ class Node:
 
 
 def describe_node(name: str = "", gpus: float = 0) -> Node:
-    """This machine."""
-    versions = {"ray-vlm": __version__}  # it may have travelled with a job, and then no package is installed
+    """Describe this machine."""
+    versions = {"ray-vlm": __version__}  # sent along with a job it is not installed, and has no metadata
     for package in (*SAME[1:], *QUANTISED):
         try:
             versions[package] = metadata.version(package)
@@ -54,7 +54,7 @@ def _driver() -> str | None:
 
 
 def _cuda(version: str) -> str | None:
-    """The CUDA that a torch wheel is built for, by its version: `2.15.0+cu132` or, of the index's own, its packages."""
+    """Return the CUDA version of a torch wheel: from `2.15.0+cu132`, or for wheels from PyPI from the CUDA package."""
     _, mark, tag = version.partition("+cu")
     if mark:
         return tag[:-1]
@@ -65,20 +65,20 @@ def _cuda(version: str) -> str | None:
 
 
 def compare_nodes(nodes: Sequence[Node], here: Node, quantised: bool, gpus: bool) -> list[str]:
-    """Everything in which a node does not fit, one sentence each. `quantised`: the job needs bitsandbytes; `gpus`: it
-    asks for cards, so nodes that have some need a driver."""
+    """Return one message for each way in which a node does not fit. `quantised`: the job needs bitsandbytes; `gpus`:
+    it uses GPUs, so nodes that have some need a driver."""
     problems = []
     for node in nodes:
         if node.python != here.python:
             problems.append(f"{node.name}: Python {node.python}, and {here.python} here. Use one image for all nodes.")
         for package in (*SAME, *(QUANTISED if quantised else ())):
-            there, mine = node.versions.get(package), here.versions.get(package)
-            if there is None:
+            version, local = node.versions.get(package), here.versions.get(package)
+            if version is None:
                 problems.append(
                     f"{node.name}: {package} is not installed. Install it with the cluster's set-up commands."
                 )
-            elif mine is not None and there != mine:
-                problems.append(f"{node.name}: {package} {there}, and {mine} here. Install the same on all nodes.")
+            elif local is not None and version != local:
+                problems.append(f"{node.name}: {package} {version}, and {local} here. Install the same on all nodes.")
         problems += _check_driver(node) if gpus and node.gpus else []
     return problems
 
@@ -96,33 +96,33 @@ def _check_driver(node: Node) -> list[str]:
 
 
 def ask_nodes(timeout_s: float = 60.0) -> tuple[list[Node], list[str]]:
-    """Every living node of the cluster, looked at from within, and why others could not be; one that does not answer in
-    time is left out."""
+    """Describe every living node of the cluster in a task on it. Returns the nodes and a message for each that failed;
+    a node that does not answer within `timeout_s` is left out."""
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask: Any = ray.remote(num_cpus=0)(describe_node)
-    asked = {}
+    describe: Any = ray.remote(num_cpus=0)(describe_node)
+    names = {}  # of the nodes, by the reference of their task
     for node in (node for node in ray.nodes() if node["Alive"]):
         where = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
         name, gpus = node["NodeManagerAddress"], node["Resources"].get("GPU", 0)
-        asked[ask.options(scheduling_strategy=where, max_retries=0).remote(name, gpus)] = name
-    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
-    found, problems = [], []
+        names[describe.options(scheduling_strategy=where, max_retries=0).remote(name, gpus)] = name
+    done, _ = ray.wait(list(names), num_returns=len(names), timeout=timeout_s)
+    nodes, problems = [], []
     for reference in done:
         try:
-            found.append(ray.get(reference))
+            nodes.append(ray.get(reference))
         except RayError as error:
             reason = str(error).strip().splitlines()[-1]
             problems.append(
-                f"{asked[reference]}: cannot be asked ({reason[:200]}). Install this package on every node."
+                f"{names[reference]}: cannot be inspected ({reason[:200]}). Install this package on every node."
             )
-    return found, problems
+    return nodes, problems
 
 
 def living_nodes() -> set[str]:
-    """Addresses of the cluster's living nodes; none where the cluster itself does not answer."""
+    """Return the addresses of the cluster's living nodes; an empty set if the cluster itself does not answer."""
     import ray
 
     try:
@@ -132,8 +132,8 @@ def living_nodes() -> set[str]:
 
 
 def expected(now: Mapping[str, float], job: JobConfig, at_once: int = 1) -> dict[str, float]:
-    """What a cluster that starts machines on demand is taken to come to: what it has `now`, and no less than
-    `at_once` runs of the job need."""
+    """Return the resources that an autoscaling cluster is expected to reach: those it has `now`, and at least those
+    that `at_once` runs of the job need."""
     processes = max(1, count_processes(job))
     cpus = max(float(cpus_needed(job)), job.cluster.cpus_per_worker)
     need = {"CPU": cpus, "GPU": processes * job.cluster.gpus_per_worker}
@@ -141,5 +141,5 @@ def expected(now: Mapping[str, float], job: JobConfig, at_once: int = 1) -> dict
 
 
 def wait_longer(minutes: float) -> None:
-    """Give machines that are still to be started the time that it takes: Ray Train gives up after a minute."""
+    """Wait `minutes` for nodes that are still to be started; by default Ray Train gives up after one minute."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(60 * minutes)

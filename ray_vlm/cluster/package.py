@@ -1,8 +1,8 @@
-"""What a submitted job takes along: the working folder and this package, each planned as plain data, then zipped.
+"""The files that are sent with a submitted job: the working folder and this package, first planned, then zipped.
 
-Ray zips a folder that is named in a runtime environment by itself, and applies `excludes` to a folder of `py_modules`
-as well: a pattern that is meant for the data would take modules out of the package. Archives it sends as they are.
-So both are archives of ours, and what is said before they are sent is what they hold.
+Ray zips the folders that a runtime environment names, and applies `excludes` to those of `py_modules` too: a pattern
+for the data would remove modules of the package. It sends archives unchanged. So this module writes both archives, and
+what `describe_archive` prints is exactly what they contain.
 """
 
 import os
@@ -28,27 +28,27 @@ MAX_UPLOAD_BYTES = 100 * 2**20  # Ray's job server takes no larger request (`DAS
 _NEVER_SENT = (".git/", ".venv*/", "venv/", "__pycache__/", "*.pyc")
 _NEVER = "this command, which never sends it"
 _NAMES_SHOWN = 5
-_ENTRY_BYTES = 120  # of a zip archive for each file, beside its name (twice) and its bytes
-_EARLIEST = (1980, 1, 1, 0, 0, 0)  # the date of every file: the same files are the same archive, sent once
+_ENTRY_BYTES = 120  # overhead of a zip archive for each file, beside its name (twice) and its bytes
+_EARLIEST = (1980, 1, 1, 0, 0, 0)  # the date of every file: the same files give the same archive, which is sent once
 
 
 @dataclass(frozen=True)
 class Archive:
-    """Files of a folder that are sent, and what is left out of it. Nothing has been read yet but names and sizes."""
+    """The files of a folder that are sent and those that are left out; only names and sizes have been read."""
 
     folder: Path
     files: Mapping[str, int]  # path in the folder -> bytes
-    left_out: Mapping[str, str] = field(default_factory=dict)  # path, of a folder with a slash -> by what
-    prefix: str = ""  # where the files lie in the archive
+    left_out: Mapping[str, str] = field(default_factory=dict)  # path (of a folder with a slash) -> what leaves it out
+    prefix: str = ""  # folder of the files in the archive
 
     @property
     def num_bytes(self) -> int:
-        """Of the files."""
+        """Size of the files."""
         return sum(self.files.values())
 
     @property
     def archive_bytes(self) -> int:
-        """Of the archive, at most: files are not compressed in it."""
+        """Upper bound of the archive's size; its files are not compressed."""
         return self.num_bytes + sum(_ENTRY_BYTES + 2 * len(os.fsencode(self.prefix + name)) for name in self.files)
 
     def holds(self, path: str) -> bool:
@@ -57,7 +57,7 @@ class Archive:
         return path in self.files or path == "." or any(name.startswith(f"{path}/") for name in self.files)
 
     def why_left_out(self, path: str) -> str | None:
-        """By what a file or a folder is left out; None where it is sent, or is not there."""
+        """Return what leaves a file or a folder out; None if it is sent or does not exist."""
         path = posixpath.normpath(path)
         for name, reason in self.left_out.items():
             if path == name.rstrip("/") or (name.endswith("/") and path.startswith(name)):
@@ -65,26 +65,26 @@ class Archive:
         return None
 
     def left_out_below(self, path: str) -> dict[str, str]:
-        """What is left out of a folder that is sent itself, and by what."""
+        """Return what is left out of a folder that is sent: path -> what leaves it out."""
         start = "" if posixpath.normpath(path) == "." else f"{posixpath.normpath(path)}/"
         return {name: reason for name, reason in self.left_out.items() if name.startswith(start)}
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """Patterns as in .gitignore, relative to the folder that they stand in."""
+    """Patterns as in .gitignore, relative to the folder `base`."""
 
     base: str
     spec: "PathSpec"
     origin: str
-    has_exceptions: bool  # lines with `!`: what is in a folder is looked at file by file then
+    has_exceptions: bool  # it has lines with `!`, so folders are matched file by file
 
     def matches(self, name: str) -> bool:
-        """`name`: a path in the working folder, of a folder with a slash."""
+        """Whether the patterns match `name`, a path in the working folder; a folder's path ends with a slash."""
         if not name.startswith(self.base):
             return False
         name = name[len(self.base) :]
-        if name.endswith("/") and self.spec.match_file(name.rstrip("/")):  # `x/*` is x/y to Ray, not x/y/z
+        if name.endswith("/") and self.spec.match_file(name.rstrip("/")):  # to Ray `x/*` matches x/y, not x/y/z
             return True
         return not (name.endswith("/") and self.has_exceptions) and self.spec.match_file(name)
 
@@ -97,10 +97,10 @@ def _rule(base: str, lines: Sequence[str], origin: str) -> _Rule:
 
 
 def plan_working_folder(folder: Path, excludes: Sequence[str], excludes_of: str) -> Archive:
-    """What is sent of a working folder: all but what `.gitignore` and `.rayignore` of its folders and `excludes` name.
+    """Plan the archive of a working folder: all but what `.gitignore`, `.rayignore` and `excludes` leave out.
 
-    `excludes_of`: what is to blame for `excludes`. This package, where it lies in the folder, is left to an archive of
-    its own. Raises `ConfigError` where the folder cannot be read.
+    `excludes_of`: the name of the file with `excludes`. If the folder contains this package, it is left out, since it
+    has an archive of its own. Raises `ConfigError` if the folder cannot be read.
     """
     ignore_files = [".rayignore"] if os.environ.get(IGNORE_GITIGNORE) == "1" else [".gitignore", ".rayignore"]
     rules = [_rule("", _NEVER_SENT, _NEVER), _rule("", excludes, excludes_of)]
@@ -110,7 +110,7 @@ def plan_working_folder(folder: Path, excludes: Sequence[str], excludes_of: str)
 
 
 def plan_package() -> Archive:
-    """This package as it runs here; no pattern of the user's applies to it."""
+    """Plan the archive of this package; the user's patterns do not apply to it."""
     archive = _plan(PACKAGE_FOLDER, [_rule("", _NEVER_SENT, _NEVER)], [])
     return Archive(archive.folder, archive.files, prefix="ray_vlm/")
 
@@ -134,21 +134,21 @@ def _plan(folder: Path, rules: Sequence[_Rule], ignore_files: Sequence[str]) -> 
                     files[name] = entry.stat().st_size
         except OSError as error:
             raise ConfigError(
-                f"--working-dir {folder}: {error.filename or base} cannot be read ({error.strerror}). Mend its "
-                "permissions, or leave it out by a line in .rayignore."
+                f"--working-dir {folder}: {error.filename or base} cannot be read ({error.strerror}). Change its "
+                "permissions, or add it to .rayignore."
             ) from None
     return Archive(folder, dict(sorted(files.items())), dict(sorted(left_out.items())))
 
 
 def _judge(entry: os.DirEntry, base: str, rules: Sequence[_Rule], parents: frozenset[str]) -> tuple[str, str | None]:
-    """The path of an entry, of a folder with a slash, and by what it is left out. Links are followed, as Ray does."""
+    """Return the path of an entry (of a folder with a slash) and what leaves it out. Links are followed, as by Ray."""
     is_folder = entry.is_dir()
     name = f"{base}{entry.name}{'/' if is_folder else ''}"
     for rule in rules:
         if rule.matches(name):
             return name, rule.origin
     if is_folder and entry.is_symlink() and os.path.realpath(entry.path) in parents:
-        return name, "its being a link to a folder that holds it"
+        return name, "its being a link to a folder that contains it"
     if not is_folder and not entry.is_file():
         return name, "its being neither a file nor a folder"
     if "\\" in name or name.encode(errors="surrogateescape").decode(errors="replace") != name:
@@ -164,7 +164,7 @@ def _read_ignore_files(folder: Path, base: str, names: Sequence[str]) -> Iterato
 
 
 def check_size(archive: Archive) -> None:
-    """Raise `ConfigError` for a working folder that the job server would refuse, with what is largest in it."""
+    """Raise `ConfigError`, with the largest entries, for a working folder that the job server would refuse."""
     if archive.archive_bytes < MAX_UPLOAD_BYTES:
         return
     sizes: dict[str, int] = {}
@@ -176,17 +176,17 @@ def check_size(archive: Archive) -> None:
         f"--working-dir {archive.folder}: {len(archive.files):,} files of {format_bytes(archive.num_bytes)} would be "
         f"sent, and Ray's job server takes less than {format_bytes(MAX_UPLOAD_BYTES)}. The largest: "
         f"{', '.join(f'{name} {format_bytes(sizes[name])}' for name in largest)}. Put data and models where every node "
-        "reaches them, name them in the job by an absolute path or an address such as s3://, and leave them out here "
-        "by a line in .rayignore, as in .gitignore."
+        "can read them, name them in the job by an absolute path or an address such as s3://, and add them to "
+        ".rayignore, which is written like .gitignore."
     )
 
 
 def describe_archive(archive: Archive) -> str:
-    """What is sent, and what is left out by what, in lines for a terminal."""
+    """Describe what is sent, and what is left out and why, in lines for a terminal."""
     what = f"ray_vlm {__version__}" if archive.prefix else "the working folder"
     lines = [f"sends {what}, {archive.folder}: {_count(archive.files)}, {format_bytes(archive.num_bytes)}"]
     for reason in dict.fromkeys(archive.left_out.values()):
-        names = [name for name, by in archive.left_out.items() if by == reason]
+        names = [name for name, cause in archive.left_out.items() if cause == reason]
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         lines.append(f"  left out by {reason}: {', '.join(names[:_NAMES_SHOWN])}{more}")
     return "\n".join(lines)
@@ -197,7 +197,7 @@ def _count(files: Mapping[str, int]) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """A size in the units that file managers use."""
+    """Format a size in decimal units, as file managers do."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
@@ -206,7 +206,7 @@ def format_bytes(size: float) -> str:
 
 
 def write_archive(archive: Archive, path: Path) -> None:
-    """Write the files as a zip archive that depends on their names and contents alone."""
+    """Write the files as a zip archive that depends only on their names, contents and executable bits."""
     with ZipFile(path, "w") as target:
         for name in archive.files:
             source = archive.folder / name

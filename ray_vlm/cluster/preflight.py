@@ -1,4 +1,4 @@
-"""Will the cluster run the job? Pure arithmetic on what was asked and what there is; nothing here touches Ray."""
+"""Check whether the cluster can run the job: pure arithmetic on needed and available resources, without Ray."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
 
-_MOST_LOADERS = 8  # processes that read images for one worker, unless the job says more
+_MAX_LOADERS = 8  # processes that read images for one worker, unless data.num_loaders is set
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job lies on a cluster: loaders of each worker, and the CPUs that each loader reserves."""
+    """A job's layout on a cluster: the number of loaders of each worker, and the CPUs that each loader reserves."""
 
     num_loaders: int
     cpus_per_loader: float
 
 
 def count_processes(job: JobConfig, workers: int | None = None) -> int:
-    """Processes that hold the model: the workers, by default the fewest that the job trains with, and one more where
-    validation has its own. 0 for a job of this process alone."""
+    """Count the processes that hold the model: the workers (by default the fewest that the job allows), and one more
+    for asynchronous validation. 0 for a job that runs in this process alone."""
     fewest = job.cluster.least_workers if job.cluster.num_workers else 0
     return (workers or fewest) + job.evaluate.asynchronous
 
 
 def cpus_needed(job: JobConfig) -> int:
-    """CPUs of a cluster of our own: those of the processes with a model, and one loader for each worker beyond them."""
+    """Return the CPUs that a local cluster needs: for the processes with a model, and one for each loader."""
     workers = job.cluster.most_workers if job.cluster.num_workers else 0
     loaders = workers * (job.data.num_loaders or 1)
     return int(-(-count_processes(job, workers) * job.cluster.cpus_per_worker // 1)) + loaders
@@ -34,17 +34,17 @@ def cpus_needed(job: JobConfig) -> int:
 def plan_layout(
     job: JobConfig, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] | None = None
 ) -> Layout:
-    """Share out what the workers leave of `resources`, all nodes together. Raises `RunError` with all that is missing.
+    """Divide the CPUs that the workers leave free among the loaders. `resources` is the total, `nodes` each node's.
 
-    Ray Data needs CPUs of its own: with none left beyond the workers no image would ever arrive, and training would
-    wait for ever without an error.
+    Ray Data needs CPUs of its own: if the workers took all of them, no image would ever arrive, and training would wait
+    forever without an error. Raises `RunError` with everything that is missing.
     """
     cluster, problems = job.cluster, []
-    each_of = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     processes = count_processes(job)
     beside = " and one for evaluate.asynchronous" if job.evaluate.asynchronous else ""
     who = f"{cluster.least_workers} workers{beside}"
-    for name, each in each_of.items():
+    for name, each in per_worker.items():
         need, have = each * processes, resources.get(name, 0)
         if need > have:
             problems.append(
@@ -57,11 +57,13 @@ def plan_layout(
                 f"cluster: a worker of {each:g} {name} fits on no node; the largest has {most:g}. Lower "
                 f"cluster.{name.lower()}s_per_worker."
             )
-    workers = max(cluster.least_workers, min(cluster.most_workers, _fit(resources, each_of)))
+    workers = max(cluster.least_workers, min(cluster.most_workers, _fit(resources, per_worker)))
     free = left = resources.get("CPU", 0) - cluster.cpus_per_worker * count_processes(job, workers)
-    if cluster.most_workers > cluster.least_workers and nodes:  # nodes may go, and workers fill the one that stays
-        alone = [min(cluster.most_workers, _fit(node, each_of)) * cluster.cpus_per_worker for node in nodes]
-        left = min(free, max(node.get("CPU", 0) - taken for node, taken in zip(nodes, alone, strict=True)))
+    if (
+        cluster.most_workers > cluster.least_workers and nodes
+    ):  # if nodes are lost, workers may fill the one that remains
+        taken_alone = [min(cluster.most_workers, _fit(node, per_worker)) * cluster.cpus_per_worker for node in nodes]
+        left = min(free, max(node.get("CPU", 0) - taken for node, taken in zip(nodes, taken_alone, strict=True)))
     if not problems and left < 1:
         problems.append(
             f"cluster: the workers take all {resources.get('CPU', 0):g} CPUs, and Ray Data needs at least one to read "
@@ -69,17 +71,17 @@ def plan_layout(
         )
     if problems:
         raise RunError(problems)
-    for_each = free / workers
-    loaders = job.data.num_loaders or max(1, min(_MOST_LOADERS, int(for_each)))
-    return Layout(loaders, min(1.0, int(for_each / loaders * 100) / 100))
+    cpus_for_loaders = free / workers  # of each worker
+    loaders = job.data.num_loaders or max(1, min(_MAX_LOADERS, int(cpus_for_loaders)))
+    return Layout(loaders, min(1.0, int(cpus_for_loaders / loaders * 100) / 100))
 
 
-def _fit(resources: Mapping[str, float], each_of: Mapping[str, float]) -> int:
-    """How many workers fit."""
-    return min(int(resources.get(name, 0) // each) for name, each in each_of.items() if each)
+def _fit(resources: Mapping[str, float], per_worker: Mapping[str, float]) -> int:
+    """Return how many workers fit into `resources`."""
+    return min(int(resources.get(name, 0) // each) for name, each in per_worker.items() if each)
 
 
 def describe_idle_gpus(count: int) -> str:
-    """What a run on CPUs says where there are cards."""
+    """Describe the GPUs that a run on CPUs leaves idle."""
     cards = "a GPU lies" if count == 1 else f"{count} GPUs lie"
     return f"{cards} idle, and the job runs on CPUs; cluster.gpus_per_worker=1 gives each worker a GPU"

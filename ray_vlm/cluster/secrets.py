@@ -1,7 +1,7 @@
-"""How a token gets from the machine that submits to the driver of the job, seen by nobody on the way.
+"""Send tokens from the machine that submits a job to the job's driver without exposing them.
 
-A runtime environment is written to Ray's logs and shown in its dashboard, so it carries only the name of a package that
-cannot be guessed. The package is a few bytes in the cluster's memory; the driver takes and deletes it as it starts.
+A runtime environment is written to Ray's logs and shown in its dashboard, so it carries only the unguessable name of a
+package. The package is a few bytes in the cluster's memory, which the driver reads and deletes when it starts.
 """
 
 import json
@@ -16,7 +16,7 @@ SECRETS_VARIABLE = "RAY_VLM_SECRETS"
 
 
 def send_secrets(client: Any) -> str | None:
-    """Leave this process's tokens with the cluster; returns the package's name, or None where there are none.
+    """Upload this process's tokens to the cluster and return the package's URI, or None without tokens.
 
     Uses the upload that Ray Jobs makes of a working directory (`dashboard_sdk.py`, `_upload_package`).
     """
@@ -24,7 +24,7 @@ def send_secrets(client: Any) -> str | None:
     if not values:
         return None
     name = f"_ray_pkg_{secrets.token_hex(16)}.zip"
-    client._package_exists(f"gcs://{name}")  # asking for it starts the ten minutes after which Ray deletes it
+    client._package_exists(f"gcs://{name}")  # this request starts the ten minutes after which Ray deletes it
     answer = client._do_request("PUT", f"/api/packages/gcs/{name}", data=json.dumps(dict(values)).encode())
     if answer.status_code != 200:
         client._raise_error(answer)
@@ -32,8 +32,8 @@ def send_secrets(client: Any) -> str | None:
 
 
 def take_secrets() -> Environment:
-    """What `send_secrets` left for this job, removing it. Raises `RunError` when it is gone: Ray keeps what nobody has
-    asked for ten minutes only."""
+    """Read and delete what `send_secrets` uploaded for this job. Raises `RunError` if it is gone: Ray keeps an unused
+    package for ten minutes only."""
     name = os.environ.pop(SECRETS_VARIABLE, None)
     if name is None:
         return Environment()
@@ -43,5 +43,8 @@ def take_secrets() -> Environment:
     data = cluster.internal_kv_get(name.encode(), None)
     cluster.internal_kv_del(name.encode(), False, None)
     if not data:
-        raise RunError("the tokens that were submitted with this job are gone: it waited too long. Submit it again.")
+        raise RunError(
+            "the tokens that were submitted with this job have expired: it waited for more than ten minutes. Submit it "
+            "again."
+        )
     return Environment(json.loads(data))

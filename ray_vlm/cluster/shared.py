@@ -1,4 +1,4 @@
-"""Does every node see the folder that runs are written to? A disk of one node's own would lose what others write."""
+"""Check that every node sees the folder of the runs: on a local disk the files of other nodes would be missing."""
 
 import uuid
 
@@ -7,7 +7,7 @@ from ray_vlm.runs.store import Store, is_remote
 
 
 def check_shared(address: str) -> None:
-    """Raise `RunError` naming the nodes of the joined cluster that do not see the folder. Object stores all see."""
+    """Raise `RunError` with the nodes of the joined cluster that do not see the folder; object stores are all seen."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -16,9 +16,9 @@ def check_shared(address: str) -> None:
     store, name = Store(address), f".seen-{uuid.uuid4().hex[:8]}"
     store.write(name, b"")
     try:
-        look = ray.remote(num_cpus=0)(_sees)
-        asked = [look.options(**_on(node["NodeID"])).remote(address, name) for node in nodes]
-        blind = [node["NodeManagerAddress"] for node, seen in zip(nodes, ray.get(asked), strict=True) if not seen]
+        sees = ray.remote(num_cpus=0)(_sees)
+        answers = [sees.options(**_on(node["NodeID"])).remote(address, name) for node in nodes]
+        blind = [node["NodeManagerAddress"] for node, seen in zip(nodes, ray.get(answers), strict=True) if not seen]
     finally:
         store.remove(name)
     if blind:

@@ -1,6 +1,6 @@
-"""Ray Jobs: submit a verb to a cluster, follow its logs, end with the run's own exit code; list, show and stop jobs.
+"""Ray Jobs: submit a verb to a cluster, follow its log, exit with the run's own code; list, show and stop jobs.
 
-Ray's own command ends with 0 or 1, and with 0 for a job that was stopped; here the code is the driver's.
+Ray's own command exits with 0 or 1, and with 0 for a stopped job; here the exit code is the driver's.
 """
 
 import logging
@@ -24,35 +24,35 @@ from ray_vlm.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-STOPPED = 130  # exit code of a job that was stopped and left no code of its own
-SUPPORTED_RAY = ((2, 60), (3, 0))  # from, and below; as in pyproject.toml
+STOPPED = 130  # exit code of a stopped job without a code of its own
+SUPPORTED_RAY = ((2, 60), (3, 0))  # at least, and below; as in pyproject.toml
 _POLL_S = 1.0
-_PATIENCE_S = 60.0  # of one that follows a job for hours
-_TIMEOUT_S = (10.0, 120.0)  # of a connection, and of an answer
+_PATIENCE_S = 60.0  # how long an unreachable server is retried while a job is followed
+_TIMEOUT_S = (10.0, 120.0)  # for a connection, and for an answer
 _LAUNCH_FILE = "jobs/runtime_env.yaml"
 _SERVER_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _AWAY = (
     "If the cluster's head stopped, its jobs ended with it: start it again, and submit the same command with --resume. "
-    "If not, the job goes on without us: `ray-vlm jobs list` names it, `ray-vlm jobs logs NAME --follow` follows it."
+    "If not, the job goes on: `ray-vlm jobs list` names it, `ray-vlm jobs logs NAME --follow` follows it."
 )
 
 
 def connect_jobs(address: str | None) -> "JobSubmissionClient":
-    """A client of the cluster's job server. Raises `RunError` with the way out where it does not answer, refuses, or
-    runs a Ray that this package does not work with."""
+    """Connect to the cluster's job server. Raises `RunError` with the fix if it does not answer, refuses, or runs an
+    unsupported version of Ray."""
     if address is not None:
         if "://" not in address and address != "auto":
             raise ConfigError(f"--address {address}: a job server's address has a scheme. Give http://{address}.")
-        os.environ[_SERVER_VARIABLE] = address  # which Ray would prefer to what it is given
+        os.environ[_SERVER_VARIABLE] = address  # Ray prefers the variable to the argument
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
-        """With a limit to waiting: Ray's own waits for ever for a machine that went away."""
+        """With timeouts: Ray's own client waits forever for a machine that is gone."""
 
         def _do_request(self, *args: Any, **options: Any) -> Any:
             return super()._do_request(*args, **{"timeout": _TIMEOUT_S, **options})
 
-    for name in ("dashboard_sdk", "job.sdk"):  # they tell of every package that is sent
+    for name in ("dashboard_sdk", "job.sdk"):  # they log every package that is sent
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     try:
         client = Client(address)
@@ -65,7 +65,7 @@ def connect_jobs(address: str | None) -> "JobSubmissionClient":
 
 
 def check_ray_version(version: str | None) -> None:
-    """Raise `RunError` for a cluster whose Ray this package does not work with; note one that differs from ours."""
+    """Raise `RunError` for an unsupported version of Ray on the cluster; print a note for another one than here."""
     import ray
 
     numbers = tuple(int(part) for part in re.findall(r"\d+", version or "")[:2])
@@ -80,14 +80,14 @@ def check_ray_version(version: str | None) -> None:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What Ray's client raises where the server refuses, is away, or answers nonsense."""
+    """Return what Ray's client raises if the server refuses, is unreachable, or answers nonsense."""
     from ray.exceptions import RayError
 
     return OSError, RuntimeError, ValueError, RayError
 
 
 def describe_failure(error: Exception, fix: str = "") -> str:
-    """What Ray's client says, in one sentence, and the way out: `fix`, or what a refused token asks for."""
+    """Describe an error of Ray's client in one sentence, with `fix`, or the fix for a missing or wrong token."""
     lines = [line.strip() for line in str(error).splitlines() if re.search(r"\w", line)] or [type(error).__name__]
     text = lines[-1 if "Traceback" in str(error) else 0][:500].rstrip(".")
     if _is_refusal(error):
@@ -101,15 +101,15 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def entrypoint(verb: str, words: Sequence[str]) -> str:
-    """The command that runs on the cluster."""
+    """Return the command that runs on the cluster."""
     return shlex.join(["python", "-m", "ray_vlm", verb, *words])
 
 
 def load_runtime_env(working_dir: Path, env_file: str | None) -> tuple[dict[str, Any], str]:
-    """The settings of the job's environment, and the name of the file that has them: the given one, the folder's own
+    """Load the runtime environment of a job, and return it with the name of its file: `env_file`, the folder's own
     `jobs/runtime_env.yaml`, or the one that ships with the package.
 
-    Raises `ConfigError` for a file that is not there or not such a mapping.
+    Raises `ConfigError` if the file is missing or is not such a mapping.
     """
     shipped = [root / _LAUNCH_FILE for root in (working_dir, PACKAGE_FOLDER / "starter", PACKAGE_FOLDER.parent)]
     file = Path(env_file) if env_file else next((path for path in shipped if path.is_file()), None)
@@ -137,9 +137,10 @@ def submit(
     driver_cpus: float | None = None,
     driver_gpus: float | None = None,
 ) -> str:
-    """Send the archives of the working folder and of this package, and start the command as a Ray job; returns its id.
+    """Upload the archives of the working folder and of this package, start the command as a Ray job, return its id.
 
-    Secrets of this process go along, seen by nobody; they are sent last, since they are kept for ten minutes only.
+    This process's secrets are sent too, unseen by others (`secrets.py`), and last, since Ray keeps them for ten minutes
+    only.
     """
     try:
         working_dir, package = (_send(client, archive) for archive in archives)
@@ -155,12 +156,12 @@ def submit(
             entrypoint_num_gpus=driver_gpus,
         )
     except _failures() as error:
-        fix = "Where `ray-vlm jobs list` does not name it, submit it again."
+        fix = "If `ray-vlm jobs list` does not show it, submit it again."
         raise RunError(f"the cluster did not take the job: {describe_failure(error, fix)}") from None
 
 
 def _send(client: "JobSubmissionClient", archive: Archive) -> str:
-    """Leave an archive with the cluster, unless it is there already; returns its address."""
+    """Upload an archive to the cluster, unless it is there already; return its URI."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "archive.zip"
         write_archive(archive, path)
@@ -168,7 +169,7 @@ def _send(client: "JobSubmissionClient", archive: Archive) -> str:
 
 
 def follow_job(client: Any, job: str, ask: Callable[[str], bool]) -> int:
-    """Print the job's log until it ends; returns its exit code. Ctrl-C asks whether to stop it as well."""
+    """Print the job's log until the job ends; return its exit code. Ctrl-C asks whether to stop the job too."""
     lines = _new_text(client, job)
     while True:
         try:
@@ -186,7 +187,7 @@ def follow_job(client: Any, job: str, ask: Callable[[str], bool]) -> int:
 
 
 def _new_text(client: Any, job: str, lines_shown: bool = False) -> Iterator[str]:
-    """What is new in the log, again and again, until the job has ended."""
+    """Yield the new text of the log at each poll, until the job has ended."""
     shown = len(client.get_job_logs(job)) if lines_shown else 0
     while True:
         ended = ask_cluster(lambda: client.get_job_status(job), _PATIENCE_S).is_terminal()
@@ -198,7 +199,7 @@ def _new_text(client: Any, job: str, lines_shown: bool = False) -> Iterator[str]
 
 
 def exit_code(info: Any) -> int:
-    """The code of the command that the job ran; what Ray says of its end where there is none."""
+    """Return the exit code of the job's command; without one, a code for the job's status, whose message is printed."""
     status = str(getattr(info.status, "value", info.status))
     if status == "SUCCEEDED":
         return 0
@@ -209,23 +210,23 @@ def exit_code(info: Any) -> int:
     return STOPPED if status == "STOPPED" else 1
 
 
-def ask_cluster(do: Callable[[], Any], patience_s: float = 0.0) -> Any:
-    """What `do` returns, tried again for a while where the job server stumbles. Raises `RunError` with what it said."""
-    until, patient = time.monotonic() + patience_s, False
+def ask_cluster(request: Callable[[], Any], patience_s: float = 0.0) -> Any:
+    """Return the result of `request`, which is retried for `patience_s` if the job server fails. Raises `RunError`."""
+    deadline, retried = time.monotonic() + patience_s, False
     while True:
         try:
-            return do()
+            return request()
         except _failures() as error:
-            if _is_refusal(error) or time.monotonic() >= until:
-                raise RunError(f"the job server says: {describe_failure(error, _AWAY if patient else '')}") from None
-            if not patient:
+            if _is_refusal(error) or time.monotonic() >= deadline:
+                raise RunError(f"the job server says: {describe_failure(error, _AWAY if retried else '')}") from None
+            if not retried:
                 print(f"the job server does not answer; it is asked again for {patience_s:.0f} s", file=sys.stderr)
-            patient = True
+            retried = True
         time.sleep(_POLL_S)
 
 
 def describe_jobs(jobs: Sequence[Any]) -> str:
-    """A table of jobs, the newest first."""
+    """Format a table of jobs, the newest first."""
     rows = [("job", "status", "started", "command")]
     for job in sorted(jobs, key=lambda j: j.start_time or 0, reverse=True):
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or 0) / 1000))

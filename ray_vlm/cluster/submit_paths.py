@@ -1,7 +1,7 @@
-"""The files and folders that a submitted command names: will the cluster find them, and can results be found again?
+"""Check the paths in a submitted command: can the cluster read the inputs, and will the results be kept?
 
-On the cluster the command runs in a copy of the working folder that is thrown away. A relative path is looked for in
-that copy, so it must be among what is sent; any other place must be one that all nodes see.
+On the cluster the command runs in a copy of the working folder that is deleted afterwards. A relative path is resolved
+in that copy, so it must be sent; any other path must be on storage that all nodes see.
 """
 
 import os
@@ -18,24 +18,24 @@ from ray_vlm.config.paths import is_hub_name
 from ray_vlm.config.resume import check_output_dir
 from ray_vlm.config.schema import JobConfig
 
-# Options and words of the verbs by what they name; those of neither kind name nothing. A test holds that all are known.
-SENT = ("job", "space")  # a file that travels
-READ = ("run", "inputs", "adapter", "against", "base", "image_root")  # travels, or lies where all nodes see it; of a
-# run, an adapter and a base there may be no such file: a name on the hub, or of a base that ships with the package
+# Arguments of the verbs by what they name; all others name no file. A test checks that none is missing.
+SENT = ("job", "space")  # a file that is sent
+READ = ("run", "inputs", "adapter", "against", "base", "image_root")  # is sent, or on storage that all nodes
+# see; a run, an adapter or a base may also be a name on the hub, or of a base that ships with the package
 WRITTEN = ("output", "draw")
 
 _FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):[A-Za-z_]\w*")
-_SHARED = "a place that all nodes see: an absolute path on a shared file system, or an address such as s3://"
+_SHARED = "a path that all nodes see: an absolute path on a shared file system, or an address such as s3://"
 
 
 @dataclass
 class PathReport:
-    """What there is to say of a command's paths."""
+    """The problems and notes on a command's paths."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    expected: list[str] = field(default_factory=list)  # outside the folder; all nodes must see it
-    written: list[str] = field(default_factory=list)  # where results go
+    expected: list[str] = field(default_factory=list)  # paths outside the folder, which all nodes must see
+    written: list[str] = field(default_factory=list)  # paths of the results
 
     def __add__(self, other: "PathReport") -> "PathReport":
         return PathReport(
@@ -47,7 +47,7 @@ class PathReport:
 
 
 def name_in_folder(path: str, folder: Path) -> str | None:
-    """A path of this machine, relative to a folder that holds it; None for one outside."""
+    """Return a path of this machine relative to `folder`; None if it is outside."""
     for full in (Path(os.path.abspath(os.path.expanduser(path))), Path(path).resolve()):
         for root in (Path(os.path.abspath(folder)), folder.resolve()):
             if full.is_relative_to(root):
@@ -56,19 +56,19 @@ def name_in_folder(path: str, folder: Path) -> str | None:
 
 
 def check_words(words: Mapping[str, Any], archive: Archive) -> tuple[dict[str, Any], PathReport]:
-    """The words of a command as the cluster is given them, and what is to be said of the paths among them."""
+    """Return the arguments of a command as the cluster gets them, and a report on the paths among them."""
     report = PathReport()
-    given = dict(words)
+    arguments = dict(words)
     for name in SENT:
-        if given.get(name) is not None:
-            given[name] = _check_sent(name, given[name], archive, report)
+        if arguments.get(name) is not None:
+            arguments[name] = _check_sent(name, arguments[name], archive, report)
     for name in READ:
-        value = given.get(name)
+        value = arguments.get(name)
         if isinstance(value, list):
-            given[name] = [_check_read(name, one, archive, report) for one in value]
+            arguments[name] = [_check_read(name, one, archive, report) for one in value]
         elif isinstance(value, str):
-            given[name] = _check_read(name, value, archive, report)
-    return given, report
+            arguments[name] = _check_read(name, value, archive, report)
+    return arguments, report
 
 
 def _check_sent(name: str, path: str, archive: Archive, report: PathReport) -> str:
@@ -76,7 +76,7 @@ def _check_sent(name: str, path: str, archive: Archive, report: PathReport) -> s
     if inside is None:
         report.problems.append(
             f"{path} lies outside {archive.folder}, which is what the cluster gets. Give --working-dir with a folder "
-            f"that holds the {name} and what it names."
+            f"that contains the {name} and the files that it names."
         )
         return path
     if reason := archive.why_left_out(inside):
@@ -105,13 +105,13 @@ def _check_read(name: str, value: str, archive: Archive, report: PathReport) -> 
         return inside
     elif name in ("inputs", "against", "image_root") or (name == "adapter" and not is_hub_name(value)):
         report.problems.append(
-            f"{label}: there is no such thing in {archive.folder}, which is what the cluster gets. Give {_SHARED}."
+            f"{label}: no such file or folder in {archive.folder}, which is what the cluster gets. Give {_SHARED}."
         )
     return value
 
 
 def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:
-    """The same of what a job names: rows, images, base, adapter and modules. `job_file`: its path in the folder."""
+    """Check the paths in a job: rows, images, base, adapter and modules. `job_file`: its path in the folder."""
     report = PathReport()
     beside = os.path.dirname(job_file)
     for key, value, optional in _job_inputs(job):
@@ -138,23 +138,23 @@ def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:
 
 
 def check_results(verb: str, words: Mapping[str, Any], job: JobConfig | None) -> PathReport:
-    """Where a verb with these words writes, and why nobody would find it there, if so."""
-    given = {f"--{name}": words[name] for name in WRITTEN if words.get(name) is not None}
+    """Report the paths that a verb with these arguments writes to, and those whose contents would be lost."""
+    outputs = {f"--{name}": words[name] for name in WRITTEN if words.get(name) is not None}
     adapters = words.get("adapter") or []
-    if verb == "evaluate" and not given and len(adapters) == 1:
-        given = {"without --output, results go beside the adapter: its folder": os.path.dirname(adapters[0])}
-    elif job is not None and not (verb == "evaluate" and given):
-        given["run.output_dir"] = job.run.output_dir
-    elif verb == "export" and not given:
-        given = {"without --output, an export goes into the run: it": words["run"]}
-    problems = [problem for name, value in given.items() for problem in check_output_dir(value, name)]
+    if verb == "evaluate" and not outputs and len(adapters) == 1:
+        outputs = {"without --output, results go beside the adapter: its folder": os.path.dirname(adapters[0])}
+    elif job is not None and not (verb == "evaluate" and outputs):
+        outputs["run.output_dir"] = job.run.output_dir
+    elif verb == "export" and not outputs:
+        outputs = {"without --output, an export goes into the run: it": words["run"]}
+    problems = [problem for name, value in outputs.items() for problem in check_output_dir(value, name)]
     return PathReport(
-        problems, written=[value for name, value in given.items() if verb != "pairs" or name == "--output"]
+        problems, written=[value for name, value in outputs.items() if verb != "pairs" or name == "--output"]
     )
 
 
 def _note_left_out(key: str, path: str, archive: Archive, report: PathReport) -> None:
-    """Say that a folder of images is sent in part."""
+    """Add a note if only part of a folder of images is sent."""
     below = archive.left_out_below(path)
     if key.endswith("image_root") and below:
         name, reason = next(iter(below.items()))
@@ -162,11 +162,11 @@ def _note_left_out(key: str, path: str, archive: Archive, report: PathReport) ->
 
 
 def _job_inputs(job: JobConfig) -> Iterator[tuple[str, str, bool]]:
-    """Key and value of each path that a job reads, and whether there may be no such file: a name on the hub."""
+    """Yield the key and value of each path that a job reads, and whether it may be something else than a file there."""
     sources: list[tuple[str, Source | None]] = [(f"data.{name}", getattr(job.data, name)) for name in ("train", "eval")]
     sources += [("data.test", job.data.test), *((f"data.mix[{i}]", source) for i, source in enumerate(job.data.mix))]
     for key, source in sources:
-        if source is None or not source.path or source.create:  # rows that are made on first use are made there too
+        if source is None or not source.path or source.create:  # generated rows are generated on the cluster too
             continue
         yield f"{key}.path", source.path, False
         if source.image_root or (os.path.dirname(source.path) and not _is_absolute(source.path)):
@@ -177,7 +177,7 @@ def _job_inputs(job: JobConfig) -> Iterator[tuple[str, str, bool]]:
 
 
 def _modules(value: Any) -> Iterator[str]:
-    """The modules of all `module:function` among plain data, but for this package's own: it is sent by itself."""
+    """Yield the module of each `module:function` in plain data, except for this package's, which is always sent."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _modules(key)
@@ -190,7 +190,7 @@ def _modules(value: Any) -> Iterator[str]:
 
 
 def _take_out(reason: str) -> str:
-    """How to have something sent that `reason` leaves out."""
+    """Return how to fix a path that `reason` leaves out."""
     git = f" {IGNORE_GITIGNORE}=1 sends what git ignores." if reason.endswith(".gitignore") else ""
     return f"Change that, or give {_SHARED}.{git}"
 

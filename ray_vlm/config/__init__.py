@@ -1,1 +1,1 @@
-"""The job file: its schema, reading it, and the rules that span sections. Imports no torch and no ray."""
+"""The job file: its schema, reading it, and the rules across sections. Imports neither torch nor ray."""

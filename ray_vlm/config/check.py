@@ -1,6 +1,6 @@
-"""Rules that span sections: what goes together. Each rule is a predicate, a key, a reason and what to do instead.
+"""Rules across sections: which settings can be combined. A rule is a predicate, its keys, and a reason with a fix.
 
-`check_job` returns every broken rule; `load_job` raises them together with the schema's complaints.
+`check_job` returns every broken rule; `load_job` raises them together with the schema's errors.
 """
 
 import re
@@ -15,7 +15,7 @@ from ray_vlm.config.rule import Rule
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.trl import check_trl
 
-# Options that only some tasks read; for others they would do nothing.
+# Options that only some tasks read; for others they would have no effect.
 _OF_TASKS = {
     "prompt": ("detection", "classification", "gui_steps"),
     "labels": ("detection", "classification"),
@@ -34,11 +34,11 @@ def _sources(job: JobConfig) -> list[Source]:
 
 
 def _same_rows(a: Source | None, b: Source | None) -> bool:
-    return a is not None and b is not None and bool(a.path) and a.path == b.path and not _told_apart(a, b)
+    return a is not None and b is not None and bool(a.path) and a.path == b.path and not _may_be_disjoint(a, b)
 
 
-def _told_apart(a: Source, b: Source) -> bool:
-    """Whether ranges of tasks may keep two sources of one file from sharing rows; `splits.py` looks when it reads."""
+def _may_be_disjoint(a: Source, b: Source) -> bool:
+    """Whether two sources of one file may have disjoint ranges of tasks; `splits.py` checks it on reading the rows."""
     return None not in (a.task_end, b.task_start) or None not in (b.task_end, a.task_start)
 
 
@@ -47,7 +47,7 @@ def _is_temperature(value: float | list[float]) -> bool:
 
 
 def _learning(job: JobConfig) -> set[str]:
-    """Parts of the model that learn."""
+    """Return the parts of the model that are trained."""
     if job.lora is not None:
         return set(job.lora.target)
     return {"language", "connector", "vision"} - set(job.train.freeze or ())
@@ -68,12 +68,12 @@ RULES: list[Rule] = [
             s is not None and s.ratio and not s.path and s != Source(ratio=s.ratio) for s in (j.data.eval, j.data.test)
         ),
         ("data.eval", "data.test"),
-        "a share is read as the training rows are; `ratio` stands alone. Remove the other settings beside it.",
+        "a share of the training rows is read with their settings, so `ratio` stands alone. Remove the other settings.",
     ),
     (
         lambda j: any(s is not None and s.weight != 1 for s in (j.data.eval, j.data.test)),
         ("data.eval", "data.test"),
-        "`weight` is how often training rows are shown. Remove it here.",
+        "`weight` is how often training rows are shown in an epoch. Remove it here.",
     ),
     (
         lambda j: any(s.ratio is not None for s in (j.data.train, *j.data.mix) if s is not None),
@@ -83,7 +83,7 @@ RULES: list[Rule] = [
     (
         lambda j: bool(j.data.mix or _share(j.data.eval) or _share(j.data.test)) and j.data.train is None,
         ("data.train",),
-        "missing, and other parts take their rows from it. Give it a path and a format.",
+        "it is missing, and other parts take their rows from it. Give it a path and a format.",
     ),
     (
         lambda j: _share(j.data.eval) + _share(j.data.test) >= 1,
@@ -115,7 +115,7 @@ RULES: list[Rule] = [
     (
         lambda j: j.data.pad_color is not None and not all(0 <= v <= 255 for v in j.data.pad_color),
         ("data.pad_color",),
-        "three numbers from 0 to 255 are needed. Mend them, or remove it.",
+        "it needs three numbers from 0 to 255. Correct them, or remove it.",
     ),
     (
         lambda j: j.data.resize != "pad" and (j.data.pad_color is not None or j.data.pad_place != "end"),
@@ -125,7 +125,7 @@ RULES: list[Rule] = [
     (
         lambda j: j.task.name == "classification" and any("=" not in label for label in j.task.labels or ()),
         ("task.labels", "task"),
-        "classification writes labels as attribute=value, such as condition=blocked. Mend them, or leave them out.",
+        "classification writes labels as attribute=value, such as condition=blocked. Correct them, or leave them out.",
     ),
     (
         lambda j: j.lora is None and j.model.load_in_4bit,
@@ -145,28 +145,28 @@ RULES: list[Rule] = [
     (
         lambda j: not set(j.train.learning_rates or ()) <= _learning(j),
         ("train.learning_rates", "lora.target", "train.freeze"),
-        "it names a part in which nothing learns. Add the part to lora.target, or take it out here.",
+        "it names a part without trained weights. Add the part to lora.target, or take it out here.",
     ),
     (
         lambda j: j.train.freeze is not None and j.lora is not None,
         ("train.freeze", "lora"),
-        "an adapter leaves every part as it is but those in lora.target. Name those, or set `lora: null`.",
+        "with an adapter only the parts in lora.target are trained. Set lora.target, or `lora: null`.",
     ),
     (
         lambda j: j.lora is None and not _learning(j),
         ("train.freeze",),
-        "all parts are frozen, so nothing would learn. Leave one out.",
+        "all parts are frozen, so nothing would be trained. Leave one out.",
     ),
     (
         lambda j: "://" in (j.train.vision_cache or ""),
         ("train.vision_cache",),
-        "it is a folder on a disk of each node, not an address. Give a path.",
+        "it is a folder on each node's own disk, not an address. Give a path.",
     ),
     (
         lambda j: j.train.vision_cache is not None and not _learning(j).isdisjoint({"vision", "connector"}),
         ("train.vision_cache", "lora.target", "train.freeze"),
-        "what the image encoder makes of an image changes as it, or the connector in it, learns. Leave "
-        "train.vision_cache out, or let only the language model learn.",
+        "the image features change while the image encoder or the connector is trained. Leave "
+        "train.vision_cache out, or train only the language model.",
     ),
     (
         lambda j: j.task.labels is not None and (len(set(j.task.labels)) < len(j.task.labels) or "" in j.task.labels),
@@ -186,7 +186,7 @@ RULES: list[Rule] = [
     (
         lambda j: j.evaluate.asynchronous and j.cluster.num_workers == 0,
         ("evaluate.asynchronous", "cluster.num_workers"),
-        "it needs a process of its own, which Ray starts. Set cluster.num_workers to 1 or more, or leave it out.",
+        "it needs a separate process, which Ray starts. Set cluster.num_workers to 1 or more, or leave it out.",
     ),
     (
         lambda j: j.evaluate.asynchronous and j.data.eval is None,
@@ -201,28 +201,28 @@ RULES: list[Rule] = [
     (
         lambda j: j.evaluate.memory == "model" and j.task.name != "gui_steps",
         ("evaluate.memory", "task"),
-        "only GUI steps have a memory of earlier ones. Leave it out, or set task=gui_steps.",
+        "only GUI steps have a memory of earlier steps. Leave it out, or set task=gui_steps.",
     ),
     (
         lambda j: j.track.energy != (j.track.country is not None),
         ("track.country", "track.energy"),
-        "energy and country go together: the carbon dioxide of a kilowatt-hour depends on where it is made. Give both.",
+        "energy and country go together: the carbon dioxide of a kilowatt-hour depends on the country. Give both.",
     ),
     (
         lambda j: not j.track.wandb and bool(j.track.wandb_entity or j.track.wandb_group or j.track.wandb_tags),
         ("track.wandb", "track.wandb_entity", "track.wandb_group", "track.wandb_tags"),
-        "entity, group and tags are of Weights & Biases. Set track.wandb=true, or remove them.",
+        "entity, group and tags belong to Weights & Biases. Set track.wandb=true, or remove them.",
     ),
     (
         lambda j: _same_rows(j.data.test, j.data.eval) and not j.data.test_on_eval,
         ("data.test", "data.eval"),
-        "the rows that choose `best/` cannot also give the headline numbers. Use rows of its own; or set "
-        "data.test_on_eval=true, and every report will say that its rows chose.",
+        "the rows that choose `best/` cannot also give the headline numbers. Use separate rows; or set "
+        "data.test_on_eval=true, and every report will say that its rows also chose `best/`.",
     ),
     (
         lambda j: j.data.test_on_eval and j.data.eval is None,
         ("data.test_on_eval", "data.eval"),
-        "there are no such rows, since `data.eval` is not set. Give it rows, or give data.test its own.",
+        "it tests on the rows of `data.eval`, which is not set. Give it rows, or give data.test its own.",
     ),
     (
         lambda j: j.data.test_on_eval and j.data.test is not None and not _same_rows(j.data.test, j.data.eval),
@@ -232,27 +232,27 @@ RULES: list[Rule] = [
     (
         lambda j: any(_same_rows(j.data.test, s) for s in (j.data.train, *j.data.mix)),
         ("data.test", "data.train"),
-        "the rows that are learned cannot also give the headline numbers. Use rows of its own.",
+        "the training rows cannot also give the headline numbers. Use separate rows.",
     ),
     (
         lambda j: (j.data.min_pixels or 0) > (j.data.max_pixels or j.data.min_pixels or 0),
         ("data.min_pixels", "data.max_pixels"),
-        "larger than data.max_pixels. Lower it, or raise data.max_pixels.",
+        "it is larger than data.max_pixels. Lower it, or raise data.max_pixels.",
     ),
     (
         lambda j: not _is_temperature(j.pairs.temperature),
         ("pairs.temperature",),
-        "needs one temperature above 0, or two of 0 (the likeliest answer) or more. Mend it.",
+        "it needs one temperature above 0, or two of 0 (the likeliest answer) or more. Correct it.",
     ),
     (
         lambda j: j.run.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", j.run.name),
         ("run.name",),
-        "not usable as a folder name. Use letters, digits, '-', '_' and '.', beginning with a letter or digit.",
+        "it is not usable as a folder name. Use letters, digits, '-', '_' and '.', beginning with a letter or digit.",
     ),
     (
         lambda j: "\0" in j.run.output_dir or not _is_address(j.run.output_dir),
         ("run.output_dir",),
-        "not a folder, and not an address that runs can be kept at. Use a path, s3://, gs://, abfs:// or hdfs://.",
+        "it is neither a folder nor an address that can hold runs. Use a path, s3://, gs://, abfs:// or hdfs://.",
     ),
     *METHOD_RULES,
     *TUNE_RULES,
@@ -266,9 +266,9 @@ def _is_address(address: str) -> bool:
 
 
 def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, str]]:
-    """Every broken rule as `(dotted key, reason and fix)`; an empty list when all is well.
+    """Return every broken rule as `(dotted key, reason and fix)`.
 
-    `unread` are keys whose values could not be read: rules that need one of them are left out.
+    `unread` are keys whose values could not be read: rules that need one of them are skipped.
     """
     metrics = ", ".join(known_metrics(job))
     broken = [

@@ -1,4 +1,4 @@
-"""Rules of the methods: which rows, settings and batch sizes go with SFT, DPO and GRPO. Pure functions of the job."""
+"""Rules of the methods: the rows, settings and batch sizes of SFT, DPO and GRPO. Pure functions of the job."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ TASK_METRICS = {
     "chat": ("exact", "normalised", "anls", "parse_rate"),
 }
 
-# The task that the rows of each format are examples of.
+# The task for which the rows of each format are examples.
 FORMAT_TASKS = {
     "coco": "detection",
     "objects": "detection",
@@ -35,22 +35,22 @@ METHOD_RULES: list[Rule] = [
     (
         lambda j: j.train.tokens_per_micro_batch is not None and j.method.name != "sft",
         ("train.tokens_per_micro_batch", "method"),
-        "TRL takes means over the pairs or answers of a micro-batch, so each must hold as many. Use micro_batch_size.",
+        "TRL averages over the pairs or answers of a micro-batch, so all need the same number. Use micro_batch_size.",
     ),
     (
         lambda j: j.train.tokens_per_micro_batch is not None and j.train.memory is not None,
         ("train.tokens_per_micro_batch", "train.memory"),
-        "both say how much runs at a time. Leave one of them out.",
+        "both set the size of a micro-batch. Leave one of them out.",
     ),
     (
         lambda j: j.lora is None and (j.method.name == "dpo" or (j.method.name == "grpo" and bool(j.method.beta))),
         ("lora", "method"),
-        "the reference is the model with its adapter off, so this method needs one. Keep `lora`.",
+        "the reference is the model with its adapter off, so this method needs an adapter. Keep `lora`.",
     ),
     (
         lambda j: j.method.rollouts == "vllm" and (j.lora is None or j.lora.target != ["language"]),
         ("method.rollouts", "lora.target"),
-        "vllm takes adapters on the language model only. Use lora.target=[language].",
+        "vllm supports adapters on the language model only. Use lora.target=[language].",
     ),
     (
         lambda j: j.method.rollouts == "vllm" and not j.cluster.gpus_per_worker,
@@ -61,17 +61,17 @@ METHOD_RULES: list[Rule] = [
 
 
 def known_metrics(job: JobConfig) -> tuple[str, ...]:
-    """What the job's `evaluate.metric` may name. Rows of a task's format are measured by the task too."""
-    own = METHOD_METRICS[job.method.name]
+    """Return the metrics that `evaluate.metric` may name: the method's, and the task's if the rows have its format."""
+    metrics = METHOD_METRICS[job.method.name]
     if not job.method.num_generations_eval:
-        own = tuple(name for name in own if name != "sampled_reward")
+        metrics = tuple(name for name in metrics if name != "sampled_reward")
     measured = job.method.name != "dpo" and not (job.data.eval is not None and job.data.eval.format == "prompt")
-    return (*own, *TASK_METRICS[job.task.name]) if measured else own
+    return (*metrics, *TASK_METRICS[job.task.name]) if measured else metrics
 
 
 def known_formats(job: JobConfig, part: str) -> tuple[str, ...]:
-    """The formats that `data.<part>` may have: pairs for DPO; prompts or the task's own rows for GRPO; `data.test` is
-    always the task's own."""
+    """Return the formats that `data.<part>` may have: pairs for DPO; the task's own formats or prompts for GRPO; for
+    SFT and `data.test` only the task's own."""
     own = tuple(name for name, task in FORMAT_TASKS.items() if task == job.task.name)
     if part == "test" or job.method.name == "sft":
         return own
@@ -79,7 +79,7 @@ def known_formats(job: JobConfig, part: str) -> tuple[str, ...]:
 
 
 def check_method(job: JobConfig) -> Broken:
-    """Every rule of the method that the job breaks."""
+    """Yield every rule of the method that the job breaks."""
     method = job.method
     for key, methods in OF_METHODS.items():
         if method.name not in methods and getattr(method, key) != type(method).model_fields[key].default:
@@ -96,9 +96,9 @@ def _check_formats(job: JobConfig) -> Broken:
         "eval": (job.data.eval,),
         "test": (job.data.test,),
     }
-    for part, of_part in sources.items():
+    for part, part_sources in sources.items():
         known = known_formats(job, part)
-        wrong = sorted({s.format for s in of_part if s is not None and s.path and s.format not in known})
+        wrong = sorted({s.format for s in part_sources if s is not None and s.path and s.format not in known})
         if wrong:
             yield (
                 f"data.{part}.format",
@@ -108,17 +108,20 @@ def _check_formats(job: JobConfig) -> Broken:
 
 
 def _check_weights(job: JobConfig) -> Broken:
-    """Class weights are of SFT's plain loss; oversampling needs rows with classes."""
+    """Check that class weights are used with SFT's plain loss, and oversampling with rows that have classes."""
     data, trl = job.data, job.method.trl
     for key in ("class_weights", "condition_weights"):
         if getattr(data, key) is None:
             continue
         if job.method.name != "sft":
-            yield f"data.{key}", f"weights are of the tokens that sft imitates; {job.method.name} has none. Remove it."
+            yield (
+                f"data.{key}",
+                f"the weights apply to the tokens that sft imitates; {job.method.name} has none. Remove it.",
+            )
         elif trl.get("loss_type", "nll") != "nll" or trl.get("label_smoothing_factor"):
             yield (
                 f"data.{key}",
-                "weights are of the plain loss; loss_type and label smoothing would not use them. Remove one of the "
+                "the weights apply to the plain loss; loss_type and label smoothing do not use them. Remove one of the "
                 "two.",
             )
     made = {s.format for s in (data.train, *data.mix) if s is not None} & {"preference", "prompt"}
@@ -127,32 +130,32 @@ def _check_weights(job: JobConfig) -> Broken:
 
 
 def _check_even(job: JobConfig) -> Broken:
-    """Pairs, and groups of answers, are shared out evenly: TRL's means over workers need as many on each.
+    """Check that pairs, or groups of answers, divide evenly among the workers: TRL's means over workers assume it.
 
-    A group stays whole on one worker. `train.global_batch_size` counts the answers of groups.
+    A group is never split between workers. `train.global_batch_size` counts the answers of all groups.
     """
     group = job.method.num_generations if job.method.name == "grpo" else 1
-    whole, micro = job.train.global_batch_size, job.train.micro_batch_size
+    batch, micro = job.train.global_batch_size, job.train.micro_batch_size
     what = "sampled answers" if group > 1 else "pairs"
-    if whole % group:
+    if batch % group:
         yield (
             "method.num_generations",
-            f"{group} does not divide train.global_batch_size={whole}, which counts sampled answers for grpo. Use a "
-            f"multiple, such as {group * max(1, round(whole / group))}.",
+            f"{group} does not divide train.global_batch_size={batch}, which counts sampled answers for grpo. Use a "
+            f"multiple, such as {group * max(1, round(batch / group))}.",
         )
         return
     for workers in range(job.cluster.least_workers, job.cluster.most_workers + 1):
-        if whole // group % workers:
-            even = group * workers * max(1, whole // group // workers)
-            groups = f" in {whole // group} groups" if group > 1 else ""
+        if batch // group % workers:
+            even = group * workers * max(1, batch // group // workers)
+            groups = f" in {batch // group} groups" if group > 1 else ""
             fix = f"Use train.global_batch_size={even}."
             if isinstance(job.cluster.num_workers, list):
                 fix = "Use a train.global_batch_size that all numbers of workers divide, or one number of workers."
-            yield "cluster.num_workers", f"{workers} workers cannot share {whole} {what}{groups} evenly. {fix}"
+            yield "cluster.num_workers", f"{workers} workers cannot share {batch} {what}{groups} evenly. {fix}"
             return
-        if whole // workers % micro:
+        if batch // workers % micro:
             yield (
                 "train.micro_batch_size",
-                f"{micro} does not divide the {whole // workers} {what} of one worker in a step. Use a divisor of it.",
+                f"{micro} does not divide the {batch // workers} {what} of one worker in a step. Use a divisor of it.",
             )
             return

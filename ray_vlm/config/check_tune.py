@@ -1,4 +1,4 @@
-"""Rules of the `tune` section: what a sweep can rank by, and what can stay in memory from trial to trial."""
+"""Rules of the `tune` section: the metrics that rank trials, and the jobs that can keep the base in memory."""
 
 from collections.abc import Iterator
 
@@ -15,18 +15,18 @@ TUNE_RULES: list[Rule] = [
     (
         lambda j: j.tune.resident and j.lora is None,
         ("tune.resident", "lora"),
-        "all weights would be changed by the first trial. Train a LoRA, or leave it out.",
+        "the first trial would change all weights of the base. Train a LoRA, or leave it out.",
     ),
     (
         lambda j: j.tune.resident and j.evaluate.asynchronous,
         ("tune.resident", "evaluate.asynchronous"),
-        "validation in a process of its own needs a base of its own. Leave one of them out.",
+        "a separate process for validation needs its own copy of the base. Leave one of them out.",
     ),
 ]
 
 
 def tune_metrics(job: JobConfig) -> tuple[str, ...]:
-    """What ranks the job's trials, the first one, and what is shown beside it."""
+    """Return the metric that ranks the job's trials, followed by those that are shown beside it."""
     named = job.tune.metric
     if named is None:
         return (job.evaluate.metric,)
@@ -34,12 +34,12 @@ def tune_metrics(job: JobConfig) -> tuple[str, ...]:
 
 
 def check_tune(job: JobConfig) -> Iterator[tuple[str, str]]:
-    """Every broken rule as `(dotted key, reason and fix)`."""
+    """Yield every broken rule as `(dotted key, reason and fix)`."""
     metrics, known = tune_metrics(job), known_metrics(job)
     if job.tune.metric is None:
-        metrics = known[:1]  # that of `evaluate`, which has a rule of its own
+        metrics = known[:1]  # the default is `evaluate.metric`, which has its own rule
     if not metrics or len(set(metrics)) < len(metrics):
-        yield "tune.metric", "a list of different metrics; the first one ranks."
+        yield "tune.metric", "it needs one metric, or a list of different ones, of which the first ranks."
     if wrong := [name for name in metrics if name not in known]:
         yield (
             "tune.metric",

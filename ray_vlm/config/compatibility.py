@@ -1,6 +1,6 @@
-"""What goes together: every two choices of a job tried against the rules, and the rules themselves.
+"""The table of settings that can be combined: every two choices checked against the rules, and the rules themselves.
 
-Nothing is listed here by hand but the choices: `config/check.py` decides, with what the families cannot do.
+Only the choices are listed here; the rules are those of `config/check.py` and the limits of the model families.
 """
 
 from collections.abc import Mapping
@@ -36,25 +36,25 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def merge(*parts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The sections together, or None where two of them say different things."""
-    whole: dict[str, Any] = {}
+    """Merge the sections, or return None if two of them give a setting different values."""
+    merged: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
-            there = whole.get(key)
-            if isinstance(there, dict) and isinstance(value, Mapping):
-                both = merge(there, value)
+            existing = merged.get(key)
+            if isinstance(existing, dict) and isinstance(value, Mapping):
+                both = merge(existing, value)
                 if both is None:
                     return None
-                whole[key] = both
-            elif key in whole and there != value:
+                merged[key] = both
+            elif key in merged and existing != value:
                 return None
             else:
-                whole[key] = value
-    return whole
+                merged[key] = value
+    return merged
 
 
 def refuse(one: str, other: str) -> str | None:
-    """Why two choices do not go together; "" where they do, None where they are the same question answered twice."""
+    """Return why two choices cannot be combined; "" if they can, None if they are alternatives of one setting."""
     both = merge(_PLAIN, CHOICES[one], CHOICES[other])
     if both is None:
         return None
@@ -62,7 +62,7 @@ def refuse(one: str, other: str) -> str | None:
 
 
 def describe() -> list[str]:
-    """The table of choices, why some do not go together, what families cannot do, and every rule."""
+    """Return the table of choices, the reasons of the refusals, the limits of the families, and every rule."""
     names, width = list(CHOICES), max(map(len, CHOICES))
     lines = ["What goes together: + yes, x no (see below), . one or the other", ""]
     lines.append(" " * (width + 4) + " ".join(f"{n:>2}" for n in range(1, len(names) + 1)))

@@ -1,4 +1,4 @@
-"""Write `docs/jobs.md` from the schema: `python -m ray_vlm.config.docs docs/jobs.md`."""
+"""Generate `docs/jobs.md` from the schema: `python -m ray_vlm.config.docs docs/jobs.md`."""
 
 import json
 import sys
@@ -13,22 +13,21 @@ from ray_vlm.config.schema import JobConfig
 
 _HEAD = """# Job files
 
-One YAML file says what to do. Every setting is listed here with its default; this page is made from
-`ray_vlm/config/` by `make docs`. A setting is written `section.key`, and on the command line
-`section.key=value` replaces what the file says:
+A job is one YAML file. This page lists every setting with its default and is generated from `ray_vlm/config/` by
+`make docs`. A setting is written `section.key`, and on the command line `section.key=value` replaces the file's value:
 
     ray-vlm train jobs/demo_sft.yaml train.learning_rate=2e-3 model.load_in_4bit=false
 
 Unknown keys are errors. `ray-vlm config JOB` prints the job with every default; `--dry-run` adds the plan (rows, steps,
 tokens) and the first records with the trained tokens marked. `method` and `task` may be given by name alone.
-Names of your own are keys as well, `data.oversample.toe-drain=7`, in quotes where they hold a dot or an equals sign:
+Your own names are keys too, such as `data.oversample.toe-drain=7`; quote a name with a dot or an equals sign:
 `data.oversample."5.5 inch"=2`. Paths, and the modules of `module:function`, are looked for in the current folder, then
-in that of the job file.
+in the folder of the job file.
 """
 
 
 def write_reference() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     sections = [_HEAD]
     for name, field in JobConfig.model_fields.items():
         model = _section(field.annotation)

@@ -1,6 +1,6 @@
-"""Read a job: defaults < YAML file < `key=value` overrides. Every problem is collected and told at once.
+"""Read a job: defaults < YAML file < `key=value` overrides. All problems are collected and reported together.
 
-`load_job("jobs/demo_sft.yaml", ["train.learning_rate=2e-4"])` gives a frozen `JobConfig` or raises `ConfigError`.
+`load_job("jobs/demo_sft.yaml", ["train.learning_rate=2e-4"])` returns a frozen `JobConfig` or raises `ConfigError`.
 """
 
 import copy
@@ -22,14 +22,14 @@ from ray_vlm.runs.keys import describe_no_section, split_setting
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
-_DEEPEST = 32  # levels of a file; the schema has four, and `method.trl` may have more
-_MOST_VALUES = 20_000  # of a file with its aliases written out: a few lines of them can stand for billions
+_MAX_DEPTH = 32  # levels of a file; the schema has four, and `method.trl` may have more
+_MAX_VALUES = 20_000  # values of a file with its aliases expanded: a few lines can expand to billions
 _SHARES = (("data", "eval"), ("data", "test"))  # settings that may be a number
 SourceLocations = dict[tuple[str | int, ...], str]  # dotted path -> "jobs/x.yaml:12" or "override 'a=b'"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number, and in which a value that cannot be built names its line."""
+    """A safe YAML loader that reads `1e-4` as a number and reports the line of a value that cannot be built."""
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
@@ -44,9 +44,9 @@ _Loader.add_implicit_resolver(
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """The job in `path` with `overrides` applied and every rule of `check.py` kept. Raises `ConfigError`.
+    """Load the job in `path`, apply `overrides`, and check every rule of `check.py`. Raises `ConfigError`.
 
-    Files that it names are looked for in the current folder, then beside it.
+    Files that the job names are looked for in the current folder, then in that of the job file.
     """
     text = read_text(Path(path))
     values, locations, problems = parse_yaml(text, str(path))
@@ -66,8 +66,11 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 
 
 def _validate(values: dict) -> tuple[JobConfig | None, list]:
-    """The job and pydantic's errors. Bad values are left out in a second try, so that the rules across sections
-    are checked too and all problems come at once; None where nothing usable is left."""
+    """Validate the values; return the job and pydantic's errors.
+
+    After errors the values are validated again without the bad ones, so that the rules across sections can be checked
+    too and all problems are reported together. The job is None if that fails as well.
+    """
     try:
         return JobConfig.model_validate(values), []
     except ValidationError as error:
@@ -82,7 +85,7 @@ def _validate(values: dict) -> tuple[JobConfig | None, list]:
 
 
 def _prune(values: dict, path: tuple) -> None:
-    """Remove what lies at `path`, or the deepest mapping entry on the way to it."""
+    """Remove the value at `path`, or the deepest mapping entry on the way to it."""
     inner, parent, key = values, values, path[0] if path else None
     for part in path:
         if not isinstance(inner, dict) or part not in inner:
@@ -92,12 +95,12 @@ def _prune(values: dict, path: tuple) -> None:
 
 
 def dump_job(job: JobConfig) -> dict[str, Any]:
-    """The job as plain data, every default written out; `load_resolved` reads it back."""
+    """Return the job as plain data with every default; `load_resolved` reads it back."""
     return job.model_dump(mode="json")
 
 
 def load_resolved(values: dict[str, Any]) -> JobConfig:
-    """A `JobConfig` from what `dump_job` wrote. Raises `ConfigError` where that was altered."""
+    """Build a `JobConfig` from the values of `dump_job`. Raises `ConfigError` if they were altered."""
     try:
         return JobConfig.model_validate(values)
     except ValidationError as error:
@@ -105,7 +108,7 @@ def load_resolved(values: dict[str, Any]) -> JobConfig:
 
 
 def fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """What `dump_job` wrote, with settings that an earlier version did not know at their defaults."""
+    """Return the values of `dump_job`, possibly of an earlier version, with defaults for settings that it lacked."""
     try:
         return dump_job(load_resolved(values))
     except ConfigError:
@@ -113,13 +116,13 @@ def fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A job file's text. Raises `ConfigError` where there is none."""
+    """Read a job file's text. Raises `ConfigError` if it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = sorted(str(p) for p in Path(path.parent).glob("*.yaml"))[:8]
-        found = f" Job files in that folder: {', '.join(near)}." if near else ""
-        raise ConfigError(f"{path}: no such job file.{found}") from None
+        hint = f" Job files in that folder: {', '.join(near)}." if near else ""
+        raise ConfigError(f"{path}: no such job file.{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
 
@@ -127,21 +130,21 @@ def read_text(path: Path) -> str:
 def parse_yaml(
     text: str, name: str, what: str = "a job is a mapping of sections"
 ) -> tuple[dict, SourceLocations, list[str]]:
-    """The values of a file with one mapping, where each stands, and what is set twice. Raises `ConfigError`."""
+    """Return the values of a file with one mapping, their locations, and the keys set twice. Raises `ConfigError`."""
     locations: SourceLocations = {}
     problems: list[str] = []
     try:
-        values, found = _construct(text)
+        values, entries = _construct(text)
     except (yaml.YAMLError, RecursionError, OverflowError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
-        raise ConfigError(f"{where}: not valid YAML ({str(reason)[:200]}). Mend that line.") from None
+        raise ConfigError(f"{where}: not valid YAML ({str(reason)[:200]}). Correct that line.") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: {what}, this is a {type(values).__name__}.")
-    for path, line in found:
+    for path, line in entries:
         if path in locations and isinstance(path[-1], str):
             problems.append(f"{name}:{line}: `{'.'.join(map(str, path))}` is set twice; keep one.")
         locations[path] = f"{name}:{line}"
@@ -149,21 +152,23 @@ def parse_yaml(
 
 
 def _construct(text: str) -> tuple[Any, list[tuple[tuple[str | int, ...], int]]]:
-    """The value of a YAML text, and the path and line of everything in it. Raises as YAML does, also where the text
-    stands for more than a job can hold."""
+    """Return the value of a YAML text, and the path and line of every entry. Raises as YAML does, also if the text
+    expands to more values or levels than a job may have."""
     loader = _Loader(text)
     node = loader.get_single_node()
-    found = []
+    entries = []
     for path, line in _entries(node, ()):
-        found.append((path, line))
-        if len(found) > _MOST_VALUES or len(path) > _DEEPEST:  # an alias that holds itself has no end either
-            much = "nested too deeply" if len(path) > _DEEPEST else f"more than {_MOST_VALUES} values, aliases included"
-            raise yaml.constructor.ConstructorError(None, None, much, node.start_mark if node else None)
-    return loader.construct_document(node) if node else None, found
+        entries.append((path, line))
+        if len(entries) > _MAX_VALUES or len(path) > _MAX_DEPTH:  # an alias may be endless
+            excess = (
+                "nested too deeply" if len(path) > _MAX_DEPTH else f"more than {_MAX_VALUES} values, aliases included"
+            )
+            raise yaml.constructor.ConstructorError(None, None, excess, node.start_mark if node else None)
+    return loader.construct_document(node) if node else None, entries
 
 
 def _entries(node: Any, path: tuple) -> Iterator[tuple[tuple[str | int, ...], int]]:
-    """Path and line of every entry below a node, aliases followed."""
+    """Yield the path and line of every entry below a node, following aliases."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inside = isinstance(key, yaml.ScalarNode)
@@ -179,9 +184,9 @@ def _entries(node: Any, path: tuple) -> Iterator[tuple[tuple[str | int, ...], in
 
 
 def _apply_override(values: dict, locations: SourceLocations, override: str) -> list[str]:
-    if (found := split_setting(override)) is None:
+    if (setting := split_setting(override)) is None:
         return [f"override {_short(override)}: write it as section.key=value, such as train.learning_rate=2e-4."]
-    parts, text = found
+    parts, text = setting
     try:
         value, _ = _construct(text)
     except (yaml.YAMLError, RecursionError, OverflowError, ValueError):
@@ -191,7 +196,7 @@ def _apply_override(values: dict, locations: SourceLocations, override: str) -> 
         if isinstance(inner, str) and part in ("method", "task"):
             inner = {"name": inner}
         elif parts[: depth + 1] in _SHARES and isinstance(inner, int | float) and not isinstance(inner, bool):
-            inner = {"ratio": inner}  # which `data.test: 0.1` is short for
+            inner = {"ratio": inner}  # `data.test: 0.1` is its short form
         elif inner is not None and not isinstance(inner, dict):
             return [f"override {_short(override)}: {describe_no_section(parts, depth + 1, inner)}"]
         values[part] = dict(inner or {})
@@ -199,8 +204,8 @@ def _apply_override(values: dict, locations: SourceLocations, override: str) -> 
     if parts in (("method",), ("task",)) and isinstance(values.get(parts[0]), dict):
         value = {**values[parts[0]], "name": value} if isinstance(value, str) else value
     values[parts[-1]] = value
-    for old in [place for place in locations if place[: len(parts)] == parts]:
-        del locations[old]  # what the file said there is gone
+    for path in [path for path in locations if path[: len(parts)] == parts]:
+        del locations[path]  # the override replaces the file's values there
     for depth in range(1, len(parts) + 1):
         locations.setdefault(parts[:depth], f"override {_short(override)}")
     return []
@@ -219,7 +224,7 @@ def _describe_location(locations: SourceLocations, path: tuple, name: str) -> st
 
 
 def _explain(error: Any, locations: SourceLocations, name: str) -> str:
-    """One pydantic error as: place, value, reason, fix."""
+    """Format one pydantic error as location, value, reason and fix."""
     path = tuple(error["loc"])
     where, value, kind = _describe_location(locations, path, name), error.get("input"), error["type"]
     if kind == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""`method`: how the model learns, and which of its settings belong to which method."""
+"""The `method` section of a job: how the model is trained, and which settings belong to which method."""
 
 from typing import Any, Literal
 
@@ -8,21 +8,21 @@ from ray_vlm.config.section import Largest, Section
 
 
 class Method(Section):
-    """How the model learns."""
+    """The training method."""
 
     name: Literal["sft", "dpo", "grpo"] = Field(
         "sft",
-        description="How the model learns: `sft` imitates the answers in the data, `dpo` prefers one answer to "
+        description="The training method: `sft` imitates the answers in the data, `dpo` learns to prefer one answer to "
         "another, `grpo` samples answers and learns from their rewards.",
     )
     loss_on: Literal["answer", "whole_sequence"] = Field(
-        "answer", description="SFT: which text is trained. Padding and image tokens never are."
+        "answer", description="SFT: the tokens that the loss includes. Padding and image tokens are never included."
     )
     beta: float | None = Field(
         None,
         ge=0,
-        description="DPO, GRPO: how strongly the model is held to the reference, which is the adapter that it starts "
-        "from, or the base. null: 0.1 for DPO; 0 for GRPO, which then needs no reference.",
+        description="DPO, GRPO: how strongly the model is kept close to the reference, which is the adapter that it "
+        "starts from, or the base. null: 0.1 for DPO; 0 for GRPO, which then needs no reference.",
     )
     loss_type: str | list[str] | None = Field(
         None,
@@ -32,47 +32,50 @@ class Method(Section):
     )
     precompute_ref_log_probs: bool = Field(
         False,
-        description="DPO: run the reference over all pairs once before training and keep what it says under "
-        "`<run.output_dir>/.reference`, for every epoch and every later run with the same rows and reference.",
+        description="DPO: run the reference on all pairs once before training and cache its log-probabilities in "
+        "`<run.output_dir>/.reference`, for all epochs and later runs with the same rows and reference.",
     )
     share_prefixes: bool = Field(
         True,
-        description="DPO, GRPO: what rows of a batch have in common, images and question, goes through the model once. "
-        "Exact; done only where `lora.dropout` is 0.",
+        description="DPO, GRPO: compute the common prefix of rows in a batch, images and question, once. Exact; only "
+        "with `lora.dropout` 0.",
     )
     num_generations: int = Field(8, ge=2, le=Largest, description="GRPO: answers sampled for each prompt.")
     num_generations_eval: int = Field(
         0,
         ge=0,
         le=Largest,
-        description="GRPO: answers sampled for each validation row as in training, for `sampled_reward`: what training "
-        "raises, with less noise than the reward of one greedy answer. 0: none.",
+        description="GRPO: answers sampled for each validation row, as in training, for the metric `sampled_reward`, "
+        "which has less noise than the reward of one greedy answer. 0: none.",
     )
     temperature: float = Field(1.0, gt=0, description="GRPO: temperature of sampling.")
-    top_p: float = Field(1.0, gt=0, le=1, description="GRPO: sample from the likeliest tokens of this total share.")
-    top_k: int = Field(0, ge=0, le=Largest, description="GRPO: sample from this many likeliest tokens. 0: from all.")
-    max_completion_tokens: int = Field(256, ge=1, le=Largest, description="GRPO: longest sampled answer.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="GRPO: sample from the likeliest tokens of this total probability."
+    )
+    top_k: int = Field(0, ge=0, le=Largest, description="GRPO: sample from this many likeliest tokens. 0: all.")
+    max_completion_tokens: int = Field(256, ge=1, le=Largest, description="GRPO: most tokens of a sampled answer.")
     rewards: dict[str, float] | None = Field(
         None,
         min_length=1,
-        description="GRPO: weight of each part of the reward: the task's own parts, or `module:function` for a "
-        "function of yours. null: the task's own parts, 1.0 each; of chat `anls` alone.",
+        description="GRPO: weight of each part of the reward: the task's own parts, or `module:function` for your own "
+        "function. null: the task's own parts, 1.0 each; for chat only `anls`.",
     )
     box_quality: Literal["iou", "giou"] = Field(
-        "iou", description="GRPO: how near a box is. `giou` tells boxes apart that do not touch the true one."
+        "iou",
+        description="GRPO: the overlap that scores a box. `giou` also ranks boxes that do not touch the true one.",
     )
     rollouts: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="GRPO: what samples. `vllm` needs a GPU and the package, and adapters on the language model only; "
-        "it has not been tried on hardware.",
+        description="GRPO: the engine that samples. `vllm` needs a GPU, the package, and adapters on the language "
+        "model only; it has not been tested on hardware.",
     )
     trl: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of TRL's own config that this file does not name, passed on as they are.",
+        description="Options of TRL's config that have no setting here, passed on unchanged.",
     )
 
 
-# Settings that only some methods read; for others they would do nothing.
+# Settings that only some methods read; for others they would have no effect.
 OF_METHODS: dict[str, tuple[str, ...]] = {
     "loss_on": ("sft",),
     "beta": ("dpo", "grpo"),
@@ -83,7 +86,7 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("num_generations_eval", "rewards", "box_quality", "rollouts"), ("grpo",)),
 }
 
-# What `evaluate.metric` may name beside the task's own metrics.
+# Metrics of each method for `evaluate.metric`, beside those of the task.
 METHOD_METRICS: dict[str, tuple[str, ...]] = {
     "sft": ("loss",),
     "dpo": ("loss", "preference_accuracy", "reward_margin"),

@@ -1,10 +1,10 @@
-"""What a resumed job may change, and where a Ray job may write."""
+"""The settings that a resumed job may change, and the paths that a Ray job may write to."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# Keys that a resumed run may change; the rest decide what is learned.
+# Keys that a resumed run may change; all others affect what is learned.
 MAY_CHANGE = (
     *("cluster", "track", "checkpoint", "run", "data.num_loaders", "data.test", "data.test_on_eval"),
     *("train.num_epochs", "train.max_steps", "train.log_every_steps", "train.early_stopping_patience"),
@@ -13,12 +13,12 @@ MAY_CHANGE = (
     *("evaluate.every_steps", "evaluate.batch_size"),
     *("evaluate.asynchronous", "evaluate.engine", "evaluate.num_replicas", "evaluate.memory"),
 )
-# Paths may differ, as they do in each Ray job's copy of the folder: rows and base are compared by their contents.
+# Paths may differ, as in each Ray job's copy of the folder: rows and base are compared by content elsewhere.
 _MAY_MOVE = re.compile(r"model\.(name|adapter)|data\.(train|eval|mix\.\d+)\.(path|image_root)")
 
 
 def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What a resumed job changes and may not: one sentence for each key. Both are resolved jobs as `dump_job` gives."""
+    """Return a message for each key that a resumed job must not change. Both jobs are as `dump_job` returns them."""
     before, after = _flat(old), _flat(new)
     return [
         f"--resume: `{key}` was {before.get(key)!r} and is now {after.get(key)!r}. It decides what is learned, so it "
@@ -40,21 +40,21 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _same_name(old: Any, new: Any) -> bool:
-    """Whether two absolute paths end alike: the same thing, perhaps, in another place."""
+    """Whether two absolute paths have the same last part, so that they may be copies of the same file."""
     both = isinstance(old, str) and isinstance(new, str) and old.startswith("/") and new.startswith("/")
     return both and old.rsplit("/", 1)[-1] == new.rsplit("/", 1)[-1]
 
 
 def touches(key: str, other: str) -> bool:
-    """Whether one dotted key lies in the other."""
+    """Whether one dotted key equals or contains the other."""
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def check_output_dir(address: str, name: str = "run.output_dir") -> list[str]:
-    """Why a Ray job may not write to `address`, if so: what it is given of the folder is a copy that is thrown away."""
+    """Return why a Ray job may not write to `address`, or an empty list: a relative path is in a temporary copy."""
     if "://" in address or address.startswith(("/", "~")):
         return []
     return [
-        f"{name}={address!r} is relative, and a Ray job runs in a copy of the folder that is thrown away. "
+        f"{name}={address!r} is relative, and a Ray job runs in a copy of the folder that is deleted afterwards. "
         "Give an absolute path on a file system that all nodes share, or s3://..."
     ]

@@ -1,4 +1,4 @@
-"""The job's `train` section: the optimizer, the batches, and what is kept in memory."""
+"""The `train` section of a job: the optimizer, the batches, and the memory of training."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,19 +6,19 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ray_vlm.config.section import Largest, Section
 
-Part = Literal["language", "connector", "vision"]  # of a model; `models/families.py` says which weights
+Part = Literal["language", "connector", "vision"]  # of a model; `models/families.py` defines their weights
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
 class Train(Section):
-    """The optimizer's side."""
+    """The optimizer, the batches and the memory of training."""
 
-    learning_rate: float = Field(1e-4, gt=0, description="Peak of the schedule.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of the schedule.")
     learning_rates: dict[Part, Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="Peaks of parts that differ from `learning_rate`, such as `{vision: 1.0e-5}`."
+        None, description="Peak learning rates of parts that differ from `learning_rate`, such as `{vision: 1.0e-5}`."
     )
     freeze: list[Part] | None = Field(
-        None, min_length=1, description="Parts that stay as they are where all weights are trained (`lora: null`)."
+        None, min_length=1, description="Parts that are not trained, for full fine-tuning (`lora: null`)."
     )
     min_lr_ratio: float = Field(0.01, ge=0, le=1, description="The cosine schedule ends at this share of the peak.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
@@ -28,55 +28,60 @@ class Train(Section):
     max_steps: int | None = Field(None, ge=1, le=Largest, description="Stop after this many optimizer steps.")
     global_batch_size: int = Field(16, ge=1, le=Largest, description="Rows in one optimizer step, over all workers.")
     micro_batch_size: int = Field(
-        1, ge=1, le=Largest, description="Rows that one worker runs at a time; accumulation follows."
+        1,
+        ge=1,
+        le=Largest,
+        description="Rows that one worker runs at a time; gradients are accumulated to the global batch.",
     )
     tokens_per_micro_batch: int | None = Field(
         None,
         ge=1,
         le=Largest,
-        description="SFT: rows that one worker runs at a time are as many as have so many tokens together, those of "
-        "images counted and padded to the longest, in place of `micro_batch_size`. Rows of like length go together.",
+        description="SFT: instead of `micro_batch_size`, one worker runs as many rows at a time as fit into this many "
+        "tokens, including image tokens and padding. Rows of similar length are grouped.",
     )
     packing: bool = Field(
         True,
-        description="Short rows of a micro-batch lie behind one another in the model instead of being padded to the "
-        "longest. Exact; done only where `lora.dropout` is 0.",
+        description="Concatenate short rows of a micro-batch instead of padding them to the longest. Exact; only with "
+        "`lora.dropout` 0.",
     )
     gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=Largest)] = Field(
         True,
-        description="Recompute activations in the backward pass, to save memory. A number: those of so many of the "
+        description="Recompute activations in the backward pass, to save memory. A number: only in this many of the "
         "language model's first layers.",
     )
     memory: Literal["auto"] | None = Field(
         None,
-        description="auto: the fewest layers that recompute, and then the largest `micro_batch_size`, with which the "
-        "heaviest rows fit into `cluster.gpu_memory_gib`, in place of what is given here.",
+        description="auto: replace `gradient_checkpointing` by the fewest layers, and then `micro_batch_size` by the "
+        "largest number, with which the largest rows fit into `cluster.gpu_memory_gib`.",
     )
     probe: bool | None = Field(
         None,
-        description="Run the heaviest batch of the plan before the first step, so that what does not fit ends the run "
-        "at once. null: on GPUs.",
+        description="Run the largest batch of the plan before the first step, so that a job that does not fit into "
+        "memory fails at once. null: on GPUs.",
     )
     vision_cache: str | None = Field(
         None,
         min_length=1,
-        description="Folder on a disk of each node for what a frozen image encoder makes of each image, by the image's "
+        description="Folder on each node's disk that caches a frozen image encoder's features of each image, by its "
         "content, for later epochs and runs.",
     )
-    vision_cache_gib: float = Field(50.0, gt=0, description="What `vision_cache` may hold; no more is written then.")
+    vision_cache_gib: float = Field(
+        50.0, gt=0, description="Largest size of `vision_cache`; beyond it no more is written."
+    )
     precision: Precision = Field(
         "bf16",
-        description="Arithmetic and base: bfloat16; float16 with a scaled loss, for cards that only emulate bfloat16 "
-        "(T4, V100); or float32. What is trained stays float32.",
+        description="Precision of the base and the arithmetic: bfloat16; float16 with a scaled loss, for GPUs that "
+        "only emulate bfloat16 (T4, V100); or float32. Trained weights stay float32.",
     )
     bf16: bool | None = Field(
         None, exclude=True, description="Old form of `precision`: true is `bf16`, false is `fp32`. Give one of the two."
     )
     nonfinite: Literal["stop", "skip", "rewind"] = Field(
         "stop",
-        description="Where a step's gradient is NaN or infinite: end the run and keep nothing of the step, go on as if "
-        "it had no rows, or go back to the last checkpoint and train none of the rows from there to this step. In any "
-        "case `bad_steps.jsonl` has the rows.",
+        description="If a step's gradient is NaN or infinite: `stop` the run and discard the step, `skip` the step as "
+        "if it had no rows, or `rewind` to the last checkpoint and leave out the rows from there to this step. In any "
+        "case the rows are in `bad_steps.jsonl`.",
     )
     log_every_steps: int = Field(10, ge=1, le=Largest, description="Steps between console lines; files get every step.")
     early_stopping_patience: int | None = Field(
@@ -86,7 +91,7 @@ class Train(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_bf16(cls, value: Any) -> Any:
-        """`bf16: false`, as jobs of earlier versions have it, is `precision: fp32`."""
+        """Convert `bf16: false`, from jobs of earlier versions, to `precision: fp32`."""
         if isinstance(value, dict) and isinstance(value.get("bf16"), bool) and "precision" not in value:
             return value | {"precision": "bf16" if value["bf16"] else "fp32"}
         return value
@@ -94,7 +99,7 @@ class Train(Section):
     @field_validator("bf16")
     @classmethod
     def _agrees(cls, value: bool | None, info: ValidationInfo) -> None:
-        """It is in `precision` now, so that a job is the same however it was written."""
+        """Check `bf16` against `precision` and drop it, so that both forms of a job are equal."""
         precision = info.data.get("precision")
         if value is not None and precision is not None and value != (precision == "bf16"):
             raise ValueError(f"left out beside train.precision={precision}, which says otherwise")

@@ -1,11 +1,11 @@
-"""`method.trl`: which of TRL's options a job may pass through, and what sets the others."""
+"""`method.trl`: the TRL options that a job may pass through, and the settings that determine the others."""
 
 import math
 from collections.abc import Iterator
 
 from ray_vlm.config.schema import JobConfig
 
-# TRL options that a job names itself, or that the feed decides: setting them in `method.trl` too is an error.
+# TRL options with a setting of the job's own: setting them in `method.trl` too is an error.
 NAMED_IN_JOB = {
     "learning_rate": "train.learning_rate",
     "weight_decay": "train.weight_decay",
@@ -62,7 +62,7 @@ NAMED_IN_JOB = {
     "fsdp_config": "cluster.deepspeed",
 }
 
-# TRL options that would break what the feed promises.
+# TRL options that would break the order and the batching of rows.
 DECIDED_BY_FEED = (
     *("average_tokens_across_devices", "packing", "padding_free", "dataset_kwargs", "disable_tqdm"),
     *("logging_nan_inf_filter", "push_to_hub", "dataloader_num_workers", "train_sampling_strategy"),
@@ -74,20 +74,23 @@ DECIDED_BY_FEED = (
 
 
 def check_trl(job: JobConfig) -> Iterator[tuple[str, str]]:
-    """Each option that cannot be passed through, as `(dotted key, reason and fix)`."""
+    """Yield each option that cannot be passed through, as `(dotted key, reason and fix)`."""
     for key, value in job.method.trl.items():
         if key in NAMED_IN_JOB:
             if key == "loss_type" and job.method.name == "sft":
-                continue  # SFT's own losses have no setting of ours
+                continue  # the losses of SFT have no setting of the job
             yield f"method.trl.{key}", f"this job sets that as `{NAMED_IN_JOB[key]}`. Set it there, and only there."
         elif key in DECIDED_BY_FEED:
             yield f"method.trl.{key}", "this is decided by how rows are fed to TRL. Remove it."
         elif not _is_plain(value):
-            yield f"method.trl.{key}", "not plain data. Use text, finite numbers, true/false, null, lists and mappings."
+            yield (
+                f"method.trl.{key}",
+                "it is not plain data. Use text, finite numbers, true/false, null, lists and mappings.",
+            )
 
 
 def _is_plain(value: object, depth: int = 0) -> bool:
-    """Whether JSON carries `value` to the workers unchanged."""
+    """Whether `value` survives a round trip through JSON to the workers."""
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, dict):

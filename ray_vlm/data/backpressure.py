@@ -1,8 +1,9 @@
-"""How far loaders may be ahead of the trainer that they work for.
+"""Limit how far loaders run ahead of the trainer that they work for.
 
-Left alone, Ray Data's loaders run ahead until its budget of the object store is used up: a gigabyte and more that no
-trainer waits for. From then on its scheduler, a thread of the trainer's process, takes a whole core: blocks that it may
-not fetch are always ready, so it never sleeps. Here a loader asks before it begins a task, and waits inside of it.
+Without a limit, Ray Data's loaders run ahead until its budget of the object store is used up: a gigabyte or more that
+no trainer waits for. From then on Ray Data's scheduler, a thread of the trainer's process, takes a whole core: blocks
+that it may not fetch are always ready, so it never sleeps. Here a loader asks before it begins a task, and waits inside
+the task.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-_STARVED_S = 2.0  # without a batch for so long, the trainer lets the loaders go that wait for it
+_STARVED_S = 2.0  # after so long without a batch, the trainer releases the loaders that wait for it
 
 
 class PrefetchGate:
@@ -23,15 +24,15 @@ class PrefetchGate:
         self.moved = asyncio.Condition()
 
     async def reach(self, number: int) -> None:
-        """The trainer has taken micro-batch `number`."""
+        """Record that the trainer has taken micro-batch `number`."""
         async with self.moved:
             self.reached = max(self.reached, number)
             self.moved.notify_all()
 
     async def release(self) -> None:
-        """Let all go that wait now.
+        """Release every loader that waits now.
 
-        Tasks of a loader that died may come to the next one in another order; the one that the trainer needs then
+        The tasks of a loader that died may come to the next one in another order. The task that the trainer needs then
         lies behind one that waits for the trainer.
         """
         async with self.moved:
@@ -45,8 +46,8 @@ class PrefetchGate:
             await self.moved.wait_for(lambda: self.reached >= number or self.releases > before)
 
 
-def start_pace(first: int) -> Any:
-    """The actor, on the caller's node; it ends with the caller's process, or before by `keep_fed`."""
+def start_gate(first: int) -> Any:
+    """Start the gate's actor on the caller's node. It ends with the caller's process, or earlier by `keep_fed`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -55,33 +56,34 @@ def start_pace(first: int) -> Any:
     return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(first)
 
 
-def wait_for(pace: Any, number: int) -> None:
-    """Wait, as a loader, until the trainer has reached micro-batch `number`; not where nobody can tell."""
+def wait_for(gate: Any, number: int) -> None:
+    """Wait, as a loader, until the trainer has reached micro-batch `number`. Return at once if the gate is gone."""
     import ray
 
     try:
-        ray.get(pace.wait_for.remote(number))
+        ray.get(gate.wait_for.remote(number))
     except ray.exceptions.TaskCancelledError:
         raise
     except ray.exceptions.RayError:  # the actor starts again, or is gone with its trainer
         return
 
 
-def keep_fed(batches: Any, pace: Any) -> Generator[Any]:
-    """The batches of a generator as they come. At the end nobody waits any more.
+def keep_fed(batches: Any, gate: Any) -> Generator[Any]:
+    """Yield the batches of a generator as they come, and end the gate with it.
 
-    While none comes, loaders that wait are let go, at ever longer intervals: each makes a task beyond the bound then.
+    While no batch comes, waiting loaders are released at ever longer intervals; each then makes one task beyond the
+    limit.
     """
     import ray
 
-    asked, ended = [math.inf], threading.Event()
+    requested_at, ended = [math.inf], threading.Event()
 
     def watch() -> None:
         pause = _STARVED_S
         while not ended.wait(_STARVED_S / 4):
-            waited = time.monotonic() - asked[0]
+            waited = time.monotonic() - requested_at[0]
             if waited > pause:
-                pace.release.remote()
+                gate.release.remote()
                 pause *= 2
             elif waited < _STARVED_S:
                 pause = _STARVED_S
@@ -90,9 +92,9 @@ def keep_fed(batches: Any, pace: Any) -> Generator[Any]:
     thread.start()
     try:
         while True:
-            asked[0] = time.monotonic()
+            requested_at[0] = time.monotonic()
             batch = next(batches, None)
-            asked[0] = math.inf
+            requested_at[0] = math.inf
             if batch is None:
                 return
             yield batch
@@ -101,4 +103,4 @@ def keep_fed(batches: Any, pace: Any) -> Generator[Any]:
         thread.join()
         batches.close()
         if ray.is_initialized():
-            ray.kill(pace)
+            ray.kill(gate)

@@ -1,4 +1,4 @@
-"""COCO detection JSON (cocodataset.org/#format-data) -> one record an image."""
+"""Read COCO detection JSON (cocodataset.org/#format-data): one record for each image."""
 
 from collections import Counter, defaultdict
 from typing import Any
@@ -12,7 +12,7 @@ from ray_vlm.data.tables import read_json
 from ray_vlm.errors import DataError
 from ray_vlm.runs.store import is_remote
 
-# Keys of what other tools write, and which tool that is.
+# Keys of files of other tools, and the tool's name.
 _TOOLS: tuple[tuple[set[str], str], ...] = (
     ({"annotations", "data"}, "Label Studio (JSON)"),
     ({"shapes", "imagePath"}, "labelme, one for each image"),
@@ -22,16 +22,15 @@ _TOOLS: tuple[tuple[set[str], str], ...] = (
     ({"conversations"}, "LLaVA, which is format=llava; or"),
     ({"messages"}, "chats, which is format=messages; or"),
 )
-_NO_CLASSES = ("_background_", "__ignore__")  # of labelme
+_NO_CLASSES = ("_background_", "__ignore__")  # labelme's names for the background
 
 
 def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
-    """All images in file order and the names of `categories`, in file order; boxes are `[x, y, width, height]`, and
-    where there is none, those around `segmentation`.
+    """Return all images and the class names of `categories`, both in file order.
 
-    Crowd regions (`iscrowd: 1`) are left out, since they are not one object, unless `crowds` says otherwise.
-    Annotations of images that are not listed are one bad row behind those of the images. Raises `DataError` where the
-    file as a whole cannot be used.
+    Boxes are `[x, y, width, height]`; an annotation without one gets the box around its `segmentation`. Crowd regions
+    (`iscrowd: 1`) are left out, since they are not one object, unless `crowds` says otherwise. Annotations of images
+    that are not listed become one bad row behind the images. Raise `DataError` if the whole file cannot be used.
     """
     data = read_json(source.path)
     if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
@@ -49,7 +48,7 @@ def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
 
 
 def _name_tool(data: Any) -> str:
-    """Whose file this seems to be, and what to export from there; empty where that is not known."""
+    """Name the tool that seems to have written the file, and its fix; empty if unknown."""
     first = data[0] if isinstance(data, list) and data else data
     if not isinstance(first, dict):
         return ""
@@ -58,7 +57,7 @@ def _name_tool(data: Any) -> str:
 
 
 def image_root(source: Source) -> str:
-    """The folder of a source's images, by default that of its rows. Raises `DataError`."""
+    """Return the folder of a source's images, by default the folder of its rows. Raise `DataError`."""
     root = source.image_root or parent_folder(source.path)
     try:
         if not is_remote(root):
@@ -69,30 +68,33 @@ def image_root(source: Source) -> str:
 
 
 def _with_columns(source: Source, images: list) -> Source:
-    """The source with its image_root filled in, after a look at `columns`."""
-    for ours, theirs in source.columns.items():
-        if ours not in ("image", "file_name", "group"):
-            raise DataError(f"columns: {ours!r} cannot be renamed in COCO files. Use image (their file_name) or group.")
-        if not any(isinstance(image, dict) and theirs in image for image in images):
-            found = sorted({name for image in images if isinstance(image, dict) for name in image})
-            raise DataError(f"{source.path}: no image has {theirs!r}, named by columns.{ours}; there is {found}.")
+    """Check `columns`, and return the source with its image_root filled in."""
+    for field, column in source.columns.items():
+        if field not in ("image", "file_name", "group"):
+            raise DataError(
+                f"columns: {field!r} cannot be renamed in COCO files. Use image (their file_name) or group."
+            )
+        if not any(isinstance(image, dict) and column in image for image in images):
+            existing = sorted({name for image in images if isinstance(image, dict) for name in image})
+            raise DataError(f"{source.path}: no image has {column!r}, named by columns.{field}; there is {existing}.")
     return source.model_copy(update={"image_root": image_root(source)})
 
 
 def _id_of(value: Any, key: str = "id") -> int | str | None:
-    """The id under `key`, or None where there is none that can be used. 1.0 is 1: tables with gaps write it so."""
-    found = value.get(key) if isinstance(value, dict) else None
-    if isinstance(found, float) and found.is_integer():
-        return int(found)
-    return found if isinstance(found, int | str) and not isinstance(found, bool) and found != "" else None
+    """Return the id under `key`, or None if there is no usable one. 1.0 is 1: tables with gaps write it so."""
+    identifier = value.get(key) if isinstance(value, dict) else None
+    if isinstance(identifier, float) and identifier.is_integer():
+        return int(identifier)
+    usable = isinstance(identifier, int | str) and not isinstance(identifier, bool) and identifier != ""
+    return identifier if usable else None
 
 
 def _categories(categories: Any, used: set[str], path: str) -> tuple[dict[str, str], list[str]]:
-    """Names by id (as text), and the class names in file order. `used`: ids that annotations have.
+    """Return the names by id (as text), and the class names in file order. `used`: ids that annotations have.
 
-    Left out of the class names are groups: what is a supercategory of others, has none itself, and is used by no
-    annotation, as Roboflow writes the project's name; and labelme's two names for what is no class. Two ids of one name
-    are one class.
+    Groups are not classes: a category that is a supercategory of others, has none itself, and is used by no annotation,
+    as Roboflow writes the project's name. Nor are labelme's two names for the background. Two ids with one name are one
+    class.
     """
     listed = categories if isinstance(categories, list) else []
     pairs = [(_id_of(c), c["name"]) for c in listed if isinstance(c, dict) and isinstance(c.get("name"), str)]
@@ -102,8 +104,8 @@ def _categories(categories: Any, used: set[str], path: str) -> tuple[dict[str, s
     if len(names) < len(pairs):
         raise DataError(f"{path}: `categories` has an id twice, or a name that is empty. Make ids unique, fill names.")
     for name in names.values():
-        if found := control_character(name):
-            raise DataError(f"{path}: category {shown(name)} holds the control character {found}. Remove it.")
+        if character := control_character(name):
+            raise DataError(f"{path}: category {shown(name)} holds the control character {character}. Remove it.")
     parents = {c["supercategory"] for c in listed if isinstance(c.get("supercategory"), str)}
     classes = {
         str(_id_of(c)): c["name"]
@@ -118,13 +120,13 @@ def _is_group(category: dict, parents: set[str]) -> bool:
 
 
 def _boxes_by_image(annotations: list, images: set[str], num_images: int) -> tuple[dict[str, list[dict]], list[BadRow]]:
-    """Annotations by the id of their image; and those whose image is not listed, as one bad row behind all images."""
+    """Return annotations by the id of their image, and those of unlisted images as one bad row."""
     boxes, strays = defaultdict(list), list[str]()
     for position, annotation in enumerate(annotations):
         image = _id_of(annotation, "image_id")
         if image is None or str(image) not in images:
-            told = annotation.get("image_id") if isinstance(annotation, dict) else annotation
-            strays.append(f"annotation {position} has image_id {shown(told)}, which no image has")
+            image_id = annotation.get("image_id") if isinstance(annotation, dict) else annotation
+            strays.append(f"annotation {position} has image_id {shown(image_id)}, which no image has")
         else:
             boxes[str(image)].append(annotation)
     more = f", and so have {len(strays) - 1} others" if len(strays) > 1 else ""
@@ -132,9 +134,9 @@ def _boxes_by_image(annotations: list, images: set[str], num_images: int) -> tup
 
 
 def _check_crowds(source: Source, boxes: dict[str, list[dict]], names: dict[str, str]) -> None:
-    """Raise where most annotations of a class are crowds and the job does not say what they are."""
+    """Raise `DataError` if most annotations of a class are crowds and the job does not say what they are."""
     counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-    for annotation in (annotation for of_image in boxes.values() for annotation in of_image):
+    for annotation in (annotation for image_annotations in boxes.values() for annotation in image_annotations):
         name = names.get(str(_id_of(annotation, "category_id")))
         if name is not None:
             counts[not _is_crowd(annotation)][name] += 1
@@ -152,26 +154,26 @@ def _row(row: int, image: Any, boxes: dict, names: dict, source: Source, seen: C
     if _id_of(image) is None or not isinstance(image.get(file_name), str):
         return BadRow(row, "", f"an entry of `images` needs an `id` (a number or text) and a `{file_name}`")
     name = str(_id_of(image))
-    if found := control_character(name):
-        return BadRow(row, "", f"id {shown(name)} holds the control character {found}; remove it")
+    if character := control_character(name):
+        return BadRow(row, "", f"id {shown(name)} holds the control character {character}; remove it")
     if seen[name] > 1:
         return BadRow(row, name, f"id {name} is used by {seen[name]} images; make it unique")
     try:
         path = resolve_image(str(source.image_root), image[file_name], source.follow_links)
         group = word(image.get(source.columns["group"]), "group") if "group" in source.columns else ""
-        of_image = boxes.get(name, [])
-        kept = [a for a in of_image if source.crowds == "objects" or not _is_crowd(a)]
-        truth = _truth(kept, names)
+        annotations = boxes.get(name, [])
+        objects = [a for a in annotations if source.crowds == "objects" or not _is_crowd(a)]
+        truth = _truth(objects, names)
     except ValueError as error:
         return BadRow(row, name, str(error))
     context = _context(source, truth, image)
-    if len(kept) < len(of_image):
-        context["crowds"] = len(of_image) - len(kept)
+    if len(objects) < len(annotations):
+        context["crowds"] = len(annotations) - len(objects)
     return SftRecord(name, row, (path,), (), truth, context, group)
 
 
 def _context(source: Source, truth: dict, image: dict) -> dict[str, Any]:
-    """What the index needs of a row with boxes: their units, and the size that the file lists of its image."""
+    """Return what the index needs for a row with boxes: their units, and the image size that the file lists."""
     if not truth["boxes"]:
         return {}
     if source.box_units != "pixels":
@@ -183,7 +185,7 @@ def _context(source: Source, truth: dict, image: dict) -> dict[str, Any]:
 
 
 def _truth(annotations: Any, names: dict[str, str]) -> dict[str, tuple]:
-    """Corners and class names. Raises `ValueError`."""
+    """Return corners and class names. Raise `ValueError`."""
     corners, labels = [], []
     for annotation in annotations:
         box, category = _box_of(annotation), _id_of(annotation, "category_id")
@@ -200,7 +202,7 @@ def _truth(annotations: Any, names: dict[str, str]) -> dict[str, tuple]:
 
 
 def _box_of(annotation: dict) -> Any:
-    """What stands under `bbox`; if nothing does, the box around `segmentation`: polygons, or a mask as run lengths."""
+    """Return the value of `bbox`, or else the box around `segmentation`: polygons, or a mask as run lengths."""
     box, mask = annotation.get("bbox"), annotation.get("segmentation")
     if not is_empty(box) or is_empty(mask):
         return box
@@ -216,21 +218,21 @@ def _box_of(annotation: dict) -> Any:
 
 
 def _box_of_mask(mask: dict) -> list[float]:
-    """The box around a mask of run lengths, `{"size": [height, width], "counts": [...] or text}`."""
+    """Return the box around a mask of run lengths, `{"size": [height, width], "counts": [...] or text}`."""
     from pycocotools import mask as masks
 
     size: Any = mask.get("size")
     counts: Any = mask.get("counts")
     try:
         if not all(isinstance(side, int) and 0 < side < 2**20 for side in (size[0], size[1])):
-            raise ValueError(f"size {shown(size)}")  # the library divides by it
+            raise ValueError(f"size {shown(size)}")  # pycocotools divides by it
         if isinstance(counts, list):
             if sum(counts) != size[0] * size[1] or min(counts) < 0:
                 raise ValueError("the counts do not add up to its size")
-            found = masks.frPyObjects(mask, size[0], size[1])
+            run_lengths = masks.frPyObjects(mask, size[0], size[1])
         else:
-            found = {"size": size, "counts": counts.encode("ascii")}
-        x, y, width, height = (float(v) for v in masks.toBbox(found))
+            run_lengths = {"size": size, "counts": counts.encode("ascii")}
+        x, y, width, height = (float(v) for v in masks.toBbox(run_lengths))
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError, KeyError) as error:
         raise ValueError(f"there is no bbox, and segmentation cannot be read ({error}); add a bbox") from None
     return [x, y, width, height]

@@ -1,7 +1,7 @@
-"""Rows -> tensors on the training device: pad token ids, normalise and cut images into patches.
+"""Collate rows into tensors on the training device: pad token ids, normalise images and cut them into patches.
 
 Pixels arrive as uint8 and become floats here, on the device, through the family's own image processor with
-`do_resize=False`; so they equal the stock processor's output bit for bit.
+`do_resize=False`, so they equal the stock processor's output bit for bit.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,16 @@ def collate(
     copies: int = 1,
     pixels: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A batch as the model's forward takes it; `labels` only where rows have them.
+    """Return a batch as the model's forward takes it, with `labels` only if all rows have them.
 
-    `copies`: the rows are the same records so many times over, one after another; their images are processed once, and
-    are there once where `image_spans` can say whose they are (`methods/images.py`). `pixels`: of `read_pixels`, where
-    the images have been read before.
+    `copies`: the rows are the same records this many times, one copy after another. Their images are processed once,
+    and appear once if `image_spans` can say which row they belong to (`methods/images.py`). `pixels`: the result of
+    `read_pixels`, if the images have been read before.
 
-    `input_ids`, `attention_mask`, `mm_token_type_ids` (some families: `token_type_ids`, or none), `labels`:
-    `int64 [rows, longest]`, padded on `side`;
-    `loss_weights`: `float32 [rows, longest]`, 0 where nothing is trained, only where rows have weights;
-    `pixel_values`: `float32 [patches, patch values]`; `image_grid_thw`: `int64 [images, 3]`; of families with
-    `stock_images` what their processor makes.
+    `input_ids`, `attention_mask`, `mm_token_type_ids` (some families: `token_type_ids`, or none), `labels`: `int64
+    [rows, longest]`, padded on `side`; `loss_weights`: `float32 [rows, longest]`, 0 for tokens that are not trained
+    (only if rows have weights); `pixel_values`: `float32 [patches, patch values]`; `image_grid_thw`: `int64 [images,
+    3]`; for families with `stock_images`, what their processor makes.
     """
     import torch
 
@@ -65,14 +64,14 @@ def collate(
 
 
 def spans_of_rows(rows: Sequence[Sample]) -> list[tuple[int, int]]:
-    """Which of all their images are each row's: the first, and one after the last."""
+    """Return each row's span among all their images: the first image, and one past the last."""
     ends = [0, *accumulate(len(row.images) for row in rows)]
     return list(pairwise(ends))
 
 
 def read_pixels(images: Sequence[np.ndarray], builder: SampleBuilder, device: str) -> dict[str, Any]:
-    """`pixel_values` and `image_grid_thw` of resized images, or what the family's processor makes; nothing where there
-    are none."""
+    """Return `pixel_values` and `image_grid_thw` of resized images, or what the family's processor makes; empty without
+    images."""
     import torch
 
     if not images:
@@ -84,17 +83,17 @@ def read_pixels(images: Sequence[np.ndarray], builder: SampleBuilder, device: st
 
 
 def join_pixels(pixels: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `read_pixels` made of several rows, one after another; nothing where none has images."""
+    """Concatenate the results of `read_pixels` for several rows; empty if no row has images."""
     import torch
 
-    found = [of_row for of_row in pixels if of_row]
-    return {name: torch.cat([of_row[name] for of_row in found]) for name in (found or [{}])[0]}
+    filled = [row_pixels for row_pixels in pixels if row_pixels]
+    return {name: torch.cat([row_pixels[name] for row_pixels in filled]) for name in (filled or [{}])[0]}
 
 
 def collate_pairs(rows: Sequence[Sample], builder: SampleBuilder, device: str = "cpu") -> dict[str, Any]:
-    """Pairs as TRL's DPO takes them: the preferred answers of all rows, then the others, each behind its prompt.
+    """Return pairs as TRL's DPO takes them: each prompt with its preferred answer, then each with the other.
 
-    As `collate`, with `completion_mask` (`int64 [2 rows, longest]`) in place of labels.
+    Like `collate`, with `completion_mask` (`int64 [2 rows, longest]`) in place of labels.
     """
     both = [answered(row, row.completions[k]) for k in (0, 1) for row in rows]
     batch = collate(both, builder, device, copies=2)
@@ -103,7 +102,7 @@ def collate_pairs(rows: Sequence[Sample], builder: SampleBuilder, device: str = 
 
 
 def answered(row: Sample, completion: np.ndarray) -> Sample:
-    """A row of the prompt of `row` and this answer to it, which is trained."""
+    """Return a sample of the prompt of `row` and this answer, whose tokens are trained."""
     ids = np.concatenate([row.input_ids, completion])
     labels = np.concatenate([np.full_like(row.input_ids, IGNORED), completion])
     return Sample(ids, labels, row.images, number=row.number)
@@ -120,7 +119,7 @@ def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int6
 
 
 def _check_grid(batch: dict[str, Any], builder: SampleBuilder, copies: int) -> None:
-    """The image tokens that were planned must be those that the tower will make."""
+    """Raise `DataError` if the planned image tokens are not as many as the image encoder will make."""
     planned = int(batch["mm_token_type_ids"].sum()) // copies
     made = int(batch["image_grid_thw"].prod(dim=-1).sum()) // builder.image_spec.merge**2
     if planned != made:

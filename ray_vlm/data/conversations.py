@@ -1,19 +1,19 @@
-"""Rows of text with images -> records: conversations, preferences and prompts in the shapes that other tools write.
+"""Turn rows of text with images into records: conversations, preferences and prompts as other tools write them.
 
-Turns become `(role, text)` with the roles system, user and assistant; an `<image>` in a text stands for an image.
-Every function raises `ValueError` with what is wrong and what to do.
+Turns become `(role, text)` with the roles system, user and assistant; an `<image>` in a text stands for an image. Every
+function raises `ValueError` with the problem and its fix.
 """
 
 import re
 from typing import Any
 
-from ray_vlm.data.fields import Row, box_units, image, images, is_empty, nested, region, shown, word
+from ray_vlm.data.fields import Row, box_units, column_setting, image, images, is_empty, nested, region, shown, word
 from ray_vlm.data.records import Box, Image, Point, PreferenceRecord, PromptRecord, SftRecord
 from ray_vlm.tasks.answers import IMAGE, Turns
 
 _BOX, _NAME = "<bbox>", "<ref-object>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_ORDER = "turns are an optional system turn, then user and assistant in turn"
+_ORDER = "turns are an optional system turn, then user and assistant alternately"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _MEDIA_TAGS = ("<video>", "<audio>")
 _TEXTS = ("id", "group", "prompt", "problem", "chosen", "rejected", "rejected_response", "solution", "answer")
@@ -22,12 +22,12 @@ _NOT_COLUMNS = ("id", "image", "images", "group")
 
 
 def llava_record(row: Row) -> SftRecord:
-    """LLaVA: `conversations` of `{"from", "value"}` and `image` or `images`. The last answer is the truth."""
+    """Read LLaVA: `conversations` of `{"from", "value"}` and `image` or `images`. The last answer is the truth."""
     return _chat_record(row, "conversations")
 
 
 def messages_record(row: Row) -> SftRecord:
-    """`messages` of `{"role", "content"}` and `images`; `objects` fill `<ref-object>` and `<bbox>` in the texts."""
+    """Read `messages` of `{"role", "content"}` and `images`; `objects` fill `<ref-object>` and `<bbox>` in texts."""
     return _chat_record(row, "messages")
 
 
@@ -38,22 +38,22 @@ def _chat_record(row: Row, column: str) -> SftRecord:
     if not turns[-1][1].strip():
         raise ValueError(f"the last answer in {column} is empty, so there is nothing to learn; fill or remove the row")
     pictures = _pictures(row, turns, inline)
-    turns = _place_images(turns, len(pictures))
+    turns = _insert_image_tags(turns, len(pictures))
     context: dict[str, Any] = {"turns": turns[:-1]}
     if column == "messages" and row.first("objects") is not None:
         refs, regions, image_of, units = read_objects(row, len(pictures))
         for mark, entries, name in ((_NAME, refs, "ref"), (_BOX, regions, "bbox")):
-            found = sum(text.count(mark) for _, text in turns)
-            if found != len(entries):
+            count = sum(text.count(mark) for _, text in turns)
+            if count != len(entries):
                 raise ValueError(
-                    f"the texts hold {found} {mark} for {len(entries)} entries of objects.{name}; mend one"
+                    f"the texts hold {count} {mark} for {len(entries)} entries of objects.{name}; mend one"
                 )
         context |= {"refs": refs, "boxes": regions, "image_of": image_of, **units}
     return SftRecord(row.id, row.number, pictures, (), {"answer": turns[-1][1]}, context, row.group)
 
 
 def _check_learned(turns: list[dict[str, Any]], column: str) -> None:
-    """Raise for an answer that is marked as not to be learned."""
+    """Raise `ValueError` for an answer that is marked as not to be learned."""
     for i, turn in enumerate(turns):
         is_answer = _ROLES[str(turn.get("role", turn.get("from")))] == "assistant"
         if is_answer and (turn.get("loss") is False or (turn.get("weight") == 0 and turn["weight"] is not False)):
@@ -66,17 +66,17 @@ def _check_learned(turns: list[dict[str, Any]], column: str) -> None:
 def read_objects(
     row: Row, num_images: int
 ) -> tuple[tuple[str, ...], tuple[Box | Point, ...], tuple[int, ...], dict[str, str]]:
-    """Names, boxes or points, the image (0-based) that each of these is on, and the units for a record's context."""
-    found = nested(row.first("objects"), "objects")
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), list) for k in ("ref", "bbox")):
-        other = isinstance(found, dict) and not {"category", "categories", "label", "labels"}.isdisjoint(found)
+    """Return names, boxes or points, the image (0-based) of each of these, and the units for a record's context."""
+    objects = nested(row.first("objects"), "objects")
+    if not isinstance(objects, dict) or not all(isinstance(objects.get(k), list) for k in ("ref", "bbox")):
+        other = isinstance(objects, dict) and not {"category", "categories", "label", "labels"}.isdisjoint(objects)
         more = ": names, and corners x1, y1, x2, y2 (where there are categories, bbox is mostly x, y, width, height)"
         raise ValueError(
-            f'objects {shown(found)} is not {{"ref": [...], "bbox": [...]}}; write two lists{more if other else ""}'
+            f'objects {shown(objects)} is not {{"ref": [...], "bbox": [...]}}; write two lists{more if other else ""}'
         )
-    refs = tuple(word(ref, f"objects.ref[{i}]") for i, ref in enumerate(found["ref"]))
-    regions = tuple(region(value, f"objects.bbox[{i}]") for i, value in enumerate(found["bbox"]))
-    image_of = found.get("image_id")
+    refs = tuple(word(ref, f"objects.ref[{i}]") for i, ref in enumerate(objects["ref"]))
+    regions = tuple(region(value, f"objects.bbox[{i}]") for i, value in enumerate(objects["bbox"]))
+    image_of = objects.get("image_id")
     image_of = [0] * len(regions) if image_of is None or image_of == [] else image_of
     if not isinstance(image_of, list) or len(image_of) != len(regions):
         raise ValueError(
@@ -85,7 +85,7 @@ def read_objects(
     for number in image_of:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < num_images:
             raise ValueError(f"objects.image_id {shown(number)} is none of {num_images} images; count them from 0")
-    kind = found.get("bbox_type")
+    kind = objects.get("bbox_type")
     if kind not in (None, "real", "norm1"):
         raise ValueError(f"objects.bbox_type {shown(kind)} is neither real (pixels) nor norm1 (0 to 1); mend it")
     units = {} if kind == "real" else {"box_units": "relative_1"} if kind == "norm1" else box_units(row)
@@ -93,8 +93,8 @@ def read_objects(
 
 
 def preference_record(row: Row) -> PreferenceRecord:
-    """TRL's `prompt, chosen, rejected`; LLaMA-Factory's `conversations` with two answers; ms-swift's `messages`, whose
-    end is chosen, with `rejected_response`."""
+    """Read TRL's `prompt, chosen, rejected`, LLaMA-Factory's `conversations` with two answers, or ms-swift's
+    `messages`, whose last turn is the chosen answer, with `rejected_response`."""
     turns, inline = _read_prompt(row, ("prompt",), ("messages", "conversations"))
     if (answer := row.first("chosen")) is None:
         _check_order(turns, "assistant")
@@ -111,24 +111,24 @@ def preference_record(row: Row) -> PreferenceRecord:
         raise ValueError("chosen and rejected are the same, so there is nothing to prefer; mend or remove the row")
     pictures = _pictures(row, turns, inline)
     return PreferenceRecord(
-        row.id, row.number, pictures, (), _place_images(turns, len(pictures)), chosen, rejected, row.group
+        row.id, row.number, pictures, (), _insert_image_tags(turns, len(pictures)), chosen, rejected, row.group
     )
 
 
 def prompt_record(row: Row) -> PromptRecord:
-    """`prompt` (or EasyR1's `problem`) with `images`; all other columns are handed on as they are."""
+    """Read `prompt` (or EasyR1's `problem`) with `images`; all other columns are passed on unchanged."""
     turns, inline = _read_prompt(row, ("prompt", "problem"))
     _check_order(turns, "user")
     pictures = _pictures(row, turns, inline)
-    asked = ("prompt", "problem") if is_empty(row.cells.get("prompt")) else ("prompt",)
-    used = {*asked, *_NOT_COLUMNS, *row.source.columns.values()}
+    prompt_columns = ("prompt", "problem") if is_empty(row.cells.get("prompt")) else ("prompt",)
+    used = {*prompt_columns, *_NOT_COLUMNS, *row.source.columns.values()}
     columns = {name: value for name, value in row.cells.items() if name not in used or name in _extra_names(row)}
-    return PromptRecord(row.id, row.number, pictures, (), _place_images(turns, len(pictures)), columns, row.group)
+    return PromptRecord(row.id, row.number, pictures, (), _insert_image_tags(turns, len(pictures)), columns, row.group)
 
 
 def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image, ...]:
-    """The row's images. Raises `ValueError` where it has media that would not be seen: video, audio, or an image in a
-    column that is not read."""
+    """Return the row's images. Raise `ValueError` for media that the model would not see: video, audio, or an image in
+    a column that is not read."""
     if (name := next((name for name in _OTHER_MEDIA if _is_medium(row.cells.get(name))), None)) is not None:
         raise ValueError(f"the row has {name}, which is not read; leave the row out, or give images of it")
     if (
@@ -139,13 +139,13 @@ def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image,
     if not pictures and (name := _misnamed(row)) is not None:
         raise ValueError(
             f"the row has no image, and its column {name} names one ({shown(row.cells[name])}); read it by "
-            f"data.*.columns={{image: {name}}}"
+            f"{column_setting('image', name)}"
         )
     return pictures
 
 
 def _is_medium(value: Any) -> bool:
-    """Whether a cell names or holds a video or a sound."""
+    """Return whether a cell names or holds a video or a sound."""
     if isinstance(value, list | tuple):
         return any(map(_is_medium, value))
     if isinstance(value, dict):
@@ -154,7 +154,7 @@ def _is_medium(value: Any) -> bool:
 
 
 def _misnamed(row: Row) -> str | None:
-    """A column that holds an image, if there is one: a name with an image's ending, or Parquet's bytes and path."""
+    """Return the name of an unread column that holds an image (a file name, or Parquet's bytes and path), if any."""
     for name, value in row.cells.items():
         first = value[0] if isinstance(value, list) and value else value
         if name in (*_TEXTS, *row.source.columns, *row.source.columns.values()):
@@ -167,12 +167,12 @@ def _misnamed(row: Row) -> str | None:
 
 
 def _extra_names(row: Row) -> set[str]:
-    """Columns that the user has named for the reward functions."""
+    """Return the columns that the user has named for the reward functions."""
     return set(row.source.columns) - {"prompt", "problem", *_NOT_COLUMNS}
 
 
 def _read_prompt(row: Row, texts: tuple[str, ...], lists: tuple[str, ...] = ()) -> tuple[Turns, tuple[Image, ...]]:
-    """Turns from the columns `texts`, where a text is the user's, or else from the columns `lists`."""
+    """Return the turns in the columns `texts`, where a plain text is the user's, or else in the columns `lists`."""
     value = row.first(*texts)
     if isinstance(value, str):
         return (("user", value),), ()
@@ -181,7 +181,7 @@ def _read_prompt(row: Row, texts: tuple[str, ...], lists: tuple[str, ...] = ()) 
 
 
 def _read_answer(value: Any, name: str, row: Row) -> str:
-    """An answer given as text, as one turn or as a list of one turn."""
+    """Return an answer that is a text, one turn, or a list of one turn."""
     if value is None or isinstance(value, str):
         return value or ""
     turns, _ = _read_turns([value] if isinstance(value, dict) else value, name, row)
@@ -191,10 +191,13 @@ def _read_answer(value: Any, name: str, row: Row) -> str:
 
 
 def _read_turns(value: Any, name: str, row: Row) -> tuple[Turns, tuple[Image, ...]]:
-    """Turns in either spelling, and the images that stand in them (`{"type": "image", "image": path}`)."""
+    """Return turns in either spelling, and the images inside them (`{"type": "image", "image": path}`)."""
     listed = nested(value, name)
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"{name} {shown(listed)} is not a list of turns; write one or name it with data.*.columns")
+        raise ValueError(
+            f"{name} {shown(listed)} is not a list of turns; write one, or name the column that has "
+            f"one, as in {column_setting(name)}"
+        )
     turns: list[tuple[str, str]] = []
     inline: list[Image] = []
     for i, turn in enumerate(listed):
@@ -209,7 +212,7 @@ def _read_turns(value: Any, name: str, row: Row) -> tuple[Turns, tuple[Image, ..
 
 
 def _text(content: Any, where: str, inline: list[Image], row: Row) -> str:
-    """The text of a turn; images that stand in it are added to `inline`."""
+    """Return the text of a turn; append the images inside it to `inline`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -247,12 +250,12 @@ def _refuse_tags(text: str, what: str) -> None:
         raise ValueError(f"{what} holds an {IMAGE} tag; images belong to the user's turns")
 
 
-def _place_images(turns: Turns, num_images: int) -> Turns:
-    """The turns with one tag for each image; a single image without a tag goes before the first question."""
-    found = sum(text.count(IMAGE) for _, text in turns)
-    if found == 0 and num_images == 1:
+def _insert_image_tags(turns: Turns, num_images: int) -> Turns:
+    """Return the turns with one tag for each image; a single image without a tag goes before the first question."""
+    num_tags = sum(text.count(IMAGE) for _, text in turns)
+    if num_tags == 0 and num_images == 1:
         first = next(i for i, (role, _) in enumerate(turns) if role == "user")
         return (*turns[:first], ("user", f"{IMAGE}\n{turns[first][1]}"), *turns[first + 1 :])
-    if found != num_images:
-        raise ValueError(f"{found} {IMAGE} tags for {num_images} images; write one tag for each image")
+    if num_tags != num_images:
+        raise ValueError(f"{num_tags} {IMAGE} tags for {num_images} images; write one tag for each image")
     return turns

@@ -1,4 +1,4 @@
-"""The cells of one row -> checked values. Every function raises `ValueError` with what is wrong and what to do."""
+"""Check and return the cells of one row. Every function raises `ValueError` with the problem and its fix."""
 
 import json
 import math
@@ -17,9 +17,9 @@ _LAYOUT = {4: ("four", "[x1, y1, x2, y2]"), 2: ("two", "[x, y]")}
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source: its cells under our names, and the folder that its images are in.
+    """One row of a source: its cells under the names of ray_vlm, and the folder of its images.
 
-    `columns` are the names that any row of the source has.
+    `columns` are all names that rows of the source have.
     """
 
     number: int
@@ -31,13 +31,13 @@ class Row:
     columns: tuple[str, ...]
 
     def first(self, *names: str) -> Any:
-        """The first filled cell among `names`, or None; names that the user has mapped come first."""
+        """Return the first filled cell among `names`, or None; names that the user has mapped come first."""
         ordered = sorted(names, key=lambda name: name not in self.source.columns)
         return next((self.cells[name] for name in ordered if not is_empty(self.cells.get(name))), None)
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell holds nothing: null, no text, NaN (what pandas writes for nothing), an empty list or object."""
+    """Return whether a cell is empty: null, blank text, NaN (as pandas writes it), an empty list or object."""
     return (
         value is None
         or (isinstance(value, str) and not value.strip())
@@ -47,7 +47,7 @@ def is_empty(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """The start of a value, for messages; control characters are escaped."""
+    """Return the start of a value for messages, with control characters escaped."""
     try:
         return repr(value[:80]) if isinstance(value, str | bytes) else str(value)[:80]
     except RecursionError:
@@ -55,7 +55,8 @@ def shown(value: Any) -> str:
 
 
 def control_character(text: str) -> str | None:
-    """The first control character but newline and tab, or half of a surrogate pair, in a text; written as an escape."""
+    """Return the first control character other than newline and tab, or half of a surrogate pair, in a text, as an
+    escape; None if there is none."""
     if text.isprintable():
         return None
     odd = (c for c in text if (c < " " and c not in "\n\t") or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff")
@@ -63,22 +64,22 @@ def control_character(text: str) -> str | None:
 
 
 def word(value: Any, what: str) -> str:
-    """A name, an id or an attribute's value as text without spaces around it; `what` names it in the message."""
+    """Return a name, an id or an attribute's value as stripped text; `what` names it in the message."""
     if not isinstance(value, str | int | float) or is_empty(value):
         raise ValueError(f"{what} is {'empty' if is_empty(value) else shown(value)}; fill it with text or a number")
     text = str(value).strip()
-    if found := control_character(text):
-        raise ValueError(f"{what} {shown(text)} holds the control character {found}; remove it")
+    if character := control_character(text):
+        raise ValueError(f"{what} {shown(text)} holds the control character {character}; remove it")
     return text
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number that can be a coordinate."""
+    """Return whether a value is a finite number that can be a coordinate."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FARTHEST
 
 
 def numbers(value: Any, count: int, what: str) -> tuple[float, ...]:
-    """`count` (4 or 2) coordinates from a list."""
+    """Return `count` (4 or 2) coordinates from a list."""
     if not isinstance(value, list | tuple) or len(value) != count or not all(is_number(v) for v in value):
         words, layout = _LAYOUT[count]
         raise ValueError(f"{what} {shown(value)} is not {words} finite numbers {layout}; mend it")
@@ -86,33 +87,33 @@ def numbers(value: Any, count: int, what: str) -> tuple[float, ...]:
 
 
 def box(value: Any, what: str) -> Box:
-    """(x1, y1, x2, y2) from a list of four; whether it lies in the image is checked where sizes are known."""
+    """Return (x1, y1, x2, y2) from a list of four. Whether it lies in the image is checked once sizes are known."""
     x1, y1, x2, y2 = numbers(value, 4, what)
     return (x1, y1, x2, y2)
 
 
 def point(value: Any, what: str) -> Point:
-    """(x, y) from a list of two."""
+    """Return (x, y) from a list of two."""
     x, y = numbers(value, 2, what)
     return (x, y)
 
 
 def region(value: Any, what: str) -> Box | Point:
-    """A box from a list of four, a point from a list of two."""
+    """Return a box from a list of four, a point from a list of two."""
     return point(value, what) if isinstance(value, list | tuple) and len(value) == 2 else box(value, what)
 
 
 def from_json(value: Any, what: str) -> Any:
-    """The value of a cell that holds JSON as text; other values as they are."""
+    """Parse a cell that holds JSON as text; return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
-        found = json.loads(value, parse_constant=_refuse)
+        parsed = json.loads(value, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} holds {shown(value)}, which is not JSON ({error}); write it as JSON") from None
-    if reason := text_fault(found):
+    if reason := text_fault(parsed):
         raise ValueError(f"{what} {reason}")
-    return found
+    return parsed
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -120,15 +121,15 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def nested(value: Any, what: str) -> Any:
-    """Lists and objects, also where a CSV cell holds them as JSON text; other values as they are."""
+    """Parse a list or an object that a CSV cell holds as JSON text; return other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         return from_json(value, what)
     return value
 
 
 def images(row: Row, *names: str) -> tuple[Image, ...]:
-    """The images of a row from the first filled cell among `names`: one or a list of paths, bytes, or objects
-    `{"bytes", "path"}`, of which the bytes count when there are any."""
+    """Return the images in the first filled cell among `names`: one or a list of paths, bytes, or objects `{"bytes",
+    "path"}`, whose bytes come first."""
     value = row.first(*names)
     if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
         value = from_json(value, names[0])
@@ -138,7 +139,7 @@ def images(row: Row, *names: str) -> tuple[Image, ...]:
 
 
 def image(value: Any, row: Row) -> Image:
-    """One image: bytes as they are, a path resolved inside the row's folder of images."""
+    """Return one image: bytes unchanged, a path resolved inside the row's folder of images."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
@@ -148,6 +149,11 @@ def image(value: Any, row: Row) -> Image:
     return resolve_image(row.root, value, row.source.follow_links)
 
 
+def column_setting(name: str, column: str = "NAME") -> str:
+    """Return an example, for messages, of the setting that reads `name` from `column`."""
+    return f"data.train.columns={{{name}: {column}}}"
+
+
 def box_units(row: Row) -> dict[str, str]:
-    """What goes into a record's context where its numbers are not pixels."""
+    """Return the entry of a record's context for numbers that are not pixels; empty for pixels."""
     return {} if row.source.box_units == "pixels" else {"box_units": row.source.box_units}

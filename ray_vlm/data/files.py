@@ -1,4 +1,4 @@
-"""Files by path or address (`s3://bucket/a.jpg`), and image names that may not leave their folder.
+"""Open files by path or address (`s3://bucket/a.jpg`), and keep image names inside their folder.
 
 Addresses go to pyarrow's file systems, and to fsspec's for schemes that pyarrow does not know. Nothing is read from the
 web: a name in a data file must not make this machine call another.
@@ -19,9 +19,9 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes; limits of Linux file systems
 
 
 def open_file(address: str) -> BinaryIO:
-    """A seekable binary file for a path or an address; close it after use.
+    """Open a path or an address as a seekable binary file; close it after use.
 
-    Raises `OSError` where it is missing or refused, `ValueError` where no file system can open such an address.
+    Raise `OSError` if it is missing or refused, `ValueError` if no file system can open such an address.
     """
     if not is_remote(address):
         return open(local_path(address), "rb")
@@ -30,23 +30,23 @@ def open_file(address: str) -> BinaryIO:
 
 
 def _locate(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it."""
+    """Return the file system of an address, and the path in it."""
     scheme, _, rest = full_address(address).partition("://")
-    place, mark, options = rest.partition("?")
-    server, _, key = place.partition("/")
+    location, mark, options = rest.partition("?")
+    server, _, key = location.partition("/")
     system, folder = _file_system(scheme, server, mark + options)
     return system, f"{folder.rstrip('/')}/{key}"
 
 
 def read_bytes(address: str) -> bytes:
-    """All bytes of a path or an address. Raises as `open_file` does."""
+    """Return all bytes of a path or an address. Raises as `open_file` does."""
     with open_file(address) as file:
         return file.read()
 
 
 def describe_file(address: str) -> tuple[str, int, int]:
-    """Name, bytes and time of the last change (ns) of a file: together they tell that it is another one. Raises
-    `OSError` where it is missing."""
+    """Return a file's name, bytes and time of the last change (ns), which together identify its version. Raise
+    `OSError` if it is missing."""
     if not is_remote(address):
         about = os.stat(local_path(address))
         return os.path.basename(address), about.st_size, about.st_mtime_ns
@@ -56,18 +56,18 @@ def describe_file(address: str) -> tuple[str, int, int]:
 
 
 def parent_folder(address: str) -> str:
-    """The folder of a file, as a path or an address; `?options` of an address stay."""
+    """Return the folder of a file, as a path or an address; the `?options` of an address stay."""
     if not is_remote(address):
         return str(Path(local_path(address)).parent)
-    place, mark, options = address.partition("?")
-    scheme, _, rest = place.partition("://")
+    uri, mark, options = address.partition("?")
+    scheme, _, rest = uri.partition("://")
     server, _, key = rest.partition("/")
     return f"{scheme}://{server}/{key.rpartition('/')[0]}".rstrip("/") + mark + options
 
 
 @lru_cache(maxsize=64)
 def _file_system(scheme: str, server: str, options: str) -> tuple[Any, str]:
-    """A pyarrow file system, and the path in it of the scheme's own top folder (a bucket, mostly)."""
+    """Return a pyarrow file system, and the path in it of the scheme's top folder (usually a bucket)."""
     if scheme.lower().split("::")[-1] in _WEB:
         raise ValueError(f"{scheme}:// addresses are not read; download the file and give its path")
     from pyarrow import fs
@@ -90,12 +90,12 @@ def _file_system(scheme: str, server: str, options: str) -> tuple[Any, str]:
 
 
 def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
-    """The absolute path or the address of image `name` inside the folder `root`.
+    """Return the absolute path or the address of image `name` inside the folder `root`.
 
-    Raises `ValueError` with the reason for names that leave the folder (`..`, absolute paths, symlinks), for URLs and
-    for what no file can be called. A name that is not there may be written as Windows or the web write it, `\\` for `/`
-    and `%20` for a space. Whether the file is there is not looked at otherwise. `follow_links`: a symlink inside the
-    folder may lead out of it.
+    Raise `ValueError` with the reason for names that leave the folder (`..`, absolute paths, symlinks), for URLs, and
+    for names that no file can have. A name that does not exist may be spelled as Windows or the web do, with `\\` for
+    `/` and `%20` for a space; otherwise this function does not check that the file exists. `follow_links`: a symlink
+    inside the folder may lead out of it.
     """
     if name[:5].lower() == "data:":
         raise ValueError("image is a data: URI, which is not read; write it to a file and give a path under image_root")
@@ -130,7 +130,7 @@ def _is_inside(path: str, folder: str) -> bool:
 
 
 def _find_spelled(folder: str, name: str, follow_links: bool) -> str | None:
-    """The file inside `folder` that a name with backslashes or URL escapes means, if there is one."""
+    """Return the file inside `folder` that a name with backslashes or URL escapes means, if it exists."""
     plain = name.replace("\\", "/")
     for spelled in dict.fromkeys((plain, unquote(name), unquote(plain))):
         if spelled == name or "\0" in spelled:
@@ -142,7 +142,7 @@ def _find_spelled(folder: str, name: str, follow_links: bool) -> str | None:
 
 
 def _not_a_path(name: str) -> str | None:
-    """Why no file can have this name, if so."""
+    """Return why no file can have this name, or None."""
     if not name.strip():
         return "it is empty"
     if "\0" in name:
@@ -157,7 +157,7 @@ def _not_a_path(name: str) -> str | None:
 
 
 def local_root(root: str) -> str:
-    """The folder of images with symlinks followed. Raises `OSError` or `ValueError` where no folder has such a name."""
+    """Return the folder of images with symlinks followed. Raise `OSError` or `ValueError` for impossible names."""
     return _resolved(root if root.startswith("/") else local_path(root))
 
 

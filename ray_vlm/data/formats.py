@@ -1,4 +1,4 @@
-"""Source row -> record: one function a format. A row that cannot be read becomes a `BadRow`, never an exception."""
+"""Turn source rows into records, one function for each format. A row that cannot be read becomes a `BadRow`."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 from ray_vlm.config.data import Source
 from ray_vlm.data.coco import image_root, read_coco
 from ray_vlm.data.conversations import llava_record, messages_record, preference_record, prompt_record, read_objects
-from ray_vlm.data.fields import Row, box, box_units, images, is_empty, nested, shown, word
+from ray_vlm.data.fields import Row, box, box_units, column_setting, images, is_empty, nested, shown, word
 from ray_vlm.data.gui import gui_records
 from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.tables import Table, read_table
@@ -20,51 +20,50 @@ _NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
 
 
 def read_rows(source: Source) -> tuple[list[Record | BadRow], list[str]]:
-    """All rows of a source in file order, and the class names it declares.
+    """Return all rows of a source in file order, and the class names that it declares.
 
-    These are COCO's categories in their order, else the labels that were found, sorted (of classification
-    `attribute=value`, the attributes in the order of their columns). Image sizes are not known yet (`sizes` is empty):
-    the index reads them from the files' headers.
-    Raises `DataError` where the file as a whole cannot be used.
+    Class names are COCO's categories in their order, or else the sorted labels of the rows (for classification
+    `attribute=value`, the attributes in the order of their columns). `sizes` of the records is empty: the index reads
+    image sizes from the files' headers. Raise `DataError` if the whole file cannot be used.
     """
     return FORMATS[source.format](source)
 
 
 def objects_record(row: Row) -> SftRecord:
-    """Detection from ms-swift's `objects`; `messages` are not read."""
+    """Read detection from ms-swift's `objects`; `messages` are not read."""
     pictures = images(row, "images", "image")
     if len(pictures) != 1:
         raise ValueError(f"the row has {len(pictures)} images; a detection row has one. Split or mend it")
     labels, boxes, _, units = read_objects(row, 1)
     if len(labels) != len(boxes):
         raise ValueError(f"objects has {len(labels)} ref for {len(boxes)} bbox; give each box its name")
-    for found in boxes:
-        box(found, "objects.bbox")
+    for corners in boxes:
+        box(corners, "objects.bbox")
     return SftRecord(row.id, row.number, pictures, (), {"boxes": boxes, "labels": labels}, units, row.group)
 
 
 def classification_record(row: Row) -> SftRecord:
-    """`image` and attribute columns, with a box in `x1, y1, x2, y2` or `bbox` where there is one."""
+    """Read `image` and attribute columns, and a box in `x1, y1, x2, y2` or `bbox` if there is one."""
     pictures = images(row, "image")
     if len(pictures) != 1:
         raise ValueError(f"the row has {len(pictures)} images; a classification row has one. Split or mend it")
     attributes = {name: word(row.cells.get(name), f"attribute {name}") for name in _attributes(row)}
-    found = _box_of(row)
-    context = {} if found is None else {"box": found, **box_units(row)}
+    corners = _box_of(row)
+    context = {} if corners is None else {"box": corners, **box_units(row)}
     return SftRecord(row.id, row.number, pictures, (), {"attributes": attributes}, context, row.group)
 
 
 def _attributes(row: Row) -> list[str]:
-    """Those that `columns` names, or every column that has no other meaning."""
+    """Return the attributes that `columns` names, or every column that has no other meaning."""
     named = [name for name in row.source.columns if name not in _NOT_ATTRIBUTES]
     taken = {*_NOT_ATTRIBUTES, *row.source.columns.values()}
-    found = named or [name for name in row.columns if name not in taken]
-    if not found:
+    attributes = named or [name for name in row.columns if name not in taken]
+    if not attributes:
         raise DataError(
             f"{row.source.path}: no column with an attribute. It has {', '.join(row.columns)}; add one, such as "
-            "`label`, or name it with data.*.columns."
+            f"`label`, or name one, as in {column_setting('label')}."
         )
-    return found
+    return attributes
 
 
 def _box_of(row: Row) -> tuple[float, float, float, float] | None:
@@ -77,7 +76,7 @@ def _box_of(row: Row) -> tuple[float, float, float, float] | None:
 
 
 def _number(value: Any) -> Any:
-    """The number that a CSV cell holds; what is none comes back as it is and is told by the check of the box."""
+    """Return the number in a CSV cell; return other values unchanged, for the check of the box to report."""
     try:
         return float(value) if isinstance(value, str) and "_" not in value else value
     except ValueError:
@@ -87,7 +86,7 @@ def _number(value: Any) -> Any:
 def _read(
     source: Source, make: Callable[[Row], Record], needs: tuple[tuple[str, ...], ...]
 ) -> tuple[list[Record | BadRow], list[str]]:
-    """Rows of a table, one by one. `needs`: of each group of names, one column must be filled."""
+    """Read the rows of a table one by one. `needs`: one column of each group of names must be filled."""
     rows = _rows(source, needs)[: source.max_rows]
     made = _number_twice([_made(row, make, needs) for row in rows])
     labels = dict.fromkeys(label for record in made if isinstance(record, SftRecord) for label in _labels(record))
@@ -96,7 +95,7 @@ def _read(
 
 
 def _attribute_position(label: str, attributes: list[str]) -> int:
-    """Attributes stay in the order of their columns, the class first."""
+    """Return the position of a label's attribute in the order of the columns."""
     name = label.partition("=")[0]
     return attributes.index(name) if name in attributes else 0
 
@@ -118,19 +117,29 @@ def _made(row: Row | BadRow, make: Callable[[Row], Record], needs: tuple[tuple[s
     try:
         for names in needs:
             if row.first(*names) is None:
-                found = ", ".join(row.cells)[:200]
-                raise ValueError(f"no {' or '.join(names)}; the row has {found}. Fill it, or name it in data.*.columns")
+                existing = ", ".join(row.cells)[:200]
+                raise ValueError(
+                    f"no {' or '.join(names)}; the row has {existing}. Fill it, or name its column, as in "
+                    f"{column_setting(names[0], _guess_column(row, needs))}"
+                )
         return make(row)
     except ValueError as error:
         return BadRow(row.number, row.id, str(error))
 
 
+def _guess_column(row: Row, needs: tuple[tuple[str, ...], ...]) -> str:
+    """Return the only filled column whose name the format does not know, or the placeholder NAME."""
+    known = {*_NOT_ATTRIBUTES, "images", *row.source.columns, *(name for names in needs for name in names)}
+    unknown = [name for name, value in row.cells.items() if name not in known and not is_empty(value)]
+    return unknown[0] if len(unknown) == 1 else "NAME"
+
+
 def _number_twice(rows: list[Record | BadRow]) -> list[Record | BadRow]:
-    """Rows whose id another one has, as where it is the image's and several questions are asked of that: the second is
-    `ID#2`. They are one group, so that no split takes them apart."""
+    """Number rows that share an id, as several questions about one image do: the second becomes `ID#2`. They form one
+    group, so that no split separates them."""
     counts = Counter(row.id for row in rows)
     met: Counter[str] = Counter()
-    found: list[Record | BadRow] = []
+    numbered: list[Record | BadRow] = []
     for row in rows:
         if counts[row.id] > 1 and not isinstance(row, BadRow):
             met[row.id] += 1
@@ -139,8 +148,8 @@ def _number_twice(rows: list[Record | BadRow]) -> list[Record | BadRow]:
                 met[row.id] += 1
                 name = f"{row.id}#{met[row.id]}"
             row = replace(row, id=name, group=row.group or row.id)
-        found.append(row)
-    return found
+        numbered.append(row)
+    return numbered
 
 
 def _refuse_twice(rows: list[Record | BadRow]) -> list[Record | BadRow]:
@@ -154,7 +163,7 @@ def _refuse_twice(rows: list[Record | BadRow]) -> list[Record | BadRow]:
 
 
 def _rows(source: Source, needs: tuple[tuple[str, ...], ...]) -> list[Row | BadRow]:
-    """The rows of a table under our names. Raises `DataError` where columns are missing."""
+    """Return the rows of a table under the names of ray_vlm. Raise `DataError` for missing columns."""
     table = read_table(source.path)
     _check_columns(table, source, needs)
     root = image_root(source)
@@ -162,27 +171,27 @@ def _rows(source: Source, needs: tuple[tuple[str, ...], ...]) -> list[Row | BadR
 
 
 def _check_columns(table: Table, source: Source, needs: tuple[tuple[str, ...], ...]) -> None:
-    found = ", ".join(table.columns)[:400]
+    existing = ", ".join(table.columns)[:400]
     problems = [
-        f"{source.path}: no column {theirs!r}, named by columns.{ours}; it has {found}."
-        for ours, theirs in source.columns.items()
-        if table.columns and theirs not in table.columns
+        f"{source.path}: no column {column!r}, named by columns.{name}; it has {existing}."
+        for name, column in source.columns.items()
+        if table.columns and column not in table.columns
     ]
-    if table.whole_columns:
-        here = {*table.columns, *source.columns}
+    if table.has_schema:
+        available = {*table.columns, *source.columns}
         problems += [
-            f"{source.path}: no column {' or '.join(names)}; it has {found}. Add it, or say which it is with "
-            f"data.*.columns={{{names[0]}: ...}}."
+            f"{source.path}: no column {' or '.join(names)}; it has {existing}. Add it, or name its column, as in "
+            f"{column_setting(names[0])}."
             for names in needs
-            if not here & set(names)
+            if not available & set(names)
         ]
     if problems:
         raise DataError(problems)
 
 
 def _row(number: int, cells: dict[str, Any], source: Source, root: str, columns: tuple[str, ...]) -> Row | BadRow:
-    """The cells under our names, with id and group."""
-    cells = cells | {ours: cells.get(theirs) for ours, theirs in source.columns.items()}
+    """Return the cells under the names of ray_vlm, with id and group."""
+    cells = cells | {field: cells.get(column) for field, column in source.columns.items()}
     name, group = cells.get("id"), cells.get("group")
     try:
         if isinstance(name, bool) or not (is_empty(name) or isinstance(name, str | int)):

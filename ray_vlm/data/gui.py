@@ -1,7 +1,8 @@
-"""GUI steps: rows of `Task_id, Image_id, Instruction, Output, Grounding`, a task's rows being its steps in order.
+"""Read GUI steps: rows of `Task_id, Image_id, Instruction, Output, Grounding`; a task's rows are its steps in order.
 
-An Output is a step, `{"action": "click", ...}`, or holds it one level deeper, `{"action": {"type": "click", ...}}`. A
-Grounding is a list of coordinates, or an object that holds them by name or under a name, itself a list or an object.
+An Output is a step, `{"action": "click", ...}`, or nests it one level deeper, `{"action": {"type": "click", ...}}`. A
+Grounding is a list of coordinates, or an object with named coordinates, or an object with such a list or object under a
+known name.
 """
 
 import json
@@ -11,33 +12,45 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.fields import Row, box, box_units, from_json, images, is_empty, is_number, point, region, shown, word
+from ray_vlm.data.fields import (
+    Row,
+    box,
+    box_units,
+    column_setting,
+    from_json,
+    images,
+    is_empty,
+    is_number,
+    point,
+    region,
+    shown,
+    word,
+)
 from ray_vlm.data.records import BadRow, Box, Point, SftRecord
 from ray_vlm.errors import DataError
 
 _ACTIONS = ("action", "action_type", "type")
 _BOXES = ("bbox", "bbox_2d", "box")
 _POINTS = ("point", "point_2d", "coordinate", "coordinates")
-_FILL = "fill it, or name its column with data.*.columns"
 _CORNERS, _RECTANGLE = ("x1", "y1", "x2", "y2"), ("x", "y", "width", "height")  # of boxes that are written by name
 _NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
 
 
 def gui_records(rows: list[Row | BadRow], source: Source) -> list[SftRecord | BadRow]:
-    """One record a step, of the tasks that the source's options keep.
+    """Return one record for each step of the tasks that the source's options select.
 
-    `history` of a step is the readable Outputs of the task's earlier steps, as compact JSON, oldest first; a bad row
-    leaves no gap in it as long as its Output can be read.
+    `history` of a step is the readable Outputs of the task's earlier steps, as compact JSON, oldest first. A bad row
+    leaves no gap in it if its Output can be read.
     """
     tasks = [_task_of(row) for row in rows]
-    kept = _kept_tasks([task for task in tasks if task is not None], source)
+    selected = _select_tasks([task for task in tasks if task is not None], source)
     history: dict[str, list[str]] = defaultdict(list)
     steps: Counter = Counter()
     records: list[SftRecord | BadRow] = []
     for row, task in zip(rows, tasks, strict=True):
         if isinstance(row, BadRow):
             records.append(row)
-        elif task is None or task in kept:
+        elif task is None or task in selected:
             records.append(_record(row, task, steps, history))
     return records[: source.max_rows]
 
@@ -49,10 +62,10 @@ def _task_of(row: Row | BadRow) -> str | None:
         return None
 
 
-def _kept_tasks(tasks: list[str], source: Source) -> set[str]:
-    """The tasks from `task_start` to `task_end`, then the first `max_tasks` of them. Raises `DataError`."""
+def _select_tasks(tasks: list[str], source: Source) -> set[str]:
+    """Return the first `max_tasks` tasks from `task_start` to `task_end`. Raise `DataError`."""
     order = {task: i for i, task in enumerate(dict.fromkeys(tasks))}
-    kept = list(order)
+    selected = list(order)
     for option, sign in (("task_start", 1), ("task_end", -1)):
         limit = getattr(source, option)
         if limit is None:
@@ -63,13 +76,13 @@ def _kept_tasks(tasks: list[str], source: Source) -> set[str]:
         if same is None or (same != limit and _rank(limit) is None):
             some = ", ".join(list(order)[:5])
             raise DataError(f"{source.path}: {option}={limit!r} is no Task_id of this file. It has {some}, ...")
-        kept = [task for task in kept if sign * _distance(task, same, order) >= 0]
-    if order and not kept:
+        selected = [task for task in selected if sign * _distance(task, same, order) >= 0]
+    if order and not selected:
         raise DataError(
             f"{source.path}: no task lies from task_start={source.task_start!r} to task_end={source.task_end!r}. "
             "Exchange them, or leave one out."
         )
-    return set(kept[: source.max_tasks])
+    return set(selected[: source.max_tasks])
 
 
 def _rank(task: str) -> float | None:
@@ -77,7 +90,7 @@ def _rank(task: str) -> float | None:
 
 
 def _distance(task: str, limit: str, order: dict[str, int]) -> float:
-    """How far a task comes after another: by their numbers, or by their places in the file."""
+    """Return how far a task comes after another: by their numbers, or by their positions in the file."""
     a, b = _rank(task), _rank(limit)
     return a - b if a is not None and b is not None else order[task] - order[limit]
 
@@ -86,13 +99,13 @@ def _record(row: Row, task: str | None, steps: Counter, history: dict[str, list[
     if task is None:
         value = row.cells.get("Task_id")
         reason = "is empty" if is_empty(value) else f"{shown(value)} is not a plain text or number"
-        return BadRow(row.number, row.id, f"Task_id {reason}; {_FILL}")
+        return BadRow(row.number, row.id, f"Task_id {reason}; {_fix('Task_id')}")
     step = steps[task]
     steps[task] += 1
     name = f"{task}/{step}" if is_empty(row.cells.get("id")) else row.id
     try:
         if empty := [key for key in ("Output", "Image_id", "Instruction") if is_empty(row.cells.get(key))]:
-            raise ValueError(f"{' and '.join(empty)} is empty; {_FILL}")
+            raise ValueError(f"{' and '.join(empty)} is empty; {_fix(empty[0])}")
         output, written = _output(row)
         earlier = tuple(history[task])
         history[task].append(written)
@@ -112,8 +125,12 @@ def _record(row: Row, task: str | None, steps: Counter, history: dict[str, list[
     return SftRecord(name, row.number, screens, (), truth, context, task)
 
 
+def _fix(name: str) -> str:
+    return f"fill it, or name its column, as in {column_setting(name)}"
+
+
 def _output(row: Row) -> tuple[dict[str, Any], str]:
-    """The step with its `action` first, and the same as compact JSON. Raises `ValueError`."""
+    """Return the step with its `action` first, and the same as compact JSON. Raise `ValueError`."""
     value = from_json(row.first("Output"), "Output")
     if not isinstance(value, dict):
         raise ValueError(f'Output holds {shown(value)}, which is not a JSON object; write {{"action": ...}}')
@@ -126,8 +143,7 @@ def _output(row: Row) -> tuple[dict[str, Any], str]:
 
 
 def _action(value: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of what is done and its arguments, those of a nested action object before the others. Raises
-    `ValueError`."""
+    """Return the action's name and its arguments, those of a nested action object first. Raise `ValueError`."""
     key = next((name for name in _ACTIONS if name in value), "action")
     action, arguments = value.get(key), {name: v for name, v in value.items() if name != key}
     if isinstance(action, dict):
@@ -142,12 +158,12 @@ def _action(value: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _grounding(row: Row) -> tuple[Box | None, Point | None]:
-    """The box and the point that a step points at, if any. Raises `ValueError`."""
+    """Return the box and the point that a step points at, if any. Raise `ValueError`."""
     value = from_json(row.first("Grounding"), "Grounding")
     if is_empty(value):
         return None, None
     known = [key for key in (*_BOXES, *_POINTS) if isinstance(value, dict) and key in value]
-    held = {key: place for key in known if not is_empty(place := _coordinates(value[key]))}
+    held = {key: coordinates for key in known if not is_empty(coordinates := _coordinates(value[key]))}
     boxes = [box(held[key], f"Grounding {key}") for key in _BOXES if key in held]
     points = [point(held[key], f"Grounding {key}") for key in _POINTS if key in held]
     if held:
@@ -160,24 +176,24 @@ def _grounding(row: Row) -> tuple[Box | None, Point | None]:
         )
     if by_name is None or isinstance(by_name, dict):
         return None, None
-    found = region(by_name, "Grounding")
-    return (found, None) if len(found) == 4 else (None, found)
+    target = region(by_name, "Grounding")
+    return (target, None) if len(target) == 4 else (None, target)
 
 
 def _coordinates(value: Any) -> Any:
-    """Coordinates that are written by name as a list, None where all are empty; any other value as it is."""
+    """Return named coordinates as a list, or None if all are empty; return any other value unchanged."""
     if not isinstance(value, dict):
         return value
-    found: list[Any]
+    coordinates: list[Any]
     if any(name in value for name in _CORNERS):
-        found = [value.get(name) for name in _CORNERS]
+        coordinates = [value.get(name) for name in _CORNERS]
     elif all(name in value for name in _RECTANGLE):
-        found = [value[name] for name in _RECTANGLE]
-        if all(is_number(v) for v in found):
-            x, y, width, height = found
-            found = [x, y, x + width, y + height]
+        coordinates = [value[name] for name in _RECTANGLE]
+        if all(is_number(v) for v in coordinates):
+            x, y, width, height = coordinates
+            coordinates = [x, y, x + width, y + height]
     elif "x" in value or "y" in value:
-        found = [value.get("x"), value.get("y")]
+        coordinates = [value.get("x"), value.get("y")]
     else:
         return value
-    return None if all(is_empty(v) for v in found) else found
+    return None if all(is_empty(v) for v in coordinates) else coordinates

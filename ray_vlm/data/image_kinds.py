@@ -1,4 +1,4 @@
-"""Which kinds of image files are read, and the names of others, for errors."""
+"""List the kinds of image files that are read, and name others for errors."""
 
 from PIL import Image
 
@@ -6,7 +6,7 @@ Image.init()  # all decoders, so that they can be named
 _READ = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 FORMATS = tuple(kind for kind in _READ if kind in Image.OPEN)  # Pillow before 11.3 has no AVIF
 _HEAD = 64
-# What other files begin with, from which byte on.
+# The position and the first bytes of other kinds of files.
 _OTHERS = (
     (4, b"ftyphe", "a HEIC image"),
     (4, b"ftypmif1", "a HEIF image"),
@@ -22,11 +22,11 @@ _OTHERS = (
 
 
 def name_kind(head: bytes) -> str | None:
-    """What a file is that begins so, if it is something that is not read."""
+    """Return what kind of file starts with these bytes, if it is a known kind that is not read."""
     for start, mark, kind in _OTHERS:
         if head[start:].lower().startswith(mark.lower()):
             return kind
-    whole = head.ljust(_HEAD, b"\0")  # decoders look at so many bytes without asking whether they are there
+    padded = head.ljust(_HEAD, b"\0")  # decoders index into the head without checking its length
     others = ((name, accept) for name, (_, accept) in Image.OPEN.items() if name not in FORMATS)
-    name = next((name for name, accept in others if accept and accept(whole) is True), None)
+    name = next((name for name, accept in others if accept and accept(padded) is True), None)
     return f"a {name} image" if name else None

@@ -1,8 +1,8 @@
-"""Image files -> upright uint8 RGB, and the size that a family's processor makes of them.
+"""Decode image files to upright uint8 RGB, and compute the size that a family's processor gives them.
 
-Everything that can go wrong with a file is a `ValueError` or `OSError` with a reason; the index turns it into a bad
-row. Sizes come from the rule of transformers' own smart resize, pixels from the processor's own resize, so that a
-resized image equals the stock processor's bit for bit.
+Every fault of a file is a `ValueError` or `OSError` with a reason, which the index turns into a bad row. Sizes come
+from the rule of transformers' own smart resize, pixels from the processor's own resize, so a resized image equals the
+stock processor's bit for bit.
 """
 
 import io
@@ -21,9 +21,10 @@ from ray_vlm.models.families import Family
 from ray_vlm.models.prompt_text import ImageSizes
 from ray_vlm.runs.store import is_remote
 
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what the last bytes of a whole file contain
+FETCH_AGAIN = "fetch the file again, or remove the row"
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # the end markers of complete files
 _ORIENTATION = 0x0112
-_TURNS = {  # by the EXIF orientation: what makes the image upright
+_TURNS = {  # EXIF orientation -> the transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -37,8 +38,8 @@ _UNLIMITED = 2**40  # pixels
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image comes to lie, in pixels: (width, height) of what the model sees, of the part of it that shows the
-    image, and how far that part is from the left and the top."""
+    """Where an image lies in what the model sees, in pixels: (width, height) of all that the model sees, of the part
+    that shows the image, and the distance of that part from the left and the top."""
 
     resized: tuple[int, int]
     content: tuple[int, int]
@@ -49,9 +50,9 @@ class Placement:
 class ImageSpec:
     """How a family sizes images: sides become multiples of `patch * merge`, areas stay within the two limits (px).
 
-    `pad`: a colour to fill up with in place of stretching; `center`: on all sides, not only at the right and bottom.
-    `stock`: images are only made smaller, where they have more than `max_pixels`, and the family's own processor does
-    the rest (`data/processor_images.py`).
+    `pad`: the colour that fills the rest if shapes are kept; None: stretch. `center`: pad on all sides, not only at the
+    right and bottom. `stock`: only shrink images with more than `max_pixels`; the family's own processor does the rest
+    (`data/processor_images.py`).
     """
 
     patch: int
@@ -68,7 +69,7 @@ class ImageSpec:
         return self.patch * self.merge
 
     def place(self, size: tuple[int, int]) -> Placement:
-        """Placement of an image of (width, height). Raises `ValueError` on extreme shapes."""
+        """Return the placement of an image of (width, height). Raise `ValueError` on extreme shapes."""
         width, height = size
         if min(size) < 1:
             raise ValueError(f"image is {width}x{height} px, which is empty")
@@ -82,7 +83,7 @@ class ImageSpec:
         return Placement(resized, resized)
 
     def _pad(self, size: tuple[int, int]) -> Placement:
-        """Keep the shape; scale only as far as the limits ask."""
+        """Keep the image's shape; scale it only as far as the limits require."""
         if max(size) > 200 * min(size):
             raise ValueError(f"image is {size[0]}x{size[1]} px; one side is over 200 times the other")
         scale, area = 1.0, self._area(size)
@@ -108,14 +109,14 @@ class ImageSpec:
         return width * height
 
     def num_tokens(self, size: tuple[int, int]) -> int:
-        """Visual tokens of an image of (width, height), before resizing; not of `stock` ones."""
+        """Return the visual tokens of an image of (width, height) before resizing; not for `stock`."""
         width, height = self.place(size).resized
         return (width // self.factor) * (height // self.factor)
 
 
 def build_image_spec(sizes: ImageSizes | None, spec: SampleSpec, family: Family) -> ImageSpec:
-    """How rows of `spec` size images; `sizes`: what the base's files say. Raises `DataError` for what the family does
-    not do."""
+    """Return how rows of `spec` size images. `sizes`: what the base's files say. Raise `DataError` for settings that
+    the family does not support."""
     if family.stock_images:
         if spec.min_pixels or spec.resize == "pad":
             raise DataError(
@@ -133,11 +134,10 @@ def build_image_spec(sizes: ImageSizes | None, spec: SampleSpec, family: Family)
 
 
 def smart_resize(size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(width, height) of an image of that size with sides that are multiples of `factor` and an area within the limits;
-    an image smaller than one visual token is enlarged.
+    """Return (width, height) of a resized image: sides are multiples of `factor`, the area is within the limits.
 
-    The rule of `transformers.models.qwen2_vl`, which cannot be imported without torchvision; a test compares the two.
-    Raises `ValueError` on extreme shapes.
+    An image smaller than one visual token is enlarged. This is the rule of `transformers.models.qwen2_vl`, which cannot
+    be imported without torchvision; a test compares the two. Raise `ValueError` on extreme shapes.
     """
     shape = max(size) / min(size)
     if shape > 200:
@@ -153,55 +153,56 @@ def smart_resize(size: tuple[int, int], factor: int, min_pixels: int, max_pixels
 
 
 def read_size(image: str | bytes, max_pixels: int) -> tuple[int, int]:
-    """Upright (width, height) from the header, after a look at the end of the file.
+    """Return the upright (width, height) from the header, and check the end of the file.
 
-    Formats whose end is not marked, and files with something behind the mark, are decoded once to be sure.
-    Raises `ValueError` with the reason.
+    Formats without an end marker, and files with something behind the marker, are decoded once to be sure. Raise
+    `ValueError` with the reason.
     """
     _allow(max_pixels)
     try:
         with open_image(image) as file:
             end = file.seek(0, 2)
             if end == 0:
-                raise _Told("image file is empty (0 bytes); fetch it again or remove the row")
+                raise _ImageProblem(f"image file is empty (0 bytes); {FETCH_AGAIN}")
             file.seek(max(0, end - 4096))  # some cameras append padding after the marker
             tail = file.read()
             file.seek(0)
             return _read_header(file, tail, max_pixels)
-    except _Told:
+    except _ImageProblem:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else "path is not a file"
         raise ValueError(f"image {'file ' if 'missing' in what else ''}{what}; mend the path or image_root") from None
-    except Exception as error:  # decoders raise what they like
-        raise ValueError(f"image cannot be read ({type(error).__name__}: {error})") from None
+    except Exception as error:  # decoders raise exceptions of any type
+        raise ValueError(f"image cannot be read ({type(error).__name__}: {error}); {FETCH_AGAIN}") from None
 
 
 def _open(file: Any) -> Image.Image:
-    """The image in a file. Raises `_Told` for what is no image that is read."""
+    """Open the image in a file. Raise `_ImageProblem` for kinds of files that are not read."""
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         file.seek(0)
         if (kind := name_kind(file.read(64))) is None:
             raise
-        raise _Told(f"image file is {kind}; images are read from {', '.join(FORMATS)}: convert or replace it") from None
+        formats = ", ".join(FORMATS)
+        raise _ImageProblem(f"image file is {kind}; supported are {formats}: convert or replace it") from None
 
 
 def _allow(pixels: int) -> None:
-    """Raise Pillow's own limit of pixels in this process where a job allows more: that counts, and Pillow looks at its
-    own in many places."""
+    """Raise Pillow's own limit of pixels in this process if a job allows more. The job's limit decides, and Pillow
+    checks its own in many functions."""
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = pixels
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the camera was held, 1 to 8, by EXIF or XMP; 1 where that cannot be read. Pillow turns TIFF files itself."""
+    """Return the EXIF or XMP orientation, 1 to 8; 1 if it cannot be read. Pillow turns TIFF files itself."""
     if image.format == "TIFF":
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except (ValueError, TypeError, SyntaxError, struct.error):  # of broken EXIF or XMP; the pixels are good without it
+    except (ValueError, TypeError, SyntaxError, struct.error):  # broken EXIF or XMP; the pixels are usable without it
         return 1
 
 
@@ -209,30 +210,30 @@ def _read_header(file: Any, tail: bytes, max_pixels: int) -> tuple[int, int]:
     with _open(file) as image:
         width, height = image.size
         if width * height > max_pixels:
-            raise _Told(
+            raise _ImageProblem(
                 f"image has {width * height} pixels, above data.max_image_pixels={max_pixels}; make it smaller, or "
-                "raise that"
+                "raise the limit"
             )
         if image.mode == "F":
-            raise _Told("floating-point images have no agreed range; convert it to 8 bit")
+            raise _ImageProblem("floating-point images have no agreed range; convert it to 8 bit")
         kind = image.format or ""
-        late = kind == "PNG" and any(mark in tail for mark in (b"eXIf", b"iTXt", b"zTXt"))  # behind the pixels
+        late = kind == "PNG" and any(mark in tail for mark in (b"eXIf", b"iTXt", b"zTXt"))  # EXIF behind the pixels
         if kind not in _ENDS or _ENDS[kind] not in tail or late:
             image.load()
-        # getexif() decodes a PNG to find none
+        # `getexif()` decodes a whole PNG to find that it has none, so `info` is checked first.
         look = kind != "PNG" or not {"exif", "xmp", "Raw profile type exif"}.isdisjoint(image.info)
         turned = look and _orientation(image) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
 def read_orientation(image: str | bytes) -> int:
-    """The EXIF orientation of an image that can be read, 1 to 8."""
+    """Return the EXIF orientation of a readable image, 1 to 8."""
     with open_image(image) as file, _open(file) as opened:
         return _orientation(opened)
 
 
 def open_image(image: str | bytes) -> Any:
-    """The file of an image: a local path, an address, or its own bytes."""
+    """Open the file of an image: a local path, an address, or its own bytes."""
     if isinstance(image, bytes):
         return io.BytesIO(image)
     if is_remote(image):
@@ -242,17 +243,17 @@ def open_image(image: str | bytes) -> Any:
     return open(image, "rb")
 
 
-class _Told(ValueError):
-    """A reason that is told as it stands."""
+class _ImageProblem(ValueError):
+    """A reason that `read_size` passes on unchanged."""
 
 
 def decode(source: str | bytes, pixels: int = 0) -> np.ndarray:
-    """`uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted. `pixels`: how many
-    the image was found to have."""
+    """Return `uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted. `pixels`:
+    the number of pixels that the header has."""
     _allow(pixels)
     with open_image(source) as file, _open(file) as opened:
         opened.load()
-        turn = _TURNS.get(_orientation(opened))  # not `exif_transpose`, which writes all other EXIF anew and may fail
+        turn = _TURNS.get(_orientation(opened))  # not `exif_transpose`, which rewrites all other EXIF and may fail
         image: Image.Image = opened if turn is None else opened.transpose(turn)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         depth = np.asarray(image).astype(np.float32)
@@ -264,8 +265,8 @@ def decode(source: str | bytes, pixels: int = 0) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
-    """`uint8 [h, w, 3]` as the model sees it: stretched by the processor's own resize, or padded; of stock families as
-    their processor is given it."""
+    """Return `uint8 [h, w, 3]` as the model sees it: stretched by the processor's own resize, or padded; for stock
+    families, the input of their processor."""
     if spec.stock:
         to = spec.place((pixels.shape[1], pixels.shape[0])).resized
         small = Image.fromarray(pixels)
@@ -273,20 +274,20 @@ def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
     import torch
     from transformers.image_utils import SizeDict
 
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # channels last: torch's fast way for uint8
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # channels-last strides: the fast path for uint8
     size = (pixels.shape[1], pixels.shape[0])
     if spec.pad is None:
         limits = SizeDict(shortest_edge=spec.min_pixels, longest_edge=spec.max_pixels)
         small = processor.resize(tensor, size=limits, resample=processor.resample, factor=spec.factor)
         return small[0].permute(1, 2, 0).contiguous().numpy()
-    place = spec.place(size)
-    (width, height), (left, top) = place.content, place.offset
-    if place.content != size:
+    placement = spec.place(size)
+    (width, height), (left, top) = placement.content, placement.offset
+    if placement.content != size:
         from transformers.image_processing_backends import TorchvisionBackend
 
         plain = SizeDict(height=height, width=width)  # the plain resize, without the family's rounding of sides
         tensor = TorchvisionBackend.resize(processor, image=tensor, size=plain, resample=processor.resample)
-    canvas = np.empty((place.resized[1], place.resized[0], 3), np.uint8)
+    canvas = np.empty((placement.resized[1], placement.resized[0], 3), np.uint8)
     canvas[:] = spec.pad
     canvas[top : top + height, left : left + width] = tensor[0].permute(1, 2, 0).numpy()
     return canvas

@@ -1,4 +1,4 @@
-"""One pass over a source that validates every row and keeps what planning needs. No pixels are decoded.
+"""Validate every row of a source in one pass, and keep what planning needs. No pixels are decoded.
 
 Image headers are read in a few threads; token counts come from the real tokenizer and the family's own resize rule.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from ray_vlm.config.data import Data, Source
 from ray_vlm.data.formats import read_rows
-from ray_vlm.data.images import read_orientation, read_size
+from ray_vlm.data.images import FETCH_AGAIN, read_orientation, read_size
 from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import SampleSpec
@@ -28,7 +28,7 @@ from ray_vlm.runs.progress import track
 from ray_vlm.tasks.boxes import box_problem
 
 NONE_KNOWN: Mapping[str, tuple[int, int]] = {}
-_SHOWN = 20  # bad rows named in an error; all of them are in `bad_rows.jsonl` under `quarantine`
+_SHOWN = 20  # bad rows in an error; with `quarantine`, `bad_rows.jsonl` has all of them
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Index:
     """The usable rows of a source, in file order: records of one of the kinds in `records.py`.
 
     `image_tokens`, `prompt_tokens` (without images) and `answer_tokens` are `int64 [rows]`; `labels` are the class
-    names that the source declares; `bad` are the rows that were left out; `notes` what looks odd about the source.
+    names that the source declares; `bad` are the rows that were left out; `notes` tell what looks odd about the source.
     """
 
     records: tuple[Any, ...]
@@ -57,7 +57,7 @@ class Index:
 
     @property
     def costs(self) -> np.ndarray:
-        """Work that each row makes, `float32 [rows]`: its tokens, and those of images once more for the tower."""
+        """Work of each row, `float32 [rows]`: its tokens, with image tokens counted twice for the image encoder."""
         return (self.tokens + self.image_tokens).astype(np.float32)
 
 
@@ -69,9 +69,9 @@ def build_index(
     number: int = 0,
     known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
 ) -> Index:
-    """Read, check and measure every row. Under `on_bad_row: raise` any bad row raises `DataError` with all reasons.
+    """Read, check and measure every row. With `on_bad_row: raise`, raise `DataError` with all reasons if any is bad.
 
-    `read`: what `read_rows` gave for the source, if that is known; `number`: the source's place among those mixed;
+    `read`: the result of `read_rows` for the source, if known. `number`: the source's position among those mixed.
     `known`: sizes of images that could be read when the run began.
     """
     rows, labels = read or read_rows(source)
@@ -102,7 +102,7 @@ def _columns(counts: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray
 
 
 def join_indices(indices: Sequence[Index]) -> Index:
-    """Several sources as one, in their order."""
+    """Concatenate the indices of several sources in their order."""
     if len(indices) == 1:
         return indices[0]
     return Index(
@@ -117,7 +117,7 @@ def join_indices(indices: Sequence[Index]) -> Index:
 
 
 def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
-    """One line for each bad row, the first few, and what to do about them."""
+    """Return one line for each of the first bad rows, and a last line with the fix."""
     bad = list(bad)
     lines = [f"{path}: row {b.row} (id {b.id or '?'}): {b.reason}" for b in bad[:_SHOWN]]
     more = f" ({len(bad) - _SHOWN} more not shown)" if len(bad) > _SHOWN else ""
@@ -129,7 +129,7 @@ def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
 
 
 def measure_row(row: Any, data: Data, known: Mapping[str, tuple[int, int]] = NONE_KNOWN) -> Any:
-    """The row with its image sizes and with boxes in pixels, or why it is bad. `known`: as `build_index` has it."""
+    """Return the row with image sizes and with boxes in pixels, or a `BadRow`. `known`: as in `build_index`."""
     if isinstance(row, BadRow):
         return row
     sizes, gone = [], False
@@ -138,7 +138,7 @@ def measure_row(row: Any, data: Data, known: Mapping[str, tuple[int, int]] = NON
             sizes.append(read_size(image, data.max_image_pixels))
         except (ValueError, OSError) as error:
             if isinstance(image, str) and image in known:
-                sizes.append(known[image])  # training finds another row for its place
+                sizes.append(known[image])  # training replaces the row
                 gone = True
                 continue
             name = f" ({image})" if isinstance(image, str) else ""
@@ -147,8 +147,10 @@ def measure_row(row: Any, data: Data, known: Mapping[str, tuple[int, int]] = NON
 
 
 def settle_boxes(record: Any, on_bad_box: str = "raise", gone: bool = False) -> Any:
-    """The record with boxes in original pixels, or why they cannot be meant as they stand. `on_bad_box`: as the job
-    says; `gone`: its image cannot be read any more, and training finds another row for its place."""
+    """Return the record with boxes in original pixels, or a `BadRow` if they cannot be meant as they stand.
+
+    `on_bad_box`: the job's setting. `gone`: the image cannot be read any more, and training replaces the row.
+    """
     if not isinstance(record, SftRecord):
         return record
     listed = record.context.get("listed")
@@ -166,9 +168,9 @@ def settle_boxes(record: Any, on_bad_box: str = "raise", gone: bool = False) -> 
 
 
 def _without_bad_boxes(record: SftRecord, clip: bool) -> SftRecord:
-    """The record with the boxes that lie in its image, those that leave it cut off or left out."""
+    """Return the record with boxes inside its image; boxes that leave it are clipped or dropped."""
     width, height = record.sizes[0]
-    kept = []
+    remaining = []
     for box, label in zip(record.truth["boxes"], record.truth["labels"], strict=True):
         bad = box_problem(box, record.sizes[0]) is not None
         if bad and clip:
@@ -176,13 +178,13 @@ def _without_bad_boxes(record: SftRecord, clip: bool) -> SftRecord:
             box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
             bad = box_problem(box, record.sizes[0]) is not None
         if not bad:
-            kept.append((box, label))
-    boxes, labels = tuple(box for box, _ in kept), tuple(label for _, label in kept)
+            remaining.append((box, label))
+    boxes, labels = tuple(box for box, _ in remaining), tuple(label for _, label in remaining)
     return replace(record, truth={**record.truth, "boxes": boxes, "labels": labels})
 
 
 def _in_listed_frame(record: SftRecord, gone: bool) -> SftRecord | BadRow:
-    """The record with boxes that belong to the size which its file lists brought to its upright image."""
+    """Return the record with boxes scaled from the size that its file lists to its upright image."""
     listed, size = record.context["listed"], record.sizes[0]
     if record.context["frame"] != "listed":
         return BadRow(record.row, record.id, describe_sizes(listed, size))
@@ -190,10 +192,10 @@ def _in_listed_frame(record: SftRecord, gone: bool) -> SftRecord | BadRow:
         return record
     try:
         turn = read_orientation(record.images[0])
-    except (OSError, ValueError) as error:  # between two looks; unturned boxes would be learned wrong
-        return BadRow(record.row, record.id, f"image cannot be read ({error})")
+    except (OSError, ValueError) as error:  # the file has gone since its size was read; unturned boxes would be wrong
+        return BadRow(record.row, record.id, f"image cannot be read ({error}); {FETCH_AGAIN}")
     if turn >= 5 and not sizes_differ(listed, size) and sizes_differ(listed[::-1], size):
-        turn = 1  # this one was turned before its boxes were drawn
+        turn = 1  # this image was turned before its boxes were drawn
     stored = size[::-1] if turn >= 5 else size
     stretch = (stored[0] / listed[0]) / (stored[1] / listed[1])
     if abs(stretch - 1) > 0.02 and sizes_differ(listed, stored):
@@ -210,9 +212,11 @@ def _in_listed_frame(record: SftRecord, gone: bool) -> SftRecord | BadRow:
 def _turned(
     box: Sequence[float], listed: tuple[int, int], size: tuple[int, int], turn: int
 ) -> tuple[float, float, float, float]:
-    """A box in an image of the size `listed`, as it lies in the upright image of `size`; `turn`: EXIF's orientation."""
+    """Return a box in an image of the size `listed` as it lies in the upright image of `size`. `turn`: the EXIF
+    orientation."""
     width, height = listed
     x1, y1, x2, y2 = box
+    # First the mirroring along each stored axis, then the exchange of axes (5 to 8).
     if turn in (2, 3, 7, 8):
         x1, x2 = width - x2, width - x1
     if turn in (3, 4, 6, 7):
@@ -224,7 +228,7 @@ def _turned(
 
 
 def to_pixels(record: Any) -> Any:
-    """The record with boxes and points in original pixels, where its source gives shares of the image."""
+    """Return the record with boxes and points in original pixels, if its source gives shares of the image."""
     if not isinstance(record, SftRecord):
         return record
     units = record.context.get("box_units")
@@ -249,7 +253,7 @@ def to_pixels(record: Any) -> Any:
 
 
 def count_row(row: Record, builder: SampleBuilder, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
-    """Tokens of (images, prompt without images, answer), or why the row is bad."""
+    """Return the tokens of (images, prompt without images, answer), or a `BadRow`."""
     try:
         if reason := builder.problem(row):
             return BadRow(row.row, row.id, reason)
@@ -259,7 +263,7 @@ def count_row(row: Record, builder: SampleBuilder, max_tokens: int | None) -> tu
     if max_tokens is not None and sum(counts) > max_tokens:
         reason = (
             f"{sum(counts)} tokens ({counts[0]} of images), above data.max_tokens={max_tokens}; lower data.max_pixels, "
-            "or raise that"
+            "or raise the limit"
         )
         return BadRow(row.row, row.id, reason)
     return counts

@@ -1,4 +1,4 @@
-"""What a model's answer to a record says, in the words of the job."""
+"""Parse a model's answer to a record, with the classes of the job."""
 
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder
@@ -8,8 +8,11 @@ from ray_vlm.tasks.detection import name_classes
 
 
 def parse_answer(text: str, record: Record, builder: SampleBuilder) -> Parsed:
-    """What an answer to the record says, with the classes of the job. A classification is in the promised form if its
-    attributes are those that were asked for: those of the truth, or those of the labels if the record has no truth."""
+    """Parse an answer to the record, with the classes of the job.
+
+    A classification has the promised form if its attributes are those of the truth, or those of the labels if the
+    record has no truth.
+    """
     parsed, labels = builder.task.parse(text, builder.frames(record)), builder.spec.labels
     if builder.spec.task.name == "detection":
         return name_classes(parsed, labels)

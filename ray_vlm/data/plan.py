@@ -1,12 +1,12 @@
-"""Who sees which row when: pure arithmetic on (factors, costs, seed, epoch, world size, batch sizes, step).
+"""Plan which rank trains which row at which step: pure arithmetic on (factors, costs, seed, epoch, world size, batch
+sizes, step).
 
-Step k of an epoch takes one contiguous stretch of that epoch's order, whatever the number of workers; ranks share
-the stretch out. Every rank runs the same number of micro-batches in every step; one that would be left without rows
-runs a filler, a row whose tokens are not trained. Nothing here reads data or keeps state, so any step can be computed
-without those before it.
+Step k of an epoch takes one contiguous stretch of that epoch's order for any number of workers, and the ranks share it.
+Every rank runs the same number of micro-batches in every step; a rank without rows runs a filler, a row whose tokens
+are not trained. Nothing here reads data or keeps state, so any step can be computed without those before it.
 
-A row's factor is how often it is shown in an epoch: always its whole part, and once more as often as its fraction
-says. Fractions are drawn by systematic sampling (Madow 1949) over a shuffled order, so that each is exact in
+A row's factor is how often it is shown in an epoch: always its whole part, and once more with the probability of its
+fraction. Fractions are drawn by systematic sampling (Madow 1949) over a shuffled order. So each is exact in
 expectation, an epoch's length is fixed to within one row, and the same seed gives the same rows.
 """
 
@@ -17,12 +17,12 @@ from functools import cached_property
 
 import numpy as np
 
-_STEPS = 64  # of a rank each, that a plan keeps in memory
+_STEPS = 64  # steps of one rank that a plan keeps in memory
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank runs at a time: positions in the index. `filler`: run it for company, train none of it."""
+    """The rows that one rank runs at a time, as positions in the index. `filler`: the row is run but not trained."""
 
     rows: tuple[int, ...]
     filler: bool = False
@@ -32,11 +32,10 @@ class MicroBatch:
 class Plan:
     """Order and split of `num_rows` rows. `global_batch_size` counts rows over all ranks in one optimizer step.
 
-    `factors`: `float64 [rows]`, how often each row is shown in an epoch; None: once. `costs`: `[rows]`, work that a row
-    makes (tokens), to share out evenly; None: rows are dealt in order. `whole_steps`: an epoch's last step is made
-    whole by rows of its beginning, so that every rank always has as many. `tokens`: `int64 [rows]`; with them
-    micro-batches hold no more than `budget` tokens each, padded to the longest row, however many rows those are, in
-    place of `micro_batch_size`.
+    `factors`: `float64 [rows]`, how often each row is shown in an epoch; None: once. `costs`: `[rows]`, work of each
+    row (tokens), which is shared evenly; None: rows are dealt in order. `whole_steps`: rows from an epoch's beginning
+    complete its last step, so that every rank always has as many. `tokens`: `int64 [rows]`; with them, `budget`
+    replaces `micro_batch_size`: a micro-batch padded to its longest row holds at most `budget` tokens.
     """
 
     num_rows: int
@@ -56,7 +55,7 @@ class Plan:
     @cached_property
     def rows_per_epoch(self) -> int:
         """Rows shown in an epoch, repeats counted; some epochs have one more."""
-        return self.num_rows if self.factors is None else max(1, math.floor(_whole(self.factors.sum())))
+        return self.num_rows if self.factors is None else max(1, math.floor(_round_sum(self.factors.sum())))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,23 +68,23 @@ class Plan:
 
     @cached_property
     def accumulation(self) -> int:
-        """Micro-batches of one rank in one step: of every rank and step as many, so with a budget as many as the step
-        needs that needs the most."""
+        """Micro-batches of one rank in one step, equal for all ranks and steps; with a budget, as many as the largest
+        step needs."""
         if self.tokens is None:
             return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.micro_batch_size)
         most = 1
         for step in range(self.num_steps):
             for rows in deal(self.step_rows(step), self.costs, self.world_size):
-                most = max(most, least_parts(self.tokens[rows], self.budget))
+                most = max(most, min_parts(self.tokens[rows], self.budget))
         return most
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of a micro-batch, about where tokens are counted."""
+        """Rows of a micro-batch; approximate if tokens are counted."""
         return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.accumulation)
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """Positions in the index in the order of an epoch, `int64 [rows shown]`."""
+        """Return positions in the index in the order of an epoch, `int64 [rows shown]`."""
         if epoch not in self._orders:
             most = self.steps_per_epoch * self.global_batch_size
             self._orders.clear()
@@ -94,10 +93,10 @@ class Plan:
 
     @cached_property
     def _orders(self) -> dict[int, np.ndarray]:
-        return {}  # of the last epoch: its steps are asked for one after another
+        return {}  # of the last epoch only: its steps are requested one after another
 
     def step_rows(self, step: int) -> np.ndarray:
-        """Positions in the index that step `step` (0-based, over the whole run) trains, over all ranks."""
+        """Return the positions that step `step` (0-based, over the whole run) trains, over all ranks."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = k * self.global_batch_size
         order = self.epoch_rows(epoch)
@@ -106,32 +105,33 @@ class Plan:
         return np.concatenate([rows, np.resize(order, missing)]) if self.whole_steps and missing else rows
 
     def rank_step(self, step: int, rank: int) -> list[MicroBatch]:
-        """The micro-batches of one rank in one step, always `accumulation` of them."""
-        found = self._steps.get((step, rank))
-        if found is None:
+        """Return the micro-batches of one rank in one step, always `accumulation` of them."""
+        micro_batches = self._steps.get((step, rank))
+        if micro_batches is None:
             rows = self.step_rows(step)
-            mine = deal(rows, self.costs, self.world_size)[rank]
+            rank_rows = deal(rows, self.costs, self.world_size)[rank]
             if self.tokens is None:
-                parts = np.array_split(mine, self.accumulation)
+                parts = np.array_split(rank_rows, self.accumulation)
             else:
-                parts = [mine[part] for part in group_alike(self.tokens[mine], self.accumulation, self.budget)]
-            found = [
+                groups = group_alike(self.tokens[rank_rows], self.accumulation, self.budget)
+                parts = [rank_rows[group] for group in groups]
+            micro_batches = [
                 MicroBatch(tuple(int(r) for r in part)) if len(part) else MicroBatch((int(rows[0]),), filler=True)
                 for part in parts
             ]
             if len(self._steps) > _STEPS:
                 self._steps.clear()
-            self._steps[step, rank] = found
-        return found
+            self._steps[step, rank] = micro_batches
+        return micro_batches
 
     def micro_batch(self, number: int, rank: int) -> MicroBatch:
-        """Micro-batch `number` of a rank, counted from the start of the run."""
+        """Return micro-batch `number` of a rank, counted from the start of the run."""
         step, part = divmod(number, self.accumulation)
         return self.rank_step(step, rank)[part]
 
     @cached_property
     def _steps(self) -> dict[tuple[int, int], list[MicroBatch]]:
-        return {}  # the last ones: the loader and the trainer ask for micro-batches one after another
+        return {}  # the last steps: the loader and the trainer request micro-batches one after another
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in ("_orders", "_steps")}
@@ -140,9 +140,9 @@ class Plan:
 def epoch_order(
     num_rows: int, shuffle: bool, seed: int, epoch: int, factors: np.ndarray | None = None, most: int | None = None
 ) -> np.ndarray:
-    """The order of an epoch, `int64 [rows shown]`; file order without shuffling, repeats side by side.
+    """Return the order of an epoch, `int64 [rows shown]`; without shuffling, file order with repeats adjacent.
 
-    `most`: never more rows than this. Only fractions that add up to a broken number can come to one row above it.
+    `most`: the largest number of rows. Only fractions whose sum is not a whole number can exceed it, by one row.
     """
     rng = np.random.default_rng([seed, epoch])
     if factors is None:
@@ -152,7 +152,7 @@ def epoch_order(
     candidates = rng.permutation(np.flatnonzero(fraction))
     if len(candidates):
         reach = np.cumsum(fraction[candidates])
-        reach[-1] = _whole(reach[-1])
+        reach[-1] = _round_sum(reach[-1])
         start = rng.random()
         if most is not None and times.sum() + math.floor(reach[-1] + start) > most:
             start = 0.0
@@ -161,34 +161,35 @@ def epoch_order(
     return rng.permutation(order) if shuffle else order
 
 
-def _whole(total: float) -> float:
-    """`total`, or the whole number that it would be without rounding errors of the sum."""
+def _round_sum(total: float) -> float:
+    """Return `total`, or the whole number that it would be without the rounding errors of the sum."""
     near = round(total)
     return float(near) if abs(total - near) < 1e-6 else float(total)
 
 
 def deal(rows: np.ndarray, costs: np.ndarray | None, world_size: int) -> list[np.ndarray]:
-    """Rows of each rank, equally many to within one.
+    """Return the rows of each rank, equally many to within one.
 
-    With costs the dearest row goes to the rank that has least so far and has room (Graham's LPT rule with capacities).
-    Each rank's rows come sorted: micro-batches hold rows of like length, and the k-th of every rank take about as long.
+    With costs, the most expensive row goes to the rank with the least cost so far that has room (Graham's LPT rule with
+    capacities). Each rank's rows are sorted by cost: micro-batches hold rows of similar length, and the k-th of every
+    rank take about as long.
     """
     if costs is None:
         return np.array_split(rows, world_size)
     ranked = rows[np.argsort(-costs[rows], kind="stable")]
     room = [len(part) for part in np.array_split(rows, world_size)]
-    least = [(0.0, rank) for rank in range(world_size) if room[rank]]
-    mine: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0.0, rank) for rank in range(world_size) if room[rank]]
+    rows_of: list[list[int]] = [[] for _ in range(world_size)]
     for row, cost in zip(ranked.tolist(), costs[ranked].tolist(), strict=True):
-        total, rank = heapq.heappop(least)
-        mine[rank].append(row)
-        if len(mine[rank]) < room[rank]:
-            heapq.heappush(least, (total + cost, rank))
-    return [np.array(part, np.int64) for part in mine]
+        total, rank = heapq.heappop(loads)
+        rows_of[rank].append(row)
+        if len(rows_of[rank]) < room[rank]:
+            heapq.heappush(loads, (total + cost, rank))
+    return [np.array(part, np.int64) for part in rows_of]
 
 
-def least_parts(sizes: np.ndarray, budget: int) -> int:
-    """The fewest groups of `sizes` of which none, padded to its longest, has more than `budget` tokens."""
+def min_parts(sizes: np.ndarray, budget: int) -> int:
+    """Return the fewest groups of `sizes` such that none, padded to its longest, exceeds `budget` tokens."""
     ranked, parts, first = np.sort(sizes)[::-1], 0, 0
     while first < len(ranked):
         first += max(1, budget // max(1, int(ranked[first])))
@@ -197,10 +198,14 @@ def least_parts(sizes: np.ndarray, budget: int) -> int:
 
 
 def group_alike(sizes: np.ndarray, parts: int, budget: int) -> list[np.ndarray]:
-    """Positions of `sizes` in `parts` groups of like sizes, of no more than `budget` tokens when padded to their
-    longest, with the least padding. `parts`: `least_parts` or more; some are empty where sizes are fewer."""
+    """Return positions of `sizes` in `parts` groups of similar sizes with the least padding, each within `budget`
+    tokens when padded to its longest.
+
+    `parts`: at least `min_parts`; some groups are empty if there are fewer sizes.
+    """
     ranked, count = np.argsort(-sizes, kind="stable"), len(sizes)
     used = min(parts, count)
+    # Dynamic programming over the sorted sizes: `cost[end]` is the fewest padded tokens of ranked[:end] so far.
     first, end = np.ogrid[:count, : count + 1]
     padded = (end - first) * np.append(sizes[ranked], 0)[:count, None].astype(float)  # of ranked[first:end] as a group
     padded[(end <= first) | ((padded > budget) & (end - first > 1))] = np.inf
@@ -210,17 +215,18 @@ def group_alike(sizes: np.ndarray, parts: int, budget: int) -> list[np.ndarray]:
         total = cost[:count, None] + padded
         starts.append(total.argmin(axis=0))
         cost = total.min(axis=0)
-    found, end_of = [], count
+    groups, end_of = [], count
     for start in reversed(starts):
-        found.append(np.sort(ranked[start[end_of] : end_of]))
+        groups.append(np.sort(ranked[start[end_of] : end_of]))
         end_of = int(start[end_of])
-    return found[::-1] + [np.array([], np.int64)] * (parts - used)
+    return groups[::-1] + [np.array([], np.int64)] * (parts - used)
 
 
 def plan_sample(num_rows: int, count: int | None) -> list[int]:
-    """`count` positions for validation, always the same: one from each of as many equal stretches; all for None.
+    """Return `count` positions for validation, always the same: one from each of `count` equal stretches; all for None.
 
-    Where in its stretch is drawn: rows that repeat with a period, as steps of tasks do, would be met in one place only.
+    The position within a stretch is random: rows that repeat with a period, such as the steps of tasks, would otherwise
+    be sampled at one phase only.
     """
     if count is None or count >= num_rows:
         return list(range(num_rows))

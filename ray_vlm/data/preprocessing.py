@@ -1,6 +1,6 @@
-"""`preprocessing.json`: how inputs were made, kept beside the weights, so that prediction makes them so again.
+"""Read and write `preprocessing.json`: how inputs were made, kept beside the weights, so that prediction does the same.
 
-Pairs that a model's own answers gave have the same in `<file>.about.json` (`ray-vlm pairs`).
+Pairs sampled from a model keep the same data in `<file>.about.json` (`ray-vlm pairs`).
 """
 
 import json
@@ -20,13 +20,13 @@ from ray_vlm.errors import DataError, ModelError
 from ray_vlm.runs.store import is_remote
 
 Colour = Annotated[int, Field(ge=0, le=255)]
-_LARGEST_AREA = 2**40  # pixels; what families without a limit of their own have
+_LARGEST_AREA = 2**40  # pixels; for families without a limit of their own
 PREPROCESSING = "preprocessing.json"
-ABOUT = ".about.json"  # ends the name of what tells how a file of pairs was made
+ABOUT = ".about.json"  # suffix of the file that describes how a file of pairs was made
 
 
 class _Images(Section):
-    """What `ImageSpec` says of sizes."""
+    """The sizes of an `ImageSpec`."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -38,7 +38,7 @@ class _Images(Section):
 
 
 class Asking(Section):
-    """What else it takes to ask weights as their run did; files of earlier versions have none of it."""
+    """Other settings that prediction needs to repeat what the run did; files of earlier versions have none."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -50,7 +50,7 @@ class Asking(Section):
 
 
 class Saved(Section):
-    """The file; what a later version adds is left alone."""
+    """The content of the file; unknown keys of later versions are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -63,7 +63,7 @@ class Saved(Section):
 
 
 def asking_of(job: JobConfig) -> Asking:
-    """What a run of this job asks by, beside its inputs."""
+    """Return the settings of this job, other than its inputs, that prediction needs."""
     return Asking(
         revision=job.model.revision,
         load_in_4bit=job.model.load_in_4bit,
@@ -74,9 +74,9 @@ def asking_of(job: JobConfig) -> Asking:
 
 
 def describe_preprocessing(builder: SampleBuilder, asking: Asking | None = None) -> dict[str, Any]:
-    """How inputs are made, for `preprocessing.json` beside the weights; `read_saved` reads it back.
+    """Return how inputs are made, for `preprocessing.json` beside the weights; `read_saved` reads it back.
 
-    `asking`: what else it takes to ask them, for weights that go where their run is not.
+    `asking`: the other settings that prediction needs, for weights that are used without their run.
     """
     spec = builder.spec
     return {
@@ -89,7 +89,7 @@ def describe_preprocessing(builder: SampleBuilder, asking: Asking | None = None)
 
 
 def read_saved(folder: str) -> Saved | None:
-    """What lies beside the weights in `folder`, if anything. Raises `ModelError` where it cannot be read."""
+    """Read the file beside the weights in `folder`, if any. Raise `ModelError` if it cannot be read."""
     path = Path(folder) / PREPROCESSING
     if not path.exists():
         return None
@@ -100,9 +100,10 @@ def read_saved(folder: str) -> Saved | None:
 
 
 def read_preprocessing(folder: str, spec: SampleSpec) -> SampleSpec | None:
-    """`spec` with the wording, class names, codec and image sizes of the training of the weights in `folder`.
+    """Return `spec` with the wording, class names, codec and image sizes that the weights in `folder` were trained
+    with.
 
-    None where they do not say; raises `ModelError` where what they say cannot be read.
+    Return None without a file; raise `ModelError` if the file cannot be read.
     """
     saved = read_saved(folder)
     if saved is None:
@@ -125,7 +126,7 @@ def read_preprocessing(folder: str, spec: SampleSpec) -> SampleSpec | None:
 
 
 def _reason(error: Exception) -> str:
-    """The first thing that is wrong, in one line."""
+    """Return the first problem in one line."""
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
@@ -133,13 +134,13 @@ def _reason(error: Exception) -> str:
 
 
 def changed_since(path: str, builder: SampleBuilder) -> list[str]:
-    """What `builder` does otherwise than the sampling of the pairs in the file `path`, each with both values.
+    """Return what `builder` does differently from the sampling of the pairs in the file `path`, with both values.
 
-    Places that answers give in pixels of the resized image hold only at the same image sizes. Empty where nothing
-    differs, or where no `<path>.about.json` tells. Raises `DataError` where that cannot be read.
+    Coordinates in pixels of the resized image are valid only at the same image sizes. Empty if nothing differs, or if
+    there is no `<path>.about.json`. Raise `DataError` if that cannot be read.
     """
-    place, mark, options = path.partition("?") if is_remote(path) else (path, "", "")
-    about = f"{place}{ABOUT}{mark}{options}"
+    uri, mark, options = path.partition("?") if is_remote(path) else (path, "", "")
+    about = f"{uri}{ABOUT}{mark}{options}"
     try:
         saved = json.loads(read_bytes(about))["preprocessing"]
         codec, images = saved["task"]["codec"], dict(saved["images"])
@@ -147,8 +148,8 @@ def changed_since(path: str, builder: SampleBuilder) -> list[str]:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{about}: not readable ({type(error).__name__}: {error}). Make the pairs again, or delete it if it tells "
-            "nothing of them."
+            f"{about}: not readable ({type(error).__name__}: {error}). Make the pairs again, or delete it if it "
+            "does not belong to them."
         ) from None
     now = json.loads(json.dumps(asdict(builder.image_spec)))
     changed = [f"form of boxes ({codec}, now {builder.codec_name})"] if codec != builder.codec_name else []

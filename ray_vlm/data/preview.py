@@ -1,4 +1,4 @@
-"""What a person sees before anything starts: the plan in numbers, and rows with the tokens that are trained marked.
+"""Describe a run before it starts: the plan in numbers, and rows with the trained tokens marked.
 
 `preview_images.py` makes pictures of the same rows.
 """
@@ -24,7 +24,7 @@ _TOKEN_NOTE = "trained tokens between [[ and ]], [[x2.50: where they weigh 2.50;
 
 
 def describe_prepared(index: Index, plan: Plan, spec: SampleSpec, balance: Balance) -> str:
-    """Rows, steps, tokens and the mix of classes, then the token view of the first records."""
+    """Describe rows, steps, tokens and the mix of classes, then the tokens of the first records."""
     builder = load_sample_builder(spec)
     tokens = index.tokens
     step = plan.step_rows(0)
@@ -45,8 +45,8 @@ def describe_prepared(index: Index, plan: Plan, spec: SampleSpec, balance: Balan
 
 @dataclass(frozen=True)
 class Chosen:
-    """Rows to look at: `positions` in the index, ascending; `rarest` is the rarest class or condition, `having` how
-    many of them have it, `share` that of all rows."""
+    """Rows of a preview: `positions` in the index, ascending; `rarest` is the rarest class or condition, `having` how
+    many of the rows have it, `share` its share of all rows."""
 
     positions: tuple[int, ...]
     rarest: str | None = None
@@ -55,14 +55,14 @@ class Chosen:
 
 
 def choose_rows(tags: Sequence[tuple[str, ...]], count: int) -> Chosen:
-    """`count` rows evenly spaced over those with these tags. The rarest tag has its share of them, and at least a third
-    where there are so many."""
-    rows = Counter(tag for of_row in tags for tag in set(of_row))
+    """Choose `count` evenly spaced rows. The rarest tag gets its share of them, and at least a third if that many rows
+    have it."""
+    rows = Counter(tag for row_tags in tags for tag in set(row_tags))
     if len(rows) < 2:
         return Chosen(tuple(_spaced(np.arange(len(tags)), count)))
     rarest = min(rows, key=lambda tag: (rows[tag], tag))
     share = rows[rarest] / len(tags)
-    having = np.array([rarest in of_row for of_row in tags])
+    having = np.array([rarest in row_tags for row_tags in tags])
     picked = _spaced(np.flatnonzero(having), max(-(-count // 3), round(share * count)))
     others = _spaced(np.flatnonzero(~having), count - len(picked))
     if missing := min(count, len(tags)) - len(picked) - len(others):  # too few of the others
@@ -71,15 +71,18 @@ def choose_rows(tags: Sequence[tuple[str, ...]], count: int) -> Chosen:
 
 
 def _spaced(positions: np.ndarray, count: int) -> list[int]:
-    """At most `count` of the positions, one from each of `count` equal stretches; where in the stretch differs, as rows
-    may repeat with a period (the steps of tasks)."""
+    """Return at most `count` of the positions, one from each of `count` equal stretches.
+
+    The position within a stretch varies, since rows may repeat with a period (the steps of tasks).
+    """
     count = min(count, len(positions))
     stretch = len(positions) / max(count, 1)
+    # Steps of the golden ratio spread the positions within the stretches evenly.
     return [int(positions[int(i * stretch + (0.5 + i * 0.618) % 1.0 * max(stretch - 1, 0))]) for i in range(count)]
 
 
 def describe_choice(chosen: Chosen, spec: SampleSpec) -> list[str]:
-    """What the rows of a picture are, and how to read it."""
+    """Describe the rows of a picture, and how to read it."""
     codec = load_sample_builder(spec).codec_name
     lines = [f"Drawn from the text that is trained, read back as predictions are (boxes in the form of {codec})."]
     if chosen.rarest is not None:
@@ -91,18 +94,18 @@ def describe_choice(chosen: Chosen, spec: SampleSpec) -> list[str]:
 
 
 def describe_rows(index: Index, spec: SampleSpec, chosen: Chosen, num_views: int = 3) -> str:
-    """The token view of the first chosen rows, then how the tokens of all chosen rows are trained, as a table."""
+    """Show the tokens of the first chosen rows, then a table of how the tokens of all chosen rows are trained."""
     builder = load_sample_builder(spec)
     lines = [f"{_TOKEN_NOTE}:"]
     lines += [_token_view(index, i, builder) for i in chosen.positions[:num_views]]
-    rows = [row for i in chosen.positions for row in whole_rows(index.records[i], builder)]
+    rows = [row for i in chosen.positions for row in trained_rows(index.records[i], builder)]
     counts = count_tokens(rows, builder.image_token_id)
     return "\n".join([*lines, "", *_count_lines(counts, len(chosen.positions))])
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens by what is done with them: trained, only read (prompt and images); `weight` is the mean of the trained."""
+    """Tokens by use: trained, only read (prompt and images); `weight` is the mean over trained tokens."""
 
     trained: int
     prompt: int
@@ -120,10 +123,10 @@ def count_tokens(rows: Sequence[Sample], image_token_id: int) -> TokenCounts:
     trained = image = total = 0
     weight = 0.0
     for row in rows:
-        told = row.labels != IGNORED
-        trained, total = trained + int(told.sum()), total + len(row.input_ids)
+        is_trained = row.labels != IGNORED
+        trained, total = trained + int(is_trained.sum()), total + len(row.input_ids)
         image += int((row.input_ids == image_token_id).sum())
-        weight += float(told.sum() if row.weights is None else row.weights[told].sum())
+        weight += float(is_trained.sum() if row.weights is None else row.weights[is_trained].sum())
     return TokenCounts(trained, total - trained - image, image, weight / max(trained, 1))
 
 
@@ -138,13 +141,13 @@ def _count_lines(counts: TokenCounts, num_rows: int) -> list[str]:
 
 def _token_view(index: Index, position: int, builder: SampleBuilder) -> str:
     record = index.records[position]
-    views = [_marked_text(row, builder) for row in whole_rows(record, builder)]
+    views = [_marked_text(row, builder) for row in trained_rows(record, builder)]
     return f"--- row {record.row} (id {plain(record.id)})\n" + "\n--- against\n".join(views)
 
 
-def whole_rows(record: Any, builder: SampleBuilder) -> list[Sample]:
-    """What a model sees of a record in training: one row, of a pair one for each answer; of a prompt nothing is trained
-    yet."""
+def trained_rows(record: Any, builder: SampleBuilder) -> list[Sample]:
+    """Return what a model sees of a record in training: one row, or one for each answer of a pair. Of a prompt, no
+    token is trained."""
     row = builder.row(record)
     if row.completions:
         return [answered(row, completion) for completion in row.completions]
@@ -157,8 +160,8 @@ def _marked_text(row: Sample, builder: SampleBuilder) -> str:
     trained = row.labels != IGNORED
     runs = groupby(range(len(row.input_ids)), key=lambda i: (image[i], trained[i], weights[i] if trained[i] else 1.0))
     pieces: list[str] = []
-    for (is_image, is_trained, weight), places in runs:
-        ids = row.input_ids[list(places)].tolist()
+    for (is_image, is_trained, weight), positions in runs:
+        ids = row.input_ids[list(positions)].tolist()
         if is_image:
             pieces.append(f"<image: {len(ids)} tokens>")
             continue

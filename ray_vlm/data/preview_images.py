@@ -1,6 +1,6 @@
 """Rows as marked pictures: what the model sees, with boxes and points read back from the text that it is trained on.
 
-They go through the answer's text and `task.parse`, so a wrong codec or a shifted box shows. `preview_plot.py` draws
+They pass through the answer's text and `task.parse`, so a wrong codec or a shifted box shows. `preview_plot.py` draws
 them.
 """
 
@@ -20,7 +20,7 @@ from ray_vlm.tasks.answers import IMAGE, Parsed
 from ray_vlm.tasks.boxes import Frame
 from ray_vlm.tasks.classification import POSITION
 
-_TOLD_CENTRE = re.compile(
+_QUESTION_CENTRE = re.compile(
     r"([\d.]+)".join(re.escape(piece) for piece in re.split(r"\{[xy]:\.2f\}", POSITION.partition("{region}")[0]))
 )
 _REGION = re.compile(
@@ -33,14 +33,14 @@ class Annotation:
     """A box (four numbers) or a point (two) in original pixels of one image, with its class."""
 
     image: int
-    place: tuple[float, ...]
+    region: tuple[float, ...]
     label: str
 
 
 @dataclass(frozen=True)
 class PreviewPanel:
     """One row. `head`: lines on the row, its images and how exactly regions were read back; `images`: `uint8 [h, w, 3]`
-    as the model sees them; `frames`: where originals lie in them; `problem`: what went wrong in reading back."""
+    as the model sees them; `frames`: where originals lie in them; `problem`: what failed in reading back."""
 
     head: tuple[str, ...]
     images: tuple[np.ndarray, ...]
@@ -52,33 +52,37 @@ class PreviewPanel:
 
 
 def make_cells(index: Index, spec: SampleSpec, positions: Sequence[int]) -> list[PreviewPanel]:
-    """The rows at these positions. Raises `DataError` where an image cannot be decoded."""
+    """Make panels of the rows at these positions. Raise `DataError` if an image cannot be decoded."""
     builder = load_sample_builder(spec)
-    cells = []
+    panels = []
     for position in positions:
         record = index.records[position]
-        cells.append(_cell(record, builder) if isinstance(record, SftRecord) else _plain_cell(record, builder))
-    return cells
+        panels.append(_panel(record, builder) if isinstance(record, SftRecord) else _plain_panel(record, builder))
+    return panels
 
 
-def _plain_cell(record: Record, builder: SampleBuilder) -> PreviewPanel:
-    """A pair or a prompt: its texts, and what the task understands of the preferred answer."""
+def _plain_panel(record: Record, builder: SampleBuilder) -> PreviewPanel:
+    """Make the panel of a pair or a prompt: its texts, and the parsed preferred answer."""
     answers = [answer.text for answer in builder.answers(record)]
     frames, turns = builder.frames(record), builder.turns(record)
     parsed = builder.task.parse(answers[0], frames) if answers else Parsed()
     question = next((text for role, text in reversed(turns) if role == "user"), "")
-    told = "  rather than  ".join(map(_one_line, answers))
+    text = "  rather than  ".join(map(_one_line, answers))
     head = (f"row {record.row} (id {plain(record.id)})",)
-    return PreviewPanel(head, builder.row(record).images, frames, tuple(_answered(parsed)), _one_line(question), told)
+    return PreviewPanel(head, builder.row(record).images, frames, tuple(_answered(parsed)), _one_line(question), text)
 
 
-def _cell(record: SftRecord, builder: SampleBuilder) -> PreviewPanel:
+def _panel(record: SftRecord, builder: SampleBuilder) -> PreviewPanel:
     frames, turns = builder.frames(record), builder.turns(record)
     answer = builder.answer(record).text
     parsed = builder.task.parse(answer, frames)
     question = next((text for role, text in reversed(turns) if role == "user"), "")
-    said = [text for role, text in turns if role != "system"]
-    marks = (*_answered(parsed), *_told(parsed, frames, question), *_in_text(record, frames, [*said, answer]))
+    texts = [*(text for role, text in turns if role != "system"), answer]
+    marks = (
+        *_answered(parsed),
+        *_classification_marks(parsed, frames, question),
+        *_in_text(record, frames, texts),
+    )
     images = builder.train_row(record).images
     sizes = ", ".join(
         f"{w}x{h} px -> {image.shape[1]}x{image.shape[0]}, {builder.num_image_tokens((w, h))} tokens"
@@ -87,7 +91,7 @@ def _cell(record: SftRecord, builder: SampleBuilder) -> PreviewPanel:
     head = f"row {record.row} (id {plain(record.id)})" + (f", {len(images)} images" if len(images) > 1 else "")
     note, problem = _compare(record, frames, marks)
     if not parsed.ok or parsed.repairs:
-        problem = "; ".join(["the answer is not read back as it is written", *parsed.repairs])
+        problem = "; ".join(["the answer is not read back as it was written", *parsed.repairs])
     return PreviewPanel(
         tuple(line for line in (head, sizes, note) if line),
         images,
@@ -104,7 +108,7 @@ def _one_line(text: str) -> str:
 
 
 def _answered(parsed: Parsed) -> Iterator[Annotation]:
-    """What the task understood of the answer."""
+    """Yield the regions that the task parses from the answer."""
     values = parsed.values
     for box, label in zip(values.get("boxes", ()), values.get("labels", ()), strict=True):
         yield Annotation(0, tuple(box), label)
@@ -113,28 +117,28 @@ def _answered(parsed: Parsed) -> Iterator[Annotation]:
             yield Annotation(0, tuple(values[key]), str(values["output"].get("action", "")))
 
 
-def _told(parsed: Parsed, frames: Sequence[Frame], question: str) -> Iterator[Annotation]:
-    """A classification's answer, at the centre that its question tells."""
-    if frames and (values := parsed.values.get("attributes")) and (found := _TOLD_CENTRE.search(question)):
+def _classification_marks(parsed: Parsed, frames: Sequence[Frame], question: str) -> Iterator[Annotation]:
+    """Yield a classification's answer at the centre that its question states."""
+    if frames and (values := parsed.values.get("attributes")) and (match := _QUESTION_CENTRE.search(question)):
         width, height = frames[0].original
-        yield Annotation(0, (float(found[1]) * width, float(found[2]) * height), ", ".join(values.values()))
+        yield Annotation(0, (float(match[1]) * width, float(match[2]) * height), ", ".join(values.values()))
 
 
 def _in_text(record: SftRecord, frames: Sequence[Frame], texts: Sequence[str]) -> Iterator[Annotation]:
-    """Regions that a chat's texts name, where there are as many as the record has."""
+    """Yield the regions in a chat's texts, if there are as many as the record has."""
     boxes = record.context.get("boxes", ())
-    found = [[float(v) for v in match.groups() if v] for text in texts for match in _REGION.finditer(text)]
-    if boxes and len(found) == len(boxes):
+    regions = [[float(v) for v in match.groups() if v] for text in texts for match in _REGION.finditer(text)]
+    if boxes and len(regions) == len(boxes):
         numbers = record.context.get("image_of") or (0,) * len(boxes)
-        for place, image in zip(found, numbers, strict=True):
-            read = frames[image].decode(place) if len(place) == 4 else frames[image].decode_point(place)
+        for region, image in zip(regions, numbers, strict=True):
+            read = frames[image].decode(region) if len(region) == 4 else frames[image].decode_point(region)
             yield Annotation(image, read, "in the text")
 
 
 def _compare(record: SftRecord, frames: Sequence[Frame], marks: Sequence[Annotation]) -> tuple[str, str]:
-    """How far marks lie from the regions of the data, as a note; and as a problem where that is too far."""
-    read = [np.array(mark.place) for mark in marks]
-    right = [np.array(place) for tag, place, _ in regions_of(record)] if "attributes" not in record.truth else []
+    """Return how far marks lie from the regions of the data: as a note, or as a problem if too far."""
+    read = [np.array(mark.region) for mark in marks]
+    right = [np.array(region) for tag, region, _ in regions_of(record)] if "attributes" not in record.truth else []
     if not right:
         return "", ""
     near = [min((float(abs(r - b).max()) for r in read if len(r) == len(b)), default=np.inf) for b in right]

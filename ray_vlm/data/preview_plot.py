@@ -1,5 +1,5 @@
-"""The cells of `preview_images.py` as one PNG: a contact sheet with a legend, the question and the answer under each
-image."""
+"""Draw the panels of `preview_images.py` as one PNG: a contact sheet with a legend, and the question and the answer
+under each image."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from ray_vlm.tasks.boxes import Frame
 
 _COLORS = ("#e6194b", "#0a84d0", "#2e9e3f", "#e07b00", "#9b30c9", "#008f8f", "#d6358c", "#7a5c2e", "#5560e0", "#6b8e00")
 _INK, _SOFT, _PANEL, _PAPER, _WRONG = "#1c2630", "#5d6873", "#eceff2", "#ffffff", "#c8102e"
-_CELL, _PICTURE, _GAP, _MARGIN = 372, 300, 20, 24  # pixels: width of a cell, height of its picture, space between
+# Pixels: the width of a panel, the height of its picture, the space between panels and around them.
+_PANEL_WIDTH, _PICTURE, _GAP, _MARGIN = 372, 300, 20, 24
 _COLUMNS = 4
 _TITLE, _TEXT, _SMALL, _TINY = 22, 14, 13, 10  # pixels of type
 _FEW = 8  # marks in an image whose labels are not tiny
@@ -26,14 +27,14 @@ _SHOWN_IMAGES = 4
 Area = tuple[float, float, float, float]
 
 
-def draw_sheet(cells: Sequence[PreviewPanel], title: str, notes: Sequence[str]) -> bytes:
-    """The sheet as PNG, about 1600 pixels wide: title, notes, legend, and the cells in rows of four."""
-    labels = sorted({mark.label for cell in cells for mark in cell.marks})
+def draw_sheet(panels: Sequence[PreviewPanel], title: str, notes: Sequence[str]) -> bytes:
+    """Return the sheet as PNG, about 1600 pixels wide: title, notes, legend, and the panels in rows of four."""
+    labels = sorted({mark.label for panel in panels for mark in panel.marks})
     colors = {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
-    columns = min(_COLUMNS, max(1, len(cells)))
-    width = max(2 * _MARGIN + columns * (_CELL + _GAP) - _GAP, 900)
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    captions = [[_caption(cell) for cell in row] for row in rows]
+    columns = min(_COLUMNS, max(1, len(panels)))
+    width = max(2 * _MARGIN + columns * (_PANEL_WIDTH + _GAP) - _GAP, 900)
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    captions = [[_caption(panel) for panel in row] for row in rows]
     heights = [_PICTURE + max(sum(_line(size) for _, size, _ in lines) for lines in row) for row in captions]
     legend = _legend(labels, width)
     top = _MARGIN + _line(_TITLE) + 6 + len(notes) * _line(_TEXT) + (len(legend) * (_line(_TEXT) + 4) + 8) + 10
@@ -41,9 +42,9 @@ def draw_sheet(cells: Sequence[PreviewPanel], title: str, notes: Sequence[str]) 
     pen = ImageDraw.Draw(sheet)
     _draw_head(pen, title, notes, legend, colors, width)
     for row, row_captions, height in zip(rows, captions, heights, strict=True):
-        for column, (cell, lines) in enumerate(zip(row, row_captions, strict=True)):
-            left = _MARGIN + column * (_CELL + _GAP)
-            _draw_pictures(sheet, cell, (left, top), colors)
+        for column, (panel, lines) in enumerate(zip(row, row_captions, strict=True)):
+            left = _MARGIN + column * (_PANEL_WIDTH + _GAP)
+            _draw_pictures(sheet, panel, (left, top), colors)
             y = top + _PICTURE
             for text, size, color in lines:
                 _write(pen, (left, y + _LEADING), text, size, color)
@@ -72,7 +73,7 @@ def _draw_head(
 
 
 def _legend(labels: Sequence[str], width: int) -> list[list[tuple[int, str]]]:
-    """Lines of (x, label)."""
+    """Return lines of (x, label)."""
     lines: list[list[tuple[int, str]]] = []
     x = width
     for label in labels[:40]:
@@ -85,23 +86,23 @@ def _legend(labels: Sequence[str], width: int) -> list[list[tuple[int, str]]]:
     return lines
 
 
-def _caption(cell: PreviewPanel) -> list[tuple[str, int, str]]:
-    """Lines of (text, size, colour) under a picture."""
-    parts = [(line, _SMALL, _SOFT, 1) for line in cell.head]
-    parts += [(cell.problem, _SMALL, _WRONG, 3)] if cell.problem else []
-    parts += [(f"Q: {cell.question}", _TEXT, _SOFT, 3), (f"A: {cell.answer}", _TEXT, _INK, 8)]
-    return [(line, size, color) for text, size, color, most in parts for line in _wrap(text, size, _CELL, most)]
+def _caption(panel: PreviewPanel) -> list[tuple[str, int, str]]:
+    """Return lines of (text, size, colour) under a picture."""
+    parts = [(line, _SMALL, _SOFT, 1) for line in panel.head]
+    parts += [(panel.problem, _SMALL, _WRONG, 3)] if panel.problem else []
+    parts += [(f"Q: {panel.question}", _TEXT, _SOFT, 3), (f"A: {panel.answer}", _TEXT, _INK, 8)]
+    return [(line, size, color) for text, size, color, most in parts for line in _wrap(text, size, _PANEL_WIDTH, most)]
 
 
-def _draw_pictures(sheet: Image.Image, cell: PreviewPanel, corner: tuple[int, int], colors: dict[str, str]) -> None:
-    """The row's images side by side on a panel, with their marks."""
+def _draw_pictures(sheet: Image.Image, panel: PreviewPanel, corner: tuple[int, int], colors: dict[str, str]) -> None:
+    """Draw the row's images side by side on a panel, with their marks."""
     left, top = corner
     pen = ImageDraw.Draw(sheet)
-    pen.rectangle((left, top, left + _CELL - 1, top + _PICTURE - 1), fill=_PANEL)
-    shown = cell.images[:_SHOWN_IMAGES]
+    pen.rectangle((left, top, left + _PANEL_WIDTH - 1, top + _PICTURE - 1), fill=_PANEL)
+    shown = panel.images[:_SHOWN_IMAGES]
     if not shown:
         _write(pen, (left + 12, top + 12), "no image", _TEXT, _SOFT)
-    room = _CELL / max(1, len(shown))
+    room = _PANEL_WIDTH / max(1, len(shown))
     for number, pixels in enumerate(shown):
         height, width = pixels.shape[:2]
         scale = min((room - 4 * (len(shown) > 1)) / width, _PICTURE / height)
@@ -109,51 +110,53 @@ def _draw_pictures(sheet: Image.Image, cell: PreviewPanel, corner: tuple[int, in
         how = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BICUBIC
         at = (round(left + room * number + (room - size[0]) / 2), round(top + (_PICTURE - size[1]) / 2))
         sheet.paste(Image.fromarray(pixels).resize(size, how), at)
-        marks = [mark for mark in cell.marks if mark.image == number]
-        frame = cell.frames[number]
-        places = [_on_sheet(mark, frame, at, (size[0] / width, size[1] / height)) for mark in marks]
-        _draw_marks(pen, marks, places, colors, (at[0], at[1], at[0] + size[0] - 1, at[1] + size[1] - 1))
+        marks = [mark for mark in panel.marks if mark.image == number]
+        frame = panel.frames[number]
+        regions = [_on_sheet(mark, frame, at, (size[0] / width, size[1] / height)) for mark in marks]
+        _draw_marks(pen, marks, regions, colors, (at[0], at[1], at[0] + size[0] - 1, at[1] + size[1] - 1))
 
 
 def _on_sheet(mark: Annotation, frame: Frame, at: tuple[int, int], scale: tuple[float, float]) -> tuple[float, ...]:
-    """A mark in pixels of the sheet, from those of the original image."""
+    """Convert a mark from pixels of the original image to pixels of the sheet."""
     shown = frame.content or frame.resized
     return tuple(
         at[i % 2] + scale[i % 2] * (value / frame.original[i % 2] * shown[i % 2] + frame.offset[i % 2])
-        for i, value in enumerate(mark.place)
+        for i, value in enumerate(mark.region)
     )
 
 
 def _draw_marks(
-    pen: Any, marks: Sequence[Annotation], places: Sequence[tuple[float, ...]], colors: dict[str, str], picture: Area
+    pen: Any, marks: Sequence[Annotation], regions: Sequence[tuple[float, ...]], colors: dict[str, str], picture: Area
 ) -> None:
-    for mark, place in zip(marks, places, strict=True):
+    for mark, region in zip(marks, regions, strict=True):
         color = colors[mark.label]
-        if len(place) == 4:
-            x1, y1, x2, y2 = place
+        if len(region) == 4:
+            x1, y1, x2, y2 = region
             pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=3)
         else:
-            x, y = place
+            x, y = region
             pen.ellipse((x - 8, y - 8, x + 8, y + 8), outline=_PAPER, width=5)
             pen.ellipse((x - 7, y - 7, x + 7, y + 7), outline=color, width=3)
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
     taken: list[Area] = []
     type_size = _SMALL if len(marks) <= _FEW else _TINY
-    for mark, place in zip(marks, places, strict=True):
+    for mark, region in zip(marks, regions, strict=True):
         name = _name(mark.label)
         size = (_font(type_size, name).getlength(name) + 8, _line(type_size))
-        area = _free_place(place, size, taken, picture)
-        if area is None:  # the legend tells the class by its colour
+        area = _find_label_area(region, size, taken, picture)
+        if area is None:  # the legend names the class of the colour
             continue
         taken.append(area)
         pen.rectangle(area, fill=colors[mark.label])
         _write(pen, (area[0] + 4, area[1] + 1), name, type_size, _PAPER)
 
 
-def _free_place(place: Sequence[float], size: tuple[float, float], taken: Sequence[Area], picture: Area) -> Area | None:
-    """Where a label fits in the picture without covering another: above the mark, below, inside, beside."""
+def _find_label_area(
+    region: Sequence[float], size: tuple[float, float], taken: Sequence[Area], picture: Area
+) -> Area | None:
+    """Find an area for a label in the picture that covers no other: above the mark, below, inside, beside."""
     wide, tall = size
-    x1, y1, x2, y2 = place if len(place) == 4 else (place[0] - 9, place[1] - 9, place[0] + 9, place[1] + 9)
+    x1, y1, x2, y2 = region if len(region) == 4 else (region[0] - 9, region[1] - 9, region[0] + 9, region[1] + 9)
     tries = [(x1, y1 - tall), (x2 - wide, y1 - tall), (x1, y2 + 1), (x2 - wide, y2 + 1), (x1, y1), (x2 + 1, y1)]
     for x, y in [*tries, (x1 - wide, y1), (x2 - wide, y2 - tall)]:
         x = min(max(x, picture[0]), picture[2] - wide)
@@ -174,12 +177,12 @@ def _name(label: str) -> str:
 
 
 def _line(size: int) -> int:
-    """Pixels from one line of type to the next."""
+    """Return the pixels from one line of type to the next."""
     return size + _LEADING + 1
 
 
 def _wrap(text: str, size: int, width: float, most: int) -> list[str]:
-    """At most `most` lines that fit, broken at spaces where there are some; the last ends in … if there is more."""
+    """Wrap into at most `most` lines, at spaces if possible; the last ends in … if text is left over."""
     font, rest = _font(size, text), text.strip()
     lines: list[str] = []
     while rest and len(lines) < most:
@@ -203,7 +206,7 @@ def _write(pen: Any, at: tuple[float, float], text: str, size: int, color: str) 
 
 
 def _font(size: int, text: str) -> Any:
-    """A font that has the text's letters, as far as there is one."""
+    """Return a font that has the text's letters, if one is installed."""
     return _load_font(size, any(c >= "\u2e80" for c in text))
 
 

@@ -1,4 +1,4 @@
-"""One validated example, as every floor sees it. Plain data; imports nothing heavy."""
+"""One validated example, as all packages exchange it. Plain data; imports nothing heavy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ class SftRecord:
     """An example with its right answer.
 
     `row` is the position in the source (0-based), `sizes` the images' upright (width, height) in pixels. `truth` is the
-    answer and `context` what the question tells beside the images; both belong to the task, which documents them.
-    Records of one `group` are never split between train, eval and test. `source` counts `data.train` and `data.mix`.
+    answer and `context` what the question states beside the images; the task documents both. Records of one `group` are
+    never split between train, eval and test. `source` is the position among `data.train` and `data.mix`.
     """
 
     id: str
@@ -62,7 +62,7 @@ Record = SftRecord | PreferenceRecord | PromptRecord
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where it is, and why and what to do. `source` as in records."""
+    """A row that cannot be used: its position, its id, and the reason with the fix. `source` as in records."""
 
     row: int
     id: str

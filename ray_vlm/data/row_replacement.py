@@ -1,8 +1,9 @@
-"""Rows that could be read when they were checked and cannot now: a file deleted, changed, or behind a bad network.
+"""Replace rows that could be read when they were checked and cannot be read now: a file that was deleted or changed, or
+is behind a failing network.
 
-They are asked for again, and then, if the job leaves bad rows out, another row takes their place: the next one in the
-data that can be read. Every rank keeps as many rows as planned, so none waits for another. The run keeps the sizes of
-its images, so that a row that is gone when it is resumed still has its place in the plan.
+Such a row is read again, and then, if the job leaves bad rows out, replaced by the next row in the data that can be
+read. Every rank keeps as many rows as planned, so none waits for another. The run keeps the sizes of its images, so
+that a row whose image is gone when the run is resumed keeps its position in the plan.
 """
 
 import time
@@ -22,9 +23,9 @@ _OTHERS = 16  # rows after it that may take its place
 
 
 def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, fill_in: bool) -> Sample:
-    """The row at position `number`, or with `fill_in` one in its place, whose own position is in it.
+    """Return the row at position `number`, or with `fill_in` a replacement, which holds its own position.
 
-    Raises `DataError` where it cannot be read, or none of those after it either.
+    Raise `DataError` if the row cannot be read, nor, with `fill_in`, any of those after it.
     """
     first: DataError | None = None
     for wait in (*WAITS_S, None):
@@ -36,18 +37,20 @@ def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, fil
             else:
                 time.sleep(wait)
     if not fill_in:
-        raise DataError(f"{first} Mend that, then go on with --resume.")
+        raise DataError(f"{first} Mend it, then continue with --resume.")
     others = [(number + step) % len(records) for step in range(1, min(_OTHERS, len(records) - 1) + 1)]
     for other in others:
         try:
             return replace(builder.row(records[other]), number=other)
         except DataError:
             continue
-    raise DataError(f"{first} Nor can any of the {len(others)} rows after it: mend the files or their network.")
+    raise DataError(
+        f"{first} None of the {len(others)} rows after it can be read either: mend the files or their network."
+    )
 
 
 def pack_sizes(records: Sequence[Record]) -> bytes:
-    """(width, height) of every image that lies in a file of its own, as Parquet."""
+    """Return (width, height) of every image in a file of its own, as Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -59,7 +62,7 @@ def pack_sizes(records: Sequence[Record]) -> bytes:
 
 
 def unpack_sizes(data: bytes) -> Mapping[str, tuple[int, int]]:
-    """What `pack_sizes` packed; nothing where it is damaged, since it is only of use where an image is gone too."""
+    """Read what `pack_sizes` wrote; empty if damaged, since it matters only if an image is gone too."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -81,7 +84,7 @@ def _schema() -> Any:
 
 
 def describe_lost(lost: Sequence[tuple[str, str]]) -> str:
-    """A sentence on rows (id, id of the one in its place)."""
-    named = ", ".join(f"{gone} ({place})" for gone, place in lost[:8])
+    """Describe lost rows in a sentence; each is (id, id of its replacement)."""
+    named = ", ".join(f"{gone} ({replacement})" for gone, replacement in lost[:8])
     more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
     return f"{len(lost)} rows could not be read any more, and others took their place: {named}{more}"

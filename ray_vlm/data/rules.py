@@ -1,4 +1,4 @@
-"""What has changed about how files become rows, so that a run that is resumed under other rules is told which."""
+"""Record changes to how files become rows, so that a resumed run can report which apply to it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ _TABLES = ("llava", "messages", "objects", "image_csv", "gui_csv", "preference",
 
 @dataclass(frozen=True)
 class Rule:
-    """A change. `number`: checkpoints that were written under `RULES` below it were made without. `formats`: of which
-    sources."""
+    """A change. `number`: it does not apply to checkpoints with a `RULES` below this. `formats`: the formats of the
+    sources that it concerns."""
 
     number: int
     formats: tuple[str, ...]
@@ -32,6 +32,6 @@ RULES = max(rule.number for rule in CHANGED)  # what checkpoints keep
 
 
 def rules_since(number: int, formats: Iterable[str]) -> list[str]:
-    """The changes after `number` for sources of these formats."""
+    """Return the changes after `number` for sources of these formats."""
     known = set(formats)
     return [rule.text for rule in CHANGED if rule.number > number and not known.isdisjoint(rule.formats)]

@@ -1,9 +1,8 @@
-"""One record -> token ids, labels and resized pixels: the work of a loader, in a thread or in a Ray Data process.
+"""Turn one record into token ids, labels and resized pixels: the work of a loader, in a thread or a Ray Data process.
 
 `SampleSpec` is plain data that says how; `SampleBuilder` holds the processor and does it. Training, validation and
-prediction go through the same `SampleBuilder`, so they cannot resize or word anything differently. Rows are checked and
-counted before the processor is loaded, which brings torch along, wherever the base's files say enough
-(`models/prompt_text.py`).
+prediction use the same `SampleBuilder`, so they cannot resize or word anything differently. If the base's files say
+enough (`models/prompt_text.py`), rows are checked and counted without the processor, which would import torch.
 """
 
 import re
@@ -34,8 +33,7 @@ _LOADING = threading.Lock()
 
 
 class SampleBuilder:
-    """Turns records into rows. Holds the processor once a row with pixels, or the processor itself, has been asked
-    for."""
+    """Turns records into rows. Loads the processor when a row with pixels, or the processor itself, is needed."""
 
     def __init__(self, spec: SampleSpec):
         quiet_libraries()
@@ -46,14 +44,14 @@ class SampleBuilder:
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
         self._last_answer: tuple[Record | None, Answer] = (None, Answer(""))
-        if (found := read_prompt_text(spec.model, resolve_name(spec.model.name))) is not None:
-            self._use(*found)
+        if (prompt_text := read_prompt_text(spec.model, resolve_name(spec.model.name))) is not None:
+            self._use(*prompt_text)
         else:
             self._load()
         self._check_wording()
 
     def _use(self, text: PromptText, family: Family) -> None:
-        """Put texts into tokens by `text` from now on."""
+        """Tokenize with `text` from now on."""
         self.family = family
         self.codec_name = self.spec.task.codec or family.codec
         self.codec = CODECS[self.codec_name]
@@ -65,15 +63,15 @@ class SampleBuilder:
                 f"model.name={self.spec.model.name!r}: its tokenizer does not know {self.image_token}, which stands "
                 "for an image. Use a base whose files belong together."
             )
-        self.image_token_id: int = token_id  # and what it becomes
+        self.image_token_id: int = token_id
         self.kinds = "mm_token_type_ids" if self.stock is None else self.stock.kinds
-        self._encode = text.tokenizer.encode  # transformers' wrapper around it takes longer than its work
+        self._encode = text.tokenizer.encode  # not transformers' wrapper, which takes longer than the work itself
         self._render = text.render
         self._layout = lru_cache(64)(self._lay_out)
         self._special = [token for token in text.special if not _PLACES.fullmatch(token)]
 
     def _load(self) -> None:
-        """Load the processor, unless it is there: what is trained and asked is put into tokens by itself."""
+        """Load the processor once; training and prediction tokenize with it."""
         if self._processor is not None:
             return
         with _LOADING:
@@ -98,58 +96,58 @@ class SampleBuilder:
         return self.processor.tokenizer
 
     def _check_wording(self) -> None:
-        """Refuse a prompt or a class name that the tokenizer would not read as plain text."""
+        """Raise `DataError` for a prompt or a class name that the tokenizer would not read as plain text."""
         for text in (self.spec.task.prompt or "", self.spec.task.system or "", self.spec.hints, *self.spec.labels):
-            found = self._reserved(text) or (IMAGE if IMAGE in text else None)
-            if found or (not text.isprintable() and not text.replace("\n", "").isprintable()):
-                what = f"it holds {found!r}" if found else "it holds characters that cannot be written"
+            reserved = self._reserved(text) or (IMAGE if IMAGE in text else None)
+            if reserved or (not text.isprintable() and not text.replace("\n", "").isprintable()):
+                what = f"it holds {reserved!r}" if reserved else "it holds characters that cannot be written"
                 raise DataError(f"prompt, hint or class name {text[:80]!r} cannot be used: {what}. Reword it.")
 
     def _reserved(self, text: str) -> str | None:
-        """The first piece of `text` that the tokenizer reads as something else than text, if any."""
+        """Return the first piece of `text` that the tokenizer does not read as text, or None."""
         return next((t for t in (*self._special, self.image_token, MARK) if t in text), None)
 
     def frames(self, record: Record) -> tuple[Frame, ...]:
-        """The coordinate frame of each image."""
+        """Return the coordinate frame of each image."""
         return tuple(self._frame(size) for size in record.sizes)
 
     def _frame(self, size: tuple[int, int]) -> Frame:
-        place = self.image_spec.place(size)
-        padded = place.content != place.resized
-        return Frame(size, place.resized, self.codec, place.content if padded else None, place.offset)
+        placement = self.image_spec.place(size)
+        padded = placement.content != placement.resized
+        return Frame(size, placement.resized, self.codec, placement.content if padded else None, placement.offset)
 
     def num_image_tokens(self, size: tuple[int, int], spec: ImageSpec | None = None) -> int:
-        """Visual tokens of an image of (width, height), before resizing; at the limits of `spec` if given."""
+        """Return the visual tokens of an image of (width, height) before resizing, at the limits of `spec` if given."""
         spec = spec or self.image_spec
         return spec.num_tokens(size) if self.stock is None else self.stock.expand(spec.place(size).resized)[1]
 
     def turns(self, record: Record) -> Turns:
-        """What is said before the answer."""
+        """Return the turns before the answer."""
         if not isinstance(record, SftRecord):
             return record.prompt
         return self.task.ask(record, self.frames(record), self.setting)
 
     def answer(self, record: SftRecord) -> Answer:
-        """The right answer, with the characters that say a class."""
+        """Return the right answer, with the character spans that name a class."""
         return self.task.answer(record, self.frames(record), self.setting)
 
     def truth(self, record: SftRecord) -> dict[str, Any]:
-        """The truth that an answer is scored against: of chat with its placeholders filled, as it was trained."""
-        told = {"answer": self.answer(record).text} if "answer" in record.truth else {}
-        return {**record.truth, **told}
+        """Return the truth that an answer is scored against; in chat, with its placeholders filled as in training."""
+        filled = {"answer": self.answer(record).text} if "answer" in record.truth else {}
+        return {**record.truth, **filled}
 
     def answers(self, record: Record) -> tuple[Answer, ...]:
-        """Every answer that a record holds: the right one, the preferred one and the other, or none."""
+        """Return every answer of a record: the right one, the preferred and the rejected one, or none."""
         if isinstance(record, SftRecord):
-            last, told = self._last_answer  # a row is checked, and then counted
+            last, answer = self._last_answer  # each row is first checked and then counted, so keep its answer
             if last is not record:
-                told = self.answer(record)
-                self._last_answer = (record, told)
-            return (told,)
+                answer = self.answer(record)
+                self._last_answer = (record, answer)
+            return (answer,)
         return (Answer(record.chosen), Answer(record.rejected)) if isinstance(record, PreferenceRecord) else ()
 
     def problem(self, record: Record) -> str | None:
-        """Why a record whose sizes are known cannot be learned from, if so."""
+        """Return why a record with known sizes cannot be trained, or None."""
         if isinstance(record, SftRecord):
             if reason := self.task.check(record, self.spec.labels):
                 return reason
@@ -158,7 +156,7 @@ class SampleBuilder:
         return self.question_problem(record) or self._text_problem([answer.text for answer in self.answers(record)])
 
     def question_problem(self, record: Record) -> str | None:
-        """Why a record cannot be asked, if so, whatever its answer."""
+        """Return why a record's question cannot be used, or None; its answer does not matter."""
         turns = self.turns(record)
         tags = sum(text.count(IMAGE) for _, text in turns)
         if tags != len(record.images):
@@ -166,40 +164,40 @@ class SampleBuilder:
         return self._text_problem([text for _, text in turns])
 
     def _text_problem(self, texts: Sequence[str]) -> str | None:
-        found = next((token for text in texts if (token := self._reserved(text))), None)
-        return f"its text holds {found!r}, which the tokenizer does not read as text; remove it" if found else None
+        token = next(filter(None, map(self._reserved, texts)), None)
+        return f"its text holds {token!r}, which the tokenizer does not read as text; remove it" if token else None
 
     def token_counts(self, record: Record) -> tuple[int, int, int]:
-        """Tokens of (images, prompt without images, answers); reads no pixels."""
+        """Return the tokens of (images, prompt without images, answers); read no pixels."""
         answers = self.answers(record)
         tokens = self._tokens(record, answers[0] if answers else Answer(""))
-        asked = len(tokens.prompt)
+        prompt_length = len(tokens.prompt)
         more = sum(len(self._closed(record, answer)) for answer in answers[1:])
-        answered = len(tokens.whole) - asked if answers else 0
-        return tokens.num_image_tokens, asked - tokens.num_image_tokens, answered + more
+        answer_length = len(tokens.all_ids) - prompt_length if answers else 0
+        return tokens.num_image_tokens, prompt_length - tokens.num_image_tokens, answer_length + more
 
     @property
     def num_closing_tokens(self) -> int:
-        """Tokens that close an answer; `token_counts` counts them with it."""
+        """Tokens that close an answer; `token_counts` includes them."""
         return len(self._ids(self._layout((("user", "?"),), ())[1]))
 
     def row(self, record: Record) -> Sample:
-        """What the spec's method trains of a record, with pixels."""
+        """Return what the spec's method trains of a record, with pixels."""
         make = {"answer": self.train_row, "pair": self.pair_row, "prompt": self.prompt_row}
         return make[self.spec.kind](record)
 
     def pair_row(self, record: Any) -> Sample:
-        """The prompt with pixels, and both answers, the preferred one first."""
+        """Return the prompt with pixels, and both answers, the preferred one first."""
         self._load()
         prompt = self._tokens(record, Answer(record.chosen)).prompt
         both = tuple(np.array(self._closed(record, answer), np.int32) for answer in self.answers(record))
         return Sample(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record), completions=both)
 
     def train_row(self, record: Any) -> Sample:
-        """Prompt and answer with pixels."""
+        """Return prompt and answer with pixels."""
         self._load()
         tokens = self._tokens(record, self.answer(record))
-        ids = np.array(tokens.whole, np.int32)
+        ids = np.array(tokens.all_ids, np.int32)
         labels = ids.copy()
         if self.spec.loss_on == "answer":
             labels[~np.array(tokens.trained)] = IGNORED
@@ -208,14 +206,14 @@ class SampleBuilder:
         return Sample(ids, labels, self._pixels(record), weights)
 
     def prompt_row(self, record: Record) -> Sample:
-        """The prompt with pixels, for generation."""
+        """Return the prompt with pixels, for generation."""
         self._load()
         prompt = self._tokens(record, Answer("")).prompt
         return Sample(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record))
 
     def text(self, ids: Sequence[int]) -> str:
-        """An answer from its token ids, up to its end. Special tokens before that stay: Qwen2-VL writes boxes with
-        them."""
+        """Return an answer from its token ids, up to its end. Special tokens before the end stay: Qwen2-VL writes boxes
+        with them."""
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         for end in (self.tokenizer.eos_token, self.tokenizer.pad_token):
             text = text.partition(end)[0]
@@ -223,46 +221,46 @@ class SampleBuilder:
 
     def _tokens(self, record: Record, answer: Answer) -> Tokens:
         turns = self.turns(record)
-        said = [Answer(text) for role, text in turns if role == "assistant"]
+        earlier_answers = [Answer(text) for role, text in turns if role == "assistant"]
         before, close = self._layout(mark_answers(turns), self._expansions(record))
         num_tokens = [self.num_image_tokens(size) for size in record.sizes]
         counts = iter(num_tokens)
-        whole: list[int] = []
+        all_ids: list[int] = []
         trained: list[bool] = []
         weights: list[float] = []
         prompt: list[int] = []
-        for head, told in zip(before, [*said, answer], strict=True):
+        for head, turn_answer in zip(before, [*earlier_answers, answer], strict=True):
             for token in head:
                 repeated = self.stock is None and token == self.image_token_id
-                whole += [token] * (next(counts) if repeated else 1)
-            trained += [False] * (len(whole) - len(trained))
-            weights += [1.0] * (len(whole) - len(weights))
-            prompt = list(whole)
-            ids, of_each = self._weighted(told, close)
-            whole += ids
+                all_ids += [token] * (next(counts) if repeated else 1)
+            trained += [False] * (len(all_ids) - len(trained))
+            weights += [1.0] * (len(all_ids) - len(weights))
+            prompt = list(all_ids)
+            ids, token_weights = self._weighted(turn_answer, close)
+            all_ids += ids
             trained += [True] * len(ids)
-            weights += of_each
-        return Tokens(prompt, whole, trained, weights, sum(num_tokens))
+            weights += token_weights
+        return Tokens(prompt, all_ids, trained, weights, sum(num_tokens))
 
     def _expansions(self, record: Record) -> tuple[str, ...]:
-        """What stands for each image in the prompt, where the family's processor says it."""
+        """Return the text that stands for each image in the prompt; empty without a stock processor."""
         if self.stock is None:
             return ()
         return tuple(self.stock.expand(self.image_spec.place(size).resized)[0] for size in record.sizes)
 
     def _closed(self, record: Record, answer: Answer) -> list[int]:
-        """Token ids of an answer and of what closes it."""
+        """Return the token ids of an answer and of the text that closes it."""
         _, close = self._layout(mark_answers(self.turns(record)), self._expansions(record))
         return self._ids(answer.text + close)
 
-    def _weighted(self, told: Answer, close: str) -> tuple[list[int], list[float]]:
-        """Token ids of an answer and what closes it, and the weight of each in the loss."""
-        if not self._weight_of or not told.spans:
-            ids = self._ids(told.text + close)
+    def _weighted(self, answer: Answer, close: str) -> tuple[list[int], list[float]]:
+        """Return the token ids of an answer and its closing text, and the weight of each in the loss."""
+        if not self._weight_of or not answer.spans:
+            ids = self._ids(answer.text + close)
             return ids, [1.0] * len(ids)
-        encoded = self._encode(told.text + close, add_special_tokens=False)
+        encoded = self._encode(answer.text + close, add_special_tokens=False)
         weights = [1.0] * len(encoded.ids)
-        for start, end, tag in told.spans:
+        for start, end, tag in answer.spans:
             weight = self._weight_of.get(tag, 1.0)
             for i, (first, last) in enumerate(encoded.offsets):
                 if first < end and last > start:
@@ -273,8 +271,8 @@ class SampleBuilder:
         return self._encode(text, add_special_tokens=False).ids
 
     def _lay_out(self, turns: Turns, expansions: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], str]:
-        """Token ids before each assistant's words, and the text that closes such words. An image is one token, or what
-        is in `expansions` for it."""
+        """Return the token ids before each assistant's text, and the text that closes such texts. An image is one
+        token, or its entry in `expansions`."""
         heads, close = lay_out(turns, self._render)
         check_images(heads, turns, self.image_token)
         if self.stock is not None:
@@ -287,7 +285,7 @@ class SampleBuilder:
             name = image if isinstance(image, str) else "its image"
             try:
                 pixels = decode(image, size[0] * size[1])
-            except Exception as error:  # decoders raise what they like
+            except Exception as error:  # decoders raise exceptions of any type
                 raise DataError(f"row {record.row} (id {record.id}): {name} cannot be decoded ({error}).") from None
             if (pixels.shape[1], pixels.shape[0]) != size:
                 raise DataError(f"row {record.row} (id {record.id}): {name} has changed size since the run started.")
@@ -297,5 +295,5 @@ class SampleBuilder:
 
 @lru_cache(maxsize=4)
 def load_sample_builder(spec: SampleSpec) -> SampleBuilder:
-    """The process's `SampleBuilder` for `spec`, made once."""
+    """Return the process's `SampleBuilder` for `spec`, made once."""
     return SampleBuilder(spec)

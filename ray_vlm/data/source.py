@@ -1,4 +1,4 @@
-"""Read a source; one that names a function to make it is made on first use."""
+"""Read a source, and create its file on first use if it names a function for that."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from ray_vlm.runs.progress import lasting
 
 
 def read_source(source: Source) -> tuple[list[Any], list[str]]:
-    """What `formats.read_rows` gives for the source, made first where it is not there. Raises as that does, and
-    `ConfigError` where it cannot be made."""
+    """Return `formats.read_rows` of the source, after creating its file if needed. Raise as `read_rows` does, and
+    `ConfigError` if the file cannot be created."""
     with lasting(f"reading {source.path}"):
         prepare_source(source)
         return read_rows(source)

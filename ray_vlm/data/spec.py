@@ -1,4 +1,4 @@
-"""What a row is, and how records become rows: plain data that every process shares. `samples.py` makes them."""
+"""Define what a row is, and how records become rows: plain data that every process shares. `samples.py` makes rows."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ KINDS: dict[str, Literal["answer", "pair", "prompt"]] = {"sft": "answer", "dpo":
 class SampleSpec:
     """How records become rows: base model, task, class names in prompt order, images, what is trained.
 
-    `hints`: what the training data tells the prompt. `token_weights`: (tag, weight) of answer tokens in the loss.
+    `hints`: what the prompt says about the training data. `token_weights`: (tag, weight) of answer tokens in the loss.
     `split`: fingerprint of the rows that training leaves out as shares. `kind`: what the method trains of a record.
     """
 
@@ -35,7 +35,7 @@ class SampleSpec:
 
 
 def sample_spec(job: JobConfig, labels: list[str]) -> SampleSpec:
-    """The job's `SampleSpec`. `labels` are the class names of the training data; `task.labels` wins over them."""
+    """Return the job's `SampleSpec`. `labels` are the class names of the data; `task.labels` overrides them."""
     names = tuple(job.task.labels or labels)
     data = job.data
     return SampleSpec(
@@ -54,11 +54,11 @@ def sample_spec(job: JobConfig, labels: list[str]) -> SampleSpec:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model sees of one record. `labels` equals `input_ids` where a token is trained, else -100.
+    """What a model sees of one record. `labels` equals `input_ids` for trained tokens, and is -100 elsewhere.
 
-    For generation `input_ids` is the prompt alone and `labels` is empty; of a pair it is the prompt, and `completions`
+    For generation `input_ids` is the prompt alone and `labels` is empty. For a pair it is the prompt, and `completions`
     are the preferred answer and the other. `images`: `uint8 [h, w, 3]` each. `weights`: `float32`, of each token in the
-    loss; None where all are 1. `number`: the record's position in the index.
+    loss; None if all are 1. `number`: the record's position in the index.
     """
 
     input_ids: np.ndarray
@@ -71,10 +71,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A record's text as token ids: the prompt, and the whole with what is trained marked. Images are tokens too."""
+    """A record's text as token ids, images included: the prompt alone, and prompt and answer together with the trained
+    tokens marked."""
 
     prompt: list[int]
-    whole: list[int]
+    all_ids: list[int]
     trained: list[bool]
     weights: list[float]
     num_image_tokens: int

@@ -1,6 +1,7 @@
-"""A job's sources -> the index of each part: train (with what is mixed in), eval and test, from files or as shares.
+"""Build the index of each part of a job: train (with its mixed sources), eval and test, from files or as shares.
 
-`plan_split` decides alone; `load_parts` reads. A share is of groups where rows belong together, so no split cuts them.
+`plan_split` decides alone; `load_parts` reads. A share is drawn from groups if rows belong together, so no split
+separates them.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ Read = tuple[Source, list[Any], list[str]]  # a source, its rows (records or bad
 
 @dataclass(frozen=True)
 class Parts:
-    """What a job's data came to. `notes` are lines that a person should see."""
+    """The data of a job. `notes` are lines for the user."""
 
     spec: SampleSpec
     train: Index | None
@@ -45,12 +46,12 @@ def load_parts(
     spec: SampleSpec | None = None,
     known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
 ) -> Parts:
-    """Read, split and check the sources of the parts that are `wanted`.
+    """Read, split and check the sources of the parts in `wanted`.
 
-    Shares of the training rows are cut before any row is checked, so that they are the same rows whatever is bad.
-    `spec`: how an adapter's training made rows, where one is evaluated. `known`: sizes of training images that could be
-    read when a run began that is resumed. Raises `DataError` on anything unusable, and
-    `ConfigError` where the adapter's training did not leave out the rows that are now a share.
+    Shares of the training rows are cut before any row is checked, so that they are the same rows whichever are bad.
+    `spec`: how an adapter's training made rows, if one is evaluated. `known`: sizes of training images that could be
+    read when a resumed run began. Raise `DataError` for unusable data, and `ConfigError` if the adapter's training did
+    not leave out the rows that are now a share.
     """
     if job.data.test_on_eval and "test" in wanted:
         parts = load_parts(job, ["eval" if name == "test" else name for name in wanted], spec, known)
@@ -94,16 +95,16 @@ def _read(source: Source) -> Read:
 
 
 def _same_file(source: Source, job: JobConfig) -> bool:
-    """Whether a part may share rows with the training data, which its ids then tell."""
+    """Return whether a part may share rows with the training data; their ids then show which."""
     return any(s is not None and s.path == source.path for s in (job.data.train, *job.data.mix))
 
 
 def _split(sources: Sequence[Source], shares: Mapping[str, float], job: JobConfig) -> dict[str, list[Read]]:
-    """The training sources, and for every share the part of them that belongs to it."""
+    """Return the training sources, and for every share its part of them."""
     read = [_read(source) for source in sources]
-    rows = [row for _, of_source, _ in read for row in of_source]
+    rows = [row for _, source_rows, _ in read for row in source_rows]
     parts = plan_split([getattr(row, "group", "") for row in rows], _strata(rows, job), shares, job.seed)
-    starts = np.cumsum([0, *(len(of_source) for _, of_source, _ in read)])
+    starts = np.cumsum([0, *(len(source_rows) for _, source_rows, _ in read)])
     return {
         name: [
             (source, [rows[i] for i in positions[(positions >= start) & (positions < end)]], labels)
@@ -114,33 +115,34 @@ def _split(sources: Sequence[Source], shares: Mapping[str, float], job: JobConfi
 
 
 def _check_apart(rows: Mapping[str, list[Read]]) -> None:
-    """Raise where a test file's rows are also those of another part, as they may be with ranges of tasks."""
-    for source, mine, _ in rows.get("test", []):
-        seen = {row.row for row in mine}
+    """Raise `ConfigError` if rows of a test file also belong to another part, as ranges of tasks may overlap."""
+    for source, test_rows, _ in rows.get("test", []):
+        seen = {row.row for row in test_rows}
         for name in ("train", "eval"):
-            for other, theirs, _ in rows.get(name, []):
-                both = [row for row in theirs if row.row in seen] if other.path == source.path else []
-                if both:
+            for other, other_rows, _ in rows.get(name, []):
+                shared = [row for row in other_rows if row.row in seen] if other.path == source.path else []
+                if shared:
                     raise ConfigError(
-                        f"data.test and data.{name} share {len(both)} rows of {source.path}, the first with id "
-                        f"{both[0].id}. Choose ranges of tasks that do not meet."
+                        f"data.test and data.{name} share {len(shared)} rows of {source.path}, the first with id "
+                        f"{shared[0].id}. Choose ranges of tasks that do not overlap."
                     )
 
 
 def _fingerprint(rows: Mapping[str, list[Read]], shares: Mapping[str, float], job: JobConfig) -> str:
-    """A hash of which rows are left out of training as shares; empty where none are."""
+    """Return a hash of the rows that training leaves out as shares; empty without shares."""
     if not shares:
         return ""
     digest = hashlib.sha256(repr(sorted(shares)).encode())
     for name in sorted(shares):
-        digest.update(repr([(row.row, row.id) for _, of_source, _ in rows[name] for row in of_source]).encode())
+        digest.update(repr([(row.row, row.id) for _, source_rows, _ in rows[name] for row in source_rows]).encode())
     return digest.hexdigest()[:16]
 
 
 def _spec(
     job: JobConfig, rows: Mapping[str, list[Read]], sources: Mapping[str, Source | None]
 ) -> tuple[SampleSpec, list[str]]:
-    """The job's spec: class names come from the training data, or where that is not there from what is read.
+    """Return the job's spec and notes. Class names come from the training data, or without it from the parts that are
+    read.
 
     Pairs hold their own wording, so DPO keeps that of the adapter it starts from.
     """
@@ -153,16 +155,17 @@ def _spec(
             named = [_read(s) for s in (sources["train"], *job.data.mix)]
         except DataError:
             notes.append("class names come from the rows that are measured: data.train cannot be read")
-    named = named or [read for of_part in rows.values() for read in of_part]
-    labels = list(dict.fromkeys(label for _, _, of_source in named for label in of_source))
+    named = named or [read for reads in rows.values() for read in reads]
+    labels = list(dict.fromkeys(label for _, _, source_labels in named for label in source_labels))
     if not job.task.labels and "train" in rows:
-        notes += tell_unused(labels, (row for of_part in rows.values() for _, found, _ in of_part for row in found))
+        every_row = (row for reads in rows.values() for _, source_rows, _ in reads for row in source_rows)
+        notes += tell_unused(labels, every_row)
     spec = sample_spec(job, labels)
     return spec, notes + _changed(start, spec)
 
 
 def _changed(start: SampleSpec | None, spec: SampleSpec) -> list[str]:
-    """What the job asks otherwise than the training of the adapter that it starts from."""
+    """Return what the job sets differently from the training of the adapter that it starts from."""
     if start is None:
         return []
     before, now = (load_sample_builder(s) for s in (start, spec))
@@ -177,30 +180,30 @@ def _changed(start: SampleSpec | None, spec: SampleSpec) -> list[str]:
 
 
 def _hints(read: Sequence[Read], job: JobConfig, known: Mapping[str, tuple[int, int]]) -> str:
-    """Where each class mostly is in the training rows."""
+    """Describe where each class usually is in the training rows."""
     measured = (measure_row(row, job.data, known) for _, rows, _ in read for row in rows)
     return describe_regions([row for row in measured if not isinstance(row, BadRow)], job.task)
 
 
 def _index(read: Sequence[Read], job: JobConfig, spec: SampleSpec, known: Mapping[str, tuple[int, int]]) -> Index:
-    kept = [(number, *of_source) for number, of_source in enumerate(read) if of_source[1]]
-    if not kept:
+    filled = [(number, *source_read) for number, source_read in enumerate(read) if source_read[1]]
+    if not filled:
         raise DataError(f"{read[0][0].path}: holds no rows. Give a file with at least one.")
-    built = [build_index(s, job.data, spec, (rows, labels), number, known) for number, s, rows, labels in kept]
+    built = [build_index(s, job.data, spec, (rows, labels), number, known) for number, s, rows, labels in filled]
     return join_indices(built)
 
 
 def _strata(rows: Sequence[Any], job: JobConfig) -> list[str]:
-    """The rarest class of each row; all alike where the split does not look at classes."""
+    """Return the rarest class of each row; the same value for all without `data.stratify`."""
     if not job.data.stratify:
         return [""] * len(rows)
     tags = [() if isinstance(row, BadRow) else row_tags(job, row) for row in rows]
-    counts = Counter(tag for of_row in tags for tag in set(of_row))
-    return [min(of_row, key=lambda tag: (counts[tag], tag), default="") for of_row in tags]
+    counts = Counter(tag for row_classes in tags for tag in set(row_classes))
+    return [min(row_classes, key=lambda tag: (counts[tag], tag), default="") for row_classes in tags]
 
 
 def row_tags(job: JobConfig, record: Record) -> tuple[str, ...]:
-    """The classes and conditions of a record; pairs and prompts have none."""
+    """Return the classes and conditions of a record; pairs and prompts have none."""
     if not isinstance(record, SftRecord):
         return ()
     return TASKS[job.task.name].tags(record)
@@ -209,11 +212,11 @@ def row_tags(job: JobConfig, record: Record) -> tuple[str, ...]:
 def plan_split(
     groups: Sequence[str], strata: Sequence[str], shares: Mapping[str, float], seed: int
 ) -> dict[str, np.ndarray]:
-    """Positions of each part's rows, sorted: `train` and every name in `shares`.
+    """Return the sorted positions of each part's rows: `train` and every name in `shares`.
 
-    Rows of one group (text that is not empty) stay together, and take the stratum of the group's first row. Within a
-    stratum units go to the parts in turn, in an order drawn from `seed`, so every part has the mix of the whole.
-    Raises `ConfigError` where a part would be empty.
+    Rows of one group (non-empty text) stay together, and take the stratum of the group's first row. Within a stratum,
+    units are dealt to the parts in an order drawn from `seed`, so every part has the mix of all rows. Raise
+    `ConfigError` if a part would be empty.
     """
     if not shares:
         return {"train": np.arange(len(groups))}
@@ -224,13 +227,14 @@ def plan_split(
     stratum = np.fromiter((codes[name] for name in strata), np.int32, len(strata))[first]
     order = np.lexsort((np.random.default_rng([seed, 7]).random(units), stratum))
     part = np.zeros(units, np.int64)
-    left, whole = order, 1.0
+    left, remaining = order, 1.0
     for number, (_, share) in enumerate(shares.items(), 1):
-        ratio = min(share / whole, 1.0) if whole > 0 else 1.0
+        ratio = min(share / remaining, 1.0) if remaining > 0 else 1.0
+        # The rounded number of units taken so far; where it grows, the part takes a unit. 1e-9: halves round down.
         turn = np.floor((np.arange(len(left)) + 1) * ratio + 0.5 - 1e-9)
         taken = np.diff(turn, prepend=np.floor(0.5 - 1e-9)) > 0
         part[left[taken]] = number
-        left, whole = left[~taken], whole - share
+        left, remaining = left[~taken], remaining - share
     names = ("train", *shares)
     out = {name: np.flatnonzero(part[unit_of] == number) for number, name in enumerate(names)}
     empty = [name for name, positions in out.items() if not len(positions)]
@@ -243,7 +247,7 @@ def plan_split(
 
 
 def _units(groups: Sequence[str]) -> tuple[np.ndarray, int]:
-    """The number of each row's unit, and how many units there are."""
+    """Return the number of each row's unit, and how many units there are."""
     if not any(groups):
         return np.arange(len(groups)), len(groups)
     numbers: dict[str, int] = {}
@@ -254,7 +258,7 @@ def _units(groups: Sequence[str]) -> tuple[np.ndarray, int]:
 
 
 def _notes(rows: Mapping[str, list[Read]]) -> list[str]:
-    """Images that the training rows and another part both show."""
+    """Return notes on images that both the training rows and another part show."""
     seen = _images(rows.get("train", []))
     notes = []
     for name in ("eval", "test"):

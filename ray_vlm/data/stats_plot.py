@@ -1,4 +1,4 @@
-"""The numbers of `stats.py` as one picture: classes, tokens, image sizes, box sizes, each where there is something."""
+"""Draw the numbers of `stats.py` as one picture: classes, tokens, image sizes, box sizes, each panel if it has data."""
 
 import io
 import warnings
@@ -14,7 +14,7 @@ _SHOWN_CLASSES = 20
 
 
 def draw_stats(stats: Stats, title: str) -> bytes:
-    """The picture as PNG; 110 dots an inch, 13 inches wide. Draws to memory alone, whatever screen there is."""
+    """Return the picture as PNG, 13 inches wide at 110 dots an inch. Needs no display."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -99,8 +99,8 @@ def _images(axes: Any, stats: Stats) -> None:
     axes.set_ylabel("height in pixels")
     _legend_above(axes, 2)
     n = size_changes(stats)
-    told = ", ".join(f"{n[name]:,} {name}" for name in ("shrunk", "enlarged", "kept") if n[name])
-    axes.set_title(f"Images: {told} in size", pad=26)
+    summary = ", ".join(f"{n[name]:,} {name}" for name in ("shrunk", "enlarged", "kept") if n[name])
+    axes.set_title(f"Images: {summary} in size", pad=26)
 
 
 def _boxes(axes: Any, stats: Stats) -> None:
@@ -113,8 +113,8 @@ def _boxes(axes: Any, stats: Stats) -> None:
     for side, name in ((SMALL_PX, "small | medium"), (MEDIUM_PX, "medium | large")):
         if bins[0] < side < bins[-1]:
             axes.axvline(side, color=GREY, linestyle="--", linewidth=1.2)
-            place = axes.get_xaxis_transform()
-            axes.text(side, 0.985, f" {name}", transform=place, fontsize=8.5, color=INK, va="top", ha="left")
+            transform = axes.get_xaxis_transform()
+            axes.text(side, 0.985, f" {name}", transform=transform, fontsize=8.5, color=INK, va="top", ha="left")
     if far_apart:
         axes.set_xscale("log")
         ticks = [v for v in (1, 2, 4, 8, 16, 32, 64, 96, 192, 384, 768, 1536, 3072) if bins[0] <= v <= bins[-1]]
@@ -130,7 +130,7 @@ def _boxes(axes: Any, stats: Stats) -> None:
 
 
 def _legend_above(axes: Any, columns: int) -> None:
-    """Between the title and the panel, where it covers nothing."""
+    """Draw the legend between the title and the panel, where it covers nothing."""
     if axes.get_legend_handles_labels()[0]:
-        place = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.985), "ncols": columns, "columnspacing": 1.2}
-        axes.legend(**place, borderaxespad=0.2, handlelength=1.6, fontsize=9)
+        options = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.985), "ncols": columns, "columnspacing": 1.2}
+        axes.legend(**options, borderaxespad=0.2, handlelength=1.6, fontsize=9)

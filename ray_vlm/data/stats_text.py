@@ -1,4 +1,4 @@
-"""The numbers of `stats.py` as text for a terminal, one paragraph for each question."""
+"""Describe the numbers of `stats.py` as text for a terminal, one paragraph for each question."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _SHOWN_CLASSES = 60
 
 
 def describe_stats(stats: Stats) -> str:
-    """The numbers as text, one paragraph for each question."""
+    """Return the numbers as text, one paragraph for each question."""
     rows = len(stats.tokens["all"])
     parts = ", ".join(
         f"{name} {good}" + (f" ({bad} bad left out)" if bad else "") for name, (good, bad) in stats.parts.items()
@@ -19,8 +19,8 @@ def describe_stats(stats: Stats) -> str:
     blocks = [
         [f"rows: {parts}", *(f"note: {plain(note)}" for note in stats.notes)],
         _class_lines(stats),
-        _place_lines(stats),
-        _box_lines(stats),
+        _region_lines(stats),
+        _box_lines(stats, rows),
         _image_lines(stats),
         _token_lines(stats),
         _limit_lines(stats, rows),
@@ -45,17 +45,17 @@ def _class_lines(stats: Stats) -> list[str]:
     return lines
 
 
-def _place_lines(stats: Stats) -> list[str]:
-    """Columns are regions, their names' words below one another."""
-    if not stats.places:
+def _region_lines(stats: Stats) -> list[str]:
+    """Return a table of classes by regions; the words of a region's name stand below one another."""
+    if not stats.region_counts:
         return []
-    ranked = sorted(stats.places.items(), key=lambda item: -item[1].total())[:_SHOWN_CLASSES]
+    ranked = sorted(stats.region_counts.items(), key=lambda item: -item[1].total())[:_SHOWN_CLASSES]
     names = shorten([tag for tag, _ in ranked])
     width = max(5, *map(len, names))
     heads = [plain(region).split() for region in stats.regions]
     height = max(map(len, heads))
     wide = [max(5, *map(len, head)) for head in heads]
-    lines = ["where centres lie, of all of a class"]
+    lines = ["share of each class's centres by region"]
     for line in range(height):
         words = [head[line - height + len(head)] if line >= height - len(head) else "" for head in heads]
         cells = " ".join(f"{word:>{w}}" for word, w in zip(words, wide, strict=True))
@@ -67,16 +67,19 @@ def _place_lines(stats: Stats) -> list[str]:
     return lines
 
 
-def _box_lines(stats: Stats) -> list[str]:
+def _box_lines(stats: Stats, rows: int) -> list[str]:
     count = len(stats.boxes)
+    without = stats.without_object
+    empty = [] if without is None else [f"  {without} images ({without / rows:.1%}) have no object"]
     if not count:
-        return []
+        return empty and [f"{count} boxes", *empty]
     thin = int((stats.resized_boxes.min(axis=1) < THIN_PX).sum())
     lines = [f"{f'{count} boxes':<18} {'small':>14} {'medium':>14} {'large':>14}   (areas below 32², below 96², above)"]
     for name, sides in (("original pixels", stats.boxes), ("resized pixels", stats.resized_boxes)):
         cells = " ".join(f"{f'{n} ({n / count:.1%})':>14}" for n in box_classes(sides))
         lines.append(f"  {name:<16} {cells}")
-    return [*lines, f"  {thin} ({thin / count:.1%}) are thinner than {THIN_PX:.0f} pixels after resizing"]
+    lines.append(f"  {thin} ({thin / count:.1%}) are thinner than {THIN_PX:.0f} pixels after resizing")
+    return [*lines, *empty]
 
 
 def _image_lines(stats: Stats) -> list[str]:
@@ -101,8 +104,8 @@ def _image_lines(stats: Stats) -> list[str]:
 def _token_lines(stats: Stats) -> list[str]:
     lines = [f"{'tokens a row':<18} {'min':>8} {'median':>8} {'p95':>8} {'max':>8} {'mean':>8}"]
     for name, values in stats.tokens.items():
-        found = (values.min(), np.median(values), np.percentile(values, 95), values.max(), values.mean())
-        lines.append(f"  {name:<16} " + " ".join(f"{v:>8.0f}" for v in found))
+        statistics = (values.min(), np.median(values), np.percentile(values, 95), values.max(), values.mean())
+        lines.append(f"  {name:<16} " + " ".join(f"{v:>8.0f}" for v in statistics))
     return lines
 
 
@@ -133,5 +136,5 @@ def _cut_lines(stats: Stats, rows: int) -> list[str]:
 
 
 def shorten(names: Sequence[str], longest: int = 32) -> list[str]:
-    """Class names that are printable and not too long."""
+    """Return class names that are printable and at most `longest` characters."""
     return [name if len(name) <= longest else f"{name[: longest - 1]}…" for name in map(plain, names)]

@@ -1,7 +1,7 @@
-"""Planned rows -> batches of rows, in plan order, made ahead of the trainer.
+"""Stream planned rows as batches, in plan order, made ahead of the trainer.
 
-`stream_local` runs the loader in one thread of this process; `stream_ray` runs it in Ray Data actors, one pipeline
-for each rank, and images cross the object store as uint8. Both yield the same rows, byte for byte: the same function
+`stream_local` runs the loader in one thread of this process. `stream_ray` runs it in Ray Data actors, one pipeline for
+each rank, and images cross the object store as uint8. Both yield the same rows, byte for byte, since the same function
 makes them.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.cluster.environment import Environment
-from ray_vlm.data.backpressure import keep_fed, start_pace, wait_for
+from ray_vlm.data.backpressure import keep_fed, start_gate, wait_for
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.records import Record
 from ray_vlm.data.row_replacement import make_row
@@ -27,23 +27,23 @@ from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.models.imports import keep_imports, no_garbage_collection
 
-_FIRST_S = 60.0  # a loader has started by then, if there is a CPU for it
+_FIRST_S = 60.0  # time in which a loader starts if there is a CPU for it
 PREFETCH_MICRO_BATCHES = 3  # micro-batches that wait ready for the trainer
-_BLOCK_BYTES = 16 * 2**20  # a Ray Data block is handed on when it has this size
-_BLOCKS_AHEAD = 8  # of a loader; at Ray's 2 it stands still until the driver has looked again
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# Work of one loader at a time, in pixels and in rows: a task costs 10 ms or more beside its work, and what the other
-# loaders make meanwhile waits for its turn in memory.
+_BLOCK_BYTES = 16 * 2**20  # Ray Data passes a block on when it has this size
+_BLOCKS_AHEAD = 8  # of one loader; at Ray's 2 it idles until the driver's next check
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+# The largest task of a loader, in bytes of pixels and in rows. A task has an overhead of 10 ms or more, but what the
+# other loaders make meanwhile waits in memory, since order is kept.
 _TASK_BYTES, _TASK_ROWS = 128 * 2**20, 64
-_TASKS = 256  # a stream of small rows has no more: Ray Data puts all of them into the store before any loader starts
+_TASKS = 256  # the most tasks of small rows: Ray Data puts all of them into the store before any loader starts
 
 
 @dataclass(frozen=True)
 class StreamSpec:
     """What one rank streams: its micro-batches `first` up to (not including) `last` of a plan over `records`.
 
-    `records` is the tuple itself, or a Ray object reference to it. `row_bytes`: of a row's pixels, about. `fill_in`:
-    another row takes the place of one that cannot be read any more (`data/row_replacement.py`).
+    `records` is the tuple itself, or a Ray object reference to it. `row_bytes`: approximate bytes of a row's pixels.
+    `fill_in`: replace a row that cannot be read any more by another (`data/row_replacement.py`).
     """
 
     records: Any
@@ -56,17 +56,17 @@ class StreamSpec:
     fill_in: bool = False
 
 
-def make_rows(feed: StreamSpec, records: Sequence[Record], number: int) -> list[Sample]:
-    """The rows of micro-batch `number`; those of a filler train nothing."""
-    micro = feed.plan.micro_batch(number, feed.rank)
-    rows = [make_row(load_sample_builder(feed.spec), records, i, feed.fill_in) for i in micro.rows]
+def make_rows(spec: StreamSpec, records: Sequence[Record], number: int) -> list[Sample]:
+    """Return the rows of micro-batch `number`; nothing is trained of those of a filler."""
+    micro = spec.plan.micro_batch(number, spec.rank)
+    rows = [make_row(load_sample_builder(spec.spec), records, i, spec.fill_in) for i in micro.rows]
     if micro.filler:
         rows = [replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows]
     return rows
 
 
-def stream_local(feed: StreamSpec) -> Generator[list[Sample]]:
-    """The feed's micro-batches from a thread that stays a few ahead. An error in it is raised here."""
+def stream_local(spec: StreamSpec) -> Generator[list[Sample]]:
+    """Yield the micro-batches of `spec` from a thread that stays a few ahead. Raise an error of that thread here."""
     ready: queue.Queue = queue.Queue(maxsize=PREFETCH_MICRO_BATCHES)
     stop = threading.Event()
 
@@ -79,12 +79,12 @@ def stream_local(feed: StreamSpec) -> Generator[list[Sample]]:
 
     def work() -> None:
         try:
-            for number in range(feed.first, feed.last):
-                put(make_rows(feed, feed.records, number))
+            for number in range(spec.first, spec.last):
+                put(make_rows(spec, spec.records, number))
                 if stop.is_set():
                     return
             put(None)
-        except Exception as error:  # the edge between the threads: handed over, raised in the consumer
+        except Exception as error:  # pass any error to the consumer, which raises it
             put(error)
 
     thread = threading.Thread(target=work, name="ray-vlm-loader", daemon=True)
@@ -100,9 +100,9 @@ def stream_local(feed: StreamSpec) -> Generator[list[Sample]]:
 
 
 def stream_ray(
-    feed: StreamSpec, num_loaders: int, cpus_per_loader: float = 1.0, environment: Environment | None = None
+    spec: StreamSpec, num_loaders: int, cpus_per_loader: float = 1.0, environment: Environment | None = None
 ) -> Generator[list[Sample]]:
-    """The feed's micro-batches from `num_loaders` Ray Data actors. Raises `RunError` should order ever be broken."""
+    """Yield the micro-batches of `spec` from `num_loaders` Ray Data actors. Raise `RunError` if out of order."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -112,31 +112,31 @@ def stream_ray(
     context.execution_no_progress_timeout_s = -1  # a validation may take longer than Ray's half hour
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    total, size = feed.last - feed.first, task_size(feed)
-    pace, ahead = start_pace(feed.first), size * (num_loaders + 1)
+    total, size = spec.last - spec.first, task_size(spec)
+    gate, ahead = start_gate(spec.first), size * (num_loaders + 1)
     dataset = ray.data.range(total, override_num_blocks=math.ceil(total / size)).map_batches(
         _Loader,
-        fn_constructor_args=(feed, environment or Environment(), pace, ahead),
+        fn_constructor_args=(spec, environment or Environment(), gate, ahead),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=num_loaders),
         num_cpus=cpus_per_loader,
     )
-    expected = feed.first
+    expected = spec.first
     batches = iter(dataset.iter_batches(batch_size=1, prefetch_batches=PREFETCH_MICRO_BATCHES, batch_format="pyarrow"))
-    with contextlib.closing(keep_fed(batches, pace)) as fed:
+    with contextlib.closing(keep_fed(batches, gate)) as fed:
         for batch in fed:
             number, rows = unpack(batch)
             if number != expected:
                 raise RunError(f"micro-batch {number} arrived where {expected} was due. Please report this.")
             expected += 1
-            if number % size == 0:  # less than `ahead` behind, so the task that the trainer needs never waits
-                pace.reach.remote(number)
+            if number % size == 0:  # the gate lags by less than `ahead`, so the task that the trainer needs never waits
+                gate.reach.remote(number)
             yield rows
 
 
 class StartedStream(Iterator[list[Sample]]):
-    """A stream whose first micro-batch is made from now on, by a thread: a loader takes as long to start as a worker
-    takes to load its libraries and its base."""
+    """A stream whose first micro-batch is made at once, in a thread: a loader takes as long to start as a worker takes
+    to load its libraries and its base."""
 
     def __init__(self, stream: Generator[list[Sample]]):
         self._stream = stream
@@ -146,7 +146,7 @@ class StartedStream(Iterator[list[Sample]]):
     def _make_first(self, first: "Future[list[Sample] | None]") -> None:
         try:
             first.set_result(next(self._stream, None))
-        except BaseException as error:  # the edge between the threads: raised again in the one that takes the batch
+        except BaseException as error:  # pass any error to the thread that takes the batch
             first.set_exception(error)
 
     def __next__(self) -> list[Sample]:
@@ -158,7 +158,7 @@ class StartedStream(Iterator[list[Sample]]):
 
     def close(self) -> None:
         """End the stream. A generator cannot be closed while it runs, so this waits for a first micro-batch that is
-        still being made; where there is no room for loaders none will come, and the stream ends with its process."""
+        still being made. If there is no room for loaders, none will come, and the stream ends with its process."""
         if self._first is None or wait([self._first], _FIRST_S).done:
             self._stream.close()
 
@@ -166,14 +166,14 @@ class StartedStream(Iterator[list[Sample]]):
 Stream = Generator[list[Sample]] | StartedStream
 
 
-def task_size(feed: StreamSpec) -> int:
-    """Micro-batches that a loader makes at a time."""
-    rows = max(_TASK_ROWS, (feed.last - feed.first) * feed.plan.rows_at_once / _TASKS)
-    return max(1, int(min(rows, _TASK_BYTES / max(feed.row_bytes, 1.0)) / feed.plan.rows_at_once))
+def task_size(spec: StreamSpec) -> int:
+    """Return how many micro-batches a loader makes at a time."""
+    rows = max(_TASK_ROWS, (spec.last - spec.first) * spec.plan.rows_at_once / _TASKS)
+    return max(1, int(min(rows, _TASK_BYTES / max(spec.row_bytes, 1.0)) / spec.plan.rows_at_once))
 
 
 def mean_bytes(records: Sequence[Record], spec: SampleSpec, sample: int = 500) -> float:
-    """Pixels of a row in bytes, on average over evenly spaced records."""
+    """Return the mean bytes of a row's pixels over evenly spaced records."""
     some = records[:: max(1, len(records) // sample)]
     place = load_sample_builder(spec).image_spec.place
     sides = [place(size).resized for record in some for size in record.sizes]
@@ -181,9 +181,9 @@ def mean_bytes(records: Sequence[Record], spec: SampleSpec, sample: int = 500) -
 
 
 class _Loader:
-    """The Ray Data actor: keeps the records and the processor, turns numbers of micro-batches into packed rows."""
+    """The Ray Data actor: keeps the records and the processor, and turns numbers of micro-batches into packed rows."""
 
-    def __init__(self, feed: StreamSpec, environment: Environment, pace: Any, ahead: int):
+    def __init__(self, spec: StreamSpec, environment: Environment, gate: Any, ahead: int):
         environment.apply()
         import ray
 
@@ -194,22 +194,22 @@ class _Loader:
         keep_imports()
         torch.set_num_threads(1)
         _keep_memory()
-        self.feed, self.pace, self.ahead = feed, pace, ahead
-        self.records = ray.get(feed.records) if isinstance(feed.records, ray.ObjectRef) else feed.records
+        self.spec, self.gate, self.ahead = spec, gate, ahead
+        self.records = ray.get(spec.records) if isinstance(spec.records, ray.ObjectRef) else spec.records
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[Any]:
         if (begins := int(batch["id"][0])) > self.ahead:
-            wait_for(self.pace, self.feed.first + begins - self.ahead)
+            wait_for(self.gate, self.spec.first + begins - self.ahead)
         for offset in batch["id"]:
-            number = self.feed.first + int(offset)
-            yield pack(number, make_rows(self.feed, self.records, number))
+            number = self.spec.first + int(offset)
+            yield pack(number, make_rows(self.spec, self.records, number))
 
 
 def _keep_memory() -> None:
-    """Tell glibc's allocator to keep what images leave behind for the next one.
+    """Tell glibc's allocator to keep the memory of one image for the next.
 
-    By default it hands every large block back to the system, and each of its pages costs a fault when it comes again: a
-    quarter of the time that a 12-megapixel photo takes.
+    By default it returns every large block to the system, and each of its pages costs a fault when it is needed again:
+    a quarter of the time of a 12-megapixel photo.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -220,7 +220,7 @@ def _keep_memory() -> None:
 
 
 def pack(number: int, rows: Sequence[Sample]) -> Any:
-    """A micro-batch as an Arrow table of one row: pixels end to end as bytes, with their shapes beside them."""
+    """Pack a micro-batch as an Arrow table of one row: pixels end to end as bytes, with their shapes beside them."""
     import pyarrow as pa
 
     images = [image for row in rows for image in row.images]
@@ -241,7 +241,7 @@ def pack(number: int, rows: Sequence[Sample]) -> Any:
 
 
 def _one_binary(images: Sequence[np.ndarray]) -> Any:
-    """All pixels as one value, copied once."""
+    """Return all pixels as one Arrow value, copied once."""
     import pyarrow as pa
 
     pixels = np.concatenate([np.zeros(0, np.uint8), *(image.reshape(-1) for image in images)])
@@ -257,10 +257,10 @@ def _one_list(parts: Sequence[np.ndarray], dtype: Any = np.int32) -> Any:
 
 
 def unpack(table: Any) -> tuple[int, list[Sample]]:
-    """The number and the rows of what `pack` made; pixels stay where they lie, uncopied."""
+    """Return the number and the rows that `pack` packed; pixels are not copied."""
     column = {name: table.column(name)[0] for name in table.column_names}
     about = zip(*(column[name].as_py() for name in ("lengths", "num_images", "numbers", "answers")), strict=True)
-    ids, labels, weights, told = (
+    ids, labels, weights, completion_ids = (
         column[name].values.to_numpy() for name in ("input_ids", "labels", "weights", "completions")
     )
     pixels = np.frombuffer(column["pixels"].as_buffer(), np.uint8)
@@ -272,15 +272,15 @@ def unpack(table: Any) -> tuple[int, list[Sample]]:
             height, width = next(shapes), next(shapes)
             images.append(pixels[pixel : pixel + height * width * 3].reshape(height, width, 3))
             pixel += height * width * 3
-        mine = slice(token, token + length)
+        span = slice(token, token + length)
         ends = [first + sum(answers[: i + 1]) for i in range(len(answers))]
-        completions = tuple(told[start:end] for start, end in zip([first, *ends], ends, strict=False))
+        completions = tuple(completion_ids[start:end] for start, end in zip([first, *ends], ends, strict=False))
         rows.append(
             Sample(
-                ids[mine],
-                labels[mine] if len(labels) else labels,
+                ids[span],
+                labels[span] if len(labels) else labels,
                 tuple(images),
-                weights[mine] if len(weights) else None,
+                weights[span] if len(weights) else None,
                 completions,
                 record,
             )

@@ -1,7 +1,7 @@
-"""`ray-vlm data check`: every row of every source of a job, each bad one with its reason, before a run meets it.
+"""Check every row of every source of a job for `ray-vlm data check`, before a run reads it.
 
-Rows go through the checks of the index (`index.py`): header, end-of-file marker, boxes, labels, tokens. Nothing stops
-at a bad row, at a source without a good one, or at a file that cannot be used at all.
+Rows pass the checks of the index (`index.py`): header, end-of-file marker, boxes, labels, tokens. A bad row, a source
+without a good one, and a file that cannot be used do not stop the check.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.images import decode
+from ray_vlm.data.images import FETCH_AGAIN, decode
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.samples import load_sample_builder
@@ -27,9 +27,9 @@ from ray_vlm.runs.progress import track
 
 _THREADS = min(8, count_cpus())
 _SHOWN_REASONS = 40
-_VARYING = (  # what differs between reasons that are alike -> what stands for it; in this order
+_VARYING = (  # parts that differ between reasons of one kind, and their replacements; the order matters
     (re.compile(r"^id .{1,300}? is used by"), "id … is used by"),
-    (re.compile(r"\s\((?:/|[a-z0-9]+://).*\)$"), ""),  # the image, which the index adds
+    (re.compile(r"\s\((?:/|[a-z0-9]+://).*\)$"), ""),  # the image's path, which the index appends
     (re.compile(r"\[(?=[-\d'\"]|nan|inf)[^\]]*\]"), "[…]"),
     (re.compile(r"(?<!\w)'(?:[^'\\]|\\.)*'(?!\w)"), "'…'"),
     (re.compile(r'(?<!\w)"(?:[^"\\]|\\.)*"(?!\w)'), '"…"'),
@@ -41,10 +41,10 @@ _VARYING = (  # what differs between reasons that are alike -> what stands for i
 
 @dataclass(frozen=True)
 class SourceCheck:
-    """What one source came to. `name` is its setting (`train`, `mix[0]`, `eval`, `test`).
+    """The result for one source. `name` is its setting (`train`, `mix[0]`, `eval`, `test`).
 
-    `rows` = `usable` + the number of `bad`. `problems`: why the file as a whole cannot be used. `seconds`: reading and
-    checking; `notes`: what looks odd about it.
+    `rows` = `usable` + the number of `bad`. `problems`: why the whole file cannot be used. `seconds`: time for reading
+    and checking. `notes`: what looks odd about the source.
     """
 
     name: str
@@ -64,7 +64,7 @@ class SourceCheck:
 
 @dataclass(frozen=True)
 class _Read:
-    """A source's rows and declared labels, or why there are none."""
+    """A source's rows and declared labels, or the reasons why there are none."""
 
     rows: Sequence[Any]
     labels: Sequence[str]
@@ -73,23 +73,23 @@ class _Read:
 
 
 def named_sources(job: JobConfig) -> dict[str, Source]:
-    """The job's sources that are files, by setting. A share of the training rows is no source of its own."""
+    """Return the job's sources with files, by setting. A share of the training rows is not a separate source."""
     data = job.data
-    found = {"train": data.train, **{f"mix[{i}]": source for i, source in enumerate(data.mix)}}
-    found |= {"eval": data.eval, "test": data.test}
-    return {name: source for name, source in found.items() if source is not None and source.ratio is None}
+    sources = {"train": data.train, **{f"mix[{i}]": source for i, source in enumerate(data.mix)}}
+    sources |= {"eval": data.eval, "test": data.test}
+    return {name: source for name, source in sources.items() if source is not None and source.ratio is None}
 
 
 def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[SourceCheck]:
-    """Check every source, one after the other, those that cannot be used first; each comes out as soon as it is done.
+    """Check every source in turn, unusable ones first, and yield each result as soon as it is done.
 
-    `decode_images`: also decode every image whole, as training will. Raises only where the job itself cannot work
-    (its model, its prompt); whatever is wrong with data is in what comes out.
+    `decode_images`: also decode every image completely, as training will. Raises only if the job itself cannot work
+    (its model, its prompt); faults of the data are in the results.
     """
     sources = named_sources(job)
     read = {name: _read(source, job) for name, source in sources.items()}
     for name, source in list(sources.items()):
-        if not read[name].rows:  # before anything that takes long is loaded
+        if not read[name].rows:  # before anything slow is loaded
             problems = read[name].problems or (f"{source.path}: it has no rows.",)
             yield SourceCheck(name, source.path, 0, 0, (), read[name].seconds, problems)
             del sources[name]
@@ -134,23 +134,25 @@ def _read(source: Source, job: JobConfig) -> _Read:
 
 
 def _undecodable(row: BadRow | SftRecord) -> BadRow | None:
-    """Why one of a row's images cannot be decoded, if so."""
+    """Return a `BadRow` if one of a row's images cannot be decoded, else None."""
     if isinstance(row, BadRow):
         return None
     for image, size in zip(row.images, row.sizes, strict=True):
         name = f" ({image})" if isinstance(image, str) else ""
         try:
             pixels = decode(image)
-        except Exception as error:  # decoders raise what they like
-            return BadRow(row.row, row.id, f"image cannot be decoded ({type(error).__name__}: {error}){name}")
+        except Exception as error:  # decoders raise exceptions of any type
+            return BadRow(
+                row.row, row.id, f"image cannot be decoded ({type(error).__name__}: {error}); {FETCH_AGAIN}{name}"
+            )
         if (pixels.shape[1], pixels.shape[0]) != size:
-            told = f"{pixels.shape[1]}x{pixels.shape[0]} px, and its header says {size[0]}x{size[1]}"
-            return BadRow(row.row, row.id, f"image decodes to {told}; write the file again{name}")
+            sizes = f"{pixels.shape[1]}x{pixels.shape[0]} px, and its header says {size[0]}x{size[1]}"
+            return BadRow(row.row, row.id, f"image decodes to {sizes}; write the file again{name}")
     return None
 
 
 def group_reason(reason: str) -> str:
-    """A reason with numbers, names and paths replaced, so that reasons of one kind are equal."""
+    """Replace numbers, names and paths in a reason, so that reasons of one kind are equal."""
     text = plain(reason)
     for pattern, stands_for in _VARYING:
         text = pattern.sub(stands_for, text)
@@ -158,7 +160,7 @@ def group_reason(reason: str) -> str:
 
 
 def group_bad(bad: Iterable[BadRow]) -> list[tuple[str, list[BadRow]]]:
-    """Kinds of reasons with their rows, the most frequent first."""
+    """Return kinds of reasons with their rows, the most frequent first."""
     groups: dict[str, list[BadRow]] = {}
     for row in bad:
         groups.setdefault(group_reason(row.reason), []).append(row)
@@ -166,7 +168,7 @@ def group_bad(bad: Iterable[BadRow]) -> list[tuple[str, list[BadRow]]]:
 
 
 def describe_check(check: SourceCheck) -> str:
-    """A source as text: how many rows, how many are bad, and why, with an example of each kind."""
+    """Describe a source: how many rows, how many are bad, and the first reason of each kind in full."""
     speed = f"{check.rows / check.seconds:,.0f} rows/s" if check.seconds > 0 else "at once"
     lines = [
         f"data.{check.name}  {plain(check.path)}",
@@ -176,20 +178,26 @@ def describe_check(check: SourceCheck) -> str:
     lines += [f"  note: {plain(note.removeprefix(check.path + ': '))}" for note in check.notes]
     groups = group_bad(check.bad)
     if groups:
-        places = [f"row {rows[0].row} (id {_short(rows[0].id) or '?'})" for _, rows in groups[:_SHOWN_REASONS]]
-        width = max(len("for example"), *map(len, places))
+        examples = [f"row {rows[0].row} (id {_short(rows[0].id) or '?'})" for _, rows in groups[:_SHOWN_REASONS]]
+        width = max(len("for example"), *map(len, examples))
         lines.append(f"  {'count':>7}  {'for example':<{width}}  reason")
-        for (reason, rows), place in zip(groups[:_SHOWN_REASONS], places, strict=True):
-            told = reason if len(rows) > 1 else plain(rows[0].reason)
-            lines.append(f"  {len(rows):>7}  {place:<{width}}  {told}")
+        for (_, rows), example in zip(groups[:_SHOWN_REASONS], examples, strict=True):
+            lines.append(f"  {len(rows):>7}  {example:<{width}}  {_describe_group(rows)}")
     if len(groups) > _SHOWN_REASONS:
         rest = sum(len(rows) for _, rows in groups[_SHOWN_REASONS:])
         lines.append(f"  {rest:>7}  of {len(groups) - _SHOWN_REASONS} more kinds; --bad-rows PATH writes them all")
     return "\n".join(lines)
 
 
+def _describe_group(rows: Sequence[BadRow]) -> str:
+    """Return the full reason of a group's first row, and how many other reasons the group has."""
+    others = len({row.reason for row in rows}) - 1
+    more = f" ({others} more of this kind; --bad-rows PATH writes them all)" if others else ""
+    return f"{plain(rows[0].reason)}{more}"
+
+
 def describe_shares(job: JobConfig) -> list[str]:
-    """One line for each part that is a share of the training rows, and so is checked with them."""
+    """Return one line for each part that is a share of the training rows, and so is checked with them."""
     parts: Mapping[str, Source | None] = {"eval": job.data.eval, "test": job.data.test}
     return [
         f"data.{name}  {part.ratio:.0%} of the training rows, checked with them"
@@ -199,7 +207,7 @@ def describe_shares(job: JobConfig) -> list[str]:
 
 
 def write_bad_rows(path: str, checks: Iterable[SourceCheck]) -> int:
-    """Write each bad row as a JSON line `part, row, id, reason`; returns their number. Raises `RunError`."""
+    """Write each bad row as a JSON line `part, row, id, reason`; return their number. Raise `RunError`."""
     count = 0
     try:
         with open(path, "w", encoding="utf-8") as file:
@@ -214,7 +222,7 @@ def write_bad_rows(path: str, checks: Iterable[SourceCheck]) -> int:
 
 
 def plain(text: str, keep: str = "") -> str:
-    """Text for a terminal or a picture: what is not printable, but for the characters in `keep`, is escaped."""
+    """Escape unprintable characters, except those in `keep`, for a terminal or a picture."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

@@ -1,6 +1,8 @@
-"""What looks wrong about rows that can be read: numbers in another unit, sizes that contradict the file, crowds, labels
-that are one class in two spellings. What would teach the model something wrong is a reason against the row or the
-file, with the setting that allows it; what may be meant is a note.
+"""Find what looks wrong about readable rows: numbers in another unit, sizes that contradict the file, crowds, and
+labels that spell one class in two ways.
+
+What would teach the model something wrong is a reason against the row or the file, with the setting that allows it;
+what may be intended is a note.
 """
 
 from collections import Counter, defaultdict
@@ -8,16 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.config.data import Source
+from ray_vlm.data.fields import column_setting
 from ray_vlm.data.records import BadRow, Record, SftRecord
 
 _SAME_PX = 2  # tools round sizes
-_MANY = 5  # crowds of a class without an object; a small part of COCO has one or two
-_FEW = 20  # boxes and fewer say nothing about a unit
+_MANY = 5  # crowds of a class without an object; a small sample of COCO may have one or two
+_FEW = 20  # fewer boxes show nothing about their unit
 _SHOWN = 3
 
 
 def unit_problem(record: Record) -> str | None:
-    """Why the boxes or points of a row in pixels seem to be shares of the image, if so: all lie in its first pixel."""
+    """Return why the boxes or points of a row in pixels seem to be shares of the image, or None.
+
+    They do if all lie in the image's first pixel.
+    """
     regions = regions_of(record)
     if not regions or max(max(region) for region in regions) > 1.0 or min(min(region) for region in regions) < 0.0:
         return None
@@ -28,21 +34,21 @@ def unit_problem(record: Record) -> str | None:
 
 
 def regions_of(record: Record) -> list[Sequence[float]]:
-    """All boxes and points of a row, as its source has them."""
+    """Return all boxes and points of a row, as its source has them."""
     if not isinstance(record, SftRecord):
         return []
-    found: list[Sequence[float]] = [*record.truth.get("boxes", ()), *record.context.get("boxes", ())]
+    regions: list[Sequence[float]] = [*record.truth.get("boxes", ()), *record.context.get("boxes", ())]
     single = (record.truth.get("box"), record.truth.get("point"), record.context.get("box"))
-    return [*found, *(region for region in single if region is not None)]
+    return [*regions, *(region for region in single if region is not None)]
 
 
 def sizes_differ(listed: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether a file lists another (width, height) of an image than the image has."""
+    """Return whether the (width, height) that a file lists differs from the image's."""
     return any(abs(a - b) > _SAME_PX for a, b in zip(listed, size, strict=True))
 
 
 def describe_sizes(listed: tuple[int, int], size: tuple[int, int]) -> str:
-    """The reason against a row whose file lists another size than its image has."""
+    """Return the reason against a row whose file lists another size than its image has."""
     turned = not sizes_differ((listed[1], listed[0]), size)
     why = "width and height are exchanged, as where a camera was held upright" if turned else "as of another resolution"
     return (
@@ -52,10 +58,16 @@ def describe_sizes(listed: tuple[int, int], size: tuple[int, int]) -> str:
 
 
 def crowd_problem(crowds: Counter[str], objects: Counter[str]) -> str | None:
-    """Why a file with so many crowds cannot be meant so, if it cannot: most of its annotations are crowds, or all of a
-    class. By class, how many crowds there are and how many objects."""
-    whole = crowds.total() > objects.total()
-    most = [name for name, n in crowds.items() if n > objects[name] and (whole or (n >= _MANY and not objects[name]))]
+    """Return why so many crowds cannot be intended, or None: most annotations are crowds, or all of a class.
+
+    `crowds`, `objects`: how many there are by class.
+    """
+    mostly_crowds = crowds.total() > objects.total()
+    most = [
+        name
+        for name, n in crowds.items()
+        if n > objects[name] and (mostly_crowds or (n >= _MANY and not objects[name]))
+    ]
     if not most:
         return None
     shown = ", ".join(f"{name} ({crowds[name]} of {crowds[name] + objects[name]})" for name in sorted(most)[:_SHOWN])
@@ -73,8 +85,11 @@ def find_suspicions(
     labels: Iterable[str],
     on_bad_box: str = "raise",
 ) -> list[str]:
-    """Notes on a source as a whole: its `rows` as they were read, and the `records` of them that can be used, with the
-    sizes of their images. `on_bad_box`: as the job says."""
+    """Return notes on a whole source.
+
+    `rows`: as they were read. `records`: those that can be used, with the sizes of their images. `on_bad_box`: the
+    job's setting.
+    """
     notes = [*_tell_spellings(labels), *_tell_crowds(rows), *_tell_unit(source, records), *_tell_bare(records)]
     return [*(f"{source.path}: {note}" for note in notes), *tell_mended(rows, records, source, on_bad_box)]
 
@@ -82,7 +97,7 @@ def find_suspicions(
 def tell_mended(
     rows: Sequence[Record | BadRow], records: Sequence[Record], source: Source, on_bad_box: str
 ) -> list[str]:
-    """A note on the boxes that `data.on_bad_box` has cut or left out. `rows`: as they were read."""
+    """Return a note on the boxes that `data.on_bad_box` has clipped or dropped. `rows`: as they were read."""
     if on_bad_box == "raise":
         return []
     before = {row.row: row for row in rows if isinstance(row, SftRecord)}
@@ -92,12 +107,12 @@ def tell_mended(
     dropped = sum(len(old) - len(new) for old, new in pairs)
     same_unit = source.box_units == "pixels" and source.box_frame != "listed"
     cut = sum(len(set(new) - set(old)) for old, new in pairs) if same_unit else 0
-    told = [f"{count} boxes {what}" for count, what in ((cut, "cut to their image"), (dropped, "left out")) if count]
-    return [f"{source.path}: {' and '.join(told)} (data.on_bad_box={on_bad_box})"] if told else []
+    parts = [f"{count} boxes {what}" for count, what in ((cut, "cut to their image"), (dropped, "left out")) if count]
+    return [f"{source.path}: {' and '.join(parts)} (data.on_bad_box={on_bad_box})"] if parts else []
 
 
 def tell_unused(labels: Iterable[str], rows: Iterable[Record | BadRow]) -> list[str]:
-    """A note on class names that the training files declare and none of their `rows` has, which the question names."""
+    """Return a note on declared class names that no row has. The question names them all the same."""
     used = {label for row in rows if isinstance(row, SftRecord) for label in row.truth.get("labels", ())}
     unused = [label for label in dict.fromkeys(labels) if "=" not in label and label not in used]
     if not unused or not used:
@@ -105,7 +120,7 @@ def tell_unused(labels: Iterable[str], rows: Iterable[Record | BadRow]) -> list[
     more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
     return [
         f"no row has a box of {', '.join(map(repr, unused[:_SHOWN]))}{more}, but the question asks for it; task.labels "
-        "sets which classes are asked for"
+        "sets the classes of the question"
     ]
 
 
@@ -119,11 +134,11 @@ def _tell_spellings(labels: Iterable[str]) -> Iterable[str]:
 
 
 def _tell_crowds(rows: Sequence[Record | BadRow]) -> Iterable[str]:
-    found = [row for row in rows if isinstance(row, SftRecord) and row.context.get("crowds")]
-    if count := sum(record.context["crowds"] for record in found):
+    with_crowds = [row for row in rows if isinstance(row, SftRecord) and row.context.get("crowds")]
+    if count := sum(record.context["crowds"] for record in with_crowds):
         yield (
-            f"{count} crowd annotations (iscrowd: 1) of {len(found)} images are left out, such as of id {found[0].id}; "
-            "crowds=objects counts them as objects"
+            f"{count} crowd annotations (iscrowd: 1) of {len(with_crowds)} images are left out, for example of id "
+            f"{with_crowds[0].id}; crowds=objects counts them as objects"
         )
 
 
@@ -143,9 +158,9 @@ def _tell_unit(source: Source, records: Sequence[Record]) -> Iterable[str]:
 
 def _tell_bare(records: Sequence[Record]) -> Iterable[str]:
     if records and not any(record.images for record in records):
-        yield "no row has an image; a column with images is named by columns={image: NAME}"
+        yield f"no row has an image; a column with images is named as in {column_setting('image')}"
 
 
 def strip_marks(context: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's context without what only these checks need."""
+    """Return a record's context without the keys that only these checks need."""
     return {key: value for key, value in context.items() if key not in ("listed", "frame", "crowds")}

@@ -1,4 +1,4 @@
-"""JSON, JSONL, CSV, TSV and Parquet -> rows of named cells. A line that cannot be read becomes a `BadRow`."""
+"""Read JSON, JSONL, CSV, TSV and Parquet as rows of named cells. A line that cannot be read becomes a `BadRow`."""
 
 import csv
 import json
@@ -15,25 +15,25 @@ from ray_vlm.runs.store import is_remote
 
 MAX_LINE_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"
-_FEWER_ROWS = 256  # of a Parquet file that are turned into Python values at a time; rows may hold images
+_BATCH_ROWS = 256  # Parquet rows converted to Python values at a time; rows may hold images
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a file in order, `(row, cells)` with rows counted from 0, or why a row cannot be read.
+    """The rows of a file in order: `(row, cells)` with rows counted from 0, or a `BadRow`.
 
-    `columns` are all names in order of appearance. `whole_columns`: they belong to the file (CSV, Parquet), so that a
+    `columns` are all names in order of appearance. `has_schema`: the columns belong to the file (CSV, Parquet), so a
     missing one is a fault of the file and not of its rows.
     """
 
     rows: list[tuple[int, dict[str, Any]] | BadRow]
     columns: tuple[str, ...]
-    whole_columns: bool
+    has_schema: bool
 
 
 _YOLO = " YOLO's labels are files for each image: convert the data set to COCO (format=coco)."
-_TOOLS = {  # what files of other suffixes are, mostly
+_TOOLS = {  # advice for other suffixes
     ".yaml": _YOLO,
     ".yml": _YOLO,
     ".txt": _YOLO,
@@ -45,7 +45,7 @@ _TOOLS = {  # what files of other suffixes are, mostly
 
 
 def read_table(address: str) -> Table:
-    """The rows of a file, by its suffix. Raises `DataError` where the file as a whole cannot be used."""
+    """Read the rows of a file by its suffix. Raise `DataError` if the whole file cannot be used."""
     suffix = PurePosixPath(address.partition("?")[0] if is_remote(address) else address).suffix.lower()
     if suffix == ".parquet":
         table = _read_parquet(address)
@@ -66,14 +66,14 @@ def read_table(address: str) -> Table:
 
 
 def read_json(address: str) -> Any:
-    """The value in a UTF-8 JSON file. Raises `DataError`."""
+    """Read the value in a UTF-8 JSON file. Raise `DataError`."""
     try:
-        return json.loads(_whole(address).decode("utf-8-sig"))
+        return json.loads(_read_file(address).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{address}: not readable as UTF-8 JSON ({error}). Mend it and save it as UTF-8.") from None
 
 
-def _whole(address: str) -> bytes:
+def _read_file(address: str) -> bytes:
     try:
         return read_bytes(address)
     except (OSError, ValueError, ImportError) as error:
@@ -95,10 +95,10 @@ def _table(rows: Iterator[tuple[int, dict[str, Any]] | BadRow]) -> Table:
 
 
 def _read_lines(address: str) -> list[bytes]:
-    data = _whole(address)
+    data = _read_file(address)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{address}: not UTF-8 but UTF-16. Save it as UTF-8.")
-    end = b"\n" if b"\n" in data else b"\r"  # a carriage return alone ends lines in very old files only
+    end = b"\n" if b"\n" in data else b"\r"  # only very old files end lines with a carriage return alone
     return [line + b"\n" for line in data.removeprefix(_BOM).split(end)]
 
 
@@ -126,7 +126,7 @@ def _json_lines(lines: list[bytes]) -> Iterator[tuple[int, dict[str, Any]] | Bad
 
 
 def _json_line(line: bytes) -> tuple[Any, str | None]:
-    """The object in a line, or why there is none."""
+    """Return the object in a line, or why there is none."""
     if len(line) > MAX_LINE_BYTES:
         return None, f"is {len(line)} bytes long, above {MAX_LINE_BYTES}; keep images in files of their own"
     if b"\0" in line:
@@ -148,18 +148,18 @@ def _kind(value: Any) -> str:
 
 
 def text_fault(value: Any) -> str | None:
-    """Why a text somewhere in a value cannot be used, if so: NUL characters and halves of surrogate pairs."""
+    """Return why a text somewhere in a value cannot be used (NUL characters, half a surrogate pair), or None."""
     waiting = [value]
     while waiting:
-        found = waiting.pop()
-        if isinstance(found, dict):
-            waiting += [*found, *found.values()]
-        elif isinstance(found, list | tuple):
-            waiting += found
-        elif isinstance(found, str):
-            if "\0" in found:
+        current = waiting.pop()
+        if isinstance(current, dict):
+            waiting += [*current, *current.values()]
+        elif isinstance(current, list | tuple):
+            waiting += current
+        elif isinstance(current, str):
+            if "\0" in current:
                 return "holds NUL characters in a text; remove them"
-            if not found.isascii() and any("\ud800" <= c <= "\udfff" for c in found):
+            if not current.isascii() and any("\ud800" <= c <= "\udfff" for c in current):
                 return "holds half a surrogate pair in a text, which is not Unicode; write the text again"
     return None
 
@@ -186,10 +186,10 @@ def _read_csv(lines: list[bytes], separator: str, address: str) -> Table:
 
 
 def _csv_records(lines: list[str], separator: str) -> Iterator[tuple[int, int, list[str] | str]]:
-    """First line, line behind the last, and the cells or why there are none; a blank line has no cells.
+    """Yield the first line, the line behind the last, and the cells or why there are none; a blank line has no cells.
 
-    After a broken record reading goes on at the line behind its first, so that a quote that is never closed does not
-    swallow the rest of the file.
+    After a broken record, reading continues at the line behind its first, so that an unclosed quote does not swallow
+    the rest of the file.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     at = 0
@@ -207,7 +207,7 @@ def _csv_records(lines: list[str], separator: str) -> Iterator[tuple[int, int, l
 
 
 def _csv_row(cells: list[str] | str, names: list[str], size: int) -> tuple[dict[str, Any], str | None]:
-    """Cells by name, or why there are none."""
+    """Return cells by name, or why there are none."""
     if size > MAX_LINE_BYTES:
         return {}, f"is {size} bytes long, above {MAX_LINE_BYTES}; keep images in files of their own"
     if isinstance(cells, str):
@@ -231,7 +231,7 @@ def _read_parquet(address: str) -> Table:
             if len(set(names)) < len(names):
                 raise DataError(f"{address}: a column name is there twice ({', '.join(names)}). Give each one name.")
             features = _class_features(file.schema_arrow.metadata or {})
-            for batch in file.iter_batches(_FEWER_ROWS):
+            for batch in file.iter_batches(_BATCH_ROWS):
                 for i in range(batch.num_rows):
                     row = _parquet_row(batch, i, len(rows))
                     rows.append(
@@ -243,20 +243,20 @@ def _read_parquet(address: str) -> Table:
 
 
 def _class_features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
-    """The features that `datasets` wrote into a Parquet file, if there are classes among them; else nothing."""
-    told = metadata.get(b"huggingface", b"")
-    if b"ClassLabel" not in told:
+    """Return the features that `datasets` wrote into a Parquet file if any is a class; else an empty dict."""
+    encoded = metadata.get(b"huggingface", b"")
+    if b"ClassLabel" not in encoded:
         return {}
     try:
-        features = json.loads(told)["info"]["features"]
+        features = json.loads(encoded)["info"]["features"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return features if isinstance(features, dict) else {}
 
 
 def apply_class_names(value: Any, feature: Any) -> Any:
-    """A cell in which classes are names, where its feature says that they are numbers (`ClassLabel` of `datasets`). A
-    number without a name is none: -1 stands for a missing class."""
+    """Replace class numbers by names in a cell whose feature is a `ClassLabel` of `datasets`. A number without a name
+    becomes None: -1 stands for a missing class."""
     if isinstance(feature, list) and len(feature) == 1:
         feature = {"_type": "List", "feature": feature[0]}
     if not isinstance(feature, dict):

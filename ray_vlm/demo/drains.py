@@ -1,10 +1,10 @@
 """Draw the demo's inspection photos: one drain each, the sign of its cover and whether it is blocked; CSV and JPEGs.
 
-A cover's sign is a circle, a square, a star or a cross; a cross in the lower half is called `diamond`, so where it
-stands matters. (The names are words that the tiny model's tokenizer has whole.) The class `star`, a shape that the tiny
-model has never seen, and the condition `blocked` are rare in training. The eval and test splits are drawn with larger
-shares of both than training, so that they hold enough of them to measure: their class mix is not that of the training
-rows. Everything is a pure function of (split, seed, number of images).
+A cover's sign is a circle, a square, a star or a cross; a cross in the lower half has the class `diamond`, so the class
+depends on the position. (Each name is a single token of the tiny model.) The class `star`, a shape that the tiny model
+has never seen, and the condition `blocked` are rare in training. The eval and test splits have larger shares of both,
+enough to measure them: their class mix is not that of the training rows. Everything is a pure function of (split, seed,
+number of images).
 """
 
 import csv
@@ -41,7 +41,7 @@ SPLITS = {"train": Split(6000, 0.03, 0.08), "eval": Split(160, 0.08, 0.25), "tes
 
 
 def draw_file(path: str) -> None:
-    """Draw the photos of `.../drains/<split>.csv`: what a job's `create` calls on first use."""
+    """Draw the photos of `.../drains/<split>.csv`; a job's `create` calls this on first use."""
     file = Path(path)
     if file.parent.name != "drains" or file.suffix != ".csv" or file.stem not in SPLITS:
         raise DataError(f"{path}: no such photos. Use drains/<{'|'.join(SPLITS)}>.csv.")
@@ -49,7 +49,7 @@ def draw_file(path: str) -> None:
 
 
 def draw(folder: str | Path, split: str, num_images: int, seed: int = 0) -> Path:
-    """Write `<folder>/<split>.csv` and its JPEGs under `<folder>/<split>/`; returns the CSV's path."""
+    """Write `<folder>/<split>.csv` and its JPEGs under `<folder>/<split>/`; return the CSV's path."""
     folder = Path(folder)
     (folder / split).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, zlib.crc32(f"drains/{split}".encode())])
@@ -66,7 +66,7 @@ def draw(folder: str | Path, split: str, num_images: int, seed: int = 0) -> Path
 
 
 def draw_photo(label: str, condition: str, rng: np.random.Generator) -> tuple[Image.Image, list[float]]:
-    """One photo: an RGB image and the box of its drain, `[x1, y1, x2, y2]` in pixels."""
+    """Draw one photo: an RGB image and the box of its drain, `[x1, y1, x2, y2]` in pixels."""
     width, height = (int(rng.integers(SIDES[0], SIDES[1] + 1)) for _ in range(2))
     ground = draw_background(str(rng.choice(["concrete", "brick"])), width, height, rng)
     canvas = Image.fromarray(ground).resize((width * SCALE, height * SCALE), Image.Resampling.BILINEAR)
@@ -103,7 +103,7 @@ def _object_box(label: str, width: int, height: int, rng: np.random.Generator) -
 
 
 def _distractor_box(taken: list[float], width: int, height: int, rng: np.random.Generator) -> list[float] | None:
-    """A small box at least 2 pixels away from `taken`, or None after 50 tries."""
+    """Return a small box at least 2 pixels away from `taken`, or None after 50 tries."""
     for _ in range(50):
         side = rng.uniform(*DISTRACTOR) * min(width, height)
         x, y = rng.uniform(1, width - side - 1), rng.uniform(1, height - side - 1)
@@ -118,7 +118,8 @@ def _colour(ground: np.ndarray, box: list[float], rng: np.random.Generator) -> t
 
 
 def _fill_with_debris(canvas: Image.Image, shape: str, box: list[float], rng: np.random.Generator) -> None:
-    """Earth with clods and stones in it, up to the middle of the outline, which stays to be seen around it."""
+    """Draw earth with clods and stones inside the shape, up to the middle of its outline, so that this stays
+    visible."""
     inset = 0.075 * min(box[2] - box[0], box[3] - box[1])
     inner = [box[0] + inset, box[1] + inset, box[2] - inset, box[3] - inset]
     black = Image.new("RGB", canvas.size)

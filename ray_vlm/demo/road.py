@@ -1,5 +1,5 @@
-"""The road on from SFT: `ray-vlm demo --all` makes pairs of the tuned model's own answers, prefers the better by DPO,
-and earns more reward by GRPO. Each stage starts from the adapter of the one before; all are measured on the same rows.
+"""The stages after SFT: `ray-vlm demo --all` makes pairs of the fine-tuned model's own answers, trains on them by DPO,
+and then on rewards by GRPO. Each stage starts from the adapter of the previous one; all are measured on the same rows.
 """
 
 import json
@@ -11,12 +11,12 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.demo.story import Step, find_job, measure_step, train_step
 
 PAIRS = "pairs.jsonl"
-NUM_ROWS = 600  # whose answers are sampled for pairs
-NUM_STEPS = {"dpo": 32, "grpo": 48}  # fewer than their jobs take by themselves: a demo should end soon
+NUM_ROWS = 600  # rows whose answers are sampled for pairs
+NUM_STEPS = {"dpo": 32, "grpo": 48}  # fewer than in the shipped jobs: a demo should end soon
 
 
 def walk_road(folder: Path, sft_job: JobConfig, sft_run: Path, say: Callable[[str], None]) -> list[Step]:
-    """The stages after SFT, in their order. `folder`: the demo's; `say` announces a stage."""
+    """Run the stages after SFT in order and return their results. `folder`: the demo's; `say` announces a stage."""
     say("pairs")
     make_pairs(folder, sft_job, sft_run / "best")
     steps: list[Step] = []
@@ -30,7 +30,7 @@ def walk_road(folder: Path, sft_job: JobConfig, sft_run: Path, say: Callable[[st
 
 
 def make_pairs(folder: Path, sft_job: JobConfig, adapter: Path) -> None:
-    """`<folder>/pairs.jsonl`: the better against the worse of the model's own answers to training rows."""
+    """Write `<folder>/pairs.jsonl`: the best and the worst of the model's own answers to each training row."""
     from ray_vlm.evaluate.pairs import make_pairs as make
 
     data = sft_job.data
@@ -43,16 +43,16 @@ def make_pairs(folder: Path, sft_job: JobConfig, adapter: Path) -> None:
 
 
 def road_job(folder: Path, name: str, adapter: Path) -> JobConfig:
-    """The shipped job of a method, shortened, with its paths under `folder` and the adapter that it starts from."""
+    """Load the shipped job of a method, shortened, with its paths under `folder` and the adapter to start from."""
     site = folder / "data/site"
-    given = {
+    settings = {
         "model.adapter": adapter,
         "data.train.path": folder / PAIRS if name == "dpo" else site / "more.json",
         "data.test.path": site / "test.json",
         "run.output_dir": folder,
         **({"data.train.image_root": site / "train"} if name == "dpo" else {"data.eval.path": site / "eval.json"}),
     }
-    places = [f"{key}={json.dumps(str(path))}" for key, path in given.items()]
+    paths = [f"{key}={json.dumps(str(path))}" for key, path in settings.items()]
     fewer = [f"train.max_steps={NUM_STEPS[name]}", f"evaluate.every_steps={NUM_STEPS[name]}"]
-    here = "cluster.num_workers=0"  # Ray trained the stage before; starting it twice more would take a minute
-    return load_job(find_job(f"demo_{name}.yaml"), [*places, f"run.name={name}", here, *fewer])
+    here = "cluster.num_workers=0"  # starting Ray for two more stages would take a minute
+    return load_job(find_job(f"demo_{name}.yaml"), [*paths, f"run.name={name}", here, *fewer])

@@ -1,8 +1,7 @@
-"""Draw the demo's GUI tasks: a screen with three buttons that are to be clicked in order, as a CSV and PNGs.
+"""Draw the demo's GUI tasks: a screen with three buttons to click in order, as a CSV and PNGs.
 
-The instruction says whether to begin at the top or at the bottom. The screen stays the same from the first step of a
-task to the last, so neither tells which click is next: only what was done in earlier steps does. Everything is a pure
-function of (split, seed).
+The instruction says whether to start at the top or at the bottom. The screen is the same in all steps of a task, so the
+next click follows only from the memory of earlier steps. Everything is a pure function of (split, seed).
 """
 
 import csv
@@ -22,11 +21,11 @@ WIDTH, HEIGHT, TITLE_BAR = 96, 128, 11  # pixels
 NUM_BUTTONS = 3
 SIDES = (32, 37)  # shortest and longest side of a button, pixels
 NUM_TASKS = {"train": 600, "eval": 30, "test": 100}
-ORDERS = {"click all, top first": 1, "click all, bottom first": -1}  # 1: as they lie from the top
+ORDERS = {"click all, top first": 1, "click all, bottom first": -1}  # slice step through the buttons from the top
 
 
 def draw_file(path: str) -> None:
-    """Draw the tasks of `.../screens/<split>.csv`: what a job's `create` calls on first use."""
+    """Draw the tasks of `.../screens/<split>.csv`; a job's `create` calls this on first use."""
     file = Path(path)
     if file.parent.name != "screens" or file.suffix != ".csv" or file.stem not in NUM_TASKS:
         raise DataError(f"{path}: no such screens. Use screens/<{'|'.join(NUM_TASKS)}>.csv.")
@@ -34,7 +33,8 @@ def draw_file(path: str) -> None:
 
 
 def draw(folder: str | Path, split: str, num_tasks: int, seed: int = 0) -> Path:
-    """Write `<folder>/<split>.csv`, a row a step, and its PNGs under `<folder>/<split>/`; returns the CSV's path."""
+    """Write `<folder>/<split>.csv`, one row for each step, and its PNGs under `<folder>/<split>/`; return the CSV's
+    path."""
     folder = Path(folder)
     (folder / split).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, zlib.crc32(f"screens/{split}".encode())])
@@ -56,14 +56,14 @@ def draw(folder: str | Path, split: str, num_tasks: int, seed: int = 0) -> Path:
 
 
 def draw_screen(rng: np.random.Generator) -> tuple[Image.Image, dict[str, list[int]]]:
-    """One screen: an RGB image and its buttons from the top, icon to `[x1, y1, x2, y2]` in pixels."""
+    """Draw one screen: an RGB image and its buttons from the top, icon to `[x1, y1, x2, y2]` in pixels."""
     page = _tint(rng, 226, 246)
     canvas = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), page)
     pen = ImageDraw.Draw(canvas)
     pen.rectangle(_enlarged([0, 0, WIDTH, TITLE_BAR]), fill=_tint(rng, 70, 130))
     pen.rectangle(_enlarged([5, 4, int(rng.integers(30, 60)), 7]), fill=page)
     buttons: dict[str, list[int]] = {}
-    for icon, box in zip(rng.permutation(ICONS)[:NUM_BUTTONS], _places(rng), strict=True):
+    for icon, box in zip(rng.permutation(ICONS)[:NUM_BUTTONS], _button_boxes(rng), strict=True):
         face = _tint(rng, 246, 255)
         pen.rounded_rectangle(_enlarged(box), radius=6 * SCALE, fill=face, outline=(120, 120, 130), width=SCALE)
         inset = float(rng.uniform(4.0, 5.0))
@@ -73,8 +73,8 @@ def draw_screen(rng: np.random.Generator) -> tuple[Image.Image, dict[str, list[i
     return canvas.resize((WIDTH, HEIGHT), Image.Resampling.BOX), buttons
 
 
-def _places(rng: np.random.Generator) -> list[list[int]]:
-    """Boxes of the buttons, one under another, anywhere from left to right."""
+def _button_boxes(rng: np.random.Generator) -> list[list[int]]:
+    """Draw the boxes of the buttons, one below the other, at any horizontal position."""
     tall = (HEIGHT - TITLE_BAR) // NUM_BUTTONS
     boxes = []
     for i in range(NUM_BUTTONS):
@@ -90,5 +90,5 @@ def _tint(rng: np.random.Generator, low: int, high: int) -> tuple[int, int, int]
 
 
 def _enlarged(box: list[int]) -> list[int]:
-    """The box on the enlarged canvas; Pillow counts the last row and column in."""
+    """Return the box on the enlarged canvas; Pillow includes the last row and column of a box."""
     return [box[0] * SCALE, box[1] * SCALE, box[2] * SCALE - 1, box[3] * SCALE - 1]

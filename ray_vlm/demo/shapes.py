@@ -1,9 +1,9 @@
 """Draw the demo's scenes: coloured shapes on many backgrounds, written as a COCO file and a folder of JPEGs.
 
-Two domains share the drawing code. `studio` is what the shipped tiny model was trained on: filled shapes on clean,
-textured and noisy backgrounds. `site` is what the demo teaches it: hollow, worn shapes on dark concrete and brick
-with glare and stains, and a rare class, the star, that no studio scene contains. Everything is a pure function of
-(domain, split, seed), so two machines draw the same pixels' worth of scenes.
+Two domains share the drawing code. The shipped tiny model was trained on `studio`: filled shapes on clean, textured and
+noisy backgrounds. The demo fine-tunes it on `site`: hollow, worn shapes on dark concrete and brick with glare and
+stains, and a rare class, the star, that no studio scene contains. Everything is a pure function of (domain, split,
+seed), so every machine draws the same scenes.
 """
 
 import json
@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ray_vlm.errors import DataError
 
-SCALE = 4  # shapes are drawn this many times larger and reduced, for smooth edges
+SCALE = 4  # shapes are drawn this many times larger and then reduced, for smooth edges
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What a kind of scene looks like. `classes` maps a label to its share of the objects."""
+    """The appearance of a kind of scene. `classes` maps a label to its relative frequency among the objects."""
 
     classes: dict[str, float]
     backgrounds: tuple[str, ...]
@@ -34,7 +34,7 @@ class Domain:
 
 _STUDIO = {"circle": 1.0, "square": 1.0, "triangle": 1.0, "cross": 1.0, "ring": 1.0, "diamond": 1.0}
 DOMAINS = {
-    # The base's first lessons; without them it takes several times as long to find out what images are for.
+    # The base's first lessons; without them training takes several times as long until the images have any effect.
     "lesson_1": Domain(_STUDIO, ("clean",), hollow=False, max_objects=1, sides=(96, 96)),
     "lesson_2": Domain(_STUDIO, ("clean", "gradient", "noise"), hollow=False, max_objects=2, sides=(96, 128)),
     "studio": Domain(
@@ -49,11 +49,11 @@ DOMAINS = {
     ),
 }
 RARE_CLASS = "star"
-NUM_IMAGES = {"train": 2000, "eval": 64, "test": 240, "more": 400}  # more: scenes that fine-tuning has not seen
+NUM_IMAGES = {"train": 2000, "eval": 64, "test": 240, "more": 400}  # more: further scenes, for the stages after SFT
 
 
 def draw_file(path: str) -> None:
-    """Draw the scenes of `.../<domain>/<split>.json`: what a job's `create` calls on first use."""
+    """Draw the scenes of `.../<domain>/<split>.json`; a job's `create` calls this on first use."""
     file = Path(path)
     if file.parent.name not in DOMAINS or file.stem not in NUM_IMAGES:
         raise DataError(f"{path}: no such scenes. Use <{'|'.join(DOMAINS)}>/<{'|'.join(NUM_IMAGES)}>.json.")
@@ -61,7 +61,7 @@ def draw_file(path: str) -> None:
 
 
 def draw_scene(domain: Domain, rng: np.random.Generator) -> tuple[Image.Image, list[tuple[str, list[float]]]]:
-    """One scene: an RGB image and its objects, `(label, [x1, y1, x2, y2])` in pixels."""
+    """Draw one scene: an RGB image and its objects, `(label, [x1, y1, x2, y2])` in pixels."""
     width, height = (int(rng.integers(domain.sides[0], domain.sides[1] + 1)) for _ in range(2))
     background = draw_background(str(rng.choice(domain.backgrounds)), width, height, rng)
     canvas = Image.fromarray(background).resize((width * SCALE, height * SCALE), Image.Resampling.BILINEAR)
@@ -83,7 +83,7 @@ def draw_scene(domain: Domain, rng: np.random.Generator) -> tuple[Image.Image, l
 
 
 def draw(folder: str | Path, domain: str, split: str, num_images: int, seed: int = 0) -> Path:
-    """Write `<folder>/<split>.json` (COCO) and its JPEGs under `<folder>/<split>/`; returns the JSON's path."""
+    """Write `<folder>/<split>.json` (COCO) and its JPEGs under `<folder>/<split>/`; return the JSON's path."""
     folder, kind = Path(folder), DOMAINS[domain]
     (folder / split).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, zlib.crc32(f"{domain}/{split}".encode())])
@@ -108,7 +108,7 @@ def draw(folder: str | Path, domain: str, split: str, num_images: int, seed: int
 
 
 def _free_box(domain: Domain, width: int, height: int, taken: list, rng: np.random.Generator) -> list[float] | None:
-    """A box that overlaps none of `taken` by more than a little, or None after 20 tries."""
+    """Return a box that overlaps each of `taken` by less than 5 % of the smaller one, or None after 20 tries."""
     short = min(width, height)
     for _ in range(20):
         side = rng.uniform(*domain.sizes) * short
@@ -125,7 +125,7 @@ def _overlap(a: list[float], b: list[float]) -> float:
 
 
 def contrasting_colour(local: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int]:
-    """A saturated colour at least 110 away (RGB distance) from the background's mean under the object."""
+    """Draw a saturated colour at a distance above 110 (RGB) from the background's mean under the object."""
     while True:
         colour = rng.integers(0, 256, 3)
         if np.linalg.norm(colour - local) > 110 and int(colour.max()) - int(colour.min()) > 60:
@@ -133,7 +133,7 @@ def contrasting_colour(local: np.ndarray, rng: np.random.Generator) -> tuple[int
 
 
 def _outline(label: str, box: list[float]) -> list[tuple[float, float]]:
-    """Corner points of a polygonal shape that touches all four sides of `box`."""
+    """Return the corner points of a polygonal shape that touches all four sides of `box`."""
     x1, y1, x2, y2 = box
     cx, cy, w, h = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
     if label == "square":
@@ -164,7 +164,7 @@ def draw_shape(
     hollow: bool,
     rng: np.random.Generator,
 ) -> list[float]:
-    """Draw one shape on the enlarged canvas; returns its box in image pixels, rounded to a tenth."""
+    """Draw one shape on the enlarged canvas; return its box in image pixels, rounded to a tenth."""
     pen = ImageDraw.Draw(canvas)
     big = [v * SCALE for v in box]
     line = round(max(2.0, 0.15 * min(box[2] - box[0], box[3] - box[1])) * SCALE)
@@ -186,7 +186,7 @@ def draw_shape(
 
 
 def draw_background(kind: str, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """A background of a `Domain.backgrounds` kind: `uint8 [height, width, 3]`."""
+    """Draw a background of one of the kinds in `Domain.backgrounds`: `uint8 [height, width, 3]`."""
     base = rng.uniform(40, 235, 3)
     ys, xs = np.mgrid[0:height, 0:width].astype(np.float32)
     if kind == "clean":

@@ -1,7 +1,7 @@
-"""The demo's stages: look at the untouched model, fine-tune it by the shipped job, look again, put both in a report.
+"""The demo's stages: evaluate the base, fine-tune it by the shipped job, evaluate again, report both.
 
 `ray-vlm demo` writes `<output_dir>/demo/`: `summary.json`, `report.html`, the scenes, the evaluations and the run. With
-`--all` it goes on with DPO and GRPO (`road.py`).
+`--all` it continues with DPO and GRPO (`road.py`).
 """
 
 import json
@@ -19,17 +19,16 @@ from ray_vlm.demo.shapes import RARE_CLASS
 from ray_vlm.runs.paths import write_json
 
 JOB = "demo_sft.yaml"
-# Seconds into the demo at which each stage starts; only used to say how long is left.
+# Seconds into the demo at which each stage starts; only used to estimate the remaining time.
 _STAGES = {"draw scenes": 0.0, "zero-shot": 7.0, "fine-tune": 11.0, "evaluate": 122.0}
 _ROAD = {"pairs": 130.0, "DPO": 155.0, "GRPO": 184.0}
 _REPORT_S = 5.0
-_END_S = {False: 130.0, True: 241.0}  # with the road or without
+_END_S = {False: 130.0, True: 241.0}  # by: with DPO and GRPO?
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage that was measured: its name in `summary.json`, its title, what `evaluate` found and where that lies, and
-    its run, if any."""
+    """A measured stage: its name in `summary.json`, its title, its metrics and their folder, and its run, if any."""
 
     name: str
     title: str
@@ -39,22 +38,22 @@ class Step:
 
 
 def find_job(name: str) -> Path:
-    """A shipped job file: from the installed package, or from the checkout that this code runs in."""
+    """Return the path of a shipped job file: in the installed package, or in the checkout of this code."""
     installed = Path(str(resources.files("ray_vlm"))) / "starter" / "jobs" / name
     return installed if installed.is_file() else Path(__file__).parents[2] / "jobs" / name
 
 
 def demo_job(output_dir: Path, overrides: list[str] | None = None) -> JobConfig:
-    """The shipped demo job with every path under `output_dir`."""
+    """Load the shipped demo job with every path under `output_dir`."""
     folder = output_dir / "demo"
     splits = ("train", "eval", "test")
-    places = [f"data.{split}.path={json.dumps(str(folder / 'data/site' / split) + '.json')}" for split in splits]
+    paths = [f"data.{split}.path={json.dumps(str(folder / 'data/site' / split) + '.json')}" for split in splits]
     run = [f"run.output_dir={json.dumps(str(folder))}", "run.name=sft"]
-    return load_job(find_job(JOB), [*places, *run, *(overrides or [])])
+    return load_job(find_job(JOB), [*paths, *run, *(overrides or [])])
 
 
 def run_demo(output_dir: Path, overrides: list[str] | None = None, whole: bool = False) -> int:
-    """All stages, `whole`: with the road to GRPO; returns the exit code."""
+    """Run all stages, with `whole` also DPO and GRPO; return the exit code."""
     output_dir = output_dir.absolute()
     started = time.monotonic()
     say = _progress(started, whole)
@@ -95,8 +94,8 @@ def _progress(started: float, whole: bool) -> Callable[[str], None]:
 
 
 def draw_scenes(job: JobConfig) -> None:
-    """Draw the scenes of all splits. The training scenes are drawn in a process of their own, while this one draws the
-    others and imports the libraries that the next stage needs: both take one core for several seconds."""
+    """Draw the scenes of all splits. A second process draws the training scenes while this one draws the others and
+    imports the libraries of the next stage: each keeps one core busy for several seconds."""
     from concurrent.futures import ProcessPoolExecutor
 
     from ray_vlm.data.source import prepare_source
@@ -112,7 +111,7 @@ def draw_scenes(job: JobConfig) -> None:
 
 
 def _import_libraries(job: JobConfig) -> None:
-    """Import what evaluation imports later on its way, most of it only when a model is loaded."""
+    """Import the libraries of evaluation early; most of them are imported only when a model is loaded."""
     import ray_vlm.evaluate.run  # noqa: F401
     from ray_vlm.models.library_logging import quiet_libraries
     from ray_vlm.models.load import load_model
@@ -128,13 +127,13 @@ def measure_step(name: str, title: str, job: JobConfig, folder: Path, run: Path 
     from ray_vlm.evaluate.run import evaluate
 
     adapter = None if run is None else str(run / "best")
-    place = folder / "evaluate" / name if run is None else run / "evaluate/best"
-    found = evaluate(job, adapter, place, say=lambda text: print(f"  {text}", flush=True))
-    return Step(name, title, found, place, run)
+    output_dir = folder / "evaluate" / name if run is None else run / "evaluate/best"
+    metrics = evaluate(job, adapter, output_dir, say=lambda text: print(f"  {text}", flush=True))
+    return Step(name, title, metrics, output_dir, run)
 
 
 def train_step(job: JobConfig, name: str) -> Path:
-    """Run the job, whose file ships as `name`; returns the run's folder."""
+    """Run the job, whose file ships as `name`; return the run's folder."""
     from ray_vlm.train.driver import train
 
     paths = train(job, find_job(name).read_text(encoding="utf-8"), overwrite=True)
@@ -146,34 +145,34 @@ def _report(folder: Path, steps: Sequence[Step]) -> None:
     from ray_vlm.evaluate.report import write_report
     from ray_vlm.evaluate.run import read_predictions
 
-    stages = [EvalResult(s.title, s.metrics, read_predictions(s.folder)) for s in steps]
+    results = [EvalResult(s.title, s.metrics, read_predictions(s.folder)) for s in steps]
     runs = {s.title: s.run / "metrics.jsonl" for s in steps if s.run is not None}
     notes = [
         "A Qwen3-VL of 2.2 million weights, trained on filled shapes, meets hollow, worn ones on concrete and brick.",
         f"4-bit LoRA on a CPU. '{RARE_CLASS}' is a class that it had never seen, and a rare one.",
     ]
-    write_report(folder / "report.html", "ray_vlm demo", stages, runs, notes)
+    write_report(folder / "report.html", "ray_vlm demo", results, runs, notes)
 
 
 def _summary(step: Step) -> dict[str, float]:
     overall = step.metrics["overall"]
     rare = step.metrics["per_class"].get(RARE_CLASS, {}).get("recall_50", 0.0)
-    found = {k: overall[k] for k in ("f1_50", "map", "mean_iou", "parse_rate")} | {"recall_rare": rare}
-    return found | _validated(step)
+    summary = {k: overall[k] for k in ("f1_50", "map", "mean_iou", "parse_rate")} | {"recall_rare": rare}
+    return summary | _validated(step)
 
 
 _JUDGED_BY = {"dpo": "preference_accuracy", "grpo": "sampled_reward"}
 
 
 def _validated(step: Step) -> dict[str, float]:
-    """What DPO and GRPO are judged by, on held-out rows: before the first step, and at the one that became `best/`."""
+    """Return the validation metric of DPO and GRPO before the first step and at its best; empty for other stages."""
     from ray_vlm.runs.monitor import current_lines, read_metrics
 
     key = _JUDGED_BY.get(step.name)
     if key is None or step.run is None:
         return {}
-    found = [line[key] for line in current_lines(read_metrics(step.run / "metrics.jsonl")) if line["kind"] == "eval"]
-    return {f"{key}_before": found[0], key: max(found)}
+    values = [line[key] for line in current_lines(read_metrics(step.run / "metrics.jsonl")) if line["kind"] == "eval"]
+    return {f"{key}_before": values[0], key: max(values)}
 
 
 def _tell(folder: Path, steps: Sequence[Step], wall: float) -> None:

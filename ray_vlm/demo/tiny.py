@@ -18,7 +18,7 @@ SPECIAL_TOKENS = [
 ]
 # Pieces of the answer format that would otherwise cost the tiny model a dozen tokens for each object.
 ANSWER_PIECES = ("```json\n[", '\n\t{"bbox_2d": [', '], "label": "', '"},', '"}', "\n]\n```", "]\n```")
-PIXELS = {"shortest_edge": 64 * 64, "longest_edge": 192 * 192}  # areas, as the Qwen image processors name them
+PIXELS = {"shortest_edge": 64 * 64, "longest_edge": 192 * 192}  # areas, despite the names of the Qwen image processors
 
 INIT = 0.04  # standard deviation of random weights; 0.02 is for models a hundred times as wide
 CHAT_TEMPLATE = (
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(vocab_size: int = 640) -> Any:
-    """A byte-level BPE tokenizer; digits stay single tokens, so numbers are read place by place."""
+    """Build a byte-level BPE tokenizer; each digit is a token, so numbers are read digit by digit."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,7 +59,7 @@ def build_tokenizer(vocab_size: int = 640) -> Any:
 
 
 def _corpus() -> list[str]:
-    """Words that the demos' prompts and answers use, each often enough to become a token of its own."""
+    """Return the words of the demos' prompts and answers, each often enough to become a token of its own."""
     names = "circle square triangle cross ring diamond star object none a photo of the image system user assistant"
     ask = (
         "Locate every instance that belongs to the following categories: Report bbox coordinates in JSON format. "
@@ -69,7 +69,7 @@ def _corpus() -> list[str]:
 
 
 def build_processor(model_type: str = "qwen3_vl") -> Any:
-    """The family's stock processor with the tiny tokenizer; images of 64 to 192 pixels a side stay as they are."""
+    """Build the family's stock processor with the tiny tokenizer; images of 64 to 192 pixels a side are not resized."""
     from transformers import Qwen2VLImageProcessor
 
     tokenizer = build_tokenizer()
@@ -88,7 +88,7 @@ def build_processor(model_type: str = "qwen3_vl") -> Any:
 
 
 def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128) -> Any:
-    """The family's configuration at 2-3 million weights: four language layers, three vision layers."""
+    """Build the family's configuration with 2 to 3 million weights: four language layers, three vision layers."""
     ids = tokenizer.convert_tokens_to_ids
     tokens = {f"{kind}_token_id": ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
     tokens |= {f"vision_{side}_token_id": ids(f"<|vision_{side}|>") for side in ("start", "end")}
@@ -133,7 +133,7 @@ def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128
 
 
 def build_model(tokenizer: Any, model_type: str = "qwen3_vl", seed: int = 0) -> Any:
-    """Random float32 weights of the tiny configuration."""
+    """Build random float32 weights of the tiny configuration."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -147,14 +147,15 @@ def build_model(tokenizer: Any, model_type: str = "qwen3_vl", seed: int = 0) -> 
 
 
 def _init_positions(weight: Any) -> None:
-    """Set learned position embeddings, `[side * side, hidden]`, to sines of x and y: random ones of the usual size
-    are drowned by the patches, and a small model then needs a thousand steps to find out where anything is."""
+    """Set learned position embeddings, `[side * side, hidden]`, to sines of x and y. Random ones of the usual size are
+    small beside the patch embeddings, and a small model then needs a thousand steps to learn positions."""
     import torch
 
     side, hidden = round(weight.shape[0] ** 0.5), weight.shape[1]
-    place = torch.arange(side, dtype=torch.float32) / side
-    angles = place[:, None] * torch.pi * 2.0 ** torch.linspace(-1, 3, hidden // 4)
+    position = torch.arange(side, dtype=torch.float32) / side
+    angles = position[:, None] * torch.pi * 2.0 ** torch.linspace(-1, 3, hidden // 4)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, hidden / 2]
+    # [y, x, hidden]: the first half of the channels encodes y, the second half x.
     grid = torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], dim=2)
     weight.data.copy_(0.5 * grid.reshape(weight.shape))
 
@@ -181,7 +182,7 @@ BOX_SHARES = {"words": 0.5, "boxes_and_words": 0.85}
 
 def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
     """Train the tiny base from random weights through the lessons, each an ordinary full fine-tuning run of this
-    package in `folder`; returns the last run's `final/`. A lesson that is finished is not run again."""
+    package in `folder`; return the last run's `final/`. A lesson that is finished is not run again."""
     from ray_vlm.config.load import load_resolved
     from ray_vlm.train.driver import train
 
@@ -214,7 +215,7 @@ def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
 
 
 def ship(final: Path, weights: Path) -> None:
-    """Write the trained base to `weights` in float16, as it ships."""
+    """Write the trained base to `weights` in float16, the format in which it ships."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -223,7 +224,7 @@ def ship(final: Path, weights: Path) -> None:
 
 
 def measure(weights: Path, folder: Path, num_images: int = 192) -> dict[str, float]:
-    """The base's own score: F1 and the rest on studio scenes that no lesson showed."""
+    """Measure the base on studio scenes that are in no lesson; return its metrics."""
     from ray_vlm.config.load import load_resolved
     from ray_vlm.evaluate.run import evaluate
 
@@ -238,7 +239,7 @@ def measure(weights: Path, folder: Path, num_images: int = 192) -> dict[str, flo
 
 
 def describe(scores: dict[str, float]) -> str:
-    """`weights/README.md`."""
+    """Return the text of `weights/README.md`."""
     rows = [f"| {name} | {value:.3f} |" for name, value in scores.items()]
     lessons = [f"| {run} | {images} | {steps} | {rate:g} |" for run, _, images, steps, rate, _ in LESSONS]
     return "\n".join([_ABOUT, *lessons, _REBUILD, *rows, ""])

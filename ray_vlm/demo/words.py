@@ -1,8 +1,8 @@
-"""Write the tiny base's last lessons: many kinds of words beside the scenes, as chat rows (`messages` JSONL).
+"""Write the tiny base's last lessons: box answers and texts of many words, as chat rows (`messages` JSONL).
 
-Without them the base knows no token but those of its box answers, and a fine-tuning spends its steps on finding out how
-JSON is spelled. Half of the rows or more are box answers, so that nothing is forgotten; the others are questions about
-scenes, answered in JSON with keys of many names, and texts to copy. No row is of the kind that the demos teach.
+Without them the base knows only the tokens of its box answers, and fine-tuning would spend its steps on the syntax of
+JSON. Half of the rows or more are box answers, so that these are not forgotten; the others are questions about scenes,
+answered in JSON with many keys, and texts to copy. No row is of a kind that the demos train on.
 """
 
 import json
@@ -25,7 +25,7 @@ _KEYS = ("object", "class", "shape", "condition", "answer", "action", "target", 
 
 
 def write_rows(folder: str | Path, num_rows: int, seed: int = 0, boxes: float = 0.5) -> Path:
-    """Write `<folder>/words.jsonl` and the images that it names; returns the file. `boxes`: share of box answers."""
+    """Write `<folder>/words.jsonl` and the images that it names; return the file. `boxes`: share of box answers."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, 11])
@@ -63,20 +63,20 @@ def _scene(boxes: bool, folder: Path, name: str, rng: np.random.Generator) -> di
 
 
 def _copy(rng: np.random.Generator) -> dict[str, Any]:
-    """Texts and JSON of words that are and are not in the tokenizer, to be said again."""
+    """Build a row that asks to repeat a text or JSON, with words inside and outside of the tokenizer's vocabulary."""
     if rng.random() < 0.5:
         text = " ".join(_word(rng) for _ in range(int(rng.integers(1, 7))))
     else:
         pairs = {_word(rng): _word(rng) if rng.random() < 0.7 else int(rng.integers(0, 1000)) for _ in range(3)}
         text = json.dumps(pairs)
     first, second = _word(rng), _word(rng)
-    asked, answer = [
+    question, answer = [
         (f"Copy: {text}", text),
         (f"Copy the first: {first}, then {second}", first),
         (f"Copy the second: {first}, then {second}", second),
         (f"Answer in JSON. object: {first}; condition: {second}", json.dumps({"object": first, "condition": second})),
     ][int(rng.choice(4, p=[0.55, 0.15, 0.15, 0.15]))]
-    return _row(asked, answer)
+    return _row(question, answer)
 
 
 def _word(rng: np.random.Generator) -> str:

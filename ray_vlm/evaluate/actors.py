@@ -1,7 +1,7 @@
-"""The model at work on records, batch by batch: in this process, or in Ray Data actors.
+"""Run the model on records, batch by batch: in this process, or in Ray Data actors.
 
-Batches are formed before they are dealt, so they are the same for any number of actors: padding and numbers of threads
-change the last digits of a forward.
+Batches are planned before they are distributed, so they are the same for any number of actors: padding and the number
+of threads change the last digits of a forward.
 """
 
 import json
@@ -31,10 +31,10 @@ _BLOCKS_PER_ACTOR = 64
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """What is to be done. `records`: all records, or a Ray object reference to them; `adapter`: address of an adapter,
-    or of a whole model in the base's place; None for the base. `batches`: positions of the records of each batch;
-    `memory`: whose earlier steps a GUI step is told, the records' own (`truth`) or what the model answered to them
-    (`model`): a batch then holds whole tasks."""
+    """The work of all actors. `records`: all records, or a Ray object reference to them; `adapter`: address of an
+    adapter, or of a whole model that replaces the base, None for the base; `batches`: positions of the records of each
+    batch; `memory`: the earlier steps in the prompt of a GUI step, those of the records (`truth`) or the model's own
+    answers (`model`), for which a batch holds whole tasks."""
 
     job: JobConfig
     spec: SampleSpec
@@ -45,15 +45,15 @@ class InferenceJob:
 
 
 class InferenceWorker:
-    """A process's model and records. Loads nothing before it is asked: an error in a Ray actor's constructor would
-    arrive without its type."""
+    """A process's model and records. Both are loaded at first use: an error in the constructor of a Ray actor would
+    reach the caller without its type."""
 
     def __init__(self, work: InferenceJob):
         self.work = work
 
     @cached_property
     def records(self) -> Sequence[SftRecord]:
-        """All records."""
+        """All records of the job."""
         if isinstance(self.work.records, tuple):
             return self.work.records
         import ray
@@ -67,12 +67,12 @@ class InferenceWorker:
 
     @property
     def device(self) -> str:
-        """Where the model is."""
+        """The model's device."""
         return "cuda:0" if self.work.job.cluster.gpus_per_worker else "cpu"
 
     @cached_property
     def model(self) -> Any:
-        """The base, with the adapter where there is one, or the whole model in its place."""
+        """The base, with the adapter where there is one, or the whole model that replaces it."""
         import torch
 
         job = self.work.job
@@ -89,7 +89,7 @@ class InferenceWorker:
         if adapter is not None and is_whole_model(adapter):
             job, adapter = job.model_copy(update={"model": whole_model(job.model, adapter)}), None
         longest = max(sum(self.builder.token_counts(record)[:2]) for record in self.records)
-        if work.memory == "model":  # that a task may still gather
+        if work.memory == "model":  # tokens that the answers to earlier steps may add to the prompt
             memory = work.spec.task.long_memory_tokens + work.spec.task.short_memory * work.job.evaluate.max_new_tokens
         return build_answerer(job, adapter, self.builder, longest + memory)
 
@@ -100,9 +100,10 @@ Do = Callable[
 
 
 def do_batches(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) -> Iterator[tuple[int, Any]]:
-    """`(number, do(...))` of each batch in `numbers`, in their order; 0 actors is this process.
+    """Yield `(number, do(...))` of each batch in `numbers`, in their order; 0 actors runs in this process.
 
-    `do` is a function of a module, and what it returns goes through JSON. Raises what an actor refused, or `RunError`.
+    `do` is a module-level function, and its result is passed as JSON. Raise the `RayVlmError` of an actor, or
+    `RunError` where one failed otherwise.
     """
     if not numbers:
         return
@@ -128,7 +129,7 @@ def _do(loaded: InferenceWorker, do: Do, number: int) -> Any:
 
 
 class _Actor:
-    """What Ray Data makes in each process and calls with numbers of batches."""
+    """The callable that Ray Data creates in each process and calls with numbers of batches."""
 
     def __init__(self, work: InferenceJob, do: Do, environment: Environment):
         environment.apply()
@@ -136,7 +137,7 @@ class _Actor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list]]:
         for number in batch["item"]:
-            yield {"number": [int(number)], "found": [json.dumps(_do(self.loaded, self.do, int(number)))]}
+            yield {"number": [int(number)], "result": [json.dumps(_do(self.loaded, self.do, int(number)))]}
 
 
 def _ray(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) -> Generator[tuple[int, Any]]:
@@ -150,7 +151,7 @@ def _ray(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) ->
             for row in dataset.iter_rows():
                 if row["number"] != (due := next(expected)):
                     raise RunError(f"batch {row['number']} arrived where {due} was due. Please report this.")
-                yield row["number"], json.loads(row["found"])
+                yield row["number"], json.loads(row["result"])
         except RayTaskError as error:
             if isinstance(error.cause, RayVlmError):
                 raise error.cause from None
@@ -160,13 +161,13 @@ def _ray(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) ->
 
 
 def with_workers(job: JobConfig, count: int) -> JobConfig:
-    """The job with that many workers and nothing beside them, which is what the cluster is asked for."""
+    """Return the job with that many workers and no validation process: the resources that the cluster must have."""
     alone = job.evaluate.model_copy(update={"asynchronous": False})
     return job.model_copy(update={"cluster": job.cluster.model_copy(update={"num_workers": count}), "evaluate": alone})
 
 
 def _dataset(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) -> Any:
-    """The Ray Data pipeline: numbers of batches, through the actors, in order."""
+    """Build the Ray Data pipeline: numbers of batches go through the actors and come back in order."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

@@ -1,9 +1,9 @@
-"""Detection's numbers. Pairing is the task's own `score`; mAP is pycocotools'.
+"""Metrics of detection. The task's own `score` pairs boxes; mAP is that of pycocotools.
 
 `precision_50`, `recall_50` and `f1_50` count pairs of equal label and IoU >= 0.5 over all images (micro); `mean_iou` is
-the mean over true objects of the IoU of the box paired with it whatever its label, 0 where none is; `map`, `map_50` are
-COCO's, every box scored 1.0, ties in the order of the answer. `unknown_labels`: what was answered
-most of the labels that no true object has, and how often.
+the mean over true objects of the IoU of the box paired with it, whatever its label, and 0 without one; `map`, `map_50`
+are COCO's, with every box scored 1.0 and ties in the order of the answer. `unknown_labels`: the most frequent answered
+labels that no true object has, with their counts.
 """
 
 from collections import Counter
@@ -13,11 +13,11 @@ from typing import Any
 from ray_vlm.evaluate.average_precision import coco_map
 from ray_vlm.evaluate.prediction import Prediction, rates
 
-_SHOWN = 10  # labels that no object has
+_SHOWN = 10  # unknown labels in the metrics
 
 
 def measure_detection(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Overall numbers, numbers by class, and how many objects there were."""
+    """Return the metrics overall and by class, the number of true objects, and the unknown labels."""
     totals: dict[str, Counter] = {kind: Counter() for kind in ("hits", "misses", "invented")}
     for prediction in predictions:
         for kind, counter in totals.items():

@@ -1,25 +1,29 @@
-"""What was found, drawn on its image."""
+"""Draw a prediction on its image."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from ray_vlm.evaluate.prediction import Prediction, in_words
 
-COLOURS = ("#f04438", "#12b76a", "#2563eb", "#e08a00", "#c2568f", "#38a3d9", "#7c3aed", "#8a6d3b")  # by label
+COLOURS = ("#f04438", "#12b76a", "#2563eb", "#e08a00", "#c2568f", "#38a3d9", "#7c3aed", "#8a6d3b")  # by class
 
 
-def draw_found(image: Any, values: Mapping[str, Any]) -> Any:
-    """A PIL image: boxes with labels, the place that a step points at, and in a strip below what was said in words."""
+def draw_values(image: Any, values: Mapping[str, Any], classes: Sequence[str] = ()) -> Any:
+    """Draw parsed values on an image and return it as a PIL image: labelled boxes, the box or point of a GUI step, and
+    the rest of the answer as text in a strip below.
+
+    `classes`: the task's labels in order. A label has the same colour on every image, as long as `classes` is the same.
+    """
     from PIL import Image, ImageDraw
 
     picture = Image.fromarray(_pixels(image))
     unit = max(1, round(max(picture.size) / 300))
     draw = ImageDraw.Draw(picture)
     labels = list(values.get("labels", ()))
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(dict.fromkeys(labels))}
     for box, label in zip(values.get("boxes", ()), labels, strict=True):
-        _box(draw, box, colours[label], unit, label)
+        _box(draw, box, colour_of(label, classes), unit, label)
     if values.get("box") is not None:
         _box(draw, values["box"], COLOURS[0], unit, "")
     if values.get("point") is not None:
@@ -28,10 +32,17 @@ def draw_found(image: Any, values: Mapping[str, Any]) -> Any:
     return _caption(picture, in_words(values, labels=False), unit)
 
 
+def colour_of(label: str, classes: Sequence[str]) -> str:
+    """Return the colour of a label: by its position in `classes`, or by its checksum where it is none of them."""
+    number = classes.index(label) if label in classes else zlib.crc32(label.encode("utf-8", "replace"))
+    return COLOURS[number % len(COLOURS)]
+
+
 def draw_predictions(predictions: Sequence[Prediction], count: int = 8) -> list[tuple[str, Any]]:
-    """Captions and images of the first few predictions whose images are files."""
+    """Return captions and images of the first few predictions whose images are files."""
     shown = [p for p in predictions if p.images and p.images[0] is not None][:count]
-    return [(f"{p.id}: {in_words(p.truth)}", draw_found(p.images[0], p.parsed)) for p in shown]
+    classes = sorted({label for p in predictions for label in p.truth.get("labels", ())})
+    return [(f"{p.id}: {in_words(p.truth)}", draw_values(p.images[0], p.parsed, classes)) for p in shown]
 
 
 def _pixels(image: Any) -> Any:
@@ -46,7 +57,7 @@ def _pixels(image: Any) -> Any:
 
 
 def _box(draw: Any, box: Any, colour: str, unit: int, label: str) -> None:
-    (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])  # a model may exchange its corners
+    (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])  # a model may swap the corners, and PIL refuses x2 < x1
     draw.rectangle([x1, y1, x2, y2], outline=colour, width=2 * unit)
     if label:
         font = _font(7 * unit + 5)
@@ -56,7 +67,7 @@ def _box(draw: Any, box: Any, colour: str, unit: int, label: str) -> None:
 
 
 def _caption(picture: Any, text: str, unit: int) -> Any:
-    """The picture with a strip of text below it, where there is text."""
+    """Return the picture with a strip of text below it; the picture itself where the text is empty."""
     from PIL import Image, ImageDraw
 
     if not text:
@@ -79,7 +90,7 @@ def _caption(picture: Any, text: str, unit: int) -> Any:
 
 @lru_cache(maxsize=16)
 def _font(size: int) -> Any:
-    """A font that can write most labels, as the package's other pictures use."""
+    """Return a font with the characters of most labels, the same as in the package's other pictures."""
     from matplotlib import font_manager
     from PIL import ImageFont
 

@@ -1,6 +1,6 @@
-"""`ray-vlm export RUN`: what others load without this package: the adapter with its card, or one merged model.
+"""`ray-vlm export RUN`: write files that load without this package: the adapter with its card, or a merged model.
 
-A merged model is checked before it is written: logits on the run's own rows must be those of base and adapter.
+A merged model is checked before it is written: its logits on the run's own rows must match those of base and adapter.
 """
 
 import re
@@ -47,8 +47,8 @@ def export_run(
     `weights`: `best` or `final`; None takes `best` where there is one. `precision`: of a merged model, by default that
     of the run.
 
-    Raises `RunError` for a run without weights, and `ModelError` for a base that cannot be merged or a merge that says
-    something else.
+    Raise `RunError` for a run without weights, and `ModelError` for a base that cannot be merged or a merged model with
+    other logits.
     """
     run = read_run(address)
     if not run.job:
@@ -74,7 +74,7 @@ def export_run(
 
 
 def kind_of(run: Run, merged: bool) -> str:
-    """What an export of the run is: an adapter, a merged model, or the model where all weights were trained."""
+    """Return the kind of the run's export: an adapter, a merged model, or the model where all weights were trained."""
     if run.job.get("lora") is None:
         return WHOLE
     return MERGED if merged else ADAPTER
@@ -88,7 +88,7 @@ def _resolve_output(run: Run, output: str | None, kind: str) -> Path:
         return folder
     if is_remote(run.address):
         raise ConfigError(
-            f"{run.address} lies in an object store, and an export is written to a folder. Give --output."
+            f"{run.address} lies in an object store, and an export is written to a local folder. Give --output."
         )
     return Path(run.address) / "export" / kind
 
@@ -128,10 +128,10 @@ def _write_merged(
 
 
 def check_batches(job: JobConfig, adapter: str, device: str) -> Sequence[dict[str, Any]]:
-    """A few of the job's own rows, as the model takes them. Raises `DataError` where they cannot be read."""
+    """Collate a few of the job's own rows into batches. Raise `DataError` where they cannot be read."""
     part = next((p for p in ("test", "eval", "train") if getattr(job.data, p) is not None), None)
     if part is None:
-        raise ConfigError("the run's job has no rows to compare logits on. Export the adapter.")
+        raise ConfigError("the run's job has no rows on which logits could be compared. Export it without --merged.")
     parts = load_parts(job, [part], read_preprocessing(adapter, sample_spec(job, [])))
     records, builder = getattr(parts, part).records, load_sample_builder(parts.spec)
     rows = [builder.prompt_row(records[i]) for i in plan_sample(len(records), _CHECKED_ROWS)]
@@ -139,11 +139,11 @@ def check_batches(job: JobConfig, adapter: str, device: str) -> Sequence[dict[st
 
 
 def read_licence(job: JobConfig) -> str | None:
-    """The licence that the base's own card names, where its folder is here."""
+    """Return the licence in the base's own card; None where its folder is not on this machine or names none."""
     try:
         text = (Path(resolve_name(job.model.name)) / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
     head = text.split("---")[1] if text.startswith("---") else ""
-    found = re.search(r"^license:\s*[\"']?([\w.+-]+)", head, re.MULTILINE)
-    return found[1] if found else None
+    match = re.search(r"^license:\s*[\"']?([\w.+-]+)", head, re.MULTILINE)
+    return match[1] if match else None

@@ -1,6 +1,6 @@
 """Generate answers, batch by batch, left-padded and greedy; the same code for every base and every adapter.
 
-`answer_all` goes on where an earlier call was killed: each batch of answers is written down as it comes.
+`answer_all` continues where an earlier call was killed: each batch of answers is written when it is complete.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from ray_vlm.models.dequantize import dequantised
 from ray_vlm.models.load import resolve_name
 from ray_vlm.runs.monitor import whole_lines
 
-ANSWERS = "answers.jsonl"  # a key, then each batch as it came
-_TELL_S = 5.0  # between lines on how far it is
+ANSWERS = "answers.jsonl"  # a line with the key, then a line for each batch
+_PROGRESS_S = 5.0  # seconds between progress lines
 
 
 def generate_answers(
@@ -43,7 +43,7 @@ def generate_answers(
     device: str = "cpu",
     on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's answer to each record, in their order. Leaves the model in evaluation mode."""
+    """Return the model's answer to each record, in their order. The model stays in evaluation mode."""
     import torch
 
     model.eval()
@@ -60,8 +60,8 @@ def generate_answers(
 
 
 def _needs_generate(builder: SampleBuilder) -> bool:
-    """Whether answers come from transformers' `generate`: for families whose caches and masks only it knows, and under
-    ZeRO-3, where all ranks go through the model until the last of them has answered."""
+    """Return whether answers come from transformers' `generate`: for families whose caches and masks only it handles,
+    and under ZeRO-3, where all ranks must run the model until the last of them has answered."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     return builder.stock is not None or is_deepspeed_zero3_enabled()
@@ -70,23 +70,23 @@ def _needs_generate(builder: SampleBuilder) -> bool:
 def _generate(
     model: Any, rows: Sequence[Sample], builder: SampleBuilder, max_new_tokens: int, device: str
 ) -> list[list[int]]:
-    """The new tokens of each prompt row by transformers' `generate`, greedy, with what pads them after their end."""
+    """Generate the new tokens of each prompt row greedily by transformers' `generate`; padding follows their end."""
     batch = collate(rows, builder, device, side="left")
     tokens = model.generate(
         **{k: v for k, v in batch.items() if k != "labels"},
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        repetition_penalty=1.0,  # hub models bring their own; it would punish repeated digits and labels
+        repetition_penalty=1.0,  # that of a hub model would penalise repeated digits and labels
         use_cache=True,
         eos_token_id=end_ids(base_of(model), builder),
         pad_token_id=builder.tokenizer.pad_token_id,
     )
-    return tokens[:, batch["input_ids"].shape[1] :].tolist()
+    return tokens[:, batch["input_ids"].shape[1] :].tolist()  # `generate` returns prompt and answer, [rows, tokens]
 
 
 def plan_batches(costs: Sequence[float], batch_size: int) -> tuple[tuple[int, ...], ...]:
-    """Positions of the rows of each batch: the longest first, so that rows of one batch are about as long as each
-    other and what needs the most memory comes at once. A pure function of the rows."""
+    """Return the positions of the rows of each batch, the longest rows first: rows of a batch have about the same
+    length, and the batch that needs the most memory comes first. A pure function of the rows."""
     order = np.argsort(-np.asarray(costs, np.float64), kind="stable").tolist()
     return tuple(tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size))
 
@@ -98,29 +98,29 @@ def answer_all(
     say: Callable[[str], None] | None = None,
     weights: str | None = None,
 ) -> list[str]:
-    """The greedy answer to each record, in their order.
+    """Return the greedy answer to each record, in their order.
 
-    `path`: a file that grows; answers that are there, made from the same inputs, are not made again. `say` is told how
-    far it is. `weights`: a folder with the files of `work.adapter`, which may lie elsewhere.
+    `path`: file to which answers are appended; those in it from the same inputs are not generated again. `say` gets
+    progress lines. `weights`: a local folder with the files of `work.adapter`, which may be an address.
     """
     key = describe_work(work, weights or work.adapter) if path is not None else {}
     known = _read_answers(path, key, work) if path is not None else {}
-    left = [number for number in range(len(work.batches)) if number not in known]
+    missing = [number for number in range(len(work.batches)) if number not in known]
     total, done = len(work.records), sum(len(work.batches[number]) for number in known)
     if known and say is not None:
         say(f"{done} of {total} answers were there already, in {path}")
-    started, told, first = time.monotonic(), 0.0, done
+    started, last_line, first = time.monotonic(), 0.0, done
     file = _open_answers(path, key, known) if path is not None else None
     try:
-        for number, answers in do_batches(work, _answer, left, num_actors):
+        for number, answers in do_batches(work, _answer, missing, num_actors):
             known[number] = answers
             done += len(answers)
             if file is not None:
                 file.write(json.dumps({"batch": number, "answers": answers}) + "\n")
                 file.flush()
-            if say is not None and (time.monotonic() - told > _TELL_S or done == total):
-                told = time.monotonic()
-                rate = (done - first) / (told - started)
+            if say is not None and (time.monotonic() - last_line > _PROGRESS_S or done == total):
+                last_line = time.monotonic()
+                rate = (done - first) / (last_line - started)
                 say(f"predicted {done}/{total} rows, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
     finally:
         if file is not None:
@@ -133,7 +133,7 @@ def answer_all(
 
 
 def answer_records(loaded: InferenceWorker, records: Sequence[Record]) -> list[str]:
-    """The greedy answers to records, as one batch, by what `evaluate.engine` says."""
+    """Return the greedy answers to records, as one batch, by the engine of `evaluate.engine`."""
     job, builder = loaded.work.job, loaded.builder
     if job.evaluate.engine == "vllm":
         return loaded.answer([builder.prompt_row(record) for record in records])
@@ -148,14 +148,14 @@ def _answer(loaded: InferenceWorker, records: Sequence[SftRecord], positions: Se
 
 
 def describe_work(work: InferenceJob, weights: str | None) -> dict[str, str]:
-    """What the answers depend on, as hashes by name, and whose memory: where all are equal, so are the answers.
+    """Describe the inputs of the answers by hashes and the kind of memory: where all are equal, so are the answers.
     `weights`: the adapter's folder on this machine."""
     job, builder = work.job, load_sample_builder(work.spec)
     rows = hashlib.sha256()
     for r in work.records:
         images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
-        told = (r.id, images, [_stamp(i) for i in images], r.sizes, builder.turns(r), r.context.get("task"))
-        rows.update(repr(told).encode())
+        row = (r.id, images, [_stamp(i) for i in images], r.sizes, builder.turns(r), r.context.get("task"))
+        rows.update(repr(row).encode())
     loading = (
         job.model.load_in_4bit,
         job.train.precision,
@@ -176,23 +176,23 @@ def describe_work(work: InferenceJob, weights: str | None) -> dict[str, str]:
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
-    """Size and time of a file here; None elsewhere."""
+    """Return size and modification time of a local file; None for any other."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _files(folder: str) -> list[tuple[str, Any]]:
-    """Names with sizes and times of a folder's weights; the name alone of what is not here."""
+    """Return name, size and time of the files of a local folder; of any other folder its name alone."""
     root = Path(folder)
     return [(folder, None)] if not root.is_dir() else [(p.name, _stamp(str(p))) for p in sorted(root.glob("*.*"))]
 
 
 def _trained(folder: str) -> list[tuple[str, Any]]:
-    """What stands for trained weights: of an adapter names and hashes of files, since a copy gives the same answers; of
-    a whole model, which is large, names, sizes and times."""
+    """Identify trained weights: an adapter by the names and hashes of its files, so that a copy counts as equal; a
+    whole model, which is too large to hash, by names, sizes and times."""
     if is_whole_model(folder):
         return _files(folder)
     files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
@@ -200,13 +200,13 @@ def _trained(folder: str) -> list[tuple[str, Any]]:
 
 
 def _read_answers(path: Path, key: Mapping[str, str], work: InferenceJob) -> dict[int, list[str]]:
-    """Batches that were answered from the same inputs; a line cut off by a crash is left out."""
-    found: dict[int, list[str]] = {}
+    """Read the batches that were answered from the same inputs; a line cut off by a crash is left out."""
+    known: dict[int, list[str]] = {}
     if not path.is_file():
-        return found
+        return known
     first, *rest = whole_lines(path.read_bytes()) or [None]
     if not isinstance(first, dict) or first.get("key") != key:
-        return found
+        return known
     for line in rest:
         if not isinstance(line, dict):
             continue
@@ -214,12 +214,12 @@ def _read_answers(path: Path, key: Mapping[str, str], work: InferenceJob) -> dic
         if not isinstance(number, int) or not 0 <= number < len(work.batches) or not isinstance(answers, list):
             continue
         if [type(text) for text in answers] == [str] * len(work.batches[number]):
-            found[number] = answers
-    return found
+            known[number] = answers
+    return known
 
 
 def _open_answers(path: Path, key: Mapping[str, str], known: Mapping[int, list[str]]) -> Any:
-    """The file, written anew with what is known, and open for more."""
+    """Write the file anew with the known answers, and return it open for appending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     lines = [{"key": key}, *({"batch": number, "answers": answers} for number, answers in known.items())]

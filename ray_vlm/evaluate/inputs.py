@@ -1,8 +1,8 @@
-"""What `ray-vlm predict` is given, as questions: an image, a folder of images, or a table.
+"""Read the inputs of `ray-vlm predict` as questions: an image, a folder of images, or a table.
 
 A table (.csv, .tsv, .json, .jsonl, .parquet) has a column of images, relative to its folder or to `--image-root`, and
-what the task needs: `question` for chat, `box` for positions; or for GUI steps `Task_id, Image_id, Instruction`, a
-task's rows being its steps in order.
+what the task needs: `question` for chat, `box` for positions; for GUI steps `Task_id, Image_id, Instruction`, where the
+rows of a task are its steps in order.
 """
 
 import os
@@ -23,54 +23,68 @@ from ray_vlm.runs.store import is_remote
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-_COLUMNS = ("image", "images", "file_name", "image_path", "path", "Image_id")  # where a table has its images
+_COLUMNS = (
+    "image",
+    "images",
+    "file_name",
+    "image_path",
+    "path",
+    "Image_id",
+)  # the first of them that a table has
 
 assert len(_IMAGES) >= len(FORMATS)
 
 
 @dataclass(frozen=True)
 class Input:
-    """One question of an input. `error`: why it cannot be asked, where reading it has shown that.
+    """One question of an input. `error`: why it cannot be asked, if reading it failed.
 
-    `task`, `step`: the Task_id of a GUI step, and its place in the task, from 0; None of other tasks' rows.
+    `names`: its images as the table or the command line names them. `task`, `step`: the Task_id of a GUI step and its
+    position in the task, from 0; None for other tasks.
     """
 
     ask: Ask
     error: str | None = None
     task: str | None = None
     step: int | None = None
+    names: tuple[str, ...] = ()
 
 
-def read_inputs(given: Sequence[str], question: str | None, task: str, image_root: str | None = None) -> list[Input]:
-    """The questions that images, folders and tables ask. Raises `DataError` where one of them is not there, and
+def read_inputs(inputs: Sequence[str], question: str | None, task: str, image_root: str | None = None) -> list[Input]:
+    """Read the questions of images, folders and tables. Raise `DataError` where one of them does not exist, and
     `ConfigError` for an `image_root` that no table uses."""
     if image_root is not None:
-        if not any(_is_table(name) for name in given):
+        if not any(_is_table(name) for name in inputs):
             raise ConfigError(f"--image-root {image_root}: it is for tables, and none is given. Leave it out.")
         if not is_remote(image_root) and not Path(image_root).is_dir():
             raise ConfigError(f"--image-root {image_root}: no such folder. Give the folder of the table's images.")
-    return [found for name in given for found in _read_input(name, question, task, image_root)]
+    return [entry for name in inputs for entry in _read_input(name, question, task, image_root)]
 
 
-def _is_table(given: str) -> bool:
-    path = Path(given)
+def _is_table(name: str) -> bool:
+    path = Path(name)
     return path.suffix.lower() in TABLES and not path.is_dir()
 
 
-def _read_input(given: str, question: str | None, task: str, image_root: str | None) -> list[Input]:
-    path = Path(os.path.abspath(given))  # replicas have another current folder
-    told = {"question": question} if question is not None else {}
+def _read_input(name: str, question: str | None, task: str, image_root: str | None) -> list[Input]:
+    path = Path(os.path.abspath(name))  # replicas have another current folder
+    fields = {"question": question} if question is not None else {}
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGES and p.is_file())
-        return [Input(Ask((str(p),), told, str(p.relative_to(path)))) for p in found]
-    if _is_table(given):
-        return _read_table(given, told, task, image_root or parent_folder(given))
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGES and p.is_file())
+        ids = [str(p.relative_to(path)) for p in files]
+        return [
+            Input(Ask((str(p),), fields, inside), names=(os.path.join(name, inside),))
+            for p, inside in zip(files, ids, strict=True)
+        ]
+    if _is_table(name):
+        return _read_table(name, fields, task, image_root or parent_folder(name))
     if not path.is_file():
-        raise DataError(f"{given}: no such file or folder.")
-    return [Input(Ask((str(path),), told, given))]
+        raise DataError(f"{name}: no such file or folder.")
+    return [Input(Ask((str(path),), fields, name), names=(name,))]
 
 
-def _read_table(address: str, told: Mapping[str, Any], task: str, root: str) -> list[Input]:
+def _read_table(address: str, fields: Mapping[str, Any], task: str, root: str) -> list[Input]:
+    """Read a question from each row. `fields`: those of the command line; a row's own take precedence."""
     table = read_table(address)
     column = next((name for name in _COLUMNS if name in table.columns), None)
     if column is None:
@@ -83,20 +97,22 @@ def _read_table(address: str, told: Mapping[str, Any], task: str, root: str) -> 
             continue
         number, cells = row
         name = str(cells["id"]) if not is_empty(cells.get("id")) else f"row {number}"
-        place: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if task == "gui_steps":
-            of_task = "" if is_empty(cells.get("Task_id")) else str(cells["Task_id"])
-            place = {"task": of_task, "step": steps[of_task] if of_task else 0}
-            steps[of_task] += 1
+            task_id = "" if is_empty(cells.get("Task_id")) else str(cells["Task_id"])
+            options = {"task": task_id, "step": steps[task_id] if task_id else 0}
+            steps[task_id] += 1
         try:
-            images = tuple(resolve_image(root, str(value)) for value in _listed(cells.get(column)))
-            inputs.append(Input(Ask(images, dict(told) | _told(cells, task), name), **place))
+            options["names"] = tuple(map(str, _list_images(cells.get(column))))
+            images = tuple(resolve_image(root, image) for image in options["names"])
+            inputs.append(Input(Ask(images, {**fields, **_read_fields(cells, task)}, name), **options))
         except ValueError as error:
-            inputs.append(Input(Ask((), {}, name), str(error), **place))
+            inputs.append(Input(Ask((), {}, name), str(error), **options))
     return inputs
 
 
-def _listed(value: Any) -> list[Any]:
+def _list_images(value: Any) -> list[Any]:
+    """Return the images of a cell: a name, a list of names, or such a list as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = from_json(value, "images")
     if is_empty(value):
@@ -104,13 +120,13 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _told(cells: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """What a row tells beside its images."""
-    told: dict[str, Any] = {}
+def _read_fields(cells: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return the values of a row that the task's question takes beside its images."""
+    fields: dict[str, Any] = {}
     if task == "chat" and not is_empty(cells.get("question")):
-        told["question"] = str(cells["question"])
+        fields["question"] = str(cells["question"])
     if task == "classification" and not is_empty(cells.get("box")):
-        told["box"] = from_json(cells["box"], "box")
+        fields["box"] = from_json(cells["box"], "box")
     if task == "gui_steps":
-        told["goal"] = "" if is_empty(cells.get("Instruction")) else str(cells["Instruction"])
-    return told
+        fields["goal"] = "" if is_empty(cells.get("Instruction")) else str(cells["Instruction"])
+    return fields

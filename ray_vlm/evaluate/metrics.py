@@ -1,8 +1,8 @@
-"""Predictions -> numbers, by task: `measure` is the one door. All are shares (0..1), higher is better.
+"""Metrics of predictions, by task; `measure` is the entry point. All are shares (0 to 1), and higher is better.
 
-Every task: `parse_rate`, the share of answers in the promised form. Classification: `accuracy` counts rows of which
-every attribute is right, `attribute_accuracy` single attributes; `balanced_accuracy` is the mean recall of the values
-of an attribute, and the mean of that over attributes; `macro_f1` likewise. GUI steps: `step_success`, `task_success`
+Every task: `parse_rate`, the share of answers in the requested form. Classification: `accuracy` is the share of rows
+with every attribute right, `attribute_accuracy` that of single attributes; `balanced_accuracy` is the mean recall of
+the values of an attribute, averaged over attributes; `macro_f1` likewise. GUI steps: `step_success`, `task_success`
 (every step of a task), `action_accuracy`, `argument_accuracy`, `grounding` (pointing inside the true box, of the steps
 that point), `mean_iou`. Chat: `exact`, `normalised`, `anls`.
 """
@@ -17,20 +17,20 @@ from ray_vlm.tasks.answers import same_words
 
 
 def measure(task: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`{"overall": {metric: value}, "per_class": {label: {...}}, "num_rows", ...}` of a task's predictions."""
+    """Return `{"overall": {metric: value}, "per_class": {label: {...}}, "num_rows", ...}` of a task's predictions."""
     metrics = _MEASURES[task](predictions)
     metrics["overall"]["parse_rate"] = _mean(p.ok for p in predictions)
     return metrics | {"task": task, "num_rows": len(predictions)}
 
 
 def _mean(values: Iterable[Any]) -> float:
-    """Mean of those that are not None; 0.0 of nothing."""
-    kept = [float(value) for value in values if value is not None]
-    return sum(kept) / len(kept) if kept else 0.0
+    """Return the mean of the values that are not None; 0.0 without any."""
+    numbers = [float(value) for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 def measure_classification(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Overall numbers, and precision, recall and F1 of every `attribute=value`."""
+    """Return the overall metrics, and precision, recall and F1 of every `attribute=value`."""
     counts: dict[str, Counter] = defaultdict(Counter)
     values: dict[str, set[str]] = defaultdict(set)
     for p in predictions:
@@ -38,28 +38,28 @@ def measure_classification(predictions: Sequence[Prediction]) -> dict[str, Any]:
             values[name].add(value)
     for p in predictions:
         for name, value in p.truth["attributes"].items():
-            found = known_value(p.parsed.get("attributes", {}).get(name), values[name])
+            answered = known_value(p.parsed.get("attributes", {}).get(name), values[name])
             right = p.score["correct"][name]
             counts[f"{name}={value}"]["hits" if right else "misses"] += 1
-            if found is not None and not right:
-                counts[f"{name}={found}"]["invented"] += 1
+            if answered is not None and not right:
+                counts[f"{name}={answered}"]["invented"] += 1
     known = {tag for tag, c in counts.items() if c["hits"] + c["misses"]}
     per_class = {tag: _rates(counts[tag]) for tag in sorted(known)}
     by_attribute: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for tag, of_tag in per_class.items():
-        by_attribute[tag.partition("=")[0]].append(of_tag)
+    for tag, class_rates in per_class.items():
+        by_attribute[tag.partition("=")[0]].append(class_rates)
     overall = {
         "accuracy": _mean(p.score["all"] for p in predictions),
         "attribute_accuracy": _mean(right for p in predictions for right in p.score["correct"].values()),
-        "balanced_accuracy": _mean(_mean(r["recall"] for r in of_name) for of_name in by_attribute.values()),
-        "macro_f1": _mean(_mean(r["f1"] for r in of_name) for of_name in by_attribute.values()),
+        "balanced_accuracy": _mean(_mean(r["recall"] for r in value_rates) for value_rates in by_attribute.values()),
+        "macro_f1": _mean(_mean(r["f1"] for r in value_rates) for value_rates in by_attribute.values()),
     }
     return {"overall": overall, "per_class": per_class}
 
 
-def known_value(found: str | None, values: Iterable[str]) -> str | None:
-    """The value of the data that an answer means, case and spaces aside; None for one that the data do not have."""
-    return next((value for value in values if found is not None and same_words(found, value)), None)
+def known_value(answered: str | None, values: Iterable[str]) -> str | None:
+    """Return the value of the data that equals the answered one up to case and spaces; None without such a value."""
+    return next((value for value in values if answered is not None and same_words(answered, value)), None)
 
 
 def _rates(counts: Counter) -> dict[str, float]:
@@ -68,16 +68,16 @@ def _rates(counts: Counter) -> dict[str, float]:
 
 
 def measure_gui_steps(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Overall numbers, and step success by true action."""
+    """Return the overall metrics, and those of each true action."""
     tasks: dict[str, list[bool]] = defaultdict(list)
     actions: dict[str, list[Prediction]] = defaultdict(list)
     for p in predictions:
         tasks[p.group].append(p.score["success"])
         actions[f"action={p.truth['output']['action']}"].append(p)
     counts: dict[str, Counter] = defaultdict(Counter)
-    for tag, found in actions.items():
-        counts[tag]["hits"] = sum(p.score["action"] for p in found)
-        counts[tag]["misses"] = len(found) - counts[tag]["hits"]
+    for tag, steps in actions.items():
+        counts[tag]["hits"] = sum(p.score["action"] for p in steps)
+        counts[tag]["misses"] = len(steps) - counts[tag]["hits"]
         name = tag.partition("=")[2]
         others = (p for other, group in actions.items() if other != tag for p in group)
         counts[tag]["invented"] = sum(same_words(str(p.parsed["output"].get("action")), name) for p in others)
@@ -89,13 +89,13 @@ def measure_gui_steps(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "grounding": _mean(p.score["inside"] for p in predictions),
         "mean_iou": _mean(p.score["iou"] for p in predictions),
     }
-    success = {tag: {"success": _mean(p.score["success"] for p in found)} for tag, found in actions.items()}
+    success = {tag: {"success": _mean(p.score["success"] for p in steps)} for tag, steps in actions.items()}
     per_class = {tag: _rates(counts[tag]) | success[tag] for tag in sorted(actions)}
     return {"overall": overall, "per_class": per_class, "num_tasks": len(tasks)}
 
 
 def measure_chat(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Overall numbers; free text has no classes."""
+    """Return the overall metrics; free text has no classes."""
     names = ("exact", "normalised", "anls")
     return {"overall": {name: _mean(p.score[name] for p in predictions) for name in names}, "per_class": {}}
 

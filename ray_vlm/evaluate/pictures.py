@@ -1,4 +1,4 @@
-"""Images with truth and prediction drawn: which ones, and what is drawn on them. Reads what evaluations wrote."""
+"""Images of the reports with truth and prediction: which ones are shown, and what is drawn on them."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ _SHOWN_PX = 640  # images are embedded at most this large
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One evaluation to show: its title, `metrics.json` and predictions."""
+    """One evaluation of a report: its title, `metrics.json` and the lines of `predictions.jsonl`."""
 
     title: str
     metrics: dict[str, Any]
@@ -23,19 +23,19 @@ class EvalResult:
 
 
 def _true_classes(prediction: dict[str, Any]) -> set[str]:
-    """Classes, conditions or the action of a prediction's truth."""
+    """Return the labels, the `attribute=value` pairs or the action of a prediction's truth."""
     truth = prediction["truth"]
     attributes = {f"{name}={value}" for name, value in truth.get("attributes", {}).items()}
     return set(truth.get("labels", ())) | attributes | {v for k, v in truth.get("output", {}).items() if k == "action"}
 
 
 def choose_images(predictions: Sequence[dict[str, Any]]) -> list[int]:
-    """A dozen positions: half of them hold the rarest true class, the rest are evenly spaced.
+    """Choose a dozen positions: half of them hold the rarest true class, the rest are evenly spaced.
 
-    Where some rows have a place to draw (steps that point at something), the rarest class is one of theirs.
+    Where some rows have a box or a point to draw, the rarest class is chosen among those rows.
     """
-    places = ("boxes", "box", "point")
-    drawn = [i for i, p in enumerate(predictions) if any(p["truth"].get(name) for name in places)]
+    shapes = ("boxes", "box", "point")
+    drawn = [i for i, p in enumerate(predictions) if any(p["truth"].get(name) for name in shapes)]
     drawn = drawn or list(range(len(predictions)))
     counts = Counter(label for i in drawn for label in _true_classes(predictions[i]))
     rarest = min(counts, key=lambda label: (counts[label], label)) if counts else None
@@ -45,13 +45,14 @@ def choose_images(predictions: Sequence[dict[str, Any]]) -> list[int]:
     return rare + [others[i * len(others) // space] for i in range(space)]
 
 
-def draw_picture(position: int, stages: Sequence[EvalResult]) -> dict[str, Any] | None:
-    """One row's first image with the boxes of every stage, in original pixels, or its answers in words."""
-    first = stages[0].predictions[position]
+def draw_picture(position: int, results: Sequence[EvalResult]) -> dict[str, Any] | None:
+    """Describe one row's first image with the boxes of every result, in original pixels, or the answers as text; None
+    for a row without an image."""
+    first = results[0].predictions[position]
     if not first["images"]:
         return None
     width, height = first["sizes"][0]
-    views = [_view(stage, stage.predictions[position]) for stage in stages]
+    views = [_view(result, result.predictions[position]) for result in results]
     return {
         "id": first["id"],
         "width": width,
@@ -64,18 +65,18 @@ def draw_picture(position: int, stages: Sequence[EvalResult]) -> dict[str, Any] 
     }
 
 
-def _view(stage: EvalResult, p: dict[str, Any]) -> dict[str, Any]:
+def _view(result: EvalResult, p: dict[str, Any]) -> dict[str, Any]:
     score = p["score"]
     if "hits" in score:
         verdict = f"{sum(score['hits'].values())} of {len(p['truth']['labels'])} found"
     else:
         right = score.get("success", score.get("all", score.get("normalised")))
         verdict = f"{'right' if right else 'wrong'}: {in_words(p['found']) or p['answer'][:200]}"
-    return {"title": stage.title, "found": _boxes(p["found"]), "verdict": verdict}
+    return {"title": result.title, "found": _boxes(p["found"]), "verdict": verdict}
 
 
 def _boxes(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is drawn: labelled boxes, or the place that a step points at."""
+    """Return the boxes to draw: those with labels, or the box or point of a GUI step; a point is a box of 4 pixels."""
     boxes, labels = values.get("boxes", []), values.get("labels", [])
     if values.get("box") is not None:
         boxes, labels = [values["box"]], [""]
@@ -87,14 +88,14 @@ def _boxes(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _data_uri(path: str) -> str:
-    """The image inside the page; empty for one that is no longer there, or no longer an image."""
+    """Return the image as a `data:` URI; empty where the file is missing or cannot be decoded."""
     from PIL import Image
 
     from ray_vlm.data.images import decode
 
     try:
         image = Image.fromarray(decode(path))
-    except Exception:  # the edge of the decoder
+    except Exception:  # a decoder raises many types for a damaged file
         return ""
     image.thumbnail((_SHOWN_PX, _SHOWN_PX))
     buffer = io.BytesIO()

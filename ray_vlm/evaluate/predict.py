@@ -1,7 +1,7 @@
 """`ray-vlm predict RUN INPUT... --output PATH`: images, folders and tables in, JSON lines or a table out.
 
-Answers are made as `evaluate` makes them: in batches, by any number of processes, none twice where a call was killed.
-The steps of a GUI task follow one another: their memory is what the model itself answered before.
+Answers are generated as in `evaluate`: in batches, by any number of processes, and none again after a call was killed.
+The steps of a GUI task are answered in order, with the model's own earlier answers as their memory.
 """
 
 import csv
@@ -16,12 +16,13 @@ from ray_vlm.data.records import SftRecord
 from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate.generate import answer_all, plan_batches
 from ray_vlm.evaluate.inputs import Input, read_inputs
+from ray_vlm.evaluate.prediction import join_names
 from ray_vlm.evaluate.predictor import Found, Predictor
 from ray_vlm.evaluate.questions import Ask
 from ray_vlm.evaluate.walks import plan_walks
 
 _ENDINGS = (".jsonl", ".csv")
-_MOST_REASONS = 20  # that are told where no input can be read; the results hold all of them
+_MOST_REASONS = 20  # in the error where no input can be read; the results hold all of them
 
 
 def predict_files(
@@ -34,48 +35,49 @@ def predict_files(
     say: Callable[[str], None] = print,
     image_root: str | None = None,
 ) -> int:
-    """Answer every input and write the results, in the order of the inputs; returns how many.
+    """Answer every input, write the results in the order of the inputs, and return their number.
 
-    `output`: .jsonl or .csv; `draw`: a folder for images with what was found on them; `num_replicas`: processes that
-    hold the model, 0 is this one; `image_root`: folder of the images that tables name, by default the table's own.
-    Inputs that cannot be read are results too, with `error`; raises `DataError` once they are written where none can.
+    `output`: .jsonl or .csv; `draw`: a folder for the images with the predictions drawn; `num_replicas`: processes that
+    load the model, 0 for this one; `image_root`: folder of the images that tables name, by default the table's own.
+    An input that cannot be read is a result with `error`. Raise `DataError`, after writing, where none can be read.
     """
     if Path(output).suffix.lower() not in _ENDINGS:
-        raise ConfigError(f"--output {output}: its name ends in neither .jsonl nor .csv.")
-    given = read_inputs(inputs, question, predictor.task, image_root)
-    if not given:
+        raise ConfigError(f"--output {output}: its name ends in neither .jsonl nor .csv. Give it one of these endings.")
+    questions = read_inputs(inputs, question, predictor.task, image_root)
+    if not questions:
         raise DataError(f"{', '.join(inputs)}: no images there. Give images, folders of images, or a table.")
-    records, errors = _records(predictor, given)
+    records, errors = _records(predictor, questions)
     if errors:
-        say(f"{len(errors)} of {len(given)} inputs cannot be read; their results say why")
+        say(f"{len(errors)} of {len(questions)} inputs cannot be read; their results say why")
     answers = _answers(predictor, list(records.values()), output, num_replicas, say) if records else []
-    found = {
-        i: predictor.understand(record, answer, given[i].ask)
+    predictions = {
+        i: predictor.understand(record, answer, questions[i].ask)
         for (i, record), answer in zip(records.items(), answers, strict=True)
     }
-    _write(output, [_result(of_one, errors[i] if i in errors else found[i]) for i, of_one in enumerate(given)])
+    outcomes: dict[int, Found | str] = {**predictions, **errors}
+    _write(output, [_result(entry, outcomes[i]) for i, entry in enumerate(questions)])
     if not records:
-        reasons = [f"{given[i].ask.id}: {reason}" for i, reason in list(errors.items())[:_MOST_REASONS]]
-        raise DataError([*reasons, f"None of {len(given)} inputs can be read; {output} says why of each."])
+        reasons = [f"{questions[i].ask.id}: {reason}" for i, reason in list(errors.items())[:_MOST_REASONS]]
+        raise DataError([*reasons, f"None of {len(questions)} inputs can be read; {output} says why of each."])
     if draw:
-        for i, of_one in found.items():
-            _draw(Path(draw), i + 1, given[i].ask, of_one)
-    _kept(output).unlink(missing_ok=True)
-    return len(given)
+        for i, prediction in predictions.items():
+            _draw(Path(draw), i + 1, questions[i].ask, prediction)
+    _answers_path(output).unlink(missing_ok=True)
+    return len(questions)
 
 
-def _records(predictor: Predictor, given: Sequence[Input]) -> tuple[dict[int, SftRecord], dict[int, str]]:
-    """By position: the records that can be asked, and why the others cannot."""
+def _records(predictor: Predictor, questions: Sequence[Input]) -> tuple[dict[int, SftRecord], dict[int, str]]:
+    """Return, by position, the records that can be asked, and the reasons why the others cannot."""
     records: dict[int, SftRecord] = {}
     errors: dict[int, str] = {}
-    for i, of_one in enumerate(given):
-        found = of_one.error or predictor.try_record(of_one.ask, i)
-        if isinstance(found, str):
-            errors[i] = found
-        elif of_one.task is None:
-            records[i] = found
+    for i, entry in enumerate(questions):
+        record = entry.error or predictor.try_record(entry.ask, i)
+        if isinstance(record, str):
+            errors[i] = record
+        elif entry.task is None:
+            records[i] = record
         else:
-            records[i] = replace(found, context={**found.context, "task": of_one.task})
+            records[i] = replace(record, context={**record.context, "task": entry.task})
     return records, errors
 
 
@@ -90,30 +92,32 @@ def _answers(
         costs = [sum(builder.token_counts(record)[:2]) for record in records]
         work = replace(work, batches=plan_batches(costs, size))
     try:
-        return answer_all(work, _kept(output), num_replicas, say, predictor.weights)
+        return answer_all(work, _answers_path(output), num_replicas, say, predictor.weights)
     except OSError as error:
         raise _cannot_write(output, error) from None
 
 
-def _kept(output: str) -> Path:
-    """Where answers grow until the results are written."""
+def _answers_path(output: str) -> Path:
+    """Return the file that collects answers until the results are written."""
     path = Path(output)
     return path.with_name(f".{path.name}.answers.jsonl")
 
 
-def _result(given: Input, found: Found | str) -> dict[str, Any]:
-    result: dict[str, Any] = {"id": given.ask.id}
-    if given.task is not None:
-        result |= {"Task_id": given.task, "step": given.step}
-    result["images"] = list(given.ask.images)
-    if isinstance(found, str):
-        return result | {"error": found}
-    values = {"answer": found.answer, "found": dict(found.values), "ok": found.ok, "repairs": list(found.repairs)}
-    return result | values
+def _result(entry: Input, outcome: Found | str) -> dict[str, Any]:
+    """Build one line of the output from a prediction, or from the reason why there is none."""
+    result: dict[str, Any] = {"id": entry.ask.id}
+    if entry.task is not None:
+        result |= {"Task_id": entry.task, "step": entry.step}
+    # Not the resolved paths: those of a submitted job lie in a temporary folder.
+    result["images"] = list(entry.names)
+    if isinstance(outcome, str):
+        return result | {"error": outcome}
+    values = {"answer": outcome.answer, "found": dict(outcome.values), "ok": outcome.ok}
+    return result | values | {"repairs": list(outcome.repairs)}
 
 
 def _write(output: str, results: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, or a table with one row for each result."""
+    """Write JSON lines, or a CSV table with one row for each result."""
     path = Path(output)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -132,9 +136,9 @@ def _write(output: str, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _as_cells(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result as a row of a table: several images in one cell, what was found as JSON."""
+    """Return a result as a row of a table: one image by its name, several as a JSON list, and the values as JSON."""
     cells = {name: value for name, value in result.items() if name != "repairs"}
-    cells["images"] = " ".join(map(str, result["images"]))
+    cells["images"] = join_names(result["images"])
     if "found" in result:
         cells["found"] = json.dumps(result["found"], ensure_ascii=False)
     return cells
@@ -144,6 +148,6 @@ def _cannot_write(output: str, error: OSError) -> RunError:
     return RunError(f"{output} cannot be written ({error}). Give another --output.")
 
 
-def _draw(folder: Path, number: int, ask: Ask, found: Found) -> None:
+def _draw(folder: Path, number: int, ask: Ask, prediction: Found) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    found.draw().save(folder / f"{number:05d}-{Path(str(ask.images[0])).stem}.png")
+    prediction.draw().save(folder / f"{number:05d}-{Path(str(ask.images[0])).stem}.png")

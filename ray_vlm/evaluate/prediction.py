@@ -1,5 +1,6 @@
-"""One answer beside its truth: what every metric, table and report is made from."""
+"""One answer with its truth and score: the input of every metric, table and report."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,10 +12,10 @@ from ray_vlm.data.samples import SampleBuilder
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer and the truth of its record, places in original pixels, and the task's score of it.
+    """One answer, the truth of its record and the task's score of it; coordinates are in original pixels.
 
-    `group` is the task of a GUI step; `found` what was understood of the answer (`Parsed.values`); `images` are paths,
-    or None for bytes.
+    `group`: the task of a GUI step; `parsed`: the values parsed from the answer (`Parsed.values`), `found` in files;
+    `images`: paths, or None for bytes.
     """
 
     row: int
@@ -30,13 +31,18 @@ class Prediction:
     score: Mapping[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, as `predictions.jsonl` holds it."""
+        """Return plain data, a line of `predictions.jsonl`."""
         values = asdict(self)
         return {"found" if name == "parsed" else name: value for name, value in values.items()}
 
 
+def join_names(images: Sequence[str]) -> str:
+    """Return the images of a row as one cell of a table: one by its name, several as a JSON list."""
+    return "".join(images) if len(images) < 2 else json.dumps(list(images), ensure_ascii=False)
+
+
 def rates(hits: int, misses: int, invented: int, suffix: str = "") -> dict[str, float]:
-    """Precision, recall and F1 from counts, 0.0 where there is nothing to divide by; `suffix` ends their names."""
+    """Return precision, recall and F1 from counts, 0.0 for a division by zero; `suffix` is appended to their names."""
     precision = hits / (hits + invented) if hits + invented else 0.0
     recall = hits / (hits + misses) if hits + misses else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -67,7 +73,7 @@ def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], buil
 
 
 def in_words(values: Mapping[str, Any], labels: bool = True) -> str:
-    """What a truth or an answer says beside its places; `labels`: also those of boxes."""
+    """Return the text of a truth or a parsed answer, without coordinates; `labels`: include the labels of boxes."""
     if "labels" in values:
         return ", ".join(values["labels"]) if labels else ""
     pairs = values.get("attributes") or values.get("output") or {}

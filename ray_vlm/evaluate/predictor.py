@@ -1,15 +1,14 @@
-"""Predictions for applications: a trained adapter asked about one image, or many.
+"""Predictions for applications: ask a trained adapter about one image, or many.
 
     from ray_vlm import Predictor
 
     predictor = Predictor.from_run("outputs/demo_sft")
-    found = predictor.predict("photo.jpg")
-    found.values["boxes"], found.values["labels"]  # in pixels of the photo, upright
-    found.draw().save("found.png")
+    prediction = predictor.predict("photo.jpg")
+    prediction.values["boxes"], prediction.values["labels"]  # in pixels of the upright photo
+    prediction.draw().save("found.png")
 
-How images are resized and questions worded comes from the `preprocessing.json` beside the weights, so it is what
-training did. `from_run` also takes `best/`, an exported adapter, a merged model, a base or a job file; `evaluate/
-weights.py` finds out which.
+Image sizes and prompts come from the `preprocessing.json` beside the weights, so they are those of training. `from_run`
+also takes `best/`, an exported adapter, a merged model, a base or a job file (`evaluate/weights.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,10 +37,11 @@ Memory = Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | str | None  # s
 
 @dataclass(frozen=True)
 class Found:
-    """An answer and what was understood of it. `values` are the task's own, places in pixels of the upright image:
-    detection `boxes` and `labels`, classification `attributes`, GUI steps `output`, `box` and `point`, chat `answer`.
+    """An answer and its parsed values. `values`, with coordinates in pixels of the upright image: `boxes` and `labels`
+    for detection, `attributes` for classification, `output`, `box` and `point` for GUI steps, `answer` for chat.
 
-    `ok`: it was in the promised form; `repairs`: what had to be mended. `images` as they were given.
+    `ok`: the answer had the requested form; `repairs`: corrections that made it readable. `images`: as the caller
+    passed them. `classes`: the task's labels, whose order gives each its colour in `draw`.
     """
 
     images: tuple[Any, ...]
@@ -50,18 +50,19 @@ class Found:
     values: Mapping[str, Any]
     ok: bool
     repairs: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
     def draw(self) -> Any:
-        """The first image with what was found on it, as a PIL image."""
-        from ray_vlm.evaluate.draw import draw_found
+        """Draw the values on the first image and return it as a PIL image."""
+        from ray_vlm.evaluate.draw import draw_values
 
-        return draw_found(self.images[0], self.values)
+        return draw_values(self.images[0], self.values, self.classes)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A GUI step: `output` (action and arguments), where it points (pixels of the screen, or None), and the memories
-    to hand to the next `predict_step`."""
+    """A GUI step: `output` (action and arguments), the `box` or `point` of its target (pixels of the screen, or None),
+    and the memories to pass to the next `predict_step`."""
 
     output: Mapping[str, Any]
     box: Box | None
@@ -73,17 +74,17 @@ class Step:
 
 
 class Predictor:
-    """A base with an adapter on it, or alone, that answers. Loads the weights at the first question."""
+    """A base model that answers, with or without an adapter. The weights are loaded at the first question."""
 
     def __init__(self, job: JobConfig, adapter: str | None = None, wording: str | None = None):
-        """`job`: model, task and limits; `adapter`: folder or address of `best/` or `final/`; None is the base.
-        `wording`: another folder whose `preprocessing.json` says how to ask.
+        """`job`: model, task and limits; `adapter`: folder or address of `best/` or `final/`, None for the base.
+        `wording`: another folder, whose `preprocessing.json` gives the prompt.
 
-        Raises `ModelError` for an adapter of another task or base.
+        Raise `ModelError` for an adapter of another task or base.
         """
         self.weights = fetch_folder(adapter) if adapter is not None else None
-        spec, asked_by = sample_spec(job, []), wording or self.weights
-        spec = (read_preprocessing(asked_by, spec) if asked_by is not None else None) or spec
+        spec, folder = sample_spec(job, []), wording or self.weights
+        spec = (read_preprocessing(folder, spec) if folder is not None else None) or spec
         self.job, self.task = job, spec.task.name
         self._adapter = adapter
         self._loaded = InferenceWorker(InferenceJob(job, spec, (), self.weights, ()))
@@ -98,28 +99,29 @@ class Predictor:
         job: JobConfig | str | None = None,
         task: str | None = None,
     ) -> "Predictor":
-        """From a run, its `best/`, an exported adapter, a merged model, a base, or a job file: folder, address or hub
-        name.
+        """Build a predictor from the folder, address or hub name of a run, its `best/`, an exported adapter, a merged
+        model or a base, or from a job file.
 
-        `weights`: of a run, `best`, `final` or `base`; None takes `best` where there is one. `device`: `cpu` or `cuda`;
-        None is what the run trained on. `base`: an adapter's, where it lies elsewhere than when it was trained. `job`,
-        or `task` alone, says how to ask weights with no `preprocessing.json` beside them. Raises `RunError` where
-        nothing is found, `ConfigError` or `ModelError` where it takes more to ask.
+        `weights`: `best`, `final` or `base` of a run; None takes `best` where there is one. `device`: `cpu` or `cuda`;
+        None is the one that the run trained on. `base`: the base of an adapter that has moved since training. `job`,
+        or `task` alone, gives the task and the prompt for weights without a `preprocessing.json`. Raise `RunError`
+        where nothing has that name, `ConfigError` or `ModelError` where an option is missing or does not apply.
         """
-        asked = load_job(job) if isinstance(job, str) else job
-        found = find_answerer(str(run), weights, base, asked, task, device)
-        return cls(found.job, found.weights, found.wording)
+        asking_job = load_job(job) if isinstance(job, str) else job
+        answerer = find_answerer(str(run), weights, base, asking_job, task, device)
+        return cls(answerer.job, answerer.weights, answerer.wording)
 
     def predict(self, image: Any, **told: Any) -> Found:
-        """The answer to one image, or to a list of them for `chat`.
+        """Answer a question about one image, or for chat about a list of images.
 
-        `told`: for chat `question`; for classification, if the job tells positions, `box` in pixels; for GUI steps
-        `goal` and `history`. Raises `DataError` for an image that cannot be read.
+        `told`: `question` for chat; `box` in pixels for classification, if the job uses positions; `goal` and `history`
+        for GUI steps. Raise `DataError` for an image that cannot be read.
         """
         return self.predict_many([Ask(image, told)])[0]
 
     def predict_many(self, asks: Sequence[Ask]) -> list[Found]:
-        """The answers to many questions, `evaluate.batch_size` at a time. Raises `DataError` with every bad one."""
+        """Answer many questions, `evaluate.batch_size` at a time. Raise `DataError` with every one that cannot be
+        asked."""
         records, problems = [], []
         for row, ask in enumerate(asks):
             try:
@@ -138,7 +140,7 @@ class Predictor:
             )
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
-        return [self.understand(*of_one) for of_one in zip(records, answers, asks, strict=True)]
+        return [self.understand(*row) for row in zip(records, answers, asks, strict=True)]
 
     def predict_step(
         self,
@@ -147,30 +149,30 @@ class Predictor:
         short_term_memory: Memory = (),
         long_term_memory: Memory = (),
     ) -> Step:
-        """The next GUI step towards the goal on this screen. Start without memories, and hand on what the last step
-        returned; steps of your own may be texts or JSON objects, in a list, oldest first, or a single one.
+        """Predict the next GUI step towards the goal on this screen. Start without memories, then pass those of the
+        last `Step`; your own memories may be texts or JSON objects, a list with the oldest first, or a single one.
 
-        Raises `DataError` for an image that cannot be read and for a memory that is something else.
+        Raise `DataError` for an image that cannot be read and for a memory of another type.
         """
         try:
             earlier = read_memory(long_term_memory, "long_term_memory")
             history = (*earlier, *read_memory(short_term_memory, "short_term_memory"))
         except ValueError as error:
             raise DataError(str(error)) from None
-        found = self.predict(image_path, goal=user_goal, history=history)
-        values = found.values
+        prediction = self.predict(image_path, goal=user_goal, history=history)
+        values = prediction.values
         short, long = remember(history, values["output"], self.builder.setting)
-        return Step(values["output"], values["box"], values["point"], found.ok, found.answer, short, long)
+        return Step(values["output"], values["box"], values["point"], prediction.ok, prediction.answer, short, long)
 
     def record(self, ask: Ask, row: int = 0) -> SftRecord:
-        """The record that asks. Raises `DataError` that names the image or the question and what is wrong."""
-        found = self.try_record(ask, row)
-        if isinstance(found, str):
-            raise DataError(f"{name_of(ask, row)}: {found}")
-        return found
+        """Build the record of a question. Raise `DataError` with the name of the question and the reason."""
+        record = self.try_record(ask, row)
+        if isinstance(record, str):
+            raise DataError(f"{name_of(ask, row)}: {record}")
+        return record
 
     def try_record(self, ask: Ask, row: int = 0) -> SftRecord | str:
-        """The record that asks, or why it cannot be asked."""
+        """Return the record of a question, or the reason why it cannot be asked."""
         try:
             record = build_question(ask, row, self.task, self.job.data.max_image_pixels)
             return self.builder.question_problem(record) or record
@@ -178,16 +180,16 @@ class Predictor:
             return str(error) or type(error).__name__
 
     def understand(self, record: SftRecord, answer: str, ask: Ask) -> Found:
-        """What an answer to the record says."""
-        parsed = parse_answer(answer, record, self.builder)
-        return Found(ask.images, record.sizes, answer, parsed.values, parsed.ok, parsed.repairs)
+        """Parse an answer to the record."""
+        parsed, classes = parse_answer(answer, record, self.builder), tuple(self.builder.spec.labels)
+        return Found(ask.images, record.sizes, answer, parsed.values, parsed.ok, parsed.repairs, classes)
 
     @cached_property
     def builder(self) -> SampleBuilder:
-        """What words questions and reads answers."""
+        """The sample builder, which writes prompts and parses answers."""
         return load_sample_builder(self._loaded.work.spec)
 
     def work(self, num_actors: int) -> InferenceJob:
-        """The model as so many processes load it, 0 for this one; still without records."""
-        where = self.weights if num_actors == 0 or self._adapter is None else full_address(self._adapter)
-        return replace(self._loaded.work, adapter=where)
+        """Return the inference job for that many processes, 0 for this one; without records."""
+        adapter = self.weights if num_actors == 0 or self._adapter is None else full_address(self._adapter)
+        return replace(self._loaded.work, adapter=adapter)

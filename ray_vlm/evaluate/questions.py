@@ -1,4 +1,4 @@
-"""One question of an application as a record: images in any form, and what each task is to be told."""
+"""Build the record of an application's question: images in any form, and the fields that each task takes."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from ray_vlm.tasks.gui_steps import read_memory
 @dataclass(frozen=True)
 class Ask:
     """One question. `images`: a path, an address, encoded bytes, a PIL image or an array `uint8 [h, w, 3]`, or a list
-    of these; `told`: what the task's question needs beside them, as `Predictor.predict` takes it."""
+    of these; `told`: the other fields of the question, as `Predictor.predict` takes them."""
 
     images: Any
     told: Mapping[str, Any] = field(default_factory=dict)
@@ -28,20 +28,20 @@ class Ask:
 
 
 def name_of(ask: Ask, row: int) -> str:
-    """What messages call a question: its own name, that of its first image, or its number."""
+    """Return the name of a question in messages: its id, the path of its first image, or its number."""
     return ask.id or next((str(image) for image in ask.images if isinstance(image, str | Path)), f"input {row}")
 
 
 def build_question(ask: Ask, row: int, task: str, max_image_pixels: int) -> SftRecord:
-    """The record that asks. Raises `ValueError`, `OSError` or `TypeError` with the reason where it cannot be made."""
+    """Build the record of a question. Raise `ValueError`, `OSError` or `TypeError` with the reason."""
     images = tuple(_encoded(image) for image in ask.images)
     sizes = tuple(read_size(image, max_image_pixels) for image in images)
-    truth, context = _TELL[task](ask.told, sizes)
+    truth, context = _READ[task](ask.told, sizes)
     return SftRecord(name_of(ask, row), row, images, sizes, truth, context)
 
 
 def _encoded(image: Any) -> str | bytes:
-    """An image as records hold it: a path, an address, or bytes of a file."""
+    """Return an image as records hold it: a path, an address, or the bytes of an encoded file."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):
@@ -61,24 +61,24 @@ def _encoded(image: Any) -> str | bytes:
 
 
 Sizes = Sequence[tuple[int, int]]
-Told = Mapping[str, Any]
+Fields = Mapping[str, Any]  # `Ask.told`
 
 
-def _only(told: Told, *names: str) -> None:
-    if unknown := [name for name in told if name not in names]:
+def _only(fields: Fields, *names: str) -> None:
+    if unknown := [name for name in fields if name not in names]:
         raise ValueError(f"{', '.join(unknown)} means nothing to this task; it takes {', '.join(names) or 'an image'}")
 
 
-def _tell_nothing(told: Told, sizes: Sizes) -> tuple[dict, dict]:
-    _only(told)
+def _read_nothing(fields: Fields, sizes: Sizes) -> tuple[dict, dict]:
+    _only(fields)
     _one(sizes)
     return {"boxes": (), "labels": ()}, {}
 
 
-def _tell_box(told: Told, sizes: Sizes) -> tuple[dict, dict]:
-    _only(told, "box")
+def _read_box(fields: Fields, sizes: Sizes) -> tuple[dict, dict]:
+    _only(fields, "box")
     _one(sizes)
-    box = told.get("box")
+    box = fields.get("box")
     if box is None:
         return {"attributes": {}}, {}
     box = tuple(float(v) for v in box)
@@ -87,19 +87,19 @@ def _tell_box(told: Told, sizes: Sizes) -> tuple[dict, dict]:
     return {"attributes": {}}, {"box": box}
 
 
-def _tell_question(told: Told, sizes: Sizes) -> tuple[dict, dict]:
-    _only(told, "question")
-    question = told.get("question")
+def _read_question(fields: Fields, sizes: Sizes) -> tuple[dict, dict]:
+    _only(fields, "question")
+    question = fields.get("question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("chat needs a question")
     tags = "" if IMAGE in question else IMAGE * len(sizes)
     return {"answer": ""}, {"turns": (("user", tags + question),)}
 
 
-def _tell_goal(told: Told, sizes: Sizes) -> tuple[dict, dict]:
-    _only(told, "goal", "history")
+def _read_goal(fields: Fields, sizes: Sizes) -> tuple[dict, dict]:
+    _only(fields, "goal", "history")
     _one(sizes)
-    goal, history = told.get("goal"), read_memory(told.get("history"), "history")
+    goal, history = fields.get("goal"), read_memory(fields.get("history"), "history")
     if not isinstance(goal, str) or not goal.strip():
         raise ValueError("a GUI step needs a goal")
     context = {"instruction": goal, "task": "", "step": len(history), "history": history}
@@ -108,12 +108,12 @@ def _tell_goal(told: Told, sizes: Sizes) -> tuple[dict, dict]:
 
 def _one(sizes: Sizes) -> None:
     if len(sizes) != 1:
-        raise ValueError(f"{len(sizes)} images, and this task looks at one")
+        raise ValueError(f"{len(sizes)} images, and this task takes one")
 
 
-_TELL = {
-    "detection": _tell_nothing,
-    "classification": _tell_box,
-    "chat": _tell_question,
-    "gui_steps": _tell_goal,
+_READ = {
+    "detection": _read_nothing,
+    "classification": _read_box,
+    "chat": _read_question,
+    "gui_steps": _read_goal,
 }

@@ -1,6 +1,6 @@
-"""Evaluate a job's base or an adapter on `data.test`: predict every row, measure, write what was found.
+"""Evaluate a job's base or an adapter on `data.test`: predict every row, measure, write the results.
 
-The base and every adapter go through this one function, with the same images, wording and parser.
+The base and every adapter go through the same function, with the same images, prompts and parser.
 """
 
 import csv
@@ -22,7 +22,7 @@ from ray_vlm.evaluate.generate import ANSWERS, answer_all, plan_batches
 from ray_vlm.evaluate.intervals import measure_intervals
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.pictures import EvalResult
-from ray_vlm.evaluate.prediction import Prediction, build_predictions
+from ray_vlm.evaluate.prediction import Prediction, build_predictions, join_names
 from ray_vlm.evaluate.report import write_report
 from ray_vlm.evaluate.tracked import track_test
 from ray_vlm.evaluate.walks import plan_walks
@@ -32,12 +32,12 @@ from ray_vlm.runs.paths import write_bad_rows, write_json
 from ray_vlm.runs.store import full_address, is_remote
 
 MEMORIES = {"truth": "the truth's", "model": "the model's own"}  # `evaluate.memory` in words
-_FOLDERS = {"truth": "", "model": "-own-memory"}  # what ends the names of folders with results
+_FOLDERS = {"truth": "", "model": "-own-memory"}  # suffixes of the folders of results, by `evaluate.memory`
 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """What is measured: the base as the job loads it, or an adapter on it; `folder`: its name among several."""
+    """What is measured: the base as the job loads it, or an adapter for it; `folder`: its subfolder among several."""
 
     title: str
     folder: str
@@ -48,47 +48,48 @@ class EvalTarget:
 def plan_subjects(
     job: JobConfig, adapters: Sequence[str], base: bool, unquantised: bool, both_memories: bool = False
 ) -> list[EvalTarget]:
-    """What to measure, in the order of the report: the base unquantised, the base, the adapters.
+    """Plan what to measure, in the order of the report: the unquantised base, the base, the adapters.
 
-    With nothing asked for, the base. In one report the loss by quantisation is not mistaken for training's.
-    `both_memories`: all with the truth's memory, then all with their own. Raises `ConfigError` for tasks without one.
+    Without adapters the base is always measured. The unquantised base shows which part of a difference is due to
+    quantisation. `both_memories`: all with the truth's memory, then all with their own. Raise `ConfigError` for a task
+    without memory.
     """
-    subjects = []
+    targets = []
     if unquantised and job.model.load_in_4bit:
-        whole = job.model_copy(update={"model": job.model.model_copy(update={"load_in_4bit": False})})
-        subjects.append(EvalTarget("base, not quantised", "base-unquantised", whole))
+        unquantised_job = job.model_copy(update={"model": job.model.model_copy(update={"load_in_4bit": False})})
+        targets.append(EvalTarget("base, not quantised", "base-unquantised", unquantised_job))
     if base or not adapters:
-        subjects.append(EvalTarget("base, 4 bit" if job.model.load_in_4bit else "base", "base", job))
+        targets.append(EvalTarget("base, 4 bit" if job.model.load_in_4bit else "base", "base", job))
     names = [Path(adapter.partition("?")[0]).parts[-2:] for adapter in adapters]
     for i, (adapter, parts) in enumerate(zip(adapters, names, strict=True)):
         title = "/".join(parts) if names.count(parts) == 1 else f"{'/'.join(parts)} ({i + 1})"
-        subjects.append(EvalTarget(title, f"{i + 1}-{'-'.join(parts)}", job, adapter))
+        targets.append(EvalTarget(title, f"{i + 1}-{'-'.join(parts)}", job, adapter))
     if not both_memories:
-        return subjects
+        return targets
     if job.task.name != "gui_steps":
         raise ConfigError(f"--both-memories: the task {job.task.name} has no memory of earlier steps. Leave it out.")
-    if len(subjects) == 1 and adapters:
-        subjects = [replace(subjects[0], folder=names[0][-1])]  # among the evaluations of its run
-    return [_with_memory(subject, memory) for memory in MEMORIES for subject in subjects]
+    if len(targets) == 1 and adapters:
+        targets = [replace(targets[0], folder=names[0][-1])]  # named as its run's evaluations are
+    return [_with_memory(target, memory) for memory in MEMORIES for target in targets]
 
 
-def _with_memory(subject: EvalTarget, memory: str) -> EvalTarget:
-    options = subject.job.evaluate.model_copy(update={"memory": memory})
-    job = subject.job.model_copy(update={"evaluate": options})
-    return replace(subject, folder=f"{subject.folder}{_FOLDERS[memory]}", job=job)
+def _with_memory(target: EvalTarget, memory: str) -> EvalTarget:
+    options = target.job.evaluate.model_copy(update={"memory": memory})
+    job = target.job.model_copy(update={"evaluate": options})
+    return replace(target, folder=f"{target.folder}{_FOLDERS[memory]}", job=job)
 
 
 def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Write `predictions.jsonl`, `predictions.csv`, `details.json` and `metrics.json` into `folder`; returns the
+    """Write `predictions.jsonl`, `predictions.csv`, `details.json` and `metrics.json` into `folder`, and return the
     metrics.
 
-    `adapter`: a run's `best/` or `final/`; None is the untouched base, the zero-shot baseline. Answers that an earlier
-    call left there, made from the same inputs, are not made again.
+    `adapter`: a run's `best/` or `final/`, None for the base alone, the zero-shot baseline. Answers that an earlier
+    call with the same inputs left there are not generated again.
     """
     if job.data.tested is None:
         raise ConfigError(
-            "`data.test` is missing: headline numbers do not come from rows that chose a checkpoint. Give it rows; or "
-            "set data.test_on_eval=true to measure those of data.eval, and every report will say so."
+            "`data.test` is missing, and rows that chose a checkpoint do not measure it fairly. Set data.test; or set "
+            "data.test_on_eval=true to measure the rows of data.eval, which every report then notes."
         )
     weights = fetch_folder(adapter) if adapter is not None else None
     parts = load_parts(
@@ -97,16 +98,16 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     index = parts.test
     assert index is not None
     started, actors = time.monotonic(), num_actors(job)
-    where = weights if actors == 0 or adapter is None else full_address(adapter)
+    uri = weights if actors == 0 or adapter is None else full_address(adapter)
     if job.evaluate.memory == "model":
         batches = plan_walks(index.records, job.evaluate.batch_size)
     else:
         batches = plan_batches(index.image_tokens + index.prompt_tokens, job.evaluate.batch_size)
-    work = InferenceJob(job, parts.spec, index.records, where, batches, job.evaluate.memory)
+    work = InferenceJob(job, parts.spec, index.records, uri, batches, job.evaluate.memory)
     answers = answer_all(work, folder / ANSWERS, actors, say, weights)
     predictions = build_predictions(index.records, answers, load_sample_builder(parts.spec))
     metrics = measure(job.task.name, predictions)
-    metrics |= {"adapter": adapter, "test": _told(job), "wall_s": time.monotonic() - started}
+    metrics |= {"adapter": adapter, "test": _describe_test(job), "wall_s": time.monotonic() - started}
     metrics |= {"memory": job.evaluate.memory} if job.task.name == "gui_steps" else {}
     metrics["num_bad_rows"] = len(index.bad)
     metrics |= {"rows_chose_best": True} if job.data.test_on_eval else {}
@@ -122,19 +123,19 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
 
 
 def _titled(title: str, memory: str | None) -> str:
-    """A title that says whose memory GUI steps were told."""
+    """Return the title with the memory that GUI steps had, where there is one."""
     return f"{title}, {MEMORIES[memory]} memory" if memory in MEMORIES else title
 
 
 def num_actors(job: JobConfig) -> int:
-    """How many processes hold the model; 0 is this one."""
+    """Return the number of processes that load the model; 0 is this one alone."""
     if job.evaluate.num_replicas is not None:
         return job.evaluate.num_replicas
     return job.cluster.most_workers if job.cluster.num_workers and job.cluster.gpus_per_worker else 0
 
 
-def _told(job: JobConfig) -> str:
-    """What was measured, in words."""
+def _describe_test(job: JobConfig) -> str:
+    """Describe the rows that are measured."""
     test, train = job.data.tested, job.data.train
     assert test is not None
     rows = test.path or f"{test.ratio} of {train.path if train else ''}"
@@ -142,7 +143,7 @@ def _told(job: JobConfig) -> str:
 
 
 def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
-    """All predictions as JSON lines, and as a table: one row a record, or for detection one row an object found."""
+    """Write all predictions as JSON lines and as a CSV table: a row for each record, for detection for each object."""
     with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(p.as_dict()) + "\n" for p in predictions)
     with open(folder / "predictions.csv", "w", encoding="utf-8", newline="") as file:
@@ -156,79 +157,85 @@ def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
         table.writerow(["id", "image", "answer", "truth", "found", "score"])
         for p in predictions:
             cells = (json.dumps(value, ensure_ascii=False) for value in (p.truth, p.parsed, p.score))
-            table.writerow([p.id, " ".join(i for i in p.images if i), p.answer, *cells])
+            table.writerow([p.id, join_names([i for i in p.images if i]), p.answer, *cells])
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """What `write_predictions` wrote, as plain dictionaries."""
+    """Read the predictions that `write_predictions` wrote, as dictionaries."""
     text = (folder / "predictions.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
-def evaluate_and_report(
-    job: JobConfig, subjects: Sequence[EvalTarget], output: str | None, against: str | None
-) -> Path:
-    """What `ray-vlm evaluate` does: evaluate, print the headlines, write `report.html`. Returns the folder."""
-    folder = resolve_output_dir(job, subjects, output)
-    stages = []
+def evaluate_and_report(job: JobConfig, targets: Sequence[EvalTarget], output: str | None, against: str | None) -> Path:
+    """Run `ray-vlm evaluate`: evaluate, print the main metrics, write `report.html`. Return the folder."""
+    folder = resolve_output_dir(job, targets, output)
+    results = []
     if against is not None:
-        stages.append(load_stage(Path(against), Path(against).name, job.task.name))
-    for subject in subjects:
-        where = folder if len(subjects) == 1 else folder / subject.folder
-        metrics = evaluate(subject.job, subject.adapter, where)
-        title = _titled(subject.title, metrics.get("memory"))
-        stages.append(EvalResult(title, metrics, read_predictions(where)))
+        results.append(load_result(Path(against), Path(against).name, job.task.name))
+    for target in targets:
+        output_dir = folder if len(targets) == 1 else folder / target.folder
+        metrics = evaluate(target.job, target.adapter, output_dir)
+        title = _titled(target.title, metrics.get("memory"))
+        results.append(EvalResult(title, metrics, read_predictions(output_dir)))
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
-        which = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
-        print(f"{title}, {metrics['num_rows']} rows{which}: {numbers}")
-        if subject.adapter is not None and metrics.get("memory") != "model":  # numbers of one kind under one name
-            track_test(job.track, subject.adapter, metrics["overall"])
-    if other := next((s for s in stages if _ids(s) != _ids(stages[0])), None):
-        raise RunError(f"{stages[0].title} and {other.title} hold different test rows, so they cannot be compared.")
+        note = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
+        print(f"{title}, {metrics['num_rows']} rows{note}: {numbers}")
+        # Only one memory is tracked: both would be logged under the same names.
+        if target.adapter is not None and metrics.get("memory") != "model":
+            track_test(job.track, target.adapter, metrics["overall"])
+    if other := next((r for r in results if _ids(r) != _ids(results[0])), None):
+        raise RunError(
+            f"{results[0].title} and {other.title} hold different test rows, so they cannot be compared. Evaluate both "
+            "on the same data.test."
+        )
     runs = {
-        s.title if len(subjects) > 1 else "": Path(s.adapter).parent / "metrics.jsonl"
-        for s in subjects  # one that is measured with both memories has one curve
-        if s.adapter and not is_remote(s.adapter)
+        target.title if len(targets) > 1 else "": Path(target.adapter).parent / "metrics.jsonl"
+        for target in targets  # a target that is measured with both memories has one title, so one curve
+        if target.adapter and not is_remote(target.adapter)
     }
-    changes = write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", stages, runs)
+    changes = write_report(folder / "report.html", f"{Path(job.model.name).name}: {job.task.name}", results, runs)
     if changes:
-        first, last = stages[0].title, stages[-1].title
+        first, last = results[0].title, results[-1].title
         write_json(folder / "comparison.json", {"of": last, "against": against or first, "differences": changes})
-        told = (f"{name} {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})" for name, c in changes.items())
-        print(f"{last} against {first}, with 95 % intervals: {'  '.join(told)}")
+        lines = (f"{name} {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})" for name, c in changes.items())
+        print(f"{last} against {first}, with 95 % intervals: {'  '.join(lines)}")
     print(f"report {folder / 'report.html'}")
     return folder
 
 
-def _ids(stage: EvalResult) -> list[str]:
-    return [p["id"] for p in stage.predictions]
+def _ids(result: EvalResult) -> list[str]:
+    return [p["id"] for p in result.predictions]
 
 
-def resolve_output_dir(job: JobConfig, subjects: Sequence[EvalTarget], output: str | None) -> Path:
-    """Where results go: beside the adapter, or for the base and for several of them under the job's output folder."""
+def resolve_output_dir(job: JobConfig, targets: Sequence[EvalTarget], output: str | None) -> Path:
+    """Return the folder of the results: beside the adapter; for the base or for several adapters in the job's output
+    folder."""
     if output:
         return Path(output)
-    adapter = subjects[0].adapter if len({subject.adapter for subject in subjects}) == 1 else None
-    own = _FOLDERS[job.evaluate.memory]
+    adapter = targets[0].adapter if len({target.adapter for target in targets}) == 1 else None
+    suffix = _FOLDERS[job.evaluate.memory]
     if is_remote(adapter or job.run.output_dir):
-        raise ConfigError("results are written to a folder, and this adapter or run lies elsewhere. Give --output.")
+        raise ConfigError("results are written to a local folder, and this adapter or run is remote. Give --output.")
     if adapter:
-        of_run = Path(adapter).parent / "evaluate"
-        return of_run / f"{Path(adapter).name}{own}" if len(subjects) == 1 else of_run
+        run_dir = Path(adapter).parent / "evaluate"
+        return run_dir / f"{Path(adapter).name}{suffix}" if len(targets) == 1 else run_dir
     tested = job.data.tested
     test = Path(tested.path).stem if tested and tested.path else "eval" if job.data.test_on_eval else "test"
     name = f"{Path(job.model.name).name}-{test}"
-    return Path(job.run.output_dir) / "evaluate" / f"{name}{own if len(subjects) == 1 else f'-{len(subjects)}'}"
+    return Path(job.run.output_dir) / "evaluate" / f"{name}{suffix if len(targets) == 1 else f'-{len(targets)}'}"
 
 
-def load_stage(folder: Path, title: str, task: str) -> EvalResult:
-    """An evaluation of a task that was written earlier. Raises `RunError` where there is none."""
+def load_result(folder: Path, title: str, task: str) -> EvalResult:
+    """Read an earlier evaluation of a task. Raise `RunError` where the folder holds none."""
+    advice = "Give a folder that `ray-vlm evaluate` wrote, such as RUN/evaluate/best."
+    for name in ("metrics.json", "predictions.jsonl"):
+        if not (folder / name).is_file():
+            reason = f"the folder holds no {name}" if folder.is_dir() else "no such folder"
+            raise RunError(f"{folder}: no evaluation here ({reason}). {advice}")
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
         if metrics.get("task") != task:
             raise ValueError(f"it is of the task {metrics.get('task')!r}")
         return EvalResult(_titled(title, metrics.get("memory")), metrics, read_predictions(folder))
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{folder}: no evaluation here ({error}). Give a folder that `ray-vlm evaluate` wrote."
-        ) from None
+        raise RunError(f"{folder}: no evaluation that can be read ({error}). {advice}") from None

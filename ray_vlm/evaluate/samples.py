@@ -1,4 +1,4 @@
-"""Several scored answers to each record, sampled batch by batch."""
+"""Sample and score several answers to each record, batch by batch."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import astuple, dataclass
@@ -26,7 +26,7 @@ class Sample:
 
 
 def load_scoring(job: JobConfig, labels: Sequence[str]) -> Rewards:
-    """What scores the answers. Raises `ConfigError` for what cannot."""
+    """Load the rewards that score the answers. Raise `ConfigError` for one that does not apply."""
     try:
         return load_rewards(job.task.name, job.pairs.rewards, job.method.box_quality, labels=labels)
     except ConfigError as error:
@@ -36,21 +36,22 @@ def load_scoring(job: JobConfig, labels: Sequence[str]) -> Rewards:
 def sample_answers(
     job: JobConfig, spec: SampleSpec, records: Sequence[SftRecord], adapter: str | None, num_actors: int
 ) -> Generator[list[list[Sample]]]:
-    """The answers to every record, batch by batch in order; `evaluate.batch_size` of them are sampled at a time."""
+    """Yield the answers to every record, batch by batch in order; `evaluate.batch_size` answers are sampled at a
+    time."""
     batches = plan_prompts(job, len(records))
     work = InferenceJob(job, spec, tuple(records), adapter, batches)
-    for _, found in do_batches(work, _sample, range(len(batches)), num_actors):
-        yield [[Sample(*answer) for answer in of_row] for of_row in found]
+    for _, groups in do_batches(work, _sample, range(len(batches)), num_actors):
+        yield [[Sample(*answer) for answer in group] for group in groups]
 
 
 def plan_prompts(job: JobConfig, num_records: int) -> tuple[tuple[int, ...], ...]:
-    """Positions of the records whose answers are sampled at a time."""
+    """Return the positions of the records of each batch."""
     size = max(1, job.evaluate.batch_size // job.pairs.num_samples)
     return tuple(tuple(range(i, min(i + size, num_records))) for i in range(0, num_records, size))
 
 
 def _sample(loaded: InferenceWorker, records: Sequence[SftRecord], positions: Sequence[int]) -> Any:
-    """The answers to a batch, as plain data."""
+    """Sample and score the answers to a batch; return plain data."""
     job, builder = loaded.work.job, loaded.builder
     seeds = [(job.seed, i) for i in positions]
     rows = [builder.prompt_row(record) for record in records]
@@ -58,20 +59,20 @@ def _sample(loaded: InferenceWorker, records: Sequence[SftRecord], positions: Se
     texts = [[builder.text(answer.ids) for answer in group] for group in groups]
     scores = iter(_score(loaded, records, texts, groups))
     return [
-        [astuple(Sample(text, next(scores), answer.finished)) for text, answer in zip(of_row, group, strict=True)]
-        for of_row, group in zip(texts, groups, strict=True)
+        [astuple(Sample(text, next(scores), answer.finished)) for text, answer in zip(group_texts, group, strict=True)]
+        for group_texts, group in zip(texts, groups, strict=True)
     ]
 
 
 def _sampling(job: JobConfig) -> Sampling:
     options = job.pairs
-    heat: float | tuple[float, ...]
+    temperature: float | tuple[float, ...]
     if isinstance(options.temperature, list):
         first, last = options.temperature
-        heat = tuple(np.linspace(first, last, options.num_samples).tolist())
+        temperature = tuple(np.linspace(first, last, options.num_samples).tolist())
     else:
-        heat = options.temperature
-    return Sampling(options.num_samples, job.evaluate.max_new_tokens, heat, options.top_p)
+        temperature = options.temperature
+    return Sampling(options.num_samples, job.evaluate.max_new_tokens, temperature, options.top_p)
 
 
 def _score(
@@ -80,14 +81,14 @@ def _score(
     texts: Sequence[list[str]],
     groups: Sequence[list[Completion]],
 ) -> list[float]:
-    """The reward of every answer, group by group."""
+    """Return the reward of every answer, group by group."""
     builder, repeats = loaded.builder, loaded.work.job.pairs.num_samples
     rewards = load_scoring(loaded.work.job, loaded.work.spec.labels)
     turns = [[{"role": role, "content": text} for role, text in builder.turns(r)] for r in records]
     scores = score_answers(
         rewards,
         [record for record in records for _ in range(repeats)],
-        [text for of_row in texts for text in of_row],
+        [text for group_texts in texts for text in group_texts],
         [answer.ids for group in groups for answer in group],
         [prompt for prompt in turns for _ in range(repeats)],
         builder,

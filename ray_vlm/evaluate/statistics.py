@@ -1,7 +1,7 @@
-"""Every metric as a function of sums over rows: what bootstrap intervals are made from.
+"""Every metric as a function of sums over rows, for bootstrap intervals.
 
-A `Statistic` has some columns of numbers for each row and a function of the columns' sums. Of all rows once it is the
-metric that `metrics.py` reports (a test holds them together).
+A `Statistic` has columns of numbers for each row and a function of the columns' sums. With every row counted once its
+value is the metric that `metrics.py` reports (a test compares them).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,29 +24,29 @@ class Statistic:
 
 
 def build_statistics(task: str, rows: Sequence[Row]) -> dict[str, Statistic]:
-    """The task's metrics, but for mAP, whose matches are ranked over all images (`average_precision.py`)."""
+    """Build the task's metrics except mAP, which ranks boxes over all images (`average_precision.py`)."""
     return _BUILD[task](rows) | {"parse_rate": _mean([[row["ok"]] for row in rows])}
 
 
 def clusters_of(rows: Sequence[Row]) -> list[tuple[str, Any]]:
-    """What each row belongs to: its group (the task of a GUI step), or itself."""
+    """Return the cluster of each row: its group (the task of a GUI step), or the row alone."""
     return [("group", row["group"]) if row["group"] else ("row", i) for i, row in enumerate(rows)]
 
 
 def divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """`above / below`, 0.0 where there is nothing to divide by."""
+    """Return `above / below`, and 0.0 where `below` is 0."""
     return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape), where=below > 0)
 
 
 def _mean(values: Sequence[Sequence[Any]]) -> Statistic:
-    """The mean over all of each row's values that are not None."""
-    kept = [[float(v) for v in of_row if v is not None] for of_row in values]
-    sums = np.array([[sum(of_row), len(of_row)] for of_row in kept], np.float64).reshape(len(kept), 2)
+    """Build the mean over all values of all rows that are not None."""
+    numbers = [[float(v) for v in row if v is not None] for row in values]
+    sums = np.array([[sum(row), len(row)] for row in numbers], np.float64).reshape(len(numbers), 2)
     return Statistic(sums, lambda s: divide(s[..., 0], s[..., 1]))
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:
-    """F1 of hits, misses and inventions in the last axis."""
+    """Return F1 from sums `[..., 3]` of hits, misses and invented ones."""
     hits, misses, invented = sums[..., 0], sums[..., 1], sums[..., 2]
     return divide(2 * hits, 2 * hits + misses + invented)
 
@@ -74,11 +74,11 @@ def _of_classification(rows: Sequence[Row]) -> dict[str, Statistic]:
         for name, value in row["truth"]["attributes"].items():
             right = row["score"]["correct"][name]
             counts[i, column[name, value], 0 if right else 1] += 1
-            meant = known_value(row["found"].get("attributes", {}).get(name), values[name])
-            if meant is not None and not right:
-                counts[i, column[name, meant], 2] += 1
+            answered = known_value(row["found"].get("attributes", {}).get(name), values[name])
+            if answered is not None and not right:
+                counts[i, column[name, answered], 2] += 1
     parts = [[column[name, value] for value in known] for name, known in values.items()]
-    flat = counts.reshape(len(rows), -1)
+    flat = counts.reshape(len(rows), -1)  # [rows, values * 3]: hits, misses, invented of each value
     return {
         "accuracy": _mean([[row["score"]["all"]] for row in rows]),
         "attribute_accuracy": _mean([list(row["score"]["correct"].values()) for row in rows]),
@@ -90,13 +90,14 @@ def _of_classification(rows: Sequence[Row]) -> dict[str, Statistic]:
 def _mean_of_parts(
     parts: Sequence[Sequence[int]], rate: Callable[[np.ndarray], np.ndarray]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The mean of `rate` over each attribute's values that a resample has, and the mean of that over attributes."""
+    """Return a function: the mean of `rate` over each attribute's values that a resample has, averaged over
+    attributes."""
 
     def value(sums: np.ndarray) -> np.ndarray:
-        cube = sums.reshape(*sums.shape[:-1], -1, 3)
-        there = cube[..., 0] + cube[..., 1] > 0
-        rates = np.where(there, rate(cube), 0.0)
-        means = [divide(rates[..., part].sum(-1), there[..., part].sum(-1)) for part in map(list, parts)]
+        counts = sums.reshape(*sums.shape[:-1], -1, 3)  # [..., values, 3]
+        present = counts[..., 0] + counts[..., 1] > 0
+        rates = np.where(present, rate(counts), 0.0)
+        means = [divide(rates[..., part].sum(-1), present[..., part].sum(-1)) for part in map(list, parts)]
         return np.mean(means, axis=0) if means else np.zeros(sums.shape[:-1])
 
     return value
@@ -106,13 +107,13 @@ def _of_gui_steps(rows: Sequence[Row]) -> dict[str, Statistic]:
     steps: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         steps.setdefault(row["group"], []).append(i)
-    of_task: list[list[bool]] = [[] for _ in rows]
-    for of_group in steps.values():  # a task's success counts once, at its first step
-        of_task[of_group[0]] = [all(rows[i]["score"]["success"] for i in of_group)]
+    task_success: list[list[bool]] = [[] for _ in rows]
+    for positions in steps.values():  # a task's success counts once, at its first step
+        task_success[positions[0]] = [all(rows[i]["score"]["success"] for i in positions)]
     names = {"step_success": "success", "action_accuracy": "action", "argument_accuracy": "arguments"}
     names |= {"grounding": "inside", "mean_iou": "iou"}
-    found = {name: _mean([[row["score"][key]] for row in rows]) for name, key in names.items()}
-    return found | {"task_success": _mean(of_task)}
+    statistics = {name: _mean([[row["score"][key]] for row in rows]) for name, key in names.items()}
+    return statistics | {"task_success": _mean(task_success)}
 
 
 def _of_chat(rows: Sequence[Row]) -> dict[str, Statistic]:

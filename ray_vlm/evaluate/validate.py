@@ -1,8 +1,9 @@
-"""Validation inside training: held-out rows, measured as the method learns, over all ranks.
+"""Validation during training: metrics of held-out rows for each method, over all ranks.
 
-SFT: the loss, and the task's metrics by generating where the job's metric is one. DPO: loss, accuracy and margin of
-pairs. GRPO: rewards of greedy answers, with each part, and the task's metrics where the rows have a truth. Every
-function takes this rank's records and gives every rank the same numbers. What was answered stays in `trainer.shown`.
+SFT: the loss, and the task's metrics of generated answers if the job's metric is one of them. DPO: loss, accuracy and
+margin of pairs. GRPO: rewards of greedy answers, with each part, and the task's metrics where the rows have a truth.
+Every function takes this rank's records and returns the same numbers on every rank. Predictions stay in
+`trainer.shown`.
 """
 
 import time
@@ -26,7 +27,7 @@ from ray_vlm.runs.progress import Progress
 def validate_answers(
     trainer: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
-    """SFT: `loss`, and unless that is the job's metric what the task measures."""
+    """Validate SFT: `loss`, and unless that is the job's metric, the task's metrics."""
     started, model, options = time.monotonic(), trainer.model, job.evaluate
     was_training = model.training
     model.eval()
@@ -42,9 +43,8 @@ def validate_answers(
 
 
 def _in_step(records: Sequence[Any], size: int, device: str, world_size: int) -> Iterator[tuple[Sequence[Any], bool]]:
-    """Batches of this rank's records, as many as any rank has, and whether each counts: one after the last does not.
-
-    Under ZeRO-3 the ranks go through the model together or not at all.
+    """Yield batches of this rank's records with whether they count: a rank that has fewer batches than another one
+    yields further ones that do not count, because under ZeRO-3 all ranks must run the model equally often.
     """
     import torch
 
@@ -66,7 +66,7 @@ def _progress(what: str, records: Sequence[Any], world_size: int) -> Progress:
 def _answer(
     model: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> list[str]:
-    """The model's greedy answer to each of this rank's records."""
+    """Return the model's greedy answer to each of this rank's records."""
     options, progress = job.evaluate, _progress("validation, answers", records, world_size)
     size, limit = options.batch_size, options.max_new_tokens
     return generate_answers(model, records, builder, size, limit, device, progress.reach)
@@ -75,13 +75,13 @@ def _answer(
 def _loss(
     model: Any, batches: Iterable[tuple[Sequence[Any], bool]], builder: SampleBuilder, device: str
 ) -> tuple[float, float]:
-    """Sum of the trained tokens' negative log-likelihoods, and their number."""
+    """Return the sum of the trained tokens' negative log-likelihoods, and their number."""
     import torch
 
     summed, tokens = 0.0, 0
     for records, counts in batches:
         batch = collate([builder.train_row(record) for record in records], builder, device)
-        batch.pop("loss_weights", None)  # held-out rows count alike
+        batch.pop("loss_weights", None)  # held-out rows have equal weight
         with torch.no_grad():
             out = model(**batch, fused_lm_head=True)
         summed -= float(out.log_probs.sum()) * counts
@@ -92,16 +92,16 @@ def _loss(
 def validate_pairs(
     trainer: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
-    """DPO: `loss`, `preference_accuracy` (share of pairs whose chosen answer has the higher reward), `reward_margin`,
-    `reward_chosen` and `reward_rejected`; a reward is beta times the log-ratio to the reference."""
+    """Validate DPO: `loss`, `preference_accuracy` (share of pairs whose chosen answer has the higher reward),
+    `reward_margin`, `reward_chosen` and `reward_rejected`; a reward is beta times the log-ratio to the reference."""
     started, model, size = time.monotonic(), trainer.model, job.evaluate.batch_size
     was_training = model.training
     model.eval()
-    sums = dict.fromkeys(_OF_PAIRS, 0.0)
+    sums = dict.fromkeys(_PAIR_METRICS, 0.0)
     for number, (batch, counts) in enumerate(_in_step(records, size, device, world_size)):
         rows = [builder.pair_row(record) for record in batch]
-        found = _measure_pairs(trainer, collate_pairs(rows, builder, device), number)
-        for name, value in found.items():
+        means = _measure_pairs(trainer, collate_pairs(rows, builder, device), number)
+        for name, value in means.items():
             sums[name] += value * len(rows) * counts
     model.train(was_training)
     *summed, count = _sum((*sums.values(), float(len(records))), device, world_size)
@@ -109,7 +109,7 @@ def validate_pairs(
     return metrics | {"validation_s": time.monotonic() - started}
 
 
-_OF_PAIRS = {
+_PAIR_METRICS = {  # this package's name: TRL's
     "loss": "loss",
     "preference_accuracy": "rewards/accuracies",
     "reward_margin": "rewards/margins",
@@ -119,7 +119,8 @@ _OF_PAIRS = {
 
 
 def _measure_pairs(trainer: Any, batch: dict[str, Any], key: int) -> dict[str, float]:
-    """Means over a batch of pairs, by TRL's own loss. The reference never changes: it is asked once for each `key`."""
+    """Return means over a batch of pairs, by TRL's own loss. The reference model never changes, so its
+    log-probabilities are computed once for each `key`."""
     import torch
 
     known = trainer.__dict__.setdefault("known_reference", {})
@@ -129,14 +130,14 @@ def _measure_pairs(trainer: Any, batch: dict[str, Any], key: int) -> dict[str, f
             referred = trainer.refer(batch)
             known[key] = {name: referred[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
         loss = float(trainer.compute_loss(trainer.model, batch | known[key]))
-    found = {name: values[-1] for name, values in trainer._metrics["eval"].items()} | {"loss": loss}
+    metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()} | {"loss": loss}
     trainer._metrics["eval"].clear()
-    return {ours: float(found[theirs]) for ours, theirs in _OF_PAIRS.items()}
+    return {name: float(metrics[trl_name]) for name, trl_name in _PAIR_METRICS.items()}
 
 
 @contextmanager
 def _alone(trainer: Any) -> Iterator[None]:
-    """TRL gathers its metrics from all ranks at every batch; here ranks have other numbers of batches."""
+    """Keep TRL from gathering its metrics from all ranks at every batch: the batches of ranks differ here."""
     accelerator = trainer.accelerator
     accelerator.gather = accelerator.gather_for_metrics = lambda values: values
     try:
@@ -148,24 +149,24 @@ def _alone(trainer: Any) -> Iterator[None]:
 def validate_rewards(
     trainer: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str, world_size: int
 ) -> dict[str, float]:
-    """GRPO: `reward` and `reward_<part>` of greedy answers, and what the task measures where rows have a truth; with
-    `method.num_generations_eval` also `sampled_reward`, of answers that are sampled as in training."""
+    """Validate GRPO: `reward` and `reward_<part>` of greedy answers, and the task's metrics where rows have a truth;
+    with `method.num_generations_eval` also `sampled_reward`, of answers that are sampled as in training."""
     started, was_training = time.monotonic(), trainer.model.training
     answers = _answer(trainer.model, records, builder, job, device, world_size)
     trainer.model.train(was_training)
     ids = [builder.tokenizer.encode(text, add_special_tokens=False) for text in answers]
-    mine = _score(trainer, records, answers, ids, builder)
-    everyone = [of_answer for part in _gather(mine, world_size) for of_answer in part]
+    scores = _score(trainer, records, answers, ids, builder)
+    everyone = [parts for rank_scores in _gather(scores, world_size) for parts in rank_scores]
     metrics = {}
     for name in everyone[0] if everyone else ():
-        values = [of_answer[name] for of_answer in everyone if of_answer[name] is not None]
+        values = [parts[name] for parts in everyone if parts[name] is not None]
         metrics[f"reward_{name.rpartition(':')[2]}" if name else "reward"] = sum(values) / max(len(values), 1)
     if records and isinstance(records[0], SftRecord):
         trainer.shown = build_predictions(records, answers, builder)
         metrics |= _measure(trainer.shown, job, world_size)
     if job.method.num_generations_eval:
-        totals = [of_answer[""] for of_answer in _sample(trainer, records, builder, job, device)]
-        rewards = [value for part in _gather(totals, world_size) for value in part]
+        totals = [parts[""] for parts in _sample(trainer, records, builder, job, device)]
+        rewards = [value for rank_totals in _gather(totals, world_size) for value in rank_totals]
         metrics["sampled_reward"] = sum(rewards) / max(len(rewards), 1)
     return metrics | {"validation_s": time.monotonic() - started}
 
@@ -173,7 +174,7 @@ def validate_rewards(
 def _sample(
     trainer: Any, records: Sequence[Any], builder: SampleBuilder, job: JobConfig, device: str
 ) -> list[dict[str, Any]]:
-    """The scores of answers sampled to each record. Its random numbers are the same at every validation."""
+    """Return the scores of answers sampled to each record, with the same random numbers at every validation."""
     method, repeats = job.method, job.method.num_generations_eval
     sampling = Sampling(repeats, method.max_completion_tokens, method.temperature, method.top_p, method.top_k)
     rows = [builder.prompt_row(record) for record in records]
@@ -188,12 +189,12 @@ def _sample(
 def _score(
     trainer: Any, records: Sequence[Any], answers: Sequence[str], ids: Sequence[Sequence[int]], builder: SampleBuilder
 ) -> list[dict[str, Any]]:
-    """Every part of each answer's reward, and under "" all of it."""
+    """Return every part of each answer's reward, and under "" their total."""
     if not records:
         return []
     prompts = [[{"role": role, "content": text} for role, text in builder.turns(record)] for record in records]
     scores = score_answers(trainer.scored_by, records, answers, ids, prompts, builder)
-    return [of_answer | {"": total(trainer.scored_by, of_answer)} for of_answer in scores]
+    return [parts | {"": total(trainer.scored_by, parts)} for parts in scores]
 
 
 VALIDATE: dict[str, Callable[..., dict[str, float]]] = {
@@ -209,7 +210,7 @@ def _measure(predictions: list[Prediction], job: JobConfig, world_size: int) -> 
 
 
 def _sum(values: Sequence[float], device: str, world_size: int) -> list[float]:
-    """Sums over all ranks."""
+    """Sum each value over all ranks."""
     import torch
 
     sums = torch.tensor(values, dtype=torch.float64, device=device)
@@ -218,12 +219,12 @@ def _sum(values: Sequence[float], device: str, world_size: int) -> list[float]:
     return sums.tolist()
 
 
-def _gather(mine: list[Any], world_size: int) -> list[list[Any]]:
-    """Every rank's list."""
+def _gather(values: list[Any], world_size: int) -> list[list[Any]]:
+    """Return every rank's list."""
     if world_size == 1:
-        return [mine]
+        return [values]
     import torch
 
     everyone: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(everyone, mine)
+    torch.distributed.all_gather_object(everyone, values)
     return everyone

@@ -1,7 +1,8 @@
-"""What is to answer, found by name: a run, its `best/`, an exported adapter, a merged model, a base, or a job file.
+"""Resolve a name to the model that answers: a run, its `best/`, an exported adapter, a merged model, a base, or a job
+file.
 
-Names are folders, addresses in an object store, or names on the hub. How images are resized and questions worded comes
-from the `preprocessing.json` beside weights, where there is one, else from a job.
+A name is a folder, an address in an object store, or a name on the hub. Image sizes and prompts come from the
+`preprocessing.json` beside the weights, or from a job where there is no such file.
 """
 
 from dataclasses import dataclass
@@ -16,19 +17,19 @@ from ray_vlm.errors import ConfigError, ModelError, RunError
 from ray_vlm.models.adapter import CONFIG, is_whole_model, named_base
 from ray_vlm.models.load import fetch_from_hub, resolve_name
 from ray_vlm.models.precision import fastest_precision
-from ray_vlm.runs.checkpoints import fetch_folder
+from ray_vlm.runs.checkpoints import Damaged, fetch_folder, read_checkpoint
 from ray_vlm.runs.read import MARKS, Run, read_run
-from ray_vlm.runs.store import Store, is_remote, join, local_path
+from ray_vlm.runs.store import Store, full_address, is_remote, join, local_path
 
-BASE = "base"  # of a run: what it began with
+BASE = "base"  # `--weights base`: the model that a run started from
 _JOB_FILES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """What is to answer. `job`: the base, the task and limits; `weights`: address of an adapter on that base, or of a
-    whole model in its place, None for the base alone; `wording`: a folder with the `preprocessing.json` to ask by, None
-    for that of the weights, or the job's own words where they have none."""
+    """The model that answers. `job`: the base, the task and the limits; `weights`: address of an adapter for that base,
+    or of a whole model that replaces it, None for the base alone; `wording`: a folder whose `preprocessing.json` gives
+    the prompt, None to use that of the weights, or the job's own prompt where they have none."""
 
     job: JobConfig
     weights: str | None = None
@@ -43,38 +44,98 @@ def find_answerer(
     task: str | None = None,
     device: str | None = None,
 ) -> Answerer:
-    """What `name` stands for.
+    """Resolve `name` to an `Answerer`.
 
-    `weights`: of a run, `best`, `final` or `base`. `base`: that of an adapter, where it lies elsewhere than when it was
-    trained. `job`, or `task` alone, says how to ask weights that do not say it themselves. `device`: `cpu` or `cuda`,
-    None for where a run trained, or a card if there is one. Raises `RunError` where nothing is found, and `ConfigError`
-    or `ModelError` that say what is needed.
+    `weights`: `best`, `final` or `base` of a run. `base`: the base of an adapter that has moved since training. `job`,
+    or `task` alone, gives the task and the prompt for weights without a `preprocessing.json`. `device`: `cpu` or
+    `cuda`; None is the device that a run trained on, otherwise a GPU if there is one. Raise `RunError` where nothing
+    has that name, and `ConfigError` or `ModelError` where an option is missing or does not apply.
     """
-    if (found := _of_job_file(name) or _of_run(name, weights)) is None:
+    if (answerer := _of_job_file(name) or _of_run(name, weights)) is None:
         if weights is not None:
             raise ConfigError(f"--weights {weights}: {name} is no run, so there is nothing to choose. Leave it out.")
         return _of_weights(name, base, job, task, device)
-    return Answerer(_on_device(_with_base(found.job, base), device), found.weights, found.wording)
+    return Answerer(_on_device(_with_base(answerer.job, base), device), answerer.weights, answerer.wording)
 
 
 def weights_of(run: Run, weights: str | None) -> str:
-    """The address of a run's `best/` or `final/`. Raises `RunError` where it has not what is asked for."""
-    there = [name for name in ("best", "final") if name in run.folders]
-    if weights not in (None, *there) or not there:
-        wanted = weights or "best/ or final/"
-        raise RunError(f"{run.address} has no {wanted}. There is: {', '.join(there) or 'no weights yet'}.")
-    return join(run.address, weights or there[0])
+    """Return the address of a run's `best/` or `final/`; `weights` None takes `best` where there is one.
+
+    Raise `RunError` where the run does not have these weights; it names those that the run has.
+    """
+    existing = [name for name in ("best", "final") if name in run.folders]
+    if existing and weights in (None, *existing):
+        return join(run.address, weights or existing[0])
+    missing = f"{run.address} has no {weights or 'best/ or final/'}"
+    if existing:
+        raise RunError(f"{missing}. There is: {', '.join(existing)}.")
+    checkpoints = sorted((name for name in run.folders if name.startswith("checkpoint-")), key=_step_of)
+    if checkpoints:
+        raise RunError(
+            f"{missing}, only {', '.join(checkpoints)}. Continue the run with `ray-vlm train JOB --resume`, or give "
+            f"`predict` or `evaluate` the folder of a checkpoint: {join(run.address, checkpoints[-1])}"
+        )
+    raise RunError(f"{missing}, and no checkpoint yet. Wait for its first one, or continue it with --resume.")
+
+
+def _step_of(checkpoint: str) -> int:
+    """Return the step in the name of a checkpoint folder, `checkpoint-51-...`; 0 where there is none."""
+    step = checkpoint.removeprefix("checkpoint-").partition("-")[0]
+    return int(step) if step.isdecimal() else 0
 
 
 def trained_weights(name: str) -> str:
-    """The weights that `evaluate --adapter` names: of a run its `best/`, or `final/` where there is no best; else the
-    folder of that name."""
+    """Return the address of the weights that `--adapter` names: a run's `best/`, or `final/` where there is no best;
+    otherwise the folder or address itself.
+
+    Raise `RunError` where there are no weights. Nothing is loaded and nothing is copied from an object store.
+    """
     run = _read_run(name)
-    return weights_of(run, None) if run is not None else name
+    if run is not None:
+        return weights_of(run, None)
+    if is_remote(name):
+        _check_remote(name)
+    else:
+        _check_folder(name)
+    return name
+
+
+def _check_remote(address: str) -> None:
+    """Raise `RunError` where an address in an object store holds no complete weights. Only the manifest is read."""
+    folder = address.partition("?")[0].rstrip("/").rpartition("/")[2]
+    try:
+        read_checkpoint(Store(_parent(full_address(address))), folder)
+    except (Damaged, OSError) as error:
+        raise RunError(f"{address} cannot be used: {error}. Give a run's best/ or final/.") from None
+
+
+def _check_folder(name: str) -> None:
+    """Raise `RunError` where `name` is no folder of this machine with an adapter or a whole model."""
+    if not Path(local_path(name)).is_dir():
+        _check_run_around(name)
+        raise RunError(
+            f"{name}: no such folder. Give a run, its best/ or final/, an exported adapter or a whole model; "
+            "`ray-vlm runs list` shows runs."
+        )
+    if not _holds_weights(name):
+        raise RunError(_describe_no_weights(name))
+
+
+def _check_run_around(name: str) -> None:
+    """Raise `RunError` where `name` is `best/` or `final/` of a run that has no such folder."""
+    if (folder := Path(local_path(name)).name) in ("best", "final") and (run := _read_run(_parent(name))) is not None:
+        weights_of(run, folder)
+
+
+def _describe_no_weights(name: str) -> str:
+    return (
+        f"{name}: no run here ({' or '.join(MARKS)}), no adapter ({CONFIG}) and no model (config.json). "
+        "`ray-vlm runs list` shows runs."
+    )
 
 
 def _of_job_file(name: str) -> Answerer | None:
-    """The base that a job file names, with the adapter that it begins with."""
+    """Return the base of a job file, with the adapter that training starts from; None for any other name."""
     if Path(name).suffix.lower() not in _JOB_FILES or not Path(name).is_file():
         return None
     job = load_job(name)
@@ -82,7 +143,7 @@ def _of_job_file(name: str) -> Answerer | None:
 
 
 def _of_run(name: str, weights: str | None) -> Answerer | None:
-    """A run, or one of the folders of weights in it."""
+    """Return the weights of a run, or of one of the folders in it; None for any other name."""
     if (run := _read_run(name)) is not None:
         if weights != BASE:
             return _trained(_job_of(run), weights_of(run, weights))
@@ -94,16 +155,16 @@ def _of_run(name: str, weights: str | None) -> Answerer | None:
 
 
 def _trained(job: JobConfig, weights: str) -> Answerer:
-    """The weights of a run of this job. A whole model that is here needs no base beside it."""
+    """Return the weights of a run of this job. A whole model on this machine replaces the base."""
     if is_remote(weights) or not is_whole_model(local_path(weights)):
         return Answerer(job, weights)
     folder = local_path(weights)
-    whole = Model(name=folder, load_in_4bit=False)
-    return Answerer(job.model_copy(update={"model": whole}), None, folder)
+    model = Model(name=folder, load_in_4bit=False)
+    return Answerer(job.model_copy(update={"model": model}), None, folder)
 
 
 def _of_weights(name: str, base: str | None, job: JobConfig | None, task: str | None, device: str | None) -> Answerer:
-    """Weights that lie outside of a run."""
+    """Return weights that lie outside of a run."""
     folder, on_hub = _fetch(name)
     saved, adapter = read_saved(folder), (Path(folder) / CONFIG).is_file()
     if base is not None and not adapter:
@@ -111,22 +172,22 @@ def _of_weights(name: str, base: str | None, job: JobConfig | None, task: str | 
     model = _base_of_adapter(name, folder, base, job) if adapter else name if on_hub or name == "tiny" else folder
     if job is not None:
         quantised = job.model.load_in_4bit and (adapter or saved is None)  # a merged model is loaded as it was written
-        asked = _on_device(_as_job_asks(job, model, quantised), device)
+        answering_job = _on_device(_as_job_asks(job, model, quantised), device)
     elif saved is None and task is None:
         raise ConfigError(
-            f"{name} does not say how to ask it (no {PREPROCESSING} beside the weights). Name a job file that has the "
-            "task and its wording: --job JOB. Or ask a question of your own: --question TEXT."
+            f"{name} does not say how to ask it (no {PREPROCESSING} beside the weights). Give a job file with the task "
+            "and the prompt: --job JOB. Or ask your own question: --question TEXT."
         )
     else:
-        told = saved.asking if saved is not None else Asking()
-        section: dict[str, Any] = {"name": model, "load_in_4bit": adapter and told.load_in_4bit}
-        section |= {"revision": told.revision} if adapter and base is None else {}
-        asked = _as_weights_say(saved, task, section, device)
-    return Answerer(asked, folder if adapter else None, folder if saved is not None else None)
+        asking = saved.asking if saved is not None else Asking()
+        section: dict[str, Any] = {"name": model, "load_in_4bit": adapter and asking.load_in_4bit}
+        section |= {"revision": asking.revision} if adapter and base is None else {}
+        answering_job = _as_weights_say(saved, task, section, device)
+    return Answerer(answering_job, folder if adapter else None, folder if saved is not None else None)
 
 
 def _with_base(job: JobConfig, base: str | None) -> JobConfig:
-    """The job with another base, as far as one is given."""
+    """Return the job with another base; the job itself where `base` is None."""
     if base is None:
         return job
     return job.model_copy(update={"model": job.model.model_copy(update={"name": base, "revision": None})})
@@ -135,8 +196,8 @@ def _with_base(job: JobConfig, base: str | None) -> JobConfig:
 def _on_device(job: JobConfig, device: str | None) -> JobConfig:
     if device is None:
         return job
-    cards = 0 if device == "cpu" else max(1.0, job.cluster.gpus_per_worker)
-    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"gpus_per_worker": cards})})
+    gpus = 0 if device == "cpu" else max(1.0, job.cluster.gpus_per_worker)
+    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"gpus_per_worker": gpus})})
 
 
 def _job_of(run: Run) -> JobConfig:
@@ -146,42 +207,41 @@ def _job_of(run: Run) -> JobConfig:
 
 
 def _read_run(address: str) -> Run | None:
-    """The run in a folder or at an address; None where there is none."""
-    place = address if is_remote(address) else local_path(address)
+    """Read the run in a folder or at an address; None where there is none."""
+    uri = address if is_remote(address) else local_path(address)
     try:
-        there = set(MARKS) & set(Store(place).names())
+        marks = set(MARKS) & set(Store(uri).names())
     except OSError as error:
-        raise RunError(f"{place} cannot be read ({error}).") from None
-    return read_run(place) if there else None
+        raise RunError(f"{uri} cannot be read ({error}).") from None
+    return read_run(uri) if marks else None
 
 
 def _parent(address: str) -> str:
-    """The folder around a folder, where a run keeps `best/` and `final/`."""
+    """Return the parent of a folder: of `best/` and `final/` that is the run."""
     if not is_remote(address):
         return str(Path(local_path(address)).parent)
-    place, mark, options = address.partition("?")
-    return f"{place.rstrip('/').rpartition('/')[0]}{mark}{options}"
+    uri, mark, options = address.partition("?")
+    return f"{uri.rstrip('/').rpartition('/')[0]}{mark}{options}"
 
 
 def _holds_weights(name: str) -> bool:
-    """Whether a folder is an adapter's or a whole model's; in a store that is seen once it is fetched."""
+    """Return whether a folder holds an adapter or a whole model; an address in a store is checked once it is
+    fetched."""
     if is_remote(name):
         return True
     return (Path(local_path(name)) / CONFIG).is_file() or is_whole_model(local_path(name))
 
 
 def _fetch(name: str) -> tuple[str, bool]:
-    """A folder of this machine with what is needed to know what `name` is, and whether it comes from the hub."""
+    """Return a folder of this machine with the files that tell what `name` is, and whether it comes from the hub."""
     if is_remote(name):
         return fetch_folder(name), False
     folder = local_path(resolve_name(name))
     if Path(folder).is_dir():
         if not _holds_weights(folder):
-            raise RunError(
-                f"{name}: no run here ({' or '.join(MARKS)}), no adapter ({CONFIG}) and no model (config.json). "
-                "`ray-vlm runs list` shows runs."
-            )
+            raise RunError(_describe_no_weights(name))
         return folder, False
+    _check_run_around(name)
     if is_hub_name(name):
         return fetch_from_hub(name), True
     raise RunError(
@@ -191,41 +251,43 @@ def _fetch(name: str) -> tuple[str, bool]:
 
 
 def _base_of_adapter(name: str, folder: str, base: str | None, job: JobConfig | None) -> str:
-    """The base that an adapter goes on."""
-    found = base or (job.model.name if job is not None else named_base(folder))
-    if not found:
-        raise ModelError(f"{name} does not say what its base is. Give a folder or a hub name: --base NAME.")
-    if base is None and Path(found).is_absolute() and not Path(found).exists():
+    """Return the base of an adapter. Raise `ModelError` where it is unknown or not on this machine."""
+    base_name = base or (job.model.name if job is not None else named_base(folder))
+    if not base_name:
+        raise ModelError(f"{name} does not name its base. Give a folder or a hub name: --base NAME.")
+    if base is None and Path(base_name).is_absolute() and not Path(base_name).exists():
         raise ModelError(
-            f"{name} was trained on {found}, which is not on this machine. Say where it is, a folder or a hub name: "
+            f"{name} was trained on {base_name}, which is not on this machine. Give its folder or its hub name: "
             "--base NAME."
         )
-    return found
+    return base_name
 
 
 def _as_job_asks(job: JobConfig, model: str, quantised: bool) -> JobConfig:
-    """The job with another base in its model's place."""
+    """Return the job with another model."""
     revision = job.model.revision if model == job.model.name else None
     changed = {"name": model, "revision": revision, "load_in_4bit": quantised, "adapter": None}
     return job.model_copy(update={"model": job.model.model_copy(update=changed)})
 
 
 def _as_weights_say(saved: Saved | None, task: str | None, model: dict[str, Any], device: str | None) -> JobConfig:
-    """A job for weights outside of a run, by what lies beside them. `model`: its section."""
+    """Build a job for weights outside of a run from the files beside them. `model`: the job's section of that name."""
     import torch
 
-    on_card = torch.cuda.is_available() if device is None else device == "cuda"
-    told = saved.asking if saved is not None else Asking()
-    own = told.precision == "fp32"  # a narrower one is the device's choice: cards differ in which they have
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    asking = saved.asking if saved is not None else Asking()
+    full_precision = asking.precision == "fp32"  # otherwise the device decides: not every GPU has bf16
     sections: dict[str, Any] = {
         "task": saved.task if saved is not None else task,
         "model": model,
-        "data": {"max_image_pixels": told.max_image_pixels},
-        "train": {"precision": "fp32" if own else fastest_precision("cuda:0" if on_card else "cpu")},
-        "evaluate": {"max_new_tokens": told.max_new_tokens},
-        "cluster": {"num_workers": 0, "gpus_per_worker": int(on_card)},
+        "data": {"max_image_pixels": asking.max_image_pixels},
+        "train": {"precision": "fp32" if full_precision else fastest_precision("cuda:0" if on_gpu else "cpu")},
+        "evaluate": {"max_new_tokens": asking.max_new_tokens},
+        "cluster": {"num_workers": 0, "gpus_per_worker": int(on_gpu)},
     }
     known = {
-        name: {k: v for k, v in told.items() if v is not None} for name, told in sections.items() if name != "task"
+        name: {k: v for k, v in section.items() if v is not None}
+        for name, section in sections.items()
+        if name != "task"
     }
     return JobConfig.model_validate(known | {"task": sections["task"]})

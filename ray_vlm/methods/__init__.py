@@ -1,7 +1,8 @@
-"""The methods: which TRL trainer, fed with what, with which options. The losses are TRL's. Imports without ray.
+"""The training methods: TRL's trainer, its inputs and its options for each. The losses are TRL's. Imports no ray.
 
-Each module has `trainer_class()`, `EXAMPLE_ROW`, `build_args(job, shared)`, `extras(job)` (what else TRL's constructor
-takes), `collate(rows, builder, device)` (what a micro-batch becomes) and `logged(logs)` (TRL's numbers by our names).
+Each module has `trainer_class()`, `EXAMPLE_ROW`, `build_args(job, shared)`, `extras(job)` (further arguments of TRL's
+constructor), `collate(rows, builder, device)` (the tensors of a micro-batch) and `logged(logs)` (TRL's numbers under
+this package's names).
 """
 
 from types import ModuleType

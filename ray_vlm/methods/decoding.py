@@ -1,8 +1,8 @@
-"""The decoding loop that sampled and greedy answers share: prompts are prefilled once, then one token at a time.
+"""The decoding loop of sampled and greedy answers: prompts are prefilled once, then one token is decoded at a time.
 
 It differs from transformers' `generate` in three ways. New keys and values are written in place (`kv_cache.py`), where
-`DynamicCache` copies the whole cache at every token. Rows that have ended leave the batch. A prompt that has several
-completions is prefilled once. The tokens are those of `generate`.
+`DynamicCache` copies the whole cache at every token. Finished rows leave the batch. A prompt with several completions
+is prefilled once. The tokens are those of `generate`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from ray_vlm.data.spec import Sample
 from ray_vlm.methods.kv_cache import make_room
 from ray_vlm.models.backbone import base_of
 
-# Ended rows leave the batch when no more than this share goes on. To drop each at once would copy the cache too often.
+# Finished rows leave the batch when at most this share is unfinished. Dropping each at once copies the cache too often.
 _KEEP = 0.75
 
-# (logits `[sequences, vocabulary]`, number of the step, which sequences these are `int64 [sequences]`) -> next tokens
+# (logits `[sequences, vocabulary]`, number of the step, numbers of these sequences `int64 [sequences]`) -> next tokens
 # `int64 [sequences]`
 ChooseToken = Callable[[Any, int, Any], Any]
 
@@ -30,7 +30,7 @@ def decode(
     choose_token: ChooseToken,
     repeats: int = 1,
 ) -> list[list[int]]:
-    """The new tokens of each sequence, up to and including its end token; without one where it was cut.
+    """Return the new tokens of each sequence, up to and including its end token if it was not cut off.
 
     `batch`: prompts as `collate` makes them with `side="left"`. `repeats`: sequences of each prompt, one after another.
     The model must be in evaluation mode. Its stored `rope_deltas` are neither read nor written.
@@ -43,13 +43,13 @@ def decode(
     axes = _axes(base)
     logits, cache, position, mask = _prefill(model, base, batch, repeats)
     tokens = torch.full((max_new_tokens, len(logits)), builder.tokenizer.pad_token_id, device=device)
-    rows_left = torch.arange(len(logits), device=device)  # which sequences the batch still holds
-    going = torch.ones(len(logits), dtype=torch.bool, device=device)  # of those, which have not ended
+    rows_left = torch.arange(len(logits), device=device)  # numbers of the sequences in the batch
+    going = torch.ones(len(logits), dtype=torch.bool, device=device)  # which of those are unfinished
     token: Any = None
     for step in range(max_new_tokens):
         if step:
-            # Ended rows that are still here go on unmasked: nobody reads what they compute, and without any padding in
-            # the prompts attention then needs no mask at all.
+            # Finished rows that are still in the batch stay unmasked: their output is not used, and if no prompt is
+            # padded attention then needs no mask.
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             out = model(
                 input_ids=token[:, None],
@@ -75,32 +75,32 @@ def decode(
 def decode_greedy(
     model: Any, rows: Sequence[Sample], builder: SampleBuilder, max_new_tokens: int, device: str
 ) -> list[list[int]]:
-    """The likeliest next token each time: the new tokens of each prompt row, as `decode` gives them."""
+    """Return the new tokens of each prompt row, as `decode` does, by greedy decoding."""
     batch = collate(rows, builder, device, side="left")
     return decode(model, batch, builder, max_new_tokens, lambda logits, step, rows_left: logits.argmax(dim=-1))
 
 
 def end_ids(base: Any, builder: SampleBuilder) -> list[int]:
-    """The tokens that end an answer."""
+    """Return the tokens that end an answer."""
     ends = base.generation_config.eos_token_id or builder.tokenizer.eos_token_id
     return list(ends) if isinstance(ends, list | tuple) else [ends]
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """A sequence up to its first end token."""
+    """Return a sequence up to and including its first end token."""
     return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), None)]
 
 
 def _prefill(model: Any, base: Any, batch: dict[str, Any], repeats: int) -> tuple[Any, Any, Any, Any]:
-    """One forward of the prompts, and what it leaves repeated for the completions of each.
+    """Run one forward of the prompts, and repeat its results for the completions of each prompt.
 
-    Returns logits of the first new token `[sequences, vocabulary]`, the KV cache, the position of the first new token
+    Return logits of the first new token `[sequences, vocabulary]`, the KV cache, the position of the first new token
     `int64 [sequences]`, and the attention mask `[sequences, tokens]`.
     """
     mask = batch["attention_mask"]
     positions, first = _positions(base, batch)
-    given = {key: value for key, value in batch.items() if key != "mm_token_type_ids" or not _has_axes(base)}
-    out = model(**given, position_ids=positions, use_cache=True, logits_to_keep=1)
+    inputs = {key: value for key, value in batch.items() if key != "mm_token_type_ids" or not _has_axes(base)}
+    out = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
@@ -110,20 +110,20 @@ def _prefill(model: Any, base: Any, batch: dict[str, Any], repeats: int) -> tupl
 
 
 def _has_axes(base: Any) -> bool:
-    """Whether positions have M-RoPE's three axes."""
+    """Return whether positions have M-RoPE's three axes."""
     return hasattr(base.base_model, "get_rope_index")
 
 
 def _axes(base: Any) -> Callable[[Any], Any]:
-    """Positions of text `[...]` as the model takes them: all three of M-RoPE's axes are equal there."""
+    """Return a function that maps positions of text `[...]` to the model's format: M-RoPE's axes are equal for text."""
     return (lambda position: position.expand(3, *position.shape)) if _has_axes(base) else (lambda position: position)
 
 
 def _positions(base: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
-    """Positions of the prompts' tokens, and of the first new one.
+    """Return the positions of the prompts' tokens, and of the first new token.
 
-    They are given in every call. Those that a model stores for itself (`rope_deltas`) are of the last batch it saw,
-    whoever's that was. Without images `get_rope_index` gives plain positions, counted after the padding.
+    They are passed in every call, because those that a model stores (`rope_deltas`) belong to the last batch that it
+    saw, which may be another. Without images `get_rope_index` returns plain positions, counted after the padding.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if not _has_axes(base):

@@ -1,8 +1,8 @@
 """Direct preference optimisation: TRL's `DPOTrainer` (Rafailov et al. 2023, arXiv:2305.18290) on pairs of answers.
 
-The reference is the base with the adapter off, or the adapter that training starts from: a second adapter, never a
-second model. What is ours: both answers of a pair share one copy of its images, and the reference's log-probabilities
-may be known before (`train/reference.py`); TRL refuses that for images.
+The reference is the base with the adapter off, or the adapter that training starts from, as a second adapter and never
+a second model. Beyond TRL, both answers of a pair share one copy of its images, and the reference's log-probabilities
+may be computed in advance (`train/reference.py`), which TRL refuses for images.
 """
 
 from collections.abc import Mapping
@@ -30,42 +30,42 @@ _LOGGED = {
 
 
 def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> dict[str, Any]:
-    """A micro-batch as TRL's loss takes it, and `numbers`: which pairs these are."""
+    """Return a micro-batch as TRL's loss takes it, with `numbers`, the numbers of its pairs."""
     return collate_pairs(rows, builder, device) | {"numbers": [row.number for row in rows]}
 
 
 def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
-    """The batch of these pairs; the reference is asked about them."""
+    """Return the batch of these pairs, for which the reference is always computed."""
     return collate_pairs(rows, trainer.builder, device) | {"numbers": [-1]}
 
 
 def trainer_class(job: JobConfig) -> type:
-    """TRL's trainer, which takes the reference's log-probabilities from `reference` where that has them."""
+    """Return TRL's trainer, which takes the reference's log-probabilities from `reference` if they are there."""
     import torch
     from trl import DPOTrainer
 
     class PairedDPOTrainer(DPOTrainer):
-        reference: Any = None  # float32 [rows, 2]: what the reference says of each pair, or None
-        recent: Any = None  # `models.features.Recent`
+        reference: Any = None  # float32 [rows, 2]: the reference's log-probabilities of each pair, or None
+        recent: Any = None  # `models.features.StepFeatureCache`
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             if job.model.adapter is None:  # the reference is the base; TRL would keep a copy of the new adapter
                 kwargs["model"].delete_adapter("ref")
-            self.precompute_ref_logps = True  # they always come with the batch, known before or from `refer`
+            self.precompute_ref_logps = True  # they are always in the batch: `refer` adds them
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             return super().compute_loss(model, self.refer(inputs), *args, **kwargs)
 
         def refer(self, inputs: dict[str, Any]) -> dict[str, Any]:
-            """The batch with what the reference says of it: `ref_chosen_logps` and `ref_rejected_logps`, `[pairs]`."""
+            """Return the batch with the reference's `ref_chosen_logps` and `ref_rejected_logps`, `[pairs]`."""
             inputs = dict(inputs)
             numbers = inputs.pop("numbers")
             if self.reference is not None and min(numbers) >= 0:
-                told = torch.as_tensor(self.reference[numbers], device=inputs["input_ids"].device)
-                chosen, rejected = told.unbind(dim=1)
+                logps = torch.as_tensor(self.reference[numbers], device=inputs["input_ids"].device)
+                chosen, rejected = logps.unbind(dim=1)
             else:
-                self.recent.start(len(inputs.get("image_grid_thw", ())))  # what the reference sees is seen again
+                self.recent.start(len(inputs.get("image_grid_thw", ())))  # the trained model sees the same images
                 chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
             return inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
@@ -73,10 +73,11 @@ def trainer_class(job: JobConfig) -> type:
 
 
 def check_options(job: JobConfig) -> None:
-    """Raises `ConfigError` for a loss that TRL does not have, and for what its `DPOConfig` does not take."""
-    given = job.method.loss_type or []
-    if unknown := [loss for loss in ([given] if isinstance(given, str) else given) if loss not in LOSSES]:
-        raise ConfigError(f"method.loss_type={given!r}: TRL's DPO has no {unknown[0]!r}. It has: {', '.join(LOSSES)}.")
+    """Raise `ConfigError` for a loss that TRL does not have, and for options that its `DPOConfig` does not take."""
+    loss_type = job.method.loss_type or []
+    if unknown := [loss for loss in ([loss_type] if isinstance(loss_type, str) else loss_type) if loss not in LOSSES]:
+        known = ", ".join(LOSSES)
+        raise ConfigError(f"method.loss_type={loss_type!r}: TRL's DPO has no {unknown[0]!r}. It has: {known}.")
     if job.method.trl:
         from trl import DPOConfig
 
@@ -84,12 +85,12 @@ def check_options(job: JobConfig) -> None:
 
 
 def extras(job: JobConfig) -> dict[str, Any]:
-    """Nothing more."""
+    """Return no further arguments."""
     return {}
 
 
 def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
-    """TRL's `DPOConfig`: `shared` (the options that all methods have), then the job's."""
+    """Build TRL's `DPOConfig`: `shared` (the options that all methods have), then the job's."""
     from trl import DPOConfig
 
     own: dict[str, Any] = {"max_length": None, "beta": 0.1 if job.method.beta is None else job.method.beta}
@@ -99,5 +100,5 @@ def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
 
 
 def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a step that are kept, by our names."""
-    return {ours: logs[theirs] for theirs, ours in _LOGGED.items() if theirs in logs}
+    """Return the numbers of a step that are logged, under this package's names."""
+    return {name: logs[trl_name] for trl_name, name in _LOGGED.items() if trl_name in logs}

@@ -1,6 +1,6 @@
-"""The parts of a GRPO step around TRL's: sample the answers to a step's prompts, score them, give them their pixels.
+"""The parts of a GRPO step around TRL's: sample the answers to a step's prompts, score them, and add their pixels.
 
-`trainer` is `methods.grpo`'s: `rows_of` and `answers` are those that are worked on, group by group.
+`trainer` is the one of `methods.grpo`: its `rows_of` and `answers` belong to the current step, group by group.
 """
 
 from collections import Counter
@@ -18,17 +18,19 @@ from ray_vlm.methods.rollout import Completion, Sampling
 
 
 def sample_step(trainer: Any, rows: Sequence[Sample]) -> dict[str, Any]:
-    """Sample and score the answers to a step's prompts: TRL's batch, with `rows` (the prompt of each answer) and
-    `sampled` (log-probabilities at sampling, `float32 [answers, longest]`)."""
+    """Sample and score the answers to a step's prompts.
+
+    Return TRL's batch, with `rows` (the prompt of each answer) and `sampled` (log-probabilities at sampling,
+    `float32 [answers, longest]`)."""
     import torch
 
-    trainer.model.train()  # TRL reads from it that this is no evaluation
+    trainer.model.train()  # TRL recognises by it that this is no evaluation
     trainer.pixels = {}
     trainer.recent.start(sum(len(row.images) for row in rows))
     group, records = trainer.job.method.num_generations, trainer.fetch_records()
     trainer.rows_of = [row for row in rows for _ in range(group)]
     turns = [trainer.builder.turns(records[row.number]) for row in rows]
-    prompts = [[{"role": role, "content": text} for role, text in of_row] for of_row in turns]
+    prompts = [[{"role": role, "content": text} for role, text in row_turns] for row_turns in turns]
     batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(group)])
     logps = [torch.tensor(answer.logprobs) for answer in trainer.answers]
     sampled = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True).to(batch["completion_ids"].device)
@@ -36,7 +38,8 @@ def sample_step(trainer: Any, rows: Sequence[Sample]) -> dict[str, Any]:
 
 
 def sample_answers(trainer: Any) -> list[Completion]:
-    """Answers to the step's prompts, group by group. A group's random numbers depend on seed, step and row alone."""
+    """Sample the answers to the step's prompts, group by group. A group's random numbers depend only on the seed, the
+    step, the row, and how often the row was in the step before."""
     method = trainer.job.method
     rows = trainer.rows_of[:: method.num_generations]
     seen: Counter[int] = Counter()
@@ -54,27 +57,28 @@ def sample_answers(trainer: Any) -> list[Completion]:
 
 
 def longest_answers(trainer: Any, rows: Sequence[Sample], device: str) -> dict[str, Any]:
-    """A batch as TRL's loss takes it, with the longest answers that may be sampled to each prompt: the heaviest."""
+    """Return a batch as TRL's loss takes it, with answers of the maximum length: it needs the most memory."""
     import torch
 
     job, trainer.pixels = trainer.job, {}
     group, length = min(job.method.num_generations, job.train.micro_batch_size), job.method.max_completion_tokens
-    of_answers = [row for row in rows for _ in range(group)]
-    prompts = [torch.tensor(row.input_ids.tolist()) for row in of_answers]
+    answer_rows = [row for row in rows for _ in range(group)]
+    prompts = [torch.tensor(row.input_ids.tolist()) for row in answer_rows]
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad(prompts, batch_first=True, padding_side="left").to(device)
-    mask = pad([torch.ones_like(of_row) for of_row in prompts], batch_first=True, padding_side="left").to(device)
-    shape = (len(of_answers), length)
-    answers = torch.full(shape, 20, device=device)  # any token of text; each answer begins with another one
-    answers[:, 0] += torch.arange(len(of_answers), device=device)
+    mask = pad([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left").to(device)
+    shape = (len(answer_rows), length)
+    # Any token of text will do. First tokens differ, so that answers share only the prompt.
+    answers = torch.full(shape, 20, device=device)
+    answers[:, 0] += torch.arange(len(answer_rows), device=device)
     zeros = torch.zeros(shape, device=device)
     batch = {"prompt_ids": ids, "prompt_mask": mask, "completion_ids": answers, "ref_per_token_logps": zeros}
-    batch |= {"completion_mask": torch.ones_like(answers), "advantages": torch.ones(len(of_answers), device=device)}
-    return batch | {"num_items_in_batch": torch.tensor(float(answers.numel())), "rows": of_answers, "sampled": zeros}
+    batch |= {"completion_mask": torch.ones_like(answers), "advantages": torch.ones(len(answer_rows), device=device)}
+    return batch | {"num_items_in_batch": torch.tensor(float(answers.numel())), "rows": answer_rows, "sampled": zeros}
 
 
 def score_step(trainer: Any, prompts: Sequence[Any], ids: Sequence[Sequence[int]]) -> Any:
-    """Each part of the reward of all ranks' answers, `float32 [answers, parts]`; NaN where one does not apply."""
+    """Return each part of the reward of all ranks' answers, `float32 [answers, parts]`; NaN where none applies."""
     import torch
     from accelerate.utils import gather
 
@@ -94,9 +98,9 @@ def score_answers(
     prompts: Sequence[Any],
     builder: SampleBuilder,
 ) -> list[dict[str, float | None]]:
-    """Every part of the reward of each answer (text and token ids) to its record. Raises `DataError` as
+    """Return every part of the reward of each answer (text and token ids) to its record. Raise `DataError` as
     `score_completions` does."""
-    distinct = {id(record): record for record in records}  # a record is there once for each answer to it
+    distinct = {id(record): record for record in records}  # `records` has each record once for each answer
     truth = {
         key: {} if isinstance(record, PromptRecord) else builder.truth(record)  # type: ignore[arg-type]
         for key, record in distinct.items()
@@ -113,8 +117,8 @@ def score_answers(
 
 
 def pixels_of(trainer: Any, part: slice, input_ids: Any) -> dict[str, Any]:
-    """Image inputs of a part of the answers: each prompt's once, and `image_spans` (`methods/images.py`), which says
-    whose they are; of families that do not know that, once an answer."""
+    """Return the image inputs of a part of the answers: once for each prompt, with `image_spans` (`methods/images.py`),
+    which assigns them to answers; for families without `image_spans`, once for each answer."""
     runs, builder = _runs(trainer.rows_of[part]), trainer.builder
     kinds = {builder.kinds: (input_ids[part] == builder.image_token_id).long()} if builder.kinds else {}
     if builder.stock is not None:
@@ -126,8 +130,8 @@ def pixels_of(trainer: Any, part: slice, input_ids: Any) -> dict[str, Any]:
 
 
 def prompt_pixels(trainer: Any, row: Sample) -> dict[str, Any]:
-    """A prompt's images as the model takes them, processed once in a step: sampling and training take the same."""
-    if id(row) not in trainer.pixels:  # with the row, so that no other gets its id
+    """Return a prompt's image inputs. They are processed once in a step, for sampling and training."""
+    if id(row) not in trainer.pixels:  # the row is kept alive, so that no other gets its id
         trainer.pixels[id(row)] = row, read_pixels(row.images, trainer.builder, str(trainer.args.device))
     return trainer.pixels[id(row)][1]
 
@@ -140,7 +144,7 @@ def note_gap(trainer: Any, logps: Any) -> None:
 
 
 def join(values: Sequence[Any]) -> Any:
-    """Parts of one batch as one: end to end, or their mean where there is one number a part."""
+    """Concatenate the parts of a batch, or return their mean if each is a single number."""
     import torch
 
     if values[0] is None:
@@ -149,7 +153,7 @@ def join(values: Sequence[Any]) -> Any:
 
 
 def _runs(rows: Sequence[Sample]) -> list[tuple[Sample, int]]:
-    """Rows that stand beside themselves, with how often."""
+    """Return runs of equal neighbouring rows, with their lengths."""
     runs: list[tuple[Sample, int]] = []
     for row in rows:
         if runs and runs[-1][0] is row:
@@ -160,7 +164,7 @@ def _runs(rows: Sequence[Sample]) -> list[tuple[Sample, int]]:
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """A step's answers in `parts` equal micro-batches, in their order; numbers of the whole step go into each."""
+    """Split a step's answers into `parts` equal micro-batches, in order; scalars of the step go into each."""
     count = len(batch["rows"]) // parts
 
     def cut(value: Any, part: slice) -> Any:

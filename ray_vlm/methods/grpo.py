@@ -1,9 +1,9 @@
 """Group-relative policy optimisation: TRL's `GRPOTrainer` (Shao et al. 2024, arXiv:2402.03300) on sampled answers.
 
 Every optimizer step samples `num_generations` answers to each prompt, scores them, and learns from how each differs
-from its group. A group stays whole on one worker. What is ours: where prompts come from, the rollout (`rollout.py`),
-the rewards (`rewards.py`), and that each image is processed once (`groups.py`). Advantages, loss and their options
-are TRL's.
+from its group. All answers of a group are on one worker. This package provides the prompts, the rollout
+(`rollout.py`), the rewards (`rewards.py`), and processes each image once (`groups.py`). Advantages, loss and their
+options are TRL's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,20 +41,20 @@ _LOGGED = {
 
 
 def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> list[Sample]:
-    """The prompts themselves: tensors are made when their answers are known."""
+    """Return the prompts themselves: tensors are built when their answers are sampled."""
     return rows
 
 
 def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
-    """The batch that takes the most memory of these prompts."""
+    """Return the batch of these prompts that takes the most memory."""
     trainer.current_gradient_accumulation_steps = 1
     return longest_answers(trainer, rows, device)
 
 
 def trainer_class(job: JobConfig) -> type:
-    """TRL's trainer, which samples from our rows and scores with our rewards.
+    """Return TRL's trainer, which samples answers to this package's rows and scores them with its rewards.
 
-    The worker gives it `builder`, `fetch_records` and `recent` (`models.features.Recent`) before it trains.
+    The worker sets `builder`, `fetch_records` and `recent` (a `models.features.StepFeatureCache`) before it trains.
     """
     from trl import GRPOTrainer
 
@@ -64,11 +64,11 @@ def trainer_class(job: JobConfig) -> type:
             if job.model.adapter is None and job.method.beta:  # the reference is the base; TRL keeps a copy of the new
                 kwargs["model"].delete_adapter("ref")
             self.job, self.scored_by = job, job_rewards(job)
-            self.use_vllm = job.method.rollouts == "vllm"  # TRL then corrects for what vLLM says differently
+            self.use_vllm = job.method.rollouts == "vllm"  # TRL then corrects for vLLM's other log-probabilities
             self.sample = build_sampler(job, self.args) if self.use_vllm else sample_groups
-            self.rows_of: list[Sample] = []  # the prompt of each answer that is worked on
+            self.rows_of: list[Sample] = []  # the prompt of each current answer
             self.answers: list[Completion] = []
-            self.pixels: dict[int, tuple[Sample, dict[str, Any]]] = {}  # of the step's prompts, as the model takes them
+            self.pixels: dict[int, tuple[Sample, dict[str, Any]]] = {}  # image inputs of the step's prompts
 
         def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple:
             rows = next(epoch_iterator, None)
@@ -93,13 +93,15 @@ def trainer_class(job: JobConfig) -> type:
 
         def _get_per_token_logps_and_entropies(self, model: Any, ids: Any, mask: Any, keep: int, **options: Any) -> Any:
             size = options.pop("batch_size", None) or len(ids)
-            given = {name: options[name] for name in ("compute_entropy", "compute_aux_loss") if name in options}
+            computed = {name: options[name] for name in ("compute_entropy", "compute_aux_loss") if name in options}
             parts = [slice(start, start + size) for start in range(0, len(ids), size)]
             forward = super()._get_per_token_logps_and_entropies
-            # A part's images go to the model as they are: TRL would cut them by rows, as it knows some families' do.
-            found = [forward(partial(model, **pixels_of(self, p, ids)), ids[p], mask[p], keep, **given) for p in parts]
-            logps, entropies, aux = (join(values) for values in zip(*found, strict=True))
-            if given.get("compute_entropy"):
+            # A part's images are bound to the model directly: TRL would split them by rows, in some families' layout.
+            outputs = [
+                forward(partial(model, **pixels_of(self, p, ids)), ids[p], mask[p], keep, **computed) for p in parts
+            ]
+            logps, entropies, aux = (join(values) for values in zip(*outputs, strict=True))
+            if computed.get("compute_entropy"):
                 note_gap(self, logps)
             return logps, entropies, aux
 
@@ -107,13 +109,13 @@ def trainer_class(job: JobConfig) -> type:
 
 
 def job_rewards(job: JobConfig, labels: Sequence[str] = ()) -> Rewards:
-    """What scores the job's answers. Raises `ConfigError` for what cannot."""
+    """Return the rewards that score the job's answers. Raise `ConfigError` for those that cannot."""
     source = job.data.train
     has_truth = source is None or source.format != "prompt"
     return load_rewards(job.task.name, job.method.rewards, job.method.box_quality, has_truth, labels)
 
 
-# Values that TRL compares with only when it trains (`grpo_trainer.py`); a test holds that it knows these.
+# Values that TRL checks only when it trains (`grpo_trainer.py`); a test checks that TRL has each of them.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"),
     "importance_sampling_level": ("token", "sequence"),
@@ -123,7 +125,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def check_options(job: JobConfig) -> None:
-    """Raises `ConfigError` for what TRL's `GRPOConfig` or its trainer does not take."""
+    """Raise `ConfigError` for options that TRL's `GRPOConfig` or its trainer does not take."""
     if job.method.trl or job.method.loss_type is not None:
         from trl import GRPOConfig
 
@@ -131,7 +133,7 @@ def check_options(job: JobConfig) -> None:
 
 
 def extras(job: JobConfig) -> dict[str, Any]:
-    """Named stand-ins for the rewards, whose values `_calculate_rewards` gives; TRL logs them by name."""
+    """Return a placeholder for each reward, by whose name TRL logs it; `_calculate_rewards` returns the values."""
 
     def stand_in(name: str) -> Callable[..., Any]:
         def reward(**columns: Any) -> Any:
@@ -144,7 +146,7 @@ def extras(job: JobConfig) -> dict[str, Any]:
 
 
 def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
-    """TRL's `GRPOConfig`: `shared` (the options that all methods have), then the job's."""
+    """Build TRL's `GRPOConfig`: `shared` (the options that all methods have), then the job's."""
     from trl import GRPOConfig
 
     method, micro = job.method, job.train.micro_batch_size
@@ -167,11 +169,11 @@ def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
 
 
 def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a step that are kept, by our names; `reward_<part>` of every part, `reward_<function>` of one of
-    the user's."""
+    """Return the numbers of a step that are logged, under this package's names, with `reward_<part>` of every part and
+    `reward_<function>` of every user's function."""
     parts = {
         f"reward_{name.split('/')[1].rpartition(':')[2]}": value
         for name, value in logs.items()
         if name.startswith("rewards/") and name.endswith("/mean")
     }
-    return {ours: logs[theirs] for theirs, ours in _LOGGED.items() if theirs in logs} | parts
+    return {key: logs[trl_name] for trl_name, key in _LOGGED.items() if trl_name in logs} | parts

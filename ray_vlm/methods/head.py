@@ -1,8 +1,8 @@
-"""On a CPU too, the head scores only tokens that are trained.
+"""Let the head score only labelled tokens, on a CPU too.
 
-TRL's fused head leaves out the others where it has Triton (`trl/trainer/utils.py`, `add_fused_lm_head`); elsewhere it
-scores every position, and its tile of logits is hundreds of megabytes. Here the backbone hands it the positions that
-have a label, and what it says of them goes back to where TRL's trainers look.
+With Triton, TRL's fused head skips other tokens (`trl/trainer/utils.py`, `add_fused_lm_head`); without, it scores every
+position, and its tile of logits takes hundreds of megabytes. Here the backbone passes only labelled positions to the
+head, and the outputs are copied back to the positions where TRL's trainers read them.
 """
 
 import functools
@@ -14,12 +14,13 @@ FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def score_labelled(model: Any) -> None:
-    """Let the fused head of `model`, under an adapter or not, score labelled positions alone. Needs a backbone that
-    knows `keep` (`methods/forward.share_prefixes`). Exact."""
+    """Let the fused head of `model`, with or without an adapter, score labelled positions alone. The results are exact.
+
+    The backbone must accept `keep` (`methods/prefix_sharing.share_prefixes`)."""
     base = base_of(model)
     fused = base.forward
 
-    @functools.wraps(fused)  # `generate` looks at the signature
+    @functools.wraps(fused)  # `generate` inspects the signature
     def forward(*args: Any, labels: Any = None, **inputs: Any) -> Any:
         plain = inputs.get("shift_labels") is not None or labels is None or labels.device.type == "cuda"
         if plain or not inputs.get("fused_lm_head") or not (labels[:, 1:] != -100).any():

@@ -1,7 +1,7 @@
-"""Which images each row of a batch shows. Rows that show the same image need it among the inputs only once.
+"""The images of each row of a batch. Rows that show the same image need it among the inputs only once.
 
-`image_spans` of a batch says of each row which of the batch's images are its own: `(first, one after the last)`. Rows
-may name the same ones. Without it each image belongs to one row, as transformers has it.
+`image_spans` of a batch gives each row's range of the batch's images: `(first, one after the last)`. Ranges of rows may
+overlap. Without it each image belongs to one row, as in transformers.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class RowImages:
         self.pixels: Any = inputs.get("pixel_values")
         self.grids: Any = inputs.get("image_grid_thw")
         patches = [] if self.grids is None else self.grids.prod(dim=1).tolist()
-        self.starts = [0]  # of each image: its first patch
+        self.starts = [0]  # first patch of each image, and the number of all patches
         for size in patches:
             self.starts.append(self.starts[-1] + size)
         rows = zip(inputs["mm_token_type_ids"], inputs["attention_mask"], strict=True)
@@ -29,11 +29,11 @@ class RowImages:
         self.spans = list(spans) if spans else spans_of([int(kind.sum()) for kind in kinds], merged)
 
     def end(self, row: int) -> int:
-        """How many of the row's tokens end with its last image."""
+        """Return the number of the row's tokens up to the end of its last image."""
         return self.ends[row]
 
     def of(self, row: int) -> dict[str, Any]:
-        """The row's pixels and grids; nothing without images."""
+        """Return the row's pixels and grids; an empty dictionary without images."""
         first, end = self.spans[row]
         if first == end:
             return {}
@@ -41,26 +41,27 @@ class RowImages:
         return {"pixel_values": pixels, "image_grid_thw": self.grids[first:end]}
 
     def grids_of(self, rows: Sequence[int]) -> Any:
-        """`image_grid_thw` of rows, one after another; None without images."""
+        """Return `image_grid_thw` of rows, one after another; None without images."""
         numbers = [number for row in rows for number in range(*self.spans[row])]
         return self.grids[numbers] if numbers else None
 
     def of_all(self, rows: Sequence[int]) -> dict[str, Any]:
-        """Those of rows, one after another."""
+        """Return the pixels and grids of rows, one after another."""
         return join_pixels([self.of(row) for row in rows])
 
     def same(self, one: int, other: int) -> bool:
-        """Whether two rows show the same images, to the last pixel."""
+        """Return whether two rows show the same images, pixel by pixel."""
         import torch
 
         if self.spans[one] == self.spans[other]:
             return True
-        mine, theirs = self.of(one), self.of(other)
-        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        first, second = self.of(one), self.of(other)
+        return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def spans_of(tokens: Sequence[int], sizes: Sequence[int]) -> list[Span]:
-    """Each row's images where every image is one row's. `tokens`: image tokens of each row; `sizes`: of each image."""
+    """Return each row's range of images if no image is shared. `tokens`: image tokens of each row; `sizes`: of each
+    image."""
     spans, number = [], 0
     for left in tokens:
         first = number

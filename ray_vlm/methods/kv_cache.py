@@ -1,4 +1,4 @@
-"""A KV cache with room to grow. transformers' `DynamicLayer` copies all keys and values at every token."""
+"""A KV cache with spare capacity. transformers' `DynamicLayer` copies all keys and values at every token."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def make_room(cache: Any) -> None:
 
 
 def _with_room(old: Any, length: int) -> Any:
-    """`old` (`[sequences, heads, tokens, size]`) in a tensor of `length` tokens."""
+    """Copy `old` (`[sequences, heads, tokens, size]`) into a tensor with a capacity of `length` tokens."""
     room = old.new_empty(*old.shape[:-2], length, old.shape[-1])
     room[..., : old.shape[-2], :] = old
     return room

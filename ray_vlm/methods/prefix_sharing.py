@@ -1,12 +1,12 @@
-"""Rows of a batch that begin alike go through the model's beginning once, and short rows lie behind one another.
+"""Compute the common prefix of a batch's rows once, and pack short rows.
 
-DPO's two answers, and all answers of a GRPO group, stand behind the same images and the same question. TRL lays them
-out as rows of a padded batch, so images and question are encoded once a row. `share_prefixes` wraps the forward of the
+DPO's two answers, and all answers of a GRPO group, follow the same images and the same question. TRL lays them out as
+rows of a padded batch, so images and question are computed once for each row. `share_prefixes` wraps the forward of the
 *backbone*, which TRL's log-probability head calls for hidden states: rows with the same images become one tree - their
-common beginning once, then every row's rest as a branch that sees the beginning and itself - and each row gets its
-hidden states back where TRL expects them. Trees, of one row in SFT, are packed behind one another where that is less
-work. Losses, metrics and options stay TRL's; nothing is approximated (the idea: Wang & Hegde 2024,
-arXiv:2410.20305; packing: Krell et al. 2021, arXiv:2107.02027; here with M-RoPE positions and images).
+common prefix once, then the rest of every row as a branch that attends to the prefix and itself - and the hidden states
+are copied back to where TRL expects them. Trees (in SFT of one row each) are packed where that is less work. Losses,
+metrics and options stay TRL's; nothing is approximated (prefix sharing: Wang & Hegde 2024, arXiv:2410.20305; packing:
+Krell et al. 2021, arXiv:2107.02027; here with M-RoPE positions and images).
 """
 
 from collections.abc import Sequence
@@ -21,46 +21,46 @@ from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.packing import PackingOptions, plan_packs
 
 _NEEDED = {"input_ids", "attention_mask", "mm_token_type_ids"}
-_HANDLED = {*_NEEDED, "pixel_values", "image_grid_thw"}  # anything else (a cache, positions) goes the plain way
+_HANDLED = {*_NEEDED, "pixel_values", "image_grid_thw"}  # with others (a cache, positions) nothing changes
 
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Rows that share a beginning. `rows`: their numbers; `length`: tokens of the beginning."""
+    """Rows that share a prefix. `rows`: their numbers; `length`: tokens of the prefix."""
 
     rows: tuple[int, ...]
     length: int
 
 
 def plan_folding(job: JobConfig, family: Family, config: Any) -> PackingOptions:
-    """What may be done to the rows of the job's batches; `config`: the model's."""
+    """Return whether the rows of the job's batches may share prefixes and be packed. `config`: the model's."""
     exact = why_alone(job, family) is None
     share = job.method.name != "sft" and job.method.share_prefixes
     return PackingOptions(exact and share, exact and job.train.packing, config.get_text_config().hidden_size)
 
 
 def why_alone(job: JobConfig, family: Family) -> str | None:
-    """Why rows that begin alike would not give what each gives alone, if so."""
+    """Return why rows that share a prefix would give other results than separate rows, or None."""
     if job.lora is not None and job.lora.dropout > 0:
         return "lora.dropout would fall otherwise"
     return family.cannot.get("method.share_prefixes")
 
 
 def share_prefixes(model: Any, folding: PackingOptions, counter: OperationCounter | None = None) -> None:
-    """Let the model's backbone do to rows what `folding` says, in forwards without a cache. Exact without dropout.
-    `counter` is told of the padding behind packs."""
+    """Let the model's backbone share and pack rows as `folding` says, in forwards without a cache. Exact without
+    dropout. `counter` leaves out the padding at the end of packs."""
     backbone = base_of(model).base_model
     plain = backbone.forward
 
     def forward(*args: Any, keep: Any = None, **inputs: Any) -> Any:
         output = fold(*args, **inputs)
-        if keep is not None:  # of all tokens but each row's last, those that the head is to score
+        if keep is not None:  # bool [rows, tokens - 1]: the positions that the head scores
             output.last_hidden_state = output.last_hidden_state[:, :-1][keep][None]
         return output
 
     def fold(*args: Any, image_spans: Sequence[Span] | None = None, **inputs: Any) -> Any:
-        given = {name for name, value in inputs.items() if value is not None and value is not False}
-        handled = not args and _NEEDED <= given <= _HANDLED
+        names = {name for name, value in inputs.items() if value is not None and value is not False}
+        handled = not args and _NEEDED <= names <= _HANDLED
         if not handled and image_spans is None:
             return plain(*args, **inputs)
         images = RowImages(backbone.visual, inputs, image_spans)
@@ -83,23 +83,23 @@ def share_prefixes(model: Any, folding: PackingOptions, counter: OperationCounte
 
 
 def _apart(inputs: dict[str, Any], images: RowImages, spans: Sequence[Span] | None) -> dict[str, Any]:
-    """The inputs with each row's images for itself, as transformers wants them."""
+    """Return the inputs with separate images for each row, as transformers expects them."""
     return inputs if spans is None else inputs | images.of_all(range(len(images.spans)))
 
 
 def plan_trees(tokens: Sequence[list[int]], images: Any) -> list[PrefixGroup]:
-    """Rows that show the same images and begin alike, up to the last image and for half of the shorter one or more.
+    """Group rows with the same images and a common prefix that has all images and at least half of the shorter row.
 
-    `tokens`: of each row, without padding. `images.end(row)`: how many of them end with the row's last image;
-    `images.same(row, row)`: whether two rows show the same.
+    `tokens`: of each row, without padding. `images.end(row)`: the number of tokens up to the end of the row's last
+    image; `images.same(row, row)`: whether two rows show the same images.
     """
     groups: list[list[int]] = []
     for row in range(len(tokens)):
         for group in groups:
             head = group[0]
             shared = _common([tokens[head], tokens[row]])
-            least = max(images.end(head), images.end(row), min(len(tokens[head]), len(tokens[row])) / 2)
-            if shared >= least and images.same(head, row):
+            required = max(images.end(head), images.end(row), min(len(tokens[head]), len(tokens[row])) / 2)
+            if shared >= required and images.same(head, row):
                 group.append(row)
                 break
         else:
@@ -108,12 +108,12 @@ def plan_trees(tokens: Sequence[list[int]], images: Any) -> list[PrefixGroup]:
 
 
 def _common(sequences: Sequence[list[int]]) -> int:
-    """How many first tokens all have in common."""
-    least, most = min(sequences), max(sequences)  # of sorted sequences the first and the last differ soonest
-    for i, (a, b) in enumerate(zip(least, most, strict=False)):
+    """Return the length of the longest common prefix."""
+    first, last = min(sequences), max(sequences)  # in sorted order the first and the last have the shortest one
+    for i, (a, b) in enumerate(zip(first, last, strict=False)):
         if a != b:
             return i
-    return min(len(least), len(most))
+    return min(len(first), len(last))
 
 
 def _run(
@@ -124,65 +124,67 @@ def _run(
     packs: Sequence[Sequence[PrefixGroup]],
     images: RowImages,
 ) -> Any:
-    """The backbone's output for the batch, from one row a pack; `last_hidden_state` is in the batch's own layout."""
+    """Run the backbone on packs, and return its output with `last_hidden_state` in the layout of the batch."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     grids = images.grids_of(range(len(tokens)))
     positions, _ = backbone.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grids, attention_mask=mask)
-    source, tree_of, branch, places = (made.to(ids.device) for made in _lay_out(mask, tokens, packs))
-    there = branch >= 0
+    source, tree_of, branch, targets = (tensor.to(ids.device) for tensor in _lay_out(mask, tokens, packs))
+    is_token = branch >= 0
     output = plain(
-        input_ids=ids.reshape(-1)[source] * there,
+        input_ids=ids.reshape(-1)[source] * is_token,
         attention_mask=_visible(tree_of, branch),
         position_ids=positions.reshape(3, -1)[:, source],
-        mm_token_type_ids=inputs["mm_token_type_ids"].reshape(-1)[source] * there,
+        mm_token_type_ids=inputs["mm_token_type_ids"].reshape(-1)[source] * is_token,
         use_cache=False,
         **images.of_all([tree.rows[0] for pack in packs for tree in pack]),
     )
     hidden = output.last_hidden_state
-    output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[places]
+    output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[targets]
     return output
 
 
 def _lay_out(mask: Any, tokens: list[list[int]], packs: Sequence[Sequence[PrefixGroup]]) -> tuple[Any, Any, Any, Any]:
-    """Where each token of the packs comes from, and where each of the batch goes to.
+    """Map the tokens of the packs to the batch, and those of the batch to the packs.
 
-    `source`: of each token of a pack its place in the flat batch; `tree_of` and `branch`: which tree of the pack it is
-    in, and 0 for the tree's beginning, else the number of its branch, -1 behind the end; all `int64 [packs, width]`.
-    `places`: of each token of the batch, `[rows, columns]`, its place among the flat packs.
+    Return `source`, the index in the flattened batch of each token of a pack; `tree_of`, the number of its tree in the
+    pack; `branch`, 0 for the tree's prefix, else the number of its branch; both -1 for padding; all `int64 [packs,
+    width]`. Last `targets`, for each token of the batch its index in the flattened packs, `int64 [rows, columns]`.
     """
     import torch
 
-    columns = [of_row.nonzero()[:, 0].cpu() for of_row in mask.bool()]  # where a row's tokens stand in the batch
+    columns = [row.nonzero()[:, 0].cpu() for row in mask.bool()]  # the columns of each row's tokens in the batch
     width = max(sum(tree.length + sum(len(tokens[r]) - tree.length for r in tree.rows) for tree in p) for p in packs)
-    places = torch.zeros(mask.shape, dtype=torch.long)
+    targets = torch.zeros(mask.shape, dtype=torch.long)
     sources: list[Any] = []
     trees_of: list[Any] = []
     branches: list[Any] = []
     for number, pack in enumerate(packs):
-        start, of_pack = number * width, []
+        start, pack_parts = number * width, []
         for k, tree in enumerate(pack):
-            of_tree = [len(tokens[row]) - tree.length for row in tree.rows]
+            branch_lengths = [len(tokens[row]) - tree.length for row in tree.rows]
+            # Indices of each row's tokens in the flattened batch; the prefix is taken from the first row.
             flat = [row * mask.shape[1] + columns[row] for row in tree.rows]
-            source = torch.cat([flat[0][: tree.length], *(of_row[tree.length :] for of_row in flat)])
-            branch = torch.repeat_interleave(torch.arange(len(of_tree) + 1), torch.tensor([tree.length, *of_tree]))
-            end = start + tree.length
-            for row, size in zip(tree.rows, of_tree, strict=True):
-                places[row, columns[row]] = torch.cat(
+            source = torch.cat([flat[0][: tree.length], *(indices[tree.length :] for indices in flat)])
+            lengths = torch.tensor([tree.length, *branch_lengths])
+            branch = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+            end = start + tree.length  # of the prefix, then of each branch
+            for row, size in zip(tree.rows, branch_lengths, strict=True):
+                targets[row, columns[row]] = torch.cat(
                     [torch.arange(start, start + tree.length), torch.arange(end, end + size)]
                 )
                 end += size
             start = end
-            of_pack.append((source, torch.full_like(source, k), branch))
-        for made, parts in zip((sources, trees_of, branches), zip(*of_pack, strict=True), strict=True):
-            made.append(torch.cat(parts))
+            pack_parts.append((source, torch.full_like(source, k), branch))
+        for batches, parts in zip((sources, trees_of, branches), zip(*pack_parts, strict=True), strict=True):
+            batches.append(torch.cat(parts))
     pad = torch.nn.utils.rnn.pad_sequence
     source, tree_of = pad(sources, batch_first=True), pad(trees_of, batch_first=True, padding_value=-1)
-    return source, tree_of, pad(branches, batch_first=True, padding_value=-1), places
+    return source, tree_of, pad(branches, batch_first=True, padding_value=-1), targets
 
 
 def _visible(tree_of: Any, branch: Any) -> Any:
-    """Which tokens see which: `bool [packs, 1, tokens, tokens]`. A token sees those before it of its own tree that
-    belong to the beginning (branch 0) or to its own branch."""
+    """Return the attention mask, `bool [packs, 1, tokens, tokens]`: a token attends to itself and to earlier tokens of
+    its tree in the prefix (branch 0) or in its own branch."""
     import torch
 
     earlier = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=branch.device).tril()

@@ -1,6 +1,6 @@
-"""What the rewards are tried on before training: right and wrong answers to made-up records of each task.
+"""Test cases for the rewards before training: right and wrong answers to made-up records of each task.
 
-Answers are text in the form that the task asks for, so parsing is tried with the scores.
+Answers are text in the task's format, so parsing is tested with the scores.
 """
 
 import json
@@ -14,7 +14,7 @@ from ray_vlm.tasks.classification import attributes_of
 
 FRAME = Frame((1000, 1000), (1000, 1000))
 TRUTH = "truth"
-ORDER = ("empty", "invented", "shifted", "duplicated", TRUTH)  # of a detection's answers, the worst first
+ORDER = ("empty", "invented", "shifted", "duplicated", TRUTH)  # answers to a detection, from the worst to the best
 _GARBAGE = "I cannot tell."
 _BOXES: tuple[Box, ...] = ((100, 100, 300, 300), (600, 150, 840, 350), (420, 400, 560, 520))
 _ELSEWHERE: tuple[Box, ...] = ((100, 700, 300, 900), (400, 720, 520, 900), (700, 700, 940, 860))
@@ -22,10 +22,10 @@ _ELSEWHERE: tuple[Box, ...] = ((100, 700, 300, 900), (400, 720, 520, 900), (700,
 
 @dataclass(frozen=True)
 class Case:
-    """A record with its right answer, which is named `TRUTH` and comes first, and wrong ones, each a text by name.
+    """A record with its right answer, named `TRUTH`, first, and wrong answers, each a text by name.
 
-    `judges`: for a wrong answer the parts that can see what is wrong; a job that weights none of them leaves that out
-    on purpose. An answer without judges must always lose.
+    `judges`: for a wrong answer, the parts that can detect the error; a job that weights none of them ignores it on
+    purpose. An answer without judges must always score less than the right one.
     """
 
     truth: Mapping[str, Any]
@@ -34,12 +34,12 @@ class Case:
 
 
 def build_cases(task: str, labels: Sequence[str] = ()) -> list[Case]:
-    """Made-up records of a task, with the job's class names where it has some; boxes in pixels of `FRAME`."""
+    """Build made-up records of a task, with the job's class names if it has some; boxes are in pixels of `FRAME`."""
     return list(_CASES[task](labels))
 
 
 def _detection(labels: Sequence[str]) -> Iterator[Case]:
-    """Two objects, and three."""
+    """Yield a record with two objects, and one with three."""
     names = list(dict.fromkeys((*labels, "pipe", "valve", "crack")))
     for count in (2, 3):
         right = list(zip(_BOXES[:count], names, strict=False))
@@ -56,7 +56,7 @@ def _detection(labels: Sequence[str]) -> Iterator[Case]:
 
 
 def _shift(box: Box) -> Box:
-    """Moved by a quarter of its width and height, which leaves an IoU of 0.39."""
+    """Move a box by a quarter of its width and height, which leaves an IoU of 0.39."""
     right, down = (box[2] - box[0]) / 4, (box[3] - box[1]) / 4
     return (box[0] + right, box[1] + down, box[2] + right, box[3] + down)
 
@@ -74,11 +74,11 @@ def _classification(labels: Sequence[str]) -> Iterator[Case]:
 
 
 def _gui_steps(labels: Sequence[str]) -> Iterator[Case]:
-    """A step that points at a box, and one that points at nothing."""
+    """Yield a step that points at a box, and one that points at nothing."""
     box = _BOXES[0]
-    for place in (box, None):
+    for true_box in (box, None):
         right: dict[str, Any] = {"action": "click", "target": "Save"}
-        points = {} if place is None else {"bbox_2d": FRAME.encode(place)}
+        points = {} if true_box is None else {"bbox_2d": FRAME.encode(true_box)}
         answers = {
             TRUTH: {**right, **points},
             "wrong action": {**right, **points, "action": "scroll"},
@@ -88,7 +88,7 @@ def _gui_steps(labels: Sequence[str]) -> Iterator[Case]:
         judges = {"wrong action": {"action"}, "wrong argument": {"argument"}, "wrong place": {"grounding"}}
         texts = {name: json.dumps(answer) for name, answer in answers.items()}
         yield Case(
-            {"output": right, "box": place, "point": None},
+            {"output": right, "box": true_box, "point": None},
             {**texts, "nothing understood": _GARBAGE},
             {name: frozenset(parts) for name, parts in judges.items()},
         )

@@ -1,6 +1,7 @@
-"""The built-in parts of a GRPO reward: one parsed completion against its row's truth, each part between 0 and 1.
+"""The built-in parts of a GRPO reward: each scores a parsed completion against its row's truth, from 0 to 1.
 
-They are the task's own scores, graded where the task only says right or wrong, so that there is something to climb.
+They are the task's own scores, with intermediate values where the task only has right and wrong, so that a better
+answer always earns more.
 """
 
 import math
@@ -20,15 +21,15 @@ PARTS: dict[str, tuple[str, ...]] = {
     "gui_steps": ("format", "action", "argument", "grounding"),
     "chat": ("format", "exact", "normalised", "anls"),
 }
-HIT_IOU = 0.5  # a box that overlaps this much has found its object
-_APART = 0.1  # with `giou`: what a box is worth at most that does not overlap the true one, and at least if it does
-_TIE = 1e-9  # between pairings of the same quality, the one with more right labels
-_DIAGONALS = 4.0  # a step that points this many diagonals away from its place earns nothing for it
+HIT_IOU = 0.5  # a box with this IoU or more is a hit
+_APART = 0.1  # with `giou`: the most that a box without overlap earns, and the least that one with overlap earns
+_TIE = 1e-9  # added for a right label, to prefer it among pairings of the same quality
+_DIAGONALS = 4.0  # a step that points this many diagonals away from its target earns nothing for it
 
 
 def score_parts(task: str, parsed: Parsed, truth: Mapping[str, Any], box_quality: str = "iou") -> dict[str, float]:
-    """Every part in `PARTS[task]`, each 0..1; for classification also every attribute by its name, unless a part has
-    it. Does not depend on the order in which boxes are listed. `box_quality`: `iou` or `giou`."""
+    """Score every part in `PARTS[task]`, each 0..1; for classification also every attribute by its name, unless a part
+    has that name. The order of boxes does not matter. `box_quality`: `iou` or `giou`."""
     if task == "detection":
         scores = _detection(parsed, truth, box_quality)
     else:
@@ -37,7 +38,7 @@ def score_parts(task: str, parsed: Parsed, truth: Mapping[str, Any], box_quality
 
 
 def _format(task: str, parsed: Parsed, truth: Mapping[str, Any]) -> float:
-    """1.0 for the promised form, 0.5 where something could still be understood, else 0.0."""
+    """Return 1.0 for the expected format, 0.5 if something could still be parsed, else 0.0."""
     values = parsed.values
     understood = {
         "detection": lambda: bool(values.get("boxes")),
@@ -50,46 +51,46 @@ def _format(task: str, parsed: Parsed, truth: Mapping[str, Any]) -> float:
 
 
 def _detection(parsed: Parsed, truth: Mapping[str, Any], box_quality: str) -> dict[str, float]:
-    """`bbox`: quality of one-to-one pairs, `category`: pairs that overlap and have the right label, both over the
-    larger number of objects; `completeness`: hits over hits, misses and all other boxes that were written.
+    """Score `bbox` (quality of one-to-one pairs) and `category` (pairs that overlap and have the right label), both
+    divided by the larger number of objects, and `completeness` (hits over hits, misses and other predicted boxes).
 
-    Objects that parsing dropped because they repeat another, or are none, were written and count as boxes.
+    Objects that parsing dropped as duplicates or as empty count as predicted boxes.
     """
-    right, found = _objects(truth), _objects(parsed.values)
-    num_found = len(found) + sum(repair.startswith("dropped ") for repair in parsed.repairs)
-    if not right or not found:
-        return dict.fromkeys(("bbox", "category", "completeness"), float(not right and not num_found and parsed.ok))
-    true_boxes, boxes = [box for box, _ in right], [box for box, _ in found]
+    true, predicted = _objects(truth), _objects(parsed.values)
+    num_predicted = len(predicted) + sum(repair.startswith("dropped ") for repair in parsed.repairs)
+    if not true or not predicted:
+        return dict.fromkeys(("bbox", "category", "completeness"), float(not true and not num_predicted and parsed.ok))
+    true_boxes, boxes = [box for box, _ in true], [box for box, _ in predicted]
     ious = iou_matrix(true_boxes, boxes)
     quality = ious if box_quality == "iou" else _graded(ious, giou_matrix(true_boxes, boxes))
-    agree = (ious > 0) & np.array([[label == name for _, label in found] for _, name in right])
+    agree = (ious > 0) & np.array([[label == name for _, label in predicted] for _, name in true])
     pairs = match(quality + _TIE * agree)
-    most, hits = max(len(right), num_found), sum(ious[pair] >= HIT_IOU for pair in pairs)
+    most, hits = max(len(true), num_predicted), sum(ious[pair] >= HIT_IOU for pair in pairs)
     return {
         "bbox": float(sum(quality[pair] for pair in pairs) / most),
         "category": float(sum(agree[pair] for pair in pairs) / most),
-        "completeness": float(hits / (len(right) + num_found - hits)),
+        "completeness": float(hits / (len(true) + num_predicted - hits)),
     }
 
 
 def _objects(values: Mapping[str, Any]) -> list[tuple[Box, str]]:
-    """Labelled boxes in an order that does not depend on how they were listed."""
+    """Return labelled boxes, sorted, so that the order in the answer does not matter."""
     boxes = (tuple(float(v) for v in box) for box in values.get("boxes", ()))
     return sorted(zip(boxes, values.get("labels", ()), strict=True))  # type: ignore[arg-type]
 
 
 def giou_matrix(a: Sequence[Box], b: Sequence[Box]) -> np.ndarray:
-    """Generalised IoU of every pair, `float64 [len(a), len(b)]`, in (-1, 1]: IoU less the share of the smallest box
-    around both that neither covers (Rezatofighi et al. 2019, arXiv:1902.09630)."""
+    """Return the generalised IoU of every pair, `float64 [len(a), len(b)]`, in (-1, 1]: the IoU less the share of the
+    smallest enclosing box that neither covers (Rezatofighi et al. 2019, arXiv:1902.09630)."""
     ious = iou_matrix(a, b)
     first, second = np.asarray(a, float).reshape(-1, 1, 4), np.asarray(b, float).reshape(1, -1, 4)
     areas = (first[..., 2:] - first[..., :2]).prod(-1) + (second[..., 2:] - second[..., :2]).prod(-1)
-    around = (np.maximum(first[..., 2:], second[..., 2:]) - np.minimum(first[..., :2], second[..., :2])).prod(-1)
-    return ious - 1 + areas / (1 + ious) / around
+    enclosing = (np.maximum(first[..., 2:], second[..., 2:]) - np.minimum(first[..., :2], second[..., :2])).prod(-1)
+    return ious - 1 + areas / (1 + ious) / enclosing  # the union is (sum of both areas) / (1 + IoU)
 
 
 def _graded(ious: np.ndarray, gious: np.ndarray) -> np.ndarray:
-    """Quality of every pair, 0..1: grows as boxes come nearer, and any overlap is worth more than none."""
+    """Return the quality of every pair, 0..1: it grows as boxes come nearer, and any overlap is better than none."""
     return np.where(ious > 0, _APART + (1 - _APART) * ious, _APART * (1 + np.minimum(gious, 0)))
 
 
@@ -110,17 +111,17 @@ def _gui_steps(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _nearness(parsed: Parsed, box: Box | None, point: Sequence[float] | None) -> float:
-    """What an answer earns that does not point into its place: under 0.5, and less the farther away. 1.0 where there
-    is no place and the answer names none."""
+    """Score an answer that does not point into its target: under 0.5, and less with the distance. Return 1.0 if there
+    is no target and the answer points at nothing."""
     near = gui_steps.NEAR_PX
-    found = parsed.values.get("box") or parsed.values.get("point")
+    region = parsed.values.get("box") or parsed.values.get("point")
     if box is None and point is None:
-        return float(found is None)
-    if found is None:
+        return float(region is None)
+    if region is None:
         return 0.0
-    place = box or (point[0] - near, point[1] - near, point[0] + near, point[1] + near)  # type: ignore[index]
-    distance = math.dist(_centre(found), _centre(place))
-    return max(0.0, 0.5 * (1 - distance / (_DIAGONALS * math.dist(place[:2], place[2:]))))
+    target = box or (point[0] - near, point[1] - near, point[0] + near, point[1] + near)  # type: ignore[index]
+    distance = math.dist(_centre(region), _centre(target))
+    return max(0.0, 0.5 * (1 - distance / (_DIAGONALS * math.dist(target[:2], target[2:]))))
 
 
 def _centre(region: Sequence[float]) -> tuple[float, float]:

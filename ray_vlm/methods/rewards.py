@@ -1,7 +1,7 @@
-"""GRPO rewards: the task's own scores, weighted, with users' functions beside them.
+"""GRPO rewards: the weighted sum of the task's own scores and of users' functions.
 
-What is rewarded is what is measured. `load_rewards` reads what a job names, `check_rewards` tries it on made-up records
-before training, and `score_completions` scores a batch of completions, part by part.
+Training rewards the scores that evaluation measures. `load_rewards` reads a job's rewards, `check_rewards` tries them
+on made-up records before training, and `score_completions` scores a batch of completions, part by part.
 """
 
 import inspect
@@ -24,12 +24,12 @@ DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
     **{task: dict.fromkeys(parts, 1.0) for task, parts in PARTS.items()},
     "chat": {"anls": 1.0},
 }
-_SAME = 1e-9  # rewards this near are equal
+_SAME = 1e-9  # rewards that differ by less are equal
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """What a job's rewards came to: `weights` of all parts in order, and the users' `functions` among them by name.
+    """A job's rewards: `weights` of all parts in order, and the users' `functions` among them by name.
 
     `box_quality`: `iou` or `giou`. `labels`: class names, `attribute=value` for classification.
     """
@@ -48,12 +48,12 @@ def load_rewards(
     has_truth: bool = True,
     labels: Sequence[str] = (),
 ) -> Rewards:
-    """The rewards that a job names; `weights` None: `DEFAULT_WEIGHTS` of the task.
+    """Load the rewards that a job names; `weights` None: `DEFAULT_WEIGHTS` of the task.
 
     A part is one of `PARTS[task]`, for classification also an attribute's name from `labels`, or `module:function`,
     which is imported from the current folder, what is installed, or the job file's folder. A weight of 0 only logs the
-    part. `has_truth` False: the rows are prompts alone, which only functions can score. Raises `ConfigError` with
-    everything that is wrong.
+    part. `has_truth` False: the rows are prompts without a truth, which only functions can score. Raise `ConfigError`
+    with all problems.
     """
     named = dict(DEFAULT_WEIGHTS[task] if weights is None else weights)
     known = (*PARTS[task], *(attributes_of(labels) if task == "classification" else ()))
@@ -92,7 +92,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _import_function(name: str) -> tuple[Any, str | None]:
-    """What is behind `module:function`, and what is wrong with it."""
+    """Return the function `module:function`, and the problem with it or None."""
     try:
         function = import_function(name)
     except Exception as error:  # the module is the user's, and may raise anything
@@ -105,10 +105,10 @@ def _import_function(name: str) -> tuple[Any, str | None]:
 
 
 def part_scores(rewards: Rewards, parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, float]:
-    """The built-in parts of one completion that the job names, each 0..1."""
+    """Score one completion with the built-in parts that the job names, each 0..1."""
     names = [name for name in rewards.weights if name not in rewards.functions]
     scores = score_parts(rewards.task, parsed, truth, rewards.box_quality) if names else {}
-    return {name: scores.get(name, 1.0) for name in names}  # an attribute that the row has not is not asked for
+    return {name: scores.get(name, 1.0) for name in names}  # an attribute that the row does not have counts as right
 
 
 def score_completions(
@@ -121,13 +121,14 @@ def score_completions(
     prompts: Sequence[Any],
     completion_ids: Sequence[Sequence[int]],
 ) -> list[dict[str, float | None]]:
-    """Every part of every completion, in the order of `rewards.weights`; None where a user's function gave none.
+    """Score every part of every completion, in the order of `rewards.weights`; None where a user's function returned
+    None.
 
-    All arguments have one entry a completion; `ids` are the rows' ids. A user's function is called once for all, as TRL
-    does: `f(prompts=, completions=[[{"role": "assistant", "content": text}], ...], completion_ids=, **columns)`, with
-    `truth`, `parsed` and `row_id` beside the columns (a column of the same name wins). Raises `DataError`, which names
-    the reward and the row, where a function fails or does not give one finite number or None for each completion, and
-    where no reward with a weight scores a row.
+    All arguments have one entry for each completion; `ids` are the rows' ids. A user's function is called once for all,
+    as in TRL: `f(prompts=, completions=[[{"role": "assistant", "content": text}], ...], completion_ids=, **columns)`,
+    with `truth`, `parsed` and `row_id` beside the columns (a column of the same name replaces them). Raise `DataError`,
+    which names the reward and the row, if a function fails or does not return one finite number or None for each
+    completion, and if no reward with a weight scores a row.
     """
     if not ids:
         return []
@@ -148,13 +149,13 @@ def score_completions(
 def _batch(
     texts: Sequence[str], prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], extra: Mapping[str, list]
 ) -> dict[str, list]:
-    """The arguments of a user's function."""
+    """Return the arguments of a user's function."""
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     return {**extra, "prompts": list(prompts), "completions": completions, "completion_ids": list(completion_ids)}
 
 
 def _ask_function(name: str, function: Callable, batch: Mapping[str, list], ids: Sequence[str]) -> list[float | None]:
-    """What a user's function gives each completion, or `DataError`."""
+    """Return the values of a user's function for all completions. Raise `DataError` if it fails or returns others."""
     where = f"reward {name!r}, row {ids[0]!r} (the first of {len(ids)} completions)"
     try:
         values = function(**batch)
@@ -172,18 +173,18 @@ def _ask_function(name: str, function: Callable, batch: Mapping[str, list], ids:
 
 
 def total(rewards: Rewards, parts: Mapping[str, float | None]) -> float:
-    """The reward: the weighted sum of the parts, without those that are None or missing."""
-    given = {name: value for name, value in parts.items() if value is not None}
-    return float(sum(weight * given[name] for name, weight in rewards.weights.items() if name in given))
+    """Return the reward: the weighted sum of the parts, without those that are None or missing."""
+    scored = {name: value for name, value in parts.items() if value is not None}
+    return float(sum(weight * scored[name] for name, weight in rewards.weights.items() if name in scored))
 
 
 def check_rewards(rewards: Rewards) -> list[str]:
-    """Try the rewards on made-up records; answers what the user should know, one sentence each.
+    """Try the rewards on made-up records, and return warnings for the user, one sentence each.
 
-    Raises `ConfigError` where the built-in parts, as the job weights them, would teach a wrong answer: one part with a
-    weight gives it more than the truth, or all of them together do not give it less. Warned of are ties that the job
-    chose (it weights nothing that sees what is wrong, or leaves that to functions), a detection whose answers do not
-    rise in the order of `ORDER`, and users' functions that the truth does not win or that cannot be tried.
+    Raise `ConfigError` if the built-in parts, as the job weights them, would teach a wrong answer: one weighted part
+    scores it higher than the truth, or all together do not score it lower. Warnings are about ties that the job chose
+    (it weights no part that detects the error, or leaves that to functions), detection answers whose rewards do not
+    rise in the order of `ORDER`, and users' functions for which the truth does not score highest or that fail.
     """
     warnings: list[str] = []
     cases = build_cases(rewards.task, rewards.labels)
@@ -206,7 +207,7 @@ def check_rewards(rewards: Rewards) -> list[str]:
 def _wrong_wins(
     rewards: Rewards, weighted: set[str], case: Case, scores: Mapping[str, Mapping[str, float]]
 ) -> tuple[list[str], list[str]]:
-    """Where a wrong answer to `case` earns too much of the `weighted` built-in parts, as (problems, warnings)."""
+    """Return (problems, warnings) about wrong answers to `case` that earn too much from the `weighted` parts."""
     problems, warnings = [], []
     truth, best = scores[TRUTH], total(rewards, scores[TRUTH])
     for name, parts in scores.items():
@@ -218,25 +219,25 @@ def _wrong_wins(
             continue
         left_out = not case.judges.get(name, weighted) & weighted and weighted - {"format"}
         if left_out or any(rewards.weights[own] for own in rewards.functions):
-            told = "a function of yours must tell them apart, or this is not learned"
-            warnings.append(f"the built-in parts give the answer {name!r} as much as the truth; {told}.")
+            advice = "a function of yours must tell them apart, or this is not learned"
+            warnings.append(f"the built-in parts give the answer {name!r} as much as the truth; {advice}.")
         else:
-            told = "Weight a part that tells them apart"
-            problems.append(f"the answer {name!r} earns {earned:.3f} in all, and the truth {best:.3f}. {told}.")
+            advice = "Weight a part that tells them apart"
+            problems.append(f"the answer {name!r} earns {earned:.3f} in all, and the truth {best:.3f}. {advice}.")
     return problems, warnings
 
 
 def _out_of_order(rewards: Rewards, scores: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """Neighbours in `ORDER` whose totals do not rise; the empty answer may equal the next."""
+    """Yield a warning for neighbours in `ORDER` whose totals do not rise; the empty answer may equal the next."""
     totals = {name: total(rewards, parts) for name, parts in scores.items()}
-    for worse, better in pairwise(ORDER[:-1]):  # the truth is looked at by `_wrong_wins`
+    for worse, better in pairwise(ORDER[:-1]):  # `_wrong_wins` checks the truth
         slack = -_SAME if worse == ORDER[0] else _SAME
         if {worse, better} <= set(totals) and not totals[better] > totals[worse] + slack:
             yield f"with these weights the answer {better!r} earns no more than the answer {worse!r}, which is worse."
 
 
 def _try_function(rewards: Rewards, name: str, function: Callable, cases: Sequence[Case]) -> Iterator[str]:
-    """What is doubtful about a user's function on the made-up records."""
+    """Yield a warning if a user's function fails on the made-up records, or does not score the truth highest."""
     tried = [(i, answer, text, case) for i, case in enumerate(cases, 1) for answer, text in case.answers.items()]
     texts = [text for _, _, text, _ in tried]
     ids = [f"made-up record {i}, {answer}" for i, answer, _, _ in tried]
@@ -248,16 +249,16 @@ def _try_function(rewards: Rewards, name: str, function: Callable, cases: Sequen
     except DataError as error:
         yield f"{error} It was tried on made-up records, without the columns of your rows."
         return
-    given = {(i, answer): value for (i, answer, _, _), value in zip(tried, values, strict=True)}
+    scores = {(i, answer): value for (i, answer, _, _), value in zip(tried, values, strict=True)}
     beaten: dict[str, str] = {}
-    for (i, answer), value in given.items():
-        best = given[i, TRUTH]
+    for (i, answer), value in scores.items():
+        best = scores[i, TRUTH]
         if answer != TRUTH and best is not None and value is not None:
             ahead = rewards.weights[name] * (value - best)
             if ahead > _SAME or (ahead >= -_SAME and answer not in beaten):
                 beaten[answer] = "more" if ahead > _SAME else "as much"
     if beaten:
-        told = ", ".join(f"{answer!r} {much}" for answer, much in beaten.items())
-        yield f"reward {name!r} is not won by the truth: of answers to made-up records it gives {told}."
-    elif all(given[i, TRUTH] is None for i, _ in enumerate(cases, 1)):
+        comparison = ", ".join(f"{answer!r} {much}" for answer, much in beaten.items())
+        yield f"reward {name!r} is not won by the truth: of answers to made-up records it gives {comparison}."
+    elif all(scores[i, TRUTH] is None for i, _ in enumerate(cases, 1)):
         yield f"reward {name!r} does not score the truth of made-up records, so it could not be tried."

@@ -1,9 +1,9 @@
 """GRPO rollouts with transformers: a prompt is prefilled once for its whole group of completions.
 
 `generate` on G copies of a prompt encodes its image G times and runs G prompt forwards. Here the prompts of a call are
-one left-padded batch; their images are encoded once, the KV cache is repeated for the G completions, and a loop of our
-own decodes them all. Each group draws from random numbers of its own, so what else is in the batch, or on how many
-workers it is spread, does not change it.
+one left-padded batch; their images are encoded once, the KV cache is repeated for the G completions, and one loop
+(`decoding.py`) decodes them all. Each group has its own random numbers, so neither the other rows of the batch nor the
+number of workers changes it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,8 @@ from ray_vlm.models.dequantize import dequantised
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. `temperature`: of all, or of each of a group; 0: greedy. `top_p` 1 and `top_k` 0: from
-    the whole vocabulary."""
+    """How completions are sampled. `temperature`: of all, or of each completion of a group; 0: greedy. `top_p` 1 and
+    `top_k` 0: from the whole vocabulary."""
 
     num_generations: int = 8
     max_new_tokens: int = 256
@@ -35,7 +35,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled answer. `ids` go up to and including the end token; `finished` is False if it was cut before one.
+    """A sampled answer. `ids` include the end token; `finished` is False if the answer was cut off before it.
 
     `logprobs`: natural logarithm of each token's probability at the sampling temperature (greedy: 1) over the whole
     vocabulary, before top-p, top-k and the ban on image tokens: what the trainer's forward computes.
@@ -56,10 +56,10 @@ def sample_groups(
     group_batch: int | None = None,
     pixels: Callable[[Sample], dict[str, Any]] | None = None,
 ) -> list[list[Completion]]:
-    """`sampling.num_generations` completions for each prompt row, in their order.
+    """Sample `sampling.num_generations` completions for each prompt row, in order.
 
-    `seeds[i]` (integers of 0 and more) seeds row i's random numbers. At most `group_batch` prompts run at a time; None:
-    all. `pixels`: a row's images as the model takes them, if that is known. Modules keep their train or eval mode, and
+    `seeds[i]` (non-negative integers) seeds row i's random numbers. At most `group_batch` prompts run at a time; None:
+    all. `pixels` returns a row's image inputs if they are already processed. Modules keep their train or eval mode, and
     the model's stored `rope_deltas` are neither read nor written.
     """
     import torch
@@ -77,7 +77,7 @@ def sample_groups(
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, which also turns gradient checkpointing (and its ban on caches) off; then each module's own."""
+    """Use evaluation mode, which also turns gradient checkpointing (it forbids caches) off; then restore all modes."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -88,7 +88,8 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _uniforms(seeds: Sequence[Sequence[int]], sampling: Sampling) -> np.ndarray:
-    """Random numbers in [0, 1) for each token: `float64 [max_new_tokens, groups * G]`, G neighbours for each seed."""
+    """Draw random numbers in [0, 1) for each token: `float64 [max_new_tokens, groups * G]`, G neighbouring columns for
+    each seed."""
     shape = (sampling.max_new_tokens, sampling.num_generations)
     return np.concatenate([np.random.default_rng(list(seed)).random(shape) for seed in seeds], axis=1)
 
@@ -102,15 +103,15 @@ def _sample_batch(
     device: str,
     pixels: Callable[[Sample], dict[str, Any]] | None,
 ) -> list[list[Completion]]:
-    """The groups of prompts that run together."""
+    """Sample the groups of prompts that run together."""
     import torch
 
     base = base_of(model)
-    # An answer holds no pixels, and the trainer would look for those of every such token.
+    # Image tokens are never sampled: the trainer would look for the pixels of each.
     kinds = (getattr(base.config, name, None) for name in ("image_token_id", "video_token_id"))
     never = torch.tensor([builder.image_token_id, *(token for token in kinds if token is not None)], device=device)
-    given = None if pixels is None else join_pixels([pixels(row) for row in rows])
-    batch = collate(rows, builder, device, side="left", pixels=given)
+    joined_pixels = None if pixels is None else join_pixels([pixels(row) for row in rows])
+    batch = collate(rows, builder, device, side="left", pixels=joined_pixels)
     size = sampling.num_generations
     draws = torch.from_numpy(uniforms).to(device)
     if isinstance(sampling.temperature, tuple) and len(sampling.temperature) != size:
@@ -125,18 +126,18 @@ def _sample_batch(
 
     tokens = decode(model, batch, builder, sampling.max_new_tokens, choose_token, repeats=size)
     ends = end_ids(base, builder)
-    found = [
+    completions = [
         Completion(ids, values[: len(ids)], ids[-1] in ends)
         for ids, values in zip(tokens, logprobs.T.tolist(), strict=True)
     ]
-    return [found[start : start + size] for start in range(0, len(found), size)]
+    return [completions[start : start + size] for start in range(0, len(completions), size)]
 
 
 def _choose(logits: Any, draws: Any, heat: Any, sampling: Sampling, never: Any) -> tuple[Any, Any]:
-    """Next tokens `int64 [sequences]` and their log-probabilities `float32 [sequences]`.
+    """Return the next tokens `int64 [sequences]` and their log-probabilities `float32 [sequences]`.
 
-    `draws`: `float64 [sequences]` in [0, 1). A token is the first whose cumulative probability exceeds its draw.
-    `heat`: `float32 [sequences]`, their temperatures.
+    `draws`: `float64 [sequences]` in [0, 1); the token is the first whose cumulative probability exceeds the draw.
+    `heat`: `float32 [sequences]`, the temperatures. `never`: tokens that are not sampled.
     """
     import torch
 
@@ -145,7 +146,7 @@ def _choose(logits: Any, draws: Any, heat: Any, sampling: Sampling, never: Any) 
     scores[:, never] = -torch.inf
     token = scores.argmax(dim=-1)
     if heat.any():
-        # In float64: in float32 a sum over 150,000 tokens is too coarse to leave rare ones their share.
+        # In float64: in float32 a cumulative sum over 150,000 tokens rounds the probabilities of rare ones away.
         mass = _truncate(scores, sampling).double().softmax(dim=-1).cumsum(dim=-1)
         reached = draws[:, None] * mass[:, -1:]  # a draw is below 1, so this is below the last sum
         token = torch.where(heat == 0, token, torch.searchsorted(mass, reached, right=True)[:, 0])
@@ -153,15 +154,15 @@ def _choose(logits: Any, draws: Any, heat: Any, sampling: Sampling, never: Any) 
 
 
 def _truncate(scores: Any, sampling: Sampling) -> Any:
-    """`scores` with -inf outside the top-k, then outside the top-p, in transformers' order."""
+    """Set `scores` to -inf outside the top-k, then outside the top-p, in the order of transformers."""
     import torch
 
     if 0 < sampling.top_k < scores.shape[-1]:
-        least = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < least, -torch.inf)
+        lowest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < lowest, -torch.inf)
     if sampling.top_p < 1:
         best, order = scores.sort(dim=-1, descending=True)
         share = best.softmax(dim=-1)
-        beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # those before it are enough; the first always stays
+        beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # the tokens before it suffice; the first always stays
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return scores

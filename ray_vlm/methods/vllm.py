@@ -1,9 +1,10 @@
-"""Answers by vLLM, where the package and a GPU are at hand: GRPO's rollouts in the trainer's own process, and those of
-evaluation. Untested on hardware.
+"""Answers by vLLM, if the package and a GPU are available: GRPO's rollouts in the trainer's process, and evaluation.
+Untested on hardware.
 
-In training the *adapter* is pushed at every step, as a LoRA request of its own: never merged into 4-bit weights, which
-loses what a step has learned (TRL issues 3466, 4973). vLLM reads the base for itself, in 4 bit where the trainer does.
-TRL corrects for what the two models say differently of a token (truncated importance sampling), and the gap is logged.
+In training the *adapter* is sent at every step, as a new LoRA request: it is never merged into 4-bit weights, which
+would lose what a step has learned (TRL issues 3466, 4973). vLLM loads the base by itself, in 4 bit if the trainer does.
+TRL corrects for differences between the two models' log-probabilities (truncated importance sampling), and the gap is
+logged.
 """
 
 import json
@@ -17,16 +18,18 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Completion, Sampling
+from ray_vlm.models.adapter import check_adapter
 from ray_vlm.models.families import part_of
 from ray_vlm.models.load import resolve_name
 from ray_vlm.models.precision import DTYPES
 
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # largest ranks that vLLM makes room for
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as `max_lora_rank`
 
 
 def start_engine(job: JobConfig, key: str, max_lora_rank: int | None, **options: Any) -> Any:
-    """A `vllm.LLM` with the job's base, in 4 bit where the job has it. `key`: the setting that asked for it;
-    `max_lora_rank`: None for no adapters; `options`: vLLM's own. Raises `ConfigError` where vLLM is not installed."""
+    """Start a `vllm.LLM` with the job's base, in 4 bit if the job says so. Raise `ConfigError` without vLLM.
+
+    `key`: the setting that asks for vLLM; `max_lora_rank`: None for no adapters; `options`: further ones of vLLM."""
     try:
         from vllm import LLM
     except ImportError as error:
@@ -47,8 +50,8 @@ def start_engine(job: JobConfig, key: str, max_lora_rank: int | None, **options:
 
 
 def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completion]]]:
-    """A function like `rollout.sample_groups`. `args` is TRL's `GRPOConfig`, whose `vllm_*` options say how much memory
-    and which lengths. Raises `ConfigError` where vLLM is not installed."""
+    """Return a function like `rollout.sample_groups`. `args`: TRL's `GRPOConfig`, whose `vllm_*` options set memory and
+    lengths. Raise `ConfigError` if vLLM is not installed."""
     assert job.lora is not None
     engine = start_engine(
         job,
@@ -73,7 +76,7 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
         if not pushed:
             names = [name for name, _ in model.named_parameters() if "lora_" in name]
             _check_parts(names, builder, "method.rollouts: model.adapter")
-        pushed += 1  # vLLM keeps what it has under a number: every push needs a new one
+        pushed += 1  # vLLM caches adapters by number: every push needs a new one
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, selected_adapters=["default"])
             return generate(engine, Path(folder), pushed, rows, builder, sampling, seeds)
@@ -82,7 +85,7 @@ def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completi
 
 
 def _check_parts(names: Iterable[str], builder: SampleBuilder, who: str) -> None:
-    """Raise `ConfigError` where an adapter has weights that vLLM leaves out."""
+    """Raise `ConfigError` if an adapter has weights that vLLM ignores. `who`: the adapter, for the message."""
     if others := {part_of(builder.family, name) for name in names} - {"language"}:
         raise ConfigError(
             f"{who} adapts {', '.join(sorted(others))} too, and vllm takes adapters on the language model only. Use "
@@ -93,12 +96,15 @@ def _check_parts(names: Iterable[str], builder: SampleBuilder, who: str) -> None
 def build_answerer(
     job: JobConfig, adapter: str | None, builder: SampleBuilder, longest: int
 ) -> Callable[[Sequence[Sample]], list[str]]:
-    """A function that gives greedy answers to rows (`evaluate.engine: vllm`). `adapter`: a folder; None is the base;
-    `longest`: tokens of the longest prompt, without which vLLM makes room for the model's whole context."""
+    """Return a function that answers rows greedily (`evaluate.engine: vllm`). Raise `ModelError` for a damaged adapter.
+
+    `adapter`: a folder; None: the base alone. `longest`: tokens of the longest prompt, by which vLLM reserves less
+    memory than for the model's whole context."""
     rank, folder = None, Path(adapter) if adapter is not None else None
     if folder is not None:
         from safetensors import safe_open
 
+        check_adapter(str(folder), resolve_name(job.model.name), job.model.name)
         with safe_open(folder / "adapter_model.safetensors", "np") as file:
             _check_parts(file.keys(), builder, f"evaluate.engine: {folder}")
         rank = json.loads((folder / "adapter_config.json").read_text())["r"]
@@ -121,7 +127,7 @@ def generate(
     sampling: Sampling,
     seeds: Sequence[Sequence[int]],
 ) -> list[list[Completion]]:
-    """`num_generations` completions of each row from the engine, with the adapter in that folder if any."""
+    """Sample `num_generations` completions of each row, with the adapter in the folder `adapter` if there is one."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -143,12 +149,13 @@ def generate(
 
 
 def prompt_of(row: Sample, builder: SampleBuilder) -> dict[str, Any]:
-    """A row as vLLM takes it: token ids with one image token an image, which it expands itself, and resized images."""
+    """Convert a row to vLLM's input: token ids with one image token for each image, which vLLM expands, and resized
+    images."""
     from PIL import Image
 
     token, ids = builder.image_token_id, row.input_ids.tolist()
-    kept = [t for i, t in enumerate(ids) if t != token or i == 0 or ids[i - 1] != token]
-    prompt: dict[str, Any] = {"prompt_token_ids": kept}
+    prompt_ids = [t for i, t in enumerate(ids) if t != token or i == 0 or ids[i - 1] != token]
+    prompt: dict[str, Any] = {"prompt_token_ids": prompt_ids}
     if row.images:
         prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in row.images]}
     return prompt

@@ -1,7 +1,7 @@
-"""An adapter's folder, looked at before PEFT reads it, and what PEFT made of it.
+"""Check an adapter's folder before PEFT reads it, and check the model that PEFT returns.
 
 PEFT asks the hub for a file that is missing, reads a pickle where there are no safetensors, allocates whatever rank the
-configuration says, and leaves weights out that fit nowhere with a warning. Here each of these is a `ModelError`.
+configuration gives, and skips weights that match no layer with a warning. Here each of these is a `ModelError`.
 """
 
 import json
@@ -11,13 +11,14 @@ from typing import Any
 
 from ray_vlm.config.paths import describe_search
 from ray_vlm.errors import ModelError
+from ray_vlm.models.out_of_memory import is_out_of_memory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _USE = "Give a run's best/ or final/."
 _NOT_READ = ("megatron_config", "alora_invocation_tokens")  # an import of what a file names; another forward
-_LARGEST_RANK = 4096  # that the configuration may name beside the ranks of the weights
-_LARGEST_WEIGHT = _LARGEST_ALPHA = 1e6  # what a flipped bit makes is mostly far larger
-# What PEFT and safetensors raise on values that they cannot use, as `benchmarks.fuzz` found.
+_LARGEST_RANK = 4096  # of a rank in the configuration that no weight has
+_LARGEST_WEIGHT = _LARGEST_ALPHA = 1e6  # a flipped bit mostly makes a number far larger
+# Errors that PEFT and safetensors raise for values that they cannot use, collected by `benchmarks.fuzz`.
 _REFUSALS = (
     *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, OSError, ImportError),
     *(AssertionError, re.error),
@@ -25,26 +26,27 @@ _REFUSALS = (
 
 
 def is_whole_model(folder: str) -> bool:
-    """Whether a folder holds a whole model, as full fine-tuning and merging write it, and not an adapter."""
+    """Return whether a folder holds a whole model, as full fine-tuning and merging write it, and not an adapter."""
     return (Path(folder) / "config.json").is_file() and not (Path(folder) / CONFIG).is_file()
 
 
 def named_base(folder: str) -> str | None:
-    """The base that an adapter's folder names, a hub name or a folder of where it was trained; None where none is."""
-    found = _read_config(Path(folder) / CONFIG).get("base_model_name_or_path")
-    return found if isinstance(found, str) and found else None
+    """Return the base that an adapter's folder names: a hub name, a folder where it was trained, or None."""
+    base = _read_config(Path(folder) / CONFIG).get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
 
 
 def _last_name(base: str) -> str:
-    """What a base is called wherever it lies; a snapshot in the hub's cache is called as on the hub."""
+    """Return a base's name without its folder; for a snapshot in the hub's cache, its name on the hub."""
     path = Path(base)
     cached = next((part for part in path.parts if part.startswith("models--")), None)
     return cached.rpartition("--")[2] if cached and "snapshots" in path.parts else path.name
 
 
-def check_adapter(folder: str, base: str, told: str) -> None:
-    """Raise `ModelError` where the folder holds no LoRA of `base` (a hub name or folder; `told`: as the job has it)
-    whose weights are whole."""
+def check_adapter(folder: str, base: str, job_name: str) -> None:
+    """Raise `ModelError` unless the folder holds an undamaged LoRA adapter of `base`, a hub name or folder.
+
+    `job_name`: the base as the job names it, for messages."""
     path = Path(folder)
     if is_whole_model(folder):
         raise ModelError(f"{folder} is a whole model, not an adapter. Name it as the base: model.name={folder}")
@@ -54,7 +56,7 @@ def check_adapter(folder: str, base: str, told: str) -> None:
     config = _read_config(path / CONFIG)
     trained_on = config.get("base_model_name_or_path")
     if trained_on and (not isinstance(trained_on, str) or _last_name(trained_on) != _last_name(base)):
-        raise ModelError(f"{folder}: trained on {trained_on!r}, but model.name is {told!r}. Use that base.")
+        raise ModelError(f"{folder}: trained on {trained_on!r}, but model.name is {job_name!r}. Use that base.")
     _check_ranks(path, config, _read_weights(path / WEIGHTS))
 
 
@@ -73,7 +75,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor. Raises `ModelError` for a file that is none, and for numbers that are no weights."""
+    """Return the shape of every tensor. Raise `ModelError` for a damaged file, and for NaN, infinite or huge values."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -92,38 +94,44 @@ def _read_weights(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_ranks(path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """What the configuration says of ranks is allocated before the weights are looked at, so it has to be theirs."""
+    """Raise `ModelError` unless the configuration's ranks are those of the weights: PEFT allocates the former before
+    it reads the latter."""
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST_ALPHA:
         raise ModelError(f"{path / CONFIG}: lora_alpha {alpha!r} is not a number that weights can be scaled by. {_USE}")
-    there = {shape[0] for name, shape in shapes.items() if re.search("lora_(embedding_)?A", name) and shape}
+    weight_ranks = {shape[0] for name, shape in shapes.items() if re.search("lora_(embedding_)?A", name) and shape}
     patterns = config.get("rank_pattern") or {}
-    of_parts = [*patterns.values()] if isinstance(patterns, dict) else [patterns]
-    for rank in (config.get("r"), *of_parts):
+    pattern_ranks = [*patterns.values()] if isinstance(patterns, dict) else [patterns]
+    for rank in (config.get("r"), *pattern_ranks):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ModelError(f"{path / CONFIG}: the rank {rank!r} is not a whole number above 0. {_USE}")
-        free = of_parts or config.get("target_parameters")  # `r` may be nobody's; of fused experts A has that of all
-        if there and rank not in there and (not free or rank > _LARGEST_RANK):
-            found = ", ".join(map(str, sorted(there)))
-            raise ModelError(f"{path / CONFIG}: its rank is {rank}, and that of the weights beside it {found}. {_USE}")
+        # With patterns no layer may have rank `r`; of fused experts, A has the ranks of all experts in one dimension.
+        lenient = pattern_ranks or config.get("target_parameters")
+        if weight_ranks and rank not in weight_ranks and (not lenient or rank > _LARGEST_RANK):
+            ranks = ", ".join(map(str, sorted(weight_ranks)))
+            raise ModelError(f"{path / CONFIG}: its rank is {rank}, and that of the weights beside it {ranks}. {_USE}")
 
 
 def put_adapter(model: Any, folder: str, trainable: bool) -> Any:
-    """`model` with the adapter of a checked folder on it. Raises `ModelError` unless all weights found their place."""
+    """Put the adapter of a checked folder on `model`. Raise `ModelError` unless every weight belongs to a layer.
+
+    An out-of-memory error of a GPU passes through."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     try:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (SafetensorError, *_REFUSALS) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{folder}: the adapter does not go on this base ({reason}). {_USE}") from error
     with safe_open(Path(folder) / WEIGHTS, "pt") as file:
         saved = set(file.keys())
-    made = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    for names, what in ((saved - made, "the base has no place for"), (made - saved, "its weights lack")):
-        left = sorted(names - set(adapted.state_dict()))  # whole layers of the base may be saved beside the LoRA
-        if left:
-            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            raise ModelError(f"{folder}: {what} {left[0]}{more}, which its {CONFIG} asks for otherwise. {_USE}")
+    loaded = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    for names, what in ((saved - loaded, "the base has no place for"), (loaded - saved, "its weights lack")):
+        unmatched = sorted(names - set(adapted.state_dict()))  # whole layers of the base may be saved beside the LoRA
+        if unmatched:
+            more = f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""
+            raise ModelError(f"{folder}: {what} {unmatched[0]}{more}, unlike its {CONFIG}. {_USE}")
     return adapted

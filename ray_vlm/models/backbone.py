@@ -1,57 +1,58 @@
-"""The parts of a model that transformers has no one name for: what gives hidden states, which TRL's heads ask
-`model.base_model` for, and the language model's layers.
+"""The parts of a model for which transformers has no common name: the backbone, which returns hidden states and which
+TRL's heads call as `model.base_model`, and the language model's layers.
 
-Llama-4's class holds its encoder and a whole language model side by side, so `base_model` is the model itself.
+Llama-4's class holds an image encoder and a complete language model side by side, so its `base_model` is the model
+itself.
 """
 
 from typing import Any
 
 
 class Backbone:
-    """Llama-4 up to its hidden states: the same calls as its own forward, without the head."""
+    """Llama-4's forward without the head: it returns hidden states."""
 
     def __init__(self, model: Any):
         self.model = model
         self.get_image_features = model.get_image_features  # `generate` encodes images through the base model
 
     def __call__(self, input_ids: Any, pixel_values: Any = None, **inputs: Any) -> Any:
-        """The language model's output for a batch; `last_hidden_state` is `[rows, tokens, hidden]`."""
+        """Return the language model's output for a batch; `last_hidden_state` is `[rows, tokens, hidden]`."""
         model = self.model
         embedded = model.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            seen = model.get_image_features(pixel_values=pixel_values, return_dict=True).last_hidden_state
-            features = model.multi_modal_projector(seen.view(-1, seen.size(-1))).to(embedded.dtype)
-            here = model.get_placeholder_mask(input_ids, inputs_embeds=embedded, image_features=features)
-            embedded = embedded.masked_scatter(here, features)
-        given = {name: value for name, value in inputs.items() if value is not None}
-        return model.language_model.model(inputs_embeds=embedded, **given)
+            encoded = model.get_image_features(pixel_values=pixel_values, return_dict=True).last_hidden_state
+            features = model.multi_modal_projector(encoded.view(-1, encoded.size(-1))).to(embedded.dtype)
+            image_mask = model.get_placeholder_mask(input_ids, inputs_embeds=embedded, image_features=features)
+            embedded = embedded.masked_scatter(image_mask, features)
+        options = {name: value for name, value in inputs.items() if value is not None}
+        return model.language_model.model(inputs_embeds=embedded, **options)
 
 
 def base_of(model: Any) -> Any:
-    """The transformers model under an adapter, or the model itself."""
+    """Return the transformers model under an adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def ensure_backbone(model: Any) -> None:
-    """Give the model, under an adapter or not, a `base_model` that returns hidden states, if it has none."""
+    """Give the model, with or without an adapter, a `base_model` that returns hidden states, if it has none."""
     base = base_of(model)
     if base.base_model is base:
-        object.__setattr__(base, base.base_model_prefix, Backbone(base))  # not a submodule: its weights are there
+        object.__setattr__(base, base.base_model_prefix, Backbone(base))  # no submodule: its weights are registered
 
 
 def language_model(base: Any) -> Any:
-    """The language model without its head: what turns embeddings into hidden states."""
+    """Return the language model without its head: it maps embeddings to hidden states."""
     decoder = base.get_decoder()
     return decoder.model if hasattr(decoder, "lm_head") else decoder
 
 
 def language_layers(base: Any) -> list[Any]:
-    """The decoder layers of the language model, in order."""
+    """Return the decoder layers of the language model, in order."""
     return list(language_model(base).layers)
 
 
 def _checkpointing_word(model: Any) -> str:
-    """transformers 5.23 renamed `gradient_checkpointing_enable` and its argument to `activation_...`."""
+    """Return the first word of `..._checkpointing_enable`: transformers 5.23 renamed `gradient` to `activation`."""
     return "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
 
 
@@ -62,9 +63,9 @@ def recompute(model: Any, options: dict[str, Any] | None) -> None:
 
 
 def recompute_first(model: Any, count: int) -> None:
-    """Where activation checkpointing is turned on, let only the first `count` layers of the language model recompute.
+    """Limit activation checkpointing, once it is turned on, to the first `count` layers of the language model.
 
-    What learns of the image encoder recomputes as before.
+    The image encoder is not changed.
     """
     base = base_of(model)
     name = f"{_checkpointing_word(model)}_checkpointing_enable"

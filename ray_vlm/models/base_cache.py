@@ -1,7 +1,7 @@
-"""A base that stays in its process: loaded once, handed out again and again as it was loaded.
+"""Keep a base in its process: it is loaded once, and every caller gets it as it was loaded.
 
-A trainer changes the module tree that it is given: adapters take the place of layers, forwards are wrapped, hooks are
-hung in. So each run gets a tree of its own, and only the frozen weights are the same ones.
+A trainer changes the module tree: adapters replace layers, forwards are wrapped, hooks are registered. So each run gets
+a module tree of its own, and only the frozen weights are shared.
 """
 
 import copy
@@ -16,22 +16,22 @@ _KEPT: dict[tuple, Any] = {}
 
 
 def load_resident(spec: Model, precision: Precision, device: str = "cpu") -> Any:
-    """As `load_model`, but weights come from the disk only once in this process; nobody may change them."""
+    """Return the base as `load_model` does, but read weights only once in this process. They must not be changed."""
     key = (spec.name, spec.revision, spec.load_in_4bit, precision, device)
     if key not in _KEPT:
-        _KEPT.clear()  # one base is what a card holds
+        _KEPT.clear()  # a GPU holds one base
         _KEPT[key] = load_model(spec, precision, device)
     return share_weights(_KEPT[key])
 
 
 def keep_resident(spec: Model, precision: Precision, device: str, model: Any) -> None:
-    """Let `load_resident` hand out this base, which has been built here, for `spec`."""
+    """Let `load_resident` return `model`, which was built in this process, for `spec`."""
     _KEPT.clear()
     _KEPT[spec.name, spec.revision, spec.load_in_4bit, precision, device] = model
 
 
 def share_weights(model: Any) -> Any:
-    """A copy of the module tree around the same tensors. What quantised layers know of their values is shared too."""
+    """Return a copy of the module tree with the same tensors. Quantisation states are shared too."""
     same = list(chain(model.parameters(), model.buffers()))
     same += [state for m in model.modules() if (state := getattr(m, "quant_state", None)) is not None]
     return copy.deepcopy(model, {id(value): value for value in same})

@@ -1,20 +1,20 @@
-"""4-bit weights, dequantised once for a while: answers are generated token by token, and bitsandbytes would dequantise
-every layer anew for each of them. On a CPU the numbers stay the same to the bit, since it multiplies by the dequantised
-weights there too (`_gemm_4bit_default_impl` in `bitsandbytes/backends/default/ops.py`).
+"""Dequantise 4-bit weights once for many forwards: answers are generated token by token, and bitsandbytes would
+dequantise every layer again for each token. On a CPU the results are bitwise the same, since bitsandbytes multiplies by
+dequantised weights there too (`_gemm_4bit_default_impl` in `bitsandbytes/backends/default/ops.py`).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-MOST_BYTES = 2**30  # of dequantised weights; a larger model keeps its 4 bits
+MOST_BYTES = 2**30  # of dequantised weights; a larger model stays in 4 bit
 
 
 @contextmanager
 def dequantised(model: Any) -> Iterator[None]:
-    """While the body runs, a small model's 4-bit layers on a CPU multiply by weights that were dequantised once.
+    """While the body runs, let a small model's 4-bit layers on a CPU multiply by weights that are dequantised once.
 
-    Nothing changes on a GPU, whose kernels read 4 bits as they are. For forwards without gradients.
+    Nothing changes on a GPU, whose kernels read 4-bit weights directly. For forwards without gradients.
     """
     layers = quantised_layers(model)
     size = sum(4 * layer.weight.quant_state.shape.numel() for layer in layers)
@@ -25,13 +25,13 @@ def dequantised(model: Any) -> Iterator[None]:
 
 
 def quantised_layers(model: Any) -> list[Any]:
-    """The 4-bit layers of a model."""
+    """Return the 4-bit layers of a model."""
     return [module for module in model.modules() if _is_quantised(module)]
 
 
 @contextmanager
 def multiply_dequantised(layers: Sequence[Any]) -> Iterator[None]:
-    """While the body runs, these 4-bit layers multiply by weights in their compute dtype, dequantised once."""
+    """While the body runs, let these 4-bit layers multiply by weights in their compute dtype, dequantised once."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
@@ -50,7 +50,7 @@ def multiply_dequantised(layers: Sequence[Any]) -> Iterator[None]:
 
 
 def _is_quantised(module: Any) -> bool:
-    """Whether it is a layer of bitsandbytes with quantised weights (PEFT has a class of the same name around it)."""
+    """Return whether it is bitsandbytes' layer with quantised weights (PEFT's wrapper has a class of the same name)."""
     kind = type(module)
     return (
         kind.__name__ == "Linear4bit"

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base: always into unquantised weights, and only where the result says what the two said.
+"""Merge an adapter into its base: always into unquantised weights, and only if the logits stay the same.
 
 Merging into 4-bit weights loses what was learned: an adapter's change is smaller than the step between two values.
 """
@@ -12,12 +12,12 @@ from ray_vlm.errors import ModelError
 from ray_vlm.models.load import load_adapter, load_config, load_model
 from ray_vlm.models.precision import DTYPES
 
-# Largest difference of a logit, as a share of the largest logit, that rounding explains (measured in docs/LOG.md).
+# Largest difference of a logit from rounding alone, as a share of the largest logit (measured in docs/LOG.md).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
 def check_mergeable(spec: Model) -> None:
-    """Raise `ModelError` for a base whose own weights are quantised: there is nothing to merge into."""
+    """Raise `ModelError` for a base that was published quantised."""
     quantised = getattr(load_config(spec), "quantization_config", None)
     if quantised is not None:
         kind = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
@@ -30,39 +30,41 @@ def check_mergeable(spec: Model) -> None:
 def merge(
     spec: Model, adapter: str, batches: Sequence[dict[str, Any]], precision: Precision, device: str = "cpu"
 ) -> tuple[Any, dict[str, float]]:
-    """The base with the adapter merged in, and how far its logits are from the two apart.
+    """Merge the adapter into the base, and compare logits before and after.
 
     `spec`: the base as the job names it, loaded without quantisation here; `batches`: as `data.collate.collate` makes
-    them, on `device`. The second: `rows`, `largest` (difference of a logit), `scale` (largest logit), `same_token`
-    (share of positions whose likeliest token is the same). Raises `ModelError` where they differ more than rounding
-    explains.
+    them, on `device`. Return the merged model, and `compare`'s differences. Raise `ModelError` if they are larger than
+    rounding explains.
     """
     check_mergeable(spec)
     model = load_adapter(load_model(spec.model_copy(update={"load_in_4bit": False}), precision, device), adapter, spec)
     model.eval()
-    apart = [_logits(model, batch) for batch in batches]
+    expected = [_logits(model, batch) for batch in batches]
     merged = model.merge_and_unload(safe_merge=True)
-    found = compare(apart, [_logits(merged, batch) for batch in batches])
+    difference = compare(expected, [_logits(merged, batch) for batch in batches])
     limit = TOLERANCE[DTYPES[precision]]
-    if batches and not found["largest"] <= limit * found["scale"]:
+    largest, scale = difference["largest"], difference["scale"]
+    if batches and not largest <= limit * scale:  # a NaN is refused too
         raise ModelError(
-            f"{adapter}: merged, its logits differ by {found['largest']:.3g} from base and adapter, where {limit:g} of "
-            f"the largest ({found['scale']:.3g}) would be rounding. Export the adapter, or merge with "
-            "--precision fp32."
+            f"{adapter}: merged, its logits differ by {largest:.3g} from base and adapter, where {limit:g} of the "
+            f"largest ({scale:.3g}) would be rounding. Export the adapter, or merge with --precision fp32."
         )
-    return merged, found
+    return merged, difference
 
 
-def compare(apart: Sequence[Any], merged: Sequence[Any]) -> dict[str, float]:
-    """Differences of logits `[rows, positions, tokens]`, batch by batch."""
+def compare(expected: Sequence[Any], merged: Sequence[Any]) -> dict[str, float]:
+    """Compare logits, `[rows, positions, tokens]` of each batch.
+
+    Return `rows`, `largest` (difference of a logit), `scale` (largest logit), and `same_token` (share of positions
+    whose likeliest token is the same)."""
     largest = scale = same = positions = 0.0
-    for a, b in zip(apart, merged, strict=True):
-        difference = float((a - b).abs().max())
-        largest = difference if difference != difference else max(largest, difference)  # NaN is the worst
+    for a, b in zip(expected, merged, strict=True):
+        gap = float((a - b).abs().max())
+        largest = gap if gap != gap else max(largest, gap)  # NaN is the worst
         scale = max(scale, float(a.abs().max()))
         same += float((a.argmax(-1) == b.argmax(-1)).sum())
         positions += a.shape[0] * a.shape[1]
-    rows = float(sum(len(a) for a in apart))
+    rows = float(sum(len(a) for a in expected))
     return {"rows": rows, "largest": largest, "scale": scale, "same_token": same / max(positions, 1.0)}
 
 

@@ -1,7 +1,7 @@
-"""What we know of each model family: plain data, readable from every floor.
+"""The known model families, as plain data that every layer of the package may import.
 
-Module patterns are regular expressions over full module names, matched whole; they hold for transformers 5.23. A model
-type that is not here is described by looking at its modules (`models/generic.py`).
+Module patterns are regular expressions that match full module names; they hold for transformers 5.23. A model type that
+is not here is described from its modules (`models/generic.py`).
 """
 
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 class Family:
     """One model type. `linear` maps a part of the model to the pattern of the linear layers that LoRA may adapt.
 
-    `prefixes` maps a part to module-name prefixes, for counting weights; the longest match wins. `codec` is how the
-    family writes boxes, by its name in `tasks/boxes.py`. `stock_images`: the family's own processor makes tensors of
-    images and the text that stands for them, where ours knows Qwen's. `cannot` maps a dotted key of a job to the reason
-    why the family cannot do it.
+    `prefixes` maps a part to prefixes of module names, to count weights; the longest match applies. `codec` names the
+    family's format of boxes in `tasks/boxes.py`. `stock_images`: the family's own processor converts images and writes
+    their placeholders; otherwise this package does, which knows Qwen's. `cannot` maps a dotted key of a job to the
+    reason why the family does not support it.
     """
 
     model_type: str
@@ -27,7 +27,7 @@ class Family:
 
 
 def _qwen(model_type: str, mlp: str, connector: str, mergers: tuple[str, ...]) -> Family:
-    """A Qwen: its tower in `model.visual`, whose MLP has the layers `mlp`, and `mergers` in it as the connector."""
+    """Build a Qwen family: its tower is `model.visual`, whose MLP has the layers `mlp`; `mergers` are its connector."""
     linear = {
         "language": r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
         "connector": rf"(.*\.)?visual\.{connector}",
@@ -69,7 +69,7 @@ FAMILIES = {
 
 
 def part_of(family: Family, name: str) -> str:
-    """The part of the model that parameter `name` belongs to: language, connector or vision."""
+    """Return the part of the model that parameter `name` belongs to: language, connector or vision."""
     name = name.removeprefix("base_model.model.")
     matches = [(len(p), part) for part, prefixes in family.prefixes.items() for p in prefixes if name.startswith(p)]
     return max(matches)[1] if matches else "language"

@@ -1,9 +1,8 @@
-"""What a frozen image encoder makes of an image, made once: within a step, and with a folder in all epochs and runs.
+"""Caches of the features that a frozen image encoder computes: one for a step, and one on disk for epochs and runs.
 
-Within a step the reference, the rollout and what is trained look at the same images: `StepFeatureCache` has them in
-memory, by their pixels. `DiskFeatureCache` has them on a disk, by the hash of the pixels as the encoder gets them and
-of the encoder's weights. A file that cannot be read is made again; a full disk, or a folder that holds what it may,
-ends the writing and nothing else.
+Within a step the reference, the rollout and the trained model see the same images: `StepFeatureCache` keeps their
+features in memory, by pixels. `DiskFeatureCache` keeps them in files, by the hash of the encoder's input and of its
+weights. A file that cannot be read is written again; a full disk, or a folder at its limit, only ends the writing.
 """
 
 import hashlib
@@ -16,15 +15,16 @@ from typing import Any
 from ray_vlm.errors import ModelError
 from ray_vlm.models.backbone import base_of
 
-_RECOUNT = 0.01  # of the limit, written between looks at how full the folder is: other processes write to it too
+_RECOUNT = 0.01  # share of the limit written between two counts of the folder: other processes write to it too
 _SUFFIX = ".features"
-_KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # whose encoder gives out what `_output` makes again
+_KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families whose encoder's output `_output` can build
 Features = dict[str, Any]  # of one image: "pooled" and, of models with DeepStack, "deepstack.0", ... [tokens, width]
 
 
 def why_not_kept(model: Any) -> str | None:
-    """Why what the model's image encoder makes of an image is not fixed, or not known, if so. An adapter in it says one
-    thing when it is on and another when it is off, as the references of DPO and GRPO ask."""
+    """Return why the features of the model's image encoder cannot be cached, or None.
+
+    With an adapter in the encoder they change when the adapter is turned off, as for the references of DPO and GRPO."""
     tower = _tower(model)
     if model.config.model_type not in _KNOWN:
         return f"it knows the image encoders of {', '.join(_KNOWN)}, and this is a {model.config.model_type}"
@@ -32,75 +32,80 @@ def why_not_kept(model: Any) -> str | None:
     return f"{changing[0]} in the image encoder is an adapter's or learns" if changing else None
 
 
-def keep_features(model: Any, recent: "StepFeatureCache", shelf: "DiskFeatureCache | None" = None) -> None:
-    """Let the model's image encoder take what it made before from `recent`, or from `shelf`. Raises `ModelError` where
-    that would not be the same."""
+def keep_features(model: Any, step_cache: "StepFeatureCache", disk_cache: "DiskFeatureCache | None" = None) -> None:
+    """Let the model's image encoder read features from `step_cache`, then from `disk_cache`, and compute the others.
+
+    Raise `ModelError` if cached features could differ from computed ones."""
     import torch
 
-    if why := why_not_kept(model):
-        raise ModelError(f"train.vision_cache: {why}. Leave train.vision_cache out.")
+    if reason := why_not_kept(model):
+        raise ModelError(f"train.vision_cache: {reason}. Leave train.vision_cache out.")
     tower = _tower(model)
     plain, merge = tower.forward, tower.spatial_merge_size**2
 
     @torch.no_grad()
     def forward(pixels: Any, grid_thw: Any, **options: Any) -> Any:
         patches = grid_thw.prod(dim=1).tolist()
-        how = f"{pixels.dtype} {torch.is_autocast_enabled(pixels.device.type)}"
-        images = [(own, f"{how} {grid}") for own, grid in zip(pixels.split(patches), grid_thw.tolist(), strict=True)]
-        found: list[Any] = [recent.read(*image) for image in images]
+        mode = f"{pixels.dtype} {torch.is_autocast_enabled(pixels.device.type)}"
+        by_image = zip(pixels.split(patches), grid_thw.tolist(), strict=True)
+        images = [(values, f"{mode} {grid}") for values, grid in by_image]
+        features_of: list[Any] = [step_cache.read(*image) for image in images]
         names: dict[int, str] = {}
-        if shelf is not None:
-            names = {n: shelf.name(*images[n]) for n, features in enumerate(found) if features is None}
+        if disk_cache is not None:
+            names = {n: disk_cache.name(*images[n]) for n, features in enumerate(features_of) if features is None}
             for n, name in names.items():
-                found[n] = shelf.read(name, str(pixels.device))
-        if missing := [number for number, features in enumerate(found) if features is None]:
-            made = plain(torch.cat([images[n][0] for n in missing]), grid_thw=grid_thw[missing], **options)
-            for n, features in zip(missing, _by_image(made, [patches[n] // merge for n in missing]), strict=True):
-                found[n] = features
-                if shelf:
-                    shelf.write(names[n], features)
-        for image, features in zip(images, found, strict=True):
-            recent.write(*image, features)
-        return _output(found)
+                features_of[n] = disk_cache.read(name, str(pixels.device))
+        if missing := [number for number, features in enumerate(features_of) if features is None]:
+            output = plain(torch.cat([images[n][0] for n in missing]), grid_thw=grid_thw[missing], **options)
+            for n, features in zip(missing, _by_image(output, [patches[n] // merge for n in missing]), strict=True):
+                features_of[n] = features
+                if disk_cache:
+                    disk_cache.write(names[n], features)
+        for image, features in zip(images, features_of, strict=True):
+            step_cache.write(*image, features)
+        return _output(features_of)
 
     tower.forward = forward
 
 
 class StepFeatureCache:
-    """The features of the last images, of no more than `room`."""
+    """The features of the last images, at most `room` of them.
+
+    `mode` in its methods: how the encoder sees the pixels (dtype, autocast, grid)."""
 
     def __init__(self) -> None:
         self.room = 0
-        self.kept: dict[tuple, tuple[Any, Features]] = {}
+        self.entries: dict[tuple, tuple[Any, Features]] = {}
 
     def start(self, room: int) -> None:
-        """Forget all, and keep so many images from now on."""
+        """Drop all features, and keep those of up to `room` images from now on."""
         self.room = room
-        self.kept.clear()
+        self.entries.clear()
 
-    def read(self, pixels: Any, how: str) -> Features | None:
-        """Those of the very same pixels, seen in the same way."""
+    def read(self, pixels: Any, mode: str) -> Features | None:
+        """Return the features of the same pixels in the same mode, or None."""
         import torch
 
-        there = self.kept.get(self._key(pixels, how)) if self.kept else None
-        return there[1] if there is not None and torch.equal(there[0], pixels) else None
+        entry = self.entries.get(self._key(pixels, mode)) if self.entries else None
+        return entry[1] if entry is not None and torch.equal(entry[0], pixels) else None
 
-    def write(self, pixels: Any, how: str, features: Features) -> None:
-        """Keep them in place of the oldest."""
+    def write(self, pixels: Any, mode: str, features: Features) -> None:
+        """Store the features, and drop the oldest."""
         if self.room:
-            self.kept[self._key(pixels, how)] = pixels, features
-        while len(self.kept) > self.room:
-            self.kept.pop(next(iter(self.kept)))
+            self.entries[self._key(pixels, mode)] = pixels, features
+        while len(self.entries) > self.room:
+            self.entries.pop(next(iter(self.entries)))
 
-    def _key(self, pixels: Any, how: str) -> tuple:
-        return how, float(pixels.sum())  # `read` looks at every pixel of what this finds
+    def _key(self, pixels: Any, mode: str) -> tuple:
+        return mode, float(pixels.sum())  # sums may collide, so `read` compares every pixel
 
 
 class DiskFeatureCache:
     """Files of features in a folder, which other processes may use too."""
 
     def __init__(self, folder: Path, limit: float, model: Any):
-        """`limit`: bytes that the folder may hold. `model`: whose encoder it is; its features have a folder in it."""
+        """`limit`: bytes that the folder may hold. `model`: the model whose encoder computes the features; each
+        encoder has a subfolder."""
         import transformers
 
         tower = _tower(model)
@@ -115,12 +120,12 @@ class DiskFeatureCache:
                 "node, or leave it out."
             ) from None
 
-    def name(self, pixels: Any, how: str) -> str:
-        """Of the file of an image, seen in this way."""
-        return _key([how, fingerprint(pixels)]) + _SUFFIX
+    def name(self, pixels: Any, mode: str) -> str:
+        """Return the file name for an image in this mode."""
+        return _key([mode, fingerprint(pixels)]) + _SUFFIX
 
     def read(self, name: str, device: str) -> Features | None:
-        """What is kept under the name; None if nothing is, or nothing that can be read."""
+        """Return the features in a file; None if there is none that can be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -130,36 +135,36 @@ class DiskFeatureCache:
             return None
 
     def write(self, name: str, features: Features) -> None:
-        """Keep them, whole or not at all. Says so once where there is no more room."""
+        """Write a file atomically. Print a note once if there is no more room."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if self.full:
             return
-        half = self.folder / f"{name}.{os.getpid()}"
+        temporary = self.folder / f"{name}.{os.getpid()}"
         try:
             if self.unseen >= self.limit * _RECOUNT:
                 self.held, self.unseen = held(self.folder.parent), 0.0
             if self.held + self.unseen >= self.limit:
                 return self._stop(f"{self.folder.parent} holds what train.vision_cache_gib allows")
-            save_file({part: value.contiguous() for part, value in features.items()}, half)
-            os.replace(half, self.folder / name)
+            save_file({part: value.contiguous() for part, value in features.items()}, temporary)
+            os.replace(temporary, self.folder / name)
             self.unseen += sum(value.nbytes for value in features.values())
         except (OSError, SafetensorError) as error:
             self._stop(f"{self.folder}: {error}")
             with suppress(OSError):
-                half.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
-    def _stop(self, why: str) -> None:
+    def _stop(self, reason: str) -> None:
         self.full = True
-        print(f"note: train.vision_cache: no more is written. {why}", flush=True)
+        print(f"note: train.vision_cache: no more is written. {reason}", flush=True)
 
 
 def held(folder: Path) -> float:
-    """Bytes of all features in the folder, of every encoder."""
+    """Return the bytes of all features in the folder, of every encoder."""
     total = 0.0
     for path in folder.glob(f"*/*{_SUFFIX}*"):
-        with suppress(FileNotFoundError):  # another process has just given it its name
+        with suppress(FileNotFoundError):  # another process has just renamed or removed it
             total += path.stat().st_size
     return total
 
@@ -169,20 +174,20 @@ def _tower(model: Any) -> Any:
 
 
 def fingerprint(values: Any) -> str:
-    """SHA-256 of a tensor's content, shape and dtype."""
+    """Return the SHA-256 of a tensor's content, shape and dtype."""
     import torch
 
-    found = hashlib.sha256(f"{values.dtype} {list(values.shape)} ".encode())
-    found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+    digest = hashlib.sha256(f"{values.dtype} {list(values.shape)} ".encode())
+    digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def _key(told: Sequence[Any]) -> str:
-    return hashlib.sha256(repr(list(told)).encode()).hexdigest()[:32]
+def _key(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:32]
 
 
 def _by_image(output: Any, tokens: list[int]) -> list[Features]:
-    """The encoder's output, cut up."""
+    """Split the encoder's output by image. `tokens`: visual tokens of each."""
     layers = getattr(output, "deepstack_features", None) or []
     named = {"pooled": output.pooler_output} | {f"deepstack.{n}": layer for n, layer in enumerate(layers)}
     cut = {name: value.split(tokens) for name, value in named.items()}
@@ -190,7 +195,7 @@ def _by_image(output: Any, tokens: list[int]) -> list[Features]:
 
 
 def _output(images: Sequence[Features]) -> Any:
-    """Images' features as the encoder gives them out."""
+    """Join images' features into the encoder's output."""
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPooling
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures

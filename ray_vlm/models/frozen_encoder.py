@@ -1,8 +1,8 @@
-"""A frozen image encoder runs without autograd.
+"""Run a frozen image encoder without autograd.
 
-transformers hangs a hook on every input embedding so that gradient checkpointing works under an adapter, and counts the
-patch embedding of Qwen2-VL's and Qwen2.5-VL's towers among them: a tower in which nothing learns is then computed twice
-and back-propagated through at every step. The gradients of what does learn are the same to the bit without that.
+transformers registers a hook on every input embedding so that gradient checkpointing works with an adapter, and counts
+the patch embedding of Qwen2-VL's and Qwen2.5-VL's towers among them: a frozen tower is then computed twice and
+back-propagated through at every step. Without that the gradients of trained weights are bitwise the same.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from ray_vlm.models.backbone import base_of
 
 
 def run_frozen_tower_plainly(model: Any) -> bool:
-    """Run the model's image encoder under `no_grad` if nothing in it is trainable; returns whether that is so."""
+    """Run the model's image encoder under `no_grad` if nothing in it is trainable. Return whether that is so."""
     import torch
 
     tower = base_of(model).get_encoder(modality="image")

@@ -1,7 +1,7 @@
-"""A family that is in no table, described by its own modules: any `AutoModelForImageTextToText` of transformers.
+"""Describe a family that is not in `FAMILIES` from its modules: any `AutoModelForImageTextToText` of transformers.
 
 The model is built on the meta device, without weights. Its decoder is the language part, its image encoder the vision
-part, and what lies beside them the connector. Images and their place in the text are left to its own processor.
+part, and all other modules the connector. Its own processor handles images and their placeholders in the text.
 """
 
 import re
@@ -12,23 +12,23 @@ from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family
 from ray_vlm.models.presets import build_empty
 
-_ROUTERS = ("gate", "router")  # last names of layers that choose experts: they are left as they are
+_ROUTERS = ("gate", "router")  # last names of layers that choose experts: neither adapted nor quantised
 _PLAIN = "whether its branches stay exact has not been proved"
 
 
 def describe(config: Any) -> Family:
-    """The family of `config`, a transformers configuration.
+    """Return the family of `config`, a transformers configuration.
 
-    Raises `ModelError` where transformers has no model that reads images and writes text for it, or where its language
-    model or its image encoder is not to be found.
+    Raise `ModelError` if transformers has no model for it that reads images and writes text, or if its language model
+    or its image encoder cannot be identified.
     """
     model = _build(config)
     names = {id(module): name for name, module in model.named_modules()}
     decoder, tower = model.get_decoder(), model.get_encoder(modality="image")
     if names.get(id(decoder), "") == "" or names.get(id(tower), "") == "":
         raise ModelError(
-            f"model type {config.model_type!r}: its language model or its image encoder could not be told apart from "
-            "the rest. Use one of the families in ray_vlm/models/families.py."
+            f"model type {config.model_type!r}: its language model or its image encoder could not be identified. "
+            "Use one of the families in ray_vlm/models/families.py."
         )
     language, vision = names[id(decoder)], names[id(tower)]
     linear: dict[str, set[str]] = {"language": set(), "vision": set(), "connector": set()}
@@ -40,17 +40,17 @@ def describe(config: Any) -> Family:
         part = next((p for p, prefix in (("language", language), ("vision", vision)) if _inside(name, prefix)), None)
         linear[part or "connector"].add(re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)))
     both = zip(language.split("."), vision.split("."), strict=False)
-    depth = sum(1 for _ in takewhile(lambda names: names[0] == names[1], both))  # of what holds all three side by side
+    depth = sum(1 for _ in takewhile(lambda names: names[0] == names[1], both))  # of the module that holds all parts
     for name, _ in model.named_parameters():
         if not any(_inside(name, prefix) for prefix in (language, vision, head)):
             connectors.add(".".join(name.split(".")[: depth + 1]))
-    patterns = {part: r"(.*\.)?(" + "|".join(sorted(found)) + ")" for part, found in linear.items() if found}
+    patterns = {part: r"(.*\.)?(" + "|".join(sorted(layers)) + ")" for part, layers in linear.items() if layers}
     prefixes = {"language": (language, head), "vision": (vision,), "connector": tuple(sorted(connectors))}
     return Family(
         model_type=config.model_type,
         codec="qwen3_vl",  # 0-1000 in JSON
         linear=patterns,
-        prefixes={part: found for part, found in prefixes.items() if found},
+        prefixes={part: modules for part, modules in prefixes.items() if modules},
         unquantised=(vision, *prefixes["connector"], head, *_ROUTERS),
         stock_images=True,
         cannot={"method.share_prefixes": _PLAIN},

@@ -1,7 +1,7 @@
-"""Import the large libraries of a process that begins, without looking for garbage meanwhile.
+"""Import the large libraries at the start of a process, with garbage collection turned off.
 
-Python looks for cycles among all objects each time enough new ones are there. torch, transformers and TRL make a
-million objects that stay as long as the process: to look through them again and again took a tenth of a loader's start.
+Python searches all objects for cycles whenever enough new ones exist. torch, transformers and TRL create a million
+objects that live as long as the process: searching them repeatedly took a tenth of a loader's start-up time.
 """
 
 import gc
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """While the body runs, cycles are not looked for."""
+    """Turn garbage collection off while the body runs."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -22,7 +22,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def import_training_libraries() -> None:
-    """torch, transformers, PEFT and TRL."""
+    """Import torch, transformers, PEFT and TRL."""
     with no_garbage_collection():
         import peft  # noqa: F401
         import torch  # noqa: F401
@@ -31,5 +31,5 @@ def import_training_libraries() -> None:
 
 
 def keep_imports() -> None:
-    """Take what is there out of the collector's sight for good, in a process that serves one purpose to its end."""
+    """Exclude all present objects from garbage collection for good, in a process with a single purpose."""
     gc.freeze()

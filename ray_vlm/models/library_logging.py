@@ -1,14 +1,14 @@
-"""Keep libraries from calling home and from talking over the run's own lines; errors still come through."""
+"""Turn off libraries' telemetry, and the messages that would mix with the run's own lines. Errors are still shown."""
 
 import logging
 import os
 import sys
 import warnings
 
-# What libraries are told as they load; a value that the user has set stays.
+# Environment variables that libraries read when they load; a value that the user has set stays.
 _SETTINGS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # our own lines say how far a download is
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # the run's own lines show the progress of a download
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -17,14 +17,14 @@ _LOUD = ("deepspeed", "DeepSpeed", "bitsandbytes", "deepspeed.accelerator.real_a
 
 
 class _ErrorsOnly(logging.Filter):
-    """A filter rather than a level: libraries set their loggers' levels as they load, after us."""
+    """Let errors pass. A filter and not a level: libraries set their loggers' levels when they load, which is later."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
 
 def quiet_libraries() -> None:
-    """Telemetry, progress bars and start-up chatter off. Call before the libraries load; itself it loads none."""
+    """Turn off telemetry, progress bars and start-up messages. Call it before the libraries load; it loads none."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     for name in _LOUD:
@@ -33,7 +33,7 @@ def quiet_libraries() -> None:
             logger.addFilter(_ErrorsOnly())
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(transformers|trl|peft|accelerate|torch|ray)\b")
-    if "transformers" in sys.modules:  # it has read its settings already
+    if "transformers" in sys.modules:  # it read the environment when it was loaded
         import transformers
 
         transformers.utils.logging.set_verbosity_error()

@@ -1,6 +1,6 @@
-"""How many bytes of tensors are alive, and the most there were: counted as torch makes and drops them, on any device.
+"""Count the bytes of live tensors and their peak, as torch allocates and frees storages, on any device.
 
-Works on real tensors and on fake ones, which have shapes and no memory: a step can be rehearsed before there is a card.
+Works with real tensors and with fake ones, which have shapes and no memory: a step can be rehearsed without a GPU.
 """
 
 import weakref
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages made while it is on. `known`: tensors that were there before and do not count.
+    """Counts storages created while it is active. `known`: earlier tensors that do not count.
 
-    `now`, `peak`: bytes. `peaks`: the peak of each phase, by the name that `phase` had; set it to begin another.
+    `now`, `peak`: bytes. `peaks`: the peak of each phase, by its name; `begin` starts another.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def begin(self, phase: str) -> None:
-        """Count the peak of what follows under this name."""
+        """Start a phase: count the peak from here on under this name."""
         self.phase = phase
         self.peaks[phase] = max(self.peaks.get(phase, 0), self.now)
 

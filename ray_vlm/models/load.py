@@ -14,42 +14,73 @@ from ray_vlm.errors import ModelError
 from ray_vlm.models.adapter import CONFIG, WEIGHTS, check_adapter, is_whole_model, put_adapter
 from ray_vlm.models.families import FAMILIES, Family
 from ray_vlm.models.generic import describe
+from ray_vlm.models.out_of_memory import is_out_of_memory
 from ray_vlm.models.precision import dtype_of
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.progress import lasting
 
+_DEVICE_MARKS = ("CUDA", "HIP error", "NVIDIA", "NCCL", "gloo")  # in errors of devices and of collective operations
+
+_GIVE_BASE = (
+    "Give a folder with a config.json, or a hub name; for a private or gated model accept its licence on the hub and "
+    "set HF_TOKEN."
+)
+
 
 def resolve_name(name: str) -> str:
-    """`tiny` names the weights that ship with the demo; any other name stays as it is."""
+    """Return the folder or hub name of a base: `tiny` is the model that ships with the demo."""
     return str(Path(__file__).parents[1] / "demo" / "weights") if name == "tiny" else name
 
 
 def load_config(spec: Model) -> Any:
-    """The base's transformers configuration. Raises `ModelError` where there is none."""
+    """Return the base's transformers configuration. Raise `ModelError` if there is none that can be read."""
     from transformers import AutoConfig
 
     name = resolve_name(spec.name)
-    _check_folder(spec.name, name)
+    _check_folder(spec, name)
     try:
         return AutoConfig.from_pretrained(name, revision=spec.revision)
-    except Exception as error:  # transformers' configuration classes raise what they like
-        raise ModelError(f"model.name={spec.name!r} cannot be loaded ({first_line(error)}). {_advice(error)}") from None
+    except Exception as error:  # transformers' configuration classes raise many types
+        if Path(name).is_dir():
+            what, fix = ": its config.json", "Fetch config.json of the base again, or give another base."
+        else:
+            what, fix = "", advise_hub(error) or _GIVE_BASE
+        raise ModelError(f"model.name={spec.name!r}{what} cannot be loaded ({first_line(error)}). {fix}") from None
 
 
-def _check_folder(told: str, name: str) -> None:
-    """Raise `ModelError` for a path where no base is: transformers would look for it on the hub and speak of that."""
+def _check_folder(spec: Model, name: str) -> None:
+    """Raise `ModelError` for a path without a base: transformers would ask the hub for it, and report the hub's
+    errors."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"model.name={told!r}: the folder holds no config.json. Give the folder of a base.")
+            raise ModelError(f"model.name={spec.name!r}: the folder holds no config.json. Give the folder of a base.")
     elif path.exists():
-        raise ModelError(f"model.name={told!r} is a file. Give the folder of a base, or a hub name.")
+        raise ModelError(f"model.name={spec.name!r} is a file. Give the folder of a base, or a hub name.")
     elif name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:  # a hub name is `name` or `owner/name`
-        raise ModelError(f"model.name={told!r}: there is no such folder. Give one with a base in it, or a hub name.")
+        raise ModelError(
+            f"model.name={spec.name!r}: there is no such folder. Give one with a base in it, or a hub name."
+        )
+    elif "/" in name and path.parent.is_dir() and not _is_cached(name, spec.revision):
+        raise ModelError(
+            f"model.name={spec.name!r}: there is no folder {path.name!r} in the folder {str(path.parent)!r}. Give the "
+            "folder of a base. A base of that name on the hub can be loaded by the absolute path of its folder in the "
+            "hub's cache, or from another working directory."
+        )
 
 
-def _advice(error: BaseException | None) -> str:
-    """What to do about a base that does not load, from what the hub's client raised underneath."""
+def _is_cached(name: str, revision: str | None) -> bool:
+    """Return whether the hub's cache holds the configuration of a base."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    except ValueError:  # not a name that the hub allows
+        return False
+
+
+def advise_hub(error: BaseException | None) -> str | None:
+    """Return the fix for an error that the hub's client raised, or that was raised because of one; None for others."""
     kinds = set()
     while error is not None:
         kinds |= {kind.__name__ for kind in type(error).__mro__}
@@ -60,25 +91,22 @@ def _advice(error: BaseException | None) -> str:
         return "The base has no such model.revision. Give a commit, a tag or a branch of it."
     if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
         return (
-            "The hub is not reached (offline mode, or no network) and the base is not in the cache. Unset "
+            "The hub cannot be reached (offline mode, or no network) and the base is not in the cache. Unset "
             "HF_HUB_OFFLINE, set HF_HOME to a cache that has it, or give a folder."
         )
-    return (
-        "Give a folder with a config.json, or a hub name; for a private or gated model accept its licence on the hub "
-        "and set HF_TOKEN."
-    )
+    return None
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, and the next where that is announced; its kind where it says nothing."""
+    """Return the first line of an error's text, with the next if the first ends in a colon; its type if it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def family_of(config: Any) -> Family:
-    """The family of a loaded configuration: ours, or found by looking at the model's modules.
+    """Return the family of a configuration, from `FAMILIES` or described from the model's modules.
 
-    Raises `ModelError` for one that is no vision-language model."""
+    Raise `ModelError` if it is not a vision-language model."""
     return FAMILIES.get(config.model_type) or describe(config)
 
 
@@ -94,9 +122,11 @@ def _check_unquantised(spec: Model, config: Any) -> None:
 
 
 def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
-    """The base on `device`, frozen state as loaded; NF4 with double quantisation where `spec.load_in_4bit`.
+    """Load the base onto `device`, in NF4 with double quantisation if `spec.load_in_4bit`.
 
-    Compute is what `precision` says. In 4 bit the vision tower, the embeddings and the head stay unquantised.
+    `precision` is the dtype of unquantised weights and of the arithmetic. In 4 bit the vision tower, the embeddings and
+    the head stay unquantised. Raise `ModelError` if the weights cannot be loaded; out-of-memory errors and other
+    failures of a device or of a connection between workers pass through.
     """
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -120,8 +150,10 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     try:
         with lasting(f"loading {spec.name}", lambda: describe_download(name)):
             model = AutoModelForImageTextToText.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({first_line(error)}).") from error
+    except Exception as error:  # transformers, safetensors and bitsandbytes raise many types
+        if _is_device_failure(error, device):
+            raise
+        raise _explain_weights(spec, error) from error
     if is_deepspeed_zero3_enabled():
         _forget_renamings(model)
     keep_4bit_differentiable(model)
@@ -132,9 +164,33 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     return model
 
 
+def _is_device_failure(error: Exception, device: str) -> bool:
+    """Return whether a device, its memory or a connection failed, and not a file of the base."""
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    # While it quantises, transformers replaces every error by one without the cause (`log_conversion_errors` in
+    # core_model_loading.py). On a GPU the cause may be its memory.
+    unknown = device != "cpu" and "conversion of the weights" in str(error)
+    return unknown or any(mark in str(error) for mark in _DEVICE_MARKS)
+
+
+def _explain_weights(spec: Model, error: Exception) -> ModelError:
+    """Return the error for weights that cannot be loaded, with the reason and the fix."""
+    reason, fix = first_line(error), "A file of the base may be cut off: fetch it again."
+    if not isinstance(error, OSError | ValueError | RuntimeError):
+        reason = f"{type(error).__name__}: {reason}"  # of a KeyError the text is the key alone
+    if "ignore_mismatched_sizes" in reason:  # transformers' text names an option that jobs do not have
+        reason, fix = "the shapes of its tensors are not those of its config.json", "Fetch all files of the base again."
+    elif isinstance(error, ImportError):
+        fix = "Install the package that is missing."
+    fix = advise_hub(error) or fix
+    return ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({reason}). {fix}")
+
+
 def describe_download(name: str) -> str:
-    """How much of a hub model's weights has come into the cache, and of how much where that is known; nothing of a
-    folder's."""
+    """Describe how many GiB of a hub model are in the cache, and of how many if that is known; empty for a folder."""
     if Path(name).is_dir():
         return ""
     from huggingface_hub import try_to_load_from_cache
@@ -142,17 +198,19 @@ def describe_download(name: str) -> str:
 
     blobs = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
     try:
-        there = sum(file.stat().st_size for file in blobs.glob("*"))
+        downloaded = sum(file.stat().st_size for file in blobs.glob("*"))
         index = try_to_load_from_cache(name, "model.safetensors.index.json")
         total = json.loads(Path(index).read_bytes())["metadata"]["total_size"] if isinstance(index, str) else 0
     except (OSError, ValueError, KeyError, TypeError):  # files come and go while they are fetched
         return ""
-    return f"{there / 2**30:.1f}{f' of {total / 2**30:.1f}' if total else ''} GiB in the cache"
+    return f"{downloaded / 2**30:.1f}{f' of {total / 2**30:.1f}' if total else ''} GiB in the cache"
 
 
 def _forget_renamings(model: Any) -> None:
-    """Save weights under the model's own names: under ZeRO-3 transformers 5.23 believes that every renaming which it
-    knows for the family was applied as the weights were read (`integrations/deepspeed.py`), and would undo it."""
+    """Let the model save its weights under its own names.
+
+    Under ZeRO-3 transformers 5.23 assumes that every renaming that it knows for the family was applied when the weights
+    were read (`integrations/deepspeed.py`), and would undo it when it saves them."""
     from transformers.core_model_loading import WeightRenaming
 
     known = getattr(model, "_weight_conversions", None) or []
@@ -160,7 +218,7 @@ def _forget_renamings(model: Any) -> None:
 
 
 def cast_pixels(model: Any) -> None:
-    """Hand pixels to the image encoder in its own dtype: some processors give bfloat16, others float32."""
+    """Cast pixels to the image encoder's dtype: some processors return bfloat16, others float32."""
     import torch
 
     def cast(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -173,22 +231,22 @@ def cast_pixels(model: Any) -> None:
 
 
 def check_4bit(model: Any, family: Family, name: str) -> None:
-    """Raises `ModelError` where most of the language model's layers are not in 4 bit, as fused experts are not."""
-    inside = {id(m): n for n, m in model.named_modules()}[id(model.get_decoder())] + "."
-    small, large = 0, {}
-    for of, parameter in model.named_parameters():
-        if of.startswith(inside) and parameter.dim() > 1 and "embed" not in of and "lm_head" not in of:
+    """Raise `ModelError` if most weights of the language layers are not in 4 bit, as in models with fused experts."""
+    prefix = {id(m): n for n, m in model.named_modules()}[id(model.get_decoder())] + "."
+    in_4bit, others = 0, {}
+    for weight, parameter in model.named_parameters():
+        if weight.startswith(prefix) and parameter.dim() > 1 and "embed" not in weight and "lm_head" not in weight:
             if type(parameter).__name__ == "Params4bit":
-                small += 2 * parameter.numel()
+                in_4bit += 2 * parameter.numel()  # each byte holds two weights
             else:
-                large[of] = parameter.numel()
-    if small < sum(large.values()):
-        share = small / max(1, small + sum(large.values()))
-        worst = max(large, key=lambda of: large[of])
+                others[weight] = parameter.numel()
+    if in_4bit < sum(others.values()):
+        share = in_4bit / max(1, in_4bit + sum(others.values()))
+        largest = max(others, key=lambda weight: others[weight])
         raise ModelError(
             f"model.name={name!r}: bitsandbytes puts only {share:.0%} of the weights of its language layers in 4 bit; "
-            f"{family.model_type}'s {worst} and others like it are fused parameters, which it leaves as they are. Set "
-            "model.load_in_4bit=false and use a card that holds them, or another base."
+            f"{family.model_type}'s {largest} and others like it are fused parameters, which it leaves as they are. "
+            "Set model.load_in_4bit=false and use a card that holds them, or another base."
         )
 
 
@@ -200,17 +258,17 @@ def keep_4bit_differentiable(model: Any) -> None:
 
 
 def load_adapter(model: Any, folder: str, spec: Model, trainable: bool = False) -> Any:
-    """`model` with the adapter in `folder` on it. Raises `ModelError` if it is damaged or of another base."""
+    """Put the adapter in `folder` on `model`. Raise `ModelError` if it is damaged or was trained on another base."""
     folder = fetch_folder(folder)
     check_adapter(folder, resolve_name(spec.name), spec.name)
     return put_adapter(model, folder, trainable)
 
 
 def load_trained(spec: Model, precision: Precision, weights: str | None, device: str = "cpu") -> Any:
-    """The base with what was trained on it: an adapter, or the whole model that is in `weights` in its place.
+    """Load the base with an adapter from the folder `weights`, or the whole model that the folder holds instead.
 
-    A whole model is loaded as it was written, without quantisation. None is the base alone. Raises `ModelError` where
-    the weights are of another base.
+    A whole model is loaded as it was saved, without quantisation. None loads the base alone. Raise `ModelError` if the
+    weights were trained on another base.
     """
     folder = fetch_folder(weights) if weights is not None else None
     if folder is not None and is_whole_model(folder):
@@ -220,24 +278,26 @@ def load_trained(spec: Model, precision: Precision, weights: str | None, device:
 
 
 def whole_model(spec: Model, folder: str) -> Model:
-    """The section for a whole model that was trained from the base. Raises `ModelError` where it is of another kind."""
-    whole = Model(name=folder, load_in_4bit=False)
-    kind, base = load_config(whole).model_type, load_config(spec).model_type
+    """Return the `model` section that loads a whole model trained from the base. Raise `ModelError` if its model type
+    is not that of the base."""
+    section = Model(name=folder, load_in_4bit=False)
+    kind, base = load_config(section).model_type, load_config(spec).model_type
     if kind != base:
         raise ModelError(f"{folder} is a {kind}, and model.name={spec.name!r} is a {base}. Use a job of that base.")
-    return whole
+    return section
 
 
 def fetch_from_hub(name: str) -> str:
-    """A folder of the hub's cache with what says what `name` on the hub is, and the weights where it is an adapter.
+    """Download the configuration and preprocessing of `name` from the hub, and its weights if it is an adapter.
 
-    Raises `ModelError` where it cannot be reached.
+    Return the folder in the hub's cache. Raise `ModelError` if that fails.
     """
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, "config.json", "preprocessing.json"])
-    except Exception as error:  # the hub's client raises what it likes
+    except Exception as error:  # the hub's client raises many types
+        fix = advise_hub(error) or _GIVE_BASE
         raise ModelError(
-            f"{name} is no folder here, and cannot be loaded from the hub ({first_line(error)}). {_advice(error)}"
+            f"{name} is no folder here, and cannot be loaded from the hub ({first_line(error)}). {fix}"
         ) from None

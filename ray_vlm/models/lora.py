@@ -1,4 +1,4 @@
-"""LoRA where the job asks for it, and the count of what is trainable."""
+"""LoRA adapters, frozen parts, learning rates of parts, and the count of trainable weights."""
 
 import difflib
 import re
@@ -9,13 +9,13 @@ from ray_vlm.config.schema import Lora
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
 
-_ADDED = re.compile(r"\.(lora_\w+|modules_to_save)\.")  # in the names of weights that PEFT puts beside the base's
+_ADDED = re.compile(r"\.(lora_\w+|modules_to_save)\.")  # in the names of weights that PEFT adds to the base's
 
 
 def lora_config(lora: Lora, family: Family) -> Any:
-    """PEFT's configuration for the job's `lora` section on this family.
+    """Return PEFT's configuration for the job's `lora` section on this family.
 
-    Raises `ModelError` where a part that is named has no linear layers in this family.
+    Raise `ModelError` if a target part has no linear layers in this family.
     """
     from peft import LoraConfig
 
@@ -38,7 +38,7 @@ def lora_config(lora: Lora, family: Family) -> Any:
 
 
 def check_modules(model: Any, names: Sequence[str]) -> None:
-    """Raises `ModelError` for names that end no module's name, with those that come nearest."""
+    """Raise `ModelError` for names with which no module's name ends, and suggest the nearest."""
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()} - {""}
     wrong = [name for name in names if name.rpartition(".")[2] not in known]
     if wrong:
@@ -47,7 +47,7 @@ def check_modules(model: Any, names: Sequence[str]) -> None:
 
 
 def freeze_parts(model: Any, parts: Sequence[str], family: Family) -> Any:
-    """`model`, of which these parts do not learn."""
+    """Freeze these parts of `model`, and return it."""
     for name, parameter in model.named_parameters():
         if part_of(family, name) in parts:
             parameter.requires_grad_(False)
@@ -59,52 +59,52 @@ def split_rates(optimizer: Any, named: Iterable[tuple[str, Any]], family: Family
     part = {id(parameter): part_of(family, name) for name, parameter in named}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        for key in (None, *rates):  # those without a rate of their own stay first, in their order
-            mine = [p for p in group["params"] if (part[id(p)] if part[id(p)] in rates else None) == key]
-            if mine:
-                groups.append(group | {"params": mine} | ({"lr": rates[key]} if key else {}))
+        for key in (None, *rates):  # weights without a rate of their own stay first, in their order
+            parameters = [p for p in group["params"] if (part[id(p)] if part[id(p)] in rates else None) == key]
+            if parameters:
+                groups.append(group | {"params": parameters} | ({"lr": rates[key]} if key else {}))
     optimizer.param_groups[:] = groups
 
 
 def train_parts(model: Any, lora: Lora, family: Family) -> Any:
-    """`model` with a loaded adapter, of which only the parts in `lora.target` go on learning.
+    """Freeze the weights of a loaded adapter outside the parts in `lora.target`, and return `model`.
 
-    Raises `ModelError` where the adapter has none of them.
+    Raise `ModelError` if the adapter has none of these parts.
     """
-    there: set[str] = set()
+    adapted: set[str] = set()
     frozen = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            there.add(part_of(family, name))
+            adapted.add(part_of(family, name))
             if part_of(family, name) not in lora.target:
                 frozen.append(parameter.requires_grad_(False))
     switch = model.set_adapter
 
     def set_adapter(*args: Any, **kwargs: Any) -> None:
-        switch(*args, **kwargs)  # PEFT makes all of an adapter trainable when it comes back from the reference
+        switch(*args, **kwargs)  # PEFT makes the whole adapter trainable when it is switched back from the reference
         for parameter in frozen:
             parameter.requires_grad_(False)
 
     model.set_adapter = set_adapter
-    if not there & set(lora.target):
+    if not adapted & set(lora.target):
         raise ModelError(
-            f"model.adapter adapts {', '.join(sorted(there))} and lora.target={lora.target} names none of these, so "
+            f"model.adapter adapts {', '.join(sorted(adapted))} and lora.target={lora.target} names none of these, so "
             "nothing would learn. Name at least one."
         )
     return model
 
 
 def num_weights(parameter: Any) -> int:
-    """Weights of a parameter: 4-bit ones count whole, and of one that ZeRO-3 has cut all slices."""
+    """Return the weights of a parameter: 4-bit weights unpacked, and under ZeRO-3 those of all slices."""
     stored = getattr(parameter, "ds_numel", parameter.numel())
     return 2 * stored if type(parameter).__name__ == "Params4bit" else stored  # two 4-bit weights in each byte
 
 
 def count_trainable(model: Any, family: Family) -> dict[str, dict[str, int]]:
-    """Weights by part of the model: `{"language": {"trainable": n, "total": n, "in_4bit": n}, ...}`.
+    """Count weights by part of the model: `{"language": {"trainable": n, "total": n, "in_4bit": n}, ...}`.
 
-    `total` and `in_4bit` are of the base alone, without adapters, the reference's copy of one, and layers that PEFT has
-    copied to train them whole; 4-bit weights count whole.
+    `total` and `in_4bit` count the base alone, without adapters and without the layers that PEFT copies to train them
+    in full. Every 4-bit weight counts as one.
     """
     counts = {part: {"trainable": 0, "total": 0, "in_4bit": 0} for part in family.prefixes}
     for name, parameter in model.named_parameters():

@@ -1,14 +1,13 @@
 """Model FLOPs: the floating-point operations that a step needs, counted while the model runs.
 
-One definition for run folders, `ray-vlm runs compute` and the benchmarks. A multiplication and an addition are two
+Run folders, `ray-vlm runs compute` and the benchmarks use this definition. A multiplication and an addition are two
 operations. A forward takes two for each weight and token, and four for each layer, channel of attention and pair of
-tokens that see each other. A backward takes as many again for the gradients of activations (of attention twice as
-many), and for the weights that learn two more for each weight and token. Only work that the batch needs counts: tokens
-that went through the model without padding, pairs that a causal mask lets see each other, positions that the head
-scored, patches that the image encoder saw. Left out are recomputed activations, dequantisation, norms, embeddings,
-optimizers, and image encoders that are given no grid of patches. MFU is thus model FLOPs utilisation as Chowdhery et
-al. 2022 (arXiv:2204.02311) define it, and a step that shares beginnings needs fewer operations than one that repeats
-them.
+tokens that attend to each other. A backward takes as many again for the gradients of activations (of attention twice as
+many), and two more for each trained weight and token. Only work that the batch needs counts: tokens without padding,
+pairs that the causal mask allows, positions that the head scores, patches that the image encoder sees. Not counted are
+recomputed activations, dequantisation, norms, embeddings, optimizers, and image encoders without a grid of patches. MFU
+is thus model FLOPs utilisation as Chowdhery et al. 2022 (arXiv:2204.02311) define it, and a step with shared prefixes
+needs fewer operations than one that repeats them.
 """
 
 from dataclasses import astuple, dataclass
@@ -24,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Weights and widths that decide how many operations a model takes.
+    """Weights and widths that determine how many operations a model takes.
 
-    `language`, `vision`: weights that multiply each token of the language model, each patch of the image encoder (its
-    mergers, which see several patches at once, by their share); of experts those that a token uses. `*_trained`: those
-    of them that learn. `head`: weights of the output projection. `language_attention`, `vision_attention`,
-    `window_attention`: channels of attention, summed over the layers that look at the whole row, the whole image, or
-    windows of `window` patches.
+    `language`, `vision`: weights that multiply each token of the language model, or each patch of the image encoder
+    (mergers, which see several patches at once, count in proportion); of experts those that a token uses.
+    `*_trained`: the trained ones among them. `head`: weights of the output projection. `language_attention`,
+    `vision_attention`, `window_attention`: channels of attention, summed over the layers that attend to the whole row,
+    the whole image, or windows of `window` patches.
     """
 
     language: float
@@ -47,8 +46,8 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Work:
-    """What went through a model: `tokens` of the language model without padding, `pairs` of tokens that see each other,
-    positions `scored` by the head, `patches` of the image encoder, and pairs of patches of the same image."""
+    """The inputs of a model's forwards: `tokens` of the language model without padding, `pairs` of tokens that attend
+    to each other, positions `scored` by the head, `patches` of the image encoder, and pairs of patches of one frame."""
 
     tokens: int = 0
     pairs: int = 0
@@ -58,7 +57,7 @@ class Work:
 
 
 def count_flops(size: ModelSize, work: Work, backward: bool) -> float:
-    """Model FLOPs of one forward of this work, with its backward or without."""
+    """Return the model FLOPs of a forward of this work, with or without its backward."""
     linear = 2 * (size.language * work.tokens + size.head * work.scored)
     attention = 4 * size.language_attention * work.pairs
     vision_linear = 2 * size.vision * work.patches
@@ -74,7 +73,7 @@ def count_flops(size: ModelSize, work: Work, backward: bool) -> float:
 
 
 def measure_size(model: "Module") -> ModelSize:
-    """The size of a vision-language model, under an adapter or not. 4-bit weights count whole."""
+    """Measure a vision-language model, with or without an adapter. Every 4-bit weight counts as one."""
     import torch
 
     base: Any = base_of(model)
@@ -89,7 +88,7 @@ def measure_size(model: "Module") -> ModelSize:
         seen_at_once = patches_at_once if "merger" in name else 1
         of_vision, of_vision_trained = of_vision + total / seen_at_once, of_vision_trained + trained / seen_at_once
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    whole, windows, window = _vision_attention(vision)
+    full_attention, windows, window = _vision_attention(vision)
     return ModelSize(
         language=language,
         language_trained=language_trained,
@@ -98,17 +97,17 @@ def measure_size(model: "Module") -> ModelSize:
         language_attention=heads * len(language_layers(base)),
         vision=of_vision,
         vision_trained=of_vision_trained,
-        vision_attention=whole,
+        vision_attention=full_attention,
         window_attention=windows,
         window=window,
     )
 
 
 class OperationCounter:
-    """Counts what goes through a model, in every forward that is called on it until `take`.
+    """Counts the work of every forward of a model until `take`.
 
-    It hangs hooks on the model, its language model and its image encoder; counts stay on the device until they are
-    taken, so nothing waits for the device in between.
+    It registers hooks on the model, its language model and its image encoder. Counts stay on the device until they are
+    taken, so no forward waits for the device.
     """
 
     def __init__(self, model: "Module"):
@@ -121,7 +120,7 @@ class OperationCounter:
         encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
 
     def take(self) -> tuple[Work, float]:
-        """The work since the last call, and its model FLOPs. Waits for the device."""
+        """Return the work since the last call, and its model FLOPs. This waits for the device."""
         parts = {backward: Work(**{name: int(n) for name, n in c.items()}) for backward, c in self._counts.items()}
         for counts in self._counts.values():
             counts.clear()
@@ -129,15 +128,15 @@ class OperationCounter:
         return work, sum(count_flops(self.size, part, backward) for backward, part in parts.items())
 
     def leave_out_padding(self, lengths: list[int]) -> None:
-        """Padding behind packs, which their mask cannot tell from tokens: of each pack its length."""
+        """Subtract the padding at the end of packs, which their mask does not show. `lengths`: of it in each pack."""
         self._add(tokens=-sum(lengths), pairs=-sum(n * (n + 1) // 2 for n in lengths))
 
     def _add(self, **counts: "int | Tensor") -> None:
         import torch
 
-        kept = self._counts[torch.is_grad_enabled()]
+        totals = self._counts[torch.is_grad_enabled()]
         for name, value in counts.items():
-            kept[name] = kept.get(name, 0) + value
+            totals[name] = totals.get(name, 0) + value
 
     def _before_model(self, module: "Module", args: tuple, kwargs: dict[str, Any]) -> None:
         labels, shifted, ids = (kwargs.get(name) for name in ("labels", "shift_labels", "input_ids"))
@@ -149,19 +148,19 @@ class OperationCounter:
             self._add(scored=len(ids) * (kwargs.get("logits_to_keep") or ids.shape[1]))
 
     def _before_decoder(self, module: "Module", args: tuple, kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("inputs_embeds")
-        given = kwargs["input_ids"] if given is None else given
-        rows, width = given.shape[:2]
+        inputs = kwargs.get("inputs_embeds")
+        inputs = kwargs["input_ids"] if inputs is None else inputs
+        rows, width = inputs.shape[:2]
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         before = cache.get_seq_length() if cache is not None else 0
-        if before:  # tokens of answers that are being written; no padding among them
+        if before:  # decoding: new tokens after a cache, without padding
             self._add(tokens=rows * width, pairs=rows * (width * before + width * (width + 1) // 2))
         elif mask is None or isinstance(mask, dict):
             self._add(tokens=rows * width, pairs=rows * (width * (width + 1) // 2))
         elif mask.dim() == 2:
             lengths = mask.sum(dim=1)
             self._add(tokens=lengths.sum(), pairs=(lengths * (lengths + 1) // 2).sum())
-        else:  # which token of a pack sees which
+        else:  # a pack's mask of the pairs that attend to each other
             self._add(tokens=rows * width, pairs=mask.sum())
 
     def _before_encoder(self, module: "Module", args: tuple, kwargs: dict[str, Any]) -> None:
@@ -173,10 +172,12 @@ class OperationCounter:
 
 
 def _count_weights(module: "Module", without: set[int], experts: float = 1.0) -> tuple[float, float]:
-    """Weights that multiply a token, and those of them that learn. `experts`: the share of experts that each uses."""
+    """Return the weights that multiply a token, and the trained ones among them.
+
+    `without`: ids of parameters that do not count. `experts`: the share of experts that a token uses."""
     total = trained = 0.0
     for name, parameter in module.named_parameters():
-        frozen_lora = ".lora_" in f".{name}" and not parameter.requires_grad  # a reference's adapter lies beside
+        frozen_lora = ".lora_" in f".{name}" and not parameter.requires_grad  # the adapter of a reference
         if parameter.dim() < 2 or id(parameter) in without or frozen_lora:
             continue
         used = num_weights(parameter) * (experts if ".experts." in f".{name}" else 1.0)
@@ -191,11 +192,11 @@ def _share_of_experts(text: Any) -> float:
 
 
 def _vision_attention(vision: Any) -> tuple[int, int, int]:
-    """Channels over layers that look at the whole image, over layers that look at windows, and patches of a window."""
+    """Return channels summed over layers with full attention and over layers with windows, and patches of a window."""
     depth: int = getattr(vision, "depth", None) or vision.num_hidden_layers
     width: int = getattr(vision, "embed_dim", None) or vision.hidden_size
-    whole = getattr(vision, "fullatt_block_indexes", None)
-    if whole is None:
+    full_blocks = getattr(vision, "fullatt_block_indexes", None)
+    if full_blocks is None:
         return width * depth, 0, 0
     window = (vision.window_size // vision.patch_size) ** 2
-    return width * len(whole), width * (depth - len(whole)), window
+    return width * len(full_blocks), width * (depth - len(full_blocks)), window

@@ -1,8 +1,8 @@
-"""Out of memory on a card: how it is known among other errors, and what is said of it."""
+"""Recognise errors of a GPU that is out of memory, and advise what to change."""
 
 from ray_vlm.config.train import Train
 
-# What CUDA, ROCm, cuBLAS and NCCL say where torch does not raise its own error.
+# Texts of CUDA's, ROCm's, cuBLAS' and NCCL's errors, for which torch does not raise its own class.
 _MARKS = (
     "CUDA out of memory",
     "HIP out of memory",
@@ -11,24 +11,26 @@ _MARKS = (
     "Cuda failure 2 'out of memory'",
 )
 NO_ROOM = "ran out of GPU memory"  # is in every message about it
-_SENTENCES = 3  # of torch's own text: what was asked for, what the card has, what is free
+_SENTENCES = 3  # of torch's text: bytes requested, capacity of the GPU, free bytes
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a card had no room. Torch's error is known by its name, so torch is not imported; Ray's of that name is
-    about the computer's memory, which is not meant."""
+    """Return whether a GPU was out of memory.
+
+    torch's class is recognised by its name, without importing torch; Ray's class of the same name, which is no
+    `RuntimeError`, is about the memory of a node."""
     if not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "OutOfMemoryError" or any(mark in str(error) for mark in _MARKS)
 
 
 def describe_out_of_memory(error: BaseException) -> str:
-    """The part of the error's text that says how much was asked for and how much there was."""
+    """Return the sentences of the error's text that say how much was requested and how much is free."""
     return ". ".join(" ".join(str(error).split()).split(". ")[:_SENTENCES]).rstrip(".")
 
 
 def advise_training(train: Train, eval_batch_size: int) -> str:
-    """What to change where a step or a validation found no room."""
+    """Say which settings to change after a step or a validation ran out of memory."""
     smaller = []
     if train.tokens_per_micro_batch is not None:
         smaller.append(f"lower train.tokens_per_micro_batch (now {train.tokens_per_micro_batch})")
@@ -45,6 +47,6 @@ def advise_training(train: Train, eval_batch_size: int) -> str:
 
 
 def advise_inference(batch_size: int) -> str:
-    """What to change where an evaluation or a prediction found no room."""
+    """Say which settings to change after an evaluation or a prediction ran out of memory."""
     smaller = f"Lower evaluate.batch_size (now {batch_size}) or" if batch_size > 1 else "Lower"
     return f"{smaller} data.max_pixels, or set model.load_in_4bit."

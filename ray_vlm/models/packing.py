@@ -1,16 +1,16 @@
-"""Which rows lie behind one another, so that few positions of a batch hold nothing."""
+"""Pack short rows into longer ones, so that a batch has little padding."""
 
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WIDEST = 8192  # tokens: the mask of a pack has a value for every two of them
+_WIDEST = 8192  # tokens of a pack: its mask has a value for every pair of them
 
 
 @dataclass(frozen=True)
 class PackingOptions:
-    """`share`: rows that begin alike go through their beginning once. `pack`: short rows lie behind one another.
-    `hidden`: width of the language model, by which attention is dear or cheap beside the rest."""
+    """`share`: rows with a common prefix compute it once. `pack`: short rows are concatenated. `hidden`: width of the
+    language model, which determines the share of attention in the cost."""
 
     share: bool = False
     pack: bool = False
@@ -18,17 +18,17 @@ class PackingOptions:
 
 
 def plan_packs(sizes: Sequence[int], hidden: int) -> list[list[int]]:
-    """Numbers of rows, pack by pack: of all numbers of packs the cheapest.
+    """Return the numbers of the rows of each pack, for the number of packs that costs least.
 
-    Rows are dealt to packs the largest first, each to the shortest pack (Graham 1969): packs of like length. A token
-    costs its pack's `length / (6 hidden)` of what it costs without attention: a layer has 12 `hidden`^2 weights, and
-    attention looks at the whole pack.
+    Rows are assigned the largest first, each to the shortest pack (Graham 1969), so packs have similar lengths.
+    Attention adds `length / (6 hidden)` to the cost of a token: a layer has 12 `hidden`^2 weights, and attention covers
+    the whole pack.
     """
     ranked = sorted(range(len(sizes)), key=lambda n: (-sizes[n], n))
     most = max(max(sizes), _WIDEST)
-    ways = [_deal(sizes, ranked, count) for count in range(1, len(sizes) + 1)]
-    found = [(_cost(sizes, packs, hidden), packs) for packs in ways]
-    return min((cost, packs) for (cost, width), packs in found if width <= most)[1]
+    candidates = [_deal(sizes, ranked, count) for count in range(1, len(sizes) + 1)]
+    costs = [(_cost(sizes, packs, hidden), packs) for packs in candidates]
+    return min((cost, packs) for (cost, width), packs in costs if width <= most)[1]
 
 
 def _deal(sizes: Sequence[int], ranked: Sequence[int], count: int) -> list[list[int]]:
@@ -42,6 +42,6 @@ def _deal(sizes: Sequence[int], ranked: Sequence[int], count: int) -> list[list[
 
 
 def _cost(sizes: Sequence[int], packs: Sequence[Sequence[int]], hidden: int) -> tuple[float, int]:
-    """Of the packs, and tokens of the longest."""
+    """Return the cost of the packs, and the tokens of the longest."""
     width = max(sum(sizes[row] for row in pack) for pack in packs)
     return len(packs) * width * (1 + width / (6 * hidden)), width

@@ -1,33 +1,43 @@
-"""Load a base's processor, and find out at once whether it can do its work.
+"""Load a base's processor, and check at once that it works.
 
-What its files say is only used when the first image comes, and by then a run may have been going for a while. So an
-image without content is put through it as it is loaded.
+A processor uses most settings of its files only when the first image arrives, which may be long after a run has
+started. So a blank image is processed as soon as the processor is loaded.
 """
 
+from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.schema import Model
 from ray_vlm.errors import ModelError
-from ray_vlm.models.load import first_line, resolve_name
+from ray_vlm.models.load import advise_hub, first_line, load_config, resolve_name
 
-_SIDE = 64  # of the image that is tried, in pixels
+_SIDE = 64  # side of the blank image, in pixels
 
 
 def load_processor(spec: Model) -> Any:
-    """The base's own processor. Raises `ModelError` where it is missing, damaged, or cannot render a chat."""
+    """Load the base's own processor. Raise `ModelError` if it is missing, damaged, or has no chat template."""
     from transformers import AutoProcessor
 
+    load_config(spec)  # a missing base and a damaged config.json are reported here, and not as a missing tokenizer
+    name = resolve_name(spec.name)
     try:
-        processor = AutoProcessor.from_pretrained(resolve_name(spec.name), revision=spec.revision)
+        processor = AutoProcessor.from_pretrained(name, revision=spec.revision)
     except ImportError as error:  # some families' processors need a package of their own
         raise ModelError(
             f"model.name={spec.name!r}: its processor needs a package that is not installed ({first_line(error)}). "
             "Install it with pip."
         ) from None
-    except Exception as error:  # transformers' classes raise what they like, and tokenizers plain `Exception`
+    except Exception as error:  # transformers' classes raise many types, and tokenizers plain `Exception`
+        fix = advise_hub(error)
+        if fix is None and Path(name).is_dir():
+            fix = "The folder needs the tokenizer and processor files of the base."
+        elif fix is None:  # offline, transformers hides the hub's error if only some files are in the cache
+            fix = (
+                "The hub has no usable tokenizer and processor files for it, or the cache lacks them and the hub "
+                "cannot be reached. Fetch them again, or give a folder."
+            )
         raise ModelError(
-            f"model.name={spec.name!r}: its processor cannot be loaded ({first_line(error)}). The folder needs the "
-            "tokenizer and processor files of the base."
+            f"model.name={spec.name!r}: its processor cannot be loaded ({first_line(error)}). {fix}"
         ) from None
     if getattr(processor, "chat_template", None) is None:
         raise ModelError(f"model.name={spec.name!r} has no chat template. Use an instruction-tuned base.")
@@ -40,29 +50,30 @@ def load_processor(spec: Model) -> Any:
 
 
 def _settle_ends(processor: Any) -> str | None:
-    """Let a tokenizer without a padding token pad with its end token, as TRL does. Why it cannot be used, if so."""
+    """Let a tokenizer without a padding token pad with its end token, as TRL does. Return why the processor cannot be
+    used, or None."""
     tokenizer = getattr(processor, "tokenizer", None)
     if getattr(processor, "image_processor", None) is None or tokenizer is None:
         return "it has no image processor, or no tokenizer"
     if tokenizer.eos_token is None:
-        return "its tokenizer has no eos_token, so the end of an answer cannot be told"
+        return "its tokenizer has no eos_token, so the end of an answer cannot be recognised"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return None
 
 
 def _image_problem(processor: Any) -> str | None:
-    """Why the processor cannot turn an image into tensors, if so."""
+    """Return why the processor cannot turn an image into tensors, or None."""
     import numpy as np
     import torch
     from PIL import Image
 
     try:
         blank = Image.fromarray(np.zeros((_SIDE, _SIDE, 3), np.uint8))
-        made = processor.image_processor(images=[blank], return_tensors="pt")
-    except Exception as error:  # of whatever its settings hold
+        outputs = processor.image_processor(images=[blank], return_tensors="pt")
+    except Exception as error:  # the settings may hold anything
         return f"{type(error).__name__}: {first_line(error)}"
-    tensors = [value for value in made.values() if torch.is_tensor(value) and value.is_floating_point()]
+    tensors = [value for value in outputs.values() if torch.is_tensor(value) and value.is_floating_point()]
     if not all(bool(torch.isfinite(value).all()) for value in tensors):
         return "an image becomes numbers that are not finite; its mean or standard deviation is wrong"
     return None

@@ -1,9 +1,9 @@
-"""What texts need of a base's processor: its tokenizer, its chat template, and the sizes that it gives images.
+"""The parts of a base's processor that texts need: its tokenizer, its chat template, and its sizes of images.
 
 transformers loads a processor together with torch and torchvision, which takes longer than checking a thousand rows.
-So rows are checked and counted with what the base's files say (`read_prompt_text`), where these are files that say all:
-those of the Qwen families. What is trained, asked or drawn is put into tokens by the processor itself
-(`take_prompt_text`), and a test holds that both say the same.
+So rows are checked and counted from the base's files (`read_prompt_text`) if these are complete, as those of the Qwen
+families are. Rows to train, predict or draw are tokenised by the processor itself (`take_prompt_text`); a test checks
+that both agree.
 """
 
 import json
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, bool], str]
 
-# Tokenizers of transformers that are what `tokenizer.json` says, and nothing more.
+# Tokenizers of transformers that `tokenizer.json` describes completely.
 _PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
-_IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # of all three Qwen families; its defaults stand below
+_IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # of all three Qwen families; its defaults are below
 _DEFAULT_SIZE = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 _DEFAULT_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _IMAGE_TOKEN = "<|image_pad|>"
-# Files beside which the others do not say all.
+# Folders with more chat templates: if one exists, the other files are not complete.
 _MORE_TEMPLATES = ("additional_chat_templates", "chat_templates")
 
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """How a Qwen's image processor sizes images: sides in pixels of a patch, patches of a side of a visual token,
-    least and most pixels of an image, and the mean colour (0 to 1)."""
+    """How a Qwen's image processor sizes images: pixels along a side of a patch, patches along a side of a visual
+    token, minimum and maximum pixels of an image, and the mean colour (0 to 1)."""
 
     patch_size: int
     merge_size: int
@@ -47,8 +47,8 @@ class ImageSizes:
 
 @dataclass(frozen=True)
 class PromptText:
-    """Texts in, token ids out. `render`: messages and whether an answer is to follow -> text. `special`: tokens that
-    the tokenizer reads as something else than text. `sizes`: None where the processor does everything with images."""
+    """Maps texts to token ids. `render`: messages, and whether an answer follows -> text. `special`: tokens that the
+    tokenizer does not read as text. `sizes`: None if the processor handles images by itself."""
 
     tokenizer: "Tokenizer"
     render: Render
@@ -58,7 +58,7 @@ class PromptText:
 
 
 def take_prompt_text(processor: Any, family: Family) -> PromptText:
-    """What a loaded processor says."""
+    """Build a `PromptText` from a loaded processor. Raise `ModelError` if its image processor is not the family's."""
     backend, images = processor.tokenizer.backend_tokenizer, processor.image_processor
     sizes = None
     if not family.stock_images:
@@ -75,12 +75,12 @@ def take_prompt_text(processor: Any, family: Family) -> PromptText:
             return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
 
     special = (token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
-    return PromptText(_whole(backend), render, tuple(special), processor.image_token, sizes)
+    return PromptText(_without_limits(backend), render, tuple(special), processor.image_token, sizes)
 
 
 @contextmanager
 def _template_errors() -> Iterator[None]:
-    """What a chat template raises about the messages that it is given, as `ValueError`; about itself, `ModelError`."""
+    """Raise what a chat template raises about its messages as `ValueError`, and about itself as `ModelError`."""
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -90,7 +90,7 @@ def _template_errors() -> Iterator[None]:
             f"the base's chat template is damaged (line {error.lineno}: {error.message}). Fetch it again, or use "
             "another base."
         ) from None
-    except Exception as error:  # a template is a program of the base's own
+    except Exception as error:  # a template is a program, and may raise anything
         raise ValueError(
             f"the base's chat template refuses its turns ({type(error).__name__}: {error}); without task.system, or "
             "with turns that the template knows, it may take them"
@@ -98,8 +98,10 @@ def _template_errors() -> Iterator[None]:
 
 
 def read_prompt_text(spec: Model, folder: str) -> tuple[PromptText, Family] | None:
-    """What the files of a base say, and its family; None where only its processor can tell, or where a file is missing
-    or damaged, of which loading the processor then gives the reason. `folder`: its own, or its name on the hub."""
+    """Build a `PromptText` from the files of a base, and return it with the base's family.
+
+    Return None if the files are not complete, or if one is missing or damaged: loading the processor then reports it.
+    `folder`: the base's folder or hub name."""
     read = _reader(spec, folder)
     try:
         family = FAMILIES.get(json.loads(read("config.json") or "{}").get("model_type"))
@@ -120,14 +122,14 @@ def read_prompt_text(spec: Model, folder: str) -> tuple[PromptText, Family] | No
 
 
 def _reader(spec: Model, folder: str) -> Callable[[str], str | None]:
-    """A function that gives the text of one of the base's files, None where it is not on this machine."""
+    """Return a function that reads one of the base's files as text; None for a file that is not on this machine."""
     if Path(folder).is_dir():
         return lambda name: _text_of(Path(folder) / name)
     from huggingface_hub import try_to_load_from_cache
 
     def from_cache(name: str) -> str | None:
-        found = try_to_load_from_cache(folder, name, revision=spec.revision)
-        return _text_of(Path(found)) if isinstance(found, str) else None
+        path = try_to_load_from_cache(folder, name, revision=spec.revision)
+        return _text_of(Path(path)) if isinstance(path, str) else None
 
     return from_cache
 
@@ -144,12 +146,12 @@ def _is_plain(settings: Mapping[str, Any]) -> bool:
 
 
 def _named(token: Any) -> str | None:
-    """A token as its text or as the mapping in which it may be saved."""
+    """Return the text of a token, which may be saved as a mapping."""
     return token.get("content") if isinstance(token, Mapping) else token
 
 
 def _read_tokenizer(text: str, settings: Mapping[str, Any]) -> "Tokenizer | None":
-    """None where the tokenizer has tokens beside those of its file."""
+    """Return the tokenizer, or None if the settings name tokens that its file does not have."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(text)
@@ -157,10 +159,10 @@ def _read_tokenizer(text: str, settings: Mapping[str, Any]) -> "Tokenizer | None
     beside += [_named(settings.get(f"{name}_token")) for name in ("eos", "pad", "bos", "unk")]
     beside += [_named(token) for token in settings.get("additional_special_tokens") or ()]
     there = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
-    return None if {token for token in beside if token is not None} - there else _whole(tokenizer)
+    return None if {token for token in beside if token is not None} - there else _without_limits(tokenizer)
 
 
-def _whole(tokenizer: "Tokenizer") -> "Tokenizer":
+def _without_limits(tokenizer: "Tokenizer") -> "Tokenizer":
     tokenizer.no_truncation()  # both may have been saved with a tokenizer
     tokenizer.no_padding()
     return tokenizer
@@ -180,7 +182,7 @@ def _read_sizes(read: Callable[[str], str | None]) -> ImageSizes | None:
 
 
 def _check_sizes(patch: Any, merge: Any, size: Mapping[str, Any], mean: Any) -> ImageSizes | None:
-    """The sizes, or None where a file holds something else than the numbers that are meant."""
+    """Return the sizes, or None if they are not valid numbers."""
     low, high = size.get("shortest_edge"), size.get("longest_edge")
     shares = mean if isinstance(mean, list | tuple) else ()
     if not all(isinstance(value, int) and 0 < value < 2**40 for value in (patch, merge, low, high)):
@@ -191,19 +193,20 @@ def _check_sizes(patch: Any, merge: Any, size: Mapping[str, Any], mean: Any) -> 
 
 
 def _read_template(read: Callable[[str], str | None]) -> str | None:
-    """The base's one chat template, None where there are none or several."""
+    """Return the base's only chat template; None if there are none or several."""
     if json.loads(read("processor_config.json") or "{}").get("chat_template") is not None:
         return None
     if any(read(name) is not None for name in _MORE_TEMPLATES):
         return None
     legacy = read("chat_template.json")
-    found = json.loads(legacy)["chat_template"] if legacy is not None else read("chat_template.jinja")
-    return found if isinstance(found, str) else None
+    template = json.loads(legacy)["chat_template"] if legacy is not None else read("chat_template.jinja")
+    return template if isinstance(template, str) else None
 
 
 def _build_render(template: str, settings: Mapping[str, Any]) -> Render:
-    """Renders as transformers does (`utils/chat_template_utils.py`); its own blocks, as `generation`, do not compile
-    here, and what does not is left to it."""
+    """Return a function that renders as transformers does (`utils/chat_template_utils.py`).
+
+    transformers' own blocks, such as `generation`, raise an error here, and such templates are left to it."""
     from datetime import datetime
 
     from jinja2.exceptions import TemplateError

@@ -1,6 +1,6 @@
-"""A training step rehearsed with fake tensors: the real modules, adapters, checkpointing and loss, without memory.
+"""Rehearse a training step with fake tensors: the real modules, adapters, checkpointing and loss, without memory.
 
-Nothing is downloaded or computed: torch's fake tensors know shapes and dtypes. 4-bit layers are stood in for by layers
+Nothing is downloaded or computed: torch's fake tensors have shapes and dtypes only. 4-bit layers are replaced by layers
 that dequantise as bitsandbytes' do; the image encoder runs block by block.
 """
 
@@ -24,11 +24,11 @@ NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in NF4 with double quanti
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes through the model at once: `rows` of `tokens` each, and `patches` of each image before merging.
+    """The input of one forward: `rows` of `tokens` each, and `patches` of each image before merging.
 
-    `masked`: whether attention needs a mask, for padding or for branches. `spread`: rows and tokens of the layout that
-    hidden states are put back into where rows that begin alike went through once. `labelled`: tokens that the head
-    scores; None: all. `copies`: how much of image inputs stay for the whole step, in those of this batch.
+    `masked`: whether attention needs a mask, for padding or for branches. `spread`: rows and tokens of TRL's batch, to
+    which hidden states are copied back if rows were shared or packed. `labelled`: tokens that the head scores; None:
+    all. `copies`: image inputs that stay in memory for the whole step, as a multiple of this batch's.
     """
 
     rows: int
@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes that stay. `quantised`: in 4 bit; `plain`: the rest of the base; `trained`: what learns, in float32."""
+    """Bytes of weights. `quantised`: in 4 bit; `plain`: the rest of the base; `trained`: trained ones, in float32."""
 
     quantised: float
     plain: float
@@ -67,40 +67,39 @@ class Rehearsal:
 
     @property
     def sees(self) -> bool:
-        """Whether the image encoder can be rehearsed: Qwen's towers can."""
+        """Whether the image encoder can be rehearsed, as Qwen's towers can."""
         return hasattr(self.base.get_encoder(modality="image"), "blocks")
 
     @property
     def largest(self) -> float:
-        """Bytes of the largest module's own weights, as a rule the embeddings or fused experts."""
+        """Bytes of the largest module's own weights, usually the embeddings or fused experts."""
         modules = [list(module.parameters(recurse=False)) for module in self.model.modules()]
         return float(max(sum(p.element_size() * p.numel() for p in own) for own in modules))
 
     def weights(self) -> Weights:
-        """Bytes of the model as loaded."""
-        small = plain = trained = 0.0
-        inside = {id(m.weight) for m in self.model.modules() if type(m).__name__ == "FourBit"}
+        """Return the bytes of the loaded model."""
+        quantised = plain = trained = 0.0
+        in_4bit = {id(m.weight) for m in self.model.modules() if type(m).__name__ == "FourBit"}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 trained += 4 * parameter.numel()
-            elif id(parameter) in inside:
-                small += NF4 * parameter.numel()
+            elif id(parameter) in in_4bit:
+                quantised += NF4 * parameter.numel()
             else:
                 plain += parameter.element_size() * parameter.numel()
-        return Weights(small, plain, trained)
+        return Weights(quantised, plain, trained)
 
     def run(self, batch: Batch, checkpointed: int | None = None, watch: Any = None) -> "LiveBytes":
-        """One forward and backward; what was alive above the weights, gradients among it.
+        """Run one forward and backward, and return the live bytes beside the weights, gradients included.
 
         `checkpointed`: how many of the first layers recompute their activations; None: as the job says. `watch`: a
-        context that sees every operation too.
+        second context that sees every operation.
         """
-
         from ray_vlm.models.live import LiveBytes
 
         layers = language_layers(self.base)
-        asked = self.job.train.gradient_checkpointing if checkpointed is None else checkpointed
-        count = len(layers) if asked is True else int(asked)
+        checkpointing = self.job.train.gradient_checkpointing if checkpointed is None else checkpointed
+        count = len(layers) if checkpointing is True else int(checkpointing)
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = number < count
         for module in self.base.get_encoder(modality="image").modules():
@@ -112,12 +111,12 @@ class Rehearsal:
         with self.mode, LiveBytes(known) as live, watch or nullcontext(), autocast(self.job.train.precision, "cpu"):
             live.begin("vision")
             pixels = self._pixels(batch)
-            features, recent = self._see(batch, pixels), self._recent(batch)
+            features, cached_features = self._see(batch, pixels), self._cached_features(batch)
             live.begin("forward")
             loss = self._loss(batch, features, live)
             live.begin("backward")
             loss.backward()
-            del loss, features, pixels, recent
+            del loss, features, pixels, cached_features
         return live
 
     def _build(self) -> tuple[Any, Any]:
@@ -135,16 +134,16 @@ class Rehearsal:
                     module.__class__ = _four_bit()
         model = get_peft_model(base, lora_config(job.lora, self.family))
         model.train()
-        recompute(base, {"use_reentrant": False})  # `run` says which layers do
+        recompute(base, {"use_reentrant": False})  # `run` sets which layers do
         return model, base
 
     @property
     def num_layers(self) -> int:
-        """Of the language model."""
+        """Layers of the language model."""
         return len(language_layers(self.base))
 
     def _pixels(self, batch: Batch) -> Any:
-        """The image inputs of the batch, which stay alive as long as the batch does."""
+        """Return the image inputs of the batch, which live as long as the batch."""
         import torch
 
         if not batch.patches or not self.sees:
@@ -152,8 +151,8 @@ class Rehearsal:
         values = self.base.get_encoder(modality="image").patch_embed.proj.weight[0].numel()
         return torch.empty(round(sum(batch.patches) * batch.copies), values)
 
-    def _recent(self, batch: Batch) -> Any:
-        """What the encoder made of a step's images, which DPO and GRPO keep for the step (`models/features.py`)."""
+    def _cached_features(self, batch: Batch) -> Any:
+        """Return the features of a step's images, which DPO and GRPO keep for the step (`models/features.py`)."""
         import torch
 
         if not batch.patches or not self.sees or self.job.method.name == "sft":
@@ -165,7 +164,7 @@ class Rehearsal:
         return torch.empty(round(tokens), layers * width, dtype=self.dtype)
 
     def _see(self, batch: Batch, pixels: Any) -> Any:
-        """Run the image encoder's blocks; under autograd only where something in it learns."""
+        """Run the image encoder's blocks, with autograd only if something in it is trained."""
         import torch
 
         tower = self.base.get_encoder(modality="image")
@@ -191,8 +190,8 @@ class Rehearsal:
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
         hidden = base.get_input_embeddings()(ids)
         if features is not None:
-            place = torch.zeros(batch.rows, batch.tokens, 1, dtype=torch.bool)
-            hidden = hidden.masked_scatter(place, features.to(hidden.dtype))
+            image_mask = torch.zeros(batch.rows, batch.tokens, 1, dtype=torch.bool)
+            hidden = hidden.masked_scatter(image_mask, features.to(hidden.dtype))
         if not hidden.requires_grad:
             hidden.requires_grad_(True)  # as `enable_input_require_grads` has it
         mask = None
@@ -208,31 +207,31 @@ class Rehearsal:
         if batch.labelled is not None:
             chosen = torch.zeros(batch.labelled, dtype=torch.long)
             flat, targets = flat[chosen], targets[chosen]
-        told = ChunkedLogProbFunction.apply(
-            flat, head.weight, head.bias, targets, 1.0, _CHUNK, None, 1.0, _ASKED[self.job.method.name]
+        outputs = ChunkedLogProbFunction.apply(
+            flat, head.weight, head.bias, targets, 1.0, _CHUNK, None, 1.0, _HEAD_OUTPUTS[self.job.method.name]
         )
-        return -told[0].sum()
+        return -outputs[0].sum()
 
 
 def _pretend(model: Any, mode: Any) -> None:
-    """Put fake tensors of the CPU in the place of all that is on the meta device; tied weights stay tied."""
+    """Replace all tensors on the meta device by fake tensors on the CPU; tied weights stay tied."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
-    made: dict[int, Any] = {}
+    fakes: dict[int, Any] = {}
     for module in model.modules():
         for name, value in [*module._parameters.items(), *module._buffers.items()]:
             if value is None:
                 continue
-            if id(value) not in made:
+            if id(value) not in fakes:
                 fake = FakeTensor(mode, torch.empty_like(value, device="meta"), torch.device("cpu"))
                 is_weight = isinstance(value, torch.nn.Parameter)
-                made[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if is_weight else fake
-            (module._parameters if name in module._parameters else module._buffers)[name] = made[id(value)]
+                fakes[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if is_weight else fake
+            (module._parameters if name in module._parameters else module._buffers)[name] = fakes[id(value)]
 
 
 _CHUNK = 32768  # vocabulary in one tile of TRL's head
-_ASKED = {  # what TRL's trainers ask it for, of each token
+_HEAD_OUTPUTS = {  # outputs that TRL's trainers ask the head for, for each token
     "sft": ("log_probs", "entropy", "is_top1"),
     "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
     "grpo": ("log_probs", "entropy"),
@@ -240,7 +239,7 @@ _ASKED = {  # what TRL's trainers ask it for, of each token
 
 
 class _Ends:
-    """Where each image ends among the patches, as the towers take it: differences of it give their lengths."""
+    """Stands for `cu_seqlens`, the ends of the images among the patches: towers take differences to get lengths."""
 
     def __init__(self, lengths: tuple[int, ...], started: bool = False):
         self.lengths, self.started = lengths, started
@@ -252,12 +251,12 @@ class _Ends:
         return self
 
     def tolist(self) -> list[int]:
-        """Patches of each image."""
+        """Return the patches of each image."""
         return list(self.lengths)
 
 
 def _four_bit() -> type:
-    """A linear layer that dequantises its weight in every forward and backward, as bitsandbytes' `Linear4bit`."""
+    """Return a linear layer that dequantises in every forward and backward, as bitsandbytes' `Linear4bit` does."""
     import torch
 
     class Dequantised(torch.autograd.Function):
@@ -275,6 +274,6 @@ def _four_bit() -> type:
             values = values.to(self.weight.dtype)
             out = Dequantised.apply(values, self.weight)
             out = out if self.bias is None else out + self.bias
-            return out.clone()  # PEFT copies what a quantised layer gives
+            return out.clone()  # PEFT copies the output of a quantised layer
 
     return FourBit

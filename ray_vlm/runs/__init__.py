@@ -1,1 +1,1 @@
-"""Run folders: where they are, what they say of themselves, the numbers in them. Imports nothing heavy."""
+"""Run folders: their paths, manifests, checkpoints and metrics. Imports nothing heavy."""

@@ -1,7 +1,7 @@
-"""What became of each attempt of a run: from which step to which, why it ended, and how many steps were lost by that.
+"""The attempts of a run: the steps of each, why it ended, and how many steps had to be repeated.
 
-Ray may start workers anew by itself, when it has room for more or when some are gone: such attempts are known by the
-lines of `metrics.jsonl` alone.
+Ray may restart workers by itself, if it has resources for more of them or has lost some. Such attempts are not in
+`run.json`, only in the start lines of `metrics.jsonl`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from ray_vlm.runs.text import plural
 
 
 def complete(listed: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The attempts of `run.json`, those that Ray began by itself among them, with `from_step`, `to_step`, `workers`
-    and `lost_steps`: done and then done again by the next one. `lines`: all of `metrics.jsonl`."""
+    """Return the attempts of `run.json` (`listed`) and those that Ray started by itself, with `from_step`, `to_step`,
+    `workers` and `lost_steps` (steps that the next attempt repeated). `lines`: all of `metrics.jsonl`."""
     known = {entry["attempt"]: dict(entry) for entry in listed}
     starts = {line["attempt"]: line for line in lines if line["kind"] == "start"}
     last = max([*known, *starts], default=0)
@@ -28,7 +28,7 @@ def complete(listed: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, A
             before.pop("error", None)
     for number, entry in known.items():
         if number < last and entry.get("status", "running") == "running":
-            entry["status"] = "died"  # nobody could say why
+            entry["status"] = "died"  # it was killed before it could write a status
         if number in starts:
             steps = [line["step"] for line in lines if line["attempt"] == number and line["kind"] == "train"]
             entry["from_step"] = starts[number]["step"]
@@ -43,17 +43,26 @@ def complete(listed: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, A
 
 
 def tell_attempts(attempts: Sequence[Mapping[str, Any]]) -> str | None:
-    """One sentence on how the run came to its end; None where it went through at once."""
+    """Return a sentence on why each attempt ended, or None for a run with one attempt."""
     if len(attempts) < 2:
         return None
-    told = []
-    for entry, following in pairwise(attempts):
+    clauses = []
+    for i, (entry, following) in enumerate(pairwise(attempts)):
         at = f" at step {entry['to_step']}" if "to_step" in entry else " before its first step"
         again = entry.get("lost_steps", 0)
-        told.append(f"{_cause(entry, following)}{at}" + (f" ({plural(again, 'step')} done again)" if again else ""))
+        clause = f"{_cause(entry, following)}{at}"
+        clause += _extension(attempts[i + 1 :]) if entry.get("status") == "finished" else ""
+        clauses.append(clause + (f" ({plural(again, 'step')} done again)" if again else ""))
     lost = sum(entry.get("lost_steps", 0) for entry in attempts)
     steps = max((entry.get("to_step", 0) for entry in attempts), default=0)
-    return f"{len(attempts)} attempts: {'; '.join(told)}. {lost} of {plural(steps, 'step')} done twice."
+    repeated = f" {lost} of {plural(steps, 'step')} done twice." if lost else ""
+    return f"{len(attempts)} attempts: {'; '.join(clauses)}.{repeated}"
+
+
+def _extension(later: Sequence[Mapping[str, Any]]) -> str:
+    """Return how far a finished run was extended, without the step if no later attempt has finished."""
+    end = next((entry for entry in later if entry.get("status") == "finished" and "to_step" in entry), None)
+    return " and was extended" + (f" to step {end['to_step']}" if end else "")
 
 
 def _cause(entry: Mapping[str, Any], following: Mapping[str, Any]) -> str:
@@ -63,5 +72,5 @@ def _cause(entry: Mapping[str, Any], following: Mapping[str, Any]) -> str:
     if status == "interrupted":
         return "stopped by a signal"
     if status in ("running", "died"):
-        return "ended without a word"
+        return "ended without a message"
     return (str(entry.get("error") or "").strip().splitlines() or [status])[0].rstrip(".")[:200]

@@ -1,4 +1,4 @@
-"""The model card of what is exported: what learned from what, how well, at what cost, and how to load it. Pure text."""
+"""The model card of an export: base, training, scores, cost, and how to load the weights. Pure functions."""
 
 import json
 from collections.abc import Mapping
@@ -9,18 +9,21 @@ from ray_vlm.runs.compute import measure_compute
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_duration, format_number
 
-ADAPTER, MERGED, WHOLE = "adapter", "merged", "model"  # kinds of exports, which name their folders
+ADAPTER, MERGED, WHOLE = "adapter", "merged", "model"  # kinds of exports and names of their folders
 TITLES = {ADAPTER: "adapter", MERGED: "merged model", WHOLE: "model"}
-SHIPPED = "tiny"  # `model.name` of the weights that come with this package
-CHOSE_BEST = "that also chose best/"  # of rows, where `data.test_on_eval` measures them
+SHIPPED = "tiny"  # `model.name` of the weights in this package
+CHOSE_BEST = "that also chose best/"  # appended to "validation rows" if `data.test_on_eval` is set
 _VERSIONS = ("ray-vlm", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 def write_card(
     run: Run, kind: str, weights: str, licence: str | None = None, checked: Mapping[str, float] | None = None
 ) -> str:
-    """Markdown with the hub's head. `weights`: `best` or `final`; `licence`: of the base, None where it is not known;
-    `checked`: how far merged weights are from base and adapter, as `models.export.merge` found."""
+    """Return the card: Markdown with the hub's YAML header.
+
+    `weights`: `best` or `final`; `licence`: of the base, None if unknown; `checked`: the difference between merged
+    weights and base with adapter, from `models.export.merge`.
+    """
     base = str(setting(run.job, "model.name"))
     parts = [_head(kind, base, licence), _title(run, kind, weights, base), _how(run), _scores(run), _cost(run)]
     parts += [_check(checked)] if checked is not None else []
@@ -67,30 +70,30 @@ def _how(run: Run) -> str:
 
 
 def _scores(run: Run) -> str:
-    name, found = test_of(run)
-    overall, intervals = found.get("overall", {}), found.get("intervals") or {}
+    name, metrics = test_of(run)
+    overall, intervals = metrics.get("overall", {}), metrics.get("intervals") or {}
     if not overall:
         return "## How good it is\n\nNot measured on test rows: `ray-vlm evaluate` does that."
     rows = []
     for metric, value in overall.items():
         ends = intervals.get(metric)
         known = isinstance(ends, list) and len(ends) == 2 and all(is_number(end) for end in ends)
-        told = " to ".join(format_number(end) for end in ends) if ends and known else "-"
-        rows.append((metric, format_number(value), told))
+        interval = " to ".join(format_number(end) for end in ends) if ends and known else "-"
+        rows.append((metric, format_number(value), interval))
     rows_are = (
-        f"validation rows {CHOSE_BEST}, so better than on new ones" if found.get("rows_chose_best") else "test rows"
+        f"validation rows {CHOSE_BEST}, so higher than on new rows" if metrics.get("rows_chose_best") else "test rows"
     )
-    where = f"On {found.get('num_rows', '?')} {rows_are} (`evaluate/{_plain(name)}`), with 95 % intervals:"
+    where = f"On {metrics.get('num_rows', '?')} {rows_are} (`evaluate/{_plain(name)}`), with 95 % intervals:"
     return f"## How good it is\n\n{where}\n\n" + _table(("metric", "value", "interval"), rows)
 
 
 def _cost(run: Run) -> str:
-    found = measure_compute(run)
-    rows = [("hardware", found["device"] or "?"), ("workers", found["num_workers"])]
+    costs = measure_compute(run)
+    rows = [("hardware", costs["device"] or "?"), ("workers", costs["num_workers"])]
     rows.append(("wall time", format_duration(run.wall_s)))
     titles = {"gpu_hours": "GPU-hours", "cpu_hours": "CPU-hours"}
     titles |= {"energy_kwh": "energy (kWh, estimate)", "co2_kg": "CO2 (kg, estimate)"}
-    rows += [(title, format_number(found[key])) for key, title in titles.items() if found.get(key)]
+    rows += [(title, format_number(costs[key])) for key, title in titles.items() if costs.get(key)]
     return "## What it cost\n\n" + _table(("what", "value"), rows)
 
 
@@ -99,18 +102,18 @@ def _check(checked: Mapping[str, float]) -> str:
         f"## Merged weights\n\nMerged into the base without quantisation. On {checked['rows']:.0f} real rows no logit "
         f"differs from that of base and adapter by more than {checked['largest']:.3g}, where the largest is "
         f"{checked['scale']:.3g}; {checked['same_token']:.2%} of the likeliest tokens are the same. Where the base was "
-        "trained in 4 bit, measure the merged model before you rely on it: the unquantised base is not quite the one "
-        "that the adapter knows."
+        "trained in 4 bit, evaluate the merged model before you use it: the adapter was trained on the quantised "
+        "base, which differs slightly from the unquantised one."
     )
 
 
 def _loading(run: Run, kind: str, base: str) -> str:
-    """Code that runs as it stands in the folder of the card, and what else there is to know."""
+    """Return code that loads the weights from the card's folder, and notes on serving them."""
     lines = ["from transformers import AutoModelForImageTextToText", ""]
     if kind == ADAPTER:
         lines.insert(0, "from peft import PeftModel")
         name = repr(base)
-        if base == SHIPPED:  # no name of the hub: it lies in this package
+        if base == SHIPPED:  # not on the hub: its weights are in this package
             lines.insert(0, "from importlib.resources import files\n")
             name = 'str(files("ray_vlm") / "demo" / "weights")'
         revision = setting(run.job, "model.revision")
@@ -124,7 +127,7 @@ def _loading(run: Run, kind: str, base: str) -> str:
         lines.append('model = AutoModelForImageTextToText.from_pretrained(".")  # this folder, or its name on the hub')
         serve, note = "vllm serve FOLDER", "Not tried on hardware."
     code = "\n".join(lines)
-    how = "`preprocessing.json` says how images were resized and questions worded; do the same."
+    how = "`preprocessing.json` has the image sizes and prompts of training; use the same."
     return f"## How to load it\n\n```python\n{code}\n```\n\n{how}\n\n    {serve}\n\n{note}"
 
 
@@ -134,5 +137,5 @@ def _table(head: tuple[str, ...], rows: list) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Text that cannot leave its cell, nor become markup."""
+    """Return text that cannot break out of its table cell or become markup."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

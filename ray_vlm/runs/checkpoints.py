@@ -1,10 +1,9 @@
-"""Checkpoints that can be trusted: whole or not there.
+"""Atomic checkpoints: a checkpoint is complete or is not used.
 
-A checkpoint is a folder `checkpoint-<step>-a<attempt>-<id>`, a name that no other attempt uses, with a
-`manifest.json` written last that lists every file with size and SHA-256. That file is the commit, also where a store
-has no rename: without it, or with a file missing, altered or too many, the folder is not a checkpoint and the one
-before it is used. Imports nothing heavy, so that its tests are quick. In an object store `best/` and `final/`
-are sealed the same way.
+A checkpoint is a folder `checkpoint-<step>-a<attempt>-<id>`, a name that no other attempt uses. Its `manifest.json` is
+written last and lists every file with size and SHA-256. The manifest is the commit, which needs no rename and so works
+in object stores: without it, or with a missing, altered or additional file, the previous checkpoint is used. In an
+object store `best/` and `final/` have a manifest too. Imports nothing heavy.
 """
 
 import hashlib
@@ -24,21 +23,21 @@ from ray_vlm.errors import RunError
 from ray_vlm.runs.store import Store, full_address, is_remote, making, whole_or_gone
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the manifest and of what a checkpoint holds
+FORMAT = 1  # version of the manifest and of the files of a checkpoint
 _NAME = re.compile(r"checkpoint-(\d+)-a(\d+)-([0-9a-f]+)")
 
 Files = dict[str, tuple[int, str]]  # name -> (bytes, SHA-256)
 
 
 class Damaged(Exception):
-    """A folder is not a whole checkpoint; the text says why."""
+    """Raised for a folder that is not a complete checkpoint; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint. `score`: of the validation at its step, higher is better; None without one.
+    """A committed checkpoint. `score`: of the validation at its step, higher is better, or None.
 
-    `about` is what the writer wanted to find again, such as the base's fingerprint and what the run had reached.
+    `about`: free data of the writer, such as the base's fingerprint and the run's progress.
     """
 
     name: str
@@ -50,26 +49,26 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int, attempt: int, token: str) -> str:
-    """The folder's name; `token` (hexadecimal) is drawn once for each attempt."""
+    """Return the name of a checkpoint's folder. `token`: hexadecimal, drawn once for each attempt."""
     return f"checkpoint-{step}-a{attempt}-{token}"
 
 
 def write_part(store: Store, name: str, part: str, fill: Callable[[Path], None]) -> Files:
-    """Write one rank's files of folder `name`, made by `fill(empty folder)`, and return what they are.
+    """Write one rank's files of folder `name`, made by `fill(empty folder)`. Return their sizes and hashes.
 
-    Several ranks may write parts with different file names. Nothing counts before `commit`.
+    Several ranks may write parts with different file names. The folder is no checkpoint before `commit`.
     """
     staging = store.staging(f"{name}-{part}")
     with whole_or_gone(staging):
         with making(staging):
             fill(staging)
-        found = {p.relative_to(staging).as_posix(): _digest(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+        files = {p.relative_to(staging).as_posix(): _digest(p) for p in sorted(staging.rglob("*")) if p.is_file()}
         store.put(staging, name)
-    return found
+    return files
 
 
 def commit(store: Store, name: str, files: Files, step: int, **about: Any) -> None:
-    """Write the manifest over `files`, which are all there. Known keys of `about`: attempt, score; others are free."""
+    """Write the manifest for `files`, after all of them are written. Keys of `about`: attempt, score, and free ones."""
     body = {
         "format": FORMAT,
         "writer": f"ray_vlm {__version__}",
@@ -83,9 +82,9 @@ def commit(store: Store, name: str, files: Files, step: int, **about: Any) -> No
 
 
 def read_checkpoint(store: Store, name: str) -> Checkpoint:
-    """The checkpoint in folder `name` by its manifest, its files compared by name and size but not yet by hash.
+    """Return the checkpoint in folder `name`; compare its files with the manifest by name and size but not by hash.
 
-    Raises `Damaged`, or `RunError` where a newer version of this package wrote it.
+    Raises `Damaged`, or `RunError` if a newer version of this package wrote it.
     """
     data = _read_manifest(store, name)
     if data is None:
@@ -101,7 +100,7 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
         if seal != _seal(body):
             raise Damaged("its manifest was altered")
         files = {file: (entry["size"], entry["sha256"]) for file, entry in body["files"].items()}
-        found = Checkpoint(name, body["step"], body["attempt"], body["score"], body["about"], files)
+        checkpoint = Checkpoint(name, body["step"], body["attempt"], body["score"], body["about"], files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged("its manifest is cut off or altered") from None
     there = {file: size for file, size in store.files(name).items() if file != MANIFEST}
@@ -112,11 +111,11 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
     for file, (size, _) in files.items():
         if there[file] != size:
             raise Damaged(f"{file} has {there[file]} bytes instead of {size}")
-    return found
+    return checkpoint
 
 
 def _read_manifest(store: Store, name: str) -> bytes | None:
-    """The bytes of the manifest, or None where no file has its name."""
+    """Return the bytes of the manifest, or None without one."""
     try:
         return store.read(f"{name}/{MANIFEST}")
     except (IsADirectoryError, NotADirectoryError):
@@ -124,11 +123,11 @@ def _read_manifest(store: Store, name: str) -> bytes | None:
 
 
 def open_checkpoint(store: Store, name: str) -> tuple[Checkpoint, Path]:
-    """The checkpoint and a folder on this machine with its files, every one compared with its hash.
+    """Return the checkpoint and a local folder with its files, after comparing every file with its hash.
 
-    Raises `Damaged`. The folder is the checkpoint itself on a disk; of an object store it is a temporary copy.
+    The folder is the checkpoint itself on a disk, or a temporary copy of one in an object store. Raises `Damaged`.
     """
-    found = read_checkpoint(store, name)
+    checkpoint = read_checkpoint(store, name)
     if store.local is not None:
         folder = store.local / name
     else:
@@ -139,16 +138,16 @@ def open_checkpoint(store: Store, name: str) -> tuple[Checkpoint, Path]:
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    for file, (size, digest) in found.files.items():
+    for file, (size, digest) in checkpoint.files.items():
         if _digest(folder / file, sync=False) != (size, digest):
             if store.local is None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise Damaged(f"{file} was altered")
-    return found, folder
+    return checkpoint, folder
 
 
 def open_newest(store: Store, say: Callable[[str], None]) -> tuple[Checkpoint, Path] | None:
-    """The newest whole checkpoint, or None. `say` is told of each newer one that cannot be used, and why."""
+    """Return the newest complete checkpoint and its folder, or None. `say` gets a message on each damaged newer one."""
     for name in checkpoint_names(store):
         try:
             return open_checkpoint(store, name)
@@ -158,14 +157,14 @@ def open_newest(store: Store, say: Callable[[str], None]) -> tuple[Checkpoint, P
 
 
 def checkpoint_names(store: Store) -> list[str]:
-    """Folders that are named as checkpoints, whole or not, newest first."""
-    found = [(int(m[1]), int(m[2]), name) for name in store.names() if (m := _NAME.fullmatch(name))]
-    return [name for _, _, name in sorted(found, reverse=True)]
+    """Return the names of all checkpoint folders, complete or not, newest first."""
+    matches = [(int(m[1]), int(m[2]), name) for name in store.names() if (m := _NAME.fullmatch(name))]
+    return [name for _, _, name in sorted(matches, reverse=True)]
 
 
-def plan_retention(whole: Sequence[Checkpoint], keep: int, keep_best: int) -> list[str]:
-    """Names of those to delete: all but the `keep` newest and the `keep_best` highest scores. Never all of them."""
-    newest = sorted(whole, key=lambda c: (c.step, c.attempt), reverse=True)
+def plan_retention(checkpoints: Sequence[Checkpoint], keep: int, keep_best: int) -> list[str]:
+    """Return the names to delete: all except the `keep` newest (at least one) and the `keep_best` highest scores."""
+    newest = sorted(checkpoints, key=lambda c: (c.step, c.attempt), reverse=True)
     scored = [c for c in newest if c.score is not None]
     best = sorted(scored, key=lambda c: c.score or 0.0, reverse=True)[:keep_best]
     stay = {c.name for c in (*newest[: max(1, keep)], *best)}
@@ -173,36 +172,36 @@ def plan_retention(whole: Sequence[Checkpoint], keep: int, keep_best: int) -> li
 
 
 def prune(store: Store, keep: int, keep_best: int) -> None:
-    """Delete what `plan_retention` says. Damaged folders count for nothing and are left alone."""
-    whole = []
+    """Delete the checkpoints of `plan_retention`. Damaged folders are neither counted nor deleted."""
+    checkpoints = []
     for name in checkpoint_names(store):
         try:
-            whole.append(read_checkpoint(store, name))
+            checkpoints.append(read_checkpoint(store, name))
         except (Damaged, RunError):
             continue
-    for name in plan_retention(whole, keep, keep_best):
+    for name in plan_retention(checkpoints, keep, keep_best):
         remove_checkpoint(store, name)
 
 
 def remove_checkpoint(store: Store, name: str) -> None:
-    """Delete a checkpoint: first what makes it count, then the rest."""
+    """Delete a checkpoint, its manifest first, so that no partly deleted folder counts as one."""
     store.remove(f"{name}/{MANIFEST}")
     store.remove(name)
 
 
 def sweep(store: Store) -> None:
-    """Delete what killed writers left: unfinished checkpoints and their staging folders."""
+    """Delete the unfinished checkpoints and staging folders of killed writers."""
     for name in store.names():
         if name.startswith(".staging-") or (_NAME.fullmatch(name) and _read_manifest(store, name) is None):
             store.remove(name)
 
 
 def replace_folder(store: Store, name: str, fill: Callable[[Path], None], step: int) -> None:
-    """Write `best/` or `final/` anew in an object store, which cannot rename: sealed again only when all is there."""
+    """Replace `best/` or `final/` in an object store, which cannot rename: the manifest is written again at the end."""
 
     def make(folder: Path) -> None:
         fill(folder)
-        store.remove(f"{name}/{MANIFEST}")  # the old one counts for as long as it can
+        store.remove(f"{name}/{MANIFEST}")  # as late as possible, so that the old folder stays valid meanwhile
 
     files = write_part(store, name, "new", make)
     for left in set(store.files(name)) - set(files):
@@ -211,9 +210,9 @@ def replace_folder(store: Store, name: str, fill: Callable[[Path], None], step: 
 
 
 def fetch_folder(address: str) -> str:
-    """An adapter's folder on this machine: the folder itself, or a copy of what is kept in an object store.
+    """Return a local folder with the weights at `address`: the folder itself, or a copy from an object store.
 
-    Raises `RunError` where there is none, or not a whole one.
+    Raises `RunError` if there are none or they are not complete.
     """
     if not is_remote(address):
         return address
@@ -226,7 +225,7 @@ def fetch_folder(address: str) -> str:
 
 
 def _digest(path: Path, sync: bool = True) -> tuple[int, str]:
-    """Size and SHA-256 of a file; with `sync` it is on the disk afterwards."""
+    """Return the size and SHA-256 of a file; with `sync` also flush it to the disk."""
     digest, size = hashlib.sha256(), 0
     with open(path, "r+b" if sync else "rb") as file:
         while block := file.read(2**20):

@@ -1,4 +1,4 @@
-"""What differs between runs: settings, and metrics side by side with the best marked. Pure functions."""
+"""Comparison of runs: settings that differ, and metrics side by side with the best marked. Pure functions."""
 
 import hashlib
 import json
@@ -12,15 +12,15 @@ from ray_vlm.runs.monitor import LOWER_IS_BETTER, NOT_MEASURES
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_duration, format_number, format_table, plain_text
 
-_PREFERRED = ("best", "final")  # evaluations that stand for a run, the first that is there
+_PREFERRED = ("best", "final")  # the evaluation that represents a run: the first of these that exists
 SETTINGS, _VALIDATION = "settings that differ", "validation at the step of best/"
-_LONGEST_NAME = 80  # characters of a file's name that are titles
-_MOST_COLUMNS = 5  # runs that stand side by side in a terminal; more stand below one another
+_LONGEST_NAME = 80  # characters of titles in a file's name
+_MOST_COLUMNS = 5  # runs in columns of a terminal; more runs are shown in rows
 
 
 @dataclass(frozen=True)
 class Line:
-    """One setting or number of all runs, None where a run lacks it; `best`: positions of the best."""
+    """One setting or number of all runs, None if a run lacks it; `best`: positions of the best values."""
 
     title: str
     values: tuple[Any, ...]
@@ -29,7 +29,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Titles of the runs, what to know before comparing, and lines under headings."""
+    """Titles of the runs, notes on their comparability, and lines by section."""
 
     titles: tuple[str, ...]
     notes: tuple[str, ...]
@@ -37,15 +37,15 @@ class Comparison:
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:
-    """Everything that `runs compare` shows of the runs, in their order."""
+    """Return everything that `runs compare` shows, in the order of `runs`."""
     titles, chosen = run_titles(runs), [test_of(run) for run in runs]
     same_task = len({setting(run.job, "task.name") for run in runs}) == 1
     validated = {tuple(setting(run.job, f"data.eval.{key}") for key in ("path", "ratio")) for run in runs}
     same_method = len({setting(run.job, "method.name") for run in runs}) == 1
-    tests = {(found["test"], found.get("num_rows")) for _, found in chosen if found}
+    tests = {(metrics["test"], metrics.get("num_rows")) for _, metrics in chosen if metrics}
     sections = {
         SETTINGS: differing_settings(runs),
-        "on data.test": _measures([found.get("overall", {}) for _, found in chosen], same_task and len(tests) == 1),
+        "on data.test": _measures([metrics.get("overall", {}) for _, metrics in chosen], same_task and len(tests) == 1),
         _VALIDATION: _measures([_validated(run) for run in runs], same_task and same_method and len(validated) == 1),
         "training": _training(runs),
     }
@@ -53,7 +53,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
 
 
 def run_titles(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Each run's name, with as much of its path as tells it from the others."""
+    """Return each run's name with the shortest part of its path that makes the titles unique."""
     parts = [_path_of(run) for run in runs]
     for count in range(1, max(map(len, parts)) + 1):
         titles = ["/".join(part[-count:]) for part in parts]
@@ -63,13 +63,13 @@ def run_titles(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def _path_of(run: Run) -> list[str]:
-    """The parts of the run's address; of a log alone, its folder's and the run's name, which its folder often has."""
+    """Return the parts of the run's address; for a training log alone, of its folder, followed by the run's name."""
     parts = run.folder.partition("?")[0].rstrip("/").split("/")
     return [*parts, run.log] if run.log and parts[-1] != run.log else parts
 
 
 def join_titles(runs: Sequence[Run]) -> str:
-    """The runs' titles as one name of a file: other runs, another name."""
+    """Return a file name made of the runs' titles, different for other runs."""
     titles = dict.fromkeys(run_titles(runs) if len(runs) > 1 else [runs[0].name])
     stem = "-vs-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-") or "run" for title in titles)
     if len(stem) <= _LONGEST_NAME:
@@ -79,7 +79,7 @@ def join_titles(runs: Sequence[Run]) -> str:
 
 
 def test_of(run: Run) -> tuple[str, dict[str, Any]]:
-    """Name and `metrics.json` of the evaluation that stands for the run; ("", {}) without one."""
+    """Return the name and `metrics.json` of the evaluation that represents the run; ("", {}) without one."""
     names = [name for name in _PREFERRED if name in run.evaluations] or sorted(run.evaluations)
     if not names:
         return "", {}
@@ -87,7 +87,7 @@ def test_of(run: Run) -> tuple[str, dict[str, Any]]:
 
 
 def flatten(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A resolved job as dotted keys; lists stay whole."""
+    """Return a resolved job with dotted keys; lists stay lists."""
     flat: dict[str, Any] = {}
     for key, value in job.items():
         if isinstance(value, Mapping) and value:
@@ -98,7 +98,7 @@ def flatten(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing_settings(runs: Sequence[Run]) -> tuple[Line, ...]:
-    """Settings that are not the same in all runs; where a run is kept is not one."""
+    """Return the settings that differ between the runs, except those of the section `run`."""
     jobs = [flatten(run.job) for run in runs]
     unset = {key for job in jobs for key, value in job.items() if value is None}
     jobs = [_fold(job, unset) for job in jobs]
@@ -113,7 +113,7 @@ def differing_settings(runs: Sequence[Run]) -> tuple[Line, ...]:
 
 
 def _fold(job: Mapping[str, Any], unset: set[str]) -> dict[str, Any]:
-    """A section that some run does not have (`data.eval: null`) as one setting: its path, or that it is there."""
+    """Return the job with each section in `unset` (null in some run) as one setting: its path, or `given`."""
     folded: dict[str, Any] = {}
     for key, value in job.items():
         parents = [key[:i] for i, letter in enumerate(key) if letter == "."]
@@ -129,18 +129,18 @@ def _tell_setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _measures(found: Sequence[Mapping[str, Any]], may_mark: bool) -> tuple[Line, ...]:
-    names = dict.fromkeys(name for numbers in found for name in numbers if name not in NOT_MEASURES)
+def _measures(scores: Sequence[Mapping[str, Any]], may_mark: bool) -> tuple[Line, ...]:
+    names = dict.fromkeys(name for numbers in scores for name in numbers if name not in NOT_MEASURES)
     lines = []
     for name in names:
-        values = tuple(numbers[name] if is_number(numbers.get(name)) else None for numbers in found)
+        values = tuple(numbers[name] if is_number(numbers.get(name)) else None for numbers in scores)
         if any(value is not None for value in values):
             lines.append(Line(name, values, best_of(name, values) if may_mark else ()))
     return tuple(lines)
 
 
 def best_of(name: str, values: Sequence[float | None]) -> tuple[int, ...]:
-    """Positions of the best value, several where they are equal; none where fewer than two differ."""
+    """Return the positions of the best value, several for equal ones; none if all values are equal."""
     known = [value for value in values if value is not None]
     if len(set(known)) < 2:
         return ()
@@ -158,8 +158,8 @@ def _training(runs: Sequence[Run]) -> tuple[Line, ...]:
         return points[-1][1] if points else None
 
     def speed(run: Run) -> float | None:
-        found = [value for _, value in points_of(run.current, "train", "tokens_per_s")]
-        return sorted(found)[len(found) // 2] if found else None
+        speeds = [value for _, value in points_of(run.current, "train", "tokens_per_s")]
+        return sorted(speeds)[len(speeds) // 2] if speeds else None
 
     same = len({main_key(run.current) for run in runs}) == 1
     ends = tuple(last(run) for run in runs)
@@ -180,23 +180,25 @@ def _notes(
     same_task: bool,
     tests: set[Any],
 ) -> tuple[str, ...]:
-    """What keeps numbers from being comparable, and what could not be read."""
+    """Return notes on what makes numbers incomparable and on files that could not be read."""
     notes = []
     if not same_task:
         tasks = ", ".join(sorted({str(setting(run.job, "task.name")) for run in runs}))
         notes.append(f"The runs are of different tasks ({tasks}): no number is marked as the best.")
     if len(tests) > 1:
-        told = "; ".join(
-            f"{title}: {found['test']}, {found.get('num_rows')} rows"
-            for title, (_, found) in zip(titles, chosen, strict=True)
-            if found
+        descriptions = "; ".join(
+            f"{title}: {metrics['test']}, {metrics.get('num_rows')} rows"
+            for title, (_, metrics) in zip(titles, chosen, strict=True)
+            if metrics
         )
-        notes.append(f"Test rows differ, so their numbers are not comparable ({told}).")
-    for title, run, (name, found) in zip(titles, runs, chosen, strict=True):
-        if found.get("rows_chose_best"):
+        notes.append(f"Test rows differ, so their numbers are not comparable ({descriptions}).")
+    for title, run, (name, metrics) in zip(titles, runs, chosen, strict=True):
+        if metrics.get("rows_chose_best"):
             notes.append(f"{title} was tested on the validation rows, which also chose its best/ (data.test_on_eval).")
         if run.log:
-            notes.append(f"{title}: {run.address} is a training log alone, without numbers on data.test.")
+            notes.append(
+                f"{title}: {run.address} is a training log without its run's folder, so it has no numbers on data.test."
+            )
         elif not name:
             weights = next((name for name in _PREFERRED if name in run.folders), "best")
             notes.append(
@@ -209,7 +211,7 @@ def _notes(
 
 
 def describe_comparison(comparison: Comparison) -> str:
-    """The comparison for a terminal; the best of a line has a star."""
+    """Return the comparison as text for a terminal; the best value of a line has a star."""
     blocks = []
     for heading, lines in comparison.sections.items():
         table = [[heading, *comparison.titles], *(_cells(line) for line in lines)]
@@ -221,5 +223,5 @@ def describe_comparison(comparison: Comparison) -> str:
 
 
 def _cells(line: Line) -> list[str]:
-    told = [v if isinstance(v, str) else format_number(v) for v in line.values]
-    return [line.title, *(f"{text}{'*' if i in line.best else ''}" for i, text in enumerate(told))]
+    texts = [v if isinstance(v, str) else format_number(v) for v in line.values]
+    return [line.title, *(f"{text}{'*' if i in line.best else ''}" for i, text in enumerate(texts))]

@@ -1,8 +1,8 @@
-"""What a run cost: hours, tokens, floating-point operations, where the time went, what was lost. Pure functions.
+"""The cost of a run: hours, tokens, floating-point operations, time by phase, repeated steps. Pure functions.
 
-Floating-point operations are model FLOPs as `models/operations.py` counts them while a run trains: what the tokens that
-really went through the model need, without recomputed activations. MFU is their number over the time of the steps and
-the dense bf16 peak of the cards. Runs of versions that did not count them have neither.
+Floating-point operations are the model FLOPs that `models/operations.py` counts during training: those of the tokens
+that went through the model, without recomputed activations. MFU is model FLOPs divided by the time of the steps and the
+dense bf16 peak of the GPUs. Runs of earlier versions that did not count FLOPs have neither.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +12,8 @@ from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.schema import number_of
 from ray_vlm.runs.text import format_duration, format_number
 
-PHASES = ("data", "rollout", "forward", "backward")  # of a step; what is left of it is the optimizer and the logging
-# Dense bf16 peak in TFLOP/s, by what a card's name holds; the first that matches (makers' data sheets).
+PHASES = ("data", "rollout", "forward", "backward")  # of a step; the rest of it is the optimizer and logging
+# Dense bf16 peak in TFLOP/s by a part of the GPU's name; the first match counts (makers' data sheets).
 PEAKS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -32,18 +32,18 @@ PEAKS = {
 
 
 def _workers(run: Run) -> float:
-    """How many trained at once; of a number that changed the mean over the steps that count."""
-    found, asked = [], setting(run.job, "cluster.num_workers")
-    now = max(asked) if isinstance(asked, list) else max(1, asked or 1)
+    """Return the number of workers; if it changed, the mean over the current steps."""
+    counts, configured = [], setting(run.job, "cluster.num_workers")
+    now = max(configured) if isinstance(configured, list) else max(1, configured or 1)
     for line in run.current:
         now = number_of(line, "num_workers") or now
-        found += [now] if line["kind"] == "train" else []
-    mean = sum(found) / len(found) if found else now
+        counts += [now] if line["kind"] == "train" else []
+    mean = sum(counts) / len(counts) if counts else now
     return round(mean, 2) if mean % 1 else int(mean)
 
 
 def measure_compute(run: Run) -> dict[str, Any]:
-    """Everything that is known of a run's cost; numbers that cannot be known are None."""
+    """Return everything that is known of a run's cost; unknown numbers are None."""
     steps = [line for line in run.current if line["kind"] == "train" and is_number(line.get("step_s"))]
     train_s = sum(line["step_s"] for line in steps)
     tokens = sum(line["step_s"] * line["tokens_per_s"] for line in steps if is_number(line.get("tokens_per_s")))
@@ -77,54 +77,54 @@ def measure_compute(run: Run) -> dict[str, Any]:
 
 
 def measure_energy(run: Run) -> dict[str, float | None]:
-    """`energy_kwh` and `co2_kg` of all attempts, each up to what it last wrote down; None where no one measured."""
+    """Return `energy_kwh` and `co2_kg` of all attempts, each up to its last energy line; None without such lines."""
     last = {line["attempt"]: line for line in run.lines if line["kind"] == "energy"}
     names = ("energy_kwh", "co2_kg")
     return {name: sum(number_of(line, name) for line in last.values()) if last else None for name in names}
 
 
 def split_wall(run: Run, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of the whole run by what they were spent on; `start_and_end` is what no line accounts for."""
-    told = {name: sum(number_of(line, f"{name}_s") for line in steps) for name in PHASES}
-    told["optimizer"] = max(0.0, sum(line["step_s"] for line in steps) - sum(told.values()))
-    told["validation"] = sum(number_of(line, "validation_s") for line in run.of_kind("eval"))
-    told["checkpoint"] = sum(number_of(line, "checkpoint_s") for line in run.of_kind("checkpoint"))
-    told["done_again"] = measure_lost(run)["s"]
-    told["start_and_end"] = max(0.0, run.wall_s - sum(told.values()))
-    return told
+    """Return the seconds of the run by phase; `start_and_end` is the time that no line accounts for."""
+    seconds = {name: sum(number_of(line, f"{name}_s") for line in steps) for name in PHASES}
+    seconds["optimizer"] = max(0.0, sum(line["step_s"] for line in steps) - sum(seconds.values()))
+    seconds["validation"] = sum(number_of(line, "validation_s") for line in run.of_kind("eval"))
+    seconds["checkpoint"] = sum(number_of(line, "checkpoint_s") for line in run.of_kind("checkpoint"))
+    seconds["done_again"] = measure_lost(run)["s"]
+    seconds["start_and_end"] = max(0.0, run.wall_s - sum(seconds.values()))
+    return seconds
 
 
 def measure_lost(run: Run) -> dict[str, float]:
-    """Steps whose work a failure threw away, and the seconds that they took."""
-    kept = {id(line) for line in run.current}
-    lost = [line for line in run.lines if line["kind"] == "train" and id(line) not in kept]
+    """Return the number of steps that were lost in a failure and repeated, and their seconds."""
+    current = {id(line) for line in run.current}
+    lost = [line for line in run.lines if line["kind"] == "train" and id(line) not in current]
     return {"steps": len(lost), "s": sum(number_of(line, "step_s") for line in lost)}
 
 
 _UNFINISHED = ("failed", "died", "interrupted", "pruned")
 
 
-def sum_compute(runs: Sequence[Run], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several runs cost together, as `found` has it of each: a sweep, or a whole study.
+def sum_compute(runs: Sequence[Run], costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sum of the `costs` of several runs, such as a sweep.
 
-    `unfinished_hours`: device hours of runs that failed, died, were stopped or pruned (CPU-hours where none had a GPU).
+    `unfinished_hours`: device hours of runs that failed, died, were stopped or pruned (CPU-hours if no run had a GPU).
     """
-    hours = "gpu_hours" if any(one["gpu_hours"] for one in found) else "cpu_hours"
-    wasted = [one[hours] for run, one in zip(runs, found, strict=True) if run.status in _UNFINISHED]
+    hours = "gpu_hours" if any(cost["gpu_hours"] for cost in costs) else "cpu_hours"
+    wasted = [cost[hours] for run, cost in zip(runs, costs, strict=True) if run.status in _UNFINISHED]
     added = ("wall_s", "gpu_hours", "cpu_hours", "tokens", "images", "model_tokens", "tflop", "energy_kwh", "co2_kg")
-    phases = list(found[0]["time_s"]) if found else []
+    phases = list(costs[0]["time_s"]) if costs else []
     return {
-        "device": ", ".join(sorted({one["device"] for one in found if one["device"]})) or None,
-        **{name: _add(one[name] for one in found) for name in added},
-        "peak_memory_gib": max((one["peak_memory_gib"] or 0.0 for one in found), default=None) or None,
+        "device": ", ".join(sorted({cost["device"] for cost in costs if cost["device"]})) or None,
+        **{name: _add(cost[name] for cost in costs) for name in added},
+        "peak_memory_gib": max((cost["peak_memory_gib"] or 0.0 for cost in costs), default=None) or None,
         "unfinished_hours": sum(wasted),
-        "time_s": {phase: sum(one["time_s"][phase] for one in found) for phase in phases},
-        "lost": {name: sum(one["lost"][name] for one in found) for name in ("steps", "s")},
+        "time_s": {phase: sum(cost["time_s"][phase] for cost in costs) for phase in phases},
+        "lost": {name: sum(cost["lost"][name] for cost in costs) for name in ("steps", "s")},
     }
 
 
 def _add(values: Iterable[float | None]) -> float | None:
-    """The sum of what is known; None where nothing is."""
+    """Return the sum of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
 
@@ -135,7 +135,7 @@ def _device(run: Run) -> str | None:
 
 
 def find_peak(device: str) -> float | None:
-    """The dense bf16 peak of a card in TFLOP/s by its name, as its maker states it; None for one that is not known."""
+    """Return the dense bf16 peak of a GPU in TFLOP/s by its name; None if it is not in `PEAKS`."""
     return next((peak for part, peak in PEAKS.items() if part.lower() in device.lower()), None)
 
 
@@ -162,18 +162,18 @@ _TITLES = {
 }
 
 
-_RARE = ("unfinished_hours",)  # told of several runs together
+_RARE = ("unfinished_hours",)  # only of several runs together
 
 
-def write_markdown(titles: Sequence[str], found: Sequence[Mapping[str, Any]]) -> str:
-    """A table for a paper, one column for each run."""
-    shown = {key: title for key, title in _TITLES.items() if key not in _RARE or any(key in one for one in found)}
-    rows = [(title, [_tell(one.get(key)) for one in found]) for key, title in shown.items()]
-    rows.append(("wall time", [format_duration(one["wall_s"]) for one in found]))
-    for phase in found[0]["time_s"] if found else ():
-        shares = [one["time_s"].get(phase, 0.0) / max(one["wall_s"], 1e-9) for one in found]
+def write_markdown(titles: Sequence[str], costs: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table with one column for each run."""
+    shown = {key: title for key, title in _TITLES.items() if key not in _RARE or any(key in cost for cost in costs)}
+    rows = [(title, [_tell(cost.get(key)) for cost in costs]) for key, title in shown.items()]
+    rows.append(("wall time", [format_duration(cost["wall_s"]) for cost in costs]))
+    for phase in costs[0]["time_s"] if costs else ():
+        shares = [cost["time_s"].get(phase, 0.0) / max(cost["wall_s"], 1e-9) for cost in costs]
         rows.append((f"time: {phase.replace('_', ' ')}", [f"{share:.1%}" for share in shares]))
-    rows.append(("steps done again", [str(one["lost"]["steps"]) for one in found]))
+    rows.append(("steps done again", [str(cost["lost"]["steps"]) for cost in costs]))
     head = [f"| | {' | '.join(map(_cell, titles))} |", f"|---|{'---:|' * len(titles)}"]
     return "\n".join([*head, *(f"| {title} | {' | '.join(map(_cell, values))} |" for title, values in rows)]) + "\n"
 

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal while a run goes on: one aligned line for each metrics line worth showing."""
+"""Console output of a run: one aligned line for each line of `metrics.jsonl` that is shown."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ _POLL_REMOTE_S = 3.0
 
 
 class Console:
-    """Prints metrics lines; `log_every_steps` thins out training lines. `say` is where lines go (print)."""
+    """Prints metrics lines, of training every `log_every_steps`. `say`: prints a line."""
 
     def __init__(self, num_steps: int, log_every_steps: int, say: Callable[[str], None] | None = None):
         self._num_steps = num_steps
         self._every = log_every_steps
         self.say = say or tell
-        self.begun = threading.Event()  # the workers have said something
-        self._first: tuple[int, float] | None = None  # the first step of this attempt, and when it ended
+        self.begun = threading.Event()  # set once a worker has written a line
+        self._first: tuple[int, float] | None = None  # the first step of this attempt and the time of its end
 
     def show(self, line: dict[str, Any]) -> None:
         """Print one line of `metrics.jsonl`, or nothing."""
@@ -48,7 +48,7 @@ class Console:
 
     def _train_line(self, line: dict[str, Any]) -> str:
         step, (first, ended) = line["step"], self._first or (line["step"], line["time"])
-        left = "-"  # the first step waits for the loaders and warms caches up, so it tells nothing of the others
+        left = "-"  # unknown after the first step, which is slower than the others
         if step > first or step == self._num_steps:
             left = format_duration((line["time"] - ended) / max(step - first, 1) * (self._num_steps - step))
         count, epoch = f"{step:>{len(str(self._num_steps))}}/{self._num_steps}", line.get("epoch") or 0.0
@@ -61,7 +61,7 @@ class Console:
 
 
 def tell(text: str) -> None:
-    """Print a line at once. A reader who has left (`| head`) must not end a run."""
+    """Print and flush a line. A closed pipe (`| head`) must not end a run."""
     with suppress(BrokenPipeError):
         print(text, flush=True)
 
@@ -74,7 +74,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def describe_trainable(counts: dict[str, dict[str, int]]) -> str:
-    """What is trainable, how much and where, beside the weights of the base: the table at the start of a run."""
+    """Return the table of trainable weights by part of the model, printed at the start of a run."""
     rows = [
         f"  {part:<10} {_shares(c['trainable'], c['total'])}"
         + (f", {c['in_4bit'] / c['total']:.0%} of them in 4 bit" if c.get("in_4bit") and c["total"] else "")
@@ -90,9 +90,11 @@ def _shares(trained: int, total: int) -> str:
 
 @contextmanager
 def follow(paths: RunPaths, console: Console) -> Iterator[None]:
-    """While the body runs, show each line that another process appends to the run's `metrics.jsonl`."""
+    """While the body runs, print each line that another process appends to the run's `metrics.jsonl`."""
     done = threading.Event()
-    shown = paths.metrics.stat().st_size if paths.metrics.is_file() else 0  # by earlier attempts
+    shown = (
+        paths.metrics.stat().st_size if paths.metrics.is_file() else 0
+    )  # bytes of earlier attempts, which are not printed
     thread = threading.Thread(target=_follow, args=(paths, console, done, shown), name="ray-vlm-console", daemon=True)
     thread.start()
     try:
@@ -106,15 +108,15 @@ def follow(paths: RunPaths, console: Console) -> Iterator[None]:
 def _follow(paths: RunPaths, console: Console, done: threading.Event, read: int) -> None:
     while True:
         last = done.is_set()
-        with suppress(OSError):  # an object store that stumbles: the next look gets it
+        with suppress(OSError):  # a transient failure of an object store; the next poll reads the file
             paths.refresh(paths.metrics)
         if paths.metrics.is_file():
             with open(paths.metrics, "rb") as file:
                 file.seek(read)
                 text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            read += len(whole)
-            for text in whole.splitlines():
+            complete = text[: text.rfind(b"\n") + 1]
+            read += len(complete)
+            for text in complete.splitlines():
                 if (line := read_line(text)) is not None:
                     console.show(line)
         if last:

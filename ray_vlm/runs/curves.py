@@ -1,4 +1,4 @@
-"""Curves of a run: points, smoothed and thinned, and laid out for an SVG. Pure functions."""
+"""Curves of a run: points, smoothing, thinning, and the layout for an SVG. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from ray_vlm.runs.read import Run, is_number
 
 Points = list[tuple[float, float]]
 
-# What a run is about: the first of these that its training lines have.
+# The main number of a run: the first of these keys that its training lines have, and its title.
 MAIN = {"reward": "Reward", "preference_accuracy": "Pairs preferred as they should be", "loss": "Loss"}
-FROM_ZERO = ("loss", "preference_accuracy")  # a reward has no natural zero, and moves little beside its size
-_MOST = 400  # points of a line that are drawn: more cannot be seen
-_WEIGHT = 0.9  # of the past in a smoothed line
+FROM_ZERO = ("loss", "preference_accuracy")  # axes that include 0; a reward has no natural zero
+_MOST = 400  # points drawn of a line; more are not visible
+_WEIGHT = 0.9  # of the previous values in a smoothed line
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve of a chart: its title, the line, single marks, and a faint line behind."""
+    """One curve of a chart: its title, the line, separate dots, and a faint line behind it."""
 
     title: str
     line: Points
@@ -27,28 +27,32 @@ class Curve:
 
 
 def points_of(lines: Sequence[dict[str, Any]], kind: str, key: str) -> Points:
-    """(step, value) of every line of that kind that has a finite number there."""
+    """Return (step, value) of every line of that kind with a finite number under `key`."""
     values: list[tuple[int, Any]] = [(line["step"], line.get(key)) for line in lines if line["kind"] == kind]
     return [(step, value) for step, value in values if is_number(value)]
 
 
 def main_key(lines: Sequence[dict[str, Any]]) -> str:
-    """The key of `MAIN` that the training lines have."""
+    """Return the first key of `MAIN` that the training lines have, or `loss`."""
     train = [line for line in lines if line["kind"] == "train"]
     return next((key for key in MAIN if any(key in line for line in train)), "loss")
 
 
 def smooth(points: Points) -> Points:
-    """An exponential mean of the values, begun with the first."""
-    out, mean = [], points[0][1] if points else 0.0
+    """Return the exponential mean of the values, corrected for the bias of its start.
+
+    The n-th mean is that of n values with weights `_WEIGHT ** (n - i)`, as TensorBoard divides by `1 - _WEIGHT ** n`.
+    """
+    means, mean, total_weight = [], 0.0, 0.0
     for step, value in points:
-        mean = _WEIGHT * mean + (1 - _WEIGHT) * value
-        out.append((step, mean))
-    return out
+        total_weight = _WEIGHT * total_weight + 1
+        mean += (value - mean) / total_weight  # this form keeps a constant line constant, to the bit
+        means.append((step, mean))
+    return means
 
 
 def thin(points: Points, most: int = _MOST) -> Points:
-    """At most `most` of the points, evenly spaced, with the first and the last."""
+    """Return at most `most` of the points, evenly spaced, including the first and the last."""
     if len(points) <= most:
         return list(points)
     last = len(points) - 1
@@ -56,7 +60,7 @@ def thin(points: Points, most: int = _MOST) -> Points:
 
 
 def spark(points: Points, width: int = 40) -> str:
-    """A smoothed line in `width` characters of text; empty without points."""
+    """Return the smoothed line as a sparkline of at most `width` characters; empty without points."""
     values = [value for _, value in thin(smooth(points), width)]
     if not values:
         return ""
@@ -66,7 +70,7 @@ def spark(points: Points, width: int = 40) -> str:
 
 
 def learning_curve(lines: Sequence[dict[str, Any]], name: str = "") -> dict[str, Any] | None:
-    """The chart of one run's main number, in training and validation; None with fewer than two training lines."""
+    """Return the chart of a run's main number in training and validation; None with fewer than two training lines."""
     key = main_key(lines)
     train = points_of(lines, "train", key)
     if len(train) < 2:
@@ -76,7 +80,7 @@ def learning_curve(lines: Sequence[dict[str, Any]], name: str = "") -> dict[str,
 
 
 def overlay(runs: Sequence[Run], titles: Sequence[str], kind: str, key: str, title: str) -> dict[str, Any] | None:
-    """One chart of a number in several runs, one colour each; None where no run has it.
+    """Return one chart of a number in several runs, one colour each; None if no run has it.
 
     Training lines are smoothed; validations are joined and marked.
     """
@@ -88,13 +92,16 @@ def overlay(runs: Sequence[Run], titles: Sequence[str], kind: str, key: str, tit
 
 
 def layout(title: str, curves: Sequence[Curve], from_zero: bool, width: int = 760, height: int = 220) -> dict[str, Any]:
-    """What the page's `chart` macro draws: every point in pixels of `width` x `height`, and the marks of both axes."""
+    """Return the input of the page's `chart` macro: points in pixels of `width` x `height`, and labels of both axes.
+
+    y grows downwards in an SVG, so the largest value is at 0.
+    """
     everything = [point for curve in curves for point in (*curve.line, *curve.dots, *curve.faint)]
     values = [value for _, value in everything] + ([0.0] if from_zero else [])
     top, bottom = max(values), min(values)
     scale, last = (top - bottom) or 1.0, max((step for step, _ in everything), default=1) or 1
 
-    def place(points: Points) -> Points:
+    def to_pixels(points: Points) -> Points:
         return [(round(s / last * width, 1), round((top - v) / scale * height, 1)) for s, v in thin(points)]
 
     return {
@@ -104,7 +111,13 @@ def layout(title: str, curves: Sequence[Curve], from_zero: bool, width: int = 76
         "marks": [top, (top + bottom) / 2, bottom],
         "last": last,
         "curves": [
-            {"number": i, "title": c.title, "line": place(c.line), "dots": place(c.dots), "faint": place(c.faint)}
+            {
+                "number": i,
+                "title": c.title,
+                "line": to_pixels(c.line),
+                "dots": to_pixels(c.dots),
+                "faint": to_pixels(c.faint),
+            }
             for i, c in enumerate(curves)
         ],
     }

@@ -1,4 +1,4 @@
-"""How the package's pictures look: one style, one set of colours, fonts that can write any label."""
+"""The style of the package's pictures: matplotlib settings, colours, and fonts for any label."""
 
 BLUE, ORANGE, GREY, INK = "#3b6fb6", "#e08a2e", "#9aa3ad", "#22303c"
 STYLE = {
@@ -23,7 +23,7 @@ STYLE = {
 
 
 def font_families() -> list[str]:
-    """The fonts to draw with: matplotlib's own, then one with Chinese, Japanese and Korean where there is one."""
+    """Return font families: matplotlib's own, then one with Chinese, Japanese and Korean if it is installed."""
     from matplotlib import font_manager
 
     known = {font.name for font in font_manager.fontManager.ttflist}

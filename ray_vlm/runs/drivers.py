@@ -1,8 +1,7 @@
-"""Which process drives a run, by what its `run.json` says of each attempt.
+"""The process that drives a run, from the attempts in its `run.json`.
 
-A run has one driver at a time. One that was overtaken (another machine resumed the run, or deleted its folder and began
-another of that name) is told apart by its host, its process number and the time at which that process started, and
-writes nothing into what is not its own.
+A run has one driver at a time. A driver is identified by its host, process id and start time. One that was replaced
+(another machine resumed the run, or deleted its folder and started another run of that name) writes nothing more.
 """
 
 import os
@@ -15,21 +14,21 @@ from ray_vlm.errors import RunError
 from ray_vlm.runs.schema import is_count, is_number, keep_sound_run, load_sound
 from ray_vlm.runs.store import Store
 
-_CLOCK_S = 2.0  # by so much a process's start may seem to move when the machine's clock is set
+_CLOCK_S = 2.0  # tolerance of a process's start time, which shifts when the machine's clock is set
 
 
 def this_process() -> dict[str, Any]:
-    """This process as files name it: `host`, `pid`, and when it `started`."""
+    """Return this process as it is stored in files: `host`, `pid` and `started`."""
     return dict(_describe(os.getpid()))
 
 
-@cache  # so that it stays itself when the clock is set
+@cache  # so that the value does not change when the clock is set
 def _describe(pid: int) -> dict[str, Any]:
     return {"host": platform.node(), "pid": pid, "started": _started(pid)}
 
 
 def _started(pid: int) -> float | None:
-    """When the process with this number started, so that a number used again is not mistaken for the old process."""
+    """Return the start time of a process, which tells it from an earlier one with the same id; None if it is gone."""
     import psutil
 
     try:
@@ -39,22 +38,22 @@ def _started(pid: int) -> float | None:
 
 
 def is_alive(driver: Any) -> bool:
-    """Whether a process that a file names lives on this machine; of other machines nothing is known."""
+    """Return whether a stored process is alive on this machine; False for processes of other machines."""
     if not isinstance(driver, Mapping) or driver.get("host") != platform.node() or not is_count(driver.get("pid")):
         return False
-    told: Any = driver.get("started")
+    started: Any = driver.get("started")
     now = _started(driver["pid"])
-    return is_number(told) and now is not None and abs(now - told) <= _CLOCK_S
+    return is_number(started) and now is not None and abs(now - started) <= _CLOCK_S
 
 
 def living_driver(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The process on this machine that drives a run, by what its `run.json` says, or None."""
+    """Return the living process on this machine that drives a run, from its `run.json`, or None."""
     last = (run.get("attempts") or [{}])[-1]
     return last["driver"] if "ended" not in last and is_alive(last.get("driver")) else None
 
 
 def refuse_living(driver: Any, address: str, flag: str) -> None:
-    """Raise `RunError` where `driver` is another living process of this machine, which `flag` would disturb."""
+    """Raise `RunError` if `driver` is another living process of this machine, which `flag` would disturb."""
     if is_alive(driver) and driver["pid"] != os.getpid():
         raise RunError(
             f"{flag}: {address} is being trained by process {driver['pid']} on {driver['host']}. Wait for it, or stop "
@@ -63,13 +62,12 @@ def refuse_living(driver: Any, address: str, flag: str) -> None:
 
 
 def check_not_driven(store: Store, flag: str) -> None:
-    """Raise `RunError` where another process on this machine trains the run, so `flag` must leave it alone."""
+    """Raise `RunError` if another process on this machine trains the run, so that `flag` must not change it."""
     refuse_living(living_driver(_read(store)), store.address, flag)
 
 
 def check_own(store: Store, driver: Mapping[str, Any] | None = None) -> None:
-    """Raise `RunError` unless the newest attempt in `run.json`, where the run is kept, is one of `driver`'s (default:
-    this process's)."""
+    """Raise `RunError` unless the newest attempt in `run.json` belongs to `driver` (default: this process)."""
     run = _read(store)
     drivers = [entry["driver"] for entry in run.get("attempts") or () if entry.get("driver")]
     if run and (not drivers or drivers[-1] == (driver or this_process())):
@@ -79,7 +77,7 @@ def check_own(store: Store, driver: Mapping[str, Any] | None = None) -> None:
 
 
 def _read(store: Store) -> dict[str, Any]:
-    """What `run.json` says, as far as it can be trusted; empty where there is none."""
+    """Return the valid part of `run.json`; empty if there is none."""
     try:
         run = load_sound(store.read("run.json") or b"{}")
     except ValueError:

@@ -1,4 +1,4 @@
-"""A run's numbers as a table: one row for each line of `metrics.jsonl` that counts, one column for each number."""
+"""A run's numbers as a table: one row for each current line of `metrics.jsonl`, one column for each number."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ _KINDS = ("train", "epoch", "eval", "checkpoint")
 
 
 def write_table(run: Run) -> str:
-    """The CSV. Cells of numbers that a line lacks, or that were not finite, are empty."""
+    """Return the table as CSV. Cells of missing and non-finite numbers are empty."""
     lines = [line for line in run.current if line["kind"] in _KINDS]
     names = [*_FIRST, *sorted({key for line in lines for key in line} - set(_FIRST))]
     out = io.StringIO()

@@ -1,4 +1,4 @@
-"""What a run says of itself: `run.json` (status, versions, hardware, attempts)."""
+"""The manifest of a run, `run.json`: status, versions, hardware, attempts."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
         paths.run,
         {
             "status": "running",
-            "id": f"{paths.name}-{uuid.uuid4().hex[:8]}",  # tells this run from others of that name, in W&B too
+            "id": f"{paths.name}-{uuid.uuid4().hex[:8]}",  # unique among runs of that name; the id in W&B too
             "command": command,
             "versions": {"ray-vlm": __version__, "python": platform.python_version()} | _versions(),
             "git_commit": _git_commit(),
@@ -54,7 +54,7 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
 
 
 def start_attempt(paths: RunPaths) -> int:
-    """Note in `run.json` that the run starts, or goes on, and in which process. Returns the attempt's number."""
+    """Add an attempt of this process to `run.json` and return its number."""
     run = json.loads(paths.run.read_text())
     number = last_attempt(paths) + 1
     attempt = {"attempt": number, "started": time.time(), "driver": this_process()}
@@ -63,7 +63,7 @@ def start_attempt(paths: RunPaths) -> int:
 
 
 def last_attempt(paths: RunPaths) -> int:
-    """The highest number of an attempt so far; Ray may have started some by itself, which `metrics.jsonl` knows."""
+    """Return the highest number of an attempt, including those that Ray started by itself (in `metrics.jsonl`)."""
     listed = [a["attempt"] for a in json.loads(paths.run.read_text())["attempts"]]
     return max([0, *listed, *(line["attempt"] for line in read_metrics(paths.metrics) if line["kind"] == "start")])
 
@@ -77,7 +77,7 @@ def end_attempt(paths: RunPaths, status: str, error: str = "") -> None:
     """Close the last attempt: `finished`, `failed`, `preempted` or `interrupted`."""
     run = json.loads(paths.run.read_text())
     last = run["attempts"][-1]
-    # Whoever says it later, as a sweep does of a trial that it ended, says nothing about when.
+    # A later call, such as a sweep's for a trial that it ended, keeps the first end time.
     last |= {"ended": last.get("ended") or time.time(), "status": status} | ({"error": error} if error else {})
     run["attempts"] = complete(run["attempts"], read_metrics(paths.metrics))
     _write(paths, run)
@@ -95,17 +95,17 @@ def _write(paths: RunPaths, run: dict[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def _git_commit() -> str | None:
-    """Commit of the source that runs, with `+changes` where the tree differs; None outside a checkout."""
+    """Return the commit of the source, with `+changes` if the tree differs; None outside a checkout."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

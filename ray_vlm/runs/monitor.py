@@ -1,9 +1,9 @@
-"""Every number that is ever shown: one line in `metrics.jsonl`, and the same to trackers where asked for.
+"""The metrics of a run: one JSON line each in `metrics.jsonl`, and the same numbers for trackers.
 
 Lines have `kind` start, train (every optimizer step), epoch, eval, checkpoint, energy (of the attempt so far), note or
-progress (how far a validation or the load of the base is), with `attempt`, `step` (the true global step), `epoch` and
-`time` (seconds since 1970). Only rank 0 writes. The file only grows: an attempt that goes on from step k opens with a
-start line of that step, and what earlier attempts say of later steps is history.
+progress (of a validation or of loading the base), with `attempt`, `step` (the true global step), `epoch` and
+`time` (seconds since 1970). Only rank 0 writes. The file only grows: an attempt that resumes from step k begins with a
+start line of step k, which supersedes lines of later steps of earlier attempts (`current_lines`).
 """
 
 import json
@@ -16,31 +16,31 @@ from typing import Any
 
 from ray_vlm.runs.schema import is_number, is_sound_line, load_sound
 
-LINE_KEYS = ("kind", "attempt", "step", "epoch", "time")  # of a line, beside its numbers
-NOT_MEASURES = (*LINE_KEYS, "validation_s", "background_s")  # of a validation's line, beside what was measured
+LINE_KEYS = ("kind", "attempt", "step", "epoch", "time")  # keys of a line that are no metrics
+NOT_MEASURES = (*LINE_KEYS, "validation_s", "background_s")  # keys of a validation's line that are no measures
 LOWER_IS_BETTER = ("loss",)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a `metrics.jsonl`; a line cut off by a crash is left out."""
+    """Return all complete lines of a `metrics.jsonl`; a line cut off by a crash is skipped."""
     if not path.is_file():
         return []
     return [line for text in path.read_bytes().splitlines() if (line := read_line(text)) is not None]
 
 
 def whole_lines(data: bytes) -> list[Any]:
-    """The values of all whole lines of JSON; a line cut off by a crash is left out."""
-    found = []
+    """Return the values of all complete JSON lines; a line cut off by a crash is skipped."""
+    values = []
     for text in data.splitlines():
         try:
-            found.append(load_sound(text))
+            values.append(load_sound(text))
         except ValueError:
             continue
-    return found
+    return values
 
 
 def read_line(text: bytes) -> dict[str, Any] | None:
-    """One line of `metrics.jsonl`, or None for one that a crash cut off."""
+    """Return one line of `metrics.jsonl`, or None for one that a crash cut off."""
     try:
         line = load_sound(text)
     except ValueError:
@@ -49,22 +49,24 @@ def read_line(text: bytes) -> dict[str, Any] | None:
 
 
 def current_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines without what a later attempt did again: one line for each step that counts."""
-    kept: list[dict[str, Any]] = []
+    """Return the lines without those of steps that a later attempt repeated."""
+    current: list[dict[str, Any]] = []
     newest = 0
     for line in lines:
-        if line["attempt"] < newest:  # a worker of an older attempt that was cut off and is still alive
+        if (
+            line["attempt"] < newest
+        ):  # a worker of an older attempt that is still alive, such as after a network failure
             continue
         newest = line["attempt"]
         if line["kind"] == "start":
-            kept = [old for old in kept if old["step"] <= line["step"] or old["kind"] == "start"]
-        kept.append(line)
-    return kept
+            current = [old for old in current if old["step"] <= line["step"] or old["kind"] == "start"]
+        current.append(line)
+    return current
 
 
 def rank_validation(numbers: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
-    """What validations are ordered by, higher is better: the job's metric, and among equals the validation loss. None
-    without a finite number. Of two that are equal in both the later one is taken, which has seen more."""
+    """Return the sort key of a validation, higher is better: the job's metric, then the loss. None if the metric is not
+    finite. Of two equal ones the caller takes the later one, which was trained on more rows."""
     value, loss = (numbers.get(name) for name in (metric, "loss"))
     if value is None or not is_number(value):
         return None
@@ -73,17 +75,17 @@ def rank_validation(numbers: Mapping[str, Any], metric: str) -> tuple[float, flo
 
 
 def best_line(lines: Iterable[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The validation line that is best by `metric` (`rank_validation`), the later one among equals."""
+    """Return the best validation line by `metric` (`rank_validation`), the latest one among equals."""
     evals = [line for line in lines if line["kind"] == "eval"]
     ranked = [(rank, i) for i, line in enumerate(evals) if (rank := rank_validation(line, metric))]
     return evals[max(ranked)[1]] if ranked else None
 
 
 class Monitor:
-    """Appends to `metrics.jsonl`; `close` it at the end.
+    """Appends to `metrics.jsonl`; call `close` at the end.
 
-    `trackers`: as `runs/trackers.py` has them. `show` is called with each line written, `record` with the line and
-    `best`, the best checkpoint so far, `publish` when the file should be copied to where the run is kept.
+    `trackers`: see `runs/trackers.py`. `show` is called with each line, `record` with each line and `best`, the best
+    checkpoint so far, and `publish` when the file should be copied to an object store.
     """
 
     def __init__(
@@ -108,24 +110,24 @@ class Monitor:
         self.best: Mapping[str, Any] | None = None  # step, metrics and path of the best checkpoint so far
 
     def start(self, step: int, trainable: dict[str, dict[str, int]], **about: Any) -> None:
-        """The first line of an attempt: the step that it goes on from, weights by part of the model, and `about`: the
-        `device` that rank 0 has by name, `num_steps` in all, `num_workers`."""
+        """Write the first line of an attempt: the step that it resumes from, the trainable weights by part of the
+        model, and `about`: the name of rank 0's `device`, the total `num_steps`, and `num_workers`."""
         self._put(self._line("start", step) | {"trainable": trainable} | about)
         self.publish()
 
     def note(self, step: int, text: str) -> None:
-        """A sentence for the person who watches."""
+        """Write a message for the user."""
         self._put(self._line("note", step) | {"text": text})
 
     def progress(self, step: int, text: str) -> None:
-        """How far something that lasts is; of no interest later."""
+        """Write a line on the progress of long work."""
         self._put(self._line("progress", step) | {"text": text})
 
     def _line(self, kind: str, step: int) -> dict[str, Any]:
         return {"kind": kind, "attempt": self._attempt, "step": step, "time": time.time()}
 
     def write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
-        """One line of numbers. Values become plain floats; NaN and infinity become null."""
+        """Write one line of numbers. Values become plain floats; NaN and infinity become null."""
         numbers = {k: _plain(v) for k, v in values.items()}
         line = self._line(kind, step) | {"epoch": round(epoch, 4)}
         self._put(line | numbers)
@@ -133,7 +135,7 @@ class Monitor:
             tracker.log(kind, line | values, step)
 
     def pictures(self, step: int, draw: Callable[[], Sequence[tuple[str, Any]]]) -> None:
-        """Sample images for the trackers; `draw` gives captions and PIL images, and is called only if there are any."""
+        """Send sample images to the trackers. `draw` returns captions and PIL images; it is not called without any."""
         if self._trackers and (images := draw()):
             for tracker in self._trackers:
                 tracker.pictures(images, step)
@@ -147,12 +149,12 @@ class Monitor:
             self._show(line)
 
     def publish(self) -> None:
-        """Copy the file to where the run is kept; should the store stumble, the next time brings all."""
+        """Copy the file to the object store, if any; after a failure the next call copies everything."""
         with suppress(OSError):
             self._publish()
 
     def close(self) -> None:
-        """Write out and copy what is left, that of trackers too."""
+        """Close the file and the trackers, and publish both."""
         self._file.close()
         self.publish()
         for tracker in self._trackers:

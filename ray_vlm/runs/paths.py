@@ -1,11 +1,11 @@
-"""Where a run's files lie, and who may write there.
+"""Paths of a run's files, and claiming a run's folder.
 
 <output_dir>/<name>/
   job.yaml  resolved.json  run.json  metrics.jsonl  training_log.json  bad_rows.jsonl
   checkpoint-<step>-a<attempt>-<id>/  best/  final/  evaluate/
 
-Files are made in a folder of this machine. Where `run.output_dir` is an object store that folder is a temporary one,
-and `publish` copies what has changed to where the run is kept.
+Files are written to a local folder. If `run.output_dir` is an object store, that folder is temporary and `publish`
+copies changed files to the store.
 """
 
 import json
@@ -26,8 +26,8 @@ from ray_vlm.runs.drivers import check_not_driven
 from ray_vlm.runs.schema import check_whole
 from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole_or_gone
 
-CLAIMED = ".claimed"  # holds a name in an object store until the run's first files are there
-_SEE_S = 15.0  # a network file system may show another node's new file this late
+CLAIMED = ".claimed"  # reserves a name in an object store until the run's first files are written
+_SEE_S = 15.0  # how long a network file system may take to show another node's new file
 _KEPT = (
     *("job.yaml", "resolved.json", "run.json", "metrics.jsonl", "training_log.json"),
     *("bad_rows.jsonl", "bad_steps.jsonl"),
@@ -36,7 +36,7 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The files of one run: `root` on this machine, and `remote` where they are kept if that is an object store."""
+    """The files of one run: the local folder `root`, and the address `remote` of a run in an object store."""
 
     root: Path
     remote: str | None = None
@@ -87,7 +87,7 @@ class RunPaths:
 
     @property
     def address(self) -> str:
-        """Where the run is kept: what a person is told, and what every process can open."""
+        """The address of the run, which every process can open and messages show."""
         return self.remote or str(self.root)
 
     @property
@@ -96,33 +96,33 @@ class RunPaths:
 
     @cached_property
     def store(self) -> Store:
-        """The files where they are kept."""
+        """The store of the run's address."""
         return Store(self.address)
 
     def uri(self, name: str) -> str:
-        """Where `name` of this run is kept."""
+        """Return the address of the run's file or folder `name`."""
         return join(self.address, name)
 
     def publish(self, *files: Path) -> None:
-        """Copy files of `root` to where the run is kept; on a disk they are there already."""
+        """Copy files of `root` to the object store; do nothing for a run on a disk."""
         if self.remote is not None:
             for file in files:
                 if file.is_file():
                     self.store.write(file.relative_to(self.root).as_posix(), file.read_bytes())
 
     def refresh(self, *files: Path) -> None:
-        """The opposite of `publish`: bring files to this machine."""
+        """Copy files from the object store to `root`, the opposite of `publish`."""
         for file in files if self.remote is not None else ():
             if (data := self.store.read(file.relative_to(self.root).as_posix())) is not None:
                 with making(file):
                     file.write_bytes(data)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Rank 0 leaves here what the driver writes into `run.json`."""
+        """Write rank 0's result for the driver."""
         self.store.write(".result.json", json.dumps(finite(result)).encode())
 
     def take_result(self) -> dict[str, Any]:
-        """What `write_result` left, removing it. Raises `RunError` where the workers ended without it."""
+        """Return and remove the result of `write_result`. Raises `RunError` if the workers ended without one."""
         until = time.monotonic() + _SEE_S
         while (data := self.store.read(".result.json")) is None and time.monotonic() < until:
             time.sleep(0.5)
@@ -134,22 +134,22 @@ class RunPaths:
         return json.loads(data)
 
     def discard(self) -> None:
-        """Remove the temporary folder of a run that is kept elsewhere."""
+        """Remove the temporary folder of a run in an object store."""
         if self.remote is not None:
             shutil.rmtree(self.root, ignore_errors=True)
 
 
 def open_run(address: str) -> RunPaths:
-    """The paths of a run that is kept at `address`."""
+    """Return the paths of the run at `address`."""
     if not is_remote(address):
         return RunPaths(Path(local_path(address)))
     return RunPaths(Path(tempfile.mkdtemp(prefix="ray_vlm-")), address)
 
 
 def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = False) -> RunPaths:
-    """Make the run's folder and return its paths. `name` None: `stem` and the first free number.
+    """Create the run's folder and return its paths. Without `name` it is called `stem` with the next free number.
 
-    A folder that already holds a run is refused with `RunError`, or emptied under `overwrite`.
+    Raises `RunError` if the folder already holds a run; with `overwrite` that run is deleted.
     """
     try:
         base = Store(output_dir)
@@ -162,7 +162,7 @@ def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = Fa
         check_free(output_dir, name, overwrite)
         if root.exists():
             shutil.rmtree(root)
-        root.mkdir()  # of two launches at once one fails here
+        root.mkdir()  # of two simultaneous launches one fails here
     except FileExistsError:
         raise RunError(f"run.name={name!r}: another launch has just taken {root}. Give another run.name.") from None
     except (OSError, ValueError, RuntimeError) as error:
@@ -171,7 +171,7 @@ def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = Fa
 
 
 def cannot_write(output_dir: str, error: Exception) -> RunError:
-    """The error for a place that refuses what a run writes."""
+    """Return the error for an output folder that cannot be written to."""
     return RunError(f"run.output_dir={output_dir!r} cannot be written to ({error}). Give another folder.")
 
 
@@ -185,14 +185,16 @@ def _claim_remote(base: Store, name: str | None, stem: str, overwrite: bool) -> 
 
 
 def find_run(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
-    """The run to go on with, or None: the one of that name, or the newest of that stem.
+    """Return the run to resume, or None: the one called `name`, or the newest one of `stem`.
 
-    Raises `RunError` where something else than a run lies there, or where it cannot be read.
+    Raises `RunError` if there is something other than a run, or if it cannot be read.
     """
     try:
         return _find(output_dir, name, stem)
     except OSError as error:
-        raise RunError(f"run.output_dir={output_dir!r} cannot be read ({error}). Mend that and try again.") from None
+        raise RunError(
+            f"run.output_dir={output_dir!r} cannot be read ({error}). Fix the cause and try again."
+        ) from None
 
 
 def _find(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
@@ -212,8 +214,8 @@ def _find(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
 
 
 def check_free(output_dir: str, name: str, overwrite: bool) -> None:
-    """Raise `RunError` unless run `name` may be written: nothing there, or a run that no other process trains, and
-    `overwrite`. Changes nothing."""
+    """Raise `RunError` unless run `name` may be written: it does not exist, or `overwrite` is set and no other process
+    trains it. Changes nothing."""
     store = Store(join(output_dir, name))
     if store.local is not None and (store.local.is_symlink() or (store.local.exists() and not store.local.is_dir())):
         raise RunError(f"run.name={name!r}: {store.local} is a link or a file. Give another run.name.")
@@ -242,7 +244,7 @@ def _numbers(names: Iterable[str], stem: str) -> list[int]:
 
 def _next_free(base: Path, stem: str) -> Path:
     number = max(_numbers(os.listdir(base), stem), default=0) + 1
-    while True:  # two launches at once: mkdir decides who has the number
+    while True:  # of two simultaneous launches mkdir succeeds in one
         root = base / f"{stem}-{number:03d}"
         try:
             root.mkdir()
@@ -252,7 +254,7 @@ def _next_free(base: Path, stem: str) -> Path:
 
 
 def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
-    """One JSON line for each row that was left out: source (train, mix[0], eval or test), row, id, reason."""
+    """Write one JSON line for each bad row: source (train, mix[0], eval or test), row, id, reason."""
     with open(path, "w", encoding="utf-8") as file:
         for source, bad in rows.items():
             for b in bad:
@@ -261,7 +263,7 @@ def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it. NaN and infinity become null."""
+    """Write JSON atomically. NaN and infinity become null."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with making(path):
@@ -273,7 +275,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with null for every NaN and infinity in it, which JSON has no words for."""
+    """Return the value with None for every NaN and infinity in it, which JSON cannot represent."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -282,7 +284,7 @@ def finite(value: Any) -> Any:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Make folder `path` by `fill(temporary folder)`; an older one there is replaced only when the new one is whole."""
+    """Create folder `path` by `fill(temporary folder)`; an older one is replaced only when the new one is complete."""
     new, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
     if old.exists() and not path.exists():  # killed between the two renames below
         os.replace(old, path)

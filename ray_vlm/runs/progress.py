@@ -1,8 +1,7 @@
-"""Plain lines on work that lasts: how much of it is done, how fast, how long it will take. Work of a few seconds says
-nothing.
+"""Progress lines of long work: how much is done, the speed, the time left. Work of a few seconds prints nothing.
 
-Lines go to the logger `ray_vlm.progress`, which prints them to stderr, so that what a command prints can still be read
-by another. A run sends them to its own lines (`send_progress`), which its driver shows.
+Lines go to the logger `ray_vlm.progress`, which prints them to stderr and leaves stdout to a command's output. A run
+sends them to its `metrics.jsonl` (`send_progress`), which its driver prints.
 """
 
 import logging
@@ -16,20 +15,20 @@ from typing import TypeVar
 from ray_vlm.runs.text import format_duration
 
 LOGGER = logging.getLogger("ray_vlm.progress")
-_FIRST_S = 5.0  # what is over sooner needs no line
-_EVERY_S = 10.0  # between lines, and later a tenth of the time so far: an hour of work is some 30 lines
+_FIRST_S = 5.0  # shorter work prints no line
+_EVERY_S = 10.0  # between lines, later a tenth of the time so far: about 30 lines for an hour
 _T = TypeVar("_T")
 
 
 class _Handler(logging.Handler):
-    """Hands each line to a function."""
+    """A logging handler that calls a function with each line."""
 
     def __init__(self, write: Callable[[str], None]):
         super().__init__()
         self._write = write
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # a line that cannot be shown must not end the work
+        with suppress(OSError):  # a line that cannot be written must not end the work
             self._write(record.getMessage())
 
 
@@ -54,34 +53,33 @@ def send_progress(write: Callable[[str], None]) -> Iterator[None]:
 
 
 class Progress:
-    """One piece of work of `total` units: `reach` is told how many are done. `what` opens each line; `clock`: in
-    seconds."""
+    """The progress of work of `total` units. `what`: the start of each line; `clock`: returns seconds."""
 
     def __init__(self, what: str, total: int, unit: str = "rows", clock: Callable[[], float] = time.monotonic):
         self._what, self._total, self._unit, self._clock = what, total, unit, clock
         self._started = clock()
         self._due = self._started + _FIRST_S
-        self._told = False
+        self._shown = False
 
     def reach(self, done: int) -> None:
-        """So many units are done; says so where a line is due, and at the end where there were lines before."""
+        """Record that `done` units are done; print a line if one is due, and at the end if there were lines before."""
         now = self._clock()
         spent = now - self._started
         if done >= self._total:
-            if self._told:
+            if self._shown:
                 LOGGER.info(f"{self._what}: {done:,} {self._unit} in {format_duration(spent)}")
-            self._told = False
+            self._shown = False
         elif now >= self._due:
             rate = done / spent
             speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
             left = f", {format_duration((self._total - done) / rate)} left" if done else ""
             LOGGER.info(f"{self._what}: {done:,} of {self._total:,} {self._unit}, {speed} a second{left}")
-            self._told = True
+            self._shown = True
             self._due = now + max(_EVERY_S, spent / 10)
 
 
 def track(items: Iterable[_T], what: str, total: int, unit: str = "rows") -> Iterator[_T]:
-    """The items, with lines on how many of the `total` have been taken."""
+    """Yield the items, with progress lines on how many of the `total` were taken."""
     progress = Progress(what, total, unit)
     for number, item in enumerate(items):
         progress.reach(number)
@@ -91,8 +89,10 @@ def track(items: Iterable[_T], what: str, total: int, unit: str = "rows") -> Ite
 
 @contextmanager
 def lasting(what: str, look: Callable[[], str] = lambda: "", over: threading.Event | None = None) -> Iterator[None]:
-    """While the body runs, lines on how long it has taken, for work that does not say how far it is. `look`: what else
-    there is to say then, or nothing. `over`: set where the work ends before the body does."""
+    """While the body runs, print lines on the time so far, for work of unknown length.
+
+    `look`: returns more text for a line, or ''. `over`: set it if the work ends before the body does.
+    """
     over, started = over or threading.Event(), time.monotonic()
 
     def tell() -> None:

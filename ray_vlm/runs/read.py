@@ -1,7 +1,6 @@
-"""Reading runs as far as they go: a folder that is whole, cut off by a crash or still growing, or a `training_log.json`
-on its own.
+"""Reading runs: a folder that is complete, cut off by a crash or still growing, or a `training_log.json` on its own.
 
-What is missing or torn inside a folder is never an error here: it is told in `Run.faults`, and the rest is read.
+Missing or damaged files in a folder are no errors here: they are listed in `Run.faults`, and the rest is read.
 """
 
 import math
@@ -25,14 +24,16 @@ from ray_vlm.runs.training_log import describe_attempts, parse_log, write_traini
 
 LOG = "training_log.json"
 MARKS = ("run.json", "resolved.json", LOG)  # a folder with one of these is a run
-_DEEPEST = 3  # folders under an output folder in which runs are looked for
+_DEEPEST = 3  # depth of the search for runs under an output folder
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says. `job`: the resolved job, `about`: `run.json`, `lines`: all of `metrics.jsonl`;
-    `evaluations`: `metrics.json` of each folder in `evaluate/`; `folders`: names of weights and checkpoints. `log`: the
-    name that a `training_log.json` gives the run, where that file is all there is, and `address` is the file's."""
+    """The contents of a run folder. `job`: the resolved job; `about`: `run.json`; `lines`: all of `metrics.jsonl`;
+    `evaluations`: `metrics.json` of each folder in `evaluate/`; `folders`: names of weights and checkpoints.
+
+    `log`: for a `training_log.json` without its folder, the run's name in it; `address` is then the file's.
+    """
 
     address: str
     job: Mapping[str, Any]
@@ -45,33 +46,33 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's own name, or that which the log gives."""
+        """The name of the folder, or the name in the training log."""
         return self.log or self.address.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def folder(self) -> str:
-        """The address of the run's folder, or of the one that the log lies in."""
+        """The address of the run's folder, or of the training log's folder."""
         return _split_file(self.address)[0] if self.log else self.address
 
     @cached_property
     def current(self) -> list[dict[str, Any]]:
-        """The lines that count: without what a later attempt did again."""
+        """The lines without those of steps that a later attempt repeated."""
         return current_lines(self.lines)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """The current lines of a kind: train, eval, epoch..."""
+        """Return the current lines of a kind: train, eval, epoch..."""
         return [line for line in self.current if line["kind"] == kind]
 
     @cached_property
     def status(self) -> str:
-        """As `run.json` has it; `died` where it says `running` and its process on this machine is gone; `?` unknown."""
-        told = str(self.about.get("status", "?"))
-        if told != "running":
-            return told
+        """The status in `run.json`; `died` instead of `running` if its process on this machine is gone; or `?`."""
+        status = str(self.about.get("status", "?"))
+        if status != "running":
+            return status
         driver = self.attempts[-1].get("driver") if self.attempts else None
         if not driver or driver.get("host") != platform.node():
-            return told
-        return told if living_driver(dict(self.about)) else "died"
+            return status
+        return status if living_driver(dict(self.about)) else "died"
 
     @property
     def step(self) -> int:
@@ -80,7 +81,7 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """How many were planned, where the run wrote it down."""
+        """The planned number of steps, or None if the run has not written it."""
         result = self.about.get("result")
         if isinstance(result, dict):
             return result.get("num_steps")
@@ -88,22 +89,22 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """What chooses `best/`."""
+        """The metric that selects `best/`."""
         return str(setting(self.job, "evaluate.metric") or "loss")
 
     @cached_property
     def best(self) -> dict[str, Any] | None:
-        """The validation line that is best by the job's metric."""
+        """The best validation line by the job's metric."""
         return best_line(self.current, self.metric)
 
     @property
     def started(self) -> float | None:
-        """When the first attempt began, seconds since 1970."""
+        """The start of the first attempt, seconds since 1970."""
         return next((a["started"] for a in self.attempts if is_number(a.get("started"))), None)
 
     @cached_property
     def wall_s(self) -> float:
-        """Seconds of all attempts together. One without an end counts to its last line, or to now while it runs."""
+        """Seconds of all attempts together. One without an end counts until the last line, or now if it runs."""
         total = 0.0
         for i, attempt in enumerate(self.attempts):
             begun, end = attempt.get("started", math.nan), attempt.get("ended")
@@ -116,25 +117,25 @@ class Run:
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        """The launches that `run.json` lists."""
+        """The attempts in `run.json`."""
         listed = self.about.get("attempts")
         return [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
 
     def section(self, key: str) -> dict[str, Any]:
-        """A section of `run.json` (hardware, versions); empty where it is not there."""
+        """Return a section of `run.json` (hardware, versions); empty if it is missing."""
         value = self.about.get(key)
         return value if isinstance(value, dict) else {}
 
     @property
     def num_attempts(self) -> int:
-        """Launches, with those that Ray made by itself."""
+        """The number of attempts, including those that Ray started by itself."""
         started = [line["attempt"] for line in self.lines if line["kind"] == "start"]
         listed = [attempt["attempt"] for attempt in self.attempts if is_number(attempt.get("attempt"))]
         return max([len(self.attempts), *started, *listed])
 
 
 def setting(job: Mapping[str, Any], key: str) -> Any:
-    """A resolved job's value under a dotted key, or None."""
+    """Return a resolved job's value under a dotted key, or None."""
     value: Any = job
     for part in split_key(key) or ():
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -142,8 +143,7 @@ def setting(job: Mapping[str, Any], key: str) -> Any:
 
 
 def read_run(address: str) -> Run:
-    """The run in a folder or an object store, or in a file that is a `training_log.json`. Raises `RunError` where there
-    is none."""
+    """Read the run at `address`: a folder, an object store or a `training_log.json`. Raises `RunError` without one."""
     store = Store(address if is_remote(address) else local_path(address))
     if is_log(store.address):
         return _read_log(store.address)
@@ -167,14 +167,14 @@ def read_run(address: str) -> Run:
 
 
 def is_log(address: str) -> bool:
-    """Whether an address is that of a file, which can only be a `training_log.json`, and not of a run's folder."""
+    """Return whether `address` is a file, which can only be a `training_log.json`, and not a run's folder."""
     if is_remote(address):
         return address.partition("?")[0].endswith(".json")
     return Path(local_path(address)).is_file()
 
 
 def _split_file(address: str) -> tuple[str, str]:
-    """The address of the folder that a file lies in, and the file's name."""
+    """Return the address of a file's folder, and the file's name."""
     base, mark, options = address.partition("?") if is_remote(address) else (address, "", "")
     folder, _, name = base.rpartition("/")
     return f"{folder or '/'}{mark}{options}", name
@@ -200,11 +200,11 @@ def _read_log(address: str) -> Run:
 
 
 def complete_log(run: Run) -> None:
-    """Bring the `training_log.json` of a run whose driver was killed up to its last line, where nobody has yet."""
+    """Complete the `training_log.json` of a run whose driver was killed, unless that was done before."""
     if run.log is not None or run.status != "died" or not run.job:
         return
     store = Store(run.address)
-    with suppress(OSError, RunError):  # a folder that may not be written to: the run is shown without it
+    with suppress(OSError, RunError):  # of a read-only folder: the run is shown anyway
         data = store.read(LOG)
         if data is not None and parse_log(data, LOG).about.get("status") == run.status:
             return
@@ -234,29 +234,29 @@ def _read_lines(store: Store, faults: list[str]) -> list[dict[str, Any]]:
         faults.append("metrics.jsonl is missing")
         return []
     texts = data.splitlines()
-    try:  # all at once takes a third of the time
-        found = load_sound(b"[" + b",".join(texts) + b"]")
+    try:  # parsing all lines at once takes a third of the time
+        values = load_sound(b"[" + b",".join(texts) + b"]")
     except ValueError:
-        found = [read_line(text) for text in texts]
-    lines = [line for line in found if is_sound_line(line)]
+        values = [read_line(text) for text in texts]
+    lines = [line for line in values if is_sound_line(line)]
     if len(lines) < len(texts):
         faults.append(f"{len(texts) - len(lines)} of {len(texts)} lines of metrics.jsonl are cut off or altered")
     return lines
 
 
 def _read_evaluations(store: Store, faults: list[str]) -> dict[str, dict[str, Any]]:
-    found = {}
+    evaluations = {}
     for name in sorted(store.files("evaluate")):
         folder, _, file = name.rpartition("/")
         if file == "metrics.json" and folder and "/" not in folder:
             value = keep_sound_scores(_read_json(store, f"evaluate/{name}", faults), f"evaluate/{name}", faults)
             if isinstance(value.get("overall"), dict):
-                found[folder] = value
-    return found
+                evaluations[folder] = value
+    return evaluations
 
 
 def find_runs(output_dir: str) -> list[str]:
-    """Addresses of all runs under a folder or an object store, sorted."""
+    """Return the sorted addresses of all runs under a folder or an object store."""
     store = Store(output_dir if is_remote(output_dir) else local_path(output_dir))
     try:
         if store.local is not None:

@@ -1,6 +1,6 @@
-"""What readers of a run folder rely on: JSON whose values are of the kinds that this package writes.
+"""Validation of a run's JSON files: values must have the types that this package writes.
 
-Others are left out and told as faults, so that one altered setting hides nothing else of the run.
+Other values are dropped and reported as faults, so that one altered value does not hide the rest of the run.
 """
 
 import json
@@ -10,21 +10,21 @@ from typing import Any
 from ray_vlm.errors import RunError
 from ray_vlm.runs.store import Store
 
-_LARGEST = 1e300  # of a number: sums and differences of larger ones are infinite
-_LARGEST_COUNT = 2**53  # of a whole number: floats hold no larger one
-_Kinds = dict[str, Callable[[Any], bool]]  # dotted key -> whether a value is of its kind
-_SHOWN = 60  # characters of a value that is left out
+_LARGEST = 1e300  # largest valid number: sums of larger ones could be infinite
+_LARGEST_COUNT = 2**53  # largest valid count: floats are exact up to here
+_Kinds = dict[str, Callable[[Any], bool]]  # dotted key -> whether a value is valid
+_SHOWN = 60  # characters shown of a value that is dropped
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
-    if type(value) is float:  # asked half a million times by a comparison of 50 runs
+    """Return whether `value` is a finite number."""
+    if type(value) is float:  # a fast path: a comparison of 50 runs makes half a million calls
         return -_LARGEST < value < _LARGEST
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a whole number from 0."""
+    """Return whether `value` is an integer of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_COUNT
 
 
@@ -98,7 +98,7 @@ _KINDS: dict[str, _Kinds] = {
 
 
 def load_sound(data: bytes) -> Any:
-    """The JSON value; halves of characters, which no file can hold, as question marks. Raises `ValueError`."""
+    """Parse JSON; lone surrogates, which cannot be encoded, become question marks. Raises `ValueError`."""
     try:
         value = json.loads(data)
         if b"\\ud" in data or b"\\uD" in data:
@@ -109,41 +109,41 @@ def load_sound(data: bytes) -> Any:
 
 
 def keep_sound(what: str, values: dict[str, Any], name: str, faults: list[str]) -> dict[str, Any]:
-    """`values` without what is not of its kind; `what`: which of the kinds, `name`: how faults call the file."""
+    """Return `values` without invalid ones. `what`: a key of `_KINDS`; `name`: of the file in `faults`."""
     for key, fits in _KINDS[what].items():
         *path, last = key.split(".")
         section: Any = values
         for part in path:
             section = section.get(part) if isinstance(section, dict) else None
         if isinstance(section, dict) and section.get(last) is not None and not fits(section[last]):
-            faults.append(f"{name}: {key} is {repr(section.pop(last))[:_SHOWN]}, which no run writes; it is left out")
+            faults.append(f"{name}: {key} is {repr(section.pop(last))[:_SHOWN]}, which is not valid; it is ignored")
     return values
 
 
 def keep_sound_run(values: dict[str, Any], faults: list[str]) -> dict[str, Any]:
-    """The same for `run.json`, with the attempts in it."""
+    """Return the valid values of `run.json`, including its attempts."""
     values = keep_sound("run.json", values, "run.json", faults)
     listed = values.get("attempts") or []
-    kept = [
+    attempts = [
         keep_sound("an attempt", entry, "run.json, attempts", faults) for entry in listed if isinstance(entry, dict)
     ]
-    if len(kept) < len(listed):
-        faults.append(f"run.json: {len(listed) - len(kept)} of {len(listed)} attempts are altered and left out")
-    return values | {"attempts": kept} if listed else values
+    if len(attempts) < len(listed):
+        faults.append(f"run.json: {len(listed) - len(attempts)} of {len(listed)} attempts are altered and ignored")
+    return values | {"attempts": attempts} if listed else values
 
 
 def keep_sound_scores(values: dict[str, Any], name: str, faults: list[str]) -> dict[str, Any]:
-    """The same for `metrics.json` of an evaluation, with its numbers."""
+    """Return the valid values of an evaluation's `metrics.json`, including its scores."""
     values = keep_sound("metrics.json", values, name, faults)
     scores = values.get("overall") or {}
     odd = [key for key, value in scores.items() if value is not None and not is_number(value)]
     if odd:
-        faults.append(f"{name}: {odd[0]} is no number; it is left out")
+        faults.append(f"{name}: {odd[0]} is no number; it is ignored")
     return values | {"overall": {key: value for key, value in scores.items() if key not in odd}} if odd else values
 
 
 def check_whole(store: Store) -> None:
-    """Raise `RunError` unless `resolved.json` and `run.json` of a run that is to go on are as training writes them."""
+    """Raise `RunError` unless `resolved.json` and `run.json` of a run to resume are complete and valid."""
     for file in ("resolved.json", "run.json"):
         faults: list[str] = []
         try:
@@ -161,13 +161,13 @@ def check_whole(store: Store) -> None:
                 faults.append(f"{file}: its attempts are not numbered")
         if faults:
             raise RunError(
-                f"--resume: {store.address} was left half made ({faults[0]}), so what it was to learn is not known. "
+                f"--resume: {store.address} is incomplete ({faults[0]}), so it cannot be resumed. "
                 "Delete it, or give another run.name."
             )
 
 
 def is_sound_line(line: Any) -> bool:
-    """Whether a line of `metrics.jsonl` can be counted on: its kind, attempt and step, and what a start tells."""
+    """Return whether a line of `metrics.jsonl` is valid: its kind, attempt and step, and the values of a start line."""
     if not isinstance(line, dict):
         return False
     kind, attempt, step = line.get("kind"), line.get("attempt"), line.get("step")
@@ -179,6 +179,6 @@ def is_sound_line(line: Any) -> bool:
 
 
 def number_of(line: Mapping[str, Any], key: str) -> float:
-    """The number under a key of a line, 0.0 where there is none."""
+    """Return the number under a key of a line, or 0.0 if there is none."""
     value = line.get(key)
     return value if value is not None and is_number(value) else 0.0

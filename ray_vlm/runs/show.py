@@ -1,21 +1,24 @@
-"""One screen on a run, one line each on many: what `runs show` and `runs list` print."""
+"""The output of `runs show` (one screen on a run) and of `runs list` (a line for each run)."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from ray_vlm.runs.compare import test_of
-from ray_vlm.runs.curves import main_key, points_of, smooth, spark
+from ray_vlm.runs.curves import main_key, points_of, spark
 from ray_vlm.runs.monitor import NOT_MEASURES
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_date, format_duration, format_number, format_table, plain_text, plural
 
 _MOST_VALIDATIONS = 8  # lines of the table
-_HEADLINES = ("f1_50", "accuracy", "step_success", "normalised")  # of a run whose own metric is not measured on tests
+_ENDS = 10  # steps at each end of a curve whose mean is shown
+# Shown for a run whose own metric is not in its evaluations.
+_HEADLINES = ("f1_50", "accuracy", "step_success", "normalised")
 _VERSIONS = ("torch", "transformers", "trl", "peft", "ray")
 
 
 def describe_runs(runs: Sequence[Run], here: str = "") -> str:
-    """A line for each run, the newest first; `here` is left out of their addresses."""
+    """Return a line for each run, the newest first; the prefix `here` is removed from their addresses."""
     head = ["run", "status", "method", "task", "model", "steps", "best", "on test", "started", "time"]
     newest = sorted(runs, key=lambda run: run.started or 0.0, reverse=True)
     return format_table([head, *(_line(run, here) for run in newest)])
@@ -42,14 +45,14 @@ def _line(run: Run, here: str) -> list[str]:
 
 
 def describe_run(run: Run) -> str:
-    """One screen: what it is, how it went, what came of it, where things lie."""
+    """Return one screen on a run: its job, training, validations, evaluations and folders."""
     blocks = [_head(run), _training(run), _validations(run), _evaluations(run), _places(run)]
     blocks.append([f"note: {fault}" for fault in run.faults])
     return "\n\n".join("\n".join(map(plain_lines, block)) for block in blocks if block)
 
 
 def plain_lines(text: str) -> str:
-    """`plain_text`, line by line."""
+    """Apply `plain_text` to each line."""
     return "\n".join(map(plain_text, text.split("\n")))
 
 
@@ -63,15 +66,16 @@ def _head(run: Run) -> list[str]:
     cpus = setting(job, "cluster.cpus_per_worker")
     each = f"{cards:g} GPU" if cards else f"{cpus or 1:g} CPU"
     versions, memory = run.section("versions"), run.section("hardware").get("memory_gib")
-    told = ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions)
+    libraries = ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions)
     commit = str(run.about.get("git_commit") or "")[:12]
+    at_commit = f" at {commit}" if commit else ""
     return [
         f"{run.address}: {run.status}",
         f"{setting(job, 'method.name')} of {setting(job, 'task.name')} on {setting(job, 'model.name')}{bits}; {how}",
         f"{format_date(run.started)}, {format_duration(run.wall_s)}, {plural(run.num_attempts, 'attempt')}, "
         + (f"{_tell_workers(workers)} with {each} each" if workers else "in one process")
         + (f", {memory} GiB of memory" if memory else ""),
-        *([] if run.log else [f"ray_vlm {versions.get('ray-vlm', '?')}{f' at {commit}' if commit else ''}; {told}"]),
+        *([] if run.log else [f"ray_vlm {versions.get('ray-vlm', '?')}{at_commit}; {libraries}"]),
     ]
 
 
@@ -84,20 +88,32 @@ def _training(run: Run) -> list[str]:
     for key in dict.fromkeys([main_key(run.current), "loss"]):
         points = points_of(run.current, "train", key)
         if points:
-            first, last = points[0][1], smooth(points)[-1][1]
+            first, last, label = compare_ends([value for _, value in points])
             lines.append(
-                f"{key:<20} {format_number(first):>8} -> {format_number(last):<8} {spark(points)}  {run.step} steps"
+                f"{key:<20} {format_number(first):>8} -> {format_number(last):<8} {spark(points)}  "
+                f"{plural(run.step, 'step')} ({label})"
             )
     for error in [a["error"] for a in run.attempts if a.get("error")]:
         lines.append(f"error: {str(error).strip().splitlines()[-1][:300]}")
     return lines
 
 
+def compare_ends(values: Sequence[float]) -> tuple[float, float, str]:
+    """Return comparable numbers for the start and the end of a curve, and what they are.
+
+    These are means of up to `_ENDS` steps each, or the first and the last value of a short run.
+    """
+    count = min(_ENDS, len(values) // 4)
+    if count < 2:
+        return values[0], values[-1], "first -> last"
+    return fmean(values[:count]), fmean(values[-count:]), f"mean of the first {count} -> mean of the last {count}"
+
+
 def _validations(run: Run) -> list[str]:
-    found = run.of_kind("eval")
-    if not found:
+    validations = run.of_kind("eval")
+    if not validations:
         return []
-    shown = found[-_MOST_VALIDATIONS:]
+    shown = validations[-_MOST_VALIDATIONS:]
     if run.best is not None and run.best not in shown:
         shown = [run.best, *shown[1:]]
     names = [k for k in dict.fromkeys(k for line in shown for k in line) if k not in NOT_MEASURES]
@@ -105,31 +121,33 @@ def _validations(run: Run) -> list[str]:
     rows = [
         [str(line["step"]) + ("*" if line is run.best else ""), *(_cell(line.get(k)) for k in names)] for line in shown
     ]
-    left = f", the last {len(shown)} of {len(found)}" if len(found) > len(shown) else ""
-    told = f"validation, * the best by {run.metric}{left}" if run.best else f"validation{left}"
-    return [told, format_table([["step", *names], *rows])]
+    left = f", the last {len(shown)} of {len(validations)}" if len(validations) > len(shown) else ""
+    title = f"validation, * the best by {run.metric}{left}" if run.best else f"validation{left}"
+    return [title, format_table([["step", *names], *rows])]
 
 
 def _evaluations(run: Run) -> list[str]:
     if not run.evaluations:
         return []
-    names = list(dict.fromkeys(k for found in run.evaluations.values() for k in found["overall"]))[:9]
+    names = list(dict.fromkeys(k for metrics in run.evaluations.values() for k in metrics["overall"]))[:9]
     rows = [
-        [name, str(found.get("num_rows", "?")), *(_cell(found["overall"].get(k)) for k in names)]
-        for name, found in run.evaluations.items()
+        [name, str(metrics.get("num_rows", "?")), *(_cell(metrics["overall"].get(k)) for k in names)]
+        for name, metrics in run.evaluations.items()
     ]
-    chose = any(found.get("rows_chose_best") for found in run.evaluations.values())
-    told = "on data.eval, whose rows also chose best/" if chose else "on data.test"
-    return [told, format_table([["evaluation", "rows", *names], *rows])]
+    chose = any(metrics.get("rows_chose_best") for metrics in run.evaluations.values())
+    title = "on data.eval, whose rows also chose best/" if chose else "on data.test"
+    return [title, format_table([["evaluation", "rows", *names], *rows])]
 
 
 def _places(run: Run) -> list[str]:
     if run.log:
-        return [f"a training log alone, of the run {run.log}: weights and evaluations lie in the run's own folder"]
+        return [
+            f"a training log without its run's folder, of the run {run.log}: weights and evaluations are in that folder"
+        ]
     checkpoints = [name for name in run.folders if name.startswith("checkpoint-")]
-    told = [f"{name}/" for name in run.folders if not name.startswith("checkpoint-")]
-    told += [plural(len(checkpoints), "checkpoint")] if checkpoints else []
-    return [f"in it: {', '.join(told) or 'no weights'}"]
+    contents = [f"{name}/" for name in run.folders if not name.startswith("checkpoint-")]
+    contents += [plural(len(checkpoints), "checkpoint")] if checkpoints else []
+    return [f"contents: {', '.join(contents) or 'no weights'}"]
 
 
 def _cell(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""Where a run is kept: a folder, or an object store that pyarrow reaches (`s3://`, `gs://`, `abfs://`, `hdfs://`).
+"""Storage of a run: a folder, or an object store that pyarrow supports (`s3://`, `gs://`, `abfs://`, `hdfs://`).
 
-Names are relative, with `/`. A store needs no rename, no append and no fsync: what makes a set of files count is
-a manifest written last (`checkpoints.py`). Credentials come from the environment, as the cloud's own tools read them.
+Names are relative, with `/`. A store needs no rename, append or fsync: a set of files is committed by a manifest,
+written last (`checkpoints.py`). Credentials come from the environment, as for the cloud's own tools.
 """
 
 import errno
@@ -19,18 +19,18 @@ from urllib.parse import quote
 from ray_vlm.errors import RunError
 
 _BLOCK = 2**23  # bytes that are copied at a time
-_PATIENCE_S = 60.0  # that an object store which has answered before may be away; pyarrow itself gives up after 6
+_PATIENCE_S = 60.0  # of retries for an object store that has answered before; pyarrow itself gives up after 6 s
 _PASSING = re.compile(r"NETWORK|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|TIMEOUT|status 5\d\d")
 _T = TypeVar("_T")
 
 
 def is_remote(address: str) -> bool:
-    """Whether an address names an object store rather than a folder."""
+    """Return whether an address is an object store rather than a folder."""
     return "://" in address and not address.startswith("file://")
 
 
 def join(address: str, name: str) -> str:
-    """The address of `name` inside a folder or an object store; `?options` stay at the end."""
+    """Return the address of `name` inside a folder or an object store; `?options` stay at the end."""
     if not is_remote(address):
         return str(Path(local_path(address)) / name)
     base, mark, options = address.partition("?")
@@ -38,8 +38,10 @@ def join(address: str, name: str) -> str:
 
 
 def full_address(address: str) -> str:
-    """The address as every process can use it: an absolute path, or a URI that names the endpoint of an S3 store that
-    is not Amazon's (`AWS_ENDPOINT_URL`, which pyarrow does not read)."""
+    """Return the address in a form that every process can use: an absolute path, or a URI.
+
+    The endpoint of an S3 store that is not Amazon's becomes part of the URI: pyarrow does not read `AWS_ENDPOINT_URL`.
+    """
     if not is_remote(address):
         return local_path(address)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -50,19 +52,21 @@ def full_address(address: str) -> str:
 
 
 def local_path(address: str) -> str:
-    """The absolute path of a folder given as a path or as `file://`."""
+    """Return the absolute path of a folder given as a path or as `file://`."""
     return str(Path(os.path.expanduser(address.removeprefix("file://"))).absolute())
 
 
 class Store:
-    """Files by name under one address. Raises `OSError` where the disk or the object store refuses."""
+    """Files by name under one address. Raises `OSError` if the disk or the object store fails."""
 
     def __init__(self, address: str | Path):
         self.address = str(address)
         self.local = None if is_remote(self.address) else Path(local_path(self.address))
         self._fs: Any = None
         self._root = ""
-        self._answered = False  # lately: one that never did, as a wrong endpoint, or was given up, is not waited for
+        self._answered = (
+            False  # whether the store has answered recently; otherwise, such as for a wrong endpoint, no retries
+        )
 
     def _remote(self, name: str = "") -> tuple[Any, str]:
         if self._fs is None:
@@ -75,11 +79,11 @@ class Store:
         return self._fs, f"{self._root}/{name}".rstrip("/")
 
     def _ask(self, do: Callable[[], _T]) -> _T:
-        """What `do()` returns; an object store that stumbles is asked again, with growing pauses."""
+        """Return `do()`; retry transient errors of an object store with growing pauses."""
         until, pause = time.monotonic() + _PATIENCE_S, 1.0
         while True:
             try:
-                found = do()
+                result = do()
             except FileNotFoundError:
                 self._answered = True
                 raise
@@ -92,20 +96,20 @@ class Store:
                 pause = min(2 * pause, 10.0)
             else:
                 self._answered = True
-                return found
+                return result
 
     def names(self) -> list[str]:
-        """Files and folders at the top, sorted; an address that is not there yet has none."""
+        """Return the sorted files and folders at the top level; none if the address does not exist."""
         if self.local is not None:
             return sorted(os.listdir(self.local)) if self.local.is_dir() else []
         return sorted({name.split("/")[0] for name in self.files()})
 
     def files(self, name: str = "") -> dict[str, int]:
-        """Every file under `name`, relative to it, with its size in bytes."""
+        """Return every file under `name`, relative to it, with its size in bytes."""
         if self.local is not None:
             folder = self.local / name
-            found = (Path(root) / file for root, _, files in os.walk(folder) for file in files)
-            return {path.relative_to(folder).as_posix(): path.lstat().st_size for path in found}
+            paths = (Path(root) / file for root, _, files in os.walk(folder) for file in files)
+            return {path.relative_to(folder).as_posix(): path.lstat().st_size for path in paths}
         from pyarrow import fs
 
         system, path = self._remote(name)
@@ -114,7 +118,7 @@ class Store:
         return {i.path[len(path) + 1 :]: i.size for i in infos if i.type == fs.FileType.File}
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a file, or None where there is none."""
+        """Return the bytes of a file, or None if it does not exist."""
 
         def get() -> bytes:
             with self._open(name) as stream:
@@ -132,7 +136,7 @@ class Store:
         return system.open_input_stream(key, compression=None)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write one small file, so that a reader sees the old bytes or the new ones; on a disk it is there for good."""
+        """Write one small file atomically; on a disk it also survives a power loss."""
         if self.local is not None:
             target: Path = self.local / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +160,7 @@ class Store:
         self._ask(send)
 
     def put(self, source: Path, name: str) -> None:
-        """Move the files of folder `source` into folder `name`, beside those that are there."""
+        """Move the files of folder `source` into folder `name`, whose other files stay."""
         files = [path for path in source.rglob("*") if path.is_file()]
         if self.local is not None:
             for file in files:
@@ -179,7 +183,7 @@ class Store:
         self._ask(send)
 
     def staging(self, name: str) -> Path:
-        """An empty folder to make files in before `put`; on a disk in the same file system, so that moving is free."""
+        """Return an empty folder for files before `put`; on a disk in the same file system, so that `put` renames."""
         if self.local is None:
             return Path(tempfile.mkdtemp(prefix=f"ray_vlm-{name}-"))
         folder = self.local / f".staging-{name}"
@@ -202,7 +206,7 @@ class Store:
         self._ask(get)
 
     def remove(self, name: str) -> None:
-        """Delete a file or a folder; nothing happens where there is none."""
+        """Delete a file or a folder, if it exists."""
         if self.local is not None:
             path = self.local / name
             if path.is_dir() and not path.is_symlink():
@@ -219,21 +223,21 @@ class Store:
 
 @contextmanager
 def whole_or_gone(folder: Path) -> Iterator[None]:
-    """Around whatever fills `folder`, which is removed unless the body ends well, whatever ends it."""
-    whole = False
+    """Remove `folder` if the body, which fills it, does not end normally."""
+    complete = False
     try:
         yield
-        whole = True
+        complete = True
     finally:
-        if not whole:
+        if not complete:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def making(folder: Path) -> Iterator[None]:
-    """Around whatever makes files in `folder`: what the disk refuses is an `OSError` that names its cause and place.
+    """Turn errors of the disk in the body, which writes files in `folder`, into an `OSError` with cause and path.
 
-    safetensors raises an error of its own for it, and torch a `RuntimeError` that does not say why.
+    safetensors raises its own error for them, and torch a `RuntimeError` without the cause.
     """
     from safetensors import SafetensorError
 
@@ -244,9 +248,9 @@ def making(folder: Path) -> Iterator[None]:
             raise
         raise OSError(error.errno, error.strerror, str(folder)) from error
     except SafetensorError as error:
-        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+        if not (match := re.search(r"\(os error (\d+)\)", str(error))):
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(folder)) from error
     except RuntimeError as error:
         if number := _refuses(folder):
             raise OSError(number, os.strerror(number), str(folder)) from error
@@ -256,7 +260,7 @@ def making(folder: Path) -> Iterator[None]:
 
 
 def _refuses(folder: Path) -> int | None:
-    """The number of the error by which `folder` refuses another file now, if it does."""
+    """Return the errno if a file cannot be written in `folder` now, else None."""
     try:
         with tempfile.TemporaryFile(dir=folder if folder.is_dir() else folder.parent) as file:
             file.write(bytes(2**16))
@@ -268,7 +272,7 @@ def _refuses(folder: Path) -> int | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in `folder` survive a power loss, where the file system can promise that."""
+    """Flush new names in `folder` to the disk, if the file system supports it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -282,7 +286,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_picture(png: bytes, output: str | None, output_dir: str, name: str) -> str:
-    """Write it to `output`, or to its place in the job's folder; returns where it is."""
+    """Write a PNG to `output`, or by default to `data/<name>.png` of `output_dir`. Return its address."""
     address = full_address(output) if output else join(output_dir, f"data/{name}.png")
     base, _, options = address.partition("?") if is_remote(address) else (address, "", "")
     folder, _, file = base.rpartition("/")

@@ -1,4 +1,4 @@
-"""Numbers, times and tables for a terminal. What came from files is shown without control characters."""
+"""Numbers, times and tables for a terminal. Text from files is shown without control characters."""
 
 import time
 import unicodedata
@@ -9,12 +9,12 @@ _WIDEST = 48  # characters of a cell
 
 
 def plain_text(text: str) -> str:
-    """The text with every control character as `?`: a terminal would obey them."""
+    """Return the text with every control character as `?`, because a terminal would execute them."""
     return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c for c in text)
 
 
 def format_number(value: float | None) -> str:
-    """A number in few characters; `-` for none."""
+    """Format a number in few characters; `-` for None."""
     if value is None:
         return "-"
     if isinstance(value, int) or (abs(value) >= 1000 and float(value).is_integer()):
@@ -25,29 +25,29 @@ def format_number(value: float | None) -> str:
 
 
 def format_setting(value: object) -> str:
-    """A setting in few characters; `-` for null."""
+    """Format a setting in few characters; `-` for None."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return "-" if value is None else plain_text(str(value).replace("'", ""))
 
 
 def format_duration(seconds: float) -> str:
-    """A duration: 42 s, 12:05 min, 3:07 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+    """Format a duration: 42 s, 12:05 min, 3:07 h."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60}:{total % 60:02d} min"
+    return f"{total // 3600}:{total % 3600 // 60:02d} h"
 
 
 def format_date(seconds: float | None) -> str:
-    """A moment, in local time; `-` for none."""
+    """Format seconds since 1970 in local time; `-` for None."""
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as aligned columns, the first to the left, the others to the right."""
+    """Format rows of equal length as columns, the first aligned to the left, the others to the right."""
     cells = [[_short(plain_text(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -64,5 +64,5 @@ def _short(text: str) -> str:
 
 
 def plural(number: Any, word: str) -> str:
-    """`1 step`, `2 steps`."""
+    """Return `1 step`, `2 steps`."""
     return f"{number} {word}{'' if number == 1 else 's'}"

@@ -1,7 +1,7 @@
-"""Who else gets the numbers of a run, and sample images: Weights & Biases, TensorBoard. Nothing here runs unless asked.
+"""Trackers of a run's numbers and sample images: Weights & Biases and TensorBoard, both off by default.
 
-A tracker takes `log(kind, values, step)`, `pictures(images, step)` (`(caption, PIL image)` pairs) and `finish()`;
-`notes` are sentences for the person who watches, such as the address of a page.
+A tracker has `log(kind, values, step)`, `pictures(images, step)` (`(caption, PIL image)` pairs), `finish()`, and
+`notes`: messages for the user, such as the address of a page.
 """
 
 import configparser
@@ -18,10 +18,14 @@ from urllib.parse import urlsplit
 from ray_vlm.runs.monitor import LINE_KEYS
 from ray_vlm.runs.paths import RunPaths
 
-_WANDB_HOSTS = ("wandb.ai", "coreweave.com")  # where W&B itself keeps its server; a company's own has a base URL
-_KEPT = ("training_log.json", "tensorboard/*", "wandb/offline-run-*/**/*")  # beside `metrics.jsonl`, as the run goes on
+_WANDB_HOSTS = ("wandb.ai", "coreweave.com")  # of W&B's own servers; a self-hosted one has a base URL
+_KEPT = (
+    "training_log.json",
+    "tensorboard/*",
+    "wandb/offline-run-*/**/*",
+)  # copied to an object store during the run, beside `metrics.jsonl`
 
-_AGAIN_S = 60.0  # between two copies of a tracker's file, which only grows
+_AGAIN_S = 60.0  # between two copies of a tracker's file, which grows all the time
 
 # name in metrics.jsonl -> name in trackers
 _NAMES = {
@@ -33,7 +37,7 @@ _NAMES = {
 
 
 def track_names(kind: str, line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line's numbers by the names that trackers show."""
+    """Return a line's numbers under their names in trackers."""
     prefix = "eval" if kind == "eval" else "train"
     named = {new: line[old] for old, new in _NAMES.get(kind, {}).items() if old in line}
     if kind not in ("train", "eval"):
@@ -43,8 +47,8 @@ def track_names(kind: str, line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_wandb_login() -> dict[str, str]:
-    """The variables that log in to Weights & Biases: those that are set, or what `wandb login` left on this machine (in
-    its settings, or in netrc). Empty where nobody logged in."""
+    """Return the environment variables that log in to Weights & Biases: those that are set, or those for the key that
+    `wandb login` stored on this machine (in its settings or in netrc). Empty without a login."""
     if os.environ.get("WANDB_API_KEY"):
         return {"WANDB_API_KEY": os.environ["WANDB_API_KEY"]}
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -56,13 +60,13 @@ def find_wandb_login() -> dict[str, str]:
 
 
 def adopt_wandb_login() -> None:
-    """Set the variables of `find_wandb_login` in this process: workers on other machines get them from here."""
+    """Set the variables of `find_wandb_login` in this process, from which workers on other machines get them."""
     for name, value in find_wandb_login().items():
         os.environ.setdefault(name, value)
 
 
 def _wandb_settings() -> Mapping[str, str]:
-    """The user's settings file of wandb."""
+    """Return the settings in the user's wandb settings file."""
     folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
     parser = configparser.ConfigParser(interpolation=None)
     with suppress(OSError, UnicodeDecodeError, configparser.Error):
@@ -71,13 +75,13 @@ def _wandb_settings() -> Mapping[str, str]:
 
 
 def _netrc_key(server: str | None) -> str | None:
-    """The key that netrc has for `server`, or for W&B's own where none is named."""
+    """Return the key in netrc for `server`, or for W&B's own servers without one."""
     try:
         known = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")).hosts
     except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return None
-    mine = [host for host in known if (host == server if server else host.endswith(_WANDB_HOSTS))]
-    return next((known[host][2] for host in mine if known[host][2]), None)
+    hosts = [host for host in known if (host == server if server else host.endswith(_WANDB_HOSTS))]
+    return next((known[host][2] for host in hosts if known[host][2]), None)
 
 
 def build_trackers(
@@ -87,8 +91,8 @@ def build_trackers(
     wandb: Mapping[str, Any],
     tensorboard: bool,
 ) -> "list[WandbTracker | TensorBoardTracker]":
-    """The trackers of a run. `configuration`: what they show of the job; `first_step`: of this attempt; `wandb`: the
-    project, entity, group and tags of Weights & Biases, empty without it."""
+    """Build the trackers of a run. `configuration`: the job to show; `first_step`: of this attempt; `wandb`: project,
+    entity, group and tags for Weights & Biases, empty without it."""
     trackers: list[WandbTracker | TensorBoardTracker] = []
     if wandb:
         run = json.loads(paths.store.read("run.json") or b"{}")
@@ -100,16 +104,19 @@ def build_trackers(
 
 
 class KeptFiles:
-    """What is made in a run's folder as the run goes on, for a run that is kept elsewhere."""
+    """Copies files that a run keeps changing (training log, trackers) to an object store."""
 
     def __init__(self, paths: RunPaths):
         self._paths = paths
-        self._sent: dict[Path, tuple[tuple[int, int], float]] = {}  # time and size of the file, and when it was sent
+        self._sent: dict[
+            Path, tuple[tuple[int, int], float]
+        ] = {}  # (time, size) of the file as it was copied, and when
 
     def publish(self, everything: bool) -> None:
-        """Copy the files that are new or have changed to where the run is kept; `everything`: also those of which an
-        earlier state was sent a moment ago. Raises `OSError` where the store refuses one; that one and those after it
-        are sent the next time."""
+        """Copy new and changed files to the store; with `everything` also those copied less than `_AGAIN_S` ago.
+
+        Raises `OSError` if the store fails; the remaining files are copied by the next call.
+        """
         if self._paths.remote is None:
             return
         for path in sorted(path for form in _KEPT for path in self._paths.root.glob(form) if path.is_file()):
@@ -121,53 +128,53 @@ class KeptFiles:
 
 
 class WandbTracker:
-    """Weights & Biases, offline where nobody is logged in; a run that is resumed goes on under its id."""
+    """Weights & Biases, offline without a login; a resumed run keeps its id."""
 
-    def __init__(self, options: Mapping[str, Any], kept: str):
-        """`options`: of `wandb.init`; `kept`: where the run is kept, and with it what is written offline."""
+    def __init__(self, options: Mapping[str, Any], address: str):
+        """`options`: of `wandb.init`; `address`: of the run, shown in the note on offline files."""
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or (None if find_wandb_login() else "offline")
         self._run = wandb.init(mode=mode, resume="allow", **options)  # type: ignore[arg-type]
-        self._run.define_metric("eval/step")  # a validation beside training ends some steps after the one it is of
+        self._run.define_metric("eval/step")  # an asynchronous validation ends some steps after its own step
         self._run.define_metric("eval/*", step_metric="eval/step")
         self._step = 0
         if self._run.offline:
             self.notes = [
-                f"Weights & Biases: offline, in wandb/ of {kept}; `wandb sync` sends it"
+                f"Weights & Biases: offline, in wandb/ of {address}; `wandb sync` sends it"
                 + ("" if os.environ.get("WANDB_MODE") else ". `wandb login` or WANDB_API_KEY makes runs go online")
             ]
         else:
             self.notes = [f"Weights & Biases: {self._run.url}"]
 
     def log(self, kind: str, values: Mapping[str, Any], step: int) -> None:
-        """One line's numbers."""
+        """Log one line's numbers."""
         self._put(track_names(kind, values) | ({"eval/step": step} if kind == "eval" else {}), step)
 
     def pictures(self, images: Sequence[tuple[str, Any]], step: int) -> None:
-        """Sample images of a validation."""
+        """Log sample images of a validation."""
         import wandb
 
         shown = [wandb.Image(image, caption=text) for text, image in images]
         self._put({"eval/samples": shown, "eval/step": step}, step)
 
     def log_test(self, values: Mapping[str, Any], step: int) -> None:
-        """What was measured on test rows, once the run is over, of the weights of `step`."""
+        """Log the test metrics of the weights of `step`, after the run."""
         self._run.define_metric("test/step")
         self._run.define_metric("test/*", step_metric="test/step")
         self._run.log({f"test/{name}": value for name, value in values.items()} | {"test/step": step})
 
     def _put(self, values: Mapping[str, Any], step: int) -> None:
-        self._step = max(self._step, step)  # Weights & Biases drops what belongs to an earlier step
+        self._step = max(self._step, step)  # Weights & Biases drops numbers of an earlier step
         self._run.log(dict(values), step=self._step)
 
     def finish(self) -> None:
-        """Send what is left."""
+        """Send the remaining data and end the run."""
         self._run.finish()
 
 
 class TensorBoardTracker:
-    """Event files in a folder, for `tensorboard --logdir`; steps that are done again replace those of before."""
+    """Event files in a folder, for `tensorboard --logdir`; repeated steps replace the earlier ones."""
 
     notes: Sequence[str] = ()
 
@@ -177,18 +184,18 @@ class TensorBoardTracker:
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def log(self, kind: str, values: Mapping[str, Any], step: int) -> None:
-        """One line's numbers; what is not finite is left out."""
+        """Log one line's numbers except those that are not finite."""
         for name, value in track_names(kind, values).items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
 
     def pictures(self, images: Sequence[tuple[str, Any]], step: int) -> None:
-        """Sample images of a validation."""
+        """Log sample images of a validation."""
         import numpy as np
 
         for i, (_, image) in enumerate(images):
             self._writer.add_image(f"eval/sample_{i}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def finish(self) -> None:
-        """Write out what is left."""
+        """Write the remaining data."""
         self._writer.close()

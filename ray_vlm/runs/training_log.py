@@ -1,8 +1,8 @@
-"""`training_log.json`: the run in one file, for people and tools that want nothing else.
+"""`training_log.json`: the whole run in one file, for people and other tools.
 
 `run` (name, status, step), `configuration`, `training_history`, `epoch_history`, `validation_history` and
-`best_checkpoint` (step, metrics, path). It is replaced as a whole while the run goes on, so it can be read at any time;
-what a killed run left unwritten is completed from `metrics.jsonl` by the next attempt, or by whoever reads the run.
+`best_checkpoint` (step, metrics, path). It is replaced atomically during the run, so it can be read at any time. After
+a crash the next attempt, or a command that reads the run, completes it from `metrics.jsonl`.
 """
 
 import json
@@ -21,16 +21,16 @@ from ray_vlm.runs.schema import is_number, is_sound_line, keep_sound, load_sound
 from ray_vlm.runs.store import making
 
 HISTORIES = {"train": "training_history", "epoch": "epoch_history", "eval": "validation_history"}
-_EVERY_S = 10.0  # between two writings, where no validation or checkpoint asks for one
-_STEP_S = 0.0005  # that writing may take of each step on average, in a run so long that it takes time
-_QUICK_S = 0.25  # a log that takes no longer than this is written at every validation and checkpoint
+_EVERY_S = 10.0  # between two writes without a validation or checkpoint
+_STEP_S = 0.0005  # mean time of a step that writing may take, for long logs
+_QUICK_S = 0.25  # a log that takes at most this long is written at every validation and checkpoint
 
 
 class TrainingLog:
-    """The log of a run that goes on; rank 0 has it. `lines`: what `metrics.jsonl` holds already.
+    """The log of a running run, on rank 0. `lines`: the current contents of `metrics.jsonl`.
 
-    Every line is kept as the text that it becomes, so that writing the log is writing text. `check` is asked before
-    each writing, and raises where another attempt has the run; `clock` gives seconds.
+    Every line is stored as encoded text, so that writing the log is fast. `check` is called before each write and
+    raises if another attempt has taken over the run; `clock`: returns seconds.
     """
 
     def __init__(
@@ -47,14 +47,16 @@ class TrainingLog:
         self._texts: dict[str, list[tuple[int, str]]] = {kind: [] for kind in HISTORIES}
         self._best: Mapping[str, Any] | None = None
         self._written = -_EVERY_S
-        self._steps = 0  # that this attempt trained
-        self._spent = self._took = 0.0  # seconds that writing took so far, and the last time
+        self._steps = 0  # trained in this attempt
+        self._spent = self._took = 0.0  # seconds of all writes, and of the last one
         for line in current_lines(lines):
             self._take(line)
 
     def add(self, line: dict[str, Any], best: Mapping[str, Any] | None = None) -> None:
-        """Take a line that was appended to `metrics.jsonl`, and write the log where that is due. `best`: the best
-        checkpoint; where the workers have not said it yet, the validations do."""
+        """Add a line of `metrics.jsonl`, and write the log if that is due.
+
+        `best`: the best checkpoint; None: the best validation so far.
+        """
         self._take(line)
         self._steps += line["kind"] == "train"
         if line["kind"] == "start":
@@ -62,7 +64,9 @@ class TrainingLog:
             self._best = _find_best(known, self._configuration, self._paths.uri("best"))
         self._best = best or self._best
         if line["kind"] == "start" or self._is_due(line["kind"] in ("eval", "checkpoint", "epoch")):
-            with suppress(OSError):  # a full disk: a checkpoint will say so, and the driver writes the log again
+            with suppress(
+                OSError
+            ):  # of a full disk: the next checkpoint raises it, and the driver writes the log again
                 self._check()
                 self.write()
 
@@ -76,14 +80,14 @@ class TrainingLog:
         self._took = self._written - started
         self._spent += self._took
 
-    def _is_due(self, asked: bool) -> bool:
-        if asked and self._took <= _QUICK_S:
+    def _is_due(self, important: bool) -> bool:
+        if important and self._took <= _QUICK_S:
             return True
         return self._clock() - self._written >= _EVERY_S and self._spent <= _STEP_S * self._steps
 
     def _take(self, line: dict[str, Any]) -> None:
         kind, step = line["kind"], line["step"]
-        if kind == "start":  # what an earlier attempt did after this step is done again
+        if kind == "start":  # later steps of earlier attempts are repeated
             self._texts = {k: [(s, text) for s, text in known if s <= step] for k, known in self._texts.items()}
             self._about |= {"step": step} | ({"num_steps": line["num_steps"]} if "num_steps" in line else {})
         elif kind in HISTORIES:
@@ -92,7 +96,7 @@ class TrainingLog:
 
 
 def encode_line(line: Mapping[str, Any]) -> str:
-    """A line of `metrics.jsonl` as an entry of its history."""
+    """Encode a line of `metrics.jsonl` as an entry of its history."""
     return json.dumps(finite({key: value for key, value in line.items() if key != "kind"}))
 
 
@@ -103,7 +107,7 @@ def write_log(
     texts: Mapping[str, Sequence[str]],
     best: Mapping[str, Any] | None,
 ) -> None:
-    """Write the file, an entry a line, so that a reader sees the old one or the new one. `texts`: by kind of line."""
+    """Write the file atomically, one entry a line. `texts`: encoded entries by kind of line."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with making(path), open(temporary, "w", encoding="utf-8") as file:
@@ -121,10 +125,10 @@ def write_log(
 
 
 def write_training_log(paths: RunPaths, status: str, best: Mapping[str, Any] | None = None) -> None:
-    """Write the log of a run that is over, or that nobody drives any more, from its `metrics.jsonl`.
+    """Write the log of a run that has ended from its `metrics.jsonl`.
 
-    Steps that a later attempt did again count once, as that attempt did them. `best`: what the workers called the best
-    checkpoint; None where they could not say it, and then the validations do.
+    Repeated steps count once, from the later attempt. `best`: the best checkpoint from the workers; None: the best
+    validation.
     """
     lines = current_lines(read_metrics(paths.metrics))
     configuration = json.loads(paths.resolved.read_text())
@@ -138,7 +142,7 @@ def write_training_log(paths: RunPaths, status: str, best: Mapping[str, Any] | N
 
 
 def _find_best(lines: Iterable[dict[str, Any]], configuration: Any, path: str) -> dict[str, Any] | None:
-    """The best validation as `best_checkpoint`. `path`: of `best/`."""
+    """Return the best validation in the form of `best_checkpoint`, or None. `path`: of `best/`."""
     evaluate = configuration.get("evaluate") if isinstance(configuration, Mapping) else None
     metric = evaluate.get("metric") if isinstance(evaluate, Mapping) else None
     if (line := best_line(lines, str(metric or "loss"))) is None:
@@ -149,7 +153,7 @@ def _find_best(lines: Iterable[dict[str, Any]], configuration: Any, path: str) -
 
 @dataclass(frozen=True)
 class LogContent:
-    """What a `training_log.json` says: its `run` section, the job, and its entries as lines of `metrics.jsonl`."""
+    """The contents of a `training_log.json`: `run`, the job, and the entries as lines of `metrics.jsonl`."""
 
     about: dict[str, Any]
     configuration: dict[str, Any]
@@ -158,9 +162,9 @@ class LogContent:
 
 
 def parse_log(data: bytes, name: str) -> LogContent:
-    """Read the file's bytes as far as they can be counted on. Raises `RunError` where they are no training log.
+    """Parse the valid parts of the file's bytes. Raises `RunError` if they are no training log.
 
-    `name`: how errors and faults call the file.
+    `name`: of the file in errors and faults.
     """
     try:
         log = load_sound(data)
@@ -183,13 +187,15 @@ def parse_log(data: bytes, name: str) -> LogContent:
         if len(sound) < len(listed):
             faults.append(f"{len(listed) - len(sound)} of {len(listed)} entries of its {history} are altered")
         lines += sound
-    lines.sort(key=lambda line: (line["attempt"], line["step"]))  # those of one step stay in the order of kinds
+    lines.sort(
+        key=lambda line: (line["attempt"], line["step"])
+    )  # stable, so lines of one step stay in the order of `HISTORIES`
     job = keep_sound("resolved.json", configuration if isinstance(configuration, dict) else {}, name, faults)
     return LogContent(about if isinstance(about, dict) else {}, job, lines, tuple(faults))
 
 
 def describe_attempts(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The attempts that the lines are of, as `run.json` would list them: from the first line to the last."""
+    """Return the attempts of the lines in the form of `run.json`, each from its first line to its last."""
     attempts: dict[int, dict[str, Any]] = {}
     for line in lines:
         if is_number(line.get("time")):

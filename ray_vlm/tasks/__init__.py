@@ -1,4 +1,4 @@
-"""What a model is asked to do: one file a task, each with ask, answer, parse and score."""
+"""The tasks, one module each, with the functions `ask`, `answer`, `parse` and `score`."""
 
 from types import ModuleType
 

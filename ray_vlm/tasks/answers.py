@@ -1,4 +1,4 @@
-"""What the tasks share: an answer as text, an answer as understood, and JSON read out of whatever a model wrote."""
+"""What the tasks share: the right answer, the parsed answer, and reading JSON out of whatever a model wrote."""
 
 import json
 import re
@@ -10,20 +10,20 @@ from ray_vlm.config.schema import Task
 
 Turns = tuple[tuple[str, str], ...]  # (role, text); `<image>` stands for an image
 IMAGE = "<image>"
-_FENCE = re.compile(r"```(?:json)?")  # no repeats beside each other: a model may write a page of spaces
+_FENCE = re.compile(r"```(?:json)?")  # no adjacent repeats: a page of spaces would backtrack
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-_HALVES = re.compile(rf"{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW}")  # of a character; no file can hold them
+_HALVES = re.compile(rf"{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW}")  # lone surrogates, which UTF-8 cannot encode
 _KEY = re.compile(r'":\s*$')
-_BRACKET, _LIST = re.compile(r"[\[{]"), re.compile(r"\[\s*\{")  # where a value may begin, and a list of objects
-_TRIES = 2000  # places where an object may begin that are looked at in a broken answer
-_DEEPEST = 64  # levels of lists and objects that an answer may have
+_BRACKET, _LIST = re.compile(r"[\[{]"), re.compile(r"\[\s*\{")  # start of any value, and of a list of objects
+_TRIES = 2000  # opening brackets that are tried as the start of a value in a broken answer
+_DEEPEST = 64  # most levels of lists and objects in an answer
 _DECODER = json.JSONDecoder(strict=False)
 
 
 @dataclass(frozen=True)
 class PromptContext:
-    """How a job asks: the task's options, class names in prompt order, what the training data hints at, and a function
-    that counts the tokens of a text."""
+    """What a question is built from: the task's options, the class names in prompt order, hints from the training data,
+    and a function that counts the tokens of a text."""
 
     options: Task
     labels: tuple[str, ...] = ()
@@ -33,8 +33,8 @@ class PromptContext:
 
 @dataclass(frozen=True)
 class Answer:
-    """The right answer. `spans` are `(start, end, tag)`: these characters say that class or condition, and carry its
-    weight in the loss."""
+    """The right answer. `spans` are `(start, end, tag)`: the characters `text[start:end]` name the class or condition
+    `tag` and carry its weight in the loss."""
 
     text: str
     spans: tuple[tuple[int, int, str], ...] = ()
@@ -42,9 +42,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What was understood of an answer; `values` are the task's own.
+    """A parsed answer; the keys of `values` are defined by the task.
 
-    `ok`: it was the promised form; `repairs`: what had to be mended or dropped.
+    `ok`: the answer had the required form; `repairs`: what was mended or dropped.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -53,14 +53,14 @@ class Parsed:
 
 
 def with_images(num_images: int, question: str, system: str | None) -> Turns:
-    """One question behind its images, after the system message if there is one."""
+    """Build one user turn, the images first and then the question, after the system message if there is one."""
     before: Turns = (("system", system),) if system else ()
     return (*before, ("user", IMAGE * num_images + question))
 
 
 def final_text(text: str) -> str:
-    """The final answer of a model that reasons first: what follows the last `</think>`, and of that what the last
-    `<answer>` holds. Empty if the reasoning never ends; a text without these marks is returned as it is."""
+    """Return the final answer of a model that reasons first: the text after the last `</think>`, or the content of the
+    last `<answer>` in it. Empty if the reasoning never ends; a text without these marks is returned unchanged."""
     if "</think>" in text:
         text = text.rpartition("</think>")[2]
     elif "<think>" in text:
@@ -69,18 +69,18 @@ def final_text(text: str) -> str:
 
 
 def read_json(text: str, first_object: bool = False) -> tuple[Any, list[str]]:
-    """The JSON value in an answer and what was wrong with its form; None where there is none. Never raises.
+    """Return the JSON value in an answer, or None without one, and the repairs that were needed. Never raises.
 
-    Reasoning before the answer and a fence around it belong to the form. Text around it, or an end that was cut off, is
-    a repair. Of several lists or objects the last one counts, since drafts come before the final answer, or of objects
-    the first (`first_object`); of a list that was cut off the whole objects are kept.
+    Reasoning before the answer and a fence around it are allowed. Text around the value and a truncated end are
+    repairs. Among several lists or objects the last one is returned, since drafts precede the final answer; with
+    `first_object`, the first object. A truncated list keeps its complete objects.
     """
     value, repairs = _read_json(final_text(text), first_object)
     return (None, [*repairs, "nested too deeply"]) if _is_deep(value) else (value, repairs)
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether a value is nested so deeply that what copies, compares or writes it would fail."""
+    """Whether a value is nested so deeply that copying or serialising it could exceed the recursion limit."""
     level = [value]
     for _ in range(_DEEPEST):
         inside = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
@@ -100,8 +100,8 @@ def _read_json(text: str, first_object: bool) -> tuple[Any, list[str]]:
         return json.loads(inside, strict=False), repairs
     except (ValueError, RecursionError):
         pass
-    value, whole = _last_value(text, first_object)
-    if whole:
+    value, complete = _last_value(text, first_object)
+    if complete:
         return value, [*repairs, "text around the JSON"]
     if value:
         return value, [*repairs, "JSON cut off or broken; whole objects kept"]
@@ -109,48 +109,52 @@ def _read_json(text: str, first_object: bool) -> tuple[Any, list[str]]:
 
 
 def _last_value(text: str, first_object: bool) -> tuple[Any, bool]:
-    """The last list of objects in a text or, where there is none, the last (or first) object, and whether it is whole:
-    of a list that is cut off or broken, its whole objects. Something empty counts where there is nothing else."""
+    """Return the last list of objects in a text, or else the last (or first) object, and whether it is complete.
+
+    A truncated or broken list yields its complete objects and False. An empty list or object is returned only if there
+    is nothing else.
+    """
     lists, objects, empty = list[list](), list[dict](), list[Any]()
-    broken: list[dict] | None = None  # objects of the list that begins last and does not end
+    broken: list[dict] | None = None  # the complete objects of the last list that has no end
     end = 0
     for _, match in zip(range(_TRIES), _BRACKET.finditer(text), strict=False):
         start = match.start()
         if start < end:
             continue
         try:
-            found, end = _DECODER.raw_decode(text, start)
+            value, end = _DECODER.raw_decode(text, start)
         except RecursionError:
             break
         except ValueError:
             if _LIST.match(text, start) and broken is None:
                 broken = []
             continue
-        inside = broken is not None and _KEY.search(text[max(0, start - 20) : start])  # a value of a broken object
-        if not isinstance(found, dict) and not all(isinstance(item, dict) for item in found):
-            end = match.end()  # objects may be inside
-        elif not found:
-            empty.append(found)
-        elif isinstance(found, dict):
-            (objects if broken is None else broken).append(found)
+        # a list behind `"key":` in a broken object is a value of that object, not the answer
+        inside = broken is not None and _KEY.search(text[max(0, start - 20) : start])
+        if not isinstance(value, dict) and not all(isinstance(item, dict) for item in value):
+            end = match.end()  # go on behind the bracket: the list may hold objects
+        elif not value:
+            empty.append(value)
+        elif isinstance(value, dict):
+            (objects if broken is None else broken).append(value)
         elif not inside:
-            lists.append(found)
+            lists.append(value)
             broken = None
     if broken:
         return broken, False
-    whole = lists[-1:] or (objects[:1] if first_object else objects[-1:]) or empty[-1:]
-    return (whole[0], True) if whole else (None, False)
+    chosen = lists[-1:] or (objects[:1] if first_object else objects[-1:]) or empty[-1:]
+    return (chosen[0], True) if chosen else (None, False)
 
 
-def name_class(found: str, labels: Sequence[str]) -> str:
-    """The class that an answer means: one of `labels` that is equal but for case, spaces and underscores, if only one
-    is; else what was found."""
-    if found in labels:
-        return found
-    alike = [label for label in labels if same_words(found.replace("_", " "), label.replace("_", " "))]
-    return alike[0] if len(alike) == 1 else found
+def name_class(name: str, labels: Sequence[str]) -> str:
+    """Return the one of `labels` that equals `name` apart from case, spaces and underscores; `name` itself if none
+    does, or several do."""
+    if name in labels:
+        return name
+    alike = [label for label in labels if same_words(name.replace("_", " "), label.replace("_", " "))]
+    return alike[0] if len(alike) == 1 else name
 
 
 def same_words(a: str, b: str) -> bool:
-    """Whether two texts are equal but for case and spaces."""
+    """Whether two texts are equal apart from case and spaces."""
     return " ".join(a.casefold().split()) == " ".join(b.casefold().split())

@@ -2,9 +2,9 @@
 
 Every assistant turn is trained; the last one is what is generated and scored.
 
-`truth` is `{"answer": text}`; `context` is `{"turns": ((role, text), ...)}`, all turns before that, with an `<image>`
-for every image, and where texts speak of places `boxes`, `refs` and `image_of`, which take the places of `<bbox>` and
-`<ref-object>` in order of appearance.
+`truth` is `{"answer": text}`; `context` is `{"turns": ((role, text), ...)}`, all turns before the answer, with an
+`<image>` for every image. Where the texts refer to objects, `context` also has `boxes` and `refs`, which replace
+`<bbox>` and `<ref-object>` in order of appearance, and `image_of`, the index of each box's image.
 """
 
 import re
@@ -23,10 +23,10 @@ _NOT_WORDS = re.compile(r"[^\w\s]")
 
 
 def check(record: SftRecord, labels: Sequence[str]) -> str | None:
-    """Why a record cannot be learned from, if so."""
-    tags_found = sum(text.count(IMAGE) for _, text in record.context["turns"]) + record.truth["answer"].count(IMAGE)
-    if tags_found != len(record.images):
-        return f"{tags_found} <image> tags for {len(record.images)} images; there must be one tag for each image"
+    """Return why a record cannot be trained on, or None."""
+    num_tags = sum(text.count(IMAGE) for _, text in record.context["turns"]) + record.truth["answer"].count(IMAGE)
+    if num_tags != len(record.images):
+        return f"{num_tags} <image> tags for {len(record.images)} images; there must be one tag for each image"
     if not record.truth["answer"].strip():
         return "the last answer is empty, so there is nothing to learn"
     for box, image in zip(record.context.get("boxes", ()), record.context.get("image_of", ()), strict=False):
@@ -36,25 +36,25 @@ def check(record: SftRecord, labels: Sequence[str]) -> str | None:
 
 
 def tags(record: SftRecord) -> tuple[str, ...]:
-    """None: free text has no classes."""
+    """Return no tags: free text has no classes."""
     return ()
 
 
-def ask(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Turns:
-    """All turns before the last answer."""
+def ask(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Turns:
+    """Return all turns before the last answer."""
     turns = _fill(record, frames)[:-1]
-    if setting.options.system and not (turns and turns[0][0] == "system"):
-        turns = (("system", setting.options.system), *turns)
+    if context.options.system and not (turns and turns[0][0] == "system"):
+        turns = (("system", context.options.system), *turns)
     return turns
 
 
-def answer(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Answer:
-    """The last answer."""
+def answer(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Answer:
+    """Return the last answer."""
     return Answer(_fill(record, frames)[-1][1])
 
 
 def _fill(record: SftRecord, frames: Sequence[Frame]) -> Turns:
-    """All turns, with boxes and names written in place of their placeholders."""
+    """Return all turns, with the placeholders replaced by boxes and names."""
     turns = (*record.context["turns"], ("assistant", record.truth["answer"]))
     boxes, names = record.context.get("boxes", ()), iter(record.context.get("refs", ()))
     if not boxes and "refs" not in record.context:
@@ -62,47 +62,56 @@ def _fill(record: SftRecord, frames: Sequence[Frame]) -> Turns:
     image_of = record.context.get("image_of") or (0,) * len(boxes)
     regions = (write_region(box, frames[i]) for box, i in zip(boxes, image_of, strict=True))
 
-    def one(found: re.Match) -> str:
-        return next(regions if found.group() == "<bbox>" else names, found.group())
+    def fill_in(placeholder: re.Match) -> str:
+        return next(regions if placeholder.group() == "<bbox>" else names, placeholder.group())
 
-    return tuple((role, _PLACEHOLDER.sub(one, text)) for role, text in turns)
+    return tuple((role, _PLACEHOLDER.sub(fill_in, text)) for role, text in turns)
 
 
 def parse(text: str, frames: Sequence[Frame]) -> Parsed:
-    """`answer`: the text without the reasoning before it and the spaces around it."""
-    found = final_text(text).strip()
-    return Parsed({"answer": found}, bool(found), () if found else ("empty answer",))
+    """Parse `answer`: the text without the reasoning before it and the spaces around it."""
+    final = final_text(text).strip()
+    return Parsed({"answer": final}, bool(final), () if final else ("empty answer",))
 
 
 def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
-    """`exact`; `normalised`: equal but for case, punctuation, articles and spaces (as SQuAD and VQA do); `anls`: one
-    minus the edit distance over the longer length, 0 where that is below 0.5 (Biten et al. 2019, arXiv:1905.13648)."""
-    found, right = parsed.values.get("answer", ""), final_text(truth["answer"]).strip()
-    return {"exact": found == right, "normalised": _normal(found) == _normal(right), "anls": anls(found, right)}
+    """Score an answer against the truth.
+
+    `exact`: equal texts; `normalised`: equal apart from case, punctuation, articles and spaces (as SQuAD and VQA do);
+    `anls`: one minus the edit distance over the longer length, 0 where that is below 0.5 (Biten et al. 2019,
+    arXiv:1905.13648).
+    """
+    predicted, right = parsed.values.get("answer", ""), final_text(truth["answer"]).strip()
+    return {
+        "exact": predicted == right,
+        "normalised": _normal(predicted) == _normal(right),
+        "anls": anls(predicted, right),
+    }
 
 
 def _normal(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", _NOT_WORDS.sub(" ", text.casefold())).split())
 
 
-def anls(found: str, right: str) -> float:
-    """Average normalised Levenshtein similarity of one answer, 0..1, case aside."""
-    a, b = found.casefold().strip(), right.casefold().strip()
+def anls(predicted: str, right: str) -> float:
+    """Return the normalised Levenshtein similarity of one answer to the right one, 0..1, ignoring case."""
+    a, b = predicted.casefold().strip(), right.casefold().strip()
     if not a and not b:
         return 1.0
     longest = max(len(a), len(b))
-    if 2 * abs(len(a) - len(b)) > longest:  # at least so many edits
+    if 2 * abs(len(a) - len(b)) > longest:  # the difference in length is a lower bound of the edits
         return 0.0
     similarity = 1.0 - _edits(a, b) / longest
     return similarity if similarity >= 0.5 else 0.0
 
 
 def _edits(a: str, b: str) -> int:
-    """Levenshtein distance, one row at a time."""
+    """Return the Levenshtein distance, computed one row of the table at a time."""
     letters = np.frombuffer(b.encode("utf-32-le", "surrogatepass"), np.uint32)
-    place = np.arange(len(b) + 1)
-    row = place
+    columns = np.arange(len(b) + 1)
+    row = columns
     for i, x in enumerate(a, 1):
         best = np.concatenate([[i], np.minimum(row[1:] + 1, row[:-1] + (letters != ord(x)))])
-        row = np.minimum.accumulate(best - place) + place  # and what is inserted on the way from the left
+        # row[j] is the least best[k] + (j - k) over k <= j: insertions from the left, without a loop over columns
+        row = np.minimum.accumulate(best - columns) + columns
     return int(row[-1])

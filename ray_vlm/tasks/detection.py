@@ -1,7 +1,7 @@
-"""Detection: find every object of the named classes and say where it is.
+"""Detection: find every object of the named classes and give its box.
 
 The answer lists objects from top to bottom and then from left to right (y1, then x1, then label), in the family's own
-form (`tasks/boxes.py`); `[]`, or `None` in Qwen2-VL's form, says that nothing is there.
+form (`tasks/boxes.py`); `[]`, or `None` in Qwen2-VL's form, means no objects.
 
 `truth` is `{"boxes": (Box, ...), "labels": (str, ...)}`. Placeholder of the prompt: `{labels}`.
 """
@@ -24,7 +24,7 @@ _PROMPT_TOKENS = "Locate every instance that belongs to the following categories
 
 
 def check(record: SftRecord, labels: Sequence[str]) -> str | None:
-    """Why a record cannot be learned from, if so."""
+    """Return why a record cannot be trained on, or None."""
     if len(record.images) != 1:
         return f"a detection row needs exactly one image, and this one has {len(record.images)}"
     for box, label in zip(record.truth["boxes"], record.truth["labels"], strict=True):
@@ -36,47 +36,48 @@ def check(record: SftRecord, labels: Sequence[str]) -> str | None:
 
 
 def tags(record: SftRecord) -> tuple[str, ...]:
-    """The class of every object."""
+    """Return the class of every object."""
     return tuple(record.truth["labels"])
 
 
-def ask(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Turns:
-    """The image and the question."""
-    own = PROMPT if frames[0].codec.syntax == "json" else _PROMPT_TOKENS
-    question = (setting.options.prompt or own).replace("{labels}", ", ".join(setting.labels))
-    return with_images(len(record.images), question, setting.options.system)
+def ask(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Turns:
+    """Build the turn with the image and the question."""
+    default = PROMPT if frames[0].codec.syntax == "json" else _PROMPT_TOKENS
+    question = (context.options.prompt or default).replace("{labels}", ", ".join(context.labels))
+    return with_images(len(record.images), question, context.options.system)
 
 
-def answer(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Answer:
-    """The right answer, each object a span of its class."""
+def answer(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Answer:
+    """Write the right answer, each object a span of its class."""
     objects = zip(record.truth["boxes"], record.truth["labels"], strict=True)
     return write_boxes(sorted(objects, key=lambda o: (o[0][1], o[0][0], o[1])), frames[0])
 
 
 def parse(text: str, frames: Sequence[Frame]) -> Parsed:
-    """`boxes` in original pixels and their `labels`. Never raises; what it mended is in `repairs`."""
+    """Parse `boxes`, in original pixels, and their `labels`. Never raises; repairs are listed in `repairs`."""
     objects, ok, repairs = read_boxes(text, frames[0])
     boxes, labels = tuple(box for box, _ in objects), tuple(label for _, label in objects)
     return Parsed({"boxes": boxes, "labels": labels}, ok, tuple(repairs))
 
 
 def name_classes(parsed: Parsed, labels: Sequence[str]) -> Parsed:
-    """The answer with its labels as the job writes them: a model that was never told answers `stop sign` for
+    """Return the answer with its labels spelled as in `labels`: an untrained base answers `stop sign` for
     `Stop_Sign`."""
     named = tuple(name_class(label, labels) for label in parsed.values["labels"])
     return replace(parsed, values={**parsed.values, "labels": named})
 
 
 def score(parsed: Parsed, truth: Mapping[str, Any], threshold: float = 0.5) -> dict[str, Any]:
-    """Compare an answer with the truth of one image.
+    """Score an answer against the truth of one image.
 
-    Returns counts by class at `threshold` IoU (`hits`, `misses`, `invented`: label -> number; boxes pair one-to-one
-    within a class, most pairs first, then most overlap) and `ious`: for each true object the IoU of the box that is
-    paired with it when labels are ignored, 0.0 where none is.
+    Returns the counts by class at `threshold` IoU (`hits`, `misses`, `invented`: label -> number), from a one-to-one
+    matching within each class with the most pairs and, among those, the largest overlap; and `ious`: for each true
+    object the IoU of the box matched to it when labels are ignored, 0.0 without a match.
     """
     boxes, labels = parsed.values.get("boxes", ()), parsed.values.get("labels", ())
     ious = iou_matrix(truth["boxes"], boxes)
     same = np.array([[t == p for p in labels] for t in truth["labels"]], bool).reshape(ious.shape)
+    # 1000 per pair outweighs any sum of overlaps, so the number of pairs is maximised first
     pairs = match(np.where(same & (ious >= threshold), 1000.0 + ious, 0.0))
     hit_truth, hit_answer = {r for r, _ in pairs}, {c for _, c in pairs}
     best = {r: float(ious[r, c]) for r, c in match(ious)}

@@ -1,8 +1,8 @@
-"""GUI steps: given a goal, a screen and what was done so far, say the next step.
+"""GUI steps: given a goal, a screen and the steps so far, answer with the next step.
 
-The answer is the row's Output as JSON, with where it points to behind it: `"bbox_2d": [...]` or `"point_2d": [...]` in
-the codec's coordinates. The question tells the goal, then what was done: the last `task.short_memory` steps in full,
-and before them as many earlier ones as fit into `task.long_memory_tokens`, the oldest cut first.
+The answer is the row's Output as JSON, followed by the target on the screen: `"bbox_2d": [...]` or `"point_2d": [...]`
+in the codec's coordinates. The question states the goal, the last `task.short_memory` steps in full, and as many of
+the steps before them as fit into `task.long_memory_tokens`; the oldest are cut first.
 
 `truth` is `{"output": {...}, "box": Box | None, "point": Point | None}`; `context` is `{"instruction", "task", "step",
 "history": (text, ...)}`, the history oldest first. Placeholders of the prompt: `{goal}`, `{long_memory}`,
@@ -23,7 +23,7 @@ _POINTED = ("bbox_2d", "point_2d")
 
 
 def check(record: SftRecord, labels: Sequence[str]) -> str | None:
-    """Why a record cannot be learned from, if so."""
+    """Return why a record cannot be trained on, or None."""
     if not record.images:
         return "a GUI step needs a screen; fill Image_id"
     taken = [key for key in _POINTED if key in record.truth["output"]]
@@ -36,51 +36,51 @@ def check(record: SftRecord, labels: Sequence[str]) -> str | None:
 
 
 def tags(record: SftRecord) -> tuple[str, ...]:
-    """The action."""
+    """Return the action as the only tag."""
     return (f"action={record.truth['output']['action']}",)
 
 
-def ask(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Turns:
-    """The screen, the goal and the memory of earlier steps."""
-    short, long = split_memory(record.context["history"], setting)
-    question = setting.options.prompt or PROMPT
-    told = {"goal": record.context["instruction"], "long_memory": _list(long), "short_memory": _list(short)}
-    pieces = question.split("{")  # one pass: a goal that holds "{short_memory}" is text, not a placeholder
+def ask(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Turns:
+    """Build the turn with the screen, the goal and the memory of earlier steps."""
+    short, long = split_memory(record.context["history"], context)
+    question = context.options.prompt or PROMPT
+    values = {"goal": record.context["instruction"], "long_memory": _list(long), "short_memory": _list(short)}
+    pieces = question.split("{")  # one pass: "{short_memory}" inside a goal is text, not a placeholder
     out = pieces[0]
     for piece in pieces[1:]:
         name, mark, rest = piece.partition("}")
-        out += told[name] + rest if mark and name in told else "{" + piece
-    return with_images(len(record.images), out, setting.options.system)
+        out += values[name] + rest if mark and name in values else "{" + piece
+    return with_images(len(record.images), out, context.options.system)
 
 
-def split_memory(history: Sequence[str], setting: PromptContext) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The last steps, and those before them that fit into the token budget; both oldest first."""
-    cut = max(0, len(history) - setting.options.short_memory)
+def split_memory(history: Sequence[str], context: PromptContext) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split into the last steps and those before them that fit into the token budget; both oldest first."""
+    cut = max(0, len(history) - context.options.short_memory)
     short, earlier = tuple(history[cut:]), history[:cut]
-    budget, kept = setting.options.long_memory_tokens, 0
-    while kept < len(earlier):
-        budget -= setting.count_tokens(earlier[len(earlier) - kept - 1]) + 2  # two for its number
+    budget, count = context.options.long_memory_tokens, 0
+    while count < len(earlier):
+        budget -= context.count_tokens(earlier[len(earlier) - count - 1]) + 2  # two more tokens for the step's number
         if budget < 0:
             break
-        kept += 1
-    return short, tuple(earlier[len(earlier) - kept :])
+        count += 1
+    return short, tuple(earlier[len(earlier) - count :])
 
 
-def remember(history: Sequence[str], output: Mapping[str, Any], setting: PromptContext) -> tuple[tuple, tuple]:
-    """The short and the long memory after a step: its `output` joins the history unless no action was understood."""
+def remember(history: Sequence[str], output: Mapping[str, Any], context: PromptContext) -> tuple[tuple, tuple]:
+    """Return the short and the long memory after a step. Its `output` joins the history if it has an action."""
     done = [write_step(output)] if "action" in output else []
-    return split_memory([*history, *done], setting)
+    return split_memory([*history, *done], context)
 
 
 def write_step(output: Mapping[str, Any]) -> str:
-    """A step as a memory holds it: compact JSON."""
+    """Write a step as compact JSON, the form of a memory's entries."""
     return json.dumps(output, ensure_ascii=False, separators=(",", ":"))
 
 
 def read_memory(memory: object, name: str) -> tuple[str, ...]:
-    """Earlier steps as texts, oldest first: those of a list of texts and JSON objects, or one of these by itself.
+    """Return earlier steps as texts, oldest first, from a list of texts and JSON objects or from a single one.
 
-    None and what is empty are no step. `name` is what messages call the memory. Raises `ValueError`.
+    None and empty entries are skipped. `name` is the memory's name in messages. Raises `ValueError` for anything else.
     """
     single = isinstance(memory, str | bytes | Mapping) or not isinstance(memory, Iterable)
     entries: Iterable[object] = [memory] if single else memory  # type: ignore[assignment]
@@ -104,8 +104,8 @@ def _list(steps: Sequence[str]) -> str:
     return " ".join(steps) if steps else _NOTHING
 
 
-def answer(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -> Answer:
-    """The step as JSON; the whole of it is a span of its action."""
+def answer(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Answer:
+    """Write the step as JSON; all of it is one span, of its action."""
     step = dict(record.truth["output"])
     if record.truth["box"] is not None:
         step["bbox_2d"] = frames[0].encode(record.truth["box"])
@@ -116,8 +116,8 @@ def answer(record: SftRecord, frames: Sequence[Frame], setting: PromptContext) -
 
 
 def parse(text: str, frames: Sequence[Frame]) -> Parsed:
-    """`output` (action and arguments), `box` and `point` in original pixels or None. Never raises."""
-    value, repairs = read_json(text, first_object=True)  # of several steps the next one
+    """Parse `output` (action and arguments), and `box` and `point` in original pixels or None. Never raises."""
+    value, repairs = read_json(text, first_object=True)  # a model may answer several steps; the first is the next
     if isinstance(value, list) and value:
         value, repairs = value[0], [*repairs, "the first of a list of steps"]
     if not isinstance(value, dict):
@@ -135,13 +135,16 @@ def parse(text: str, frames: Sequence[Frame]) -> Parsed:
 
 
 def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
-    """`action`: same action; `arguments`: share of the truth's arguments that are equal (None where it has none);
-    `inside`: the place pointed at lies in the true box (None where nothing is to be pointed at); `iou`: of the boxes
-    (None where the truth has none); `success`: everything that applies is right."""
-    found, right = parsed.values.get("output", {}), truth["output"]
-    action = _same(found.get("action"), right["action"])
+    """Score a step against the truth.
+
+    `action`: same action; `arguments`: share of the truth's arguments that are equal (None if it has none); `inside`:
+    the target lies in the true box, or near the true point (None if the truth has neither); `iou`: of the boxes (None
+    if the truth has no box); `success`: everything that applies is right, and no target is given where none is due.
+    """
+    predicted, right = parsed.values.get("output", {}), truth["output"]
+    action = _same(predicted.get("action"), right["action"])
     names = [name for name in right if name != "action"]
-    equal = [_same(found.get(name), right[name]) for name in names]
+    equal = [_same(predicted.get(name), right[name]) for name in names]
     inside, iou = _score_grounding(parsed, truth)
     extra = truth["box"] is None and truth["point"] is None and _pointed(parsed) is not None
     return {
@@ -153,29 +156,29 @@ def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _same(found: Any, right: Any) -> bool:
-    if isinstance(found, str) and isinstance(right, str):
-        return same_words(found, right)
-    return type(found) is type(right) and found == right
+def _same(predicted: Any, right: Any) -> bool:
+    if isinstance(predicted, str) and isinstance(right, str):
+        return same_words(predicted, right)
+    return type(predicted) is type(right) and predicted == right
 
 
 def _pointed(parsed: Parsed) -> tuple[float, float] | None:
-    """The place that is pointed at: a point, or the centre of a box."""
+    """Return the position of the target: a point, or the centre of a box."""
     box, point = parsed.values.get("box"), parsed.values.get("point")
     return point if box is None else ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
 
 
-NEAR_PX = 14.0  # a point is hit when the answer is no farther away (half a finger's width on a small screen)
+NEAR_PX = 14.0  # largest distance at which an answer hits a point (half a finger's width on a small screen)
 
 
 def _score_grounding(parsed: Parsed, truth: Mapping[str, Any]) -> tuple[bool | None, float | None]:
     if truth["box"] is None and truth["point"] is None:
         return None, None
-    at = _pointed(parsed)
+    target = _pointed(parsed)
     if truth["box"] is None:
         x, y = truth["point"]
-        return at is not None and (at[0] - x) ** 2 + (at[1] - y) ** 2 <= NEAR_PX**2, None
+        return target is not None and (target[0] - x) ** 2 + (target[1] - y) ** 2 <= NEAR_PX**2, None
     x1, y1, x2, y2 = truth["box"]
-    inside = at is not None and x1 <= at[0] <= x2 and y1 <= at[1] <= y2
+    inside = target is not None and x1 <= target[0] <= x2 and y1 <= target[1] <= y2
     box = parsed.values.get("box")
     return inside, float(iou_matrix([truth["box"]], [box])[0, 0]) if box is not None else 0.0

@@ -1,9 +1,9 @@
-"""Validation beside training (`evaluate.asynchronous`): rank 0 writes the weights down, a Ray actor measures them, and
-the ranks go on meanwhile.
+"""Asynchronous validation (`evaluate.asynchronous`): rank 0 saves the weights, a Ray actor validates them, and training
+continues meanwhile.
 
-One validation is under way at a time. Its weights lie in the run as `.validate-<step>` until what was found of them is
-in `metrics.jsonl`: where a run is cut off before that, the next attempt has them measured. Ray Train's own
-asynchronous validation belongs to checkpoints that Ray keeps, and ours are not (`train/report.py`).
+One validation runs at a time. Its weights stay in the run folder as `.validate-<step>` until the metrics are in
+`metrics.jsonl`; if the run ends before that, the next attempt validates them. Ray Train's own asynchronous validation
+needs checkpoints that Ray manages, and this package writes its own (`train/report.py`).
 """
 
 import shutil
@@ -30,7 +30,7 @@ _PREFIX = ".validate-"
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of the weights of `step`; `pictures`: captions and images, on rank 0 alone."""
+    """Metrics of the weights of `step`, and `pictures`: captions and images, on rank 0 only."""
 
     step: int
     metrics: dict[str, float]
@@ -38,48 +38,49 @@ class Measured:
 
 
 class AsyncValidator:
-    """Every rank has one and calls `resume`, `begin` and `collect` at the same steps; rank 0's does the work.
+    """Starts validations in an actor. Every rank calls `resume`, `begin` and `collect` at the same steps; only rank 0
+    talks to the actor.
 
-    `task`: a `train.worker.WorkerSpec`. `step`: of the weights that are being measured, None while there are none.
+    `task`: a `WorkerSpec`. `step`: the step of the weights that are being validated, or None.
     """
 
     def __init__(self, task: Any, job: JobConfig, paths: RunPaths, context: DistributedContext):
         self.step: int | None = None
         self._task, self._job, self._paths, self._context = task, job, paths, context
         self._actor: Any = None
-        self._found: Any = None
+        self._pending: Any = None
 
     def resume(self, step: int, measured: Collection[int]) -> None:
-        """Go on with what an earlier attempt left: weights up to `step` that are not among those `measured`."""
+        """Validate weights up to `step` that an earlier attempt left and whose steps are not in `measured`."""
         left = find_left(self._paths.store, step, measured) if self._context.rank == 0 else []
         left = self._context.broadcast(left)
         if left:
             self._start(left[-1])
 
     def begin(self, step: int, save: Callable[[Path], None]) -> None:
-        """Have the weights that `save` writes measured."""
+        """Start the validation of the weights that `save` writes."""
         if self._context.rank == 0:
             replace_folder(self._paths.store, f"{_PREFIX}{step}", save, step)
         self._start(step)
 
     def ready(self) -> bool:
-        """Whether `collect` would not have to wait; on rank 0 alone."""
-        if self._found is None:
+        """Return whether `collect` would return without waiting. Call it on rank 0 only."""
+        if self._pending is None:
             return False
         import ray
 
-        return bool(ray.wait([self._found], timeout=0)[0])
+        return bool(ray.wait([self._pending], timeout=0)[0])
 
     def collect(self) -> Measured:
-        """What was found, on all ranks. Raises what the actor refused, or Ray's error where it died."""
+        """Return the result on all ranks. Raises the actor's `RayVlmError`, or `RuntimeError` if it failed or died."""
         assert self.step is not None
         metrics, pictures = self._get() if self._context.rank == 0 else (None, ())
-        found = Measured(self.step, self._context.broadcast(metrics), tuple(pictures))
-        self.step = self._found = None
-        return found
+        measured = Measured(self.step, self._context.broadcast(metrics), tuple(pictures))
+        self.step = self._pending = None
+        return measured
 
     def save(self, step: int) -> Callable[[Path], None]:
-        """A function that writes the weights of `step`, those that were measured, into a folder."""
+        """Return a function that writes the validated weights of `step` into a folder."""
 
         def copy(folder: Path) -> None:
             source = Path(fetch_folder(self._address(step)))
@@ -89,7 +90,7 @@ class AsyncValidator:
         return copy
 
     def forget(self, step: int) -> None:
-        """Delete the weights of `step`: what was found of them is written down."""
+        """Delete the weights of `step` once their metrics have been written."""
         if self._context.rank == 0:
             self._paths.store.remove(f"{_PREFIX}{step}")
 
@@ -109,26 +110,26 @@ class AsyncValidator:
         if self._actor is None:
             cluster = self._job.cluster
             actor = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)(_Validator)
-            # not in the workers' placement group, which has no room for it
+            # outside the workers' placement group, which has no free resources
             self._actor = actor.options(scheduling_strategy="DEFAULT").remote(self._task)
-        self._found = self._actor.measure.remote(self._address(step))
+        self._pending = self._actor.measure.remote(self._address(step))
 
     def _get(self) -> tuple[dict[str, float], list[tuple[str, Any]]]:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
-            return ray.get(self._found)
+            return ray.get(self._pending)
         except RayTaskError as error:
             if isinstance(error.cause, RayVlmError):
                 raise error.cause from None
             raise RuntimeError(f"validation failed: {type(error.cause).__name__}: {error.cause}") from error
-        except RayActorError as error:  # in words that are the same each time: a second one at this step is the last
+        except RayActorError as error:  # a constant text: the same failure twice at one step ends the run (restarts.py)
             raise RuntimeError("the process that validates beside training died") from error
 
 
 def find_left(store: Store, step: int, measured: Collection[int] = ()) -> list[int]:
-    """Steps, in order, of whole weights that wait to be measured, up to `step`; what else lies there is deleted."""
+    """Return the steps, in order, of complete weights up to `step` that still need a validation; delete all others."""
     left: list[int] = []
     for name in store.names():
         if not name.startswith(_PREFIX):
@@ -152,15 +153,15 @@ def _is_whole(store: Store, name: str) -> bool:
 
 
 class _Validator:
-    """The actor: a trainer of its own that never trains. Loads nothing before it is asked, since an error in an actor's
-    constructor would arrive without its type."""
+    """The Ray actor: a trainer that only validates. It loads the model at the first call, because Ray loses the type of
+    an error that an actor's constructor raises."""
 
     def __init__(self, task: Any):
         self._task = task
         self._trainer: Any = None
 
     def measure(self, address: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
-        """Metrics of the weights there, and sample images where the run has trackers."""
+        """Return the metrics of the weights at `address`, and sample images if the run has trackers."""
         from ray_vlm.evaluate.draw import draw_predictions
         from ray_vlm.train.report import plain
 
@@ -177,16 +178,18 @@ class _Validator:
 
 
 def _build_trainer(task: Any) -> Any:
-    """The trainer as a worker builds it, alone in its process."""
+    """Build the trainer of a worker, for a single process."""
     task.environment.apply()
     job = load_resolved(task.job)
-    method = job.method.model_copy(update={"rollouts": "transformers"})  # no second vLLM for a few greedy answers
+    method = job.method.model_copy(
+        update={"rollouts": "transformers"}
+    )  # a second vLLM engine does not pay for a few greedy answers
     cluster = job.cluster.model_copy(update={"deepspeed": None})
     job = job.model_copy(update={"method": method, "cluster": cluster})
     prepare_process(job, in_ray=False)
     context, builder = build_context(job, in_ray=False), load_sample_builder(task.spec)
     args, model = build_args(job, task, Attempt(0, "")), load_adapted(job, builder.family, context)
-    stream = open_stream(job, task, context, 0)  # which nobody takes anything from
+    stream = open_stream(job, task, context, 0)  # never read
     trainer = build_trainer(job, task, args, model, builder, context, 0, stream)
-    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # mixed precision, as training has it
+    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # for the mixed precision of training
     return trainer

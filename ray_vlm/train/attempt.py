@@ -1,7 +1,8 @@
-"""What the ranks settle before anything is loaded: that all can write where the run is kept and read what the others
-wrote, which attempt this is, and which checkpoint it goes on from.
+"""What the ranks agree on before anything is loaded: that all of them share the run's storage, the number of this
+attempt, and the checkpoint that it resumes from.
 
-The newest attempt owns the run. One that was cut off and is still alive finds that out before it commits anything.
+The newest attempt owns the run. An older one that is still alive, for example after a network failure, notices this
+before it commits anything.
 """
 
 import json
@@ -21,12 +22,12 @@ from ray_vlm.runs.store import Store
 from ray_vlm.train.context import DistributedContext
 
 _OWNER = ".attempt.json"
-_SEE_S = 15.0  # a network file system may show a new file to other nodes this late
+_SEE_S = 15.0  # how long a network file system may take to show a new file to other nodes
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One launch of the workers. `token` is unique; `checkpoint` and `folder`: what it goes on from, if anything."""
+    """One launch of the workers. `token` is unique. `checkpoint`, `folder`: what it resumes from, or None."""
 
     number: int
     token: str
@@ -45,10 +46,10 @@ def begin_attempt(
     at_least: int,
     driver: Mapping[str, Any] | None = None,
 ) -> Attempt:
-    """Prove the storage, take the run over, find the newest whole checkpoint. All ranks return the same.
+    """Check the storage, take over the run and find its newest complete checkpoint. All ranks return the same attempt.
 
-    `at_least`: the number that the driver gave; one that Ray started by itself counts on. `driver`: the process that
-    must still drive the run, as `run.json` names it.
+    `at_least`: the number that the driver gave; workers that Ray restarted by itself count on from the last one.
+    `driver`: the process that must still drive the run, as in `run.json`.
     """
     token = context.broadcast(uuid.uuid4().hex[:8])
     if context.ray:
@@ -63,7 +64,7 @@ def begin_attempt(
     owner = json.loads(store.read(_OWNER) or b"{}")
     number = max(at_least, owner.get("attempt", 0) + 1)
     store.write(_OWNER, json.dumps({"attempt": number, "token": token}).encode())
-    with suppress(OSError):  # what cannot be deleted does not count anyhow
+    with suppress(OSError):  # incomplete checkpoints are never used, so deleting them is optional
         sweep(store)
     checkpoint, folder = open_newest(store, notes.append) or (None, None)
     context.broadcast((number, checkpoint.name if checkpoint else None, notes))
@@ -71,7 +72,7 @@ def begin_attempt(
 
 
 def check_owner(store: Store, attempt: Attempt) -> None:
-    """Raise `RunError` where a newer attempt has taken the run over; asked before anything is committed."""
+    """Raise `RunError` if a newer attempt has taken over the run. Call it before every commit."""
     owner = json.loads(store.read(_OWNER) or b"{}")
     if owner.get("token") != attempt.token:
         by = f"taken over by attempt {owner.get('attempt')}" if owner else "deleted"
@@ -80,7 +81,7 @@ def check_owner(store: Store, attempt: Attempt) -> None:
 
 
 def _check_driver(store: Store, driver: Mapping[str, Any], wait_s: float = _SEE_S) -> None:
-    """Raise `RunError` where another driver has the run now: workers that Ray started anew must not take it back."""
+    """Raise `RunError` if another driver has taken over the run: workers that Ray restarted must not take it back."""
     until = time.monotonic() + wait_s
     while True:
         try:
@@ -92,25 +93,25 @@ def _check_driver(store: Store, driver: Mapping[str, Any], wait_s: float = _SEE_
 
 
 def prove_storage(store: Store, context: DistributedContext, token: str, wait_s: float = _SEE_S) -> None:
-    """Every rank writes a file and reads those of all others, and what the driver wrote. Raises `RunError` on all."""
+    """Have every rank write a file and read those of all others and of the driver. Raises `RunError` on all ranks."""
     own, host = f".proof-{token}-{context.rank}", platform.node()
     problems = context.all_gather((host, _problem(lambda: store.write(own, token.encode()))))
-    told = [f"worker {r} on {h} cannot write to {store.address}: {p}" for r, (h, p) in enumerate(problems) if p]
-    if not told:
+    messages = [f"worker {r} on {h} cannot write to {store.address}: {p}" for r, (h, p) in enumerate(problems) if p]
+    if not messages:
         names = {".proof-" + f"{token}-{r}": f"worker {r} on {h}" for r, (h, _) in enumerate(problems)}
         names["run.json"] = "the driver"
         unseen = context.all_gather([who for name, who in names.items() if not _sees(store, name, wait_s)])
-        told = [
+        messages = [
             f"worker {r} on {problems[r][0]} does not see what {who} wrote to {store.address}"
             for r, missing in enumerate(unseen)
             for who in missing
         ]
-    context.all_gather(None)  # all have looked
+    context.all_gather(None)  # a barrier: every rank has read all files before they are removed
     if not _problem(lambda: store.read(own)):
         store.remove(own)
-    if told:
+    if messages:
         fix = "Give a run.output_dir on a file system that all nodes share and may write to, or s3://..."
-        raise RunError([*told, f"run.output_dir: {fix}"])
+        raise RunError([*messages, f"run.output_dir: {fix}"])
 
 
 def _problem(do: Callable[[], Any]) -> str | None:

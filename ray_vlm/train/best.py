@@ -1,4 +1,4 @@
-"""Which validation of a run is the best, as training goes on and as it is read back. Pure functions."""
+"""Selection of a run's best validation, during training and when a run is resumed. Pure functions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,17 @@ from ray_vlm.runs.monitor import LINE_KEYS, rank_validation
 
 
 def is_better(metric: str, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
-    """Whether the later validation `new` takes the place of `old`, the best before it: by `metric`, among equals by the
-    loss, and else because it has seen more. One without a finite number never does."""
+    """Return whether the later validation `new` replaces `old` as the best one.
+
+    They are compared by `metric`, then by loss; if both are equal the later one wins, because it has trained on more
+    rows. A validation whose metric is not finite never wins.
+    """
     rank, before = _rank(new, metric), _rank(old, metric)
     return rank is not None and (before is None or rank >= before)
 
 
 def improves(metric: str, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
-    """Whether `metric` itself is better than before, which is what early stopping waits for."""
+    """Return whether `metric` itself has improved, the criterion of early stopping."""
     rank, before = _rank(new, metric), _rank(old, metric)
     return rank is not None and (before is None or rank[0] > before[0])
 
@@ -25,8 +28,8 @@ def _rank(numbers: Mapping[str, float], metric: str) -> tuple[float, float] | No
 
 
 def recall_best(evals: Sequence[dict[str, Any]], metric: str) -> tuple[dict[str, Any] | None, int]:
-    """The best of the lines of validations by `metric`, as `Progress` has it, and how many came since `metric` itself
-    was last improved."""
+    """Return the best validation of the lines `evals` by `metric`, in the form of `Progress.best`, and the number of
+    validations since `metric` last improved."""
     best: dict[str, Any] | None = None
     since = 0
     for line in evals:

@@ -1,4 +1,4 @@
-"""Where a step's time goes: seconds in each phase, on a GPU by events in its queue, which hold nothing up."""
+"""Time of each phase of a step. On a GPU it is measured by CUDA events, which do not synchronise."""
 
 import platform
 import resource
@@ -14,10 +14,10 @@ from ray_vlm.train.context import DistributedContext
 
 
 class Clock:
-    """Adds up the seconds of named phases until they are taken, and knows which one it is in.
+    """Adds up the seconds of named phases until `take` is called, and knows the current phase.
 
-    `inside`: the phases, the outer ones first; `entered`: how often each was begun; `moved`: when one last began or
-    ended, as `time.monotonic` counts; `thread`: the one that did.
+    `inside`: the current phases, outermost first; `entered`: how often each was entered; `moved`: the
+    `time.monotonic()` of the last start or end of a phase; `thread`: the thread in which that happened.
     """
 
     def __init__(self, device: str):
@@ -28,12 +28,12 @@ class Clock:
         self.tick()
 
     def tick(self) -> None:
-        """Something was got done."""
+        """Record that the process has made progress."""
         self.moved, self.thread = time.monotonic(), threading.get_ident()
 
     @contextmanager
     def phase(self, name: str, host: bool = False) -> Iterator[None]:
-        """What the body takes counts to `name`. `host`: it is the CPU's work, such as waiting for data."""
+        """Count the time of the body for `name`. `host`: the body is work of the CPU, such as waiting for data."""
         self.inside.append(name)
         self.entered[name] += 1
         self.tick()
@@ -64,7 +64,7 @@ class Clock:
             self._events.append((name, first, last))
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call. On a GPU it waits for the phases to end."""
+        """Return the seconds of each phase since the last call. On a GPU this waits for the phases to end."""
         seconds, self._seconds = self._seconds, {}
         for name, first, last in self._events or ():
             last.synchronize()
@@ -75,8 +75,10 @@ class Clock:
 
 
 def split_time(phases: dict[str, float]) -> dict[str, float]:
-    """`data_s` (waiting for rows, making tensors), `rollout_s` (answers), `forward_s`, `backward_s` of a step,
-    from the phases that the feed counts: `batch` holds `data` and `collate`, `step` holds `forward`."""
+    """Return `data_s` (waiting for rows, making tensors), `rollout_s` (sampling answers), `forward_s` and `backward_s`.
+
+    Phases are nested: `batch` contains `data` and `collate`, `step` contains `forward`.
+    """
     data = phases.get("data", 0.0) + phases.get("collate", 0.0)
     rollout = max(0.0, phases.get("batch", 0.0) - data)
     forward = phases.get("forward", 0.0)
@@ -87,24 +89,27 @@ def split_time(phases: dict[str, float]) -> dict[str, float]:
 def watch_usage(
     batches: Any, operations: OperationCounter, context: DistributedContext
 ) -> Callable[[], dict[str, float]]:
-    """A function that gives what was used since it was last asked: times; images, tokens that went through the language
-    model (`model_tokens`) and model FLOPs (`model_tflop`) of all ranks, of which this one speaks for all; and the peak
-    of memory (GiB, of the card or of this process) so far."""
+    """Return a function that gives the usage since its last call.
+
+    These are the times of `split_time`; the images, the tokens of the language model (`model_tokens`) and the model
+    FLOPs (`model_tflop`) of all ranks, estimated as this rank's times the number of ranks; and the peak memory so far
+    (GiB, of the GPU or of this process).
+    """
     counted = batches.num_images
 
     def take() -> dict[str, float]:
         nonlocal counted
         images, counted = batches.num_images - counted, batches.num_images
         times, (work, flops) = split_time(batches.clock.take()), operations.take()
-        whole = {"images": images, "model_tokens": work.tokens, "model_tflop": flops / 1e12}
-        whole = {name: value * context.world_size for name, value in whole.items()}
-        return times | whole | {"peak_memory_gib": peak_memory(context.device)}
+        totals = {"images": images, "model_tokens": work.tokens, "model_tflop": flops / 1e12}
+        totals = {name: value * context.world_size for name, value in totals.items()}
+        return times | totals | {"peak_memory_gib": peak_memory(context.device)}
 
     return take
 
 
 def peak_memory(device: str) -> float:
-    """The most memory so far, GiB: allocated on the card, or resident in this process."""
+    """Return the peak memory so far in GiB: allocated on the GPU, or resident in this process."""
     if device.startswith("cuda"):
         import torch
 
@@ -113,7 +118,7 @@ def peak_memory(device: str) -> float:
 
 
 def name_device(device: str) -> str:
-    """The card's or the processor's name, as its maker gives it."""
+    """Return the name of the GPU or of the processor."""
     if device.startswith("cuda"):
         import torch
 

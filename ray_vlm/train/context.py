@@ -1,4 +1,4 @@
-"""Which of the training processes this one is."""
+"""The rank of this process among the training processes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Where this process stands. `ray`: inside a Ray Train worker."""
+    """Rank, number of ranks and device of this process. `ray`: whether it is a Ray Train worker."""
 
     rank: int
     world_size: int
@@ -14,7 +14,7 @@ class DistributedContext:
     ray: bool
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.world_size == 1:
             return value
         import torch.distributed
@@ -24,7 +24,7 @@ class DistributedContext:
         return box[0]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank, in order of rank. Also a barrier."""
+        """Return the values of all ranks, in order of rank, on every rank. Also a barrier."""
         if self.world_size == 1:
             return [value]
         import torch.distributed

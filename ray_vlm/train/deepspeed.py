@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO: what `cluster.deepspeed` stands for, and what a trainer needs done otherwise under it.
+"""DeepSpeed ZeRO: the configuration of each `cluster.deepspeed`, and gathering weights for saving.
 
-ZeRO-1 shares the optimizer's state among the workers, ZeRO-2 the gradients as well, ZeRO-3 also the weights
+ZeRO-1 partitions the optimizer's state among the workers, ZeRO-2 the gradients as well, ZeRO-3 also the weights
 (Rajbhandari et al., 2020, arXiv:1910.02054). `_offload` keeps optimizer state, and of ZeRO-3 the weights, in the
 computer's memory.
 """
@@ -12,9 +12,9 @@ from ray_vlm.config.schema import JobConfig
 
 
 def deepspeed_config(job: JobConfig) -> dict[str, Any] | None:
-    """DeepSpeed's configuration, as `TrainingArguments(deepspeed=...)` takes it; None without DeepSpeed.
+    """Return the configuration for `TrainingArguments(deepspeed=...)`, or None without DeepSpeed.
 
-    Values that the Trainer knows better are "auto".
+    Values that the Trainer fills in are "auto".
     """
     if not job.cluster.deepspeed:
         return None
@@ -35,23 +35,23 @@ def deepspeed_config(job: JobConfig) -> dict[str, Any] | None:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "zero_force_ds_cpu_optimizer": False,  # AdamW stays torch's, wherever its state lies
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also where its state is offloaded
         "steps_per_print": 10**9,
     }
 
 
 def gather_weights(model: Any, adapter: bool, rank: int) -> dict[str, Any]:
-    """What a saved folder holds, whole and in the computer's memory, on rank 0; all ranks call this together.
+    """Return the complete weights to save, in the computer's memory, on rank 0. All ranks must call this together.
 
-    `adapter`: only what is trained. Needed under ZeRO-3, where every rank has a slice of each weight.
+    Needed under ZeRO-3, where every rank has a slice of each weight. `adapter`: only the trained weights.
     """
     import deepspeed
 
-    kept = set() if adapter else model.state_dict().keys()
-    whole: dict[str, Any] = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    names = set() if adapter else model.state_dict().keys()
+    weights: dict[str, Any] = {name: buffer for name, buffer in model.named_buffers() if name in names}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not adapter:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if rank == 0:
-                    whole[name] = parameter.data.detach().cpu().clone()
-    return whole
+                    weights[name] = parameter.data.detach().cpu().clone()
+    return weights

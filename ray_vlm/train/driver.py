@@ -1,4 +1,4 @@
-"""On the driver: job -> what was prepared -> workers -> run folder. Launches, and writes down how it ended."""
+"""The driver of a run: prepare the job, open the run folder, launch the workers, record how the run ended."""
 
 import hashlib
 import json
@@ -39,15 +39,15 @@ from ray_vlm.train.worker_spec import WorkerSpec
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What a sweep gives a run that it drives. `parts`: rows that were read once for all trials; `stop` says whether
-    the trial is to end; `at_once`: how many share the cluster."""
+    """What a sweep passes to a trial. `parts`: rows that were read once for all trials; `stop`: returns whether the
+    trial should end; `at_once`: how many trials share the cluster."""
 
     parts: Parts | None = None
     stop: Callable[[], bool] | None = None
     at_once: int = 1
 
 
-ALONE = TrialContext()  # a run that nobody hosts
+ALONE = TrialContext()  # of a run outside a sweep
 
 
 def train(
@@ -58,11 +58,10 @@ def train(
     resume: bool = False,
     hosted: TrialContext = ALONE,
 ) -> RunPaths:
-    """Run the job to the end and return its folder. Raises after writing the reason into `run.json`.
+    """Run the job to the end and return its folder. An error is written into `run.json` before it is raised.
 
-    `resume`: go on with the run of that name, or the newest one of its kind; where there is none it starts. `hosted`:
-    by a sweep.
-    Raises `Interrupted` when a signal stopped it; a checkpoint is then on the disk.
+    `resume`: continue the run of that name, or the newest one of its kind; start a new one if there is none. `hosted`:
+    of the sweep that the run belongs to. Raises `Interrupted` if a signal stopped the run; there is a checkpoint then.
     """
     job = absolute_paths(job)
     print(describe_job(job), flush=True)  # before anything that takes long
@@ -98,14 +97,14 @@ def train(
 
 
 def describe_job(job: JobConfig) -> str:
-    """What is about to be done, from the job alone."""
+    """Return a line on what the job is about to do."""
     sources = [job.data.train, *job.data.mix, job.data.eval]
     files = dict.fromkeys(s.path for s in sources if s is not None and s.path)
     return f"{job.method.name} of {job.model.name} for {job.task.name}: reading {', '.join(files)}"
 
 
 def describe_plan(prepared: Prepared, paths: RunPaths) -> str:
-    """Where a run is kept, and what it will train on."""
+    """Return a line on the run's folder, rows and steps."""
     plan, held_out = prepared.plan, f" and {len(prepared.eval):,} eval" if prepared.eval is not None else ""
     return (
         f"run folder {paths.address}: {len(prepared.train):,} training{held_out} rows; {plan.num_steps:,} steps of "
@@ -114,7 +113,7 @@ def describe_plan(prepared: Prepared, paths: RunPaths) -> str:
 
 
 def _start(prepared: Prepared, paths: RunPaths, job_text: str, command: list[str]) -> None:
-    """Write what a new run opens with; where that cannot be written nothing is left in the way of another try."""
+    """Write the first files of a new run. If that fails, remove what was written so that the name is free again."""
     try:
         start_manifest(paths, dump_job(prepared.job), job_text, command)
     except OSError as error:
@@ -126,15 +125,15 @@ def _start(prepared: Prepared, paths: RunPaths, job_text: str, command: list[str
 
 @contextmanager
 def _refusals(paths: RunPaths) -> Iterator[None]:
-    """Around what writes into a run: a disk or a store that refuses ends it with the way on."""
+    """Turn an `OSError` of the run's storage in the body into a `RunError` that says how to continue."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"{paths.address}: {error}. Mend that, then go on with --resume.") from error
+        raise RunError(f"{paths.address}: {error}. Fix the cause, then continue with --resume.") from error
 
 
 def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
-    """Raise unless the run in `paths` may be resumed by `job`: nothing drives it now, and both learn the same."""
+    """Raise if `job` may not resume the run in `paths`: another process drives it, or settings of learning differ."""
     with _refusals(paths):
         check_not_driven(paths.store, "--resume")
     if problems := check_resume(fill_defaults(json.loads(paths.resolved.read_text())), dump_job(job)):
@@ -142,7 +141,7 @@ def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
 
 
 def _read_sizes(paths: RunPaths) -> Mapping[str, tuple[int, int]]:
-    """Sizes of the images with which the run began."""
+    """Return the image sizes that the run stored at its start."""
     data = None
     with _refusals(paths):
         data = paths.store.read(SIZES_FILE)
@@ -150,7 +149,7 @@ def _read_sizes(paths: RunPaths) -> Mapping[str, tuple[int, int]]:
 
 
 def _is_done(paths: RunPaths, prepared: Prepared) -> bool:
-    """Whether the run reached what the job asks for, or had stopped early on its way there."""
+    """Return whether the run is finished with at least the job's number of steps, also by early stopping."""
     run = json.loads(paths.run.read_text())
     return run["status"] == "finished" and run["result"].get("num_steps", 0) >= prepared.plan.num_steps
 
@@ -164,7 +163,7 @@ def _write_bad_rows(prepared: Prepared, paths: RunPaths) -> None:
 
 
 def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
-    """Show and keep what is odd about the data, and the mix of classes that training sees."""
+    """Print the notes on the data and the mix of classes, and write the mix to `balance.json`."""
     for note in prepared.notes:
         print(f"note: {note}", flush=True)
     if prepared.balance.factors is not None or prepared.balance.token_weights:
@@ -174,7 +173,7 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
 
 
 def _run(prepared: Prepared, paths: RunPaths, hosted: TrialContext = ALONE) -> None:
-    """Launch the workers and write down how it ended."""
+    """Launch the workers and record how the run ended."""
     job = prepared.job
     task = WorkerSpec(
         job=dump_job(job),
@@ -198,7 +197,7 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: TrialContext = ALONE) -> N
     except (KeyboardInterrupt, Interrupted):
         status = "interrupted"
         raise
-    except Exception as failure:  # the edge of a run: written down, then raised
+    except Exception as failure:  # recorded in run.json, then raised
         error = str(failure)[-2000:]
         raise
     finally:
@@ -214,10 +213,12 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: TrialContext = ALONE) -> N
 
 
 def _end(paths: RunPaths, status: str, result: dict[str, Any] | None, error: str) -> None:
-    """Write down how it ended; `run.json` last, so that what is called finished is whole. Where another driver has the
-    run now, nothing is written: raises `RunError`."""
+    """Record how the run ended; `run.json` last, so that a run with status `finished` is complete.
 
-    def allowed() -> AbstractContextManager[None]:  # a full disk must not hide the cause
+    Raises `RunError` and writes nothing if another driver has taken over the run.
+    """
+
+    def allowed() -> AbstractContextManager[None]:  # a full disk must not hide the first error
         return suppress(OSError) if status == "failed" else _refusals(paths)
 
     with allowed():
@@ -226,22 +227,22 @@ def _end(paths: RunPaths, status: str, result: dict[str, Any] | None, error: str
         write_training_log(paths, status, result["best"] if result else None)
     with allowed():
         finish_manifest(paths, status, result, error)
-        if told := tell_attempts(json.loads(paths.run.read_text())["attempts"]):
-            print(told, flush=True)
+        if summary := tell_attempts(json.loads(paths.run.read_text())["attempts"]):
+            print(summary, flush=True)
 
 
 def rows_fingerprint(records: Sequence[Record]) -> str:
-    """A hash of what the plan's row numbers mean: ids, images by name and size, and answers, in order."""
+    """Return a hash of the rows in the order of the plan's row numbers: ids, names and sizes of images, and answers."""
     digest = hashlib.sha256()
     for r in records:
         names = [_image_name(image) for image in r.images]
         if isinstance(r, SftRecord):
-            told: tuple = (sorted(r.truth.items()), sorted(r.context.items()))
+            content: tuple = (sorted(r.truth.items()), sorted(r.context.items()))
         elif isinstance(r, PreferenceRecord):
-            told = (r.prompt, r.chosen, r.rejected)
+            content = (r.prompt, r.chosen, r.rejected)
         else:
-            told = (r.prompt, sorted(r.columns.items()))
-        digest.update(repr((r.id, r.row, names, r.sizes, told)).encode())
+            content = (r.prompt, sorted(r.columns.items()))
+        digest.update(repr((r.id, r.row, names, r.sizes, content)).encode())
     return digest.hexdigest()[:16]
 
 

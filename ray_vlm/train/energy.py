@@ -1,7 +1,7 @@
-"""Energy and carbon dioxide of a run (`track.energy`): codecarbon's estimate, offline, so nothing calls home.
+"""Energy and carbon dioxide of a run (`track.energy`), estimated by codecarbon offline, without network access.
 
-A rank reads its own card. Processor and memory are those of the whole machine, once for each machine, with whatever
-else runs there. What was used between the last checkpoint and a crash is not known.
+Each rank reads its own GPU. Processor and memory are measured once for each machine, with everything that runs there.
+The energy between the last checkpoint and a crash is not counted.
 """
 
 import os
@@ -18,8 +18,8 @@ _SAMPLE_S = 15.0
 
 
 class Meter:
-    """Adds up what this process's card and machine use, from now on until `close`. `country`: three letters (ISO 3166);
-    `device`: `cpu` or `cuda:<number among the cards that this process sees>`."""
+    """Measures the energy of this process's GPU and machine until `close`. `country`: three letters (ISO 3166);
+    `device`: `cpu` or `cuda:<index among the GPUs that this process sees>`."""
 
     def __init__(self, country: str, device: str):
         from codecarbon import OfflineEmissionsTracker
@@ -29,7 +29,8 @@ class Meter:
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,
             gpu_ids=self._cards or None,
-            output_methods=[],  # said aloud, as all that could call home: a user's own settings must not turn it on
+            # Explicit: a codecarbon settings file of the user could turn on outputs that use the network.
+            output_methods=[],
             emissions_endpoint=None,
             electricitymaps_api_token=None,
             output_handlers=[self],
@@ -41,36 +42,36 @@ class Meter:
         self._tracker.start()
 
     def read(self) -> dict[str, float]:
-        """Kilowatt-hours of this rank's card, of the machine's processor and of its memory, and kilograms of carbon
-        dioxide for each kilowatt-hour; empty where nothing can be measured."""
+        """Return the kilowatt-hours of this rank's GPU, of the machine's processor and of its memory, and the kilograms
+        of carbon dioxide per kilowatt-hour; an empty dictionary if nothing can be measured."""
         self._tracker.flush()
-        found = self._total
-        if found is None or not found.energy_consumed:
+        total = self._total
+        if total is None or not total.energy_consumed:
             return {}
         return {
-            "gpu_kwh": found.gpu_energy if self._cards else 0.0,
-            "cpu_kwh": found.cpu_energy,
-            "memory_kwh": found.ram_energy,
-            "kg_per_kwh": found.emissions / found.energy_consumed,
+            "gpu_kwh": total.gpu_energy if self._cards else 0.0,
+            "cpu_kwh": total.cpu_energy,
+            "memory_kwh": total.ram_energy,
+            "kg_per_kwh": total.emissions / total.energy_consumed,
         }
 
     def close(self) -> None:
-        """End the sampling."""
+        """Stop measuring."""
         self._tracker.stop()
 
     def out(self, total: Any, delta: Any) -> None:
-        """Called by codecarbon with what it has added up."""
+        """Take codecarbon's sum; codecarbon calls this."""
         self._total = total
 
     def live_out(self, total: Any, delta: Any) -> None:
-        """Called by codecarbon in between."""
+        """Do nothing; codecarbon calls this between sums."""
 
     def exit(self) -> None:
-        """Called by codecarbon at its end."""
+        """Do nothing; codecarbon calls this at its end."""
 
 
 def _card(device: str) -> list[str]:
-    """The card as the driver of the machine counts it; Ray shows a worker those of its neighbours too."""
+    """Return the machine-wide index of the GPU: `device` counts only those in CUDA_VISIBLE_DEVICES."""
     if not device.startswith("cuda"):
         return []
     number = int(device.partition(":")[2] or 0)
@@ -79,52 +80,52 @@ def _card(device: str) -> list[str]:
 
 
 def check_energy(job: JobConfig) -> None:
-    """Raise `ConfigError` where energy is asked for and cannot be estimated."""
+    """Raise `ConfigError` if `track.energy` is set and energy cannot be estimated."""
     if not job.track.energy:
         return
     try:
         from codecarbon.input import DataSource
     except ImportError as error:
         raise ConfigError(
-            f"track.energy: codecarbon is not installed ({error}). Run `pip install 'ray-vlm[energy]'`, or leave it."
+            f"track.energy: codecarbon is not installed ({error}). Run `pip install 'ray-vlm[energy]'`, or remove it."
         ) from None
     known = DataSource().get_global_energy_mix_data()
     if job.track.country not in known:
         raise ConfigError(
-            f"track.country={job.track.country!r}: no such country is known, and the carbon dioxide of a kilowatt-hour "
-            "depends on it. Give the three letters of ISO 3166, such as DEU, FRA, IND or USA."
+            f"track.country={job.track.country!r}: unknown country, on which the carbon dioxide of a kilowatt-hour "
+            "depends. Give the three letters of ISO 3166, such as DEU, FRA, IND or USA."
         )
 
 
 def sum_energy(meter: Meter, context: DistributedContext) -> dict[str, float]:
-    """What all ranks have used so far in this attempt; every rank calls it at the same step. Empty where
-    nothing can be measured."""
+    """Return the energy of all ranks so far in this attempt, or {} if nothing is measured. Every rank must call it."""
     return add_up(context.all_gather((platform.node(), meter.read())))
 
 
-def add_up(found: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
-    """`energy_kwh` with its parts and `co2_kg` of `(machine, Meter.read())` of every rank."""
+def add_up(readings: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
+    """Return `energy_kwh`, its parts and `co2_kg`. `readings`: `(machine, Meter.read())` of every rank."""
     sums = dict.fromkeys(("energy_kwh", "gpu_kwh", "cpu_kwh", "memory_kwh", "co2_kg"), 0.0)
     machines: set[str] = set()
-    for machine, of_rank in found:
-        if not of_rank:
+    for machine, reading in readings:
+        if not reading:
             continue
         parts = ("gpu_kwh",) if machine in machines else ("gpu_kwh", "cpu_kwh", "memory_kwh")
         machines.add(machine)
         for part in parts:
-            sums[part] += of_rank[part]
-            sums["energy_kwh"] += of_rank[part]
-            sums["co2_kg"] += of_rank[part] * of_rank["kg_per_kwh"]
+            sums[part] += reading[part]
+            sums["energy_kwh"] += reading[part]
+            sums["co2_kg"] += reading[part] * reading["kg_per_kwh"]
     return sums if machines else {}
 
 
 def energy_writer(
     meter: Meter | None, monitor: Monitor | None, context: DistributedContext, trainer: Any
 ) -> Callable[[], None]:
-    """A function that all ranks call at the same steps, to write down what they have used; without meters nothing."""
+    """Return a function that writes the energy so far, called by all ranks at the same steps; it does nothing without
+    meters."""
 
     def write() -> None:
-        if meter is not None and (found := sum_energy(meter, context)) and monitor is not None:
-            monitor.write("energy", trainer.state.global_step, trainer.state.epoch or 0.0, found)
+        if meter is not None and (totals := sum_energy(meter, context)) and monitor is not None:
+            monitor.write("energy", trainer.state.global_step, trainer.state.epoch or 0.0, totals)
 
     return write

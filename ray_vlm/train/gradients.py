@@ -1,7 +1,7 @@
-"""Gradient norms by part of the model, and the check that every part which is meant to learn has a gradient.
+"""Gradient norms by part of the model, and the check that every trained part receives a gradient.
 
-A part without one (LoRA on a tower whose output is computed without autograd, say) trains for days and learns nothing,
-and no loss curve shows it. Of a new LoRA the A matrices have rightly none while B is zero: a part counts as a whole.
+A part without a gradient, such as a LoRA on an encoder that runs without autograd, learns nothing, and no loss curve
+shows it. The check is per part and not per weight: the A matrices of a new LoRA have no gradient while B is zero.
 """
 
 import math
@@ -13,13 +13,13 @@ from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
 from ray_vlm.train.context import DistributedContext
 
-PATIENCE = 20  # steps with a gradient somewhere, of rows that may hold no image, before a part is missed
+PATIENCE = 20  # steps with a gradient before a part without one is an error, if rows may have no image
 
 
 def part_norms(named_parameters: Iterable[tuple[str, Any]], family: Family) -> dict[str, float]:
-    """L2 norm of the gradients of what is trained, by part of the model; 0.0 where a part has none.
+    """Return the L2 norm of the gradients of the trained weights by part of the model, 0.0 for a part without any.
 
-    Empty where no gradient is to be seen.
+    Empty if no weight has a gradient.
     """
     import torch
 
@@ -32,25 +32,27 @@ def part_norms(named_parameters: Iterable[tuple[str, Any]], family: Family) -> d
     if not any(grads.values()):
         return {}
     norms = {
-        part: torch.stack([norm.float() for norm in torch._foreach_norm(found)]).norm()
-        for part, found in grads.items()
-        if found
+        part: torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).norm()
+        for part, gradients in grads.items()
+        if gradients
     }
-    told = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))  # the card is waited for once
-    return {part: told.get(part, 0.0) for part in grads}
+    values = dict(
+        zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)
+    )  # one synchronisation for all parts
+    return {part: values.get(part, 0.0) for part in grads}
 
 
 class GradientWatch:
-    """Sees the norms of every step until each part has had a gradient."""
+    """Checks the norms of every step until each part has had a gradient."""
 
     def __init__(self, always_images: bool):
-        """`always_images`: every row has one, so every part has a gradient wherever any has."""
+        """`always_images`: every row has an image, so in every step all parts must have a gradient."""
         self.patience = 1 if always_images else PATIENCE
         self.seen: set[str] = set()
         self.steps = 0  # that had a gradient somewhere
 
     def look(self, norms: dict[str, float]) -> None:
-        """Raises `ModelError` that names the parts which have none and should. All ranks see the same norms."""
+        """Raise `ModelError` with the parts that should have a gradient and have none. All ranks see the same norms."""
         if not any(norm > 0 for norm in norms.values()):  # no signal: a GRPO step of equal rewards
             return
         self.steps += 1
@@ -65,7 +67,7 @@ class GradientWatch:
 
 
 class Listener:
-    """Hears gradients as they are made, where they are not kept to be looked at. Sums of squares by part."""
+    """Sums the squares of gradients by part in backward hooks, for DeepSpeed, which does not keep gradients."""
 
     def __init__(self, named_parameters: Iterable[tuple[str, Any]], family: Family):
         self.heard: dict[str, Any] = {}
@@ -81,13 +83,15 @@ class Listener:
         return hear
 
     def take(self, context: DistributedContext) -> dict[str, float]:
-        """What all ranks have heard since it was asked last."""
-        mine = {part: float(square) for part, square in self.heard.items()}
+        """Return the norms over all ranks since the last call, by part."""
+        squares = {part: float(square) for part, square in self.heard.items()}
         self.heard = dict.fromkeys(self.heard, 0.0)
-        return {part: math.sqrt(sum(of_rank[part] for of_rank in context.all_gather(mine))) for part in mine}
+        return {
+            part: math.sqrt(sum(rank_squares[part] for rank_squares in context.all_gather(squares))) for part in squares
+        }
 
     def stop(self) -> None:
-        """Hear no more."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -96,9 +100,9 @@ class Listener:
 def watch_gradients(
     job: JobConfig, family: Family, model: Any, context: DistributedContext
 ) -> Callable[[Any], dict[str, float]]:
-    """A function that gives the model's norms by part, and raises where a part of the job gets none.
+    """Return a function that gives the model's gradient norms by part and raises if a trained part has no gradient.
 
-    DeepSpeed keeps gradients to itself: there the parts are watched, and their norms are not known.
+    Under DeepSpeed, which does not expose gradients, the check works but the function returns no norms.
     """
     watch = GradientWatch(always_images=job.task.name != "chat")
     listener = Listener(model.named_parameters(), family) if job.cluster.deepspeed else None

@@ -1,6 +1,6 @@
-"""Run the workers in Ray, and again after a failure that another try can mend (`train/restarts.py` says which).
+"""Run the workers in Ray, and restart them after failures that may be transient (`train/restarts.py` decides).
 
-Workers take a run from its newest whole checkpoint, whoever started them (`train/attempt.py`).
+Workers always resume from the newest complete checkpoint of the run (`train/attempt.py`).
 """
 
 import shutil
@@ -30,24 +30,24 @@ from ray_vlm.train.watchdog import take_sentence
 from ray_vlm.train.worker import train_worker
 from ray_vlm.train.worker_spec import WorkerSpec
 
-MIN_RESTART_GAP_S = 0.5  # between the end of one try and the beginning of the next
-_RESIZE_S = 20.0  # how often Ray looks for room for more workers, where their number may change
-_PATIENCE = 2.0  # how much longer than the watchdog the workers' connections wait for one another
+MIN_RESTART_GAP_S = 0.5  # between the end of one attempt and the start of the next
+_RESIZE_S = 20.0  # how often Ray checks for resources for more workers, if their number may change
+_PATIENCE = 2.0  # timeout of collectives as a multiple of cluster.stall_minutes, so that the watchdog acts first
 
 
 def launch(
     job: JobConfig,
     task: WorkerSpec,
     paths: RunPaths,
-    asked: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     at_once: int = 1,
 ) -> tuple[dict[str, Any], int | None]:
-    """Train to the end; returns what rank 0 found and the signal that stopped it, if one did.
+    """Train to the end. Return rank 0's result and the signal that stopped the run, or None.
 
-    `cluster.num_workers: 0` runs in this process. `asked` says whether to stop, beside signals; `at_once`: how many
-    runs share the cluster. Raises the workers' own errors, or `RunError` when tries are used up.
+    With `cluster.num_workers: 0` the run trains in this process. `should_stop`: a reason to stop beside signals;
+    `at_once`: how many runs share the cluster. Raises the workers' own errors, or `RunError` after the last restart.
     """
-    with StopRequest(asked, trained=False) as request:
+    with StopRequest(should_stop, trained=False) as request:
         try:
             if job.cluster.num_workers == 0:
                 result = _train_here(job, task, paths, request)
@@ -57,7 +57,7 @@ def launch(
             if not request.left_early:
                 raise
             raise _stopped_early(paths, request.signal or signal.SIGINT) from None
-        except SystemExit:  # what Ray's own handler of SIGTERM raises, which is in place while Ray starts
+        except SystemExit:  # raised by Ray's own handler of SIGTERM, which is installed while Ray starts
             raise _stopped_early(paths, signal.SIGTERM) from None
     return result, request.signal
 
@@ -74,9 +74,9 @@ def _train_in_ray(
     with connect(job, at_once) as layout:
         import ray
 
-        request.listen()  # Ray has put a handler of its own in place
+        request.listen()  # Ray has installed its own handler
         count = job.cluster.least_workers
-        print(f"Ray runs; starting {count} worker{'' if count == 1 else 's'}", flush=True)
+        print(f"Ray is running; starting {count} worker{'' if count == 1 else 's'}", flush=True)
         task = replace(
             task,
             train=ray.put(task.train),
@@ -91,18 +91,19 @@ def _train_in_ray(
         with follow(paths, console):
             try:
                 result = _retry(job, task, paths, request)
-            except KeyboardInterrupt:  # the workers must not go on without us
+            except KeyboardInterrupt:  # the workers must not outlive the driver
                 ray.shutdown()
                 shutil.rmtree(_scratch(paths), ignore_errors=True)
                 raise
     paths.store.remove(STOP_FILE)
-    shutil.rmtree(_scratch(paths), ignore_errors=True)  # Ray's own state; a finished run needs none
+    shutil.rmtree(_scratch(paths), ignore_errors=True)  # Ray's own state, not needed any more
     return result
 
 
 class _StepWatcher(Console):
-    """A console that tells the request of the first step: from then on a checkpoint is worth its time. Of a run in an
-    object store lines come late, so there the worker's start counts."""
+    """A console that marks in the `StopRequest` that a step was trained, so that a signal asks for a checkpoint.
+
+    The lines of a run in an object store arrive late, so there the start of the workers is enough."""
 
     def __init__(self, request: StopRequest, paths: RunPaths, num_steps: int, log_every_steps: int):
         super().__init__(num_steps, log_every_steps)
@@ -110,18 +111,18 @@ class _StepWatcher(Console):
         self._awaited = ("train",) if paths.remote is None else ("train", "start")
 
     def show(self, line: dict[str, Any]) -> None:
-        """Print the line, and mark that there is something to keep."""
+        """Print the line, and mark that there is progress to save."""
         if line["kind"] in self._awaited:
             self._request.trained = True
         super().show(line)
 
 
 def _train_here(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
-    """In this process; again only where the run rewinds."""
+    """Train in this process, again only after `RewindToCheckpoint`."""
     if job.cluster.gpus_per_worker == 0:
         tell_idle_gpus(count_gpus())
 
-    def stop() -> bool:  # asked after every step
+    def stop() -> bool:  # called after every step
         request.trained = True
         return request.wanted
 
@@ -142,7 +143,7 @@ def _train_here(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: Stop
 
 
 def _retry(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
-    """The workers' result, after as many tries as it takes. Leaving a machine that is taken away is no failure."""
+    """Return the workers' result, restarting them as often as allowed. A preemption does not count as a failure."""
     failures: list[Failure] = []
     while True:
         request.trained = False
@@ -153,7 +154,7 @@ def _retry(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopReque
             if result.get("leaving") is None or request.wanted:
                 return result
             status, text = "preempted", result["leaving"]
-        except Exception as error:  # the edge to Ray: written down, then tried again or raised
+        except Exception as error:  # recorded, then restarted or raised
             with suppress(OSError):
                 paths.refresh(paths.metrics)
             failures.append(failure := _explain(job, task, paths, error, nodes))
@@ -163,15 +164,18 @@ def _retry(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopReque
                 tries = f" after {len(failures)} tries" if len(failures) > 1 else ""
                 raise RunError(f"training failed{tries}: {failure.text}") from error
             status, text = "failed", failure.text
-        print(f"{text.splitlines()[0][:500]}; going on from the last checkpoint", flush=True)
+        print(f"{text.splitlines()[0][:500]}; resuming from the last checkpoint", flush=True)
         if status == "failed":
             time.sleep(max(MIN_RESTART_GAP_S, restart_backoff(failures) - (time.monotonic() - began)))
         task = replace(task, attempt=_next_attempt(paths, status, text))
 
 
 def _next_attempt(paths: RunPaths, status: str, text: str) -> int:
-    """Close the attempt in `run.json` and begin another; 0, and the workers count on by themselves, where the store is
-    the trouble. Raises `RunError` where another driver has the run now."""
+    """Close the attempt in `run.json`, start another and return its number.
+
+    Return 0 if the storage fails; the workers then count on from the last attempt that they know. Raises `RunError` if
+    another driver has taken over the run.
+    """
     with suppress(OSError):
         check_own(paths.store)
         end_attempt(paths, status, text[-2000:])
@@ -180,11 +184,13 @@ def _next_attempt(paths: RunPaths, status: str, text: str) -> int:
 
 
 def _explain(job: JobConfig, task: WorkerSpec, paths: RunPaths, error: Exception, nodes: set[str]) -> Failure:
-    """Why a try ended: what the workers said before they ended themselves, or what Ray says of them. `nodes`: those
-    that lived when it began."""
+    """Return why an attempt ended: the watchdog's message if there is one, else from Ray's error.
+
+    `nodes`: the nodes that were alive at its start.
+    """
     step = _last_step(paths)
-    if said := take_sentence(paths.store, task.attempt):
-        return Failure(said, RunError(said) if job.cluster.on_stall == "stop" else None, raised=True, step=step)
+    if sentence := take_sentence(paths.store, task.attempt):
+        return Failure(sentence, RunError(sentence) if job.cluster.on_stall == "stop" else None, raised=True, step=step)
     failure = describe_failure(error, step, advise_training(job.train, job.evaluate.batch_size))
     gone = ", ".join(sorted(nodes - living_nodes()))
     return replace(failure, text=f"node {gone} is gone: {failure.text}") if gone else failure
@@ -197,9 +203,9 @@ def _last_step(paths: RunPaths) -> int:
 
 
 def _fit(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest) -> None:
-    """One `TorchTrainer.fit`, under a name that no earlier one used: a torn snapshot of Ray's blocks only its own name.
+    """Run one `TorchTrainer.fit` under a new name, because a damaged snapshot of Ray blocks its name for ever.
 
-    It runs in a thread, where Ray Train leaves SIGINT alone: its handler would end this process with exit code 0.
+    It runs in a thread, because in the main thread Ray Train installs a SIGINT handler that exits with code 0.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -227,29 +233,29 @@ def _fit(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest
     def run() -> None:
         try:
             trainer.fit()
-        except BaseException as error:  # the edge between the threads: raised again in the one that waits
+        except BaseException as error:  # raised again in the thread that waits
             raised.append(error)
 
     thread = threading.Thread(target=run, name="ray-vlm-fit", daemon=True)
     thread.start()
-    told = False
+    stop_sent = False
     while thread.is_alive():
         thread.join(0.2)
-        if request.wanted and not told:
-            with suppress(OSError):  # tried again until the store takes it
+        if request.wanted and not stop_sent:
+            with suppress(OSError):  # tried again until it succeeds
                 check_own(paths.store)
                 ask_workers(paths.store)
-                told = True
+                stop_sent = True
     if raised:
         raise raised[0]
 
 
 def _scratch(paths: RunPaths) -> str:
-    """Where Ray Train keeps its own marks. It is given no checkpoint, so nothing there is ever needed again."""
+    """Return the folder for Ray Train's own state. Ray gets no checkpoints, so nothing there is needed later."""
     return str(paths.root / ".ray")
 
 
 def run_ray_worker(config: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker, at the start and whenever it restarts them."""
+    """Train on one worker; Ray Train calls this at the start and after each of its own restarts."""
     config["task"].environment.apply()
     train_worker(config["task"], in_ray=True)

@@ -1,8 +1,7 @@
-"""float16 in training: the loss is multiplied by a scale, so that small gradients do not vanish.
+"""Training in float16: the loss is multiplied by a scale, so that small gradients do not underflow.
 
-Where a scaled gradient overflows, torch's `GradScaler` leaves the step out and halves the scale, as it is made to: no
-fault, and usual in a run's first steps. It is one where a loss is not finite either, which no scale mends, or where the
-scale has come down to nothing.
+If a scaled gradient overflows, torch's `GradScaler` skips the step and halves the scale. This is normal in the first
+steps of a run. It is an error if a loss is not finite either, or if the scale is already 1 or less.
 """
 
 from collections import deque
@@ -11,12 +10,14 @@ from typing import Any
 
 from ray_vlm.train.context import DistributedContext
 
-_LEAST = 1.0  # a scale at which gradients that still overflow are not the scale's fault
+_LEAST = 1.0  # at this scale or below an overflow is not caused by the scale
 
 
 class StepLosses:
-    """The losses of a trainer's last step. On CPUs it turns autocast and a scaler on, which accelerate leaves out for
-    float16 there; so it is made before anything is prepared."""
+    """The losses of a trainer's last step.
+
+    On CPUs it also turns on autocast and a gradient scaler, which accelerate does not do for float16 there; so it must
+    be built before accelerate prepares the model."""
 
     def __init__(self, accelerator: Any, accumulation: int):
         import torch
@@ -27,18 +28,18 @@ class StepLosses:
             accelerator.scaler = torch.amp.GradScaler("cpu")
 
     def keep(self, loss: Any) -> None:
-        """Hear a micro-batch's loss."""
+        """Keep the loss of a micro-batch."""
         self._last.append(loss.detach())
 
     def are_finite(self) -> bool:
-        """Whether all of them are, on this rank."""
+        """Return whether all losses of the step are finite on this rank."""
         return all(bool(loss.isfinite().all()) for loss in self._last)
 
 
 def watch_overflow(trainer: Any, context: DistributedContext) -> Callable[[], str | None]:
-    """A function for a step whose gradient is not finite: a sentence where that is the scaler's business, else None.
+    """Return a function for a step whose gradient is not finite: a message if the scaler handles it, else None.
 
-    All ranks call it together, since all see the same gradient.
+    All ranks must call it together; they see the same gradient.
     """
 
     def look() -> str | None:

@@ -1,29 +1,29 @@
-"""A notice that machines will be taken away: the workers write a checkpoint and leave while there is time.
+"""Preemption notices: the workers write a checkpoint and exit before their machine is taken away.
 
-Ray tells of a node that is drained, as cloud providers drain spot machines, through `ray.train.get_preemption_info`,
-for which all workers wait for one another. So they agree after which steps they ask.
+Ray reports a node that is drained, such as a spot machine, through `ray.train.get_preemption_info`. That call is a
+barrier of all workers, so they agree on the steps after which they call it.
 """
 
 import time
 from collections.abc import Callable
 from typing import Any
 
-EVERY_S = 3.0  # between two looks; one takes 26 ms with two workers, and a notice is 30 s or more in most clouds
+EVERY_S = 3.0  # between two calls; one takes 26 ms with two workers, and most clouds give 30 s or more of notice
 
 
 class Notice:
-    """Asks now and then. `ask` gives what Ray knows, or None."""
+    """Checks for a preemption every few seconds. `ask`: returns Ray's preemption info, or None."""
 
     def __init__(self, ask: Callable[[], Any], every_s: float = EVERY_S):
         self._ask, self._every_s = ask, every_s
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether this worker would ask now."""
+        """Return whether the next check is due on this worker."""
         return time.monotonic() - self._last >= self._every_s
 
     def look(self) -> str | None:
-        """Why to leave, or None. Called by all workers after the same step."""
+        """Return the reason to leave, or None. All workers must call this after the same step."""
         self._last = time.monotonic()
         info = self._ask()
         if info is None:
@@ -34,7 +34,7 @@ class Notice:
 
 
 def watch_notice() -> Notice:
-    """Of the node that any worker is on, inside Ray Train."""
+    """Return a `Notice` for the nodes of all workers of this Ray Train run."""
     import ray.train
 
     return Notice(ray.train.get_preemption_info)

@@ -1,7 +1,7 @@
-"""The heaviest batch of the plan runs before the first step: what would end the run in hour three ends it at once.
+"""Run the heaviest batch of the plan before the first step, so that a lack of memory shows at once and not hours later.
 
-It goes forward and backward as in training, without a step of the optimizer, and leaves no trace: gradients, TRL's
-counts and the random state are as before.
+The batch goes forward and backward as in training, without an optimizer step. Gradients, TRL's counters and the random
+state are restored afterwards.
 """
 
 import copy
@@ -18,16 +18,16 @@ from ray_vlm.models.precision import autocast
 from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.memory_plan import Probe
 
-_KEPT = ("_metrics", "_total_train_tokens", "_step")  # what TRL counts in a loss
+_KEPT = ("_metrics", "_total_train_tokens", "_step")  # counters that TRL updates in `compute_loss`
 
 
 def run_probe(trainer: Any, job: JobConfig, probe: Probe, context: DistributedContext) -> str:
-    """Run it, and say in a sentence what it took. Raises `RunError` where it does not fit."""
+    """Run the batch and return a sentence on its memory. Raises `RunError` if it does not fit."""
     import torch
 
     records, model = trainer.fetch_records(), trainer.model
     rows = [trainer.builder.row(records[number]) for number in probe.rows]
-    told = f"{len(rows)} rows of up to {probe.tokens:,} tokens"
+    description = f"{len(rows)} rows of up to {probe.tokens:,} tokens"
     try:
         with _no_trace(trainer, context), _measure(model, context) as took:
             batch = METHODS[job.method.name].heaviest(trainer, rows, context.device)
@@ -35,29 +35,30 @@ def run_probe(trainer: Any, job: JobConfig, probe: Probe, context: DistributedCo
                 trainer.compute_loss(model, batch).backward()
             del batch
     except torch.OutOfMemoryError as error:
-        raise RunError(_refuse(told, str(error).split(". ")[0], probe)) from error
+        raise RunError(_refuse(description, str(error).split(". ")[0], probe)) from error
     moments = 2 * sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     if context.device.startswith("cuda"):
-        whole = torch.cuda.get_device_properties(context.device).total_memory
-        if (all_of_it := took["before"] + took["above"] + moments) > whole:
-            raise RunError(_refuse(told, f"with the optimizer {all_of_it / GIB:.1f} of {whole / GIB:.1f} GiB", probe))
+        capacity = torch.cuda.get_device_properties(context.device).total_memory
+        if (needed := took["before"] + took["above"] + moments) > capacity:
+            reason = f"with the optimizer {needed / GIB:.1f} of {capacity / GIB:.1f} GiB"
+            raise RunError(_refuse(description, reason, probe))
     return (
-        f"the heaviest batch ({told}) took {took['above'] / GIB:.3f} GiB above the model, predicted "
+        f"the heaviest batch ({description}) took {took['above'] / GIB:.3f} GiB above the model, predicted "
         f"{probe.predicted / GIB:.3f}"
     )
 
 
-def _refuse(told: str, why: str, probe: Probe) -> str:
+def _refuse(description: str, reason: str, probe: Probe) -> str:
     return (
-        f"the heaviest batch of the plan ({told}; rows {', '.join(map(str, probe.rows[:8]))}) does not fit: {why}. "
-        "Lower train.micro_batch_size or data.max_pixels, set train.gradient_checkpointing, or let train.memory=auto "
-        "choose."
+        f"the heaviest batch of the plan ({description}; rows {', '.join(map(str, probe.rows[:8]))}) does not fit: "
+        f"{reason}. Lower train.micro_batch_size or data.max_pixels, set train.gradient_checkpointing, or let "
+        "train.memory=auto choose."
     )
 
 
 @contextmanager
 def _measure(model: Any, context: DistributedContext) -> Iterator[dict[str, float]]:
-    """Bytes `before` on the device, and `above` them at the peak."""
+    """Measure the bytes allocated `before` the body, and the peak `above` them."""
     import torch
 
     from ray_vlm.models.live import LiveBytes
@@ -78,7 +79,7 @@ def _measure(model: Any, context: DistributedContext) -> Iterator[dict[str, floa
 def _no_trace(trainer: Any, context: DistributedContext) -> Iterator[None]:
     import torch
 
-    kept = {name: copy.deepcopy(getattr(trainer, name)) for name in _KEPT if hasattr(trainer, name)}
+    saved = {name: copy.deepcopy(getattr(trainer, name)) for name in _KEPT if hasattr(trainer, name)}
     model, args = trainer.model, trainer.args
     was_training = model.training
     if args.gradient_checkpointing:
@@ -93,5 +94,5 @@ def _no_trace(trainer: Any, context: DistributedContext) -> Iterator[None]:
         model.train(was_training)
         trainer.clock.take()
         trainer.operations.take()
-        for name, value in kept.items():
+        for name, value in saved.items():
             setattr(trainer, name, value)

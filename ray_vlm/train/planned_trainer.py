@@ -1,7 +1,7 @@
-"""Plan and stream -> TRL: a TRL trainer that takes its batches from our feed and is validated by our evaluation.
+"""A TRL trainer that takes its batches from the plan's stream and is validated by this package.
 
-The losses stay TRL's. What changes: where batches come from, and that the adapter keeps float32 weights (TRL casts it
-to bfloat16 on 4-bit bases, where a step of 1e-4 of a weight is lost).
+The losses are TRL's. Only the source of batches changes, and the adapter keeps float32 weights: TRL casts it to
+bfloat16 on 4-bit bases, where a relative update of 1e-4 is rounded away.
 """
 
 import math
@@ -22,22 +22,21 @@ from ray_vlm.train.worker_spec import WorkerSpec
 
 
 def open_stream(job: JobConfig, task: WorkerSpec, context: DistributedContext, first: int) -> Stream:
-    """What this rank trains on, from micro-batch `first` to the plan's end. Under Ray its loaders start at once."""
+    """Return this rank's rows from micro-batch `first` to the end of the plan. Under Ray the loaders start at once."""
     last = task.plan.num_steps * task.plan.accumulation
     fill_in = job.data.on_bad_row == "quarantine"
-    feed = StreamSpec(task.train, task.spec, task.plan, context.rank, first, last, task.row_bytes, fill_in)
+    spec = StreamSpec(task.train, task.spec, task.plan, context.rank, first, last, task.row_bytes, fill_in)
     if not context.ray or first >= last:
-        return stream_local(feed)
-    return StartedStream(stream_ray(feed, task.num_loaders, task.cpus_per_loader, task.environment))
+        return stream_local(spec)
+    return StartedStream(stream_ray(spec, task.num_loaders, task.cpus_per_loader, task.environment))
 
 
 class PlannedBatches:
-    """The train dataloader that TRL sees: one stream over the whole run, handed out an epoch at a time.
+    """The train dataloader for TRL: one stream over the whole run, iterated an epoch at a time.
 
-    `build` makes what the trainer takes of the stream's rows. `first`: number of the stream's first micro-batch. In an
-    epoch that is resumed midway only the rest comes. `accumulation`: what the trainer counts as batches of one step.
-    `clock` is told how long rows were waited for; `num_images` counts what came; `number` is that of the micro-batch
-    to come. `rank`: whose micro-batches they are.
+    `build` collates rows of the stream into a batch. `first`: number of the stream's first micro-batch; an epoch that
+    is resumed midway yields only its rest. `accumulation`: batches per optimizer step, as the trainer counts them.
+    `clock` measures the wait for rows. `num_images`: images so far; `number`: of the next micro-batch.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class PlannedBatches:
     ):
         self.clock = clock or Clock("cpu")
         self.num_images = 0
-        self.lost: list[tuple[int, int]] = []  # rows that could not be read, with those in their place
+        self.lost: list[tuple[int, int]] = []  # (row that could not be read, row in its place)
         self._rank = rank
         self.number = first
         self._stream = stream
@@ -64,8 +63,8 @@ class PlannedBatches:
         return self._plan.steps_per_epoch * self._accumulation
 
     def __iter__(self) -> Iterator[Any]:
-        whole = self._plan.steps_per_epoch * self._plan.accumulation
-        for _ in range(whole - self.number % whole):
+        per_epoch = self._plan.steps_per_epoch * self._plan.accumulation
+        for _ in range(per_epoch - self.number % per_epoch):
             with self.clock.phase("data", host=True):
                 rows = next(self._stream, None)
             if rows is None:
@@ -79,30 +78,47 @@ class PlannedBatches:
             yield batch
 
     def close(self) -> None:
-        """End the stream, also where training stopped before its end."""
+        """Close the stream, also before its end."""
         self._stream.close()
 
 
 def _restore(model: Any, exact: dict[str, Any]) -> None:
-    """Put back the trained weights that TRL has cast, in float32."""
+    """Restore in float32 the trained weights that TRL has cast."""
     for name, parameter in model.named_parameters():
         if name in exact:
             parameter.data = exact[name].to(parameter.device).float()
 
 
+def align_learning_rates(scheduler: Any) -> None:
+    """Set the learning rate of each parameter group to the value of the job's own schedule at the restored step.
+
+    A checkpoint restores the rates themselves, and the optimizer uses them until the next `scheduler.step()`. If the
+    job now has more steps, these are rates of the earlier, shorter schedule. With the same number of steps nothing
+    changes, to the bit.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate wraps it under DeepSpeed
+    if not hasattr(scheduler, "lr_lambdas"):
+        return
+    factors = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
+    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates  # what the Trainer logs
+
+
 class LeftOut:
-    """What a fed trainer does not do of what TRL's do."""
+    """Methods of TRL's trainers that are disabled."""
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Left out: no one reads this estimate, and the Trainer walks through the model for each micro-batch."""
+        """Return 0: the estimate is not used, and it would iterate over all weights for each micro-batch."""
         return 0
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Left out: TRL's card names its own defaults; ours comes with the export."""
+        """Do nothing: the export writes a model card of its own (`runs/card.py`)."""
 
 
 def feed_trainer(trainer_class: type) -> type:
-    """A subclass of a TRL trainer that is fed by `PlannedBatches` and validated by a function of ours."""
+    """Return a subclass of a TRL trainer that reads `PlannedBatches` and validates by its attribute `validate`."""
 
     class PlannedTrainer(LeftOut, trainer_class):
         planned_batches: PlannedBatches
@@ -110,7 +126,7 @@ def feed_trainer(trainer_class: type) -> type:
         validate: Callable[[Any], dict[str, float]] | None = None
         write_checkpoint: Callable[[], None]
         skips_nonfinite = False
-        rates: tuple[Any, dict[str, float]] = (None, {})  # the family, and learning rates of its parts
+        rates: tuple[Any, dict[str, float]] = (None, {})  # the model family, and learning rates of its parts
 
         def __init__(self, *args: Any, **kwargs: Any):
             named = kwargs["model"].named_parameters()
@@ -126,6 +142,11 @@ def feed_trainer(trainer_class: type) -> type:
                 split_rates(optimizer, self.model.named_parameters(), family, rates)
             return optimizer
 
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                align_learning_rates(self.lr_scheduler)
+
         def get_train_dataloader(self) -> PlannedBatches:
             return self.planned_batches
 
@@ -137,7 +158,7 @@ def feed_trainer(trainer_class: type) -> type:
             with self.clock.phase("step"):
                 loss = super().training_step(*args, **kwargs)
             self.losses.keep(loss)
-            # The Trainer sums losses up, and takes the sum off after logging: NaN would stay in it.
+            # The Trainer keeps a running sum of losses and subtracts it after logging, so a NaN would stay for ever.
             return loss.nan_to_num(0.0, 0.0, 0.0) if self.skips_nonfinite else loss
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,12 +180,12 @@ def feed_trainer(trainer_class: type) -> type:
 
 
 def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:
-    """The training options that all methods have, from the job; TRL's configs take them by these names."""
+    """Return the job's training options that all methods share, under the names of TRL's configs."""
     train, steps = job.train, plan.num_steps
     save_every = job.checkpoint.every_steps or plan.steps_per_epoch
     eval_every = job.evaluate.every_steps or plan.steps_per_epoch
     return {
-        "output_dir": tempfile.gettempdir(),  # not used: what is written goes through the run's own store
+        "output_dir": tempfile.gettempdir(),  # not used: all files go through the run's own store
         "ignore_data_skip": True,  # the stream already starts at the next unseen row
         "max_steps": steps,
         "per_device_train_batch_size": train.micro_batch_size,
@@ -182,9 +203,9 @@ def shared_options(job: Any, plan: Plan, has_eval: bool) -> dict[str, Any]:
         "fp16": train.precision == "fp16",
         "deepspeed": deepspeed_config(job),
         "use_cpu": job.cluster.gpus_per_worker == 0,
-        # text alone leaves the tower's weights without a gradient
+        # a batch of text only gives the image encoder no gradient, and DDP would wait for it
         "ddp_find_unused_parameters": job.task.name == "chat" and (job.lora is None or job.lora.target != ["language"]),
-        # An adapter leaves routers of experts alone; and TRL asks Llama-4's configuration for what it does not have.
+        # Adapters do not train expert routers, and TRL reads an attribute that Llama 4's configuration lacks.
         "router_aux_loss_coef": 0.0,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,

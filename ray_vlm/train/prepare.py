@@ -1,4 +1,4 @@
-"""What is decided before a run starts: every row read and checked, the balance of classes, the plan."""
+"""Preparation of a run: read and check every row, balance the classes, plan the steps."""
 
 import os
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from ray_vlm.train.memory_plan import Probe, fit, plan_probe
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is decided before anything starts."""
+    """The result of `prepare`."""
 
     job: JobConfig
     spec: SampleSpec
@@ -42,8 +42,10 @@ class Prepared:
 
 
 def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tuple[int, int]] = NONE_KNOWN) -> Prepared:
-    """Read and check all rows, unless `parts` has them, and plan the run. Touches no run folder; raises on anything
-    that cannot work. `known`: sizes of images of a run that goes on."""
+    """Read and check all rows, unless `parts` has them, and plan the run. Writes nothing into a run folder.
+
+    `known`: image sizes that a resumed run has stored. Raises if the job cannot work.
+    """
     if job.data.train is None:
         raise ConfigError("`data.train` is missing. Give it a path and a format.")
     quiet_libraries()
@@ -63,8 +65,8 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     spec = replace(parts.spec, token_weights=balance.token_weights)
     builder = load_sample_builder(spec)
     if job.train.memory is not None:
-        job, told = fit(job, parts.train, builder)
-        notes.append(told)
+        job, note = fit(job, parts.train, builder)
+        notes.append(note)
     plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs, _check_budget(job, parts.train))
     notes += [*_tell_alone(job, spec), *_tell_long_answers(job, parts, builder.num_closing_tokens)]
     _check_images(job, parts.train)
@@ -73,7 +75,7 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
 
 
 def _check_budget(job: JobConfig, train: Index) -> np.ndarray:
-    """The rows' tokens. Raises where one alone is over `train.tokens_per_micro_batch`."""
+    """Return the rows' tokens. Raises `ConfigError` if one row alone exceeds `train.tokens_per_micro_batch`."""
     budget, longest = job.train.tokens_per_micro_batch, int(train.tokens.argmax())
     if budget is not None and (most := int(train.tokens[longest])) > budget:
         raise ConfigError(
@@ -84,7 +86,7 @@ def _check_budget(job: JobConfig, train: Index) -> np.ndarray:
 
 
 def _check_images(job: JobConfig, train: Index) -> None:
-    """Raise for rows without an image where a rank whose batch has none would leave the others waiting."""
+    """Raise `ConfigError` for rows without an image if a worker without images would block the others."""
     learns = job.lora is None or job.lora.target != ["language"]
     bare = np.flatnonzero(train.image_tokens == 0)
     if len(bare) and (job.cluster.zero_stage == 3 or (job.cluster.deepspeed and learns)):
@@ -96,12 +98,12 @@ def _check_images(job: JobConfig, train: Index) -> None:
 
 
 def wanted_parts(job: JobConfig) -> list[str]:
-    """The parts of the data that training reads."""
+    """Return the names of the data parts that training reads."""
     return ["train", "eval"] if job.data.eval is not None else ["train"]
 
 
 def _check_scores(job: JobConfig, train: Index) -> list[str]:
-    """The self-test of GRPO's rewards: raises `ConfigError` where they reward something else than the truth."""
+    """Run the self-test of GRPO's rewards. Raises `ConfigError` if they prefer a wrong answer."""
     if job.method.name != "grpo":
         return []
     from ray_vlm.methods.grpo import job_rewards
@@ -111,18 +113,18 @@ def _check_scores(job: JobConfig, train: Index) -> list[str]:
 
 
 def _tell_alone(job: JobConfig, spec: SampleSpec) -> list[str]:
-    """That rows are read whole where they were meant to share their beginnings, and why."""
+    """Return a note if `method.share_prefixes` has no effect, with the reason."""
     reason = why_alone(job, load_sample_builder(spec).family)
     if job.method.name == "sft" or not job.method.share_prefixes or reason is None:
         return []
-    return [f"rows that begin alike are read whole each: {reason} (method.share_prefixes)"]
+    return [f"method.share_prefixes has no effect: {reason}"]
 
 
 def _tell_long_answers(job: JobConfig, parts: Parts, num_closing: int) -> list[str]:
-    """How many answers are longer than any that evaluation lets the model write."""
+    """Return a note on answers longer than `evaluate.max_new_tokens`."""
     limit, longest = job.evaluate.max_new_tokens, 0
     counts: list[str] = []
-    for name in ("train", "eval") if job.method.name != "dpo" else ():  # pairs are compared, not generated
+    for name in ("train", "eval") if job.method.name != "dpo" else ():  # DPO compares pairs and generates nothing
         index: Index | None = getattr(parts, name)
         tokens = index.answer_tokens - num_closing if index is not None else np.zeros(0)
         if above := int((tokens > limit).sum()):
@@ -132,12 +134,12 @@ def _tell_long_answers(job: JobConfig, parts: Parts, num_closing: int) -> list[s
         return []
     return [
         f"{' and '.join(counts)} have answers of more than evaluate.max_new_tokens={limit} tokens, so the model can "
-        f"never write them whole; the longest has {longest:,}. Raise it, or shorten them."
+        f"never write them in full; the longest has {longest:,}. Raise it, or shorten them."
     ]
 
 
 def _check_pairs(job: JobConfig, spec: SampleSpec) -> None:
-    """Raise where pairs were sampled at other image sizes: places in their answers would be wrong."""
+    """Raise `ConfigError` if pairs were sampled with other preprocessing: positions in their answers would be wrong."""
     if job.method.name != "dpo":
         return
     sources = [s for s in (job.data.train, *job.data.mix, job.data.eval) if s is not None and s.path]
@@ -158,18 +160,18 @@ def plan_run(
     costs: np.ndarray | None = None,
     tokens: np.ndarray | None = None,
 ) -> Plan:
-    """The job's plan over `num_rows` rows; `factors`, `costs` and `tokens` as `Plan` has them.
+    """Return the job's plan over `num_rows` rows; `factors`, `costs` and `tokens`: see `Plan`.
 
-    GRPO's batch sizes count answers, and a worker samples for all prompts of its step at once.
+    GRPO's batch sizes count answers, and a worker samples answers for all prompts of its step at once.
     """
     train, workers = job.train, job.cluster.least_workers
-    whole, micro = train.global_batch_size, train.micro_batch_size
+    global_batch, micro = train.global_batch_size, train.micro_batch_size
     if job.method.name == "grpo":
-        whole //= job.method.num_generations
-        micro = whole // workers
+        global_batch //= job.method.num_generations
+        micro = global_batch // workers
     return Plan(
         num_rows=num_rows,
-        global_batch_size=whole,
+        global_batch_size=global_batch,
         micro_batch_size=micro,
         world_size=workers,
         whole_steps=job.method.name != "sft",
@@ -185,7 +187,7 @@ def plan_run(
 
 
 def absolute_paths(job: JobConfig) -> JobConfig:
-    """The job with its local paths made absolute: a Ray worker's current folder is another one."""
+    """Return the job with absolute local paths, because Ray workers have another current folder."""
 
     def source(value: Source | None) -> Source | None:
         if value is None or not value.path:
@@ -208,7 +210,7 @@ def absolute_paths(job: JobConfig) -> JobConfig:
 
 
 def _output_dir(address: str) -> str:
-    """Where runs go, for every process. Raises `ConfigError` for a relative path under a Ray job."""
+    """Return the absolute output folder. Raises `ConfigError` for a relative path in a Ray job."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (problems := check_output_dir(address)):
         raise ConfigError(problems)
     return full_address(address)
@@ -219,5 +221,5 @@ def _absolute(path: str) -> str:
 
 
 def _is_local(name: str) -> bool:
-    """Whether a model's name is a folder here; anything else is a name on the hub."""
+    """Return whether a model's name is a local folder; anything else is a name on the hub."""
     return os.path.exists(os.path.expanduser(name))

@@ -1,4 +1,4 @@
-"""How far a worker's longer work is, as lines of the run: the base is loaded, held-out rows are measured."""
+"""Progress of long work in a worker, such as loading the base or a validation, as lines of `metrics.jsonl`."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ from ray_vlm.train.context import DistributedContext
 
 
 def progress_writer(paths: RunPaths, context: DistributedContext, attempt: Attempt) -> Callable[[str], None]:
-    """A function that puts a line among those of the run; rank 0 speaks for all. Under Ray the driver shows it.
+    """Return a function that appends a progress line to the run's metrics, on rank 0 only. Under Ray the driver prints.
 
-    It opens the file each time: the base is loaded before the run's own monitor is there.
+    It opens the file at each call, because the base is loaded before the run's own monitor exists.
     """
     if context.rank != 0:
         return lambda text: None
-    paths.refresh(paths.metrics)  # an object store cannot append: what is there is written again, with more
+    paths.refresh(paths.metrics)  # an object store cannot append: the whole file is written again
     show = None if context.ray else Console(0, 1).show
 
     def write(text: str) -> None:

@@ -1,8 +1,8 @@
-"""What DPO's reference says of every pair, computed once before training and kept for later runs.
+"""Log-probabilities of DPO's reference model for every pair, computed once before training and cached for later runs.
 
-It lies under `<run.output_dir>/.reference/` by a key of all that it depends on: the base (name, revision, contents,
-quantisation, dtype), the adapter that the reference is, the pairs with their images, the chat template and the image
-sizes. Whatever of these changes makes another key, so nothing stale is ever read.
+The cache is `<run.output_dir>/.reference/`. Its key is a hash of all that the numbers depend on: the base (name,
+revision, contents, quantisation, dtype), the reference adapter, the pairs with their images, the chat template and the
+image sizes. A change of any of them gives another key, so no stale entry is ever read.
 """
 
 import hashlib
@@ -33,39 +33,41 @@ def find_reference(
     base: str,
     monitor: Monitor | None,
 ) -> Any:
-    """Log-probabilities of the chosen and the rejected answer of every pair under the reference, `float64 [pairs, 2]`.
+    """Return the log-probabilities of the chosen and the rejected answers under the reference, `float64 [pairs, 2]`.
 
-    Read where an earlier run kept them, else computed by all ranks, each its share, and kept. `task` is the worker's.
+    They are read from the cache, or computed by all ranks together and cached. `task`: the `WorkerSpec`.
     """
     records = trainer.fetch_records()
     store = Store(join(job.run.output_dir, ".reference"))
-    told = describe_reference(job, trainer.builder, records, base, task.rows) if context.rank == 0 else {}
-    key = context.broadcast(hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24])
-    kept = context.broadcast(store.read(f"{key}.npy") if context.rank == 0 else None)
-    if kept is None:
+    description = describe_reference(job, trainer.builder, records, base, task.rows) if context.rank == 0 else {}
+    key = context.broadcast(hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:24])
+    data = context.broadcast(store.read(f"{key}.npy") if context.rank == 0 else None)
+    if data is None:
         if monitor is not None:
-            monitor.note(0, f"asking the reference about {len(records)} pairs, once")
-        kept = _ask(job, trainer, records, context)
+            monitor.note(0, f"computing the reference's log-probabilities of {len(records)} pairs")
+        data = _ask(job, trainer, records, context)
         if context.rank == 0:
-            store.write(f"{key}.json", json.dumps(told, indent=1).encode())
-            store.write(f"{key}.npy", kept)
+            store.write(f"{key}.json", json.dumps(description, indent=1).encode())
+            store.write(f"{key}.npy", data)
     elif monitor is not None:
-        monitor.note(0, f"the reference's log-probabilities of {len(records)} pairs are known ({key})")
-    return _numbers(kept)
+        monitor.note(0, f"the reference's log-probabilities of {len(records)} pairs are read from the cache ({key})")
+    return _numbers(data)
 
 
 def describe_reference(
     job: JobConfig, builder: SampleBuilder, records: Sequence[Record], base: str, rows: str
 ) -> dict[str, Any]:
-    """All that the reference's log-probabilities depend on, as plain data. `base`: fingerprint of the base's weights;
-    `rows`: that of the pairs."""
+    """Return all that the reference's log-probabilities depend on, as plain data.
+
+    `base`, `rows`: fingerprints of the base's weights and of the pairs.
+    """
     import transformers
 
     images = hashlib.sha256()
     for record in records:
         for image in record.images:
-            told = describe_file(image) if isinstance(image, str) else hashlib.sha256(image).hexdigest()
-            images.update(f"{told}\n".encode())
+            fingerprint = describe_file(image) if isinstance(image, str) else hashlib.sha256(image).hexdigest()
+            images.update(f"{fingerprint}\n".encode())
     return {
         "base": base,
         "model": [os.path.basename(job.model.name), job.model.revision, job.model.load_in_4bit],
@@ -82,7 +84,7 @@ def describe_reference(
 
 
 def _fingerprint(adapter: str | None) -> str | None:
-    """A hash of the weights and settings of the adapter that the reference is."""
+    """Return a hash of the reference adapter's weights and settings, or None without an adapter."""
     if adapter is None:
         return None
     folder = Path(fetch_folder(adapter))
@@ -93,29 +95,29 @@ def _fingerprint(adapter: str | None) -> str | None:
 
 
 def _ask(job: JobConfig, trainer: Any, records: Sequence[Record], context: DistributedContext) -> bytes:
-    """All ranks run the reference over their share; every rank gets the whole, as a `.npy` file's bytes."""
+    """Run the reference over each rank's share of the pairs. Return all results as the bytes of a `.npy` file."""
     import numpy as np
     import torch
 
-    mine = range(context.rank, len(records), context.world_size)
+    shard = range(context.rank, len(records), context.world_size)
     size = job.train.micro_batch_size
     out = np.zeros((len(records), 2))
     was_training = trainer.model.training
     trainer.model.eval()
-    for start in range(0, len(mine), size):
-        positions = list(mine[start : start + size])
+    for start in range(0, len(shard), size):
+        positions = list(shard[start : start + size])
         rows = [trainer.builder.pair_row(records[i]) for i in positions]
         batch = collate_pairs(rows, trainer.builder, context.device)
         both = trainer.compute_ref_log_probs(trainer.model, batch)
         out[positions] = torch.stack(both, dim=1).double().cpu().numpy()
     trainer.model.train(was_training)
-    whole = sum(context.all_gather(out))
+    log_probs = sum(context.all_gather(out))  # each rank has zeros in the rows of the others
     file = io.BytesIO()
-    np.save(file, whole, allow_pickle=False)
+    np.save(file, log_probs, allow_pickle=False)
     return file.getvalue()
 
 
-def _numbers(kept: bytes) -> Any:
+def _numbers(data: bytes) -> Any:
     import numpy as np
 
-    return np.load(io.BytesIO(kept), allow_pickle=False)
+    return np.load(io.BytesIO(data), allow_pickle=False)

@@ -1,8 +1,8 @@
-"""The callback that turns a trainer's events into the run folder: lines of metrics, `best/`, Ray's reports.
+"""The callback that writes a trainer's events into the run folder (metrics, `best/`) and reports to Ray.
 
-Ray is told only of validations: each report waits for the controller's next poll, so one every step would throttle
-training. It is told numbers and never given a checkpoint: one that it has taken is lost if a worker dies before the
-next poll, and its own list of them can be torn. Ours count when their manifest is there (`runs/checkpoints.py`).
+Only validations are reported to Ray: each report waits for the controller's next poll, so a report every step would
+throttle training. Ray gets numbers and never a checkpoint: it would lose one if a worker died before the next poll.
+This package's own checkpoints are committed by their manifest (`runs/checkpoints.py`).
 """
 
 import math
@@ -25,16 +25,16 @@ from ray_vlm.train.best import improves, is_better, recall_best
 from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.nonfinite import Spikes
 
-_WAIT_S = 0.2  # between looks at a validation that is waited for
+_WAIT_S = 0.2  # between polls of a validation that the ranks wait for
 
 
 @dataclass
 class Progress:
-    """What a run has reached; `best` is `{"step", "metrics", "path"}` once a validation has chosen one;
-    `since_best` counts validations since the metric was last improved.
+    """The state of a run that goes into every checkpoint.
 
-    Goes into every checkpoint: `last` are step and metrics of the last validation, `epoch_losses` those of the epoch
-    so far, `lost` the rows of all ranks that could not be read, each with the one in its place.
+    `best`: `{"step", "metrics", "path"}` of the best validation, or None; `since_best`: validations since the metric
+    last improved; `last`: step and metrics of the last validation; `epoch_losses`: of the current epoch; `lost`: the
+    rows of all ranks that could not be read, each with its replacement.
     """
 
     best: dict[str, Any] | None = None
@@ -45,15 +45,15 @@ class Progress:
 
 
 class RunCallback(TrainerCallback):
-    """Writes what happens. `monitor` is None on every rank but 0.
+    """Records a trainer's events. `monitor` is None on every rank except 0.
 
-    `save` writes weights and how inputs were made into a folder, after all ranks have called `gather`; `tell` reports
-    to Ray; `stop_asked` says after every step whether this rank was told to leave, `notice` whether machines are about
-    to be taken away, and `agree` makes of one rank's flags those of all; `tick` is called while others are waited for;
-    `check_owner` is asked before anything is replaced; `logged` names the numbers that are kept; `gradients` gives
-    their norms by part of the model, which `check_finite` looks at before the optimizer moves; `usage` what the step
-    took since it was last asked, `samples` captions and images of the last validation; `background` measures in the
-    ranks' stead where validation is asynchronous; `count_lost` puts rows that ranks lost into `progress`.
+    `save` writes weights and preprocessing into a folder, after all ranks have called `gather`; `tell` reports to Ray.
+    `stop_asked` returns after every step whether this rank should stop, `notice` checks for preemptions, and `agree`
+    combines the flags of all ranks by OR. `tick` keeps the watchdog quiet while this rank waits. `check_owner` runs
+    before anything is replaced. `logged` selects the numbers to write. `gradients` returns norms by part of the model,
+    which `check_finite` checks before the optimizer's step. `usage` returns the times and memory since its last call,
+    `samples` captions and images of the last validation. `background` is the `AsyncValidator`, or None. `count_lost`
+    collects the unreadable rows of all ranks in `progress`.
     """
 
     logged: Callable[[dict[str, Any]], dict[str, Any]] = staticmethod(lambda logs: dict(logs))
@@ -87,45 +87,47 @@ class RunCallback(TrainerCallback):
         self.tell = tell
         self.progress = Progress()
         self.stopped = False
-        self.leaving: str | None = None  # why, where machines are about to be taken away
-        self.checkpoint_s = 0.0  # how long the last one took
-        self._held_s = 0.0  # how long the ranks waited for the last validation to begin
+        self.leaving: str | None = None  # the reason, if a preemption is announced
+        self.checkpoint_s = 0.0  # of the last checkpoint
+        self._held_s = 0.0  # how long the start of the last asynchronous validation took
         self._last = time.monotonic()
         self._tokens = 0.0
         self._step = 0
         self._norms: dict[str, float] = {}
         self._spikes = Spikes()
-        self._skipped = False  # the step that is being logged
-        self._rate: dict[str, float] = {}  # learning rate of the last step that was logged
+        self._skipped = False  # whether `check_finite` skipped the current step
+        self._rate: dict[str, float] = {}  # learning rate of the last logged step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = time.monotonic()
-        state.compute_steps(args, state.max_steps)  # a checkpoint's state would bring its old intervals back
+        state.compute_steps(args, state.max_steps)  # the restored state has the intervals of the earlier job
         if state.global_step % self.plan.steps_per_epoch == 0:
-            self.progress.epoch_losses = []  # those of an epoch that was over
+            self.progress.epoch_losses = []  # the checkpoint was written at the end of an epoch
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._norms = self.gradients(kwargs["model"])
         self._skipped = self.check_finite(kwargs["model"], state.global_step, self._norms)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.epoch = state.global_step / self.plan.steps_per_epoch  # the Trainer's is wrong in an epoch resumed midway
+        state.epoch = (
+            state.global_step / self.plan.steps_per_epoch
+        )  # the Trainer's value is wrong in an epoch resumed midway
         self._step = state.global_step
-        asked = self.notice is not None and state.global_step < self.plan.num_steps and self.notice.is_due()
+        due = self.notice is not None and state.global_step < self.plan.num_steps and self.notice.is_due()
         measured = self.background is not None and self.background.ready()
-        stop, measured, asked = self.agree(self.stop_asked(), measured, asked)
-        if asked and self.notice is not None:  # all workers together: Ray waits for them
+        stop, measured, due = self.agree(self.stop_asked(), measured, due)
+        if due and self.notice is not None:  # a barrier of all workers
             self.leaving = self.notice.look()
             stop = stop or self.leaving is not None
         if measured:
             started = time.monotonic()
             self._collect(control)
-            self._last += time.monotonic() - started  # no part of the step
+            self._last += time.monotonic() - started  # not part of the step
         if stop and state.global_step < self.plan.num_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
     def reached(self) -> tuple[float | None, dict[str, Any]]:
-        """For a checkpoint now: the score of the validation at this very step, if there was one, and the progress."""
+        """Return the score of the validation at this step, or None without one, and the progress, for a checkpoint."""
         last = self.progress.last
         score = score_of(self.job.evaluate.metric, last["metrics"]) if last and last["step"] == self._step else None
         return score, asdict(self.progress)
@@ -135,7 +137,7 @@ class RunCallback(TrainerCallback):
         state.log_history.clear()  # metrics.jsonl has it
         if "loss" not in logs:
             return
-        if self.job.cluster.deepspeed and not math.isfinite(logs["loss"]):  # its gradients are not to be seen
+        if self.job.cluster.deepspeed and not math.isfinite(logs["loss"]):  # DeepSpeed does not expose gradients
             self.check_finite(kwargs["model"], state.global_step - 1, {"the loss": logs["loss"]})
         now = time.monotonic()
         tokens = logs.get("num_tokens", 0.0)
@@ -148,8 +150,8 @@ class RunCallback(TrainerCallback):
         if math.isfinite(values["loss"]):
             self.progress.epoch_losses.append(float(logs["loss"]))
         if self.monitor is not None:
-            if self.job.method.name != "grpo" and (told := self._spikes.look(state.global_step, values["loss"])):
-                self.monitor.note(state.global_step, told)  # GRPO's loss says little by its height
+            if self.job.method.name != "grpo" and (message := self._spikes.look(state.global_step, values["loss"])):
+                self.monitor.note(state.global_step, message)  # the size of GRPO's loss is no measure of its quality
             self.monitor.write("train", state.global_step, state.epoch or 0.0, values)
             if state.global_step % self.job.train.log_every_steps == 0:
                 self.monitor.publish()
@@ -164,12 +166,12 @@ class RunCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.background is not None:
-            return  # `hand_over` gave no numbers yet
+            return  # the metrics come later, from `_collect`
         self._restart_clock()
         self._measured(state.global_step, kwargs["metrics"], self.samples, self.save, control)
 
     def hand_over(self, trainer: Any) -> dict[str, float]:
-        """What the trainer calls in place of a validation where `background` has it; gives no numbers yet."""
+        """Start an asynchronous validation; the trainer calls this as its `validate`. Return no metrics yet."""
         started = time.monotonic()
         self.settle(trainer.control)
         self.gather()
@@ -179,7 +181,7 @@ class RunCallback(TrainerCallback):
         return {}
 
     def settle(self, control: Any) -> None:
-        """Wait for the validation that is under way beside training, if one is."""
+        """Wait for the current asynchronous validation, if there is one."""
         while self.background is not None and self.background.step is not None:
             (measured,) = self.agree(self.background.ready())
             if measured:
@@ -189,30 +191,30 @@ class RunCallback(TrainerCallback):
                 time.sleep(_WAIT_S)
 
     def recall(self, step: int, context: DistributedContext) -> None:
-        """Take over what an earlier attempt measured beside training up to `step`, and what it left to be measured.
+        """Restore the validations of earlier attempts up to `step`, and start those that they left unfinished.
 
-        A checkpoint knows nothing of numbers that came after it was written, so they are read from the lines.
+        Metrics of an asynchronous validation may be newer than the checkpoint, so they are read from `metrics.jsonl`.
         """
-        found = None
+        validations = None
         if context.rank == 0:
             lines = [line for line in current_lines(read_metrics(self.paths.metrics)) if line["kind"] == "eval"]
-            found = [line for line in lines if line["step"] <= step]
-            if self.background is None and not any("background_s" in line for line in found):
-                found = None
-        found = context.broadcast(found)
-        if found is not None:
-            best, self.progress.since_best = recall_best(found, self.job.evaluate.metric)
+            validations = [line for line in lines if line["step"] <= step]
+            if self.background is None and not any("background_s" in line for line in validations):
+                validations = None
+        validations = context.broadcast(validations)
+        if validations is not None:
+            best, self.progress.since_best = recall_best(validations, self.job.evaluate.metric)
             self.progress.best = best and best | {"path": self.paths.uri("best")}
         if self.background is not None:
-            self.background.resume(step, {line["step"] for line in found or ()})
+            self.background.resume(step, {line["step"] for line in validations or ()})
         elif context.rank == 0:
-            find_left(self.paths.store, -1)  # nobody will measure them
+            find_left(self.paths.store, -1)  # deletes weights that nothing will validate
 
     def _collect(self, control: Any) -> None:
-        found = self.background.collect()
-        metrics = found.metrics | {"validation_s": self._held_s}
-        self._measured(found.step, metrics, lambda: found.pictures, self.background.save(found.step), control)
-        self.background.forget(found.step)
+        result = self.background.collect()
+        metrics = result.metrics | {"validation_s": self._held_s}
+        self._measured(result.step, metrics, lambda: result.pictures, self.background.save(result.step), control)
+        self.background.forget(result.step)
 
     def _measured(
         self,
@@ -222,7 +224,7 @@ class RunCallback(TrainerCallback):
         save: Callable[[Path], None],
         control: Any,
     ) -> None:
-        """Write down what was measured of the weights of `step`, which `save` writes, and draw the consequences."""
+        """Record the metrics of the weights of `step`, replace `best/` if they are better, and stop early if due."""
         name = self.job.evaluate.metric
         best_so_far = self.progress.best["metrics"] if self.progress.best else {}
         better = is_better(name, metrics, best_so_far)
@@ -245,7 +247,7 @@ class RunCallback(TrainerCallback):
             control.should_training_stop = True
 
     def _restart_clock(self) -> None:
-        """The next step's time must not count what came between."""
+        """Exclude the time until now from the next step."""
         self._last = time.monotonic()
         self.usage()
 
@@ -256,15 +258,15 @@ class RunCallback(TrainerCallback):
         self._last = time.monotonic()
 
 
-def by_part(norms: dict[str, float], whole: float) -> dict[str, float]:
-    """`grad_norm_<part>`, as `whole` is: from before gradients were clipped, which scaled all parts alike."""
+def by_part(norms: dict[str, float], total: float) -> dict[str, float]:
+    """Return `grad_norm_<part>` from before clipping, as `total` is: clipping scales all parts by the same factor."""
     clipped = math.hypot(*norms.values())
-    scale = whole / clipped if clipped > 0 else 0.0
+    scale = total / clipped if clipped > 0 else 0.0
     return {f"grad_norm_{part}": norm * scale for part, norm in norms.items()}
 
 
 def publish_weights(paths: RunPaths, folder: Path, save: Callable[[Path], None], step: int) -> None:
-    """Replace `best/` or `final/` where the run is kept."""
+    """Replace `best/` or `final/` of the run."""
     if paths.remote is None:
         write_folder(folder, save)
     else:
@@ -272,12 +274,14 @@ def publish_weights(paths: RunPaths, folder: Path, save: Callable[[Path], None],
 
 
 def score_of(metric: str, metrics: dict[str, float]) -> float:
-    """One finite number for whoever ranks reports, higher is better. NaN is the worst, and never missing: Ray takes a
-    missing score for the best when lower is better."""
+    """Return the score of a validation for Ray, higher is better.
+
+    NaN becomes the lowest finite number, because Ray treats a missing score as the best one if lower is better.
+    """
     value = -metrics[metric] if metric == "loss" else metrics[metric]
     return float(value) if math.isfinite(value) else -sys.float_info.max
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, int | float | str]:
-    """The same numbers as Python's own: Ray ends a run that reports those of numpy or torch."""
+    """Return the numbers as Python types: Ray fails on numbers of numpy or torch in a report."""
     return {k: v if type(v) in (int, str, bool) else float(v) for k, v in metrics.items()}

@@ -1,7 +1,7 @@
-"""When a run is tried again: pure policy on what went wrong so far (`train/launch.py` carries it out).
+"""When a run is restarted: a pure policy on the failures so far (`train/launch.py` carries it out).
 
-Ray Train could restart the workers itself, but not when its controller dies or while a process group starts, it would
-try again what this package refused on purpose, and it keeps no account. So restarts are counted here, in one budget.
+Ray Train could restart the workers itself, but not if its controller dies or while a process group starts; it would
+also retry errors that this package raises on purpose. So restarts are counted here, in one budget.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.models.out_of_memory import NO_ROOM, describe_out_of_memory, is_out_of_memory
 from ray_vlm.train.nonfinite import RewindToCheckpoint
 
-_PAUSE_S = 2.0  # between the beginnings of two tries
-# What gloo and NCCL say where the process or the machine at the other end is gone.
+_PAUSE_S = 2.0  # between the starts of two attempts
+# Parts of the errors of gloo and NCCL if the process or the machine at the other end is gone.
 _CUT = ("closed by peer", "reset by peer", "remote process exited", "unhandled system error", "Timed out waiting")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a try ended. `own`: raised by this package on purpose; `raised`: by code in a worker, not by its death."""
+    """Why an attempt ended. `own`: an error that this package raised on purpose; `raised`: whether a worker raised an
+    error, rather than died."""
 
     text: str
     own: RayVlmError | None = None
@@ -26,10 +27,11 @@ class Failure:
 
 
 def should_restart(failures: list[Failure], max_failures: int) -> bool:
-    """Whether to try again after the last of `failures`.
+    """Return whether to restart after the last of `failures`.
 
-    Not when this package refused on purpose, nor when the same error came twice at the same step: it would come again.
-    Errors count over the whole run; deaths only in a row, so that machines may come and go for weeks.
+    Not after an error that this package raised on purpose, nor after the same error twice at the same step, which would
+    repeat. Errors count over the whole run, deaths of workers only since the last progress, so that a run survives
+    any number of preemptions.
     """
     last = failures[-1]
     raised = sum(failure.raised for failure in failures)
@@ -40,20 +42,25 @@ def should_restart(failures: list[Failure], max_failures: int) -> bool:
 
 
 def count_stuck(failures: list[Failure]) -> int:
-    """Failures since the run last came further than ever before; the first that did is one of them."""
+    """Return the number of failures since the run last reached a new step, including the failure at that step."""
     furthest = max(failure.step for failure in failures)
     return len(failures) - next(i for i, failure in enumerate(failures) if failure.step == furthest)
 
 
 def restart_backoff(failures: list[Failure]) -> float:
-    """Seconds that lie at least between the beginnings of two tries: doubled for each failure that came before a new
-    step was reached. A try that lived longer is followed by the next one at once."""
+    """Return the minimum seconds between the starts of two attempts, doubled for each failure without a new step.
+
+    An attempt that lasted longer is followed by the next one at once.
+    """
     return _PAUSE_S * 2 ** min(count_stuck(failures) - 1, 5)
 
 
 def describe_failure(error: Exception, step: int, advice: str = "") -> Failure:
-    """What `TorchTrainer.fit` raised, in our words. `step`: the last one that was trained. `advice`: what
-    to change where a card had no room: that is refused as our own errors are, whatever the other workers say."""
+    """Return the failure for an error of `TorchTrainer.fit`.
+
+    `step`: the last trained step. `advice`: what to change if a GPU ran out of memory, which is never retried, whatever
+    the other workers raised.
+    """
     workers = {rank: getattr(e, "_base_exc", e) for rank, e in getattr(error, "worker_failures", {}).items()}
     refused = (
         e for _, e in sorted(workers.items()) if isinstance(e, RayVlmError) and not isinstance(e, RewindToCheckpoint)
@@ -68,7 +75,7 @@ def describe_failure(error: Exception, step: int, advice: str = "") -> Failure:
     if not workers:
         return Failure(f"{type(error).__name__}: {str(error).strip()[-1000:]}", own, step=step)
     raised = {rank: e for rank, e in workers.items() if not _is_death(e)}
-    if len(raised) < len(workers):  # who died is the cause; what the others raised only follows
+    if len(raised) < len(workers):  # a death is the cause; errors of the other workers follow from it
         dead = sorted(set(workers) - set(raised))
         return Failure(f"worker {', '.join(map(str, dead))} died", own, step=step)
     rank, first = min(raised.items())
@@ -79,7 +86,7 @@ def describe_failure(error: Exception, step: int, advice: str = "") -> Failure:
 
 
 def explain_out_of_memory(error: BaseException, who: str, step: int, advice: str) -> RunError:
-    """Our error for a card without room."""
+    """Return the error for a GPU without enough memory."""
     return RunError(f"{who} {NO_ROOM} after step {step}: {describe_out_of_memory(error)}. {advice}")
 
 

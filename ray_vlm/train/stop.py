@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: the first asks for a checkpoint and an orderly end, the second ends at once. Before the first
-step there is nothing to keep, so the first ends at once too.
+"""Ctrl-C and SIGTERM: the first signal requests a checkpoint and an orderly end, the second ends the run at once.
+Before the first step there is nothing to save, so there the first signal ends the run at once.
 
-In one process the trainer asks the `StopRequest` itself. Under Ray the driver gets the signal and leaves a file in the
-run folder that rank 0 looks for; the ranks agree on the step at which they leave.
+Without Ray the trainer reads the `StopRequest` itself. Under Ray the driver gets the signal and writes a file into the
+run folder, which rank 0 checks; the ranks agree on the step after which they stop.
 """
 
 import signal
@@ -15,33 +15,33 @@ from typing import Any
 from ray_vlm.runs.store import Store
 
 STOP_FILE = ".stop"
-_REMOTE_S = 5.0  # an object store is asked this often, a disk at every step
+_REMOTE_S = 5.0  # between checks of an object store; a disk is checked at every step
 
 
 class StopRequest:
-    """A context in which the first signal is a request, kept in `signal`, and the second a `KeyboardInterrupt`.
+    """A context in which the first signal is a request, stored in `signal`, and the second raises `KeyboardInterrupt`.
 
-    `asked` may want it too: it ends a trial that is behind the others. While nothing was `trained` since the last
-    checkpoint or the start, the first signal is a `KeyboardInterrupt` as well, and `left_early` says so.
+    `should_stop`: another reason to stop, such as a sweep that prunes the trial. While `trained` is False the first
+    signal raises `KeyboardInterrupt` too, and sets `left_early`.
     """
 
-    def __init__(self, asked: Callable[[], bool] | None = None, trained: bool = True) -> None:
+    def __init__(self, should_stop: Callable[[], bool] | None = None, trained: bool = True) -> None:
         self.signal: int | None = None
         self.trained = trained
         self.left_early = False
-        self._asked = asked
+        self._should_stop = should_stop
         self._old: dict[int, Any] = {}
 
     @property
     def wanted(self) -> bool:
-        return self.signal is not None or (self._asked is not None and self._asked())
+        return self.signal is not None or (self._should_stop is not None and self._should_stop())
 
     def __enter__(self) -> "StopRequest":
         self.listen()
         return self
 
     def listen(self) -> None:
-        """Take the signals, also where something has put handlers of its own in place meanwhile, as Ray does."""
+        """Install the handlers, again if another library, such as Ray, has replaced them."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 old = signal.signal(number, self._handle)
@@ -58,34 +58,34 @@ class StopRequest:
         if not self.trained:
             self.left_early = True
             raise KeyboardInterrupt
-        print("\nstopping: a checkpoint is written after this step. Once more leaves at once.", flush=True)
+        print("\nstopping: a checkpoint is written after this step. A second signal ends the run at once.", flush=True)
 
 
 def ask_workers(store: Store) -> None:
-    """Tell the workers of a run to write a checkpoint and leave."""
+    """Ask the workers of a run to write a checkpoint and stop."""
     store.write(STOP_FILE, b"")
 
 
 def watch(store: Store) -> Callable[[], bool]:
-    """A function that says whether `ask_workers` was called."""
-    last, found = 0.0, False
+    """Return a function that returns whether `ask_workers` was called."""
+    last, requested = 0.0, False
 
     def wanted() -> bool:
-        nonlocal last, found
-        if not found and (store.local is not None or time.monotonic() - last > _REMOTE_S):
+        nonlocal last, requested
+        if not requested and (store.local is not None or time.monotonic() - last > _REMOTE_S):
             last = time.monotonic()
-            found = (store.local / STOP_FILE).exists() if store.local else store.read(STOP_FILE) is not None
-        return found
+            requested = (store.local / STOP_FILE).exists() if store.local else store.read(STOP_FILE) is not None
+        return requested
 
     return wanted
 
 
 def agree(flags: Sequence[bool], world_size: int, device: str) -> list[bool]:
-    """For each flag whether any rank has set it; the same answers on all, so that none is left waiting."""
+    """Return for each flag whether any rank has set it: the same on all ranks, so that they act together."""
     if world_size == 1:
         return list(flags)
     import torch
 
-    found = torch.tensor([int(flag) for flag in flags], device=device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in found.tolist()]
+    any_set = torch.tensor([int(flag) for flag in flags], device=device)
+    torch.distributed.all_reduce(any_set, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in any_set.tolist()]

@@ -1,5 +1,5 @@
-"""The trainer as a worker has it: the base with what is trained on top, TRL's trainer for the method, our feed and our
-validation. Used by the workers, and by the process that validates beside them.
+"""Build a worker's trainer: the base with its adapter, TRL's trainer for the method, the stream and the validation.
+Used by the workers and by the actor for asynchronous validation.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from ray_vlm.train.worker_spec import WorkerSpec
 
 
 def build_context(job: JobConfig, in_ray: bool) -> DistributedContext:
-    """The rank and the device of this process."""
+    """Return the rank and the device of this process."""
     if not in_ray:
         return DistributedContext(0, 1, "cuda:0" if job.cluster.gpus_per_worker else "cpu", ray=False)
     import ray.train.torch
@@ -39,12 +39,12 @@ def build_context(job: JobConfig, in_ray: bool) -> DistributedContext:
     worker = ray.train.get_context()
     device = str(ray.train.torch.get_device())
     if device != "cpu":
-        torch.cuda.set_device(device)  # what ranks tell one another goes through the current card
+        torch.cuda.set_device(device)  # NCCL sends objects through the current GPU
     return DistributedContext(worker.get_world_rank(), worker.get_world_size(), device, ray=True)
 
 
 def prepare_process(job: JobConfig, in_ray: bool) -> None:
-    """Load the libraries, quietly; set threads and seeds. Nothing here or later calls home unless the job asks."""
+    """Import the libraries without their messages, and set threads and seeds."""
     quiet_libraries()
     import_training_libraries()
     if in_ray:
@@ -57,7 +57,7 @@ def prepare_process(job: JobConfig, in_ray: bool) -> None:
 
 
 def load_adapted(job: JobConfig, family: Family, context: DistributedContext) -> Any:
-    """The base with what will be trained on top: a new adapter, a given one, or all weights."""
+    """Load the base with what is trained: a new adapter, the job's adapter, or all weights."""
     from peft import get_peft_model
 
     from ray_vlm.models.base_cache import load_resident
@@ -77,13 +77,13 @@ def load_adapted(job: JobConfig, family: Family, context: DistributedContext) ->
 
 
 def build_args(job: JobConfig, task: WorkerSpec, attempt: Attempt) -> Any:
-    """TRL's options for the method. Made before the base is loaded, which under ZeRO-3 is cut into slices by them."""
+    """Return TRL's options for the method. Build them before loading the base: ZeRO-3 partitions it by them."""
     from ray_vlm.train.planned_trainer import shared_options
 
     has_eval = task.eval is not None
     args = METHODS[job.method.name].build_args(job, shared_options(job, task.plan, has_eval))
     args.eval_on_start = has_eval and job.evaluate.at_start and attempt.step == 0
-    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every card in sight, and scale the loss
+    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every visible GPU and scale the loss
     return args
 
 
@@ -97,7 +97,7 @@ def build_trainer(
     first: int,
     stream: Stream,
 ) -> Any:
-    """TRL's trainer for the method, with `args` of `build_args`, fed by a stream that begins at `first`."""
+    """Build TRL's trainer for the method. `args`: of `build_args`; `first`: the first micro-batch of `stream`."""
     import datasets
 
     from ray_vlm.train.planned_trainer import PlannedBatches, feed_trainer
@@ -129,8 +129,8 @@ def build_trainer(
 
 
 def spare_work(trainer: Any, job: JobConfig, builder: SampleBuilder, folding: PackingOptions) -> None:
-    """Let the trainer's model run nothing twice and nothing in vain: beginnings that rows share, padding, tokens that
-    nobody scores, a frozen image encoder's backward, and images that it has seen."""
+    """Avoid unneeded work of the model: shared prefixes, padding, logits without a label, the backward pass of a frozen
+    image encoder, and images that were encoded before."""
     trainer.operations = OperationCounter(trainer.model)
     if builder.stock is None:
         share_prefixes(trainer.model, folding, trainer.operations)
@@ -139,10 +139,10 @@ def spare_work(trainer: Any, job: JobConfig, builder: SampleBuilder, folding: Pa
     run_frozen_tower_plainly(trainer.model)
     trainer.recent, cache = StepFeatureCache(), job.train.vision_cache
     if cache is not None:
-        shelf = DiskFeatureCache(Path(cache).expanduser(), job.train.vision_cache_gib * 2**30, trainer.model)
-        keep_features(trainer.model, trainer.recent, shelf)
+        disk_cache = DiskFeatureCache(Path(cache).expanduser(), job.train.vision_cache_gib * 2**30, trainer.model)
+        keep_features(trainer.model, trainer.recent, disk_cache)
     elif job.method.name != "sft" and job.cluster.zero_stage < 3 and not why_not_kept(trainer.model):
-        keep_features(trainer.model, trainer.recent)  # ZeRO-3 has all workers run the encoder together or none
+        keep_features(trainer.model, trainer.recent)  # under ZeRO-3 all workers must run the encoder together
 
 
 def _printer() -> type:
@@ -152,24 +152,24 @@ def _printer() -> type:
 
 
 def _validation(job: JobConfig, task: WorkerSpec, builder: SampleBuilder, context: DistributedContext) -> Any:
-    """The function that measures the eval rows, as the method and the job's metric need it."""
+    """Return the method's validation of this rank's share of the eval rows."""
     from ray_vlm.evaluate.validate import VALIDATE
 
     records = fetch_records(task.eval)
     chosen = [records[i] for i in plan_sample(len(records), job.evaluate.num_samples)]
-    mine = chosen[context.rank :: context.world_size]
+    shard = chosen[context.rank :: context.world_size]
 
     def run(trainer: Any) -> dict[str, float]:
-        return VALIDATE[job.method.name](trainer, mine, builder, job, context.device, context.world_size)
+        return VALIDATE[job.method.name](trainer, shard, builder, job, context.device, context.world_size)
 
     return run
 
 
-_FETCHED: dict[Any, tuple] = {}  # by Ray reference: reading them again and again would take as long as a step
+_FETCHED: dict[Any, tuple] = {}  # by Ray reference, because reading them takes about as long as a step
 
 
 def fetch_records(records: Any) -> tuple:
-    """The records behind a Ray reference, or the records themselves."""
+    """Return the records behind a Ray reference, or `records` if it is a tuple already."""
     if isinstance(records, tuple):
         return records
     if records not in _FETCHED:
@@ -180,6 +180,6 @@ def fetch_records(records: Any) -> tuple:
 
 
 def row_names(trainer: Any) -> Callable[[int], str]:
-    """The id of a training row by its position."""
+    """Return a function that gives the id of a training row by its position."""
     records = trainer.fetch_records()
     return lambda row: str(records[row].id)

@@ -1,10 +1,10 @@
-"""A worker in which nothing moves any more: told with its rows and everyone's stacks, then ended or left.
+"""Detection of stalled workers: report them with their rows and the stacks of all workers, then end the workers.
 
-Each worker has a thread that looks at its clock. When nothing began or ended for `cluster.stall_minutes`, it writes
-down where it stands and the stacks of its threads into `stalls/` of the run. The others wait for the one that hangs,
-so they write too, a moment earlier or later; the first of those that did reads them all and says who is behind. Then
-they end themselves, since nobody can raise an error in a thread that waits inside a library, and the driver finds the
-sentence. A process that is stopped writes nothing: it is the one that is missing.
+A thread in each worker checks the worker's clock. If no phase started or ended for `cluster.stall_minutes`, it writes
+the worker's status and the stacks of its threads into `stalls/` of the run. The other workers wait for the stalled one,
+so they write theirs at about the same time; the lowest rank among them reads all statuses and writes a message on who
+is behind. Then the workers kill themselves, because no error can be raised in a thread that waits inside a library, and
+the driver reads the message. A stopped process writes no status and is reported as silent.
 """
 
 import json
@@ -28,8 +28,8 @@ from ray_vlm.train.clock import Clock
 from ray_vlm.train.context import DistributedContext
 
 FOLDER = "stalls"
-SENTENCE = ".stall.json"  # what the driver finds
-_NAMED = 8  # rows in a sentence
+SENTENCE = ".stall.json"  # the message for the driver
+_NAMED = 8  # rows in a message
 PHASE_LABELS = {
     "data": "waiting for rows",
     "collate": "making a batch",
@@ -45,8 +45,8 @@ _ORDER = list(PHASE_LABELS)
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """Where a worker stands: its phase, how often it began a batch and a micro-batch's step, the step that it is in
-    (from 1), the ids of the rows at hand, and whether it is seen to wait for the other workers."""
+    """The position of a worker: its phase, how many batches and micro-batch steps it has started, its current step
+    (from 1), the ids of its current rows, and whether it is known to wait for other workers."""
 
     rank: int
     host: str
@@ -60,37 +60,40 @@ class WorkerStatus:
 
     @property
     def reached(self) -> tuple[int, int, int, bool]:
-        """The same for workers side by side; less for one that is behind."""
+        """Return a key that is equal for workers at the same position and lower for one that is behind."""
         return self.batches, self.steps, _ORDER.index(self.phase), self.waits
 
 
 def find_phase(inside: Sequence[str]) -> str:
-    """The innermost phase of a clock that has a meaning here."""
+    """Return the innermost phase of a clock that `PHASE_LABELS` names, or `between`."""
     return next((name for name in reversed(inside) if name in PHASE_LABELS), "between")
 
 
-def describe_stall(told: Sequence[WorkerStatus], world_size: int, limit_s: float) -> str:
-    """A sentence: who hangs, where, with which rows. `told`: of every worker that could still say something. The same
-    stall twice is the same sentence."""
+def describe_stall(statuses: Sequence[WorkerStatus], world_size: int, limit_s: float) -> str:
+    """Return a message: which worker hangs, in which phase and with which rows.
+
+    `statuses`: of the workers that wrote one. The text is the same if the same stall repeats, by which `restarts.py`
+    recognises it.
+    """
     limit = f"{limit_s / 60:g} minutes"
-    silent = sorted(set(range(world_size)) - {one.rank for one in told})
+    silent = sorted(set(range(world_size)) - {status.rank for status in statuses})
     if silent:
         who = f"worker {', '.join(map(str, silent))}"
         return f"{who} said nothing for {limit} while the others waited: stopped, or its machine is gone or overloaded"
-    least = min(one.reached for one in told)
-    behind = [one for one in told if one.reached == least]
-    held = [row for one in behind for row in one.rows]
+    earliest = min(status.reached for status in statuses)
+    behind = [status for status in statuses if status.reached == earliest]
+    held = [row for status in behind for row in status.rows]
     more = f" and {len(held) - _NAMED} more" if len(held) > _NAMED else ""
     rows = f", rows {', '.join(held[:_NAMED])}{more}" if held else ""
     where = f"{PHASE_LABELS[behind[0].phase]}, step {behind[0].step}{rows}"
     if len(behind) == world_size and world_size > 1:
         return f"all workers hang for {limit} in the same place: {where}"
-    who = ", ".join(f"{one.rank} on {one.host}" for one in behind)
+    who = ", ".join(f"{status.rank} on {status.host}" for status in behind)
     return f"worker {who} hangs for {limit}: {where}"
 
 
 def is_waiting(thread: int) -> bool:
-    """Whether a thread of this process is in an exchange between workers; in a backward pass it cannot be seen."""
+    """Return whether a thread of this process is in `torch.distributed`; collectives of a backward pass do not show."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if "torch/distributed/" in frame.f_code.co_filename:
@@ -100,14 +103,14 @@ def is_waiting(thread: int) -> bool:
 
 
 def describe_stacks() -> str:
-    """What every thread of this process does now."""
+    """Return the stacks of all threads of this process."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames().items()
     return "\n".join(f"thread {names.get(i, i)}\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
 
 
 class Watchdog:
-    """A context in which this worker is watched. `stand` says where it is; `end` is called after a stall is told."""
+    """A context in which this worker is watched. `stand`: returns its status; `end`: called after a stall."""
 
     def __init__(
         self,
@@ -140,24 +143,24 @@ class Watchdog:
                 return self.end()
 
     def tell(self) -> None:
-        """Write down where this worker stands; the first of those that did also says who is behind."""
-        mine = self.stand()
-        name = f"{FOLDER}/attempt-{self.attempt.number}-rank-{mine.rank}"
-        with suppress(OSError):  # where nothing can be written, ending still helps
-            self.store.write(f"{name}.txt", f"{mine}\n\n{describe_stacks()}".encode())
-            self.store.write(f"{name}.json", json.dumps(asdict(mine)).encode())
-            # the others looked at their clocks within the time that lies between two looks
-            told = self._read_all(time.monotonic() + 2 + min(10.0, self.limit_s / 2))
-            if mine.rank == min([one.rank for one in told], default=mine.rank):
-                text = describe_stall(told or [mine], self.world_size, self.limit_s)
+        """Write this worker's status; the lowest rank that wrote one also writes the message on who is behind."""
+        status = self.stand()
+        name = f"{FOLDER}/attempt-{self.attempt.number}-rank-{status.rank}"
+        with suppress(OSError):  # ending the worker helps even if nothing can be written
+            self.store.write(f"{name}.txt", f"{status}\n\n{describe_stacks()}".encode())
+            self.store.write(f"{name}.json", json.dumps(asdict(status)).encode())
+            # the other workers write within the interval of their checks
+            statuses = self._read_all(time.monotonic() + 2 + min(10.0, self.limit_s / 2))
+            if status.rank == min([one.rank for one in statuses], default=status.rank):
+                text = describe_stall(statuses or [status], self.world_size, self.limit_s)
                 self.store.write(SENTENCE, json.dumps({"attempt": self.attempt.number, "text": text}).encode())
 
     def _read_all(self, until: float) -> list[WorkerStatus]:
         while True:
             names = [f"{FOLDER}/attempt-{self.attempt.number}-rank-{rank}.json" for rank in range(self.world_size)]
-            found = [json.loads(data) for name in names if (data := self.store.read(name)) is not None]
-            if len(found) == self.world_size or time.monotonic() > until:
-                return [WorkerStatus(**{**one, "rows": tuple(one["rows"])}) for one in found]
+            entries = [json.loads(data) for name in names if (data := self.store.read(name)) is not None]
+            if len(entries) == self.world_size or time.monotonic() > until:
+                return [WorkerStatus(**{**entry, "rows": tuple(entry["rows"])}) for entry in entries]
             time.sleep(0.2)
 
 
@@ -170,9 +173,9 @@ def watch_worker(
     plan: Plan,
     ids: Callable[[int], str],
 ) -> Watchdog:
-    """The watchdog of this rank. In the command's own process it only tells: whoever sits there can press Ctrl-C."""
+    """Return the watchdog of this rank. Without Ray it only prints the message: the user can press Ctrl-C."""
     clock, batches = trainer.clock, trainer.planned_batches
-    # a long validation moves with every batch and token that goes into the model
+    # each forward pass is progress, so a long validation is no stall
     trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: clock.tick())
 
     def stand() -> WorkerStatus:
@@ -187,7 +190,9 @@ def watch_worker(
 
     def end() -> None:
         if context.ray:
-            time.sleep(1.0)  # the sentence is read by the driver once this process is gone
+            time.sleep(
+                1.0
+            )  # time for the lowest rank to write the message, which the driver reads once this process is gone
             os.kill(os.getpid(), signal.SIGKILL)
         print(f"\n{describe_stall([stand()], 1, limit_s)}. See {store.address}/{FOLDER}/", file=sys.stderr, flush=True)
 
@@ -196,10 +201,10 @@ def watch_worker(
 
 
 def take_sentence(store: Store, attempt: int) -> str | None:
-    """What the workers of that attempt, or of one that Ray began after it, said before they ended themselves."""
+    """Return and remove the stall message of this attempt or of a later one that Ray started, or None."""
     with suppress(OSError, ValueError):
-        found: Mapping[str, Any] = json.loads(store.read(SENTENCE) or b"{}")
-        if found.get("attempt", -1) >= attempt:
+        stall: Mapping[str, Any] = json.loads(store.read(SENTENCE) or b"{}")
+        if stall.get("attempt", -1) >= attempt:
             store.remove(SENTENCE)
-            return f"{found['text']}. Stacks of all workers: {FOLDER}/attempt-{found['attempt']}-rank-*.txt"
+            return f"{stall['text']}. Stacks of all workers: {FOLDER}/attempt-{stall['attempt']}-rank-*.txt"
     return None

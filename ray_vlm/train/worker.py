@@ -1,6 +1,6 @@
-"""What happens on a device, top to bottom: load the base, attach the adapter, stream batches, train, validate, save.
+"""Training in one worker: load the base, attach the adapter, stream batches, train, validate, save.
 
-`train_worker` runs in every Ray Train worker, and unchanged in the calling process for `cluster.num_workers: 0`.
+`train_worker` runs in every Ray Train worker, and in the calling process for `cluster.num_workers: 0`.
 """
 
 import itertools
@@ -43,10 +43,10 @@ from ray_vlm.train.worker_spec import WorkerSpec
 
 
 def train_worker(task: WorkerSpec, in_ray: bool = False, stop: Callable[[], bool] | None = None) -> dict[str, Any]:
-    """Train one rank to the end, from the newest whole checkpoint of the run if there is one.
+    """Train one rank to the end, from the newest complete checkpoint of the run if there is one.
 
-    `stop` is asked after every step whether to write a checkpoint and leave. Returns what the driver writes into
-    `run.json`: steps, the best checkpoint, and whether it was stopped.
+    `stop` returns after every step whether to write a checkpoint and stop. Return the `result` of `run.json`: steps,
+    the best checkpoint, and whether the run was stopped.
     """
     job, paths = load_resolved(task.job), open_run(task.run)
     try:
@@ -67,7 +67,7 @@ def train_worker(task: WorkerSpec, in_ray: bool = False, stop: Callable[[], bool
 
 
 def settle_workers(job: JobConfig, task: WorkerSpec, world_size: int) -> tuple[JobConfig, WorkerSpec]:
-    """The job and its task for the number of workers that there are now; a step has the same rows."""
+    """Return the job and its task for the current number of workers; each step keeps its rows."""
     cluster = job.cluster.model_copy(update={"num_workers": world_size})
     job, plan = job.model_copy(update={"cluster": cluster}), task.plan
     micro = plan.global_batch_size // world_size if job.method.name == "grpo" else plan.micro_batch_size
@@ -119,7 +119,7 @@ def _train(
         if attempt.step < task.plan.num_steps:
             with watch_worker(job, paths.store, context, attempt, trainer, task.plan, row_names(trainer)):
                 trainer.train(resume_from_checkpoint=str(attempt.folder) if attempt.folder else None)
-        else:  # it died between its last checkpoint and `final/`
+        else:  # an earlier attempt died between its last checkpoint and `final/`
             trainer._load_from_checkpoint(str(attempt.folder))
         if not callback.stopped:
             callback.settle(trainer.control)
@@ -136,12 +136,12 @@ def _train(
 
 
 def _summarise(callback: Any, trainer: Any) -> dict[str, Any]:
-    """How the run went, beside its steps."""
-    told = {"best": callback.progress.best, "stopped": callback.stopped, "leaving": callback.leaving}
+    """Return the result of the run except its steps."""
+    summary = {"best": callback.progress.best, "stopped": callback.stopped, "leaving": callback.leaving}
     if lost := callback.count_lost():
         records = trainer.fetch_records()
-        told["lost_rows"] = [(str(records[gone].id), str(records[other].id)) for gone, other in lost]
-    return told
+        summary["lost_rows"] = [(str(records[gone].id), str(records[other].id)) for gone, other in lost]
+    return summary
 
 
 def _connect(
@@ -153,7 +153,7 @@ def _connect(
     about: dict[str, Any],
     write_energy: Callable[[], None],
 ) -> None:
-    """Let the trainer call us: at every step, for checkpoints, and for validation beside it."""
+    """Connect the callback and the checkpoint writer to the trainer."""
     from ray_vlm.train.checkpoint import CheckpointWriter
 
     store = callback.paths.store
@@ -212,15 +212,17 @@ def _build_callback(
 
     preprocessing = describe_preprocessing(load_sample_builder(task.spec), asking_of(job))
 
-    whole: dict[str, Any] = {}  # under ZeRO-3, where no rank has all, what `gather` put together for `save`
+    gathered: dict[str, Any] = {}  # under ZeRO-3: the complete weights that `gather` collects for `save`
 
     def gather() -> None:
         if job.cluster.zero_stage == 3:
-            whole["state_dict"] = gather_weights(trainer.model, job.lora is not None, context.rank)
+            gathered["state_dict"] = gather_weights(trainer.model, job.lora is not None, context.rank)
 
     def save(folder: Path) -> None:
-        only = {} if job.lora is None else {"selected_adapters": ["default"]}  # TRL may keep one for reference
-        only |= whole
+        only = (
+            {} if job.lora is None else {"selected_adapters": ["default"]}
+        )  # TRL may have another adapter for the reference
+        only |= gathered
         trainer.model.save_pretrained(folder, **only)
         if job.lora is None:
             trainer.processing_class.save_pretrained(folder)
@@ -256,7 +258,7 @@ def _build_monitor(
     context: DistributedContext,
     attempt: Attempt,
 ) -> Monitor | None:
-    """Rank 0's monitor. In this process it prints as well; under Ray the driver follows the file and prints."""
+    """Return rank 0's monitor, None on other ranks. Without Ray it also prints; under Ray the driver does."""
     if context.rank != 0:
         return None
     track = job.track
@@ -266,13 +268,13 @@ def _build_monitor(
         wandb |= {"group": track.wandb_group, "tags": list(track.wandb_tags) or None}
     trackers = build_trackers(paths, task.job, attempt.step, wandb, track.tensorboard)
     show = None if context.ray else Console(task.plan.num_steps, job.train.log_every_steps).show
-    paths.refresh(paths.metrics)  # an object store cannot append: what is there is written again, with more
+    paths.refresh(paths.metrics)  # an object store cannot append: the whole file is written again
     log = TrainingLog(paths, task.job, read_metrics(paths.metrics), lambda: check_owner(paths.store, attempt))
-    kept = KeptFiles(paths)
+    files = KeptFiles(paths)
 
     def publish() -> None:
         paths.publish(paths.metrics)
-        kept.publish(everything=monitor.closed)
+        files.publish(everything=monitor.closed)
 
     monitor = Monitor(paths.metrics, attempt.number, trackers, show, publish, log.add)
     for tracker in trackers:

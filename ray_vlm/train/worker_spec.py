@@ -1,4 +1,4 @@
-"""What a training process is given: plain data that travels to it."""
+"""The plain data that the driver sends to a training process."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +13,9 @@ from ray_vlm.train.memory_plan import Probe
 class WorkerSpec:
     """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them.
 
-    `run`: where the run is kept. `attempt`: its number, as the driver counts. `driver`: the process that drives it.
-    `rows`: fingerprint of `train`. `row_bytes`: of the pixels of one of them, about. `probe`: the batch to run before
-    the first step.
+    `run`: address of the run. `attempt`: its number, as the driver counts. `driver`: the process that drives the run.
+    `rows`: fingerprint of `train`. `row_bytes`: mean size of a row's pixels. `probe`: the batch to run before the first
+    step.
     """
 
     job: dict[str, Any]

@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 760, 240  # pixels of the drawing
 
 
 def lay_out(space: Space, trials: Sequence[Trial], metric: str) -> dict[str, Any] | None:
-    """What the page draws: axes with their marks, and lines from left to right, the best trial last so that it lies on
+    """Lay out the axes with their marks, and the lines from left to right, the best trial last so that it is drawn on
     top; None with fewer than two trials that have a number."""
     order = rank(trials)
     if len(order) < 2:
@@ -26,11 +26,11 @@ def lay_out(space: Space, trials: Sequence[Trial], metric: str) -> dict[str, Any
     for i, axis in enumerate(axes):
         axis["x"] = round(i * gap, 1)
     lines = []
-    for place, trial in enumerate(shown):
+    for position, trial in enumerate(shown):
         values = [*(trial.values.get(s.key) for s in space.searched), trial.metrics[metric]]
-        points = [(axis["x"], axis["place"](value)) for axis, value in zip(axes, values, strict=True)]
-        share = place / (len(shown) - 1)
-        lines.append({"name": trial.name, "points": points, "share": round(share, 3), "best": place == len(shown) - 1})
+        points = [(axis["x"], axis["y_of"](value)) for axis, value in zip(axes, values, strict=True)]
+        share, best = position / (len(shown) - 1), position == len(shown) - 1
+        lines.append({"name": trial.name, "points": points, "share": round(share, 3), "best": best})
     drawn = [{k: axis[k] for k in ("title", "x", "marks")} for axis in axes]
     return {"width": WIDTH, "height": HEIGHT, "axes": drawn, "lines": lines}
 
@@ -43,19 +43,20 @@ def _axis(setting: Setting, values: Sequence[Any]) -> dict[str, Any]:
         names.sort(key=lambda name: float(json.loads(name)))
     heights = {name: _down((i + 0.5) / len(names)) for i, name in enumerate(names)}
     marks = [(y, format_setting(json.loads(name))) for name, y in heights.items()]
-    return {"title": setting.key, "marks": marks, "place": lambda v: heights[json.dumps(v, sort_keys=True)]}
+    return {"title": setting.key, "marks": marks, "y_of": lambda v: heights[json.dumps(v, sort_keys=True)]}
 
 
 def _number_axis(title: str, values: Sequence[float], log: bool) -> dict[str, Any]:
     scale: Callable[[float], float] = math.log if log and min(values) > 0 else float
     low, high = scale(min(values)), scale(max(values))
 
-    def place(value: float) -> float:
+    def y_of(value: float) -> float:
         return _down((scale(value) - low) / ((high - low) or 1.0))
 
-    marks = [(place(value), format_setting(float(value))) for value in dict.fromkeys((min(values), max(values)))]
-    return {"title": title, "marks": marks, "place": place}
+    marks = [(y_of(value), format_setting(float(value))) for value in dict.fromkeys((min(values), max(values)))]
+    return {"title": title, "marks": marks, "y_of": y_of}
 
 
 def _down(share: float) -> float:
+    """Return the pixels from the top of a share of the height: 0.0 is the bottom, where y is largest in an SVG."""
     return round((1 - share) * HEIGHT, 1)

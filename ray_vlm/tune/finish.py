@@ -1,8 +1,9 @@
-"""The end of a sweep: the best trial measured on test rows, exported, and everything on one page."""
+"""The end of a sweep: measure the best trial on the test rows, export it, and write the report."""
 
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.config.check_tune import tune_metrics
@@ -25,7 +26,7 @@ REPORT = "report.html"
 def finish_sweep(
     address: str, job: JobConfig, space: Space, trials: Sequence[Trial], say: Callable[[str], None] = print
 ) -> None:
-    """Measure and export the best trial as the job says, and write the report. What is there already is made anew."""
+    """Measure and export the best trial as the job says, and write the report. Existing files are replaced."""
     best = trials[rank(trials)[0]]
     run = read_run(trial_address(address, best.name))
     say(
@@ -50,21 +51,24 @@ def finish_sweep(
 
 
 def _measure(run: Run, say: Callable[[str], None]) -> str:
-    """Evaluate the best trial on the test rows; a sentence on it."""
+    """Evaluate the best trial on the test rows and return a sentence with the numbers."""
     weights = weights_of(run, None)
     name = f"evaluate/{weights.partition('?')[0].rstrip('/').rpartition('/')[2]}"
-    found: dict = {}
-    _make(run.address, name, lambda folder: found.update(evaluate(load_resolved(dict(run.job)), weights, folder, say)))
-    names = [name for name in TASK_METRICS[found["task"]] if name in found["overall"]]
-    numbers = ", ".join(f"{name} {format_number(found['overall'][name])}" for name in names[:4])
-    rows = "validation rows, which also chose it" if found.get("rows_chose_best") else "test rows, which chose nothing"
-    told = f"The best trial on {found['num_rows']} {rows}: {numbers}."
-    say(told)
-    return told
+    job, metrics = load_resolved(dict(run.job)), dict[str, Any]()
+    _make(run.address, name, lambda folder: metrics.update(evaluate(job, weights, folder, say)))
+    names = [name for name in TASK_METRICS[metrics["task"]] if name in metrics["overall"]]
+    numbers = ", ".join(f"{name} {format_number(metrics['overall'][name])}" for name in names[:4])
+    rows = (
+        "validation rows, which also chose it" if metrics.get("rows_chose_best") else "test rows, which chose nothing"
+    )
+    sentence = f"The best trial on {metrics['num_rows']} {rows}: {numbers}."
+    say(sentence)
+    return sentence
 
 
 def _make(address: str, name: str, make: Callable[[Path], object]) -> None:
-    """Let `make` fill a folder of what is kept at `address`; for an object store a temporary one, copied there."""
+    """Call `make` with the folder `name` under `address`; for an object store with a temporary folder, which is then
+    copied there."""
     if not is_remote(address):
         make(Path(address) / name)
         return

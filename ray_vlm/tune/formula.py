@@ -1,6 +1,6 @@
-"""Derived values of a space: `2 * lora.rank`, arithmetic on settings and nothing else; no text is ever run.
+"""Derived values of a space, such as `2 * lora.rank`: arithmetic on settings. No text is ever evaluated as Python.
 
-Known: numbers, `+ - * / // % **`, brackets, settings by their dotted keys, and `min`, `max`, `round`, `int`, `sqrt`.
+Allowed: numbers, `+ - * / // % **`, brackets, settings by their dotted keys, and `min`, `max`, `round`, `int`, `sqrt`.
 """
 
 import ast
@@ -19,20 +19,20 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Pow: operator.pow,
 }
 _CALLS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round, "int": int, "sqrt": math.sqrt}
-_LARGEST = 1e12  # of a power's result: 9**9**9 would take for ever
-_MOST_DIGITS = 15  # that `round` keeps or cuts: round(5, -999999999) would take for ever
-_LONGEST = 200
+_LARGEST = 1e12  # result of a power: 9**9**9 would take for ever
+_MOST_DIGITS = 15  # second argument of `round`: round(5, -999999999) would take for ever
+_LONGEST = 200  # characters of a formula
 
 
 def read_formula(text: str) -> tuple[str, ...]:
-    """The settings that a formula names, in order. Raises `ValueError` that says what cannot be read."""
+    """Return the settings that a formula names, in order. Raise `ValueError` with what cannot be read."""
     names: list[str] = []
     _walk(_parse(text), lambda name: names.append(name) or 1.0)  # type: ignore[func-returns-value]
     return tuple(dict.fromkeys(names))
 
 
 def compute(text: str, values: Mapping[str, Any]) -> int | float:
-    """The formula's value where `values` has the settings that it names. Raises `ValueError` with the reason."""
+    """Compute a formula; `values` has the settings that it names. Raise `ValueError` with the reason."""
 
     def look_up(name: str) -> float:
         value = values.get(name)
@@ -40,14 +40,14 @@ def compute(text: str, values: Mapping[str, Any]) -> int | float:
             raise ValueError(f"{name} is {value!r}, and a formula needs a number")
         return value
 
-    found = _walk(_parse(text), look_up)
-    if not is_finite(found):
-        raise ValueError(f"{text!r} is {'too large' if isinstance(found, int) else found}")
-    return found
+    value = _walk(_parse(text), look_up)
+    if not is_finite(value):
+        raise ValueError(f"{text!r} is {'too large' if isinstance(value, int) else value}")
+    return value
 
 
 def is_finite(value: int | float) -> bool:
-    """Whether a number is finite; a whole number that no float can hold is not."""
+    """Return whether a number is finite; an integer that no float can hold is not."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -75,26 +75,26 @@ def _walk(node: ast.expr, look_up: Callable[[str], float]) -> Any:
         left, right = _walk(node.left, look_up), _walk(node.right, look_up)
         return _apply(node, left, right)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS and not node.keywords:
-        given = [_walk(argument, look_up) for argument in node.args]
+        arguments = [_walk(argument, look_up) for argument in node.args]
         try:
-            if node.func.id == "round" and any(abs(digits) > _MOST_DIGITS for digits in given[1:]):
+            if node.func.id == "round" and any(abs(digits) > _MOST_DIGITS for digits in arguments[1:]):
                 raise OverflowError(f"digits are -{_MOST_DIGITS} to {_MOST_DIGITS}")
-            return _CALLS[node.func.id](*given)
+            return _CALLS[node.func.id](*arguments)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{ast.unparse(node)}: {error}") from None
-    raise ValueError(f"{ast.unparse(node)!r} is not arithmetic; known: + - * / // % **, {', '.join(_CALLS)}")
+    raise ValueError(f"{ast.unparse(node)!r} is not arithmetic; use + - * / // % **, {', '.join(_CALLS)}")
 
 
 def _apply(node: ast.BinOp, left: Any, right: Any) -> Any:
     try:
         if isinstance(node.op, ast.Pow) and abs(left) > 1 and right * math.log10(abs(left)) > math.log10(_LARGEST):
             raise OverflowError("too large")
-        found = _BINARY[type(node.op)](left, right)
+        result = _BINARY[type(node.op)](left, right)
     except (ZeroDivisionError, OverflowError, TypeError) as error:
         raise ValueError(f"{ast.unparse(node)}: {error}") from None
-    if isinstance(found, complex):
+    if isinstance(result, complex):
         raise ValueError(f"{ast.unparse(node)}: the root of a negative number")
-    return found
+    return result
 
 
 def _dotted(node: ast.expr) -> str:

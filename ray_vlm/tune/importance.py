@@ -1,7 +1,7 @@
-"""How much each searched setting had to do with the result: PED-ANOVA (arXiv:2304.10255), by Optuna.
+"""The importance of each searched setting for the result: PED-ANOVA (arXiv:2304.10255), by Optuna.
 
-Trials are compared at the last validation that all of them came to, or those that were ended early would say that
-whatever they had was bad.
+Trials are compared at the last validation that all of them reached: a trial that was ended early would otherwise count
+as a bad result of its settings.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from ray_vlm.tune.plan import score_of_trial
 from ray_vlm.tune.space import LISTS, Setting, Space
 from ray_vlm.tune.trials import Trial
 
-_FEWEST = 6  # trials; with fewer the answer would be noise
+_FEWEST = 6  # trials; with fewer the shares would be noise
 
 
 def measure_importance(space: Space, trials: Sequence[Trial]) -> tuple[dict[str, float], int | None]:
-    """Shares that add up to one, the largest first, and the step at which trials were compared.
+    """Return shares that sum to 1, the largest first, and the step at which trials were compared.
 
-    Empty, None with fewer than six trials at one step, or where all of them are equal.
+    Return ({}, None) with fewer than six trials at one step, or where all their scores are equal.
     """
     step = _common_step(trials)
     if step is None:
@@ -40,7 +40,7 @@ def _common_step(trials: Sequence[Trial]) -> int | None:
 
 
 def _code(setting: Setting, value: object) -> float | int | None:
-    """A number for the value: itself, or its position in the list; None for one outside the space."""
+    """Encode a value as a number: itself, or its position in the list; None where it lies outside the space."""
     if setting.kind in LISTS:
         return setting.args.index(value) if value in setting.args else None
     inside = isinstance(value, int | float) and setting.args[0] <= value <= setting.args[1]
@@ -62,6 +62,8 @@ def _ask_optuna(settings: Sequence[Setting], rows: Sequence[tuple[dict, float]])
     for drawn, score in rows:
         params = {s.key: drawn[s.key] for s in settings}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
-    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
-    whole = sum(found.values()) or 1.0
-    return dict(sorted(((key, share / whole) for key, share in found.items()), key=lambda item: -item[1]))
+    importances = optuna.importance.get_param_importances(
+        study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+    )
+    total = sum(importances.values()) or 1.0
+    return dict(sorted(((key, share / total) for key, share in importances.items()), key=lambda item: -item[1]))

@@ -1,4 +1,4 @@
-"""How a sweep lies on a cluster: how many trials at once, and which of them is best. Pure functions."""
+"""Plan a sweep on a cluster (how many trials run at once), and rank its trials. Pure functions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from ray_vlm.tune.space import Space
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """`num_trials` in all, `at_once` side by side, and the CPUs and GPUs of one. `in_process`: a trial trains in the
-    process that Tune gives it, without workers of its own."""
+    """`num_trials` in all, `at_once` of them at a time, and the CPUs and GPUs of one. `in_process`: a trial trains in
+    the process that Tune starts for it, without workers of its own."""
 
     num_trials: int
     at_once: int
@@ -28,11 +28,11 @@ class SweepPlan:
 def plan_sweep(
     job: JobConfig, space: Space, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] = ()
 ) -> SweepPlan:
-    """Share out the cluster's `resources`. Raises `RunError` where not one trial fits, on the cluster or on any of its
-    `nodes`, and `ConfigError` for a grid that nobody asked for.
+    """Divide the cluster's `resources` among trials. Raise `RunError` where not even one trial fits on the cluster, or
+    one of its processes on any of the `nodes`, and `ConfigError` for a grid that the search cannot go through.
 
-    A trial needs its workers, the process that validates beside them if there is one, and a CPU for reading images; one
-    that trains in the process that Tune gives it needs that process.
+    A trial needs its workers, the validation process if there is one, and a CPU for reading images; a trial in Tune's
+    own process needs only that process.
     """
     cluster = job.cluster
     alone = cluster.num_workers == 0 or job.tune.resident
@@ -70,7 +70,7 @@ def plan_sweep(
 
 
 def score_of_trial(values: Mapping[str, Any], metric: str) -> float | None:
-    """A trial's number by which it is ranked, higher is better; None where it has no finite one."""
+    """Return the score that ranks a trial, higher is better; None where its metric is missing or not finite."""
     value = values.get(metric)
     if value is None or not is_number(value):
         return None
@@ -78,17 +78,18 @@ def score_of_trial(values: Mapping[str, Any], metric: str) -> float | None:
 
 
 def rank_trials(trials: Sequence[Mapping[str, Any]], metric: str) -> list[int]:
-    """Positions of the trials, the best first, those without a number left out; the earlier one among equals."""
+    """Return positions of the trials with a score, the best first; of equal ones the earlier first."""
     scores = {i: score for i, trial in enumerate(trials) if (score := score_of_trial(trial, metric)) is not None}
     return sorted(scores, key=lambda i: (-scores[i], i))
 
 
 def pareto(trials: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[int]:
-    """Positions of the trials that no other one beats: as good in every metric and better in one."""
+    """Return positions of the Pareto front: trials for which no other one is as good in every metric and better in
+    one."""
     scores = {i: [score_of_trial(trial, name) for name in metrics] for i, trial in enumerate(trials)}
-    whole = {i: [s for s in found if s is not None] for i, found in scores.items() if None not in found}
+    complete = {i: [s for s in row if s is not None] for i, row in scores.items() if None not in row}
     return [
         i
-        for i, mine in whole.items()
-        if not any(all(b >= a for a, b in zip(mine, other, strict=True)) and other != mine for other in whole.values())
+        for i, row in complete.items()
+        if not any(all(b >= a for a, b in zip(row, other, strict=True)) and other != row for other in complete.values())
     ]

@@ -1,7 +1,7 @@
-"""Hand a sweep to Ray Tune: what draws values, what ends trials early, how many run at once.
+"""Run a sweep with Ray Tune: the search that draws values, the scheduler that ends trials early, and the concurrency.
 
-Values of a random search and of grids are drawn here, by number, so a sweep that goes on draws the same ones again. TPE
-is told the trials that there were, in their order, and goes on from them.
+Values of a random search and of grids are drawn here by trial number, so a resumed sweep draws the same ones again. TPE
+gets the earlier trials in their order and continues from them.
 """
 
 import itertools
@@ -20,10 +20,9 @@ _NEVER = 10**9  # steps; a trial ends by its own plan
 
 
 def draw_trials(space: Space, num_trials: int, seed: int, default_first: bool) -> tuple[dict[str, Any], ...]:
-    """Values of every trial of a random search, by number: grids in turn, the rest at random.
+    """Draw the values of every trial of a random search, by number: grids in turn, the rest at random.
 
-    The same for the same arguments, whatever `num_trials` is. The first is the job's own, an empty mapping, where
-    `default_first`.
+    A trial's values do not depend on `num_trials`. With `default_first`, trial 0 is an empty mapping: the job itself.
     """
     import numpy as np
 
@@ -46,7 +45,7 @@ def _draw(setting: Setting, random: Any) -> Any:
 
 
 def _domain(setting: Setting) -> Any:
-    """Ray Tune's distribution; of a list the positions, since TPE takes no mappings."""
+    """Return Ray Tune's distribution; of a list that of its positions, because TPE takes no mappings."""
     from ray import tune
 
     return (
@@ -55,17 +54,18 @@ def _domain(setting: Setting) -> Any:
 
 
 def decode(space: Space, drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for what TPE drew: a list's value for its position."""
+    """Turn TPE's draw into values: the position in a list becomes the list's value."""
     return {s.key: s.args[drawn[s.key]] if s.kind in LISTS else drawn[s.key] for s in space.searched}
 
 
 def encode(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The opposite of `decode`."""
+    """Invert `decode`."""
     return {s.key: s.args.index(values[s.key]) if s.kind in LISTS else values[s.key] for s in space.searched}
 
 
 def build_scheduler(job: JobConfig, first_validation: int) -> Any:
-    """What ends trials early, by the score at equal steps. `first_validation`: the step of a trial's first one."""
+    """Build the scheduler that ends trials early by their score at equal steps. `first_validation`: the first
+    step at which a trial has one."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
     grace = job.tune.grace_steps or first_validation
@@ -76,7 +76,7 @@ def build_scheduler(job: JobConfig, first_validation: int) -> Any:
             time_attr="step",
             grace_period=grace,
             min_samples_required=3,
-            min_time_slice=math.inf,  # type: ignore[arg-type]  # else it pauses trials
+            min_time_slice=math.inf,  # type: ignore[arg-type]  # a finite value would let it pause trials
         )
     return ASHAScheduler(time_attr="step", max_t=_NEVER, grace_period=grace, reduction_factor=job.tune.reduction_factor)
 
@@ -89,15 +89,15 @@ def run_tune(
     known: Mapping[int, Mapping[str, Any]],
     say: Callable[[str], None],
 ) -> tuple[list[int], dict[int, str]]:
-    """Run every trial to its end; returns the numbers of those that came to one, and what went wrong with others.
+    """Run every trial; return the numbers of those that completed, and the errors of the others by number.
 
-    `first`: the step of a trial's first validation. `known`: values of the trials that an earlier call began, by
-    their numbers.
+    `first`: the step of a trial's first validation. `known`: values of the trials that an earlier call started, by
+    number.
     """
     from ray import tune
 
-    # A trial's workers reserve their own, and its loaders what is left: a trial that only waits must take no share of a
-    # CPU from them. Tune wants something reserved, so it is a byte.
+    # A trial's workers reserve their own CPUs, and its loaders the rest: the trial's process only waits and must not
+    # reserve a share of a CPU itself. Tune requires some reservation, so it is one byte of memory.
     each = {"CPU": plan.cpus, "GPU": plan.gpus} if plan.in_process else {"memory": 1.0}
     trainable = tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), each)
     search: dict[str, Any] = {"num_samples": plan.num_trials}
@@ -108,7 +108,7 @@ def run_tune(
     else:
         search["search_alg"] = _tpe(sweep.space, job.seed, known)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # that reporter prints a table and two paths, whatever `verbose` is
-    with tempfile.TemporaryDirectory(prefix="ray_vlm-tune-") as folder:  # Tune's own state; it is never read back
+    with tempfile.TemporaryDirectory(prefix="ray_vlm-tune-") as folder:  # Tune's own state, never read again
         results = tune.Tuner(
             trainable,
             param_space=space,
@@ -140,7 +140,7 @@ def _tpe(space: Space, seed: int, known: Mapping[int, Mapping[str, Any]]) -> Any
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # else it announces its study
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would print a line for each study and trial
     first = sorted(known)
     numbers = itertools.chain(first, itertools.count(max(first, default=-1) + 1))
 
@@ -157,15 +157,15 @@ def _tpe(space: Space, seed: int, known: Mapping[int, Mapping[str, Any]]) -> Any
 
 
 def _teller(metric: str, say: Callable[[str], None], ended: list[int]) -> Any:
-    """One line for every validation of every trial, and for every failure; the numbers of those that came to an end
-    are put into `ended`."""
+    """Return a Tune callback that prints a line for every validation and failure, and appends the numbers of completed
+    trials to `ended`."""
     from ray import tune
 
     class Teller(tune.Callback):
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
             value = result.get(metric, result["score"])
-            told = "no number" if result["score"] == WORST else f"{value:.4f}"
-            say(f"trial {name_trial(result['config']['number'])}  step {result['step']:>5}  {metric} {told}")
+            text = "no number" if result["score"] == WORST else f"{value:.4f}"
+            say(f"trial {name_trial(result['config']['number'])}  step {result['step']:>5}  {metric} {text}")
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             ended.append(trial.config["number"])

@@ -1,4 +1,4 @@
-"""A search space: a YAML file of dotted keys, each with a distribution, a list to go through, or a formula.
+"""A search space: a YAML file of dotted keys, each with a distribution, a grid, a formula, or a fixed value.
 
     train.learning_rate: {loguniform: [2.0e-5, 1.0e-3]}
     lora.rank: {choice: [8, 16, 32]}
@@ -7,7 +7,7 @@
 
 Distributions are Ray Tune's, by its names: `uniform`, `quniform` (third number: the step), `loguniform`, `qloguniform`,
 `randint` (upper bound excluded), `qrandint`, `lograndint`, `choice`; `grid` tries every value of its list; `value` is
-the same in every trial, for texts. Everything here is plain data; `search.py` hands it to Ray.
+the same in every trial, for texts. Everything here is plain data; `search.py` passes it to Ray.
 """
 
 import json
@@ -32,8 +32,8 @@ _BY_CLASS = tuple(("data", name) for name in ("oversample", "class_weights", "co
 
 @dataclass(frozen=True)
 class Setting:
-    """One key. `kind`: a distribution of `NUMBERS` or `LISTS`, `value` or `derived`; `args`: its numbers, its values,
-    the one value, or the formula."""
+    """One key. `kind`: a distribution of `NUMBERS` or `LISTS`, `value` or `derived`; `args`: the distribution's numbers
+    or values, the fixed value, or the formula."""
 
     key: str
     kind: str
@@ -49,66 +49,113 @@ class Space:
 
     @property
     def searched(self) -> tuple[Setting, ...]:
-        """What is drawn or gone through."""
+        """Settings with a distribution or a grid."""
         return tuple(s for s in self.settings if s.kind not in (FIXED, DERIVED))
 
     @property
     def grid_size(self) -> int:
-        """How many trials it takes to try every combination of the grids."""
+        """Number of trials that try every combination of the grids once."""
         return math.prod(len(s.args) for s in self.settings if s.kind == "grid")
 
 
 def load_space(path: str | Path) -> Space:
-    """The space in a YAML file. Raises `ConfigError` with all that is wrong in it."""
-    values, places, problems = parse_yaml(read_text(Path(path)), str(path), "a space is a mapping of keys")
-    settings = []
-    for key, told in values.items():
-        try:
-            settings.append(_read(str(key), told))
-        except ValueError as error:
-            problems.append(f"{places.get((str(key),), str(path))}: `{key}`: {error}")
-    space = Space(tuple(settings), str(path))
-    if not problems and not space.searched:
-        problems.append(
-            f"{path}: nothing to search. Give a key a distribution, such as lora.rank: {{choice: [8, 16]}}."
-        )
+    """Read the space in a YAML file. Raise `ConfigError` with every problem of the file itself."""
+    space, problems, _ = _read_space(path)
     if problems:
         raise ConfigError(problems)
     return space
 
 
-def _read(key: str, told: Any) -> Setting:
+def load_checked_space(path: str | Path, job_path: str, overrides: Sequence[str]) -> Space:
+    """Read the space in a YAML file for a job. Raise `ConfigError` with every problem of the file itself and every
+    setting that the job's schema or rules refuse, all at once."""
+    space, problems, unreadable = _read_space(path)
+    if not problems:
+        check_space(space, job_path, overrides)
+        return space
+    try:
+        job = dump_job(load_job(job_path, overrides))
+        problems += find_refused(_without(space, unreadable, job), job_path, overrides, job)
+    except ConfigError as error:
+        problems += error.problems
+    raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _read_space(path: str | Path) -> tuple[Space, list[str], list[str]]:
+    """Return the settings that can be read, the problems, and the keys of the settings that cannot be read."""
+    values, lines, problems = parse_yaml(read_text(Path(path)), str(path), "a space is a mapping of keys")
+    settings, unreadable = [], []
+    for key, value in values.items():
+        try:
+            settings.append(_read(str(key), value))
+        except ValueError as error:
+            problems.append(f"{lines.get((str(key),), str(path))}: `{key}`: {error}")
+            unreadable.append(str(key))
+    space = Space(tuple(settings), str(path))
+    if not problems and not space.searched:
+        problems.append(
+            f"{path}: nothing to search. Give a key a distribution, such as lora.rank: {{choice: [8, 16]}}."
+        )
+    return space, problems, unreadable
+
+
+def _without(space: Space, unreadable: Sequence[str], job: Mapping[str, Any]) -> Space:
+    """Return the space with the job's own values for settings that cannot be read and for formulas that use them, so
+    that their keys are checked too."""
+    unknown = set(unreadable)
+    derived = {s.key: set(read_formula(s.args[0])) for s in space.settings if s.kind == DERIVED}
+    while dependent := {key for key, names in derived.items() if names & unknown} - unknown:
+        unknown |= dependent
+    settings = [s for s in space.settings if s.key not in unknown]
+    keys = [key for key in sorted(unknown) if _can_be_set(key, job)]
+    return Space((*settings, *(Setting(key, FIXED, (value_of(job, key),)) for key in keys)), space.path)
+
+
+def _can_be_set(key: str, job: Mapping[str, Any]) -> bool:
+    """Return whether the job has the section around a key, or no such section exists, which its schema then tells."""
+    parts = split_key(key)
+    if parts is None or parts[0] in _OWN_SECTIONS:
+        return False
+    section: Any = job
+    for part in parts[:-1]:
+        section = section.get(part) if isinstance(section, Mapping) else None
+    return isinstance(section, Mapping) or parts[0] not in job or parts[:2] in _BY_CLASS
+
+
+def _read(key: str, value: Any) -> Setting:
+    """Parse one entry of the file. Raise `ValueError` with the reason."""
     parts = split_key(key)
     if parts is None:
         raise ValueError("a key is written section.key, with quotes around a name that holds a dot")
     if parts[0] in _OWN_SECTIONS:
         raise ValueError(
-            f"`{parts[0]}` says where and on what a trial runs, and is the same for all. Set it in the job"
+            f"`{parts[0]}` says where and on what a trial runs, so it is the same for all. Set it in the job"
         )
-    _check_plain(told)
-    if isinstance(told, str):
-        read_formula(told)
-        return Setting(key, DERIVED, (told,))
-    if not isinstance(told, dict):
-        return Setting(key, FIXED, (told,))
-    if len(told) != 1 or (kind := next(iter(told))) not in (*NUMBERS, *LISTS, FIXED):
+    _check_plain(value)
+    if isinstance(value, str):
+        read_formula(value)
+        return Setting(key, DERIVED, (value,))
+    if not isinstance(value, dict):
+        return Setting(key, FIXED, (value,))
+    if len(value) != 1 or (kind := next(iter(value))) not in (*NUMBERS, *LISTS, FIXED):
         known = ", ".join((*NUMBERS, *LISTS, FIXED))
-        raise ValueError(f"{json.dumps(told)} is no distribution; give one of {known}")
-    given = told[kind]
+        raise ValueError(f"{json.dumps(value)} is no distribution; give one of {known}")
+    args = value[kind]
     if kind == FIXED:
-        return Setting(key, kind, (given,))
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"{kind} needs a list of values, not {given!r}")
+        return Setting(key, kind, (args,))
+    if not isinstance(args, list) or not args:
+        raise ValueError(f"{kind} needs a list of values, not {args!r}")
     if kind in LISTS:
-        if len({json.dumps(v, sort_keys=True) for v in given}) < len(given):
-            raise ValueError(f"{kind} {given} lists a value twice")
-        return Setting(key, kind, tuple(given))
-    _check_numbers(kind, given)
-    return Setting(key, kind, tuple(given))
+        if len({json.dumps(v, sort_keys=True) for v in args}) < len(args):
+            raise ValueError(f"{kind} {args} lists a value twice")
+        return Setting(key, kind, tuple(args))
+    _check_numbers(kind, args)
+    return Setting(key, kind, tuple(args))
 
 
 def _check_plain(value: Any) -> None:
-    """Raises `ValueError` for what JSON cannot carry to a trial: YAML also has dates, bytes, sets and odd keys."""
+    """Raise `ValueError` for a value that JSON cannot hold: YAML also has dates, bytes, sets and keys that are no
+    text."""
     if isinstance(value, dict):
         if odd := [key for key in value if not isinstance(key, str)]:
             raise ValueError(f"the key {odd[0]!r} is not a text. Put quotes around it")
@@ -120,27 +167,28 @@ def _check_plain(value: Any) -> None:
         raise ValueError(f"{value!r} is a {type(value).__name__}. Use text (in quotes), numbers, true, false or null")
 
 
-def _check_numbers(kind: str, given: Sequence[Any]) -> None:
-    """Raises `ValueError` where Ray would fail in the middle of a sweep, or draw nonsense."""
-    if len(given) != NUMBERS[kind] or any(isinstance(v, bool) or not isinstance(v, int | float) for v in given):
-        raise ValueError(f"{kind} needs {NUMBERS[kind]} numbers, not {given}")
-    if not all(is_finite(v) for v in given):
-        raise ValueError(f"{kind} {given} is without end")
-    low, high = given[:2]
-    if "int" in kind and not all(isinstance(v, int) for v in given):
-        raise ValueError(f"{kind} needs whole numbers, not {given}")
+def _check_numbers(kind: str, args: Sequence[Any]) -> None:
+    """Raise `ValueError` for numbers with which Ray would fail in the middle of a sweep, or draw nonsense."""
+    if len(args) != NUMBERS[kind] or any(isinstance(v, bool) or not isinstance(v, int | float) for v in args):
+        raise ValueError(f"{kind} needs {NUMBERS[kind]} numbers, not {args}")
+    if not all(is_finite(v) for v in args):
+        raise ValueError(f"{kind} {args} is without end: give finite numbers")
+    low, high = args[:2]
+    if "int" in kind and not all(isinstance(v, int) for v in args):
+        raise ValueError(f"{kind} needs whole numbers, not {args}")
     if low >= high:
-        raise ValueError(f"{kind} {given} is empty: its lower end is not below the upper one")
+        raise ValueError(f"{kind} {args} is empty: its lower end is not below the upper one")
     if "log" in kind and low <= 0:
-        raise ValueError(f"{kind} {given}: there is no logarithm of {low}. Use a lower end above 0")
-    if len(given) == 3 and not 0 < given[2] <= high - low:
-        raise ValueError(f"{kind} {given}: the step {given[2]} does not fit between the ends")
+        raise ValueError(f"{kind} {args}: there is no logarithm of {low}. Use a lower end above 0")
+    if len(args) == 3 and not 0 < args[2] <= high - low:
+        raise ValueError(f"{kind} {args}: the step {args[2]} does not fit between the ends")
 
 
 def resolve(space: Space, drawn: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
-    """Every key of the space with a trial's value: `drawn` by the search, the same for all, or computed.
+    """Return a trial's value of every key of the space: `drawn` by the search, fixed, or computed.
 
-    `job`: the job as plain data, for what formulas name beside the space. Raises `ValueError` that names the key.
+    `job`: the job as plain data, for settings that formulas name and the space does not have. Raise `ValueError` with
+    the key and the reason.
     """
     values = {s.key: drawn[s.key] if s.kind not in (FIXED, DERIVED) else s.args[0] for s in space.settings}
     derived = {s.key: s.args[0] for s in space.settings if s.kind == DERIVED}
@@ -160,18 +208,18 @@ def resolve(space: Space, drawn: Mapping[str, Any], job: Mapping[str, Any]) -> d
 
 
 def _whole(value: Any) -> Any:
-    """2.0 for what may be a whole number is 2: `lora.alpha` of `2 * lora.rank` is an integer."""
+    """Turn 2.0 into 2: `lora.alpha` takes integers only, and formulas and `quniform` give floats."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def value_of(job: Mapping[str, Any], key: str) -> Any:
-    """What a resolved job has under the key of a space; rows and tokens of a class that it does not name count once."""
+    """Return a resolved job's value of a key. The weight of a class that the job does not name is 1."""
     value, parts = setting(job, key), split_key(key) or ()
     return 1.0 if value is None and len(parts) == 3 and parts[:2] in _BY_CLASS else value
 
 
 def own_values(space: Space, job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The job's own values of what is searched, or None where one of them lies outside the space."""
+    """Return the job's own values of the searched settings, or None where one of them lies outside the space."""
     values = {s.key: value_of(job, s.key) for s in space.searched}
     return values if all(_holds(s, values[s.key]) for s in space.searched) else None
 
@@ -184,12 +232,12 @@ def _holds(setting: Setting, value: Any) -> bool:
 
 
 def write_overrides(values: Mapping[str, Any]) -> list[str]:
-    """A trial's values as `load_job` takes them."""
+    """Return a trial's values as overrides for `load_job`."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def examples(space: Space) -> Iterator[dict[str, Any]]:
-    """Draws that touch every end and every value of each setting, the others at their first."""
+    """Yield draws that cover both ends or every value of each setting, with the others at their first value."""
     ends = {s.key: list(s.args) if s.kind in LISTS else _ends(s) for s in space.searched}
     first = {key: values[0] for key, values in ends.items()}
     yield first
@@ -205,9 +253,17 @@ def _ends(setting: Setting) -> list[Any]:
 
 def check_space(space: Space, job_path: str, overrides: Sequence[str]) -> None:
     """Raise `ConfigError` with every setting of the space that the job's schema or rules refuse."""
-    job = dump_job(load_job(job_path, overrides))
-    problems = list(_without_section(space, job))
-    for drawn in examples(space) if not problems else ():
+    if problems := find_refused(space, job_path, overrides, dump_job(load_job(job_path, overrides))):
+        raise ConfigError(problems)
+
+
+def find_refused(space: Space, job_path: str, overrides: Sequence[str], job: Mapping[str, Any]) -> list[str]:
+    """Return the problems of every setting of the space that the job's schema or rules refuse. `job`: the resolved job
+    without the space."""
+    no_section = dict(_without_section(space, job))
+    problems = list(no_section.values())
+    space = Space(tuple(s for s in space.settings if s.key not in no_section), space.path)
+    for drawn in examples(space):
         try:
             values = resolve(space, drawn, job)
         except ValueError as error:
@@ -217,12 +273,12 @@ def check_space(space: Space, job_path: str, overrides: Sequence[str]) -> None:
             load_job(job_path, [*overrides, *write_overrides(values)])
         except ConfigError as error:
             problems += [f"{space.path}: {problem}" for problem in error.problems]
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+    return list(dict.fromkeys(problems))
 
 
-def _without_section(space: Space, job: Mapping[str, Any]) -> Iterator[str]:
-    """Keys inside what the job has as a single value: `data.oversample: auto`, or a share as `data.test: 0.1`."""
+def _without_section(space: Space, job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, problem) of each key inside a setting that is a single value in the job: `data.oversample: auto`, or
+    a share as `data.test: 0.1`."""
     for key in (s.key for s in space.settings):
         parts, value = split_key(key) or (), job
         for depth, part in enumerate(parts[:-1]):
@@ -230,6 +286,6 @@ def _without_section(space: Space, job: Mapping[str, Any]) -> Iterator[str]:
             if value is None:
                 break
             if not isinstance(value, Mapping):
-                told = describe_no_section(parts, depth + 1, value)
-                yield f"{space.path}: `{key}`: {told} in the job, or search all of it: {{choice: [...]}}"
+                problem = describe_no_section(parts, depth + 1, value)
+                yield key, f"{space.path}: `{key}`: {problem} in the job, or search all of it: {{choice: [...]}}"
                 break

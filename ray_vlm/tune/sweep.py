@@ -3,8 +3,8 @@
 <output_dir>/<job>-<space>/
   sweep.json  trials/<number>/  report.html  export/adapter|merged/
 
-`sweep.json` says what the sweep is and how its trials ended; it is made from the trials' folders and is written again
-whenever they change. Nothing of Ray's is kept.
+`sweep.json` describes the sweep and how its trials ended; it is made from the trials' folders and written again
+whenever they change. No state of Ray Tune is kept.
 """
 
 import json
@@ -34,7 +34,7 @@ from ray_vlm.train.prepare import absolute_paths, prepare, wanted_parts
 from ray_vlm.tune.finish import finish_sweep
 from ray_vlm.tune.plan import SweepPlan, plan_sweep
 from ray_vlm.tune.search import draw_trials, run_tune
-from ray_vlm.tune.space import Space, check_space, load_space, own_values
+from ray_vlm.tune.space import Space, load_checked_space, own_values
 from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
 from ray_vlm.tune.trials import Trial, rank, read_trials, trial_address
 
@@ -50,7 +50,8 @@ _OTHER_ROWS = ("method.name", "method.loss_on")  # what a row of the method is, 
 
 
 def tell(text: str) -> None:
-    """Print a line at once. A function of this module's, since Tune pickles what it calls, and Ray replaces `print`."""
+    """Print a line and flush. A named function of this module, because Tune pickles callbacks and Ray replaces
+    `print`."""
     print(text, flush=True)
 
 
@@ -62,13 +63,12 @@ def tune(
     overwrite: bool = False,
     say: Callable[[str], None] = tell,
 ) -> str:
-    """Run a sweep to its end and return its folder. Raises before any trial starts where one of them could not work.
+    """Run a sweep to its end and return its folder. Raise before any trial starts where one of them could not run.
 
-    `resume`: go on with it where it stopped; where there is none it starts. `overwrite`: delete it first. Raises
-    `Interrupted` when a signal stopped it, and `RunError` where no trial came to a number.
+    `resume`: continue the sweep of that name, or start it where there is none. `overwrite`: delete it first. Raise
+    `Interrupted` when a signal stopped it, and `RunError` where no trial reached a finite metric.
     """
-    space = load_space(space_path)
-    check_space(space, job_path, overrides)
+    space = load_checked_space(space_path, job_path, overrides)
     job = _ranked(absolute_paths(load_job(job_path, overrides)))
     say(describe_job(job))
     address = join(job.run.output_dir, f"{_stem(job, job_path)}-{Path(space_path).stem}")
@@ -77,7 +77,7 @@ def tune(
         adopt_wandb_login()
     known = read_trials(address, space) if resume else []
     parts = load_parts(job, wanted_parts(job)) if shares_rows(space, job) else None
-    steps = prepare(job, parts).plan  # what no trial could do without, before any starts
+    steps = prepare(job, parts).plan  # raises for what would stop every trial, before any starts
     with start_ray(job):
         plan = plan_sweep(job, space, *find_resources(job, job.tune.max_concurrent or 1))
         draws: tuple[dict[str, Any], ...] = ()
@@ -104,15 +104,15 @@ def tune(
         done = sum(trial.status in _OVER for trial in trials)
         raise Interrupted(f"stopped with {done} of {plan.num_trials} trials over; --resume goes on ({address})")
     if not rank(trials):
-        raise RunError(f"{address}: no trial came to a finite {metric}. Their folders say why.")
+        raise RunError(f"{address}: no trial reached a finite {metric}. See the errors in the run.json of its trials.")
     finish_sweep(address, job, space, trials, say)
     return address
 
 
 def _ranked(job: JobConfig) -> JobConfig:
-    """The job as trials have it: measured by the metric that ranks them."""
+    """Return the job with the metric that ranks the trials."""
     if job.data.eval is None:
-        raise ConfigError("`data.eval` is missing: trials are ranked by rows that they do not train on. Give it.")
+        raise ConfigError("`data.eval` is missing: trials are ranked on rows that they do not train on. Give it.")
     metric = tune_metrics(job)[0]
     return job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"metric": metric})})
 
@@ -122,9 +122,9 @@ def _stem(job: JobConfig, job_path: str) -> str:
 
 
 def shares_rows(space: Space, job: JobConfig) -> bool:
-    """Whether every trial has the job's own rows, read in the same way: no setting of the space changes them."""
+    """Return whether no setting of the space changes which rows a trial has or how they are read."""
     cut = any(source is not None and source.ratio is not None for source in (job.data.eval, job.data.test))
-    other = (*_OTHER_ROWS, *(("seed",) if cut else ()))  # the seed draws which rows are a share
+    other = (*_OTHER_ROWS, *(("seed",) if cut else ()))  # a share of rows is drawn by the seed
     return all(
         any(touches(s.key, same) and len(s.key) >= len(same) for same in _SAME_ROWS)
         and not any(touches(s.key, changed) for changed in other)
@@ -133,16 +133,16 @@ def shares_rows(space: Space, job: JobConfig) -> bool:
 
 
 def _check_sweep_folder(address: str, job: JobConfig, space: Space, resume: bool, overwrite: bool) -> None:
-    """Raise where the sweep's folder holds something that must stay, a sweep that another process drives, or another
-    one than that to go on with."""
+    """Raise where the folder holds a sweep that is not to be deleted, one that another process runs, or, to resume, one
+    of another job or space."""
     if not Store(address).names():
         return
     if not resume and not overwrite:
-        raise RunError(f"{address} exists. Go on with it by --resume, or delete it by --overwrite.")
-    found = read_sweep(address)
-    refuse_living(found.get("driver"), address, "--resume" if resume else "--overwrite")
+        raise RunError(f"{address} exists. Continue it with --resume, or delete it with --overwrite.")
+    sweep = read_sweep(address)
+    refuse_living(sweep.get("driver"), address, "--resume" if resume else "--overwrite")
     if resume:
-        _check_same(address, found, job, space)
+        _check_same(address, sweep, job, space)
 
 
 def _remove(address: str) -> None:
@@ -152,7 +152,8 @@ def _remove(address: str) -> None:
 
 
 def _check_draws(sweep: Sweep) -> None:
-    """Raise with all that would stop a trial at its start, where they share their rows and are drawn already."""
+    """Raise `ConfigError` with every problem that would stop a trial at its start, where the draws are known and the
+    trials share their rows."""
     problems: list[str] = []
     for number, drawn in enumerate(sweep.draws if sweep.parts is not None else ()):
         try:
@@ -164,49 +165,50 @@ def _check_draws(sweep: Sweep) -> None:
 
 
 def _own_first(job: JobConfig, space: Space) -> dict[int, dict[str, Any]]:
-    """The job's own values as the first trial, where it is to be."""
+    """Return the job's own values as trial 0; empty without `tune.default_first` or where the space does not hold
+    them."""
     own = own_values(space, dump_job(job)) if job.tune.default_first else None
     return {0: own} if own else {}
 
 
-def _check_same(address: str, found: Mapping[str, Any], job: JobConfig, space: Space) -> None:
-    told = json.loads(json.dumps(asdict(space)["settings"]))
-    if found["space"] != told:
+def _check_same(address: str, sweep: Mapping[str, Any], job: JobConfig, space: Space) -> None:
+    settings = json.loads(json.dumps(asdict(space)["settings"]))
+    if sweep["space"] != settings:
         raise ConfigError(
-            f"--resume: {address} was begun with another space. Its trials would not be comparable: give the old one, "
-            "or another run.name."
+            f"--resume: {address} was started with another space, so its trials would not be comparable. Give the old "
+            "space, or another run.name."
         )
     now = dump_job(job)
-    fixed = {key: found["job"]["tune"][key] for key in _DRAWS}  # the rest of the section may change
-    if problems := check_resume(found["job"] | {"tune": now["tune"] | fixed}, now):
+    fixed = {key: sweep["job"]["tune"][key] for key in _DRAWS}  # the rest of the section may change
+    if problems := check_resume(sweep["job"] | {"tune": now["tune"] | fixed}, now):
         raise ConfigError(problems)
 
 
 def read_sweep(address: str) -> dict[str, Any]:
-    """What `sweep.json` says. Raises `RunError` where there is no sweep."""
+    """Read `sweep.json`. Raise `RunError` where there is no sweep."""
     try:
-        found = json.loads(Store(address).read(SWEEP) or b"")
-        if not isinstance(found, dict) or not {"job", "space", "trials"} <= set(found):
+        sweep = json.loads(Store(address).read(SWEEP) or b"")
+        if not isinstance(sweep, dict) or not {"job", "space", "trials"} <= set(sweep):
             raise ValueError("fields are missing")
-        return found
+        return sweep
     except (OSError, ValueError) as error:
         raise RunError(f"{address}: no sweep here ({SWEEP}: {error}). Give another run.name.") from None
 
 
 def find_best(address: str) -> str:
-    """The best trial's run of a sweep; the address itself where it is no sweep's. Raises `RunError` for a sweep
+    """Return the run of a sweep's best trial; `address` itself where it is no sweep. Raise `RunError` for a sweep
     without a best trial."""
     if SWEEP not in Store(address).names():
         return address
     if not (best := read_sweep(address).get("best")):
-        raise RunError(f"{address}: no trial of this sweep has a number yet.")
+        raise RunError(f"{address}: no trial of this sweep has been validated yet. Wait for its first validation.")
     return trial_address(address, str(best))
 
 
 def write_sweep(address: str, job: JobConfig, space: Space, trials: Sequence[Trial], status: str) -> None:
     """Write `sweep.json`."""
     order = rank(trials)
-    told = {
+    sweep = {
         "status": status,
         "job": dump_job(job),
         "space": asdict(space)["settings"],
@@ -219,11 +221,11 @@ def write_sweep(address: str, job: JobConfig, space: Space, trials: Sequence[Tri
     store = Store(address)
     if store.local is not None:
         store.local.mkdir(parents=True, exist_ok=True)
-    store.write(SWEEP, json.dumps(told, indent=1).encode())
+    store.write(SWEEP, json.dumps(sweep, indent=1).encode())
 
 
 def describe(plan: SweepPlan, space: Space, job: JobConfig, address: str) -> str:
-    """What will run, in two lines."""
+    """Describe the sweep in two lines, before it starts."""
     each = f"{plan.cpus:g} CPU" + (f" and {plan.gpus:g} GPU" if plan.gpus else "")
     return (
         f"sweep {address}: {plan.num_trials} trials, {plan.at_once} at a time, {each} each; {job.tune.search} search, "
@@ -233,7 +235,7 @@ def describe(plan: SweepPlan, space: Space, job: JobConfig, address: str) -> str
 
 
 def _settle(address: str, ended: Sequence[int]) -> None:
-    """Write down which runs the scheduler ended: those that Tune calls complete and that did not come to their end."""
+    """Mark as pruned the runs that the scheduler ended: complete for Tune, but not finished by their own record."""
     for number in ended:
         paths = open_run(trial_address(address, name_trial(number)))
         paths.refresh(paths.run, paths.metrics, paths.resolved)
@@ -244,7 +246,7 @@ def _settle(address: str, ended: Sequence[int]) -> None:
 
 
 def _with_failed(trials: Sequence[Trial], failed: Mapping[int, str], job: JobConfig) -> list[Trial]:
-    """The trials with those that failed before they had a folder."""
+    """Return the trials, with those that failed before they had a folder."""
     names = {trial.name for trial in trials}
     lost = [name_trial(n) for n in failed if name_trial(n) not in names]
     none = [Trial(name, {}, "failed", 0, None, job.evaluate.metric) for name in lost]

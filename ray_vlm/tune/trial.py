@@ -1,7 +1,7 @@
-"""One trial: an ordinary run in the sweep's folder, driven from a process of Ray Tune's, which hears every validation.
+"""One trial: an ordinary run in the sweep's folder, started in a process of Ray Tune, which gets every validation.
 
-Nothing of Tune's is ever read back: a sweep that goes on asks its run folders. A trial that was over tells its
-validations once more and trains nothing, so that the search and the scheduler know what they knew.
+Tune's own state is never read again: a resumed sweep reads its run folders. A trial that had ended reports its
+validations again and trains nothing, so that the search and the scheduler have the same information as before.
 """
 
 import json
@@ -31,15 +31,15 @@ from ray_vlm.tune.space import Space, resolve
 from ray_vlm.tune.trials import TRIALS
 
 PRUNED = "pruned"  # status of a run that the scheduler ended
-WORST = -1e30  # what Tune hears of a metric without a number; infinity would spoil its percentiles
-_POLL_S = {True: 0.3, False: 5.0}  # a disk; an object store
+WORST = -1e30  # score of a metric that is not finite; infinity would break the percentiles of Tune's schedulers
+_POLL_S = {True: 0.3, False: 5.0}  # seconds between reads of metrics.jsonl, by: is it on a disk (or in an object store)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What every trial knows. `job`: resolved; `address`: the sweep's folder; `parts`: rows that were read once for
-    all, None where trials differ in them; `draws`: values by number where they were drawn beforehand; `began`: when
-    this call of the sweep began."""
+    """Data that every trial gets. `job`: resolved; `address`: the sweep's folder; `parts`: the rows, read once for all
+    trials, None where trials differ in them; `draws`: values by number where they were drawn beforehand; `began`: the
+    time when this call of the sweep started."""
 
     job: Mapping[str, Any]
     space: Space
@@ -53,26 +53,26 @@ class Sweep:
 
 
 def name_trial(number: int) -> str:
-    """A trial's name, which is that of its run folder."""
+    """Return a trial's name, which is also that of its run folder."""
     return f"{number:03d}"
 
 
 def build_trial_job(sweep: Sweep, number: int, drawn: Mapping[str, Any]) -> tuple[JobConfig, dict[str, Any]]:
-    """The job of a trial, and the values that the space gave it. `drawn` without the space's keys: the job's own."""
+    """Build the job of a trial and return it with its values of the space. Empty `drawn`: the job's own values."""
     values = resolve(sweep.space, drawn, sweep.job) if drawn else {}
     job = json.loads(json.dumps(dict(sweep.job)))
     for key, value in values.items():
         *sections, last = split_key(key) or ()
-        place = job
+        mapping = job
         for section in sections:
-            if place.get(section) is None:
-                place[section] = {}  # the first class of `data.oversample`
-            place = place[section]
-        place[last] = value
+            if mapping.get(section) is None:
+                mapping[section] = {}  # the first class of `data.oversample`
+            mapping = mapping[section]
+        mapping[last] = value
     if job["tune"]["resident"]:
-        job["cluster"]["num_workers"] = 0  # in the process that has the base
+        job["cluster"]["num_workers"] = 0  # the resident process, which keeps the base loaded, trains
     elif isinstance(workers := job["cluster"]["num_workers"], list):
-        job["cluster"]["num_workers"] = min(workers)  # trials share the cluster: none takes what others need
+        job["cluster"]["num_workers"] = min(workers)  # an elastic job takes its fewest: trials share the cluster
     if job["track"]["wandb"] and not job["track"]["wandb_group"]:
         job["track"]["wandb_group"] = sweep.address.partition("?")[0].rstrip("/").rpartition("/")[2][-128:]
     job["run"] = job["run"] | {"output_dir": join(sweep.address, TRIALS), "name": name_trial(number)}
@@ -80,33 +80,33 @@ def build_trial_job(sweep: Sweep, number: int, drawn: Mapping[str, Any]) -> tupl
 
 
 def run_trial(config: dict[str, Any], sweep: Sweep) -> None:
-    """What Ray Tune calls. Raises what the run raises, so that Tune starts it again, from its checkpoint."""
+    """Run one trial; Ray Tune calls this. Raise what the run raises: Tune then starts it again from its checkpoint."""
     sweep.environment.apply()
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"  # a process that is kept must see its trial end
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"  # before Tune reuses a process, its trial must have ended
     from ray_vlm.config.load import dump_job
     from ray_vlm.train.driver import TrialContext, train
 
     number = config["number"]
     drawn = sweep.draws[number] if sweep.draws else {k: v for k, v in config.items() if k != "number"}
     job, values = build_trial_job(sweep, number, drawn)
-    with tell_tune(job, sweep) as told:
+    with tell_tune(job, sweep) as reported:
         if not _was_pruned(job):
             if refused := _had_no_room(job, sweep.began):
                 raise RunError(refused)
             text = f"# trial {name_trial(number)}: {json.dumps(values)}\n"
             text += yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True)
             try:
-                train(job, text, resume=True, hosted=TrialContext(sweep.parts, told.ended.is_set, sweep.at_once))
+                train(job, text, resume=True, hosted=TrialContext(sweep.parts, reported.ended.is_set, sweep.at_once))
             except Interrupted:
-                if not told.ended.is_set():
+                if not reported.ended.is_set():
                     raise
-    if told.ended.is_set():
-        sys.exit(0)  # Tune expects no more of it
+    if reported.ended.is_set():
+        sys.exit(0)  # Tune has ended the trial and expects no result
 
 
 def _had_no_room(job: JobConfig, began: float) -> str | None:
-    """What the trial ended with since the sweep began, where a card had no room: Tune tries it again, and the same
-    settings would end alike. A sweep that is resumed does train it again, since its cluster may be another one."""
+    """Return the error of an attempt in this call of the sweep that ran out of GPU memory, None without one. Tune would
+    retry the trial, and the same settings would fail again; a resumed sweep may have other GPUs and does retry it."""
     with suppress(RunError):
         last = (read_run(join(job.run.output_dir, str(job.run.name))).attempts or [{}])[-1]
         if NO_ROOM in str(last.get("error", "")) and last.get("ended", 0.0) >= began:
@@ -121,34 +121,34 @@ def _was_pruned(job: JobConfig) -> bool:
 
 
 @dataclass
-class Told:
-    """What Tune has heard: the last step, and whether it wants no more."""
+class Reported:
+    """The state of the reports to Tune: the last step that was reported, and whether Tune has ended the trial."""
 
     step: int = -1
     ended: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
-def tell_tune(job: JobConfig, sweep: Sweep) -> Iterator[Told]:
-    """Report every validation of the run to Tune as it is written, the last one when the run is over: Tune would
-    otherwise end a trial that is writing its weights."""
+def tell_tune(job: JobConfig, sweep: Sweep) -> Iterator[Reported]:
+    """Report every validation of the run to Tune when it is written, the last one only when the run is over: Tune would
+    otherwise end a trial that is still writing its weights."""
     store = Store(join(job.run.output_dir, str(job.run.name)))
-    told, over = Told(), threading.Event()
+    reported, over = Reported(), threading.Event()
 
     def follow() -> None:
-        seen = -1
-        while not told.ended.is_set():
+        seen = -1  # bytes of metrics.jsonl
+        while not reported.ended.is_set():
             last, data = over.wait(_POLL_S[store.local is not None]), _read(store)
             if len(data) != seen or last:
                 seen = len(data)
-                _report(data, told, sweep.metric, whole=last)
+                _report(data, reported, sweep.metric, over=last)
             if last:
                 return
 
     thread = threading.Thread(target=follow, name="ray-vlm-tell-tune", daemon=True)
     thread.start()
     try:
-        yield told
+        yield reported
     finally:
         over.set()
         thread.join()
@@ -161,19 +161,20 @@ def _read(store: Store) -> bytes:
         return b""
 
 
-def _report(data: bytes, told: Told, metric: str, whole: bool) -> None:
+def _report(data: bytes, reported: Reported, metric: str, over: bool) -> None:
+    """Report the validations since the last call; that of the last step only once the run is `over`."""
     from ray import tune
 
     lines = [line for text in data.splitlines() if (line := read_line(text)) is not None]
     end = max((line.get("num_steps") or 0 for line in lines if line["kind"] == "start"), default=0)
     for line in current_lines(lines):
-        if line["kind"] != "eval" or line["step"] <= told.step or (line["step"] >= end and not whole):
+        if line["kind"] != "eval" or line["step"] <= reported.step or (line["step"] >= end and not over):
             continue
         numbers = {k: float(v) for k, v in line.items() if is_number(v)}
         score = score_of_trial(line, metric)
-        told.step = line["step"]
+        reported.step = line["step"]
         try:
             tune.report(numbers | {"step": line["step"], "score": WORST if score is None else score})
-        except SystemExit:  # how Tune tells that the trial is to end
-            told.ended.set()
+        except SystemExit:  # Tune raises it to end a trial
+            reported.ended.set()
             return

@@ -1,4 +1,4 @@
-"""What a sweep's run folders say: each trial's values, how it ended, its best validation, its cost."""
+"""Read the trials of a sweep from their run folders: values, status, best validation, cost."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +15,7 @@ TRIALS = "trials"  # folder of a sweep that holds its runs
 
 
 def trial_address(address: str, name: str) -> str:
-    """Where a sweep keeps a trial's run."""
+    """Return the address of a trial's run folder."""
     return join(address, f"{TRIALS}/{name}")
 
 
@@ -37,16 +37,16 @@ class Trial:
 
 
 def read_trials(address: str, space: Space) -> list[Trial]:
-    """The trials in a sweep's folder, in the order of their names; a folder without a run is left out."""
-    found = []
+    """Read the trials in a sweep's folder, in the order of their names; a folder without a run is left out."""
+    trials = []
     for name in sorted(Store(join(address, TRIALS)).names()):
         with suppress(RunError):
-            found.append(read_trial(read_run(trial_address(address, name)), space))
-    return found
+            trials.append(read_trial(read_run(trial_address(address, name)), space))
+    return trials
 
 
 def read_trial(run: Run, space: Space) -> Trial:
-    """What one run folder says."""
+    """Build the `Trial` of a run."""
     best = run.best or {}
     return Trial(
         name=run.name,
@@ -63,5 +63,5 @@ def read_trial(run: Run, space: Space) -> Trial:
 
 
 def rank(trials: Sequence[Trial]) -> list[int]:
-    """Positions of the trials that have a number, the best first."""
+    """Return positions of the trials with a finite metric, the best first."""
     return rank_trials([trial.metrics for trial in trials], trials[0].metric) if trials else []

@@ -1,4 +1,4 @@
-"""`ray-vlm submit` and `ray-vlm jobs`: run a verb on a cluster through Ray Jobs, and look after it."""
+"""`ray-vlm submit` and `ray-vlm jobs`: run a verb on a cluster through Ray Jobs, and manage the jobs."""
 
 import argparse
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from ray_vlm.verbs.submit import SERVER_HELP, add_submit_verb, ask
 def add_cluster_verbs(
     verbs: argparse._SubParsersAction, add_computing_verbs: Callable[[argparse._SubParsersAction], None]
 ) -> None:
-    """`ray-vlm submit VERB`, of the verbs that `add_computing_verbs` adds, and `ray-vlm jobs`."""
+    """Add `ray-vlm submit VERB`, for the verbs that `add_computing_verbs` adds, and `ray-vlm jobs`."""
     add_submit_verb(verbs, add_computing_verbs)
     jobs = verbs.add_parser("jobs", help="the jobs of a cluster").add_subparsers(metavar="ACTION", required=True)
     for name, text in (("list", "all jobs"), ("show", "one job"), ("logs", "its log"), ("stop", "end it")):

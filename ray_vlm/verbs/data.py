@@ -1,4 +1,4 @@
-"""`ray-vlm data`: look at a job's rows before they are trained on."""
+"""`ray-vlm data`: check, measure and preview a job's rows before training."""
 
 import argparse
 from pathlib import Path
@@ -7,14 +7,14 @@ from ray_vlm.verbs import job_verb
 
 
 def add_data_verbs(verbs: argparse._SubParsersAction) -> None:
-    """`ray-vlm data check|stats|preview`."""
-    data = verbs.add_parser("data", help="look at a job's rows: what is bad, how they are, what the model sees")
+    """Add `ray-vlm data check|stats|preview`."""
+    data = verbs.add_parser("data", help="check a job's rows, measure them, and preview them as the model sees them")
     actions = data.add_subparsers(metavar="ACTION", required=True)
     check = job_verb(actions, "check", "read every row of every source; exit code 1 if any is bad", _data_check)
-    check.add_argument("--decode", action="store_true", help="also decode every image whole, which takes longer")
+    check.add_argument("--decode", action="store_true", help="also decode every image completely, which takes longer")
     check.add_argument("--bad-rows", metavar="PATH", help="write all bad rows there, as JSON lines")
-    stats = job_verb(actions, "stats", "classes, boxes, images, tokens, and what other limits would do", _data_stats)
-    preview = job_verb(actions, "preview", "pictures and tokens of some rows as the model gets them", _data_preview)
+    stats = job_verb(actions, "stats", "classes, boxes, images, tokens, and the effect of other limits", _data_stats)
+    preview = job_verb(actions, "preview", "images and tokens of some rows as the model sees them", _data_preview)
     preview.add_argument("--rows", type=_row_count, default=12, metavar="N", help="how many, 1 to 200 (default: 12)")
     for action, name in ((stats, "stats"), (preview, "preview")):
         action.add_argument(
@@ -57,7 +57,7 @@ def _data_stats(args: argparse.Namespace) -> None:
     stats = measure_rows(job)
     print(describe_stats(stats))
     picture = draw_stats(stats, f"{Path(args.job).name}: {stats.parts['train'][0]:,} training rows")
-    name = f"{Path(args.job).stem}-stats"  # pictures of two jobs must not overwrite one another
+    name = f"{Path(args.job).stem}-stats"  # so that pictures of two jobs do not overwrite each other
     print(f"\npicture: {write_picture(picture, args.output, job.run.output_dir, name)}")
 
 

@@ -1,13 +1,13 @@
-"""`ray-vlm export`: what others load without this package."""
+"""`ray-vlm export`: write an adapter or a merged model that loads without this package."""
 
 import argparse
 
 
 def add_export_verb(verbs: argparse._SubParsersAction) -> None:
-    """`ray-vlm export RUN|SWEEP [--merged]`."""
+    """Add `ray-vlm export RUN|SWEEP [--merged]`."""
     export = verbs.add_parser("export", help="a run's adapter with a model card, or merged into one model")
     export.add_argument(
-        "run", metavar="RUN", help="a run or a sweep, whose best trial is meant: a folder, or a name in outputs/"
+        "run", metavar="RUN", help="a run, or a sweep for its best trial: a folder, or a name in outputs/"
     )
     export.add_argument("--merged", action="store_true", help="one model, merged into the base without quantisation")
     export.add_argument("--weights", choices=["best", "final"], help="default: best, or final where there is no best")

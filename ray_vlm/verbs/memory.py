@@ -1,4 +1,4 @@
-"""`ray-vlm memory`: what a job will take of a card, before anything is launched."""
+"""`ray-vlm memory`: estimate the GPU memory of a job before it is started."""
 
 import argparse
 from typing import Any
@@ -7,15 +7,15 @@ from ray_vlm.verbs import job_verb
 
 
 def add_memory_verb(verbs: argparse._SubParsersAction) -> None:
-    """`ray-vlm memory JOB [key=value ...]`."""
-    memory = job_verb(verbs, "memory", "what a job takes of a card's memory, and the largest batch that fits", _memory)
+    """Add `ray-vlm memory JOB [key=value ...]`."""
+    memory = job_verb(verbs, "memory", "the GPU memory that a job needs, and the largest batch that fits", _memory)
     memory.add_argument(
         "--tokens",
         type=_size,
         metavar="IMAGE,PROMPT,ANSWER",
-        help="tokens of the heaviest row; nothing is read then, and a known base is not downloaded",
+        help="tokens of the largest row; then no rows are read, and a known base is not downloaded",
     )
-    memory.add_argument("--card", type=float, action="append", metavar="GIB", help="memory of a card; may be repeated")
+    memory.add_argument("--card", type=float, action="append", metavar="GIB", help="memory of a GPU; may be repeated")
 
 
 def _size(text: str) -> Any:
@@ -32,7 +32,7 @@ def _memory(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
 
     job = load_job(args.job, args.overrides)
-    size = args.tokens or _heaviest(job)  # what is wrong with the job or its rows is told before torch is imported
+    size = args.tokens or _heaviest(job)  # errors in the job or its rows come before the slow import of torch
     from ray_vlm.machine import GIB
     from ray_vlm.methods.prefix_sharing import plan_folding
     from ray_vlm.models.load import family_of
@@ -44,33 +44,33 @@ def _memory(args: argparse.Namespace) -> None:
     family = family_of(config)
     cards = args.card or ([job.cluster.gpu_memory_gib] if job.cluster.gpu_memory_gib else [])
     folding, merge, rehearsal = plan_folding(job, family, config), merge_of(config), Rehearsal(config, job, family)
-    found = estimate(rehearsal, micro_sizes(job, size), merge, folding)
+    parts = estimate(rehearsal, micro_sizes(job, size), merge, folding)
     print(
         f"{job.model.name}, {job.method.name}, {job.train.micro_batch_size} at a time; the heaviest row has "
         f"{size.image_tokens:,} image tokens, {size.prompt_tokens:,} of its prompt, {size.answer_tokens:,} answered"
     )
-    print("\n".join(describe(found, cards)))
+    print("\n".join(describe(parts, cards)))
     if not rehearsal.sees:
         print(f"note: what {family.model_type}'s image encoder makes in a step is not counted; its weights are")
     for card in cards:
         choice = choose(rehearsal, size, micros(job), merge, folding, card * GIB)
-        told = describe_choice(choice, rehearsal.num_layers, card) if choice else "train.memory=auto: nothing fits"
-        print(f"  {told}")
+        line = describe_choice(choice, rehearsal.num_layers, card) if choice else "train.memory=auto: nothing fits"
+        print(f"  {line}")
 
 
 def _heaviest(job: Any) -> Any:
-    """The row with the most tokens among those that would be trained."""
+    """Return the size of the training row with the most tokens."""
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.train.memory_plan import row_size
     from ray_vlm.train.prepare import prepare
 
-    as_given = job.model_copy(update={"train": job.train.model_copy(update={"memory": None, "probe": False})})
-    prepared = prepare(as_given)
+    unfitted = job.model_copy(update={"train": job.train.model_copy(update={"memory": None, "probe": False})})
+    prepared = prepare(unfitted)
     return row_size(prepared.train, int(prepared.train.tokens.argmax()), load_sample_builder(prepared.spec))
 
 
 def _config(job: Any, known: bool) -> Any:
-    """The base's configuration; of a known model from what ships with the package, if nothing is to be read."""
+    """Return the base's configuration; with `known`, that of a known model comes from the package itself."""
     from ray_vlm.models.load import load_config
     from ray_vlm.models.presets import load_preset, read_presets
 

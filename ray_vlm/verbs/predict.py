@@ -1,39 +1,37 @@
-"""`ray-vlm predict`: answers for images, folders and tables, by a run's weights or by others."""
+"""`ray-vlm predict`: answer for images, folders and tables with the weights of a run or of another model."""
 
 import argparse
 from pathlib import Path
 
 
 def add_predict_verb(verbs: argparse._SubParsersAction) -> None:
-    """`ray-vlm predict RUN INPUT... --output PATH`."""
-    predict = verbs.add_parser("predict", help="what a model says of images, folders or tables")
+    """Add `ray-vlm predict RUN INPUT... --output PATH`."""
+    predict = verbs.add_parser("predict", help="write a model's answers for images, folders or tables")
     predict.add_argument(
         "run",
         metavar="RUN",
         help="a run or a sweep (a folder, or a name in outputs/), its best/ or final/, an exported adapter, a merged "
-        "model, a base, each a folder or a name on the hub; or a job file, whose base is asked",
+        "model or a base, each a folder or a name on the hub; or a job file, for its base",
     )
     predict.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="images, folders of images, or tables with a column"
     )
     predict.add_argument("--output", required=True, metavar="PATH", help="results, .jsonl or .csv")
-    predict.add_argument("--draw", metavar="FOLDER", help="also images there, with what was found on them")
+    predict.add_argument("--draw", metavar="FOLDER", help="folder for copies of the images with the answers drawn")
     predict.add_argument(
         "--image-root", metavar="FOLDER", help="folder of the images that tables name (default: the table's own)"
     )
-    predict.add_argument("--question", metavar="TEXT", help="asked about every image (chat)")
+    predict.add_argument("--question", type=str, metavar="TEXT", help="asked about every image (chat); may be empty")
     predict.add_argument(
         "--weights",
         choices=["best", "final", "base"],
-        help="of a run; base is what it began with (default: best, or final where there is no best)",
+        help="of a run; base: the model that it started from (default: best, or final if there is no best)",
     )
+    predict.add_argument("--base", metavar="NAME", help="an adapter's base, if it is not where it was during training")
     predict.add_argument(
-        "--base", metavar="NAME", help="an adapter's base, where it lies elsewhere than when it was trained"
+        "--job", metavar="JOB", help="a job file with the task and the prompt, for weights that have none stored"
     )
-    predict.add_argument(
-        "--job", metavar="JOB", help="a job file with task and wording, for weights that do not say how to ask them"
-    )
-    predict.add_argument("--device", choices=["cpu", "cuda"], help="default: what the run trained on")
+    predict.add_argument("--device", choices=["cpu", "cuda"], help="default: the device that the run trained on")
     predict.add_argument(
         "--num-replicas",
         type=int,

@@ -1,5 +1,7 @@
-"""`ray-vlm runs`: look at finished, failed and living runs, and compare them. Reads run folders, or a
-`training_log.json` alone, and nothing else."""
+"""`ray-vlm runs`: show, plot, export and compare finished, failed and active runs.
+
+It reads only run folders, or a `training_log.json` alone.
+"""
 
 import argparse
 import gc
@@ -12,19 +14,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ray_vlm.runs.read import Run
 
-_OUTPUTS = "outputs"  # where a run is looked for by its name
+_OUTPUTS = "outputs"  # the folder in which a run is looked up by its name
 
 
 def add_runs_verbs(verbs: argparse._SubParsersAction) -> None:
-    """`ray-vlm runs list|show|plot|export|compute|compare`."""
-    runs = verbs.add_parser("runs", help="look at runs: list, show, plot, export, compute, compare")
+    """Add `ray-vlm runs list|show|plot|export|compute|compare`."""
+    runs = verbs.add_parser("runs", help="list, show, plot, export and compare runs, and compute their cost")
     actions = runs.add_subparsers(metavar="ACTION", required=True)
-    every = actions.add_parser("list", help="all runs under a folder, or of a sweep, the newest first")
+    every = actions.add_parser("list", help="all runs in a folder or of a sweep, the newest first")
     every.add_argument(
         "folder", nargs="?", default=_OUTPUTS, help=f"a folder, or a sweep in {_OUTPUTS}/ (default: {_OUTPUTS})"
     )
     every.set_defaults(verb=_list)
-    _action(actions, "show", "one screen on a run", _show, many=False)
+    _action(actions, "show", "one screen about a run", _show, many=False)
     plot = _action(actions, "plot", "curves of one or several runs on one picture", _plot, many=True)
     plot.add_argument("--metric", action="append", default=[], metavar="NAME", help="draw this number; may be repeated")
     plot.add_argument(
@@ -36,17 +38,17 @@ def add_runs_verbs(verbs: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--csv",
         nargs="?",
-        const="",
+        const=False,  # the option without a value
         metavar="PATH",
-        help="where to: a file, a folder, or - for the terminal (default: metrics.csv in the run)",
+        help="a file, a folder, or - for the terminal (default: metrics.csv in the run)",
     )
-    cost = _action(actions, "compute", "what runs cost: hours, tokens, FLOPs, where the time went", _compute, many=True)
-    cost.add_argument("--json", metavar="PATH", help="also everything as JSON")
+    cost = _action(actions, "compute", "cost of runs: hours, tokens, FLOPs, time by activity", _compute, many=True)
+    cost.add_argument("--json", metavar="PATH", help="also write all of it as JSON")
     compare = _action(actions, "compare", "settings that differ, and metrics side by side", _compare, many=True)
     compare.add_argument(
         "--html",
         nargs="?",
-        const="",
+        const=False,  # the option without a value
         metavar="PATH",
         help="also a page with curves and images: a file, or a folder (default: compare-A-vs-B.html beside the first)",
     )
@@ -57,34 +59,34 @@ def _action(
 ) -> argparse.ArgumentParser:
     action = actions.add_parser(name, help=text)
     if many:
-        told = f"run folders, files training_log.json, or names in {_OUTPUTS}/"
-        action.add_argument("runs", nargs="+", metavar="RUN", help=told)
+        text = f"run folders, files training_log.json, or names in {_OUTPUTS}/"
+        action.add_argument("runs", nargs="+", metavar="RUN", help=text)
     else:
-        told = f"a run folder, a file training_log.json, or a name in {_OUTPUTS}/"
-        action.add_argument("run", metavar="RUN", help=told)
+        text = f"a run folder, a file training_log.json, or a name in {_OUTPUTS}/"
+        action.add_argument("run", metavar="RUN", help=text)
     action.set_defaults(verb=run)
     return action
 
 
 def find_run(name: str) -> str:
-    """The address of a run: `name` itself where that is a path, or one of that name in the usual folder, also a trial
-    of a sweep where no other has its name. What is not found is returned as it is."""
+    """Return the path or URI of a run. `name` is one itself, the name of a run in `outputs/`, or the name of a trial
+    there if only one has it. A name that matches nothing is returned unchanged."""
     from ray_vlm.runs.read import find_runs
     from ray_vlm.runs.store import is_remote
 
-    here, inside = Path(name), Path(_OUTPUTS) / name
-    if is_remote(name) or name.startswith(("file://", "~")) or here.is_file() or here.is_absolute():
+    direct, inside = Path(name), Path(_OUTPUTS) / name
+    if is_remote(name) or name.startswith(("file://", "~")) or direct.is_file() or direct.is_absolute():
         return name
-    if inside.exists() and not (here.is_dir() and find_runs(name)):  # a folder of data may have the same name
+    if inside.exists() and not (direct.is_dir() and find_runs(name)):  # a folder of data may have the same name
         return str(inside)
-    if not here.exists():
+    if not direct.exists():
         named = [address for address in find_runs(_OUTPUTS) if address.endswith(f"/{name}")]
         return named[0] if len(named) == 1 else name
     return name
 
 
 def _read(name: str) -> "Run":
-    """The run. Raises `RunError` that says where it was looked for."""
+    """Read a run. Raises `RunError` with the folders in which it was looked for."""
     from ray_vlm.errors import RunError
     from ray_vlm.runs.read import complete_log, find_runs, is_log, read_run
     from ray_vlm.runs.store import is_remote, local_path
@@ -93,7 +95,7 @@ def _read(name: str) -> "Run":
     if not is_remote(address) and not Path(local_path(address)).exists():
         raise RunError(
             f"{name}: no run here: there is no such file or folder, nor a run of that name in {_OUTPUTS}/. "
-            "`ray-vlm runs list` shows those that there are; give the path of one that lies elsewhere."
+            "`ray-vlm runs list` shows the runs there; give the path of a run elsewhere."
         )
     try:
         run = read_run(address)
@@ -109,17 +111,17 @@ def _read(name: str) -> "Run":
 
 
 def _read_all(names: Sequence[str]) -> "list[Run]":
-    """All runs, of a folder of runs each in it; every one that cannot be read is named at once."""
+    """Read all runs; a folder of runs stands for each run in it. Raises `RunError` with every run that fails."""
     from ray_vlm.errors import RunError
     from ray_vlm.runs.read import find_runs, is_log
 
     runs, problems = [], []
-    gc.disable()  # it would look at half a million lines again and again: a fifth of the time
+    gc.disable()  # it would repeatedly scan half a million records, a fifth of the time
     for name in names:
         try:
             address = find_run(name)
-            found = [] if is_log(address) else find_runs(address)
-            runs += [_read(each) for each in found or [name]]
+            inside = [] if is_log(address) else find_runs(address)
+            runs += [_read(each) for each in inside or [name]]
         except RunError as error:
             problems += error.problems
     gc.freeze()
@@ -151,13 +153,13 @@ def _plot(args: argparse.Namespace) -> None:
     from ray_vlm.runs.plot import plot_runs
 
     runs = _read_all(args.runs)
-    for place, form in _pictures(args.output, runs):
-        _write(place, plot_runs(runs, run_titles(runs), args.metric, form))
-        print(f"picture: {place}")
+    for path, form in _pictures(args.output, runs):
+        _write(path, plot_runs(runs, run_titles(runs), args.metric, form))
+        print(f"picture: {path}")
 
 
 def _pictures(output: str | None, runs: "Sequence[Run]") -> list[tuple[str, str]]:
-    """Where each picture goes, and its form."""
+    """Return the path and the format of each picture."""
     from ray_vlm.errors import ConfigError
     from ray_vlm.runs.compare import join_titles
 
@@ -175,13 +177,13 @@ def _pictures(output: str | None, runs: "Sequence[Run]") -> list[tuple[str, str]
 
 
 def _is_folder(output: str) -> bool:
-    """Whether a place for results is a folder: one that is there, or that is written as one."""
+    """Whether an output path is a folder: an existing one, or one written with a slash at its end."""
     return output.endswith(("/", os.sep)) or Path(output).is_dir()
 
 
 def _beside(runs: "Sequence[Run]", stem: str, ending: str) -> str:
-    """In the folder of the one run, or beside the first of several and named by them; in the current folder for one
-    kept elsewhere. Beside a `training_log.json` it has the log's name."""
+    """Return the default path of an output: in the folder of a single run, or beside the first of several and named
+    after them. Beside a `training_log.json` it has the log's name; for a remote run it is in the current folder."""
     from ray_vlm.runs.compare import join_titles
     from ray_vlm.runs.store import is_remote
 
@@ -203,10 +205,10 @@ def _export(args: argparse.Namespace) -> None:
     if args.csv == "-":
         sys.stdout.write(write_table(run))
         return
-    place = args.csv or _beside([run], "metrics", "csv")
-    place = str(Path(place) / f"{join_titles([run])}.csv") if _is_folder(place) else place
-    _write(place, write_table(run).encode())
-    print(f"table: {place}")
+    path = args.csv or _beside([run], "metrics", "csv")
+    path = str(Path(path) / f"{join_titles([run])}.csv") if _is_folder(path) else path
+    _write(path, write_table(run).encode())
+    print(f"table: {path}")
 
 
 def _compute(args: argparse.Namespace) -> None:
@@ -216,15 +218,15 @@ def _compute(args: argparse.Namespace) -> None:
     from ray_vlm.runs.compute import measure_compute, sum_compute, write_markdown
 
     runs = _read_all(args.runs)
-    found = [measure_compute(run) for run in runs]
+    costs = [measure_compute(run) for run in runs]
     titles = list(run_titles(runs))
     if len(runs) > 1:
-        found.append(sum_compute(runs, found))
+        costs.append(sum_compute(runs, costs))
         titles = [*titles, "all"]
-    print(write_markdown(titles, found), end="")
+    print(write_markdown(titles, costs), end="")
     if args.json:
-        told = dict(zip(titles, found, strict=True))
-        _write(args.json, (json.dumps(told, indent=1) + "\n").encode())
+        by_title = dict(zip(titles, costs, strict=True))
+        _write(args.json, (json.dumps(by_title, indent=1) + "\n").encode())
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -236,17 +238,17 @@ def _compare(args: argparse.Namespace) -> None:
     if args.html is not None:
         from ray_vlm.evaluate.compare import write_comparison
 
-        place = args.html or _beside([*runs, *runs[: len(runs) == 1]], "compare", "html")
-        place = str(Path(place) / f"compare-{join_titles(runs)}.html") if _is_folder(place) else place
-        _write(place, write_comparison(runs, comparison).encode())
-        print(f"\npage: {place}")
+        path = args.html or _beside([*runs, *runs[: len(runs) == 1]], "compare", "html")
+        path = str(Path(path) / f"compare-{join_titles(runs)}.html") if _is_folder(path) else path
+        _write(path, write_comparison(runs, comparison).encode())
+        print(f"\npage: {path}")
 
 
-def _write(place: str, data: bytes) -> None:
+def _write(path: str, data: bytes) -> None:
     from ray_vlm.errors import RunError
 
     try:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        Path(place).write_bytes(data)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(data)
     except OSError as error:
-        raise RunError(f"{place} cannot be written ({error}). Give another place.") from None
+        raise RunError(f"{path} cannot be written ({error}). Give another path.") from None

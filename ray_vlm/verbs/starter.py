@@ -1,11 +1,11 @@
-"""`ray-vlm init` puts starter jobs into a folder; `ray-vlm completion` prints what a shell needs to complete words."""
+"""`ray-vlm init` writes starter jobs into a folder; `ray-vlm completion` prints a shell's completion script."""
 
 import argparse
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-# What takes a new folder to a trained run and a prediction; docs/quickstart.md has them too.
+# The commands from a new folder to a trained run and a prediction, as in docs/quickstart.md.
 _FIRST_STEPS = (
     "ray-vlm train jobs/demo_sft.yaml",
     "ray-vlm runs show demo_sft",
@@ -15,8 +15,8 @@ _FIRST_STEPS = (
 
 
 def add_starter_verbs(verbs: argparse._SubParsersAction, parser: Callable[[], argparse.ArgumentParser]) -> None:
-    """`ray-vlm init [FOLDER]` and `ray-vlm completion SHELL`; `parser` makes the whole parser anew."""
-    init = verbs.add_parser("init", help="put the starter jobs and spaces into a folder")
+    """Add `ray-vlm init [FOLDER]` and `ray-vlm completion SHELL`; `parser` builds the parser of `ray-vlm`."""
+    init = verbs.add_parser("init", help="write the starter jobs and search spaces into a folder")
     init.add_argument("folder", nargs="?", default=".", help="default: this one")
     init.set_defaults(verb=_init)
     completion = verbs.add_parser("completion", help='word completion: eval "$(ray-vlm completion bash)"')
@@ -36,8 +36,8 @@ def _init(args: argparse.Namespace) -> None:
         if path.suffix in (".yaml", ".md")
     }
     target = Path(args.folder)
-    if there := [str(target / name) for name in files if (target / name).exists()]:
-        raise RunError(f"{', '.join(there)}: already there, and nothing was written. Give another folder.")
+    if existing := [str(target / name) for name in files if (target / name).exists()]:
+        raise RunError(f"{', '.join(existing)}: already there, and nothing was written. Give another folder.")
     try:
         for name, path in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`ray-vlm submit VERB ...`: run any verb that computes as a Ray job on a cluster, and follow it."""
+"""`ray-vlm submit VERB ...`: run a verb as a Ray job on a cluster, and follow it."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ SERVER_HELP = "the cluster's job server, http://HOST:8265 (default: RAY_API_SERV
 def add_submit_verb(
     verbs: argparse._SubParsersAction, add_computing_verbs: Callable[[argparse._SubParsersAction], None]
 ) -> None:
-    """`ray-vlm submit VERB`: every verb that `add_computing_verbs` adds, with its own words and options."""
+    """Add `ray-vlm submit VERB` for every verb that `add_computing_verbs` adds, with that verb's own arguments."""
     submit = verbs.add_parser("submit", help="run a verb as a Ray job on a cluster, and follow it")
     own = {action.dest for action in _add_options(submit)}
     computing = submit.add_subparsers(metavar="VERB", required=True)
@@ -29,7 +29,10 @@ def add_submit_verb(
 
 
 def _add_options(parser: argparse.ArgumentParser, left_to_submit: bool = False) -> list[argparse.Action]:
-    """Submit's own options, which may stand before and after the verb. `left_to_submit`: the defaults are."""
+    """Add submit's own options, which may stand before or after the verb.
+
+    `left_to_submit`: for the parser of the verb, without defaults, which would replace values given before the verb.
+    """
     default: Any = argparse.SUPPRESS if left_to_submit else None
     folder = default if left_to_submit else "."
     group = parser.add_argument_group("where and how it runs")
@@ -38,24 +41,26 @@ def _add_options(parser: argparse.ArgumentParser, left_to_submit: bool = False) 
         group.add_argument(
             "--no-wait", action="store_true", default=default or False, help="do not follow the log, return at once"
         ),
-        group.add_argument("--working-dir", default=folder, metavar="FOLDER", help="what travels (default: this one)"),
+        group.add_argument(
+            "--working-dir", default=folder, metavar="FOLDER", help="the folder that is sent (default: this one)"
+        ),
         group.add_argument("--runtime-env", default=default, metavar="FILE", help="default: jobs/runtime_env.yaml"),
         group.add_argument("--submission-id", default=default, metavar="NAME", help="the job's name on the cluster"),
         group.add_argument(
-            "--driver-cpus", type=float, default=default, metavar="N", help="run the verb itself on a node with these"
+            "--driver-cpus", type=float, default=default, metavar="N", help="run the verb on a node with this many CPUs"
         ),
         group.add_argument(
             "--driver-gpus",
             type=float,
             default=default,
             metavar="N",
-            help="the same for GPUs: for verbs that compute in one process (default: on the head)",
+            help="the same for GPUs, for verbs that compute in one process (default: on the head)",
         ),
     ]
 
 
 def command_words(actions: tuple[argparse.Action, ...], values: dict[str, Any]) -> list[str]:
-    """The words that give a verb these values: what stands alone, then options that are not at their default."""
+    """Write the command line that gives a verb these values: positional words, then options without default value."""
     words: list[str] = []
     options: list[str] = []
     for action in actions:
@@ -79,7 +84,7 @@ def _submit(args: argparse.Namespace) -> int:
 
     job = load_job(args.job, args.overrides) if hasattr(args, "overrides") else None
     if job is not None and job.track.wandb:
-        adopt_wandb_login()  # travels with the other tokens
+        adopt_wandb_login()  # sent with the other tokens
     folder = _working_folder(args.working_dir)
     env, env_file = load_runtime_env(folder, args.runtime_env)
     archive, package = plan_working_folder(folder, env.get("excludes", []), env_file), plan_package()
@@ -105,27 +110,27 @@ def _working_folder(path: str) -> Path:
 def _check_paths(
     args: argparse.Namespace, job: "JobConfig | None", archive: "Archive"
 ) -> tuple[dict[str, Any], list[str]]:
-    """The verb's words as the cluster is given them, and lines on what it reads and writes beside the folder.
+    """Return the verb's arguments as the cluster gets them, and lines on what it reads and writes outside the folder.
 
-    Raises `ConfigError` with all that is wrong.
+    Raises `ConfigError` with every problem.
     """
     from ray_vlm.cluster.submit_paths import check_job, check_results, check_words
     from ray_vlm.errors import ConfigError
 
     words = {action.dest: getattr(args, action.dest) for action in args.submitted_actions}
-    values, found = check_words(words, archive)
+    values, report = check_words(words, archive)
     if job is not None:
-        found += check_job(job, values["job"], archive)
-    found += check_results(args.submitted_verb, words, job)
-    if found.problems:
-        raise ConfigError(found.problems)
-    lines = [f"note: {note}" for note in found.notes]
-    lines += [f"all nodes must see {place}" for place in dict.fromkeys(found.expected)]
-    return values, [*lines, *(f"results go to {place}, as the nodes see it" for place in found.written)]
+        report += check_job(job, values["job"], archive)
+    report += check_results(args.submitted_verb, words, job)
+    if report.problems:
+        raise ConfigError(report.problems)
+    lines = [f"note: {note}" for note in report.notes]
+    lines += [f"all nodes must see {path}" for path in dict.fromkeys(report.expected)]
+    return values, [*lines, *(f"results go to {path}, as the nodes see it" for path in report.written)]
 
 
 def ask(question: str) -> bool:
-    """Whether a person at the terminal says yes."""
+    """Whether a user at the terminal answers yes."""
     try:
         return sys.stdin.isatty() and input(question).strip().lower() in ("y", "yes")
     except (EOFError, KeyboardInterrupt):

@@ -36,9 +36,9 @@ def test_two_workers_equal_one_process(ray_cluster, method: str, job_of) -> None
 def test_a_killed_worker(ray_cluster, method: str, job_of, tmp_path: Path) -> None:
     more = {"train": {"max_steps": 6}, "checkpoint": {"every_steps": 2}, "cluster": {"num_workers": 2}}
     path = job_of(method, **more)
-    whole = _train(path, "run.name=whole")
+    undisturbed = _train(path, "run.name=whole")
     paths = RunPaths(tmp_path / "runs" / "hurt")
     _at_step(paths, 3, lambda: kill_process("RayTrainWorker", 1))
     _train(path, "run.name=hurt")
-    assert _steps(paths) == _steps(whole)
-    assert _weights(paths) == _weights(whole)
+    assert _steps(paths) == _steps(undisturbed)
+    assert _weights(paths) == _weights(undisturbed)

@@ -45,14 +45,14 @@ def build(chosen: Combination, folder: Path = Path("x"), model: str = "x") -> Jo
     where = {"num_workers": 2, "deepspeed": cluster} if isinstance(cluster, str) else {"num_workers": cluster}
     steps = {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3}
     precision = "bf16" if chosen["weights"] == "bfloat16" else "fp32"
-    kept = {"precision": precision, "gradient_checkpointing": chosen["checkpointing"]}
+    precision_options = {"precision": precision, "gradient_checkpointing": chosen["checkpointing"]}
     return load_resolved(
         {
             "method": method,
             "model": {"name": model, "load_in_4bit": chosen["weights"] == "4 bit"},
             "lora": None if chosen["learns"] == "all weights" else {"rank": 4, "alpha": 8, "target": target},
             "data": {"train": rows},
-            "train": steps | kept,
+            "train": steps | precision_options,
             "cluster": where | {"max_failures": 0},
             "run": {"name": "run", "output_dir": str(folder / "runs")},
         }

@@ -44,12 +44,12 @@ def test_a_killed_worker_and_another_number_of_them(ray_cluster, job_file, tmp_p
     """Each rank wrote its part of the optimizer: two workers go on from them, one cannot."""
     path = job_file(train={"max_steps": 6, "micro_batch_size": 2}, checkpoint={"every_steps": 2})
     options = (TWO, "cluster.deepspeed=zero2", "model.load_in_4bit=true")
-    whole = _train(path, "run.name=whole", TWO, "model.load_in_4bit=true")
+    undisturbed = _train(path, "run.name=whole", TWO, "model.load_in_4bit=true")
     paths = RunPaths(tmp_path / "runs" / "hurt")
     _at_step(paths, 3, lambda: kill_process("RayTrainWorker", 1))
-    _same(whole, _train(path, "run.name=hurt", *options), 1e-5)
-    for other, told in (("cluster.num_workers=1", "1 under zero2"), ("cluster.deepspeed=zero1", "2 under zero1")):
-        with pytest.raises(RunError, match=rf"written by 2 workers under cluster.deepspeed=zero2.*there are {told}"):
+    _same(undisturbed, _train(path, "run.name=hurt", *options), 1e-5)
+    for other, workers in (("cluster.num_workers=1", "1 under zero2"), ("cluster.deepspeed=zero1", "2 under zero1")):
+        with pytest.raises(RunError, match=rf"written by 2 workers under cluster.deepspeed=zero2.*there are {workers}"):
             _train(path, "run.name=hurt", *options, "train.max_steps=8", other, resume=True)
 
 
@@ -61,14 +61,14 @@ def test_zero3_cuts_4bit_weights_validates_and_goes_on(ray_cluster, job_file, sc
     train = {"max_steps": 6, "micro_batch_size": 2, "gradient_checkpointing": True}
     path = job_file(train=train, data=data, evaluate=evaluate, checkpoint={"every_steps": 2})
     options = (TWO, "model.load_in_4bit=true", "lora.target=[language,vision]")
-    whole = _train(path, "run.name=whole", *options)
+    undisturbed = _train(path, "run.name=whole", *options)
     paths = RunPaths(tmp_path / "runs" / "hurt")
     _at_step(paths, 3, lambda: kill_process("RayTrainWorker", 1))
-    _same(whole, _train(path, "run.name=hurt", *options, "cluster.deepspeed=zero3"), 1e-5)
-    evals = [[line["loss"] for line in read_metrics(p.metrics) if line["kind"] == "eval"] for p in (whole, paths)]
+    _same(undisturbed, _train(path, "run.name=hurt", *options, "cluster.deepspeed=zero3"), 1e-5)
+    evals = [[line["loss"] for line in read_metrics(p.metrics) if line["kind"] == "eval"] for p in (undisturbed, paths)]
     assert evals[1] == pytest.approx(evals[0], rel=1e-4)
     assert len(evals[0]) == 3
-    best, there = _saved(whole, "best"), _saved(paths, "best")
+    best, there = _saved(undisturbed, "best"), _saved(paths, "best")
     assert all(float((best[name] - there[name]).abs().max()) < 1e-5 for name in best)
 
 

@@ -49,14 +49,14 @@ def test_any_number_of_replicas_predicts_the_same(
     table = tmp_path / "photos" / "steps.csv"
     rows = [f"{name},{photo.name},go" for name in ("a", "b", "c") for photo in photos[:3]]
     table.write_text("\n".join(["Task_id,Image_id,Instruction", *rows]))
-    given = {"gui_steps": str(table), "detection": str(scenes / "test")}[task]
+    inputs = {"gui_steps": str(table), "detection": str(scenes / "test")}[task]
     options = {"labels": ["circle"]} if task == "detection" else {}
     path = job_file(task={"name": task, **options}, evaluate={"max_new_tokens": 6, "batch_size": 2})
     job = load_job(path, ["data.train=null"])
     predictor, texts = Predictor(job), []
     for count in (0, 2):
         out = tmp_path / f"{count}.jsonl"
-        predict_files(predictor, [given], str(out), num_replicas=count, say=lambda text: None)
+        predict_files(predictor, [inputs], str(out), num_replicas=count, say=lambda text: None)
         texts.append(out.read_text())
     assert texts[0] == texts[1]
     assert all("answer" in json.loads(line) for line in texts[0].splitlines())

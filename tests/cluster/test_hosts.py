@@ -51,8 +51,8 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[H
 def _living(head: Host, env: dict[str, str]) -> int:
     code = "import ray; ray.init(address='10.79.0.10:6379', logging_level='ERROR', log_to_driver=False); "
     code += "print(sum(n['Alive'] for n in ray.nodes()))"
-    found = subprocess.run(head.words([PYTHON, "-c", code]), env=env, capture_output=True, text=True)
-    return int(found.stdout.split()[-1]) if found.returncode == 0 and found.stdout.strip() else 0
+    completed = subprocess.run(head.words([PYTHON, "-c", code]), env=env, capture_output=True, text=True)
+    return int(completed.stdout.split()[-1]) if completed.returncode == 0 and completed.stdout.strip() else 0
 
 
 def _on_head(hosts: list[Host], env: dict[str, str], *words: str) -> subprocess.CompletedProcess:
@@ -71,8 +71,10 @@ def test_a_submitted_job_has_one_worker_on_each_host(two_hosts, tmp_path: Path) 
     assert run["result"]["steps"] == 3
     nodes = "import ray; ray.init(address='10.79.0.10:6379', logging_level='ERROR'); from ray.util.state import "
     nodes += "list_actors; print([a.node_id for a in list_actors(filters=[('class_name', '=', 'RayTrainWorker')])])"
-    found = _on_head(hosts, env, PYTHON, "-c", nodes)
-    assert len(set(json.loads(found.stdout.splitlines()[-1].replace("'", '"')))) == 2, found.stdout + found.stderr
+    completed = _on_head(hosts, env, PYTHON, "-c", nodes)
+    assert len(set(json.loads(completed.stdout.splitlines()[-1].replace("'", '"')))) == 2, (
+        completed.stdout + completed.stderr
+    )
 
 
 def test_a_stranger_is_refused(two_hosts) -> None:

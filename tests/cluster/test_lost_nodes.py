@@ -20,45 +20,45 @@ def hosts() -> None:
 
 
 def test_a_node_dies_and_another_comes(tmp_path: Path) -> None:
-    found = kill_and_add(tmp_path)
-    assert found["workers"][0] == 2
-    assert 1 in found["workers"]
-    assert found["workers"][-1] == 2
-    assert found["went_on_s"] <= 60
-    assert max(found["lost_steps"]) <= EVERY
-    assert found["steps_once"]
-    assert found["images"]
-    assert found["apart"] <= 1e-5
+    result = kill_and_add(tmp_path)
+    assert result["workers"][0] == 2
+    assert 1 in result["workers"]
+    assert result["workers"][-1] == 2
+    assert result["went_on_s"] <= 60
+    assert max(result["lost_steps"]) <= EVERY
+    assert result["steps_once"]
+    assert result["images"]
+    assert result["apart"] <= 1e-5
 
 
 def test_a_node_that_was_cut_off_comes_back_and_changes_nothing(tmp_path: Path) -> None:
-    found = cut_for_good(tmp_path)
-    assert found["went_on_s"] <= 60
-    assert max(found["lost_steps"]) <= EVERY
-    assert found["steps_once"]
-    assert found["apart"] <= 1e-5
+    result = cut_for_good(tmp_path)
+    assert result["went_on_s"] <= 60
+    assert max(result["lost_steps"]) <= EVERY
+    assert result["steps_once"]
+    assert result["apart"] <= 1e-5
 
 
 def test_a_short_cut_is_no_failure(tmp_path: Path) -> None:
-    found = cut_briefly(tmp_path)
-    assert found["status"] == ["finished"]
-    assert found["steps_once"]
-    assert found["apart"] <= 1e-5
+    result = cut_briefly(tmp_path)
+    assert result["status"] == ["finished"]
+    assert result["steps_once"]
+    assert result["apart"] <= 1e-5
 
 
 def test_a_machine_is_left_within_its_notice(tmp_path: Path) -> None:
-    found = take_away(tmp_path)
-    assert found["saved_s"] < 15
-    assert found["steps_old"] <= 10
-    assert found["status"][0] == "preempted"
-    assert found["lost_steps"][0] == 0
-    assert found["steps_once"]
-    assert found["apart"] <= 1e-5
+    result = take_away(tmp_path)
+    assert result["saved_s"] < 15
+    assert result["steps_old"] <= 10
+    assert result["status"][0] == "preempted"
+    assert result["lost_steps"][0] == 0
+    assert result["steps_once"]
+    assert result["apart"] <= 1e-5
 
 
 def test_a_head_that_died_is_started_again(tmp_path: Path) -> None:
-    found = restart_head(tmp_path)
-    assert found["status"] == ["died", "finished"]
-    assert max(found["lost_steps"]) <= EVERY
-    assert found["steps_once"]
-    assert found["apart"] <= 1e-5
+    result = restart_head(tmp_path)
+    assert result["status"] == ["died", "finished"]
+    assert max(result["lost_steps"]) <= EVERY
+    assert result["steps_once"]
+    assert result["apart"] <= 1e-5

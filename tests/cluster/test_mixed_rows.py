@@ -22,8 +22,8 @@ def mixed(job_file, scenes: Path, tmp_path: Path) -> Path:
     photos = [row["file_name"] for row in json.loads((scenes / "train.json").read_text())["images"]]
     rows = []
     for number in range(16):
-        asked = {"from": "human", "value": "<image>\nWhat is it?" if number % 2 else "What is it?"}
-        row = {"conversations": [asked, {"from": "gpt", "value": "A ring."}]}
+        question = {"from": "human", "value": "<image>\nWhat is it?" if number % 2 else "What is it?"}
+        row = {"conversations": [question, {"from": "gpt", "value": "A ring."}]}
         rows.append(row | ({"image": photos[number]} if number % 2 else {}))
     (tmp_path / "mixed.json").write_text(json.dumps(rows))
     data = {"train": {"path": str(tmp_path / "mixed.json"), "format": "llava", "image_root": str(scenes)}}

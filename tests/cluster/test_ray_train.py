@@ -43,9 +43,9 @@ def test_two_workers_equal_one_process_in_4bit(ray_cluster, job_file, scenes: Pa
 def test_one_two_and_three_workers_equal_one_process(ray_cluster, tmp_path: Path, tiny_models: dict[str, str]) -> None:
     from benchmarks.parity import curves
 
-    found = curves(tmp_path, tiny_models["qwen3_vl"], 20, (0, 1, 2, 3))
+    losses = curves(tmp_path, tiny_models["qwen3_vl"], 20, (0, 1, 2, 3))
     for number in (1, 2, 3):
-        assert found[number] == pytest.approx(found[0], rel=1e-4)
+        assert losses[number] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_worker_that_fails_is_reported_with_its_cause(ray_cluster, job_file, scenes: Path, tmp_path: Path) -> None:

@@ -97,22 +97,22 @@ def test_killed_processes_change_nothing(
     """A worker dies right after a checkpoint, which Ray would have lost; Ray never retries a controller that dies.
     The run ends like the undisturbed one, bit for bit, and loses the same rows. One worker's numbers are those of a run
     in this process."""
-    whole = _train(small, *losing, "run.name=whole", f"cluster.num_workers={workers if workers > 1 else 0}")
+    undisturbed_run = _train(small, *losing, "run.name=whole", f"cluster.num_workers={workers if workers > 1 else 0}")
     paths = RunPaths(tmp_path / "runs" / "hurt")
     _at_step(paths, 4, lambda: kill_process("RayTrainWorker", workers - 1))
     if "TrainController" in kills:
         _at_step(paths, 8, lambda: kill_process("TrainController"))
     _train(small, *losing, "run.name=hurt", f"cluster.num_workers={workers}")
-    assert _steps(paths) == _steps(whole)
-    assert _weights(paths) == _weights(whole)
-    lost, undisturbed = (sorted(json.loads(p.run.read_text())["result"]["lost_rows"]) for p in (paths, whole))
+    assert _steps(paths) == _steps(undisturbed_run)
+    assert _weights(paths) == _weights(undisturbed_run)
+    lost, undisturbed = (sorted(json.loads(p.run.read_text())["result"]["lost_rows"]) for p in (paths, undisturbed_run))
     assert len(lost) >= 3
     assert lost == undisturbed
     attempts = json.loads(paths.run.read_text())["attempts"]
     assert [a["status"] for a in attempts] == [*["failed"] * len(kills), "finished"]
     assert "died" in attempts[0]["error"]
     # A kill that came late finds a later checkpoint, never an older one.
-    assert all(a["from_step"] >= least for a, least in zip(attempts, (0, 3, 6), strict=False))
+    assert all(a["from_step"] >= earliest for a, earliest in zip(attempts, (0, 3, 6), strict=False))
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_a_report_holds_the_workers_for_less_than_a_third_of_a_second(ray_cluste
 
     from ray_vlm.train.report import plain
 
-    found = tmp_path / "times.json"
+    times_file = tmp_path / "times.json"
 
     def work(config: dict[str, Any]) -> None:
         import numpy as np
@@ -220,9 +220,9 @@ def test_a_report_holds_the_workers_for_less_than_a_third_of_a_second(ray_cluste
 
     run = RunConfig(name="reports", storage_path=str(tmp_path / "ray"))
     TorchTrainer(
-        work, train_loop_config={"found": str(found)}, scaling_config=ScalingConfig(num_workers=2), run_config=run
+        work, train_loop_config={"found": str(times_file)}, scaling_config=ScalingConfig(num_workers=2), run_config=run
     ).fit()
-    times = sorted(json.loads(found.read_text()))
+    times = sorted(json.loads(times_file.read_text()))
     assert times[len(times) // 2] <= 0.3
 
 
@@ -234,7 +234,7 @@ def test_two_workers_on_an_object_store_survive_a_kill(
     from ray_vlm.runs.paths import open_run
     from ray_vlm.runs.store import Store, join
 
-    whole = _train(small, "run.name=whole")
+    undisturbed_run = _train(small, "run.name=whole")
     base = join(bucket, tmp_path.name)
     seen = open_run(join(base, "hurt"))
 
@@ -251,6 +251,6 @@ def test_two_workers_on_an_object_store_survive_a_kill(
     paths = _train(small, "run.name=hurt", f"run.output_dir={base}")
     thread.join()
     store = Store(paths.address)
-    assert store.read("final/adapter_model.safetensors") == _weights(whole)
+    assert store.read("final/adapter_model.safetensors") == _weights(undisturbed_run)
     run = json.loads(store.read("run.json") or b"")
     assert [a["status"] for a in run["attempts"]] == ["failed", "finished"]

@@ -62,9 +62,9 @@ def _train(path: Path) -> RunPaths:
 def test_a_reward_that_never_comes(ray_cluster, job_file, tmp_path: Path, scenes: Path, capsys) -> None:
     path, row = _grpo(job_file, tmp_path, scenes)
     paths = _train(path)
-    told = capsys.readouterr().out
-    assert f"hangs for {LIMIT:g} minutes: sampling answers, step 3" in told
-    assert row in told.split("rows ")[1].splitlines()[0]
+    output = capsys.readouterr().out
+    assert f"hangs for {LIMIT:g} minutes: sampling answers, step 3" in output
+    assert row in output.split("rows ")[1].splitlines()[0]
     lines = [line for line in current_lines(read_metrics(paths.metrics)) if line["kind"] == "train"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     attempts = json.loads(paths.run.read_text())["attempts"]

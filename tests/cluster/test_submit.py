@@ -87,8 +87,8 @@ def _ray_vlm(*words: str) -> list[str]:
 
 
 def _files(run: Path) -> set[str]:
-    found = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
-    return {"/".join(part.split("-a1-")[0] for part in name.split("/")) for name in found}
+    files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
+    return {"/".join(part.split("-a1-")[0] for part in name.split("/")) for name in files}
 
 
 def test_two_ways_of_submitting_leave_the_same_run(token_cluster: Any, clone: Path, tmp_path: Path) -> None:
@@ -102,14 +102,14 @@ def test_two_ways_of_submitting_leave_the_same_run(token_cluster: Any, clone: Pa
     plain = _run([*submit, "--runtime-env", "jobs/runtime_env.yaml", "--", *command], clone, env)
     assert plain.returncode == 0, plain.stdout[-3000:] + plain.stderr[-3000:]
     secret = env | {"HF_TOKEN": SECRET}
-    ours = _run(_ray_vlm("submit", "train", "jobs/demo_sft.yaml", *small, "run.name=ours"), clone, secret)
-    assert ours.returncode == 0, ours.stdout[-3000:] + ours.stderr[-3000:]
-    assert "step 3/3" in ours.stdout
+    submitted = _run(_ray_vlm("submit", "train", "jobs/demo_sft.yaml", *small, "run.name=ours"), clone, secret)
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+    assert "step 3/3" in submitted.stdout
     shutil.rmtree(clone)
     runs = tmp_path / "out" / "plain", tmp_path / "out" / "ours"
     assert _files(runs[0]) == _files(runs[1])
     assert len({(run / "final" / "adapter_model.safetensors").read_bytes() for run in runs}) == 1
-    assert SECRET not in ours.stdout + ours.stderr
+    assert SECRET not in submitted.stdout + submitted.stderr
     holding = [p for folder in (logs, tmp_path / "out") for p in folder.rglob("*") if _holds(p, SECRET)]
     assert holding == []
 
@@ -198,9 +198,9 @@ def test_strangers_are_told_what_is_missing(token_cluster: Any, own_folder: tupl
     """No token and a wrong one, where Ray is told the job server and where it finds it out from the cluster."""
     folder, _ = own_folder
     env = token_cluster[0] | {"PYTHONPATH": str(ROOT)}
-    found = {k: v for k, v in env.items() if k != "RAY_API_SERVER_ADDRESS"} | {"RAY_ADDRESS": env["TEST_HEAD"]}
-    assert _run(_ray_vlm("jobs", "list"), folder, found).returncode == 0
-    for here in (env, found):
+    ray_env = {k: v for k, v in env.items() if k != "RAY_API_SERVER_ADDRESS"} | {"RAY_ADDRESS": env["TEST_HEAD"]}
+    assert _run(_ray_vlm("jobs", "list"), folder, ray_env).returncode == 0
+    for here in (env, ray_env):
         none = {k: v for k, v in here.items() if not k.startswith("RAY_AUTH")} | {"HOME": str(folder)}
         for stranger in (none, none | {"RAY_AUTH_MODE": "token"}, here | {"RAY_AUTH_TOKEN": "0" * 64}):
             for words in (["jobs", "list"], ["submit", "train", "job.yaml"]):

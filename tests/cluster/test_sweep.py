@@ -25,13 +25,13 @@ RATES = [1e-3, 2e-2, 1e-5]
 def _job(job_file: Any, scenes: Path, **tuned: Any) -> Path:
     data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "eval", "test")}
     evaluate = {"every_steps": 2, "num_samples": 5, "max_new_tokens": 8, "metric": "loss"}
-    told = {"num_trials": 3, "scheduler": "none", "default_first": False} | tuned
-    return job_file(data=data, evaluate=evaluate, train={"max_steps": 4}, tune=told)
+    tune_section = {"num_trials": 3, "scheduler": "none", "default_first": False} | tuned
+    return job_file(data=data, evaluate=evaluate, train={"max_steps": 4}, tune=tune_section)
 
 
-def _space(tmp_path: Path, told: Any = None) -> str:
+def _space(tmp_path: Path, space: Any = None) -> str:
     path = tmp_path / "space.yaml"
-    path.write_text(yaml.safe_dump(told or {"train.learning_rate": {"grid": RATES}, "lora.alpha": "2 * lora.rank"}))
+    path.write_text(yaml.safe_dump(space or {"train.learning_rate": {"grid": RATES}, "lora.alpha": "2 * lora.rank"}))
     return str(path)
 
 
@@ -46,8 +46,8 @@ def test_trials_are_runs_and_the_best_is_exported(
     from peft import PeftConfig
 
     path = _job(job_file, scenes, resident=resident)
-    said: list[str] = []
-    sweep = Path(tune(str(path), [], _space(tmp_path), say=said.append))
+    lines: list[str] = []
+    sweep = Path(tune(str(path), [], _space(tmp_path), say=lines.append))
     assert "View detailed results" not in capfd.readouterr().out, "Ray Tune's own words"
     trials = json.loads((sweep / "sweep.json").read_text())
     assert [t["values"]["train.learning_rate"] for t in trials["trials"]] == RATES
@@ -60,7 +60,7 @@ def test_trials_are_runs_and_the_best_is_exported(
     assert "parallel" not in card
     page = (sweep / "report.html").read_text()
     assert "Settings and result" in page
-    assert sum("step" in line and line.startswith("trial") for line in said) == 6, "two validations of each trial"
+    assert sum("step" in line and line.startswith("trial") for line in lines) == 6, "two validations of each trial"
     alone = tmp_path / "runs" / "alone"
     words = [f"train.learning_rate={RATES[1]}", "lora.alpha=8", "run.name=alone"]
     assert main(["train", str(path), *words]) == 0
@@ -148,9 +148,9 @@ def test_a_killed_sweep_goes_on_and_trains_nothing_twice(job_file: Any, scenes: 
     assert "--resume" in refused.stderr
     subprocess.run([*command, "--resume"], cwd=Path(__file__).parents[2], check=True, timeout=240)
     assert (sweep / "trials" / "000" / "metrics.jsonl").read_bytes() == first, "a finished trial is not run again"
-    found = json.loads((sweep / "sweep.json").read_text())
-    assert found["status"] == "finished"
-    assert [(t["status"], t["step"]) for t in found["trials"]] == [("finished", 12)] * 3
+    summary = json.loads((sweep / "sweep.json").read_text())
+    assert summary["status"] == "finished"
+    assert [(t["status"], t["step"]) for t in summary["trials"]] == [("finished", 12)] * 3
     assert len(json.loads((sweep / "trials" / "001" / "run.json").read_text())["attempts"]) == 2
     assert (sweep / "export" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -168,9 +168,9 @@ def test_ctrl_c_stops_a_sweep_that_can_go_on(job_file: Any, scenes: Path, tmp_pa
         assert time.monotonic() < until
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 130, told[-2000:]
-    assert "--resume goes on" in told
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 130, output[-2000:]
+    assert "--resume goes on" in output
     assert json.loads((sweep / "sweep.json").read_text())["status"] == "interrupted"
     subprocess.run([*command, "--resume"], cwd=Path(__file__).parents[2], check=True, timeout=240)
     assert json.loads((sweep / "sweep.json").read_text())["status"] == "finished"
@@ -182,12 +182,12 @@ def test_a_trial_that_fails_is_tried_again_and_then_left(
 ) -> None:
     """An adapter that is not there: found out when the trial starts, and no reason to end the others."""
     path = _job(job_file, scenes, max_retries=1)
-    said: list[str] = []
+    lines: list[str] = []
     space = _space(tmp_path, {"model.adapter": {"grid": [None, str(tmp_path / "nowhere")]}})
-    sweep = Path(tune(str(path), ["tune.num_trials=2"], space, say=said.append))
+    sweep = Path(tune(str(path), ["tune.num_trials=2"], space, say=lines.append))
     trials = json.loads((sweep / "sweep.json").read_text())["trials"]
     assert [t["status"] for t in trials] == ["finished", "failed"]
-    assert any("nowhere" in line for line in said)
+    assert any("nowhere" in line for line in lines)
     assert (sweep / "export" / "adapter").is_dir()
 
 
@@ -198,9 +198,9 @@ def test_a_trial_without_a_number_is_never_the_best(
     path = _job(job_file, scenes)
     space = _space(tmp_path, {"train.learning_rate": {"grid": [1e-3, 1e30]}})
     sweep = Path(tune(str(path), ["tune.num_trials=2"], space))
-    found = json.loads((sweep / "sweep.json").read_text())
-    assert found["best"] == "000"
-    assert "loss" not in found["trials"][1]["metrics"]
+    summary = json.loads((sweep / "sweep.json").read_text())
+    assert summary["best"] == "000"
+    assert "loss" not in summary["trials"][1]["metrics"]
 
 
 def test_what_cannot_work_is_refused_before_any_trial(
@@ -215,9 +215,9 @@ def test_what_cannot_work_is_refused_before_any_trial(
         (["data.train.path=nowhere.json"], space, Exception, "nowhere.json"),
         ([], _space(tmp_path / "..", {"lora.rnk": {"choice": [1, 2]}}), ConfigError, "is not a setting"),
     ]
-    for overrides, given, kind, reason in refusals:
+    for overrides, space_path, kind, reason in refusals:
         with pytest.raises(kind, match=reason):
-            tune(str(path), overrides, given)
+            tune(str(path), overrides, space_path)
         assert not (tmp_path / "runs" / "run-space" / "trials").exists()
     other = tmp_path / "runs" / "run-space"
     other.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Short runs whose numbers and files are kept, and run folders of earlier versions."""
+"""Short runs with stored numbers and files, and run folders of earlier versions."""

@@ -1,6 +1,6 @@
-"""Short runs whose every number and file is kept: what they are, and what is kept of them.
+"""The golden cases: short runs, and the description of their numbers and files that is stored.
 
-They go through the command line and through files alone, so that they hold whatever the code inside is called.
+They use only the command line and files, so that they do not depend on names in the code.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 GOLDEN, OLD_RUNS = HERE / "golden.json", HERE / "old_runs.tar.xz"
 _SMALL = {"rank": 1, "alpha": 2, "target": ["connector"]}  # its checkpoints are a few kilobytes
 _OF_LIBRARIES = ("adapter_config.json", "trainer_state.json")  # their keys are those of PEFT and transformers
-_TIMES = ("_s", "_seconds", "_gib", "memory", "per_second")  # ends of names of what differs from run to run
+_TIMES = ("_s", "_seconds", "_gib", "memory", "per_second")  # suffixes of names whose values differ from run to run
 
 
 def draw_data(folder: Path) -> Path:
@@ -103,13 +103,13 @@ def _is_kept(key: str, value: Any) -> bool:
 
 
 def describe_files(folder: Path) -> dict[str, Any]:
-    """Names of all files below, those of checkpoints without their tokens; of JSON also the keys at the top."""
-    found: dict[str, Any] = {}
+    """Return the names of all files, of checkpoints without their tokens, with the top-level keys of JSON files."""
+    contents: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name = "/".join(_without_token(part) for part in path.relative_to(folder).parts)
-            found[name] = _keys(path)
-    return found
+            contents[name] = _keys(path)
+    return contents
 
 
 def _without_token(part: str) -> str:
@@ -117,19 +117,19 @@ def _without_token(part: str) -> str:
 
 
 def _keys(path: Path) -> list[str] | None:
-    """Keys of a JSON object, or of all lines of a JSONL file together."""
+    """Return the keys of a JSON object, or of all lines of a JSONL file together; None for other files."""
     try:
         if path.suffix == ".jsonl":
             return sorted({key for line in path.read_text().splitlines() for key in json.loads(line)})
-        ours = path.suffix == ".json" and path.name not in _OF_LIBRARIES
-        value = json.loads(path.read_text()) if ours else None
+        is_own = path.suffix == ".json" and path.name not in _OF_LIBRARIES
+        value = json.loads(path.read_text()) if is_own else None
     except (ValueError, UnicodeDecodeError):
         return None
     return sorted(value) if isinstance(value, dict) else None
 
 
 def this_machine() -> str:
-    """What rounding depends on: the processor, the versions of torch and transformers, and the number of threads."""
+    """Return what rounding depends on: processor, versions of torch and transformers, and number of threads."""
     from importlib import metadata
 
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")

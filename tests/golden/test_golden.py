@@ -1,4 +1,4 @@
-"""Short runs give the numbers and the files that they gave before, and run folders of before are still understood."""
+"""Short runs reproduce the stored numbers and files, and run folders of earlier versions still work."""
 
 import json
 import tarfile
@@ -39,20 +39,22 @@ def old_runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def _check(found: dict[str, Any], wanted: dict[str, Any], drawn: bool = False) -> None:
-    """Compare a run with what is kept: to the bit on the same machine. `drawn`: its answers are drawn by probabilities,
-    which rounding changes."""
-    assert found["files"] == wanted["files"]
-    assert len(found["numbers"]) == len(wanted["numbers"])
+def _check(actual: dict[str, Any], wanted: dict[str, Any], drawn: bool = False) -> None:
+    """Compare a run with the stored description, to the bit on the same machine.
+
+    `drawn`: the run samples answers, which rounding changes.
+    """
+    assert actual["files"] == wanted["files"]
+    assert len(actual["numbers"]) == len(wanted["numbers"])
     same_machine = WANTED["machine"] == this_machine()
-    for mine, kept in zip(found["numbers"], wanted["numbers"], strict=True):
-        assert mine.keys() == kept.keys()
+    for line, expected in zip(actual["numbers"], wanted["numbers"], strict=True):
+        assert line.keys() == expected.keys()
         if same_machine:
-            assert mine == kept
+            assert line == expected
         elif not drawn:
-            assert mine == pytest.approx(kept, rel=ANOTHER_MACHINE, abs=1e-6)
+            assert line == pytest.approx(expected, rel=ANOTHER_MACHINE, abs=1e-6)
     if same_machine:
-        assert found["weights"] == wanted["weights"]
+        assert actual["weights"] == wanted["weights"]
 
 
 @pytest.mark.parametrize("method", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
@@ -63,30 +65,30 @@ def test_a_short_run_leaves_what_it_left(method: str, tmp_path: Path, data: Path
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_sweep_leaves_what_it_left(tmp_path: Path, data: Path, ray_cluster: None) -> None:
-    found = describe_sweep(sweep(tmp_path, data))
-    assert found["files"] == WANTED["sweep"]["files"]
-    for trial, wanted in zip(found["trials"], WANTED["sweep"]["trials"], strict=True):
+    actual = describe_sweep(sweep(tmp_path, data))
+    assert actual["files"] == WANTED["sweep"]["files"]
+    for trial, wanted in zip(actual["trials"], WANTED["sweep"]["trials"], strict=True):
         _check(trial, wanted)
 
 
 @pytest.mark.parametrize("method", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
 def test_an_old_run_goes_on(method: str, tmp_path: Path, data: Path, old_runs: Path) -> None:
-    """It takes up its own rows, schedule and weights, and ends where a run of five steps ends."""
+    """It continues with its rows, schedule and weights, and ends like a run of five steps."""
     job = job_of(method, tmp_path, data)
     assert main(["train", str(job), "--resume", "train.max_steps=5"]) == 0
-    whole = describe_run(train(method, tmp_path / "whole", data, ["train.max_steps=5"]))
+    uninterrupted = describe_run(train(method, tmp_path / "whole", data, ["train.max_steps=5"]))
     last = [line for line in describe_run(old_runs / method)["numbers"] if line["kind"] == "train"][-1]
     assert last["step"] == 5
-    expected = [line for line in whole["numbers"] if line["kind"] == "train"][-1]
+    expected = [line for line in uninterrupted["numbers"] if line["kind"] == "train"][-1]
     assert last["loss"] == pytest.approx(expected["loss"], rel=0.05)
 
 
 @pytest.mark.slow
 def test_an_old_run_is_measured_asked_exported_and_compared(tmp_path: Path, data: Path, old_runs: Path) -> None:
     job, run = job_of("sft", tmp_path, data), old_runs / "sft"
-    resolved = (run / "resolved.json").read_text()  # a merge looks at the run's own rows, where they were then
-    kept = Path(json.loads(resolved)["data"]["train"]["path"]).parent
-    (run / "resolved.json").write_text(resolved.replace(str(kept), str(data)))
+    resolved = (run / "resolved.json").read_text()  # a merge reads the run's own rows at their old path
+    data_folder = Path(json.loads(resolved)["data"]["train"]["path"]).parent
+    (run / "resolved.json").write_text(resolved.replace(str(data_folder), str(data)))
     image = sorted((data / "test").iterdir())[0]
     commands: list[list[Any]] = [
         ["evaluate", job, "--adapter", run / "final", "--output", tmp_path / "measured"],

@@ -1,4 +1,4 @@
-"""Write the golden file anew, and with `--old-runs` the run folders that later versions must understand.
+"""Write the golden file, and with `--old-runs` the run folders that later versions must read.
 
 `python -m tests.golden.write [--old-runs]`: after a change that is meant. Read the difference before it is kept.
 """
@@ -26,8 +26,8 @@ from tests.golden.cases import (
 
 
 def write_golden(old_runs: bool) -> None:
-    """Train every method's run and keep what it left."""
-    sys.argv = ["ray-vlm", "train", "job.yaml"]  # which runs keep
+    """Train each method's run and store its description."""
+    sys.argv = ["ray-vlm", "train", "job.yaml"]  # runs store their command line
     golden = {"machine": this_machine(), "runs": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -67,6 +67,6 @@ def block(function: str, limit_s: float = 20.0, needs: tuple[str, ...] = (), mus
 
 if __name__ == "__main__":
     folder, whole_s, named = Path(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3])
-    chosen = [Block(**{**of_block, "needs": tuple(of_block["needs"])}) for of_block in named]
+    chosen = [Block(**{**options, "needs": tuple(options["needs"])}) for options in named]
     bench = FakeBench(FigureFile(folder / "figures.json"))
     sys.exit(run_blocks(chosen, bench, Events(folder / "events.jsonl"), time.monotonic() + whole_s))

@@ -31,19 +31,19 @@ def _run(tmp_path: Path, blocks: Sequence[Block], whole_s: float = 30.0) -> tupl
     figures.clear()
 
     def start(names: Sequence[str]) -> subprocess.Popen:
-        mine = json.dumps([dataclasses.asdict(one) for one in blocks if one.name in names])
-        command = [sys.executable, "-m", "tests.gpu.fake_blocks", str(tmp_path), str(whole_s), mine]
+        block_specs = json.dumps([dataclasses.asdict(one) for one in blocks if one.name in names])
+        command = [sys.executable, "-m", "tests.gpu.fake_blocks", str(tmp_path), str(whole_s), block_specs]
         return subprocess.Popen(command, cwd=ROOT)
 
-    whole = run_children(blocks, start, Events(tmp_path / "events.jsonl"), figures, whole_s)
-    return whole, {found["block"]: found for found in figures.read()}
+    all_ended = run_children(blocks, start, Events(tmp_path / "events.jsonl"), figures, whole_s)
+    return all_ended, {entry["block"]: entry for entry in figures.read()}
 
 
 def test_blocks_that_end_as_planned_share_a_process(tmp_path: Path) -> None:
     again = dataclasses.replace(block("good"), name="again")
-    whole, found = _run(tmp_path, [block("good"), again])
-    assert whole
-    assert found["good"]["value"] == found["again"]["value"]
+    all_ended, entries = _run(tmp_path, [block("good"), again])
+    assert all_ended
+    assert entries["good"]["value"] == entries["again"]["value"]
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,11 @@ def test_blocks_that_end_as_planned_share_a_process(tmp_path: Path) -> None:
 )
 def test_a_block_that_fails_costs_no_other(bad: Block, reason: str, tmp_path: Path) -> None:
     bad = dataclasses.replace(bad, name="bad")
-    whole, found = _run(tmp_path, [bad, block("good")])
-    assert not whole
-    assert reason in found["bad"]["note"]
-    assert not found["bad"]["ok"]
-    assert found["good"]["name"] == "process"
+    all_ended, entries = _run(tmp_path, [bad, block("good")])
+    assert not all_ended
+    assert reason in entries["bad"]["note"]
+    assert not entries["bad"]["ok"]
+    assert entries["good"]["name"] == "process"
 
 
 @pytest.mark.parametrize(
@@ -80,32 +80,32 @@ def test_a_block_that_takes_its_process_along_costs_no_other(
     """What is left runs in a new process, which is prepared by the blocks that must run."""
     monkeypatch.setattr(supervise, "GRACE_S", 0.5)
     first = dataclasses.replace(block("good", must=True), name="first")
-    whole, found = _run(tmp_path, [first, bad, block("good")])
-    assert not whole
-    assert reason in found[bad.name]["note"]
+    all_ended, entries = _run(tmp_path, [first, bad, block("good")])
+    assert not all_ended
+    assert reason in entries[bad.name]["note"]
     processes = [one["value"] for one in json.loads((tmp_path / "figures.json").read_text()) if one["unit"] == ""]
     assert len(set(processes) - {0}) == 2, "the card's state is not trusted any more"
-    assert found["first"]["value"] == found["good"]["value"]
+    assert entries["first"]["value"] == entries["good"]["value"]
 
 
 def test_what_was_measured_before_a_failure_stays(tmp_path: Path) -> None:
     _run(tmp_path, [block("fails_halfway")])
-    names = [found["name"] for found in json.loads((tmp_path / "figures.json").read_text())]
+    names = [entry["name"] for entry in json.loads((tmp_path / "figures.json").read_text())]
     assert names == ["before it failed", "ended as planned"]
 
 
 def test_without_what_must_run_nothing_is_begun(tmp_path: Path) -> None:
-    whole, found = _run(tmp_path, [block("refuses", must=True), block("good")])
-    assert not whole
-    assert "no NVIDIA card" in found["refuses"]["note"]
-    assert found["good"]["note"] == "not begun: block refuses failed"
+    all_ended, entries = _run(tmp_path, [block("refuses", must=True), block("good")])
+    assert not all_ended
+    assert "no NVIDIA card" in entries["refuses"]["note"]
+    assert entries["good"]["note"] == "not begun: block refuses failed"
 
 
 def test_blocks_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
-    whole, found = _run(tmp_path, [block("slow", limit_s=20), block("good")], whole_s=2.0)
-    assert not whole
-    assert "ended after" in found["slow"]["note"]
-    assert "not begun" in found["good"]["note"]
+    all_ended, entries = _run(tmp_path, [block("slow", limit_s=20), block("good")], whole_s=2.0)
+    assert not all_ended
+    assert "ended after" in entries["slow"]["note"]
+    assert "not begun" in entries["good"]["note"]
 
 
 def test_limits_and_names() -> None:
@@ -136,11 +136,11 @@ def test_plans_are_put_beside_what_was_measured(tmp_path: Path) -> None:
     for case, gib in (("one", 10.0), ("other", 10.0), ("late", 10.0)):
         figures.add("sft", f"{case}{ALLOCATED}", gib, "GiB", 40.0)
     write_plans(figures, {"one": {"allocated": 10.5 * 2**30}, "other": {"allocated": 9.5 * 2**30}}, bars=True)
-    found = {one["name"]: one for one in figures.read()}
-    assert found["one: planned over measured"]["value"] == pytest.approx(0.05)
-    assert found["one: planned over measured"]["ok"]
-    assert not found["other: planned under measured"]["ok"], "a plan must not be 5 % too low"
-    assert "not done" in found["late: planned"]["note"]
+    entries = {one["name"]: one for one in figures.read()}
+    assert entries["one: planned over measured"]["value"] == pytest.approx(0.05)
+    assert entries["one: planned over measured"]["ok"]
+    assert not entries["other: planned under measured"]["ok"], "a plan must not be 5 % too low"
+    assert "not done" in entries["late: planned"]["note"]
     assert "MISSED" in write_table(figures.read())
 
 
@@ -148,7 +148,7 @@ def test_a_value_that_is_no_number_is_kept_out_of_the_file(tmp_path: Path) -> No
     figures = FigureFile(tmp_path / "figures.json")
     figures.add("a", "known", float("nan"), "s")
     figures.add("a", "asked for", float("inf"), "s", 1.0)
-    assert [(found["value"], found["ok"]) for found in json.loads(figures.path.read_text())] == [
+    assert [(entry["value"], entry["ok"]) for entry in json.loads(figures.path.read_text())] == [
         (None, True),
         (None, False),
     ]
@@ -180,9 +180,11 @@ def test_bitsandbytes_travels_with_one_version_of_cuda(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no kernels for cuda124\. It has cuda126, cuda130"):
         strip_wheel(wheel, "124")
     strip_wheel(wheel, "130")
-    with zipfile.ZipFile(wheel) as kept:
-        names = set(kept.namelist())
-        listed = {line.partition(",")[0] for line in kept.read("bitsandbytes-0.50.2.dist-info/RECORD").decode().split()}
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        listed = {
+            line.partition(",")[0] for line in archive.read("bitsandbytes-0.50.2.dist-info/RECORD").decode().split()
+        }
     assert names == listed
     assert {name for name in names if name.endswith(".so")} == {
         "bitsandbytes/libbitsandbytes_cpu.so",
@@ -202,11 +204,11 @@ def test_a_rehearsal_runs_every_block(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     assert main(["--rehearse", "--json", str(path), "--limit", "300"]) == 0
     figures = json.loads(path.read_text())
-    assert {found["block"] for found in figures} == {one.name for one in BLOCKS}
-    apart = [found["value"] for found in figures if found["name"].endswith("gradients apart, bfloat16")]
+    assert {entry["block"] for entry in figures} == {one.name for one in BLOCKS}
+    apart = [entry["value"] for entry in figures if entry["name"].endswith("gradients apart, bfloat16")]
     assert len(apart) >= 6
     assert max(apart) < 0.05, "the same step on both sides"
-    shared = [found["value"] for found in figures if "model FLOPs, TRL's over ours" in found["name"]]
+    shared = [entry["value"] for entry in figures if "model FLOPs, TRL's over ours" in entry["name"]]
     assert max(shared) > 2, "a group's prompt is computed once"
 
 
@@ -214,6 +216,6 @@ def test_a_rehearsal_runs_every_block(tmp_path: Path) -> None:
 def test_on_a_card_the_shipped_job_takes_what_was_planned(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     main(["--json", str(path), "--blocks", "sft"])
-    found = {one["name"]: one for one in json.loads(path.read_text())}
-    assert found["sft, 2 rows: planned over measured"]["ok"]
-    assert found["sft, 2 rows: planned under measured"]["ok"]
+    entries = {one["name"]: one for one in json.loads(path.read_text())}
+    assert entries["sft, 2 rows: planned over measured"]["ok"]
+    assert entries["sft, 2 rows: planned under measured"]["ok"]

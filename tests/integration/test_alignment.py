@@ -104,22 +104,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(method: str, dpo_job, grpo_job, monke
     from ray_vlm.train import stop
 
     path = (dpo_job if method == "dpo" else grpo_job)(train={"max_steps": 4}, checkpoint={"every_steps": 2})
-    whole = _train(path, "run.name=whole")
+    undisturbed = _train(path, "run.name=whole")
     real = stop.agree
-    asked = []
+    flag_calls = []
 
     def after_two(flags: Any, *args: Any) -> list[bool]:
-        asked.append(flags)
+        flag_calls.append(flags)
         stop, *others = real(flags, *args)
-        return [len(asked) == 2 or stop, *others]
+        return [len(flag_calls) == 2 or stop, *others]
 
     monkeypatch.setattr("ray_vlm.train.worker.agree", after_two)
     with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
         _train(path, "run.name=cut")
     monkeypatch.undo()
     cut = _train(path, "run.name=cut", resume=True)
-    assert _weights(cut) == _weights(whole)
-    assert [line["loss"] for line in _lines(cut, "train")] == [line["loss"] for line in _lines(whole, "train")]
+    assert _weights(cut) == _weights(undisturbed)
+    assert [line["loss"] for line in _lines(cut, "train")] == [line["loss"] for line in _lines(undisturbed, "train")]
 
 
 def test_the_reference_is_asked_once_and_never_served_stale(dpo_job, tmp_path: Path, capsys) -> None:
@@ -129,13 +129,13 @@ def test_the_reference_is_asked_once_and_never_served_stale(dpo_job, tmp_path: P
     for a, b in zip(_lines(known, "train"), _lines(plain, "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["reward_margin"] == pytest.approx(b["reward_margin"], rel=1e-4, abs=1e-6)
-    kept = sorted(p.name for p in (tmp_path / "runs" / ".reference").glob("*.npy"))
-    assert len(kept) == 1
+    cached = sorted(p.name for p in (tmp_path / "runs" / ".reference").glob("*.npy"))
+    assert len(cached) == 1
     capsys.readouterr()
     once = "train.max_steps=1"
     _train(path, "run.name=again", once, "train.learning_rate=1e-4", "method.beta=0.3", "lora.rank=8")
     assert "are known" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "runs" / ".reference").glob("*.npy")) == kept
+    assert sorted(p.name for p in (tmp_path / "runs" / ".reference").glob("*.npy")) == cached
     adapter = f"model.adapter={known.root / 'final'}"
     for number, change in enumerate((adapter, "data.max_pixels=30000", "model.load_in_4bit=true", "data.eval=0.3"), 2):
         _train(path, f"run.name=changed_{number}", once, change)
@@ -148,24 +148,24 @@ def test_a_changed_image_or_answer_is_another_reference(dpo_job, tmp_path: Path)
 
     job = load_job(dpo_job(method={"precompute_ref_log_probs": True}))
 
-    def told() -> dict[str, Any]:
+    def describe() -> dict[str, Any]:
         prepared = prepare(job)
         records = prepared.train.records
         return describe_reference(
             prepared.job, load_sample_builder(prepared.spec), records, "base", rows_fingerprint(records)
         )
 
-    before = told()
-    assert told() == before
+    before = describe()
+    assert describe() == before
     pairs = Path(job.data.train.path)
     first = json.loads(pairs.read_text().splitlines()[0])
     image = Path(first["images"][0])
     data = image.read_bytes()
     image.write_bytes(data[:-2] + b"\x00" + data[-2:])
-    assert told()["images"] != before["images"]
+    assert describe()["images"] != before["images"]
     image.write_bytes(data)
     pairs.write_text(pairs.read_text().replace('"chosen": "', '"chosen": " ', 1))
-    assert told()["rows"] != before["rows"]
+    assert describe()["rows"] != before["rows"]
 
 
 def test_grpo_logs_every_part_and_earns_more(grpo_job) -> None:
@@ -225,15 +225,15 @@ def parity_wanted(completion_ids: list[list[int]], wanted: list[int], **columns:
 
 
 @pytest.mark.parametrize(
-    ("rewards", "told"),
+    ("rewards", "name"),
     [
         ({"boxes": 1.0}, "boxes"),
         ({"no_such_module:f": 1.0}, "no_such_module"),
         ({"tests.integration.test_alignment:missing": 1.0}, "missing"),
     ],
 )
-def test_rewards_that_are_none_are_refused_at_start(grpo_job, rewards: dict, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_rewards_that_are_none_are_refused_at_start(grpo_job, rewards: dict, name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
         prepare(load_job(grpo_job(method={"rewards": rewards})))
 
 
@@ -266,11 +266,11 @@ def test_pairs_that_teach_nothing_are_named(dpo_job, tmp_path: Path) -> None:
     pairs.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError) as error:
         prepare(load_job(path))
-    told = "\n".join(error.value.problems)
-    assert "row 3" in told
-    assert "chosen and rejected are the same" in told
-    assert "row 5" in told
-    assert "its prompt has no image, and detection needs one" in told
+    problems = "\n".join(error.value.problems)
+    assert "row 3" in problems
+    assert "chosen and rejected are the same" in problems
+    assert "row 5" in problems
+    assert "its prompt has no image, and detection needs one" in problems
 
 
 def test_pairs_of_other_image_sizes_are_refused(dpo_job) -> None:

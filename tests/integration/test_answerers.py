@@ -44,18 +44,18 @@ def _elsewhere(folder: Path, tmp_path: Path, name: str) -> str:
 
 def test_all_that_holds_the_weights_answers_alike(run: Path, scenes: Path, tmp_path: Path, trained: Path) -> None:
     photo = _photo(scenes)
-    theirs = Predictor.from_run(str(run)).predict(photo)
+    expected = Predictor.from_run(str(run)).predict(photo)
     names = [str(run / "final"), _elsewhere(run / "export" / "adapter", tmp_path, "adapter")]
     names.append(_elsewhere(run / "export" / "merged", tmp_path, "merged"))
     for name in names:
         predictor = Predictor.from_run(name)
         assert predictor.builder.spec.labels, name
         assert predictor.job.evaluate.max_new_tokens == 12, "as long as in training"
-        assert predictor.predict(photo).answer == theirs.answer, name
+        assert predictor.predict(photo).answer == expected.answer, name
     base = Predictor.from_run(str(run), weights="base")
     assert base.weights is None
     assert base.builder.spec.labels == predictor.builder.spec.labels, "asked as the run asks"
-    assert base.predict(photo).answer != theirs.answer, "the adapter does something"
+    assert base.predict(photo).answer != expected.answer, "the adapter does something"
     job = Predictor.from_run(str(trained / "job.yaml"))
     assert (job.weights, job.job.model.name) == (None, base.job.model.name)
 
@@ -83,12 +83,12 @@ def test_weights_that_do_not_say_how_to_ask_take_a_job_or_a_question(
     for name in (str(adapter), tiny_models["qwen3_vl"]):
         words = ["predict", name, _photo(scenes), "--output", str(tmp_path / "o.jsonl")]
         assert main(words) == 2
-        assert "does not say how to ask it" in (told := capsys.readouterr().err)
-        assert "--job JOB" in told
+        assert "does not say how to ask it" in (message := capsys.readouterr().err)
+        assert "--job JOB" in message
         assert main([*words, "--job", str(trained / "job.yaml")]) == 0
         assert main([*words, "--question", "What is it?"]) == 0
-    asked = json.loads((tmp_path / "o.jsonl").read_text())
-    assert set(asked["found"]) == {"answer"}
+    result = json.loads((tmp_path / "o.jsonl").read_text())
+    assert set(result["found"]) == {"answer"}
 
 
 def test_names_on_the_hub_are_adapters_and_models(
@@ -103,8 +103,8 @@ def test_names_on_the_hub_are_adapters_and_models(
     (shared / "refs").mkdir()
     (shared / "refs" / "main").write_text("abc")
     photo = _photo(scenes)
-    found = Predictor.from_run("someone/shapes").predict(photo)
-    assert found.answer == Predictor.from_run(str(run)).predict(photo).answer
+    prediction = Predictor.from_run("someone/shapes").predict(photo)
+    assert prediction.answer == Predictor.from_run(str(run)).predict(photo).answer
     with pytest.raises(ModelError, match="no folder here, and cannot be loaded from the hub"):
         find_answerer("someone/else")
 
@@ -155,9 +155,9 @@ def test_a_sweep_of_runs_that_train_all_weights_ends(whole: Path, export: str) -
     job = load_job(whole / "job.yaml", [f"tune.export={export}"])
     space = Space((Setting("train.learning_rate", "choice", (1e-3, 1e-4)),))
     sweep = whole / "sweep"
-    said: list[str] = []
-    finish_sweep(str(sweep), job, space, read_trials(str(sweep), space), said.append)
-    assert any("test rows, which chose nothing" in text for text in said)
+    lines: list[str] = []
+    finish_sweep(str(sweep), job, space, read_trials(str(sweep), space), lines.append)
+    assert any("test rows, which chose nothing" in text for text in lines)
     assert (sweep / "export" / "model" / "config.json").is_file()
     card = (sweep / "export" / "model" / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card

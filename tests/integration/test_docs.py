@@ -30,8 +30,8 @@ ELSEWHERE = {  # run by other tests, or on what a test machine is not
 
 def commands(page: Path) -> list[str]:
     """Commands in the page's code blocks, with comments cut off."""
-    found = re.findall(r"^(?:    |\$ )?(ray-vlm [a-z][^\n`]*)$", page.read_text(), re.MULTILINE)
-    return [re.sub(r"\s+#.*", "", text) for text in found]
+    lines = re.findall(r"^(?:    |\$ )?(ray-vlm [a-z][^\n`]*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"\s+#.*", "", text) for text in lines]
 
 
 def _words(command: str) -> list[str]:
@@ -52,7 +52,7 @@ def test_commands_are_taken(page: Path) -> None:
 def test_names_in_python_are_imported_on_their_page(page: Path) -> None:
     blocks = "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
     imported = re.findall(r"^from (ray_vlm[\w.]*) import (.+)$", blocks, re.MULTILINE)
-    names = {name.strip(): module for module, found in imported for name in found.split(",")}
+    names = {name.strip(): module for module, names_imported in imported for name in names_imported.split(",")}
     assert all(hasattr(importlib.import_module(module), name) for name, module in names.items())
     assert {name for name in ray_vlm.__all__ if re.search(rf"\b{name}\b[(.]", blocks)} <= set(names)
 

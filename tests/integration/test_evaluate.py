@@ -68,13 +68,13 @@ def test_answers_are_those_of_generate(
     index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
     model, builder = load_model(spec.model, precision="fp32"), load_sample_builder(spec)
     calls = _count_calls(model.get_decoder(), monkeypatch)
-    found = generate_answers(model, index.records, builder, len(index.records), 80)
+    answers = generate_answers(model, index.records, builder, len(index.records), 80)
     rows_at_once, calls[:] = calls[:], []
     monkeypatch.setattr(generate, "_needs_generate", lambda builder: True)
-    assert generate_answers(model, index.records, builder, len(index.records), 80) == found
+    assert generate_answers(model, index.records, builder, len(index.records), 80) == answers
     assert set(calls) == {12}
     assert (rows_at_once[-1] < 12) == (name == "tiny")
-    assert name != "tiny" or len({len(text) for text in found}) > 3
+    assert name != "tiny" or len({len(text) for text in answers}) > 3
 
 
 def _count_calls(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -119,8 +119,8 @@ def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[
     add_fused_lm_head(model)
     model.train()
     trainer, job = SimpleNamespace(model=model), SimpleNamespace(evaluate=Evaluate(batch_size=5))
-    found = validate_answers(trainer, index.records, builder, job, "cpu", world_size=1)
-    assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+    metrics = validate_answers(trainer, index.records, builder, job, "cpu", world_size=1)
+    assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert model.training
 
 
@@ -180,8 +180,8 @@ def test_the_validation_rows_are_a_test_where_that_is_said(
     assert main(["train", str(path)]) == 0
     run = tmp_path / "runs" / "run"
     assert main(["evaluate", str(path), "--adapter", str(run / "final")]) == 0
-    told = capsys.readouterr().out
-    assert f"{10 if share else 12} rows that also chose best/" in told, "all of them, not the samples of training"
+    output = capsys.readouterr().out
+    assert f"{10 if share else 12} rows that also chose best/" in output, "all of them, not the samples of training"
     metrics = json.loads((run / "evaluate" / "final" / "metrics.json").read_text())
     assert metrics["rows_chose_best"] is True
     page = (run / "evaluate" / "final" / "report.html").read_text()

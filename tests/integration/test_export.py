@@ -80,8 +80,8 @@ def test_an_adapter_goes_with_a_card_that_tells_what_it_is(trained: Path, run: P
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "peft"
     assert head["base_model"].endswith("qwen3_vl")
-    for told in ("rank 4", "| f1_50 |", "95 %", "CPU-hours", "PeftModel.from_pretrained", "train.json"):
-        assert told in card
+    for text in ("rank 4", "| f1_50 |", "95 %", "CPU-hours", "PeftModel.from_pretrained", "train.json"):
+        assert text in card
     assert str(scenes) not in card, "folders of the machine are nobody's business"
 
 
@@ -99,9 +99,9 @@ def test_the_code_of_a_card_loads_what_lies_beside_it(
         assert main(["export", str(run), *words]) == 0
         folder = run / "export" / ("merged" if words else "adapter")
         monkeypatch.chdir(folder)
-        found: dict[str, Any] = {}
-        exec(_code_of((folder / "README.md").read_text()), found)
-        learned = [p for name, p in found["model"].named_parameters() if "lora_B" in name]
+        namespace: dict[str, Any] = {}
+        exec(_code_of((folder / "README.md").read_text()), namespace)
+        learned = [p for name, p in namespace["model"].named_parameters() if "lora_B" in name]
         assert bool(learned) != bool(words)
         assert all(float(p.abs().sum()) > 0 for p in learned)
 
@@ -114,8 +114,8 @@ def test_a_narrow_precision_is_within_its_own_rounding(
     from ray_vlm.config.load import load_resolved
 
     job = load_resolved(json.loads((run / "resolved.json").read_text()))
-    _, found = merge(job.model, str(run / "final"), [_batch(run)], precision)
-    assert 0 < found["largest"] <= TOLERANCE[DTYPES[precision]] * found["scale"]
+    _, comparison = merge(job.model, str(run / "final"), [_batch(run)], precision)
+    assert 0 < comparison["largest"] <= TOLERANCE[DTYPES[precision]] * comparison["scale"]
 
 
 def test_what_cannot_be_exported_is_refused(
@@ -143,5 +143,5 @@ def test_what_cannot_be_exported_is_refused(
 
 def test_a_logit_that_is_no_number_is_never_close() -> None:
     one = torch.zeros(1, 2, 3)
-    found = compare([one, one], [one + float("nan"), one])
-    assert found["largest"] != found["largest"]
+    comparison = compare([one, one], [one + float("nan"), one])
+    assert comparison["largest"] != comparison["largest"]

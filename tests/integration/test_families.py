@@ -64,7 +64,7 @@ def test_inputs_equal_those_of_the_stock_processor(family: str, folders: dict[st
     turns = (("user", "<image>\nWhat is it, and <image>?"),)
     record = SftRecord("a", 0, tuple(paths), sizes, {"answer": "A ring."}, {"turns": turns})
     rows = [builder.prompt_row(record)]
-    ours = collate(rows, builder)
+    own = collate(rows, builder)
     content = [
         {"type": "image"},
         {"type": "text", "text": "\nWhat is it, and "},
@@ -74,11 +74,11 @@ def test_inputs_equal_those_of_the_stock_processor(family: str, folders: dict[st
     stock = builder.processor
     text = stock.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
     images = [Image.fromarray(_picture(*size)) for size in sizes]
-    theirs = stock(text=[text], images=[images], return_tensors="pt", add_special_tokens=False)
-    assert ours.keys() - {"labels"} == theirs.keys() - {"video_metadata"}
-    for name, value in theirs.items():
-        assert torch.equal(ours[name].to(value.dtype), value), name
-    assert builder.token_counts(record)[0] == int((ours["input_ids"] == builder.image_token_id).sum())
+    expected = stock(text=[text], images=[images], return_tensors="pt", add_special_tokens=False)
+    assert own.keys() - {"labels"} == expected.keys() - {"video_metadata"}
+    for name, value in expected.items():
+        assert torch.equal(own[name].to(value.dtype), value), name
+    assert builder.token_counts(record)[0] == int((own["input_ids"] == builder.image_token_id).sum())
 
 
 @pytest.mark.parametrize(("method", "family"), slow_but(QUICK, itertools.product(["sft", "dpo", "grpo"], ALL)))

@@ -76,13 +76,13 @@ def _hidden(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, 
     model.zero_grad()
     with only(torch.float64):
         hidden = model.get_base_model().base_model(**batch, use_cache=False).last_hidden_state
-        kept = hidden[batch["attention_mask"].bool()]
-        (kept * torch.linspace(-1, 1, kept.numel()).reshape(kept.shape)).sum().backward()
-    return kept.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        visible = hidden[batch["attention_mask"].bool()]
+        (visible * torch.linspace(-1, 1, visible.numel()).reshape(visible.shape)).sum().backward()
+    return visible.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def _assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert float((found - expected).abs().max()) < EXACT
+def _assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert float((actual - expected).abs().max()) < EXACT
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,9 @@ def test_images_that_rows_share_are_there_once(
     visual = model.get_base_model().base_model.visual
     visual.register_forward_hook(lambda module, args, out: patches.append(len(args[0])))
     share_prefixes(model, folding)
-    found, gradients = _hidden(model, once)
+    hidden, gradients = _hidden(model, once)
     assert patches == [len(once["pixel_values"] if folding.share else copied["pixel_values"])]
-    _assert_equal(found, plain)
+    _assert_equal(hidden, plain)
     assert gradients_apart(gradients, plain_gradients, least=1e-2) < EXACT
 
 
@@ -216,9 +216,9 @@ def test_images_that_differ_by_a_pixel_are_not_shared(tiny_models: dict[str, str
     visual = model.get_base_model().base_model.visual
     visual.register_forward_hook(lambda module, args, out: patches.append(len(args[0])))
     share_prefixes(model, PackingOptions(share=True))
-    found, _ = _hidden(model, batch)
+    hidden, _ = _hidden(model, batch)
     assert patches == [len(batch["pixel_values"]) * 2 // 3], "the first image twice as one, the other for itself"
-    _assert_equal(found, plain)
+    _assert_equal(hidden, plain)
 
 
 def test_an_answer_without_tokens(tiny_models: dict[str, str], tmp_path: Any) -> None:
@@ -230,5 +230,5 @@ def test_an_answer_without_tokens(tiny_models: dict[str, str], tmp_path: Any) ->
     batch.pop("labels", None)
     plain, _ = _hidden(model, batch)
     share_prefixes(model, PackingOptions(share=True, pack=True))
-    found, _ = _hidden(model, batch)
-    _assert_equal(found, plain)
+    hidden, _ = _hidden(model, batch)
+    _assert_equal(hidden, plain)

@@ -41,8 +41,8 @@ def test_a_killed_evaluation_goes_on_and_makes_no_answer_twice(
 ) -> None:
     job = _job(job_file, scenes)
     assert main(["evaluate", job, "--output", str(tmp_path / "whole")]) == 0
-    whole = [sorted(batch) for batch in calls]
-    assert [len(batch) for batch in whole] == [5, 5, 2]
+    first_calls = [sorted(batch) for batch in calls]
+    assert [len(batch) for batch in first_calls] == [5, 5, 2]
     calls.clear()
     generate.generate_answers.die_at[0] = 2  # type: ignore[attr-defined]
     assert main(["evaluate", job, "--output", str(tmp_path / "killed")]) == 130
@@ -51,7 +51,7 @@ def test_a_killed_evaluation_goes_on_and_makes_no_answer_twice(
         file.write('{"batch": 2, "answ')  # the line that death cut off
     assert main(["evaluate", job, "--output", str(tmp_path / "killed")]) == 0
     assert "10 of 12 answers were there already" in capsys.readouterr().out
-    assert [sorted(batch) for batch in calls] == whole
+    assert [sorted(batch) for batch in calls] == first_calls
     texts = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "killed")]
     assert texts[0] == texts[1]
 

@@ -22,8 +22,8 @@ def uneven(job_file, scenes: Path, tmp_path: Path) -> Any:
     photos = [row["file_name"] for row in json.loads((scenes / "train.json").read_text())["images"]]
     rows = []
     for number in range(24):
-        asked = {"from": "human", "value": "<image>\nWhat is it?" if number % 3 else "What is it?"}
-        row = {"conversations": [asked, {"from": "gpt", "value": "A ring. " * (1 + 7 * (number % 5))}]}
+        question = {"from": "human", "value": "<image>\nWhat is it?" if number % 3 else "What is it?"}
+        row = {"conversations": [question, {"from": "gpt", "value": "A ring. " * (1 + 7 * (number % 5))}]}
         rows.append(row | ({"image": photos[number]} if number % 3 else {}))
     (tmp_path / "uneven.json").write_text(json.dumps(rows))
     data = {"train": {"path": str(tmp_path / "uneven.json"), "format": "llava", "image_root": str(scenes)}}

@@ -48,12 +48,14 @@ def test_pairs_are_ordinary_preference_rows(job_file, scenes: Path, tmp_path: Pa
     read = build_index(
         Source(path=str(made), format="preference", image_root=about["image_root"]), Data(), builder.spec
     )
-    asked = build_index(job.data.train, Data(), builder.spec)
-    told = {record.id: record for record in asked.records}
+    prompts = build_index(job.data.train, Data(), builder.spec)
+    records = {record.id: record for record in prompts.records}
     for record, row in zip(read.records, rows, strict=True):
         assert (record.id, record.chosen, record.rejected) == (row["id"], row["chosen"], row["rejected"])
-        assert record.images == told[record.id].images
-        assert builder.prompt_row(record).input_ids.tolist() == builder.prompt_row(told[record.id]).input_ids.tolist()
+        assert record.images == records[record.id].images
+        assert (
+            builder.prompt_row(record).input_ids.tolist() == builder.prompt_row(records[record.id]).input_ids.tolist()
+        )
     assert changed_since(str(made), builder) == []
     assert not list(made.parent.glob(".*pairs*"))
 

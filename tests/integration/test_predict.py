@@ -47,10 +47,10 @@ def test_an_image_in_any_form_gives_the_same_answer(detector: tuple[Path, Path])
     image = Image.open(path).convert("RGB")
     predictor = Predictor.from_run(str(run))
     forms = [str(path), path, path.read_bytes(), image, np.array(image)]
-    found = [predictor.predict(form) for form in forms]
-    assert len({f.answer for f in found}) == 1
-    assert found[0].sizes == (image.size,)
-    assert set(found[0].values) == {"boxes", "labels"}
+    predictions = [predictor.predict(form) for form in forms]
+    assert len({p.answer for p in predictions}) == 1
+    assert predictions[0].sizes == (image.size,)
+    assert set(predictions[0].values) == {"boxes", "labels"}
 
 
 def test_prediction_is_what_evaluation_measured(trained: Path, scenes: Path, tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_prediction_is_what_evaluation_measured(trained: Path, scenes: Path, tmp
     words = ["--adapter", str(run / "final"), "--output", str(measured)]
     assert main(["evaluate", str(trained / "job.yaml"), *words]) == 0
     lines = [json.loads(line) for line in (measured / "predictions.jsonl").open()]
-    found = Predictor.from_run(str(run)).predict_many([Ask(line["images"][0]) for line in lines])
-    assert [f.answer for f in found] == [line["answer"] for line in lines]
+    predictions = Predictor.from_run(str(run)).predict_many([Ask(line["images"][0]) for line in lines])
+    assert [p.answer for p in predictions] == [line["answer"] for line in lines]
     out = tmp_path / "found.jsonl"
     assert main(["predict", str(run), str(scenes / "test"), "--output", str(out)]) == 0
     by_name = {Path(r["images"][0]).name: r["answer"] for r in map(json.loads, out.open())}
@@ -83,9 +83,9 @@ def test_files_that_cannot_be_read_are_results_too(detector: tuple[Path, Path], 
     assert Image.open(drawn[0]).width == Image.open(folder / "a.jpg").width
     (folder / "a.jpg").unlink()
     assert main(words) == 1
-    told = capsys.readouterr().err
-    assert "error: c.png: image file is empty" in told, "named once"
-    assert "None of 2 inputs can be read" in told
+    message = capsys.readouterr().err
+    assert "error: c.png: image file is empty" in message, "named once"
+    assert "None of 2 inputs can be read" in message
     rows = list(csv.DictReader((tmp_path / "o.csv").open()))
     assert [row["id"] for row in rows] == ["b.jpg", "c.png"]
     assert all(row["error"] and not row["error"].startswith(row["id"]) for row in rows)
@@ -95,9 +95,9 @@ def test_what_cannot_start_is_refused(detector: tuple[Path, Path], tmp_path: Pat
     run, scenes = detector
     refusals = {("nowhere.jpg", "x.csv"): "no such file", (str(scenes), "x.txt"): "neither .jsonl nor .csv"}
     (tmp_path / "empty").mkdir()
-    for (given, out), told in refusals.items():
-        assert main(["predict", str(run), given, "--output", str(tmp_path / out)]) != 0
-        assert told in capsys.readouterr().err
+    for (name, out), reason in refusals.items():
+        assert main(["predict", str(run), name, "--output", str(tmp_path / out)]) != 0
+        assert reason in capsys.readouterr().err
     assert main(["predict", str(run), str(tmp_path / "empty"), "--output", str(tmp_path / "x.csv")]) == 1
     assert "no images there" in capsys.readouterr().err
     with pytest.raises(RunError, match="has no best"):
@@ -106,7 +106,7 @@ def test_what_cannot_start_is_refused(detector: tuple[Path, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("task", "options", "told", "reason"),
+    ("task", "options", "fields", "reason"),
     [
         ("detection", {"labels": ["a"]}, {"question": "x"}, "question means nothing to this task"),
         ("classification", {"labels": ["k=a"]}, {"box": [1, 2, 3]}, "not x1, y1, x2, y2"),
@@ -118,10 +118,10 @@ def test_what_cannot_start_is_refused(detector: tuple[Path, Path], tmp_path: Pat
         ("gui_steps", {}, {"goal": "x", "history": [3]}, "a step is a text or a JSON object"),
     ],
 )
-def test_questions_that_cannot_be_asked(job_file, task: str, options: dict, told: dict, reason: str) -> None:
+def test_questions_that_cannot_be_asked(job_file, task: str, options: dict, fields: dict, reason: str) -> None:
     predictor = _predictor(job_file, task, **options)
     with pytest.raises(DataError, match="photo") as error:
-        predictor.record(Ask((Image.new("RGB", (64, 64)),), told, "photo"))
+        predictor.record(Ask((Image.new("RGB", (64, 64)),), fields, "photo"))
     assert reason in str(error.value)
 
 
@@ -230,20 +230,23 @@ def test_a_table_s_images_may_lie_elsewhere(job_file, tmp_path: Path, monkeypatc
     assert "error" in json.loads(out.read_text())
     root = str(tmp_path / "photos")
     assert predict.predict_files(predictor, [str(table)], str(out), say=lambda text: None, image_root=root) == 1
-    (found,) = map(json.loads, out.open())
-    assert (found["images"], found["ok"]) == ([f"{root}/a.png"], True)
-    assert "Task_id" not in found
-    for given, wrong, told in ((str(table), "nowhere", "no such folder"), (f"{root}/a.png", root, "it is for tables")):
-        with pytest.raises(ConfigError, match=told):
-            predict.predict_files(predictor, [given], str(out), image_root=wrong)
+    (result,) = map(json.loads, out.open())
+    assert (result["images"], result["ok"]) == (["a.png"], True), "as the table names it"
+    assert "Task_id" not in result
+    for name, root_name, reason in (
+        (str(table), "nowhere", "no such folder"),
+        (f"{root}/a.png", root, "it is for tables"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            predict.predict_files(predictor, [name], str(out), image_root=root_name)
 
 
 def test_a_prediction_that_was_killed_asks_nothing_twice(
     detector: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, scenes = detector
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    assert main(["predict", str(run), str(scenes / "test"), "--output", str(whole)]) == 0
+    complete, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert main(["predict", str(run), str(scenes / "test"), "--output", str(complete)]) == 0
     asked: list[str] = []
     real = generate.generate_answers
 
@@ -265,7 +268,7 @@ def test_a_prediction_that_was_killed_asks_nothing_twice(
     assert main(words) == 0
     assert len(before) == 5
     assert not set(before) & set(asked)
-    assert cut.read_text() == whole.read_text()
+    assert cut.read_text() == complete.read_text()
     assert [p.name for p in tmp_path.iterdir() if "answers" in p.name] == []
 
 

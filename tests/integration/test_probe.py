@@ -51,8 +51,8 @@ def test_a_probe_leaves_no_trace_and_is_told(method: str, job_of, capsys: pytest
     capsys.readouterr()
     probed = _train(path, "run.name=probed", "train.probe=true")
     assert _lines(probed) == _lines(plain)
-    told = capsys.readouterr().out
-    took, predicted = told.split("took ")[1].split(" GiB above the model, predicted ")
+    output = capsys.readouterr().out
+    took, predicted = output.split("took ")[1].split(" GiB above the model, predicted ")
     assert float(predicted.split()[0]) == pytest.approx(float(took), rel=0.2, abs=0.0015)
     weights = [(paths.final / "adapter_model.safetensors").read_bytes() for paths in (plain, probed)]
     assert weights[0] == weights[1]
@@ -84,13 +84,13 @@ def test_a_job_is_fitted_to_a_card(job_file, tmp_path: Path, capsys: pytest.Capt
     """Enough for 4 of the rows at a time with what is kept; then for none with nothing kept."""
     path = job_file(train={"max_steps": 1})
     paths = _train(path, "train.memory=auto", "cluster.gpu_memory_gib=1")
-    told = capsys.readouterr().out
-    assert "train.memory=auto: micro_batch_size 8, 0 of 4 layers recompute" in told
+    output = capsys.readouterr().out
+    assert "train.memory=auto: micro_batch_size 8, 0 of 4 layers recompute" in output
     resolved = json.loads(paths.resolved.read_text())["train"]
     assert (resolved["micro_batch_size"], resolved["gradient_checkpointing"], resolved["memory"]) == (8, False, None)
     with pytest.raises(ConfigError, match="not even 1 at a time, with every layer recomputed"):
         prepare(load_job(path, ["train.memory=auto", "cluster.gpu_memory_gib=0.001"]))
-    with pytest.raises(ConfigError, match=r"gpu_memory_gib=0.001: what stays on a card takes 0\.0 GiB"):
+    with pytest.raises(ConfigError, match=r"gpu_memory_gib=0.001: weights and optimizer take 0\.0 GiB"):
         prepare(load_job(path, ["train.probe=true", "cluster.gpu_memory_gib=0.001"]))
 
 

@@ -19,8 +19,8 @@ from ray_vlm.train.driver import train
 def _curve(path: Path, name: str, *overrides: str) -> list[tuple]:
     job = load_job(path, [f"run.name={name}", *overrides])
     lines = read_metrics(train(job, path.read_text()).metrics)
-    told = ("kind", "step", "loss", "reward", "grad_norm")
-    return [tuple(line.get(key) for key in told) for line in lines if line["kind"] in ("train", "eval")]
+    keys = ("kind", "step", "loss", "reward", "grad_norm")
+    return [tuple(line.get(key) for key in keys) for line in lines if line["kind"] in ("train", "eval")]
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,13 @@ def test_every_run_on_a_kept_base_is_the_run_alone(
     if method == "dpo":
         pairs = str(write_pairs(tmp_path, tiny_models["qwen3_vl"]))
         data = {"train": {"path": pairs, "format": "preference"}, "eval": {"ratio": 0.2}}
-    told: dict[str, Any] = {"name": method}
+    method_section: dict[str, Any] = {"name": method}
     if method == "grpo":
-        told |= {"num_generations": 4, "max_completion_tokens": 8, "beta": 0.04}
-        told["rewards"] = {"tests.integration.test_alignment:even_tokens": 1.0}
+        method_section |= {"num_generations": 4, "max_completion_tokens": 8, "beta": 0.04}
+        method_section["rewards"] = {"tests.integration.test_alignment:even_tokens": 1.0}
     lora = {"target": ["language", "connector", "vision"]}
     evaluate = {"every_steps": 2, "num_samples": 4, "max_new_tokens": 8}
-    path = job_file(method=told, data=data, lora=lora, model={"load_in_4bit": quantised}, evaluate=evaluate)
+    path = job_file(method=method_section, data=data, lora=lora, model={"load_in_4bit": quantised}, evaluate=evaluate)
     monkeypatch.setattr(base_cache, "_KEPT", {})
     alone = [_curve(path, "alone_0"), _curve(path, "alone_1", "lora.rank=2", "seed=1")]
     again = [

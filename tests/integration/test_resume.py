@@ -56,21 +56,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(job_file, scenes: Path, monkeypatch: 
     evaluate = {"every_steps": 3, "num_samples": 4}
     lora = {"rank": 4, "alpha": 8, "dropout": 0.2}
     path = job_file(data=data, evaluate=evaluate, lora=lora, train={"max_steps": 16}, checkpoint={"every_steps": 4})
-    whole = _train(path, "run.name=whole")
+    undisturbed = _train(path, "run.name=whole")
     _stop_after(monkeypatch, 9)
     with pytest.raises(Interrupted, match="stopped at step 10 of 16") as stop:
         _train(path, "run.name=stopped")
     assert stop.value.exit_code == 143
-    paths = RunPaths(whole.root.parent / "stopped")
+    paths = RunPaths(undisturbed.root.parent / "stopped")
     assert json.loads(paths.run.read_text())["status"] == "interrupted"
     assert not paths.final.exists()
     _train(path, "run.name=stopped", resume=True)
-    assert _steps(paths) == _steps(whole)
-    assert _same_adapter(paths, whole)
+    assert _steps(paths) == _steps(undisturbed)
+    assert _same_adapter(paths, undisturbed)
     run, log = json.loads(paths.run.read_text()), json.loads(paths.training_log.read_text())
     assert [a["status"] for a in run["attempts"]] == ["interrupted", "finished"]
     assert run["attempts"][1]["from_step"] == 10
-    other = json.loads(whole.training_log.read_text())
+    other = json.loads(undisturbed.training_log.read_text())
     for history in ("epoch_history", "validation_history"):
         assert [(e["step"], e["loss"]) for e in log[history]] == [(e["step"], e["loss"]) for e in other[history]]
     assert [line["epoch"] for line in log["training_history"]] == [line["epoch"] for line in other["training_history"]]
@@ -92,7 +92,7 @@ def test_a_second_signal_leaves_at_once(job_file, monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(KeyboardInterrupt):
         twice()
-    assert "Once more leaves at once" in capsys.readouterr().out
+    assert "A second signal ends the run at once" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -118,7 +118,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(job_file, monkeypatch: py
 
 def test_resume_from_the_one_before_a_damaged_checkpoint(job_file, capsys) -> None:
     path = job_file(train={"max_steps": 6}, checkpoint={"every_steps": 2})
-    whole = _train(path, "run.name=whole")
+    undisturbed = _train(path, "run.name=whole")
     paths = _train(path, "train.max_steps=6")
     newest = next(paths.root.glob("checkpoint-6-*"))
     (newest / "optimizer.pt").write_bytes(b"torn")
@@ -132,8 +132,8 @@ def test_resume_from_the_one_before_a_damaged_checkpoint(job_file, capsys) -> No
     out = capsys.readouterr().out
     assert f"{newest.name} cannot be used: optimizer.pt has 4 bytes" in out
     assert "attempt 2 goes on from step 4" in out
-    assert _steps(paths) == _steps(whole)
-    assert _same_adapter(paths, whole)
+    assert _steps(paths) == _steps(undisturbed)
+    assert _same_adapter(paths, undisturbed)
 
 
 def test_a_finished_run_says_so_and_goes_on_for_more_epochs(job_file, capsys) -> None:
@@ -312,7 +312,7 @@ def test_a_run_folder_half_written_is_told(job_file) -> None:
     path = job_file(train={"max_steps": 1})
     paths = _train(path)
     paths.run.write_text(paths.run.read_text()[:40])
-    with pytest.raises(RunError, match=r"half made \(run.json is missing or cut off"):
+    with pytest.raises(RunError, match=r"is incomplete \(run.json is missing or cut off"):
         _train(path, resume=True)
 
 
@@ -359,17 +359,17 @@ def test_a_run_that_lost_rows_goes_on_without_their_files(
     data = {"train": {"path": str(copy / "train.json")}, "eval": None, "on_bad_row": "quarantine"}
     train_section = {"max_steps": None, "global_batch_size": 4, "micro_batch_size": 4}
     path = job_file(data=data, train=train_section, checkpoint={"every_steps": 2})
-    whole = _train(path, "run.name=whole")
+    undisturbed = _train(path, "run.name=whole")
     for name in images[:9]:
         shutil.copy(scenes / name, copy / name)
     _stop_after(monkeypatch, 7)
     with pytest.raises(Interrupted):
         _train(path, "run.name=stopped")
     paths = _train(path, "run.name=stopped", resume=True)
-    assert _steps(paths) == _steps(whole)
-    found, expected = (json.loads(p.run.read_text())["result"]["lost_rows"] for p in (paths, whole))
-    assert found == expected
-    assert len(found) == 9
+    assert _steps(paths) == _steps(undisturbed)
+    lost_rows, expected = (json.loads(p.run.read_text())["result"]["lost_rows"] for p in (paths, undisturbed))
+    assert lost_rows == expected
+    assert len(lost_rows) == 9
     assert not paths.bad_rows.exists(), "they are no bad rows of this run: they were good when it began"
     (paths.root / row_replacement.SIZES_FILE).write_bytes(b"PAR1")
     with pytest.raises(RunError, match="other rows"):

@@ -92,8 +92,8 @@ def _generate(model: Any, rows: Sequence[Sample], builder: SampleBuilder, sampli
     return tokens[:, batch["input_ids"].shape[1] :].tolist()
 
 
-def _same_tokens(ours: list[list[Completion]], stock: list[list[int]]) -> None:
-    flat = [completion for group in ours for completion in group]
+def _same_tokens(groups: list[list[Completion]], stock: list[list[int]]) -> None:
+    flat = [completion for group in groups for completion in group]
     assert len(flat) == len(stock)
     for completion, tokens in zip(flat, stock, strict=True):
         assert completion.ids == tokens[: len(completion.ids)]
@@ -122,9 +122,9 @@ def test_greedy_equals_generate_on_copies(family: str, shown: str, tiny_models: 
     prompts = SHOWN[shown]
     builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
     rows = _rows(builder, prompts)
-    ours = sample_groups(model, rows, builder, GREEDY, SEEDS[: len(rows)], "cpu")
-    _same_tokens(ours, _generate(model, rows, builder, GREEDY))
-    assert not any(completion.finished for group in ours for completion in group)
+    groups = sample_groups(model, rows, builder, GREEDY, SEEDS[: len(rows)], "cpu")
+    _same_tokens(groups, _generate(model, rows, builder, GREEDY))
+    assert not any(completion.finished for group in groups for completion in group)
 
 
 @pytest.mark.parametrize(
@@ -138,30 +138,30 @@ def test_the_model_in_training_rolls_out_as_generate_does(
     rows = _rows(builder)
     model.base_model.model.model.visual.eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    ours = sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")
+    groups = sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")
     assert modes == {name: module.training for name, module in model.named_modules()}
     batch = collate([Sample(row.input_ids, row.input_ids, row.images) for row in rows], builder)
     model(**batch).loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert sum(g is not None and bool(g.any()) for g in gradients) > len(gradients) / 2
-    _same_tokens(ours, _generate(model.eval(), rows, builder, GREEDY))
+    _same_tokens(groups, _generate(model.eval(), rows, builder, GREEDY))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_completion_ends_with_its_end_token(family: str, tiny_models: dict[str, str]) -> None:
     builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
     rows = _rows(builder)
-    whole = [group[0].ids for group in sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")]
-    ends = {whole[0][5], whole[2][9]}
+    full_ids = [group[0].ids for group in sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")]
+    ends = {full_ids[0][5], full_ids[2][9]}
     model.generation_config.eos_token_id = sorted(ends)
-    ours = sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")
-    _same_tokens(ours, _generate(model, rows, builder, GREEDY))
-    for group, tokens in zip(ours, whole, strict=True):
+    groups = sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")
+    _same_tokens(groups, _generate(model, rows, builder, GREEDY))
+    for group, tokens in zip(groups, full_ids, strict=True):
         first = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
         assert all(completion.ids == tokens[:first] for completion in group)
         assert all(completion.finished == (first is not None) for completion in group)
-    assert ours[0][0].finished
-    assert ours[2][0].finished
+    assert groups[0][0].finished
+    assert groups[2][0].finished
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_logprobs_are_those_of_the_trainer_s_forward(
     groups = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
     for row, group in zip(rows, groups, strict=True):
         for completion in group:
-            told = _scored(model, row, completion, builder, temperature or 1.0)
-            assert torch.allclose(torch.tensor(completion.logprobs), told, rtol=0, atol=1e-4)
+            expected = _scored(model, row, completion, builder, temperature or 1.0)
+            assert torch.allclose(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -254,8 +254,8 @@ def test_image_tokens_are_never_sampled(temperature: float, tiny_models: dict[st
     rows, sampling = _rows(builder), Sampling(num_generations=3, max_new_tokens=8, temperature=temperature)
     plain = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
     model.lm_head.register_forward_hook(raise_them)
-    found = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
-    for group, before in zip(found, plain, strict=True):
+    groups = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
+    for group, before in zip(groups, plain, strict=True):
         assert [completion.ids for completion in group] == [completion.ids for completion in before]
         assert not {token for completion in group for token in completion.ids} & set(never)
         assert max(value for completion in group for value in completion.logprobs) < -50  # told, though banned

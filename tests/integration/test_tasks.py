@@ -29,8 +29,8 @@ def _write_sources(tmp_path: Path) -> dict[str, dict[str, Any]]:
         table.writerow(["Task_id", "Image_id", "Instruction", "Output", "Grounding"])
         for i in range(24):
             output = json.dumps({"action": "click", "target": f"b{i % 3}"} if i % 3 < 2 else {"action": "done"})
-            place = json.dumps({"bbox": [10, 10, 40, 40]} if i % 3 < 2 else {})
-            table.writerow([f"t{i // 3}", f"{i}.png", "click b0, then b1", output, place])
+            grounding = json.dumps({"bbox": [10, 10, 40, 40]} if i % 3 < 2 else {})
+            table.writerow([f"t{i // 3}", f"{i}.png", "click b0, then b1", output, grounding])
     with (tmp_path / "chat.jsonl").open("w") as file:
         for i in range(24):
             turns = [("human", "<image>\nWhat?"), ("gpt", f"Thing {i}."), ("human", "<image>\nAnd?"), ("gpt", "More.")]
@@ -77,19 +77,21 @@ def test_gui_steps_are_told_whose_memory_the_job_says(
 ) -> None:
     from ray_vlm.evaluate import generate
 
-    asked: list[list[tuple[str, ...]]] = []
+    histories: list[list[tuple[str, ...]]] = []
 
     def stub(loaded: Any, records: Any) -> list[str]:
-        asked.append([record.context["history"] for record in records])
+        histories.append([record.context["history"] for record in records])
         return ['{"action": "wait"}' for _ in records]
 
     monkeypatch.setattr(generate, "answer_records", stub)
     data = {"train": None, "test": sources["gui_steps"] | {"max_rows": 6}}
     path, out = str(job_file(task="gui_steps", data=data)), tmp_path / "out"
     assert main(["evaluate", path, "--both-memories", "--output", str(out)]) == 0
-    told, wait = ['{"action":"click","target":"b0"}', '{"action":"click","target":"b1"}'], '{"action":"wait"}'
-    assert sorted(asked[0]) == sorted(2 * [(), (told[0],), tuple(told)]), "the truth tells of clicks, in one batch"
-    assert asked[1:] == [[(), ()], [(wait,), (wait,)], [(wait, wait), (wait, wait)]], "step by step, and no click"
+    clicks, wait = ['{"action":"click","target":"b0"}', '{"action":"click","target":"b1"}'], '{"action":"wait"}'
+    assert sorted(histories[0]) == sorted(2 * [(), (clicks[0],), tuple(clicks)]), (
+        "the truth tells of clicks, in one batch"
+    )
+    assert histories[1:] == [[(), ()], [(wait,), (wait,)], [(wait, wait), (wait, wait)]], "step by step, and no click"
     for folder, memory in (("base", "truth"), ("base-own-memory", "model")):
         metrics = json.loads((out / folder / "metrics.json").read_text())
         assert metrics["memory"] == json.loads((out / folder / "answers.jsonl").open().readline())["key"]["memory"]
@@ -99,11 +101,11 @@ def test_gui_steps_are_told_whose_memory_the_job_says(
     assert "base, the truth&#39;s memory" in html
     assert "base, the model&#39;s own memory" in html
     assert "task_success" in json.loads((out / "comparison.json").read_text())["differences"]
-    asked.clear()
+    histories.clear()
     assert main(["evaluate", path, "--both-memories", "--output", str(out)]) == 0
-    assert not asked, "all answers are there"
+    assert not histories, "all answers are there"
     assert main(["evaluate", path, "evaluate.memory=model", "--output", str(out / "base")]) == 0
-    assert len(asked) == 3, "those with the truth's memory are not taken for its own"
+    assert len(histories) == 3, "those with the truth's memory are not taken for its own"
     assert main(["evaluate", str(job_file()), "--both-memories"]) == 2
     assert "has no memory" in capsys.readouterr().err
 
@@ -263,9 +265,9 @@ def test_places_in_chat_are_scored_as_they_were_trained(job_file, tmp_path: Path
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     job = load_job(job_file(task="chat", data={"train": {"path": str(tmp_path / "rows.jsonl"), "format": "messages"}}))
     parts = load_parts(job, ["train"])
-    found = build_predictions(parts.train.records, ["At [100, 200, 500, 600]."], load_sample_builder(parts.spec))
-    assert found[0].truth["answer"] == "At [100, 200, 500, 600]."
-    assert found[0].score["exact"]
+    predictions = build_predictions(parts.train.records, ["At [100, 200, 500, 600]."], load_sample_builder(parts.spec))
+    assert predictions[0].truth["answer"] == "At [100, 200, 500, 600]."
+    assert predictions[0].score["exact"]
 
 
 @pytest.mark.cluster

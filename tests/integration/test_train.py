@@ -77,10 +77,10 @@ def test_a_validation_before_the_first_step_changes_nothing_and_may_be_the_best(
         lines = read_metrics(paths.metrics)
         train_lines.append([(line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"])
     assert train_lines[0] == train_lines[1]
-    found = [(line["step"], line["loss"]) for line in lines if line["kind"] == "eval"]
-    assert [step for step, _ in found] == [0, 2]
+    validations = [(line["step"], line["loss"]) for line in lines if line["kind"] == "eval"]
+    assert [step for step, _ in validations] == [0, 2]
     best = json.loads(paths.training_log.read_text())["best_checkpoint"]
-    assert best["step"] == min(found, key=lambda line: line[1])[0]
+    assert best["step"] == min(validations, key=lambda line: line[1])[0]
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ def test_energy_is_estimated_without_calling_home(job_file, monkeypatch: pytest.
     assert lines[-1]["energy_kwh"] > lines[0]["energy_kwh"] > 0
     assert lines[-1]["energy_kwh"] == pytest.approx(sum(lines[-1][f"{part}_kwh"] for part in ("gpu", "cpu", "memory")))
     assert 0.2 < lines[-1]["co2_kg"] / lines[-1]["energy_kwh"] < 0.6, "kilograms for a kilowatt-hour in Germany"
-    found = measure_compute(read_run(str(paths.root)))
-    assert (found["energy_kwh"], found["co2_kg"]) == (lines[-1]["energy_kwh"], lines[-1]["co2_kg"])
+    compute = measure_compute(read_run(str(paths.root)))
+    assert (compute["energy_kwh"], compute["co2_kg"]) == (lines[-1]["energy_kwh"], lines[-1]["co2_kg"])
     assert not called
     assert not (Path.cwd() / "emissions.csv").exists()
 

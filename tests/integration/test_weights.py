@@ -89,9 +89,9 @@ def test_the_mix_is_shown_and_kept(job_file, tmp_path: Path, capsys) -> None:
     path = job_file()
     assert main(["train", str(path), "data.oversample={ring: 2.5}", "data.class_weights=inverse_sqrt"]) == 0
     assert "ring" in capsys.readouterr().out
-    kept = json.loads((tmp_path / "runs" / "run" / "balance.json").read_text())
-    ring = next(entry for entry in kept["mix"] if entry["tag"] == "ring")
+    balance = json.loads((tmp_path / "runs" / "run" / "balance.json").read_text())
+    ring = next(entry for entry in balance["mix"] if entry["tag"] == "ring")
     assert ring["times_shown"] == 2.5
-    assert kept["rows_per_epoch"] > 50
+    assert balance["rows_per_epoch"] > 50
     assert main(["train", str(path), "data.oversample={zebra: 2.5}", "run.name=b"]) == 2
     assert "no training row has 'zebra'" in capsys.readouterr().err

@@ -41,14 +41,14 @@ def _floor(module: str) -> int | None:
 
 
 def _imports(path: Path) -> set[str]:
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ray_vlm"):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("ray_vlm")}
+            imported |= {alias.name for alias in node.names if alias.name.startswith("ray_vlm")}
     names = {_name(p) for p in MODULES}
-    return {name for name in found if name in names}
+    return {name for name in imported if name in names}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
@@ -157,15 +157,15 @@ def test_nothing_of_ours_runs_inside_ray_s_controller() -> None:
 def test_shipped_spaces_fit_a_job_and_open_with_how_to_run_them(path: Path, tmp_path: Path) -> None:
     from ray_vlm.tune.space import check_space, load_space
 
-    told = {"dpo": "data/train.jsonl, format: preference", "grpo": "data/train.json"}.get(path.stem, "data/train.csv")
+    source = {"dpo": "data/train.jsonl, format: preference", "grpo": "data/train.json"}.get(path.stem, "data/train.csv")
     task = "classification" if path.stem == "rare_classes" else "detection"
     form = ", format: image_csv" if task == "classification" else ""
     method = path.stem if path.stem in ("dpo", "grpo") else "sft"
     job = tmp_path / "job.yaml"
     job.write_text(
-        f"method: {method}\ntask: {task}\nmodel: {{name: x}}\ndata: {{train: {{path: {told}{form}}}, eval: 0.1}}\n"
+        f"method: {method}\ntask: {task}\nmodel: {{name: x}}\ndata: {{train: {{path: {source}{form}}}, eval: 0.1}}\n"
         "lora: {rank: 16}\ntrain: {global_batch_size: 16}\n"
     )
-    given = "jobs/demo_tune.yaml" if path.stem == "demo" else str(job)
-    check_space(load_space(path), str(ROOT / given) if path.stem == "demo" else given, [])
+    job_path = "jobs/demo_tune.yaml" if path.stem == "demo" else str(job)
+    check_space(load_space(path), str(ROOT / job_path) if path.stem == "demo" else job_path, [])
     assert any("Run: ray-vlm tune " in line and path.name in line for line in path.read_text().splitlines()[:4])

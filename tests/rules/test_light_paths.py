@@ -35,12 +35,12 @@ def test_a_look_at_rows_imports_no_model_library(tmp_path: Path, scenes: Path) -
     ]
     command = [sys.executable, "-c", _CODE, json.dumps(verbs), json.dumps(_HEAVY)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    told = json.loads(out.splitlines()[-1])
-    assert [code for code, _, _ in told] == [1, 1, 1, 0, 1], told
-    assert "no column image; it has picture, label" in told[0][1]
-    assert "no column image; it has picture, label" in told[1][1]
-    assert told[1][1].startswith("sft of "), "what is being read is said before it is read"
-    assert "none.json" in told[2][1]
-    assert "rows 50, usable 50" in told[3][1]
-    assert "usable 0, bad 50" in told[4][1]
-    assert [modules for _, _, modules in told] == [[], [], [], [], []]
+    results = json.loads(out.splitlines()[-1])
+    assert [code for code, _, _ in results] == [1, 1, 1, 0, 1], results
+    assert "no column image; it has picture, label" in results[0][1]
+    assert "no column image; it has picture, label" in results[1][1]
+    assert results[1][1].startswith("sft of "), "what is being read is said before it is read"
+    assert "none.json" in results[2][1]
+    assert "rows 50, usable 50" in results[3][1]
+    assert "usable 0, bad 50" in results[4][1]
+    assert [modules for _, _, modules in results] == [[], [], [], [], []]

@@ -29,14 +29,14 @@ def compile_templates_once() -> None:
     from jinja2 import Environment
 
     compile_template = Environment.compile
-    kept: dict[tuple[Any, ...], tuple[Environment, Any]] = {}  # with the environment, or its id could be another's
+    compiled: dict[tuple[Any, ...], tuple[Environment, Any]] = {}  # with the environment, or its id could be another's
 
     def compile_once(self: Environment, source: Any, *options: Any, **named: Any) -> Any:
         if not isinstance(source, str):
             return compile_template(self, source, *options, **named)
         key = (id(self), source, options, tuple(sorted(named.items())))
-        if key not in kept:
-            kept[key] = (self, compile_template(self, source, *options, **named))
-        return kept[key][1]
+        if key not in compiled:
+            compiled[key] = (self, compile_template(self, source, *options, **named))
+        return compiled[key][1]
 
     Environment.compile = compile_once  # type: ignore[method-assign, assignment]

@@ -19,8 +19,8 @@ COUNTS = {"rows": 100, "jobs": 150, "spaces": 50, "completions": 60, "images": 1
 @pytest.mark.parametrize("share", [0.4, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_mutation_finds_anything(kind: str, share: float, capsys: pytest.CaptureFixture) -> None:
-    told = run_kind(kind, round(share * COUNTS.get(kind, 40)))
-    assert told["others"] == told["lost"] == 0, capsys.readouterr().err
+    counts = run_kind(kind, round(share * COUNTS.get(kind, 40)))
+    assert counts["others"] == counts["lost"] == 0, capsys.readouterr().err
 
 
 def test_a_seed_gives_the_same_mutations() -> None:
@@ -43,11 +43,11 @@ def test_a_find_is_told_with_what_makes_it_again(
         raise KeyError("x")
 
     monkeypatch.setitem(KINDS, "rows", (lambda folder: attempt, 1))
-    told = run_kind("rows", 20)
-    assert told["others"] + told["lost"] // 2 == 20
-    assert "rows 0: " in (found := capsys.readouterr().err)
-    assert "KeyError: 'x' at test_fuzz.py" in found
-    assert "2 lost without a word" in found
+    counts = run_kind("rows", 20)
+    assert counts["others"] + counts["lost"] // 2 == 20
+    assert "rows 0: " in (errors := capsys.readouterr().err)
+    assert "KeyError: 'x' at test_fuzz.py" in errors
+    assert "2 lost without a word" in errors
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -1,4 +1,4 @@
-"""CPUs by affinity mask and cgroup quota, cards by their device files, room by numbers: texts in, answers out."""
+"""CPUs by affinity mask and cgroup quota, GPUs by their device files, and the space in Ray's temporary folder."""
 
 import os
 from pathlib import Path
@@ -37,7 +37,7 @@ V1 = "4:cpu,cpuacct:/docker/ab\n3:cpuset:/docker/ab\n0::/\n"
             },
             2.0,
         ),
-        # A container that is told the host's path, and sees its own group as the root.
+        # A container reads the host's path, and its own group is the root.
         ({"/proc/self/cgroup": "0::/docker/ab\n", "/sys/fs/cgroup/cpu.max": "200000 100000"}, 2.0),
         ({"/proc/self/cgroup": "0::/a\n", "/sys/fs/cgroup/a/cpu.max": "not a number"}, None),
         ({"/proc/self/cgroup": "garbage\n"}, None),
@@ -79,7 +79,7 @@ def test_cpus_are_those_of_the_mask_and_of_the_quota(
 
 
 def test_every_count_of_cpus_is_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else asks the system how many CPUs the machine has."""
+    """No other module asks the system for the number of CPUs."""
     package = Path(machine.__file__).parent
     asking = [
         p.name for p in package.rglob("*.py") if "os.cpu_count" in p.read_text() or "getaffinity" in p.read_text()
@@ -109,7 +109,7 @@ def test_a_folder_in_memory_is_known_by_the_mounts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("disk", "told"),
+    ("disk", "part"),
     [
         (Disk("/tmp/ray", 100 * GIB, 50 * GIB), None),
         (Disk("/tmp/ray", 100 * GIB, 4 * GIB), "96% full, and above 95% Ray keeps no more objects"),
@@ -118,7 +118,7 @@ def test_a_folder_in_memory_is_known_by_the_mounts() -> None:
         (Disk("/tmp/ray", 64 * GIB, 60 * GIB, in_memory=True), None),
     ],
 )
-def test_a_full_or_small_temporary_folder_is_told(disk: Disk, told: str | None) -> None:
-    found = describe_room(disk)
-    assert (found is None) == (told is None)
-    assert told is None or (told in found and "RAY_TMPDIR" in found)
+def test_a_full_or_small_temporary_folder_is_reported(disk: Disk, part: str | None) -> None:
+    note = describe_room(disk)
+    assert (note is None) == (part is None)
+    assert part is None or (part in str(note) and "RAY_TMPDIR" in str(note))

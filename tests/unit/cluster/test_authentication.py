@@ -1,4 +1,4 @@
-"""Whether a cluster would refuse us for our token, asked of something that answers as Ray's does."""
+"""Checking a cluster's token, against a server that answers as Ray's does."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ TOKEN = "the cluster's"
 
 
 class _Gcs(grpc.GenericRpcHandler):
-    """Answers only whoever has the token."""
+    """Answers only requests with the token."""
 
     def service(self, details: Any) -> Any:
         def answer(request: bytes, context: Any) -> bytes:
@@ -42,12 +42,12 @@ def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "token", "by_ray", "told"),
+    ("mode", "token", "by_auto", "reason"),
     [
-        (None, None, False, "it wants a token"),
-        (None, None, True, "it wants a token"),
-        ("token", None, False, "it wants a token"),
-        ("token", "another", False, "it has another token"),
+        (None, None, False, "it needs a token"),
+        (None, None, True, "it needs a token"),
+        ("token", None, False, "it needs a token"),
+        ("token", "another", False, "its token differs"),
         (None, TOKEN, False, "RAY_AUTH_MODE does not let Ray send"),
         ("disabled", TOKEN, True, "RAY_AUTH_MODE does not let Ray send"),
         ("token", TOKEN, False, None),
@@ -55,14 +55,19 @@ def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ],
 )
 def test_a_cluster_with_a_token(
-    cluster: str, mode: str | None, token: str | None, by_ray: bool, told: str | None, monkeypatch: pytest.MonkeyPatch
+    cluster: str,
+    mode: str | None,
+    token: str | None,
+    by_auto: bool,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in (("RAY_AUTH_MODE", mode), ("RAY_AUTH_TOKEN", token)):
         if value:
             monkeypatch.setenv(name, value)
-    found = check_token(cluster, by_ray)
-    assert (found is None) == (told is None)
-    assert told is None or told in str(found)
+    refusal = check_token(cluster, by_auto)
+    assert (refusal is None) == (reason is None)
+    assert reason is None or reason in str(refusal)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:10001", "auto", ""])
@@ -70,7 +75,7 @@ def test_what_does_not_answer_is_left_to_ray(address: str) -> None:
     assert check_token(address) is None
 
 
-def test_tokens_are_found_where_ray_finds_them(tmp_path: Path) -> None:
+def test_tokens_are_read_from_where_ray_reads_them(tmp_path: Path) -> None:
     assert find_token({}, tmp_path) is None
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("of home\n")

@@ -1,4 +1,4 @@
-"""Which cluster a run gets, and what is said beforehand. Ray itself is not started."""
+"""Which cluster a run gets, and the notes before it starts. Ray itself is not started."""
 
 import os
 import socket
@@ -109,7 +109,7 @@ def test_a_cluster_that_was_named_is_joined_as_it_is(
     assert capsys.readouterr().out.startswith("starting Ray on this machine\n")
 
 
-def test_cards_that_lie_idle_are_told_in_one_line(
+def test_idle_gpus_are_reported_in_one_line(
     started: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     with start_ray(_job(address="auto")):
@@ -124,7 +124,7 @@ def test_cards_that_lie_idle_are_told_in_one_line(
     assert own.startswith("note: a GPU lies idle")
 
 
-def test_a_full_temporary_folder_is_told_before_ray_starts(
+def test_a_full_temporary_folder_is_reported_before_ray_starts(
     started: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(connect, "read_disk", lambda folder: Disk("/tmp/ray", 100 * GIB, 2 * GIB))
@@ -143,33 +143,36 @@ def test_a_full_temporary_folder_is_told_before_ray_starts(
     [
         ("Token authentication is enabled but no authentication token was found", "RAY_AUTH_TOKEN"),
         ("RPC Error message: Invalid authentication token; RPC Error details: UNAUTHENTICATED", "RAY_AUTH_TOKEN"),
-        ("Version mismatch: The cluster was started with:\n    Ray: 2.9\n    Python: 3.11", "Install here the Ray"),
+        (
+            "Version mismatch: The cluster was started with:\n    Ray: 2.9\n    Python: 3.11",
+            "Install here the versions of Ray and Python",
+        ),
         ("ray client connection timeout", "Start it, or leave the address out"),
     ],
 )
-def test_a_cluster_that_refuses_is_told_with_the_fix(text: str, fix: str) -> None:
-    told = explain_refusal("10.0.0.9:6379", "RAY_ADDRESS", text)
-    assert told.startswith("RAY_ADDRESS='10.0.0.9:6379' cannot be joined (")
-    assert " ".join(text.split()) in told
-    assert fix in told
+def test_a_refusal_is_reported_with_the_fix(text: str, fix: str) -> None:
+    message = explain_refusal("10.0.0.9:6379", "RAY_ADDRESS", text)
+    assert message.startswith("RAY_ADDRESS='10.0.0.9:6379' cannot be joined (")
+    assert " ".join(text.split()) in message
+    assert fix in message
 
 
-def test_an_address_where_nothing_answers_is_told_at_once(started: dict[str, Any]) -> None:
-    told = r"cluster\.address=.127\.0\.0\.1:1. cannot be joined \(nothing answers there\)"
-    with pytest.raises(RunError, match=told), start_ray(_job(address="127.0.0.1:1")):
+def test_an_address_where_nothing_answers_is_reported_at_once(started: dict[str, Any]) -> None:
+    message = r"cluster\.address=.127\.0\.0\.1:1. cannot be joined \(nothing answers there\)"
+    with pytest.raises(RunError, match=message), start_ray(_job(address="127.0.0.1:1")):
         pass
     assert started == {}
 
 
-def test_whatever_ray_raises_of_a_refusal_is_ours(started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_refusal_that_ray_raises_is_a_run_error(started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import AuthenticationError
 
     def refuse(**kwargs: Any) -> None:
         raise AuthenticationError("no token was found")
 
     monkeypatch.setattr(ray, "init", refuse)
-    told = r"cluster\.address='auto' cannot be joined .*RAY_AUTH_MODE=token"
-    with pytest.raises(RunError, match=told), start_ray(_job(address="auto")):
+    message = r"cluster\.address='auto' cannot be joined .*RAY_AUTH_MODE=token"
+    with pytest.raises(RunError, match=message), start_ray(_job(address="auto")):
         pass
 
 

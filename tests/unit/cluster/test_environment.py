@@ -1,4 +1,4 @@
-"""What travels from the driver's environment to the workers."""
+"""The environment variables that workers get from the driver."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Nodes against the driver's machine, and what an autoscaling cluster can come to: everything wrong told at once."""
+"""Nodes against the driver's machine, and the resources that an autoscaling cluster is expected to reach."""
 
 from dataclasses import replace
 
@@ -11,12 +11,12 @@ HERE = Node("here", "3.11", dict.fromkeys((*SAME, "bitsandbytes"), "1.0"), drive
 
 
 def _changed(**versions: str | None) -> Node:
-    told = {**HERE.versions, **{name.replace("_", "-"): v for name, v in versions.items()}}
-    return replace(HERE, name="10.0.0.7", versions={name: v for name, v in told.items() if v})
+    changed = {**HERE.versions, **{name.replace("_", "-"): v for name, v in versions.items()}}
+    return replace(HERE, name="10.0.0.7", versions={name: v for name, v in changed.items() if v})
 
 
 @pytest.mark.parametrize(
-    ("node", "told"),
+    ("node", "message"),
     [
         (_changed(trl="0.9"), "10.0.0.7: trl 0.9, and 1.0 here"),
         (_changed(ray_vlm=None), "10.0.0.7: ray-vlm is not installed"),
@@ -26,8 +26,8 @@ def _changed(**versions: str | None) -> Node:
         (replace(HERE, driver="535.104"), "driver 535.104, and torch for CUDA 13 needs 580"),
     ],
 )
-def test_what_does_not_fit_is_named(node: Node, told: str) -> None:
-    assert any(told in problem for problem in compare_nodes([HERE, node], HERE, quantised=True, gpus=True))
+def test_what_does_not_fit_is_named(node: Node, message: str) -> None:
+    assert any(message in problem for problem in compare_nodes([HERE, node], HERE, quantised=True, gpus=True))
 
 
 def test_what_the_job_does_not_need_may_differ() -> None:

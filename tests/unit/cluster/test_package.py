@@ -1,4 +1,4 @@
-"""What travels: planned as Ray would apply the patterns, the package whole whatever is excluded, its size checked."""
+"""The archives: patterns apply as Ray applies them, the package is complete whatever is excluded, sizes are checked."""
 
 import os
 import zipfile
@@ -45,9 +45,9 @@ def test_each_file_is_sent_or_left_out_by_something(tmp_path: Path, monkeypatch:
     assert {"loop/", "gone", ".git/", "ray_vlm/"} <= set(archive.left_out)
     assert archive.holds("data")
     assert not archive.holds("dat")
-    said = describe_archive(archive)
-    assert f"{tmp_path}: 6 files," in said
-    assert "left out by env.yaml: outputs/" in said
+    description = describe_archive(archive)
+    assert f"{tmp_path}: 6 files," in description
+    assert "left out by env.yaml: outputs/" in description
     monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
     assert plan_working_folder(tmp_path, [], "env.yaml").holds("data/raw/1.png")
 
@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
         plan_working_folder(tmp_path, [], "x")
 
 
-def test_the_package_is_whole_and_the_same_archive_each_time(tmp_path: Path) -> None:
+def test_the_package_is_complete_and_the_same_archive_each_time(tmp_path: Path) -> None:
     package = plan_package()
     for number in (1, 2):
         write_archive(package, tmp_path / f"{number}.zip")

@@ -1,4 +1,4 @@
-"""What a cluster can run is arithmetic: everything that is missing is said at once, and Ray Data is never starved."""
+"""Whether a cluster can run a job: everything missing is reported at once, and Ray Data always has a CPU."""
 
 import pytest
 
@@ -27,14 +27,14 @@ def test_loaders_share_what_the_workers_leave(cluster: dict, cpus: int, layout: 
     assert total + cluster["num_workers"] * cluster.get("cpus_per_worker", 1) <= cpus
 
 
-def test_a_worker_that_fits_on_no_node_is_told() -> None:
+def test_a_worker_that_fits_on_no_node_is_reported() -> None:
     nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0}]
     with pytest.raises(RunError, match="fits on no node; the largest has 8"):
         plan_layout(_job(num_workers=1, cpus_per_worker=12), {"CPU": 16, "GPU": 1}, nodes)
     assert plan_layout(_job(num_workers=1, cpus_per_worker=8), {"CPU": 16, "GPU": 1}, nodes)
 
 
-def test_everything_missing_is_told_at_once() -> None:
+def test_everything_missing_is_reported_at_once() -> None:
     with pytest.raises(RunError) as error:
         plan_layout(_job(num_workers=4, cpus_per_worker=8, gpus_per_worker=1), {"CPU": 16, "GPU": 2})
     assert len(error.value.problems) == 2

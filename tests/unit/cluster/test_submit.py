@@ -107,7 +107,7 @@ def server() -> Iterator[JobServer]:
 SUBMIT = ["submit", "train", "job.yaml", "run.output_dir=/shared/outputs"]
 
 
-def test_a_folder_with_data_in_it_is_sent_and_the_package_whole(folder: Path, server: JobServer, capsys) -> None:
+def test_a_folder_with_data_in_it_is_sent_and_the_complete_package(folder: Path, server: JobServer, capsys) -> None:
     (folder / "jobs").mkdir()
     (folder / "jobs" / "runtime_env.yaml").write_text("excludes: [/other/, '*.log']\nenv_vars: {A: b}\n")
     (folder / "a.log").write_text("x")
@@ -122,15 +122,15 @@ def test_a_folder_with_data_in_it_is_sent_and_the_package_whole(folder: Path, se
     own, package = (set(zipfile.ZipFile(io.BytesIO(data)).namelist()) for data in archives)
     assert own == {"job.yaml", "data/train.csv", "jobs/runtime_env.yaml"}
     assert {"ray_vlm/__init__.py", "ray_vlm/data/__init__.py", "ray_vlm/evaluate/report.html.j2"} <= package
-    told = capsys.readouterr().out
-    assert f"sends the working folder, {folder}: 3 files" in told
-    assert "left out by jobs/runtime_env.yaml: a.log" in told
-    assert "sends ray_vlm" in told
-    assert "results go to /shared/outputs" in told
-    assert told.endswith("step 1\n")
-    asked = len(server.requests)
+    output = capsys.readouterr().out
+    assert f"sends the working folder, {folder}: 3 files" in output
+    assert "left out by jobs/runtime_env.yaml: a.log" in output
+    assert "sends ray_vlm" in output
+    assert "results go to /shared/outputs" in output
+    assert output.endswith("step 1\n")
+    before = len(server.requests)
     assert main([*SUBMIT, "--address", server.address, "--no-wait"]) == 0
-    assert not [request for request in server.requests[asked:] if request.startswith("PUT")], "both were there already"
+    assert not [request for request in server.requests[before:] if request.startswith("PUT")], "both were there already"
 
 
 def test_what_is_refused_is_refused_before_anything_is_sent(folder: Path, server: JobServer, capsys) -> None:
@@ -156,9 +156,9 @@ def test_what_is_refused_is_refused_before_anything_is_sent(folder: Path, server
 
 
 def test_the_supported_versions_of_ray_are_those_of_the_package() -> None:
-    (given,) = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if '"ray[' in line]
+    (requirement,) = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if '"ray[' in line]
     low, high = (".".join(map(str, limit)) for limit in SUPPORTED_RAY)
-    assert f">={low},<{high.split('.')[0]}" in given
+    assert f">={low},<{high.split('.')[0]}" in requirement
 
 
 def test_without_a_token_and_with_a_wrong_one(
@@ -167,8 +167,8 @@ def test_without_a_token_and_with_a_wrong_one(
     server.token = "right"
     for words in (["jobs", "list"], SUBMIT):
         assert main([*words, "--address", server.address]) == 1
-        told = capsys.readouterr().err
-        assert "Missing authentication token. Set RAY_AUTH_MODE=token and" in told
+        errors = capsys.readouterr().err
+        assert "Missing authentication token. Set RAY_AUTH_MODE=token and" in errors
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     server.token = "x"
 
@@ -181,9 +181,9 @@ def test_without_a_token_and_with_a_wrong_one(
     monkeypatch.setattr("ray.dashboard.modules.job.sdk.get_address_for_submission_client", refuse)
     for words in (["jobs", "list"], SUBMIT):
         assert main(words) == 1
-        told = capsys.readouterr().err
-        assert "error: the cluster's job server at the default address cannot be used: InvalidAuthToken" in told
-        assert "the cluster's own token in RAY_AUTH_TOKEN" in told
+        errors = capsys.readouterr().err
+        assert "error: the cluster's job server at the default address cannot be used: InvalidAuthToken" in errors
+        assert "the cluster's own token in RAY_AUTH_TOKEN" in errors
     assert server.packages == {}
 
 
@@ -198,9 +198,9 @@ def test_a_head_that_fails_while_it_is_sent_something(folder: Path, server: JobS
 
     server.answer = fail  # type: ignore[method-assign]
     assert main([*SUBMIT, "--address", server.address]) == 1
-    told = capsys.readouterr().err
-    assert "error: the cluster did not take the job: " in told
-    assert ("ValueError: no room." in told) == (ending == "refuses")
+    errors = capsys.readouterr().err
+    assert "error: the cluster did not take the job: " in errors
+    assert ("ValueError: no room." in errors) == (ending == "refuses")
     assert server.jobs == []
 
 
@@ -220,11 +220,11 @@ def test_a_head_that_stops_while_a_job_is_followed(folder: Path, monkeypatch: py
 
         threading.Thread(target=stop).start()
         assert main([*SUBMIT, "--address", server.address]) == 1
-    told = capsys.readouterr()
-    assert "step 1" in told.out
-    assert "does not answer; it is asked again for 0 s" in told.err
-    assert "start it again, and submit the same command with --resume" in told.err
-    assert "Traceback" not in told.err
+    captured = capsys.readouterr()
+    assert "step 1" in captured.out
+    assert "does not answer; it is asked again for 0 s" in captured.err
+    assert "start it again, and submit the same command with --resume" in captured.err
+    assert "Traceback" not in captured.err
 
 
 @pytest.mark.parametrize(("address", "fine"), [("outputs", False), ("./x", False), ("/x", True), ("s3://b/x", True)])
@@ -251,14 +251,14 @@ def test_tokens_go_as_a_package_that_cannot_be_guessed(monkeypatch: pytest.Monke
 
 
 class _Client:
-    """A job server whose job prints a line, is interrupted, and ends when it is told to stop."""
+    """A job server whose job prints a line, is interrupted, and ends on a request to stop."""
 
     def __init__(self) -> None:
-        self.asked, self.stopped = 0, False
+        self.polls, self.stopped = 0, False
 
     def get_job_status(self, job: str) -> Any:
-        self.asked += 1
-        if self.asked == 2:
+        self.polls += 1
+        if self.polls == 2:
             raise KeyboardInterrupt
         return SimpleNamespace(is_terminal=lambda: self.stopped)
 

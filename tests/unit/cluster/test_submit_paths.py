@@ -1,4 +1,4 @@
-"""What a submitted command names is found on the cluster, or refused here with the way out."""
+"""What a submitted command names is found on the cluster, or refused before submitting with the fix."""
 
 import argparse
 import re
@@ -54,7 +54,7 @@ def _computing() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_every_word_of_every_verb_is_known_to_name_a_path_or_none() -> None:
-    """A new option must say whether it names something that travels, is read, or is written."""
+    """A new option must be listed as naming something that is sent, read or written, or none of these."""
     assert set(_computing()) == set(VERBS)
     words = {action.dest for parser in _computing().values() for action in parser._actions} - {"help"}
     assert words - {*SENT, *READ, *WRITTEN, *NO_PATHS} == set()
@@ -73,16 +73,16 @@ def test_every_word_of_every_verb_is_known_to_name_a_path_or_none() -> None:
     ],
 )
 def test_a_verb_is_submitted_with_all_of_its_words(words: str) -> None:
-    given = words.split()
+    arguments = words.split()
     own = ["--address", "http://h:8265", "--no-wait", "--driver-gpus", "1"]
-    for order in (["submit", *own, *given], ["submit", *given, *own]):
+    for order in (["submit", *own, *arguments], ["submit", *arguments, *own]):
         args = _parser().parse_args(order)
-        assert args.submitted_verb == given[0]
-        assert sorted(command_words(args.submitted_actions, vars(args))) == sorted(given[1:])
+        assert args.submitted_verb == arguments[0]
+        assert sorted(command_words(args.submitted_actions, vars(args))) == sorted(arguments[1:])
         assert (args.address, args.no_wait, args.driver_gpus, args.working_dir) == ("http://h:8265", True, 1.0, ".")
 
 
-def test_what_travels_is_named_as_in_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sent_is_named_as_in_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "jobs").mkdir()
     (folder / "job.yaml").rename(folder / "jobs" / "job.yaml")
     monkeypatch.chdir(folder / "jobs")
@@ -91,8 +91,8 @@ def test_what_travels_is_named_as_in_the_folder(folder: Path, monkeypatch: pytes
         "space": str(folder / "space.yaml"),
         "inputs": ["../data/photos", "/in"],
     }
-    given, report = check_words(words, _archive(folder))
-    assert given == {"job": "jobs/job.yaml", "space": "space.yaml", "inputs": ["data/photos", "/in"]}
+    arguments, report = check_words(words, _archive(folder))
+    assert arguments == {"job": "jobs/job.yaml", "space": "space.yaml", "inputs": ["data/photos", "/in"]}
     assert report.problems == []
     assert report.expected == ["/in"]
 
@@ -106,10 +106,10 @@ def test_what_travels_is_named_as_in_the_folder(folder: Path, monkeypatch: pytes
         ({"adapter": "outputs/run/best"}, "--adapter outputs/run/best is left out by env.yaml.*s3://"),
         ({"run": "run"}, "run=run is left out by env.yaml"),
         ({"inputs": ["../photos"]}, "inputs=../photos lies outside"),
-        ({"against": "some/evaluation"}, "--against some/evaluation: there is no such thing"),
+        ({"against": "some/evaluation"}, "--against some/evaluation: no such file or folder"),
     ],
 )
-def test_what_would_not_be_found_is_refused(folder: Path, words: dict[str, Any], problem: str) -> None:
+def test_paths_that_the_cluster_would_miss_are_refused(folder: Path, words: dict[str, Any], problem: str) -> None:
     _, report = check_words(words, _archive(folder, "space.yaml"))
     assert len(report.problems) == 1
     assert re.search(problem, report.problems[0]), report.problems
@@ -120,11 +120,11 @@ def test_what_would_not_be_found_is_refused(folder: Path, words: dict[str, Any],
     [{"adapter": "someone/adapter"}, {"run": "someone/model"}, {"run": "tiny"}, {"base": "tiny"}, {"base": True}],
 )
 def test_a_name_on_the_hub_or_of_the_package_is_left_to_the_verb(folder: Path, words: dict[str, Any]) -> None:
-    given, report = check_words(words, _archive(folder))
-    assert (given, report) == (words, PathReport())
+    arguments, report = check_words(words, _archive(folder))
+    assert (arguments, report) == (words, PathReport())
 
 
-def test_rows_images_and_modules_of_a_job_must_travel(folder: Path) -> None:
+def test_rows_images_and_modules_of_a_job_must_be_sent(folder: Path) -> None:
     assert _job(folder, _archive(folder)) == PathReport()
     (left_out,) = _job(folder, _archive(folder, "/data/train.csv")).problems
     assert "data.train.path='data/train.csv' is left out by env.yaml" in left_out
@@ -163,7 +163,7 @@ def test_rows_beside_the_job_file_and_on_all_nodes_are_fine(folder: Path) -> Non
     assert report.expected == ["/shared/t.csv (data.test.path)"]
 
 
-def test_results_go_where_they_can_be_found(folder: Path) -> None:
+def test_results_must_be_written_outside_the_copy(folder: Path) -> None:
     shared, own = load_job(folder / "job.yaml"), load_job(folder / "job.yaml", ["run.output_dir=outputs"])
     assert check_results("train", {}, shared) == PathReport(written=["/shared/outputs"])
     assert "run.output_dir='outputs' is relative" in check_results("train", {}, own).problems[0]

@@ -102,7 +102,7 @@ def test_what_the_feed_decides_cannot_be_set_behind_its_back() -> None:
     ],
 )
 def test_sweeps_that_cannot_be_ranked_or_kept_are_refused(changes: dict, key: str) -> None:
-    assert [found for found, _ in check_job(JobConfig.model_validate(PLAIN | changes))] == [key]
+    assert [broken for broken, _ in check_job(JobConfig.model_validate(PLAIN | changes))] == [key]
     good = {"tune": {"metric": ["f1_50", "loss"], "resident": True}}
     assert check_job(JobConfig.model_validate(PLAIN | good)) == []
 
@@ -121,9 +121,9 @@ def test_the_table_is_made_by_the_rules(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         main(["config", "--compatibility"])
     assert end.value.code == 0
-    told = capsys.readouterr().out
-    assert all(reason in told for _, _, reason in RULES)
-    assert max(map(len, told.split("Why not:")[0].splitlines())) <= 80
+    output = capsys.readouterr().out
+    assert all(reason in output for _, _, reason in RULES)
+    assert max(map(len, output.split("Why not:")[0].splitlines())) <= 80
 
 
 def test_a_rule_is_silent_about_keys_that_could_not_be_read() -> None:

@@ -1,4 +1,4 @@
-"""Reading a job: defaults, overrides, and every problem at once with its place."""
+"""Reading a job: defaults, overrides, and all problems together with their locations."""
 
 from pathlib import Path
 
@@ -66,9 +66,9 @@ def test_names_of_one_s_own_are_keys(tmp_path: Path) -> None:
     job = _load(tmp_path, GOOD + "task: {labels: [a]}\n", *(f"data.oversample.{word}" for word in words))
     assert job.data.oversample == dict(zip(names, (7, 2, 0.5, 1.5), strict=True))
     text = GOOD.replace("}}", "}, oversample: auto, test: 0.1}")
-    (told,) = _problems(tmp_path, text, "data.oversample.toe-drain=7")
-    assert "`data.oversample` is 'auto', not a section" in told
-    assert "Give all of it: data.oversample={toe-drain: ...}" in told
+    (problem,) = _problems(tmp_path, text, "data.oversample.toe-drain=7")
+    assert "`data.oversample` is 'auto', not a section" in problem
+    assert "Give all of it: data.oversample={toe-drain: ...}" in problem
     assert _load(tmp_path, text, "data.test.ratio=0.2").data.test.ratio == 0.2
     assert any("and not both" in problem for problem in _problems(tmp_path, text, "data.test.path=b.json"))
 
@@ -83,7 +83,7 @@ def test_an_id_may_be_written_as_a_number(tmp_path: Path) -> None:
         assert "`data.train.task_end` is" in _problems(tmp_path, text, f"data.train.task_end={wrong}")[0]
 
 
-def test_every_problem_is_told_at_once_with_its_place_and_fix(tmp_path: Path) -> None:
+def test_all_problems_are_reported_together_with_location_and_fix(tmp_path: Path) -> None:
     text = (
         "model: {name: x, load_in_4bits: true}\n"
         "lora: null\n"
@@ -94,12 +94,12 @@ def test_every_problem_is_told_at_once_with_its_place_and_fix(tmp_path: Path) ->
         "evaluate: {metric: accuracy}\n"
     )
     problems = _problems(tmp_path, text, "nonsense", "train.learning_rate=fast")
-    places = [(":1:", "load_in_4bit`?"), (":5:", "Did you mean `train`"), (":6:", "'two'"), (":6:", "greater than")]
-    places += [(":7:", "f1_50"), ("model.load_in_4bit`: 4-bit weights cannot be trained", "load_in_4bit=false")]
-    places += [("'nonsense'", "section.key=value"), ("override 'train.learning_rate=fast'", "'fast'")]
-    for place, words in places:
-        assert any(place in p and words in p for p in problems), (place, words, problems)
-    assert len(problems) == len(places)
+    expected = [(":1:", "load_in_4bit`?"), (":5:", "Did you mean `train`"), (":6:", "'two'"), (":6:", "greater than")]
+    expected += [(":7:", "f1_50"), ("model.load_in_4bit`: 4-bit weights cannot be trained", "load_in_4bit=false")]
+    expected += [("'nonsense'", "section.key=value"), ("override 'train.learning_rate=fast'", "'fast'")]
+    for location, words in expected:
+        assert any(location in p and words in p for p in problems), (location, words, problems)
+    assert len(problems) == len(expected)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_bad_short_form_hides_no_other_problem(tmp_path: Path) -> None:
     assert len(_problems(tmp_path, text)) == 3
 
 
-def test_an_override_takes_the_place_of_what_the_file_said(tmp_path: Path) -> None:
+def test_an_override_replaces_the_file_s_value_and_its_location(tmp_path: Path) -> None:
     (problem,) = _problems(tmp_path, GOOD + "train: {max_stps: 3}\n", "train={max_stps: 4}")
     assert problem.startswith("override 'train={max_stps: 4}'")
 
@@ -195,15 +195,15 @@ def test_a_resumed_job_may_find_its_mixed_sources_elsewhere_but_not_others(tmp_p
 
 def _laughs(form: str, levels: int = 12) -> str:
     """A line whose aliases stand for ten times as much at every level."""
-    told = ["a0: &a0 {x: 1}"]
+    entries = ["a0: &a0 {x: 1}"]
     for i in range(1, levels):
         inner = ", ".join([f"*a{i - 1}"] * 10)
-        told.append({"list": f"a{i}: &a{i} [{inner}]", "merge": f"a{i}: &a{i} {{<<: [{inner}]}}"}.get(form, ""))
+        entries.append({"list": f"a{i}: &a{i} [{inner}]", "merge": f"a{i}: &a{i} {{<<: [{inner}]}}"}.get(form, ""))
         if form == "same keys":
-            told[-1] = f"a{i}: &a{i} {{{', '.join([f'y: *a{i - 1}'] * 10)}}}"
+            entries[-1] = f"a{i}: &a{i} {{{', '.join([f'y: *a{i - 1}'] * 10)}}}"
         elif form == "keys":
-            told[-1] = f"? &a{i} [{inner}]\n: 1"
-    return "{" + ", ".join(told) + "}"
+            entries[-1] = f"? &a{i} [{inner}]\n: 1"
+    return "{" + ", ".join(entries) + "}"
 
 
 @pytest.mark.parametrize("form", ["list", "merge", "same keys", "keys"])

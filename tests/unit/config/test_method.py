@@ -37,9 +37,9 @@ def test_defaults_that_follow_the_method(tmp_path: Path) -> None:
     [("sft", "beta", 0.1), ("sft", "rewards", {"bbox": 1.0}), ("dpo", "num_generations", 4), ("grpo", "loss_on", "x")],
 )
 def test_settings_of_other_methods_are_refused(tmp_path: Path, method: str, key: str, value: Any) -> None:
-    told = _problems(tmp_path, {"name": method, key: "whole_sequence" if value == "x" else value})
-    assert f"`method.{key}`" in told or f"method.{key}" in told
-    assert f"{method} does not use it" in told
+    problems = _problems(tmp_path, {"name": method, key: "whole_sequence" if value == "x" else value})
+    assert f"`method.{key}`" in problems or f"method.{key}" in problems
+    assert f"{method} does not use it" in problems
 
 
 @pytest.mark.parametrize(
@@ -55,21 +55,21 @@ def test_settings_of_other_methods_are_refused(tmp_path: Path, method: str, key:
     ],
 )
 def test_rows_of_another_method_are_refused(tmp_path: Path, method: str, part: str, form: str) -> None:
-    told = _problems(tmp_path, method, data={part: {"path": f"{part}.jsonl", "format": form}})
-    assert f"data.{part}.format" in told
-    assert f"{form} holds no rows for {method} of detection" in told
+    problems = _problems(tmp_path, method, data={part: {"path": f"{part}.jsonl", "format": form}})
+    assert f"data.{part}.format" in problems
+    assert f"{form} holds no rows for {method} of detection" in problems
 
 
 @pytest.mark.parametrize(
-    ("train", "workers", "told"),
+    ("train", "workers", "message"),
     [
         ({"global_batch_size": 20}, 1, "8 does not divide train.global_batch_size=20"),
         ({"global_batch_size": 8}, 2, "2 workers cannot share 8 sampled answers in 1 groups evenly"),
         ({"global_batch_size": 32, "micro_batch_size": 5}, 2, "5 does not divide the 16 sampled answers of one worker"),
     ],
 )
-def test_groups_that_do_not_divide(tmp_path: Path, train: dict, workers: int, told: str) -> None:
-    assert told in _problems(tmp_path, "grpo", train=train, cluster={"num_workers": workers})
+def test_groups_that_do_not_divide(tmp_path: Path, train: dict, workers: int, message: str) -> None:
+    assert message in _problems(tmp_path, "grpo", train=train, cluster={"num_workers": workers})
     _load(tmp_path, "grpo", train={"global_batch_size": 32, "micro_batch_size": 16}, cluster={"num_workers": 2})
     _load(tmp_path, "grpo", train={"global_batch_size": 32, "micro_batch_size": 4}, cluster={"num_workers": 2})
 
@@ -79,9 +79,9 @@ def test_pairs_that_do_not_divide(tmp_path: Path) -> None:
 
 
 def test_a_reference_needs_an_adapter(tmp_path: Path) -> None:
-    whole = {"lora": None, "model": {"name": "tiny", "load_in_4bit": False}}
+    full = {"lora": None, "model": {"name": "tiny", "load_in_4bit": False}}
     path = tmp_path / "job.yaml"
-    job = {"method": "dpo", "data": {"train": {"path": "p.jsonl", "format": "preference"}}, **whole}
+    job = {"method": "dpo", "data": {"train": {"path": "p.jsonl", "format": "preference"}}, **full}
     path.write_text(yaml.safe_dump(job))
     with pytest.raises(ConfigError, match="the reference is the model with its adapter off"):
         load_job(path)
@@ -102,6 +102,6 @@ def test_weights_and_oversampling_need_classes(tmp_path: Path) -> None:
 
 
 def test_trl_options_that_the_job_names(tmp_path: Path) -> None:
-    told = _problems(tmp_path, {"name": "grpo", "trl": {"num_generations": 4, "num_iterations": 2}})
-    assert "this job sets that as `method.num_generations`" in told
-    assert "decided by how rows are fed to TRL" in told
+    problems = _problems(tmp_path, {"name": "grpo", "trl": {"num_generations": 4, "num_iterations": 2}})
+    assert "this job sets that as `method.num_generations`" in problems
+    assert "decided by how rows are fed to TRL" in problems

@@ -1,4 +1,4 @@
-"""Relative names of a job: looked for here, then beside the job file, and said where in vain."""
+"""Relative paths of a job: looked for in the current folder, then beside the job file, both named in errors."""
 
 import sys
 from pathlib import Path
@@ -39,12 +39,12 @@ def test_files_are_looked_for_here_and_then_beside_the_job(job_file: Path) -> No
     for folder in (Path("photos"), beside / "base"):
         folder.mkdir()
     job = load_job(job_file)
-    assert (job.data.train.path, job.data.train.image_root) == ("rows.json", "photos"), "what is here comes first"
+    assert (job.data.train.path, job.data.train.image_root) == ("rows.json", "photos"), "the current folder comes first"
     assert job.data.mix[0].path == str(beside / "more.json")
     assert job.model.name == str(beside / "base")
-    whole = absolute_paths(job)
-    assert whole.data.train.path == str(Path("rows.json").absolute())
-    for gone in (job.data.eval.path, whole.data.eval.path):
+    absolute = absolute_paths(job)
+    assert absolute.data.train.path == str(Path("rows.json").absolute())
+    for gone in (job.data.eval.path, absolute.data.eval.path):
         with pytest.raises(DataError, match="no such file") as error:
             read_table(gone)
         assert f"looked for in {Path.cwd()} and in {beside}, beside the job file" in str(error.value)
@@ -52,7 +52,20 @@ def test_files_are_looked_for_here_and_then_beside_the_job(job_file: Path) -> No
         check_adapter("trained", "base", "base")
     with pytest.raises(DataError) as error:
         read_table("/nowhere/gone.json")
-    assert "beside the job file" not in str(error.value), "it was named by its whole path"
+    assert "beside the job file" not in str(error.value), "it was given as an absolute path"
+
+
+def test_a_folder_that_is_both_is_named_once(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(job_file.parent)
+    for path in (job_file, Path("job.yaml"), Path("../jobs/job.yaml")):
+        job = load_job(path)
+        assert job.data.eval is not None
+        with pytest.raises(DataError) as error:
+            read_table(job.data.eval.path)
+        assert f"It was looked for in {Path.cwd()}: give a path relative to it, or an absolute one" in str(error.value)
+        with pytest.raises(ModuleNotFoundError) as missing:
+            import_function("nowhere_mine:f")
+        assert f"looked for in {Path.cwd()} and among the installed packages. A function" in str(missing.value)
 
 
 def test_functions_are_looked_for_here_and_then_beside_the_job(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +83,8 @@ def test_functions_are_looked_for_here_and_then_beside_the_job(job_file: Path, m
     with pytest.raises(ConfigError) as error:
         load_rewards("chat", {"nowhere_mine:f": 1.0, "broken_mine:f": 1.0})
     gone, broken = error.value.problems
-    assert f"looked for in {Path.cwd()}, among what is installed and in {beside}" in gone
-    assert "the name is my_code:function" in gone
+    assert f"looked for in {Path.cwd()}, among the installed packages and in {beside}" in gone
+    assert "is named my_code:function" in gone
     assert "No module named 'surely_not_there'" in broken
 
 

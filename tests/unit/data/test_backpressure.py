@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ray_vlm.data import backpressure
-from ray_vlm.data.backpressure import PrefetchGate, keep_fed, start_pace, wait_for
+from ray_vlm.data.backpressure import PrefetchGate, keep_fed, start_gate, wait_for
 
 
 def _waits(number: int, then: str, *arguments: int) -> bool:
@@ -47,18 +47,18 @@ def test_those_that_wait_are_let_go_and_the_next_ones_are_not() -> None:
 
 
 class _Counted:
-    """Stands for the actor: notes when it was told to let go."""
+    """Stands in for the actor: records when it releases the loaders."""
 
     def __init__(self) -> None:
-        self.release, self.told = self, list[float]()
+        self.release, self.released = self, list[float]()
 
     def remote(self) -> None:
-        self.told.append(time.monotonic())
+        self.released.append(time.monotonic())
 
 
-@pytest.mark.parametrize(("slow", "least", "most"), [("loader", 2, 4), ("trainer", 0, 0)])
+@pytest.mark.parametrize(("slow", "lowest", "most"), [("loader", 2, 4), ("trainer", 0, 0)])
 def test_only_a_trainer_without_batches_lets_loaders_go(
-    slow: str, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+    slow: str, lowest: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After 0.1, 0.2, 0.4 and 0.8 s without one: not each 0.1 s."""
     monkeypatch.setattr(backpressure, "_STARVED_S", 0.1)
@@ -75,7 +75,7 @@ def test_only_a_trainer_without_batches_lets_loaders_go(
         time.sleep(0.3 if slow == "trainer" else 0.0)
         taken.append(number)
     assert taken == [0, 1, 2]
-    assert least <= len(actor.told) <= most
+    assert lowest <= len(actor.released) <= most
     assert not [t for t in threading.enumerate() if t.name == "ray-vlm-pace"]
 
 
@@ -83,7 +83,7 @@ def test_only_a_trainer_without_batches_lets_loaders_go(
 def test_a_loader_does_not_wait_where_nobody_can_tell(ray_cluster) -> None:
     import ray
 
-    actor = start_pace(0)
+    actor = start_gate(0)
     ray.get(actor.reach.remote(3))
     wait_for(actor, 3)
     threading.Timer(0.5, lambda: ray.kill(actor)).start()

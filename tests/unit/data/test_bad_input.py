@@ -53,9 +53,17 @@ def _objects(**change: Any) -> dict[str, Any]:
 
 # format, what differs from a good row (None: the key is not there), words of the reason
 ROWS: list[tuple[str, dict[str, Any], str]] = [
-    ("llava", {"conversations": None}, "no conversations; the row has .*Fill it, or name it in data"),
+    (
+        "llava",
+        {"conversations": None},
+        r"no conversations; the row has .*Fill it, or name its column, .*data\.train\.columns=\{conversations: NAME\}",
+    ),
     ("llava", {"conversations": []}, "no conversations"),
-    ("llava", {"conversations": "hello"}, "'hello' is not a list of turns; write one"),
+    (
+        "llava",
+        {"conversations": "hello"},
+        r"'hello' is not a list of turns; write one, .*data\.train\.columns=\{conversations: NAME\}",
+    ),
     ("llava", {"conversations": [3, GPT]}, r"conversations\[0\] is 3; a turn is an object"),
     ("llava", {"conversations": [_turn("x", "tool"), GPT]}, "the role 'tool'; use system, user"),
     ("llava", {"conversations": [_turn("x", ["human"]), GPT]}, "the role .*; use system, user"),
@@ -120,7 +128,11 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("image_csv", {"bbox": "[1, 2, 3, NaN]"}, "which is not JSON .*write it as JSON"),
     ("image_csv", {"bbox": "1 2 3 4"}, "not four finite numbers"),
     ("image_csv", {"x1": 1, "y1": 2, "x2": 3}, "x1, y1, x2, y2 .* is not four finite numbers"),
-    ("gui_csv", {"Task_id": None}, "Task_id is empty; fill it, or name its column"),
+    (
+        "gui_csv",
+        {"Task_id": None},
+        r"Task_id is empty; fill it, or name its column, as in data\.train\.columns=\{Task_id: ",
+    ),
     ("gui_csv", {"Task_id": ["1"]}, "Task_id .* is not a plain text or number"),
     ("gui_csv", {"Image_id": ""}, "Image_id is empty; fill it, or name its column"),
     ("gui_csv", {"Instruction": ""}, "Instruction is empty; fill it"),
@@ -174,14 +186,14 @@ def _read(path: Path, format: str, **options: Any) -> list[Any]:
     return read_rows(Source(path=str(path), format=format, **options))[0]
 
 
-def _check(found: list[Any], row: int, name: str, words: str, num_rows: int) -> None:
+def _check(records: list[Any], row: int, name: str, words: str, num_rows: int) -> None:
     """One row is bad, for that reason; it and the good ones are all rows."""
-    assert [r.row for r in found] == list(range(num_rows))
-    assert [isinstance(r, BadRow) for r in found] == [i == row for i in range(num_rows)]
-    assert found[row].id == name
-    assert re.search(words, found[row].reason), found[row].reason
-    assert len(found[row].reason) < 700
-    found[row].reason.encode()
+    assert [r.row for r in records] == list(range(num_rows))
+    assert [isinstance(r, BadRow) for r in records] == [i == row for i in range(num_rows)]
+    assert records[row].id == name
+    assert re.search(words, records[row].reason), records[row].reason
+    assert len(records[row].reason) < 700
+    records[row].reason.encode()
 
 
 LINES: list[tuple[bytes, str]] = [
@@ -244,22 +256,22 @@ def test_a_bad_text_of_parquet_is_named_by_its_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", GOOD)
-def test_rows_of_one_id_are_told_apart(tmp_path: Path, format: str) -> None:
+def test_rows_that_share_an_id_are_kept_apart(tmp_path: Path, format: str) -> None:
     rows = [GOOD[format] | {"id": name} for name in ("x", 7, "7", "y")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    found = _read(tmp_path / "rows.json", format)
+    records = _read(tmp_path / "rows.json", format)
     if format == "gui_csv":  # a step's id is its own
-        assert [isinstance(r, BadRow) for r in found] == [False, True, True, False]
-        assert found[1] == BadRow(1, "7", "id 7 is used by 2 rows; make it unique")
+        assert [isinstance(r, BadRow) for r in records] == [False, True, True, False]
+        assert records[1] == BadRow(1, "7", "id 7 is used by 2 rows; make it unique")
     else:
-        assert [r.id for r in found] == ["x", "7", "7#2", "y"]
+        assert [r.id for r in records] == ["x", "7", "7#2", "y"]
 
 
 def test_a_row_without_its_group_is_bad(tmp_path: Path) -> None:
     rows = [{"image": "a.jpg", "label": "dog", "site": site} for site in ("n", "", "s")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    found = _read(tmp_path / "rows.json", "image_csv", columns={"group": "site"})
-    _check(found, 1, "", "group is empty; fill it", 3)
+    records = _read(tmp_path / "rows.json", "image_csv", columns={"group": "site"})
+    _check(records, 1, "", "group is empty; fill it", 3)
 
 
 COCO: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
@@ -306,7 +318,12 @@ WHOLE: list[tuple[str, bytes | None, str, str]] = [
     ("rows.csv", b"image,,label\na.jpg,b,c\n", "image_csv", "a column twice or empty"),
     ("rows.csv", b'image,"label\na.jpg,b\n', "image_csv", "not a CSV header"),
     ("rows.csv", b"image,l\xff\na.jpg,b\n", "image_csv", "as UTF-8 text"),
-    ("rows.csv", b"photo,label\na.jpg,b\n", "image_csv", "no column image; it has photo, label. .*columns={image: "),
+    (
+        "rows.csv",
+        b"photo,label\na.jpg,b\n",
+        "image_csv",
+        r"no column image; it has photo, label. .*data\.train\.columns={image: NAME}",
+    ),
     ("rows.csv", b"image;label\na.jpg;b\n", "image_csv", "no column image; it has image;label"),
     ("rows.csv", b"image,id\na.jpg,1\n", "image_csv", "no column with an attribute"),
     ("rows.csv", b"Task_id,Image_id,Instruction,Output\n1,a,b,c\n", "gui_csv", "no column Grounding"),
@@ -332,12 +349,12 @@ def test_an_unusable_file_is_refused_whole(
     assert str(tmp_path / name) in str(error.value)
 
 
-def test_nesting_of_any_depth_is_told(tmp_path: Path) -> None:
+def test_nesting_of_any_depth_is_reported(tmp_path: Path) -> None:
     rows = [{"image": "a.jpg", "label": "dog"}]
     lines = [json.dumps(rows[0])] + ['{"image": "a.jpg", "label": ' + "[" * d + "]" * d + "}" for d in range(1, 1000)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    found = _read(tmp_path / "rows.jsonl", "image_csv")
-    assert [isinstance(r, BadRow) for r in found] == [False] + [True] * 999
+    records = _read(tmp_path / "rows.jsonl", "image_csv")
+    assert [isinstance(r, BadRow) for r in records] == [False] + [True] * 999
 
 
 def test_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
@@ -393,10 +410,10 @@ def test_nonsense_in_any_cell_never_raises(tmp_path: Path, format: str) -> None:
             row[name] = pick.choice(ODD)
         rows.append(row)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = _read(tmp_path / "rows.jsonl", format)
-    assert [r.row for r in found] == list(range(600))
-    assert 0 < sum(isinstance(r, BadRow) for r in found) < 600
-    assert all(r.reason for r in found if isinstance(r, BadRow))
+    records = _read(tmp_path / "rows.jsonl", format)
+    assert [r.row for r in records] == list(range(600))
+    assert 0 < sum(isinstance(r, BadRow) for r in records) < 600
+    assert all(r.reason for r in records if isinstance(r, BadRow))
 
 
 def _image(kind: str, size: tuple[int, int] = (100, 80)) -> bytes:
@@ -410,7 +427,7 @@ PICTURES: list[tuple[str, bytes | None, str | None]] = [
     ("half.jpg", _image("JPEG")[:1500], "truncated"),
     ("without_end.jpg", _image("JPEG")[:-2], "truncated"),
     ("half.png", _image("PNG")[:1500], "truncated|cannot be read"),
-    ("empty.jpg", b"", r"empty \(0 bytes\).*fetch it again"),
+    ("empty.jpg", b"", r"empty \(0 bytes\).*fetch the file again"),
     ("page.jpg", b"<html>not an image</html>", "an HTML page, as a failed download leaves it"),
     ("thin.png", _image("PNG", (1, 5000)), "one side is over 200 times the other"),
     ("missing.jpg", None, "missing; mend the path or image_root"),

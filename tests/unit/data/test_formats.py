@@ -226,6 +226,19 @@ def test_gui_csv(tmp_path: Path, name: str) -> None:
     assert labels == []
 
 
+def test_a_missing_prompt_names_the_setting_to_write(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "<image>Why?"}]
+    bad = _one(tmp_path, "prompt", {"image": "a.jpg", "conversations": turns})
+    assert bad.reason == (
+        "no prompt or problem; the row has image, conversations. Fill it, or name its column, as in "
+        "data.train.columns={prompt: conversations}"
+    )
+    record = _one(tmp_path, "prompt", {"image": "a.jpg", "conversations": turns}, columns={"prompt": "conversations"})
+    assert record.prompt == (("user", "<image>Why?"),)
+    two = _one(tmp_path, "prompt", {"image": "a.jpg", "conversations": turns, "level": 2})
+    assert two.reason.endswith("data.train.columns={prompt: NAME}")
+
+
 @pytest.mark.parametrize(
     ("options", "rows"),
     [

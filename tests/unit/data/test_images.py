@@ -25,8 +25,8 @@ GOLDEN = {
 COLOR = (10, 200, 30)
 
 
-def _spec(factor: int = 28, least: int = 256, most: int = 1280, **options: Any) -> ImageSpec:
-    return ImageSpec(factor // 2, 2, least * factor**2, most * factor**2, **options)
+def _spec(factor: int = 28, fewest: int = 256, most: int = 1280, **options: Any) -> ImageSpec:
+    return ImageSpec(factor // 2, 2, fewest * factor**2, most * factor**2, **options)
 
 
 def _processor(factor: int = 28) -> Any:
@@ -69,16 +69,17 @@ def test_padding_keeps_shape_and_limits(factor: int, center: bool) -> None:
     spec = _spec(factor, pad=COLOR, center=center)
     for _ in range(500):
         size = (int(rng.integers(factor, 3000)), int(rng.integers(factor, 3000)))
-        place = spec.place(size)
-        gap = [place.resized[a] - place.content[a] for a in (0, 1)]
-        assert all(side % factor == 0 for side in place.resized)
+        placement = spec.place(size)
+        gap = [placement.resized[a] - placement.content[a] for a in (0, 1)]
+        assert all(side % factor == 0 for side in placement.resized)
         assert all(0 <= g < factor for g in gap)
-        assert spec.min_pixels <= place.resized[0] * place.resized[1] <= spec.max_pixels
-        assert place.offset == ((gap[0] // 2, gap[1] // 2) if center else (0, 0))
-        scale = [place.content[a] / size[a] for a in (0, 1)]
-        assert all(abs(place.content[a] - scale[1 - a] * size[a]) <= 1 + 0.5 * max(size) / min(size) for a in (0, 1))
+        assert spec.min_pixels <= placement.resized[0] * placement.resized[1] <= spec.max_pixels
+        assert placement.offset == ((gap[0] // 2, gap[1] // 2) if center else (0, 0))
+        content = placement.content
+        scale = [content[a] / size[a] for a in (0, 1)]
+        assert all(abs(content[a] - scale[1 - a] * size[a]) <= 1 + 0.5 * max(size) / min(size) for a in (0, 1))
         if spec.min_pixels <= size[0] * size[1] and spec._area(size) <= spec.max_pixels:
-            assert place.content == size
+            assert placement.content == size
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -96,9 +97,9 @@ def test_padding_keeps_the_pixels_and_fills_with_the_colour(center: bool) -> Non
 @pytest.mark.parametrize("size", [(2000, 1500), (1500, 3000), (300, 200)])
 def test_an_image_beyond_the_limits_is_scaled_and_then_padded(size: tuple[int, int]) -> None:
     spec, pixels = _spec(pad=COLOR), _photo(*size)
-    place = spec.place(size)
+    placement = spec.place(size)
     out = resize(pixels, spec, _processor())
-    (width, height), (wide, tall) = place.content, place.resized
+    (width, height), (wide, tall) = placement.content, placement.resized
     assert out.shape == (tall, wide, 3)
     expected = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC), np.int16)
     assert np.abs(out[:height, :width] - expected).max() <= 2
@@ -113,10 +114,10 @@ def test_stretched_pixels_equal_the_stock_processor_s(factor: int) -> None:
         width, height = (int(v) for v in rng.integers(8 if seed < 4 else 40, 1500 if seed > 1 else 30, 2))
         data = _bytes(_photo(width, height, seed), "JPEG", quality=85)
         small = torch.tensor(resize(decode(data), _spec(factor), processor)).permute(2, 0, 1)
-        ours = processor([small], do_resize=False, return_tensors="pt")
+        batch = processor([small], do_resize=False, return_tensors="pt")
         stock = processor(images=[Image.open(io.BytesIO(data))], return_tensors="pt")
-        assert torch.equal(ours["pixel_values"], stock["pixel_values"])
-        assert torch.equal(ours["image_grid_thw"], stock["image_grid_thw"])
+        assert torch.equal(batch["pixel_values"], stock["pixel_values"])
+        assert torch.equal(batch["image_grid_thw"], stock["image_grid_thw"])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

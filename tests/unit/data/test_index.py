@@ -129,9 +129,9 @@ def test_odd_values_make_bad_rows(tmp_path: Path, spec: SampleSpec, image: dict,
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "PNG", "JPEG"])
 def test_half_a_file_is_bad_whatever_its_format(tmp_path: Path, kind: str) -> None:
-    whole = _image(tmp_path / "a.img", format=kind)
+    content = _image(tmp_path / "a.img", format=kind)
     read_size(str(tmp_path / "a.img"), 10**6)
-    (tmp_path / "a.img").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "a.img").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cannot be read|truncated"):
         read_size(str(tmp_path / "a.img"), 10**6)
 
@@ -235,7 +235,7 @@ def test_a_picture_of_floating_point_numbers_is_found_before_training(tmp_path: 
         read_size(str(tmp_path / "a.tif"), 10**6)
 
 
-def test_an_image_tag_too_many_is_told(tmp_path: Path, spec: SampleSpec) -> None:
+def test_an_image_tag_too_many_is_reported(tmp_path: Path, spec: SampleSpec) -> None:
     from dataclasses import replace
 
     with pytest.raises(DataError, match="'<image>'"):

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from ray_vlm.data.plan import Plan, deal, group_alike, least_parts, plan_sample
+from ray_vlm.data.plan import Plan, deal, group_alike, min_parts, plan_sample
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -75,7 +75,7 @@ def test_micro_batches_under_a_budget_of_tokens() -> None:
             assert all(len(rows) * tokens[list(rows)].max() <= 1500 for rows in real)
             assert sorted(r for rows in real for r in rows) == sorted(plan.step_rows(step).tolist())
         fewest = max(
-            least_parts(tokens[rows], 1500)
+            min_parts(tokens[rows], 1500)
             for step in range(plan.num_steps)
             for rows in deal(plan.step_rows(step), plan.costs, world)
         )
@@ -88,8 +88,8 @@ def test_groups_of_like_sizes() -> None:
     assert [part.tolist() for part in parts] == [[0], [2, 3, 4], [1]]
     assert [part.tolist() for part in group_alike(np.array([3]), 2, 3)] == [[0], []]
     assert [part.tolist() for part in group_alike(np.array([5, 5, 5]), 2, 10)] in ([[0], [1, 2]], [[0, 1], [2]])
-    assert least_parts(np.array([5, 5, 5]), 10) == 2
-    assert least_parts(np.array([9, 1, 5, 5, 4]), 9) == 4
+    assert min_parts(np.array([5, 5, 5]), 10) == 2
+    assert min_parts(np.array([9, 1, 5, 5, 4]), 9) == 4
 
 
 def test_no_other_groups_have_less_padding() -> None:
@@ -97,11 +97,11 @@ def test_no_other_groups_have_less_padding() -> None:
     rng = np.random.default_rng(0)
     for _ in range(30):
         sizes, budget = rng.integers(1, 60, 7), 120
-        parts = least_parts(sizes, budget) + int(rng.integers(0, 2))
-        found = group_alike(sizes, parts, budget)
+        parts = min_parts(sizes, budget) + int(rng.integers(0, 2))
+        groups = group_alike(sizes, parts, budget)
         ranked = np.sort(sizes)[::-1]
         cuts = itertools.combinations(range(1, 7), parts - 1)
         ways = [[ranked[a:b] for a, b in itertools.pairwise((0, *cut, 7))] for cut in cuts]
         fitting = [sum(len(g) * g[0] for g in way) for way in ways if all(len(g) * g[0] <= budget for g in way)]
-        assert sum(len(part) * sizes[part].max() for part in found) == min(fitting)
-        assert sorted(np.concatenate(found).tolist()) == list(range(7))
+        assert sum(len(part) * sizes[part].max() for part in groups) == min(fitting)
+        assert sorted(np.concatenate(groups).tolist()) == list(range(7))

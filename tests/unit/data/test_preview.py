@@ -50,36 +50,36 @@ def test_few_rows_are_all_shown_once(tags: list, count: int, expected: int) -> N
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("resize", ["stretch", "pad"])
 def test_boxes_come_back_from_the_text(job_file: Any, family: str, resize: str) -> None:
-    place = {"pad_place": "center"} if resize == "pad" else {}
-    job = load_job(job_file(family, data={"resize": resize} | place))
+    padding = {"pad_place": "center"} if resize == "pad" else {}
+    job = load_job(job_file(family, data={"resize": resize} | padding))
     prepared = prepare(job)
-    for position, cell in enumerate(make_cells(prepared.train, prepared.spec, range(8))):
+    for position, panel in enumerate(make_cells(prepared.train, prepared.spec, range(8))):
         truth = prepared.train.records[position].truth
-        assert sorted(mark.label for mark in cell.marks) == sorted(truth["labels"])
-        assert not cell.problem
-        for mark in cell.marks:
-            assert min(np.abs(np.subtract(box, mark.place)).max() for box in truth["boxes"]) < 2
-        width, height = cell.frames[0].resized
-        assert cell.images[0].shape == (height, width, 3)
+        assert sorted(mark.label for mark in panel.marks) == sorted(truth["labels"])
+        assert not panel.problem
+        for mark in panel.marks:
+            assert min(np.abs(np.subtract(box, mark.region)).max() for box in truth["boxes"]) < 2
+        width, height = panel.frames[0].resized
+        assert panel.images[0].shape == (height, width, 3)
 
 
-def test_a_box_that_moved_on_its_way_through_the_text_is_told(job_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_box_that_moves_in_the_text_is_reported(job_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray_vlm.tasks import boxes
 
     prepared = prepare(load_job(job_file()))
     right = boxes.Frame.encode
     monkeypatch.setattr(boxes.Frame, "encode", lambda frame, box: [v + 60 for v in right(frame, box)])
     position = next(i for i, record in enumerate(prepared.train.records) if record.truth["boxes"])
-    (cell,) = make_cells(prepared.train, prepared.spec, [position])
-    assert "not read back where the data has them" in cell.problem
+    (panel,) = make_cells(prepared.train, prepared.spec, [position])
+    assert "not read back where the data has them" in panel.problem
 
 
 def test_marks_lie_on_the_pixels_that_the_model_sees(job_file: Any) -> None:
     prepared = prepare(load_job(job_file(data={"resize": "pad", "pad_place": "center"})))
-    (cell,) = make_cells(prepared.train, prepared.spec, [0])
-    frame = cell.frames[0]
-    whole = cell.marks[0].__class__(0, (0.0, 0.0, *map(float, frame.original)), "all")
-    left, top, right, bottom = _on_sheet(whole, frame, (100, 200), (2.0, 2.0))
+    (panel,) = make_cells(prepared.train, prepared.spec, [0])
+    frame = panel.frames[0]
+    full_image = panel.marks[0].__class__(0, (0.0, 0.0, *map(float, frame.original)), "all")
+    left, top, right, bottom = _on_sheet(full_image, frame, (100, 200), (2.0, 2.0))
     assert (left, top) == (100 + 2 * frame.offset[0], 200 + 2 * frame.offset[1])
     assert (right - left, bottom - top) == (2 * frame.content[0], 2 * frame.content[1])
 
@@ -89,11 +89,11 @@ def test_classification_is_marked_at_the_place_that_its_question_tells(job_file:
     data = {"path": str(tmp_path / "train.csv"), "format": "image_csv"}
     job = job_file(task={"name": "classification", "position": True}, data={"train": data})
     prepared = prepare(load_job(job, ["data.condition_weights={blocked: 2.5}"]))
-    for position, cell in enumerate(make_cells(prepared.train, prepared.spec, range(6))):
+    for position, panel in enumerate(make_cells(prepared.train, prepared.spec, range(6))):
         record = prepared.train.records[position]
         box = record.context["box"]
-        (mark,) = cell.marks
-        assert mark.place == pytest.approx(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), abs=1.0)
+        (mark,) = panel.marks
+        assert mark.region == pytest.approx(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), abs=1.0)
         assert mark.label == ", ".join(record.truth["attributes"].values())
     blocked = next(i for i, r in enumerate(prepared.train.records) if r.truth["attributes"]["condition"] == "blocked")
     text = describe_rows(prepared.train, prepared.spec, Chosen((blocked,)))
@@ -104,9 +104,9 @@ def test_gui_steps_point_where_the_answer_says(job_file: Any, tmp_path: Path) ->
     draw_screens(tmp_path, "train", 4)
     data = {"path": str(tmp_path / "train.csv"), "format": "gui_csv", "max_rows": 12}
     prepared = prepare(load_job(job_file(task={"name": "gui_steps"}, data={"train": data})))
-    cells = make_cells(prepared.train, prepared.spec, range(len(prepared.train)))
-    assert [len(cell.marks) for cell in cells] == [int(r.truth["box"] is not None) for r in prepared.train.records]
-    assert draw_sheet(cells, "steps", ["note"]).startswith(b"\x89PNG")
+    panels = make_cells(prepared.train, prepared.spec, range(len(prepared.train)))
+    assert [len(panel.marks) for panel in panels] == [int(r.truth["box"] is not None) for r in prepared.train.records]
+    assert draw_sheet(panels, "steps", ["note"]).startswith(b"\x89PNG")
 
 
 def test_tokens_are_counted_by_what_is_done_with_them() -> None:
@@ -121,15 +121,15 @@ def test_tokens_are_counted_by_what_is_done_with_them() -> None:
 
 def test_the_token_view_marks_what_is_trained(job_file: Any) -> None:
     prepared = prepare(load_job(job_file()))
-    told = describe_prepared(prepared.train, prepared.plan, prepared.spec, prepared.balance)
-    view = told[told.index("--- row 0") :].split("--- row 1")[0]
+    text = describe_prepared(prepared.train, prepared.plan, prepared.spec, prepared.balance)
+    view = text[text.index("--- row 0") :].split("--- row 1")[0]
     answer = load_sample_builder(prepared.spec).answer(prepared.train.records[0]).text
     assert f"[[{answer}<|im_end|>" in view
     assert f"<image: {prepared.train.image_tokens[0]} tokens>" in view
     assert view.count("[[") == view.count("]]") == 1
 
 
-def test_texts_are_wrapped_into_the_cell_and_shortened() -> None:
+def test_texts_are_wrapped_into_the_panel_and_shortened() -> None:
     lines = _wrap("word " * 200, 14, 300, 3)
     assert len(lines) == 3
     assert lines[-1].endswith("…")
@@ -148,9 +148,9 @@ def test_labels_cover_no_other_label() -> None:
         def rectangle(self, xy: Any, fill: Any = None, **options: Any) -> None:
             drawn.extend([tuple(xy)] if fill else [])
 
-    places = [(10.0 * i, 20.0 + i, 10.0 * i + 40, 60.0) for i in range(12)]
-    marks = [Annotation(0, place, "a class") for place in places]
-    _draw_marks(Pen(Image.new("RGB", (300, 200))), marks, places, {"a class": "#ff0000"}, (0, 0, 299, 199))
+    regions = [(10.0 * i, 20.0 + i, 10.0 * i + 40, 60.0) for i in range(12)]
+    marks = [Annotation(0, region, "a class") for region in regions]
+    _draw_marks(Pen(Image.new("RGB", (300, 200))), marks, regions, {"a class": "#ff0000"}, (0, 0, 299, 199))
     assert drawn
     for i, a in enumerate(drawn):
         assert a[0] >= 0
@@ -179,5 +179,5 @@ def test_a_text_from_the_data_cannot_steer_the_terminal(job_file: Any, tmp_path:
     text = describe_rows(prepared.train, prepared.spec, choose_rows([()], 1))
     assert "A\\u2028\\u200bdog" in text
     assert text.replace("\n", "").isprintable()
-    (cell,) = make_cells(prepared.train, prepared.spec, [0])
-    assert (cell.question, cell.head[0]) == ("What\\u202e?", "row 0 (id a\\u202eb)")
+    (panel,) = make_cells(prepared.train, prepared.spec, [0])
+    assert (panel.question, panel.head[0]) == ("What\\u202e?", "row 0 (id a\\u202eb)")

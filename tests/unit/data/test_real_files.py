@@ -53,8 +53,8 @@ def _box(**options: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_groups_that_no_box_uses_are_no_classes(tmp_path: Path, categories: list[dict], labels: list[str]) -> None:
     """Roboflow writes the project's name as a category 0, above all others."""
-    (row,), found = _coco(tmp_path, [_box()], categories)
-    assert found == labels
+    (row,), names = _coco(tmp_path, [_box()], categories)
+    assert names == labels
     assert row.truth["labels"] == (next(c["name"] for c in categories if c["id"] == 1),)
 
 
@@ -66,9 +66,9 @@ def test_a_category_that_is_used_is_a_class_whatever_it_is_called(tmp_path: Path
 
 
 def _mask() -> np.ndarray:
-    found = np.zeros((48, 64), np.uint8, order="F")
-    found[10:20, 5:30] = 1
-    return found
+    mask = np.zeros((48, 64), np.uint8, order="F")
+    mask[10:20, 5:30] = 1
+    return mask
 
 
 def _run_lengths() -> list[int]:
@@ -117,8 +117,8 @@ def test_ids_that_passed_through_a_table_are_whole_numbers(tmp_path: Path) -> No
 def test_annotations_of_other_images_harm_no_row(tmp_path: Path) -> None:
     (row, stray), _ = _coco(tmp_path, [_box(), _box(image_id=99), _box(image_id=1.5), 5])
     assert row.truth["boxes"] == ((1.0, 2.0, 11.0, 12.0),)
-    told = "annotation 1 has image_id 99, which no image has, and so have 2 others; remove it or add the image"
-    assert stray == BadRow(1, "", told)
+    reason = "annotation 1 has image_id 99, which no image has, and so have 2 others; remove it or add the image"
+    assert stray == BadRow(1, "", reason)
 
 
 @pytest.mark.parametrize("crowd", [1, "1", True, 1.0, "1.0", "true"])
@@ -156,8 +156,8 @@ def test_several_questions_about_one_image_may_share_its_id(tmp_path: Path) -> N
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
     rows = [{"id": name, "image": "a.jpg", "conversations": turns} for name in ("7", "7", "7#2", "8", 7)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    found, _ = read_rows(Source(path=str(tmp_path / "rows.json"), format="llava"))
-    assert [(row.id, row.group) for row in found] == [("7", "7"), ("7#3", "7"), ("7#2", ""), ("8", ""), ("7#4", "7")]
+    records, _ = read_rows(Source(path=str(tmp_path / "rows.json"), format="llava"))
+    assert [(row.id, row.group) for row in records] == [("7", "7"), ("7#3", "7"), ("7#2", ""), ("8", ""), ("7#4", "7")]
 
 
 def _rows(folder: Path, rows: list[dict], format: str, **options: Any) -> list[Any]:
@@ -174,16 +174,19 @@ TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
         ({"video": "a.mp4"}, "the row has video, which is not read"),
         ({"audios": ["a.wav"], "image": "a.jpg"}, "the row has audios"),
         ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}, TURNS[1]]}, "a text holds <video>"),
-        ({"image_path": "a.jpg"}, r"its column image_path names one \('a.jpg'\).*columns=\{image: image_path\}"),
+        (
+            {"image_path": "a.jpg"},
+            r"its column image_path names one \('a.jpg'\).* data\.train\.columns=\{image: image_path\}",
+        ),
         ({"photos": ["d/A.PNG"]}, "its column photos names one"),
         ({"conversations": [*TURNS[:1], TURNS[1] | {"loss": False}, *TURNS]}, r"conversations\[1\] is marked as not"),
         ({"conversations": [*TURNS[:1], TURNS[1] | {"weight": 0}, *TURNS]}, "marked as not to be learned"),
     ],
 )
 def test_what_would_not_be_seen_or_heard_makes_a_row_bad(tmp_path: Path, row: dict, reason: str) -> None:
-    (found,) = _rows(tmp_path, [{"id": "8", "conversations": TURNS} | row], "llava")
-    assert isinstance(found, BadRow)
-    assert re.search(reason, found.reason)
+    (record,) = _rows(tmp_path, [{"id": "8", "conversations": TURNS} | row], "llava")
+    assert isinstance(record, BadRow)
+    assert re.search(reason, record.reason)
 
 
 @pytest.mark.parametrize(
@@ -196,15 +199,15 @@ def test_what_would_not_be_seen_or_heard_makes_a_row_bad(tmp_path: Path, row: di
     ],
 )  # fmt: skip
 def test_text_without_media_stays_a_row(tmp_path: Path, row: dict) -> None:
-    (found,) = _rows(tmp_path, [{"id": "8", "conversations": TURNS} | row], "llava")
-    assert isinstance(found, SftRecord), found.reason
-    assert found.images == ()
+    (record,) = _rows(tmp_path, [{"id": "8", "conversations": TURNS} | row], "llava")
+    assert isinstance(record, SftRecord), record.reason
+    assert record.images == ()
 
 
 def test_a_mapped_column_has_the_image(tmp_path: Path) -> None:
     row = {"id": "9", "photo": "a.jpg", "conversations": TURNS}
-    (found,) = _rows(tmp_path, [row], "llava", columns={"image": "photo"})
-    assert found.images == (str(tmp_path / "a.jpg"),)
+    (record,) = _rows(tmp_path, [row], "llava", columns={"image": "photo"})
+    assert record.images == (str(tmp_path / "a.jpg"),)
 
 
 FEATURES = {
@@ -266,9 +269,9 @@ def test_sizes_that_contradict_the_image_are_bad_until_the_job_says_what_boxes_m
     assert _sized(tmp_path, (640, 480), [10, 20, 20, 20], box_frame="image").truth["boxes"] == ((10, 20, 30, 40),)
     assert "another shape" in _sized(tmp_path, (640, 300), [10, 20, 20, 20], box_frame="listed").reason
     for listed in ((64, 48), (65, 47), (None, None), ("64", "48"), (0, 48)):
-        found = _sized(tmp_path, listed, [10, 20, 20, 20])
-        assert found.truth["boxes"] == ((10, 20, 30, 40),)
-        assert found.context == {}
+        record = _sized(tmp_path, listed, [10, 20, 20, 20])
+        assert record.truth["boxes"] == ((10, 20, 30, 40),)
+        assert record.context == {}
 
 
 # A box of 20 by 10 at the top left of what the camera stored, as it lies in the upright image.
@@ -290,12 +293,12 @@ def test_boxes_of_a_photo_that_a_tool_did_not_turn(tmp_path: Path, orientation: 
         assert "width and height are exchanged" in _sized(tmp_path, (64, 48), [1, 2, 20, 10]).reason
         turned = _sized(tmp_path, (48, 64), [1, 2, 20, 10], box_frame="listed")
         assert turned.truth["boxes"] == ((1, 2, 21, 12),), "the file lists this one as it is seen"
-    found = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
-    assert found.truth["boxes"] == (box,)
+    record = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
+    assert record.truth["boxes"] == (box,)
     x1, y1, x2, y2 = box
     twice = _sized(tmp_path, (128, 96), [2, 4, 40, 20], box_frame="listed")
     assert twice.truth["boxes"] == (box,)
-    upright = decode(found.images[0])
+    upright = decode(record.images[0])
     assert (upright[y1:y2, x1:x2] == 255).all()
     assert upright.sum() == stored.sum()
 
@@ -303,17 +306,17 @@ def test_boxes_of_a_photo_that_a_tool_did_not_turn(tmp_path: Path, orientation: 
 @pytest.mark.parametrize("bbox", [[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1], [0.0, 0.5, 1.0, 0.5]])
 def test_boxes_that_are_shares_are_not_taken_for_pixels(tmp_path: Path, bbox: list[float]) -> None:
     _image(tmp_path / "a.jpg", (1000, 800))
-    found = _sized(tmp_path, (1000, 800), bbox)
-    assert "seem to be shares of the image; set box_units=relative_1" in found.reason
+    record = _sized(tmp_path, (1000, 800), bbox)
+    assert "seem to be shares of the image; set box_units=relative_1" in record.reason
     assert isinstance(_sized(tmp_path, (1000, 800), bbox, box_units="relative_1"), SftRecord)
     assert isinstance(_sized(tmp_path, (1000, 800), [0.1, 0.2, 30, 40]), SftRecord)
 
 
 @pytest.mark.parametrize(
-    ("place", "good"), [((0.5, 0.3), False), ((0.0, 1.0), True), ((1.0, 1.0), True), ((1.5, 0.3), True)]
+    ("point", "good"), [((0.5, 0.3), False), ((0.0, 1.0), True), ((1.0, 1.0), True), ((1.5, 0.3), True)]
 )
-def test_a_point_that_is_a_share_is_not_taken_for_a_pixel(place: tuple[float, float], good: bool) -> None:
-    record = SftRecord("1", 0, ("a.jpg",), ((1000, 800),), {"output": {}, "box": None, "point": place})
+def test_a_point_that_is_a_share_is_not_taken_for_a_pixel(point: tuple[float, float], good: bool) -> None:
+    record = SftRecord("1", 0, ("a.jpg",), ((1000, 800),), {"output": {}, "box": None, "point": point})
     assert isinstance(settle_boxes(record), SftRecord) is good
 
 
@@ -336,7 +339,7 @@ def test_a_class_of_crowds_stops_until_the_job_says_what_they_are(
         assert len(row.truth["boxes"]) == expected
 
 
-def test_what_is_odd_about_a_source_is_told_with_counts(tmp_path: Path) -> None:
+def test_what_is_odd_about_a_source_is_reported_with_counts(tmp_path: Path) -> None:
     source = Source(path="rows.json")
     large = [SftRecord(str(i), i, ("a",), ((4000, 3000),), {"boxes": ((1, 2, 900, 990),)}) for i in range(30)]
     crowd = SftRecord("7", 0, ("a",), (), {"boxes": ()}, {"crowds": 3})
@@ -349,7 +352,7 @@ def test_what_is_odd_about_a_source_is_told_with_counts(tmp_path: Path) -> None:
     assert "no row has an image" in find_suspicions(source, text, text, [])[0]
 
 
-def test_classes_without_a_box_are_told() -> None:
+def test_classes_without_a_box_are_reported() -> None:
     rows = [SftRecord("1", 0, ("a",), (), {"boxes": ((1, 2, 3, 4),), "labels": ("dog",)})]
     (note,) = tell_unused(["dog", *"abcd"], rows)
     assert note.startswith(
@@ -397,22 +400,22 @@ BOXES = ((5.0, 5.0, 20.0, 20.0), (5.0, 5.0, 5.0, 15.0), (40.0, 10.0, 67.0, 20.0)
 
 
 @pytest.mark.parametrize(
-    ("setting", "kept", "told"),
+    ("setting", "num_boxes", "note"),
     [
         ("raise", 4, ""),
         ("clip", 2, "1 boxes cut to their image and 2 boxes left out (data.on_bad_box=clip)"),
         ("drop", 1, "3 boxes left out (data.on_bad_box=drop)"),
     ],
 )
-def test_one_bad_box_need_not_cost_the_others(setting: str, kept: int, told: str) -> None:
+def test_one_bad_box_need_not_cost_the_others(setting: str, num_boxes: int, note: str) -> None:
     row = SftRecord("1", 0, ("a",), ((64, 48),), {"boxes": BOXES, "labels": tuple("abcd")})
-    found = settle_boxes(row, setting)
-    assert len(found.truth["boxes"]) == len(found.truth["labels"]) == kept
+    record = settle_boxes(row, setting)
+    assert len(record.truth["boxes"]) == len(record.truth["labels"]) == num_boxes
     if setting == "clip":
-        assert found.truth["boxes"] == (BOXES[0], (40.0, 10.0, 64.0, 20.0))
-        assert found.truth["labels"] == ("a", "c")
-    notes = tell_mended([row], [found], Source(path="rows.json"), setting)
-    assert notes == ([f"rows.json: {told}"] if told else [])
+        assert record.truth["boxes"] == (BOXES[0], (40.0, 10.0, 64.0, 20.0))
+        assert record.truth["labels"] == ("a", "c")
+    notes = tell_mended([row], [record], Source(path="rows.json"), setting)
+    assert notes == ([f"rows.json: {note}"] if note else [])
 
 
 @pytest.mark.parametrize(
@@ -432,11 +435,11 @@ def test_a_file_of_another_tool_is_named_with_what_to_export(tmp_path: Path, dat
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("data.yaml", "YOLO"), ("a.xml", "Pascal VOC"), ("data.arrow", "to_parquet")]
+    ("name", "advice"), [("data.yaml", "YOLO"), ("a.xml", "Pascal VOC"), ("data.arrow", "to_parquet")]
 )
-def test_a_suffix_of_another_tool_is_told_with_the_way_out(tmp_path: Path, name: str, told: str) -> None:
+def test_a_suffix_of_another_tool_is_reported_with_the_way_out(tmp_path: Path, name: str, advice: str) -> None:
     (tmp_path / name).write_text("x")
-    with pytest.raises(DataError, match=rf"rows are not read from .*{told}"):
+    with pytest.raises(DataError, match=rf"rows are not read from .*{advice}"):
         read_rows(Source(path=str(tmp_path / name), format="llava"))
 
 
@@ -458,30 +461,30 @@ def test_an_image_that_cannot_be_read_again_leaves_no_unturned_boxes(
         raise OSError("the store is away")
 
     monkeypatch.setattr("ray_vlm.data.index.read_orientation", refuse)
-    found = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
-    assert found == BadRow(0, "1", "image cannot be read (the store is away)")
+    record = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
+    assert record == BadRow(0, "1", "image cannot be read (the store is away); fetch the file again, or remove the row")
 
 
 def test_an_image_that_is_gone_keeps_its_place_in_a_run_that_goes_on(tmp_path: Path) -> None:
     _image(tmp_path / "a.jpg", (64, 48), 6)
-    found = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
+    record = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
     (tmp_path / "a.jpg").unlink()
     rows, _ = read_rows(Source(path=str(tmp_path / "rows.json"), box_frame="listed"))
     assert isinstance(measure_row(rows[0], Data()), BadRow)
-    again = measure_row(rows[0], Data(), {found.images[0]: (48, 64)})
+    again = measure_row(rows[0], Data(), {record.images[0]: (48, 64)})
     assert (again.id, again.sizes) == ("1", ((48, 64),))
 
 
-def test_what_other_programs_call_objects_and_prompts_is_told_with_what_to_write(tmp_path: Path) -> None:
-    asked = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": "[1, 2, 3, 4]"}]
+def test_what_other_programs_call_objects_and_prompts_is_reported_with_what_to_write(tmp_path: Path) -> None:
+    question = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": "[1, 2, 3, 4]"}]
     rows: dict[str, dict[str, Any]] = {
         "objects": {"image": "a.jpg", "objects": {"bbox": [[1, 2, 10, 10]], "category": [0]}},
-        "prompt": {"image": "a.jpg", "prompt": asked},
+        "prompt": {"image": "a.jpg", "prompt": question},
     }
-    found = {}
+    reasons = {}
     for format, row in rows.items():
         (tmp_path / "rows.json").write_text(json.dumps([row]))
         (bad,), _ = read_rows(Source(path=str(tmp_path / "rows.json"), format=format))
-        found[format] = bad.reason
-    assert found["objects"].endswith("(where there are categories, bbox is mostly x, y, width, height)")
-    assert found["prompt"].endswith("take the answer out, and keep it in a column of its own for rewards")
+        reasons[format] = bad.reason
+    assert reasons["objects"].endswith("(where there are categories, bbox is mostly x, y, width, height)")
+    assert reasons["prompt"].endswith("take the answer out, and keep it in a column of its own for rewards")

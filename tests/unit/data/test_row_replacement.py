@@ -33,6 +33,6 @@ def test_columns_of_another_kind_are_no_sizes(tmp_path) -> None:
 
 
 def test_the_first_few_are_named() -> None:
-    told = describe_lost([(str(i), str(i + 1)) for i in range(11)])
-    assert told.startswith("11 rows could not be read any more, and others took their place: 0 (1), 1 (2)")
-    assert told.endswith("7 (8) and 3 more")
+    sentence = describe_lost([(str(i), str(i + 1)) for i in range(11)])
+    assert sentence.startswith("11 rows could not be read any more, and others took their place: 0 (1), 1 (2)")
+    assert sentence.endswith("7 (8) and 3 more")

@@ -9,14 +9,14 @@ from ray_vlm.data.splits import plan_split
 from ray_vlm.errors import ConfigError
 
 
-def _whole(parts: dict[str, np.ndarray], count: int) -> None:
+def _check_complete(parts: dict[str, np.ndarray], count: int) -> None:
     assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(count))
 
 
 @pytest.mark.parametrize("count", [10, 99, 1000])
 def test_shares_are_exact_and_every_row_is_in_one_part(count: int) -> None:
     parts = plan_split([""] * count, [""] * count, {"eval": 0.1, "test": 0.2}, seed=3)
-    _whole(parts, count)
+    _check_complete(parts, count)
     assert abs(len(parts["eval"]) - 0.1 * count) <= 1
     assert abs(len(parts["test"]) - 0.2 * count) <= 1
     again = plan_split([""] * count, [""] * count, {"eval": 0.1, "test": 0.2}, seed=3)
@@ -37,7 +37,7 @@ def test_classes_keep_their_mix() -> None:
 def test_no_group_is_cut() -> None:
     groups = [f"task{i // 4}" for i in range(400)]
     parts = plan_split(groups, [""] * 400, {"eval": 0.1, "test": 0.1}, seed=1)
-    _whole(parts, 400)
+    _check_complete(parts, 400)
     of = {name: {groups[i] for i in rows} for name, rows in parts.items()}
     assert not of["train"] & (of["eval"] | of["test"])
     assert not of["eval"] & of["test"]
@@ -46,7 +46,7 @@ def test_no_group_is_cut() -> None:
 
 def test_rows_without_a_group_are_units_of_their_own() -> None:
     parts = plan_split(["a", "a", *[""] * 18], [""] * 20, {"eval": 0.5}, seed=1)
-    _whole(parts, 20)
+    _check_complete(parts, 20)
     assert len({0, 1} & set(parts["eval"].tolist())) in (0, 2)
 
 

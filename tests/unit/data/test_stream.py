@@ -54,7 +54,7 @@ def test_pixels_and_tokens_equal_the_stock_processor(family: str, scenes: Path, 
     index, spec = _index(scenes, tiny_models[family])
     builder = load_sample_builder(spec)
     records = index.records[:20]
-    ours = collate([builder.train_row(record) for record in records], builder)
+    batch = collate([builder.train_row(record) for record in records], builder)
     from PIL import Image
 
     texts = []
@@ -71,7 +71,7 @@ def test_pixels_and_tokens_equal_the_stock_processor(family: str, scenes: Path, 
     images = [[Image.open(record.images[0])] for record in records]
     stock = builder.processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
     for key in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"):
-        assert torch.equal(ours[key], stock[key]), key
+        assert torch.equal(batch[key], stock[key]), key
 
 
 def test_pack_and_unpack_keep_every_byte(scenes: Path, tiny_models: dict[str, str]) -> None:
@@ -84,8 +84,8 @@ def test_pack_and_unpack_keep_every_byte(scenes: Path, tiny_models: dict[str, st
 
 def test_labels_train_the_answer_and_never_images_or_padding(scenes: Path, tiny_models: dict[str, str]) -> None:
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
-    _, whole = _index(scenes, tiny_models["qwen3_vl"], loss_on="whole_sequence")
-    for one in (spec, whole):
+    _, whole_sequence = _index(scenes, tiny_models["qwen3_vl"], loss_on="whole_sequence")
+    for one in (spec, whole_sequence):
         builder = load_sample_builder(one)
         batch = collate([builder.train_row(record) for record in index.records[:6]], builder)
         trained = batch["labels"] != IGNORED
@@ -103,8 +103,8 @@ def test_no_row_is_lost_doubled_or_reordered_locally(world: int, scenes: Path, t
     made = {i: load_sample_builder(spec).train_row(record) for i, record in enumerate(index.records)}
     steps: list[list[int]] = [[] for _ in range(plan.num_steps)]
     for rank in range(world):
-        feed = StreamSpec(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
-        for number, rows in enumerate(stream_local(feed)):
+        stream_spec = StreamSpec(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
+        for number, rows in enumerate(stream_local(stream_spec)):
             micro = plan.micro_batch(number, rank)
             if micro.filler:
                 assert all((row.labels == IGNORED).all() for row in rows)
@@ -119,9 +119,9 @@ def test_an_error_in_the_loader_reaches_the_consumer(scenes: Path, tiny_models: 
 
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     gone = replace(index.records[0], images=(str(tmp_path / "gone.jpg"),))
-    feed = StreamSpec((gone,), spec, Plan(1, 1, 1, 1), 0, 0, 1)
+    stream_spec = StreamSpec((gone,), spec, Plan(1, 1, 1, 1), 0, 0, 1)
     with pytest.raises(DataError, match=r"row 0 .*gone\.jpg"):
-        list(stream_local(feed))
+        list(stream_local(stream_spec))
 
 
 def test_another_row_takes_the_place_of_a_lost_one(
@@ -136,11 +136,11 @@ def test_another_row_takes_the_place_of_a_lost_one(
     records = list(index.records[:6])
     for number in (1, 2, 5):
         records[number] = replace(records[number], images=(str(tmp_path / "gone.jpg"),))
-    feed = StreamSpec(tuple(records), spec, Plan(6, 2, 2, 1, shuffle=False), 0, 0, 3, fill_in=True)
-    assert [[row.number for row in rows] for rows in stream_local(feed)] == [[0, 3], [3, 3], [4, 0]]
+    stream_spec = StreamSpec(tuple(records), spec, Plan(6, 2, 2, 1, shuffle=False), 0, 0, 3, fill_in=True)
+    assert [[row.number for row in rows] for rows in stream_local(stream_spec)] == [[0, 3], [3, 3], [4, 0]]
     none = tuple(replace(record, images=(str(tmp_path / "gone.jpg"),)) for record in records)
-    with pytest.raises(DataError, match=r"gone.jpg .*Nor can any of the 5 rows after it"):
-        list(stream_local(replace(feed, records=none)))
+    with pytest.raises(DataError, match=r"gone.jpg .*None of the 5 rows after it can be read either"):
+        list(stream_local(replace(stream_spec, records=none)))
 
 
 def test_a_file_that_comes_back_is_waited_for(
@@ -172,11 +172,11 @@ def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dic
 def test_the_ray_stream_equals_the_local_one_byte_for_byte(rank: int, ray_cluster, scenes: Path, tiny_models) -> None:
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     plan = Plan(len(index), 8, 3, 2, num_epochs=1)
-    feed = StreamSpec(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
-    streamed = list(stream_ray(feed, num_loaders=2, cpus_per_loader=0.5))
-    assert len(streamed) == feed.last
+    stream_spec = StreamSpec(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
+    streamed = list(stream_ray(stream_spec, num_loaders=2, cpus_per_loader=0.5))
+    assert len(streamed) == stream_spec.last
     for number, rows in enumerate(streamed):
-        expected = make_rows(feed, index.records, number)
+        expected = make_rows(stream_spec, index.records, number)
         assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
 
 
@@ -208,9 +208,9 @@ def test_loaders_wait_for_a_slow_trainer(
     write_images(folder, SIZES["0.3mp"], 4)
     source, spec = write_rows(folder, SIZES["0.3mp"], 4000, 4), make_spec(Path(tiny_models["qwen3_vl"]))
     records = build_index(source, Data(), spec).records
-    feed = StreamSpec(records, spec, Plan(4000, 2, 2, 1), 0, 0, 2000, mean_bytes(records, spec))
+    stream_spec = StreamSpec(records, spec, Plan(4000, 2, 2, 1), 0, 0, 2000, mean_bytes(records, spec))
     monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 5)
-    before, rows = store_mib(), stream_ray(feed, num_loaders=1)
+    before, rows = store_mib(), stream_ray(stream_spec, num_loaders=1)
     next(rows)
     time.sleep(8.0)
     assert store_mib() - before < 96  # three tasks and what was fetched; 900 without
@@ -237,12 +237,12 @@ def test_tasks_in_another_order_and_a_bad_row_are_no_deadlock(
     row = max((row for n in range(5) for row in plan.micro_batch(n, 0).rows), key=lambda row: begins[row])
     gone = replace(index.records[row], images=(str(tmp_path / "gone.jpg"),))
     records = (*index.records[:row], gone, *index.records[row + 1 :])
-    feed = StreamSpec(records, spec, plan, 0, 5, plan.num_steps * plan.accumulation)
+    stream_spec = StreamSpec(records, spec, plan, 0, 5, plan.num_steps * plan.accumulation)
     came = []
 
     def follow() -> None:
-        for number, rows in enumerate(stream_ray(feed, num_loaders=2, cpus_per_loader=0.5), start=5):
-            assert all(_same(a, b) for a, b in zip(rows, make_rows(feed, records, number), strict=True))
+        for number, rows in enumerate(stream_ray(stream_spec, num_loaders=2, cpus_per_loader=0.5), start=5):
+            assert all(_same(a, b) for a, b in zip(rows, make_rows(stream_spec, records, number), strict=True))
             came.append(number)
             if number == 12:
                 assert kill_process("MapWorker", 0)

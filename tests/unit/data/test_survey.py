@@ -14,12 +14,13 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.load import load_job
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import build_index
+from ray_vlm.data.records import BadRow
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.data.stats import box_classes, measure_rows, size_changes
 from ray_vlm.data.stats_text import describe_stats
-from ray_vlm.data.survey import check_sources, describe_check, group_bad, group_reason, plain
+from ray_vlm.data.survey import SourceCheck, check_sources, describe_check, group_bad, group_reason, plain
 
 
 def _image(path: Path, size: tuple[int, int] = (100, 80)) -> bytes:
@@ -41,8 +42,8 @@ def broken(tmp_path: Path) -> Path:
     good = _image(tmp_path / "good.jpg")
     (tmp_path / "half.jpg").write_bytes(good[: len(good) // 2])
     _image(tmp_path / "rotten.png")
-    whole = (tmp_path / "rotten.png").read_bytes()
-    (tmp_path / "rotten.png").write_bytes(whole[:200] + bytes(400) + whole[600:])
+    data = (tmp_path / "rotten.png").read_bytes()
+    (tmp_path / "rotten.png").write_bytes(data[:200] + bytes(400) + data[600:])
     with pytest.raises(Exception, match=r"."):
         decode(str(tmp_path / "rotten.png"))
     files = {"a": "good.jpg", "b": "good.jpg", "c": "none (1).jpg", "d": "it's not.jpg", "e": "half.jpg"}
@@ -60,11 +61,28 @@ def test_check_counts_every_row_and_groups_reasons(job_file: Any, broken: Path) 
     assert groups[0][0] == "image file is missing; mend the path or image_root"
     text = describe_check(check)
     assert "rows 7, usable 3, bad 4" in text
-    assert re.search(r"2  row 2 \(id c\) +image file is missing", text)
+    missing = (
+        f"image file is missing; mend the path or image_root ({broken.parent}/none (1).jpg) (1 more of this kind; "
+    )
+    assert re.search(rf"2  row 2 \(id c\) +{re.escape(missing)}--bad-rows PATH writes them all\)$", text, re.MULTILINE)
     (decoded,) = check_sources(job, decode_images=True)
     assert (decoded.usable, decoded.bad[-1].id) == (2, "g")
     assert "cannot be decoded" in decoded.bad[-1].reason
+    assert f"; fetch the file again, or remove the row ({broken.parent}/rotten.png)" in decoded.bad[-1].reason
+    (half,) = (row for row in check.bad if row.id == "e")
+    assert half.reason.startswith("image cannot be read (OSError: ")
+    assert half.reason.endswith(f"; fetch the file again, or remove the row ({broken.parent}/half.jpg)")
     assert decoded.rows == decoded.usable + len(decoded.bad)
+
+
+def test_a_value_that_all_rows_of_a_group_share_is_shown() -> None:
+    reason = "class 'wascher' is not among the task's labels ['dryer', 'washer']; add it to task.labels or mend it"
+    same = tuple(BadRow(i, str(i), reason) for i in range(6, 18))
+    line = describe_check(SourceCheck("train", "rows.json", 20, 8, same, 1.0)).splitlines()[-1]
+    assert line.split(maxsplit=5) == ["12", "row", "6", "(id", "6)", reason]
+    other = BadRow(18, "18", reason.replace("wascher", "dyer"))
+    line = describe_check(SourceCheck("train", "rows.json", 20, 7, (*same, other), 1.0)).splitlines()[-1]
+    assert line.endswith(f"  {reason} (1 more of this kind; --bad-rows PATH writes them all)")
 
 
 def test_check_finds_what_the_index_finds(job_file: Any, broken: Path) -> None:
@@ -91,10 +109,10 @@ def test_a_source_that_is_all_bad_or_no_file_at_all_stops_nothing(
     assert "not readable" in checks[0].problems[0]
     lines = tmp_path / "bad.jsonl"
     assert main(["data", "check", str(job_path), "--bad-rows", str(lines)]) == 1
-    told = capsys.readouterr().out
-    assert "data.mix[0]" in told
-    assert "cannot be used: " in told
-    assert "20% of the training rows" in told
+    output = capsys.readouterr().out
+    assert "data.mix[0]" in output
+    assert "cannot be used: " in output
+    assert "20% of the training rows" in output
     bad = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len(bad) == 5
     assert bad[-1] == {"part": "mix[0]", "row": 0, "id": "x", "reason": bad[-1]["reason"]}
@@ -136,7 +154,7 @@ def test_stats_are_those_of_the_rows(job_file: Any, scenes: Path) -> None:
     assert stats.parts == {"train": (40, 0), "eval": (10, 0)}
     labels = [label for record in load_parts(job, ["train", "eval"]).train.records for label in record.truth["labels"]]
     assert {e["tag"]: e["objects"] for e in stats.classes} == {name: labels.count(name) for name in set(labels)}
-    assert sum(counts.total() for counts in stats.places.values()) == len(labels) == len(stats.boxes)
+    assert sum(counts.total() for counts in stats.region_counts.values()) == len(labels) == len(stats.boxes)
     assert sum(box_classes(stats.boxes)) == len(labels)
     changes = size_changes(stats)
     assert changes["shrunk"] + changes["enlarged"] + changes["kept"] == len(stats.images) == 40
@@ -167,7 +185,7 @@ def test_other_limits_are_what_that_job_would_have(job_file: Any, tmp_path: Path
     assert "1 shrunk" in text
 
 
-def test_stats_writes_a_picture_where_it_is_told(job_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_stats_writes_a_picture_to_the_output(job_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     job = str(job_file())
     assert main(["data", "stats", job]) == 0
     assert Image.open(tmp_path / "runs" / "data" / f"{Path(job).stem}-stats.png").size[0] > 1000
@@ -176,6 +194,17 @@ def test_stats_writes_a_picture_where_it_is_told(job_file: Any, tmp_path: Path, 
     assert f"picture: {tmp_path / 'deep' / 'a.png'}" in capsys.readouterr().out
     assert main(["data", "stats", job, "--output", str(tmp_path)]) == 1
     assert "Give another --output" in capsys.readouterr().err
+
+
+def test_images_without_an_object_are_counted(job_file: Any, tmp_path: Path) -> None:
+    _image(tmp_path / "a.jpg")
+    boxes = (("a", (10, 10, 50, 50)), ("a", (10, 10, 20, 20)))
+    path = job_file(data={"train": {"path": str(_coco(tmp_path, dict.fromkeys("abcd", "a.jpg"), boxes))}})
+    stats = measure_rows(load_job(path))
+    assert stats.without_object == 3
+    assert "\n  3 images (75.0%) have no object\n" in describe_stats(stats)
+    _coco(tmp_path, {"a": "a.jpg"})
+    assert "\n\n0 boxes\n  1 images (100.0%) have no object\n" in describe_stats(measure_rows(load_job(path)))
 
 
 def test_odd_class_names_can_be_drawn_and_do_not_reach_the_terminal_raw(job_file: Any, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_photos_repeat_and_splits_and_seeds_differ(tmp_path: Path) -> None:
 
 
 def test_rare_things_are_as_rare_as_said(drains: Path) -> None:
-    assert {split: told.num_images for split, told in SPLITS.items()} == SHIPPED
+    assert {split: spec.num_images for split, spec in SPLITS.items()} == SHIPPED
     rows = _rows(drains / "train.csv")
     classes = Counter(row["object"] for row in rows)
     rare, other, blocked = {6000: (180, 1455, 480), 1200: (36, 291, 96)}[len(rows)]
@@ -55,8 +55,8 @@ def test_rare_things_are_as_rare_as_said(drains: Path) -> None:
     assert Counter(row["condition"] for row in rows) == {"blocked": blocked, "clear": len(rows) - blocked}
     for split in ("eval", "test"):
         rows = _rows(drains / f"{split}.csv")
-        found = tuple(sum(w in row.values() for row in rows) for w in (RARE_CLASS, "blocked"))
-        assert found == {160: (13, 40), 1600: (128, 400), 400: (32, 100)}[len(rows)]
+        counts = tuple(sum(w in row.values() for row in rows) for w in (RARE_CLASS, "blocked"))
+        assert counts == {160: (13, 40), 1600: (128, 400), 400: (32, 100)}[len(rows)]
 
 
 def test_the_condition_is_independent_of_the_class(drains: Path) -> None:
@@ -104,10 +104,10 @@ def test_a_blocked_drain_is_brighter_inside(label: str) -> None:
     """Earth is lighter than concrete and brick, so what is inside the outline tells the condition."""
     inside: dict[str, list[float]] = {"clear": [], "blocked": []}
     for seed in range(20):
-        for condition, found in inside.items():
+        for condition, values in inside.items():
             image, box = draw_photo(label, condition, np.random.default_rng(seed))
             x, y = round((box[0] + box[2]) / 2), round((box[1] + box[3]) / 2)
-            found.append(float(np.asarray(image)[y - 2 : y + 3, x - 2 : x + 3].mean()))
+            values.append(float(np.asarray(image)[y - 2 : y + 3, x - 2 : x + 3].mean()))
     assert np.mean(np.array(inside["blocked"]) > np.array(inside["clear"])) >= 0.9
     assert np.median(inside["blocked"]) > np.median(inside["clear"]) + 25
 

@@ -29,6 +29,6 @@ def test_every_stage_is_announced_with_what_is_left(capsys) -> None:
     say = _progress(time.monotonic() - (_END_S[True] - _REPORT_S), whole=True)
     for stage in ("draw scenes", "zero-shot", "fine-tune", "evaluate", "pairs", "DPO", "GRPO", "report"):
         say(stage)
-    told = capsys.readouterr().out.split("\n\n")
-    assert told[0].strip().startswith("[1/8] draw scenes")
-    assert "[8/8] report  (about 5 s left)" in told[-1]
+    stages = capsys.readouterr().out.split("\n\n")
+    assert stages[0].strip().startswith("[1/8] draw scenes")
+    assert "[8/8] report  (about 5 s left)" in stages[-1]

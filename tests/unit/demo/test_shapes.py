@@ -27,8 +27,8 @@ def test_boxes_hold_the_paint() -> None:
         pixels = np.asarray(image).astype(int)
         paint = np.abs(pixels - np.median(pixels.reshape(-1, 3), axis=0)).sum(axis=2) > 60
         ys, xs = np.nonzero(paint)
-        found = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-        assert np.abs(found - np.array(objects[0][1])).max() <= 2.0
+        box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        assert np.abs(box - np.array(objects[0][1])).max() <= 2.0
 
 
 def test_the_rare_class_is_rare_and_unknown_to_the_base(tmp_path: Path) -> None:

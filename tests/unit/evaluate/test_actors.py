@@ -12,17 +12,17 @@ from ray_vlm.evaluate.actors import _do
 FULL = "CUDA out of memory. Tried to allocate 2 GiB"
 
 
-@pytest.mark.parametrize(("text", "ours"), [(FULL, True), ("bad shape", False)])
-def test_a_card_without_room_is_told_with_what_to_lower(text: str, ours: bool) -> None:
+@pytest.mark.parametrize(("text", "out_of_memory"), [(FULL, True), ("bad shape", False)])
+def test_a_card_without_room_is_told_with_what_to_lower(text: str, out_of_memory: bool) -> None:
     job = JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "evaluate": {"batch_size": 16}})
     loaded: Any = SimpleNamespace(work=SimpleNamespace(batches=((0,), (1,)), job=job), records=["a", "b"])
 
     def answer(*args: Any) -> None:
         raise RuntimeError(text)
 
-    with pytest.raises(RunError if ours else RuntimeError) as error:
+    with pytest.raises(RunError if out_of_memory else RuntimeError) as error:
         _do(loaded, answer, 1)
-    assert isinstance(error.value, RunError) == ours
-    if ours:
-        told = f"ran out of GPU memory at batch 1: {FULL}. Lower evaluate.batch_size (now 16)"
-        assert str(error.value).startswith(told)
+    assert isinstance(error.value, RunError) == out_of_memory
+    if out_of_memory:
+        message = f"ran out of GPU memory at batch 1: {FULL}. Lower evaluate.batch_size (now 16)"
+        assert str(error.value).startswith(message)

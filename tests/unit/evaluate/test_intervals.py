@@ -24,18 +24,18 @@ def _random(task: str, rng: np.random.Generator, row: int) -> Prediction:
         boxes = [(30.0 * i, 0.0, 30.0 * i + 20, 20.0) for i in range(count)]
         truth: dict[str, Any] = {"boxes": boxes, "labels": [str(rng.choice(["a", "b"])) for _ in boxes]}
         moved = [(x + float(rng.uniform(0, 9)), y, z, w) for x, y, z, w in boxes if rng.random() < 0.8]
-        found: dict[str, Any] = {"boxes": moved, "labels": [str(rng.choice(["a", "b", "z"])) for _ in moved]}
+        parsed: dict[str, Any] = {"boxes": moved, "labels": [str(rng.choice(["a", "b", "z"])) for _ in moved]}
     elif task == "classification":
         truth = {"attributes": {"object": str(rng.choice(["a", "b", "c"])), "condition": str(rng.choice(["x", "y"]))}}
-        found = {"attributes": dict(truth["attributes"]) if right else {"object": "A", "condition": "?"}}
+        parsed = {"attributes": dict(truth["attributes"]) if right else {"object": "A", "condition": "?"}}
     elif task == "gui_steps":
         truth = {"output": {"action": str(rng.choice(["click", "type"]))}, "box": (0, 0, 9, 9), "point": None}
-        found = {"output": dict(truth["output"]) if right else {"action": "scroll"}, "box": None, "point": (5.0, 5.0)}
+        parsed = {"output": dict(truth["output"]) if right else {"action": "scroll"}, "box": None, "point": (5.0, 5.0)}
     else:
-        truth, found = {"answer": "a red drain"}, {"answer": "a red drain" if right else "a rod train"}
-    score = TASKS[task].score(Parsed(found, right), truth)
+        truth, parsed = {"answer": "a red drain"}, {"answer": "a red drain" if right else "a rod train"}
+    score = TASKS[task].score(Parsed(parsed, right), truth)
     group = f"t{row // 3}" if task == "gui_steps" else ""
-    return Prediction(row, str(row), group, ("x.jpg",), ((100, 50),), "", found, right, (), truth, score)
+    return Prediction(row, str(row), group, ("x.jpg",), ((100, 50),), "", parsed, right, (), truth, score)
 
 
 def _predictions(task: str, count: int = 60, seed: int = 0) -> list[Prediction]:
@@ -49,9 +49,9 @@ def test_sums_give_the_reported_metrics_and_intervals_hold_them(task: str) -> No
     overall = measure(task, predictions)["overall"]
     rows = [p.as_dict() for p in predictions]
     statistics = build_statistics(task, rows)
-    found = {name: float(s.value(s.sums.sum(axis=0))) for name, s in statistics.items()}
-    assert found == pytest.approx({name: overall[name] for name in found}, abs=1e-12)
-    assert set(overall) - set(found) == ({"map", "map_50"} if task == "detection" else set())
+    values = {name: float(s.value(s.sums.sum(axis=0))) for name, s in statistics.items()}
+    assert values == pytest.approx({name: overall[name] for name in values}, abs=1e-12)
+    assert set(overall) - set(values) == ({"map", "map_50"} if task == "detection" else set())
     for name, (low, high) in measure_intervals(task, rows).items():
         assert low <= overall[name] <= high, name
         assert high > low or overall[name] in (0.0, 1.0), name
@@ -87,7 +87,7 @@ def test_rows_of_a_task_are_drawn_together() -> None:
     rows = [p.as_dict() for p in _predictions("chat", 120)]
     alike = [row | {"score": rows[i // 6]["score"], "group": f"g{i // 6}"} for i, row in enumerate(rows)]
     apart = [row | {"group": ""} for row in alike]
-    widths = [np.diff(measure_intervals("chat", found)["exact"])[0] for found in (alike, apart)]
+    widths = [np.diff(measure_intervals("chat", rows)["exact"])[0] for rows in (alike, apart)]
     assert widths[0] > 1.8 * widths[1]  # the square root of 6, about
 
 

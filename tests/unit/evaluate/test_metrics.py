@@ -15,9 +15,9 @@ def _prediction(boxes: tuple, labels: tuple, row: int = 0, ok: bool = True) -> P
     return _of("detection", {"boxes": boxes, "labels": labels}, TRUTH, row, ok)
 
 
-def _of(task: str, found: dict, truth: dict, row: int = 0, ok: bool = True, group: str = "") -> Prediction:
-    score = TASKS[task].score(Parsed(found, ok), truth)
-    return Prediction(row, str(row), group, ("x.jpg",), ((100, 50),), "", found, ok, (), truth, score)
+def _of(task: str, parsed: dict, truth: dict, row: int = 0, ok: bool = True, group: str = "") -> Prediction:
+    score = TASKS[task].score(Parsed(parsed, ok), truth)
+    return Prediction(row, str(row), group, ("x.jpg",), ((100, 50),), "", parsed, ok, (), truth, score)
 
 
 def test_truth_scores_one_and_nothing_scores_zero() -> None:
@@ -30,20 +30,20 @@ def test_truth_scores_one_and_nothing_scores_zero() -> None:
 
 def test_counts_by_class_and_overall() -> None:
     swapped = _prediction(TRUTH["boxes"], ("b", "b"), row=1)
-    found = measure("detection", [_prediction(TRUTH["boxes"], TRUTH["labels"]), swapped])
-    assert found["per_class"]["a"]["recall_50"] == 0.5
-    assert found["per_class"]["b"] == {
+    metrics = measure("detection", [_prediction(TRUTH["boxes"], TRUTH["labels"]), swapped])
+    assert metrics["per_class"]["a"]["recall_50"] == 0.5
+    assert metrics["per_class"]["b"] == {
         "precision_50": pytest.approx(2 / 3), "recall_50": 1.0, "f1_50": pytest.approx(0.8), "num": 2,
     }  # fmt: skip
-    assert found["overall"]["f1_50"] == pytest.approx(0.75)
-    assert found["overall"]["mean_iou"] == 1.0, "labels are ignored"
-    assert found["overall"]["map_50"] == pytest.approx((51 / 101 + 0.835) / 2, abs=0.05)
+    assert metrics["overall"]["f1_50"] == pytest.approx(0.75)
+    assert metrics["overall"]["mean_iou"] == 1.0, "labels are ignored"
+    assert metrics["overall"]["map_50"] == pytest.approx((51 / 101 + 0.835) / 2, abs=0.05)
 
 
 def test_labels_that_no_object_has_are_counted() -> None:
     zebras = _prediction((*TRUTH["boxes"], (1, 1, 3, 3)), ("zebra", "b", "zebra"))
-    found = measure("detection", [zebras, _prediction(TRUTH["boxes"], ("b", "yak"), row=1)])
-    assert found["unknown_labels"] == {"zebra": 2, "yak": 1}
+    metrics = measure("detection", [zebras, _prediction(TRUTH["boxes"], ("b", "yak"), row=1)])
+    assert metrics["unknown_labels"] == {"zebra": 2, "yak": 1}
 
 
 def test_map_ignores_labels_that_the_truth_does_not_have() -> None:
@@ -51,20 +51,20 @@ def test_map_ignores_labels_that_the_truth_does_not_have() -> None:
 
 
 def test_classification_by_attribute_and_value() -> None:
-    def row(found: dict, i: int) -> Prediction:
+    def row(answered: dict, i: int) -> Prediction:
         truth = {"attributes": {"object": "a" if i < 3 else "b", "condition": "clear"}}
-        return _of("classification", {"attributes": found}, truth, i)
+        return _of("classification", {"attributes": answered}, truth, i)
 
     clear = {"condition": "clear"}
-    found = measure(
+    metrics = measure(
         "classification",
         [row({"object": "a"} | clear, 0), row({"object": "a"} | clear, 1), row({"object": "b"}, 2), row({}, 3)],
     )
-    overall = found["overall"]
+    overall = metrics["overall"]
     assert overall["accuracy"] == 0.5
     assert overall["attribute_accuracy"] == 4 / 8
-    assert found["per_class"]["object=a"] == {"precision": 1.0, "recall": 2 / 3, "f1": pytest.approx(0.8), "num": 3}
-    assert found["per_class"]["object=b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "num": 1}
+    assert metrics["per_class"]["object=a"] == {"precision": 1.0, "recall": 2 / 3, "f1": pytest.approx(0.8), "num": 3}
+    assert metrics["per_class"]["object=b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "num": 1}
     assert overall["balanced_accuracy"] == pytest.approx(((2 / 3 + 0) / 2 + 0.5) / 2)
 
 
@@ -91,12 +91,12 @@ def test_gui_steps_by_step_and_by_task() -> None:
         _of("gui_steps", off, truth, 2, group="2"),
         _of("gui_steps", done, done, 3, group="2"),
     ]
-    found = measure("gui_steps", predictions)
-    assert (found["num_tasks"], found["num_rows"]) == (2, 4)
-    overall = found["overall"]
+    metrics = measure("gui_steps", predictions)
+    assert (metrics["num_tasks"], metrics["num_rows"]) == (2, 4)
+    overall = metrics["overall"]
     assert (overall["step_success"], overall["task_success"], overall["grounding"]) == (0.75, 0.5, 0.5)
     assert (overall["action_accuracy"], overall["argument_accuracy"], overall["mean_iou"]) == (1.0, 1.0, 0.5)
-    assert found["per_class"]["action=click"]["success"] == 0.5
+    assert metrics["per_class"]["action=click"]["success"] == 0.5
 
 
 def test_chat_means() -> None:

@@ -24,7 +24,7 @@ TOKENS = "<|object_ref_start|>circle<|object_ref_end|><|box_start|>(1,2),(30,40)
 
 
 @pytest.mark.parametrize(
-    ("texts", "scores", "found"),
+    ("texts", "scores", "positions"),
     [
         ("abc", [0.5, 0.9, 0.1], (1, 2)),
         ("abcd", [0.9, 0.1, 0.9, 0.1], (0, 1)),  # the first among equals
@@ -37,8 +37,8 @@ TOKENS = "<|object_ref_start|>circle<|object_ref_end|><|box_start|>(1,2),(30,40)
         ("ab", [-2.0, -3.0], (0, 1)),
     ],
 )
-def test_best_against_worst(texts: Any, scores: list[float], found: tuple[int, int] | None) -> None:
-    assert choose_pair(list(texts), scores, 0.1) == found
+def test_best_against_worst(texts: Any, scores: list[float], positions: tuple[int, int] | None) -> None:
+    assert choose_pair(list(texts), scores, 0.1) == positions
 
 
 def test_an_answer_that_was_cut_off_is_never_the_best() -> None:
@@ -78,11 +78,13 @@ def test_a_wrong_reward_is_named_by_its_own_key() -> None:
         load_scoring(_job(pairs={"rewards": {"luck": 1.0}}), [])
 
 
-@pytest.mark.parametrize(("size", "num_samples", "found"), [(8, 8, 1), (8, 3, 2), (2, 8, 1), (32, 4, 8)])
-def test_prompts_at_a_time(size: int, num_samples: int, found: int) -> None:
+@pytest.mark.parametrize(("size", "num_samples", "num_prompts"), [(8, 8, 1), (8, 3, 2), (2, 8, 1), (32, 4, 8)])
+def test_prompts_at_a_time(size: int, num_samples: int, num_prompts: int) -> None:
     job = _job(evaluate={"batch_size": size}, pairs={"num_samples": num_samples})
     batches = plan_prompts(job, 17)
-    assert [len(batch) for batch in batches] == [found] * (17 // found) + [17 % found] * (17 % found > 0)
+    assert [len(batch) for batch in batches] == [num_prompts] * (17 // num_prompts) + [17 % num_prompts] * (
+        17 % num_prompts > 0
+    )
     assert [i for batch in batches for i in batch] == list(range(17))
 
 
@@ -149,11 +151,11 @@ def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path) 
         [*unusable, Sample(good, 2.0)],
     ]
     names, root = name_images(records)
-    path, said = tmp_path / "else" / "where" / "pairs.jsonl", []
-    told = write_rows(path, build_rows(records, [sampled[:2], sampled[2:]], builder, names, 0.1), 3, said.append)
-    assert told["without_pair"] == {"all_alike": 1, "small_margin": 0, "cut_off": 0, "unusable": 1}
-    assert (told["num_pairs"], told["mean_chosen_reward"], told["mean_rejected_reward"]) == (1, 2.0, 0.5)
-    assert said[-1].startswith("sampled 3/3 rows")
+    path, lines = tmp_path / "else" / "where" / "pairs.jsonl", []
+    summary = write_rows(path, build_rows(records, [sampled[:2], sampled[2:]], builder, names, 0.1), 3, lines.append)
+    assert summary["without_pair"] == {"all_alike": 1, "small_margin": 0, "cut_off": 0, "unusable": 1}
+    assert (summary["num_pairs"], summary["mean_chosen_reward"], summary["mean_rejected_reward"]) == (1, 2.0, 0.5)
+    assert lines[-1].startswith("sampled 3/3 rows")
     source = Source(path=str(path), format="preference", image_root=root)
     (back,) = build_index(source, Data(), builder.spec).records
     assert (back.chosen, back.rejected) == (good, bad)
@@ -182,16 +184,16 @@ def test_without_any_pair_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_what_a_job_needs_is_said(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     about = {"num_pairs": 1, "num_records": 2, "mean_chosen_reward": 1.0, "mean_rejected_reward": 0.5}
     about |= {"without_pair": {"all_alike": 1, "small_margin": 0}, "image_root": "/a, b: c"}
-    describe_pairs(Path("/x/pairs.jsonl"), about, said.append)
-    assert said[:2] == ["1 pairs of 2 rows: chosen 1.000, rejected 0.500", "no pair: 1 with all answers alike"]
+    describe_pairs(Path("/x/pairs.jsonl"), about, lines.append)
+    assert lines[:2] == ["1 pairs of 2 rows: chosen 1.000, rejected 0.500", "no pair: 1 with all answers alike"]
     import yaml
 
-    found = {"path": "/x/pairs.jsonl", "format": "preference", "image_root": "/a, b: c"}
-    assert yaml.safe_load(said[2]) == {"data": {"train": found}}
-    assert len(said[2].splitlines()) == 2
+    source = {"path": "/x/pairs.jsonl", "format": "preference", "image_root": "/a, b: c"}
+    assert yaml.safe_load(lines[2]) == {"data": {"train": source}}
+    assert len(lines[2].splitlines()) == 2
 
 
 def test_other_image_sizes_and_codecs_are_noticed(tmp_path: Path) -> None:
@@ -200,8 +202,8 @@ def test_other_image_sizes_and_codecs_are_noticed(tmp_path: Path) -> None:
     assert changed_since(str(path), builder) == []
     write_about(path, {"preprocessing": describe_preprocessing(builder)})
     assert changed_since(str(path), builder) == []
-    told = changed_since(str(path), _builder(codec="qwen3_vl", max_pixels=18432))
-    assert told == [
+    changes = changed_since(str(path), _builder(codec="qwen3_vl", max_pixels=18432))
+    assert changes == [
         "form of boxes (qwen2_5_vl, now qwen3_vl)",
         "image sizes (max_pixels 9216, now 18432; pad [1, 2, 3], now None)",
     ]

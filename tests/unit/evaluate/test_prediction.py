@@ -34,11 +34,11 @@ def _record(**attributes: str) -> SftRecord:
     ],
 )
 def test_other_attributes_than_asked_are_not_the_promised_form(text: str, ok: bool, repair: str) -> None:
-    (found,) = build_predictions([_record(object="grate", condition="clear")], [text], _builder())
-    assert found.ok is ok
-    assert repair in " ".join(found.repairs)
-    assert (found.repairs == ()) is ok
-    assert found.score["correct"]["object"] is ("grate" in text), "what is right counts all the same"
+    (prediction,) = build_predictions([_record(object="grate", condition="clear")], [text], _builder())
+    assert prediction.ok is ok
+    assert repair in " ".join(prediction.repairs)
+    assert (prediction.repairs == ()) is ok
+    assert prediction.score["correct"]["object"] is ("grate" in text), "what is right counts all the same"
     assert parse_answer(text, _record(), _builder()).ok is ok, "without a truth the labels say what was asked"
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ray_vlm.evaluate.axes import add_axes, tick_steps
+from ray_vlm.evaluate.draw import COLOURS, colour_of, draw_values
 from ray_vlm.evaluate.pictures import NUM_IMAGES, EvalResult, choose_images
 from ray_vlm.evaluate.report import write_report
-from ray_vlm.runs.curves import learning_curve
+from ray_vlm.runs.curves import Curve, layout, learning_curve
 
 EVIL = "<script>alert(1)</script>"
 
@@ -38,13 +40,13 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
         "num_rows": 2,
         "num_objects": 2,
         "task": "detection",
-        "unknown_labels": {"zebra": 2, EVIL: 1},
+        "unknown_labels": {"zebra": 2, "": 18, EVIL: 1},
     }
     lines = tmp_path / "metrics.jsonl"
-    whole = [json.dumps({"kind": "train", "attempt": 1, "step": step, "loss": 3.0 - step}) for step in (1, 2)]
-    lines.write_text("\n".join([*whole, '{"kin']))
-    stages = [EvalResult("before", metrics, predictions), EvalResult("after", metrics, predictions)]
-    write_report(tmp_path / "report.html", EVIL, stages, {EVIL: lines}, [EVIL])
+    complete = [json.dumps({"kind": "train", "attempt": 1, "step": step, "loss": 3.0 - step}) for step in (1, 2)]
+    lines.write_text("\n".join([*complete, '{"kin']))
+    results = [EvalResult("before", metrics, predictions), EvalResult("after", metrics, predictions)]
+    write_report(tmp_path / "report.html", EVIL, results, {EVIL: lines}, [EVIL])
     html = (tmp_path / "report.html").read_text()
     assert "<script" not in html
     assert "&lt;script&gt;" in html
@@ -52,12 +54,12 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     assert "http://" not in html
     assert "https://" not in html
     assert "<polyline" in html
-    assert "Answered by after, and the label of no object: zebra (2), " in html
+    assert "Labels that after answered and that no object has: zebra (2), &#34;&#34; (18), " in html
     assert "<td>zebra" not in html, "the table has the classes of the truth"
 
 
 @pytest.mark.parametrize(
-    ("truth", "found", "score", "words"),
+    ("truth", "parsed", "score", "words"),
     [
         ({"attributes": {"object": EVIL}}, {"attributes": {"object": "b"}}, {"all": False}, "wrong: object: b"),
         (
@@ -69,10 +71,10 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
         ({"answer": EVIL}, {"answer": "no"}, {"normalised": False}, "wrong: no"),
     ],
 )
-def test_every_task_has_a_report(tmp_path: Path, truth: dict, found: dict, score: dict, words: str) -> None:
+def test_every_task_has_a_report(tmp_path: Path, truth: dict, parsed: dict, score: dict, words: str) -> None:
     Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(tmp_path / "a.png")
     one = {"id": "1", "images": [str(tmp_path / "a.png")], "sizes": [[60, 50]], "answer": "?"}
-    prediction = one | {"truth": truth, "found": found, "score": score}
+    prediction = one | {"truth": truth, "found": parsed, "score": score}
     metrics = {"overall": {"accuracy": 0.5}, "per_class": {}, "num_rows": 2}
     no_image = prediction | {"images": [], "sizes": []}
     write_report(tmp_path / "r.html", "x", [EvalResult("base", metrics, [prediction, no_image])], {})
@@ -115,3 +117,41 @@ def test_a_curve_shows_the_main_number_of_its_method() -> None:
     negative = learning_curve(without)
     assert negative is not None
     assert (negative["title"], negative["curves"][0]["faint"][1]) == ("Loss", (760.0, 220.0))
+
+
+@pytest.mark.parametrize(
+    ("last", "steps"),
+    [
+        (1, [0, 1]),
+        (3, [0, 1, 2, 3]),
+        (10, [0, 2, 4, 6, 8, 10]),
+        (9, [0, 2, 4, 6, 8, 9]),
+        (51, [0, 20, 40, 51]),
+        (1000, [0, 200, 400, 600, 800, 1000]),
+    ],
+)
+def test_axes_label_whole_steps_where_they_are(last: int, steps: list[int]) -> None:
+    assert tick_steps(last) == steps
+    chart = add_axes(layout("x", [Curve("a", [(1, 0.5), (last, 1.0)])], from_zero=True))
+    assert chart["x_ticks"] == [(round(step / last * chart["width"], 1), str(step)) for step in steps]
+
+
+def test_a_line_of_zeros_lies_at_the_bottom_of_its_range() -> None:
+    zeros, flat = ([Curve("a", [(1, value), (2, value)], [(2, value)])] for value in (0.0, 0.75))
+    for from_zero in (True, False):
+        chart = add_axes(layout("x", zeros, from_zero))
+        assert [text for _, text in chart["y_ticks"]] == ["1.00", "0.50", "0.00"]
+        assert [y for _, y in (*chart["curves"][0]["line"], *chart["curves"][0]["dots"])] == [chart["height"]] * 3
+    assert add_axes(layout("x", flat, from_zero=False))["curves"][0]["line"][0][1] == 0.25 * chart["height"]
+    small = add_axes(layout("x", [Curve("a", [(1, 0.0), (2, 0.004)])], from_zero=True))
+    assert [text for _, text in small["y_ticks"]] == ["0.0040", "0.0020", "0.0000"]
+
+
+def test_a_class_has_one_colour_on_all_images() -> None:
+    classes = ("circle", "square")
+    colours = [colour_of(label, classes) for label in ("square", "circle", "zebra", "\ud800")]
+    assert colours[:2] == [COLOURS[1], COLOURS[0]]
+    assert set(colours) <= set(COLOURS)
+    image, values = Image.new("RGB", (60, 60)), {"boxes": [(5, 30, 50, 50)], "labels": ["square"]}
+    drawn = draw_values(image, values, classes)
+    assert drawn.getpixel((5, 45)) == tuple(bytes.fromhex(COLOURS[1][1:])), "not the colour of a first label"

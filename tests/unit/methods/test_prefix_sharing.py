@@ -1,4 +1,4 @@
-"""Which rows share a beginning, and what sees what in a tree."""
+"""Which rows share a prefix, and which tokens attend to each other in a tree."""
 
 import random
 
@@ -10,7 +10,7 @@ from ray_vlm.models.packing import plan_packs
 
 
 class Images:
-    """Rows show images of these names, which end at these tokens."""
+    """Images of rows by name, and the tokens at which each row's images end."""
 
     def __init__(self, shown: list[str], ends: list[int]):
         self.shown, self.ends = shown, ends
@@ -22,7 +22,7 @@ class Images:
         return self.shown[one] == self.shown[other]
 
 
-def test_answers_to_one_prompt_are_one_tree_wherever_they_stand() -> None:
+def test_answers_to_one_prompt_are_one_tree_in_any_order() -> None:
     prompt, other = [7, 8, 9, 9], [7, 8, 9, 5]
     tokens = [[*prompt, 1], [*other, 1], [*prompt, 2, 3], [*other, 2], [*prompt, 1, 4]]
     trees = plan_trees(tokens, Images(["a", "b", "a", "b", "a"], [3] * 5))
@@ -42,15 +42,15 @@ def test_rows_that_must_not_share(shown: list[str], ends: list[int]) -> None:
     assert plan_trees(tokens, Images(shown, ends)) == [PrefixGroup((0,), 4), PrefixGroup((1,), 4)]
 
 
-def test_rows_alike_in_a_few_first_tokens_only_stay_apart() -> None:
+def test_rows_with_a_short_common_prefix_do_not_share() -> None:
     assert len(plan_trees([[1, 2, 3, 4, 5, 6], [1, 7, 8, 9, 9, 9]], Images(["", ""], [0, 0]))) == 2
 
 
-def test_equal_rows_are_one_beginning_without_branches() -> None:
+def test_equal_rows_are_one_prefix_without_branches() -> None:
     assert plan_trees([[1, 2, 3]] * 3, Images([""] * 3, [0] * 3)) == [PrefixGroup((0, 1, 2), 3)]
 
 
-def test_a_branch_sees_the_beginning_and_itself() -> None:
+def test_a_branch_attends_to_the_prefix_and_itself() -> None:
     trees, branches = torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1]]), torch.tensor([[0, 0, 1, 1, 2, 0, 1, -1]])
     seen = _visible(trees, branches)[0, 0].int().tolist()
     assert seen == [
@@ -65,11 +65,11 @@ def test_a_branch_sees_the_beginning_and_itself() -> None:
     ]
 
 
-def test_packs_are_those_that_cost_least() -> None:
+def test_packs_have_the_lowest_cost() -> None:
     assert plan_packs([10, 3, 7, 5, 5], hidden=64) == [[0], [2, 1], [3, 4]]
     assert plan_packs([4, 4, 4], hidden=64) == [[0], [1], [2]], "nothing is gained"
-    assert len(plan_packs([300, 300, 300, 40], hidden=4096)) == 1, "attention costs little beside wide layers"
-    assert len(plan_packs([300, 300, 300, 40], hidden=64)) == 3, "and much beside narrow ones"
+    assert len(plan_packs([300, 300, 300, 40], hidden=4096)) == 1, "attention is cheap compared with wide layers"
+    assert len(plan_packs([300, 300, 300, 40], hidden=64)) == 3, "and expensive compared with narrow ones"
     assert plan_packs([6000, 5000], hidden=10**9) == [[0], [1]], "a pack's mask is square"
     rng = random.Random(0)
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Rewards: each part against counts by hand, the order of answers, what is refused, users' functions, the self-test."""
+"""Rewards: each part against counts by hand, the order of answers, refused jobs, users' functions, the self-test."""
 
 import json
 import subprocess
@@ -34,13 +34,13 @@ TRUE_AB = {"boxes": (A, B), "labels": ("cat", "dog")}
 LABELS = ("object=drain", "object=pipe", "condition=blocked", "condition=clear")
 
 
-def _found(*objects: tuple[tuple, str], ok: bool = True, repairs: tuple[str, ...] = ()) -> Parsed:
+def _boxes(*objects: tuple[tuple, str], ok: bool = True, repairs: tuple[str, ...] = ()) -> Parsed:
     values = {"boxes": tuple(box for box, _ in objects), "labels": tuple(label for _, label in objects)}
     return Parsed(values, ok, repairs)
 
 
-def _detect(found: Parsed, truth: dict = TRUE_AB, quality: str = "iou") -> dict[str, float]:
-    return part_scores(load_rewards("detection", None, quality), found, truth)
+def _detect(parsed: Parsed, truth: dict = TRUE_AB, quality: str = "iou") -> dict[str, float]:
+    return part_scores(load_rewards("detection", None, quality), parsed, truth)
 
 
 def _problems(*arguments: Any, **options: Any) -> str:
@@ -67,39 +67,39 @@ def _problems(*arguments: Any, **options: Any) -> str:
     ],
 )
 def test_detection_parts_by_hand(objects: list, bbox: float, category: float, completeness: float) -> None:
-    scores = _detect(_found(*objects))
+    scores = _detect(_boxes(*objects))
     assert scores == pytest.approx({"format": 1, "bbox": bbox, "category": category, "completeness": completeness})
 
 
 def test_boxes_pair_by_geometry_for_the_largest_total() -> None:
     """The nearest two alone would come to 90/110 + 30/170, which is less."""
     truth = {"boxes": ((0, 0, 100, 10), (40, 0, 140, 10)), "labels": ("cat", "cat")}
-    found = _found(((10, 0, 110, 10), "cat"), ((-30, 0, 70, 10), "cat"))
-    assert _detect(found, truth)["bbox"] == pytest.approx((70 / 130 + 70 / 130) / 2)
+    parsed = _boxes(((10, 0, 110, 10), "cat"), ((-30, 0, 70, 10), "cat"))
+    assert _detect(parsed, truth)["bbox"] == pytest.approx((70 / 130 + 70 / 130) / 2)
 
 
-def test_one_box_named_twice_pays_for_the_second_whatever_the_order() -> None:
-    """Two labels on one place: the pairing takes the right one, and the other is a box too many."""
+def test_a_second_label_for_one_box_is_penalised_in_any_order() -> None:
+    """The pairing takes the right label, and the other is a surplus box."""
     truth = {"boxes": (A,), "labels": ("dog",)}
     for objects in ([(A, "cat"), (A, "dog")], [(A, "dog"), (A, "cat")]):
-        scores = _detect(_found(*objects), truth)
+        scores = _detect(_boxes(*objects), truth)
         assert [scores[k] for k in ("bbox", "category", "completeness")] == pytest.approx([0.5, 0.5, 0.5])
 
 
-def test_two_objects_in_one_place_can_be_answered_rightly() -> None:
+def test_two_objects_with_one_box_can_be_answered_correctly() -> None:
     truth = {"boxes": (A, A), "labels": ("rider", "horse")}
-    assert _detect(_found((A, "horse"), (A, "rider")), truth)["category"] == 1.0
+    assert _detect(_boxes((A, "horse"), (A, "rider")), truth)["category"] == 1.0
 
 
 @pytest.mark.parametrize("quality", ["iou", "giou"])
 def test_no_object(quality: str) -> None:
     nothing: dict = {"boxes": (), "labels": ()}
-    assert set(_detect(_found(), nothing, quality).values()) == {1.0}
-    assert _detect(_found((A, "cat")), nothing, quality) == {"format": 1, "bbox": 0, "category": 0, "completeness": 0}
+    assert set(_detect(_boxes(), nothing, quality).values()) == {1.0}
+    assert _detect(_boxes((A, "cat")), nothing, quality) == {"format": 1, "bbox": 0, "category": 0, "completeness": 0}
 
 
-def test_repeated_and_empty_boxes_of_the_text_are_paid_for() -> None:
-    """Parsing drops them, so evaluation does not see them; a model that learns would repeat itself for free."""
+def test_repeated_and_empty_boxes_of_the_text_are_penalised() -> None:
+    """Parsing drops them, so evaluation does not see them; without a penalty a model would learn to repeat itself."""
     one = '{"bbox_2d": [100, 100, 300, 300], "label": "cat"}'
     empty = '{"bbox_2d": [5, 5, 5, 5], "label": "cat"}'
     truth = {"boxes": ((100, 100, 300, 300),), "labels": ("cat",)}
@@ -117,55 +117,56 @@ def test_the_order_of_boxes_does_not_matter(quality: str) -> None:
         corners = rng.integers(0, 6, (9, 2)) * 10.0  # a coarse grid: many ties
         boxes = [(x, y, x + w, y + h) for (x, y), w, h in zip(corners, *rng.integers(1, 4, (2, 9)) * 10.0, strict=True)]
         objects = list(zip(boxes, rng.choice(["cat", "dog"], 9).tolist(), strict=True))
-        right, found = objects[:4], objects[4:]
-        first = _shuffled_scores(rng, right, found, quality)
+        right, predicted = objects[:4], objects[4:]
+        first = _shuffled_scores(rng, right, predicted, quality)
         for _ in range(3):
-            assert _shuffled_scores(rng, right, found, quality) == first
+            assert _shuffled_scores(rng, right, predicted, quality) == first
         assert all(0 <= value <= 1 for value in first.values())
 
 
-def _shuffled_scores(rng: np.random.Generator, right: list, found: list, quality: str) -> dict[str, float]:
-    right, found = [right[i] for i in rng.permutation(len(right))], [found[i] for i in rng.permutation(len(found))]
+def _shuffled_scores(rng: np.random.Generator, right: list, predicted: list, quality: str) -> dict[str, float]:
+    right = [right[i] for i in rng.permutation(len(right))]
+    predicted = [predicted[i] for i in rng.permutation(len(predicted))]
     truth = {"boxes": [list(box) for box, _ in right], "labels": [label for _, label in right]}
-    return _detect(_found(*found), truth, quality)
+    return _detect(_boxes(*predicted), truth, quality)
 
 
 def test_giou_against_the_definition() -> None:
     rng = np.random.default_rng(1)
     low = rng.uniform(0, 50, (2, 20, 2))
     a, b = (np.concatenate([x, x + rng.uniform(1, 30, x.shape)], -1).tolist() for x in low)
-    found = giou_matrix(a, b)
+    gious = giou_matrix(a, b)
     for i, p in enumerate(a):
         for j, q in enumerate(b):
             wide, tall = min(p[2], q[2]) - max(p[0], q[0]), min(p[3], q[3]) - max(p[1], q[1])
             inter = max(wide, 0) * max(tall, 0)
             union = (p[2] - p[0]) * (p[3] - p[1]) + (q[2] - q[0]) * (q[3] - q[1]) - inter
             hull = (max(p[2], q[2]) - min(p[0], q[0])) * (max(p[3], q[3]) - min(p[1], q[1]))
-            assert found[i, j] == pytest.approx(inter / union - (hull - union) / hull)
+            assert gious[i, j] == pytest.approx(inter / union - (hull - union) / hull)
 
 
-def test_giou_has_something_to_climb_where_iou_has_nothing() -> None:
+def test_giou_rises_where_iou_is_zero() -> None:
     truth = {"boxes": (A,), "labels": ("cat",)}
     steps = [(x, 0.0, x + 10.0, 10.0) for x in (300.0, 100.0, 30.0, 10.0, 9.0, 5.0, 0.0)]
-    iou, giou = ([_detect(_found((box, "cat")), truth, q)["bbox"] for box in steps] for q in ("iou", "giou"))
+    iou, giou = ([_detect(_boxes((box, "cat")), truth, q)["bbox"] for box in steps] for q in ("iou", "giou"))
     assert iou[:4] == [0.0] * 4
     assert all(a < b for a, b in pairwise(giou))
     assert giou[-1] == 1.0
 
 
-def test_any_overlap_is_worth_more_than_none_with_giou() -> None:
+def test_with_giou_any_overlap_scores_higher_than_none() -> None:
     """Thin boxes that cross have a lower GIoU than boxes side by side, and are nearer all the same."""
     flat, tall, beside = (0, 45, 100, 55), (95, 50, 105, 150), (0, 55, 100, 65)
     assert giou_matrix([flat], [tall])[0, 0] < giou_matrix([flat], [beside])[0, 0]
     truth = {"boxes": (flat,), "labels": ("cat",)}
-    crossing, near = (_detect(_found((box, "cat")), truth, "giou")["bbox"] for box in (tall, beside))
+    crossing, near = (_detect(_boxes((box, "cat")), truth, "giou")["bbox"] for box in (tall, beside))
     assert crossing > near > 0
-    assert _detect(_found((beside, "cat")), truth, "giou")["category"] == 0.0  # its label was not earned
+    assert _detect(_boxes((beside, "cat")), truth, "giou")["category"] == 0.0  # its label was not earned
 
 
 def test_format_is_half_where_something_was_understood() -> None:
-    assert _detect(_found((A, "cat"), ok=False))["format"] == 0.5
-    assert _detect(_found(ok=False))["format"] == 0.0
+    assert _detect(_boxes((A, "cat"), ok=False))["format"] == 0.5
+    assert _detect(_boxes(ok=False))["format"] == 0.0
     assert _detect(TASKS["detection"].parse("[]", (FRAME,)))["format"] == 1.0
     named = load_rewards("classification", None)
     truth = {"attributes": {"object": "drain"}}
@@ -180,15 +181,15 @@ def test_classification_parts() -> None:
         "classification", {"class": 1, "conditions": 1, "flow": 1, "rust": 1}, labels=["flow=", "rust="]
     )
     truth = {"attributes": {"object": "drain", "flow": "low", "light": "dim"}}
-    found = Parsed({"attributes": {"object": "Drain", "flow": "high", "light": "dim"}})
-    # this row has no rust, so it is not asked for
-    assert part_scores(rewards, found, truth) == {"class": 1.0, "conditions": 0.5, "flow": 0.0, "rust": 1.0}
+    parsed = Parsed({"attributes": {"object": "Drain", "flow": "high", "light": "dim"}})
+    # this row has no rust, so that part counts as right
+    assert part_scores(rewards, parsed, truth) == {"class": 1.0, "conditions": 0.5, "flow": 0.0, "rust": 1.0}
     alone = {"attributes": {"object": "drain"}}
     assert part_scores(rewards, Parsed({"attributes": {}}), alone)["conditions"] == 1.0
 
 
-def _ground(found: dict, box: tuple | None = None, point: tuple | None = None) -> float:
-    parsed = Parsed({"output": {}, "box": None, "point": None, **found})
+def _ground(answer: dict, box: tuple | None = None, point: tuple | None = None) -> float:
+    parsed = Parsed({"output": {}, "box": None, "point": None, **answer})
     truth = {"output": {"action": "click"}, "box": box, "point": point}
     return part_scores(load_rewards("gui_steps", None), parsed, truth)["grounding"]
 
@@ -196,12 +197,12 @@ def _ground(found: dict, box: tuple | None = None, point: tuple | None = None) -
 def test_gui_parts() -> None:
     rewards = load_rewards("gui_steps", None)
     truth = {"output": {"action": "type", "text": "hi", "field": "name"}, "box": None, "point": None}
-    found = Parsed({"output": {"action": "click", "text": "hi"}, "box": None, "point": None})
-    assert part_scores(rewards, found, truth) == {"format": 1.0, "action": 0.0, "argument": 0.5, "grounding": 1.0}
-    assert part_scores(rewards, found, {**truth, "output": {"action": "back"}})["argument"] == 1.0
+    parsed = Parsed({"output": {"action": "click", "text": "hi"}, "box": None, "point": None})
+    assert part_scores(rewards, parsed, truth) == {"format": 1.0, "action": 0.0, "argument": 0.5, "grounding": 1.0}
+    assert part_scores(rewards, parsed, {**truth, "output": {"action": "back"}})["argument"] == 1.0
 
 
-def test_grounding_is_one_inside_and_climbs_outside() -> None:
+def test_grounding_is_one_inside_and_rises_towards_the_target() -> None:
     box = (0, 0, 30, 40)  # diagonal 50: nothing is earned from 200 px on
     assert _ground({"point": (29, 39)}, box) == 1.0
     assert _ground({"box": (10, 10, 20, 20)}, box) == 1.0
@@ -219,8 +220,8 @@ def test_grounding_is_one_inside_and_climbs_outside() -> None:
 
 def test_chat_parts() -> None:
     rewards = load_rewards("chat", dict.fromkeys(PARTS["chat"], 1))
-    found = TASKS["chat"].parse("The Red door", ())
-    assert part_scores(rewards, found, {"answer": "red door"}) == {
+    parsed = TASKS["chat"].parse("The Red door", ())
+    assert part_scores(rewards, parsed, {"answer": "red door"}) == {
         "format": 1.0,
         "exact": 0.0,
         "normalised": 1.0,
@@ -249,13 +250,13 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules.pop(name, None)
 
 
-def test_defaults_are_the_tasks_own_parts() -> None:
+def test_defaults_are_the_parts_of_the_task() -> None:
     assert set(PARTS) == set(TASKS) == set(DEFAULT_WEIGHTS)
     assert load_rewards("detection", None).weights == {"format": 1.0, "bbox": 1.0, "category": 1.0, "completeness": 1.0}
     assert load_rewards("chat", None).weights == {"anls": 1.0}
 
 
-def test_functions_are_found_in_the_current_folder(own: Path) -> None:
+def test_functions_are_imported_from_the_current_folder(own: Path) -> None:
     rewards = load_rewards("chat", {"own_rewards:longer": 0.5, "anls": 1}, has_truth=True)
     assert list(rewards.weights) == ["own_rewards:longer", "anls"]
     assert rewards.functions["own_rewards:longer"].__name__ == "longer"
@@ -275,7 +276,7 @@ def test_all_problems_of_a_job_at_once(own: Path) -> None:
         "not_there:f": 1,
         ":f": 1,
     }
-    told = _problems("detection", weights, "diou")
+    problems = _problems("detection", weights, "diou")
     for line in (
         "method.rewards.bbx: no such part of detection. Use format, bbox, category, completeness, or module:function",
         "method.rewards.format: the weight nan is not a finite number",
@@ -291,8 +292,8 @@ def test_all_problems_of_a_job_at_once(own: Path) -> None:
         "method.rewards.:f: could not be imported (ValueError: ",
         "method.box_quality: 'diou' is not known",
     ):
-        assert line in told
-    assert len(told.splitlines()) == 13
+        assert line in problems
+    assert len(problems.splitlines()) == 13
 
 
 def test_a_job_must_weight_something() -> None:
@@ -310,8 +311,8 @@ def test_attributes_are_parts_of_classification_only() -> None:
 
 
 def test_rows_without_truth_take_functions_only(own: Path) -> None:
-    told = _problems("chat", {"anls": 1, "format": 0, "own_rewards:longer": 1}, has_truth=False)
-    assert told.startswith("method.rewards: anls, format compare with a truth")
+    problems = _problems("chat", {"anls": 1, "format": 0, "own_rewards:longer": 1}, has_truth=False)
+    assert problems.startswith("method.rewards: anls, format compare with a truth")
     assert "anls compare with a truth" in _problems("chat", None, has_truth=False)
     rewards = load_rewards("chat", {"own_rewards:longer": 2}, has_truth=False)
     rows = score_completions(rewards, ["abc"], [Parsed()], [{}], {}, ["r1"], ["p"], [[1]])
@@ -338,8 +339,8 @@ def _score(rewards: Rewards, texts: tuple[str, ...] = ("red", "blue"), **columns
 def test_functions_are_called_once_as_trl_calls_them() -> None:
     calls: list[dict] = []
 
-    def function(**given: Any) -> list[Any]:
-        calls.append(given)
+    def function(**arguments: Any) -> list[Any]:
+        calls.append(arguments)
         return [np.float32(0.5), None]
 
     rows = _score(_with(function, anls=2.0), colour=["r", "b"], prompts=["not", "these"])
@@ -358,12 +359,12 @@ def test_functions_are_called_once_as_trl_calls_them() -> None:
     }
 
 
-def test_a_column_of_the_rows_wins_over_ours() -> None:
+def test_a_column_of_the_rows_replaces_a_built_in_argument() -> None:
     rows = _score(_with(lambda truth, **_: truth), truth=[3, 4])
     assert rows == [{"my:own": 3.0}, {"my:own": 4.0}]
 
 
-def test_total_weighs_what_was_given() -> None:
+def test_total_weighs_the_parts_that_have_a_value() -> None:
     rewards = _with(lambda **_: [], weight=-0.5, anls=2.0, format=0.0)
     assert total(rewards, {"my:own": 1.0, "anls": 0.25, "format": 1.0}) == 0.0
     assert total(rewards, {"my:own": None, "anls": 0.25, "format": 1.0}) == 0.5
@@ -374,7 +375,7 @@ def _raises(**_: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "reason"),
     [
         (_raises, "reward 'my:own', row 'row-0' (the first of 2 completions): raised KeyError: 'colour'"),
         (lambda completions: [1, 1], "row 'row-0' (the first of 2 completions): raised TypeError: "),
@@ -387,10 +388,10 @@ def _raises(**_: Any) -> list[float]:
         (lambda **_: [1.0, None], "row 'row-1': my:own returned None for it, and no other reward scores it"),
     ],
 )
-def test_a_bad_function_is_named_with_its_row(function: Any, told: str) -> None:
+def test_a_bad_function_is_named_with_its_row(function: Any, reason: str) -> None:
     with pytest.raises(DataError) as raised:
         _score(_with(function))
-    assert told in str(raised.value)
+    assert reason in str(raised.value)
 
 
 def test_a_part_without_weight_scores_no_row() -> None:
@@ -429,7 +430,7 @@ def _parse(task: str, text: str) -> Parsed:
 
 @pytest.mark.parametrize("task", list(PARTS))
 @pytest.mark.parametrize("labels", [(), LABELS])
-def test_defaults_pass_without_a_word(task: str, labels: tuple[str, ...]) -> None:
+def test_defaults_pass_without_a_warning(task: str, labels: tuple[str, ...]) -> None:
     assert check_rewards(load_rewards(task, None, labels=labels)) == []
     assert check_rewards(load_rewards(task, dict.fromkeys(PARTS[task], 1.0), "giou", labels=labels)) == []
 
@@ -447,7 +448,7 @@ def test_every_part_but_format_sees_a_wrong_answer(task: str) -> None:
 
 def _upside_down(name: str, part: str) -> Any:
     original = getattr(reward_parts, name)
-    return lambda *given: {**(scores := original(*given)), part: 1 - scores[part]}
+    return lambda *arguments: {**(scores := original(*arguments)), part: 1 - scores[part]}
 
 
 @pytest.mark.parametrize(
@@ -485,7 +486,7 @@ def test_labels_alone_do_not_teach_where_boxes_are() -> None:
         check_rewards(load_rewards("detection", {"category": 1.0}))
 
 
-def test_what_a_job_leaves_out_on_purpose_is_only_told() -> None:
+def test_errors_that_a_job_ignores_on_purpose_are_warnings() -> None:
     warnings = check_rewards(load_rewards("classification", {"class": 1.0}, labels=LABELS))
     assert len(warnings) == 1
     assert "'wrong conditions' as much as the truth" in warnings[0]
@@ -495,12 +496,12 @@ def test_what_a_job_leaves_out_on_purpose_is_only_told() -> None:
     assert check_rewards(load_rewards("classification", {"class": 1.0}, labels=["object=a", "object=b"])) == []
 
 
-def test_weights_that_turn_the_order_round_are_told() -> None:
+def test_weights_that_reverse_the_order_are_a_warning() -> None:
     (warning,) = check_rewards(load_rewards("detection", {"completeness": 1.0}))
     assert warning.startswith("with these weights the answer 'shifted' earns no more than the answer 'invented'")
 
 
-def test_a_function_that_the_truth_does_not_win_is_told(own: Path) -> None:
+def test_a_function_that_does_not_score_the_truth_highest_is_a_warning(own: Path) -> None:
     (warning,) = check_rewards(load_rewards("detection", {"bbox": 1.0, "own_rewards:longer": 0.1}))
     assert warning.startswith("reward 'own_rewards:longer' is not won by the truth")
     assert warning.endswith("it gives 'duplicated' more, 'shifted' as much, 'invented' more.")
@@ -514,7 +515,7 @@ def test_a_penalty_is_judged_with_its_sign(own: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "reason"),
     [
         (_raises, "raised KeyError: 'colour'. Mend the function. It was tried on made-up records"),
         (lambda **_: [1.0], "returned 1 values"),
@@ -522,10 +523,10 @@ def test_a_penalty_is_judged_with_its_sign(own: Path) -> None:
         (lambda row_id, **_: [None] * len(row_id), "does not score the truth of made-up records"),
     ],
 )
-def test_a_function_that_cannot_be_tried_is_told(function: Any, told: str) -> None:
+def test_a_function_that_fails_is_a_warning(function: Any, reason: str) -> None:
     (warning,) = check_rewards(_with(function, anls=1.0))
     assert "reward 'my:own'" in warning
-    assert told in warning
+    assert reason in warning
 
 
 def test_a_function_that_knows_the_truth_passes() -> None:

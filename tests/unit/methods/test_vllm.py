@@ -1,4 +1,4 @@
-"""The contract with vLLM, against a stand-in: adapters are pushed and never merged, prompts hold one token an image."""
+"""The calls of vLLM, with a fake engine: adapters are sent and never merged, prompts have one token for each image."""
 
 import sys
 import types
@@ -12,7 +12,7 @@ import pytest
 
 from ray_vlm.config.load import load_job
 from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.errors import ConfigError
+from ray_vlm.errors import ConfigError, ModelError
 from ray_vlm.methods.rollout import Sampling
 from ray_vlm.methods.vllm import build_answerer, build_sampler, start_engine
 from ray_vlm.train.prepare import prepare
@@ -20,7 +20,7 @@ from ray_vlm.train.prepare import prepare
 
 @dataclass
 class FakeEngine:
-    """Takes what `vllm.LLM` takes, notes every call, and answers each prompt with its own numbers."""
+    """Takes the arguments of `vllm.LLM`, records every call, and answers each prompt with fixed numbers."""
 
     options: dict[str, Any]
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -37,8 +37,8 @@ class FakeEngine:
 
         def answer(number: int) -> Any:
             ids = [number + 20, 2]
-            told = [{t: SimpleNamespace(logprob=-0.5 * (i + 1))} for i, t in enumerate(ids)]
-            return SimpleNamespace(token_ids=ids, logprobs=told, finish_reason="stop" if number % 2 else "length")
+            logprobs = [{t: SimpleNamespace(logprob=-0.5 * (i + 1))} for i, t in enumerate(ids)]
+            return SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason="stop" if number % 2 else "length")
 
         return [SimpleNamespace(outputs=[answer(i) for i in range(p.n)]) for p in params]
 
@@ -67,7 +67,7 @@ def _parts(job_file: Any) -> tuple[Any, Any, list]:
     return prepared.job, builder, [builder.prompt_row(r) for r in prepared.train.records[:2]]
 
 
-def test_the_adapter_is_pushed_at_every_step_and_nothing_is_merged(job_file, engines: list[FakeEngine]) -> None:
+def test_the_adapter_is_sent_at_every_step_and_never_merged(job_file, engines: list[FakeEngine]) -> None:
     import torch
 
     from benchmarks.stock import build_model
@@ -103,15 +103,15 @@ def test_the_adapter_is_pushed_at_every_step_and_nothing_is_merged(job_file, eng
     assert groups[0][1].logprobs == [-0.5, -1.0]
 
 
-def test_an_adapter_that_vllm_would_leave_half_out_is_refused(job_file, engines: list[FakeEngine]) -> None:
+def test_an_adapter_that_vllm_would_load_in_part_is_refused(job_file, engines: list[FakeEngine]) -> None:
     from benchmarks.stock import build_model
 
     job, builder, rows = _parts(job_file)
     assert job.lora is not None
-    whole = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
+    wider = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
     sample = build_sampler(job, SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512))
     with pytest.raises(ConfigError, match=r"model.adapter adapts vision too"):
-        sample(build_model(whole), rows, builder, Sampling(4, 16, 0.9, 0.95, 0), [(0,), (1,)], "cpu")
+        sample(build_model(wider), rows, builder, Sampling(4, 16, 0.9, 0.95, 0), [(0,), (1,)], "cpu")
     assert not engines[0].calls
 
 
@@ -139,7 +139,7 @@ def test_a_missing_package_is_named(job_file, monkeypatch: pytest.MonkeyPatch) -
         build_sampler(job, SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None))
 
 
-def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_as_it_lies(
+def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_in_its_folder(
     job_file, engines: list[FakeEngine], tmp_path: Path
 ) -> None:
     from benchmarks.stock import build_model
@@ -159,16 +159,30 @@ def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_as_it_lies(
     assert engines[1].calls[0]["lora"] is None
 
 
-def test_evaluation_refuses_an_adapter_that_vllm_would_leave_half_out(
+def test_evaluation_refuses_an_adapter_that_vllm_would_load_in_part(
     job_file, engines: list[FakeEngine], tmp_path: Path
 ) -> None:
     from benchmarks.stock import build_model
 
     job, builder, _ = _parts(job_file)
     assert job.lora is not None
-    whole = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
-    build_model(whole).save_pretrained(tmp_path / "adapter")
+    wider = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
+    build_model(wider).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"evaluate\.engine: .*adapter adapts vision too"):
+        build_answerer(job, str(tmp_path / "adapter"), builder, 100)
+    assert not engines
+
+
+def test_a_damaged_adapter_is_refused_before_the_engine_starts(
+    job_file, engines: list[FakeEngine], tmp_path: Path
+) -> None:
+    from benchmarks.stock import build_model
+
+    job, builder, _ = _parts(job_file)
+    build_model(job).save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors: not readable as safetensors"):
         build_answerer(job, str(tmp_path / "adapter"), builder, 100)
     assert not engines
 
@@ -189,6 +203,6 @@ def test_an_evaluation_asks_the_engine_that_the_job_names(job_file, engines: lis
 
 
 @pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (24, 32), (600, 600)])
-def test_room_for_ranks_is_one_that_vllm_has(job_file, engines: list[FakeEngine], rank: int, room: int) -> None:
+def test_the_maximum_rank_is_one_that_vllm_accepts(job_file, engines: list[FakeEngine], rank: int, room: int) -> None:
     start_engine(load_job(job_file()), "x", rank)
     assert engines[0].options["max_lora_rank"] == room

@@ -1,4 +1,4 @@
-"""A corpus of broken adapters: each is refused with its file and the reason, and none goes on half."""
+"""A corpus of broken adapters: each is refused with its file and the reason, and none is loaded in part."""
 
 import copy
 import json
@@ -29,12 +29,12 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def base(tiny_models: dict[str, str]) -> Any:
-    """The base, to be copied: even a refused adapter leaves its marks on it."""
+    """The base, to be copied: even a refused adapter changes its modules."""
     return load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), precision="fp32")
 
 
 @pytest.fixture(scope="module")
-def whole(base: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete(base: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of ranks 4 and 2 with B matrices that do something."""
     from peft import get_peft_model
 
@@ -43,7 +43,7 @@ def whole(base: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    folder = tmp_path_factory.mktemp("adapter") / "whole"
+    folder = tmp_path_factory.mktemp("adapter") / "complete"
     model.save_pretrained(folder)
     return folder
 
@@ -126,11 +126,11 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=range(len(DAMAGES)))
 def test_a_damaged_adapter_is_refused(
-    tmp_path: Path, whole: Path, base: Any, tiny_models: dict[str, str], damage: Callable[[Path], None], words: str
+    tmp_path: Path, complete: Path, base: Any, tiny_models: dict[str, str], damage: Callable[[Path], None], words: str
 ) -> None:
     spec = Model(name=tiny_models["qwen3_vl"], load_in_4bit=False)
     folder = tmp_path / "best"
-    shutil.copytree(whole, folder)
+    shutil.copytree(complete, folder)
     damage(folder)
     with pytest.raises(ModelError, match=words) as error:
         load_adapter(copy.deepcopy(base), str(folder), spec)
@@ -138,11 +138,22 @@ def test_a_damaged_adapter_is_refused(
     assert "\n" not in str(error.value)
 
 
-def test_a_whole_one_goes_on_as_it_is(whole: Path, tiny_models: dict[str, str]) -> None:
+def test_a_card_without_room_is_no_fault_of_the_adapter(
+    complete: Path, base: Any, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_adapter(base, str(complete), Model(name=tiny_models["qwen3_vl"], load_in_4bit=False))
+
+
+def test_a_complete_adapter_is_loaded_unchanged(complete: Path, tiny_models: dict[str, str]) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     spec = Model(name=tiny_models["qwen3_vl"], load_in_4bit=False)
-    loaded = get_peft_model_state_dict(load_adapter(load_model(spec, precision="fp32"), str(whole), spec))
-    for name, tensor in load_file(whole / WEIGHTS).items():
+    loaded = get_peft_model_state_dict(load_adapter(load_model(spec, precision="fp32"), str(complete), spec))
+    for name, tensor in load_file(complete / WEIGHTS).items():
         assert torch.equal(tensor, loaded[name])

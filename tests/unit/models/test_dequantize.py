@@ -1,4 +1,4 @@
-"""Weights that are dequantised once give the very numbers that 4-bit layers give, and leave no trace."""
+"""Layers with weights that are dequantised once return the same numbers as 4-bit layers, and are restored."""
 
 from typing import get_args
 
@@ -36,14 +36,14 @@ def test_same_to_the_bit(family: str, precision: Precision, tiny_models: dict[st
     assert not any("forward" in m.__dict__ and dequantize._is_quantised(m) for m in model.modules())
 
 
-def test_a_large_model_keeps_its_four_bits(tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_stays_in_4_bit(tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), precision="fp32")
     monkeypatch.setattr(dequantize, "MOST_BYTES", 1000)
     with dequantised(model):
         assert not any("forward" in m.__dict__ for m in model.modules() if dequantize._is_quantised(m))
 
 
-def test_gradients_are_those_of_four_bits_afterwards(tiny_models: dict[str, str]) -> None:
+def test_gradients_afterwards_are_those_of_4_bit(tiny_models: dict[str, str]) -> None:
     base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), precision="fp32")
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     ids = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Features kept on a disk are those that the encoder makes; nothing stale is read, nothing broken ends a run."""
+"""Cached features are those of the encoder; nothing stale is read, and no damaged file ends a run."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _GIB = 2**30
 
 
 def _model(folder: str, cache: Path | None = None, limit: float = _GIB) -> tuple[Any, list[int]]:
-    """The base, and a list that tells the patches of each run of its encoder's blocks."""
+    """Return the base, and a list of the patches of each run of its encoder's blocks."""
     base = load_model(Model(name=folder, load_in_4bit=False), precision="fp32")
     base.requires_grad_(False)
     run_frozen_tower_plainly(base)
@@ -41,9 +41,9 @@ def _pixels(base: Any, seed: int = 0) -> torch.Tensor:
 
 
 def _features(base: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
-    found = base.get_image_features(pixels, GRIDS)
-    layers = getattr(found, "deepstack_features", None) or []
-    return [torch.cat(list(part)) for part in (found.pooler_output, *layers)]
+    output = base.get_image_features(pixels, GRIDS)
+    layers = getattr(output, "deepstack_features", None) or []
+    return [torch.cat(list(part)) for part in (output.pooler_output, *layers)]
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -54,13 +54,13 @@ def test_features_are_the_encoders(family: str, tiny_models: dict[str, str], tmp
     expected = _features(plain, pixels)
     base, encoded = _model(tiny_models[family], tmp_path)
     for again in range(2):
-        for mine, theirs in zip(_features(base, pixels), expected, strict=True):
-            assert torch.allclose(mine, theirs, atol=1e-6), again
+        for cached, computed in zip(_features(base, pixels), expected, strict=True):
+            assert torch.allclose(cached, computed, atol=1e-6), again
     assert encoded == [52], "nothing in the second call"
     assert len(list(tmp_path.glob("*/*"))) == 2
     other, encoded = _model(tiny_models[family], tmp_path)
     _features(other, pixels)
-    assert encoded == [], "another run finds them"
+    assert encoded == [], "another run reads them"
 
 
 def test_another_image_or_encoder_is_another_file(tiny_models: dict[str, str], tmp_path: Path) -> None:
@@ -77,14 +77,14 @@ def test_another_image_or_encoder_is_another_file(tiny_models: dict[str, str], t
 
 
 @pytest.mark.parametrize("broken", [b"", b"not a tensor", None])
-def test_a_broken_file_is_made_again(broken: bytes | None, tiny_models: dict[str, str], tmp_path: Path) -> None:
+def test_a_damaged_file_is_written_again(broken: bytes | None, tiny_models: dict[str, str], tmp_path: Path) -> None:
     base, encoded = _model(tiny_models["qwen3_vl"], tmp_path)
     pixels = _pixels(base)
     expected = _features(base, pixels)
     for path in tmp_path.glob("*/*"):
         path.write_bytes(path.read_bytes()[:-5] if broken is None else broken)
-    found = _features(base, pixels)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    features = _features(base, pixels)
+    assert all(torch.equal(part, expected_part) for part, expected_part in zip(features, expected, strict=True))
     _features(base, pixels)
     assert encoded == [52, 52]
 
@@ -107,7 +107,7 @@ def test_a_disk_that_refuses_ends_the_writing(
     tiny_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     base, encoded = _model(tiny_models["qwen3_vl"], tmp_path)
-    next(tmp_path.iterdir()).rmdir()  # as full a disk as a test can have
+    next(tmp_path.iterdir()).rmdir()  # writing then fails, as on a full disk
     pixels = _pixels(base)
     _features(base, pixels)
     _features(base, pixels)
@@ -115,7 +115,7 @@ def test_a_disk_that_refuses_ends_the_writing(
     assert capsys.readouterr().out.count("no more is written") == 1
 
 
-def test_what_changes_is_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:
+def test_an_encoder_that_changes_is_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:
     from peft import get_peft_model
 
     base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), precision="fp32")
@@ -134,8 +134,8 @@ def test_fingerprints() -> None:
     words = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     swapped = words.clone()
     swapped[0, :2] = words[0, [1, 0]]
-    found = [words, words[:, :-1], swapped, words.bfloat16(), -words, words * 2, torch.zeros(3), torch.zeros(4)]
-    assert len({fingerprint(values) for values in found}) == len(found)
+    variants = [words, words[:, :-1], swapped, words.bfloat16(), -words, words * 2, torch.zeros(3), torch.zeros(4)]
+    assert len({fingerprint(values) for values in variants}) == len(variants)
     assert fingerprint(words) == fingerprint(words.clone().t().contiguous().t())
 
 

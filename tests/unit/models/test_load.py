@@ -1,7 +1,8 @@
-"""Loading: what is quantised, what is trained, and gradients that survive an evaluation in 4 bit."""
+"""Loading: which layers are quantised and trained, damaged bases, and gradients after an evaluation in 4 bit."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +13,7 @@ from ray_vlm.config.schema import Lora, Model
 from ray_vlm.config.train import Precision
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES, part_of
-from ray_vlm.models.load import describe_download, load_adapter, load_config, load_model
+from ray_vlm.models.load import describe_download, load_adapter, load_config, load_model, resolve_name
 from ray_vlm.models.lora import count_trainable, lora_config, train_parts
 from tests.conftest import QWEN
 
@@ -87,7 +88,7 @@ def test_counts_include_every_4bit_weight(tiny_models: dict[str, str]) -> None:
 
 
 def test_shares_are_those_of_the_base(tiny_models: dict[str, str]) -> None:
-    """Adapters, the reference's copy of one and layers copied to be trained whole are no part of what is adapted."""
+    """Adapters, the reference's copy of one, and layers that PEFT copies to train them do not count."""
     folder, family = tiny_models["qwen3_vl"], FAMILIES["qwen3_vl"]
     plain = count_trainable(load_model(Model(name=folder), "fp32"), family)
     adapted = _adapted(folder, ["language"])
@@ -111,25 +112,115 @@ def test_copied_layers_are_trained_and_not_counted_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reason"),
     [
         ("/no/such", "there is no such folder"),
         ("./models/none", "there is no such folder"),
         ("a/b/c", "there is no such folder"),
         ("pyproject.toml", "is a file"),
         ("docs", "holds no config.json"),
+        ("docs/none", "there is no folder 'none' in the folder 'docs'"),
     ],
 )
-def test_a_path_without_a_base_is_not_called_a_name_on_the_hub(
-    name: str, told: str, monkeypatch: pytest.MonkeyPatch
+def test_a_path_without_a_base_is_not_looked_up_on_the_hub(
+    name: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from transformers import AutoConfig
+
+    def ask_hub(*args: object, **options: object) -> None:
+        raise AssertionError("the hub is not to be asked")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", ask_hub)
     monkeypatch.chdir(Path(__file__).parents[3])
-    with pytest.raises(ModelError, match=told) as raised:
+    with pytest.raises(ModelError, match=reason) as raised:
         load_config(Model(name=name))
     assert "repo" not in str(raised.value)
 
 
-def test_a_download_says_how_much_has_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_base_is_loaded_beside_a_folder_of_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--some--base" / "snapshots" / "0123"
+    (tmp_path / "models--some--base" / "refs").mkdir(parents=True)
+    (tmp_path / "models--some--base" / "refs" / "main").write_text("0123")
+    snapshot.mkdir(parents=True)
+    shutil.copy(Path(resolve_name("tiny")) / "config.json", snapshot)
+    (tmp_path / "some").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **options: name)
+    assert load_config(Model(name="some/base")) == "some/base"
+
+
+Damage = Callable[[Path], object]
+_INDEX = "model.safetensors.index.json"
+
+
+def _keep_bytes(count: int) -> Damage:
+    """Keep the first `count` bytes of the weights; with a negative number, all but so many at the end."""
+    return lambda weights: weights.write_bytes(weights.read_bytes()[:count])
+
+
+def _narrow(weights: Path) -> None:
+    """Give one tensor a shape that the configuration does not say."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    save_file(tensors | {name: tensors[name][:1].clone()}, weights, {"format": "pt"})
+
+
+def _index_instead(content: str) -> Damage:
+    def change(weights: Path) -> None:
+        weights.unlink()
+        (weights.parent / _INDEX).write_text(content)
+
+    return change
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_keep_bytes(0), r"SafetensorError: .*header.*A file of the base may be cut off: fetch it again"),
+        (_keep_bytes(5), r"SafetensorError: .*header.*A file of the base may be cut off: fetch it again"),
+        (_keep_bytes(-100), r"SafetensorError: .*header.*A file of the base may be cut off: fetch it again"),
+        (_narrow, r"the shapes of its tensors are not those of its config\.json"),
+        (_index_instead("{}"), r"KeyError: 'weight_map'.*fetch it again"),
+        (_index_instead('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}'), r"No such file .*fetch it again"),
+        (lambda weights: (weights.parent / "generation_config.json").write_text("[]"), "TypeError: .*fetch it again"),
+    ],
+)
+def test_damaged_weights_are_an_error_of_the_base(tmp_path: Path, damage: Damage, reason: str, in_4bit: bool) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(resolve_name("tiny"), folder)
+    damage(folder / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"base': its weights cannot be loaded \({reason}") as raised:
+        load_model(Model(name=str(folder), load_in_4bit=in_4bit), "fp32")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"),
+        MemoryError(),
+        KeyboardInterrupt(),
+    ],
+)
+def test_a_failure_of_the_machine_is_no_error_of_the_base(
+    tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", fail)
+    with pytest.raises(type(failure)) as raised:
+        load_model(Model(name=tiny_models["qwen3_vl"]), "fp32")
+    assert raised.value is failure
+
+
+def test_the_progress_of_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blobs = tmp_path / "models--some--base" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "a.incomplete").write_bytes(bytes(2**20))
@@ -158,7 +249,7 @@ def test_unusable_models_and_adapters_are_named(tmp_path: Path, tiny_models: dic
         ("LocalEntryNotFoundError", "set HF_HOME to a cache that has it"),
     ],
 )
-def test_what_the_hub_refuses_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch, name: str, advice: str) -> None:
+def test_errors_of_the_hub_come_with_the_fix(monkeypatch: pytest.MonkeyPatch, name: str, advice: str) -> None:
     import huggingface_hub.errors
     from transformers import AutoConfig
 
@@ -181,7 +272,7 @@ def test_a_base_that_is_quantised_already_is_refused(tmp_path: Path, tiny_models
         load_model(Model(name=str(tmp_path / "base")), "fp32")
 
 
-def test_of_a_given_adapter_only_the_named_parts_go_on(tiny_models: dict[str, str], tmp_path: Path) -> None:
+def test_only_the_target_parts_of_a_loaded_adapter_are_trained(tiny_models: dict[str, str], tmp_path: Path) -> None:
     folder, family = tiny_models["qwen3_vl"], FAMILIES["qwen3_vl"]
     _adapted(folder, ["language", "connector"]).save_pretrained(tmp_path)
     spec = Model(name=folder)

@@ -1,4 +1,4 @@
-"""Memory: what is counted as alive, the batch that a method runs, and predictions against real steps."""
+"""Memory: the count of live bytes, the batches of each method, and predictions compared with real steps."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def _job(**sections: Any) -> JobConfig:
     return JobConfig.model_validate({"model": {"name": "x"}, "data": {"train": {"path": "a"}}, **sections})
 
 
-def test_what_is_alive_is_counted_once_and_until_it_is_gone() -> None:
+def test_a_storage_counts_once_and_until_it_is_freed() -> None:
     weight = torch.ones(100)
     with LiveBytes([weight]) as live:
         a = weight * 2
@@ -82,15 +82,15 @@ def test_weights_are_those_of_the_loaded_model(bits: bool, tiny_models: dict[str
         model={"name": spec.name, "load_in_4bit": bits}, train={"precision": "fp32"}, lora=Lora(rank=4).model_dump()
     )
     weights = Rehearsal(load_config(spec), job, family_of(load_config(spec))).weights()
-    small = plain = 0
+    quantised = plain = 0
     for parameter in load_model(spec, precision="fp32").parameters():
         if type(parameter).__name__ == "Params4bit":
             state = parameter.quant_state
-            small += parameter.numel() + state.absmax.numel() + 4 * state.state2.absmax.numel()
+            quantised += parameter.numel() + state.absmax.numel() + 4 * state.state2.absmax.numel()
         else:
             plain += parameter.numel() * 4
     assert weights.plain == plain
-    assert weights.quantised == pytest.approx(small, rel=0.01)
+    assert weights.quantised == pytest.approx(quantised, rel=0.01)
 
 
 CASES = [
@@ -102,7 +102,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[2]}")
-def test_predictions_are_near_what_a_step_takes(case: tuple, tmp_path: Path) -> None:
+def test_predictions_are_near_the_memory_of_a_step(case: tuple, tmp_path: Path) -> None:
     draw(tmp_path / "scenes", "studio", "train", 12)
     write_untrained(tmp_path / "qwen2_5_vl", "qwen2_5_vl")
     real, predicted, _ = compare(tiny_job(tmp_path, "qwen2_5_vl", case))
@@ -120,8 +120,8 @@ def test_checkpointing_trades_memory() -> None:
     assert merge_of(config) == 2
 
 
-class _Stage:
-    """A rehearsal of 4 layers: a row takes 2 GiB, a layer that keeps its activations 1 GiB for each row."""
+class _FakeRehearsal:
+    """A rehearsal of 4 layers: each row takes 2 GiB, and each layer that stores its activations 1 GiB more."""
 
     num_layers, largest, config = 4, 0.0, None
 
@@ -141,14 +141,14 @@ class _Stage:
 @pytest.mark.parametrize(
     ("room", "expected"), [(11.9, None), (12, (1, 4)), (13.5, (1, 3)), (16, (1, 0)), (23, (2, 0)), (100, (8, 0))]
 )
-def test_the_least_recomputing_and_then_the_largest_batch(room: float, expected: Any) -> None:
-    found = choose(_Stage(_job()), RowSize(8, 4, 4), [1, 2, 4, 8], 2, PackingOptions(), room * GIB)  # type: ignore[arg-type]
-    assert (found and (found.micro, found.layers)) == expected
-    assert found is None or found.found.peak <= room * GIB
+def test_the_fewest_recomputing_layers_and_then_the_largest_batch(room: float, expected: Any) -> None:
+    choice = choose(_FakeRehearsal(_job()), RowSize(8, 4, 4), [1, 2, 4, 8], 2, PackingOptions(), room * GIB)  # type: ignore[arg-type]
+    assert (choice and (choice.micro, choice.layers)) == expected
+    assert choice is None or choice.estimate.peak <= room * GIB
 
 
-def test_what_zero_shares_out() -> None:
-    """What learns takes 6 bytes for each of its 8 to be counted in: the base 40, in slices of 4 workers."""
+def test_memory_under_zero() -> None:
+    """A base of 40 GiB and 8 GiB of trained weights, on 4 workers."""
 
     def total(preset: str | None, **changes: Any) -> dict[str, float]:
         cluster = {"num_workers": 4, "deepspeed": preset} | changes
@@ -161,7 +161,7 @@ def test_what_zero_shares_out() -> None:
     assert (two["base in 4 bit"], three["base in 4 bit"]) == (30 * GIB, 7.5 * GIB)
     assert "base in 4 bit" not in total("zero3_offload")
     assert "Adam's two moments, float32 copy" not in total("zero2_offload")
-    sums = [sum(of.values()) for of in (plain, one, two, three, total("zero3_offload"))]
+    sums = [sum(parts.values()) for parts in (plain, one, two, three, total("zero3_offload"))]
     assert sums == sorted(sums, reverse=True)
 
 
@@ -180,14 +180,14 @@ def test_a_known_model_is_planned_without_a_download(tmp_path: Path, capsys: pyt
         "train: {global_batch_size: 1, micro_batch_size: 1}\ncluster: {gpus_per_worker: 1, gpu_memory_gib: 40}\n"
     )
     assert main(["memory", str(job), "--tokens", "256,50,100"]) == 0
-    told = capsys.readouterr().out
-    assert "base in 4 bit" in told
-    assert "card of 40 GiB: fits" in told
-    assert "train.memory=auto: micro_batch_size " in told
+    output = capsys.readouterr().out
+    assert "base in 4 bit" in output
+    assert "card of 40 GiB: fits" in output
+    assert "train.memory=auto: micro_batch_size " in output
 
 
 def test_a_job_is_planned_from_its_rows(job_file: Any, capsys: pytest.CaptureFixture) -> None:
     assert main(["memory", str(job_file()), "--card", "0.0001"]) == 0
-    told = capsys.readouterr().out
-    assert "does NOT fit" in told
-    assert "train.memory=auto: nothing fits" in told
+    output = capsys.readouterr().out
+    assert "does NOT fit" in output
+    assert "train.memory=auto: nothing fits" in output

@@ -17,7 +17,7 @@ from tests.conftest import QWEN
 
 
 def _model(family: str, learns: str = "layers") -> Any:
-    """A tiny model in which the weights with `learns` in their name learn."""
+    """Build a tiny model in which the weights with `learns` in their name are trained."""
     torch.manual_seed(0)
     config = build_config(build_processor(family).tokenizer, family)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
@@ -27,29 +27,29 @@ def _model(family: str, learns: str = "layers") -> Any:
 
 
 def _batch(family: str, rows: int = 1) -> dict[str, Any]:
-    """Rows of one image each and 24 tokens of text, the last 16 of which have labels."""
+    """Build rows of one image each and 24 tokens of text, the last 16 of which have labels."""
     processor = build_processor(family)
     side = 112 if family != "qwen3_vl" else 128
     pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)
     image = torch.tensor(pixels).permute(2, 0, 1)
-    found = dict(processor.image_processor([image] * rows, do_resize=False, return_tensors="pt"))
-    places = int(found["image_grid_thw"][0].prod()) // 4
+    images = dict(processor.image_processor([image] * rows, do_resize=False, return_tensors="pt"))
+    num_image_tokens = int(images["image_grid_thw"][0].prod()) // 4
     token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    ids = torch.full((rows, places + 24), 30)
-    ids[:, 2 : 2 + places] = token
+    ids = torch.full((rows, num_image_tokens + 24), 30)
+    ids[:, 2 : 2 + num_image_tokens] = token
     labels = torch.full_like(ids, -100)
     labels[:, -16:] = 30
     kinds = {"mm_token_type_ids": (ids == token).long(), "attention_mask": torch.ones_like(ids)}
-    return {"input_ids": ids, "labels": labels, **kinds, **found}
+    return {"input_ids": ids, "labels": labels, **kinds, **images}
 
 
-def _whole_rows(work: Work, tokens: int) -> Work:
-    """The work as torch counts it without a causal kernel: every token of a row with every other, all scored."""
+def _all_pairs(work: Work, tokens: int) -> Work:
+    """Return the work that torch counts without a causal kernel: all pairs of a row's tokens, all tokens scored."""
     return Work(tokens, tokens * tokens, tokens, work.patches, work.patch_pairs)
 
 
 @pytest.mark.parametrize("family", QWEN)
-def test_a_forward_takes_what_torch_counts(family: str) -> None:
+def test_the_flops_of_a_forward_are_those_that_torch_counts(family: str) -> None:
     model, batch = _model(family), _batch(family)
     counter = OperationCounter(model)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
@@ -60,15 +60,15 @@ def test_a_forward_takes_what_torch_counts(family: str) -> None:
     assert work.pairs == tokens * (tokens + 1) // 2
     assert work.scored == 16
     assert work.patches == int(batch["image_grid_thw"].prod())
-    whole = count_flops(counter.size, _whole_rows(work, tokens), backward=False)
-    assert whole == pytest.approx(counted.get_total_flops(), rel=0.01)
-    assert flops == count_flops(counter.size, work, backward=False) < whole
+    all_flops = count_flops(counter.size, _all_pairs(work, tokens), backward=False)
+    assert all_flops == pytest.approx(counted.get_total_flops(), rel=0.01)
+    assert flops == count_flops(counter.size, work, backward=False) < all_flops
     assert counter.take() == (Work(), 0.0)
 
 
 @pytest.mark.parametrize("learns", ["language_model.layers", "layers", ""])
-def test_a_backward_takes_what_torch_counts(learns: str) -> None:
-    """Where the language layers learn and the encoder is frozen; where its blocks learn too; where everything does."""
+def test_the_flops_of_a_backward_are_those_that_torch_counts(learns: str) -> None:
+    """With a frozen encoder and trained language layers; with trained encoder blocks too; with everything trained."""
     model, batch = _model("qwen3_vl", learns), _batch("qwen3_vl")
     counter = OperationCounter(model)
     model.enable_input_require_grads()
@@ -77,13 +77,13 @@ def test_a_backward_takes_what_torch_counts(learns: str) -> None:
     with FlopCounterMode(display=False) as counted:
         model(**batch).loss.backward()
     work, _ = counter.take()
-    whole = count_flops(counter.size, _whole_rows(work, work.tokens), backward=True)
-    # What is apart are gradients that the first layer's input needs or does not need.
-    assert whole == pytest.approx(counted.get_total_flops(), rel=0.03)
+    all_flops = count_flops(counter.size, _all_pairs(work, work.tokens), backward=True)
+    # The two differ by the gradient of the first layer's input.
+    assert all_flops == pytest.approx(counted.get_total_flops(), rel=0.03)
 
 
-def test_padding_and_beginnings_that_are_shared_do_not_count() -> None:
-    """Two equal rows that fold into one tree need the tokens of one and the branch of the other."""
+def test_padding_and_shared_prefixes_do_not_count() -> None:
+    """Two rows in one tree need the tokens of one and the branch of the other."""
     family, batch = "qwen3_vl", _batch("qwen3_vl", rows=2)
     batch["input_ids"][1, -10:] = 31
     batch.pop("labels")
@@ -129,7 +129,7 @@ def test_packs_of_unequal_length_leave_their_padding_out() -> None:
     assert work.pairs == int((lengths * (lengths + 1) // 2).sum())
 
 
-def test_answers_that_are_written_count_a_token_at_a_time() -> None:
+def test_decoding_counts_token_by_token() -> None:
     model, batch = _model("qwen3_vl"), _batch("qwen3_vl")
     batch.pop("labels")
     counter = OperationCounter(model)
@@ -140,7 +140,7 @@ def test_answers_that_are_written_count_a_token_at_a_time() -> None:
     assert work.pairs == row * (row + 1) // 2 + sum(row + i + 1 for i in range(4))
 
 
-def test_of_experts_those_count_that_a_token_uses() -> None:
+def test_only_the_experts_that_a_token_uses_count() -> None:
     dense = build_config(build_processor("qwen3_vl").tokenizer, "qwen3_vl")
     text = copy.deepcopy(dense.text_config.to_dict()) | {"num_experts": 4, "num_experts_per_tok": 2}
     text |= {"moe_intermediate_size": 64, "decoder_sparse_step": 1, "model_type": "qwen3_vl_moe_text"}

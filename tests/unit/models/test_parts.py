@@ -1,4 +1,4 @@
-"""Parts of a model: ranks and learning rates of their own, frozen ones, modules trained whole, and a frozen tower."""
+"""Parts of a model: their ranks and learning rates, frozen parts, modules trained in full, and a frozen tower."""
 
 from typing import Any
 
@@ -29,8 +29,8 @@ def _base(folder: str) -> Any:
 def test_each_part_has_its_rank_and_the_same_scale(tiny_models: dict[str, str]) -> None:
     lora = Lora(rank=8, alpha=16, target=["language", "vision"], ranks={"vision": 2})
     model = get_peft_model(_base(tiny_models["qwen3_vl"]), lora_config(lora, KNOWN))
-    found = {(part_of(KNOWN, n), p.shape[0]) for n, p in model.named_parameters() if "lora_A" in n}
-    assert found == {("language", 8), ("vision", 2)}
+    ranks = {(part_of(KNOWN, n), p.shape[0]) for n, p in model.named_parameters() if "lora_A" in n}
+    assert ranks == {("language", 8), ("vision", 2)}
     scales = {m.scaling["default"] for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)}
     assert scales == {2.0}
 
@@ -72,7 +72,7 @@ def test_frozen_parts_stay(tiny_models: dict[str, str]) -> None:
     assert {part_of(KNOWN, n) for n, p in model.named_parameters() if p.requires_grad} == {"language"}
 
 
-def test_modules_that_are_not_there_are_told_with_the_nearest(tiny_models: dict[str, str]) -> None:
+def test_missing_modules_are_named_with_the_nearest(tiny_models: dict[str, str]) -> None:
     model = _base(tiny_models["qwen3_vl"])
     check_modules(model, ["embed_tokens", "lm_head"])
     with pytest.raises(ModelError, match=r"no 'embed_token'\. The nearest: embed_tokens"):
@@ -83,7 +83,7 @@ def test_modules_that_are_not_there_are_told_with_the_nearest(tiny_models: dict[
 def test_a_frozen_tower_runs_without_autograd_and_changes_no_gradient(family: str, tiny_models: dict[str, str]) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
     spec = SampleSpec(Model(name=tiny_models[family], load_in_4bit=False), Task(name="chat"), (), kind="prompt")
-    found = []
+    gradients = []
     for plainly in (False, True):
         model = get_peft_model(_base(tiny_models[family]), _nonzero(lora_config(Lora(rank=4), FAMILIES[family])))
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -98,12 +98,12 @@ def test_a_frozen_tower_runs_without_autograd_and_changes_no_gradient(family: st
         batch.pop("labels", None)
         model.train()
         model(**batch, labels=batch["input_ids"]).loss.backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         if plainly:
             assert seen == [False]
-    assert found[0].keys() == found[1].keys()
-    assert any(float(value.abs().sum()) > 0 for value in found[0].values())
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(float(value.abs().sum()) > 0 for value in gradients[0].values())
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 def _nonzero(config: Any) -> Any:
@@ -122,6 +122,6 @@ def _png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_a_tower_in_which_something_learns_keeps_its_graph(tiny_models: dict[str, str]) -> None:
+def test_a_trained_tower_keeps_its_graph(tiny_models: dict[str, str]) -> None:
     model = get_peft_model(_base(tiny_models["qwen3_vl"]), lora_config(Lora(rank=4, target=["connector"]), KNOWN))
     assert not run_frozen_tower_plainly(model)

@@ -1,4 +1,4 @@
-"""Presets: every configuration builds, and has as many weights as its publisher says."""
+"""Presets: every configuration builds, and has as many weights as its publisher states."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Processors: what is wrong with a base's files is said as it is loaded, not at the first image of a run."""
+"""Processors: problems of a base's files are reported when it is loaded, not at the first image of a run."""
 
 import json
 import re
@@ -31,9 +31,9 @@ def base(tmp_path: Path) -> Path:
 
 def _set_image(**values: Any) -> Change:
     def change(base: Path) -> None:
-        whole = json.loads((base / "processor_config.json").read_text())
-        whole["image_processor"] |= values
-        (base / "processor_config.json").write_text(json.dumps(whole))
+        settings = json.loads((base / "processor_config.json").read_text())
+        settings["image_processor"] |= values
+        (base / "processor_config.json").write_text(json.dumps(settings))
 
     return change
 
@@ -54,6 +54,44 @@ def test_a_processor_that_needs_a_package_says_which(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
     with pytest.raises(ModelError, match=r"`num2words` is required.*Install it with pip"):
+        load_processor(Model(name="tiny"))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"model_type": 3}'])
+def test_a_damaged_configuration_is_named(base: Path, content: bytes) -> None:
+    """And not the tokenizer's files, which transformers reads with it."""
+    (base / "config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"its config\.json cannot be loaded .*Fetch config\.json of the base again"):
+        SampleBuilder(SampleSpec(Model(name=str(base)), Task(name="chat"), ()))
+
+
+def test_a_missing_base_is_not_a_missing_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bases").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="there is no folder 'nope' in the folder 'bases'"):
+        SampleBuilder(SampleSpec(Model(name="bases/nope"), Task(name="chat"), ()))
+
+
+@pytest.mark.parametrize(
+    ("cause", "advice"),
+    [
+        ("GatedRepoError", "accept its licence on its hub page, and set HF_TOKEN"),
+        ("LocalEntryNotFoundError", "set HF_HOME to a cache that has it"),
+        (None, "Fetch them again, or give a folder"),
+    ],
+)
+def test_a_processor_that_the_hub_refuses_comes_with_the_fix(
+    monkeypatch: pytest.MonkeyPatch, cause: str | None, advice: str
+) -> None:
+    import huggingface_hub.errors
+
+    def refuse(*args: object, **options: object) -> None:
+        kind = getattr(huggingface_hub.errors, cause) if cause else None
+        raise OSError("cannot load it") from (kind.__new__(kind) if kind else None)
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **options: None)
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
+    with pytest.raises(ModelError, match=rf"its processor cannot be loaded \(cannot load it\)\. .*{advice}"):
         load_processor(Model(name="some/base"))
 
 
@@ -125,13 +163,13 @@ def test_a_template_that_miscounts_images_makes_bad_rows(
 ) -> None:
     template = base / "chat_template.jinja"
     template.write_text(change(template.read_text()))
-    found = _count(base, scenes)
-    assert isinstance(found, BadRow)
-    assert re.search(reason, found.reason)
+    result = _count(base, scenes)
+    assert isinstance(result, BadRow)
+    assert re.search(reason, result.reason)
 
 
 def _count(base: Path, scenes: Path) -> object:
-    """What comes of a row with one image: its tokens, or why it is bad."""
+    """Count the tokens of a row with one image, or return why it is bad."""
     builder = SampleBuilder(SampleSpec(Model(name=str(base)), Task(name="chat"), ()))
     image = str(next(scenes.rglob("*.png"), None) or next(scenes.rglob("*.jpg")))
     row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})

@@ -1,4 +1,4 @@
-"""What a base's files say of texts is what its processor says, and where they cannot say all they say nothing."""
+"""A base's files and its processor give the same texts and tokens; incomplete files are not used."""
 
 import json
 import shutil
@@ -27,12 +27,12 @@ TURNS = (("system", "Be brief."), ("user", "Look: <image> and <image>?"), ("assi
 
 
 @pytest.mark.parametrize("family", [*QWEN, "tiny"])
-def test_files_say_what_the_processor_says(family: str, tiny_models: dict[str, str], scenes: Path) -> None:
+def test_files_agree_with_the_processor(family: str, tiny_models: dict[str, str], scenes: Path) -> None:
     name = resolve_name("tiny") if family == "tiny" else tiny_models[family]
     model = Model(name=name, load_in_4bit=False)
-    found = read_prompt_text(model, name)
-    assert found is not None
-    text, read_family = found
+    result = read_prompt_text(model, name)
+    assert result is not None
+    text, read_family = result
     taken = take_prompt_text(load_processor(model), read_family)
     assert read_family is FAMILIES["qwen3_vl" if family == "tiny" else family]
     assert (text.sizes, text.image_token, text.special) == (taken.sizes, taken.image_token, taken.special)
@@ -49,8 +49,8 @@ def test_files_say_what_the_processor_says(family: str, tiny_models: dict[str, s
     assert [len(before.train_row(row).input_ids) for row in counted] == [sum(counts) for counts in by_files[0]]
 
 
-def test_a_qwen_tokenizer_says_what_its_file_says(tmp_path: Path) -> None:
-    """transformers builds it anew from the words of the file, by rules of its own."""
+def test_a_qwen_tokenizer_agrees_with_its_file(tmp_path: Path) -> None:
+    """transformers builds it from the vocabulary of the file, by its own rules."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
@@ -61,9 +61,9 @@ def test_a_qwen_tokenizer_says_what_its_file_says(tmp_path: Path) -> None:
     base = Path(resolve_name("tiny"))
     for name in ("config.json", "processor_config.json", "chat_template.jinja"):
         shutil.copy(base / name, tmp_path)
-    found = read_prompt_text(Model(name=str(tmp_path)), str(tmp_path))
-    assert found is not None
-    read, loaded = found[0].tokenizer, Qwen2Tokenizer.from_pretrained(tmp_path).backend_tokenizer
+    result = read_prompt_text(Model(name=str(tmp_path)), str(tmp_path))
+    assert result is not None
+    read, loaded = result[0].tokenizer, Qwen2Tokenizer.from_pretrained(tmp_path).backend_tokenizer
     for text in ("the cat's 12 boxes", "cafe\u0301  \n\n x", "<|image_pad|>\thé <|im_end|>\n", "物体 [1, 2]"):
         assert read.encode(text).ids == loaded.encode(text).ids
 
@@ -98,7 +98,7 @@ def _set(name: str, **values: object) -> Callable[[Path], None]:
         _set("processor_config.json", chat_template="x"),
     ],
 )
-def test_files_that_do_not_say_all_say_nothing(change: Callable[[Path], None], tmp_path: Path) -> None:
+def test_incomplete_files_are_not_used(change: Callable[[Path], None], tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(resolve_name("tiny"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     model = Model(name=str(folder))
@@ -107,12 +107,12 @@ def test_files_that_do_not_say_all_say_nothing(change: Callable[[Path], None], t
     assert read_prompt_text(model, str(folder)) is None
 
 
-def test_a_base_that_is_not_in_the_cache_says_nothing() -> None:
+def test_a_base_that_is_not_in_the_cache_is_not_read() -> None:
     assert read_prompt_text(Model(name="nobody/no-such-base"), "nobody/no-such-base") is None
 
 
 def test_sizes_are_those_of_transformers() -> None:
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as theirs
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as reference_resize
 
     random = np.random.default_rng(0)
     for _ in range(5000):
@@ -120,7 +120,7 @@ def test_sizes_are_those_of_transformers() -> None:
         factor, low = int(random.choice([16, 28, 32])), int(random.integers(1, 10**6))
         high = low + int(random.integers(0, 10**7))
         if max(width, height) <= 200 * min(width, height):
-            tall, wide = theirs(height, width, factor, low, high)
+            tall, wide = reference_resize(height, width, factor, low, high)
             assert smart_resize((width, height), factor, low, high) == (wide, tall)
     with pytest.raises(ValueError, match="one side is over 200 times"):
         smart_resize((28, 5700), 28, 1, 10**6)

@@ -1,6 +1,8 @@
-"""What became of each attempt, told from `run.json` and the lines of metrics."""
+"""The outcome of each attempt, from `run.json` and the lines of metrics."""
 
 from typing import Any
+
+import pytest
 
 from ray_vlm.runs.attempts import complete, tell_attempts
 
@@ -19,23 +21,23 @@ def test_an_attempt_that_ends_between_checkpoints_loses_steps() -> None:
         {"attempt": 2, "status": "finished", "ended": 9.0},
     ]
     lines = [_start(1, 0), *_steps(1, 1, 7), _start(2, 4), *_steps(2, 5, 10)]
-    found = complete(listed, lines)
-    assert [(a["from_step"], a["to_step"], a.get("lost_steps")) for a in found] == [(0, 7, 3), (4, 10, None)]
-    assert tell_attempts(found) == (
+    attempts = complete(listed, lines)
+    assert [(a["from_step"], a["to_step"], a.get("lost_steps")) for a in attempts] == [(0, 7, 3), (4, 10, None)]
+    assert tell_attempts(attempts) == (
         "2 attempts: worker 1 died at step 7 (3 steps done again). 3 of 10 steps done twice."
     )
-    assert complete(found, lines) == found, "writing it down again changes nothing"
+    assert complete(attempts, lines) == attempts, "writing it down again changes nothing"
 
 
 def test_attempts_that_ray_began_by_itself_are_found() -> None:
-    """It had room for another worker, and later for one less; how the run ended belongs to the last of them."""
+    """Ray changed the number of workers twice; the run's final status belongs to the last attempt."""
     listed = [{"attempt": 1, "status": "finished", "ended": 300.0, "driver": {"pid": 1}}]
     lines = [_start(1, 0, 2), *_steps(1, 1, 6), _start(2, 4, 1), *_steps(2, 5, 8), _start(3, 8, 2), *_steps(3, 9, 9)]
-    found = complete(listed, lines)
-    assert [a["status"] for a in found] == ["resized", "resized", "finished"]
-    assert [a["workers"] for a in found] == [2, 1, 2]
-    assert [a["ended"] for a in found] == [102.0, 103.0, 300.0]
-    assert tell_attempts(found) == (
+    attempts = complete(listed, lines)
+    assert [a["status"] for a in attempts] == ["resized", "resized", "finished"]
+    assert [a["workers"] for a in attempts] == [2, 1, 2]
+    assert [a["ended"] for a in attempts] == [102.0, 103.0, 300.0]
+    assert tell_attempts(attempts) == (
         "3 attempts: went on with 1 worker at step 6 (2 steps done again); went on with 2 workers at step 8. "
         "2 of 9 steps done twice."
     )
@@ -53,9 +55,18 @@ def test_one_that_never_trained_and_one_that_was_stopped() -> None:
     lines += [_start(5, 6), *_steps(5, 7, 8)]
     assert tell_attempts(complete(listed, lines)) == (
         "5 attempts: ControllerError: no room before its first step; stopped by a signal at step 3; ended without "
-        "a word at step 5 (2 steps done again); the machine of worker 0 will be taken away in 12 s at step 6. "
+        "a message at step 5 (2 steps done again); the machine of worker 0 will be taken away in 12 s at step 6. "
         "2 of 8 steps done twice."
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "extension"), [("finished", "was extended to step 10"), ("interrupted", "was extended")]
+)
+def test_an_extension_is_no_fault(status: str, extension: str) -> None:
+    listed = [{"attempt": 1, "status": "finished"}, {"attempt": 2, "status": status}]
+    lines = [_start(1, 0), *_steps(1, 1, 6), _start(2, 6), *_steps(2, 7, 10)]
+    assert tell_attempts(complete(listed, lines)) == f"2 attempts: finished at step 6 and {extension}."
 
 
 def test_a_run_that_went_through_at_once_says_nothing() -> None:

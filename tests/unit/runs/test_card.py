@@ -1,4 +1,4 @@
-"""The model card: a head that the hub reads, numbers with intervals, and nothing of the machine's folders."""
+"""The model card: a header for the hub, numbers with intervals, and no local paths."""
 
 import json
 from pathlib import Path
@@ -37,12 +37,12 @@ def test_names_from_data_cannot_become_markup(tmp_path: Path) -> None:
 def test_numbers_stand_with_their_intervals(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     (folder / "evaluate" / "best").mkdir(parents=True, exist_ok=True)
-    told = {
+    metrics = {
         "overall": {"f1_50": 0.5, "map": None},
         "intervals": {"f1_50": [0.4, 0.6], "map": [None, None]},
         "num_rows": 7,
     }
-    (folder / "evaluate" / "best" / "metrics.json").write_text(json.dumps(told))
+    (folder / "evaluate" / "best" / "metrics.json").write_text(json.dumps(metrics))
     card = write_card(read_run(str(folder)), ADAPTER, "best")
     assert "On 7 test rows" in card
     assert "| f1_50 | 0.500 | 0.400 to 0.600 |" in card

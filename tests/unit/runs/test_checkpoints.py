@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: torn, altered, foreign and newer ones, retention, killed writers."""
+"""Checkpoints are complete or not used: damaged, altered, foreign and newer ones, retention, killed writers."""
 
 import json
 import os
@@ -35,18 +35,18 @@ def _write(store: Store, step: int, attempt: int = 1, score: float | None = None
 
 
 def _newest(store: Store) -> tuple[int | None, list[str]]:
-    said: list[str] = []
-    found = open_newest(store, said.append)
-    return (found[0].step if found else None), said
+    messages: list[str] = []
+    newest = open_newest(store, messages.append)
+    return (newest[0].step if newest else None), messages
 
 
-def test_the_newest_is_found_with_what_it_was_told(tmp_path: Path) -> None:
+def test_the_newest_is_found_with_what_it_stores(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert _newest(store) == (None, [])
     _write(store, 5)
     _write(store, 10, score=0.5)
-    found, folder = open_newest(store, pytest.fail) or pytest.fail("none")
-    assert (found.step, found.attempt, found.score, found.about["base"]) == (10, 1, 0.5, "x")
+    checkpoint, folder = open_newest(store, pytest.fail) or pytest.fail("none")
+    assert (checkpoint.step, checkpoint.attempt, checkpoint.score, checkpoint.about["base"]) == (10, 1, 0.5, "x")
     assert (folder / "a.bin").read_text() == "weights 10"
     assert not [name for name in store.names() if name.startswith(".")]
 
@@ -55,8 +55,8 @@ def test_the_later_attempt_of_a_step_wins(tmp_path: Path) -> None:
     store = Store(tmp_path)
     _write(store, 10, attempt=2)
     _write(store, 10, attempt=10)
-    found, _ = open_newest(store, pytest.fail) or pytest.fail("none")
-    assert found.attempt == 10
+    checkpoint, _ = open_newest(store, pytest.fail) or pytest.fail("none")
+    assert checkpoint.attempt == 10
 
 
 def _cut(path: Path) -> None:
@@ -99,10 +99,10 @@ def test_a_damaged_one_is_left_out_with_its_reason(tmp_path: Path, damage, reaso
     store = Store(tmp_path)
     _write(store, 5)
     damage(tmp_path / _write(store, 10))
-    step, said = _newest(store)
+    step, messages = _newest(store)
     assert step == 5
-    assert len(said) == 1
-    assert reason in said[0]
+    assert len(messages) == 1
+    assert reason in messages[0]
     sweep(store)
     assert _newest(store)[0] == 5
 
@@ -154,18 +154,18 @@ def test_damaged_ones_never_count_as_kept(tmp_path: Path) -> None:
 
 def test_what_killed_writers_left_is_swept_away(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    whole = _write(store, 1)
+    committed = _write(store, 1)
     torn = _write(store, 2)
     (tmp_path / torn / MANIFEST).unlink()
     (tmp_path / ".staging-x").mkdir()
     (tmp_path / "best").mkdir()
     sweep(store)
-    assert store.names() == ["best", whole]
+    assert store.names() == ["best", committed]
 
 
 def test_writers_killed_at_any_moment_lose_nothing(tmp_path: Path) -> None:
     from benchmarks.recovery import kill_writers
 
-    found = kill_writers(tmp_path, 12)
-    assert (found["lost"], found["torn"]) == (0, 0)
-    assert found["unfinished"] > 0, "no kill hit a write; the test shows nothing"
+    counts = kill_writers(tmp_path, 12)
+    assert (counts["lost"], counts["torn"]) == (0, 0)
+    assert counts["unfinished"] > 0, "no kill hit a write; the test shows nothing"

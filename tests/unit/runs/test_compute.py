@@ -1,4 +1,4 @@
-"""What a run cost, from its lines alone."""
+"""The cost of a run, from its lines alone."""
 
 import json
 from pathlib import Path
@@ -30,21 +30,21 @@ def _lines(folder: Path, device: str = "NVIDIA A100-SXM4-40GB") -> None:
 def test_hours_tokens_and_where_the_time_went(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     _lines(folder)
-    found = measure_compute(read_run(str(folder)))
-    assert (found["tokens"], found["images"], found["tokens_per_s"], found["images_per_s"]) == (
+    cost = measure_compute(read_run(str(folder)))
+    assert (cost["tokens"], cost["images"], cost["tokens_per_s"], cost["images_per_s"]) == (
         40_000,
         160,
         1000.0,
         4.0,
     )
-    assert found["lost"] == {"steps": 1, "s": 4.0}
-    times = found["time_s"]
+    assert cost["lost"] == {"steps": 1, "s": 4.0}
+    times = cost["time_s"]
     assert {name: times[name] for name in PHASES} == {"data": 5.0, "rollout": 0.0, "forward": 10.0, "backward": 20.0}
     assert (times["optimizer"], times["validation"], times["checkpoint"], times["done_again"]) == (5.0, 7.0, 3.0, 4.0)
-    assert sum(times.values()) == pytest.approx(found["wall_s"]) == 90.0
-    assert found["cpu_hours"] == pytest.approx(90 / 3600 * 2)
-    assert found["gpu_hours"] == 0.0
-    assert found["mfu"] is None, "no peak is known of a CPU"
+    assert sum(times.values()) == pytest.approx(cost["wall_s"]) == 90.0
+    assert cost["cpu_hours"] == pytest.approx(90 / 3600 * 2)
+    assert cost["gpu_hours"] == 0.0
+    assert cost["mfu"] is None, "no peak is known of a CPU"
 
 
 def test_several_runs_are_added_up_with_what_came_to_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -64,16 +64,16 @@ def test_several_runs_are_added_up_with_what_came_to_nothing(tmp_path: Path, cap
                 "co2_kg": kwh / 2,
             }
             file.write(json.dumps(line) + "\n")
-    place = tmp_path / "cost.json"
-    assert main(["runs", "compute", str(tmp_path / "all"), "--json", str(place)]) == 0
+    output = tmp_path / "cost.json"
+    assert main(["runs", "compute", str(tmp_path / "all"), "--json", str(output)]) == 0
     assert "hours of unfinished runs" in capsys.readouterr().out
-    told = json.loads(place.read_text())
-    assert list(told) == ["a", "b", "c", "all"]
-    assert told["all"]["tokens"] == 120_000
-    assert told["all"]["wall_s"] == pytest.approx(sum(told[name]["wall_s"] for name in "abc"))
-    assert told["all"]["unfinished_hours"] == pytest.approx(told["b"]["cpu_hours"] + told["c"]["cpu_hours"])
-    assert (told["a"]["energy_kwh"], told["b"]["energy_kwh"], told["all"]["energy_kwh"]) == (2.5, None, 2.5)
-    assert told["all"]["lost"]["steps"] == 3
+    costs = json.loads(output.read_text())
+    assert list(costs) == ["a", "b", "c", "all"]
+    assert costs["all"]["tokens"] == 120_000
+    assert costs["all"]["wall_s"] == pytest.approx(sum(costs[name]["wall_s"] for name in "abc"))
+    assert costs["all"]["unfinished_hours"] == pytest.approx(costs["b"]["cpu_hours"] + costs["c"]["cpu_hours"])
+    assert (costs["a"]["energy_kwh"], costs["b"]["energy_kwh"], costs["all"]["energy_kwh"]) == (2.5, None, 2.5)
+    assert costs["all"]["lost"]["steps"] == 3
 
 
 def test_operations_are_those_that_the_run_counted(tmp_path: Path) -> None:
@@ -83,10 +83,10 @@ def test_operations_are_those_that_the_run_counted(tmp_path: Path) -> None:
     job["train"]["gradient_checkpointing"] = True  # recomputed activations are no model FLOPs
     job["cluster"] |= {"num_workers": 2, "gpus_per_worker": 1}
     (folder / "resolved.json").write_text(json.dumps(job))
-    found = measure_compute(read_run(str(folder)))
-    assert (found["tflop"], found["model_tokens"]) == (120.0, 30_000)
-    assert found["gpu_hours"] == pytest.approx(90 / 3600 * 2)
-    assert found["mfu"] == pytest.approx(120.0 / (40.0 * 2 * 312))
+    cost = measure_compute(read_run(str(folder)))
+    assert (cost["tflop"], cost["model_tokens"]) == (120.0, 30_000)
+    assert cost["gpu_hours"] == pytest.approx(90 / 3600 * 2)
+    assert cost["mfu"] == pytest.approx(120.0 / (40.0 * 2 * 312))
 
 
 def test_a_run_of_a_version_that_counted_nothing_has_no_mfu(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_a_run_of_a_version_that_counted_nothing_has_no_mfu(tmp_path: Path) -> N
     _lines(folder)
     lines = (folder / "metrics.jsonl").read_text().replace('"model_tflop"', '"other"')
     (folder / "metrics.jsonl").write_text(lines)
-    found = measure_compute(read_run(str(folder)))
-    assert (found["tflop"], found["model_tokens"], found["mfu"], found["tokens"]) == (None, None, None, 40_000)
+    cost = measure_compute(read_run(str(folder)))
+    assert (cost["tflop"], cost["model_tokens"], cost["mfu"], cost["tokens"]) == (None, None, None, 40_000)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "resolved.json", "run.json"])
@@ -103,16 +103,16 @@ def test_what_cannot_be_known_is_left_open(tmp_path: Path, name: str) -> None:
     folder = write_run(tmp_path / "a")
     _lines(folder, "Some | <b>Card</b>")
     (folder / name).unlink()
-    found = measure_compute(read_run(str(folder)))
+    cost = measure_compute(read_run(str(folder)))
     table = write_markdown(
         ["a|b"],
         [
-            found,
+            cost,
         ],
     )
     assert "| | a\\|b |" in table
     assert "<b>" not in table
-    json.dumps(found)
+    json.dumps(cost)
 
 
 def test_a_table_has_a_column_for_each_run(tmp_path: Path) -> None:

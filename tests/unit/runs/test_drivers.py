@@ -1,4 +1,4 @@
-"""Who drives a run: a living one is not deleted, and one that was overtaken writes nothing into what is not its own."""
+"""The driver of a run: a running run is not deleted, and a driver that was replaced writes nothing more."""
 
 import json
 import os
@@ -31,7 +31,7 @@ ELSEWHERE = {"host": "another-machine", "pid": 7, "started": 5.0}
 
 
 def _run(folder: Path, driver: dict[str, Any] | None, **attempt: Any) -> RunPaths:
-    """A run of one attempt that `driver` began."""
+    """A run of one attempt that `driver` started."""
     paths = claim_run(str(folder), "run", "sft")
     start_manifest(paths, {"seed": 1}, "", ["train"])
     _driven_by(paths, driver, **attempt)
@@ -56,7 +56,7 @@ def test_a_run_that_another_process_trains_is_not_deleted(tmp_path: Path) -> Non
     [
         (None, {}),  # this process itself
         (PARENT, {"ended": 9.0, "status": "failed"}),
-        (PARENT | {"started": PARENT["started"] - 100}, {}),  # the number is another process's now
+        (PARENT | {"started": PARENT["started"] - 100}, {}),  # another process has the id now
         (ELSEWHERE, {}),
         ({"pid": "x"}, {}),
     ],
@@ -117,8 +117,8 @@ def test_workers_that_ray_starts_anew_do_not_take_a_run_back(tmp_path: Path, mon
 
 @pytest.mark.parametrize("flag", ["resume", "overwrite"])
 def test_a_sweep_that_another_process_drives_is_left_alone(tmp_path: Path, flag: str) -> None:
-    told = {"job": {}, "space": [], "trials": [], "driver": PARENT}
-    Store(tmp_path).write(SWEEP, json.dumps(told).encode())
+    sweep = {"job": {}, "space": [], "trials": [], "driver": PARENT}
+    Store(tmp_path).write(SWEEP, json.dumps(sweep).encode())
     job: Any = SimpleNamespace()
     with pytest.raises(RunError, match=rf"--{flag}: .* is being trained by process {os.getppid()}"):
         _check_sweep_folder(str(tmp_path), job, job, flag == "resume", flag == "overwrite")

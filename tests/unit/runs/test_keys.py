@@ -1,4 +1,4 @@
-"""Keys of settings: names of one's own are keys too, in quotes where they hold a dot."""
+"""Keys of settings: class names are keys too, quoted if they contain a dot."""
 
 import pytest
 
@@ -30,5 +30,5 @@ def test_keys_and_names(key: str, parts: tuple[str, ...] | None) -> None:
 
 
 def test_the_way_out_where_a_single_value_stands() -> None:
-    told = describe_no_section(("data", "oversample", "toe-drain"), 2, "auto")
-    assert told.endswith("so it has no `toe-drain`. Give all of it: data.oversample={toe-drain: ...}")
+    message = describe_no_section(("data", "oversample", "toe-drain"), 2, "auto")
+    assert message.endswith("so it has no `toe-drain`. Give all of it: data.oversample={toe-drain: ...}")

@@ -1,4 +1,4 @@
-"""Lines on what lasts: none for what is quick, then with rate and time left, and where they are sent."""
+"""Progress lines: none for short work, then with rate and time left, and where they are sent."""
 
 import threading
 import time
@@ -17,40 +17,40 @@ from ray_vlm.train.progress_lines import progress_writer
 
 
 def test_what_is_quick_says_nothing() -> None:
-    said: list[str] = []
-    with send_progress(said.append), lasting("loading"):
+    lines: list[str] = []
+    with send_progress(lines.append), lasting("loading"):
         assert list(track(range(1000), "checking rows", 1000)) == list(range(1000))
-    assert said == []
+    assert lines == []
 
 
 def test_what_lasts_says_how_far_it_is_ever_less_often() -> None:
-    said: list[str] = []
+    lines: list[str] = []
     now = [100.0]
-    with send_progress(said.append):
-        told = Progress("checking rows", 4000, clock=lambda: now[0])
+    with send_progress(lines.append):
+        progress = Progress("checking rows", 4000, clock=lambda: now[0])
         for done in range(4000):
-            told.reach(done)
+            progress.reach(done)
             now[0] += 0.125  # 500 seconds in all
-        told.reach(4000)
-        told.reach(4000)
-    assert said[0] == "checking rows: 40 of 4,000 rows, 8 a second, 8:15 min left"
-    assert said[1].startswith("checking rows: 120 of 4,000 rows")
-    assert 15 < len(said) < 30
-    assert said[-1] == "checking rows: 4,000 rows in 8:20 min"
+        progress.reach(4000)
+        progress.reach(4000)
+    assert lines[0] == "checking rows: 40 of 4,000 rows, 8 a second, 8:15 min left"
+    assert lines[1].startswith("checking rows: 120 of 4,000 rows")
+    assert 15 < len(lines) < 30
+    assert lines[-1] == "checking rows: 4,000 rows in 8:20 min"
 
 
 def test_work_that_cannot_say_how_far_it_is_says_how_long_it_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FIRST_S", 0.01)
-    said: list[str] = []
+    lines: list[str] = []
     there = threading.Event()
 
     def write(text: str) -> None:
-        said.append(text)
+        lines.append(text)
         there.set()
 
     with send_progress(write), lasting("loading a base", lambda: "0.5 of 2.0 GiB in the cache"):
         assert there.wait(20)
-    assert said == ["loading a base: 0 s so far, 0.5 of 2.0 GiB in the cache"]
+    assert lines == ["loading a base: 0 s so far, 0.5 of 2.0 GiB in the cache"]
 
 
 def test_lines_go_to_stderr_unless_a_run_takes_them(capsys: pytest.CaptureFixture) -> None:
@@ -68,34 +68,34 @@ def test_a_worker_s_lines_are_lines_of_its_run(tmp_path: Path) -> None:
             progress.LOGGER.info("loading a base: 5 s so far")
     (line,) = read_metrics(paths.metrics)
     assert (line["kind"], line["attempt"], line["text"]) == ("progress", 2, "loading a base: 5 s so far")
-    said: list[str] = []
-    Console(10, 1, said.append).show(line)
-    assert said == ["loading a base: 5 s so far"]
+    lines: list[str] = []
+    Console(10, 1, lines.append).show(line)
+    assert lines == ["loading a base: 5 s so far"]
 
 
 def test_a_driver_says_that_it_waits_until_its_workers_speak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FIRST_S", 0.01)
     monkeypatch.setattr(progress, "_EVERY_S", 0.01)
-    said: list[str] = []
-    with follow(paths := RunPaths(tmp_path), Console(10, 1, said.append)):
-        while not said:
+    lines: list[str] = []
+    with follow(paths := RunPaths(tmp_path), Console(10, 1, lines.append)):
+        while not lines:
             time.sleep(0.01)
         monitor = Monitor(paths.metrics, attempt=1)
         monitor.note(0, "here")
-        while "here" not in said:
+        while "here" not in lines:
             time.sleep(0.01)
         time.sleep(0.05)
     monitor.close()
-    assert set(said) == {"waiting for the workers: 0 s so far", "here"}
+    assert set(lines) == {"waiting for the workers: 0 s so far", "here"}
 
 
 def test_validation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray_vlm.evaluate.validate import _in_step
 
     monkeypatch.setattr(progress, "_FIRST_S", -1.0)
-    said: list[str] = []
-    with send_progress(said.append):
+    lines: list[str] = []
+    with send_progress(lines.append):
         for _ in _in_step(range(5), 2, "cpu", 1):
             time.sleep(0.001)
-    assert said[0].startswith("validation: 2 of 5 rows, ")
-    assert said[-1].startswith("validation: 5 rows in ")
+    assert lines[0].startswith("validation: 2 of 5 rows, ")
+    assert lines[-1].startswith("validation: 5 rows in ")

@@ -1,4 +1,4 @@
-"""Run folders are read as far as they go, and shown, exported, drawn and compared by what is in them."""
+"""Run folders, also damaged ones, are read, shown, exported, drawn and compared."""
 
 import csv
 import io
@@ -15,12 +15,13 @@ import pytest
 
 from ray_vlm.cli import main
 from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.runs import plot
 from ray_vlm.runs.compare import best_of, compare_runs, describe_comparison, run_titles
 from ray_vlm.runs.curves import layout, overlay, smooth, spark, thin
 from ray_vlm.runs.export import write_table
 from ray_vlm.runs.plot import default_keys, plot_runs
 from ray_vlm.runs.read import find_runs, is_number, read_run
-from ray_vlm.runs.show import describe_run, describe_runs
+from ray_vlm.runs.show import compare_ends, describe_run, describe_runs
 from ray_vlm.runs.text import format_duration, format_number, format_table, plain_text
 
 EVIL = "<script>\x1b[31m"
@@ -74,7 +75,7 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
 
 
 def test_the_best_validation_is_the_one_whose_weights_are_kept(tmp_path: Path) -> None:
-    """Among equals the one of the lower loss, and then the later one, as training chooses `best/`."""
+    """Among equals the lower loss wins, then the later step, as in training's choice of `best/`."""
     with open(write_run(tmp_path / "a") / "metrics.jsonl", "a") as file:
         for step, f1, loss in ((3, 0.1, 2.5), (4, 0.1, 1.5), (5, 0.1, 1.5), (6, 0.1, None), (7, 0.05, 0.5)):
             line = {"kind": "eval", "attempt": 1, "step": step, "f1_50": f1, "loss": loss, "time": 1010.0, "epoch": 1.0}
@@ -86,11 +87,11 @@ def test_the_best_validation_is_the_one_whose_weights_are_kept(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["resolved.json", "run.json", "metrics.jsonl"])
 @pytest.mark.parametrize("how", ["missing", "empty", "torn", "null", "list", "zeros"])
-def test_what_is_missing_or_torn_is_told_and_never_fatal(
+def test_what_is_missing_or_torn_is_reported_and_never_fatal(
     tmp_path: Path, name: str, how: str, capsys: pytest.CaptureFixture
 ) -> None:
-    """A crash, a full disk or a hand in the folder: the rest is still shown."""
-    folder, whole = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    """After a crash, a full disk or a manual change the rest is still shown."""
+    folder, intact = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     file = folder / name
     content = {"empty": b"", "torn": file.read_bytes()[:-9], "null": b"null", "list": b"[1, 2]", "zeros": b"\0" * 50}
     file.unlink()
@@ -98,9 +99,9 @@ def test_what_is_missing_or_torn_is_told_and_never_fatal(
         file.write_bytes(content[how])
     run = read_run(str(folder))
     assert (name in "".join(run.faults)) == (how != "empty" or name != "metrics.jsonl")
-    for words in (["list", str(tmp_path)], ["show", str(folder)], ["compare", str(folder), str(whole), "--html"]):
+    for words in (["list", str(tmp_path)], ["show", str(folder)], ["compare", str(folder), str(intact), "--html"]):
         assert main(["runs", *words]) == 0
-    assert main(["runs", "plot", str(folder), str(whole)]) == 0
+    assert main(["runs", "plot", str(folder), str(intact)]) == 0
     assert main(["runs", "export", str(folder), "--csv", "-"]) == 0
     assert "Traceback" not in capsys.readouterr().err
 
@@ -129,17 +130,17 @@ def test_no_run_is_an_error_that_names_every_folder(tmp_path: Path, capsys: pyte
     with pytest.raises(RunError, match="no run here"):
         read_run(str(tmp_path / "empty"))
     assert main(["runs", "compare", str(tmp_path / "empty"), str(tmp_path / "nowhere")]) == 1
-    told = capsys.readouterr().err
-    assert "empty" in told
-    assert "nowhere" in told
+    message = capsys.readouterr().err
+    assert "empty" in message
+    assert "nowhere" in message
 
 
 def test_runs_are_found_in_folders_of_folders_but_not_inside_runs(tmp_path: Path) -> None:
     for name in ("a", "deep/b", "deep/er/c"):
         write_run(tmp_path / name)
     write_run(tmp_path / "a" / "evaluate" / "copy")
-    found = [Path(address).relative_to(tmp_path).as_posix() for address in find_runs(str(tmp_path))]
-    assert found == ["a", "deep/b", "deep/er/c"]
+    addresses = [Path(address).relative_to(tmp_path).as_posix() for address in find_runs(str(tmp_path))]
+    assert addresses == ["a", "deep/b", "deep/er/c"]
     assert find_runs(str(tmp_path / "nowhere")) == []
 
 
@@ -168,16 +169,16 @@ def test_settings_and_metrics_side_by_side(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a", 1e-4), write_run(tmp_path / "b", 3e-4)]
     for run, f1 in zip(runs, (0.4, 0.6), strict=True):
         write_evaluation(run, "best", f1)
-    found = compare_runs([read_run(str(run)) for run in runs])
-    settings, test = found.sections["settings that differ"], found.sections["on data.test"]
+    comparison = compare_runs([read_run(str(run)) for run in runs])
+    settings, test = comparison.sections["settings that differ"], comparison.sections["on data.test"]
     assert [(line.title, line.values) for line in settings] == [("train.learning_rate", ("0.0001", "0.0003"))]
     assert [(line.title, line.best) for line in test] == [("f1_50", (1,)), ("map", ())]
-    validated = {line.title: line.best for line in found.sections["validation at the step of best/"]}
+    validated = {line.title: line.best for line in comparison.sections["validation at the step of best/"]}
     assert validated == {"loss": (), "f1_50": (1,)}
-    told = describe_comparison(found)
-    assert "0.600*" in told
-    assert "0.400*" not in told
-    assert found.notes == ()
+    table = describe_comparison(comparison)
+    assert "0.600*" in table
+    assert "0.400*" not in table
+    assert comparison.notes == ()
 
 
 def test_a_section_that_some_run_lacks_is_one_setting(tmp_path: Path) -> None:
@@ -191,16 +192,16 @@ def test_a_section_that_some_run_lacks_is_one_setting(tmp_path: Path) -> None:
     assert [(line.title, line.values) for line in settings] == [("data.eval", ("null", "b.json"))]
 
 
-def test_what_is_not_comparable_is_said_and_not_marked(tmp_path: Path) -> None:
+def test_what_is_not_comparable_is_reported_and_not_marked(tmp_path: Path) -> None:
     a, b, c = (
         write_run(tmp_path / n, r, task=t)
         for n, r, t in (("a", 1e-4, "detection"), ("b", 3e-4, "chat"), ("c", 5e-4, "chat"))
     )
     write_evaluation(b, "best", 0.4)
     write_evaluation(c, "other", 0.6, test="another.json")
-    found = compare_runs([read_run(str(run)) for run in (a, b, c)])
-    assert not any(line.best for lines in found.sections.values() for line in lines)
-    notes = " ".join(found.notes)
+    comparison = compare_runs([read_run(str(run)) for run in (a, b, c)])
+    assert not any(line.best for lines in comparison.sections.values() for line in lines)
+    notes = " ".join(comparison.notes)
     for words in ("different tasks (chat, detection)", "Test rows differ", "a has no evaluation", "evaluate/other"):
         assert words in notes
 
@@ -251,9 +252,37 @@ def test_curves_keep_their_ends() -> None:
     assert thin(points[:50], 50) == points[:50]
     assert smooth([(1, 2.0), (2, 2.0)]) == [(1, 2.0), (2, 2.0)]
     assert smooth([]) == []
+    assert smooth([(1, 4.0), (2, 2.0)])[1][1] == pytest.approx((0.9 * 4 + 2) / 1.9), "without a bias to the first"
     assert (len(spark(points)), spark([]), spark([(1, 5.0)])) == (40, "", "▁")
     flat = layout("x", [], from_zero=True)
     assert flat["marks"] == [0.0, 0.0, 0.0]
+
+
+def test_the_ends_of_a_curve_are_comparable() -> None:
+    assert compare_ends([3.59, 3.0, 2.5, 1.95]) == (3.59, 1.95, "first -> last")
+    falling = [float(i) for i in range(12, 0, -1)]
+    assert compare_ends(falling) == (11.0, 2.0, "mean of the first 3 -> mean of the last 3")
+    assert compare_ends(falling * 10)[2] == "mean of the first 10 -> mean of the last 10"
+
+
+@pytest.mark.parametrize("last", [10, 1])
+def test_axes_have_whole_steps_and_begin_at_zero(tmp_path: Path, last: int) -> None:
+    """Few steps have no ticks between them; a share that is always 0 has no axis around 0."""
+    from matplotlib.figure import Figure
+
+    folder = write_run(tmp_path / "a")
+    line = {"kind": "eval", "attempt": 1, "time": 1010.0, "epoch": 0.5, "zero": 0.0}
+    lines = [line | {"step": step, "rising": step / 10, "signed": step - 5.0} for step in range(min(3, last), last + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(str(folder))
+    panels = Figure().subplots(3)
+    for panel, key in zip(panels, ("zero", "rising", "signed"), strict=True):
+        plot._draw(panel, key, [run])
+        assert all(float(tick).is_integer() for tick in panel.get_xticks())
+        assert len(set(panel.get_xticks())) == len(panel.get_xticks())
+    assert panels[0].get_ylim() == (0, 1)
+    assert panels[1].get_ylim()[0] >= 0
+    assert panels[2].get_ylim()[0] < (-2 if last > 1 else -4)
 
 
 def test_a_number_that_no_run_has_makes_no_chart(tmp_path: Path) -> None:
@@ -272,11 +301,11 @@ def test_text_that_came_from_files_cannot_drive_the_terminal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "text"),
     [(None, "-"), (0.0, "0.000"), (0.12345, "0.123"), (3e-5, "3.0e-05"), (12345.6, "12,346"), (7, "7")],
 )
-def test_numbers_are_short(value: float | None, told: str) -> None:
-    assert format_number(value) == told
+def test_numbers_are_short(value: float | None, text: str) -> None:
+    assert format_number(value) == text
 
 
 def test_times_are_short() -> None:

@@ -1,4 +1,4 @@
-"""Run folders: whole files or none, numbers that survive odd values, lines that a person can read."""
+"""Run folders: complete files or none, lines with odd values, the console's lines."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_counter_goes_on_and_two_launches_never_share(tmp_path: Path) -> None:
     assert sorted(made) == [f"sft-{i:03d}" for i in range(1, 9)]
 
 
-def test_an_output_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         claim_run(str(tmp_path / "file" / "runs"), "a", "sft")
@@ -64,9 +64,9 @@ def test_monitor_lines_are_json_whatever_the_numbers(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    whole = {"kind": "train", "attempt": 1, "step": 1}
-    (tmp_path / "m.jsonl").write_text(json.dumps(whole) + '\n{"kind": "train"}\n{"kind": "tr')
-    assert read_metrics(tmp_path / "m.jsonl") == [whole]
+    line = {"kind": "train", "attempt": 1, "step": 1}
+    (tmp_path / "m.jsonl").write_text(json.dumps(line) + '\n{"kind": "train"}\n{"kind": "tr')
+    assert read_metrics(tmp_path / "m.jsonl") == [line]
     monitor = Monitor(tmp_path / "m.jsonl", attempt=2)
     monitor.start(0, {})
     monitor.close()
@@ -75,15 +75,15 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
 
 def test_logging_costs_under_a_millisecond(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path / "m.jsonl", attempt=1)
-    started = time.process_time()  # others may be at work on this machine
+    started = time.process_time()  # CPU time: other processes may share the machine
     for step in range(500):
         monitor.write("train", step, 0.1, {"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens_per_s": 9.0})
     assert (time.process_time() - started) / 500 < 1e-3
 
 
 def test_console_shows_one_line_every_n_steps_and_follows_a_file(tmp_path: Path) -> None:
-    said: list[str] = []
-    console = Console(num_steps=10, log_every_steps=5, say=said.append)
+    printed: list[str] = []
+    console = Console(num_steps=10, log_every_steps=5, say=printed.append)
     path = tmp_path / "metrics.jsonl"
     with follow(RunPaths(tmp_path), console):
         monitor = Monitor(path, attempt=1)
@@ -93,24 +93,26 @@ def test_console_shows_one_line_every_n_steps_and_follows_a_file(tmp_path: Path)
             monitor.write("train", step, 0.1, values)
         monitor.write("eval", 10, 1.0, {"loss": 0.5, "f1_50": 0.25})
         monitor.close()
-    assert said[0].startswith("trainable weights: 1,  10.00% of the base's             10")
-    assert said[1].startswith("step  5/10  epoch 0.10  loss   1.0000  lr 1.00e-04  grad   0.500     1,234 tok/s  left")
-    assert said[2].startswith("step 10/10")
-    assert said[3] == "validation at step 10: loss 0.5000  f1_50 0.2500"
-    assert len(said) == 4
+    assert printed[0].startswith("trainable weights: 1,  10.00% of the base's             10")
+    assert printed[1].startswith(
+        "step  5/10  epoch 0.10  loss   1.0000  lr 1.00e-04  grad   0.500     1,234 tok/s  left"
+    )
+    assert printed[2].startswith("step 10/10")
+    assert printed[3] == "validation at step 10: loss 0.5000  f1_50 0.2500"
+    assert len(printed) == 4
 
 
 def test_time_left_is_not_that_of_the_start() -> None:
-    """The first step of an attempt waits for the loaders and warms caches up."""
-    said: list[str] = []
-    console = Console(num_steps=200, log_every_steps=1, say=said.append)
+    """The first step of an attempt is slower: it waits for the loaders and fills caches."""
+    printed: list[str] = []
+    console = Console(num_steps=200, log_every_steps=1, say=printed.append)
     line = {"kind": "train", "attempt": 1, "loss": 1.0, "epoch": 0.5}
     for step, ended in ((101, 60.0), (102, 62.0), (103, 64.0)):
         console.show(line | {"step": step, "time": ended, "step_s": ended})
     console.show({"kind": "start", "attempt": 2, "step": 103, "time": 70.0, "trainable": {}})
     console.show(line | {"step": 104, "time": 99.0, "step_s": 20.0})
     console.show(line | {"step": 200, "time": 199.0, "step_s": 1.0})
-    assert [text.rpartition("left")[2].strip() for text in said if text.startswith("step")] == [
+    assert [text.rpartition("left")[2].strip() for text in printed if text.startswith("step")] == [
         *("-", "3:16 min", "3:14 min", "-", "0 s")
     ]
 

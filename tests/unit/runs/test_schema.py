@@ -1,4 +1,4 @@
-"""A corpus of altered run folders: what no run writes is left out and told, and the rest is shown as it was."""
+"""A corpus of altered run folders: invalid values are ignored and reported, and the rest is shown as before."""
 
 import json
 import platform
@@ -46,17 +46,17 @@ def _write(folder: Path, **change: Any) -> Path:
 
 
 def _tell(run: Run) -> str:
-    """Everything that is ever told of a run, as a file holds it."""
+    """Return all text that is shown of a run."""
     costs = [measure_compute(run)] * 2
     comparison = compare_runs([run, run])
-    told = [describe_run(run), describe_runs([run]), describe_comparison(comparison), write_table(run)]
-    told += [write_comparison([run, run], comparison), write_card(run, "adapter", "best")]
-    told += [write_markdown(["a", "b", "all"], [*costs, sum_compute([run, run], costs)]), json.dumps(costs)]
-    return "\n".join(told).encode().decode()
+    outputs = [describe_run(run), describe_runs([run]), describe_comparison(comparison), write_table(run)]
+    outputs += [write_comparison([run, run], comparison), write_card(run, "adapter", "best")]
+    outputs += [write_markdown(["a", "b", "all"], [*costs, sum_compute([run, run], costs)]), json.dumps(costs)]
+    return "\n".join(outputs).encode().decode()
 
 
 ALTERED: list[tuple[str, Any, str]] = [
-    ("resolved", {"method": {"name": {"a": 1}}}, "resolved.json: method.name is {'a': 1}, which no run writes"),
+    ("resolved", {"method": {"name": {"a": 1}}}, "resolved.json: method.name is {'a': 1}, which is not valid"),
     ("resolved", {"task": {"name": ["x"]}}, "task.name is"),
     ("resolved", {"lora": 3}, "lora is 3"),
     ("resolved", {"lora": {"rank": {}, "target": "language"}}, "lora.target is 'language'"),
@@ -92,14 +92,14 @@ ALTERED: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("file", "change", "words"), ALTERED, ids=range(len(ALTERED)))
-def test_what_no_run_writes_is_left_out_and_told(tmp_path: Path, file: str, change: Any, words: str) -> None:
+def test_what_no_run_writes_is_left_out_and_reported(tmp_path: Path, file: str, change: Any, words: str) -> None:
     run = read_run(str(_write(tmp_path / "a", **{file: change})))
     assert words in "\n".join(run.faults)
     assert bool(run.faults) == bool(words)
     assert "tiny" in _tell(run)
 
 
-def test_files_nested_without_end_are_told(tmp_path: Path) -> None:
+def test_files_nested_without_end_are_reported(tmp_path: Path) -> None:
     folder = _write(tmp_path / "a")
     deep = b"[" * 100_000
     for name in ("resolved.json", "run.json"):
@@ -137,7 +137,7 @@ def test_an_altered_run_is_not_gone_on_with(tmp_path: Path, file: str, content: 
     folder = _write(tmp_path / "a")
     assert find_run(str(tmp_path), "a", "x") is not None
     (folder / file).write_text(content)
-    with pytest.raises(RunError, match=rf"--resume: .*half made \(.*{words}"):
+    with pytest.raises(RunError, match=rf"--resume: .*is incomplete \(.*{words}"):
         find_run(str(tmp_path), "a", "x")
 
 

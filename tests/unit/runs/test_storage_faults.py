@@ -1,4 +1,4 @@
-"""Disks that are really full or read-only at every page of a checkpoint, and object stores that go away or refuse."""
+"""Disks that are full or read-only at any page of a checkpoint, and object stores that fail or refuse."""
 
 import errno
 import json
@@ -25,8 +25,8 @@ FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safeten
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    with small_disk(tmp_path / "disk", 2) as found:
-        yield found
+    with small_disk(tmp_path / "disk", 2) as small:
+        yield small
 
 
 class _Trainer:
@@ -85,8 +85,8 @@ def _refused(writer: CheckpointWriter, trainer: _Trainer, step: int) -> str | No
 
 
 def _whole(store: Store) -> int | None:
-    found = open_newest(store, pytest.fail)
-    return found[0].step if found else None
+    newest = open_newest(store, pytest.fail)
+    return newest[0].step if newest else None
 
 
 def test_a_disk_that_fills_at_any_page_of_a_checkpoint_keeps_the_one_before(disk: SmallDisk) -> None:
@@ -98,11 +98,11 @@ def test_a_disk_that_fills_at_any_page_of_a_checkpoint_keeps_the_one_before(disk
     before = store.files()
     for pages in range(60):
         disk.leave(pages)
-        if (told := _refused(writer, trainer, 2)) is None:
+        if (message := _refused(writer, trainer, 2)) is None:
             break
-        assert f"checkpoint at step 2 cannot be written to {store.address}" in told
-        assert "No space left on device" in told
-        assert "--resume" in told
+        assert f"checkpoint at step 2 cannot be written to {store.address}" in message
+        assert "No space left on device" in message
+        assert "--resume" in message
         assert store.files() == before, "what did not count is still in the way"
         assert _whole(store) == 1
         hit.append(trainer.at)
@@ -124,7 +124,7 @@ def test_a_disk_that_turns_read_only_keeps_what_it_has(disk: SmallDisk) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file_and_the_old_folder(disk: SmallDisk) -> None:
-    """`run.json` and `best/` are the old ones, and nothing half made takes the room that was left."""
+    """`run.json` and `best/` are the old ones, and no partial file takes the remaining space."""
     trainer, file, folder = _Trainer(), disk.path / "run.json", disk.path / "best"
     write_json(file, {"a": 1})
     write_folder(folder, lambda f: (f / "old").write_text("old") and None)
@@ -177,7 +177,7 @@ def test_what_is_no_fault_of_the_disk_stays_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_store_that_goes_away_for_a_while_is_waited_for(stumbling: tuple[str, Stumbling], tmp_path: Path) -> None:
-    """At every request that a checkpoint makes; pyarrow tries again by itself, but not what it reads."""
+    """At every request of a checkpoint; pyarrow retries writes by itself, but not reads."""
     base, app = stumbling
     store, trainer = Store(join(base, tmp_path.name)), _Trainer()
     writer = _writer(store)
@@ -210,15 +210,15 @@ def test_pyarrow_s_own_patience_is_not_all(monkeypatch: pytest.MonkeyPatch) -> N
         store._ask(do)  # it never answered: the endpoint may be wrong
     store._ask(lambda: None)
     assert (store._ask(do), left, slept) == ("done", [0], [1.0, 2.0])
-    for told in (OSError("AWS Error ACCESS_DENIED during PutObject operation"), OSError(errno.ENOSPC, "full", "x")):
+    for error in (OSError("AWS Error ACCESS_DENIED during PutObject operation"), OSError(errno.ENOSPC, "full", "x")):
         store._ask(lambda: None)
         with pytest.raises(OSError, match=r"ACCESS_DENIED|full"):
-            store._ask(lambda told=told: (_ for _ in ()).throw(told))
+            store._ask(lambda error=error: (_ for _ in ()).throw(error))
     assert len(slept) == 2, "what waiting does not mend was waited for"
 
 
 def test_a_store_that_refuses_keeps_the_checkpoint_before(stumbling: tuple[str, Stumbling], tmp_path: Path) -> None:
-    """At every file: refused from there on, for good."""
+    """At every file the store refuses it and all later ones."""
     base, app = stumbling
     store, trainer = Store(join(base, tmp_path.name)), _Trainer()
     writer = _writer(store)
@@ -233,13 +233,13 @@ def test_a_store_that_refuses_keeps_the_checkpoint_before(stumbling: tuple[str, 
 
         app.fault = fault
         with pytest.raises(
-            RunError, match=r"step 2 cannot be written to s3://.*ACCESS_DENIED.*mend the store.*--resume"
+            RunError, match=r"step 2 cannot be written to s3://.*ACCESS_DENIED.*fix the store.*--resume"
         ):
             _checkpoint(writer, trainer, 2)
         app.fault = lambda method, path: None
         assert gone
-        found, folder = open_newest(store, lambda text: None) or pytest.fail("none")
-        assert found.step == 1
+        checkpoint, folder = open_newest(store, lambda text: None) or pytest.fail("none")
+        assert checkpoint.step == 1
         shutil.rmtree(folder)
     _checkpoint(writer, trainer, 2)
     assert _whole(store) == 2
@@ -248,7 +248,7 @@ def test_a_store_that_refuses_keeps_the_checkpoint_before(stumbling: tuple[str, 
 def test_best_in_a_store_counts_until_the_new_one_is_made(
     stumbling: tuple[str, Stumbling], tmp_path: Path, disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A scratch disk that is full is named, with the way to another, and the old `best/` is still whole."""
+    """The error names a full scratch disk and how to use another one, and the old `best/` stays complete."""
     base, _ = stumbling
     store, trainer = Store(join(base, tmp_path.name)), _Trainer()
     writer = _writer(store)
@@ -258,8 +258,8 @@ def test_best_in_a_store_counts_until_the_new_one_is_made(
         disk.leave(pages)
         with pytest.raises(OSError, match=rf"No space left on device: '{disk.path}"):
             replace_folder(store, "best", trainer.save, 2)
-        told = rf"No space left on device: '{disk.path}.*make room in {disk.path}.*TMPDIR.*--resume"
-        with pytest.raises(RunError, match=told):
+        message = rf"No space left on device: '{disk.path}.*make room in {disk.path}.*TMPDIR.*--resume"
+        with pytest.raises(RunError, match=message):
             _checkpoint(writer, trainer, 2)
         with pytest.raises(OSError, match=rf"No space left on device: '{disk.path}"):
             open_checkpoint(store, "best")
@@ -286,7 +286,7 @@ def test_a_store_that_refuses_when_a_run_is_looked_for(
     assert find_run(base, "run", "sft") is not None
 
 
-def test_a_checkpoint_cut_off_in_the_store_is_told(stumbling: tuple[str, Stumbling], tmp_path: Path) -> None:
+def test_a_checkpoint_cut_off_in_the_store_is_reported(stumbling: tuple[str, Stumbling], tmp_path: Path) -> None:
     base, _ = stumbling
     store, trainer = Store(join(base, tmp_path.name)), _Trainer()
     _checkpoint(_writer(store), trainer, 1)

@@ -40,12 +40,12 @@ def test_a_checkpoint_is_committed_found_and_replaced(store: Store, tmp_path: Pa
             part = write_part(store, name, f"rank{rank}", lambda f, r=rank: (f / f"{r}.bin").write_bytes(b"x" * 9))
             files |= part
         commit(store, name, files, step)
-    found, folder = open_newest(store, pytest.fail) or pytest.fail("none")
-    assert (found.step, (folder / "1.bin").read_bytes()) == (10, b"x" * 9)
-    store.write(f"{found.name}/0.bin", b"y" * 9)
-    said: list[str] = []
-    found, _ = open_newest(store, said.append) or pytest.fail("none")
-    assert (found.step, len(said)) == (5, 1)
+    checkpoint, folder = open_newest(store, pytest.fail) or pytest.fail("none")
+    assert (checkpoint.step, (folder / "1.bin").read_bytes()) == (10, b"x" * 9)
+    store.write(f"{checkpoint.name}/0.bin", b"y" * 9)
+    messages: list[str] = []
+    checkpoint, _ = open_newest(store, messages.append) or pytest.fail("none")
+    assert (checkpoint.step, len(messages)) == (5, 1)
 
 
 def test_a_replaced_folder_holds_no_file_of_the_old_one(store: Store) -> None:
@@ -65,11 +65,11 @@ def test_runs_in_an_object_store_are_claimed_found_and_refused(bucket: str, tmp_
     with pytest.raises(Exception, match="already in use"):
         check_free(base, "sft-001", overwrite=False)
     assert first.remote is not None
-    found = find_run(base, "sft-001", "sft")
-    assert found is not None
-    assert found.run.read_text() == '{"attempts": []}'
+    paths = find_run(base, "sft-001", "sft")
+    assert paths is not None
+    assert paths.run.read_text() == '{"attempts": []}'
     assert find_run(base, "sft-009", "sft") is None
-    with pytest.raises(Exception, match="half made"):
+    with pytest.raises(Exception, match="is incomplete"):
         find_run(base, None, "sft")
     first.discard()
     assert not first.root.exists()

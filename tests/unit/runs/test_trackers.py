@@ -1,4 +1,4 @@
-"""Weights & Biases: who is logged in, what a run tells of its page, and where its runs are put."""
+"""Weights & Biases: the login, the note on a run's page, and the group of its runs."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ KEY, COMPANY = "a" * 40, "b" * 40
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A home in which nobody has logged in."""
+    """A home directory without a login."""
     for name in (
         "WANDB_API_KEY",
         "WANDB_MODE",
@@ -29,7 +29,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 class Fake:
-    """A run of wandb's."""
+    """A stand-in for wandb's run."""
 
     def __init__(self, mode: str | None = None, **options: Any):
         self.offline, self.url, self.options = mode == "offline", "https://wandb.ai/me/p/runs/1", options
@@ -46,7 +46,7 @@ def _start(monkeypatch: pytest.MonkeyPatch) -> WandbTracker:
 
 
 def _log_in(home: Path, host: str = "api.wandb.ai", key: str = KEY) -> None:
-    """As `wandb login` does."""
+    """Store a key as `wandb login` does."""
     with open(home / ".netrc", "a") as file:
         file.write(f"machine {host}\n  login user\n  password {key}\n")
     (home / ".netrc").chmod(0o600)
@@ -80,16 +80,16 @@ def test_a_login_at_a_server_of_one_s_own_counts_there_alone(nobody: Path) -> No
     assert find_wandb_login() == {"WANDB_API_KEY": KEY}, "netrc's"
 
 
-def test_the_page_s_address_is_told_or_where_the_files_are(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (told,) = _start(monkeypatch).notes
-    assert "offline, in wandb/ of outputs/a" in told
-    assert "wandb login" in told
+def test_the_page_s_address_is_reported_or_where_the_files_are(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (note,) = _start(monkeypatch).notes
+    assert "offline, in wandb/ of outputs/a" in note
+    assert "wandb login" in note
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert _start(monkeypatch).notes == ["Weights & Biases: https://wandb.ai/me/p/runs/1"]
     monkeypatch.setenv("WANDB_MODE", "offline")
-    (told,) = _start(monkeypatch).notes
-    assert "offline" in told
-    assert "wandb login" not in told, "it was asked for"
+    (note,) = _start(monkeypatch).notes
+    assert "offline" in note
+    assert "wandb login" not in note, "it was asked for"
 
 
 def test_an_epoch_has_its_mean_loss_and_its_learning_rate() -> None:
@@ -103,6 +103,6 @@ def test_trials_are_a_group_of_their_sweep() -> None:
 
     job = {"model": {"name": "x"}, "data": {"train": {"path": "a"}, "eval": 0.1}, "track": {"wandb": True}}
     for track, group in ((job["track"], "night-rates"), ({"wandb": True, "wandb_group": "mine"}, "mine"), ({}, None)):
-        whole = dump_job(JobConfig.model_validate(job | {"track": track}))
-        sweep = Sweep(whole, Space(()), "/runs/night-rates", "loss")
+        resolved = dump_job(JobConfig.model_validate(job | {"track": track}))
+        sweep = Sweep(resolved, Space(()), "/runs/night-rates", "loss")
         assert build_trial_job(sweep, 3, {})[0].track.wandb_group == group

@@ -24,12 +24,12 @@ JOB |= {"evaluate": {"metric": "f1_50"}, "run": {"name": "night"}}
 
 
 def _dead_driver() -> dict[str, Any]:
-    """A driver of this machine that is gone."""
+    """A driver of this machine whose process is gone."""
     return {"host": platform.node(), "pid": 2**22 + 7, "started": 1.0}
 
 
 def _write(path: Path, name: str, learning_rate: float = 1e-4, **changes: Any) -> Path:
-    """A log as a run of two steps leaves it, under any name."""
+    """Write the log of a run of two steps under any name."""
     entry = {"attempt": 1, "time": 1010.0, "epoch": 0.5}
     log: dict[str, Any] = {
         "run": {"name": name, "status": "finished", "step": 2, "num_steps": 2},
@@ -81,7 +81,7 @@ def test_between_validations_the_clock_writes_and_a_long_log_less_often(
     took = 0.0
 
     def clock() -> float:
-        now[0] += took  # asked twice around a writing, which so takes `took`
+        now[0] += took  # called before and after a write, which thus takes `took`
         return now[0]
 
     log = TrainingLog(RunPaths(tmp_path), JOB, clock=clock)
@@ -111,14 +111,14 @@ def test_between_validations_the_clock_writes_and_a_long_log_less_often(
 
 
 def test_keeping_the_log_costs_under_a_millisecond_a_step(tmp_path: Path) -> None:
-    """With what a step writes beside it, in a run that has many steps behind it."""
+    """Including a step's other lines, in a run with many earlier steps."""
     values = {"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens_per_s": 9.0, "step_s": 0.5, "data_s": 0.1}
     line = {"kind": "train", "attempt": 1, "time": time.time(), "epoch": 0.1} | values
     before = [line | {"step": step} for step in range(1, 10_001)]
     log = TrainingLog(RunPaths(tmp_path), JOB, before)
     monitor = Monitor(tmp_path / "metrics.jsonl", 2, record=log.add)
     monitor.start(10_000, {})
-    started = time.process_time()  # others may be at work on this machine
+    started = time.process_time()  # CPU time: other processes may share the machine
     for step in range(10_001, 11_001):
         monitor.write("train", step, 0.1, values)
         if step % 250 == 0:
@@ -136,17 +136,17 @@ def test_the_next_attempt_completes_what_a_killed_one_left(tmp_path: Path) -> No
         killed.write("train", step, 0.1, {"loss": float(step)})
         if step == 2:
             killed.write("eval", 2, 0.1, {"loss": 2.0, "f1_50": 0.5})
-    log = TrainingLog(RunPaths(tmp_path), JOB, read_metrics(tmp_path / "metrics.jsonl"))
-    monitor = Monitor(tmp_path / "metrics.jsonl", 2, record=log.add)
+    training_log = TrainingLog(RunPaths(tmp_path), JOB, read_metrics(tmp_path / "metrics.jsonl"))
+    monitor = Monitor(tmp_path / "metrics.jsonl", 2, record=training_log.add)
     monitor.start(3, {})
-    told = json.loads((tmp_path / "training_log.json").read_text())
-    assert [entry["step"] for entry in told["training_history"]] == [1, 2, 3], "step 4 is done again"
-    assert told["best_checkpoint"]["step"] == 2
-    assert told["run"]["step"] == 3
+    log = json.loads((tmp_path / "training_log.json").read_text())
+    assert [entry["step"] for entry in log["training_history"]] == [1, 2, 3], "step 4 is done again"
+    assert log["best_checkpoint"]["step"] == 2
+    assert log["run"]["step"] == 3
     monitor.write("train", 4, 0.1, {"loss": 9.0})
     monitor.write("checkpoint", 4, 0.1, {"checkpoint_s": 1.0})
-    told = json.loads((tmp_path / "training_log.json").read_text())
-    assert [(entry["attempt"], entry["loss"]) for entry in told["training_history"]][-1] == (2, 9.0)
+    log = json.loads((tmp_path / "training_log.json").read_text())
+    assert [(entry["attempt"], entry["loss"]) for entry in log["training_history"]][-1] == (2, 9.0)
 
 
 def test_looking_at_a_run_whose_driver_was_killed_completes_its_log(tmp_path: Path, capsys) -> None:
@@ -156,9 +156,9 @@ def test_looking_at_a_run_whose_driver_was_killed_completes_its_log(tmp_path: Pa
     _write(folder / "training_log.json", "a", run={"name": "a", "status": "running"}, training_history=[])
     assert main(["runs", "show", str(folder)]) == 0
     assert "died" in capsys.readouterr().out
-    told = json.loads((folder / "training_log.json").read_text())
-    assert (told["run"]["status"], len(told["training_history"])) == ("died", 2)
-    assert told["best_checkpoint"]["metrics"]["f1_50"] == pytest.approx(0.1)
+    log = json.loads((folder / "training_log.json").read_text())
+    assert (log["run"]["status"], len(log["training_history"])) == ("died", 2)
+    assert log["best_checkpoint"]["metrics"]["f1_50"] == pytest.approx(0.1)
     state = (folder / "training_log.json").stat().st_mtime_ns
     assert main(["runs", "export", str(folder), "--csv", "-"]) == 0
     assert (folder / "training_log.json").stat().st_mtime_ns == state, "once"
@@ -168,7 +168,7 @@ def test_looking_at_a_run_whose_driver_was_killed_completes_its_log(tmp_path: Pa
 
 
 def test_in_an_object_store_too(bucket: str, tmp_path: Path) -> None:
-    """What the attempt publishes, and what a reader completes."""
+    """The attempt publishes its log, and a reader completes it."""
     from ray_vlm.runs.trackers import KeptFiles
 
     address = join(bucket, f"{tmp_path.name}/far")
@@ -178,11 +178,11 @@ def test_in_an_object_store_too(bucket: str, tmp_path: Path) -> None:
     driver = {"status": "running", "attempts": [{"attempt": 1, "started": 1.0, "driver": _dead_driver()}]}
     store.write("run.json", json.dumps(driver).encode())
     store.write("resolved.json", json.dumps(JOB).encode())
-    log, kept = TrainingLog(paths, JOB), KeptFiles(paths)
+    log, files = TrainingLog(paths, JOB), KeptFiles(paths)
 
     def publish() -> None:
         paths.publish(paths.metrics)
-        kept.publish(everything=monitor.closed)
+        files.publish(everything=monitor.closed)
 
     monitor = Monitor(paths.metrics, 1, publish=publish, record=log.add)
     monitor.start(0, {}, num_steps=9)
@@ -196,14 +196,14 @@ def test_in_an_object_store_too(bucket: str, tmp_path: Path) -> None:
     (made / "wandb/offline-run-1/run-x.wandb").write_text("more")
     monitor.publish()
     assert store.read("wandb/offline-run-1/run-x.wandb") == b"x", "it grows all the time: now and then is enough"
-    kept.publish(everything=True)
+    files.publish(everything=True)
     assert store.read("wandb/offline-run-1/run-x.wandb") == b"more"
     assert json.loads(store.read("training_log.json") or b"")["training_history"] == []
-    found = read_run(address)
-    assert (found.status, found.step) == ("died", 1)
-    complete_log(found)
-    told = json.loads(store.read("training_log.json") or b"")
-    assert (told["run"]["status"], len(told["training_history"])) == ("died", 1)
+    run = read_run(address)
+    assert (run.status, run.step) == ("died", 1)
+    complete_log(run)
+    content = json.loads(store.read("training_log.json") or b"")
+    assert (content["run"]["status"], len(content["training_history"])) == ("died", 1)
     alone = read_run(f"{join(address, 'training_log.json')}")
     assert (alone.name, alone.step, alone.num_steps) == ("far", 1, 9)
 
@@ -217,11 +217,11 @@ def test_a_log_alone_is_a_run_for_every_verb(tmp_path: Path, capsys, monkeypatch
     assert (run.best["step"], run.wall_s) == (2, 1.0)
     assert run.faults == ()
     assert main(["runs", "show", "mail/from_ada.json"]) == 0
-    told = capsys.readouterr().out
-    assert "sft of detection on tiny" in told
-    assert "the best by f1_50" in told
-    assert "a training log alone, of the run night" in told
-    assert "ray_vlm ?" not in told
+    output = capsys.readouterr().out
+    assert "sft of detection on tiny" in output
+    assert "the best by f1_50" in output
+    assert "a training log without its run's folder, of the run night" in output
+    assert "ray_vlm ?" not in output
     assert main(["runs", "export", str(a), "--csv", "-"]) == 0
     assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
         "kind",
@@ -237,10 +237,10 @@ def test_a_log_alone_is_a_run_for_every_verb(tmp_path: Path, capsys, monkeypatch
     }
     capsys.readouterr()
     assert main(["runs", "compare", str(a), str(b), "--html"]) == 0
-    told = capsys.readouterr().out
-    assert "train.learning_rate" in told
-    assert "0.300*" in told
-    assert "a training log alone" in told
+    output = capsys.readouterr().out
+    assert "train.learning_rate" in output
+    assert "0.300*" in output
+    assert "a training log without its run's folder" in output
     assert (tmp_path / "mail" / "compare-night-vs-day.html").is_file()
 
 
@@ -262,7 +262,7 @@ def test_a_file_that_is_no_log_is_refused(tmp_path: Path, text: str, reason: str
         read_run(str(tmp_path / "x.json"))
 
 
-def test_odd_entries_of_a_log_are_told_and_left_out(tmp_path: Path) -> None:
+def test_odd_entries_of_a_log_are_reported_and_left_out(tmp_path: Path) -> None:
     odd = _write(tmp_path / "x.json", "a", training_history=[None, {"step": "1"}], validation_history=3)
     run = read_run(str(odd))
     assert [line["kind"] for line in run.lines] == ["epoch"]
@@ -310,9 +310,9 @@ def test_runs_are_found_by_name_in_outputs(tmp_path: Path, monkeypatch: pytest.M
     assert main(["runs", "list", "sweep"]) == 0
     assert "2 runs" not in capsys.readouterr().out
     assert main(["runs", "list", "sweep"]) == 0
-    told = capsys.readouterr().out
-    assert "outputs/sweep/trials/001" in told
-    assert "outputs/sweep/trials/002" in told
+    output = capsys.readouterr().out
+    assert "outputs/sweep/trials/001" in output
+    assert "outputs/sweep/trials/002" in output
     assert main(["runs", "show", "002"]) == 0, "a trial whose name no other run has"
     assert main(["runs", "show", "sweep/trials/001"]) == 0
     capsys.readouterr()

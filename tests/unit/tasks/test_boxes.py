@@ -1,4 +1,4 @@
-"""Box geometry, matching against brute force, the codecs' golden cases and round trips, and reading broken answers."""
+"""Box geometry, matching against brute force, golden cases and round trips of the codecs, and broken answers."""
 
 import itertools
 import time
@@ -31,12 +31,12 @@ def test_official_golden_case(codec: str) -> None:
 def _random_frame(rng: np.random.Generator, codec: str, pad: str) -> Frame:
     size = (int(rng.integers(40, 4000)), int(rng.integers(40, 4000)))
     token = (2 * PATCHES[codec]) ** 2
-    place = ImageSpec(PATCHES[codec], 2, 256 * token, 1280 * token, **PADS[pad]).place(size)
-    return Frame(size, place.resized, CODECS[codec], place.content, place.offset)
+    placement = ImageSpec(PATCHES[codec], 2, 256 * token, 1280 * token, **PADS[pad]).place(size)
+    return Frame(size, placement.resized, CODECS[codec], placement.content, placement.offset)
 
 
 def _error_and_bar(frame: Frame, value: float, back: float, axis: int) -> tuple[float, float]:
-    """How far a coordinate moved and how far it may, in pixels of the resized image or thousandths of it."""
+    """Return a coordinate's error and the largest allowed one, in pixels of the resized image or thousandths of it."""
     scale = (frame.content or frame.resized)[axis] / frame.original[axis]
     if frame.codec.coordinates == "relative_1000":
         return abs(back - value) * scale / frame.resized[axis] * 1000, 0.5
@@ -104,7 +104,7 @@ TWO = '{"bbox_2d": [50, 60, 70, 80], "label": "cat"}'
 
 
 @pytest.mark.parametrize(
-    ("text", "frame", "found", "ok", "repaired"),
+    ("text", "frame", "count", "ok", "repaired"),
     [
         (f"```json\n[{ONE}, {TWO}]\n```", JSON, 2, True, ""),
         (f"[{ONE}]", JSON, 1, True, ""),
@@ -152,9 +152,9 @@ TWO = '{"bbox_2d": [50, 60, 70, 80], "label": "cat"}'
         ("[3, null, []]", JSON, 0, False, "dropped 3"),
     ],
 )
-def test_broken_answers_are_mended_and_said_to_be(text: str, frame: Frame, found: int, ok: bool, repaired: str) -> None:
-    objects, whole, repairs = read_boxes(text, frame)
-    assert (len(objects), whole) == (found, ok)
+def test_broken_answers_are_repaired_and_reported(text: str, frame: Frame, count: int, ok: bool, repaired: str) -> None:
+    objects, read_ok, repairs = read_boxes(text, frame)
+    assert (len(objects), read_ok) == (count, ok)
     assert repaired in " ".join(repairs)
     assert bool(repaired) == bool(repairs)
     assert not objects or objects[0] == ((10.0, 10.0, 30.0, 20.0), "dog")
@@ -225,5 +225,5 @@ def test_matching_equals_brute_force() -> None:
     ],
 )
 def test_boxes_and_points_outside_their_image_are_named(box: tuple, reason: str | None) -> None:
-    found = box_problem(box, (640, 428))
-    assert found is None if reason is None else reason in found
+    problem = box_problem(box, (640, 428))
+    assert problem is None if reason is None else reason in problem

@@ -1,4 +1,4 @@
-"""Chat: several images and turns, places written into texts by the codec, and string scores."""
+"""Chat: several images and turns, boxes written into texts by the codec, and string scores."""
 
 import time
 
@@ -27,8 +27,8 @@ def _frames(codec: str = "qwen3_vl") -> tuple[Frame, ...]:
 def test_all_turns_are_asked_and_the_last_is_the_answer() -> None:
     assert chat.ask(_record(TURNS), _frames(), PromptContext(Task(name="chat"))) == TURNS
     assert chat.answer(_record(TURNS), _frames(), PromptContext(Task())).text == "yes"
-    told = chat.ask(_record(TURNS), _frames(), PromptContext(Task(name="chat", system="Be brief.")))
-    assert told[0] == ("system", "Be brief.")
+    turns = chat.ask(_record(TURNS), _frames(), PromptContext(Task(name="chat", system="Be brief.")))
+    assert turns[0] == ("system", "Be brief.")
     own = (("system", "Mine."), *TURNS)
     assert chat.ask(_record(own), _frames(), PromptContext(Task(name="chat", system="Be brief.")))[0] == (
         "system",
@@ -40,7 +40,7 @@ def test_all_turns_are_asked_and_the_last_is_the_answer() -> None:
     ("codec", "words"),
     [("qwen3_vl", "[100, 200, 500, 600]"), ("qwen2_vl", "<|box_start|>(100,200),(500,600)<|box_end|>")],
 )
-def test_places_are_written_as_the_family_writes_them_and_of_their_own_image(codec: str, words: str) -> None:
+def test_boxes_are_written_in_the_family_s_form_and_in_their_own_image(codec: str, words: str) -> None:
     record = _record(
         TURNS,
         "The <ref-object> is at <bbox>.",
@@ -52,7 +52,7 @@ def test_places_are_written_as_the_family_writes_them_and_of_their_own_image(cod
 
 
 @pytest.mark.parametrize(
-    ("found", "right", "expected"),
+    ("answer", "right", "expected"),
     [
         ("A cat", "A cat", (True, True, 1.0)),
         ("a Cat.", "cat", (False, True, 0.0)),
@@ -62,10 +62,10 @@ def test_places_are_written_as_the_family_writes_them_and_of_their_own_image(cod
         ("", "", (True, True, 1.0)),
     ],
 )
-def test_scores(found: str, right: str, expected: tuple) -> None:
-    score = chat.score(Parsed({"answer": found}), {"answer": right})
+def test_scores(answer: str, right: str, expected: tuple) -> None:
+    score = chat.score(Parsed({"answer": answer}), {"answer": right})
     assert (score["exact"], score["normalised"]) == expected[:2]
-    if expected[2] or found != "a Cat.":
+    if expected[2] or answer != "a Cat.":
         assert score["anls"] == pytest.approx(expected[2])
 
 

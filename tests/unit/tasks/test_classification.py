@@ -1,4 +1,4 @@
-"""Classification: attributes as JSON, where things are told in words, tolerant reading, scores."""
+"""Classification: attributes as JSON, positions in words, tolerant parsing, scores."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_answer_reads_back_and_its_values_are_spans() -> None:
     }
 
 
-def test_position_is_told_only_when_asked_for() -> None:
+def test_the_prompt_has_the_position_only_with_the_option() -> None:
     def question(record: SftRecord | None = None, **options) -> str:
         setting = PromptContext(Task(name="classification", **options), LABELS)
         return classification.ask(record or _record(), FRAMES, setting)[-1][1]

@@ -1,4 +1,4 @@
-"""Detection: the answer's text, reading it back whatever its state, and scoring it."""
+"""Detection: writing an answer, parsing it in any state, and scoring it."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_nothing_here_is_an_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found", "ok"),
+    ("text", "count", "ok"),
     [
         ('[{"bbox_2d": [0, 0, 10, 10], "label": "x"}]', 1, True),
         ('Here: ```json\n[{"bbox_2d": [0, 0, 10, 10], "label": "x"}]\n``` done', 1, True),
@@ -56,15 +56,15 @@ def test_nothing_here_is_an_answer() -> None:
         ("I see nothing.", 0, False),
     ],
 )
-def test_parse_never_raises_and_says_what_it_mended(text: str, found: int, ok: bool) -> None:
+def test_parse_never_raises_and_lists_its_repairs(text: str, count: int, ok: bool) -> None:
     parsed = detection.parse(text, (FRAME,))
-    assert len(parsed.values["boxes"]) == len(parsed.values["labels"]) == found
+    assert len(parsed.values["boxes"]) == len(parsed.values["labels"]) == count
     assert parsed.ok == ok
     assert parsed.ok or parsed.repairs
 
 
 @pytest.mark.parametrize("label", ["é", "日本", 'a"b', "a\\b", "a\nb", "x```y", "[1, 2]"])
-def test_odd_labels_survive_whole_and_cut_off(label: str) -> None:
+def test_odd_labels_survive_in_complete_and_truncated_answers(label: str) -> None:
     truth = {"boxes": ((0.0, 0.0, 100.0, 100.0), (0.0, 9.0, 100.0, 100.0)), "labels": (label, label)}
     text = _answer(truth)
     assert detection.parse(text, (FRAME,)).ok
@@ -103,8 +103,8 @@ def test_ask_lists_the_labels() -> None:
     for prompt, words in ((None, "'a, b'"), ("Find {labels}!", "<image>Find a, b!")):
         turns = detection.ask(_record(TRUTH), (FRAME,), PromptContext(Task(prompt=prompt), ("a", "b")))
         assert words in turns[-1][1]
-    told = detection.ask(_record(TRUTH), (FRAME,), PromptContext(Task(system="Be brief."), ("a",)))
-    assert told[0] == ("system", "Be brief.")
+    turns = detection.ask(_record(TRUTH), (FRAME,), PromptContext(Task(system="Be brief."), ("a",)))
+    assert turns[0] == ("system", "Be brief.")
 
 
 def test_each_object_is_a_span_of_its_class() -> None:
@@ -114,7 +114,7 @@ def test_each_object_is_a_span_of_its_class() -> None:
         assert "dog" in answer.text[answer.spans[1][0] : answer.spans[1][1]]
 
 
-def test_a_repeated_box_is_dropped_and_told() -> None:
+def test_a_repeated_box_is_dropped_and_reported() -> None:
     text = "[" + ", ".join(['{"bbox_2d": [0, 0, 10, 10], "label": "x"}'] * 40) + "]"
     parsed = detection.parse(text, (FRAME,))
     assert len(parsed.values["boxes"]) == 1

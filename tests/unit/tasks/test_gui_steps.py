@@ -1,4 +1,4 @@
-"""GUI steps: memory within its budget, places in the codec's coordinates, and what counts as success."""
+"""GUI steps: memory within its budget, targets in the codec's coordinates, and what counts as success."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ def _question(history: list[str], goal: str = "Say hi", **options: Any) -> str:
     return gui_steps.ask(_record(history=history, goal=goal), FRAMES, setting)[-1][1]
 
 
-def test_answer_has_the_place_in_the_codec_s_numbers_and_reads_back() -> None:
+def test_answer_has_the_target_in_the_codec_s_numbers_and_reads_back() -> None:
     answer = gui_steps.answer(_record(), FRAMES, PromptContext(Task()))
     assert answer.text == '{"action": "type", "text": "hello", "bbox_2d": [105, 49, 210, 98]}'
     assert answer.spans == ((0, len(answer.text), "action=type"),)
@@ -65,7 +65,7 @@ def test_a_goal_that_looks_like_a_placeholder_is_text() -> None:
         ("nothing", False, False, 0.0),
     ],
 )
-def test_success_needs_action_arguments_and_place(text: str, success: bool, inside: bool, arguments: float) -> None:
+def test_success_needs_action_arguments_and_target(text: str, success: bool, inside: bool, arguments: float) -> None:
     score = gui_steps.score(gui_steps.parse(text, FRAMES), _record().truth)
     assert (score["success"], score["inside"], score["arguments"]) == (success, inside, arguments)
 

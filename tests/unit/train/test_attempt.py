@@ -1,4 +1,4 @@
-"""What ranks settle first: the storage proof, who owns the run. Ranks are played by threads."""
+"""What the ranks agree on first: the check of the storage and the owner of the run. Threads stand in for ranks."""
 
 import json
 import os
@@ -69,10 +69,10 @@ def _folder(path: Path) -> Path:
 
 def test_ranks_that_share_a_folder_agree(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "run")
-    found = _on_ranks([folder] * 3, lambda store, place: begin_attempt(store, place, 1))
-    assert len({(a.number, a.token) for a in found}) == 1
+    attempts = _on_ranks([folder] * 3, lambda store, context: begin_attempt(store, context, 1))
+    assert len({(a.number, a.token) for a in attempts}) == 1
     assert sorted(p.name for p in folder.iterdir()) == [".attempt.json", "run.json"]
-    again = _on_ranks([folder] * 2, lambda store, place: begin_attempt(store, place, 1))
+    again = _on_ranks([folder] * 2, lambda store, context: begin_attempt(store, context, 1))
     assert {a.number for a in again} == {2}
 
 
@@ -80,27 +80,27 @@ def test_folders_of_the_same_name_on_two_nodes_are_found_out_on_every_rank(tmp_p
     """The second has no run.json: `mkdir` on a node that does not share the disk."""
     one, two = _folder(tmp_path / "one"), tmp_path / "two"
     two.mkdir()
-    errors = _on_ranks([one, two], lambda store, place: prove_storage(store, place, "ab", wait_s=0.2))
+    errors = _on_ranks([one, two], lambda store, context: prove_storage(store, context, "ab", wait_s=0.2))
     assert all(isinstance(e, RunError) for e in errors)
     assert len(errors[0].problems) == len(errors[1].problems) == 4  # each misses the other, one the driver; the fix
-    told = "\n".join(errors[0].problems)
-    assert "does not see what the driver wrote" in told
-    assert "does not see what worker 1" in told
-    assert "file system that all nodes share" in told
+    message = "\n".join(errors[0].problems)
+    assert "does not see what the driver wrote" in message
+    assert "does not see what worker 1" in message
+    assert "file system that all nodes share" in message
 
 
 def test_a_node_that_cannot_write_is_named(tmp_path: Path) -> None:
     folder, blocked = _folder(tmp_path / "run"), tmp_path / "file" / "run"
     (tmp_path / "file").write_text("")
-    errors = _on_ranks([folder, blocked], lambda store, place: prove_storage(store, place, "ab", wait_s=0.2))
+    errors = _on_ranks([folder, blocked], lambda store, context: prove_storage(store, context, "ab", wait_s=0.2))
     assert all("worker 1 on" in e.problems[0] and "cannot write" in e.problems[0] for e in errors)
 
 
 def test_an_older_attempt_finds_that_it_was_replaced(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "run")
-    (old,) = _on_ranks([folder], lambda store, place: begin_attempt(store, place, 1))
+    (old,) = _on_ranks([folder], lambda store, context: begin_attempt(store, context, 1))
     check_owner(Store(folder), old)
-    (new,) = _on_ranks([folder], lambda store, place: begin_attempt(store, place, 1))
+    (new,) = _on_ranks([folder], lambda store, context: begin_attempt(store, context, 1))
     with pytest.raises(RunError, match="taken over by attempt 2"):
         check_owner(Store(folder), old)
     check_owner(Store(folder), new)

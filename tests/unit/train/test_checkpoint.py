@@ -1,4 +1,4 @@
-"""What a checkpoint must agree with: rows, question, and the rules by which files became rows."""
+"""The checks of a checkpoint against a job: rows, prompts, and the rules by which files become rows."""
 
 from typing import Any
 
@@ -38,16 +38,16 @@ def test_another_question_is_named_with_both_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "told", "not_told"),
+    ("format", "named", "not_named"),
     [("coco", "_background_, are no class; an annotation", "share an id"), ("llava", "rows that share an id", "crowd")],
 )
-def test_rules_that_have_changed_since_are_named(format: str, told: str, not_told: str) -> None:
+def test_rules_that_have_changed_since_are_named(format: str, named: str, not_named: str) -> None:
     old = _about(format, rows="b")
     with pytest.raises(RunError, match=r"on other rows \(fingerprint b, data.train has a\)") as caught:
         _check({key: value for key, value in old.items() if key != "rules"}, _about(format))
     assert "Since it was written these rules have changed: " in str(caught.value)
-    assert told in str(caught.value)
-    assert not_told not in str(caught.value)
+    assert named in str(caught.value)
+    assert not_named not in str(caught.value)
     with pytest.raises(RunError) as caught:
         _check(old, _about(format))  # rules are as they were: the rows themselves are others
     assert "rules" not in str(caught.value)

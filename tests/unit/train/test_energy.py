@@ -1,4 +1,4 @@
-"""Energy: each card once, each machine's processor and memory once, and no country that nobody knows."""
+"""Energy: each GPU once, each machine's processor and memory once, and no unknown country."""
 
 import sys
 
@@ -15,13 +15,13 @@ def _job(country: str) -> JobConfig:
 
 def test_ranks_of_one_machine_share_its_processor_and_memory() -> None:
     one = {"gpu_kwh": 1.0, "cpu_kwh": 0.5, "memory_kwh": 0.25, "kg_per_kwh": 0.4}
-    told = add_up([("a", one), ("a", one), ("b", one), ("c", {})])
-    assert (told["gpu_kwh"], told["cpu_kwh"], told["memory_kwh"], told["energy_kwh"]) == (3.0, 1.0, 0.5, 4.5)
-    assert told["co2_kg"] == pytest.approx(4.5 * 0.4)
+    totals = add_up([("a", one), ("a", one), ("b", one), ("c", {})])
+    assert (totals["gpu_kwh"], totals["cpu_kwh"], totals["memory_kwh"], totals["energy_kwh"]) == (3.0, 1.0, 0.5, 4.5)
+    assert totals["co2_kg"] == pytest.approx(4.5 * 0.4)
     assert add_up([("a", {}), ("b", {})]) == {}
 
 
-def test_an_unknown_country_and_a_missing_package_are_told_before_anything_starts(
+def test_an_unknown_country_and_a_missing_package_are_reported_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check_energy(_job("DEU"))

@@ -1,4 +1,4 @@
-"""Norms by part, as they were before clipping; a part that is meant to learn and gets no gradient ends the run."""
+"""Norms by part before clipping; a trained part without a gradient ends the run."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""When another try is made, and how failures are told. No cluster."""
+"""When a run is restarted, and how failures are reported. No cluster."""
 
 import pickle
 from typing import Any
@@ -35,7 +35,7 @@ def test_deaths_are_retried_within_the_budget() -> None:
 
 
 def test_deaths_count_in_a_row_and_errors_in_all() -> None:
-    """Machines come and go for weeks; an error, or a run that rewinds again and again, gets no further for ever."""
+    """Deaths with progress between them never end a run; errors and repeated rewinds do."""
     deaths = [Failure("worker 1 died", step=step) for step in range(0, 500, 5)]
     assert should_restart(deaths, 1)
     assert should_restart([*deaths, Failure("worker 1 died", step=495)], 2)
@@ -66,7 +66,7 @@ def _out_of_memory() -> Exception:
 
 
 def test_a_card_without_room_is_our_error_and_is_not_tried_again() -> None:
-    """Also where another worker only tells that the one without room is gone, or died of it."""
+    """Also if another worker reports only that the one without memory is gone, or died of it."""
     lost = RuntimeError("Connection closed by peer")
     for others in ({}, {0: _Raised(lost)}, {0: _death()}):
         failure = describe_failure(WorkerGroupError("x", {**others, 1: _Raised(_out_of_memory())}), 7, "Lower it.")
@@ -78,7 +78,7 @@ def test_a_card_without_room_is_our_error_and_is_not_tried_again() -> None:
         assert not should_restart([failure], 9)
 
 
-def test_what_else_is_said_of_a_full_card_is_known_and_the_computer_s_memory_is_not_meant() -> None:
+def test_what_else_is_reported_of_a_full_card_is_known_and_the_computer_s_memory_is_not_meant() -> None:
     from ray.exceptions import OutOfMemoryError
 
     known = ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]
@@ -89,8 +89,8 @@ def test_what_else_is_said_of_a_full_card_is_known_and_the_computer_s_memory_is_
 
 
 def test_the_advice_names_what_the_job_has_not_used_yet() -> None:
-    told = advise_training(Train(micro_batch_size=4, gradient_checkpointing=False), 8)
-    assert "lower train.micro_batch_size (now 4); or set train.gradient_checkpointing=true; or" in told
+    advice = advise_training(Train(micro_batch_size=4, gradient_checkpointing=False), 8)
+    assert "lower train.micro_batch_size (now 4); or set train.gradient_checkpointing=true; or" in advice
     spent = advise_training(Train(micro_batch_size=1, gradient_checkpointing=True), 8)
     assert "micro_batch_size" not in spent
     assert "gradient_checkpointing" not in spent
@@ -112,7 +112,7 @@ def test_a_run_of_this_process_tells_a_full_card_alike(monkeypatch, tmp_path) ->
         launch.launch(job, None, RunPaths(tmp_path))  # type: ignore[arg-type]
 
 
-def test_the_cause_is_told_before_what_followed_from_it() -> None:
+def test_the_cause_is_reported_before_what_followed_from_it() -> None:
     lost = RuntimeError("Connection closed by peer")
     failure = describe_failure(WorkerGroupError("x", {0: _Raised(lost), 1: _death()}), 4)
     assert (failure.text, failure.raised, failure.step) == ("worker 1 died", False, 4)
@@ -168,13 +168,13 @@ def test_a_rewind_is_no_refusal() -> None:
 def test_a_lost_connection_is_no_error_of_the_worker_that_tells_it() -> None:
     text = "[gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:43681: Connection reset by peer. Check\nmore"
     failure = describe_failure(WorkerGroupError("failed", {0: _Raised(RuntimeError(text))}), 6)
-    told = "Read error [10.0.0.2]:43681: Connection reset by peer"
-    assert failure.text == f"worker 0 lost its connection to another ({told})"
+    message = "Read error [10.0.0.2]:43681: Connection reset by peer"
+    assert failure.text == f"worker 0 lost its connection to another ({message})"
     assert should_restart([failure, failure], 9), "machines may go twice at the same step"
 
 
 def test_a_signal_that_ray_s_own_handler_took_is_a_stop(monkeypatch, tmp_path) -> None:
-    """While Ray starts its handlers are in place, and they end the process with 15 or 1."""
+    """While Ray starts, its own handlers are installed, which end the process with 15 or 1."""
     import ray_vlm.train.launch as launch
     from ray_vlm.config.schema import JobConfig
     from ray_vlm.runs.paths import RunPaths

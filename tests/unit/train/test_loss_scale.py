@@ -1,4 +1,4 @@
-"""float16: a gradient that overflows is the scaler's business, and a run that goes on knows the scale that it had."""
+"""float16: the scaler handles a gradient that overflows, and a resumed run restores its scale."""
 
 import json
 from pathlib import Path
@@ -28,13 +28,13 @@ def _trainer(scale: float | None, finite: bool) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("scale", "finite", "mine"),
+    ("scale", "finite", "explained"),
     [(65536.0, True, True), (65536.0, False, False), (1.0, True, False), (None, True, False)],
 )
-def test_whose_business_an_overflow_is(scale: float | None, finite: bool, mine: bool) -> None:
-    told = watch_overflow(_trainer(scale, finite), _HERE)()
-    assert (told is not None) == mine
-    assert told is None or "loss scale of 65536" in told
+def test_whose_business_an_overflow_is(scale: float | None, finite: bool, explained: bool) -> None:
+    message = watch_overflow(_trainer(scale, finite), _HERE)()
+    assert (message is not None) == explained
+    assert message is None or "loss scale of 65536" in message
 
 
 @pytest.fixture
@@ -56,28 +56,28 @@ def _notes(paths: RunPaths) -> list[str]:
 
 
 def test_a_run_in_float16_is_the_same_where_it_was_stopped(job_file: Any, high_scale: None, tmp_path: Path) -> None:
-    """It is stopped while the scale is still on its way down; with another scale other steps would be left out."""
+    """It is stopped while the scale still falls; with another scale other steps would be skipped."""
     from safetensors.torch import load_file
 
     from ray_vlm.errors import Interrupted
 
     path = job_file(train={"global_batch_size": 1, "micro_batch_size": 1})
-    whole = _train(path, "whole")
-    told = [note for note in _notes(whole) if "float16 overflowed" in note]
-    assert "at a loss scale of 1.04858e+06: the step is left out" in told[0]
-    assert len(told) == 2, "the first two of three"
-    assert not whole.bad_steps.exists(), "no fault of the rows"
-    asked = []
+    uninterrupted = _train(path, "whole")
+    notes = [note for note in _notes(uninterrupted) if "float16 overflowed" in note]
+    assert "at a loss scale of 1.04858e+06: the step is left out" in notes[0]
+    assert len(notes) == 2, "the first two of three"
+    assert not uninterrupted.bad_steps.exists(), "no fault of the rows"
+    calls = []
     with pytest.raises(Interrupted):
-        _train(path, "stopped", TrialContext(stop=lambda: len(asked) > 0 or bool(asked.append(1))))
+        _train(path, "stopped", TrialContext(stop=lambda: len(calls) > 0 or bool(calls.append(1))))
     stopped = RunPaths(tmp_path / "runs" / "stopped")
     assert list(stopped.root.glob("checkpoint-*/scaler.pt"))
     _train(path, "stopped", resume=True)
-    ours, theirs = (load_file(p.final / "adapter_model.safetensors") for p in (stopped, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert {tensor.dtype for tensor in theirs.values()} == {torch.float32}
-    assert any(float(tensor.abs().max()) > 0 for name, tensor in theirs.items() if "lora_B" in name)
-    assert json.loads(whole.resolved.read_text())["train"]["precision"] == "fp16"
+    weights, expected = (load_file(p.final / "adapter_model.safetensors") for p in (stopped, uninterrupted))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert {tensor.dtype for tensor in expected.values()} == {torch.float32}
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in expected.items() if "lora_B" in name)
+    assert json.loads(uninterrupted.resolved.read_text())["train"]["precision"] == "fp16"
 
 
 def test_a_loss_that_is_no_number_is_a_fault_in_float16_too(job_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,19 +96,19 @@ def test_a_loss_that_is_no_number_is_a_fault_in_float16_too(job_file: Any, monke
 
 
 def test_float16_under_deepspeed_is_refused(job_file: Any) -> None:
-    with pytest.raises(ConfigError, match=r"train.precision.*DeepSpeed scales the loss by itself"):
+    with pytest.raises(ConfigError, match=r"train.precision.*DeepSpeed scales the loss"):
         load_job(job_file(), ["train.precision=fp16", "cluster.deepspeed=zero2", "cluster.num_workers=1"])
 
 
 @pytest.mark.parametrize(("capability", "best"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16")])
-def test_cards_that_emulate_bfloat16_are_told(
+def test_cards_that_emulate_bfloat16_are_reported(
     capability: tuple[int, int], best: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    told = describe_emulation("bf16", "cuda:0")
-    assert (told is None) == (best == "bf16")
-    assert told is None or "Set train.precision=fp16" in told
+    message = describe_emulation("bf16", "cuda:0")
+    assert (message is None) == (best == "bf16")
+    assert message is None or "Set train.precision=fp16" in message
     assert fastest_precision("cuda:0") == best
     assert fastest_precision("cpu") == "fp32"
     assert describe_emulation("fp16", "cuda:0") is describe_emulation("bf16", "cpu") is None

@@ -1,4 +1,6 @@
-"""A step that is not finite changes nothing and is written down; the run ends or goes on. Jumps of the loss show."""
+"""A step whose gradient is not finite changes nothing and is recorded; the run ends or continues. Jumps of the loss are
+reported.
+"""
 
 import json
 import math
@@ -51,9 +53,9 @@ def test_a_run_stops_before_the_step_and_goes_on_without_it(job_file: Any, poiso
     with pytest.raises(RunError, match=r"step 3: the gradient is not finite. Rows: .*train.nonfinite=skip"):
         _train(path, "run.name=stopped")
     paths = RunPaths(tmp_path / "runs" / "stopped")
-    told = _bad_steps(paths)
-    assert [line["step"] for line in told] == [3]
-    assert [len(batch) for of_rank in told[0]["rows"] for batch in of_rank] == [2, 2]
+    bad_steps = _bad_steps(paths)
+    assert [line["step"] for line in bad_steps] == [3]
+    assert [len(batch) for batches in bad_steps[0]["rows"] for batch in batches] == [2, 2]
     assert not paths.final.exists()
     poisoned.clear()
     poisoned.append(7)  # five were made before; the third step's two come again
@@ -68,7 +70,7 @@ def test_a_run_stops_before_the_step_and_goes_on_without_it(job_file: Any, poiso
 
 
 def test_a_skipped_step_changes_no_weight(job_file: Any, poisoned: list[int]) -> None:
-    """Of two steps the second is lost: the adapter is that after the first."""
+    """The second of two steps is skipped: the adapter is the one after the first."""
     from safetensors.numpy import load_file
 
     path = job_file(
@@ -85,10 +87,10 @@ def test_a_skipped_step_changes_no_weight(job_file: Any, poisoned: list[int]) ->
 
 def test_what_is_written_of_a_step() -> None:
     plan = Plan(12, 4, 1, 2, shuffle=False)
-    told = describe_step(plan, 1, lambda row: f"r{row}")
-    assert told == {"step": 2, "rows": [[["r4"], ["r5"]], [["r6"], ["r7"]]]}
-    assert explain(told, "skip").endswith("Rows: r4, r5, r6, r7. They change nothing; see bad_steps.jsonl")
-    many = told | {"rows": [[[str(n) for n in range(20)]]]}
+    bad_step = describe_step(plan, 1, lambda row: f"r{row}")
+    assert bad_step == {"step": 2, "rows": [[["r4"], ["r5"]], [["r6"], ["r7"]]]}
+    assert explain(bad_step, "skip").endswith("Rows: r4, r5, r6, r7. The step is skipped; see bad_steps.jsonl")
+    many = bad_step | {"rows": [[[str(n) for n in range(20)]]]}
     assert "0, 1, 2, 3, 4, 5, 6, 7 and 12 more" in explain(many, "skip")
     assert is_finite({"a": 1.0})
     assert not is_finite({"a": 1.0, "b": math.inf})
@@ -106,15 +108,17 @@ def test_jumps_of_the_loss() -> None:
 def test_a_rewound_run_trains_nothing_from_its_checkpoint_to_the_step(
     job_file: Any, poisoned: list[int], capsys: pytest.CaptureFixture
 ) -> None:
-    """Steps 3 and 4 come after the checkpoint of step 2, and 4 fails: both are left out, by the same command."""
+    """Steps 3 and 4 come after the checkpoint of step 2, and 4 fails: both are skipped, by the same command."""
     from safetensors.numpy import load_file
 
     sections = {"train": {"max_steps": 5, "global_batch_size": 2, "micro_batch_size": 2, "nonfinite": "rewind"}}
     path = job_file(**sections, checkpoint={"every_steps": 2, "keep": 5})
     poisoned.append(3)
     paths = _train(path)
-    found = {p.name.split("-")[1]: next(p.rglob("adapter_model.safetensors")) for p in paths.root.glob("checkpoint-*")}
-    second, fourth, fifth = (load_file(found[step]) for step in ("2", "4", "5"))
+    adapters = {
+        p.name.split("-")[1]: next(p.rglob("adapter_model.safetensors")) for p in paths.root.glob("checkpoint-*")
+    }
+    second, fourth, fifth = (load_file(adapters[step]) for step in ("2", "4", "5"))
     assert all((second[name] == fourth[name]).all() for name in second)
     assert any((fourth[name] != fifth[name]).any() for name in fourth)
     lines = [line for line in read_metrics(paths.metrics) if line["kind"] == "train"]
@@ -122,6 +126,6 @@ def test_a_rewound_run_trains_nothing_from_its_checkpoint_to_the_step(
     assert [line["loss"] is None for line in lines] == [False, False, False, True, True, False]
     attempts = json.loads(paths.run.read_text())["attempts"]
     assert [(a["status"], a.get("lost_steps")) for a in attempts] == [("failed", 1), ("finished", None)]
-    told = capsys.readouterr().out
-    assert "the gradient of step 4 was not finite: the steps from 3 to it change nothing" in told
-    assert "2 attempts: step 4: the gradient is not finite" in told
+    output = capsys.readouterr().out
+    assert "the gradient of step 4 was not finite: the steps from 3 to it are skipped" in output
+    assert "2 attempts: step 4: the gradient is not finite" in output

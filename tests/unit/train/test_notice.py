@@ -1,4 +1,4 @@
-"""When workers ask whether their machines will be taken away, and what they say of it."""
+"""When workers check for preemptions, and the reason that they give."""
 
 import time
 
@@ -20,7 +20,7 @@ def test_it_is_asked_now_and_then() -> None:
 @pytest.mark.parametrize(("deadline", "end"), [(None, "taken away"), (12.4, "taken away in 12 s"), (-3, "in 0 s")])
 def test_who_goes_and_when(deadline: float | None, end: str) -> None:
     at = None if deadline is None else int((time.time() + deadline) * 1000)
-    said = Notice(lambda: PreemptionInfo(at, {"node": [2, 0]})).look()
-    assert said is not None
-    assert said.startswith("the machine of worker 0, 2 will be taken away")
-    assert said.endswith(end)
+    reason = Notice(lambda: PreemptionInfo(at, {"node": [2, 0]})).look()
+    assert reason is not None
+    assert reason.startswith("the machine of worker 0, 2 will be taken away")
+    assert reason.endswith(end)

@@ -1,4 +1,4 @@
-"""What a job's `train` section makes of the optimizer."""
+"""The optimizer options of a job's `train` section."""
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan

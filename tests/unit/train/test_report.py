@@ -1,4 +1,4 @@
-"""What Ray is told: one finite score, higher is better, and numbers of Python's own."""
+"""Reports to Ray: one finite score, higher is better, and numbers as Python types."""
 
 import json
 import math
@@ -34,9 +34,9 @@ def test_a_lower_loss_and_a_higher_metric_score_higher() -> None:
 
 
 def test_numbers_of_numpy_and_torch_become_python_s_own() -> None:
-    told = plain({"a": np.float32(0.5), "b": torch.tensor(2.0), "c": np.int64(3), "d": 4, "e": "x"})
-    assert {type(v) for v in told.values()} <= {int, float, str}
-    assert json.loads(json.dumps(told)) == {"a": 0.5, "b": 2.0, "c": 3.0, "d": 4, "e": "x"}
+    report = plain({"a": np.float32(0.5), "b": torch.tensor(2.0), "c": np.int64(3), "d": 4, "e": "x"})
+    assert {type(v) for v in report.values()} <= {int, float, str}
+    assert json.loads(json.dumps(report)) == {"a": 0.5, "b": 2.0, "c": 3.0, "d": 4, "e": "x"}
 
 
 def test_the_best_so_far_is_read_back_from_what_was_written() -> None:
@@ -50,11 +50,11 @@ def test_the_best_so_far_is_read_back_from_what_was_written() -> None:
 
 
 def test_among_equals_the_lower_loss_and_then_the_later_step_is_the_best() -> None:
-    """F1 stays 0 for a while in many runs, in which the loss tells which weights are better."""
-    found = ((2, 0.0, 3.0), (4, 0.0, 1.5), (6, 0.0, 2.0), (8, 0.0, 1.5), (10, 0.0, None))
-    numbers = [{"f1_50": f1, "loss": math.nan if loss is None else loss} for _, f1, loss in found]
+    """In many runs F1 is 0 at first, and the loss decides which weights are better."""
+    validations = ((2, 0.0, 3.0), (4, 0.0, 1.5), (6, 0.0, 2.0), (8, 0.0, 1.5), (10, 0.0, None))
+    numbers = [{"f1_50": f1, "loss": math.nan if loss is None else loss} for _, f1, loss in validations]
     assert [is_better("f1_50", now, before) for before, now in pairwise(numbers)] == [True, False, True, False]
-    lines = [{"kind": "eval", "attempt": 1, "step": step, "f1_50": f1, "loss": loss} for step, f1, loss in found]
+    lines = [{"kind": "eval", "attempt": 1, "step": step, "f1_50": f1, "loss": loss} for step, f1, loss in validations]
     best, since = recall_best(lines, "f1_50")
     assert best is not None
     assert (best["step"], since) == (8, 4), "early stopping still waits for the metric itself"
@@ -62,10 +62,10 @@ def test_among_equals_the_lower_loss_and_then_the_later_step_is_the_best() -> No
 
 @pytest.mark.parametrize(("step", "leaves"), [(4, True), (5, False)])
 def test_a_notice_after_the_last_step_is_none(step: int, leaves: bool) -> None:
-    """What is trained to its end is written, not begun again elsewhere."""
+    """A run that is trained to its end is saved, not moved to other machines."""
     job: Any = SimpleNamespace(train=SimpleNamespace(max_steps=5))
     plan: Any = SimpleNamespace(num_steps=5, steps_per_epoch=5)
-    callback = RunCallback(job, None, plan, None, lambda path: None, lambda told: None)  # type: ignore[arg-type]
+    callback = RunCallback(job, None, plan, None, lambda path: None, lambda metrics: None)  # type: ignore[arg-type]
     callback.notice = Notice(lambda: PreemptionInfo(None, {"node": [0]}), every_s=0.0)
     control = TrainerControl()
     callback.on_step_end(None, TrainerState(global_step=step), control)

@@ -1,4 +1,4 @@
-"""Signals: what the first one does depends on whether there is anything to keep."""
+"""Signals: what the first one does depends on whether there is anything to save."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def test_after_a_step_the_first_signal_is_a_request(capsys: pytest.CaptureFixtur
 
 
 def test_signals_are_taken_back_from_whoever_took_them_meanwhile() -> None:
-    """Ray puts a handler of its own in place as it starts."""
+    """Ray installs its own handler as it starts."""
     with StopRequest() as request:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         request.listen()

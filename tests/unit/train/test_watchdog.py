@@ -1,4 +1,4 @@
-"""Who hangs is told from where the workers stand; a thread that finds nothing moving writes it all down."""
+"""The stalled worker is identified by the statuses of all; a thread that sees no progress writes them."""
 
 import json
 import threading
@@ -18,24 +18,26 @@ def _at(
 
 
 def test_the_one_that_is_behind_is_named_with_its_rows() -> None:
-    told = [_at(0, "step", 4, 4, ("a", "b")), _at(1, "data", 4, 3, ("c",))]
-    assert describe_stall(told, 2, 60) == "worker 1 on host1 hangs for 1 minutes: waiting for rows, step 3, rows c"
-    told = [_at(0, "step", 4, 2), _at(1, "forward", 4, 2, tuple("abcdefghij"))]
-    assert describe_stall(told, 2, 60).startswith("worker 1 on host1 hangs")
-    assert describe_stall(told, 2, 60).endswith("the forward pass, step 3, rows a, b, c, d, e, f, g, h and 2 more")
+    statuses = [_at(0, "step", 4, 4, ("a", "b")), _at(1, "data", 4, 3, ("c",))]
+    assert describe_stall(statuses, 2, 60) == "worker 1 on host1 hangs for 1 minutes: waiting for rows, step 3, rows c"
+    statuses = [_at(0, "step", 4, 2), _at(1, "forward", 4, 2, tuple("abcdefghij"))]
+    assert describe_stall(statuses, 2, 60).startswith("worker 1 on host1 hangs")
+    assert describe_stall(statuses, 2, 60).endswith("the forward pass, step 3, rows a, b, c, d, e, f, g, h and 2 more")
 
 
 def test_one_that_is_seen_to_wait_for_others_is_not_the_one() -> None:
-    told = [_at(0, "batch", 3, 2, ("a",), waits=True), _at(1, "batch", 3, 2, ("b",))]
-    assert describe_stall(told, 2, 60) == "worker 1 on host1 hangs for 1 minutes: sampling answers, step 3, rows b"
+    statuses = [_at(0, "batch", 3, 2, ("a",), waits=True), _at(1, "batch", 3, 2, ("b",))]
+    assert describe_stall(statuses, 2, 60) == "worker 1 on host1 hangs for 1 minutes: sampling answers, step 3, rows b"
     assert not is_waiting(threading.get_ident())
 
 
 def test_a_collective_in_which_all_hang_and_a_worker_that_says_nothing() -> None:
-    told = [_at(0, "step", 4, 4, ("a",)), _at(1, "step", 4, 4, ("b",))]
-    assert describe_stall(told, 2, 90).startswith("all workers hang for 1.5 minutes in the same place: the backward")
-    assert describe_stall(told[:1], 2, 60).startswith("worker 1 said nothing for 1 minutes while the others waited")
-    assert describe_stall(told[:1], 1, 60).startswith("worker 0 on host0 hangs")
+    statuses = [_at(0, "step", 4, 4, ("a",)), _at(1, "step", 4, 4, ("b",))]
+    assert describe_stall(statuses, 2, 90).startswith(
+        "all workers hang for 1.5 minutes in the same place: the backward"
+    )
+    assert describe_stall(statuses[:1], 2, 60).startswith("worker 1 said nothing for 1 minutes while the others waited")
+    assert describe_stall(statuses[:1], 1, 60).startswith("worker 0 on host0 hangs")
 
 
 def test_the_innermost_phase_counts() -> None:
@@ -46,7 +48,7 @@ def test_the_innermost_phase_counts() -> None:
 
 
 def test_two_workers_agree_on_who_is_behind(tmp_path: Path) -> None:
-    """Both clocks stand still; both write stacks, one says the sentence, both end."""
+    """Both clocks stop; both workers write stacks, one writes the message, both end."""
     store, ended, clocks = Store(tmp_path), [], [Clock("cpu"), Clock("cpu")]
     stands = [_at(0, "step", 2, 2), _at(1, "forward", 2, 1, ("row 7",))]
     dogs = [
@@ -63,9 +65,11 @@ def test_two_workers_agree_on_who_is_behind(tmp_path: Path) -> None:
     assert "row 7" in stacks
     assert "test_two_workers_agree" in stacks, "the stack of the thread that should have moved"
     assert threading.main_thread().name in stacks
-    said = take_sentence(store, 3)
-    assert said is not None
-    assert said.startswith("worker 1 on host1 hangs for 0.005 minutes: the forward pass, step 3, rows row 7. Stacks")
+    sentence = take_sentence(store, 3)
+    assert sentence is not None
+    assert sentence.startswith(
+        "worker 1 on host1 hangs for 0.005 minutes: the forward pass, step 3, rows row 7. Stacks"
+    )
     assert take_sentence(store, 3) is None, "once"
 
 

@@ -6,7 +6,7 @@ from ray_vlm.tune.formula import compute, read_formula
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "value"),
     [
         ("2 * lora.rank", 32),
         ("lora.rank / 4 + 1", 5.0),
@@ -17,8 +17,8 @@ from ray_vlm.tune.formula import compute, read_formula
         ("3", 3),
     ],
 )
-def test_arithmetic(text: str, found: float) -> None:
-    assert compute(text, {"lora.rank": 16, "train.learning_rate": 2e-4}) == found
+def test_arithmetic(text: str, value: float) -> None:
+    assert compute(text, {"lora.rank": 16, "train.learning_rate": 2e-4}) == value
 
 
 def test_the_settings_that_are_named() -> None:

@@ -27,16 +27,16 @@ def _trial(name: str, rate: float, rank: int, score: float | None, **changes: An
     values = {"train.learning_rate": rate, "lora.rank": rank, "data.oversample": None}
     metrics = {} if score is None else {"f1_50": score, "map": 1 - score}
     curve = () if score is None else ((10, score / 2), (20, score))
-    told: dict[str, Any] = {"status": "finished", "step": 20, "num_steps": 20, "best_step": 20, "wall_s": 5.0}
-    return Trial(name, values, metric="f1_50", metrics=metrics, **(told | {"curve": curve} | changes))
+    fields: dict[str, Any] = {"status": "finished", "step": 20, "num_steps": 20, "best_step": 20, "wall_s": 5.0}
+    return Trial(name, values, metric="f1_50", metrics=metrics, **(fields | {"curve": curve} | changes))
 
 
 def test_lines_run_through_their_values() -> None:
     trials = [_trial("000", 1e-5, 8, 0.2), _trial("001", 1e-1, 16, 0.6), _trial("002", 1e-3, 8, None)]
-    found = lay_out(SPACE, trials, "f1_50")
-    assert found is not None
-    assert [axis["title"] for axis in found["axes"]] == [s.key for s in SPACE.searched] + ["f1_50"]
-    worst, best = found["lines"]
+    page = lay_out(SPACE, trials, "f1_50")
+    assert page is not None
+    assert [axis["title"] for axis in page["axes"]] == [s.key for s in SPACE.searched] + ["f1_50"]
+    worst, best = page["lines"]
     assert (best["name"], best["best"], worst["best"]) == ("001", True, False)
     assert best["points"][0] == (0, 0.0)
     assert worst["points"][0] == (0, HEIGHT), "a log axis from the lowest to the highest"
@@ -101,6 +101,11 @@ def test_a_page_from_folders(tmp_path: Path) -> None:
     assert "pruned at step 10" in page
     assert "<b>x</b>" not in page
     assert "Sweep &lt;i&gt;" in page
+    curves = page[page.index("f1_50, validation") :]
+    drawn = [curves.index(f'<polyline fill="none" stroke="var(--c{number})') for number in (2, 0, 1)]
+    assert drawn == sorted(drawn), "the best trial is drawn last, in the colour that it has among the settings"
+    assert 'style="color: var(--c1)"></span>trial 001' in curves
+    assert 'style="color: var(--c1); margin-left: 0"></span>the best trial' in page
     assert "http" not in page.replace("http://www.w3.org", ""), "nothing from elsewhere"
     cost = dict(describe_cost(trials, runs))
     assert cost["trials"] == "2 finished, 1 pruned, 1 failed"

@@ -73,8 +73,8 @@ def test_schedulers_end_trials_at_equal_steps(scheduler: str, tmp_path: Path) ->
     job = JobConfig.model_validate(
         {"model": {"name": "x"}, "data": {}, "tune": {"scheduler": scheduler, "reduction_factor": 2}}
     )
-    found = build_scheduler(job, 10)
-    assert found.set_search_properties("score", "max")
+    rule = build_scheduler(job, 10)
+    assert rule.set_search_properties("score", "max")
     ended = []
 
     class Trial:
@@ -86,11 +86,11 @@ def test_schedulers_end_trials_at_equal_steps(scheduler: str, tmp_path: Path) ->
 
     trials = [Trial(str(i)) for i in range(6)]
     for trial in trials:
-        found.on_trial_add(None, trial)
+        rule.on_trial_add(None, trial)
     for step in (10, 20):
         for trial in reversed(trials):
             result = {"step": step, "score": float(trial.trial_id) / 10 + step, "training_iteration": step // 10}
-            if trial not in ended and found.on_trial_result(None, trial, result) == TrialScheduler.STOP:
+            if trial not in ended and rule.on_trial_result(None, trial, result) == TrialScheduler.STOP:
                 ended.append(trial)
     assert (len(ended) > 0) == (scheduler != "none")
     assert trials[5] not in ended

@@ -9,7 +9,16 @@ import yaml
 
 from ray_vlm.config.load import dump_job, load_job
 from ray_vlm.errors import ConfigError
-from ray_vlm.tune.space import Space, check_space, examples, load_space, own_values, resolve, write_overrides
+from ray_vlm.tune.space import (
+    Space,
+    check_space,
+    examples,
+    load_checked_space,
+    load_space,
+    own_values,
+    resolve,
+    write_overrides,
+)
 
 GOOD: dict[str, Any] = {
     "train.learning_rate": {"loguniform": [2e-5, 1e-3]},
@@ -65,14 +74,14 @@ def test_one_class_of_a_setting_is_searched(tmp_path: Path, job: Path) -> None:
     assert made.data.test.ratio == values["data.test.ratio"] == 0.2
     with pytest.raises(ConfigError) as error:
         check_space(space, str(job), ["data.oversample=auto"])
-    (told,) = error.value.problems
-    assert "`data.oversample` is 'auto', not a section" in told
-    assert "search all of it: {choice: [...]}" in told
+    (problem,) = error.value.problems
+    assert "`data.oversample` is 'auto', not a section" in problem
+    assert "search all of it: {choice: [...]}" in problem
 
 
 def test_a_formula_may_use_the_job_and_another_formula(tmp_path: Path, job: Path) -> None:
-    told = {"lora.rank": {"choice": [4, 8]}, "seed": "lora.alpha + 1", "lora.alpha": "lora.rank * train.num_epochs"}
-    space = load_space(_write(tmp_path, told))
+    settings = {"lora.rank": {"choice": [4, 8]}, "seed": "lora.alpha + 1", "lora.alpha": "lora.rank * train.num_epochs"}
+    space = load_space(_write(tmp_path, settings))
     values = resolve(space, {"lora.rank": 8}, dump_job(load_job(job, ["train.num_epochs=3"])))
     assert (values["lora.alpha"], values["seed"]) == (24, 25)
     circle = load_space(_write(tmp_path, {"lora.rank": {"choice": [4]}, "seed": "lora.alpha", "lora.alpha": "seed"}))
@@ -90,7 +99,7 @@ def test_examples_touch_every_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("distribution", "reason"),
     [
         ({"loguniform": [0, 1]}, "there is no logarithm of 0"),
         ({"loguniform": [-1e-3, 1]}, "there is no logarithm"),
@@ -117,8 +126,8 @@ def test_examples_touch_every_end(tmp_path: Path) -> None:
         ("2 * ", "no formula"),
     ],
 )
-def test_a_bad_range_is_refused_with_its_line(tmp_path: Path, told: Any, reason: str) -> None:
-    path = _write(tmp_path, {"lora.rank": {"choice": [8]}, "train.learning_rate": told})
+def test_a_bad_range_is_refused_with_its_line(tmp_path: Path, distribution: Any, reason: str) -> None:
+    path = _write(tmp_path, {"lora.rank": {"choice": [8]}, "train.learning_rate": distribution})
     with pytest.raises(ConfigError, match=reason) as error:
         load_space(path)
     assert "space.yaml:" in str(error.value)
@@ -126,9 +135,9 @@ def test_a_bad_range_is_refused_with_its_line(tmp_path: Path, told: Any, reason:
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
-    told = {"cluster.num_workers": {"choice": [1]}, "a-b": 1, "train.learning_rate": {"uniform": [3, 1]}}
+    settings = {"cluster.num_workers": {"choice": [1]}, "a-b": 1, "train.learning_rate": {"uniform": [3, 1]}}
     with pytest.raises(ConfigError) as error:
-        load_space(_write(tmp_path, told))
+        load_space(_write(tmp_path, settings))
     assert len(error.value.problems) == 3
     for text, reason in (
         ("- a", "mapping"),
@@ -143,17 +152,56 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_keys_and_values_that_the_job_refuses_are_told_before_anything_starts(tmp_path: Path, job: Path) -> None:
-    told = {
+    settings = {
         "train.learning_rat": {"loguniform": [1e-5, 1e-3]},
         "lora.rank": {"choice": [8, 0, "many"]},
         "train.warmup_ratio": {"uniform": [0.0, 3.0]},
         "lora.alpha": "2 / data.seed",
     }
     with pytest.raises(ConfigError) as error:
-        check_space(load_space(_write(tmp_path, told)), str(job), [])
+        check_space(load_space(_write(tmp_path, settings)), str(job), [])
     text = str(error.value)
     assert "`train.learning_rat` is not a setting. Did you mean `learning_rate`?" in text
     assert "lora.alpha: data.seed is None" in text
     assert "lora.rank" in text
     assert "'many'" in text
     assert "train.warmup_ratio" in text
+
+
+def test_problems_of_the_file_and_of_the_job_are_told_at_once(tmp_path: Path, job: Path) -> None:
+    settings = {
+        "lora.rank": {"choice": [8, 8]},
+        "lora.alpha": "2 * lora.rank",
+        "train.learning_rat": {"uniform": [3, 1]},
+        "trian.seed": {"choice": [1]},
+        "data.oversample.drain": {"uniform": [1.0]},
+        "train.warmup_ratio": {"uniform": [0.0, 3.0]},
+        "cluster.num_workers": {"choice": [1]},
+    }
+    with pytest.raises(ConfigError) as error:
+        load_checked_space(_write(tmp_path, settings), str(job), [])
+    expected = (
+        "lists a value twice",
+        "`train.learning_rat`: uniform [3, 1] is empty",
+        "`train.learning_rat` is not a setting. Did you mean `learning_rate`?",
+        "`trian` is not",
+        "uniform needs 2 numbers",
+        "train.warmup_ratio",
+        "`cluster` says",
+    )
+    text = "\n".join(error.value.problems)
+    for reason in expected:
+        assert reason in text, text
+    assert len(error.value.problems) == len(expected), text
+    with pytest.raises(ConfigError) as error:
+        load_checked_space(_write(tmp_path, {"lora.rank": {"choice": [8, 8]}}), str(job), ["train.learning_rat=1"])
+    assert len(error.value.problems) == 2, "with those of the job itself"
+    assert load_checked_space(_write(tmp_path, GOOD), str(job), []).grid_size == 3
+
+
+def test_a_key_inside_a_single_value_hides_no_other_problem(tmp_path: Path, job: Path) -> None:
+    settings = {"data.oversample.toe-drain": {"uniform": [1.0, 8.0]}, "lora.rank": {"choice": [8, 0]}}
+    with pytest.raises(ConfigError) as error:
+        check_space(load_space(_write(tmp_path, settings)), str(job), ["data.oversample=auto"])
+    assert "not a section" in error.value.problems[0]
+    assert any("lora.rank" in problem for problem in error.value.problems[1:])

@@ -1,0 +1,41 @@
+"""The parser of `ray-vlm` and of each of its verbs: options in full, no empty values, errors that name a likely fix."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class VerbParser(argparse.ArgumentParser):
+    """A parser that takes no abbreviated option and no empty text. Its sub-parsers are of the same class.
+
+    After parsing, `args.parser` is the parser of the verb that was named, so that its usage can be shown.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # argparse completes abbreviations by default: `--over` would delete a run as `--overwrite` does
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+        self.register("type", None, _read_text)  # the type of every argument that has none of its own
+        self.set_defaults(parser=self)  # the parser of the innermost verb sets it last
+
+    def add_subparsers(self, **options: Any) -> argparse._SubParsersAction:
+        """As argparse does it; the words behind a verb are left to the parser of that verb."""
+        verbs = super().add_subparsers(**options)
+        verbs.type = str  # argparse applies the type to all those words, and empty ones would be blamed on VERB
+        return verbs
+
+    def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
+        """Print this parser's usage, the words that it does not know and the option that was probably meant; exit 2."""
+        options = [option for action in self._actions for option in action.option_strings]
+        likely: list[str] = []
+        for name in (word.partition("=")[0] for word in words if word.startswith("--")):
+            completed = [option for option in options if option.startswith(name)]
+            likely += completed or difflib.get_close_matches(name, options, n=1)
+        hint = f"; did you mean {' or '.join(dict.fromkeys(likely))}?" if likely else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+
+
+def _read_text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty, perhaps from a shell variable that is not set; give one")
+    return text

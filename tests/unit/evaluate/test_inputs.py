@@ -1,0 +1,60 @@
+"""What `predict` reads and writes names images as the table or the command line does."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ray_vlm.errors import RunError
+from ray_vlm.evaluate.inputs import read_inputs
+from ray_vlm.evaluate.predict import _result, _write
+from ray_vlm.evaluate.run import load_result
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two photos in a folder of the current one, as a submitted job has them in a temporary folder."""
+    (tmp_path / "photos").mkdir()
+    for name in ("a b.png", "c.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_results_name_images_as_they_were_given(photos: Path) -> None:
+    Path("rows.json").write_text(
+        json.dumps([{"images": ["photos/a b.png", "photos/c.png"]}, {"images": "../out.png"}, {"images": None}])
+    )
+    inputs = read_inputs(["photos", "photos/c.png", "rows.json"], "?", "chat")
+    results = [_result(entry, entry.error or "not asked") for entry in inputs]
+    assert [(result["id"], result["images"]) for result in results] == [
+        ("a b.png", ["photos/a b.png"]),
+        ("c.png", ["photos/c.png"]),
+        ("photos/c.png", ["photos/c.png"]),
+        ("row 0", ["photos/a b.png", "photos/c.png"]),
+        ("row 1", ["../out.png"]),
+        ("row 2", []),
+    ]
+    assert all(Path(str(image)).is_absolute() for entry in inputs for image in entry.ask.images), "for the replicas"
+    _write("found.csv", results)
+    with open("found.csv", newline="") as file:
+        cells = [row["images"] for row in csv.DictReader(file)]
+    assert cells[:3] == ["photos/a b.png", "photos/c.png", "photos/c.png"]
+    assert json.loads(cells[3]) == ["photos/a b.png", "photos/c.png"]
+    assert cells[4:] == ["../out.png", ""]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [((), "no such folder"), (("x",), "holds no metrics.json"), (("metrics.json",), "holds no predictions.jsonl")],
+)
+def test_a_folder_without_an_evaluation_is_named(tmp_path: Path, files: tuple[str, ...], reason: str) -> None:
+    for name in files:
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / name).write_text("{}")
+    with pytest.raises(RunError, match=reason) as error:
+        load_result(tmp_path / "old", "old", "detection")
+    assert "Errno" not in str(error.value)
+    assert "Give a folder that `ray-vlm evaluate` wrote" in str(error.value)
