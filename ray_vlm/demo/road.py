@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.demo.story import Step, find_job, measure_step, train_step
+from ray_vlm.demo.steps import Step, find_job, measure_step, train_step
 
 PAIRS = "pairs.jsonl"
 NUM_ROWS = 600  # rows whose answers are sampled for pairs

@@ -8,14 +8,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.demo.shapes import RARE_CLASS
+from ray_vlm.demo.steps import Step, find_job, measure_step, train_step
 from ray_vlm.runs.paths import write_json
 
 JOB = "demo_sft.yaml"
@@ -24,23 +22,6 @@ _STAGES = {"draw scenes": 0.0, "zero-shot": 7.0, "fine-tune": 11.0, "evaluate": 
 _ROAD = {"pairs": 130.0, "DPO": 155.0, "GRPO": 184.0}
 _REPORT_S = 5.0
 _END_S = {False: 130.0, True: 241.0}  # by: with DPO and GRPO?
-
-
-@dataclass(frozen=True)
-class Step:
-    """A measured stage: its name in `summary.json`, its title, its metrics and their folder, and its run, if any."""
-
-    name: str
-    title: str
-    metrics: dict[str, Any]
-    folder: Path
-    run: Path | None = None
-
-
-def find_job(name: str) -> Path:
-    """Return the path of a shipped job file: in the installed package, or in the checkout of this code."""
-    installed = Path(str(resources.files("ray_vlm"))) / "starter" / "jobs" / name
-    return installed if installed.is_file() else Path(__file__).parents[2] / "jobs" / name
 
 
 def demo_job(output_dir: Path, overrides: list[str] | None = None) -> JobConfig:
@@ -120,24 +101,6 @@ def _import_libraries(job: JobConfig) -> None:
     quiet_libraries()
     load_processor(job.model)
     load_model(job.model, job.train.precision)
-
-
-def measure_step(name: str, title: str, job: JobConfig, folder: Path, run: Path | None = None) -> Step:
-    """Evaluate a run's best adapter on the job's test rows, into the run's folder; or the base, into `folder`."""
-    from ray_vlm.evaluate.run import evaluate
-
-    adapter = None if run is None else str(run / "best")
-    output_dir = folder / "evaluate" / name if run is None else run / "evaluate/best"
-    metrics = evaluate(job, adapter, output_dir, say=lambda text: print(f"  {text}", flush=True))
-    return Step(name, title, metrics, output_dir, run)
-
-
-def train_step(job: JobConfig, name: str) -> Path:
-    """Run the job, whose file ships as `name`; return the run's folder."""
-    from ray_vlm.train.driver import train
-
-    paths = train(job, find_job(name).read_text(encoding="utf-8"), overwrite=True)
-    return paths.root
 
 
 def _report(folder: Path, steps: Sequence[Step]) -> None:

@@ -5,6 +5,7 @@ wrong gradients without an error; `load_model` turns that off (the packed path h
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,14 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     name = resolve_name(spec.name)
     try:
         with lasting(f"loading {spec.name}", lambda: describe_download(name)):
-            model = AutoModelForImageTextToText.from_pretrained(name, **options)
+            # With this option it returns a pair, which its annotation does not say.
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:  # transformers, safetensors and bitsandbytes raise many types
         if _is_device_failure(error, device):
             raise
         raise _explain_weights(spec, error) from error
+    model, info = loaded
+    _check_complete(spec, model, info["missing_keys"])
     if is_deepspeed_zero3_enabled():
         _forget_renamings(model)
     keep_4bit_differentiable(model)
@@ -162,6 +166,17 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     if family.stock_images:
         cast_pixels(model)
     return model
+
+
+def _check_complete(spec: Model, model: Any, missing: Iterable[str]) -> None:
+    """Raise `ModelError` if weights are not in the base's files: transformers gives them random values and goes on."""
+    weights = sorted(set(missing) & {weight for weight, _ in model.named_parameters()})
+    if weights:
+        more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+        raise ModelError(
+            f"model.name={spec.name!r}: its files do not hold the weights {weights[0]}{more}, which would be random. "
+            "Fetch all files of the base again."
+        )
 
 
 def _is_device_failure(error: Exception, device: str) -> bool:

@@ -167,3 +167,8 @@ class Monitor:
 def _plain(value: Any) -> float | int | None:
     number = value if isinstance(value, int) and not isinstance(value, bool) else float(value)
     return number if math.isfinite(number) else None
+
+
+def as_python_numbers(metrics: dict[str, Any]) -> dict[str, int | float | str]:
+    """Return the numbers as Python types: Ray fails on numbers of numpy or torch in a report."""
+    return {k: v if type(v) in (int, str, bool) else float(v) for k, v in metrics.items()}

@@ -163,7 +163,7 @@ class _Validator:
     def measure(self, address: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
         """Return the metrics of the weights at `address`, and sample images if the run has trackers."""
         from ray_vlm.evaluate.draw import draw_predictions
-        from ray_vlm.train.report import plain
+        from ray_vlm.runs.monitor import as_python_numbers
 
         if self._trainer is None:
             self._trainer = _build_trainer(self._task)
@@ -174,7 +174,7 @@ class _Validator:
         metrics = trainer.validate(trainer) | {"background_s": time.monotonic() - started}
         track = load_resolved(self._task.job).track
         wanted = track.wandb or track.tensorboard
-        return plain(metrics), draw_predictions(getattr(trainer, "shown", ())) if wanted else []
+        return as_python_numbers(metrics), draw_predictions(getattr(trainer, "shown", ())) if wanted else []
 
 
 def _build_trainer(task: Any) -> Any:

@@ -280,8 +280,3 @@ def score_of(metric: str, metrics: dict[str, float]) -> float:
     """
     value = -metrics[metric] if metric == "loss" else metrics[metric]
     return float(value) if math.isfinite(value) else -sys.float_info.max
-
-
-def plain(metrics: dict[str, Any]) -> dict[str, int | float | str]:
-    """Return the numbers as Python types: Ray fails on numbers of numpy or torch in a report."""
-    return {k: v if type(v) in (int, str, bool) else float(v) for k, v in metrics.items()}

@@ -204,11 +204,12 @@ def _build_callback(
     attempt: Attempt,
 ) -> Any:
     from ray_vlm.evaluate.draw import draw_predictions
+    from ray_vlm.runs.monitor import as_python_numbers
     from ray_vlm.train.async_validator import AsyncValidator
     from ray_vlm.train.gradients import watch_gradients
     from ray_vlm.train.loss_scale import watch_overflow
     from ray_vlm.train.nonfinite import read_bad_steps, watch_steps
-    from ray_vlm.train.report import Progress, RunCallback, plain
+    from ray_vlm.train.report import Progress, RunCallback
 
     preprocessing = describe_preprocessing(load_sample_builder(task.spec), asking_of(job))
 
@@ -232,7 +233,7 @@ def _build_callback(
         if context.ray:
             import ray.train
 
-            ray.train.report(plain(metrics))
+            ray.train.report(as_python_numbers(metrics))
 
     callback = RunCallback(job, paths, task.plan, monitor, save, tell)
     callback.gather = gather

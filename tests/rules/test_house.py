@@ -169,3 +169,12 @@ def test_shipped_spaces_fit_a_job_and_open_with_how_to_run_them(path: Path, tmp_
     job_path = "jobs/demo_tune.yaml" if path.stem == "demo" else str(job)
     check_space(load_space(path), str(ROOT / job_path) if path.stem == "demo" else job_path, [])
     assert any("Run: ray-vlm tune " in line and path.name in line for line in path.read_text().splitlines()[:4])
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Imports inside functions count too; the package itself, which everybody may ask for its version, does not."""
+    graph = {_name(path): _imports(path) - {"ray_vlm"} for path in MODULES}
+    while graph:
+        leaves = {name for name, imported in graph.items() if not imported & graph.keys() - {name}}
+        assert leaves, f"these import one another in a circle, or what does: {sorted(graph)}"
+        graph = {name: imported for name, imported in graph.items() if name not in leaves}

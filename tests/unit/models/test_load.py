@@ -198,6 +198,20 @@ def test_damaged_weights_are_an_error_of_the_base(tmp_path: Path, damage: Damage
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_weights_that_the_files_do_not_hold_are_not_made_up(tmp_path: Path, in_4bit: bool) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "base"
+    shutil.copytree(resolve_name("tiny"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    load_model(Model(name=str(folder), load_in_4bit=in_4bit), "fp32")
+    removed = [name for name in sorted(tensors) if "layers.0" in name][:3]
+    save_file({name: tensors[name] for name in tensors if name not in removed}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"do not hold the weights model\..* and 2 more, which would be random"):
+        load_model(Model(name=str(folder), load_in_4bit=in_4bit), "fp32")
+
+
 @pytest.mark.parametrize(
     "failure",
     [

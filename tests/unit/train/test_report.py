@@ -12,9 +12,10 @@ import torch
 from ray.train.v2.api.preemption import PreemptionInfo
 from transformers import TrainerControl, TrainerState
 
+from ray_vlm.runs.monitor import as_python_numbers
 from ray_vlm.train.best import is_better, recall_best
 from ray_vlm.train.notice import Notice
-from ray_vlm.train.report import RunCallback, plain, score_of
+from ray_vlm.train.report import RunCallback, score_of
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -34,7 +35,7 @@ def test_a_lower_loss_and_a_higher_metric_score_higher() -> None:
 
 
 def test_numbers_of_numpy_and_torch_become_python_s_own() -> None:
-    report = plain({"a": np.float32(0.5), "b": torch.tensor(2.0), "c": np.int64(3), "d": 4, "e": "x"})
+    report = as_python_numbers({"a": np.float32(0.5), "b": torch.tensor(2.0), "c": np.int64(3), "d": 4, "e": "x"})
     assert {type(v) for v in report.values()} <= {int, float, str}
     assert json.loads(json.dumps(report)) == {"a": 0.5, "b": 2.0, "c": 3.0, "d": 4, "e": "x"}
 
