@@ -37,7 +37,7 @@ def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, fil
             else:
                 time.sleep(wait)
     if not fill_in:
-        raise DataError(f"{first} Mend it, then continue with --resume.")
+        raise DataError(f"{first} Mend it, then go on with --resume.")
     others = [(number + step) % len(records) for step in range(1, min(_OTHERS, len(records) - 1) + 1)]
     for other in others:
         try:

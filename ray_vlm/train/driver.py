@@ -129,7 +129,7 @@ def _refusals(paths: RunPaths) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{paths.address}: {error}. Fix the cause, then continue with --resume.") from error
+        raise RunError(f"{paths.address}: {error}. Fix the cause, then go on with --resume.") from error
 
 
 def check_goes_on(paths: RunPaths, job: JobConfig) -> None:

@@ -134,7 +134,7 @@ def test_the_reference_is_asked_once_and_never_served_stale(dpo_job, tmp_path: P
     capsys.readouterr()
     once = "train.max_steps=1"
     _train(path, "run.name=again", once, "train.learning_rate=1e-4", "method.beta=0.3", "lora.rank=8")
-    assert "are known" in capsys.readouterr().out
+    assert "are read from the cache" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "runs" / ".reference").glob("*.npy")) == cached
     adapter = f"model.adapter={known.root / 'final'}"
     for number, change in enumerate((adapter, "data.max_pixels=30000", "model.load_in_4bit=true", "data.eval=0.3"), 2):

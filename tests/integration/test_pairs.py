@@ -102,8 +102,12 @@ def test_two_workers_write_the_same_file(ray_cluster, job_file, scenes: Path, tm
 def test_what_an_actor_refuses_is_told_as_it_stands(
     ray_cluster, job_file, scenes: Path, tmp_path: Path, capsys
 ) -> None:
-    path = _job(job_file, scenes)
-    words = ["cluster.num_workers=1", "--adapter", str(tmp_path / "none"), "--output", str(tmp_path / "pairs.jsonl")]
+    path, other = _job(job_file, scenes), tmp_path / "other"  # an adapter of another base, which only the actor reads
+    other.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "another/base"}
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    (other / "adapter_model.safetensors").write_bytes(b"")
+    words = ["cluster.num_workers=1", "--adapter", str(other), "--output", str(tmp_path / "pairs.jsonl")]
     assert main(["pairs", str(path), *words]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'}: no adapter here")
+    assert capsys.readouterr().err.startswith(f"error: {other}: trained on 'another/base', but model.name is")
     assert not (tmp_path / "pairs.jsonl").exists()
