@@ -20,7 +20,7 @@ import pytest
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef" * 4
-SECRET = "hf_this_must_be_seen_by_nobody"
+SECRET = "".join(("hf_", "this_must_be_seen_by_nobody"))  # the file itself is sent, and must not hold it
 SMALL = ["train.max_steps=3", "checkpoint.every_steps=2", "evaluate.every_steps=3", "evaluate.num_samples=4"]
 
 
