@@ -126,10 +126,10 @@ def prepare() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
-    from ray_vlm.models.library_logging import quiet_libraries
+    from ray_vlm.models import library_logging
 
     torch.set_num_threads(1)
-    quiet_libraries()
+    library_logging.quiet_libraries()
     faulthandler.enable()
 
 

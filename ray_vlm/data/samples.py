@@ -19,10 +19,10 @@ from ray_vlm.data.processor_images import load_stock
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec, Tokens
 from ray_vlm.errors import DataError
+from ray_vlm.models import library_logging
 from ray_vlm.models.families import Family
-from ray_vlm.models.library_logging import quiet_libraries
-from ray_vlm.models.load import family_of, load_config, resolve_name
-from ray_vlm.models.processor import load_processor
+from ray_vlm.models.load import family_of, resolve_name
+from ray_vlm.models.processor import load_config_and_processor
 from ray_vlm.models.prompt_text import PromptText, read_prompt_text, take_prompt_text
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import IMAGE, Answer, PromptContext, Turns
@@ -36,7 +36,7 @@ class SampleBuilder:
     """Turns records into rows. Loads the processor when a row with pixels, or the processor itself, is needed."""
 
     def __init__(self, spec: SampleSpec):
-        quiet_libraries()
+        library_logging.quiet_libraries()
         self.spec = spec
         self.task = TASKS[spec.task.name]
         self.setting = PromptContext(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
@@ -77,7 +77,7 @@ class SampleBuilder:
         with _LOADING:
             if self._processor is not None:
                 return
-            processor, config = load_processor(self.spec.model), load_config(self.spec.model)
+            config, processor = load_config_and_processor(self.spec.model)
             family = family_of(config)
             if family.stock_images:
                 self.stock = load_stock(processor, config)

@@ -16,9 +16,14 @@ _SIDE = 64  # side of the blank image, in pixels
 
 def load_processor(spec: Model) -> Any:
     """Load the base's own processor. Raise `ModelError` if it is missing, damaged, or has no chat template."""
+    return load_config_and_processor(spec)[1]
+
+
+def load_config_and_processor(spec: Model) -> tuple[Any, Any]:
+    """Load the base's configuration and its processor. Raise `ModelError` as `load_config` and `load_processor` do."""
     from transformers import AutoProcessor
 
-    load_config(spec)  # a missing base and a damaged config.json are reported here, and not as a missing tokenizer
+    config = load_config(spec)  # first: a missing base or a damaged config.json is not reported as a missing tokenizer
     name = resolve_name(spec.name)
     try:
         processor = AutoProcessor.from_pretrained(name, revision=spec.revision)
@@ -46,7 +51,7 @@ def load_processor(spec: Model) -> Any:
             f"model.name={spec.name!r}: its processor cannot be used ({reason}). Fetch its files again, or use "
             "another base."
         )
-    return processor
+    return config, processor
 
 
 def _settle_ends(processor: Any) -> str | None:

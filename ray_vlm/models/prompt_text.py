@@ -62,7 +62,7 @@ def take_prompt_text(processor: Any, family: Family) -> PromptText:
     backend, images = processor.tokenizer.backend_tokenizer, processor.image_processor
     sizes = None
     if not family.stock_images:
-        sizes = _check_sizes(images.patch_size, images.merge_size, dict(images.size), images.image_mean)
+        sizes = _build_sizes(images.patch_size, images.merge_size, dict(images.size), images.image_mean)
         if sizes is None or "image_grid_thw" not in images.model_input_names:
             raise ModelError(
                 f"the base's {type(images).__name__} is not an image processor of Qwen's (patch_size="
@@ -178,11 +178,11 @@ def _read_sizes(read: Callable[[str], str | None]) -> ImageSizes | None:
         if images.get(limit) is not None:
             size[edge] = images[limit]
     patch, merge = images.get("patch_size", 14), images.get("merge_size", 2)
-    return _check_sizes(patch, merge, size, images.get("image_mean") or _DEFAULT_MEAN)
+    return _build_sizes(patch, merge, size, images.get("image_mean") or _DEFAULT_MEAN)
 
 
-def _check_sizes(patch: Any, merge: Any, size: Mapping[str, Any], mean: Any) -> ImageSizes | None:
-    """Return the sizes, or None if they are not valid numbers."""
+def _build_sizes(patch: Any, merge: Any, size: Mapping[str, Any], mean: Any) -> ImageSizes | None:
+    """Build the sizes; None if they are not valid numbers."""
     low, high = size.get("shortest_edge"), size.get("longest_edge")
     shares = mean if isinstance(mean, list | tuple) else ()
     if not all(isinstance(value, int) and 0 < value < 2**40 for value in (patch, merge, low, high)):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.models import library_logging
 from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.families import Family
-from ray_vlm.models.library_logging import quiet_libraries
 from ray_vlm.models.lora import freeze_parts, lora_config
 from ray_vlm.models.precision import autocast, dtype_of
 
@@ -56,7 +56,7 @@ class Rehearsal:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        quiet_libraries()
+        library_logging.quiet_libraries()
 
         self.job, self.family, self.config = job, family, config
         self.dtype = dtype_of(job.train.precision)

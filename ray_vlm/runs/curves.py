@@ -94,11 +94,14 @@ def overlay(runs: Sequence[Run], titles: Sequence[str], kind: str, key: str, tit
 def layout(title: str, curves: Sequence[Curve], from_zero: bool, width: int = 760, height: int = 220) -> dict[str, Any]:
     """Return the input of the page's `chart` macro: points in pixels of `width` x `height`, and labels of both axes.
 
-    y grows downwards in an SVG, so the largest value is at 0.
+    y grows downwards in an SVG, so the largest value is at 0. If all values are equal, the axis is a range around them:
+    0 to 1 for shares, so a line of zeros is at the bottom.
     """
     everything = [point for curve in curves for point in (*curve.line, *curve.dots, *curve.faint)]
     values = [value for _, value in everything] + ([0.0] if from_zero else [])
     top, bottom = max(values), min(values)
+    if everything and top == bottom:
+        top, bottom = (1.0, 0.0) if 0 <= top <= 1 else (top + 0.5, top - 0.5)
     scale, last = (top - bottom) or 1.0, max((step for step, _ in everything), default=1) or 1
 
     def to_pixels(points: Points) -> Points:

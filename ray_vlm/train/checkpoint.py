@@ -139,20 +139,17 @@ def check_fits(attempt: Attempt, about: dict[str, Any], num_steps: int, world_si
 
 def _rows_problem(old: Mapping[str, Any], about: Mapping[str, Any]) -> str | None:
     """Return how the training rows differ from those of the checkpoint and which rules have changed, or None."""
+    before, now = old.get("question", {}), about["question"]
     if old.get("rows") != about["rows"]:
         problem = (
             f"on other rows (fingerprint {old.get('rows')}, data.train has {about['rows']}), so the next unseen row is "
             "not known"
         )
-    elif changed := [name for name in _QUESTION if name in old.get("question", {}) and not _same(name, old, about)]:
-        changes = (f"{_QUESTION[name]} {old['question'][name]!r}, now {about['question'][name]!r}" for name in changed)
+    elif changed := [name for name in _QUESTION if name in before and before[name] != now[name]]:
+        changes = (f"{_QUESTION[name]} {before[name]!r}, now {now[name]!r}" for name in changed)
         problem = f"with another question: {'; '.join(changes)}"
     else:
         return None
     rules = rules_since(old.get("rules", 0), about["formats"])
     since = f". Since it was written these rules have changed: {'; '.join(rules)}" if rules else ""
     return problem + since
-
-
-def _same(name: str, old: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
-    return old["question"][name] == about["question"][name]

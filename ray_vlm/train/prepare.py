@@ -21,7 +21,7 @@ from ray_vlm.data.splits import Parts, load_parts, row_tags
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.prefix_sharing import why_alone
-from ray_vlm.models.library_logging import quiet_libraries
+from ray_vlm.models import library_logging
 from ray_vlm.runs.store import full_address
 from ray_vlm.train.energy import check_energy
 from ray_vlm.train.memory_plan import Probe, fit, plan_probe
@@ -48,7 +48,7 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     """
     if job.data.train is None:
         raise ConfigError("`data.train` is missing. Give it a path and a format.")
-    quiet_libraries()
+    library_logging.quiet_libraries()
     METHODS[job.method.name].check_options(job)
     check_energy(job)
     job = absolute_paths(job)

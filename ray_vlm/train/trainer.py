@@ -15,12 +15,12 @@ from ray_vlm.machine import count_threads
 from ray_vlm.methods import METHODS
 from ray_vlm.methods.head import score_labelled
 from ray_vlm.methods.prefix_sharing import plan_folding, share_prefixes
+from ray_vlm.models import library_logging
 from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.families import Family
 from ray_vlm.models.features import DiskFeatureCache, StepFeatureCache, keep_features, why_not_kept
 from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
 from ray_vlm.models.imports import import_training_libraries, keep_imports
-from ray_vlm.models.library_logging import quiet_libraries
 from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.packing import PackingOptions
@@ -45,7 +45,7 @@ def build_context(job: JobConfig, in_ray: bool) -> DistributedContext:
 
 def prepare_process(job: JobConfig, in_ray: bool) -> None:
     """Import the libraries without their messages, and set threads and seeds."""
-    quiet_libraries()
+    library_logging.quiet_libraries()
     import_training_libraries()
     if in_ray:
         keep_imports()

@@ -18,7 +18,7 @@ from ray_vlm.data.preprocessing import PREPROCESSING, asking_of, describe_prepro
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.stream import Stream
 from ray_vlm.methods import METHODS
-from ray_vlm.models.library_logging import quiet_libraries
+from ray_vlm.models import library_logging
 from ray_vlm.models.lora import count_trainable
 from ray_vlm.models.precision import describe_emulation
 from ray_vlm.runs.console import Console
@@ -50,7 +50,7 @@ def train_worker(task: WorkerSpec, in_ray: bool = False, stop: Callable[[], bool
     """
     job, paths = load_resolved(task.job), open_run(task.run)
     try:
-        quiet_libraries()
+        library_logging.quiet_libraries()
         context = build_context(job, in_ray)
         if isinstance(job.cluster.num_workers, list):
             job, task = settle_workers(job, task, context.world_size)

@@ -12,33 +12,23 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as in tests that share a machine; rounding depends on it
 
-from tests.golden.cases import (
-    GOLDEN,
-    METHODS,
-    OLD_RUNS,
-    describe_run,
-    describe_sweep,
-    draw_data,
-    sweep,
-    this_machine,
-    train,
-)
+from tests.golden import cases
 
 
 def write_golden(old_runs: bool) -> None:
     """Train each method's run and store its description."""
     sys.argv = ["ray-vlm", "train", "job.yaml"]  # runs store their command line
-    golden = {"machine": this_machine(), "runs": {}}
+    golden = {"machine": cases.this_machine(), "runs": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = draw_data(folder / "data")
-        for method in METHODS:
-            golden["runs"][method] = describe_run(train(method, folder, data))
-        golden["sweep"] = describe_sweep(sweep(folder / "swept", data))
+        data = cases.draw_data(folder / "data")
+        for method in cases.METHODS:
+            golden["runs"][method] = cases.describe_run(cases.train(method, folder, data))
+        golden["sweep"] = cases.describe_sweep(cases.sweep(folder / "swept", data))
         if old_runs:
-            with tarfile.open(OLD_RUNS, "w:xz") as archive:
+            with tarfile.open(cases.OLD_RUNS, "w:xz") as archive:
                 archive.add(folder / "runs", "runs")
-    GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+    cases.GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
