@@ -19,7 +19,7 @@ from benchmarks.stock import arguments, build_model, token_reward
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.methods.groups import prompt_pixels
+from ray_vlm.methods.grpo import PlannedGRPOTrainer
 from ray_vlm.train.prepare import prepare
 
 PROMPTS, GROUP, ACCUMULATION = 8, 8, 8
@@ -102,7 +102,7 @@ def our_step(job: JobConfig) -> Any:
         rows = [builder.row(record) for record in records]
         for _ in ("sampling", "training"):
             for row in rows:
-                prompt_pixels(trainer, row)
+                PlannedGRPOTrainer.prompt_pixels(trainer, row)
         return len(rows) * GROUP
 
     return step

@@ -63,20 +63,26 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
 
 def compare(job: JobConfig) -> tuple[float, float, float]:
     """Return bytes above the loaded model: measured, predicted, and by four times the weights."""
+
     from ray_vlm.data.samples import load_sample_builder
+    from ray_vlm.data.stream import StreamSpec, stream_local
+    from ray_vlm.distributed import DistributedContext
+    from ray_vlm.methods import load_method
     from ray_vlm.methods.prefix_sharing import plan_folding
-    from ray_vlm.train.attempt import Attempt
-    from ray_vlm.train.planned_trainer import open_stream
+    from ray_vlm.models.imports import prepare_process
+    from ray_vlm.train.build import build_args, build_inputs, load_adapted
     from ray_vlm.train.prepare import prepare
-    from ray_vlm.train.trainer import build_args, build_context, build_trainer, load_adapted, prepare_process
 
     prepared = prepare(job)
-    prepare_process(job, False)
-    builder, context = load_sample_builder(prepared.spec), build_context(job, False)
-    task = WorkerSpec(dump_job(job), job.run.output_dir, prepared.spec, prepared.plan, prepared.train.records, None)
-    args, model = build_args(job, task, Attempt(1, "measured")), load_adapted(job, builder.family, context)
-    trainer = build_trainer(job, task, args, model, builder, context, 0, open_stream(job, task, context, 0))
-    trainer.write_checkpoint = lambda: None
+    plan, records = prepared.plan, prepared.train.records
+    prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray=False)
+    builder, context = load_sample_builder(prepared.spec), DistributedContext()
+    spec = WorkerSpec(dump_job(job), job.run.output_dir, prepared.spec, plan, records, None)
+    args, model = build_args(job, spec), load_adapted(job, builder.family, context)
+    stream = stream_local(
+        StreamSpec(records, prepared.spec, plan, 0, 0, plan.num_steps * plan.accumulation, 4e6, False)
+    )
+    trainer = load_method(job.method.name)(model, args, build_inputs(job, spec, model, args, builder, context, stream))
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train()
     config, index = load_config(job.model), prepared.train

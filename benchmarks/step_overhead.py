@@ -17,11 +17,11 @@ from typing import Any
 from benchmarks.figures import figure, report
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.runs.monitor import Monitor, read_metrics
-from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
 from ray_vlm.train.prepare import prepare
 
@@ -110,12 +110,17 @@ def logging_cost_s(folder: Path, calls: int = 500) -> float:
     """Return the seconds of one step's logging: the callback and its line in `metrics.jsonl`."""
     from types import SimpleNamespace
 
-    from ray_vlm.train.report import RunCallback
+    from ray_vlm.methods.sft import WeightedSFTTrainer
+    from ray_vlm.train.callbacks.checkpointing import Progress
+    from ray_vlm.train.callbacks.metrics import MetricsCallback, StepTimer
 
     monitor = Monitor(folder / "cost.jsonl", attempt=1)
-    job = make_job(folder, 1, "cost")
-    nothing = lambda value: None  # noqa: E731
-    callback = RunCallback(job, RunPaths(folder), monitor, save=nothing, describe=nothing, tell=nothing)
+    norms, nonfinite = SimpleNamespace(norms={"language": 0.5}), SimpleNamespace(skipped=False)
+    usage: Any = SimpleNamespace(take=lambda: {"data_s": 0.1, "forward_s": 0.1, "backward_s": 0.1})
+    callback = MetricsCallback(
+        *(WeightedSFTTrainer.logged, Plan(8, 1, 1, 1), Progress(), monitor, StepTimer(), usage, norms, nonfinite),
+        *(SimpleNamespace(stopped=False), 10, True),
+    )  # type: ignore[arg-type]
     logs = {"loss": 1.0, "learning_rate": 1e-3, "grad_norm": 0.5, "num_tokens": 1000.0, "mean_token_accuracy": 0.5}
     started = time.perf_counter()
     for step in range(calls):

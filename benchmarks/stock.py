@@ -6,25 +6,28 @@ start close to it. GRPO's answers are injected: both arms get the same answers a
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks.precision import arithmetic, only
+from ray_vlm.config.load import dump_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
-from ray_vlm.methods import METHODS
+from ray_vlm.data.spec import Sample
+from ray_vlm.distributed import DistributedContext
+from ray_vlm.methods import load_method
 from ray_vlm.methods.head import score_labelled
 from ray_vlm.methods.prefix_sharing import share_prefixes
 from ray_vlm.methods.rollout import Completion
 from ray_vlm.models.backbone import recompute, recompute_first
 from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
 from ray_vlm.models.packing import PackingOptions
-from ray_vlm.train.planned_trainer import feed_trainer
+from ray_vlm.train.build import build_inputs, build_rewards
 from ray_vlm.train.prepare import prepare
-from ray_vlm.train.trainer import spare_work
+from ray_vlm.train.worker_spec import WorkerSpec
 
 Step = dict[str, Any]  # {"loss": float, "grads": Gradients}
 Gradients = dict[str, torch.Tensor]  # by the name of the weights
@@ -106,28 +109,27 @@ def our_trainer(
 ) -> tuple[Any, list]:
     """Return this package's trainer of the job's method, and its micro-batches of these records. `answers`: used in
     place of sampled ones; None: GRPO samples. `fold`: share prefixes and pack."""
-    import datasets
-
     prepared = prepare(job)
-    builder, records = load_sample_builder(prepared.spec), prepared.train.records
-    method = METHODS[job.method.name]
-    args = method.build_args(job, arguments(job) | {"per_device_train_batch_size": job.train.global_batch_size})
-    trainer = feed_trainer(method.trainer_class(job))(
-        model=build_model(job),
-        args=args,
-        processing_class=builder.processor,
-        train_dataset=datasets.Dataset.from_list([method.EXAMPLE_ROW]),
-        **method.extras(job),
-    )
-    hidden = trainer.model.config.get_text_config().hidden_size
-    spare_work(trainer, job, builder, PackingOptions(fold and job.method.name != "sft", fold, hidden))
-    trainer.builder, trainer.fetch_records = builder, lambda: records
+    job, builder, records = prepared.job, load_sample_builder(prepared.spec), prepared.train.records
+    trainer_class, model = load_method(job.method.name), build_model(job)
+    spec = WorkerSpec(dump_job(job), "", prepared.spec, prepared.plan, records, None)
+    size = job.train.micro_batch_size if job.method.name == "grpo" else job.train.global_batch_size
+    shared = arguments(job) | {"per_device_train_batch_size": size}
+    args = trainer_class.build_args(job.method, shared, prepared.plan, build_rewards(job))
+    no_rows: Generator[list[Sample]] = (batch for batch in list[list[Sample]]())
+    context = DistributedContext(device=device_of(job))
+    inputs = build_inputs(job, spec, model, args, builder, context, no_rows)
+    hidden = model.config.get_text_config().hidden_size
+    packing = PackingOptions(fold and job.method.name != "sft", fold, hidden)
+    recompute = bool(job.train.gradient_checkpointing)  # `build_model` has applied a number of layers
+    inputs = replace(inputs, forwards=replace(inputs.forwards, packing=packing, recompute=recompute))
     if answers:
         group = job.method.num_generations
         groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
-        trainer.sample = lambda *_, **__: groups
+        inputs = replace(inputs, sampler=lambda *_, **__: groups)
+    trainer = trainer_class(model, args, inputs)
     rows = [[replace(builder.row(records[i]), number=i) for i in batch] for batch in batches]
-    return trainer, [method.collate(batch, builder, device_of(job)) for batch in rows]
+    return trainer, [trainer.collate(batch, builder, context.device) for batch in rows]
 
 
 def _injected(ids: Sequence[int]) -> Completion:

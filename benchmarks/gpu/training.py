@@ -15,6 +15,7 @@ from benchmarks.gpu.cases import CHOSEN, LARGER, OTHER, PAIRS, SHIPPED, Case, gr
 from benchmarks.gpu.figure_file import ALLOCATED
 from benchmarks.gpu.supervise import Refused, first_line
 from benchmarks.stock import our_trainer, stock_trainer
+from ray_vlm.methods.trainer import PlannedTrainer
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.runs.compute import find_peak
 
@@ -110,8 +111,11 @@ def take_step(bench: Bench, arm: Arm) -> Pace:
 
 def counter_of(arm: Arm) -> OperationCounter:
     """Return the counter of an arm's operations: this package's trainer has one, TRL's is given one."""
+    if isinstance(arm.trainer, PlannedTrainer):
+        return arm.trainer.inputs.operations
     if not hasattr(arm.trainer, "operations"):
-        arm.trainer.operations = OperationCounter(arm.trainer.model)
+        arm.trainer.operations = OperationCounter()
+        arm.trainer.operations.attach(arm.trainer.model)
     return arm.trainer.operations
 
 

@@ -1,12 +1,21 @@
-"""The training methods: TRL's trainer, its inputs and its options for each. The losses are TRL's. Imports no ray.
+"""The training methods: for each a trainer, TRL's with this package's batches. The losses are TRL's. Imports no ray."""
 
-Each module has `trainer_class()`, `EXAMPLE_ROW`, `build_args(job, shared)`, `extras(job)` (further arguments of TRL's
-constructor), `collate(rows, builder, device)` (the tensors of a micro-batch) and `logged(logs)` (TRL's numbers under
-this package's names).
-"""
+from typing import TYPE_CHECKING
 
-from types import ModuleType
+if TYPE_CHECKING:
+    from ray_vlm.methods.trainer import PlannedTrainer
 
-from ray_vlm.methods import dpo, grpo, sft
 
-METHODS: dict[str, ModuleType] = {"sft": sft, "dpo": dpo, "grpo": grpo}
+def load_method(name: str) -> "type[PlannedTrainer]":
+    """Return the trainer class of `method.name`. Its import loads TRL, so only processes that train call this."""
+    if name == "sft":
+        from ray_vlm.methods.sft import WeightedSFTTrainer
+
+        return WeightedSFTTrainer
+    if name == "dpo":
+        from ray_vlm.methods.dpo import PairedDPOTrainer
+
+        return PairedDPOTrainer
+    from ray_vlm.methods.grpo import PlannedGRPOTrainer
+
+    return PlannedGRPOTrainer

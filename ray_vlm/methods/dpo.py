@@ -2,24 +2,27 @@
 
 The reference is the base with the adapter off, or the adapter that training starts from, as a second adapter and never
 a second model. Beyond TRL, both answers of a pair share one copy of its images, and the reference's log-probabilities
-may be computed in advance (`train/reference.py`), which TRL refuses for images.
+may be computed in advance (`reference.py`), which TRL refuses for images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
-from ray_vlm.config.schema import JobConfig
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+
+from ray_vlm.config.method import Method
 from ray_vlm.data.collate import collate_pairs
+from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
-from ray_vlm.errors import ConfigError
-from ray_vlm.methods.options import check_trl_options
+from ray_vlm.methods.rewards import Rewards
+from ray_vlm.methods.trainer import PlannedTrainer, TrainerInputs
 
-EXAMPLE_ROW = {"images": [], "prompt": "", "chosen": "", "rejected": ""}
-LOSSES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-)
 _LOGGED = {
     **{name: name for name in ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy")},
     "rewards/accuracies": "preference_accuracy",
@@ -27,78 +30,98 @@ _LOGGED = {
     "rewards/chosen": "reward_chosen",
     "rewards/rejected": "reward_rejected",
 }
+PAIR_METRICS = {  # of a validation: this package's name, then TRL's
+    "loss": "loss",
+    "preference_accuracy": "rewards/accuracies",
+    "reward_margin": "rewards/margins",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+}
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # keys of a batch, float32 [pairs]
 
 
-def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> dict[str, Any]:
-    """Return a micro-batch as TRL's loss takes it, with `numbers`, the numbers of its pairs."""
-    return collate_pairs(rows, builder, device) | {"numbers": [row.number for row in rows]}
+class PairedDPOTrainer(PlannedTrainer, DPOTrainer):
+    """TRL's trainer, which takes the reference's log-probabilities from a `ReferenceCache` if the job has one."""
 
+    EXAMPLE_ROW = MappingProxyType({"images": [], "prompt": "", "chosen": "", "rejected": ""})
 
-def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
-    """Return the batch of these pairs, for which the reference is always computed."""
-    return collate_pairs(rows, trainer.builder, device) | {"numbers": [-1]}
+    def __init__(self, model: PreTrainedModel, args: DPOConfig, inputs: TrainerInputs):
+        super().__init__(model, args, inputs)
+        self.precompute_ref_logps = True  # they are always in the batch: `refer` adds them
+        self.reference: np.ndarray | None = None  # float64 [pairs, 2]: of the chosen and the rejected answers
 
+    @classmethod
+    def build_args(cls, method: Method, shared: Mapping[str, Any], plan: Plan, rewards: Rewards | None) -> DPOConfig:
+        own: dict[str, Any] = {"max_length": None, "beta": 0.1 if method.beta is None else method.beta}
+        if method.loss_type is not None:
+            own["loss_type"] = method.loss_type
+        return DPOConfig(**{**shared, **own, **method.trl})
 
-def trainer_class(job: JobConfig) -> type:
-    """Return TRL's trainer, which takes the reference's log-probabilities from `reference` if they are there."""
-    import torch
-    from trl import DPOTrainer
+    @staticmethod
+    def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> dict[str, Any]:
+        """Return a micro-batch as TRL's loss takes it, with `numbers`, the numbers of its pairs."""
+        return collate_pairs(rows, builder, device) | {"numbers": [row.number for row in rows]}
 
-    class PairedDPOTrainer(DPOTrainer):
-        reference: Any = None  # float32 [rows, 2]: the reference's log-probabilities of each pair, or None
-        recent: Any = None  # `models.features.StepFeatureCache`
+    @staticmethod
+    def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: logs[trl_name] for trl_name, name in _LOGGED.items() if trl_name in logs}
 
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            if job.model.adapter is None:  # the reference is the base; TRL would keep a copy of the new adapter
-                kwargs["model"].delete_adapter("ref")
-            self.precompute_ref_logps = True  # they are always in the batch: `refer` adds them
+    def heaviest_batch(self, rows: list[Sample]) -> dict[str, Any]:
+        """Return the batch of these pairs, for which the reference is always computed."""
+        return collate_pairs(rows, self.builder, str(self.args.device)) | {"numbers": [-1]}
 
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            return super().compute_loss(model, self.refer(inputs), *args, **kwargs)
+    def prepare_training(self) -> None:
+        """Read or compute the reference's log-probabilities of all pairs, if the job asks for it."""
+        if self.inputs.reference is None:
+            return
+        was_training = self.model.training
+        self.model.eval()
+        self.reference = self.inputs.reference.find(self.inputs.fetch_records(), self.builder, self._ask_reference)
+        self.model.train(was_training)
 
-        def refer(self, inputs: dict[str, Any]) -> dict[str, Any]:
-            """Return the batch with the reference's `ref_chosen_logps` and `ref_rejected_logps`, `[pairs]`."""
-            inputs = dict(inputs)
-            numbers = inputs.pop("numbers")
-            if self.reference is not None and min(numbers) >= 0:
-                logps = torch.as_tensor(self.reference[numbers], device=inputs["input_ids"].device)
-                chosen, rejected = logps.unbind(dim=1)
-            else:
-                self.recent.start(len(inputs.get("image_grid_thw", ())))  # the trained model sees the same images
-                chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
-            return inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    def method_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().method_loss(model, self.refer(inputs), *args, **kwargs)
 
-    return PairedDPOTrainer
+    def refer(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with the reference's log-probabilities, `ref_chosen_logps` and `ref_rejected_logps`."""
+        inputs = dict(inputs)
+        numbers = inputs.pop("numbers", [-1])
+        if all(name in inputs for name in _REFERENCE):
+            return inputs
+        if self.reference is not None and min(numbers) >= 0:
+            logps = torch.as_tensor(self.reference[numbers], device=inputs["input_ids"].device)
+            chosen, rejected = logps.unbind(dim=1)
+        else:
+            self.recent.start(len(inputs.get("image_grid_thw", ())))  # the trained model sees the same images
+            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
+        return inputs | dict(zip(_REFERENCE, (chosen, rejected), strict=True))
 
+    def _ask_reference(self, rows: list[Sample]) -> torch.Tensor:
+        """Return the reference's log-probabilities of these pairs' answers, `[pairs, 2]`."""
+        batch = collate_pairs(rows, self.builder, str(self.args.device))
+        return torch.stack(self.compute_ref_log_probs(self.model, batch), dim=1)
 
-def check_options(job: JobConfig) -> None:
-    """Raise `ConfigError` for a loss that TRL does not have, and for options that its `DPOConfig` does not take."""
-    loss_type = job.method.loss_type or []
-    if unknown := [loss for loss in ([loss_type] if isinstance(loss_type, str) else loss_type) if loss not in LOSSES]:
-        known = ", ".join(LOSSES)
-        raise ConfigError(f"method.loss_type={loss_type!r}: TRL's DPO has no {unknown[0]!r}. It has: {known}.")
-    if job.method.trl:
-        from trl import DPOConfig
+    def measure_pairs(self, rows: list[Sample], reference: dict[str, torch.Tensor] | None) -> tuple[dict, dict]:
+        """Return means over a batch of pairs by TRL's own loss, named as `PAIR_METRICS`, and the reference's values.
 
-        check_trl_options(job, DPOConfig)
+        `reference`: those of an earlier call with the same pairs, because the reference never changes.
+        """
+        batch = collate_pairs(rows, self.builder, str(self.args.device)) | {"numbers": [-1]}
+        with torch.no_grad(), self.compute_loss_context_manager(), self._without_gathering():
+            batch = batch | reference if reference else self.refer(batch)
+            loss = float(self.compute_loss(self.model, batch))
+        metrics = {name: values[-1] for name, values in self._metrics["eval"].items()} | {"loss": loss}
+        self._metrics["eval"].clear()
+        return {name: float(metrics[trl_name]) for name, trl_name in PAIR_METRICS.items()}, {
+            name: batch[name] for name in _REFERENCE
+        }
 
-
-def extras(job: JobConfig) -> dict[str, Any]:
-    """Return no further arguments."""
-    return {}
-
-
-def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
-    """Build TRL's `DPOConfig`: `shared` (the options that all methods have), then the job's."""
-    from trl import DPOConfig
-
-    own: dict[str, Any] = {"max_length": None, "beta": 0.1 if job.method.beta is None else job.method.beta}
-    if job.method.loss_type is not None:
-        own["loss_type"] = job.method.loss_type
-    return DPOConfig(**{**shared, **own, **job.method.trl})
-
-
-def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a step that are logged, under this package's names."""
-    return {name: logs[trl_name] for trl_name, name in _LOGGED.items() if trl_name in logs}
+    @contextmanager
+    def _without_gathering(self) -> Iterator[None]:
+        """Keep TRL from gathering its metrics from all ranks at every batch: the batches of ranks differ here."""
+        accelerator = self.accelerator
+        accelerator.gather = accelerator.gather_for_metrics = lambda values: values
+        try:
+            yield
+        finally:
+            del accelerator.gather, accelerator.gather_for_metrics

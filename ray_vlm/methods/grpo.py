@@ -2,34 +2,30 @@
 
 Every optimizer step samples `num_generations` answers to each prompt, scores them, and learns from how each differs
 from its group. All answers of a group are on one worker. This package provides the prompts, the rollout
-(`rollout.py`), the rewards (`rewards.py`), and processes each image once (`groups.py`). Advantages, loss and their
-options are TRL's.
+(`rollout.py`), the rewards (`rewards.py`), and processes each image once. Advantages, loss and their options are TRL's.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
-from ray_vlm.config.schema import JobConfig
+import torch
+from accelerate.utils import gather
+from transformers import PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+
+from ray_vlm.config.method import Method
+from ray_vlm.data.collate import join_pixels, read_pixels, spans_of_rows
+from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.errors import RunError
-from ray_vlm.methods.groups import (
-    join,
-    longest_answers,
-    note_gap,
-    pixels_of,
-    sample_answers,
-    sample_step,
-    score_step,
-    split_batch,
-)
-from ray_vlm.methods.options import check_trl_options
-from ray_vlm.methods.rewards import Rewards, load_rewards
-from ray_vlm.methods.rollout import Completion, sample_groups
-from ray_vlm.methods.vllm import build_sampler
+from ray_vlm.methods.rewards import Rewards, score_answers
+from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
+from ray_vlm.methods.trainer import PlannedTrainer, TrainerInputs
 
-EXAMPLE_ROW = {"prompt": [{"role": "user", "content": ""}]}
 _LOGGED = {
     **{name: name for name in ("loss", "learning_rate", "grad_norm", "reward", "reward_std", "kl", "entropy")},
     "completions/mean_length": "completion_tokens",
@@ -38,142 +34,229 @@ _LOGGED = {
     "rollout_gap": "rollout_gap",
     "clip_ratio/region_mean": "clipped",
 }
+_ANY_TOKEN = 20  # of text, for answers that are only measured
 
 
-def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> list[Sample]:
-    """Return the prompts themselves: tensors are built when their answers are sampled."""
-    return rows
+class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
+    """TRL's trainer, which samples answers to this package's rows and scores them with its rewards."""
+
+    EXAMPLE_ROW = MappingProxyType({"prompt": [{"role": "user", "content": ""}]})
+
+    def __init__(self, model: PreTrainedModel, args: GRPOConfig, inputs: TrainerInputs):
+        assert inputs.rewards is not None
+        self.method, self.rewards = inputs.method, inputs.rewards
+        super().__init__(model, args, inputs, reward_funcs=[_stand_in(name) for name in self.rewards.weights])
+        self.use_vllm = self.method.rollouts == "vllm"  # TRL then corrects for vLLM's other log-probabilities
+        self.sample = inputs.sampler or sample_groups
+        self.rows: list[Sample] = []  # the prompt of each current answer
+        self.answers: list[Completion] = []
+        self.sampled: tuple[torch.Tensor, torch.Tensor] | None = None  # log-probabilities and mask, [answers, tokens]
+        self.pixels: dict[int, tuple[Sample, dict[str, Any]]] = {}  # image inputs of the step's prompts
+
+    @classmethod
+    def build_args(cls, method: Method, shared: Mapping[str, Any], plan: Plan, rewards: Rewards | None) -> GRPOConfig:
+        """Build TRL's options. Batch sizes count answers; the plan's micro-batch has all prompts of a worker's step."""
+        assert rewards is not None
+        micro = shared["per_device_train_batch_size"]
+        accumulation = plan.micro_batch_size * method.num_generations // micro
+        own: dict[str, Any] = {
+            "beta": method.beta or 0.0,
+            "num_generations": method.num_generations,
+            "temperature": method.temperature,
+            "max_completion_length": method.max_completion_tokens,
+            "reward_weights": list(rewards.weights.values()),
+            "per_device_eval_batch_size": method.num_generations,
+            "gradient_accumulation_steps": accumulation,
+            "steps_per_generation": accumulation,
+            "remove_unused_columns": False,
+        }
+        if method.loss_type is not None:
+            own["loss_type"] = method.loss_type
+        return GRPOConfig(**{**shared, **own, **method.trl})
+
+    @staticmethod
+    def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> list[Sample]:
+        """Return the prompts themselves: tensors are built when their answers are sampled."""
+        return rows
+
+    @staticmethod
+    def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the numbers of a step that are logged, under this package's names, with `reward_<part>` of every part
+        and `reward_<function>` of every user's function."""
+        parts = {
+            f"reward_{name.split('/')[1].rpartition(':')[2]}": value
+            for name, value in logs.items()
+            if name.startswith("rewards/") and name.endswith("/mean")
+        }
+        return {key: logs[trl_name] for trl_name, key in _LOGGED.items() if trl_name in logs} | parts
+
+    def heaviest_batch(self, rows: list[Sample]) -> dict[str, Any]:
+        """Return the batch of these prompts with answers of the maximum length."""
+        self.current_gradient_accumulation_steps, self.pixels, device = 1, {}, self.args.device
+        length = self.method.max_completion_tokens
+        group = min(self.method.num_generations, self.args.per_device_train_batch_size)
+        answer_rows = [row for row in rows for _ in range(group)]
+        prompts = [torch.tensor(row.input_ids.tolist()) for row in answer_rows]
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad(prompts, batch_first=True, padding_side="left").to(device)
+        mask = pad([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left").to(device)
+        shape = (len(answer_rows), length)
+        answers = torch.full(shape, _ANY_TOKEN, device=device)
+        answers[:, 0] += torch.arange(len(answer_rows), device=device)  # so that answers share only the prompt
+        zeros = torch.zeros(shape, device=device)
+        return {
+            "prompt_ids": ids,
+            "prompt_mask": mask,
+            "completion_ids": answers,
+            "completion_mask": torch.ones_like(answers),
+            "ref_per_token_logps": zeros,
+            "advantages": torch.ones(len(answer_rows), device=device),
+            "num_items_in_batch": torch.tensor(float(answers.numel())),
+            "rows": answer_rows,
+            "sampled": zeros,
+        }
+
+    def next_batches(self, epoch_iterator: Iterator, num_batches: int, device: object) -> tuple:
+        """Sample and score the answers to the next step's prompts, and split them into micro-batches."""
+        rows = next(epoch_iterator, None)
+        return (split_batch(self._sample_step(rows), num_batches) if rows else []), None
+
+    def _sample_step(self, rows: Sequence[Sample]) -> dict[str, Any]:
+        """Return TRL's batch for these prompts, with `rows` (the prompt of each answer) and `sampled`
+        (log-probabilities at sampling, `float32 [answers, tokens]`)."""
+        self.model.train()  # TRL recognises by it that this is no evaluation
+        self.pixels = {}
+        self.recent.start(sum(len(row.images) for row in rows))
+        group, records = self.method.num_generations, self.inputs.fetch_records()
+        self.rows = [row for row in rows for _ in range(group)]
+        turns = [self.builder.turns(records[row.number]) for row in rows]
+        prompts = [[{"role": role, "content": text} for role, text in row_turns] for row_turns in turns]
+        batch = self._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(group)])
+        logps = [torch.tensor(answer.logprobs) for answer in self.answers]
+        sampled = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True).to(batch["completion_ids"].device)
+        return batch | {"rows": self.rows, "sampled": sampled}
+
+    def _sample_answers(self) -> list[Completion]:
+        """Sample the answers to the step's prompts, group by group. A group's random numbers depend only on the seed,
+        the step, the row, and how often the row was in the step before."""
+        method = self.method
+        rows = self.rows[:: method.num_generations]
+        seen: Counter[int] = Counter()
+        seeds = []
+        for row in rows:
+            seeds.append((self.inputs.seed, self.state.global_step, row.number, seen[row.number]))
+            seen[row.number] += 1
+        sampling = Sampling(
+            method.num_generations, method.max_completion_tokens, method.temperature, method.top_p, method.top_k
+        )
+        model, device = self.accelerator.unwrap_model(self.model), str(self.args.device)
+        groups = self.sample(model, rows, self.builder, sampling, seeds, device, pixels=self.prompt_pixels)
+        return [answer for group in groups for answer in group]
+
+    def prompt_pixels(self, row: Sample) -> dict[str, Any]:
+        """Return a prompt's image inputs. They are processed once in a step, for sampling and training."""
+        if id(row) not in self.pixels:  # the row is kept alive, so that no other gets its id
+            self.pixels[id(row)] = row, read_pixels(row.images, self.builder, str(self.args.device))
+        return self.pixels[id(row)][1]
+
+    def _pixels_of(self, part: slice, input_ids: torch.Tensor) -> dict[str, Any]:
+        """Return the image inputs of a part of the answers: once for each prompt, with `image_spans`, which assigns
+        them to answers; for families with their own processor, once for each answer.
+
+        `input_ids`: of all answers, `[answers, tokens]`.
+        """
+        runs, builder = _runs(self.rows[part]), self.builder
+        kinds = {builder.kinds: (input_ids[part] == builder.image_token_id).long()} if builder.kinds else {}
+        if builder.stock is not None:
+            return kinds | join_pixels([pixels for row, n in runs for pixels in n * [self.prompt_pixels(row)]])
+        if pixels := join_pixels([self.prompt_pixels(row) for row, _ in runs]):
+            spans = zip(spans_of_rows([row for row, _ in runs]), runs, strict=True)
+            pixels["image_spans"] = [span for span, (_, n) in spans for _ in range(n)]
+        return kinds | pixels
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs  # sampled and scored by `next_batches`
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        return [row.input_ids.tolist() for row in self.rows], None, {}
+
+    def _generate_single_turn(self, prompt_ids: list, *args: object, **kwargs: object) -> tuple:
+        self.answers = self._sample_answers()
+        return [a.ids for a in self.answers], [a.logprobs for a in self.answers] if self.use_vllm else None
+
+    def _calculate_rewards(
+        self, inputs: list, prompts: Sequence[list], completions: list, ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Return each part of the reward of all ranks' answers, `float32 [answers, parts]`; NaN where none applies."""
+        records = self.inputs.fetch_records()
+        scored = [records[row.number] for row in self.rows]
+        texts = [self.builder.text(answer) for answer in ids]
+        scores = score_answers(self.rewards, scored, texts, ids, prompts, self.builder)
+        table = [[float("nan") if v is None else v for v in of_answer.values()] for of_answer in scores]
+        return gather(torch.tensor(table, dtype=torch.float32, device=self.accelerator.device))
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        self.rows, self.sampled = inputs["rows"], (inputs["sampled"], inputs["completion_mask"])
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, keep: int, **options: Any
+    ) -> tuple:
+        size = options.pop("batch_size", None) or len(ids)
+        computed = {name: options[name] for name in ("compute_entropy", "compute_aux_loss") if name in options}
+        parts = [slice(start, start + size) for start in range(0, len(ids), size)]
+        forward = super()._get_per_token_logps_and_entropies
+        # A part's images are bound to the model directly: TRL would split them by rows, in some families' layout.
+        outputs = [forward(partial(model, **self._pixels_of(p, ids)), ids[p], mask[p], keep, **computed) for p in parts]
+        logps, entropies, aux = (_join(values) for values in zip(*outputs, strict=True))
+        if computed.get("compute_entropy"):
+            assert logps is not None
+            self._log_rollout_gap(logps)
+        return logps, entropies, aux
+
+    def _log_rollout_gap(self, logps: torch.Tensor) -> None:
+        """Log how far the trainer's log-probabilities of the sampled tokens are from those at sampling."""
+        assert self.sampled is not None
+        sampled, mask = self.sampled
+        total = ((logps.detach() - sampled).abs() * mask).sum() / mask.sum().clamp(min=1)
+        self._metrics["train"]["rollout_gap"].append(float(self.accelerator.gather(total).mean()))
 
 
-def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
-    """Return the batch of these prompts that takes the most memory."""
-    trainer.current_gradient_accumulation_steps = 1
-    return longest_answers(trainer, rows, device)
+def _stand_in(name: str) -> Callable[..., object]:
+    """Return a placeholder for a reward, by whose name TRL logs it; `_calculate_rewards` returns the values."""
+
+    def reward(**columns: object) -> object:
+        raise RunError(f"TRL asked the stand-in of reward {name!r} for values. Please report this.")
+
+    reward.__name__ = name
+    return reward
 
 
-def trainer_class(job: JobConfig) -> type:
-    """Return TRL's trainer, which samples answers to this package's rows and scores them with its rewards.
-
-    The worker sets `builder`, `fetch_records` and `recent` (a `models.features.StepFeatureCache`) before it trains.
-    """
-    from trl import GRPOTrainer
-
-    class PlannedGRPOTrainer(GRPOTrainer):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            if job.model.adapter is None and job.method.beta:  # the reference is the base; TRL keeps a copy of the new
-                kwargs["model"].delete_adapter("ref")
-            self.job, self.scored_by = job, job_rewards(job)
-            self.use_vllm = job.method.rollouts == "vllm"  # TRL then corrects for vLLM's other log-probabilities
-            self.sample = build_sampler(job, self.args) if self.use_vllm else sample_groups
-            self.rows_of: list[Sample] = []  # the prompt of each current answer
-            self.answers: list[Completion] = []
-            self.pixels: dict[int, tuple[Sample, dict[str, Any]]] = {}  # image inputs of the step's prompts
-
-        def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple:
-            rows = next(epoch_iterator, None)
-            return (split_batch(sample_step(self, rows), num_batches) if rows else []), None
-
-        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-            return inputs  # sampled and scored by get_batch_samples
-
-        def _tokenize_prompts(self, prompts: list) -> tuple:
-            return [row.input_ids.tolist() for row in self.rows_of], None, {}
-
-        def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple:
-            self.answers = sample_answers(self)
-            return [a.ids for a in self.answers], [a.logprobs for a in self.answers] if self.use_vllm else None
-
-        def _calculate_rewards(self, inputs: list, prompts: list, completions: list, ids: list) -> Any:
-            return score_step(self, prompts, ids)
-
-        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-            self.rows_of, self.sampled = inputs["rows"], (inputs["sampled"], inputs["completion_mask"])
-            return super()._compute_loss(model, inputs)
-
-        def _get_per_token_logps_and_entropies(self, model: Any, ids: Any, mask: Any, keep: int, **options: Any) -> Any:
-            size = options.pop("batch_size", None) or len(ids)
-            computed = {name: options[name] for name in ("compute_entropy", "compute_aux_loss") if name in options}
-            parts = [slice(start, start + size) for start in range(0, len(ids), size)]
-            forward = super()._get_per_token_logps_and_entropies
-            # A part's images are bound to the model directly: TRL would split them by rows, in some families' layout.
-            outputs = [
-                forward(partial(model, **pixels_of(self, p, ids)), ids[p], mask[p], keep, **computed) for p in parts
-            ]
-            logps, entropies, aux = (join(values) for values in zip(*outputs, strict=True))
-            if computed.get("compute_entropy"):
-                note_gap(self, logps)
-            return logps, entropies, aux
-
-    return PlannedGRPOTrainer
+def _join(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Concatenate the parts of a batch, or return their mean if each is a single number."""
+    tensors = [value for value in values if value is not None]
+    if not tensors:
+        return None
+    return torch.stack(tensors).mean() if tensors[0].dim() == 0 else torch.cat(tensors)
 
 
-def job_rewards(job: JobConfig, labels: Sequence[str] = ()) -> Rewards:
-    """Return the rewards that score the job's answers. Raise `ConfigError` for those that cannot."""
-    source = job.data.train
-    has_truth = source is None or source.format != "prompt"
-    return load_rewards(job.task.name, job.method.rewards, job.method.box_quality, has_truth, labels)
+def _runs(rows: Sequence[Sample]) -> list[tuple[Sample, int]]:
+    """Return runs of equal neighbouring rows, with their lengths."""
+    runs: list[tuple[Sample, int]] = []
+    for row in rows:
+        if runs and runs[-1][0] is row:
+            runs[-1] = (row, runs[-1][1] + 1)
+        else:
+            runs.append((row, 1))
+    return runs
 
 
-# Values that TRL checks only when it trains (`grpo_trainer.py`); a test checks that TRL has each of them.
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"),
-    "importance_sampling_level": ("token", "sequence"),
-    "scale_rewards": ("group", "batch", "none", True, False),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-}
+def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """Split a step's answers into `parts` equal micro-batches, in order; scalars of the step go into each."""
+    count = len(batch["rows"]) // parts
 
+    def cut(value: Any, part: slice) -> object:
+        return value if getattr(value, "ndim", 1) == 0 else value[part]
 
-def check_options(job: JobConfig) -> None:
-    """Raise `ConfigError` for options that TRL's `GRPOConfig` or its trainer does not take."""
-    if job.method.trl or job.method.loss_type is not None:
-        from trl import GRPOConfig
-
-        check_trl_options(job, GRPOConfig, CHOICES)
-
-
-def extras(job: JobConfig) -> dict[str, Any]:
-    """Return a placeholder for each reward, by whose name TRL logs it; `_calculate_rewards` returns the values."""
-
-    def stand_in(name: str) -> Callable[..., Any]:
-        def reward(**columns: Any) -> Any:
-            raise RunError(f"TRL asked the stand-in of reward {name!r} for values. Please report this.")
-
-        reward.__name__ = name
-        return reward
-
-    return {"reward_funcs": [stand_in(name) for name in job_rewards(job).weights]}
-
-
-def build_args(job: JobConfig, shared: dict[str, Any]) -> Any:
-    """Build TRL's `GRPOConfig`: `shared` (the options that all methods have), then the job's."""
-    from trl import GRPOConfig
-
-    method, micro = job.method, job.train.micro_batch_size
-    accumulation = job.train.global_batch_size // job.cluster.least_workers // micro
-    own: dict[str, Any] = {
-        "beta": method.beta or 0.0,
-        "num_generations": method.num_generations,
-        "temperature": method.temperature,
-        "max_completion_length": method.max_completion_tokens,
-        "reward_weights": list(job_rewards(job).weights.values()),
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": method.num_generations,
-        "gradient_accumulation_steps": accumulation,
-        "steps_per_generation": accumulation,
-        "remove_unused_columns": False,
-    }
-    if method.loss_type is not None:
-        own["loss_type"] = method.loss_type
-    return GRPOConfig(**{**shared, **own, **method.trl})
-
-
-def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a step that are logged, under this package's names, with `reward_<part>` of every part and
-    `reward_<function>` of every user's function."""
-    parts = {
-        f"reward_{name.split('/')[1].rpartition(':')[2]}": value
-        for name, value in logs.items()
-        if name.startswith("rewards/") and name.endswith("/mean")
-    }
-    return {key: logs[trl_name] for trl_name, key in _LOGGED.items() if trl_name in logs} | parts
+    slices = [slice(i * count, (i + 1) * count) for i in range(parts)]
+    return [{name: cut(value, part) for name, value in batch.items()} for part in slices]

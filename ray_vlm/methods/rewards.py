@@ -12,7 +12,12 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any
 
+from ray_vlm.config.data import Source
+from ray_vlm.config.method import Method
 from ray_vlm.config.paths import import_function
+from ray_vlm.data.parse import parse_answer
+from ray_vlm.data.records import PromptRecord, Record
+from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.methods.reward_answers import FRAME, ORDER, TRUTH, Case, build_cases
 from ray_vlm.methods.reward_parts import PARTS, score_parts
@@ -262,3 +267,38 @@ def _try_function(rewards: Rewards, name: str, function: Callable, cases: Sequen
         yield f"reward {name!r} is not won by the truth: of answers to made-up records it gives {comparison}."
     elif all(scores[i, TRUTH] is None for i, _ in enumerate(cases, 1)):
         yield f"reward {name!r} does not score the truth of made-up records, so it could not be tried."
+
+
+def score_answers(
+    rewards: Rewards,
+    records: Sequence[Record],
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    prompts: Sequence[Any],
+    builder: SampleBuilder,
+) -> list[dict[str, float | None]]:
+    """Return every part of the reward of each answer (text and token ids) to its record. Raise `DataError` as
+    `score_completions` does."""
+    distinct = {id(record): record for record in records}  # `records` has each record once for each answer
+    truth = {
+        key: {} if isinstance(record, PromptRecord) else builder.truth(record)  # type: ignore[arg-type]
+        for key, record in distinct.items()
+    }
+    parsed = [parse_answer(text, r, builder) for text, r in zip(texts, records, strict=True)]
+    truths = [truth[id(record)] for record in records]
+    columns: dict[str, list[Any]] = {}
+    if isinstance(records[0], PromptRecord):
+        names = {name for r in records for name in r.columns}  # type: ignore[union-attr]
+        columns = {name: [r.columns.get(name) for r in records] for name in sorted(names)}  # type: ignore[union-attr]
+    else:
+        columns["context"] = [r.context for r in records]  # type: ignore[union-attr]
+    return score_completions(rewards, texts, parsed, truths, columns, [r.id for r in records], prompts, ids)
+
+
+def job_rewards(task: str, method: Method, source: Source | None, labels: Sequence[str] = ()) -> Rewards:
+    """Return the rewards that score the answers of a GRPO job. Raise `ConfigError` for those that cannot.
+
+    `source`: the training rows; rows of format `prompt` have no truth.
+    """
+    has_truth = source is None or source.format != "prompt"
+    return load_rewards(task, method.rewards, method.box_quality, has_truth, labels)

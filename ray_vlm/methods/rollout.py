@@ -46,6 +46,10 @@ class Completion:
     finished: bool
 
 
+# Samples answers to rows: `sample_groups`, or vLLM's in its place.
+Sampler = Callable[..., list[list[Completion]]]
+
+
 def sample_groups(
     model: Any,
     rows: Sequence[Sample],

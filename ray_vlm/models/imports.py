@@ -8,6 +8,9 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ray_vlm.machine import count_threads
+from ray_vlm.models import library_logging
+
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
@@ -33,3 +36,16 @@ def import_training_libraries() -> None:
 def keep_imports() -> None:
     """Exclude all present objects from garbage collection for good, in a process with a single purpose."""
     gc.freeze()
+
+
+def prepare_process(seed: int, cpus: float, in_ray: bool) -> None:
+    """Import the libraries without their messages, and set threads and seeds. `cpus`: of this process."""
+    library_logging.quiet_libraries()
+    import_training_libraries()
+    if in_ray:
+        keep_imports()
+    import torch
+    import transformers
+
+    torch.set_num_threads(count_threads(cpus))
+    transformers.set_seed(seed)

@@ -104,15 +104,18 @@ def measure_size(model: "Module") -> ModelSize:
 
 
 class OperationCounter:
-    """Counts the work of every forward of a model until `take`.
+    """Counts the work of every forward of the model that it is attached to until `take`.
 
-    It registers hooks on the model, its language model and its image encoder. Counts stay on the device until they are
-    taken, so no forward waits for the device.
+    Counts stay on the device until they are taken, so no forward waits for the device.
     """
 
-    def __init__(self, model: "Module"):
-        self.size = measure_size(model)
+    def __init__(self) -> None:
+        self._size: ModelSize | None = None
         self._counts: dict[bool, dict[str, int | Tensor]] = {True: {}, False: {}}  # by whether a backward follows
+
+    def attach(self, model: "Module") -> None:
+        """Measure the model, and register hooks on it, its language model and its image encoder."""
+        self._size = measure_size(model)
         base: Any = base_of(model)
         encoder = base.get_encoder(modality="image")
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
@@ -125,7 +128,8 @@ class OperationCounter:
         for counts in self._counts.values():
             counts.clear()
         work = Work(*map(sum, zip(*map(astuple, parts.values()), strict=True)))
-        return work, sum(count_flops(self.size, part, backward) for backward, part in parts.items())
+        size = self._size
+        return work, sum(count_flops(size, part, backward) for backward, part in parts.items()) if size else 0.0
 
     def leave_out_padding(self, lengths: list[int]) -> None:
         """Subtract the padding at the end of packs, which their mask does not show. `lengths`: of it in each pack."""

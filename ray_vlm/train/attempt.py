@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
 from ray_vlm.runs.checkpoints import Checkpoint, open_checkpoint, open_newest, sweep
 from ray_vlm.runs.drivers import check_own
 from ray_vlm.runs.store import Store
-from ray_vlm.train.context import DistributedContext
 
 _OWNER = ".attempt.json"
 _SEE_S = 15.0  # how long a network file system may take to show a new file to other nodes
@@ -56,7 +56,7 @@ def begin_attempt(
         prove_storage(store, context, token)
     notes: list[str] = []
     if context.rank > 0:
-        number, name, notes = context.broadcast(None)
+        number, name, notes = context.broadcast((0, None, notes))
         checkpoint, folder = open_checkpoint(store, name) if name else (None, None)
         return Attempt(number, token, checkpoint, folder, notes)
     if driver is not None:

@@ -1,6 +1,7 @@
 """Selection of a run's best validation, during training and when a run is resumed. Pure functions."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,3 +40,12 @@ def recall_best(evals: Sequence[dict[str, Any]], metric: str) -> tuple[dict[str,
         if is_better(metric, metrics, so_far):
             best = {"step": line["step"], "metrics": metrics}
     return best, since
+
+
+def score_of(metric: str, metrics: Mapping[str, float]) -> float:
+    """Return the score of a validation for Ray, higher is better.
+
+    NaN becomes the lowest finite number, because Ray treats a missing score as the best one if lower is better.
+    """
+    value = -metrics[metric] if metric == "loss" else metrics[metric]
+    return float(value) if math.isfinite(value) else -sys.float_info.max

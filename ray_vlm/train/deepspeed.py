@@ -7,30 +7,30 @@ computer's memory.
 
 from typing import Any
 
-from ray_vlm.config.cluster import BUCKET, GATHERED
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.cluster import BUCKET, GATHERED, Cluster
+from ray_vlm.config.train import Precision
 
 
-def deepspeed_config(job: JobConfig) -> dict[str, Any] | None:
+def deepspeed_config(cluster: Cluster, precision: Precision) -> dict[str, Any] | None:
     """Return the configuration for `TrainingArguments(deepspeed=...)`, or None without DeepSpeed.
 
     Values that the Trainer fills in are "auto".
     """
-    if not job.cluster.deepspeed:
+    if not cluster.deepspeed:
         return None
-    zero: dict[str, Any] = {"stage": job.cluster.zero_stage, "reduce_bucket_size": BUCKET}
-    if job.cluster.zero_stage < 3:
+    zero: dict[str, Any] = {"stage": cluster.zero_stage, "reduce_bucket_size": BUCKET}
+    if cluster.zero_stage < 3:
         zero["allgather_bucket_size"] = BUCKET
     else:
         zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": "auto"}
         zero |= {"stage3_max_live_parameters": GATHERED, "stage3_max_reuse_distance": GATHERED}
-    if job.cluster.deepspeed.endswith("_offload"):
+    if cluster.deepspeed.endswith("_offload"):
         zero["offload_optimizer"] = {"device": "cpu"}
-        if job.cluster.zero_stage == 3:
+        if cluster.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
     return {
         "zero_optimization": zero,
-        "bf16": {"enabled": job.train.precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16"},
         "communication_data_type": "fp32",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

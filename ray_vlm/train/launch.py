@@ -23,11 +23,17 @@ from ray_vlm.runs.drivers import check_own
 from ray_vlm.runs.manifest import end_attempt, start_attempt, update_manifest
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.nonfinite import RewindToCheckpoint
-from ray_vlm.train.restarts import Failure, describe_failure, explain_out_of_memory, restart_backoff, should_restart
+from ray_vlm.train.restarts import (
+    Failure,
+    RewindToCheckpoint,
+    describe_failure,
+    explain_out_of_memory,
+    restart_backoff,
+    should_restart,
+)
+from ray_vlm.train.start import start_worker
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
-from ray_vlm.train.worker import train_worker
 from ray_vlm.train.worker_spec import WorkerSpec
 
 MIN_RESTART_GAP_S = 0.5  # between the end of one attempt and the start of the next
@@ -122,14 +128,14 @@ def _train_here(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: Stop
     if job.cluster.gpus_per_worker == 0:
         tell_idle_gpus(count_gpus())
 
-    def stop() -> bool:  # called after every step
+    def should_stop() -> bool:  # called after every step
         request.trained = True
         return request.wanted
 
     failures: list[Failure] = []
     while True:
         try:
-            return train_worker(task, stop=stop)
+            return start_worker(task, should_stop=should_stop)
         except RewindToCheckpoint as error:
             failures.append(Failure(str(error), raised=True, step=_last_step(paths)))
             if not should_restart(failures, job.cluster.max_failures):
@@ -258,4 +264,4 @@ def _scratch(paths: RunPaths) -> str:
 def run_ray_worker(config: dict[str, Any]) -> None:
     """Train on one worker; Ray Train calls this at the start and after each of its own restarts."""
     config["task"].environment.apply()
-    train_worker(config["task"], in_ray=True)
+    start_worker(config["task"], in_ray=True)

@@ -1,44 +1,34 @@
 """Run the heaviest batch of the plan before the first step, so that a lack of memory shows at once and not hours later.
 
-The batch goes forward and backward as in training, without an optimizer step. Gradients, TRL's counters and the random
-state are restored afterwards.
+The batch goes forward and backward as in training, without an optimizer step.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from ray_vlm.config.schema import JobConfig
+import torch
+
+from ray_vlm.config.train import Precision
 from ray_vlm.errors import RunError
 from ray_vlm.machine import GIB
-from ray_vlm.methods import METHODS
-from ray_vlm.models.backbone import recompute
-from ray_vlm.models.precision import autocast
-from ray_vlm.train.context import DistributedContext
+from ray_vlm.methods.trainer import PlannedTrainer
+from ray_vlm.models.live import LiveBytes
 from ray_vlm.train.memory_plan import Probe
 
-_KEPT = ("_metrics", "_total_train_tokens", "_step")  # counters that TRL updates in `compute_loss`
 
-
-def run_probe(trainer: Any, job: JobConfig, probe: Probe, context: DistributedContext) -> str:
+def run_heaviest_batch(trainer: PlannedTrainer, probe: Probe, precision: Precision) -> str:
     """Run the batch and return a sentence on its memory. Raises `RunError` if it does not fit."""
-    import torch
-
-    records, model = trainer.fetch_records(), trainer.model
+    records, model, device = trainer.inputs.fetch_records(), trainer.model, str(trainer.args.device)
     rows = [trainer.builder.row(records[number]) for number in probe.rows]
     description = f"{len(rows)} rows of up to {probe.tokens:,} tokens"
     try:
-        with _no_trace(trainer, context), _measure(model, context) as took:
-            batch = METHODS[job.method.name].heaviest(trainer, rows, context.device)
-            with autocast(job.train.precision, context.device):
-                trainer.compute_loss(model, batch).backward()
-            del batch
+        with _measure(model, device) as took:
+            trainer.try_heaviest_batch(rows, precision)
     except torch.OutOfMemoryError as error:
         raise RunError(_refuse(description, str(error).split(". ")[0], probe)) from error
-    moments = 2 * sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    if context.device.startswith("cuda"):
-        capacity = torch.cuda.get_device_properties(context.device).total_memory
+    moments = 2 * sum(4 * int(p.numel()) for p in model.parameters() if p.requires_grad)
+    if device.startswith("cuda"):
+        capacity = torch.cuda.get_device_properties(device).total_memory
         if (needed := took["before"] + took["above"] + moments) > capacity:
             reason = f"with the optimizer {needed / GIB:.1f} of {capacity / GIB:.1f} GiB"
             raise RunError(_refuse(description, reason, probe))
@@ -57,42 +47,15 @@ def _refuse(description: str, reason: str, probe: Probe) -> str:
 
 
 @contextmanager
-def _measure(model: Any, context: DistributedContext) -> Iterator[dict[str, float]]:
+def _measure(model: torch.nn.Module, device: str) -> Iterator[dict[str, float]]:
     """Measure the bytes allocated `before` the body, and the peak `above` them."""
-    import torch
-
-    from ray_vlm.models.live import LiveBytes
-
     took: dict[str, float] = {}
-    if context.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(context.device)
-        took["before"] = torch.cuda.memory_allocated(context.device)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        took["before"] = torch.cuda.memory_allocated(device)
         yield took
-        took["above"] = torch.cuda.max_memory_allocated(context.device) - took["before"]
+        took["above"] = torch.cuda.max_memory_allocated(device) - took["before"]
     else:
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
             yield took
         took["above"] = live.peak
-
-
-@contextmanager
-def _no_trace(trainer: Any, context: DistributedContext) -> Iterator[None]:
-    import torch
-
-    saved = {name: copy.deepcopy(getattr(trainer, name)) for name in _KEPT if hasattr(trainer, name)}
-    model, args = trainer.model, trainer.args
-    was_training = model.training
-    if args.gradient_checkpointing:
-        recompute(model, dict(args.gradient_checkpointing_kwargs or {}) or None)
-    model.train()
-    devices = [context.device] if context.device.startswith("cuda") else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.train(was_training)
-        trainer.clock.take()
-        trainer.operations.take()
-        for name, value in saved.items():
-            setattr(trainer, name, value)

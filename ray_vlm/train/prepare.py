@@ -10,7 +10,7 @@ import numpy as np
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.resume import check_output_dir
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.schema import JobConfig, Track
 from ray_vlm.data.balance import Balance, plan_balance
 from ray_vlm.data.index import NONE_KNOWN, Index
 from ray_vlm.data.plan import Plan
@@ -19,11 +19,10 @@ from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.splits import Parts, load_parts, row_tags
 from ray_vlm.errors import ConfigError
-from ray_vlm.methods import METHODS
+from ray_vlm.methods.options import check_options
 from ray_vlm.methods.prefix_sharing import why_alone
 from ray_vlm.models import library_logging
 from ray_vlm.runs.store import full_address
-from ray_vlm.train.energy import check_energy
 from ray_vlm.train.memory_plan import Probe, fit, plan_probe
 
 
@@ -49,8 +48,8 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     if job.data.train is None:
         raise ConfigError("`data.train` is missing. Give it a path and a format.")
     library_logging.quiet_libraries()
-    METHODS[job.method.name].check_options(job)
-    check_energy(job)
+    check_options(job.method)
+    check_energy(job.track)
     job = absolute_paths(job)
     parts = parts or load_parts(job, wanted_parts(job), known=known)
     assert parts.train is not None
@@ -106,10 +105,9 @@ def _check_scores(job: JobConfig, train: Index) -> list[str]:
     """Run the self-test of GRPO's rewards. Raises `ConfigError` if they prefer a wrong answer."""
     if job.method.name != "grpo":
         return []
-    from ray_vlm.methods.grpo import job_rewards
-    from ray_vlm.methods.rewards import check_rewards
+    from ray_vlm.methods.rewards import check_rewards, job_rewards
 
-    return check_rewards(job_rewards(job, train.labels))
+    return check_rewards(job_rewards(job.task.name, job.method, job.data.train, train.labels))
 
 
 def _tell_alone(job: JobConfig, spec: SampleSpec) -> list[str]:
@@ -150,6 +148,24 @@ def _check_pairs(job: JobConfig, spec: SampleSpec) -> None:
                 f"{path}: its answers were sampled with another {text}. Use those, or make it again."
                 for path, text in changed
             ]
+        )
+
+
+def check_energy(track: Track) -> None:
+    """Raise `ConfigError` if `track.energy` is set and energy cannot be estimated."""
+    if not track.energy:
+        return
+    try:
+        from codecarbon.input import DataSource
+    except ImportError as error:
+        raise ConfigError(
+            f"track.energy: codecarbon is not installed ({error}). Run `pip install 'ray-vlm[energy]'`, or remove it."
+        ) from None
+    known = DataSource().get_global_energy_mix_data()
+    if track.country not in known:
+        raise ConfigError(
+            f"track.country={track.country!r}: unknown country, on which the carbon dioxide of a kilowatt-hour "
+            "depends. Give the three letters of ISO 3166, such as DEU, FRA, IND or USA."
         )
 
 

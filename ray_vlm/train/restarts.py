@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.models.out_of_memory import NO_ROOM, describe_out_of_memory, is_out_of_memory
-from ray_vlm.train.nonfinite import RewindToCheckpoint
 
 _PAUSE_S = 2.0  # between the starts of two attempts
 # Parts of the errors of gloo and NCCL if the process or the machine at the other end is gone.
 _CUT = ("closed by peer", "reset by peer", "remote process exited", "unhandled system error", "Timed out waiting")
+
+
+class RewindToCheckpoint(RunError):
+    """Raised to continue from the last checkpoint without the rows from there to the step that failed."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ run folder, which rank 0 checks; the ranks agree on the step after which they st
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -78,14 +78,3 @@ def watch(store: Store) -> Callable[[], bool]:
         return requested
 
     return wanted
-
-
-def agree(flags: Sequence[bool], world_size: int, device: str) -> list[bool]:
-    """Return for each flag whether any rank has set it: the same on all ranks, so that they act together."""
-    if world_size == 1:
-        return list(flags)
-    import torch
-
-    any_set = torch.tensor([int(flag) for flag in flags], device=device)
-    torch.distributed.all_reduce(any_set, op=torch.distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in any_set.tolist()]

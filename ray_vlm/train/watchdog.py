@@ -18,14 +18,16 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
+from ray_vlm.distributed import DistributedContext
+from ray_vlm.methods.clock import Clock
 from ray_vlm.runs.store import Store
 from ray_vlm.train.attempt import Attempt
-from ray_vlm.train.clock import Clock
-from ray_vlm.train.context import DistributedContext
+
+if TYPE_CHECKING:
+    from ray_vlm.methods.trainer import PlannedTrainer
 
 FOLDER = "stalls"
 SENTENCE = ".stall.json"  # the message for the driver
@@ -165,17 +167,16 @@ class Watchdog:
 
 
 def watch_worker(
-    job: JobConfig,
-    store: Store,
-    context: DistributedContext,
-    attempt: Attempt,
-    trainer: Any,
+    trainer: "PlannedTrainer",
     plan: Plan,
-    ids: Callable[[int], str],
+    store: Store,
+    attempt: Attempt,
+    context: DistributedContext,
+    limit_s: float,
 ) -> Watchdog:
     """Return the watchdog of this rank. Without Ray it only prints the message: the user can press Ctrl-C."""
-    clock, batches = trainer.clock, trainer.planned_batches
-    # each forward pass is progress, so a long validation is no stall
+    clock, batches, records = trainer.clock, trainer.inputs.batches, trainer.inputs.fetch_records()
+    # Each forward pass is progress, so a long validation is no stall.
     trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: clock.tick())
 
     def stand() -> WorkerStatus:
@@ -184,19 +185,17 @@ def watch_worker(
             rows: Sequence[int] = plan.micro_batch(batches.number, context.rank).rows
         else:
             rows = [row for batch in plan.rank_step(step, context.rank) for row in batch.rows]
-        named = () if phase in ("validation", "checkpoint") else tuple(ids(row) for row in rows)
+        named = () if phase in ("validation", "checkpoint") else tuple(str(records[row].id) for row in rows)
         begun, waits = (clock.entered["data"], clock.entered["step"]), is_waiting(clock.thread)
         return WorkerStatus(context.rank, platform.node(), os.getpid(), phase, *begun, step + 1, named, waits)
 
     def end() -> None:
         if context.ray:
-            time.sleep(
-                1.0
-            )  # time for the lowest rank to write the message, which the driver reads once this process is gone
+            # Time for the lowest rank to write the message, which the driver reads once this process is gone.
+            time.sleep(1.0)
             os.kill(os.getpid(), signal.SIGKILL)
         print(f"\n{describe_stall([stand()], 1, limit_s)}. See {store.address}/{FOLDER}/", file=sys.stderr, flush=True)
 
-    limit_s = 60 * job.cluster.stall_minutes
     return Watchdog(clock, stand, store, attempt, context.world_size, limit_s, end)
 
 

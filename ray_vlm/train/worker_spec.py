@@ -1,9 +1,11 @@
 """The plain data that the driver sends to a training process."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray_vlm.cluster.environment import Environment
+from ray_vlm.config.load import dump_job
+from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.train.memory_plan import Probe
@@ -32,3 +34,11 @@ class WorkerSpec:
     row_bytes: float = 4 * 2**20
     probe: Probe | None = None
     environment: Environment = field(default_factory=Environment)
+
+
+def settle_workers(job: JobConfig, spec: WorkerSpec, world_size: int) -> tuple[JobConfig, WorkerSpec]:
+    """Return the job and its spec for the current number of workers; each step keeps its rows."""
+    cluster = job.cluster.model_copy(update={"num_workers": world_size})
+    job, plan = job.model_copy(update={"cluster": cluster}), spec.plan
+    micro = plan.global_batch_size // world_size if job.method.name == "grpo" else plan.micro_batch_size
+    return job, replace(spec, job=dump_job(job), plan=replace(plan, world_size=world_size, micro_batch_size=micro))

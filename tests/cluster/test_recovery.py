@@ -201,7 +201,7 @@ def test_a_report_holds_the_workers_for_less_than_a_third_of_a_second(ray_cluste
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from ray_vlm.train.report import plain
+    from ray_vlm.runs.monitor import as_python_numbers
 
     times_file = tmp_path / "times.json"
 
@@ -213,7 +213,9 @@ def test_a_report_holds_the_workers_for_less_than_a_third_of_a_second(ray_cluste
         times = []
         for step in range(8):
             started = time.monotonic()
-            ray.train.report(plain({"step": step, "a": np.float32(0.5), "b": torch.tensor(0.25), "c": float("nan")}))
+            ray.train.report(
+                as_python_numbers({"step": step, "a": np.float32(0.5), "b": torch.tensor(0.25), "c": float("nan")})
+            )
             times.append(time.monotonic() - started)
         if ray.train.get_context().get_world_rank() == 0:
             Path(config["found"]).write_text(json.dumps(times))

@@ -101,19 +101,20 @@ def test_dpo_learns_to_prefer(dpo_job) -> None:
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
 def test_a_stopped_run_goes_on_bit_for_bit(method: str, dpo_job, grpo_job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_vlm.train import stop
+
+    from ray_vlm.train.callbacks.preemption import PreemptionCallback
 
     path = (dpo_job if method == "dpo" else grpo_job)(train={"max_steps": 4}, checkpoint={"every_steps": 2})
     undisturbed = _train(path, "run.name=whole")
-    real = stop.agree
-    flag_calls = []
+    real = PreemptionCallback.on_step_end
+    steps = []
 
-    def after_two(flags: Any, *args: Any) -> list[bool]:
-        flag_calls.append(flags)
-        stop, *others = real(flags, *args)
-        return [len(flag_calls) == 2 or stop, *others]
+    def after_two(self: PreemptionCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps.append(state.global_step)
+        self._should_stop = lambda: len(steps) == 2
+        real(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr("ray_vlm.train.worker.agree", after_two)
+    monkeypatch.setattr(PreemptionCallback, "on_step_end", after_two)
     with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
         _train(path, "run.name=cut")
     monkeypatch.undo()
@@ -143,17 +144,16 @@ def test_the_reference_is_asked_once_and_never_served_stale(dpo_job, tmp_path: P
 
 
 def test_a_changed_image_or_answer_is_another_reference(dpo_job, tmp_path: Path) -> None:
+    from ray_vlm.methods.reference import ReferenceSource, describe_reference
     from ray_vlm.train.driver import rows_fingerprint
-    from ray_vlm.train.reference import describe_reference
 
     job = load_job(dpo_job(method={"precompute_ref_log_probs": True}))
 
     def describe() -> dict[str, Any]:
         prepared = prepare(job)
         records = prepared.train.records
-        return describe_reference(
-            prepared.job, load_sample_builder(prepared.spec), records, "base", rows_fingerprint(records)
-        )
+        source = ReferenceSource(prepared.job.model, prepared.job.train.precision, "base", rows_fingerprint(records))
+        return describe_reference(source, load_sample_builder(prepared.spec), records)
 
     before = describe()
     assert describe() == before
@@ -188,7 +188,7 @@ def test_grpo_logs_every_part_and_earns_more(grpo_job) -> None:
 def test_each_image_is_processed_once_a_step(grpo_job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four prompts of four answers, in two micro-batches, with a reference: sampled, asked about and trained."""
     from ray_vlm.data import collate
-    from ray_vlm.methods import groups
+    from ray_vlm.methods import grpo
 
     processed: list[int] = []
 
@@ -198,7 +198,7 @@ def test_each_image_is_processed_once_a_step(grpo_job, monkeypatch: pytest.Monke
 
     read = collate.read_pixels
     monkeypatch.setattr(collate, "read_pixels", counted)
-    monkeypatch.setattr(groups, "read_pixels", counted)
+    monkeypatch.setattr(grpo, "read_pixels", counted)
     train_options = {"max_steps": 2, "global_batch_size": 16, "micro_batch_size": 8}
     _train(grpo_job(train=train_options, data={"eval": None}), "method.beta=0.02", "method.num_generations=4")
     assert processed == [1] * 8

@@ -15,6 +15,7 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.index import build_index
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.evaluate.generate import generate_answers
 
 LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
@@ -106,7 +107,7 @@ def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models:
 def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[str, str]) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
-    from ray_vlm.evaluate.validate import validate_answers
+    from ray_vlm.evaluate.validate import AnswerValidation
     from ray_vlm.models.load import load_model
 
     spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
@@ -118,8 +119,9 @@ def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
     add_fused_lm_head(model)
     model.train()
-    trainer, job = SimpleNamespace(model=model), SimpleNamespace(evaluate=Evaluate(batch_size=5))
-    metrics = validate_answers(trainer, index.records, builder, job, "cpu", world_size=1)
+    trainer: Any = SimpleNamespace(model=model)
+    validation = AnswerValidation(index.records, builder, Evaluate(batch_size=5), "detection", DistributedContext())
+    metrics, _ = validation.measure(trainer)
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert model.training
 

@@ -70,12 +70,12 @@ def test_the_heaviest_batch_is_found(job_file) -> None:
 def test_what_does_not_fit_ends_the_run_at_once(job_of, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from ray_vlm.methods import sft
+    from ray_vlm.methods.sft import WeightedSFTTrainer
 
     def burst(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(sft, "heaviest", burst)
+    monkeypatch.setattr(WeightedSFTTrainer, "heaviest_batch", burst)
     with pytest.raises(RunError, match=r"heaviest batch of the plan \(4 rows.*CUDA out of memory\. Lower train.micro"):
         _train(job_of("sft"), "train.probe=true")
 

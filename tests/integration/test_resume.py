@@ -37,9 +37,9 @@ def _same_adapter(one: RunPaths, two: RunPaths) -> bool:
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal at the end of that step, once."""
-    from ray_vlm.train.report import RunCallback
+    from ray_vlm.train.callbacks.metrics import MetricsCallback
 
-    old, sent = RunCallback.on_log, []
+    old, sent = MetricsCallback.on_log, []
 
     def on_log(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         old(self, args, state, control, **kwargs)
@@ -47,7 +47,7 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal
             sent.append(step)
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(RunCallback, "on_log", on_log)
+    monkeypatch.setattr(MetricsCallback, "on_log", on_log)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(job_file, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,13 +98,13 @@ def test_a_second_signal_leaves_at_once(job_file, monkeypatch: pytest.MonkeyPatc
 
 def test_a_signal_before_the_first_step_leaves_at_once(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the base is loaded there is nothing to keep: no step is trained for the sake of a checkpoint."""
-    from ray_vlm.train import worker
+    from ray_vlm.train import build
 
     def interrupted(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(worker, "load_adapted", interrupted)
+    monkeypatch.setattr(build, "load_adapted", interrupted)
     path = job_file(train={"max_steps": 2})
     with pytest.raises(
         Interrupted, match=r"stopped before the first step; --resume goes on \(run\.name=early\)"
@@ -228,7 +228,7 @@ def test_a_run_that_is_being_trained_is_not_resumed(job_file) -> None:
 
 
 def test_a_disk_that_refuses_a_checkpoint_stops_with_the_way_on(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray_vlm.train.checkpoint as checkpoint
+    import ray_vlm.train.callbacks.checkpointing as checkpoint
 
     path = job_file(train={"max_steps": 4}, checkpoint={"every_steps": 2})
     real, calls = checkpoint.write_part, []

@@ -16,7 +16,7 @@ from ray_vlm.runs.checkpoints import open_newest
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run
 from ray_vlm.runs.store import Store, join
-from ray_vlm.train.report import RunCallback
+from ray_vlm.train.callbacks.metrics import MetricsCallback
 from tests.faults import PAGE, SmallDisk, Stumbling, small_disk
 
 STEPS = 6  # a checkpoint after every second, a validation after every third
@@ -65,7 +65,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 def _at(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], None], event: str = "on_log") -> None:
     """Call `do` once at the end of that step: before what is validated and kept there, or after it ("on_save")."""
-    old, done = getattr(RunCallback, event), []
+    old, done = getattr(MetricsCallback, event), []
 
     def then(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         old(self, args, state, control, **kwargs)
@@ -73,7 +73,7 @@ def _at(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], None], even
             done.append(step)
             do()
 
-    monkeypatch.setattr(RunCallback, event, then)
+    monkeypatch.setattr(MetricsCallback, event, then)
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:

@@ -23,7 +23,7 @@ FLOORS = [
     {"tasks", "models", "cluster"},
     {"config"},
     {"runs"},
-    {"errors", "machine"},
+    {"errors", "machine", "distributed"},
 ]
 PLAIN_DATA = {"ray_vlm.models.families", "ray_vlm.data.records"}  # readable from every floor
 HEAVY = ("torch", "ray", "trl", "transformers", "matplotlib")
@@ -77,7 +77,7 @@ def test_light_modules_import_nothing_heavy() -> None:
 
 
 def test_methods_and_models_import_without_ray() -> None:
-    modules = ["methods.sft", "models.load", "models.lora"]
+    modules = ["methods.sft", "methods.dpo", "methods.grpo", "models.load", "models.lora"]
     assert _import_in_turn(modules, ("ray",)) == {module: [] for module in modules}
 
 
@@ -90,7 +90,8 @@ def test_size_and_purpose(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= 60, f"{node.name} has {length} lines"
+            recipe = text.splitlines()[node.lineno - 1].endswith("# recipe")
+            assert length <= (120 if recipe else 60), f"{node.name} has {length} lines"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
@@ -125,10 +126,10 @@ def test_shipped_jobs_load_and_open_with_how_to_run_them(path: Path) -> None:
 def test_method_section_task_folder_words_agree() -> None:
     from ray_vlm.config.check_method import TASK_METRICS
     from ray_vlm.config.schema import Method, Task
-    from ray_vlm.methods import METHODS
+    from ray_vlm.methods.options import CHOICES
     from ray_vlm.tasks import TASKS
 
-    assert set(METHODS) == set(Method.model_fields["name"].annotation.__args__)
+    assert set(CHOICES) == set(Method.model_fields["name"].annotation.__args__)
     assert set(TASKS) == set(Task.model_fields["name"].annotation.__args__) == set(TASK_METRICS)
 
 

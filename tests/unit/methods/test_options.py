@@ -9,15 +9,13 @@ import yaml
 
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import ConfigError
-from ray_vlm.methods import METHODS
-from ray_vlm.methods.grpo import CHOICES
+from ray_vlm.methods.options import CHOICES, check_options
 
 
 def _check(tmp_path: Path, method: dict[str, Any]) -> None:
     job = {"method": method, "model": {"name": "tiny"}, "data": {"train": {"path": "rows.json"}}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    loaded = load_job(tmp_path / "job.yaml")
-    METHODS[loaded.method.name].check_options(loaded)
+    check_options(load_job(tmp_path / "job.yaml").method)
 
 
 @pytest.mark.parametrize(
@@ -36,13 +34,13 @@ def test_a_value_that_trl_does_not_know_is_refused_at_once(tmp_path: Path, metho
         _check(tmp_path, method)
 
 
-@pytest.mark.parametrize("key", CHOICES)
+@pytest.mark.parametrize("key", CHOICES["grpo"])
 def test_every_choice_is_taken_and_is_one_of_trl(tmp_path: Path, key: str) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     source = inspect.getsource(GRPOTrainer)
-    assert getattr(GRPOConfig(output_dir="unused", use_cpu=True, bf16=False), key) in CHOICES[key]
-    for value in CHOICES[key]:
+    assert getattr(GRPOConfig(output_dir="unused", use_cpu=True, bf16=False), key) in CHOICES["grpo"][key]
+    for value in CHOICES["grpo"][key]:
         assert isinstance(value, bool) or f'"{value}"' in source or f"'{value}'" in source
         options = {"loss_type": value} if key == "loss_type" else {"trl": {key: value}}
         _check(tmp_path, {"name": "grpo", **options})

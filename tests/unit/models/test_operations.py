@@ -51,7 +51,8 @@ def _all_pairs(work: Work, tokens: int) -> Work:
 @pytest.mark.parametrize("family", QWEN)
 def test_the_flops_of_a_forward_are_those_that_torch_counts(family: str) -> None:
     model, batch = _model(family), _batch(family)
-    counter = OperationCounter(model)
+    counter = OperationCounter()
+    counter.attach(model)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(**batch)
     work, flops = counter.take()
@@ -70,7 +71,8 @@ def test_the_flops_of_a_forward_are_those_that_torch_counts(family: str) -> None
 def test_the_flops_of_a_backward_are_those_that_torch_counts(learns: str) -> None:
     """With a frozen encoder and trained language layers; with trained encoder blocks too; with everything trained."""
     model, batch = _model("qwen3_vl", learns), _batch("qwen3_vl")
-    counter = OperationCounter(model)
+    counter = OperationCounter()
+    counter.attach(model)
     model.enable_input_require_grads()
     if learns == "language_model.layers":
         model.model.visual.forward = torch.no_grad()(model.model.visual.forward)
@@ -88,7 +90,8 @@ def test_padding_and_shared_prefixes_do_not_count() -> None:
     batch["input_ids"][1, -10:] = 31
     batch.pop("labels")
     model = _model(family)
-    counter = OperationCounter(model)
+    counter = OperationCounter()
+    counter.attach(model)
     share_prefixes(model, PackingOptions(share=True, pack=True), counter)
     with torch.no_grad():
         model(**batch, use_cache=False)
@@ -99,7 +102,8 @@ def test_padding_and_shared_prefixes_do_not_count() -> None:
     assert folded.pairs == beginning * (beginning + 1) // 2 + 2 * (10 * beginning + 10 * 11 // 2)
 
     plain = _model(family)
-    counter = OperationCounter(plain)
+    counter = OperationCounter()
+    counter.attach(plain)
     padded = {name: value.clone() for name, value in batch.items()}
     padded["attention_mask"][1, -10:] = 0
     with torch.no_grad():
@@ -114,7 +118,8 @@ def test_packs_of_unequal_length_leave_their_padding_out() -> None:
     mask = (torch.arange(88) < lengths[:, None]).long()
     batch = {"input_ids": torch.full((3, 88), 30), "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(mask)}
     model, shapes = _model("qwen3_vl"), []
-    counter = OperationCounter(model)
+    counter = OperationCounter()
+    counter.attach(model)
     model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
@@ -132,7 +137,8 @@ def test_packs_of_unequal_length_leave_their_padding_out() -> None:
 def test_decoding_counts_token_by_token() -> None:
     model, batch = _model("qwen3_vl"), _batch("qwen3_vl")
     batch.pop("labels")
-    counter = OperationCounter(model)
+    counter = OperationCounter()
+    counter.attach(model)
     model.generate(**batch, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     work, _ = counter.take()
     row = batch["input_ids"].shape[1]

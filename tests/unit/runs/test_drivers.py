@@ -11,13 +11,13 @@ from typing import Any
 import psutil
 import pytest
 
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
 from ray_vlm.runs.drivers import check_own, is_alive, this_process
 from ray_vlm.runs.manifest import last_attempt, start_attempt, start_manifest
 from ray_vlm.runs.paths import RunPaths, claim_run
 from ray_vlm.runs.store import Store
 from ray_vlm.train import attempt as attempts
-from ray_vlm.train import context
 from ray_vlm.train.attempt import begin_attempt
 from ray_vlm.train.driver import _end
 from ray_vlm.tune.sweep import SWEEP, _check_sweep_folder
@@ -105,7 +105,7 @@ def test_a_driver_writes_into_its_own_run(tmp_path: Path) -> None:
 
 def test_workers_that_ray_starts_anew_do_not_take_a_run_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = _run(tmp_path, None)
-    alone = context.DistributedContext(0, 1, "cpu", ray=False)
+    alone = DistributedContext(0, 1, "cpu", ray=False)
     assert begin_attempt(paths.store, alone, 1, this_process()).number == 1
     _driven_by(paths, ELSEWHERE)
     owner = (paths.root / ".attempt.json").read_bytes()

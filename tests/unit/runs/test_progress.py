@@ -3,17 +3,18 @@
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs import progress
 from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.progress import Progress, lasting, send_progress, track
 from ray_vlm.train.attempt import Attempt
-from ray_vlm.train.context import DistributedContext
-from ray_vlm.train.progress_lines import progress_writer
+from ray_vlm.train.run_log import send_worker_progress
 
 
 def test_what_is_quick_says_nothing() -> None:
@@ -64,7 +65,7 @@ def test_lines_go_to_stderr_unless_a_run_takes_them(capsys: pytest.CaptureFixtur
 def test_a_worker_s_lines_are_lines_of_its_run(tmp_path: Path) -> None:
     paths, attempt = RunPaths(tmp_path), Attempt(2, "token")
     for rank in (0, 1):
-        with send_progress(progress_writer(paths, DistributedContext(rank, 2, "cpu", ray=True), attempt)):
+        with send_worker_progress(paths, DistributedContext(rank, 2, "cpu", ray=True), attempt):
             progress.LOGGER.info("loading a base: 5 s so far")
     (line,) = read_metrics(paths.metrics)
     assert (line["kind"], line["attempt"], line["text"]) == ("progress", 2, "loading a base: 5 s so far")
@@ -90,12 +91,15 @@ def test_a_driver_says_that_it_waits_until_its_workers_speak(tmp_path: Path, mon
 
 
 def test_validation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_vlm.evaluate.validate import _in_step
+    from ray_vlm.config.schema import Evaluate
+    from ray_vlm.evaluate.validate import Validation
 
+    records: Any = range(5)
+    validation = Validation(records, None, Evaluate(batch_size=2), "detection", DistributedContext())  # type: ignore[arg-type]
     monkeypatch.setattr(progress, "_FIRST_S", -1.0)
     lines: list[str] = []
     with send_progress(lines.append):
-        for _ in _in_step(range(5), 2, "cpu", 1):
+        for _ in validation.batches():
             time.sleep(0.001)
     assert lines[0].startswith("validation: 2 of 5 rows, ")
     assert lines[-1].startswith("validation: 5 rows in ")

@@ -6,9 +6,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from ray_vlm.config.schema import Checkpoint
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
 from ray_vlm.runs import store as stores
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, checkpoint_name, open_checkpoint, open_newest, replace_folder
@@ -16,8 +19,7 @@ from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import claim_run, find_run, write_folder, write_json
 from ray_vlm.runs.store import Store, join, making
 from ray_vlm.train.attempt import Attempt
-from ray_vlm.train.checkpoint import CheckpointWriter
-from ray_vlm.train.context import DistributedContext
+from ray_vlm.train.callbacks.checkpointing import CheckpointCallback, Progress
 from tests.faults import SmallDisk, Stumbling, small_disk
 
 FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json")
@@ -42,13 +44,11 @@ class _Trainer:
         self.at = name
         torch.save({"a": torch.arange(count, dtype=torch.float32), "b": [1, 2, 3]}, Path(folder) / name)
 
-    def _save_rng_state(self, folder: str) -> None:
+    def gather(self) -> None:
+        pass  # only ZeRO-3 has parts
+
+    def save_training_state(self, folder: Path) -> None:
         self._torch(folder, "rng_state.pth", 3000)
-
-    def _save_scaler(self, folder: str) -> None:
-        pass  # only float16 has one
-
-    def _save_optimizer_and_scheduler(self, folder: str) -> None:
         self._torch(folder, "optimizer.pt", 9000)
         self._torch(folder, "scheduler.pt", 10)
 
@@ -65,18 +65,22 @@ class _Trainer:
         self.at = MANIFEST
 
 
-def _writer(store: Store) -> CheckpointWriter:
+def _writer(store: Store, trainer: _Trainer) -> CheckpointCallback:
     attempt = Attempt(1, "ab12")
     store.write(".attempt.json", json.dumps({"attempt": 1, "token": attempt.token}).encode())
-    return CheckpointWriter(store, DistributedContext(0, 1, "cpu", False), attempt, (9, 0), {"base": "x"})
+    options = Checkpoint(keep=9, keep_best=0)
+    batches: Any = SimpleNamespace(lost=[])
+    return CheckpointCallback(
+        store, options, "loss", attempt, {"base": "x"}, trainer, Progress(), batches, None, DistributedContext()
+    )  # type: ignore[arg-type]
 
 
-def _checkpoint(writer: CheckpointWriter, trainer: _Trainer, step: int) -> None:
+def _checkpoint(writer: CheckpointCallback, trainer: _Trainer, step: int) -> None:
     trainer.state.global_step = step
-    writer.write(trainer, trainer.save, None, {})
+    writer.write(trainer)  # type: ignore[arg-type]
 
 
-def _refused(writer: CheckpointWriter, trainer: _Trainer, step: int) -> str | None:
+def _refused(writer: CheckpointCallback, trainer: _Trainer, step: int) -> str | None:
     try:
         _checkpoint(writer, trainer, step)
     except RunError as error:
@@ -93,7 +97,7 @@ def test_a_disk_that_fills_at_any_page_of_a_checkpoint_keeps_the_one_before(disk
     """Page by page more room, until the checkpoint fits; every file of it, its manifest too, is once the one that
     does not."""
     store, trainer, hit = Store(disk.path / "run"), _Trainer(), []
-    writer = _writer(store)
+    writer = _writer(store, trainer)
     _checkpoint(writer, trainer, 1)
     before = store.files()
     for pages in range(60):
@@ -112,7 +116,7 @@ def test_a_disk_that_fills_at_any_page_of_a_checkpoint_keeps_the_one_before(disk
 
 def test_a_disk_that_turns_read_only_keeps_what_it_has(disk: SmallDisk) -> None:
     store, trainer = Store(disk.path / "run"), _Trainer()
-    writer = _writer(store)
+    writer = _writer(store, trainer)
     _checkpoint(writer, trainer, 1)
     disk.make_read_only()
     with pytest.raises(RunError, match=r"step 2 cannot be written to .*Read-only file system.*--resume"):
@@ -136,7 +140,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_old_folder(disk: SmallDisk) -> 
             write_json(file, ["x" * 100] * 300)
         assert (refused.value.errno, refused.value.filename) == (errno.ENOSPC, str(file))
         with pytest.raises(OSError, match=r"No space left on device.*best"):
-            write_folder(folder, trainer._save_rng_state)
+            write_folder(folder, trainer.save_training_state)
         assert disk.free == free
         disk.clear()
         assert Store(disk.path).files() == there
@@ -180,7 +184,7 @@ def test_a_store_that_goes_away_for_a_while_is_waited_for(stumbling: tuple[str, 
     """At every request of a checkpoint; pyarrow retries writes by itself, but not reads."""
     base, app = stumbling
     store, trainer = Store(join(base, tmp_path.name)), _Trainer()
-    writer = _writer(store)
+    writer = _writer(store, trainer)
     seen: set[tuple[str, str]] = set()
 
     def fault(method: str, path: str) -> int | str | None:
@@ -221,7 +225,7 @@ def test_a_store_that_refuses_keeps_the_checkpoint_before(stumbling: tuple[str, 
     """At every file the store refuses it and all later ones."""
     base, app = stumbling
     store, trainer = Store(join(base, tmp_path.name)), _Trainer()
-    writer = _writer(store)
+    writer = _writer(store, trainer)
     _checkpoint(writer, trainer, 1)
     for name in (".attempt.json", *FILES, MANIFEST):
         gone: list[str] = []
@@ -251,7 +255,7 @@ def test_best_in_a_store_counts_until_the_new_one_is_made(
     """The error names a full scratch disk and how to use another one, and the old `best/` stays complete."""
     base, _ = stumbling
     store, trainer = Store(join(base, tmp_path.name)), _Trainer()
-    writer = _writer(store)
+    writer = _writer(store, trainer)
     replace_folder(store, "best", trainer.save, 1)
     monkeypatch.setattr(stores.tempfile, "tempdir", str(disk.path))
     for pages in (0, 1, 4):
@@ -289,7 +293,7 @@ def test_a_store_that_refuses_when_a_run_is_looked_for(
 def test_a_checkpoint_cut_off_in_the_store_is_reported(stumbling: tuple[str, Stumbling], tmp_path: Path) -> None:
     base, _ = stumbling
     store, trainer = Store(join(base, tmp_path.name)), _Trainer()
-    _checkpoint(_writer(store), trainer, 1)
+    _checkpoint(_writer(store, trainer), trainer, 1)
     name = checkpoint_name(1, 1, "ab12")
     store.write(f"{name}/optimizer.pt", b"half")
     with pytest.raises(Damaged, match=r"optimizer.pt has 4 bytes"):

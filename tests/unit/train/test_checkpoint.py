@@ -11,14 +11,14 @@ from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import RunError
 from ray_vlm.runs.checkpoints import Checkpoint
 from ray_vlm.train.attempt import Attempt
-from ray_vlm.train.checkpoint import check_fits, describe_run
+from ray_vlm.train.callbacks.checkpointing import check_fits, describe_run
 
 
 def _about(format: str = "coco", labels: tuple[str, ...] = ("dog",), rows: str = "a") -> dict[str, Any]:
     job = load_resolved(
         {"model": {"name": "tiny", "load_in_4bit": False}, "data": {"train": {"path": "x.json", "format": format}}}
     )
-    return describe_run("base", rows, job, SampleBuilder(sample_spec(job, list(labels))))
+    return describe_run("base", rows, "tiny", None, [format], SampleBuilder(sample_spec(job, list(labels))))
 
 
 def _check(old: dict[str, Any], now: dict[str, Any]) -> None:

@@ -4,13 +4,14 @@ import sys
 
 import pytest
 
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.schema import Track
 from ray_vlm.errors import ConfigError
-from ray_vlm.train.energy import add_up, check_energy
+from ray_vlm.train.callbacks.energy import add_up
+from ray_vlm.train.prepare import check_energy
 
 
-def _job(country: str) -> JobConfig:
-    return JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "track": {"energy": True, "country": country}})
+def _track(country: str) -> Track:
+    return Track(energy=True, country=country)
 
 
 def test_ranks_of_one_machine_share_its_processor_and_memory() -> None:
@@ -24,9 +25,9 @@ def test_ranks_of_one_machine_share_its_processor_and_memory() -> None:
 def test_an_unknown_country_and_a_missing_package_are_reported_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    check_energy(_job("DEU"))
+    check_energy(_track("DEU"))
     with pytest.raises(ConfigError, match=r"track\.country='GERMANY'"):
-        check_energy(_job("GERMANY"))
+        check_energy(_track("GERMANY"))
     monkeypatch.setitem(sys.modules, "codecarbon.input", None)
     with pytest.raises(ConfigError, match="codecarbon is not installed"):
-        check_energy(_job("DEU"))
+        check_energy(_track("DEU"))

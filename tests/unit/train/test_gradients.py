@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ray_vlm.cli import main
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import ModelError
+from ray_vlm.methods.clock import Clock, split_time
 from ray_vlm.models.families import FAMILIES
-from ray_vlm.train.clock import Clock, split_time
-from ray_vlm.train.context import DistributedContext
-from ray_vlm.train.gradients import PATIENCE, GradientWatch, Listener, part_norms
-from ray_vlm.train.report import by_part
+from ray_vlm.train.callbacks.gradient_norms import PATIENCE, GradientWatch, Listener, part_norms
+from ray_vlm.train.callbacks.metrics import norms_by_part
 
 FAMILY = FAMILIES["qwen3_vl"]
 
@@ -39,11 +39,11 @@ def test_norms_by_part() -> None:
 
 
 def test_norms_are_those_before_clipping() -> None:
-    assert by_part({"language": 0.6, "vision": 0.8}, 5.0) == pytest.approx(
+    assert norms_by_part({"language": 0.6, "vision": 0.8}, 5.0) == pytest.approx(
         {"grad_norm_language": 3.0, "grad_norm_vision": 4.0}
     )
-    assert by_part({}, 5.0) == {}
-    assert by_part({"language": 0.0}, 0.0) == {"grad_norm_language": 0.0}
+    assert norms_by_part({}, 5.0) == {}
+    assert norms_by_part({"language": 0.0}, 0.0) == {"grad_norm_language": 0.0}
 
 
 def test_gradients_that_are_not_kept_are_heard() -> None:

@@ -9,8 +9,7 @@ from ray.train import ControllerError, WorkerGroupError
 from ray_vlm.config.train import Train
 from ray_vlm.errors import DataError, Interrupted, RunError
 from ray_vlm.models.out_of_memory import advise_training, is_out_of_memory
-from ray_vlm.train.nonfinite import RewindToCheckpoint
-from ray_vlm.train.restarts import Failure, describe_failure, restart_backoff, should_restart
+from ray_vlm.train.restarts import Failure, RewindToCheckpoint, describe_failure, restart_backoff, should_restart
 
 
 class _Raised(Exception):
@@ -103,10 +102,10 @@ def test_a_run_of_this_process_tells_a_full_card_alike(monkeypatch, tmp_path) ->
     from ray_vlm.config.schema import JobConfig
     from ray_vlm.runs.paths import RunPaths
 
-    def train_worker(task: Any, stop: Any) -> None:
+    def start_worker(spec: Any, should_stop: Any) -> None:
         raise _out_of_memory()
 
-    monkeypatch.setattr(launch, "train_worker", train_worker)
+    monkeypatch.setattr(launch, "start_worker", start_worker)
     job = JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "cluster": {"num_workers": 0}})
     with pytest.raises(RunError, match=r"this process ran out of GPU memory after step 0: CUDA.*not tried again"):
         launch.launch(job, None, RunPaths(tmp_path))  # type: ignore[arg-type]
@@ -145,7 +144,7 @@ def test_the_environment_is_set_before_anything_else(monkeypatch) -> None:
     assert "hf_secret" not in repr(environment)
     monkeypatch.delenv("HF_TOKEN")
     seen = []
-    monkeypatch.setattr(launch, "train_worker", lambda task, in_ray: seen.append(os.environ.get("HF_TOKEN")))
+    monkeypatch.setattr(launch, "start_worker", lambda spec, in_ray: seen.append(os.environ.get("HF_TOKEN")))
     launch.run_ray_worker({"task": SimpleNamespace(environment=Environment(dict(environment.values)))})
     assert seen == ["hf_secret"]
 

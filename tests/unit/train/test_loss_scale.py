@@ -9,22 +9,21 @@ import pytest
 import torch
 
 from ray_vlm.config.load import load_job
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.methods.loss_scale import LossScale
 from ray_vlm.models.precision import autocast, describe_emulation, fastest_precision
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.driver import ALONE, TrialContext, train
-from ray_vlm.train.loss_scale import watch_overflow
-
-_HERE = DistributedContext(0, 1, "cpu", ray=False)
 
 
-def _trainer(scale: float | None, finite: bool) -> Any:
+def _loss_scale(scale: float | None, finite: bool) -> LossScale:
     scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
-    return SimpleNamespace(
-        accelerator=SimpleNamespace(scaler=scaler), losses=SimpleNamespace(are_finite=lambda: finite)
-    )
+    loss_scale = LossScale(accumulation=1)
+    loss_scale.attach(SimpleNamespace(scaler=scaler, mixed_precision="no"))  # type: ignore[arg-type]
+    loss_scale.keep(torch.tensor(1.0 if finite else torch.nan))
+    return loss_scale
 
 
 @pytest.mark.parametrize(
@@ -32,7 +31,7 @@ def _trainer(scale: float | None, finite: bool) -> Any:
     [(65536.0, True, True), (65536.0, False, False), (1.0, True, False), (None, True, False)],
 )
 def test_whose_business_an_overflow_is(scale: float | None, finite: bool, explained: bool) -> None:
-    message = watch_overflow(_trainer(scale, finite), _HERE)()
+    message = _loss_scale(scale, finite).explain_overflow(DistributedContext())
     assert (message is not None) == explained
     assert message is None or "loss scale of 65536" in message
 
@@ -81,15 +80,15 @@ def test_a_run_in_float16_is_the_same_where_it_was_stopped(job_file: Any, high_s
 
 
 def test_a_loss_that_is_no_number_is_a_fault_in_float16_too(job_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_vlm.methods import sft
+    from ray_vlm.methods.sft import WeightedSFTTrainer
 
-    collate = sft.collate
+    collate = WeightedSFTTrainer.collate
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
         batch = collate(*args, **kwargs)
         return batch | {"pixel_values": batch["pixel_values"] * float("inf")}
 
-    monkeypatch.setattr(sft, "collate", spoiled)
+    monkeypatch.setattr(WeightedSFTTrainer, "collate", staticmethod(spoiled))
     path = job_file(train={"global_batch_size": 2, "micro_batch_size": 2})
     with pytest.raises(RunError, match=r"step 1: the gradient is not finite. Rows: "):
         _train(path, "spoiled")

@@ -14,18 +14,19 @@ from ray_vlm.data.plan import Plan
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.callbacks.metrics import Spikes
+from ray_vlm.train.callbacks.nonfinite import describe_step, explain, is_finite
 from ray_vlm.train.driver import train
-from ray_vlm.train.nonfinite import Spikes, describe_step, explain, is_finite
 
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Pixels of the micro-batches whose numbers (from 0) are put into the list become infinite."""
-    from ray_vlm.methods import sft
+    from ray_vlm.methods.sft import WeightedSFTTrainer
 
     steps: list[int] = []
     seen: list[int] = []
-    collate = sft.collate
+    collate = WeightedSFTTrainer.collate
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
         batch = collate(*args, **kwargs)
@@ -34,7 +35,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(1)
         return batch
 
-    monkeypatch.setattr(sft, "collate", spoiled)
+    monkeypatch.setattr(WeightedSFTTrainer, "collate", staticmethod(spoiled))
     return steps
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from ray_vlm.train.notice import Notice
+from ray_vlm.train.callbacks.preemption import Notice
 
 
 def test_it_is_asked_now_and_then() -> None:

@@ -2,7 +2,7 @@
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
-from ray_vlm.train.planned_trainer import shared_options
+from ray_vlm.train.build import shared_options
 
 
 def test_the_schedule_that_made_detection_stable() -> None:

@@ -3,8 +3,6 @@
 import json
 import math
 from itertools import pairwise
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +10,10 @@ import torch
 from ray.train.v2.api.preemption import PreemptionInfo
 from transformers import TrainerControl, TrainerState
 
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs.monitor import as_python_numbers
-from ray_vlm.train.best import is_better, recall_best
-from ray_vlm.train.notice import Notice
-from ray_vlm.train.report import RunCallback, score_of
+from ray_vlm.train.best import is_better, recall_best, score_of
+from ray_vlm.train.callbacks.preemption import Notice, PreemptionCallback
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -64,10 +62,8 @@ def test_among_equals_the_lower_loss_and_then_the_later_step_is_the_best() -> No
 @pytest.mark.parametrize(("step", "leaves"), [(4, True), (5, False)])
 def test_a_notice_after_the_last_step_is_none(step: int, leaves: bool) -> None:
     """A run that is trained to its end is saved, not moved to other machines."""
-    job: Any = SimpleNamespace(train=SimpleNamespace(max_steps=5))
-    plan: Any = SimpleNamespace(num_steps=5, steps_per_epoch=5)
-    callback = RunCallback(job, None, plan, None, lambda path: None, lambda metrics: None)  # type: ignore[arg-type]
-    callback.notice = Notice(lambda: PreemptionInfo(None, {"node": [0]}), every_s=0.0)
+    notice = Notice(lambda: PreemptionInfo(None, {"node": [0]}), every_s=0.0)
+    callback = PreemptionCallback(lambda: False, notice, num_steps=5, context=DistributedContext())
     control = TrainerControl()
     callback.on_step_end(None, TrainerState(global_step=step), control)
     assert (callback.leaving is not None) == leaves

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from ray_vlm.config.load import load_job
+from ray_vlm.methods.trainer import align_learning_rates
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.train.driver import train
-from ray_vlm.train.planned_trainer import align_learning_rates
 
 
 def _learning_rates(path: Path, name: str, max_steps: int, resume: bool = False) -> list[float]:

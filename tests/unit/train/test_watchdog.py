@@ -5,9 +5,9 @@ import threading
 import time
 from pathlib import Path
 
+from ray_vlm.methods.clock import Clock
 from ray_vlm.runs.store import Store
 from ray_vlm.train.attempt import Attempt
-from ray_vlm.train.clock import Clock
 from ray_vlm.train.watchdog import Watchdog, WorkerStatus, describe_stall, find_phase, is_waiting, take_sentence
 
 

@@ -6,13 +6,15 @@ The energy between the last checkpoint and a crash is not counted.
 
 import os
 import platform
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ray_vlm.config.schema import JobConfig
-from ray_vlm.errors import ConfigError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs.monitor import Monitor
-from ray_vlm.train.context import DistributedContext
+
+if TYPE_CHECKING:
+    from codecarbon.output import EmissionsData
 
 _SAMPLE_S = 15.0
 
@@ -24,7 +26,7 @@ class Meter:
     def __init__(self, country: str, device: str):
         from codecarbon import OfflineEmissionsTracker
 
-        self._total: Any = None
+        self._total: EmissionsData | None = None
         self._cards = _card(device)
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,
@@ -59,11 +61,11 @@ class Meter:
         """Stop measuring."""
         self._tracker.stop()
 
-    def out(self, total: Any, delta: Any) -> None:
+    def out(self, total: "EmissionsData", delta: object) -> None:
         """Take codecarbon's sum; codecarbon calls this."""
         self._total = total
 
-    def live_out(self, total: Any, delta: Any) -> None:
+    def live_out(self, total: "EmissionsData", delta: object) -> None:
         """Do nothing; codecarbon calls this between sums."""
 
     def exit(self) -> None:
@@ -77,24 +79,6 @@ def _card(device: str) -> list[str]:
     number = int(device.partition(":")[2] or 0)
     visible = [card.strip() for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card.strip()]
     return [visible[number] if number < len(visible) else str(number)]
-
-
-def check_energy(job: JobConfig) -> None:
-    """Raise `ConfigError` if `track.energy` is set and energy cannot be estimated."""
-    if not job.track.energy:
-        return
-    try:
-        from codecarbon.input import DataSource
-    except ImportError as error:
-        raise ConfigError(
-            f"track.energy: codecarbon is not installed ({error}). Run `pip install 'ray-vlm[energy]'`, or remove it."
-        ) from None
-    known = DataSource().get_global_energy_mix_data()
-    if job.track.country not in known:
-        raise ConfigError(
-            f"track.country={job.track.country!r}: unknown country, on which the carbon dioxide of a kilowatt-hour "
-            "depends. Give the three letters of ISO 3166, such as DEU, FRA, IND or USA."
-        )
 
 
 def sum_energy(meter: Meter, context: DistributedContext) -> dict[str, float]:
@@ -118,14 +102,22 @@ def add_up(readings: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
     return sums if machines else {}
 
 
-def energy_writer(
-    meter: Meter | None, monitor: Monitor | None, context: DistributedContext, trainer: Any
-) -> Callable[[], None]:
-    """Return a function that writes the energy so far, called by all ranks at the same steps; it does nothing without
-    meters."""
+class EnergyCallback(TrainerCallback):
+    """Writes the energy of the attempt so far at every checkpoint. `meter`: of this rank; every rank has one."""
 
-    def write() -> None:
-        if meter is not None and (totals := sum_energy(meter, context)) and monitor is not None:
-            monitor.write("energy", trainer.state.global_step, trainer.state.epoch or 0.0, totals)
+    def __init__(self, meter: Meter, monitor: Monitor | None, context: DistributedContext):
+        self._meter, self._monitor, self._context = meter, monitor, context
 
-    return write
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Write the energy of all ranks."""
+        self.write(state)
+
+    def write(self, state: TrainerState) -> None:
+        """Write the energy so far. Every rank must call it at the same step."""
+        totals = sum_energy(self._meter, self._context)
+        if totals and self._monitor is not None:
+            self._monitor.write("energy", state.global_step, state.epoch or 0.0, totals)
+
+    def close(self) -> None:
+        """Stop measuring."""
+        self._meter.close()

@@ -8,22 +8,24 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ray_vlm.config.schema import JobConfig
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
-from ray_vlm.train.context import DistributedContext
+
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 PATIENCE = 20  # steps with a gradient before a part without one is an error, if rows may have no image
 
 
-def part_norms(named_parameters: Iterable[tuple[str, Any]], family: Family) -> dict[str, float]:
+def part_norms(named_parameters: NamedParameters, family: Family) -> dict[str, float]:
     """Return the L2 norm of the gradients of the trained weights by part of the model, 0.0 for a part without any.
 
     Empty if no weight has a gradient.
     """
-    import torch
-
-    grads: dict[str, list[Any]] = {}
+    grads: dict[str, list[torch.Tensor]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             grads.setdefault(part_of(family, name), [])
@@ -36,9 +38,8 @@ def part_norms(named_parameters: Iterable[tuple[str, Any]], family: Family) -> d
         for part, gradients in grads.items()
         if gradients
     }
-    values = dict(
-        zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)
-    )  # one synchronisation for all parts
+    # `tolist` of one tensor waits for the GPU once for all parts.
+    values = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
     return {part: values.get(part, 0.0) for part in grads}
 
 
@@ -69,15 +70,15 @@ class GradientWatch:
 class Listener:
     """Sums the squares of gradients by part in backward hooks, for DeepSpeed, which does not keep gradients."""
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Any]], family: Family):
-        self.heard: dict[str, Any] = {}
+    def __init__(self, named_parameters: NamedParameters, family: Family):
+        self.heard: dict[str, torch.Tensor | float] = {}
         trained = [(part_of(family, name), weight) for name, weight in named_parameters if weight.requires_grad]
         self._hooks = [weight.register_hook(self._hook(part)) for part, weight in trained]
 
-    def _hook(self, part: str) -> Callable[[Any], None]:
+    def _hook(self, part: str) -> Callable[[torch.Tensor], None]:
         self.heard[part] = 0.0
 
-        def hear(grad: Any) -> None:
+        def hear(grad: torch.Tensor) -> None:
             self.heard[part] = self.heard[part] + grad.detach().float().square().sum()
 
         return hear
@@ -97,26 +98,34 @@ class Listener:
         self._hooks = []
 
 
-def watch_gradients(
-    job: JobConfig, family: Family, model: Any, context: DistributedContext
-) -> Callable[[Any], dict[str, float]]:
-    """Return a function that gives the model's gradient norms by part and raises if a trained part has no gradient.
+class GradientNorms(TrainerCallback):
+    """Measures the gradient norms of every step by part of the model, and raises if a trained part has no gradient.
 
-    Under DeepSpeed, which does not expose gradients, the check works but the function returns no norms.
+    `norms`: of the current step. Under DeepSpeed, which does not expose gradients, the check works but `norms` is
+    empty. `always_images`: every row has an image.
     """
-    watch = GradientWatch(always_images=job.task.name != "chat")
-    listener = Listener(model.named_parameters(), family) if job.cluster.deepspeed else None
-    parts = set(listener.heard) if listener else set()
 
-    def look(model: Any) -> dict[str, float]:
-        if listener is None:
-            norms = part_norms(model.named_parameters(), family)
-            watch.look(norms)
-            return norms
-        if watch.seen != parts:
-            watch.look(listener.take(context))
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        family: Family,
+        context: DistributedContext,
+        always_images: bool,
+        deepspeed: bool,
+    ):
+        self.norms: dict[str, float] = {}
+        self._family, self._context = family, context
+        self._watch = GradientWatch(always_images)
+        self._listener = Listener(model.named_parameters(), family) if deepspeed else None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the norms and check them. Raises `ModelError` if a trained part has no gradient."""
+        if self._listener is None:
+            self.norms = part_norms(kwargs["model"].named_parameters(), self._family)
+            self._watch.look(self.norms)
+        elif self._watch.seen != set(self._listener.heard):
+            self._watch.look(self._listener.take(self._context))
         else:
-            listener.stop()
-        return {}
-
-    return look
+            self._listener.stop()

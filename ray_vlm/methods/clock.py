@@ -1,16 +1,14 @@
 """Time of each phase of a step. On a GPU it is measured by CUDA events, which do not synchronise."""
 
-import platform
-import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ray_vlm.models.operations import OperationCounter
-from ray_vlm.train.context import DistributedContext
+if TYPE_CHECKING:
+    import torch
 
 
 class Clock:
@@ -21,7 +19,9 @@ class Clock:
     """
 
     def __init__(self, device: str):
-        self._events: list[tuple[str, Any, Any]] | None = [] if device.startswith("cuda") else None
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = (
+            [] if device.startswith("cuda") else None
+        )
         self._seconds: dict[str, float] = {}
         self.inside: list[str] = []
         self.entered: Counter[str] = Counter()
@@ -84,47 +84,3 @@ def split_time(phases: dict[str, float]) -> dict[str, float]:
     forward = phases.get("forward", 0.0)
     backward = max(0.0, phases.get("step", 0.0) - forward)
     return {"data_s": data, "rollout_s": rollout, "forward_s": forward, "backward_s": backward}
-
-
-def watch_usage(
-    batches: Any, operations: OperationCounter, context: DistributedContext
-) -> Callable[[], dict[str, float]]:
-    """Return a function that gives the usage since its last call.
-
-    These are the times of `split_time`; the images, the tokens of the language model (`model_tokens`) and the model
-    FLOPs (`model_tflop`) of all ranks, estimated as this rank's times the number of ranks; and the peak memory so far
-    (GiB, of the GPU or of this process).
-    """
-    counted = batches.num_images
-
-    def take() -> dict[str, float]:
-        nonlocal counted
-        images, counted = batches.num_images - counted, batches.num_images
-        times, (work, flops) = split_time(batches.clock.take()), operations.take()
-        totals = {"images": images, "model_tokens": work.tokens, "model_tflop": flops / 1e12}
-        totals = {name: value * context.world_size for name, value in totals.items()}
-        return times | totals | {"peak_memory_gib": peak_memory(context.device)}
-
-    return take
-
-
-def peak_memory(device: str) -> float:
-    """Return the peak memory so far in GiB: allocated on the GPU, or resident in this process."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
-def name_device(device: str) -> str:
-    """Return the name of the GPU or of the processor."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "CPU")
-    except OSError:
-        return platform.processor() or "CPU"

@@ -1,0 +1,200 @@
+"""What a worker's trainer is built from, and the trainer of the actor that validates beside training."""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.plan import Plan, plan_sample
+from ray_vlm.data.records import Record
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
+from ray_vlm.data.stream import Stream
+from ray_vlm.distributed import DistributedContext
+from ray_vlm.evaluate.validate import VALIDATIONS, Validation
+from ray_vlm.methods import load_method
+from ray_vlm.methods.clock import Clock
+from ray_vlm.methods.loss_scale import LossScale
+from ray_vlm.methods.prefix_sharing import plan_folding
+from ray_vlm.methods.reference import ReferenceCache, ReferenceSource
+from ray_vlm.methods.rewards import Rewards, job_rewards
+from ray_vlm.methods.trainer import PlannedBatches, TrainerInputs
+from ray_vlm.methods.vllm import build_sampler
+from ray_vlm.models.families import Family
+from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
+from ray_vlm.models.operations import OperationCounter
+from ray_vlm.models.surgery import ForwardOptions
+from ray_vlm.runs.monitor import Monitor
+from ray_vlm.runs.store import Store, join
+from ray_vlm.train.deepspeed import deepspeed_config
+from ray_vlm.train.worker_spec import WorkerSpec
+
+
+def load_adapted(job: JobConfig, family: Family, context: DistributedContext) -> Any:
+    """Load the base with what is trained: a new adapter, the job's adapter, or all weights."""
+    from peft import get_peft_model
+
+    from ray_vlm.models.base_cache import load_resident
+    from ray_vlm.models.load import load_adapter, load_model
+
+    load = load_resident if job.tune.resident else load_model
+    model = load(job.model, job.train.precision, context.device)
+    if job.lora is None:
+        return freeze_parts(model, job.train.freeze or (), family)
+    if job.model.adapter is not None:
+        return train_parts(load_adapter(model, job.model.adapter, job.model, trainable=True), job.lora, family)
+    check_modules(model, job.lora.modules_to_save or ())
+    torch.manual_seed(job.seed)  # every rank and every restart starts from the same adapter
+    return get_peft_model(model, lora_config(job.lora, family))
+
+
+def build_rewards(job: JobConfig) -> Rewards | None:
+    """Return the rewards of GRPO, None for other methods."""
+    return job_rewards(job.task.name, job.method, job.data.train) if job.method.name == "grpo" else None
+
+
+def build_args(job: JobConfig, spec: WorkerSpec, eval_on_start: bool = False) -> transformers.TrainingArguments:
+    """Return TRL's options for the method. Build them before loading the base: ZeRO-3 partitions it by them."""
+    shared = shared_options(job, spec.plan, spec.eval is not None) | {"eval_on_start": eval_on_start}
+    args = load_method(job.method.name).build_args(job.method, shared, spec.plan, build_rewards(job))
+    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every visible GPU and scale the loss
+    return args
+
+
+def shared_options(job: JobConfig, plan: Plan, has_eval: bool) -> dict[str, Any]:
+    """Return the job's training options that all methods share, under the names of TRL's configs."""
+    train, steps = job.train, plan.num_steps
+    save_every = job.checkpoint.every_steps or plan.steps_per_epoch
+    eval_every = job.evaluate.every_steps or plan.steps_per_epoch
+    return {
+        "output_dir": tempfile.gettempdir(),  # not used: all files go through the run's own store
+        "ignore_data_skip": True,  # the stream already starts at the next unseen row
+        "max_steps": steps,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "average_tokens_across_devices": True,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": train.min_lr_ratio},
+        "warmup_steps": math.ceil(train.warmup_ratio * steps),
+        "optim": "adamw_torch",
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "gradient_checkpointing": bool(train.gradient_checkpointing),
+        "bf16": train.precision == "bf16",
+        "fp16": train.precision == "fp16",
+        "deepspeed": deepspeed_config(job.cluster, train.precision),
+        "use_cpu": job.cluster.gpus_per_worker == 0,
+        # a batch of text only gives the image encoder no gradient, and DDP would wait for it
+        "ddp_find_unused_parameters": job.task.name == "chat" and (job.lora is None or job.lora.target != ["language"]),
+        # Adapters do not train expert routers, and TRL reads an attribute that Llama 4's configuration lacks.
+        "router_aux_loss_coef": 0.0,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "eval_strategy": "steps" if has_eval else "no",
+        "eval_steps": eval_every if has_eval else None,
+        "seed": job.seed,
+    }
+
+
+def build_inputs(
+    job: JobConfig,
+    spec: WorkerSpec,
+    model: transformers.PreTrainedModel,
+    args: transformers.TrainingArguments,
+    builder: SampleBuilder,
+    context: DistributedContext,
+    stream: Stream,
+    first: int = 0,
+) -> TrainerInputs:
+    """Return what the job's trainer is built from, without callbacks. `first`: the first micro-batch of `stream`."""
+    method, clock = load_method(job.method.name), Clock(context.device)
+
+    def collate(rows: list[Sample]) -> object:
+        return method.collate(rows, builder, context.device)
+
+    steps = args.gradient_accumulation_steps
+    vllm = job.method.name == "grpo" and job.method.rollouts == "vllm"
+    return TrainerInputs(
+        method=job.method,
+        builder=builder,
+        batches=PlannedBatches(stream, spec.plan, collate, steps, clock, first, context.rank),
+        fetch_records=lambda: fetch_records(spec.train),
+        forwards=forward_options(job, builder, model),
+        clock=clock,
+        loss_scale=LossScale(steps),
+        operations=OperationCounter(),
+        seed=job.seed,
+        learning_rates=dict((job.train.learning_rates or {}).items()),
+        adapter_is_reference=job.model.adapter is not None,
+        tolerates_nonfinite=job.train.nonfinite != "stop",
+        has_eval=spec.eval is not None,
+        rewards=build_rewards(job),
+        sampler=build_sampler(job, args) if vllm else None,
+    )
+
+
+def forward_options(job: JobConfig, builder: SampleBuilder, model: transformers.PreTrainedModel) -> ForwardOptions:
+    """Return how the job changes the model's forward."""
+    cache = job.train.vision_cache
+    return ForwardOptions(
+        recompute=job.train.gradient_checkpointing,
+        packing=plan_folding(job, builder.family, model.config),
+        own_processor=builder.stock is not None,
+        vision_cache=Path(cache).expanduser() if cache is not None else None,
+        vision_cache_bytes=int(job.train.vision_cache_gib * 2**30),
+        # Under ZeRO-3 all workers must run the encoder together.
+        cache_step_features=job.method.name != "sft" and job.cluster.zero_stage < 3,
+    )
+
+
+def build_reference(
+    job: JobConfig, base: str, rows: str, context: DistributedContext, monitor: Monitor | None
+) -> ReferenceCache | None:
+    """Return the cache of DPO's reference, None for a job that computes it at each step.
+
+    `base`, `rows`: fingerprints of the base's weights and of the pairs.
+    """
+
+    def note(text: str) -> None:
+        if monitor is not None:
+            monitor.note(0, text)
+
+    if not job.method.precompute_ref_log_probs:
+        return None
+    source = ReferenceSource(job.model, job.train.precision, base, rows, job.method.trl.get("ld_alpha"))
+    store = Store(join(job.run.output_dir, ".reference"))
+    return ReferenceCache(store, source, context, job.train.micro_batch_size, note)
+
+
+def build_validation(
+    job: JobConfig, spec: WorkerSpec, builder: SampleBuilder, context: DistributedContext
+) -> Validation:
+    """Return the method's validation of this rank's share of the eval rows."""
+    records = fetch_records(spec.eval) if spec.eval is not None else ()
+    chosen = [records[i] for i in plan_sample(len(records), job.evaluate.num_samples)]
+    share = chosen[context.rank :: context.world_size]
+    return VALIDATIONS[job.method.name](share, builder, job.evaluate, job.task.name, context)
+
+
+_FETCHED: dict[Any, tuple] = {}  # by Ray reference, because reading them takes about as long as a step
+
+
+def fetch_records(records: Any) -> Sequence[Record]:
+    """Return the records behind a Ray reference, or `records` if it is a tuple already."""
+    if isinstance(records, tuple):
+        return records
+    if records not in _FETCHED:
+        import ray
+
+        _FETCHED[records] = ray.get(records)
+    return _FETCHED[records]

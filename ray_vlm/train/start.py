@@ -1,0 +1,58 @@
+"""The start of a worker, before the training libraries are imported, which takes seconds.
+
+Meanwhile the loaders of the batches start already.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+from ray_vlm.config.load import load_resolved
+from ray_vlm.data.stream import StartedStream, Stream, StreamSpec, stream_local, stream_ray
+from ray_vlm.distributed import DistributedContext, build_context
+from ray_vlm.models import library_logging
+from ray_vlm.models.imports import prepare_process
+from ray_vlm.runs.paths import open_run
+from ray_vlm.train.attempt import begin_attempt
+from ray_vlm.train.run_log import send_worker_progress
+from ray_vlm.train.stop import watch
+from ray_vlm.train.worker_spec import WorkerSpec, settle_workers
+
+
+def start_worker(
+    spec: WorkerSpec, in_ray: bool = False, should_stop: Callable[[], bool] | None = None
+) -> dict[str, Any]:
+    """Train one rank to the end, from the newest complete checkpoint of the run if there is one.
+
+    It runs in every Ray Train worker (`in_ray`), and in the calling process for `cluster.num_workers: 0`.
+    `should_stop` returns after every step whether to write a checkpoint and stop; None: whether the driver asked for
+    it. Return the `result` of `run.json`: steps, the best checkpoint, and whether the run was stopped.
+    """
+    job, paths = load_resolved(spec.job), open_run(spec.run)
+    try:
+        library_logging.quiet_libraries()
+        context = build_context(job.cluster.gpus_per_worker > 0, in_ray)
+        if isinstance(job.cluster.num_workers, list):
+            job, spec = settle_workers(job, spec, context.world_size)
+        attempt = begin_attempt(paths.store, context, spec.attempt, spec.driver)
+        first = attempt.step * spec.plan.accumulation
+        stream = open_stream(spec, job.data.on_bad_row == "quarantine", context, first)
+        with closing(stream), send_worker_progress(paths, context, attempt):
+            prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray)
+            from ray_vlm.train.worker import train_worker
+
+            result = train_worker(job, spec, paths, context, attempt, stream, should_stop or watch(paths.store))
+        if context.ray and context.rank == 0:
+            paths.write_result(result)
+        return result
+    finally:
+        paths.discard()
+
+
+def open_stream(spec: WorkerSpec, replaces_bad_rows: bool, context: DistributedContext, first: int) -> Stream:
+    """Return this rank's rows from micro-batch `first` to the end of the plan. Under Ray the loaders start at once."""
+    last = spec.plan.num_steps * spec.plan.accumulation
+    stream = StreamSpec(spec.train, spec.spec, spec.plan, context.rank, first, last, spec.row_bytes, replaces_bad_rows)
+    if not context.ray or first >= last:
+        return stream_local(stream)
+    return StartedStream(stream_ray(stream, spec.num_loaders, spec.cpus_per_loader, spec.environment))
