@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_vlm.evaluate.predictor import Predictor
-    from ray_vlm.evaluate.questions import Ask
+    from ray_vlm.evaluate.predictor import Ask, Predictor
 
 __version__ = "0.1.0"
 __all__ = ["Ask", "Predictor"]
@@ -17,7 +16,7 @@ def __getattr__(name: str) -> Any:
 
         return Predictor
     if name == "Ask":
-        from ray_vlm.evaluate.questions import Ask
+        from ray_vlm.evaluate.predictor import Ask
 
         return Ask
     raise AttributeError(f"module 'ray_vlm' has no attribute {name!r}")
