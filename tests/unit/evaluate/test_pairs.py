@@ -1,14 +1,16 @@
 """Pairs: which answers make one, what is refused, and that a pair comes back from its file as it went in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from ray_vlm.config.check_method import known_formats
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import Model, Pairs, Task
+from ray_vlm.config.schema import JobConfig, Model, Pairs, Task
 from ray_vlm.data.index import build_index
 from ray_vlm.data.preprocessing import changed_since, describe_preprocessing
 from ray_vlm.data.records import SftRecord
@@ -68,7 +70,8 @@ def test_why_a_row_gives_no_pair() -> None:
 
 
 def _check(part: str, **data: Any) -> None:
-    check_rows(Data(**{"train": {"path": "rows.json"}} | data), part, "detection", ("coco", "objects"))
+    job = JobConfig(model={"name": "tiny"}, data={"train": {"path": "rows.json"}} | data)
+    check_rows(job.data, part, job.task.name, known_formats(job, "test"))
 
 
 def test_rows_without_a_truth_are_refused() -> None:
@@ -159,7 +162,7 @@ def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path) 
             *unusable,
             ScoredAnswer(good, 2.0),
             ScoredAnswer(bad, 0.5),
-            *(ScoredAnswer(text.text, -1.0) for text in unusable),
+            *(replace(text, reward=-1.0) for text in unusable),
         ],
         [ScoredAnswer(good, 2.0), ScoredAnswer(good, 2.0)],
         [*unusable, ScoredAnswer(good, 2.0)],
