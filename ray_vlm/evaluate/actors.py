@@ -86,19 +86,19 @@ class InferenceWorker:
         return load_trained(job.model, job.train.precision, self.inference.adapter, self.device)
 
     @cached_property
-    def answer(self) -> Callable[[Sequence[Sample]], list[str]]:
-        """vLLM's greedy answers, with the adapter where there is one."""
+    def answer_by_vllm(self) -> Callable[[Sequence[Sample]], list[str]]:
+        """The function that answers prompt rows greedily by vLLM, with the adapter where there is one."""
         from ray_vlm.methods.vllm import build_answerer
 
-        inference, job, memory = self.inference, self.inference.job, 0
+        inference, job, memory_tokens = self.inference, self.inference.job, 0
         adapter = fetch_folder(inference.adapter) if inference.adapter is not None else None
         if adapter is not None and is_whole_model(adapter):
             job, adapter = job.model_copy(update={"model": whole_model(job.model, adapter)}), None
         longest = max(sum(self.builder.token_counts(record)[:2]) for record in self.records)
         if inference.memory == "model":  # tokens that the answers to earlier steps may add to the prompt
             task = inference.spec.task
-            memory = task.long_memory_tokens + task.short_memory * job.evaluate.max_new_tokens
-        return build_answerer(job, adapter, self.builder, longest + memory)
+            memory_tokens = task.long_memory_tokens + task.short_memory * job.evaluate.max_new_tokens
+        return build_answerer(job, adapter, self.builder, longest + memory_tokens)
 
 
 # A module-level function: the worker, the records of a batch and their positions -> data that JSON holds.

@@ -158,7 +158,7 @@ def answer_records(worker: InferenceWorker, records: Sequence[Record]) -> list[s
     """Return the greedy answers to records, as one batch, by the engine of `evaluate.engine`."""
     options, builder = worker.inference.job.evaluate, worker.builder
     if options.engine == "vllm":
-        return worker.answer([builder.prompt_row(record) for record in records])
+        return worker.answer_by_vllm([builder.prompt_row(record) for record in records])
     return generate_answers(worker.model, records, builder, len(records), options.max_new_tokens, worker.device)
 
 

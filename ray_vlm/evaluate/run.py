@@ -110,8 +110,8 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     answers = answer_all(inference, builder, folder / ANSWERS, actors, say, weights)
     predictions = build_predictions(index.records, answers, builder)
     metrics = measure(job.task.name, predictions)
-    metrics |= {"adapter": adapter, "test": _describe_test(job.data, options.memory)}
-    metrics |= {"wall_s": time.monotonic() - started}
+    tested = _describe_test(job.data, options.memory)
+    metrics |= {"adapter": adapter, "test": tested, "wall_s": time.monotonic() - started}
     metrics |= {"memory": options.memory} if job.task.name == "gui_steps" else {}
     metrics["num_bad_rows"] = len(index.bad)
     metrics |= {"rows_chose_best": True} if job.data.test_on_eval else {}
