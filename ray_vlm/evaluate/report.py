@@ -48,11 +48,7 @@ _TITLES = {
     "anls": "ANLS",
     "parse_rate": "answers that parse",
 }
-_CLASS_NUMBERS = {
-    "f1_50": "F1 at IoU 0.5",
-    "success": "Step success",
-    "f1": "F1",
-}  # of the table by class
+_CLASS_NUMBERS = {"f1_50": "F1 at IoU 0.5", "success": "Step success", "f1": "F1"}  # of the table by class
 
 
 @dataclass(frozen=True)
