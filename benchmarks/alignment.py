@@ -37,7 +37,8 @@ def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
     from ray_vlm.data.preprocessing import read_preprocessing
     from ray_vlm.data.spec import sample_spec
     from ray_vlm.data.splits import load_parts
-    from ray_vlm.evaluate.samples import sample_answers
+    from ray_vlm.evaluate.actors import InferenceJob
+    from ray_vlm.evaluate.pairs import plan_prompts, sample_answers
 
     method = job.method
     sampled = {
@@ -57,7 +58,9 @@ def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
     )
     parts = load_parts(job, ["test"], read_preprocessing(adapter, sample_spec(job, [])))
     assert parts.test is not None
-    batches = sample_answers(job, parts.spec, parts.test.records, str(adapter), num_actors=0)
+    prompts = plan_prompts(len(parts.test), job.evaluate.batch_size, job.pairs.num_samples)
+    inference = InferenceJob(job, parts.spec, parts.test.records, str(adapter), prompts)
+    batches = sample_answers(inference, num_actors=0)
     rewards = [sample.reward for batch in batches for samples in batch for sample in samples]
     return statistics.fmean(rewards)
 

@@ -13,16 +13,16 @@ from benchmarks.figures import figure, report
 from ray_vlm.config.load import load_job
 from ray_vlm.data.splits import load_parts
 from ray_vlm.demo.shapes import draw
-from ray_vlm.evaluate.actors import InferenceJob, do_batches
-from ray_vlm.evaluate.generate import _answer, plan_batches
+from ray_vlm.evaluate.actors import InferenceJob, run_batches
+from ray_vlm.evaluate.generate import answer_batch, plan_batches
 
 JOB = "jobs/demo_sft.yaml"
 
 
-def answers(work: InferenceJob, num_actors: int) -> tuple[dict[int, Any], float]:
+def answers(inference: InferenceJob, num_actors: int) -> tuple[dict[int, Any], float]:
     """Return the answers of every batch, and batches per second once all actors work."""
     texts_by_batch, marks = {}, []
-    for number, texts in do_batches(work, _answer, range(len(work.batches)), num_actors):
+    for number, texts in run_batches(inference, answer_batch, range(len(inference.batches)), num_actors):
         texts_by_batch[number] = texts
         marks.append(time.perf_counter())
     warm = 2 * num_actors
@@ -38,15 +38,15 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         parts = load_parts(job, ["test"])
         assert parts.test is not None
         batches = plan_batches(parts.test.image_tokens + parts.test.prompt_tokens, job.evaluate.batch_size)
-        work = InferenceJob(job, parts.spec, parts.test.records, None, batches)
+        inference = InferenceJob(job, parts.spec, parts.test.records, None, batches)
         rates: dict[int, list[float]] = {1: [], 2: []}
         seen = []
         for _ in range(1 if quick else 2):
             for count, count_rates in rates.items():
-                texts, rate = answers(work, count)
+                texts, rate = answers(inference, count)
                 count_rates.append(rate * job.evaluate.batch_size)
                 seen.append(texts)
-        here, _ = answers(work, 0)
+        here, _ = answers(inference, 0)
     alike = all(list(texts) == list(here) and texts == here for texts in seen)
     one, two = (sum(count_rates) / len(count_rates) for count_rates in rates.values())
     return [

@@ -11,8 +11,14 @@ import numpy as np
 
 from benchmarks.figures import figure, report
 from ray_vlm.evaluate.average_precision import coco_map
-from ray_vlm.evaluate.intervals import measure_intervals, middle, number_clusters, resample
-from ray_vlm.evaluate.statistics import build_statistics, clusters_of
+from ray_vlm.evaluate.intervals import (
+    build_statistics,
+    clusters_of,
+    measure_intervals,
+    middle,
+    number_clusters,
+    resample,
+)
 
 ROWS, TRUTH_ROWS = 150, 100_000
 LABELS = ("a", "b", "c")

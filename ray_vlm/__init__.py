@@ -3,21 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_vlm.evaluate.predictor import Predictor
-    from ray_vlm.evaluate.questions import Ask
+    from ray_vlm.evaluate.predictor import Ask, Predictor
 
 __version__ = "0.1.0"
 __all__ = ["Ask", "Predictor"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Predictor`, which needs torch, and `Ask` are imported when they are asked for."""
-    if name == "Predictor":
-        from ray_vlm.evaluate.predictor import Predictor
+    """`Ask` and `Predictor` are imported when they are asked for, since they import numpy and pydantic."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ray_vlm' has no attribute {name!r}")
+    from ray_vlm.evaluate import predictor
 
-        return Predictor
-    if name == "Ask":
-        from ray_vlm.evaluate.questions import Ask
-
-        return Ask
-    raise AttributeError(f"module 'ray_vlm' has no attribute {name!r}")
+    return getattr(predictor, name)

@@ -190,13 +190,13 @@ def _train(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
-    from ray_vlm.evaluate.run import evaluate_and_report, plan_subjects
+    from ray_vlm.evaluate.run import evaluate_and_report, plan_targets
     from ray_vlm.evaluate.weights import trained_weights
 
     job = load_job(args.job, args.overrides)
     adapters = [trained_weights(name) for name in args.adapter]
-    targets = plan_subjects(job, adapters, args.base, args.base_unquantised, args.both_memories)
-    evaluate_and_report(job, targets, args.output, args.against)
+    targets = plan_targets(job, adapters, args.base, args.base_unquantised, args.both_memories)
+    evaluate_and_report(targets, args.output, args.against)
 
 
 def _pairs(args: argparse.Namespace) -> None:

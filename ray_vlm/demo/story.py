@@ -104,8 +104,7 @@ def _import_libraries(job: JobConfig) -> None:
 
 
 def _report(folder: Path, steps: Sequence[Step]) -> None:
-    from ray_vlm.evaluate.pictures import EvalResult
-    from ray_vlm.evaluate.report import write_report
+    from ray_vlm.evaluate.report import EvalResult, write_report
     from ray_vlm.evaluate.run import read_predictions
 
     results = [EvalResult(s.title, s.metrics, read_predictions(s.folder)) for s in steps]

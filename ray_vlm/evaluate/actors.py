@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,129 +26,141 @@ from ray_vlm.models.load import load_trained, whole_model
 from ray_vlm.models.out_of_memory import NO_ROOM, advise_inference, describe_out_of_memory, is_out_of_memory
 from ray_vlm.runs.checkpoints import fetch_folder
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.data import Dataset
+    from transformers import PreTrainedModel
+
 _BLOCKS_PER_ACTOR = 64
 
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """The work of all actors. `records`: all records, or a Ray object reference to them; `adapter`: address of an
-    adapter, or of a whole model that replaces the base, None for the base; `batches`: positions of the records of each
-    batch; `memory`: the earlier steps in the prompt of a GUI step, those of the records (`truth`) or the model's own
-    answers (`model`), for which a batch holds whole tasks."""
+    """What the processes are to run. `adapter`: address of an adapter, or of a whole model that replaces the base, None
+    for the base; `batches`: positions of the records of each batch; `memory`: the earlier steps in the prompt of a GUI
+    step, those of the records (`truth`) or the model's own answers (`model`), for which a batch holds whole tasks;
+    `shared_records`: where Ray actors find the records, instead of `records`."""
 
     job: JobConfig
     spec: SampleSpec
-    records: Any
+    records: tuple[SftRecord, ...]
     adapter: str | None
     batches: tuple[tuple[int, ...], ...]
     memory: Literal["truth", "model"] = "truth"
+    shared_records: "ObjectRef | None" = None
 
 
 class InferenceWorker:
     """A process's model and records. Both are loaded at first use: an error in the constructor of a Ray actor would
     reach the caller without its type."""
 
-    def __init__(self, work: InferenceJob):
-        self.work = work
+    def __init__(self, inference: InferenceJob):
+        self.inference = inference
 
     @cached_property
     def records(self) -> Sequence[SftRecord]:
         """All records of the job."""
-        if isinstance(self.work.records, tuple):
-            return self.work.records
+        if self.inference.shared_records is None:
+            return self.inference.records
         import ray
 
-        return ray.get(self.work.records)
+        return ray.get(self.inference.shared_records)
 
     @cached_property
     def builder(self) -> SampleBuilder:
         """The process's `SampleBuilder`."""
-        return load_sample_builder(self.work.spec)
+        return load_sample_builder(self.inference.spec)
 
     @property
     def device(self) -> str:
         """The model's device."""
-        return "cuda:0" if self.work.job.cluster.gpus_per_worker else "cpu"
+        return "cuda:0" if self.inference.job.cluster.gpus_per_worker else "cpu"
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> "PreTrainedModel":
         """The base, with the adapter where there is one, or the whole model that replaces it."""
         import torch
 
-        job = self.work.job
+        job = self.inference.job
         torch.set_num_threads(count_threads(job.cluster.cpus_per_worker))
-        return load_trained(job.model, job.train.precision, self.work.adapter, self.device)
+        return load_trained(job.model, job.train.precision, self.inference.adapter, self.device)
 
     @cached_property
-    def answer(self) -> Callable[[Sequence[Sample]], list[str]]:
-        """vLLM's greedy answers, with the adapter where there is one."""
+    def answer_by_vllm(self) -> Callable[[Sequence[Sample]], list[str]]:
+        """The function that answers prompt rows greedily by vLLM, with the adapter where there is one."""
         from ray_vlm.methods.vllm import build_answerer
 
-        work, memory = self.work, 0
-        adapter, job = fetch_folder(work.adapter) if work.adapter is not None else None, work.job
+        inference, job, memory_tokens = self.inference, self.inference.job, 0
+        adapter = fetch_folder(inference.adapter) if inference.adapter is not None else None
         if adapter is not None and is_whole_model(adapter):
             job, adapter = job.model_copy(update={"model": whole_model(job.model, adapter)}), None
         longest = max(sum(self.builder.token_counts(record)[:2]) for record in self.records)
-        if work.memory == "model":  # tokens that the answers to earlier steps may add to the prompt
-            memory = work.spec.task.long_memory_tokens + work.spec.task.short_memory * work.job.evaluate.max_new_tokens
-        return build_answerer(job, adapter, self.builder, longest + memory)
+        if inference.memory == "model":  # tokens that the answers to earlier steps may add to the prompt
+            task = inference.spec.task
+            memory_tokens = task.long_memory_tokens + task.short_memory * job.evaluate.max_new_tokens
+        return build_answerer(job, adapter, self.builder, longest + memory_tokens)
 
 
-Do = Callable[
-    [InferenceWorker, Sequence[SftRecord], Sequence[int]], Any
-]  # model, a batch and its positions -> plain data
+# A module-level function: the worker, the records of a batch and their positions -> data that JSON holds.
+BatchFunction = Callable[[InferenceWorker, Sequence[SftRecord], Sequence[int]], object]
 
 
-def do_batches(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) -> Iterator[tuple[int, Any]]:
-    """Yield `(number, do(...))` of each batch in `numbers`, in their order; 0 actors runs in this process.
+def run_batches(
+    inference: InferenceJob, function: BatchFunction, numbers: Sequence[int], num_actors: int
+) -> Iterator[tuple[int, Any]]:
+    """Yield `(number, function(...))` of each batch in `numbers`, in their order; 0 actors runs in this process.
 
-    `do` is a module-level function, and its result is passed as JSON. Raise the `RayVlmError` of an actor, or
-    `RunError` where one failed otherwise.
+    The result of `function` is passed as JSON. Raise the `RayVlmError` of an actor, or `RunError` where one failed
+    otherwise.
     """
     if not numbers:
         return
-    with closing(_local(work, do, numbers) if num_actors == 0 else _ray(work, do, numbers, num_actors)) as results:
+    run = _run_on_ray(inference, function, numbers, num_actors) if num_actors else _run(inference, function, numbers)
+    with closing(run) as results:
         yield from results
 
 
-def _local(work: InferenceJob, do: Do, numbers: Sequence[int]) -> Generator[tuple[int, Any]]:
-    loaded = InferenceWorker(work)
+def _run(inference: InferenceJob, function: BatchFunction, numbers: Sequence[int]) -> Generator[tuple[int, Any]]:
+    worker = InferenceWorker(inference)
     for number in numbers:
-        yield number, json.loads(json.dumps(_do(loaded, do, number)))
+        yield number, json.loads(_run_batch(worker, function, number))
 
 
-def _do(loaded: InferenceWorker, do: Do, number: int) -> Any:
-    positions = loaded.work.batches[number]
+def _run_batch(worker: InferenceWorker, function: BatchFunction, number: int) -> str:
+    """Return the result of a batch as JSON."""
+    positions = worker.inference.batches[number]
     try:
-        return do(loaded, [loaded.records[i] for i in positions], positions)
+        return json.dumps(function(worker, [worker.records[i] for i in positions], positions))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        advice = advise_inference(loaded.work.job.evaluate.batch_size)
+        advice = advise_inference(worker.inference.job.evaluate.batch_size)
         raise RunError(f"{NO_ROOM} at batch {number}: {describe_out_of_memory(error)}. {advice}") from error
 
 
 class _Actor:
     """The callable that Ray Data creates in each process and calls with numbers of batches."""
 
-    def __init__(self, work: InferenceJob, do: Do, environment: Environment):
+    def __init__(self, inference: InferenceJob, function: BatchFunction, environment: Environment):
         environment.apply()
-        self.loaded, self.do = InferenceWorker(work), do
+        self.worker, self.function = InferenceWorker(inference), function
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list]]:
         for number in batch["item"]:
-            yield {"number": [int(number)], "result": [json.dumps(_do(self.loaded, self.do, int(number)))]}
+            yield {"number": [int(number)], "result": [_run_batch(self.worker, self.function, int(number))]}
 
 
-def _ray(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) -> Generator[tuple[int, Any]]:
-    with connect(with_workers(work.job, num_actors)):
+def _run_on_ray(
+    inference: InferenceJob, function: BatchFunction, numbers: Sequence[int], num_actors: int
+) -> Generator[tuple[int, Any]]:
+    with connect(with_workers(inference.job, num_actors)):
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         expected = iter(numbers)
         try:
-            dataset = _dataset(replace(work, records=ray.put(work.records)), do, numbers, num_actors)
-            for row in dataset.iter_rows():
+            shared = replace(inference, records=(), shared_records=ray.put(inference.records))
+            for row in _build_dataset(shared, function, numbers, num_actors).iter_rows():
                 if row["number"] != (due := next(expected)):
                     raise RunError(f"batch {row['number']} arrived where {due} was due. Please report this.")
                 yield row["number"], json.loads(row["result"])
@@ -166,7 +178,9 @@ def with_workers(job: JobConfig, count: int) -> JobConfig:
     return job.model_copy(update={"cluster": job.cluster.model_copy(update={"num_workers": count}), "evaluate": alone})
 
 
-def _dataset(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int) -> Any:
+def _build_dataset(
+    inference: InferenceJob, function: BatchFunction, numbers: Sequence[int], num_actors: int
+) -> "Dataset":
     """Build the Ray Data pipeline: numbers of batches go through the actors and come back in order."""
     import ray.data
 
@@ -174,11 +188,11 @@ def _dataset(work: InferenceJob, do: Do, numbers: Sequence[int], num_actors: int
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    cluster = work.job.cluster
+    cluster = inference.job.cluster
     blocks = min(len(numbers), _BLOCKS_PER_ACTOR * num_actors)
     return ray.data.from_items(list(numbers), override_num_blocks=blocks).map_batches(
         _Actor,
-        fn_constructor_args=(work, do, read_environment()),
+        fn_constructor_args=(inference, function, read_environment()),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=num_actors),
         num_cpus=cluster.cpus_per_worker,

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ray_vlm.evaluate.pictures import EvalResult, choose_images, draw_picture
-from ray_vlm.evaluate.report import render
+from ray_vlm.evaluate.report import EvalResult, choose_images, draw_picture, render
 from ray_vlm.runs.compare import SETTINGS, Comparison, test_of
 from ray_vlm.runs.curves import MAIN, main_key, overlay
 from ray_vlm.runs.monitor import whole_lines

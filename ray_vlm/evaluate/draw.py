@@ -3,14 +3,23 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.evaluate.prediction import Prediction, in_words
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont
+
+    ImageLike = str | Path | bytes | PIL.Image.Image | np.ndarray  # a path, encoded bytes, or decoded pixels
 
 COLOURS = ("#f04438", "#12b76a", "#2563eb", "#e08a00", "#c2568f", "#38a3d9", "#7c3aed", "#8a6d3b")  # by class
 
 
-def draw_values(image: Any, values: Mapping[str, Any], classes: Sequence[str] = ()) -> Any:
+def draw_values(image: "ImageLike", values: Mapping[str, Any], classes: Sequence[str] = ()) -> "PIL.Image.Image":
     """Draw parsed values on an image and return it as a PIL image: labelled boxes, the box or point of a GUI step, and
     the rest of the answer as text in a strip below.
 
@@ -38,14 +47,15 @@ def colour_of(label: str, classes: Sequence[str]) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def draw_predictions(predictions: Sequence[Prediction], count: int = 8) -> list[tuple[str, Any]]:
+def draw_predictions(predictions: Sequence[Prediction], count: int = 8) -> "list[tuple[str, PIL.Image.Image]]":
     """Return captions and images of the first few predictions whose images are files."""
-    shown = [p for p in predictions if p.images and p.images[0] is not None][:count]
+    shown = [(p, p.images[0]) for p in predictions if p.images and p.images[0] is not None][:count]
     classes = sorted({label for p in predictions for label in p.truth.get("labels", ())})
-    return [(f"{p.id}: {in_words(p.truth)}", draw_values(p.images[0], p.parsed, classes)) for p in shown]
+    return [(f"{p.id}: {in_words(p.truth)}", draw_values(image, p.parsed, classes)) for p, image in shown]
 
 
-def _pixels(image: Any) -> Any:
+def _pixels(image: "ImageLike") -> "np.ndarray":
+    """Return `uint8 [h, w, 3]`."""
     import numpy as np
     from PIL import Image
 
@@ -56,7 +66,7 @@ def _pixels(image: Any) -> Any:
     return image if isinstance(image, np.ndarray) else decode(image if isinstance(image, bytes) else str(image))
 
 
-def _box(draw: Any, box: Any, colour: str, unit: int, label: str) -> None:
+def _box(draw: "ImageDraw", box: Sequence[float], colour: str, unit: int, label: str) -> None:
     (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])  # a model may swap the corners, and PIL refuses x2 < x1
     draw.rectangle([x1, y1, x2, y2], outline=colour, width=2 * unit)
     if label:
@@ -66,7 +76,7 @@ def _box(draw: Any, box: Any, colour: str, unit: int, label: str) -> None:
         draw.text((x1, max(0, y1 - 8 * unit - 8)), label, fill="white", font=font)
 
 
-def _caption(picture: Any, text: str, unit: int) -> Any:
+def _caption(picture: "PIL.Image.Image", text: str, unit: int) -> "PIL.Image.Image":
     """Return the picture with a strip of text below it; the picture itself where the text is empty."""
     from PIL import Image, ImageDraw
 
@@ -89,7 +99,7 @@ def _caption(picture: Any, text: str, unit: int) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _font(size: int) -> Any:
+def _font(size: int) -> "FreeTypeFont":
     """Return a font with the characters of most labels, the same as in the package's other pictures."""
     from matplotlib import font_manager
     from PIL import ImageFont

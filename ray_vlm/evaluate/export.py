@@ -9,17 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.train import Precision
 from ray_vlm.data.collate import collate
 from ray_vlm.data.plan import plan_sample
-from ray_vlm.data.preprocessing import read_preprocessing
+from ray_vlm.data.preprocessing import PREPROCESSING, read_preprocessing
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
-from ray_vlm.evaluate.weights import weights_of
+from ray_vlm.evaluate.weights import load_run_job, weights_of
 from ray_vlm.models.export import merge
 from ray_vlm.models.load import resolve_name
 from ray_vlm.models.processor import load_processor
@@ -51,9 +50,7 @@ def export_run(
     other logits.
     """
     run = read_run(address)
-    if not run.job:
-        raise RunError(f"{run.address}: resolved.json cannot be read, so its model is not known.")
-    job, source = load_resolved(dict(run.job)), weights_of(run, weights)
+    job, source = load_run_job(run), weights_of(run, weights)
     name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
     if job.lora is None and merged:
         raise ConfigError(
@@ -63,12 +60,27 @@ def export_run(
         raise ConfigError(f"--precision {precision} is for --merged; an adapter is exported as it was trained.")
     kind = kind_of(run, merged)
     folder = _resolve_output(run, output, kind)
-    files = fetch_folder(source)
-    licence = read_licence(job)
+    files, licence = fetch_folder(source), read_licence(job.model.name)
     if merged:
-        _write_merged(run, job, files, folder, name, licence, say, precision or job.train.precision)
-    else:
-        _write_as_it_is(run, kind, files, folder, name, licence)
+        device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
+        batches = check_batches(job, files, device)
+        model, checked = merge(job.model, files, batches, precision or job.train.precision, device)
+        say(
+            f"merged: on {checked['rows']:.0f} rows no logit differs by more than {checked['largest']:.3g} (largest "
+            f"{checked['scale']:.3g}); {checked['same_token']:.2%} of the likeliest tokens are the same"
+        )
+
+    def fill(new: Path) -> None:
+        if merged:
+            model.save_pretrained(new, max_shard_size=_SHARD)
+            load_processor(job.model).save_pretrained(new)
+            shutil.copy2(Path(files) / PREPROCESSING, new)
+        else:
+            shutil.copytree(files, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, "README.md"))
+        card = write_card(run, kind, name, licence, checked if merged else None)
+        (new / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder(folder, fill)
     say(f"{TITLES[kind]} of {run.name}/{name} in {folder}")
     return folder
 
@@ -93,40 +105,6 @@ def _resolve_output(run: Run, output: str | None, kind: str) -> Path:
     return Path(run.address) / "export" / kind
 
 
-def _write_as_it_is(run: Run, kind: str, files: str, folder: Path, name: str, licence: str | None) -> None:
-    def fill(new: Path) -> None:
-        shutil.copytree(files, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, "README.md"))
-        (new / "README.md").write_text(write_card(run, kind, name, licence), encoding="utf-8")
-
-    write_folder(folder, fill)
-
-
-def _write_merged(
-    run: Run,
-    job: JobConfig,
-    files: str,
-    folder: Path,
-    name: str,
-    licence: str | None,
-    say: Callable[[str], None],
-    precision: Precision,
-) -> None:
-    device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
-    model, checked = merge(job.model, files, check_batches(job, files, device), precision, device)
-    say(
-        f"merged: on {checked['rows']:.0f} rows no logit differs by more than {checked['largest']:.3g} (largest "
-        f"{checked['scale']:.3g}); {checked['same_token']:.2%} of the likeliest tokens are the same"
-    )
-
-    def fill(new: Path) -> None:
-        model.save_pretrained(new, max_shard_size=_SHARD)
-        load_processor(job.model).save_pretrained(new)
-        shutil.copy2(Path(files) / "preprocessing.json", new)
-        (new / "README.md").write_text(write_card(run, MERGED, name, licence, checked), encoding="utf-8")
-
-    write_folder(folder, fill)
-
-
 def check_batches(job: JobConfig, adapter: str, device: str) -> Sequence[dict[str, Any]]:
     """Collate a few of the job's own rows into batches. Raise `DataError` where they cannot be read."""
     part = next((p for p in ("test", "eval", "train") if getattr(job.data, p) is not None), None)
@@ -138,10 +116,10 @@ def check_batches(job: JobConfig, adapter: str, device: str) -> Sequence[dict[st
     return [collate(rows[i : i + _BATCH], builder, device) for i in range(0, len(rows), _BATCH)]
 
 
-def read_licence(job: JobConfig) -> str | None:
+def read_licence(base: str) -> str | None:
     """Return the licence in the base's own card; None where its folder is not on this machine or names none."""
     try:
-        text = (Path(resolve_name(job.model.name)) / "README.md").read_text(encoding="utf-8")
+        text = (Path(resolve_name(base)) / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
     head = text.split("---")[1] if text.startswith("---") else ""

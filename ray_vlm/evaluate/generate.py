@@ -1,41 +1,48 @@
 """Generate answers, batch by batch, left-padded and greedy; the same code for every base and every adapter.
 
-`answer_all` continues where an earlier call was killed: each batch of answers is written when it is complete.
+`answer_all` continues where an earlier call was killed: each batch of answers is written when it is complete. `walk`
+answers GUI tasks step by step with the model's own memory: its answers to a task's earlier steps are in the prompt of
+the next one, shortened as `Predictor.predict_step` does it.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import numpy as np
 
 from ray_vlm import __version__
 from ray_vlm.data.collate import collate
+from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import Record, SftRecord
-from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
-from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, do_batches
-from ray_vlm.evaluate.walks import walk
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
 from ray_vlm.methods.decoding import decode_greedy, end_ids
 from ray_vlm.models.adapter import is_whole_model
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.dequantize import dequantised
 from ray_vlm.models.load import resolve_name
 from ray_vlm.runs.monitor import whole_lines
+from ray_vlm.tasks.gui_steps import remember
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 ANSWERS = "answers.jsonl"  # a line with the key, then a line for each batch
 _PROGRESS_S = 5.0  # seconds between progress lines
 
 
 def generate_answers(
-    model: Any,
+    model: "PreTrainedModel",
     records: Sequence[Record],
     builder: SampleBuilder,
     batch_size: int,
@@ -68,11 +75,12 @@ def _needs_generate(builder: SampleBuilder) -> bool:
 
 
 def _generate(
-    model: Any, rows: Sequence[Sample], builder: SampleBuilder, max_new_tokens: int, device: str
+    model: "PreTrainedModel", rows: Sequence[Sample], builder: SampleBuilder, max_new_tokens: int, device: str
 ) -> list[list[int]]:
     """Generate the new tokens of each prompt row greedily by transformers' `generate`; padding follows their end."""
     batch = collate(rows, builder, device, side="left")
-    tokens = model.generate(
+    generate = cast("Callable[..., torch.Tensor]", model.generate)  # of `GenerationMixin`, which each family adds
+    tokens = generate(
         **{k: v for k, v in batch.items() if k != "labels"},
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -91,68 +99,109 @@ def plan_batches(costs: Sequence[float], batch_size: int) -> tuple[tuple[int, ..
     return tuple(tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size))
 
 
+def plan_walks(records: Sequence[SftRecord], batch_size: int) -> tuple[tuple[int, ...], ...]:
+    """Return the positions of the records of `batch_size` complete tasks at a time; a record without a task is one of
+    its own."""
+    tasks = sorted(_by_task(records).values(), key=len, reverse=True)  # tasks of a batch have about the same length
+    return tuple(
+        tuple(i for steps in tasks[start : start + batch_size] for i in steps)
+        for start in range(0, len(tasks), batch_size)
+    )
+
+
 def answer_all(
-    work: InferenceJob,
-    path: Path | None,
+    inference: InferenceJob,
+    builder: SampleBuilder,
+    path: Path,
     num_actors: int,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None],
     weights: str | None = None,
 ) -> list[str]:
     """Return the greedy answer to each record, in their order.
 
     `path`: file to which answers are appended; those in it from the same inputs are not generated again. `say` gets
-    progress lines. `weights`: a local folder with the files of `work.adapter`, which may be an address.
+    progress lines. `weights`: a local folder with the files of `inference.adapter`, which may be an address.
     """
-    key = describe_work(work, weights or work.adapter) if path is not None else {}
-    known = _read_answers(path, key, work) if path is not None else {}
-    missing = [number for number in range(len(work.batches)) if number not in known]
-    total, done = len(work.records), sum(len(work.batches[number]) for number in known)
-    if known and say is not None:
+    batches = inference.batches
+    key = describe_inputs(inference, builder, weights or inference.adapter)
+    answered = _read_answers(path, key, batches)
+    missing = [number for number in range(len(batches)) if number not in answered]
+    total, done = len(inference.records), sum(len(batches[number]) for number in answered)
+    if answered:
         say(f"{done} of {total} answers were there already, in {path}")
     started, last_line, first = time.monotonic(), 0.0, done
-    file = _open_answers(path, key, known) if path is not None else None
-    try:
-        for number, answers in do_batches(work, _answer, missing, num_actors):
-            known[number] = answers
+    with _open_answers(path, key, answered) as file:
+        for number, answers in run_batches(inference, answer_batch, missing, num_actors):
+            answered[number] = answers
             done += len(answers)
-            if file is not None:
-                file.write(json.dumps({"batch": number, "answers": answers}) + "\n")
-                file.flush()
-            if say is not None and (time.monotonic() - last_line > _PROGRESS_S or done == total):
+            file.write(json.dumps({"batch": number, "answers": answers}) + "\n")
+            file.flush()
+            if time.monotonic() - last_line > _PROGRESS_S or done == total:
                 last_line = time.monotonic()
                 rate = (done - first) / (last_line - started)
                 say(f"predicted {done}/{total} rows, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
-    finally:
-        if file is not None:
-            file.close()
     texts = [""] * total
-    for number, answers in known.items():
-        for position, text in zip(work.batches[number], answers, strict=True):
+    for number, answers in answered.items():
+        for position, text in zip(batches[number], answers, strict=True):
             texts[position] = text
     return texts
 
 
-def answer_records(loaded: InferenceWorker, records: Sequence[Record]) -> list[str]:
+def answer_batch(worker: InferenceWorker, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
+    """Return the greedy answers to a batch; where the memory is the model's own, to complete GUI tasks."""
+    if worker.inference.memory == "model":
+        return walk(records, worker.builder, partial(answer_records, worker))
+    return answer_records(worker, records)
+
+
+def answer_records(worker: InferenceWorker, records: Sequence[Record]) -> list[str]:
     """Return the greedy answers to records, as one batch, by the engine of `evaluate.engine`."""
-    job, builder = loaded.work.job, loaded.builder
-    if job.evaluate.engine == "vllm":
-        return loaded.answer([builder.prompt_row(record) for record in records])
-    limit = job.evaluate.max_new_tokens
-    return generate_answers(loaded.model, records, builder, len(records), limit, loaded.device)
+    options, builder = worker.inference.job.evaluate, worker.builder
+    if options.engine == "vllm":
+        return worker.answer_by_vllm([builder.prompt_row(record) for record in records])
+    return generate_answers(worker.model, records, builder, len(records), options.max_new_tokens, worker.device)
 
 
-def _answer(loaded: InferenceWorker, records: Sequence[SftRecord], positions: Sequence[int]) -> list[str]:
-    if loaded.work.memory == "model":
-        return walk(records, loaded.builder, partial(answer_records, loaded))
-    return answer_records(loaded, records)
+def walk(
+    records: Sequence[SftRecord], builder: SampleBuilder, answer: Callable[[Sequence[SftRecord]], list[str]]
+) -> list[str]:
+    """Return the answers to complete GUI tasks, in the order of the records. `answer` gets step k of all tasks at once.
+
+    The history of a step is the parsed output of each earlier answer of its task, as compact JSON. An answer without a
+    parsed action adds nothing to it.
+    """
+    tasks = _by_task(records)
+    answers = [""] * len(records)
+    history: dict[Hashable, tuple[str, ...]] = dict.fromkeys(tasks, ())
+    for number in range(max(map(len, tasks.values()))):
+        positions = {name: steps[number] for name, steps in tasks.items() if number < len(steps)}
+        batch = [_with_history(records[i], history[name]) for name, i in positions.items()]
+        for (name, i), record, text in zip(positions.items(), batch, answer(batch), strict=True):
+            answers[i] = text
+            values = parse_answer(text, record, builder).values
+            short, long = remember(history[name], values["output"], builder.setting)
+            history[name] = (*long, *short)
+    return answers
 
 
-def describe_work(work: InferenceJob, weights: str | None) -> dict[str, str]:
+def _by_task(records: Sequence[SftRecord]) -> dict[Hashable, list[int]]:
+    """Return the positions of each task's records, in order."""
+    tasks: dict[Hashable, list[int]] = {}
+    for i, record in enumerate(records):
+        tasks.setdefault(record.context["task"] or i, []).append(i)
+    return tasks
+
+
+def _with_history(record: SftRecord, history: tuple[str, ...]) -> SftRecord:
+    return replace(record, context={**record.context, "history": history, "step": len(history)})
+
+
+def describe_inputs(inference: InferenceJob, builder: SampleBuilder, weights: str | None) -> dict[str, str]:
     """Describe the inputs of the answers by hashes and the kind of memory: where all are equal, so are the answers.
     `weights`: the adapter's folder on this machine."""
-    job, builder = work.job, load_sample_builder(work.spec)
+    job = inference.job
     rows = hashlib.sha256()
-    for r in work.records:
+    for r in inference.records:
         images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
         row = (r.id, images, [_stamp(i) for i in images], r.sizes, builder.turns(r), r.context.get("task"))
         rows.update(repr(row).encode())
@@ -165,14 +214,14 @@ def describe_work(work: InferenceJob, weights: str | None) -> dict[str, str]:
     )
     packages = [metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
     inputs = {
-        "base": (job.model.name, loading, _files(resolve_name(job.model.name))),
-        "adapter": _trained(weights) if weights else None,
-        "preprocessing": (asdict(replace(work.spec, model=None)), asdict(builder.image_spec)),  # type: ignore[arg-type]
-        "batches": (work.batches, job.evaluate.max_new_tokens),
+        "base": (job.model.name, loading, _list_files(resolve_name(job.model.name))),
+        "adapter": _identify_weights(weights) if weights else None,
+        "preprocessing": (asdict(replace(inference.spec, model=None)), asdict(builder.image_spec)),  # type: ignore[arg-type]
+        "batches": (inference.batches, job.evaluate.max_new_tokens),
         "versions": (__version__, packages),
     }
     hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in inputs.items()}
-    return hashes | {"rows": rows.hexdigest()[:16], "memory": work.memory}
+    return hashes | {"rows": rows.hexdigest()[:16], "memory": inference.memory}
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
@@ -184,45 +233,45 @@ def _stamp(path: str) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _files(folder: str) -> list[tuple[str, Any]]:
+def _list_files(folder: str) -> list[tuple[str, Any]]:
     """Return name, size and time of the files of a local folder; of any other folder its name alone."""
     root = Path(folder)
     return [(folder, None)] if not root.is_dir() else [(p.name, _stamp(str(p))) for p in sorted(root.glob("*.*"))]
 
 
-def _trained(folder: str) -> list[tuple[str, Any]]:
+def _identify_weights(folder: str) -> list[tuple[str, Any]]:
     """Identify trained weights: an adapter by the names and hashes of its files, so that a copy counts as equal; a
     whole model, which is too large to hash, by names, sizes and times."""
     if is_whole_model(folder):
-        return _files(folder)
+        return _list_files(folder)
     files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
     return [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
 
 
-def _read_answers(path: Path, key: Mapping[str, str], work: InferenceJob) -> dict[int, list[str]]:
+def _read_answers(path: Path, key: Mapping[str, str], batches: Sequence[Sequence[int]]) -> dict[int, list[str]]:
     """Read the batches that were answered from the same inputs; a line cut off by a crash is left out."""
-    known: dict[int, list[str]] = {}
+    answered: dict[int, list[str]] = {}
     if not path.is_file():
-        return known
+        return answered
     first, *rest = whole_lines(path.read_bytes()) or [None]
     if not isinstance(first, dict) or first.get("key") != key:
-        return known
+        return answered
     for line in rest:
         if not isinstance(line, dict):
             continue
         number, answers = line.get("batch"), line.get("answers")
-        if not isinstance(number, int) or not 0 <= number < len(work.batches) or not isinstance(answers, list):
+        if not isinstance(number, int) or not 0 <= number < len(batches) or not isinstance(answers, list):
             continue
-        if [type(text) for text in answers] == [str] * len(work.batches[number]):
-            known[number] = answers
-    return known
+        if [type(text) for text in answers] == [str] * len(batches[number]):
+            answered[number] = answers
+    return answered
 
 
-def _open_answers(path: Path, key: Mapping[str, str], known: Mapping[int, list[str]]) -> Any:
-    """Write the file anew with the known answers, and return it open for appending."""
+def _open_answers(path: Path, key: Mapping[str, str], answered: Mapping[int, list[str]]) -> TextIO:
+    """Write the file anew with the answers that are there, and return it open for appending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    lines = [{"key": key}, *({"batch": number, "answers": answers} for number, answers in known.items())]
+    lines = [{"key": key}, *({"batch": number, "answers": answers} for number, answers in answered.items())]
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)
     return open(path, "a", encoding="utf-8")

@@ -1,33 +1,61 @@
 """Preference data from a model's own answers: `ray-vlm pairs JOB --output pairs.jsonl [--adapter DIR]`.
 
-Several answers to each row are sampled and scored by the task (`samples.py`); the best and the worst are a pair if
-their rewards differ by enough, written as a row of format `preference` (`pair_file.py`). A row's random numbers depend
-only on the seed and its position, so the file is the same for any number of workers.
+Several answers to each row are sampled and scored by the task; the best and the worst are a pair if their rewards
+differ by enough, written as a row of format `preference`. A row's random numbers depend only on the seed and its
+position, so the file is the same for any number of workers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
 
 from ray_vlm.config.check_method import known_formats
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.data import Data
+from ray_vlm.config.schema import JobConfig, Pairs
 from ray_vlm.data.index import Index
-from ray_vlm.data.preprocessing import describe_preprocessing, read_preprocessing
+from ray_vlm.data.preprocessing import ABOUT, describe_preprocessing, read_preprocessing
 from ray_vlm.data.records import PreferenceRecord, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.data.tables import text_fault
-from ray_vlm.errors import ConfigError
-from ray_vlm.evaluate.pair_file import check_output, describe_pairs, name_images, write_about, write_rows
-from ray_vlm.evaluate.samples import Sample, load_scoring, sample_answers
+from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
 from ray_vlm.evaluate.weights import trained_weights
-from ray_vlm.methods.rewards import check_rewards
+from ray_vlm.methods.groups import score_answers
+from ray_vlm.methods.rewards import Rewards, check_rewards, load_rewards, total
+from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
 from ray_vlm.runs.checkpoints import fetch_folder
-from ray_vlm.runs.store import full_address
+from ray_vlm.runs.paths import write_json
+from ray_vlm.runs.store import full_address, is_remote
 from ray_vlm.tasks.answers import IMAGE, Turns
 
+REASONS = {  # why a row gives no pair, with the text of messages
+    "all_alike": "with all answers alike",
+    "small_margin": "with too small a margin",
+    "cut_off": "with every answer cut off",
+    "unusable": "with fewer than two answers that text can hold",
+}
 _SAME = 1e-9  # rewards that differ by no more are equal
+_PROGRESS_S = 5.0  # seconds between progress lines
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """A sampled answer and its reward. `whole`: False for one that was cut off at `evaluate.max_new_tokens`."""
+
+    text: str
+    reward: float
+    whole: bool = True
 
 
 def make_pairs(
@@ -46,22 +74,24 @@ def make_pairs(
     gives a pair; nothing is then written.
     """
     path = check_output(output, overwrite)
-    check_rows(job, part)
+    check_rows(job.data, part, job.task.name, known_formats(job, "test"))
     adapter = trained_weights(adapter) if adapter else job.model.adapter
     weights = fetch_folder(adapter) if adapter is not None else None
     parts = load_parts(job, [part], read_preprocessing(weights, sample_spec(job, [])) if weights is not None else None)
     index: Index = getattr(parts, part)
     names, root = name_images(index.records)
     builder = load_sample_builder(parts.spec)
-    rewards = load_scoring(job, parts.spec.labels)
+    rewards = load_scoring(job.task.name, job.pairs, job.method.box_quality, parts.spec.labels)
     for note in (*parts.notes, *check_rewards(rewards)):
         say(f"note: {note}")
     if index.bad:
         say(f"{len(index.bad)} bad rows left out; `ray-vlm data check` names them")
     workers = job.cluster.most_workers if job.cluster.num_workers else 0
     uri = weights if workers == 0 or adapter is None else full_address(adapter)
-    with closing(sample_answers(job, parts.spec, index.records, uri, workers)) as batches:
-        rows = build_rows(index.records, batches, builder, names, job.pairs.min_margin)
+    batches = plan_prompts(len(index), job.evaluate.batch_size, job.pairs.num_samples)
+    inference = InferenceJob(job, parts.spec, index.records, uri, batches)
+    with closing(sample_answers(inference, workers)) as sampled:
+        rows = build_rows(index.records, sampled, builder, names, job.pairs.min_margin)
         summary = write_rows(path, rows, len(index), say)
     about = {
         "adapter": adapter,
@@ -82,22 +112,88 @@ def make_pairs(
     return about
 
 
-def check_rows(job: JobConfig, part: str) -> None:
-    """Raise `ConfigError` where the part's rows have no truth to score answers by."""
-    data = job.data
+def check_rows(data: Data, part: str, task: str, formats: Sequence[str]) -> None:
+    """Raise `ConfigError` where the part's rows have no truth to score answers by. `formats`: those that have one."""
     if part == "eval" and data.eval is not None and data.eval.path:
         sources: dict[str, Any] = {"data.eval": data.eval}
     else:
         sources = {"data.train": data.train, **{f"data.mix[{i}]": source for i, source in enumerate(data.mix)}}
-    formats = ", ".join(known_formats(job, "test"))
     problems = [
         f"{key}.format={source.format}: answers are scored against a truth, and such rows have none. Use a job with "
-        f"rows of {job.task.name}, such as the one that the model was trained by: {formats}."
+        f"rows of {task}, such as the one that the model was trained by: {', '.join(formats)}."
         for key, source in sources.items()
         if source is not None and source.format in ("preference", "prompt")
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def load_scoring(task: str, options: Pairs, box_quality: str, labels: Sequence[str]) -> Rewards:
+    """Load the rewards that score the answers. Raise `ConfigError` for one that does not apply."""
+    try:
+        return load_rewards(task, options.rewards, box_quality, labels=labels)
+    except ConfigError as error:
+        raise ConfigError([text.replace("method.rewards", "pairs.rewards") for text in error.problems]) from None
+
+
+def plan_prompts(num_records: int, batch_size: int, num_samples: int) -> tuple[tuple[int, ...], ...]:
+    """Return the positions of the records of each batch, which has `batch_size` answers, `num_samples` a record."""
+    size = max(1, batch_size // num_samples)
+    return tuple(tuple(range(i, min(i + size, num_records))) for i in range(0, num_records, size))
+
+
+def sample_answers(inference: InferenceJob, num_actors: int) -> Generator[list[list[ScoredAnswer]]]:
+    """Yield the answers to every record, batch by batch in order."""
+    for _, groups in run_batches(inference, _sample_batch, range(len(inference.batches)), num_actors):
+        yield [[ScoredAnswer(*answer) for answer in group] for group in groups]
+
+
+def _sample_batch(
+    worker: InferenceWorker, records: Sequence[SftRecord], positions: Sequence[int]
+) -> list[list[tuple[Any, ...]]]:
+    """Sample and score the answers to a batch; return the fields of the `ScoredAnswer`s of each record."""
+    job, builder = worker.inference.job, worker.builder
+    rows = [builder.prompt_row(record) for record in records]
+    sampling = _build_sampling(job.pairs, job.evaluate.max_new_tokens)
+    groups = sample_groups(worker.model, rows, builder, sampling, [(job.seed, i) for i in positions], worker.device)
+    texts = [[builder.text(answer.ids) for answer in group] for group in groups]
+    rewards = load_scoring(job.task.name, job.pairs, job.method.box_quality, builder.spec.labels)
+    scores = iter(_score(rewards, builder, records, texts, groups))
+    return [
+        [astuple(ScoredAnswer(text, next(scores), a.finished)) for text, a in zip(group_texts, group, strict=True)]
+        for group_texts, group in zip(texts, groups, strict=True)
+    ]
+
+
+def _build_sampling(options: Pairs, max_new_tokens: int) -> Sampling:
+    """Build the options of sampling; with two temperatures those of a row's answers are evenly spaced between them."""
+    temperature: float | tuple[float, ...]
+    if isinstance(options.temperature, list):
+        first, last = options.temperature
+        temperature = tuple(np.linspace(first, last, options.num_samples).tolist())
+    else:
+        temperature = options.temperature
+    return Sampling(options.num_samples, max_new_tokens, temperature, options.top_p)
+
+
+def _score(
+    rewards: Rewards,
+    builder: SampleBuilder,
+    records: Sequence[SftRecord],
+    texts: Sequence[list[str]],
+    groups: Sequence[list[Completion]],
+) -> list[float]:
+    """Return the reward of every answer, group by group."""
+    turns = [[{"role": role, "content": text} for role, text in builder.turns(record)] for record in records]
+    scores = score_answers(
+        rewards,
+        [record for record, group in zip(records, groups, strict=True) for _ in group],
+        [text for group_texts in texts for text in group_texts],
+        [answer.ids for group in groups for answer in group],
+        [prompt for prompt, group in zip(turns, groups, strict=True) for _ in group],
+        builder,
+    )
+    return [total(rewards, parts) for parts in scores]
 
 
 def choose_pair(
@@ -119,8 +215,8 @@ def choose_pair(
     return (best, worst) if scores[best] - scores[worst] >= min_margin - _SAME else None
 
 
-def pair_of(samples: Sequence[Sample], min_margin: float) -> dict[str, Any] | str:
-    """Return `chosen` and `rejected` with their rewards, or why there is no pair (a key of `pair_file.REASONS`)."""
+def pair_of(samples: Sequence[ScoredAnswer], min_margin: float) -> dict[str, Any] | str:
+    """Return `chosen` and `rejected` with their rewards, or why there is no pair (a key of `REASONS`)."""
     if len(samples) < 2:
         return "unusable"
     texts, complete = [sample.text for sample in samples], [sample.whole for sample in samples]
@@ -136,7 +232,7 @@ def pair_of(samples: Sequence[Sample], min_margin: float) -> dict[str, Any] | st
 
 def build_rows(
     records: Sequence[SftRecord],
-    batches: Iterable[list[list[Sample]]],
+    batches: Iterable[list[list[ScoredAnswer]]],
     builder: SampleBuilder,
     names: dict[str, str],
     min_margin: float,
@@ -165,3 +261,127 @@ def can_be_kept(text: str, record: SftRecord, turns: Turns, builder: SampleBuild
         return False
     as_row = PreferenceRecord(record.id, record.row, record.images, record.sizes, turns, text, text)
     return builder.problem(as_row) is None
+
+
+def check_output(output: str, overwrite: bool) -> Path:
+    """Check and return the file to write, before anything is read or sampled. Raise `ConfigError` or `RunError`."""
+    if is_remote(output):
+        raise ConfigError(f"--output {output}: pairs are written to a local folder. Give a path, then copy the file.")
+    path = Path(full_address(output))
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        raise ConfigError(f"--output {output}: pairs are JSON lines. Give a name that ends in .jsonl.")
+    if path.is_dir():
+        raise ConfigError(f"--output {output} is a folder. Give the name of a file in it.")
+    if path.exists() and not overwrite:
+        raise RunError(f"--output {output} is there already. Give another name, or --overwrite.")
+    return path
+
+
+def name_images(records: Sequence[SftRecord]) -> tuple[dict[str, str], str | None]:
+    """Return the name of each image relative to `image_root`, and `image_root`, the folder around all of them, None
+    without images.
+
+    Raise `ConfigError` for images that are bytes, and for images without a common folder.
+    """
+    rest: dict[str, str] = {}  # image -> its address without scheme and options
+    kinds: dict[tuple[str, str], str] = {}  # (scheme, options) -> an image of that kind
+    for record in records:
+        for image in record.images:
+            if isinstance(image, bytes):
+                raise ConfigError(
+                    f"row {record.row} (id {record.id}): its image is given as bytes, and a pair names its images. "
+                    "Write the images to files, and give their paths in the rows."
+                )
+            uri, mark, options = image.partition("?") if is_remote(image) else (image, "", "")
+            scheme, colon, rest[image] = uri.rpartition("://")
+            kinds.setdefault((scheme + colon, mark + options), image)
+    if not rest:
+        return {}, None
+    common = os.path.commonprefix(list(rest.values()))  # noqa: RUF071  (cut at a slash in the next line)
+    folder = common[: common.rfind("/") + 1]
+    if len(kinds) > 1 or not folder:
+        apart = list(kinds.values()) if len(kinds) > 1 else sorted(rest)
+        raise ConfigError(
+            f"{apart[0]} and {apart[-1]} have no folder in common, and the pairs of a file have one image_root. Make "
+            "pairs of one source at a time."
+        )
+    ((scheme, options),) = kinds
+    root = f"{scheme}{folder.rstrip('/') or '/'}{options}"
+    return {image: inside[len(folder) :] for image, inside in rest.items()}, root
+
+
+def write_rows(
+    path: Path, rows: Iterable[dict[str, Any] | str], num_records: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write the rows to a temporary file, rename it to `path`, and return the counts and mean rewards.
+
+    Texts among `rows` are the reasons (keys of `REASONS`) of records without a pair.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            summary = _write(file, rows, num_records, say)
+        _about(path).unlink(missing_ok=True)  # a description of other pairs must never lie beside these
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"{path} was not written ({error}). Fix the cause, or give another --output.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return summary
+
+
+def _write(
+    file: TextIO, rows: Iterable[dict[str, Any] | str], num_records: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    without: Counter[str] = Counter()
+    chosen, rejected, pairs = 0.0, 0.0, 0
+    started, last_line = time.monotonic(), -math.inf
+    for done, row in enumerate(rows, 1):
+        if isinstance(row, str):
+            without[row] += 1
+        else:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            chosen, rejected = chosen + row["chosen_reward"], rejected + row["rejected_reward"]
+            pairs += 1
+        now = time.monotonic()
+        if now - last_line >= _PROGRESS_S or done == num_records:
+            rate = done / max(now - started, 1e-9)
+            left = (num_records - done) / rate
+            say(f"sampled {done}/{num_records} rows, {rate:.1f}/s, {left:.0f} s left, {pairs} pairs")
+            last_line = now
+    reasons = {name: without[name] for name in REASONS}
+    if not pairs:
+        raise RunError(
+            f"no pair: of {num_records} rows {_describe_reasons(reasons)}. Lower pairs.min_margin, or raise "
+            "pairs.temperature, pairs.num_samples or evaluate.max_new_tokens."
+        )
+    means = {"mean_chosen_reward": chosen / pairs, "mean_rejected_reward": rejected / pairs}
+    return {"num_pairs": pairs, "without_pair": reasons, **means}
+
+
+def _describe_reasons(without: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {REASONS[name]}" for name, count in without.items() if count)
+
+
+def _about(path: Path) -> Path:
+    return path.with_name(path.name + ABOUT)
+
+
+def write_about(path: Path, about: Mapping[str, Any]) -> None:
+    """Write the description of the pairs in `path` beside them."""
+    write_json(_about(path), dict(about))
+
+
+def describe_pairs(path: Path, about: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Print a summary of the pairs, and the YAML with which a job reads them."""
+    import yaml
+
+    chosen, rejected = about["mean_chosen_reward"], about["mean_rejected_reward"]
+    say(f"{about['num_pairs']} pairs of {about['num_records']} rows: chosen {chosen:.3f}, rejected {rejected:.3f}")
+    if without := _describe_reasons(about["without_pair"]):
+        say(f"no pair: {without}")
+    source = {"path": str(path), "format": "preference"}
+    source |= {"image_root": about["image_root"]} if about["image_root"] is not None else {}
+    inline = yaml.safe_dump(source, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
+    say(f"data:\n  train: {inline.strip()}")

@@ -1,28 +1,51 @@
 """`ray-vlm predict RUN INPUT... --output PATH`: images, folders and tables in, JSON lines or a table out.
 
-Answers are generated as in `evaluate`: in batches, by any number of processes, and none again after a call was killed.
-The steps of a GUI task are answered in order, with the model's own earlier answers as their memory.
+An input is an image, a folder of images, or a table (.csv, .tsv, .json, .jsonl, .parquet) that has a column of images,
+relative to its folder or to `--image-root`, and what the task needs: `question` for chat, `box` for positions; for GUI
+steps `Task_id, Image_id, Instruction`, where the rows of a task are its steps in order. Answers are generated as in
+`evaluate`: in batches, by any number of processes, and none again after a call was killed. The steps of a GUI task are
+answered in order, with the model's own earlier answers as their memory.
 """
 
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.data.records import SftRecord
+from ray_vlm.data.fields import from_json, is_empty
+from ray_vlm.data.files import parent_folder, resolve_image
+from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.tables import read_table
 from ray_vlm.errors import ConfigError, DataError, RunError
-from ray_vlm.evaluate.generate import answer_all, plan_batches
-from ray_vlm.evaluate.inputs import Input, read_inputs
+from ray_vlm.evaluate.generate import answer_all, plan_batches, plan_walks
 from ray_vlm.evaluate.prediction import join_names
-from ray_vlm.evaluate.predictor import Found, Predictor
-from ray_vlm.evaluate.questions import Ask
-from ray_vlm.evaluate.walks import plan_walks
+from ray_vlm.evaluate.predictor import Ask, Found, Predictor
+from ray_vlm.runs.store import is_remote
 
 _ENDINGS = (".jsonl", ".csv")
 _MOST_REASONS = 20  # in the error where no input can be read; the results hold all of them
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+_COLUMNS = ("image", "images", "file_name", "image_path", "path", "Image_id")  # the first of them that a table has
+
+
+@dataclass(frozen=True)
+class Input:
+    """One question of an input. `error`: why it cannot be asked, if reading it failed.
+
+    `names`: its images as the table or the command line names them. `task`, `step`: the Task_id of a GUI step and its
+    position in the task, from 0; None for other tasks.
+    """
+
+    ask: Ask
+    error: str | None = None
+    task: str | None = None
+    step: int | None = None
+    names: tuple[str, ...] = ()
 
 
 def predict_files(
@@ -85,14 +108,14 @@ def _answers(
     predictor: Predictor, records: Sequence[SftRecord], output: str, num_replicas: int, say: Callable[[str], None]
 ) -> list[str]:
     builder, size = predictor.builder, predictor.job.evaluate.batch_size
-    work = replace(predictor.work(num_replicas), records=tuple(records))
+    inference = replace(predictor.inference_job(num_replicas), records=tuple(records))
     if predictor.task == "gui_steps":
-        work = replace(work, batches=plan_walks(records, size), memory="model")
+        inference = replace(inference, batches=plan_walks(records, size), memory="model")
     else:
         costs = [sum(builder.token_counts(record)[:2]) for record in records]
-        work = replace(work, batches=plan_batches(costs, size))
+        inference = replace(inference, batches=plan_batches(costs, size))
     try:
-        return answer_all(work, _answers_path(output), num_replicas, say, predictor.weights)
+        return answer_all(inference, builder, _answers_path(output), num_replicas, say, predictor.weights)
     except OSError as error:
         raise _cannot_write(output, error) from None
 
@@ -151,3 +174,85 @@ def _cannot_write(output: str, error: OSError) -> RunError:
 def _draw(folder: Path, number: int, ask: Ask, prediction: Found) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prediction.draw().save(folder / f"{number:05d}-{Path(str(ask.images[0])).stem}.png")
+
+
+def read_inputs(inputs: Sequence[str], question: str | None, task: str, image_root: str | None = None) -> list[Input]:
+    """Read the questions of images, folders and tables. Raise `DataError` where one of them does not exist, and
+    `ConfigError` for an `image_root` that no table uses."""
+    if image_root is not None:
+        if not any(_is_table(name) for name in inputs):
+            raise ConfigError(f"--image-root {image_root}: it is for tables, and none is given. Leave it out.")
+        if not is_remote(image_root) and not Path(image_root).is_dir():
+            raise ConfigError(f"--image-root {image_root}: no such folder. Give the folder of the table's images.")
+    return [entry for name in inputs for entry in _read_input(name, question, task, image_root)]
+
+
+def _is_table(name: str) -> bool:
+    path = Path(name)
+    return path.suffix.lower() in _TABLES and not path.is_dir()
+
+
+def _read_input(name: str, question: str | None, task: str, image_root: str | None) -> list[Input]:
+    path = Path(os.path.abspath(name))  # replicas have another current folder
+    fields = {"question": question} if question is not None else {}
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGES and p.is_file())
+        ids = [str(p.relative_to(path)) for p in files]
+        return [
+            Input(Ask((str(p),), fields, inside), names=(os.path.join(name, inside),))
+            for p, inside in zip(files, ids, strict=True)
+        ]
+    if _is_table(name):
+        return _read_table(name, fields, task, image_root or parent_folder(name))
+    if not path.is_file():
+        raise DataError(f"{name}: no such file or folder.")
+    return [Input(Ask((str(path),), fields, name), names=(name,))]
+
+
+def _read_table(address: str, fields: Mapping[str, Any], task: str, root: str) -> list[Input]:
+    """Read a question from each row. `fields`: those of the command line; a row's own take precedence."""
+    table = read_table(address)
+    column = next((name for name in _COLUMNS if name in table.columns), None)
+    if column is None:
+        raise DataError(f"{address}: no column of images. It has {list(table.columns)}; name one {_COLUMNS[0]!r}.")
+    steps: Counter[str] = Counter()
+    inputs = []
+    for row in table.rows:
+        if isinstance(row, BadRow):
+            inputs.append(Input(Ask((), {}, row.id or f"row {row.row}"), row.reason))
+            continue
+        number, cells = row
+        name = str(cells["id"]) if not is_empty(cells.get("id")) else f"row {number}"
+        options: dict[str, Any] = {}
+        if task == "gui_steps":
+            task_id = "" if is_empty(cells.get("Task_id")) else str(cells["Task_id"])
+            options = {"task": task_id, "step": steps[task_id] if task_id else 0}
+            steps[task_id] += 1
+        try:
+            options["names"] = tuple(map(str, _list_images(cells.get(column))))
+            images = tuple(resolve_image(root, image) for image in options["names"])
+            inputs.append(Input(Ask(images, {**fields, **_read_fields(cells, task)}, name), **options))
+        except ValueError as error:
+            inputs.append(Input(Ask((), {}, name), str(error), **options))
+    return inputs
+
+
+def _list_images(value: object) -> list[Any]:
+    """Return the images of a cell: a name, a list of names, or such a list as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = from_json(value, "images")
+    if is_empty(value):
+        raise ValueError("its cell of images is empty")
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _read_fields(cells: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return the values of a row that the task's question takes beside its images."""
+    fields: dict[str, Any] = {}
+    if task == "chat" and not is_empty(cells.get("question")):
+        fields["question"] = str(cells["question"])
+    if task == "classification" and not is_empty(cells.get("box")):
+        fields["box"] = from_json(cells["box"], "box")
+    if task == "gui_steps":
+        fields["goal"] = "" if is_empty(cells.get("Instruction")) else str(cells["Instruction"])
+    return fields

@@ -41,14 +41,6 @@ def join_names(images: Sequence[str]) -> str:
     return "".join(images) if len(images) < 2 else json.dumps(list(images), ensure_ascii=False)
 
 
-def rates(hits: int, misses: int, invented: int, suffix: str = "") -> dict[str, float]:
-    """Return precision, recall and F1 from counts, 0.0 for a division by zero; `suffix` is appended to their names."""
-    precision = hits / (hits + invented) if hits + invented else 0.0
-    recall = hits / (hits + misses) if hits + misses else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return {f"precision{suffix}": precision, f"recall{suffix}": recall, f"f1{suffix}": f1}
-
-
 def build_predictions(records: Sequence[SftRecord], answers: Sequence[str], builder: SampleBuilder) -> list[Prediction]:
     """Parse and score each answer with the task's own functions."""
     predictions = []

@@ -11,28 +11,52 @@ Image sizes and prompts come from the `preprocessing.json` beside the weights, s
 also takes `best/`, an exported adapter, a merged model, a base or a job file (`evaluate/weights.py`).
 """
 
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.images import read_size
 from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import Box, Point, SftRecord
-from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import DataError
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker
 from ray_vlm.evaluate.generate import generate_answers, plan_batches
-from ray_vlm.evaluate.questions import Ask, build_question, name_of
 from ray_vlm.evaluate.weights import find_answerer
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.store import full_address
+from ray_vlm.tasks.answers import IMAGE
+from ray_vlm.tasks.boxes import box_problem
 from ray_vlm.tasks.gui_steps import read_memory, remember
 
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from ray_vlm.evaluate.draw import ImageLike
+
 Memory = Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | str | None  # steps as texts or JSON objects
+Sizes = Sequence[tuple[int, int]]
+Fields = Mapping[str, Any]  # `Ask.told`
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question. `images`: a path, an address, encoded bytes, a PIL image or an array `uint8 [h, w, 3]`, or a list
+    of these; `told`: the other fields of the question, as `Predictor.predict` takes them."""
+
+    images: Any
+    told: Fields = field(default_factory=dict)
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        images = self.images if isinstance(self.images, list | tuple) else (self.images,)
+        object.__setattr__(self, "images", tuple(images))
 
 
 @dataclass(frozen=True)
@@ -44,7 +68,7 @@ class Found:
     passed them. `classes`: the task's labels, whose order gives each its colour in `draw`.
     """
 
-    images: tuple[Any, ...]
+    images: "tuple[ImageLike, ...]"
     sizes: tuple[tuple[int, int], ...]
     answer: str
     values: Mapping[str, Any]
@@ -52,7 +76,7 @@ class Found:
     repairs: tuple[str, ...]
     classes: tuple[str, ...] = ()
 
-    def draw(self) -> Any:
+    def draw(self) -> "PIL.Image.Image":
         """Draw the values on the first image and return it as a PIL image."""
         from ray_vlm.evaluate.draw import draw_values
 
@@ -87,7 +111,7 @@ class Predictor:
         spec = (read_preprocessing(folder, spec) if folder is not None else None) or spec
         self.job, self.task = job, spec.task.name
         self._adapter = adapter
-        self._loaded = InferenceWorker(InferenceJob(job, spec, (), self.weights, ()))
+        self._worker = InferenceWorker(InferenceJob(job, spec, (), self.weights, ()))
 
     @classmethod
     def from_run(
@@ -111,7 +135,7 @@ class Predictor:
         answerer = find_answerer(str(run), weights, base, asking_job, task, device)
         return cls(answerer.job, answerer.weights, answerer.wording)
 
-    def predict(self, image: Any, **told: Any) -> Found:
+    def predict(self, image: "ImageLike | Sequence[ImageLike]", **told: object) -> Found:
         """Answer a question about one image, or for chat about a list of images.
 
         `told`: `question` for chat; `box` in pixels for classification, if the job uses positions; `goal` and `history`
@@ -135,16 +159,15 @@ class Predictor:
         answers = [""] * len(records)
         for batch in plan_batches(costs, options.batch_size):
             part = [records[i] for i in batch]
-            texts = generate_answers(
-                self._loaded.model, part, builder, len(part), options.max_new_tokens, self._loaded.device
-            )
+            model, device = self._worker.model, self._worker.device
+            texts = generate_answers(model, part, builder, len(part), options.max_new_tokens, device)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
         return [self.understand(*row) for row in zip(records, answers, asks, strict=True)]
 
     def predict_step(
         self,
-        image_path: Any,
+        image_path: "ImageLike",
         user_goal: str,
         short_term_memory: Memory = (),
         long_term_memory: Memory = (),
@@ -184,12 +207,100 @@ class Predictor:
         parsed, classes = parse_answer(answer, record, self.builder), tuple(self.builder.spec.labels)
         return Found(ask.images, record.sizes, answer, parsed.values, parsed.ok, parsed.repairs, classes)
 
-    @cached_property
+    @property
     def builder(self) -> SampleBuilder:
         """The sample builder, which writes prompts and parses answers."""
-        return load_sample_builder(self._loaded.work.spec)
+        return self._worker.builder
 
-    def work(self, num_actors: int) -> InferenceJob:
+    def inference_job(self, num_actors: int) -> InferenceJob:
         """Return the inference job for that many processes, 0 for this one; without records."""
         adapter = self.weights if num_actors == 0 or self._adapter is None else full_address(self._adapter)
-        return replace(self._loaded.work, adapter=adapter)
+        return replace(self._worker.inference, adapter=adapter)
+
+
+def name_of(ask: Ask, row: int) -> str:
+    """Return the name of a question in messages: its id, the path of its first image, or its number."""
+    return ask.id or next((str(image) for image in ask.images if isinstance(image, str | Path)), f"input {row}")
+
+
+def build_question(ask: Ask, row: int, task: str, max_image_pixels: int) -> SftRecord:
+    """Build the record of a question. Raise `ValueError`, `OSError` or `TypeError` with the reason."""
+    images = tuple(_encode(image) for image in ask.images)
+    sizes = tuple(read_size(image, max_image_pixels) for image in images)
+    truth, context = _READ[task](ask.told, sizes)
+    return SftRecord(name_of(ask, row), row, images, sizes, truth, context)
+
+
+def _encode(image: "ImageLike") -> str | bytes:
+    """Return an image as records hold it: a path, an address, or the bytes of an encoded file."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        return str(image)
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        try:
+            image = Image.fromarray(image)
+        except (TypeError, AttributeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{type(image).__name__} is no image ({error}); give a path, bytes, PIL or uint8"
+            ) from None
+    out = io.BytesIO()
+    (image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB")).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def _only(fields: Fields, *names: str) -> None:
+    if unknown := [name for name in fields if name not in names]:
+        raise ValueError(f"{', '.join(unknown)} means nothing to this task; it takes {', '.join(names) or 'an image'}")
+
+
+def _read_nothing(fields: Fields, sizes: Sizes) -> tuple[dict, dict]:
+    _only(fields)
+    _one(sizes)
+    return {"boxes": (), "labels": ()}, {}
+
+
+def _read_box(fields: Fields, sizes: Sizes) -> tuple[dict, dict]:
+    _only(fields, "box")
+    _one(sizes)
+    box = fields.get("box")
+    if box is None:
+        return {"attributes": {}}, {}
+    box = tuple(float(v) for v in box)
+    if len(box) != 4 or (problem := box_problem(box, sizes[0])):
+        raise ValueError(f"box {list(box)} is not x1, y1, x2, y2 in pixels" + (f": {problem}" if len(box) == 4 else ""))
+    return {"attributes": {}}, {"box": box}
+
+
+def _read_question(fields: Fields, sizes: Sizes) -> tuple[dict, dict]:
+    _only(fields, "question")
+    question = fields.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("chat needs a question")
+    tags = "" if IMAGE in question else IMAGE * len(sizes)
+    return {"answer": ""}, {"turns": (("user", tags + question),)}
+
+
+def _read_goal(fields: Fields, sizes: Sizes) -> tuple[dict, dict]:
+    _only(fields, "goal", "history")
+    _one(sizes)
+    goal, history = fields.get("goal"), read_memory(fields.get("history"), "history")
+    if not isinstance(goal, str) or not goal.strip():
+        raise ValueError("a GUI step needs a goal")
+    context = {"instruction": goal, "task": "", "step": len(history), "history": history}
+    return {"output": {"action": ""}, "box": None, "point": None}, context
+
+
+def _one(sizes: Sizes) -> None:
+    if len(sizes) != 1:
+        raise ValueError(f"{len(sizes)} images, and this task takes one")
+
+
+_READ = {
+    "detection": _read_nothing,
+    "classification": _read_box,
+    "chat": _read_question,
+    "gui_steps": _read_goal,
+}

@@ -4,15 +4,19 @@ One self-contained file with a dark mode and a layout for phones; all text from 
 It reads only the files that evaluations and runs wrote.
 """
 
+import base64
+import io
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.check_method import TASK_METRICS
-from ray_vlm.evaluate.axes import add_axes
 from ray_vlm.evaluate.intervals import measure_differences
-from ray_vlm.evaluate.pictures import EvalResult, choose_images, draw_picture
+from ray_vlm.evaluate.prediction import in_words
 from ray_vlm.runs.curves import learning_curve
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.read import is_number
@@ -20,6 +24,9 @@ from ray_vlm.runs.read import is_number
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+NUM_IMAGES = 12  # with truth and prediction drawn
+_SHOWN_PX = 640  # images are embedded at most this large
+_MOST_INTERVALS = 5  # between labelled steps of a chart
 _TITLES = {
     "f1_50": "F1 at IoU 0.5",
     "map": "mAP (0.50:0.95)",
@@ -41,11 +48,16 @@ _TITLES = {
     "anls": "ANLS",
     "parse_rate": "answers that parse",
 }
-_CLASS_NUMBERS = {
-    "f1_50": "F1 at IoU 0.5",
-    "success": "Step success",
-    "f1": "F1",
-}  # of the table by class
+_CLASS_NUMBERS = {"f1_50": "F1 at IoU 0.5", "success": "Step success", "f1": "F1"}  # of the table by class
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One evaluation of a report: its title, `metrics.json` and the lines of `predictions.jsonl`."""
+
+    title: str
+    metrics: dict[str, Any]
+    predictions: list[dict[str, Any]]
 
 
 def compare(results: Sequence[EvalResult]) -> dict[str, dict[str, float]]:
@@ -88,7 +100,7 @@ def write_report(
     return changes
 
 
-def render(template: str, folder: Path | None = None, **values: Any) -> str:
+def render(template: str, folder: Path | None = None, **values: object) -> str:
     """Render a template of this folder, or of `folder`, whose templates may extend these; every value is escaped."""
     return _environment(folder).get_template(template).render(**values)
 
@@ -137,3 +149,112 @@ def _class_table(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
         if count:
             rows.append({"label": label, "count": count, "values": [cell.get(key, 0.0) for cell in cells]})
     return sorted(rows, key=lambda row: -row["count"])
+
+
+def _true_classes(prediction: dict[str, Any]) -> set[str]:
+    """Return the labels, the `attribute=value` pairs or the action of a prediction's truth."""
+    truth = prediction["truth"]
+    attributes = {f"{name}={value}" for name, value in truth.get("attributes", {}).items()}
+    return set(truth.get("labels", ())) | attributes | {v for k, v in truth.get("output", {}).items() if k == "action"}
+
+
+def choose_images(predictions: Sequence[dict[str, Any]]) -> list[int]:
+    """Choose a dozen positions: half of them hold the rarest true class, the rest are evenly spaced.
+
+    Where some rows have a box or a point to draw, the rarest class is chosen among those rows.
+    """
+    shapes = ("boxes", "box", "point")
+    drawn = [i for i, p in enumerate(predictions) if any(p["truth"].get(name) for name in shapes)]
+    drawn = drawn or list(range(len(predictions)))
+    counts = Counter(label for i in drawn for label in _true_classes(predictions[i]))
+    rarest = min(counts, key=lambda label: (counts[label], label)) if counts else None
+    rare = [i for i in drawn if rarest in _true_classes(predictions[i])][: NUM_IMAGES // 2]
+    others = [i for i in range(len(predictions)) if i not in rare]
+    space = min(NUM_IMAGES - len(rare), len(others))
+    return rare + [others[i * len(others) // space] for i in range(space)]
+
+
+def draw_picture(position: int, results: Sequence[EvalResult]) -> dict[str, Any] | None:
+    """Describe one row's first image with the boxes of every result, in original pixels, or the answers as text; None
+    for a row without an image."""
+    first = results[0].predictions[position]
+    if not first["images"]:
+        return None
+    width, height = first["sizes"][0]
+    views = [_view(result, result.predictions[position]) for result in results]
+    return {
+        "id": first["id"],
+        "width": width,
+        "height": height,
+        "uri": _data_uri(first["images"][0]) if first["images"][0] else "",
+        "truth": _boxes(first["truth"]),
+        "words": in_words(first["truth"]),
+        "views": views,
+        "unit": max(width, height) / 100,
+    }
+
+
+def _view(result: EvalResult, p: dict[str, Any]) -> dict[str, Any]:
+    score = p["score"]
+    if "hits" in score:
+        verdict = f"{sum(score['hits'].values())} of {len(p['truth']['labels'])} found"
+    else:
+        right = score.get("success", score.get("all", score.get("normalised")))
+        verdict = f"{'right' if right else 'wrong'}: {in_words(p['found']) or p['answer'][:200]}"
+    return {"title": result.title, "found": _boxes(p["found"]), "verdict": verdict}
+
+
+def _boxes(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the boxes to draw: those with labels, or the box or point of a GUI step; a point is a box of 4 pixels."""
+    boxes, labels = values.get("boxes", []), values.get("labels", [])
+    if values.get("box") is not None:
+        boxes, labels = [values["box"]], [""]
+    elif values.get("point") is not None:
+        x, y = values["point"]
+        boxes, labels = [[x - 2, y - 2, x + 2, y + 2]], [""]
+    pairs = zip(boxes, labels, strict=True)
+    return [{"x": b[0], "y": b[1], "w": b[2] - b[0], "h": b[3] - b[1], "label": label} for b, label in pairs]
+
+
+def _data_uri(path: str) -> str:
+    """Return the image as a `data:` URI; empty where the file is missing or cannot be decoded."""
+    from PIL import Image
+
+    from ray_vlm.data.images import decode
+
+    try:
+        image = Image.fromarray(decode(path))
+    except Exception:  # a decoder raises many types for a damaged file
+        return ""
+    image.thumbnail((_SHOWN_PX, _SHOWN_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def add_axes(chart: Mapping[str, Any]) -> dict[str, Any]:
+    """Add `x_ticks` and `y_ticks`, lists of (position in pixels, text), to a chart of `runs.curves.layout`."""
+    width, height, last = chart["width"], chart["height"], chart["last"]
+    top, middle, bottom = chart["marks"]
+    values = [(0.0, top), (height / 2, middle), (float(height), bottom)]
+    digits = max(2, 1 - math.floor(math.log10(top - bottom)))  # enough to tell the three values apart
+    return {
+        **chart,
+        "x_ticks": [(round(step / last * width, 1), str(step)) for step in tick_steps(math.floor(last))],
+        "y_ticks": [(y, f"{value:.{digits}f}") for y, value in values],
+    }
+
+
+def tick_steps(last: int) -> list[int]:
+    """Return whole steps from 0 to `last` at equal distances of 1, 2 or 5 times a power of ten, without duplicates.
+
+    `last` itself is added where it is at least half a distance away from the one before.
+    """
+    distance = next(
+        factor * 10**exponent
+        for exponent in range(len(str(last)) + 1)
+        for factor in (1, 2, 5)
+        if factor * 10**exponent * _MOST_INTERVALS >= last
+    )
+    steps = list(range(0, last + 1, distance))
+    return [*steps, last] if 2 * (last - steps[-1]) >= distance else steps

@@ -5,31 +5,34 @@ The base and every adapter go through the same function, with the same images, p
 
 import csv
 import json
+import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.cluster import Cluster
+from ray_vlm.config.data import Data
+from ray_vlm.config.schema import Evaluate, JobConfig, Track
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.actors import InferenceJob
-from ray_vlm.evaluate.generate import ANSWERS, answer_all, plan_batches
+from ray_vlm.evaluate.generate import ANSWERS, answer_all, plan_batches, plan_walks
 from ray_vlm.evaluate.intervals import measure_intervals
 from ray_vlm.evaluate.metrics import measure
-from ray_vlm.evaluate.pictures import EvalResult
 from ray_vlm.evaluate.prediction import Prediction, build_predictions, join_names
-from ray_vlm.evaluate.report import write_report
-from ray_vlm.evaluate.tracked import track_test
-from ray_vlm.evaluate.walks import plan_walks
+from ray_vlm.evaluate.report import EvalResult, write_report
 from ray_vlm.runs.card import CHOSE_BEST
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
+from ray_vlm.runs.read import Run, is_number, read_run
 from ray_vlm.runs.store import full_address, is_remote
+from ray_vlm.runs.trackers import WandbTracker
 
 MEMORIES = {"truth": "the truth's", "model": "the model's own"}  # `evaluate.memory` in words
 _FOLDERS = {"truth": "", "model": "-own-memory"}  # suffixes of the folders of results, by `evaluate.memory`
@@ -45,7 +48,7 @@ class EvalTarget:
     adapter: str | None = None
 
 
-def plan_subjects(
+def plan_targets(
     job: JobConfig, adapters: Sequence[str], base: bool, unquantised: bool, both_memories: bool = False
 ) -> list[EvalTarget]:
     """Plan what to measure, in the order of the report: the unquantised base, the base, the adapters.
@@ -91,24 +94,25 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
             "`data.test` is missing, and rows that chose a checkpoint do not measure it fairly. Set data.test; or set "
             "data.test_on_eval=true to measure the rows of data.eval, which every report then notes."
         )
-    weights = fetch_folder(adapter) if adapter is not None else None
+    options, weights = job.evaluate, fetch_folder(adapter) if adapter is not None else None
     parts = load_parts(
         job, ["test"], read_preprocessing(weights, sample_spec(job, [])) if weights is not None else None
     )
-    index = parts.test
+    index, builder = parts.test, load_sample_builder(parts.spec)
     assert index is not None
-    started, actors = time.monotonic(), num_actors(job)
+    started, actors = time.monotonic(), num_actors(options, job.cluster)
     uri = weights if actors == 0 or adapter is None else full_address(adapter)
-    if job.evaluate.memory == "model":
-        batches = plan_walks(index.records, job.evaluate.batch_size)
+    if options.memory == "model":
+        batches = plan_walks(index.records, options.batch_size)
     else:
-        batches = plan_batches(index.image_tokens + index.prompt_tokens, job.evaluate.batch_size)
-    work = InferenceJob(job, parts.spec, index.records, uri, batches, job.evaluate.memory)
-    answers = answer_all(work, folder / ANSWERS, actors, say, weights)
-    predictions = build_predictions(index.records, answers, load_sample_builder(parts.spec))
+        batches = plan_batches(index.image_tokens + index.prompt_tokens, options.batch_size)
+    inference = InferenceJob(job, parts.spec, index.records, uri, batches, options.memory)
+    answers = answer_all(inference, builder, folder / ANSWERS, actors, say, weights)
+    predictions = build_predictions(index.records, answers, builder)
     metrics = measure(job.task.name, predictions)
-    metrics |= {"adapter": adapter, "test": _describe_test(job), "wall_s": time.monotonic() - started}
-    metrics |= {"memory": job.evaluate.memory} if job.task.name == "gui_steps" else {}
+    tested = _describe_test(job.data, options.memory)
+    metrics |= {"adapter": adapter, "test": tested, "wall_s": time.monotonic() - started}
+    metrics |= {"memory": options.memory} if job.task.name == "gui_steps" else {}
     metrics["num_bad_rows"] = len(index.bad)
     metrics |= {"rows_chose_best": True} if job.data.test_on_eval else {}
     metrics["intervals"] = measure_intervals(job.task.name, [p.as_dict() for p in predictions])
@@ -127,19 +131,19 @@ def _titled(title: str, memory: str | None) -> str:
     return f"{title}, {MEMORIES[memory]} memory" if memory in MEMORIES else title
 
 
-def num_actors(job: JobConfig) -> int:
+def num_actors(options: Evaluate, cluster: Cluster) -> int:
     """Return the number of processes that load the model; 0 is this one alone."""
-    if job.evaluate.num_replicas is not None:
-        return job.evaluate.num_replicas
-    return job.cluster.most_workers if job.cluster.num_workers and job.cluster.gpus_per_worker else 0
+    if options.num_replicas is not None:
+        return options.num_replicas
+    return cluster.most_workers if cluster.num_workers and cluster.gpus_per_worker else 0
 
 
-def _describe_test(job: JobConfig) -> str:
+def _describe_test(data: Data, memory: str) -> str:
     """Describe the rows that are measured."""
-    test, train = job.data.tested, job.data.train
+    test, train = data.tested, data.train
     assert test is not None
     rows = test.path or f"{test.ratio} of {train.path if train else ''}"
-    return _titled(rows, "model") if job.evaluate.memory == "model" else rows
+    return _titled(rows, memory) if memory == "model" else rows
 
 
 def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
@@ -166,9 +170,12 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def evaluate_and_report(job: JobConfig, targets: Sequence[EvalTarget], output: str | None, against: str | None) -> Path:
-    """Run `ray-vlm evaluate`: evaluate, print the main metrics, write `report.html`. Return the folder."""
-    folder = resolve_output_dir(job, targets, output)
+def evaluate_and_report(targets: Sequence[EvalTarget], output: str | None, against: str | None) -> Path:
+    """Run `ray-vlm evaluate`: evaluate, print the main metrics, write `report.html`. Return the folder.
+
+    `targets`: one or more, of the same job but for `model.load_in_4bit` and `evaluate.memory`.
+    """
+    job, folder = targets[0].job, resolve_output_dir(targets, output)
     results = []
     if against is not None:
         results.append(load_result(Path(against), Path(against).name, job.task.name))
@@ -207,11 +214,12 @@ def _ids(result: EvalResult) -> list[str]:
     return [p["id"] for p in result.predictions]
 
 
-def resolve_output_dir(job: JobConfig, targets: Sequence[EvalTarget], output: str | None) -> Path:
+def resolve_output_dir(targets: Sequence[EvalTarget], output: str | None) -> Path:
     """Return the folder of the results: beside the adapter; for the base or for several adapters in the job's output
     folder."""
     if output:
         return Path(output)
+    job = targets[0].job
     adapter = targets[0].adapter if len({target.adapter for target in targets}) == 1 else None
     suffix = _FOLDERS[job.evaluate.memory]
     if is_remote(adapter or job.run.output_dir):
@@ -239,3 +247,33 @@ def load_result(folder: Path, title: str, task: str) -> EvalResult:
         return EvalResult(_titled(title, metrics.get("memory")), metrics, read_predictions(folder))
     except (OSError, ValueError) as error:
         raise RunError(f"{folder}: no evaluation that can be read ({error}). {advice}") from None
+
+
+def track_test(track: Track, adapter: str, numbers: dict[str, float]) -> None:
+    """Log `test/<metric>` to the page of the adapter's run. Do nothing without a run or without `track.wandb`.
+    `adapter`: a run's `best/`, `final/` or checkpoint."""
+    if not track.wandb:
+        return
+    base, mark, query = adapter.partition("?")
+    folder, _, name = base.rstrip("/").rpartition("/")
+    try:
+        run = read_run(f"{folder}{mark}{query}")
+    except RunError:
+        return
+    step, page = _step_of(run, name), run.about.get("id")
+    if step is None or not isinstance(page, str):
+        return
+    local_dir = tempfile.mkdtemp(prefix="ray_vlm-") if is_remote(run.address) else run.address
+    options = {"project": track.wandb_project, "entity": track.wandb_entity, "id": page, "dir": local_dir}
+    tracker = WandbTracker(options, run.address)
+    tracker.log_test({key: value for key, value in numbers.items() if is_number(value)}, step)
+    tracker.finish()
+
+
+def _step_of(run: Run, name: str) -> int | None:
+    """Return the step of a run's folder of weights; None for any other folder."""
+    if match := re.match(r"checkpoint-(\d+)-", name):
+        return int(match[1])
+    if name == "best":
+        return run.best["step"] if run.best else None
+    return run.step if name == "final" else None

@@ -5,10 +5,11 @@ A name is a folder, an address in an object store, or a name on the hub. Image s
 `preprocessing.json` beside the weights, or from a job where there is no such file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.load import load_job, load_resolved
 from ray_vlm.config.paths import is_hub_name
 from ray_vlm.config.schema import JobConfig, Model
@@ -51,11 +52,19 @@ def find_answerer(
     `cuda`; None is the device that a run trained on, otherwise a GPU if there is one. Raise `RunError` where nothing
     has that name, and `ConfigError` or `ModelError` where an option is missing or does not apply.
     """
-    if (answerer := _of_job_file(name) or _of_run(name, weights)) is None:
-        if weights is not None:
-            raise ConfigError(f"--weights {weights}: {name} is no run, so there is nothing to choose. Leave it out.")
-        return _of_weights(name, base, job, task, device)
-    return Answerer(_on_device(_with_base(answerer.job, base), device), answerer.weights, answerer.wording)
+    if (answerer := _of_job_file(name) or _of_run(name, weights)) is not None:
+        changes = {"model": _with_base(answerer.job.model, base), "cluster": _on_device(answerer.job.cluster, device)}
+        return replace(answerer, job=answerer.job.model_copy(update=changes))
+    if weights is not None:
+        raise ConfigError(f"--weights {weights}: {name} is no run, so there is nothing to choose. Leave it out.")
+    files = _read_files(name, base, job.model.name if job is not None else None)
+    if job is not None:
+        changes = {"model": _with_files(job.model, files), "cluster": _on_device(job.cluster, device)}
+        answering_job = job.model_copy(update=changes)
+    else:
+        answering_job = _build_job(files, base, task, device)
+    wording = files.folder if files.saved is not None else None
+    return Answerer(answering_job, files.folder if files.is_adapter else None, wording)
 
 
 def weights_of(run: Run, weights: str | None) -> str:
@@ -146,16 +155,17 @@ def _of_run(name: str, weights: str | None) -> Answerer | None:
     """Return the weights of a run, or of one of the folders in it; None for any other name."""
     if (run := _read_run(name)) is not None:
         if weights != BASE:
-            return _trained(_job_of(run), weights_of(run, weights))
-        return Answerer(_job_of(run), None, fetch_folder(weights_of(run, None)))  # class names come from the data
+            return _trained(run, weights_of(run, weights))
+        return Answerer(load_run_job(run), None, fetch_folder(weights_of(run, None)))  # class names come from the data
     around = _read_run(_parent(name))
     if weights is not None or around is None or not around.job or not _holds_weights(name):
         return None
-    return _trained(_job_of(around), name)
+    return _trained(around, name)
 
 
-def _trained(job: JobConfig, weights: str) -> Answerer:
-    """Return the weights of a run of this job. A whole model on this machine replaces the base."""
+def _trained(run: Run, weights: str) -> Answerer:
+    """Return weights of the run. A whole model on this machine replaces the base."""
+    job = load_run_job(run)
     if is_remote(weights) or not is_whole_model(local_path(weights)):
         return Answerer(job, weights)
     folder = local_path(weights)
@@ -163,44 +173,52 @@ def _trained(job: JobConfig, weights: str) -> Answerer:
     return Answerer(job.model_copy(update={"model": model}), None, folder)
 
 
-def _of_weights(name: str, base: str | None, job: JobConfig | None, task: str | None, device: str | None) -> Answerer:
-    """Return weights that lie outside of a run."""
+@dataclass(frozen=True)
+class _Files:
+    """Weights that lie outside of a run: an adapter with the name of its base, or a whole model with its own name.
+    `folder`: on this machine; `saved`: the `preprocessing.json` in it."""
+
+    name: str
+    folder: str
+    is_adapter: bool
+    model: str
+    saved: Saved | None
+
+
+def _read_files(name: str, base: str | None, job_base: str | None) -> _Files:
+    """Find the weights that `name` stands for. `base`, or else `job_base`, replaces the base that an adapter names."""
     folder, on_hub = _fetch(name)
-    saved, adapter = read_saved(folder), (Path(folder) / CONFIG).is_file()
-    if base is not None and not adapter:
+    saved = read_saved(folder)
+    if (Path(folder) / CONFIG).is_file():
+        return _Files(name, folder, True, _base_of_adapter(name, folder, base, job_base), saved)
+    if base is not None:
         raise ConfigError(f"--base {base}: {name} is a whole model and needs no base. Leave it out.")
-    model = _base_of_adapter(name, folder, base, job) if adapter else name if on_hub or name == "tiny" else folder
-    if job is not None:
-        quantised = job.model.load_in_4bit and (adapter or saved is None)  # a merged model is loaded as it was written
-        answering_job = _on_device(_as_job_asks(job, model, quantised), device)
-    elif saved is None and task is None:
-        raise ConfigError(
-            f"{name} does not say how to ask it (no {PREPROCESSING} beside the weights). Give a job file with the task "
-            "and the prompt: --job JOB. Or ask your own question: --question TEXT."
-        )
-    else:
-        asking = saved.asking if saved is not None else Asking()
-        section: dict[str, Any] = {"name": model, "load_in_4bit": adapter and asking.load_in_4bit}
-        section |= {"revision": asking.revision} if adapter and base is None else {}
-        answering_job = _as_weights_say(saved, task, section, device)
-    return Answerer(answering_job, folder if adapter else None, folder if saved is not None else None)
+    return _Files(name, folder, False, name if on_hub or name == "tiny" else folder, saved)
 
 
-def _with_base(job: JobConfig, base: str | None) -> JobConfig:
-    """Return the job with another base; the job itself where `base` is None."""
-    if base is None:
-        return job
-    return job.model_copy(update={"model": job.model.model_copy(update={"name": base, "revision": None})})
+def _with_files(section: Model, files: _Files) -> Model:
+    """Return a job's `model` section with the weights in place of its own."""
+    quantised = section.load_in_4bit and (files.is_adapter or files.saved is None)  # a merged model: as it was written
+    revision = section.revision if files.model == section.name else None
+    changed = {"name": files.model, "revision": revision, "load_in_4bit": quantised, "adapter": None}
+    return section.model_copy(update=changed)
 
 
-def _on_device(job: JobConfig, device: str | None) -> JobConfig:
+def _with_base(section: Model, base: str | None) -> Model:
+    """Return the `model` section with another base; the section itself where `base` is None."""
+    return section if base is None else section.model_copy(update={"name": base, "revision": None})
+
+
+def _on_device(section: Cluster, device: str | None) -> Cluster:
+    """Return the `cluster` section for `cpu` or `cuda`; the section itself where `device` is None."""
     if device is None:
-        return job
-    gpus = 0 if device == "cpu" else max(1.0, job.cluster.gpus_per_worker)
-    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"gpus_per_worker": gpus})})
+        return section
+    gpus = 0 if device == "cpu" else max(1.0, section.gpus_per_worker)
+    return section.model_copy(update={"gpus_per_worker": gpus})
 
 
-def _job_of(run: Run) -> JobConfig:
+def load_run_job(run: Run) -> JobConfig:
+    """Return the job of a run. Raise `RunError` where it cannot be read."""
     if not run.job:
         raise RunError(f"{run.address}: resolved.json cannot be read, so its model is not known.")
     return load_resolved(dict(run.job))
@@ -250,9 +268,9 @@ def _fetch(name: str) -> tuple[str, bool]:
     )
 
 
-def _base_of_adapter(name: str, folder: str, base: str | None, job: JobConfig | None) -> str:
+def _base_of_adapter(name: str, folder: str, base: str | None, job_base: str | None) -> str:
     """Return the base of an adapter. Raise `ModelError` where it is unknown or not on this machine."""
-    base_name = base or (job.model.name if job is not None else named_base(folder))
+    base_name = base or job_base or named_base(folder)
     if not base_name:
         raise ModelError(f"{name} does not name its base. Give a folder or a hub name: --base NAME.")
     if base is None and Path(base_name).is_absolute() and not Path(base_name).exists():
@@ -263,31 +281,30 @@ def _base_of_adapter(name: str, folder: str, base: str | None, job: JobConfig | 
     return base_name
 
 
-def _as_job_asks(job: JobConfig, model: str, quantised: bool) -> JobConfig:
-    """Return the job with another model."""
-    revision = job.model.revision if model == job.model.name else None
-    changed = {"name": model, "revision": revision, "load_in_4bit": quantised, "adapter": None}
-    return job.model_copy(update={"model": job.model.model_copy(update=changed)})
-
-
-def _as_weights_say(saved: Saved | None, task: str | None, model: dict[str, Any], device: str | None) -> JobConfig:
-    """Build a job for weights outside of a run from the files beside them. `model`: the job's section of that name."""
+def _build_job(files: _Files, base: str | None, task: str | None, device: str | None) -> JobConfig:
+    """Build a job for weights outside of a run from the files beside them. Raise `ConfigError` where neither they nor
+    `task` say what to ask."""
     import torch
 
-    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    saved = files.saved
+    if saved is None and task is None:
+        raise ConfigError(
+            f"{files.name} does not say how to ask it (no {PREPROCESSING} beside the weights). Give a job file with "
+            "the task and the prompt: --job JOB. Or ask your own question: --question TEXT."
+        )
     asking = saved.asking if saved is not None else Asking()
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     full_precision = asking.precision == "fp32"  # otherwise the device decides: not every GPU has bf16
-    sections: dict[str, Any] = {
-        "task": saved.task if saved is not None else task,
-        "model": model,
+    sections: dict[str, dict[str, Any]] = {
+        "model": {
+            "name": files.model,
+            "load_in_4bit": files.is_adapter and asking.load_in_4bit,
+            "revision": asking.revision if files.is_adapter and base is None else None,
+        },
         "data": {"max_image_pixels": asking.max_image_pixels},
         "train": {"precision": "fp32" if full_precision else fastest_precision("cuda:0" if on_gpu else "cpu")},
         "evaluate": {"max_new_tokens": asking.max_new_tokens},
         "cluster": {"num_workers": 0, "gpus_per_worker": int(on_gpu)},
     }
-    known = {
-        name: {k: v for k, v in section.items() if v is not None}
-        for name, section in sections.items()
-        if name != "task"
-    }
-    return JobConfig.model_validate(known | {"task": sections["task"]})
+    known = {name: {k: v for k, v in section.items() if v is not None} for name, section in sections.items()}
+    return JobConfig.model_validate(known | {"task": saved.task if saved is not None else task})

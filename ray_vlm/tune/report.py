@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.evaluate.compare import load_results
-from ray_vlm.evaluate.pictures import EvalResult, choose_images, draw_picture
-from ray_vlm.evaluate.report import render
+from ray_vlm.evaluate.report import EvalResult, choose_images, draw_picture, render
 from ray_vlm.runs.compute import measure_compute, sum_compute
 from ray_vlm.runs.curves import overlay
 from ray_vlm.runs.read import Run

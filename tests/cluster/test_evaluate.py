@@ -10,7 +10,7 @@ import pytest
 from ray_vlm.cli import main
 from ray_vlm.errors import ModelError, RunError
 from ray_vlm.evaluate import actors
-from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, do_batches
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
 
 pytestmark = pytest.mark.cluster
 
@@ -62,17 +62,17 @@ def test_any_number_of_replicas_predicts_the_same(
     assert all("answer" in json.loads(line) for line in texts[0].splitlines())
 
 
-def _refuse(loaded: InferenceWorker, records: Any, positions: Any) -> Any:
+def _refuse(worker: InferenceWorker, records: Any, positions: Any) -> Any:
     if 3 in positions:
         raise ModelError("no such model. Give another.")
     return list(positions)
 
 
-def _break(loaded: InferenceWorker, records: Any, positions: Any) -> Any:
+def _break(worker: InferenceWorker, records: Any, positions: Any) -> Any:
     raise KeyError("what")
 
 
-def _work(job_file: Any) -> InferenceJob:
+def _inference(job_file: Any) -> InferenceJob:
     from ray_vlm.config.load import load_job
 
     job = load_job(job_file())
@@ -81,14 +81,14 @@ def _work(job_file: Any) -> InferenceJob:
 
 @pytest.mark.parametrize("count", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_a_replica_refuses_arrives_as_it_was_said(job_file, count: int, ray_cluster) -> None:
-    work = _work(job_file)
+    inference = _inference(job_file)
     with pytest.raises(ModelError, match="no such model"):
-        list(do_batches(work, _refuse, range(6), count))
-    assert [number for number, _ in do_batches(work, _refuse, [5, 1], count)] == [5, 1]
+        list(run_batches(inference, _refuse, range(6), count))
+    assert [number for number, _ in run_batches(inference, _refuse, [5, 1], count)] == [5, 1]
 
 
 def test_an_unknown_failure_names_itself(job_file, ray_cluster) -> None:
-    work = _work(job_file)
+    inference = _inference(job_file)
     with pytest.raises(RunError, match="a worker failed: KeyError: 'what"):
-        list(do_batches(work, _break, range(6), 1))
-    assert actors.with_workers(work.job, 3).cluster.num_workers == 3
+        list(run_batches(inference, _break, range(6), 1))
+    assert actors.with_workers(inference.job, 3).cluster.num_workers == 3

@@ -114,17 +114,11 @@ def test_batches_are_a_function_of_the_rows_alone() -> None:
     ],
 )
 def test_a_file_of_other_answers_is_not_taken(tmp_path: Path, text: bytes) -> None:
-    from types import SimpleNamespace
-
-    work: Any = SimpleNamespace(batches=((0, 1), (2,)))
     (tmp_path / ANSWERS).write_bytes(text)
-    assert generate._read_answers(tmp_path / ANSWERS, {"rows": "mine"}, work) == {}
+    assert generate._read_answers(tmp_path / ANSWERS, {"rows": "mine"}, ((0, 1), (2,))) == {}
 
 
 def test_lines_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    work: Any = SimpleNamespace(batches=((0, 1), (2,)))
     lines = [
         {"key": {"rows": "mine"}},
         {"batch": 0, "answers": ["a"]},
@@ -136,4 +130,4 @@ def test_lines_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
         {"batch": 1, "answers": ["good"]},
     ]
     (tmp_path / ANSWERS).write_text("\n".join(map(json.dumps, lines)))
-    assert generate._read_answers(tmp_path / ANSWERS, {"rows": "mine"}, work) == {1: ["good"]}
+    assert generate._read_answers(tmp_path / ANSWERS, {"rows": "mine"}, ((0, 1), (2,))) == {1: ["good"]}

@@ -186,7 +186,7 @@ def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(
 ) -> None:
     asked = []
 
-    def stub(loaded: Any, records: Any) -> list[str]:
+    def stub(worker: Any, records: Any) -> list[str]:
         asked.append([(r.id, r.context["history"], r.context["step"]) for r in records])
         return ['{"action":"tap"}' if r.id != "row 0" else "[?" for r in records]
 
@@ -205,7 +205,7 @@ def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(
     assert [(row["Task_id"], row["step"]) for row in rows] == places
     asked.clear()
     monkeypatch.setattr(
-        generate, "answer_records", lambda loaded, records: stub(loaded, records) and ['{"action":"tap"}']
+        generate, "answer_records", lambda worker, records: stub(worker, records) and ['{"action":"tap"}']
     )
     predictor.job = predictor.job.model_copy(
         update={"evaluate": predictor.job.evaluate.model_copy(update={"batch_size": 1})}
@@ -218,7 +218,7 @@ def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(
 
 
 def test_a_table_s_images_may_lie_elsewhere(job_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "answer_records", lambda loaded, records: ["[]"] * len(records))
+    monkeypatch.setattr(generate, "answer_records", lambda worker, records: ["[]"] * len(records))
     predictor, out = _predictor(job_file, "detection", labels=["a"]), tmp_path / "found.jsonl"
     (tmp_path / "photos").mkdir()
     (tmp_path / "tables").mkdir()

@@ -79,7 +79,7 @@ def test_gui_steps_are_told_whose_memory_the_job_says(
 
     histories: list[list[tuple[str, ...]]] = []
 
-    def stub(loaded: Any, records: Any) -> list[str]:
+    def stub(worker: Any, records: Any) -> list[str]:
         histories.append([record.context["history"] for record in records])
         return ['{"action": "wait"}' for _ in records]
 

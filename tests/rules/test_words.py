@@ -16,7 +16,6 @@ BARRED = {
     *("plan_retry", "plan_pause", "fold_rows", "Folding", "Shelf", "Standing"),
 }
 ALLOWED = {  # `Ask.told` and `Predictor.predict(..., **told)` are public
-    ("ray_vlm/evaluate/questions.py", "told"),
     ("ray_vlm/evaluate/predictor.py", "told"),
 }
 

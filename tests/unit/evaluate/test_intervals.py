@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from ray_vlm.evaluate.average_precision import coco_map, mean_ap, rank
-from ray_vlm.evaluate.intervals import measure_differences, measure_intervals
+from ray_vlm.evaluate.intervals import build_statistics, measure_differences, measure_intervals
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.prediction import Prediction
-from ray_vlm.evaluate.statistics import build_statistics
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import Parsed
 

@@ -1,23 +1,36 @@
 """Pairs: which answers make one, what is refused, and that a pair comes back from its file as it went in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from ray_vlm.config.check_method import known_formats
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import JobConfig, Model, Task
+from ray_vlm.config.schema import JobConfig, Model, Pairs, Task
 from ray_vlm.data.index import build_index
 from ray_vlm.data.preprocessing import changed_since, describe_preprocessing
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import ConfigError, DataError, RunError
-from ray_vlm.evaluate.pair_file import check_output, describe_pairs, name_images, write_about, write_rows
-from ray_vlm.evaluate.pairs import build_rows, check_rows, choose_pair, pair_of
-from ray_vlm.evaluate.samples import Sample, load_scoring, plan_prompts
+from ray_vlm.evaluate.pairs import (
+    ScoredAnswer,
+    build_rows,
+    check_output,
+    check_rows,
+    choose_pair,
+    describe_pairs,
+    load_scoring,
+    name_images,
+    pair_of,
+    plan_prompts,
+    write_about,
+    write_rows,
+)
 
 FENCED = '```json\n[\n\t{"bbox_2d": [1, 2, 30, 40], "label": "circle"}\n]\n```'
 TOKENS = "<|object_ref_start|>circle<|object_ref_end|><|box_start|>(1,2),(30,40)<|box_end|>"
@@ -48,40 +61,39 @@ def test_an_answer_that_was_cut_off_is_never_the_best() -> None:
 
 
 def test_why_a_row_gives_no_pair() -> None:
-    assert pair_of([Sample("a", 1.0)], 0.1) == "unusable"
-    assert pair_of([Sample("a", 1.0), Sample("a ", 1.0)], 0.1) == "all_alike"
-    assert pair_of([Sample("a", 1.0), Sample("b", 0.95)], 0.1) == "small_margin"
-    assert pair_of([Sample("a", 1.0, whole=False), Sample("b", 0.0, whole=False)], 0.1) == "cut_off"
+    assert pair_of([ScoredAnswer("a", 1.0)], 0.1) == "unusable"
+    assert pair_of([ScoredAnswer("a", 1.0), ScoredAnswer("a ", 1.0)], 0.1) == "all_alike"
+    assert pair_of([ScoredAnswer("a", 1.0), ScoredAnswer("b", 0.95)], 0.1) == "small_margin"
+    assert pair_of([ScoredAnswer("a", 1.0, whole=False), ScoredAnswer("b", 0.0, whole=False)], 0.1) == "cut_off"
     kept = {"chosen": "a", "rejected": "b", "chosen_reward": 1.0, "rejected_reward": 0.5}
-    assert pair_of([Sample("b", 0.5), Sample("a", 1.0)], 0.5) == kept
+    assert pair_of([ScoredAnswer("b", 0.5), ScoredAnswer("a", 1.0)], 0.5) == kept
 
 
-def _job(**sections: Any) -> JobConfig:
-    return JobConfig(model={"name": "tiny"}, **{"data": {"train": {"path": "rows.json"}}} | sections)
+def _check(part: str, **data: Any) -> None:
+    job = JobConfig(model={"name": "tiny"}, data={"train": {"path": "rows.json"}} | data)
+    check_rows(job.data, part, job.task.name, known_formats(job, "test"))
 
 
 def test_rows_without_a_truth_are_refused() -> None:
-    check_rows(_job(), "train")
-    check_rows(_job(data={"train": {"path": "a", "format": "preference"}, "eval": {"path": "b"}}), "eval")
+    _check("train")
+    _check("eval", train={"path": "a", "format": "preference"}, eval={"path": "b"})
     for name in ("preference", "prompt"):
         with pytest.raises(ConfigError, match=rf"data.train.format={name}: .*rows of detection.*: coco, objects"):
-            check_rows(_job(data={"train": {"path": "a", "format": name}}), "train")
+            _check("train", train={"path": "a", "format": name})
         with pytest.raises(ConfigError, match=r"data.eval.format"):
-            check_rows(_job(data={"train": {"path": "a"}, "eval": {"path": "b", "format": name}}), "eval")
-        mixed = {"train": {"path": "a"}, "mix": [{"path": "b", "format": name}], "eval": 0.1}
+            _check("eval", eval={"path": "b", "format": name})
         with pytest.raises(ConfigError, match=r"data.mix\[0\].format"):
-            check_rows(_job(data=mixed), "eval")
+            _check("eval", mix=[{"path": "b", "format": name}], eval=0.1)
 
 
 def test_a_wrong_reward_is_named_by_its_own_key() -> None:
     with pytest.raises(ConfigError, match=r"pairs.rewards.luck: no such part of detection"):
-        load_scoring(_job(pairs={"rewards": {"luck": 1.0}}), [])
+        load_scoring("detection", Pairs(rewards={"luck": 1.0}), "iou", [])
 
 
 @pytest.mark.parametrize(("size", "num_samples", "num_prompts"), [(8, 8, 1), (8, 3, 2), (2, 8, 1), (32, 4, 8)])
 def test_prompts_at_a_time(size: int, num_samples: int, num_prompts: int) -> None:
-    job = _job(evaluate={"batch_size": size}, pairs={"num_samples": num_samples})
-    batches = plan_prompts(job, 17)
+    batches = plan_prompts(17, size, num_samples)
     assert [len(batch) for batch in batches] == [num_prompts] * (17 // num_prompts) + [17 % num_prompts] * (
         17 % num_prompts > 0
     )
@@ -144,11 +156,16 @@ def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path) 
     bad = ' \t"None",\r\n\\ \u2028 \N{GREEK SMALL LETTER BETA} \N{ROLLING ON THE FLOOR LAUGHING} </s> \x01 '
     pictures = _pictures(tmp_path, 3)
     records = [_record(image, number=i, group="site 1") for i, image in enumerate(pictures)]
-    unusable = [Sample(text, 3.0) for text in ("", " \n", "<image>", "a\0b", "<|im_start|>user", "\ud800")]
+    unusable = [ScoredAnswer(text, 3.0) for text in ("", " \n", "<image>", "a\0b", "<|im_start|>user", "\ud800")]
     sampled = [
-        [*unusable, Sample(good, 2.0), Sample(bad, 0.5), *(Sample(text.text, -1.0) for text in unusable)],
-        [Sample(good, 2.0), Sample(good, 2.0)],
-        [*unusable, Sample(good, 2.0)],
+        [
+            *unusable,
+            ScoredAnswer(good, 2.0),
+            ScoredAnswer(bad, 0.5),
+            *(replace(text, reward=-1.0) for text in unusable),
+        ],
+        [ScoredAnswer(good, 2.0), ScoredAnswer(good, 2.0)],
+        [*unusable, ScoredAnswer(good, 2.0)],
     ]
     names, root = name_images(records)
     path, lines = tmp_path / "else" / "where" / "pairs.jsonl", []
@@ -169,7 +186,7 @@ def test_ids_of_mixed_sources_stay_apart(tmp_path: Path) -> None:
     builder, pictures = _builder(), _pictures(tmp_path, 2)
     records = [_record(image, source=i) for i, image in enumerate(pictures)]
     names, _ = name_images(records)
-    sampled = [[Sample("a", 1.0), Sample("b", 0.0)]] * 2
+    sampled = [[ScoredAnswer("a", 1.0), ScoredAnswer("b", 0.0)]] * 2
     rows = list(build_rows(records, [sampled], builder, names, 0.1))
     assert [row["id"] for row in rows if isinstance(row, dict)] == ["0:0", "1:0"]
 

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_vlm.evaluate.axes import add_axes, tick_steps
 from ray_vlm.evaluate.draw import COLOURS, colour_of, draw_values
-from ray_vlm.evaluate.pictures import NUM_IMAGES, EvalResult, choose_images
-from ray_vlm.evaluate.report import write_report
+from ray_vlm.evaluate.report import NUM_IMAGES, EvalResult, add_axes, choose_images, tick_steps, write_report
 from ray_vlm.runs.curves import Curve, layout, learning_curve
 
 EVIL = "<script>alert(1)</script>"

@@ -194,11 +194,11 @@ def test_an_evaluation_asks_the_engine_that_the_job_names(job_file, engines: lis
     prepared = prepare(load_job(job_file()))
     options = {"engine": "vllm", "max_new_tokens": 5}
     job = prepared.job.model_copy(update={"evaluate": prepared.job.evaluate.model_copy(update=options)})
-    loaded = InferenceWorker(InferenceJob(job, prepared.spec, prepared.train.records, None, ()))
-    assert len(answer_records(loaded, prepared.train.records[:3])) == 3
-    assert answer_records(loaded, prepared.train.records[:1])
+    worker = InferenceWorker(InferenceJob(job, prepared.spec, prepared.train.records, None, ()))
+    assert len(answer_records(worker, prepared.train.records[:3])) == 3
+    assert answer_records(worker, prepared.train.records[:1])
     assert len(engines) == 1, "one engine for all batches"
-    longest = max(len(loaded.builder.prompt_row(record).input_ids) for record in prepared.train.records)
+    longest = max(len(worker.builder.prompt_row(record).input_ids) for record in prepared.train.records)
     assert engines[0].options["max_model_len"] == longest + 5
 
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from ray_vlm.errors import RunError
-from ray_vlm.evaluate.inputs import read_inputs
-from ray_vlm.evaluate.predict import _result, _write
+from ray_vlm.evaluate.predict import _result, _write, read_inputs
 from ray_vlm.evaluate.run import load_result
 
 

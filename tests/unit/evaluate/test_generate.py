@@ -6,7 +6,7 @@ from typing import Any
 
 from ray_vlm.config.schema import Task
 from ray_vlm.data.records import SftRecord
-from ray_vlm.evaluate.walks import plan_walks, walk
+from ray_vlm.evaluate.generate import plan_walks, walk
 from ray_vlm.tasks import gui_steps
 from ray_vlm.tasks.answers import PromptContext
 from ray_vlm.tasks.boxes import Frame
