@@ -23,6 +23,7 @@ from ray_vlm.runs.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from ray_vlm.methods.dpo import PairedDPOTrainer
     from ray_vlm.methods.grpo import PlannedGRPOTrainer
@@ -61,7 +62,7 @@ class Validation:
                 yield batch or records[:1], bool(batch)
             progress.reach(min(start + size, len(records)))
 
-    def answer(self, model: "torch.nn.Module") -> list[str]:
+    def answer(self, model: "PreTrainedModel") -> list[str]:
         """Return the model's greedy answer to each of this rank's records."""
         size, limit = self.options.batch_size, self.options.max_new_tokens
         progress = self._progress("validation, answers")
@@ -93,7 +94,7 @@ class AnswerValidation(Validation):
         model.train(was_training)
         return metrics | {"validation_s": time.monotonic() - started}, predictions
 
-    def _loss(self, model: "torch.nn.Module", batches: Iterable[tuple[Sequence[Record], bool]]) -> tuple[float, float]:
+    def _loss(self, model: "PreTrainedModel", batches: Iterable[tuple[Sequence[Record], bool]]) -> tuple[float, float]:
         """Return the sum of the trained tokens' negative log-likelihoods, and their number."""
         import torch
 
