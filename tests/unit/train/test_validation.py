@@ -1,0 +1,147 @@
+"""What happens with the result of a validation, in the training processes or beside them."""
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from ray_vlm.distributed import DistributedContext
+from ray_vlm.runs.monitor import Monitor, read_metrics
+from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.attempt import Attempt
+from ray_vlm.train.callbacks.checkpointing import Progress
+from ray_vlm.train.callbacks.metrics import StepTimer
+from ray_vlm.train.callbacks.validation import ValidationCallback
+from ray_vlm.train.validators import ValidationResult
+
+
+class _Weights:
+    """Writes a file that says which weights it is."""
+
+    def gather(self) -> None:
+        pass
+
+    def save(self, folder: Path) -> None:
+        (folder / "weights").write_text("of the trainer")
+
+
+class _Validator:
+    """Gives the metrics that it was built with, one after the other; `is_ready` decides when."""
+
+    def __init__(self, results: list[dict[str, float]], waits: bool):
+        self.step: int | None = None
+        self.waits, self.is_ready = waits, waits
+        self.resumed: tuple[int, set[int]] | None = None
+        self.discarded: list[int] = []
+        self._results = results
+
+    def resume(self, step: int, measured: Collection[int]) -> None:
+        self.resumed = step, set(measured)
+
+    def submit(self, trainer: Any, since: float) -> None:
+        assert self.step is None, "one at a time"
+        self.step = trainer.state.global_step
+
+    def ready(self) -> bool:
+        return self.step is not None and self.is_ready
+
+    def result(self) -> ValidationResult:
+        assert self.step is not None
+        step, self.step = self.step, None
+        text = f"of step {step}"
+        save: Callable[[Path], Any] = lambda folder: (folder / "weights").write_text(text)  # noqa: E731
+        return ValidationResult(step, self._results.pop(0), tuple, save)
+
+    def discard(self, step: int) -> None:
+        self.discarded.append(step)
+
+
+class _Trainer:
+    def __init__(self, step: int):
+        self.state, self.control = TrainerState(global_step=step), TrainerControl()
+
+
+Build = Callable[..., tuple[ValidationCallback, RunPaths, Progress]]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """A function that builds the callback of a run in `tmp_path`."""
+
+    def of(validator: _Validator, patience: int | None = None) -> tuple[ValidationCallback, RunPaths, Progress]:
+        paths, progress = RunPaths(tmp_path), Progress()
+        paths.store.write(".attempt.json", json.dumps({"attempt": 1, "token": "a"}).encode())
+        callback = ValidationCallback(
+            validator,
+            "f1_50",
+            patience,
+            10,
+            Attempt(1, "a"),
+            paths,
+            _Weights(),  # type: ignore[arg-type]
+            progress,
+            Monitor(paths.metrics, attempt=1),
+            StepTimer(),
+            DistributedContext(),
+            lambda: None,
+        )
+        return callback, paths, progress
+
+    return of
+
+
+def test_the_best_weights_are_kept_and_a_worse_validation_changes_nothing(build: Build) -> None:
+    validator = _Validator([{"f1_50": 0.5, "loss": 1.0}, {"f1_50": 0.4, "loss": 0.9}], waits=True)
+    callback, paths, progress = build(validator)
+    assert callback.run(_Trainer(5)) == {"f1_50": 0.5, "loss": 1.0}  # type: ignore[arg-type]
+    assert (paths.best / "weights").read_text() == "of step 5"
+    callback.run(_Trainer(10))  # type: ignore[arg-type]
+    assert (paths.best / "weights").read_text() == "of step 5"
+    assert (progress.best or {})["step"] == 5
+    assert progress.since_best == 1
+    lines = read_metrics(paths.metrics)
+    assert [(line["kind"], line["step"], line["epoch"], line["f1_50"]) for line in lines] == [
+        ("eval", 5, 0.5, 0.5),
+        ("eval", 10, 1.0, 0.4),
+    ]
+    assert validator.discarded == [5, 10]
+
+
+def test_training_stops_after_so_many_validations_without_a_better_one(build: Build) -> None:
+    callback, _, _ = build(_Validator([{"f1_50": score} for score in (0.5, 0.5, 0.4)], waits=True), patience=2)
+    stopped = []
+    for step in (1, 2, 3):
+        trainer = _Trainer(step)
+        callback.run(trainer)  # type: ignore[arg-type]
+        stopped.append(trainer.control.should_training_stop)
+    assert stopped == [False, False, True], "an equal score is no better one"
+
+
+def test_a_result_that_comes_later_is_of_the_weights_that_were_submitted(build: Build) -> None:
+    validator = _Validator([{"f1_50": 0.5}], waits=False)
+    callback, paths, progress = build(validator)
+    assert callback.run(_Trainer(4)) == {}  # type: ignore[arg-type]
+    args: Any = None
+    callback.on_step_end(args, TrainerState(global_step=5), TrainerControl())
+    assert progress.best is None
+    validator.is_ready = True
+    callback.on_step_end(args, TrainerState(global_step=6), TrainerControl())
+    assert (progress.best or {})["step"] == 4
+    assert (paths.best / "weights").read_text() == "of step 4"
+    callback.wait(TrainerControl())  # nothing is left to wait for
+
+
+def test_an_earlier_attempt_s_validations_count(build: Build) -> None:
+    validator = _Validator([], waits=False)
+    callback, paths, progress = build(validator)
+    earlier = Monitor(paths.metrics, attempt=1)
+    for step, score in ((2, 0.5), (4, 0.3), (6, 0.9)):
+        earlier.write("eval", step, 0.1, {"f1_50": score, "background_s": 1.0})
+    earlier.close()
+    callback.resume(4)
+    assert progress.best == {"step": 2, "metrics": {"f1_50": 0.5, "background_s": 1.0}, "path": paths.uri("best")}
+    assert progress.since_best == 1
+    assert validator.resumed == (4, {2, 4}), "the one of step 6 is of weights that are gone"
