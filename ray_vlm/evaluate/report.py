@@ -13,8 +13,8 @@ from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.evaluate.axes import add_axes
 from ray_vlm.evaluate.intervals import measure_differences
 from ray_vlm.evaluate.pictures import EvalResult, choose_images, draw_picture
-from ray_vlm.runs.curves import learning_curve
 from ray_vlm.runs.monitor import current_lines, read_metrics
+from ray_vlm.runs.plot import learning_curve
 from ray_vlm.runs.read import is_number
 
 if TYPE_CHECKING:

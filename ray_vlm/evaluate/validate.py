@@ -21,7 +21,7 @@ from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.methods.groups import score_answers
 from ray_vlm.methods.rewards import total
 from ray_vlm.methods.rollout import Sampling, sample_groups
-from ray_vlm.runs.progress import Progress
+from ray_vlm.runs.console import Progress
 
 
 def validate_answers(

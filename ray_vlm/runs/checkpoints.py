@@ -67,14 +67,22 @@ def write_part(store: Store, name: str, part: str, fill: Callable[[Path], None])
     return files
 
 
-def commit(store: Store, name: str, files: Files, step: int, **about: Any) -> None:
-    """Write the manifest for `files`, after all of them are written. Keys of `about`: attempt, score, and free ones."""
+def commit(
+    store: Store,
+    name: str,
+    files: Files,
+    step: int,
+    attempt: int = 1,
+    score: float | None = None,
+    **about: object,
+) -> None:
+    """Write the manifest for `files`, after all of them are written. `score` and `about`: see `Checkpoint`."""
     body = {
         "format": FORMAT,
         "writer": f"ray_vlm {__version__}",
         "step": step,
-        "attempt": about.pop("attempt", 1),
-        "score": _finite(about.pop("score", None)),
+        "attempt": attempt,
+        "score": score if score is not None and math.isfinite(score) else None,
         "about": about,
         "files": {file: {"size": size, "sha256": digest} for file, (size, digest) in sorted(files.items())},
     }
@@ -238,7 +246,3 @@ def _digest(path: Path, sync: bool = True) -> tuple[int, str]:
 
 def _seal(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _finite(score: float | None) -> float | None:
-    return score if score is not None and math.isfinite(score) else None

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_vlm.runs.curves import main_key, points_of, smooth
 from ray_vlm.runs.monitor import LOWER_IS_BETTER, NOT_MEASURES
+from ray_vlm.runs.plot import main_key, points_of, smooth
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_duration, format_number, format_table, plain_text
 
@@ -125,7 +125,7 @@ def _fold(job: Mapping[str, Any], unset: set[str]) -> dict[str, Any]:
     return folded
 
 
-def _tell_setting(value: Any) -> str:
+def _tell_setting(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.drivers import living_driver
 from ray_vlm.runs.keys import split_key
-from ray_vlm.runs.monitor import best_line, current_lines, read_line
+from ray_vlm.runs.manifest import living_driver
+from ray_vlm.runs.monitor import best_line, current_lines, describe_attempts, parse_log, read_line, write_training_log
 from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.schema import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
 from ray_vlm.runs.store import Store, is_remote, join, local_path
-from ray_vlm.runs.training_log import describe_attempts, parse_log, write_training_log
 
 LOG = "training_log.json"
 MARKS = ("run.json", "resolved.json", LOG)  # a folder with one of these is a run

@@ -3,7 +3,6 @@
 import time
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 _WIDEST = 48  # characters of a cell
 
@@ -63,6 +62,6 @@ def _short(text: str) -> str:
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST // 2 - 2]}...{text[-(_WIDEST // 2 - 1) :]}"
 
 
-def plural(number: Any, word: str) -> str:
+def plural(number: int | str, word: str) -> str:
     """Return `1 step`, `2 steps`."""
     return f"{number} {word}{'' if number == 1 else 's'}"

@@ -21,12 +21,10 @@ from ray_vlm.methods import METHODS
 from ray_vlm.models import library_logging
 from ray_vlm.models.lora import count_trainable
 from ray_vlm.models.precision import describe_emulation
-from ray_vlm.runs.console import Console
-from ray_vlm.runs.monitor import Monitor, read_metrics
+from ray_vlm.runs.console import Console, send_progress
+from ray_vlm.runs.monitor import Monitor, TrainingLog, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
-from ray_vlm.runs.progress import send_progress
 from ray_vlm.runs.trackers import KeptFiles, build_trackers
-from ray_vlm.runs.training_log import TrainingLog
 from ray_vlm.train.attempt import Attempt, begin_attempt, check_owner
 from ray_vlm.train.clock import name_device, watch_usage
 from ray_vlm.train.context import DistributedContext

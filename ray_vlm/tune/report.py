@@ -11,7 +11,7 @@ from ray_vlm.evaluate.compare import load_results
 from ray_vlm.evaluate.pictures import EvalResult, choose_images, draw_picture
 from ray_vlm.evaluate.report import render
 from ray_vlm.runs.compute import measure_compute, sum_compute
-from ray_vlm.runs.curves import overlay
+from ray_vlm.runs.plot import overlay
 from ray_vlm.runs.read import Run
 from ray_vlm.runs.text import format_duration, format_number, format_setting
 from ray_vlm.tune.coordinates import lay_out

@@ -23,12 +23,11 @@ from ray_vlm.config.resume import check_resume, touches
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, Interrupted, RunError
-from ray_vlm.runs.drivers import refuse_living, this_process
-from ray_vlm.runs.manifest import finish_manifest
+from ray_vlm.runs.manifest import finish_manifest, refuse_living, this_process
+from ray_vlm.runs.monitor import write_training_log
 from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.store import Store, join
 from ray_vlm.runs.trackers import adopt_wandb_login
-from ray_vlm.runs.training_log import write_training_log
 from ray_vlm.train.driver import describe_job
 from ray_vlm.train.prepare import absolute_paths, prepare, wanted_parts
 from ray_vlm.tune.finish import finish_sweep

@@ -11,7 +11,7 @@ from ray_vlm.evaluate.axes import add_axes, tick_steps
 from ray_vlm.evaluate.draw import COLOURS, colour_of, draw_values
 from ray_vlm.evaluate.pictures import NUM_IMAGES, EvalResult, choose_images
 from ray_vlm.evaluate.report import write_report
-from ray_vlm.runs.curves import Curve, layout, learning_curve
+from ray_vlm.runs.plot import Curve, layout, learning_curve
 
 EVIL = "<script>alert(1)</script>"
 
