@@ -15,12 +15,12 @@ from ray_vlm.config.section import Largest, Section
 from ray_vlm.config.train import Part, Train
 
 
-def _named(value: Any) -> Any:
+def _named(value: object) -> object:
     """Expand `sft` to `{name: sft}`."""
     return {"name": value} if isinstance(value, str) else value
 
 
-def _with_reward(job: dict) -> dict:
+def _with_reward(job: dict[str, Any]) -> dict[str, Any]:
     """Set the default metric of GRPO, the reward: its loss does not measure progress."""
     method, evaluate = job.get("method"), job.get("evaluate", {})
     if isinstance(method, dict) and method.get("name") == "grpo" and isinstance(evaluate, dict):
@@ -292,7 +292,7 @@ class JobConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_names(cls, value: Any) -> Any:
+    def _expand_names(cls, value: object) -> object:
         if isinstance(value, dict):
             value = {k: _named(v) if k in ("method", "task") else v for k, v in value.items()}
             return _with_reward(value)

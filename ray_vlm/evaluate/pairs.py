@@ -89,7 +89,7 @@ def check_rows(job: JobConfig, part: str) -> None:
         sources: dict[str, Any] = {"data.eval": data.eval}
     else:
         sources = {"data.train": data.train, **{f"data.mix[{i}]": source for i, source in enumerate(data.mix)}}
-    formats = ", ".join(known_formats(job, "test"))
+    formats = ", ".join(known_formats(job.method.name, job.task.name, "test"))
     problems = [
         f"{key}.format={source.format}: answers are scored against a truth, and such rows have none. Use a job with "
         f"rows of {job.task.name}, such as the one that the model was trained by: {formats}."

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_vlm.cluster.environment import read_environment
 from ray_vlm.config.load import dump_job, fill_defaults
+from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
@@ -39,7 +40,7 @@ from ray_vlm.runs.monitor import write_training_log
 from ray_vlm.runs.paths import RunPaths, write_bad_rows, write_json
 from ray_vlm.runs.trackers import adopt_wandb_login
 from ray_vlm.train.launch import launch
-from ray_vlm.train.prepare import Prepared, absolute_paths, prepare
+from ray_vlm.train.prepare import Prepared, prepare
 from ray_vlm.train.worker_spec import WorkerSpec
 
 

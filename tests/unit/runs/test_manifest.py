@@ -1,4 +1,4 @@
-"""`run.json`: the outcome of each attempt; a running run is not deleted, a driver that was replaced writes nothing more."""
+"""`run.json`: the outcome of each attempt; a running run is not deleted, and a replaced driver writes nothing more."""
 
 import json
 import os
