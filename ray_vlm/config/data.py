@@ -7,10 +7,6 @@ from pydantic import Field, field_validator, model_validator
 from ray_vlm.config.section import Largest, Section
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 class Source(Section):
     """A source of rows."""
 
@@ -70,9 +66,10 @@ class Data(Section):
     @classmethod
     def _expand_ratios(cls, value: object) -> object:
         """Expand `eval: 0.1` to `eval: {ratio: 0.1}`."""
-        if isinstance(value, dict):
-            value = {k: {"ratio": v} if k in ("eval", "test") and _is_number(v) else v for k, v in value.items()}
-        return value
+        if not isinstance(value, dict):
+            return value
+        numbers = {k: v for k, v in value.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        return value | {part: {"ratio": numbers[part]} for part in ("eval", "test") if part in numbers}
 
     @property
     def tested(self) -> Source | None:

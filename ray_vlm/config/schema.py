@@ -15,11 +15,6 @@ from ray_vlm.config.section import Largest, Section
 from ray_vlm.config.train import Part, Train
 
 
-def _named(value: object) -> object:
-    """Expand `sft` to `{name: sft}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
 def _with_reward(job: dict[str, Any]) -> dict[str, Any]:
     """Set the default metric of GRPO, the reward: its loss does not measure progress."""
     method, evaluate = job.get("method"), job.get("evaluate", {})
@@ -293,7 +288,8 @@ class JobConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _expand_names(cls, value: object) -> object:
-        if isinstance(value, dict):
-            value = {k: _named(v) if k in ("method", "task") else v for k, v in value.items()}
-            return _with_reward(value)
-        return value
+        """Expand `method: sft` to `method: {name: sft}`."""
+        if not isinstance(value, dict):
+            return value
+        names = {k: v for k, v in value.items() if k in ("method", "task") and isinstance(v, str)}
+        return _with_reward(value | {key: {"name": name} for key, name in names.items()})

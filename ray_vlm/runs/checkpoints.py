@@ -20,7 +20,7 @@ from typing import Any
 
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store, full_address, is_remote, making, whole_or_gone
+from ray_vlm.runs.store import Store, full_address, is_remote, making, split_address, whole_or_gone
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # version of the manifest and of the files of a checkpoint
@@ -224,10 +224,9 @@ def fetch_folder(address: str) -> str:
     """
     if not is_remote(address):
         return address
-    base, mark, options = full_address(address).partition("?")
-    parent, _, name = base.rstrip("/").rpartition("/")
+    parent, name = split_address(full_address(address))
     try:
-        return str(open_checkpoint(Store(f"{parent}{mark}{options}"), name)[1])
+        return str(open_checkpoint(Store(parent), name)[1])
     except (Damaged, OSError) as error:
         raise RunError(f"{address} cannot be used: {error}. Give a run's best/ or final/.") from None
 

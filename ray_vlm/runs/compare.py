@@ -46,7 +46,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     sections = {
         SETTINGS: differing_settings(runs),
         "on data.test": _measures([metrics.get("overall", {}) for _, metrics in chosen], same_task and len(tests) == 1),
-        _VALIDATION: _measures([_validated(run) for run in runs], same_task and same_method and len(validated) == 1),
+        _VALIDATION: _measures([run.best or {} for run in runs], same_task and same_method and len(validated) == 1),
         "training": _training(runs),
     }
     return Comparison(titles, _notes(runs, titles, chosen, same_task, tests), {k: v for k, v in sections.items() if v})
@@ -146,10 +146,6 @@ def best_of(name: str, values: Sequence[float | None]) -> tuple[int, ...]:
         return ()
     best = min(known) if name.endswith(LOWER_IS_BETTER) else max(known)
     return tuple(i for i, value in enumerate(values) if value == best)
-
-
-def _validated(run: Run) -> Mapping[str, Any]:
-    return run.best or {}
 
 
 def _training(runs: Sequence[Run]) -> tuple[Line, ...]:

@@ -197,9 +197,7 @@ def _shares(trained: int, total: int) -> str:
 def follow(paths: RunPaths, console: Console) -> Iterator[None]:
     """While the body runs, print each line that another process appends to the run's `metrics.jsonl`."""
     done = threading.Event()
-    shown = (
-        paths.metrics.stat().st_size if paths.metrics.is_file() else 0
-    )  # bytes of earlier attempts, which are not printed
+    shown = paths.metrics.stat().st_size if paths.metrics.is_file() else 0  # earlier attempts are not printed again
     thread = threading.Thread(target=_follow, args=(paths, console, done, shown), name="ray-vlm-console", daemon=True)
     thread.start()
     try:

@@ -31,16 +31,8 @@ from ray_vlm.runs.store import Store, join
 from ray_vlm.runs.text import plural
 
 _PACKAGES = (
-    "ray",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "torchvision",
-    "datasets",
-    "deepspeed",
+    *("ray", "torch", "transformers", "trl", "peft", "bitsandbytes"),
+    *("accelerate", "torchvision", "datasets", "deepspeed"),
 )
 CLAIMED = ".claimed"  # reserves a name in an object store until the run's first files are written
 _KEPT = (

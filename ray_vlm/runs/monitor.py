@@ -63,9 +63,7 @@ def current_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     current: list[dict[str, Any]] = []
     newest = 0
     for line in lines:
-        if (
-            line["attempt"] < newest
-        ):  # a worker of an older attempt that is still alive, such as after a network failure
+        if line["attempt"] < newest:  # of an older attempt's worker that is alive, such as after a network failure
             continue
         newest = line["attempt"]
         if line["kind"] == "start":
@@ -228,9 +226,7 @@ class TrainingLog:
             self._best = _find_best(known, self._configuration, self._paths.uri("best"))
         self._best = best or self._best
         if line["kind"] == "start" or self._is_due(line["kind"] in ("eval", "checkpoint", "epoch")):
-            with suppress(
-                OSError
-            ):  # of a full disk: the next checkpoint raises it, and the driver writes the log again
+            with suppress(OSError):  # of a full disk: the next checkpoint raises it, the driver writes the log again
                 self._check()
                 self.write()
 
@@ -351,9 +347,8 @@ def parse_log(data: bytes, name: str) -> LogContent:
         if len(sound) < len(listed):
             faults.append(f"{len(listed) - len(sound)} of {len(listed)} entries of its {history} are altered")
         lines += sound
-    lines.sort(
-        key=lambda line: (line["attempt"], line["step"])
-    )  # stable, so lines of one step stay in the order of `HISTORIES`
+    # The sort is stable, so lines of one step stay in the order of `HISTORIES`.
+    lines.sort(key=lambda line: (line["attempt"], line["step"]))
     job = keep_sound("resolved.json", configuration if isinstance(configuration, dict) else {}, name, faults)
     return LogContent(about if isinstance(about, dict) else {}, job, lines, tuple(faults))
 

@@ -26,6 +26,16 @@ from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole
 _SEE_S = 15.0  # how long a network file system may take to show another node's new file
 
 
+class _Name:
+    """The path of the file or folder of this name in a run's local folder, as an attribute of `RunPaths`."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, paths: "RunPaths", owner: type) -> Path:
+        return paths.root / self._name
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """The files of one run: the local folder `root`, and the address `remote` of a run in an object store."""
@@ -33,49 +43,17 @@ class RunPaths:
     root: Path
     remote: str | None = None
 
-    @property
-    def job(self) -> Path:
-        return self.root / "job.yaml"
-
-    @property
-    def resolved(self) -> Path:
-        return self.root / "resolved.json"
-
-    @property
-    def run(self) -> Path:
-        return self.root / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def training_log(self) -> Path:
-        return self.root / "training_log.json"
-
-    @property
-    def bad_rows(self) -> Path:
-        return self.root / "bad_rows.jsonl"
-
-    @property
-    def bad_steps(self) -> Path:
-        return self.root / "bad_steps.jsonl"
-
-    @property
-    def balance(self) -> Path:
-        return self.root / "balance.json"
-
-    @property
-    def best(self) -> Path:
-        return self.root / "best"
-
-    @property
-    def final(self) -> Path:
-        return self.root / "final"
-
-    @property
-    def evaluate(self) -> Path:
-        return self.root / "evaluate"
+    job = _Name("job.yaml")
+    resolved = _Name("resolved.json")
+    run = _Name("run.json")
+    metrics = _Name("metrics.jsonl")
+    training_log = _Name("training_log.json")
+    bad_rows = _Name("bad_rows.jsonl")
+    bad_steps = _Name("bad_steps.jsonl")
+    balance = _Name("balance.json")
+    best = _Name("best")
+    final = _Name("final")
+    evaluate = _Name("evaluate")
 
     @property
     def address(self) -> str:

@@ -19,12 +19,8 @@ from ray_vlm.runs.monitor import LINE_KEYS
 from ray_vlm.runs.paths import RunPaths
 
 _WANDB_HOSTS = ("wandb.ai", "coreweave.com")  # of W&B's own servers; a self-hosted one has a base URL
-_KEPT = (
-    "training_log.json",
-    "tensorboard/*",
-    "wandb/offline-run-*/**/*",
-)  # copied to an object store during the run, beside `metrics.jsonl`
-
+# Copied to an object store during the run, beside `metrics.jsonl`.
+_KEPT = ("training_log.json", "tensorboard/*", "wandb/offline-run-*/**/*")
 _AGAIN_S = 60.0  # between two copies of a tracker's file, which grows all the time
 
 # name in metrics.jsonl -> name in trackers
@@ -108,9 +104,8 @@ class KeptFiles:
 
     def __init__(self, paths: RunPaths):
         self._paths = paths
-        self._sent: dict[
-            Path, tuple[tuple[int, int], float]
-        ] = {}  # (time, size) of the file as it was copied, and when
+        # Of each file: (time, size) as it was copied, and when.
+        self._sent: dict[Path, tuple[tuple[int, int], float]] = {}
 
     def publish(self, everything: bool) -> None:
         """Copy new and changed files to the store; with `everything` also those copied less than `_AGAIN_S` ago.
