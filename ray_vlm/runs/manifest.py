@@ -98,19 +98,17 @@ def check_free(output_dir: str, name: str, overwrite: bool) -> None:
         raise RunError(f"run.name={name!r}: {store.local} is a link or a file. Give another run.name.")
     try:
         names = store.names()
-    except OSError as error:
-        raise cannot_write(output_dir, error) from None
-    if not names:
-        return
-    if not overwrite:
-        raise RunError(
-            f"run.name={name!r}: {store.address} is already in use. Go on with it by --resume, give another run.name, "
-            "or start with --overwrite to delete what is there."
-        )
-    if "run.json" not in names:
-        raise RunError(f"--overwrite: {store.address} is not a run folder (run.json is missing), so it is not deleted.")
-    try:
-        check_not_driven(store, "--overwrite")
+        if names and not overwrite:
+            raise RunError(
+                f"run.name={name!r}: {store.address} is already in use. Go on with it by --resume, give another "
+                "run.name, or start with --overwrite to delete what is there."
+            )
+        if names and "run.json" not in names:
+            raise RunError(
+                f"--overwrite: {store.address} is not a run folder (run.json is missing), so it is not deleted."
+            )
+        if names:
+            check_not_driven(store, "--overwrite")
     except OSError as error:
         raise cannot_write(output_dir, error) from None
 
@@ -125,28 +123,23 @@ def find_run(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
 
     Raises `RunError` if there is something other than a run, or if it cannot be read.
     """
+    paths = None
     try:
-        return _find(output_dir, name, stem)
+        if name is None:
+            numbers = _numbers(Store(output_dir).names(), stem)
+            name = f"{stem}-{max(numbers):03d}" if numbers else None
+        if name is None or not (store := Store(join(output_dir, name))).names():
+            return None
+        check_whole(store)
+        paths = open_run(store.address)
+        paths.refresh(*(paths.root / file for file in _KEPT))
+        return paths
     except OSError as error:
+        if paths is not None:
+            paths.discard()
         raise RunError(
             f"run.output_dir={output_dir!r} cannot be read ({error}). Fix the cause and try again."
         ) from None
-
-
-def _find(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
-    if name is None:
-        numbers = _numbers(Store(output_dir).names(), stem)
-        name = f"{stem}-{max(numbers):03d}" if numbers else None
-    if name is None or not (store := Store(join(output_dir, name))).names():
-        return None
-    check_whole(store)
-    paths = open_run(store.address)
-    try:
-        paths.refresh(*(paths.root / file for file in _KEPT))
-    except OSError:
-        paths.discard()
-        raise
-    return paths
 
 
 def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command: list[str]) -> None:

@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.paths import RunPaths, finite
 from ray_vlm.runs.schema import is_number, is_sound_line, keep_sound, load_sound, number_of
 from ray_vlm.runs.store import making
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LINE_KEYS = ("kind", "attempt", "step", "epoch", "time")  # keys of a line that are no metrics
 NOT_MEASURES = (*LINE_KEYS, "validation_s", "background_s")  # keys of a validation's line that are no measures
@@ -89,18 +92,31 @@ def best_line(lines: Iterable[dict[str, Any]], metric: str) -> dict[str, Any] | 
     return evals[max(ranked)[1]] if ranked else None
 
 
+class Tracker(Protocol):
+    """A service that gets the numbers and sample images of a run, such as those of `runs/trackers.py`."""
+
+    def log(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        """Log one line's numbers."""
+
+    def pictures(self, images: "Sequence[tuple[str, Image]]", step: int) -> None:
+        """Log sample images of a validation, each with its caption."""
+
+    def finish(self) -> None:
+        """Send the remaining data and end."""
+
+
 class Monitor:
     """Appends to `metrics.jsonl`; call `close` at the end.
 
-    `trackers`: see `runs/trackers.py`. `show` is called with each line, `record` with each line and `best`, the best
-    checkpoint so far, and `publish` when the file should be copied to an object store.
+    `show` is called with each line, `record` with each line and `best`, the best checkpoint so far, and `publish` when
+    the file should be copied to an object store.
     """
 
     def __init__(
         self,
         path: Path,
         attempt: int,
-        trackers: Sequence[Any] = (),
+        trackers: Sequence[Tracker] = (),
         show: Callable[[dict[str, Any]], None] | None = None,
         publish: Callable[[], None] | None = None,
         record: Callable[[dict[str, Any], Mapping[str, Any] | None], None] | None = None,
@@ -142,8 +158,8 @@ class Monitor:
         for tracker in self._trackers:
             tracker.log(kind, line | values, step)
 
-    def pictures(self, step: int, draw: Callable[[], Sequence[tuple[str, Any]]]) -> None:
-        """Send sample images to the trackers. `draw` returns captions and PIL images; it is not called without any."""
+    def pictures(self, step: int, draw: "Callable[[], Sequence[tuple[str, Image]]]") -> None:
+        """Send sample images to the trackers, if there are any. `draw` returns captions and images."""
         if self._trackers and (images := draw()):
             for tracker in self._trackers:
                 tracker.pictures(images, step)

@@ -36,17 +36,6 @@ STYLE = {
     "legend.frameon": False,
     "text.parse_math": False,  # a class may be called `$5`
 }
-
-
-def font_families() -> list[str]:
-    """Return font families: matplotlib's own, then one with Chinese, Japanese and Korean if it is installed."""
-    from matplotlib import font_manager
-
-    known = {font.name for font in font_manager.fontManager.ttflist}
-    wanted = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC")
-    return ["DejaVu Sans", *[name for name in (*wanted, "Microsoft YaHei", "Arial Unicode MS") if name in known][:1]]
-
-
 Points = list[tuple[float, float]]
 
 # The main number of a run: the first of these keys that its training lines have, and its title.
@@ -55,6 +44,11 @@ FROM_ZERO = ("loss", "preference_accuracy")  # axes that include 0; a reward has
 _MOST = 400  # points drawn of a line; more are not visible
 _WEIGHT = 0.9  # of the previous values in a smoothed line
 _BLOCKS = "▁▂▃▄▅▆▇█"
+COLOURS = ["#2563eb", "#e08a00", "#0a9a6b", "#c2568f", "#d5480b", "#38a3d9", "#7c3aed", "#6b7684"]
+DASHES = ["-", "--", ":", "-."]  # once the colours are used up
+_NAMED = 16  # runs that a legend can hold
+_PANEL = (6.5, 3.6)  # inches
+_EVEN = ("learning_rate", "epoch")  # numbers without noise, which are not smoothed
 
 
 @dataclass(frozen=True)
@@ -167,11 +161,13 @@ def layout(title: str, curves: Sequence[Curve], from_zero: bool, width: int = 76
     }
 
 
-COLOURS = ["#2563eb", "#e08a00", "#0a9a6b", "#c2568f", "#d5480b", "#38a3d9", "#7c3aed", "#6b7684"]
-DASHES = ["-", "--", ":", "-."]  # once the colours are used up
-_NAMED = 16  # runs that a legend can hold
-_PANEL = (6.5, 3.6)  # inches
-_EVEN = ("learning_rate", "epoch")  # numbers without noise, which are not smoothed
+def font_families() -> list[str]:
+    """Return font families: matplotlib's own, then one with Chinese, Japanese and Korean if it is installed."""
+    from matplotlib import font_manager
+
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    wanted = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC")
+    return ["DejaVu Sans", *[name for name in (*wanted, "Microsoft YaHei", "Arial Unicode MS") if name in known][:1]]
 
 
 def plot_runs(runs: Sequence[Run], titles: Sequence[str], keys: Sequence[str] = (), form: str = "png") -> bytes:
@@ -238,13 +234,8 @@ def check_keys(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
 def default_keys(runs: Sequence[Run]) -> list[str]:
     """Return the keys that are drawn by default."""
     there = set(numbers_of(runs))
-    wanted = [
-        *(main_key(run.current) for run in runs),
-        "loss",
-        *(run.metric for run in runs),
-        "learning_rate",
-        "grad_norm",
-    ]
+    main, metrics = [main_key(run.current) for run in runs], [run.metric for run in runs]
+    wanted = [*main, "loss", *metrics, "learning_rate", "grad_norm"]
     return [key for key in dict.fromkeys(wanted) if key in there] or ["loss"]
 
 
