@@ -174,7 +174,7 @@ def _notes(
     titles: Sequence[str],
     chosen: Sequence[tuple[str, dict[str, Any]]],
     same_task: bool,
-    tests: set[Any],
+    tests: set[tuple[object, object]],
 ) -> tuple[str, ...]:
     """Return notes on what makes numbers incomparable and on files that could not be read."""
     notes = []

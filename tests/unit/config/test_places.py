@@ -56,14 +56,14 @@ def test_files_are_looked_for_here_and_then_beside_the_job(job_file: Path) -> No
 
 def test_absolute_paths_stay_as_they_are(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("base").mkdir()
-    job = load_job(job_file, ["model.name=base", "train.vision_cache=~/cache", "data.test={path: 's3://b/rows.json'}"])
+    job = load_job(job_file, ["model.name=base", "train.vision_cache=~/cache", "data.test={path: 'gs://b/rows.json'}"])
     absolute, here = absolute_paths(job), Path.cwd()
     assert (absolute.model.name, absolute.model.adapter) == (str(here / "base"), "trained"), (
-        "the adapter may be a hub's"
+        "the adapter may be on the hub"
     )
     assert absolute.data.train.image_root == str(here / "photos")
     assert absolute.data.mix[0].path == str(here / "more.json")
-    assert absolute.data.test.path == "s3://b/rows.json"
+    assert absolute.data.test.path == "gs://b/rows.json"
     assert absolute.train.vision_cache == str(Path.home() / "cache")
     assert absolute.run.output_dir == str(here / "outputs")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
