@@ -222,14 +222,11 @@ def _read_run(broken: str, whole: str, draw: bool) -> int:
     from ray_vlm.runs.card import write_card
     from ray_vlm.runs.compare import compare_runs, describe_comparison, run_titles
     from ray_vlm.runs.compute import measure_compute, sum_compute, write_markdown
-    from ray_vlm.runs.drivers import check_not_driven
-    from ray_vlm.runs.export import write_table
-    from ray_vlm.runs.manifest import end_attempt, start_attempt
-    from ray_vlm.runs.paths import find_run
+    from ray_vlm.runs.manifest import check_not_driven, end_attempt, find_run, start_attempt
+    from ray_vlm.runs.monitor import write_training_log
     from ray_vlm.runs.plot import plot_runs
     from ray_vlm.runs.read import find_runs, read_run
-    from ray_vlm.runs.show import describe_run, describe_runs
-    from ray_vlm.runs.training_log import write_training_log
+    from ray_vlm.runs.show import describe_run, describe_runs, write_table
 
     runs = [read_run(address) for address in (broken, whole)]
     describe_run(runs[0])

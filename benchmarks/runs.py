@@ -8,9 +8,8 @@ from typing import Any
 
 from benchmarks.figures import figure, report
 from ray_vlm.cli import main
-from ray_vlm.runs.monitor import Monitor
+from ray_vlm.runs.monitor import Monitor, TrainingLog
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.training_log import TrainingLog
 
 
 def write_runs(folder: Path, num_runs: int, num_steps: int) -> list[Path]:

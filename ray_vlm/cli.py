@@ -88,9 +88,9 @@ class _Compatibility(argparse.Action):
     """Print the table and exit, as `--version` does: no job is needed."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        from ray_vlm.config.compatibility import describe
+        from ray_vlm.config.docs import describe_compatibility
 
-        print("\n".join(describe()))
+        print("\n".join(describe_compatibility()))
         parser.exit()
 
 
@@ -164,10 +164,11 @@ def _config(args: argparse.Namespace) -> None:
 
     job = load_job(args.job, args.overrides)
     if args.dry_run:
+        from ray_vlm.config.paths import absolute_paths
         from ray_vlm.data.preview import describe_prepared
         from ray_vlm.train.prepare import prepare
 
-        prepared = prepare(job)
+        prepared = prepare(absolute_paths(job))
         print(describe_prepared(prepared.train, prepared.plan, prepared.spec, prepared.balance))
         print("\n".join(["", *(f"note: {note}" for note in prepared.notes), "# all settings, defaults written out"]))
     print(yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True), end="")
@@ -201,8 +202,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
+    from ray_vlm.config.paths import absolute_paths
     from ray_vlm.evaluate.pairs import make_pairs
-    from ray_vlm.train.prepare import absolute_paths
 
     job = absolute_paths(load_job(args.job, args.overrides))
     make_pairs(job, args.adapter, args.part, args.output, overwrite=args.overwrite)

@@ -14,8 +14,7 @@ from typing import Any
 from ray_vlm.cluster.package import IGNORE_GITIGNORE, Archive
 from ray_vlm.config.data import Source
 from ray_vlm.config.load import dump_job
-from ray_vlm.config.paths import is_hub_name
-from ray_vlm.config.resume import check_output_dir
+from ray_vlm.config.paths import check_output_dir, is_hub_name
 from ray_vlm.config.schema import JobConfig
 
 # Arguments of the verbs by what they name; all others name no file. A test checks that none is missing.

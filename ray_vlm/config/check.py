@@ -4,16 +4,12 @@
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
-from ray_vlm.config.check_cluster import CLUSTER_RULES
-from ray_vlm.config.check_method import METHOD_RULES, check_method, known_metrics
-from ray_vlm.config.check_tune import TUNE_RULES, check_tune
-from ray_vlm.config.data import Source
+from ray_vlm.config.check_method import METHOD_RULES, Broken, Rule, check_method, check_trl, known_metrics
+from ray_vlm.config.data import Data, Source
 from ray_vlm.config.resume import touches
-from ray_vlm.config.rule import Rule
-from ray_vlm.config.schema import JobConfig
-from ray_vlm.config.trl import check_trl
+from ray_vlm.config.schema import Evaluate, JobConfig, Task, Tune
 
 # Options that only some tasks read; for others they would have no effect.
 _OF_TASKS = {
@@ -28,8 +24,7 @@ _OF_TASKS = {
 _SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
 
 
-def _sources(job: JobConfig) -> list[Source]:
-    data = job.data
+def _sources(data: Data) -> list[Source]:
     return [s for s in (data.train, *data.mix, data.eval, data.test) if s is not None]
 
 
@@ -59,7 +54,7 @@ def _share(source: Source | None) -> float:
 
 RULES: list[Rule] = [
     (
-        lambda j: any(bool(s.path) == (s.ratio is not None) for s in _sources(j)),
+        lambda j: any(bool(s.path) == (s.ratio is not None) for s in _sources(j.data)),
         ("data",),
         "each source needs a `path`, or for eval and test a `ratio` of the training rows, and not both.",
     ),
@@ -92,7 +87,7 @@ RULES: list[Rule] = [
     ),
     (
         lambda j: any(
-            s.format != "gui_csv" and (s.task_start or s.task_end or s.max_tasks) is not None for s in _sources(j)
+            s.format != "gui_csv" and (s.task_start or s.task_end or s.max_tasks) is not None for s in _sources(j.data)
         ),
         ("data",),
         "task_start, task_end and max_tasks choose among the tasks of a gui_csv. Remove them, or use max_rows.",
@@ -174,7 +169,7 @@ RULES: list[Rule] = [
         "a name is empty or listed twice. Name each class once.",
     ),
     (
-        lambda j: j.evaluate.metric not in known_metrics(j),
+        lambda j: j.evaluate.metric not in _metrics_of(j),
         ("evaluate.metric", "task", "method"),
         "this method and task do not produce this metric. Use one of: {metrics}.",
     ),
@@ -255,8 +250,121 @@ RULES: list[Rule] = [
         "it is neither a folder nor an address that can hold runs. Use a path, s3://, gs://, abfs:// or hdfs://.",
     ),
     *METHOD_RULES,
-    *TUNE_RULES,
-    *CLUSTER_RULES,
+    (
+        lambda j: j.tune.resident and j.cluster.most_workers > 1,
+        ("tune.resident", "cluster.num_workers"),
+        "a trial is one process with one device. Set cluster.num_workers to 1 or 0.",
+    ),
+    (
+        lambda j: j.tune.resident and j.lora is None,
+        ("tune.resident", "lora"),
+        "the first trial would change all weights of the base. Train a LoRA, or leave it out.",
+    ),
+    (
+        lambda j: j.tune.resident and j.evaluate.asynchronous,
+        ("tune.resident", "evaluate.asynchronous"),
+        "a separate process for validation needs its own copy of the base. Leave one of them out.",
+    ),
+    (
+        lambda j: j.train.memory is not None and j.cluster.gpu_memory_gib is None,
+        ("train.memory", "cluster.gpu_memory_gib"),
+        "it fits the job to a GPU, whose memory is not given. Set cluster.gpu_memory_gib.",
+    ),
+    (
+        lambda j: bool(j.train.probe) and j.cluster.zero_stage == 3,
+        ("train.probe", "cluster.deepspeed"),
+        "under ZeRO-3 no worker has all weights to run a batch before training begins. Leave it out.",
+    ),
+    (
+        lambda j: j.train.nonfinite != "stop" and j.cluster.deepspeed is not None,
+        ("train.nonfinite", "cluster.deepspeed"),
+        "DeepSpeed takes its step before the gradient can be checked. Leave train.nonfinite out.",
+    ),
+    (
+        lambda j: j.train.precision == "fp16" and j.cluster.deepspeed is not None,
+        ("train.precision", "cluster.deepspeed"),
+        "DeepSpeed scales the loss by itself, and a step that it skips cannot be distinguished from a fault. Use bf16 "
+        "or fp32, or leave cluster.deepspeed out.",
+    ),
+    (
+        lambda j: j.train.vision_cache is not None and j.cluster.zero_stage == 3,
+        ("train.vision_cache", "cluster.deepspeed"),
+        "under ZeRO-3 no worker has all weights of the image encoder, whose hash is part of each file's name. Use "
+        "zero2, or leave it out.",
+    ),
+    (
+        lambda j: j.cluster.most_workers > j.train.global_batch_size,
+        ("cluster.num_workers", "train.global_batch_size"),
+        "there are more workers than rows in a step, so some would only run padding. Raise train.global_batch_size, or "
+        "use fewer.",
+    ),
+    (
+        lambda j: isinstance(j.cluster.num_workers, list) and j.cluster.least_workers >= j.cluster.most_workers,
+        ("cluster.num_workers",),
+        "the first number is the fewest workers, the second, larger one the most. Give [fewest, most], or one number.",
+    ),
+    (
+        lambda j: isinstance(j.cluster.num_workers, list) and j.cluster.deepspeed is not None,
+        ("cluster.num_workers", "cluster.deepspeed"),
+        "a DeepSpeed checkpoint can only be read by the same number of workers. Give one number, or leave DeepSpeed "
+        "out.",
+    ),
+    (
+        lambda j: isinstance(j.cluster.num_workers, list) and j.evaluate.asynchronous,
+        ("cluster.num_workers", "evaluate.asynchronous"),
+        "elastic workers would take the resources of the validation process. Give one number, or leave "
+        "evaluate.asynchronous out.",
+    ),
+    (
+        lambda j: j.cluster.gpus_per_worker not in (0, 1),
+        ("cluster.gpus_per_worker",),
+        "a worker trains on one GPU or on CPUs. Use 0 or 1, and more workers for more GPUs.",
+    ),
+    (
+        lambda j: j.cluster.deepspeed is not None and j.cluster.num_workers == 0,
+        ("cluster.deepspeed", "cluster.num_workers"),
+        "it partitions among workers, which Ray starts. Set cluster.num_workers to 1 or more, or leave it out.",
+    ),
+    (
+        lambda j: j.cluster.deepspeed is not None and j.tune.resident,
+        ("cluster.deepspeed", "tune.resident"),
+        "a base that is kept for all trials cannot be partitioned by each of them. Leave one of them out.",
+    ),
+    (
+        lambda j: j.cluster.zero_stage == 3 and j.method.name == "grpo",
+        ("cluster.deepspeed", "method"),
+        "under ZeRO-3 every token that is sampled would gather the whole model. Use zero2, with model.load_in_4bit if "
+        "the base is too large for a GPU.",
+    ),
+    (
+        lambda j: (
+            j.cluster.zero_stage == 3
+            and j.method.name == "dpo"
+            and j.lora is not None
+            and bool(j.train.gradient_checkpointing)
+            and "vision" in j.lora.target
+        ),
+        ("cluster.deepspeed", "method", "lora.target", "train.gradient_checkpointing"),
+        "with gradient checkpointing under ZeRO-3 the image encoder's adapter gets no gradient from pairs. Use "
+        "lora.target without vision, train.gradient_checkpointing=false, or zero2.",
+    ),
+    (
+        lambda j: j.cluster.zero_stage == 3 and j.method.precompute_ref_log_probs,
+        ("cluster.deepspeed", "method.precompute_ref_log_probs"),
+        "the reference runs before the weights are partitioned. Use zero2, or leave precompute_ref_log_probs out.",
+    ),
+    (
+        lambda j: (
+            j.cluster.zero_stage == 3
+            and j.data.eval is not None
+            and j.method.name == "sft"
+            and j.evaluate.metric != "loss"
+            and not j.evaluate.asynchronous
+        ),
+        ("cluster.deepspeed", "evaluate.metric", "evaluate.asynchronous", "data", "method"),
+        "under ZeRO-3 every token of an answer would gather the whole model. Set evaluate.metric=loss, or "
+        "evaluate.asynchronous=true if one GPU can hold the base.",
+    ),
 ]
 
 
@@ -270,18 +378,44 @@ def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, s
 
     `unread` are keys whose values could not be read: rules that need one of them are skipped.
     """
-    metrics = ", ".join(known_metrics(job))
+    known = _metrics_of(job)
+    metrics = ", ".join(known)
     broken = [
         (keys[0], reason.replace("{metrics}", metrics))
         for fails, keys, reason in RULES
         if not any(touches(key, other) for key in keys for other in unread) and fails(job)
     ]
-    sections = [*check_method(job), *check_tune(job)]
+    sections = [*check_method(job), *_check_tune(job.tune, known)]
     broken += [(key, text) for key, text in sections if not any(touches(key, other) for other in unread)]
-    return broken + list(_check_task(job)) + list(check_trl(job))
+    return broken + list(_check_task(job.task)) + list(check_trl(job.method))
 
 
-def _check_task(job: JobConfig) -> Iterator[tuple[str, str]]:
+def _metrics_of(job: JobConfig) -> tuple[str, ...]:
+    return known_metrics(job.method, job.task.name, job.data.eval)
+
+
+def tune_metrics(tune: Tune, evaluate: Evaluate) -> tuple[str, ...]:
+    """Return the metric that ranks the job's trials, followed by those that are shown beside it."""
+    if tune.metric is None:
+        return (evaluate.metric,)
+    return (tune.metric,) if isinstance(tune.metric, str) else tuple(tune.metric)
+
+
+def _check_tune(tune: Tune, known: tuple[str, ...]) -> Broken:
+    """Check the metrics that rank trials. `known`: those that `evaluate.metric` may name."""
+    if tune.metric is None:
+        return  # the default is `evaluate.metric`, which has its own rule
+    metrics = [tune.metric] if isinstance(tune.metric, str) else tune.metric
+    if not metrics or len(set(metrics)) < len(metrics):
+        yield "tune.metric", "it needs one metric, or a list of different ones, of which the first ranks."
+    if wrong := [name for name in metrics if name not in known]:
+        yield (
+            "tune.metric",
+            f"this method and task do not produce {', '.join(wrong)}. Use one of: {', '.join(known)}.",
+        )
+
+
+def _check_task(task: Task) -> Broken:
     for key, tasks in _OF_TASKS.items():
-        if job.task.name not in tasks and getattr(job.task, key) != type(job.task).model_fields[key].default:
-            yield f"task.{key}", f"{job.task.name} does not use it; {' and '.join(tasks)} do. Remove it."
+        if task.name not in tasks and getattr(task, key) != type(task).model_fields[key].default:
+            yield f"task.{key}", f"{task.name} does not use it; {' and '.join(tasks)} do. Remove it."

@@ -1,12 +1,16 @@
-"""Rules of the methods: the rows, settings and batch sizes of SFT, DPO and GRPO. Pure functions of the job."""
+"""Rules of the methods: the rows, settings, batch sizes and TRL options of SFT, DPO and GRPO. Pure functions."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
-from ray_vlm.config.data import Source
-from ray_vlm.config.method import METHOD_METRICS, OF_METHODS
-from ray_vlm.config.rule import Rule
+from ray_vlm.config.cluster import Cluster
+from ray_vlm.config.data import Data, Source
+from ray_vlm.config.method import METHOD_METRICS, OF_METHODS, Method
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.train import Train
 
+# (whether a job breaks the rule, the keys that it reads, of which the first is reported, reason and fix)
+Rule = tuple[Callable[[JobConfig], bool], tuple[str, ...], str]
 Broken = Iterator[tuple[str, str]]  # (dotted key, reason and fix)
 
 # What `evaluate.metric` may name for each task; higher is better for all but the loss.
@@ -60,22 +64,25 @@ METHOD_RULES: list[Rule] = [
 ]
 
 
-def known_metrics(job: JobConfig) -> tuple[str, ...]:
-    """Return the metrics that `evaluate.metric` may name: the method's, and the task's if the rows have its format."""
-    metrics = METHOD_METRICS[job.method.name]
-    if not job.method.num_generations_eval:
+def known_metrics(method: Method, task: str, held_out: Source | None) -> tuple[str, ...]:
+    """Return the metrics that `evaluate.metric` may name: the method's, and the task's if the rows have its format.
+
+    `held_out`: the source of `data.eval`.
+    """
+    metrics = METHOD_METRICS[method.name]
+    if not method.num_generations_eval:
         metrics = tuple(name for name in metrics if name != "sampled_reward")
-    measured = job.method.name != "dpo" and not (job.data.eval is not None and job.data.eval.format == "prompt")
-    return (*metrics, *TASK_METRICS[job.task.name]) if measured else metrics
+    measured = method.name != "dpo" and not (held_out is not None and held_out.format == "prompt")
+    return (*metrics, *TASK_METRICS[task]) if measured else metrics
 
 
-def known_formats(job: JobConfig, part: str) -> tuple[str, ...]:
+def known_formats(method: str, task: str, part: str) -> tuple[str, ...]:
     """Return the formats that `data.<part>` may have: pairs for DPO; the task's own formats or prompts for GRPO; for
     SFT and `data.test` only the task's own."""
-    own = tuple(name for name, task in FORMAT_TASKS.items() if task == job.task.name)
-    if part == "test" or job.method.name == "sft":
+    own = tuple(name for name, its_task in FORMAT_TASKS.items() if its_task == task)
+    if part == "test" or method == "sft":
         return own
-    return ("preference",) if job.method.name == "dpo" else (*own, "prompt")
+    return ("preference",) if method == "dpo" else (*own, "prompt")
 
 
 def check_method(job: JobConfig) -> Broken:
@@ -84,41 +91,34 @@ def check_method(job: JobConfig) -> Broken:
     for key, methods in OF_METHODS.items():
         if method.name not in methods and getattr(method, key) != type(method).model_fields[key].default:
             yield f"method.{key}", f"{method.name} does not use it; {' and '.join(methods)} do. Remove it."
-    yield from _check_formats(job)
-    yield from _check_weights(job)
+    yield from _check_formats(job.data, method.name, job.task.name)
+    yield from _check_weights(job.data, method)
     if method.name != "sft":
-        yield from _check_even(job)
+        yield from _check_even(method, job.train, job.cluster)
 
 
-def _check_formats(job: JobConfig) -> Broken:
-    sources: dict[str, tuple[Source | None, ...]] = {
-        "train": (job.data.train, *job.data.mix),
-        "eval": (job.data.eval,),
-        "test": (job.data.test,),
-    }
-    for part, part_sources in sources.items():
-        known = known_formats(job, part)
-        wrong = sorted({s.format for s in part_sources if s is not None and s.path and s.format not in known})
-        if wrong:
+def _check_formats(data: Data, method: str, task: str) -> Broken:
+    parts = {"train": (data.train, *data.mix), "eval": (data.eval,), "test": (data.test,)}
+    for part, sources in parts.items():
+        known = known_formats(method, task, part)
+        if wrong := sorted({s.format for s in sources if s is not None and s.path and s.format not in known}):
             yield (
                 f"data.{part}.format",
-                f"{', '.join(wrong)} holds no rows for {job.method.name} of {job.task.name}. Use one of: "
-                f"{', '.join(known)}.",
+                f"{', '.join(wrong)} holds no rows for {method} of {task}. Use one of: {', '.join(known)}.",
             )
 
 
-def _check_weights(job: JobConfig) -> Broken:
+def _check_weights(data: Data, method: Method) -> Broken:
     """Check that class weights are used with SFT's plain loss, and oversampling with rows that have classes."""
-    data, trl = job.data, job.method.trl
     for key in ("class_weights", "condition_weights"):
         if getattr(data, key) is None:
             continue
-        if job.method.name != "sft":
+        if method.name != "sft":
             yield (
                 f"data.{key}",
-                f"the weights apply to the tokens that sft imitates; {job.method.name} has none. Remove it.",
+                f"the weights apply to the tokens that sft imitates; {method.name} has none. Remove it.",
             )
-        elif trl.get("loss_type", "nll") != "nll" or trl.get("label_smoothing_factor"):
+        elif method.trl.get("loss_type", "nll") != "nll" or method.trl.get("label_smoothing_factor"):
             yield (
                 f"data.{key}",
                 "the weights apply to the plain loss; loss_type and label smoothing do not use them. Remove one of the "
@@ -129,13 +129,13 @@ def _check_weights(job: JobConfig) -> Broken:
         yield "data.oversample", f"rows of {', '.join(sorted(made))} have no classes. Remove it, or weight the sources."
 
 
-def _check_even(job: JobConfig) -> Broken:
+def _check_even(method: Method, train: Train, cluster: Cluster) -> Broken:
     """Check that pairs, or groups of answers, divide evenly among the workers: TRL's means over workers assume it.
 
     A group is never split between workers. `train.global_batch_size` counts the answers of all groups.
     """
-    group = job.method.num_generations if job.method.name == "grpo" else 1
-    batch, micro = job.train.global_batch_size, job.train.micro_batch_size
+    group = method.num_generations if method.name == "grpo" else 1
+    batch, micro = train.global_batch_size, train.micro_batch_size
     what = "sampled answers" if group > 1 else "pairs"
     if batch % group:
         yield (
@@ -144,12 +144,12 @@ def _check_even(job: JobConfig) -> Broken:
             f"multiple, such as {group * max(1, round(batch / group))}.",
         )
         return
-    for workers in range(job.cluster.least_workers, job.cluster.most_workers + 1):
+    for workers in range(cluster.least_workers, cluster.most_workers + 1):
         if batch // group % workers:
             even = group * workers * max(1, batch // group // workers)
             groups = f" in {batch // group} groups" if group > 1 else ""
             fix = f"Use train.global_batch_size={even}."
-            if isinstance(job.cluster.num_workers, list):
+            if isinstance(cluster.num_workers, list):
                 fix = "Use a train.global_batch_size that all numbers of workers divide, or one number of workers."
             yield "cluster.num_workers", f"{workers} workers cannot share {batch} {what}{groups} evenly. {fix}"
             return
@@ -159,3 +159,98 @@ def _check_even(job: JobConfig) -> Broken:
                 f"{micro} does not divide the {batch // workers} {what} of one worker in a step. Use a divisor of it.",
             )
             return
+
+
+# TRL options with a setting of the job's own: setting them in `method.trl` too is an error.
+NAMED_IN_JOB = {
+    "learning_rate": "train.learning_rate",
+    "weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "num_train_epochs": "train.num_epochs",
+    "max_steps": "train.max_steps",
+    "warmup_ratio": "train.warmup_ratio",
+    "warmup_steps": "train.warmup_ratio",
+    "lr_scheduler_type": "train.min_lr_ratio",
+    "lr_scheduler_kwargs": "train.min_lr_ratio",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "per_device_eval_batch_size": "evaluate.batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "seed": "seed",
+    "data_seed": "seed",
+    "output_dir": "run.output_dir",
+    "run_name": "run.name",
+    "report_to": "track.wandb",
+    "logging_steps": "train.log_every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_strategy": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "evaluate.every_steps",
+    "eval_strategy": "evaluate.every_steps",
+    "max_length": "data.max_tokens",
+    "completion_only_loss": "method.loss_on",
+    "assistant_only_loss": "method.loss_on",
+    "model_init_kwargs": "model",
+    "ddp_find_unused_parameters": "lora.target",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "auto_find_batch_size": "train.micro_batch_size",
+    "logging_strategy": "train.log_every_steps",
+    "logging_first_step": "train.log_every_steps",
+    "use_cpu": "cluster.gpus_per_worker",
+    "deepspeed": "cluster.deepspeed",
+    "eval_on_start": "evaluate.at_start",
+    "eval_delay": "evaluate.every_steps",
+    "load_best_model_at_end": "evaluate.metric",
+    "beta": "method.beta",
+    "loss_type": "method.loss_type",
+    "precompute_ref_log_probs": "method.precompute_ref_log_probs",
+    "num_generations": "method.num_generations",
+    "temperature": "method.temperature",
+    "top_p": "method.top_p",
+    "top_k": "method.top_k",
+    "max_completion_length": "method.max_completion_tokens",
+    "reward_weights": "method.rewards",
+    "num_generations_eval": "method.num_generations_eval",
+    "use_vllm": "method.rollouts",
+    "fsdp": "cluster.deepspeed",
+    "fsdp_config": "cluster.deepspeed",
+}
+
+# TRL options that would break the order and the batching of rows.
+DECIDED_BY_FEED = (
+    *("average_tokens_across_devices", "packing", "padding_free", "dataset_kwargs", "disable_tqdm"),
+    *("logging_nan_inf_filter", "push_to_hub", "dataloader_num_workers", "train_sampling_strategy"),
+    *("ignore_data_skip", "resume_from_checkpoint", "save_only_model", "enable_jit_checkpoint"),
+    *("steps_per_generation", "generation_batch_size", "num_iterations", "shuffle_dataset", "sync_ref_model"),
+    *("precompute_ref_batch_size", "generation_kwargs", "use_transformers_continuous_batching", "log_completions"),
+    *("vllm_mode", "vllm_importance_sampling_correction"),
+)
+
+
+def check_trl(method: Method) -> Broken:
+    """Yield each option of `method.trl` that cannot be passed through."""
+    for key, value in method.trl.items():
+        if key in NAMED_IN_JOB:
+            if key == "loss_type" and method.name == "sft":
+                continue  # the losses of SFT have no setting of the job
+            yield f"method.trl.{key}", f"this job sets that as `{NAMED_IN_JOB[key]}`. Set it there, and only there."
+        elif key in DECIDED_BY_FEED:
+            yield f"method.trl.{key}", "this is decided by how rows are fed to TRL. Remove it."
+        elif not _is_plain(value):
+            yield (
+                f"method.trl.{key}",
+                "it is not plain data. Use text, finite numbers, true/false, null, lists and mappings.",
+            )
+
+
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Whether `value` survives a round trip through JSON to the workers."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return depth < 20 and all(isinstance(k, str) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, list):
+        return depth < 20 and all(_is_plain(v, depth + 1) for v in value)
+    return value is None or isinstance(value, str | int)

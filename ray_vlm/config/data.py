@@ -1,14 +1,10 @@
 """The `data` section of a job: the sources of rows, the size of images, and how often each row is shown."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ray_vlm.config.section import Largest, Section
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Source(Section):
@@ -58,7 +54,7 @@ class Source(Section):
 
     @field_validator("task_start", "task_end", mode="before")
     @classmethod
-    def _id_as_text(cls, value: Any) -> Any:
+    def _id_as_text(cls, value: object) -> object:
         """Convert an id that YAML reads as a number, `task_start: 1`, to text."""
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -68,11 +64,12 @@ class Data(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_ratios(cls, value: Any) -> Any:
+    def _expand_ratios(cls, value: object) -> object:
         """Expand `eval: 0.1` to `eval: {ratio: 0.1}`."""
-        if isinstance(value, dict):
-            value = {k: {"ratio": v} if k in ("eval", "test") and _is_number(v) else v for k, v in value.items()}
-        return value
+        if not isinstance(value, dict):
+            return value
+        numbers = {k: v for k, v in value.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        return value | {part: {"ratio": numbers[part]} for part in ("eval", "test") if part in numbers}
 
     @property
     def tested(self) -> Source | None:

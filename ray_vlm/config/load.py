@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ray_vlm.config.check import check_job
 from ray_vlm.config.paths import resolve_paths
@@ -31,7 +32,7 @@ SourceLocations = dict[tuple[str | int, ...], str]  # dotted path -> "jobs/x.yam
 class _Loader(yaml.SafeLoader):
     """A safe YAML loader that reads `1e-4` as a number and reports the line of a value that cannot be built."""
 
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except (ValueError, KeyError, IndexError, AttributeError, OverflowError, TypeError) as error:
@@ -65,7 +66,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     return resolve_paths(job, path)
 
 
-def _validate(values: dict) -> tuple[JobConfig | None, list]:
+def _validate(values: dict) -> tuple[JobConfig | None, list[ErrorDetails]]:
     """Validate the values; return the job and pydantic's errors.
 
     After errors the values are validated again without the bad ones, so that the rules across sections can be checked
@@ -167,7 +168,7 @@ def _construct(text: str) -> tuple[Any, list[tuple[tuple[str | int, ...], int]]]
     return loader.construct_document(node) if node else None, entries
 
 
-def _entries(node: Any, path: tuple) -> Iterator[tuple[tuple[str | int, ...], int]]:
+def _entries(node: yaml.Node | None, path: tuple) -> Iterator[tuple[tuple[str | int, ...], int]]:
     """Yield the path and line of every entry below a node, following aliases."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -211,7 +212,7 @@ def _apply_override(values: dict, locations: SourceLocations, override: str) -> 
     return []
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return _REPR.repr(value)
 
 
@@ -223,7 +224,7 @@ def _describe_location(locations: SourceLocations, path: tuple, name: str) -> st
     return f"{name}: `{'.'.join(map(str, path))}`" if path else name
 
 
-def _explain(error: Any, locations: SourceLocations, name: str) -> str:
+def _explain(error: ErrorDetails, locations: SourceLocations, name: str) -> str:
     """Format one pydantic error as location, value, reason and fix."""
     path = tuple(error["loc"])
     where, value, kind = _describe_location(locations, path, name), error.get("input"), error["type"]

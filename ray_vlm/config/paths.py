@@ -1,4 +1,4 @@
-"""Resolve the relative paths of a job: in the current folder first, then in the folder of the job file.
+"""Resolve the paths of a job, in the current folder first, then in the folder of the job file; make them absolute.
 
 Code that reads files or imports functions gets a name without the job, sometimes in another process. So this module
 holds the folder of the job file that this process runs, and the names that are in neither folder.
@@ -8,11 +8,14 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import ConfigError
+from ray_vlm.runs.store import full_address
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _job_folder: str | None = None
@@ -37,27 +40,78 @@ def resolve_paths(job: JobConfig, job_file: str | Path) -> JobConfig:
     use_job_folder(str(beside.absolute()))
     _missing.clear()
 
-    def resolve(name: str | None, is_file: bool) -> str | None:
-        if not name or "://" in name or name.startswith(("/", "~")) or os.path.exists(name):
+    def resolve(name: str) -> str:
+        if _is_absolute(name) or os.path.exists(name) or not os.path.exists(beside / name):
             return name
-        if os.path.exists(beside / name):
-            return str(beside / name)
-        if is_file:
+        return str(beside / name)
+
+    def resolve_file(name: str) -> str:
+        resolved = resolve(name)
+        if not _is_absolute(name) and not os.path.exists(resolved):
             _missing.add(str(Path(name).absolute()))
-        return name
+        return resolved
+
+    return _replace_inputs(job, resolve_file, resolve, resolve_file)
+
+
+def absolute_paths(job: JobConfig) -> JobConfig:
+    """Return the job with absolute local paths, which hold in every process; one that has them already stays as it is.
+
+    A command makes them absolute once, after it has shown the job as it was written and before it works with it: Ray
+    workers have another current folder. Raises `ConfigError` for a relative `run.output_dir` in a Ray job.
+    """
+    address, cache = job.run.output_dir, job.train.vision_cache
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (problems := check_output_dir(address)):
+        raise ConfigError(problems)
+    changes = {
+        "train": job.train.model_copy(update={"vision_cache": cache and _absolute(cache)}),
+        "run": job.run.model_copy(update={"output_dir": full_address(address)}),
+    }
+    return _replace_inputs(job.model_copy(update=changes), full_address, _absolute_folder, _absolute_folder)
+
+
+def _replace_inputs(
+    job: JobConfig, rows: Callable[[str], str], base: Callable[[str], str], adapter: Callable[[str], str]
+) -> JobConfig:
+    """Return the job with other names of what it reads. `rows`, `base` and `adapter` return the new name of a file or
+    folder of rows, of `model.name` and of `model.adapter`."""
 
     def source(value: Source | None) -> Source | None:
         if value is None or not value.path:
             return value
-        changed = {"path": resolve(value.path, is_file=True), "image_root": resolve(value.image_root, is_file=True)}
-        return value.model_copy(update=changed)
+        root = rows(value.image_root) if value.image_root else None
+        return value.model_copy(update={"path": rows(value.path), "image_root": root})
 
     data: dict[str, Any] = {name: source(getattr(job.data, name)) for name in ("train", "eval", "test")}
     data["mix"] = tuple(source(value) for value in job.data.mix)
-    model = {"name": resolve(job.model.name, is_file=False), "adapter": resolve(job.model.adapter, is_file=True)}
+    model = {"name": base(job.model.name), "adapter": job.model.adapter and adapter(job.model.adapter)}
     return job.model_copy(
         update={"data": job.data.model_copy(update=data), "model": job.model.model_copy(update=model)}
     )
+
+
+def _is_absolute(name: str) -> bool:
+    """Whether a name is an address or the same from every current folder."""
+    return "://" in name or name.startswith(("/", "~"))
+
+
+def _absolute(path: str) -> str:
+    return str(Path(os.path.expanduser(path)).absolute())
+
+
+def _absolute_folder(name: str) -> str:
+    """Return the absolute path of a model's folder; a name of no local folder is one on the hub and stays."""
+    return _absolute(name) if os.path.exists(os.path.expanduser(name)) else name
+
+
+def check_output_dir(address: str, name: str = "run.output_dir") -> list[str]:
+    """Return why a Ray job may not write to `address`, or an empty list: a relative path is in a temporary copy."""
+    if _is_absolute(address):
+        return []
+    return [
+        f"{name}={address!r} is relative, and a Ray job runs in a copy of the folder that is deleted afterwards. "
+        "Give an absolute path on a file system that all nodes share, or s3://..."
+    ]
 
 
 def is_hub_name(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The settings that a resumed job may change, and the paths that a Ray job may write to."""
+"""The settings that a resumed job may change."""
 
 import re
 from collections.abc import Mapping
@@ -39,22 +39,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _same_name(old: Any, new: Any) -> bool:
+def _same_name(old: object, new: object) -> bool:
     """Whether two absolute paths have the same last part, so that they may be copies of the same file."""
-    both = isinstance(old, str) and isinstance(new, str) and old.startswith("/") and new.startswith("/")
-    return both and old.rsplit("/", 1)[-1] == new.rsplit("/", 1)[-1]
+    if not (isinstance(old, str) and isinstance(new, str) and old.startswith("/") and new.startswith("/")):
+        return False
+    return old.rsplit("/", 1)[-1] == new.rsplit("/", 1)[-1]
 
 
 def touches(key: str, other: str) -> bool:
     """Whether one dotted key equals or contains the other."""
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
-
-
-def check_output_dir(address: str, name: str = "run.output_dir") -> list[str]:
-    """Return why a Ray job may not write to `address`, or an empty list: a relative path is in a temporary copy."""
-    if "://" in address or address.startswith(("/", "~")):
-        return []
-    return [
-        f"{name}={address!r} is relative, and a Ray job runs in a copy of the folder that is deleted afterwards. "
-        "Give an absolute path on a file system that all nodes share, or s3://..."
-    ]

@@ -15,12 +15,7 @@ from ray_vlm.config.section import Largest, Section
 from ray_vlm.config.train import Part, Train
 
 
-def _named(value: Any) -> Any:
-    """Expand `sft` to `{name: sft}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _with_reward(job: dict) -> dict:
+def _with_reward(job: dict[str, Any]) -> dict[str, Any]:
     """Set the default metric of GRPO, the reward: its loss does not measure progress."""
     method, evaluate = job.get("method"), job.get("evaluate", {})
     if isinstance(method, dict) and method.get("name") == "grpo" and isinstance(evaluate, dict):
@@ -292,8 +287,9 @@ class JobConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_names(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            value = {k: _named(v) if k in ("method", "task") else v for k, v in value.items()}
-            return _with_reward(value)
-        return value
+    def _expand_names(cls, value: object) -> object:
+        """Expand `method: sft` to `method: {name: sft}`."""
+        if not isinstance(value, dict):
+            return value
+        names = {k: v for k, v in value.items() if k in ("method", "task") and isinstance(v, str)}
+        return _with_reward(value | {key: {"name": name} for key, name in names.items()})

@@ -1,6 +1,6 @@
 """The `train` section of a job: the optimizer, the batches, and the memory of training."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -90,7 +90,7 @@ class Train(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_bf16(cls, value: Any) -> Any:
+    def _read_bf16(cls, value: object) -> object:
         """Convert `bf16: false`, from jobs of earlier versions, to `precision: fp32`."""
         if isinstance(value, dict) and isinstance(value.get("bf16"), bool) and "precision" not in value:
             return value | {"precision": "bf16" if value["bf16"] else "fp32"}

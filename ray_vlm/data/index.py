@@ -24,7 +24,7 @@ from ray_vlm.data.suspicions import (
     unit_problem,
 )
 from ray_vlm.errors import DataError
-from ray_vlm.runs.progress import track
+from ray_vlm.runs.console import track
 from ray_vlm.tasks.boxes import box_problem
 
 NONE_KNOWN: Mapping[str, tuple[int, int]] = {}

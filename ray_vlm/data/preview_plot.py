@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ray_vlm.data.preview_images import Annotation, PreviewPanel
 from ray_vlm.data.survey import plain
-from ray_vlm.runs.drawing import font_families
+from ray_vlm.runs.plot import font_families
 from ray_vlm.tasks.boxes import Frame
 
 _COLORS = ("#e6194b", "#0a84d0", "#2e9e3f", "#e07b00", "#9b30c9", "#008f8f", "#d6358c", "#7a5c2e", "#5560e0", "#6b8e00")

@@ -7,7 +7,7 @@ from ray_vlm.config.data import Source
 from ray_vlm.config.paths import import_function
 from ray_vlm.data.formats import read_rows
 from ray_vlm.errors import ConfigError, RayVlmError
-from ray_vlm.runs.progress import lasting
+from ray_vlm.runs.console import lasting
 
 
 def read_source(source: Source) -> tuple[list[Any], list[str]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ray_vlm.data.stats import MEDIUM_PX, SMALL_PX, THIN_PX, Stats, size_changes
 from ray_vlm.data.stats_text import shorten
-from ray_vlm.runs.drawing import BLUE, GREY, INK, ORANGE, STYLE, font_families
+from ray_vlm.runs.plot import BLUE, GREY, INK, ORANGE, STYLE, font_families
 
 _SHOWN_CLASSES = 20
 

@@ -23,7 +23,7 @@ from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.suspicions import find_suspicions, tell_unused
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
-from ray_vlm.runs.progress import track
+from ray_vlm.runs.console import track
 
 _THREADS = min(8, count_cpus())
 _SHOWN_REASONS = 40

@@ -8,8 +8,8 @@ from typing import Any
 
 from ray_vlm.evaluate.report import EvalResult, choose_images, draw_picture, render
 from ray_vlm.runs.compare import SETTINGS, Comparison, test_of
-from ray_vlm.runs.curves import MAIN, main_key, overlay
 from ray_vlm.runs.monitor import whole_lines
+from ray_vlm.runs.plot import MAIN, main_key, overlay
 from ray_vlm.runs.read import Run, setting
 from ray_vlm.runs.store import Store
 from ray_vlm.runs.text import format_number

@@ -104,6 +104,6 @@ def _font(size: int) -> "FreeTypeFont":
     from matplotlib import font_manager
     from PIL import ImageFont
 
-    from ray_vlm.runs.drawing import font_families
+    from ray_vlm.runs.plot import font_families
 
     return ImageFont.truetype(font_manager.findfont(font_families()[-1]), size)

@@ -74,7 +74,7 @@ def make_pairs(
     gives a pair; nothing is then written.
     """
     path = check_output(output, overwrite)
-    check_rows(job.data, part, job.task.name, known_formats(job, "test"))
+    check_rows(job.data, part, job.task.name, known_formats(job.method.name, job.task.name, "test"))
     adapter = trained_weights(adapter) if adapter else job.model.adapter
     weights = fetch_folder(adapter) if adapter is not None else None
     parts = load_parts(job, [part], read_preprocessing(weights, sample_spec(job, [])) if weights is not None else None)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.evaluate.intervals import measure_differences
 from ray_vlm.evaluate.prediction import in_words
-from ray_vlm.runs.curves import learning_curve
 from ray_vlm.runs.monitor import current_lines, read_metrics
+from ray_vlm.runs.plot import learning_curve
 from ray_vlm.runs.read import is_number
 
 if TYPE_CHECKING:

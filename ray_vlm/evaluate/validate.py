@@ -19,7 +19,7 @@ from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.methods.rewards import score_answers, total
 from ray_vlm.methods.rollout import Sampling, sample_groups
-from ray_vlm.runs.progress import Progress
+from ray_vlm.runs.console import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from ray_vlm.models.generic import describe
 from ray_vlm.models.out_of_memory import is_out_of_memory
 from ray_vlm.models.precision import dtype_of
 from ray_vlm.runs.checkpoints import fetch_folder
-from ray_vlm.runs.progress import lasting
+from ray_vlm.runs.console import lasting
 
 _DEVICE_MARKS = ("CUDA", "HIP error", "NVIDIA", "NCCL", "gloo")  # in errors of devices and of collective operations
 

@@ -136,6 +136,6 @@ def _table(head: tuple[str, ...], rows: list) -> str:
     return "\n".join(lines + [f"| {' | '.join(_plain(value) for value in row)} |" for row in rows])
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """Return text that cannot break out of its table cell or become markup."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

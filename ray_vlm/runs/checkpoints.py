@@ -20,7 +20,7 @@ from typing import Any
 
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store, full_address, is_remote, making, whole_or_gone
+from ray_vlm.runs.store import Store, full_address, is_remote, making, split_address, whole_or_gone
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # version of the manifest and of the files of a checkpoint
@@ -67,14 +67,22 @@ def write_part(store: Store, name: str, part: str, fill: Callable[[Path], None])
     return files
 
 
-def commit(store: Store, name: str, files: Files, step: int, **about: Any) -> None:
-    """Write the manifest for `files`, after all of them are written. Keys of `about`: attempt, score, and free ones."""
+def commit(
+    store: Store,
+    name: str,
+    files: Files,
+    step: int,
+    attempt: int = 1,
+    score: float | None = None,
+    **about: object,
+) -> None:
+    """Write the manifest for `files`, after all of them are written. `score` and `about`: see `Checkpoint`."""
     body = {
         "format": FORMAT,
         "writer": f"ray_vlm {__version__}",
         "step": step,
-        "attempt": about.pop("attempt", 1),
-        "score": _finite(about.pop("score", None)),
+        "attempt": attempt,
+        "score": score if score is not None and math.isfinite(score) else None,
         "about": about,
         "files": {file: {"size": size, "sha256": digest} for file, (size, digest) in sorted(files.items())},
     }
@@ -216,10 +224,9 @@ def fetch_folder(address: str) -> str:
     """
     if not is_remote(address):
         return address
-    base, mark, options = full_address(address).partition("?")
-    parent, _, name = base.rstrip("/").rpartition("/")
+    parent, name = split_address(full_address(address))
     try:
-        return str(open_checkpoint(Store(f"{parent}{mark}{options}"), name)[1])
+        return str(open_checkpoint(Store(parent), name)[1])
     except (Damaged, OSError) as error:
         raise RunError(f"{address} cannot be used: {error}. Give a run's best/ or final/.") from None
 
@@ -238,7 +245,3 @@ def _digest(path: Path, sync: bool = True) -> tuple[int, str]:
 
 def _seal(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _finite(score: float | None) -> float | None:
-    return score if score is not None and math.isfinite(score) else None

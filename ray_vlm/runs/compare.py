@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_vlm.runs.curves import main_key, points_of, smooth
 from ray_vlm.runs.monitor import LOWER_IS_BETTER, NOT_MEASURES
+from ray_vlm.runs.plot import main_key, points_of, smooth
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_duration, format_number, format_table, plain_text
 
@@ -46,7 +46,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     sections = {
         SETTINGS: differing_settings(runs),
         "on data.test": _measures([metrics.get("overall", {}) for _, metrics in chosen], same_task and len(tests) == 1),
-        _VALIDATION: _measures([_validated(run) for run in runs], same_task and same_method and len(validated) == 1),
+        _VALIDATION: _measures([run.best or {} for run in runs], same_task and same_method and len(validated) == 1),
         "training": _training(runs),
     }
     return Comparison(titles, _notes(runs, titles, chosen, same_task, tests), {k: v for k, v in sections.items() if v})
@@ -125,7 +125,7 @@ def _fold(job: Mapping[str, Any], unset: set[str]) -> dict[str, Any]:
     return folded
 
 
-def _tell_setting(value: Any) -> str:
+def _tell_setting(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -146,10 +146,6 @@ def best_of(name: str, values: Sequence[float | None]) -> tuple[int, ...]:
         return ()
     best = min(known) if name.endswith(LOWER_IS_BETTER) else max(known)
     return tuple(i for i, value in enumerate(values) if value == best)
-
-
-def _validated(run: Run) -> Mapping[str, Any]:
-    return run.best or {}
 
 
 def _training(runs: Sequence[Run]) -> tuple[Line, ...]:
@@ -178,7 +174,7 @@ def _notes(
     titles: Sequence[str],
     chosen: Sequence[tuple[str, dict[str, Any]]],
     same_task: bool,
-    tests: set[Any],
+    tests: set[tuple[object, object]],
 ) -> tuple[str, ...]:
     """Return notes on what makes numbers incomparable and on files that could not be read."""
     notes = []

@@ -178,7 +178,7 @@ def write_markdown(titles: Sequence[str], costs: Sequence[Mapping[str, Any]]) ->
     return "\n".join([*head, *(f"| {title} | {' | '.join(map(_cell, values))} |" for title, values in rows)]) + "\n"
 
 
-def _tell(value: Any) -> str:
+def _tell(value: str | float | None) -> str:
     return value if isinstance(value, str) else format_number(value)
 
 

@@ -1,4 +1,4 @@
-"""Paths of a run's files, and claiming a run's folder.
+"""Paths of a run's files, and writing them atomically.
 
 <output_dir>/<name>/
   job.yaml  resolved.json  run.json  metrics.jsonl  training_log.json  bad_rows.jsonl
@@ -11,7 +11,6 @@ copies changed files to the store.
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -22,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.drivers import check_not_driven
-from ray_vlm.runs.schema import check_whole
 from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole_or_gone
 
-CLAIMED = ".claimed"  # reserves a name in an object store until the run's first files are written
 _SEE_S = 15.0  # how long a network file system may take to show another node's new file
-_KEPT = (
-    *("job.yaml", "resolved.json", "run.json", "metrics.jsonl", "training_log.json"),
-    *("bad_rows.jsonl", "bad_steps.jsonl"),
-)
+
+
+class _Name:
+    """The path of the file or folder of this name in a run's local folder, as an attribute of `RunPaths`."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, paths: "RunPaths", owner: type) -> Path:
+        return paths.root / self._name
 
 
 @dataclass(frozen=True)
@@ -41,49 +43,17 @@ class RunPaths:
     root: Path
     remote: str | None = None
 
-    @property
-    def job(self) -> Path:
-        return self.root / "job.yaml"
-
-    @property
-    def resolved(self) -> Path:
-        return self.root / "resolved.json"
-
-    @property
-    def run(self) -> Path:
-        return self.root / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def training_log(self) -> Path:
-        return self.root / "training_log.json"
-
-    @property
-    def bad_rows(self) -> Path:
-        return self.root / "bad_rows.jsonl"
-
-    @property
-    def bad_steps(self) -> Path:
-        return self.root / "bad_steps.jsonl"
-
-    @property
-    def balance(self) -> Path:
-        return self.root / "balance.json"
-
-    @property
-    def best(self) -> Path:
-        return self.root / "best"
-
-    @property
-    def final(self) -> Path:
-        return self.root / "final"
-
-    @property
-    def evaluate(self) -> Path:
-        return self.root / "evaluate"
+    job = _Name("job.yaml")
+    resolved = _Name("resolved.json")
+    run = _Name("run.json")
+    metrics = _Name("metrics.jsonl")
+    training_log = _Name("training_log.json")
+    bad_rows = _Name("bad_rows.jsonl")
+    bad_steps = _Name("bad_steps.jsonl")
+    balance = _Name("balance.json")
+    best = _Name("best")
+    final = _Name("final")
+    evaluate = _Name("evaluate")
 
     @property
     def address(self) -> str:
@@ -146,113 +116,6 @@ def open_run(address: str) -> RunPaths:
     return RunPaths(Path(tempfile.mkdtemp(prefix="ray_vlm-")), address)
 
 
-def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = False) -> RunPaths:
-    """Create the run's folder and return its paths. Without `name` it is called `stem` with the next free number.
-
-    Raises `RunError` if the folder already holds a run; with `overwrite` that run is deleted.
-    """
-    try:
-        base = Store(output_dir)
-        if base.local is None:
-            return _claim_remote(base, name, stem, overwrite)
-        base.local.mkdir(parents=True, exist_ok=True)
-        if name is None:
-            return RunPaths(_next_free(base.local, stem))
-        root = base.local / name
-        check_free(output_dir, name, overwrite)
-        if root.exists():
-            shutil.rmtree(root)
-        root.mkdir()  # of two simultaneous launches one fails here
-    except FileExistsError:
-        raise RunError(f"run.name={name!r}: another launch has just taken {root}. Give another run.name.") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        raise cannot_write(output_dir, error) from None
-    return RunPaths(root)
-
-
-def cannot_write(output_dir: str, error: Exception) -> RunError:
-    """Return the error for an output folder that cannot be written to."""
-    return RunError(f"run.output_dir={output_dir!r} cannot be written to ({error}). Give another folder.")
-
-
-def _claim_remote(base: Store, name: str | None, stem: str, overwrite: bool) -> RunPaths:
-    name = name or f"{stem}-{max(_numbers(base.names(), stem), default=0) + 1:03d}"
-    check_free(base.address, name, overwrite)
-    base.remove(name)
-    paths = open_run(join(base.address, name))
-    paths.store.write(CLAIMED, b"")
-    return paths
-
-
-def find_run(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
-    """Return the run to resume, or None: the one called `name`, or the newest one of `stem`.
-
-    Raises `RunError` if there is something other than a run, or if it cannot be read.
-    """
-    try:
-        return _find(output_dir, name, stem)
-    except OSError as error:
-        raise RunError(
-            f"run.output_dir={output_dir!r} cannot be read ({error}). Fix the cause and try again."
-        ) from None
-
-
-def _find(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
-    if name is None:
-        numbers = _numbers(Store(output_dir).names(), stem)
-        name = f"{stem}-{max(numbers):03d}" if numbers else None
-    if name is None or not (store := Store(join(output_dir, name))).names():
-        return None
-    check_whole(store)
-    paths = open_run(store.address)
-    try:
-        paths.refresh(*(paths.root / file for file in _KEPT))
-    except OSError:
-        paths.discard()
-        raise
-    return paths
-
-
-def check_free(output_dir: str, name: str, overwrite: bool) -> None:
-    """Raise `RunError` unless run `name` may be written: it does not exist, or `overwrite` is set and no other process
-    trains it. Changes nothing."""
-    store = Store(join(output_dir, name))
-    if store.local is not None and (store.local.is_symlink() or (store.local.exists() and not store.local.is_dir())):
-        raise RunError(f"run.name={name!r}: {store.local} is a link or a file. Give another run.name.")
-    try:
-        names = store.names()
-    except OSError as error:
-        raise cannot_write(output_dir, error) from None
-    if not names:
-        return
-    if not overwrite:
-        raise RunError(
-            f"run.name={name!r}: {store.address} is already in use. Go on with it by --resume, give another run.name, "
-            "or start with --overwrite to delete what is there."
-        )
-    if "run.json" not in names:
-        raise RunError(f"--overwrite: {store.address} is not a run folder (run.json is missing), so it is not deleted.")
-    try:
-        check_not_driven(store, "--overwrite")
-    except OSError as error:
-        raise cannot_write(output_dir, error) from None
-
-
-def _numbers(names: Iterable[str], stem: str) -> list[int]:
-    return [int(m[1]) for name in names if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", name))]
-
-
-def _next_free(base: Path, stem: str) -> Path:
-    number = max(_numbers(os.listdir(base), stem), default=0) + 1
-    while True:  # of two simultaneous launches mkdir succeeds in one
-        root = base / f"{stem}-{number:03d}"
-        try:
-            root.mkdir()
-            return root
-        except FileExistsError:
-            number += 1
-
-
 def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
     """Write one JSON line for each bad row: source (train, mix[0], eval or test), row, id, reason."""
     with open(path, "w", encoding="utf-8") as file:
@@ -262,7 +125,7 @@ def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
                 file.write(json.dumps({"source": name, "row": b.row, "id": b.id, "reason": b.reason}) + "\n")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write JSON atomically. NaN and infinity become null."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -274,7 +137,7 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Any:
     """Return the value with None for every NaN and infinity in it, which JSON cannot represent."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.drivers import living_driver
 from ray_vlm.runs.keys import split_key
-from ray_vlm.runs.monitor import best_line, current_lines, read_line
+from ray_vlm.runs.manifest import living_driver
+from ray_vlm.runs.monitor import best_line, current_lines, describe_attempts, parse_log, read_line, write_training_log
 from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.schema import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
-from ray_vlm.runs.store import Store, is_remote, join, local_path
-from ray_vlm.runs.training_log import describe_attempts, parse_log, write_training_log
+from ray_vlm.runs.store import Store, is_remote, join, local_path, split_address
 
 LOG = "training_log.json"
 MARKS = ("run.json", "resolved.json", LOG)  # a folder with one of these is a run
@@ -52,7 +51,7 @@ class Run:
     @property
     def folder(self) -> str:
         """The address of the run's folder, or of the training log's folder."""
-        return _split_file(self.address)[0] if self.log else self.address
+        return split_address(self.address)[0] if self.log else self.address
 
     @cached_property
     def current(self) -> list[dict[str, Any]]:
@@ -173,15 +172,8 @@ def is_log(address: str) -> bool:
     return Path(local_path(address)).is_file()
 
 
-def _split_file(address: str) -> tuple[str, str]:
-    """Return the address of a file's folder, and the file's name."""
-    base, mark, options = address.partition("?") if is_remote(address) else (address, "", "")
-    folder, _, name = base.rpartition("/")
-    return f"{folder or '/'}{mark}{options}", name
-
-
 def _read_log(address: str) -> Run:
-    folder, file = _split_file(address)
+    folder, file = split_address(address)
     try:
         data = Store(folder).read(file)
     except OSError as error:

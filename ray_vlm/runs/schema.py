@@ -5,42 +5,42 @@ Other values are dropped and reported as faults, so that one altered value does 
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.store import Store
 
 _LARGEST = 1e300  # largest valid number: sums of larger ones could be infinite
 _LARGEST_COUNT = 2**53  # largest valid count: floats are exact up to here
-_Kinds = dict[str, Callable[[Any], bool]]  # dotted key -> whether a value is valid
+_Kinds = dict[str, Callable[[object], bool]]  # dotted key -> whether a value is valid
 _SHOWN = 60  # characters shown of a value that is dropped
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is a finite number."""
     if type(value) is float:  # a fast path: a comparison of 50 runs makes half a million calls
         return -_LARGEST < value < _LARGEST
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Return whether `value` is an integer of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_COUNT
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _is_mapping(value: Any) -> bool:
+def _is_mapping(value: object) -> bool:
     return isinstance(value, Mapping)
 
 
-def _is_process(value: Any) -> bool:
+def _is_process(value: object) -> bool:
     if not isinstance(value, Mapping):
         return False
     pid: Any = value.get("pid")
@@ -49,11 +49,11 @@ def _is_process(value: Any) -> bool:
     )
 
 
-def _are_counts(value: Any) -> bool:
+def _are_counts(value: object) -> bool:
     return is_count(value) or (isinstance(value, list) and bool(value) and all(map(is_count, value)))
 
 
-def _are_parts(value: Any) -> bool:
+def _are_parts(value: object) -> bool:
     parts = value.values() if isinstance(value, Mapping) else [None]
     return all(isinstance(part, Mapping) and all(map(is_count, part.values())) for part in parts)
 
@@ -166,7 +166,7 @@ def check_whole(store: Store) -> None:
             )
 
 
-def is_sound_line(line: Any) -> bool:
+def is_sound_line(line: object) -> TypeGuard[dict[str, Any]]:
     """Return whether a line of `metrics.jsonl` is valid: its kind, attempt and step, and the values of a start line."""
     if not isinstance(line, dict):
         return False

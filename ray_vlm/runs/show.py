@@ -1,12 +1,13 @@
-"""The output of `runs show` (one screen on a run) and of `runs list` (a line for each run)."""
+"""The output of `runs show` (one screen on a run), `runs list` (a line for each run) and `runs export` (a table)."""
 
+import csv
+import io
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from ray_vlm.runs.compare import test_of
-from ray_vlm.runs.curves import main_key, points_of, spark
 from ray_vlm.runs.monitor import NOT_MEASURES
+from ray_vlm.runs.plot import main_key, points_of, spark
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_date, format_duration, format_number, format_table, plain_text, plural
 
@@ -79,7 +80,7 @@ def _head(run: Run) -> list[str]:
     ]
 
 
-def _tell_workers(workers: Any) -> str:
+def _tell_workers(workers: int | list[int]) -> str:
     return f"{workers[0]} to {workers[1]} workers" if isinstance(workers, list) else plural(workers, "worker")
 
 
@@ -150,5 +151,23 @@ def _places(run: Run) -> list[str]:
     return [f"contents: {', '.join(contents) or 'no weights'}"]
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return format_number(value) if is_number(value) else "-"
+
+
+_FIRST = ("kind", "attempt", "step", "epoch", "time")
+_KINDS = ("train", "epoch", "eval", "checkpoint")
+
+
+def write_table(run: Run) -> str:
+    """Return a run's numbers as CSV: a row for each current line of `metrics.jsonl`, a column for each number.
+
+    Cells of missing and non-finite numbers are empty.
+    """
+    lines = [line for line in run.current if line["kind"] in _KINDS]
+    names = [*_FIRST, *sorted({key for line in lines for key in line} - set(_FIRST))]
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(names)
+    table.writerows([line.get(name) for name in names] for line in lines)
+    return out.getvalue()

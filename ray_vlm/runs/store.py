@@ -37,6 +37,13 @@ def join(address: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}{mark}{options}"
 
 
+def split_address(address: str) -> tuple[str, str]:
+    """Return the address of the folder that holds a file or folder, and its name; the opposite of `join`."""
+    base, mark, options = address.partition("?") if is_remote(address) else (address, "", "")
+    folder, _, name = base.rstrip("/").rpartition("/")
+    return f"{folder or '/'}{mark}{options}", name
+
+
 def full_address(address: str) -> str:
     """Return the address in a form that every process can use: an absolute path, or a URI.
 
@@ -64,9 +71,7 @@ class Store:
         self.local = None if is_remote(self.address) else Path(local_path(self.address))
         self._fs: Any = None
         self._root = ""
-        self._answered = (
-            False  # whether the store has answered recently; otherwise, such as for a wrong endpoint, no retries
-        )
+        self._answered = False  # recently; if not, such as for a wrong endpoint, there are no retries
 
     def _remote(self, name: str = "") -> tuple[Any, str]:
         if self._fs is None:
@@ -288,10 +293,9 @@ def sync_folder(folder: Path) -> None:
 def write_picture(png: bytes, output: str | None, output_dir: str, name: str) -> str:
     """Write a PNG to `output`, or by default to `data/<name>.png` of `output_dir`. Return its address."""
     address = full_address(output) if output else join(output_dir, f"data/{name}.png")
-    base, _, options = address.partition("?") if is_remote(address) else (address, "", "")
-    folder, _, file = base.rpartition("/")
+    folder, file = split_address(address)
     try:
-        Store(f"{folder}?{options}" if options else folder or "/").write(file, png)
+        Store(folder).write(file, png)
     except OSError as error:
         raise RunError(f"{address} cannot be written ({error}). Give another --output.") from None
     return address

@@ -3,7 +3,6 @@
 import time
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 _WIDEST = 48  # characters of a cell
 
@@ -17,9 +16,7 @@ def format_number(value: float | None) -> str:
     """Format a number in few characters; `-` for None."""
     if value is None:
         return "-"
-    if isinstance(value, int) or (abs(value) >= 1000 and float(value).is_integer()):
-        return f"{value:,.0f}"
-    if abs(value) >= 1000:
+    if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
 
@@ -63,6 +60,6 @@ def _short(text: str) -> str:
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST // 2 - 2]}...{text[-(_WIDEST // 2 - 1) :]}"
 
 
-def plural(number: Any, word: str) -> str:
+def plural(number: int | str, word: str) -> str:
     """Return `1 step`, `2 steps`."""
     return f"{number} {word}{'' if number == 1 else 's'}"

@@ -1,7 +1,6 @@
 """Trackers of a run's numbers and sample images: Weights & Biases and TensorBoard, both off by default.
 
-A tracker has `log(kind, values, step)`, `pictures(images, step)` (`(caption, PIL image)` pairs), `finish()`, and
-`notes`: messages for the user, such as the address of a page.
+Beside the methods of a `Tracker` they have `notes`: messages for the user, such as the address of a page.
 """
 
 import configparser
@@ -12,19 +11,18 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ray_vlm.runs.monitor import LINE_KEYS
 from ray_vlm.runs.paths import RunPaths
 
-_WANDB_HOSTS = ("wandb.ai", "coreweave.com")  # of W&B's own servers; a self-hosted one has a base URL
-_KEPT = (
-    "training_log.json",
-    "tensorboard/*",
-    "wandb/offline-run-*/**/*",
-)  # copied to an object store during the run, beside `metrics.jsonl`
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
+_WANDB_HOSTS = ("wandb.ai", "coreweave.com")  # of W&B's own servers; a self-hosted one has a base URL
+# Copied to an object store during the run, beside `metrics.jsonl`.
+_KEPT = ("training_log.json", "tensorboard/*", "wandb/offline-run-*/**/*")
 _AGAIN_S = 60.0  # between two copies of a tracker's file, which grows all the time
 
 # name in metrics.jsonl -> name in trackers
@@ -108,9 +106,8 @@ class KeptFiles:
 
     def __init__(self, paths: RunPaths):
         self._paths = paths
-        self._sent: dict[
-            Path, tuple[tuple[int, int], float]
-        ] = {}  # (time, size) of the file as it was copied, and when
+        # Of each file: (time, size) as it was copied, and when.
+        self._sent: dict[Path, tuple[tuple[int, int], float]] = {}
 
     def publish(self, everything: bool) -> None:
         """Copy new and changed files to the store; with `everything` also those copied less than `_AGAIN_S` ago.
@@ -151,7 +148,7 @@ class WandbTracker:
         """Log one line's numbers."""
         self._put(track_names(kind, values) | ({"eval/step": step} if kind == "eval" else {}), step)
 
-    def pictures(self, images: Sequence[tuple[str, Any]], step: int) -> None:
+    def pictures(self, images: "Sequence[tuple[str, Image]]", step: int) -> None:
         """Log sample images of a validation."""
         import wandb
 
@@ -189,7 +186,7 @@ class TensorBoardTracker:
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
 
-    def pictures(self, images: Sequence[tuple[str, Any]], step: int) -> None:
+    def pictures(self, images: "Sequence[tuple[str, Image]]", step: int) -> None:
         """Log sample images of a validation."""
         import numpy as np
 

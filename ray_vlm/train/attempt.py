@@ -18,7 +18,7 @@ from typing import Any
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
 from ray_vlm.runs.checkpoints import Checkpoint, open_checkpoint, open_newest, sweep
-from ray_vlm.runs.drivers import check_own
+from ray_vlm.runs.manifest import check_own
 from ray_vlm.runs.store import Store
 
 _OWNER = ".attempt.json"

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_vlm.cluster.environment import read_environment
 from ray_vlm.config.load import dump_job, fill_defaults
+from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
@@ -21,19 +22,25 @@ from ray_vlm.data.row_replacement import SIZES_FILE, describe_lost, pack_sizes, 
 from ray_vlm.data.splits import Parts
 from ray_vlm.data.stream import mean_bytes
 from ray_vlm.errors import ConfigError, Interrupted, RunError
-from ray_vlm.runs.attempts import tell_attempts
-from ray_vlm.runs.drivers import check_not_driven, check_own, this_process
 from ray_vlm.runs.manifest import (
+    cannot_write,
+    check_free,
+    check_not_driven,
+    check_own,
+    claim_run,
+    find_run,
     finish_manifest,
     last_attempt,
     start_attempt,
     start_manifest,
+    tell_attempts,
+    this_process,
 )
-from ray_vlm.runs.paths import RunPaths, cannot_write, check_free, claim_run, find_run, write_bad_rows, write_json
+from ray_vlm.runs.monitor import write_training_log
+from ray_vlm.runs.paths import RunPaths, write_bad_rows, write_json
 from ray_vlm.runs.trackers import adopt_wandb_login
-from ray_vlm.runs.training_log import write_training_log
 from ray_vlm.train.launch import launch
-from ray_vlm.train.prepare import Prepared, absolute_paths, prepare
+from ray_vlm.train.prepare import Prepared, prepare
 from ray_vlm.train.worker_spec import WorkerSpec
 
 

@@ -19,8 +19,7 @@ from ray_vlm.errors import Interrupted, RunError
 from ray_vlm.machine import count_gpus
 from ray_vlm.models.out_of_memory import advise_training, is_out_of_memory
 from ray_vlm.runs.console import Console, follow
-from ray_vlm.runs.drivers import check_own
-from ray_vlm.runs.manifest import end_attempt, start_attempt, update_manifest
+from ray_vlm.runs.manifest import check_own, end_attempt, start_attempt, update_manifest
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.restarts import (

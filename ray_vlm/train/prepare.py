@@ -1,15 +1,10 @@
 """Preparation of a run: read and check every row, balance the classes, plan the steps."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ray_vlm.config.data import Source
-from ray_vlm.config.resume import check_output_dir
 from ray_vlm.config.schema import JobConfig, Track
 from ray_vlm.data.balance import Balance, plan_balance
 from ray_vlm.data.index import NONE_KNOWN, Index
@@ -22,7 +17,6 @@ from ray_vlm.errors import ConfigError
 from ray_vlm.methods.options import check_options
 from ray_vlm.methods.prefix_sharing import why_alone
 from ray_vlm.models import library_logging
-from ray_vlm.runs.store import full_address
 from ray_vlm.train.memory_plan import Probe, fit, plan_probe
 
 
@@ -50,7 +44,6 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     library_logging.quiet_libraries()
     check_options(job.method)
     check_energy(job.track)
-    job = absolute_paths(job)
     parts = parts or load_parts(job, wanted_parts(job), known=known)
     assert parts.train is not None
     assert job.data.train is not None
@@ -200,42 +193,3 @@ def plan_run(
         tokens=tokens if train.tokens_per_micro_batch else None,
         budget=train.tokens_per_micro_batch or 0,
     )
-
-
-def absolute_paths(job: JobConfig) -> JobConfig:
-    """Return the job with absolute local paths, because Ray workers have another current folder."""
-
-    def source(value: Source | None) -> Source | None:
-        if value is None or not value.path:
-            return value
-        root = full_address(value.image_root) if value.image_root else None
-        return value.model_copy(update={"path": full_address(value.path), "image_root": root})
-
-    data: dict[str, Any] = {name: source(getattr(job.data, name)) for name in ("train", "eval", "test")}
-    data["mix"] = tuple(source(value) for value in job.data.mix)
-    model = {k: _absolute(v) for k in ("name", "adapter") if (v := getattr(job.model, k)) and _is_local(v)}
-    cache = job.train.vision_cache and str(Path(job.train.vision_cache).expanduser().absolute())
-    return job.model_copy(
-        update={
-            "train": job.train.model_copy(update={"vision_cache": cache}),
-            "data": job.data.model_copy(update=data),
-            "model": job.model.model_copy(update=model),
-            "run": job.run.model_copy(update={"output_dir": _output_dir(job.run.output_dir)}),
-        }
-    )
-
-
-def _output_dir(address: str) -> str:
-    """Return the absolute output folder. Raises `ConfigError` for a relative path in a Ray job."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (problems := check_output_dir(address)):
-        raise ConfigError(problems)
-    return full_address(address)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(os.path.expanduser(path)).absolute())
-
-
-def _is_local(name: str) -> bool:
-    """Return whether a model's name is a local folder; anything else is a name on the hub."""
-    return os.path.exists(os.path.expanduser(name))

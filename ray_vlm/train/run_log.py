@@ -11,12 +11,10 @@ from ray_vlm.distributed import DistributedContext
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import count_trainable
 from ray_vlm.models.precision import describe_emulation
-from ray_vlm.runs.console import Console
-from ray_vlm.runs.monitor import Monitor, read_metrics
+from ray_vlm.runs.console import Console, send_progress
+from ray_vlm.runs.monitor import Monitor, TrainingLog, read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.progress import send_progress
 from ray_vlm.runs.trackers import KeptFiles, build_trackers
-from ray_vlm.runs.training_log import TrainingLog
 from ray_vlm.train.attempt import Attempt, check_owner
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.config.check import tune_metrics
 from ray_vlm.config.check_method import TASK_METRICS
-from ray_vlm.config.check_tune import tune_metrics
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.evaluate.export import export_run, kind_of
@@ -45,7 +45,7 @@ def finish_sweep(
         say(f"exported: {join(address, name)}")
     begun = [trial for trial in trials if trial.values]
     runs = [read_run(trial_address(address, trial.name)) for trial in begun]
-    page = write_report(f"Sweep {_name(address)}", space, tune_metrics(job), begun, runs, notes)
+    page = write_report(f"Sweep {_name(address)}", space, tune_metrics(job.tune, job.evaluate), begun, runs, notes)
     Store(address).write(REPORT, page.encode())
     say(f"report {join(address, REPORT)}")
 

@@ -10,7 +10,7 @@ from typing import Any
 from ray_vlm.evaluate.compare import load_results
 from ray_vlm.evaluate.report import EvalResult, choose_images, draw_picture, render
 from ray_vlm.runs.compute import measure_compute, sum_compute
-from ray_vlm.runs.curves import overlay
+from ray_vlm.runs.plot import overlay
 from ray_vlm.runs.read import Run
 from ray_vlm.runs.text import format_duration, format_number, format_setting
 from ray_vlm.tune.coordinates import lay_out

@@ -17,20 +17,20 @@ from typing import Any
 from ray_vlm.cluster.connect import find_resources, start_ray
 from ray_vlm.cluster.environment import read_environment
 from ray_vlm.cluster.shared import check_shared
-from ray_vlm.config.check_tune import tune_metrics
+from ray_vlm.config.check import tune_metrics
 from ray_vlm.config.load import dump_job, load_job
+from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume, touches
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, Interrupted, RunError
-from ray_vlm.runs.drivers import refuse_living, this_process
-from ray_vlm.runs.manifest import finish_manifest
+from ray_vlm.runs.manifest import finish_manifest, refuse_living, this_process
+from ray_vlm.runs.monitor import write_training_log
 from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.store import Store, join
 from ray_vlm.runs.trackers import adopt_wandb_login
-from ray_vlm.runs.training_log import write_training_log
 from ray_vlm.train.driver import describe_job
-from ray_vlm.train.prepare import absolute_paths, prepare, wanted_parts
+from ray_vlm.train.prepare import prepare, wanted_parts
 from ray_vlm.tune.finish import finish_sweep
 from ray_vlm.tune.plan import SweepPlan, plan_sweep
 from ray_vlm.tune.search import draw_trials, run_tune
@@ -113,7 +113,7 @@ def _ranked(job: JobConfig) -> JobConfig:
     """Return the job with the metric that ranks the trials."""
     if job.data.eval is None:
         raise ConfigError("`data.eval` is missing: trials are ranked on rows that they do not train on. Give it.")
-    metric = tune_metrics(job)[0]
+    metric = tune_metrics(job.tune, job.evaluate)[0]
     return job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"metric": metric})})
 
 

@@ -30,8 +30,8 @@ def _row_count(text: str) -> int:
 
 def _data_check(args: argparse.Namespace) -> int:
     from ray_vlm.config.load import load_job
+    from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.survey import check_sources, describe_check, describe_shares, write_bad_rows
-    from ray_vlm.train.prepare import absolute_paths
 
     job = absolute_paths(load_job(args.job, args.overrides))
     checks = []
@@ -47,11 +47,11 @@ def _data_check(args: argparse.Namespace) -> int:
 
 def _data_stats(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
+    from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.stats import measure_rows
     from ray_vlm.data.stats_plot import draw_stats
     from ray_vlm.data.stats_text import describe_stats
     from ray_vlm.runs.store import write_picture
-    from ray_vlm.train.prepare import absolute_paths
 
     job = absolute_paths(load_job(args.job, args.overrides))
     stats = measure_rows(job)
@@ -63,6 +63,7 @@ def _data_stats(args: argparse.Namespace) -> None:
 
 def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
+    from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.preview import choose_rows, describe_choice, describe_rows
     from ray_vlm.data.preview_images import make_cells
     from ray_vlm.data.preview_plot import draw_sheet
@@ -70,7 +71,7 @@ def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.runs.store import write_picture
     from ray_vlm.train.prepare import prepare
 
-    prepared = prepare(load_job(args.job, args.overrides))
+    prepared = prepare(absolute_paths(load_job(args.job, args.overrides)))
     train, spec = prepared.train, prepared.spec
     chosen = choose_rows([row_tags(prepared.job, record) for record in train.records], args.rows)
     print(describe_rows(train, spec, chosen))

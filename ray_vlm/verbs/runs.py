@@ -199,7 +199,7 @@ def _beside(runs: "Sequence[Run]", stem: str, ending: str) -> str:
 
 def _export(args: argparse.Namespace) -> None:
     from ray_vlm.runs.compare import join_titles
-    from ray_vlm.runs.export import write_table
+    from ray_vlm.runs.show import write_table
 
     run = _read(args.run)
     if args.csv == "-":

@@ -172,8 +172,7 @@ def test_ray_may_restart_the_workers_by_itself(ray_cluster, small: Path, tmp_pat
     from ray.train.torch import TorchTrainer
 
     from ray_vlm.config.load import dump_job
-    from ray_vlm.runs.manifest import start_manifest
-    from ray_vlm.runs.paths import claim_run
+    from ray_vlm.runs.manifest import claim_run, start_manifest
     from ray_vlm.train.launch import run_ray_worker
     from ray_vlm.train.prepare import prepare
 

@@ -24,7 +24,7 @@ from ray_vlm.cluster.submit import (
     follow_job,
     load_runtime_env,
 )
-from ray_vlm.config.resume import check_output_dir
+from ray_vlm.config.paths import check_output_dir
 from ray_vlm.errors import ConfigError
 from tests.support.job_server import JobServer, start_job_server
 

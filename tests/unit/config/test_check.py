@@ -85,7 +85,7 @@ def test_trl_options_that_would_change_on_the_way_are_refused(value: object) -> 
 
 
 def test_what_the_feed_decides_cannot_be_set_behind_its_back() -> None:
-    from ray_vlm.config.trl import DECIDED_BY_FEED, NAMED_IN_JOB
+    from ray_vlm.config.check_method import DECIDED_BY_FEED, NAMED_IN_JOB
     from ray_vlm.data.plan import Plan
     from ray_vlm.train.build import shared_options
 
@@ -110,7 +110,7 @@ def test_sweeps_that_cannot_be_ranked_or_kept_are_refused(changes: dict, key: st
 def test_the_table_is_made_by_the_rules(capsys: pytest.CaptureFixture) -> None:
     """It is symmetric, says no for the known reasons, and prints every rule."""
     from ray_vlm.cli import main
-    from ray_vlm.config.compatibility import CHOICES, merge, refuse
+    from ray_vlm.config.docs import CHOICES, merge, refuse
 
     assert refuse("sft", "dpo") is None
     assert refuse("zero3", "4 bit") == ""

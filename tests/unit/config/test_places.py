@@ -8,13 +8,12 @@ import pytest
 from ray_vlm.cluster.environment import Environment, read_environment
 from ray_vlm.config import paths
 from ray_vlm.config.load import load_job
-from ray_vlm.config.paths import import_function
+from ray_vlm.config.paths import absolute_paths, import_function
 from ray_vlm.data.source import prepare_source
 from ray_vlm.data.tables import read_table
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.methods.rewards import load_rewards
 from ray_vlm.models.adapter import check_adapter
-from ray_vlm.train.prepare import absolute_paths
 
 
 @pytest.fixture
@@ -53,6 +52,24 @@ def test_files_are_looked_for_here_and_then_beside_the_job(job_file: Path) -> No
     with pytest.raises(DataError) as error:
         read_table("/nowhere/gone.json")
     assert "beside the job file" not in str(error.value), "it was given as an absolute path"
+
+
+def test_absolute_paths_stay_as_they_are(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("base").mkdir()
+    job = load_job(job_file, ["model.name=base", "train.vision_cache=~/cache", "data.test={path: 'gs://b/rows.json'}"])
+    absolute, here = absolute_paths(job), Path.cwd()
+    assert (absolute.model.name, absolute.model.adapter) == (str(here / "base"), "trained"), (
+        "the adapter may be on the hub"
+    )
+    assert absolute.data.train.image_root == str(here / "photos")
+    assert absolute.data.mix[0].path == str(here / "more.json")
+    assert absolute.data.test.path == "gs://b/rows.json"
+    assert absolute.train.vision_cache == str(Path.home() / "cache")
+    assert absolute.run.output_dir == str(here / "outputs")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert absolute_paths(absolute) == absolute, "a run in a Ray job makes them absolute again"
+    with pytest.raises(ConfigError, match=r"run.output_dir='outputs' is relative, and a Ray job"):
+        absolute_paths(job)
 
 
 def test_a_folder_that_is_both_is_named_once(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

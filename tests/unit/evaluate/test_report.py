@@ -9,7 +9,7 @@ from PIL import Image
 
 from ray_vlm.evaluate.draw import COLOURS, colour_of, draw_values
 from ray_vlm.evaluate.report import NUM_IMAGES, EvalResult, add_axes, choose_images, tick_steps, write_report
-from ray_vlm.runs.curves import Curve, layout, learning_curve
+from ray_vlm.runs.plot import Curve, layout, learning_curve
 
 EVIL = "<script>alert(1)</script>"
 

@@ -17,11 +17,9 @@ from ray_vlm.cli import main
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.runs import plot
 from ray_vlm.runs.compare import best_of, compare_runs, describe_comparison, run_titles
-from ray_vlm.runs.curves import layout, overlay, smooth, spark, thin
-from ray_vlm.runs.export import write_table
-from ray_vlm.runs.plot import default_keys, plot_runs
+from ray_vlm.runs.plot import default_keys, layout, overlay, plot_runs, smooth, spark, thin
 from ray_vlm.runs.read import find_runs, is_number, read_run
-from ray_vlm.runs.show import compare_ends, describe_run, describe_runs
+from ray_vlm.runs.show import compare_ends, describe_run, describe_runs, write_table
 from ray_vlm.runs.text import format_duration, format_number, format_table, plain_text
 
 EVIL = "<script>\x1b[31m"

@@ -10,8 +10,9 @@ import pytest
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.console import Console, follow
+from ray_vlm.runs.manifest import claim_run
 from ray_vlm.runs.monitor import Monitor, read_metrics
-from ray_vlm.runs.paths import RunPaths, claim_run, write_folder, write_json
+from ray_vlm.runs.paths import RunPaths, write_folder, write_json
 
 
 def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:

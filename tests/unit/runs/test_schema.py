@@ -14,11 +14,10 @@ from ray_vlm.evaluate.predictor import Predictor
 from ray_vlm.runs.card import write_card
 from ray_vlm.runs.compare import compare_runs, describe_comparison
 from ray_vlm.runs.compute import measure_compute, sum_compute, write_markdown
-from ray_vlm.runs.export import write_table
-from ray_vlm.runs.paths import find_run
+from ray_vlm.runs.manifest import find_run
 from ray_vlm.runs.read import Run, read_run
 from ray_vlm.runs.schema import is_number
-from ray_vlm.runs.show import describe_run, describe_runs
+from ray_vlm.runs.show import describe_run, describe_runs, write_table
 
 LINE = {"attempt": 1, "time": 1010.0, "epoch": 0.5}
 HUGE = 10**400

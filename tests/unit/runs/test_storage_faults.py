@@ -15,8 +15,9 @@ from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
 from ray_vlm.runs import store as stores
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, checkpoint_name, open_checkpoint, open_newest, replace_folder
+from ray_vlm.runs.manifest import claim_run, find_run
 from ray_vlm.runs.monitor import Monitor, read_metrics
-from ray_vlm.runs.paths import claim_run, find_run, write_folder, write_json
+from ray_vlm.runs.paths import write_folder, write_json
 from ray_vlm.runs.store import Store, join, making
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.callbacks.checkpointing import CheckpointCallback, Progress

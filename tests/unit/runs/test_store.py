@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ray_vlm.runs.checkpoints import MANIFEST, checkpoint_name, commit, open_newest, replace_folder, write_part
-from ray_vlm.runs.paths import check_free, claim_run, find_run
+from ray_vlm.runs.manifest import check_free, claim_run, find_run
 from ray_vlm.runs.store import Store, join
 
 

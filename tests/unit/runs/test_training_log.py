@@ -12,11 +12,10 @@ import pytest
 
 from ray_vlm.cli import main
 from ray_vlm.errors import RunError
-from ray_vlm.runs.monitor import Monitor, best_line, read_metrics
+from ray_vlm.runs.monitor import Monitor, TrainingLog, best_line, read_metrics, write_training_log
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.read import complete_log, read_run
 from ray_vlm.runs.store import Store, join
-from ray_vlm.runs.training_log import TrainingLog, write_training_log
 from tests.unit.runs.test_read import write_evaluation, write_run
 
 JOB = {"method": {"name": "sft"}, "task": {"name": "detection"}, "model": {"name": "tiny"}}

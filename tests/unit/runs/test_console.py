@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.runs import progress
-from ray_vlm.runs.console import Console, follow
+from ray_vlm.runs import console
+from ray_vlm.runs.console import Console, Progress, follow, lasting, send_progress, track
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.progress import Progress, lasting, send_progress, track
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.run_log import send_worker_progress
 
@@ -41,7 +40,7 @@ def test_what_lasts_says_how_far_it_is_ever_less_often() -> None:
 
 
 def test_work_that_cannot_say_how_far_it_is_says_how_long_it_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_FIRST_S", 0.01)
+    monkeypatch.setattr(console, "_FIRST_S", 0.01)
     lines: list[str] = []
     there = threading.Event()
 
@@ -55,10 +54,10 @@ def test_work_that_cannot_say_how_far_it_is_says_how_long_it_has_taken(monkeypat
 
 
 def test_lines_go_to_stderr_unless_a_run_takes_them(capsys: pytest.CaptureFixture) -> None:
-    progress.LOGGER.info("a line")
+    console.LOGGER.info("a line")
     with send_progress(lambda text: None):
-        progress.LOGGER.info("another")
-    progress.LOGGER.info("a third")
+        console.LOGGER.info("another")
+    console.LOGGER.info("a third")
     assert capsys.readouterr() == ("", "a line\na third\n")
 
 
@@ -66,7 +65,7 @@ def test_a_worker_s_lines_are_lines_of_its_run(tmp_path: Path) -> None:
     paths, attempt = RunPaths(tmp_path), Attempt(2, "token")
     for rank in (0, 1):
         with send_worker_progress(paths, DistributedContext(rank, 2, "cpu", ray=True), attempt):
-            progress.LOGGER.info("loading a base: 5 s so far")
+            console.LOGGER.info("loading a base: 5 s so far")
     (line,) = read_metrics(paths.metrics)
     assert (line["kind"], line["attempt"], line["text"]) == ("progress", 2, "loading a base: 5 s so far")
     lines: list[str] = []
@@ -75,8 +74,8 @@ def test_a_worker_s_lines_are_lines_of_its_run(tmp_path: Path) -> None:
 
 
 def test_a_driver_says_that_it_waits_until_its_workers_speak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_FIRST_S", 0.01)
-    monkeypatch.setattr(progress, "_EVERY_S", 0.01)
+    monkeypatch.setattr(console, "_FIRST_S", 0.01)
+    monkeypatch.setattr(console, "_EVERY_S", 0.01)
     lines: list[str] = []
     with follow(paths := RunPaths(tmp_path), Console(10, 1, lines.append)):
         while not lines:
@@ -96,7 +95,7 @@ def test_validation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
     records: Any = range(5)
     validation = Validation(records, None, Evaluate(batch_size=2), "detection", DistributedContext())  # type: ignore[arg-type]
-    monkeypatch.setattr(progress, "_FIRST_S", -1.0)
+    monkeypatch.setattr(console, "_FIRST_S", -1.0)
     lines: list[str] = []
     with send_progress(lines.append):
         for _ in validation.batches():
