@@ -14,7 +14,6 @@ PACKAGE = ROOT / "ray_vlm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"cli"},
-    {"verbs"},
     {"demo", "tune"},
     {"train"},
     {"evaluate"},

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from ray_vlm.cli import _add_computing_verbs, _parser
+from ray_vlm.cli.submit import command_words
 from ray_vlm.cluster.package import Archive, plan_working_folder
 from ray_vlm.cluster.submit_paths import READ, SENT, WRITTEN, PathReport, check_job, check_results, check_words
 from ray_vlm.config.load import load_job
-from ray_vlm.verbs.submit import command_words
 
 VERBS = ("train", "tune", "evaluate", "pairs", "predict", "export")
 NO_PATHS = {  # options that name no file

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ray_vlm.verbs import job_verb
+from ray_vlm.cli.parser import job_verb
 
 
 def add_memory_verb(verbs: argparse._SubParsersAction) -> None:

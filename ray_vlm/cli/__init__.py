@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm import __version__
-from ray_vlm.verbs import job_verb
-from ray_vlm.verbs.cluster import add_cluster_verbs
-from ray_vlm.verbs.data import add_data_verbs
-from ray_vlm.verbs.export import add_export_verb
-from ray_vlm.verbs.memory import add_memory_verb
-from ray_vlm.verbs.parser import VerbParser
-from ray_vlm.verbs.predict import add_predict_verb
-from ray_vlm.verbs.runs import add_runs_verbs
-from ray_vlm.verbs.starter import add_starter_verbs
-from ray_vlm.verbs.tune import add_tune_verb
+from ray_vlm.cli.cluster import add_cluster_verbs
+from ray_vlm.cli.data import add_data_verbs
+from ray_vlm.cli.export import add_export_verb
+from ray_vlm.cli.memory import add_memory_verb
+from ray_vlm.cli.parser import VerbParser, job_verb
+from ray_vlm.cli.predict import add_predict_verb
+from ray_vlm.cli.runs import add_runs_verbs
+from ray_vlm.cli.starter import add_starter_verbs
+from ray_vlm.cli.tune import add_tune_verb
 
 _READER_LEFT = 141  # a shell's exit code for a program that SIGPIPE ended
 

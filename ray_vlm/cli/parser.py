@@ -35,6 +35,18 @@ class VerbParser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
+def job_verb(verbs: argparse._SubParsersAction, name: str, text: str, run: object) -> argparse.ArgumentParser:
+    """Add a verb that takes a job file and settings; `run` is called with the parsed arguments."""
+    verb = verbs.add_parser(name, help=text)
+    verb.add_argument("job", help="the job's YAML file")
+    # without a default argparse would list it among the required arguments when the job is missing
+    verb.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace those of the file"
+    )
+    verb.set_defaults(verb=run)
+    return verb
+
+
 def _read_text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the value is empty, perhaps from a shell variable that is not set; give one")

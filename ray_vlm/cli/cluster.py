@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from ray_vlm.verbs.submit import SERVER_HELP, add_submit_verb, ask
+from ray_vlm.cli.submit import SERVER_HELP, add_submit_verb, ask
 
 
 def add_cluster_verbs(

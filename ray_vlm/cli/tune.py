@@ -2,7 +2,7 @@
 
 import argparse
 
-from ray_vlm.verbs import job_verb
+from ray_vlm.cli.parser import job_verb
 
 
 def add_tune_verb(verbs: argparse._SubParsersAction) -> None:
