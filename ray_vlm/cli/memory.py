@@ -1,9 +1,15 @@
 """`ray-vlm memory`: estimate the GPU memory of a job before it is started."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ray_vlm.cli.parser import job_verb
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ray_vlm.config.schema import JobConfig, Model
+    from ray_vlm.models.memory import RowSize
 
 
 def add_memory_verb(verbs: argparse._SubParsersAction) -> None:
@@ -18,7 +24,7 @@ def add_memory_verb(verbs: argparse._SubParsersAction) -> None:
     memory.add_argument("--card", type=float, action="append", metavar="GIB", help="memory of a GPU; may be repeated")
 
 
-def _size(text: str) -> Any:
+def _size(text: str) -> "RowSize":
     from ray_vlm.models.memory import RowSize
 
     try:
@@ -40,7 +46,7 @@ def _memory(args: argparse.Namespace) -> None:
     from ray_vlm.models.rehearse import Rehearsal
     from ray_vlm.train.memory_plan import describe_choice, micros
 
-    config = _config(job, known=args.tokens is not None)
+    config = _config(job.model, known=args.tokens is not None)
     family = family_of(config)
     cards = args.card or ([job.cluster.gpu_memory_gib] if job.cluster.gpu_memory_gib else [])
     folding, merge, rehearsal = plan_folding(job, family, config), merge_of(config), Rehearsal(config, job, family)
@@ -58,7 +64,7 @@ def _memory(args: argparse.Namespace) -> None:
         print(f"  {line}")
 
 
-def _heaviest(job: Any) -> Any:
+def _heaviest(job: "JobConfig") -> "RowSize":
     """Return the size of the training row with the most tokens."""
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.train.memory_plan import row_size
@@ -69,9 +75,9 @@ def _heaviest(job: Any) -> Any:
     return row_size(prepared.train, int(prepared.train.tokens.argmax()), load_sample_builder(prepared.spec))
 
 
-def _config(job: Any, known: bool) -> Any:
+def _config(model: "Model", known: bool) -> "PretrainedConfig":
     """Return the base's configuration; with `known`, that of a known model comes from the package itself."""
     from ray_vlm.models.load import load_config
     from ray_vlm.models.presets import load_preset, read_presets
 
-    return load_preset(job.model.name) if known and job.model.name in read_presets() else load_config(job.model)
+    return load_preset(model.name) if known and model.name in read_presets() else load_config(model)
