@@ -323,8 +323,8 @@ def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:
         candidates = [os.path.normpath(os.path.join(base, value)) for base in ("", beside)]
         if sent := next(filter(archive.holds, candidates), None):
             if key.endswith("image_root") and (below := archive.left_out_below(sent)):
-                name, reason = next(iter(below.items()))
-                report.notes.append(f"{key}: {len(below)} of what is in {sent} is left out, such as {name} by {reason}")
+                part, cause = next(iter(below.items()))
+                report.notes.append(f"{key}: {len(below)} of what is in {sent} is left out, such as {part} by {cause}")
         elif reason := next(filter(None, map(archive.why_left_out, candidates)), None):
             report.problems.append(f"{key}={value!r} is left out by {reason}. {_take_out(reason)}")
         elif not optional:
