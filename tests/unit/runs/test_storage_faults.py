@@ -18,7 +18,7 @@ from ray_vlm.runs.store import Store, join, making
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.checkpoint import CheckpointWriter
 from ray_vlm.train.context import DistributedContext
-from tests.faults import SmallDisk, Stumbling, small_disk
+from tests.support.faults import SmallDisk, Stumbling, small_disk
 
 FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json")
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.precision import arithmetic, only
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.methods import METHODS
@@ -25,6 +24,7 @@ from ray_vlm.models.packing import PackingOptions
 from ray_vlm.train.planned_trainer import feed_trainer
 from ray_vlm.train.prepare import prepare
 from ray_vlm.train.trainer import spare_work
+from tests.support.precision import arithmetic, only
 
 Step = dict[str, Any]  # {"loss": float, "grads": Gradients}
 Gradients = dict[str, torch.Tensor]  # by the name of the weights
