@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.stock import checkpointed
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.models.live import LiveBytes
+from tests.support.stock import checkpointed
 
 GROUP = 8  # answers to a prompt
 SIDE = {"qwen3_vl": 256, "qwen2_5_vl": 448}  # of an image of 16 x 16 visual tokens
@@ -51,7 +51,7 @@ def make_job(folder: Path, model: str, family: str, method: str, lengths: Sequen
     data = {"path": str(path), "format": {"sft": "llava", "dpo": "preference", "grpo": "prompt"}[method]}
     size = GROUP * len(lengths) if method == "grpo" else len(lengths)
     if method == "grpo":
-        options |= {"num_generations": GROUP, "rewards": {"benchmarks.stock:token_reward": 1.0}}
+        options |= {"num_generations": GROUP, "rewards": {"tests.support.stock:token_reward": 1.0}}
     return load_resolved(
         {
             "method": {"name": method, **options},

@@ -25,7 +25,6 @@ from PIL import Image
 
 from benchmarks.figures import figure, report
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.images import read_size
 from ray_vlm.data.index import build_index
 from ray_vlm.data.plan import Plan
@@ -33,45 +32,11 @@ from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.stream import StreamSpec, mean_bytes, pack, stream_ray, task_size
 from ray_vlm.demo.tiny import write_untrained
+from tests.support.photos import FILES, SIZES, make_spec, write_images, write_rows
 
-SIZES = {"12mp": (4000, 3000), "2mp": (1600, 1200), "0.3mp": (640, 480)}
 MICRO = 2  # rows in a micro-batch
 TASK = {"12mp": 34, "2mp": 34, "0.3mp": 64}  # rows of a loader's task in `stream_ray`
 TASKS = {"12mp": 4, "2mp": 8, "0.3mp": 24}  # how many are streamed; the first and the last are not timed
-FILES = 8  # distinct images
-LABELS = ("dog", "cat", "car")
-
-
-def write_images(folder: Path, size: tuple[int, int], count: int) -> None:
-    """Write photo-like JPEGs: smooth shapes with noise."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for number in range(count):
-        path = folder / f"{number}.jpg"
-        if number >= FILES:
-            path.write_bytes((folder / f"{number % FILES}.jpg").read_bytes())
-            continue
-        coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        noise = rng.integers(-12, 13, (size[1], size[0], 1), np.int16)
-        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(path, quality=85)
-
-
-def write_rows(folder: Path, size: tuple[int, int], rows: int, files: int) -> Source:
-    """Write a COCO file over the images in `folder`, with three boxes each."""
-    images = [{"id": i, "file_name": f"{i % files}.jpg"} for i in range(rows)]
-    box = [0.1 * size[0], 0.2 * size[1], 0.3 * size[0], 0.4 * size[1]]
-    boxes = [
-        {"image_id": i, "category_id": c, "bbox": [c * 10 + v for v in box]} for i in range(rows) for c in (1, 2, 3)
-    ]
-    categories = [{"id": i, "name": name} for i, name in enumerate(LABELS, 1)]
-    path = folder / "rows.json"
-    path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
-    return Source(path=str(path))
-
-
-def make_spec(model: Path) -> SampleSpec:
-    """Return the spec of the tiny Qwen3-VL with the image limits that real models are trained with."""
-    return SampleSpec(Model(name=str(model), load_in_4bit=False), Task(), LABELS, max_pixels=1280 * 1024)
 
 
 def read_plainly(path: str, spec: SampleSpec) -> Any:

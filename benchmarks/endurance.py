@@ -17,12 +17,13 @@ from typing import Any
 import psutil
 
 from benchmarks.figures import figure
-from benchmarks.recovery import kill_process, processes, train_job
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import Interrupted
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.stop import ask_workers
+from tests.support.killing import train_job
+from tests.support.ray_processes import kill_process, processes, store_mib
 
 KILL_EVERY_S = 30.0
 CHECKPOINT_EVERY = 5  # steps: two seconds, as one would choose where a worker dies twice a minute
@@ -218,16 +219,6 @@ def memory_now() -> dict[str, float]:
         memory[name + OWN] = sum(size.uss for size in sizes) / MIB
         memory[name + SEEN] = sum(size.rss for size in sizes) / MIB
     return memory
-
-
-def store_mib() -> float:
-    """Return the MiB now in Ray's object store."""
-    import ray
-    from ray._private.internal_api import node_stats
-
-    node = ray.nodes()[0]
-    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
-    return stats.store_stats.object_store_bytes_used / MIB
 
 
 def _mean(samples: list[tuple[float, dict[str, float]]], name: str, first: float, last: float) -> float:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import figure
-from benchmarks.stock import arguments, build_model, token_reward
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.methods.grpo import PlannedGRPOTrainer
 from ray_vlm.train.prepare import prepare
+from tests.support.stock import arguments, build_model, token_reward
 
 PROMPTS, GROUP, ACCUMULATION = 8, 8, 8
 
@@ -40,7 +40,7 @@ def photo_job(folder: Path, model: str) -> JobConfig:
     size = PROMPTS * GROUP
     return load_resolved(
         {
-            "method": {"name": "grpo", "num_generations": GROUP, "rewards": {"benchmarks.stock:token_reward": 1.0}},
+            "method": {"name": "grpo", "num_generations": GROUP, "rewards": {"tests.support.stock:token_reward": 1.0}},
             "task": "chat",
             "model": {"name": model, "load_in_4bit": False},
             "lora": {"rank": 8, "alpha": 16},

@@ -1,10 +1,9 @@
 """Accuracy of the planner: predicted against measured memory of a step on tiny models, then predictions for real
 models.
 
-Each tiny job trains two steps through this package's trainer on a CPU, with every tensor counted when torch allocates
-and frees it; the prediction uses the job, the model's configuration and the index's token counts. Bytes are those above
-the loaded model. For comparison there is the rule of `accelerate estimate-memory`: four times the weights. Then come
-predictions for 4-bit jobs of real models, with images of 1,024 tokens, on cards of 40 GiB.
+`tests/support/memory.py` measures a tiny job and predicts its memory. Bytes are those above the loaded model. For
+comparison there is the rule of `accelerate estimate-memory`: four times the weights. Then come predictions for 4-bit
+jobs of real models, with images of 1,024 tokens, on cards of 40 GiB.
 """
 
 import statistics
@@ -13,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import figure, report
-from benchmarks.parity import write_pairs
-from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
-from ray_vlm.models.live import LiveBytes
-from ray_vlm.models.load import family_of, load_config
+from ray_vlm.models.load import family_of
 from ray_vlm.models.memory import GIB, RowSize, estimate, merge_of, micro_sizes
 from ray_vlm.models.presets import load_preset
 from ray_vlm.models.rehearse import Rehearsal
-from ray_vlm.train.worker_spec import WorkerSpec
+from tests.support.memory import compare, tiny_job
 
 SMALL, LARGE = {"max_pixels": 8192}, {"min_pixels": 30000, "max_pixels": 40000}
 # (method, rank, checkpointing, rows at a time, parts, image sizes)
@@ -36,72 +32,6 @@ TINY = [
     *(("grpo", rank, gc, 4, ["language"], {}) for rank, gc in ((4, True), (64, False))),
 ]
 REAL = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
-
-
-def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
-    """Build one of the tiny jobs."""
-    method, rank, checkpointing, rows, parts, sizes = case
-    data: dict[str, Any] = {"train": {"path": str(folder / "scenes" / "train.json")}, **sizes}
-    if method == "dpo":
-        data["train"] = {"path": str(write_pairs(folder, str(folder / family))), "format": "preference"}
-    method_section: dict[str, Any] = {"name": method}
-    if method == "grpo":
-        method_section |= {"num_generations": 4, "max_completion_tokens": 16}
-    return load_resolved(
-        {
-            "method": method_section,
-            "model": {"name": str(folder / family)},
-            "lora": {"rank": rank, "target": parts},
-            "data": data,
-            "train": {"global_batch_size": rows, "micro_batch_size": rows, "max_steps": 2, "precision": "fp32"}
-            | {"gradient_checkpointing": checkpointing},
-            "cluster": {"num_workers": 0},
-            "run": {"output_dir": str(folder / "runs")},
-        }
-    )
-
-
-def compare(job: JobConfig) -> tuple[float, float, float]:
-    """Return bytes above the loaded model: measured, predicted, and by four times the weights."""
-
-    from ray_vlm.data.samples import load_sample_builder
-    from ray_vlm.data.stream import StreamSpec, stream_local
-    from ray_vlm.distributed import DistributedContext
-    from ray_vlm.methods import load_method
-    from ray_vlm.methods.prefix_sharing import plan_folding
-    from ray_vlm.models.imports import prepare_process
-    from ray_vlm.train.build import build_args, build_inputs, load_adapted
-    from ray_vlm.train.prepare import prepare
-
-    prepared = prepare(job)
-    plan, records = prepared.plan, prepared.train.records
-    prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray=False)
-    builder, context = load_sample_builder(prepared.spec), DistributedContext()
-    spec = WorkerSpec(dump_job(job), job.run.output_dir, prepared.spec, plan, records, None)
-    args, model = build_args(job, spec), load_adapted(job, builder.family, context)
-    stream = stream_local(
-        StreamSpec(records, prepared.spec, plan, 0, 0, plan.num_steps * plan.accumulation, 4e6, False)
-    )
-    trainer = load_method(job.method.name)(model, args, build_inputs(job, spec, model, args, builder, context, stream))
-    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        trainer.train()
-    config, index = load_config(job.model), prepared.train
-    rehearsal = Rehearsal(config, job, builder.family)
-    merge, folding = merge_of(config), plan_folding(job, builder.family, config)
-    weights = rehearsal.weights()
-    loaded = weights.quantised + weights.plain
-    peaks = []
-    for number in range(prepared.plan.num_steps * prepared.plan.accumulation):
-        rows = prepared.plan.micro_batch(number, 0).rows
-        if job.method.name == "grpo":
-            rows = rows[: len(micro_sizes(job, RowSize(0, 0, 0)))]
-        longest = [max(map(len, builder.row(index.records[row]).completions), default=0) for row in rows]
-        counts = (index.image_tokens[list(rows)], index.prompt_tokens[list(rows)], index.answer_tokens[list(rows)])
-        sizes = [RowSize(int(i), int(p), int(a), most) for i, p, a, most in zip(*counts, longest, strict=True)]
-        peak = estimate(rehearsal, sizes, merge, folding).peak
-        first = number < prepared.plan.accumulation  # Adam has no moments yet
-        peaks.append(peak - loaded - (3 if first else 1) * weights.trained)
-    return live.peak, max(peaks), 3 * loaded
 
 
 def tiny_figures(quick: bool) -> list[dict[str, Any]]:

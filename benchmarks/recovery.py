@@ -8,144 +8,24 @@ import contextlib
 import json
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import psutil
-import yaml
 
 from benchmarks.figures import figure, report
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import Interrupted
-from ray_vlm.runs.checkpoints import open_newest, sweep
-from ray_vlm.runs.monitor import current_lines, read_metrics
+from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.store import Store
+from tests.support.killing import STEPS, at_step, kill_writers, steps_of, train_job, weights_of, write_job
+from tests.support.ray_processes import kill_process
 
 ROOT = Path(__file__).parents[1]
-STEPS = 12  # of 6 rows each, over 30 rows: more than two epochs
-_WRITER = """
-import os, sys
-from pathlib import Path
-from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, write_part
-from ray_vlm.runs.store import Store
-store, attempt = Store(sys.argv[1]), int(sys.argv[2])
-def fill(folder):
-    for i in range(4):
-        (folder / f"{i}.bin").write_bytes(os.urandom(50_000))
-for step in range(attempt * 1000, attempt * 1000 + 999):
-    name = checkpoint_name(step, attempt, f"{attempt:04x}")
-    commit(store, name, write_part(store, name, "rank0", fill), step, attempt=attempt)
-    print(step, flush=True)
-    prune(store, keep=2, keep_best=0)
-"""
-
-
-def kill_writers(folder: Path, count: int, seed: int = 0) -> dict[str, int]:
-    """Kill a writer at `count` moments; after each, the newest complete checkpoint must be at least the last one that
-    the writer reported. Return how many were lost or torn, and how many kills hit an unfinished one."""
-    import random
-
-    moments, store = random.Random(seed), Store(folder)
-    lost, torn, hit, last = 0, 0, 0, -1
-    for attempt in range(1, count + 1):
-        command = [sys.executable, "-c", _WRITER, str(folder), str(attempt)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            first = writer.stdout.readline()
-            time.sleep(moments.uniform(0, 0.03))
-            os.kill(writer.pid, signal.SIGKILL)
-            written = [int(line) for line in (first + writer.stdout.read()).split()]
-        last = max([last, *written])
-        newest = open_newest(store, lambda text: None)
-        if newest is None or newest[0].step < last:
-            lost += 1
-        else:
-            torn += any(len((newest[1] / f"{i}.bin").read_bytes()) != 50_000 for i in range(4))
-        before = len(store.names())
-        sweep(store)
-        hit += len(store.names()) < before
-    return {"lost": lost, "torn": torn, "unfinished": hit}
-
-
-def write_job(folder: Path) -> Path:
-    """Write a small job over drawn scenes, on a tiny random model."""
-    from ray_vlm.demo.shapes import draw
-    from ray_vlm.demo.tiny import write_untrained
-
-    draw(folder / "scenes", "studio", "train", 30)
-    job = {
-        "model": {"name": str(write_untrained(folder / "model", "qwen3_vl")), "load_in_4bit": False},
-        "lora": {"rank": 4, "alpha": 8},
-        "data": {"train": {"path": str(folder / "scenes" / "train.json")}},
-        "train": {"global_batch_size": 6, "micro_batch_size": 3, "max_steps": STEPS, "precision": "fp32"},
-        "checkpoint": {"every_steps": 3},
-        "cluster": {"num_workers": 2},
-        "run": {"output_dir": str(folder / "runs")},
-    }
-    path = folder / "job.yaml"
-    path.write_text(yaml.safe_dump(job))
-    return path
-
-
-def train_job(path: Path, *overrides: str, resume: bool = False) -> RunPaths:
-    """Train the job in this process's Ray cluster."""
-    from ray_vlm.train.driver import train
-
-    return train(load_job(path, overrides), path.read_text(), resume=resume)
-
-
-def at_step(run: RunPaths, step: int, do: Callable[[], Any]) -> threading.Thread:
-    """Call `do` in a thread as soon as `metrics.jsonl` has that step."""
-
-    def wait() -> None:
-        until = time.monotonic() + 200
-        while time.monotonic() < until:
-            if any(line["kind"] == "train" and line["step"] >= step for line in read_metrics(run.metrics)):
-                return do()
-            time.sleep(0.02)
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
-
-
-def processes(title: str = "") -> list[psutil.Process]:
-    """Return the processes of this process's Ray cluster that have this title in Ray, ordered by pid."""
-    matching = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if title in " ".join(process.cmdline()):
-                matching.append(process)
-    return sorted(matching, key=lambda process: process.pid)
-
-
-def kill_process(title: str, number: int = 0) -> bool:
-    """Send SIGKILL to the `number`-th of those processes; return whether there was one."""
-    victims = processes(title)
-    if victims:
-        victims[number % len(victims)].kill()
-    return bool(victims)
-
-
-def steps_of(run: RunPaths) -> list[tuple[int, float, float]]:
-    """Return step, loss and gradient norm of every step that counts."""
-    lines = current_lines(read_metrics(run.metrics))
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
-
-
-def weights_of(run: RunPaths) -> bytes:
-    """Return the weights of the final adapter."""
-    return (run.final / "adapter_model.safetensors").read_bytes()
 
 
 def kill_workers(path: Path, undisturbed: RunPaths, count: int) -> list[dict[str, Any]]:

@@ -40,10 +40,11 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     """Return all figures; `quick` runs two trials, and the bar does not apply to its ratio."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     from ray_vlm.cluster.connect import start_ray
+    from ray_vlm.cluster.preflight import build_demand
     from ray_vlm.config.load import load_job
 
     seeds = 2 if quick else 8
-    with tempfile.TemporaryDirectory() as temporary, start_ray(load_job(JOB, SHORT)):
+    with tempfile.TemporaryDirectory() as temporary, start_ray(build_demand(load_job(JOB, SHORT))):
         shared, kept_s = sweep(Path(temporary), "kept", seeds, "tune.resident=true")
         alone, alone_s = sweep(Path(temporary), "alone", seeds, "tune.resident=false", "cluster.num_workers=1")
     worst = max(

@@ -26,8 +26,8 @@ from benchmarks.arms import GROUP, SIDE, Arm, logps_apart, make_job, write_model
 from benchmarks.figures import figure, report
 from benchmarks.image_path import image_path
 from benchmarks.real_size import computed
-from benchmarks.stock import gradients_apart, our_trainer, patched_trainer, stock_trainer
 from ray_vlm.config.schema import JobConfig
+from tests.support.stock import gradients_apart, our_trainer, patched_trainer, stock_trainer
 
 # EXACT is about rounding, which depends on the machine: 3.4e-6 on an Intel Xeon; `parity` saw 1.8 times as much on an
 # AMD EPYC as on that, so 1e-5 left too little room.

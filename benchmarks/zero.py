@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks.figures import figure, report
-from benchmarks.parity import make_job
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train
+from tests.support.parity import make_job
 
 STEPS = 10
 PRESETS = [name for of in get_args(Cluster.model_fields["deepspeed"].annotation) for name in get_args(of)]

@@ -121,7 +121,7 @@ def bucket() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def stumbling() -> Iterator[tuple[str, Any]]:
     """The address of a bucket, and what makes its requests fail."""
-    from tests.faults import stumbling_store
+    from tests.support.faults import stumbling_store
 
     with stumbling_store() as store:
         yield store

@@ -85,7 +85,7 @@ def build_job(folder: Path, case: Case, scale: Scale, prompts: int = 1, **train:
         base["adapter"] = "the one that training starts from"  # so that it is the reference, as TRL has it
     if case.method == "grpo":
         options |= {"num_generations": case.micro, "max_completion_tokens": case.length}
-        options |= {"rewards": {"benchmarks.stock:token_reward": 1.0}}
+        options |= {"rewards": {"tests.support.stock:token_reward": 1.0}}
     section = {"global_batch_size": size, "micro_batch_size": case.micro, "precision": "bf16", "probe": False}
     section |= {"gradient_checkpointing": case.recompute, "max_steps": 8} | train
     data = {"path": str(path), "format": FORMATS[case.method], "image_root": str(path.parent)}

@@ -11,8 +11,8 @@ from benchmarks.gpu.bench import QWEN3, Bench
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.profiler import profile_kernels
 from benchmarks.gpu.supervise import first_line, leave_after_cuda_error
-from benchmarks.stock import our_trainer, stock_trainer
 from ray_vlm.models.dequantize import multiply_dequantised, quantised_layers
+from tests.support.stock import our_trainer, stock_trainer
 
 GROUP = 8  # answers to a prompt
 PROMPT = 1100  # tokens before the one that a decoding step writes, on the card

@@ -8,7 +8,7 @@ from benchmarks.gpu.bench import QWEN2_5, QWEN3, Bench
 from benchmarks.gpu.cases import SHIPPED
 from benchmarks.gpu.profiler import profile_kernels
 from benchmarks.gpu.shapes import write_shape
-from benchmarks.stock import our_trainer
+from tests.support.stock import our_trainer
 
 
 def profile_step(bench: Bench) -> None:

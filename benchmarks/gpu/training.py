@@ -14,10 +14,10 @@ from benchmarks.gpu.bench import CAP_GIB, GIB, Bench
 from benchmarks.gpu.cases import CHOSEN, LARGER, OTHER, PAIRS, SHIPPED, Case, groups, injected_answers
 from benchmarks.gpu.figure_file import ALLOCATED
 from benchmarks.gpu.supervise import Refused, first_line
-from benchmarks.stock import our_trainer, stock_trainer
 from ray_vlm.methods.trainer import PlannedTrainer
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.runs.compute import find_peak
+from tests.support.stock import our_trainer, stock_trainer
 
 NEEDED_S = 25.0  # for the largest group
 

@@ -9,8 +9,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ray_vlm.cluster import authentication
-from ray_vlm.cluster.nodes import ask_nodes, compare_nodes, describe_node, expected, wait_longer
-from ray_vlm.cluster.preflight import Layout, cpus_needed, describe_idle_gpus, plan_layout
+from ray_vlm.cluster.nodes import ask_nodes, compare_nodes, describe_node
+from ray_vlm.cluster.preflight import (
+    ClusterDemand,
+    Layout,
+    build_demand,
+    cpus_needed,
+    expected_resources,
+    plan_layout,
+)
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
 from ray_vlm.machine import cannot_hold_ray, count_cpus, count_gpus, describe_room, ray_folder, read_disk
@@ -95,40 +102,40 @@ def _start_own(cpus: int) -> None:
     note = describe_room(disk)
     if note and cannot_hold_ray(disk):
         raise RunError(note)
-    notes = [note] if note else []
+    if note:
+        print(f"note: {note}", flush=True)
     if (other := find_other_cluster()) is not None:
-        notes.append(
-            f"a Ray cluster runs on this machine already ({other}); this starts one of its own beside it. "
-            "cluster.address=auto, or RAY_ADDRESS=auto, joins that one"
+        print(
+            f"note: a Ray cluster runs on this machine already ({other}); this starts one of its own beside it. "
+            "cluster.address=auto, or RAY_ADDRESS=auto, joins that one",
+            flush=True,
         )
-    for text in notes:
-        print(f"note: {text}", flush=True)
     ray.init(address=_OWN, num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
 
 
 @contextmanager
-def start_ray(job: JobConfig) -> Iterator[None]:
+def start_ray(demand: ClusterDemand) -> Iterator[None]:
     """Join the Ray cluster that the job names, or start a local one, and shut down Ray at the end if this started it.
 
     A local cluster gets as many logical CPUs as the job needs, even if the machine has fewer.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    print(describe_start(job), flush=True)  # before the import, since importing and starting Ray takes many seconds
-    import ray
+    print(describe_start(demand.cluster.address), flush=True)
+    import ray  # after the line above, since importing and starting Ray takes many seconds
 
     starts_ray, added = not ray.is_initialized(), set[str]()
     try:
         if starts_ray:
-            setting = "cluster.address" if job.cluster.address else "RAY_ADDRESS"
-            address = job.cluster.address or os.environ.get("RAY_ADDRESS") or _OWN
+            setting = "cluster.address" if demand.cluster.address else "RAY_ADDRESS"
+            address = demand.cluster.address or os.environ.get("RAY_ADDRESS") or _OWN
             if address == _OWN:
                 added = OWN_SETTINGS.keys() - os.environ.keys()
                 os.environ.update({name: OWN_SETTINGS[name] for name in added})
-                _start_own(max(count_cpus(), cpus_needed(job)))
+                _start_own(max(count_cpus(), cpus_needed(demand)))
             else:
                 _join(address, setting)
-            if job.cluster.gpus_per_worker == 0:
+            if demand.cluster.gpus_per_worker == 0:
                 tell_idle_gpus(count_gpus() if address == _OWN else int(ray.cluster_resources().get("GPU", 0)))
         yield
     finally:
@@ -141,7 +148,9 @@ def start_ray(job: JobConfig) -> Iterator[None]:
 def tell_idle_gpus(count: int) -> None:
     """Print a note that a run on CPUs leaves `count` GPUs idle, unless there are none."""
     if count:
-        print(f"note: {describe_idle_gpus(count)}", flush=True)
+        cards = "a GPU lies" if count == 1 else f"{count} GPUs lie"
+        text = f"{cards} idle, and the job runs on CPUs; cluster.gpus_per_worker=1 gives each worker a GPU"
+        print(f"note: {text}", flush=True)
 
 
 @contextmanager
@@ -150,12 +159,13 @@ def connect(job: JobConfig, at_once: int = 1) -> Iterator[Layout]:
 
     `at_once`: how many such runs share the cluster. Raises `RunError` if a joined cluster is too small.
     """
-    with start_ray(job):
-        resources, nodes = find_resources(job, at_once)
-        yield plan_layout(job, {name: amount / at_once for name, amount in resources.items()}, nodes)
+    demand = build_demand(job)
+    with start_ray(demand):
+        resources, nodes = find_resources(demand, at_once)
+        yield plan_layout(demand, {name: amount / at_once for name, amount in resources.items()}, nodes)
 
 
-def find_resources(job: JobConfig, at_once: int = 1) -> tuple[dict[str, float], list[Mapping[str, float]]]:
+def find_resources(demand: ClusterDemand, at_once: int = 1) -> tuple[dict[str, float], list[Mapping[str, float]]]:
     """Return the resources of the cluster in total and by node.
 
     With `cluster.startup_minutes` the total includes the nodes that are expected to start for `at_once` runs, and the
@@ -163,22 +173,23 @@ def find_resources(job: JobConfig, at_once: int = 1) -> tuple[dict[str, float], 
     """
     import ray
 
+    cluster = demand.cluster
     living, problems = ask_nodes() if len(ray.nodes()) > 1 else ([], [])
-    problems += compare_nodes(living, describe_node(), job.model.load_in_4bit, job.cluster.gpus_per_worker > 0)
+    problems += compare_nodes(living, describe_node(), demand.quantised, cluster.gpus_per_worker > 0)
     if problems:
         raise RunError(problems)
-    if minutes := job.cluster.startup_minutes:
-        wait_longer(minutes)
-        return expected(ray.cluster_resources(), job, at_once), []
-    if job.cluster.most_workers > job.cluster.least_workers:  # Ray first waits for the resources of a lost node
+    if cluster.startup_minutes:  # by default Ray Train gives up after one minute
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(60 * cluster.startup_minutes)
+        return expected_resources(ray.cluster_resources(), demand, at_once), []
+    if cluster.most_workers > cluster.least_workers:  # Ray first waits for the resources of a lost node
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     return ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def describe_start(job: JobConfig) -> str:
-    """Describe what `start_ray` is about to do."""
+def describe_start(address: str | None) -> str:
+    """Describe what `start_ray` is about to do. `address`: the cluster to join, if the job names one."""
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return "using the Ray cluster that this process has joined"
-    address = job.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
     own = address in (None, "", _OWN)
     return "starting Ray on this machine" if own else f"joining the Ray cluster at {address}"

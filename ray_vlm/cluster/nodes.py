@@ -1,18 +1,22 @@
-"""Compare the nodes of a joined cluster with the driver's machine; all differences are reported at once.
+"""Check the nodes of a joined cluster: their packages and drivers, and whether they all see the folder of the runs.
 
-`ask_nodes` describes every node in a task on it; `compare_nodes` and `expected` are pure functions of that.
+`ask_nodes` describes every node in a task on it; `compare_nodes` is a pure function of that. All differences are
+reported at once.
 """
 
-import os
 import platform
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm import __version__
-from ray_vlm.cluster.preflight import count_processes, cpus_needed
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import RunError
+from ray_vlm.runs.store import Store, is_remote
+
+if TYPE_CHECKING:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 # Packages whose versions decide numbers or file formats; a different one on a node would fail late.
 SAME = ("ray-vlm", "ray", "torch", "torchvision", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -100,14 +104,13 @@ def ask_nodes(timeout_s: float = 60.0) -> tuple[list[Node], list[str]]:
     a node that does not answer within `timeout_s` is left out."""
     import ray
     from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     describe: Any = ray.remote(num_cpus=0)(describe_node)
     names = {}  # of the nodes, by the reference of their task
     for node in (node for node in ray.nodes() if node["Alive"]):
-        where = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
         name, gpus = node["NodeManagerAddress"], node["Resources"].get("GPU", 0)
-        names[describe.options(scheduling_strategy=where, max_retries=0).remote(name, gpus)] = name
+        task = describe.options(scheduling_strategy=_only_on(node["NodeID"]), max_retries=0)
+        names[task.remote(name, gpus)] = name
     done, _ = ray.wait(list(names), num_returns=len(names), timeout=timeout_s)
     nodes, problems = [], []
     for reference in done:
@@ -131,15 +134,34 @@ def living_nodes() -> set[str]:
         return set()
 
 
-def expected(now: Mapping[str, float], job: JobConfig, at_once: int = 1) -> dict[str, float]:
-    """Return the resources that an autoscaling cluster is expected to reach: those it has `now`, and at least those
-    that `at_once` runs of the job need."""
-    processes = max(1, count_processes(job))
-    cpus = max(float(cpus_needed(job)), job.cluster.cpus_per_worker)
-    need = {"CPU": cpus, "GPU": processes * job.cluster.gpus_per_worker}
-    return {**now, **{name: max(now.get(name, 0.0), at_once * each) for name, each in need.items()}}
+def check_shared(address: str) -> None:
+    """Raise `RunError` with the nodes of the joined cluster that do not see the folder of the runs: on a local disk the
+    files of other nodes would be missing. Every node sees an object store."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if is_remote(address) or len(nodes) < 2:
+        return
+    store, name = Store(address), f".seen-{uuid.uuid4().hex[:8]}"
+    store.write(name, b"")
+    try:
+        sees: Any = ray.remote(num_cpus=0)(_sees)
+        answers = [sees.options(scheduling_strategy=_only_on(node["NodeID"])).remote(address, name) for node in nodes]
+        blind = [node["NodeManagerAddress"] for node, seen in zip(nodes, ray.get(answers), strict=True) if not seen]
+    finally:
+        store.remove(name)
+    if blind:
+        raise RunError(
+            f"run.output_dir: {address} is not seen by {', '.join(sorted(blind))}. Give a folder on a file system that "
+            "all nodes share, or s3://..."
+        )
 
 
-def wait_longer(minutes: float) -> None:
-    """Wait `minutes` for nodes that are still to be started; by default Ray Train gives up after one minute."""
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(60 * minutes)
+def _only_on(node_id: str) -> "NodeAffinitySchedulingStrategy":
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+
+
+def _sees(address: str, name: str) -> bool:
+    return Store(address).read(name) is not None

@@ -1,25 +1,35 @@
-"""The files that are sent with a submitted job: the working folder and this package, first planned, then zipped.
+"""The files that are sent with a submitted job, and whether its command finds there what it names.
 
-Ray zips the folders that a runtime environment names, and applies `excludes` to those of `py_modules` too: a pattern
-for the data would remove modules of the package. It sends archives unchanged. So this module writes both archives, and
-what `describe_archive` prints is exactly what they contain.
+The working folder and this package are first planned, then zipped. Ray zips the folders that a runtime environment
+names, and applies `excludes` to those of `py_modules` too: a pattern for the data would remove modules of the package.
+It sends archives unchanged. So this module writes both archives, and what `describe_archive` prints is exactly what
+they contain.
+
+On the cluster the command runs in a copy of the working folder that is deleted afterwards. A relative path is resolved
+in that copy, so it must be sent; any other path must be on storage that all nodes see. So must be the paths of results.
 """
 
 import os
 import posixpath
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile, ZipInfo
 
 from ray_vlm import __version__
+from ray_vlm.config.load import dump_job
+from ray_vlm.config.paths import check_output_dir, is_hub_name
+from ray_vlm.config.schema import Data, JobConfig, Model
 from ray_vlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from ray._private.thirdparty.pathspec import PathSpec
+
+    from ray_vlm.config.data import Source
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 IGNORE_GITIGNORE = "RAY_RUNTIME_ENV_IGNORE_GITIGNORE"  # Ray's own switch: "1" sends what git ignores
@@ -30,6 +40,15 @@ _NEVER = "this command, which never sends it"
 _NAMES_SHOWN = 5
 _ENTRY_BYTES = 120  # overhead of a zip archive for each file, beside its name (twice) and its bytes
 _EARLIEST = (1980, 1, 1, 0, 0, 0)  # the date of every file: the same files give the same archive, which is sent once
+
+# Arguments of the verbs by what they name; all others name no file. A test checks that none is missing.
+SENT = ("job", "space")  # a file that is sent
+READ = ("run", "inputs", "adapter", "against", "base", "image_root")  # is sent, or on storage that all nodes
+# see; a run, an adapter or a base may also be a name on the hub, or of a base that ships with the package
+WRITTEN = ("output", "draw")
+
+_FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):[A-Za-z_]\w*")
+_SHARED = "a path that all nodes see: an absolute path on a shared file system, or an address such as s3://"
 
 
 @dataclass(frozen=True)
@@ -111,8 +130,8 @@ def plan_working_folder(folder: Path, excludes: Sequence[str], excludes_of: str)
 
 def plan_package() -> Archive:
     """Plan the archive of this package; the user's patterns do not apply to it."""
-    archive = _plan(PACKAGE_FOLDER, [_rule("", _NEVER_SENT, _NEVER)], [])
-    return Archive(archive.folder, archive.files, prefix="ray_vlm/")
+    files = _plan(PACKAGE_FOLDER, [_rule("", _NEVER_SENT, _NEVER)], []).files
+    return Archive(PACKAGE_FOLDER, files, prefix="ray_vlm/")
 
 
 def _plan(folder: Path, rules: Sequence[_Rule], ignore_files: Sequence[str]) -> Archive:
@@ -184,16 +203,13 @@ def check_size(archive: Archive) -> None:
 def describe_archive(archive: Archive) -> str:
     """Describe what is sent, and what is left out and why, in lines for a terminal."""
     what = f"ray_vlm {__version__}" if archive.prefix else "the working folder"
-    lines = [f"sends {what}, {archive.folder}: {_count(archive.files)}, {format_bytes(archive.num_bytes)}"]
+    count = f"{len(archive.files):,} file{'' if len(archive.files) == 1 else 's'}"
+    lines = [f"sends {what}, {archive.folder}: {count}, {format_bytes(archive.num_bytes)}"]
     for reason in dict.fromkeys(archive.left_out.values()):
         names = [name for name, cause in archive.left_out.items() if cause == reason]
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         lines.append(f"  left out by {reason}: {', '.join(names[:_NAMES_SHOWN])}{more}")
     return "\n".join(lines)
-
-
-def _count(files: Mapping[str, int]) -> str:
-    return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
 
 
 def format_bytes(size: float) -> str:
@@ -215,3 +231,166 @@ def write_archive(archive: Archive, path: Path) -> None:
             info.external_attr = (stat.S_IFREG | mode) << 16
             with open(source, "rb") as data, target.open(info, "w") as out:
                 shutil.copyfileobj(data, out)
+
+
+@dataclass
+class PathReport:
+    """The problems and notes on a command's paths."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)  # paths outside the folder, which all nodes must see
+    written: list[str] = field(default_factory=list)  # paths of the results
+
+    def __add__(self, other: "PathReport") -> "PathReport":
+        return PathReport(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+
+def name_in_folder(path: str, folder: Path) -> str | None:
+    """Return a path of this machine relative to `folder`; None if it is outside."""
+    for full in (Path(os.path.abspath(os.path.expanduser(path))), Path(path).resolve()):
+        for root in (Path(os.path.abspath(folder)), folder.resolve()):
+            if full.is_relative_to(root):
+                return full.relative_to(root).as_posix()
+    return None
+
+
+def check_words(words: Mapping[str, Any], archive: Archive) -> tuple[dict[str, Any], PathReport]:
+    """Return the arguments of a command as the cluster gets them, and a report on the paths among them."""
+    report = PathReport()
+    arguments = dict(words)
+    for name in SENT:
+        if arguments.get(name) is not None:
+            arguments[name] = _check_sent(name, arguments[name], archive, report)
+    for name in READ:
+        value = arguments.get(name)
+        if isinstance(value, list):
+            arguments[name] = [_check_read(name, one, archive, report) for one in value]
+        elif isinstance(value, str):
+            arguments[name] = _check_read(name, value, archive, report)
+    return arguments, report
+
+
+def _check_sent(name: str, path: str, archive: Archive, report: PathReport) -> str:
+    inside = name_in_folder(path, archive.folder)
+    if inside is None:
+        report.problems.append(
+            f"{path} lies outside {archive.folder}, which is what the cluster gets. Give --working-dir with a folder "
+            f"that contains the {name} and the files that it names."
+        )
+        return path
+    if reason := archive.why_left_out(inside):
+        report.problems.append(f"{path}: the {name} is left out by {reason}. {_take_out(reason)}")
+    elif not archive.holds(inside):
+        report.problems.append(f"{path}: no such file in {archive.folder}, which is what the cluster gets.")
+    return inside
+
+
+def _check_read(name: str, value: str, archive: Archive, report: PathReport) -> str:
+    label = f"{name}={value}" if name in ("run", "inputs") else f"--{name} {value}"
+    if _is_absolute(value):
+        if "://" not in value:
+            report.expected.append(value)
+        return value
+    inside = name_in_folder(value, archive.folder)
+    if name == "run" and not Path(value).exists() and (archive.folder / "outputs" / value).exists():
+        inside = f"outputs/{value}"
+    if inside is None:
+        report.problems.append(
+            f"{label} lies outside {archive.folder}, which is what the cluster gets. Give {_SHARED}."
+        )
+    elif reason := archive.why_left_out(inside):
+        report.problems.append(f"{label} is left out by {reason}. {_take_out(reason)}")
+    elif archive.holds(inside):
+        return inside
+    elif name in ("inputs", "against", "image_root") or (name == "adapter" and not is_hub_name(value)):
+        report.problems.append(
+            f"{label}: no such file or folder in {archive.folder}, which is what the cluster gets. Give {_SHARED}."
+        )
+    return value
+
+
+def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:
+    """Check the paths in a job: rows, images, base, adapter and modules. `job_file`: its path in the folder."""
+    report = PathReport()
+    beside = os.path.dirname(job_file)
+    for key, value, optional in _job_inputs(job.data, job.model):
+        if _is_absolute(value):
+            if "://" not in value:
+                report.expected.append(f"{value} ({key})")
+            continue
+        candidates = [os.path.normpath(os.path.join(base, value)) for base in ("", beside)]
+        if sent := next(filter(archive.holds, candidates), None):
+            if key.endswith("image_root") and (below := archive.left_out_below(sent)):
+                part, cause = next(iter(below.items()))
+                report.notes.append(f"{key}: {len(below)} of what is in {sent} is left out, such as {part} by {cause}")
+        elif reason := next(filter(None, map(archive.why_left_out, candidates)), None):
+            report.problems.append(f"{key}={value!r} is left out by {reason}. {_take_out(reason)}")
+        elif not optional:
+            report.problems.append(
+                f"{key}={value!r} is not in {archive.folder}, which is what the cluster gets. Put it there, or give "
+                f"{_SHARED}."
+            )
+    for module in sorted(set(_modules(dump_job(job)))):
+        files = [module.replace(".", "/") + end for end in (".py", "/__init__.py")]
+        for name in dict.fromkeys(os.path.join(base, file) for base in ("", beside) for file in files):
+            if (archive.folder / name).is_file() and (reason := archive.why_left_out(name)):
+                report.problems.append(f"{name}, the module of a function in the job, is left out by {reason}.")
+    return report
+
+
+def check_results(verb: str, words: Mapping[str, Any], output_dir: str | None) -> PathReport:
+    """Report the paths that a verb with these arguments writes to, and those whose contents would be lost.
+
+    `output_dir`: that of the job that the verb runs, if it runs one.
+    """
+    outputs = {f"--{name}": words[name] for name in WRITTEN if words.get(name) is not None}
+    adapters = words.get("adapter") or []
+    if verb == "evaluate" and not outputs and len(adapters) == 1:
+        outputs = {"without --output, results go beside the adapter: its folder": os.path.dirname(adapters[0])}
+    elif output_dir is not None and not (verb == "evaluate" and outputs):
+        outputs["run.output_dir"] = output_dir
+    elif verb == "export" and not outputs:
+        outputs = {"without --output, an export goes into the run: it": words["run"]}
+    problems = [problem for name, value in outputs.items() for problem in check_output_dir(value, name)]
+    return PathReport(
+        problems, written=[value for name, value in outputs.items() if verb != "pairs" or name == "--output"]
+    )
+
+
+def _job_inputs(data: Data, model: Model) -> Iterator[tuple[str, str, bool]]:
+    """Yield the key and value of each path that a job reads, and whether it may be something else than a file there."""
+    sources: list[tuple[str, Source | None]] = [("data.train", data.train), ("data.eval", data.eval)]
+    sources += [("data.test", data.test), *((f"data.mix[{i}]", source) for i, source in enumerate(data.mix))]
+    for key, source in sources:
+        if source is None or not source.path or source.create:  # generated rows are generated on the cluster too
+            continue
+        yield f"{key}.path", source.path, False
+        if source.image_root or (os.path.dirname(source.path) and not _is_absolute(source.path)):
+            yield f"{key}.image_root", source.image_root or os.path.dirname(source.path), not source.image_root
+    yield "model.name", model.name, True
+    if model.adapter:
+        yield "model.adapter", model.adapter, True
+
+
+def _modules(value: object) -> Iterator[str]:
+    """Yield the module of each `module:function` in plain data, except for this package's, which is always sent."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _modules(key)
+            yield from _modules(inner)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for inner in value:
+            yield from _modules(inner)
+    elif isinstance(value, str) and (match := _FUNCTION.fullmatch(value)) and not value.startswith("ray_vlm."):
+        yield match[1]
+
+
+def _take_out(reason: str) -> str:
+    """Return how to fix a path that `reason` leaves out."""
+    git = f" {IGNORE_GITIGNORE}=1 sends what git ignores." if reason.endswith(".gitignore") else ""
+    return f"Change that, or give {_SHARED}.{git}"
+
+
+def _is_absolute(value: str) -> bool:
+    return "://" in value or value.startswith(("/", "~"))

@@ -3,10 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.schema import Cluster, JobConfig
 from ray_vlm.errors import RunError
 
 _MAX_LOADERS = 8  # processes that read images for one worker, unless data.num_loaders is set
+
+
+@dataclass(frozen=True)
+class ClusterDemand:
+    """What a job demands of a cluster."""
+
+    cluster: Cluster
+    num_loaders: int | None = None  # processes that read images for one worker; None: as the free CPUs allow
+    num_validators: int = 0  # processes for asynchronous validation, each as large as a worker
+    quantised: bool = False  # the nodes need bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -17,32 +27,46 @@ class Layout:
     cpus_per_loader: float
 
 
-def count_processes(job: JobConfig, workers: int | None = None) -> int:
+def build_demand(job: JobConfig) -> ClusterDemand:
+    """Gather what a job demands of a cluster."""
+    return ClusterDemand(job.cluster, job.data.num_loaders, int(job.evaluate.asynchronous), job.model.load_in_4bit)
+
+
+def count_processes(demand: ClusterDemand, workers: int | None = None) -> int:
     """Count the processes that hold the model: the workers (by default the fewest that the job allows), and one more
     for asynchronous validation. 0 for a job that runs in this process alone."""
-    fewest = job.cluster.least_workers if job.cluster.num_workers else 0
-    return (workers or fewest) + job.evaluate.asynchronous
+    fewest = demand.cluster.least_workers if demand.cluster.num_workers else 0
+    return (workers or fewest) + demand.num_validators
 
 
-def cpus_needed(job: JobConfig) -> int:
+def cpus_needed(demand: ClusterDemand) -> int:
     """Return the CPUs that a local cluster needs: for the processes with a model, and one for each loader."""
-    workers = job.cluster.most_workers if job.cluster.num_workers else 0
-    loaders = workers * (job.data.num_loaders or 1)
-    return int(-(-count_processes(job, workers) * job.cluster.cpus_per_worker // 1)) + loaders
+    workers = demand.cluster.most_workers if demand.cluster.num_workers else 0
+    loaders = workers * (demand.num_loaders or 1)
+    return int(-(-count_processes(demand, workers) * demand.cluster.cpus_per_worker // 1)) + loaders
+
+
+def expected_resources(now: Mapping[str, float], demand: ClusterDemand, at_once: int = 1) -> dict[str, float]:
+    """Return the resources that an autoscaling cluster is expected to reach: those it has `now`, and at least those
+    that `at_once` runs of the job need."""
+    processes = max(1, count_processes(demand))
+    cpus = max(float(cpus_needed(demand)), demand.cluster.cpus_per_worker)
+    need = {"CPU": cpus, "GPU": processes * demand.cluster.gpus_per_worker}
+    return {**now, **{name: max(now.get(name, 0.0), at_once * each) for name, each in need.items()}}
 
 
 def plan_layout(
-    job: JobConfig, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] | None = None
+    demand: ClusterDemand, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] | None = None
 ) -> Layout:
     """Divide the CPUs that the workers leave free among the loaders. `resources` is the total, `nodes` each node's.
 
     Ray Data needs CPUs of its own: if the workers took all of them, no image would ever arrive, and training would wait
     forever without an error. Raises `RunError` with everything that is missing.
     """
-    cluster, problems = job.cluster, []
+    cluster, problems = demand.cluster, []
     per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    processes = count_processes(job)
-    beside = " and one for evaluate.asynchronous" if job.evaluate.asynchronous else ""
+    processes = count_processes(demand)
+    beside = " and one for evaluate.asynchronous" if demand.num_validators else ""
     who = f"{cluster.least_workers} workers{beside}"
     for name, each in per_worker.items():
         need, have = each * processes, resources.get(name, 0)
@@ -58,10 +82,9 @@ def plan_layout(
                 f"cluster.{name.lower()}s_per_worker."
             )
     workers = max(cluster.least_workers, min(cluster.most_workers, _fit(resources, per_worker)))
-    free = left = resources.get("CPU", 0) - cluster.cpus_per_worker * count_processes(job, workers)
-    if (
-        cluster.most_workers > cluster.least_workers and nodes
-    ):  # if nodes are lost, workers may fill the one that remains
+    free = left = resources.get("CPU", 0) - cluster.cpus_per_worker * count_processes(demand, workers)
+    if cluster.most_workers > cluster.least_workers and nodes:
+        # if nodes are lost, workers may fill the one that remains
         taken_alone = [min(cluster.most_workers, _fit(node, per_worker)) * cluster.cpus_per_worker for node in nodes]
         left = min(free, max(node.get("CPU", 0) - taken for node, taken in zip(nodes, taken_alone, strict=True)))
     if not problems and left < 1:
@@ -72,16 +95,10 @@ def plan_layout(
     if problems:
         raise RunError(problems)
     cpus_for_loaders = free / workers  # of each worker
-    loaders = job.data.num_loaders or max(1, min(_MAX_LOADERS, int(cpus_for_loaders)))
+    loaders = demand.num_loaders or max(1, min(_MAX_LOADERS, int(cpus_for_loaders)))
     return Layout(loaders, min(1.0, int(cpus_for_loaders / loaders * 100) / 100))
 
 
 def _fit(resources: Mapping[str, float], per_worker: Mapping[str, float]) -> int:
     """Return how many workers fit into `resources`."""
     return min(int(resources.get(name, 0) // each) for name, each in per_worker.items() if each)
-
-
-def describe_idle_gpus(count: int) -> str:
-    """Describe the GPUs that a run on CPUs leaves idle."""
-    cards = "a GPU lies" if count == 1 else f"{count} GPUs lie"
-    return f"{cards} idle, and the job runs on CPUs; cluster.gpus_per_worker=1 gives each worker a GPU"

@@ -12,17 +12,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from ray_vlm.cluster import authentication
+from ray_vlm.cluster.environment import SECRETS_VARIABLE, send_secrets
 from ray_vlm.cluster.package import PACKAGE_FOLDER, Archive, write_archive
-from ray_vlm.cluster.secrets import SECRETS_VARIABLE, send_secrets
 from ray_vlm.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    import requests
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+T = TypeVar("T")
 
 STOPPED = 130  # exit code of a stopped job without a code of its own
 SUPPORTED_RAY = ((2, 60), (3, 0))  # at least, and below; as in pyproject.toml
@@ -49,8 +52,8 @@ def connect_jobs(address: str | None) -> "JobSubmissionClient":
     class Client(JobSubmissionClient):
         """With timeouts: Ray's own client waits forever for a machine that is gone."""
 
-        def _do_request(self, *args: Any, **options: Any) -> Any:
-            return super()._do_request(*args, **{"timeout": _TIMEOUT_S, **options})
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> "requests.Response":
+            return super()._do_request(method, endpoint, **{"timeout": _TIMEOUT_S, **options})
 
     for name in ("dashboard_sdk", "job.sdk"):  # they log every package that is sent
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
@@ -139,8 +142,7 @@ def submit(
 ) -> str:
     """Upload the archives of the working folder and of this package, start the command as a Ray job, return its id.
 
-    This process's secrets are sent too, unseen by others (`secrets.py`), and last, since Ray keeps them for ten minutes
-    only.
+    This process's tokens are sent too, unseen by others, and last, since Ray keeps them for ten minutes only.
     """
     try:
         working_dir, package = (_send(client, archive) for archive in archives)
@@ -168,7 +170,7 @@ def _send(client: "JobSubmissionClient", archive: Archive) -> str:
         return client._upload_package_if_needed(str(path), include_gitignore=False, is_file=True)
 
 
-def follow_job(client: Any, job: str, ask: Callable[[str], bool]) -> int:
+def follow_job(client: "JobSubmissionClient", job: str, ask: Callable[[str], bool]) -> int:
     """Print the job's log until the job ends; return its exit code. Ctrl-C asks whether to stop the job too."""
     lines = _new_text(client, job)
     while True:
@@ -186,7 +188,7 @@ def follow_job(client: Any, job: str, ask: Callable[[str], bool]) -> int:
             lines = _new_text(client, job, lines_shown=True)
 
 
-def _new_text(client: Any, job: str, lines_shown: bool = False) -> Iterator[str]:
+def _new_text(client: "JobSubmissionClient", job: str, lines_shown: bool = False) -> Iterator[str]:
     """Yield the new text of the log at each poll, until the job has ended."""
     shown = len(client.get_job_logs(job)) if lines_shown else 0
     while True:
@@ -198,7 +200,7 @@ def _new_text(client: Any, job: str, lines_shown: bool = False) -> Iterator[str]
             return
 
 
-def exit_code(info: Any) -> int:
+def exit_code(info: "JobDetails") -> int:
     """Return the exit code of the job's command; without one, a code for the job's status, whose message is printed."""
     status = str(getattr(info.status, "value", info.status))
     if status == "SUCCEEDED":
@@ -210,7 +212,7 @@ def exit_code(info: Any) -> int:
     return STOPPED if status == "STOPPED" else 1
 
 
-def ask_cluster(request: Callable[[], Any], patience_s: float = 0.0) -> Any:
+def ask_cluster(request: Callable[[], T], patience_s: float = 0.0) -> T:
     """Return the result of `request`, which is retried for `patience_s` if the job server fails. Raises `RunError`."""
     deadline, retried = time.monotonic() + patience_s, False
     while True:
@@ -225,7 +227,7 @@ def ask_cluster(request: Callable[[], Any], patience_s: float = 0.0) -> Any:
         time.sleep(_POLL_S)
 
 
-def describe_jobs(jobs: Sequence[Any]) -> str:
+def describe_jobs(jobs: "Sequence[JobDetails]") -> str:
     """Format a table of jobs, the newest first."""
     rows = [("job", "status", "started", "command")]
     for job in sorted(jobs, key=lambda j: j.start_time or 0, reverse=True):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_vlm.cluster.preflight import count_processes
+from ray_vlm.cluster.preflight import build_demand, count_processes
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.runs.monitor import LOWER_IS_BETTER
@@ -36,7 +36,7 @@ def plan_sweep(
     """
     cluster = job.cluster
     alone = cluster.num_workers == 0 or job.tune.resident
-    processes = 1 if alone else count_processes(job)
+    processes = 1 if alone else count_processes(build_demand(job))
     cpus = processes * cluster.cpus_per_worker + (0 if alone else 1)
     gpus = processes * cluster.gpus_per_worker
     fits = {name: resources.get(name, 0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need}

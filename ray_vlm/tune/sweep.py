@@ -16,7 +16,8 @@ from typing import Any
 
 from ray_vlm.cluster.connect import find_resources, start_ray
 from ray_vlm.cluster.environment import read_environment
-from ray_vlm.cluster.shared import check_shared
+from ray_vlm.cluster.nodes import check_shared
+from ray_vlm.cluster.preflight import build_demand
 from ray_vlm.config.check import tune_metrics
 from ray_vlm.config.load import dump_job, load_job
 from ray_vlm.config.paths import absolute_paths
@@ -78,8 +79,9 @@ def tune(
     known = read_trials(address, space) if resume else []
     parts = load_parts(job, wanted_parts(job)) if shares_rows(space, job) else None
     steps = prepare(job, parts).plan  # raises for what would stop every trial, before any starts
-    with start_ray(job):
-        plan = plan_sweep(job, space, *find_resources(job, job.tune.max_concurrent or 1))
+    demand = build_demand(job)
+    with start_ray(demand):
+        plan = plan_sweep(job, space, *find_resources(demand, job.tune.max_concurrent or 1))
         draws: tuple[dict[str, Any], ...] = ()
         if job.tune.search == "random":
             draws = draw_trials(space, plan.num_trials, job.seed, job.tune.default_first)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.parity import write_pairs
+from tests.support.parity import write_pairs
 
 
 @pytest.fixture

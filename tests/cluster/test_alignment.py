@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.recovery import kill_process
 from ray_vlm.runs.paths import RunPaths
 from tests.cluster.test_recovery import _at_step, _steps, _train, _weights
+from tests.support.ray_processes import kill_process
 
 pytestmark = pytest.mark.cluster
 

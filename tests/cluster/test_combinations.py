@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.parity import write_pairs
 from ray_vlm.config.check import check_job
 from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train
-from tests.tiny_families import BUILDERS, write_tiny
+from tests.support.parity import write_pairs
+from tests.support.tiny_families import BUILDERS, write_tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

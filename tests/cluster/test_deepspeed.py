@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.recovery import kill_process
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from tests.cluster.test_recovery import _at_step, _steps, _train
+from tests.support.ray_processes import kill_process
 
 pytestmark = pytest.mark.cluster
 TWO = "cluster.num_workers=2"

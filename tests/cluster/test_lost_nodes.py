@@ -1,14 +1,14 @@
 """Nodes that die, lose their cable, are taken away with a notice, or come: the run goes on with the same losses.
 
-Each is a scene of `benchmarks/lost_nodes.py`, with what it has to come to.
+Each is a scene of `tests/support/lost_nodes.py`, with what it has to come to.
 """
 
 from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import why_not
-from benchmarks.lost_nodes import EVERY, cut_briefly, cut_for_good, kill_and_add, restart_head, take_away
+from tests.support.hosts import why_not
+from tests.support.lost_nodes import EVERY, cut_briefly, cut_for_good, kill_and_add, restart_head, take_away
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -41,7 +41,7 @@ def test_two_workers_equal_one_process_in_4bit(ray_cluster, job_file, scenes: Pa
 
 @pytest.mark.slow
 def test_one_two_and_three_workers_equal_one_process(ray_cluster, tmp_path: Path, tiny_models: dict[str, str]) -> None:
-    from benchmarks.parity import curves
+    from tests.support.parity import curves
 
     losses = curves(tmp_path, tiny_models["qwen3_vl"], 20, (0, 1, 2, 3))
     for number in (1, 2, 3):

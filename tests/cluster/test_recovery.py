@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.recovery import kill_process
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import current_lines, read_metrics
@@ -22,6 +21,7 @@ from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.read import read_run
 from ray_vlm.train.driver import train
 from ray_vlm.train.worker_spec import WorkerSpec
+from tests.support.ray_processes import kill_process
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]

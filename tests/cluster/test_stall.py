@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.recovery import processes
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
+from tests.support.ray_processes import processes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 LIMIT = 1.0  # minutes

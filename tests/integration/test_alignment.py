@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.parity import write_pairs
 from ray_vlm.config.load import load_job
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.errors import ConfigError, DataError, Interrupted
@@ -15,6 +14,7 @@ from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
 from ray_vlm.train.prepare import prepare
+from tests.support.parity import write_pairs
 
 LORA = {"rank": 4, "alpha": 8, "target": ["language", "connector", "vision"]}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ray_vlm
-from ray_vlm.cli import _parser, main
+from ray_vlm.cli import build_parser, main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "jobs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +43,7 @@ def _words(command: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_are_taken(page: Path) -> None:
     for command in commands(page):
-        args, rest = _parser().parse_known_args(_words(command))
+        args, rest = build_parser().parse_known_args(_words(command))
         assert args.verb, command
         assert not [word for word in rest if "=" not in word], command
 

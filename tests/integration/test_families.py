@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.parity import write_pairs
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.collate import collate
@@ -23,8 +22,9 @@ from ray_vlm.models.load import family_of, load_config, load_model
 from ray_vlm.models.lora import count_trainable, lora_config
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train
+from tests.support.parity import write_pairs
+from tests.support.tiny_families import BUILDERS, write_tiny
 from tests.support.twins import slow_but
-from tests.tiny_families import BUILDERS, write_tiny
 
 STOCK = tuple(BUILDERS)
 ALL = (*FAMILIES, *(name for name in STOCK if name not in FAMILIES))

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.precision import arithmetic, only
-from benchmarks.stock import gradients_apart
 from ray_vlm.config.schema import Lora, Model, Task
 from ray_vlm.data.collate import collate, read_pixels
 from ray_vlm.data.records import PromptRecord
@@ -24,6 +22,8 @@ from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
 from ray_vlm.models.packing import PackingOptions
 from tests.conftest import QWEN
+from tests.support.precision import arithmetic, only
+from tests.support.stock import gradients_apart
 from tests.support.twins import slow_but
 
 EXACT = 1e-9  # absolute for hidden states of about 1, relative for gradients

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import stock
-from benchmarks.parity import BARS, compare_with_stock, make_method_job
 from ray_vlm.config.schema import JobConfig
 from tests.conftest import FAMILIES
+from tests.support import stock
+from tests.support.parity import BARS, compare_with_stock, make_method_job
 
 CASES = [*product(FAMILIES, [("sft", 0.0), ("dpo", 0.5), ("grpo", 0.04)]), (FAMILIES[0], ("grpo", 0.0))]
 

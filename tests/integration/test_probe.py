@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.parity import write_pairs
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.models.memory import GIB
@@ -15,6 +14,7 @@ from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
 from ray_vlm.train.memory_plan import heaviest_rows, micros
 from ray_vlm.train.prepare import prepare
+from tests.support.parity import write_pairs
 
 
 def _train(path: Path, *overrides: str) -> RunPaths:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.parity import write_pairs
 from ray_vlm.config.load import load_job
 from ray_vlm.models import base_cache
 from ray_vlm.models.base_cache import load_resident, share_weights
 from ray_vlm.models.load import load_model
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train
+from tests.support.parity import write_pairs
 
 
 def _curve(path: Path, name: str, *overrides: str) -> list[tuple]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ray_vlm.cli import main
+from ray_vlm.cli.starter import _FIRST_STEPS
 from ray_vlm.demo.shapes import draw
-from ray_vlm.verbs.starter import _FIRST_STEPS
 
 QUICK = ("train.max_steps=1", "cluster.num_workers=0", "evaluate.num_samples=2", "evaluate.max_new_tokens=4")
 

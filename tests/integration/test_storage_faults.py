@@ -17,7 +17,7 @@ from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run
 from ray_vlm.runs.store import Store, join
 from ray_vlm.train.callbacks.metrics import MetricsCallback
-from tests.faults import PAGE, SmallDisk, Stumbling, small_disk
+from tests.support.faults import PAGE, SmallDisk, Stumbling, small_disk
 
 STEPS = 6  # a checkpoint after every second, a validation after every third
 

@@ -14,7 +14,6 @@ PACKAGE = ROOT / "ray_vlm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"cli"},
-    {"verbs"},
     {"demo", "tune"},
     {"train"},
     {"evaluate"},
@@ -27,6 +26,7 @@ FLOORS = [
 ]
 PLAIN_DATA = {"ray_vlm.models.families", "ray_vlm.data.records"}  # readable from every floor
 HEAVY = ("torch", "ray", "trl", "transformers", "matplotlib")
+TESTS_OF_BENCHMARKS = {"gpu"}  # folders of tests/
 LIGHT = ["config.load", "tasks", "runs.manifest", "runs.console", "cli", "errors", "models.families", "data.records"]
 
 
@@ -99,6 +99,17 @@ def test_public_functions_have_docstrings(path: Path) -> None:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{node.name} says nothing of itself"
+
+
+def test_tests_do_not_stand_on_benchmarks() -> None:
+    """What both use is in `tests/support`; only the tests of a benchmark itself import it."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.relative_to(ROOT / "tests").parts[0] in TESTS_OF_BENCHMARKS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert "benchmarks" not in {name.partition(".")[0] for name in names}, path
 
 
 def test_no_forbidden_names() -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fuzz import KINDS, run_kind
-from benchmarks.fuzz_exports import TOOLS, write_images
-from benchmarks.fuzz_inputs import make_job, write_base
-from benchmarks.mutations import break_bytes, break_tree
 from ray_vlm.data.formats import read_rows
 from ray_vlm.data.survey import check_sources
+from tests.support.fuzz.attempts import KINDS, run_kind
+from tests.support.fuzz.exports import TOOLS, write_images
+from tests.support.fuzz.inputs import make_job, write_base
+from tests.support.fuzz.mutations import break_bytes, break_tree
 
 COUNTS = {"rows": 100, "jobs": 150, "spaces": 50, "completions": 60, "images": 100, "adapters": 20, "exif": 100}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.precision import arithmetic, only
+from tests.support.precision import arithmetic, only
 
 
 class Halved(torch.autograd.Function):

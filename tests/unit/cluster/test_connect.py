@@ -11,13 +11,14 @@ import ray
 
 from ray_vlm.cluster import connect
 from ray_vlm.cluster.connect import SETTINGS, explain_refusal, find_other_cluster, start_ray
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.cluster.preflight import ClusterDemand
+from ray_vlm.config.cluster import Cluster
 from ray_vlm.errors import RunError
 from ray_vlm.machine import GIB, Disk
 
 
-def _job(**cluster: Any) -> JobConfig:
-    return JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "cluster": cluster})
+def _demand(**cluster: Any) -> ClusterDemand:
+    return ClusterDemand(Cluster(**cluster))
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def _notes(capsys: pytest.CaptureFixture) -> list[str]:
 def test_a_cluster_of_our_own_has_the_cpus_that_we_may_use_or_need(
     started: dict[str, Any], workers: int, cpus: int, capsys: pytest.CaptureFixture
 ) -> None:
-    with start_ray(_job(num_workers=workers)):
+    with start_ray(_demand(num_workers=workers)):
         pass
     assert (started["address"], started["num_cpus"]) == ("local", cpus)
     assert _notes(capsys) == []
@@ -69,7 +70,7 @@ def test_beside_another_cluster_we_start_our_own_and_say_how_to_join(
     started: dict[str, Any], other_cluster: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert find_other_cluster() == other_cluster
-    with start_ray(_job()):
+    with start_ray(_demand()):
         pass
     assert started["address"] == "local"
     (line,) = _notes(capsys)
@@ -83,7 +84,7 @@ def test_an_address_that_a_dead_cluster_left_counts_for_nothing(
 ) -> None:
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(text)
-    with start_ray(_job()):
+    with start_ray(_demand()):
         pass
     assert started["address"] == "local"
     assert _notes(capsys) == []
@@ -95,14 +96,14 @@ def test_a_cluster_that_was_named_is_joined_as_it_is(
     monkeypatch.setattr(connect, "answers", lambda address, timeout_s: True)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
     monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)
-    with start_ray(_job(gpus_per_worker=1)):
+    with start_ray(_demand(gpus_per_worker=1)):
         assert started["address"] == "10.0.0.9:6379"
-    with start_ray(_job(address="auto", gpus_per_worker=1)):
+    with start_ray(_demand(address="auto", gpus_per_worker=1)):
         assert started["address"] == "auto"
         assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
     assert "num_cpus" not in started
     assert _notes(capsys) == []
-    with start_ray(_job(address="local")):
+    with start_ray(_demand(address="local")):
         assert (started["address"], started["num_cpus"]) == ("local", 4)
         assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0", "no machine is taken away from this one"
     assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
@@ -112,12 +113,12 @@ def test_a_cluster_that_was_named_is_joined_as_it_is(
 def test_idle_gpus_are_reported_in_one_line(
     started: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    with start_ray(_job(address="auto")):
+    with start_ray(_demand(address="auto")):
         pass
     monkeypatch.setattr(connect, "count_gpus", lambda: 1)
-    with start_ray(_job()):
+    with start_ray(_demand()):
         pass
-    with start_ray(_job(gpus_per_worker=1)):
+    with start_ray(_demand(gpus_per_worker=1)):
         pass
     joined, own = _notes(capsys)
     assert joined.startswith("note: 4 GPUs lie idle, and the job runs on CPUs; cluster.gpus_per_worker=1")
@@ -128,12 +129,12 @@ def test_a_full_temporary_folder_is_reported_before_ray_starts(
     started: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(connect, "read_disk", lambda folder: Disk("/tmp/ray", 100 * GIB, 2 * GIB))
-    with start_ray(_job()):
+    with start_ray(_demand()):
         pass
     assert "note: /tmp/ray, Ray's temporary folder, is 98% full" in capsys.readouterr().out
     started.clear()
     monkeypatch.setattr(connect, "read_disk", lambda folder: Disk("/tmp/ray", 100 * GIB, 2**20))
-    with pytest.raises(RunError, match="RAY_TMPDIR"), start_ray(_job()):
+    with pytest.raises(RunError, match="RAY_TMPDIR"), start_ray(_demand()):
         pass
     assert started == {}
 
@@ -159,7 +160,7 @@ def test_a_refusal_is_reported_with_the_fix(text: str, fix: str) -> None:
 
 def test_an_address_where_nothing_answers_is_reported_at_once(started: dict[str, Any]) -> None:
     message = r"cluster\.address=.127\.0\.0\.1:1. cannot be joined \(nothing answers there\)"
-    with pytest.raises(RunError, match=message), start_ray(_job(address="127.0.0.1:1")):
+    with pytest.raises(RunError, match=message), start_ray(_demand(address="127.0.0.1:1")):
         pass
     assert started == {}
 
@@ -172,7 +173,7 @@ def test_every_refusal_that_ray_raises_is_a_run_error(started: dict[str, Any], m
 
     monkeypatch.setattr(ray, "init", refuse)
     message = r"cluster\.address='auto' cannot be joined .*RAY_AUTH_MODE=token"
-    with pytest.raises(RunError, match=message), start_ray(_job(address="auto")):
+    with pytest.raises(RunError, match=message), start_ray(_demand(address="auto")):
         pass
 
 

@@ -1,11 +1,10 @@
-"""Nodes against the driver's machine, and the resources that an autoscaling cluster is expected to reach."""
+"""Nodes against the driver's machine."""
 
 from dataclasses import replace
 
 import pytest
 
-from ray_vlm.cluster.nodes import SAME, Node, compare_nodes, describe_node, expected
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.cluster.nodes import SAME, Node, compare_nodes, describe_node
 
 HERE = Node("here", "3.11", dict.fromkeys((*SAME, "bitsandbytes"), "1.0"), driver="580.65.06", cuda="13", gpus=1)
 
@@ -42,11 +41,3 @@ def test_this_machine_fits_itself() -> None:
     assert {"ray", "torch", "bitsandbytes"} <= set(here.versions)
     assert here.cuda is not None
     assert compare_nodes([here], here, quantised=True, gpus=False) == []
-
-
-def test_a_cluster_at_rest_is_taken_to_come_to_what_a_job_needs() -> None:
-    job = JobConfig.model_validate(
-        {"model": {"name": "x"}, "data": {"train": {"path": "a"}}, "cluster": {"num_workers": 2, "gpus_per_worker": 1}}
-    )
-    assert expected({"CPU": 0.0, "memory": 1.0}, job) == {"CPU": 4.0, "GPU": 2.0, "memory": 1.0}
-    assert expected({"CPU": 64.0}, job, at_once=3) == {"CPU": 64.0, "GPU": 6.0}

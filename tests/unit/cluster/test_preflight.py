@@ -2,13 +2,20 @@
 
 import pytest
 
-from ray_vlm.cluster.preflight import Layout, cpus_needed, plan_layout
-from ray_vlm.config.schema import Evaluate, JobConfig
+from ray_vlm.cluster.preflight import (
+    ClusterDemand,
+    Layout,
+    build_demand,
+    cpus_needed,
+    expected_resources,
+    plan_layout,
+)
+from ray_vlm.config.schema import Cluster, JobConfig
 from ray_vlm.errors import RunError
 
 
-def _job(**cluster) -> JobConfig:
-    return JobConfig.model_validate({"model": {"name": "x"}, "data": {}, "cluster": cluster})
+def _demand(**cluster) -> ClusterDemand:
+    return ClusterDemand(Cluster(**cluster))
 
 
 @pytest.mark.parametrize(
@@ -22,7 +29,7 @@ def _job(**cluster) -> JobConfig:
     ],
 )
 def test_loaders_share_what_the_workers_leave(cluster: dict, cpus: int, layout: Layout) -> None:
-    assert plan_layout(_job(**cluster), {"CPU": cpus}) == layout
+    assert plan_layout(_demand(**cluster), {"CPU": cpus}) == layout
     total = layout.num_loaders * layout.cpus_per_loader * cluster["num_workers"]
     assert total + cluster["num_workers"] * cluster.get("cpus_per_worker", 1) <= cpus
 
@@ -30,13 +37,13 @@ def test_loaders_share_what_the_workers_leave(cluster: dict, cpus: int, layout: 
 def test_a_worker_that_fits_on_no_node_is_reported() -> None:
     nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0}]
     with pytest.raises(RunError, match="fits on no node; the largest has 8"):
-        plan_layout(_job(num_workers=1, cpus_per_worker=12), {"CPU": 16, "GPU": 1}, nodes)
-    assert plan_layout(_job(num_workers=1, cpus_per_worker=8), {"CPU": 16, "GPU": 1}, nodes)
+        plan_layout(_demand(num_workers=1, cpus_per_worker=12), {"CPU": 16, "GPU": 1}, nodes)
+    assert plan_layout(_demand(num_workers=1, cpus_per_worker=8), {"CPU": 16, "GPU": 1}, nodes)
 
 
 def test_everything_missing_is_reported_at_once() -> None:
     with pytest.raises(RunError) as error:
-        plan_layout(_job(num_workers=4, cpus_per_worker=8, gpus_per_worker=1), {"CPU": 16, "GPU": 2})
+        plan_layout(_demand(num_workers=4, cpus_per_worker=8, gpus_per_worker=1), {"CPU": 16, "GPU": 2})
     assert len(error.value.problems) == 2
     assert "need 32, but the cluster has 16" in error.value.problems[0]
     assert "GPU need 4, but the cluster has 2" in error.value.problems[1]
@@ -44,32 +51,39 @@ def test_everything_missing_is_reported_at_once() -> None:
 
 def test_a_cluster_whose_workers_leave_no_cpu_is_refused() -> None:
     with pytest.raises(RunError, match="Ray Data needs at least one"):
-        plan_layout(_job(num_workers=2), {"CPU": 2})
+        plan_layout(_demand(num_workers=2), {"CPU": 2})
 
 
 def test_validation_beside_training_needs_one_process_more() -> None:
-    job = _job(num_workers=2, cpus_per_worker=2).model_copy(update={"evaluate": Evaluate(asynchronous=True)})
-    assert cpus_needed(job) == 8
-    assert plan_layout(job, {"CPU": 8}) == Layout(1, 1.0)
+    sections = {"cluster": {"num_workers": 2, "cpus_per_worker": 2}, "evaluate": {"asynchronous": True}}
+    demand = build_demand(JobConfig.model_validate({"model": {"name": "x"}, "data": {}, **sections}))
+    assert cpus_needed(demand) == 8
+    assert plan_layout(demand, {"CPU": 8}) == Layout(1, 1.0)
     with pytest.raises(RunError, match=r"2 workers and one for evaluate\.asynchronous of 2 CPU need 6"):
-        plan_layout(job, {"CPU": 5})
+        plan_layout(demand, {"CPU": 5})
 
 
 def test_elastic_workers_need_room_for_the_fewest_and_leave_a_cpu_wherever_they_are() -> None:
     """Ray Train fills what is left of the cluster with workers: on a node that is left alone, one CPU must stay."""
-    job = _job(num_workers=[1, 2], cpus_per_worker=2)
+    demand = _demand(num_workers=[1, 2], cpus_per_worker=2)
     three = {"CPU": 3.0}
-    assert plan_layout(job, {"CPU": 6}, [three, three]) == Layout(1, 1.0)
-    assert plan_layout(job, {"CPU": 3}, [three]) == Layout(1, 1.0)
-    assert cpus_needed(job) == 6
+    assert plan_layout(demand, {"CPU": 6}, [three, three]) == Layout(1, 1.0)
+    assert plan_layout(demand, {"CPU": 3}, [three]) == Layout(1, 1.0)
+    assert cpus_needed(demand) == 6
     with pytest.raises(RunError, match="Ray Data needs at least one"):
-        plan_layout(job, {"CPU": 8}, [{"CPU": 4.0}, {"CPU": 4.0}])
-    assert plan_layout(job, {"CPU": 9}, [{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 1.0}])
+        plan_layout(demand, {"CPU": 8}, [{"CPU": 4.0}, {"CPU": 4.0}])
+    assert plan_layout(demand, {"CPU": 9}, [{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 1.0}])
     with pytest.raises(RunError, match="1 workers of 2 CPU need 2, but the cluster has 1"):
-        plan_layout(job, {"CPU": 1})
+        plan_layout(demand, {"CPU": 1})
 
 
 def test_our_own_cluster_is_large_enough() -> None:
     for workers in (1, 2, 3):
-        job = _job(num_workers=workers, cpus_per_worker=1.5)
-        assert plan_layout(job, {"CPU": cpus_needed(job)}).num_loaders == 1
+        demand = _demand(num_workers=workers, cpus_per_worker=1.5)
+        assert plan_layout(demand, {"CPU": cpus_needed(demand)}).num_loaders == 1
+
+
+def test_a_cluster_at_rest_is_taken_to_come_to_what_a_job_needs() -> None:
+    demand = _demand(num_workers=2, gpus_per_worker=1)
+    assert expected_resources({"CPU": 0.0, "memory": 1.0}, demand) == {"CPU": 4.0, "GPU": 2.0, "memory": 1.0}
+    assert expected_resources({"CPU": 64.0}, demand, at_once=3) == {"CPU": 64.0, "GPU": 6.0}

@@ -14,8 +14,7 @@ import pytest
 
 from ray_vlm.cli import main
 from ray_vlm.cluster import submit as submit_module
-from ray_vlm.cluster.environment import FORWARDED
-from ray_vlm.cluster.secrets import send_secrets
+from ray_vlm.cluster.environment import FORWARDED, send_secrets
 from ray_vlm.cluster.submit import (
     SUPPORTED_RAY,
     describe_jobs,

@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.data import SIZES, make_spec, write_images, write_rows
-from benchmarks.endurance import store_mib
-from benchmarks.recovery import kill_process, processes
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data import backpressure, stream
@@ -34,6 +31,8 @@ from ray_vlm.data.stream import (
 )
 from ray_vlm.errors import DataError
 from tests.conftest import FAMILIES
+from tests.support.photos import SIZES, make_spec, write_images, write_rows
+from tests.support.ray_processes import kill_process, processes, store_mib
 from tests.support.twins import slow_but
 
 LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")

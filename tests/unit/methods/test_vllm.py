@@ -70,7 +70,7 @@ def _parts(job_file: Any) -> tuple[Any, Any, list]:
 def test_the_adapter_is_sent_at_every_step_and_never_merged(job_file, engines: list[FakeEngine]) -> None:
     import torch
 
-    from benchmarks.stock import build_model
+    from tests.support.stock import build_model
 
     job, builder, rows = _parts(job_file)
     model = build_model(job)
@@ -104,7 +104,7 @@ def test_the_adapter_is_sent_at_every_step_and_never_merged(job_file, engines: l
 
 
 def test_an_adapter_that_vllm_would_load_in_part_is_refused(job_file, engines: list[FakeEngine]) -> None:
-    from benchmarks.stock import build_model
+    from tests.support.stock import build_model
 
     job, builder, rows = _parts(job_file)
     assert job.lora is not None
@@ -116,7 +116,7 @@ def test_an_adapter_that_vllm_would_load_in_part_is_refused(job_file, engines: l
 
 
 def test_prompts_and_sampling_as_vllm_takes_them(job_file, engines: list[FakeEngine]) -> None:
-    from benchmarks.stock import build_model
+    from tests.support.stock import build_model
 
     job, builder, rows = _parts(job_file)
     args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None)
@@ -142,7 +142,7 @@ def test_a_missing_package_is_named(job_file, monkeypatch: pytest.MonkeyPatch) -
 def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_in_its_folder(
     job_file, engines: list[FakeEngine], tmp_path: Path
 ) -> None:
-    from benchmarks.stock import build_model
+    from tests.support.stock import build_model
 
     job, builder, rows = _parts(job_file)
     model = build_model(job)
@@ -162,7 +162,7 @@ def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_in_its_folder(
 def test_evaluation_refuses_an_adapter_that_vllm_would_load_in_part(
     job_file, engines: list[FakeEngine], tmp_path: Path
 ) -> None:
-    from benchmarks.stock import build_model
+    from tests.support.stock import build_model
 
     job, builder, _ = _parts(job_file)
     assert job.lora is not None
@@ -176,7 +176,7 @@ def test_evaluation_refuses_an_adapter_that_vllm_would_load_in_part(
 def test_a_damaged_adapter_is_refused_before_the_engine_starts(
     job_file, engines: list[FakeEngine], tmp_path: Path
 ) -> None:
-    from benchmarks.stock import build_model
+    from tests.support.stock import build_model
 
     job, builder, _ = _parts(job_file)
     build_model(job).save_pretrained(tmp_path / "adapter")

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.memory import compare, tiny_job
 from ray_vlm.cli import main
 from ray_vlm.config.schema import JobConfig, Lora, Model
 from ray_vlm.demo.shapes import draw
@@ -27,6 +26,7 @@ from ray_vlm.models.memory import (
 from ray_vlm.models.packing import PackingOptions
 from ray_vlm.models.presets import load_preset
 from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
+from tests.support.memory import compare, tiny_job
 
 
 def _job(**sections: Any) -> JobConfig:

@@ -164,7 +164,7 @@ def test_what_killed_writers_left_is_swept_away(tmp_path: Path) -> None:
 
 
 def test_writers_killed_at_any_moment_lose_nothing(tmp_path: Path) -> None:
-    from benchmarks.recovery import kill_writers
+    from tests.support.killing import kill_writers
 
     counts = kill_writers(tmp_path, 12)
     assert (counts["lost"], counts["torn"]) == (0, 0)

@@ -21,7 +21,7 @@ from ray_vlm.runs.paths import write_folder, write_json
 from ray_vlm.runs.store import Store, join, making
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.callbacks.checkpointing import CheckpointCallback, Progress
-from tests.faults import SmallDisk, Stumbling, small_disk
+from tests.support.faults import SmallDisk, Stumbling, small_disk
 
 FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json")
 

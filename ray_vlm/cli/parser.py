@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+RunVerb = Callable[[argparse.Namespace], int | None]  # runs a verb with its arguments; None is exit code 0
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -12,9 +14,9 @@ class VerbParser(argparse.ArgumentParser):
     After parsing, `args.parser` is the parser of the verb that was named, so that its usage can be shown.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         # argparse completes abbreviations by default: `--over` would delete a run as `--overwrite` does
-        super().__init__(*args, **{"allow_abbrev": False, **options})
+        super().__init__(**{"allow_abbrev": False, **options})
         self.register("type", None, _read_text)  # the type of every argument that has none of its own
         self.set_defaults(parser=self)  # the parser of the innermost verb sets it last
 
@@ -33,6 +35,18 @@ class VerbParser(argparse.ArgumentParser):
             likely += completed or difflib.get_close_matches(name, options, n=1)
         hint = f"; did you mean {' or '.join(dict.fromkeys(likely))}?" if likely else ""
         self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+
+
+def job_verb(verbs: argparse._SubParsersAction, name: str, text: str, run: RunVerb) -> argparse.ArgumentParser:
+    """Add a verb that takes a job file and settings."""
+    verb = verbs.add_parser(name, help=text)
+    verb.add_argument("job", help="the job's YAML file")
+    # without a default argparse would list it among the required arguments when the job is missing
+    verb.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace those of the file"
+    )
+    verb.set_defaults(verb=run)
+    return verb
 
 
 def _read_text(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Mutations of images for `fuzz`: the complete file, and the EXIF block alone. `fuzz_inputs` defines an attempt."""
+"""Mutations of images for `fuzz`: the complete file, and the EXIF block alone. `inputs` defines an attempt."""
 
 import io
 import struct
@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fuzz_inputs import Attempt, write_base
-from benchmarks.mutations import NUMBERS, TEXTS, break_bytes, pick
 from ray_vlm.config.data import Data
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.images import decode
@@ -18,6 +16,8 @@ from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
+from tests.support.fuzz.inputs import Attempt, write_base
+from tests.support.fuzz.mutations import NUMBERS, TEXTS, break_bytes, pick
 
 
 def of_images(folder: Path) -> Attempt:

@@ -1,4 +1,4 @@
-"""`ray-vlm submit VERB ...`: run a verb as a Ray job on a cluster, and follow it."""
+"""`ray-vlm submit VERB ...` and `ray-vlm jobs`: run a verb on a cluster through Ray Jobs, and manage the jobs."""
 
 import argparse
 import sys
@@ -10,7 +10,20 @@ if TYPE_CHECKING:
     from ray_vlm.cluster.package import Archive
     from ray_vlm.config.schema import JobConfig
 
-SERVER_HELP = "the cluster's job server, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, or this machine)"
+_SERVER_HELP = "the cluster's job server, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, or this machine)"
+
+
+def add_jobs_verbs(verbs: argparse._SubParsersAction) -> None:
+    """Add `ray-vlm jobs list|show|logs|stop`."""
+    jobs = verbs.add_parser("jobs", help="the jobs of a cluster").add_subparsers(metavar="ACTION", required=True)
+    for name, text in (("list", "all jobs"), ("show", "one job"), ("logs", "its log"), ("stop", "end it")):
+        action = jobs.add_parser(name, help=text)
+        action.add_argument("--address", help=_SERVER_HELP)
+        action.set_defaults(verb=_jobs, action=name)
+        if name != "list":
+            action.add_argument("id", help="the job's name on the cluster")
+        if name == "logs":
+            action.add_argument("--follow", action="store_true", help="until the job ends; exit with its code")
 
 
 def add_submit_verb(
@@ -37,7 +50,7 @@ def _add_options(parser: argparse.ArgumentParser, left_to_submit: bool = False) 
     folder = default if left_to_submit else "."
     group = parser.add_argument_group("where and how it runs")
     return [
-        group.add_argument("--address", default=default, help=SERVER_HELP),
+        group.add_argument("--address", default=default, help=_SERVER_HELP),
         group.add_argument(
             "--no-wait", action="store_true", default=default or False, help="do not follow the log, return at once"
         ),
@@ -95,7 +108,7 @@ def _submit(args: argparse.Namespace) -> int:
     print("\n".join([describe_archive(archive), describe_archive(package), *lines]), flush=True)
     name = submit(client, command, env, (archive, package), args.submission_id, args.driver_cpus, args.driver_gpus)
     print(f"job {name}: {command}", flush=True)
-    return 0 if args.no_wait else follow_job(client, name, ask)
+    return 0 if args.no_wait else follow_job(client, name, _ask)
 
 
 def _working_folder(path: str) -> Path:
@@ -114,14 +127,14 @@ def _check_paths(
 
     Raises `ConfigError` with every problem.
     """
-    from ray_vlm.cluster.submit_paths import check_job, check_results, check_words
+    from ray_vlm.cluster.package import check_job, check_results, check_words
     from ray_vlm.errors import ConfigError
 
     words = {action.dest: getattr(args, action.dest) for action in args.submitted_actions}
     values, report = check_words(words, archive)
     if job is not None:
         report += check_job(job, values["job"], archive)
-    report += check_results(args.submitted_verb, words, job)
+    report += check_results(args.submitted_verb, words, job.run.output_dir if job is not None else None)
     if report.problems:
         raise ConfigError(report.problems)
     lines = [f"note: {note}" for note in report.notes]
@@ -129,7 +142,28 @@ def _check_paths(
     return values, [*lines, *(f"results go to {path}, as the nodes see it" for path in report.written)]
 
 
-def ask(question: str) -> bool:
+def _jobs(args: argparse.Namespace) -> int:
+    from ray_vlm.cluster.submit import ask_cluster, connect_jobs, describe_jobs, follow_job
+
+    client = connect_jobs(args.address)
+    if args.action == "list":
+        print(describe_jobs(ask_cluster(client.list_jobs)))
+        return 0
+    info = ask_cluster(lambda: client.get_job_info(args.id))
+    if args.action == "show":
+        print(describe_jobs([info]))
+        print(f"exit code {info.driver_exit_code}" + (f"\n{info.message}" if info.message else ""))
+    elif args.action == "stop":
+        ask_cluster(lambda: client.stop_job(args.id))
+        print(f"job {args.id} was asked to stop; `ray-vlm jobs logs {args.id} --follow` waits for its end")
+    elif args.follow:
+        return follow_job(client, args.id, _ask)
+    else:
+        print(ask_cluster(lambda: client.get_job_logs(args.id)), end="")
+    return 0
+
+
+def _ask(question: str) -> bool:
     """Whether a user at the terminal answers yes."""
     try:
         return sys.stdin.isatty() and input(question).strip().lower() in ("y", "yes")

@@ -1,8 +1,7 @@
 """The behaviour of a run when nodes are lost: killed, cut off briefly or for good, drained with notice, or restarted.
 
-The nodes are real Ray nodes, each with its own address and processes (`benchmarks/hosts.py`): a head without CPUs on
-which the command runs, and nodes for one worker each; the run allows one or two workers. This is part of `python -m
-benchmarks.chaos --full`, and `tests/cluster/test_lost_nodes.py` uses it.
+The nodes are real Ray nodes, each with its own address and processes (`tests/support/hosts.py`): a head without CPUs on
+which the command runs, and nodes for one worker each; the run allows one or two workers.
 """
 
 import json
@@ -18,14 +17,13 @@ from typing import Any
 
 import yaml
 
-from benchmarks.figures import figure
-from benchmarks.hosts import Hosts, start_hosts, why_not
-from benchmarks.recovery import write_job as write_small_job
 from ray_vlm.config.load import load_job
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
+from tests.support.hosts import Hosts, start_hosts
+from tests.support.killing import write_job as write_small_job
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVERY = 10  # steps between checkpoints
 DETECTED_S = 4.5  # what the health checks below come to: three of half a second that wait for a second each
 _HEALTH = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
@@ -226,26 +224,4 @@ def restart_head(folder: Path, steps: int = 40) -> dict[str, Any]:
         return compare(again, folder)
 
 
-def measure(folder: Path) -> list[dict[str, Any]]:
-    """Run all scenes, each in a folder of its own; return nothing if this machine cannot run hosts."""
-    if reason := why_not():
-        print(f"lost nodes are left out: {reason}", flush=True)
-        return []
-    figures = []
-    for scene in (kill_and_add, cut_for_good, cut_briefly, take_away, restart_head):
-        own, title = folder / scene.__name__, scene.__name__.replace("_", " ")
-        own.mkdir()
-        result = scene(own)
-        if "went_on_s" in result:
-            figures.append(figure(f"{title}: detected, then training again", result["went_on_s"], "s", 60))
-        if "saved_s" in result:
-            figures.append(figure(f"{title}: notice of 15 s, then a checkpoint", result["saved_s"], "s", 15))
-            figures.append(figure("  steps that it was behind", result["steps_old"], "steps", 10))
-        figures.append(figure(f"{title}: most steps done again", max(result["lost_steps"]), "steps", EVERY))
-        if scene is cut_briefly:
-            figures.append(figure("  restarts", len(result["status"]) - 1, "", 0))
-        figures.append(
-            figure("  every step and image once", int(result["steps_once"] and result["images"]), "", 1, most=False)
-        )
-        figures.append(figure("  losses apart from one process alone", result["apart"], "", 1e-5))
-    return figures
+SCENES = (kill_and_add, cut_for_good, cut_briefly, take_away, restart_head)

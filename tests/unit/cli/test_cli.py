@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ray_vlm.cli import main
+from ray_vlm.cli import build_parser, main
+from ray_vlm.cli.cluster import command_words
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_settings_are_not_called_required(capsys: pytest.CaptureFixture) -> None:
@@ -77,6 +78,28 @@ def test_an_empty_value_is_refused_by_its_name(words: list[str], argument: str, 
         main(words)
     assert end.value.code == 2
     assert f"argument {argument}: the value is empty, perhaps from a shell variable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train job.yaml a=1 b=2 --resume",
+        "train job.yaml --dry-run",
+        "tune job.yaml --space=space.yaml --overwrite",
+        "evaluate job.yaml --adapter=/a/best --adapter=/b/best --base --output=/o --against=/e",
+        "pairs job.yaml --output=/o/p.jsonl --adapter=/a --part=eval --overwrite",
+        "predict /r /in/1.png /in/2.png --output=/o.csv --draw=/d --question=it's --weights=final --num-replicas=0",
+        "export /r --merged --weights=best --output=/o",
+    ],
+)
+def test_a_verb_is_submitted_with_all_of_its_words(words: str) -> None:
+    arguments = words.split()
+    own = ["--address", "http://h:8265", "--no-wait", "--driver-gpus", "1"]
+    for order in (["submit", *own, *arguments], ["submit", *arguments, *own]):
+        args = build_parser().parse_args(order)
+        assert args.submitted_verb == arguments[0]
+        assert sorted(command_words(args.submitted_actions, vars(args))) == sorted(arguments[1:])
+        assert (args.address, args.no_wait, args.driver_gpus, args.working_dir) == ("http://h:8265", True, 1.0, ".")
 
 
 def test_a_reader_who_leaves_gets_no_traceback() -> None:

@@ -1,4 +1,4 @@
-"""Mutations of a base's files for `fuzz`: its chat template, its tokenizer and its processor. `fuzz_inputs` defines an
+"""Mutations of a base's files for `fuzz`: its chat template, its tokenizer and its processor. `inputs` defines an
 attempt.
 
 Rows under an accepted base must have the tokens that were counted before training, image by image.
@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fuzz_inputs import Attempt, write_base
-from benchmarks.mutations import TEXTS, break_bytes, break_text, break_tree, pick
 from ray_vlm.config.data import Data
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data.collate import collate
@@ -22,6 +20,8 @@ from ray_vlm.data.records import BadRow, PreferenceRecord, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
+from tests.support.fuzz.inputs import Attempt, write_base
+from tests.support.fuzz.mutations import TEXTS, break_bytes, break_text, break_tree, pick
 
 _TEMPLATE = "chat_template.jinja"
 _TOKENS = ("tokenizer_config.json", "tokenizer.json")

@@ -11,19 +11,16 @@ import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ray_vlm import __version__
-from ray_vlm.verbs import job_verb
-from ray_vlm.verbs.cluster import add_cluster_verbs
-from ray_vlm.verbs.data import add_data_verbs
-from ray_vlm.verbs.export import add_export_verb
-from ray_vlm.verbs.memory import add_memory_verb
-from ray_vlm.verbs.parser import VerbParser
-from ray_vlm.verbs.predict import add_predict_verb
-from ray_vlm.verbs.runs import add_runs_verbs
-from ray_vlm.verbs.starter import add_starter_verbs
-from ray_vlm.verbs.tune import add_tune_verb
+from ray_vlm.cli.cluster import add_jobs_verbs, add_submit_verb
+from ray_vlm.cli.data import add_data_verbs
+from ray_vlm.cli.export import add_export_verb
+from ray_vlm.cli.memory import add_memory_verb
+from ray_vlm.cli.parser import VerbParser, job_verb
+from ray_vlm.cli.predict import add_predict_verb
+from ray_vlm.cli.runs import add_runs_verbs
+from ray_vlm.cli.starter import add_starter_verbs
 
 _READER_LEFT = 141  # a shell's exit code for a program that SIGPIPE ended
 
@@ -59,7 +56,7 @@ def _is_cut(number: int) -> bool:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    args, rest = _parser().parse_known_args(arguments)
+    args, rest = build_parser().parse_known_args(arguments)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         args.parser.refuse_unknown(rest)
     if rest:  # key=value after an option
@@ -87,14 +84,15 @@ def _run(arguments: Sequence[str]) -> int:
 class _Compatibility(argparse.Action):
     """Print the table and exit, as `--version` does: no job is needed."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
         from ray_vlm.config.docs import describe_compatibility
 
         print("\n".join(describe_compatibility()))
         parser.exit()
 
 
-def _parser() -> VerbParser:
+def build_parser() -> VerbParser:
+    """Build the parser of `ray-vlm` with all its verbs."""
     parser = VerbParser(
         prog="ray-vlm", description="Fine-tune vision-language models with 4-bit LoRA, on one core or a Ray cluster."
     )
@@ -107,22 +105,21 @@ def _parser() -> VerbParser:
     config = job_verb(verbs, "config", "print the resolved job with every default", _config)
     config.add_argument("--dry-run", action="store_true", help="first read the data, print the plan and first records")
     config.add_argument("--compatibility", action=_Compatibility, nargs=0, help="print what can be combined, and exit")
-    _add_computing_verbs(verbs)
-    add_starter_verbs(verbs, _parser)
+    add_computing_verbs(verbs)
+    add_starter_verbs(verbs, build_parser)
     add_data_verbs(verbs)
     add_memory_verb(verbs)
     add_runs_verbs(verbs)
-    add_cluster_verbs(verbs, _add_computing_verbs)
+    add_submit_verb(verbs, add_computing_verbs)
+    add_jobs_verbs(verbs)
     return parser
 
 
-def _add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
+def add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
     """Add the verbs that `ray-vlm submit` runs on a cluster, with the same arguments."""
     train = job_verb(verbs, "train", "run a job", _train)
     train.add_argument("--dry-run", action="store_true", help="print the plan, first records and the resolved job only")
-    either = train.add_mutually_exclusive_group()
-    either.add_argument("--overwrite", action="store_true", help="delete the run of that name first")
-    either.add_argument("--resume", action="store_true", help="continue the run of that name, or start it")
+    _add_existing_options(train, "run")
     evaluate = job_verb(verbs, "evaluate", "measure the base or an adapter on data.test", _evaluate)
     evaluate.add_argument(
         "--adapter",
@@ -147,8 +144,17 @@ def _add_computing_verbs(verbs: argparse._SubParsersAction) -> None:
     pairs.add_argument("--part", choices=["train", "eval"], default="train", help="which rows (default: train)")
     pairs.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     add_predict_verb(verbs)
-    add_tune_verb(verbs)
+    tune = job_verb(verbs, "tune", "run trials of a job over a space of settings, and export the best", _tune)
+    tune.add_argument("--space", required=True, metavar="FILE", help="the search space, a YAML file of tune_spaces/")
+    _add_existing_options(tune, "sweep")
     add_export_verb(verbs)
+
+
+def _add_existing_options(verb: argparse.ArgumentParser, what: str) -> None:
+    """Add the options for a run or a sweep whose name exists already."""
+    either = verb.add_mutually_exclusive_group()
+    either.add_argument("--overwrite", action="store_true", help=f"delete the {what} of that name first")
+    either.add_argument("--resume", action="store_true", help=f"continue the {what} of that name, or start it")
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -207,3 +213,9 @@ def _pairs(args: argparse.Namespace) -> None:
 
     job = absolute_paths(load_job(args.job, args.overrides))
     make_pairs(job, args.adapter, args.part, args.output, overwrite=args.overwrite)
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from ray_vlm.tune.sweep import tune
+
+    tune(args.job, args.overrides, args.space, args.resume, args.overwrite)

@@ -19,9 +19,9 @@ def add_export_verb(verbs: argparse._SubParsersAction) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from ray_vlm.cli.runs import find_run
     from ray_vlm.evaluate.export import export_run
     from ray_vlm.tune.sweep import find_best
-    from ray_vlm.verbs.runs import find_run
 
     run = find_best(find_run(args.run))
     export_run(run, args.output, args.merged, args.weights, precision=args.precision)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ray_vlm.verbs import job_verb
+from ray_vlm.cli.parser import job_verb
 
 
 def add_data_verbs(verbs: argparse._SubParsersAction) -> None:

@@ -42,11 +42,11 @@ def add_predict_verb(verbs: argparse._SubParsersAction) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    from ray_vlm.cli.runs import find_run
     from ray_vlm.errors import ConfigError
     from ray_vlm.evaluate.predict import predict_files
     from ray_vlm.evaluate.predictor import Predictor
     from ray_vlm.runs.store import is_remote
-    from ray_vlm.verbs.runs import find_run
 
     task = "chat" if args.question is not None else None
     name = find_run(args.run)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_vlm.cli.parser import RunVerb
+
 if TYPE_CHECKING:
     from ray_vlm.runs.read import Run
 
@@ -55,7 +57,7 @@ def add_runs_verbs(verbs: argparse._SubParsersAction) -> None:
 
 
 def _action(
-    actions: argparse._SubParsersAction, name: str, text: str, run: object, many: bool
+    actions: argparse._SubParsersAction, name: str, text: str, run: RunVerb, many: bool
 ) -> argparse.ArgumentParser:
     action = actions.add_parser(name, help=text)
     if many:

@@ -1,4 +1,4 @@
-"""Mutations for `fuzz` of COCO files as other tools write them. `fuzz_inputs` defines an attempt.
+"""Mutations for `fuzz` of COCO files as other tools write them. `inputs` defines an attempt.
 
 Each tool's file is valid before it is broken: a test reads all of them without a bad row.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fuzz_inputs import LABELS, Attempt, count_rows, make_job, read_all, write_base
-from benchmarks.mutations import break_bytes, break_tree, pick
+from tests.support.fuzz.inputs import LABELS, Attempt, count_rows, make_job, read_all, write_base
+from tests.support.fuzz.mutations import break_bytes, break_tree, pick
 
 _WIDTH, _HEIGHT, _IMAGES = 100, 80, 4
 _BOX = [10, 20, 30, 40]  # x, y, width, height in pixels

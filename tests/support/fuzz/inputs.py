@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.mutations import break_bytes, break_text, break_tree, odd_value, pick, write_rows
 from ray_vlm.config.data import Data
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
@@ -21,6 +20,7 @@ from ray_vlm.data.index import build_index
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.survey import check_sources, describe_check
+from tests.support.fuzz.mutations import break_bytes, break_text, break_tree, odd_value, pick, write_rows
 
 Attempt = Callable[[np.random.Generator], int]
 _HUMAN, _GPT = {"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A dog."}

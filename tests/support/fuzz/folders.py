@@ -1,4 +1,4 @@
-"""Mutations of folders for `fuzz`: adapters, checkpoints, runs. `fuzz_inputs` defines an attempt."""
+"""Mutations of folders for `fuzz`: adapters, checkpoints, runs. `inputs` defines an attempt."""
 
 import copy
 import json
@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fuzz_inputs import Attempt, make_job, write_base
-from benchmarks.mutations import break_bytes, break_tree, pick
 from ray_vlm.config.load import dump_job, fill_defaults
 from ray_vlm.data.preprocessing import ABOUT, changed_since, describe_preprocessing, read_preprocessing
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import sample_spec
+from tests.support.fuzz.inputs import Attempt, make_job, write_base
+from tests.support.fuzz.mutations import break_bytes, break_tree, pick
 
 _WEIGHTS, _CONFIG, _MADE = "adapter_model.safetensors", "adapter_config.json", "preprocessing.json"
 

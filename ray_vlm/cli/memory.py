@@ -1,9 +1,15 @@
 """`ray-vlm memory`: estimate the GPU memory of a job before it is started."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ray_vlm.verbs import job_verb
+from ray_vlm.cli.parser import job_verb
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ray_vlm.config.schema import JobConfig, Model
+    from ray_vlm.models.memory import RowSize
 
 if TYPE_CHECKING:
     from ray_vlm.config.schema import JobConfig, Model
@@ -74,7 +80,7 @@ def _heaviest(job: "JobConfig") -> "RowSize":
     return row_size(prepared.train, int(prepared.train.tokens.argmax()), load_sample_builder(prepared.spec))
 
 
-def _config(model: "Model", known: bool) -> Any:
+def _config(model: "Model", known: bool) -> "PretrainedConfig":
     """Return the base's configuration; with `known`, that of a known model comes from the package itself."""
     from ray_vlm.models.load import load_config
     from ray_vlm.models.presets import load_preset, read_presets

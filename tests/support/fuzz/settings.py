@@ -1,4 +1,4 @@
-"""Mutations of job files and search spaces for `fuzz`. `fuzz_inputs` defines an attempt."""
+"""Mutations of job files and search spaces for `fuzz`. `inputs` defines an attempt."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.fuzz_inputs import Attempt
-from benchmarks.mutations import break_bytes, break_text, break_tree, odd_value, pick, places
 from ray_vlm.config.load import dump_job, load_job, load_resolved
 from ray_vlm.config.schema import JobConfig
+from tests.support.fuzz.inputs import Attempt
+from tests.support.fuzz.mutations import break_bytes, break_text, break_tree, odd_value, pick, places
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 _ROWS = {  # of the job that a space is for, by the space's name
     "dpo": "method: dpo\ndata: {train: {path: a.jsonl, format: preference}, eval: 0.1}\n",
     "grpo": "method: grpo\ndata: {train: {path: a.json}, eval: 0.1}\n",

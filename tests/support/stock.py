@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.precision import arithmetic, only
 from ray_vlm.config.load import dump_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
@@ -28,6 +27,7 @@ from ray_vlm.models.packing import PackingOptions
 from ray_vlm.train.build import build_inputs, build_rewards
 from ray_vlm.train.prepare import prepare
 from ray_vlm.train.worker_spec import WorkerSpec
+from tests.support.precision import arithmetic, only
 
 Step = dict[str, Any]  # {"loss": float, "grads": Gradients}
 Gradients = dict[str, torch.Tensor]  # by the name of the weights
