@@ -187,7 +187,7 @@ def _unescape(label: str) -> str:
     return value if isinstance(value, str) else label
 
 
-def read_numbers(item: Any, key: str, count: int) -> list[float] | None:
+def read_numbers(item: object, key: str, count: int) -> list[float] | None:
     """Return the `count` finite numbers under `key` of a mapping, or None."""
     numbers = item.get(key) if isinstance(item, Mapping) else None
     if not isinstance(numbers, list) or len(numbers) != count:

@@ -156,7 +156,7 @@ def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _same(predicted: Any, right: Any) -> bool:
+def _same(predicted: object, right: object) -> bool:
     if isinstance(predicted, str) and isinstance(right, str):
         return same_words(predicted, right)
     return type(predicted) is type(right) and predicted == right

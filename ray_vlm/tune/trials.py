@@ -69,10 +69,9 @@ def read_trial(run: Run, space: Space) -> Trial:
 
 def score_of_trial(values: Mapping[str, Any], metric: str) -> float | None:
     """Return the score that ranks a trial, higher is better; None where its metric is missing or not finite."""
-    value = values.get(metric)
-    if not is_number(value):
+    if not is_number(values.get(metric)):
         return None
-    return -value if metric in LOWER_IS_BETTER else value
+    return -values[metric] if metric in LOWER_IS_BETTER else values[metric]
 
 
 def rank(trials: Sequence[Trial]) -> list[int]:
