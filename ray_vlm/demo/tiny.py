@@ -134,15 +134,9 @@ def build_config(
         from transformers import Qwen3VLConfig
 
         text |= {"head_dim": 32, "rope_parameters": rope | {"mrope_section": [8, 4, 4], "mrope_interleaved": True}}
-        vision = {
-            "depth": 3,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_heads": 4,
-            "patch_size": 8,
-            "initializer_range": INIT,
-        }
+        vision = {"depth": 3, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "patch_size": 8}
         vision |= {"out_hidden_size": hidden, "num_position_embeddings": 324, "deepstack_visual_indexes": [1]}
+        vision["initializer_range"] = INIT
         return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)
     from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 

@@ -10,25 +10,19 @@ from ray_vlm.tasks.boxes import Frame
 
 
 class TaskModule(Protocol):
-    """The functions of a task's module. Training, rewards, validation, evaluation and prediction call the same ones."""
+    """The functions of a task's module. Training, rewards, validation, evaluation and prediction call the same ones.
 
-    def check(self, record: SftRecord, labels: Sequence[str]) -> str | None:
-        """Return why a record cannot be trained on, or None."""
+    `check` returns why a record cannot be trained on, or None; `tags` its classes and conditions; `ask` builds the
+    question; `answer` writes the right answer; `parse` parses a model's and never raises; `score` compares it with the
+    truth.
+    """
 
-    def tags(self, record: SftRecord) -> tuple[str, ...]:
-        """Return the classes and conditions of a record, by which rows are balanced and tokens weighted."""
-
-    def ask(self, record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Turns:
-        """Build the question."""
-
-    def answer(self, record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Answer:
-        """Write the right answer."""
-
-    def parse(self, text: str, frames: Sequence[Frame]) -> Parsed:
-        """Parse a model's answer. Never raises."""
-
-    def score(self, parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
-        """Score a parsed answer against the truth."""
+    def check(self, record: SftRecord, labels: Sequence[str]) -> str | None: ...
+    def tags(self, record: SftRecord) -> tuple[str, ...]: ...
+    def ask(self, record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Turns: ...
+    def answer(self, record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Answer: ...
+    def parse(self, text: str, frames: Sequence[Frame]) -> Parsed: ...
+    def score(self, parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
 TASKS: dict[str, TaskModule] = {

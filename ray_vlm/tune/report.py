@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.evaluate.compare import load_results
-from ray_vlm.evaluate.pictures import EvalResult, choose_images, draw_picture
+from ray_vlm.evaluate.pictures import choose_images, draw_picture
 from ray_vlm.evaluate.report import render
 from ray_vlm.runs.compute import measure_compute, sum_compute
 from ray_vlm.runs.curves import overlay
@@ -49,7 +49,7 @@ def write_report(
         importance_step=step,
         curve=_chart([runs[i] for i in order], [names[i] for i in order], metrics[0]),
         cost=describe_cost(trials, runs),
-        images=_samples(results),
+        images=[p for r in results[:1] for i in choose_images(r.predictions) if (p := draw_picture(i, results))],
         columns=1,
     )
 
@@ -94,12 +94,6 @@ def describe_cost(trials: Sequence[Trial], runs: Sequence[Run]) -> list[tuple[st
     titles |= {"energy_kwh": "energy (kWh, estimate)", "co2_kg": "CO2 (kg, estimate)"}
     rows += [(name, format_number(compute[key])) for key, name in titles.items() if compute.get(key)]
     return [*rows, ("steps trained", f"{sum(trial.step for trial in trials):,}")]
-
-
-def _samples(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
-    if not results:
-        return []
-    return [p for i in choose_images(results[0].predictions) if (p := draw_picture(i, results)) is not None]
 
 
 @dataclass(frozen=True)

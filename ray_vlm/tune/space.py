@@ -74,27 +74,18 @@ class Space:
         return math.prod(len(s.args) for s in self.settings if s.kind == "grid")
 
 
-def load_space(path: str | Path) -> Space:
-    """Read the space in a YAML file. Raise `ConfigError` with every problem of the file itself."""
-    space, problems, _ = _read_space(path)
-    if problems:
-        raise ConfigError(problems)
-    return space
-
-
-def load_checked_space(path: str | Path, job_path: str, overrides: Sequence[str]) -> Space:
+def load_space(path: str | Path, job_path: str | Path, overrides: Sequence[str]) -> Space:
     """Read the space in a YAML file for a job. Raise `ConfigError` with every problem of the file itself and every
     setting that the job's schema or rules refuse, all at once."""
     space, problems, unreadable = _read_space(path)
-    if not problems:
-        check_space(space, job_path, overrides)
-        return space
     try:
         job = dump_job(load_job(job_path, overrides))
-        problems += find_refused(_without(space, unreadable, job), job_path, overrides, job)
+        problems += _find_refused(_without(space, unreadable, job), job_path, overrides, job)
     except ConfigError as error:
         problems += error.problems
-    raise ConfigError(list(dict.fromkeys(problems)))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return space
 
 
 def _read_space(path: str | Path) -> tuple[Space, list[str], list[str]]:
@@ -267,13 +258,7 @@ def _ends(setting: Setting) -> list[Any]:
     return [low, high - 1 if setting.kind in ("randint", "lograndint") else high]
 
 
-def check_space(space: Space, job_path: str, overrides: Sequence[str]) -> None:
-    """Raise `ConfigError` with every setting of the space that the job's schema or rules refuse."""
-    if problems := find_refused(space, job_path, overrides, dump_job(load_job(job_path, overrides))):
-        raise ConfigError(problems)
-
-
-def find_refused(space: Space, job_path: str, overrides: Sequence[str], job: Mapping[str, Any]) -> list[str]:
+def _find_refused(space: Space, job_path: str | Path, overrides: Sequence[str], job: Mapping[str, Any]) -> list[str]:
     """Return the problems of every setting of the space that the job's schema or rules refuse. `job`: the resolved job
     without the space."""
     no_section = dict(_without_section(space, job))

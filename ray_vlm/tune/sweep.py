@@ -42,7 +42,7 @@ from ray_vlm.train.driver import describe_job
 from ray_vlm.train.prepare import absolute_paths, prepare, wanted_parts
 from ray_vlm.tune.report import write_report
 from ray_vlm.tune.search import SweepPlan, draw_trials, plan_sweep, run_tune
-from ray_vlm.tune.space import Space, load_checked_space, own_values
+from ray_vlm.tune.space import Space, load_space, own_values
 from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
 from ray_vlm.tune.trials import Trial, folder_name, rank, read_trials, trial_address
 
@@ -76,7 +76,7 @@ def tune(
     `resume`: continue the sweep of that name, or start it where there is none. `overwrite`: delete it first. Raise
     `Interrupted` when a signal stopped it, and `RunError` where no trial reached a finite metric.
     """
-    space = load_checked_space(space_path, job_path, overrides)
+    space = load_space(space_path, job_path, overrides)
     job = _ranked(absolute_paths(load_job(job_path, overrides)))
     say(describe_job(job))
     resolved, metric = dump_job(job), job.evaluate.metric
