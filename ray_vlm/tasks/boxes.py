@@ -163,7 +163,7 @@ def _read_list(text: str) -> tuple[list, list[str]]:
     value, repairs = read_json(text)
     if isinstance(value, dict):
         value, repairs = [value], [*repairs, "one object in place of a list"]
-    if value is not None and isinstance(value, list):
+    if isinstance(value, list):
         return value, repairs
     loose = [{"bbox_2d": [float(v) for v in m[:4]], "label": _unescape(m[4])} for m in _LOOSE.findall(text)]
     return loose, ["not the promised JSON; objects picked out of the text" if loose else "no object found in it"]

@@ -90,8 +90,9 @@ def describe_cost(trials: Sequence[Trial], runs: Sequence[Run]) -> list[tuple[st
         "gpu_hours": "GPU-hours",
         "cpu_hours": "CPU-hours",
         "unfinished_hours": "of them in trials without an end",
+        "energy_kwh": "energy (kWh, estimate)",
+        "co2_kg": "CO2 (kg, estimate)",
     }
-    titles |= {"energy_kwh": "energy (kWh, estimate)", "co2_kg": "CO2 (kg, estimate)"}
     rows += [(name, format_number(compute[key])) for key, name in titles.items() if compute.get(key)]
     return [*rows, ("steps trained", f"{sum(trial.step for trial in trials):,}")]
 
@@ -161,7 +162,8 @@ def measure_importance(space: Space, trials: Sequence[Trial]) -> tuple[dict[str,
     That is the last validation that all of them reached: a trial that was ended early would otherwise count as a bad
     result of its settings. Return ({}, None) with fewer than six trials at one step, or where all scores are equal.
     """
-    step = _common_step(trials)
+    reached = [{step for step, _ in trial.curve} for trial in trials if trial.curve]
+    step = max(set.intersection(*reached), default=None) if reached else None
     if step is None:
         return {}, None
     rows = []
@@ -174,12 +176,6 @@ def measure_importance(space: Space, trials: Sequence[Trial]) -> tuple[dict[str,
     if len(rows) < _FEWEST or not varied or len({score for _, score in rows}) < 2:
         return {}, None
     return _ask_optuna(varied, rows), step
-
-
-def _common_step(trials: Sequence[Trial]) -> int | None:
-    reached = [{step for step, _ in trial.curve} for trial in trials if trial.curve]
-    common = set.intersection(*reached) if reached else set()
-    return max(common, default=None)
 
 
 def _code(setting: Setting, value: object) -> float | int | None:

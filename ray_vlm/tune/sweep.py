@@ -99,7 +99,8 @@ def tune(
         write_sweep(sweep, known, "running")
         check_shared(address)
         say(describe(sweep, plan, job.tune))
-        points = {int(trial.name): trial.values for trial in known} or _own_first(sweep)
+        own = own_values(space, resolved) if job.tune.default_first else None  # None too where the space lacks them
+        points = {int(trial.name): trial.values for trial in known} or ({0: own} if own else {})
         first = job.evaluate.every_steps or steps.steps_per_epoch
         ended, failed = run_tune(sweep, plan, job.tune, first, points, say)
     _settle(address, ended)
@@ -145,8 +146,16 @@ def _check_sweep_folder(address: str, job: Mapping[str, Any], space: Space, resu
         raise RunError(f"{address} exists. Continue it with --resume, or delete it with --overwrite.")
     sweep = read_sweep(address)
     refuse_living(sweep.get("driver"), address, "--resume" if resume else "--overwrite")
-    if resume:
-        _check_same(address, sweep, job, space)
+    if not resume:
+        return
+    if sweep["space"] != json.loads(json.dumps(asdict(space)["settings"])):
+        raise ConfigError(
+            f"--resume: {address} was started with another space, so its trials would not be comparable. Give the old "
+            "space, or another run.name."
+        )
+    fixed = {key: sweep["job"]["tune"][key] for key in _DRAWS}  # the rest of the section may change
+    if problems := check_resume(sweep["job"] | {"tune": job["tune"] | fixed}, job):
+        raise ConfigError(problems)
 
 
 def _check_draws(sweep: Sweep) -> None:
@@ -159,25 +168,6 @@ def _check_draws(sweep: Sweep) -> None:
         except ConfigError as error:
             problems += [f"trial {name_trial(number)}: {problem}" for problem in error.problems]
     if problems:
-        raise ConfigError(problems)
-
-
-def _own_first(sweep: Sweep) -> dict[int, dict[str, Any]]:
-    """Return the job's own values as trial 0; empty without `tune.default_first` or where the space does not hold
-    them."""
-    own = own_values(sweep.space, sweep.job) if sweep.job["tune"]["default_first"] else None
-    return {0: own} if own else {}
-
-
-def _check_same(address: str, sweep: Mapping[str, Any], job: Mapping[str, Any], space: Space) -> None:
-    settings = json.loads(json.dumps(asdict(space)["settings"]))
-    if sweep["space"] != settings:
-        raise ConfigError(
-            f"--resume: {address} was started with another space, so its trials would not be comparable. Give the old "
-            "space, or another run.name."
-        )
-    fixed = {key: sweep["job"]["tune"][key] for key in _DRAWS}  # the rest of the section may change
-    if problems := check_resume(sweep["job"] | {"tune": job["tune"] | fixed}, job):
         raise ConfigError(problems)
 
 
