@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ray_vlm.demo.shapes import SCALE, contrasting_colour, draw_background, draw_shape
+from ray_vlm.demo.shapes import SCALE, colour_on, draw_background, draw_shape
 from ray_vlm.errors import DataError
 
 COLUMNS = ("id", "image", "object", "condition", "x1", "y1", "x2", "y2")
@@ -74,8 +74,8 @@ def draw_photo(label: str, condition: str, rng: np.random.Generator) -> tuple[Im
     if rng.random() < DISTRACTOR_SHARE:
         small = _distractor_box(box, width, height, rng)
         if small is not None:
-            draw_shape(canvas, str(rng.choice(DISTRACTORS)), small, _colour(ground, small, rng), True, rng)
-    box = draw_shape(canvas, SHAPES[label], box, _colour(ground, box, rng), True, rng)
+            draw_shape(canvas, str(rng.choice(DISTRACTORS)), small, colour_on(ground, small, rng), True, rng)
+    box = draw_shape(canvas, SHAPES[label], box, colour_on(ground, box, rng), True, rng)
     if condition == "blocked":
         _fill_with_debris(canvas, SHAPES[label], box, rng)
     image = canvas.resize((width, height), Image.Resampling.BOX)
@@ -110,11 +110,6 @@ def _distractor_box(taken: list[float], width: int, height: int, rng: np.random.
         if x + side + 2 < taken[0] or x > taken[2] + 2 or y + side + 2 < taken[1] or y > taken[3] + 2:
             return [x, y, x + side, y + side]
     return None
-
-
-def _colour(ground: np.ndarray, box: list[float], rng: np.random.Generator) -> tuple[int, int, int]:
-    local = ground[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])]
-    return contrasting_colour(local.reshape(-1, 3).mean(axis=0), rng)
 
 
 def _fill_with_debris(canvas: Image.Image, shape: str, box: list[float], rng: np.random.Generator) -> None:

@@ -73,8 +73,7 @@ def draw_scene(domain: Domain, rng: np.random.Generator) -> tuple[Image.Image, l
         if box is None:
             continue
         label = str(rng.choice(labels, p=weights))
-        local = background[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])].reshape(-1, 3).mean(axis=0)
-        drawn = draw_shape(canvas, label, box, contrasting_colour(local, rng), domain.hollow, rng)
+        drawn = draw_shape(canvas, label, box, colour_on(background, box, rng), domain.hollow, rng)
         objects.append((label, drawn))
     image = canvas.resize((width, height), Image.Resampling.BOX)
     if domain.hollow:  # a little out of focus, as photos from a site are
@@ -122,6 +121,12 @@ def _free_box(domain: Domain, width: int, height: int, taken: list, rng: np.rand
 def _overlap(a: list[float], b: list[float]) -> float:
     inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     return inter / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
+
+
+def colour_on(ground: np.ndarray, box: list[float], rng: np.random.Generator) -> tuple[int, int, int]:
+    """Draw a colour that contrasts with the part of the background, `[height, width, 3]`, that `box` covers."""
+    local = ground[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])]
+    return contrasting_colour(local.reshape(-1, 3).mean(axis=0), rng)
 
 
 def contrasting_colour(local: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int]:

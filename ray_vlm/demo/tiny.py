@@ -6,11 +6,18 @@ scenes by this package's own full fine-tuning. Rebuild it with `python -m ray_vl
 two cores); `weights/README.md` has the scores it reached.
 """
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_vlm.demo.shapes import draw
-from ray_vlm.demo.words import write_rows
+import numpy as np
+
+from ray_vlm.demo.shapes import DOMAINS, draw, draw_scene
+from ray_vlm.tasks.detection import PROMPT
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 SPECIAL_TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
@@ -31,8 +38,18 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 
+# Of the last lessons: what they name, draw words from, and ask for.
+_LABELS = tuple(DOMAINS["studio"].classes)
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_WORDS = (
+    *("star", "object", "none", "photo", "image", "class", "condition", "goal", "click", "type", "scroll", "done"),
+    *("clear", "blocked", "yes", "no"),
+    *_LABELS,
+)
+_KEYS = ("object", "class", "shape", "condition", "answer", "action", "target", "goal", "type", "place")
 
-def build_tokenizer(vocab_size: int = 640) -> Any:
+
+def build_tokenizer(vocab_size: int = 640) -> "PreTrainedTokenizerFast":
     """Build a byte-level BPE tokenizer; each digit is a token, so numbers are read digit by digit."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -68,7 +85,7 @@ def _corpus() -> list[str]:
     return [f"{ask} {names}".replace(" ", "\n"), *(f" {w}, " for w in f"{names} {ask}".split())] * 20
 
 
-def build_processor(model_type: str = "qwen3_vl") -> Any:
+def build_processor(model_type: str = "qwen3_vl") -> "ProcessorMixin":
     """Build the family's stock processor with the tiny tokenizer; images of 64 to 192 pixels a side are not resized."""
     from transformers import Qwen2VLImageProcessor
 
@@ -87,13 +104,19 @@ def build_processor(model_type: str = "qwen3_vl") -> Any:
     return kind(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
 
 
-def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128) -> Any:
+def build_config(
+    tokenizer: "PreTrainedTokenizerFast", model_type: str = "qwen3_vl", hidden: int = 128
+) -> "PreTrainedConfig":
     """Build the family's configuration with 2 to 3 million weights: four language layers, three vision layers."""
     ids = tokenizer.convert_tokens_to_ids
-    tokens = {f"{kind}_token_id": ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
+    tokens: dict[str, Any] = {f"{kind}_token_id": ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
     tokens |= {f"vision_{side}_token_id": ids(f"<|vision_{side}|>") for side in ("start", "end")}
-    ends = {"eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("<|endoftext|>"), "bos_token_id": None}
-    text = {
+    ends: dict[str, Any] = {
+        "eos_token_id": ids("<|im_end|>"),
+        "pad_token_id": ids("<|endoftext|>"),
+        "bos_token_id": None,
+    }
+    text: dict[str, Any] = {
         "vocab_size": 704,
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,
@@ -111,15 +134,9 @@ def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128
         from transformers import Qwen3VLConfig
 
         text |= {"head_dim": 32, "rope_parameters": rope | {"mrope_section": [8, 4, 4], "mrope_interleaved": True}}
-        vision = {
-            "depth": 3,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_heads": 4,
-            "patch_size": 8,
-            "initializer_range": INIT,
-        }
+        vision = {"depth": 3, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "patch_size": 8}
         vision |= {"out_hidden_size": hidden, "num_position_embeddings": 324, "deepstack_visual_indexes": [1]}
+        vision["initializer_range"] = INIT
         return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)
     from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
@@ -132,7 +149,7 @@ def build_config(tokenizer: Any, model_type: str = "qwen3_vl", hidden: int = 128
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens, **ends)
 
 
-def build_model(tokenizer: Any, model_type: str = "qwen3_vl", seed: int = 0) -> Any:
+def build_model(tokenizer: "PreTrainedTokenizerFast", model_type: str = "qwen3_vl", seed: int = 0) -> "PreTrainedModel":
     """Build random float32 weights of the tiny configuration."""
     import torch
     from transformers import AutoModelForImageTextToText
@@ -146,7 +163,7 @@ def build_model(tokenizer: Any, model_type: str = "qwen3_vl", seed: int = 0) -> 
     return model
 
 
-def _init_positions(weight: Any) -> None:
+def _init_positions(weight: "torch.Tensor") -> None:
     """Set learned position embeddings, `[side * side, hidden]`, to sines of x and y. Random ones of the usual size are
     small beside the patch embeddings, and a small model then needs a thousand steps to learn positions."""
     import torch
@@ -166,6 +183,76 @@ def write_untrained(folder: str | Path, model_type: str = "qwen3_vl", seed: int 
     build_model(processor.tokenizer, model_type, seed).save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
+
+
+def write_words(folder: str | Path, num_rows: int, seed: int = 0, boxes: float = 0.5) -> Path:
+    """Write the base's last lessons, box answers and texts of many words, as chat rows: `<folder>/words.jsonl` and the
+    images that it names. Return the file. `boxes`: share of box answers.
+
+    Without them the base knows only the tokens of its box answers, and fine-tuning would spend its steps on the syntax
+    of JSON. Half of the rows or more are box answers, so that these are not forgotten; the others are questions about
+    scenes, answered in JSON with many keys, and texts to copy. No row is of a kind that the demos train on.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, 11])
+    rows = []
+    for i in range(num_rows):
+        kind = rng.choice(["boxes", "about", "copy"], p=[boxes, 0.4 * (1 - boxes), 0.6 * (1 - boxes)])
+        rows.append(
+            _copy_row(rng) if kind == "copy" else _scene_row(kind == "boxes", folder, f"images/{i:05d}.jpg", rng)
+        )
+    path = folder / "words.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _row(question: str, answer: str, **more: object) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **more}
+
+
+def _scene_row(boxes: bool, folder: Path, name: str, rng: np.random.Generator) -> dict[str, Any]:
+    domain = DOMAINS["studio"] if boxes or rng.random() < 0.3 else DOMAINS["lesson_1"]
+    image, objects = draw_scene(domain, rng)
+    image.save(folder / name, quality=int(rng.integers(60, 96)))
+    objects.sort(key=lambda o: (o[1][1], o[1][0], o[0]))
+    if boxes:
+        lines = [f'\n\t{{"bbox_2d": <bbox>, "label": "{label}"}}' for label, _ in objects]
+        answer = "```json\n[" + ",".join(lines) + "\n]\n```"
+        refs: dict[str, Any] = {"ref": [], "bbox": [box for _, box in objects]}
+        return _row("<image>" + PROMPT.replace("{labels}", ", ".join(_LABELS)), answer, images=[name], objects=refs)
+    label, box = objects[0]
+    keys = rng.permutation(_KEYS)[: int(rng.integers(1, 4))]
+    x, y = (box[0] + box[2]) / 2 / image.width, (box[1] + box[3]) / 2 / image.height
+    values = {"place": ("left" if x < 0.5 else "right") if rng.random() < 0.5 else ("up" if y < 0.5 else "down")}
+    values |= {"condition": "yes" if len(objects) > 1 else "no"}
+    answer = json.dumps({str(key): values.get(str(key), label) for key in keys})
+    return _row(f"<image>What is shown? Answer in JSON with {', '.join(keys)}.", answer, images=[name])
+
+
+def _copy_row(rng: np.random.Generator) -> dict[str, Any]:
+    """Build a row that asks to repeat a text or JSON, with words inside and outside of the tokenizer's vocabulary."""
+    if rng.random() < 0.5:
+        text = " ".join(_word(rng) for _ in range(int(rng.integers(1, 7))))
+    else:
+        pairs = {_word(rng): _word(rng) if rng.random() < 0.7 else int(rng.integers(0, 1000)) for _ in range(3)}
+        text = json.dumps(pairs)
+    first, second = _word(rng), _word(rng)
+    question, answer = [
+        (f"Copy: {text}", text),
+        (f"Copy the first: {first}, then {second}", first),
+        (f"Copy the second: {first}, then {second}", second),
+        (f"Answer in JSON. object: {first}; condition: {second}", json.dumps({"object": first, "condition": second})),
+    ][int(rng.choice(4, p=[0.55, 0.15, 0.15, 0.15]))]
+    return _row(question, answer)
+
+
+def _word(rng: np.random.Generator) -> str:
+    if rng.random() < 0.5:
+        return str(rng.choice(_WORDS))
+    word = "".join(rng.choice(list(_LETTERS), int(rng.integers(2, 9))))
+    return word.upper() if rng.random() < 0.1 else f"{word}_{word[:3]}" if rng.random() < 0.2 else word
 
 
 # (run, domain, images, steps, peak learning rate, share of it at the end)
@@ -194,7 +281,7 @@ def build_base(folder: Path, lessons: tuple = LESSONS) -> Path:
         if not final.exists():
             task, source = "detection", {"path": str(folder / name / "train.json")}
             if domain in BOX_SHARES:
-                rows = write_rows(folder / name, num_images, seed, BOX_SHARES[domain])
+                rows = write_words(folder / name, num_images, seed, BOX_SHARES[domain])
                 task, source = "chat", {"path": str(rows), "format": "messages"}
             else:
                 draw(folder / name, domain, "train", num_images, seed)
@@ -248,7 +335,7 @@ def describe(scores: dict[str, float]) -> str:
 _ABOUT = """# The tiny base
 
 A Qwen3-VL of 2.2 million weights with a tokenizer of its own, float16 safetensors. Trained from random weights on
-drawn scenes (`ray_vlm/demo/shapes.py`), and at last on words too (`ray_vlm/demo/words.py`), by this package's own full
+drawn scenes (`ray_vlm/demo/shapes.py`), and at last on words too (`ray_vlm/demo/tiny.py`), by this package's own full
 fine-tuning, in six runs:
 
 | run | rows | steps of 32 | learning rate |

@@ -248,7 +248,7 @@ def _try_function(rewards: Rewards, name: str, function: Callable, cases: Sequen
     ids = [f"made-up record {i}, {answer}" for i, answer, _, _ in tried]
     parsed = [TASKS[rewards.task].parse(text, (FRAME,)) for text in texts]
     prompts = [[{"role": "user", "content": "What is shown?"}] for _ in tried]
-    extra = {"truth": [case.truth for *_, case in tried], "parsed": parsed, "row_id": ids}
+    extra: dict[str, list] = {"truth": [case.truth for *_, case in tried], "parsed": parsed, "row_id": ids}
     try:
         values = _ask_function(name, function, _batch(texts, prompts, [list(t.encode()) for t in texts], extra), ids)
     except DataError as error:

@@ -79,7 +79,7 @@ def read_json(text: str, first_object: bool = False) -> tuple[Any, list[str]]:
     return (None, [*repairs, "nested too deeply"]) if _is_deep(value) else (value, repairs)
 
 
-def _is_deep(value: Any) -> bool:
+def _is_deep(value: object) -> bool:
     """Whether a value is nested so deeply that copying or serialising it could exceed the recursion limit."""
     level = [value]
     for _ in range(_DEEPEST):

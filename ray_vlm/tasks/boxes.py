@@ -163,7 +163,7 @@ def _read_list(text: str) -> tuple[list, list[str]]:
     value, repairs = read_json(text)
     if isinstance(value, dict):
         value, repairs = [value], [*repairs, "one object in place of a list"]
-    if value is not None and isinstance(value, list):
+    if isinstance(value, list):
         return value, repairs
     loose = [{"bbox_2d": [float(v) for v in m[:4]], "label": _unescape(m[4])} for m in _LOOSE.findall(text)]
     return loose, ["not the promised JSON; objects picked out of the text" if loose else "no object found in it"]
@@ -187,7 +187,7 @@ def _unescape(label: str) -> str:
     return value if isinstance(value, str) else label
 
 
-def read_numbers(item: Any, key: str, count: int) -> list[float] | None:
+def read_numbers(item: object, key: str, count: int) -> list[float] | None:
     """Return the `count` finite numbers under `key` of a mapping, or None."""
     numbers = item.get(key) if isinstance(item, Mapping) else None
     if not isinstance(numbers, list) or len(numbers) != count:

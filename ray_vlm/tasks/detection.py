@@ -6,6 +6,7 @@ form (`tasks/boxes.py`); `[]`, or `None` in Qwen2-VL's form, means no objects.
 `truth` is `{"boxes": (Box, ...), "labels": (str, ...)}`. Placeholder of the prompt: `{labels}`.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -90,7 +91,4 @@ def score(parsed: Parsed, truth: Mapping[str, Any], threshold: float = 0.5) -> d
 
 
 def _count(labels: Sequence[str], chosen: set[int]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for i in sorted(chosen):
-        counts[labels[i]] = counts.get(labels[i], 0) + 1
-    return counts
+    return dict(Counter(labels[i] for i in sorted(chosen)))

@@ -10,6 +10,7 @@ the steps before them as fit into `task.long_memory_tokens`; the oldest are cut 
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ray_vlm.tasks.answers import Answer, Parsed, PromptContext, Turns, read_jso
 from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, read_numbers
 
 PROMPT = "Goal: {goal}\nEarlier steps: {long_memory}\nLast steps: {short_memory}\nNext step in JSON?"
+_PLACEHOLDER = re.compile(r"\{(goal|long_memory|short_memory)\}")
 _NOTHING = "none"
 _POINTED = ("bbox_2d", "point_2d")
 
@@ -43,14 +45,10 @@ def tags(record: SftRecord) -> tuple[str, ...]:
 def ask(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Turns:
     """Build the turn with the screen, the goal and the memory of earlier steps."""
     short, long = split_memory(record.context["history"], context)
-    question = context.options.prompt or PROMPT
     values = {"goal": record.context["instruction"], "long_memory": _list(long), "short_memory": _list(short)}
-    pieces = question.split("{")  # one pass: "{short_memory}" inside a goal is text, not a placeholder
-    out = pieces[0]
-    for piece in pieces[1:]:
-        name, mark, rest = piece.partition("}")
-        out += values[name] + rest if mark and name in values else "{" + piece
-    return with_images(len(record.images), out, context.options.system)
+    # One pass: "{short_memory}" inside a goal is text, not a placeholder.
+    question = _PLACEHOLDER.sub(lambda match: values[match[1]], context.options.prompt or PROMPT)
+    return with_images(len(record.images), question, context.options.system)
 
 
 def split_memory(history: Sequence[str], context: PromptContext) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -156,7 +154,7 @@ def score(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _same(predicted: Any, right: Any) -> bool:
+def _same(predicted: object, right: object) -> bool:
     if isinstance(predicted, str) and isinstance(right, str):
         return same_words(predicted, right)
     return type(predicted) is type(right) and predicted == right

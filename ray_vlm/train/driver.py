@@ -63,11 +63,11 @@ def train(
     overwrite: bool = False,
     command: Sequence[str] = (),
     resume: bool = False,
-    hosted: TrialContext = ALONE,
+    trial: TrialContext = ALONE,
 ) -> RunPaths:
     """Run the job to the end and return its folder. An error is written into `run.json` before it is raised.
 
-    `resume`: continue the run of that name, or the newest one of its kind; start a new one if there is none. `hosted`:
+    `resume`: continue the run of that name, or the newest one of its kind; start a new one if there is none. `trial`:
     of the sweep that the run belongs to. Raises `Interrupted` if a signal stopped the run; there is a checkpoint then.
     """
     job = absolute_paths(job)
@@ -81,7 +81,7 @@ def train(
     elif job.run.name is not None:
         check_free(job.run.output_dir, job.run.name, overwrite)  # before an hour of indexing
     known = _read_sizes(paths) if paths is not None else NONE_KNOWN
-    prepared = prepare(job, hosted.parts, known)
+    prepared = prepare(job, trial.parts, known)
     if paths is not None and _is_done(paths, prepared):
         print(f"{paths.address} is finished; for more steps raise train.num_epochs or train.max_steps", flush=True)
         return paths
@@ -99,7 +99,7 @@ def train(
         _write_bad_rows(prepared, paths)
         _write_balance(prepared, paths)
     print(describe_plan(prepared, paths), flush=True)
-    _run(prepared, paths, hosted)
+    _run(prepared, paths, trial)
     return paths
 
 
@@ -179,7 +179,7 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
     paths.publish(paths.balance)
 
 
-def _run(prepared: Prepared, paths: RunPaths, hosted: TrialContext = ALONE) -> None:
+def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> None:
     """Launch the workers and record how the run ended."""
     job = prepared.job
     task = WorkerSpec(
@@ -199,7 +199,7 @@ def _run(prepared: Prepared, paths: RunPaths, hosted: TrialContext = ALONE) -> N
     status, error, result, stopped_by = "failed", "", None, None
     try:
         with _refusals(paths):
-            result, stopped_by = launch(job, task, paths, hosted.stop, hosted.at_once)
+            result, stopped_by = launch(job, task, paths, trial.stop, trial.at_once)
         status = "interrupted" if result["stopped"] else "finished"
     except (KeyboardInterrupt, Interrupted):
         status = "interrupted"

@@ -1,4 +1,4 @@
-"""Run a sweep with Ray Tune: the search that draws values, the scheduler that ends trials early, and the concurrency.
+"""Run a sweep with Ray Tune: the concurrency, the search that draws values, and the scheduler that ends trials early.
 
 Values of a random search and of grids are drawn here by trial number, so a resumed sweep draws the same ones again. TPE
 gets the earlier trials in their order and continues from them.
@@ -8,15 +8,82 @@ import itertools
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ray_vlm.config.schema import JobConfig
-from ray_vlm.tune.plan import SweepPlan
+from ray_vlm.cluster.preflight import build_demand, count_processes
+from ray_vlm.config.schema import JobConfig, Tune
+from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.tune.space import LISTS, Setting, Space
 from ray_vlm.tune.trial import WORST, Sweep, name_trial, run_trial
 
+if TYPE_CHECKING:
+    import numpy as np
+    from ray.tune import Callback
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import TrialScheduler
+    from ray.tune.search.optuna import OptunaSearch
+    from ray.tune.search.sample import Domain
+
 _NEVER = 10**9  # steps; a trial ends by its own plan
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """`num_trials` in all, `at_once` of them at a time, and the CPUs and GPUs of one. `in_process`: a trial trains in
+    the process that Tune starts for it, without workers of its own."""
+
+    num_trials: int
+    at_once: int
+    cpus: float
+    gpus: float
+    in_process: bool = False
+
+
+def plan_sweep(
+    job: JobConfig, space: Space, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] = ()
+) -> SweepPlan:
+    """Divide the cluster's `resources` among trials. Raise `RunError` where not even one trial fits on the cluster, or
+    one of its processes on any of the `nodes`, and `ConfigError` for a grid that the search cannot go through.
+
+    A trial needs its workers, the validation process if there is one, and a CPU for reading images; a trial in Tune's
+    own process needs only that process.
+    """
+    cluster = job.cluster
+    alone = cluster.num_workers == 0 or job.tune.resident
+    processes = 1 if alone else count_processes(build_demand(job))
+    cpus = processes * cluster.cpus_per_worker + (0 if alone else 1)
+    gpus = processes * cluster.gpus_per_worker
+    needs = {name: need for name, need in (("CPU", cpus), ("GPU", gpus)) if need}
+    fits = {name: resources.get(name, 0) / need for name, need in needs.items()}
+    problems = [
+        f"tune: a trial needs {need:g} {name}, but the cluster has {resources.get(name, 0):g}. Lower "
+        f"cluster.num_workers or cluster.{name.lower()}s_per_worker, add nodes, or set cluster.startup_minutes if the "
+        "cluster starts nodes by itself."
+        for name, need in needs.items()
+        if fits[name] < 1
+    ]
+    for name, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        if not problems and nodes and each > (most := max(node.get(name, 0) for node in nodes)):
+            problems.append(
+                f"tune: a process of {each:g} {name} fits on no node; the largest has {most:g}. Lower "
+                f"cluster.{name.lower()}s_per_worker."
+            )
+    if problems:
+        raise RunError(problems)
+    grid = space.grid_size
+    if grid > 1 and job.tune.search == "optuna":
+        raise ConfigError(f"{space.path}: optuna does not go through grids. Use choice, or tune.search=random.")
+    first = int(job.tune.default_first)
+    if grid > job.tune.num_trials - first:
+        raise ConfigError(
+            f"{space.path}: its grids have {grid} combinations, and tune.num_trials is {job.tune.num_trials}"
+            f"{', the first of them the job itself' if first else ''}. Raise it, or use choice."
+        )
+    room = math.floor(min(fits.values()) + 1e-9)
+    num_trials = (job.tune.num_trials - first) // grid * grid + first  # every combination as often as any other
+    return SweepPlan(num_trials, min(room, num_trials, job.tune.max_concurrent or room), cpus, gpus, alone)
 
 
 def draw_trials(space: Space, num_trials: int, seed: int, default_first: bool) -> tuple[dict[str, Any], ...]:
@@ -37,20 +104,20 @@ def draw_trials(space: Space, num_trials: int, seed: int, default_first: bool) -
     return tuple(draws)
 
 
-def _draw(setting: Setting, random: Any) -> Any:
+def _draw(setting: Setting, random: "np.random.Generator") -> Any:
     if setting.kind in LISTS:
         return setting.args[int(random.integers(len(setting.args)))]
     value = _domain(setting).sample(random_state=random)
     return value.item() if hasattr(value, "item") else value
 
 
-def _domain(setting: Setting) -> Any:
+def _domain(setting: Setting) -> "Domain":
     """Return Ray Tune's distribution; of a list that of its positions, because TPE takes no mappings."""
     from ray import tune
 
-    return (
-        tune.choice(range(len(setting.args))) if setting.kind in LISTS else getattr(tune, setting.kind)(*setting.args)
-    )
+    if setting.kind in LISTS:
+        return tune.choice(range(len(setting.args)))
+    return getattr(tune, setting.kind)(*setting.args)
 
 
 def decode(space: Space, drawn: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,28 +130,28 @@ def encode(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
     return {s.key: s.args.index(values[s.key]) if s.kind in LISTS else values[s.key] for s in space.searched}
 
 
-def build_scheduler(job: JobConfig, first_validation: int) -> Any:
+def build_scheduler(options: Tune, first_validation: int) -> "TrialScheduler":
     """Build the scheduler that ends trials early by their score at equal steps. `first_validation`: the first
     step at which a trial has one."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-    grace = job.tune.grace_steps or first_validation
-    if job.tune.scheduler == "none":
+    grace = options.grace_steps or first_validation
+    if options.scheduler == "none":
         return FIFOScheduler()
-    if job.tune.scheduler == "median":
+    if options.scheduler == "median":
         return MedianStoppingRule(
             time_attr="step",
             grace_period=grace,
             min_samples_required=3,
             min_time_slice=math.inf,  # type: ignore[arg-type]  # a finite value would let it pause trials
         )
-    return ASHAScheduler(time_attr="step", max_t=_NEVER, grace_period=grace, reduction_factor=job.tune.reduction_factor)
+    return ASHAScheduler(time_attr="step", max_t=_NEVER, grace_period=grace, reduction_factor=options.reduction_factor)
 
 
 def run_tune(
     sweep: Sweep,
     plan: SweepPlan,
-    job: JobConfig,
+    options: Tune,
     first: int,
     known: Mapping[int, Mapping[str, Any]],
     say: Callable[[str], None],
@@ -106,7 +173,7 @@ def run_tune(
     if sweep.draws:
         space, search = {"number": tune.grid_search(list(range(plan.num_trials)))}, {"num_samples": 1}
     else:
-        search["search_alg"] = _tpe(sweep.space, job.seed, known)
+        search["search_alg"] = _tpe(sweep.space, sweep.job["seed"], known)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # that reporter prints a table and two paths, whatever `verbose` is
     with tempfile.TemporaryDirectory(prefix="ray_vlm-tune-") as folder:  # Tune's own state, never read again
         results = tune.Tuner(
@@ -115,16 +182,16 @@ def run_tune(
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="max",
-                scheduler=build_scheduler(job, first),
+                scheduler=build_scheduler(options, first),
                 max_concurrent_trials=plan.at_once,
-                reuse_actors=plan.in_process and job.tune.resident,
+                reuse_actors=plan.in_process and options.resident,
                 **search,
             ),
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=folder,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=job.tune.max_retries),
+                failure_config=tune.FailureConfig(max_failures=options.max_retries),
                 callbacks=[_teller(sweep.metric, say, ended)],
             ),
         ).fit()
@@ -136,7 +203,7 @@ def run_tune(
     return ended, wrong
 
 
-def _tpe(space: Space, seed: int, known: Mapping[int, Mapping[str, Any]]) -> Any:
+def _tpe(space: Space, seed: int, known: Mapping[int, Mapping[str, Any]]) -> "OptunaSearch":
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
@@ -151,26 +218,28 @@ def _tpe(space: Space, seed: int, known: Mapping[int, Mapping[str, Any]]) -> Any
             drawn = super().suggest(trial_id)
             return decode(space, drawn) | {"number": next(numbers)} if isinstance(drawn, dict) else drawn
 
-    domains = {s.key: _domain(s) for s in space.searched}
+    domains: dict[str, Any] = {s.key: _domain(s) for s in space.searched}  # it turns them into Optuna's
     points = [encode(space, known[number]) for number in first]
     return Numbered(domains, metric="score", mode="max", seed=seed, points_to_evaluate=points or None)
 
 
-def _teller(metric: str, say: Callable[[str], None], ended: list[int]) -> Any:
+def _teller(metric: str, say: Callable[[str], None], ended: list[int]) -> "Callback":
     """Return a Tune callback that prints a line for every validation and failure, and appends the numbers of completed
     trials to `ended`."""
     from ray import tune
 
     class Teller(tune.Callback):
-        def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        def on_trial_result(
+            self, iteration: int, trials: "list[Trial]", trial: "Trial", result: dict, **info: object
+        ) -> None:
             value = result.get(metric, result["score"])
             text = "no number" if result["score"] == WORST else f"{value:.4f}"
             say(f"trial {name_trial(result['config']['number'])}  step {result['step']:>5}  {metric} {text}")
 
-        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        def on_trial_complete(self, iteration: int, trials: "list[Trial]", trial: "Trial", **info: object) -> None:
             ended.append(trial.config["number"])
 
-        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        def on_trial_error(self, iteration: int, trials: "list[Trial]", trial: "Trial", **info: object) -> None:
             say(f"trial {name_trial(trial.config['number'])}  failed")
 
     return Teller()

@@ -7,12 +7,16 @@
 
 Distributions are Ray Tune's, by its names: `uniform`, `quniform` (third number: the step), `loguniform`, `qloguniform`,
 `randint` (upper bound excluded), `qrandint`, `lograndint`, `choice`; `grid` tries every value of its list; `value` is
-the same in every trial, for texts. Everything here is plain data; `search.py` passes it to Ray.
+the same in every trial, for texts. A formula is arithmetic on settings: numbers, `+ - * / // % **`, brackets, settings
+by their dotted keys, and `min`, `max`, `round`, `int`, `sqrt`. No text is ever evaluated as Python. Everything here is
+plain data; `search.py` passes it to Ray.
 """
 
+import ast
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +25,25 @@ from ray_vlm.config.load import dump_job, load_job, parse_yaml, read_text
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.keys import describe_no_section, split_key
 from ray_vlm.runs.read import setting
-from ray_vlm.tune.formula import compute, is_finite, read_formula
 
 NUMBERS = {"uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "randint": 2, "qrandint": 3, "lograndint": 2}
 LISTS = ("choice", "grid")
 FIXED, DERIVED = "value", "derived"
 _OWN_SECTIONS = ("tune", "cluster", "run", "track")  # a trial must not change where and on what it runs
 _BY_CLASS = tuple(("data", name) for name in ("oversample", "class_weights", "condition_weights"))
+_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_CALLS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round, "int": int, "sqrt": math.sqrt}
+_LARGEST = 1e12  # result of a power: 9**9**9 would take for ever
+_MOST_DIGITS = 15  # second argument of `round`: round(5, -999999999) would take for ever
+_LONGEST = 200  # characters of a formula
 
 
 @dataclass(frozen=True)
@@ -58,27 +74,18 @@ class Space:
         return math.prod(len(s.args) for s in self.settings if s.kind == "grid")
 
 
-def load_space(path: str | Path) -> Space:
-    """Read the space in a YAML file. Raise `ConfigError` with every problem of the file itself."""
-    space, problems, _ = _read_space(path)
-    if problems:
-        raise ConfigError(problems)
-    return space
-
-
-def load_checked_space(path: str | Path, job_path: str, overrides: Sequence[str]) -> Space:
+def load_space(path: str | Path, job_path: str | Path, overrides: Sequence[str]) -> Space:
     """Read the space in a YAML file for a job. Raise `ConfigError` with every problem of the file itself and every
     setting that the job's schema or rules refuse, all at once."""
     space, problems, unreadable = _read_space(path)
-    if not problems:
-        check_space(space, job_path, overrides)
-        return space
     try:
         job = dump_job(load_job(job_path, overrides))
-        problems += find_refused(_without(space, unreadable, job), job_path, overrides, job)
+        problems += _find_refused(_without(space, unreadable, job), job_path, overrides, job)
     except ConfigError as error:
         problems += error.problems
-    raise ConfigError(list(dict.fromkeys(problems)))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return space
 
 
 def _read_space(path: str | Path) -> tuple[Space, list[str], list[str]]:
@@ -122,7 +129,7 @@ def _can_be_set(key: str, job: Mapping[str, Any]) -> bool:
     return isinstance(section, Mapping) or parts[0] not in job or parts[:2] in _BY_CLASS
 
 
-def _read(key: str, value: Any) -> Setting:
+def _read(key: str, value: object) -> Setting:
     """Parse one entry of the file. Raise `ValueError` with the reason."""
     parts = split_key(key)
     if parts is None:
@@ -153,7 +160,7 @@ def _read(key: str, value: Any) -> Setting:
     return Setting(key, kind, tuple(args))
 
 
-def _check_plain(value: Any) -> None:
+def _check_plain(value: object) -> None:
     """Raise `ValueError` for a value that JSON cannot hold: YAML also has dates, bytes, sets and keys that are no
     text."""
     if isinstance(value, dict):
@@ -207,7 +214,7 @@ def resolve(space: Space, drawn: Mapping[str, Any], job: Mapping[str, Any]) -> d
     return {s.key: _whole(known[s.key]) for s in space.settings}
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     """Turn 2.0 into 2: `lora.alpha` takes integers only, and formulas and `quniform` give floats."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
@@ -224,7 +231,7 @@ def own_values(space: Space, job: Mapping[str, Any]) -> dict[str, Any] | None:
     return values if all(_holds(s, values[s.key]) for s in space.searched) else None
 
 
-def _holds(setting: Setting, value: Any) -> bool:
+def _holds(setting: Setting, value: object) -> bool:
     if setting.kind in LISTS:
         return value in setting.args
     low, high = _ends(setting)
@@ -251,13 +258,7 @@ def _ends(setting: Setting) -> list[Any]:
     return [low, high - 1 if setting.kind in ("randint", "lograndint") else high]
 
 
-def check_space(space: Space, job_path: str, overrides: Sequence[str]) -> None:
-    """Raise `ConfigError` with every setting of the space that the job's schema or rules refuse."""
-    if problems := find_refused(space, job_path, overrides, dump_job(load_job(job_path, overrides))):
-        raise ConfigError(problems)
-
-
-def find_refused(space: Space, job_path: str, overrides: Sequence[str], job: Mapping[str, Any]) -> list[str]:
+def _find_refused(space: Space, job_path: str | Path, overrides: Sequence[str], job: Mapping[str, Any]) -> list[str]:
     """Return the problems of every setting of the space that the job's schema or rules refuse. `job`: the resolved job
     without the space."""
     no_section = dict(_without_section(space, job))
@@ -282,10 +283,92 @@ def _without_section(space: Space, job: Mapping[str, Any]) -> Iterator[tuple[str
     for key in (s.key for s in space.settings):
         parts, value = split_key(key) or (), job
         for depth, part in enumerate(parts[:-1]):
-            value = value.get(part)  # type: ignore[assignment]
-            if value is None:
-                break
-            if not isinstance(value, Mapping):
-                problem = describe_no_section(parts, depth + 1, value)
+            section = value.get(part)
+            if section is not None and not isinstance(section, Mapping):
+                problem = describe_no_section(parts, depth + 1, section)
                 yield key, f"{space.path}: `{key}`: {problem} in the job, or search all of it: {{choice: [...]}}"
+            if not isinstance(section, Mapping):
                 break
+            value = section
+
+
+def read_formula(text: str) -> tuple[str, ...]:
+    """Return the settings that a formula names, in order. Raise `ValueError` with what cannot be read."""
+    names: dict[str, float] = {}
+    _walk(_parse(text), lambda name: names.setdefault(name, 1.0))
+    return tuple(names)
+
+
+def compute(text: str, values: Mapping[str, Any]) -> int | float:
+    """Compute a formula; `values` has the settings that it names. Raise `ValueError` with the reason."""
+
+    def look_up(name: str) -> float:
+        value = values.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} is {value!r}, and a formula needs a number")
+        return value
+
+    value = _walk(_parse(text), look_up)
+    if not is_finite(value):
+        raise ValueError(f"{text!r} is {'too large' if isinstance(value, int) else value}")
+    return value
+
+
+def is_finite(value: int | float) -> bool:
+    """Return whether a number is finite; an integer that no float can hold is not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _parse(text: str) -> ast.expr:
+    if len(text) > _LONGEST:
+        raise ValueError(f"a formula of {len(text)} characters; the longest has {_LONGEST}")
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"{text!r} is no formula; write arithmetic on settings, such as 2 * lora.rank") from None
+
+
+def _walk(node: ast.expr, look_up: Callable[[str], float]) -> int | float:
+    """Compute a node of the syntax tree. Raise `ValueError` for what is not arithmetic."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+        return node.value
+    if isinstance(node, ast.Name | ast.Attribute):
+        return look_up(_dotted(node))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        value = _walk(node.operand, look_up)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+        left, right = _walk(node.left, look_up), _walk(node.right, look_up)
+        return _apply(node, left, right)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS and not node.keywords:
+        arguments = [_walk(argument, look_up) for argument in node.args]
+        try:
+            if node.func.id == "round" and any(abs(digits) > _MOST_DIGITS for digits in arguments[1:]):
+                raise OverflowError(f"digits are -{_MOST_DIGITS} to {_MOST_DIGITS}")
+            return _CALLS[node.func.id](*arguments)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{ast.unparse(node)}: {error}") from None
+    raise ValueError(f"{ast.unparse(node)!r} is not arithmetic; use + - * / // % **, {', '.join(_CALLS)}")
+
+
+def _apply(node: ast.BinOp, left: float, right: float) -> int | float:
+    try:
+        if isinstance(node.op, ast.Pow) and abs(left) > 1 and right * math.log10(abs(left)) > math.log10(_LARGEST):
+            raise OverflowError("too large")
+        result = _BINARY[type(node.op)](left, right)
+    except (ZeroDivisionError, OverflowError, TypeError) as error:
+        raise ValueError(f"{ast.unparse(node)}: {error}") from None
+    if isinstance(result, complex):
+        raise ValueError(f"{ast.unparse(node)}: the root of a negative number")
+    return result
+
+
+def _dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    if isinstance(node, ast.Name):
+        return node.id
+    raise ValueError(f"{ast.unparse(node)!r} is not a setting")

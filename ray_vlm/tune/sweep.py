@@ -8,6 +8,7 @@ whenever they change. No state of Ray Tune is kept.
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,27 +20,34 @@ from ray_vlm.cluster.environment import read_environment
 from ray_vlm.cluster.nodes import check_shared
 from ray_vlm.cluster.preflight import build_demand
 from ray_vlm.config.check import tune_metrics
-from ray_vlm.config.load import dump_job, load_job
+from ray_vlm.config.check_method import TASK_METRICS
+from ray_vlm.config.data import Data
+from ray_vlm.config.load import dump_job, load_job, load_resolved
 from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume, touches
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.schema import JobConfig, Tune
 from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, Interrupted, RunError
+from ray_vlm.evaluate.export import export_run, kind_of
+from ray_vlm.evaluate.run import evaluate
+from ray_vlm.evaluate.weights import weights_of
+from ray_vlm.runs.card import MERGED
 from ray_vlm.runs.manifest import finish_manifest, refuse_living, this_process
 from ray_vlm.runs.monitor import write_training_log
 from ray_vlm.runs.paths import open_run
-from ray_vlm.runs.store import Store, join
+from ray_vlm.runs.read import Run, read_run
+from ray_vlm.runs.store import Store, is_remote, join
+from ray_vlm.runs.text import format_number
 from ray_vlm.runs.trackers import adopt_wandb_login
 from ray_vlm.train.driver import describe_job
 from ray_vlm.train.prepare import prepare, wanted_parts
-from ray_vlm.tune.finish import finish_sweep
-from ray_vlm.tune.plan import SweepPlan, plan_sweep
-from ray_vlm.tune.search import draw_trials, run_tune
-from ray_vlm.tune.space import Space, load_checked_space, own_values
+from ray_vlm.tune.report import write_report
+from ray_vlm.tune.search import SweepPlan, draw_trials, plan_sweep, run_tune
+from ray_vlm.tune.space import Space, load_space, own_values
 from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
-from ray_vlm.tune.trials import Trial, rank, read_trials, trial_address
+from ray_vlm.tune.trials import Trial, folder_name, rank, read_trials, trial_address
 
-SWEEP = "sweep.json"
+SWEEP, REPORT = "sweep.json", "report.html"
 _OVER = ("finished", PRUNED, "failed")
 _DRAWS = ("search", "default_first")  # settings of `tune` that decide what a number draws
 # Settings that change neither which rows there are nor how they are read.
@@ -69,15 +77,16 @@ def tune(
     `resume`: continue the sweep of that name, or start it where there is none. `overwrite`: delete it first. Raise
     `Interrupted` when a signal stopped it, and `RunError` where no trial reached a finite metric.
     """
-    space = load_checked_space(space_path, job_path, overrides)
+    space = load_space(space_path, job_path, overrides)
     job = _ranked(absolute_paths(load_job(job_path, overrides)))
     say(describe_job(job))
-    address = join(job.run.output_dir, f"{_stem(job, job_path)}-{Path(space_path).stem}")
-    _check_sweep_folder(address, job, space, resume, overwrite)
+    resolved, metric = dump_job(job), job.evaluate.metric
+    address = join(job.run.output_dir, f"{job.run.name or Path(job_path).stem}-{Path(space_path).stem}")
+    _check_sweep_folder(address, resolved, space, resume, overwrite)
     if job.track.wandb:
         adopt_wandb_login()
     known = read_trials(address, space) if resume else []
-    parts = load_parts(job, wanted_parts(job)) if shares_rows(space, job) else None
+    parts = load_parts(job, wanted_parts(job)) if shares_rows(space, job.data) else None
     steps = prepare(job, parts).plan  # raises for what would stop every trial, before any starts
     demand = build_demand(job)
     with start_ray(demand):
@@ -85,21 +94,21 @@ def tune(
         draws: tuple[dict[str, Any], ...] = ()
         if job.tune.search == "random":
             draws = draw_trials(space, plan.num_trials, job.seed, job.tune.default_first)
-        metric = job.evaluate.metric
-        sweep = Sweep(dump_job(job), space, address, metric, plan.at_once, parts, draws, read_environment())
+        sweep = Sweep(resolved, space, address, metric, plan.at_once, parts, draws, read_environment())
         _check_draws(sweep)
         if overwrite:
-            _remove(address)
-        write_sweep(address, job, space, known, "running")
+            Store(address).remove("")
+        write_sweep(sweep, known, "running")
         check_shared(address)
-        say(describe(plan, space, job, address))
-        points = {int(trial.name): trial.values for trial in known} or _own_first(job, space)
+        say(describe(sweep, plan, job.tune))
+        own = own_values(space, resolved) if job.tune.default_first else None  # None too where the space lacks them
+        points = {int(trial.name): trial.values for trial in known} or ({0: own} if own else {})
         first = job.evaluate.every_steps or steps.steps_per_epoch
-        ended, failed = run_tune(sweep, plan, job, first, points, say)
+        ended, failed = run_tune(sweep, plan, job.tune, first, points, say)
     _settle(address, ended)
-    trials = _with_failed(read_trials(address, space), failed, job)
+    trials = _with_failed(read_trials(address, space), failed, metric)
     over = len(trials) >= plan.num_trials and all(trial.status in _OVER for trial in trials)
-    write_sweep(address, job, space, trials, "finished" if over else "interrupted")
+    write_sweep(sweep, trials, "finished" if over else "interrupted")
     for number, text in failed.items():
         say(f"trial {name_trial(number)} failed: {text}")
     if not over:
@@ -119,13 +128,9 @@ def _ranked(job: JobConfig) -> JobConfig:
     return job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"metric": metric})})
 
 
-def _stem(job: JobConfig, job_path: str) -> str:
-    return job.run.name or Path(job_path).stem
-
-
-def shares_rows(space: Space, job: JobConfig) -> bool:
+def shares_rows(space: Space, data: Data) -> bool:
     """Return whether no setting of the space changes which rows a trial has or how they are read."""
-    cut = any(source is not None and source.ratio is not None for source in (job.data.eval, job.data.test))
+    cut = any(source is not None and source.ratio is not None for source in (data.eval, data.test))
     other = (*_OTHER_ROWS, *(("seed",) if cut else ()))  # a share of rows is drawn by the seed
     return all(
         any(touches(s.key, same) and len(s.key) >= len(same) for same in _SAME_ROWS)
@@ -134,23 +139,25 @@ def shares_rows(space: Space, job: JobConfig) -> bool:
     )
 
 
-def _check_sweep_folder(address: str, job: JobConfig, space: Space, resume: bool, overwrite: bool) -> None:
+def _check_sweep_folder(address: str, job: Mapping[str, Any], space: Space, resume: bool, overwrite: bool) -> None:
     """Raise where the folder holds a sweep that is not to be deleted, one that another process runs, or, to resume, one
-    of another job or space."""
+    of another job or space. `job`: resolved."""
     if not Store(address).names():
         return
     if not resume and not overwrite:
         raise RunError(f"{address} exists. Continue it with --resume, or delete it with --overwrite.")
     sweep = read_sweep(address)
     refuse_living(sweep.get("driver"), address, "--resume" if resume else "--overwrite")
-    if resume:
-        _check_same(address, sweep, job, space)
-
-
-def _remove(address: str) -> None:
-    folder, _, name = address.partition("?")[0].rstrip("/").rpartition("/")
-    mark, options = address.partition("?")[1:]
-    Store(f"{folder}{mark}{options}").remove(name)
+    if not resume:
+        return
+    if sweep["space"] != json.loads(json.dumps(asdict(space)["settings"])):
+        raise ConfigError(
+            f"--resume: {address} was started with another space, so its trials would not be comparable. Give the old "
+            "space, or another run.name."
+        )
+    fixed = {key: sweep["job"]["tune"][key] for key in _DRAWS}  # the rest of the section may change
+    if problems := check_resume(sweep["job"] | {"tune": job["tune"] | fixed}, job):
+        raise ConfigError(problems)
 
 
 def _check_draws(sweep: Sweep) -> None:
@@ -163,26 +170,6 @@ def _check_draws(sweep: Sweep) -> None:
         except ConfigError as error:
             problems += [f"trial {name_trial(number)}: {problem}" for problem in error.problems]
     if problems:
-        raise ConfigError(problems)
-
-
-def _own_first(job: JobConfig, space: Space) -> dict[int, dict[str, Any]]:
-    """Return the job's own values as trial 0; empty without `tune.default_first` or where the space does not hold
-    them."""
-    own = own_values(space, dump_job(job)) if job.tune.default_first else None
-    return {0: own} if own else {}
-
-
-def _check_same(address: str, sweep: Mapping[str, Any], job: JobConfig, space: Space) -> None:
-    settings = json.loads(json.dumps(asdict(space)["settings"]))
-    if sweep["space"] != settings:
-        raise ConfigError(
-            f"--resume: {address} was started with another space, so its trials would not be comparable. Give the old "
-            "space, or another run.name."
-        )
-    now = dump_job(job)
-    fixed = {key: sweep["job"]["tune"][key] for key in _DRAWS}  # the rest of the section may change
-    if problems := check_resume(sweep["job"] | {"tune": now["tune"] | fixed}, now):
         raise ConfigError(problems)
 
 
@@ -207,32 +194,32 @@ def find_best(address: str) -> str:
     return trial_address(address, str(best))
 
 
-def write_sweep(address: str, job: JobConfig, space: Space, trials: Sequence[Trial], status: str) -> None:
+def write_sweep(sweep: Sweep, trials: Sequence[Trial], status: str) -> None:
     """Write `sweep.json`."""
     order = rank(trials)
-    sweep = {
+    values = {
         "status": status,
-        "job": dump_job(job),
-        "space": asdict(space)["settings"],
-        "metric": job.evaluate.metric,
+        "job": sweep.job,
+        "space": asdict(sweep.space)["settings"],
+        "metric": sweep.metric,
         "written": time.time(),
         "driver": this_process() if status == "running" else None,
         "best": trials[order[0]].name if order else None,
         "trials": [asdict(trial) for trial in trials],
     }
-    store = Store(address)
+    store = Store(sweep.address)
     if store.local is not None:
         store.local.mkdir(parents=True, exist_ok=True)
-    store.write(SWEEP, json.dumps(sweep, indent=1).encode())
+    store.write(SWEEP, json.dumps(values, indent=1).encode())
 
 
-def describe(plan: SweepPlan, space: Space, job: JobConfig, address: str) -> str:
+def describe(sweep: Sweep, plan: SweepPlan, options: Tune) -> str:
     """Describe the sweep in two lines, before it starts."""
     each = f"{plan.cpus:g} CPU" + (f" and {plan.gpus:g} GPU" if plan.gpus else "")
     return (
-        f"sweep {address}: {plan.num_trials} trials, {plan.at_once} at a time, {each} each; {job.tune.search} search, "
-        f"scheduler {job.tune.scheduler}, best by {job.evaluate.metric}\nsearched: "
-        + ", ".join(f"{s.key} {s.kind} {list(s.args)}" for s in space.searched)
+        f"sweep {sweep.address}: {plan.num_trials} trials, {plan.at_once} at a time, {each} each; {options.search} "
+        f"search, scheduler {options.scheduler}, best by {sweep.metric}\nsearched: "
+        + ", ".join(f"{s.key} {s.kind} {list(s.args)}" for s in sweep.space.searched)
     )
 
 
@@ -247,9 +234,68 @@ def _settle(address: str, ended: Sequence[int]) -> None:
         paths.discard()
 
 
-def _with_failed(trials: Sequence[Trial], failed: Mapping[int, str], job: JobConfig) -> list[Trial]:
+def _with_failed(trials: Sequence[Trial], failed: Mapping[int, str], metric: str) -> list[Trial]:
     """Return the trials, with those that failed before they had a folder."""
     names = {trial.name for trial in trials}
     lost = [name_trial(n) for n in failed if name_trial(n) not in names]
-    none = [Trial(name, {}, "failed", 0, None, job.evaluate.metric) for name in lost]
+    none = [Trial(name, {}, "failed", 0, None, metric) for name in lost]
     return sorted([*trials, *none], key=lambda trial: trial.name)
+
+
+def finish_sweep(
+    address: str, job: JobConfig, space: Space, trials: Sequence[Trial], say: Callable[[str], None]
+) -> None:
+    """Measure and export the best trial as the job says, and write the report. Existing files are replaced."""
+    best = trials[rank(trials)[0]]
+    run = read_run(trial_address(address, best.name))
+    say(
+        f"best: trial {best.name}, {best.metric} {format_number(best.metrics[best.metric])} at step {best.best_step}: "
+        + ", ".join(f"{key}={value}" for key, value in best.values.items())
+    )
+    notes = [f"Ranked by {best.metric} on the eval rows."]
+    if job.data.tested is not None:
+        notes.append(_measure(run, say))
+    if job.tune.export is not None:
+        kind = kind_of(run, job.tune.export == "merged")
+        name = f"export/{kind}"
+        Store(address).remove(name)
+        _make(address, name, lambda folder: export_run(run.address, str(folder), kind == MERGED, None, lambda _: None))
+        notes.append(f"The best trial is exported in {name}/.")
+        say(f"exported: {join(address, name)}")
+    begun = [trial for trial in trials if trial.values]
+    runs = [read_run(trial_address(address, trial.name)) for trial in begun]
+    page = write_report(
+        f"Sweep {folder_name(address)}", space, tune_metrics(job.tune, job.evaluate), begun, runs, notes
+    )
+    Store(address).write(REPORT, page.encode())
+    say(f"report {join(address, REPORT)}")
+
+
+def _measure(run: Run, say: Callable[[str], None]) -> str:
+    """Evaluate the best trial on the test rows and return a sentence with the numbers."""
+    weights = weights_of(run, None)
+    name = f"evaluate/{folder_name(weights)}"
+    job, metrics = load_resolved(dict(run.job)), dict[str, Any]()
+    _make(run.address, name, lambda folder: metrics.update(evaluate(job, weights, folder, say)))
+    names = [name for name in TASK_METRICS[metrics["task"]] if name in metrics["overall"]]
+    numbers = ", ".join(f"{name} {format_number(metrics['overall'][name])}" for name in names[:4])
+    rows = (
+        "validation rows, which also chose it" if metrics.get("rows_chose_best") else "test rows, which chose nothing"
+    )
+    sentence = f"The best trial on {metrics['num_rows']} {rows}: {numbers}."
+    say(sentence)
+    return sentence
+
+
+def _make(address: str, name: str, make: Callable[[Path], object]) -> None:
+    """Call `make` with the folder `name` under `address`; for an object store with a temporary folder, which is then
+    copied there."""
+    if not is_remote(address):
+        make(Path(address) / name)
+        return
+    with tempfile.TemporaryDirectory(prefix="ray_vlm-") as root:
+        folder = Path(root) / "made"
+        make(folder)
+        store = Store(address)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            store.write(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())

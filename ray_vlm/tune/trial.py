@@ -26,9 +26,8 @@ from ray_vlm.runs.keys import split_key
 from ray_vlm.runs.monitor import current_lines, read_line
 from ray_vlm.runs.read import is_number, read_run
 from ray_vlm.runs.store import Store, join
-from ray_vlm.tune.plan import score_of_trial
 from ray_vlm.tune.space import Space, resolve
-from ray_vlm.tune.trials import TRIALS
+from ray_vlm.tune.trials import TRIALS, folder_name, score_of_trial, trial_address
 
 PRUNED = "pruned"  # status of a run that the scheduler ended
 WORST = -1e30  # score of a metric that is not finite; infinity would break the percentiles of Tune's schedulers
@@ -74,7 +73,7 @@ def build_trial_job(sweep: Sweep, number: int, drawn: Mapping[str, Any]) -> tupl
     elif isinstance(workers := job["cluster"]["num_workers"], list):
         job["cluster"]["num_workers"] = min(workers)  # an elastic job takes its fewest: trials share the cluster
     if job["track"]["wandb"] and not job["track"]["wandb_group"]:
-        job["track"]["wandb_group"] = sweep.address.partition("?")[0].rstrip("/").rpartition("/")[2][-128:]
+        job["track"]["wandb_group"] = folder_name(sweep.address)[-128:]
     job["run"] = job["run"] | {"output_dir": join(sweep.address, TRIALS), "name": name_trial(number)}
     return load_resolved(job), values
 
@@ -89,14 +88,15 @@ def run_trial(config: dict[str, Any], sweep: Sweep) -> None:
     number = config["number"]
     drawn = sweep.draws[number] if sweep.draws else {k: v for k, v in config.items() if k != "number"}
     job, values = build_trial_job(sweep, number, drawn)
-    with tell_tune(job, sweep) as reported:
-        if not _was_pruned(job):
-            if refused := _had_no_room(job, sweep.began):
+    address = trial_address(sweep.address, name_trial(number))
+    with tell_tune(address, sweep.metric) as reported:
+        if not _was_pruned(address):
+            if refused := _had_no_room(address, sweep.began):
                 raise RunError(refused)
             text = f"# trial {name_trial(number)}: {json.dumps(values)}\n"
             text += yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True)
             try:
-                train(job, text, resume=True, hosted=TrialContext(sweep.parts, reported.ended.is_set, sweep.at_once))
+                train(job, text, resume=True, trial=TrialContext(sweep.parts, reported.ended.is_set, sweep.at_once))
             except Interrupted:
                 if not reported.ended.is_set():
                     raise
@@ -104,19 +104,19 @@ def run_trial(config: dict[str, Any], sweep: Sweep) -> None:
         sys.exit(0)  # Tune has ended the trial and expects no result
 
 
-def _had_no_room(job: JobConfig, began: float) -> str | None:
+def _had_no_room(address: str, began: float) -> str | None:
     """Return the error of an attempt in this call of the sweep that ran out of GPU memory, None without one. Tune would
     retry the trial, and the same settings would fail again; a resumed sweep may have other GPUs and does retry it."""
     with suppress(RunError):
-        last = (read_run(join(job.run.output_dir, str(job.run.name))).attempts or [{}])[-1]
+        last = (read_run(address).attempts or [{}])[-1]
         if NO_ROOM in str(last.get("error", "")) and last.get("ended", 0.0) >= began:
             return str(last["error"])
     return None
 
 
-def _was_pruned(job: JobConfig) -> bool:
+def _was_pruned(address: str) -> bool:
     with suppress(RunError):
-        return read_run(join(job.run.output_dir, str(job.run.name))).status == PRUNED
+        return read_run(address).status == PRUNED
     return False
 
 
@@ -129,11 +129,10 @@ class Reported:
 
 
 @contextmanager
-def tell_tune(job: JobConfig, sweep: Sweep) -> Iterator[Reported]:
+def tell_tune(address: str, metric: str) -> Iterator[Reported]:
     """Report every validation of the run to Tune when it is written, the last one only when the run is over: Tune would
     otherwise end a trial that is still writing its weights."""
-    store = Store(join(job.run.output_dir, str(job.run.name)))
-    reported, over = Reported(), threading.Event()
+    store, reported, over = Store(address), Reported(), threading.Event()
 
     def follow() -> None:
         seen = -1  # bytes of metrics.jsonl
@@ -141,7 +140,7 @@ def tell_tune(job: JobConfig, sweep: Sweep) -> Iterator[Reported]:
             last, data = over.wait(_POLL_S[store.local is not None]), _read(store)
             if len(data) != seen or last:
                 seen = len(data)
-                _report(data, reported, sweep.metric, over=last)
+                _report(data, reported, metric, over=last)
             if last:
                 return
 

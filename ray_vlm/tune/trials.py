@@ -1,14 +1,14 @@
-"""Read the trials of a sweep from their run folders: values, status, best validation, cost."""
+"""Read the trials of a sweep from their run folders (values, status, best validation, cost), and rank them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray_vlm.errors import RunError
+from ray_vlm.runs.monitor import LOWER_IS_BETTER
 from ray_vlm.runs.read import Run, is_number, read_run
 from ray_vlm.runs.store import Store, join
-from ray_vlm.tune.plan import rank_trials
 from ray_vlm.tune.space import Space, value_of
 
 TRIALS = "trials"  # folder of a sweep that holds its runs
@@ -17,6 +17,11 @@ TRIALS = "trials"  # folder of a sweep that holds its runs
 def trial_address(address: str, name: str) -> str:
     """Return the address of a trial's run folder."""
     return join(address, f"{TRIALS}/{name}")
+
+
+def folder_name(address: str) -> str:
+    """Return the name of the folder at an address, without the `?options` of an object store."""
+    return address.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,27 @@ def read_trial(run: Run, space: Space) -> Trial:
     )
 
 
+def score_of_trial(values: Mapping[str, Any], metric: str) -> float | None:
+    """Return the score that ranks a trial, higher is better; None where its metric is missing or not finite."""
+    if not is_number(values.get(metric)):
+        return None
+    return -values[metric] if metric in LOWER_IS_BETTER else values[metric]
+
+
 def rank(trials: Sequence[Trial]) -> list[int]:
-    """Return positions of the trials with a finite metric, the best first."""
-    return rank_trials([trial.metrics for trial in trials], trials[0].metric) if trials else []
+    """Return positions of the trials with a finite metric, the best first; of equal ones the earlier first."""
+    numbers = {i: score_of_trial(trial.metrics, trials[0].metric) for i, trial in enumerate(trials)}
+    scores = {i: score for i, score in numbers.items() if score is not None}
+    return sorted(scores, key=lambda i: -scores[i])
+
+
+def pareto(trials: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[int]:
+    """Return positions of the Pareto front: trials for which no other one is as good in every metric and better in
+    one."""
+    scores = {i: [score_of_trial(trial, name) for name in metrics] for i, trial in enumerate(trials)}
+    complete = {i: [s for s in row if s is not None] for i, row in scores.items() if None not in row}
+    return [
+        i
+        for i, row in complete.items()
+        if not any(all(b >= a for a, b in zip(row, other, strict=True)) and other != row for other in complete.values())
+    ]

@@ -148,8 +148,8 @@ def test_a_run_that_trained_all_weights_is_asked_and_measured(whole: Path, scene
 @pytest.mark.parametrize("export", ["adapter", "merged"])
 def test_a_sweep_of_runs_that_train_all_weights_ends(whole: Path, export: str) -> None:
     from ray_vlm.config.load import load_job
-    from ray_vlm.tune.finish import finish_sweep
     from ray_vlm.tune.space import Setting, Space
+    from ray_vlm.tune.sweep import finish_sweep
     from ray_vlm.tune.trials import read_trials
 
     job = load_job(whole / "job.yaml", [f"tune.export={export}"])

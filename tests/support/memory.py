@@ -42,8 +42,6 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
 
 def compare(job: JobConfig) -> tuple[float, float, float]:
     """Return bytes above the loaded model: measured, predicted, and by four times the weights."""
-    from ray_vlm.train.trainer import build_args, load_adapted, prepare_process
-
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.data.stream import StreamSpec, stream_local
     from ray_vlm.distributed import DistributedContext

@@ -90,7 +90,7 @@ def _laughs(rng: np.random.Generator) -> str:
 
 def of_spaces(folder: Path) -> Attempt:
     """Return an attempt on search spaces, with the job that they belong to, and the values of a trial."""
-    from ray_vlm.tune.space import check_space, examples, load_space, own_values, resolve, write_overrides
+    from ray_vlm.tune.space import examples, load_space, own_values, resolve, write_overrides
 
     texts = []
     for path in sorted((ROOT / "tune_spaces").glob("*.yaml")):
@@ -109,9 +109,8 @@ def of_spaces(folder: Path) -> Attempt:
             data = _as_yaml(break_tree(yaml.safe_load(text), rng)).encode("utf-8", "surrogatepass")
         path = folder / "space.yaml"
         path.write_bytes(data)
-        space = load_space(path)
+        space = load_space(path, job, [])
         own_values(space, resolved)
-        check_space(space, job, [])
         for drawn in examples(space):
             json.loads(json.dumps(drawn))
             load_job(job, write_overrides(resolve(space, drawn, resolved)))

@@ -5,7 +5,6 @@ import os
 import platform
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -29,6 +28,7 @@ from ray_vlm.runs.store import Store
 from ray_vlm.train import attempt as attempts
 from ray_vlm.train.attempt import begin_attempt
 from ray_vlm.train.driver import _end
+from ray_vlm.tune.space import Space
 from ray_vlm.tune.sweep import SWEEP, _check_sweep_folder
 
 
@@ -195,6 +195,5 @@ def test_workers_that_ray_starts_anew_do_not_take_a_run_back(tmp_path: Path, mon
 def test_a_sweep_that_another_process_drives_is_left_alone(tmp_path: Path, flag: str) -> None:
     sweep = {"job": {}, "space": [], "trials": [], "driver": PARENT}
     Store(tmp_path).write(SWEEP, json.dumps(sweep).encode())
-    job: Any = SimpleNamespace()
     with pytest.raises(RunError, match=rf"--{flag}: .* is being trained by process {os.getppid()}"):
-        _check_sweep_folder(str(tmp_path), job, job, flag == "resume", flag == "overwrite")
+        _check_sweep_folder(str(tmp_path), {}, Space(()), flag == "resume", flag == "overwrite")

@@ -43,11 +43,11 @@ def high_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**20))
 
 
-def _train(path: Path, name: str, hosted: TrialContext = ALONE, resume: bool = False, *more: str) -> RunPaths:
+def _train(path: Path, name: str, trial: TrialContext = ALONE, resume: bool = False, *more: str) -> RunPaths:
     job = load_job(
         path, ["train.precision=fp16", f"run.name={name}", "train.max_steps=3", "train.warmup_ratio=0", *more]
     )
-    return train(job, path.read_text(), resume=resume, hosted=hosted)
+    return train(job, path.read_text(), resume=resume, trial=trial)
 
 
 def _notes(paths: RunPaths) -> list[str]:

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from ray_vlm.runs.read import read_run
-from ray_vlm.tune.coordinates import HEIGHT, WIDTH, lay_out
-from ray_vlm.tune.importance import measure_importance
-from ray_vlm.tune.report import describe_cost, write_report
+from ray_vlm.tune.report import HEIGHT, WIDTH, describe_cost, lay_out, measure_importance, write_report
 from ray_vlm.tune.space import Setting, Space
 from ray_vlm.tune.trials import Trial, rank, read_trials
 

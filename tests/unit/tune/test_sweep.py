@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.data import Data
 from ray_vlm.tune.space import Setting, Space
 from ray_vlm.tune.sweep import shares_rows
 
@@ -26,6 +26,6 @@ from ray_vlm.tune.sweep import shares_rows
     ],
 )
 def test_rows_are_shared_where_nothing_changes_them(key: str, evaluated: dict, shared: bool) -> None:
-    job = JobConfig.model_validate({"model": {"name": "x"}, "data": {"train": {"path": "a"}, "eval": evaluated}})
+    data = Data.model_validate({"train": {"path": "a"}, "eval": evaluated})
     space = Space((Setting("lora.rank", "choice", (8, 16)), Setting(key, "choice", (1, 2))))
-    assert shares_rows(space, job) is shared
+    assert shares_rows(space, data) is shared

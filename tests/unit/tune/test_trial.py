@@ -3,8 +3,6 @@
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -22,10 +20,9 @@ from ray_vlm.tune.trial import _had_no_room
 def test_the_same_settings_are_not_tried_again_on_a_card_without_room(
     tmp_path: Path, error: str, after: bool, again: bool
 ) -> None:
-    job: Any = SimpleNamespace(run=SimpleNamespace(output_dir=str(tmp_path), name="000"))
-    began = time.time()
-    assert _had_no_room(job, began) is None
+    began, address = time.time(), str(tmp_path / "000")
+    assert _had_no_room(address, began) is None
     attempt = {"attempt": 1, "status": "failed", "error": error, "ended": began + (1 if after else -60)}
     (tmp_path / "000").mkdir()
     (tmp_path / "000" / "run.json").write_text(json.dumps({"status": "failed", "attempts": [attempt]}))
-    assert _had_no_room(job, began) == (None if again else error)
+    assert _had_no_room(address, began) == (None if again else error)
