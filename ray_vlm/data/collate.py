@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import IGNORED, Sample
@@ -48,8 +49,8 @@ def collate(
     if all(len(row.labels) == len(row.input_ids) for row in rows):
         batch["labels"] = torch.from_numpy(_pad([row.labels for row in rows], IGNORED, side)).to(device)
     if "labels" in batch and rows[0].weights is not None:
-        weights = torch.from_numpy(_pad([row.weights for row in rows], 0.0, side, np.float32)).to(device)
-        batch["loss_weights"] = weights * (batch["labels"] != IGNORED)
+        weights = _pad([row.weights for row in rows if row.weights is not None], 0.0, side, np.float32)
+        batch["loss_weights"] = torch.from_numpy(weights).to(device) * (batch["labels"] != IGNORED)
     distinct = rows[: len(rows) // copies]
     if pixels is None:
         pixels = read_pixels([image for row in distinct for image in row.images], builder, device)
@@ -108,7 +109,8 @@ def answered(row: Sample, completion: np.ndarray) -> Sample:
     return Sample(ids, labels, row.images, number=row.number)
 
 
-def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int64) -> Any:
+def _pad(sequences: Sequence[np.ndarray], value: float, side: str, dtype: DTypeLike = np.int64) -> np.ndarray:
+    """Return the sequences as `[rows, longest]`, filled with `value` on `side`."""
     out = np.full((len(sequences), max(map(len, sequences))), value, dtype)
     for i, sequence in enumerate(sequences):
         if side == "right":

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.data.fields import from_json, is_empty
 from ray_vlm.data.files import parent_folder, resolve_image
-from ray_vlm.data.image_kinds import FORMATS
+from ray_vlm.data.images import FORMATS
 from ray_vlm.data.records import BadRow
-from ray_vlm.data.tables import read_table
+from ray_vlm.data.sources.fields import from_json, is_empty
+from ray_vlm.data.sources.tables import read_table
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.evaluate.questions import Ask
 from ray_vlm.runs.store import is_remote

@@ -15,9 +15,9 @@ from ray_vlm.data.index import Index
 from ray_vlm.data.preprocessing import describe_preprocessing, read_preprocessing
 from ray_vlm.data.records import PreferenceRecord, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.sources.tables import text_fault
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
-from ray_vlm.data.tables import text_fault
 from ray_vlm.errors import ConfigError
 from ray_vlm.evaluate.pair_file import check_output, describe_pairs, name_images, write_about, write_rows
 from ray_vlm.evaluate.samples import Sample, load_scoring, sample_answers

@@ -4,9 +4,8 @@ of the next one, shortened as `Predictor.predict_step` does it."""
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
-from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.tasks.gui_steps import remember
 
 

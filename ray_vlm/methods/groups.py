@@ -9,9 +9,8 @@ from functools import partial
 from typing import Any
 
 from ray_vlm.data.collate import join_pixels, read_pixels, spans_of_rows
-from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import PromptRecord, Record
-from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.data.spec import Sample
 from ray_vlm.methods.rewards import Rewards, score_completions
 from ray_vlm.methods.rollout import Completion, Sampling

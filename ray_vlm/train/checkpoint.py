@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.preprocessing import describe_preprocessing
-from ray_vlm.data.rules import RULES, rules_since
+from ray_vlm.data.preprocessing import RULES, describe_preprocessing, rules_since
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.errors import ModelError, RunError
 from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, remove_checkpoint, write_part

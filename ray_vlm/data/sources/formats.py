@@ -1,22 +1,57 @@
-"""Turn source rows into records, one function for each format. A row that cannot be read becomes a `BadRow`."""
+"""Read a source: create its file on first use, and turn its rows into records, by one function for each format.
+
+A row that cannot be read becomes a `BadRow`.
+"""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.coco import image_root, read_coco
-from ray_vlm.data.conversations import llava_record, messages_record, preference_record, prompt_record, read_objects
-from ray_vlm.data.fields import Row, box, box_units, column_setting, images, is_empty, nested, shown, word
-from ray_vlm.data.gui import gui_records
+from ray_vlm.config.paths import import_function
 from ray_vlm.data.records import BadRow, Record, SftRecord
-from ray_vlm.data.tables import Table, read_table
-from ray_vlm.errors import DataError
+from ray_vlm.data.sources.coco import image_root, read_coco
+from ray_vlm.data.sources.conversations import (
+    llava_record,
+    messages_record,
+    preference_record,
+    prompt_record,
+    read_objects,
+)
+from ray_vlm.data.sources.fields import Row, box, box_units, column_setting, images, is_empty, nested, shown, word
+from ray_vlm.data.sources.gui import gui_records
+from ray_vlm.data.sources.tables import Table, read_table
+from ray_vlm.errors import ConfigError, DataError, RayVlmError
+from ray_vlm.runs.progress import lasting
 
 _CORNERS = ("x1", "y1", "x2", "y2")
 _NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
+
+
+def read_source(source: Source) -> tuple[list[Record | BadRow], list[str]]:
+    """Return `read_rows` of the source, after creating its file if needed. Raise as `read_rows` does, and
+    `ConfigError` if the file cannot be created."""
+    with lasting(f"reading {source.path}"):
+        prepare_source(source)
+        return read_rows(source)
+
+
+def prepare_source(source: Source) -> None:
+    """Call `source.create` with the path if the file is not there yet. Raise `ConfigError` if it cannot be called."""
+    if source.create is None or Path(source.path).exists():
+        return
+    try:
+        import_function(source.create)(source.path)
+    except RayVlmError:
+        raise
+    except Exception as error:  # a user's own function
+        raise ConfigError(
+            f"create={source.create!r} failed for {source.path} ({type(error).__name__}: {error}). "
+            "It is module:function, called with the path."
+        ) from error
 
 
 def read_rows(source: Source) -> tuple[list[Record | BadRow], list[str]]:
@@ -75,7 +110,7 @@ def _box_of(row: Row) -> tuple[float, float, float, float] | None:
     return box([_number(v) for v in corners], ", ".join(_CORNERS))
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     """Return the number in a CSV cell; return other values unchanged, for the check of the box to report."""
     try:
         return float(value) if isinstance(value, str) and "_" not in value else value

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.fields import (
+from ray_vlm.data.records import BadRow, Box, Point, SftRecord
+from ray_vlm.data.sources.fields import (
     Row,
     box,
     box_units,
@@ -26,7 +27,6 @@ from ray_vlm.data.fields import (
     shown,
     word,
 )
-from ray_vlm.data.records import BadRow, Box, Point, SftRecord
 from ray_vlm.errors import DataError
 
 _ACTIONS = ("action", "action_type", "type")
@@ -180,7 +180,7 @@ def _grounding(row: Row) -> tuple[Box | None, Point | None]:
     return (target, None) if len(target) == 4 else (None, target)
 
 
-def _coordinates(value: Any) -> Any:
+def _coordinates(value: object) -> Any:
     """Return named coordinates as a list, or None if all are empty; return any other value unchanged."""
     if not isinstance(value, dict):
         return value

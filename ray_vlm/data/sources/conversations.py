@@ -7,8 +7,19 @@ function raises `ValueError` with the problem and its fix.
 import re
 from typing import Any
 
-from ray_vlm.data.fields import Row, box_units, column_setting, image, images, is_empty, nested, region, shown, word
 from ray_vlm.data.records import Box, Image, Point, PreferenceRecord, PromptRecord, SftRecord
+from ray_vlm.data.sources.fields import (
+    Row,
+    box_units,
+    column_setting,
+    image,
+    images,
+    is_empty,
+    nested,
+    region,
+    shown,
+    word,
+)
 from ray_vlm.tasks.answers import IMAGE, Turns
 
 _BOX, _NAME = "<bbox>", "<ref-object>"
@@ -144,7 +155,7 @@ def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image,
     return pictures
 
 
-def _is_medium(value: Any) -> bool:
+def _is_medium(value: object) -> bool:
     """Return whether a cell names or holds a video or a sound."""
     if isinstance(value, list | tuple):
         return any(map(_is_medium, value))
@@ -180,7 +191,7 @@ def _read_prompt(row: Row, texts: tuple[str, ...], lists: tuple[str, ...] = ()) 
     return _read_turns(value, name, row)
 
 
-def _read_answer(value: Any, name: str, row: Row) -> str:
+def _read_answer(value: object, name: str, row: Row) -> str:
     """Return an answer that is a text, one turn, or a list of one turn."""
     if value is None or isinstance(value, str):
         return value or ""
@@ -190,7 +201,7 @@ def _read_answer(value: Any, name: str, row: Row) -> str:
     return turns[0][1]
 
 
-def _read_turns(value: Any, name: str, row: Row) -> tuple[Turns, tuple[Image, ...]]:
+def _read_turns(value: object, name: str, row: Row) -> tuple[Turns, tuple[Image, ...]]:
     """Return turns in either spelling, and the images inside them (`{"type": "image", "image": path}`)."""
     listed = nested(value, name)
     if not isinstance(listed, list) or not listed:
@@ -211,7 +222,7 @@ def _read_turns(value: Any, name: str, row: Row) -> tuple[Turns, tuple[Image, ..
     return tuple(turns), tuple(inline)
 
 
-def _text(content: Any, where: str, inline: list[Image], row: Row) -> str:
+def _text(content: object, where: str, inline: list[Image], row: Row) -> str:
     """Return the text of a turn; append the images inside it to `inline`."""
     if isinstance(content, str):
         return content

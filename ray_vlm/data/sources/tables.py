@@ -5,13 +5,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.paths import describe_search
 from ray_vlm.data.files import open_file, read_bytes
 from ray_vlm.data.records import BadRow
 from ray_vlm.errors import DataError
 from ray_vlm.runs.store import is_remote
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 MAX_LINE_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"
@@ -102,7 +105,7 @@ def _read_lines(address: str) -> list[bytes]:
     return [line + b"\n" for line in data.removeprefix(_BOM).split(end)]
 
 
-def _json_entries(value: Any, address: str) -> Iterator[tuple[int, dict[str, Any]] | BadRow]:
+def _json_entries(value: object, address: str) -> Iterator[tuple[int, dict[str, Any]] | BadRow]:
     entries = value.get("data") if isinstance(value, dict) else value
     if not isinstance(entries, list):
         raise DataError(f"{address}: expected a JSON list of objects, or an object with that list under `data`.")
@@ -142,12 +145,12 @@ def _json_line(line: bytes) -> tuple[Any, str | None]:
     return value, text_fault(value) if b"\\u" in line else None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     kinds = {list: "a list", dict: "an object", str: "a text", type(None): "null", bool: "true or false"}
     return kinds.get(type(value), "a number")
 
 
-def text_fault(value: Any) -> str | None:
+def text_fault(value: object) -> str | None:
     """Return why a text somewhere in a value cannot be used (NUL characters, half a surrogate pair), or None."""
     waiting = [value]
     while waiting:
@@ -254,7 +257,7 @@ def _class_features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-def apply_class_names(value: Any, feature: Any) -> Any:
+def apply_class_names(value: object, feature: object) -> Any:
     """Replace class numbers by names in a cell whose feature is a `ClassLabel` of `datasets`. A number without a name
     becomes None: -1 stands for a missing class."""
     if isinstance(feature, list) and len(feature) == 1:
@@ -276,7 +279,7 @@ def apply_class_names(value: Any, feature: Any) -> Any:
     return value
 
 
-def _parquet_row(batch: Any, position: int, row: int) -> tuple[int, dict[str, Any]] | BadRow:
+def _parquet_row(batch: "RecordBatch", position: int, row: int) -> tuple[int, dict[str, Any]] | BadRow:
     try:
         cells = batch.slice(position, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
