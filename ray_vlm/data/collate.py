@@ -79,7 +79,7 @@ def read_pixels(images: Sequence[np.ndarray], builder: SampleBuilder, device: st
         return {}
     if builder.stock is not None:
         return {name: value.to(device) for name, value in builder.stock.tensors(images).items()}
-    tensors = [torch.tensor(image, device=device).permute(2, 0, 1) for image in images]
+    tensors = [torch.tensor(image, device=device).permute(2, 0, 1) for image in images]  # [3, h, w] each
     return dict(builder.processor.image_processor(tensors, do_resize=False, return_tensors="pt", device=device))
 
 
@@ -122,6 +122,7 @@ def _pad(sequences: Sequence[np.ndarray], value: float, side: str, dtype: DTypeL
 
 def _check_grid(batch: dict[str, Any], builder: SampleBuilder, copies: int) -> None:
     """Raise `DataError` if the planned image tokens are not as many as the image encoder will make."""
+    # The grid [images, 3] counts patches (time, height, width); the encoder merges merge x merge of them to a token.
     planned = int(batch["mm_token_type_ids"].sum()) // copies
     made = int(batch["image_grid_thw"].prod(dim=-1).sum()) // builder.image_spec.merge**2
     if planned != made:

@@ -76,7 +76,7 @@ class ImageSpec:
 
     `pad`: the colour that fills the rest if shapes are kept; None: stretch. `center`: pad on all sides, not only at the
     right and bottom. `stock`: only shrink images with more than `max_pixels`; the family's own processor does the rest
-    (`StockImages`).
+    (`ProcessorImages`).
     """
 
     patch: int
@@ -309,7 +309,8 @@ def resize(pixels: np.ndarray, spec: ImageSpec, processor: "Qwen2VLImageProcesso
     import torch
     from transformers.image_utils import SizeDict
 
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # channels-last strides: the fast path for uint8
+    # [1, 3, h, w] with channels-last strides: the fast path for uint8
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     size = (pixels.shape[1], pixels.shape[0])
     if spec.pad is None:
         limits = SizeDict(shortest_edge=spec.min_pixels, longest_edge=spec.max_pixels)
@@ -336,7 +337,7 @@ class TilingProcessor(Protocol):
     def __call__(self, *, text: Sequence[str], images: Sequence[object], **options: object) -> Mapping[str, Any]: ...
 
 
-class StockImages:
+class ProcessorImages:
     """Images of families whose own processor does everything: their tensors, and the text that stands for them.
 
     Llama-4, for example, cuts an image into tiles with separators between them. How many tokens an image takes depends
@@ -371,8 +372,8 @@ class StockImages:
         return self.processor(text=[self.token * len(images)], images=[pictures], **options)
 
 
-def load_stock(processor: TilingProcessor, config: "PretrainedConfig") -> StockImages:
-    """Return the processor's `StockImages`. Raise `ModelError` if it does not say how it marks images."""
+def load_processor_images(processor: TilingProcessor, config: "PretrainedConfig") -> ProcessorImages:
+    """Return the processor's `ProcessorImages`. Raise `ModelError` if it does not say how it marks images."""
     token_id = getattr(config, "image_token_id", None)
     token_id = getattr(config, "image_token_index", None) if token_id is None else token_id
     if getattr(processor, "image_token", None) is None or token_id is None:
@@ -380,4 +381,4 @@ def load_stock(processor: TilingProcessor, config: "PretrainedConfig") -> StockI
             f"model type {config.model_type!r}: its processor has no image token that transformers could replace, so "
             "it cannot be told where images are. Use another family."
         )
-    return StockImages(processor, token_id)
+    return ProcessorImages(processor, token_id)

@@ -16,13 +16,7 @@ from ray_vlm.data.images import FETCH_AGAIN, read_orientation, read_size
 from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.sources.formats import read_rows
-from ray_vlm.data.suspicions import (
-    describe_sizes,
-    find_suspicions,
-    sizes_differ,
-    strip_marks,
-    unit_problem,
-)
+from ray_vlm.data.suspicions import describe_sizes, find_suspicions, sizes_differ, strip_marks, unit_problem
 from ray_vlm.errors import DataError
 from ray_vlm.runs.progress import track
 from ray_vlm.tasks.boxes import box_problem
@@ -92,12 +86,8 @@ def build_index(
     if not records:
         raise DataError(f"{source.path}: no usable row among {len(rows)}. " + "; ".join(b.reason for b in bad[:3]))
     notes = find_suspicions(source, rows, records, labels, data.on_bad_box)
-    return Index(tuple(records), *_columns(counts), tuple(labels), tuple(bad), tuple(notes))
-
-
-def _columns(counts: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    columns = np.array(counts, np.int64).reshape(-1, 3)
-    return columns[:, 0], columns[:, 1], columns[:, 2]
+    image, prompt, answer = np.array(counts, np.int64).T  # [3, rows]
+    return Index(tuple(records), image, prompt, answer, tuple(labels), tuple(bad), tuple(notes))
 
 
 def join_indices(indices: Sequence[Index]) -> Index:

@@ -8,12 +8,13 @@ enough (`models/prompt_text.py`), rows are checked and counted without the proce
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from ray_vlm.data.images import ImageSpec, StockImages, build_image_spec, decode, load_stock, resize
+from ray_vlm.data.images import ImageSpec, ProcessorImages, build_image_spec, decode, load_processor_images, resize
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec, Tokens
 from ray_vlm.errors import DataError, ModelError
@@ -41,7 +42,7 @@ class SampleBuilder:
         self.spec = spec
         self.task = TASKS[spec.task.name]
         self.setting = PromptContext(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
-        self.stock: StockImages | None = None
+        self.stock: ProcessorImages | None = None
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
         self._last_answer: tuple[Record | None, Answer] = (None, Answer(""))
@@ -81,7 +82,7 @@ class SampleBuilder:
             config, processor = load_config_and_processor(self.spec.model)
             family = family_of(config)
             if family.stock_images:
-                self.stock = load_stock(processor, config)
+                self.stock = load_processor_images(processor, config)
             self._use(take_prompt_text(processor, family), family)
             self._processor = processor
 
@@ -193,10 +194,9 @@ class SampleBuilder:
 
     def pair_row(self, record: PreferenceRecord) -> Sample:
         """Return the prompt with pixels, and both answers, the preferred one first."""
-        self._load()
-        prompt = self._tokens(record, Answer(record.chosen)).prompt
+        prompt = self.prompt_row(record)
         both = tuple(np.array(self._closed(record, answer), np.int32) for answer in self.answers(record))
-        return Sample(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record), completions=both)
+        return replace(prompt, completions=both)
 
     def train_row(self, record: SftRecord) -> Sample:
         """Return prompt and answer with pixels."""
@@ -235,6 +235,7 @@ class SampleBuilder:
         weights: list[float] = []
         prompt: list[int] = []
         for head, turn_answer in zip(before, [*earlier_answers, answer], strict=True):
+            # An image is one placeholder in the text, and as many of it in the prompt as the encoder makes tokens.
             for token in head:
                 repeated = self.stock is None and token == self.image_token_id
                 all_ids += [token] * (next(counts) if repeated else 1)
@@ -268,7 +269,7 @@ class SampleBuilder:
         for start, end, tag in answer.spans:
             weight = self._weight_of.get(tag, 1.0)
             for i, (first, last) in enumerate(encoded.offsets):
-                if first < end and last > start:
+                if first < end and last > start:  # a token weighs as its span does if it covers any of its characters
                     weights[i] = weight
         return encoded.ids, weights
 

@@ -6,7 +6,7 @@ separates them.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,7 +87,9 @@ def load_parts(
                 "data.eval or data.test is a share of the training rows, and this job draws it otherwise than the "
                 "training of the adapter did. Use the same rows, shares, `data.stratify` and `seed`, or a file."
             )
-    _check_filled([rows[name] for name in sources if name in wanted])
+    for name in wanted:
+        if not any(source_rows for _, source_rows, _ in rows[name]):
+            raise DataError(f"{rows[name][0][0].path}: holds no rows. Give a file with at least one.")
     builder, sizes = load_sample_builder(spec), {"train": known}
     indices = {
         name: _index(rows[name], job.data, builder, sizes.get(name, NONE_KNOWN)) for name in sources if name in wanted
@@ -185,13 +187,6 @@ def _hints(read: Sequence[Read], data: Data, task: Task, known: Mapping[str, tup
     """Describe where each class usually is in the training rows."""
     measured = (measure_row(row, data, known) for _, rows, _ in read for row in rows)
     return describe_regions([row for row in measured if isinstance(row, SftRecord)], task)
-
-
-def _check_filled(parts: Iterable[Sequence[Read]]) -> None:
-    """Raise `DataError` if a part has no rows."""
-    for read in parts:
-        if not any(rows for _, rows, _ in read):
-            raise DataError(f"{read[0][0].path}: holds no rows. Give a file with at least one.")
 
 
 def _index(read: Sequence[Read], data: Data, builder: SampleBuilder, known: Mapping[str, tuple[int, int]]) -> Index:

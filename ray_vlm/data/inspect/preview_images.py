@@ -41,6 +41,7 @@ _LEADING = 4
 _SHOWN_IMAGES = 4
 
 Area = tuple[float, float, float, float]
+Pen = ImageDraw.ImageDraw
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def draw_sheet(panels: Sequence[PreviewPanel], title: str, notes: Sequence[str])
             _draw_pictures(sheet, panel, (left, top), colors)
             y = top + _PICTURE
             for text, size, color in lines:
-                _write(pen, (left, y + _LEADING), text, size, color)
+                _draw_text(pen, (left, y + _LEADING), text, size, color)
                 y += _line(size)
         top += height + _GAP
     out = io.BytesIO()
@@ -191,24 +192,19 @@ def draw_sheet(panels: Sequence[PreviewPanel], title: str, notes: Sequence[str])
 
 
 def _draw_head(
-    pen: ImageDraw.ImageDraw,
-    title: str,
-    notes: Sequence[str],
-    legend: list[list[tuple[int, str]]],
-    colors: dict[str, str],
-    width: int,
+    pen: Pen, title: str, notes: Sequence[str], legend: list[list[tuple[int, str]]], colors: dict[str, str], width: int
 ) -> None:
     y = _MARGIN
-    _write(pen, (_MARGIN, y), _wrap(title, _TITLE, width - 2 * _MARGIN, 1)[0], _TITLE, _INK)
+    _draw_text(pen, (_MARGIN, y), _wrap(title, _TITLE, width - 2 * _MARGIN, 1)[0], _TITLE, _INK)
     y += _line(_TITLE) + 6
     for note in notes:
-        _write(pen, (_MARGIN, y), _wrap(plain(note), _TEXT, width - 2 * _MARGIN, 1)[0], _TEXT, _SOFT)
+        _draw_text(pen, (_MARGIN, y), _wrap(plain(note), _TEXT, width - 2 * _MARGIN, 1)[0], _TEXT, _SOFT)
         y += _line(_TEXT)
     y += 8
     for line in legend:
         for x, label in line:
             pen.rounded_rectangle((x, y + 2, x + 14, y + 16), 3, fill=colors[label])
-            _write(pen, (x + 20, y), _name(label), _TEXT, _INK)
+            _draw_text(pen, (x + 20, y), _name(label), _TEXT, _INK)
         y += _line(_TEXT) + 4
 
 
@@ -241,7 +237,7 @@ def _draw_pictures(sheet: Image.Image, panel: PreviewPanel, corner: tuple[int, i
     pen.rectangle((left, top, left + _PANEL_WIDTH - 1, top + _PICTURE - 1), fill=_PANEL)
     shown = panel.images[:_SHOWN_IMAGES]
     if not shown:
-        _write(pen, (left + 12, top + 12), "no image", _TEXT, _SOFT)
+        _draw_text(pen, (left + 12, top + 12), "no image", _TEXT, _SOFT)
     room = _PANEL_WIDTH / max(1, len(shown))
     for number, pixels in enumerate(shown):
         height, width = pixels.shape[:2]
@@ -266,11 +262,7 @@ def _on_sheet(mark: Annotation, frame: Frame, at: tuple[int, int], scale: tuple[
 
 
 def _draw_marks(
-    pen: ImageDraw.ImageDraw,
-    marks: Sequence[Annotation],
-    regions: Sequence[tuple[float, ...]],
-    colors: dict[str, str],
-    picture: Area,
+    pen: Pen, marks: Sequence[Annotation], regions: Sequence[tuple[float, ...]], colors: dict[str, str], picture: Area
 ) -> None:
     for mark, region in zip(marks, regions, strict=True):
         color = colors[mark.label]
@@ -292,7 +284,7 @@ def _draw_marks(
             continue
         taken.append(area)
         pen.rectangle(area, fill=colors[mark.label])
-        _write(pen, (area[0] + 4, area[1] + 1), name, type_size, _PAPER)
+        _draw_text(pen, (area[0] + 4, area[1] + 1), name, type_size, _PAPER)
 
 
 def _find_label_area(
@@ -344,7 +336,7 @@ def _wrap(text: str, size: int, width: float, most: int) -> list[str]:
     return lines or [""]
 
 
-def _write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, color: str) -> None:
+def _draw_text(pen: Pen, at: tuple[float, float], text: str, size: int, color: str) -> None:
     pen.text(at, text, font=_font(size, text), fill=color)
 
 

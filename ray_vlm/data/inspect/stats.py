@@ -39,8 +39,8 @@ _QUANTILES = (50, 90, 95, 99)
 class Stats:
     """The numbers. Sides and sizes are (width, height) in pixels.
 
-    `parts`: usable rows and bad ones of train, eval and test. `classes`: tag, rows, share (of rows), objects, times
-    (shown in an epoch) and weight, most rows first. `region_counts`: class -> region -> boxes and points. `images` and
+    `parts`: usable rows and bad ones of train, eval and test. `classes`: the table of `Balance`, with the number of
+    objects, most rows first. `region_counts`: class -> region -> boxes and points. `images` and
     `resized_images`: `int64 [images, 2]`, the latter without padding. `boxes`, `resized_boxes`: `float64 [boxes, 2]`.
     `without_object`: detection images that have no box; None for other tasks. `tokens`: image, prompt, answer and all
     -> `int64 [rows]`. `limits`: what each `max_pixels` does. `cuts`: what `max_tokens` at each quantile drops.
@@ -59,9 +59,7 @@ class Stats:
     tokens: Mapping[str, np.ndarray]
     limits: tuple[dict[str, Any], ...]
     cuts: tuple[dict[str, Any], ...]
-    factor: int
-    min_pixels: int
-    max_pixels: int
+    image_spec: ImageSpec
     max_tokens: int | None
 
 
@@ -97,13 +95,11 @@ def measure_rows(job: JobConfig) -> Stats:
         resized_images=_resized(images, spec),
         boxes=sides,
         resized_boxes=sides * _resized(box_images, spec) / np.maximum(box_images, 1),
-        without_object=_count_without_object(train) if job.task.name == "detection" else None,
+        without_object=sum(not r.truth["boxes"] for r in train.records) if job.task.name == "detection" else None,
         tokens={**tokens, "all": train.tokens},
         limits=_limits(train, sides, box_images, builder, job.data.max_tokens),
         cuts=tuple(_cut(train.tokens, quantile) for quantile in _QUANTILES),
-        factor=spec.factor,
-        min_pixels=spec.min_pixels,
-        max_pixels=spec.max_pixels,
+        image_spec=spec,
         max_tokens=job.data.max_tokens,
     )
 
@@ -125,24 +121,13 @@ def regions_of(record: Record) -> Iterator[tuple[str, Sequence[float], tuple[int
         yield "in the text", box, record.sizes[image]
 
 
-def _count_without_object(index: Index) -> int:
-    return sum(not record.truth["boxes"] for record in index.records)
-
-
 def _classes(data: Data, task: Task, index: Index) -> tuple[dict[str, Any], ...]:
     tags = [row_tags(task, record) for record in index.records]
     sources = [s for s in (data.train, *data.mix) if s is not None]
     weights = np.array([sources[record.source].weight for record in index.records])
     objects = Counter(tag for row_classes in tags for tag in row_classes)
     return tuple(
-        {
-            "tag": entry["tag"],
-            "rows": entry["rows"],
-            "share": entry["share"],
-            "objects": objects[entry["tag"]],
-            "times": entry["times_shown"],
-            "weight": entry["weight"],
-        }
+        {**entry, "objects": objects[entry["tag"]]}
         for entry in plan_balance(tags, weights, data, task.name != "detection").table
     )
 
@@ -205,7 +190,7 @@ def box_classes(sides: np.ndarray) -> tuple[int, int, int]:
 def size_changes(stats: Stats) -> dict[str, int]:
     """Return how many images are shrunk, enlarged, or keep their size except for rounding to whole patches."""
     change = stats.resized_images - stats.images
-    same = (np.abs(change) < stats.factor).all(axis=1)
+    same = (np.abs(change) < stats.image_spec.factor).all(axis=1)
     smaller = stats.resized_images.prod(axis=1) < stats.images.prod(axis=1)
     return {
         "shrunk": int((~same & smaller).sum()),
@@ -241,7 +226,8 @@ def _class_lines(stats: Stats) -> list[str]:
     width = max(5, *map(len, names))
     lines = [f"{'class':<{width}} {'rows':>8} {'of rows':>8} {'objects':>8} {'shown':>7} {'weight':>7}"]
     lines += [
-        f"{name:<{width}} {e['rows']:>8} {e['share']:>8.1%} {e['objects']:>8} {e['times']:>6.2f}x {e['weight']:>7.2f}"
+        f"{name:<{width}} {e['rows']:>8} {e['share']:>8.1%} {e['objects']:>8} {e['times_shown']:>6.2f}x "
+        f"{e['weight']:>7.2f}"
         for name, e in zip(names, stats.classes, strict=True)
     ]
     if len(names) > _LISTED_CLASSES:
@@ -297,12 +283,12 @@ def _image_lines(stats: Stats) -> list[str]:
         form = ".2f" if "/" in name else ".0f"
         cells = " ".join(f"{v:>8{form}}" for v in (values.min(), np.median(values), values.max()))
         lines.append(f"  {name:<16} {cells}")
-    n = size_changes(stats)
+    n, spec = size_changes(stats), stats.image_spec
     return [
         *lines,
-        f"  resizing (to {stats.min_pixels:,} .. {stats.max_pixels:,} pixels): {n['shrunk']} shrunk, "
+        f"  resizing (to {spec.min_pixels:,} .. {spec.max_pixels:,} pixels): {n['shrunk']} shrunk, "
         f"{n['enlarged']} enlarged, {n['kept']} keep their size, {n['unchanged']} of these to the pixel "
-        f"(the others' sides are rounded to {stats.factor} pixels)",
+        f"(the others' sides are rounded to {spec.factor} pixels)",
     ]
 
 
@@ -324,9 +310,10 @@ def _limit_lines(stats: Stats, rows: int) -> list[str]:
     for e in stats.limits:
         many = e["above"]
         dropped = "" if many is None else f" {f'{many} ({many / rows:.1%})':>28}"
+        visual_tokens = e["max_pixels"] / stats.image_spec.factor**2
         thin = "-" if e["thin"] is None else f"{e['thin']:.1%}"
         lines.append(
-            f"  {e['max_pixels']:>15,} {e['max_pixels'] / stats.factor**2:>13,.0f} {e['image_tokens']:>19,.0f} "
+            f"  {e['max_pixels']:>15,} {visual_tokens:>13,.0f} {e['image_tokens']:>19,.0f} "
             f"{e['tokens']:>13,.0f}{dropped} {thin:>12}" + ("  <- this job" if e["own"] else "")
         )
     return lines
@@ -417,7 +404,8 @@ def _draw_images(axes: "Axes", stats: Stats) -> None:
     axes.scatter(sizes[:, 0], sizes[:, 1], s=area, color=BLUE, alpha=0.55, linewidths=0)
     wide, tall = 1.15 * sizes[:, 0].max(), 1.15 * sizes[:, 1].max()
     across = np.linspace(1, wide, 400)
-    for limit, name, style in ((stats.min_pixels, "min_pixels", ":"), (stats.max_pixels, "max_pixels", "--")):
+    spec = stats.image_spec
+    for limit, name, style in ((spec.min_pixels, "min_pixels", ":"), (spec.max_pixels, "max_pixels", "--")):
         if (limit / across < tall).any():
             axes.plot(across, limit / across, color=ORANGE, linestyle=style, label=f"{name} {limit:,}")
     axes.set_xlim(0, wide)

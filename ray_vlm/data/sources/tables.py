@@ -235,11 +235,7 @@ def _read_parquet(address: str) -> Table:
                 raise DataError(f"{address}: a column name is there twice ({', '.join(names)}). Give each one name.")
             features = _class_features(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(_BATCH_ROWS):
-                for i in range(batch.num_rows):
-                    row = _parquet_row(batch, i, len(rows))
-                    rows.append(
-                        (row[0], apply_class_names(row[1], features)) if features and isinstance(row, tuple) else row
-                    )
+                rows += [_parquet_row(batch, i, len(rows) + i, features) for i in range(batch.num_rows)]
     except (OSError, ValueError, ImportError, ArrowException) as error:
         raise _unreadable(address, error) from None
     return Table(rows, tuple(names), True)
@@ -279,10 +275,13 @@ def apply_class_names(value: object, feature: object) -> Any:
     return value
 
 
-def _parquet_row(batch: "RecordBatch", position: int, row: int) -> tuple[int, dict[str, Any]] | BadRow:
+def _parquet_row(
+    batch: "RecordBatch", position: int, row: int, features: Mapping[str, Any]
+) -> tuple[int, dict[str, Any]] | BadRow:
     try:
         cells = batch.slice(position, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
         return BadRow(row, "", f"row {row} holds a text that is not UTF-8 ({error.reason}); write the file again")
-    reason = text_fault(cells)
-    return BadRow(row, "", f"row {row} {reason}") if reason else (row, cells)
+    if reason := text_fault(cells):
+        return BadRow(row, "", f"row {row} {reason}")
+    return row, apply_class_names(cells, features) if features else cells
