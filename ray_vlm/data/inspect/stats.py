@@ -40,10 +40,10 @@ class Stats:
     """The numbers. Sides and sizes are (width, height) in pixels.
 
     `parts`: usable rows and bad ones of train, eval and test. `classes`: the table of `Balance`, with the number of
-    objects, most rows first. `region_counts`: class -> region -> boxes and points. `images` and
-    `resized_images`: `int64 [images, 2]`, the latter without padding. `boxes`, `resized_boxes`: `float64 [boxes, 2]`.
-    `without_object`: detection images that have no box; None for other tasks. `tokens`: image, prompt, answer and all
-    -> `int64 [rows]`. `limits`: what each `max_pixels` does. `cuts`: what `max_tokens` at each quantile drops.
+    objects, most rows first. `region_counts`: class -> region -> boxes and points. `images` and `resized_images`:
+    `int64 [images, 2]`, the latter without padding. `boxes`, `resized_boxes`: `float64 [boxes, 2]`. `without_object`:
+    detection images that have no box; None for other tasks and for pairs. `tokens`: image, prompt, answer and all ->
+    `int64 [rows]`. `limits`: what each `max_pixels` does. `cuts`: what `max_tokens` at each quantile drops.
     """
 
     parts: Mapping[str, tuple[int, int]]
@@ -95,7 +95,7 @@ def measure_rows(job: JobConfig) -> Stats:
         resized_images=_resized(images, spec),
         boxes=sides,
         resized_boxes=sides * _resized(box_images, spec) / np.maximum(box_images, 1),
-        without_object=sum(not r.truth["boxes"] for r in train.records) if job.task.name == "detection" else None,
+        without_object=_count_without_object(train.records) if job.task.name == "detection" else None,
         tokens={**tokens, "all": train.tokens},
         limits=_limits(train, sides, box_images, builder, job.data.max_tokens),
         cuts=tuple(_cut(train.tokens, quantile) for quantile in _QUANTILES),
@@ -119,6 +119,12 @@ def regions_of(record: Record) -> Iterator[tuple[str, Sequence[float], tuple[int
     numbers = context.get("image_of") or (0,) * len(context.get("boxes", ()))
     for box, image in zip(context.get("boxes", ()), numbers, strict=True):
         yield "in the text", box, record.sizes[image]
+
+
+def _count_without_object(records: Sequence[Record]) -> int | None:
+    """Return how many records have no box; None if they are pairs or prompts, whose boxes are only in their texts."""
+    truths = [record.truth for record in records if isinstance(record, SftRecord)]
+    return sum(not truth["boxes"] for truth in truths) if truths else None
 
 
 def _classes(data: Data, task: Task, index: Index) -> tuple[dict[str, Any], ...]:

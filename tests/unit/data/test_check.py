@@ -206,6 +206,17 @@ def test_images_without_an_object_are_counted(job_file: Any, tmp_path: Path) -> 
     assert "\n\n0 boxes\n  1 images (100.0%) have no object\n" in describe_stats(measure_rows(load_job(path)))
 
 
+def test_pairs_are_measured_by_their_texts(job_file: Any, tmp_path: Path) -> None:
+    _image(tmp_path / "a.jpg")
+    pair = {"prompt": "<image>Where is it?", "chosen": "Here.", "rejected": "Nowhere at all.", "images": ["a.jpg"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    source = {"path": str(tmp_path / "pairs.jsonl"), "format": "preference"}
+    stats = measure_rows(load_job(job_file(method="dpo", data={"train": source})))
+    assert stats.without_object is None
+    assert (len(stats.images), len(stats.boxes), stats.classes) == (1, 0, ())
+    assert describe_stats(stats).startswith("rows: train 1\n")
+
+
 def test_odd_class_names_can_be_drawn_and_do_not_reach_the_terminal_raw(job_file: Any, tmp_path: Path) -> None:
     from ray_vlm.data.inspect.stats import draw_stats
 
