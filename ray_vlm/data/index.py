@@ -21,7 +21,8 @@ from ray_vlm.errors import DataError
 from ray_vlm.runs.progress import track
 from ray_vlm.tasks.boxes import box_problem
 
-NONE_KNOWN: Mapping[str, tuple[int, int]] = {}
+KnownSizes = Mapping[str, tuple[int, int]]  # path of an image -> (width, height)
+NONE_KNOWN: KnownSizes = {}
 _SHOWN = 20  # bad rows in an error; with `quarantine`, `bad_rows.jsonl` has all of them
 
 
@@ -61,7 +62,7 @@ def build_index(
     builder: SampleBuilder,
     read: tuple[Sequence[Record | BadRow], Sequence[str]] | None = None,
     number: int = 0,
-    known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
+    known: KnownSizes = NONE_KNOWN,
 ) -> Index:
     """Read, check and measure every row. With `on_bad_row: raise`, raise `DataError` with all reasons if any is bad.
 
@@ -117,7 +118,7 @@ def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
     return lines
 
 
-def measure_row(row: Record | BadRow, data: Data, known: Mapping[str, tuple[int, int]] = NONE_KNOWN) -> Record | BadRow:
+def measure_row(row: Record | BadRow, data: Data, known: KnownSizes = NONE_KNOWN) -> Record | BadRow:
     """Return the row with image sizes and with boxes in pixels, or a `BadRow`. `known`: as in `build_index`."""
     if isinstance(row, BadRow):
         return row

@@ -8,12 +8,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import JobConfig, Task
-from ray_vlm.data.index import NONE_KNOWN, Index, build_index, join_indices, measure_row
+from ray_vlm.data.index import NONE_KNOWN, Index, KnownSizes, build_index, join_indices, measure_row
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow, Image, Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
@@ -25,7 +26,13 @@ from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.classification import describe_regions
 
-Read = tuple[Source, Sequence[Record | BadRow], list[str]]  # a source, its rows, and the class names that it declares
+
+class SourceRows(NamedTuple):
+    """The rows of a source or some of them, and the class names that it declares."""
+
+    source: Source
+    rows: Sequence[Record | BadRow]
+    labels: list[str]
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,7 @@ class Parts:
 
 
 def load_parts(
-    job: JobConfig,
-    wanted: Sequence[str],
-    spec: SampleSpec | None = None,
-    known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
+    job: JobConfig, wanted: Sequence[str], spec: SampleSpec | None = None, known: KnownSizes = NONE_KNOWN
 ) -> Parts:
     """Read, split and check the sources of the parts in `wanted`.
 
@@ -64,7 +68,7 @@ def load_parts(
     shares = {name: s.ratio for name, s in sources.items() if s is not None and s.ratio is not None}
     cut = any(name in shares for name in wanted)
     hinted = spec is None and job.task.class_regions
-    rows: dict[str, list[Read]] = {}
+    rows: dict[str, list[SourceRows]] = {}
     if "train" in wanted or cut or (hinted and sources["train"] is not None):
         rows |= _split(training, shares, job.seed, job.task if job.data.stratify else None)
     for name, source in sources.items():
@@ -88,8 +92,8 @@ def load_parts(
                 "training of the adapter did. Use the same rows, shares, `data.stratify` and `seed`, or a file."
             )
     for name in wanted:
-        if not any(source_rows for _, source_rows, _ in rows[name]):
-            raise DataError(f"{rows[name][0][0].path}: holds no rows. Give a file with at least one.")
+        if not any(part.rows for part in rows[name]):
+            raise DataError(f"{rows[name][0].source.path}: holds no rows. Give a file with at least one.")
     builder, sizes = load_sample_builder(spec), {"train": known}
     indices = {
         name: _index(rows[name], job.data, builder, sizes.get(name, NONE_KNOWN)) for name in sources if name in wanted
@@ -98,54 +102,54 @@ def load_parts(
     return Parts(spec, indices.get("train"), indices.get("eval"), indices.get("test"), tuple(notes))
 
 
-def _read(source: Source) -> Read:
-    return (source, *read_source(source))
+def _read(source: Source) -> SourceRows:
+    return SourceRows(source, *read_source(source))
 
 
 def _split(
     sources: Sequence[Source], shares: Mapping[str, float], seed: int, task: Task | None
-) -> dict[str, list[Read]]:
+) -> dict[str, list[SourceRows]]:
     """Return the training sources, and for every share its part of them. With `task`, every part has the same mix of
     its classes."""
     read = [_read(source) for source in sources]
-    rows = [row for _, source_rows, _ in read for row in source_rows]
+    rows = [row for part in read for row in part.rows]
     parts = plan_split([getattr(row, "group", "") for row in rows], _strata(rows, task), shares, seed)
-    starts = np.cumsum([0, *(len(source_rows) for _, source_rows, _ in read)])
+    starts = np.cumsum([0, *(len(part.rows) for part in read)])
     return {
         name: [
-            (source, [rows[i] for i in positions[(positions >= start) & (positions < end)]], labels)
-            for (source, _, labels), start, end in zip(read, starts, starts[1:], strict=False)
+            part._replace(rows=[rows[i] for i in positions[(positions >= start) & (positions < end)]])
+            for part, start, end in zip(read, starts, starts[1:], strict=False)
         ]
         for name, positions in parts.items()
     }
 
 
-def _check_apart(rows: Mapping[str, list[Read]]) -> None:
+def _check_apart(rows: Mapping[str, list[SourceRows]]) -> None:
     """Raise `ConfigError` if rows of a test file also belong to another part, as ranges of tasks may overlap."""
-    for source, test_rows, _ in rows.get("test", []):
-        seen = {row.row for row in test_rows}
+    for test in rows.get("test", []):
+        seen, path = {row.row for row in test.rows}, test.source.path
         for name in ("train", "eval"):
-            for other, other_rows, _ in rows.get(name, []):
-                shared = [row for row in other_rows if row.row in seen] if other.path == source.path else []
+            for other in rows.get(name, []):
+                shared = [row for row in other.rows if row.row in seen] if other.source.path == path else []
                 if shared:
                     raise ConfigError(
-                        f"data.test and data.{name} share {len(shared)} rows of {source.path}, the first with id "
+                        f"data.test and data.{name} share {len(shared)} rows of {path}, the first with id "
                         f"{shared[0].id}. Choose ranges of tasks that do not overlap."
                     )
 
 
-def _fingerprint(rows: Mapping[str, list[Read]], shares: Mapping[str, float]) -> str:
+def _fingerprint(rows: Mapping[str, list[SourceRows]], shares: Mapping[str, float]) -> str:
     """Return a hash of the rows that training leaves out as shares; empty without shares."""
     if not shares:
         return ""
     digest = hashlib.sha256(repr(sorted(shares)).encode())
     for name in sorted(shares):
-        digest.update(repr([(row.row, row.id) for _, source_rows, _ in rows[name] for row in source_rows]).encode())
+        digest.update(repr([(row.row, row.id) for part in rows[name] for row in part.rows]).encode())
     return digest.hexdigest()[:16]
 
 
 def _spec(
-    spec: SampleSpec, start: SampleSpec | None, rows: Mapping[str, list[Read]], training: Sequence[Source]
+    spec: SampleSpec, start: SampleSpec | None, rows: Mapping[str, list[SourceRows]], training: Sequence[Source]
 ) -> tuple[SampleSpec, list[str]]:
     """Return the job's `spec` with class names, and notes. The names come from the training data, or without it from
     the parts that are read.
@@ -161,10 +165,9 @@ def _spec(
         except DataError:
             notes.append("class names come from the rows that are measured: data.train cannot be read")
     named = named or [read for reads in rows.values() for read in reads]
-    spec = spec.with_labels(label for _, _, source_labels in named for label in source_labels)
+    spec = spec.with_labels(label for part in named for label in part.labels)
     if not spec.task.labels and "train" in rows:
-        every_row = (row for reads in rows.values() for _, source_rows, _ in reads for row in source_rows)
-        notes += tell_unused(spec.labels, every_row)
+        notes += tell_unused(spec.labels, (row for read in rows.values() for part in read for row in part.rows))
     return spec, notes + _changed(start, spec)
 
 
@@ -183,15 +186,15 @@ def _changed(start: SampleSpec | None, spec: SampleSpec) -> list[str]:
     return [f"model.adapter was trained with other {', '.join(changed)}"] if changed else []
 
 
-def _hints(read: Sequence[Read], data: Data, task: Task, known: Mapping[str, tuple[int, int]]) -> str:
+def _hints(read: Sequence[SourceRows], data: Data, task: Task, known: KnownSizes) -> str:
     """Describe where each class usually is in the training rows."""
-    measured = (measure_row(row, data, known) for _, rows, _ in read for row in rows)
+    measured = (measure_row(row, data, known) for part in read for row in part.rows)
     return describe_regions([row for row in measured if isinstance(row, SftRecord)], task)
 
 
-def _index(read: Sequence[Read], data: Data, builder: SampleBuilder, known: Mapping[str, tuple[int, int]]) -> Index:
-    filled = [(number, *source_read) for number, source_read in enumerate(read) if source_read[1]]
-    built = [build_index(s, data, builder, (rows, labels), number, known) for number, s, rows, labels in filled]
+def _index(read: Sequence[SourceRows], data: Data, builder: SampleBuilder, known: KnownSizes) -> Index:
+    filled = [(number, part) for number, part in enumerate(read) if part.rows]
+    built = [build_index(p.source, data, builder, (p.rows, p.labels), number, known) for number, p in filled]
     return join_indices(built)
 
 
@@ -259,7 +262,7 @@ def _units(groups: Sequence[str]) -> tuple[np.ndarray, int]:
     return unit_of, len(numbers)
 
 
-def _notes(rows: Mapping[str, list[Read]]) -> list[str]:
+def _notes(rows: Mapping[str, list[SourceRows]]) -> list[str]:
     """Return notes on images that both the training rows and another part show."""
     seen = _images(rows.get("train", []))
     notes = []
@@ -270,6 +273,6 @@ def _notes(rows: Mapping[str, list[Read]]) -> list[str]:
     return notes
 
 
-def _images(read: Sequence[Read]) -> set[Image]:
-    records = (row for _, rows, _ in read for row in rows if not isinstance(row, BadRow))
+def _images(read: Sequence[SourceRows]) -> set[Image]:
+    records = (row for part in read for row in part.rows if not isinstance(row, BadRow))
     return {image for record in records for image in record.images}

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ray_vlm.data.inspect.check import plain, shorten
-from ray_vlm.data.inspect.stats import regions_of
+from ray_vlm.data.inspect.stats import labelled_regions
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.runs.drawing import font_families
@@ -152,8 +152,8 @@ def _in_text(record: SftRecord, frames: Sequence[Frame], texts: Sequence[str]) -
 def _compare(record: SftRecord, frames: Sequence[Frame], marks: Sequence[Annotation]) -> tuple[str, str]:
     """Return how far marks lie from the regions of the data: as a note, or as a problem if too far."""
     read = [np.array(mark.region) for mark in marks]
-    right = [np.array(region) for tag, region, _ in regions_of(record)] if "attributes" not in record.truth else []
-    if not right:
+    right = [np.array(region) for _, region, _ in labelled_regions(record)]
+    if not right or "attributes" in record.truth:
         return "", ""
     near = [min((float(abs(r - b).max()) for r in read if len(r) == len(b)), default=np.inf) for b in right]
     units = [np.subtract(f.decode_point((1, 1)), f.decode_point((0, 0))).max() for f in frames]

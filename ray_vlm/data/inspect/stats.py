@@ -76,7 +76,7 @@ def measure_rows(job: JobConfig) -> Stats:
     assert train is not None
     builder = load_sample_builder(parts.spec)
     spec = builder.image_spec
-    regions = [region for record in train.records for region in regions_of(record)]
+    regions = [region for record in train.records for region in labelled_regions(record)]
     boxes = [(region, size) for _, region, size in regions if len(region) == 4]
     sides = np.array([[b[2] - b[0], b[3] - b[1]] for b, _ in boxes], np.float64).reshape(-1, 2)
     box_images = np.array([size for _, size in boxes], np.int64).reshape(-1, 2)
@@ -104,7 +104,7 @@ def measure_rows(job: JobConfig) -> Stats:
     )
 
 
-def regions_of(record: Record) -> Iterator[tuple[str, Sequence[float], tuple[int, int]]]:
+def labelled_regions(record: Record) -> Iterator[tuple[str, Sequence[float], tuple[int, int]]]:
     """Yield each box (four numbers) and point (two) of a record in original pixels, with its class and image size."""
     if not isinstance(record, SftRecord):
         return  # regions of pairs and prompts are only in their texts

@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 MAX_LINE_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"
 _BATCH_ROWS = 256  # Parquet rows converted to Python values at a time; rows may hold images
+NumberedRow = tuple[int, dict[str, Any]]  # counted from 0 in the file, with cells by column
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a file in order: `(row, cells)` with rows counted from 0, or a `BadRow`.
+    """The rows of a file in order.
 
     `columns` are all names in order of appearance. `has_schema`: the columns belong to the file (CSV, Parquet), so a
     missing one is a fault of the file and not of its rows.
     """
 
-    rows: list[tuple[int, dict[str, Any]] | BadRow]
+    rows: list[NumberedRow | BadRow]
     columns: tuple[str, ...]
     has_schema: bool
 
@@ -91,7 +92,7 @@ def _unreadable(address: str, error: Exception) -> DataError:
     return DataError(f"{address}: not readable ({error}). Give `path` a file that this machine can read.")
 
 
-def _table(rows: Iterator[tuple[int, dict[str, Any]] | BadRow]) -> Table:
+def _table(rows: Iterator[NumberedRow | BadRow]) -> Table:
     listed = list(rows)
     names = {name: None for row in listed if not isinstance(row, BadRow) for name in row[1]}
     return Table(listed, tuple(names), False)
@@ -105,7 +106,7 @@ def _read_lines(address: str) -> list[bytes]:
     return [line + b"\n" for line in data.removeprefix(_BOM).split(end)]
 
 
-def _json_entries(value: object, address: str) -> Iterator[tuple[int, dict[str, Any]] | BadRow]:
+def _json_entries(value: object, address: str) -> Iterator[NumberedRow | BadRow]:
     entries = value.get("data") if isinstance(value, dict) else value
     if not isinstance(entries, list):
         raise DataError(f"{address}: expected a JSON list of objects, or an object with that list under `data`.")
@@ -118,7 +119,7 @@ def _json_entries(value: object, address: str) -> Iterator[tuple[int, dict[str, 
             yield row, entry
 
 
-def _json_lines(lines: list[bytes]) -> Iterator[tuple[int, dict[str, Any]] | BadRow]:
+def _json_lines(lines: list[bytes]) -> Iterator[NumberedRow | BadRow]:
     row = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -179,7 +180,7 @@ def _read_csv(lines: list[bytes], separator: str, address: str) -> Table:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not all(names):
         raise DataError(f"{address}: the header has {twice or 'a column'} twice or empty. Give each column one name.")
-    rows: list[tuple[int, dict[str, Any]] | BadRow] = []
+    rows: list[NumberedRow | BadRow] = []
     for start, end, cells in records:
         if cells:
             size = max(map(len, lines[start:end]))
@@ -227,7 +228,7 @@ def _csv_row(cells: list[str] | str, names: list[str], size: int) -> tuple[dict[
 def _read_parquet(address: str) -> Table:
     from pyarrow import ArrowException, parquet
 
-    rows: list[tuple[int, dict[str, Any]] | BadRow] = []
+    rows: list[NumberedRow | BadRow] = []
     try:
         with open_file(address) as opened, parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
@@ -275,9 +276,7 @@ def apply_class_names(value: object, feature: object) -> Any:
     return value
 
 
-def _parquet_row(
-    batch: "RecordBatch", position: int, row: int, features: Mapping[str, Any]
-) -> tuple[int, dict[str, Any]] | BadRow:
+def _parquet_row(batch: "RecordBatch", position: int, row: int, features: Mapping[str, Any]) -> NumberedRow | BadRow:
     try:
         cells = batch.slice(position, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
