@@ -2,7 +2,7 @@
 
 Every fault of a file is a `ValueError` or `OSError` with a reason, which the index turns into a bad row. Sizes come
 from the rule of transformers' own smart resize, pixels from the processor's own resize, so a resized image equals the
-stock processor's bit for bit.
+stock processor's bit for bit. Families whose own processor does everything have `ProcessorImages`.
 """
 
 import io
