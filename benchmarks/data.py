@@ -92,16 +92,17 @@ def through_stream(source: Source, spec: SampleSpec, task: int) -> float:
     """Return images per second of this package's stream with one loader."""
     import ray
 
-    index = build_index(source, Data(), spec)
+    index = build_index(source, Data(), load_sample_builder(spec))
     plan = Plan(len(index), MICRO, MICRO, 1, shuffle=False)
-    stream_spec = StreamSpec(ray.put(index.records), spec, plan, 0, 0, plan.num_steps, mean_bytes(index.records, spec))
+    row_bytes = mean_bytes(index.records, load_sample_builder(spec).image_spec)
+    stream_spec = StreamSpec(ray.put(index.records), spec, plan, 0, 0, plan.num_steps, row_bytes)
     assert task_size(stream_spec) * MICRO == task
     return rate(stream_ray(stream_spec, num_loaders=1, cpus_per_loader=1), task, MICRO)
 
 
 def stored_bytes(paths: Sequence[str], source: Source, spec: SampleSpec) -> float:
     """Return the bytes of the block that holds a micro-batch, divided by those of its pixels."""
-    records = build_index(source, Data(), spec).records[:MICRO]
+    records = build_index(source, Data(), load_sample_builder(spec)).records[:MICRO]
     rows = [load_sample_builder(spec).train_row(record) for record in records]
     assert all(np.array_equal(row.images[0], read_plainly(path, spec)) for row, path in zip(rows, paths, strict=False))
     return pack(0, rows).get_total_buffer_size() / sum(image.nbytes for row in rows for image in row.images)
@@ -140,7 +141,7 @@ def run_index(folder: Path, num_rows: int) -> None:
     rates = []
     for _ in range(3):
         started = time.perf_counter()
-        index = build_index(source, Data(), spec)
+        index = build_index(source, Data(), load_sample_builder(spec))
         middle = time.perf_counter()
         for image in itertools.chain.from_iterable(record.images for record in index.records):
             read_size(image, Data().max_image_pixels)

@@ -171,11 +171,13 @@ def _config(args: argparse.Namespace) -> None:
     job = load_job(args.job, args.overrides)
     if args.dry_run:
         from ray_vlm.config.paths import absolute_paths
-        from ray_vlm.data.preview import describe_prepared
+        from ray_vlm.data.inspect.preview import describe_prepared
+        from ray_vlm.data.samples import load_sample_builder
         from ray_vlm.train.prepare import prepare
 
         prepared = prepare(absolute_paths(job))
-        print(describe_prepared(prepared.train, prepared.plan, prepared.spec, prepared.balance))
+        builder = load_sample_builder(prepared.spec)
+        print(describe_prepared(prepared.train, prepared.plan, builder, prepared.balance))
         print("\n".join(["", *(f"note: {note}" for note in prepared.notes), "# all settings, defaults written out"]))
     print(yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True), end="")
 

@@ -31,14 +31,15 @@ def _row_count(text: str) -> int:
 def _data_check(args: argparse.Namespace) -> int:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
-    from ray_vlm.data.survey import check_sources, describe_check, describe_shares, write_bad_rows
+    from ray_vlm.data.inspect.check import check_sources, describe_check, describe_shares, write_bad_rows
+    from ray_vlm.data.spec import sample_spec
 
     job = absolute_paths(load_job(args.job, args.overrides))
     checks = []
-    for check in check_sources(job, args.decode):
+    for check in check_sources(job.data, sample_spec(job), args.decode):
         print(describe_check(check), flush=True)
         checks.append(check)
-    for line in describe_shares(job):
+    for line in describe_shares(job.data):
         print(line)
     if args.bad_rows:
         print(f"{write_bad_rows(args.bad_rows, checks)} bad rows written to {args.bad_rows}")
@@ -48,9 +49,7 @@ def _data_check(args: argparse.Namespace) -> int:
 def _data_stats(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
-    from ray_vlm.data.stats import measure_rows
-    from ray_vlm.data.stats_plot import draw_stats
-    from ray_vlm.data.stats_text import describe_stats
+    from ray_vlm.data.inspect.stats import describe_stats, draw_stats, measure_rows
     from ray_vlm.runs.store import write_picture
 
     job = absolute_paths(load_job(args.job, args.overrides))
@@ -64,18 +63,19 @@ def _data_stats(args: argparse.Namespace) -> None:
 def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
-    from ray_vlm.data.preview import choose_rows, describe_choice, describe_rows
-    from ray_vlm.data.preview_images import make_cells
-    from ray_vlm.data.preview_plot import draw_sheet
+    from ray_vlm.data.inspect.preview import choose_rows, describe_choice, describe_rows
+    from ray_vlm.data.inspect.preview_images import build_panels, draw_sheet
+    from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.data.splits import row_tags
     from ray_vlm.runs.store import write_picture
     from ray_vlm.train.prepare import prepare
 
     prepared = prepare(absolute_paths(load_job(args.job, args.overrides)))
-    train, spec = prepared.train, prepared.spec
-    chosen = choose_rows([row_tags(prepared.job, record) for record in train.records], args.rows)
-    print(describe_rows(train, spec, chosen))
+    train, builder = prepared.train, load_sample_builder(prepared.spec)
+    chosen = choose_rows([row_tags(prepared.job.task, record) for record in train.records], args.rows)
+    print(describe_rows(train, builder, chosen))
     title = f"{Path(args.job).name}: {len(chosen.positions)} of {len(train):,} training rows, as the model sees them"
-    picture = draw_sheet(make_cells(train, spec, chosen.positions), title, describe_choice(chosen, spec))
+    panels = build_panels((train.records[i] for i in chosen.positions), builder)
+    picture = draw_sheet(panels, title, describe_choice(chosen, builder.codec_name))
     name = f"{Path(args.job).stem}-preview"
     print(f"\npicture: {write_picture(picture, args.output, prepared.job.run.output_dir, name)}")

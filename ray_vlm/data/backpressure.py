@@ -11,8 +11,11 @@ import math
 import threading
 import time
 from collections.abc import Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from pyarrow import Table
+    from ray.actor import ActorHandle
 _STARVED_S = 2.0  # after so long without a batch, the trainer releases the loaders that wait for it
 
 
@@ -46,7 +49,7 @@ class PrefetchGate:
             await self.moved.wait_for(lambda: self.reached >= number or self.releases > before)
 
 
-def start_gate(first: int) -> Any:
+def start_gate(first: int) -> "ActorHandle":
     """Start the gate's actor on the caller's node. It ends with the caller's process, or earlier by `keep_fed`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -56,7 +59,7 @@ def start_gate(first: int) -> Any:
     return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(first)
 
 
-def wait_for(gate: Any, number: int) -> None:
+def wait_for(gate: "ActorHandle", number: int) -> None:
     """Wait, as a loader, until the trainer has reached micro-batch `number`. Return at once if the gate is gone."""
     import ray
 
@@ -68,7 +71,7 @@ def wait_for(gate: Any, number: int) -> None:
         return
 
 
-def keep_fed(batches: Any, gate: Any) -> Generator[Any]:
+def keep_fed(batches: "Generator[Table]", gate: "ActorHandle") -> "Generator[Table]":
     """Yield the batches of a generator as they come, and end the gate with it.
 
     While no batch comes, waiting loaders are released at ever longer intervals; each then makes one task beyond the

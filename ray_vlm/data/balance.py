@@ -55,20 +55,16 @@ def plan_balance(
         raise ConfigError(problems)
     factors = source_weights.astype(np.float64)
     if any(factor != 1 for factor in by_tag.values()):
+        # A row's factor is the largest of its tags' (LVIS, Gupta et al. 2019).
         factor_of: dict[tuple[str, ...], float] = {}
         for row_tags in kinds:
-            factor_of[row_tags] = _row_factor([by_tag[tag] for tag in row_tags if tag in by_tag])
+            factor_of[row_tags] = max((by_tag[tag] for tag in row_tags if tag in by_tag), default=1.0)
         factors = factors * np.fromiter((factor_of[row_tags] for row_tags in tags), np.float64, len(tags))
     if factors.sum() < 1:
         raise ConfigError("data.oversample and weights leave less than one row in an epoch. Raise them.")
     even = bool((factors == 1).all())
     token_weights = tuple((tag, weight) for tag, weight in sorted(weights.items()) if weight != 1)
     return Balance(None if even else factors, token_weights, _table(tags, rows, factors, by_tag, weights))
-
-
-def _row_factor(factors: list[float]) -> float:
-    """Return the largest factor among a row's tags (LVIS, Gupta et al. 2019), or 1 without tags."""
-    return max(factors, default=1.0)
 
 
 def _tag_factors(

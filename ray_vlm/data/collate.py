@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import IGNORED, Sample
@@ -48,8 +49,8 @@ def collate(
     if all(len(row.labels) == len(row.input_ids) for row in rows):
         batch["labels"] = torch.from_numpy(_pad([row.labels for row in rows], IGNORED, side)).to(device)
     if "labels" in batch and rows[0].weights is not None:
-        weights = torch.from_numpy(_pad([row.weights for row in rows], 0.0, side, np.float32)).to(device)
-        batch["loss_weights"] = weights * (batch["labels"] != IGNORED)
+        weights = _pad([row.weights for row in rows if row.weights is not None], 0.0, side, np.float32)
+        batch["loss_weights"] = torch.from_numpy(weights).to(device) * (batch["labels"] != IGNORED)
     distinct = rows[: len(rows) // copies]
     if pixels is None:
         pixels = read_pixels([image for row in distinct for image in row.images], builder, device)
@@ -78,7 +79,7 @@ def read_pixels(images: Sequence[np.ndarray], builder: SampleBuilder, device: st
         return {}
     if builder.stock is not None:
         return {name: value.to(device) for name, value in builder.stock.tensors(images).items()}
-    tensors = [torch.tensor(image, device=device).permute(2, 0, 1) for image in images]
+    tensors = [torch.tensor(image, device=device).permute(2, 0, 1) for image in images]  # [3, h, w] each
     return dict(builder.processor.image_processor(tensors, do_resize=False, return_tensors="pt", device=device))
 
 
@@ -108,7 +109,8 @@ def answered(row: Sample, completion: np.ndarray) -> Sample:
     return Sample(ids, labels, row.images, number=row.number)
 
 
-def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int64) -> Any:
+def _pad(sequences: Sequence[np.ndarray], value: float, side: str, dtype: DTypeLike = np.int64) -> np.ndarray:
+    """Return the sequences as `[rows, longest]`, filled with `value` on `side`."""
     out = np.full((len(sequences), max(map(len, sequences))), value, dtype)
     for i, sequence in enumerate(sequences):
         if side == "right":
@@ -120,6 +122,7 @@ def _pad(sequences: Sequence[Any], value: float, side: str, dtype: Any = np.int6
 
 def _check_grid(batch: dict[str, Any], builder: SampleBuilder, copies: int) -> None:
     """Raise `DataError` if the planned image tokens are not as many as the image encoder will make."""
+    # The grid [images, 3] counts patches (time, height, width); the encoder merges merge x merge of them to a token.
     planned = int(batch["mm_token_type_ids"].sum()) // copies
     made = int(batch["image_grid_thw"].prod(dim=-1).sum()) // builder.image_spec.merge**2
     if planned != made:

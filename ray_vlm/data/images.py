@@ -2,25 +2,47 @@
 
 Every fault of a file is a `ValueError` or `OSError` with a reason, which the index turns into a bad row. Sizes come
 from the rule of transformers' own smart resize, pixels from the processor's own resize, so a resized image equals the
-stock processor's bit for bit.
+stock processor's bit for bit. Families whose own processor does everything have `ProcessorImages`.
 """
 
 import io
 import math
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ray_vlm.data.image_kinds import FORMATS, name_kind
 from ray_vlm.data.spec import SampleSpec
-from ray_vlm.errors import DataError
+from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
 from ray_vlm.models.prompt_text import ImageSizes
 from ray_vlm.runs.store import is_remote
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+Image.init()  # all decoders, so that they can be named
+_READ = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = tuple(kind for kind in _READ if kind in Image.OPEN)  # Pillow before 11.3 has no AVIF
+_HEAD = 64
+# The position and the first bytes of other kinds of files.
+_OTHERS = (
+    (4, b"ftyphe", "a HEIC image"),
+    (4, b"ftypmif1", "a HEIF image"),
+    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"<svg", "an SVG drawing"),
+    (0, b"<?xml", "an XML document"),
+    (0, b"<!doctype html", "an HTML page, as a failed download leaves it"),
+    (0, b"<html", "an HTML page, as a failed download leaves it"),
+    (0, b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull`"),
+)
 FETCH_AGAIN = "fetch the file again, or remove the row"
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # the end markers of complete files
 _ORIENTATION = 0x0112
@@ -33,6 +55,8 @@ _TURNS = {  # EXIF orientation -> the transpose that makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "text_replacement_offsets")
+_KIND_INPUTS = ("mm_token_type_ids", "token_type_ids")  # they tell some families' forward where images are
 _UNLIMITED = 2**40  # pixels
 
 
@@ -52,7 +76,7 @@ class ImageSpec:
 
     `pad`: the colour that fills the rest if shapes are kept; None: stretch. `center`: pad on all sides, not only at the
     right and bottom. `stock`: only shrink images with more than `max_pixels`; the family's own processor does the rest
-    (`data/processor_images.py`).
+    (`ProcessorImages`).
     """
 
     patch: int
@@ -177,7 +201,7 @@ def read_size(image: str | bytes, max_pixels: int) -> tuple[int, int]:
         raise ValueError(f"image cannot be read ({type(error).__name__}: {error}); {FETCH_AGAIN}") from None
 
 
-def _open(file: Any) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
     """Open the image in a file. Raise `_ImageProblem` for kinds of files that are not read."""
     try:
         return Image.open(file, formats=FORMATS)
@@ -187,6 +211,17 @@ def _open(file: Any) -> Image.Image:
             raise
         formats = ", ".join(FORMATS)
         raise _ImageProblem(f"image file is {kind}; supported are {formats}: convert or replace it") from None
+
+
+def name_kind(head: bytes) -> str | None:
+    """Return what kind of file starts with these bytes, if it is a known kind that is not read."""
+    for start, mark, kind in _OTHERS:
+        if head[start:].lower().startswith(mark.lower()):
+            return kind
+    padded = head.ljust(_HEAD, b"\0")  # decoders index into the head without checking its length
+    others = ((name, accept) for name, (_, accept) in Image.OPEN.items() if name not in FORMATS)
+    name = next((name for name, accept in others if accept and accept(padded) is True), None)
+    return f"a {name} image" if name else None
 
 
 def _allow(pixels: int) -> None:
@@ -206,7 +241,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _read_header(file: Any, tail: bytes, max_pixels: int) -> tuple[int, int]:
+def _read_header(file: BinaryIO, tail: bytes, max_pixels: int) -> tuple[int, int]:
     with _open(file) as image:
         width, height = image.size
         if width * height > max_pixels:
@@ -232,7 +267,7 @@ def read_orientation(image: str | bytes) -> int:
         return _orientation(opened)
 
 
-def open_image(image: str | bytes) -> Any:
+def open_image(image: str | bytes) -> BinaryIO:
     """Open the file of an image: a local path, an address, or its own bytes."""
     if isinstance(image, bytes):
         return io.BytesIO(image)
@@ -264,7 +299,7 @@ def decode(source: str | bytes, pixels: int = 0) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
+def resize(pixels: np.ndarray, spec: ImageSpec, processor: "Qwen2VLImageProcessor") -> np.ndarray:
     """Return `uint8 [h, w, 3]` as the model sees it: stretched by the processor's own resize, or padded; for stock
     families, the input of their processor."""
     if spec.stock:
@@ -274,12 +309,13 @@ def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
     import torch
     from transformers.image_utils import SizeDict
 
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # channels-last strides: the fast path for uint8
+    # [1, 3, h, w] with channels-last strides: the fast path for uint8
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     size = (pixels.shape[1], pixels.shape[0])
     if spec.pad is None:
         limits = SizeDict(shortest_edge=spec.min_pixels, longest_edge=spec.max_pixels)
-        small = processor.resize(tensor, size=limits, resample=processor.resample, factor=spec.factor)
-        return small[0].permute(1, 2, 0).contiguous().numpy()
+        tensor = processor.resize(tensor, size=limits, resample=processor.resample, factor=spec.factor)
+        return tensor[0].permute(1, 2, 0).contiguous().numpy()
     placement = spec.place(size)
     (width, height), (left, top) = placement.content, placement.offset
     if placement.content != size:
@@ -291,3 +327,58 @@ def resize(pixels: np.ndarray, spec: ImageSpec, processor: Any) -> np.ndarray:
     canvas[:] = spec.pad
     canvas[top : top + height, left : left + width] = tensor[0].permute(1, 2, 0).numpy()
     return canvas
+
+
+class TilingProcessor(Protocol):
+    """What is used of such a family's processor: the placeholder of an image, and the inputs for texts and images."""
+
+    image_token: str
+
+    def __call__(self, *, text: Sequence[str], images: Sequence[object], **options: object) -> Mapping[str, Any]: ...
+
+
+class ProcessorImages:
+    """Images of families whose own processor does everything: their tensors, and the text that stands for them.
+
+    Llama-4, for example, cuts an image into tiles with separators between them. How many tokens an image takes depends
+    on its size alone, so they are counted on a blank image of that size.
+
+    `token`: the placeholder of an image in a prompt; `token_id`: the id that stands for the image encoder's output;
+    `kinds`: the input that marks those, or None if the forward takes none.
+    """
+
+    def __init__(self, processor: TilingProcessor, token_id: int):
+        self.processor, self.token, self.token_id = processor, processor.image_token, token_id
+        self._cached = lru_cache(4096)(self._expand)
+        inputs = self._call([np.zeros((64, 64, 3), np.uint8)])
+        self.kinds = next((name for name in _KIND_INPUTS if name in inputs), None)
+
+    def expand(self, size: tuple[int, int]) -> tuple[str, int]:
+        """Return the prompt text for an image of (width, height), and how many of its tokens are the encoder's."""
+        return self._cached(size)
+
+    def tensors(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Return the image inputs of the model's forward for images `uint8 [h, w, 3]`, in order."""
+        inputs = self._call(images, return_tensors="pt")
+        return {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS}
+
+    def _expand(self, size: tuple[int, int]) -> tuple[str, int]:
+        inputs = self._call([np.zeros((size[1], size[0], 3), np.uint8)], return_text_replacement_offsets=True)
+        text = inputs["text_replacement_offsets"][0][0]["replacement"]
+        return text, list(inputs["input_ids"][0]).count(self.token_id)
+
+    def _call(self, images: Sequence[np.ndarray], **options: object) -> Mapping[str, Any]:
+        pictures = [Image.fromarray(image) for image in images]
+        return self.processor(text=[self.token * len(images)], images=[pictures], **options)
+
+
+def load_processor_images(processor: TilingProcessor, config: "PretrainedConfig") -> ProcessorImages:
+    """Return the processor's `ProcessorImages`. Raise `ModelError` if it does not say how it marks images."""
+    token_id = getattr(config, "image_token_id", None)
+    token_id = getattr(config, "image_token_index", None) if token_id is None else token_id
+    if getattr(processor, "image_token", None) is None or token_id is None:
+        raise ModelError(
+            f"model type {config.model_type!r}: its processor has no image token that transformers could replace, so "
+            "it cannot be told where images are. Use another family."
+        )
+    return ProcessorImages(processor, token_id)

@@ -6,28 +6,23 @@ Image headers are read in a few threads; token counts come from the real tokeniz
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ray_vlm.config.data import Data, Source
-from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import FETCH_AGAIN, read_orientation, read_size
 from ray_vlm.data.records import BadRow, Record, SftRecord
-from ray_vlm.data.samples import SampleBuilder, load_sample_builder
-from ray_vlm.data.spec import SampleSpec
-from ray_vlm.data.suspicions import (
-    describe_sizes,
-    find_suspicions,
-    sizes_differ,
-    strip_marks,
-    unit_problem,
-)
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.sources.formats import read_rows
+from ray_vlm.data.suspicions import describe_sizes, find_suspicions, sizes_differ, strip_marks, unit_problem
 from ray_vlm.errors import DataError
 from ray_vlm.runs.console import track
 from ray_vlm.tasks.boxes import box_problem
 
-NONE_KNOWN: Mapping[str, tuple[int, int]] = {}
+KnownSizes = Mapping[str, tuple[int, int]]  # path of an image -> (width, height)
+NONE_KNOWN: KnownSizes = {}
 _SHOWN = 20  # bad rows in an error; with `quarantine`, `bad_rows.jsonl` has all of them
 
 
@@ -64,10 +59,10 @@ class Index:
 def build_index(
     source: Source,
     data: Data,
-    spec: SampleSpec,
-    read: tuple[list, list[str]] | None = None,
+    builder: SampleBuilder,
+    read: tuple[Sequence[Record | BadRow], Sequence[str]] | None = None,
     number: int = 0,
-    known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
+    known: KnownSizes = NONE_KNOWN,
 ) -> Index:
     """Read, check and measure every row. With `on_bad_row: raise`, raise `DataError` with all reasons if any is bad.
 
@@ -75,17 +70,16 @@ def build_index(
     `known`: sizes of images that could be read when the run began.
     """
     rows, labels = read or read_rows(source)
-    builder = load_sample_builder(spec)
     records: list[Record] = []
     counts: list[tuple[int, int, int]] = []
     bad: list[BadRow] = []
     with ThreadPoolExecutor(8) as pool:
-        measured = pool.map(lambda row: measure_row(row, data, known), rows)
+        measured = pool.map(partial(measure_row, data=data, known=known), rows)
         for row in track(measured, f"checking the rows of {source.path}", len(rows)):
             counted = row if isinstance(row, BadRow) else count_row(row, builder, data.max_tokens)
             if isinstance(counted, BadRow):
                 bad.append(replace(counted, source=number))
-            else:
+            elif not isinstance(row, BadRow):
                 records.append(replace(row, source=number) if number else row)
                 counts.append(counted)
     if bad and data.on_bad_row == "raise":
@@ -93,12 +87,8 @@ def build_index(
     if not records:
         raise DataError(f"{source.path}: no usable row among {len(rows)}. " + "; ".join(b.reason for b in bad[:3]))
     notes = find_suspicions(source, rows, records, labels, data.on_bad_box)
-    return Index(tuple(records), *_columns(counts), tuple(labels), tuple(bad), tuple(notes))
-
-
-def _columns(counts: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    columns = np.array(counts, np.int64).reshape(-1, 3)
-    return columns[:, 0], columns[:, 1], columns[:, 2]
+    image, prompt, answer = np.array(counts, np.int64).T  # [3, rows]
+    return Index(tuple(records), image, prompt, answer, tuple(labels), tuple(bad), tuple(notes))
 
 
 def join_indices(indices: Sequence[Index]) -> Index:
@@ -128,7 +118,7 @@ def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
     return lines
 
 
-def measure_row(row: Any, data: Data, known: Mapping[str, tuple[int, int]] = NONE_KNOWN) -> Any:
+def measure_row(row: Record | BadRow, data: Data, known: KnownSizes = NONE_KNOWN) -> Record | BadRow:
     """Return the row with image sizes and with boxes in pixels, or a `BadRow`. `known`: as in `build_index`."""
     if isinstance(row, BadRow):
         return row
@@ -146,7 +136,7 @@ def measure_row(row: Any, data: Data, known: Mapping[str, tuple[int, int]] = NON
     return settle_boxes(replace(row, sizes=tuple(sizes)), data.on_bad_box, gone)
 
 
-def settle_boxes(record: Any, on_bad_box: str = "raise", gone: bool = False) -> Any:
+def settle_boxes(record: Record, on_bad_box: str = "raise", gone: bool = False) -> Record | BadRow:
     """Return the record with boxes in original pixels, or a `BadRow` if they cannot be meant as they stand.
 
     `on_bad_box`: the job's setting. `gone`: the image cannot be read any more, and training replaces the row.
@@ -155,12 +145,13 @@ def settle_boxes(record: Any, on_bad_box: str = "raise", gone: bool = False) -> 
         return record
     listed = record.context.get("listed")
     if listed and (record.context["frame"] == "listed" or sizes_differ(listed, record.sizes[0])):
-        record = _in_listed_frame(record, gone)
-        if isinstance(record, BadRow):
-            return record
+        turned = _in_listed_frame(record, gone)
+        if isinstance(turned, BadRow):
+            return turned
+        record = turned
     elif "box_units" not in record.context and (reason := unit_problem(record)):
         return BadRow(record.row, record.id, reason)
-    record = to_pixels(record)
+    record = _to_pixels(record)
     if on_bad_box != "raise" and "labels" in record.truth:
         record = _without_bad_boxes(record, clip=on_bad_box == "clip")
     context = strip_marks(record.context)
@@ -227,10 +218,8 @@ def _turned(
     return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
 
 
-def to_pixels(record: Any) -> Any:
+def _to_pixels(record: SftRecord) -> SftRecord:
     """Return the record with boxes and points in original pixels, if its source gives shares of the image."""
-    if not isinstance(record, SftRecord):
-        return record
     units = record.context.get("box_units")
     if units is None or not record.sizes:
         return record

@@ -1,10 +1,12 @@
 """Read and write `preprocessing.json`: how inputs were made, kept beside the weights, so that prediction does the same.
 
-Pairs sampled from a model keep the same data in `<file>.about.json` (`ray-vlm pairs`).
+Pairs sampled from a model keep the same data in `<file>.about.json` (`ray-vlm pairs`). `rules_since` says how files
+were read differently when a checkpoint was written.
 """
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,7 @@ from ray_vlm.runs.store import is_remote
 Colour = Annotated[int, Field(ge=0, le=255)]
 _LARGEST_AREA = 2**40  # pixels; for families without a limit of their own
 PREPROCESSING = "preprocessing.json"
+_TABLES = ("llava", "messages", "objects", "image_csv", "gui_csv", "preference", "prompt")  # formats
 ABOUT = ".about.json"  # suffix of the file that describes how a file of pairs was made
 
 
@@ -155,3 +158,34 @@ def changed_since(path: str, builder: SampleBuilder) -> list[str]:
     changed = [f"form of boxes ({codec}, now {builder.codec_name})"] if codec != builder.codec_name else []
     sizes = [f"{name} {images.get(name)}, now {value}" for name, value in now.items() if images.get(name) != value]
     return changed + ([f"image sizes ({'; '.join(sizes)})"] if sizes else [])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A change to how files become rows. It does not apply to checkpoints with `RULES` below `number`; `formats`: those
+    of the sources that it concerns."""
+
+    number: int
+    formats: tuple[str, ...]
+    text: str
+
+
+CHANGED = (
+    Rule(1, ("coco",), "a group that no box uses, and labelme's _background_, are no class"),
+    Rule(1, ("coco",), "an annotation without bbox has the box around its segmentation"),
+    Rule(1, ("coco",), "a crowd may be written as text, and crowds=objects counts crowds as objects"),
+    Rule(1, ("coco",), "an id 1.0 is 1, and annotations of images that are not listed are one bad row"),
+    Rule(1, ("coco",), "sizes that contradict the image are refused until box_frame says whose the boxes are"),
+    Rule(1, ("llava", "messages"), "rows that share an id are kept, with their number behind it"),
+    Rule(1, _TABLES[:3], "rows with video or audio, or with an image in a column that is not read, are bad rows"),
+    Rule(1, _TABLES, "numbers of a ClassLabel column in Parquet are its names"),
+    Rule(1, ("coco", *_TABLES), "boxes within one pixel are refused until box_units says what their numbers are"),
+    Rule(1, ("coco", *_TABLES), "images below one visual token, AVIF, and names with backslashes or %20 are read"),
+)
+RULES = max(rule.number for rule in CHANGED)  # what checkpoints keep
+
+
+def rules_since(number: int, formats: Iterable[str]) -> list[str]:
+    """Return the changes after `number` for sources of these formats, for a resumed run to report."""
+    known = set(formats)
+    return [rule.text for rule in CHANGED if rule.number > number and not known.isdisjoint(rule.formats)]

@@ -8,27 +8,29 @@ enough (`models/prompt_text.py`), rows are checked and counted without the proce
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from ray_vlm.data.images import ImageSpec, build_image_spec, decode, resize
-from ray_vlm.data.layout import MARK, check_images, expand_images, lay_out, mark_answers
-from ray_vlm.data.processor_images import load_stock
+from ray_vlm.data.images import ImageSpec, ProcessorImages, build_image_spec, decode, load_processor_images, resize
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec, Tokens
-from ray_vlm.errors import DataError
+from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models import library_logging
 from ray_vlm.models.families import Family
 from ray_vlm.models.load import family_of, resolve_name
 from ray_vlm.models.processor import load_config_and_processor
-from ray_vlm.models.prompt_text import PromptText, read_prompt_text, take_prompt_text
+from ray_vlm.models.prompt_text import PromptText, Render, read_prompt_text, take_prompt_text
 from ray_vlm.tasks import TASKS
-from ray_vlm.tasks.answers import IMAGE, Answer, PromptContext, Turns
+from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, PromptContext, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
+from ray_vlm.tasks.classification import attributes_of, check_attributes
+from ray_vlm.tasks.detection import name_classes
 
 _PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
+_MARK = "\x00"  # stands for an assistant's text while a conversation is laid out
 _LOADING = threading.Lock()
 
 
@@ -40,7 +42,7 @@ class SampleBuilder:
         self.spec = spec
         self.task = TASKS[spec.task.name]
         self.setting = PromptContext(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
-        self.stock: Any = None
+        self.stock: ProcessorImages | None = None
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
         self._last_answer: tuple[Record | None, Answer] = (None, Answer(""))
@@ -80,7 +82,7 @@ class SampleBuilder:
             config, processor = load_config_and_processor(self.spec.model)
             family = family_of(config)
             if family.stock_images:
-                self.stock = load_stock(processor, config)
+                self.stock = load_processor_images(processor, config)
             self._use(take_prompt_text(processor, family), family)
             self._processor = processor
 
@@ -105,7 +107,7 @@ class SampleBuilder:
 
     def _reserved(self, text: str) -> str | None:
         """Return the first piece of `text` that the tokenizer does not read as text, or None."""
-        return next((t for t in (*self._special, self.image_token, MARK) if t in text), None)
+        return next((t for t in (*self._special, self.image_token, _MARK) if t in text), None)
 
     def frames(self, record: Record) -> tuple[Frame, ...]:
         """Return the coordinate frame of each image."""
@@ -183,17 +185,20 @@ class SampleBuilder:
 
     def row(self, record: Record) -> Sample:
         """Return what the spec's method trains of a record, with pixels."""
-        make = {"answer": self.train_row, "pair": self.pair_row, "prompt": self.prompt_row}
-        return make[self.spec.kind](record)
+        if self.spec.kind == "prompt":
+            return self.prompt_row(record)
+        if isinstance(record, PreferenceRecord):
+            return self.pair_row(record)
+        assert isinstance(record, SftRecord)
+        return self.train_row(record)
 
-    def pair_row(self, record: Any) -> Sample:
+    def pair_row(self, record: PreferenceRecord) -> Sample:
         """Return the prompt with pixels, and both answers, the preferred one first."""
-        self._load()
-        prompt = self._tokens(record, Answer(record.chosen)).prompt
+        prompt = self.prompt_row(record)
         both = tuple(np.array(self._closed(record, answer), np.int32) for answer in self.answers(record))
-        return Sample(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record), completions=both)
+        return replace(prompt, completions=both)
 
-    def train_row(self, record: Any) -> Sample:
+    def train_row(self, record: SftRecord) -> Sample:
         """Return prompt and answer with pixels."""
         self._load()
         tokens = self._tokens(record, self.answer(record))
@@ -230,6 +235,7 @@ class SampleBuilder:
         weights: list[float] = []
         prompt: list[int] = []
         for head, turn_answer in zip(before, [*earlier_answers, answer], strict=True):
+            # An image is one placeholder in the text, and as many of it in the prompt as the encoder makes tokens.
             for token in head:
                 repeated = self.stock is None and token == self.image_token_id
                 all_ids += [token] * (next(counts) if repeated else 1)
@@ -263,7 +269,7 @@ class SampleBuilder:
         for start, end, tag in answer.spans:
             weight = self._weight_of.get(tag, 1.0)
             for i, (first, last) in enumerate(encoded.offsets):
-                if first < end and last > start:
+                if first < end and last > start:  # a token weighs as its span does if it covers any of its characters
                     weights[i] = weight
         return encoded.ids, weights
 
@@ -273,10 +279,10 @@ class SampleBuilder:
     def _lay_out(self, turns: Turns, expansions: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], str]:
         """Return the token ids before each assistant's text, and the text that closes such texts. An image is one
         token, or its entry in `expansions`."""
-        heads, close = lay_out(turns, self._render)
-        check_images(heads, turns, self.image_token)
+        heads, close = _split_layout(turns, self._render)
+        _check_image_tags(heads, turns, self.image_token)
         if self.stock is not None:
-            heads = expand_images(heads, self.image_token, expansions)
+            heads = _expand_images(heads, self.image_token, expansions)
         return tuple(tuple(self._ids(head)) for head in heads), close
 
     def _pixels(self, record: Record) -> tuple[np.ndarray, ...]:
@@ -297,3 +303,75 @@ class SampleBuilder:
 def load_sample_builder(spec: SampleSpec) -> SampleBuilder:
     """Return the process's `SampleBuilder` for `spec`, made once."""
     return SampleBuilder(spec)
+
+
+def parse_answer(text: str, record: Record, builder: SampleBuilder) -> Parsed:
+    """Parse an answer to the record, with the classes of the job.
+
+    A classification has the promised form if its attributes are those of the truth, or those of the labels if the
+    record has no truth.
+    """
+    parsed, labels = builder.task.parse(text, builder.frames(record)), builder.spec.labels
+    if builder.spec.task.name == "detection":
+        return name_classes(parsed, labels)
+    if builder.spec.task.name == "classification" and isinstance(record, SftRecord):
+        return check_attributes(parsed, tuple(record.truth["attributes"]) or tuple(attributes_of(labels)))
+    return parsed
+
+
+def mark_answers(turns: Turns) -> Turns:
+    """Replace each assistant's text by a mark, since it does not change the layout of the rest."""
+    return tuple((role, _MARK if role == "assistant" else text) for role, text in turns)
+
+
+def _split_layout(turns: Turns, render: Render) -> tuple[list[str], str]:
+    """Return the text before each assistant's text, including an answer to the last turn, and the text that closes
+    them.
+
+    `turns`: the result of `mark_answers`. Raise `ModelError` if the template does not keep this order.
+    """
+    messages = [{"role": role, "content": _parts(text)} for role, text in turns]
+    prompt = render(messages, True)
+    conversation = render([*messages, {"role": "assistant", "content": _parts(_MARK)}], False)
+    pieces = conversation.split(_MARK)
+    if not conversation.startswith(prompt) or len(pieces) != 2 + sum(role == "assistant" for role, _ in turns):
+        raise ModelError(
+            "the base's chat template renders an answer that does not continue its own prompt, so the two cannot be "
+            "separated. Mend the template, or use another base."
+        )
+    close = pieces.pop()
+    if not all(piece.startswith(close) for piece in pieces[1:]):
+        raise ModelError(
+            "the base's chat template closes an earlier answer differently from the last one, so answers cannot be "
+            "located in it. Mend the template, or use another base."
+        )
+    return [pieces[0], *(piece[len(close) :] for piece in pieces[1:])], close
+
+
+def _check_image_tags(heads: Sequence[str], turns: Turns, image_token: str) -> None:
+    """Raise `ValueError` if the template writes another number of images than the turns have."""
+    written = sum(head.count(image_token) for head in heads)
+    wanted = sum(text.count(IMAGE) for _, text in turns)
+    if written != wanted:
+        raise ValueError(
+            f"the base's chat template writes {written} images ({image_token}) for {wanted}; use the template that its "
+            "publisher gives for images, or another base"
+        )
+
+
+def _expand_images(heads: Sequence[str], image_token: str, expansions: Sequence[str]) -> list[str]:
+    """Replace each image placeholder by its expansion, in order."""
+    remaining = iter(expansions)
+    pieces = [head.split(image_token) for head in heads]
+    return [first + "".join(next(remaining) + more for more in rest) for first, *rest in pieces]
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """Return a turn's text as the chat template takes it, with `<image>` tags as images."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE)):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts

@@ -1,6 +1,7 @@
 """Define what a row is, and how records become rows: plain data that every process shares. `samples.py` makes rows."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -33,15 +34,18 @@ class SampleSpec:
     split: str = ""
     kind: Literal["answer", "pair", "prompt"] = "answer"
 
+    def with_labels(self, labels: Iterable[str]) -> "SampleSpec":
+        """Return the spec with the class names of the data, each once; `task.labels` overrides them."""
+        return replace(self, labels=tuple(self.task.labels or dict.fromkeys(labels)))
 
-def sample_spec(job: JobConfig, labels: list[str]) -> SampleSpec:
+
+def sample_spec(job: JobConfig, labels: Sequence[str] = ()) -> SampleSpec:
     """Return the job's `SampleSpec`. `labels` are the class names of the data; `task.labels` overrides them."""
-    names = tuple(job.task.labels or labels)
     data = job.data
     return SampleSpec(
         model=job.model,
         task=job.task,
-        labels=names,
+        labels=tuple(job.task.labels or labels),
         min_pixels=data.min_pixels,
         max_pixels=data.max_pixels,
         loss_on=job.method.loss_on,

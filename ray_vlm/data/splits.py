@@ -8,17 +8,17 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from ray_vlm.config.data import Source
-from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.index import NONE_KNOWN, Index, build_index, join_indices, measure_row
+from ray_vlm.config.data import Data, Source
+from ray_vlm.config.schema import JobConfig, Task
+from ray_vlm.data.index import NONE_KNOWN, Index, KnownSizes, build_index, join_indices, measure_row
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow, Image, Record, SftRecord
-from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.data.source import read_source
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.sources.formats import read_source
 from ray_vlm.data.spec import SampleSpec, sample_spec
 from ray_vlm.data.suspicions import tell_unused
 from ray_vlm.errors import ConfigError, DataError
@@ -26,7 +26,13 @@ from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.classification import describe_regions
 
-Read = tuple[Source, list[Any], list[str]]  # a source, its rows (records or bad ones) and the class names it declares
+
+class SourceRows(NamedTuple):
+    """The rows of a source or some of them, and the class names that it declares."""
+
+    source: Source
+    rows: Sequence[Record | BadRow]
+    labels: list[str]
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,7 @@ class Parts:
 
 
 def load_parts(
-    job: JobConfig,
-    wanted: Sequence[str],
-    spec: SampleSpec | None = None,
-    known: Mapping[str, tuple[int, int]] = NONE_KNOWN,
+    job: JobConfig, wanted: Sequence[str], spec: SampleSpec | None = None, known: KnownSizes = NONE_KNOWN
 ) -> Parts:
     """Read, split and check the sources of the parts in `wanted`.
 
@@ -61,20 +64,26 @@ def load_parts(
         sources["test"] = None  # the same rows by another name
     if missing := [name for name in wanted if sources[name] is None]:
         raise ConfigError(f"`data.{missing[0]}` is missing. Give it a path and a format.")
+    training = [s for s in (job.data.train, *job.data.mix) if s is not None]
     shares = {name: s.ratio for name, s in sources.items() if s is not None and s.ratio is not None}
     cut = any(name in shares for name in wanted)
     hinted = spec is None and job.task.class_regions
-    rows: dict[str, list[Read]] = {}
+    rows: dict[str, list[SourceRows]] = {}
     if "train" in wanted or cut or (hinted and sources["train"] is not None):
-        rows |= _split([s for s in (sources["train"], *job.data.mix) if s is not None], shares, job)
+        rows |= _split(training, shares, job.seed, job.task if job.data.stratify else None)
     for name, source in sources.items():
-        if source is not None and source.path and name != "train" and (name in wanted or _same_file(source, job)):
+        # A part of the training file is always read: ids then show whether the two share rows.
+        same_file = source is not None and any(s.path == source.path for s in training)
+        if source is not None and source.path and name != "train" and (name in wanted or same_file):
             rows[name] = [_read(source)]
     _check_apart(rows)
-    drawn = _fingerprint(rows, shares, job) if cut or "train" in wanted else ""
+    drawn = _fingerprint(rows, shares) if cut or "train" in wanted else ""
     if spec is None:
-        spec, notes = _spec(job, rows, sources)
-        spec = replace(spec, split=drawn, hints=_hints(rows.get("train", []), job, known) if hinted else spec.hints)
+        start = read_preprocessing(fetch_folder(job.model.adapter), sample_spec(job)) if job.model.adapter else None
+        spec, notes = _spec(sample_spec(job), start, rows, training)
+        if hinted:
+            spec = replace(spec, hints=_hints(rows.get("train", []), job.data, job.task, known))
+        spec = replace(spec, split=drawn)
     else:
         notes = []
         if cut and spec.split != drawn:
@@ -82,85 +91,83 @@ def load_parts(
                 "data.eval or data.test is a share of the training rows, and this job draws it otherwise than the "
                 "training of the adapter did. Use the same rows, shares, `data.stratify` and `seed`, or a file."
             )
-    sizes = {"train": known}
+    for name in wanted:
+        if not any(part.rows for part in rows[name]):
+            raise DataError(f"{rows[name][0].source.path}: holds no rows. Give a file with at least one.")
+    builder, sizes = load_sample_builder(spec), {"train": known}
     indices = {
-        name: _index(rows[name], job, spec, sizes.get(name, NONE_KNOWN)) if name in wanted else None for name in sources
+        name: _index(rows[name], job.data, builder, sizes.get(name, NONE_KNOWN)) for name in sources if name in wanted
     }
-    notes += [*_notes(rows), *(note for index in indices.values() if index is not None for note in index.notes)]
-    return Parts(spec, indices["train"], indices["eval"], indices["test"], tuple(notes))
+    notes += [*_notes(rows), *(note for index in indices.values() for note in index.notes)]
+    return Parts(spec, indices.get("train"), indices.get("eval"), indices.get("test"), tuple(notes))
 
 
-def _read(source: Source) -> Read:
-    return (source, *read_source(source))
+def _read(source: Source) -> SourceRows:
+    return SourceRows(source, *read_source(source))
 
 
-def _same_file(source: Source, job: JobConfig) -> bool:
-    """Return whether a part may share rows with the training data; their ids then show which."""
-    return any(s is not None and s.path == source.path for s in (job.data.train, *job.data.mix))
-
-
-def _split(sources: Sequence[Source], shares: Mapping[str, float], job: JobConfig) -> dict[str, list[Read]]:
-    """Return the training sources, and for every share its part of them."""
+def _split(
+    sources: Sequence[Source], shares: Mapping[str, float], seed: int, task: Task | None
+) -> dict[str, list[SourceRows]]:
+    """Return the training sources, and for every share its part of them. With `task`, every part has the same mix of
+    its classes."""
     read = [_read(source) for source in sources]
-    rows = [row for _, source_rows, _ in read for row in source_rows]
-    parts = plan_split([getattr(row, "group", "") for row in rows], _strata(rows, job), shares, job.seed)
-    starts = np.cumsum([0, *(len(source_rows) for _, source_rows, _ in read)])
+    rows = [row for part in read for row in part.rows]
+    parts = plan_split([getattr(row, "group", "") for row in rows], _strata(rows, task), shares, seed)
+    starts = np.cumsum([0, *(len(part.rows) for part in read)])
     return {
         name: [
-            (source, [rows[i] for i in positions[(positions >= start) & (positions < end)]], labels)
-            for (source, _, labels), start, end in zip(read, starts, starts[1:], strict=False)
+            part._replace(rows=[rows[i] for i in positions[(positions >= start) & (positions < end)]])
+            for part, start, end in zip(read, starts, starts[1:], strict=False)
         ]
         for name, positions in parts.items()
     }
 
 
-def _check_apart(rows: Mapping[str, list[Read]]) -> None:
+def _check_apart(rows: Mapping[str, list[SourceRows]]) -> None:
     """Raise `ConfigError` if rows of a test file also belong to another part, as ranges of tasks may overlap."""
-    for source, test_rows, _ in rows.get("test", []):
-        seen = {row.row for row in test_rows}
+    for test in rows.get("test", []):
+        seen, path = {row.row for row in test.rows}, test.source.path
         for name in ("train", "eval"):
-            for other, other_rows, _ in rows.get(name, []):
-                shared = [row for row in other_rows if row.row in seen] if other.path == source.path else []
+            for other in rows.get(name, []):
+                shared = [row for row in other.rows if row.row in seen] if other.source.path == path else []
                 if shared:
                     raise ConfigError(
-                        f"data.test and data.{name} share {len(shared)} rows of {source.path}, the first with id "
+                        f"data.test and data.{name} share {len(shared)} rows of {path}, the first with id "
                         f"{shared[0].id}. Choose ranges of tasks that do not overlap."
                     )
 
 
-def _fingerprint(rows: Mapping[str, list[Read]], shares: Mapping[str, float], job: JobConfig) -> str:
+def _fingerprint(rows: Mapping[str, list[SourceRows]], shares: Mapping[str, float]) -> str:
     """Return a hash of the rows that training leaves out as shares; empty without shares."""
     if not shares:
         return ""
     digest = hashlib.sha256(repr(sorted(shares)).encode())
     for name in sorted(shares):
-        digest.update(repr([(row.row, row.id) for _, source_rows, _ in rows[name] for row in source_rows]).encode())
+        digest.update(repr([(row.row, row.id) for part in rows[name] for row in part.rows]).encode())
     return digest.hexdigest()[:16]
 
 
 def _spec(
-    job: JobConfig, rows: Mapping[str, list[Read]], sources: Mapping[str, Source | None]
+    spec: SampleSpec, start: SampleSpec | None, rows: Mapping[str, list[SourceRows]], training: Sequence[Source]
 ) -> tuple[SampleSpec, list[str]]:
-    """Return the job's spec and notes. Class names come from the training data, or without it from the parts that are
-    read.
+    """Return the job's `spec` with class names, and notes. The names come from the training data, or without it from
+    the parts that are read.
 
-    Pairs hold their own wording, so DPO keeps that of the adapter it starts from.
+    `start`: of the adapter that the job starts from, if any. Pairs hold their own wording, so DPO keeps that.
     """
-    start = read_preprocessing(fetch_folder(job.model.adapter), sample_spec(job, [])) if job.model.adapter else None
-    if start is not None and job.method.name == "dpo":
+    if start is not None and spec.kind == "pair":
         return start, []
     named, notes = rows.get("train", []), []
-    if not named and not job.task.labels and sources["train"] is not None and sources["train"].path:
+    if not named and not spec.task.labels and training and training[0].path:
         try:
-            named = [_read(s) for s in (sources["train"], *job.data.mix)]
+            named = [_read(source) for source in training]
         except DataError:
             notes.append("class names come from the rows that are measured: data.train cannot be read")
     named = named or [read for reads in rows.values() for read in reads]
-    labels = list(dict.fromkeys(label for _, _, source_labels in named for label in source_labels))
-    if not job.task.labels and "train" in rows:
-        every_row = (row for reads in rows.values() for _, source_rows, _ in reads for row in source_rows)
-        notes += tell_unused(labels, every_row)
-    spec = sample_spec(job, labels)
+    spec = spec.with_labels(label for part in named for label in part.labels)
+    if not spec.task.labels and "train" in rows:
+        notes += tell_unused(spec.labels, (row for read in rows.values() for part in read for row in part.rows))
     return spec, notes + _changed(start, spec)
 
 
@@ -179,34 +186,32 @@ def _changed(start: SampleSpec | None, spec: SampleSpec) -> list[str]:
     return [f"model.adapter was trained with other {', '.join(changed)}"] if changed else []
 
 
-def _hints(read: Sequence[Read], job: JobConfig, known: Mapping[str, tuple[int, int]]) -> str:
+def _hints(read: Sequence[SourceRows], data: Data, task: Task, known: KnownSizes) -> str:
     """Describe where each class usually is in the training rows."""
-    measured = (measure_row(row, job.data, known) for _, rows, _ in read for row in rows)
-    return describe_regions([row for row in measured if not isinstance(row, BadRow)], job.task)
+    measured = (measure_row(row, data, known) for part in read for row in part.rows)
+    return describe_regions([row for row in measured if isinstance(row, SftRecord)], task)
 
 
-def _index(read: Sequence[Read], job: JobConfig, spec: SampleSpec, known: Mapping[str, tuple[int, int]]) -> Index:
-    filled = [(number, *source_read) for number, source_read in enumerate(read) if source_read[1]]
-    if not filled:
-        raise DataError(f"{read[0][0].path}: holds no rows. Give a file with at least one.")
-    built = [build_index(s, job.data, spec, (rows, labels), number, known) for number, s, rows, labels in filled]
+def _index(read: Sequence[SourceRows], data: Data, builder: SampleBuilder, known: KnownSizes) -> Index:
+    filled = [(number, part) for number, part in enumerate(read) if part.rows]
+    built = [build_index(p.source, data, builder, (p.rows, p.labels), number, known) for number, p in filled]
     return join_indices(built)
 
 
-def _strata(rows: Sequence[Any], job: JobConfig) -> list[str]:
-    """Return the rarest class of each row; the same value for all without `data.stratify`."""
-    if not job.data.stratify:
+def _strata(rows: Sequence[Record | BadRow], task: Task | None) -> list[str]:
+    """Return the rarest class of each row; the same value for all without a task."""
+    if task is None:
         return [""] * len(rows)
-    tags = [() if isinstance(row, BadRow) else row_tags(job, row) for row in rows]
+    tags = [() if isinstance(row, BadRow) else row_tags(task, row) for row in rows]
     counts = Counter(tag for row_classes in tags for tag in set(row_classes))
     return [min(row_classes, key=lambda tag: (counts[tag], tag), default="") for row_classes in tags]
 
 
-def row_tags(job: JobConfig, record: Record) -> tuple[str, ...]:
+def row_tags(task: Task, record: Record) -> tuple[str, ...]:
     """Return the classes and conditions of a record; pairs and prompts have none."""
     if not isinstance(record, SftRecord):
         return ()
-    return TASKS[job.task.name].tags(record)
+    return TASKS[task.name].tags(record)
 
 
 def plan_split(
@@ -257,7 +262,7 @@ def _units(groups: Sequence[str]) -> tuple[np.ndarray, int]:
     return unit_of, len(numbers)
 
 
-def _notes(rows: Mapping[str, list[Read]]) -> list[str]:
+def _notes(rows: Mapping[str, list[SourceRows]]) -> list[str]:
     """Return notes on images that both the training rows and another part show."""
     seen = _images(rows.get("train", []))
     notes = []
@@ -268,6 +273,6 @@ def _notes(rows: Mapping[str, list[Read]]) -> list[str]:
     return notes
 
 
-def _images(read: Sequence[Read]) -> set[Image]:
-    records = (row for _, rows, _ in read for row in rows if not isinstance(row, BadRow))
+def _images(read: Sequence[SourceRows]) -> set[Image]:
+    records = (row for part in read for row in part.rows if not isinstance(row, BadRow))
     return {image for record in records for image in record.images}

@@ -13,19 +13,25 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ray_vlm.cluster.environment import Environment
 from ray_vlm.data.backpressure import keep_fed, start_gate, wait_for
+from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.records import Record
 from ray_vlm.data.row_replacement import make_row
-from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.models.imports import keep_imports, no_garbage_collection
+
+if TYPE_CHECKING:
+    import pyarrow
+    from ray.actor import ActorHandle
 
 _FIRST_S = 60.0  # time in which a loader starts if there is a CPU for it
 PREFETCH_MICRO_BATCHES = 3  # micro-batches that wait ready for the trainer
@@ -56,10 +62,10 @@ class StreamSpec:
     fill_in: bool = False
 
 
-def make_rows(spec: StreamSpec, records: Sequence[Record], number: int) -> list[Sample]:
+def make_rows(spec: StreamSpec, builder: SampleBuilder, records: Sequence[Record], number: int) -> list[Sample]:
     """Return the rows of micro-batch `number`; nothing is trained of those of a filler."""
     micro = spec.plan.micro_batch(number, spec.rank)
-    rows = [make_row(load_sample_builder(spec.spec), records, i, spec.fill_in) for i in micro.rows]
+    rows = [make_row(builder, records, i, spec.fill_in) for i in micro.rows]
     if micro.filler:
         rows = [replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows]
     return rows
@@ -70,7 +76,7 @@ def stream_local(spec: StreamSpec) -> Generator[list[Sample]]:
     ready: queue.Queue = queue.Queue(maxsize=PREFETCH_MICRO_BATCHES)
     stop = threading.Event()
 
-    def put(item: Any) -> None:
+    def put(item: list[Sample] | Exception | None) -> None:
         while not stop.is_set():
             try:
                 return ready.put(item, timeout=0.2)
@@ -79,8 +85,9 @@ def stream_local(spec: StreamSpec) -> Generator[list[Sample]]:
 
     def work() -> None:
         try:
+            builder = load_sample_builder(spec.spec)
             for number in range(spec.first, spec.last):
-                put(make_rows(spec, spec.records, number))
+                put(make_rows(spec, builder, spec.records, number))
                 if stop.is_set():
                     return
             put(None)
@@ -122,7 +129,9 @@ def stream_ray(
         num_cpus=cpus_per_loader,
     )
     expected = spec.first
-    batches = iter(dataset.iter_batches(batch_size=1, prefetch_batches=PREFETCH_MICRO_BATCHES, batch_format="pyarrow"))
+    batches: Any = iter(
+        dataset.iter_batches(batch_size=1, prefetch_batches=PREFETCH_MICRO_BATCHES, batch_format="pyarrow")
+    )
     with contextlib.closing(keep_fed(batches, gate)) as fed:
         for batch in fed:
             number, rows = unpack(batch)
@@ -172,18 +181,17 @@ def task_size(spec: StreamSpec) -> int:
     return max(1, int(min(rows, _TASK_BYTES / max(spec.row_bytes, 1.0)) / spec.plan.rows_at_once))
 
 
-def mean_bytes(records: Sequence[Record], spec: SampleSpec, sample: int = 500) -> float:
+def mean_bytes(records: Sequence[Record], image_spec: ImageSpec, sample: int = 500) -> float:
     """Return the mean bytes of a row's pixels over evenly spaced records."""
     some = records[:: max(1, len(records) // sample)]
-    place = load_sample_builder(spec).image_spec.place
-    sides = [place(size).resized for record in some for size in record.sizes]
+    sides = [image_spec.place(size).resized for record in some for size in record.sizes]
     return sum(3.0 * width * height for width, height in sides) / max(1, len(some))
 
 
 class _Loader:
     """The Ray Data actor: keeps the records and the processor, and turns numbers of micro-batches into packed rows."""
 
-    def __init__(self, spec: StreamSpec, environment: Environment, gate: Any, ahead: int):
+    def __init__(self, spec: StreamSpec, environment: Environment, gate: "ActorHandle", ahead: int):
         environment.apply()
         import ray
 
@@ -197,12 +205,13 @@ class _Loader:
         self.spec, self.gate, self.ahead = spec, gate, ahead
         self.records = ray.get(spec.records) if isinstance(spec.records, ray.ObjectRef) else spec.records
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[Any]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator["pyarrow.Table"]:
         if (begins := int(batch["id"][0])) > self.ahead:
             wait_for(self.gate, self.spec.first + begins - self.ahead)
+        builder = load_sample_builder(self.spec.spec)
         for offset in batch["id"]:
             number = self.spec.first + int(offset)
-            yield pack(number, make_rows(self.spec, self.records, number))
+            yield pack(number, make_rows(self.spec, builder, self.records, number))
 
 
 def _keep_memory() -> None:
@@ -219,7 +228,7 @@ def _keep_memory() -> None:
         return
 
 
-def pack(number: int, rows: Sequence[Sample]) -> Any:
+def pack(number: int, rows: Sequence[Sample]) -> "pyarrow.Table":
     """Pack a micro-batch as an Arrow table of one row: pixels end to end as bytes, with their shapes beside them."""
     import pyarrow as pa
 
@@ -240,7 +249,7 @@ def pack(number: int, rows: Sequence[Sample]) -> Any:
     return pa.table(columns)
 
 
-def _one_binary(images: Sequence[np.ndarray]) -> Any:
+def _one_binary(images: Sequence[np.ndarray]) -> "pyarrow.Array":
     """Return all pixels as one Arrow value, copied once."""
     import pyarrow as pa
 
@@ -249,14 +258,14 @@ def _one_binary(images: Sequence[np.ndarray]) -> Any:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(pixels)])
 
 
-def _one_list(parts: Sequence[np.ndarray], dtype: Any = np.int32) -> Any:
+def _one_list(parts: Sequence[np.ndarray], dtype: DTypeLike = np.int32) -> "pyarrow.Array":
     import pyarrow as pa
 
     values = np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
     return pa.ListArray.from_arrays(np.array([0, len(values)], np.int32), pa.array(values))
 
 
-def unpack(table: Any) -> tuple[int, list[Sample]]:
+def unpack(table: "pyarrow.Table") -> tuple[int, list[Sample]]:
     """Return the number and the rows that `pack` packed; pixels are not copied."""
     column = {name: table.column(name)[0] for name in table.column_names}
     about = zip(*(column[name].as_py() for name in ("lengths", "num_images", "numbers", "answers")), strict=True)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.fields import column_setting
 from ray_vlm.data.records import BadRow, Record, SftRecord
+from ray_vlm.data.sources.fields import column_setting
 
 _SAME_PX = 2  # tools round sizes
 _MANY = 5  # crowds of a class without an object; a small sample of COCO may have one or two

@@ -20,9 +20,8 @@ import numpy as np
 
 from ray_vlm import __version__
 from ray_vlm.data.collate import collate
-from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import Record, SftRecord
-from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.data.spec import Sample
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
 from ray_vlm.methods.decoding import decode_greedy, end_ids

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_vlm.data.fields import from_json, is_empty
 from ray_vlm.data.files import parent_folder, resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
-from ray_vlm.data.tables import read_table
+from ray_vlm.data.sources.fields import from_json, is_empty
+from ray_vlm.data.sources.tables import read_table
 from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate.generate import answer_all, plan_batches, plan_walks
 from ray_vlm.evaluate.prediction import join_names

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import SftRecord
-from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.samples import SampleBuilder, parse_answer
 
 
 @dataclass(frozen=True)

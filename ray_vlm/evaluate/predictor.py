@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.images import read_size
-from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import Box, Point, SftRecord
-from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import DataError
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker

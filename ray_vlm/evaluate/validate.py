@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from ray_vlm.config.schema import Evaluate
 from ray_vlm.data.collate import collate
-from ray_vlm.data.records import Record, SftRecord
+from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.evaluate.generate import generate_answers
@@ -100,7 +100,7 @@ class AnswerValidation(Validation):
 
         summed, tokens = 0.0, 0
         for records, counts in batches:
-            rows = [self.builder.train_row(record) for record in records]
+            rows = [self.builder.train_row(cast(SftRecord, record)) for record in records]
             batch = collate(rows, self.builder, self.context.device)
             batch.pop("loss_weights", None)  # held-out rows have equal weight
             with torch.no_grad():
@@ -134,7 +134,7 @@ class PairValidation(Validation):
         model.eval()
         sums = dict.fromkeys(PAIR_METRICS, 0.0)  # also on a rank without records, for the sum over ranks
         for number, (batch, counts) in enumerate(self.batches()):
-            rows = [self.builder.pair_row(record) for record in batch]
+            rows = [self.builder.pair_row(cast(PreferenceRecord, record)) for record in batch]
             means, self._reference[number] = trainer.measure_pairs(rows, self._reference.get(number))
             for name, value in means.items():
                 sums[name] += value * len(rows) * counts

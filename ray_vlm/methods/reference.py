@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ray_vlm.config.schema import Model
 from ray_vlm.config.train import Precision
 from ray_vlm.data.files import describe_file
-from ray_vlm.data.records import Record
+from ray_vlm.data.records import PreferenceRecord, Record
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.distributed import DistributedContext
@@ -86,7 +86,7 @@ class ReferenceCache:
         log_probs = np.zeros((len(records), 2))
         for start in range(0, len(shard), self.batch_size):
             positions = list(shard[start : start + self.batch_size])
-            rows = [builder.pair_row(records[i]) for i in positions]
+            rows = [builder.pair_row(cast(PreferenceRecord, records[i])) for i in positions]
             log_probs[positions] = ask(rows).double().cpu().numpy()
         file = io.BytesIO()
         # Each rank has zeros in the rows of the others.

@@ -15,9 +15,8 @@ from typing import Any
 from ray_vlm.config.data import Source
 from ray_vlm.config.method import Method
 from ray_vlm.config.paths import import_function
-from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import PromptRecord, Record
-from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.methods.reward_answers import FRAME, ORDER, TRUTH, Case, build_cases
 from ray_vlm.methods.reward_parts import PARTS, score_parts

@@ -19,6 +19,7 @@ from ray_vlm.data.balance import describe_balance
 from ray_vlm.data.index import NONE_KNOWN
 from ray_vlm.data.records import Image, PreferenceRecord, Record, SftRecord
 from ray_vlm.data.row_replacement import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
+from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.splits import Parts
 from ray_vlm.data.stream import mean_bytes
 from ray_vlm.errors import ConfigError, Interrupted, RunError
@@ -192,7 +193,7 @@ def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> No
         attempt=last_attempt(paths),
         driver=this_process(),
         rows=rows_fingerprint(prepared.train.records),
-        row_bytes=mean_bytes(prepared.train.records, prepared.spec),
+        row_bytes=mean_bytes(prepared.train.records, load_sample_builder(prepared.spec).image_spec),
         probe=prepared.probe,
         environment=read_environment(),
     )

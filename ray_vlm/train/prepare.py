@@ -52,7 +52,7 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     notes = _check_scores(job, parts.train)
     _check_pairs(job, parts.spec)
     balance = plan_balance(
-        [row_tags(job, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
+        [row_tags(job.task, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
     )
     spec = replace(parts.spec, token_weights=balance.token_weights)
     builder = load_sample_builder(spec)

@@ -50,7 +50,7 @@ def test_batch_size_changes_no_answer(scenes: Path, tiny_models: dict[str, str])
 
     for folder in tiny_models.values():
         spec = SampleSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS)
-        index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
+        index = build_index(Source(path=str(scenes / "test.json")), Data(), load_sample_builder(spec))
         model = load_model(spec.model, precision="fp32")
         one, many = (generate_answers(model, index.records, load_sample_builder(spec), size, 6) for size in (1, 5))
         assert one == many
@@ -66,7 +66,7 @@ def test_answers_are_those_of_generate(
     from ray_vlm.models.load import load_model
 
     spec = SampleSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), Task(), LABELS)
-    index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
+    index = build_index(Source(path=str(scenes / "test.json")), Data(), load_sample_builder(spec))
     model, builder = load_model(spec.model, precision="fp32"), load_sample_builder(spec)
     calls = _count_calls(model.get_decoder(), monkeypatch)
     answers = generate_answers(model, index.records, builder, len(index.records), 80)
@@ -95,7 +95,7 @@ def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models:
     from ray_vlm.models.load import load_model
 
     spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
-    index = build_index(Source(path=str(scenes / "test.json"), max_rows=4), Data(), spec)
+    index = build_index(Source(path=str(scenes / "test.json"), max_rows=4), Data(), load_sample_builder(spec))
     model = load_model(spec.model, precision="fp32")
     plain = generate_answers(model, index.records, load_sample_builder(spec), 4, 12)
     model.generation_config.repetition_penalty = 5.0
@@ -111,7 +111,7 @@ def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[
     from ray_vlm.models.load import load_model
 
     spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
-    index = build_index(Source(path=str(scenes / "test.json")), Data(), spec)
+    index = build_index(Source(path=str(scenes / "test.json")), Data(), load_sample_builder(spec))
     builder, model = load_sample_builder(spec), load_model(spec.model, precision="fp32")
     batch = collate([builder.train_row(record) for record in index.records], builder)
     with torch.no_grad():

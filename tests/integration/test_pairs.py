@@ -45,10 +45,8 @@ def test_pairs_are_ordinary_preference_rows(job_file, scenes: Path, tmp_path: Pa
     assert f"path: {made}, format: preference, image_root: {about['image_root']}" in out
     job = load_job(path)
     builder = load_sample_builder(sample_spec(job, LABELS))
-    read = build_index(
-        Source(path=str(made), format="preference", image_root=about["image_root"]), Data(), builder.spec
-    )
-    prompts = build_index(job.data.train, Data(), builder.spec)
+    read = build_index(Source(path=str(made), format="preference", image_root=about["image_root"]), Data(), builder)
+    prompts = build_index(job.data.train, Data(), builder)
     records = {record.id: record for record in prompts.records}
     for record, row in zip(read.records, rows, strict=True):
         assert (record.id, record.chosen, record.rejected) == (row["id"], row["chosen"], row["rejected"])

@@ -34,7 +34,7 @@ def test_tokens_of_a_class_carry_its_weight_and_no_others(scenes: Path, tiny_mod
     spec = SampleSpec(
         Model(name=tiny_models["qwen3_vl"]), Task(), LABELS, token_weights=(("ring", 4.0), ("cross", 0.5))
     )
-    index = build_index(Source(path=str(scenes / "train.json")), Data(), spec)
+    index = build_index(Source(path=str(scenes / "train.json")), Data(), load_sample_builder(spec))
     builder = load_sample_builder(spec)
     seen = set()
     for record in index.records:

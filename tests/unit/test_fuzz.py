@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_vlm.data.formats import read_rows
-from ray_vlm.data.survey import check_sources
+from ray_vlm.data.inspect.check import check_sources
+from ray_vlm.data.sources.formats import read_rows
+from ray_vlm.data.spec import sample_spec
 from tests.support.fuzz.attempts import KINDS, run_kind
 from tests.support.fuzz.exports import TOOLS, write_images
 from tests.support.fuzz.inputs import make_job, write_base
@@ -56,7 +57,7 @@ def test_what_a_tool_writes_is_whole(tool: str, tmp_path: Path) -> None:
     write_images(tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps(TOOLS[tool]()))
     job = make_job(model, "coco", {"path": str(tmp_path / "rows.json"), "format": "coco"})
-    (check,) = check_sources(job)
+    (check,) = check_sources(job.data, sample_spec(job))
     assert (check.usable, check.bad, check.problems) == (4, (), ())
     assert all("crowd" in note for note in check.notes)
     assert job.data.train is not None

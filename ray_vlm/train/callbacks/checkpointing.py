@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from ray_vlm.config.schema import Checkpoint as CheckpointOptions
-from ray_vlm.data.preprocessing import PREPROCESSING, describe_preprocessing
-from ray_vlm.data.rules import RULES, rules_since
+from ray_vlm.data.preprocessing import PREPROCESSING, RULES, describe_preprocessing, rules_since
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import ModelError, RunError

@@ -15,11 +15,11 @@ import numpy as np
 from ray_vlm.config.data import Data
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.formats import FORMATS, read_rows
 from ray_vlm.data.index import build_index
+from ray_vlm.data.inspect.check import check_sources, describe_check
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.sources.formats import FORMATS, read_rows
 from ray_vlm.data.spec import sample_spec
-from ray_vlm.data.survey import check_sources, describe_check
 from tests.support.fuzz.mutations import break_bytes, break_text, break_tree, odd_value, pick, write_rows
 
 Attempt = Callable[[np.random.Generator], int]
@@ -125,7 +125,7 @@ def read_all(job: JobConfig, expected: int | None) -> int:
     source = job.data.train
     assert source is not None
     lost = 0
-    for check in check_sources(job, decode_images=True):
+    for check in check_sources(job.data, sample_spec(job), decode_images=True):
         describe_check(check).encode()
         lost += abs(check.rows - check.usable - len(check.bad))
         if not check.problems:
@@ -133,11 +133,11 @@ def read_all(job: JobConfig, expected: int | None) -> int:
     rows, labels = read_rows(source)
     lost += [row.row for row in rows] != list(range(len(rows)))
     spec = sample_spec(job, labels)
-    index = build_index(source, Data(on_bad_row="quarantine"), spec, (rows, labels))
+    index = build_index(source, Data(on_bad_row="quarantine"), load_sample_builder(spec), (rows, labels))
     lost += abs(len(index) + len(index.bad) - len(rows))
     for record in index.records[:2]:
         load_sample_builder(spec).row(record)
-    build_index(source, Data(on_bad_row="raise"), spec)
+    build_index(source, Data(on_bad_row="raise"), load_sample_builder(spec))
     return lost + len(index.bad)  # `raise` has just let them pass
 
 
@@ -152,7 +152,8 @@ def of_completions(folder: Path) -> Attempt:
         job = make_job(model, format, {"path": str(path), "format": format}, LABELS.get(TASKS.get(format, "")))
         for codec in (None, "qwen2_vl", "qwen2_5_vl"):
             spec = replace(sample_spec(job, []), task=job.task.model_copy(update={"codec": codec}))
-            ready.append((job.task.name, build_index(job.data.train, job.data, spec).records, SampleBuilder(spec)))
+            builder = SampleBuilder(spec)
+            ready.append((job.task.name, build_index(job.data.train, job.data, builder).records, builder))
 
     def attempt(rng: np.random.Generator) -> int:
         task, records, builder = pick(rng, ready)

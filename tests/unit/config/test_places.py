@@ -9,8 +9,8 @@ from ray_vlm.cluster.environment import Environment, read_environment
 from ray_vlm.config import paths
 from ray_vlm.config.load import load_job
 from ray_vlm.config.paths import absolute_paths, import_function
-from ray_vlm.data.source import prepare_source
-from ray_vlm.data.tables import read_table
+from ray_vlm.data.sources.formats import prepare_source
+from ray_vlm.data.sources.tables import read_table
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.methods.rewards import load_rewards
 from ray_vlm.models.adapter import check_adapter

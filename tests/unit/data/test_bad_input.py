@@ -14,13 +14,13 @@ from PIL import Image
 
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
-from ray_vlm.data.formats import FORMATS, read_rows
 from ray_vlm.data.index import build_index
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow
 from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.sources.formats import FORMATS, read_rows
+from ray_vlm.data.sources.tables import MAX_LINE_BYTES
 from ray_vlm.data.spec import SampleSpec
-from ray_vlm.data.tables import MAX_LINE_BYTES
 from ray_vlm.errors import DataError, ModelError
 
 USER, ANSWER = {"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A dog."}
@@ -452,7 +452,7 @@ def test_bad_pictures_are_found_by_the_index(tmp_path: Path, tiny_models: dict[s
     task = Task(name="classification")
     spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), task, ("label=dog",))
     source = Source(path=str(tmp_path / "rows.csv"), format="image_csv")
-    index = build_index(source, Data(on_bad_row="quarantine", max_image_pixels=1_000_000), spec)
+    index = build_index(source, Data(on_bad_row="quarantine", max_image_pixels=1_000_000), SampleBuilder(spec))
     reasons = {bad.row: bad.reason for bad in index.bad}
     for row, (name, _, words) in enumerate(pictures):
         if words is None:

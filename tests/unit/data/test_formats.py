@@ -12,9 +12,9 @@ from ray_vlm.config.check_method import FORMAT_TASKS
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import Task
 from ray_vlm.data.files import open_file, parent_folder, read_bytes, resolve_image
-from ray_vlm.data.formats import FORMATS, read_rows
 from ray_vlm.data.records import BadRow, PreferenceRecord, PromptRecord, SftRecord
-from ray_vlm.data.tables import read_table
+from ray_vlm.data.sources.formats import FORMATS, read_rows
+from ray_vlm.data.sources.tables import read_table
 from ray_vlm.errors import DataError
 
 GUI = ["Task_id", "Image_id", "Instruction", "Output", "Grounding"]

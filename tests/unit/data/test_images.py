@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from ray_vlm.data.image_kinds import FORMATS
-from ray_vlm.data.images import ImageSpec, decode, read_size, resize
+from ray_vlm.data.images import FORMATS, ImageSpec, decode, read_size, resize
 
 # (height, width) -> (height, width) at factor, least and most tokens: transformers' smart_resize. `qwen_vl_utils` has
 # the same rule and refuses a side below one token.

@@ -59,7 +59,7 @@ REASONS = {
 
 def test_quarantine_keeps_the_good_and_names_each_bad_row(tmp_path: Path, spec: SampleSpec) -> None:
     data = Data(on_bad_row="quarantine", max_image_pixels=100_000)
-    index = build_index(_corpus(tmp_path), data, spec)
+    index = build_index(_corpus(tmp_path), data, load_sample_builder(spec))
     assert [record.row for record in index.records] == [0, 1]
     assert index.records[0].truth == {"boxes": ((10.0, 20.0, 40.0, 60.0),), "labels": ("dog",)}
     assert index.records[0].sizes == ((100, 80),)
@@ -71,7 +71,7 @@ def test_quarantine_keeps_the_good_and_names_each_bad_row(tmp_path: Path, spec: 
 
 def test_strict_refuses_with_rows_ids_and_reasons(tmp_path: Path, spec: SampleSpec) -> None:
     with pytest.raises(DataError) as error:
-        build_index(_corpus(tmp_path), Data(max_image_pixels=100_000), spec)
+        build_index(_corpus(tmp_path), Data(max_image_pixels=100_000), load_sample_builder(spec))
     assert len(error.value.problems) == len(REASONS) + 1
     assert "row 2 (id 2)" in error.value.problems[0]
     assert "quarantine" in error.value.problems[-1]
@@ -82,7 +82,7 @@ def test_too_many_tokens_is_a_bad_row(tmp_path: Path, spec: SampleSpec) -> None:
     rows = {"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     with pytest.raises(DataError, match=r"row 0 \(id 7\).*max_tokens=10"):
-        build_index(Source(path=str(tmp_path / "rows.json")), Data(max_tokens=10), spec)
+        build_index(Source(path=str(tmp_path / "rows.json")), Data(max_tokens=10), load_sample_builder(spec))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_too_many_tokens_is_a_bad_row(tmp_path: Path, spec: SampleSpec) -> None:
 def test_unusable_files_are_refused_whole(tmp_path: Path, spec: SampleSpec, text: str, words: str) -> None:
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match=words):
-        build_index(Source(path=str(tmp_path / "rows.json")), Data(), spec)
+        build_index(Source(path=str(tmp_path / "rows.json")), Data(), load_sample_builder(spec))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,9 @@ def test_odd_values_make_bad_rows(tmp_path: Path, spec: SampleSpec, image: dict,
     rows = {"images": [good | image, good | {"id": 2}], "categories": [{"id": 1, "name": "dog"}]}
     rows["annotations"] = [box] if annotation else []
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    index = build_index(Source(path=str(tmp_path / "rows.json")), Data(on_bad_row="quarantine"), spec)
+    index = build_index(
+        Source(path=str(tmp_path / "rows.json")), Data(on_bad_row="quarantine"), load_sample_builder(spec)
+    )
     assert [r.row for r in index.records] == [1]
     assert re.search(reason, index.bad[0].reason)
 
@@ -165,7 +167,7 @@ def test_token_counts_are_those_of_the_rows(scenes: Path, tiny_models: dict[str,
     for name in tiny_models.values():
         labels = ("circle", "square", "triangle", "cross", "ring", "diamond")
         spec = SampleSpec(Model(name=name, load_in_4bit=False), Task(), labels)
-        index = build_index(Source(path=str(scenes / "eval.json")), Data(), spec)
+        index = build_index(Source(path=str(scenes / "eval.json")), Data(), load_sample_builder(spec))
         for position, record in enumerate(index.records):
             row = load_sample_builder(spec).train_row(record)
             assert len(row.input_ids) == index.tokens[position]
@@ -198,7 +200,7 @@ def test_boxes_in_shares_of_the_image_become_pixels(tmp_path: Path, spec: Sample
     _image(tmp_path / "a.jpg")
     row = {"images": ["a.jpg"], "objects": {"ref": ["dog"], "bbox": [box], "bbox_type": units}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    index = build_index(Source(path=str(tmp_path / "rows.jsonl"), format="objects"), Data(), spec)
+    index = build_index(Source(path=str(tmp_path / "rows.jsonl"), format="objects"), Data(), load_sample_builder(spec))
     assert index.records[0].truth["boxes"] == ((10.0, 20.0, 50.0, 60.0),)
     assert index.records[0].context == {}
 
@@ -208,9 +210,11 @@ def test_a_source_says_what_its_numbers_mean(tmp_path: Path, spec: SampleSpec) -
     row = {"images": ["a.jpg"], "objects": {"ref": ["dog"], "bbox": [[100, 250, 500, 750]]}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     source = Source(path=str(tmp_path / "rows.jsonl"), format="objects", box_units="relative_1000")
-    assert build_index(source, Data(), spec).records[0].truth["boxes"] == ((10.0, 20.0, 50.0, 60.0),)
+    assert build_index(source, Data(), load_sample_builder(spec)).records[0].truth["boxes"] == (
+        (10.0, 20.0, 50.0, 60.0),
+    )
     with pytest.raises(DataError, match="outside its 100x80 image; mend the box, or say what its numbers mean"):
-        build_index(source.model_copy(update={"box_units": "pixels"}), Data(), spec)
+        build_index(source.model_copy(update={"box_units": "pixels"}), Data(), load_sample_builder(spec))
 
 
 def test_text_that_the_tokenizer_would_not_read_as_text_is_a_bad_row(tmp_path: Path, spec: SampleSpec) -> None:
@@ -224,9 +228,9 @@ def test_text_that_the_tokenizer_would_not_read_as_text_is_a_bad_row(tmp_path: P
         chat = replace(spec, task=Task(name="chat"))
         if bad:
             with pytest.raises(DataError, match=r"row 0 .*does not read as text; remove it"):
-                build_index(source, Data(), chat)
+                build_index(source, Data(), load_sample_builder(chat))
         else:
-            assert len(build_index(source, Data(), chat)) == 1
+            assert len(build_index(source, Data(), load_sample_builder(chat))) == 1
 
 
 def test_a_picture_of_floating_point_numbers_is_found_before_training(tmp_path: Path) -> None:
@@ -245,7 +249,7 @@ def test_an_image_tag_too_many_is_reported(tmp_path: Path, spec: SampleSpec) -> 
     (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"Grounding": {}}))
     source = Source(path=str(tmp_path / "rows.jsonl"), format="gui_csv")
     with pytest.raises(DataError, match="2 <image> tags for 1 images"):
-        build_index(source, Data(), replace(spec, task=Task(name="gui_steps")))
+        build_index(source, Data(), load_sample_builder(replace(spec, task=Task(name="gui_steps"))))
 
 
 def test_a_tokenizer_that_was_saved_with_truncation_cuts_nothing(tmp_path: Path, tiny_models: dict[str, str]) -> None:

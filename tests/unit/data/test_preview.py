@@ -11,9 +11,8 @@ from PIL import Image
 
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
-from ray_vlm.data.preview import Chosen, choose_rows, count_tokens, describe_prepared, describe_rows
-from ray_vlm.data.preview_images import make_cells
-from ray_vlm.data.preview_plot import _draw_marks, _on_sheet, _wrap, draw_sheet
+from ray_vlm.data.inspect.preview import Chosen, choose_rows, count_tokens, describe_prepared, describe_rows
+from ray_vlm.data.inspect.preview_images import _draw_marks, _on_sheet, _wrap, build_panels, draw_sheet
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample
 from ray_vlm.demo.drains import draw as draw_drains
@@ -53,7 +52,7 @@ def test_boxes_come_back_from_the_text(job_file: Any, family: str, resize: str) 
     padding = {"pad_place": "center"} if resize == "pad" else {}
     job = load_job(job_file(family, data={"resize": resize} | padding))
     prepared = prepare(job)
-    for position, panel in enumerate(make_cells(prepared.train, prepared.spec, range(8))):
+    for position, panel in enumerate(build_panels(prepared.train.records[:8], load_sample_builder(prepared.spec))):
         truth = prepared.train.records[position].truth
         assert sorted(mark.label for mark in panel.marks) == sorted(truth["labels"])
         assert not panel.problem
@@ -70,13 +69,13 @@ def test_a_box_that_moves_in_the_text_is_reported(job_file: Any, monkeypatch: py
     right = boxes.Frame.encode
     monkeypatch.setattr(boxes.Frame, "encode", lambda frame, box: [v + 60 for v in right(frame, box)])
     position = next(i for i, record in enumerate(prepared.train.records) if record.truth["boxes"])
-    (panel,) = make_cells(prepared.train, prepared.spec, [position])
+    (panel,) = build_panels([prepared.train.records[position]], load_sample_builder(prepared.spec))
     assert "not read back where the data has them" in panel.problem
 
 
 def test_marks_lie_on_the_pixels_that_the_model_sees(job_file: Any) -> None:
     prepared = prepare(load_job(job_file(data={"resize": "pad", "pad_place": "center"})))
-    (panel,) = make_cells(prepared.train, prepared.spec, [0])
+    (panel,) = build_panels([prepared.train.records[0]], load_sample_builder(prepared.spec))
     frame = panel.frames[0]
     full_image = panel.marks[0].__class__(0, (0.0, 0.0, *map(float, frame.original)), "all")
     left, top, right, bottom = _on_sheet(full_image, frame, (100, 200), (2.0, 2.0))
@@ -89,14 +88,14 @@ def test_classification_is_marked_at_the_place_that_its_question_tells(job_file:
     data = {"path": str(tmp_path / "train.csv"), "format": "image_csv"}
     job = job_file(task={"name": "classification", "position": True}, data={"train": data})
     prepared = prepare(load_job(job, ["data.condition_weights={blocked: 2.5}"]))
-    for position, panel in enumerate(make_cells(prepared.train, prepared.spec, range(6))):
+    for position, panel in enumerate(build_panels(prepared.train.records[:6], load_sample_builder(prepared.spec))):
         record = prepared.train.records[position]
         box = record.context["box"]
         (mark,) = panel.marks
         assert mark.region == pytest.approx(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), abs=1.0)
         assert mark.label == ", ".join(record.truth["attributes"].values())
     blocked = next(i for i, r in enumerate(prepared.train.records) if r.truth["attributes"]["condition"] == "blocked")
-    text = describe_rows(prepared.train, prepared.spec, Chosen((blocked,)))
+    text = describe_rows(prepared.train, load_sample_builder(prepared.spec), Chosen((blocked,)))
     assert re.search(r"\[\[x2\.50:[^]]*blocked[^]]*\]\]", text)  # a token may hold a quote or a bracket too
 
 
@@ -104,7 +103,7 @@ def test_gui_steps_point_where_the_answer_says(job_file: Any, tmp_path: Path) ->
     draw_screens(tmp_path, "train", 4)
     data = {"path": str(tmp_path / "train.csv"), "format": "gui_csv", "max_rows": 12}
     prepared = prepare(load_job(job_file(task={"name": "gui_steps"}, data={"train": data})))
-    panels = make_cells(prepared.train, prepared.spec, range(len(prepared.train)))
+    panels = build_panels(prepared.train.records, load_sample_builder(prepared.spec))
     assert [len(panel.marks) for panel in panels] == [int(r.truth["box"] is not None) for r in prepared.train.records]
     assert draw_sheet(panels, "steps", ["note"]).startswith(b"\x89PNG")
 
@@ -121,7 +120,7 @@ def test_tokens_are_counted_by_what_is_done_with_them() -> None:
 
 def test_the_token_view_marks_what_is_trained(job_file: Any) -> None:
     prepared = prepare(load_job(job_file()))
-    text = describe_prepared(prepared.train, prepared.plan, prepared.spec, prepared.balance)
+    text = describe_prepared(prepared.train, prepared.plan, load_sample_builder(prepared.spec), prepared.balance)
     view = text[text.index("--- row 0") :].split("--- row 1")[0]
     answer = load_sample_builder(prepared.spec).answer(prepared.train.records[0]).text
     assert f"[[{answer}<|im_end|>" in view
@@ -140,7 +139,7 @@ def test_texts_are_wrapped_into_the_panel_and_shortened() -> None:
 def test_labels_cover_no_other_label() -> None:
     from PIL import ImageDraw
 
-    from ray_vlm.data.preview_images import Annotation
+    from ray_vlm.data.inspect.preview_images import Annotation
 
     drawn: list[tuple] = []
 
@@ -176,8 +175,8 @@ def test_a_text_from_the_data_cannot_steer_the_terminal(job_file: Any, tmp_path:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a\u202eb", "images": ["a.png"], "messages": turns}))
     data = {"path": str(tmp_path / "rows.jsonl"), "format": "messages"}
     prepared = prepare(load_job(job_file(task="chat", data={"train": data})))
-    text = describe_rows(prepared.train, prepared.spec, choose_rows([()], 1))
+    text = describe_rows(prepared.train, load_sample_builder(prepared.spec), choose_rows([()], 1))
     assert "A\\u2028\\u200bdog" in text
     assert text.replace("\n", "").isprintable()
-    (panel,) = make_cells(prepared.train, prepared.spec, [0])
+    (panel,) = build_panels([prepared.train.records[0]], load_sample_builder(prepared.spec))
     assert (panel.question, panel.head[0]) == ("What\\u202e?", "row 0 (id a\\u202eb)")

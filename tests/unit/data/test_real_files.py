@@ -13,12 +13,12 @@ from pycocotools import mask as masks
 
 from ray_vlm.config.data import Data, Source
 from ray_vlm.data.files import resolve_image
-from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import measure_row, settle_boxes
 from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.sources.formats import read_rows
+from ray_vlm.data.sources.tables import apply_class_names
 from ray_vlm.data.suspicions import find_suspicions, tell_mended, tell_unused
-from ray_vlm.data.tables import apply_class_names
 from ray_vlm.errors import DataError
 
 DOG = [{"id": 1, "name": "dog"}]

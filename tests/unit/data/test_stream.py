@@ -40,7 +40,7 @@ LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
 
 def _index(scenes: Path, folder: str, **options) -> tuple[Index, SampleSpec]:
     spec = SampleSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS, **options)
-    return build_index(Source(path=str(scenes / "train.json")), Data(), spec), spec
+    return build_index(Source(path=str(scenes / "train.json")), Data(), load_sample_builder(spec)), spec
 
 
 def _same(a: Sample, b: Sample) -> bool:
@@ -175,7 +175,7 @@ def test_the_ray_stream_equals_the_local_one_byte_for_byte(rank: int, ray_cluste
     streamed = list(stream_ray(stream_spec, num_loaders=2, cpus_per_loader=0.5))
     assert len(streamed) == stream_spec.last
     for number, rows in enumerate(streamed):
-        expected = make_rows(stream_spec, index.records, number)
+        expected = make_rows(stream_spec, load_sample_builder(stream_spec.spec), index.records, number)
         assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
 
 
@@ -206,8 +206,9 @@ def test_loaders_wait_for_a_slow_trainer(
     folder = tmp_path / "images"
     write_images(folder, SIZES["0.3mp"], 4)
     source, spec = write_rows(folder, SIZES["0.3mp"], 4000, 4), make_spec(Path(tiny_models["qwen3_vl"]))
-    records = build_index(source, Data(), spec).records
-    stream_spec = StreamSpec(records, spec, Plan(4000, 2, 2, 1), 0, 0, 2000, mean_bytes(records, spec))
+    records = build_index(source, Data(), load_sample_builder(spec)).records
+    row_bytes = mean_bytes(records, load_sample_builder(spec).image_spec)
+    stream_spec = StreamSpec(records, spec, Plan(4000, 2, 2, 1), 0, 0, 2000, row_bytes)
     monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 5)
     before, rows = store_mib(), stream_ray(stream_spec, num_loaders=1)
     next(rows)
@@ -241,7 +242,8 @@ def test_tasks_in_another_order_and_a_bad_row_are_no_deadlock(
 
     def follow() -> None:
         for number, rows in enumerate(stream_ray(stream_spec, num_loaders=2, cpus_per_loader=0.5), start=5):
-            assert all(_same(a, b) for a, b in zip(rows, make_rows(stream_spec, records, number), strict=True))
+            expected = make_rows(stream_spec, load_sample_builder(spec), records, number)
+            assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
             came.append(number)
             if number == 12:
                 assert kill_process("MapWorker", 0)

@@ -174,7 +174,7 @@ def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path) 
     assert (summary["num_pairs"], summary["mean_chosen_reward"], summary["mean_rejected_reward"]) == (1, 2.0, 0.5)
     assert lines[-1].startswith("sampled 3/3 rows")
     source = Source(path=str(path), format="preference", image_root=root)
-    (back,) = build_index(source, Data(), builder.spec).records
+    (back,) = build_index(source, Data(), builder).records
     assert (back.chosen, back.rejected) == (good, bad)
     assert (back.id, back.group, back.images) == ("0", "site 1", (pictures[0],))
     assert back.prompt == builder.turns(records[0])

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from ray_vlm.config.schema import Task
-from ray_vlm.data.parse import parse_answer
 from ray_vlm.data.records import SftRecord
+from ray_vlm.data.samples import parse_answer
 from ray_vlm.evaluate.prediction import build_predictions
 from ray_vlm.tasks import classification
 

@@ -11,10 +11,10 @@ import pytest
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model, Task
 from ray_vlm.data import samples
-from ray_vlm.data.formats import read_rows
 from ray_vlm.data.images import smart_resize
 from ray_vlm.data.index import build_index, measure_row
 from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.sources.formats import read_rows
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import FAMILIES
@@ -135,9 +135,9 @@ def test_a_template_that_refuses_a_turn_makes_bad_rows(tmp_path: Path, scenes: P
     (base / "chat_template.jinja").write_text(refuse + template)
     labels = ("circle", "square", "triangle", "cross", "ring", "diamond", "star")
     model, source = Model(name=str(base), load_in_4bit=False), Source(path=str(scenes / "eval.json"))
-    assert len(build_index(source, Data(), SampleSpec(model, Task(), labels))) == 12
+    assert len(build_index(source, Data(), SampleBuilder(SampleSpec(model, Task(), labels)))) == 12
     spec = SampleSpec(model, Task(system="Be brief."), labels)
     if by_processor:
         samples.load_sample_builder(spec)._load()
     with pytest.raises(DataError, match=r"row 0 .*chat template refuses its turns \(TemplateError: no system\)"):
-        build_index(source, Data(), spec)
+        build_index(source, Data(), samples.load_sample_builder(spec))

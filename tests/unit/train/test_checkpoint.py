@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ray_vlm.config.load import load_resolved
-from ray_vlm.data.rules import CHANGED, RULES, rules_since
+from ray_vlm.data.preprocessing import CHANGED, RULES, rules_since
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import RunError

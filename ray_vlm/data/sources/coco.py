@@ -1,14 +1,15 @@
 """Read COCO detection JSON (cocodataset.org/#format-data): one record for each image."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.fields import control_character, is_empty, is_number, shown, word
 from ray_vlm.data.files import local_root, parent_folder, resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.sources.fields import control_character, is_empty, is_number, shown, word
+from ray_vlm.data.sources.tables import read_json
 from ray_vlm.data.suspicions import crowd_problem
-from ray_vlm.data.tables import read_json
 from ray_vlm.errors import DataError
 from ray_vlm.runs.store import is_remote
 
@@ -47,7 +48,7 @@ def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
     return [*rows[: source.max_rows], *stray], labels
 
 
-def _name_tool(data: Any) -> str:
+def _name_tool(data: object) -> str:
     """Name the tool that seems to have written the file, and its fix; empty if unknown."""
     first = data[0] if isinstance(data, list) and data else data
     if not isinstance(first, dict):
@@ -80,7 +81,7 @@ def _with_columns(source: Source, images: list) -> Source:
     return source.model_copy(update={"image_root": image_root(source)})
 
 
-def _id_of(value: Any, key: str = "id") -> int | str | None:
+def _id_of(value: object, key: str = "id") -> int | str | None:
     """Return the id under `key`, or None if there is no usable one. 1.0 is 1: tables with gaps write it so."""
     identifier = value.get(key) if isinstance(value, dict) else None
     if isinstance(identifier, float) and identifier.is_integer():
@@ -89,7 +90,7 @@ def _id_of(value: Any, key: str = "id") -> int | str | None:
     return identifier if usable else None
 
 
-def _categories(categories: Any, used: set[str], path: str) -> tuple[dict[str, str], list[str]]:
+def _categories(categories: object, used: set[str], path: str) -> tuple[dict[str, str], list[str]]:
     """Return the names by id (as text), and the class names in file order. `used`: ids that annotations have.
 
     Groups are not classes: a category that is a supercategory of others, has none itself, and is used by no annotation,
@@ -149,9 +150,9 @@ def _is_crowd(annotation: dict) -> bool:
     return value.strip().lower() in ("1", "1.0", "true") if isinstance(value, str) else value == 1
 
 
-def _row(row: int, image: Any, boxes: dict, names: dict, source: Source, seen: Counter) -> SftRecord | BadRow:
+def _row(row: int, image: object, boxes: dict, names: dict, source: Source, seen: Counter) -> SftRecord | BadRow:
     file_name = source.columns.get("image", source.columns.get("file_name", "file_name"))
-    if _id_of(image) is None or not isinstance(image.get(file_name), str):
+    if not isinstance(image, dict) or _id_of(image) is None or not isinstance(image.get(file_name), str):
         return BadRow(row, "", f"an entry of `images` needs an `id` (a number or text) and a `{file_name}`")
     name = str(_id_of(image))
     if character := control_character(name):
@@ -184,7 +185,7 @@ def _context(source: Source, truth: dict, image: dict) -> dict[str, Any]:
     return {"listed": tuple(listed), "frame": source.box_frame}
 
 
-def _truth(annotations: Any, names: dict[str, str]) -> dict[str, tuple]:
+def _truth(annotations: Iterable[Mapping[str, Any]], names: dict[str, str]) -> dict[str, tuple]:
     """Return corners and class names. Raise `ValueError`."""
     corners, labels = [], []
     for annotation in annotations:
@@ -201,7 +202,7 @@ def _truth(annotations: Any, names: dict[str, str]) -> dict[str, tuple]:
     return {"boxes": tuple(corners), "labels": tuple(labels)}
 
 
-def _box_of(annotation: dict) -> Any:
+def _box_of(annotation: Mapping[str, Any]) -> Any:
     """Return the value of `bbox`, or else the box around `segmentation`: polygons, or a mask as run lengths."""
     box, mask = annotation.get("bbox"), annotation.get("segmentation")
     if not is_empty(box) or is_empty(mask):

@@ -7,19 +7,17 @@ without a good one, and a file that cannot be used do not stop the check.
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-from ray_vlm.config.data import Source
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.data import Data, Source
 from ray_vlm.data.images import FETCH_AGAIN, decode
 from ray_vlm.data.index import count_row, measure_row
-from ray_vlm.data.records import BadRow, Record, SftRecord
+from ray_vlm.data.records import BadRow, Record
 from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.data.source import read_source
-from ray_vlm.data.spec import sample_spec
+from ray_vlm.data.sources.formats import read_source
+from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.suspicions import find_suspicions, tell_unused
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
@@ -66,28 +64,28 @@ class SourceCheck:
 class _Read:
     """A source's rows and declared labels, or the reasons why there are none."""
 
-    rows: Sequence[Any]
+    rows: Sequence[Record | BadRow]
     labels: Sequence[str]
     problems: tuple[str, ...]
     seconds: float
 
 
-def named_sources(job: JobConfig) -> dict[str, Source]:
-    """Return the job's sources with files, by setting. A share of the training rows is not a separate source."""
-    data = job.data
+def _named_sources(data: Data) -> dict[str, Source]:
+    """Return the sources with files, by setting. A share of the training rows is not a separate source."""
     sources = {"train": data.train, **{f"mix[{i}]": source for i, source in enumerate(data.mix)}}
     sources |= {"eval": data.eval, "test": data.test}
     return {name: source for name, source in sources.items() if source is not None and source.ratio is None}
 
 
-def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[SourceCheck]:
+def check_sources(data: Data, spec: SampleSpec, decode_images: bool = False) -> Iterator[SourceCheck]:
     """Check every source in turn, unusable ones first, and yield each result as soon as it is done.
 
-    `decode_images`: also decode every image completely, as training will. Raises only if the job itself cannot work
-    (its model, its prompt); faults of the data are in the results.
+    `spec`: the job's, to which the class names of the data are added here. `decode_images`: also decode every image
+    completely, as training will. Raise only if the job itself cannot work (its model, its prompt); faults of the data
+    are in the results.
     """
-    sources = named_sources(job)
-    read = {name: _read(source, job) for name, source in sources.items()}
+    sources = _named_sources(data)
+    read = {name: _read(source) for name, source in sources.items()}
     for name, source in list(sources.items()):
         if not read[name].rows:  # before anything slow is loaded
             problems = read[name].problems or (f"{source.path}: it has no rows.",)
@@ -97,34 +95,34 @@ def check_sources(job: JobConfig, decode_images: bool = False) -> Iterator[Sourc
         return
     training = [r for name, r in read.items() if name == "train" or name.startswith("mix")]
     labels = [label for r in training for label in r.labels] or [label for r in read.values() for label in r.labels]
-    data = job.data.model_copy(update={"on_bad_row": "quarantine"})
-    builder = load_sample_builder(sample_spec(job, list(dict.fromkeys(labels))))
+    builder = load_sample_builder(spec.with_labels(labels))
     unused = (
-        [] if job.task.labels or not training else tell_unused(labels, (row for r in read.values() for row in r.rows))
+        [] if spec.task.labels or not training else tell_unused(labels, (row for r in read.values() for row in r.rows))
     )
 
-    def one(row: Any) -> BadRow | SftRecord:
+    def measure(row: Record | BadRow) -> Record | BadRow:
         measured = measure_row(row, data)
         return _undecodable(measured) or measured if decode_images else measured
 
     for name, source in sources.items():
         started, rows = time.monotonic(), read[name].rows
         with ThreadPoolExecutor(_THREADS) as pool:
-            measured = track(pool.map(one, rows), f"checking the rows of {source.path}", len(rows))
+            measured = track(pool.map(measure, rows), f"checking the rows of {source.path}", len(rows))
             usable: list[Record] = []
-            counted: list[Any] = []
+            bad: list[BadRow] = []
             for row in measured:
-                counted.append(row if isinstance(row, BadRow) else count_row(row, builder, data.max_tokens))
-                if not isinstance(row, BadRow) and not isinstance(counted[-1], BadRow):
+                counted = row if isinstance(row, BadRow) else count_row(row, builder, data.max_tokens)
+                if isinstance(counted, BadRow):
+                    bad.append(counted)
+                elif not isinstance(row, BadRow):
                     usable.append(row)
-        bad = tuple(row for row in counted if isinstance(row, BadRow))
         notes = find_suspicions(source, rows, usable, read[name].labels, data.on_bad_box)
         notes += unused if name == "train" else []
         seconds = read[name].seconds + time.monotonic() - started
-        yield SourceCheck(name, source.path, len(rows), len(rows) - len(bad), bad, seconds, notes=tuple(notes))
+        yield SourceCheck(name, source.path, len(rows), len(usable), tuple(bad), seconds, notes=tuple(notes))
 
 
-def _read(source: Source, job: JobConfig) -> _Read:
+def _read(source: Source) -> _Read:
     started = time.monotonic()
     try:
         rows, labels = read_source(source)
@@ -133,7 +131,7 @@ def _read(source: Source, job: JobConfig) -> _Read:
     return _Read(rows, labels, (), time.monotonic() - started)
 
 
-def _undecodable(row: BadRow | SftRecord) -> BadRow | None:
+def _undecodable(row: Record | BadRow) -> BadRow | None:
     """Return a `BadRow` if one of a row's images cannot be decoded, else None."""
     if isinstance(row, BadRow):
         return None
@@ -178,7 +176,7 @@ def describe_check(check: SourceCheck) -> str:
     lines += [f"  note: {plain(note.removeprefix(check.path + ': '))}" for note in check.notes]
     groups = group_bad(check.bad)
     if groups:
-        examples = [f"row {rows[0].row} (id {_short(rows[0].id) or '?'})" for _, rows in groups[:_SHOWN_REASONS]]
+        examples = [f"row {rows[0].row} (id {shorten(rows[0].id) or '?'})" for _, rows in groups[:_SHOWN_REASONS]]
         width = max(len("for example"), *map(len, examples))
         lines.append(f"  {'count':>7}  {'for example':<{width}}  reason")
         for (_, rows), example in zip(groups[:_SHOWN_REASONS], examples, strict=True):
@@ -196,9 +194,9 @@ def _describe_group(rows: Sequence[BadRow]) -> str:
     return f"{plain(rows[0].reason)}{more}"
 
 
-def describe_shares(job: JobConfig) -> list[str]:
+def describe_shares(data: Data) -> list[str]:
     """Return one line for each part that is a share of the training rows, and so is checked with them."""
-    parts: Mapping[str, Source | None] = {"eval": job.data.eval, "test": job.data.test}
+    parts = {"eval": data.eval, "test": data.test}
     return [
         f"data.{name}  {part.ratio:.0%} of the training rows, checked with them"
         for name, part in parts.items()
@@ -228,6 +226,7 @@ def plain(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
-def _short(text: str) -> str:
+def shorten(text: str, longest: int = 32) -> str:
+    """Return a name that is printable and at most `longest` characters."""
     text = plain(text)
-    return text if len(text) <= 32 else f"{text[:31]}…"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -1,22 +1,52 @@
-"""Turn source rows into records, one function for each format. A row that cannot be read becomes a `BadRow`."""
+"""Read a source: create its file on first use, and turn its rows into records, by one function for each format.
+
+A row that cannot be read becomes a `BadRow`.
+"""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.coco import image_root, read_coco
-from ray_vlm.data.conversations import llava_record, messages_record, preference_record, prompt_record, read_objects
-from ray_vlm.data.fields import Row, box, box_units, column_setting, images, is_empty, nested, shown, word
-from ray_vlm.data.gui import gui_records
+from ray_vlm.config.paths import import_function
 from ray_vlm.data.records import BadRow, Record, SftRecord
-from ray_vlm.data.tables import Table, read_table
-from ray_vlm.errors import DataError
+from ray_vlm.data.sources import fields
+from ray_vlm.data.sources.coco import image_root, read_coco
+from ray_vlm.data.sources.conversations import chat_record, preference_record, prompt_record, read_objects
+from ray_vlm.data.sources.fields import Row, shown
+from ray_vlm.data.sources.gui import gui_records
+from ray_vlm.data.sources.tables import Table, read_table
+from ray_vlm.errors import ConfigError, DataError, RayVlmError
+from ray_vlm.runs.console import lasting
 
 _CORNERS = ("x1", "y1", "x2", "y2")
 _NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
+
+
+def read_source(source: Source) -> tuple[list[Record | BadRow], list[str]]:
+    """Return `read_rows` of the source, after creating its file if needed. Raise as `read_rows` does, and
+    `ConfigError` if the file cannot be created."""
+    with lasting(f"reading {source.path}"):
+        prepare_source(source)
+        return read_rows(source)
+
+
+def prepare_source(source: Source) -> None:
+    """Call `source.create` with the path if the file is not there yet. Raise `ConfigError` if it cannot be called."""
+    if source.create is None or Path(source.path).exists():
+        return
+    try:
+        import_function(source.create)(source.path)
+    except RayVlmError:
+        raise
+    except Exception as error:  # a user's own function
+        raise ConfigError(
+            f"create={source.create!r} failed for {source.path} ({type(error).__name__}: {error}). "
+            "It is module:function, called with the path."
+        ) from error
 
 
 def read_rows(source: Source) -> tuple[list[Record | BadRow], list[str]]:
@@ -31,25 +61,25 @@ def read_rows(source: Source) -> tuple[list[Record | BadRow], list[str]]:
 
 def objects_record(row: Row) -> SftRecord:
     """Read detection from ms-swift's `objects`; `messages` are not read."""
-    pictures = images(row, "images", "image")
+    pictures = fields.images(row, "images", "image")
     if len(pictures) != 1:
         raise ValueError(f"the row has {len(pictures)} images; a detection row has one. Split or mend it")
     labels, boxes, _, units = read_objects(row, 1)
     if len(labels) != len(boxes):
         raise ValueError(f"objects has {len(labels)} ref for {len(boxes)} bbox; give each box its name")
     for corners in boxes:
-        box(corners, "objects.bbox")
+        fields.box(corners, "objects.bbox")
     return SftRecord(row.id, row.number, pictures, (), {"boxes": boxes, "labels": labels}, units, row.group)
 
 
 def classification_record(row: Row) -> SftRecord:
     """Read `image` and attribute columns, and a box in `x1, y1, x2, y2` or `bbox` if there is one."""
-    pictures = images(row, "image")
+    pictures = fields.images(row, "image")
     if len(pictures) != 1:
         raise ValueError(f"the row has {len(pictures)} images; a classification row has one. Split or mend it")
-    attributes = {name: word(row.cells.get(name), f"attribute {name}") for name in _attributes(row)}
+    attributes = {name: fields.word(row.cells.get(name), f"attribute {name}") for name in _attributes(row)}
     corners = _box_of(row)
-    context = {} if corners is None else {"box": corners, **box_units(row)}
+    context = {} if corners is None else {"box": corners, **fields.box_units(row)}
     return SftRecord(row.id, row.number, pictures, (), {"attributes": attributes}, context, row.group)
 
 
@@ -61,21 +91,21 @@ def _attributes(row: Row) -> list[str]:
     if not attributes:
         raise DataError(
             f"{row.source.path}: no column with an attribute. It has {', '.join(row.columns)}; add one, such as "
-            f"`label`, or name one, as in {column_setting('label')}."
+            f"`label`, or name one, as in {fields.column_setting('label')}."
         )
     return attributes
 
 
 def _box_of(row: Row) -> tuple[float, float, float, float] | None:
     if (value := row.first("bbox")) is not None:
-        return box(nested(value, "bbox"), "bbox")
+        return fields.box(fields.nested(value, "bbox"), "bbox")
     corners = [row.cells.get(name) for name in _CORNERS]
-    if all(is_empty(v) for v in corners):
+    if all(fields.is_empty(v) for v in corners):
         return None
-    return box([_number(v) for v in corners], ", ".join(_CORNERS))
+    return fields.box([_number(v) for v in corners], ", ".join(_CORNERS))
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     """Return the number in a CSV cell; return other values unchanged, for the check of the box to report."""
     try:
         return float(value) if isinstance(value, str) and "_" not in value else value
@@ -120,7 +150,7 @@ def _made(row: Row | BadRow, make: Callable[[Row], Record], needs: tuple[tuple[s
                 existing = ", ".join(row.cells)[:200]
                 raise ValueError(
                     f"no {' or '.join(names)}; the row has {existing}. Fill it, or name its column, as in "
-                    f"{column_setting(names[0], _guess_column(row, needs))}"
+                    f"{fields.column_setting(names[0], _guess_column(row, needs))}"
                 )
         return make(row)
     except ValueError as error:
@@ -130,7 +160,7 @@ def _made(row: Row | BadRow, make: Callable[[Row], Record], needs: tuple[tuple[s
 def _guess_column(row: Row, needs: tuple[tuple[str, ...], ...]) -> str:
     """Return the only filled column whose name the format does not know, or the placeholder NAME."""
     known = {*_NOT_ATTRIBUTES, "images", *row.source.columns, *(name for names in needs for name in names)}
-    unknown = [name for name, value in row.cells.items() if name not in known and not is_empty(value)]
+    unknown = [name for name, value in row.cells.items() if name not in known and not fields.is_empty(value)]
     return unknown[0] if len(unknown) == 1 else "NAME"
 
 
@@ -181,7 +211,7 @@ def _check_columns(table: Table, source: Source, needs: tuple[tuple[str, ...], .
         available = {*table.columns, *source.columns}
         problems += [
             f"{source.path}: no column {' or '.join(names)}; it has {existing}. Add it, or name its column, as in "
-            f"{column_setting(names[0])}."
+            f"{fields.column_setting(names[0])}."
             for names in needs
             if not available & set(names)
         ]
@@ -194,10 +224,10 @@ def _row(number: int, cells: dict[str, Any], source: Source, root: str, columns:
     cells = cells | {field: cells.get(column) for field, column in source.columns.items()}
     name, group = cells.get("id"), cells.get("group")
     try:
-        if isinstance(name, bool) or not (is_empty(name) or isinstance(name, str | int)):
+        if isinstance(name, bool) or not (fields.is_empty(name) or isinstance(name, str | int)):
             raise ValueError(f"id {shown(name)} is neither a text nor a whole number; mend it")
-        name = str(number) if is_empty(name) else word(name, "id")
-        group = "" if is_empty(group) and "group" not in source.columns else word(group, "group")
+        name = str(number) if fields.is_empty(name) else fields.word(name, "id")
+        group = "" if fields.is_empty(group) and "group" not in source.columns else fields.word(group, "group")
     except ValueError as error:
         return BadRow(number, "", str(error))
     return Row(number, name, group, cells, source, root, columns)
@@ -205,8 +235,8 @@ def _row(number: int, cells: dict[str, Any], source: Source, root: str, columns:
 
 FORMATS: dict[str, Callable[[Source], tuple[list[Any], list[str]]]] = {
     "coco": read_coco,
-    "llava": partial(_read, make=llava_record, needs=(("conversations",),)),
-    "messages": partial(_read, make=messages_record, needs=(("messages",),)),
+    "llava": partial(_read, make=partial(chat_record, column="conversations"), needs=(("conversations",),)),
+    "messages": partial(_read, make=partial(chat_record, column="messages"), needs=(("messages",),)),
     "objects": partial(_read, make=objects_record, needs=(("images", "image"), ("objects",))),
     "image_csv": partial(_read, make=classification_record, needs=(("image",),)),
     "gui_csv": _read_gui,

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.paths import describe_search
 from ray_vlm.data.files import open_file, read_bytes
@@ -13,21 +13,25 @@ from ray_vlm.data.records import BadRow
 from ray_vlm.errors import DataError
 from ray_vlm.runs.store import is_remote
 
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
 MAX_LINE_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"
 _BATCH_ROWS = 256  # Parquet rows converted to Python values at a time; rows may hold images
+NumberedRow = tuple[int, dict[str, Any]]  # counted from 0 in the file, with cells by column
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a file in order: `(row, cells)` with rows counted from 0, or a `BadRow`.
+    """The rows of a file in order.
 
     `columns` are all names in order of appearance. `has_schema`: the columns belong to the file (CSV, Parquet), so a
     missing one is a fault of the file and not of its rows.
     """
 
-    rows: list[tuple[int, dict[str, Any]] | BadRow]
+    rows: list[NumberedRow | BadRow]
     columns: tuple[str, ...]
     has_schema: bool
 
@@ -88,7 +92,7 @@ def _unreadable(address: str, error: Exception) -> DataError:
     return DataError(f"{address}: not readable ({error}). Give `path` a file that this machine can read.")
 
 
-def _table(rows: Iterator[tuple[int, dict[str, Any]] | BadRow]) -> Table:
+def _table(rows: Iterator[NumberedRow | BadRow]) -> Table:
     listed = list(rows)
     names = {name: None for row in listed if not isinstance(row, BadRow) for name in row[1]}
     return Table(listed, tuple(names), False)
@@ -102,7 +106,7 @@ def _read_lines(address: str) -> list[bytes]:
     return [line + b"\n" for line in data.removeprefix(_BOM).split(end)]
 
 
-def _json_entries(value: Any, address: str) -> Iterator[tuple[int, dict[str, Any]] | BadRow]:
+def _json_entries(value: object, address: str) -> Iterator[NumberedRow | BadRow]:
     entries = value.get("data") if isinstance(value, dict) else value
     if not isinstance(entries, list):
         raise DataError(f"{address}: expected a JSON list of objects, or an object with that list under `data`.")
@@ -115,7 +119,7 @@ def _json_entries(value: Any, address: str) -> Iterator[tuple[int, dict[str, Any
             yield row, entry
 
 
-def _json_lines(lines: list[bytes]) -> Iterator[tuple[int, dict[str, Any]] | BadRow]:
+def _json_lines(lines: list[bytes]) -> Iterator[NumberedRow | BadRow]:
     row = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -142,12 +146,12 @@ def _json_line(line: bytes) -> tuple[Any, str | None]:
     return value, text_fault(value) if b"\\u" in line else None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     kinds = {list: "a list", dict: "an object", str: "a text", type(None): "null", bool: "true or false"}
     return kinds.get(type(value), "a number")
 
 
-def text_fault(value: Any) -> str | None:
+def text_fault(value: object) -> str | None:
     """Return why a text somewhere in a value cannot be used (NUL characters, half a surrogate pair), or None."""
     waiting = [value]
     while waiting:
@@ -176,7 +180,7 @@ def _read_csv(lines: list[bytes], separator: str, address: str) -> Table:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not all(names):
         raise DataError(f"{address}: the header has {twice or 'a column'} twice or empty. Give each column one name.")
-    rows: list[tuple[int, dict[str, Any]] | BadRow] = []
+    rows: list[NumberedRow | BadRow] = []
     for start, end, cells in records:
         if cells:
             size = max(map(len, lines[start:end]))
@@ -224,7 +228,7 @@ def _csv_row(cells: list[str] | str, names: list[str], size: int) -> tuple[dict[
 def _read_parquet(address: str) -> Table:
     from pyarrow import ArrowException, parquet
 
-    rows: list[tuple[int, dict[str, Any]] | BadRow] = []
+    rows: list[NumberedRow | BadRow] = []
     try:
         with open_file(address) as opened, parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
@@ -232,11 +236,7 @@ def _read_parquet(address: str) -> Table:
                 raise DataError(f"{address}: a column name is there twice ({', '.join(names)}). Give each one name.")
             features = _class_features(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(_BATCH_ROWS):
-                for i in range(batch.num_rows):
-                    row = _parquet_row(batch, i, len(rows))
-                    rows.append(
-                        (row[0], apply_class_names(row[1], features)) if features and isinstance(row, tuple) else row
-                    )
+                rows += [_parquet_row(batch, i, len(rows) + i, features) for i in range(batch.num_rows)]
     except (OSError, ValueError, ImportError, ArrowException) as error:
         raise _unreadable(address, error) from None
     return Table(rows, tuple(names), True)
@@ -254,7 +254,7 @@ def _class_features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-def apply_class_names(value: Any, feature: Any) -> Any:
+def apply_class_names(value: object, feature: object) -> Any:
     """Replace class numbers by names in a cell whose feature is a `ClassLabel` of `datasets`. A number without a name
     becomes None: -1 stands for a missing class."""
     if isinstance(feature, list) and len(feature) == 1:
@@ -276,10 +276,11 @@ def apply_class_names(value: Any, feature: Any) -> Any:
     return value
 
 
-def _parquet_row(batch: Any, position: int, row: int) -> tuple[int, dict[str, Any]] | BadRow:
+def _parquet_row(batch: "RecordBatch", position: int, row: int, features: Mapping[str, Any]) -> NumberedRow | BadRow:
     try:
         cells = batch.slice(position, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
         return BadRow(row, "", f"row {row} holds a text that is not UTF-8 ({error.reason}); write the file again")
-    reason = text_fault(cells)
-    return BadRow(row, "", f"row {row} {reason}") if reason else (row, cells)
+    if reason := text_fault(cells):
+        return BadRow(row, "", f"row {row} {reason}")
+    return row, apply_class_names(cells, features) if features else cells

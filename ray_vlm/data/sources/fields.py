@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from ray_vlm.config.data import Source
 from ray_vlm.data.files import resolve_image
 from ray_vlm.data.records import Box, Image, Point
-from ray_vlm.data.tables import text_fault
+from ray_vlm.data.sources.tables import text_fault
 
 _FARTHEST = 1e9  # no image is this large; NaN and infinity fail the comparison too
 _LAYOUT = {4: ("four", "[x1, y1, x2, y2]"), 2: ("two", "[x, y]")}
@@ -36,7 +36,7 @@ class Row:
         return next((self.cells[name] for name in ordered if not is_empty(self.cells.get(name))), None)
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: object) -> bool:
     """Return whether a cell is empty: null, blank text, NaN (as pandas writes it), an empty list or object."""
     return (
         value is None
@@ -46,7 +46,7 @@ def is_empty(value: Any) -> bool:
     )
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return the start of a value for messages, with control characters escaped."""
     try:
         return repr(value[:80]) if isinstance(value, str | bytes) else str(value)[:80]
@@ -63,7 +63,7 @@ def control_character(text: str) -> str | None:
     return next((repr(c)[1:-1] for c in odd), None)
 
 
-def word(value: Any, what: str) -> str:
+def word(value: object, what: str) -> str:
     """Return a name, an id or an attribute's value as stripped text; `what` names it in the message."""
     if not isinstance(value, str | int | float) or is_empty(value):
         raise ValueError(f"{what} is {'empty' if is_empty(value) else shown(value)}; fill it with text or a number")
@@ -73,12 +73,12 @@ def word(value: Any, what: str) -> str:
     return text
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Return whether a value is a finite number that can be a coordinate."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FARTHEST
 
 
-def numbers(value: Any, count: int, what: str) -> tuple[float, ...]:
+def numbers(value: object, count: int, what: str) -> tuple[float, ...]:
     """Return `count` (4 or 2) coordinates from a list."""
     if not isinstance(value, list | tuple) or len(value) != count or not all(is_number(v) for v in value):
         words, layout = _LAYOUT[count]
@@ -86,24 +86,24 @@ def numbers(value: Any, count: int, what: str) -> tuple[float, ...]:
     return tuple(float(v) for v in value)
 
 
-def box(value: Any, what: str) -> Box:
+def box(value: object, what: str) -> Box:
     """Return (x1, y1, x2, y2) from a list of four. Whether it lies in the image is checked once sizes are known."""
     x1, y1, x2, y2 = numbers(value, 4, what)
     return (x1, y1, x2, y2)
 
 
-def point(value: Any, what: str) -> Point:
+def point(value: object, what: str) -> Point:
     """Return (x, y) from a list of two."""
     x, y = numbers(value, 2, what)
     return (x, y)
 
 
-def region(value: Any, what: str) -> Box | Point:
+def region(value: object, what: str) -> Box | Point:
     """Return a box from a list of four, a point from a list of two."""
     return point(value, what) if isinstance(value, list | tuple) and len(value) == 2 else box(value, what)
 
 
-def from_json(value: Any, what: str) -> Any:
+def from_json(value: object, what: str) -> Any:
     """Parse a cell that holds JSON as text; return other values unchanged."""
     if not isinstance(value, str):
         return value
@@ -120,7 +120,7 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number")
 
 
-def nested(value: Any, what: str) -> Any:
+def nested(value: object, what: str) -> Any:
     """Parse a list or an object that a CSV cell holds as JSON text; return other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         return from_json(value, what)
@@ -138,7 +138,7 @@ def images(row: Row, *names: str) -> tuple[Image, ...]:
     return tuple(image(v, row) for v in (value if isinstance(value, list | tuple) else [value]))
 
 
-def image(value: Any, row: Row) -> Image:
+def image(value: object, row: Row) -> Image:
     """Return one image: bytes unchanged, a path resolved inside the row's folder of images."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")

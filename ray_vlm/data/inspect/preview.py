@@ -7,25 +7,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
 from ray_vlm.data.balance import Balance, describe_balance
 from ray_vlm.data.collate import answered
 from ray_vlm.data.index import Index
+from ray_vlm.data.inspect.check import plain
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.samples import SampleBuilder, load_sample_builder
-from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
-from ray_vlm.data.survey import plain
+from ray_vlm.data.records import Record
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import IGNORED, Sample
 
 _SHOWN_RECORDS = 2
 _TOKEN_NOTE = "trained tokens between [[ and ]], [[x2.50: where they weigh 2.50; the rest is only read"
 
 
-def describe_prepared(index: Index, plan: Plan, spec: SampleSpec, balance: Balance) -> str:
+def describe_prepared(index: Index, plan: Plan, builder: SampleBuilder, balance: Balance) -> str:
     """Describe rows, steps, tokens and the mix of classes, then the tokens of the first records."""
-    builder = load_sample_builder(spec)
     tokens = index.tokens
     step = plan.step_rows(0)
     limit = f"{plan.budget} tokens" if plan.budget else str(plan.micro_batch_size)
@@ -81,10 +80,9 @@ def _spaced(positions: np.ndarray, count: int) -> list[int]:
     return [int(positions[int(i * stretch + (0.5 + i * 0.618) % 1.0 * max(stretch - 1, 0))]) for i in range(count)]
 
 
-def describe_choice(chosen: Chosen, spec: SampleSpec) -> list[str]:
+def describe_choice(chosen: Chosen, codec_name: str) -> list[str]:
     """Describe the rows of a picture, and how to read it."""
-    codec = load_sample_builder(spec).codec_name
-    lines = [f"Drawn from the text that is trained, read back as predictions are (boxes in the form of {codec})."]
+    lines = [f"Drawn from the text that is trained, read back as predictions are (boxes in the form of {codec_name})."]
     if chosen.rarest is not None:
         lines.append(
             f"{chosen.having} of these {len(chosen.positions)} rows show {plain(chosen.rarest)}, the rarest "
@@ -93,9 +91,8 @@ def describe_choice(chosen: Chosen, spec: SampleSpec) -> list[str]:
     return lines
 
 
-def describe_rows(index: Index, spec: SampleSpec, chosen: Chosen, num_views: int = 3) -> str:
+def describe_rows(index: Index, builder: SampleBuilder, chosen: Chosen, num_views: int = 3) -> str:
     """Show the tokens of the first chosen rows, then a table of how the tokens of all chosen rows are trained."""
-    builder = load_sample_builder(spec)
     lines = [f"{_TOKEN_NOTE}:"]
     lines += [_token_view(index, i, builder) for i in chosen.positions[:num_views]]
     rows = [row for i in chosen.positions for row in trained_rows(index.records[i], builder)]
@@ -145,7 +142,7 @@ def _token_view(index: Index, position: int, builder: SampleBuilder) -> str:
     return f"--- row {record.row} (id {plain(record.id)})\n" + "\n--- against\n".join(views)
 
 
-def trained_rows(record: Any, builder: SampleBuilder) -> list[Sample]:
+def trained_rows(record: Record, builder: SampleBuilder) -> list[Sample]:
     """Return what a model sees of a record in training: one row, or one for each answer of a pair. Of a prompt, no
     token is trained."""
     row = builder.row(record)

@@ -12,21 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.fields import (
-    Row,
-    box,
-    box_units,
-    column_setting,
-    from_json,
-    images,
-    is_empty,
-    is_number,
-    point,
-    region,
-    shown,
-    word,
-)
 from ray_vlm.data.records import BadRow, Box, Point, SftRecord
+from ray_vlm.data.sources import fields
+from ray_vlm.data.sources.fields import Row, shown
 from ray_vlm.errors import DataError
 
 _ACTIONS = ("action", "action_type", "type")
@@ -57,7 +45,7 @@ def gui_records(rows: list[Row | BadRow], source: Source) -> list[SftRecord | Ba
 
 def _task_of(row: Row | BadRow) -> str | None:
     try:
-        return None if isinstance(row, BadRow) else word(row.cells.get("Task_id"), "Task_id")
+        return None if isinstance(row, BadRow) else fields.word(row.cells.get("Task_id"), "Task_id")
     except ValueError:
         return None
 
@@ -98,19 +86,19 @@ def _distance(task: str, limit: str, order: dict[str, int]) -> float:
 def _record(row: Row, task: str | None, steps: Counter, history: dict[str, list[str]]) -> SftRecord | BadRow:
     if task is None:
         value = row.cells.get("Task_id")
-        reason = "is empty" if is_empty(value) else f"{shown(value)} is not a plain text or number"
+        reason = "is empty" if fields.is_empty(value) else f"{shown(value)} is not a plain text or number"
         return BadRow(row.number, row.id, f"Task_id {reason}; {_fix('Task_id')}")
     step = steps[task]
     steps[task] += 1
-    name = f"{task}/{step}" if is_empty(row.cells.get("id")) else row.id
+    name = f"{task}/{step}" if fields.is_empty(row.cells.get("id")) else row.id
     try:
-        if empty := [key for key in ("Output", "Image_id", "Instruction") if is_empty(row.cells.get(key))]:
+        if empty := [key for key in ("Output", "Image_id", "Instruction") if fields.is_empty(row.cells.get(key))]:
             raise ValueError(f"{' and '.join(empty)} is empty; {_fix(empty[0])}")
         output, written = _output(row)
         earlier = tuple(history[task])
         history[task].append(written)
         pointed_box, pointed_point = _grounding(row)
-        screens = images(row, "Image_id")
+        screens = fields.images(row, "Image_id")
         if len(screens) != 1:
             raise ValueError(f"Image_id names {len(screens)} images; a step has one screen; name it alone")
         instruction = row.first("Instruction")
@@ -121,17 +109,17 @@ def _record(row: Row, task: str | None, steps: Counter, history: dict[str, list[
     truth = {"output": output, "box": pointed_box, "point": pointed_point}
     context: dict[str, Any] = {"instruction": instruction, "task": task, "step": step, "history": earlier}
     if pointed_box is not None or pointed_point is not None:
-        context |= box_units(row)
+        context |= fields.box_units(row)
     return SftRecord(name, row.number, screens, (), truth, context, task)
 
 
 def _fix(name: str) -> str:
-    return f"fill it, or name its column, as in {column_setting(name)}"
+    return f"fill it, or name its column, as in {fields.column_setting(name)}"
 
 
 def _output(row: Row) -> tuple[dict[str, Any], str]:
     """Return the step with its `action` first, and the same as compact JSON. Raise `ValueError`."""
-    value = from_json(row.first("Output"), "Output")
+    value = fields.from_json(row.first("Output"), "Output")
     if not isinstance(value, dict):
         raise ValueError(f'Output holds {shown(value)}, which is not a JSON object; write {{"action": ...}}')
     action, arguments = _action(value)
@@ -154,18 +142,18 @@ def _action(value: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         action, arguments = action.get(inner), {**nested, **arguments}
     if not isinstance(action, str) or not action.strip():
         raise ValueError(f"Output {shown(value)} has no text under `action`; name what is done")
-    return word(action, "action"), arguments
+    return fields.word(action, "action"), arguments
 
 
 def _grounding(row: Row) -> tuple[Box | None, Point | None]:
     """Return the box and the point that a step points at, if any. Raise `ValueError`."""
-    value = from_json(row.first("Grounding"), "Grounding")
-    if is_empty(value):
+    value = fields.from_json(row.first("Grounding"), "Grounding")
+    if fields.is_empty(value):
         return None, None
     known = [key for key in (*_BOXES, *_POINTS) if isinstance(value, dict) and key in value]
-    held = {key: coordinates for key in known if not is_empty(coordinates := _coordinates(value[key]))}
-    boxes = [box(held[key], f"Grounding {key}") for key in _BOXES if key in held]
-    points = [point(held[key], f"Grounding {key}") for key in _POINTS if key in held]
+    held = {key: coordinates for key in known if not fields.is_empty(coordinates := _coordinates(value[key]))}
+    boxes = [fields.box(held[key], f"Grounding {key}") for key in _BOXES if key in held]
+    points = [fields.point(held[key], f"Grounding {key}") for key in _POINTS if key in held]
     if held:
         return boxes[0] if boxes else None, points[0] if points else None
     by_name = _coordinates(value)
@@ -176,11 +164,11 @@ def _grounding(row: Row) -> tuple[Box | None, Point | None]:
         )
     if by_name is None or isinstance(by_name, dict):
         return None, None
-    target = region(by_name, "Grounding")
+    target = fields.region(by_name, "Grounding")
     return (target, None) if len(target) == 4 else (None, target)
 
 
-def _coordinates(value: Any) -> Any:
+def _coordinates(value: object) -> Any:
     """Return named coordinates as a list, or None if all are empty; return any other value unchanged."""
     if not isinstance(value, dict):
         return value
@@ -189,11 +177,11 @@ def _coordinates(value: Any) -> Any:
         coordinates = [value.get(name) for name in _CORNERS]
     elif all(name in value for name in _RECTANGLE):
         coordinates = [value[name] for name in _RECTANGLE]
-        if all(is_number(v) for v in coordinates):
+        if all(fields.is_number(v) for v in coordinates):
             x, y, width, height = coordinates
             coordinates = [x, y, x + width, y + height]
     elif "x" in value or "y" in value:
         coordinates = [value.get("x"), value.get("y")]
     else:
         return value
-    return None if all(is_empty(v) for v in coordinates) else coordinates
+    return None if all(fields.is_empty(v) for v in coordinates) else coordinates

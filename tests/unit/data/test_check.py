@@ -14,13 +14,12 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.load import load_job
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import build_index
+from ray_vlm.data.inspect.check import SourceCheck, check_sources, describe_check, group_bad, group_reason, plain
+from ray_vlm.data.inspect.stats import box_classes, describe_stats, measure_rows, size_changes
 from ray_vlm.data.records import BadRow
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.data.splits import load_parts
-from ray_vlm.data.stats import box_classes, measure_rows, size_changes
-from ray_vlm.data.stats_text import describe_stats
-from ray_vlm.data.survey import SourceCheck, check_sources, describe_check, group_bad, group_reason, plain
 
 
 def _image(path: Path, size: tuple[int, int] = (100, 80)) -> bytes:
@@ -54,7 +53,7 @@ def broken(tmp_path: Path) -> Path:
 
 def test_check_counts_every_row_and_groups_reasons(job_file: Any, broken: Path) -> None:
     job = load_job(job_file(data={"train": {"path": str(broken)}}))
-    (check,) = check_sources(job)
+    (check,) = check_sources(job.data, sample_spec(job))
     assert (check.name, check.rows, check.usable, len(check.bad)) == ("train", 7, 3, 4)
     groups = group_bad(check.bad)
     assert [len(rows) for _, rows in groups] == [2, 1, 1]
@@ -65,7 +64,7 @@ def test_check_counts_every_row_and_groups_reasons(job_file: Any, broken: Path) 
         f"image file is missing; mend the path or image_root ({broken.parent}/none (1).jpg) (1 more of this kind; "
     )
     assert re.search(rf"2  row 2 \(id c\) +{re.escape(missing)}--bad-rows PATH writes them all\)$", text, re.MULTILINE)
-    (decoded,) = check_sources(job, decode_images=True)
+    (decoded,) = check_sources(job.data, sample_spec(job), decode_images=True)
     assert (decoded.usable, decoded.bad[-1].id) == (2, "g")
     assert "cannot be decoded" in decoded.bad[-1].reason
     assert f"; fetch the file again, or remove the row ({broken.parent}/rotten.png)" in decoded.bad[-1].reason
@@ -88,8 +87,8 @@ def test_a_value_that_all_rows_of_a_group_share_is_shown() -> None:
 def test_check_finds_what_the_index_finds(job_file: Any, broken: Path) -> None:
     job = load_job(job_file(data={"train": {"path": str(broken)}}))
     data = Data(on_bad_row="quarantine")
-    index = build_index(Source(path=str(broken)), data, sample_spec(job, ["dog", "cat"]))
-    (check,) = check_sources(job)
+    index = build_index(Source(path=str(broken)), data, load_sample_builder(sample_spec(job, ["dog", "cat"])))
+    (check,) = check_sources(job.data, sample_spec(job))
     assert check.bad == index.bad
 
 
@@ -104,7 +103,7 @@ def test_a_source_that_is_all_bad_or_no_file_at_all_stops_nothing(
         "eval": {"path": str(tmp_path / "torn.json")},
     }
     job_path = job_file(data=data | {"test": 0.2})
-    checks = list(check_sources(load_job(job_path)))
+    checks = list(check_sources((job := load_job(job_path)).data, sample_spec(job)))
     assert [(c.name, c.rows, c.usable) for c in checks] == [("eval", 0, 0), ("train", 7, 3), ("mix[0]", 1, 0)]
     assert "not readable" in checks[0].problems[0]
     lines = tmp_path / "bad.jsonl"
@@ -207,8 +206,19 @@ def test_images_without_an_object_are_counted(job_file: Any, tmp_path: Path) -> 
     assert "\n\n0 boxes\n  1 images (100.0%) have no object\n" in describe_stats(measure_rows(load_job(path)))
 
 
+def test_pairs_are_measured_by_their_texts(job_file: Any, tmp_path: Path) -> None:
+    _image(tmp_path / "a.jpg")
+    pair = {"prompt": "<image>Where is it?", "chosen": "Here.", "rejected": "Nowhere at all.", "images": ["a.jpg"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    source = {"path": str(tmp_path / "pairs.jsonl"), "format": "preference"}
+    stats = measure_rows(load_job(job_file(method="dpo", data={"train": source})))
+    assert stats.without_object is None
+    assert (len(stats.images), len(stats.boxes), stats.classes) == (1, 0, ())
+    assert describe_stats(stats).startswith("rows: train 1\n")
+
+
 def test_odd_class_names_can_be_drawn_and_do_not_reach_the_terminal_raw(job_file: Any, tmp_path: Path) -> None:
-    from ray_vlm.data.stats_plot import draw_stats
+    from ray_vlm.data.inspect.stats import draw_stats
 
     _image(tmp_path / "a.jpg")
     path = _coco(tmp_path, {"a": "a.jpg"}, (("a", (1, 2, 30, 20)),))

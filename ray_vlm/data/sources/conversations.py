@@ -7,8 +7,9 @@ function raises `ValueError` with the problem and its fix.
 import re
 from typing import Any
 
-from ray_vlm.data.fields import Row, box_units, column_setting, image, images, is_empty, nested, region, shown, word
 from ray_vlm.data.records import Box, Image, Point, PreferenceRecord, PromptRecord, SftRecord
+from ray_vlm.data.sources import fields
+from ray_vlm.data.sources.fields import Row, shown
 from ray_vlm.tasks.answers import IMAGE, Turns
 
 _BOX, _NAME = "<bbox>", "<ref-object>"
@@ -21,19 +22,14 @@ _PICTURE = re.compile(r"\S+\.(jpe?g|png|webp|avif|gif|bmp|tiff?|ppm)", re.IGNORE
 _NOT_COLUMNS = ("id", "image", "images", "group")
 
 
-def llava_record(row: Row) -> SftRecord:
-    """Read LLaVA: `conversations` of `{"from", "value"}` and `image` or `images`. The last answer is the truth."""
-    return _chat_record(row, "conversations")
+def chat_record(row: Row, column: str) -> SftRecord:
+    """Read the turns in `column`, and `image` or `images`. The last answer is the truth.
 
-
-def messages_record(row: Row) -> SftRecord:
-    """Read `messages` of `{"role", "content"}` and `images`; `objects` fill `<ref-object>` and `<bbox>` in texts."""
-    return _chat_record(row, "messages")
-
-
-def _chat_record(row: Row, column: str) -> SftRecord:
+    `conversations` are LLaVA's, of `{"from", "value"}`; `messages` are of `{"role", "content"}`, and `objects` fill
+    `<ref-object>` and `<bbox>` in their texts.
+    """
     turns, inline = _read_turns(row.first(column), column, row)
-    _check_learned(nested(row.first(column), column), column)
+    _check_learned(fields.nested(row.first(column), column), column)
     _check_order(turns, "assistant")
     if not turns[-1][1].strip():
         raise ValueError(f"the last answer in {column} is empty, so there is nothing to learn; fill or remove the row")
@@ -67,15 +63,15 @@ def read_objects(
     row: Row, num_images: int
 ) -> tuple[tuple[str, ...], tuple[Box | Point, ...], tuple[int, ...], dict[str, str]]:
     """Return names, boxes or points, the image (0-based) of each of these, and the units for a record's context."""
-    objects = nested(row.first("objects"), "objects")
+    objects = fields.nested(row.first("objects"), "objects")
     if not isinstance(objects, dict) or not all(isinstance(objects.get(k), list) for k in ("ref", "bbox")):
         other = isinstance(objects, dict) and not {"category", "categories", "label", "labels"}.isdisjoint(objects)
         more = ": names, and corners x1, y1, x2, y2 (where there are categories, bbox is mostly x, y, width, height)"
         raise ValueError(
             f'objects {shown(objects)} is not {{"ref": [...], "bbox": [...]}}; write two lists{more if other else ""}'
         )
-    refs = tuple(word(ref, f"objects.ref[{i}]") for i, ref in enumerate(objects["ref"]))
-    regions = tuple(region(value, f"objects.bbox[{i}]") for i, value in enumerate(objects["bbox"]))
+    refs = tuple(fields.word(ref, f"objects.ref[{i}]") for i, ref in enumerate(objects["ref"]))
+    regions = tuple(fields.region(value, f"objects.bbox[{i}]") for i, value in enumerate(objects["bbox"]))
     image_of = objects.get("image_id")
     image_of = [0] * len(regions) if image_of is None or image_of == [] else image_of
     if not isinstance(image_of, list) or len(image_of) != len(regions):
@@ -88,7 +84,7 @@ def read_objects(
     kind = objects.get("bbox_type")
     if kind not in (None, "real", "norm1"):
         raise ValueError(f"objects.bbox_type {shown(kind)} is neither real (pixels) nor norm1 (0 to 1); mend it")
-    units = {} if kind == "real" else {"box_units": "relative_1"} if kind == "norm1" else box_units(row)
+    units = {} if kind == "real" else {"box_units": "relative_1"} if kind == "norm1" else fields.box_units(row)
     return refs, regions, tuple(image_of), units if regions else {}
 
 
@@ -120,7 +116,7 @@ def prompt_record(row: Row) -> PromptRecord:
     turns, inline = _read_prompt(row, ("prompt", "problem"))
     _check_order(turns, "user")
     pictures = _pictures(row, turns, inline)
-    prompt_columns = ("prompt", "problem") if is_empty(row.cells.get("prompt")) else ("prompt",)
+    prompt_columns = ("prompt", "problem") if fields.is_empty(row.cells.get("prompt")) else ("prompt",)
     used = {*prompt_columns, *_NOT_COLUMNS, *row.source.columns.values()}
     columns = {name: value for name, value in row.cells.items() if name not in used or name in _extra_names(row)}
     return PromptRecord(row.id, row.number, pictures, (), _insert_image_tags(turns, len(pictures)), columns, row.group)
@@ -135,22 +131,22 @@ def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image,
         tag := next((tag for tag in _MEDIA_TAGS for role, text in turns if role == "user" and tag in text), None)
     ) is not None:
         raise ValueError(f"a text holds {tag}, which is not read; leave the row out, or remove the tag")
-    pictures = images(row, "images", "image") or inline
+    pictures = fields.images(row, "images", "image") or inline
     if not pictures and (name := _misnamed(row)) is not None:
         raise ValueError(
             f"the row has no image, and its column {name} names one ({shown(row.cells[name])}); read it by "
-            f"{column_setting('image', name)}"
+            f"{fields.column_setting('image', name)}"
         )
     return pictures
 
 
-def _is_medium(value: Any) -> bool:
+def _is_medium(value: object) -> bool:
     """Return whether a cell names or holds a video or a sound."""
     if isinstance(value, list | tuple):
         return any(map(_is_medium, value))
     if isinstance(value, dict):
         return any(map(_is_medium, value.values()))
-    return isinstance(value, str | bytes) and not is_empty(value) and len(value) > 0
+    return isinstance(value, str | bytes) and not fields.is_empty(value) and len(value) > 0
 
 
 def _misnamed(row: Row) -> str | None:
@@ -180,7 +176,7 @@ def _read_prompt(row: Row, texts: tuple[str, ...], lists: tuple[str, ...] = ()) 
     return _read_turns(value, name, row)
 
 
-def _read_answer(value: Any, name: str, row: Row) -> str:
+def _read_answer(value: object, name: str, row: Row) -> str:
     """Return an answer that is a text, one turn, or a list of one turn."""
     if value is None or isinstance(value, str):
         return value or ""
@@ -190,13 +186,13 @@ def _read_answer(value: Any, name: str, row: Row) -> str:
     return turns[0][1]
 
 
-def _read_turns(value: Any, name: str, row: Row) -> tuple[Turns, tuple[Image, ...]]:
+def _read_turns(value: object, name: str, row: Row) -> tuple[Turns, tuple[Image, ...]]:
     """Return turns in either spelling, and the images inside them (`{"type": "image", "image": path}`)."""
-    listed = nested(value, name)
+    listed = fields.nested(value, name)
     if not isinstance(listed, list) or not listed:
         raise ValueError(
             f"{name} {shown(listed)} is not a list of turns; write one, or name the column that has "
-            f"one, as in {column_setting(name)}"
+            f"one, as in {fields.column_setting(name)}"
         )
     turns: list[tuple[str, str]] = []
     inline: list[Image] = []
@@ -211,7 +207,7 @@ def _read_turns(value: Any, name: str, row: Row) -> tuple[Turns, tuple[Image, ..
     return tuple(turns), tuple(inline)
 
 
-def _text(content: Any, where: str, inline: list[Image], row: Row) -> str:
+def _text(content: object, where: str, inline: list[Image], row: Row) -> str:
     """Return the text of a turn; append the images inside it to `inline`."""
     if isinstance(content, str):
         return content
@@ -223,7 +219,7 @@ def _text(content: Any, where: str, inline: list[Image], row: Row) -> str:
         if kind == "image":
             pieces.append(IMAGE)
             if part.get("image") is not None:
-                inline.append(image(part["image"], row))
+                inline.append(fields.image(part["image"], row))
         elif kind == "text" and isinstance(part.get("text"), str):
             pieces.append(part["text"])
         else:

@@ -1,0 +1,1 @@
+"""`ray-vlm data check | stats | preview`: look at a job's rows before training."""
