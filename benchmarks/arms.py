@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.stock import checkpointed
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.models.live import LiveBytes
+from ray_vlm.models.rehearse import LiveBytes
 
 GROUP = 8  # answers to a prompt
 SIDE = {"qwen3_vl": 256, "qwen2_5_vl": 448}  # of an image of 16 x 16 visual tokens

@@ -18,11 +18,11 @@ from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
-from ray_vlm.models.live import LiveBytes
-from ray_vlm.models.load import family_of, load_config
-from ray_vlm.models.memory import GIB, RowSize, estimate, merge_of, micro_sizes
-from ray_vlm.models.presets import load_preset
-from ray_vlm.models.rehearse import Rehearsal
+from ray_vlm.models.architectures import family_of, load_preset
+from ray_vlm.models.load import load_adapted
+from ray_vlm.models.memory import GIB, RowSize, micro_sizes
+from ray_vlm.models.rehearse import LiveBytes, estimate
+from ray_vlm.train.memory_plan import build_rehearsal
 from ray_vlm.train.worker_spec import WorkerSpec
 
 SMALL, LARGE = {"max_pixels": 8192}, {"min_pixels": 30000, "max_pixels": 40000}
@@ -63,36 +63,35 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
 
 def compare(job: JobConfig) -> tuple[float, float, float]:
     """Return bytes above the loaded model: measured, predicted, and by four times the weights."""
+
     from ray_vlm.data.samples import load_sample_builder
-    from ray_vlm.methods.prefix_sharing import plan_folding
     from ray_vlm.train.attempt import Attempt
     from ray_vlm.train.planned_trainer import open_stream
     from ray_vlm.train.prepare import prepare
-    from ray_vlm.train.trainer import build_args, build_context, build_trainer, load_adapted, prepare_process
+    from ray_vlm.train.trainer import build_args, build_context, build_trainer, prepare_process
 
     prepared = prepare(job)
     prepare_process(job, False)
     builder, context = load_sample_builder(prepared.spec), build_context(job, False)
     task = WorkerSpec(dump_job(job), job.run.output_dir, prepared.spec, prepared.plan, prepared.train.records, None)
-    args, model = build_args(job, task, Attempt(1, "measured")), load_adapted(job, builder.family, context)
+    args = build_args(job, task, Attempt(1, "measured"))
+    model = load_adapted(job.model, job.lora, job.train, builder.family, context.device, job.seed)
     trainer = build_trainer(job, task, args, model, builder, context, 0, open_stream(job, task, context, 0))
     trainer.write_checkpoint = lambda: None
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train()
-    config, index = load_config(job.model), prepared.train
-    rehearsal = Rehearsal(config, job, builder.family)
-    merge, folding = merge_of(config), plan_folding(job, builder.family, config)
+    index, rehearsal = prepared.train, build_rehearsal(job, builder.family)
     weights = rehearsal.weights()
     loaded = weights.quantised + weights.plain
     peaks = []
     for number in range(prepared.plan.num_steps * prepared.plan.accumulation):
         rows = prepared.plan.micro_batch(number, 0).rows
         if job.method.name == "grpo":
-            rows = rows[: len(micro_sizes(job, RowSize(0, 0, 0)))]
+            rows = rows[: len(micro_sizes(job.method, job.train, RowSize(0, 0, 0)))]
         longest = [max(map(len, builder.row(index.records[row]).completions), default=0) for row in rows]
         counts = (index.image_tokens[list(rows)], index.prompt_tokens[list(rows)], index.answer_tokens[list(rows)])
         sizes = [RowSize(int(i), int(p), int(a), most) for i, p, a, most in zip(*counts, longest, strict=True)]
-        peak = estimate(rehearsal, sizes, merge, folding).peak
+        peak = estimate(rehearsal, sizes).peak
         first = number < prepared.plan.accumulation  # Adam has no moments yet
         peaks.append(peak - loaded - (3 if first else 1) * weights.trained)
     return live.peak, max(peaks), 3 * loaded
@@ -124,7 +123,6 @@ def tiny_figures(quick: bool) -> list[dict[str, Any]]:
 
 def real_figures() -> list[dict[str, Any]]:
     """Return the predicted memory of 4-bit jobs of real models, with one row or group at a time."""
-    from ray_vlm.methods.prefix_sharing import plan_folding
 
     figures = []
     for name in REAL:
@@ -141,10 +139,8 @@ def real_figures() -> list[dict[str, Any]]:
             )
             family = family_of(config)
             size = RowSize(1024, 128, 256)
-            rehearsal = Rehearsal(config, job, family)
-            prediction = estimate(
-                rehearsal, micro_sizes(job, size), merge_of(config), plan_folding(job, family, config)
-            )
+            rehearsal = build_rehearsal(job, family, config)
+            prediction = estimate(rehearsal, micro_sizes(job.method, job.train, size))
             figures.append(figure(f"memory.{method}.{config.model_type}", prediction.peak / GIB, "GiB", 40.0))
     return figures
 

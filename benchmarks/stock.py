@@ -8,6 +8,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,13 @@ from benchmarks.precision import arithmetic, only
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.methods import METHODS
-from ray_vlm.methods.head import score_labelled
-from ray_vlm.methods.prefix_sharing import share_prefixes
 from ray_vlm.methods.rollout import Completion
 from ray_vlm.models.backbone import recompute, recompute_first
-from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
-from ray_vlm.models.packing import PackingOptions
+from ray_vlm.models.frozen_encoder import StepFeatureCache, run_without_autograd
+from ray_vlm.models.prefix_sharing import PackingOptions, score_labelled, share_prefixes
+from ray_vlm.models.surgery import ForwardOptions, change_forward
 from ray_vlm.train.planned_trainer import feed_trainer
 from ray_vlm.train.prepare import prepare
-from ray_vlm.train.trainer import spare_work
 
 Step = dict[str, Any]  # {"loss": float, "grads": Gradients}
 Gradients = dict[str, torch.Tensor]  # by the name of the weights
@@ -35,9 +34,8 @@ def build_model(job: JobConfig) -> Any:
     import torch
     from peft import get_peft_model
 
-    from ray_vlm.models.base_cache import load_resident
     from ray_vlm.models.families import FAMILIES
-    from ray_vlm.models.load import load_model
+    from ray_vlm.models.load import load_model, load_resident
     from ray_vlm.models.lora import lora_config
 
     assert job.lora is not None
@@ -120,7 +118,17 @@ def our_trainer(
         **method.extras(job),
     )
     hidden = trainer.model.config.get_text_config().hidden_size
-    spare_work(trainer, job, builder, PackingOptions(fold and job.method.name != "sft", fold, hidden))
+    cache = job.train.vision_cache
+    options = ForwardOptions(
+        recompute=job.train.gradient_checkpointing,
+        packing=PackingOptions(fold and job.method.name != "sft", fold, hidden),
+        own_processor=builder.stock is not None,
+        vision_cache=Path(cache).expanduser() if cache is not None else None,
+        vision_cache_bytes=job.train.vision_cache_gib * 2**30,
+        cache_step_features=job.method.name != "sft" and job.cluster.zero_stage < 3,
+    )
+    trainer.recent = StepFeatureCache()
+    trainer.operations = change_forward(trainer.model, options, trainer.recent)
     trainer.builder, trainer.fetch_records = builder, lambda: records
     if answers:
         group = job.method.num_generations
@@ -180,7 +188,7 @@ def patched_trainer(
     trainer, made = stock_trainer(job, batches, answers)
     share_prefixes(trainer.model, PackingOptions())
     score_labelled(trainer.model)
-    run_frozen_tower_plainly(trainer.model)
+    run_without_autograd(trainer.model)
     return trainer, made
 
 

@@ -113,7 +113,7 @@ class Bench:
         """Build the job of a case (`cases.build_job`), whose base `load_resident` returns from now on."""
         from benchmarks.gpu.cases import build_job
         from benchmarks.stock import device_of
-        from ray_vlm.models.base_cache import keep_resident
+        from ray_vlm.models.load import keep_resident
 
         job = build_job(self.folder, case, self.scale, prompts, **train)
         keep_resident(job.model, job.train.precision, device_of(job), self.base(case.model))

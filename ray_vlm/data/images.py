@@ -18,7 +18,7 @@ from ray_vlm.data.image_kinds import FORMATS, name_kind
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
-from ray_vlm.models.prompt_text import ImageSizes
+from ray_vlm.models.processor import ImageSizes
 from ray_vlm.runs.store import is_remote
 
 FETCH_AGAIN = "fetch the file again, or remove the row"

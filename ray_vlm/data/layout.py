@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ray_vlm.errors import ModelError
-from ray_vlm.models.prompt_text import Render
+from ray_vlm.models.processor import Render
 from ray_vlm.tasks.answers import IMAGE, Turns
 
 MARK = "\x00"  # stands for an assistant's text while a conversation is laid out

@@ -25,7 +25,7 @@ from ray_vlm.data.row_replacement import make_row
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.errors import DataError, RunError
-from ray_vlm.models.imports import keep_imports, no_garbage_collection
+from ray_vlm.models.libraries import keep_imports, no_garbage_collection
 
 _FIRST_S = 60.0  # time in which a loader starts if there is a CPU for it
 PREFETCH_MICRO_BATCHES = 3  # micro-batches that wait ready for the trainer

@@ -21,8 +21,8 @@ from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.machine import count_threads
-from ray_vlm.models.adapter import is_whole_model
 from ray_vlm.models.load import load_trained, whole_model
+from ray_vlm.models.lora import is_whole_model
 from ray_vlm.models.out_of_memory import NO_ROOM, advise_inference, describe_out_of_memory, is_out_of_memory
 from ray_vlm.runs.checkpoints import fetch_folder
 

@@ -24,10 +24,10 @@ from ray_vlm.data.spec import Sample
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, do_batches
 from ray_vlm.evaluate.walks import walk
 from ray_vlm.methods.decoding import decode_greedy, end_ids
-from ray_vlm.models.adapter import is_whole_model
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.dequantize import dequantised
 from ray_vlm.models.load import resolve_name
+from ray_vlm.models.lora import is_whole_model
 from ray_vlm.runs.monitor import whole_lines
 
 ANSWERS = "answers.jsonl"  # a line with the key, then a line for each batch

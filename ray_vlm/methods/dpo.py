@@ -46,7 +46,7 @@ def trainer_class(job: JobConfig) -> type:
 
     class PairedDPOTrainer(DPOTrainer):
         reference: Any = None  # float32 [rows, 2]: the reference's log-probabilities of each pair, or None
-        recent: Any = None  # `models.features.StepFeatureCache`
+        recent: Any = None  # `models.frozen_encoder.StepFeatureCache`
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)

@@ -117,8 +117,8 @@ def score_answers(
 
 
 def pixels_of(trainer: Any, part: slice, input_ids: Any) -> dict[str, Any]:
-    """Return the image inputs of a part of the answers: once for each prompt, with `image_spans` (`methods/images.py`),
-    which assigns them to answers; for families without `image_spans`, once for each answer."""
+    """Return the image inputs of a part of the answers: once for each prompt, with `image_spans`, which assigns them to
+    answers (`models/prefix_sharing.py`); for families without `image_spans`, once for each answer."""
     runs, builder = _runs(trainer.rows_of[part]), trainer.builder
     kinds = {builder.kinds: (input_ids[part] == builder.image_token_id).long()} if builder.kinds else {}
     if builder.stock is not None:

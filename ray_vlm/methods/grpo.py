@@ -54,7 +54,7 @@ def heaviest(trainer: Any, rows: list[Sample], device: str) -> dict[str, Any]:
 def trainer_class(job: JobConfig) -> type:
     """Return TRL's trainer, which samples answers to this package's rows and scores them with its rewards.
 
-    The worker sets `builder`, `fetch_records` and `recent` (a `models.features.StepFeatureCache`) before it trains.
+    The worker sets `builder`, `fetch_records` and `recent` (a `frozen_encoder.StepFeatureCache`) before it trains.
     """
     from trl import GRPOTrainer
 

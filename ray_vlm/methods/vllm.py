@@ -18,9 +18,9 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Completion, Sampling
-from ray_vlm.models.adapter import check_adapter
 from ray_vlm.models.families import part_of
 from ray_vlm.models.load import resolve_name
+from ray_vlm.models.lora import check_adapter
 from ray_vlm.models.precision import DTYPES
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as `max_lora_rank`

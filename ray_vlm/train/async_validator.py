@@ -17,13 +17,14 @@ from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.errors import RayVlmError, RunError
+from ray_vlm.models.load import load_adapted
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_checkpoint, replace_folder
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.store import Store, join
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.planned_trainer import open_stream
-from ray_vlm.train.trainer import build_args, build_context, build_trainer, load_adapted, prepare_process
+from ray_vlm.train.trainer import build_args, build_context, build_trainer, prepare_process
 
 _PREFIX = ".validate-"
 
@@ -188,7 +189,10 @@ def _build_trainer(task: Any) -> Any:
     job = job.model_copy(update={"method": method, "cluster": cluster})
     prepare_process(job, in_ray=False)
     context, builder = build_context(job, in_ray=False), load_sample_builder(task.spec)
-    args, model = build_args(job, task, Attempt(0, "")), load_adapted(job, builder.family, context)
+    args = build_args(job, task, Attempt(0, ""))
+    model = load_adapted(
+        job.model, job.lora, job.train, builder.family, context.device, job.seed, resident=job.tune.resident
+    )
     stream = open_stream(job, task, context, 0)  # never read
     trainer = build_trainer(job, task, args, model, builder, context, 0, stream)
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # for the mixed precision of training

@@ -61,7 +61,7 @@ def _measure(model: Any, context: DistributedContext) -> Iterator[dict[str, floa
     """Measure the bytes allocated `before` the body, and the peak `above` them."""
     import torch
 
-    from ray_vlm.models.live import LiveBytes
+    from ray_vlm.models.rehearse import LiveBytes
 
     took: dict[str, float] = {}
     if context.device.startswith("cuda"):

@@ -13,17 +13,10 @@ from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import Stream
 from ray_vlm.machine import count_threads
 from ray_vlm.methods import METHODS
-from ray_vlm.methods.head import score_labelled
-from ray_vlm.methods.prefix_sharing import plan_folding, share_prefixes
-from ray_vlm.models import library_logging
-from ray_vlm.models.backbone import ensure_backbone, recompute_first
-from ray_vlm.models.families import Family
-from ray_vlm.models.features import DiskFeatureCache, StepFeatureCache, keep_features, why_not_kept
-from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
-from ray_vlm.models.imports import import_training_libraries, keep_imports
-from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
-from ray_vlm.models.operations import OperationCounter
-from ray_vlm.models.packing import PackingOptions
+from ray_vlm.models.frozen_encoder import StepFeatureCache
+from ray_vlm.models.libraries import import_training_libraries, keep_imports, quiet_libraries
+from ray_vlm.models.prefix_sharing import plan_packing
+from ray_vlm.models.surgery import ForwardOptions, change_forward, prepare_forward
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.context import DistributedContext
 from ray_vlm.train.worker_spec import WorkerSpec
@@ -45,7 +38,7 @@ def build_context(job: JobConfig, in_ray: bool) -> DistributedContext:
 
 def prepare_process(job: JobConfig, in_ray: bool) -> None:
     """Import the libraries without their messages, and set threads and seeds."""
-    library_logging.quiet_libraries()
+    quiet_libraries()
     import_training_libraries()
     if in_ray:
         keep_imports()
@@ -54,26 +47,6 @@ def prepare_process(job: JobConfig, in_ray: bool) -> None:
 
     torch.set_num_threads(count_threads(job.cluster.cpus_per_worker))
     transformers.set_seed(job.seed)
-
-
-def load_adapted(job: JobConfig, family: Family, context: DistributedContext) -> Any:
-    """Load the base with what is trained: a new adapter, the job's adapter, or all weights."""
-    from peft import get_peft_model
-
-    from ray_vlm.models.base_cache import load_resident
-    from ray_vlm.models.load import load_adapter, load_model
-
-    load = load_resident if job.tune.resident else load_model
-    model = load(job.model, job.train.precision, context.device)
-    if job.lora is None:
-        return freeze_parts(model, job.train.freeze or (), family)
-    if job.model.adapter is not None:
-        return train_parts(load_adapter(model, job.model.adapter, job.model, trainable=True), job.lora, family)
-    import torch
-
-    check_modules(model, job.lora.modules_to_save or ())
-    torch.manual_seed(job.seed)  # every rank and every restart starts from the same adapter
-    return get_peft_model(model, lora_config(job.lora, family))
 
 
 def build_args(job: JobConfig, task: WorkerSpec, attempt: Attempt) -> Any:
@@ -105,14 +78,14 @@ def build_trainer(
     method = METHODS[job.method.name]
     example = datasets.Dataset.from_list([method.EXAMPLE_ROW])
     has_eval = task.eval is not None
-    ensure_backbone(model)
-    if (layers := job.train.gradient_checkpointing) and layers is not True:
-        recompute_first(model, layers)
+    changes = _plan_forward(job, builder, model)
+    prepare_forward(model, changes)
     options = {"processing_class": builder.processor, "eval_dataset": example if has_eval else None}
     trainer = feed_trainer(method.trainer_class(job))(
         model=model, args=args, train_dataset=example, **options, **method.extras(job)
     )
-    spare_work(trainer, job, builder, plan_folding(job, builder.family, model.config))
+    trainer.recent = StepFeatureCache()
+    trainer.operations = change_forward(trainer.model, changes, trainer.recent)
     trainer.skips_nonfinite = job.train.nonfinite != "stop"
     trainer.rates = (builder.family, job.train.learning_rates or {})
     trainer.remove_callback(_printer())
@@ -128,21 +101,17 @@ def build_trainer(
     return trainer
 
 
-def spare_work(trainer: Any, job: JobConfig, builder: SampleBuilder, folding: PackingOptions) -> None:
-    """Avoid unneeded work of the model: shared prefixes, padding, logits without a label, the backward pass of a frozen
-    image encoder, and images that were encoded before."""
-    trainer.operations = OperationCounter(trainer.model)
-    if builder.stock is None:
-        share_prefixes(trainer.model, folding, trainer.operations)
-    if folding.share or folding.pack:
-        score_labelled(trainer.model)
-    run_frozen_tower_plainly(trainer.model)
-    trainer.recent, cache = StepFeatureCache(), job.train.vision_cache
-    if cache is not None:
-        disk_cache = DiskFeatureCache(Path(cache).expanduser(), job.train.vision_cache_gib * 2**30, trainer.model)
-        keep_features(trainer.model, trainer.recent, disk_cache)
-    elif job.method.name != "sft" and job.cluster.zero_stage < 3 and not why_not_kept(trainer.model):
-        keep_features(trainer.model, trainer.recent)  # under ZeRO-3 all workers must run the encoder together
+def _plan_forward(job: JobConfig, builder: SampleBuilder, model: Any) -> ForwardOptions:
+    """Return what the job wants of its model's forward."""
+    train, dropout = job.train, job.lora.dropout if job.lora is not None else 0.0
+    return ForwardOptions(
+        recompute=train.gradient_checkpointing,
+        packing=plan_packing(job.method, dropout, train.packing, builder.family, model.config),
+        own_processor=builder.stock is not None,
+        vision_cache=Path(train.vision_cache).expanduser() if train.vision_cache is not None else None,
+        vision_cache_bytes=train.vision_cache_gib * 2**30,
+        cache_step_features=job.method.name != "sft" and job.cluster.zero_stage < 3,
+    )
 
 
 def _printer() -> type:

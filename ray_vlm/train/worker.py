@@ -18,7 +18,8 @@ from ray_vlm.data.preprocessing import PREPROCESSING, asking_of, describe_prepro
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.stream import Stream
 from ray_vlm.methods import METHODS
-from ray_vlm.models import library_logging
+from ray_vlm.models.libraries import quiet_libraries
+from ray_vlm.models.load import load_adapted
 from ray_vlm.models.lora import count_trainable
 from ray_vlm.models.precision import describe_emulation
 from ray_vlm.runs.console import Console
@@ -37,7 +38,7 @@ from ray_vlm.train.oom_check import run_probe
 from ray_vlm.train.planned_trainer import open_stream
 from ray_vlm.train.progress_lines import progress_writer
 from ray_vlm.train.stop import agree, watch
-from ray_vlm.train.trainer import build_args, build_context, build_trainer, load_adapted, prepare_process, row_names
+from ray_vlm.train.trainer import build_args, build_context, build_trainer, prepare_process, row_names
 from ray_vlm.train.watchdog import watch_worker
 from ray_vlm.train.worker_spec import WorkerSpec
 
@@ -50,7 +51,7 @@ def train_worker(task: WorkerSpec, in_ray: bool = False, stop: Callable[[], bool
     """
     job, paths = load_resolved(task.job), open_run(task.run)
     try:
-        library_logging.quiet_libraries()
+        quiet_libraries()
         context = build_context(job, in_ray)
         if isinstance(job.cluster.num_workers, list):
             job, task = settle_workers(job, task, context.world_size)
@@ -88,7 +89,10 @@ def _train(
     from ray_vlm.train.report import publish_weights
 
     builder = load_sample_builder(task.spec)
-    args, model = build_args(job, task, attempt), load_adapted(job, builder.family, context)
+    args = build_args(job, task, attempt)
+    model = load_adapted(
+        job.model, job.lora, job.train, builder.family, context.device, job.seed, resident=job.tune.resident
+    )
     about = describe_run(context.broadcast(base_fingerprint(model)), task.rows, job, builder)
     check_fits(attempt, about, task.plan.num_steps, context.world_size)
     trainer = build_trainer(job, task, args, model, builder, context, attempt.step * task.plan.accumulation, stream)

@@ -100,7 +100,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(job_file, monkeypatch: py
     """While the base is loaded there is nothing to keep: no step is trained for the sake of a checkpoint."""
     from ray_vlm.train import worker
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
