@@ -82,16 +82,17 @@ class InferenceWorker:
     @cached_property
     def answer(self) -> Callable[[Sequence[Sample]], list[str]]:
         """vLLM's greedy answers, with the adapter where there is one."""
-        from ray_vlm.methods.vllm import build_answerer
+        from ray_vlm.methods.vllm import EngineSettings, build_answerer
 
         work, memory = self.work, 0
         adapter, job = fetch_folder(work.adapter) if work.adapter is not None else None, work.job
+        settings = EngineSettings(job.model, job.train.precision, job.seed)
         if adapter is not None and is_whole_model(adapter):
-            job, adapter = job.model_copy(update={"model": whole_model(job.model, adapter)}), None
+            settings, adapter = replace(settings, model=whole_model(job.model, adapter)), None
         longest = max(sum(self.builder.token_counts(record)[:2]) for record in self.records)
         if work.memory == "model":  # tokens that the answers to earlier steps may add to the prompt
-            memory = work.spec.task.long_memory_tokens + work.spec.task.short_memory * work.job.evaluate.max_new_tokens
-        return build_answerer(job, adapter, self.builder, longest + memory)
+            memory = work.spec.task.long_memory_tokens + work.spec.task.short_memory * job.evaluate.max_new_tokens
+        return build_answerer(settings, adapter, self.builder, longest + memory, job.evaluate.max_new_tokens)
 
 
 Do = Callable[

@@ -23,7 +23,7 @@ from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, do_batches
 from ray_vlm.evaluate.walks import walk
-from ray_vlm.methods.decoding import decode_greedy, end_ids
+from ray_vlm.methods.rollout import decode_greedy, end_ids
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.dequantize import dequantised
 from ray_vlm.models.load import resolve_name

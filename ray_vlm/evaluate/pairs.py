@@ -22,7 +22,7 @@ from ray_vlm.errors import ConfigError
 from ray_vlm.evaluate.pair_file import check_output, describe_pairs, name_images, write_about, write_rows
 from ray_vlm.evaluate.samples import Sample, load_scoring, sample_answers
 from ray_vlm.evaluate.weights import trained_weights
-from ray_vlm.methods.rewards import check_rewards
+from ray_vlm.methods.reward_check import check_rewards
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.store import full_address
 from ray_vlm.tasks.answers import IMAGE, Turns

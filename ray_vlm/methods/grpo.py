@@ -27,7 +27,7 @@ from ray_vlm.methods.groups import (
 from ray_vlm.methods.options import check_trl_options
 from ray_vlm.methods.rewards import Rewards, load_rewards
 from ray_vlm.methods.rollout import Completion, sample_groups
-from ray_vlm.methods.vllm import build_sampler
+from ray_vlm.methods.vllm import EngineSettings, build_sampler
 
 EXAMPLE_ROW = {"prompt": [{"role": "user", "content": ""}]}
 _LOGGED = {
@@ -65,7 +65,8 @@ def trainer_class(job: JobConfig) -> type:
                 kwargs["model"].delete_adapter("ref")
             self.job, self.scored_by = job, job_rewards(job)
             self.use_vllm = job.method.rollouts == "vllm"  # TRL then corrects for vLLM's other log-probabilities
-            self.sample = build_sampler(job, self.args) if self.use_vllm else sample_groups
+            engine = EngineSettings(job.model, job.train.precision, job.seed)
+            self.sample = build_sampler(engine, job.lora, self.args) if self.use_vllm else sample_groups
             self.rows_of: list[Sample] = []  # the prompt of each current answer
             self.answers: list[Completion] = []
             self.pixels: dict[int, tuple[Sample, dict[str, Any]]] = {}  # image inputs of the step's prompts

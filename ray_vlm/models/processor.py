@@ -23,6 +23,7 @@ from ray_vlm.models.load import advise_hub, first_line, load_config, resolve_nam
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedConfig, ProcessorMixin
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, bool], str]
@@ -43,7 +44,7 @@ def load_processor(spec: Model) -> Any:
     return load_config_and_processor(spec)[1]
 
 
-def load_config_and_processor(spec: Model) -> tuple[Any, Any]:
+def load_config_and_processor(spec: Model) -> tuple["PreTrainedConfig", Any]:
     """Load the base's configuration and its processor. Raise `ModelError` as `load_config` and `load_processor` do."""
     from transformers import AutoProcessor
 
@@ -78,7 +79,7 @@ def load_config_and_processor(spec: Model) -> tuple[Any, Any]:
     return config, processor
 
 
-def _settle_ends(processor: Any) -> str | None:
+def _settle_ends(processor: "ProcessorMixin") -> str | None:
     """Let a tokenizer without a padding token pad with its end token, as TRL does. Return why the processor cannot be
     used, or None."""
     tokenizer = getattr(processor, "tokenizer", None)
@@ -91,7 +92,7 @@ def _settle_ends(processor: Any) -> str | None:
     return None
 
 
-def _image_problem(processor: Any) -> str | None:
+def _image_problem(processor: "ProcessorMixin") -> str | None:
     """Return why the processor cannot turn an image into tensors, or None."""
     import numpy as np
     import torch
@@ -220,7 +221,7 @@ def _is_plain(settings: Mapping[str, Any]) -> bool:
     return settings.get("tokenizer_class") in _PLAIN_TOKENIZERS and not isinstance(extra, Mapping)
 
 
-def _named(token: Any) -> str | None:
+def _named(token: Mapping[str, str] | str | None) -> str | None:
     """Return the text of a token, which may be saved as a mapping."""
     return token.get("content") if isinstance(token, Mapping) else token
 
@@ -290,7 +291,7 @@ def _build_render(template: str, settings: Mapping[str, Any]) -> Render:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    def to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(

@@ -108,7 +108,7 @@ def _check_scores(job: JobConfig, train: Index) -> list[str]:
     if job.method.name != "grpo":
         return []
     from ray_vlm.methods.grpo import job_rewards
-    from ray_vlm.methods.rewards import check_rewards
+    from ray_vlm.methods.reward_check import check_rewards
 
     return check_rewards(job_rewards(job, train.labels))
 
