@@ -76,7 +76,7 @@ def recompute_first(model: "Module", count: int) -> None:
     The image encoder is not changed.
     """
     base = base_of(model)
-    # The Trainer calls the method again when it begins to train, for all layers, so a flag set here would be lost.
+    # The Trainer calls this method when it begins to train, for all layers, so flags that are set here would be lost.
     name = f"{_checkpointing_word(model)}_checkpointing_enable"
     enable = getattr(model, name)
 

@@ -59,8 +59,9 @@ def change_forward(model: "Module", options: ForwardOptions, recent: StepFeature
     `recent` holds the features of a step's images; the trainer starts it anew at each step. Raise `ModelError` for a
     `vision_cache` that cannot be used.
     """
-    # First, because packing tells it of the padding that no mask shows. It is hooks on modules, which wrapped forwards
-    # run too: what the counter sees of the language model is the packed batch.
+    # First, because packing tells the counter of padding that no mask shows. It registers hooks, which run whatever the
+    # forward is: of the language model it sees the packed batch, and of the image encoder the images that it is asked
+    # for.
     counter = OperationCounter(model)
     # Images and question are computed once for all answers to them, and short rows leave no padding. Rows of a family
     # with its own processor have images in layouts that only its model knows.
