@@ -309,11 +309,11 @@ def _make_room(cache: "DynamicCache") -> None:
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
-        room: list[Tensor] | None = None  # `keys` and `values` are views of these, which are longer
+        room: "list[Tensor] | None" = None  # `keys` and `values` are views of these, which are longer
 
         def update(
-            self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-        ) -> tuple[Tensor, Tensor]:
+            self, key_states: "Tensor", value_states: "Tensor", *args: object, **kwargs: object
+        ) -> tuple["Tensor", "Tensor"]:
             start = self.get_seq_length()
             end = start + key_states.shape[-2]
             if self.room is None or end > self.room[0].shape[-2]:
@@ -323,7 +323,7 @@ def _make_room(cache: "DynamicCache") -> None:
             self.keys, self.values = (room[..., :end, :] for room in self.room)
             return self.keys, self.values
 
-        def batch_select_indices(self, indices: Tensor) -> None:
+        def batch_select_indices(self, indices: "Tensor") -> None:
             super().batch_select_indices(indices)
             self.room = None  # of the rows that left
 

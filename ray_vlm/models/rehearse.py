@@ -102,7 +102,7 @@ class LiveBytes(TorchDispatchMode):
 
 class Rehearsal:
     """A fake model of a job, to run batches through. `packing`: which rows share prefixes and are packed; `merge`:
-    patches along a side of a visual token."""
+    patches along a side of a visual token; `num_layers`: of the language model."""
 
     def __init__(self, config: "PreTrainedConfig", family: Family, settings: StepSettings):
         quiet_libraries()
@@ -115,11 +115,13 @@ class Rehearsal:
         with torch.device("meta"):
             self.model, self.base = self._build()
         _pretend(self.model, self.mode)
+        self.encoder: Any = self.base.get_encoder(modality="image")
+        self.num_layers = len(language_layers(self.base))
 
     @property
     def sees(self) -> bool:
-        """Whether the image encoder can be rehearsed, as Qwen's towers can."""
-        return hasattr(self.base.get_encoder(modality="image"), "blocks")
+        """Whether the image encoder can be rehearsed, as Qwen's can."""
+        return hasattr(self.encoder, "blocks")
 
     @property
     def largest(self) -> float:
@@ -148,12 +150,11 @@ class Rehearsal:
         `checkpointed`: how many of the first layers recompute their activations; None: as the job says. `watch`: a
         second context that sees every operation.
         """
-        layers = language_layers(self.base)
         checkpointing = self.settings.train.gradient_checkpointing if checkpointed is None else checkpointed
-        count = len(layers) if checkpointing is True else int(checkpointing)
-        for number, layer in enumerate(layers):
+        count = self.num_layers if checkpointing is True else int(checkpointing)
+        for number, layer in enumerate(language_layers(self.base)):
             layer.gradient_checkpointing = number < count
-        for module in self.base.get_encoder(modality="image").modules():
+        for module in self.encoder.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = count > 0
         known = [*self.model.parameters(), *self.model.buffers()]
@@ -189,33 +190,27 @@ class Rehearsal:
         recompute(base, {"use_reentrant": False})  # `run` sets which layers do
         return model, base
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the language model."""
-        return len(language_layers(self.base))
-
     def _pixels(self, batch: Batch) -> Tensor | None:
         """Return the image inputs of the batch, which live as long as the batch."""
         if not batch.patches or not self.sees:
             return None
-        values = self.base.get_encoder(modality="image").patch_embed.proj.weight[0].numel()
+        values = self.encoder.patch_embed.proj.weight[0].numel()
         return torch.empty(round(sum(batch.patches) * batch.copies), values)
 
     def _cached_features(self, batch: Batch) -> Tensor | None:
         """Return the features of a step's images, which DPO and GRPO keep for the step (`StepFeatureCache`)."""
         if not batch.patches or not self.sees or self.settings.method.name == "sft":
             return None
-        encoder = self.base.get_encoder(modality="image")
-        layers = 1 + len(getattr(encoder, "deepstack_visual_indexes", ()))
-        tokens = sum(batch.patches) * batch.copies / encoder.spatial_merge_size**2
+        layers = 1 + len(getattr(self.encoder, "deepstack_visual_indexes", ()))
+        tokens = sum(batch.patches) * batch.copies / self.encoder.spatial_merge_size**2
         width = self.base.get_input_embeddings().weight.shape[1]
         return torch.empty(round(tokens), layers * width, dtype=self.dtype)
 
     def _see(self, batch: Batch, pixels: Tensor | None) -> Tensor | None:
         """Run the image encoder's blocks, with autograd only if something in it is trained."""
-        encoder = self.base.get_encoder(modality="image")
         if pixels is None:
             return None
+        encoder = self.encoder
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
         total, width = sum(batch.patches), encoder.patch_embed.proj.weight.shape[0]
         with torch.set_grad_enabled(learns):

@@ -190,9 +190,7 @@ def _build_trainer(task: Any) -> Any:
     prepare_process(job, in_ray=False)
     context, builder = build_context(job, in_ray=False), load_sample_builder(task.spec)
     args = build_args(job, task, Attempt(0, ""))
-    model = load_adapted(
-        job.model, job.lora, job.train, builder.family, context.device, job.seed, resident=job.tune.resident
-    )
+    model = load_adapted(job.model, job.lora, job.train, builder.family, context.device, job.seed, job.tune.resident)
     stream = open_stream(job, task, context, 0)  # never read
     trainer = build_trainer(job, task, args, model, builder, context, 0, stream)
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # for the mixed precision of training

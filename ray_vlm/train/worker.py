@@ -90,9 +90,7 @@ def _train(
 
     builder = load_sample_builder(task.spec)
     args = build_args(job, task, attempt)
-    model = load_adapted(
-        job.model, job.lora, job.train, builder.family, context.device, job.seed, resident=job.tune.resident
-    )
+    model = load_adapted(job.model, job.lora, job.train, builder.family, context.device, job.seed, job.tune.resident)
     about = describe_run(context.broadcast(base_fingerprint(model)), task.rows, job, builder)
     check_fits(attempt, about, task.plan.num_steps, context.world_size)
     trainer = build_trainer(job, task, args, model, builder, context, attempt.step * task.plan.accumulation, stream)

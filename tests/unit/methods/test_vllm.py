@@ -140,9 +140,10 @@ def test_prompts_and_sampling_as_vllm_takes_them(job_file, engines: list[FakeEng
 
 def test_a_missing_package_is_named(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
     job, _, _ = _parts(job_file)
+    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="vllm is not installed"):
-        build_sampler(_engine(job), job.lora, SimpleNamespace())
+        build_sampler(_engine(job), job.lora, args)
 
 
 def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_in_its_folder(
