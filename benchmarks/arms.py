@@ -11,7 +11,7 @@ import numpy as np
 
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.models.live import LiveBytes
+from ray_vlm.models.rehearse import LiveBytes
 from tests.support.stock import checkpointed
 
 GROUP = 8  # answers to a prompt

@@ -35,10 +35,10 @@ def prepare() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
-    from ray_vlm.models import library_logging
+    from ray_vlm.models.libraries import quiet_libraries
 
     torch.set_num_threads(1)
-    library_logging.quiet_libraries()
+    quiet_libraries()
     faulthandler.enable()
 
 

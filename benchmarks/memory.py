@@ -15,10 +15,11 @@ from benchmarks.figures import figure, report
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
+from ray_vlm.models.architectures import load_preset
 from ray_vlm.models.load import family_of
-from ray_vlm.models.memory import GIB, RowSize, estimate, merge_of, micro_sizes
-from ray_vlm.models.presets import load_preset
-from ray_vlm.models.rehearse import Rehearsal
+from ray_vlm.models.memory import GIB, RowSize, micro_sizes
+from ray_vlm.models.rehearse import estimate
+from ray_vlm.train.memory_plan import build_rehearsal
 from tests.support.memory import compare, tiny_job
 
 SMALL, LARGE = {"max_pixels": 8192}, {"min_pixels": 30000, "max_pixels": 40000}
@@ -60,7 +61,6 @@ def tiny_figures(quick: bool) -> list[dict[str, Any]]:
 
 def real_figures() -> list[dict[str, Any]]:
     """Return the predicted memory of 4-bit jobs of real models, with one row or group at a time."""
-    from ray_vlm.methods.prefix_sharing import plan_folding
 
     figures = []
     for name in REAL:
@@ -77,10 +77,8 @@ def real_figures() -> list[dict[str, Any]]:
             )
             family = family_of(config)
             size = RowSize(1024, 128, 256)
-            rehearsal = Rehearsal(config, job, family)
-            prediction = estimate(
-                rehearsal, micro_sizes(job, size), merge_of(config), plan_folding(job, family, config)
-            )
+            rehearsal = build_rehearsal(job, family, config)
+            prediction = estimate(rehearsal, micro_sizes(job.method, job.train, size))
             figures.append(figure(f"memory.{method}.{config.model_type}", prediction.peak / GIB, "GiB", 40.0))
     return figures
 

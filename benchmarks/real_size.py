@@ -9,9 +9,11 @@ from typing import Any
 from benchmarks.figures import figure
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.models.architectures import load_preset
 from ray_vlm.models.families import FAMILIES
-from ray_vlm.models.presets import load_preset
-from ray_vlm.models.rehearse import Batch, Rehearsal
+from ray_vlm.models.memory import Batch
+from ray_vlm.models.rehearse import Rehearsal
+from ray_vlm.train.memory_plan import build_rehearsal
 
 REAL = {"Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl", "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl"}
 IMAGE, TEXT, GROUP = 1024, 64, 8
@@ -37,7 +39,7 @@ def computed() -> list[dict[str, Any]]:
     """Return TRL's work divided by this package's for both models: GRPO with eight answers, and a DPO pair."""
     figures, prompt = [], IMAGE + TEXT
     for name, family in REAL.items():
-        rehearsal = Rehearsal(load_preset(name), real_job(name), FAMILIES[family])
+        rehearsal = build_rehearsal(real_job(name), FAMILIES[family], load_preset(name))
         image = work(rehearsal, Batch(1, 16, (4 * IMAGE,), labelled=16)) - work(rehearsal, Batch(1, 16, labelled=16))
         times = 3 if family == "qwen2_5_vl" else 1  # under TRL its tower is recomputed and gone back through
         for method, rows, length in (("grpo", GROUP, 128), ("grpo", GROUP, 512), ("dpo", 2, 128)):

@@ -20,7 +20,7 @@ from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.models.backbone import recompute
 from ray_vlm.models.families import FAMILIES
-from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
+from ray_vlm.models.frozen_encoder import run_without_autograd
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
 
@@ -40,7 +40,7 @@ def build(folder: Path, family: str, plainly: bool) -> Any:
     recompute(model, {"use_reentrant": False})
     model.enable_input_require_grads()
     if plainly:
-        assert run_frozen_tower_plainly(model)
+        assert run_without_autograd(model)
     return model.train()
 
 

@@ -112,7 +112,7 @@ class Bench:
     def job(self, case: "Case", prompts: int = 1, **train: Any) -> "JobConfig":
         """Build the job of a case (`cases.build_job`), whose base `load_resident` returns from now on."""
         from benchmarks.gpu.cases import build_job
-        from ray_vlm.models.base_cache import keep_resident
+        from ray_vlm.models.load import keep_resident
         from tests.support.stock import device_of
 
         job = build_job(self.folder, case, self.scale, prompts, **train)

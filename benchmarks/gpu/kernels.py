@@ -1,6 +1,6 @@
 """Attention of trees and packs: which kernel a boolean mask gets, and how others perform.
 
-A tree is a prefix and its answers, as `methods/prefix_sharing.py` lays out a group of GRPO: a token sees the tokens
+A tree is a prefix and its answers, as `models/prefix_sharing.py` lays out a group of GRPO: a token sees the tokens
 before it in the prefix and in its own answer. Shapes of Qwen3-VL-8B: 32 heads over 8 of keys and values, 128 wide.
 """
 

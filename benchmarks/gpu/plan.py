@@ -27,12 +27,13 @@ def plan_case(folder: Path, case: Case, scale: Scale) -> dict[str, float]:
     """Return bytes at the peak of a step (`allocated`), and including CUDA's own (`peak`)."""
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.models.memory import CUDA_CONTEXT
-    from ray_vlm.train.memory_plan import heaviest_rows, predict
+    from ray_vlm.train.memory_plan import build_rehearsal, estimate_memory, heaviest_rows
     from ray_vlm.train.prepare import prepare
 
     prepared = prepare(build_job(folder, case, scale))
-    rows = heaviest_rows(prepared.job, prepared.plan, prepared.train)
-    prediction = predict(prepared.job, prepared.train, rows, load_sample_builder(prepared.spec))
+    rows = heaviest_rows(prepared.job.method, prepared.job.train, prepared.plan, prepared.train)
+    builder = load_sample_builder(prepared.spec)
+    prediction = estimate_memory(build_rehearsal(prepared.job, builder.family), prepared.train, rows, builder)
     own = (CUDA_CONTEXT + prediction.parts.get("fragmentation", 0.0)) if prepared.job.cluster.gpus_per_worker else 0.0
     return {"peak": prediction.peak, "allocated": prediction.peak - own}
 
@@ -40,13 +41,14 @@ def plan_case(folder: Path, case: Case, scale: Scale) -> dict[str, float]:
 def plan_choice(folder: Path, scale: Scale) -> dict[str, Any]:
     """Return what `train.memory: auto` chooses for the shipped job: `micro`, `recompute`, and their plan."""
     from ray_vlm.data.samples import load_sample_builder
-    from ray_vlm.train.memory_plan import fit
+    from ray_vlm.train.memory_plan import build_rehearsal, choose_micro_batch
     from ray_vlm.train.prepare import prepare
 
     job = build_job(folder, SHIPPED, scale, global_batch_size=16)
     prepared = prepare(job)
-    fitted, _ = fit(prepared.job, prepared.train, load_sample_builder(prepared.spec))
-    chosen = {"micro": fitted.train.micro_batch_size, "recompute": fitted.train.gradient_checkpointing}
+    builder = load_sample_builder(prepared.spec)
+    train, _ = choose_micro_batch(build_rehearsal(prepared.job, builder.family), prepared.train, builder)
+    chosen = {"micro": train.micro_batch_size, "recompute": train.gradient_checkpointing}
     return chosen | plan_case(folder, dataclasses.replace(SHIPPED, **chosen), scale)
 
 

@@ -19,7 +19,7 @@ def base_folder(folder: Path, model: str) -> Path:
 def write_shape(folder: Path, model: str, scale: Scale) -> Path:
     """Write the configuration and the processor of a base; in a rehearsal, those of a tiny base of its family."""
     from ray_vlm.demo.tiny import build_config, build_processor
-    from ray_vlm.models.presets import load_preset
+    from ray_vlm.models.architectures import load_preset
 
     output_dir, family = base_folder(folder, model), FAMILY_OF[model]
     if (output_dir / "config.json").exists():

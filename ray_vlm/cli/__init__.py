@@ -65,7 +65,7 @@ def _run(arguments: Sequence[str]) -> int:
 
     try:
         if "RAY_VLM_SECRETS" in os.environ:  # this is the driver of a job that `submit` started
-            from ray_vlm.cluster.secrets import take_secrets
+            from ray_vlm.cluster.environment import take_secrets
 
             take_secrets().apply()
         return args.verb(args) or 0

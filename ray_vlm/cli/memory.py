@@ -44,17 +44,16 @@ def _memory(args: argparse.Namespace) -> None:
     job = load_job(args.job, args.overrides)
     size = args.tokens or _heaviest(job)  # errors in the job or its rows come before the slow import of torch
     from ray_vlm.machine import GIB
-    from ray_vlm.methods.prefix_sharing import plan_folding
     from ray_vlm.models.load import family_of
-    from ray_vlm.models.memory import choose, describe, estimate, merge_of, micro_sizes
-    from ray_vlm.models.rehearse import Rehearsal
-    from ray_vlm.train.memory_plan import describe_choice, micros
+    from ray_vlm.models.memory import describe, micro_sizes
+    from ray_vlm.models.rehearse import choose, estimate
+    from ray_vlm.train.memory_plan import build_rehearsal, describe_choice, micro_batch_sizes
 
     config = _config(job.model, known=args.tokens is not None)
     family = family_of(config)
     cards = args.card or ([job.cluster.gpu_memory_gib] if job.cluster.gpu_memory_gib else [])
-    folding, merge, rehearsal = plan_folding(job, family, config), merge_of(config), Rehearsal(config, job, family)
-    parts = estimate(rehearsal, micro_sizes(job, size), merge, folding)
+    rehearsal = build_rehearsal(job, family, config)
+    parts = estimate(rehearsal, micro_sizes(job.method, job.train, size))
     print(
         f"{job.model.name}, {job.method.name}, {job.train.micro_batch_size} at a time; the heaviest row has "
         f"{size.image_tokens:,} image tokens, {size.prompt_tokens:,} of its prompt, {size.answer_tokens:,} answered"
@@ -63,7 +62,7 @@ def _memory(args: argparse.Namespace) -> None:
     if not rehearsal.sees:
         print(f"note: what {family.model_type}'s image encoder makes in a step is not counted; its weights are")
     for card in cards:
-        choice = choose(rehearsal, size, micros(job), merge, folding, card * GIB)
+        choice = choose(rehearsal, size, micro_batch_sizes(rehearsal.settings), card * GIB)
         line = describe_choice(choice, rehearsal.num_layers, card) if choice else "train.memory=auto: nothing fits"
         print(f"  {line}")
 
@@ -82,7 +81,7 @@ def _heaviest(job: "JobConfig") -> "RowSize":
 
 def _config(model: "Model", known: bool) -> "PretrainedConfig":
     """Return the base's configuration; with `known`, that of a known model comes from the package itself."""
+    from ray_vlm.models.architectures import load_preset, read_presets
     from ray_vlm.models.load import load_config
-    from ray_vlm.models.presets import load_preset, read_presets
 
     return load_preset(model.name) if known and model.name in read_presets() else load_config(model)

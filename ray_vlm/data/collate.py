@@ -27,8 +27,8 @@ def collate(
     """Return a batch as the model's forward takes it, with `labels` only if all rows have them.
 
     `copies`: the rows are the same records this many times, one copy after another. Their images are processed once,
-    and appear once if `image_spans` can say which row they belong to (`methods/images.py`). `pixels`: the result of
-    `read_pixels`, if the images have been read before.
+    and appear once if `image_spans` can say which row they belong to (`models/prefix_sharing.py`). `pixels`: the result
+    of `read_pixels`, if the images have been read before.
 
     `input_ids`, `attention_mask`, `mm_token_type_ids` (some families: `token_type_ids`, or none), `labels`: `int64
     [rows, longest]`, padded on `side`; `loss_weights`: `float32 [rows, longest]`, 0 for tokens that are not trained

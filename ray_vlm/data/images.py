@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
-from ray_vlm.models.prompt_text import ImageSizes
+from ray_vlm.models.processor import ImageSizes
 from ray_vlm.runs.store import is_remote
 
 if TYPE_CHECKING:

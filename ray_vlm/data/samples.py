@@ -2,7 +2,7 @@
 
 `SampleSpec` is plain data that says how; `SampleBuilder` holds the processor and does it. Training, validation and
 prediction use the same `SampleBuilder`, so they cannot resize or word anything differently. If the base's files say
-enough (`models/prompt_text.py`), rows are checked and counted without the processor, which would import torch.
+enough (`models/processor.py`), rows are checked and counted without the processor, which would import torch.
 """
 
 import re
@@ -18,11 +18,10 @@ from ray_vlm.data.images import ImageSpec, ProcessorImages, build_image_spec, de
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec, Tokens
 from ray_vlm.errors import DataError, ModelError
-from ray_vlm.models import library_logging
 from ray_vlm.models.families import Family
+from ray_vlm.models.libraries import quiet_libraries
 from ray_vlm.models.load import family_of, resolve_name
-from ray_vlm.models.processor import load_config_and_processor
-from ray_vlm.models.prompt_text import PromptText, Render, read_prompt_text, take_prompt_text
+from ray_vlm.models.processor import PromptText, Render, load_config_and_processor, read_prompt_text, take_prompt_text
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, PromptContext, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
@@ -38,7 +37,7 @@ class SampleBuilder:
     """Turns records into rows. Loads the processor when a row with pixels, or the processor itself, is needed."""
 
     def __init__(self, spec: SampleSpec):
-        library_logging.quiet_libraries()
+        quiet_libraries()
         self.spec = spec
         self.task = TASKS[spec.task.name]
         self.setting = PromptContext(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))

@@ -27,7 +27,7 @@ from ray_vlm.data.row_replacement import make_row
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.errors import DataError, RunError
-from ray_vlm.models.imports import keep_imports, no_garbage_collection
+from ray_vlm.models.libraries import keep_imports, no_garbage_collection
 
 if TYPE_CHECKING:
     import pyarrow

@@ -141,11 +141,11 @@ def draw_scenes(data: Data, meanwhile: Callable[[], None]) -> None:
 def _import_libraries(model: Model, precision: Precision) -> None:
     """Import the libraries of evaluation early; most of them are imported only when a model is loaded."""
     import ray_vlm.evaluate.run  # noqa: F401
-    from ray_vlm.models import library_logging
+    from ray_vlm.models.libraries import quiet_libraries
     from ray_vlm.models.load import load_model
     from ray_vlm.models.processor import load_processor
 
-    library_logging.quiet_libraries()
+    quiet_libraries()
     load_processor(model)
     load_model(model, precision)
 

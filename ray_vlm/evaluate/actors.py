@@ -21,8 +21,8 @@ from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.machine import count_threads
-from ray_vlm.models.adapter import is_whole_model
 from ray_vlm.models.load import load_trained, whole_model
+from ray_vlm.models.lora import is_whole_model
 from ray_vlm.models.out_of_memory import NO_ROOM, advise_inference, describe_out_of_memory, is_out_of_memory
 from ray_vlm.runs.checkpoints import fetch_folder
 
@@ -88,17 +88,18 @@ class InferenceWorker:
     @cached_property
     def answer_by_vllm(self) -> Callable[[Sequence[Sample]], list[str]]:
         """The function that answers prompt rows greedily by vLLM, with the adapter where there is one."""
-        from ray_vlm.methods.vllm import build_answerer
+        from ray_vlm.methods.vllm import EngineSettings, build_answerer
 
         inference, job, memory_tokens = self.inference, self.inference.job, 0
         adapter = fetch_folder(inference.adapter) if inference.adapter is not None else None
+        settings = EngineSettings(job.model, job.train.precision, job.seed)
         if adapter is not None and is_whole_model(adapter):
-            job, adapter = job.model_copy(update={"model": whole_model(job.model, adapter)}), None
+            settings, adapter = replace(settings, model=whole_model(job.model, adapter)), None
         longest = max(sum(self.builder.token_counts(record)[:2]) for record in self.records)
         if inference.memory == "model":  # tokens that the answers to earlier steps may add to the prompt
             task = inference.spec.task
             memory_tokens = task.long_memory_tokens + task.short_memory * job.evaluate.max_new_tokens
-        return build_answerer(job, adapter, self.builder, longest + memory_tokens)
+        return build_answerer(settings, adapter, self.builder, longest + memory_tokens, job.evaluate.max_new_tokens)
 
 
 # A module-level function: the worker, the records of a batch and their positions -> data that JSON holds.

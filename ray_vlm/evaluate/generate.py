@@ -24,11 +24,11 @@ from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.data.spec import Sample
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
-from ray_vlm.methods.decoding import decode_greedy, end_ids
-from ray_vlm.models.adapter import is_whole_model
+from ray_vlm.methods.rollout import decode_greedy, end_ids
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.dequantize import dequantised
 from ray_vlm.models.load import resolve_name
+from ray_vlm.models.lora import is_whole_model
 from ray_vlm.runs.monitor import whole_lines
 from ray_vlm.tasks.gui_steps import remember
 

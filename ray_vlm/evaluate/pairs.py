@@ -31,8 +31,8 @@ from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
 from ray_vlm.evaluate.weights import trained_weights
-from ray_vlm.methods.groups import score_answers
-from ray_vlm.methods.rewards import Rewards, check_rewards, load_rewards, total
+from ray_vlm.methods.reward_check import check_rewards
+from ray_vlm.methods.rewards import Rewards, load_rewards, score_answers, total
 from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_json

@@ -15,8 +15,8 @@ from ray_vlm.config.paths import is_hub_name
 from ray_vlm.config.schema import JobConfig, Model
 from ray_vlm.data.preprocessing import PREPROCESSING, Asking, Saved, read_saved
 from ray_vlm.errors import ConfigError, ModelError, RunError
-from ray_vlm.models.adapter import CONFIG, is_whole_model, named_base
 from ray_vlm.models.load import fetch_from_hub, resolve_name
+from ray_vlm.models.lora import CONFIG, is_whole_model, named_base
 from ray_vlm.models.precision import fastest_precision
 from ray_vlm.runs.checkpoints import Damaged, fetch_folder, read_checkpoint
 from ray_vlm.runs.read import MARKS, Run, read_run

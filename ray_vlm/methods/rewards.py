@@ -1,34 +1,45 @@
 """GRPO rewards: the weighted sum of the task's own scores and of users' functions.
 
-Training rewards the scores that evaluation measures. `load_rewards` reads a job's rewards, `check_rewards` tries them
-on made-up records before training, and `score_completions` scores a batch of completions, part by part.
+Training rewards the scores that evaluation measures. `load_rewards` reads a job's rewards, and `score_completions`
+scores a batch of completions, part by part; `reward_check.py` tries them before training. A built-in part scores a
+parsed completion against its row's truth, from 0 to 1, with intermediate values where the task only has right and
+wrong, so that a better answer always earns more.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.method import Method
 from ray_vlm.config.paths import import_function
-from ray_vlm.data.records import PromptRecord, Record
+from ray_vlm.data.records import Box, PromptRecord, Record
 from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.errors import ConfigError, DataError
-from ray_vlm.methods.reward_answers import FRAME, ORDER, TRUTH, Case, build_cases
-from ray_vlm.methods.reward_parts import PARTS, score_parts
-from ray_vlm.tasks import TASKS
+from ray_vlm.tasks import chat, classification, gui_steps
 from ray_vlm.tasks.answers import Parsed
+from ray_vlm.tasks.boxes import iou_matrix, match
 from ray_vlm.tasks.classification import attributes_of
 
+PARTS: dict[str, tuple[str, ...]] = {
+    "detection": ("format", "bbox", "category", "completeness"),
+    "classification": ("format", "class", "conditions"),
+    "gui_steps": ("format", "action", "argument", "grounding"),
+    "chat": ("format", "exact", "normalised", "anls"),
+}
+HIT_IOU = 0.5  # a box with this IoU or more is a hit
+_APART = 0.1  # with `giou`: the most that a box without overlap earns, and the least that one with overlap earns
+_TIE = 1e-9  # added for a right label, to prefer it among pairings of the same quality
+_DIAGONALS = 4.0  # a step that points this many diagonals away from its target earns nothing for it
 DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
     **{task: dict.fromkeys(parts, 1.0) for task, parts in PARTS.items()},
     "chat": {"anls": 1.0},
 }
-_SAME = 1e-9  # rewards that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def load_rewards(
     return Rewards(task, named, functions, box_quality, tuple(labels))
 
 
-def _weight_problem(weight: Any, built_in: bool) -> str | None:
+def _weight_problem(weight: float, built_in: bool) -> str | None:
     if not _is_number(weight) or isinstance(weight, bool):
         return f"the weight {weight!r} is not a finite number. Use one such as 1.0."
     if weight < 0 and built_in:
@@ -91,7 +102,7 @@ def _weight_problem(weight: Any, built_in: bool) -> str | None:
     return None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
@@ -137,8 +148,8 @@ def score_completions(
     if not ids:
         return []
     extra: dict[str, list] = {"truth": list(truths), "parsed": list(parsed), "row_id": list(ids), **columns}
-    batch = _batch(texts, prompts, completion_ids, extra)
-    own = {name: _ask_function(name, function, batch, ids) for name, function in rewards.functions.items()}
+    batch = call_arguments(texts, prompts, completion_ids, extra)
+    own = {name: ask_function(name, function, batch, ids) for name, function in rewards.functions.items()}
     weighted = [name for name, weight in rewards.weights.items() if weight]
     rows = []
     for i, row_id in enumerate(ids):
@@ -150,7 +161,7 @@ def score_completions(
     return rows
 
 
-def _batch(
+def call_arguments(
     texts: Sequence[str], prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], extra: Mapping[str, list]
 ) -> dict[str, list]:
     """Return the arguments of a user's function."""
@@ -158,7 +169,7 @@ def _batch(
     return {**extra, "prompts": list(prompts), "completions": completions, "completion_ids": list(completion_ids)}
 
 
-def _ask_function(name: str, function: Callable, batch: Mapping[str, list], ids: Sequence[str]) -> list[float | None]:
+def ask_function(name: str, function: Callable, batch: Mapping[str, list], ids: Sequence[str]) -> list[float | None]:
     """Return the values of a user's function for all completions. Raise `DataError` if it fails or returns others."""
     where = f"reward {name!r}, row {ids[0]!r} (the first of {len(ids)} completions)"
     try:
@@ -182,90 +193,109 @@ def total(rewards: Rewards, parts: Mapping[str, float | None]) -> float:
     return float(sum(weight * scored[name] for name, weight in rewards.weights.items() if name in scored))
 
 
-def check_rewards(rewards: Rewards) -> list[str]:
-    """Try the rewards on made-up records, and return warnings for the user, one sentence each.
+def score_parts(task: str, parsed: Parsed, truth: Mapping[str, Any], box_quality: str = "iou") -> dict[str, float]:
+    """Score every part in `PARTS[task]`, each 0..1; for classification also every attribute by its name, unless a part
+    has that name. The order of boxes does not matter. `box_quality`: `iou` or `giou`."""
+    if task == "detection":
+        scores = _detection(parsed, truth, box_quality)
+    else:
+        scores = {"classification": _classification, "gui_steps": _gui_steps, "chat": _chat}[task](parsed, truth)
+    return {**scores, "format": _format(task, parsed, truth)}
 
-    Raise `ConfigError` if the built-in parts, as the job weights them, would teach a wrong answer: one weighted part
-    scores it higher than the truth, or all together do not score it lower. Warnings are about ties that the job chose
-    (it weights no part that detects the error, or leaves that to functions), detection answers whose rewards do not
-    rise in the order of `ORDER`, and users' functions for which the truth does not score highest or that fail.
+
+def _format(task: str, parsed: Parsed, truth: Mapping[str, Any]) -> float:
+    """Return 1.0 for the expected format, 0.5 if something could still be parsed, else 0.0."""
+    values = parsed.values
+    understood = {
+        "detection": lambda: bool(values.get("boxes")),
+        "classification": lambda: any(name in values.get("attributes", {}) for name in truth["attributes"]),
+        "gui_steps": lambda: any(name in values.get("output", {}) for name in truth["output"]),
+        "chat": lambda: bool(values.get("answer")),
+    }
+    named = task != "classification" or truth["attributes"].keys() == values.get("attributes", {}).keys()
+    return 1.0 if parsed.ok and named else 0.5 * understood[task]()
+
+
+def _detection(parsed: Parsed, truth: Mapping[str, Any], box_quality: str) -> dict[str, float]:
+    """Score `bbox` (quality of one-to-one pairs) and `category` (pairs that overlap and have the right label), both
+    divided by the larger number of objects, and `completeness` (hits over hits, misses and other predicted boxes).
+
+    Objects that parsing dropped as duplicates or as empty count as predicted boxes.
     """
-    warnings: list[str] = []
-    cases = build_cases(rewards.task, rewards.labels)
-    weighted = {name for name, weight in rewards.weights.items() if weight and name not in rewards.functions}
-    for case in cases if weighted else ():
-        scores = {
-            name: part_scores(rewards, TASKS[rewards.task].parse(text, (FRAME,)), case.truth)
-            for name, text in case.answers.items()
-        }
-        problems, ties = _wrong_wins(rewards, weighted, case, scores)
-        if problems:
-            raise ConfigError([f"method.rewards: {problem}" for problem in problems])
-        warnings += [*ties, *_out_of_order(rewards, scores)]
-    for name, function in rewards.functions.items():
-        if rewards.weights[name]:
-            warnings += _try_function(rewards, name, function, cases)
-    return list(dict.fromkeys(warnings))
+    true, predicted = _objects(truth), _objects(parsed.values)
+    num_predicted = len(predicted) + sum(repair.startswith("dropped ") for repair in parsed.repairs)
+    if not true or not predicted:
+        return dict.fromkeys(("bbox", "category", "completeness"), float(not true and not num_predicted and parsed.ok))
+    true_boxes, boxes = [box for box, _ in true], [box for box, _ in predicted]
+    ious = iou_matrix(true_boxes, boxes)
+    quality = ious if box_quality == "iou" else _graded(ious, giou_matrix(true_boxes, boxes))
+    agree = (ious > 0) & np.array([[label == name for _, label in predicted] for _, name in true])
+    pairs = match(quality + _TIE * agree)
+    most, hits = max(len(true), num_predicted), sum(ious[pair] >= HIT_IOU for pair in pairs)
+    return {
+        "bbox": float(sum(quality[pair] for pair in pairs) / most),
+        "category": float(sum(agree[pair] for pair in pairs) / most),
+        "completeness": float(hits / (len(true) + num_predicted - hits)),
+    }
 
 
-def _wrong_wins(
-    rewards: Rewards, weighted: set[str], case: Case, scores: Mapping[str, Mapping[str, float]]
-) -> tuple[list[str], list[str]]:
-    """Return (problems, warnings) about wrong answers to `case` that earn too much from the `weighted` parts."""
-    problems, warnings = [], []
-    truth, best = scores[TRUTH], total(rewards, scores[TRUTH])
-    for name, parts in scores.items():
-        for part in sorted(weighted):
-            if not truth[part] >= parts[part] - _SAME:
-                problems.append(f"{part} gives the answer {name!r} {parts[part]:.3f}, and the truth {truth[part]:.3f}.")
-        earned = total(rewards, parts)
-        if name == TRUTH or best > earned + _SAME:
-            continue
-        left_out = not case.judges.get(name, weighted) & weighted and weighted - {"format"}
-        if left_out or any(rewards.weights[own] for own in rewards.functions):
-            advice = "a function of yours must tell them apart, or this is not learned"
-            warnings.append(f"the built-in parts give the answer {name!r} as much as the truth; {advice}.")
-        else:
-            advice = "Weight a part that tells them apart"
-            problems.append(f"the answer {name!r} earns {earned:.3f} in all, and the truth {best:.3f}. {advice}.")
-    return problems, warnings
+def _objects(values: Mapping[str, Any]) -> list[tuple[Box, str]]:
+    """Return labelled boxes, sorted, so that the order in the answer does not matter."""
+    boxes = (tuple(float(v) for v in box) for box in values.get("boxes", ()))
+    return sorted(zip(boxes, values.get("labels", ()), strict=True))  # type: ignore[arg-type]
 
 
-def _out_of_order(rewards: Rewards, scores: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """Yield a warning for neighbours in `ORDER` whose totals do not rise; the empty answer may equal the next."""
-    totals = {name: total(rewards, parts) for name, parts in scores.items()}
-    for worse, better in pairwise(ORDER[:-1]):  # `_wrong_wins` checks the truth
-        slack = -_SAME if worse == ORDER[0] else _SAME
-        if {worse, better} <= set(totals) and not totals[better] > totals[worse] + slack:
-            yield f"with these weights the answer {better!r} earns no more than the answer {worse!r}, which is worse."
+def giou_matrix(a: Sequence[Box], b: Sequence[Box]) -> np.ndarray:
+    """Return the generalised IoU of every pair, `float64 [len(a), len(b)]`, in (-1, 1]: the IoU less the share of the
+    smallest enclosing box that neither covers (Rezatofighi et al. 2019, arXiv:1902.09630)."""
+    ious = iou_matrix(a, b)
+    first, second = np.asarray(a, float).reshape(-1, 1, 4), np.asarray(b, float).reshape(1, -1, 4)
+    areas = (first[..., 2:] - first[..., :2]).prod(-1) + (second[..., 2:] - second[..., :2]).prod(-1)
+    enclosing = (np.maximum(first[..., 2:], second[..., 2:]) - np.minimum(first[..., :2], second[..., :2])).prod(-1)
+    return ious - 1 + areas / (1 + ious) / enclosing  # the union is (sum of both areas) / (1 + IoU)
 
 
-def _try_function(rewards: Rewards, name: str, function: Callable, cases: Sequence[Case]) -> Iterator[str]:
-    """Yield a warning if a user's function fails on the made-up records, or does not score the truth highest."""
-    tried = [(i, answer, text, case) for i, case in enumerate(cases, 1) for answer, text in case.answers.items()]
-    texts = [text for _, _, text, _ in tried]
-    ids = [f"made-up record {i}, {answer}" for i, answer, _, _ in tried]
-    parsed = [TASKS[rewards.task].parse(text, (FRAME,)) for text in texts]
-    prompts = [[{"role": "user", "content": "What is shown?"}] for _ in tried]
-    extra: dict[str, list] = {"truth": [case.truth for *_, case in tried], "parsed": parsed, "row_id": ids}
-    try:
-        values = _ask_function(name, function, _batch(texts, prompts, [list(t.encode()) for t in texts], extra), ids)
-    except DataError as error:
-        yield f"{error} It was tried on made-up records, without the columns of your rows."
-        return
-    scores = {(i, answer): value for (i, answer, _, _), value in zip(tried, values, strict=True)}
-    beaten: dict[str, str] = {}
-    for (i, answer), value in scores.items():
-        best = scores[i, TRUTH]
-        if answer != TRUTH and best is not None and value is not None:
-            ahead = rewards.weights[name] * (value - best)
-            if ahead > _SAME or (ahead >= -_SAME and answer not in beaten):
-                beaten[answer] = "more" if ahead > _SAME else "as much"
-    if beaten:
-        comparison = ", ".join(f"{answer!r} {much}" for answer, much in beaten.items())
-        yield f"reward {name!r} is not won by the truth: of answers to made-up records it gives {comparison}."
-    elif all(scores[i, TRUTH] is None for i, _ in enumerate(cases, 1)):
-        yield f"reward {name!r} does not score the truth of made-up records, so it could not be tried."
+def _graded(ious: np.ndarray, gious: np.ndarray) -> np.ndarray:
+    """Return the quality of every pair, 0..1: it grows as boxes come nearer, and any overlap is better than none."""
+    return np.where(ious > 0, _APART + (1 - _APART) * ious, _APART * (1 + np.minimum(gious, 0)))
+
+
+def _classification(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, float]:
+    correct = {k: float(v) for k, v in classification.score(parsed, truth)["correct"].items()}
+    first, *others = correct.values()
+    return {**correct, "class": first, "conditions": sum(others) / len(others) if others else 1.0}
+
+
+def _gui_steps(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, float]:
+    scores = gui_steps.score(parsed, truth)
+    arguments, inside = scores["arguments"], scores["inside"]
+    return {
+        "action": float(scores["action"]),
+        "argument": 1.0 if arguments is None else arguments,
+        "grounding": 1.0 if inside else _nearness(parsed, truth["box"], truth["point"]),
+    }
+
+
+def _nearness(parsed: Parsed, box: Box | None, point: Sequence[float] | None) -> float:
+    """Score an answer that does not point into its target: under 0.5, and less with the distance. Return 1.0 if there
+    is no target and the answer points at nothing."""
+    near = gui_steps.NEAR_PX
+    region = parsed.values.get("box") or parsed.values.get("point")
+    if box is None and point is None:
+        return float(region is None)
+    if region is None:
+        return 0.0
+    target = box or (point[0] - near, point[1] - near, point[0] + near, point[1] + near)  # type: ignore[index]
+    distance = math.dist(_centre(region), _centre(target))
+    return max(0.0, 0.5 * (1 - distance / (_DIAGONALS * math.dist(target[:2], target[2:]))))
+
+
+def _centre(region: Sequence[float]) -> tuple[float, float]:
+    return (region[0] + region[-2]) / 2, (region[1] + region[-1]) / 2
+
+
+def _chat(parsed: Parsed, truth: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in chat.score(parsed, truth).items()}
 
 
 def score_answers(

@@ -1,24 +1,40 @@
-"""GRPO rollouts with transformers: a prompt is prefilled once for its whole group of completions.
+"""Answers by this package's own decoding loop: greedy, and sampled in groups, which are GRPO's rollouts.
 
-`generate` on G copies of a prompt encodes its image G times and runs G prompt forwards. Here the prompts of a call are
-one left-padded batch; their images are encoded once, the KV cache is repeated for the G completions, and one loop
-(`decoding.py`) decodes them all. Each group has its own random numbers, so neither the other rows of the batch nor the
-number of workers changes it.
+Prompts are prefilled once, as a left-padded batch, then one token is decoded at a time. `decode` differs from
+transformers' `generate` in three ways. New keys and values are written in place (`_make_room`), where `DynamicCache`
+copies the whole cache at every token. Finished rows leave the batch. A prompt with several completions is prefilled
+once: `generate` on G copies of it would encode its image G times and run G prompt forwards; here the KV cache is
+repeated for the completions. The tokens are those of `generate`.
+
+Each group of `sample_groups` has its own random numbers, so neither the other rows of the batch nor the number of
+workers changes it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ray_vlm.data.collate import collate, join_pixels
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
-from ray_vlm.methods.decoding import decode, end_ids
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.dequantize import dequantised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from transformers import DynamicCache, PreTrainedModel
+
+# Finished rows leave the batch when at most this share is unfinished. Dropping each at once copies the cache too often.
+_KEEP = 0.75
+_ROOM = 64  # tokens of spare capacity in a KV cache
+
+# (logits `[sequences, vocabulary]`, number of the step, numbers of these sequences `int64 [sequences]`) -> next tokens
+# `int64 [sequences]`
+ChooseToken = Callable[["Tensor", int, "Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ Sampler = Callable[..., list[list[Completion]]]
 
 
 def sample_groups(
-    model: Any,
+    model: "Module",
     rows: Sequence[Sample],
     builder: SampleBuilder,
     sampling: Sampling,
@@ -80,7 +96,7 @@ def sample_groups(
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: "Module") -> Iterator[None]:
     """Use evaluation mode, which also turns gradient checkpointing (it forbids caches) off; then restore all modes."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -99,7 +115,7 @@ def _uniforms(seeds: Sequence[Sequence[int]], sampling: Sampling) -> np.ndarray:
 
 
 def _sample_batch(
-    model: Any,
+    model: "Module",
     rows: Sequence[Sample],
     builder: SampleBuilder,
     sampling: Sampling,
@@ -117,13 +133,13 @@ def _sample_batch(
     joined_pixels = None if pixels is None else join_pixels([pixels(row) for row in rows])
     batch = collate(rows, builder, device, side="left", pixels=joined_pixels)
     size = sampling.num_generations
-    draws = torch.from_numpy(uniforms).to(device)
+    draws = torch.from_numpy(uniforms).to(device)  # [tokens, sequences]
     if isinstance(sampling.temperature, tuple) and len(sampling.temperature) != size:
         raise ValueError(f"{len(sampling.temperature)} temperatures for {size} completions")
     heat = torch.tensor(np.resize(sampling.temperature, len(rows) * size), dtype=torch.float32, device=device)
     logprobs = torch.zeros(draws.shape, device=device)
 
-    def choose_token(logits: Any, step: int, rows_left: Any) -> Any:
+    def choose_token(logits: "Tensor", step: int, rows_left: "Tensor") -> "Tensor":
         token, logprob = _choose(logits, draws[step, rows_left], heat[rows_left], sampling, never)
         logprobs[step, rows_left] = logprob
         return token
@@ -137,7 +153,9 @@ def _sample_batch(
     return [completions[start : start + size] for start in range(0, len(completions), size)]
 
 
-def _choose(logits: Any, draws: Any, heat: Any, sampling: Sampling, never: Any) -> tuple[Any, Any]:
+def _choose(
+    logits: "Tensor", draws: "Tensor", heat: "Tensor", sampling: Sampling, never: "Tensor"
+) -> tuple["Tensor", "Tensor"]:
     """Return the next tokens `int64 [sequences]` and their log-probabilities `float32 [sequences]`.
 
     `draws`: `float64 [sequences]` in [0, 1); the token is the first whose cumulative probability exceeds the draw.
@@ -157,7 +175,7 @@ def _choose(logits: Any, draws: Any, heat: Any, sampling: Sampling, never: Any) 
     return token, logprobs.gather(1, token[:, None])[:, 0]
 
 
-def _truncate(scores: Any, sampling: Sampling) -> Any:
+def _truncate(scores: "Tensor", sampling: Sampling) -> "Tensor":
     """Set `scores` to -inf outside the top-k, then outside the top-p, in the order of transformers."""
     import torch
 
@@ -170,3 +188,158 @@ def _truncate(scores: Any, sampling: Sampling) -> Any:
         beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # the tokens before it suffice; the first always stays
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return scores
+
+
+def decode(
+    model: "Module",
+    batch: dict[str, Any],
+    builder: SampleBuilder,
+    max_new_tokens: int,
+    choose_token: ChooseToken,
+    repeats: int = 1,
+) -> list[list[int]]:
+    """Return the new tokens of each sequence, up to and including its end token if it was not cut off.
+
+    `batch`: prompts as `collate` makes them with `side="left"`. `repeats`: sequences of each prompt, one after another.
+    The model must be in evaluation mode. Its stored `rope_deltas` are neither read nor written.
+    """
+    import torch
+
+    base = base_of(model)
+    device = batch["input_ids"].device
+    ends = torch.tensor(end_ids(base, builder), device=device)
+    axes = _axes(base)
+    logits, cache, position, mask = _prefill(model, base, batch, repeats)
+    tokens = torch.full((max_new_tokens, len(logits)), builder.tokenizer.pad_token_id, device=device)
+    rows_left = torch.arange(len(logits), device=device)  # numbers of the sequences in the batch
+    going = torch.ones(len(logits), dtype=torch.bool, device=device)  # which of those are unfinished
+    token: Any = None
+    for step in range(max_new_tokens):
+        if step:
+            # Finished rows that are still in the batch stay unmasked: their output is not used, and if no prompt is
+            # padded attention then needs no mask.
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            out = model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=axes(position + step - 1)[..., None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits[:, -1]
+        token = choose_token(logits, step, rows_left)
+        tokens[step, rows_left] = token
+        going &= ~torch.isin(token, ends)
+        count = int(going.sum())
+        if count == 0:
+            break
+        if count <= _KEEP * len(going):
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows_left, token, position, mask = (values[going] for values in (rows_left, token, position, mask))
+            going = going[going]
+    return [_until_end(ids, set(ends.tolist())) for ids in tokens.T.tolist()]
+
+
+def decode_greedy(
+    model: "Module", rows: Sequence[Sample], builder: SampleBuilder, max_new_tokens: int, device: str
+) -> list[list[int]]:
+    """Return the new tokens of each prompt row, as `decode` does, by greedy decoding."""
+    batch = collate(rows, builder, device, side="left")
+    return decode(model, batch, builder, max_new_tokens, lambda logits, step, rows_left: logits.argmax(dim=-1))
+
+
+def end_ids(base: "PreTrainedModel", builder: SampleBuilder) -> list[int]:
+    """Return the tokens that end an answer."""
+    ends = base.generation_config.eos_token_id or builder.tokenizer.eos_token_id
+    return list(ends) if isinstance(ends, list | tuple) else [ends]
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """Return a sequence up to and including its first end token."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), None)]
+
+
+def _prefill(
+    model: "Module", base: "PreTrainedModel", batch: dict[str, Any], repeats: int
+) -> tuple["Tensor", "DynamicCache", "Tensor", "Tensor"]:
+    """Run one forward of the prompts, and repeat its results for the completions of each prompt.
+
+    Return logits of the first new token `[sequences, vocabulary]`, the KV cache, the position of the first new token
+    `int64 [sequences]`, and the attention mask `[sequences, tokens]`.
+    """
+    mask = batch["attention_mask"]
+    positions, first = _positions(base, batch)
+    inputs = {key: value for key, value in batch.items() if key != "mm_token_type_ids" or not _has_axes(base)}
+    out = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+    cache = out.past_key_values
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
+    _make_room(cache)
+    logits, first, mask = (values.repeat_interleave(repeats, dim=0) for values in (out.logits[:, -1], first, mask))
+    return logits, cache, first, mask
+
+
+def _has_axes(base: "PreTrainedModel") -> bool:
+    """Return whether positions have M-RoPE's three axes."""
+    return hasattr(base.base_model, "get_rope_index")
+
+
+def _axes(base: "PreTrainedModel") -> Callable[["Tensor"], "Tensor"]:
+    """Return a function that maps positions of text `[...]` to the model's format: M-RoPE's axes are equal for text."""
+    return (lambda position: position.expand(3, *position.shape)) if _has_axes(base) else (lambda position: position)
+
+
+def _positions(base: "PreTrainedModel", batch: dict[str, Any]) -> tuple["Tensor", "Tensor"]:
+    """Return the positions of the prompts' tokens, and of the first new token.
+
+    They are passed in every call, because those that a model stores (`rope_deltas`) belong to the last batch that it
+    saw, which may be another. Without images `get_rope_index` returns plain positions, counted after the padding.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if not _has_axes(base):
+        return (mask.cumsum(dim=1) - 1).clamp(min=0), mask.sum(dim=1)
+    backbone: Any = base.base_model
+    positions, deltas = backbone.get_rope_index(
+        ids, batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"), attention_mask=mask
+    )
+    # [3, prompts, tokens]; an image takes fewer positions than tokens, by the (negative) delta [prompts, 1].
+    return positions, mask.sum(dim=1) + deltas[:, 0]
+
+
+def _make_room(cache: "DynamicCache") -> None:
+    """Let the plain layers of a filled `DynamicCache` write new tokens in place; other kinds stay as they are.
+
+    transformers' `DynamicLayer` copies all keys and values at every token."""
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        room: "list[Tensor] | None" = None  # `keys` and `values` are views of these, which are longer
+
+        def update(
+            self, key_states: "Tensor", value_states: "Tensor", *args: object, **kwargs: object
+        ) -> tuple["Tensor", "Tensor"]:
+            start = self.get_seq_length()
+            end = start + key_states.shape[-2]
+            if self.room is None or end > self.room[0].shape[-2]:
+                self.room = [_with_room(old, end + _ROOM) for old in (self.keys, self.values) if old is not None]
+            for room, new in zip(self.room, (key_states, value_states), strict=True):
+                room[..., start:end, :] = new
+            self.keys, self.values = (room[..., :end, :] for room in self.room)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: "Tensor") -> None:
+            super().batch_select_indices(indices)
+            self.room = None  # of the rows that left
+
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            roomy = RoomyLayer()
+            roomy.__dict__ |= layer.__dict__  # its keys and values
+            cache.layers[number] = roomy
+
+
+def _with_room(old: "Tensor", length: int) -> "Tensor":
+    """Copy `old` (`[sequences, heads, tokens, size]`) into a tensor with a capacity of `length` tokens."""
+    room = old.new_empty(*old.shape[:-2], length, old.shape[-1])
+    room[..., : old.shape[-2], :] = old
+    return room

@@ -27,7 +27,7 @@ from ray_vlm.methods.reference import ReferenceCache
 from ray_vlm.methods.rewards import Rewards
 from ray_vlm.methods.rollout import Sampler
 from ray_vlm.models.backbone import recompute
-from ray_vlm.models.features import StepFeatureCache
+from ray_vlm.models.frozen_encoder import StepFeatureCache
 from ray_vlm.models.lora import split_rates
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.precision import autocast

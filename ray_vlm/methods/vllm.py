@@ -10,24 +10,42 @@ logged.
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.schema import Lora, Model
+from ray_vlm.config.train import Precision
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.rollout import Completion, Sampling
-from ray_vlm.models.adapter import check_adapter
 from ray_vlm.models.families import part_of
 from ray_vlm.models.load import resolve_name
+from ray_vlm.models.lora import check_adapter
 from ray_vlm.models.precision import DTYPES
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import TrainingArguments
+    from trl import GRPOConfig
+    from vllm import LLM
+    from vllm.outputs import CompletionOutput
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as `max_lora_rank`
 
 
-def start_engine(job: JobConfig, key: str, max_lora_rank: int | None, **options: Any) -> Any:
-    """Start a `vllm.LLM` with the job's base, in 4 bit if the job says so. Raise `ConfigError` without vLLM.
+@dataclass(frozen=True)
+class EngineSettings:
+    """The base that an engine loads, the dtype of its arithmetic, and the seed of its random numbers."""
+
+    model: Model
+    precision: Precision
+    seed: int
+
+
+def start_engine(settings: EngineSettings, key: str, max_lora_rank: int | None, **options: Any) -> "LLM":
+    """Start a `vllm.LLM` with the base, in 4 bit if the job says so. Raise `ConfigError` without vLLM.
 
     `key`: the setting that asks for vLLM; `max_lora_rank`: None for no adapters; `options`: further ones of vLLM."""
     try:
@@ -37,40 +55,43 @@ def start_engine(job: JobConfig, key: str, max_lora_rank: int | None, **options:
     fitting = [rank for rank in _RANKS if rank >= (max_lora_rank or 0)]
     lora = {} if max_lora_rank is None else {"max_loras": 1, "max_lora_rank": (fitting or [max_lora_rank])[0]}
     return LLM(
-        model=resolve_name(job.model.name),
-        revision=job.model.revision,
-        quantization="bitsandbytes" if job.model.load_in_4bit else None,
-        dtype=DTYPES[job.train.precision],
+        model=resolve_name(settings.model.name),
+        revision=settings.model.revision,
+        quantization="bitsandbytes" if settings.model.load_in_4bit else None,
+        dtype=DTYPES[settings.precision],
         enable_lora=max_lora_rank is not None,
-        seed=job.seed,
+        seed=settings.seed,
         trust_remote_code=False,
         **lora,
         **options,
     )
 
 
-def build_sampler(job: JobConfig, args: Any) -> Callable[..., list[list[Completion]]]:
+def build_sampler(
+    settings: EngineSettings, lora: Lora | None, args: "TrainingArguments"
+) -> Callable[..., list[list[Completion]]]:
     """Return a function like `rollout.sample_groups`. `args`: TRL's `GRPOConfig`, whose `vllm_*` options set memory and
     lengths. Raise `ConfigError` if vLLM is not installed."""
-    assert job.lora is not None
+    assert lora is not None
+    config = cast("GRPOConfig", args)
     engine = start_engine(
-        job,
+        settings,
         "method.rollouts",
-        job.lora.rank,
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-        max_model_len=args.vllm_max_model_length,
+        lora.rank,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        max_model_len=config.vllm_max_model_length,
         logprobs_mode="processed_logprobs",  # as the trainer computes them: after the temperature
     )
     pushed = 0
 
     def sample(
-        model: Any,
+        model: "PeftModel",
         rows: Sequence[Sample],
         builder: SampleBuilder,
         sampling: Sampling,
-        seeds: Sequence,
-        *_: str,
-        **__: Any,
+        seeds: Sequence[Sequence[int]],
+        *_: object,
+        **__: object,
     ) -> list[list[Completion]]:
         nonlocal pushed
         if not pushed:
@@ -94,7 +115,7 @@ def _check_parts(names: Iterable[str], builder: SampleBuilder, who: str) -> None
 
 
 def build_answerer(
-    job: JobConfig, adapter: str | None, builder: SampleBuilder, longest: int
+    settings: EngineSettings, adapter: str | None, builder: SampleBuilder, longest: int, max_new_tokens: int
 ) -> Callable[[Sequence[Sample]], list[str]]:
     """Return a function that answers rows greedily (`evaluate.engine: vllm`). Raise `ModelError` for a damaged adapter.
 
@@ -104,22 +125,22 @@ def build_answerer(
     if folder is not None:
         from safetensors import safe_open
 
-        check_adapter(str(folder), resolve_name(job.model.name), job.model.name)
+        check_adapter(str(folder), resolve_name(settings.model.name), settings.model.name)
         with safe_open(folder / "adapter_model.safetensors", "np") as file:
             _check_parts(file.keys(), builder, f"evaluate.engine: {folder}")
         rank = json.loads((folder / "adapter_config.json").read_text())["r"]
-    engine = start_engine(job, "evaluate.engine", rank, max_model_len=longest + job.evaluate.max_new_tokens)
-    greedy = Sampling(1, job.evaluate.max_new_tokens, 0.0, 1.0, 0)
+    engine = start_engine(settings, "evaluate.engine", rank, max_model_len=longest + max_new_tokens)
+    greedy = Sampling(1, max_new_tokens, 0.0, 1.0, 0)
 
     def answer(rows: Sequence[Sample]) -> list[str]:
-        groups = generate(engine, folder, 1, rows, builder, greedy, [(job.seed,)] * len(rows))
+        groups = generate(engine, folder, 1, rows, builder, greedy, [(settings.seed,)] * len(rows))
         return [builder.text(group[0].ids) for group in groups]
 
     return answer
 
 
 def generate(
-    engine: Any,
+    engine: "LLM",
     adapter: Path | None,
     number: int,
     rows: Sequence[Sample],
@@ -167,6 +188,6 @@ def _one_number(seed: Sequence[int]) -> int:
     return int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
 
 
-def _completion(answer: Any) -> Completion:
+def _completion(answer: "CompletionOutput") -> Completion:
     logprobs = [of_token[token].logprob for token, of_token in zip(answer.token_ids, answer.logprobs, strict=True)]
     return Completion(list(answer.token_ids), logprobs, answer.finish_reason == "stop")

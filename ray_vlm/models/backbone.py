@@ -5,73 +5,82 @@ Llama-4's class holds an image encoder and a complete language model side by sid
 itself.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from transformers import PreTrainedModel
 
 
 class Backbone:
     """Llama-4's forward without the head: it returns hidden states."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: "PreTrainedModel"):
         self.model = model
         self.get_image_features = model.get_image_features  # `generate` encodes images through the base model
 
-    def __call__(self, input_ids: Any, pixel_values: Any = None, **inputs: Any) -> Any:
+    def __call__(self, input_ids: "Tensor", pixel_values: "Tensor | None" = None, **inputs: object) -> Any:
         """Return the language model's output for a batch; `last_hidden_state` is `[rows, tokens, hidden]`."""
-        model = self.model
+        model: Any = self.model
         embedded = model.get_input_embeddings()(input_ids)
         if pixel_values is not None:
+            # [tiles, tokens, width]: Llama-4 cuts an image into tiles. Projected, they take the places of the image
+            # tokens of all rows, in order.
             encoded = model.get_image_features(pixel_values=pixel_values, return_dict=True).last_hidden_state
             features = model.multi_modal_projector(encoded.view(-1, encoded.size(-1))).to(embedded.dtype)
             image_mask = model.get_placeholder_mask(input_ids, inputs_embeds=embedded, image_features=features)
-            embedded = embedded.masked_scatter(image_mask, features)
+            embedded = embedded.masked_scatter(image_mask, features)  # [rows, tokens, hidden]
         options = {name: value for name, value in inputs.items() if value is not None}
         return model.language_model.model(inputs_embeds=embedded, **options)
 
 
-def base_of(model: Any) -> Any:
+def base_of(model: "Module") -> Any:
     """Return the transformers model under an adapter, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model = getattr(model, "get_base_model", None)  # of a model of PEFT's
+    return model if get_base_model is None else get_base_model()
 
 
-def ensure_backbone(model: Any) -> None:
+def ensure_backbone(model: "Module") -> None:
     """Give the model, with or without an adapter, a `base_model` that returns hidden states, if it has none."""
     base = base_of(model)
     if base.base_model is base:
         object.__setattr__(base, base.base_model_prefix, Backbone(base))  # no submodule: its weights are registered
 
 
-def language_model(base: Any) -> Any:
+def language_model(base: "PreTrainedModel") -> Any:
     """Return the language model without its head: it maps embeddings to hidden states."""
     decoder = base.get_decoder()
     return decoder.model if hasattr(decoder, "lm_head") else decoder
 
 
-def language_layers(base: Any) -> list[Any]:
+def language_layers(base: "PreTrainedModel") -> list[Any]:
     """Return the decoder layers of the language model, in order."""
     return list(language_model(base).layers)
 
 
-def _checkpointing_word(model: Any) -> str:
+def _checkpointing_word(model: "Module") -> str:
     """Return the first word of `..._checkpointing_enable`: transformers 5.23 renamed `gradient` to `activation`."""
     return "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
 
 
-def recompute(model: Any, options: dict[str, Any] | None) -> None:
+def recompute(model: "Module", options: dict[str, Any] | None) -> None:
     """Turn activation checkpointing on; `options` are those of `torch.utils.checkpoint.checkpoint`."""
     word = _checkpointing_word(model)
     getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": options})
 
 
-def recompute_first(model: Any, count: int) -> None:
+def recompute_first(model: "Module", count: int) -> None:
     """Limit activation checkpointing, once it is turned on, to the first `count` layers of the language model.
 
     The image encoder is not changed.
     """
     base = base_of(model)
+    # The Trainer calls this method when it begins to train, for all layers, so flags that are set here would be lost.
     name = f"{_checkpointing_word(model)}_checkpointing_enable"
     enable = getattr(model, name)
 
-    def enable_first(*args: Any, **kwargs: Any) -> None:
+    def enable_first(*args: object, **kwargs: object) -> None:
         enable(*args, **kwargs)
         for layer in language_layers(base)[count:]:
             layer.gradient_checkpointing = False

@@ -3,15 +3,19 @@ dequantise every layer again for each token. On a CPU the results are bitwise th
 dequantised weights there too (`_gemm_4bit_default_impl` in `bitsandbytes/backends/default/ops.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
 MOST_BYTES = 2**30  # of dequantised weights; a larger model stays in 4 bit
 
 
 @contextmanager
-def dequantised(model: Any) -> Iterator[None]:
+def dequantised(model: "Module") -> Iterator[None]:
     """While the body runs, let a small model's 4-bit layers on a CPU multiply by weights that are dequantised once.
 
     Nothing changes on a GPU, whose kernels read 4-bit weights directly. For forwards without gradients.
@@ -24,7 +28,7 @@ def dequantised(model: Any) -> Iterator[None]:
         yield
 
 
-def quantised_layers(model: Any) -> list[Any]:
+def quantised_layers(model: "Module") -> list[Any]:
     """Return the 4-bit layers of a model."""
     return [module for module in model.modules() if _is_quantised(module)]
 
@@ -49,7 +53,7 @@ def multiply_dequantised(layers: Sequence[Any]) -> Iterator[None]:
                 layer.forward = own[layer]
 
 
-def _is_quantised(module: Any) -> bool:
+def _is_quantised(module: "Module") -> bool:
     """Return whether it is bitsandbytes' layer with quantised weights (PEFT's wrapper has a class of the same name)."""
     kind = type(module)
     return (
@@ -59,10 +63,10 @@ def _is_quantised(module: Any) -> bool:
     )
 
 
-def _forward(weight: Any, bias: Any) -> Any:
+def _forward(weight: "Tensor", bias: "Tensor | None") -> "Callable[[Tensor], Tensor]":
     from torch.nn.functional import linear
 
-    def forward(x: Any) -> Any:
+    def forward(x: "Tensor") -> "Tensor":
         return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
     return forward

@@ -4,13 +4,17 @@ Merging into 4-bit weights loses what was learned: an adapter's change is smalle
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.schema import Model
 from ray_vlm.config.train import Precision
 from ray_vlm.errors import ModelError
 from ray_vlm.models.load import load_adapter, load_config, load_model
 from ray_vlm.models.precision import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
 # Largest difference of a logit from rounding alone, as a share of the largest logit (measured in docs/LOG.md).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
@@ -52,7 +56,7 @@ def merge(
     return merged, difference
 
 
-def compare(expected: Sequence[Any], merged: Sequence[Any]) -> dict[str, float]:
+def compare(expected: Sequence["Tensor"], merged: Sequence["Tensor"]) -> dict[str, float]:
     """Compare logits, `[rows, positions, tokens]` of each batch.
 
     Return `rows`, `largest` (difference of a logit), `scale` (largest logit), and `same_token` (share of positions
@@ -68,7 +72,7 @@ def compare(expected: Sequence[Any], merged: Sequence[Any]) -> dict[str, float]:
     return {"rows": rows, "largest": largest, "scale": scale, "same_token": same / max(positions, 1.0)}
 
 
-def _logits(model: Any, batch: dict[str, Any]) -> Any:
+def _logits(model: "Module", batch: dict[str, Any]) -> "Tensor":
     import torch
 
     with torch.inference_mode():

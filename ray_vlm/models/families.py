@@ -1,7 +1,7 @@
 """The known model families, as plain data that every layer of the package may import.
 
 Module patterns are regular expressions that match full module names; they hold for transformers 5.23. A model type that
-is not here is described from its modules (`models/generic.py`).
+is not here is described from its modules (`models/architectures.py`).
 """
 
 from dataclasses import dataclass, field

@@ -1,21 +1,241 @@
-"""Run a frozen image encoder without autograd.
+"""A frozen image encoder: it runs without autograd, and its features are cached, for a step and on disk.
 
-transformers registers a hook on every input embedding so that gradient checkpointing works with an adapter, and counts
-the patch embedding of Qwen2-VL's and Qwen2.5-VL's towers among them: a frozen tower is then computed twice and
-back-propagated through at every step. Without that the gradients of trained weights are bitwise the same.
+Within a step the reference, the rollout and the trained model see the same images: `StepFeatureCache` keeps their
+features in memory, by pixels. `DiskFeatureCache` keeps them in files for epochs and runs, by the hash of the encoder's
+input and of its weights. A file that cannot be read is written again; a full disk, or a folder at its limit, only ends
+the writing.
 """
 
-from typing import Any
+import hashlib
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ray_vlm.errors import ModelError
 from ray_vlm.models.backbone import base_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-def run_frozen_tower_plainly(model: Any) -> bool:
-    """Run the model's image encoder under `no_grad` if nothing in it is trainable. Return whether that is so."""
+_RECOUNT = 0.01  # share of the limit written between two counts of the folder: other processes write to it too
+_SUFFIX = ".features"
+_KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families whose encoder's output `_output` can build
+# Of one image, each [visual tokens, width]: "pooled" and, of models with DeepStack, "deepstack.0", ...
+Features = dict[str, "Tensor"]
+
+
+def run_without_autograd(model: "Module") -> bool:
+    """Run the model's image encoder under `no_grad` if nothing in it is trainable. Return whether that is so.
+
+    transformers registers a hook on every input embedding so that gradient checkpointing works with an adapter, and
+    counts the patch embedding of Qwen2-VL's and Qwen2.5-VL's encoders among them: a frozen encoder is then computed
+    twice and back-propagated through at every step. Without that the gradients of trained weights are bitwise the same.
+    """
     import torch
 
-    tower = base_of(model).get_encoder(modality="image")
-    if any(parameter.requires_grad for parameter in tower.parameters()):
+    encoder = _encoder(model)
+    if any(parameter.requires_grad for parameter in encoder.parameters()):
         return False
-    tower.forward = torch.no_grad()(tower.forward)
+    encoder.forward = torch.no_grad()(encoder.forward)
     return True
+
+
+def why_not_cached(model: "Module") -> str | None:
+    """Return why the features of the model's image encoder cannot be cached, or None.
+
+    With an adapter in the encoder they change when the adapter is turned off, as for the references of DPO and GRPO."""
+    model_type = base_of(model).config.model_type
+    if model_type not in _KNOWN:
+        return f"it knows the image encoders of {', '.join(_KNOWN)}, and this is a {model_type}"
+    changing = [name for name, p in _encoder(model).named_parameters() if "lora_" in name or p.requires_grad]
+    return f"{changing[0]} in the image encoder is an adapter's or learns" if changing else None
+
+
+def cache_features(model: "Module", step_cache: "StepFeatureCache", disk_cache: "DiskFeatureCache | None") -> None:
+    """Let the model's image encoder read features from `step_cache`, then from `disk_cache`, and compute the others.
+
+    Raise `ModelError` if cached features could differ from computed ones."""
+    import torch
+
+    if reason := why_not_cached(model):
+        raise ModelError(f"train.vision_cache: {reason}. Leave train.vision_cache out.")
+    encoder = _encoder(model)
+    plain, merge = encoder.forward, encoder.spatial_merge_size**2
+
+    @torch.no_grad()
+    def forward(pixels: "Tensor", grid_thw: "Tensor", **options: object) -> "BaseModelOutputWithPooling":
+        # `pixels` [patches of all images, patch values] are the images one behind another; a row of `grid_thw` has an
+        # image's frames, rows and columns of patches, and so its number of patches.
+        patches = grid_thw.prod(dim=1).tolist()
+        # The same pixels have other features in another dtype, under autocast, and in another grid.
+        mode = f"{pixels.dtype} {torch.is_autocast_enabled(pixels.device.type)}"
+        by_image = zip(pixels.split(patches), grid_thw.tolist(), strict=True)
+        images = [(values, f"{mode} {grid}") for values, grid in by_image]
+        features_of: dict[int, Features] = {}
+        names: dict[int, str] = {}
+        for n, image in enumerate(images):
+            features = step_cache.read(*image)
+            if features is None and disk_cache is not None:
+                names[n] = disk_cache.name(*image)
+                features = disk_cache.read(names[n], str(pixels.device))
+            if features is not None:
+                features_of[n] = features
+        if missing := [n for n in range(len(images)) if n not in features_of]:
+            output = plain(torch.cat([images[n][0] for n in missing]), grid_thw=grid_thw[missing], **options)
+            # `merge` patches become one visual token.
+            for n, features in zip(missing, _by_image(output, [patches[n] // merge for n in missing]), strict=True):
+                features_of[n] = features
+                if disk_cache is not None:
+                    disk_cache.write(names[n], features)
+        for n, image in enumerate(images):
+            step_cache.write(*image, features_of[n])
+        return _output([features_of[n] for n in range(len(images))])
+
+    encoder.forward = forward
+
+
+class StepFeatureCache:
+    """The features of the last images, at most `room` of them.
+
+    `mode` in its methods: how the encoder sees the pixels (dtype, autocast, grid)."""
+
+    def __init__(self) -> None:
+        self.room = 0
+        self.entries: dict[tuple, tuple[Tensor, Features]] = {}
+
+    def start(self, room: int) -> None:
+        """Drop all features, and keep those of up to `room` images from now on."""
+        self.room = room
+        self.entries.clear()
+
+    def read(self, pixels: "Tensor", mode: str) -> Features | None:
+        """Return the features of the same pixels in the same mode, or None."""
+        import torch
+
+        entry = self.entries.get(self._key(pixels, mode)) if self.entries else None
+        return entry[1] if entry is not None and torch.equal(entry[0], pixels) else None
+
+    def write(self, pixels: "Tensor", mode: str, features: Features) -> None:
+        """Store the features, and drop the oldest."""
+        if self.room:
+            self.entries[self._key(pixels, mode)] = pixels, features
+        while len(self.entries) > self.room:
+            self.entries.pop(next(iter(self.entries)))  # a dictionary keeps the order of insertion
+
+    def _key(self, pixels: "Tensor", mode: str) -> tuple[str, float]:
+        return mode, float(pixels.sum())  # sums may collide, so `read` compares every pixel
+
+
+class DiskFeatureCache:
+    """Files of features in a folder, which other processes may use too."""
+
+    def __init__(self, folder: Path, limit: float, model: "Module"):
+        """`limit`: bytes that the folder may hold. `model`: the model whose encoder computes the features; each
+        encoder has a subfolder."""
+        import transformers
+
+        encoder = _encoder(model)
+        known = [transformers.__version__, sorted(encoder.config.to_dict().items(), key=str)]
+        self.folder = folder / _key([*known, *(fingerprint(value) for value in encoder.state_dict().values())])
+        # Bytes in the folder: counted (`held`), and written by this process since (`unseen`).
+        self.limit, self.full, self.held, self.unseen = limit, False, held(folder), 0.0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ModelError(
+                f"train.vision_cache={str(folder)!r} cannot be used as a folder: {error}. Name one on a disk of each "
+                "node, or leave it out."
+            ) from None
+
+    def name(self, pixels: "Tensor", mode: str) -> str:
+        """Return the file name for an image in this mode."""
+        return _key([mode, fingerprint(pixels)]) + _SUFFIX
+
+    def read(self, name: str, device: str) -> Features | None:
+        """Return the features in a file; None if there is none that can be read."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self.folder / name, device)
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, name: str, features: Features) -> None:
+        """Write a file atomically. Print a note once if there is no more room."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        if self.full:
+            return
+        temporary = self.folder / f"{name}.{os.getpid()}"
+        try:
+            if self.unseen >= self.limit * _RECOUNT:
+                self.held, self.unseen = held(self.folder.parent), 0.0
+            if self.held + self.unseen >= self.limit:
+                return self._stop(f"{self.folder.parent} holds what train.vision_cache_gib allows")
+            save_file({part: value.contiguous() for part, value in features.items()}, temporary)
+            os.replace(temporary, self.folder / name)
+            self.unseen += sum(value.nbytes for value in features.values())
+        except (OSError, SafetensorError) as error:
+            self._stop(f"{self.folder}: {error}")
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _stop(self, reason: str) -> None:
+        self.full = True
+        print(f"note: train.vision_cache: no more is written. {reason}", flush=True)
+
+
+def held(folder: Path) -> float:
+    """Return the bytes of all features in the folder, of every encoder."""
+    total = 0.0
+    for path in folder.glob(f"*/*{_SUFFIX}*"):
+        with suppress(FileNotFoundError):  # another process has just renamed or removed it
+            total += path.stat().st_size
+    return total
+
+
+def _encoder(model: "Module") -> Any:
+    return base_of(model).get_encoder(modality="image")
+
+
+def fingerprint(values: "Tensor") -> str:
+    """Return the SHA-256 of a tensor's content, shape and dtype."""
+    import torch
+
+    digest = hashlib.sha256(f"{values.dtype} {list(values.shape)} ".encode())
+    # As bytes, because numpy has no bfloat16.
+    digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _key(parts: Sequence[object]) -> str:
+    return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:32]
+
+
+def _by_image(output: "BaseModelOutputWithPooling", tokens: list[int]) -> list[Features]:
+    """Split the encoder's output by image. `tokens`: visual tokens of each."""
+    layers = getattr(output, "deepstack_features", None) or []  # of Qwen3-VL: features of earlier layers, for DeepStack
+    named = {"pooled": output.pooler_output} | {f"deepstack.{n}": layer for n, layer in enumerate(layers)}
+    # Each is [visual tokens of all images, width], the images one behind another.
+    by_name = {name: value.split(tokens) for name, value in named.items()}
+    return [{name: parts[number] for name, parts in by_name.items()} for number in range(len(tokens))]
+
+
+def _output(images: Sequence[Features]) -> "BaseModelOutputWithPooling":
+    """Join images' features into the encoder's output."""
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    joined = {name: torch.cat([features[name] for features in images]) for name in images[0]}
+    pooled = joined.pop("pooled")
+    if not joined:
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+    layers = [joined[f"deepstack.{number}"] for number in range(len(joined))]
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=layers)

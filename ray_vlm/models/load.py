@@ -1,24 +1,42 @@
-"""Load a base model, in 4 bit or not; put a trained adapter on it.
+"""Load a base model, in 4 bit or not, alone or kept in the process; with a trained adapter, or with what is to be
+trained.
 
 bitsandbytes 0.50 on CPUs with AVX512_BF16 repacks every 4-bit layer at the first evaluation and from then on gives
 wrong gradients without an error; `load_model` turns that off (the packed path has no autograd).
 """
 
+import copy
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_vlm.config.schema import Model
-from ray_vlm.config.train import Precision
+from ray_vlm.config.schema import Lora, Model
+from ray_vlm.config.train import Precision, Train
 from ray_vlm.errors import ModelError
-from ray_vlm.models.adapter import CONFIG, WEIGHTS, check_adapter, is_whole_model, put_adapter
-from ray_vlm.models.families import FAMILIES, Family
-from ray_vlm.models.generic import describe
+from ray_vlm.models.architectures import family_of
+from ray_vlm.models.families import Family
+from ray_vlm.models.lora import (
+    CONFIG,
+    WEIGHTS,
+    check_adapter,
+    check_modules,
+    freeze_parts,
+    is_whole_model,
+    lora_config,
+    put_adapter,
+    train_parts,
+)
 from ray_vlm.models.out_of_memory import is_out_of_memory
 from ray_vlm.models.precision import dtype_of
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.console import lasting
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch.nn import Module
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _DEVICE_MARKS = ("CUDA", "HIP error", "NVIDIA", "NCCL", "gloo")  # in errors of devices and of collective operations
 
@@ -26,6 +44,7 @@ _GIVE_BASE = (
     "Give a folder with a config.json, or a hub name; for a private or gated model accept its licence on the hub and "
     "set HF_TOKEN."
 )
+_KEPT: dict[tuple, "PreTrainedModel"] = {}  # the base that stays in this process, by what it was loaded with
 
 
 def resolve_name(name: str) -> str:
@@ -33,7 +52,7 @@ def resolve_name(name: str) -> str:
     return str(Path(__file__).parents[1] / "demo" / "weights") if name == "tiny" else name
 
 
-def load_config(spec: Model) -> Any:
+def load_config(spec: Model) -> "PreTrainedConfig":
     """Return the base's transformers configuration. Raise `ModelError` if there is none that can be read."""
     from transformers import AutoConfig
 
@@ -104,14 +123,7 @@ def first_line(error: Exception) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
-def family_of(config: Any) -> Family:
-    """Return the family of a configuration, from `FAMILIES` or described from the model's modules.
-
-    Raise `ModelError` if it is not a vision-language model."""
-    return FAMILIES.get(config.model_type) or describe(config)
-
-
-def _check_unquantised(spec: Model, config: Any) -> None:
+def _check_unquantised(spec: Model, config: "PreTrainedConfig") -> None:
     """Raise `ModelError` for a base that was published quantised by another method than bitsandbytes'."""
     about = getattr(config, "quantization_config", None) or {}
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
@@ -122,7 +134,7 @@ def _check_unquantised(spec: Model, config: Any) -> None:
         )
 
 
-def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
+def load_model(spec: Model, precision: Precision, device: str = "cpu") -> "PreTrainedModel":
     """Load the base onto `device`, in NF4 with double quantisation if `spec.load_in_4bit`.
 
     `precision` is the dtype of unquantised weights and of the arithmetic. In 4 bit the vision tower, the embeddings and
@@ -168,7 +180,7 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> Any:
     return model
 
 
-def _check_complete(spec: Model, model: Any, missing: Iterable[str]) -> None:
+def _check_complete(spec: Model, model: "Module", missing: Iterable[str]) -> None:
     """Raise `ModelError` if weights are not in the base's files: transformers gives them random values and goes on."""
     weights = sorted(set(missing) & {weight for weight, _ in model.named_parameters()})
     if weights:
@@ -221,7 +233,7 @@ def describe_download(name: str) -> str:
     return f"{downloaded / 2**30:.1f}{f' of {total / 2**30:.1f}' if total else ''} GiB in the cache"
 
 
-def _forget_renamings(model: Any) -> None:
+def _forget_renamings(model: "PreTrainedModel") -> None:
     """Let the model save its weights under its own names.
 
     Under ZeRO-3 transformers 5.23 assumes that every renaming that it knows for the family was applied when the weights
@@ -229,15 +241,15 @@ def _forget_renamings(model: Any) -> None:
     from transformers.core_model_loading import WeightRenaming
 
     known = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [change for change in known if not isinstance(change, WeightRenaming)]
+    model._weight_conversions = [change for change in known if not isinstance(change, WeightRenaming)]  # type: ignore[assignment]
 
 
-def cast_pixels(model: Any) -> None:
+def cast_pixels(model: "PreTrainedModel") -> None:
     """Cast pixels to the image encoder's dtype: some processors return bfloat16, others float32."""
     import torch
 
-    def cast(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        def fit(value: Any) -> Any:
+    def cast(module: "PreTrainedModel", args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def fit(value: object) -> object:
             return value.to(module.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
         return tuple(fit(value) for value in args), {name: fit(value) for name, value in kwargs.items()}
@@ -245,7 +257,7 @@ def cast_pixels(model: Any) -> None:
     model.get_encoder(modality="image").register_forward_pre_hook(cast, with_kwargs=True)
 
 
-def check_4bit(model: Any, family: Family, name: str) -> None:
+def check_4bit(model: "PreTrainedModel", family: Family, name: str) -> None:
     """Raise `ModelError` if most weights of the language layers are not in 4 bit, as in models with fused experts."""
     prefix = {id(m): n for n, m in model.named_modules()}[id(model.get_decoder())] + "."
     in_4bit, others = 0, {}
@@ -265,14 +277,14 @@ def check_4bit(model: Any, family: Family, name: str) -> None:
         )
 
 
-def keep_4bit_differentiable(model: Any) -> None:
+def keep_4bit_differentiable(model: "Module") -> None:
     """Stop bitsandbytes from repacking 4-bit layers for CPU inference (`bitsandbytes/nn/modules.py`, Linear4bit)."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def load_adapter(model: Any, folder: str, spec: Model, trainable: bool = False) -> Any:
+def load_adapter(model: "Module", folder: str, spec: Model, trainable: bool = False) -> "PeftModel":
     """Put the adapter in `folder` on `model`. Raise `ModelError` if it is damaged or was trained on another base."""
     folder = fetch_folder(folder)
     check_adapter(folder, resolve_name(spec.name), spec.name)
@@ -290,6 +302,54 @@ def load_trained(spec: Model, precision: Precision, weights: str | None, device:
         return load_model(whole_model(spec, folder), precision, device)
     model = load_model(spec, precision, device)
     return model if folder is None else load_adapter(model, folder, spec)
+
+
+def load_adapted(
+    spec: Model, lora: Lora | None, train: Train, family: Family, device: str, seed: int, resident: bool = False
+) -> Any:
+    """Load the base with what is trained: a new adapter, the job's adapter (`spec.adapter`), or, without `lora`, all
+    weights.
+
+    `seed`: of a new adapter's weights. `resident`: use the base that stays in this process (`load_resident`).
+    """
+    import torch
+    from peft import get_peft_model
+
+    model = (load_resident if resident else load_model)(spec, train.precision, device)
+    if lora is None:
+        return freeze_parts(model, train.freeze or (), family)
+    if spec.adapter is not None:
+        return train_parts(load_adapter(model, spec.adapter, spec, trainable=True), lora, family)
+    check_modules(model, lora.modules_to_save or ())
+    torch.manual_seed(seed)  # every rank and every restart starts from the same adapter
+    return get_peft_model(model, lora_config(lora, family))
+
+
+def load_resident(spec: Model, precision: Precision, device: str = "cpu") -> "PreTrainedModel":
+    """Return the base as `load_model` does, but read weights only once in this process. They must not be changed.
+
+    A trainer changes the module tree: adapters replace layers, forwards are wrapped, hooks are registered. So each run
+    gets a module tree of its own, and only the frozen weights are shared.
+    """
+    key = (spec.name, spec.revision, spec.load_in_4bit, precision, device)
+    if key not in _KEPT:
+        _KEPT.clear()  # a GPU holds one base
+        _KEPT[key] = load_model(spec, precision, device)
+    return share_weights(_KEPT[key])
+
+
+def keep_resident(spec: Model, precision: Precision, device: str, model: "PreTrainedModel") -> None:
+    """Let `load_resident` return `model`, which was built in this process, for `spec`."""
+    _KEPT.clear()
+    _KEPT[spec.name, spec.revision, spec.load_in_4bit, precision, device] = model
+
+
+def share_weights(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Return a copy of the module tree with the same tensors. Quantisation states are shared too."""
+    same: list[Any] = list(chain(model.parameters(), model.buffers()))
+    same += [state for m in model.modules() if (state := getattr(m, "quant_state", None)) is not None]
+    # `deepcopy` takes what its memo has under an object's id for the copy of that object.
+    return copy.deepcopy(model, {id(value): value for value in same})
 
 
 def whole_model(spec: Model, folder: str) -> Model:

@@ -1,22 +1,43 @@
-"""Estimate the memory of one worker, by component, before anything is downloaded or launched.
+"""The memory of one worker, by component, before anything is downloaded or launched.
 
 Weights and optimizer states are counted from the model's shapes. Activations do not follow a formula: a step is
-rehearsed with fake tensors (`models/rehearse.py`) on the heaviest rows. CUDA's own memory is an allowance.
+rehearsed with fake tensors (`models/rehearse.py`, which has `estimate`) on the heaviest rows. CUDA's own memory is an
+allowance. This module has the parts that need no model: what a batch is, and how states are shared out.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ray_vlm.config.cluster import BUCKET, GATHERED
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.cluster import BUCKET, GATHERED, Cluster
+from ray_vlm.config.method import Method
+from ray_vlm.config.schema import Lora
+from ray_vlm.config.train import Precision, Train
 from ray_vlm.machine import GIB
-from ray_vlm.models.packing import PackingOptions, plan_packs
-from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
+from ray_vlm.models.prefix_sharing import PackingOptions, plan_packs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CUDA_CONTEXT = 0.6 * GIB  # the driver, kernels and cuBLAS' workspace
 FRAGMENTATION = 0.06  # share of activations: free blocks that are too small for any request
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a job says that decides the memory of a step, beside its rows and its base's configuration."""
+
+    method: Method
+    train: Train
+    cluster: Cluster
+    lora: Lora | None
+    load_in_4bit: bool
+
+    def with_rows(self, count: int) -> "StepSettings":
+        """Return the settings with micro-batches of this many rows (GRPO: answers)."""
+        rows = {"micro_batch_size": count, "tokens_per_micro_batch": None}
+        return replace(self, train=self.train.model_copy(update=rows))
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,33 @@ class RowSize:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """The input of one forward: `rows` of `tokens` each, and `patches` of each image before merging.
+
+    `masked`: whether attention needs a mask, for padding or for branches. `spread`: rows and tokens of TRL's batch, to
+    which hidden states are copied back if rows were shared or packed. `labelled`: tokens that the head scores; None:
+    all. `copies`: image inputs that stay in memory for the whole step, as a multiple of this batch's.
+    """
+
+    rows: int
+    tokens: int
+    patches: tuple[int, ...] = ()
+    masked: bool = False
+    spread: tuple[int, int] | None = None
+    labelled: int | None = None
+    copies: float = 1.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of weights. `quantised`: in 4 bit; `plain`: the rest of the base; `trained`: trained ones, in float32."""
+
+    quantised: float
+    plain: float
+    trained: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """`parts`: bytes by component at the peak. `when`: the phase of a step in which the peak occurs."""
 
@@ -48,98 +96,79 @@ class Estimate:
         return sum(self.parts.values())
 
 
-def micro_sizes(job: JobConfig, size: RowSize, micro: int | None = None) -> list[RowSize]:
-    """Return the row `size` once for each row of a micro-batch (GRPO: for each prompt). `micro` replaces
-    `train.micro_batch_size`."""
-    budget = job.train.tokens_per_micro_batch
-    rows = micro or (max(1, budget // max(1, size.tokens)) if budget else job.train.micro_batch_size)
-    return [size] * (max(1, rows // job.method.num_generations) if job.method.name == "grpo" else rows)
+@dataclass(frozen=True)
+class Choice:
+    """What fits: rows of a micro-batch (GRPO: answers), layers that recompute their activations, and the estimate."""
+
+    micro: int
+    layers: int
+    estimate: Estimate
 
 
-def plan_batch(job: JobConfig, sizes: Sequence[RowSize], merge: int, folding: PackingOptions) -> Batch:
+def micro_sizes(method: Method, train: Train, size: RowSize) -> list[RowSize]:
+    """Return the row `size` once for each row of a micro-batch (GRPO: for each prompt)."""
+    budget = train.tokens_per_micro_batch
+    rows = max(1, budget // max(1, size.tokens)) if budget else train.micro_batch_size
+    return [size] * (max(1, rows // method.num_generations) if method.name == "grpo" else rows)
+
+
+def plan_batch(settings: StepSettings, sizes: Sequence[RowSize], merge: int, packing: PackingOptions) -> Batch:
     """Return the micro-batch of these rows (GRPO: prompts) as the model sees it.
 
-    `merge`: patches along a side of a visual token. `folding`: how rows share prefixes and are packed."""
+    `merge`: patches along a side of a visual token. `packing`: how rows share prefixes and are packed."""
     patches = tuple(size.image_tokens * merge**2 for size in sizes if size.image_tokens)
     prompts = [size.image_tokens + size.prompt_tokens for size in sizes]
-    method, num_labelled = job.method, sum(size.answer_tokens for size in sizes)
-    compact = bool(job.cluster.gpus_per_worker) or folding.share or folding.pack
+    method, num_labelled = settings.method, sum(size.answer_tokens for size in sizes)
+    # The head scores labelled tokens alone: TRL's on GPUs, and elsewhere where `surgery` lets it.
+    compact = bool(settings.cluster.gpus_per_worker) or packing.share or packing.pack
     if method.name == "sft":
-        batch = _packed([size.tokens for size in sizes], patches, folding)
+        batch = _packed([size.tokens for size in sizes], patches, packing)
         return replace(batch, labelled=num_labelled if compact and method.loss_on == "answer" else None)
     if method.name == "dpo":
         group, answer_tokens = 2, [size.answer_tokens for size in sizes]
         longer = [size.longest_answer or math.ceil(size.answer_tokens / 2) for size in sizes]
     else:
-        group = min(job.train.micro_batch_size, method.num_generations)
+        group = min(settings.train.micro_batch_size, method.num_generations)
         answer_tokens = [group * method.max_completion_tokens] * len(sizes)
         longer, num_labelled = [method.max_completion_tokens] * len(sizes), sum(answer_tokens)
+    # In TRL's batch each answer is a row with its prompt, padded to the longest row.
     longest = max(p + a for p, a in zip(prompts, longer, strict=True))
     rows, labelled = group * len(sizes), num_labelled if compact else None
-    if not folding.share or group == 1:
+    if not packing.share or group == 1:
         return Batch(rows, longest, patches * group, masked=rows > 1, labelled=labelled)
     trees = [p + a for p, a in zip(prompts, answer_tokens, strict=True)]
     copies = 1.0  # of the image inputs; GRPO keeps those of all of a step's prompts
     if method.name == "grpo":
-        answers = job.train.global_batch_size / job.cluster.least_workers
+        answers = settings.train.global_batch_size / settings.cluster.least_workers
         copies = max(1.0, answers / method.num_generations / len(sizes))
-    return replace(_packed(trees, patches, folding, (rows, longest)), labelled=labelled, copies=copies)
+    return replace(_packed(trees, patches, packing, (rows, longest)), labelled=labelled, copies=copies)
 
 
 def _packed(
-    sizes: Sequence[int], patches: tuple[int, ...], folding: PackingOptions, layout: tuple[int, int] | None = None
+    sizes: Sequence[int], patches: tuple[int, ...], packing: PackingOptions, layout: tuple[int, int] | None = None
 ) -> Batch:
     """Return the batch of rows of these lengths. `layout`: rows and tokens of TRL's batch, if it differs."""
-    packs = plan_packs(sizes, folding.hidden) if folding.pack else [[number] for number in range(len(sizes))]
+    packs = plan_packs(sizes, packing.hidden) if packing.pack else [[number] for number in range(len(sizes))]
     if layout is None and len(packs) < len(sizes):
         layout = (len(sizes), max(sizes))
     width = max(sum(sizes[number] for number in pack) for pack in packs)
     return Batch(len(packs), width, patches, masked=len(sizes) > 1 or layout is not None, spread=layout)
 
 
-def estimate(
-    rehearsal: Rehearsal,
-    sizes: Sequence[RowSize],
-    merge: int,
-    folding: PackingOptions,
-    layers: int | None = None,
-    at_once: JobConfig | None = None,
-) -> Estimate:
-    """Estimate the memory of one worker for a micro-batch of these rows.
-
-    `layers`: how many of the first layers recompute their activations; None: as the job says. `at_once`: the job with
-    another micro-batch size."""
-    job, weights = at_once or rehearsal.job, rehearsal.weights()
-    live = rehearsal.run(plan_batch(job, sizes, merge, folding), layers)
-    parts = shared_out(job, weights, rehearsal.largest)
-    step = max(0.0, live.peak - weights.trained)
-    when = max((name for name in live.peaks if name), key=lambda name: live.peaks[name])
-    cache = rollout_bytes(job, rehearsal.config, max(sizes, key=lambda s: s.tokens)) if _samples(job) else 0.0
-    if cache > step:
-        parts["keys and values of sampled answers"], when = cache, "sampling"
-    else:
-        parts["activations and buffers"] = step
-    if job.cluster.gpus_per_worker:
-        parts["CUDA's own"] = CUDA_CONTEXT
-        parts["fragmentation"] = FRAGMENTATION * max(step, cache)
-    return Estimate({name: value for name, value in parts.items() if value}, when)
-
-
-def shared_out(job: JobConfig, weights: Weights, largest: float) -> dict[str, float]:
+def shared_out(cluster: Cluster, precision: Precision, weights: Weights, largest: float) -> dict[str, float]:
     """Return the bytes of model and optimizer states on one worker: all of them under DDP, under ZeRO a slice of what
     its stage partitions.
 
     `largest`: bytes of the largest module, which ZeRO-3 gathers to run it. Under DeepSpeed trained weights are in the
     base's dtype, and the optimizer has a float32 copy (its `runtime/zero/stage_1_and_2.py` and `stage3.py`).
     """
-    cluster, workers = job.cluster, job.cluster.least_workers
-    zero_stage, trained = cluster.zero_stage, weights.trained
+    workers, zero_stage, trained = cluster.least_workers, cluster.zero_stage, weights.trained
     if not zero_stage:
         parts = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain}
         parts |= {"what learns, float32": trained, "Adam's two moments": 2 * trained, "gradients": trained}
         return parts | ({"buckets of gradients for the other workers": trained} if workers > 1 else {})
     weight_slices = workers if zero_stage == 3 else 1
-    in_base_dtype = trained if job.train.precision == "fp32" else trained / 2
+    in_base_dtype = trained if precision == "fp32" else trained / 2
     offloaded = "offload" in (cluster.deepspeed or "")
     slices = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain, "what learns": in_base_dtype}
     parts = {} if zero_stage == 3 and offloaded else {name: value / weight_slices for name, value in slices.items()}
@@ -152,62 +181,19 @@ def shared_out(job: JobConfig, weights: Weights, largest: float) -> dict[str, fl
     return parts
 
 
-def _samples(job: JobConfig) -> bool:
-    return job.method.name == "grpo" and job.method.rollouts != "vllm"
-
-
-def rollout_bytes(job: JobConfig, config: Any, size: RowSize) -> float:
-    """Return the bytes of the KV cache of all answers that one worker samples at once."""
+def rollout_bytes(settings: StepSettings, config: "PreTrainedConfig", size: RowSize) -> float:
+    """Return the bytes of the KV cache of all answers that one worker samples at once; 0 where this process samples
+    none."""
+    method, train = settings.method, settings.train
+    if method.name != "grpo" or method.rollouts == "vllm":
+        return 0.0
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sequences = job.train.global_batch_size / job.cluster.least_workers
-    length = size.image_tokens + size.prompt_tokens + job.method.max_completion_tokens
-    value_bytes = 4 if job.train.precision == "fp32" else 2
+    sequences = train.global_batch_size / settings.cluster.least_workers
+    length = size.image_tokens + size.prompt_tokens + method.max_completion_tokens
+    value_bytes = 4 if train.precision == "fp32" else 2
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head * value_bytes  # 2: keys and values
     return float(token_bytes * sequences * length)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What fits: rows of a micro-batch (GRPO: answers), layers that recompute their activations, and the estimate."""
-
-    micro: int
-    layers: int
-    estimate: Estimate
-
-
-def choose(
-    rehearsal: Rehearsal, size: RowSize, micros: Sequence[int], merge: int, folding: PackingOptions, room: float
-) -> Choice | None:
-    """Choose the fewest recomputing layers with which the smallest of `micros` (ascending) fits into `room` bytes, then
-    the largest of `micros` that fits with these layers. Return None if nothing fits."""
-
-    def estimate_at(micro: int, layers: int) -> Estimate:
-        job = rehearsal.job
-        group = micro_sizes(job, size, micro)
-        at_once = job.model_copy(update={"train": job.train.model_copy(update={"micro_batch_size": micro})})
-        return estimate(rehearsal, group, merge, folding, layers, at_once)
-
-    smallest, fastest = estimate_at(micros[0], rehearsal.num_layers), estimate_at(micros[0], 0)
-    layers, estimated = 0, fastest
-    if fastest.peak > room:
-        if smallest.peak > room:
-            return None
-        per_layer = (fastest.peak - smallest.peak) / rehearsal.num_layers  # memory falls evenly with the layers
-        layers = min(rehearsal.num_layers, math.ceil((fastest.peak - room) / per_layer))
-        estimated = estimate_at(micros[0], layers)
-        while estimated.peak > room:
-            layers += 1
-            estimated = estimate_at(micros[0], layers)
-    micro = micros[0]
-    if len(micros) > 1:
-        more = estimate_at(micros[1], layers)
-        per_row = (more.peak - estimated.peak) / (micros[1] - micros[0])  # memory grows evenly with the rows
-        likely = [m for m in reversed(micros[1:]) if estimated.peak + per_row * (m - micros[0]) <= room]
-        for larger in likely:
-            if (larger_estimate := estimate_at(larger, layers)).peak <= room:
-                return Choice(larger, layers, larger_estimate)
-    return Choice(micro, layers, estimated)
 
 
 def describe(planned: Estimate, cards: Sequence[float]) -> list[str]:
@@ -226,7 +212,7 @@ def _format_size(value: float) -> str:
     return f"{value / GIB:.2f} GiB" if value >= 0.1 * GIB else f"{value / 2**20:.1f} MiB"
 
 
-def merge_of(config: Any) -> int:
+def merge_of(config: "PreTrainedConfig") -> int:
     """Return the patches along a side of a visual token."""
     vision = config.vision_config
     merge = getattr(vision, "spatial_merge_size", None)

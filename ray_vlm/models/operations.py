@@ -19,6 +19,7 @@ from ray_vlm.models.lora import num_weights
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,12 @@ def _count_weights(module: "Module", without: set[int], experts: float = 1.0) ->
     return total, trained
 
 
-def _share_of_experts(text: Any) -> float:
+def _share_of_experts(text: "PreTrainedConfig") -> float:
     count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     return getattr(text, "num_experts_per_tok", count) / count if count else 1.0
 
 
-def _vision_attention(vision: Any) -> tuple[int, int, int]:
+def _vision_attention(vision: "PreTrainedConfig") -> tuple[int, int, int]:
     """Return channels summed over layers with full attention and over layers with windows, and patches of a window."""
     depth: int = getattr(vision, "depth", None) or vision.num_hidden_layers
     width: int = getattr(vision, "embed_dim", None) or vision.hidden_size

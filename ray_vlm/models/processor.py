@@ -1,16 +1,41 @@
-"""Load a base's processor, and check at once that it works.
+"""A base's processor: loaded and tried at once, or the parts of it that texts need, read from the base's files.
 
 A processor uses most settings of its files only when the first image arrives, which may be long after a run has
 started. So a blank image is processed as soon as the processor is loaded.
+
+transformers loads a processor together with torch and torchvision, which takes longer than checking a thousand rows.
+So rows are checked and counted from the base's files (`read_prompt_text`) if these are complete, as those of the Qwen
+families are. Rows to train, predict or draw are tokenised by the processor itself (`take_prompt_text`); a test checks
+that both agree.
 """
 
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.schema import Model
 from ray_vlm.errors import ModelError
+from ray_vlm.models.families import FAMILIES, Family
 from ray_vlm.models.load import advise_hub, first_line, load_config, resolve_name
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedConfig, ProcessorMixin
+
+Messages = Sequence[Mapping[str, Any]]
+Render = Callable[[Messages, bool], str]
+
+# Tokenizers of transformers that `tokenizer.json` describes completely.
+_PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+_IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # of all three Qwen families; its defaults are below
+_DEFAULT_SIZE = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+_DEFAULT_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_IMAGE_TOKEN = "<|image_pad|>"
+# Folders with more chat templates: if one exists, the other files are not complete.
+_MORE_TEMPLATES = ("additional_chat_templates", "chat_templates")
 _SIDE = 64  # side of the blank image, in pixels
 
 
@@ -19,7 +44,7 @@ def load_processor(spec: Model) -> Any:
     return load_config_and_processor(spec)[1]
 
 
-def load_config_and_processor(spec: Model) -> tuple[Any, Any]:
+def load_config_and_processor(spec: Model) -> tuple["PreTrainedConfig", Any]:
     """Load the base's configuration and its processor. Raise `ModelError` as `load_config` and `load_processor` do."""
     from transformers import AutoProcessor
 
@@ -54,7 +79,7 @@ def load_config_and_processor(spec: Model) -> tuple[Any, Any]:
     return config, processor
 
 
-def _settle_ends(processor: Any) -> str | None:
+def _settle_ends(processor: "ProcessorMixin") -> str | None:
     """Let a tokenizer without a padding token pad with its end token, as TRL does. Return why the processor cannot be
     used, or None."""
     tokenizer = getattr(processor, "tokenizer", None)
@@ -67,7 +92,7 @@ def _settle_ends(processor: Any) -> str | None:
     return None
 
 
-def _image_problem(processor: Any) -> str | None:
+def _image_problem(processor: "ProcessorMixin") -> str | None:
     """Return why the processor cannot turn an image into tensors, or None."""
     import numpy as np
     import torch
@@ -82,3 +107,206 @@ def _image_problem(processor: Any) -> str | None:
     if not all(bool(torch.isfinite(value).all()) for value in tensors):
         return "an image becomes numbers that are not finite; its mean or standard deviation is wrong"
     return None
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """How a Qwen's image processor sizes images: pixels along a side of a patch, patches along a side of a visual
+    token, minimum and maximum pixels of an image, and the mean colour (0 to 1)."""
+
+    patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """Maps texts to token ids. `render`: messages, and whether an answer follows -> text. `special`: tokens that the
+    tokenizer does not read as text. `sizes`: None if the processor handles images by itself."""
+
+    tokenizer: "Tokenizer"
+    render: Render
+    special: tuple[str, ...]
+    image_token: str
+    sizes: ImageSizes | None
+
+
+def take_prompt_text(processor: Any, family: Family) -> PromptText:
+    """Build a `PromptText` from a loaded processor. Raise `ModelError` if its image processor is not the family's."""
+    backend, images = processor.tokenizer.backend_tokenizer, processor.image_processor
+    sizes = None
+    if not family.stock_images:
+        sizes = _build_sizes(images.patch_size, images.merge_size, dict(images.size), images.image_mean)
+        if sizes is None or "image_grid_thw" not in images.model_input_names:
+            raise ModelError(
+                f"the base's {type(images).__name__} is not an image processor of Qwen's (patch_size="
+                f"{images.patch_size!r}, merge_size={images.merge_size!r}, size={dict(images.size)}, image_mean="
+                f"{images.image_mean!r}). Fetch its processor files again, or use another base."
+            )
+
+    def render(messages: Messages, answer_follows: bool) -> str:
+        with _template_errors():
+            return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+
+    special = (token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
+    return PromptText(_without_limits(backend), render, tuple(special), processor.image_token, sizes)
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """Raise what a chat template raises about its messages as `ValueError`, and about itself as `ModelError`."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"the base's chat template is damaged (line {error.lineno}: {error.message}). Fetch it again, or use "
+            "another base."
+        ) from None
+    except Exception as error:  # a template is a program, and may raise anything
+        raise ValueError(
+            f"the base's chat template refuses its turns ({type(error).__name__}: {error}); without task.system, or "
+            "with turns that the template knows, it may take them"
+        ) from None
+
+
+def read_prompt_text(spec: Model, folder: str) -> tuple[PromptText, Family] | None:
+    """Build a `PromptText` from the files of a base, and return it with the base's family.
+
+    Return None if the files are not complete, or if one is missing or damaged: loading the processor then reports it.
+    `folder`: the base's folder or hub name."""
+    read = _reader(spec, folder)
+    try:
+        family = FAMILIES.get(json.loads(read("config.json") or "{}").get("model_type"))
+        settings = json.loads(read("tokenizer_config.json") or "{}")
+        if family is None or family.stock_images or not _is_plain(settings):
+            return None
+        sizes, template, tokens = _read_sizes(read), _read_template(read), read("tokenizer.json")
+        if sizes is None or template is None or tokens is None:
+            return None
+        tokenizer = _read_tokenizer(tokens, settings)
+        image_token = _named(settings.get("image_token")) or _IMAGE_TOKEN
+        if tokenizer is None or tokenizer.token_to_id(image_token) is None:
+            return None
+        special = tuple(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
+        return PromptText(tokenizer, _build_render(template, settings), special, image_token, sizes), family
+    except Exception:  # files may hold anything, and the tokenizers library raises plain `Exception`
+        return None
+
+
+def _reader(spec: Model, folder: str) -> Callable[[str], str | None]:
+    """Return a function that reads one of the base's files as text; None for a file that is not on this machine."""
+    if Path(folder).is_dir():
+        return lambda name: _text_of(Path(folder) / name)
+    from huggingface_hub import try_to_load_from_cache
+
+    def from_cache(name: str) -> str | None:
+        path = try_to_load_from_cache(folder, name, revision=spec.revision)
+        return _text_of(Path(path)) if isinstance(path, str) else None
+
+    return from_cache
+
+
+def _text_of(path: Path) -> str | None:
+    if path.name in _MORE_TEMPLATES:
+        return "" if path.exists() else None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _is_plain(settings: Mapping[str, Any]) -> bool:
+    extra = settings.get("extra_special_tokens")
+    return settings.get("tokenizer_class") in _PLAIN_TOKENIZERS and not isinstance(extra, Mapping)
+
+
+def _named(token: Mapping[str, str] | str | None) -> str | None:
+    """Return the text of a token, which may be saved as a mapping."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _read_tokenizer(text: str, settings: Mapping[str, Any]) -> "Tokenizer | None":
+    """Return the tokenizer, or None if the settings name tokens that its file does not have."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(text)
+    beside = [_named(token) for token in (settings.get("added_tokens_decoder") or {}).values()]
+    beside += [_named(settings.get(f"{name}_token")) for name in ("eos", "pad", "bos", "unk")]
+    beside += [_named(token) for token in settings.get("additional_special_tokens") or ()]
+    there = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
+    return None if {token for token in beside if token is not None} - there else _without_limits(tokenizer)
+
+
+def _without_limits(tokenizer: "Tokenizer") -> "Tokenizer":
+    tokenizer.no_truncation()  # both may have been saved with a tokenizer
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_sizes(read: Callable[[str], str | None]) -> ImageSizes | None:
+    nested = json.loads(read("processor_config.json") or "{}").get("image_processor")
+    images = nested or json.loads(read("preprocessor_config.json") or "{}")
+    if not str(images.get("image_processor_type", "")).startswith(_IMAGE_PROCESSOR):
+        return None
+    size = dict(images.get("size") or _DEFAULT_SIZE)
+    for edge, limit in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        if images.get(limit) is not None:
+            size[edge] = images[limit]
+    patch, merge = images.get("patch_size", 14), images.get("merge_size", 2)
+    return _build_sizes(patch, merge, size, images.get("image_mean") or _DEFAULT_MEAN)
+
+
+def _build_sizes(patch: Any, merge: Any, size: Mapping[str, Any], mean: Any) -> ImageSizes | None:
+    """Build the sizes; None if they are not valid numbers."""
+    low, high = size.get("shortest_edge"), size.get("longest_edge")
+    shares = mean if isinstance(mean, list | tuple) else ()
+    if not all(isinstance(value, int) and 0 < value < 2**40 for value in (patch, merge, low, high)):
+        return None
+    if len(shares) != 3 or not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
+        return None
+    return ImageSizes(patch, merge, size["shortest_edge"], size["longest_edge"], tuple(shares))
+
+
+def _read_template(read: Callable[[str], str | None]) -> str | None:
+    """Return the base's only chat template; None if there are none or several."""
+    if json.loads(read("processor_config.json") or "{}").get("chat_template") is not None:
+        return None
+    if any(read(name) is not None for name in _MORE_TEMPLATES):
+        return None
+    legacy = read("chat_template.json")
+    template = json.loads(legacy)["chat_template"] if legacy is not None else read("chat_template.jinja")
+    return template if isinstance(template, str) else None
+
+
+def _build_render(template: str, settings: Mapping[str, Any]) -> Render:
+    """Return a function that renders as transformers does (`utils/chat_template_utils.py`).
+
+    transformers' own blocks, such as `generation`, raise an error here, and such templates are left to it."""
+    from datetime import datetime
+
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    compiled = environment.from_string(template)
+    tokens = {f"{name}_token": _named(settings.get(f"{name}_token")) for name in ("eos", "pad", "bos", "unk")}
+    known = {name: token for name, token in tokens.items() if token is not None}
+
+    def render(messages: Messages, answer_follows: bool) -> str:
+        plain = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer_follows}
+        with _template_errors():
+            return compiled.render(**plain, **known)
+
+    return render

@@ -1,74 +1,127 @@
 """Rehearse a training step with fake tensors: the real modules, adapters, checkpointing and loss, without memory.
 
 Nothing is downloaded or computed: torch's fake tensors have shapes and dtypes only. 4-bit layers are replaced by layers
-that dequantise as bitsandbytes' do; the image encoder runs block by block.
+that dequantise as bitsandbytes' do; the image encoder runs block by block. `LiveBytes` counts what is alive meanwhile,
+`estimate` adds what does not depend on activations, and `choose` looks for the largest batch that fits.
 """
 
+import math
 import re
-from contextlib import nullcontext
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ray_vlm.config.schema import JobConfig
-from ray_vlm.models import library_logging
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.families import Family
+from ray_vlm.models.libraries import quiet_libraries
 from ray_vlm.models.lora import freeze_parts, lora_config
+from ray_vlm.models.memory import (
+    CUDA_CONTEXT,
+    FRAGMENTATION,
+    Batch,
+    Choice,
+    Estimate,
+    RowSize,
+    StepSettings,
+    Weights,
+    merge_of,
+    micro_sizes,
+    plan_batch,
+    rollout_bytes,
+    shared_out,
+)
 from ray_vlm.models.precision import autocast, dtype_of
+from ray_vlm.models.prefix_sharing import plan_packing
 
 if TYPE_CHECKING:
-    from ray_vlm.models.live import LiveBytes
+    from transformers import PreTrainedConfig
 
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in NF4 with double quantisation, blocks of 64 and 256
+_CHUNK = 32768  # vocabulary in one tile of TRL's head
+_HEAD_OUTPUTS = {  # outputs that TRL's trainers ask the head for, for each token
+    "sft": ("log_probs", "entropy", "is_top1"),
+    "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
+    "grpo": ("log_probs", "entropy"),
+}
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The input of one forward: `rows` of `tokens` each, and `patches` of each image before merging.
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that torch allocates while it is active, until it frees them, on any device.
 
-    `masked`: whether attention needs a mask, for padding or for branches. `spread`: rows and tokens of TRL's batch, to
-    which hidden states are copied back if rows were shared or packed. `labelled`: tokens that the head scores; None:
-    all. `copies`: image inputs that stay in memory for the whole step, as a multiple of this batch's.
+    Works with real tensors and with fake ones. `known`: earlier tensors that do not count. `now`, `peak`: bytes.
+    `peaks`: the peak of each phase, by its name; `begin` starts another.
     """
 
-    rows: int
-    tokens: int
-    patches: tuple[int, ...] = ()
-    masked: bool = False
-    spread: tuple[int, int] | None = None
-    labelled: int | None = None
-    copies: float = 1.0
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = 0
+        self.phase, self.peaks = "", {"": 0}
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._sizes: dict[int, int] = {}
 
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._note(value)
+        return out
 
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of weights. `quantised`: in 4 bit; `plain`: the rest of the base; `trained`: trained ones, in float32."""
+    def begin(self, phase: str) -> None:
+        """Start a phase: count the peak from here on under this name."""
+        self.phase = phase
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self.now)
 
-    quantised: float
-    plain: float
-    trained: float
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()  # views share it
+        key = storage._cdata
+        if key in self._known or key in self._sizes:
+            return
+        size = storage.nbytes()
+        self._sizes[key] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
 
 
 class Rehearsal:
-    """A fake model of a job, to run batches through."""
+    """A fake model of a job, to run batches through. `packing`: which rows share prefixes and are packed; `merge`:
+    patches along a side of a visual token; `num_layers`: of the language model."""
 
-    def __init__(self, config: Any, job: JobConfig, family: Family):
-        import torch
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        library_logging.quiet_libraries()
-
-        self.job, self.family, self.config = job, family, config
-        self.dtype = dtype_of(job.train.precision)
+    def __init__(self, config: "PreTrainedConfig", family: Family, settings: StepSettings):
+        quiet_libraries()
+        self.settings, self.family, self.config = settings, family, config
+        dropout = settings.lora.dropout if settings.lora is not None else 0.0
+        self.packing = plan_packing(settings.method, dropout, settings.train.packing, family, config)
+        self.merge = merge_of(config)
+        self.dtype = dtype_of(settings.train.precision)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             self.model, self.base = self._build()
         _pretend(self.model, self.mode)
+        self.encoder: Any = self.base.get_encoder(modality="image")
+        self.num_layers = len(language_layers(self.base))
 
     @property
     def sees(self) -> bool:
-        """Whether the image encoder can be rehearsed, as Qwen's towers can."""
-        return hasattr(self.base.get_encoder(modality="image"), "blocks")
+        """Whether the image encoder can be rehearsed, as Qwen's can."""
+        return hasattr(self.encoder, "blocks")
 
     @property
     def largest(self) -> float:
@@ -79,7 +132,7 @@ class Rehearsal:
     def weights(self) -> Weights:
         """Return the bytes of the loaded model."""
         quantised = plain = trained = 0.0
-        in_4bit = {id(m.weight) for m in self.model.modules() if type(m).__name__ == "FourBit"}
+        in_4bit = {id(m.weight) for m in self.model.modules() if isinstance(m, FourBit)}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 trained += 4 * parameter.numel()
@@ -89,26 +142,26 @@ class Rehearsal:
                 plain += parameter.element_size() * parameter.numel()
         return Weights(quantised, plain, trained)
 
-    def run(self, batch: Batch, checkpointed: int | None = None, watch: Any = None) -> "LiveBytes":
+    def run(
+        self, batch: Batch, checkpointed: int | None = None, watch: AbstractContextManager | None = None
+    ) -> LiveBytes:
         """Run one forward and backward, and return the live bytes beside the weights, gradients included.
 
         `checkpointed`: how many of the first layers recompute their activations; None: as the job says. `watch`: a
         second context that sees every operation.
         """
-        from ray_vlm.models.live import LiveBytes
-
-        layers = language_layers(self.base)
-        checkpointing = self.job.train.gradient_checkpointing if checkpointed is None else checkpointed
-        count = len(layers) if checkpointing is True else int(checkpointing)
-        for number, layer in enumerate(layers):
+        checkpointing = self.settings.train.gradient_checkpointing if checkpointed is None else checkpointed
+        count = self.num_layers if checkpointing is True else int(checkpointing)
+        for number, layer in enumerate(language_layers(self.base)):
             layer.gradient_checkpointing = number < count
-        for module in self.base.get_encoder(modality="image").modules():
+        for module in self.encoder.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = count > 0
         known = [*self.model.parameters(), *self.model.buffers()]
         for parameter in self.model.parameters():
             parameter.grad = None
-        with self.mode, LiveBytes(known) as live, watch or nullcontext(), autocast(self.job.train.precision, "cpu"):
+        as_trained = autocast(self.settings.train.precision, "cpu")
+        with self.mode, LiveBytes(known) as live, watch or nullcontext(), as_trained:
             live.begin("vision")
             pixels = self._pixels(batch)
             features, cached_features = self._see(batch, pixels), self._cached_features(batch)
@@ -123,72 +176,59 @@ class Rehearsal:
         from peft import get_peft_model
         from transformers import AutoModelForImageTextToText
 
-        job = self.job
+        settings = self.settings
         base = AutoModelForImageTextToText.from_config(self.config, dtype=self.dtype, attn_implementation="sdpa")
-        if job.lora is None:
-            return freeze_parts(base, job.train.freeze or (), self.family).float(), base
+        if settings.lora is None:
+            return freeze_parts(base, settings.train.freeze or (), self.family).float(), base
         base.requires_grad_(False)
-        if job.model.load_in_4bit:
+        if settings.load_in_4bit:
             for name, module in base.named_modules():
                 if re.fullmatch(self.family.linear["language"], name):
-                    module.__class__ = _four_bit()
-        model = get_peft_model(base, lora_config(job.lora, self.family))
+                    module.__class__ = FourBit
+        model = get_peft_model(base, lora_config(settings.lora, self.family))
         model.train()
         recompute(base, {"use_reentrant": False})  # `run` sets which layers do
         return model, base
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the language model."""
-        return len(language_layers(self.base))
-
-    def _pixels(self, batch: Batch) -> Any:
+    def _pixels(self, batch: Batch) -> Tensor | None:
         """Return the image inputs of the batch, which live as long as the batch."""
-        import torch
-
         if not batch.patches or not self.sees:
             return None
-        values = self.base.get_encoder(modality="image").patch_embed.proj.weight[0].numel()
+        values = self.encoder.patch_embed.proj.weight[0].numel()
         return torch.empty(round(sum(batch.patches) * batch.copies), values)
 
-    def _cached_features(self, batch: Batch) -> Any:
-        """Return the features of a step's images, which DPO and GRPO keep for the step (`models/features.py`)."""
-        import torch
-
-        if not batch.patches or not self.sees or self.job.method.name == "sft":
+    def _cached_features(self, batch: Batch) -> Tensor | None:
+        """Return the features of a step's images, which DPO and GRPO keep for the step (`StepFeatureCache`)."""
+        if not batch.patches or not self.sees or self.settings.method.name == "sft":
             return None
-        tower = self.base.get_encoder(modality="image")
-        layers = 1 + len(getattr(tower, "deepstack_visual_indexes", ()))
-        tokens = sum(batch.patches) * batch.copies / tower.spatial_merge_size**2
+        layers = 1 + len(getattr(self.encoder, "deepstack_visual_indexes", ()))
+        tokens = sum(batch.patches) * batch.copies / self.encoder.spatial_merge_size**2
         width = self.base.get_input_embeddings().weight.shape[1]
         return torch.empty(round(tokens), layers * width, dtype=self.dtype)
 
-    def _see(self, batch: Batch, pixels: Any) -> Any:
+    def _see(self, batch: Batch, pixels: Tensor | None) -> Tensor | None:
         """Run the image encoder's blocks, with autograd only if something in it is trained."""
-        import torch
-
-        tower = self.base.get_encoder(modality="image")
         if pixels is None:
             return None
-        learns = any(parameter.requires_grad for parameter in tower.parameters())
-        total, width = sum(batch.patches), tower.patch_embed.proj.weight.shape[0]
+        encoder = self.encoder
+        learns = any(parameter.requires_grad for parameter in encoder.parameters())
+        total, width = sum(batch.patches), encoder.patch_embed.proj.weight.shape[0]
         with torch.set_grad_enabled(learns):
-            hidden = tower.patch_embed(pixels[:total])
+            hidden = encoder.patch_embed(pixels[:total])
             hidden = hidden.reshape(total, width)
             heads = self.config.vision_config.num_heads
-            turn = torch.empty(total, width // heads, dtype=torch.float32)
+            rotary = torch.empty(total, width // heads, dtype=torch.float32)  # [patches, width of a head]
             ends = _Ends(batch.patches)
-            for block in tower.blocks:
-                hidden = block(hidden, cu_seqlens=ends, position_embeddings=(turn, turn))
-            return tower.merger(hidden)
+            for block in encoder.blocks:
+                hidden = block(hidden, cu_seqlens=ends, position_embeddings=(rotary, rotary))
+            return encoder.merger(hidden)
 
-    def _loss(self, batch: Batch, features: Any, live: "LiveBytes") -> Any:
-        import torch
+    def _loss(self, batch: Batch, features: Tensor | None, live: LiveBytes) -> Tensor:
         from trl.kernels import ChunkedLogProbFunction
 
         base = self.base
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
-        hidden = base.get_input_embeddings()(ids)
+        hidden = base.get_input_embeddings()(ids)  # [rows, tokens, hidden]
         if features is not None:
             image_mask = torch.zeros(batch.rows, batch.tokens, 1, dtype=torch.bool)
             hidden = hidden.masked_scatter(image_mask, features.to(hidden.dtype))
@@ -198,7 +238,7 @@ class Rehearsal:
         if batch.masked:
             mask = torch.zeros(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
         out = language_model(base)(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
-        if batch.spread is not None:
+        if batch.spread is not None:  # as `prefix_sharing._run` copies hidden states back to TRL's batch
             out = out.reshape(-1, out.shape[-1])[torch.zeros(batch.spread, dtype=torch.long)]
             ids = torch.zeros(batch.spread, dtype=torch.long)
         live.begin("head")
@@ -208,17 +248,14 @@ class Rehearsal:
             chosen = torch.zeros(batch.labelled, dtype=torch.long)
             flat, targets = flat[chosen], targets[chosen]
         outputs = ChunkedLogProbFunction.apply(
-            flat, head.weight, head.bias, targets, 1.0, _CHUNK, None, 1.0, _HEAD_OUTPUTS[self.job.method.name]
+            flat, head.weight, head.bias, targets, 1.0, _CHUNK, None, 1.0, _HEAD_OUTPUTS[self.settings.method.name]
         )
         return -outputs[0].sum()
 
 
-def _pretend(model: Any, mode: Any) -> None:
+def _pretend(model: torch.nn.Module, mode: FakeTensorMode) -> None:
     """Replace all tensors on the meta device by fake tensors on the CPU; tied weights stay tied."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    fakes: dict[int, Any] = {}
+    fakes: dict[int, Tensor] = {}
     for module in model.modules():
         for name, value in [*module._parameters.items(), *module._buffers.items()]:
             if value is None:
@@ -227,19 +264,14 @@ def _pretend(model: Any, mode: Any) -> None:
                 fake = FakeTensor(mode, torch.empty_like(value, device="meta"), torch.device("cpu"))
                 is_weight = isinstance(value, torch.nn.Parameter)
                 fakes[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if is_weight else fake
-            (module._parameters if name in module._parameters else module._buffers)[name] = fakes[id(value)]
-
-
-_CHUNK = 32768  # vocabulary in one tile of TRL's head
-_HEAD_OUTPUTS = {  # outputs that TRL's trainers ask the head for, for each token
-    "sft": ("log_probs", "entropy", "is_top1"),
-    "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
-    "grpo": ("log_probs", "entropy"),
-}
+            tensors: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+            tensors[name] = fakes[id(value)]
 
 
 class _Ends:
-    """Stands for `cu_seqlens`, the ends of the images among the patches: towers take differences to get lengths."""
+    """Stands for `cu_seqlens`, the ends of the images among the patches: encoders take differences to get lengths.
+
+    Fake tensors have no values, so the differences of a tensor of ends would not be known."""
 
     def __init__(self, lengths: tuple[int, ...], started: bool = False):
         self.lengths, self.started = lengths, started
@@ -255,25 +287,76 @@ class _Ends:
         return list(self.lengths)
 
 
-def _four_bit() -> type:
-    """Return a linear layer that dequantises in every forward and backward, as bitsandbytes' `Linear4bit` does."""
-    import torch
+class _Dequantised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return torch.nn.functional.linear(values, torch.empty(weight.shape, dtype=values.dtype))
 
-    class Dequantised(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, values: Any, weight: Any) -> Any:
-            ctx.weight = weight
-            return torch.nn.functional.linear(values, torch.empty(weight.shape, dtype=values.dtype))
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ torch.empty(ctx.weight.shape, dtype=gradient.dtype), None
 
-        @staticmethod
-        def backward(ctx: Any, gradient: Any) -> Any:
-            return gradient @ torch.empty(ctx.weight.shape, dtype=gradient.dtype), None
 
-    class FourBit(torch.nn.Linear):
-        def forward(self, values: Any) -> Any:
-            values = values.to(self.weight.dtype)
-            out = Dequantised.apply(values, self.weight)
-            out = out if self.bias is None else out + self.bias
-            return out.clone()  # PEFT copies the output of a quantised layer
+class FourBit(torch.nn.Linear):
+    """A linear layer that dequantises in every forward and backward, as bitsandbytes' `Linear4bit` does."""
 
-    return FourBit
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the output of the layer."""
+        values = values.to(self.weight.dtype)
+        out = _Dequantised.apply(values, self.weight)
+        out = out if self.bias is None else out + self.bias
+        return out.clone()  # PEFT copies the output of a quantised layer
+
+
+def estimate(
+    rehearsal: Rehearsal, sizes: Sequence[RowSize], layers: int | None = None, settings: StepSettings | None = None
+) -> Estimate:
+    """Estimate the memory of one worker for a micro-batch of these rows.
+
+    `layers`: how many of the first layers recompute their activations; None: as the job says. `settings`: in place of
+    the rehearsal's, with another micro-batch size."""
+    settings, weights = settings or rehearsal.settings, rehearsal.weights()
+    live = rehearsal.run(plan_batch(settings, sizes, rehearsal.merge, rehearsal.packing), layers)
+    parts = shared_out(settings.cluster, settings.train.precision, weights, rehearsal.largest)
+    step = max(0.0, live.peak - weights.trained)  # without gradients, which `shared_out` counts
+    when = max((name for name in live.peaks if name), key=lambda name: live.peaks[name])
+    cache = rollout_bytes(settings, rehearsal.config, max(sizes, key=lambda size: size.tokens))
+    if cache > step:
+        parts["keys and values of sampled answers"], when = cache, "sampling"
+    else:
+        parts["activations and buffers"] = step
+    if settings.cluster.gpus_per_worker:
+        parts["CUDA's own"] = CUDA_CONTEXT
+        parts["fragmentation"] = FRAGMENTATION * max(step, cache)
+    return Estimate({name: value for name, value in parts.items() if value}, when)
+
+
+def choose(rehearsal: Rehearsal, size: RowSize, micros: Sequence[int], room: float) -> Choice | None:
+    """Choose the fewest recomputing layers with which the smallest of `micros` (ascending) fits into `room` bytes, then
+    the largest of `micros` that fits with these layers. Return None if nothing fits."""
+
+    def estimate_at(micro: int, layers: int) -> Estimate:
+        settings = rehearsal.settings.with_rows(micro)
+        return estimate(rehearsal, micro_sizes(settings.method, settings.train, size), layers, settings)
+
+    smallest, fastest = estimate_at(micros[0], rehearsal.num_layers), estimate_at(micros[0], 0)
+    layers, estimated = 0, fastest
+    if fastest.peak > room:
+        if smallest.peak > room:
+            return None
+        per_layer = (fastest.peak - smallest.peak) / rehearsal.num_layers  # memory falls evenly with the layers
+        layers = min(rehearsal.num_layers, math.ceil((fastest.peak - room) / per_layer))
+        estimated = estimate_at(micros[0], layers)
+        while estimated.peak > room:
+            layers += 1
+            estimated = estimate_at(micros[0], layers)
+    micro = micros[0]
+    if len(micros) > 1:
+        more = estimate_at(micros[1], layers)
+        per_row = (more.peak - estimated.peak) / (micros[1] - micros[0])  # memory grows evenly with the rows
+        likely = [m for m in reversed(micros[1:]) if estimated.peak + per_row * (m - micros[0]) <= room]
+        for larger in likely:
+            if (larger_estimate := estimate_at(larger, layers)).peak <= room:
+                return Choice(larger, layers, larger_estimate)
+    return Choice(micro, layers, estimated)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from transformers import PreTrainedModel, TrainingArguments
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
@@ -20,14 +19,13 @@ from ray_vlm.evaluate.validate import VALIDATIONS, Validation
 from ray_vlm.methods import load_method
 from ray_vlm.methods.clock import Clock
 from ray_vlm.methods.loss_scale import LossScale
-from ray_vlm.methods.prefix_sharing import plan_folding
 from ray_vlm.methods.reference import ReferenceCache, ReferenceSource
 from ray_vlm.methods.rewards import Rewards, job_rewards
 from ray_vlm.methods.trainer import PlannedBatches, TrainerInputs
-from ray_vlm.methods.vllm import build_sampler
-from ray_vlm.models.families import Family
-from ray_vlm.models.lora import check_modules, freeze_parts, lora_config, train_parts
+from ray_vlm.methods.vllm import EngineSettings, build_sampler
+from ray_vlm.models.load import load_adapted
 from ray_vlm.models.operations import OperationCounter
+from ray_vlm.models.prefix_sharing import plan_packing
 from ray_vlm.models.surgery import ForwardOptions
 from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.store import Store, join
@@ -35,22 +33,10 @@ from ray_vlm.train.deepspeed import deepspeed_config
 from ray_vlm.train.worker_spec import WorkerSpec
 
 
-def load_adapted(job: JobConfig, family: Family, context: DistributedContext) -> Any:
+def load_base(job: JobConfig, builder: SampleBuilder, context: DistributedContext) -> PreTrainedModel:
     """Load the base with what is trained: a new adapter, the job's adapter, or all weights."""
-    from peft import get_peft_model
-
-    from ray_vlm.models.base_cache import load_resident
-    from ray_vlm.models.load import load_adapter, load_model
-
-    load = load_resident if job.tune.resident else load_model
-    model = load(job.model, job.train.precision, context.device)
-    if job.lora is None:
-        return freeze_parts(model, job.train.freeze or (), family)
-    if job.model.adapter is not None:
-        return train_parts(load_adapter(model, job.model.adapter, job.model, trainable=True), job.lora, family)
-    check_modules(model, job.lora.modules_to_save or ())
-    torch.manual_seed(job.seed)  # every rank and every restart starts from the same adapter
-    return get_peft_model(model, lora_config(job.lora, family))
+    resident, family = job.tune.resident, builder.family
+    return load_adapted(job.model, job.lora, job.train, family, context.device, job.seed, resident)
 
 
 def build_rewards(job: JobConfig) -> Rewards | None:
@@ -58,7 +44,7 @@ def build_rewards(job: JobConfig) -> Rewards | None:
     return job_rewards(job.task.name, job.method, job.data.train) if job.method.name == "grpo" else None
 
 
-def build_args(job: JobConfig, spec: WorkerSpec, eval_on_start: bool = False) -> transformers.TrainingArguments:
+def build_args(job: JobConfig, spec: WorkerSpec, eval_on_start: bool = False) -> TrainingArguments:
     """Return TRL's options for the method. Build them before loading the base: ZeRO-3 partitions it by them."""
     shared = shared_options(job, spec.plan, spec.eval is not None) | {"eval_on_start": eval_on_start}
     args = load_method(job.method.name).build_args(job.method, shared, spec.plan, build_rewards(job))
@@ -109,8 +95,8 @@ def shared_options(job: JobConfig, plan: Plan, has_eval: bool) -> dict[str, Any]
 def build_inputs(
     job: JobConfig,
     spec: WorkerSpec,
-    model: transformers.PreTrainedModel,
-    args: transformers.TrainingArguments,
+    model: PreTrainedModel,
+    args: TrainingArguments,
     builder: SampleBuilder,
     context: DistributedContext,
     stream: Stream,
@@ -124,6 +110,7 @@ def build_inputs(
 
     steps = args.gradient_accumulation_steps
     vllm = job.method.name == "grpo" and job.method.rollouts == "vllm"
+    engine = EngineSettings(job.model, job.train.precision, job.seed)
     return TrainerInputs(
         method=job.method,
         builder=builder,
@@ -139,19 +126,19 @@ def build_inputs(
         tolerates_nonfinite=job.train.nonfinite != "stop",
         has_eval=spec.eval is not None,
         rewards=build_rewards(job),
-        sampler=build_sampler(job, args) if vllm else None,
+        sampler=build_sampler(engine, job.lora, args) if vllm else None,
     )
 
 
-def forward_options(job: JobConfig, builder: SampleBuilder, model: transformers.PreTrainedModel) -> ForwardOptions:
+def forward_options(job: JobConfig, builder: SampleBuilder, model: PreTrainedModel) -> ForwardOptions:
     """Return how the job changes the model's forward."""
-    cache = job.train.vision_cache
+    cache, dropout = job.train.vision_cache, job.lora.dropout if job.lora is not None else 0.0
     return ForwardOptions(
         recompute=job.train.gradient_checkpointing,
-        packing=plan_folding(job, builder.family, model.config),
+        packing=plan_packing(job.method, dropout, job.train.packing, builder.family, model.config),
         own_processor=builder.stock is not None,
         vision_cache=Path(cache).expanduser() if cache is not None else None,
-        vision_cache_bytes=int(job.train.vision_cache_gib * 2**30),
+        vision_cache_bytes=job.train.vision_cache_gib * 2**30,
         # Under ZeRO-3 all workers must run the encoder together.
         cache_step_features=job.method.name != "sft" and job.cluster.zero_stage < 3,
     )

@@ -12,7 +12,7 @@ from ray_vlm.config.train import Precision
 from ray_vlm.errors import RunError
 from ray_vlm.machine import GIB
 from ray_vlm.methods.trainer import PlannedTrainer
-from ray_vlm.models.live import LiveBytes
+from ray_vlm.models.rehearse import LiveBytes
 from ray_vlm.train.memory_plan import Probe
 
 

@@ -15,9 +15,9 @@ from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.splits import Parts, load_parts, row_tags
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.options import check_options
-from ray_vlm.methods.prefix_sharing import why_alone
-from ray_vlm.models import library_logging
-from ray_vlm.train.memory_plan import Probe, fit, plan_probe
+from ray_vlm.models.libraries import quiet_libraries
+from ray_vlm.models.prefix_sharing import why_not_shared
+from ray_vlm.train.memory_plan import Probe, build_rehearsal, choose_micro_batch, plan_probe
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     """
     if job.data.train is None:
         raise ConfigError("`data.train` is missing. Give it a path and a format.")
-    library_logging.quiet_libraries()
+    quiet_libraries()
     check_options(job.method)
     check_energy(job.track)
     parts = parts or load_parts(job, wanted_parts(job), known=known)
@@ -57,7 +57,8 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     spec = replace(parts.spec, token_weights=balance.token_weights)
     builder = load_sample_builder(spec)
     if job.train.memory is not None:
-        job, note = fit(job, parts.train, builder)
+        train, note = choose_micro_batch(build_rehearsal(job, builder.family), parts.train, builder)
+        job = job.model_copy(update={"train": train})
         notes.append(note)
     plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs, _check_budget(job, parts.train))
     notes += [*_tell_alone(job, spec), *_tell_long_answers(job, parts, builder.num_closing_tokens)]
@@ -98,14 +99,15 @@ def _check_scores(job: JobConfig, train: Index) -> list[str]:
     """Run the self-test of GRPO's rewards. Raises `ConfigError` if they prefer a wrong answer."""
     if job.method.name != "grpo":
         return []
-    from ray_vlm.methods.rewards import check_rewards, job_rewards
+    from ray_vlm.methods.reward_check import check_rewards
+    from ray_vlm.methods.rewards import job_rewards
 
     return check_rewards(job_rewards(job.task.name, job.method, job.data.train, train.labels))
 
 
 def _tell_alone(job: JobConfig, spec: SampleSpec) -> list[str]:
     """Return a note if `method.share_prefixes` has no effect, with the reason."""
-    reason = why_alone(job, load_sample_builder(spec).family)
+    reason = why_not_shared(job.lora.dropout if job.lora is not None else 0.0, load_sample_builder(spec).family)
     if job.method.name == "sft" or not job.method.share_prefixes or reason is None:
         return []
     return [f"method.share_prefixes has no effect: {reason}"]

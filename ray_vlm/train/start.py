@@ -10,8 +10,7 @@ from typing import Any
 from ray_vlm.config.load import load_resolved
 from ray_vlm.data.stream import StartedStream, Stream, StreamSpec, stream_local, stream_ray
 from ray_vlm.distributed import DistributedContext, build_context
-from ray_vlm.models import library_logging
-from ray_vlm.models.imports import prepare_process
+from ray_vlm.models.libraries import prepare_process, quiet_libraries
 from ray_vlm.runs.paths import open_run
 from ray_vlm.train.attempt import begin_attempt
 from ray_vlm.train.run_log import send_worker_progress
@@ -30,7 +29,7 @@ def start_worker(
     """
     job, paths = load_resolved(spec.job), open_run(spec.run)
     try:
-        library_logging.quiet_libraries()
+        quiet_libraries()
         context = build_context(job.cluster.gpus_per_worker > 0, in_ray)
         if isinstance(job.cluster.num_workers, list):
             job, spec = settle_workers(job, spec, context.world_size)

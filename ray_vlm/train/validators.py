@@ -23,12 +23,12 @@ from ray_vlm.evaluate.draw import draw_predictions
 from ray_vlm.evaluate.validate import Validation
 from ray_vlm.methods import load_method
 from ray_vlm.methods.trainer import PlannedTrainer
-from ray_vlm.models.imports import prepare_process
+from ray_vlm.models.libraries import prepare_process
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_checkpoint, replace_folder
 from ray_vlm.runs.monitor import as_python_numbers
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.store import Store, join
-from ray_vlm.train.build import build_args, build_inputs, build_validation, load_adapted
+from ray_vlm.train.build import build_args, build_inputs, build_validation, load_base
 from ray_vlm.train.callbacks.checkpointing import WeightsWriter
 from ray_vlm.train.worker_spec import WorkerSpec
 
@@ -270,7 +270,7 @@ def _load(spec: WorkerSpec) -> tuple[PlannedTrainer, Validation]:
     prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray=False)
     context, builder = build_context(job.cluster.gpus_per_worker > 0, in_ray=False), load_sample_builder(spec.spec)
     args = build_args(job, spec)
-    model = load_adapted(job, builder.family, context)
+    model = load_base(job, builder, context)
     no_rows: Generator[list[Sample]] = (batch for batch in list[list[Sample]]())
     inputs = build_inputs(job, spec, model, args, builder, context, no_rows)
     trainer = load_method(job.method.name)(model, args, inputs)

@@ -52,7 +52,7 @@ def train_worker(  # recipe
     # The model: the base with what is trained. A checkpoint must be of this base and of these rows.
     builder = load_sample_builder(spec.spec)
     args = build.build_args(job, spec, eval_on_start=job.evaluate.at_start and attempt.step == 0)
-    model = build.load_adapted(job, builder.family, context)
+    model = build.load_base(job, builder, context)
     base = context.broadcast(base_fingerprint(model))
     formats = [source.format for source in (job.data.train, *job.data.mix) if source is not None]
     about = describe_run(base, spec.rows, job.model.name, job.cluster.deepspeed, formats, builder)

@@ -17,8 +17,9 @@ from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.demo.tiny import write_untrained
 from ray_vlm.errors import ModelError
+from ray_vlm.models.architectures import family_of
 from ray_vlm.models.families import FAMILIES
-from ray_vlm.models.load import family_of, load_config, load_model
+from ray_vlm.models.load import load_config, load_model
 from ray_vlm.models.lora import count_trainable, lora_config
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train

@@ -16,11 +16,10 @@ from ray_vlm.data.collate import collate, read_pixels
 from ray_vlm.data.records import PromptRecord
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
-from ray_vlm.methods.prefix_sharing import share_prefixes
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
-from ray_vlm.models.packing import PackingOptions
+from ray_vlm.models.prefix_sharing import PackingOptions, share_prefixes
 from tests.conftest import QWEN
 from tests.support.precision import arithmetic, only
 from tests.support.stock import gradients_apart

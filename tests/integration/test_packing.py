@@ -43,7 +43,7 @@ def _losses(path: Path, *overrides: str) -> tuple[list[tuple[float, float]], Run
 
 @pytest.mark.parametrize("family", slow_but(["qwen3_vl"], FAMILIES))
 def test_packed_padded_and_budgeted_rows_learn_the_same(family: str, uneven, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_vlm.methods import prefix_sharing
+    from ray_vlm.models import prefix_sharing
 
     path, seen = uneven(family), []
     run = prefix_sharing._run

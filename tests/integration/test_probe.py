@@ -8,11 +8,11 @@ import pytest
 
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import ConfigError, RunError
-from ray_vlm.models.memory import GIB
+from ray_vlm.models.memory import GIB, StepSettings
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
-from ray_vlm.train.memory_plan import heaviest_rows, micros
+from ray_vlm.train.memory_plan import heaviest_rows, micro_batch_sizes
 from ray_vlm.train.prepare import prepare
 from tests.support.parity import write_pairs
 
@@ -62,7 +62,7 @@ def test_the_heaviest_batch_is_found(job_file) -> None:
     prepared = prepare(load_job(job_file(train={"max_steps": 2, "micro_batch_size": 2})))
     tokens, plan = prepared.train.tokens, prepared.plan
     batches = [plan.micro_batch(number, 0).rows for number in range(plan.num_steps * plan.accumulation)]
-    heaviest = heaviest_rows(prepared.job, plan, prepared.train)
+    heaviest = heaviest_rows(prepared.job.method, prepared.job.train, plan, prepared.train)
     assert heaviest in batches
     assert max(tokens[list(heaviest)]) * len(heaviest) == max(max(tokens[list(b)]) * len(b) for b in batches)
 
@@ -95,8 +95,12 @@ def test_a_job_is_fitted_to_a_card(job_file, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_micro_batches_hold_whole_groups(job_of, job_file) -> None:
-    assert micros(load_job(job_file())) == [1, 2, 4, 8]
-    assert micros(load_job(job_of("grpo"), ["train.global_batch_size=24"])) == [1, 2, 4, 8, 12, 24]
+    def sizes(path: Path, *overrides: str) -> list[int]:
+        job = load_job(path, overrides)
+        return micro_batch_sizes(StepSettings(job.method, job.train, job.cluster, job.lora, job.model.load_in_4bit))
+
+    assert sizes(job_file()) == [1, 2, 4, 8]
+    assert sizes(job_of("grpo"), "train.global_batch_size=24") == [1, 2, 4, 8, 12, 24]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from ray_vlm.config.load import load_job
-from ray_vlm.models import base_cache
-from ray_vlm.models.base_cache import load_resident, share_weights
-from ray_vlm.models.load import load_model
+from ray_vlm.models import load
+from ray_vlm.models.load import load_model, load_resident, share_weights
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train
 from tests.support.parity import write_pairs
@@ -46,21 +45,21 @@ def test_every_run_on_a_kept_base_is_the_run_alone(
     lora = {"target": ["language", "connector", "vision"]}
     evaluate = {"every_steps": 2, "num_samples": 4, "max_new_tokens": 8}
     path = job_file(method=method_section, data=data, lora=lora, model={"load_in_4bit": quantised}, evaluate=evaluate)
-    monkeypatch.setattr(base_cache, "_KEPT", {})
+    monkeypatch.setattr(load, "_KEPT", {})
     alone = [_curve(path, "alone_0"), _curve(path, "alone_1", "lora.rank=2", "seed=1")]
     again = [
         _curve(path, "kept_0", "tune.resident=true"),
         _curve(path, "kept_1", "tune.resident=true", "lora.rank=2", "seed=1"),
         _curve(path, "kept_2", "tune.resident=true"),
     ]
-    assert len(base_cache._KEPT) == 1
+    assert len(load._KEPT) == 1
     assert again == [alone[0], alone[1], alone[0]]
     assert alone[0] != alone[1]
 
 
 def test_a_tree_of_its_own_around_the_same_tensors(job_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_job(job_file(model={"load_in_4bit": True})).model
-    monkeypatch.setattr(base_cache, "_KEPT", {})
+    monkeypatch.setattr(load, "_KEPT", {})
     one, two = load_resident(spec, "fp32"), load_resident(spec, "fp32")
     assert one is not two
     pairs = list(zip(one.named_parameters(), two.named_parameters(), strict=True))

@@ -100,11 +100,11 @@ def test_a_signal_before_the_first_step_leaves_at_once(job_file, monkeypatch: py
     """While the base is loaded there is nothing to keep: no step is trained for the sake of a checkpoint."""
     from ray_vlm.train import build
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(build, "load_adapted", interrupted)
+    monkeypatch.setattr(build, "load_base", interrupted)
     path = job_file(train={"max_steps": 2})
     with pytest.raises(
         Interrupted, match=r"stopped before the first step; --resume goes on \(run\.name=early\)"

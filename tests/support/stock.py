@@ -18,12 +18,10 @@ from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.methods import load_method
-from ray_vlm.methods.head import score_labelled
-from ray_vlm.methods.prefix_sharing import share_prefixes
 from ray_vlm.methods.rollout import Completion
 from ray_vlm.models.backbone import recompute, recompute_first
-from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
-from ray_vlm.models.packing import PackingOptions
+from ray_vlm.models.frozen_encoder import run_without_autograd
+from ray_vlm.models.prefix_sharing import PackingOptions, score_labelled, share_prefixes
 from ray_vlm.train.build import build_inputs, build_rewards
 from ray_vlm.train.prepare import prepare
 from ray_vlm.train.worker_spec import WorkerSpec
@@ -38,9 +36,8 @@ def build_model(job: JobConfig) -> Any:
     import torch
     from peft import get_peft_model
 
-    from ray_vlm.models.base_cache import load_resident
     from ray_vlm.models.families import FAMILIES
-    from ray_vlm.models.load import load_model
+    from ray_vlm.models.load import load_model, load_resident
     from ray_vlm.models.lora import lora_config
 
     assert job.lora is not None
@@ -182,7 +179,7 @@ def patched_trainer(
     trainer, made = stock_trainer(job, batches, answers)
     share_prefixes(trainer.model, PackingOptions())
     score_labelled(trainer.model)
-    run_frozen_tower_plainly(trainer.model)
+    run_without_autograd(trainer.model)
     return trainer, made
 
 

@@ -13,7 +13,7 @@ from ray_vlm.data.sources.formats import prepare_source
 from ray_vlm.data.sources.tables import read_table
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.methods.rewards import load_rewards
-from ray_vlm.models.adapter import check_adapter
+from ray_vlm.models.lora import check_adapter
 
 
 @pytest.fixture

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 from ray_vlm.errors import ConfigError, DataError
-from ray_vlm.methods import reward_parts
-from ray_vlm.methods.reward_answers import FRAME, ORDER, TRUTH, build_cases
-from ray_vlm.methods.reward_parts import giou_matrix
+from ray_vlm.methods import rewards as rewards_module
+from ray_vlm.methods.reward_check import FRAME, ORDER, TRUTH, build_cases, check_rewards
 from ray_vlm.methods.rewards import (
     DEFAULT_WEIGHTS,
     PARTS,
     Rewards,
-    check_rewards,
+    giou_matrix,
     load_rewards,
     part_scores,
     score_completions,
@@ -447,7 +446,7 @@ def test_every_part_but_format_sees_a_wrong_answer(task: str) -> None:
 
 
 def _upside_down(name: str, part: str) -> Any:
-    original = getattr(reward_parts, name)
+    original = getattr(rewards_module, name)
     return lambda *arguments: {**(scores := original(*arguments)), part: 1 - scores[part]}
 
 
@@ -455,7 +454,7 @@ def _upside_down(name: str, part: str) -> Any:
     ("task", "part"), [(t, p) for t, parts in PARTS.items() for p in parts if p != "format"], ids=lambda v: v
 )
 def test_a_part_that_is_broken_refuses_to_train(task: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_parts, f"_{task}", _upside_down(f"_{task}", part))
+    monkeypatch.setattr(rewards_module, f"_{task}", _upside_down(f"_{task}", part))
     rewards = load_rewards(task, dict.fromkeys(PARTS[task], 1.0))
     with pytest.raises(ConfigError, match=f"method.rewards: {part} gives the answer .* and the truth 0.000"):
         check_rewards(rewards)
@@ -464,13 +463,13 @@ def test_a_part_that_is_broken_refuses_to_train(task: str, part: str, monkeypatc
 
 
 def test_a_part_that_gives_all_the_same_refuses_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_parts, "iou_matrix", lambda a, b: np.ones((len(a), len(b))))
+    monkeypatch.setattr(rewards_module, "iou_matrix", lambda a, b: np.ones((len(a), len(b))))
     with pytest.raises(ConfigError, match=r"the answer 'shifted' earns 4.000 in all, and the truth 4.000"):
         check_rewards(load_rewards("detection", None))
 
 
 def test_a_part_that_gives_nan_refuses_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_parts, "_chat", lambda *_: dict.fromkeys(PARTS["chat"], float("nan")))
+    monkeypatch.setattr(rewards_module, "_chat", lambda *_: dict.fromkeys(PARTS["chat"], float("nan")))
     with pytest.raises(ConfigError, match="anls gives the answer"):
         check_rewards(load_rewards("chat", None))
 

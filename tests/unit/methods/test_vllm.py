@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from ray_vlm.config.load import load_job
+from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.errors import ConfigError, ModelError
 from ray_vlm.methods.rollout import Sampling
-from ray_vlm.methods.vllm import build_answerer, build_sampler, start_engine
+from ray_vlm.methods.vllm import EngineSettings, build_answerer, build_sampler, start_engine
 from ray_vlm.train.prepare import prepare
 
 
@@ -60,6 +61,10 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     return started
 
 
+def _engine(job: JobConfig) -> EngineSettings:
+    return EngineSettings(job.model, job.train.precision, job.seed)
+
+
 def _parts(job_file: Any) -> tuple[Any, Any, list]:
     method = {"name": "grpo", "num_generations": 4}
     prepared = prepare(load_job(job_file(method=method, lora={"rank": 4, "target": ["language"]})))
@@ -76,7 +81,7 @@ def test_the_adapter_is_sent_at_every_step_and_never_merged(job_file, engines: l
     model = build_model(job)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512)
-    sample = build_sampler(job, args)
+    sample = build_sampler(_engine(job), job.lora, args)
     sampling, seeds = Sampling(4, 16, 0.9, 0.95, 0), [(0, 0, 3, 0), (0, 0, 5, 0)]
     groups = sample(model, rows, builder, sampling, seeds, "cpu")
     with torch.no_grad():
@@ -109,7 +114,8 @@ def test_an_adapter_that_vllm_would_load_in_part_is_refused(job_file, engines: l
     job, builder, rows = _parts(job_file)
     assert job.lora is not None
     wider = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
-    sample = build_sampler(job, SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512))
+    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512)
+    sample = build_sampler(_engine(job), job.lora, args)
     with pytest.raises(ConfigError, match=r"model.adapter adapts vision too"):
         sample(build_model(wider), rows, builder, Sampling(4, 16, 0.9, 0.95, 0), [(0,), (1,)], "cpu")
     assert not engines[0].calls
@@ -120,7 +126,7 @@ def test_prompts_and_sampling_as_vllm_takes_them(job_file, engines: list[FakeEng
 
     job, builder, rows = _parts(job_file)
     args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None)
-    build_sampler(job, args)(build_model(job), rows, builder, Sampling(4, 16), [(1,), (2,)], "cpu")
+    build_sampler(_engine(job), job.lora, args)(build_model(job), rows, builder, Sampling(4, 16), [(1,), (2,)], "cpu")
     call = engines[0].calls[0]
     for prompt, row in zip(call["prompts"], rows, strict=True):
         ids = np.array(prompt["prompt_token_ids"])
@@ -134,9 +140,10 @@ def test_prompts_and_sampling_as_vllm_takes_them(job_file, engines: list[FakeEng
 
 def test_a_missing_package_is_named(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
     job, _, _ = _parts(job_file)
+    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="vllm is not installed"):
-        build_sampler(job, SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None))
+        build_sampler(_engine(job), job.lora, args)
 
 
 def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_in_its_folder(
@@ -147,14 +154,14 @@ def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_in_its_folder(
     job, builder, rows = _parts(job_file)
     model = build_model(job)
     model.save_pretrained(tmp_path / "adapter")
-    answers = build_answerer(job, str(tmp_path / "adapter"), builder, 100)(rows)
+    answers = build_answerer(_engine(job), str(tmp_path / "adapter"), builder, 100, job.evaluate.max_new_tokens)(rows)
     assert answers == [builder.text([20, 2])] * 2
     assert engines[0].options["max_lora_rank"] == 8
     assert engines[0].options["max_model_len"] == 100 + job.evaluate.max_new_tokens
     call = engines[0].calls[0]
     assert call["lora"].path == str(tmp_path / "adapter")
     assert [(p.n, p.temperature, p.max_tokens) for p in call["params"]] == [(1, 0.0, job.evaluate.max_new_tokens)] * 2
-    build_answerer(job, None, builder, 100)(rows)
+    build_answerer(_engine(job), None, builder, 100, job.evaluate.max_new_tokens)(rows)
     assert not engines[1].options["enable_lora"]
     assert engines[1].calls[0]["lora"] is None
 
@@ -169,7 +176,7 @@ def test_evaluation_refuses_an_adapter_that_vllm_would_load_in_part(
     wider = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
     build_model(wider).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"evaluate\.engine: .*adapter adapts vision too"):
-        build_answerer(job, str(tmp_path / "adapter"), builder, 100)
+        build_answerer(_engine(job), str(tmp_path / "adapter"), builder, 100, job.evaluate.max_new_tokens)
     assert not engines
 
 
@@ -183,7 +190,7 @@ def test_a_damaged_adapter_is_refused_before_the_engine_starts(
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors: not readable as safetensors"):
-        build_answerer(job, str(tmp_path / "adapter"), builder, 100)
+        build_answerer(_engine(job), str(tmp_path / "adapter"), builder, 100, job.evaluate.max_new_tokens)
     assert not engines
 
 
@@ -204,5 +211,5 @@ def test_an_evaluation_asks_the_engine_that_the_job_names(job_file, engines: lis
 
 @pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (24, 32), (600, 600)])
 def test_the_maximum_rank_is_one_that_vllm_accepts(job_file, engines: list[FakeEngine], rank: int, room: int) -> None:
-    start_engine(load_job(job_file()), "x", rank)
+    start_engine(_engine(load_job(job_file())), "x", rank)
     assert engines[0].options["max_lora_rank"] == room

@@ -10,27 +10,33 @@ from ray_vlm.cli import main
 from ray_vlm.config.schema import JobConfig, Lora, Model
 from ray_vlm.demo.shapes import draw
 from ray_vlm.demo.tiny import write_untrained
-from ray_vlm.models.live import LiveBytes
-from ray_vlm.models.load import family_of, load_config, load_model
+from ray_vlm.models.architectures import family_of, load_preset
+from ray_vlm.models.load import load_config, load_model
 from ray_vlm.models.memory import (
     GIB,
+    Batch,
     Estimate,
     RowSize,
-    choose,
+    StepSettings,
+    Weights,
     describe,
     merge_of,
     micro_sizes,
     plan_batch,
     shared_out,
 )
-from ray_vlm.models.packing import PackingOptions
-from ray_vlm.models.presets import load_preset
-from ray_vlm.models.rehearse import Batch, Rehearsal, Weights
+from ray_vlm.models.prefix_sharing import PackingOptions
+from ray_vlm.models.rehearse import LiveBytes, Rehearsal, choose
 from tests.support.memory import compare, tiny_job
 
 
-def _job(**sections: Any) -> JobConfig:
-    return JobConfig.model_validate({"model": {"name": "x"}, "data": {"train": {"path": "a"}}, **sections})
+def _settings(**sections: Any) -> StepSettings:
+    job = JobConfig.model_validate({"model": {"name": "x"}, "data": {"train": {"path": "a"}}, **sections})
+    return StepSettings(job.method, job.train, job.cluster, job.lora, job.model.load_in_4bit)
+
+
+def _micro_sizes(settings: StepSettings, size: RowSize) -> list[RowSize]:
+    return micro_sizes(settings.method, settings.train, size)
 
 
 def test_a_storage_counts_once_and_until_it_is_freed() -> None:
@@ -55,22 +61,22 @@ def test_a_storage_counts_once_and_until_it_is_freed() -> None:
 
 def test_batches_of_each_method() -> None:
     size = RowSize(16, 10, 8, longest_answer=5)
-    sft = _job(train={"micro_batch_size": 2})
-    assert plan_batch(sft, micro_sizes(sft, size), 2, PackingOptions()) == Batch(2, 34, (64, 64), masked=True)
+    sft = _settings(train={"micro_batch_size": 2})
+    assert plan_batch(sft, _micro_sizes(sft, size), 2, PackingOptions()) == Batch(2, 34, (64, 64), masked=True)
     uneven = [RowSize(0, 10, tokens) for tokens in (90, 40, 40)]
     assert plan_batch(sft, uneven, 2, PackingOptions()) == Batch(3, 100, (), masked=True)
     assert plan_batch(sft, uneven, 2, PackingOptions(pack=True)) == Batch(
         2, 100, (), True, spread=(3, 100), labelled=170
     )
-    dpo = _job(method="dpo", train={"micro_batch_size": 2})
-    assert plan_batch(dpo, micro_sizes(dpo, size), 2, PackingOptions()) == Batch(4, 31, (64,) * 4, masked=True)
+    dpo = _settings(method="dpo", train={"micro_batch_size": 2})
+    assert plan_batch(dpo, _micro_sizes(dpo, size), 2, PackingOptions()) == Batch(4, 31, (64,) * 4, masked=True)
     share = PackingOptions(share=True)
-    assert plan_batch(dpo, micro_sizes(dpo, size), 2, share) == Batch(2, 34, (64, 64), True, (4, 31), labelled=16)
-    grpo = _job(
+    assert plan_batch(dpo, _micro_sizes(dpo, size), 2, share) == Batch(2, 34, (64, 64), True, (4, 31), labelled=16)
+    grpo = _settings(
         method={"name": "grpo", "num_generations": 4, "max_completion_tokens": 7},
         train={"micro_batch_size": 8, "global_batch_size": 16},
     )
-    assert plan_batch(grpo, micro_sizes(grpo, size), 2, share) == Batch(
+    assert plan_batch(grpo, _micro_sizes(grpo, size), 2, share) == Batch(
         2, 54, (64, 64), True, (8, 33), labelled=56, copies=2.0
     )
 
@@ -78,10 +84,10 @@ def test_batches_of_each_method() -> None:
 @pytest.mark.parametrize("bits", [True, False])
 def test_weights_are_those_of_the_loaded_model(bits: bool, tiny_models: dict[str, str]) -> None:
     spec = Model(name=tiny_models["qwen3_vl"], load_in_4bit=bits)
-    job = _job(
+    settings = _settings(
         model={"name": spec.name, "load_in_4bit": bits}, train={"precision": "fp32"}, lora=Lora(rank=4).model_dump()
     )
-    weights = Rehearsal(load_config(spec), job, family_of(load_config(spec))).weights()
+    weights = Rehearsal(load_config(spec), family_of(load_config(spec)), settings).weights()
     quantised = plain = 0
     for parameter in load_model(spec, precision="fp32").parameters():
         if type(parameter).__name__ == "Params4bit":
@@ -113,7 +119,7 @@ def test_checkpointing_trades_memory() -> None:
     config = load_preset("Qwen/Qwen2-VL-2B-Instruct")
     config.text_config.num_hidden_layers, config.vision_config.depth = 12, 8  # of 28 and 32
     config.text_config.layer_types = config.text_config.layer_types[:12]
-    rehearsal = Rehearsal(config, _job(), family_of(config))
+    rehearsal = Rehearsal(config, family_of(config), _settings())
     peaks = [rehearsal.run(Batch(1, 1024, (1024,)), layers).peak for layers in (12, 6, 0)]
     assert peaks == sorted(peaks)
     assert peaks[2] > 2 * peaks[0]
@@ -125,8 +131,8 @@ class _FakeRehearsal:
 
     num_layers, largest, config = 4, 0.0, None
 
-    def __init__(self, job: JobConfig):
-        self.job = job
+    def __init__(self, settings: StepSettings):
+        self.settings, self.merge, self.packing = settings, 2, PackingOptions()
 
     def weights(self) -> Weights:
         return Weights(10 * GIB, 0, 0)
@@ -142,7 +148,7 @@ class _FakeRehearsal:
     ("room", "expected"), [(11.9, None), (12, (1, 4)), (13.5, (1, 3)), (16, (1, 0)), (23, (2, 0)), (100, (8, 0))]
 )
 def test_the_fewest_recomputing_layers_and_then_the_largest_batch(room: float, expected: Any) -> None:
-    choice = choose(_FakeRehearsal(_job()), RowSize(8, 4, 4), [1, 2, 4, 8], 2, PackingOptions(), room * GIB)  # type: ignore[arg-type]
+    choice = choose(_FakeRehearsal(_settings()), RowSize(8, 4, 4), [1, 2, 4, 8], room * GIB)  # type: ignore[arg-type]
     assert (choice and (choice.micro, choice.layers)) == expected
     assert choice is None or choice.estimate.peak <= room * GIB
 
@@ -152,7 +158,7 @@ def test_memory_under_zero() -> None:
 
     def total(preset: str | None, **changes: Any) -> dict[str, float]:
         cluster = {"num_workers": 4, "deepspeed": preset} | changes
-        return shared_out(_job(cluster=cluster), Weights(30 * GIB, 10 * GIB, 8 * GIB), 1.0)
+        return shared_out(_settings(cluster=cluster).cluster, "bf16", Weights(30 * GIB, 10 * GIB, 8 * GIB), 1.0)
 
     plain, one, two, three = (total(preset) for preset in (None, "zero1", "zero2", "zero3"))
     assert plain["Adam's two moments"] == 16 * GIB

@@ -10,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
 from ray_vlm.demo.tiny import build_config, build_processor
-from ray_vlm.methods.prefix_sharing import share_prefixes
 from ray_vlm.models.operations import OperationCounter, Work, count_flops, measure_size
-from ray_vlm.models.packing import PackingOptions
+from ray_vlm.models.prefix_sharing import PackingOptions, share_prefixes
 from tests.conftest import QWEN
 
 

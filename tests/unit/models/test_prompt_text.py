@@ -19,8 +19,7 @@ from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import resolve_name
-from ray_vlm.models.processor import load_processor
-from ray_vlm.models.prompt_text import read_prompt_text, take_prompt_text
+from ray_vlm.models.processor import load_processor, read_prompt_text, take_prompt_text
 from tests.conftest import QWEN
 
 TURNS = (("system", "Be brief."), ("user", "Look: <image> and <image>?"), ("assistant", "Yes."), ("user", "Why, é?\n"))

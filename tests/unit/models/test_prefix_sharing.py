@@ -5,8 +5,7 @@ import random
 import pytest
 import torch
 
-from ray_vlm.methods.prefix_sharing import PrefixGroup, _visible, plan_trees
-from ray_vlm.models.packing import plan_packs
+from ray_vlm.models.prefix_sharing import PrefixGroup, _visible, plan_packs, plan_trees
 
 
 class Images:

@@ -10,8 +10,13 @@ from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import Lora, Model
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES
-from ray_vlm.models.features import DiskFeatureCache, StepFeatureCache, fingerprint, keep_features
-from ray_vlm.models.frozen_encoder import run_frozen_tower_plainly
+from ray_vlm.models.frozen_encoder import (
+    DiskFeatureCache,
+    StepFeatureCache,
+    cache_features,
+    fingerprint,
+    run_without_autograd,
+)
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
 from ray_vlm.runs.monitor import read_metrics
@@ -26,12 +31,12 @@ def _model(folder: str, cache: Path | None = None, limit: float = _GIB) -> tuple
     """Return the base, and a list of the patches of each run of its encoder's blocks."""
     base = load_model(Model(name=folder, load_in_4bit=False), precision="fp32")
     base.requires_grad_(False)
-    run_frozen_tower_plainly(base)
+    run_without_autograd(base)
     encoded: list[int] = []
     tower = base.get_encoder(modality="image")
     tower.patch_embed.register_forward_hook(lambda module, args, out: encoded.append(len(args[0])))
     if cache is not None:
-        keep_features(base, StepFeatureCache(), DiskFeatureCache(cache, limit, base))
+        cache_features(base, StepFeatureCache(), DiskFeatureCache(cache, limit, base))
     return base, encoded
 
 
@@ -120,11 +125,11 @@ def test_an_encoder_that_changes_is_refused(tiny_models: dict[str, str], tmp_pat
 
     base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), precision="fp32")
     with pytest.raises(ModelError, match="adapter's or learns"):
-        keep_features(base, StepFeatureCache())
+        cache_features(base, StepFeatureCache(), None)
     model = get_peft_model(base, lora_config(Lora(rank=2, target=["vision"]), FAMILIES["qwen3_vl"]))
     model.requires_grad_(False)
     with pytest.raises(ModelError, match="lora_A"):
-        keep_features(model, StepFeatureCache())
+        cache_features(model, StepFeatureCache(), None)
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="cannot be used as a folder"):
         _model(tiny_models["qwen3_vl"], tmp_path / "file")

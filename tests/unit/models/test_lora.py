@@ -14,10 +14,9 @@ import torch
 
 from ray_vlm.config.schema import Lora, Model
 from ray_vlm.errors import ModelError
-from ray_vlm.models.adapter import CONFIG, WEIGHTS
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import load_adapter, load_model
-from ray_vlm.models.lora import lora_config
+from ray_vlm.models.lora import CONFIG, WEIGHTS, lora_config
 
 
 class Payload:
