@@ -110,17 +110,20 @@ def logging_cost_s(folder: Path, calls: int = 500) -> float:
     """Return the seconds of one step's logging: the callback and its line in `metrics.jsonl`."""
     from types import SimpleNamespace
 
+    from ray_vlm.distributed import DistributedContext
     from ray_vlm.methods.sft import WeightedSFTTrainer
-    from ray_vlm.train.callbacks.checkpointing import Progress
+    from ray_vlm.runs.paths import RunPaths
+    from ray_vlm.train.attempt import Attempt
     from ray_vlm.train.callbacks.metrics import MetricsCallback, StepTimer
+    from ray_vlm.train.run_context import Progress, RunContext
 
     monitor = Monitor(folder / "cost.jsonl", attempt=1)
     norms, nonfinite = SimpleNamespace(norms={"language": 0.5}), SimpleNamespace(skipped=False)
     usage: Any = SimpleNamespace(take=lambda: {"data_s": 0.1, "forward_s": 0.1, "backward_s": 0.1})
-    callback = MetricsCallback(
-        *(WeightedSFTTrainer.logged, Plan(8, 1, 1, 1), Progress(), monitor, StepTimer(), usage, norms, nonfinite),
-        *(SimpleNamespace(stopped=False), 10, True),
-    )  # type: ignore[arg-type]
+    stop: Any = SimpleNamespace(stopped=False)
+    plan, weights = Plan(8, 1, 1, 1), None
+    run = RunContext(RunPaths(folder), Attempt(1, "a"), plan, DistributedContext(), weights, Progress(), monitor)  # type: ignore[arg-type]
+    callback = MetricsCallback(run, WeightedSFTTrainer.logged, StepTimer(), usage, norms, nonfinite, stop, 10, True)  # type: ignore[arg-type]
     logs = {"loss": 1.0, "learning_rate": 1e-3, "grad_norm": 0.5, "num_tokens": 1000.0, "mean_token_accuracy": 0.5}
     started = time.perf_counter()
     for step in range(calls):

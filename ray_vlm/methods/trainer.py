@@ -122,6 +122,10 @@ class TrainerInputs:
     sampler: Sampler | None = None
     reference: ReferenceCache | None = None
 
+    def row_id(self, row: int) -> str:
+        """Return the id of a training row by its position."""
+        return str(self.fetch_records()[row].id)
+
 
 class PlannedTrainer(Trainer):
     """A mixin that reads `PlannedBatches`. A training method is a subclass of it and of a trainer of TRL.

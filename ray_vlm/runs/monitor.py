@@ -131,7 +131,6 @@ class Monitor:
         self._record = record
         self._trackers = trackers
         self.closed = False
-        self.best: Mapping[str, Any] | None = None  # step, metrics and path of the best checkpoint so far
 
     def start(self, step: int, trainable: dict[str, dict[str, int]], **about: object) -> None:
         """Write the first line of an attempt: the step that it resumes from, the trainable weights by part of the
@@ -150,11 +149,21 @@ class Monitor:
     def _line(self, kind: str, step: int) -> dict[str, Any]:
         return {"kind": kind, "attempt": self._attempt, "step": step, "time": time.time()}
 
-    def write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Write one line of numbers. Values become plain floats; NaN and infinity become null."""
+    def write(
+        self,
+        kind: str,
+        step: int,
+        epoch: float,
+        values: dict[str, float],
+        best: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one line of numbers. Values become plain floats; NaN and infinity become null.
+
+        `best`: step, metrics and path of the best checkpoint so far.
+        """
         numbers = {k: _plain(v) for k, v in values.items()}
         line = self._line(kind, step) | {"epoch": round(epoch, 4)}
-        self._put(line | numbers)
+        self._put(line | numbers, best)
         for tracker in self._trackers:
             tracker.log(kind, line | values, step)
 
@@ -164,11 +173,11 @@ class Monitor:
             for tracker in self._trackers:
                 tracker.pictures(images, step)
 
-    def _put(self, line: dict[str, Any]) -> None:
+    def _put(self, line: dict[str, Any], best: Mapping[str, Any] | None = None) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._record is not None:
-            self._record(line, self.best)
+            self._record(line, best)
         if self._show is not None:
             self._show(line)
 

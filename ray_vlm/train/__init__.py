@@ -1,1 +1,1 @@
-"""Training: `driver` decides and launches, `worker` is what runs on a device, `feed` joins our data to TRL."""
+"""The driver and the workers of a training run."""

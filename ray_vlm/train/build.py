@@ -2,7 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from ray_vlm.models.load import load_adapted
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.prefix_sharing import plan_packing
 from ray_vlm.models.surgery import ForwardOptions
-from ray_vlm.runs.monitor import Monitor
 from ray_vlm.runs.store import Store, join
 from ray_vlm.train.deepspeed import deepspeed_config
 from ray_vlm.train.worker_spec import WorkerSpec
@@ -143,22 +143,17 @@ def build_inputs(
 
 
 def build_reference(
-    job: JobConfig, base: str, rows: str, context: DistributedContext, monitor: Monitor | None
+    job: JobConfig, base: str, rows: str, context: DistributedContext, note: Callable[[int, str], None]
 ) -> ReferenceCache | None:
     """Return the cache of DPO's reference, None for a job that computes it at each step.
 
-    `base`, `rows`: fingerprints of the base's weights and of the pairs.
+    `base`, `rows`: fingerprints of the base's weights and of the pairs; `note`: takes a step and a message.
     """
-
-    def note(text: str) -> None:
-        if monitor is not None:
-            monitor.note(0, text)
-
     if not job.method.precompute_ref_log_probs:
         return None
     source = ReferenceSource(job.model, job.train.precision, base, rows, job.method.trl.get("ld_alpha"))
     store = Store(join(job.run.output_dir, ".reference"))
-    return ReferenceCache(store, source, context, job.train.micro_batch_size, note)
+    return ReferenceCache(store, source, context, job.train.micro_batch_size, partial(note, 0))
 
 
 def build_validation(

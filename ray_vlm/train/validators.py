@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ray_vlm.config.load import load_resolved
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import Sample
-from ray_vlm.distributed import DistributedContext, build_context
+from ray_vlm.distributed import build_context
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.evaluate.draw import draw_predictions
 from ray_vlm.evaluate.validate import Validation
@@ -26,10 +26,9 @@ from ray_vlm.methods.trainer import PlannedTrainer
 from ray_vlm.models.libraries import prepare_process
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_checkpoint, replace_folder
 from ray_vlm.runs.monitor import as_python_numbers
-from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.store import Store, join
 from ray_vlm.train.build import build_args, build_inputs, build_validation, load_base
-from ray_vlm.train.callbacks.checkpointing import WeightsWriter
+from ray_vlm.train.run_context import RunContext
 from ray_vlm.train.worker_spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -82,21 +81,22 @@ class SyncValidator:
 
     waits = True
 
-    def __init__(self, validation: Validation, weights: WeightsWriter, store: Store, context: DistributedContext):
+    def __init__(self, validation: Validation, run: RunContext):
         self.step: int | None = None
-        self._validation, self._weights, self._store, self._context = validation, weights, store, context
+        self._validation, self._run = validation, run
         self._result: ValidationResult | None = None
 
     def resume(self, step: int, measured: Collection[int]) -> None:
         """Delete weights that an earlier, asynchronous attempt left: nothing will validate them."""
-        if self._context.rank == 0:
-            find_left(self._store, -1)
+        if self._run.context.rank == 0:
+            find_left(self._run.paths.store, -1)
 
     def submit(self, trainer: PlannedTrainer, since: float) -> None:
         """Validate the trainer's weights."""
         self.step = trainer.state.global_step
         metrics, predictions = self._validation.measure(trainer)
-        self._result = ValidationResult(self.step, metrics, partial(draw_predictions, predictions), self._weights.save)
+        draw = partial(draw_predictions, predictions)
+        self._result = ValidationResult(self.step, metrics, draw, self._run.weights.save)
 
     def ready(self) -> bool:
         """Return whether there is a result."""
@@ -113,22 +113,17 @@ class SyncValidator:
 
 
 class AsyncValidator:
-    """Starts validations in an actor, to which only rank 0 talks. `spec`: of the workers; `resources`: of the actor."""
+    """Starts validations in an actor, to which only rank 0 talks.
+
+    `spec`: of the workers; `resources`: the actor's number of CPUs and of GPUs.
+    """
 
     waits = False
 
-    def __init__(
-        self,
-        spec: WorkerSpec,
-        resources: tuple[float, float],
-        paths: RunPaths,
-        weights: WeightsWriter,
-        context: DistributedContext,
-    ):
-        """`resources`: its number of CPUs and of GPUs."""
+    def __init__(self, spec: WorkerSpec, resources: tuple[float, float], run: RunContext):
         self.step: int | None = None
-        self._spec, self._resources, self._paths, self._context = spec, resources, paths, context
-        self._weights = weights
+        self._spec, self._resources, self._run = spec, resources, run
+        self._paths, self._context = run.paths, run.context
         self._submit_s = 0.0
         self._actor: Any = None  # Ray's handle of the `_ValidationActor`
         self._pending: ObjectRef | None = None  # its current answer
@@ -143,9 +138,9 @@ class AsyncValidator:
     def submit(self, trainer: PlannedTrainer, since: float) -> None:
         """Save the weights and start their validation."""
         step = trainer.state.global_step
-        self._weights.gather()
+        self._run.weights.gather()
         if self._context.rank == 0:
-            replace_folder(self._paths.store, f"{_PREFIX}{step}", self._weights.save, step)
+            replace_folder(self._paths.store, f"{_PREFIX}{step}", self._run.weights.save, step)
         self._start(step)
         self._submit_s = time.monotonic() - since
 

@@ -19,16 +19,11 @@ from ray_vlm.methods import load_method
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train import build
 from ray_vlm.train.attempt import Attempt, check_owner
-from ray_vlm.train.callbacks.checkpointing import (
-    Progress,
-    base_fingerprint,
-    check_fits,
-    describe_run,
-    publish_weights,
-)
+from ray_vlm.train.callbacks.checkpointing import base_fingerprint, check_fits, describe_run
 from ray_vlm.train.oom_check import run_heaviest_batch
-from ray_vlm.train.run_callbacks import RunCallbacks, build_callbacks, build_recorder
-from ray_vlm.train.run_log import open_monitor, write_start
+from ray_vlm.train.run_callbacks import RunCallbacks, build_callbacks, build_run_context
+from ray_vlm.train.run_context import Progress, publish_weights
+from ray_vlm.train.run_log import write_start
 from ray_vlm.train.watchdog import watch_worker
 from ray_vlm.train.worker_spec import WorkerSpec
 
@@ -63,32 +58,30 @@ def train_worker(  # recipe
             closes.callback(shutil.rmtree, attempt.folder, ignore_errors=True)
 
         # What the run writes, and the batches and options that the trainer is built from.
-        monitor = open_monitor(paths, spec.job, job.track, attempt, context, plan.num_steps, job.train.log_every_steps)
-        if monitor is not None:
-            closes.callback(monitor.close)
-        recorder = build_recorder(job, paths, monitor, model, builder, attempt, about, context.rank)
+        run = build_run_context(job, spec, paths, attempt, context, model, builder)
+        if run.monitor is not None:
+            closes.callback(run.monitor.close)
         inputs = build.build_inputs(job, spec, model, args, builder, context, stream, attempt.step * plan.accumulation)
         closes.callback(inputs.batches.close)
 
         # What happens beside the steps.
-        callbacks = build_callbacks(job, spec, context, attempt, inputs, model, recorder, should_stop, closes)
+        callbacks = build_callbacks(job, spec, run, inputs, model, about, should_stop)
+        closes.callback(callbacks.close)
         inputs = replace(
             inputs,
             callbacks=callbacks.in_order(),
             validate=callbacks.validation.run,
             write_checkpoint=callbacks.checkpoints.write,
-            reference=build.build_reference(job, base, spec.rows, context, monitor),
+            reference=build.build_reference(job, base, spec.rows, context, run.note),
         )
 
         # TRL's trainer of the method. Before its first step, what could fail late is tried.
         trainer = load_method(job.method.name)(model, args, inputs)
         trainer.prepare_training()
-        if monitor is not None:
-            write_start(monitor, attempt, job.train.precision, model, builder.family, context, plan.num_steps)
+        if run.monitor is not None:
+            write_start(run.monitor, attempt, job.train.precision, model, builder.family, context, plan.num_steps)
         if spec.probe is not None:
-            memory = run_heaviest_batch(trainer, spec.probe, job.train.precision)
-            if monitor is not None:
-                monitor.note(attempt.step, memory)
+            run.note(attempt.step, run_heaviest_batch(trainer, spec.probe, job.train.precision))
         callbacks.validation.resume(attempt.step if attempt.checkpoint else -1)
 
         # The steps.
@@ -105,16 +98,16 @@ def train_worker(  # recipe
             callbacks.validation.wait(trainer.control)
         steps = max(attempt.step, trainer.state.global_step)
         if not callbacks.preemption.stopped:
-            recorder.weights.gather()
+            run.weights.gather()
             if context.rank == 0:
                 check_owner(paths.store, attempt)
-                publish_weights(paths, paths.final, recorder.weights.save, steps)
+                publish_weights(paths, paths.final, run.weights.save, steps)
         if callbacks.energy is not None:
             callbacks.energy.write(trainer.state)
         return {
             "steps": steps,
             "num_steps": plan.num_steps,
-            **_summarise(callbacks, recorder.progress, inputs.fetch_records),
+            **_summarise(callbacks, run.progress, inputs.fetch_records),
         }
 
 

@@ -189,3 +189,26 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         leaves = {name for name, imported in graph.items() if not imported & graph.keys() - {name}}
         assert leaves, f"these import one another in a circle, or what does: {sorted(graph)}"
         graph = {name: imported for name, imported in graph.items() if name not in leaves}
+
+
+_BUILT = {"trainer", "callback", "callbacks", "model", "base", "backbone", "monitor", "validator"}
+
+
+def _assigned(node: ast.AST) -> list[ast.expr]:
+    """The objects whose attributes a statement sets."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("setattr", "delattr"):
+        return [node.args[0]]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    parts = [part for target in targets for part in getattr(target, "elts", [target])]
+    return [part.value for part in parts if isinstance(part, ast.Attribute)]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if _name(p).split(".")[1:2] in (["train"], ["methods"], ["evaluate"])], ids=_name
+)
+def test_nothing_is_set_from_outside_on_what_was_built(path: Path) -> None:
+    """Trainers, callbacks and models get everything in their constructors; `models/surgery.py` changes forwards."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        for built in _assigned(node):
+            name = built.attr if isinstance(built, ast.Attribute) else getattr(built, "id", "")
+            assert name.lstrip("_") not in _BUILT, f"line {node.lineno}: {ast.unparse(node)}"

@@ -10,14 +10,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    PreTrainedModel,
-    ProcessorMixin,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -25,86 +23,18 @@ from transformers import (
 )
 
 from ray_vlm.config.schema import Checkpoint as CheckpointOptions
-from ray_vlm.data.preprocessing import PREPROCESSING, RULES, describe_preprocessing, rules_since
+from ray_vlm.data.preprocessing import RULES, describe_preprocessing, rules_since
 from ray_vlm.data.samples import SampleBuilder
-from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import ModelError, RunError
 from ray_vlm.methods.trainer import PlannedBatches, PlannedTrainer
-from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, remove_checkpoint, replace_folder, write_part
-from ray_vlm.runs.monitor import Monitor
-from ray_vlm.runs.paths import RunPaths, write_folder, write_json
-from ray_vlm.runs.store import Store
+from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, remove_checkpoint, write_part
 from ray_vlm.train.attempt import Attempt, check_owner
 from ray_vlm.train.best import score_of
-from ray_vlm.train.deepspeed import gather_weights
+from ray_vlm.train.run_context import RunContext
 
 _SAMPLE = 16  # weights of each tensor that enter the base's fingerprint
 # Keys of `preprocessing.json` that decide how a row becomes a prompt, and their names in messages.
 _QUESTION = {"task": "task", "labels": "class names", "hints": "hints", "images": "image sizes"}
-
-
-@dataclass
-class Progress:
-    """The state of a run that goes into every checkpoint, which the callbacks share.
-
-    `best`: `{"step", "metrics", "path"}` of the best validation, or None; `since_best`: validations since the metric
-    last improved; `last`: step and metrics of the last validation; `epoch_losses`: of the current epoch; `lost`: the
-    rows of all ranks that could not be read, each with its replacement.
-    """
-
-    best: dict[str, Any] | None = None
-    since_best: int = 0
-    epoch_losses: list[float] = field(default_factory=list)
-    last: dict[str, Any] | None = None
-    lost: list[Sequence[int]] = field(default_factory=list)
-
-    @classmethod
-    def load(cls, attempt: Attempt) -> "Progress":
-        """Return the progress of the checkpoint that the attempt resumes from."""
-        return cls(**attempt.checkpoint.about["progress"]) if attempt.checkpoint is not None else cls()
-
-
-class WeightsWriter:
-    """Writes what is trained, and its preprocessing, into a folder. All ranks call `gather`, then rank 0 `save`.
-
-    `processor`: saved with a model without an adapter. `partitioned`: under ZeRO-3 every rank has a slice of each
-    weight. `preprocessing`: of `describe_preprocessing`.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: ProcessorMixin,
-        has_adapter: bool,
-        partitioned: bool,
-        rank: int,
-        preprocessing: Mapping[str, Any],
-    ):
-        self._model, self._processor, self._has_adapter = model, processor, has_adapter
-        self._partitioned, self._rank, self._preprocessing = partitioned, rank, preprocessing
-        self._gathered: dict[str, Any] = {}  # under ZeRO-3: the complete weights
-
-    def gather(self) -> None:
-        """Collect the complete weights, if every rank has a part of them."""
-        if self._partitioned:
-            self._gathered = {"state_dict": gather_weights(self._model, self._has_adapter, self._rank)}
-
-    def save(self, folder: Path) -> None:
-        """Write the weights into `folder`."""
-        # TRL may have another adapter for the reference.
-        only: dict[str, Any] = {"selected_adapters": ["default"]} if self._has_adapter else {}
-        self._model.save_pretrained(folder, **only, **self._gathered)
-        if not self._has_adapter:
-            self._processor.save_pretrained(folder)
-        write_json(folder / PREPROCESSING, self._preprocessing)
-
-
-def publish_weights(paths: RunPaths, folder: Path, save: Callable[[Path], None], step: int) -> None:
-    """Replace `best/` or `final/` of the run."""
-    if paths.remote is None:
-        write_folder(folder, save)
-    else:
-        replace_folder(paths.store, folder.name, save, step)
 
 
 class CheckpointCallback(TrainerCallback):
@@ -112,51 +42,44 @@ class CheckpointCallback(TrainerCallback):
 
     def __init__(
         self,
-        store: Store,
+        run: RunContext,
         options: CheckpointOptions,
         metric: str,
-        attempt: Attempt,
         about: Mapping[str, Any],
-        weights: WeightsWriter,
-        progress: Progress,
         batches: PlannedBatches,
-        monitor: Monitor | None,
-        context: DistributedContext,
     ):
-        self._store, self._options, self._metric, self._attempt, self._about = store, options, metric, attempt, about
-        self._weights, self._progress, self._batches = weights, progress, batches
-        self._monitor, self._context = monitor, context
-        self._lost_before = list(progress.lost)
+        self._run, self._store, self._options, self._metric = run, run.paths.store, options, metric
+        self._about, self._batches = about, batches
+        self._lost_before = list(run.progress.lost)
         self._seconds = 0.0  # of the last checkpoint
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write the line of the checkpoint that was just written."""
-        if self._monitor is not None:
-            epoch = state.epoch or 0.0
-            self._monitor.write("checkpoint", state.global_step, epoch, {"checkpoint_s": self._seconds})
-            self._monitor.publish()
+        self._run.write("checkpoint", state.global_step, state.epoch, {"checkpoint_s": self._seconds})
+        self._run.publish()
 
     def gather_lost_rows(self) -> list[Sequence[int]]:
         """Return the rows of all ranks that could not be read, each with its replacement. Every rank must call it."""
-        gathered = self._context.all_gather(self._batches.lost)
-        self._progress.lost = [*self._lost_before, *(pair for pairs in gathered for pair in pairs)]
-        return self._progress.lost
+        gathered = self._run.context.all_gather(self._batches.lost)
+        lost = [*self._lost_before, *(pair for pairs in gathered for pair in pairs)]
+        self._run.progress.lost = lost
+        return lost
 
     def write(self, trainer: PlannedTrainer) -> None:
         """Write a checkpoint; every rank calls this at the same step.
 
         When it returns on rank 0, the checkpoint is committed. Raises `RunError` if it cannot be written.
         """
-        started, step, last = time.monotonic(), trainer.state.global_step, self._progress.last
-        self._weights.gather()
+        started, step, last = time.monotonic(), trainer.state.global_step, self._run.progress.last
+        self._run.weights.gather()
         self.gather_lost_rows()
         score = score_of(self._metric, last["metrics"]) if last and last["step"] == step else None
-        name = checkpoint_name(step, self._attempt.number, self._attempt.token)
+        name = checkpoint_name(step, self._run.attempt.number, self._run.attempt.token)
 
         def fill(folder: Path) -> None:
             trainer.save_training_state(folder)
-            if self._context.rank == 0:
-                self._weights.save(folder)
+            if self._run.context.rank == 0:
+                self._run.weights.save(folder)
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
         try:
@@ -167,16 +90,16 @@ class CheckpointCallback(TrainerCallback):
 
     def _write_parts(self, name: str, fill: Callable[[Path], None]) -> dict[str, Any]:
         """Write this rank's files. Return the entries of all ranks' files for the manifest."""
-        if self._context.rank == 0:
-            check_owner(self._store, self._attempt)
-        parts = self._context.all_gather(write_part(self._store, name, f"rank{self._context.rank}", fill))
+        if self._run.context.rank == 0:
+            check_owner(self._store, self._run.attempt)
+        parts = self._run.context.all_gather(write_part(self._store, name, f"rank{self._run.context.rank}", fill))
         return {file: entry for part in parts for file, entry in part.items()}
 
     def _commit(self, name: str, step: int, score: float | None, files: dict[str, Any]) -> None:
-        if self._context.rank != 0:
+        if self._run.context.rank != 0:
             return
-        about = {**self._about, "world_size": self._context.world_size, "progress": asdict(self._progress)}
-        commit(self._store, name, files, step, attempt=self._attempt.number, score=score, **about)
+        about = {**self._about, "world_size": self._run.context.world_size, "progress": asdict(self._run.progress)}
+        commit(self._store, name, files, step, attempt=self._run.attempt.number, score=score, **about)
         with suppress(OSError):  # the new one is already committed; old ones that cannot be deleted stay
             prune(self._store, self._options.keep, self._options.keep_best)
 
@@ -186,7 +109,7 @@ class CheckpointCallback(TrainerCallback):
         if self._store.local is None and error.errno is not None:
             # An object store's errors have no errno, so this one is of the local disk.
             fix = f"make room in {tempfile.gettempdir()}, where files are made, or set TMPDIR"
-        elif self._store.local is not None and self._context.rank == 0:
+        elif self._store.local is not None and self._run.context.rank == 0:
             with suppress(OSError):  # so that a full disk has room for the error message
                 remove_checkpoint(self._store, name)
         return RunError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.runs.monitor import Monitor
+from ray_vlm.train.run_context import RunContext
 
 if TYPE_CHECKING:
     from codecarbon.output import EmissionsData
@@ -105,8 +105,8 @@ def add_up(readings: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
 class EnergyCallback(TrainerCallback):
     """Writes the energy of the attempt so far at every checkpoint. `meter`: of this rank; every rank has one."""
 
-    def __init__(self, meter: Meter, monitor: Monitor | None, context: DistributedContext):
-        self._meter, self._monitor, self._context = meter, monitor, context
+    def __init__(self, run: RunContext, meter: Meter):
+        self._run, self._meter = run, meter
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write the energy of all ranks."""
@@ -114,9 +114,8 @@ class EnergyCallback(TrainerCallback):
 
     def write(self, state: TrainerState) -> None:
         """Write the energy so far. Every rank must call it at the same step."""
-        totals = sum_energy(self._meter, self._context)
-        if totals and self._monitor is not None:
-            self._monitor.write("energy", state.global_step, state.epoch or 0.0, totals)
+        if totals := sum_energy(self._meter, self._run.context):
+            self._run.write("energy", state.global_step, state.epoch, totals)
 
     def close(self) -> None:
         """Stop measuring."""

@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ray_vlm.data.plan import Plan
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.methods.clock import Clock, split_time
 from ray_vlm.methods.trainer import PlannedBatches
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.runs.monitor import Monitor
-from ray_vlm.train.callbacks.checkpointing import Progress
 from ray_vlm.train.callbacks.gradient_norms import GradientNorms
 from ray_vlm.train.callbacks.nonfinite import NonfiniteCallback
 from ray_vlm.train.callbacks.preemption import PreemptionCallback
+from ray_vlm.train.run_context import RunContext
 
 _WINDOW, _LEAST = 50, 20  # number of previous losses to compare with, and the minimum
 
@@ -106,10 +104,8 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(
         self,
+        run: RunContext,
         logged: Callable[[Mapping[str, Any]], dict[str, Any]],
-        plan: Plan,
-        progress: Progress,
-        monitor: Monitor | None,
         timer: StepTimer,
         usage: Usage,
         norms: GradientNorms,
@@ -118,8 +114,7 @@ class MetricsCallback(TrainerCallback):
         log_every_steps: int,
         watches_loss: bool,
     ):
-        self._logged, self._plan, self._progress, self._monitor = logged, plan, progress, monitor
-        self._timer, self._usage = timer, usage
+        self._run, self._logged, self._timer, self._usage = run, logged, timer, usage
         self._norms, self._nonfinite, self._preemption = norms, nonfinite, preemption
         self._log_every_steps, self._watches_loss = log_every_steps, watches_loss
         self._spikes = Spikes()
@@ -132,14 +127,14 @@ class MetricsCallback(TrainerCallback):
         """Start the time of the first step."""
         self._timer.restart()
         state.compute_steps(args, state.max_steps)  # the restored state has the intervals of the earlier job
-        if state.global_step % self._plan.steps_per_epoch == 0:
-            self._progress.epoch_losses = []  # the checkpoint was written at the end of an epoch
+        if state.global_step % self._run.plan.steps_per_epoch == 0:
+            self._run.progress.epoch_losses.clear()  # the checkpoint was written at the end of an epoch
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Set the epoch: the Trainer's value is wrong in an epoch that was resumed midway."""
-        state.epoch = state.global_step / self._plan.steps_per_epoch
+        state.epoch = state.global_step / self._run.plan.steps_per_epoch
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the line of a step."""
@@ -155,24 +150,23 @@ class MetricsCallback(TrainerCallback):
         self._tokens = tokens
         self._rate = {name: logs[name] for name in ("learning_rate",) if name in logs}
         if math.isfinite(values["loss"]):
-            self._progress.epoch_losses.append(float(logs["loss"]))
-        if self._monitor is not None:
-            if self._watches_loss and (message := self._spikes.look(state.global_step, values["loss"])):
-                self._monitor.note(state.global_step, message)
-            self._monitor.write("train", state.global_step, state.epoch or 0.0, values)
-            if state.global_step % self._log_every_steps == 0:
-                self._monitor.publish()
+            self._run.progress.epoch_losses.append(float(logs["loss"]))
+        if self._watches_loss and (message := self._spikes.look(state.global_step, values["loss"])):
+            self._run.note(state.global_step, message)
+        self._run.write("train", state.global_step, state.epoch, values)
+        if state.global_step % self._log_every_steps == 0:
+            self._run.publish()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Write the mean loss of the epoch."""
-        if self._preemption.stopped and state.global_step % self._plan.steps_per_epoch:
+        if self._preemption.stopped and state.global_step % self._run.plan.steps_per_epoch:
             return  # the epoch goes on in the next attempt
-        losses, self._progress.epoch_losses = self._progress.epoch_losses, []
-        if self._monitor is not None and losses:
+        if losses := self._run.progress.epoch_losses:
             mean = {"loss": sum(losses) / len(losses)}
-            self._monitor.write("epoch", state.global_step, state.epoch or 0.0, mean | self._rate)
+            self._run.write("epoch", state.global_step, state.epoch, mean | self._rate)
+            losses.clear()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

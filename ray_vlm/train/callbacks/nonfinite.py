@@ -16,13 +16,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ray_vlm.data.plan import Plan
-from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
 from ray_vlm.methods.loss_scale import LossScale
-from ray_vlm.runs.monitor import Monitor, whole_lines
+from ray_vlm.runs.monitor import whole_lines
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.callbacks.gradient_norms import GradientNorms
 from ray_vlm.train.restarts import RewindToCheckpoint
+from ray_vlm.train.run_context import RunContext
 
 _NAMED = 8  # rows in a message; the file has all
 
@@ -76,31 +76,26 @@ def read_bad_steps(paths: RunPaths) -> list[int]:
 class NonfiniteCallback(TrainerCallback):
     """Checks the gradient before every optimizer step, and records and handles one that is not finite.
 
-    `policy`: `train.nonfinite`. `resumed_at`: the step that this attempt resumes from; `bad_steps`: those of earlier
-    attempts (from 1). With the policy `rewind` the steps from the first to the last of them are skipped. `row_id`
-    returns the id of a training row by its position. `checks_loss`: check the loss, after the step, because the
-    gradients cannot be seen. All ranks see the same norms, so they act alike.
+    `policy`: `train.nonfinite`. `bad_steps`: those of earlier attempts (from 1). With the policy `rewind` the steps
+    from the one that this attempt resumes from to the last of them are skipped. `row_id` returns the id of a training
+    row by its position. `checks_loss`: check the loss, after the step, because the gradients cannot be seen. All ranks
+    see the same norms, so they act alike.
     """
 
     def __init__(
         self,
+        run: RunContext,
         policy: str,
         norms: GradientNorms,
         loss_scale: LossScale,
-        context: DistributedContext,
-        paths: RunPaths,
-        plan: Plan,
-        monitor: Monitor | None,
         row_id: Callable[[int], str],
-        resumed_at: int = 0,
         bad_steps: Sequence[int] = (),
         checks_loss: bool = False,
     ):
         self.skipped = False  # whether the current step changes nothing
-        self._policy, self._norms, self._loss_scale, self._context = policy, norms, loss_scale, context
-        self._paths, self._plan, self._monitor, self._row_id = paths, plan, monitor, row_id
-        self._resumed_at, self._checks_loss = resumed_at, checks_loss
-        later = [step for step in bad_steps if step > resumed_at]
+        self._run, self._policy, self._norms, self._loss_scale = run, policy, norms, loss_scale
+        self._row_id, self._checks_loss, self._resumed_at = row_id, checks_loss, run.attempt.step
+        later = [step for step in bad_steps if step > self._resumed_at]
         self._skip_until = max(later, default=0) if policy == "rewind" else 0
 
     def on_pre_optimizer_step(
@@ -120,30 +115,26 @@ class NonfiniteCallback(TrainerCallback):
         if step < self._skip_until:
             if step == self._resumed_at:
                 reason = f"the gradient of step {self._skip_until} was not finite"
-                self._note(step, f"{reason}: the steps from {step + 1} to it are skipped")
+                self._run.note(step, f"{reason}: the steps from {step + 1} to it are skipped")
             drop_gradients(model)
             return True
         if is_finite(norms):
             return False
-        if (scaled := self._loss_scale.explain_overflow(self._context)) is not None:
-            self._note(step + 1, scaled)
+        if (scaled := self._loss_scale.explain_overflow(self._run.context)) is not None:
+            self._run.note(step + 1, scaled)
             return False
-        bad_step = describe_step(self._plan, step, self._row_id)
-        if self._monitor is not None:
+        bad_step = describe_step(self._run.plan, step, self._row_id)
+        if self._run.context.rank == 0:
             with suppress(OSError):  # a failing store must neither end the run nor hide the message below
-                self._paths.refresh(self._paths.bad_steps)
-                _add_line(self._paths.bad_steps, json.dumps(bad_step, ensure_ascii=False))
-                self._paths.publish(self._paths.bad_steps)
+                self._run.paths.refresh(self._run.paths.bad_steps)
+                _add_line(self._run.paths.bad_steps, json.dumps(bad_step, ensure_ascii=False))
+                self._run.paths.publish(self._run.paths.bad_steps)
         if self._policy != "skip":
             error = RewindToCheckpoint if self._policy == "rewind" else RunError
             raise error(explain(bad_step, self._policy))
-        self._note(step + 1, explain(bad_step, self._policy))
+        self._run.note(step + 1, explain(bad_step, self._policy))
         drop_gradients(model)
         return True
-
-    def _note(self, step: int, text: str) -> None:
-        if self._monitor is not None:
-            self._monitor.note(step, text)
 
 
 def _add_line(path: Path, line: str) -> None:

@@ -20,7 +20,8 @@ from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import write_folder, write_json
 from ray_vlm.runs.store import Store, join, making
 from ray_vlm.train.attempt import Attempt
-from ray_vlm.train.callbacks.checkpointing import CheckpointCallback, Progress
+from ray_vlm.train.callbacks.checkpointing import CheckpointCallback
+from ray_vlm.train.run_context import Progress, RunContext
 from tests.support.faults import SmallDisk, Stumbling, small_disk
 
 FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json")
@@ -71,9 +72,10 @@ def _writer(store: Store, trainer: _Trainer) -> CheckpointCallback:
     store.write(".attempt.json", json.dumps({"attempt": 1, "token": attempt.token}).encode())
     options = Checkpoint(keep=9, keep_best=0)
     batches: Any = SimpleNamespace(lost=[])
-    return CheckpointCallback(
-        store, options, "loss", attempt, {"base": "x"}, trainer, Progress(), batches, None, DistributedContext()
-    )  # type: ignore[arg-type]
+    plan: Any = None
+    paths: Any = SimpleNamespace(store=store)
+    run = RunContext(paths, attempt, plan, DistributedContext(), trainer, Progress(), None)  # type: ignore[arg-type]
+    return CheckpointCallback(run, options, "loss", {"base": "x"}, batches)
 
 
 def _checkpoint(writer: CheckpointCallback, trainer: _Trainer, step: int) -> None:

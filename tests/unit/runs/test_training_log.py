@@ -56,8 +56,8 @@ def test_the_log_can_be_read_at_any_moment_of_a_run(tmp_path: Path) -> None:
     for step in (1, 2):
         monitor.write("train", step, step / 4, {"loss": float("nan"), "learning_rate": 1e-4})
     assert read()["training_history"] == []
-    monitor.best = {"step": 2, "metrics": {"f1_50": 0.5, "loss": float("inf")}, "path": "best"}
-    monitor.write("eval", 2, 0.5, {"loss": 2.0, "f1_50": 0.5})
+    best = {"step": 2, "metrics": {"f1_50": 0.5, "loss": float("inf")}, "path": "best"}
+    monitor.write("eval", 2, 0.5, {"loss": 2.0, "f1_50": 0.5}, best)
     assert [(entry["step"], entry["loss"]) for entry in read()["training_history"]] == [(1, None), (2, None)]
     assert read()["best_checkpoint"] == {"step": 2, "metrics": {"f1_50": 0.5, "loss": None}, "path": "best"}
     assert read()["configuration"] == JOB
@@ -68,7 +68,7 @@ def test_the_log_can_be_read_at_any_moment_of_a_run(tmp_path: Path) -> None:
     monitor.close()
     (tmp_path / "resolved.json").write_text(json.dumps(JOB))
     living = read()
-    write_training_log(RunPaths(tmp_path), "finished", monitor.best)
+    write_training_log(RunPaths(tmp_path), "finished", best)
     assert read() | {"run": {}} == living | {"run": {}}, "the end is written as the run was"
     assert (read()["run"]["status"], read()["run"]["step"]) == ("finished", 3)
 

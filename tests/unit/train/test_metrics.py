@@ -9,9 +9,12 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from ray_vlm.data.plan import Plan
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs.monitor import Monitor, read_metrics
-from ray_vlm.train.callbacks.checkpointing import Progress
+from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.callbacks.metrics import MetricsCallback, StepTimer
+from ray_vlm.train.run_context import Progress, RunContext
 
 
 @pytest.fixture
@@ -25,11 +28,12 @@ def parts(tmp_path: Path) -> Any:
         lines=lambda: read_metrics(tmp_path / "metrics.jsonl"),
     )
     usage: Any = SimpleNamespace(take=lambda: {"data_s": 0.25})
+    plan, monitor = Plan(8, 4, 1, 1, num_epochs=2.0), Monitor(tmp_path / "metrics.jsonl", attempt=1)
+    weights: Any = None
+    attempt, context = Attempt(1, "a"), DistributedContext()
     beside.callback = MetricsCallback(
+        RunContext(RunPaths(tmp_path), attempt, plan, context, weights, beside.progress, monitor),
         dict,
-        Plan(8, 4, 1, 1, num_epochs=2.0),
-        beside.progress,
-        Monitor(tmp_path / "metrics.jsonl", attempt=1),
         StepTimer(),
         usage,
         beside.norms,

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from ray_vlm.data.plan import Plan
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.attempt import Attempt
-from ray_vlm.train.callbacks.checkpointing import Progress
 from ray_vlm.train.callbacks.metrics import StepTimer
 from ray_vlm.train.callbacks.validation import ValidationCallback
+from ray_vlm.train.run_context import Progress, RunContext
 from ray_vlm.train.validators import ValidationResult
 
 
@@ -72,22 +73,11 @@ def build(tmp_path: Path) -> Build:
     """A function that builds the callback of a run in `tmp_path`."""
 
     def of(validator: _Validator, patience: int | None = None) -> tuple[ValidationCallback, RunPaths, Progress]:
-        paths, progress = RunPaths(tmp_path), Progress()
+        paths, progress, weights = RunPaths(tmp_path), Progress(), _Weights()
         paths.store.write(".attempt.json", json.dumps({"attempt": 1, "token": "a"}).encode())
-        callback = ValidationCallback(
-            validator,
-            "f1_50",
-            patience,
-            10,
-            Attempt(1, "a"),
-            paths,
-            _Weights(),  # type: ignore[arg-type]
-            progress,
-            Monitor(paths.metrics, attempt=1),
-            StepTimer(),
-            DistributedContext(),
-            lambda: None,
-        )
+        monitor, plan = Monitor(paths.metrics, attempt=1), Plan(10, 1, 1, 1)
+        run = RunContext(paths, Attempt(1, "a"), plan, DistributedContext(), weights, progress, monitor)  # type: ignore[arg-type]
+        callback = ValidationCallback(run, validator, "f1_50", patience, StepTimer(), lambda: None)
         return callback, paths, progress
 
     return of
