@@ -15,11 +15,10 @@ from pathlib import Path
 from ray_vlm import __version__
 from ray_vlm.cli.cluster import add_jobs_verbs, add_submit_verb
 from ray_vlm.cli.data import add_data_verbs
-from ray_vlm.cli.export import add_export_verb
 from ray_vlm.cli.memory import add_memory_verb
 from ray_vlm.cli.parser import VerbParser, job_verb
 from ray_vlm.cli.predict import add_predict_verb
-from ray_vlm.cli.runs import add_runs_verbs
+from ray_vlm.cli.runs import add_export_verb, add_runs_verbs
 from ray_vlm.cli.starter import add_starter_verbs
 
 _READER_LEFT = 141  # a shell's exit code for a program that SIGPIPE ended

@@ -1,6 +1,6 @@
-"""`ray-vlm runs`: show, plot, export and compare finished, failed and active runs.
+"""`ray-vlm runs` shows, plots and compares finished, failed and active runs; `ray-vlm export` writes their weights.
 
-It reads only run folders, or a `training_log.json` alone.
+`runs` reads only run folders, or a `training_log.json` alone.
 """
 
 import argparse
@@ -254,3 +254,26 @@ def _write(path: str, data: bytes) -> None:
         Path(path).write_bytes(data)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error}). Give another path.") from None
+
+
+def add_export_verb(verbs: argparse._SubParsersAction) -> None:
+    """Add `ray-vlm export RUN|SWEEP [--merged]`."""
+    export = verbs.add_parser("export", help="a run's adapter with a model card, or merged into one model")
+    export.add_argument(
+        "run", metavar="RUN", help="a run, or a sweep for its best trial: a folder, or a name in outputs/"
+    )
+    export.add_argument("--merged", action="store_true", help="one model, merged into the base without quantisation")
+    export.add_argument("--weights", choices=["best", "final"], help="default: best, or final where there is no best")
+    export.add_argument(
+        "--precision", choices=["bf16", "fp16", "fp32"], help="of a merged model (default: the run's train.precision)"
+    )
+    export.add_argument("--output", metavar="FOLDER", help="a new folder (default: export/ in the run)")
+    export.set_defaults(verb=_export_run)
+
+
+def _export_run(args: argparse.Namespace) -> None:
+    from ray_vlm.evaluate.export import export_run
+    from ray_vlm.tune.sweep import find_best
+
+    run = find_best(find_run(args.run))
+    export_run(run, args.output, args.merged, args.weights, precision=args.precision)

@@ -13,12 +13,10 @@ from ray_vlm.cluster.nodes import ask_nodes, compare_nodes, describe_node
 from ray_vlm.cluster.preflight import (
     ClusterDemand,
     Layout,
-    build_demand,
     cpus_needed,
     expected_resources,
     plan_layout,
 )
-from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import RunError
 from ray_vlm.machine import cannot_hold_ray, count_cpus, count_gpus, describe_room, ray_folder, read_disk
 
@@ -154,12 +152,11 @@ def tell_idle_gpus(count: int) -> None:
 
 
 @contextmanager
-def connect(job: JobConfig, at_once: int = 1) -> Iterator[Layout]:
-    """Start or join a Ray cluster and yield the job's layout on it.
+def connect(demand: ClusterDemand, at_once: int = 1) -> Iterator[Layout]:
+    """Start or join a Ray cluster and yield the layout on it of a job with this demand.
 
     `at_once`: how many such runs share the cluster. Raises `RunError` if a joined cluster is too small.
     """
-    demand = build_demand(job)
     with start_ray(demand):
         resources, nodes = find_resources(demand, at_once)
         yield plan_layout(demand, {name: amount / at_once for name, amount in resources.items()}, nodes)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ray_vlm.cluster.connect import connect
 from ray_vlm.cluster.environment import Environment, read_environment
+from ray_vlm.cluster.preflight import ClusterDemand, build_demand
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
@@ -154,7 +155,7 @@ class _Actor:
 def _run_on_ray(
     inference: InferenceJob, function: BatchFunction, numbers: Sequence[int], num_actors: int
 ) -> Generator[tuple[int, Any]]:
-    with connect(with_workers(inference.job, num_actors)):
+    with connect(build_actor_demand(inference.job, num_actors)):
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -173,10 +174,10 @@ def _run_on_ray(
             raise RunError(f"a worker died: {str(error).strip()[-1000:]}") from error
 
 
-def with_workers(job: JobConfig, count: int) -> JobConfig:
-    """Return the job with that many workers and no validation process: the resources that the cluster must have."""
-    alone = job.evaluate.model_copy(update={"asynchronous": False})
-    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"num_workers": count}), "evaluate": alone})
+def build_actor_demand(job: JobConfig, count: int) -> ClusterDemand:
+    """Return what that many actors demand of a cluster: as many workers, and no validation process."""
+    cluster = job.cluster.model_copy(update={"num_workers": count})
+    return replace(build_demand(job), cluster=cluster, num_validators=0)
 
 
 def _build_dataset(

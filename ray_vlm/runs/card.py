@@ -22,7 +22,7 @@ def write_card(
     """Return the card: Markdown with the hub's YAML header.
 
     `weights`: `best` or `final`; `licence`: of the base, None if unknown; `checked`: the difference between merged
-    weights and base with adapter, from `models.export.merge`.
+    weights and base with adapter, from `evaluate.export.merge`.
     """
     base = str(setting(run.job, "model.name"))
     parts = [_head(kind, base, licence), _title(run, kind, weights, base), _how(run), _scores(run), _cost(run)]

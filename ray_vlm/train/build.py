@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from ray_vlm.config.data import Source
+from ray_vlm.config.method import Method
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
 from ray_vlm.data.records import Record
@@ -39,15 +41,16 @@ def load_base(job: JobConfig, builder: SampleBuilder, context: DistributedContex
     return load_adapted(job.model, job.lora, job.train, family, context.device, job.seed, resident)
 
 
-def build_rewards(job: JobConfig) -> Rewards | None:
-    """Return the rewards of GRPO, None for other methods."""
-    return job_rewards(job.task.name, job.method, job.data.train) if job.method.name == "grpo" else None
+def build_rewards(task: str, method: Method, source: Source | None) -> Rewards | None:
+    """Return the rewards of GRPO, None for other methods. `task`: its name; `source`: the training rows."""
+    return job_rewards(task, method, source) if method.name == "grpo" else None
 
 
 def build_args(job: JobConfig, spec: WorkerSpec, eval_on_start: bool = False) -> TrainingArguments:
     """Return TRL's options for the method. Build them before loading the base: ZeRO-3 partitions it by them."""
     shared = shared_options(job, spec.plan, spec.eval is not None) | {"eval_on_start": eval_on_start}
-    args = load_method(job.method.name).build_args(job.method, shared, spec.plan, build_rewards(job))
+    rewards = build_rewards(job.task.name, job.method, job.data.train)
+    args = load_method(job.method.name).build_args(job.method, shared, spec.plan, rewards)
     args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every visible GPU and scale the loss
     return args
 
@@ -108,7 +111,8 @@ def build_inputs(
     def collate(rows: list[Sample]) -> object:
         return method.collate(rows, builder, context.device)
 
-    steps = args.gradient_accumulation_steps
+    steps, train = args.gradient_accumulation_steps, job.train
+    dropout = job.lora.dropout if job.lora is not None else 0.0
     vllm = job.method.name == "grpo" and job.method.rollouts == "vllm"
     engine = EngineSettings(job.model, job.train.precision, job.seed)
     return TrainerInputs(
@@ -116,31 +120,25 @@ def build_inputs(
         builder=builder,
         batches=PlannedBatches(stream, spec.plan, collate, steps, clock, first, context.rank),
         fetch_records=lambda: fetch_records(spec.train),
-        forwards=forward_options(job, builder, model),
+        forwards=ForwardOptions(
+            recompute=train.gradient_checkpointing,
+            packing=plan_packing(job.method, dropout, train.packing, builder.family, model.config),
+            own_processor=builder.stock is not None,
+            vision_cache=Path(train.vision_cache).expanduser() if train.vision_cache is not None else None,
+            vision_cache_bytes=train.vision_cache_gib * 2**30,
+            # Under ZeRO-3 all workers must run the encoder together.
+            cache_step_features=job.method.name != "sft" and job.cluster.zero_stage < 3,
+        ),
         clock=clock,
         loss_scale=LossScale(steps),
         operations=OperationCounter(),
         seed=job.seed,
-        learning_rates=dict((job.train.learning_rates or {}).items()),
+        learning_rates=dict((train.learning_rates or {}).items()),
         adapter_is_reference=job.model.adapter is not None,
-        tolerates_nonfinite=job.train.nonfinite != "stop",
+        tolerates_nonfinite=train.nonfinite != "stop",
         has_eval=spec.eval is not None,
-        rewards=build_rewards(job),
+        rewards=build_rewards(job.task.name, job.method, job.data.train),
         sampler=build_sampler(engine, job.lora, args) if vllm else None,
-    )
-
-
-def forward_options(job: JobConfig, builder: SampleBuilder, model: PreTrainedModel) -> ForwardOptions:
-    """Return how the job changes the model's forward."""
-    cache, dropout = job.train.vision_cache, job.lora.dropout if job.lora is not None else 0.0
-    return ForwardOptions(
-        recompute=job.train.gradient_checkpointing,
-        packing=plan_packing(job.method, dropout, job.train.packing, builder.family, model.config),
-        own_processor=builder.stock is not None,
-        vision_cache=Path(cache).expanduser() if cache is not None else None,
-        vision_cache_bytes=job.train.vision_cache_gib * 2**30,
-        # Under ZeRO-3 all workers must run the encoder together.
-        cache_step_features=job.method.name != "sft" and job.cluster.zero_stage < 3,
     )
 
 

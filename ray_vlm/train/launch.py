@@ -14,6 +14,8 @@ from typing import Any
 
 from ray_vlm.cluster.connect import connect, tell_idle_gpus
 from ray_vlm.cluster.nodes import living_nodes
+from ray_vlm.cluster.preflight import ClusterDemand, build_demand
+from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import Interrupted, RunError
 from ray_vlm.machine import count_gpus
@@ -42,7 +44,7 @@ _PATIENCE = 2.0  # timeout of collectives as a multiple of cluster.stall_minutes
 
 def launch(
     job: JobConfig,
-    task: WorkerSpec,
+    spec: WorkerSpec,
     paths: RunPaths,
     should_stop: Callable[[], bool] | None = None,
     at_once: int = 1,
@@ -54,10 +56,12 @@ def launch(
     """
     with StopRequest(should_stop, trained=False) as request:
         try:
+            advice = advise_training(job.train, job.evaluate.batch_size)
             if job.cluster.num_workers == 0:
-                result = _train_here(job, task, paths, request)
+                result = _train_here(job.cluster, spec, paths, request, advice)
             else:
-                result = _train_in_ray(job, task, paths, request, at_once)
+                log_every = job.train.log_every_steps
+                result = _train_in_ray(build_demand(job), at_once, spec, paths, request, advice, log_every)
         except KeyboardInterrupt:
             if not request.left_early:
                 raise
@@ -74,28 +78,35 @@ def _stopped_early(paths: RunPaths, number: int) -> Interrupted:
 
 
 def _train_in_ray(
-    job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest, at_once: int
+    demand: ClusterDemand,
+    at_once: int,
+    spec: WorkerSpec,
+    paths: RunPaths,
+    request: StopRequest,
+    advice: str,
+    log_every_steps: int,
 ) -> dict[str, Any]:
-    with connect(job, at_once) as layout:
+    """Train in Ray's workers. `advice`: what to change if a GPU runs out of memory."""
+    with connect(demand, at_once) as layout:
         import ray
 
         request.listen()  # Ray has installed its own handler
-        count = job.cluster.least_workers
+        count = demand.cluster.least_workers
         print(f"Ray is running; starting {count} worker{'' if count == 1 else 's'}", flush=True)
-        task = replace(
-            task,
-            train=ray.put(task.train),
-            eval=ray.put(task.eval) if task.eval is not None else None,
+        spec = replace(
+            spec,
+            train=ray.put(spec.train),
+            eval=ray.put(spec.eval) if spec.eval is not None else None,
             num_loaders=layout.num_loaders,
             cpus_per_loader=layout.cpus_per_loader,
         )
         check_own(paths.store)
         update_manifest(paths, cluster={k: v for k, v in ray.cluster_resources().items() if ":" not in k})
         paths.store.remove(STOP_FILE)
-        console = _StepWatcher(request, paths, task.plan.num_steps, job.train.log_every_steps)
+        console = _StepWatcher(request, paths, spec.plan.num_steps, log_every_steps)
         with follow(paths, console):
             try:
-                result = _retry(job, task, paths, request)
+                result = _retry(demand.cluster, spec, paths, request, advice)
             except KeyboardInterrupt:  # the workers must not outlive the driver
                 ray.shutdown()
                 shutil.rmtree(_scratch(paths), ignore_errors=True)
@@ -122,9 +133,11 @@ class _StepWatcher(Console):
         super().show(line)
 
 
-def _train_here(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
+def _train_here(
+    cluster: Cluster, spec: WorkerSpec, paths: RunPaths, request: StopRequest, advice: str
+) -> dict[str, Any]:
     """Train in this process, again only after `RewindToCheckpoint`."""
-    if job.cluster.gpus_per_worker == 0:
+    if cluster.gpus_per_worker == 0:
         tell_idle_gpus(count_gpus())
 
     def should_stop() -> bool:  # called after every step
@@ -134,27 +147,26 @@ def _train_here(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: Stop
     failures: list[Failure] = []
     while True:
         try:
-            return start_worker(task, should_stop=should_stop)
+            return start_worker(spec, should_stop=should_stop)
         except RewindToCheckpoint as error:
             failures.append(Failure(str(error), raised=True, step=_last_step(paths)))
-            if not should_restart(failures, job.cluster.max_failures):
+            if not should_restart(failures, cluster.max_failures):
                 raise
-            task = replace(task, attempt=_next_attempt(paths, "failed", str(error)))
+            spec = replace(spec, attempt=_next_attempt(paths, "failed", str(error)))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            advice = advise_training(job.train, job.evaluate.batch_size)
             raise explain_out_of_memory(error, "this process", _last_step(paths), advice) from error
 
 
-def _retry(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest) -> dict[str, Any]:
+def _retry(cluster: Cluster, spec: WorkerSpec, paths: RunPaths, request: StopRequest, advice: str) -> dict[str, Any]:
     """Return the workers' result, restarting them as often as allowed. A preemption does not count as a failure."""
     failures: list[Failure] = []
     while True:
         request.trained = False
         nodes, began = living_nodes(), time.monotonic()
         try:
-            _fit(job, task, paths, request)
+            _fit(cluster, spec, paths, request)
             result = paths.take_result()
             if result.get("leaving") is None or request.wanted:
                 return result
@@ -162,8 +174,9 @@ def _retry(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopReque
         except Exception as error:  # recorded, then restarted or raised
             with suppress(OSError):
                 paths.refresh(paths.metrics)
-            failures.append(failure := _explain(job, task, paths, error, nodes))
-            if request.wanted or not should_restart(failures, job.cluster.max_failures):
+            stops = cluster.on_stall == "stop"
+            failures.append(failure := _explain(spec.attempt, paths, error, nodes, advice, stops))
+            if request.wanted or not should_restart(failures, cluster.max_failures):
                 if failure.own is not None:
                     raise failure.own from error
                 tries = f" after {len(failures)} tries" if len(failures) > 1 else ""
@@ -172,7 +185,7 @@ def _retry(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopReque
         print(f"{text.splitlines()[0][:500]}; resuming from the last checkpoint", flush=True)
         if status == "failed":
             time.sleep(max(MIN_RESTART_GAP_S, restart_backoff(failures) - (time.monotonic() - began)))
-        task = replace(task, attempt=_next_attempt(paths, status, text))
+        spec = replace(spec, attempt=_next_attempt(paths, status, text))
 
 
 def _next_attempt(paths: RunPaths, status: str, text: str) -> int:
@@ -188,15 +201,17 @@ def _next_attempt(paths: RunPaths, status: str, text: str) -> int:
     return 0
 
 
-def _explain(job: JobConfig, task: WorkerSpec, paths: RunPaths, error: Exception, nodes: set[str]) -> Failure:
+def _explain(
+    attempt: int, paths: RunPaths, error: Exception, nodes: set[str], advice: str, stops_on_stall: bool
+) -> Failure:
     """Return why an attempt ended: the watchdog's message if there is one, else from Ray's error.
 
     `nodes`: the nodes that were alive at its start.
     """
     step = _last_step(paths)
-    if sentence := take_sentence(paths.store, task.attempt):
-        return Failure(sentence, RunError(sentence) if job.cluster.on_stall == "stop" else None, raised=True, step=step)
-    failure = describe_failure(error, step, advise_training(job.train, job.evaluate.batch_size))
+    if sentence := take_sentence(paths.store, attempt):
+        return Failure(sentence, RunError(sentence) if stops_on_stall else None, raised=True, step=step)
+    failure = describe_failure(error, step, advice)
     gone = ", ".join(sorted(nodes - living_nodes()))
     return replace(failure, text=f"node {gone} is gone: {failure.text}") if gone else failure
 
@@ -207,7 +222,7 @@ def _last_step(paths: RunPaths) -> int:
     )
 
 
-def _fit(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest) -> None:
+def _fit(cluster: Cluster, spec: WorkerSpec, paths: RunPaths, request: StopRequest) -> None:
     """Run one `TorchTrainer.fit` under a new name, because a damaged snapshot of Ray blocks its name for ever.
 
     It runs in a thread, because in the main thread Ray Train installs a SIGINT handler that exits with code 0.
@@ -215,23 +230,23 @@ def _fit(job: JobConfig, task: WorkerSpec, paths: RunPaths, request: StopRequest
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    workers = job.cluster.num_workers
-    each = {"CPU": job.cluster.cpus_per_worker, "GPU": job.cluster.gpus_per_worker}
+    workers = cluster.num_workers
+    each = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     trainer = TorchTrainer(
         run_ray_worker,
-        train_loop_config={"task": task},
+        train_loop_config={"spec": spec},
         scaling_config=ScalingConfig(
             num_workers=workers if isinstance(workers, int) else (workers[0], workers[1]),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=_RESIZE_S,  # type: ignore[call-arg]
-            use_gpu=job.cluster.gpus_per_worker > 0,
+            use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in each.items() if amount},
         ),
         run_config=RunConfig(
-            name=f"{paths.name}-attempt-{task.attempt}",
+            name=f"{paths.name}-attempt-{spec.attempt}",
             storage_path=_scratch(paths),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=job.cluster.max_failures),  # type: ignore[call-arg]
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=cluster.max_failures),  # type: ignore[call-arg]
         ),
-        torch_config=TorchConfig(timeout_s=int(_PATIENCE * 60 * job.cluster.stall_minutes) + 60),
+        torch_config=TorchConfig(timeout_s=int(_PATIENCE * 60 * cluster.stall_minutes) + 60),
     )
     raised: list[BaseException] = []
 
@@ -262,5 +277,5 @@ def _scratch(paths: RunPaths) -> str:
 
 def run_ray_worker(config: dict[str, Any]) -> None:
     """Train on one worker; Ray Train calls this at the start and after each of its own restarts."""
-    config["task"].environment.apply()
-    start_worker(config["task"], in_ray=True)
+    config["spec"].environment.apply()
+    start_worker(config["spec"], in_ray=True)

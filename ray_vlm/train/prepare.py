@@ -5,16 +5,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ray_vlm.config.cluster import Cluster
+from ray_vlm.config.data import Data
 from ray_vlm.config.schema import JobConfig, Track
 from ray_vlm.data.balance import Balance, plan_balance
 from ray_vlm.data.index import NONE_KNOWN, Index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import changed_since
-from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.splits import Parts, load_parts, row_tags
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.options import check_options
+from ray_vlm.methods.reward_check import check_rewards
+from ray_vlm.methods.rewards import job_rewards
 from ray_vlm.models.libraries import quiet_libraries
 from ray_vlm.models.prefix_sharing import why_not_shared
 from ray_vlm.train.memory_plan import Probe, build_rehearsal, choose_micro_batch, plan_probe
@@ -44,13 +48,16 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     quiet_libraries()
     check_options(job.method)
     check_energy(job.track)
-    parts = parts or load_parts(job, wanted_parts(job), known=known)
+    parts = parts or load_parts(job, wanted_parts(job.data), known=known)
     assert parts.train is not None
     assert job.data.train is not None
     sources = [job.data.train, *job.data.mix]
     weights = np.array([sources[record.source].weight for record in parts.train.records])
-    notes = _check_scores(job, parts.train)
-    _check_pairs(job, parts.spec)
+    notes: list[str] = []
+    if job.method.name == "grpo":
+        notes = check_rewards(job_rewards(job.task.name, job.method, job.data.train, parts.train.labels))
+    if job.method.name == "dpo":
+        _check_pairs(job.data, load_sample_builder(parts.spec))
     balance = plan_balance(
         [row_tags(job.task, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
     )
@@ -60,65 +67,51 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         train, note = choose_micro_batch(build_rehearsal(job, builder.family), parts.train, builder)
         job = job.model_copy(update={"train": train})
         notes.append(note)
-    plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs, _check_budget(job, parts.train))
-    notes += [*_tell_alone(job, spec), *_tell_long_answers(job, parts, builder.num_closing_tokens)]
-    _check_images(job, parts.train)
+    _check_budget(job.train.tokens_per_micro_batch, parts.train)
+    plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs, parts.train.tokens)
+    dropout, shares = job.lora.dropout if job.lora is not None else 0.0, job.method.share_prefixes
+    if job.method.name != "sft" and shares and (reason := why_not_shared(dropout, builder.family)) is not None:
+        notes.append(f"method.share_prefixes has no effect: {reason}")
+    if job.method.name != "dpo":  # DPO compares pairs and generates nothing
+        notes += _describe_long_answers(parts, job.evaluate.max_new_tokens, builder.num_closing_tokens)
+    _check_images(parts.train, job.cluster, trains_vision=job.lora is None or job.lora.target != ["language"])
     probe = plan_probe(job, plan, parts.train, builder)
     return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes), probe)
 
 
-def _check_budget(job: JobConfig, train: Index) -> np.ndarray:
-    """Return the rows' tokens. Raises `ConfigError` if one row alone exceeds `train.tokens_per_micro_batch`."""
-    budget, longest = job.train.tokens_per_micro_batch, int(train.tokens.argmax())
+def _check_budget(budget: int | None, train: Index) -> None:
+    """Raise `ConfigError` if one row alone exceeds `train.tokens_per_micro_batch`, the `budget`."""
+    longest = int(train.tokens.argmax())
     if budget is not None and (most := int(train.tokens[longest])) > budget:
         raise ConfigError(
             f"train.tokens_per_micro_batch={budget}: the row with id {train.records[longest].id!r} alone has {most} "
             f"tokens. Set it to {most} or more, or lower data.max_pixels."
         )
-    return train.tokens
 
 
-def _check_images(job: JobConfig, train: Index) -> None:
+def _check_images(train: Index, cluster: Cluster, trains_vision: bool) -> None:
     """Raise `ConfigError` for rows without an image if a worker without images would block the others."""
-    learns = job.lora is None or job.lora.target != ["language"]
     bare = np.flatnonzero(train.image_tokens == 0)
-    if len(bare) and (job.cluster.zero_stage == 3 or (job.cluster.deepspeed and learns)):
+    if len(bare) and (cluster.zero_stage == 3 or (cluster.deepspeed and trains_vision)):
         raise ConfigError(
-            f"cluster.deepspeed={job.cluster.deepspeed}: {len(bare)} rows, the first with id "
+            f"cluster.deepspeed={cluster.deepspeed}: {len(bare)} rows, the first with id "
             f"{train.records[bare[0]].id!r}, have no image. A worker whose batch shows none would not run the image "
             "encoder, and the others would wait for it for ever. Leave those rows out, or leave cluster.deepspeed out."
         )
 
 
-def wanted_parts(job: JobConfig) -> list[str]:
+def wanted_parts(data: Data) -> list[str]:
     """Return the names of the data parts that training reads."""
-    return ["train", "eval"] if job.data.eval is not None else ["train"]
+    return ["train", "eval"] if data.eval is not None else ["train"]
 
 
-def _check_scores(job: JobConfig, train: Index) -> list[str]:
-    """Run the self-test of GRPO's rewards. Raises `ConfigError` if they prefer a wrong answer."""
-    if job.method.name != "grpo":
-        return []
-    from ray_vlm.methods.reward_check import check_rewards
-    from ray_vlm.methods.rewards import job_rewards
+def _describe_long_answers(parts: Parts, limit: int, num_closing: int) -> list[str]:
+    """Return a note on answers longer than `evaluate.max_new_tokens`, the `limit`.
 
-    return check_rewards(job_rewards(job.task.name, job.method, job.data.train, train.labels))
-
-
-def _tell_alone(job: JobConfig, spec: SampleSpec) -> list[str]:
-    """Return a note if `method.share_prefixes` has no effect, with the reason."""
-    reason = why_not_shared(job.lora.dropout if job.lora is not None else 0.0, load_sample_builder(spec).family)
-    if job.method.name == "sft" or not job.method.share_prefixes or reason is None:
-        return []
-    return [f"method.share_prefixes has no effect: {reason}"]
-
-
-def _tell_long_answers(job: JobConfig, parts: Parts, num_closing: int) -> list[str]:
-    """Return a note on answers longer than `evaluate.max_new_tokens`."""
-    limit, longest = job.evaluate.max_new_tokens, 0
-    counts: list[str] = []
-    for name in ("train", "eval") if job.method.name != "dpo" else ():  # DPO compares pairs and generates nothing
-        index: Index | None = getattr(parts, name)
+    `num_closing`: tokens that the chat template puts after an answer.
+    """
+    longest, counts = 0, []
+    for name, index in (("train", parts.train), ("eval", parts.eval)):
         tokens = index.answer_tokens - num_closing if index is not None else np.zeros(0)
         if above := int((tokens > limit).sum()):
             counts.append(f"{above:,} of {len(tokens):,} rows of data.{name}")
@@ -131,19 +124,16 @@ def _tell_long_answers(job: JobConfig, parts: Parts, num_closing: int) -> list[s
     ]
 
 
-def _check_pairs(job: JobConfig, spec: SampleSpec) -> None:
+def _check_pairs(data: Data, builder: SampleBuilder) -> None:
     """Raise `ConfigError` if pairs were sampled with other preprocessing: positions in their answers would be wrong."""
-    if job.method.name != "dpo":
-        return
-    sources = [s for s in (job.data.train, *job.data.mix, job.data.eval) if s is not None and s.path]
-    changed = [(s.path, text) for s in sources for text in changed_since(s.path, load_sample_builder(spec))]
-    if changed:
-        raise ConfigError(
-            [
-                f"{path}: its answers were sampled with another {text}. Use those, or make it again."
-                for path, text in changed
-            ]
-        )
+    paths = [source.path for source in (data.train, *data.mix, data.eval) if source is not None and source.path]
+    problems = [
+        f"{path}: its answers were sampled with another {text}. Use those, or make it again."
+        for path in paths
+        for text in changed_since(path, builder)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_energy(track: Track) -> None:

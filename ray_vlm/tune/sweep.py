@@ -86,7 +86,7 @@ def tune(
     if job.track.wandb:
         adopt_wandb_login()
     known = read_trials(address, space) if resume else []
-    parts = load_parts(job, wanted_parts(job)) if shares_rows(space, job.data) else None
+    parts = load_parts(job, wanted_parts(job.data)) if shares_rows(space, job.data) else None
     steps = prepare(job, parts).plan  # raises for what would stop every trial, before any starts
     demand = build_demand(job)
     with start_ray(demand):

@@ -91,4 +91,4 @@ def test_an_unknown_failure_names_itself(job_file, ray_cluster) -> None:
     inference = _inference(job_file)
     with pytest.raises(RunError, match="a worker failed: KeyError: 'what"):
         list(run_batches(inference, _break, range(6), 1))
-    assert actors.with_workers(inference.job, 3).cluster.num_workers == 3
+    assert actors.build_actor_demand(inference.job, 3).cluster.num_workers == 3

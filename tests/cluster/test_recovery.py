@@ -179,12 +179,12 @@ def test_ray_may_restart_the_workers_by_itself(ray_cluster, small: Path, tmp_pat
     prepared = prepare(load_job(small))
     paths = claim_run(str(tmp_path / "runs"), "own", "x")
     start_manifest(paths, dump_job(prepared.job), "", [])
-    task = WorkerSpec(dump_job(prepared.job), paths.address, prepared.spec, prepared.plan, (), None)
-    task = replace(task, train=prepared.train.records)
+    spec = WorkerSpec(dump_job(prepared.job), paths.address, prepared.spec, prepared.plan, (), None)
+    spec = replace(spec, train=prepared.train.records)
     run = RunConfig(name="own", storage_path=str(tmp_path / "ray"), failure_config=FailureConfig(max_failures=1))
     trainer = TorchTrainer(
         run_ray_worker,
-        train_loop_config={"task": task},
+        train_loop_config={"spec": spec},
         scaling_config=ScalingConfig(num_workers=2),
         run_config=run,
     )

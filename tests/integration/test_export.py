@@ -11,7 +11,7 @@ import yaml
 
 from ray_vlm.cli import main
 from ray_vlm.config.train import Precision
-from ray_vlm.models.export import TOLERANCE, compare, merge
+from ray_vlm.evaluate.export import TOLERANCE, compare, merge
 from ray_vlm.models.precision import DTYPES
 from tests.conftest import FAMILIES
 from tests.support.jobs import write_job

@@ -71,7 +71,7 @@ def test_why_a_row_gives_no_pair() -> None:
 
 def _check(part: str, **data: Any) -> None:
     job = JobConfig(model={"name": "tiny"}, data={"train": {"path": "rows.json"}} | data)
-    check_rows(job.data, part, job.task.name, known_formats(job, "test"))
+    check_rows(job.data, part, job.task.name, known_formats(job.method.name, job.task.name, "test"))
 
 
 def test_rows_without_a_truth_are_refused() -> None:

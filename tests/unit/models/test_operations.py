@@ -60,9 +60,9 @@ def test_the_flops_of_a_forward_are_those_that_torch_counts(family: str) -> None
     assert work.pairs == tokens * (tokens + 1) // 2
     assert work.scored == 16
     assert work.patches == int(batch["image_grid_thw"].prod())
-    all_flops = count_flops(counter.size, _all_pairs(work, tokens), backward=False)
+    all_flops = count_flops(measure_size(model), _all_pairs(work, tokens), backward=False)
     assert all_flops == pytest.approx(counted.get_total_flops(), rel=0.01)
-    assert flops == count_flops(counter.size, work, backward=False) < all_flops
+    assert flops == count_flops(measure_size(model), work, backward=False) < all_flops
     assert counter.take() == (Work(), 0.0)
 
 
@@ -78,7 +78,7 @@ def test_the_flops_of_a_backward_are_those_that_torch_counts(learns: str) -> Non
     with FlopCounterMode(display=False) as counted:
         model(**batch).loss.backward()
     work, _ = counter.take()
-    all_flops = count_flops(counter.size, _all_pairs(work, work.tokens), backward=True)
+    all_flops = count_flops(measure_size(model), _all_pairs(work, work.tokens), backward=True)
     # The two differ by the gradient of the first layer's input.
     assert all_flops == pytest.approx(counted.get_total_flops(), rel=0.03)
 

@@ -145,7 +145,7 @@ def test_the_environment_is_set_before_anything_else(monkeypatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     seen = []
     monkeypatch.setattr(launch, "start_worker", lambda spec, in_ray: seen.append(os.environ.get("HF_TOKEN")))
-    launch.run_ray_worker({"task": SimpleNamespace(environment=Environment(dict(environment.values)))})
+    launch.run_ray_worker({"spec": SimpleNamespace(environment=Environment(dict(environment.values)))})
     assert seen == ["hf_secret"]
 
 
