@@ -32,10 +32,10 @@ NEVER = 40_000  # steps of a run that is to go on until it is stopped
 MIB = 2**20
 OWN, SEEN = ", own pages", ", with all shared pages that it ever touched"
 REST, STORE = "the rest of Ray", "in the object store"
-Do = Callable[[RunPaths, float], None]  # what goes on beside a run, told when its first step was done
+Beside = Callable[[RunPaths, float], None]  # what goes on beside a run, told when its first step was done
 
 
-def run_for(path: Path, name: str, seconds: float, beside: Do, *overrides: str) -> RunPaths:
+def run_for(path: Path, name: str, seconds: float, beside: Beside, *overrides: str) -> RunPaths:
     """Train for `seconds` after the first step, with `beside` in a thread; a checkpoint is written at the end."""
     run = RunPaths(Path(load_job(path, ()).run.output_dir) / name)
 

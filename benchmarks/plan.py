@@ -73,11 +73,11 @@ def plan_all(num_rows: int) -> dict[str, tuple[float, int]]:
         groups = [""] * num_rows
     with clock.stage("balance"):
         balance = plan_balance(tags, np.ones(num_rows), Data(oversample="auto"))
-    assert balance.factors is not None
+    assert balance.repeat_factors is not None
     with clock.stage("split"):
         parts = plan_split(groups, strata, {"eval": 0.01, "test": 0.01}, 0)
     assert sum(len(part) for part in parts.values()) == num_rows
-    plan = Plan(num_rows, 256, 4, WORLD, num_epochs=2, factors=balance.factors, costs=costs)
+    plan = Plan(num_rows, 256, 4, WORLD, num_epochs=2, repeat_factors=balance.repeat_factors, token_costs=costs)
     rng = np.random.default_rng(1)
     for epoch in (0, 1):
         with clock.stage(f"order_{epoch}"):

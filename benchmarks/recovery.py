@@ -67,7 +67,7 @@ def change_world(path: Path, undisturbed: RunPaths, worlds: Sequence[int]) -> li
         for step in range(first, last):
             for rank in range(world):
                 micros = plan.rank_step(step, rank)
-                seen.update((step // plan.steps_per_epoch, row) for m in micros if not m.filler for row in m.rows)
+                seen.update((step // plan.steps_per_epoch, row) for m in micros if not m.padding for row in m.rows)
     wrong = sum(count != 1 for count in seen.values()) + (len(seen) != STEPS * 6)
     worst = max(abs(a[1] - b[1]) / abs(b[1]) for a, b in zip(steps_of(run), steps_of(undisturbed), strict=True))
     name = " -> ".join(map(str, worlds))

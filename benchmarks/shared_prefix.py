@@ -195,7 +195,7 @@ def budgeted(job: JobConfig, accumulation: int = 4) -> list[list[int]]:
 
     known, batches = lengths(job), None
     for budget in range(int(known.max()), int(known.sum()), 16):
-        plan = Plan(len(known), len(known), 1, 1, costs=known, tokens=known, budget=budget)
+        plan = Plan(len(known), len(known), 1, 1, token_costs=known, tokens=known, max_tokens_per_micro_batch=budget)
         if plan.accumulation == accumulation:
             batches = [list(batch.rows) for batch in plan.rank_step(0, 0)]
     assert batches is not None

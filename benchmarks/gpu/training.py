@@ -53,7 +53,7 @@ def qwen2_5(bench: Bench) -> None:
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepSpeed:
     """The measurements of an arm's step: seconds, tokens through the language model, model FLOPs."""
 
     seconds: float
@@ -80,7 +80,7 @@ def compare(bench: Bench, case: Case) -> None:
         except torch.OutOfMemoryError as error:
             bar = 1 if name == "ours" else None
             bench.add(f"{case.name}: {name} fits into {CAP_GIB:g} GiB", 0, "", bar, most=False, note=first_line(error))
-    paces: dict[str, list[Pace]] = {name: [] for name in sides}
+    paces: dict[str, list[StepSpeed]] = {name: [] for name in sides}
     for _ in range(bench.scale.pairs):
         for name, arm in sides.items():
             paces[name].append(take_step(bench, arm))
@@ -95,7 +95,7 @@ def compare(bench: Bench, case: Case) -> None:
     bench.clean_up()
 
 
-def take_step(bench: Bench, arm: Arm) -> Pace:
+def take_step(bench: Bench, arm: Arm) -> StepSpeed:
     """Take one step of an arm."""
     counter = counter_of(arm)
     counter.take()
@@ -106,7 +106,7 @@ def take_step(bench: Bench, arm: Arm) -> Pace:
 
     seconds = bench.seconds(step_and_learn, repeats=1, warm=0)
     work, flops = counter.take()
-    return Pace(seconds, work.tokens, flops)
+    return StepSpeed(seconds, work.tokens, flops)
 
 
 def counter_of(arm: Arm) -> OperationCounter:
@@ -119,12 +119,12 @@ def counter_of(arm: Arm) -> OperationCounter:
     return arm.trainer.operations
 
 
-def median(paces: list[Pace]) -> Pace:
+def median(paces: list[StepSpeed]) -> StepSpeed:
     """Return the median time; the counts are the same in each step."""
-    return Pace(statistics.median(pace.seconds for pace in paces), paces[0].tokens, paces[0].flops)
+    return StepSpeed(statistics.median(pace.seconds for pace in paces), paces[0].tokens, paces[0].flops)
 
 
-def write_paces(bench: Bench, case: Case, paces: dict[str, Pace]) -> None:
+def write_paces(bench: Bench, case: Case, paces: dict[str, StepSpeed]) -> None:
     """Write seconds, tokens and MFU of each arm."""
     import torch
 

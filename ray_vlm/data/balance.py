@@ -1,7 +1,7 @@
 """Balance rare classes: how often rows are shown, and how much their answer tokens weigh. Pure arithmetic on tags.
 
 A tag is a class (`star`), or for classification and GUI steps `attribute=value` (`condition=blocked`). Settings name a
-whole tag, or its value alone. The plan uses the factors, the loss the weights.
+whole tag, or its value alone. The plan uses the repeat factors, the loss the weights.
 """
 
 import math
@@ -18,14 +18,14 @@ from ray_vlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Balance:
-    """The factors and weights of a run.
+    """The repeat factors and weights of a run.
 
-    `factors`: `float64 [rows]`, how often each row is shown in an epoch; None: each once. `token_weights`: the (tag,
-    weight) pairs whose weight is not 1. `table`: for each tag its rows, its share of the data and of the rows shown,
-    how often its rows are shown, its own factor, and its weight.
+    `repeat_factors`: `float64 [rows]`, how often each row is shown in an epoch; None: each once. `token_weights`: the
+    (tag, weight) pairs whose weight is not 1. `table`: for each tag its rows, its share of the data and of the rows
+    shown, how often its rows are shown, its own factor, and its weight.
     """
 
-    factors: np.ndarray | None
+    repeat_factors: np.ndarray | None
     token_weights: tuple[tuple[str, float], ...]
     table: tuple[dict[str, Any], ...]
 
@@ -33,7 +33,7 @@ class Balance:
 def plan_balance(
     tags: Sequence[tuple[str, ...]], source_weights: np.ndarray, data: Data, attributes: bool = True
 ) -> Balance:
-    """Compute factors and weights for rows with these tags. Raise `ConfigError` for names that no row has.
+    """Compute repeat factors and weights for rows with these tags. Raise `ConfigError` for names that no row has.
 
     `attributes`: tags are `attribute=value`; otherwise a `=` is part of a class name.
     """

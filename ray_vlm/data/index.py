@@ -51,7 +51,7 @@ class Index:
         return self.image_tokens + self.prompt_tokens + self.answer_tokens
 
     @property
-    def costs(self) -> np.ndarray:
+    def token_costs(self) -> np.ndarray:
         """Work of each row, `float32 [rows]`: its tokens, with image tokens counted twice for the image encoder."""
         return (self.tokens + self.image_tokens).astype(np.float32)
 

@@ -1,9 +1,10 @@
-"""Plan which rank trains which row at which step: pure arithmetic on (factors, costs, seed, epoch, world size, batch
-sizes, step).
+"""Plan which rank trains which row at which step: pure arithmetic on (repeat factors, token costs, seed, epoch, world
+size, batch sizes, step).
 
 Step k of an epoch takes one contiguous stretch of that epoch's order for any number of workers, and the ranks share it.
-Every rank runs the same number of micro-batches in every step; a rank without rows runs a filler, a row whose tokens
-are not trained. Nothing here reads data or keeps state, so any step can be computed without those before it.
+Every rank runs the same number of micro-batches in every step; a rank without rows runs a padding micro-batch, a
+row whose tokens are not trained. Nothing here reads data or keeps state, so any step can be computed without those
+before it.
 
 A row's factor is how often it is shown in an epoch: always its whole part, and once more with the probability of its
 fraction. Fractions are drawn by systematic sampling (Madow 1949) over a shuffled order. So each is exact in
@@ -22,20 +23,20 @@ _STEPS = 64  # steps of one rank that a plan keeps in memory
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows that one rank runs at a time, as positions in the index. `filler`: the row is run but not trained."""
+    """The rows that one rank runs at a time, as positions in the index. `padding`: the row is run but not trained."""
 
     rows: tuple[int, ...]
-    filler: bool = False
+    padding: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Order and split of `num_rows` rows. `global_batch_size` counts rows over all ranks in one optimizer step.
 
-    `factors`: `float64 [rows]`, how often each row is shown in an epoch; None: once. `costs`: `[rows]`, work of each
-    row (tokens), which is shared evenly; None: rows are dealt in order. `whole_steps`: rows from an epoch's beginning
-    complete its last step, so that every rank always has as many. `tokens`: `int64 [rows]`; with them, `budget`
-    replaces `micro_batch_size`: a micro-batch padded to its longest row holds at most `budget` tokens.
+    `repeat_factors`: `float64 [rows]`, how often each row is shown in an epoch; None: once. `token_costs`: `[rows]`,
+    work of each row, which is shared evenly; None: rows are dealt in order. `whole_steps`: rows from the beginning of
+    an epoch complete its last step, so that every rank always has as many. `tokens`: `int64 [rows]`; with them
+    `max_tokens_per_micro_batch`, also when padded to its longest row, replaces `micro_batch_size`.
     """
 
     num_rows: int
@@ -46,16 +47,17 @@ class Plan:
     max_steps: int | None = None
     shuffle: bool = True
     seed: int = 0
-    factors: np.ndarray | None = None
-    costs: np.ndarray | None = None
+    repeat_factors: np.ndarray | None = None
+    token_costs: np.ndarray | None = None
     whole_steps: bool = False
     tokens: np.ndarray | None = None
-    budget: int = 0
+    max_tokens_per_micro_batch: int = 0
 
     @cached_property
     def rows_per_epoch(self) -> int:
         """Rows shown in an epoch, repeats counted; some epochs have one more."""
-        return self.num_rows if self.factors is None else max(1, math.floor(_round_sum(self.factors.sum())))
+        factors = self.repeat_factors
+        return self.num_rows if factors is None else max(1, math.floor(_round_sum(factors.sum())))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -68,14 +70,14 @@ class Plan:
 
     @cached_property
     def accumulation(self) -> int:
-        """Micro-batches of one rank in one step, equal for all ranks and steps; with a budget, as many as the largest
+        """Micro-batches of one rank in one step, equal for all ranks and steps; with `tokens`, as many as the largest
         step needs."""
         if self.tokens is None:
             return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.micro_batch_size)
         most = 1
         for step in range(self.num_steps):
-            for rows in deal(self.step_rows(step), self.costs, self.world_size):
-                most = max(most, min_parts(self.tokens[rows], self.budget))
+            for rows in deal(self.step_rows(step), self.token_costs, self.world_size):
+                most = max(most, min_parts(self.tokens[rows], self.max_tokens_per_micro_batch))
         return most
 
     @property
@@ -88,7 +90,7 @@ class Plan:
         if epoch not in self._orders:
             most = self.steps_per_epoch * self.global_batch_size
             self._orders.clear()
-            self._orders[epoch] = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, self.factors, most)
+            self._orders[epoch] = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, self.repeat_factors, most)
         return self._orders[epoch]
 
     @cached_property
@@ -109,14 +111,14 @@ class Plan:
         micro_batches = self._steps.get((step, rank))
         if micro_batches is None:
             rows = self.step_rows(step)
-            rank_rows = deal(rows, self.costs, self.world_size)[rank]
+            rank_rows = deal(rows, self.token_costs, self.world_size)[rank]
             if self.tokens is None:
                 parts = np.array_split(rank_rows, self.accumulation)
             else:
-                groups = group_alike(self.tokens[rank_rows], self.accumulation, self.budget)
+                groups = group_alike(self.tokens[rank_rows], self.accumulation, self.max_tokens_per_micro_batch)
                 parts = [rank_rows[group] for group in groups]
             micro_batches = [
-                MicroBatch(tuple(int(r) for r in part)) if len(part) else MicroBatch((int(rows[0]),), filler=True)
+                MicroBatch(tuple(int(r) for r in part)) if len(part) else MicroBatch((int(rows[0]),), padding=True)
                 for part in parts
             ]
             if len(self._steps) > _STEPS:

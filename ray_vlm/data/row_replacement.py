@@ -22,10 +22,10 @@ WAITS_S = (0.2, 1.0)  # before each new attempt at the row itself
 _OTHERS = 16  # rows after it that may take its place
 
 
-def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, fill_in: bool) -> Sample:
-    """Return the row at position `number`, or with `fill_in` a replacement, which holds its own position.
+def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, replace_unreadable: bool) -> Sample:
+    """Return the row at position `number`, or with `replace_unreadable` a replacement, which holds its own position.
 
-    Raise `DataError` if the row cannot be read, nor, with `fill_in`, any of those after it.
+    Raise `DataError` if the row cannot be read, nor, with `replace_unreadable`, any of those after it.
     """
     first: DataError | None = None
     for wait in (*WAITS_S, None):
@@ -36,7 +36,7 @@ def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, fil
                 first = error
             else:
                 time.sleep(wait)
-    if not fill_in:
+    if not replace_unreadable:
         raise DataError(f"{first} Mend it, then go on with --resume.")
     others = [(number + step) % len(records) for step in range(1, min(_OTHERS, len(records) - 1) + 1)]
     for other in others:

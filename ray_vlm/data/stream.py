@@ -49,7 +49,7 @@ class StreamSpec:
     """What one rank streams: its micro-batches `first` up to (not including) `last` of a plan over `records`.
 
     `records` is the tuple itself, or a Ray object reference to it. `row_bytes`: approximate bytes of a row's pixels.
-    `fill_in`: replace a row that cannot be read any more by another (`data/row_replacement.py`).
+    `replace_unreadable`: replace a row that cannot be read any more by another (`data/row_replacement.py`).
     """
 
     records: Any
@@ -59,14 +59,14 @@ class StreamSpec:
     first: int
     last: int
     row_bytes: float = 4 * 2**20
-    fill_in: bool = False
+    replace_unreadable: bool = False
 
 
 def make_rows(spec: StreamSpec, builder: SampleBuilder, records: Sequence[Record], number: int) -> list[Sample]:
-    """Return the rows of micro-batch `number`; nothing is trained of those of a filler."""
+    """Return the rows of micro-batch `number`; nothing is trained of those of a padding micro-batch."""
     micro = spec.plan.micro_batch(number, spec.rank)
-    rows = [make_row(builder, records, i, spec.fill_in) for i in micro.rows]
-    if micro.filler:
+    rows = [make_row(builder, records, i, spec.replace_unreadable) for i in micro.rows]
+    if micro.padding:
         rows = [replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows]
     return rows
 

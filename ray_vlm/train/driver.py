@@ -174,7 +174,7 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
     """Print the notes on the data and the mix of classes, and write the mix to `balance.json`."""
     for note in prepared.notes:
         print(f"note: {note}", flush=True)
-    if prepared.balance.factors is not None or prepared.balance.token_weights:
+    if prepared.balance.repeat_factors is not None or prepared.balance.token_weights:
         print("\n".join(describe_balance(prepared.balance)), flush=True)
     write_json(paths.balance, {"rows_per_epoch": prepared.plan.rows_per_epoch, "mix": prepared.balance.table})
     paths.publish(paths.balance)

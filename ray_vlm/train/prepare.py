@@ -68,7 +68,7 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         job = job.model_copy(update={"train": train})
         notes.append(note)
     _check_budget(job.train.tokens_per_micro_batch, parts.train)
-    plan = plan_run(job, len(parts.train), balance.factors, parts.train.costs, parts.train.tokens)
+    plan = plan_run(job, len(parts.train), balance.repeat_factors, parts.train.token_costs, parts.train.tokens)
     dropout, shares = job.lora.dropout if job.lora is not None else 0.0, job.method.share_prefixes
     if job.method.name != "sft" and shares and (reason := why_not_shared(dropout, builder.family)) is not None:
         notes.append(f"method.share_prefixes has no effect: {reason}")
@@ -157,11 +157,11 @@ def check_energy(track: Track) -> None:
 def plan_run(
     job: JobConfig,
     num_rows: int,
-    factors: np.ndarray | None = None,
-    costs: np.ndarray | None = None,
+    repeat_factors: np.ndarray | None = None,
+    token_costs: np.ndarray | None = None,
     tokens: np.ndarray | None = None,
 ) -> Plan:
-    """Return the job's plan over `num_rows` rows; `factors`, `costs` and `tokens`: see `Plan`.
+    """Return the job's plan over `num_rows` rows; `repeat_factors`, `token_costs` and `tokens`: see `Plan`.
 
     GRPO's batch sizes count answers, and a worker samples answers for all prompts of its step at once.
     """
@@ -180,8 +180,8 @@ def plan_run(
         max_steps=train.max_steps,
         shuffle=job.data.shuffle,
         seed=job.seed,
-        factors=factors,
-        costs=costs if job.data.balance_lengths else None,
+        repeat_factors=repeat_factors,
+        token_costs=token_costs if job.data.balance_lengths else None,
         tokens=tokens if train.tokens_per_micro_batch else None,
-        budget=train.tokens_per_micro_batch or 0,
+        max_tokens_per_micro_batch=train.tokens_per_micro_batch or 0,
     )

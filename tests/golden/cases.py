@@ -120,7 +120,9 @@ def _keys(path: Path) -> list[str] | None:
     """Return the keys of a JSON object, or of all lines of a JSONL file together; None for other files."""
     try:
         if path.suffix == ".jsonl":
-            return sorted({key for line in path.read_text().splitlines() for key in json.loads(line)})
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            # A slow machine has lines on the progress of loading.
+            return sorted({key for line in lines if line.get("kind") != "progress" for key in line})
         is_own = path.suffix == ".json" and path.name not in _OF_LIBRARIES
         value = json.loads(path.read_text()) if is_own else None
     except (ValueError, UnicodeDecodeError):

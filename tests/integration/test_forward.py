@@ -176,12 +176,12 @@ FOLDINGS = [PackingOptions(), PackingOptions(share=True), PackingOptions(share=T
 
 
 @pytest.mark.parametrize(
-    ("family", "folding"),
+    ("family", "packing"),
     slow_but([*zip(QWEN, FOLDINGS, strict=True), ("qwen3_vl", FOLDINGS[2])], itertools.product(QWEN, FOLDINGS)),
     ids=str,
 )
 def test_images_that_rows_share_are_there_once(
-    family: str, folding: PackingOptions, tiny_models: dict[str, str], tmp_path: Any
+    family: str, packing: PackingOptions, tiny_models: dict[str, str], tmp_path: Any
 ) -> None:
     """`image_spans`, with a row without images among the others, and one that shows an image of each of two."""
     builder, rows = _rows(tiny_models[family], tmp_path)
@@ -196,9 +196,9 @@ def test_images_that_rows_share_are_there_once(
     plain, plain_gradients = _hidden(model, copied)
     visual = model.get_base_model().base_model.visual
     visual.register_forward_hook(lambda module, args, out: patches.append(len(args[0])))
-    share_prefixes(model, folding)
+    share_prefixes(model, packing)
     hidden, gradients = _hidden(model, once)
-    assert patches == [len(once["pixel_values"] if folding.share else copied["pixel_values"])]
+    assert patches == [len(once["pixel_values"] if packing.share else copied["pixel_values"])]
     _assert_equal(hidden, plain)
     assert gradients_apart(gradients, plain_gradients, least=1e-2) < EXACT
 

@@ -133,7 +133,7 @@ def test_sources_are_mixed_by_weight(sources, job_file) -> None:
     prepared = prepare(job)
     assert len(prepared.train) == 32
     assert prepared.plan.rows_per_epoch == 24 + 20
-    assert prepared.plan.factors.tolist() == [1.0] * 24 + [2.5] * 8
+    assert prepared.plan.repeat_factors.tolist() == [1.0] * 24 + [2.5] * 8
 
 
 def test_every_turn_of_the_assistant_is_trained(sources, job_file) -> None:

@@ -13,7 +13,8 @@ BARRED = {
     *("told", "found", "said", "mine", "ours", "theirs", "of_row"),
     *("Preparer", "preparer", "WorkerTask", "RowSpec", "Hosted"),
     *("FedTrainer", "ImitationTrainer", "PreferenceTrainer", "GroupTrainer"),
-    *("plan_retry", "plan_pause", "fold_rows", "Folding", "Shelf", "Standing"),
+    *("plan_retry", "plan_pause", "fold_rows", "Folding", "folding", "Shelf", "Standing", "hosted", "filler"),
+    *("Subject", "Subjects", "plan_subjects", "Stage", "Loaded", "Do", "Pace", "fill_in", "make_cells", "Measured"),
 }
 ALLOWED = {  # `Ask.told` and `Predictor.predict(..., **told)` are public
     ("ray_vlm/evaluate/predictor.py", "told"),

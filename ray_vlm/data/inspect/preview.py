@@ -27,7 +27,8 @@ def describe_prepared(index: Index, plan: Plan, builder: SampleBuilder, balance:
     """Describe rows, steps, tokens and the mix of classes, then the tokens of the first records."""
     tokens = index.tokens
     step = plan.step_rows(0)
-    limit = f"{plan.budget} tokens" if plan.budget else str(plan.micro_batch_size)
+    most = plan.max_tokens_per_micro_batch
+    limit = f"{most} tokens" if most else str(plan.micro_batch_size)
     lines = [
         f"rows {len(index)}, left out {len(index.bad)}; {plan.rows_per_epoch} shown in an epoch",
         f"steps {plan.num_steps}, {plan.steps_per_epoch} an epoch; {plan.global_batch_size} rows a step on "

@@ -39,7 +39,7 @@ def describe_step(plan: Plan, step: int, ids: Callable[[int], str]) -> dict[str,
     of the model is not known.
     """
     ranks = [
-        [[ids(row) for row in batch.rows] for batch in plan.rank_step(step, rank) if not batch.filler]
+        [[ids(row) for row in batch.rows] for batch in plan.rank_step(step, rank) if not batch.padding]
         for rank in range(plan.world_size)
     ]
     return {"step": step + 1, "rows": ranks}

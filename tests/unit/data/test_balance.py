@@ -19,14 +19,14 @@ def _balance(tags=TAGS, **options):
 
 def test_nothing_asked_for_changes_nothing() -> None:
     balance = _balance()
-    assert balance.factors is None
+    assert balance.repeat_factors is None
     assert balance.token_weights == ()
     assert [entry["rows"] for entry in balance.table] == [90, 90, 10, 10]
 
 
 def test_explicit_factors_by_value_or_whole_tag_take_the_largest() -> None:
     balance = _balance(oversample={"b": 3.0, "condition=blocked": 2.5})
-    assert balance.factors.tolist() == [1.0] * 90 + [3.0] * 10
+    assert balance.repeat_factors.tolist() == [1.0] * 90 + [3.0] * 10
     rare = next(entry for entry in balance.table if entry["tag"] == "object=b")
     assert rare["shown_share"] == pytest.approx(30 / 120)
     assert any("object=b" in line and "3.00" in line for line in describe_balance(balance))
@@ -34,13 +34,15 @@ def test_explicit_factors_by_value_or_whole_tag_take_the_largest() -> None:
 
 def test_auto_is_the_lvis_repeat_factor() -> None:
     balance = _balance(oversample="auto", oversample_threshold=0.4)
-    assert balance.factors[-1] == pytest.approx(math.sqrt(0.4 / 0.1))
-    assert balance.factors[0] == 1.0
-    assert _balance(oversample="auto").factors[-1] == pytest.approx(math.sqrt(0.5 / 0.1)), "two values: half is even"
+    assert balance.repeat_factors[-1] == pytest.approx(math.sqrt(0.4 / 0.1))
+    assert balance.repeat_factors[0] == 1.0
+    assert _balance(oversample="auto").repeat_factors[-1] == pytest.approx(math.sqrt(0.5 / 0.1)), (
+        "two values: half is even"
+    )
 
 
 def test_a_common_class_can_be_shown_less() -> None:
-    assert _balance(tags=[("a",)] * 3 + [("b",)], oversample={"a": 0.5}).factors.tolist() == [0.5, 0.5, 0.5, 1.0]
+    assert _balance(tags=[("a",)] * 3 + [("b",)], oversample={"a": 0.5}).repeat_factors.tolist() == [0.5, 0.5, 0.5, 1.0]
 
 
 def test_weights_from_frequencies_have_a_mean_of_one() -> None:
@@ -56,7 +58,7 @@ def test_objects_count_for_weights_and_rows_for_factors() -> None:
     tags = [("a", "a", "a", "b"), ("a",)]
     weights = dict(_balance(tags=tags, class_weights="inverse").token_weights)
     assert weights["b"] / weights["a"] == pytest.approx(4.0)
-    assert _balance(tags=tags, oversample={"b": 2.0}).factors.tolist() == [2.0, 1.0]
+    assert _balance(tags=tags, oversample={"b": 2.0}).repeat_factors.tolist() == [2.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -97,25 +99,25 @@ def test_fractions_are_exact_in_expectation_and_lengths_fixed_to_one() -> None:
 
 def test_the_same_seed_gives_the_same_rows_and_steps_never_overflow() -> None:
     factors = np.array([1.0] * 29 + [1.4] * 8)
-    plan = Plan(37, 8, 4, 2, num_epochs=3, seed=1, factors=factors)
+    plan = Plan(37, 8, 4, 2, num_epochs=3, seed=1, repeat_factors=factors)
     assert plan.rows_per_epoch == 40
     for step in range(plan.num_steps):
         rows = plan.step_rows(step)
         assert 0 < len(rows) <= 8
-        assert np.array_equal(rows, Plan(37, 8, 4, 2, num_epochs=3, seed=1, factors=factors).step_rows(step))
+        assert np.array_equal(rows, Plan(37, 8, 4, 2, num_epochs=3, seed=1, repeat_factors=factors).step_rows(step))
 
 
 def test_a_step_s_rows_do_not_depend_on_the_workers_and_costs_are_shared_out() -> None:
     rng = np.random.default_rng(0)
     costs = rng.lognormal(6, 1, 400).astype(np.float32)
     for world in (2, 3, 8):
-        plan = Plan(400, 64, 2, world, costs=costs)
+        plan = Plan(400, 64, 2, world, token_costs=costs)
         ratios = []
         for step in range(6):
             ranks = [plan.rank_step(step, rank) for rank in range(world)]
-            rows = sorted(r for parts in ranks for part in parts if not part.filler for r in part.rows)
+            rows = sorted(r for parts in ranks for part in parts if not part.padding for r in part.rows)
             assert rows == sorted(Plan(400, 64, 2, 1).step_rows(step).tolist())
-            sums = [sum(costs[list(p.rows)].sum() for p in parts if not p.filler) for parts in ranks]
+            sums = [sum(costs[list(p.rows)].sum() for p in parts if not p.padding) for parts in ranks]
             ratios.append(max(sums) / max(np.mean(sums), costs[rows].max()))  # no deal can do better than 1
         plain = [np.array_split(costs[plan.step_rows(s)], world) for s in range(6)]
         assert np.mean(ratios) < 1.08
@@ -133,7 +135,7 @@ def test_an_equals_sign_in_a_value_or_a_class_name_is_text() -> None:
 
 def test_a_condition_may_be_shown_less_often() -> None:
     tags = [("object=a", "condition=ok")] * 4 + [("object=a", "condition=bad")]
-    assert _balance(tags=tags, oversample={"ok": 0.5}).factors.tolist() == [0.5] * 4 + [1.0]
+    assert _balance(tags=tags, oversample={"ok": 0.5}).repeat_factors.tolist() == [0.5] * 4 + [1.0]
 
 
 def test_an_epoch_has_at_least_one_row() -> None:

@@ -21,7 +21,7 @@ def test_every_row_exactly_once_an_epoch_on_any_world(world: int, rows: int, bat
                 parts = plan.rank_step(epoch * plan.steps_per_epoch + step, rank)
                 assert len(parts) == plan.accumulation
                 assert all(0 < len(part.rows) <= micro for part in parts)
-                of_step += [r for part in parts if not part.filler for r in part.rows]
+                of_step += [r for part in parts if not part.padding for r in part.rows]
             one = Plan(rows, batch, micro, 1, num_epochs=2, seed=3).step_rows(epoch * plan.steps_per_epoch + step)
             assert of_step == one.tolist(), "the step's rows, in order, whatever the world size"
             seen += of_step
@@ -67,17 +67,26 @@ def test_micro_batches_under_a_budget_of_tokens() -> None:
     """No micro-batch is above it, no row is lost, and every rank and step has as many; costs stay balanced."""
     tokens = np.random.default_rng(0).integers(20, 1000, 200)
     for world in (1, 2, 3):
-        plan = Plan(200, 24, 1, world, num_epochs=2, costs=tokens.astype(float), tokens=tokens, budget=1500)
+        plan = Plan(
+            200,
+            24,
+            1,
+            world,
+            num_epochs=2,
+            token_costs=tokens.astype(float),
+            tokens=tokens,
+            max_tokens_per_micro_batch=1500,
+        )
         for step in range(plan.num_steps):
             batches = [plan.rank_step(step, rank) for rank in range(world)]
             assert {len(of_rank) for of_rank in batches} == {plan.accumulation}
-            real = [b.rows for of_rank in batches for b in of_rank if not b.filler]
+            real = [b.rows for of_rank in batches for b in of_rank if not b.padding]
             assert all(len(rows) * tokens[list(rows)].max() <= 1500 for rows in real)
             assert sorted(r for rows in real for r in rows) == sorted(plan.step_rows(step).tolist())
         fewest = max(
             min_parts(tokens[rows], 1500)
             for step in range(plan.num_steps)
-            for rows in deal(plan.step_rows(step), plan.costs, world)
+            for rows in deal(plan.step_rows(step), plan.token_costs, world)
         )
         assert plan.accumulation == fewest
     assert pickle.loads(pickle.dumps(plan)).rank_step(3, 1) == plan.rank_step(3, 1)

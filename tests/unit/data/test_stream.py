@@ -105,7 +105,7 @@ def test_no_row_is_lost_doubled_or_reordered_locally(world: int, scenes: Path, t
         stream_spec = StreamSpec(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
         for number, rows in enumerate(stream_local(stream_spec)):
             micro = plan.micro_batch(number, rank)
-            if micro.filler:
+            if micro.padding:
                 assert all((row.labels == IGNORED).all() for row in rows)
                 continue
             assert all(_same(row, made[i]) for row, i in zip(rows, micro.rows, strict=True))
@@ -135,7 +135,7 @@ def test_another_row_takes_the_place_of_a_lost_one(
     records = list(index.records[:6])
     for number in (1, 2, 5):
         records[number] = replace(records[number], images=(str(tmp_path / "gone.jpg"),))
-    stream_spec = StreamSpec(tuple(records), spec, Plan(6, 2, 2, 1, shuffle=False), 0, 0, 3, fill_in=True)
+    stream_spec = StreamSpec(tuple(records), spec, Plan(6, 2, 2, 1, shuffle=False), 0, 0, 3, replace_unreadable=True)
     assert [[row.number for row in rows] for rows in stream_local(stream_spec)] == [[0, 3], [3, 3], [4, 0]]
     none = tuple(replace(record, images=(str(tmp_path / "gone.jpg"),)) for record in records)
     with pytest.raises(DataError, match=r"gone.jpg .*None of the 5 rows after it can be read either"):
