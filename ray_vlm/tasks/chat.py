@@ -62,10 +62,10 @@ def _fill(record: SftRecord, frames: Sequence[Frame]) -> Turns:
     image_of = record.context.get("image_of") or (0,) * len(boxes)
     regions = (write_region(box, frames[i]) for box, i in zip(boxes, image_of, strict=True))
 
-    def write_image(placeholder: re.Match) -> str:
+    def write_value(placeholder: re.Match) -> str:
         return next(regions if placeholder.group() == "<bbox>" else names, placeholder.group())
 
-    return tuple((role, _PLACEHOLDER.sub(write_image, text)) for role, text in turns)
+    return tuple((role, _PLACEHOLDER.sub(write_value, text)) for role, text in turns)
 
 
 def parse(text: str, frames: Sequence[Frame]) -> Parsed:
