@@ -129,7 +129,7 @@ def test_what_cannot_be_exported_is_refused(
     for words, reason in refusals:
         assert main(["export", str(run), *words]) != 0
         assert reason in capsys.readouterr().err
-    from ray_vlm.models import export
+    from ray_vlm.evaluate import export
 
     monkeypatch.setitem(export.TOLERANCE, "float32", 0.0)
     assert main(["export", str(run), "--merged"]) == 1

@@ -271,10 +271,10 @@ def _refuse() -> None:
 def test_a_failed_run_says_why_in_its_folder(job_file, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray_vlm.train.launch as launch
 
-    def broken(task: Any, stop: Any) -> None:
+    def broken(spec: Any, should_stop: Any) -> None:
         raise RuntimeError("the device caught fire")
 
-    monkeypatch.setattr(launch, "train_worker", broken)
+    monkeypatch.setattr(launch, "start_worker", broken)
     path = job_file()
     with pytest.raises(RuntimeError):
         _run(path)
