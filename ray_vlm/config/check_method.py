@@ -219,7 +219,7 @@ NAMED_IN_JOB = {
 }
 
 # TRL options that would break the order and the batching of rows.
-DECIDED_BY_FEED = (
+DECIDED_BY_PLAN = (
     *("average_tokens_across_devices", "packing", "padding_free", "dataset_kwargs", "disable_tqdm"),
     *("logging_nan_inf_filter", "push_to_hub", "dataloader_num_workers", "train_sampling_strategy"),
     *("ignore_data_skip", "resume_from_checkpoint", "save_only_model", "enable_jit_checkpoint"),
@@ -236,7 +236,7 @@ def check_trl(method: Method) -> Broken:
             if key == "loss_type" and method.name == "sft":
                 continue  # the losses of SFT have no setting of the job
             yield f"method.trl.{key}", f"this job sets that as `{NAMED_IN_JOB[key]}`. Set it there, and only there."
-        elif key in DECIDED_BY_FEED:
+        elif key in DECIDED_BY_PLAN:
             yield f"method.trl.{key}", "this is decided by how rows are fed to TRL. Remove it."
         elif not _is_plain(value):
             yield (

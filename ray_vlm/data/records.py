@@ -14,8 +14,11 @@ class SftRecord:
     """An example with its right answer.
 
     `row` is the position in the source (0-based), `sizes` the images' upright (width, height) in pixels. `truth` is the
-    answer and `context` what the question states beside the images; the task documents both. Records of one `group` are
-    never split between train, eval and test. `source` is the position among `data.train` and `data.mix`.
+    answer and `context` what the question states beside the images; the task documents both. Some keys mean the same
+    for every task: `truth["boxes"]` and `truth["labels"]` are boxes in pixels and their classes; `context["boxes"]`,
+    `context["frame"]` and `context["listed"]` are what a reader says of boxes and classes; `context["task"]` groups
+    steps. Records of one `group` are never split between train, eval and test. `source` is the position among
+    `data.train` and `data.mix`.
     """
 
     id: str

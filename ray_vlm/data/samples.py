@@ -40,7 +40,7 @@ class SampleBuilder:
         quiet_libraries()
         self.spec = spec
         self.task = TASKS[spec.task.name]
-        self.setting = PromptContext(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
+        self.prompt_context = PromptContext(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
         self.stock: ProcessorImages | None = None
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
@@ -126,11 +126,11 @@ class SampleBuilder:
         """Return the turns before the answer."""
         if not isinstance(record, SftRecord):
             return record.prompt
-        return self.task.ask(record, self.frames(record), self.setting)
+        return self.task.ask(record, self.frames(record), self.prompt_context)
 
     def answer(self, record: SftRecord) -> Answer:
         """Return the right answer, with the character spans that name a class."""
-        return self.task.answer(record, self.frames(record), self.setting)
+        return self.task.answer(record, self.frames(record), self.prompt_context)
 
     def truth(self, record: SftRecord) -> dict[str, Any]:
         """Return the truth that an answer is scored against; in chat, with its placeholders filled as in training."""

@@ -178,7 +178,7 @@ def walk(
         for (name, i), record, text in zip(positions.items(), batch, answer(batch), strict=True):
             answers[i] = text
             values = parse_answer(text, record, builder).values
-            short, long = remember(history[name], values["output"], builder.setting)
+            short, long = remember(history[name], values["output"], builder.prompt_context)
             history[name] = (*long, *short)
     return answers
 

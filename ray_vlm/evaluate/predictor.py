@@ -183,7 +183,7 @@ class Predictor:
             raise DataError(str(error)) from None
         prediction = self.predict(image_path, goal=user_goal, history=history)
         values = prediction.values
-        short, long = remember(history, values["output"], self.builder.setting)
+        short, long = remember(history, values["output"], self.builder.prompt_context)
         return Step(values["output"], values["box"], values["point"], prediction.ok, prediction.answer, short, long)
 
     def record(self, ask: Ask, row: int = 0) -> SftRecord:

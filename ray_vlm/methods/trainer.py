@@ -130,6 +130,8 @@ class TrainerInputs:
 class PlannedTrainer(Trainer):
     """A mixin that reads `PlannedBatches`. A training method is a subclass of it and of a trainer of TRL.
 
+    In such a subclass `super()` is TRL's trainer here, so `method_loss` ends in TRL's `compute_loss`.
+
     `EXAMPLE_ROW`: a row by which TRL recognises the method's datasets with images; the real rows come from the plan.
     """
 

@@ -59,8 +59,7 @@ def change_forward(
     """Leave out work that the model does not need, and count what is left. Call this after TRL's constructor.
 
     `recent` holds the features of a step's images; the trainer starts it anew at each step. `operations` is attached to
-    the model. Raise `ModelError` for a
-    `vision_cache` that cannot be used.
+    the model. Raise `ModelError` for a `vision_cache` that cannot be used.
     """
     # First, because packing tells the counter of padding that no mask shows. It registers hooks, which run whatever the
     # forward is: of the language model it sees the packed batch, and of the image encoder the images that it is asked

@@ -227,7 +227,8 @@ def check_keys(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     """Return the keys as a list. Raises `ConfigError` for those that no run has."""
     there = numbers_of(runs)
     if unknown := [key for key in keys if key not in there]:
-        raise ConfigError([f"--metric {key}: no run has it. There are: {', '.join(there)}." for key in unknown])
+        known = f"Lines of training and validation have: {', '.join(there)}."
+        raise ConfigError([f"--metric {key}: no run has it. {known}" for key in unknown])
     return list(keys)
 
 

@@ -36,12 +36,11 @@ _NAMES = {
 
 def track_names(kind: str, line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line's numbers under their names in trackers."""
-    prefix = "eval" if kind == "eval" else "train"
-    named = {new: line[old] for old, new in _NAMES.get(kind, {}).items() if old in line}
-    if kind not in ("train", "eval"):
+    names = _NAMES.get(kind, {})
+    named = {new: line[old] for old, new in names.items() if old in line}
+    if names and kind != "train":  # what these kinds have beside is of no use there
         return named
-    rest = {f"{prefix}/{k}": v for k, v in line.items() if k not in LINE_KEYS and k not in _NAMES.get(kind, {})}
-    return named | rest
+    return named | {f"{kind}/{k}": v for k, v in line.items() if k not in LINE_KEYS and k not in names}
 
 
 def find_wandb_login() -> dict[str, str]:

@@ -9,8 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from ray_vlm.config.data import Source
-from ray_vlm.config.method import Method
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
 from ray_vlm.data.records import Record
@@ -41,15 +39,15 @@ def load_base(job: JobConfig, builder: SampleBuilder, context: DistributedContex
     return load_adapted(job.model, job.lora, job.train, family, context.device, job.seed, resident)
 
 
-def build_rewards(task: str, method: Method, source: Source | None) -> Rewards | None:
-    """Return the rewards of GRPO, None for other methods. `task`: its name; `source`: the training rows."""
-    return job_rewards(task, method, source) if method.name == "grpo" else None
+def build_rewards(job: JobConfig, labels: Sequence[str]) -> Rewards | None:
+    """Return the rewards of GRPO, None for other methods. `labels`: class names, which name parts of a reward."""
+    return job_rewards(job.task.name, job.method, job.data.train, labels) if job.method.name == "grpo" else None
 
 
 def build_args(job: JobConfig, spec: WorkerSpec, eval_on_start: bool = False) -> TrainingArguments:
     """Return TRL's options for the method. Build them before loading the base: ZeRO-3 partitions it by them."""
     shared = shared_options(job, spec.plan, spec.eval is not None) | {"eval_on_start": eval_on_start}
-    rewards = build_rewards(job.task.name, job.method, job.data.train)
+    rewards = build_rewards(job, spec.sample_spec.labels)
     args = load_method(job.method.name).build_args(job.method, shared, spec.plan, rewards)
     args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use every visible GPU and scale the loss
     return args
@@ -137,7 +135,7 @@ def build_inputs(
         adapter_is_reference=job.model.adapter is not None,
         tolerates_nonfinite=train.nonfinite != "stop",
         has_eval=spec.eval is not None,
-        rewards=build_rewards(job.task.name, job.method, job.data.train),
+        rewards=build_rewards(job, spec.sample_spec.labels),
         sampler=build_sampler(engine, job.lora, args) if vllm else None,
     )
 

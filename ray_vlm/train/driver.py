@@ -183,10 +183,10 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
 def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> None:
     """Launch the workers and record how the run ended."""
     job = prepared.job
-    task = WorkerSpec(
+    spec = WorkerSpec(
         job=dump_job(job),
         run=paths.address,
-        spec=prepared.spec,
+        sample_spec=prepared.spec,
         plan=prepared.plan,
         train=prepared.train.records,
         eval=prepared.eval.records if prepared.eval else None,
@@ -200,7 +200,7 @@ def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> No
     status, error, result, stopped_by = "failed", "", None, None
     try:
         with _refusals(paths):
-            result, stopped_by = launch(job, task, paths, trial.stop, trial.at_once)
+            result, stopped_by = launch(job, spec, paths, trial.stop, trial.at_once)
         status = "interrupted" if result["stopped"] else "finished"
     except (KeyboardInterrupt, Interrupted):
         status = "interrupted"

@@ -17,7 +17,7 @@ from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.build import build_validation
 from ray_vlm.train.callbacks.checkpointing import CheckpointCallback
 from ray_vlm.train.callbacks.energy import EnergyCallback, Meter
-from ray_vlm.train.callbacks.gradient_norms import GradientNorms
+from ray_vlm.train.callbacks.gradient_norms import GradientNormsCallback
 from ray_vlm.train.callbacks.metrics import MetricsCallback, StepTimer, Usage
 from ray_vlm.train.callbacks.nonfinite import NonfiniteCallback, read_bad_steps
 from ray_vlm.train.callbacks.preemption import PreemptionCallback, watch_notice
@@ -32,7 +32,7 @@ from ray_vlm.train.worker_spec import WorkerSpec
 class RunCallbacks:
     """The callbacks of a run, in the order in which they act at every event. `energy`: None unless it is measured."""
 
-    norms: GradientNorms
+    norms: GradientNormsCallback
     nonfinite: NonfiniteCallback
     preemption: PreemptionCallback
     metrics: MetricsCallback
@@ -46,7 +46,10 @@ class RunCallbacks:
             self.energy.close()
 
     def in_order(self) -> Sequence[TrainerCallback]:
-        """Return them for the trainer: what is measured comes before what is written of it."""
+        """Return them for the trainer: what is measured comes before what is written of it.
+
+        `metrics` sets the epoch of the trainer's state at the end of a step, so what reads the epoch comes after it.
+        """
         every = (self.norms, self.nonfinite, self.preemption, self.metrics, self.validation, self.energy)
         return [callback for callback in (*every, self.checkpoints) if callback is not None]
 
@@ -79,10 +82,10 @@ def build_callbacks(
     should_stop: Callable[[], bool],
 ) -> RunCallbacks:
     """Build the callbacks of a run. `about`: what a checkpoint stores of it, of `describe_run`."""
-    context, metric, deepspeed = run.context, job.evaluate.metric, job.cluster.deepspeed is not None
+    context, metric, deepspeed = run.distributed, job.evaluate.metric, job.cluster.deepspeed is not None
     timer, usage = StepTimer(), Usage(inputs.batches, inputs.clock, inputs.operations, context)
     has_images = job.task.name != "chat"
-    norms = GradientNorms(model, inputs.builder.family, context, always_images=has_images, deepspeed=deepspeed)
+    norms = GradientNormsCallback(model, inputs.builder.family, context, always_images=has_images, deepspeed=deepspeed)
     bad_steps = context.broadcast(read_bad_steps(run.paths) if context.rank == 0 else [])
     nonfinite = NonfiniteCallback(
         run, job.train.nonfinite, norms, inputs.loss_scale, inputs.row_id, bad_steps, checks_loss=deepspeed
@@ -91,8 +94,7 @@ def build_callbacks(
     preemption = PreemptionCallback(should_stop, notice, run.plan.num_steps, context)
     logged, log_every = load_method(job.method.name).logged, job.train.log_every_steps
     watches_loss = job.method.name != "grpo"
-    beside = (norms, nonfinite, preemption)
-    metrics = MetricsCallback(run, logged, timer, usage, *beside, log_every, watches_loss)
+    metrics = MetricsCallback(run, logged, timer, usage, norms, nonfinite, preemption, log_every, watches_loss)
     if job.evaluate.asynchronous:
         resources = (job.cluster.cpus_per_worker, job.cluster.gpus_per_worker)
         validator: Validator = AsyncValidator(spec, resources, run)
@@ -104,4 +106,4 @@ def build_callbacks(
     if job.track.energy and job.track.country:
         energy = EnergyCallback(run, Meter(job.track.country, context.device))
     checkpoints = CheckpointCallback(run, job.checkpoint, metric, about, inputs.batches)
-    return RunCallbacks(*beside, metrics, validation, energy, checkpoints)
+    return RunCallbacks(norms, nonfinite, preemption, metrics, validation, energy, checkpoints)

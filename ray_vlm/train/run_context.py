@@ -92,7 +92,7 @@ class RunContext:
     paths: RunPaths
     attempt: Attempt
     plan: Plan
-    context: DistributedContext
+    distributed: DistributedContext
     weights: WeightsWriter
     progress: Progress
     monitor: Monitor | None

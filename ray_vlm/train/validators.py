@@ -88,7 +88,7 @@ class SyncValidator:
 
     def resume(self, step: int, measured: Collection[int]) -> None:
         """Delete weights that an earlier, asynchronous attempt left: nothing will validate them."""
-        if self._run.context.rank == 0:
+        if self._run.distributed.rank == 0:
             find_left(self._run.paths.store, -1)
 
     def submit(self, trainer: PlannedTrainer, since: float) -> None:
@@ -123,7 +123,7 @@ class AsyncValidator:
     def __init__(self, spec: WorkerSpec, resources: tuple[float, float], run: RunContext):
         self.step: int | None = None
         self._spec, self._resources, self._run = spec, resources, run
-        self._paths, self._context = run.paths, run.context
+        self._paths, self._context = run.paths, run.distributed
         self._submit_s = 0.0
         self._actor: Any = None  # Ray's handle of the `_ValidationActor`
         self._pending: ObjectRef | None = None  # its current answer
@@ -263,7 +263,10 @@ def _load(spec: WorkerSpec) -> tuple[PlannedTrainer, Validation]:
     cluster = job.cluster.model_copy(update={"deepspeed": None})
     job = job.model_copy(update={"method": method, "cluster": cluster})
     prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray=False)
-    context, builder = build_context(job.cluster.gpus_per_worker > 0, in_ray=False), load_sample_builder(spec.spec)
+    context, builder = (
+        build_context(job.cluster.gpus_per_worker > 0, in_ray=False),
+        load_sample_builder(spec.sample_spec),
+    )
     args = build_args(job, spec)
     model = load_base(job, builder, context)
     no_rows: Generator[list[Sample]] = (batch for batch in list[list[Sample]]())

@@ -45,7 +45,7 @@ def train_worker(  # recipe
     plan = spec.plan
 
     # The model: the base with what is trained. A checkpoint must be of this base and of these rows.
-    builder = load_sample_builder(spec.spec)
+    builder = load_sample_builder(spec.sample_spec)
     args = build.build_args(job, spec, eval_on_start=job.evaluate.at_start and attempt.step == 0)
     model = build.load_base(job, builder, context)
     base = context.broadcast(base_fingerprint(model))
@@ -82,7 +82,7 @@ def train_worker(  # recipe
             write_start(run.monitor, attempt, job.train.precision, model, builder.family, context, plan.num_steps)
         if spec.probe is not None:
             run.note(attempt.step, run_heaviest_batch(trainer, spec.probe, job.train.precision))
-        callbacks.validation.resume(attempt.step if attempt.checkpoint else -1)
+        callbacks.validation.resume(attempt.checkpoint.step if attempt.checkpoint is not None else None)
 
         # The steps.
         if attempt.step < plan.num_steps:

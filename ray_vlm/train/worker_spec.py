@@ -22,7 +22,7 @@ class WorkerSpec:
 
     job: dict[str, Any]
     run: str
-    spec: SampleSpec
+    sample_spec: SampleSpec
     plan: Plan
     train: Any
     eval: Any

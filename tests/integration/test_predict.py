@@ -139,12 +139,14 @@ def test_memory_is_carried_on_and_cut_as_in_training(job_file) -> None:
     done = [f'{{"action":"a{i}"}}' for i in range(6)]
     history: tuple[str, ...] = ()
     for text in done:
-        short, long = remember(history, json.loads(text), predictor.builder.setting)
+        short, long = remember(history, json.loads(text), predictor.builder.prompt_context)
         history = (*long, *short)
     assert short == tuple(done[-2:])
     assert 0 < len(long) < 4
     assert long == tuple(done[4 - len(long) : 4])
-    assert remember(history, {}, predictor.builder.setting) == (short, long), "what was not understood is forgotten"
+    assert remember(history, {}, predictor.builder.prompt_context) == (short, long), (
+        "what was not understood is forgotten"
+    )
     screen = Image.new("RGB", (64, 64))
     step = predictor.predict_step(screen, "press", short, long)
     assert set(step.short_term_memory) <= {*done, json.dumps(step.output, separators=(",", ":"))}

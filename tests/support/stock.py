@@ -112,9 +112,7 @@ def our_trainer(
     spec = WorkerSpec(dump_job(job), "", prepared.spec, prepared.plan, records, None)
     size = job.train.micro_batch_size if job.method.name == "grpo" else job.train.global_batch_size
     shared = arguments(job) | {"per_device_train_batch_size": size}
-    args = trainer_class.build_args(
-        job.method, shared, prepared.plan, build_rewards(job.task.name, job.method, job.data.train)
-    )
+    args = trainer_class.build_args(job.method, shared, prepared.plan, build_rewards(job, prepared.spec.labels))
     no_rows: Generator[list[Sample]] = (batch for batch in list[list[Sample]]())
     context = DistributedContext(device=device_of(job))
     inputs = build_inputs(job, spec, model, args, builder, context, no_rows)

@@ -60,7 +60,7 @@ class CheckpointCallback(TrainerCallback):
 
     def gather_lost_rows(self) -> list[Sequence[int]]:
         """Return the rows of all ranks that could not be read, each with its replacement. Every rank must call it."""
-        gathered = self._run.context.all_gather(self._batches.lost)
+        gathered = self._run.distributed.all_gather(self._batches.lost)
         lost = [*self._lost_before, *(pair for pairs in gathered for pair in pairs)]
         self._run.progress.lost = lost
         return lost
@@ -78,7 +78,7 @@ class CheckpointCallback(TrainerCallback):
 
         def fill(folder: Path) -> None:
             trainer.save_training_state(folder)
-            if self._run.context.rank == 0:
+            if self._run.distributed.rank == 0:
                 self._run.weights.save(folder)
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
@@ -90,15 +90,17 @@ class CheckpointCallback(TrainerCallback):
 
     def _write_parts(self, name: str, fill: Callable[[Path], None]) -> dict[str, Any]:
         """Write this rank's files. Return the entries of all ranks' files for the manifest."""
-        if self._run.context.rank == 0:
+        if self._run.distributed.rank == 0:
             check_owner(self._store, self._run.attempt)
-        parts = self._run.context.all_gather(write_part(self._store, name, f"rank{self._run.context.rank}", fill))
+        parts = self._run.distributed.all_gather(
+            write_part(self._store, name, f"rank{self._run.distributed.rank}", fill)
+        )
         return {file: entry for part in parts for file, entry in part.items()}
 
     def _commit(self, name: str, step: int, score: float | None, files: dict[str, Any]) -> None:
-        if self._run.context.rank != 0:
+        if self._run.distributed.rank != 0:
             return
-        about = {**self._about, "world_size": self._run.context.world_size, "progress": asdict(self._run.progress)}
+        about = {**self._about, "world_size": self._run.distributed.world_size, "progress": asdict(self._run.progress)}
         commit(self._store, name, files, step, attempt=self._run.attempt.number, score=score, **about)
         with suppress(OSError):  # the new one is already committed; old ones that cannot be deleted stay
             prune(self._store, self._options.keep, self._options.keep_best)
@@ -109,7 +111,7 @@ class CheckpointCallback(TrainerCallback):
         if self._store.local is None and error.errno is not None:
             # An object store's errors have no errno, so this one is of the local disk.
             fix = f"make room in {tempfile.gettempdir()}, where files are made, or set TMPDIR"
-        elif self._store.local is not None and self._run.context.rank == 0:
+        elif self._store.local is not None and self._run.distributed.rank == 0:
             with suppress(OSError):  # so that a full disk has room for the error message
                 remove_checkpoint(self._store, name)
         return RunError(

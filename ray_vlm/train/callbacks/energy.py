@@ -114,7 +114,7 @@ class EnergyCallback(TrainerCallback):
 
     def write(self, state: TrainerState) -> None:
         """Write the energy so far. Every rank must call it at the same step."""
-        if totals := sum_energy(self._meter, self._run.context):
+        if totals := sum_energy(self._meter, self._run.distributed):
             self._run.write("energy", state.global_step, state.epoch, totals)
 
     def close(self) -> None:

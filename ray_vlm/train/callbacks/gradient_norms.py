@@ -98,7 +98,7 @@ class Listener:
         self._hooks = []
 
 
-class GradientNorms(TrainerCallback):
+class GradientNormsCallback(TrainerCallback):
     """Measures the gradient norms of every step by part of the model, and raises if a trained part has no gradient.
 
     `norms`: of the current step. Under DeepSpeed, which does not expose gradients, the check works but `norms` is

@@ -15,7 +15,7 @@ from ray_vlm.distributed import DistributedContext
 from ray_vlm.methods.clock import Clock, split_time
 from ray_vlm.methods.trainer import PlannedBatches
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.train.callbacks.gradient_norms import GradientNorms
+from ray_vlm.train.callbacks.gradient_norms import GradientNormsCallback
 from ray_vlm.train.callbacks.nonfinite import NonfiniteCallback
 from ray_vlm.train.callbacks.preemption import PreemptionCallback
 from ray_vlm.train.run_context import RunContext
@@ -108,7 +108,7 @@ class MetricsCallback(TrainerCallback):
         logged: Callable[[Mapping[str, Any]], dict[str, Any]],
         timer: StepTimer,
         usage: Usage,
-        norms: GradientNorms,
+        norms: GradientNormsCallback,
         nonfinite: NonfiniteCallback,
         preemption: PreemptionCallback,
         log_every_steps: int,

@@ -20,7 +20,7 @@ from ray_vlm.errors import RunError
 from ray_vlm.methods.loss_scale import LossScale
 from ray_vlm.runs.monitor import whole_lines
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.train.callbacks.gradient_norms import GradientNorms
+from ray_vlm.train.callbacks.gradient_norms import GradientNormsCallback
 from ray_vlm.train.restarts import RewindToCheckpoint
 from ray_vlm.train.run_context import RunContext
 
@@ -86,7 +86,7 @@ class NonfiniteCallback(TrainerCallback):
         self,
         run: RunContext,
         policy: str,
-        norms: GradientNorms,
+        norms: GradientNormsCallback,
         loss_scale: LossScale,
         row_id: Callable[[int], str],
         bad_steps: Sequence[int] = (),
@@ -101,7 +101,7 @@ class NonfiniteCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the norms that `GradientNorms` has measured. Raise `RunError` if the run should stop."""
+        """Check the norms that `GradientNormsCallback` has measured. Raise `RunError` if the run should stop."""
         self.skipped = self._check(kwargs["model"], state.global_step, self._norms.norms)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -120,11 +120,11 @@ class NonfiniteCallback(TrainerCallback):
             return True
         if is_finite(norms):
             return False
-        if (scaled := self._loss_scale.explain_overflow(self._run.context)) is not None:
+        if (scaled := self._loss_scale.explain_overflow(self._run.distributed)) is not None:
             self._run.note(step + 1, scaled)
             return False
         bad_step = describe_step(self._run.plan, step, self._row_id)
-        if self._run.context.rank == 0:
+        if self._run.distributed.rank == 0:
             with suppress(OSError):  # a failing store must neither end the run nor hide the message below
                 self._run.paths.refresh(self._run.paths.bad_steps)
                 _add_line(self._run.paths.bad_steps, json.dumps(bad_step, ensure_ascii=False))

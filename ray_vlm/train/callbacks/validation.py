@@ -52,25 +52,28 @@ class ValidationCallback(TrainerCallback):
     def wait(self, control: TrainerControl) -> None:
         """Wait for the current asynchronous validation, if there is one, and record it."""
         while self._validator.step is not None:
-            (ready,) = self._run.context.any_rank(self._validator.ready())
+            (ready,) = self._run.distributed.any_rank(self._validator.ready())
             if ready:
                 self._record(control)
             else:
                 self._tick()
                 time.sleep(_WAIT_S)
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int | None) -> None:
         """Restore the validations of earlier attempts up to `step`, and start those that they left unfinished.
+
+        `step`: of the checkpoint that the run goes on from; None: without one, nothing of earlier attempts counts.
 
         Metrics of an asynchronous validation may be newer than the checkpoint, so they are read from `metrics.jsonl`.
         """
         validations = None
-        if self._run.context.rank == 0:
+        step = -1 if step is None else step  # the validation before the first step has number 0
+        if self._run.distributed.rank == 0:
             lines = [line for line in current_lines(read_metrics(self._run.paths.metrics)) if line["kind"] == "eval"]
             validations = [line for line in lines if line["step"] <= step]
             if self._validator.waits and not any("background_s" in line for line in validations):
                 validations = None
-        validations = self._run.context.broadcast(validations)
+        validations = self._run.distributed.broadcast(validations)
         if validations is not None:
             best, since_best = recall_best(validations, self._metric)
             self._run.progress.keep(best and best | {"path": self._run.paths.uri("best")}, since_best)
@@ -82,7 +85,7 @@ class ValidationCallback(TrainerCallback):
         """Record an asynchronous validation that has ended, on all ranks after the same step."""
         if self._validator.waits:
             return
-        (ready,) = self._run.context.any_rank(self._validator.ready())
+        (ready,) = self._run.distributed.any_rank(self._validator.ready())
         if ready:
             started = time.monotonic()
             self._record(control)
@@ -99,7 +102,7 @@ class ValidationCallback(TrainerCallback):
             best = {"step": step, "metrics": metrics, "path": run.paths.uri("best")}
             run.weights.gather()
         run.progress.keep(best, since_best, {"step": step, "metrics": metrics})
-        if better and run.context.rank == 0:
+        if better and run.distributed.rank == 0:
             check_owner(run.paths.store, run.attempt)
             publish_weights(run.paths, run.paths.best, result.save, step)
         run.write("eval", step, step / run.plan.steps_per_epoch, metrics)
@@ -114,7 +117,7 @@ class ValidationCallback(TrainerCallback):
 
     def _report(self, metrics: dict[str, float]) -> None:
         """Report to Ray Train."""
-        if self._run.context.ray:
+        if self._run.distributed.ray:
             import ray.train
 
             ray.train.report(as_python_numbers(metrics))

@@ -85,12 +85,12 @@ def test_trl_options_that_would_change_on_the_way_are_refused(value: object) -> 
 
 
 def test_what_the_feed_decides_cannot_be_set_behind_its_back() -> None:
-    from ray_vlm.config.check_method import DECIDED_BY_FEED, NAMED_IN_JOB
+    from ray_vlm.config.check_method import DECIDED_BY_PLAN, NAMED_IN_JOB
     from ray_vlm.data.plan import Plan
     from ray_vlm.train.build import shared_options
 
     options = shared_options(JobConfig.model_validate(PLAIN), Plan(4, 2, 1, 1), has_eval=True)
-    assert set(options) - {"optim", "router_aux_loss_coef"} <= {*DECIDED_BY_FEED, *NAMED_IN_JOB}
+    assert set(options) - {"optim", "router_aux_loss_coef"} <= {*DECIDED_BY_PLAN, *NAMED_IN_JOB}
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_pictures_of_one_and_of_many(tmp_path: Path) -> None:
     assert plot_runs(runs, run_titles(runs)).startswith(b"\x89PNG")
     one = plot_runs(runs[:1], run_titles(runs[:1]), ["loss", "f1_50"], "svg")
     assert one == plot_runs(runs[:1], run_titles(runs[:1]), ["loss", "f1_50"], "svg"), "the same run, the same file"
-    with pytest.raises(ConfigError, match=r"--metric nonsense: no run has it. There are: .*loss"):
+    with pytest.raises(ConfigError, match=r"--metric nonsense: no run has it. Lines of .* have: .*loss"):
         plot_runs(runs, run_titles(runs), ["nonsense"])
     assert main(["runs", "plot", runs[0].address, "--output", str(tmp_path / "x.gif")]) == 2
 

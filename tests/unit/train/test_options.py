@@ -2,7 +2,7 @@
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
-from ray_vlm.train.build import shared_options
+from ray_vlm.train.build import build_rewards, shared_options
 
 
 def test_the_schedule_that_made_detection_stable() -> None:
@@ -32,3 +32,16 @@ def test_the_schedule_that_made_detection_stable() -> None:
     assert abs(rates[-1] - 1e-6) < 1e-12
     after = rates[options["warmup_steps"] :]
     assert after == sorted(after, reverse=True)
+
+
+def test_the_trainer_rewards_attributes_by_name_as_the_check_before_does() -> None:
+    """The names of attributes come from the rows: with `object=cup` there is a part `object`."""
+    method = {"name": "grpo", "rewards": {"object": 1.0, "condition": 0.5}, "num_generations": 2}
+    data = {"train": {"path": "a.csv", "format": "image_csv"}}
+    train = {"global_batch_size": 2, "micro_batch_size": 2}
+    job = JobConfig.model_validate(
+        {"method": method, "task": "classification", "model": {"name": "x"}, "data": data, "train": train}
+    )
+    rewards = build_rewards(job, ["object=cup", "object=fork", "condition=worn"])
+    assert rewards is not None
+    assert rewards.weights == {"object": 1.0, "condition": 0.5}

@@ -47,7 +47,7 @@ def test_grpo_plans_prompts_and_all_prompts_of_a_worker_at_once() -> None:
 def test_fewer_workers_keep_the_rows_of_each_step() -> None:
     sections = {"train": {"global_batch_size": 8, "micro_batch_size": 2}, "cluster": {"num_workers": [1, 2]}}
     job = _job(**sections)
-    spec = WorkerSpec({}, "run", spec=None, plan=Plan(32, 8, 2, 2, seed=3), train=(), eval=None)  # type: ignore[arg-type]
+    spec = WorkerSpec({}, "run", sample_spec=None, plan=Plan(32, 8, 2, 2, seed=3), train=(), eval=None)  # type: ignore[arg-type]
     settled_job, settled = settle_workers(job, spec, 1)
     assert settled_job.cluster.num_workers == 1
     rows = [
