@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from ray_vlm.config.check_method import METHOD_RULES, Broken, Rule, check_method, check_trl, known_metrics
 from ray_vlm.config.data import Data, Source
+from ray_vlm.config.method import DpoMethod
 from ray_vlm.config.resume import touches
 from ray_vlm.config.schema import Evaluate, JobConfig, Task, Tune
 
@@ -349,7 +350,7 @@ RULES: list[Rule] = [
         "lora.target without vision, train.gradient_checkpointing=false, or zero2.",
     ),
     (
-        lambda j: j.cluster.zero_stage == 3 and j.method.precompute_ref_log_probs,
+        lambda j: j.cluster.zero_stage == 3 and isinstance(j.method, DpoMethod) and j.method.precompute_ref_log_probs,
         ("cluster.deepspeed", "method.precompute_ref_log_probs"),
         "the reference runs before the weights are partitioned. Use zero2, or leave precompute_ref_log_probs out.",
     ),

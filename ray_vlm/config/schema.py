@@ -4,23 +4,15 @@ It imports neither torch nor ray nor transformers. Sections are frozen and refus
 are in `check.py`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data
-from ray_vlm.config.method import Method
-from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.method import Method, SftMethod
+from ray_vlm.config.section import Largest, Section, read_variant
 from ray_vlm.config.train import Part, Train
-
-
-def _with_reward(job: dict[str, Any]) -> dict[str, Any]:
-    """Set the default metric of GRPO, the reward: its loss does not measure progress."""
-    method, evaluate = job.get("method"), job.get("evaluate", {})
-    if isinstance(method, dict) and method.get("name") == "grpo" and isinstance(evaluate, dict):
-        return job | {"evaluate": {"metric": "reward"} | evaluate}
-    return job
 
 
 class Task(Section):
@@ -266,8 +258,8 @@ class Run(Section):
 class JobConfig(Section):
     """A complete job. Read it with `ray_vlm.config.load.load_job`."""
 
-    method: Method = Field(default_factory=Method, description="The training method.")
-    task: Task = Field(default_factory=Task, description="The task of the model.")
+    method: Method = Field(default_factory=SftMethod, description="The training method.")
+    task: Annotated[Task, read_variant(Task)] = Field(default_factory=Task, description="The task of the model.")
     model: Model = Field(description="The base model and the adapter to start from.")
     lora: Lora | None = Field(default_factory=Lora, description="The LoRA adapter. null: all weights are trained.")
     data: Data = Field(description="The rows for training, validation and testing.")
@@ -287,9 +279,11 @@ class JobConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_names(cls, value: object) -> object:
-        """Expand `method: sft` to `method: {name: sft}`."""
+    def _set_metric(cls, value: object) -> object:
+        """Set the default metric of GRPO, the reward: its loss does not measure progress."""
         if not isinstance(value, dict):
             return value
-        names = {k: v for k, v in value.items() if k in ("method", "task") and isinstance(v, str)}
-        return _with_reward(value | {key: {"name": name} for key, name in names.items()})
+        method, evaluate = value.get("method"), value.get("evaluate", {})
+        name = method.get("name") if isinstance(method, dict) else method
+        is_sampled = name == "grpo" and isinstance(evaluate, dict)
+        return value | {"evaluate": {"metric": "reward"} | evaluate} if is_sampled else value

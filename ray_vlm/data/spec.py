@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from ray_vlm.config.method import SftMethod
 from ray_vlm.config.schema import JobConfig, Model, Task
 
 IGNORED = -100  # the label of a token that is not trained, as torch's cross-entropy has it
@@ -48,7 +49,7 @@ def sample_spec(job: JobConfig, labels: Sequence[str] = ()) -> SampleSpec:
         labels=tuple(job.task.labels or labels),
         min_pixels=data.min_pixels,
         max_pixels=data.max_pixels,
-        loss_on=job.method.loss_on,
+        loss_on=job.method.loss_on if isinstance(job.method, SftMethod) else "answer",
         resize=data.resize,
         pad_color=data.pad_color,
         pad_place=data.pad_place,

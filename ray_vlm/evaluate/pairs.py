@@ -20,6 +20,7 @@ import numpy as np
 
 from ray_vlm.config.check_method import known_formats
 from ray_vlm.config.data import Data
+from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.config.schema import JobConfig, Pairs
 from ray_vlm.data.index import Index
 from ray_vlm.data.preprocessing import ABOUT, describe_preprocessing, read_preprocessing
@@ -81,7 +82,7 @@ def make_pairs(
     index: Index = getattr(parts, part)
     names, root = name_images(index.records)
     builder = load_sample_builder(parts.spec)
-    rewards = load_scoring(job.task.name, job.pairs, job.method.box_quality, parts.spec.labels)
+    rewards = load_scoring(job.task.name, job.pairs, _box_quality(job.method), parts.spec.labels)
     for note in (*parts.notes, *check_rewards(rewards)):
         say(f"note: {note}")
     if index.bad:
@@ -136,6 +137,11 @@ def load_scoring(task: str, options: Pairs, box_quality: str, labels: Sequence[s
         raise ConfigError([text.replace("method.rewards", "pairs.rewards") for text in error.problems]) from None
 
 
+def _box_quality(method: Method) -> str:
+    """Return the overlap that scores a box: that of a GRPO job's rewards, and of other jobs the IoU."""
+    return method.box_quality if isinstance(method, GrpoMethod) else "iou"
+
+
 def plan_prompts(num_records: int, batch_size: int, num_samples: int) -> tuple[tuple[int, ...], ...]:
     """Return the positions of the records of each batch, which has `batch_size` answers, `num_samples` a record."""
     size = max(1, batch_size // num_samples)
@@ -157,7 +163,7 @@ def _sample_batch(
     sampling = _build_sampling(job.pairs, job.evaluate.max_new_tokens)
     groups = sample_groups(worker.model, rows, builder, sampling, [(job.seed, i) for i in positions], worker.device)
     texts = [[builder.text(answer.ids) for answer in group] for group in groups]
-    rewards = load_scoring(job.task.name, job.pairs, job.method.box_quality, builder.spec.labels)
+    rewards = load_scoring(job.task.name, job.pairs, _box_quality(job.method), builder.spec.labels)
     scores = iter(_score(rewards, builder, records, texts, groups))
     return [
         [astuple(ScoredAnswer(text, next(scores), a.finished)) for text, a in zip(group_texts, group, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from ray_vlm.config.data import Source
-from ray_vlm.config.method import Method
+from ray_vlm.config.method import DpoMethod, GrpoMethod, Method
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
 from ray_vlm.data.records import Record
@@ -43,7 +43,7 @@ def load_base(job: JobConfig, builder: SampleBuilder, context: DistributedContex
 
 def build_rewards(task: str, method: Method, source: Source | None) -> Rewards | None:
     """Return the rewards of GRPO, None for other methods. `task`: its name; `source`: the training rows."""
-    return job_rewards(task, method, source) if method.name == "grpo" else None
+    return job_rewards(task, method, source) if isinstance(method, GrpoMethod) else None
 
 
 def build_args(job: JobConfig, spec: WorkerSpec, eval_on_start: bool = False) -> TrainingArguments:
@@ -113,7 +113,7 @@ def build_inputs(
 
     steps, train = args.gradient_accumulation_steps, job.train
     dropout = job.lora.dropout if job.lora is not None else 0.0
-    vllm = job.method.name == "grpo" and job.method.rollouts == "vllm"
+    vllm = isinstance(job.method, GrpoMethod) and job.method.rollouts == "vllm"
     engine = EngineSettings(job.model, job.train.precision, job.seed)
     return TrainerInputs(
         method=job.method,
@@ -154,7 +154,7 @@ def build_reference(
         if monitor is not None:
             monitor.note(0, text)
 
-    if not job.method.precompute_ref_log_probs:
+    if not isinstance(job.method, DpoMethod) or not job.method.precompute_ref_log_probs:
         return None
     source = ReferenceSource(job.model, job.train.precision, base, rows, job.method.trl.get("ld_alpha"))
     store = Store(join(job.run.output_dir, ".reference"))
