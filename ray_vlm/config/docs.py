@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from ray_vlm.config.check import RULES, check_job
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.section import sections_of
 from ray_vlm.models.families import FAMILIES
 
 _HEAD = """# Job files
@@ -38,7 +39,7 @@ def write_reference() -> str:
     """Return the page as Markdown."""
     sections = [_HEAD]
     for name, field in JobConfig.model_fields.items():
-        models = _sections(field.annotation)
+        models = sections_of(field.annotation)
         default = " Optional; `null` turns it off." if name == "lora" else ""
         sections.append(f"\n## {name}\n\n{field.description}{default}")
         if not models:
@@ -52,11 +53,6 @@ def write_reference() -> str:
             sections.append(_table([(f"data.*.{key}", value) for key, value in Source.model_fields.items()]))
     sections += ["\n## What goes together\n\nAs `ray-vlm config --compatibility` prints it.\n"]
     return "\n".join([*sections, "```", *describe_compatibility(), "```"])
-
-
-def _sections(annotation: object) -> list[type[BaseModel]]:
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 
 
 def _table(rows: list[tuple[str, FieldInfo]]) -> str:

@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from ray_vlm.config.check import check_job
 from ray_vlm.config.paths import resolve_paths
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.config.section import without_variant
+from ray_vlm.config.section import sections_of, without_variant
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.keys import describe_no_section, split_setting
 
@@ -264,8 +264,7 @@ def _sections_at(path: tuple) -> list[type[BaseModel]]:
             sections = [section for section in sections if section.model_fields["name"].default == part]
             continue
         field = sections[0].model_fields.get(part) if sections else None
-        options = (field.annotation, *get_args(field.annotation)) if field else ()
-        sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        sections = sections_of(field.annotation) if field else []
     return sections
 
 

@@ -11,57 +11,9 @@ from pydantic import Field, model_validator
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data
 from ray_vlm.config.method import Method, SftMethod
-from ray_vlm.config.section import Largest, Section, read_variant
+from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.task import DetectionTask, Task
 from ray_vlm.config.train import Part, Train
-
-
-class Task(Section):
-    """The task of the model."""
-
-    name: Literal["detection", "classification", "gui_steps", "chat"] = Field(
-        "detection", description="The task of the model."
-    )
-    prompt: str | None = Field(
-        None,
-        min_length=1,
-        description="The question. `{labels}` is replaced by the class names; tasks have further placeholders. null: "
-        "the task's own prompt.",
-    )
-    system: str | None = Field(None, min_length=1, description="System message before the question. null: none.")
-    labels: tuple[str, ...] | None = Field(
-        None,
-        min_length=1,
-        strict=False,  # a YAML list becomes a tuple, which can be hashed
-        description="Class names in the order of the question; classification: `attribute=value`. null: those in the "
-        "training data.",
-    )
-    codec: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] | None = Field(
-        None, description="Model family whose format of boxes and points is used. null: the model's own."
-    )
-    position: bool = Field(
-        False,
-        description="Classification: state the position of the row's box in the question, as its centre and its "
-        "region.",
-    )
-    regions: tuple[Annotated[tuple[str, ...], Field(strict=False, min_length=1)], ...] = Field(
-        (
-            ("upper left", "upper centre", "upper right"),
-            ("middle left", "centre", "middle right"),
-            ("lower left", "lower centre", "lower right"),
-        ),
-        min_length=1,
-        strict=False,
-        description="Names for the regions of an image: a list of rows from the top, each from left to right.",
-    )
-    class_regions: bool = Field(
-        False, description="Classification: state the usual region of each class in the training data in the question."
-    )
-    short_memory: int = Field(
-        3, ge=0, le=Largest, description="GUI steps: how many of the last steps the question has in full."
-    )
-    long_memory_tokens: int = Field(
-        256, ge=0, le=Largest, description="GUI steps: most tokens of the steps before those; the oldest are cut first."
-    )
 
 
 class Model(Section):
@@ -258,8 +210,8 @@ class Run(Section):
 class JobConfig(Section):
     """A complete job. Read it with `ray_vlm.config.load.load_job`."""
 
-    method: Method = Field(default_factory=SftMethod, description="The training method.")
-    task: Annotated[Task, read_variant(Task)] = Field(default_factory=Task, description="The task of the model.")
+    method: Method = Field(default_factory=SftMethod, description="The training method, by default `sft`.")
+    task: Task = Field(default_factory=DetectionTask, description="The task of the model, by default `detection`.")
     model: Model = Field(description="The base model and the adapter to start from.")
     lora: Lora | None = Field(default_factory=Lora, description="The LoRA adapter. null: all weights are trained.")
     data: Data = Field(description="The rows for training, validation and testing.")

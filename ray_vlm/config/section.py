@@ -1,6 +1,6 @@
 """The base class of all sections of a job, and sections whose settings depend on their `name`."""
 
-from typing import Any
+from typing import get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -20,24 +20,26 @@ def read_variant(*variants: type[Section]) -> BeforeValidator:
     The name alone is a section, and a section without a name is the first variant. Settings of other variants are
     dropped if they have their default: earlier versions wrote every setting into `resolved.json`.
     """
-    by_name = {variant.model_fields["name"].default: variant for variant in variants}
-    defaults = {key: field.default for variant in variants for key, field in variant.model_fields.items()}
+    by_name = {variant.model_fields["name"].default: variant.model_fields for variant in variants}
+    defaults = {key: field.default for fields in by_name.values() for key, field in fields.items()}
 
-    def read(value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
+    def read(value: object) -> object:
+        value = {"name": value} if isinstance(value, str) else value
         if not isinstance(value, dict):
             return value
         value = {"name": next(iter(by_name)), **value}
-        known = by_name.get(value["name"]) if isinstance(value["name"], str) else None
-        if known is None:
-            return value
-        own = known.model_fields
+        own = by_name.get(str(value["name"]), defaults)  # of an unknown variant all, since pydantic will refuse it
         return {k: v for k, v in value.items() if k in own or k not in defaults or v != defaults[k]}
 
     return BeforeValidator(read)
 
 
+def sections_of(annotation: object) -> list[type[BaseModel]]:
+    """Return the sections that a field may hold: one, all variants of a union, or none where it holds a value."""
+    options = (annotation, *get_args(annotation))
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
 def without_variant(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """Return a location of a pydantic error as the keys of the file: a union puts the variant's name behind them."""
-    return location[:1] + location[2:] if location[:1] in (("method",),) else location
+    return location[:1] + location[2:] if location[:1] in (("method",), ("task",)) else location

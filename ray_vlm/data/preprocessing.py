@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from ray_vlm.config.schema import JobConfig, Task
-from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.section import Largest, Section, without_variant
+from ray_vlm.config.task import Task
 from ray_vlm.config.train import Precision
 from ray_vlm.data.files import read_bytes
 from ray_vlm.data.samples import SampleBuilder
@@ -133,7 +134,7 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+    return f"{'.'.join(map(str, without_variant(first['loc']))) or 'all of it'}: {first['msg']}"
 
 
 def changed_since(path: str, builder: SampleBuilder) -> list[str]:

@@ -82,7 +82,7 @@ def make_pairs(
     index: Index = getattr(parts, part)
     names, root = name_images(index.records)
     builder = load_sample_builder(parts.spec)
-    rewards = load_scoring(job.task.name, job.pairs, _box_quality(job.method), parts.spec.labels)
+    rewards = load_scoring(job.task.name, job.pairs, job.method, parts.spec.labels)
     for note in (*parts.notes, *check_rewards(rewards)):
         say(f"note: {note}")
     if index.bad:
@@ -129,17 +129,14 @@ def check_rows(data: Data, part: str, task: str, formats: Sequence[str]) -> None
         raise ConfigError(problems)
 
 
-def load_scoring(task: str, options: Pairs, box_quality: str, labels: Sequence[str]) -> Rewards:
-    """Load the rewards that score the answers. Raise `ConfigError` for one that does not apply."""
+def load_scoring(task: str, options: Pairs, method: Method, labels: Sequence[str]) -> Rewards:
+    """Load the rewards that score the answers, boxes as a GRPO job does. Raise `ConfigError` for one that does not
+    apply."""
+    box_quality = method.box_quality if isinstance(method, GrpoMethod) else "iou"
     try:
         return load_rewards(task, options.rewards, box_quality, labels=labels)
     except ConfigError as error:
         raise ConfigError([text.replace("method.rewards", "pairs.rewards") for text in error.problems]) from None
-
-
-def _box_quality(method: Method) -> str:
-    """Return the overlap that scores a box: that of a GRPO job's rewards, and of other jobs the IoU."""
-    return method.box_quality if isinstance(method, GrpoMethod) else "iou"
 
 
 def plan_prompts(num_records: int, batch_size: int, num_samples: int) -> tuple[tuple[int, ...], ...]:
@@ -163,7 +160,7 @@ def _sample_batch(
     sampling = _build_sampling(job.pairs, job.evaluate.max_new_tokens)
     groups = sample_groups(worker.model, rows, builder, sampling, [(job.seed, i) for i in positions], worker.device)
     texts = [[builder.text(answer.ids) for answer in group] for group in groups]
-    rewards = load_scoring(job.task.name, job.pairs, _box_quality(job.method), builder.spec.labels)
+    rewards = load_scoring(job.task.name, job.pairs, job.method, builder.spec.labels)
     scores = iter(_score(rewards, builder, records, texts, groups))
     return [
         [astuple(ScoredAnswer(text, next(scores), a.finished)) for text, a in zip(group_texts, group, strict=True)]
