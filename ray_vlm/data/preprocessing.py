@@ -5,12 +5,12 @@ were read differently when a checkpoint was written.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.section import Largest, Section, without_variant
@@ -90,6 +90,15 @@ def describe_preprocessing(builder: SampleBuilder, asking: Asking | None = None)
         "split": spec.split,
         "images": asdict(builder.image_spec),
     } | ({"asking": asking.model_dump()} if asking is not None else {})
+
+
+def own_settings(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part of `describe_preprocessing` without settings of other tasks, which earlier versions wrote."""
+    try:
+        task: Task = TypeAdapter(Task).validate_python(described["task"])
+    except (KeyError, ValidationError):
+        return dict(described)
+    return {**described, "task": task.model_dump(mode="json")}
 
 
 def read_saved(folder: str) -> Saved | None:
