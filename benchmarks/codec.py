@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import figure, report
-from ray_vlm.config.schema import Task
+from ray_vlm.config.task import DetectionTask
 from ray_vlm.data.images import ImageSpec, decode, resize
 from ray_vlm.data.records import Box, SftRecord
 from ray_vlm.evaluate.average_precision import coco_map
@@ -73,7 +73,7 @@ def random_cases(spec: ImageSpec, codec: str, count: int) -> Iterator[tuple[Fram
 def round_trip(frame: Frame, box: Box) -> Box | None:
     """Return a box after record -> text -> parse, or None if it is lost or the text lacks the promised form."""
     record = SftRecord("a", 0, ("a.jpg",), (frame.original,), {"boxes": (box,), "labels": (LABELS[0],)})
-    text = detection.answer(record, [frame], PromptContext(Task(), LABELS)).text
+    text = detection.answer(record, [frame], PromptContext(DetectionTask(), LABELS)).text
     parsed = detection.parse(text, [frame])
     whole = parsed.ok and not parsed.repairs and parsed.values["labels"] == LABELS[:1]
     return parsed.values["boxes"][0] if whole else None

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.figures import figure, report
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PromptRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
@@ -37,8 +38,8 @@ WARM_UP = 2
 
 def make_prompt(model: Model) -> tuple[SampleBuilder, Sample]:
     """Build a question about a picture of noise that gives 16 x 16 tokens."""
-    side = load_sample_builder(SampleSpec(model, Task(name="chat"), ())).image_spec.factor * IMAGE_TOKENS_A_SIDE
-    builder = load_sample_builder(SampleSpec(model, Task(name="chat"), (), max_pixels=side * side, kind="prompt"))
+    side = load_sample_builder(SampleSpec(model, ChatTask(), ())).image_spec.factor * IMAGE_TOKENS_A_SIDE
+    builder = load_sample_builder(SampleSpec(model, ChatTask(), (), max_pixels=side * side, kind="prompt"))
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     Image.fromarray(pixels).save(file, "PNG")

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import figure, report
-from ray_vlm.config.schema import Lora, Model, Task
+from ray_vlm.config.schema import Lora, Model
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
@@ -57,7 +58,7 @@ def compare(folder: Path, family: str, rounds: int) -> list[dict[str, Any]]:
     import torch
 
     write_untrained(folder, family)
-    builder = load_sample_builder(SampleSpec(Model(name=str(folder), load_in_4bit=False), Task(name="chat"), ()))
+    builder = load_sample_builder(SampleSpec(Model(name=str(folder), load_in_4bit=False), ChatTask(), ()))
     rng = np.random.default_rng(0)
     side = builder.image_spec.place((SIDE, SIDE)).resized[0]
     image = rng.integers(0, 255, (side, side, 3), np.uint8)

@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -232,9 +233,11 @@ def _compute(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    from ray_vlm.config.load import fill_defaults
     from ray_vlm.runs.compare import compare_runs, describe_comparison, join_titles
 
-    runs = _read_all(args.runs)
+    # Earlier versions wrote fewer settings, or those of all methods: neither is a difference between runs.
+    runs = [replace(run, job=fill_defaults(dict(run.job))) for run in _read_all(args.runs)]
     comparison = compare_runs(runs)
     print(describe_comparison(comparison))
     if args.html is not None:

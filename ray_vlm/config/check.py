@@ -8,18 +8,10 @@ from collections.abc import Collection
 
 from ray_vlm.config.check_method import METHOD_RULES, Broken, Rule, check_method, check_trl, known_metrics
 from ray_vlm.config.data import Data, Source
+from ray_vlm.config.method import DpoMethod
 from ray_vlm.config.resume import touches
-from ray_vlm.config.schema import Evaluate, JobConfig, Task, Tune
-
-# Options that only some tasks read; for others they would have no effect.
-_OF_TASKS = {
-    "prompt": ("detection", "classification", "gui_steps"),
-    "labels": ("detection", "classification"),
-    "position": ("classification",),
-    "class_regions": ("classification",),
-    "short_memory": ("gui_steps",),
-    "long_memory_tokens": ("gui_steps",),
-}
+from ray_vlm.config.schema import Evaluate, JobConfig, Tune
+from ray_vlm.config.task import labels_of
 
 _SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
 
@@ -118,7 +110,7 @@ RULES: list[Rule] = [
         "pad_color and pad_place need `resize: pad`. Set that, or remove them.",
     ),
     (
-        lambda j: j.task.name == "classification" and any("=" not in label for label in j.task.labels or ()),
+        lambda j: j.task.name == "classification" and any("=" not in label for label in labels_of(j.task)),
         ("task.labels", "task"),
         "classification writes labels as attribute=value, such as condition=blocked. Correct them, or leave them out.",
     ),
@@ -164,7 +156,7 @@ RULES: list[Rule] = [
         "train.vision_cache out, or train only the language model.",
     ),
     (
-        lambda j: j.task.labels is not None and (len(set(j.task.labels)) < len(j.task.labels) or "" in j.task.labels),
+        lambda j: "" in labels_of(j.task) or len(set(labels_of(j.task))) < len(labels_of(j.task)),
         ("task.labels",),
         "a name is empty or listed twice. Name each class once.",
     ),
@@ -349,7 +341,7 @@ RULES: list[Rule] = [
         "lora.target without vision, train.gradient_checkpointing=false, or zero2.",
     ),
     (
-        lambda j: j.cluster.zero_stage == 3 and j.method.precompute_ref_log_probs,
+        lambda j: j.cluster.zero_stage == 3 and isinstance(j.method, DpoMethod) and j.method.precompute_ref_log_probs,
         ("cluster.deepspeed", "method.precompute_ref_log_probs"),
         "the reference runs before the weights are partitioned. Use zero2, or leave precompute_ref_log_probs out.",
     ),
@@ -387,7 +379,7 @@ def check_job(job: JobConfig, unread: Collection[str] = ()) -> list[tuple[str, s
     ]
     sections = [*check_method(job), *_check_tune(job.tune, known)]
     broken += [(key, text) for key, text in sections if not any(touches(key, other) for other in unread)]
-    return broken + list(_check_task(job.task)) + list(check_trl(job.method))
+    return broken + list(check_trl(job.method))
 
 
 def _metrics_of(job: JobConfig) -> tuple[str, ...]:
@@ -413,9 +405,3 @@ def _check_tune(tune: Tune, known: tuple[str, ...]) -> Broken:
             "tune.metric",
             f"this method and task do not produce {', '.join(wrong)}. Use one of: {', '.join(known)}.",
         )
-
-
-def _check_task(task: Task) -> Broken:
-    for key, tasks in _OF_TASKS.items():
-        if task.name not in tasks and getattr(task, key) != type(task).model_fields[key].default:
-            yield f"task.{key}", f"{task.name} does not use it; {' and '.join(tasks)} do. Remove it."

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.method import METHOD_METRICS, OF_METHODS, Method
+from ray_vlm.config.method import METHOD_METRICS, DpoMethod, GrpoMethod, Method, SftMethod
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.train import Train
 
@@ -35,6 +35,14 @@ FORMAT_TASKS = {
 }
 
 
+def _has_reference(method: Method) -> bool:
+    return isinstance(method, DpoMethod) or (isinstance(method, GrpoMethod) and bool(method.beta))
+
+
+def _samples_by_vllm(method: Method) -> bool:
+    return isinstance(method, GrpoMethod) and method.rollouts == "vllm"
+
+
 METHOD_RULES: list[Rule] = [
     (
         lambda j: j.train.tokens_per_micro_batch is not None and j.method.name != "sft",
@@ -47,17 +55,17 @@ METHOD_RULES: list[Rule] = [
         "both set the size of a micro-batch. Leave one of them out.",
     ),
     (
-        lambda j: j.lora is None and (j.method.name == "dpo" or (j.method.name == "grpo" and bool(j.method.beta))),
+        lambda j: j.lora is None and _has_reference(j.method),
         ("lora", "method"),
         "the reference is the model with its adapter off, so this method needs an adapter. Keep `lora`.",
     ),
     (
-        lambda j: j.method.rollouts == "vllm" and (j.lora is None or j.lora.target != ["language"]),
+        lambda j: _samples_by_vllm(j.method) and (j.lora is None or j.lora.target != ["language"]),
         ("method.rollouts", "lora.target"),
         "vllm supports adapters on the language model only. Use lora.target=[language].",
     ),
     (
-        lambda j: j.method.rollouts == "vllm" and not j.cluster.gpus_per_worker,
+        lambda j: _samples_by_vllm(j.method) and not j.cluster.gpus_per_worker,
         ("method.rollouts", "cluster.gpus_per_worker"),
         "vllm needs a GPU. Set cluster.gpus_per_worker=1, or use transformers rollouts.",
     ),
@@ -70,7 +78,7 @@ def known_metrics(method: Method, task: str, held_out: Source | None) -> tuple[s
     `held_out`: the source of `data.eval`.
     """
     metrics = METHOD_METRICS[method.name]
-    if not method.num_generations_eval:
+    if isinstance(method, GrpoMethod) and not method.num_generations_eval:
         metrics = tuple(name for name in metrics if name != "sampled_reward")
     measured = method.name != "dpo" and not (held_out is not None and held_out.format == "prompt")
     return (*metrics, *TASK_METRICS[task]) if measured else metrics
@@ -88,12 +96,9 @@ def known_formats(method: str, task: str, part: str) -> tuple[str, ...]:
 def check_method(job: JobConfig) -> Broken:
     """Yield every rule of the method that the job breaks."""
     method = job.method
-    for key, methods in OF_METHODS.items():
-        if method.name not in methods and getattr(method, key) != type(method).model_fields[key].default:
-            yield f"method.{key}", f"{method.name} does not use it; {' and '.join(methods)} do. Remove it."
     yield from _check_formats(job.data, method.name, job.task.name)
     yield from _check_weights(job.data, method)
-    if method.name != "sft":
+    if not isinstance(method, SftMethod):
         yield from _check_even(method, job.train, job.cluster)
 
 
@@ -129,12 +134,12 @@ def _check_weights(data: Data, method: Method) -> Broken:
         yield "data.oversample", f"rows of {', '.join(sorted(made))} have no classes. Remove it, or weight the sources."
 
 
-def _check_even(method: Method, train: Train, cluster: Cluster) -> Broken:
+def _check_even(method: DpoMethod | GrpoMethod, train: Train, cluster: Cluster) -> Broken:
     """Check that pairs, or groups of answers, divide evenly among the workers: TRL's means over workers assume it.
 
     A group is never split between workers. `train.global_batch_size` counts the answers of all groups.
     """
-    group = method.num_generations if method.name == "grpo" else 1
+    group = method.num_generations if isinstance(method, GrpoMethod) else 1
     batch, micro = train.global_batch_size, train.micro_batch_size
     what = "sampled answers" if group > 1 else "pairs"
     if batch % group:

@@ -15,7 +15,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ray_vlm.config.check import RULES, check_job
+from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.section import sections_of
 from ray_vlm.models.families import FAMILIES
 
 _HEAD = """# Job files
@@ -37,25 +39,20 @@ def write_reference() -> str:
     """Return the page as Markdown."""
     sections = [_HEAD]
     for name, field in JobConfig.model_fields.items():
-        model = _section(field.annotation)
+        models = sections_of(field.annotation)
         default = " Optional; `null` turns it off." if name == "lora" else ""
-        sections.append(f"\n## {name}\n\n{field.description}{default}\n")
-        if model is None:
-            sections.append(_table([(name, field)]))
-        else:
-            sections.append(_table([(f"{name}.{key}", value) for key, value in model.model_fields.items()]))
-            if name == "data":
-                source = _section(model.model_fields["train"].annotation)
-                assert source is not None
-                sections.append("\nEach of `data.train`, `data.eval`, `data.test` and the entries of `data.mix` has:\n")
-                sections.append(_table([(f"data.*.{key}", value) for key, value in source.model_fields.items()]))
+        sections.append(f"\n## {name}\n\n{field.description}{default}")
+        if not models:
+            sections.append("\n" + _table([(name, field)]))
+        for model in models:
+            if len(models) > 1:
+                sections.append(f"\n### {name}: {model.model_fields['name'].default}")
+            sections.append("\n" + _table([(f"{name}.{key}", value) for key, value in model.model_fields.items()]))
+        if name == "data":
+            sections.append("\nEach of `data.train`, `data.eval`, `data.test` and the entries of `data.mix` has:\n")
+            sections.append(_table([(f"data.*.{key}", value) for key, value in Source.model_fields.items()]))
     sections += ["\n## What goes together\n\nAs `ray-vlm config --compatibility` prints it.\n"]
     return "\n".join([*sections, "```", *describe_compatibility(), "```"])
-
-
-def _section(annotation: object) -> type[BaseModel] | None:
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
 def _table(rows: list[tuple[str, FieldInfo]]) -> str:

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from ray_vlm.config.check import check_job
 from ray_vlm.config.paths import resolve_paths
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.section import sections_of, without_variant
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.keys import describe_no_section, split_setting
 
@@ -56,7 +57,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     job, errors = _validate(values)
     problems += [_explain(e, locations, str(path)) for e in errors]
     if job is not None:
-        unread = {".".join(str(part) for part in e["loc"] if isinstance(part, str)) for e in errors}
+        unread = {".".join(part for part in without_variant(e["loc"]) if isinstance(part, str)) for e in errors}
         broken = check_job(job, unread)
         problems += [
             f"{_describe_location(locations, tuple(key.split('.')), str(path))}: {text}" for key, text in broken
@@ -78,7 +79,7 @@ def _validate(values: dict) -> tuple[JobConfig | None, list[ErrorDetails]]:
         errors = error.errors()
     pruned = copy.deepcopy(values)
     for e in errors:
-        _prune(pruned, e["loc"])
+        _prune(pruned, without_variant(e["loc"]))
     try:
         return JobConfig.model_validate(pruned), errors
     except ValidationError:
@@ -226,12 +227,13 @@ def _describe_location(locations: SourceLocations, path: tuple, name: str) -> st
 
 def _explain(error: ErrorDetails, locations: SourceLocations, name: str) -> str:
     """Format one pydantic error as location, value, reason and fix."""
-    path = tuple(error["loc"])
-    where, value, kind = _describe_location(locations, path, name), error.get("input"), error["type"]
+    path, kind, value = error["loc"], error["type"], error["input"]
+    if kind == "union_tag_invalid":
+        where = _describe_location(locations, (*path, "name"), name)
+        return f"{where} is {_short(value['name'])}, but should be one of {error['ctx']['expected_tags']}."
+    where = _describe_location(locations, without_variant(path), name)
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), _keys_at(path[:-1]), n=1, cutoff=0.5)
-        fix = f" Did you mean `{near[0]}`?" if near else f" Known here: {', '.join(_keys_at(path[:-1]))}."
-        return f"{where} is not a setting.{fix}"
+        return f"{where}{_explain_key(path)}"
     if kind == "missing":
         return f"{where} is missing. {_describe(path)}"
     message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ").rstrip(".")
@@ -240,24 +242,33 @@ def _explain(error: ErrorDetails, locations: SourceLocations, name: str) -> str:
     return f"{where} is {_short(value)}, but should be {message}. {_describe(path)}"
 
 
-def _model_at(path: tuple) -> type[BaseModel] | None:
-    model: Any = JobConfig
-    for part in path:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return None
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return model
+def _explain_key(path: tuple) -> str:
+    """Return why there is no such setting, and which one may be meant."""
+    key, variants = str(path[-1]), _sections_at(path[:1])
+    known = [name for section in _sections_at(path[:-1]) for name in section.model_fields]
+    users = [section.model_fields["name"].default for section in variants if key in section.model_fields]
+    if len(variants) > 1 and users:
+        return f": {path[1]} does not use it; {' and '.join(users)} {'do' if users[1:] else 'does'}. Remove it."
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    fix = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(known)}."
+    return f" is not a setting. {fix}"
 
 
-def _keys_at(path: tuple) -> list[str]:
-    model = _model_at(path)
-    return list(model.model_fields) if model else []
+def _sections_at(path: tuple) -> list[type[BaseModel]]:
+    """Return the section at a location of pydantic's, or all variants of a section whose settings depend on its name.
+
+    Behind such a section's key a location has the name of the variant."""
+    sections: list[type[BaseModel]] = [JobConfig]
+    for part in (part for part in path if isinstance(part, str)):
+        if len(sections) > 1:
+            sections = [section for section in sections if section.model_fields["name"].default == part]
+            continue
+        field = sections[0].model_fields.get(part) if sections else None
+        sections = sections_of(field.annotation) if field else []
+    return sections
 
 
 def _describe(path: tuple) -> str:
-    names = tuple(p for p in path if isinstance(p, str))
-    model = _model_at(names[:-1]) if names else None
-    field = model.model_fields.get(names[-1]) if model and names else None
-    return f"({field.description})" if field and field.description else ""
+    names = tuple(part for part in path if isinstance(part, str))
+    fields = [section.model_fields.get(names[-1]) for section in _sections_at(names[:-1])] if names else []
+    return f"({fields[0].description})" if fields and fields[0] and fields[0].description else ""

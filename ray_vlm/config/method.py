@@ -1,90 +1,110 @@
-"""The `method` section of a job: how the model is trained, and which settings belong to which method."""
+"""The `method` section of a job: how the model is trained. Each method has a section of its own."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.section import Largest, Section, read_variant
 
 
-class Method(Section):
-    """The training method."""
+class _Method(Section):
+    """What the sections of all methods have."""
 
-    name: Literal["sft", "dpo", "grpo"] = Field(
-        "sft",
-        description="The training method: `sft` imitates the answers in the data, `dpo` learns to prefer one answer to "
-        "another, `grpo` samples answers and learns from their rewards.",
-    )
-    loss_on: Literal["answer", "whole_sequence"] = Field(
-        "answer", description="SFT: the tokens that the loss includes. Padding and image tokens are never included."
-    )
-    beta: float | None = Field(
-        None,
-        ge=0,
-        description="DPO, GRPO: how strongly the model is kept close to the reference, which is the adapter that it "
-        "starts from, or the base. null: 0.1 for DPO; 0 for GRPO, which then needs no reference.",
-    )
-    loss_type: str | list[str] | None = Field(
-        None,
-        min_length=1,
-        description="DPO, GRPO: the loss, by TRL's name; for DPO also a list, weighted by `trl.loss_weights`. null: "
-        "`sigmoid` for DPO, `dapo` for GRPO.",
-    )
-    precompute_ref_log_probs: bool = Field(
-        False,
-        description="DPO: run the reference on all pairs once before training and cache its log-probabilities in "
-        "`<run.output_dir>/.reference`, for all epochs and later runs with the same rows and reference.",
-    )
-    share_prefixes: bool = Field(
-        True,
-        description="DPO, GRPO: compute the common prefix of rows in a batch, images and question, once. Exact; only "
-        "with `lora.dropout` 0.",
-    )
-    num_generations: int = Field(8, ge=2, le=Largest, description="GRPO: answers sampled for each prompt.")
-    num_generations_eval: int = Field(
-        0,
-        ge=0,
-        le=Largest,
-        description="GRPO: answers sampled for each validation row, as in training, for the metric `sampled_reward`, "
-        "which has less noise than the reward of one greedy answer. 0: none.",
-    )
-    temperature: float = Field(1.0, gt=0, description="GRPO: temperature of sampling.")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="GRPO: sample from the likeliest tokens of this total probability."
-    )
-    top_k: int = Field(0, ge=0, le=Largest, description="GRPO: sample from this many likeliest tokens. 0: all.")
-    max_completion_tokens: int = Field(256, ge=1, le=Largest, description="GRPO: most tokens of a sampled answer.")
-    rewards: dict[str, float] | None = Field(
-        None,
-        min_length=1,
-        description="GRPO: weight of each part of the reward: the task's own parts, or `module:function` for your own "
-        "function. null: the task's own parts, 1.0 each; for chat only `anls`.",
-    )
-    box_quality: Literal["iou", "giou"] = Field(
-        "iou",
-        description="GRPO: the overlap that scores a box. `giou` also ranks boxes that do not touch the true one.",
-    )
-    rollouts: Literal["transformers", "vllm"] = Field(
-        "transformers",
-        description="GRPO: the engine that samples. `vllm` needs a GPU, the package, and adapters on the language "
-        "model only; it has not been tested on hardware.",
-    )
+    name: str
     trl: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of TRL's config that have no setting here, passed on unchanged.",
     )
 
 
-# Settings that only some methods read; for others they would have no effect.
-OF_METHODS: dict[str, tuple[str, ...]] = {
-    "loss_on": ("sft",),
-    "beta": ("dpo", "grpo"),
-    "loss_type": ("dpo", "grpo"),
-    "precompute_ref_log_probs": ("dpo",),
-    "share_prefixes": ("dpo", "grpo"),
-    **dict.fromkeys(("num_generations", "temperature", "top_p", "top_k", "max_completion_tokens"), ("grpo",)),
-    **dict.fromkeys(("num_generations_eval", "rewards", "box_quality", "rollouts"), ("grpo",)),
-}
+class SftMethod(_Method):
+    """Supervised fine-tuning imitates the answers in the data."""
+
+    name: Literal["sft"] = Field("sft", description="Supervised fine-tuning: imitate the answers in the data.")
+    loss_on: Literal["answer", "whole_sequence"] = Field(
+        "answer", description="The tokens that the loss includes. Padding and image tokens are never included."
+    )
+
+
+class AlignmentMethod(_Method):
+    """What the methods have that compare answers to the same prompt."""
+
+    share_prefixes: bool = Field(
+        True,
+        description="Compute the common prefix of rows in a batch, images and question, once. Exact; only with "
+        "`lora.dropout` 0.",
+    )
+
+
+class DpoMethod(AlignmentMethod):
+    """Direct preference optimisation learns to prefer one answer to another."""
+
+    name: Literal["dpo"] = Field(
+        "dpo", description="Direct preference optimisation: learn to prefer one answer to another."
+    )
+    beta: float | None = Field(
+        None,
+        ge=0,
+        description="How strongly the model is kept close to the reference, which is the adapter that it starts from, "
+        "or the base. null: 0.1.",
+    )
+    loss_type: str | list[str] | None = Field(
+        None,
+        min_length=1,
+        description="The loss, by TRL's name, or a list of losses, weighted by `trl.loss_weights`. null: `sigmoid`.",
+    )
+    precompute_ref_log_probs: bool = Field(
+        False,
+        description="Run the reference on all pairs once before training and cache its log-probabilities in "
+        "`<run.output_dir>/.reference`, for all epochs and later runs with the same rows and reference.",
+    )
+
+
+class GrpoMethod(AlignmentMethod):
+    """Group-relative policy optimisation samples answers and learns from their rewards."""
+
+    name: Literal["grpo"] = Field(
+        "grpo", description="Group-relative policy optimisation: sample answers and learn from their rewards."
+    )
+    beta: float | None = Field(
+        None,
+        ge=0,
+        description="How strongly the model is kept close to the reference, which is the adapter that it starts from, "
+        "or the base. null: 0, which needs no reference.",
+    )
+    loss_type: str | None = Field(None, min_length=1, description="The loss, by TRL's name. null: `dapo`.")
+    num_generations: int = Field(8, ge=2, le=Largest, description="Answers sampled for each prompt.")
+    num_generations_eval: int = Field(
+        0,
+        ge=0,
+        le=Largest,
+        description="Answers sampled for each validation row, as in training, for the metric `sampled_reward`, which "
+        "has less noise than the reward of one greedy answer. 0: none.",
+    )
+    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total probability.")
+    top_k: int = Field(0, ge=0, le=Largest, description="Sample from this many likeliest tokens. 0: all.")
+    max_completion_tokens: int = Field(256, ge=1, le=Largest, description="Most tokens of a sampled answer.")
+    rewards: dict[str, float] | None = Field(
+        None,
+        min_length=1,
+        description="Weight of each part of the reward: the task's own parts, or `module:function` for your own "
+        "function. null: the task's own parts, 1.0 each; for chat only `anls`.",
+    )
+    box_quality: Literal["iou", "giou"] = Field(
+        "iou",
+        description="The overlap that scores a box. `giou` also ranks boxes that do not touch the true one.",
+    )
+    rollouts: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="The engine that samples. `vllm` needs a GPU, the package, and adapters on the language model "
+        "only; it has not been tested on hardware.",
+    )
+
+
+Method = Annotated[
+    SftMethod | DpoMethod | GrpoMethod, Field(discriminator="name"), read_variant(SftMethod, DpoMethod, GrpoMethod)
+]
 
 # Metrics of each method for `evaluate.metric`, beside those of the task.
 METHOD_METRICS: dict[str, tuple[str, ...]] = {

@@ -4,72 +4,16 @@ It imports neither torch nor ray nor transformers. Sections are frozen and refus
 are in `check.py`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data
-from ray_vlm.config.method import Method
+from ray_vlm.config.method import Method, SftMethod
 from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.task import DetectionTask, Task
 from ray_vlm.config.train import Part, Train
-
-
-def _with_reward(job: dict[str, Any]) -> dict[str, Any]:
-    """Set the default metric of GRPO, the reward: its loss does not measure progress."""
-    method, evaluate = job.get("method"), job.get("evaluate", {})
-    if isinstance(method, dict) and method.get("name") == "grpo" and isinstance(evaluate, dict):
-        return job | {"evaluate": {"metric": "reward"} | evaluate}
-    return job
-
-
-class Task(Section):
-    """The task of the model."""
-
-    name: Literal["detection", "classification", "gui_steps", "chat"] = Field(
-        "detection", description="The task of the model."
-    )
-    prompt: str | None = Field(
-        None,
-        min_length=1,
-        description="The question. `{labels}` is replaced by the class names; tasks have further placeholders. null: "
-        "the task's own prompt.",
-    )
-    system: str | None = Field(None, min_length=1, description="System message before the question. null: none.")
-    labels: tuple[str, ...] | None = Field(
-        None,
-        min_length=1,
-        strict=False,  # a YAML list becomes a tuple, which can be hashed
-        description="Class names in the order of the question; classification: `attribute=value`. null: those in the "
-        "training data.",
-    )
-    codec: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] | None = Field(
-        None, description="Model family whose format of boxes and points is used. null: the model's own."
-    )
-    position: bool = Field(
-        False,
-        description="Classification: state the position of the row's box in the question, as its centre and its "
-        "region.",
-    )
-    regions: tuple[Annotated[tuple[str, ...], Field(strict=False, min_length=1)], ...] = Field(
-        (
-            ("upper left", "upper centre", "upper right"),
-            ("middle left", "centre", "middle right"),
-            ("lower left", "lower centre", "lower right"),
-        ),
-        min_length=1,
-        strict=False,
-        description="Names for the regions of an image: a list of rows from the top, each from left to right.",
-    )
-    class_regions: bool = Field(
-        False, description="Classification: state the usual region of each class in the training data in the question."
-    )
-    short_memory: int = Field(
-        3, ge=0, le=Largest, description="GUI steps: how many of the last steps the question has in full."
-    )
-    long_memory_tokens: int = Field(
-        256, ge=0, le=Largest, description="GUI steps: most tokens of the steps before those; the oldest are cut first."
-    )
 
 
 class Model(Section):
@@ -266,8 +210,8 @@ class Run(Section):
 class JobConfig(Section):
     """A complete job. Read it with `ray_vlm.config.load.load_job`."""
 
-    method: Method = Field(default_factory=Method, description="The training method.")
-    task: Task = Field(default_factory=Task, description="The task of the model.")
+    method: Method = Field(default_factory=SftMethod, description="The training method, by default `sft`.")
+    task: Task = Field(default_factory=DetectionTask, description="The task of the model, by default `detection`.")
     model: Model = Field(description="The base model and the adapter to start from.")
     lora: Lora | None = Field(default_factory=Lora, description="The LoRA adapter. null: all weights are trained.")
     data: Data = Field(description="The rows for training, validation and testing.")
@@ -287,9 +231,11 @@ class JobConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_names(cls, value: object) -> object:
-        """Expand `method: sft` to `method: {name: sft}`."""
+    def _set_metric(cls, value: object) -> object:
+        """Set the default metric of GRPO, the reward: its loss does not measure progress."""
         if not isinstance(value, dict):
             return value
-        names = {k: v for k, v in value.items() if k in ("method", "task") and isinstance(v, str)}
-        return _with_reward(value | {key: {"name": name} for key, name in names.items()})
+        method, evaluate = value.get("method"), value.get("evaluate", {})
+        name = method.get("name") if isinstance(method, dict) else method
+        is_sampled = name == "grpo" and isinstance(evaluate, dict)
+        return value | {"evaluate": {"metric": "reward"} | evaluate} if is_sampled else value

@@ -5,15 +5,16 @@ were read differently when a checkpoint was written.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from ray_vlm.config.schema import JobConfig, Task
-from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.section import Largest, Section, without_variant
+from ray_vlm.config.task import Task
 from ray_vlm.config.train import Precision
 from ray_vlm.data.files import read_bytes
 from ray_vlm.data.samples import SampleBuilder
@@ -91,6 +92,15 @@ def describe_preprocessing(builder: SampleBuilder, asking: Asking | None = None)
     } | ({"asking": asking.model_dump()} if asking is not None else {})
 
 
+def own_settings(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part of `describe_preprocessing` without settings of other tasks, which earlier versions wrote."""
+    try:
+        task: Task = TypeAdapter(Task).validate_python(described["task"])
+    except (KeyError, ValidationError):
+        return dict(described)
+    return {**described, "task": task.model_dump(mode="json")}
+
+
 def read_saved(folder: str) -> Saved | None:
     """Read the file beside the weights in `folder`, if any. Raise `ModelError` if it cannot be read."""
     path = Path(folder) / PREPROCESSING
@@ -133,7 +143,7 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+    return f"{'.'.join(map(str, without_variant(first['loc']))) or 'all of it'}: {first['msg']}"
 
 
 def changed_since(path: str, builder: SampleBuilder) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_vlm.config.task import prompt_of
 from ray_vlm.data.images import ImageSpec, ProcessorImages, build_image_spec, decode, load_processor_images, resize
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec, Tokens
@@ -98,7 +99,7 @@ class SampleBuilder:
 
     def _check_wording(self) -> None:
         """Raise `DataError` for a prompt or a class name that the tokenizer would not read as plain text."""
-        for text in (self.spec.task.prompt or "", self.spec.task.system or "", self.spec.hints, *self.spec.labels):
+        for text in (prompt_of(self.spec.task) or "", self.spec.task.system or "", self.spec.hints, *self.spec.labels):
             reserved = self._reserved(text) or (IMAGE if IMAGE in text else None)
             if reserved or (not text.isprintable() and not text.replace("\n", "").isprintable()):
                 what = f"it holds {reserved!r}" if reserved else "it holds characters that cannot be written"

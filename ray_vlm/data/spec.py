@@ -6,7 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from ray_vlm.config.schema import JobConfig, Model, Task
+from ray_vlm.config.method import SftMethod
+from ray_vlm.config.schema import JobConfig, Model
+from ray_vlm.config.task import Task, labels_of
 
 IGNORED = -100  # the label of a token that is not trained, as torch's cross-entropy has it
 KINDS: dict[str, Literal["answer", "pair", "prompt"]] = {"sft": "answer", "dpo": "pair", "grpo": "prompt"}
@@ -36,7 +38,7 @@ class SampleSpec:
 
     def with_labels(self, labels: Iterable[str]) -> "SampleSpec":
         """Return the spec with the class names of the data, each once; `task.labels` overrides them."""
-        return replace(self, labels=tuple(self.task.labels or dict.fromkeys(labels)))
+        return replace(self, labels=labels_of(self.task) or tuple(dict.fromkeys(labels)))
 
 
 def sample_spec(job: JobConfig, labels: Sequence[str] = ()) -> SampleSpec:
@@ -45,10 +47,10 @@ def sample_spec(job: JobConfig, labels: Sequence[str] = ()) -> SampleSpec:
     return SampleSpec(
         model=job.model,
         task=job.task,
-        labels=tuple(job.task.labels or labels),
+        labels=labels_of(job.task) or tuple(labels),
         min_pixels=data.min_pixels,
         max_pixels=data.max_pixels,
-        loss_on=job.method.loss_on,
+        loss_on=job.method.loss_on if isinstance(job.method, SftMethod) else "answer",
         resize=data.resize,
         pad_color=data.pad_color,
         pad_place=data.pad_place,

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import JobConfig, Task
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.task import ClassificationTask, Task, labels_of, prompt_of
 from ray_vlm.data.index import NONE_KNOWN, Index, KnownSizes, build_index, join_indices, measure_row
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow, Image, Record, SftRecord
@@ -67,7 +68,7 @@ def load_parts(
     training = [s for s in (job.data.train, *job.data.mix) if s is not None]
     shares = {name: s.ratio for name, s in sources.items() if s is not None and s.ratio is not None}
     cut = any(name in shares for name in wanted)
-    hinted = spec is None and job.task.class_regions
+    hinted = spec is None and isinstance(job.task, ClassificationTask) and job.task.class_regions
     rows: dict[str, list[SourceRows]] = {}
     if "train" in wanted or cut or (hinted and sources["train"] is not None):
         rows |= _split(training, shares, job.seed, job.task if job.data.stratify else None)
@@ -159,14 +160,14 @@ def _spec(
     if start is not None and spec.kind == "pair":
         return start, []
     named, notes = rows.get("train", []), []
-    if not named and not spec.task.labels and training and training[0].path:
+    if not named and not labels_of(spec.task) and training and training[0].path:
         try:
             named = [_read(source) for source in training]
         except DataError:
             notes.append("class names come from the rows that are measured: data.train cannot be read")
     named = named or [read for reads in rows.values() for read in reads]
     spec = spec.with_labels(label for part in named for label in part.labels)
-    if not spec.task.labels and "train" in rows:
+    if not labels_of(spec.task) and "train" in rows:
         notes += tell_unused(spec.labels, (row for read in rows.values() for part in read for row in part.rows))
     return spec, notes + _changed(start, spec)
 
@@ -178,7 +179,7 @@ def _changed(start: SampleSpec | None, spec: SampleSpec) -> list[str]:
     before, now = (load_sample_builder(s) for s in (start, spec))
     pairs = {
         "class names": (start.labels, spec.labels),
-        "prompt": (start.task.prompt, spec.task.prompt),
+        "prompt": (prompt_of(start.task), prompt_of(spec.task)),
         "form of boxes": (before.codec_name, now.codec_name),
         "image sizes": (before.image_spec, now.image_spec),
     }

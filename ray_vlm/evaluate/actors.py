@@ -17,6 +17,7 @@ from ray_vlm.cluster.connect import connect
 from ray_vlm.cluster.environment import Environment, read_environment
 from ray_vlm.cluster.preflight import ClusterDemand, build_demand
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.task import GuiStepsTask
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
@@ -99,6 +100,7 @@ class InferenceWorker:
         longest = max(sum(self.builder.token_counts(record)[:2]) for record in self.records)
         if inference.memory == "model":  # tokens that the answers to earlier steps may add to the prompt
             task = inference.spec.task
+            assert isinstance(task, GuiStepsTask)
             memory_tokens = task.long_memory_tokens + task.short_memory * job.evaluate.max_new_tokens
         return build_answerer(settings, adapter, self.builder, longest + memory_tokens, job.evaluate.max_new_tokens)
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ray_vlm.config.check_method import known_formats
 from ray_vlm.config.data import Data
+from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.config.schema import JobConfig, Pairs
 from ray_vlm.data.index import Index
 from ray_vlm.data.preprocessing import ABOUT, describe_preprocessing, read_preprocessing
@@ -81,7 +82,7 @@ def make_pairs(
     index: Index = getattr(parts, part)
     names, root = name_images(index.records)
     builder = load_sample_builder(parts.spec)
-    rewards = load_scoring(job.task.name, job.pairs, job.method.box_quality, parts.spec.labels)
+    rewards = load_scoring(job.task.name, job.pairs, job.method, parts.spec.labels)
     for note in (*parts.notes, *check_rewards(rewards)):
         say(f"note: {note}")
     if index.bad:
@@ -128,8 +129,10 @@ def check_rows(data: Data, part: str, task: str, formats: Sequence[str]) -> None
         raise ConfigError(problems)
 
 
-def load_scoring(task: str, options: Pairs, box_quality: str, labels: Sequence[str]) -> Rewards:
-    """Load the rewards that score the answers. Raise `ConfigError` for one that does not apply."""
+def load_scoring(task: str, options: Pairs, method: Method, labels: Sequence[str]) -> Rewards:
+    """Load the rewards that score the answers, boxes as a GRPO job does. Raise `ConfigError` for one that does not
+    apply."""
+    box_quality = method.box_quality if isinstance(method, GrpoMethod) else "iou"
     try:
         return load_rewards(task, options.rewards, box_quality, labels=labels)
     except ConfigError as error:
@@ -157,7 +160,7 @@ def _sample_batch(
     sampling = _build_sampling(job.pairs, job.evaluate.max_new_tokens)
     groups = sample_groups(worker.model, rows, builder, sampling, [(job.seed, i) for i in positions], worker.device)
     texts = [[builder.text(answer.ids) for answer in group] for group in groups]
-    rewards = load_scoring(job.task.name, job.pairs, job.method.box_quality, builder.spec.labels)
+    rewards = load_scoring(job.task.name, job.pairs, job.method, builder.spec.labels)
     scores = iter(_score(rewards, builder, records, texts, groups))
     return [
         [astuple(ScoredAnswer(text, next(scores), a.finished)) for text, a in zip(group_texts, group, strict=True)]

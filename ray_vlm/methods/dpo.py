@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from ray_vlm.config.method import Method
+from ray_vlm.config.method import DpoMethod, Method
 from ray_vlm.data.collate import collate_pairs
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
@@ -52,6 +52,7 @@ class PairedDPOTrainer(PlannedTrainer, DPOTrainer):
 
     @classmethod
     def build_args(cls, method: Method, shared: Mapping[str, Any], plan: Plan, rewards: Rewards | None) -> DPOConfig:
+        assert isinstance(method, DpoMethod)
         own: dict[str, Any] = {"max_length": None, "beta": 0.1 if method.beta is None else method.beta}
         if method.loss_type is not None:
             own["loss_type"] = method.loss_type

@@ -16,7 +16,7 @@ from accelerate.utils import gather
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from ray_vlm.config.method import Method
+from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.data.collate import join_pixels, read_pixels, spans_of_rows
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
@@ -43,6 +43,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
     EXAMPLE_ROW = MappingProxyType({"prompt": [{"role": "user", "content": ""}]})
 
     def __init__(self, model: PreTrainedModel, args: GRPOConfig, inputs: TrainerInputs):
+        assert isinstance(inputs.method, GrpoMethod)
         assert inputs.rewards is not None
         self.method, self.rewards = inputs.method, inputs.rewards
         super().__init__(model, args, inputs, reward_funcs=[_stand_in(name) for name in self.rewards.weights])
@@ -56,6 +57,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
     @classmethod
     def build_args(cls, method: Method, shared: Mapping[str, Any], plan: Plan, rewards: Rewards | None) -> GRPOConfig:
         """Build TRL's options. Batch sizes count answers; the plan's micro-batch has all prompts of a worker's step."""
+        assert isinstance(method, GrpoMethod)
         assert rewards is not None
         micro = shared["per_device_train_batch_size"]
         accumulation = plan.micro_batch_size * method.num_generations // micro

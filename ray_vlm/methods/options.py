@@ -6,7 +6,7 @@ Options are checked with TRL's own configuration classes, for unknown names and 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray_vlm.config.method import Method
+from ray_vlm.config.method import DpoMethod, GrpoMethod, Method, SftMethod
 from ray_vlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ _ALSO = {
 
 def check_options(method: Method) -> None:
     """Raise `ConfigError` for losses and for keys and values of `method.trl` that TRL does not take."""
-    if method.name == "dpo":
+    if isinstance(method, DpoMethod):
         _check_dpo_loss(method.loss_type or [])
-    if method.trl or (method.name == "grpo" and method.loss_type is not None):
+    if method.trl or (isinstance(method, GrpoMethod) and method.loss_type is not None):
         import trl
 
         configs = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig}
@@ -63,7 +63,8 @@ def check_trl_options(
     if unknown:
         name = config.__name__
         raise ConfigError([f"method.trl.{key}: TRL's {name} has no such option. Remove it." for key in unknown])
-    loss = {} if method.loss_type is None else {"loss_type": method.loss_type}  # some options refer to it
+    loss_type = None if isinstance(method, SftMethod) else method.loss_type
+    loss = {} if loss_type is None else {"loss_type": loss_type}  # some options refer to it
     wrong = {key: value for key, value in (loss | options).items() if key in choices and value not in choices[key]}
     if wrong:
         raise ConfigError([_describe(key, value, choices[key], key in options) for key, value in wrong.items()])

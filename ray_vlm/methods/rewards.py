@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.config.data import Source
-from ray_vlm.config.method import Method
+from ray_vlm.config.method import GrpoMethod
 from ray_vlm.config.paths import import_function
 from ray_vlm.data.records import Box, PromptRecord, Record
 from ray_vlm.data.samples import SampleBuilder, parse_answer
@@ -324,7 +324,7 @@ def score_answers(
     return score_completions(rewards, texts, parsed, truths, columns, [r.id for r in records], prompts, ids)
 
 
-def job_rewards(task: str, method: Method, source: Source | None, labels: Sequence[str] = ()) -> Rewards:
+def job_rewards(task: str, method: GrpoMethod, source: Source | None, labels: Sequence[str] = ()) -> Rewards:
     """Return the rewards that score the answers of a GRPO job. Raise `ConfigError` for those that cannot.
 
     `source`: the training rows; rows of format `prompt` have no truth.

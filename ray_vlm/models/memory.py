@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ray_vlm.config.cluster import BUCKET, GATHERED, Cluster
-from ray_vlm.config.method import Method
+from ray_vlm.config.method import DpoMethod, GrpoMethod, Method, SftMethod
 from ray_vlm.config.schema import Lora
 from ray_vlm.config.train import Precision, Train
 from ray_vlm.machine import GIB
@@ -109,7 +109,7 @@ def micro_sizes(method: Method, train: Train, size: RowSize) -> list[RowSize]:
     """Return the row `size` once for each row of a micro-batch (GRPO: for each prompt)."""
     budget = train.tokens_per_micro_batch
     rows = max(1, budget // max(1, size.tokens)) if budget else train.micro_batch_size
-    return [size] * (max(1, rows // method.num_generations) if method.name == "grpo" else rows)
+    return [size] * (max(1, rows // method.num_generations) if isinstance(method, GrpoMethod) else rows)
 
 
 def plan_batch(settings: StepSettings, sizes: Sequence[RowSize], merge: int, packing: PackingOptions) -> Batch:
@@ -121,10 +121,10 @@ def plan_batch(settings: StepSettings, sizes: Sequence[RowSize], merge: int, pac
     method, num_labelled = settings.method, sum(size.answer_tokens for size in sizes)
     # The head scores labelled tokens alone: TRL's on GPUs, and elsewhere where `surgery` lets it.
     compact = bool(settings.cluster.gpus_per_worker) or packing.share or packing.pack
-    if method.name == "sft":
+    if isinstance(method, SftMethod):
         batch = _packed([size.tokens for size in sizes], patches, packing)
         return replace(batch, labelled=num_labelled if compact and method.loss_on == "answer" else None)
-    if method.name == "dpo":
+    if isinstance(method, DpoMethod):
         group, answer_tokens = 2, [size.answer_tokens for size in sizes]
         longer = [size.longest_answer or math.ceil(size.answer_tokens / 2) for size in sizes]
     else:
@@ -138,7 +138,7 @@ def plan_batch(settings: StepSettings, sizes: Sequence[RowSize], merge: int, pac
         return Batch(rows, longest, patches * group, masked=rows > 1, labelled=labelled)
     trees = [p + a for p, a in zip(prompts, answer_tokens, strict=True)]
     copies = 1.0  # of the image inputs; GRPO keeps those of all of a step's prompts
-    if method.name == "grpo":
+    if isinstance(method, GrpoMethod):
         answers = settings.train.global_batch_size / settings.cluster.least_workers
         copies = max(1.0, answers / method.num_generations / len(sizes))
     return replace(_packed(trees, patches, packing, (rows, longest)), labelled=labelled, copies=copies)
@@ -185,7 +185,7 @@ def rollout_bytes(settings: StepSettings, config: "PreTrainedConfig", size: RowS
     """Return the bytes of the KV cache of all answers that one worker samples at once; 0 where this process samples
     none."""
     method, train = settings.method, settings.train
-    if method.name != "grpo" or method.rollouts == "vllm":
+    if not isinstance(method, GrpoMethod) or method.rollouts == "vllm":
         return 0.0
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

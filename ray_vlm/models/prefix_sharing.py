@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ray_vlm.config.schema import Method
+from ray_vlm.config.method import AlignmentMethod, Method
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.families import Family
 from ray_vlm.models.operations import OperationCounter
@@ -63,7 +63,7 @@ def plan_packing(
 
     `dropout`: the adapter's; `pack`: whether the job wants packing; `config`: the model's."""
     exact = why_not_shared(dropout, family) is None
-    share = method.name != "sft" and method.share_prefixes
+    share = isinstance(method, AlignmentMethod) and method.share_prefixes
     return PackingOptions(exact and share, exact and pack, config.get_text_config().hidden_size)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_vlm.config.schema import Task
+from ray_vlm.config.task import Task
 
 Turns = tuple[tuple[str, str], ...]  # (role, text); `<image>` stands for an image
 IMAGE = "<image>"

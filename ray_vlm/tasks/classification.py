@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ray_vlm.config.schema import Task
+from ray_vlm.config.task import ClassificationTask, Task, prompt_of
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks.answers import Answer, Parsed, PromptContext, Turns, read_json, same_words, with_images
 from ray_vlm.tasks.boxes import Frame, box_problem
@@ -43,7 +43,7 @@ def tags(record: SftRecord) -> tuple[str, ...]:
 
 def ask(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Turns:
     """Build the turn with the image, the question and, with `task.position`, the position of the object."""
-    question = context.options.prompt or PROMPT
+    question = prompt_of(context.options) or PROMPT
     additions = {"position": _position(record, context.options), "hints": context.hints}
     for name, text in additions.items():
         mark = "{" + name + "}"
@@ -63,7 +63,7 @@ def describe_labels(labels: Sequence[str]) -> str:
 
 def _position(record: SftRecord, options: Task) -> str:
     box = record.context.get("box")
-    if not options.position or box is None:
+    if not isinstance(options, ClassificationTask) or not options.position or box is None:
         return ""
     x, y = centre_of(box, record.sizes[0])
     return POSITION.format(x=x, y=y, region=region_of(x, y, options.regions))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_vlm.config.task import prompt_of
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks.answers import Answer, Parsed, PromptContext, Turns, name_class, with_images
 from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, match, read_boxes, write_boxes
@@ -44,7 +45,7 @@ def tags(record: SftRecord) -> tuple[str, ...]:
 def ask(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Turns:
     """Build the turn with the image and the question."""
     default = PROMPT if frames[0].codec.syntax == "json" else _PROMPT_TOKENS
-    question = (context.options.prompt or default).replace("{labels}", ", ".join(context.labels))
+    question = (prompt_of(context.options) or default).replace("{labels}", ", ".join(context.labels))
     return with_images(len(record.images), question, context.options.system)
 
 

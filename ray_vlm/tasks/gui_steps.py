@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ray_vlm.config.task import GuiStepsTask, prompt_of
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks.answers import Answer, Parsed, PromptContext, Turns, read_json, same_words, with_images
 from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, read_numbers
@@ -47,15 +48,17 @@ def ask(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> T
     short, long = split_memory(record.context["history"], context)
     values = {"goal": record.context["instruction"], "long_memory": _list(long), "short_memory": _list(short)}
     # One pass: "{short_memory}" inside a goal is text, not a placeholder.
-    question = _PLACEHOLDER.sub(lambda match: values[match[1]], context.options.prompt or PROMPT)
+    question = _PLACEHOLDER.sub(lambda match: values[match[1]], prompt_of(context.options) or PROMPT)
     return with_images(len(record.images), question, context.options.system)
 
 
 def split_memory(history: Sequence[str], context: PromptContext) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split into the last steps and those before them that fit into the token budget; both oldest first."""
-    cut = max(0, len(history) - context.options.short_memory)
+    options = context.options
+    assert isinstance(options, GuiStepsTask)
+    cut = max(0, len(history) - options.short_memory)
     short, earlier = tuple(history[cut:]), history[:cut]
-    budget, count = context.options.long_memory_tokens, 0
+    budget, count = options.long_memory_tokens, 0
     while count < len(earlier):
         budget -= context.count_tokens(earlier[len(earlier) - count - 1]) + 2  # two more tokens for the step's number
         if budget < 0:

@@ -11,10 +11,11 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.data.preprocessing import own_settings
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
 from ray_vlm.runs.checkpoints import Checkpoint, open_checkpoint, open_newest, sweep
@@ -58,7 +59,7 @@ def begin_attempt(
     if context.rank > 0:
         number, name, notes = context.broadcast((0, None, notes))
         checkpoint, folder = open_checkpoint(store, name) if name else (None, None)
-        return Attempt(number, token, checkpoint, folder, notes)
+        return Attempt(number, token, _as_now(checkpoint), folder, notes)
     if driver is not None:
         _check_driver(store, driver)
     owner = json.loads(store.read(_OWNER) or b"{}")
@@ -68,7 +69,15 @@ def begin_attempt(
         sweep(store)
     checkpoint, folder = open_newest(store, notes.append) or (None, None)
     context.broadcast((number, checkpoint.name if checkpoint else None, notes))
-    return Attempt(number, token, checkpoint, folder, notes)
+    return Attempt(number, token, _as_now(checkpoint), folder, notes)
+
+
+def _as_now(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Return a checkpoint of an earlier version with the keys of this one, so that a job can be compared with it."""
+    if checkpoint is None or "question" not in checkpoint.about:
+        return checkpoint
+    question = own_settings(checkpoint.about["question"])
+    return replace(checkpoint, about={**checkpoint.about, "question": question})
 
 
 def check_owner(store: Store, attempt: Attempt) -> None:

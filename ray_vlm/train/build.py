@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from ray_vlm.config.method import DpoMethod, GrpoMethod
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
 from ray_vlm.data.records import Record
@@ -41,7 +42,9 @@ def load_base(job: JobConfig, builder: SampleBuilder, context: DistributedContex
 
 def build_rewards(job: JobConfig, labels: Sequence[str]) -> Rewards | None:
     """Return the rewards of GRPO, None for other methods. `labels`: class names, which name parts of a reward."""
-    return job_rewards(job.task.name, job.method, job.data.train, labels) if job.method.name == "grpo" else None
+    if not isinstance(job.method, GrpoMethod):
+        return None
+    return job_rewards(job.task.name, job.method, job.data.train, labels)
 
 
 def build_args(job: JobConfig, spec: WorkerSpec, eval_on_start: bool = False) -> TrainingArguments:
@@ -111,7 +114,7 @@ def build_inputs(
 
     steps, train = args.gradient_accumulation_steps, job.train
     dropout = job.lora.dropout if job.lora is not None else 0.0
-    vllm = job.method.name == "grpo" and job.method.rollouts == "vllm"
+    vllm = isinstance(job.method, GrpoMethod) and job.method.rollouts == "vllm"
     engine = EngineSettings(job.model, job.train.precision, job.seed)
     return TrainerInputs(
         method=job.method,
@@ -147,7 +150,7 @@ def build_reference(
 
     `base`, `rows`: fingerprints of the base's weights and of the pairs; `note`: takes a step and a message.
     """
-    if not job.method.precompute_ref_log_probs:
+    if not isinstance(job.method, DpoMethod) or not job.method.precompute_ref_log_probs:
         return None
     source = ReferenceSource(job.model, job.train.precision, base, rows, job.method.trl.get("ld_alpha"))
     store = Store(join(job.run.output_dir, ".reference"))

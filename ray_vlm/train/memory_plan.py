@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_vlm.config.method import Method
+from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.train import Train
 from ray_vlm.data.index import Index
@@ -61,7 +61,7 @@ def heaviest_rows(method: Method, train: Train, plan: Plan, index: Index) -> tup
     for number in range(min(plan.num_steps * plan.accumulation, _LOOKED_AT)):
         for rank in range(plan.world_size):
             batch = list(plan.micro_batch(number, rank).rows)
-            if method.name == "grpo":  # only so many prompts of the step are in one micro-batch
+            if isinstance(method, GrpoMethod):  # only so many prompts of the step are in one micro-batch
                 batch = sorted(batch, key=lambda row: -tokens[row])[:unit]
             if batch and (weight := len(batch) * int(tokens[batch].max())) > best:
                 best, rows = weight, tuple(batch)
@@ -131,7 +131,7 @@ def micro_batch_sizes(settings: StepSettings) -> list[int]:
     GRPO counts answers: only sizes that are multiples or divisors of a group.
     """
     rows_per_worker = -(-settings.train.global_batch_size // settings.cluster.least_workers)
-    group = settings.method.num_generations if settings.method.name == "grpo" else 1
+    group = settings.method.num_generations if isinstance(settings.method, GrpoMethod) else 1
     sizes = [
         n for n in range(1, rows_per_worker + 1) if rows_per_worker % n == 0 and (n % group == 0 or group % n == 0)
     ]

@@ -7,6 +7,7 @@ import numpy as np
 
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data
+from ray_vlm.config.method import AlignmentMethod, DpoMethod, GrpoMethod
 from ray_vlm.config.schema import JobConfig, Track
 from ray_vlm.data.balance import Balance, plan_balance
 from ray_vlm.data.index import NONE_KNOWN, Index
@@ -54,9 +55,9 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     sources = [job.data.train, *job.data.mix]
     weights = np.array([sources[record.source].weight for record in parts.train.records])
     notes: list[str] = []
-    if job.method.name == "grpo":
+    if isinstance(job.method, GrpoMethod):
         notes = check_rewards(job_rewards(job.task.name, job.method, job.data.train, parts.train.labels))
-    if job.method.name == "dpo":
+    if isinstance(job.method, DpoMethod):
         _check_pairs(job.data, load_sample_builder(parts.spec))
     balance = plan_balance(
         [row_tags(job.task, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
@@ -69,10 +70,11 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         notes.append(note)
     _check_budget(job.train.tokens_per_micro_batch, parts.train)
     plan = plan_run(job, len(parts.train), balance.repeat_factors, parts.train.token_costs, parts.train.tokens)
-    dropout, shares = job.lora.dropout if job.lora is not None else 0.0, job.method.share_prefixes
-    if job.method.name != "sft" and shares and (reason := why_not_shared(dropout, builder.family)) is not None:
+    dropout = job.lora.dropout if job.lora is not None else 0.0
+    shares = isinstance(job.method, AlignmentMethod) and job.method.share_prefixes
+    if shares and (reason := why_not_shared(dropout, builder.family)) is not None:
         notes.append(f"method.share_prefixes has no effect: {reason}")
-    if job.method.name != "dpo":  # DPO compares pairs and generates nothing
+    if not isinstance(job.method, DpoMethod):  # DPO compares pairs and generates nothing
         notes += _describe_long_answers(parts, job.evaluate.max_new_tokens, builder.num_closing_tokens)
     _check_images(parts.train, job.cluster, trains_vision=job.lora is None or job.lora.target != ["language"])
     probe = plan_probe(job, plan, parts.train, builder)
@@ -167,7 +169,7 @@ def plan_run(
     """
     train, workers = job.train, job.cluster.least_workers
     global_batch, micro = train.global_batch_size, train.micro_batch_size
-    if job.method.name == "grpo":
+    if isinstance(job.method, GrpoMethod):
         global_batch //= job.method.num_generations
         micro = global_batch // workers
     return Plan(

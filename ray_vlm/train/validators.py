@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_vlm.config.load import load_resolved
+from ray_vlm.config.method import GrpoMethod
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import Sample
 from ray_vlm.distributed import build_context
@@ -258,8 +259,9 @@ def _load(spec: WorkerSpec) -> tuple[PlannedTrainer, Validation]:
     """Build the trainer of a worker, for a single process, and the validation of all eval rows."""
     spec.environment.apply()
     job = load_resolved(spec.job)
-    # A second vLLM engine does not pay for a few greedy answers.
-    method = job.method.model_copy(update={"rollouts": "transformers"})
+    method = job.method
+    if isinstance(method, GrpoMethod):  # a second vLLM engine does not pay for a few greedy answers
+        method = method.model_copy(update={"rollouts": "transformers"})
     cluster = job.cluster.model_copy(update={"deepspeed": None})
     job = job.model_copy(update={"method": method, "cluster": cluster})
     prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray=False)

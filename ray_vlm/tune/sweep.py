@@ -22,7 +22,7 @@ from ray_vlm.cluster.preflight import build_demand
 from ray_vlm.config.check import tune_metrics
 from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.config.data import Data
-from ray_vlm.config.load import dump_job, load_job, load_resolved
+from ray_vlm.config.load import dump_job, fill_defaults, load_job, load_resolved
 from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume, touches
 from ray_vlm.config.schema import JobConfig, Tune
@@ -156,7 +156,7 @@ def _check_sweep_folder(address: str, job: Mapping[str, Any], space: Space, resu
             "space, or another run.name."
         )
     fixed = {key: sweep["job"]["tune"][key] for key in _DRAWS}  # the rest of the section may change
-    if problems := check_resume(sweep["job"] | {"tune": job["tune"] | fixed}, job):
+    if problems := check_resume(fill_defaults(sweep["job"] | {"tune": job["tune"] | fixed}), job):
         raise ConfigError(problems)
 
 

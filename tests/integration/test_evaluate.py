@@ -10,7 +10,8 @@ import torch
 
 from ray_vlm.cli import main
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import Evaluate, Model, Task
+from ray_vlm.config.schema import Evaluate, Model
+from ray_vlm.config.task import DetectionTask
 from ray_vlm.data.collate import collate
 from ray_vlm.data.index import build_index
 from ray_vlm.data.samples import load_sample_builder
@@ -49,7 +50,7 @@ def test_batch_size_changes_no_answer(scenes: Path, tiny_models: dict[str, str])
     from ray_vlm.models.load import load_model
 
     for folder in tiny_models.values():
-        spec = SampleSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS)
+        spec = SampleSpec(Model(name=folder, load_in_4bit=False), DetectionTask(), LABELS)
         index = build_index(Source(path=str(scenes / "test.json")), Data(), load_sample_builder(spec))
         model = load_model(spec.model, precision="fp32")
         one, many = (generate_answers(model, index.records, load_sample_builder(spec), size, 6) for size in (1, 5))
@@ -65,7 +66,7 @@ def test_answers_are_those_of_generate(
     from ray_vlm.evaluate import generate
     from ray_vlm.models.load import load_model
 
-    spec = SampleSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), Task(), LABELS)
+    spec = SampleSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), DetectionTask(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), load_sample_builder(spec))
     model, builder = load_model(spec.model, precision="fp32"), load_sample_builder(spec)
     calls = _count_calls(model.get_decoder(), monkeypatch)
@@ -94,7 +95,7 @@ def _count_calls(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models: dict[str, str]) -> None:
     from ray_vlm.models.load import load_model
 
-    spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
+    spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), DetectionTask(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json"), max_rows=4), Data(), load_sample_builder(spec))
     model = load_model(spec.model, precision="fp32")
     plain = generate_answers(model, index.records, load_sample_builder(spec), 4, 12)
@@ -110,7 +111,7 @@ def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[
     from ray_vlm.evaluate.validate import AnswerValidation
     from ray_vlm.models.load import load_model
 
-    spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), LABELS)
+    spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), DetectionTask(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), load_sample_builder(spec))
     builder, model = load_sample_builder(spec), load_model(spec.model, precision="fp32")
     batch = collate([builder.train_row(record) for record in index.records], builder)

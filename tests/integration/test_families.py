@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from ray_vlm.config.load import load_job
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
@@ -49,7 +50,7 @@ def _picture(width: int, height: int) -> np.ndarray:
 
 
 def _spec(folder: str, **options: Any) -> SampleSpec:
-    return SampleSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="answer", **options)
+    return SampleSpec(Model(name=folder, load_in_4bit=False), ChatTask(), (), kind="answer", **options)
 
 
 @pytest.mark.parametrize("family", ALL)

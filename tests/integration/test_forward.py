@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ray_vlm.config.schema import Lora, Model, Task
+from ray_vlm.config.schema import Lora, Model
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate, read_pixels
 from ray_vlm.data.records import PromptRecord
 from ray_vlm.data.samples import load_sample_builder
@@ -52,9 +53,7 @@ def _rows(folder: str, tmp_path: Any) -> tuple[Any, list[Sample]]:
     """Two prompts, one with an image and one with two, with every answer behind each."""
     from PIL import Image
 
-    builder = load_sample_builder(
-        SampleSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt")
-    )
+    builder = load_sample_builder(SampleSpec(Model(name=folder, load_in_4bit=False), ChatTask(), (), kind="prompt"))
     paths = []
     for i, size in enumerate([(96, 64), (64, 96), (64, 64)]):
         pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), np.uint8)
@@ -134,9 +133,7 @@ def test_packing_is_exact(family: str, share: bool, tiny_models: dict[str, str],
 
 
 def test_a_neighbour_in_a_pack_changes_no_other(tiny_models: dict[str, str]) -> None:
-    builder = load_sample_builder(
-        SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(name="chat"), ())
-    )
+    builder = load_sample_builder(SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), ChatTask(), ()))
     rows = [Sample(np.arange(20, 20 + n, dtype=np.int64), np.zeros(n, np.int64), ()) for n in (60, 20, 20, 20)]
     model = _model(tiny_models["qwen3_vl"])
     share_prefixes(model, PackingOptions(share=False, pack=True))

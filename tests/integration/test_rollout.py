@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from scipy.stats import chisquare
 
-from ray_vlm.config.schema import Lora, Model, Task
+from ray_vlm.config.schema import Lora, Model
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PromptRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
@@ -35,7 +36,7 @@ SEEDS = [(7, row) for row in range(len(PROMPTS))]
 
 
 def _builder(folder: str) -> SampleBuilder:
-    spec = SampleSpec(Model(name=folder, load_in_4bit=False), Task(name="chat"), (), kind="prompt")
+    spec = SampleSpec(Model(name=folder, load_in_4bit=False), ChatTask(), (), kind="prompt")
     return load_sample_builder(spec)
 
 

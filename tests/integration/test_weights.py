@@ -9,7 +9,8 @@ import torch
 
 from ray_vlm.cli import main
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import DetectionTask
 from ray_vlm.data.collate import collate
 from ray_vlm.data.index import build_index
 from ray_vlm.data.samples import load_sample_builder
@@ -32,7 +33,7 @@ def _train(job_file: Any, tmp_path: Path, name: str, weights: dict | None, **clu
 
 def test_tokens_of_a_class_carry_its_weight_and_no_others(scenes: Path, tiny_models: dict[str, str]) -> None:
     spec = SampleSpec(
-        Model(name=tiny_models["qwen3_vl"]), Task(), LABELS, token_weights=(("ring", 4.0), ("cross", 0.5))
+        Model(name=tiny_models["qwen3_vl"]), DetectionTask(), LABELS, token_weights=(("ring", 4.0), ("cross", 0.5))
     )
     index = build_index(Source(path=str(scenes / "train.json")), Data(), load_sample_builder(spec))
     builder = load_sample_builder(spec)

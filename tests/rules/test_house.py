@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -136,12 +137,16 @@ def test_shipped_jobs_load_and_open_with_how_to_run_them(path: Path) -> None:
 
 def test_method_section_task_folder_words_agree() -> None:
     from ray_vlm.config.check_method import TASK_METRICS
-    from ray_vlm.config.schema import Method, Task
+    from ray_vlm.config.method import METHOD_METRICS, Method
+    from ray_vlm.config.task import Task
     from ray_vlm.methods.options import CHOICES
     from ray_vlm.tasks import TASKS
 
-    assert set(CHOICES) == set(Method.model_fields["name"].annotation.__args__)
-    assert set(TASKS) == set(Task.model_fields["name"].annotation.__args__) == set(TASK_METRICS)
+    methods, tasks = (
+        {section.model_fields["name"].default for section in get_args(get_args(union)[0])} for union in (Method, Task)
+    )
+    assert set(CHOICES) == methods == set(METHOD_METRICS)
+    assert set(TASKS) == tasks == set(TASK_METRICS)
 
 
 def test_help_is_quick_and_light() -> None:

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from ray_vlm.config.data import Source
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import DetectionTask
 from ray_vlm.data.spec import SampleSpec
 
 SIZES = {"12mp": (4000, 3000), "2mp": (1600, 1200), "0.3mp": (640, 480)}
@@ -44,4 +45,4 @@ def write_rows(folder: Path, size: tuple[int, int], rows: int, files: int) -> So
 
 def make_spec(model: Path) -> SampleSpec:
     """Return the spec of the tiny Qwen3-VL with the image limits that real models are trained with."""
-    return SampleSpec(Model(name=str(model), load_in_4bit=False), Task(), LABELS, max_pixels=1280 * 1024)
+    return SampleSpec(Model(name=str(model), load_in_4bit=False), DetectionTask(), LABELS, max_pixels=1280 * 1024)

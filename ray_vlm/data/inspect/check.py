@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ray_vlm.config.data import Data, Source
+from ray_vlm.config.task import labels_of
 from ray_vlm.data.images import FETCH_AGAIN, decode
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, Record
@@ -96,9 +97,9 @@ def check_sources(data: Data, spec: SampleSpec, decode_images: bool = False) -> 
     training = [r for name, r in read.items() if name == "train" or name.startswith("mix")]
     labels = [label for r in training for label in r.labels] or [label for r in read.values() for label in r.labels]
     builder = load_sample_builder(spec.with_labels(labels))
-    unused = (
-        [] if spec.task.labels or not training else tell_unused(labels, (row for r in read.values() for row in r.rows))
-    )
+    unused: list[str] = []
+    if training and not labels_of(spec.task):
+        unused = tell_unused(labels, (row for r in read.values() for row in r.rows))
 
     def measure(row: Record | BadRow) -> Record | BadRow:
         measured = measure_row(row, data)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_vlm.config.data import Data
-from ray_vlm.config.schema import JobConfig, Task
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.task import Task
 from ray_vlm.data.balance import plan_balance
 from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.index import Index

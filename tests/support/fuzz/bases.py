@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.config.data import Data
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, PreferenceRecord, SftRecord
@@ -141,7 +142,7 @@ def _copy(whole: Path, folder: Path) -> Path:
 
 def _read_rows(base: Path, records: list[Any], system: str | None) -> int:
     """Rows that training would see with other tokens than were counted. Raises `DataError` where none is accepted."""
-    model, task = Model(name=str(base), load_in_4bit=False), Task(name="chat", system=system)
+    model, task = Model(name=str(base), load_in_4bit=False), ChatTask(system=system)
     lost, reasons = 0, []
     for record in records:
         builder = SampleBuilder(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.config.data import Data
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, SftRecord
@@ -25,9 +26,7 @@ def of_images(folder: Path) -> Attempt:
     model = write_base(folder)
     whole, builders = _pictures(), []
     for options in ({}, {"resize": "pad"}, {"resize": "pad", "pad_place": "center", "max_pixels": 4096}):
-        builders.append(
-            SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), (), **options))
-        )
+        builders.append(SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), ChatTask(), (), **options)))
 
     def attempt(rng: np.random.Generator) -> int:
         kind, data = pick(rng, whole)
@@ -61,7 +60,7 @@ def of_exif(folder: Path) -> Attempt:
     """Return an attempt on intact images with a damaged EXIF block: each is read, with its own pixels in one of the
     eight orientations."""
     model = write_base(folder)
-    builder = SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), Task(name="chat"), ()))
+    builder = SampleBuilder(SampleSpec(Model(name=model, load_in_4bit=False), ChatTask(), ()))
     whole = {kind: _encode(kind, _colours()) for kind in ("JPEG", "PNG", "WEBP")}
     turns = {kind: _turns(decode(data)) for kind, data in whole.items()}
 

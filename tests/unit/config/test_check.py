@@ -1,9 +1,15 @@
 """Each rule across sections refuses its combination, and a plain job passes them all."""
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 
 from ray_vlm.config.check import RULES, check_job
+from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import ConfigError
 
 PLAIN = {"model": {"name": "x"}, "data": {"train": {"path": "a"}}}
 TRAIN = {"train": {"path": "a"}}
@@ -146,10 +152,14 @@ def test_names_that_are_no_folder_are_refused(name: str) -> None:
         ("chat", "short_memory", 1),
     ],
 )
-def test_options_that_the_task_does_not_read_are_refused(task: str, key: str, value: object) -> None:
+def test_options_that_the_task_does_not_read_are_refused(task: str, key: str, value: object, tmp_path: Path) -> None:
     kind = {"detection": "coco", "gui_steps": "gui_csv", "chat": "llava"}[task]
     changes = {"task": {"name": task, key: value}, "data": {"train": {"path": "a", "format": kind}}}
-    assert [key for key, _ in check_job(JobConfig.model_validate(PLAIN | changes))] == [f"task.{key}"]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(PLAIN | changes, sort_keys=False))
+    with pytest.raises(ConfigError) as error:
+        load_job(tmp_path / "job.yaml")
+    (problem,) = error.value.problems
+    assert re.search(rf"job\.yaml:\d+: `task\.{key}`: {task} does not use it; .*Remove it\.", problem)
 
 
 def test_weights_are_of_the_plain_loss() -> None:

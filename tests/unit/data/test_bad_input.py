@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import ClassificationTask, DetectionTask
 from ray_vlm.data.index import build_index
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow
@@ -449,7 +450,7 @@ def test_bad_pictures_are_found_by_the_index(tmp_path: Path, tiny_models: dict[s
         ("large.png", None, "1200000 pixels, above data.max_image_pixels"),
     ]
     (tmp_path / "rows.csv").write_text("image,label\n" + "".join(f"{name},dog\n" for name, _, _ in pictures))
-    task = Task(name="classification")
+    task = ClassificationTask()
     spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), task, ("label=dog",))
     source = Source(path=str(tmp_path / "rows.csv"), format="image_csv")
     index = build_index(source, Data(on_bad_row="quarantine", max_image_pixels=1_000_000), SampleBuilder(spec))
@@ -479,7 +480,7 @@ MADE: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("key", "value", "words"), MADE, ids=range(len(MADE)))
 def test_what_a_damaged_preprocessing_file_says_is_refused(tmp_path: Path, key: str, value: Any, words: str) -> None:
-    spec = SampleSpec(Model(name="x"), Task(name="detection"), ("dog",))
+    spec = SampleSpec(Model(name="x"), DetectionTask(), ("dog",))
     images = {"min_pixels": 4096, "max_pixels": 8192, "pad": None, "center": False, "stock": False}
     made = {"task": {"name": "detection"}, "labels": ["dog"], "hints": "", "split": "", "images": images}
     (tmp_path / "preprocessing.json").write_text(json.dumps(made | {"later": "unknown"}))
@@ -494,10 +495,10 @@ def test_a_preprocessing_file_that_is_none_is_refused(tmp_path: Path, content: b
     path = tmp_path / "preprocessing.json"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ModelError, match=r"preprocessing\.json: not readable .*Use an adapter folder"):
-        read_preprocessing(str(tmp_path), SampleSpec(Model(name="x"), Task(), ()))
+        read_preprocessing(str(tmp_path), SampleSpec(Model(name="x"), DetectionTask(), ()))
 
 
 def test_hints_that_are_no_plain_text_are_refused(tiny_models: dict[str, str]) -> None:
-    spec = SampleSpec(Model(name=tiny_models["qwen3_vl"]), Task(name="classification"), ("label=dog",), hints="\ud800")
+    spec = SampleSpec(Model(name=tiny_models["qwen3_vl"]), ClassificationTask(), ("label=dog",), hints="\ud800")
     with pytest.raises(DataError, match=r"hint or class name .* cannot be used"):
         SampleBuilder(spec)

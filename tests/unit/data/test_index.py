@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import ChatTask, DetectionTask, GuiStepsTask
 from ray_vlm.data.images import decode, read_size
 from ray_vlm.data.index import build_index
 from ray_vlm.data.samples import load_sample_builder
@@ -19,7 +20,7 @@ from ray_vlm.errors import DataError
 
 @pytest.fixture
 def spec(tiny_models: dict[str, str]) -> SampleSpec:
-    return SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), Task(), ("dog", "cat"))
+    return SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), DetectionTask(), ("dog", "cat"))
 
 
 def _image(path: Path, size: tuple[int, int] = (100, 80), **options) -> bytes:
@@ -166,7 +167,7 @@ def test_a_turned_tiff_is_measured_upright(tmp_path: Path) -> None:
 def test_token_counts_are_those_of_the_rows(scenes: Path, tiny_models: dict[str, str]) -> None:
     for name in tiny_models.values():
         labels = ("circle", "square", "triangle", "cross", "ring", "diamond")
-        spec = SampleSpec(Model(name=name, load_in_4bit=False), Task(), labels)
+        spec = SampleSpec(Model(name=name, load_in_4bit=False), DetectionTask(), labels)
         index = build_index(Source(path=str(scenes / "eval.json")), Data(), load_sample_builder(spec))
         for position, record in enumerate(index.records):
             row = load_sample_builder(spec).train_row(record)
@@ -225,7 +226,7 @@ def test_text_that_the_tokenizer_would_not_read_as_text_is_a_bad_row(tmp_path: P
         turns = [{"role": "user", "content": f"<image>{text}"}, {"role": "assistant", "content": "x"}]
         (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, "images": ["a.jpg"]}))
         source = Source(path=str(tmp_path / "rows.jsonl"), format="messages")
-        chat = replace(spec, task=Task(name="chat"))
+        chat = replace(spec, task=ChatTask())
         if bad:
             with pytest.raises(DataError, match=r"row 0 .*does not read as text; remove it"):
                 build_index(source, Data(), load_sample_builder(chat))
@@ -243,13 +244,13 @@ def test_an_image_tag_too_many_is_reported(tmp_path: Path, spec: SampleSpec) -> 
     from dataclasses import replace
 
     with pytest.raises(DataError, match="'<image>'"):
-        load_sample_builder(replace(spec, task=Task(prompt="<image> find {labels}")))
+        load_sample_builder(replace(spec, task=DetectionTask(prompt="<image> find {labels}")))
     _image(tmp_path / "a.jpg")
     row = {"Task_id": "1", "Image_id": "a.jpg", "Instruction": "type <image>", "Output": {"action": "x"}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"Grounding": {}}))
     source = Source(path=str(tmp_path / "rows.jsonl"), format="gui_csv")
     with pytest.raises(DataError, match="2 <image> tags for 1 images"):
-        build_index(source, Data(), load_sample_builder(replace(spec, task=Task(name="gui_steps"))))
+        build_index(source, Data(), load_sample_builder(replace(spec, task=GuiStepsTask())))
 
 
 def test_a_tokenizer_that_was_saved_with_truncation_cuts_nothing(tmp_path: Path, tiny_models: dict[str, str]) -> None:
@@ -259,5 +260,5 @@ def test_a_tokenizer_that_was_saved_with_truncation_cuts_nothing(tmp_path: Path,
     saved = json.loads((folder / "tokenizer.json").read_text())
     saved["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     (folder / "tokenizer.json").write_text(json.dumps(saved))
-    spec = SampleSpec(Model(name=str(folder), load_in_4bit=False), Task(), ("dog",))
+    spec = SampleSpec(Model(name=str(folder), load_in_4bit=False), DetectionTask(), ("dog",))
     assert len(load_sample_builder(spec)._ids("a dog and a cat")) > 2

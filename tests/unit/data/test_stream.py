@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import DetectionTask
 from ray_vlm.data import backpressure, stream
 from ray_vlm.data.collate import collate
 from ray_vlm.data.images import decode
@@ -39,7 +40,7 @@ LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
 
 
 def _index(scenes: Path, folder: str, **options) -> tuple[Index, SampleSpec]:
-    spec = SampleSpec(Model(name=folder, load_in_4bit=False), Task(), LABELS, **options)
+    spec = SampleSpec(Model(name=folder, load_in_4bit=False), DetectionTask(), LABELS, **options)
     return build_index(Source(path=str(scenes / "train.json")), Data(), load_sample_builder(spec)), spec
 
 

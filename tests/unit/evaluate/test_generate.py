@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ray_vlm.config.schema import Task
+from ray_vlm.config.task import GuiStepsTask
 from ray_vlm.data.records import SftRecord
 from ray_vlm.evaluate.generate import plan_walks, walk
 from ray_vlm.tasks import gui_steps
@@ -20,7 +20,7 @@ def _record(task: str, step: int, truth: str = "truth") -> SftRecord:
 
 
 def _builder(**options: Any) -> Any:
-    setting = PromptContext(Task(name="gui_steps", **options), count_tokens=lambda text: 1)
+    setting = PromptContext(GuiStepsTask(**options), count_tokens=lambda text: 1)
     return SimpleNamespace(
         task=gui_steps,
         frames=lambda record: FRAMES,

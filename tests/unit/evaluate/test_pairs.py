@@ -10,7 +10,9 @@ from PIL import Image
 
 from ray_vlm.config.check_method import known_formats
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import JobConfig, Model, Pairs, Task
+from ray_vlm.config.method import SftMethod
+from ray_vlm.config.schema import JobConfig, Model, Pairs
+from ray_vlm.config.task import DetectionTask
 from ray_vlm.data.index import build_index
 from ray_vlm.data.preprocessing import changed_since, describe_preprocessing
 from ray_vlm.data.records import SftRecord
@@ -88,7 +90,7 @@ def test_rows_without_a_truth_are_refused() -> None:
 
 def test_a_wrong_reward_is_named_by_its_own_key() -> None:
     with pytest.raises(ConfigError, match=r"pairs.rewards.luck: no such part of detection"):
-        load_scoring("detection", Pairs(rewards={"luck": 1.0}), "iou", [])
+        load_scoring("detection", Pairs(rewards={"luck": 1.0}), SftMethod(), [])
 
 
 @pytest.mark.parametrize(("size", "num_samples", "num_prompts"), [(8, 8, 1), (8, 3, 2), (2, 8, 1), (32, 4, 8)])
@@ -138,7 +140,7 @@ def test_images_are_named_inside_the_folder_around_them() -> None:
 
 
 def _builder(**options: Any) -> SampleBuilder:
-    task = Task(codec=options.pop("codec", None))
+    task = DetectionTask(codec=options.pop("codec", None))
     return load_sample_builder(SampleSpec(Model(name="tiny", load_in_4bit=False), task, ("circle",), **options))
 
 

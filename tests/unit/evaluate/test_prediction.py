@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ray_vlm.config.schema import Task
+from ray_vlm.config.task import ClassificationTask
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.samples import parse_answer
 from ray_vlm.evaluate.prediction import build_predictions
@@ -15,7 +15,7 @@ LABELS = ("object=grate", "object=pipe", "condition=clear")
 
 
 def _builder(labels: tuple[str, ...] = LABELS) -> Any:
-    spec = SimpleNamespace(task=Task(name="classification"), labels=labels)
+    spec = SimpleNamespace(task=ClassificationTask(), labels=labels)
     return SimpleNamespace(task=classification, frames=lambda record: (), spec=spec, truth=lambda record: record.truth)
 
 

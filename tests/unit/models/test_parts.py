@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from ray_vlm.config.schema import Lora, Model, Task
+from ray_vlm.config.schema import Lora, Model
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PromptRecord
 from ray_vlm.data.samples import load_sample_builder
@@ -82,7 +83,7 @@ def test_missing_modules_are_named_with_the_nearest(tiny_models: dict[str, str])
 @pytest.mark.parametrize("family", QWEN)
 def test_a_frozen_tower_runs_without_autograd_and_changes_no_gradient(family: str, tiny_models: dict[str, str]) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
-    spec = SampleSpec(Model(name=tiny_models[family], load_in_4bit=False), Task(name="chat"), (), kind="prompt")
+    spec = SampleSpec(Model(name=tiny_models[family], load_in_4bit=False), ChatTask(), (), kind="prompt")
     gradients = []
     for plainly in (False, True):
         model = get_peft_model(_base(tiny_models[family]), _nonzero(lora_config(Lora(rank=4), FAMILIES[family])))

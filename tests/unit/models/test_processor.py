@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from ray_vlm.config.data import Data
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.index import count_row, measure_row
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.samples import SampleBuilder
@@ -62,14 +63,14 @@ def test_a_damaged_configuration_is_named(base: Path, content: bytes) -> None:
     """And not the tokenizer's files, which transformers reads with it."""
     (base / "config.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"its config\.json cannot be loaded .*Fetch config\.json of the base again"):
-        SampleBuilder(SampleSpec(Model(name=str(base)), Task(name="chat"), ()))
+        SampleBuilder(SampleSpec(Model(name=str(base)), ChatTask(), ()))
 
 
 def test_a_missing_base_is_not_a_missing_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bases").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match="there is no folder 'nope' in the folder 'bases'"):
-        SampleBuilder(SampleSpec(Model(name="bases/nope"), Task(name="chat"), ()))
+        SampleBuilder(SampleSpec(Model(name="bases/nope"), ChatTask(), ()))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_files_that_would_end_a_run_are_refused_at_its_start(base: Path, change:
 def test_an_image_processor_of_another_kind_is_refused(base: Path, change: Change, reason: str) -> None:
     change(base)
     with pytest.raises(ModelError, match=reason):
-        _ = SampleBuilder(SampleSpec(Model(name=str(base)), Task(name="chat"), ())).processor
+        _ = SampleBuilder(SampleSpec(Model(name=str(base)), ChatTask(), ())).processor
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(base: Path) -> None:
@@ -170,7 +171,7 @@ def test_a_template_that_miscounts_images_makes_bad_rows(
 
 def _count(base: Path, scenes: Path) -> object:
     """Count the tokens of a row with one image, or return why it is bad."""
-    builder = SampleBuilder(SampleSpec(Model(name=str(base)), Task(name="chat"), ()))
+    builder = SampleBuilder(SampleSpec(Model(name=str(base)), ChatTask(), ()))
     image = str(next(scenes.rglob("*.png"), None) or next(scenes.rglob("*.jpg")))
     row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})
     return count_row(measure_row(row, Data()), builder, None)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ray_vlm.config.data import Data, Source
-from ray_vlm.config.schema import Model, Task
+from ray_vlm.config.schema import Model
+from ray_vlm.config.task import DetectionTask
 from ray_vlm.data import samples
 from ray_vlm.data.images import smart_resize
 from ray_vlm.data.index import build_index, measure_row
@@ -36,7 +37,7 @@ def test_files_agree_with_the_processor(family: str, tiny_models: dict[str, str]
     assert read_family is FAMILIES["qwen3_vl" if family == "tiny" else family]
     assert (text.sizes, text.image_token, text.special) == (taken.sizes, taken.image_token, taken.special)
     assert text.tokenizer.to_str() == taken.tokenizer.to_str()
-    spec = SampleSpec(model, Task(), ("circle", "square", "star"))
+    spec = SampleSpec(model, DetectionTask(), ("circle", "square", "star"))
     before = SampleBuilder(spec)
     assert before._processor is None
     counted = [measure_row(row, Data()) for row in read_rows(Source(path=str(scenes / "eval.json")))[0]]
@@ -134,8 +135,8 @@ def test_a_template_that_refuses_a_turn_makes_bad_rows(tmp_path: Path, scenes: P
     (base / "chat_template.jinja").write_text(refuse + template)
     labels = ("circle", "square", "triangle", "cross", "ring", "diamond", "star")
     model, source = Model(name=str(base), load_in_4bit=False), Source(path=str(scenes / "eval.json"))
-    assert len(build_index(source, Data(), SampleBuilder(SampleSpec(model, Task(), labels)))) == 12
-    spec = SampleSpec(model, Task(system="Be brief."), labels)
+    assert len(build_index(source, Data(), SampleBuilder(SampleSpec(model, DetectionTask(), labels)))) == 12
+    spec = SampleSpec(model, DetectionTask(system="Be brief."), labels)
     if by_processor:
         samples.load_sample_builder(spec)._load()
     with pytest.raises(DataError, match=r"row 0 .*chat template refuses its turns \(TemplateError: no system\)"):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from ray_vlm.cli import main
+from ray_vlm.config.load import dump_job, load_resolved
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.runs import plot
 from ray_vlm.runs.compare import best_of, compare_runs, describe_comparison, run_titles
@@ -230,6 +231,19 @@ def test_page_is_escaped_and_alone(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in html
     assert "http://" not in html
     assert "<polyline" in html
+
+
+def test_settings_that_an_earlier_version_wrote_are_no_difference(tmp_path: Path, capsys) -> None:
+    """It wrote the settings of all methods, and lacked those that came later."""
+    runs = [write_run(tmp_path / name) for name in ("old", "new")]
+    job = dump_job(load_resolved({"model": {"name": "tiny"}, "data": {"train": {"path": "/a.json"}}}))
+    old = job | {"method": job["method"] | {"beta": None, "num_generations": 8}, "train": {}}
+    for run, values in zip(runs, (old, job), strict=True):
+        (run / "resolved.json").write_text(json.dumps(values))
+    assert main(["runs", "compare", *map(str, runs)]) == 0
+    output = capsys.readouterr().out
+    assert "method." not in output
+    assert "train." not in output
 
 
 def test_pictures_of_one_and_of_many(tmp_path: Path) -> None:

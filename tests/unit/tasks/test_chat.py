@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from ray_vlm.config.schema import Task
+from ray_vlm.config.task import ChatTask
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks import chat
 from ray_vlm.tasks.answers import Parsed, PromptContext
@@ -25,12 +25,12 @@ def _frames(codec: str = "qwen3_vl") -> tuple[Frame, ...]:
 
 
 def test_all_turns_are_asked_and_the_last_is_the_answer() -> None:
-    assert chat.ask(_record(TURNS), _frames(), PromptContext(Task(name="chat"))) == TURNS
-    assert chat.answer(_record(TURNS), _frames(), PromptContext(Task())).text == "yes"
-    turns = chat.ask(_record(TURNS), _frames(), PromptContext(Task(name="chat", system="Be brief.")))
+    assert chat.ask(_record(TURNS), _frames(), PromptContext(ChatTask())) == TURNS
+    assert chat.answer(_record(TURNS), _frames(), PromptContext(ChatTask())).text == "yes"
+    turns = chat.ask(_record(TURNS), _frames(), PromptContext(ChatTask(system="Be brief.")))
     assert turns[0] == ("system", "Be brief.")
     own = (("system", "Mine."), *TURNS)
-    assert chat.ask(_record(own), _frames(), PromptContext(Task(name="chat", system="Be brief.")))[0] == (
+    assert chat.ask(_record(own), _frames(), PromptContext(ChatTask(system="Be brief.")))[0] == (
         "system",
         "Mine.",
     )
@@ -48,7 +48,7 @@ def test_boxes_are_written_in_the_family_s_form_and_in_their_own_image(codec: st
         refs=("dog",),
         image_of=(1,),
     )
-    assert chat.answer(record, _frames(codec), PromptContext(Task())).text == f"The dog is at {words}."
+    assert chat.answer(record, _frames(codec), PromptContext(ChatTask())).text == f"The dog is at {words}."
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_vlm.config.schema import Task
+from ray_vlm.config.task import ClassificationTask
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks import classification
 from ray_vlm.tasks.answers import Parsed, PromptContext
@@ -19,7 +19,7 @@ def _record(box=(20.0, 70.0, 60.0, 80.0), **attributes) -> SftRecord:
 
 
 def test_answer_reads_back_and_its_values_are_spans() -> None:
-    answer = classification.answer(_record(), FRAMES, PromptContext(Task()))
+    answer = classification.answer(_record(), FRAMES, PromptContext(ClassificationTask()))
     assert answer.text == '{"object": "toe_drain", "condition": "blocked"}'
     assert [(answer.text[a:b], tag) for a, b, tag in answer.spans] == [
         ('"toe_drain"', "object=toe_drain"),
@@ -35,7 +35,7 @@ def test_answer_reads_back_and_its_values_are_spans() -> None:
 
 def test_the_prompt_has_the_position_only_with_the_option() -> None:
     def question(record: SftRecord | None = None, **options) -> str:
-        setting = PromptContext(Task(name="classification", **options), LABELS)
+        setting = PromptContext(ClassificationTask(**options), LABELS)
         return classification.ask(record or _record(), FRAMES, setting)[-1][1]
 
     assert "x=" not in question()
@@ -49,11 +49,11 @@ def test_the_prompt_has_the_position_only_with_the_option() -> None:
 def test_usual_places_come_from_the_training_rows() -> None:
     low = [_record(object="toe_drain") for _ in range(4)]
     spread = [_record(box=(x, y, x + 10.0, y + 10.0), object="grate") for x in (0.0, 90.0, 180.0) for y in (0.0, 45.0)]
-    hints = classification.describe_regions([*low, *spread], Task(name="classification"))
+    hints = classification.describe_regions([*low, *spread], ClassificationTask())
     assert hints == "Usual places: toe_drain: lower left."
-    turns = classification.ask(_record(), FRAMES, PromptContext(Task(name="classification"), LABELS, hints))
+    turns = classification.ask(_record(), FRAMES, PromptContext(ClassificationTask(), LABELS, hints))
     assert turns[-1][1].endswith(hints)
-    assert classification.describe_regions([_record(box=None)], Task(name="classification")) == ""
+    assert classification.describe_regions([_record(box=None)], ClassificationTask()) == ""
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_vlm.config.schema import Task
+from ray_vlm.config.task import DetectionTask
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks import detection
 from ray_vlm.tasks.answers import Parsed, PromptContext
@@ -17,7 +17,7 @@ def _record(truth: dict) -> SftRecord:
 
 
 def _answer(truth: dict, frame: Frame = FRAME) -> str:
-    return detection.answer(_record(truth), (frame,), PromptContext(Task())).text
+    return detection.answer(_record(truth), (frame,), PromptContext(DetectionTask())).text
 
 
 def test_answer_is_ordered_and_reads_back() -> None:
@@ -101,15 +101,16 @@ def test_a_box_counts_once_even_where_greedy_would_waste_it() -> None:
 
 def test_ask_lists_the_labels() -> None:
     for prompt, words in ((None, "'a, b'"), ("Find {labels}!", "<image>Find a, b!")):
-        turns = detection.ask(_record(TRUTH), (FRAME,), PromptContext(Task(prompt=prompt), ("a", "b")))
+        turns = detection.ask(_record(TRUTH), (FRAME,), PromptContext(DetectionTask(prompt=prompt), ("a", "b")))
         assert words in turns[-1][1]
-    turns = detection.ask(_record(TRUTH), (FRAME,), PromptContext(Task(system="Be brief."), ("a",)))
+    turns = detection.ask(_record(TRUTH), (FRAME,), PromptContext(DetectionTask(system="Be brief."), ("a",)))
     assert turns[0] == ("system", "Be brief.")
 
 
 def test_each_object_is_a_span_of_its_class() -> None:
     for codec in CODECS.values():
-        answer = detection.answer(_record(TRUTH), (Frame((1000, 500), (992, 512), codec),), PromptContext(Task()))
+        frame = Frame((1000, 500), (992, 512), codec)
+        answer = detection.answer(_record(TRUTH), (frame,), PromptContext(DetectionTask()))
         assert [tag for _, _, tag in answer.spans] == ['a "cat"', "dog"]
         assert "dog" in answer.text[answer.spans[1][0] : answer.spans[1][1]]
 

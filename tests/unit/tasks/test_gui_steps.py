@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ray_vlm.config.schema import Task
+from ray_vlm.config.task import GuiStepsTask
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks import gui_steps
 from ray_vlm.tasks.answers import Parsed, PromptContext
@@ -22,19 +22,19 @@ def _record(output: dict = OUTPUT, box=(100.0, 50.0, 200.0, 100.0), point=None, 
 
 
 def _question(history: list[str], goal: str = "Say hi", **options: Any) -> str:
-    setting = PromptContext(Task(name="gui_steps", **options), count_tokens=lambda text: len(text.split()))
+    setting = PromptContext(GuiStepsTask(**options), count_tokens=lambda text: len(text.split()))
     return gui_steps.ask(_record(history=history, goal=goal), FRAMES, setting)[-1][1]
 
 
 def test_answer_has_the_target_in_the_codec_s_numbers_and_reads_back() -> None:
-    answer = gui_steps.answer(_record(), FRAMES, PromptContext(Task()))
+    answer = gui_steps.answer(_record(), FRAMES, PromptContext(GuiStepsTask()))
     assert answer.text == '{"action": "type", "text": "hello", "bbox_2d": [105, 49, 210, 98]}'
     assert answer.spans == ((0, len(answer.text), "action=type"),)
     parsed = gui_steps.parse(answer.text, FRAMES)
     assert parsed.ok
     assert parsed.values["box"] == pytest.approx((100.0, 50.0, 200.0, 100.0))
     assert gui_steps.score(parsed, _record().truth)["success"]
-    point = gui_steps.answer(_record(box=None, point=(200.0, 100.0)), FRAMES, PromptContext(Task())).text
+    point = gui_steps.answer(_record(box=None, point=(200.0, 100.0)), FRAMES, PromptContext(GuiStepsTask())).text
     assert '"point_2d": [210, 98]' in point
     assert gui_steps.parse(point, FRAMES).values["point"] == pytest.approx((200.0, 100.0))
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ray_vlm.config.load import load_resolved
-from ray_vlm.data.preprocessing import CHANGED, RULES, rules_since
+from ray_vlm.data.preprocessing import CHANGED, RULES, own_settings, rules_since
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import RunError
@@ -30,6 +30,14 @@ def test_a_checkpoint_of_the_same_run_fits() -> None:
     _check(_about(), _about())
     before = {key: value for key, value in _about().items() if key not in ("rules", "question", "formats")}
     _check(before, _about())  # as earlier versions wrote them
+
+
+def test_settings_of_other_tasks_are_not_of_the_question() -> None:
+    """Checkpoints of earlier versions have the settings of all tasks."""
+    now = _about()["question"]
+    task = now["task"] | {"position": False, "short_memory": 3, "prompt": "Where?"}
+    assert own_settings(now | {"task": task}) == now | {"task": now["task"] | {"prompt": "Where?"}}
+    assert own_settings({"task": 3}) == {"task": 3}
 
 
 def test_another_question_is_named_with_both_values() -> None:
