@@ -161,7 +161,8 @@ class RewardValidation(Validation):
             values = [value for parts in everyone if (value := parts[name]) is not None]
             metrics[f"reward_{name.rpartition(':')[2]}" if name else "reward"] = sum(values) / max(len(values), 1)
         predictions: list[Prediction] = []
-        if records and isinstance(records[0], SftRecord):
+        # On every rank together, also on one without rows.
+        if any(self.context.any_rank(bool(records) and isinstance(records[0], SftRecord))):
             predictions = build_predictions(cast(list[SftRecord], records), answers, self.builder)
             metrics |= self.score_task(predictions)
         if trainer.method.num_generations_eval:

@@ -18,11 +18,11 @@ from ray_vlm.train.build import build_validation
 from ray_vlm.train.callbacks.checkpointing import CheckpointCallback
 from ray_vlm.train.callbacks.energy import EnergyCallback, Meter
 from ray_vlm.train.callbacks.gradient_norms import GradientNormsCallback
-from ray_vlm.train.callbacks.metrics import MetricsCallback, StepTimer, Usage
+from ray_vlm.train.callbacks.metrics import MetricsCallback, Usage
 from ray_vlm.train.callbacks.nonfinite import NonfiniteCallback, read_bad_steps
 from ray_vlm.train.callbacks.preemption import PreemptionCallback, watch_notice
 from ray_vlm.train.callbacks.validation import ValidationCallback
-from ray_vlm.train.run_context import Progress, RunContext, WeightsWriter
+from ray_vlm.train.run_context import Progress, RunContext, StepTimer, WeightsWriter
 from ray_vlm.train.run_log import open_monitor
 from ray_vlm.train.validators import AsyncValidator, SyncValidator, Validator
 from ray_vlm.train.worker_spec import WorkerSpec
@@ -69,7 +69,7 @@ def build_run_context(
     weights = WeightsWriter(model, builder.processor, job.lora is not None, zero3, context.rank, preprocessing)
     log_every = job.train.log_every_steps
     monitor = open_monitor(paths, spec.job, job.track, attempt, context, spec.plan.num_steps, log_every)
-    return RunContext(paths, attempt, spec.plan, context, weights, Progress.load(attempt), monitor)
+    return RunContext(paths, attempt, spec.plan, context, weights, Progress.load(attempt, paths.uri("best")), monitor)
 
 
 def build_callbacks(
@@ -105,5 +105,5 @@ def build_callbacks(
     energy = None
     if job.track.energy and job.track.country:
         energy = EnergyCallback(run, Meter(job.track.country, context.device))
-    checkpoints = CheckpointCallback(run, job.checkpoint, metric, about, inputs.batches)
+    checkpoints = CheckpointCallback(run, job.checkpoint, metric, about, inputs.batches, timer)
     return RunCallbacks(norms, nonfinite, preemption, metrics, validation, energy, checkpoints)

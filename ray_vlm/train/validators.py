@@ -20,21 +20,19 @@ from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import Sample
 from ray_vlm.distributed import build_context
 from ray_vlm.errors import RayVlmError, RunError
-from ray_vlm.evaluate.draw import draw_predictions
-from ray_vlm.evaluate.validate import Validation
-from ray_vlm.methods import load_method
-from ray_vlm.methods.trainer import PlannedTrainer
-from ray_vlm.models.libraries import prepare_process
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_checkpoint, replace_folder
 from ray_vlm.runs.monitor import as_python_numbers
 from ray_vlm.runs.store import Store, join
-from ray_vlm.train.build import build_args, build_inputs, build_validation, load_base
-from ray_vlm.train.run_context import RunContext
 from ray_vlm.train.worker_spec import WorkerSpec
 
+# The actor's process imports this module before it has the driver's environment, which libraries read when they load.
 if TYPE_CHECKING:
     from PIL.Image import Image
     from ray import ObjectRef
+
+    from ray_vlm.evaluate.validate import Validation
+    from ray_vlm.methods.trainer import PlannedTrainer
+    from ray_vlm.train.run_context import RunContext
 
 _PREFIX = ".validate-"
 
@@ -64,11 +62,11 @@ class Validator(Protocol):
     def resume(self, step: int, measured: Collection[int]) -> None:
         """Validate weights up to `step` that an earlier attempt left and whose steps are not in `measured`."""
 
-    def submit(self, trainer: PlannedTrainer, since: float) -> None:
+    def submit(self, trainer: "PlannedTrainer", since: float) -> None:
         """Start the validation of the trainer's weights. `since`: the `time.monotonic()` since which training waits."""
 
     def ready(self) -> bool:
-        """Return whether `result` would return without waiting; False on other ranks than 0."""
+        """Return whether `result` would return without waiting."""
 
     def result(self) -> ValidationResult:
         """Return the result, on all ranks."""
@@ -82,7 +80,7 @@ class SyncValidator:
 
     waits = True
 
-    def __init__(self, validation: Validation, run: RunContext):
+    def __init__(self, validation: "Validation", run: "RunContext"):
         self.step: int | None = None
         self._validation, self._run = validation, run
         self._result: ValidationResult | None = None
@@ -92,22 +90,24 @@ class SyncValidator:
         if self._run.distributed.rank == 0:
             find_left(self._run.paths.store, -1)
 
-    def submit(self, trainer: PlannedTrainer, since: float) -> None:
+    def submit(self, trainer: "PlannedTrainer", since: float) -> None:
         """Validate the trainer's weights."""
+        from ray_vlm.evaluate.draw import draw_predictions
+
         self.step = trainer.state.global_step
         metrics, predictions = self._validation.measure(trainer)
         draw = partial(draw_predictions, predictions)
         self._result = ValidationResult(self.step, metrics, draw, self._run.weights.save)
 
     def ready(self) -> bool:
-        """Return whether there is a result."""
+        """Return whether `result` has something to return: always, after `submit`."""
         return self._result is not None
 
     def result(self) -> ValidationResult:
         """Return the result."""
-        assert self._result is not None
-        self.step = None
-        return self._result
+        result, self._result, self.step = self._result, None, None
+        assert result is not None
+        return result
 
     def discard(self, step: int) -> None:
         """Do nothing: nothing was kept."""
@@ -121,7 +121,7 @@ class AsyncValidator:
 
     waits = False
 
-    def __init__(self, spec: WorkerSpec, resources: tuple[float, float], run: RunContext):
+    def __init__(self, spec: WorkerSpec, resources: tuple[float, float], run: "RunContext"):
         self.step: int | None = None
         self._spec, self._resources, self._run = spec, resources, run
         self._paths, self._context = run.paths, run.distributed
@@ -136,7 +136,7 @@ class AsyncValidator:
         if left:
             self._start(left[-1])
 
-    def submit(self, trainer: PlannedTrainer, since: float) -> None:
+    def submit(self, trainer: "PlannedTrainer", since: float) -> None:
         """Save the weights and start their validation."""
         step = trainer.state.global_step
         self._run.weights.gather()
@@ -242,6 +242,8 @@ class _ValidationActor:
 
     def measure(self, address: str) -> tuple[dict[str, Any], Pictures]:
         """Return the metrics of the weights at `address`, and sample images if the run has trackers."""
+        from ray_vlm.evaluate.draw import draw_predictions
+
         if self._loaded is None:
             self._loaded = _load(self._spec)
         trainer, validation = self._loaded
@@ -255,9 +257,13 @@ class _ValidationActor:
         return as_python_numbers(metrics), draw_predictions(predictions) if track.wandb or track.tensorboard else []
 
 
-def _load(spec: WorkerSpec) -> tuple[PlannedTrainer, Validation]:
+def _load(spec: WorkerSpec) -> "tuple[PlannedTrainer, Validation]":
     """Build the trainer of a worker, for a single process, and the validation of all eval rows."""
     spec.environment.apply()
+    from ray_vlm.methods import load_method
+    from ray_vlm.models.libraries import prepare_process
+    from ray_vlm.train.build import build_args, build_inputs, build_validation, load_base
+
     job = load_resolved(spec.job)
     method = job.method
     if isinstance(method, GrpoMethod):  # a second vLLM engine does not pay for a few greedy answers

@@ -175,7 +175,9 @@ def watch_worker(
     limit_s: float,
 ) -> Watchdog:
     """Return the watchdog of this rank. Without Ray it only prints the message: the user can press Ctrl-C."""
-    inputs, clock, batches = trainer.inputs, trainer.clock, trainer.inputs.batches
+    clock, batches = trainer.clock, trainer.inputs.batches
+    # Now, because the object store may not answer in a stall.
+    records = trainer.inputs.fetch_records()
     # Each forward pass is progress, so a long validation is no stall.
     trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: clock.tick())
 
@@ -185,7 +187,7 @@ def watch_worker(
             rows: Sequence[int] = plan.micro_batch(batches.number, context.rank).rows
         else:
             rows = [row for batch in plan.rank_step(step, context.rank) for row in batch.rows]
-        named = () if phase in ("validation", "checkpoint") else tuple(inputs.row_id(row) for row in rows)
+        named = () if phase in ("validation", "checkpoint") else tuple(str(records[row].id) for row in rows)
         begun, waits = (clock.entered["data"], clock.entered["step"]), is_waiting(clock.thread)
         return WorkerStatus(context.rank, platform.node(), os.getpid(), phase, *begun, step + 1, named, waits)
 

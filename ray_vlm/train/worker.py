@@ -44,18 +44,18 @@ def train_worker(  # recipe
     """
     plan = spec.plan
 
-    # The model: the base with what is trained. A checkpoint must be of this base and of these rows.
-    builder = load_sample_builder(spec.sample_spec)
-    args = build.build_args(job, spec, eval_on_start=job.evaluate.at_start and attempt.step == 0)
-    model = build.load_base(job, builder, context)
-    base = context.broadcast(base_fingerprint(model))
-    formats = [source.format for source in (job.data.train, *job.data.mix) if source is not None]
-    about = describe_run(base, spec.rows, job.model.name, job.cluster.deepspeed, formats, builder)
-    check_fits(attempt, about, plan.num_steps, context.world_size)
-
     with ExitStack() as closes:  # closed in the opposite order
         if paths.remote is not None and attempt.folder is not None:
             closes.callback(shutil.rmtree, attempt.folder, ignore_errors=True)
+
+        # The model: the base with what is trained. A checkpoint must be of this base and of these rows.
+        builder, has_eval = load_sample_builder(spec.sample_spec), spec.eval is not None
+        args = build.build_args(job, spec, has_eval and job.evaluate.at_start and attempt.step == 0)
+        model = build.load_base(job, builder, context)
+        base = context.broadcast(base_fingerprint(model))
+        formats = [source.format for source in (job.data.train, *job.data.mix) if source is not None]
+        about = describe_run(base, spec.rows, job.model.name, job.cluster.deepspeed, formats, builder)
+        check_fits(attempt, about, plan.num_steps, context.world_size)
 
         # What the run writes, and the batches and options that the trainer is built from.
         run = build_run_context(job, spec, paths, attempt, context, model, builder)
@@ -70,7 +70,7 @@ def train_worker(  # recipe
         inputs = replace(
             inputs,
             callbacks=callbacks.in_order(),
-            validate=callbacks.validation.run,
+            validate=callbacks.validation.run if has_eval else None,
             write_checkpoint=callbacks.checkpoints.write,
             reference=build.build_reference(job, base, spec.rows, context, run.note),
         )
@@ -104,6 +104,7 @@ def train_worker(  # recipe
                 publish_weights(paths, paths.final, run.weights.save, steps)
         if callbacks.energy is not None:
             callbacks.energy.write(trainer.state)
+        run.publish()  # the ranks meet once more below, and one that has died would keep the last lines back
         return {
             "steps": steps,
             "num_steps": plan.num_steps,

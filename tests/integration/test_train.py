@@ -331,3 +331,10 @@ def test_a_long_validation_is_no_hang(
     _run(path, "train.max_steps=2", "evaluate.metric=f1_50", "cluster.stall_minutes=0.1")
     assert len(slow) * delay > 6.0, "longer than the limit"
     assert ("hangs for 0.1 minutes: validation" in capsys.readouterr().err) == hangs
+
+
+def test_without_eval_rows_nothing_is_validated_and_nothing_is_the_best(job_file: Any) -> None:
+    """`evaluate.at_start` would call untrained weights the best ones."""
+    paths = _run(job_file(data={"eval": None}, evaluate={"at_start": True}, train={"max_steps": 1}))
+    assert not paths.best.exists()
+    assert json.loads(paths.run.read_text())["result"]["best"] is None

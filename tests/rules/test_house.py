@@ -77,6 +77,13 @@ def test_light_modules_import_nothing_heavy() -> None:
     assert _import_in_turn(LIGHT, HEAVY) == {module: [] for module in LIGHT}
 
 
+def test_what_runs_before_the_rows_are_read_or_before_a_process_has_its_environment_is_light() -> None:
+    """Libraries read their environment when they load, and Ray imports these modules before it is applied."""
+    modules = ["train.driver", "train.launch", "train.start", "train.validators", "data.stream", "evaluate.actors"]
+    heavy = ("torch", "transformers", "trl", "datasets", "huggingface_hub", "ray")
+    assert _import_in_turn(modules, heavy) == {module: [] for module in modules}
+
+
 def test_methods_and_models_import_without_ray() -> None:
     modules = ["methods.sft", "methods.dpo", "methods.grpo", "models.load", "models.lora"]
     assert _import_in_turn(modules, ("ray",)) == {module: [] for module in modules}

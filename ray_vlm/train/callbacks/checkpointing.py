@@ -30,7 +30,7 @@ from ray_vlm.methods.trainer import PlannedBatches, PlannedTrainer
 from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, remove_checkpoint, write_part
 from ray_vlm.train.attempt import Attempt, check_owner
 from ray_vlm.train.best import score_of
-from ray_vlm.train.run_context import RunContext
+from ray_vlm.train.run_context import RunContext, StepTimer
 
 _SAMPLE = 16  # weights of each tensor that enter the base's fingerprint
 # Keys of `preprocessing.json` that decide how a row becomes a prompt, and their names in messages.
@@ -47,7 +47,9 @@ class CheckpointCallback(TrainerCallback):
         metric: str,
         about: Mapping[str, Any],
         batches: PlannedBatches,
+        timer: StepTimer,
     ):
+        self._timer = timer
         self._run, self._store, self._options, self._metric = run, run.paths.store, options, metric
         self._about, self._batches = about, batches
         self._lost_before = list(run.progress.lost)
@@ -57,6 +59,7 @@ class CheckpointCallback(TrainerCallback):
         """Write the line of the checkpoint that was just written."""
         self._run.write("checkpoint", state.global_step, state.epoch, {"checkpoint_s": self._seconds})
         self._run.publish()
+        self._timer.restart()  # last: nothing of a checkpoint is part of the next step
 
     def gather_lost_rows(self) -> list[Sequence[int]]:
         """Return the rows of all ranks that could not be read, each with its replacement. Every rank must call it."""

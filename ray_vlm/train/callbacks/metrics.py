@@ -3,7 +3,6 @@
 import math
 import resource
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,30 +17,9 @@ from ray_vlm.models.operations import OperationCounter
 from ray_vlm.train.callbacks.gradient_norms import GradientNormsCallback
 from ray_vlm.train.callbacks.nonfinite import NonfiniteCallback
 from ray_vlm.train.callbacks.preemption import PreemptionCallback
-from ray_vlm.train.run_context import RunContext
+from ray_vlm.train.run_context import RunContext, StepTimer
 
 _WINDOW, _LEAST = 50, 20  # number of previous losses to compare with, and the minimum
-
-
-class StepTimer:
-    """Measures the seconds of a step without the time of validations and checkpoints, which callbacks leave out."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def restart(self) -> None:
-        """Leave out the time until now."""
-        self._last = time.monotonic()
-
-    def leave_out(self, seconds: float) -> None:
-        """Leave out this time."""
-        self._last += seconds
-
-    def take(self) -> float:
-        """Return the seconds since the last call, without what was left out."""
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        return seconds
 
 
 class Usage:
@@ -174,10 +152,6 @@ class MetricsCallback(TrainerCallback):
         """Leave the validation out of the next step's time and usage."""
         self._timer.restart()
         self._usage.take()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Leave the checkpoint out of the next step's time."""
-        self._timer.restart()
 
 
 def norms_by_part(norms: Mapping[str, float], total: float) -> dict[str, float]:

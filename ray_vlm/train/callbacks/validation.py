@@ -14,8 +14,7 @@ from ray_vlm.methods.trainer import PlannedTrainer
 from ray_vlm.runs.monitor import as_python_numbers, current_lines, read_metrics
 from ray_vlm.train.attempt import check_owner
 from ray_vlm.train.best import improves, is_better, recall_best, score_of
-from ray_vlm.train.callbacks.metrics import StepTimer
-from ray_vlm.train.run_context import RunContext, publish_weights
+from ray_vlm.train.run_context import RunContext, StepTimer, publish_weights
 from ray_vlm.train.validators import Validator
 
 _WAIT_S = 0.2  # between polls of a validation that the ranks wait for
@@ -62,9 +61,8 @@ class ValidationCallback(TrainerCallback):
     def resume(self, step: int | None) -> None:
         """Restore the validations of earlier attempts up to `step`, and start those that they left unfinished.
 
-        `step`: of the checkpoint that the run goes on from; None: without one, nothing of earlier attempts counts.
-
         Metrics of an asynchronous validation may be newer than the checkpoint, so they are read from `metrics.jsonl`.
+        `step`: of the checkpoint that the run goes on from; None: without one, nothing of earlier attempts counts.
         """
         validations = None
         step = -1 if step is None else step  # the validation before the first step has number 0
@@ -100,7 +98,8 @@ class ValidationCallback(TrainerCallback):
         since_best = 0 if improves(self._metric, metrics, best_so_far) else since_best + 1
         if better:
             best = {"step": step, "metrics": metrics, "path": run.paths.uri("best")}
-            run.weights.gather()
+            if self._validator.waits:  # an asynchronous validator has kept the complete weights
+                run.weights.gather()
         run.progress.keep(best, since_best, {"step": step, "metrics": metrics})
         if better and run.distributed.rank == 0:
             check_owner(run.paths.store, run.attempt)

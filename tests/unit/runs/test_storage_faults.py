@@ -21,7 +21,7 @@ from ray_vlm.runs.paths import write_folder, write_json
 from ray_vlm.runs.store import Store, join, making
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.callbacks.checkpointing import CheckpointCallback
-from ray_vlm.train.run_context import Progress, RunContext
+from ray_vlm.train.run_context import Progress, RunContext, StepTimer
 from tests.support.faults import SmallDisk, Stumbling, small_disk
 
 FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json")
@@ -75,7 +75,7 @@ def _writer(store: Store, trainer: _Trainer) -> CheckpointCallback:
     plan: Any = None
     paths: Any = SimpleNamespace(store=store)
     run = RunContext(paths, attempt, plan, DistributedContext(), trainer, Progress(), None)  # type: ignore[arg-type]
-    return CheckpointCallback(run, options, "loss", {"base": "x"}, batches)
+    return CheckpointCallback(run, options, "loss", {"base": "x"}, batches, StepTimer())
 
 
 def _checkpoint(writer: CheckpointCallback, trainer: _Trainer, step: int) -> None:

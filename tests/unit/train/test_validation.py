@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.attempt import Attempt
-from ray_vlm.train.callbacks.metrics import StepTimer
 from ray_vlm.train.callbacks.validation import ValidationCallback
-from ray_vlm.train.run_context import Progress, RunContext
+from ray_vlm.train.run_context import Progress, RunContext, StepTimer
 from ray_vlm.train.validators import ValidationResult
 
 
@@ -135,3 +135,50 @@ def test_an_earlier_attempt_s_validations_count(build: Build) -> None:
     assert progress.best == {"step": 2, "metrics": {"f1_50": 0.5, "background_s": 1.0}, "path": paths.uri("best")}
     assert progress.since_best == 1
     assert validator.resumed == (4, {2, 4}), "the one of step 6 is of weights that are gone"
+
+
+class _Ranks(DistributedContext):
+    """Records what rank 0 exchanges with others, or gives another rank what rank 0 gave it, in the same order."""
+
+    exchanged: list[tuple[str, Any]]
+
+    def _exchange(self, name: str, value: Any) -> Any:
+        if self.rank == 0:
+            self.exchanged.append((name, value))
+            return value
+        expected, value = self.exchanged.pop(0)
+        assert name == expected, "the ranks would wait for each other for ever"
+        return value
+
+    def broadcast(self, value: Any) -> Any:
+        return self._exchange("broadcast", value)
+
+    def any_rank(self, *flags: bool) -> list[bool]:
+        return self._exchange("any_rank", list(flags))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_all_ranks_exchange_the_same_in_the_same_order(build: Build, waits: bool, tmp_path: Path) -> None:
+    """Resume, a validation, steps, and the wait at the end, on rank 0 and on another one."""
+    exchanged: list[tuple[str, Any]] = []
+    gathered: list[list[str]] = []
+    for rank in (0, 1):
+        validator = _Validator([{"f1_50": 0.5}], waits)
+        validator.is_ready = rank == 0  # on other ranks nothing is ever ready
+        callback, _, progress = build(validator)
+        calls: list[str] = []
+        ranks = _Ranks(rank, 2)
+        object.__setattr__(ranks, "exchanged", exchanged)
+        weights: Any = type("Weights", (_Weights,), {"gather": lambda self, calls=calls: calls.append("gather")})()
+        monitor = callback._run.monitor if rank == 0 else None
+        callback._run = replace(callback._run, distributed=ranks, weights=weights, monitor=monitor)
+        callback.resume(None)
+        callback.run(_Trainer(2))  # type: ignore[arg-type]
+        args: Any = None
+        for step in (3, 4):
+            callback.on_step_end(args, TrainerState(global_step=step), TrainerControl())
+        callback.wait(TrainerControl())
+        assert (progress.best or {})["step"] == 2
+        gathered.append(calls)
+    assert exchanged == []
+    assert gathered[0] == gathered[1]
