@@ -114,16 +114,9 @@ class PairValidation(Validation):
     """Validates DPO: `loss`, `preference_accuracy` (share of pairs whose chosen answer has the higher reward),
     `reward_margin`, `reward_chosen` and `reward_rejected`; a reward is beta times the log-ratio to the reference."""
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        builder: SampleBuilder,
-        options: Evaluate,
-        task: str,
-        context: DistributedContext,
-    ):
-        super().__init__(records, builder, options, task, context)
-        self._reference: dict[int, dict[str, torch.Tensor]] = {}  # of each batch; it never changes
+    @cached_property
+    def _reference(self) -> dict[int, dict[str, "torch.Tensor"]]:
+        return {}  # of each batch, by its number; it never changes
 
     def measure(self, trainer: "PairedDPOTrainer") -> tuple[Metrics, list[Prediction]]:  # type: ignore[override]
         """Return the metrics; pairs have no predictions."""
