@@ -7,6 +7,7 @@ Every rank measures its share of the rows, and all return the same numbers.
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from ray_vlm.config.schema import Evaluate

@@ -20,12 +20,12 @@ def _record(task: str, step: int, truth: str = "truth") -> SftRecord:
 
 
 def _builder(**options: Any) -> Any:
-    setting = PromptContext(GuiStepsTask(**options), count_tokens=lambda text: 1)
+    context = PromptContext(GuiStepsTask(**options), count_tokens=lambda text: 1)
     return SimpleNamespace(
         task=gui_steps,
         frames=lambda record: FRAMES,
-        setting=setting,
-        spec=SimpleNamespace(task=setting.options, labels=()),
+        prompt_context=context,
+        spec=SimpleNamespace(task=context.options, labels=()),
     )
 
 
