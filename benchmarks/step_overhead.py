@@ -114,8 +114,8 @@ def logging_cost_s(folder: Path, calls: int = 500) -> float:
     from ray_vlm.methods.sft import WeightedSFTTrainer
     from ray_vlm.runs.paths import RunPaths
     from ray_vlm.train.attempt import Attempt
-    from ray_vlm.train.callbacks.metrics import MetricsCallback
-    from ray_vlm.train.run_context import Progress, RunContext, StepTimer
+    from ray_vlm.train.callbacks.metrics import MetricsCallback, StepTimer
+    from ray_vlm.train.run_context import Progress, RunContext
 
     monitor = Monitor(folder / "cost.jsonl", attempt=1)
     norms, nonfinite = SimpleNamespace(norms={"language": 0.5}), SimpleNamespace(skipped=False)

@@ -18,11 +18,11 @@ from ray_vlm.train.build import build_validation
 from ray_vlm.train.callbacks.checkpointing import CheckpointCallback
 from ray_vlm.train.callbacks.energy import EnergyCallback, Meter
 from ray_vlm.train.callbacks.gradient_norms import GradientNormsCallback
-from ray_vlm.train.callbacks.metrics import MetricsCallback, Usage
+from ray_vlm.train.callbacks.metrics import MetricsCallback, StepTimer, Usage
 from ray_vlm.train.callbacks.nonfinite import NonfiniteCallback, read_bad_steps
 from ray_vlm.train.callbacks.preemption import PreemptionCallback, watch_notice
 from ray_vlm.train.callbacks.validation import ValidationCallback
-from ray_vlm.train.run_context import Progress, RunContext, StepTimer, WeightsWriter
+from ray_vlm.train.run_context import Progress, RunContext, WeightsWriter
 from ray_vlm.train.run_log import open_monitor
 from ray_vlm.train.validators import AsyncValidator, SyncValidator, Validator
 from ray_vlm.train.worker_spec import WorkerSpec

@@ -1,6 +1,5 @@
 """What the callbacks of a run share: its folder, the attempt, its plan and progress, and the weights to write."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,27 +43,6 @@ class Progress:
     def keep(self, best: dict[str, Any] | None, since_best: int, last: dict[str, Any] | None = None) -> None:
         """Keep the state after a validation."""
         self.best, self.since_best, self.last = best, since_best, last or self.last
-
-
-class StepTimer:
-    """Measures the seconds of a step without the time of validations and checkpoints, which callbacks leave out."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def restart(self) -> None:
-        """Leave out the time until now."""
-        self._last = time.monotonic()
-
-    def leave_out(self, seconds: float) -> None:
-        """Leave out this time."""
-        self._last += seconds
-
-    def take(self) -> float:
-        """Return the seconds since the last call, without what was left out."""
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        return seconds
 
 
 class WeightsWriter:

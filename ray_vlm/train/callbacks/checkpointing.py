@@ -30,7 +30,8 @@ from ray_vlm.methods.trainer import PlannedBatches, PlannedTrainer
 from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, remove_checkpoint, write_part
 from ray_vlm.train.attempt import Attempt, check_owner
 from ray_vlm.train.best import score_of
-from ray_vlm.train.run_context import RunContext, StepTimer
+from ray_vlm.train.callbacks.metrics import StepTimer
+from ray_vlm.train.run_context import RunContext
 
 _SAMPLE = 16  # weights of each tensor that enter the base's fingerprint
 # Keys of `preprocessing.json` that decide how a row becomes a prompt, and their names in messages.

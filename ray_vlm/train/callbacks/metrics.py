@@ -3,6 +3,7 @@
 import math
 import resource
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,9 +18,30 @@ from ray_vlm.models.operations import OperationCounter
 from ray_vlm.train.callbacks.gradient_norms import GradientNormsCallback
 from ray_vlm.train.callbacks.nonfinite import NonfiniteCallback
 from ray_vlm.train.callbacks.preemption import PreemptionCallback
-from ray_vlm.train.run_context import RunContext, StepTimer
+from ray_vlm.train.run_context import RunContext
 
 _WINDOW, _LEAST = 50, 20  # number of previous losses to compare with, and the minimum
+
+
+class StepTimer:
+    """Measures the seconds of a step without the time of validations and checkpoints, which callbacks leave out."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def restart(self) -> None:
+        """Leave out the time until now."""
+        self._last = time.monotonic()
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out this time."""
+        self._last += seconds
+
+    def take(self) -> float:
+        """Return the seconds since the last call, without what was left out."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        return seconds
 
 
 class Usage:

@@ -14,7 +14,8 @@ from ray_vlm.methods.trainer import PlannedTrainer
 from ray_vlm.runs.monitor import as_python_numbers, current_lines, read_metrics
 from ray_vlm.train.attempt import check_owner
 from ray_vlm.train.best import improves, is_better, recall_best, score_of
-from ray_vlm.train.run_context import RunContext, StepTimer, publish_weights
+from ray_vlm.train.callbacks.metrics import StepTimer
+from ray_vlm.train.run_context import RunContext, publish_weights
 from ray_vlm.train.validators import Validator
 
 _WAIT_S = 0.2  # between polls of a validation that the ranks wait for

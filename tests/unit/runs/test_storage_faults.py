@@ -21,7 +21,8 @@ from ray_vlm.runs.paths import write_folder, write_json
 from ray_vlm.runs.store import Store, join, making
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.callbacks.checkpointing import CheckpointCallback
-from ray_vlm.train.run_context import Progress, RunContext, StepTimer
+from ray_vlm.train.callbacks.metrics import StepTimer
+from ray_vlm.train.run_context import Progress, RunContext
 from tests.support.faults import SmallDisk, Stumbling, small_disk
 
 FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json")

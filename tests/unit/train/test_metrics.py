@@ -13,8 +13,8 @@ from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.attempt import Attempt
-from ray_vlm.train.callbacks.metrics import MetricsCallback
-from ray_vlm.train.run_context import Progress, RunContext, StepTimer
+from ray_vlm.train.callbacks.metrics import MetricsCallback, StepTimer
+from ray_vlm.train.run_context import Progress, RunContext
 
 
 @pytest.fixture

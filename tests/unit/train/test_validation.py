@@ -14,8 +14,9 @@ from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.attempt import Attempt
+from ray_vlm.train.callbacks.metrics import StepTimer
 from ray_vlm.train.callbacks.validation import ValidationCallback
-from ray_vlm.train.run_context import Progress, RunContext, StepTimer
+from ray_vlm.train.run_context import Progress, RunContext
 from ray_vlm.train.validators import ValidationResult
 
 
