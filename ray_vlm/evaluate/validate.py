@@ -6,6 +6,7 @@ Every rank measures its share of the rows, and all return the same numbers.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Metrics = dict[str, float]
 
 
-class Validation:
+class Validation(ABC):
     """What a rank validates. `records`: its share of the eval rows; `task`: the name of the task that they are of."""
 
     def __init__(
@@ -46,9 +47,9 @@ class Validation:
     ):
         self.records, self.builder, self.options, self.task, self.context = records, builder, options, task, context
 
+    @abstractmethod
     def measure(self, trainer: "PlannedTrainer") -> tuple[Metrics, list[Prediction]]:
         """Return the metrics of the trainer's weights, the same on every rank, and the predictions of this rank."""
-        raise NotImplementedError
 
     def batches(self) -> Iterator[tuple[Sequence[Record], bool]]:
         """Yield batches of this rank's records with whether they count: a rank that has fewer batches than another one

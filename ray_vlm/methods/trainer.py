@@ -5,6 +5,7 @@ bfloat16 on 4-bit bases, where a relative update of 1e-4 is rounded away. Valida
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +128,7 @@ class TrainerInputs:
         return str(self.fetch_records()[row].id)
 
 
-class PlannedTrainer(Trainer):
+class PlannedTrainer(Trainer, ABC):
     """A mixin that reads `PlannedBatches`. A training method is a subclass of it and of a trainer of TRL.
 
     In such a subclass `super()` is TRL's trainer here, so `method_loss` ends in TRL's `compute_loss`.
@@ -163,25 +164,25 @@ class PlannedTrainer(Trainer):
         change_forward(self.model, inputs.forwards, self.recent, inputs.operations)
 
     @classmethod
+    @abstractmethod
     def build_args(
         cls, method: Method, shared: Mapping[str, Any], plan: Plan, rewards: Rewards | None
     ) -> TrainingArguments:
         """Build TRL's options: `shared`, which all methods have, then those of the job's `method` section."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> object:
         """Return a micro-batch of these rows as `get_batch_samples` takes it."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers of a step that are logged, under this package's names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def heaviest_batch(self, rows: list[Sample]) -> dict[str, Any]:
         """Return the batch of these rows that takes the most memory, as `compute_loss` takes it."""
-        raise NotImplementedError
 
     def prepare_training(self) -> None:
         """Do what the method needs before the first step, on all ranks together."""

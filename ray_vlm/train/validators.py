@@ -271,10 +271,8 @@ def _load(spec: WorkerSpec) -> "tuple[PlannedTrainer, Validation]":
     cluster = job.cluster.model_copy(update={"deepspeed": None})
     job = job.model_copy(update={"method": method, "cluster": cluster})
     prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray=False)
-    context, builder = (
-        build_context(job.cluster.gpus_per_worker > 0, in_ray=False),
-        load_sample_builder(spec.sample_spec),
-    )
+    context = build_context(job.cluster.gpus_per_worker > 0, in_ray=False)
+    builder = load_sample_builder(spec.sample_spec)
     args = build_args(job, spec)
     model = load_base(job, builder, context)
     no_rows: Generator[list[Sample]] = (batch for batch in list[list[Sample]]())

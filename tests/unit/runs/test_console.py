@@ -91,10 +91,10 @@ def test_a_driver_says_that_it_waits_until_its_workers_speak(tmp_path: Path, mon
 
 def test_validation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray_vlm.config.schema import Evaluate
-    from ray_vlm.evaluate.validate import Validation
+    from ray_vlm.evaluate.validate import AnswerValidation
 
     records: Any = range(5)
-    validation = Validation(records, None, Evaluate(batch_size=2), "detection", DistributedContext())  # type: ignore[arg-type]
+    validation = AnswerValidation(records, None, Evaluate(batch_size=2), "detection", DistributedContext())  # type: ignore[arg-type]
     monkeypatch.setattr(console, "_FIRST_S", -1.0)
     lines: list[str] = []
     with send_progress(lines.append):
