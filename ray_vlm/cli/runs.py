@@ -38,23 +38,17 @@ def add_runs_verbs(verbs: argparse._SubParsersAction) -> None:
         help=".png or .svg; in a folder, such as plots/, both, named by the runs (default: both, beside the first run)",
     )
     export = _action(actions, "export", "a run's numbers as a table", _export, many=False)
-    export.add_argument(
-        "--csv",
-        nargs="?",
-        const=False,  # the option without a value
-        metavar="PATH",
-        help="a file, a folder, or - for the terminal (default: metrics.csv in the run)",
-    )
+    _add_optional_path(export, "--csv", "a file, a folder, or - for the terminal (default: metrics.csv in the run)")
     cost = _action(actions, "compute", "cost of runs: hours, tokens, FLOPs, time by activity", _compute, many=True)
     cost.add_argument("--json", metavar="PATH", help="also write all of it as JSON")
     compare = _action(actions, "compare", "settings that differ, and metrics side by side", _compare, many=True)
-    compare.add_argument(
-        "--html",
-        nargs="?",
-        const=False,  # the option without a value
-        metavar="PATH",
-        help="also a page with curves and images: a file, or a folder (default: compare-A-vs-B.html beside the first)",
-    )
+    where = "a file, or a folder (default: compare-A-vs-B.html beside the first)"
+    _add_optional_path(compare, "--html", f"also a page with curves and images: {where}")
+
+
+def _add_optional_path(action: argparse.ArgumentParser, option: str, text: str) -> None:
+    """Add an option whose value is a path; without a value it is False. `text`: its help."""
+    action.add_argument(option, nargs="?", const=False, metavar="PATH", help=text)
 
 
 def _action(

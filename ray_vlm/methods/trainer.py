@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ray_vlm.config.method import Method
-from ray_vlm.config.train import Precision
+from ray_vlm.config.train import Part, Precision
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.records import Record
 from ray_vlm.data.samples import SampleBuilder
@@ -112,7 +112,7 @@ class TrainerInputs:
     loss_scale: LossScale
     operations: OperationCounter
     seed: int = 0
-    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    learning_rates: Mapping[Part, float] = field(default_factory=dict)
     adapter_is_reference: bool = False
     tolerates_nonfinite: bool = False
     has_eval: bool = False

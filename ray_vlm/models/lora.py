@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.paths import describe_search
 from ray_vlm.config.schema import Lora
+from ray_vlm.config.train import Part
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
 from ray_vlm.models.out_of_memory import is_out_of_memory
@@ -79,7 +80,7 @@ def freeze_parts(model: "Module", parts: Sequence[str], family: Family) -> "Modu
 
 
 def split_rates(
-    optimizer: "Optimizer", named: Iterable[tuple[str, "Tensor"]], family: Family, rates: Mapping[str, float]
+    optimizer: "Optimizer", named: Iterable[tuple[str, "Tensor"]], family: Family, rates: Mapping[Part, float]
 ) -> None:
     """Give the weights of parts in `rates` (part: peak learning rate) groups of their own in `optimizer`."""
     part = {id(parameter): part_of(family, name) for name, parameter in named}

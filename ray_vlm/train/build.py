@@ -114,8 +114,9 @@ def build_inputs(
 
     steps, train = args.gradient_accumulation_steps, job.train
     dropout = job.lora.dropout if job.lora is not None else 0.0
-    vllm = isinstance(job.method, GrpoMethod) and job.method.rollouts == "vllm"
-    engine = EngineSettings(job.model, job.train.precision, job.seed)
+    sampler = None
+    if isinstance(job.method, GrpoMethod) and job.method.rollouts == "vllm":
+        sampler = build_sampler(EngineSettings(job.model, train.precision, job.seed), job.lora, args)
     return TrainerInputs(
         method=job.method,
         builder=builder,
@@ -134,12 +135,12 @@ def build_inputs(
         loss_scale=LossScale(steps),
         operations=OperationCounter(),
         seed=job.seed,
-        learning_rates=dict((train.learning_rates or {}).items()),
+        learning_rates=train.learning_rates or {},
         adapter_is_reference=job.model.adapter is not None,
         tolerates_nonfinite=train.nonfinite != "stop",
         has_eval=spec.eval is not None,
         rewards=build_rewards(job, spec.sample_spec.labels),
-        sampler=build_sampler(engine, job.lora, args) if vllm else None,
+        sampler=sampler,
     )
 
 
