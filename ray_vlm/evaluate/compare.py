@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ray_vlm.evaluate.report import EvalResult, choose_images, draw_picture, render
+from ray_vlm.evaluate.report import EvalResult, draw_pictures, render
 from ray_vlm.runs.compare import SETTINGS, Comparison, test_of
 from ray_vlm.runs.monitor import whole_lines
 from ray_vlm.runs.plot import MAIN, main_key, overlay
@@ -24,8 +24,6 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison) -> str:
     if len(results) > _MOST_VIEWS:
         notes.append(f"Images show the answers of the first {_MOST_VIEWS} runs.")
         results = results[:_MOST_VIEWS]
-    chosen = choose_images(results[0].predictions) if results else []
-    images = [picture for i in chosen if (picture := draw_picture(i, results)) is not None]
     return render(
         "compare.html.j2",
         title=f"{len(runs)} runs: {', '.join(comparison.titles[:4])}{', ...' if len(runs) > 4 else ''}",
@@ -34,7 +32,7 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison) -> str:
         settings=SETTINGS,
         format_value=lambda value: value if isinstance(value, str) else format_number(value),
         charts=_charts(runs, comparison.titles),
-        images=images,
+        images=draw_pictures(results),
         columns=len(results),
     )
 
