@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_vlm.data.inspect.check import shorten
+from ray_vlm.data.inspect.check import plain, shorten
 from ray_vlm.runs.plot import COLOURS, INK, font_families
 
 if TYPE_CHECKING:
@@ -65,16 +65,16 @@ def draw_values(
     scale = min(max(width, height, min_side), max_side) / max(width, height)
     picture = resize(pixels, width * scale, height * scale)
     unit = max(picture.size) / 480
-    line, type_size = max(2, round(3 * unit)), max(10, round(14 * unit))
+    stroke, type_size = max(2, round(3 * unit)), max(10, round(14 * unit))
     true = [(tuple(scale * v for v in region), "") for region, _ in regions_of(truth or {})]
     found = [(tuple(scale * v for v in region), label) for region, label in regions_of(values)]
-    draw_regions(picture, true, [INK] * len(true), 2 * line + 1, type_size)
-    draw_regions(picture, true, [WHITE] * len(true), 2 * line, type_size)
-    draw_regions(picture, found, [colour_of(label, classes) for _, label in found], line, type_size)
+    draw_regions(picture, true, [INK] * len(true), 2 * stroke + 1, type_size)
+    draw_regions(picture, true, [WHITE] * len(true), 2 * stroke, type_size)
+    draw_regions(picture, found, [colour_of(label, classes) for _, label in found], stroke, type_size)
     if not caption:
         return picture
-    lines = [(text, type_size, WHITE) for text in wrap(caption, type_size, picture.width - type_size, _MOST_LINES)]
-    return stack([picture, draw_lines(lines, picture.width, INK)])
+    lines = wrap(plain(" ".join(caption.split())), type_size, picture.width - type_size, _MOST_LINES)
+    return stack([picture, draw_lines([(line, type_size, WHITE) for line in lines], picture.width, INK)])
 
 
 def resize(pixels: "np.ndarray", width: float, height: float) -> "PIL.Image.Image":

@@ -84,6 +84,8 @@ def write_report(
     """
     changes = compare(results)
     curves = [learning_curve(current_lines(read_metrics(file)), name) for name, file in runs.items()]
+    a_class = next(iter(results[-1].metrics["per_class"].values()), {})
+    number = next((name for name in _CLASS_NUMBERS if name in a_class), "f1")
     html = render(
         "report.html.j2",
         title=title,
@@ -91,8 +93,8 @@ def write_report(
         columns=len(results),
         results=results,
         headlines=_headlines(results, changes),
-        class_number=next((t for k, t in _CLASS_NUMBERS.items() if k in _any_class(results)), "F1"),
-        classes=_class_table(results),
+        class_number=_CLASS_NUMBERS[number],
+        classes=_class_table(results, number),
         curves=[curve for curve in curves if curve],
         images=draw_pictures(results),
     )
@@ -133,19 +135,14 @@ def _headlines(results: Sequence[EvalResult], changes: Mapping[str, Any]) -> lis
     return rows
 
 
-def _any_class(results: Sequence[EvalResult]) -> dict[str, Any]:
-    return next(iter(results[-1].metrics["per_class"].values()), {})
-
-
-def _class_table(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
+def _class_table(results: Sequence[EvalResult], number: str) -> list[dict[str, Any]]:
     labels = sorted({label for result in results for label in result.metrics["per_class"]})
-    key = next((k for k in _CLASS_NUMBERS if k in _any_class(results)), "f1")
     rows = []
     for label in labels:
         cells = [result.metrics["per_class"].get(label, {}) for result in results]
         count = max(cell.get("num", 0) for cell in cells)
         if count:
-            rows.append({"label": label, "count": count, "values": [cell.get(key, 0.0) for cell in cells]})
+            rows.append({"label": label, "count": count, "values": [cell.get(number, 0.0) for cell in cells]})
     return sorted(rows, key=lambda row: -row["count"])
 
 
