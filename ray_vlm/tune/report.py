@@ -20,7 +20,7 @@ from ray_vlm.tune.trials import Trial, pareto, rank, score_of_trial
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLUMNS = 3  # panels in a line of the chart of settings
+_COLUMNS = 4  # panels in a line of the chart of settings
 _MOST_LETTERS = 24  # of the values of a list that have room below a panel
 _FEWEST = 6  # trials; with fewer the shares of importance would be noise
 
@@ -97,6 +97,7 @@ def draw_settings(space: Space, ranked: Sequence[Trial], metric: str) -> str:
             panel.scatter(values, scores, s=34, color=BLUE, alpha=0.6, linewidths=0)
             panel.scatter(values[:1], scores[:1], s=64, color=ORANGE)
             panel.set_xlabel(setting.key)
+            panel.tick_params(axis="x", which="both", labelsize=8)
         for panel in panels[::columns]:
             panel.set_ylabel(metric)
         return draw_for_page(figure)
@@ -104,14 +105,18 @@ def draw_settings(space: Space, ranked: Sequence[Trial], metric: str) -> str:
 
 def place_values(panel: "Axes", setting: Setting, values: Sequence[Any]) -> list[float]:
     """Return where values lie on the axis of a setting: numbers on its scale, those of a list in equal distances."""
+    from matplotlib.ticker import LogFormatter
+
     if setting.kind not in LISTS and all(is_number(value) for value in values):
         if "log" in setting.kind and min(values) > 0:
             panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(LogFormatter())  # the scale's own writes TeX, which is not parsed
+            panel.xaxis.set_minor_formatter(LogFormatter())
         return list(values)
     known = {format_setting(value): value for value in (*setting.args, *values)}
     names = sorted(known, key=known.__getitem__) if all(map(is_number, known.values())) else list(known)
     turned = {"rotation": 15, "ha": "right"} if sum(map(len, names)) > _MOST_LETTERS else {}
-    panel.set_xticks(range(len(names)), [shorten(name, 24) for name in names], fontsize=9, **turned)
+    panel.set_xticks(range(len(names)), [shorten(name, 24) for name in names], **turned)
     panel.set_xlim(-0.5, len(names) - 0.5)
     return [names.index(format_setting(value)) for value in values]
 
