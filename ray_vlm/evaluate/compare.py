@@ -9,7 +9,7 @@ from typing import Any
 from ray_vlm.evaluate.report import EvalResult, draw_pictures, render
 from ray_vlm.runs.compare import SETTINGS, Comparison, test_of
 from ray_vlm.runs.monitor import whole_lines
-from ray_vlm.runs.plot import MAIN, main_key, overlay
+from ray_vlm.runs.plot import MAIN, Chart, main_key, overlay
 from ray_vlm.runs.read import Run, setting
 from ray_vlm.runs.store import Store
 from ray_vlm.runs.text import format_number
@@ -69,7 +69,7 @@ def _same_rows(results: Sequence[EvalResult]) -> list[EvalResult]:
     ]
 
 
-def _charts(runs: Sequence[Run], titles: Sequence[str]) -> list[dict[str, Any]]:
+def _charts(runs: Sequence[Run], titles: Sequence[str]) -> list[Chart]:
     """Return the charts: training by the main number of each method, then validation by the metric that chose
     `best/`."""
     mains = dict.fromkeys(main_key(run.current) for run in runs if setting(run.job, "method.name"))

@@ -84,7 +84,7 @@ def write_report(
     """
     changes = compare(results)
     curves = [learning_curve(current_lines(read_metrics(file)), name) for name, file in runs.items()]
-    a_class = next(iter(results[-1].metrics["per_class"].values()), {})
+    a_class: dict[str, Any] = next(iter(results[-1].metrics["per_class"].values()), {})
     number = next((name for name in _CLASS_NUMBERS if name in a_class), "f1")
     html = render(
         "report.html.j2",
@@ -197,8 +197,7 @@ def _view(title: str, p: dict[str, Any], pixels: "np.ndarray", classes: Sequence
     else:
         right = score.get("success", score.get("all", score.get("normalised")))
         verdict = f"{'right' if right else 'wrong'}: {in_words(p['found']) or p['answer'][:200]}"
-    limits = {"min_side": MIN_SIDE, "max_side": _MAX_SIDE}
-    picture = draw_values(pixels, p["found"], classes, truth=p["truth"], size=p["sizes"][0], **limits)
+    picture = draw_values(pixels, p["found"], classes, "", p["truth"], MIN_SIDE, _MAX_SIDE, p["sizes"][0])
     picture.save(buffer, "JPEG", quality=88)
     uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"title": title, "verdict": verdict, "uri": uri}

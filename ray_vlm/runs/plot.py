@@ -162,7 +162,8 @@ def picture_style() -> Iterator[None]:
     """Draw and save figures in the package's style. This needs no display."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE | {"font.family": font_families()}), warnings.catch_warnings():
+    style: Any = _STYLE | {"font.family": font_families()}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 

@@ -115,7 +115,7 @@ def place_values(panel: "Axes", setting: Setting, values: Sequence[Any]) -> list
         return list(values)
     known = {format_setting(value): value for value in (*setting.args, *values)}
     names = sorted(known, key=known.__getitem__) if all(map(is_number, known.values())) else list(known)
-    turned = {"rotation": 15, "ha": "right"} if sum(map(len, names)) > _MOST_LETTERS else {}
+    turned: dict[str, Any] = {"rotation": 15, "ha": "right"} if sum(map(len, names)) > _MOST_LETTERS else {}
     panel.set_xticks(range(len(names)), [shorten(name, 24) for name in names], **turned)
     panel.set_xlim(-0.5, len(names) - 0.5)
     return [names.index(format_setting(value)) for value in values]
@@ -147,10 +147,10 @@ def measure_importance(space: Space, trials: Sequence[Trial]) -> tuple[dict[str,
 
 def _ask_optuna(settings: Sequence[Setting], rows: Sequence[tuple[dict[str, Any], float]]) -> dict[str, float]:
     import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    distributions = {
+    distributions: dict[str, BaseDistribution] = {
         s.key: CategoricalDistribution(list(range(len(s.args))))
         if s.kind in LISTS
         else FloatDistribution(float(s.args[0]), float(s.args[1]), log="log" in s.kind)
