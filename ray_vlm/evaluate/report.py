@@ -198,7 +198,7 @@ def _view(title: str, p: dict[str, Any], pixels: "np.ndarray", classes: Sequence
         right = score.get("success", score.get("all", score.get("normalised")))
         verdict = f"{'right' if right else 'wrong'}: {in_words(p['found']) or p['answer'][:200]}"
     picture = draw_values(pixels, p["found"], classes, "", p["truth"], MIN_SIDE, _MAX_SIDE, p["sizes"][0])
-    picture.save(buffer, "JPEG", quality=88)
+    picture.save(buffer, "JPEG", quality=80)
     uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"title": title, "verdict": verdict, "uri": uri}
 
