@@ -11,7 +11,7 @@ from ray_vlm.data.inspect.check import shorten
 from ray_vlm.evaluate.compare import load_results
 from ray_vlm.evaluate.report import draw_pictures, render
 from ray_vlm.runs.compute import describe_hours, measure_compute, sum_compute
-from ray_vlm.runs.plot import BLUE, ORANGE, draw_for_page, make_panels, overlay, picture_style
+from ray_vlm.runs.plot import BLUE, GREY, draw_for_page, make_panels, overlay, picture_style
 from ray_vlm.runs.read import Run, is_number
 from ray_vlm.runs.text import format_duration, format_number, format_setting
 from ray_vlm.tune.space import LISTS, Setting, Space, holds
@@ -94,8 +94,8 @@ def draw_settings(space: Space, ranked: Sequence[Trial], metric: str) -> str:
         figure, panels = make_panels(len(settings), columns, (9 / columns, 2.7), sharey=True)
         for panel, setting in zip(panels, settings, strict=True):
             values = place_values(panel, setting, [trial.values.get(setting.key) for trial in ranked])
-            panel.scatter(values, scores, s=34, color=BLUE, alpha=0.6, linewidths=0)
-            panel.scatter(values[:1], scores[:1], s=64, color=ORANGE)
+            panel.scatter(values, scores, s=34, color=GREY, alpha=0.7, linewidths=0)
+            panel.scatter(values[:1], scores[:1], s=64, color=BLUE)  # its colour among the curves
             panel.set_xlabel(setting.key)
             panel.tick_params(axis="x", which="both", labelsize=8)
         for panel in panels[::columns]:
