@@ -67,10 +67,10 @@ def draw_values(
     unit = max(picture.size) / 480
     stroke, type_size = max(2, round(4 * unit)), max(10, round(16 * unit))
     true = [(tuple(scale * v for v in region), "") for region, _ in regions_of(truth or {})]
-    found = [(tuple(scale * v for v in region), label) for region, label in regions_of(values)]
+    regions = [(tuple(scale * v for v in region), label) for region, label in regions_of(values)]
     draw_regions(picture, true, [INK] * len(true), 2 * stroke + 1, type_size)
     draw_regions(picture, true, [WHITE] * len(true), 2 * stroke, type_size)
-    draw_regions(picture, found, [colour_of(label, classes) for _, label in found], stroke, type_size)
+    draw_regions(picture, regions, [colour_of(label, classes) for _, label in regions], stroke, type_size)
     if not caption:
         return picture
     lines = wrap(plain(" ".join(caption.split())), type_size, picture.width - type_size, _MOST_LINES)

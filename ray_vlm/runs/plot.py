@@ -41,6 +41,8 @@ _STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "text.parse_math": False,  # a class may be called `$5`
     "svg.hashsalt": "ray_vlm",
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.12,
 }
 Points = list[tuple[float, float]]
 Line = Mapping[str, Any]  # of `metrics.jsonl`
