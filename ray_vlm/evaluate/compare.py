@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ray_vlm.evaluate.report import EvalResult, choose_images, draw_picture, render
+from ray_vlm.evaluate.report import EvalResult, draw_pictures, render
 from ray_vlm.runs.compare import SETTINGS, Comparison, test_of
 from ray_vlm.runs.monitor import whole_lines
-from ray_vlm.runs.plot import MAIN, main_key, overlay
+from ray_vlm.runs.plot import MAIN, Chart, main_key, overlay
 from ray_vlm.runs.read import Run, setting
 from ray_vlm.runs.store import Store
 from ray_vlm.runs.text import format_number
@@ -24,8 +24,6 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison) -> str:
     if len(results) > _MOST_VIEWS:
         notes.append(f"Images show the answers of the first {_MOST_VIEWS} runs.")
         results = results[:_MOST_VIEWS]
-    chosen = choose_images(results[0].predictions) if results else []
-    images = [picture for i in chosen if (picture := draw_picture(i, results)) is not None]
     return render(
         "compare.html.j2",
         title=f"{len(runs)} runs: {', '.join(comparison.titles[:4])}{', ...' if len(runs) > 4 else ''}",
@@ -34,7 +32,7 @@ def write_comparison(runs: Sequence[Run], comparison: Comparison) -> str:
         settings=SETTINGS,
         format_value=lambda value: value if isinstance(value, str) else format_number(value),
         charts=_charts(runs, comparison.titles),
-        images=images,
+        images=draw_pictures(results),
         columns=len(results),
     )
 
@@ -71,7 +69,7 @@ def _same_rows(results: Sequence[EvalResult]) -> list[EvalResult]:
     ]
 
 
-def _charts(runs: Sequence[Run], titles: Sequence[str]) -> list[dict[str, Any]]:
+def _charts(runs: Sequence[Run], titles: Sequence[str]) -> list[Chart]:
     """Return the charts: training by the main number of each method, then validation by the metric that chose
     `best/`."""
     mains = dict.fromkeys(main_key(run.current) for run in runs if setting(run.job, "method.name"))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.data.draw import MIN_SIDE
 from ray_vlm.data.files import parent_folder, resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.sources.fields import from_json, is_empty
@@ -173,7 +174,7 @@ def _cannot_write(output: str, error: OSError) -> RunError:
 
 def _draw(folder: Path, number: int, ask: Ask, prediction: Found) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    prediction.draw().save(folder / f"{number:05d}-{Path(str(ask.images[0])).stem}.png")
+    prediction.draw(MIN_SIDE).save(folder / f"{number:05d}-{Path(str(ask.images[0])).stem}.png")
 
 
 def read_inputs(inputs: Sequence[str], question: str | None, task: str, image_root: str | None = None) -> list[Input]:

@@ -3,10 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.samples import SampleBuilder, parse_answer
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,16 @@ def in_words(values: Mapping[str, Any], labels: bool = True) -> str:
         return ", ".join(values["labels"]) if labels else ""
     pairs = values.get("attributes") or values.get("output") or {}
     return values.get("answer") or ", ".join(f"{name}: {value}" for name, value in pairs.items())
+
+
+def draw_predictions(predictions: Sequence[Prediction], count: int = 8) -> "list[tuple[str, PIL.Image.Image]]":
+    """Return captions and images of the first few predictions whose images are files."""
+    from ray_vlm.data.draw import MIN_SIDE, draw_values
+
+    classes = sorted({label for p in predictions for label in p.truth.get("labels", ())})
+    pictures = []
+    for p in [p for p in predictions if p.images and p.images[0] is not None][:count]:
+        caption = in_words(p.parsed, labels=False)
+        picture = draw_values(str(p.images[0]), p.parsed, classes, caption, min_side=MIN_SIDE)
+        pictures.append((f"{p.id}: {in_words(p.truth)}", picture))
+    return pictures

@@ -27,6 +27,7 @@ from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import DataError
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker
 from ray_vlm.evaluate.generate import generate_answers, plan_batches
+from ray_vlm.evaluate.prediction import in_words
 from ray_vlm.evaluate.weights import find_answerer
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.store import full_address
@@ -37,7 +38,7 @@ from ray_vlm.tasks.gui_steps import read_memory, remember
 if TYPE_CHECKING:
     import PIL.Image
 
-    from ray_vlm.evaluate.draw import ImageLike
+    from ray_vlm.data.draw import ImageLike
 
 Memory = Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | str | None  # steps as texts or JSON objects
 Sizes = Sequence[tuple[int, int]]
@@ -75,11 +76,14 @@ class Found:
     repairs: tuple[str, ...]
     classes: tuple[str, ...] = ()
 
-    def draw(self) -> "PIL.Image.Image":
-        """Draw the values on the first image and return it as a PIL image."""
-        from ray_vlm.evaluate.draw import draw_values
+    def draw(self, min_side: int = 1) -> "PIL.Image.Image":
+        """Draw the values on the first image and return it as a PIL image: labelled boxes, the box or point of a GUI
+        step, and the rest of the answer as text in a strip below. An image whose longer side has fewer than `min_side`
+        pixels is enlarged."""
+        from ray_vlm.data.draw import draw_values
 
-        return draw_values(self.images[0], self.values, self.classes)
+        caption = in_words(self.values, labels=False)
+        return draw_values(self.images[0], self.values, self.classes, caption, min_side=min_side)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ It reads only the files that evaluations and runs wrote.
 
 import base64
 import io
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.check_method import TASK_METRICS
+from ray_vlm.data.draw import MIN_SIDE, draw_values, regions_of
 from ray_vlm.evaluate.intervals import measure_differences
 from ray_vlm.evaluate.prediction import in_words
 from ray_vlm.runs.monitor import current_lines, read_metrics
@@ -22,11 +22,11 @@ from ray_vlm.runs.plot import learning_curve
 from ray_vlm.runs.read import is_number
 
 if TYPE_CHECKING:
+    import numpy as np
     from jinja2 import Environment
 
 NUM_IMAGES = 12  # with truth and prediction drawn
-_SHOWN_PX = 640  # images are embedded at most this large
-_MOST_INTERVALS = 5  # between labelled steps of a chart
+_MAX_SIDE = 640  # pixels of an embedded image's longer side
 _TITLES = {
     "f1_50": "F1 at IoU 0.5",
     "map": "mAP (0.50:0.95)",
@@ -84,6 +84,8 @@ def write_report(
     """
     changes = compare(results)
     curves = [learning_curve(current_lines(read_metrics(file)), name) for name, file in runs.items()]
+    a_class: dict[str, Any] = next(iter(results[-1].metrics["per_class"].values()), {})
+    number = next((name for name in _CLASS_NUMBERS if name in a_class), "f1")
     html = render(
         "report.html.j2",
         title=title,
@@ -91,10 +93,10 @@ def write_report(
         columns=len(results),
         results=results,
         headlines=_headlines(results, changes),
-        class_number=next((t for k, t in _CLASS_NUMBERS.items() if k in _any_class(results)), "F1"),
-        classes=_class_table(results),
+        class_number=_CLASS_NUMBERS[number],
+        classes=_class_table(results, number),
         curves=[curve for curve in curves if curve],
-        images=[p for i in choose_images(results[-1].predictions) if (p := draw_picture(i, results)) is not None],
+        images=draw_pictures(results),
     )
     path.write_text(html, encoding="utf-8")
     return changes
@@ -111,9 +113,7 @@ def _environment(folder: Path | None) -> "Environment":
     from jinja2 import Environment, FileSystemLoader
 
     folders = [Path(__file__).parent, *([folder] if folder else [])]
-    environment = Environment(loader=FileSystemLoader(folders), autoescape=True)
-    environment.filters["add_axes"] = add_axes
-    return environment
+    return Environment(loader=FileSystemLoader(folders), autoescape=True)
 
 
 def _headlines(results: Sequence[EvalResult], changes: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -135,19 +135,14 @@ def _headlines(results: Sequence[EvalResult], changes: Mapping[str, Any]) -> lis
     return rows
 
 
-def _any_class(results: Sequence[EvalResult]) -> dict[str, Any]:
-    return next(iter(results[-1].metrics["per_class"].values()), {})
-
-
-def _class_table(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
+def _class_table(results: Sequence[EvalResult], number: str) -> list[dict[str, Any]]:
     labels = sorted({label for result in results for label in result.metrics["per_class"]})
-    key = next((k for k in _CLASS_NUMBERS if k in _any_class(results)), "f1")
     rows = []
     for label in labels:
         cells = [result.metrics["per_class"].get(label, {}) for result in results]
         count = max(cell.get("num", 0) for cell in cells)
         if count:
-            rows.append({"label": label, "count": count, "values": [cell.get(key, 0.0) for cell in cells]})
+            rows.append({"label": label, "count": count, "values": [cell.get(number, 0.0) for cell in cells]})
     return sorted(rows, key=lambda row: -row["count"])
 
 
@@ -174,87 +169,47 @@ def choose_images(predictions: Sequence[dict[str, Any]]) -> list[int]:
     return rare + [others[i * len(others) // space] for i in range(space)]
 
 
-def draw_picture(position: int, results: Sequence[EvalResult]) -> dict[str, Any] | None:
-    """Describe one row's first image with the boxes of every result, in original pixels, or the answers as text; None
-    for a row without an image."""
-    first = results[0].predictions[position]
-    if not first["images"]:
-        return None
-    width, height = first["sizes"][0]
-    views = [_view(result, result.predictions[position]) for result in results]
-    return {
-        "id": first["id"],
-        "width": width,
-        "height": height,
-        "uri": _data_uri(first["images"][0]) if first["images"][0] else "",
-        "truth": _boxes(first["truth"]),
-        "words": in_words(first["truth"]),
-        "views": views,
-        "unit": max(width, height) / 100,
-    }
+def draw_pictures(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
+    """Draw the first image of a dozen rows with the regions of the truth and of every result; describe the answers in
+    words. Rows without an image are left out."""
+    predictions = results[-1].predictions if results else []
+    classes = {label for p in predictions for _, label in regions_of(p["truth"])}
+    pictures = []
+    for first, *others in ([r.predictions[i] for r in results] for i in choose_images(predictions)):
+        if first["images"]:
+            pixels = _decode(first["images"][0])
+            views = zip(results, (first, *others), strict=True)
+            pictures.append(
+                {
+                    "id": first["id"],
+                    "words": in_words(first["truth"]),
+                    "drawn": any(regions_of(p[key]) for p in (first, *others) for key in ("truth", "found")),
+                    "views": [_view(result.title, p, pixels, sorted(classes)) for result, p in views],
+                }
+            )
+    return pictures
 
 
-def _view(result: EvalResult, p: dict[str, Any]) -> dict[str, Any]:
-    score = p["score"]
+def _view(title: str, p: dict[str, Any], pixels: "np.ndarray", classes: Sequence[str]) -> dict[str, str]:
+    score, buffer = p["score"], io.BytesIO()
     if "hits" in score:
         verdict = f"{sum(score['hits'].values())} of {len(p['truth']['labels'])} found"
     else:
         right = score.get("success", score.get("all", score.get("normalised")))
         verdict = f"{'right' if right else 'wrong'}: {in_words(p['found']) or p['answer'][:200]}"
-    return {"title": result.title, "found": _boxes(p["found"]), "verdict": verdict}
+    picture = draw_values(pixels, p["found"], classes, "", p["truth"], MIN_SIDE, _MAX_SIDE, p["sizes"][0])
+    picture.save(buffer, "JPEG", quality=80)
+    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"title": title, "verdict": verdict, "uri": uri}
 
 
-def _boxes(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the boxes to draw: those with labels, or the box or point of a GUI step; a point is a box of 4 pixels."""
-    boxes, labels = values.get("boxes", []), values.get("labels", [])
-    if values.get("box") is not None:
-        boxes, labels = [values["box"]], [""]
-    elif values.get("point") is not None:
-        x, y = values["point"]
-        boxes, labels = [[x - 2, y - 2, x + 2, y + 2]], [""]
-    pairs = zip(boxes, labels, strict=True)
-    return [{"x": b[0], "y": b[1], "w": b[2] - b[0], "h": b[3] - b[1], "label": label} for b, label in pairs]
-
-
-def _data_uri(path: str) -> str:
-    """Return the image as a `data:` URI; empty where the file is missing or cannot be decoded."""
-    from PIL import Image
+def _decode(path: str | None) -> "np.ndarray":
+    """Return the image; one grey pixel where the file is missing or cannot be decoded."""
+    import numpy as np
 
     from ray_vlm.data.images import decode
 
     try:
-        image = Image.fromarray(decode(path))
+        return decode(path or "")
     except Exception:  # a decoder raises many types for a damaged file
-        return ""
-    image.thumbnail((_SHOWN_PX, _SHOWN_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def add_axes(chart: Mapping[str, Any]) -> dict[str, Any]:
-    """Add `x_ticks` and `y_ticks`, lists of (position in pixels, text), to a chart of `runs.curves.layout`."""
-    width, height, last = chart["width"], chart["height"], chart["last"]
-    top, middle, bottom = chart["marks"]
-    values = [(0.0, top), (height / 2, middle), (float(height), bottom)]
-    digits = max(2, 1 - math.floor(math.log10(top - bottom)))  # enough to tell the three values apart
-    return {
-        **chart,
-        "x_ticks": [(round(step / last * width, 1), str(step)) for step in tick_steps(math.floor(last))],
-        "y_ticks": [(y, f"{value:.{digits}f}") for y, value in values],
-    }
-
-
-def tick_steps(last: int) -> list[int]:
-    """Return whole steps from 0 to `last` at equal distances of 1, 2 or 5 times a power of ten, without duplicates.
-
-    `last` itself is added where it is at least half a distance away from the one before.
-    """
-    distance = next(
-        factor * 10**exponent
-        for exponent in range(len(str(last)) + 1)
-        for factor in (1, 2, 5)
-        if factor * 10**exponent * _MOST_INTERVALS >= last
-    )
-    steps = list(range(0, last + 1, distance))
-    return [*steps, last] if 2 * (last - steps[-1]) >= distance else steps
+        return np.full((1, 1, 3), 160, np.uint8)

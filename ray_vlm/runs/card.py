@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_vlm.runs.compare import test_of
-from ray_vlm.runs.compute import measure_compute
+from ray_vlm.runs.compute import describe_hours, measure_compute
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_duration, format_number
 
@@ -91,10 +91,7 @@ def _cost(run: Run) -> str:
     costs = measure_compute(run)
     rows = [("hardware", costs["device"] or "?"), ("workers", costs["num_workers"])]
     rows.append(("wall time", format_duration(run.wall_s)))
-    titles = {"gpu_hours": "GPU-hours", "cpu_hours": "CPU-hours"}
-    titles |= {"energy_kwh": "energy (kWh, estimate)", "co2_kg": "CO2 (kg, estimate)"}
-    rows += [(title, format_number(costs[key])) for key, title in titles.items() if costs.get(key)]
-    return "## What it cost\n\n" + _table(("what", "value"), rows)
+    return "## What it cost\n\n" + _table(("what", "value"), [*rows, *describe_hours(costs)])
 
 
 def _check(checked: Mapping[str, float]) -> str:

@@ -178,6 +178,12 @@ def write_markdown(titles: Sequence[str], costs: Sequence[Mapping[str, Any]]) ->
     return "\n".join([*head, *(f"| {title} | {' | '.join(map(_cell, values))} |" for title, values in rows)]) + "\n"
 
 
+def describe_hours(cost: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return titles and texts of a cost's hours, energy and CO2, where they are known and not 0."""
+    keys = ("gpu_hours", "cpu_hours", "unfinished_hours", "energy_kwh", "co2_kg")
+    return [(_TITLES[key], format_number(cost[key])) for key in keys if cost.get(key)]
+
+
 def _tell(value: str | float | None) -> str:
     return value if isinstance(value, str) else format_number(value)
 

@@ -1,11 +1,13 @@
-"""Charts of runs: curves with their points and smoothing, laid out for an SVG or drawn with matplotlib as PNG or SVG.
+"""Charts of runs: curves with their points and smoothing, drawn with matplotlib as files or for a page.
 
 The colours, settings and fonts of all pictures of the package are here too.
 """
 
 import io
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,8 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY, INK = "#3b6fb6", "#e08a2e", "#9aa3ad", "#22303c"
-STYLE = {
+GREY, INK, _GRID = "#9aa3ad", "#22303c", "#e6e9ed"
+# The colours of Okabe and Ito, which people with colour blindness tell apart, without their yellow.
+COLOURS = BLUE, ORANGE, *_ = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", INK
+_OF_PAGE = {INK: "var(--ink)", GREY: "var(--soft)", _GRID: "var(--line)"}  # colours that follow a page's dark mode
+_STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -30,21 +35,23 @@ STYLE = {
     "axes.labelcolor": INK,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e6e9ed",
+    "grid.color": _GRID,
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
     "text.parse_math": False,  # a class may be called `$5`
+    "svg.hashsalt": "ray_vlm",
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.12,
 }
 Points = list[tuple[float, float]]
+Line = Mapping[str, Any]  # of `metrics.jsonl`
 
 # The main number of a run: the first of these keys that its training lines have, and its title.
 MAIN = {"reward": "Reward", "preference_accuracy": "Pairs preferred as they should be", "loss": "Loss"}
-FROM_ZERO = ("loss", "preference_accuracy")  # axes that include 0; a reward has no natural zero
 _MOST = 400  # points drawn of a line; more are not visible
 _WEIGHT = 0.9  # of the previous values in a smoothed line
 _BLOCKS = "▁▂▃▄▅▆▇█"
-COLOURS = ["#2563eb", "#e08a00", "#0a9a6b", "#c2568f", "#d5480b", "#38a3d9", "#7c3aed", "#6b7684"]
 DASHES = ["-", "--", ":", "-."]  # once the colours are used up
 _NAMED = 16  # runs that a legend can hold
 _PANEL = (6.5, 3.6)  # inches
@@ -52,22 +59,21 @@ _EVEN = ("learning_rate", "epoch")  # numbers without noise, which are not smoot
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One curve of a chart: its title, the line, separate dots, and a faint line behind it."""
+class Chart:
+    """A chart of a page: its title, the drawing, and (colour, CSS border style, name) of each line."""
 
     title: str
-    line: Points
-    dots: Points = ()  # type: ignore[assignment]
-    faint: Points = ()  # type: ignore[assignment]
+    svg: str
+    lines: tuple[tuple[str, str, str], ...] = ()
 
 
-def points_of(lines: Sequence[dict[str, Any]], kind: str, key: str) -> Points:
+def points_of(lines: Sequence[Line], kind: str, key: str) -> Points:
     """Return (step, value) of every line of that kind with a finite number under `key`."""
     values: list[tuple[int, Any]] = [(line["step"], line.get(key)) for line in lines if line["kind"] == kind]
     return [(step, value) for step, value in values if is_number(value)]
 
 
-def main_key(lines: Sequence[dict[str, Any]]) -> str:
+def main_key(lines: Sequence[Line]) -> str:
     """Return the first key of `MAIN` that the training lines have, or `loss`."""
     train = [line for line in lines if line["kind"] == "train"]
     return next((key for key in MAIN if any(key in line for line in train)), "loss")
@@ -104,61 +110,44 @@ def spark(points: Points, width: int = 40) -> str:
     return "".join(_BLOCKS[round((value - low) * scale)] for value in values)
 
 
-def learning_curve(lines: Sequence[dict[str, Any]], name: str = "") -> dict[str, Any] | None:
+def learning_curve(lines: Sequence[Line], name: str = "") -> Chart | None:
     """Return the chart of a run's main number in training and validation; None with fewer than two training lines."""
     key = main_key(lines)
-    train = points_of(lines, "train", key)
-    if len(train) < 2:
+    if len(points_of(lines, "train", key)) < 2:
         return None
-    curve = Curve("training, each step and smoothed", smooth(train), points_of(lines, "eval", key), train)
-    return layout(f"{MAIN[key]}, {name}" if name else MAIN[key], [curve], key in FROM_ZERO)
+    title = f"{MAIN[key]}, {name}" if name else MAIN[key]
+    return draw_chart(title, key, ["training, each step and smoothed; dots: validation"], [lines])
 
 
-def overlay(runs: Sequence[Run], titles: Sequence[str], kind: str, key: str, title: str) -> dict[str, Any] | None:
+def overlay(runs: Sequence[Run], titles: Sequence[str], kind: str, key: str, title: str) -> Chart | None:
     """Return one chart of a number in several runs, one colour each; None if no run has it.
 
     Training lines are smoothed; validations are joined and marked.
     """
-    curves = []
-    for run, name in zip(runs, titles, strict=True):
-        points = points_of(run.current, kind, key)
-        curves.append(Curve(name, smooth(points)) if kind == "train" else Curve(name, points, points))
-    return layout(title, curves, key in FROM_ZERO) if any(curve.line for curve in curves) else None
+    lines = [[line for line in run.current if line["kind"] == kind] for run in runs]
+    return draw_chart(title, key, titles, lines) if any(points_of(some, kind, key) for some in lines) else None
 
 
-def layout(title: str, curves: Sequence[Curve], from_zero: bool, width: int = 760, height: int = 220) -> dict[str, Any]:
-    """Return the input of the page's `chart` macro: points in pixels of `width` x `height`, and labels of both axes.
+def draw_chart(title: str, key: str, names: Sequence[str], runs: Sequence[Sequence[Line]]) -> Chart:
+    """Draw a number in the lines of runs for a page. A run without it keeps its colour, and is not named."""
+    with picture_style():
+        figure, panels = make_panels(1, 1, (9, 2.9))
+        _draw(panels[0], key, runs)
+        svg = draw_for_page(figure)
+    shown = [(i, name) for i, name in enumerate(names) if any(is_number(line.get(key)) for line in runs[i])]
+    return Chart(title, svg, tuple((_page_colour(i), "dashed" if i >= len(COLOURS) else "solid", n) for i, n in shown))
 
-    y grows downwards in an SVG, so the largest value is at 0. If all values are equal, the axis is a range around them:
-    0 to 1 for shares, so a line of zeros is at the bottom.
-    """
-    everything = [point for curve in curves for point in (*curve.line, *curve.dots, *curve.faint)]
-    values = [value for _, value in everything] + ([0.0] if from_zero else [])
-    top, bottom = max(values), min(values)
-    if everything and top == bottom:
-        top, bottom = (1.0, 0.0) if 0 <= top <= 1 else (top + 0.5, top - 0.5)
-    scale, last = (top - bottom) or 1.0, max((step for step, _ in everything), default=1) or 1
 
-    def to_pixels(points: Points) -> Points:
-        return [(round(s / last * width, 1), round((top - v) / scale * height, 1)) for s, v in thin(points)]
+def _page_colour(i: int) -> str:
+    colour = COLOURS[i % len(COLOURS)]
+    return _OF_PAGE.get(colour, colour)
 
-    return {
-        "title": title,
-        "width": width,
-        "height": height,
-        "marks": [top, (top + bottom) / 2, bottom],
-        "last": last,
-        "curves": [
-            {
-                "number": i,
-                "title": c.title,
-                "line": to_pixels(c.line),
-                "dots": to_pixels(c.dots),
-                "faint": to_pixels(c.faint),
-            }
-            for i, c in enumerate(curves)
-        ],
-    }
+
+def draw_for_page(figure: "Figure") -> str:
+    """Return the figure as an SVG element, whose text and axes follow the page's colours and font."""
+    svg = save(figure, "svg", transparent=True).decode()
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
+    return re.sub("|".join(_OF_PAGE), lambda match: _OF_PAGE[match[0]], svg)
 
 
 def font_families() -> list[str]:
@@ -170,33 +159,51 @@ def font_families() -> list[str]:
     return ["DejaVu Sans", *[name for name in (*wanted, "Microsoft YaHei", "Arial Unicode MS") if name in known][:1]]
 
 
+@contextmanager
+def picture_style() -> Iterator[None]:
+    """Draw and save figures in the package's style. This needs no display."""
+    import matplotlib
+
+    style: Any = _STYLE | {"font.family": font_families()}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+def make_panels(count: int, columns: int, inches: tuple[float, float], **options: Any) -> "tuple[Figure, list[Axes]]":
+    """Return a figure of panels of this size, and the panels. `options`: of `Figure.subplots`."""
+    from matplotlib.figure import Figure
+
+    rows = -(-count // columns)
+    figure = Figure(figsize=(inches[0] * columns, inches[1] * rows + 0.5), dpi=110, layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for panel in panels[count:]:
+        panel.remove()
+    return figure, panels[:count]
+
+
+def save(figure: "Figure", form: str, transparent: bool = False) -> bytes:
+    """Return the figure as PNG, or as an SVG that is the same for the same figure."""
+    out = io.BytesIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if form == "svg" else None
+    figure.savefig(out, format=form, metadata=metadata, transparent=transparent)
+    return out.getvalue()
+
+
 def plot_runs(runs: Sequence[Run], titles: Sequence[str], keys: Sequence[str] = (), form: str = "png") -> bytes:
     """Return the picture: a panel for each key, a colour for each run; training smoothed, validations as dots.
 
     Without `keys`: the runs' main number and metric, learning rate and gradient norm. Raises `ConfigError` for a key
     that no run has, with the available ones.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = check_keys(runs, keys) if keys else default_keys(runs)
-    columns = 1 if len(panels) == 1 else 2
-    rows = -(-len(panels) // columns)
-    style: Any = {**STYLE, "font.family": font_families(), "svg.hashsalt": "ray_vlm"}
-    out = io.BytesIO()
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows + 0.5), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for key, panel in zip(panels, axes, strict=False):
-            _draw(panel, key, runs)
-        for panel in axes[len(panels) :]:
-            panel.set_visible(False)
+    keys = check_keys(runs, keys) if keys else default_keys(runs)
+    with picture_style():
+        figure, panels = make_panels(len(keys), min(2, len(keys)), _PANEL)
+        for key, panel in zip(keys, panels, strict=True):
+            _draw(panel, key, [run.current for run in runs])
+            panel.set_title(key)
         _name_runs(figure, titles)
-        figure.savefig(out, format=form, metadata={"Date": None} if form == "svg" else None)
-    return out.getvalue()
+        return save(figure, form)
 
 
 def _name_runs(figure: "Figure", titles: Sequence[str]) -> None:
@@ -240,11 +247,11 @@ def default_keys(runs: Sequence[Run]) -> list[str]:
     return [key for key in dict.fromkeys(wanted) if key in there] or ["loss"]
 
 
-def _draw(panel: "Axes", key: str, runs: Sequence[Run]) -> None:
+def _draw(panel: "Axes", key: str, runs: Sequence[Sequence[Line]]) -> None:
     """Draw one panel. Noisy numbers are smoothed; for a single run the raw values are drawn behind the line."""
-    for i, run in enumerate(runs):
+    for i, lines in reversed(list(enumerate(runs))):  # the first run on top
         look = _look(i)
-        train, held_out = points_of(run.current, "train", key), points_of(run.current, "eval", key)
+        train, held_out = points_of(lines, "train", key), points_of(lines, "eval", key)
         line = train if key in _EVEN else smooth(train)
         if len(runs) == 1 and line != train:
             panel.plot(*_columns(thin(train)), color=look["color"], alpha=0.25, linewidth=0.8)
@@ -253,7 +260,6 @@ def _draw(panel: "Axes", key: str, runs: Sequence[Run]) -> None:
         dots = {"color": look["color"], "marker": "o", "markersize": 4, "linestyle": "none"}
         panel.plot(*_columns(held_out), **(dots | joined))
     _set_axes(panel)
-    panel.set_title(key)
     panel.set_xlabel("optimizer step")
 
 
@@ -263,7 +269,7 @@ def _set_axes(panel: "Axes") -> None:
 
     panel.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
     values = [value for line in panel.lines for value in cast("Sequence[float]", line.get_ydata())]
-    if not any(values):  # all 0, or no line: matplotlib would draw from -0.055 to 0.055
+    if len(set(values)) < 2 and 0 <= min(values, default=0) <= 1:  # matplotlib would draw 0 from -0.055 to 0.055
         panel.set_ylim(0, 1)
     elif min(values) >= 0 and panel.get_ylim()[0] < 0:
         panel.set_ylim(bottom=0)

@@ -92,7 +92,7 @@ class SyncValidator:
 
     def submit(self, trainer: "PlannedTrainer", since: float) -> None:
         """Validate the trainer's weights."""
-        from ray_vlm.evaluate.draw import draw_predictions
+        from ray_vlm.evaluate.prediction import draw_predictions
 
         self.step = trainer.state.global_step
         metrics, predictions = self._validation.measure(trainer)
@@ -242,7 +242,7 @@ class _ValidationActor:
 
     def measure(self, address: str) -> tuple[dict[str, Any], Pictures]:
         """Return the metrics of the weights at `address`, and sample images if the run has trackers."""
-        from ray_vlm.evaluate.draw import draw_predictions
+        from ray_vlm.evaluate.prediction import draw_predictions
 
         if self._loaded is None:
             self._loaded = _load(self._spec)

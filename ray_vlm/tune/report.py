@@ -3,23 +3,25 @@
 One self-contained file from the files in the sweep's folder; all text from files is escaped.
 """
 
-import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ray_vlm.data.inspect.check import shorten
 from ray_vlm.evaluate.compare import load_results
-from ray_vlm.evaluate.report import choose_images, draw_picture, render
-from ray_vlm.runs.compute import measure_compute, sum_compute
-from ray_vlm.runs.plot import overlay
+from ray_vlm.evaluate.report import draw_pictures, render
+from ray_vlm.runs.compute import describe_hours, measure_compute, sum_compute
+from ray_vlm.runs.plot import BLUE, GREY, draw_for_page, make_panels, overlay, picture_style
 from ray_vlm.runs.read import Run, is_number
 from ray_vlm.runs.text import format_duration, format_number, format_setting
-from ray_vlm.tune.space import LISTS, Setting, Space
+from ray_vlm.tune.space import LISTS, Setting, Space, holds
 from ray_vlm.tune.trials import Trial, pareto, rank, score_of_trial
 
-WIDTH, HEIGHT = 760, 240  # pixels of the drawing of parallel coordinates
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLUMNS = 4  # panels in a line of the chart of settings
+_MOST_LETTERS = 24  # of the values of a list that have room below a panel
 _FEWEST = 6  # trials; with fewer the shares of importance would be noise
 
 
@@ -43,24 +45,16 @@ def write_report(
         keys=keys,
         rows=[_row(trials[i], keys, metrics, i in order[:1], i in front) for i in [*order, *rest]],
         front=bool(front),
-        coordinates=lay_out(space, trials, metrics[0]),
+        settings_chart=draw_settings(space, [trials[i] for i in order], metrics[0]),
         importance=importance,
         importance_step=step,
-        curve=_chart([runs[i] for i in order], [names[i] for i in order], metrics[0]),
+        curve=overlay(
+            [runs[i] for i in order], [names[i] for i in order], "eval", metrics[0], f"{metrics[0]}, validation"
+        ),
         cost=describe_cost(trials, runs),
-        images=[p for r in results[:1] for i in choose_images(r.predictions) if (p := draw_picture(i, results))],
+        images=draw_pictures(results),
         columns=1,
     )
-
-
-def _chart(runs: Sequence[Run], titles: Sequence[str], metric: str) -> dict[str, Any] | None:
-    """Return the chart of validations, the best trial first and in the page's colour of the best, number 1."""
-    chart = overlay(runs, titles, "eval", metric, f"{metric}, validation")
-    if chart is None:
-        return None
-    numbers = [1, 0, *range(2, len(chart["curves"]))]
-    curves = [{**curve, "number": number} for curve, number in zip(chart["curves"], numbers, strict=False)]
-    return {**chart, "curves": curves}
 
 
 def _row(trial: Trial, keys: Sequence[str], metrics: Sequence[str], best: bool, front: bool) -> dict[str, Any]:
@@ -85,73 +79,46 @@ def describe_cost(trials: Sequence[Trial], runs: Sequence[Run]) -> list[tuple[st
     statuses = [trial.status for trial in trials]
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
     rows = [("trials", counts), ("time of all trials", format_duration(compute["wall_s"]))]
-    titles = {
-        "gpu_hours": "GPU-hours",
-        "cpu_hours": "CPU-hours",
-        "unfinished_hours": "of them in trials without an end",
-        "energy_kwh": "energy (kWh, estimate)",
-        "co2_kg": "CO2 (kg, estimate)",
-    }
-    rows += [(name, format_number(compute[key])) for key, name in titles.items() if compute.get(key)]
+    rows += describe_hours(compute)
     return [*rows, ("steps trained", f"{sum(trial.step for trial in trials):,}")]
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """One axis of parallel coordinates. `marks`: (pixels from the top, text); `y_of`: gives a value's pixels."""
-
-    title: str
-    marks: list[tuple[float, str]]
-    y_of: Callable[[Any], float]
-
-
-def lay_out(space: Space, trials: Sequence[Trial], metric: str) -> dict[str, Any] | None:
-    """Lay out parallel coordinates: an axis with its marks for each searched setting and one for the metric, and a line
-    from left to right for each trial, the best one last so that it is drawn on top. Return None with fewer than two
-    trials that have a number."""
-    order = rank(trials)
-    if len(order) < 2:
-        return None
-    shown = [trials[i] for i in reversed(order)]
-    axes = [_axis(s, [t.values.get(s.key) for t in shown]) for s in space.searched]
-    axes.append(_number_axis(metric, [t.metrics[metric] for t in shown], log=False))
-    gap = WIDTH / max(1, len(axes) - 1)
-    xs = [round(i * gap, 1) for i in range(len(axes))]
-    lines = []
-    for position, trial in enumerate(shown):
-        values = [*(trial.values.get(s.key) for s in space.searched), trial.metrics[metric]]
-        points = [(x, axis.y_of(value)) for x, axis, value in zip(xs, axes, values, strict=True)]
-        share, best = position / (len(shown) - 1), position == len(shown) - 1
-        lines.append({"name": trial.name, "points": points, "share": round(share, 3), "best": best})
-    drawn = [{"title": axis.title, "x": x, "marks": axis.marks} for x, axis in zip(xs, axes, strict=True)]
-    return {"width": WIDTH, "height": HEIGHT, "axes": drawn, "lines": lines}
+def draw_settings(space: Space, ranked: Sequence[Trial], metric: str) -> str:
+    """Draw the metric over each searched setting as an SVG element, a point for each trial; empty with fewer than two
+    trials. `ranked`: trials that have the metric, the best first."""
+    settings, scores = space.searched, [trial.metrics[metric] for trial in ranked]
+    if len(ranked) < 2 or not settings:
+        return ""
+    columns = min(_COLUMNS, len(settings))
+    with picture_style():
+        figure, panels = make_panels(len(settings), columns, (9 / columns, 2.7), sharey=True)
+        for panel, setting in zip(panels, settings, strict=True):
+            values = place_values(panel, setting, [trial.values.get(setting.key) for trial in ranked])
+            panel.scatter(values, scores, s=34, color=GREY, alpha=0.7, linewidths=0)
+            panel.scatter(values[:1], scores[:1], s=64, color=BLUE)  # its colour among the curves
+            panel.set_xlabel(setting.key)
+            panel.tick_params(axis="x", which="both", labelsize=8)
+        for panel in panels[::columns]:
+            panel.set_ylabel(metric)
+        return draw_for_page(figure)
 
 
-def _axis(setting: Setting, values: Sequence[Any]) -> _Axis:
+def place_values(panel: "Axes", setting: Setting, values: Sequence[Any]) -> list[float]:
+    """Return where values lie on the axis of a setting: numbers on its scale, those of a list in equal distances."""
+    from matplotlib.ticker import LogFormatter
+
     if setting.kind not in LISTS and all(is_number(value) for value in values):
-        return _number_axis(setting.key, [*setting.args[:2], *values], "log" in setting.kind)
-    names = list(dict.fromkeys(json.dumps(v, sort_keys=True) for v in [*setting.args, *values]))
-    if all(is_number(json.loads(name)) for name in names):
-        names.sort(key=lambda name: float(json.loads(name)))
-    heights = {name: _down((i + 0.5) / len(names)) for i, name in enumerate(names)}
-    marks = [(y, format_setting(json.loads(name))) for name, y in heights.items()]
-    return _Axis(setting.key, marks, lambda value: heights[json.dumps(value, sort_keys=True)])
-
-
-def _number_axis(title: str, values: Sequence[float], log: bool) -> _Axis:
-    scale: Callable[[float], float] = math.log if log and min(values) > 0 else float
-    low, high = scale(min(values)), scale(max(values))
-
-    def y_of(value: float) -> float:
-        return _down((scale(value) - low) / ((high - low) or 1.0))
-
-    marks = [(y_of(value), format_setting(float(value))) for value in dict.fromkeys((min(values), max(values)))]
-    return _Axis(title, marks, y_of)
-
-
-def _down(share: float) -> float:
-    """Return the pixels from the top of a share of the height: 0.0 is the bottom, where y is largest in an SVG."""
-    return round((1 - share) * HEIGHT, 1)
+        if "log" in setting.kind and min(values) > 0:
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(LogFormatter())  # the scale's own writes TeX, which is not parsed
+            panel.xaxis.set_minor_formatter(LogFormatter())
+        return list(values)
+    known = {format_setting(value): value for value in (*setting.args, *values)}
+    names = sorted(known, key=known.__getitem__) if all(map(is_number, known.values())) else list(known)
+    turned: dict[str, Any] = {"rotation": 15, "ha": "right"} if sum(map(len, names)) > _MOST_LETTERS else {}
+    panel.set_xticks(range(len(names)), [shorten(name, 24) for name in names], **turned)
+    panel.set_xlim(-0.5, len(names) - 0.5)
+    return [names.index(format_setting(value)) for value in values]
 
 
 def measure_importance(space: Space, trials: Sequence[Trial]) -> tuple[dict[str, float], int | None]:
@@ -165,27 +132,20 @@ def measure_importance(space: Space, trials: Sequence[Trial]) -> tuple[dict[str,
     step = max(set.intersection(*reached), default=None) if reached else None
     if step is None:
         return {}, None
-    rows = []
-    for trial in trials:
-        score = score_of_trial({trial.metric: dict(trial.curve).get(step)}, trial.metric)
-        drawn = {s.key: _code(s, trial.values.get(s.key)) for s in space.searched}
-        if score is not None and None not in drawn.values():
-            rows.append((drawn, score))
-    varied = [s for s in space.searched if len({drawn[s.key] for drawn, _ in rows}) > 1]
+    numbers = {trial.name: {trial.metric: dict(trial.curve).get(step)} for trial in trials}
+    rows = [
+        (trial.values, score)
+        for trial in trials
+        if (score := score_of_trial(numbers[trial.name], trial.metric)) is not None
+        and all(holds(s, trial.values.get(s.key)) for s in space.searched)
+    ]
+    varied = [s for s in space.searched if len({format_setting(values[s.key]) for values, _ in rows}) > 1]
     if len(rows) < _FEWEST or not varied or len({score for _, score in rows}) < 2:
         return {}, None
     return _ask_optuna(varied, rows), step
 
 
-def _code(setting: Setting, value: object) -> float | int | None:
-    """Encode a value as a number: itself, or its position in the list; None where it lies outside the space."""
-    if setting.kind in LISTS:
-        return setting.args.index(value) if value in setting.args else None
-    inside = isinstance(value, int | float) and setting.args[0] <= value <= setting.args[1]
-    return value if inside and isinstance(value, int | float) else None
-
-
-def _ask_optuna(settings: Sequence[Setting], rows: Sequence[tuple[dict, float]]) -> dict[str, float]:
+def _ask_optuna(settings: Sequence[Setting], rows: Sequence[tuple[dict[str, Any], float]]) -> dict[str, float]:
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
@@ -196,12 +156,8 @@ def _ask_optuna(settings: Sequence[Setting], rows: Sequence[tuple[dict, float]])
         else FloatDistribution(float(s.args[0]), float(s.args[1]), log="log" in s.kind)
         for s in settings
     }
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
-    for drawn, score in rows:
-        params = {s.key: drawn[s.key] for s in settings}
+    study = optuna.create_study(direction="maximize")
+    for values, score in rows:
+        params = {s.key: s.args.index(values[s.key]) if s.kind in LISTS else values[s.key] for s in settings}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
-    importances = optuna.importance.get_param_importances(
-        study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
-    )
-    total = sum(importances.values()) or 1.0
-    return dict(sorted(((key, share / total) for key, share in importances.items()), key=lambda item: -item[1]))
+    return optuna.importance.get_param_importances(study)

@@ -228,10 +228,11 @@ def value_of(job: Mapping[str, Any], key: str) -> Any:
 def own_values(space: Space, job: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the job's own values of the searched settings, or None where one of them lies outside the space."""
     values = {s.key: value_of(job, s.key) for s in space.searched}
-    return values if all(_holds(s, values[s.key]) for s in space.searched) else None
+    return values if all(holds(s, values[s.key]) for s in space.searched) else None
 
 
-def _holds(setting: Setting, value: object) -> bool:
+def holds(setting: Setting, value: object) -> bool:
+    """Return whether the value lies within the setting's distribution."""
     if setting.kind in LISTS:
         return value in setting.args
     low, high = _ends(setting)

@@ -4,8 +4,6 @@
 one paragraph for each question, and `draw_stats` draws them as one picture: classes, tokens, image sizes, box sizes.
 """
 
-import io
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +21,7 @@ from ray_vlm.data.inspect.check import plain, shorten
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.splits import load_parts, row_tags
-from ray_vlm.runs.plot import BLUE, GREY, INK, ORANGE, STYLE, font_families
+from ray_vlm.runs.plot import BLUE, GREY, INK, ORANGE, make_panels, picture_style, save
 from ray_vlm.tasks.classification import centre_of, region_of
 
 if TYPE_CHECKING:
@@ -336,11 +334,6 @@ def _cut_lines(stats: Stats, rows: int) -> list[str]:
 
 def draw_stats(stats: Stats, title: str) -> bytes:
     """Return the picture as PNG, 13 inches wide at 110 dots an inch. Needs no display."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     panels = [_draw_tokens]
     if stats.classes:
         panels.insert(0, _draw_classes)
@@ -349,19 +342,12 @@ def draw_stats(stats: Stats, title: str) -> bytes:
     if len(stats.boxes):
         panels.append(_draw_boxes)
     columns = 2 if len(panels) in (2, 4) else len(panels)
-    lines = -(-len(panels) // columns)
-    style: Any = {**STYLE, "font.family": font_families()}
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        space = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.06, hspace=0.08)
-        figure = Figure(figsize=(13, 4.4 * lines + 0.6), dpi=110, layout=space)
-        FigureCanvasAgg(figure)
+    with picture_style():
+        figure, axes = make_panels(len(panels), columns, (13 / columns, 4.4))
         figure.suptitle(shorten(title, 110), x=0.012, ha="left", fontsize=14, color=INK)
-        for panel, axes in zip(panels, np.atleast_1d(figure.subplots(lines, columns)).flat, strict=True):
-            panel(axes, stats)
-        out = io.BytesIO()
-        figure.savefig(out, format="png")
-    return out.getvalue()
+        for panel, each in zip(panels, axes, strict=True):
+            panel(each, stats)
+        return save(figure, "png")
 
 
 def _draw_classes(axes: "Axes", stats: Stats) -> None:

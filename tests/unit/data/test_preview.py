@@ -11,8 +11,9 @@ from PIL import Image
 
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
+from ray_vlm.data.draw import place_labels, wrap
 from ray_vlm.data.inspect.preview import Chosen, choose_rows, count_tokens, describe_prepared, describe_rows
-from ray_vlm.data.inspect.preview_images import _draw_marks, _on_sheet, _wrap, build_panels, draw_sheet
+from ray_vlm.data.inspect.preview_images import build_panels, draw_sheet, on_picture
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample
 from ray_vlm.demo.drains import draw as draw_drains
@@ -77,9 +78,8 @@ def test_marks_lie_on_the_pixels_that_the_model_sees(job_file: Any) -> None:
     prepared = prepare(load_job(job_file(data={"resize": "pad", "pad_place": "center"})))
     (panel,) = build_panels([prepared.train.records[0]], load_sample_builder(prepared.spec))
     frame = panel.frames[0]
-    full_image = panel.marks[0].__class__(0, (0.0, 0.0, *map(float, frame.original)), "all")
-    left, top, right, bottom = _on_sheet(full_image, frame, (100, 200), (2.0, 2.0))
-    assert (left, top) == (100 + 2 * frame.offset[0], 200 + 2 * frame.offset[1])
+    left, top, right, bottom = on_picture((0.0, 0.0, *map(float, frame.original)), frame, 2.0)
+    assert (left, top) == (2 * frame.offset[0], 2 * frame.offset[1])
     assert (right - left, bottom - top) == (2 * frame.content[0], 2 * frame.content[1])
 
 
@@ -129,32 +129,25 @@ def test_the_token_view_marks_what_is_trained(job_file: Any) -> None:
 
 
 def test_texts_are_wrapped_into_the_panel_and_shortened() -> None:
-    lines = _wrap("word " * 200, 14, 300, 3)
+    lines = wrap("word " * 200, 14, 300, 3)
     assert len(lines) == 3
     assert lines[-1].endswith("…")
-    assert _wrap("x" * 500, 14, 300, 9)[0]
-    assert _wrap("", 14, 300, 3) == [""]
+    assert wrap("x" * 500, 14, 300, 9)[0]
+    assert wrap("", 14, 300, 3) == [""]
 
 
 def test_labels_cover_no_other_label() -> None:
-    from PIL import ImageDraw
-
-    from ray_vlm.data.inspect.preview_images import Annotation
-
-    drawn: list[tuple] = []
-
-    class Pen(ImageDraw.ImageDraw):
-        def rectangle(self, xy: Any, fill: Any = None, **options: Any) -> None:
-            drawn.extend([tuple(xy)] if fill else [])
-
     regions = [(10.0 * i, 20.0 + i, 10.0 * i + 40, 60.0) for i in range(12)]
-    marks = [Annotation(0, region, "a class") for region in regions]
-    _draw_marks(Pen(Image.new("RGB", (300, 200))), marks, regions, {"a class": "#ff0000"}, (0, 0, 299, 199))
-    assert drawn
+    areas = place_labels([*regions, (150.0, 100.0)], [(60.0, 18.0)] * 13, (300, 200))
+    drawn = [area for area in areas if area is not None]
+    assert areas[0] is not None
+    assert areas[-1] is not None, "a point has room"
     for i, a in enumerate(drawn):
-        assert a[0] >= 0
-        assert a[2] <= 299
+        assert min(a) >= 0
+        assert a[2] < 300
+        assert a[3] < 200
         assert all(a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1] for b in drawn[i + 1 :])
+    assert place_labels(regions[:1], [(400.0, 18.0)], (300, 200)) == [None]
 
 
 def test_the_verb_writes_a_sheet_and_prints_tokens(

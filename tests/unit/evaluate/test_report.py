@@ -1,5 +1,7 @@
 """The report: self-contained, escaped, and it shows the rare class."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -7,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_vlm.evaluate.draw import COLOURS, colour_of, draw_values
-from ray_vlm.evaluate.report import NUM_IMAGES, EvalResult, add_axes, choose_images, tick_steps, write_report
-from ray_vlm.runs.plot import Curve, layout, learning_curve
+from ray_vlm.data.draw import colour_of, draw_values
+from ray_vlm.evaluate.report import NUM_IMAGES, EvalResult, choose_images, draw_pictures, write_report
+from ray_vlm.runs.plot import COLOURS, learning_curve
 
 EVIL = "<script>alert(1)</script>"
 
@@ -51,7 +53,7 @@ def test_report_is_one_escaped_file(tmp_path: Path) -> None:
     assert html.count("data:image/jpeg;base64,") == 4
     assert "http://" not in html
     assert "https://" not in html
-    assert "<polyline" in html
+    assert "<svg" in html
     assert "Labels that after answered and that no object has: zebra (2), &#34;&#34; (18), " in html
     assert "<td>zebra" not in html, "the table has the classes of the truth"
 
@@ -108,41 +110,14 @@ def test_a_curve_shows_the_main_number_of_its_method() -> None:
     ]
     chart = learning_curve(lines, "GRPO")
     assert chart is not None
-    assert (chart["title"], chart["marks"]) == ("Reward, GRPO", [3.0, 1.0, -1.0])
-    curve = chart["curves"][0]
-    assert (curve["faint"], curve["dots"]) == ([(380.0, 220.0), (760.0, 0.0)], [(760.0, 110.0)])
+    assert chart.title == "Reward, GRPO"
+    assert [name for _, _, name in chart.lines] == ["training, each step and smoothed; dots: validation"]
+    assert f"stroke: {COLOURS[0]}" in chart.svg
+    assert "var(--ink)" in chart.svg, "the colours of the page, light or dark"
     without = [{k: v for k, v in line.items() if k != "reward"} for line in lines[:2]]
     negative = learning_curve(without)
     assert negative is not None
-    assert (negative["title"], negative["curves"][0]["faint"][1]) == ("Loss", (760.0, 220.0))
-
-
-@pytest.mark.parametrize(
-    ("last", "steps"),
-    [
-        (1, [0, 1]),
-        (3, [0, 1, 2, 3]),
-        (10, [0, 2, 4, 6, 8, 10]),
-        (9, [0, 2, 4, 6, 8, 9]),
-        (51, [0, 20, 40, 51]),
-        (1000, [0, 200, 400, 600, 800, 1000]),
-    ],
-)
-def test_axes_label_whole_steps_where_they_are(last: int, steps: list[int]) -> None:
-    assert tick_steps(last) == steps
-    chart = add_axes(layout("x", [Curve("a", [(1, 0.5), (last, 1.0)])], from_zero=True))
-    assert chart["x_ticks"] == [(round(step / last * chart["width"], 1), str(step)) for step in steps]
-
-
-def test_a_line_of_zeros_lies_at_the_bottom_of_its_range() -> None:
-    zeros, flat = ([Curve("a", [(1, value), (2, value)], [(2, value)])] for value in (0.0, 0.75))
-    for from_zero in (True, False):
-        chart = add_axes(layout("x", zeros, from_zero))
-        assert [text for _, text in chart["y_ticks"]] == ["1.00", "0.50", "0.00"]
-        assert [y for _, y in (*chart["curves"][0]["line"], *chart["curves"][0]["dots"])] == [chart["height"]] * 3
-    assert add_axes(layout("x", flat, from_zero=False))["curves"][0]["line"][0][1] == 0.25 * chart["height"]
-    small = add_axes(layout("x", [Curve("a", [(1, 0.0), (2, 0.004)])], from_zero=True))
-    assert [text for _, text in small["y_ticks"]] == ["0.0040", "0.0020", "0.0000"]
+    assert negative.title == "Loss"
 
 
 def test_a_class_has_one_colour_on_all_images() -> None:
@@ -153,3 +128,20 @@ def test_a_class_has_one_colour_on_all_images() -> None:
     image, values = Image.new("RGB", (60, 60)), {"boxes": [(5, 30, 50, 50)], "labels": ["square"]}
     drawn = draw_values(image, values, classes)
     assert drawn.getpixel((5, 45)) == tuple(bytes.fromhex(COLOURS[1][1:])), "not the colour of a first label"
+
+
+def test_pictures_show_the_truth_and_every_result(tmp_path: Path) -> None:
+    """A missing image is replaced by a grey one of its size; small images are enlarged, large ones reduced."""
+    Image.new("RGB", (1280, 40)).save(tmp_path / "a.png")
+    lines = [_prediction(i, "dog", tmp_path / name) | {"sizes": [[1280, 40]]} for i, name in enumerate(["a.png", "b"])]
+    metrics = {"overall": {}, "per_class": {}}
+    first, second = draw_pictures([EvalResult(title, metrics, lines) for title in ("before", "after")])
+    assert [view["title"] for view in first["views"]] == ["before", "after"]
+    sizes = []
+    for picture in (first, second):
+        data = base64.b64decode(picture["views"][0]["uri"].partition(",")[2])
+        sizes.append(Image.open(io.BytesIO(data)).size)
+    assert sizes == [(640, 20), (640, 20)]
+    assert draw_values(Image.new("RGB", (60, 30)), {}, min_side=360).size == (360, 180)
+    drawn = draw_values(Image.new("RGB", (60, 60)), {"point": (30, 30)}, truth={"box": (5, 5, 50, 50)})
+    assert drawn.getpixel((5, 30)) == (255, 255, 255), "the truth is white"

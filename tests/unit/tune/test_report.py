@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from ray_vlm.runs.plot import COLOURS
 from ray_vlm.runs.read import read_run
-from ray_vlm.tune.report import HEIGHT, WIDTH, describe_cost, lay_out, measure_importance, write_report
+from ray_vlm.tune.report import describe_cost, draw_settings, measure_importance, place_values, write_report
 from ray_vlm.tune.space import Setting, Space
 from ray_vlm.tune.trials import Trial, rank, read_trials
 
@@ -29,20 +30,22 @@ def _trial(name: str, rate: float, rank: int, score: float | None, **changes: An
     return Trial(name, values, metric="f1_50", metrics=metrics, **(fields | {"curve": curve} | changes))
 
 
-def test_lines_run_through_their_values() -> None:
-    trials = [_trial("000", 1e-5, 8, 0.2), _trial("001", 1e-1, 16, 0.6), _trial("002", 1e-3, 8, None)]
-    page = lay_out(SPACE, trials, "f1_50")
-    assert page is not None
-    assert [axis["title"] for axis in page["axes"]] == [s.key for s in SPACE.searched] + ["f1_50"]
-    worst, best = page["lines"]
-    assert (best["name"], best["best"], worst["best"]) == ("001", True, False)
-    assert best["points"][0] == (0, 0.0)
-    assert worst["points"][0] == (0, HEIGHT), "a log axis from the lowest to the highest"
-    assert best["points"][-1] == (WIDTH, 0.0)
-    middle = lay_out(SPACE, [trials[0], _trial("003", 1e-3, 8, 0.4)], "f1_50")
-    assert middle is not None
-    assert middle["lines"][1]["points"][0][1] == pytest.approx(HEIGHT / 2)
-    assert lay_out(SPACE, [trials[0], trials[2]], "f1_50") is None
+def test_points_lie_at_their_values() -> None:
+    from matplotlib.figure import Figure
+
+    rate, size, oversample = SPACE.searched
+    panel = Figure().subplots()
+    assert place_values(panel, rate, [1e-5, 1e-1]) == [1e-5, 1e-1]
+    assert panel.get_xscale() == "log"
+    panel = Figure().subplots()
+    assert place_values(panel, size, [16, 8, 16]) == [1, 0, 1]
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["8", "16"]
+    assert place_values(panel, oversample, [{"<b>x</b>": 2.0}, None]) == [1, 0]
+    trials = [_trial("001", 1e-1, 16, 0.6), _trial("000", 1e-5, 8, 0.2)]
+    drawing = draw_settings(SPACE, trials, "f1_50")
+    assert all(name in drawing for name in ("train.learning_rate", "lora.rank", "data.oversample", "f1_50"))
+    assert "<b>" not in drawing
+    assert draw_settings(SPACE, trials[:1], "f1_50") == ""
 
 
 def test_what_decides_is_found_and_what_does_not_is_not() -> None:
@@ -100,12 +103,11 @@ def test_a_page_from_folders(tmp_path: Path) -> None:
     assert "<b>x</b>" not in page
     assert "Sweep &lt;i&gt;" in page
     curves = page[page.index("f1_50, validation") :]
-    drawn = [curves.index(f'<polyline fill="none" stroke="var(--c{number})') for number in (2, 0, 1)]
-    assert drawn == sorted(drawn), "the best trial is drawn last, in the colour that it has among the settings"
-    assert 'style="color: var(--c1)"></span>trial 001' in curves
-    assert 'style="color: var(--c1); margin-left: 0"></span>the best trial' in page
+    drawn = [curves.index(f"stroke: {COLOURS[number]}") for number in (2, 1, 0)]
+    assert drawn == sorted(drawn), "the best trial is drawn last"
+    assert f'style="color: {COLOURS[0]}; border-top-style: solid"></span>trial 001' in curves
     assert "http" not in page.replace("http://www.w3.org", ""), "nothing from elsewhere"
     cost = dict(describe_cost(trials, runs))
     assert cost["trials"] == "2 finished, 1 pruned, 1 failed"
     assert float(cost["CPU-hours"]) == pytest.approx(4 * 60 * 2 / 3600, abs=1e-3)
-    assert float(cost["of them in trials without an end"]) == pytest.approx(2 * 60 * 2 / 3600, abs=1e-3)
+    assert float(cost["hours of unfinished runs"]) == pytest.approx(2 * 60 * 2 / 3600, abs=1e-3)
