@@ -42,7 +42,7 @@ docs-check: $(READY)
 
 # The documentation as pages in site/; `.venv/bin/mkdocs serve` shows them while you write.
 site: $(READY)
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes the first time: torch is large)"
