@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Two processes share the tests out; all that need a Ray cluster stay in one of them (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo demo-all test test-all test-versions test-oldest test-newest lint docs clean
+.PHONY: demo demo-all test test-all test-versions test-oldest test-newest lint docs docs-check site clean
 
 demo: $(READY)
 	$(BIN)/ray-vlm demo
@@ -36,6 +36,14 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python -m ray_vlm.config.docs docs/jobs.md
 
+# What the documents name is there, and their commands are run; those that need a cluster are read by the parser.
+docs-check: $(READY)
+	$(PYTEST) tests/rules/test_documents.py tests/integration/test_docs.py
+
+# The documentation as pages in site/; `.venv/bin/mkdocs serve` shows them while you write.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes the first time: torch is large)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -62,4 +70,4 @@ define set_up_end
 endef
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest outputs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-# Largest difference of a logit from rounding alone, as a share of the largest logit (measured in docs/LOG.md).
+# Largest difference of a logit from rounding alone, as a share of the largest logit (measured in docs/dev/LOG.md).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 _CHECKED_ROWS, _BATCH = 8, 4  # rows whose logits are compared
 _SHARD = "5GB"

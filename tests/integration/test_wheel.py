@@ -15,7 +15,8 @@ def test_the_wheel_brings_its_job_weights_and_template(installed: Path, tmp_path
         "from ray_vlm.models.load import load_config\n"
         "job = demo_job(Path('outputs').absolute())\n"
         "print(find_job('demo_sft.yaml'), load_config(job.model).model_type)\n"
-        "assert (Path(ray_vlm.__file__).parent / 'evaluate/report.html.j2').is_file()\n"
+        "for file in ('evaluate/report.html.j2', 'py.typed'):\n"
+        "    assert (Path(ray_vlm.__file__).parent / file).is_file(), file\n"
     )
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # or a checkout there would be imported
     command = [installed / "python", "-c", code]

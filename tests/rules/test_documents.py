@@ -7,15 +7,20 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests.rules.test_house import FLOORS
 
 ROOT = Path(__file__).parents[2]
-HISTORIES = {"docs/LOG.md", "CHANGELOG.md"}  # they name what was there
+HISTORIES = {"docs/dev/LOG.md", "CHANGELOG.md"}  # they name what was there
 FORBIDDEN = {"utils.py"}  # named by CONTRIBUTING.md because it must not be there
 RUN_FOLDERS = {"best/", "final/"}
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 PAGES = [ROOT / name for name in TRACKED if name.endswith(".md") and name not in HISTORIES]
 SOURCE = "\n".join(path.read_text() for path in sorted((ROOT / "ray_vlm").rglob("*.py")))
 
+# A measured figure stands beside its machine and its commit.
+_FIGURE = re.compile(r"Intel Xeon|AMD EPYC|\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7}\b")
 _MODULE = re.compile(r"(?<![\w./-])((?:[\w-]+/)*\w+\.py)\b")
 _PATH = re.compile(r"(?<![\w./-])((?:ray_vlm|tests|benchmarks|jobs|tune_spaces|docs)/[\w./-]*\w/?)")
 _LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
@@ -83,6 +88,31 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert [name for name in _PATH.findall(text) if not _find(name)] == []
     assert [name for name in _LINK.findall(text) if not (page.parent / name).exists()] == []
     assert _missing_names(text) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_figures_are_in_the_benchmarks_alone(page: Path) -> None:
+    """Other pages link there."""
+    if page.parent.name not in ("benchmarks", "weights"):
+        assert _FIGURE.findall(page.read_text()) == []
+
+
+def test_the_floors_of_the_architecture_are_those_that_the_rules_hold() -> None:
+    rows = re.findall(r"^\| ((?:`\w+` )+)\|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    assert [set(re.findall(r"\w+", row)) for row in rows] == FLOORS
+
+
+def test_continuous_integration_runs_the_script_and_hooks_need_no_network() -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {hook["entry"].split()[0] for hook in hooks} == {".venv/bin/ruff", ".venv/bin/mypy"}
+
+
+def test_every_page_of_docs_is_on_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    shown = set(re.findall(r": (\S+\.md)$", nav, re.MULTILINE))
+    assert {name for name in TRACKED if name.startswith("docs/") and name.endswith(".md")} <= shown
 
 
 def test_the_folders_of_the_architecture_are_there() -> None:
