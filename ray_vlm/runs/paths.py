@@ -14,11 +14,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole_or_gone
@@ -127,10 +128,18 @@ def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically. NaN and infinity become null."""
+    text = json.dumps(finite(value), indent=1)
+    with replacing(path) as file:
+        file.write(text + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Replace the file by what the body writes, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with making(path):
-            temporary.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
+        with making(path), open(temporary, "w", encoding="utf-8") as file:
+            yield file
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
