@@ -12,7 +12,7 @@ from typing import Any
 
 from ray_vlm.evaluate.compare import load_results
 from ray_vlm.evaluate.report import choose_images, draw_picture, render
-from ray_vlm.runs.compute import measure_compute, sum_compute
+from ray_vlm.runs.compute import COST_TITLES, measure_compute, sum_compute
 from ray_vlm.runs.plot import overlay
 from ray_vlm.runs.read import Run, is_number
 from ray_vlm.runs.text import format_duration, format_number, format_setting
@@ -85,14 +85,9 @@ def describe_cost(trials: Sequence[Trial], runs: Sequence[Run]) -> list[tuple[st
     statuses = [trial.status for trial in trials]
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
     rows = [("trials", counts), ("time of all trials", format_duration(compute["wall_s"]))]
-    titles = {
-        "gpu_hours": "GPU-hours",
-        "cpu_hours": "CPU-hours",
-        "unfinished_hours": "of them in trials without an end",
-        "energy_kwh": "energy (kWh, estimate)",
-        "co2_kg": "CO2 (kg, estimate)",
-    }
-    rows += [(name, format_number(compute[key])) for key, name in titles.items() if compute.get(key)]
+    shown = ("gpu_hours", "cpu_hours", "unfinished_hours", "energy_kwh", "co2_kg")
+    titles = COST_TITLES | {"unfinished_hours": "of them in trials without an end"}
+    rows += [(titles[key], format_number(compute[key])) for key in shown if compute.get(key)]
     return [*rows, ("steps trained", f"{sum(trial.step for trial in trials):,}")]
 
 
