@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 from ray_vlm.runs.keys import setting
 from ray_vlm.runs.paths import RunPaths, finite, replacing
 from ray_vlm.runs.schema import is_number, is_sound_line, load_sound
+from ray_vlm.runs.store import making
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -266,7 +267,8 @@ class TrainingLog:
     def write(self) -> None:
         """Replace the file, with one entry a line."""
         started = self._clock()
-        with replacing(self._paths.training_log) as file:
+        path = self._paths.training_log
+        with making(path), replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(f'{{\n "run": {json.dumps(finite(self._about | {"written": time.time()}))},\n')
             file.write(f' "configuration": {json.dumps(finite(self._configuration), indent=1)}')
             for kind, history in HISTORIES.items():

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ray_vlm.errors import RunError
 from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole_or_gone
@@ -128,20 +128,18 @@ def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically. NaN and infinity become null."""
-    text = json.dumps(finite(value), indent=1)
-    with replacing(path) as file:
-        file.write(text + "\n")
+    with making(path), replacing(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """Replace the file by what the body writes, atomically."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file, which replaces the file at `path` if the body ends normally."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with making(path), open(temporary, "w", encoding="utf-8") as file:
-            yield file
+        yield temporary
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 

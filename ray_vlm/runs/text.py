@@ -59,7 +59,7 @@ def format_table(
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     if sum(widths) + 2 * (len(widths) - 1) > (columns := _terminal_columns()):
         names = [" ".join(filter(None, column)) for column in zip(*cells[:heads], strict=True)]
-        return "\n".join(_format_list(row, names, columns) for row in cells[heads:])
+        return "\n".join([names[0], *(_format_list(row, names, columns) for row in cells[heads:])])
     lines = []
     for row in cells:
         pads = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]

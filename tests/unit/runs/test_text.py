@@ -72,8 +72,8 @@ def test_piped_tables_are_plain_and_lose_nothing(tmp_path: Path) -> None:
 def test_a_narrow_terminal_shows_each_row_as_a_list(tmp_path: Path) -> None:
     lines = _on_terminal(_write_runs(tmp_path), 40, tmp_path)
     assert max(map(len, lines)) <= 40
-    assert [line for line in lines if not line.startswith(" ")] == ["drains_sft-001", "drains_sft-002"]
-    assert lines[1:4] == [
+    assert [line for line in lines if not line.startswith(" ")] == ["run", "drains_sft-001", "drains_sft-002"]
+    assert lines[2:5] == [
         "    status: finished, method: sft,",
         "    task: detection, model: tiny,",
         "    steps: 2, best: f1_50 0.100,",
