@@ -11,19 +11,17 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
-from ray_vlm.machine import count_cpus
+from ray_vlm.machine import count_cpus, installed_version
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
 from ray_vlm.runs.schema import check_whole, is_process, load_manifest
@@ -148,13 +146,14 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
     """Write `job.yaml`, `resolved.json` and `run.json` before anything starts."""
     paths.job.write_text(job_text, encoding="utf-8")
     write_json(paths.resolved, job)
+    packages = {name: installed_version(name) or "not installed" for name in _PACKAGES}
     write_json(
         paths.run,
         {
             "status": "running",
             "id": f"{paths.name}-{uuid.uuid4().hex[:8]}",  # unique among runs of that name; the id in W&B too
             "command": command,
-            "versions": {"ray-vlm": __version__, "python": platform.python_version()} | _versions(),
+            "versions": {"ray-vlm": __version__, "python": platform.python_version(), **packages},
             "git_commit": _git_commit(),
             "hardware": _hardware(),
             "attempts": [],
@@ -166,18 +165,10 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
     paths.store.remove(CLAIMED)
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
 def _git_commit() -> str | None:
     """Return the commit of the source, with `+changes` if the tree differs; None outside a checkout."""
+    import subprocess
+
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
