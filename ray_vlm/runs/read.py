@@ -219,7 +219,7 @@ def _attempts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             begun = line["time"] - (number_of(line, "step_s") if line["kind"] == "train" else 0.0)
             known = attempts.setdefault(line["attempt"], {"attempt": line["attempt"], "started": begun})
             known |= {"started": min(begun, known["started"]), "ended": max(line["time"], known.get("ended", 0.0))}
-    return [attempts[number] for number in sorted(attempts)]
+    return list(attempts.values())
 
 
 def complete_log(run: Run) -> None:
