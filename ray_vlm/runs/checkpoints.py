@@ -233,11 +233,14 @@ def fetch_folder(address: str) -> str:
 
 def _digest(path: Path, sync: bool = True) -> tuple[int, str]:
     """Return the size and SHA-256 of a file; with `sync` also flush it to the disk."""
+    digest, size = hashlib.sha256(), 0
     with open(path, "r+b" if sync else "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+            size += len(block)
         if sync:
             os.fsync(file.fileno())
-        return file.tell(), digest
+    return size, digest.hexdigest()
 
 
 def _seal(body: Mapping[str, Any]) -> str:

@@ -261,11 +261,11 @@ def _box_lines(stats: Stats, rows: int) -> list[str]:
     if not count:
         return empty and [f"{count} boxes", *empty]
     thin = int((stats.resized_boxes.min(axis=1) < THIN_PX).sum())
-    rows = [[f"{count} boxes", "small (< 32²)", "medium (< 96²)", "large"]]
+    table = [[f"{count} boxes", "small (< 32²)", "medium (< 96²)", "large"]]
     for name, sides in (("original pixels", stats.boxes), ("resized pixels", stats.resized_boxes)):
-        rows.append([f"  {name}", *(f"{n} ({n / count:.1%})" for n in box_classes(sides))])
+        table.append([f"  {name}", *(f"{n} ({n / count:.1%})" for n in box_classes(sides))])
     narrow = f"  {thin} ({thin / count:.1%}) are thinner than {THIN_PX:.0f} pixels after resizing"
-    return [format_table(rows), narrow, *empty]
+    return [format_table(table), narrow, *empty]
 
 
 def _image_lines(stats: Stats) -> list[str]:
