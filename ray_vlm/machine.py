@@ -1,4 +1,4 @@
-"""The resources of this machine that the process may use: CPUs, GPUs, and disk space in Ray's temporary folder.
+"""What this machine has: CPUs and GPUs that the process may use, disk space in Ray's temporary folder, packages.
 
 All of it is read from system files, without importing a library or starting a process.
 """
@@ -21,6 +21,16 @@ def count_cpus() -> int:
     mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = read_cpu_quota(_read)
     return max(1, mask if quota is None else min(mask, int(quota)))
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    from importlib import metadata  # takes 15 ms
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def count_threads(cpus: float) -> int:

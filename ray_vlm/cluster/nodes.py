@@ -8,11 +8,11 @@ import platform
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
+from ray_vlm.machine import installed_version
 from ray_vlm.runs.store import Store, is_remote
 
 if TYPE_CHECKING:
@@ -39,11 +39,7 @@ class Node:
 def describe_node(name: str = "", gpus: float = 0) -> Node:
     """Describe this machine."""
     versions = {"ray-vlm": __version__}  # sent along with a job it is not installed, and has no metadata
-    for package in (*SAME[1:], *QUANTISED):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    versions |= {name: version for name in (*SAME[1:], *QUANTISED) if (version := installed_version(name))}
     python = ".".join(platform.python_version_tuple()[:2])
     return Node(name or platform.node(), python, versions, _driver(), _cuda(versions.get("torch", "")), gpus)
 
@@ -60,12 +56,7 @@ def _driver() -> str | None:
 def _cuda(version: str) -> str | None:
     """Return the CUDA version of a torch wheel: from `2.15.0+cu132`, or for wheels from PyPI from the CUDA package."""
     _, mark, tag = version.partition("+cu")
-    if mark:
-        return tag[:-1]
-    try:
-        return metadata.version("nvidia-cuda-runtime").split(".")[0]
-    except metadata.PackageNotFoundError:
-        return None
+    return tag[:-1] if mark else (installed_version("nvidia-cuda-runtime") or "").split(".")[0] or None
 
 
 def compare_nodes(nodes: Sequence[Node], here: Node, quantised: bool, gpus: bool) -> list[str]:

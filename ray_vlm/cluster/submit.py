@@ -20,6 +20,7 @@ from ray_vlm.cluster import authentication
 from ray_vlm.cluster.environment import SECRETS_VARIABLE, send_secrets
 from ray_vlm.cluster.package import PACKAGE_FOLDER, Archive, write_archive
 from ray_vlm.errors import ConfigError, RunError
+from ray_vlm.runs.text import format_table
 
 if TYPE_CHECKING:
     import requests
@@ -229,12 +230,9 @@ def ask_cluster(request: Callable[[], T], patience_s: float = 0.0) -> T:
 
 def describe_jobs(jobs: "Sequence[JobDetails]") -> str:
     """Format a table of jobs, the newest first."""
-    rows = [("job", "status", "started", "command")]
+    rows = [["job", "status", "started", "command"]]
     for job in sorted(jobs, key=lambda j: j.start_time or 0, reverse=True):
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or 0) / 1000))
         status = str(getattr(job.status, "value", job.status))
-        rows.append((job.submission_id or job.job_id or "?", status, started, " ".join(job.entrypoint.split())[:80]))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
-    )
+        rows.append([job.submission_id or job.job_id or "?", status, started, " ".join(job.entrypoint.split())[:80]])
+    return format_table(rows, left=range(4), longest=80)

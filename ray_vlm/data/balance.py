@@ -14,6 +14,7 @@ import numpy as np
 
 from ray_vlm.config.data import Data
 from ray_vlm.errors import ConfigError
+from ray_vlm.runs.text import format_table
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,8 @@ def describe_balance(balance: Balance) -> list[str]:
     """Describe the mix that training sees, one line for each class or condition; no lines without classes."""
     if not balance.table:
         return []
-    width = max(len(entry["tag"]) for entry in balance.table)
-    lines = [f"{'class':<{width}}  {'rows':>8} {'share':>7} {'shown':>7} {'times':>6} {'weight':>7}"]
-    lines += [
-        f"{e['tag']:<{width}}  {e['rows']:>8} {e['share']:>7.1%} {e['shown_share']:>7.1%} {e['times_shown']:>6.2f} "
-        f"{e['weight']:>7.2f}"
-        for e in balance.table
-    ]
-    return lines
+    rows = [["class", "rows", "share", "shown", "times", "weight"]]
+    for e in balance.table:
+        shares = [f"{e['share']:.1%}", f"{e['shown_share']:.1%}"]
+        rows.append([e["tag"], str(e["rows"]), *shares, f"{e['times_shown']:.2f}", f"{e['weight']:.2f}"])
+    return format_table(rows).splitlines()

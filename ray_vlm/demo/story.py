@@ -20,6 +20,7 @@ from ray_vlm.config.schema import JobConfig, Model
 from ray_vlm.config.train import Precision
 from ray_vlm.demo.shapes import RARE_CLASS
 from ray_vlm.runs.paths import write_json
+from ray_vlm.runs.text import format_table
 
 JOB = "demo_sft.yaml"
 PAIRS = "pairs.jsonl"
@@ -210,9 +211,8 @@ def _validated(step: Step) -> dict[str, float]:
 def _print_scores(folder: Path, steps: Sequence[Step], wall: float) -> None:
     names = {"f1_50": "F1 at IoU 0.5", "map": "mAP", "mean_iou": "mean IoU", "recall_rare": "recall of the rare class"}
     names["parse_rate"] = "answers that parse"
-    print(f"\n{'':<26}" + "".join(f"{step.title:>12}" for step in steps))
-    for key, title in names.items():
-        print(f"{title:<26}" + "".join(f"{_summary(step)[key]:>12.3f}" for step in steps))
+    rows = [[title, *(f"{_summary(step)[key]:.3f}" for step in steps)] for key, title in names.items()]
+    print(f"\n{format_table([['', *(step.title for step in steps)], *rows])}")
     for step in steps:
         if judged := _JUDGED_BY.get(step.name):
             now = _validated(step)

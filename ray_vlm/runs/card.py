@@ -7,7 +7,7 @@ from typing import Any
 from ray_vlm.runs.compare import test_of
 from ray_vlm.runs.compute import describe_hours, measure_compute
 from ray_vlm.runs.read import Run, is_number, setting
-from ray_vlm.runs.text import format_duration, format_number
+from ray_vlm.runs.text import format_duration, format_markdown, format_number, plain_markdown
 
 ADAPTER, MERGED, WHOLE = "adapter", "merged", "model"  # kinds of exports and names of their folders
 TITLES = {ADAPTER: "adapter", MERGED: "merged model", WHOLE: "model"}
@@ -40,8 +40,8 @@ def _head(kind: str, base: str, licence: str | None) -> str:
 def _title(run: Run, kind: str, weights: str, base: str) -> str:
     what = {ADAPTER: "LoRA adapter", WHOLE: "fine-tuned model"}.get(kind, TITLES[kind])
     step = run.best["step"] if weights == "best" and run.best else run.step
-    name, task = _plain(run.name), setting(run.job, "task.name")
-    return f"# {name}\n\nA {what} for {task}, of {_plain(base)}: `{weights}/` of the run `{name}`, step {step}."
+    name, task = plain_markdown(run.name), setting(run.job, "task.name")
+    return f"# {name}\n\nA {what} for {task}, of {plain_markdown(base)}: `{weights}/` of the run `{name}`, step {step}."
 
 
 def _how(run: Run) -> str:
@@ -51,6 +51,7 @@ def _how(run: Run) -> str:
         rank, alpha, target = (setting(job, f"lora.{name}") for name in ("rank", "alpha", "target"))
         adapted = f"LoRA of rank {rank}, alpha {alpha} on {', '.join(target or ())}"
     rows: list[tuple[str, Any]] = [
+        ("setting", "value"),
         ("method", setting(job, "method.name")),
         ("trained", adapted + (", base in 4 bit (NF4)" if setting(job, "model.load_in_4bit") else "")),
         ("learning rate", setting(job, "train.learning_rate")),
@@ -66,7 +67,7 @@ def _how(run: Run) -> str:
         rows.append(("oversampling", setting(job, "data.oversample")))
     versions = run.section("versions")
     rows.append(("made with", ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions)))
-    return "## How it was trained\n\n" + _table(("setting", "value"), rows)
+    return "## How it was trained\n\n" + format_markdown(rows)
 
 
 def _scores(run: Run) -> str:
@@ -74,7 +75,7 @@ def _scores(run: Run) -> str:
     overall, intervals = metrics.get("overall", {}), metrics.get("intervals") or {}
     if not overall:
         return "## How good it is\n\nNot measured on test rows: `ray-vlm evaluate` does that."
-    rows = []
+    rows = [("metric", "value", "interval")]
     for metric, value in overall.items():
         ends = intervals.get(metric)
         known = isinstance(ends, list) and len(ends) == 2 and all(is_number(end) for end in ends)
@@ -83,15 +84,15 @@ def _scores(run: Run) -> str:
     rows_are = (
         f"validation rows {CHOSE_BEST}, so higher than on new rows" if metrics.get("rows_chose_best") else "test rows"
     )
-    where = f"On {metrics.get('num_rows', '?')} {rows_are} (`evaluate/{_plain(name)}`), with 95 % intervals:"
-    return f"## How good it is\n\n{where}\n\n" + _table(("metric", "value", "interval"), rows)
+    where = f"On {metrics.get('num_rows', '?')} {rows_are} (`evaluate/{plain_markdown(name)}`), with 95 % intervals:"
+    return f"## How good it is\n\n{where}\n\n" + format_markdown(rows)
 
 
 def _cost(run: Run) -> str:
     costs = measure_compute(run)
-    rows = [("hardware", costs["device"] or "?"), ("workers", costs["num_workers"])]
+    rows = [("what", "value"), ("hardware", costs["device"] or "?"), ("workers", costs["num_workers"])]
     rows.append(("wall time", format_duration(run.wall_s)))
-    return "## What it cost\n\n" + _table(("what", "value"), [*rows, *describe_hours(costs)])
+    return "## What it cost\n\n" + format_markdown([*rows, *describe_hours(costs)])
 
 
 def _check(checked: Mapping[str, float]) -> str:
@@ -126,13 +127,3 @@ def _loading(run: Run, kind: str, base: str) -> str:
     code = "\n".join(lines)
     how = "`preprocessing.json` has the image sizes and prompts of training; use the same."
     return f"## How to load it\n\n```python\n{code}\n```\n\n{how}\n\n    {serve}\n\n{note}"
-
-
-def _table(head: tuple[str, ...], rows: list) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join(lines + [f"| {' | '.join(_plain(value) for value in row)} |" for row in rows])
-
-
-def _plain(value: object) -> str:
-    """Return text that cannot break out of its table cell or become markup."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.schema import number_of
-from ray_vlm.runs.text import format_duration, format_number
+from ray_vlm.runs.text import format_duration, format_markdown, format_number
 
 PHASES = ("data", "rollout", "forward", "backward")  # of a step; the rest of it is the optimizer and logging
 # Dense bf16 peak in TFLOP/s by a part of the GPU's name; the first match counts (makers' data sheets).
@@ -44,17 +44,17 @@ def _workers(run: Run) -> float:
 
 def measure_compute(run: Run) -> dict[str, Any]:
     """Return everything that is known of a run's cost; unknown numbers are None."""
-    steps = [line for line in run.current if line["kind"] == "train" and is_number(line.get("step_s"))]
-    train_s = sum(line["step_s"] for line in steps)
-    tokens = sum(line["step_s"] * line["tokens_per_s"] for line in steps if is_number(line.get("tokens_per_s")))
-    images = sum(line["images"] for line in steps if is_number(line.get("images")))
+    steps = [line for line in run.of_kind("train") if is_number(line.get("step_s"))]
+    train_s = _sum(steps, "step_s")
+    tokens = sum(line["step_s"] * number_of(line, "tokens_per_s") for line in steps)
+    images = round(_sum(steps, "images"))
     workers = _workers(run)
     processes = workers + bool(setting(run.job, "evaluate.asynchronous"))
     cards = float(setting(run.job, "cluster.gpus_per_worker") or 0)
-    counted = [line["model_tflop"] for line in steps if is_number(line.get("model_tflop"))]
-    tflop = sum(counted) if counted else None
-    name = _device(run)
-    peak = find_peak(name or "")
+    counted = any(is_number(line.get("model_tflop")) for line in steps)
+    tflop = _sum(steps, "model_tflop") if counted else None
+    name = next((line["device"] for line in run.lines if line["kind"] == "start" and line.get("device")), None)
+    peak, lost = find_peak(name or ""), measure_lost(run)
     wall_h = run.wall_s / 3600
     return {
         "device": name,
@@ -62,17 +62,17 @@ def measure_compute(run: Run) -> dict[str, Any]:
         "wall_s": run.wall_s,
         "gpu_hours": wall_h * processes * cards,
         "cpu_hours": wall_h * processes * float(setting(run.job, "cluster.cpus_per_worker") or 1),
-        "peak_memory_gib": _largest(steps, "peak_memory_gib"),
+        "peak_memory_gib": max((n for line in steps if (n := number_of(line, "peak_memory_gib"))), default=None),
         "tokens": round(tokens),
         "images": images,
         "tokens_per_s": tokens / train_s if train_s else None,
         "images_per_s": images / train_s if train_s and images else None,
-        "model_tokens": sum(number_of(line, "model_tokens") for line in steps) if counted else None,
+        "model_tokens": _sum(steps, "model_tokens") if counted else None,
         "tflop": tflop,
         "mfu": tflop / (train_s * workers * cards * peak) if tflop and train_s and cards and peak else None,
         **measure_energy(run),
-        "time_s": split_wall(run, steps),
-        "lost": measure_lost(run),
+        "time_s": split_wall(run, steps, lost["s"]),
+        "lost": lost,
     }
 
 
@@ -80,16 +80,16 @@ def measure_energy(run: Run) -> dict[str, float | None]:
     """Return `energy_kwh` and `co2_kg` of all attempts, each up to its last energy line; None without such lines."""
     last = {line["attempt"]: line for line in run.lines if line["kind"] == "energy"}
     names = ("energy_kwh", "co2_kg")
-    return {name: sum(number_of(line, name) for line in last.values()) if last else None for name in names}
+    return {name: _sum(last.values(), name) if last else None for name in names}
 
 
-def split_wall(run: Run, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def split_wall(run: Run, steps: Sequence[Mapping[str, Any]], lost_s: float) -> dict[str, float]:
     """Return the seconds of the run by phase; `start_and_end` is the time that no line accounts for."""
-    seconds = {name: sum(number_of(line, f"{name}_s") for line in steps) for name in PHASES}
-    seconds["optimizer"] = max(0.0, sum(line["step_s"] for line in steps) - sum(seconds.values()))
-    seconds["validation"] = sum(number_of(line, "validation_s") for line in run.of_kind("eval"))
-    seconds["checkpoint"] = sum(number_of(line, "checkpoint_s") for line in run.of_kind("checkpoint"))
-    seconds["done_again"] = measure_lost(run)["s"]
+    seconds = {name: _sum(steps, f"{name}_s") for name in PHASES}
+    seconds["optimizer"] = max(0.0, _sum(steps, "step_s") - sum(seconds.values()))
+    seconds["validation"] = _sum(run.of_kind("eval"), "validation_s")
+    seconds["checkpoint"] = _sum(run.of_kind("checkpoint"), "checkpoint_s")
+    seconds["done_again"] = lost_s
     seconds["start_and_end"] = max(0.0, run.wall_s - sum(seconds.values()))
     return seconds
 
@@ -98,7 +98,11 @@ def measure_lost(run: Run) -> dict[str, float]:
     """Return the number of steps that were lost in a failure and repeated, and their seconds."""
     current = {id(line) for line in run.current}
     lost = [line for line in run.lines if line["kind"] == "train" and id(line) not in current]
-    return {"steps": len(lost), "s": sum(number_of(line, "step_s") for line in lost)}
+    return {"steps": len(lost), "s": _sum(lost, "step_s")}
+
+
+def _sum(lines: Iterable[Mapping[str, Any]], key: str) -> float:
+    return sum(number_of(line, key) for line in lines)
 
 
 _UNFINISHED = ("failed", "died", "interrupted", "pruned")
@@ -129,18 +133,9 @@ def _add(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _device(run: Run) -> str | None:
-    start = next((line for line in run.lines if line["kind"] == "start" and line.get("device")), {})
-    return start.get("device")
-
-
 def find_peak(device: str) -> float | None:
     """Return the dense bf16 peak of a GPU in TFLOP/s by its name; None if it is not in `PEAKS`."""
     return next((peak for part, peak in PEAKS.items() if part.lower() in device.lower()), None)
-
-
-def _largest(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    return max((line[key] for line in lines if is_number(line.get(key))), default=None)
 
 
 _TITLES = {
@@ -168,14 +163,13 @@ _RARE = ("unfinished_hours",)  # only of several runs together
 def write_markdown(titles: Sequence[str], costs: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table with one column for each run."""
     shown = {key: title for key, title in _TITLES.items() if key not in _RARE or any(key in cost for cost in costs)}
-    rows = [(title, [_tell(cost.get(key)) for cost in costs]) for key, title in shown.items()]
-    rows.append(("wall time", [format_duration(cost["wall_s"]) for cost in costs]))
+    rows = [["", *titles], *([title, *(_tell(cost.get(key)) for cost in costs)] for key, title in shown.items())]
+    rows.append(["wall time", *(format_duration(cost["wall_s"]) for cost in costs)])
     for phase in costs[0]["time_s"] if costs else ():
         shares = [cost["time_s"].get(phase, 0.0) / max(cost["wall_s"], 1e-9) for cost in costs]
-        rows.append((f"time: {phase.replace('_', ' ')}", [f"{share:.1%}" for share in shares]))
-    rows.append(("steps done again", [str(cost["lost"]["steps"]) for cost in costs]))
-    head = [f"| | {' | '.join(map(_cell, titles))} |", f"|---|{'---:|' * len(titles)}"]
-    return "\n".join([*head, *(f"| {title} | {' | '.join(map(_cell, values))} |" for title, values in rows)]) + "\n"
+        rows.append([f"time: {phase.replace('_', ' ')}", *(f"{share:.1%}" for share in shares)])
+    rows.append(["steps done again", *(str(cost["lost"]["steps"]) for cost in costs)])
+    return format_markdown(rows, numbers=True) + "\n"
 
 
 def describe_hours(cost: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -186,7 +180,3 @@ def describe_hours(cost: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _tell(value: str | float | None) -> str:
     return value if isinstance(value, str) else format_number(value)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

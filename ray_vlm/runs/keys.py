@@ -1,7 +1,8 @@
 """Dotted keys of settings, such as `train.learning_rate`, or `data.oversample.toe-drain` with a class name."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _PART = r"""(?:"[^"]+"|'[^']+'|[^.=]+)"""
 _KEY = re.compile(rf"\w+(?:\.{_PART})*")
@@ -14,6 +15,14 @@ def split_key(key: str) -> tuple[str, ...] | None:
     if not _KEY.fullmatch(key):
         return None
     return tuple(part[1:-1] if part[0] == part[-1] and part[0] in "\"'" else part for part in _PARTS.findall(key))
+
+
+def setting(job: Mapping[str, Any], key: str) -> Any:
+    """Return a resolved job's value under a dotted key, or None."""
+    value: Any = job
+    for part in split_key(key) or ():
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def split_setting(text: str) -> tuple[tuple[str, ...], str] | None:

@@ -11,22 +11,20 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
-from ray_vlm.machine import count_cpus
+from ray_vlm.machine import count_cpus, installed_version
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
-from ray_vlm.runs.schema import check_whole, is_count, is_number, keep_sound_run, load_sound
+from ray_vlm.runs.schema import check_whole, is_process, load_manifest
 from ray_vlm.runs.store import Store, join
 from ray_vlm.runs.text import plural
 
@@ -67,7 +65,7 @@ def claim_run(output_dir: str, name: str | None, stem: str, overwrite: bool = Fa
 
 
 def _claim_remote(base: Store, name: str | None, stem: str, overwrite: bool) -> RunPaths:
-    name = name or f"{stem}-{max(_numbers(base.names(), stem), default=0) + 1:03d}"
+    name = name or f"{stem}-{_newest(base.names(), stem) + 1:03d}"
     check_free(base.address, name, overwrite)
     base.remove(name)
     paths = open_run(join(base.address, name))
@@ -76,7 +74,7 @@ def _claim_remote(base: Store, name: str | None, stem: str, overwrite: bool) -> 
 
 
 def _next_free(base: Path, stem: str) -> Path:
-    number = max(_numbers(os.listdir(base), stem), default=0) + 1
+    number = _newest(os.listdir(base), stem) + 1
     while True:  # of two simultaneous launches mkdir succeeds in one
         root = base / f"{stem}-{number:03d}"
         try:
@@ -86,8 +84,10 @@ def _next_free(base: Path, stem: str) -> Path:
             number += 1
 
 
-def _numbers(names: Iterable[str], stem: str) -> list[int]:
-    return [int(m[1]) for name in names if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", name))]
+def _newest(names: Iterable[str], stem: str) -> int:
+    """Return the highest number of a run of `stem`, 0 without one."""
+    numbers = (re.fullmatch(rf"{re.escape(stem)}-(\d+)", name) for name in names)
+    return max((int(match[1]) for match in numbers if match), default=0)
 
 
 def check_free(output_dir: str, name: str, overwrite: bool) -> None:
@@ -126,8 +126,8 @@ def find_run(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
     paths = None
     try:
         if name is None:
-            numbers = _numbers(Store(output_dir).names(), stem)
-            name = f"{stem}-{max(numbers):03d}" if numbers else None
+            number = _newest(Store(output_dir).names(), stem)
+            name = f"{stem}-{number:03d}" if number else None
         if name is None or not (store := Store(join(output_dir, name))).names():
             return None
         check_whole(store)
@@ -146,13 +146,14 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
     """Write `job.yaml`, `resolved.json` and `run.json` before anything starts."""
     paths.job.write_text(job_text, encoding="utf-8")
     write_json(paths.resolved, job)
+    packages = {name: installed_version(name) or "not installed" for name in _PACKAGES}
     write_json(
         paths.run,
         {
             "status": "running",
             "id": f"{paths.name}-{uuid.uuid4().hex[:8]}",  # unique among runs of that name; the id in W&B too
             "command": command,
-            "versions": {"ray-vlm": __version__, "python": platform.python_version()} | _versions(),
+            "versions": {"ray-vlm": __version__, "python": platform.python_version(), **packages},
             "git_commit": _git_commit(),
             "hardware": _hardware(),
             "attempts": [],
@@ -164,18 +165,10 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
     paths.store.remove(CLAIMED)
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
 def _git_commit() -> str | None:
     """Return the commit of the source, with `+changes` if the tree differs; None outside a checkout."""
+    import subprocess
+
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
@@ -253,13 +246,12 @@ def _started(pid: int) -> float | None:
         return None
 
 
-def is_alive(driver: object) -> TypeGuard[Mapping[str, Any]]:
+def is_alive(driver: object) -> TypeGuard[dict[str, Any]]:
     """Return whether a stored process is alive on this machine; False for processes of other machines."""
-    if not isinstance(driver, Mapping) or driver.get("host") != platform.node() or not is_count(driver.get("pid")):
+    if not is_process(driver) or driver["host"] != platform.node():
         return False
-    started: Any = driver.get("started")
-    now = _started(driver["pid"])
-    return is_number(started) and now is not None and abs(now - started) <= _CLOCK_S
+    started = _started(driver["pid"])
+    return started is not None and abs(started - driver["started"]) <= _CLOCK_S
 
 
 def living_driver(run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -279,26 +271,17 @@ def refuse_living(driver: object, address: str, flag: str) -> None:
 
 def check_not_driven(store: Store, flag: str) -> None:
     """Raise `RunError` if another process on this machine trains the run, so that `flag` must not change it."""
-    refuse_living(living_driver(_read(store)), store.address, flag)
+    refuse_living(living_driver(load_manifest(store, [])), store.address, flag)
 
 
 def check_own(store: Store, driver: Mapping[str, Any] | None = None) -> None:
     """Raise `RunError` unless the newest attempt in `run.json` belongs to `driver` (default: this process)."""
-    run = _read(store)
+    run = load_manifest(store, [])
     drivers = [entry["driver"] for entry in run.get("attempts") or () if entry.get("driver")]
     if run and (not drivers or drivers[-1] == (driver or this_process())):
         return
     taken = f"process {drivers[-1]['pid']} on {drivers[-1]['host']} drives it now" if drivers else "it was deleted"
     raise RunError(f"{store.address} is no longer this driver's run: {taken}. Nothing more is written into it.")
-
-
-def _read(store: Store) -> dict[str, Any]:
-    """Return the valid part of `run.json`; empty if there is none."""
-    try:
-        run = load_sound(store.read("run.json") or b"{}")
-    except ValueError:
-        return {}
-    return keep_sound_run(run, []) if isinstance(run, dict) else {}
 
 
 def complete(listed: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -310,12 +293,9 @@ def complete(listed: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, A
     for number, line in starts.items():
         if number not in known:
             before = known.get(max((n for n in known if n < number), default=-1), {})
-            status, ended = before.get("status", "running"), before.get("ended")
-            known[number] = {"attempt": number, "started": line["time"], "status": status}
-            known[number] |= {"ended": ended} if ended else {}
-            known[number] |= {"error": before["error"]} if before.get("error") else {}
+            taken = {key: before.pop(key) for key in ("status", "ended", "error") if key in before}
+            known[number] = {"attempt": number, "started": line["time"], "status": "running"} | taken
             before |= {"status": "resized", "ended": line["time"]}
-            before.pop("error", None)
     for number, entry in known.items():
         if number < last and entry.get("status", "running") == "running":
             entry["status"] = "died"  # it was killed before it could write a status

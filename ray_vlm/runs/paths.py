@@ -14,7 +14,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -127,12 +128,18 @@ def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically. NaN and infinity become null."""
+    with making(path), replacing(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file, which replaces the file at `path` if the body ends normally."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with making(path):
-            temporary.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 

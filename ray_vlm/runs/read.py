@@ -3,7 +3,6 @@
 Missing or damaged files in a folder are no errors here: they are listed in `Run.faults`, and the rest is read.
 """
 
-import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.keys import split_key
+from ray_vlm.runs.keys import setting
 from ray_vlm.runs.manifest import living_driver
-from ray_vlm.runs.monitor import best_line, current_lines, describe_attempts, parse_log, read_line, write_training_log
+from ray_vlm.runs.monitor import HISTORIES, best_line, current_lines, sound_lines, write_training_log
 from ray_vlm.runs.paths import open_run
-from ray_vlm.runs.schema import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
+from ray_vlm.runs.schema import (
+    is_number,
+    is_sound_line,
+    keep_sound,
+    load_manifest,
+    load_resolved,
+    load_scores,
+    load_sound,
+    number_of,
+)
 from ray_vlm.runs.store import Store, is_remote, join, local_path, split_address
 
 LOG = "training_log.json"
@@ -66,12 +74,10 @@ class Run:
     def status(self) -> str:
         """The status in `run.json`; `died` instead of `running` if its process on this machine is gone; or `?`."""
         status = str(self.about.get("status", "?"))
-        if status != "running":
-            return status
         driver = self.attempts[-1].get("driver") if self.attempts else None
-        if not driver or driver.get("host") != platform.node():
+        if status != "running" or not driver or driver["host"] != platform.node():
             return status
-        return status if living_driver(dict(self.about)) else "died"
+        return status if living_driver(self.about) else "died"
 
     @property
     def step(self) -> int:
@@ -81,8 +87,7 @@ class Run:
     @property
     def num_steps(self) -> int | None:
         """The planned number of steps, or None if the run has not written it."""
-        result = self.about.get("result")
-        if isinstance(result, dict):
+        if (result := self.about.get("result")) is not None:
             return result.get("num_steps")
         return next((line["num_steps"] for line in reversed(self.lines) if is_number(line.get("num_steps"))), None)
 
@@ -99,26 +104,24 @@ class Run:
     @property
     def started(self) -> float | None:
         """The start of the first attempt, seconds since 1970."""
-        return next((a["started"] for a in self.attempts if is_number(a.get("started"))), None)
+        return next((a["started"] for a in self.attempts if a.get("started") is not None), None)
 
     @cached_property
     def wall_s(self) -> float:
         """Seconds of all attempts together. One without an end counts until the last line, or now if it runs."""
         total = 0.0
-        for i, attempt in enumerate(self.attempts):
-            begun, end = attempt.get("started", math.nan), attempt.get("ended")
-            if not is_number(end):
-                newest = i == len(self.attempts) - 1
+        for attempt in self.attempts:
+            begun, end = attempt.get("started"), attempt.get("ended")
+            if end is None:
                 last = max((line["time"] for line in self.lines if is_number(line.get("time"))), default=0.0)
-                end = time.time() if newest and self.status == "running" else last
-            total += max(0.0, end - begun) if is_number(begun) else 0.0
+                end = time.time() if attempt is self.attempts[-1] and self.status == "running" else last
+            total += max(0.0, end - begun) if begun is not None else 0.0
         return total
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
         """The attempts in `run.json`."""
-        listed = self.about.get("attempts")
-        return [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
+        return self.about.get("attempts") or []
 
     def section(self, key: str) -> dict[str, Any]:
         """Return a section of `run.json` (hardware, versions); empty if it is missing."""
@@ -129,16 +132,7 @@ class Run:
     def num_attempts(self) -> int:
         """The number of attempts, including those that Ray started by itself."""
         started = [line["attempt"] for line in self.lines if line["kind"] == "start"]
-        listed = [attempt["attempt"] for attempt in self.attempts if is_number(attempt.get("attempt"))]
-        return max([len(self.attempts), *started, *listed])
-
-
-def setting(job: Mapping[str, Any], key: str) -> Any:
-    """Return a resolved job's value under a dotted key, or None."""
-    value: Any = job
-    for part in split_key(key) or ():
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+        return max([len(self.attempts), *started, *(attempt.get("attempt") or 0 for attempt in self.attempts)])
 
 
 def read_run(address: str) -> Run:
@@ -155,8 +149,7 @@ def read_run(address: str) -> Run:
                 f"{store.address}: no run here (neither {' nor '.join(MARKS)}). `ray-vlm runs list` shows them."
             )
         faults: list[str] = []
-        job = keep_sound("resolved.json", _read_json(store, "resolved.json", faults), "resolved.json", faults)
-        about = keep_sound_run(_read_json(store, "run.json", faults), faults)
+        job, about = load_resolved(store, faults), load_manifest(store, faults)
         lines = _read_lines(store, faults)
         evaluations = _read_evaluations(store, faults) if "evaluate" in names else {}
     except OSError as error:
@@ -173,32 +166,68 @@ def is_log(address: str) -> bool:
 
 
 def _read_log(address: str) -> Run:
+    """Read a `training_log.json`, its entries as lines of `metrics.jsonl`. Raises `RunError` for any other file."""
     folder, file = split_address(address)
     try:
         data = Store(folder).read(file)
+        if data is None:
+            raise RunError(f"{address}: no such file.")
+        log = load_sound(data)
     except OSError as error:
         raise RunError(f"{address} cannot be read ({error}).") from None
-    if data is None:
-        raise RunError(f"{address}: no such file.")
-    log = parse_log(data, address)
-    about: dict[str, Any] = {"status": str(log.about.get("status", "?")), "attempts": describe_attempts(log.lines)}
-    if is_number(num_steps := log.about.get("num_steps")):
+    except ValueError as error:
+        raise RunError(
+            f"{address} is cut off or altered ({error}). Give the run's folder, if it is still there."
+        ) from None
+    if not isinstance(log, dict) or not {"configuration", HISTORIES["train"]} <= set(log):
+        raise RunError(f"{address} is no training log: `configuration` and `{HISTORIES['train']}` are missing in it.")
+    faults: list[str] = []
+    header, job = (log[key] if isinstance(log.get(key), dict) else {} for key in ("run", "configuration"))
+    if job is not log["configuration"]:
+        faults.append(f"{address}: its configuration is no object")
+    keep_sound("resolved.json", job, address, faults)
+    lines = _log_lines(log, faults)
+    about: dict[str, Any] = {"status": str(header.get("status", "?")), "attempts": _attempts(lines)}
+    if is_number(num_steps := header.get("num_steps")):
         about["result"] = {"num_steps": num_steps}
     stem = file.removesuffix(".json")
     outer = folder.partition("?")[0].rstrip("/").rsplit("/", 1)[-1] if file == LOG else stem
-    names = (log.about.get("name"), setting(log.configuration, "run.name"), outer, stem)
+    names = (header.get("name"), setting(job, "run.name"), outer, stem)
     name = next(name for name in names if isinstance(name, str) and name)
-    return Run(address, log.configuration, about, log.lines, {}, (), log.faults, name)
+    return Run(address, job, about, lines, {}, (), tuple(faults), name)
+
+
+def _log_lines(log: Mapping[str, Any], faults: list[str]) -> list[dict[str, Any]]:
+    lines = []
+    for kind, history in HISTORIES.items():
+        listed = log.get(history) or []
+        listed = listed if isinstance(listed, list) else [listed]
+        entries = [{"kind": kind} | entry for entry in listed if isinstance(entry, dict)]
+        sound = [line for line in entries if is_sound_line(line)]
+        if len(sound) < len(listed):
+            faults.append(f"{len(listed) - len(sound)} of {len(listed)} entries of its {history} are altered")
+        lines += sound
+    # The sort is stable, so lines of one step stay in the order of `HISTORIES`.
+    return sorted(lines, key=lambda line: (line["attempt"], line["step"]))
+
+
+def _attempts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the attempts of the lines in the form of `run.json`, each from its first line to its last."""
+    attempts: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if is_number(line.get("time")):
+            begun = line["time"] - (number_of(line, "step_s") if line["kind"] == "train" else 0.0)
+            known = attempts.setdefault(line["attempt"], {"attempt": line["attempt"], "started": begun})
+            known |= {"started": min(begun, known["started"]), "ended": max(line["time"], known.get("ended", 0.0))}
+    return list(attempts.values())
 
 
 def complete_log(run: Run) -> None:
     """Complete the `training_log.json` of a run whose driver was killed, unless that was done before."""
     if run.log is not None or run.status != "died" or not run.job:
         return
-    store = Store(run.address)
     with suppress(OSError, RunError):  # of a read-only folder: the run is shown anyway
-        data = store.read(LOG)
-        if data is not None and parse_log(data, LOG).about.get("status") == run.status:
+        if LOG in Store(run.address).names() and _read_log(join(run.address, LOG)).status == run.status:
             return
         paths = open_run(run.address)
         try:
@@ -208,31 +237,14 @@ def complete_log(run: Run) -> None:
             paths.discard()
 
 
-def _read_json(store: Store, name: str, faults: list[str]) -> dict[str, Any]:
-    data = store.read(name)
-    try:
-        value = load_sound(data) if data is not None else None
-    except ValueError:
-        value = "torn"
-    if isinstance(value, dict):
-        return value
-    faults.append(f"{name} is {'missing' if data is None else 'cut off or altered'}")
-    return {}
-
-
 def _read_lines(store: Store, faults: list[str]) -> list[dict[str, Any]]:
     data = store.read("metrics.jsonl")
     if data is None:
         faults.append("metrics.jsonl is missing")
         return []
-    texts = data.splitlines()
-    try:  # parsing all lines at once takes a third of the time
-        values = load_sound(b"[" + b",".join(texts) + b"]")
-    except ValueError:
-        values = [read_line(text) for text in texts]
-    lines = [line for line in values if is_sound_line(line)]
-    if len(lines) < len(texts):
-        faults.append(f"{len(texts) - len(lines)} of {len(texts)} lines of metrics.jsonl are cut off or altered")
+    lines, written = sound_lines(data), len(data.splitlines())
+    if len(lines) < written:
+        faults.append(f"{written - len(lines)} of {written} lines of metrics.jsonl are cut off or altered")
     return lines
 
 
@@ -241,7 +253,7 @@ def _read_evaluations(store: Store, faults: list[str]) -> dict[str, dict[str, An
     for name in sorted(store.files("evaluate")):
         folder, _, file = name.rpartition("/")
         if file == "metrics.json" and folder and "/" not in folder:
-            value = keep_sound_scores(_read_json(store, f"evaluate/{name}", faults), f"evaluate/{name}", faults)
+            value = load_scores(store, f"evaluate/{name}", faults)
             if isinstance(value.get("overall"), dict):
                 evaluations[folder] = value
     return evaluations

@@ -12,7 +12,6 @@ from ray_vlm.runs.store import Store
 
 _LARGEST = 1e300  # largest valid number: sums of larger ones could be infinite
 _LARGEST_COUNT = 2**53  # largest valid count: floats are exact up to here
-_Kinds = dict[str, Callable[[object], bool]]  # dotted key -> whether a value is valid
 _SHOWN = 60  # characters shown of a value that is dropped
 
 
@@ -28,25 +27,16 @@ def is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_COUNT
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
 def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _is_process(value: object) -> bool:
-    if not isinstance(value, Mapping):
+def is_process(value: object) -> TypeGuard[dict[str, Any]]:
+    """Return whether `value` has a process's `host`, `pid` and `started`."""
+    if not isinstance(value, dict):
         return False
-    pid: Any = value.get("pid")
-    return not value or (
-        _is_text(value.get("host")) and is_count(pid) and pid < 2**31 and is_number(value.get("started"))
-    )
+    host, pid = value.get("host"), value.get("pid")
+    return isinstance(host, str) and is_count(pid) and pid < 2**31 and is_number(value.get("started"))
 
 
 def _are_counts(value: object) -> bool:
@@ -54,29 +44,17 @@ def _are_counts(value: object) -> bool:
 
 
 def _are_parts(value: object) -> bool:
-    parts = value.values() if isinstance(value, Mapping) else [None]
-    return all(isinstance(part, Mapping) and all(map(is_count, part.values())) for part in parts)
+    parts = value.values() if isinstance(value, dict) else [None]
+    return all(isinstance(part, dict) and all(map(is_count, part.values())) for part in parts)
 
 
-_DATA = {
-    f"data.{part}.{key}": fits
-    for part in ("train", "eval", "test")
-    for key, fits in (("path", _is_text), ("ratio", is_number))
-}
-_ATTEMPT: _Kinds = {
-    "attempt": is_count,
-    "started": is_number,
-    "ended": is_number,
-    "status": _is_text,
-    "error": _is_text,
-    "driver": _is_process,
-    **dict.fromkeys(("from_step", "to_step", "lost_steps", "workers"), is_count),
-}
-_KINDS: dict[str, _Kinds] = {
+# Of each file: dotted key -> type of a valid value, or a function that returns whether a value is valid.
+_KINDS: dict[str, dict[str, type | Callable[[object], bool]]] = {
     "resolved.json": {
-        **dict.fromkeys(("method.name", "task.name", "model.name", "evaluate.metric"), _is_text),
-        **_DATA,
-        "lora": _is_mapping,
+        **dict.fromkeys(("method.name", "task.name", "model.name", "evaluate.metric"), str),
+        **{f"data.{part}.path": str for part in ("train", "eval", "test")},
+        **{f"data.{part}.ratio": is_number for part in ("train", "eval", "test")},
+        "lora": dict,
         "lora.rank": is_count,
         "lora.target": _are_texts,
         "cluster.num_workers": _are_counts,
@@ -84,17 +62,26 @@ _KINDS: dict[str, _Kinds] = {
         "cluster.cpus_per_worker": is_number,
     },
     "run.json": {
-        "status": _is_text,
-        "attempts": lambda value: isinstance(value, list),
-        "result": _is_mapping,
+        "status": str,
+        "attempts": list,
+        "result": dict,
         "result.num_steps": is_count,
-        "versions": _is_mapping,
+        "versions": dict,
         "hardware.memory_gib": is_number,
     },
-    "metrics.json": {"overall": _is_mapping, "num_rows": is_count, "test": _is_text, "intervals": _is_mapping},
-    "an attempt": _ATTEMPT,
-    "a start": {"trainable": _are_parts, "device": _is_text, "num_steps": is_count, "num_workers": is_count},
+    "metrics.json": {"overall": dict, "num_rows": is_count, "test": str, "intervals": dict},
+    "an attempt": {
+        **dict.fromkeys(("attempt", "from_step", "to_step", "lost_steps", "workers"), is_count),
+        **dict.fromkeys(("started", "ended"), is_number),
+        **dict.fromkeys(("status", "error"), str),
+        "driver": lambda value: value == {} or is_process(value),
+    },
+    "a start": {"trainable": _are_parts, "device": str, "num_steps": is_count, "num_workers": is_count},
 }
+
+
+def _fits(value: object, kind: type | Callable[[object], bool]) -> bool:
+    return value is None or (isinstance(value, kind) if isinstance(kind, type) else kind(value))
 
 
 def load_sound(data: bytes) -> Any:
@@ -108,21 +95,39 @@ def load_sound(data: bytes) -> Any:
     return value
 
 
+def load_object(store: Store, name: str, faults: list[str]) -> dict[str, Any]:
+    """Return the object in a JSON file; empty, and one more fault, for a file without one."""
+    try:
+        value = load_sound(store.read(name) or b"")
+    except ValueError:
+        faults.append(f"{name} is missing or cut off")
+        return {}
+    if not isinstance(value, dict):
+        faults.append(f"{name} holds no object")
+        return {}
+    return value
+
+
 def keep_sound(what: str, values: dict[str, Any], name: str, faults: list[str]) -> dict[str, Any]:
     """Return `values` without invalid ones. `what`: a key of `_KINDS`; `name`: of the file in `faults`."""
-    for key, fits in _KINDS[what].items():
+    for key, kind in _KINDS[what].items():
         *path, last = key.split(".")
         section: Any = values
         for part in path:
             section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and section.get(last) is not None and not fits(section[last]):
+        if isinstance(section, dict) and not _fits(section.get(last), kind):
             faults.append(f"{name}: {key} is {repr(section.pop(last))[:_SHOWN]}, which is not valid; it is ignored")
     return values
 
 
-def keep_sound_run(values: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+def load_resolved(store: Store, faults: list[str]) -> dict[str, Any]:
+    """Return the valid values of `resolved.json`."""
+    return keep_sound("resolved.json", load_object(store, "resolved.json", faults), "resolved.json", faults)
+
+
+def load_manifest(store: Store, faults: list[str]) -> dict[str, Any]:
     """Return the valid values of `run.json`, including its attempts."""
-    values = keep_sound("run.json", values, "run.json", faults)
+    values = keep_sound("run.json", load_object(store, "run.json", faults), "run.json", faults)
     listed = values.get("attempts") or []
     attempts = [
         keep_sound("an attempt", entry, "run.json, attempts", faults) for entry in listed if isinstance(entry, dict)
@@ -132,11 +137,11 @@ def keep_sound_run(values: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     return values | {"attempts": attempts} if listed else values
 
 
-def keep_sound_scores(values: dict[str, Any], name: str, faults: list[str]) -> dict[str, Any]:
+def load_scores(store: Store, name: str, faults: list[str]) -> dict[str, Any]:
     """Return the valid values of an evaluation's `metrics.json`, including its scores."""
-    values = keep_sound("metrics.json", values, name, faults)
+    values = keep_sound("metrics.json", load_object(store, name, faults), name, faults)
     scores = values.get("overall") or {}
-    odd = [key for key, value in scores.items() if value is not None and not is_number(value)]
+    odd = [key for key, value in scores.items() if not _fits(value, is_number)]
     if odd:
         faults.append(f"{name}: {odd[0]} is no number; it is ignored")
     return values | {"overall": {key: value for key, value in scores.items() if key not in odd}} if odd else values
@@ -144,26 +149,16 @@ def keep_sound_scores(values: dict[str, Any], name: str, faults: list[str]) -> d
 
 def check_whole(store: Store) -> None:
     """Raise `RunError` unless `resolved.json` and `run.json` of a run to resume are complete and valid."""
-    for file in ("resolved.json", "run.json"):
-        faults: list[str] = []
-        try:
-            values = load_sound(store.read(file) or b"")
-        except ValueError:
-            values = {}
-            faults.append(f"{file} is missing or cut off")
-        if not isinstance(values, dict):
-            faults.append(f"{file} holds no object")
-        elif not faults and file == "resolved.json":
-            keep_sound(file, values, file, faults)
-        elif not faults:
-            listed = keep_sound_run(values, faults).get("attempts")
-            if not isinstance(listed, list) or not all("attempt" in entry for entry in listed):
-                faults.append(f"{file}: its attempts are not numbered")
-        if faults:
-            raise RunError(
-                f"--resume: {store.address} is incomplete ({faults[0]}), so it cannot be resumed. "
-                "Delete it, or give another run.name."
-            )
+    faults: list[str] = []
+    load_resolved(store, faults)
+    attempts = load_manifest(store, faults).get("attempts")
+    if attempts is None or not all("attempt" in entry for entry in attempts):
+        faults.append("run.json: its attempts are not numbered")
+    if faults:
+        raise RunError(
+            f"--resume: {store.address} is incomplete ({faults[0]}), so it cannot be resumed. "
+            "Delete it, or give another run.name."
+        )
 
 
 def is_sound_line(line: object) -> TypeGuard[dict[str, Any]]:
@@ -175,10 +170,10 @@ def is_sound_line(line: object) -> TypeGuard[dict[str, Any]]:
         return False
     if not (0 <= attempt < _LARGEST_COUNT and 0 <= step < _LARGEST_COUNT):
         return False
-    return kind != "start" or all(line.get(key) is None or fits(line[key]) for key, fits in _KINDS["a start"].items())
+    return kind != "start" or all(_fits(line.get(key), fits) for key, fits in _KINDS["a start"].items())
 
 
 def number_of(line: Mapping[str, Any], key: str) -> float:
     """Return the number under a key of a line, or 0.0 if there is none."""
     value = line.get(key)
-    return value if value is not None and is_number(value) else 0.0
+    return value if is_number(value) else 0.0

@@ -49,11 +49,7 @@ def describe_run(run: Run) -> str:
     """Return one screen on a run: its job, training, validations, evaluations and folders."""
     blocks = [_head(run), _training(run), _validations(run), _evaluations(run), _places(run)]
     blocks.append([f"note: {fault}" for fault in run.faults])
-    return "\n\n".join("\n".join(map(plain_lines, block)) for block in blocks if block)
-
-
-def plain_lines(text: str) -> str:
-    """Apply `plain_text` to each line."""
+    text = "\n\n".join("\n".join(block) for block in blocks if block)
     return "\n".join(map(plain_text, text.split("\n")))
 
 
@@ -167,7 +163,7 @@ def write_table(run: Run) -> str:
     lines = [line for line in run.current if line["kind"] in _KINDS]
     names = [*_FIRST, *sorted({key for line in lines for key in line} - set(_FIRST))]
     out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(names)
-    table.writerows([line.get(name) for name in names] for line in lines)
+    table = csv.DictWriter(out, names, lineterminator="\n")
+    table.writeheader()
+    table.writerows(lines)
     return out.getvalue()

@@ -46,10 +46,9 @@ def track_names(kind: str, line: Mapping[str, Any]) -> dict[str, Any]:
 def find_wandb_login() -> dict[str, str]:
     """Return the environment variables that log in to Weights & Biases: those that are set, or those for the key that
     `wandb login` stored on this machine (in its settings or in netrc). Empty without a login."""
-    if os.environ.get("WANDB_API_KEY"):
-        return {"WANDB_API_KEY": os.environ["WANDB_API_KEY"]}
-    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return {"WANDB_IDENTITY_TOKEN_FILE": os.environ["WANDB_IDENTITY_TOKEN_FILE"]}
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        if os.environ.get(name):
+            return {name: os.environ[name]}
     settings = _wandb_settings()
     server = os.environ.get("WANDB_BASE_URL") or settings.get("base_url")
     key = settings.get("api_key") or _netrc_key(urlsplit(server).netloc if server else None)

@@ -23,7 +23,7 @@ from ray_vlm.data.splits import Parts
 from ray_vlm.errors import Interrupted, RunError
 from ray_vlm.models.out_of_memory import NO_ROOM
 from ray_vlm.runs.keys import split_key
-from ray_vlm.runs.monitor import current_lines, read_line
+from ray_vlm.runs.monitor import current_lines, sound_lines
 from ray_vlm.runs.read import is_number, read_run
 from ray_vlm.runs.store import Store, join
 from ray_vlm.tune.space import Space, resolve
@@ -164,7 +164,7 @@ def _report(data: bytes, reported: Reported, metric: str, over: bool) -> None:
     """Report the validations since the last call; that of the last step only once the run is `over`."""
     from ray import tune
 
-    lines = [line for text in data.splitlines() if (line := read_line(text)) is not None]
+    lines = sound_lines(data)
     end = max((line.get("num_steps") or 0 for line in lines if line["kind"] == "start"), default=0)
     for line in current_lines(lines):
         if line["kind"] != "eval" or line["step"] <= reported.step or (line["step"] >= end and not over):

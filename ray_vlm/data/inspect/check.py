@@ -6,6 +6,7 @@ without a good one, and a file that cannot be used do not stop the check.
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from ray_vlm.data.suspicions import find_suspicions, tell_unused
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
 from ray_vlm.runs.console import track
+from ray_vlm.runs.text import format_table
 
 _THREADS = min(8, count_cpus())
 _SHOWN_REASONS = 40
@@ -177,14 +179,14 @@ def describe_check(check: SourceCheck) -> str:
     lines += [f"  note: {plain(note.removeprefix(check.path + ': '))}" for note in check.notes]
     groups = group_bad(check.bad)
     if groups:
-        examples = [f"row {rows[0].row} (id {shorten(rows[0].id) or '?'})" for _, rows in groups[:_SHOWN_REASONS]]
-        width = max(len("for example"), *map(len, examples))
-        lines.append(f"  {'count':>7}  {'for example':<{width}}  reason")
-        for (_, rows), example in zip(groups[:_SHOWN_REASONS], examples, strict=True):
-            lines.append(f"  {len(rows):>7}  {example:<{width}}  {_describe_group(rows)}")
+        table = [["  count", "for example", "reason"]]
+        for _, rows in groups[:_SHOWN_REASONS]:
+            example = f"row {rows[0].row} (id {shorten(rows[0].id) or '?'})"
+            table.append([str(len(rows)), example, _describe_group(rows)])
+        lines.append(format_table(table, left=(1, 2), longest=sys.maxsize))
     if len(groups) > _SHOWN_REASONS:
         rest = sum(len(rows) for _, rows in groups[_SHOWN_REASONS:])
-        lines.append(f"  {rest:>7}  of {len(groups) - _SHOWN_REASONS} more kinds; --bad-rows PATH writes them all")
+        lines.append(f"  {rest} of {len(groups) - _SHOWN_REASONS} more kinds; --bad-rows PATH writes them all")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from ray_vlm.data.plan import Plan
 from ray_vlm.data.records import Record
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import IGNORED, Sample
+from ray_vlm.runs.text import format_table
 
 _SHOWN_RECORDS = 2
 _TOKEN_NOTE = "trained tokens between [[ and ]], [[x2.50: where they weigh 2.50; the rest is only read"
@@ -129,12 +130,12 @@ def count_tokens(rows: Sequence[Sample], image_token_id: int) -> TokenCounts:
 
 
 def _count_lines(counts: TokenCounts, num_rows: int) -> list[str]:
-    lines = [f"{f'tokens of {num_rows} rows':<22} {'sum':>9} {'a row':>9} {'share':>7}"]
+    rows = [[f"tokens of {num_rows} rows", "sum", "a row", "share"]]
     kinds = {"trained": counts.trained, "only read, prompt": counts.prompt, "only read, images": counts.image}
     for name, count in {**kinds, "all": counts.total}.items():
         share = count / max(counts.total, 1)
-        lines.append(f"  {name:<20} {count:>9,} {count / max(num_rows, 1):>9,.1f} {share:>7.1%}")
-    return [*lines, f"  mean weight of a trained token: {counts.weight:.3f}"]
+        rows.append([f"  {name}", f"{count:,}", f"{count / max(num_rows, 1):,.1f}", f"{share:.1%}"])
+    return [format_table(rows), f"  mean weight of a trained token: {counts.weight:.3f}"]
 
 
 def _token_view(index: Index, position: int, builder: SampleBuilder) -> str:

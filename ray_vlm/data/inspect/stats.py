@@ -7,6 +7,7 @@ one paragraph for each question, and `draw_stats` draws them as one picture: cla
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.splits import load_parts, row_tags
 from ray_vlm.runs.plot import BLUE, GREY, INK, ORANGE, make_panels, picture_style, save
+from ray_vlm.runs.text import format_table
 from ray_vlm.tasks.classification import centre_of, region_of
 
 if TYPE_CHECKING:
@@ -227,18 +229,14 @@ def describe_stats(stats: Stats) -> str:
 def _class_lines(stats: Stats) -> list[str]:
     if not stats.classes:
         return []
-    names = [shorten(entry["tag"]) for entry in stats.classes]
-    width = max(5, *map(len, names))
-    lines = [f"{'class':<{width}} {'rows':>8} {'of rows':>8} {'objects':>8} {'shown':>7} {'weight':>7}"]
-    lines += [
-        f"{name:<{width}} {e['rows']:>8} {e['share']:>8.1%} {e['objects']:>8} {e['times_shown']:>6.2f}x "
-        f"{e['weight']:>7.2f}"
-        for name, e in zip(names, stats.classes, strict=True)
-    ]
-    if len(names) > _LISTED_CLASSES:
+    rows = []
+    for e in stats.classes:
+        shown, weight = f"{e['times_shown']:.2f}x", f"{e['weight']:.2f}"
+        rows.append([shorten(e["tag"]), str(e["rows"]), f"{e['share']:.1%}", str(e["objects"]), shown, weight])
+    if len(rows) > _LISTED_CLASSES:
         half = _LISTED_CLASSES // 2
-        lines = [*lines[: half + 1], f"... {len(names) - _LISTED_CLASSES} more ...", *lines[-half:]]
-    return lines
+        rows = [*rows[:half], [f"... {len(rows) - _LISTED_CLASSES} more ...", *[""] * 5], *rows[-half:]]
+    return [format_table([["class", "rows", "of rows", "objects", "shown", "weight"], *rows])]
 
 
 def _region_lines(stats: Stats) -> list[str]:
@@ -246,21 +244,12 @@ def _region_lines(stats: Stats) -> list[str]:
     if not stats.region_counts:
         return []
     ranked = sorted(stats.region_counts.items(), key=lambda item: -item[1].total())[:_LISTED_CLASSES]
-    names = [shorten(tag) for tag, _ in ranked]
-    width = max(5, *map(len, names))
-    heads = [plain(region).split() for region in stats.regions]
-    height = max(map(len, heads))
-    wide = [max(5, *map(len, head)) for head in heads]
-    lines = ["share of each class's centres by region"]
-    for line in range(height):
-        words = [head[line - height + len(head)] if line >= height - len(head) else "" for head in heads]
-        cells = " ".join(f"{word:>{w}}" for word, w in zip(words, wide, strict=True))
-        lines.append(f"{'class' if line == height - 1 else '':<{width}}  {cells}")
-    for name, (_, counts) in zip(names, ranked, strict=True):
+    heads = list(zip_longest(["class"], *(region.split()[::-1] for region in stats.regions), fillvalue=""))[::-1]
+    rows = []
+    for tag, counts in ranked:
         shares = [counts[region] / counts.total() for region in stats.regions]
-        cells = " ".join(f"{f'{v:.0%}' if v else '.':>{w}}" for v, w in zip(shares, wide, strict=True))
-        lines.append(f"{name:<{width}}  {cells}")
-    return lines
+        rows.append([shorten(tag), *(f"{share:.0%}" if share else "." for share in shares)])
+    return ["share of each class's centres by region", format_table([*heads, *rows], heads=len(heads))]
 
 
 def _box_lines(stats: Stats, rows: int) -> list[str]:
@@ -270,12 +259,11 @@ def _box_lines(stats: Stats, rows: int) -> list[str]:
     if not count:
         return empty and [f"{count} boxes", *empty]
     thin = int((stats.resized_boxes.min(axis=1) < THIN_PX).sum())
-    lines = [f"{f'{count} boxes':<18} {'small':>14} {'medium':>14} {'large':>14}   (areas below 32², below 96², above)"]
+    table = [[f"{count} boxes", "small (< 32²)", "medium (< 96²)", "large"]]
     for name, sides in (("original pixels", stats.boxes), ("resized pixels", stats.resized_boxes)):
-        cells = " ".join(f"{f'{n} ({n / count:.1%})':>14}" for n in box_classes(sides))
-        lines.append(f"  {name:<16} {cells}")
-    lines.append(f"  {thin} ({thin / count:.1%}) are thinner than {THIN_PX:.0f} pixels after resizing")
-    return [*lines, *empty]
+        table.append([f"  {name}", *(f"{n} ({n / count:.1%})" for n in box_classes(sides))])
+    narrow = f"  {thin} ({thin / count:.1%}) are thinner than {THIN_PX:.0f} pixels after resizing"
+    return [format_table(table), narrow, *empty]
 
 
 def _image_lines(stats: Stats) -> list[str]:
@@ -283,14 +271,13 @@ def _image_lines(stats: Stats) -> list[str]:
         return []
     columns = {"width": stats.images[:, 0], "height": stats.images[:, 1]}
     columns["width / height"] = stats.images[:, 0] / stats.images[:, 1]
-    lines = [f"{f'{len(stats.images)} images':<18} {'min':>8} {'median':>8} {'max':>8}"]
+    rows = [[f"{len(stats.images)} images", "min", "median", "max"]]
     for name, values in columns.items():
         form = ".2f" if "/" in name else ".0f"
-        cells = " ".join(f"{v:>8{form}}" for v in (values.min(), np.median(values), values.max()))
-        lines.append(f"  {name:<16} {cells}")
+        rows.append([f"  {name}", *(format(v, form) for v in (values.min(), np.median(values), values.max()))])
     n, spec = size_changes(stats), stats.image_spec
     return [
-        *lines,
+        format_table(rows),
         f"  resizing (to {spec.min_pixels:,} .. {spec.max_pixels:,} pixels): {n['shrunk']} shrunk, "
         f"{n['enlarged']} enlarged, {n['kept']} keep their size, {n['unchanged']} of these to the pixel "
         f"(the others' sides are rounded to {spec.factor} pixels)",
@@ -298,38 +285,31 @@ def _image_lines(stats: Stats) -> list[str]:
 
 
 def _token_lines(stats: Stats) -> list[str]:
-    lines = [f"{'tokens a row':<18} {'min':>8} {'median':>8} {'p95':>8} {'max':>8} {'mean':>8}"]
+    rows = [["tokens a row", "min", "median", "p95", "max", "mean"]]
     for name, values in stats.tokens.items():
         statistics = (values.min(), np.median(values), np.percentile(values, 95), values.max(), values.mean())
-        lines.append(f"  {name:<16} " + " ".join(f"{v:>8.0f}" for v in statistics))
-    return lines
+        rows.append([f"  {name}", *(f"{v:.0f}" for v in statistics)])
+    return [format_table(rows)]
 
 
 def _limit_lines(stats: Stats, rows: int) -> list[str]:
-    above = "" if stats.max_tokens is None else f" {f'rows above max_tokens={stats.max_tokens}':>28}"
-    lines = [
-        "other limits on image sizes",
-        f"  {'data.max_pixels':>15} {'visual tokens':>13} {'image tokens a row':>19} {'tokens a row':>13}"
-        f"{above} {f'boxes < {THIN_PX:.0f} px':>12}",
-    ]
+    above = [] if stats.max_tokens is None else [f"rows above max_tokens={stats.max_tokens}"]
+    head = ["  data.max_pixels", "visual tokens", "image tokens a row", "tokens a row", *above]
+    table = [[*head, f"boxes < {THIN_PX:.0f} px", ""]]
     for e in stats.limits:
-        many = e["above"]
-        dropped = "" if many is None else f" {f'{many} ({many / rows:.1%})':>28}"
-        visual_tokens = e["max_pixels"] / stats.image_spec.factor**2
+        many, visual_tokens = e["above"], e["max_pixels"] / stats.image_spec.factor**2
+        numbers = [f"{n:,.0f}" for n in (e["max_pixels"], visual_tokens, e["image_tokens"], e["tokens"])]
+        dropped = [] if many is None else [f"{many} ({many / rows:.1%})"]
         thin = "-" if e["thin"] is None else f"{e['thin']:.1%}"
-        lines.append(
-            f"  {e['max_pixels']:>15,} {visual_tokens:>13,.0f} {e['image_tokens']:>19,.0f} "
-            f"{e['tokens']:>13,.0f}{dropped} {thin:>12}" + ("  <- this job" if e["own"] else "")
-        )
-    return lines
+        table.append([*numbers, *dropped, thin, "<- this job" if e["own"] else ""])
+    return ["other limits on image sizes", format_table(table, left=())]
 
 
 def _cut_lines(stats: Stats, rows: int) -> list[str]:
-    lines = ["limits on tokens", f"  {'quantile':>15} {'data.max_tokens':>15} {'rows dropped':>16}"]
+    table = [["  quantile", "data.max_tokens", "rows dropped"]]
     for e in stats.cuts:
-        dropped = f"{e['dropped']} ({e['dropped'] / rows:.1%})"
-        lines.append(f"  {'p' + str(e['quantile']):>15} {e['max_tokens']:>15,} {dropped:>16}")
-    return lines
+        table.append([f"p{e['quantile']}", f"{e['max_tokens']:,}", f"{e['dropped']} ({e['dropped'] / rows:.1%})"])
+    return ["limits on tokens", format_table(table, left=())]
 
 
 def draw_stats(stats: Stats, title: str) -> bytes:
