@@ -56,7 +56,7 @@ class Validation(ABC):
         yields further ones that do not count, because under ZeRO-3 all ranks must run the model equally often.
         """
         size, records = self.options.batch_size, self.records
-        most = self.context.largest(-(-len(records) // size))
+        most = max(self.context.all_gather(-(-len(records) // size)))
         progress = self._progress("validation")
         for start in range(0, most * size, size):
             batch = records[start : start + size]

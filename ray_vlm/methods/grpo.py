@@ -8,6 +8,7 @@ from its group. All answers of a group are on one worker. This package provides 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
@@ -244,13 +245,8 @@ def _join(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 def _runs(rows: Sequence[Sample]) -> list[tuple[Sample, int]]:
     """Return runs of equal neighbouring rows, with their lengths."""
-    runs: list[tuple[Sample, int]] = []
-    for row in rows:
-        if runs and runs[-1][0] is row:
-            runs[-1] = (row, runs[-1][1] + 1)
-        else:
-            runs.append((row, 1))
-    return runs
+    runs = [list(run) for _, run in groupby(rows, key=id)]
+    return [(run[0], len(run)) for run in runs]
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
