@@ -88,7 +88,7 @@ def sample_groups(
     size = group_batch or max(len(rows), 1)
     groups: list[list[Completion]] = []
     # Not inference_mode: the same model is trained afterwards, and what a forward caches in it must allow autograd.
-    with torch.no_grad(), _evaluating(model), dequantised(model):
+    with torch.no_grad(), evaluation_mode(model), dequantised(model):
         for start in range(0, len(pairs), size):
             prompts, own = zip(*pairs[start : start + size], strict=True)
             groups += _sample_batch(model, prompts, builder, sampling, _uniforms(own, sampling), device, pixels)
@@ -96,7 +96,7 @@ def sample_groups(
 
 
 @contextmanager
-def _evaluating(model: "Module") -> Iterator[None]:
+def evaluation_mode(model: "Module") -> Iterator[None]:
     """Use evaluation mode, which also turns gradient checkpointing (it forbids caches) off; then restore all modes."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
