@@ -176,18 +176,12 @@ def _choose(
 
 
 def _truncate(scores: "Tensor", sampling: Sampling) -> "Tensor":
-    """Set `scores` to -inf outside the top-k, then outside the top-p, in the order of transformers."""
-    import torch
+    """Set `scores` to -inf outside the top-k, then outside the top-p, as `generate` does."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-    if 0 < sampling.top_k < scores.shape[-1]:
-        lowest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < lowest, -torch.inf)
-    if sampling.top_p < 1:
-        best, order = scores.sort(dim=-1, descending=True)
-        share = best.softmax(dim=-1)
-        beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # the tokens before it suffice; the first always stays
-        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return scores
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)  # type: ignore[arg-type]  # it reads scores alone
+    return TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores  # type: ignore[arg-type]
 
 
 def decode(

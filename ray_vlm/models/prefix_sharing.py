@@ -241,11 +241,9 @@ def plan_trees(tokens: Sequence[list[int]], images: _ImagesOfRows) -> list[Prefi
 
 def _common(sequences: Sequence[list[int]]) -> int:
     """Return the length of the longest common prefix."""
-    first, last = min(sequences), max(sequences)  # in sorted order the first and the last have the shortest one
-    for i, (a, b) in enumerate(zip(first, last, strict=False)):
-        if a != b:
-            return i
-    return min(len(first), len(last))
+    from trl.data_utils import common_prefix_length
+
+    return common_prefix_length(min(sequences), max(sequences))  # the first and the last one in sorted order
 
 
 def plan_packs(sizes: Sequence[int], hidden: int) -> list[list[int]]:
