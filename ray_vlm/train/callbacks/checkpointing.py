@@ -56,7 +56,7 @@ class CheckpointCallback(TrainerCallback):
         self._lost_before = list(run.progress.lost)
         self._seconds = 0.0  # of the last checkpoint
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the line of the checkpoint that was just written."""
         self._run.write("checkpoint", state.global_step, state.epoch, {"checkpoint_s": self._seconds})
         self._run.publish()

@@ -104,7 +104,7 @@ class EnergyCallback(TrainerCallback):
     def __init__(self, run: RunContext, meter: Meter):
         self._run, self._meter = run, meter
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the energy of all ranks."""
         self.write(state)
 
