@@ -231,7 +231,8 @@ def decode(
             cache.batch_select_indices(going.nonzero()[:, 0])
             rows_left, token, position, mask = (values[going] for values in (rows_left, token, position, mask))
             going = going[going]
-    return [_until_end(ids, set(ends.tolist())) for ids in tokens.T.tolist()]
+    stops = set(ends.tolist())
+    return [ids[: next((i + 1 for i, token in enumerate(ids) if token in stops), None)] for ids in tokens.T.tolist()]
 
 
 def decode_greedy(
@@ -246,11 +247,6 @@ def end_ids(base: "PreTrainedModel", builder: SampleBuilder) -> list[int]:
     """Return the tokens that end an answer."""
     ends = base.generation_config.eos_token_id or builder.tokenizer.eos_token_id
     return list(ends) if isinstance(ends, list | tuple) else [ends]
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """Return a sequence up to and including its first end token."""
-    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), None)]
 
 
 def _prefill(
