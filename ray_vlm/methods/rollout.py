@@ -180,8 +180,8 @@ def _truncate(scores: "Tensor", sampling: Sampling) -> "Tensor":
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     if sampling.top_k:
-        scores = TopKLogitsWarper(sampling.top_k)(None, scores)  # type: ignore[arg-type]  # it reads scores alone
-    return TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores  # type: ignore[arg-type]
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)  # it reads scores alone
+    return TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores
 
 
 def decode(
