@@ -13,7 +13,6 @@ from benchmarks.figures import figure, report
 from ray_vlm.evaluate.average_precision import coco_map
 from ray_vlm.evaluate.intervals import (
     build_statistics,
-    clusters_of,
     measure_intervals,
     middle,
     number_clusters,
@@ -82,7 +81,7 @@ def coverage(
             low, high = measure_intervals(task, drawn, seed=number)[metric]
         else:
             only = {metric: build_statistics(task, drawn)[metric]}
-            low, high = middle(resample(only, number_clusters(clusters_of(drawn)), seed=number)[metric])
+            low, high = middle(resample(only, number_clusters(drawn), seed=number)[metric])
         held += low <= truth <= high
     return held / sets
 

@@ -49,16 +49,6 @@ class DistributedContext:
         torch.distributed.all_reduce(any_set, op=torch.distributed.ReduceOp.MAX)
         return [bool(flag) for flag in any_set.tolist()]
 
-    def largest(self, value: int) -> int:
-        """Return the largest value of all ranks."""
-        if self.world_size == 1:
-            return value
-        import torch.distributed
-
-        most = torch.tensor(value, device=self.device)
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        return int(most)
-
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all ranks, in float64."""
         import torch.distributed

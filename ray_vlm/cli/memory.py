@@ -11,10 +11,6 @@ if TYPE_CHECKING:
     from ray_vlm.config.schema import JobConfig, Model
     from ray_vlm.models.memory import RowSize
 
-if TYPE_CHECKING:
-    from ray_vlm.config.schema import JobConfig, Model
-    from ray_vlm.models.memory import RowSize
-
 
 def add_memory_verb(verbs: argparse._SubParsersAction) -> None:
     """Add `ray-vlm memory JOB [key=value ...]`."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.section import Count, CountOrZero, Section
 
 BUCKET = 2**24  # numbers that DeepSpeed reduces or gathers at a time; its default of 5e8 takes 2 GB
 GATHERED = 2 * 10**8  # most weights that ZeRO-3 keeps gathered; its default of 1e9 takes 2 GB
@@ -28,10 +28,7 @@ class Cluster(Section):
         """The most workers that train together; 1 for a job in this process."""
         return max(1, self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1])
 
-    num_workers: (
-        Annotated[int, Field(ge=0, le=Largest)]
-        | Annotated[list[Annotated[int, Field(ge=1, le=Largest)]], Field(min_length=2, max_length=2)]
-    ) = Field(
+    num_workers: CountOrZero | Annotated[list[Count], Field(min_length=2, max_length=2)] = Field(
         1,
         description="Training processes. 0: this process, without Ray. `[2, 8]`: from 2 to 8, as many as fit on the "
         "cluster at any time during the run; a step always has `train.global_batch_size` rows.",
@@ -46,10 +43,8 @@ class Cluster(Section):
         description="What is partitioned among the workers: zero1 the optimizer's state, zero2 also the gradients, "
         "zero3 also the weights. _offload: the partitions are kept in CPU memory.",
     )
-    max_failures: int = Field(
+    max_failures: CountOrZero = Field(
         3,
-        ge=0,
-        le=Largest,
         description="Failures after which a run continues from its last checkpoint. Lost workers and machines are "
         "counted in a row: the count restarts when the run gets further than before.",
     )

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.section import Count, Section
 
 
 class Source(Section):
@@ -46,11 +46,11 @@ class Source(Section):
     )
     task_start: str | None = Field(None, description="GUI steps: the first Task_id that is used.")
     task_end: str | None = Field(None, description="GUI steps: the last Task_id that is used.")
-    max_tasks: int | None = Field(None, ge=1, le=Largest, description="GUI steps: use only the first tasks.")
+    max_tasks: Count | None = Field(None, description="GUI steps: use only the first tasks.")
     create: str | None = Field(
         None, description="`module:function` that creates the file at `path` if it is missing; for demos."
     )
-    max_rows: int | None = Field(None, ge=1, le=Largest, description="Use only the first rows.")
+    max_rows: Count | None = Field(None, description="Use only the first rows.")
 
     @field_validator("task_start", "task_end", mode="before")
     @classmethod
@@ -90,11 +90,11 @@ class Data(Section):
         "model cards say so.",
     )
     stratify: bool = Field(True, description="Split shares of the training rows stratified by class.")
-    min_pixels: int | None = Field(
-        None, ge=1, le=Largest, description="Smallest image area after resizing, in pixels. null: the processor's own."
+    min_pixels: Count | None = Field(
+        None, description="Smallest image area after resizing, in pixels. null: the processor's own."
     )
-    max_pixels: int | None = Field(
-        None, ge=1, le=Largest, description="Largest image area after resizing, in pixels. null: the processor's own."
+    max_pixels: Count | None = Field(
+        None, description="Largest image area after resizing, in pixels. null: the processor's own."
     )
     resize: Literal["stretch", "pad"] = Field(
         "stretch",
@@ -109,17 +109,12 @@ class Data(Section):
         description="Padding at the right and bottom (`end`), or on all sides (`center`); boxes are moved with the "
         "image.",
     )
-    max_image_pixels: int = Field(
+    max_image_pixels: Count = Field(
         50_000_000,
-        ge=1,
-        le=Largest,
         description="An image of more pixels than this makes its row bad; the size is read from the file's header.",
     )
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        le=Largest,
-        description="A row of more tokens than this, including image tokens, is bad. Rows are never truncated.",
+    max_tokens: Count | None = Field(
+        None, description="A row of more tokens than this, including image tokens, is bad. Rows are never truncated."
     )
     shuffle: bool = Field(True, description="A new order in every epoch, from `seed`.")
     balance_lengths: bool = Field(
@@ -153,9 +148,6 @@ class Data(Section):
         description="Detection: a box that is empty or reaches outside its image makes its row bad (`raise`), is "
         "clipped to the image (`clip`), or is dropped alone (`drop`); `clip` drops empty boxes too. All are counted.",
     )
-    num_loaders: int | None = Field(
-        None,
-        ge=1,
-        le=Largest,
-        description="Ray Data processes that read images for each worker. null: from the free CPUs.",
+    num_loaders: Count | None = Field(
+        None, description="Ray Data processes that read images for each worker. null: from the free CPUs."
     )

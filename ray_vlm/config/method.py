@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ray_vlm.config.section import Largest, Section, read_variant
+from ray_vlm.config.section import Count, CountOrZero, Largest, Section, read_variant
 
 
 class _Method(Section):
@@ -74,17 +74,15 @@ class GrpoMethod(AlignmentMethod):
     )
     loss_type: str | None = Field(None, min_length=1, description="The loss, by TRL's name. null: `dapo`.")
     num_generations: int = Field(8, ge=2, le=Largest, description="Answers sampled for each prompt.")
-    num_generations_eval: int = Field(
+    num_generations_eval: CountOrZero = Field(
         0,
-        ge=0,
-        le=Largest,
         description="Answers sampled for each validation row, as in training, for the metric `sampled_reward`, which "
         "has less noise than the reward of one greedy answer. 0: none.",
     )
     temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total probability.")
-    top_k: int = Field(0, ge=0, le=Largest, description="Sample from this many likeliest tokens. 0: all.")
-    max_completion_tokens: int = Field(256, ge=1, le=Largest, description="Most tokens of a sampled answer.")
+    top_k: CountOrZero = Field(0, description="Sample from this many likeliest tokens. 0: all.")
+    max_completion_tokens: Count = Field(256, description="Most tokens of a sampled answer.")
     rewards: dict[str, float] | None = Field(
         None,
         min_length=1,

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data
 from ray_vlm.config.method import Method, SftMethod
-from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.section import Count, CountOrZero, Largest, Section
 from ray_vlm.config.task import DetectionTask, Task
 from ray_vlm.config.train import Part, Train
 
@@ -32,15 +32,15 @@ class Model(Section):
 class Lora(Section):
     """The LoRA adapter on the base."""
 
-    rank: int = Field(16, ge=1, le=Largest, description="Rank of the update matrices.")
-    alpha: int = Field(32, ge=1, le=Largest, description="Updates are scaled by alpha / rank.")
+    rank: Count = Field(16, description="Rank of the update matrices.")
+    alpha: Count = Field(32, description="Updates are scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target: list[Part] = Field(
         default=["language"],
         min_length=1,
         description="Parts of the model that get adapters; with `model.adapter`, the parts that are trained further.",
     )
-    ranks: dict[Part, Annotated[int, Field(ge=1, le=Largest)]] | None = Field(
+    ranks: dict[Part, Count] | None = Field(
         None,
         description="Ranks of parts that differ from `rank`, such as `{vision: 8}`; alpha / rank is the same for all.",
     )
@@ -54,23 +54,17 @@ class Lora(Section):
 class Checkpoint(Section):
     """Checkpoints during training."""
 
-    every_steps: int | None = Field(
-        None, ge=1, le=Largest, description="Steps between checkpoints. null: once an epoch."
-    )
-    keep: int = Field(
-        3, ge=1, le=Largest, description="How many of the newest checkpoints are kept; `best/` and `final/` always are."
-    )
-    keep_best: int = Field(
-        1, ge=0, le=Largest, description="How many of the best checkpoints by `evaluate.metric` are kept as well."
+    every_steps: Count | None = Field(None, description="Steps between checkpoints. null: once an epoch.")
+    keep: Count = Field(3, description="How many of the newest checkpoints are kept; `best/` and `final/` always are.")
+    keep_best: CountOrZero = Field(
+        1, description="How many of the best checkpoints by `evaluate.metric` are kept as well."
     )
 
 
 class Evaluate(Section):
     """Validation during training, and evaluation."""
 
-    every_steps: int | None = Field(
-        None, ge=1, le=Largest, description="Steps between validations. null: once an epoch."
-    )
+    every_steps: Count | None = Field(None, description="Steps between validations. null: once an epoch.")
     at_start: bool = Field(
         False,
         description="Also validate before the first step, so that `best/` is never worse than the start.",
@@ -85,12 +79,10 @@ class Evaluate(Section):
         "`f1_50`; for DPO also `preference_accuracy` or `reward_margin`; for GRPO `reward` (its default) or a task "
         "metric.",
     )
-    num_samples: int | None = Field(200, ge=1, le=Largest, description="Validation rows, evenly spaced. null: all.")
-    batch_size: int = Field(8, ge=1, le=Largest, description="Rows that are answered at a time.")
-    num_replicas: int | None = Field(
+    num_samples: Count | None = Field(200, description="Validation rows, evenly spaced. null: all.")
+    batch_size: Count = Field(8, description="Rows that are answered at a time.")
+    num_replicas: CountOrZero | None = Field(
         None,
-        ge=0,
-        le=Largest,
         description="Processes of `ray-vlm evaluate` that hold the model, each with the resources of a worker; 0: "
         "only the command's own process. null: `cluster.num_workers` on GPUs, 0 on a CPU.",
     )
@@ -99,7 +91,7 @@ class Evaluate(Section):
         description="The engine of `evaluate` and `predict`. `vllm` needs a GPU, the package, and adapters on the "
         "language model only; it has not been tested on hardware.",
     )
-    max_new_tokens: int = Field(512, ge=1, le=Largest, description="Most tokens of an answer.")
+    max_new_tokens: Count = Field(512, description="Most tokens of an answer.")
     memory: Literal["truth", "model"] = Field(
         "truth",
         description="GUI steps: the earlier steps in the questions of `ray-vlm evaluate`: those of the data "
@@ -132,10 +124,8 @@ class Pairs(Section):
 class Tune(Section):
     """A sweep over a space of settings (`ray-vlm tune`)."""
 
-    num_trials: int = Field(
+    num_trials: Count = Field(
         16,
-        ge=1,
-        le=Largest,
         description="Number of trials in all; with grids, rounded down so that each combination is run equally often.",
     )
     search: Literal["random", "optuna"] = Field(
@@ -147,19 +137,17 @@ class Tune(Section):
     reduction_factor: int = Field(
         4, ge=2, le=Largest, description="ASHA continues one in this many trials at each of its rungs."
     )
-    grace_steps: int | None = Field(
-        None, ge=1, le=Largest, description="Steps before a trial may be stopped. null: until its first validation."
+    grace_steps: Count | None = Field(
+        None, description="Steps before a trial may be stopped. null: until its first validation."
     )
     metric: str | list[str] | None = Field(
         None, description="Metric that ranks trials, as `evaluate.metric`, its default; of several the first."
     )
     default_first: bool = Field(True, description="Run the job with its own settings as the first trial.")
-    max_concurrent: int | None = Field(
-        None, ge=1, le=Largest, description="Trials at the same time. null: as many as fit on the cluster."
+    max_concurrent: Count | None = Field(
+        None, description="Trials at the same time. null: as many as fit on the cluster."
     )
-    max_retries: int = Field(
-        1, ge=0, le=Largest, description="How often a failed trial is continued from its checkpoint."
-    )
+    max_retries: CountOrZero = Field(1, description="How often a failed trial is continued from its checkpoint.")
     export: Literal["adapter", "merged"] | None = Field(
         "adapter", description="The form in which the best trial is exported."
     )

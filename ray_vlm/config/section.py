@@ -1,8 +1,8 @@
 """The base class of all sections of a job, and sections whose settings depend on their `name`."""
 
-from typing import get_args
+from typing import Annotated, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -12,6 +12,8 @@ class Section(BaseModel):
 
 
 Largest = 2**31 - 1  # upper limit of counts and areas; anything larger is a typing error
+Count = Annotated[int, Field(ge=1, le=Largest)]
+CountOrZero = Annotated[int, Field(ge=0, le=Largest)]
 
 
 def read_variant(*variants: type[Section]) -> BeforeValidator:

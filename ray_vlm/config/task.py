@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ray_vlm.config.section import Largest, Section, read_variant
+from ray_vlm.config.section import CountOrZero, Section, read_variant
 
 
 class _Task(Section):
@@ -72,9 +72,9 @@ class GuiStepsTask(PromptedTask):
     """GUI steps are the actions on screens that lead to a goal, one after another."""
 
     name: Literal["gui_steps"] = Field("gui_steps", description="Give the next action on a screen, towards a goal.")
-    short_memory: int = Field(3, ge=0, le=Largest, description="How many of the last steps the question has in full.")
-    long_memory_tokens: int = Field(
-        256, ge=0, le=Largest, description="Most tokens of the steps before those; the oldest are cut first."
+    short_memory: CountOrZero = Field(3, description="How many of the last steps the question has in full.")
+    long_memory_tokens: CountOrZero = Field(
+        256, description="Most tokens of the steps before those; the oldest are cut first."
     )
 
 

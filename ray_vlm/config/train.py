@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from ray_vlm.config.section import Largest, Section
+from ray_vlm.config.section import Count, Section
 
 Part = Literal["language", "connector", "vision"]  # of a model; `models/families.py` defines their weights
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -25,18 +25,13 @@ class Train(Section):
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled weight decay; not on norms and biases.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0: no clipping.")
     num_epochs: float = Field(1.0, gt=0, description="Passes over the training rows. Ignored when `max_steps` is set.")
-    max_steps: int | None = Field(None, ge=1, le=Largest, description="Stop after this many optimizer steps.")
-    global_batch_size: int = Field(16, ge=1, le=Largest, description="Rows in one optimizer step, over all workers.")
-    micro_batch_size: int = Field(
-        1,
-        ge=1,
-        le=Largest,
-        description="Rows that one worker runs at a time; gradients are accumulated to the global batch.",
+    max_steps: Count | None = Field(None, description="Stop after this many optimizer steps.")
+    global_batch_size: Count = Field(16, description="Rows in one optimizer step, over all workers.")
+    micro_batch_size: Count = Field(
+        1, description="Rows that one worker runs at a time; gradients are accumulated to the global batch."
     )
-    tokens_per_micro_batch: int | None = Field(
+    tokens_per_micro_batch: Count | None = Field(
         None,
-        ge=1,
-        le=Largest,
         description="SFT: instead of `micro_batch_size`, one worker runs as many rows at a time as fit into this many "
         "tokens, including image tokens and padding. Rows of similar length are grouped.",
     )
@@ -45,7 +40,7 @@ class Train(Section):
         description="Concatenate short rows of a micro-batch instead of padding them to the longest. Exact; only with "
         "`lora.dropout` 0.",
     )
-    gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=Largest)] = Field(
+    gradient_checkpointing: bool | Count = Field(
         True,
         description="Recompute activations in the backward pass, to save memory. A number: only in this many of the "
         "language model's first layers.",
@@ -83,9 +78,9 @@ class Train(Section):
         "if it had no rows, or `rewind` to the last checkpoint and leave out the rows from there to this step. In any "
         "case the rows are in `bad_steps.jsonl`.",
     )
-    log_every_steps: int = Field(10, ge=1, le=Largest, description="Steps between console lines; files get every step.")
-    early_stopping_patience: int | None = Field(
-        None, ge=1, le=Largest, description="Stop after this many validations without a better `evaluate.metric`."
+    log_every_steps: Count = Field(10, description="Steps between console lines; files get every step.")
+    early_stopping_patience: Count | None = Field(
+        None, description="Stop after this many validations without a better `evaluate.metric`."
     )
 
     @model_validator(mode="before")

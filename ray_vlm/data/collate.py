@@ -9,7 +9,6 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import IGNORED, Sample
@@ -37,20 +36,20 @@ def collate(
     """
     import torch
 
+    def pad(sequences: Sequence[np.ndarray], value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        tensors = [torch.tensor(sequence, dtype=dtype) for sequence in sequences]
+        return torch.nn.utils.rnn.pad_sequence(tensors, True, value, side).to(device)
+
     ids = [row.input_ids for row in rows]
-    pad = builder.tokenizer.pad_token_id
-    tokens = torch.from_numpy(_pad(ids, pad, side)).to(device)
-    batch: dict[str, Any] = {
-        "input_ids": tokens,
-        "attention_mask": torch.from_numpy(_pad([i * 0 + 1 for i in ids], 0, side)).to(device),
-    }
+    tokens = pad(ids, builder.tokenizer.pad_token_id)
+    batch: dict[str, Any] = {"input_ids": tokens, "attention_mask": pad([np.ones_like(i) for i in ids], 0)}
     if builder.kinds is not None:
         batch[builder.kinds] = (tokens == builder.image_token_id).long()
     if all(len(row.labels) == len(row.input_ids) for row in rows):
-        batch["labels"] = torch.from_numpy(_pad([row.labels for row in rows], IGNORED, side)).to(device)
+        batch["labels"] = pad([row.labels for row in rows], IGNORED)
     if "labels" in batch and rows[0].weights is not None:
-        weights = _pad([row.weights for row in rows if row.weights is not None], 0.0, side, np.float32)
-        batch["loss_weights"] = torch.from_numpy(weights).to(device) * (batch["labels"] != IGNORED)
+        weights = pad([row.weights for row in rows if row.weights is not None], 0.0, torch.float32)
+        batch["loss_weights"] = weights * (batch["labels"] != IGNORED)
     distinct = rows[: len(rows) // copies]
     if pixels is None:
         pixels = read_pixels([image for row in distinct for image in row.images], builder, device)
@@ -107,17 +106,6 @@ def answered(row: Sample, completion: np.ndarray) -> Sample:
     ids = np.concatenate([row.input_ids, completion])
     labels = np.concatenate([np.full_like(row.input_ids, IGNORED), completion])
     return Sample(ids, labels, row.images, number=row.number)
-
-
-def _pad(sequences: Sequence[np.ndarray], value: float, side: str, dtype: DTypeLike = np.int64) -> np.ndarray:
-    """Return the sequences as `[rows, longest]`, filled with `value` on `side`."""
-    out = np.full((len(sequences), max(map(len, sequences))), value, dtype)
-    for i, sequence in enumerate(sequences):
-        if side == "right":
-            out[i, : len(sequence)] = sequence
-        else:
-            out[i, out.shape[1] - len(sequence) :] = sequence
-    return out
 
 
 def _check_grid(batch: dict[str, Any], builder: SampleBuilder, copies: int) -> None:

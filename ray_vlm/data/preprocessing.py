@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.config.section import Largest, Section, without_variant
+from ray_vlm.config.section import Count, Section, without_variant
 from ray_vlm.config.task import Task
 from ray_vlm.config.train import Precision
 from ray_vlm.data.files import read_bytes
@@ -49,8 +49,8 @@ class Asking(Section):
     revision: str | None = None
     load_in_4bit: bool = False
     precision: Precision | None = None
-    max_new_tokens: int | None = Field(None, ge=1, le=Largest)
-    max_image_pixels: int | None = Field(None, ge=1, le=Largest)
+    max_new_tokens: Count | None = None
+    max_image_pixels: Count | None = None
 
 
 class Saved(Section):

@@ -7,7 +7,7 @@ resamples. Rows that belong together (steps of a task, photos of a site) are dra
 intervals (Efron 1979); a difference is *paired*: both sides have the same resamples.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def middle(values: np.ndarray) -> list[float]:
 
 def _resample(task: str, sides: Sequence[Sequence[Row]], seed: int) -> list[dict[str, np.ndarray]]:
     """Return, for each side, the value of each metric in each resample, `float64 [resamples]`."""
-    numbers = number_clusters(clusters_of(sides[0]))
+    numbers = number_clusters(sides[0])
     resamples = [resample(build_statistics(task, rows), numbers, seed) for rows in sides]
     if task == "detection":
         for values, rows in zip(resamples, sides, strict=True):
@@ -97,9 +97,10 @@ def _weights(count: int, seed: int, num_resamples: int) -> Iterator[np.ndarray]:
         yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
 
 
-def number_clusters(clusters: Sequence[Hashable]) -> np.ndarray:
-    """Number clusters from 0, in the order in which they first appear."""
-    known: dict[Hashable, int] = {}
+def number_clusters(rows: Sequence[Row]) -> np.ndarray:
+    """Number the cluster of each row from 0: its group (the task of a GUI step), or the row alone."""
+    known: dict[tuple[str, Any], int] = {}
+    clusters = [("group", row["group"]) if row["group"] else ("row", i) for i, row in enumerate(rows)]
     return np.array([known.setdefault(cluster, len(known)) for cluster in clusters], np.int64)
 
 
@@ -113,11 +114,6 @@ def _by_cluster(sums: np.ndarray, numbers: np.ndarray, count: int) -> np.ndarray
 def build_statistics(task: str, rows: Sequence[Row]) -> dict[str, Statistic]:
     """Build the task's metrics except mAP, which ranks boxes over all images (`average_precision.py`)."""
     return _BUILD[task](rows) | {"parse_rate": _mean([[row["ok"]] for row in rows])}
-
-
-def clusters_of(rows: Sequence[Row]) -> list[tuple[str, Any]]:
-    """Return the cluster of each row: its group (the task of a GUI step), or the row alone."""
-    return [("group", row["group"]) if row["group"] else ("row", i) for i, row in enumerate(rows)]
 
 
 def divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:

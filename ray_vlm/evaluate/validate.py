@@ -20,7 +20,7 @@ from ray_vlm.evaluate.generate import generate_answers
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.methods.rewards import score_answers, total
-from ray_vlm.methods.rollout import Sampling, sample_groups
+from ray_vlm.methods.rollout import Sampling, evaluation_mode, sample_groups
 from ray_vlm.runs.console import Progress
 
 if TYPE_CHECKING:
@@ -47,16 +47,22 @@ class Validation(ABC):
     ):
         self.records, self.builder, self.options, self.task, self.context = records, builder, options, task, context
 
-    @abstractmethod
     def measure(self, trainer: "PlannedTrainer") -> tuple[Metrics, list[Prediction]]:
         """Return the metrics of the trainer's weights, the same on every rank, and the predictions of this rank."""
+        started = time.monotonic()
+        with evaluation_mode(trainer.model):
+            metrics, predictions = self._measure(trainer)
+        return metrics | {"validation_s": time.monotonic() - started}, predictions
+
+    @abstractmethod
+    def _measure(self, trainer: "PlannedTrainer") -> tuple[Metrics, list[Prediction]]: ...
 
     def batches(self) -> Iterator[tuple[Sequence[Record], bool]]:
         """Yield batches of this rank's records with whether they count: a rank that has fewer batches than another one
         yields further ones that do not count, because under ZeRO-3 all ranks must run the model equally often.
         """
         size, records = self.options.batch_size, self.records
-        most = self.context.largest(-(-len(records) // size))
+        most = max(self.context.all_gather(-(-len(records) // size)))
         progress = self._progress("validation")
         for start in range(0, most * size, size):
             batch = records[start : start + size]
@@ -82,19 +88,16 @@ class Validation(ABC):
 class AnswerValidation(Validation):
     """Validates SFT: `loss`, and unless that is the job's metric, the task's metrics."""
 
-    def measure(self, trainer: "PlannedTrainer") -> tuple[Metrics, list[Prediction]]:
+    def _measure(self, trainer: "PlannedTrainer") -> tuple[Metrics, list[Prediction]]:
         """Return the metrics and the predictions, without any if the job's metric is the loss."""
-        started, model = time.monotonic(), trainer.model
-        was_training = model.training
-        model.eval()
+        model = trainer.model
         summed, tokens = self.context.sum(self._loss(model, self.batches()))
         metrics = {"loss": summed / max(tokens, 1.0)}
         predictions: list[Prediction] = []
         if self.options.metric != "loss":
             predictions = build_predictions(cast(list[SftRecord], self.records), self.answer(model), self.builder)
             metrics |= self.score_task(predictions)
-        model.train(was_training)
-        return metrics | {"validation_s": time.monotonic() - started}, predictions
+        return metrics, predictions
 
     def _loss(self, model: "PreTrainedModel", batches: Iterable[tuple[Sequence[Record], bool]]) -> tuple[float, float]:
         """Return the sum of the trained tokens' negative log-likelihoods, and their number."""
@@ -120,34 +123,27 @@ class PairValidation(Validation):
     def _reference(self) -> dict[int, dict[str, "torch.Tensor"]]:
         return {}  # of each batch, by its number; it never changes
 
-    def measure(self, trainer: "PairedDPOTrainer") -> tuple[Metrics, list[Prediction]]:  # type: ignore[override]
+    def _measure(self, trainer: "PairedDPOTrainer") -> tuple[Metrics, list[Prediction]]:  # type: ignore[override]
         """Return the metrics; pairs have no predictions."""
         from ray_vlm.methods.dpo import PAIR_METRICS
 
-        started, model = time.monotonic(), trainer.model
-        was_training = model.training
-        model.eval()
         sums = dict.fromkeys(PAIR_METRICS, 0.0)  # also on a rank without records, for the sum over ranks
         for number, (batch, counts) in enumerate(self.batches()):
             rows = [self.builder.pair_row(cast(PreferenceRecord, record)) for record in batch]
             means, self._reference[number] = trainer.measure_pairs(rows, self._reference.get(number))
             for name, value in means.items():
                 sums[name] += value * len(rows) * counts
-        model.train(was_training)
         *summed, count = self.context.sum((*sums.values(), float(len(self.records))))
-        metrics = {name: value / max(count, 1.0) for name, value in zip(sums, summed, strict=True)}
-        return metrics | {"validation_s": time.monotonic() - started}, []
+        return {name: value / max(count, 1.0) for name, value in zip(sums, summed, strict=True)}, []
 
 
 class RewardValidation(Validation):
     """Validates GRPO: `reward` and `reward_<part>` of greedy answers, and the task's metrics where rows have a truth;
     with `method.num_generations_eval` also `sampled_reward`, of answers that are sampled as in training."""
 
-    def measure(self, trainer: "PlannedGRPOTrainer") -> tuple[Metrics, list[Prediction]]:  # type: ignore[override]
+    def _measure(self, trainer: "PlannedGRPOTrainer") -> tuple[Metrics, list[Prediction]]:  # type: ignore[override]
         """Return the metrics, and predictions of rows with a truth."""
-        started, was_training, records = time.monotonic(), trainer.model.training, self.records
-        answers = self.answer(trainer.model)
-        trainer.model.train(was_training)
+        records, answers = self.records, self.answer(trainer.model)
         ids = [self.builder.tokenizer.encode(text, add_special_tokens=False) for text in answers]
         scores = self._score(trainer, records, answers, ids)
         everyone = [parts for rank_scores in self.context.all_gather(scores) for parts in rank_scores]
@@ -164,7 +160,7 @@ class RewardValidation(Validation):
             totals = [parts[""] or 0.0 for parts in self._sample(trainer)]
             rewards = [value for rank_totals in self.context.all_gather(totals) for value in rank_totals]
             metrics["sampled_reward"] = sum(rewards) / max(len(rewards), 1)
-        return metrics | {"validation_s": time.monotonic() - started}, predictions
+        return metrics, predictions
 
     def _sample(self, trainer: "PlannedGRPOTrainer") -> list[dict[str, float | None]]:
         """Return the scores of answers sampled to each record, with the same random numbers at every validation."""

@@ -21,6 +21,7 @@ from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.methods.rewards import Rewards
+from ray_vlm.methods.rollout import evaluation_mode
 from ray_vlm.methods.trainer import PlannedTrainer, TrainerInputs
 
 _LOGGED = {
@@ -75,10 +76,8 @@ class PairedDPOTrainer(PlannedTrainer, DPOTrainer):
         """Read or compute the reference's log-probabilities of all pairs, if the job asks for it."""
         if self.inputs.reference is None:
             return
-        was_training = self.model.training
-        self.model.eval()
-        self.reference = self.inputs.reference.find(self.inputs.fetch_records(), self.builder, self._ask_reference)
-        self.model.train(was_training)
+        with evaluation_mode(self.model):
+            self.reference = self.inputs.reference.find(self.inputs.fetch_records(), self.builder, self._ask_reference)
 
     def method_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().method_loss(model, self.refer(inputs), *args, **kwargs)

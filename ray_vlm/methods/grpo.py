@@ -8,6 +8,7 @@ from its group. All answers of a group are on one worker. This package provides 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from accelerate.utils import gather
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
 
 from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.data.collate import join_pixels, read_pixels, spans_of_rows
@@ -121,7 +123,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
     def next_batches(self, epoch_iterator: Iterator, num_batches: int, device: object) -> tuple:
         """Sample and score the answers to the next step's prompts, and split them into micro-batches."""
         rows = next(epoch_iterator, None)
-        return (split_batch(self._sample_step(rows), num_batches) if rows else []), None
+        return (split_tensor_dict(self._sample_step(rows), num_batches) if rows else []), None
 
     def _sample_step(self, rows: Sequence[Sample]) -> dict[str, Any]:
         """Return TRL's batch for these prompts, with `rows` (the prompt of each answer) and `sampled`
@@ -244,21 +246,5 @@ def _join(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 def _runs(rows: Sequence[Sample]) -> list[tuple[Sample, int]]:
     """Return runs of equal neighbouring rows, with their lengths."""
-    runs: list[tuple[Sample, int]] = []
-    for row in rows:
-        if runs and runs[-1][0] is row:
-            runs[-1] = (row, runs[-1][1] + 1)
-        else:
-            runs.append((row, 1))
-    return runs
-
-
-def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """Split a step's answers into `parts` equal micro-batches, in order; scalars of the step go into each."""
-    count = len(batch["rows"]) // parts
-
-    def cut(value: Any, part: slice) -> object:
-        return value if getattr(value, "ndim", 1) == 0 else value[part]
-
-    slices = [slice(i * count, (i + 1) * count) for i in range(parts)]
-    return [{name: cut(value, part) for name, value in batch.items()} for part in slices]
+    runs = [list(run) for _, run in groupby(rows, key=id)]
+    return [(run[0], len(run)) for run in runs]

@@ -42,10 +42,6 @@ class LossScale:
         """Keep the loss of a micro-batch."""
         self._last.append(loss.detach())
 
-    def are_finite(self) -> bool:
-        """Return whether all losses of the step are finite on this rank."""
-        return all(bool(loss.isfinite().all()) for loss in self._last)
-
     def explain_overflow(self, context: DistributedContext) -> str | None:
         """Return a message if the scaler handles a gradient that is not finite, else None.
 
@@ -54,7 +50,7 @@ class LossScale:
         scaler = getattr(self._accelerator, "scaler", None)
         if scaler is None:
             return None
-        finite, scale = all(context.all_gather(self.are_finite())), scaler.get_scale()
-        if not finite or scale <= _LEAST:
+        finite, scale = all(bool(loss.isfinite().all()) for loss in self._last), scaler.get_scale()
+        if not all(context.all_gather(finite)) or scale <= _LEAST:
             return None
         return f"float16 overflowed at a loss scale of {scale:g}: the step is left out and the scale is lowered"

@@ -37,19 +37,17 @@ _ALSO = {
 def check_options(method: Method) -> None:
     """Raise `ConfigError` for losses and for keys and values of `method.trl` that TRL does not take."""
     if isinstance(method, DpoMethod):
-        _check_dpo_loss(method.loss_type or [])
+        losses = [method.loss_type] if isinstance(method.loss_type, str) else method.loss_type or []
+        if unknown := [loss for loss in losses if loss not in DPO_LOSSES]:
+            known = ", ".join(DPO_LOSSES)
+            raise ConfigError(
+                f"method.loss_type={method.loss_type!r}: TRL's DPO has no {unknown[0]!r}. It has: {known}."
+            )
     if method.trl or (isinstance(method, GrpoMethod) and method.loss_type is not None):
         import trl
 
         configs = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig}
         check_trl_options(method, configs[method.name], CHOICES[method.name])
-
-
-def _check_dpo_loss(loss_type: str | list[str]) -> None:
-    losses = [loss_type] if isinstance(loss_type, str) else loss_type
-    if unknown := [loss for loss in losses if loss not in DPO_LOSSES]:
-        known = ", ".join(DPO_LOSSES)
-        raise ConfigError(f"method.loss_type={loss_type!r}: TRL's DPO has no {unknown[0]!r}. It has: {known}.")
 
 
 def check_trl_options(

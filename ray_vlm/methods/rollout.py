@@ -88,7 +88,7 @@ def sample_groups(
     size = group_batch or max(len(rows), 1)
     groups: list[list[Completion]] = []
     # Not inference_mode: the same model is trained afterwards, and what a forward caches in it must allow autograd.
-    with torch.no_grad(), _evaluating(model), dequantised(model):
+    with torch.no_grad(), evaluation_mode(model), dequantised(model):
         for start in range(0, len(pairs), size):
             prompts, own = zip(*pairs[start : start + size], strict=True)
             groups += _sample_batch(model, prompts, builder, sampling, _uniforms(own, sampling), device, pixels)
@@ -96,7 +96,7 @@ def sample_groups(
 
 
 @contextmanager
-def _evaluating(model: "Module") -> Iterator[None]:
+def evaluation_mode(model: "Module") -> Iterator[None]:
     """Use evaluation mode, which also turns gradient checkpointing (it forbids caches) off; then restore all modes."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -176,18 +176,12 @@ def _choose(
 
 
 def _truncate(scores: "Tensor", sampling: Sampling) -> "Tensor":
-    """Set `scores` to -inf outside the top-k, then outside the top-p, in the order of transformers."""
-    import torch
+    """Set `scores` to -inf outside the top-k, then outside the top-p, as `generate` does."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-    if 0 < sampling.top_k < scores.shape[-1]:
-        lowest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < lowest, -torch.inf)
-    if sampling.top_p < 1:
-        best, order = scores.sort(dim=-1, descending=True)
-        share = best.softmax(dim=-1)
-        beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # the tokens before it suffice; the first always stays
-        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return scores
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)  # it reads scores alone
+    return TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores
 
 
 def decode(
@@ -237,7 +231,8 @@ def decode(
             cache.batch_select_indices(going.nonzero()[:, 0])
             rows_left, token, position, mask = (values[going] for values in (rows_left, token, position, mask))
             going = going[going]
-    return [_until_end(ids, set(ends.tolist())) for ids in tokens.T.tolist()]
+    stops = set(ends.tolist())
+    return [ids[: next((i + 1 for i, token in enumerate(ids) if token in stops), None)] for ids in tokens.T.tolist()]
 
 
 def decode_greedy(
@@ -252,11 +247,6 @@ def end_ids(base: "PreTrainedModel", builder: SampleBuilder) -> list[int]:
     """Return the tokens that end an answer."""
     ends = base.generation_config.eos_token_id or builder.tokenizer.eos_token_id
     return list(ends) if isinstance(ends, list | tuple) else [ends]
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """Return a sequence up to and including its first end token."""
-    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), None)]
 
 
 def _prefill(

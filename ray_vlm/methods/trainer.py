@@ -88,10 +88,6 @@ class PlannedBatches:
         self._stream.close()
 
 
-def _write_nothing(trainer: "PlannedTrainer") -> None:
-    """Write no checkpoint."""
-
-
 @dataclass(frozen=True)
 class TrainerInputs:
     """Everything that a `PlannedTrainer` is built from, beside the model and TRL's options.
@@ -118,7 +114,7 @@ class TrainerInputs:
     has_eval: bool = False
     callbacks: Sequence[TrainerCallback] = ()
     validate: "Callable[[PlannedTrainer], dict[str, float]] | None" = None
-    write_checkpoint: "Callable[[PlannedTrainer], None]" = _write_nothing
+    write_checkpoint: "Callable[[PlannedTrainer], None] | None" = None
     rewards: Rewards | None = None
     sampler: Sampler | None = None
     reference: ReferenceCache | None = None
@@ -270,8 +266,9 @@ class PlannedTrainer(Trainer, ABC):
         return metrics
 
     def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
-        with self.clock.phase("checkpoint", host=True):
-            self.inputs.write_checkpoint(self)
+        if self.inputs.write_checkpoint is not None:
+            with self.clock.phase("checkpoint", host=True):
+                self.inputs.write_checkpoint(self)
 
     def floating_point_ops(self, inputs: object) -> int:
         """Return 0: the estimate is not used, and it would iterate over all weights for each micro-batch."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from ray_vlm.config.schema import Lora, Model
 from ray_vlm.config.train import Precision
 from ray_vlm.data.samples import SampleBuilder
@@ -160,7 +162,7 @@ def generate(
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
             logprobs=0,  # of the sampled token alone
-            seed=_one_number(seed),
+            seed=int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),  # one number
         )
         for seed in seeds
     ]
@@ -180,12 +182,6 @@ def prompt_of(row: Sample, builder: SampleBuilder) -> dict[str, Any]:
     if row.images:
         prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in row.images]}
     return prompt
-
-
-def _one_number(seed: Sequence[int]) -> int:
-    import numpy as np
-
-    return int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
 
 
 def _completion(answer: "CompletionOutput") -> Completion:

@@ -62,28 +62,20 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def import_training_libraries() -> None:
-    """Import torch, transformers, PEFT and TRL."""
-    with no_garbage_collection():
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-        import trl.trainer.base_trainer  # noqa: F401
-
-
 def keep_imports() -> None:
     """Exclude all present objects from garbage collection for good, in a process with a single purpose."""
     gc.freeze()
 
 
 def prepare_process(seed: int, cpus: float, in_ray: bool) -> None:
-    """Import the libraries without their messages, and set threads and seeds. `cpus`: of this process."""
+    """Import the training libraries without their messages, and set threads and seeds. `cpus`: of this process."""
     quiet_libraries()
-    import_training_libraries()
+    with no_garbage_collection():
+        import peft  # noqa: F401
+        import torch
+        import transformers
+        import trl.trainer.base_trainer  # noqa: F401
     if in_ray:
         keep_imports()
-    import torch
-    import transformers
-
     torch.set_num_threads(count_threads(cpus))
     transformers.set_seed(seed)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_vlm.config.method import AlignmentMethod, Method
+from ray_vlm.config.schema import Lora
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.families import Family
 from ray_vlm.models.operations import OperationCounter
@@ -57,19 +58,19 @@ class PrefixGroup:
 
 
 def plan_packing(
-    method: Method, dropout: float, pack: bool, family: Family, config: "PreTrainedConfig"
+    method: Method, lora: Lora | None, pack: bool, family: Family, config: "PreTrainedConfig"
 ) -> PackingOptions:
     """Return whether the rows of a job's batches may share prefixes and be packed.
 
-    `dropout`: the adapter's; `pack`: whether the job wants packing; `config`: the model's."""
-    exact = why_not_shared(dropout, family) is None
+    `pack`: whether the job wants packing; `config`: the model's."""
+    exact = why_not_shared(lora, family) is None
     share = isinstance(method, AlignmentMethod) and method.share_prefixes
     return PackingOptions(exact and share, exact and pack, config.get_text_config().hidden_size)
 
 
-def why_not_shared(dropout: float, family: Family) -> str | None:
+def why_not_shared(lora: Lora | None, family: Family) -> str | None:
     """Return why rows that share a prefix would give other results than separate rows, or None."""
-    if dropout > 0:
+    if lora is not None and lora.dropout > 0:
         return "lora.dropout would fall otherwise"
     return family.cannot.get("method.share_prefixes")
 
@@ -240,11 +241,9 @@ def plan_trees(tokens: Sequence[list[int]], images: _ImagesOfRows) -> list[Prefi
 
 def _common(sequences: Sequence[list[int]]) -> int:
     """Return the length of the longest common prefix."""
-    first, last = min(sequences), max(sequences)  # in sorted order the first and the last have the shortest one
-    for i, (a, b) in enumerate(zip(first, last, strict=False)):
-        if a != b:
-            return i
-    return min(len(first), len(last))
+    from trl.data_utils import common_prefix_length
+
+    return common_prefix_length(min(sequences), max(sequences))  # the first and the last one in sorted order
 
 
 def plan_packs(sizes: Sequence[int], hidden: int) -> list[list[int]]:

@@ -107,8 +107,7 @@ class Rehearsal:
     def __init__(self, config: "PreTrainedConfig", family: Family, settings: StepSettings):
         quiet_libraries()
         self.settings, self.family, self.config = settings, family, config
-        dropout = settings.lora.dropout if settings.lora is not None else 0.0
-        self.packing = plan_packing(settings.method, dropout, settings.train.packing, family, config)
+        self.packing = plan_packing(settings.method, settings.lora, settings.train.packing, family, config)
         self.merge = merge_of(config)
         self.dtype = dtype_of(settings.train.precision)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -158,8 +157,7 @@ class Rehearsal:
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = count > 0
         known = [*self.model.parameters(), *self.model.buffers()]
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad()
         as_trained = autocast(self.settings.train.precision, "cpu")
         with self.mode, LiveBytes(known) as live, watch or nullcontext(), as_trained:
             live.begin("vision")

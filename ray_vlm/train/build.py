@@ -113,7 +113,6 @@ def build_inputs(
         return method.collate(rows, builder, context.device)
 
     steps, train = args.gradient_accumulation_steps, job.train
-    dropout = job.lora.dropout if job.lora is not None else 0.0
     sampler = None
     if isinstance(job.method, GrpoMethod) and job.method.rollouts == "vllm":
         sampler = build_sampler(EngineSettings(job.model, train.precision, job.seed), job.lora, args)
@@ -124,7 +123,7 @@ def build_inputs(
         fetch_records=lambda: fetch_records(spec.train),
         forwards=ForwardOptions(
             recompute=train.gradient_checkpointing,
-            packing=plan_packing(job.method, dropout, train.packing, builder.family, model.config),
+            packing=plan_packing(job.method, job.lora, train.packing, builder.family, model.config),
             own_processor=builder.stock is not None,
             vision_cache=Path(train.vision_cache).expanduser() if train.vision_cache is not None else None,
             vision_cache_bytes=train.vision_cache_gib * 2**30,

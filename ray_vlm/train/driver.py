@@ -17,7 +17,7 @@ from ray_vlm.config.resume import check_resume
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
 from ray_vlm.data.index import NONE_KNOWN
-from ray_vlm.data.records import Image, PreferenceRecord, Record, SftRecord
+from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.row_replacement import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.splits import Parts
@@ -243,7 +243,7 @@ def rows_fingerprint(records: Sequence[Record]) -> str:
     """Return a hash of the rows in the order of the plan's row numbers: ids, names and sizes of images, and answers."""
     digest = hashlib.sha256()
     for r in records:
-        names = [_image_name(image) for image in r.images]
+        names = [Path(i).name if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
         if isinstance(r, SftRecord):
             content: tuple = (sorted(r.truth.items()), sorted(r.context.items()))
         elif isinstance(r, PreferenceRecord):
@@ -252,7 +252,3 @@ def rows_fingerprint(records: Sequence[Record]) -> str:
             content = (r.prompt, sorted(r.columns.items()))
         digest.update(repr((r.id, r.row, names, r.sizes, content)).encode())
     return digest.hexdigest()[:16]
-
-
-def _image_name(image: Image) -> str:
-    return Path(image).name if isinstance(image, str) else hashlib.sha256(image).hexdigest()

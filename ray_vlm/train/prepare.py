@@ -70,9 +70,8 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         notes.append(note)
     _check_budget(job.train.tokens_per_micro_batch, parts.train)
     plan = plan_run(job, len(parts.train), balance.repeat_factors, parts.train.token_costs, parts.train.tokens)
-    dropout = job.lora.dropout if job.lora is not None else 0.0
     shares = isinstance(job.method, AlignmentMethod) and job.method.share_prefixes
-    if shares and (reason := why_not_shared(dropout, builder.family)) is not None:
+    if shares and (reason := why_not_shared(job.lora, builder.family)) is not None:
         notes.append(f"method.share_prefixes has no effect: {reason}")
     if not isinstance(job.method, DpoMethod):  # DPO compares pairs and generates nothing
         notes += _describe_long_answers(parts, job.evaluate.max_new_tokens, builder.num_closing_tokens)

@@ -8,11 +8,12 @@ that Ray manages, and this package writes its own.
 
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.method import GrpoMethod
@@ -49,39 +50,42 @@ class ValidationResult:
     save: Callable[[Path], None]
 
 
-class Validator(Protocol):
+class Validator(ABC):
     """Validates one state of the weights at a time. All ranks call `submit` and `result` at the same steps.
 
     `step`: the step of the weights whose result was not taken yet, or None. `waits`: whether `submit` returns only
     when the result is there.
     """
 
-    step: int | None
+    step: int | None = None
     waits: bool
 
+    @abstractmethod
     def resume(self, step: int, measured: Collection[int]) -> None:
         """Validate weights up to `step` that an earlier attempt left and whose steps are not in `measured`."""
 
+    @abstractmethod
     def submit(self, trainer: "PlannedTrainer", since: float) -> None:
         """Start the validation of the trainer's weights. `since`: the `time.monotonic()` since which training waits."""
 
+    @abstractmethod
     def ready(self) -> bool:
         """Return whether `result` would return without waiting."""
 
+    @abstractmethod
     def result(self) -> ValidationResult:
         """Return the result, on all ranks."""
 
-    def discard(self, step: int) -> None:
+    def discard(self, step: int) -> None:  # noqa: B027  (nothing may have been kept)
         """Delete what was kept of the weights of `step`, once their metrics have been written."""
 
 
-class SyncValidator:
+class SyncValidator(Validator):
     """Validates in the training processes, which wait."""
 
     waits = True
 
     def __init__(self, validation: "Validation", run: "RunContext"):
-        self.step: int | None = None
         self._validation, self._run = validation, run
         self._result: ValidationResult | None = None
 
@@ -100,20 +104,15 @@ class SyncValidator:
         self._result = ValidationResult(self.step, metrics, draw, self._run.weights.save)
 
     def ready(self) -> bool:
-        """Return whether `result` has something to return: always, after `submit`."""
         return self._result is not None
 
     def result(self) -> ValidationResult:
-        """Return the result."""
         result, self._result, self.step = self._result, None, None
         assert result is not None
         return result
 
-    def discard(self, step: int) -> None:
-        """Do nothing: nothing was kept."""
 
-
-class AsyncValidator:
+class AsyncValidator(Validator):
     """Starts validations in an actor, to which only rank 0 talks.
 
     `spec`: of the workers; `resources`: the actor's number of CPUs and of GPUs.
@@ -122,7 +121,6 @@ class AsyncValidator:
     waits = False
 
     def __init__(self, spec: WorkerSpec, resources: tuple[float, float], run: "RunContext"):
-        self.step: int | None = None
         self._spec, self._resources, self._run = spec, resources, run
         self._paths, self._context = run.paths, run.distributed
         self._submit_s = 0.0
@@ -130,7 +128,6 @@ class AsyncValidator:
         self._pending: ObjectRef | None = None  # its current answer
 
     def resume(self, step: int, measured: Collection[int]) -> None:
-        """Validate weights up to `step` that an earlier attempt left and whose steps are not in `measured`."""
         left = find_left(self._paths.store, step, measured) if self._context.rank == 0 else []
         left = self._context.broadcast(left)
         if left:
@@ -166,7 +163,6 @@ class AsyncValidator:
         return ValidationResult(step, metrics, lambda: pictures, partial(self._copy, step))
 
     def discard(self, step: int) -> None:
-        """Delete the weights of `step` once their metrics have been written."""
         if self._context.rank == 0:
             self._paths.store.remove(f"{_PREFIX}{step}")
 

@@ -15,11 +15,12 @@ plain data; `search.py` passes it to Ray.
 import ast
 import json
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import simpleeval
 
 from ray_vlm.config.load import dump_job, load_job, parse_yaml, read_text
 from ray_vlm.errors import ConfigError
@@ -31,16 +32,6 @@ LISTS = ("choice", "grid")
 FIXED, DERIVED = "value", "derived"
 _OWN_SECTIONS = ("tune", "cluster", "run", "track")  # a trial must not change where and on what it runs
 _BY_CLASS = tuple(("data", name) for name in ("oversample", "class_weights", "condition_weights"))
-_BINARY: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-_CALLS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round, "int": int, "sqrt": math.sqrt}
 _LARGEST = 1e12  # result of a power: 9**9**9 would take for ever
 _MOST_DIGITS = 15  # second argument of `round`: round(5, -999999999) would take for ever
 _LONGEST = 200  # characters of a formula
@@ -296,23 +287,73 @@ def _without_section(space: Space, job: Mapping[str, Any]) -> Iterator[tuple[str
 def read_formula(text: str) -> tuple[str, ...]:
     """Return the settings that a formula names, in order. Raise `ValueError` with what cannot be read."""
     names: dict[str, float] = {}
-    _walk(_parse(text), lambda name: names.setdefault(name, 1.0))
+    _evaluate(text, lambda name: names.setdefault(name, 1.0))
     return tuple(names)
 
 
 def compute(text: str, values: Mapping[str, Any]) -> int | float:
     """Compute a formula; `values` has the settings that it names. Raise `ValueError` with the reason."""
-
-    def look_up(name: str) -> float:
+    for name in read_formula(text):
         value = values.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} is {value!r}, and a formula needs a number")
-        return value
+    result = _evaluate(text, values.__getitem__)
+    if not is_finite(result):
+        raise ValueError(f"{text!r} is {'too large' if isinstance(result, int) else result}")
+    return result
 
-    value = _walk(_parse(text), look_up)
-    if not is_finite(value):
-        raise ValueError(f"{text!r} is {'too large' if isinstance(value, int) else value}")
-    return value
+
+def _evaluate(text: str, look_up: Callable[[str], float]) -> int | float:
+    """Evaluate a formula by simpleeval, of which only arithmetic is left. `look_up` returns the value of a setting."""
+    if len(text) > _LONGEST:
+        raise ValueError(f"a formula of {len(text)} characters; the longest has {_LONGEST}")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"{text!r} is no formula; write arithmetic on settings, such as 2 * lora.rank") from None
+
+    def read_number(node: ast.Constant) -> Any:
+        if type(node.value) not in (int, float):
+            raise simpleeval.FeatureNotAvailable
+        return node.value
+
+    def read_setting(node: ast.Name | ast.Attribute) -> float:
+        name = ast.unparse(node)
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise simpleeval.FeatureNotAvailable
+        return look_up(name)
+
+    evaluator = simpleeval.SimpleEval(_OPERATORS, _CALLS)
+    evaluator.nodes = {kind: evaluator.nodes[kind] for kind in (ast.UnaryOp, ast.BinOp, ast.Call)}
+    evaluator.nodes |= {ast.Constant: read_number, ast.Name: read_setting, ast.Attribute: read_setting}
+    try:
+        return evaluator.eval(text, tree)
+    except simpleeval.InvalidExpression:
+        raise ValueError(f"{text!r} is not arithmetic; use + - * / // % **, {', '.join(_CALLS)}") from None
+    except (ArithmeticError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{text!r}: {error}") from None
+
+
+def _power(base: float, exponent: float) -> float:
+    if abs(base) > 1 and exponent * math.log10(abs(base)) > math.log10(_LARGEST):
+        raise OverflowError("too large")
+    result = base**exponent
+    if isinstance(result, complex):
+        raise ValueError("the root of a negative number")
+    return result
+
+
+def _round(value: float, digits: int | None = None) -> float:
+    if digits is not None and abs(digits) > _MOST_DIGITS:
+        raise OverflowError(f"digits are -{_MOST_DIGITS} to {_MOST_DIGITS}")
+    return round(value, digits)
+
+
+_OPERATORS = {
+    kind: simpleeval.DEFAULT_OPERATORS[kind]
+    for kind in (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.UAdd, ast.USub)
+} | {ast.Pow: _power}
+_CALLS = {"min": min, "max": max, "round": _round, "int": int, "sqrt": math.sqrt}
 
 
 def is_finite(value: int | float) -> bool:
@@ -321,55 +362,3 @@ def is_finite(value: int | float) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
-
-
-def _parse(text: str) -> ast.expr:
-    if len(text) > _LONGEST:
-        raise ValueError(f"a formula of {len(text)} characters; the longest has {_LONGEST}")
-    try:
-        return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{text!r} is no formula; write arithmetic on settings, such as 2 * lora.rank") from None
-
-
-def _walk(node: ast.expr, look_up: Callable[[str], float]) -> int | float:
-    """Compute a node of the syntax tree. Raise `ValueError` for what is not arithmetic."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
-        return node.value
-    if isinstance(node, ast.Name | ast.Attribute):
-        return look_up(_dotted(node))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = _walk(node.operand, look_up)
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        left, right = _walk(node.left, look_up), _walk(node.right, look_up)
-        return _apply(node, left, right)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS and not node.keywords:
-        arguments = [_walk(argument, look_up) for argument in node.args]
-        try:
-            if node.func.id == "round" and any(abs(digits) > _MOST_DIGITS for digits in arguments[1:]):
-                raise OverflowError(f"digits are -{_MOST_DIGITS} to {_MOST_DIGITS}")
-            return _CALLS[node.func.id](*arguments)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{ast.unparse(node)}: {error}") from None
-    raise ValueError(f"{ast.unparse(node)!r} is not arithmetic; use + - * / // % **, {', '.join(_CALLS)}")
-
-
-def _apply(node: ast.BinOp, left: float, right: float) -> int | float:
-    try:
-        if isinstance(node.op, ast.Pow) and abs(left) > 1 and right * math.log10(abs(left)) > math.log10(_LARGEST):
-            raise OverflowError("too large")
-        result = _BINARY[type(node.op)](left, right)
-    except (ZeroDivisionError, OverflowError, TypeError) as error:
-        raise ValueError(f"{ast.unparse(node)}: {error}") from None
-    if isinstance(result, complex):
-        raise ValueError(f"{ast.unparse(node)}: the root of a negative number")
-    return result
-
-
-def _dotted(node: ast.expr) -> str:
-    if isinstance(node, ast.Attribute):
-        return f"{_dotted(node.value)}.{node.attr}"
-    if isinstance(node, ast.Name):
-        return node.id
-    raise ValueError(f"{ast.unparse(node)!r} is not a setting")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +56,7 @@ class CheckpointCallback(TrainerCallback):
         self._lost_before = list(run.progress.lost)
         self._seconds = 0.0  # of the last checkpoint
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the line of the checkpoint that was just written."""
         self._run.write("checkpoint", state.global_step, state.epoch, {"checkpoint_s": self._seconds})
         self._run.publish()
@@ -78,36 +78,28 @@ class CheckpointCallback(TrainerCallback):
         self._run.weights.gather()
         self.gather_lost_rows()
         score = score_of(self._metric, last["metrics"]) if last and last["step"] == step else None
-        name = checkpoint_name(step, self._run.attempt.number, self._run.attempt.token)
+        attempt, ranks, store = self._run.attempt, self._run.distributed, self._store
+        name = checkpoint_name(step, attempt.number, attempt.token)
 
         def fill(folder: Path) -> None:
             trainer.save_training_state(folder)
-            if self._run.distributed.rank == 0:
+            if ranks.rank == 0:
                 self._run.weights.save(folder)
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
         try:
-            self._commit(name, step, score, self._write_parts(name, fill))
+            if ranks.rank == 0:
+                check_owner(store, attempt)
+            parts = ranks.all_gather(write_part(store, name, f"rank{ranks.rank}", fill))
+            if ranks.rank == 0:
+                files = {file: entry for part in parts for file, entry in part.items()}
+                about = {**self._about, "world_size": ranks.world_size, "progress": asdict(self._run.progress)}
+                commit(store, name, files, step, attempt=attempt.number, score=score, **about)
+                with suppress(OSError):  # the new one is already committed; old ones that cannot be deleted stay
+                    prune(store, self._options.keep, self._options.keep_best)
         except OSError as error:
             raise self._describe_failure(name, step, error) from error
         self._seconds = time.monotonic() - started
-
-    def _write_parts(self, name: str, fill: Callable[[Path], None]) -> dict[str, Any]:
-        """Write this rank's files. Return the entries of all ranks' files for the manifest."""
-        if self._run.distributed.rank == 0:
-            check_owner(self._store, self._run.attempt)
-        parts = self._run.distributed.all_gather(
-            write_part(self._store, name, f"rank{self._run.distributed.rank}", fill)
-        )
-        return {file: entry for part in parts for file, entry in part.items()}
-
-    def _commit(self, name: str, step: int, score: float | None, files: dict[str, Any]) -> None:
-        if self._run.distributed.rank != 0:
-            return
-        about = {**self._about, "world_size": self._run.distributed.world_size, "progress": asdict(self._run.progress)}
-        commit(self._store, name, files, step, attempt=self._run.attempt.number, score=score, **about)
-        with suppress(OSError):  # the new one is already committed; old ones that cannot be deleted stay
-            prune(self._store, self._options.keep, self._options.keep_best)
 
     def _describe_failure(self, name: str, step: int, error: OSError) -> RunError:
         """Return the error for a checkpoint that cannot be written."""

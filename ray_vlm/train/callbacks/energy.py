@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ray_vlm.distributed import DistributedContext
 from ray_vlm.train.run_context import RunContext
 
 if TYPE_CHECKING:
@@ -81,13 +80,10 @@ def _card(device: str) -> list[str]:
     return [visible[number] if number < len(visible) else str(number)]
 
 
-def sum_energy(meter: Meter, context: DistributedContext) -> dict[str, float]:
-    """Return the energy of all ranks so far in this attempt, or {} if nothing is measured. Every rank must call it."""
-    return add_up(context.all_gather((platform.node(), meter.read())))
-
-
 def add_up(readings: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
-    """Return `energy_kwh`, its parts and `co2_kg`. `readings`: `(machine, Meter.read())` of every rank."""
+    """Return `energy_kwh`, its parts and `co2_kg`, or {} if nothing was measured.
+
+    `readings`: `(machine, Meter.read())` of every rank."""
     sums = dict.fromkeys(("energy_kwh", "gpu_kwh", "cpu_kwh", "memory_kwh", "co2_kg"), 0.0)
     machines: set[str] = set()
     for machine, reading in readings:
@@ -108,13 +104,14 @@ class EnergyCallback(TrainerCallback):
     def __init__(self, run: RunContext, meter: Meter):
         self._run, self._meter = run, meter
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the energy of all ranks."""
         self.write(state)
 
     def write(self, state: TrainerState) -> None:
         """Write the energy so far. Every rank must call it at the same step."""
-        if totals := sum_energy(self._meter, self._run.distributed):
+        readings = self._run.distributed.all_gather((platform.node(), self._meter.read()))
+        if totals := add_up(readings):
             self._run.write("energy", state.global_step, state.epoch, totals)
 
     def close(self) -> None:

@@ -130,9 +130,7 @@ class MetricsCallback(TrainerCallback):
         if state.global_step % self._run.plan.steps_per_epoch == 0:
             self._run.progress.epoch_losses.clear()  # the checkpoint was written at the end of an epoch
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Set the epoch: the Trainer's value is wrong in an epoch that was resumed midway."""
         state.epoch = state.global_step / self._run.plan.steps_per_epoch
 
@@ -157,9 +155,7 @@ class MetricsCallback(TrainerCallback):
         if state.global_step % self._log_every_steps == 0:
             self._run.publish()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the mean loss of the epoch."""
         if self._preemption.stopped and state.global_step % self._run.plan.steps_per_epoch:
             return  # the epoch goes on in the next attempt
@@ -168,9 +164,7 @@ class MetricsCallback(TrainerCallback):
             self._run.write("epoch", state.global_step, state.epoch, mean | self._rate)
             losses.clear()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Leave the validation out of the next step's time and usage."""
         self._timer.restart()
         self._usage.take()

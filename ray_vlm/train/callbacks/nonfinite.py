@@ -60,12 +60,6 @@ def explain(bad_step: Mapping[str, Any], policy: str) -> str:
     )
 
 
-def drop_gradients(model: torch.nn.Module) -> None:
-    """Remove all gradients, so that the optimizer changes no weight in this step."""
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
 def read_bad_steps(paths: RunPaths) -> list[int]:
     """Return the steps (from 1) in `bad_steps.jsonl`."""
     paths.refresh(paths.bad_steps)
@@ -116,7 +110,7 @@ class NonfiniteCallback(TrainerCallback):
             if step == self._resumed_at:
                 reason = f"the gradient of step {self._skip_until} was not finite"
                 self._run.note(step, f"{reason}: the steps from {step + 1} to it are skipped")
-            drop_gradients(model)
+            model.zero_grad()  # so that the optimizer changes no weight
             return True
         if is_finite(norms):
             return False
@@ -133,7 +127,7 @@ class NonfiniteCallback(TrainerCallback):
             error = RewindToCheckpoint if self._policy == "rewind" else RunError
             raise error(explain(bad_step, self._policy))
         self._run.note(step + 1, explain(bad_step, self._policy))
-        drop_gradients(model)
+        model.zero_grad()
         return True
 
 

@@ -61,9 +61,7 @@ class PreemptionCallback(TrainerCallback):
         self.leaving: str | None = None
         self._should_stop, self._notice, self._num_steps, self._context = should_stop, notice, num_steps, context
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Agree with all ranks on whether to stop."""
         unfinished = state.global_step < self._num_steps
         due = self._notice is not None and unfinished and self._notice.is_due()

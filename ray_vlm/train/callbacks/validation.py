@@ -78,9 +78,7 @@ class ValidationCallback(TrainerCallback):
             self._run.progress.keep(best and best | {"path": self._run.paths.uri("best")}, since_best)
         self._validator.resume(step, {line["step"] for line in validations or ()})
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Record an asynchronous validation that has ended, on all ranks after the same step."""
         if self._validator.waits:
             return
