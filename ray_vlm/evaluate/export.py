@@ -28,7 +28,7 @@ from ray_vlm.runs.card import ADAPTER, MERGED, TITLES, WHOLE, write_card
 from ray_vlm.runs.checkpoints import MANIFEST, fetch_folder
 from ray_vlm.runs.paths import write_folder
 from ray_vlm.runs.read import Run, read_run
-from ray_vlm.runs.store import is_remote
+from ray_vlm.storage import is_remote
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -31,8 +31,8 @@ from ray_vlm.runs.card import CHOSE_BEST
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
 from ray_vlm.runs.read import Run, is_number, read_run
-from ray_vlm.runs.store import full_address, is_remote
 from ray_vlm.runs.trackers import WandbTracker
+from ray_vlm.storage import full_address, is_remote, split_address
 
 MEMORIES = {"truth": "the truth's", "model": "the model's own"}  # `evaluate.memory` in words
 _FOLDERS = {"truth": "", "model": "-own-memory"}  # suffixes of the folders of results, by `evaluate.memory`
@@ -254,10 +254,9 @@ def track_test(track: Track, adapter: str, numbers: dict[str, float]) -> None:
     `adapter`: a run's `best/`, `final/` or checkpoint."""
     if not track.wandb:
         return
-    base, mark, query = adapter.partition("?")
-    folder, _, name = base.rstrip("/").rpartition("/")
+    folder, name = split_address(adapter)
     try:
-        run = read_run(f"{folder}{mark}{query}")
+        run = read_run(folder)
     except RunError:
         return
     step, page = _step_of(run, name), run.about.get("id")

@@ -27,8 +27,8 @@ from ray_vlm.machine import count_cpus
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
 from ray_vlm.runs.schema import check_whole, is_count, is_number, keep_sound_run, load_sound
-from ray_vlm.runs.store import Store, join
 from ray_vlm.runs.text import plural
+from ray_vlm.storage import Store, join
 
 _PACKAGES = (
     *("ray", "torch", "transformers", "trl", "peft", "bitsandbytes"),

@@ -13,7 +13,6 @@ that reads the run, completes it from `metrics.jsonl`.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 from ray_vlm.errors import RunError
 from ray_vlm.runs.paths import RunPaths, finite
 from ray_vlm.runs.schema import is_number, is_sound_line, keep_sound, load_sound, number_of
-from ray_vlm.runs.store import making
+from ray_vlm.storage import making, replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -293,20 +292,14 @@ def write_log(
     best: Mapping[str, Any] | None,
 ) -> None:
     """Write a `training_log.json` atomically, one entry a line. `texts`: encoded entries by kind of line."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with making(path), open(temporary, "w", encoding="utf-8") as file:
-            file.write(f'{{\n "run": {json.dumps(finite(about))},\n')
-            file.write(f' "configuration": {json.dumps(finite(configuration), indent=1)}')
-            for kind, history in HISTORIES.items():
-                file.write(f',\n "{history}": [')
-                file.writelines(f"{',' if i else ''}\n  {text}" for i, text in enumerate(texts.get(kind, ())))
-                file.write("\n ]")
-            file.write(f',\n "best_checkpoint": {json.dumps(finite(best))}\n}}\n')
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with making(path), replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(f'{{\n "run": {json.dumps(finite(about))},\n')
+        file.write(f' "configuration": {json.dumps(finite(configuration), indent=1)}')
+        for kind, history in HISTORIES.items():
+            file.write(f',\n "{history}": [')
+            file.writelines(f"{',' if i else ''}\n  {text}" for i, text in enumerate(texts.get(kind, ())))
+            file.write("\n ]")
+        file.write(f',\n "best_checkpoint": {json.dumps(finite(best))}\n}}\n')
 
 
 def write_training_log(paths: RunPaths, status: str, best: Mapping[str, Any] | None = None) -> None:

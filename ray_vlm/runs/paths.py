@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole_or_gone
+from ray_vlm.storage import Store, is_remote, join, local_path, making, replacing, split_address, whole_or_gone
 
 _SEE_S = 15.0  # how long a network file system may take to show another node's new file
 
@@ -62,7 +62,7 @@ class RunPaths:
 
     @property
     def name(self) -> str:
-        return self.address.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+        return split_address(self.address)[1]
 
     @cached_property
     def store(self) -> Store:
@@ -127,14 +127,8 @@ def write_bad_rows(path: Path, rows: Mapping[str, Iterable[Any]]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically. NaN and infinity become null."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with making(path):
-            temporary.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with making(path), replacing(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
 
 
 def finite(value: object) -> Any:

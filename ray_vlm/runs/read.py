@@ -19,7 +19,7 @@ from ray_vlm.runs.manifest import living_driver
 from ray_vlm.runs.monitor import best_line, current_lines, describe_attempts, parse_log, read_line, write_training_log
 from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.schema import is_number, is_sound_line, keep_sound, keep_sound_run, keep_sound_scores, load_sound
-from ray_vlm.runs.store import Store, is_remote, join, local_path, split_address
+from ray_vlm.storage import Store, is_remote, join, local_path, split_address, split_options
 
 LOG = "training_log.json"
 MARKS = ("run.json", "resolved.json", LOG)  # a folder with one of these is a run
@@ -46,7 +46,7 @@ class Run:
     @property
     def name(self) -> str:
         """The name of the folder, or the name in the training log."""
-        return self.log or self.address.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+        return self.log or split_address(self.address)[1]
 
     @property
     def folder(self) -> str:
@@ -143,7 +143,7 @@ def setting(job: Mapping[str, Any], key: str) -> Any:
 
 def read_run(address: str) -> Run:
     """Read the run at `address`: a folder, an object store or a `training_log.json`. Raises `RunError` without one."""
-    store = Store(address if is_remote(address) else local_path(address))
+    store = Store(address)
     if is_log(store.address):
         return _read_log(store.address)
     try:
@@ -168,7 +168,7 @@ def read_run(address: str) -> Run:
 def is_log(address: str) -> bool:
     """Return whether `address` is a file, which can only be a `training_log.json`, and not a run's folder."""
     if is_remote(address):
-        return address.partition("?")[0].endswith(".json")
+        return split_options(address)[0].endswith(".json")
     return Path(local_path(address)).is_file()
 
 
@@ -185,7 +185,7 @@ def _read_log(address: str) -> Run:
     if is_number(num_steps := log.about.get("num_steps")):
         about["result"] = {"num_steps": num_steps}
     stem = file.removesuffix(".json")
-    outer = folder.partition("?")[0].rstrip("/").rsplit("/", 1)[-1] if file == LOG else stem
+    outer = split_address(folder)[1] if file == LOG else stem
     names = (log.about.get("name"), setting(log.configuration, "run.name"), outer, stem)
     name = next(name for name in names if isinstance(name, str) and name)
     return Run(address, log.configuration, about, log.lines, {}, (), log.faults, name)
@@ -249,7 +249,7 @@ def _read_evaluations(store: Store, faults: list[str]) -> dict[str, dict[str, An
 
 def find_runs(output_dir: str) -> list[str]:
     """Return the sorted addresses of all runs under a folder or an object store."""
-    store = Store(output_dir if is_remote(output_dir) else local_path(output_dir))
+    store = Store(output_dir)
     try:
         if store.local is not None:
             return sorted(map(str, _runs_in(store.local, _DEEPEST)))

@@ -7,7 +7,7 @@ import pytest
 
 from ray_vlm.runs.checkpoints import MANIFEST, checkpoint_name, commit, open_newest, replace_folder, write_part
 from ray_vlm.runs.manifest import check_free, claim_run, find_run
-from ray_vlm.runs.store import Store, join
+from ray_vlm.storage import Store, join
 
 
 @pytest.fixture(params=["folder", "s3"])
