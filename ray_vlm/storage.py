@@ -111,7 +111,10 @@ def _file_system(scheme: str, server: str, options: str) -> "tuple[FileSystem, s
 
 
 def open_file(address: str) -> BinaryIO:
-    """Open a path or an address as a seekable binary file; close it after use. Raise `OSError` if it cannot be read."""
+    """Open a path or an address as a seekable binary file; close it after use.
+
+    Raise `OSError` if it cannot be read, `ValueError` if no file can have that name.
+    """
     if not is_remote(address):
         return open(os.path.expanduser(address.removeprefix("file://")), "rb")
     system, path = _locate(address)
@@ -119,7 +122,7 @@ def open_file(address: str) -> BinaryIO:
 
 
 def read_bytes(address: str) -> bytes:
-    """Return all bytes of a path or an address. Raise `OSError` if it cannot be read."""
+    """Return all bytes of a path or an address. Raises as `open_file` does."""
     with open_file(address) as file:
         return file.read()
 
