@@ -34,6 +34,11 @@ def is_remote(address: str) -> bool:
     return "://" in address and not address.startswith("file://")
 
 
+def is_absolute(address: str) -> bool:
+    """Return whether an address or a path is the same from every current folder."""
+    return "://" in address or address.startswith(("/", "~"))
+
+
 def local_path(address: str) -> str:
     """Return the absolute path of a file or folder given as a path or as `file://`."""
     return str(Path(os.path.expanduser(address.removeprefix("file://"))).absolute())
