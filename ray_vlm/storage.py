@@ -14,9 +14,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Literal, TypeVar
 from urllib.parse import quote, unquote
 
 if TYPE_CHECKING:
@@ -195,10 +195,11 @@ class Store:
         start = len(path.strip("/")) + 1
         return {info.path.strip("/")[start:]: info.size for info in infos if info.is_file}
 
-    def _open(self, name: str, mode: str = "rb") -> BinaryIO:
-        if self.local is not None:
-            return open(self.local / name, mode)
-        system, path = self._locate(name)
+    def _open(self, file: Path | str, mode: Literal["rb", "wb"] = "rb") -> BinaryIO:
+        """Open a file of this machine by its path, or one of the object store by its name."""
+        if isinstance(file, Path):
+            return open(file, mode)
+        system, path = self._locate(file)
         opens = system.open_input_stream if mode == "rb" else system.open_output_stream
         return opens(path, compression=None)
 
@@ -210,23 +211,28 @@ class Store:
                 return stream.read()
 
         try:
-            return get() if self.local is not None else self._ask(get)
+            return self._ask(get) if self.local is None else (self.local / name).read_bytes()
         except FileNotFoundError:
             return None
 
-    def _copy(self, source: Callable[[], BinaryIO], target: Callable[[], BinaryIO]) -> None:
-        """Copy one opened file into another, from the start again after a transient error."""
+    def _copy(self, source: Path | str, target: Path | str) -> None:
+        """Copy a file to or from the object store, from the start again after a transient error."""
 
         def copy() -> None:
-            with source() as reader, target() as writer:
+            with self._open(source) as reader, self._open(target, "wb") as writer:
                 shutil.copyfileobj(reader, writer, _BLOCK)
 
         self._ask(copy)
 
     def write(self, name: str, data: bytes) -> None:
         """Write one small file atomically; on a disk it also survives a power loss."""
+
+        def send() -> None:
+            with self._open(name, "wb") as stream:
+                stream.write(data)
+
         if self.local is None:
-            return self._copy(partial(io.BytesIO, data), partial(self._open, name, "wb"))
+            return self._ask(send)
         target = self.local / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary, open(temporary, "wb") as file:
@@ -240,7 +246,7 @@ class Store:
         for file in [path for path in source.rglob("*") if path.is_file()]:
             relative = f"{name}/{file.relative_to(source).as_posix()}"
             if self.local is None:
-                self._copy(partial(open, file, "rb"), partial(self._open, relative, "wb"))
+                self._copy(file, relative)
             else:
                 target = self.local / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +268,8 @@ class Store:
         for relative in self.files(name):
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._copy(partial(self._open, f"{name}/{relative}"), partial(open, target, "wb"))
+            source = f"{name}/{relative}"
+            self._copy(source if self.local is None else self.local / source, target)
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder, if it exists."""

@@ -229,7 +229,7 @@ def fetch_folder(address: str) -> str:
 
 def _digest(path: Path, sync: bool = True) -> tuple[int, str]:
     """Return the size and SHA-256 of a file; with `sync` also flush it to the disk."""
-    with open(path, "r+b" if sync else "rb") as file:
+    with open(path, "r+b") if sync else open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         if sync:
             os.fsync(file.fileno())
