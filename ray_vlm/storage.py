@@ -121,7 +121,7 @@ def open_file(address: str) -> BinaryIO:
     Raise `OSError` if it cannot be read, `ValueError` if no file can have that name.
     """
     if not is_remote(address):
-        return open(os.path.expanduser(address.removeprefix("file://")), "rb")
+        return open(address if address.startswith("/") else local_path(address), "rb")
     system, path = _locate(address)
     return system.open_input_file(path)
 
