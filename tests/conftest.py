@@ -111,7 +111,7 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         from pyarrow import fs
 
-        from ray_vlm.runs.store import full_address
+        from ray_vlm.storage import full_address
 
         fs.S3FileSystem(endpoint_override=f"http://{host}:{port}", allow_bucket_creation=True).create_dir("runs")
         yield full_address("s3://runs")

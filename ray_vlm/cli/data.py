@@ -50,14 +50,12 @@ def _data_stats(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.inspect.stats import describe_stats, draw_stats, measure_rows
-    from ray_vlm.runs.store import write_picture
 
     job = absolute_paths(load_job(args.job, args.overrides))
     stats = measure_rows(job)
     print(describe_stats(stats))
     picture = draw_stats(stats, f"{Path(args.job).name}: {stats.parts['train'][0]:,} training rows")
-    name = f"{Path(args.job).stem}-stats"  # so that pictures of two jobs do not overwrite each other
-    print(f"\npicture: {write_picture(picture, args.output, job.run.output_dir, name)}")
+    _write_picture(picture, args, "stats", job.run.output_dir)
 
 
 def _data_preview(args: argparse.Namespace) -> None:
@@ -67,7 +65,6 @@ def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.data.inspect.preview_images import build_panels, draw_sheet
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.data.splits import row_tags
-    from ray_vlm.runs.store import write_picture
     from ray_vlm.train.prepare import prepare
 
     prepared = prepare(absolute_paths(load_job(args.job, args.overrides)))
@@ -77,5 +74,19 @@ def _data_preview(args: argparse.Namespace) -> None:
     title = f"{Path(args.job).name}: {len(chosen.positions)} of {len(train):,} training rows, as the model sees them"
     panels = build_panels((train.records[i] for i in chosen.positions), builder)
     picture = draw_sheet(panels, title, describe_choice(chosen, builder.codec_name))
-    name = f"{Path(args.job).stem}-preview"
-    print(f"\npicture: {write_picture(picture, args.output, prepared.job.run.output_dir, name)}")
+    _write_picture(picture, args, "preview", prepared.job.run.output_dir)
+
+
+def _write_picture(png: bytes, args: argparse.Namespace, kind: str, output_dir: str) -> None:
+    """Write a PNG to `--output`, or by default to `data/` in `output_dir`, and print its address."""
+    from ray_vlm.errors import RunError
+    from ray_vlm.storage import Store, full_address, join, split_address
+
+    default = f"data/{Path(args.job).stem}-{kind}.png"  # so that pictures of two jobs do not overwrite each other
+    address = full_address(args.output) if args.output else join(output_dir, default)
+    folder, file = split_address(address)
+    try:
+        Store(folder).write(file, png)
+    except OSError as error:
+        raise RunError(f"{address} cannot be written ({error}). Give another --output.") from None
+    print(f"\npicture: {address}")

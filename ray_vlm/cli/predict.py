@@ -46,7 +46,7 @@ def _predict(args: argparse.Namespace) -> None:
     from ray_vlm.errors import ConfigError
     from ray_vlm.evaluate.predict import predict_files
     from ray_vlm.evaluate.predictor import Predictor
-    from ray_vlm.runs.store import is_remote
+    from ray_vlm.storage import is_remote
 
     task = "chat" if args.question is not None else None
     name = find_run(args.run)

@@ -69,7 +69,7 @@ def find_run(name: str) -> str:
     """Return the path or URI of a run. `name` is one itself, the name of a run in `outputs/`, or the name of a trial
     there if only one has it. A name that matches nothing is returned unchanged."""
     from ray_vlm.runs.read import find_runs
-    from ray_vlm.runs.store import is_remote
+    from ray_vlm.storage import is_remote
 
     direct, inside = Path(name), Path(_OUTPUTS) / name
     if is_remote(name) or name.startswith(("file://", "~")) or direct.is_file() or direct.is_absolute():
@@ -86,7 +86,7 @@ def _read(name: str) -> "Run":
     """Read a run. Raises `RunError` with the folders in which it was looked for."""
     from ray_vlm.errors import RunError
     from ray_vlm.runs.read import complete_log, find_runs, is_log, read_run
-    from ray_vlm.runs.store import is_remote, local_path
+    from ray_vlm.storage import is_remote, local_path
 
     address = find_run(name)
     if not is_remote(address) and not Path(local_path(address)).exists():
@@ -182,13 +182,13 @@ def _beside(runs: "Sequence[Run]", stem: str, ending: str) -> str:
     """Return the default path of an output: in the folder of a single run, or beside the first of several and named
     after them. Beside a `training_log.json` it has the log's name; for a remote run it is in the current folder."""
     from ray_vlm.runs.compare import join_titles
-    from ray_vlm.runs.store import is_remote
+    from ray_vlm.storage import is_remote, split_address
 
     first = runs[0]
     if len(runs) > 1:
         folder, name = Path(first.folder) if first.log else Path(first.address).parent, f"{stem}-{join_titles(runs)}"
     elif first.log:
-        folder, name = Path(first.folder), f"{Path(first.address.partition('?')[0]).stem}-{stem}"
+        folder, name = Path(first.folder), f"{Path(split_address(first.address)[1]).stem}-{stem}"
     else:
         folder, name = Path(first.address), stem
     return f"{name}.{ending}" if is_remote(first.address) else str(folder / f"{name}.{ending}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
 from ray_vlm.machine import installed_version
-from ray_vlm.runs.store import Store, is_remote
+from ray_vlm.storage import Store, is_remote
 
 if TYPE_CHECKING:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -25,6 +25,7 @@ from ray_vlm.config.load import dump_job
 from ray_vlm.config.paths import check_output_dir, is_hub_name
 from ray_vlm.config.schema import Data, JobConfig, Model
 from ray_vlm.errors import ConfigError
+from ray_vlm.storage import is_absolute
 
 if TYPE_CHECKING:
     from ray._private.thirdparty.pathspec import PathSpec
@@ -288,7 +289,7 @@ def _check_sent(name: str, path: str, archive: Archive, report: PathReport) -> s
 
 def _check_read(name: str, value: str, archive: Archive, report: PathReport) -> str:
     label = f"{name}={value}" if name in ("run", "inputs") else f"--{name} {value}"
-    if _is_absolute(value):
+    if is_absolute(value):
         if "://" not in value:
             report.expected.append(value)
         return value
@@ -315,7 +316,7 @@ def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:
     report = PathReport()
     beside = os.path.dirname(job_file)
     for key, value, optional in _job_inputs(job.data, job.model):
-        if _is_absolute(value):
+        if is_absolute(value):
             if "://" not in value:
                 report.expected.append(f"{value} ({key})")
             continue
@@ -366,7 +367,7 @@ def _job_inputs(data: Data, model: Model) -> Iterator[tuple[str, str, bool]]:
         if source is None or not source.path or source.create:  # generated rows are generated on the cluster too
             continue
         yield f"{key}.path", source.path, False
-        if source.image_root or (os.path.dirname(source.path) and not _is_absolute(source.path)):
+        if source.image_root or (os.path.dirname(source.path) and not is_absolute(source.path)):
             yield f"{key}.image_root", source.image_root or os.path.dirname(source.path), not source.image_root
     yield "model.name", model.name, True
     if model.adapter:
@@ -390,7 +391,3 @@ def _take_out(reason: str) -> str:
     """Return how to fix a path that `reason` leaves out."""
     git = f" {IGNORE_GITIGNORE}=1 sends what git ignores." if reason.endswith(".gitignore") else ""
     return f"Change that, or give {_SHARED}.{git}"
-
-
-def _is_absolute(value: str) -> bool:
-    return "://" in value or value.startswith(("/", "~"))

@@ -15,7 +15,7 @@ from typing import Any
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
-from ray_vlm.runs.store import full_address
+from ray_vlm.storage import full_address, is_absolute, local_path
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _job_folder: str | None = None
@@ -41,13 +41,13 @@ def resolve_paths(job: JobConfig, job_file: str | Path) -> JobConfig:
     _missing.clear()
 
     def resolve(name: str) -> str:
-        if _is_absolute(name) or os.path.exists(name) or not os.path.exists(beside / name):
+        if is_absolute(name) or os.path.exists(name) or not os.path.exists(beside / name):
             return name
         return str(beside / name)
 
     def resolve_file(name: str) -> str:
         resolved = resolve(name)
-        if not _is_absolute(name) and not os.path.exists(resolved):
+        if not is_absolute(name) and not os.path.exists(resolved):
             _missing.add(str(Path(name).absolute()))
         return resolved
 
@@ -64,7 +64,7 @@ def absolute_paths(job: JobConfig) -> JobConfig:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (problems := check_output_dir(address)):
         raise ConfigError(problems)
     changes = {
-        "train": job.train.model_copy(update={"vision_cache": cache and _absolute(cache)}),
+        "train": job.train.model_copy(update={"vision_cache": cache and local_path(cache)}),
         "run": job.run.model_copy(update={"output_dir": full_address(address)}),
     }
     return _replace_inputs(job.model_copy(update=changes), full_address, _absolute_folder, _absolute_folder)
@@ -90,23 +90,14 @@ def _replace_inputs(
     )
 
 
-def _is_absolute(name: str) -> bool:
-    """Whether a name is an address or the same from every current folder."""
-    return "://" in name or name.startswith(("/", "~"))
-
-
-def _absolute(path: str) -> str:
-    return str(Path(os.path.expanduser(path)).absolute())
-
-
 def _absolute_folder(name: str) -> str:
     """Return the absolute path of a model's folder; a name of no local folder is one on the hub and stays."""
-    return _absolute(name) if os.path.exists(os.path.expanduser(name)) else name
+    return local_path(name) if os.path.exists(os.path.expanduser(name)) else name
 
 
 def check_output_dir(address: str, name: str = "run.output_dir") -> list[str]:
     """Return why a Ray job may not write to `address`, or an empty list: a relative path is in a temporary copy."""
-    if _is_absolute(address):
+    if is_absolute(address):
         return []
     return [
         f"{name}={address!r} is relative, and a Ray job runs in a copy of the folder that is deleted afterwards. "

@@ -20,7 +20,7 @@ from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
 from ray_vlm.models.processor import ImageSizes
-from ray_vlm.runs.store import is_remote
+from ray_vlm.storage import open_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -269,13 +269,7 @@ def read_orientation(image: str | bytes) -> int:
 
 def open_image(image: str | bytes) -> BinaryIO:
     """Open the file of an image: a local path, an address, or its own bytes."""
-    if isinstance(image, bytes):
-        return io.BytesIO(image)
-    if is_remote(image):
-        from ray_vlm.data.files import open_file
-
-        return open_file(image)
-    return open(image, "rb")
+    return io.BytesIO(image) if isinstance(image, bytes) else open_file(image)
 
 
 class _ImageProblem(ValueError):

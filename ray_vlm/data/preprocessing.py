@@ -16,11 +16,10 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.section import Count, Section, without_variant
 from ray_vlm.config.task import Task
 from ray_vlm.config.train import Precision
-from ray_vlm.data.files import read_bytes
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError, ModelError
-from ray_vlm.runs.store import is_remote
+from ray_vlm.storage import read_bytes, split_options
 
 Colour = Annotated[int, Field(ge=0, le=255)]
 _LARGEST_AREA = 2**40  # pixels; for families without a limit of their own
@@ -152,8 +151,8 @@ def changed_since(path: str, builder: SampleBuilder) -> list[str]:
     Coordinates in pixels of the resized image are valid only at the same image sizes. Empty if nothing differs, or if
     there is no `<path>.about.json`. Raise `DataError` if that cannot be read.
     """
-    uri, mark, options = path.partition("?") if is_remote(path) else (path, "", "")
-    about = f"{uri}{ABOUT}{mark}{options}"
+    uri, options = split_options(path)
+    about = f"{uri}{ABOUT}{options}"
     try:
         saved = json.loads(read_bytes(about))["preprocessing"]
         codec, images = saved["task"]["codec"], dict(saved["images"])

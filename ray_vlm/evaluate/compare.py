@@ -11,8 +11,8 @@ from ray_vlm.runs.compare import SETTINGS, Comparison, test_of
 from ray_vlm.runs.monitor import whole_lines
 from ray_vlm.runs.plot import MAIN, Chart, main_key, overlay
 from ray_vlm.runs.read import Run, setting
-from ray_vlm.runs.store import Store
 from ray_vlm.runs.text import format_number
+from ray_vlm.storage import Store
 
 _MOST_VIEWS = 6  # runs whose answers are shown side by side for an image
 

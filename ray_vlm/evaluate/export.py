@@ -28,7 +28,7 @@ from ray_vlm.runs.card import ADAPTER, MERGED, TITLES, WHOLE, write_card
 from ray_vlm.runs.checkpoints import MANIFEST, fetch_folder
 from ray_vlm.runs.paths import write_folder
 from ray_vlm.runs.read import Run, read_run
-from ray_vlm.runs.store import is_remote
+from ray_vlm.storage import is_remote, split_address
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def export_run(
     """
     run = read_run(address)
     job, source = load_run_job(run), weights_of(run, weights)
-    name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
+    name = split_address(source)[1]
     if job.lora is None and merged:
         raise ConfigError(
             f"{run.address} trained all weights: {name}/ is a whole model already. Export it without --merged."

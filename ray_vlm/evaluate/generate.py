@@ -30,6 +30,7 @@ from ray_vlm.models.dequantize import dequantised
 from ray_vlm.models.load import resolve_name
 from ray_vlm.models.lora import is_whole_model
 from ray_vlm.runs.monitor import whole_lines
+from ray_vlm.storage import replacing
 from ray_vlm.tasks.gui_steps import remember
 
 if TYPE_CHECKING:
@@ -269,8 +270,7 @@ def _read_answers(path: Path, key: Mapping[str, str], batches: Sequence[Sequence
 def _open_answers(path: Path, key: Mapping[str, str], answered: Mapping[int, list[str]]) -> TextIO:
     """Write the file anew with the answers that are there, and return it open for appending."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     lines = [{"key": key}, *({"batch": number, "answers": answers} for number, answers in answered.items())]
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return open(path, "a", encoding="utf-8")

@@ -37,7 +37,7 @@ from ray_vlm.methods.rewards import Rewards, load_rewards, score_answers, total
 from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_json
-from ray_vlm.runs.store import full_address, is_remote
+from ray_vlm.storage import full_address, is_remote, local_path, replacing, split_options
 from ray_vlm.tasks.answers import IMAGE, Turns
 
 REASONS = {  # why a row gives no pair, with the text of messages
@@ -270,7 +270,7 @@ def check_output(output: str, overwrite: bool) -> Path:
     """Check and return the file to write, before anything is read or sampled. Raise `ConfigError` or `RunError`."""
     if is_remote(output):
         raise ConfigError(f"--output {output}: pairs are written to a local folder. Give a path, then copy the file.")
-    path = Path(full_address(output))
+    path = Path(local_path(output))
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         raise ConfigError(f"--output {output}: pairs are JSON lines. Give a name that ends in .jsonl.")
     if path.is_dir():
@@ -295,9 +295,9 @@ def name_images(records: Sequence[SftRecord]) -> tuple[dict[str, str], str | Non
                     f"row {record.row} (id {record.id}): its image is given as bytes, and a pair names its images. "
                     "Write the images to files, and give their paths in the rows."
                 )
-            uri, mark, options = image.partition("?") if is_remote(image) else (image, "", "")
+            uri, options = split_options(image)
             scheme, colon, rest[image] = uri.rpartition("://")
-            kinds.setdefault((scheme + colon, mark + options), image)
+            kinds.setdefault((scheme + colon, options), image)
     if not rest:
         return {}, None
     common = os.path.commonprefix(list(rest.values()))  # noqa: RUF071  (cut at a slash in the next line)
@@ -320,17 +320,14 @@ def write_rows(
 
     Texts among `rows` are the reasons (keys of `REASONS`) of records without a pair.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            summary = _write(file, rows, num_records, say)
-        _about(path).unlink(missing_ok=True)  # a description of other pairs must never lie beside these
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            with open(temporary, "w", encoding="utf-8") as file:
+                summary = _write(file, rows, num_records, say)
+            _about(path).unlink(missing_ok=True)  # a description of other pairs must never lie beside these
     except OSError as error:
         raise RunError(f"{path} was not written ({error}). Fix the cause, or give another --output.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return summary
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.data.draw import MIN_SIDE
-from ray_vlm.data.files import parent_folder, resolve_image
+from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.sources.fields import from_json, is_empty
 from ray_vlm.data.sources.tables import read_table
@@ -25,7 +25,7 @@ from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate.generate import answer_all, plan_batches, plan_walks
 from ray_vlm.evaluate.prediction import join_names
 from ray_vlm.evaluate.predictor import Ask, Found, Predictor
-from ray_vlm.runs.store import is_remote
+from ray_vlm.storage import is_remote, replacing, split_address
 
 _ENDINGS = (".jsonl", ".csv")
 _MOST_REASONS = 20  # in the error where no input can be read; the results hold all of them
@@ -143,10 +143,9 @@ def _result(entry: Input, outcome: Found | str) -> dict[str, Any]:
 def _write(output: str, results: Sequence[Mapping[str, Any]]) -> None:
     """Write JSON lines, or a CSV table with one row for each result."""
     path = Path(output)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             if path.suffix.lower() == ".jsonl":
                 file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
             else:
@@ -154,7 +153,6 @@ def _write(output: str, results: Sequence[Mapping[str, Any]]) -> None:
                 table = csv.DictWriter(file, ["id", *steps, "images", "found", "ok", "answer", "error"])
                 table.writeheader()
                 table.writerows(_as_cells(result) for result in results)
-        os.replace(temporary, path)
     except OSError as error:
         raise _cannot_write(output, error) from None
 
@@ -204,7 +202,7 @@ def _read_input(name: str, question: str | None, task: str, image_root: str | No
             for p, inside in zip(files, ids, strict=True)
         ]
     if _is_table(name):
-        return _read_table(name, fields, task, image_root or parent_folder(name))
+        return _read_table(name, fields, task, image_root or split_address(name)[0])
     if not path.is_file():
         raise DataError(f"{name}: no such file or folder.")
     return [Input(Ask((str(path),), fields, name), names=(name,))]

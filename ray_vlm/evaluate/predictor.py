@@ -30,7 +30,7 @@ from ray_vlm.evaluate.generate import generate_answers, plan_batches
 from ray_vlm.evaluate.prediction import in_words
 from ray_vlm.evaluate.weights import find_answerer
 from ray_vlm.runs.checkpoints import fetch_folder
-from ray_vlm.runs.store import full_address
+from ray_vlm.storage import full_address
 from ray_vlm.tasks.answers import IMAGE
 from ray_vlm.tasks.boxes import box_problem
 from ray_vlm.tasks.gui_steps import read_memory, remember

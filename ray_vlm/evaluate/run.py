@@ -31,8 +31,8 @@ from ray_vlm.runs.card import CHOSE_BEST
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
 from ray_vlm.runs.read import Run, is_number, read_run
-from ray_vlm.runs.store import full_address, is_remote
 from ray_vlm.runs.trackers import WandbTracker
+from ray_vlm.storage import full_address, is_remote, split_address, split_options
 
 MEMORIES = {"truth": "the truth's", "model": "the model's own"}  # `evaluate.memory` in words
 _FOLDERS = {"truth": "", "model": "-own-memory"}  # suffixes of the folders of results, by `evaluate.memory`
@@ -63,7 +63,7 @@ def plan_targets(
         targets.append(EvalTarget("base, not quantised", "base-unquantised", unquantised_job))
     if base or not adapters:
         targets.append(EvalTarget("base, 4 bit" if job.model.load_in_4bit else "base", "base", job))
-    names = [Path(adapter.partition("?")[0]).parts[-2:] for adapter in adapters]
+    names = [Path(split_options(adapter)[0]).parts[-2:] for adapter in adapters]
     for i, (adapter, parts) in enumerate(zip(adapters, names, strict=True)):
         title = "/".join(parts) if names.count(parts) == 1 else f"{'/'.join(parts)} ({i + 1})"
         targets.append(EvalTarget(title, f"{i + 1}-{'-'.join(parts)}", job, adapter))
@@ -254,10 +254,9 @@ def track_test(track: Track, adapter: str, numbers: dict[str, float]) -> None:
     `adapter`: a run's `best/`, `final/` or checkpoint."""
     if not track.wandb:
         return
-    base, mark, query = adapter.partition("?")
-    folder, _, name = base.rstrip("/").rpartition("/")
+    folder, name = split_address(adapter)
     try:
-        run = read_run(f"{folder}{mark}{query}")
+        run = read_run(folder)
     except RunError:
         return
     step, page = _step_of(run, name), run.about.get("id")

@@ -20,7 +20,7 @@ from ray_vlm.models.lora import CONFIG, is_whole_model, named_base
 from ray_vlm.models.precision import fastest_precision
 from ray_vlm.runs.checkpoints import Damaged, fetch_folder, read_checkpoint
 from ray_vlm.runs.read import MARKS, Run, read_run
-from ray_vlm.runs.store import Store, full_address, is_remote, join, local_path
+from ray_vlm.storage import Store, is_remote, join, local_path, split_address
 
 BASE = "base"  # `--weights base`: the model that a run started from
 _JOB_FILES = (".yaml", ".yml")
@@ -111,9 +111,9 @@ def trained_weights(name: str) -> str:
 
 def _check_remote(address: str) -> None:
     """Raise `RunError` where an address in an object store holds no complete weights. Only the manifest is read."""
-    folder = address.partition("?")[0].rstrip("/").rpartition("/")[2]
+    run, folder = split_address(address)
     try:
-        read_checkpoint(Store(_parent(full_address(address))), folder)
+        read_checkpoint(Store(run), folder)
     except (Damaged, OSError) as error:
         raise RunError(f"{address} cannot be used: {error}. Give a run's best/ or final/.") from None
 
@@ -132,7 +132,8 @@ def _check_folder(name: str) -> None:
 
 def _check_run_around(name: str) -> None:
     """Raise `RunError` where `name` is `best/` or `final/` of a run that has no such folder."""
-    if (folder := Path(local_path(name)).name) in ("best", "final") and (run := _read_run(_parent(name))) is not None:
+    around, folder = split_address(name)
+    if folder in ("best", "final") and (run := _read_run(around)) is not None:
         weights_of(run, folder)
 
 
@@ -157,7 +158,7 @@ def _of_run(name: str, weights: str | None) -> Answerer | None:
         if weights != BASE:
             return _trained(run, weights_of(run, weights))
         return Answerer(load_run_job(run), None, fetch_folder(weights_of(run, None)))  # class names come from the data
-    around = _read_run(_parent(name))
+    around = _read_run(split_address(name)[0])
     if weights is not None or around is None or not around.job or not _holds_weights(name):
         return None
     return _trained(around, name)
@@ -226,20 +227,12 @@ def load_run_job(run: Run) -> JobConfig:
 
 def _read_run(address: str) -> Run | None:
     """Read the run in a folder or at an address; None where there is none."""
-    uri = address if is_remote(address) else local_path(address)
+    store = Store(address)
     try:
-        marks = set(MARKS) & set(Store(uri).names())
+        marks = set(MARKS) & set(store.names())
     except OSError as error:
-        raise RunError(f"{uri} cannot be read ({error}).") from None
-    return read_run(uri) if marks else None
-
-
-def _parent(address: str) -> str:
-    """Return the parent of a folder: of `best/` and `final/` that is the run."""
-    if not is_remote(address):
-        return str(Path(local_path(address)).parent)
-    uri, mark, options = address.partition("?")
-    return f"{uri.rstrip('/').rpartition('/')[0]}{mark}{options}"
+        raise RunError(f"{store.address} cannot be read ({error}).") from None
+    return read_run(store.address) if marks else None
 
 
 def _holds_weights(name: str) -> bool:

@@ -18,13 +18,12 @@ import numpy as np
 
 from ray_vlm.config.schema import Model
 from ray_vlm.config.train import Precision
-from ray_vlm.data.files import describe_file
 from ray_vlm.data.records import PreferenceRecord, Record
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs.checkpoints import fetch_folder
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store, describe_file
 
 if TYPE_CHECKING:
     import torch

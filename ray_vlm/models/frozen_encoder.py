@@ -7,7 +7,6 @@ the writing.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_vlm.errors import ModelError
 from ray_vlm.models.backbone import base_of
+from ray_vlm.storage import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,19 +172,16 @@ class DiskFeatureCache:
 
         if self.full:
             return
-        temporary = self.folder / f"{name}.{os.getpid()}"
         try:
             if self.unseen >= self.limit * _RECOUNT:
                 self.held, self.unseen = held(self.folder.parent), 0.0
             if self.held + self.unseen >= self.limit:
                 return self._stop(f"{self.folder.parent} holds what train.vision_cache_gib allows")
-            save_file({part: value.contiguous() for part, value in features.items()}, temporary)
-            os.replace(temporary, self.folder / name)
+            with replacing(self.folder / name) as temporary:
+                save_file({part: value.contiguous() for part, value in features.items()}, temporary)
             self.unseen += sum(value.nbytes for value in features.values())
         except (OSError, SafetensorError) as error:
             self._stop(f"{self.folder}: {error}")
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _stop(self, reason: str) -> None:
         self.full = True

@@ -11,16 +11,16 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray_vlm import __version__
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store, full_address, is_remote, making, split_address, whole_or_gone
+from ray_vlm.storage import Store, is_remote, making, split_address, whole_or_gone
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # version of the manifest and of the files of a checkpoint
@@ -136,21 +136,17 @@ def open_checkpoint(store: Store, name: str) -> tuple[Checkpoint, Path]:
     The folder is the checkpoint itself on a disk, or a temporary copy of one in an object store. Raises `Damaged`.
     """
     checkpoint = read_checkpoint(store, name)
-    if store.local is not None:
-        folder = store.local / name
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="ray_vlm-"))
-        try:
-            with making(folder):
-                store.fetch(name, folder)
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    for file, (size, digest) in checkpoint.files.items():
-        if _digest(folder / file, sync=False) != (size, digest):
-            if store.local is None:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise Damaged(f"{file} was altered")
+    with ExitStack() as copying:
+        if store.local is not None:
+            folder = store.local / name
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="ray_vlm-"))
+            copying.enter_context(whole_or_gone(folder))
+            copying.enter_context(making(folder))
+            store.fetch(name, folder)
+        for file, (size, digest) in checkpoint.files.items():
+            if _digest(folder / file, sync=False) != (size, digest):
+                raise Damaged(f"{file} was altered")
     return checkpoint, folder
 
 
@@ -224,7 +220,7 @@ def fetch_folder(address: str) -> str:
     """
     if not is_remote(address):
         return address
-    parent, name = split_address(full_address(address))
+    parent, name = split_address(address)
     try:
         return str(open_checkpoint(Store(parent), name)[1])
     except (Damaged, OSError) as error:
@@ -233,14 +229,11 @@ def fetch_folder(address: str) -> str:
 
 def _digest(path: Path, sync: bool = True) -> tuple[int, str]:
     """Return the size and SHA-256 of a file; with `sync` also flush it to the disk."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "r+b" if sync else "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-            size += len(block)
+    with open(path, "r+b") if sync else open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
         if sync:
             os.fsync(file.fileno())
-    return size, digest.hexdigest()
+        return file.tell(), digest.hexdigest()
 
 
 def _seal(body: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from ray_vlm.runs.monitor import LOWER_IS_BETTER, NOT_MEASURES
 from ray_vlm.runs.plot import main_key, points_of, smooth
 from ray_vlm.runs.read import Run, is_number, setting
 from ray_vlm.runs.text import format_duration, format_number, format_table, plain_text
+from ray_vlm.storage import split_options
 
 _PREFERRED = ("best", "final")  # the evaluation that represents a run: the first of these that exists
 SETTINGS, _VALIDATION = "settings that differ", "validation at the step of best/"
@@ -64,7 +65,7 @@ def run_titles(runs: Sequence[Run]) -> tuple[str, ...]:
 
 def _path_of(run: Run) -> list[str]:
     """Return the parts of the run's address; for a training log alone, of its folder, followed by the run's name."""
-    parts = run.folder.partition("?")[0].rstrip("/").split("/")
+    parts = split_options(run.folder)[0].rstrip("/").split("/")
     return [*parts, run.log] if run.log and parts[-1] != run.log else parts
 
 

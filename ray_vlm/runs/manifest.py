@@ -25,8 +25,8 @@ from ray_vlm.machine import count_cpus, installed_version
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run, write_json
 from ray_vlm.runs.schema import check_whole, is_process, load_manifest
-from ray_vlm.runs.store import Store, join
 from ray_vlm.runs.text import plural
+from ray_vlm.storage import Store, join
 
 _PACKAGES = (
     *("ray", "torch", "transformers", "trl", "peft", "bitsandbytes"),

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from ray_vlm.runs.keys import setting
-from ray_vlm.runs.paths import RunPaths, finite, replacing
+from ray_vlm.runs.paths import RunPaths, finite
 from ray_vlm.runs.schema import is_number, is_sound_line, load_sound
-from ray_vlm.runs.store import making
+from ray_vlm.storage import making, replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,15 +14,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store, is_remote, join, local_path, making, whole_or_gone
+from ray_vlm.storage import Store, is_remote, join, local_path, making, replacing, split_address, whole_or_gone
 
 _SEE_S = 15.0  # how long a network file system may take to show another node's new file
 
@@ -63,7 +62,7 @@ class RunPaths:
 
     @property
     def name(self) -> str:
-        return self.address.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+        return split_address(self.address)[1]
 
     @cached_property
     def store(self) -> Store:
@@ -130,18 +129,6 @@ def write_json(path: Path, value: object) -> None:
     """Write JSON atomically. NaN and infinity become null."""
     with making(path), replacing(path) as temporary:
         temporary.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file, which replaces the file at `path` if the body ends normally."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def finite(value: object) -> Any:

@@ -27,7 +27,7 @@ from ray_vlm.runs.schema import (
     load_sound,
     number_of,
 )
-from ray_vlm.runs.store import Store, is_remote, join, local_path, split_address
+from ray_vlm.storage import Store, is_remote, join, local_path, split_address, split_options
 
 LOG = "training_log.json"
 MARKS = ("run.json", "resolved.json", LOG)  # a folder with one of these is a run
@@ -54,7 +54,7 @@ class Run:
     @property
     def name(self) -> str:
         """The name of the folder, or the name in the training log."""
-        return self.log or self.address.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+        return self.log or split_address(self.address)[1]
 
     @property
     def folder(self) -> str:
@@ -137,7 +137,7 @@ class Run:
 
 def read_run(address: str) -> Run:
     """Read the run at `address`: a folder, an object store or a `training_log.json`. Raises `RunError` without one."""
-    store = Store(address if is_remote(address) else local_path(address))
+    store = Store(address)
     if is_log(store.address):
         return _read_log(store.address)
     try:
@@ -161,7 +161,7 @@ def read_run(address: str) -> Run:
 def is_log(address: str) -> bool:
     """Return whether `address` is a file, which can only be a `training_log.json`, and not a run's folder."""
     if is_remote(address):
-        return address.partition("?")[0].endswith(".json")
+        return split_options(address)[0].endswith(".json")
     return Path(local_path(address)).is_file()
 
 
@@ -191,7 +191,7 @@ def _read_log(address: str) -> Run:
     if is_number(num_steps := header.get("num_steps")):
         about["result"] = {"num_steps": num_steps}
     stem = file.removesuffix(".json")
-    outer = folder.partition("?")[0].rstrip("/").rsplit("/", 1)[-1] if file == LOG else stem
+    outer = split_address(folder)[1] if file == LOG else stem
     names = (header.get("name"), setting(job, "run.name"), outer, stem)
     name = next(name for name in names if isinstance(name, str) and name)
     return Run(address, job, about, lines, {}, (), tuple(faults), name)
@@ -261,7 +261,7 @@ def _read_evaluations(store: Store, faults: list[str]) -> dict[str, dict[str, An
 
 def find_runs(output_dir: str) -> list[str]:
     """Return the sorted addresses of all runs under a folder or an object store."""
-    store = Store(output_dir if is_remote(output_dir) else local_path(output_dir))
+    store = Store(output_dir)
     try:
         if store.local is not None:
             return sorted(map(str, _runs_in(store.local, _DEEPEST)))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 
 _LARGEST = 1e300  # largest valid number: sums of larger ones could be infinite
 _LARGEST_COUNT = 2**53  # largest valid count: floats are exact up to here

@@ -20,7 +20,7 @@ from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
 from ray_vlm.runs.checkpoints import Checkpoint, open_checkpoint, open_newest, sweep
 from ray_vlm.runs.manifest import check_own
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 
 _OWNER = ".attempt.json"
 _SEE_S = 15.0  # how long a network file system may take to show a new file to other nodes

@@ -29,7 +29,7 @@ from ray_vlm.models.load import load_adapted
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.prefix_sharing import plan_packing
 from ray_vlm.models.surgery import ForwardOptions
-from ray_vlm.runs.store import Store, join
+from ray_vlm.storage import Store, join
 from ray_vlm.train.deepspeed import deepspeed_config
 from ray_vlm.train.worker_spec import WorkerSpec
 

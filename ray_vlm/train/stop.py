@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 
 STOP_FILE = ".stop"
 _REMOTE_S = 5.0  # between checks of an object store; a disk is checked at every step

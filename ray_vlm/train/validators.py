@@ -23,7 +23,7 @@ from ray_vlm.distributed import build_context
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_checkpoint, replace_folder
 from ray_vlm.runs.monitor import as_python_numbers
-from ray_vlm.runs.store import Store, join
+from ray_vlm.storage import Store, join
 from ray_vlm.train.worker_spec import WorkerSpec
 
 # The actor's process imports this module before it has the driver's environment, which libraries read when they load.

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ray_vlm.data.plan import Plan
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.methods.clock import Clock
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 from ray_vlm.train.attempt import Attempt
 
 if TYPE_CHECKING:

@@ -36,16 +36,16 @@ from ray_vlm.runs.manifest import finish_manifest, refuse_living, this_process
 from ray_vlm.runs.monitor import write_training_log
 from ray_vlm.runs.paths import open_run
 from ray_vlm.runs.read import Run, read_run
-from ray_vlm.runs.store import Store, is_remote, join
 from ray_vlm.runs.text import format_number
 from ray_vlm.runs.trackers import adopt_wandb_login
+from ray_vlm.storage import Store, is_remote, join, split_address
 from ray_vlm.train.driver import describe_job
 from ray_vlm.train.prepare import prepare, wanted_parts
 from ray_vlm.tune.report import write_report
 from ray_vlm.tune.search import SweepPlan, draw_trials, plan_sweep, run_tune
 from ray_vlm.tune.space import Space, load_space, own_values
 from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
-from ray_vlm.tune.trials import Trial, folder_name, rank, read_trials, trial_address
+from ray_vlm.tune.trials import Trial, rank, read_trials, trial_address
 
 SWEEP, REPORT = "sweep.json", "report.html"
 _OVER = ("finished", PRUNED, "failed")
@@ -265,7 +265,7 @@ def finish_sweep(
     begun = [trial for trial in trials if trial.values]
     runs = [read_run(trial_address(address, trial.name)) for trial in begun]
     page = write_report(
-        f"Sweep {folder_name(address)}", space, tune_metrics(job.tune, job.evaluate), begun, runs, notes
+        f"Sweep {split_address(address)[1]}", space, tune_metrics(job.tune, job.evaluate), begun, runs, notes
     )
     Store(address).write(REPORT, page.encode())
     say(f"report {join(address, REPORT)}")
@@ -274,7 +274,7 @@ def finish_sweep(
 def _measure(run: Run, say: Callable[[str], None]) -> str:
     """Evaluate the best trial on the test rows and return a sentence with the numbers."""
     weights = weights_of(run, None)
-    name = f"evaluate/{folder_name(weights)}"
+    name = f"evaluate/{split_address(weights)[1]}"
     job, metrics = load_resolved(dict(run.job)), dict[str, Any]()
     _make(run.address, name, lambda folder: metrics.update(evaluate(job, weights, folder, say)))
     names = [name for name in TASK_METRICS[metrics["task"]] if name in metrics["overall"]]
@@ -296,6 +296,4 @@ def _make(address: str, name: str, make: Callable[[Path], object]) -> None:
     with tempfile.TemporaryDirectory(prefix="ray_vlm-") as root:
         folder = Path(root) / "made"
         make(folder)
-        store = Store(address)
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            store.write(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+        Store(address).put(folder, name)

@@ -25,9 +25,9 @@ from ray_vlm.models.out_of_memory import NO_ROOM
 from ray_vlm.runs.keys import split_key
 from ray_vlm.runs.monitor import current_lines, sound_lines
 from ray_vlm.runs.read import is_number, read_run
-from ray_vlm.runs.store import Store, join
+from ray_vlm.storage import Store, join, split_address
 from ray_vlm.tune.space import Space, resolve
-from ray_vlm.tune.trials import TRIALS, folder_name, score_of_trial, trial_address
+from ray_vlm.tune.trials import TRIALS, score_of_trial, trial_address
 
 PRUNED = "pruned"  # status of a run that the scheduler ended
 WORST = -1e30  # score of a metric that is not finite; infinity would break the percentiles of Tune's schedulers
@@ -73,7 +73,7 @@ def build_trial_job(sweep: Sweep, number: int, drawn: Mapping[str, Any]) -> tupl
     elif isinstance(workers := job["cluster"]["num_workers"], list):
         job["cluster"]["num_workers"] = min(workers)  # an elastic job takes its fewest: trials share the cluster
     if job["track"]["wandb"] and not job["track"]["wandb_group"]:
-        job["track"]["wandb_group"] = folder_name(sweep.address)[-128:]
+        job["track"]["wandb_group"] = split_address(sweep.address)[1][-128:]
     job["run"] = job["run"] | {"output_dir": join(sweep.address, TRIALS), "name": name_trial(number)}
     return load_resolved(job), values
 

@@ -8,7 +8,7 @@ from typing import Any
 from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import LOWER_IS_BETTER
 from ray_vlm.runs.read import Run, is_number, read_run
-from ray_vlm.runs.store import Store, join
+from ray_vlm.storage import Store, join
 from ray_vlm.tune.space import Space, value_of
 
 TRIALS = "trials"  # folder of a sweep that holds its runs
@@ -17,11 +17,6 @@ TRIALS = "trials"  # folder of a sweep that holds its runs
 def trial_address(address: str, name: str) -> str:
     """Return the address of a trial's run folder."""
     return join(address, f"{TRIALS}/{name}")
-
-
-def folder_name(address: str) -> str:
-    """Return the name of the folder at an address, without the `?options` of an object store."""
-    return address.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ray_vlm.errors import DataError
 from ray_vlm.runs.checkpoints import replace_folder
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 from tests.cluster.test_alignment import _eval
 from tests.cluster.test_recovery import _train, _weights
 

@@ -233,7 +233,7 @@ def test_two_workers_on_an_object_store_survive_a_kill(
 ) -> None:
     """Nodes that have no credentials of their own: these come with the task."""
     from ray_vlm.runs.paths import open_run
-    from ray_vlm.runs.store import Store, join
+    from ray_vlm.storage import Store, join
 
     undisturbed_run = _train(small, "run.name=whole")
     base = join(bucket, tmp_path.name)

@@ -270,7 +270,7 @@ def test_a_run_in_an_object_store_is_the_same_run(
     """Stopped, resumed and evaluated with nothing left on this machine in between."""
     from ray_vlm.evaluate.run import evaluate
     from ray_vlm.runs.checkpoints import fetch_folder
-    from ray_vlm.runs.store import Store, join
+    from ray_vlm.storage import Store, join
 
     data = {split: {"path": str(scenes / f"{split}.json")} for split in ("train", "eval", "test")}
     evaluate_options = {"every_steps": 3, "num_samples": 4, "max_new_tokens": 4}

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from ray_vlm import storage as stores
 from ray_vlm.cli import main
-from ray_vlm.runs import store as stores
 from ray_vlm.runs.checkpoints import open_newest
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths, open_run
-from ray_vlm.runs.store import Store, join
+from ray_vlm.storage import Store, join
 from ray_vlm.train.callbacks.metrics import MetricsCallback
 from tests.support.faults import PAGE, SmallDisk, Stumbling, small_disk
 

@@ -23,12 +23,16 @@ FLOORS = [
     {"tasks", "models", "cluster"},
     {"config"},
     {"runs"},
+    {"storage"},
     {"errors", "machine", "distributed"},
 ]
 PLAIN_DATA = {"ray_vlm.models.families", "ray_vlm.data.records"}  # readable from every floor
 HEAVY = ("torch", "ray", "trl", "transformers", "matplotlib")
 TESTS_OF_BENCHMARKS = {"gpu"}  # folders of tests/
-LIGHT = ["config.load", "tasks", "runs.manifest", "runs.console", "cli", "errors", "models.families", "data.records"]
+LIGHT = [
+    *("config.load", "tasks", "runs.manifest", "runs.console", "cli", "errors", "storage"),
+    *("models.families", "data.records"),
+]
 
 
 def _name(path: Path) -> str:

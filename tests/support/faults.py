@@ -108,7 +108,7 @@ def stumbling_store() -> Iterator[tuple[str, Stumbling]]:
     from pyarrow import fs
     from werkzeug.serving import WSGIRequestHandler, make_server
 
-    from ray_vlm.runs.store import full_address
+    from ray_vlm.storage import full_address
 
     class Quiet(WSGIRequestHandler):
         def log(self, *_: Any) -> None:

@@ -26,7 +26,7 @@ from ray_vlm.errors import RayVlmError
 from ray_vlm.runs.checkpoints import open_newest, sweep
 from ray_vlm.runs.monitor import current_lines, read_metrics, whole_lines
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 from tests.support.ray_processes import kill_process
 
 STEPS = 12  # of 6 rows each, over 30 rows: more than two epochs
@@ -36,7 +36,7 @@ _WRITER = """
 import os, sys
 from pathlib import Path
 from ray_vlm.runs.checkpoints import checkpoint_name, commit, prune, write_part
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 store, attempt = Store(sys.argv[1]), int(sys.argv[2])
 def fill(folder):
     for i in range(4):

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.files import local_root, parent_folder, resolve_image
+from ray_vlm.data.image_paths import local_root, resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.sources.fields import control_character, is_empty, is_number, shown, word
 from ray_vlm.data.sources.tables import read_json
 from ray_vlm.data.suspicions import crowd_problem
 from ray_vlm.errors import DataError
-from ray_vlm.runs.store import is_remote
+from ray_vlm.storage import is_remote, split_address
 
 # Keys of files of other tools, and the tool's name.
 _TOOLS: tuple[tuple[set[str], str], ...] = (
@@ -59,7 +59,7 @@ def _name_tool(data: object) -> str:
 
 def image_root(source: Source) -> str:
     """Return the folder of a source's images, by default the folder of its rows. Raise `DataError`."""
-    root = source.image_root or parent_folder(source.path)
+    root = source.image_root or split_address(source.path)[0]
     try:
         if not is_remote(root):
             local_root(root)

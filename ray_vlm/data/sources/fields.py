@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.files import resolve_image
+from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.records import Box, Image, Point
 from ray_vlm.data.sources.tables import text_fault
 

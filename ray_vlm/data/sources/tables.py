@@ -8,10 +8,9 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.paths import describe_search
-from ray_vlm.data.files import open_file, read_bytes
 from ray_vlm.data.records import BadRow
 from ray_vlm.errors import DataError
-from ray_vlm.runs.store import is_remote
+from ray_vlm.storage import open_file, read_bytes, split_options
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -50,7 +49,7 @@ _TOOLS = {  # advice for other suffixes
 
 def read_table(address: str) -> Table:
     """Read the rows of a file by its suffix. Raise `DataError` if the whole file cannot be used."""
-    suffix = PurePosixPath(address.partition("?")[0] if is_remote(address) else address).suffix.lower()
+    suffix = PurePosixPath(split_options(address)[0]).suffix.lower()
     if suffix == ".parquet":
         table = _read_parquet(address)
     elif suffix in _SEPARATORS:

@@ -154,7 +154,7 @@ def _apart(model: Any, broken: Path) -> int:
 def of_checkpoints(folder: Path) -> Attempt:
     """Return an attempt on two checkpoints whose newest is broken: what opens is one of them, complete, or none."""
     from ray_vlm.runs.checkpoints import MANIFEST, checkpoint_name, commit, open_newest, prune, sweep, write_part
-    from ray_vlm.runs.store import Store
+    from ray_vlm.storage import Store
 
     whole, contents = Store(folder / "run"), {}
     for step in (1, 2):

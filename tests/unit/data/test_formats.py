@@ -10,11 +10,12 @@ import pytest
 
 from ray_vlm.config.check_method import FORMAT_TASKS
 from ray_vlm.config.data import Source
-from ray_vlm.data.files import open_file, parent_folder, read_bytes, resolve_image
+from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.records import BadRow, PreferenceRecord, PromptRecord, SftRecord
 from ray_vlm.data.sources.formats import FORMATS, read_rows
 from ray_vlm.data.sources.tables import read_table
 from ray_vlm.errors import DataError
+from ray_vlm.storage import open_file, read_bytes, split_address
 from ray_vlm.tasks import TASKS
 
 GUI = ["Task_id", "Image_id", "Instruction", "Output", "Grounding"]
@@ -407,7 +408,7 @@ def test_rows_and_images_on_a_file_system_of_fsspec(memory: str) -> None:
 
 
 def test_rows_and_images_in_a_bucket(bucket: str, tmp_path: Path) -> None:
-    from ray_vlm.runs.store import Store, full_address
+    from ray_vlm.storage import Store, full_address
 
     folder = f"{bucket.partition('?')[0].rstrip('/')}/formats test"
     store = Store(full_address(bucket))
@@ -422,8 +423,8 @@ def test_remote_images_stay_under_their_root() -> None:
     root = "s3://b/images?region=eu"
     assert resolve_image(root, "x/a.jpg") == "s3://b/images/x/a.jpg?region=eu"
     assert resolve_image(root, "s3://b/images/a.jpg") == "s3://b/images/a.jpg?region=eu"
-    assert parent_folder("s3://b/images/rows.csv?region=eu") == "s3://b/images?region=eu"
-    assert parent_folder("s3://b/rows.csv") == "s3://b"
+    assert split_address("s3://b/images/rows.csv?region=eu")[0] == "s3://b/images?region=eu"
+    assert split_address("s3://b/rows.csv")[0] == "s3://b"
     for name in ("../a.jpg", "/a.jpg", "s3://other/a.jpg", "x/../../a.jpg", "gs://b/a.jpg", "a::file:///etc/passwd"):
         with pytest.raises(ValueError, match="outside image_root"):
             resolve_image(root, name)

@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as masks
 
 from ray_vlm.config.data import Data, Source
-from ray_vlm.data.files import resolve_image
+from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import measure_row, settle_boxes
 from ray_vlm.data.records import BadRow, SftRecord

@@ -12,7 +12,7 @@ from ray_vlm.evaluate import weights
 from ray_vlm.evaluate.pairs import make_pairs
 from ray_vlm.evaluate.weights import find_answerer, trained_weights, weights_of
 from ray_vlm.runs.read import read_run
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 
 
 def _run(folder: Path, *folders: str) -> Path:

@@ -19,7 +19,7 @@ from ray_vlm.runs.checkpoints import (
     sweep,
     write_part,
 )
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 
 
 def _write(store: Store, step: int, attempt: int = 1, score: float | None = None, text: str = "weights") -> str:

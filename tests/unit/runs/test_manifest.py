@@ -24,7 +24,7 @@ from ray_vlm.runs.manifest import (
     this_process,
 )
 from ray_vlm.runs.paths import RunPaths
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 from ray_vlm.train import attempt as attempts
 from ray_vlm.train.attempt import begin_attempt
 from ray_vlm.train.driver import _end

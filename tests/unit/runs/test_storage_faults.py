@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,15 @@ from typing import Any
 
 import pytest
 
+from ray_vlm import storage as stores
 from ray_vlm.config.schema import Checkpoint
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
-from ray_vlm.runs import store as stores
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, checkpoint_name, open_checkpoint, open_newest, replace_folder
 from ray_vlm.runs.manifest import claim_run, find_run
 from ray_vlm.runs.monitor import Monitor, read_metrics
 from ray_vlm.runs.paths import write_folder, write_json
-from ray_vlm.runs.store import Store, join, making
+from ray_vlm.storage import Store, join, making
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.callbacks.checkpointing import CheckpointCallback
 from ray_vlm.train.callbacks.metrics import StepTimer
@@ -205,7 +206,7 @@ def test_a_store_that_goes_away_for_a_while_is_waited_for(stumbling: tuple[str, 
 
 def test_pyarrow_s_own_patience_is_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(stores.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     store, left = Store("s3://b/run"), [3]
 
     def do() -> str:

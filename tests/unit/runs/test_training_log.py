@@ -15,7 +15,7 @@ from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import Monitor, TrainingLog, best_line, read_metrics, write_training_log
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.read import complete_log, read_run
-from ray_vlm.runs.store import Store, join
+from ray_vlm.storage import Store, join
 from tests.unit.runs.test_read import write_evaluation, write_run
 
 JOB = {"method": {"name": "sft"}, "task": {"name": "detection"}, "model": {"name": "tiny"}}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 from ray_vlm.train.attempt import begin_attempt, check_owner, prove_storage
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ray_vlm.methods.clock import Clock
-from ray_vlm.runs.store import Store
+from ray_vlm.storage import Store
 from ray_vlm.train.attempt import Attempt
 from ray_vlm.train.watchdog import Watchdog, WorkerStatus, describe_stall, find_phase, is_waiting, take_sentence
 

@@ -1,4 +1,4 @@
-"""The same run files in a folder and in an object store."""
+"""Addresses, and the same files in a folder, in an object store and on a file system of fsspec."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,15 @@ import pytest
 
 from ray_vlm.runs.checkpoints import MANIFEST, checkpoint_name, commit, open_newest, replace_folder, write_part
 from ray_vlm.runs.manifest import check_free, claim_run, find_run
-from ray_vlm.runs.store import Store, join
+from ray_vlm.storage import Store, full_address, join, open_file, read_bytes, replacing, split_address
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", "s3", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
         return Store(tmp_path / "run")
+    if request.param == "memory":
+        return Store(f"memory://runs/{tmp_path.name}")
     return Store(join(request.getfixturevalue("bucket"), tmp_path.name))
 
 
@@ -78,3 +80,66 @@ def test_runs_in_an_object_store_are_claimed_found_and_refused(bucket: str, tmp_
 def test_options_of_an_address_stay_at_its_end() -> None:
     assert join("s3://b/runs/?region=x", "name") == "s3://b/runs/name?region=x"
     assert join("file:///runs", "name") == os.path.join("/runs", "name")
+
+
+@pytest.mark.parametrize(
+    ("address", "folder", "name"),
+    [
+        ("s3://b/runs/a/?region=x", "s3://b/runs?region=x", "a"),
+        ("s3://b/a b%20#1.csv", "s3://b", "a b%20#1.csv"),
+        ("file:///runs/a", "/runs", "a"),
+        ("/runs/a?b/", "/runs", "a?b"),
+        ("a.csv", os.getcwd(), "a.csv"),
+    ],
+)
+def test_an_address_is_split_into_folder_and_name(address: str, folder: str, name: str) -> None:
+    assert split_address(address) == (folder, name)
+    assert split_address(join(folder, name)) == (folder, name)
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("abfs://cont@account.dfs.core.windows.net/a/b", "cont/a/b"),
+        ("abfs://account.blob.core.windows.net/cont/a", "cont/a"),
+        ("gs://anonymous@b/a/c?scheme=http", "b/a/c"),
+        ("s3://b/a%20d/?region=x", "b/a d"),
+        ("s3://b?region=x", "b"),
+        ("memory://b/a", "/b/a"),
+    ],
+)
+def test_every_store_finds_its_path(address: str, path: str) -> None:
+    assert Store(address)._locate()[1] == path
+    assert Store(address)._locate("x")[1] == f"{path}/x"
+
+
+def test_an_endpoint_becomes_part_of_an_address_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://h:1")
+    once = full_address("s3://b/a?region=x")
+    assert once == full_address(once) == "s3://b/a?region=x&endpoint_override=http%3A%2F%2Fh%3A1"
+    assert full_address("gs://b/a") == "gs://b/a"
+
+
+@pytest.mark.parametrize("scheme", ["https", "ftp", "fsspec+https", "simplecache::https"])
+def test_nothing_is_read_from_the_web(scheme: str) -> None:
+    for read in (open_file, lambda address: Store(address).read("a")):
+        with pytest.raises(OSError, match="addresses are not read; download"):
+            read(f"{scheme}://host/a.jpg")
+
+
+def _write_half(path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"ne")
+        raise KeyboardInterrupt
+
+
+def test_a_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        _write_half(path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a": b"old"}
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a": b"new"}
+    assert read_bytes(f"file://{path}") == b"new"

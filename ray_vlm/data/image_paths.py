@@ -1,92 +1,14 @@
-"""Open files by path or address (`s3://bucket/a.jpg`), and keep image names inside their folder.
-
-Addresses go to pyarrow's file systems, and to fsspec's for schemes that pyarrow does not know. Nothing is read from the
-web: a name in a data file must not make this machine call another.
-"""
+"""Keep the names of images in data files inside their folder."""
 
 import os
 import re
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
-from ray_vlm.runs.store import full_address, is_remote, local_path
+from ray_vlm.storage import WEB, is_remote, local_path, split_options
 
-_WEB = ("http", "https", "ftp", "ftps")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes; limits of Linux file systems
-
-
-def open_file(address: str) -> BinaryIO:
-    """Open a path or an address as a seekable binary file; close it after use.
-
-    Raise `OSError` if it is missing or refused, `ValueError` if no file system can open such an address.
-    """
-    if not is_remote(address):
-        return open(local_path(address), "rb")
-    system, path = _locate(address)
-    return cast(BinaryIO, system.open_input_file(path))
-
-
-def _locate(address: str) -> tuple[Any, str]:
-    """Return the file system of an address, and the path in it."""
-    scheme, _, rest = full_address(address).partition("://")
-    location, mark, options = rest.partition("?")
-    server, _, key = location.partition("/")
-    system, folder = _file_system(scheme, server, mark + options)
-    return system, f"{folder.rstrip('/')}/{key}"
-
-
-def read_bytes(address: str) -> bytes:
-    """Return all bytes of a path or an address. Raises as `open_file` does."""
-    with open_file(address) as file:
-        return file.read()
-
-
-def describe_file(address: str) -> tuple[str, int, int]:
-    """Return a file's name, bytes and time of the last change (ns), which together identify its version. Raise
-    `OSError` if it is missing."""
-    if not is_remote(address):
-        about = os.stat(local_path(address))
-        return os.path.basename(address), about.st_size, about.st_mtime_ns
-    system, path = _locate(address)
-    info = system.get_file_info(path)
-    return path.rsplit("/", 1)[-1], info.size or 0, info.mtime_ns or 0
-
-
-def parent_folder(address: str) -> str:
-    """Return the folder of a file, as a path or an address; the `?options` of an address stay."""
-    if not is_remote(address):
-        return str(Path(local_path(address)).parent)
-    uri, mark, options = address.partition("?")
-    scheme, _, rest = uri.partition("://")
-    server, _, key = rest.partition("/")
-    return f"{scheme}://{server}/{key.rpartition('/')[0]}".rstrip("/") + mark + options
-
-
-@lru_cache(maxsize=64)
-def _file_system(scheme: str, server: str, options: str) -> tuple[Any, str]:
-    """Return a pyarrow file system, and the path in it of the scheme's top folder (usually a bucket)."""
-    if scheme.lower().split("::")[-1] in _WEB:
-        raise ValueError(f"{scheme}:// addresses are not read; download the file and give its path")
-    from pyarrow import fs
-
-    try:
-        return fs.FileSystem.from_uri(f"{scheme}://{server}/{options}")
-    except ValueError as error:  # pyarrow's ArrowInvalid
-        if "Unrecognized filesystem type" not in str(error):
-            raise ValueError(f"{scheme}://{server}{options} cannot be opened ({error})") from None
-    try:
-        from fsspec.core import url_to_fs
-
-        system, folder = url_to_fs(f"{scheme}://{server}/")
-    except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"no file system for {scheme}:// ({error}); install the fsspec package for it, or copy the files to a "
-            "folder or to s3://, gs:// or abfs://"
-        ) from None
-    return fs.PyFileSystem(fs.FSSpecHandler(system)), folder
 
 
 def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
@@ -100,7 +22,7 @@ def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
     if name[:5].lower() == "data:":
         raise ValueError("image is a data: URI, which is not read; write it to a file and give a path under image_root")
     scheme = _SCHEME.match(name)
-    if scheme and scheme[1].lower() in _WEB:
+    if scheme and scheme[1].lower() in WEB:
         raise ValueError(f"image {name[:80]!r}: URLs are not read; download it and give a path under image_root")
     if reason := _not_a_path(name):
         raise ValueError(f"image {name[:80]!r} is not a path ({reason}); give a path under image_root")
@@ -167,11 +89,11 @@ def _resolved(root: str) -> str:
 
 
 def _resolve_remote(root: str, name: str) -> str:
-    folder, mark, options = root.partition("?")
-    folder = folder.rstrip("/") + "/"
+    base, options = split_options(root)
+    folder = base.rstrip("/") + "/"
     inside = name.removeprefix(folder)
     if inside.startswith("/") or ".." in inside.split("/") or "::" in inside or _SCHEME.match(inside):
         raise ValueError(f"image {name[:200]!r} lies outside image_root {root}; move it there, or set image_root")
     if "?" in inside:
         raise ValueError(f"image {name[:200]!r} holds a ?, which ends an address; rename it")
-    return folder + inside + mark + options
+    return folder + inside + options
