@@ -28,14 +28,13 @@ class TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record. Raise `BrokenPipeError` if the reader has left, which ends any verb but a run."""
         prefix = {logging.DEBUG: f"{record.name}: ", logging.WARNING: "note: "}.get(record.levelno, "")
-        is_progress = record.name == PROGRESS.name
         beside = record.name in _BESIDE_OUTPUT and not self.in_run
         is_line = record.levelno in (logging.INFO, logging.WARNING) and not beside
         try:
             # Looked up now, because notebooks and tests replace the streams.
             print(prefix + self.format(record), file=sys.stdout if is_line else sys.stderr, flush=True)
         except OSError:
-            if not self.in_run and not is_progress:
+            if not self.in_run and record.name != PROGRESS.name:
                 raise
 
 

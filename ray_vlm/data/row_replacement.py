@@ -6,7 +6,6 @@ read. Every rank keeps as many rows as planned, so none waits for another. The r
 that a row whose image is gone when the run is resumed keeps its position in the plan.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,6 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.errors import DataError
 
-logger = logging.getLogger(__name__)
 SIZES_FILE = "image_sizes.parquet"  # of a run folder
 WAITS_S = (0.2, 1.0)  # before each new attempt at the row itself
 _OTHERS = 16  # rows after it that may take its place
@@ -43,11 +41,9 @@ def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, rep
     others = [(number + step) % len(records) for step in range(1, min(_OTHERS, len(records) - 1) + 1)]
     for other in others:
         try:
-            row = replace(builder.row(records[other]), number=other)
+            return replace(builder.row(records[other]), number=other)
         except DataError:
             continue
-        logger.debug(f"{first} Row {other} takes its place.")
-        return row
     raise DataError(
         f"{first} None of the {len(others)} rows after it can be read either: mend the files or their network."
     )

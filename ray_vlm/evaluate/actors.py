@@ -5,7 +5,6 @@ of threads change the last digits of a forward.
 """
 
 import json
-import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from ray.data import Dataset
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
 _BLOCKS_PER_ACTOR = 64
 
 
@@ -121,7 +119,6 @@ def run_batches(
     """
     if not numbers:
         return
-    logger.debug(f"{len(numbers)} batches in {num_actors} processes" if num_actors else f"{len(numbers)} batches here")
     run = _run_on_ray(inference, function, numbers, num_actors) if num_actors else _run(inference, function, numbers)
     with closing(run) as results:
         yield from results

@@ -7,7 +7,6 @@ wrong gradients without an error; `load_model` turns that off (the packed path h
 
 import copy
 import json
-import logging
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedConfig, PreTrainedModel
 
-logger = logging.getLogger(__name__)
 _DEVICE_MARKS = ("CUDA", "HIP error", "NVIDIA", "NCCL", "gloo")  # in errors of devices and of collective operations
 
 _GIVE_BASE = (
@@ -171,7 +169,6 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> "PreTr
             raise
         raise _explain_weights(spec, error) from error
     model, info = loaded
-    logger.debug(f"loaded {name} as {model.dtype} on {device}{', in 4 bit' if spec.load_in_4bit else ''}")
     _check_complete(spec, model, info["missing_keys"])
     if is_deepspeed_zero3_enabled():
         _forget_renamings(model)

@@ -89,6 +89,7 @@ def commit(
         "files": {file: {"size": size, "sha256": digest} for file, (size, digest) in sorted(files.items())},
     }
     store.write(f"{name}/{MANIFEST}", json.dumps(body | {"sha256": _seal(body)}, indent=1).encode() + b"\n")
+    logger.debug(f"{name} is committed with {len(files)} files, score {score}")
 
 
 def read_checkpoint(store: Store, name: str) -> Checkpoint:

@@ -101,7 +101,8 @@ class Console:
             self._first = None
             logger.info(describe_trainable(line["trainable"]))
             if line["step"]:
-                logger.info(f"attempt {line['attempt']} goes on from step {line['step']}")
+                workers = f", with {line['num_workers']} workers" if line.get("num_workers", 1) > 1 else ""
+                logger.info(f"attempt {line['attempt']} goes on from step {line['step']}{workers}")
         elif line["kind"] == "checkpoint":
             logger.info(f"checkpoint at step {line['step']} ({line['checkpoint_s']:.1f} s)")
         elif line["kind"] in ("note", "progress"):

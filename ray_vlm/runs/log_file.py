@@ -43,7 +43,7 @@ def log_to_file(paths: RunPaths, name: str) -> Iterator[None]:
             try:
                 yield
             except Exception:  # raised again
-                logger.debug("ended by an error", exc_info=True)
+                logger.debug("ended by an exception", exc_info=True)
                 raise
     finally:
         with suppress(OSError):

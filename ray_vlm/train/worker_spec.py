@@ -1,6 +1,5 @@
 """The plain data that the driver sends to a training process."""
 
-import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,8 +9,6 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.train.memory_plan import Probe
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,6 @@ class WorkerSpec:
 
 def settle_workers(job: JobConfig, spec: WorkerSpec, world_size: int) -> tuple[JobConfig, WorkerSpec]:
     """Return the job and its spec for the current number of workers; each step keeps its rows."""
-    logger.info(f"{world_size} workers in this attempt, of cluster.num_workers={job.cluster.num_workers}")
     cluster = job.cluster.model_copy(update={"num_workers": world_size})
     job, plan = job.model_copy(update={"cluster": cluster}), spec.plan
     micro = plan.global_batch_size // world_size if job.method.name == "grpo" else plan.micro_batch_size

@@ -23,7 +23,7 @@ FLOORS = [
     {"tasks", "models", "cluster"},
     {"config"},
     {"runs"},
-    {"errors", "machine", "distributed"},
+    {"errors", "logs", "machine", "distributed"},
 ]
 PLAIN_DATA = {"ray_vlm.models.families", "ray_vlm.data.records"}  # readable from every floor
 HEAVY = ("torch", "ray", "trl", "transformers", "matplotlib")

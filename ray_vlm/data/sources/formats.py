@@ -3,7 +3,6 @@
 A row that cannot be read becomes a `BadRow`.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,6 @@ from ray_vlm.data.sources.tables import Table, read_table
 from ray_vlm.errors import ConfigError, DataError, RayVlmError
 from ray_vlm.runs.console import lasting
 
-logger = logging.getLogger(__name__)
 _CORNERS = ("x1", "y1", "x2", "y2")
 _NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
 
@@ -33,9 +31,7 @@ def read_source(source: Source) -> tuple[list[Record | BadRow], list[str]]:
     `ConfigError` if the file cannot be created."""
     with lasting(f"reading {source.path}"):
         prepare_source(source)
-        rows, labels = read_rows(source)
-    logger.debug(f"read {len(rows)} rows of format {source.format} from {source.path}")
-    return rows, labels
+        return read_rows(source)
 
 
 def prepare_source(source: Source) -> None:

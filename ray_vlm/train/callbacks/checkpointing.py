@@ -6,7 +6,6 @@ random state, in the files that `transformers.Trainer` reads. Its step is its po
 
 import hashlib
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +33,6 @@ from ray_vlm.train.best import score_of
 from ray_vlm.train.callbacks.metrics import StepTimer
 from ray_vlm.train.run_context import RunContext
 
-logger = logging.getLogger(__name__)
 _SAMPLE = 16  # weights of each tensor that enter the base's fingerprint
 # Keys of `preprocessing.json` that decide how a row becomes a prompt, and their names in messages.
 _QUESTION = {"task": "task", "labels": "class names", "hints": "hints", "images": "image sizes"}
@@ -108,7 +106,6 @@ class CheckpointCallback(TrainerCallback):
             return
         about = {**self._about, "world_size": self._run.distributed.world_size, "progress": asdict(self._run.progress)}
         commit(self._store, name, files, step, attempt=self._run.attempt.number, score=score, **about)
-        logger.debug(f"{name} is committed with {len(files)} files, score {score}")
         with suppress(OSError):  # the new one is already committed; old ones that cannot be deleted stay
             prune(self._store, self._options.keep, self._options.keep_best)
 
