@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ray_vlm.logs import show_lines
+
 if TYPE_CHECKING:
     from ray_vlm.evaluate.predictor import Ask, Predictor
 
 __version__ = "0.1.0"
 __all__ = ["Ask", "Predictor"]
+show_lines()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.jobs import write_job
+from tests.support.lines import kept_lines
 from tests.support.quick import compile_templates_once, freeze_imports
 from tests.support.wheel import install_wheel
 
@@ -49,6 +50,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup() -> None:
     freeze_imports()
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What the package logs for the user."""
+    with kept_lines() as lines:
+        yield lines
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ its output closed the pipe.
 
 import argparse
 import json
+import logging
 import os
 import select
 import sys
@@ -20,6 +21,7 @@ from ray_vlm.cli.parser import VerbParser, job_verb
 from ray_vlm.cli.predict import add_predict_verb
 from ray_vlm.cli.runs import add_export_verb, add_runs_verbs
 from ray_vlm.cli.starter import add_starter_verbs
+from ray_vlm.logs import TERMINAL
 
 _READER_LEFT = 141  # a shell's exit code for a program that SIGPIPE ended
 
@@ -60,6 +62,7 @@ def _run(arguments: Sequence[str]) -> int:
         args.parser.refuse_unknown(rest)
     if rest:  # key=value after an option
         args.overrides = [*args.overrides, *rest]
+    TERMINAL.setLevel(logging.DEBUG if "verbose" in args else logging.INFO)
     from ray_vlm.errors import Interrupted, RayVlmError
 
     try:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
     from ray_vlm.cluster.package import Archive
     from ray_vlm.config.schema import JobConfig
 
@@ -91,7 +93,7 @@ def command_words(actions: tuple[argparse.Action, ...], values: dict[str, Any]) 
 
 def _submit(args: argparse.Namespace) -> int:
     from ray_vlm.cluster.package import check_size, describe_archive, plan_package, plan_working_folder
-    from ray_vlm.cluster.submit import connect_jobs, entrypoint, follow_job, load_runtime_env, submit
+    from ray_vlm.cluster.submit import connect_jobs, entrypoint, load_runtime_env, submit
     from ray_vlm.config.load import load_job
     from ray_vlm.runs.trackers import adopt_wandb_login
 
@@ -108,7 +110,7 @@ def _submit(args: argparse.Namespace) -> int:
     print("\n".join([describe_archive(archive), describe_archive(package), *lines]), flush=True)
     name = submit(client, command, env, (archive, package), args.submission_id, args.driver_cpus, args.driver_gpus)
     print(f"job {name}: {command}", flush=True)
-    return 0 if args.no_wait else follow_job(client, name, _ask)
+    return 0 if args.no_wait else _follow(client, name)
 
 
 def _working_folder(path: str) -> Path:
@@ -130,7 +132,7 @@ def _check_paths(
     from ray_vlm.cluster.package import check_job, check_results, check_words
     from ray_vlm.errors import ConfigError
 
-    words = {action.dest: getattr(args, action.dest) for action in args.submitted_actions}
+    words = {action.dest: getattr(args, action.dest, None) for action in args.submitted_actions}
     values, report = check_words(words, archive)
     if job is not None:
         report += check_job(job, values["job"], archive)
@@ -143,7 +145,7 @@ def _check_paths(
 
 
 def _jobs(args: argparse.Namespace) -> int:
-    from ray_vlm.cluster.submit import ask_cluster, connect_jobs, describe_jobs, follow_job
+    from ray_vlm.cluster.submit import ask_cluster, connect_jobs, describe_jobs
 
     client = connect_jobs(args.address)
     if args.action == "list":
@@ -157,10 +159,28 @@ def _jobs(args: argparse.Namespace) -> int:
         ask_cluster(lambda: client.stop_job(args.id))
         print(f"job {args.id} was asked to stop; `ray-vlm jobs logs {args.id} --follow` waits for its end")
     elif args.follow:
-        return follow_job(client, args.id, _ask)
+        return _follow(client, args.id)
     else:
         print(ask_cluster(lambda: client.get_job_logs(args.id)), end="")
     return 0
+
+
+def _follow(client: "JobSubmissionClient", job: str) -> int:
+    """Print the job's log until the job ends; return its exit code. Ctrl-C asks whether to stop the job too."""
+    from ray_vlm.cluster.submit import PATIENCE_S, STOPPED, ask_cluster, exit_code, new_text
+
+    lines = new_text(client, job)
+    while True:
+        try:
+            for text in lines:
+                print(text, end="", flush=True)
+            return exit_code(ask_cluster(lambda: client.get_job_info(job), PATIENCE_S))
+        except KeyboardInterrupt:
+            if not _ask(f"\nstop job {job} too? It writes a checkpoint first. [y/N] "):
+                print(f"job {job} goes on; `ray-vlm jobs logs {job} --follow` and `ray-vlm jobs stop {job}` reach it")
+                return STOPPED
+            ask_cluster(lambda: client.stop_job(job))
+            lines = new_text(client, job, lines_shown=True)
 
 
 def _ask(question: str) -> bool:

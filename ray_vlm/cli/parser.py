@@ -19,6 +19,8 @@ class VerbParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
         self.register("type", None, _read_text)  # the type of every argument that has none of its own
         self.set_defaults(parser=self)  # the parser of the innermost verb sets it last
+        # without a default, which would replace what was given before the verb
+        self.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show details too")
 
     def add_subparsers(self, **options: Any) -> argparse._SubParsersAction:
         """As argparse does it; the words behind a verb are left to the parser of that verb."""

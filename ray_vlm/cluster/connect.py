@@ -20,6 +20,7 @@ from ray_vlm.cluster.preflight import (
 from ray_vlm.errors import RunError
 from ray_vlm.machine import cannot_hold_ray, count_cpus, count_gpus, describe_room, ray_folder, read_disk
 
+logger = logging.getLogger(__name__)
 # Environment variables that are set before Ray starts; a value that the user has set stays.
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing calls home
@@ -101,12 +102,11 @@ def _start_own(cpus: int) -> None:
     if note and cannot_hold_ray(disk):
         raise RunError(note)
     if note:
-        print(f"note: {note}", flush=True)
+        logger.warning(note)
     if (other := find_other_cluster()) is not None:
-        print(
-            f"note: a Ray cluster runs on this machine already ({other}); this starts one of its own beside it. "
-            "cluster.address=auto, or RAY_ADDRESS=auto, joins that one",
-            flush=True,
+        logger.warning(
+            f"a Ray cluster runs on this machine already ({other}); this starts one of its own beside it. "
+            "cluster.address=auto, or RAY_ADDRESS=auto, joins that one"
         )
     ray.init(address=_OWN, num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
 
@@ -119,7 +119,7 @@ def start_ray(demand: ClusterDemand) -> Iterator[None]:
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    print(describe_start(demand.cluster.address), flush=True)
+    logger.info(describe_start(demand.cluster.address))
     import ray  # after the line above, since importing and starting Ray takes many seconds
 
     starts_ray, added = not ray.is_initialized(), set[str]()
@@ -144,11 +144,10 @@ def start_ray(demand: ClusterDemand) -> Iterator[None]:
 
 
 def tell_idle_gpus(count: int) -> None:
-    """Print a note that a run on CPUs leaves `count` GPUs idle, unless there are none."""
+    """Log a warning that a run on CPUs leaves `count` GPUs idle, unless there are none."""
     if count:
         cards = "a GPU lies" if count == 1 else f"{count} GPUs lie"
-        text = f"{cards} idle, and the job runs on CPUs; cluster.gpus_per_worker=1 gives each worker a GPU"
-        print(f"note: {text}", flush=True)
+        logger.warning(f"{cards} idle, and the job runs on CPUs; cluster.gpus_per_worker=1 gives each worker a GPU")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ray Jobs: submit a verb to a cluster, follow its log, exit with the run's own code; list, show and stop jobs.
+"""Ray Jobs: submit a verb to a cluster, read its log, return the run's own exit code; list, show and stop jobs.
 
 Ray's own command exits with 0 or 1, and with 0 for a stopped job; here the exit code is the driver's.
 """
@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,10 +27,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
 STOPPED = 130  # exit code of a stopped job without a code of its own
 SUPPORTED_RAY = ((2, 60), (3, 0))  # at least, and below; as in pyproject.toml
 _POLL_S = 1.0
-_PATIENCE_S = 60.0  # how long an unreachable server is retried while a job is followed
+PATIENCE_S = 60.0  # how long an unreachable server is retried while a job is followed
 _TIMEOUT_S = (10.0, 120.0)  # for a connection, and for an answer
 _LAUNCH_FILE = "jobs/runtime_env.yaml"
 _SERVER_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -69,7 +69,7 @@ def connect_jobs(address: str | None) -> "JobSubmissionClient":
 
 
 def check_ray_version(version: str | None) -> None:
-    """Raise `RunError` for an unsupported version of Ray on the cluster; print a note for another one than here."""
+    """Raise `RunError` for an unsupported version of Ray on the cluster; log a warning for another one than here."""
     import ray
 
     numbers = tuple(int(part) for part in re.findall(r"\d+", version or "")[:2])
@@ -80,7 +80,7 @@ def check_ray_version(version: str | None) -> None:
             f"Start the cluster with another Ray, best {ray.__version__} as here."
         )
     if version and version != ray.__version__:
-        print(f"note: the cluster runs Ray {version}, this machine {ray.__version__}", file=sys.stderr)
+        logger.warning(f"the cluster runs Ray {version}, this machine {ray.__version__}")
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -171,45 +171,28 @@ def _send(client: "JobSubmissionClient", archive: Archive) -> str:
         return client._upload_package_if_needed(str(path), include_gitignore=False, is_file=True)
 
 
-def follow_job(client: "JobSubmissionClient", job: str, ask: Callable[[str], bool]) -> int:
-    """Print the job's log until the job ends; return its exit code. Ctrl-C asks whether to stop the job too."""
-    lines = _new_text(client, job)
-    while True:
-        try:
-            for text in lines:
-                sys.stdout.write(text)
-                sys.stdout.flush()
-                time.sleep(_POLL_S)
-            return exit_code(ask_cluster(lambda: client.get_job_info(job), _PATIENCE_S))
-        except KeyboardInterrupt:
-            if not ask(f"\nstop job {job} too? It writes a checkpoint first. [y/N] "):
-                print(f"job {job} goes on; `ray-vlm jobs logs {job} --follow` and `ray-vlm jobs stop {job}` reach it")
-                return STOPPED
-            ask_cluster(lambda: client.stop_job(job))
-            lines = _new_text(client, job, lines_shown=True)
-
-
-def _new_text(client: "JobSubmissionClient", job: str, lines_shown: bool = False) -> Iterator[str]:
-    """Yield the new text of the log at each poll, until the job has ended."""
+def new_text(client: "JobSubmissionClient", job: str, lines_shown: bool = False) -> Iterator[str]:
+    """Yield the new text of the job's log at each poll, until the job has ended."""
     shown = len(client.get_job_logs(job)) if lines_shown else 0
     while True:
-        ended = ask_cluster(lambda: client.get_job_status(job), _PATIENCE_S).is_terminal()
-        text = ask_cluster(lambda: client.get_job_logs(job), _PATIENCE_S)
+        ended = ask_cluster(lambda: client.get_job_status(job), PATIENCE_S).is_terminal()
+        text = ask_cluster(lambda: client.get_job_logs(job), PATIENCE_S)
         yield text[shown:]
         shown = len(text)
         if ended:
             return
+        time.sleep(_POLL_S)
 
 
 def exit_code(info: "JobDetails") -> int:
-    """Return the exit code of the job's command; without one, a code for the job's status, whose message is printed."""
+    """Return the exit code of the job's command; without one, a code for the job's status, whose message is logged."""
     status = str(getattr(info.status, "value", info.status))
     if status == "SUCCEEDED":
         return 0
     if info.driver_exit_code is not None:
         return int(info.driver_exit_code) or 1
     if status != "STOPPED":
-        print(f"error: the job ended as {status}: {(info.message or '').strip()[-2000:]}", file=sys.stderr)
+        logger.error(f"error: the job ended as {status}: {(info.message or '').strip()[-2000:]}")
     return STOPPED if status == "STOPPED" else 1
 
 
@@ -223,7 +206,7 @@ def ask_cluster(request: Callable[[], T], patience_s: float = 0.0) -> T:
             if _is_refusal(error) or time.monotonic() >= deadline:
                 raise RunError(f"the job server says: {describe_failure(error, _AWAY if retried else '')}") from None
             if not retried:
-                print(f"the job server does not answer; it is asked again for {patience_s:.0f} s", file=sys.stderr)
+                logger.info(f"the job server does not answer; it is asked again for {patience_s:.0f} s")
             retried = True
         time.sleep(_POLL_S)
 

@@ -6,6 +6,7 @@ rewards by GRPO. Each stage starts from the adapter of the previous one; all are
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from ray_vlm.demo.shapes import RARE_CLASS
 from ray_vlm.runs.paths import write_json
 from ray_vlm.runs.text import format_table
 
+logger = logging.getLogger(__name__)
 JOB = "demo_sft.yaml"
 PAIRS = "pairs.jsonl"
 NUM_ROWS = 600  # rows whose answers are sampled for pairs
@@ -105,7 +107,7 @@ def run_demo(output_dir: Path, whole: bool = False) -> int:
     wall = round(time.monotonic() - started, 1)
     stages = [{"name": step.name, "metrics": _summary(step)} for step in steps]
     write_json(folder / "summary.json", {"wall_s": wall, "stages": stages})
-    _print_scores(folder, steps, wall)
+    _log_scores(folder, steps, wall)
     return 0
 
 
@@ -113,13 +115,13 @@ def _progress(started: float, whole: bool) -> Callable[[str], None]:
     end = _END_S[whole]
     starts = {**_STAGES, **(_LATER_STAGES if whole else {}), "report": end - _REPORT_S}
 
-    def say(stage: str) -> None:
+    def announce(stage: str) -> None:
         spent = time.monotonic() - started
         left = (end - starts[stage]) * (spent / starts[stage] if starts[stage] > 60 else 1.0)
         number = list(starts).index(stage) + 1
-        print(f"\n[{number}/{len(starts)}] {stage}  (about {max(left, 1):.0f} s left)", flush=True)
+        logger.info(f"\n[{number}/{len(starts)}] {stage}  (about {max(left, 1):.0f} s left)")
 
-    return say
+    return announce
 
 
 def draw_scenes(data: Data, meanwhile: Callable[[], None]) -> None:
@@ -157,7 +159,7 @@ def measure_step(name: str, title: str, job: JobConfig, folder: Path, run: Path 
 
     adapter = None if run is None else str(run / "best")
     output_dir = folder / "evaluate" / name if run is None else run / "evaluate/best"
-    metrics = evaluate(job, adapter, output_dir, say=_print_indented)
+    metrics = evaluate(job, adapter, output_dir)
     return Step(name, title, metrics, output_dir, run)
 
 
@@ -167,11 +169,7 @@ def make_pairs(output_dir: Path, adapter: Path) -> None:
 
     # 450 answers are 75 rows at a time.
     job = demo_job(output_dir, [f"data.train.max_rows={NUM_ROWS}", "evaluate.batch_size=450", _HERE])
-    make(job, str(adapter), "train", str(output_dir / "demo" / PAIRS), _print_indented, overwrite=True)
-
-
-def _print_indented(text: str) -> None:
-    print(f"  {text}", flush=True)
+    make(job, str(adapter), "train", str(output_dir / "demo" / PAIRS), overwrite=True)
 
 
 def _report(folder: Path, steps: Sequence[Step]) -> None:
@@ -208,16 +206,16 @@ def _validated(step: Step) -> dict[str, float]:
     return {f"{key}_before": values[0], key: max(values)}
 
 
-def _print_scores(folder: Path, steps: Sequence[Step], wall: float) -> None:
+def _log_scores(folder: Path, steps: Sequence[Step], wall: float) -> None:
     names = {"f1_50": "F1 at IoU 0.5", "map": "mAP", "mean_iou": "mean IoU", "recall_rare": "recall of the rare class"}
     names["parse_rate"] = "answers that parse"
     rows = [[title, *(f"{_summary(step)[key]:.3f}" for step in steps)] for key, title in names.items()]
-    print(f"\n{format_table([['', *(step.title for step in steps)], *rows])}")
+    logger.info(f"\n{format_table([['', *(step.title for step in steps)], *rows])}")
     for step in steps:
         if judged := _JUDGED_BY.get(step.name):
             now = _validated(step)
-            print(
+            logger.info(
                 f"{step.title}, held out: {judged.replace('_', ' ')} {now[judged + '_before']:.3f} -> {now[judged]:.3f}"
             )
     report = os.path.relpath(folder / "report.html")
-    print(f"\ndone in {wall:.0f} s; open {report} to see it", flush=True)
+    logger.info(f"\ndone in {wall:.0f} s; open {report} to see it")

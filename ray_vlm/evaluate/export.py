@@ -5,9 +5,10 @@ adapter's change is smaller than the step between two values. A merged model is 
 on the run's own rows must match those of base and adapter.
 """
 
+import logging
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+logger = logging.getLogger(__name__)
 # Largest difference of a logit from rounding alone, as a share of the largest logit (measured in docs/dev/LOG.md).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 _CHECKED_ROWS, _BATCH = 8, 4  # rows whose logits are compared
@@ -45,7 +47,6 @@ def export_run(
     output: str | None = None,
     merged: bool = False,
     weights: str | None = None,
-    say: Callable[[str], None] = print,
     precision: Precision | None = None,
 ) -> Path:
     """Write the export of a run and return its folder; by default `<run>/export/adapter`, `.../merged`, or
@@ -73,7 +74,7 @@ def export_run(
         device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
         batches = check_batches(job, files, device)
         model, checked = merge(job.model, files, batches, precision or job.train.precision, device)
-        say(
+        logger.info(
             f"merged: on {checked['rows']:.0f} rows no logit differs by more than {checked['largest']:.3g} (largest "
             f"{checked['scale']:.3g}); {checked['same_token']:.2%} of the likeliest tokens are the same"
         )
@@ -89,7 +90,7 @@ def export_run(
         (new / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(folder, fill)
-    say(f"{TITLES[kind]} of {run.name}/{name} in {folder}")
+    logger.info(f"{TITLES[kind]} of {run.name}/{name} in {folder}")
     return folder
 
 

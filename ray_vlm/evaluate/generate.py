@@ -7,6 +7,7 @@ the next one, shortened as `Predictor.predict_step` does it.
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 ANSWERS = "answers.jsonl"  # a line with the key, then a line for each batch
 _PROGRESS_S = 5.0  # seconds between progress lines
 
@@ -114,13 +116,12 @@ def answer_all(
     builder: SampleBuilder,
     path: Path,
     num_actors: int,
-    say: Callable[[str], None],
     weights: str | None = None,
 ) -> list[str]:
     """Return the greedy answer to each record, in their order.
 
-    `path`: file to which answers are appended; those in it from the same inputs are not generated again. `say` gets
-    progress lines. `weights`: a local folder with the files of `inference.adapter`, which may be an address.
+    `path`: file to which answers are appended; those in it from the same inputs are not generated again. `weights`: a
+    local folder with the files of `inference.adapter`, which may be an address.
     """
     batches = inference.batches
     key = describe_inputs(inference, builder, weights or inference.adapter)
@@ -128,7 +129,7 @@ def answer_all(
     missing = [number for number in range(len(batches)) if number not in answered]
     total, done = len(inference.records), sum(len(batches[number]) for number in answered)
     if answered:
-        say(f"{done} of {total} answers were there already, in {path}")
+        logger.info(f"{done} of {total} answers were there already, in {path}")
     started, last_line, first = time.monotonic(), 0.0, done
     with _open_answers(path, key, answered) as file:
         for number, answers in run_batches(inference, answer_batch, missing, num_actors):
@@ -139,7 +140,7 @@ def answer_all(
             if time.monotonic() - last_line > _PROGRESS_S or done == total:
                 last_line = time.monotonic()
                 rate = (done - first) / (last_line - started)
-                say(f"predicted {done}/{total} rows, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
+                logger.info(f"predicted {done}/{total} rows, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
     texts = [""] * total
     for number, answers in answered.items():
         for position, text in zip(batches[number], answers, strict=True):

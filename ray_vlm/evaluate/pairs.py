@@ -6,11 +6,12 @@ position, so the file is the same for any number of workers.
 """
 
 import json
+import logging
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from ray_vlm.runs.paths import write_json
 from ray_vlm.storage import full_address, is_remote, local_path, replacing, split_options
 from ray_vlm.tasks.answers import IMAGE, Turns
 
+logger = logging.getLogger(__name__)
 REASONS = {  # why a row gives no pair, with the text of messages
     "all_alike": "with all answers alike",
     "small_margin": "with too small a margin",
@@ -59,14 +61,7 @@ class ScoredAnswer:
     whole: bool = True
 
 
-def make_pairs(
-    job: JobConfig,
-    adapter: str | None,
-    part: str,
-    output: str,
-    say: Callable[[str], None] = print,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def make_pairs(job: JobConfig, adapter: str | None, part: str, output: str, overwrite: bool = False) -> dict[str, Any]:
     """Write pairs from the rows of `data.<part>` to `output`, and beside them `<output>.about.json`, which is returned.
 
     `job` has absolute paths. `adapter`: a run, its `best/` or `final/`; None samples `model.adapter`, or the base where
@@ -84,16 +79,16 @@ def make_pairs(
     builder = load_sample_builder(parts.spec)
     rewards = load_scoring(job.task.name, job.pairs, job.method, parts.spec.labels)
     for note in (*parts.notes, *check_rewards(rewards)):
-        say(f"note: {note}")
+        logger.warning(note)
     if index.bad:
-        say(f"{len(index.bad)} bad rows left out; `ray-vlm data check` names them")
+        logger.info(f"{len(index.bad)} bad rows left out; `ray-vlm data check` names them")
     workers = job.cluster.most_workers if job.cluster.num_workers else 0
     uri = weights if workers == 0 or adapter is None else full_address(adapter)
     batches = plan_prompts(len(index), job.evaluate.batch_size, job.pairs.num_samples)
     inference = InferenceJob(job, parts.spec, index.records, uri, batches)
     with closing(sample_answers(inference, workers)) as sampled:
         rows = build_rows(index.records, sampled, builder, names, job.pairs.min_margin)
-        summary = write_rows(path, rows, len(index), say)
+        summary = write_rows(path, rows, len(index))
     about = {
         "adapter": adapter,
         "model": job.model.name,
@@ -109,7 +104,7 @@ def make_pairs(
         "preprocessing": describe_preprocessing(builder),
     }
     write_about(path, about)
-    describe_pairs(path, about, say)
+    describe_pairs(path, about)
     return about
 
 
@@ -313,9 +308,7 @@ def name_images(records: Sequence[SftRecord]) -> tuple[dict[str, str], str | Non
     return {image: inside[len(folder) :] for image, inside in rest.items()}, root
 
 
-def write_rows(
-    path: Path, rows: Iterable[dict[str, Any] | str], num_records: int, say: Callable[[str], None]
-) -> dict[str, Any]:
+def write_rows(path: Path, rows: Iterable[dict[str, Any] | str], num_records: int) -> dict[str, Any]:
     """Write the rows to a temporary file, rename it to `path`, and return the counts and mean rewards.
 
     Texts among `rows` are the reasons (keys of `REASONS`) of records without a pair.
@@ -324,16 +317,14 @@ def write_rows(
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             with open(temporary, "w", encoding="utf-8") as file:
-                summary = _write(file, rows, num_records, say)
+                summary = _write(file, rows, num_records)
             _about(path).unlink(missing_ok=True)  # a description of other pairs must never lie beside these
     except OSError as error:
         raise RunError(f"{path} was not written ({error}). Fix the cause, or give another --output.") from error
     return summary
 
 
-def _write(
-    file: TextIO, rows: Iterable[dict[str, Any] | str], num_records: int, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _write(file: TextIO, rows: Iterable[dict[str, Any] | str], num_records: int) -> dict[str, Any]:
     without: Counter[str] = Counter()
     chosen, rejected, pairs = 0.0, 0.0, 0
     started, last_line = time.monotonic(), -math.inf
@@ -348,7 +339,7 @@ def _write(
         if now - last_line >= _PROGRESS_S or done == num_records:
             rate = done / max(now - started, 1e-9)
             left = (num_records - done) / rate
-            say(f"sampled {done}/{num_records} rows, {rate:.1f}/s, {left:.0f} s left, {pairs} pairs")
+            logger.info(f"sampled {done}/{num_records} rows, {rate:.1f}/s, {left:.0f} s left, {pairs} pairs")
             last_line = now
     reasons = {name: without[name] for name in REASONS}
     if not pairs:
@@ -373,15 +364,17 @@ def write_about(path: Path, about: Mapping[str, Any]) -> None:
     write_json(_about(path), dict(about))
 
 
-def describe_pairs(path: Path, about: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Print a summary of the pairs, and the YAML with which a job reads them."""
+def describe_pairs(path: Path, about: Mapping[str, Any]) -> None:
+    """Log a summary of the pairs, and the YAML with which a job reads them."""
     import yaml
 
     chosen, rejected = about["mean_chosen_reward"], about["mean_rejected_reward"]
-    say(f"{about['num_pairs']} pairs of {about['num_records']} rows: chosen {chosen:.3f}, rejected {rejected:.3f}")
+    logger.info(
+        f"{about['num_pairs']} pairs of {about['num_records']} rows: chosen {chosen:.3f}, rejected {rejected:.3f}"
+    )
     if without := _describe_reasons(about["without_pair"]):
-        say(f"no pair: {without}")
+        logger.info(f"no pair: {without}")
     source = {"path": str(path), "format": "preference"}
     source |= {"image_root": about["image_root"]} if about["image_root"] is not None else {}
     inline = yaml.safe_dump(source, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
-    say(f"data:\n  train: {inline.strip()}")
+    logger.info(f"data:\n  train: {inline.strip()}")

@@ -9,9 +9,10 @@ answered in order, with the model's own earlier answers as their memory.
 
 import csv
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ray_vlm.evaluate.prediction import join_names
 from ray_vlm.evaluate.predictor import Ask, Found, Predictor
 from ray_vlm.storage import is_remote, replacing, split_address
 
+logger = logging.getLogger(__name__)
 _ENDINGS = (".jsonl", ".csv")
 _MOST_REASONS = 20  # in the error where no input can be read; the results hold all of them
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
@@ -56,7 +58,6 @@ def predict_files(
     question: str | None = None,
     draw: str | None = None,
     num_replicas: int = 0,
-    say: Callable[[str], None] = print,
     image_root: str | None = None,
 ) -> int:
     """Answer every input, write the results in the order of the inputs, and return their number.
@@ -72,8 +73,8 @@ def predict_files(
         raise DataError(f"{', '.join(inputs)}: no images there. Give images, folders of images, or a table.")
     records, errors = _records(predictor, questions)
     if errors:
-        say(f"{len(errors)} of {len(questions)} inputs cannot be read; their results say why")
-    answers = _answers(predictor, list(records.values()), output, num_replicas, say) if records else []
+        logger.info(f"{len(errors)} of {len(questions)} inputs cannot be read; their results say why")
+    answers = _answers(predictor, list(records.values()), output, num_replicas) if records else []
     predictions = {
         i: predictor.understand(record, answer, questions[i].ask)
         for (i, record), answer in zip(records.items(), answers, strict=True)
@@ -105,9 +106,7 @@ def _records(predictor: Predictor, questions: Sequence[Input]) -> tuple[dict[int
     return records, errors
 
 
-def _answers(
-    predictor: Predictor, records: Sequence[SftRecord], output: str, num_replicas: int, say: Callable[[str], None]
-) -> list[str]:
+def _answers(predictor: Predictor, records: Sequence[SftRecord], output: str, num_replicas: int) -> list[str]:
     builder, size = predictor.builder, predictor.job.evaluate.batch_size
     inference = replace(predictor.inference_job(num_replicas), records=tuple(records))
     if predictor.task == "gui_steps":
@@ -116,7 +115,7 @@ def _answers(
         costs = [sum(builder.token_counts(record)[:2]) for record in records]
         inference = replace(inference, batches=plan_batches(costs, size))
     try:
-        return answer_all(inference, builder, _answers_path(output), num_replicas, say, predictor.weights)
+        return answer_all(inference, builder, _answers_path(output), num_replicas, predictor.weights)
     except OSError as error:
         raise _cannot_write(output, error) from None
 

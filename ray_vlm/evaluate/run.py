@@ -5,10 +5,11 @@ The base and every adapter go through the same function, with the same images, p
 
 import csv
 import json
+import logging
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from ray_vlm.runs.read import Run, is_number, read_run
 from ray_vlm.runs.trackers import WandbTracker
 from ray_vlm.storage import full_address, is_remote, split_address, split_options
 
+logger = logging.getLogger(__name__)
 MEMORIES = {"truth": "the truth's", "model": "the model's own"}  # `evaluate.memory` in words
 _FOLDERS = {"truth": "", "model": "-own-memory"}  # suffixes of the folders of results, by `evaluate.memory`
 
@@ -82,7 +84,7 @@ def _with_memory(target: EvalTarget, memory: str) -> EvalTarget:
     return replace(target, folder=f"{target.folder}{_FOLDERS[memory]}", job=job)
 
 
-def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def evaluate(job: JobConfig, adapter: str | None, folder: Path) -> dict[str, Any]:
     """Write `predictions.jsonl`, `predictions.csv`, `details.json` and `metrics.json` into `folder`, and return the
     metrics.
 
@@ -107,7 +109,7 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     else:
         batches = plan_batches(index.image_tokens + index.prompt_tokens, options.batch_size)
     inference = InferenceJob(job, parts.spec, index.records, uri, batches, options.memory)
-    answers = answer_all(inference, builder, folder / ANSWERS, actors, say, weights)
+    answers = answer_all(inference, builder, folder / ANSWERS, actors, weights)
     predictions = build_predictions(index.records, answers, builder)
     metrics = measure(job.task.name, predictions)
     tested = _describe_test(job.data, options.memory)
@@ -119,7 +121,7 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path, say: Callable[[s
     folder.mkdir(parents=True, exist_ok=True)
     if index.bad:
         write_bad_rows(folder / "bad_rows.jsonl", {"test": index.bad})
-        say(f"{len(index.bad)} bad rows left out; see {folder / 'bad_rows.jsonl'}")
+        logger.info(f"{len(index.bad)} bad rows left out; see {folder / 'bad_rows.jsonl'}")
     write_predictions(folder, predictions)
     write_json(folder / "details.json", metrics | {"rows": [p.as_dict() for p in predictions]})
     write_json(folder / "metrics.json", metrics)
@@ -171,7 +173,7 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def evaluate_and_report(targets: Sequence[EvalTarget], output: str | None, against: str | None) -> Path:
-    """Run `ray-vlm evaluate`: evaluate, print the main metrics, write `report.html`. Return the folder.
+    """Run `ray-vlm evaluate`: evaluate, log the main metrics, write `report.html`. Return the folder.
 
     `targets`: one or more, of the same job but for `model.load_in_4bit` and `evaluate.memory`.
     """
@@ -186,7 +188,7 @@ def evaluate_and_report(targets: Sequence[EvalTarget], output: str | None, again
         results.append(EvalResult(title, metrics, read_predictions(output_dir)))
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics["overall"].items())
         note = f" {CHOSE_BEST}" if metrics.get("rows_chose_best") else ""
-        print(f"{title}, {metrics['num_rows']} rows{note}: {numbers}")
+        logger.info(f"{title}, {metrics['num_rows']} rows{note}: {numbers}")
         # Only one memory is tracked: both would be logged under the same names.
         if target.adapter is not None and metrics.get("memory") != "model":
             track_test(job.track, target.adapter, metrics["overall"])
@@ -205,8 +207,8 @@ def evaluate_and_report(targets: Sequence[EvalTarget], output: str | None, again
         first, last = results[0].title, results[-1].title
         write_json(folder / "comparison.json", {"of": last, "against": against or first, "differences": changes})
         lines = (f"{name} {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})" for name, c in changes.items())
-        print(f"{last} against {first}, with 95 % intervals: {'  '.join(lines)}")
-    print(f"report {folder / 'report.html'}")
+        logger.info(f"{last} against {first}, with 95 % intervals: {'  '.join(lines)}")
+    logger.info(f"report {folder / 'report.html'}")
     return folder
 
 

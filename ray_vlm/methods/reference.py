@@ -8,6 +8,7 @@ image sizes. A change of any of them gives another key, so no stale entry is eve
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ from ray_vlm.storage import Store, describe_file
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ReferenceSource:
@@ -45,13 +48,12 @@ class ReferenceSource:
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """The cache of a run. `store`: its folder; `batch_size`: pairs at a time; `note`: takes messages for the user."""
+    """The cache of a run. `store`: its folder; `batch_size`: pairs at a time."""
 
     store: Store
     source: ReferenceSource
     context: DistributedContext
     batch_size: int
-    note: Callable[[str], None]
 
     def find(
         self,
@@ -68,13 +70,13 @@ class ReferenceCache:
         key = context.broadcast(hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:24])
         data = context.broadcast(store.read(f"{key}.npy") if context.rank == 0 else None)
         if data is None:
-            self.note(f"computing the reference's log-probabilities of {len(records)} pairs")
+            logger.info(f"computing the reference's log-probabilities of {len(records)} pairs")
             data = self._compute(records, builder, ask)
             if context.rank == 0:
                 store.write(f"{key}.json", json.dumps(description, indent=1).encode())
                 store.write(f"{key}.npy", data)
         else:
-            self.note(f"the reference's log-probabilities of {len(records)} pairs are read from the cache ({key})")
+            logger.info(f"the reference's log-probabilities of {len(records)} pairs are read from the cache ({key})")
         return np.load(io.BytesIO(data), allow_pickle=False)
 
     def _compute(

@@ -5,6 +5,7 @@ bfloat16 on 4-bit bases, where a relative update of 1e-4 is rounded away. Valida
 """
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.precision import autocast
 from ray_vlm.models.surgery import ForwardOptions, change_forward, prepare_forward
 
+logger = logging.getLogger(__name__)
+_SHOWN = 20  # replaced rows that the user sees one by one; the run's last lines count all
 _COUNTERS = ("_metrics", "_total_train_tokens", "_step")  # that TRL updates in `compute_loss`
 
 
@@ -76,7 +79,11 @@ class PlannedBatches:
             if rows is None:
                 return
             planned = self._plan.micro_batch(self.number, self._rank).rows
-            self.lost += [(i, row.number) for i, row in zip(planned, rows, strict=True) if row.number != i]
+            for i, row in zip(planned, rows, strict=True):
+                if row.number != i:
+                    level = logging.INFO if len(self.lost) < _SHOWN else logging.DEBUG
+                    logger.log(level, f"row {i} of data.train cannot be read any more; row {row.number} replaces it")
+                    self.lost.append((i, row.number))
             self.number += 1
             self.num_images += sum(len(row.images) for row in rows)
             with self.clock.phase("collate"):

@@ -7,6 +7,7 @@ the writing.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+logger = logging.getLogger(__name__)
 _RECOUNT = 0.01  # share of the limit written between two counts of the folder: other processes write to it too
 _SUFFIX = ".features"
 _KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families whose encoder's output `_output` can build
@@ -166,7 +168,7 @@ class DiskFeatureCache:
             return None
 
     def write(self, name: str, features: Features) -> None:
-        """Write a file atomically. Print a note once if there is no more room."""
+        """Write a file atomically. Log a warning once if there is no more room."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -185,7 +187,7 @@ class DiskFeatureCache:
 
     def _stop(self, reason: str) -> None:
         self.full = True
-        print(f"note: train.vision_cache: no more is written. {reason}", flush=True)
+        logger.warning(f"train.vision_cache: no more is written. {reason}")
 
 
 def held(folder: Path) -> float:

@@ -8,6 +8,7 @@ object store `best/` and `final/` have a manifest too. Imports nothing heavy.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from ray_vlm import __version__
 from ray_vlm.errors import RunError
 from ray_vlm.storage import Store, is_remote, making, split_address, whole_or_gone
 
+logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1  # version of the manifest and of the files of a checkpoint
 _NAME = re.compile(r"checkpoint-(\d+)-a(\d+)-([0-9a-f]+)")
@@ -87,6 +89,7 @@ def commit(
         "files": {file: {"size": size, "sha256": digest} for file, (size, digest) in sorted(files.items())},
     }
     store.write(f"{name}/{MANIFEST}", json.dumps(body | {"sha256": _seal(body)}, indent=1).encode() + b"\n")
+    logger.debug(f"{name} is committed with {len(files)} files, score {score}")
 
 
 def read_checkpoint(store: Store, name: str) -> Checkpoint:
@@ -150,13 +153,13 @@ def open_checkpoint(store: Store, name: str) -> tuple[Checkpoint, Path]:
     return checkpoint, folder
 
 
-def open_newest(store: Store, say: Callable[[str], None]) -> tuple[Checkpoint, Path] | None:
-    """Return the newest complete checkpoint and its folder, or None. `say` gets a message on each damaged newer one."""
+def open_newest(store: Store) -> tuple[Checkpoint, Path] | None:
+    """Return the newest complete checkpoint and its folder, or None."""
     for name in checkpoint_names(store):
         try:
             return open_checkpoint(store, name)
         except Damaged as damage:
-            say(f"{name} cannot be used: {damage}. Looking for the one before it.")
+            logger.info(f"{name} cannot be used: {damage}. Looking for the one before it.")
     return None
 
 

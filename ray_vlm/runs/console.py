@@ -1,58 +1,24 @@
-"""Console output: progress lines of long work, and one aligned line for each line of `metrics.jsonl` that is shown.
+"""Console lines: the progress of long work, and one aligned line for each line of `metrics.jsonl` that is shown.
 
-Progress lines say how much is done, the speed, the time left; work of a few seconds prints none. They go to the logger
-`ray_vlm.progress`, which prints them to stderr and leaves stdout to a command's output. A run sends them to its
-`metrics.jsonl` (`send_progress`), which its driver prints.
+Progress lines say how much is done, the speed, the time left; work of a few seconds has none.
 """
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+from ray_vlm.logs import PROGRESS
 from ray_vlm.runs.monitor import NOT_MEASURES, read_line
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.text import format_duration
 
-LOGGER = logging.getLogger("ray_vlm.progress")
+logger = logging.getLogger(__name__)
 _FIRST_S = 5.0  # shorter work prints no line
 _EVERY_S = 10.0  # between lines, later a tenth of the time so far: about 30 lines for an hour
 _T = TypeVar("_T")
-
-
-class _Handler(logging.Handler):
-    """A logging handler that calls a function with each line."""
-
-    def __init__(self, write: Callable[[str], None]):
-        super().__init__()
-        self._write = write
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # a line that cannot be written must not end the work
-            self._write(record.getMessage())
-
-
-def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-LOGGER.setLevel(logging.INFO)
-LOGGER.propagate = False
-LOGGER.addHandler(_Handler(_print))
-
-
-@contextmanager
-def send_progress(write: Callable[[str], None]) -> Iterator[None]:
-    """While the body runs, lines go to `write` and nowhere else."""
-    before = LOGGER.handlers
-    LOGGER.handlers = [_Handler(write)]
-    try:
-        yield
-    finally:
-        LOGGER.handlers = before
 
 
 class Progress:
@@ -65,18 +31,18 @@ class Progress:
         self._shown = False
 
     def reach(self, done: int) -> None:
-        """Record that `done` units are done; print a line if one is due, and at the end if there were lines before."""
+        """Record that `done` units are done; log a line if one is due, and at the end if there were lines before."""
         now = self._clock()
         spent = now - self._started
         if done >= self._total:
             if self._shown:
-                LOGGER.info(f"{self._what}: {done:,} {self._unit} in {format_duration(spent)}")
+                PROGRESS.info(f"{self._what}: {done:,} {self._unit} in {format_duration(spent)}")
             self._shown = False
         elif now >= self._due:
             rate = done / spent
             speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
             left = f", {format_duration((self._total - done) / rate)} left" if done else ""
-            LOGGER.info(f"{self._what}: {done:,} of {self._total:,} {self._unit}, {speed} a second{left}")
+            PROGRESS.info(f"{self._what}: {done:,} of {self._total:,} {self._unit}, {speed} a second{left}")
             self._shown = True
             self._due = now + max(_EVERY_S, spent / 10)
 
@@ -92,21 +58,21 @@ def track(items: Iterable[_T], what: str, total: int, unit: str = "rows") -> Ite
 
 @contextmanager
 def lasting(what: str, look: Callable[[], str] = lambda: "", over: threading.Event | None = None) -> Iterator[None]:
-    """While the body runs, print lines on the time so far, for work of unknown length.
+    """While the body runs, log lines on the time so far, for work of unknown length.
 
     `look`: returns more text for a line, or ''. `over`: set it if the work ends before the body does.
     """
     over, started = over or threading.Event(), time.monotonic()
 
-    def tell() -> None:
+    def repeat() -> None:
         pause = _FIRST_S
         while not over.wait(pause):
             spent = time.monotonic() - started
             more = look()
-            LOGGER.info(f"{what}: {format_duration(spent)} so far{', ' if more else ''}{more}")
+            PROGRESS.info(f"{what}: {format_duration(spent)} so far{', ' if more else ''}{more}")
             pause = max(_EVERY_S, spent / 10)
 
-    thread = threading.Thread(target=tell, name="ray-vlm-lasting", daemon=True)
+    thread = threading.Thread(target=repeat, name="ray-vlm-lasting", daemon=True)
     thread.start()
     try:
         yield
@@ -120,36 +86,36 @@ _POLL_REMOTE_S = 3.0
 
 
 class Console:
-    """Prints metrics lines, of training every `log_every_steps`. `say`: prints a line."""
+    """Logs metrics lines, of training every `log_every_steps`."""
 
-    def __init__(self, num_steps: int, log_every_steps: int, say: Callable[[str], None] | None = None):
+    def __init__(self, num_steps: int, log_every_steps: int):
         self._num_steps = num_steps
         self._every = log_every_steps
-        self.say = say or tell
         self.begun = threading.Event()  # set once a worker has written a line
         self._first: tuple[int, float] | None = None  # the first step of this attempt and the time of its end
 
     def show(self, line: dict[str, Any]) -> None:
-        """Print one line of `metrics.jsonl`, or nothing."""
+        """Log one line of `metrics.jsonl`, or nothing."""
         self.begun.set()
         if line["kind"] == "start":
             self._first = None
-            self.say(describe_trainable(line["trainable"]))
+            logger.info(describe_trainable(line["trainable"]))
             if line["step"]:
-                self.say(f"attempt {line['attempt']} goes on from step {line['step']}")
+                workers = f", with {line['num_workers']} workers" if line.get("num_workers", 1) > 1 else ""
+                logger.info(f"attempt {line['attempt']} goes on from step {line['step']}{workers}")
         elif line["kind"] == "checkpoint":
-            self.say(f"checkpoint at step {line['step']} ({line['checkpoint_s']:.1f} s)")
+            logger.info(f"checkpoint at step {line['step']} ({line['checkpoint_s']:.1f} s)")
         elif line["kind"] in ("note", "progress"):
-            self.say(line["text"])
+            logger.info(line["text"])
         elif line["kind"] == "eval":
             numbers = "  ".join(
                 f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, int | float) and k not in NOT_MEASURES
             )
-            self.say(f"validation at step {line['step']}: {numbers}")
+            logger.info(f"validation at step {line['step']}: {numbers}")
         elif line["kind"] == "train":
             self._first = self._first or (line["step"], line["time"])
             if line["step"] % self._every == 0 or line["step"] == self._num_steps:
-                self.say(self._train_line(line))
+                logger.info(self._train_line(line))
 
     def _train_line(self, line: dict[str, Any]) -> str:
         step, (first, ended) = line["step"], self._first or (line["step"], line["time"])
@@ -163,12 +129,6 @@ class Console:
             f"lr {_number(line.get('learning_rate'), '.2e')}  grad {_number(line.get('grad_norm'), '7.3f')}  "
             f"{_number(line.get('tokens_per_s'), '8,.0f')} tok/s  left {left:>9}"
         )
-
-
-def tell(text: str) -> None:
-    """Print and flush a line. A closed pipe (`| head`) must not end a run."""
-    with suppress(BrokenPipeError):
-        print(text, flush=True)
 
 
 _SHOWN = {"reward": "reward", "preference_accuracy": "preferred", "reward_margin": "margin", "kl": "kl"}
@@ -195,13 +155,13 @@ def _shares(trained: int, total: int) -> str:
 
 @contextmanager
 def follow(paths: RunPaths, console: Console) -> Iterator[None]:
-    """While the body runs, print each line that another process appends to the run's `metrics.jsonl`."""
+    """While the body runs, log each line that another process appends to the run's `metrics.jsonl`."""
     done = threading.Event()
     shown = paths.metrics.stat().st_size if paths.metrics.is_file() else 0  # earlier attempts are not printed again
     thread = threading.Thread(target=_follow, args=(paths, console, done, shown), name="ray-vlm-console", daemon=True)
     thread.start()
     try:
-        with send_progress(console.say), lasting("waiting for the workers", over=console.begun):
+        with lasting("waiting for the workers", over=console.begun):
             yield
     finally:
         done.set()

@@ -142,13 +142,9 @@ class Monitor:
         self._put(self._line("start", step) | {"trainable": trainable} | about)
         self.publish()
 
-    def note(self, step: int, text: str) -> None:
-        """Write a message for the user."""
-        self._put(self._line("note", step) | {"text": text})
-
-    def progress(self, step: int, text: str) -> None:
-        """Write a line on the progress of long work."""
-        self._put(self._line("progress", step) | {"text": text})
+    def text(self, kind: str, step: int, text: str) -> None:
+        """Write a message for the user (`note`), or on the progress of long work (`progress`)."""
+        self._put(self._line(kind, step) | {"text": text})
 
     def _line(self, kind: str, step: int) -> dict[str, Any]:
         return {"kind": kind, "attempt": self._attempt, "step": step, "time": time.time()}

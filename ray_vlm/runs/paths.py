@@ -2,7 +2,7 @@
 
 <output_dir>/<name>/
   job.yaml  resolved.json  run.json  metrics.jsonl  training_log.json  bad_rows.jsonl
-  checkpoint-<step>-a<attempt>-<id>/  best/  final/  evaluate/
+  checkpoint-<step>-a<attempt>-<id>/  best/  final/  evaluate/  logs/
 
 Files are written to a local folder. If `run.output_dir` is an object store, that folder is temporary and `publish`
 copies changed files to the store.
@@ -54,6 +54,7 @@ class RunPaths:
     best = _Name("best")
     final = _Name("final")
     evaluate = _Name("evaluate")
+    logs = _Name("logs")
 
     @property
     def address(self) -> str:

@@ -1,10 +1,8 @@
-"""Trackers of a run's numbers and sample images: Weights & Biases and TensorBoard, both off by default.
-
-Beside the methods of a `Tracker` they have `notes`: messages for the user, such as the address of a page.
-"""
+"""Trackers of a run's numbers and sample images: Weights & Biases and TensorBoard, both off by default."""
 
 import configparser
 import json
+import logging
 import netrc
 import os
 import time
@@ -20,6 +18,7 @@ from ray_vlm.runs.paths import RunPaths
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+logger = logging.getLogger(__name__)
 _WANDB_HOSTS = ("wandb.ai", "coreweave.com")  # of W&B's own servers; a self-hosted one has a base URL
 # Copied to an object store during the run, beside `metrics.jsonl`.
 _KEPT = ("training_log.json", "tensorboard/*", "wandb/offline-run-*/**/*")
@@ -135,12 +134,10 @@ class WandbTracker:
         self._run.define_metric("eval/*", step_metric="eval/step")
         self._step = 0
         if self._run.offline:
-            self.notes = [
-                f"Weights & Biases: offline, in wandb/ of {address}; `wandb sync` sends it"
-                + ("" if os.environ.get("WANDB_MODE") else ". `wandb login` or WANDB_API_KEY makes runs go online")
-            ]
+            login = "" if os.environ.get("WANDB_MODE") else ". `wandb login` or WANDB_API_KEY makes runs go online"
+            logger.info(f"Weights & Biases: offline, in wandb/ of {address}; `wandb sync` sends it{login}")
         else:
-            self.notes = [f"Weights & Biases: {self._run.url}"]
+            logger.info(f"Weights & Biases: {self._run.url}")
 
     def log(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Log one line's numbers."""
@@ -170,8 +167,6 @@ class WandbTracker:
 
 class TensorBoardTracker:
     """Event files in a folder, for `tensorboard --logdir`; repeated steps replace the earlier ones."""
-
-    notes: Sequence[str] = ()
 
     def __init__(self, folder: Path, first_step: int):
         from tensorboardX import SummaryWriter

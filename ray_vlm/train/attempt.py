@@ -6,12 +6,13 @@ before it commits anything.
 """
 
 import json
+import logging
 import platform
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ray_vlm.runs.checkpoints import Checkpoint, open_checkpoint, open_newest, s
 from ray_vlm.runs.manifest import check_own
 from ray_vlm.storage import Store
 
+logger = logging.getLogger(__name__)
 _OWNER = ".attempt.json"
 _SEE_S = 15.0  # how long a network file system may take to show a new file to other nodes
 
@@ -34,7 +36,6 @@ class Attempt:
     token: str
     checkpoint: Checkpoint | None = None
     folder: Path | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -55,11 +56,10 @@ def begin_attempt(
     token = context.broadcast(uuid.uuid4().hex[:8])
     if context.ray:
         prove_storage(store, context, token)
-    notes: list[str] = []
     if context.rank > 0:
-        number, name, notes = context.broadcast((0, None, notes))
+        number, name = context.broadcast((0, None))
         checkpoint, folder = open_checkpoint(store, name) if name else (None, None)
-        return Attempt(number, token, _as_now(checkpoint), folder, notes)
+        return Attempt(number, token, _as_now(checkpoint), folder)
     if driver is not None:
         _check_driver(store, driver)
     owner = json.loads(store.read(_OWNER) or b"{}")
@@ -67,9 +67,11 @@ def begin_attempt(
     store.write(_OWNER, json.dumps({"attempt": number, "token": token}).encode())
     with suppress(OSError):  # incomplete checkpoints are never used, so deleting them is optional
         sweep(store)
-    checkpoint, folder = open_newest(store, notes.append) or (None, None)
-    context.broadcast((number, checkpoint.name if checkpoint else None, notes))
-    return Attempt(number, token, _as_now(checkpoint), folder, notes)
+    checkpoint, folder = open_newest(store) or (None, None)
+    name = checkpoint.name if checkpoint else None
+    logger.debug(f"attempt {number} of {context.world_size} workers resumes from {name or 'no checkpoint'}")
+    context.broadcast((number, name))
+    return Attempt(number, token, _as_now(checkpoint), folder)
 
 
 def _as_now(checkpoint: Checkpoint | None) -> Checkpoint | None:

@@ -2,8 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,18 +142,16 @@ def build_inputs(
     )
 
 
-def build_reference(
-    job: JobConfig, base: str, rows: str, context: DistributedContext, note: Callable[[int, str], None]
-) -> ReferenceCache | None:
+def build_reference(job: JobConfig, base: str, rows: str, context: DistributedContext) -> ReferenceCache | None:
     """Return the cache of DPO's reference, None for a job that computes it at each step.
 
-    `base`, `rows`: fingerprints of the base's weights and of the pairs; `note`: takes a step and a message.
+    `base`, `rows`: fingerprints of the base's weights and of the pairs.
     """
     if not isinstance(job.method, DpoMethod) or not job.method.precompute_ref_log_probs:
         return None
     source = ReferenceSource(job.model, job.train.precision, base, rows, job.method.trl.get("ld_alpha"))
     store = Store(join(job.run.output_dir, ".reference"))
-    return ReferenceCache(store, source, context, job.train.micro_batch_size, partial(note, 0))
+    return ReferenceCache(store, source, context, job.train.micro_batch_size)
 
 
 def build_validation(

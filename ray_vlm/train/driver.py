@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.splits import Parts
 from ray_vlm.data.stream import mean_bytes
 from ray_vlm.errors import ConfigError, Interrupted, RunError
+from ray_vlm.logs import run_output
+from ray_vlm.runs.log_file import log_to_file
 from ray_vlm.runs.manifest import (
     cannot_write,
     check_free,
@@ -43,6 +46,8 @@ from ray_vlm.runs.trackers import adopt_wandb_login
 from ray_vlm.train.launch import launch
 from ray_vlm.train.prepare import Prepared, prepare
 from ray_vlm.train.worker_spec import WorkerSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def train(
     of the sweep that the run belongs to. Raises `Interrupted` if a signal stopped the run; there is a checkpoint then.
     """
     job = absolute_paths(job)
-    print(describe_job(job), flush=True)  # before anything that takes long
+    logger.info(describe_job(job))  # before anything that takes long
     if job.track.wandb:
         adopt_wandb_login()  # before `read_environment` takes it to the workers
     stem = f"{job.method.name}-{Path(job.model.name).name.lower()}-{job.task.name}"
@@ -84,7 +89,7 @@ def train(
     known = _read_sizes(paths) if paths is not None else NONE_KNOWN
     prepared = prepare(job, trial.parts, known)
     if paths is not None and _is_done(paths, prepared):
-        print(f"{paths.address} is finished; for more steps raise train.num_epochs or train.max_steps", flush=True)
+        logger.info(f"{paths.address} is finished; for more steps raise train.num_epochs or train.max_steps")
         return paths
     if paths is None:
         paths = claim_run(job.run.output_dir, job.run.name, stem, overwrite)
@@ -94,13 +99,15 @@ def train(
             write_json(paths.resolved, dump_job(prepared.job))
             paths.publish(paths.resolved)
             start_attempt(paths)
-    with _refusals(paths):
-        if not known and job.data.on_bad_row == "quarantine":
-            paths.store.write(SIZES_FILE, pack_sizes(prepared.train.records))
-        _write_bad_rows(prepared, paths)
-        _write_balance(prepared, paths)
-    print(describe_plan(prepared, paths), flush=True)
-    _run(prepared, paths, trial)
+    with log_to_file(paths, "driver" if job.cluster.num_workers else "rank-0"):
+        with _refusals(paths):
+            if not known and job.data.on_bad_row == "quarantine":
+                paths.store.write(SIZES_FILE, pack_sizes(prepared.train.records))
+            _write_bad_rows(prepared, paths)
+            _write_balance(prepared, paths)
+        logger.info(describe_plan(prepared, paths))
+        with run_output():
+            _run(prepared, paths, trial)
     return paths
 
 
@@ -167,15 +174,15 @@ def _write_bad_rows(prepared: Prepared, paths: RunPaths) -> None:
     if any(bad.values()):
         write_bad_rows(paths.bad_rows, bad)
         paths.publish(paths.bad_rows)
-        print(f"{sum(map(len, bad.values()))} bad rows left out; see {paths.uri('bad_rows.jsonl')}", flush=True)
+        logger.info(f"{sum(map(len, bad.values()))} bad rows left out; see {paths.uri('bad_rows.jsonl')}")
 
 
 def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
-    """Print the notes on the data and the mix of classes, and write the mix to `balance.json`."""
+    """Log the notes on the data and the mix of classes, and write the mix to `balance.json`."""
     for note in prepared.notes:
-        print(f"note: {note}", flush=True)
+        logger.warning(note)
     if prepared.balance.repeat_factors is not None or prepared.balance.token_weights:
-        print("\n".join(describe_balance(prepared.balance)), flush=True)
+        logger.info("\n".join(describe_balance(prepared.balance)))
     write_json(paths.balance, {"rows_per_epoch": prepared.plan.rows_per_epoch, "mix": prepared.balance.table})
     paths.publish(paths.balance)
 
@@ -211,7 +218,7 @@ def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> No
     finally:
         _end(paths, status, result, error)
     if lost := result.get("lost_rows"):
-        print(describe_lost(lost), flush=True)
+        logger.info(describe_lost(lost))
     if result["stopped"]:
         raise Interrupted(
             f"stopped at step {result['steps']} of {prepared.plan.num_steps}, with a checkpoint; --resume goes on "
@@ -236,7 +243,7 @@ def _end(paths: RunPaths, status: str, result: dict[str, Any] | None, error: str
     with allowed():
         finish_manifest(paths, status, result, error)
         if summary := tell_attempts(json.loads(paths.run.read_text())["attempts"]):
-            print(summary, flush=True)
+            logger.info(summary)
 
 
 def rows_fingerprint(records: Sequence[Record]) -> str:

@@ -3,6 +3,7 @@
 Workers always resume from the newest complete checkpoint of the run (`train/attempt.py`).
 """
 
+import logging
 import shutil
 import signal
 import threading
@@ -37,6 +38,7 @@ from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
 from ray_vlm.train.worker_spec import WorkerSpec
 
+logger = logging.getLogger(__name__)
 MIN_RESTART_GAP_S = 0.5  # between the end of one attempt and the start of the next
 _RESIZE_S = 20.0  # how often Ray checks for resources for more workers, if their number may change
 _PATIENCE = 2.0  # timeout of collectives as a multiple of cluster.stall_minutes, so that the watchdog acts first
@@ -92,7 +94,8 @@ def _train_in_ray(
 
         request.listen()  # Ray has installed its own handler
         count = demand.cluster.least_workers
-        print(f"Ray is running; starting {count} worker{'' if count == 1 else 's'}", flush=True)
+        logger.info(f"Ray is running; starting {count} worker{'' if count == 1 else 's'}")
+        logger.debug(f"{layout.num_loaders} loaders of {layout.cpus_per_loader:g} CPUs for each worker")
         spec = replace(
             spec,
             train=ray.put(spec.train),
@@ -127,7 +130,7 @@ class _StepWatcher(Console):
         self._awaited = ("train",) if paths.remote is None else ("train", "start")
 
     def show(self, line: dict[str, Any]) -> None:
-        """Print the line, and mark that there is progress to save."""
+        """Log the line, and mark that there is progress to save."""
         if line["kind"] in self._awaited:
             self._request.trained = True
         super().show(line)
@@ -152,6 +155,7 @@ def _train_here(
             failures.append(Failure(str(error), raised=True, step=_last_step(paths)))
             if not should_restart(failures, cluster.max_failures):
                 raise
+            logger.info(f"{error}; resuming from the last checkpoint")
             spec = replace(spec, attempt=_next_attempt(paths, "failed", str(error)))
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -182,7 +186,7 @@ def _retry(cluster: Cluster, spec: WorkerSpec, paths: RunPaths, request: StopReq
                 tries = f" after {len(failures)} tries" if len(failures) > 1 else ""
                 raise RunError(f"training failed{tries}: {failure.text}") from error
             status, text = "failed", failure.text
-        print(f"{text.splitlines()[0][:500]}; resuming from the last checkpoint", flush=True)
+        logger.info(f"{text.splitlines()[0][:500]}; resuming from the last checkpoint")
         if status == "failed":
             time.sleep(max(MIN_RESTART_GAP_S, restart_backoff(failures) - (time.monotonic() - began)))
         spec = replace(spec, attempt=_next_attempt(paths, status, text))

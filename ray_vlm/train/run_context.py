@@ -100,11 +100,6 @@ class RunContext:
     progress: Progress
     monitor: Monitor | None
 
-    def note(self, step: int, text: str) -> None:
-        """Write a message for the user, on rank 0."""
-        if self.monitor is not None:
-            self.monitor.note(step, text)
-
     def write(self, kind: str, step: int, epoch: float | None, values: dict[str, float]) -> None:
         """Write a line of metrics, on rank 0."""
         if self.monitor is not None:

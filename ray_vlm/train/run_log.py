@@ -1,17 +1,19 @@
 """What a worker writes of its run while it trains: rank 0's lines of `metrics.jsonl`, the trackers, the console."""
 
+import logging
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.schema import Track
 from ray_vlm.config.train import Precision
 from ray_vlm.distributed import DistributedContext
+from ray_vlm.logs import PROGRESS, attached
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import count_trainable
 from ray_vlm.models.precision import describe_emulation
-from ray_vlm.runs.console import Console, send_progress
+from ray_vlm.runs.console import Console
 from ray_vlm.runs.monitor import Monitor, TrainingLog, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.runs.trackers import KeptFiles, build_trackers
@@ -20,26 +22,39 @@ from ray_vlm.train.attempt import Attempt, check_owner
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 
-@contextmanager
-def send_worker_progress(paths: RunPaths, context: DistributedContext, attempt: Attempt) -> Iterator[None]:
-    """Append the progress of long work in the body, such as loading the base or a validation, to the run's metrics.
 
-    Only rank 0 writes. Under Ray the driver prints. The file is opened for each line, because the base is loaded before
-    the run's own monitor exists.
+class _MetricsHandler(logging.Handler):
+    """Appends the package's lines to a run's `metrics.jsonl`, which under Ray the driver prints.
+
+    A record may have its own `step` (`extra={"step": 3}`). The file is opened for each line, because the base is loaded
+    before the run's own monitor exists.
     """
-    if context.rank == 0:
-        paths.refresh(paths.metrics)  # an object store cannot append: the whole file is written again
-    show = None if context.ray else Console(0, 1).show
 
-    def write(text: str) -> None:
-        if context.rank == 0:
-            monitor = Monitor(paths.metrics, attempt.number, (), show, lambda: paths.publish(paths.metrics))
-            monitor.progress(attempt.step, text)
+    def __init__(self, paths: RunPaths, attempt: int, step: int):
+        super().__init__(logging.INFO)
+        self._paths, self._attempt, self._step = paths, attempt, step
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name != Console.__module__  # its lines come from this file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # a line that cannot be written must not end the work
+            monitor = Monitor(self._paths.metrics, self._attempt)
+            kind = "progress" if record.name == PROGRESS.name else "note"
+            monitor.text(kind, getattr(record, "step", self._step), record.getMessage().strip())
             monitor.close()
+            if kind == "progress":  # the monitor copies notes to an object store with its next lines
+                self._paths.publish(self._paths.metrics)
 
-    with send_progress(write):
-        yield
+
+def to_metrics(paths: RunPaths, rank: int, attempt: int, step: int) -> AbstractContextManager[None]:
+    """While the body runs, append rank 0's lines to the run's metrics: notes, and the progress of long work.
+
+    `attempt`: its number; `step`: that of lines without one.
+    """
+    return attached(_MetricsHandler(paths, attempt, step)) if rank == 0 else nullcontext()
 
 
 def open_monitor(
@@ -63,7 +78,6 @@ def open_monitor(
         wandb |= {"group": track.wandb_group, "tags": list(track.wandb_tags) or None}
     trackers = build_trackers(paths, job, attempt.step, wandb, track.tensorboard)
     show = None if context.ray else Console(num_steps, log_every_steps).show
-    paths.refresh(paths.metrics)  # an object store cannot append: the whole file is written again
     log = TrainingLog(paths, job, read_metrics(paths.metrics), lambda: check_owner(paths.store, attempt))
     files = KeptFiles(paths)
 
@@ -72,9 +86,6 @@ def open_monitor(
         files.publish(everything=monitor.closed)
 
     monitor = Monitor(paths.metrics, attempt.number, trackers, show, publish, log.add)
-    for tracker in trackers:
-        for text in tracker.notes:
-            monitor.note(attempt.step, text)
     return monitor
 
 
@@ -87,11 +98,9 @@ def write_start(
     context: DistributedContext,
     num_steps: int,
 ) -> None:
-    """Write the first line of an attempt, after notes on the device and on the checkpoint that it resumes from."""
+    """Write the first line of an attempt, after a note on the device."""
     if (emulated := describe_emulation(precision, context.device)) is not None:
-        monitor.note(attempt.step, emulated)
-    for text in attempt.notes:
-        monitor.note(attempt.step, text)
+        logger.info(emulated)
     device = name_device(context.device)
     counts = count_trainable(model, family)
     monitor.start(attempt.step, counts, device=device, num_steps=num_steps, num_workers=context.world_size)

@@ -4,16 +4,18 @@ Meanwhile the loaders of the batches start already.
 """
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 from ray_vlm.config.load import load_resolved
 from ray_vlm.data.stream import StartedStream, Stream, StreamSpec, stream_local, stream_ray
 from ray_vlm.distributed import DistributedContext, build_context
+from ray_vlm.logs import PACKAGE, TERMINAL
 from ray_vlm.models.libraries import prepare_process, quiet_libraries
+from ray_vlm.runs.log_file import log_to_file
 from ray_vlm.runs.paths import open_run
 from ray_vlm.train.attempt import begin_attempt
-from ray_vlm.train.run_log import send_worker_progress
+from ray_vlm.train.run_log import to_metrics
 from ray_vlm.train.stop import watch
 from ray_vlm.train.worker_spec import WorkerSpec, settle_workers
 
@@ -31,19 +33,27 @@ def start_worker(
     try:
         quiet_libraries()
         context = build_context(job.cluster.gpus_per_worker > 0, in_ray)
-        if isinstance(job.cluster.num_workers, list):
-            job, spec = settle_workers(job, spec, context.world_size)
-        attempt = begin_attempt(paths.store, context, spec.attempt, spec.driver)
-        first = attempt.step * spec.plan.accumulation
-        stream = open_stream(spec, job.data.on_bad_row == "quarantine", context, first)
-        with closing(stream), send_worker_progress(paths, context, attempt):
+        with ExitStack() as closes:
+            if in_ray:
+                PACKAGE.removeHandler(TERMINAL)  # the driver prints
+                closes.enter_context(log_to_file(paths, f"rank-{context.rank}"))
+            if context.rank == 0:
+                paths.refresh(paths.metrics)  # an object store cannot append: the whole file is written again
+            with to_metrics(paths, context.rank, spec.attempt, 0):
+                if isinstance(job.cluster.num_workers, list):
+                    job, spec = settle_workers(job, spec, context.world_size)
+                attempt = begin_attempt(paths.store, context, spec.attempt, spec.driver)
+            closes.enter_context(to_metrics(paths, context.rank, attempt.number, attempt.step))
+            first = attempt.step * spec.plan.accumulation
+            stream = open_stream(spec, job.data.on_bad_row == "quarantine", context, first)
+            closes.enter_context(closing(stream))
             prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray)
             from ray_vlm.train.worker import train_worker
 
             result = train_worker(job, spec, paths, context, attempt, stream, should_stop or watch(paths.store))
-        if context.ray and context.rank == 0:
-            paths.write_result(result)
-        return result
+            if context.ray and context.rank == 0:
+                paths.write_result(result)
+            return result
     finally:
         paths.discard()
 

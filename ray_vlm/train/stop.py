@@ -5,6 +5,7 @@ Without Ray the trainer reads the `StopRequest` itself. Under Ray the driver get
 run folder, which rank 0 checks; the ranks agree on the step after which they stop.
 """
 
+import logging
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 from ray_vlm.storage import Store
 
+logger = logging.getLogger(__name__)
 STOP_FILE = ".stop"
 _REMOTE_S = 5.0  # between checks of an object store; a disk is checked at every step
 
@@ -58,7 +60,7 @@ class StopRequest:
         if not self.trained:
             self.left_early = True
             raise KeyboardInterrupt
-        print("\nstopping: a checkpoint is written after this step. A second signal ends the run at once.", flush=True)
+        logger.info("\nstopping: a checkpoint is written after this step. A second signal ends the run at once.")
 
 
 def ask_workers(store: Store) -> None:

@@ -8,6 +8,7 @@ the driver reads the message. A stopped process writes no status and is reported
 """
 
 import json
+import logging
 import os
 import platform
 import signal
@@ -29,6 +30,7 @@ from ray_vlm.train.attempt import Attempt
 if TYPE_CHECKING:
     from ray_vlm.methods.trainer import PlannedTrainer
 
+logger = logging.getLogger(__name__)
 FOLDER = "stalls"
 SENTENCE = ".stall.json"  # the message for the driver
 _NAMED = 8  # rows in a message
@@ -141,10 +143,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(min(1.0, self.limit_s / 10)):
             if time.monotonic() - self.clock.moved > self.limit_s:
-                self.tell()
+                self.report()
                 return self.end()
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Write this worker's status; the lowest rank that wrote one also writes the message on who is behind."""
         status = self.stand()
         name = f"{FOLDER}/attempt-{self.attempt.number}-rank-{status.rank}"
@@ -196,7 +198,7 @@ def watch_worker(
             # Time for the lowest rank to write the message, which the driver reads once this process is gone.
             time.sleep(1.0)
             os.kill(os.getpid(), signal.SIGKILL)
-        print(f"\n{describe_stall([stand()], 1, limit_s)}. See {store.address}/{FOLDER}/", file=sys.stderr, flush=True)
+        logger.error(f"\n{describe_stall([stand()], 1, limit_s)}. See {store.address}/{FOLDER}/")
 
     return Watchdog(clock, stand, store, attempt, context.world_size, limit_s, end)
 

@@ -4,6 +4,7 @@ All ranks run the same lines; rank 0 also writes the run's files. `train/start.p
 stream of batches before.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,8 @@ from ray_vlm.train.run_context import Progress, publish_weights
 from ray_vlm.train.run_log import write_start
 from ray_vlm.train.watchdog import watch_worker
 from ray_vlm.train.worker_spec import WorkerSpec
+
+logger = logging.getLogger(__name__)
 
 
 def train_worker(  # recipe
@@ -72,7 +75,7 @@ def train_worker(  # recipe
             callbacks=callbacks.in_order(),
             validate=callbacks.validation.run if has_eval else None,
             write_checkpoint=callbacks.checkpoints.write,
-            reference=build.build_reference(job, base, spec.rows, context, run.note),
+            reference=build.build_reference(job, base, spec.rows, context),
         )
 
         # TRL's trainer of the method. Before its first step, what could fail late is tried.
@@ -81,7 +84,7 @@ def train_worker(  # recipe
         if run.monitor is not None:
             write_start(run.monitor, attempt, job.train.precision, model, builder.family, context, plan.num_steps)
         if spec.probe is not None:
-            run.note(attempt.step, run_heaviest_batch(trainer, spec.probe, job.train.precision))
+            logger.info(run_heaviest_batch(trainer, spec.probe, job.train.precision))
         callbacks.validation.resume(attempt.checkpoint.step if attempt.checkpoint is not None else None)
 
         # The steps.

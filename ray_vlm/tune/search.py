@@ -5,10 +5,11 @@ gets the earlier trials in their order and continues from them.
 """
 
 import itertools
+import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ray.tune.search.optuna import OptunaSearch
     from ray.tune.search.sample import Domain
 
+logger = logging.getLogger(__name__)
 _NEVER = 10**9  # steps; a trial ends by its own plan
 
 
@@ -154,7 +156,6 @@ def run_tune(
     options: Tune,
     first: int,
     known: Mapping[int, Mapping[str, Any]],
-    say: Callable[[str], None],
 ) -> tuple[list[int], dict[int, str]]:
     """Run every trial; return the numbers of those that completed, and the errors of the others by number.
 
@@ -192,7 +193,7 @@ def run_tune(
                 storage_path=folder,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=options.max_retries),
-                callbacks=[_teller(sweep.metric, say, ended)],
+                callbacks=[_reporter(sweep.metric, ended)],
             ),
         ).fit()
     wrong = {
@@ -223,23 +224,23 @@ def _tpe(space: Space, seed: int, known: Mapping[int, Mapping[str, Any]]) -> "Op
     return Numbered(domains, metric="score", mode="max", seed=seed, points_to_evaluate=points or None)
 
 
-def _teller(metric: str, say: Callable[[str], None], ended: list[int]) -> "Callback":
-    """Return a Tune callback that prints a line for every validation and failure, and appends the numbers of completed
+def _reporter(metric: str, ended: list[int]) -> "Callback":
+    """Return a Tune callback that logs a line for every validation and failure, and appends the numbers of completed
     trials to `ended`."""
     from ray import tune
 
-    class Teller(tune.Callback):
+    class Reporter(tune.Callback):
         def on_trial_result(
             self, iteration: int, trials: "list[Trial]", trial: "Trial", result: dict, **info: object
         ) -> None:
             value = result.get(metric, result["score"])
             text = "no number" if result["score"] == WORST else f"{value:.4f}"
-            say(f"trial {name_trial(result['config']['number'])}  step {result['step']:>5}  {metric} {text}")
+            logger.info(f"trial {name_trial(result['config']['number'])}  step {result['step']:>5}  {metric} {text}")
 
         def on_trial_complete(self, iteration: int, trials: "list[Trial]", trial: "Trial", **info: object) -> None:
             ended.append(trial.config["number"])
 
         def on_trial_error(self, iteration: int, trials: "list[Trial]", trial: "Trial", **info: object) -> None:
-            say(f"trial {name_trial(trial.config['number'])}  failed")
+            logger.info(f"trial {name_trial(trial.config['number'])}  failed")
 
-    return Teller()
+    return Reporter()

@@ -8,6 +8,7 @@ whenever they change. No state of Ray Tune is kept.
 """
 
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ from ray_vlm.tune.space import Space, load_space, own_values
 from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
 from ray_vlm.tune.trials import Trial, rank, read_trials, trial_address
 
+logger = logging.getLogger(__name__)
 SWEEP, REPORT = "sweep.json", "report.html"
 _OVER = ("finished", PRUNED, "failed")
 _DRAWS = ("search", "default_first")  # settings of `tune` that decide what a number draws
@@ -58,19 +60,8 @@ _SAME_ROWS = (
 _OTHER_ROWS = ("method.name", "method.loss_on")  # what a row of the method is, and which of its tokens are trained
 
 
-def tell(text: str) -> None:
-    """Print a line and flush. A named function of this module, because Tune pickles callbacks and Ray replaces
-    `print`."""
-    print(text, flush=True)
-
-
 def tune(
-    job_path: str,
-    overrides: Sequence[str],
-    space_path: str,
-    resume: bool = False,
-    overwrite: bool = False,
-    say: Callable[[str], None] = tell,
+    job_path: str, overrides: Sequence[str], space_path: str, resume: bool = False, overwrite: bool = False
 ) -> str:
     """Run a sweep to its end and return its folder. Raise before any trial starts where one of them could not run.
 
@@ -79,7 +70,7 @@ def tune(
     """
     space = load_space(space_path, job_path, overrides)
     job = _ranked(absolute_paths(load_job(job_path, overrides)))
-    say(describe_job(job))
+    logger.info(describe_job(job))
     resolved, metric = dump_job(job), job.evaluate.metric
     address = join(job.run.output_dir, f"{job.run.name or Path(job_path).stem}-{Path(space_path).stem}")
     _check_sweep_folder(address, resolved, space, resume, overwrite)
@@ -100,23 +91,23 @@ def tune(
             Store(address).remove("")
         write_sweep(sweep, known, "running")
         check_shared(address)
-        say(describe(sweep, plan, job.tune))
+        logger.info(describe(sweep, plan, job.tune))
         own = own_values(space, resolved) if job.tune.default_first else None  # None too where the space lacks them
         points = {int(trial.name): trial.values for trial in known} or ({0: own} if own else {})
         first = job.evaluate.every_steps or steps.steps_per_epoch
-        ended, failed = run_tune(sweep, plan, job.tune, first, points, say)
+        ended, failed = run_tune(sweep, plan, job.tune, first, points)
     _settle(address, ended)
     trials = _with_failed(read_trials(address, space), failed, metric)
     over = len(trials) >= plan.num_trials and all(trial.status in _OVER for trial in trials)
     write_sweep(sweep, trials, "finished" if over else "interrupted")
     for number, text in failed.items():
-        say(f"trial {name_trial(number)} failed: {text}")
+        logger.info(f"trial {name_trial(number)} failed: {text}")
     if not over:
         done = sum(trial.status in _OVER for trial in trials)
         raise Interrupted(f"stopped with {done} of {plan.num_trials} trials over; --resume goes on ({address})")
     if not rank(trials):
         raise RunError(f"{address}: no trial reached a finite {metric}. See the errors in the run.json of its trials.")
-    finish_sweep(address, job, space, trials, say)
+    finish_sweep(address, job, space, trials)
     return address
 
 
@@ -242,48 +233,46 @@ def _with_failed(trials: Sequence[Trial], failed: Mapping[int, str], metric: str
     return sorted([*trials, *none], key=lambda trial: trial.name)
 
 
-def finish_sweep(
-    address: str, job: JobConfig, space: Space, trials: Sequence[Trial], say: Callable[[str], None]
-) -> None:
+def finish_sweep(address: str, job: JobConfig, space: Space, trials: Sequence[Trial]) -> None:
     """Measure and export the best trial as the job says, and write the report. Existing files are replaced."""
     best = trials[rank(trials)[0]]
     run = read_run(trial_address(address, best.name))
-    say(
+    logger.info(
         f"best: trial {best.name}, {best.metric} {format_number(best.metrics[best.metric])} at step {best.best_step}: "
         + ", ".join(f"{key}={value}" for key, value in best.values.items())
     )
     notes = [f"Ranked by {best.metric} on the eval rows."]
     if job.data.tested is not None:
-        notes.append(_measure(run, say))
+        notes.append(_measure(run))
     if job.tune.export is not None:
         kind = kind_of(run, job.tune.export == "merged")
         name = f"export/{kind}"
         Store(address).remove(name)
-        _make(address, name, lambda folder: export_run(run.address, str(folder), kind == MERGED, None, lambda _: None))
+        _make(address, name, lambda folder: export_run(run.address, str(folder), kind == MERGED))
         notes.append(f"The best trial is exported in {name}/.")
-        say(f"exported: {join(address, name)}")
+        logger.info(f"exported: {join(address, name)}")
     begun = [trial for trial in trials if trial.values]
     runs = [read_run(trial_address(address, trial.name)) for trial in begun]
     page = write_report(
         f"Sweep {split_address(address)[1]}", space, tune_metrics(job.tune, job.evaluate), begun, runs, notes
     )
     Store(address).write(REPORT, page.encode())
-    say(f"report {join(address, REPORT)}")
+    logger.info(f"report {join(address, REPORT)}")
 
 
-def _measure(run: Run, say: Callable[[str], None]) -> str:
+def _measure(run: Run) -> str:
     """Evaluate the best trial on the test rows and return a sentence with the numbers."""
     weights = weights_of(run, None)
     name = f"evaluate/{split_address(weights)[1]}"
     job, metrics = load_resolved(dict(run.job)), dict[str, Any]()
-    _make(run.address, name, lambda folder: metrics.update(evaluate(job, weights, folder, say)))
+    _make(run.address, name, lambda folder: metrics.update(evaluate(job, weights, folder)))
     names = [name for name in TASK_METRICS[metrics["task"]] if name in metrics["overall"]]
     numbers = ", ".join(f"{name} {format_number(metrics['overall'][name])}" for name in names[:4])
     rows = (
         "validation rows, which also chose it" if metrics.get("rows_chose_best") else "test rows, which chose nothing"
     )
     sentence = f"The best trial on {metrics['num_rows']} {rows}: {numbers}."
-    say(sentence)
+    logger.info(sentence)
     return sentence
 
 

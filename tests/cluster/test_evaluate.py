@@ -56,7 +56,7 @@ def test_any_number_of_replicas_predicts_the_same(
     predictor, texts = Predictor(job), []
     for count in (0, 2):
         out = tmp_path / f"{count}.jsonl"
-        predict_files(predictor, [inputs], str(out), num_replicas=count, say=lambda text: None)
+        predict_files(predictor, [inputs], str(out), num_replicas=count)
         texts.append(out.read_text())
     assert texts[0] == texts[1]
     assert all("answer" in json.loads(line) for line in texts[0].splitlines())

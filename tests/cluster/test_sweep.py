@@ -41,13 +41,18 @@ def _losses(run: Path, kind: str = "train") -> list[float]:
 
 @pytest.mark.parametrize("resident", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trials_are_runs_and_the_best_is_exported(
-    resident: bool, ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    resident: bool,
+    ray_cluster: None,
+    job_file: Any,
+    scenes: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+    lines: list[str],
 ) -> None:
     from peft import PeftConfig
 
     path = _job(job_file, scenes, resident=resident)
-    lines: list[str] = []
-    sweep = Path(tune(str(path), [], _space(tmp_path), say=lines.append))
+    sweep = Path(tune(str(path), [], _space(tmp_path)))
     assert "View detailed results" not in capfd.readouterr().out, "Ray Tune's own words"
     trials = json.loads((sweep / "sweep.json").read_text())
     assert [t["values"]["train.learning_rate"] for t in trials["trials"]] == RATES
@@ -178,13 +183,12 @@ def test_ctrl_c_stops_a_sweep_that_can_go_on(job_file: Any, scenes: Path, tmp_pa
 
 @pytest.mark.slow
 def test_a_trial_that_fails_is_tried_again_and_then_left(
-    ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path
+    ray_cluster: None, job_file: Any, scenes: Path, tmp_path: Path, lines: list[str]
 ) -> None:
     """An adapter that is not there: found out when the trial starts, and no reason to end the others."""
     path = _job(job_file, scenes, max_retries=1)
-    lines: list[str] = []
     space = _space(tmp_path, {"model.adapter": {"grid": [None, str(tmp_path / "nowhere")]}})
-    sweep = Path(tune(str(path), ["tune.num_trials=2"], space, say=lines.append))
+    sweep = Path(tune(str(path), ["tune.num_trials=2"], space))
     trials = json.loads((sweep / "sweep.json").read_text())["trials"]
     assert [t["status"] for t in trials] == ["finished", "failed"]
     assert any("nowhere" in line for line in lines)

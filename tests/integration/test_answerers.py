@@ -146,7 +146,7 @@ def test_a_run_that_trained_all_weights_is_asked_and_measured(whole: Path, scene
 
 
 @pytest.mark.parametrize("export", ["adapter", "merged"])
-def test_a_sweep_of_runs_that_train_all_weights_ends(whole: Path, export: str) -> None:
+def test_a_sweep_of_runs_that_train_all_weights_ends(whole: Path, export: str, lines: list[str]) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.tune.space import Setting, Space
     from ray_vlm.tune.sweep import finish_sweep
@@ -155,8 +155,7 @@ def test_a_sweep_of_runs_that_train_all_weights_ends(whole: Path, export: str) -
     job = load_job(whole / "job.yaml", [f"tune.export={export}"])
     space = Space((Setting("train.learning_rate", "choice", (1e-3, 1e-4)),))
     sweep = whole / "sweep"
-    lines: list[str] = []
-    finish_sweep(str(sweep), job, space, read_trials(str(sweep), space), lines.append)
+    finish_sweep(str(sweep), job, space, read_trials(str(sweep), space))
     assert any("test rows, which chose nothing" in text for text in lines)
     assert (sweep / "export" / "model" / "config.json").is_file()
     card = (sweep / "export" / "model" / "README.md").read_text()

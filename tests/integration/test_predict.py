@@ -195,7 +195,7 @@ def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(
     monkeypatch.setattr(generate, "answer_records", stub)
     predictor = _predictor(job_file, "gui_steps")
     out, table = tmp_path / "out.jsonl", str(_steps_table(tmp_path))
-    assert predict.predict_files(predictor, [table], str(out), say=lambda text: None) == 7
+    assert predict.predict_files(predictor, [table], str(out)) == 7
     first = [("row 0", (), 0), ("row 1", (), 0), ("row 5", (), 0), ("row 6", (), 0)]
     assert asked == [first, [("row 2", (), 0)]], "what was not understood is not remembered"
     rows = [json.loads(line) for line in out.open()]
@@ -213,7 +213,7 @@ def test_a_table_of_gui_steps_is_walked_with_the_model_s_own_memory(
         update={"evaluate": predictor.job.evaluate.model_copy(update={"batch_size": 1})}
     )
     out = tmp_path / "out.csv"
-    predict.predict_files(predictor, [table], str(out), say=lambda text: None)
+    predict.predict_files(predictor, [table], str(out))
     assert [(row["Task_id"], int(row["step"])) for row in csv.DictReader(out.open())] == places
     assert [asks[0][0] for asks in asked] == ["row 0", "row 2", "row 1", "row 5", "row 6"], "one task after another"
     assert asked[1] == [("row 2", ('{"action":"tap"}',), 1)]
@@ -231,7 +231,7 @@ def test_a_table_s_images_may_lie_elsewhere(job_file, tmp_path: Path, monkeypatc
         predict.predict_files(predictor, [str(table)], str(out))
     assert "error" in json.loads(out.read_text())
     root = str(tmp_path / "photos")
-    assert predict.predict_files(predictor, [str(table)], str(out), say=lambda text: None, image_root=root) == 1
+    assert predict.predict_files(predictor, [str(table)], str(out), image_root=root) == 1
     (result,) = map(json.loads, out.open())
     assert (result["images"], result["ok"]) == (["a.png"], True), "as the table names it"
     assert "Task_id" not in result

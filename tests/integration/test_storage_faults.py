@@ -107,7 +107,7 @@ def _same(paths: RunPaths, undisturbed: RunPaths) -> None:
 
 
 def _newest(store: Store) -> int:
-    newest = open_newest(store, print)
+    newest = open_newest(store)
     return newest[0].step if newest else 0
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,33 @@ def test_the_run_folder_explains_itself(job_file, scenes: Path, capsys) -> None:
     assert log["best_checkpoint"]["step"] == best["step"]
     assert log["best_checkpoint"]["metrics"]["loss"] == best["loss"]
     names = {p.name.split("-a1-")[0] for p in paths.root.iterdir() if p.is_dir()}
-    assert names == {"checkpoint-2", "checkpoint-4", "best", "final"}
+    assert names == {"checkpoint-2", "checkpoint-4", "best", "final", "logs"}
+    text = (paths.logs / "rank-0.log").read_text()
+    assert re.search(r"^\d{4}-\d\d-\d\d [\d:,]{12} INFO ray_vlm\.train\.driver: run folder ", text, re.MULTILINE)
+    assert re.search(r" DEBUG ray_vlm\.runs\.checkpoints: checkpoint-4-a1-\w+ is committed", text)
+    assert " INFO ray_vlm.runs.console: step 4/4 " in text
+
+
+def test_v_shows_details_on_stderr_and_changes_nothing_on_stdout(job_file, capsys) -> None:
+    path, outputs = job_file(), []
+    for options in (["--overwrite"], ["--overwrite", "-v"]):
+        assert main(["train", str(path), "train.max_steps=1", *options]) == 0
+        outputs.append(capsys.readouterr())
+    kinds = [[line.split()[0] for line in output.out.splitlines()] for output in outputs]
+    assert kinds[0] == kinds[1]
+    assert outputs[0].err == ""
+    assert re.search(r"^ray_vlm\.runs\.log_file: ray_vlm \d", outputs[1].err, re.MULTILINE)
+
+
+def test_a_log_that_cannot_be_written_is_one_note(job_file, tmp_path: Path, capsys) -> None:
+    path = job_file()
+    paths = _run(path, "train.max_steps=1", "checkpoint.every_steps=1")
+    shutil.rmtree(paths.logs)
+    paths.logs.write_text("a file where the folder should be")
+    capsys.readouterr()
+    assert main(["train", str(path), "train.max_steps=2", "--resume"]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "goes on without this file" in line]
+    assert note.startswith(f"note: {paths.logs}/rank-0.log cannot be written (")
 
 
 def test_a_validation_before_the_first_step_changes_nothing_and_may_be_the_best(job_file, scenes: Path) -> None:

@@ -24,7 +24,7 @@ FLOORS = [
     {"config"},
     {"runs"},
     {"storage"},
-    {"errors", "machine", "distributed"},
+    {"errors", "logs", "machine", "distributed"},
 ]
 PLAIN_DATA = {"ray_vlm.models.families", "ray_vlm.data.records"}  # readable from every floor
 HEAVY = ("torch", "ray", "trl", "transformers", "matplotlib")

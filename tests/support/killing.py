@@ -63,7 +63,7 @@ def kill_writers(folder: Path, count: int, seed: int = 0) -> dict[str, int]:
             os.kill(writer.pid, signal.SIGKILL)
             written = [int(line) for line in (first + writer.stdout.read()).split()]
         last = max([last, *written])
-        newest = open_newest(store, lambda text: None)
+        newest = open_newest(store)
         if newest is None or newest[0].step < last:
             lost += 1
         else:

@@ -1,5 +1,6 @@
 """The numbers of every step and epoch, in `metrics.jsonl` and on the trackers."""
 
+import logging
 import math
 import resource
 import statistics
@@ -20,6 +21,7 @@ from ray_vlm.train.callbacks.nonfinite import NonfiniteCallback
 from ray_vlm.train.callbacks.preemption import PreemptionCallback
 from ray_vlm.train.run_context import RunContext
 
+logger = logging.getLogger(__name__)
 _WINDOW, _LEAST = 50, 20  # number of previous losses to compare with, and the minimum
 
 
@@ -150,7 +152,7 @@ class MetricsCallback(TrainerCallback):
         if math.isfinite(values["loss"]):
             self._run.progress.epoch_losses.append(float(logs["loss"]))
         if self._watches_loss and (message := self._spikes.look(state.global_step, values["loss"])):
-            self._run.note(state.global_step, message)
+            logger.info(message, extra={"step": state.global_step})
         self._run.write("train", state.global_step, state.epoch, values)
         if state.global_step % self._log_every_steps == 0:
             self._run.publish()

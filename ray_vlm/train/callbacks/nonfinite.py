@@ -6,6 +6,7 @@ only reported, because some come from the data.
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from ray_vlm.train.callbacks.gradient_norms import GradientNormsCallback
 from ray_vlm.train.restarts import RewindToCheckpoint
 from ray_vlm.train.run_context import RunContext
 
+logger = logging.getLogger(__name__)
 _NAMED = 8  # rows in a message; the file has all
 
 
@@ -109,13 +111,13 @@ class NonfiniteCallback(TrainerCallback):
         if step < self._skip_until:
             if step == self._resumed_at:
                 reason = f"the gradient of step {self._skip_until} was not finite"
-                self._run.note(step, f"{reason}: the steps from {step + 1} to it are skipped")
+                logger.info(f"{reason}: the steps from {step + 1} to it are skipped", extra={"step": step})
             model.zero_grad()  # so that the optimizer changes no weight
             return True
         if is_finite(norms):
             return False
         if (scaled := self._loss_scale.explain_overflow(self._run.distributed)) is not None:
-            self._run.note(step + 1, scaled)
+            logger.info(scaled, extra={"step": step + 1})
             return False
         bad_step = describe_step(self._run.plan, step, self._row_id)
         if self._run.distributed.rank == 0:
@@ -126,7 +128,7 @@ class NonfiniteCallback(TrainerCallback):
         if self._policy != "skip":
             error = RewindToCheckpoint if self._policy == "rewind" else RunError
             raise error(explain(bad_step, self._policy))
-        self._run.note(step + 1, explain(bad_step, self._policy))
+        logger.info(explain(bad_step, self._policy), extra={"step": step + 1})
         model.zero_grad()
         return True
 

@@ -5,6 +5,7 @@ throttle training. Ray gets numbers and never a checkpoint: it would lose one if
 This package's own checkpoints are committed by their manifest (`runs/checkpoints.py`).
 """
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from ray_vlm.train.callbacks.metrics import StepTimer
 from ray_vlm.train.run_context import RunContext, publish_weights
 from ray_vlm.train.validators import Validator
 
+logger = logging.getLogger(__name__)
 _WAIT_S = 0.2  # between polls of a validation that the ranks wait for
 
 
@@ -103,6 +105,7 @@ class ValidationCallback(TrainerCallback):
         if better and run.distributed.rank == 0:
             check_owner(run.paths.store, run.attempt)
             publish_weights(run.paths, run.paths.best, result.save, step)
+            logger.debug(f"best/ has the weights of step {step}: {self._metric} {metrics[self._metric]:.4f}")
         run.write("eval", step, step / run.plan.steps_per_epoch, metrics)
         if run.monitor is not None:
             run.monitor.pictures(step, result.draw)
@@ -111,6 +114,8 @@ class ValidationCallback(TrainerCallback):
         self._validator.discard(step)
         if self._patience is not None and since_best >= self._patience:
             control.should_training_stop = True
+            reason = f"{self._metric} has not improved for {since_best} validations"
+            logger.info(f"training stops early: {reason}", extra={"step": step})
         return metrics
 
     def _report(self, metrics: dict[str, float]) -> None:

@@ -185,11 +185,11 @@ def of_checkpoints(folder: Path) -> Attempt:
         else:
             path.write_bytes(break_bytes(path.read_bytes(), rng))
         store = Store(broken)
-        newest = open_newest(store, lambda text: None)
+        newest = open_newest(store)
         lost = newest is None or (newest[1] / "weights.bin").read_bytes() != saved_bytes[newest[0].name]
         sweep(store)
         prune(store, 2, 1)
-        return int(lost or open_newest(store, lambda text: None) is None)
+        return int(lost or open_newest(store) is None)
 
     return attempt
 

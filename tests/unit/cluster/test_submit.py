@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ray_vlm.cli import cluster as cluster_verbs
 from ray_vlm.cli import main
 from ray_vlm.cluster import submit as submit_module
 from ray_vlm.cluster.environment import FORWARDED, send_secrets
@@ -20,7 +21,6 @@ from ray_vlm.cluster.submit import (
     describe_jobs,
     entrypoint,
     exit_code,
-    follow_job,
     load_runtime_env,
 )
 from ray_vlm.config.paths import check_output_dir
@@ -206,7 +206,7 @@ def test_a_head_that_fails_while_it_is_sent_something(folder: Path, server: JobS
 def test_a_head_that_stops_while_a_job_is_followed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     import ray
 
-    monkeypatch.setattr(submit_module, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(submit_module, "PATIENCE_S", 0.3)
     monkeypatch.setattr(submit_module, "_POLL_S", 0.1)
     server = JobServer(ray.__version__, running=True)
     with start_job_server(server) as http:
@@ -273,11 +273,13 @@ class _Client:
 
 def test_ctrl_c_asks_and_then_waits_for_the_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(submit_module, "_POLL_S", 0.01)
-    client = _Client()
-    assert follow_job(client, "j", ask=lambda question: True) == 130
+    client: Any = _Client()
+    monkeypatch.setattr(cluster_verbs, "_ask", lambda question: True)
+    assert cluster_verbs._follow(client, "j") == 130
     assert client.stopped
     client = _Client()
-    assert follow_job(client, "j", ask=lambda question: False) == 130
+    monkeypatch.setattr(cluster_verbs, "_ask", lambda question: False)
+    assert cluster_verbs._follow(client, "j") == 130
     assert not client.stopped
     assert "ray-vlm jobs stop j" in capsys.readouterr().out
 

@@ -153,7 +153,7 @@ def _pictures(folder: Path, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("codec", "good"), [("qwen2_vl", TOKENS), ("qwen2_5_vl", FENCED), ("qwen3_vl", FENCED)])
-def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path) -> None:
+def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path, lines: list[str]) -> None:
     builder = _builder(codec=codec)
     bad = ' \t"None",\r\n\\ \u2028 \N{GREEK SMALL LETTER BETA} \N{ROLLING ON THE FLOOR LAUGHING} </s> \x01 '
     pictures = _pictures(tmp_path, 3)
@@ -170,8 +170,8 @@ def test_pairs_come_back_as_they_went_in(codec: str, good: str, tmp_path: Path) 
         [*unusable, ScoredAnswer(good, 2.0)],
     ]
     names, root = name_images(records)
-    path, lines = tmp_path / "else" / "where" / "pairs.jsonl", []
-    summary = write_rows(path, build_rows(records, [sampled[:2], sampled[2:]], builder, names, 0.1), 3, lines.append)
+    path = tmp_path / "else" / "where" / "pairs.jsonl"
+    summary = write_rows(path, build_rows(records, [sampled[:2], sampled[2:]], builder, names, 0.1), 3)
     assert summary["without_pair"] == {"all_alike": 1, "small_margin": 0, "cut_off": 0, "unusable": 1}
     assert (summary["num_pairs"], summary["mean_chosen_reward"], summary["mean_rejected_reward"]) == (1, 2.0, 0.5)
     assert lines[-1].startswith("sampled 3/3 rows")
@@ -196,17 +196,16 @@ def test_ids_of_mixed_sources_stay_apart(tmp_path: Path) -> None:
 def test_without_any_pair_nothing_is_written(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     with pytest.raises(RunError, match=r"no pair: of 3 rows 2 with all answers alike, 1 with every answer cut off"):
-        write_rows(path, ["all_alike", "cut_off", "all_alike"], 3, lambda line: None)
+        write_rows(path, ["all_alike", "cut_off", "all_alike"], 3)
     with pytest.raises(RunError, match="was not written"):
-        write_rows(Path("/proc/pairs/pairs.jsonl"), [], 0, lambda line: None)
+        write_rows(Path("/proc/pairs/pairs.jsonl"), [], 0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_job_needs_is_said(tmp_path: Path) -> None:
-    lines: list[str] = []
+def test_what_a_job_needs_is_said(lines: list[str]) -> None:
     about = {"num_pairs": 1, "num_records": 2, "mean_chosen_reward": 1.0, "mean_rejected_reward": 0.5}
     about |= {"without_pair": {"all_alike": 1, "small_margin": 0}, "image_root": "/a, b: c"}
-    describe_pairs(Path("/x/pairs.jsonl"), about, lines.append)
+    describe_pairs(Path("/x/pairs.jsonl"), about)
     assert lines[:2] == ["1 pairs of 2 rows: chosen 1.000, rejected 0.500", "no pair: 1 with all answers alike"]
     import yaml
 

@@ -20,6 +20,7 @@ from ray_vlm.runs.checkpoints import (
     write_part,
 )
 from ray_vlm.storage import Store
+from tests.support.lines import kept_lines
 
 
 def _write(store: Store, step: int, attempt: int = 1, score: float | None = None, text: str = "weights") -> str:
@@ -35,8 +36,8 @@ def _write(store: Store, step: int, attempt: int = 1, score: float | None = None
 
 
 def _newest(store: Store) -> tuple[int | None, list[str]]:
-    messages: list[str] = []
-    newest = open_newest(store, messages.append)
+    with kept_lines() as messages:
+        newest = open_newest(store)
     return (newest[0].step if newest else None), messages
 
 
@@ -45,7 +46,7 @@ def test_the_newest_is_found_with_what_it_stores(tmp_path: Path) -> None:
     assert _newest(store) == (None, [])
     _write(store, 5)
     _write(store, 10, score=0.5)
-    checkpoint, folder = open_newest(store, pytest.fail) or pytest.fail("none")
+    checkpoint, folder = open_newest(store) or pytest.fail("none")
     assert (checkpoint.step, checkpoint.attempt, checkpoint.score, checkpoint.about["base"]) == (10, 1, 0.5, "x")
     assert (folder / "a.bin").read_text() == "weights 10"
     assert not [name for name in store.names() if name.startswith(".")]
@@ -55,7 +56,7 @@ def test_the_later_attempt_of_a_step_wins(tmp_path: Path) -> None:
     store = Store(tmp_path)
     _write(store, 10, attempt=2)
     _write(store, 10, attempt=10)
-    checkpoint, _ = open_newest(store, pytest.fail) or pytest.fail("none")
+    checkpoint, _ = open_newest(store) or pytest.fail("none")
     assert checkpoint.attempt == 10
 
 

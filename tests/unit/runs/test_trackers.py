@@ -80,16 +80,20 @@ def test_a_login_at_a_server_of_one_s_own_counts_there_alone(nobody: Path) -> No
     assert find_wandb_login() == {"WANDB_API_KEY": KEY}, "netrc's"
 
 
-def test_the_page_s_address_is_reported_or_where_the_files_are(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (note,) = _start(monkeypatch).notes
-    assert "offline, in wandb/ of outputs/a" in note
-    assert "wandb login" in note
+def test_the_page_s_address_is_reported_or_where_the_files_are(
+    nobody: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    _start(monkeypatch)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert _start(monkeypatch).notes == ["Weights & Biases: https://wandb.ai/me/p/runs/1"]
+    _start(monkeypatch)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    (note,) = _start(monkeypatch).notes
-    assert "offline" in note
-    assert "wandb login" not in note, "it was asked for"
+    _start(monkeypatch)
+    assert "offline, in wandb/ of outputs/a" in lines[0]
+    assert "wandb login" in lines[0]
+    assert lines[1] == "Weights & Biases: https://wandb.ai/me/p/runs/1"
+    assert "offline" in lines[2]
+    assert "wandb login" not in lines[2], "it was asked for"
+    assert len(lines) == 3
 
 
 def test_an_epoch_has_its_mean_loss_and_its_learning_rate() -> None:
