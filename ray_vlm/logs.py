@@ -6,6 +6,7 @@ files of a run are in `runs/log_file.py`, and the lines that go into a run's `me
 """
 
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -70,3 +71,8 @@ def run_output() -> Iterator[None]:
         yield
     finally:
         TERMINAL.in_run = before
+
+
+def terminal_columns() -> int:
+    """Return the columns of the terminal; no limit where output is piped."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize

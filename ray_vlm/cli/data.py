@@ -61,8 +61,7 @@ def _data_stats(args: argparse.Namespace) -> None:
 def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
-    from ray_vlm.data.inspect.preview import choose_rows, describe_choice, describe_rows
-    from ray_vlm.data.inspect.preview_images import build_panels, draw_sheet
+    from ray_vlm.data.inspect.preview import build_panels, choose_rows, describe_choice, describe_rows, draw_sheet
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.data.splits import row_tags
     from ray_vlm.train.prepare import prepare

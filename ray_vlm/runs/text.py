@@ -1,10 +1,10 @@
 """Numbers, times and tables for a terminal. Text from files is shown without control characters."""
 
-import shutil
-import sys
 import time
 import unicodedata
 from collections.abc import Collection, Sequence
+
+from ray_vlm.logs import terminal_columns
 
 _WIDEST = 48  # characters of a cell
 
@@ -57,7 +57,7 @@ def format_table(
     """
     cells = [[_short(plain_text(cell), longest) for cell in row] for row in rows]
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
-    if sum(widths) + 2 * (len(widths) - 1) > (columns := _terminal_columns()):
+    if sum(widths) + 2 * (len(widths) - 1) > (columns := terminal_columns()):
         names = [" ".join(filter(None, column)) for column in zip(*cells[:heads], strict=True)]
         return "\n".join([names[0], *(_format_list(row, names, columns) for row in cells[heads:])])
     lines = []
@@ -66,11 +66,6 @@ def format_table(
         columns_of_row = [cell + pads[i] if i in left else pads[i] + cell for i, cell in enumerate(row)]
         lines.append("  ".join(columns_of_row).rstrip())
     return "\n".join(lines)
-
-
-def _terminal_columns() -> int:
-    """Return the columns of the terminal; no limit where output is piped."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def _format_list(row: Sequence[str], names: Sequence[str], columns: int) -> str:

@@ -47,5 +47,5 @@ def score_of(metric: str, metrics: Mapping[str, float]) -> float:
 
     NaN becomes the lowest finite number, because Ray treats a missing score as the best one if lower is better.
     """
-    value = -metrics[metric] if metric == "loss" else metrics[metric]
-    return float(value) if math.isfinite(value) else -sys.float_info.max
+    rank = _rank(metrics, metric)
+    return rank[0] if rank else -sys.float_info.max

@@ -15,7 +15,7 @@ from ray_vlm.runs.plot import BLUE, GREY, draw_for_page, make_panels, overlay, p
 from ray_vlm.runs.read import Run, is_number
 from ray_vlm.runs.text import format_duration, format_number, format_setting
 from ray_vlm.tune.space import LISTS, Setting, Space, holds
-from ray_vlm.tune.trials import Trial, pareto, rank, score_of_trial
+from ray_vlm.tune.trials import Trial, pareto, rank_trials, score_of_trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def write_report(
     title: str, space: Space, metrics: Sequence[str], trials: Sequence[Trial], runs: Sequence[Run], notes: Sequence[str]
 ) -> str:
     """Return the page's HTML. `runs`: of the trials, in their order; `metrics`: the ranking one, then the others."""
-    order = rank(trials)
+    order = rank_trials(trials)
     rest = [i for i in range(len(trials)) if i not in order]
     front = set(pareto([trial.metrics for trial in trials], metrics)) if len(metrics) > 1 else set()
     keys = [s.key for s in space.searched]

@@ -46,7 +46,7 @@ from ray_vlm.tune.report import write_report
 from ray_vlm.tune.search import SweepPlan, draw_trials, plan_sweep, run_tune
 from ray_vlm.tune.space import Space, load_space, own_values
 from ray_vlm.tune.trial import PRUNED, Sweep, build_trial_job, name_trial
-from ray_vlm.tune.trials import Trial, rank, read_trials, trial_address
+from ray_vlm.tune.trials import Trial, rank_trials, read_trials, trial_address
 
 logger = logging.getLogger(__name__)
 SWEEP, REPORT = "sweep.json", "report.html"
@@ -105,7 +105,7 @@ def tune(
     if not over:
         done = sum(trial.status in _OVER for trial in trials)
         raise Interrupted(f"stopped with {done} of {plan.num_trials} trials over; --resume goes on ({address})")
-    if not rank(trials):
+    if not rank_trials(trials):
         raise RunError(f"{address}: no trial reached a finite {metric}. See the errors in the run.json of its trials.")
     finish_sweep(address, job, space, trials)
     return address
@@ -187,7 +187,7 @@ def find_best(address: str) -> str:
 
 def write_sweep(sweep: Sweep, trials: Sequence[Trial], status: str) -> None:
     """Write `sweep.json`."""
-    order = rank(trials)
+    order = rank_trials(trials)
     values = {
         "status": status,
         "job": sweep.job,
@@ -235,7 +235,7 @@ def _with_failed(trials: Sequence[Trial], failed: Mapping[int, str], metric: str
 
 def finish_sweep(address: str, job: JobConfig, space: Space, trials: Sequence[Trial]) -> None:
     """Measure and export the best trial as the job says, and write the report. Existing files are replaced."""
-    best = trials[rank(trials)[0]]
+    best = trials[rank_trials(trials)[0]]
     run = read_run(trial_address(address, best.name))
     logger.info(
         f"best: trial {best.name}, {best.metric} {format_number(best.metrics[best.metric])} at step {best.best_step}: "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_vlm.errors import RunError
-from ray_vlm.runs.monitor import LOWER_IS_BETTER
+from ray_vlm.runs.monitor import rank_validation
 from ray_vlm.runs.read import Run, is_number, read_run
 from ray_vlm.storage import Store, join
 from ray_vlm.tune.space import Space, value_of
@@ -64,12 +64,11 @@ def read_trial(run: Run, space: Space) -> Trial:
 
 def score_of_trial(values: Mapping[str, Any], metric: str) -> float | None:
     """Return the score that ranks a trial, higher is better; None where its metric is missing or not finite."""
-    if not is_number(values.get(metric)):
-        return None
-    return -values[metric] if metric in LOWER_IS_BETTER else values[metric]
+    rank = rank_validation(values, metric)
+    return rank[0] if rank else None
 
 
-def rank(trials: Sequence[Trial]) -> list[int]:
+def rank_trials(trials: Sequence[Trial]) -> list[int]:
     """Return positions of the trials with a finite metric, the best first; of equal ones the earlier first."""
     numbers = {i: score_of_trial(trial.metrics, trials[0].metric) for i, trial in enumerate(trials)}
     scores = {i: score for i, score in numbers.items() if score is not None}

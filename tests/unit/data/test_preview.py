@@ -12,8 +12,16 @@ from PIL import Image
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
 from ray_vlm.data.draw import place_labels, wrap
-from ray_vlm.data.inspect.preview import Chosen, choose_rows, count_tokens, describe_prepared, describe_rows
-from ray_vlm.data.inspect.preview_images import build_panels, draw_sheet, on_picture
+from ray_vlm.data.inspect.preview import (
+    Chosen,
+    build_panels,
+    choose_rows,
+    count_tokens,
+    describe_prepared,
+    describe_rows,
+    draw_sheet,
+    on_picture,
+)
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample
 from ray_vlm.demo.drains import draw as draw_drains

@@ -11,7 +11,7 @@ from ray_vlm.runs.plot import COLOURS
 from ray_vlm.runs.read import read_run
 from ray_vlm.tune.report import describe_cost, draw_settings, measure_importance, place_values, write_report
 from ray_vlm.tune.space import Setting, Space
-from ray_vlm.tune.trials import Trial, rank, read_trials
+from ray_vlm.tune.trials import Trial, rank_trials, read_trials
 
 SPACE = Space(
     (
@@ -94,7 +94,7 @@ def test_a_page_from_folders(tmp_path: Path) -> None:
     (tmp_path / "trials" / "junk").mkdir()
     trials = read_trials(str(tmp_path), SPACE)
     assert [t.name for t in trials] == ["000", "001", "002", "003"]
-    assert rank(trials) == [1, 0, 2]
+    assert rank_trials(trials) == [1, 0, 2]
     assert trials[2].num_steps == 20
     runs = [read_run(str(tmp_path / "trials" / t.name)) for t in trials]
     page = write_report("Sweep <i>", SPACE, ["f1_50", "loss"], trials, runs, ["a note"])

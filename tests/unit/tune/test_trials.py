@@ -2,11 +2,11 @@
 
 import math
 
-from ray_vlm.tune.trials import Trial, pareto, rank
+from ray_vlm.tune.trials import Trial, pareto, rank_trials
 
 
 def _rank(metrics: list[dict[str, float]], metric: str) -> list[int]:
-    return rank([Trial(f"{i:03d}", {}, "finished", 1, 1, metric, values) for i, values in enumerate(metrics)])
+    return rank_trials([Trial(f"{i:03d}", {}, "finished", 1, 1, metric, values) for i, values in enumerate(metrics)])
 
 
 def test_the_best_is_never_one_without_a_number() -> None:
