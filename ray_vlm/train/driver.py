@@ -99,15 +99,14 @@ def train(
             write_json(paths.resolved, dump_job(prepared.job))
             paths.publish(paths.resolved)
             start_attempt(paths)
-    with log_to_file(paths, "driver" if job.cluster.num_workers else "rank-0"):
+    with run_output(), log_to_file(paths, "driver" if job.cluster.num_workers else "rank-0"):
         with _refusals(paths):
             if not known and job.data.on_bad_row == "quarantine":
                 paths.store.write(SIZES_FILE, pack_sizes(prepared.train.records))
             _write_bad_rows(prepared, paths)
             _write_balance(prepared, paths)
         logger.info(describe_plan(prepared, paths))
-        with run_output():
-            _run(prepared, paths, trial)
+        _run(prepared, paths, trial)
     return paths
 
 

@@ -1,5 +1,6 @@
 """A whole run in this process: what it writes, what it refuses, and that its results load without us."""
 
+import io
 import itertools
 import json
 import re
@@ -83,6 +84,17 @@ def test_v_shows_details_on_stderr_and_changes_nothing_on_stdout(job_file, capsy
     assert kinds[0] == kinds[1]
     assert outputs[0].err == ""
     assert re.search(r"^ray_vlm\.runs\.log_file: ray_vlm \d", outputs[1].err, re.MULTILINE)
+
+
+def test_a_reader_who_leaves_after_the_first_line_does_not_end_the_run(job_file, monkeypatch) -> None:
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            if "\n" in self.getvalue():
+                raise BrokenPipeError
+            return super().write(text)
+
+    monkeypatch.setattr("sys.stdout", Left())
+    assert _run(job_file(), "train.max_steps=1", "data.oversample=auto").final.is_dir()
 
 
 def test_a_log_that_cannot_be_written_is_one_note(job_file, tmp_path: Path, capsys) -> None:
