@@ -12,6 +12,7 @@ from PIL import Image
 from ray_vlm import Ask, Predictor
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
+from ray_vlm.data.draw import MIN_SIDE
 from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate import generate, predict
 from ray_vlm.evaluate import predictor as predictor_module
@@ -80,7 +81,8 @@ def test_files_that_cannot_be_read_are_results_too(detector: tuple[Path, Path], 
     assert [bool(row["error"]) for row in rows] == [False, True, True]
     drawn = list((tmp_path / "drawn").iterdir())
     assert [p.name for p in drawn] == ["00001-a.png"]
-    assert Image.open(drawn[0]).width == Image.open(folder / "a.jpg").width
+    with Image.open(drawn[0]) as picture, Image.open(folder / "a.jpg") as photo:
+        assert max(picture.size) == max(MIN_SIDE, *photo.size), "small images are enlarged"
     (folder / "a.jpg").unlink()
     assert main(words) == 1
     message = capsys.readouterr().err
