@@ -23,7 +23,11 @@ _SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-_LOUD = ("deepspeed", "DeepSpeed", "bitsandbytes", "deepspeed.accelerator.real_accelerator", "accel_logger")
+# A logger's filters do not apply to those below it, so each that speaks is named.
+_LOUD = (
+    *("deepspeed", "DeepSpeed", "deepspeed.accelerator.real_accelerator", "accel_logger"),
+    *("bitsandbytes", "bitsandbytes.cextension", "bitsandbytes.backends.cpu.ops"),
+)
 
 
 class _ErrorsOnly(logging.Filter):
