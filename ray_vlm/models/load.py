@@ -44,6 +44,9 @@ _GIVE_BASE = (
     "Give a folder with a config.json, or a hub name; for a private or gated model accept its licence on the hub and "
     "set HF_TOKEN."
 )
+_FETCH_AGAIN = "Fetch all files of the base again."
+_OTHER_SHAPES = "the shapes of its tensors are not those of its config.json"
+_SIZES = (("out_features", "in_features"), ("num_embeddings", "embedding_dim"))  # of layers with a matrix
 _KEPT: dict[tuple, "PreTrainedModel"] = {}  # the base that stays in this process, by what it was loaded with
 
 
@@ -170,6 +173,8 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> "PreTr
         raise _explain_weights(spec, error) from error
     model, info = loaded
     _check_complete(spec, model, info["missing_keys"])
+    if spec.load_in_4bit:
+        _check_shapes(spec, model)
     if is_deepspeed_zero3_enabled():
         _forget_renamings(model)
     keep_4bit_differentiable(model)
@@ -187,8 +192,24 @@ def _check_complete(spec: Model, model: "Module", missing: Iterable[str]) -> Non
         more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
         raise ModelError(
             f"model.name={spec.name!r}: its files do not hold the weights {weights[0]}{more}, which would be random. "
-            "Fetch all files of the base again."
+            f"{_FETCH_AGAIN}"
         )
+
+
+def _check_shapes(spec: Model, model: "Module") -> None:
+    """Raise `ModelError` if a weight has another shape than its layer: while it quantises, transformers compares no
+    shapes, or only those of weights that stay as they are."""
+    for name, module in model.named_modules():
+        sizes = [(getattr(module, a, None), getattr(module, b, None)) for a, b in _SIZES]
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() != 2 or not (known := [size for size in sizes if None not in size]):
+            continue
+        shape = tuple(getattr(getattr(weight, "quant_state", None), "shape", weight.shape))
+        if shape not in known:
+            raise ModelError(
+                f"model.name={spec.name!r}: its weights cannot be loaded ({_OTHER_SHAPES}: {name}.weight is {shape} "
+                f"and not {known[0]}). {_FETCH_AGAIN}"
+            )
 
 
 def _is_device_failure(error: Exception, device: str) -> bool:
@@ -209,7 +230,7 @@ def _explain_weights(spec: Model, error: Exception) -> ModelError:
     if not isinstance(error, OSError | ValueError | RuntimeError):
         reason = f"{type(error).__name__}: {reason}"  # of a KeyError the text is the key alone
     if "ignore_mismatched_sizes" in reason:  # transformers' text names an option that jobs do not have
-        reason, fix = "the shapes of its tensors are not those of its config.json", "Fetch all files of the base again."
+        reason, fix = _OTHER_SHAPES, _FETCH_AGAIN
     elif isinstance(error, ImportError):
         fix = "Install the package that is missing."
     fix = advise_hub(error) or fix

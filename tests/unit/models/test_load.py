@@ -159,13 +159,17 @@ def _keep_bytes(count: int) -> Damage:
     return lambda weights: weights.write_bytes(weights.read_bytes()[:count])
 
 
-def _narrow(weights: Path) -> None:
-    """Give one tensor a shape that the configuration does not say."""
-    from safetensors.torch import load_file, save_file
+def _narrow(part: str) -> Damage:
+    """Give one matrix, the first whose name contains `part`, a shape that the configuration does not say."""
 
-    tensors = load_file(weights)
-    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
-    save_file(tensors | {name: tensors[name][:1].clone()}, weights, {"format": "pt"})
+    def change(weights: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(weights)
+        name = next(name for name, tensor in tensors.items() if tensor.dim() == 2 and part in name)
+        save_file(tensors | {name: tensors[name][:1].clone()}, weights, {"format": "pt"})
+
+    return change
 
 
 def _index_instead(content: str) -> Damage:
@@ -183,7 +187,9 @@ def _index_instead(content: str) -> Damage:
         (_keep_bytes(0), r"SafetensorError: .*header.*A file of the base may be cut off: fetch it again"),
         (_keep_bytes(5), r"SafetensorError: .*header.*A file of the base may be cut off: fetch it again"),
         (_keep_bytes(-100), r"SafetensorError: .*header.*A file of the base may be cut off: fetch it again"),
-        (_narrow, r"the shapes of its tensors are not those of its config\.json"),
+        (_narrow("embed_tokens"), r"the shapes of its tensors are not those of its config\.json"),
+        (_narrow("language_model.layers.0.self_attn"), r"the shapes of its tensors are not those of its config\.json"),
+        (_narrow("visual.blocks.0"), r"the shapes of its tensors are not those of its config\.json"),
         (_index_instead("{}"), r"KeyError: 'weight_map'.*fetch it again"),
         (_index_instead('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}'), r"No such file .*fetch it again"),
         (lambda weights: (weights.parent / "generation_config.json").write_text("[]"), "TypeError: .*fetch it again"),
