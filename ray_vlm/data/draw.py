@@ -65,7 +65,7 @@ def draw_values(
     scale = min(max(width, height, min_side), max_side) / max(width, height)
     picture = resize(pixels, width * scale, height * scale)
     unit = max(picture.size) / 480
-    stroke, type_size = max(2, round(4 * unit)), max(10, round(16 * unit))
+    stroke, type_size = max(2, round(4 * unit)), max(10, round(21 * unit))
     true = [(tuple(scale * v for v in region), "") for region, _ in regions_of(truth or {})]
     regions = [(tuple(scale * v for v in region), label) for region, label in regions_of(values)]
     draw_regions(picture, true, [INK] * len(true), 2 * stroke + 1, type_size)
