@@ -33,7 +33,12 @@ def part_norms(named_parameters: NamedParameters, family: Family) -> dict[str, f
                 grads[part_of(family, name)].append(parameter.grad)
     if not any(grads.values()):
         return {}
-    norms = {part: torch.nn.utils.get_total_norm(gradients) for part, gradients in grads.items() if gradients}
+    # `get_total_norm` would add them up in the gradients' own precision, which may be bfloat16.
+    norms = {
+        part: torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).norm()
+        for part, gradients in grads.items()
+        if gradients
+    }
     # `tolist` of one tensor waits for the GPU once for all parts.
     values = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
     return {part: values.get(part, 0.0) for part in grads}
