@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, TypeVar
@@ -293,20 +293,18 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
 def whole_or_gone(folder: Path) -> Iterator[None]:
     """Remove `folder` if the body, which fills it, does not end normally."""
-    try:
+    with ExitStack() as removal:
+        removal.callback(shutil.rmtree, folder, ignore_errors=True)
         yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        removal.pop_all()
 
 
 @contextmanager

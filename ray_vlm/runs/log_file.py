@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from logging.handlers import RotatingFileHandler
 
 from ray_vlm import __version__
@@ -25,6 +25,12 @@ class _LogFile(RotatingFileHandler):
         logger.warning(f"{self.baseFilename} cannot be written ({sys.exception()}); the run goes on without this file")
 
 
+def _log_failure(_: object, error: BaseException | None, __: object) -> None:
+    """Log the traceback of the error that ends a context; a signal is none."""
+    if isinstance(error, Exception):
+        logger.debug("ended by an exception", exc_info=error)
+
+
 @contextmanager
 def log_to_file(paths: RunPaths, name: str) -> Iterator[None]:
     """While the body runs, append the package's lines to the run's `logs/<name>.log`.
@@ -38,13 +44,10 @@ def log_to_file(paths: RunPaths, name: str) -> Iterator[None]:
     handler = _LogFile(path, maxBytes=_MAX_BYTES, backupCount=1, encoding="utf-8", delay=True, errors="replace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     try:
-        with attached(handler):
+        with attached(handler), ExitStack() as ending:
             logger.debug(f"ray_vlm {__version__}, process {os.getpid()} on {platform.node()}")
-            try:
-                yield
-            except Exception:  # raised again
-                logger.debug("ended by an exception", exc_info=True)
-                raise
+            ending.push(_log_failure)
+            yield
     finally:
         with suppress(OSError):
             paths.publish(path)
