@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 from ray_vlm.config.data import Source
 from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.records import Box, Image, Point
-from ray_vlm.data.sources.tables import text_fault
 
 _FARTHEST = 1e9  # no image is this large; NaN and infinity fail the comparison too
 _LAYOUT = {4: ("four", "[x1, y1, x2, y2]"), 2: ("two", "[x, y]")}
@@ -34,6 +33,23 @@ class Row:
         """Return the first filled cell among `names`, or None; names that the user has mapped come first."""
         ordered = sorted(names, key=lambda name: name not in self.source.columns)
         return next((self.cells[name] for name in ordered if not is_empty(self.cells.get(name))), None)
+
+
+def text_fault(value: object) -> str | None:
+    """Return why a text somewhere in a value cannot be used (NUL characters, half a surrogate pair), or None."""
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, dict):
+            waiting += [*current, *current.values()]
+        elif isinstance(current, list | tuple):
+            waiting += current
+        elif isinstance(current, str):
+            if "\0" in current:
+                return "holds NUL characters in a text; remove them"
+            if not current.isascii() and any("\ud800" <= c <= "\udfff" for c in current):
+                return "holds half a surrogate pair in a text, which is not Unicode; write the text again"
+    return None
 
 
 def is_empty(value: object) -> bool:
