@@ -121,7 +121,7 @@ class SourceReader:
                 if not available & set(names)
             ]
         if problems:
-            raise DataError(problems)
+            raise DataError(problems) if any(self.table.pieces()) else no_rows(source.path)
 
     def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
         """Yield the pieces of the source in order, each of up to `rows` rows. Raise `DataError` where the file cannot

@@ -379,8 +379,9 @@ class _JsonStream:
         try:
             text = self.decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            start = self.num_bytes - pending + error.start
-            raise _not_json(self.address, f"'utf-8' codec can't decode byte {start}: {error.reason}") from None
+            byte, start = error.object[error.start], self.num_bytes - pending + error.start
+            reason = f"'utf-8' codec can't decode byte {byte:#04x} in position {start}: {error.reason}"
+            raise _not_json(self.address, reason) from None
         text = text.removeprefix("\ufeff") if self.num_bytes == 0 else text
         self.num_bytes += len(block)
         return text
