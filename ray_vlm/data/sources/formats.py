@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyarrow import Array, ChunkedArray
 
 _CORNERS = ("x1", "y1", "x2", "y2")
+_HASHED_ROWS = 2**18  # at a time
 _NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
 
 
@@ -174,9 +175,10 @@ class SourceReader:
             cells = cells | {field: cells.get(column) for field, column in source.columns.items()}
         name, group = cells.get("id"), cells.get("group")
         try:
-            if isinstance(name, bool) or not (fields.is_empty(name) or isinstance(name, str | int)):
+            is_missing = fields.is_empty(name)
+            if not is_missing and (isinstance(name, bool) or not isinstance(name, (str, int))):
                 raise ValueError(f"id {shown(name)} is neither a text nor a whole number; mend it")
-            name = str(number) if fields.is_empty(name) else fields.word(name, "id")
+            name = str(number) if is_missing else fields.word(name, "id")
             group = "" if fields.is_empty(group) and "group" not in source.columns else fields.word(group, "group")
         except ValueError as error:
             return BadRow(number, "", str(error))
@@ -224,30 +226,59 @@ def unique_ids(
 
     if source.format == "coco":  # its reader refuses them
         return {}
-    column = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.large_string())
-    encoded = column.cast(pa.large_string()).dictionary_encode()
-    parts = encoded.chunks if isinstance(encoded, pa.ChunkedArray) else [encoded]
-    names = parts[-1].dictionary
-    codes = np.concatenate([part.indices.to_numpy() for part in parts])
-    counts = np.bincount(codes, minlength=len(names))
-    rows = np.flatnonzero((counts > 1)[codes] & ~np.asarray(is_bad, bool))
-    if not len(rows):
-        return {}
-    shared = names.filter(pa.array(counts > 1))
-    bases = pc.replace_substring_regex(names, "#[0-9]+$", "")
-    numbered = names.filter(pc.and_(pc.is_in(bases, shared), pc.not_equal(bases, names)))
-    taken = set(numbered.to_pylist())  # ids as written that a new one must not be
+    listed = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.large_string())
+    column = pa.chunked_array(listed.chunks if isinstance(listed, pa.ChunkedArray) else [listed], listed.type)
+    rows = _rows_alike(np.concatenate([np.empty(0, np.uint64), *map(_hash_texts, column.chunks)]))
+    names = column.take(pa.array(rows)).to_pylist()
+    counts = Counter(names)
+    bad = np.asarray(is_bad, bool)[rows].tolist()
+    shared = [
+        (row, name) for row, name, skip in zip(rows.tolist(), names, bad, strict=True) if counts[name] > 1 and not skip
+    ]
+    if source.format == "gui_csv":
+        return {row: f"id {name} is used by {counts[name]} rows; make it unique" for row, name in shared}
+    numbered = column.filter(pc.match_substring_regex(column, "#[0-9]+$")) if shared else column.slice(0, 0)
+    taken = set(numbered.to_pylist())
     met: Counter[str] = Counter()
     changes: dict[int, tuple[str, str] | str] = {}
-    for row, code, name in zip(rows.tolist(), codes[rows].tolist(), names.take(codes[rows]).to_pylist(), strict=True):
-        if source.format == "gui_csv":
-            changes[row] = f"id {name} is used by {counts[code]} rows; make it unique"
-            continue
+    for row, name in shared:
         met[name] += 1
         while met[name] > 1 and f"{name}#{met[name]}" in taken:
             met[name] += 1
         changes[row] = (name if met[name] == 1 else f"{name}#{met[name]}", name)
     return changes
+
+
+def _rows_alike(hashes: np.ndarray) -> np.ndarray:
+    """Return the rows whose hash another row has too, in order."""
+    ordered = np.sort(hashes)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(repeated):
+        return np.empty(0, np.int64)
+    positions = np.minimum(np.searchsorted(repeated, hashes), len(repeated) - 1)
+    return np.flatnonzero(repeated[positions] == hashes)
+
+
+def _hash_texts(column: "Array") -> np.ndarray:
+    """Return a hash of each text, `uint64 [rows]`. Its memory is small beside a table of ten million texts."""
+    import pyarrow as pa
+
+    column = column.cast(pa.large_string())
+    _, places, texts = column.buffers()
+    offsets = np.frombuffer(places, np.int64)[column.offset : column.offset + len(column) + 1]
+    data = np.append(np.frombuffer(texts or b"", np.uint8), np.zeros(8, np.uint8))
+    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # the eight bytes from each byte on
+    masks = np.array([2 ** (8 * size) - 1 for size in range(9)], np.uint64)
+    hashes = np.diff(offsets).astype(np.uint64)
+    for first in range(0, len(column), _HASHED_ROWS):
+        part = hashes[first : first + _HASHED_ROWS]
+        starts, sizes, rows = offsets[first:][: len(part)], part.astype(np.int64), np.arange(len(part))
+        for position in range(0, int(sizes.max()), 8):
+            rows = rows[sizes[rows] > position]
+            word = words[starts[rows] + position] & masks[np.minimum(sizes[rows] - position, 8)]
+            mixed = (part[rows] ^ word) * np.uint64(0x9E3779B97F4A7C15)
+            part[rows] = mixed ^ (mixed >> np.uint64(29))
+    return hashes
 
 
 def change_id(row: Record | BadRow, change: tuple[str, str] | str) -> Record | BadRow:
