@@ -21,7 +21,7 @@ from ray_vlm.storage import open_file, read_bytes
 
 MAX_LINE_BYTES = 16 * 2**20
 PIECE_ROWS = 2048
-PIECE_BYTES = 64 * 2**20  # a piece has fewer rows if they are large
+PIECE_BYTES = 16 * 2**20  # a piece has fewer rows if they are large
 _BLOCK = 4 * 2**20  # bytes of a text file that are read at a time
 _BOM = b"\xef\xbb\xbf"
 _BLANKS = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # what `bytes.strip` removes
