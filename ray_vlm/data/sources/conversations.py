@@ -126,9 +126,9 @@ def prompt_record(row: Row) -> PromptRecord:
 def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image, ...]:
     """Return the row's images. Raise `ValueError` for media that the model would not see: video, audio, or an image in
     a column that is not read."""
-    for name in _OTHER_MEDIA:
-        if name in row.cells and _is_medium(row.cells[name]):
-            raise ValueError(f"the row has {name}, which is not read; leave the row out, or give images of it")
+    for medium in _OTHER_MEDIA:
+        if medium in row.cells and _is_medium(row.cells[medium]):
+            raise ValueError(f"the row has {medium}, which is not read; leave the row out, or give images of it")
     for tag in _MEDIA_TAGS:
         if any(tag in text for role, text in turns if role == "user"):
             raise ValueError(f"a text holds {tag}, which is not read; leave the row out, or remove the tag")

@@ -68,6 +68,7 @@ def _not_json(address: str, error: object) -> DataError:
 
 
 def unreadable_file(address: str, error: Exception) -> DataError:
+    """Return the error for a file that cannot be read. `error`: why."""
     if isinstance(error, FileNotFoundError):
         return DataError(f"{address}: no such file. Give `path` the location of the rows.{describe_search(address)}")
     if isinstance(error, IsADirectoryError):
@@ -76,6 +77,7 @@ def unreadable_file(address: str, error: Exception) -> DataError:
 
 
 def changed_file(address: str) -> DataError:
+    """Return the error for a file that is not the one that was divided into pieces."""
     return DataError(f"{address}: changed while it was read. Start again once nothing writes to it.")
 
 
