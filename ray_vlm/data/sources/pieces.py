@@ -210,7 +210,7 @@ class _LineScan:
         while len(ends):
             by_rows = full[np.searchsorted(full, line) :][:1]
             size = self.start + PIECE_BYTES - self.position
-            last = min([*by_rows, int(np.searchsorted(ends, size))])
+            last = int(min([*by_rows, np.searchsorted(ends, size)]))
             if last >= len(ends):
                 break
             end = int(ends[last])

@@ -80,6 +80,7 @@ def test_pieces_of_any_size_joined_are_the_whole(
         assert [piece.first_row for piece in pieces] == [
             sum(p.num_rows for p in pieces[:i]) for i in range(len(pieces))
         ]
+        assert all(type(value) in (int, str, tuple) for piece in pieces for value in vars(piece).values())
         other = pickle.loads(pickle.dumps(reader))
         read = [other.read(piece) for piece in pickle.loads(pickle.dumps(pieces[::-1]))][::-1]
         assert [len(records) for records in read] == [piece.num_rows for piece in pieces]
