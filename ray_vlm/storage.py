@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -185,8 +185,11 @@ class Store:
         """Return every file under `name`, relative to it, with its size in bytes."""
         if self.local is not None:
             folder = self.local / name
-            paths = (Path(root) / file for root, _, files in os.walk(folder) for file in files)
-            return {path.relative_to(folder).as_posix(): path.lstat().st_size for path in paths}
+            sizes = {}
+            for path in (Path(root) / file for root, _, files in os.walk(folder) for file in files):
+                with suppress(FileNotFoundError):  # a temporary file of another process, which has renamed it by now
+                    sizes[path.relative_to(folder).as_posix()] = path.lstat().st_size
+            return sizes
         from pyarrow.fs import FileSelector
 
         system, path = self._locate(name)
@@ -263,9 +266,9 @@ class Store:
         folder.mkdir(parents=True)
         return folder
 
-    def fetch(self, name: str, folder: Path) -> None:
-        """Copy everything under `name` into `folder`."""
-        for relative in self.files(name):
+    def fetch(self, name: str, folder: Path, files: Iterable[str]) -> None:
+        """Copy these files, named relative to `name`, into `folder`."""
+        for relative in files:
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             source = f"{name}/{relative}"
