@@ -111,7 +111,7 @@ class Plan:
         micro_batches = self._steps.get((step, rank))
         if micro_batches is None:
             rows = self.step_rows(step)
-            rank_rows = deal(rows, self.token_costs, self.world_size)[rank]
+            rank_rows = self._deal_step(step)[rank]
             if self.tokens is None:
                 parts = np.array_split(rank_rows, self.accumulation)
             else:
@@ -126,6 +126,15 @@ class Plan:
             self._steps[step, rank] = micro_batches
         return micro_batches
 
+    def _deal_step(self, step: int) -> list[np.ndarray]:
+        """Return the rows of each rank in one step, dealt once for a caller that asks for those of all ranks."""
+        dealt = self._dealt.get(step)
+        if dealt is None:
+            dealt = deal(self.step_rows(step), self.token_costs, self.world_size)
+            self._dealt.clear()
+            self._dealt[step] = dealt
+        return dealt
+
     def micro_batch(self, number: int, rank: int) -> MicroBatch:
         """Return micro-batch `number` of a rank, counted from the start of the run."""
         step, part = divmod(number, self.accumulation)
@@ -135,8 +144,12 @@ class Plan:
     def _steps(self) -> dict[tuple[int, int], list[MicroBatch]]:
         return {}  # the last steps: the loader and the trainer request micro-batches one after another
 
+    @cached_property
+    def _dealt(self) -> dict[int, list[np.ndarray]]:
+        return {}  # of the last step only
+
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_orders", "_steps")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_orders", "_steps", "_dealt")}
 
 
 def epoch_order(

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+from ray_vlm.data import plan as plans
 from ray_vlm.data.plan import Plan, deal, group_alike, min_parts, plan_sample
 
 
@@ -53,6 +54,16 @@ def test_max_steps_wins_over_epochs() -> None:
     assert Plan(10, 2, 2, 1, num_epochs=0.5).num_steps == 3
     assert Plan(10, 2, 2, 1, num_epochs=3, max_steps=4).num_steps == 4
     assert [Plan(100, 1, 1, 1, num_epochs=e).num_steps for e in (1.1, 2.2, 0.07)] == [110, 220, 7]
+
+
+def test_a_step_is_dealt_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dealing costs as much as the step has rows: again for each rank, it would grow with the square of the ranks."""
+    dealt: list[int] = []
+    monkeypatch.setattr(plans, "deal", lambda rows, costs, size: dealt.append(size) or deal(rows, costs, size))
+    plan = Plan(1000, 500, 1, 250, token_costs=np.arange(1000) % 7)
+    rows = {step: [plan.rank_step(step, rank) for rank in range(250)] for step in (0, 1)}
+    assert dealt == [250, 250]
+    assert sorted(row for parts in rows[1] for part in parts for row in part.rows) == sorted(plan.step_rows(1).tolist())
 
 
 def test_a_sample_is_spread_over_the_rows_and_over_their_periods() -> None:
