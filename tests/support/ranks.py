@@ -26,7 +26,7 @@ class Group:
     received: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.size, timeout=20)
+        self.barrier = threading.Barrier(self.size, timeout=60)
         self.values, self.received = [None] * self.size, [0] * self.size
 
 
