@@ -186,9 +186,9 @@ class Store:
         if self.local is not None:
             folder = self.local / name
             sizes = {}
-            for path in (Path(root) / file for root, _, files in os.walk(folder) for file in files):
+            for file in (Path(root) / file for root, _, files in os.walk(folder) for file in files):
                 with suppress(FileNotFoundError):  # a temporary file of another process, which has renamed it by now
-                    sizes[path.relative_to(folder).as_posix()] = path.lstat().st_size
+                    sizes[file.relative_to(folder).as_posix()] = file.lstat().st_size
             return sizes
         from pyarrow.fs import FileSelector
 

@@ -214,6 +214,6 @@ def test_the_ranks_share_the_pairs_of_a_reference(tmp_path: Path, monkeypatch: p
         return reference.ReferenceCache(store, source, context, batch_size=2).find(pairs, builder, ask).tolist()
 
     for _ in range(2):
-        found = on_ranks([Store(tmp_path)] * size, find)
-        assert found == [[[row + 0.25, -row - 0.5] for row in range(7)]] * size
+        log_probs = on_ranks([Store(tmp_path)] * size, find)
+        assert log_probs == [[[row + 0.25, -row - 0.5] for row in range(7)]] * size
         assert sorted(asked) == pairs
