@@ -7,8 +7,7 @@ enough (`models/processor.py`), rows are checked and counted without the process
 
 import re
 import threading
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,8 +15,21 @@ import numpy as np
 
 from ray_vlm.config.task import prompt_of
 from ray_vlm.data.images import ImageSpec, ProcessorImages, build_image_spec, decode, load_processor_images, resize
-from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
-from ray_vlm.data.spec import IGNORED, Sample, SampleSpec, Tokens
+from ray_vlm.data.records import Image, PreferenceRecord, PromptRecord, Record, SftRecord
+from ray_vlm.data.spec import (
+    UNKNOWN,
+    EncodedRow,
+    Kept,
+    RowTexts,
+    Sample,
+    SampleSpec,
+    TokenizedText,
+    assemble_rows,
+    build_labels,
+    build_weights,
+    expand_runs,
+    shorten_runs,
+)
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
 from ray_vlm.models.libraries import quiet_libraries
@@ -32,6 +44,7 @@ from ray_vlm.tasks.detection import name_classes
 _PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
 _MARK = "\x00"  # stands for an assistant's text while a conversation is laid out
 _LOADING = threading.Lock()
+_FEW = 8  # texts that are tokenized one by one, since the tokenizer starts its threads for a batch
 
 
 class SampleBuilder:
@@ -45,7 +58,6 @@ class SampleBuilder:
         self.stock: ProcessorImages | None = None
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
-        self._last_answer: tuple[Record | None, Answer] = (None, Answer(""))
         if (prompt_text := read_prompt_text(spec.model, resolve_name(spec.model.name))) is not None:
             self._use(*prompt_text)
         else:
@@ -68,6 +80,8 @@ class SampleBuilder:
         self.image_token_id: int = token_id
         self.kinds = "mm_token_type_ids" if self.stock is None else self.stock.kinds
         self._encode = text.tokenizer.encode  # not transformers' wrapper, which takes longer than the work itself
+        self._encode_offsets = text.tokenizer.encode_batch
+        self._encode_batch = getattr(text.tokenizer, "encode_batch_fast", self._encode_offsets)  # without offsets
         self._render = text.render
         self._layout = lru_cache(64)(self._lay_out)
         self._special = [token for token in text.special if not _PLACES.fullmatch(token)]
@@ -141,28 +155,35 @@ class SampleBuilder:
     def answers(self, record: Record) -> tuple[Answer, ...]:
         """Return every answer of a record: the right one, the preferred and the rejected one, or none."""
         if isinstance(record, SftRecord):
-            last, answer = self._last_answer  # each row is first checked and then counted, so keep its answer
-            if last is not record:
-                answer = self.answer(record)
-                self._last_answer = (record, answer)
-            return (answer,)
+            return (self.answer(record),)
         return (Answer(record.chosen), Answer(record.rejected)) if isinstance(record, PreferenceRecord) else ()
 
     def problem(self, record: Record) -> str | None:
         """Return why a record with known sizes cannot be trained, or None."""
+        checked = self._check(record)
+        return checked if isinstance(checked, str) else None
+
+    def question_problem(self, record: Record) -> str | None:
+        """Return why a record's question cannot be used, or None; its answer does not matter."""
+        return self._turns_problem(self.turns(record), len(record.images))
+
+    def _check(self, record: Record) -> tuple[Turns, tuple[Answer, ...]] | str:
+        """Return the turns and the answers of a record, or why it cannot be trained."""
         if isinstance(record, SftRecord):
             if reason := self.task.check(record, self.spec.labels):
                 return reason
         elif not record.images and self.spec.task.name != "chat":
             return f"its prompt has no image, and {self.spec.task.name} needs one; add it or remove the row"
-        return self.question_problem(record) or self._text_problem([answer.text for answer in self.answers(record)])
-
-    def question_problem(self, record: Record) -> str | None:
-        """Return why a record's question cannot be used, or None; its answer does not matter."""
         turns = self.turns(record)
+        if reason := self._turns_problem(turns, len(record.images)):
+            return reason
+        answers = self.answers(record)
+        return self._text_problem([answer.text for answer in answers]) or (turns, answers)
+
+    def _turns_problem(self, turns: Turns, num_images: int) -> str | None:
         tags = sum(text.count(IMAGE) for _, text in turns)
-        if tags != len(record.images):
-            return f"its text holds {tags} {IMAGE} tags for {len(record.images)} images; remove those that are too many"
+        if tags != num_images:
+            return f"its text holds {tags} {IMAGE} tags for {num_images} images; remove those that are too many"
         return self._text_problem([text for _, text in turns])
 
     def _text_problem(self, texts: Sequence[str]) -> str | None:
@@ -171,17 +192,33 @@ class SampleBuilder:
 
     def token_counts(self, record: Record) -> tuple[int, int, int]:
         """Return the tokens of (images, prompt without images, answers); read no pixels."""
-        answers = self.answers(record)
-        tokens = self._tokens(record, answers[0] if answers else Answer(""))
-        prompt_length = len(tokens.prompt)
-        more = sum(len(self._closed(record, answer)) for answer in answers[1:])
-        answer_length = len(tokens.all_ids) - prompt_length if answers else 0
-        return tokens.num_image_tokens, prompt_length - tokens.num_image_tokens, answer_length + more
+        return self._encode_one(record, self.answers(record), "prompt").counts
 
     @property
     def num_closing_tokens(self) -> int:
         """Tokens that close an answer; `token_counts` includes them."""
         return len(self._ids(self._layout((("user", "?"),), ())[1]))
+
+    def encode(self, records: Sequence[Record]) -> list[EncodedRow | str]:
+        """Return the token ids of each record with known sizes, or why it cannot be trained. Read no pixels.
+
+        The tokenizer is called once for all. The result does not depend on the weights or the split of the spec.
+        """
+        texts: list[RowTexts | str] = []
+        for record in records:
+            try:
+                checked = self._check(record)
+                texts.append(checked if isinstance(checked, str) else self._texts(record, *checked, self._kept(record)))
+            except ValueError as error:
+                texts.append(str(error))
+        rows = iter(self._encode_texts([row for row in texts if not isinstance(row, str)]))
+        return [row if isinstance(row, str) else next(rows) for row in texts]
+
+    def _kept(self, record: Record) -> Kept:
+        """Return which of a record's tokens its rows have."""
+        if self.spec.kind == "prompt" or isinstance(record, PromptRecord):
+            return "prompt"
+        return "pair" if isinstance(record, PreferenceRecord) else "answer"
 
     def row(self, record: Record) -> Sample:
         """Return what the spec's method trains of a record, with pixels."""
@@ -194,27 +231,48 @@ class SampleBuilder:
 
     def pair_row(self, record: PreferenceRecord) -> Sample:
         """Return the prompt with pixels, and both answers, the preferred one first."""
-        prompt = self.prompt_row(record)
-        both = tuple(np.array(self._closed(record, answer), np.int32) for answer in self.answers(record))
-        return replace(prompt, completions=both)
+        return self._row(record, "pair")
 
     def train_row(self, record: SftRecord) -> Sample:
         """Return prompt and answer with pixels."""
-        self._load()
-        tokens = self._tokens(record, self.answer(record))
-        ids = np.array(tokens.all_ids, np.int32)
-        labels = ids.copy()
-        if self.spec.loss_on == "answer":
-            labels[~np.array(tokens.trained)] = IGNORED
-        labels[ids == self.image_token_id] = IGNORED
-        weights = np.array(tokens.weights, np.float32) if self._weight_of else None
-        return Sample(ids, labels, self._pixels(record), weights)
+        return self._row(record, "answer")
 
     def prompt_row(self, record: Record) -> Sample:
         """Return the prompt with pixels, for generation."""
+        return self._row(record, "prompt")
+
+    def _row(self, record: Record, kept: Kept) -> Sample:
         self._load()
-        prompt = self._tokens(record, Answer("")).prompt
-        return Sample(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record))
+        answers = () if kept == "prompt" else self.answers(record)
+        encoded = self._encode_one(record, answers, kept)
+        return self.sample(encoded, record.images, record.sizes, f"row {record.row} (id {record.id})")
+
+    def sample(
+        self,
+        encoded: EncodedRow,
+        images: Sequence[Image],
+        sizes: Sequence[tuple[int, int]],
+        name: str,
+        prompt_only: bool = False,
+    ) -> Sample:
+        """Return the row of a record that `encode` returned, with the pixels of its images.
+
+        `sizes`: (width, height) of each image when the row was encoded. `name`: the row's, in errors. `prompt_only`:
+        return the prompt alone, for generation. Raise `DataError` if an image cannot be read or has changed.
+        """
+        pixels = self._pixels(images, sizes, name)
+        if prompt_only or not len(encoded.trained):
+            ids = expand_runs(encoded, self.image_token_id, encoded.ids[: encoded.prompt_length])
+            completions = () if prompt_only else tuple(np.array(ids, np.int32) for ids in encoded.completions)
+            return Sample(ids, np.zeros(0, np.int32), pixels, completions=completions)
+        labels = build_labels(encoded, self.spec.loss_on, self.image_token_id)
+        weights = build_weights(encoded, self._weight_of) if self._weight_of else None
+        return Sample(
+            expand_runs(encoded, self.image_token_id, encoded.ids),
+            expand_runs(encoded, self.image_token_id, labels),
+            pixels,
+            None if weights is None else expand_runs(encoded, self.image_token_id, weights),
+        )
 
     def text(self, ids: Sequence[int]) -> str:
         """Return an answer from its token ids, up to its end. Special tokens before the end stay: Qwen2-VL writes boxes
@@ -224,29 +282,11 @@ class SampleBuilder:
             text = text.partition(end)[0]
         return text
 
-    def _tokens(self, record: Record, answer: Answer) -> Tokens:
-        turns = self.turns(record)
-        earlier_answers = [Answer(text) for role, text in turns if role == "assistant"]
-        before, close = self._layout(mark_answers(turns), self._expansions(record))
-        num_tokens = [self.num_image_tokens(size) for size in record.sizes]
-        counts = iter(num_tokens)
-        all_ids: list[int] = []
-        trained: list[bool] = []
-        weights: list[float] = []
-        prompt: list[int] = []
-        for head, turn_answer in zip(before, [*earlier_answers, answer], strict=True):
-            # An image is one placeholder in the text, and as many of it in the prompt as the encoder makes tokens.
-            for token in head:
-                repeated = self.stock is None and token == self.image_token_id
-                all_ids += [token] * (next(counts) if repeated else 1)
-            trained += [False] * (len(all_ids) - len(trained))
-            weights += [1.0] * (len(all_ids) - len(weights))
-            prompt = list(all_ids)
-            ids, token_weights = self._weighted(turn_answer, close)
-            all_ids += ids
-            trained += [True] * len(ids)
-            weights += token_weights
-        return Tokens(prompt, all_ids, trained, weights, sum(num_tokens))
+    def _texts(self, record: Record, turns: Turns, answers: tuple[Answer, ...], kept: Kept) -> RowTexts:
+        heads, close = self._layout(mark_answers(turns), self._expansions(record))
+        earlier = [text + close for role, text in turns if role == "assistant"]
+        closed = [(answer.text + close, answer.spans) for answer in answers]
+        return RowTexts(heads, earlier, closed, kept, [self.num_image_tokens(size) for size in record.sizes])
 
     def _expansions(self, record: Record) -> tuple[str, ...]:
         """Return the text that stands for each image in the prompt; empty without a stock processor."""
@@ -254,47 +294,57 @@ class SampleBuilder:
             return ()
         return tuple(self.stock.expand(self.image_spec.place(size).resized)[0] for size in record.sizes)
 
-    def _closed(self, record: Record, answer: Answer) -> list[int]:
-        """Return the token ids of an answer and of the text that closes it."""
-        _, close = self._layout(mark_answers(self.turns(record)), self._expansions(record))
-        return self._ids(answer.text + close)
+    def _encode_one(self, record: Record, answers: tuple[Answer, ...], kept: Kept) -> EncodedRow:
+        return self._encode_texts([self._texts(record, self.turns(record), answers, kept)])[0]
 
-    def _weighted(self, answer: Answer, close: str) -> tuple[list[int], list[float]]:
-        """Return the token ids of an answer and its closing text, and the weight of each in the loss."""
-        if not self._weight_of or not answer.spans:
-            ids = self._ids(answer.text + close)
-            return ids, [1.0] * len(ids)
-        encoded = self._encode(answer.text + close, add_special_tokens=False)
-        weights = [1.0] * len(encoded.ids)
-        for start, end, tag in answer.spans:
-            weight = self._weight_of.get(tag, 1.0)
-            for i, (first, last) in enumerate(encoded.offsets):
-                if first < end and last > start:  # a token weighs as its span does if it covers any of its characters
-                    weights[i] = weight
-        return encoded.ids, weights
+    def _encode_texts(self, rows: Sequence[RowTexts]) -> list[EncodedRow]:
+        """Tokenize the texts of all rows at once, each text once."""
+        heads = dict.fromkeys(head for row in rows for head in row.heads)
+        others: dict[str, None] = {}
+        spanned: dict[str, None] = {}  # texts whose tokens' characters are needed
+        for row in rows:
+            others.update(dict.fromkeys(row.earlier))
+            for closed, spans in row.answers:
+                (spanned if spans and row.kept == "answer" else others)[closed] = None
+        plain = [*heads, *(text for text in others if text not in heads and text not in spanned)]
+        token, text_of = self.image_token_id, dict[str, TokenizedText]()
+        for text, encoding in zip(plain, self._encode_all(plain, self._encode_batch), strict=True):
+            ids = encoding.ids
+            if self.stock is not None and text in heads and token in ids:
+                text_of[text] = TokenizedText(*shorten_runs(ids, token))
+            else:  # an image is one placeholder in the text
+                text_of[text] = TokenizedText(ids, [UNKNOWN] * ids.count(token))
+        for text, encoding in zip(spanned, self._encode_all(list(spanned), self._encode_offsets), strict=True):
+            text_of[text] = TokenizedText(encoding.ids, [UNKNOWN] * encoding.ids.count(token), encoding.offsets)
+        return assemble_rows(rows, text_of)
+
+    def _encode_all(self, texts: list[str], together: Callable[..., Any]) -> Sequence[Any]:
+        if len(texts) < _FEW:
+            return [self._encode(text, add_special_tokens=False) for text in texts]
+        return together(texts, add_special_tokens=False)
 
     def _ids(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=False).ids
 
-    def _lay_out(self, turns: Turns, expansions: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], str]:
-        """Return the token ids before each assistant's text, and the text that closes such texts. An image is one
-        token, or its entry in `expansions`."""
+    def _lay_out(self, turns: Turns, expansions: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+        """Return the text before each assistant's text, and the text that closes such texts. An image is its
+        placeholder, or its entry in `expansions`."""
         heads, close = _split_layout(turns, self._render)
         _check_image_tags(heads, turns, self.image_token)
         if self.stock is not None:
             heads = _expand_images(heads, self.image_token, expansions)
-        return tuple(tuple(self._ids(head)) for head in heads), close
+        return tuple(heads), close
 
-    def _pixels(self, record: Record) -> tuple[np.ndarray, ...]:
+    def _pixels(self, sources: Sequence[Image], sizes: Sequence[tuple[int, int]], row: str) -> tuple[np.ndarray, ...]:
         images = []
-        for image, size in zip(record.images, record.sizes, strict=True):
+        for image, size in zip(sources, sizes, strict=True):
             name = image if isinstance(image, str) else "its image"
             try:
                 pixels = decode(image, size[0] * size[1])
             except Exception as error:  # decoders raise exceptions of any type
-                raise DataError(f"row {record.row} (id {record.id}): {name} cannot be decoded ({error}).") from None
-            if (pixels.shape[1], pixels.shape[0]) != size:
-                raise DataError(f"row {record.row} (id {record.id}): {name} has changed size since the run started.")
+                raise DataError(f"{row}: {name} cannot be decoded ({error}).") from None
+            if (pixels.shape[1], pixels.shape[0]) != tuple(size):
+                raise DataError(f"{row}: {name} has changed size since the run started.")
             images.append(resize(pixels, self.image_spec, self.processor.image_processor))
         return tuple(images)
 

@@ -1,8 +1,10 @@
-"""Define what a row is, and how records become rows: plain data that every process shares. `samples.py` makes rows."""
+"""Define what a row is, and how records become rows: plain data that every process shares, and the arithmetic from a
+record's token ids to those of its row. `samples.py` makes both."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -10,8 +12,10 @@ from ray_vlm.config.method import SftMethod
 from ray_vlm.config.schema import JobConfig, Model
 from ray_vlm.config.task import Task, labels_of
 
+UNKNOWN = 0  # length of a run of image tokens that is known from the image alone
 IGNORED = -100  # the label of a token that is not trained, as torch's cross-entropy has it
-KINDS: dict[str, Literal["answer", "pair", "prompt"]] = {"sft": "answer", "dpo": "pair", "grpo": "prompt"}
+Kept = Literal["answer", "pair", "prompt"]
+KINDS: dict[str, Kept] = {"sft": "answer", "dpo": "pair", "grpo": "prompt"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class SampleSpec:
     hints: str = ""
     token_weights: tuple[tuple[str, float], ...] = ()
     split: str = ""
-    kind: Literal["answer", "pair", "prompt"] = "answer"
+    kind: Kept = "answer"
 
     def with_labels(self, labels: Iterable[str]) -> "SampleSpec":
         """Return the spec with the class names of the data, each once; `task.labels` overrides them."""
@@ -76,12 +80,134 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A record's text as token ids, images included: the prompt alone, and prompt and answer together with the trained
-    tokens marked."""
+class EncodedRow:
+    """A record's text as token ids, as the index keeps it: `int32` throughout. A run of image tokens is one token.
 
-    prompt: list[int]
-    all_ids: list[int]
-    trained: list[bool]
-    weights: list[float]
-    num_image_tokens: int
+    `ids`: the prompt, and for SFT the answer. `image_runs`: the length of each run of the image token in `ids`, in
+    order. `prompt_length`: how many of `ids` are the prompt. `trained [spans, 2]`: start and end in `ids` of the tokens
+    that SFT trains; none for a pair or a prompt. `tagged`: start, end and tag of answer tokens that name a class; a
+    later one overrides an earlier one. `completions`: the preferred and the rejected answer of a pair. `counts`: tokens
+    of (images, prompt without images, all answers), those of a prompt's right answer too, which `ids` lacks.
+    """
+
+    ids: np.ndarray
+    image_runs: np.ndarray
+    prompt_length: int
+    trained: np.ndarray
+    tagged: tuple[tuple[int, int, str], ...]
+    completions: tuple[np.ndarray, ...]
+    counts: tuple[int, int, int]
+
+
+Spans = Sequence[tuple[int, int, str]]  # start, end, tag
+
+
+class RowTexts(NamedTuple):
+    """What is tokenized for a row: the text before each assistant's text, the earlier answers, the last ones with the
+    characters that name a class; all answers closed. `kept`: what the row has of it. `num_image_tokens`: of each image.
+    """
+
+    heads: Sequence[str]
+    earlier: Sequence[str]
+    answers: Sequence[tuple[str, Spans]]
+    kept: Kept
+    num_image_tokens: Sequence[int]
+
+
+class TokenizedText(NamedTuple):
+    """The token ids of a text, with each run of the image token as one, the lengths of these runs, and the characters
+    (start, end) of each token if they are needed."""
+
+    ids: list[int]
+    runs: Sequence[int]
+    offsets: Sequence[tuple[int, int]] = ()
+
+
+def assemble_rows(rows: Sequence[RowTexts], text_of: Mapping[str, TokenizedText]) -> list[EncodedRow]:
+    """Join the token ids of each row's texts."""
+    return [_assemble_row(row, text_of) for row in rows]
+
+
+def _assemble_row(row: RowTexts, text_of: Mapping[str, TokenizedText]) -> EncodedRow:
+    ids: list[int] = []
+    runs: list[int] = []
+    trained: list[tuple[int, int]] = []
+    num_image_tokens = iter(row.num_image_tokens)
+
+    def add_answer(text: TokenizedText) -> None:
+        trained.append((len(ids), len(ids) + len(text.ids)))
+        runs.extend(length or 1 for length in text.runs)
+        ids.extend(text.ids)
+
+    for number, head in enumerate(row.heads):
+        text = text_of[head]
+        runs.extend(length or next(num_image_tokens) for length in text.runs)
+        ids.extend(text.ids)
+        if number < len(row.earlier):
+            add_answer(text_of[row.earlier[number]])
+    prompt_length, prompt_tokens = len(ids), len(ids) - len(runs) + sum(runs)
+    answers = [text_of[closed] for closed, _ in row.answers]
+    tagged: list[tuple[int, int, str]] = []
+    if row.kept == "answer":
+        for text, (_, spans) in zip(answers, row.answers, strict=True):
+            tagged += _tag_tokens(text.offsets, spans, len(ids))
+            add_answer(text)
+    images = sum(row.num_image_tokens)
+    return EncodedRow(
+        np.array(ids, np.int32),
+        np.array(runs, np.int32),
+        prompt_length,
+        np.array(trained if row.kept == "answer" else [], np.int32).reshape(-1, 2),
+        tuple(tagged),
+        tuple(np.array(text.ids, np.int32) for text in answers) if row.kept == "pair" else (),
+        (images, prompt_tokens - images, sum(len(text.ids) for text in answers)),
+    )
+
+
+def _tag_tokens(offsets: Sequence[tuple[int, int]], spans: Spans, begin: int) -> list[tuple[int, int, str]]:
+    """Return start, end and tag of the tokens that cover any character of a span. `begin`: position of the first
+    token."""
+    tagged = []
+    for start, end, tag in spans:
+        covered = [first < end and last > start for first, last in offsets]
+        position = begin
+        for inside, group in groupby(covered):
+            length = len(list(group))
+            if inside:
+                tagged.append((position, position + length, tag))
+            position += length
+    return tagged
+
+
+def shorten_runs(ids: Sequence[int], token: int) -> tuple[list[int], list[int]]:
+    """Return the ids with each run of `token` as one, and the lengths of the runs."""
+    groups = [(value, len(list(group))) for value, group in groupby(ids)]
+    short = [value for value, length in groups for _ in range(1 if value == token else length)]
+    return short, [length for value, length in groups if value == token]
+
+
+def expand_runs(row: EncodedRow, token: int, values: np.ndarray) -> np.ndarray:
+    """Return values of a row's first tokens with those of its image tokens as often as the runs are long."""
+    image = row.ids[: len(values)] == token
+    repeats = np.ones(len(values), np.int64)
+    repeats[image] = row.image_runs[: np.count_nonzero(image)]
+    return np.repeat(values, repeats)
+
+
+def build_labels(row: EncodedRow, loss_on: Literal["answer", "whole_sequence"], image_token: int) -> np.ndarray:
+    """Return the label of each of a row's tokens, its runs not expanded."""
+    labels = row.ids.copy()
+    if loss_on == "answer":
+        labels[:] = IGNORED
+        for start, end in row.trained:
+            labels[start:end] = row.ids[start:end]
+    labels[row.ids == image_token] = IGNORED
+    return labels
+
+
+def build_weights(row: EncodedRow, weight_of: Mapping[str, float]) -> np.ndarray:
+    """Return the weight in the loss of each of a row's tokens, `float32`, its runs not expanded."""
+    weights = np.ones(len(row.ids), np.float32)
+    for start, end, tag in row.tagged:  # a token weighs as its span does if it covers any of its characters
+        weights[start:end] = weight_of.get(tag, 1.0)
+    return weights
