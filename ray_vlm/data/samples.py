@@ -7,9 +7,10 @@ enough (`models/processor.py`), rows are checked and counted without the process
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,24 +18,29 @@ from ray_vlm.config.task import prompt_of
 from ray_vlm.data.images import ImageSpec, ProcessorImages, build_image_spec, decode, load_processor_images, resize
 from ray_vlm.data.records import Image, PreferenceRecord, PromptRecord, Record, SftRecord
 from ray_vlm.data.spec import (
-    UNKNOWN,
     EncodedRow,
     Kept,
     RowTexts,
     Sample,
     SampleSpec,
-    TokenizedText,
-    assemble_rows,
     build_labels,
     build_weights,
+    encode_texts,
     expand_runs,
-    shorten_runs,
 )
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
 from ray_vlm.models.libraries import quiet_libraries
 from ray_vlm.models.load import family_of, resolve_name
-from ray_vlm.models.processor import PromptText, Render, load_config_and_processor, read_prompt_text, take_prompt_text
+from ray_vlm.models.processor import (
+    MARK,
+    Messages,
+    PromptText,
+    Render,
+    load_config_and_processor,
+    read_prompt_text,
+    take_prompt_text,
+)
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, PromptContext, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
@@ -44,7 +50,9 @@ from ray_vlm.tasks.detection import name_classes
 _PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
 _MARK = "\x00"  # stands for an assistant's text while a conversation is laid out
 _LOADING = threading.Lock()
-_FEW = 8  # texts that are tokenized one by one, since the tokenizer starts its threads for a batch
+_SIZES, _STEPS = 4096, 4096  # sizes of images, and steps of memories, whose tokens are kept
+_SHAPES = 1024  # shapes of conversations that are kept
+Shape = tuple[tuple[str, tuple[bool, ...]], ...]  # of each turn: the role, and whether there is text around its images
 
 
 class SampleBuilder:
@@ -54,7 +62,7 @@ class SampleBuilder:
         quiet_libraries()
         self.spec = spec
         self.task = TASKS[spec.task.name]
-        self.prompt_context = PromptContext(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
+        self.prompt_context = PromptContext(spec.task, spec.labels, spec.hints, lambda text: self._count(text))
         self.stock: ProcessorImages | None = None
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
@@ -80,11 +88,14 @@ class SampleBuilder:
         self.image_token_id: int = token_id
         self.kinds = "mm_token_type_ids" if self.stock is None else self.stock.kinds
         self._encode = text.tokenizer.encode  # not transformers' wrapper, which takes longer than the work itself
-        self._encode_offsets = text.tokenizer.encode_batch
-        self._encode_batch = getattr(text.tokenizer, "encode_batch_fast", self._encode_offsets)  # without offsets
-        self._render = text.render
-        self._layout = lru_cache(64)(self._lay_out)
-        self._special = [token for token in text.special if not _PLACES.fullmatch(token)]
+        self._tokenizer = text.tokenizer
+        self._layouts = _Layouts(text)
+        special = (token for token in text.special if not _PLACES.fullmatch(token))
+        self._reserved_texts = tuple(filter(None, (*special, self.image_token, _MARK)))
+        self._reserved_pattern = re.compile("|".join(map(re.escape, self._reserved_texts)))
+        self._frame = lru_cache(_SIZES)(self._build_frame)
+        self._num_tokens = lru_cache(_SIZES)(self.num_image_tokens)
+        self._count = lru_cache(_STEPS)(lambda text: len(self._ids(text)))
 
     def _load(self) -> None:
         """Load the processor once; training and prediction tokenize with it."""
@@ -121,13 +132,15 @@ class SampleBuilder:
 
     def _reserved(self, text: str) -> str | None:
         """Return the first piece of `text` that the tokenizer does not read as text, or None."""
-        return next((t for t in (*self._special, self.image_token, _MARK) if t in text), None)
+        if self._reserved_pattern.search(text) is None:  # quicker than one by one, of which there may be a thousand
+            return None
+        return next((token for token in self._reserved_texts if token in text), None)
 
     def frames(self, record: Record) -> tuple[Frame, ...]:
         """Return the coordinate frame of each image."""
-        return tuple(self._frame(size) for size in record.sizes)
+        return tuple([self._frame(size) for size in record.sizes])
 
-    def _frame(self, size: tuple[int, int]) -> Frame:
+    def _build_frame(self, size: tuple[int, int]) -> Frame:
         placement = self.image_spec.place(size)
         padded = placement.content != placement.resized
         return Frame(size, placement.resized, self.codec, placement.content if padded else None, placement.offset)
@@ -197,7 +210,7 @@ class SampleBuilder:
     @property
     def num_closing_tokens(self) -> int:
         """Tokens that close an answer; `token_counts` includes them."""
-        return len(self._ids(self._layout((("user", "?"),), ())[1]))
+        return len(self._ids(self._layouts.split((("user", "?"),))[1]))
 
     def encode(self, records: Sequence[Record]) -> list[EncodedRow | str]:
         """Return the token ids of each record with known sizes, or why it cannot be trained. Read no pixels.
@@ -283,10 +296,10 @@ class SampleBuilder:
         return text
 
     def _texts(self, record: Record, turns: Turns, answers: tuple[Answer, ...], kept: Kept) -> RowTexts:
-        heads, close = self._layout(mark_answers(turns), self._expansions(record))
+        heads, close = self._layout(turns, self._expansions(record))
         earlier = [text + close for role, text in turns if role == "assistant"]
         closed = [(answer.text + close, answer.spans) for answer in answers]
-        return RowTexts(heads, earlier, closed, kept, [self.num_image_tokens(size) for size in record.sizes])
+        return RowTexts(heads, earlier, closed, kept, [self._num_tokens(size) for size in record.sizes])
 
     def _expansions(self, record: Record) -> tuple[str, ...]:
         """Return the text that stands for each image in the prompt; empty without a stock processor."""
@@ -298,42 +311,17 @@ class SampleBuilder:
         return self._encode_texts([self._texts(record, self.turns(record), answers, kept)])[0]
 
     def _encode_texts(self, rows: Sequence[RowTexts]) -> list[EncodedRow]:
-        """Tokenize the texts of all rows at once, each text once."""
-        heads = dict.fromkeys(head for row in rows for head in row.heads)
-        others: dict[str, None] = {}
-        spanned: dict[str, None] = {}  # texts whose tokens' characters are needed
-        for row in rows:
-            others.update(dict.fromkeys(row.earlier))
-            for closed, spans in row.answers:
-                (spanned if spans and row.kept == "answer" else others)[closed] = None
-        plain = [*heads, *(text for text in others if text not in heads and text not in spanned)]
-        token, text_of = self.image_token_id, dict[str, TokenizedText]()
-        for text, encoding in zip(plain, self._encode_all(plain, self._encode_batch), strict=True):
-            ids = encoding.ids
-            if self.stock is not None and text in heads and token in ids:
-                text_of[text] = TokenizedText(*shorten_runs(ids, token))
-            else:  # an image is one placeholder in the text
-                text_of[text] = TokenizedText(ids, [UNKNOWN] * ids.count(token))
-        for text, encoding in zip(spanned, self._encode_all(list(spanned), self._encode_offsets), strict=True):
-            text_of[text] = TokenizedText(encoding.ids, [UNKNOWN] * encoding.ids.count(token), encoding.offsets)
-        return assemble_rows(rows, text_of)
-
-    def _encode_all(self, texts: list[str], together: Callable[..., Any]) -> Sequence[Any]:
-        if len(texts) < _FEW:
-            return [self._encode(text, add_special_tokens=False) for text in texts]
-        return together(texts, add_special_tokens=False)
+        return encode_texts(rows, self._tokenizer, self.image_token_id, written_out=self.stock is not None)
 
     def _ids(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=False).ids
 
-    def _lay_out(self, turns: Turns, expansions: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    def _layout(self, turns: Turns, expansions: Sequence[str] = ()) -> tuple[Sequence[str], str]:
         """Return the text before each assistant's text, and the text that closes such texts. An image is its
         placeholder, or its entry in `expansions`."""
-        heads, close = _split_layout(turns, self._render)
+        heads, close = self._layouts.split(turns)
         _check_image_tags(heads, turns, self.image_token)
-        if self.stock is not None:
-            heads = _expand_images(heads, self.image_token, expansions)
-        return tuple(heads), close
+        return heads if self.stock is None else _expand_images(heads, self.image_token, expansions), close
 
     def _pixels(self, sources: Sequence[Image], sizes: Sequence[tuple[int, int]], row: str) -> tuple[np.ndarray, ...]:
         images = []
@@ -369,22 +357,96 @@ def parse_answer(text: str, record: Record, builder: SampleBuilder) -> Parsed:
     return parsed
 
 
-def mark_answers(turns: Turns) -> Turns:
+class _Outline(NamedTuple):
+    """How a template lays out conversations of one shape: the texts before each assistant's text and the closing text,
+    each as what is the same for all and the numbers of texts. `absent`: strings that these texts must not hold."""
+
+    heads: Sequence[Sequence[str | int]]
+    close: Sequence[str | int]
+    absent: Collection[str]
+
+
+class _Layouts:
+    """Lays out conversations as the base's chat template does.
+
+    A template is slower than a tokenizer. So if it only writes texts out (`TemplateTracer`), it renders each shape of
+    conversation once: its roles, images and places of texts.
+    """
+
+    def __init__(self, text: PromptText):
+        self._render, self._tracer = text.render, text.tracer
+        self._split = lru_cache(64)(lambda turns: _split_layout(_messages(turns), self._render))
+        self._outlines: dict[Shape, _Outline | None] = {}
+
+    def split(self, turns: Turns) -> tuple[Sequence[str], str]:
+        """Return the text before each assistant's text, including an answer to the last turn, and the text that closes
+        them. What earlier answers hold does not matter. Raise `ModelError` as `_split_layout`, and `ValueError` if the
+        template refuses the turns."""
+        shape, texts = _take_texts(turns)
+        if shape not in self._outlines:
+            self._learn(shape, turns, texts)
+        outline = self._outlines[shape]
+        if outline is None or any(word in text for text in texts for word in outline.absent):
+            return self._split(_mark_answers(turns))
+        return _fill(outline, texts)
+
+    def _learn(self, shape: Shape, turns: Turns, texts: Sequence[str]) -> None:
+        """Keep the outline of a shape; None if it has none that is the rendering of these turns too."""
+        turns, outline = _mark_answers(turns), None
+        rendered = self._split(turns)
+        if self._tracer is not None and (
+            traced := self._tracer.trace(lambda mark, render: _split_layout(_messages(turns, mark), render))
+        ):
+            (heads, close), absent = traced
+            outline = _Outline(
+                [_find_marks(head, len(texts)) for head in heads], _find_marks(close, len(texts)), {*absent, _MARK}
+            )
+            outline = outline if _fill(outline, texts) == rendered else None
+        if len(self._outlines) >= _SHAPES:
+            self._outlines.clear()
+        self._outlines[shape] = outline
+
+
+def _take_texts(turns: Turns) -> tuple[Shape, list[str]]:
+    """Return the shape of a conversation, and its texts in order, without those of the assistant."""
+    shape: list[tuple[str, tuple[bool, ...]]] = []
+    texts: list[str] = []
+    for role, text in turns:
+        pieces = [] if role == "assistant" else text.split(IMAGE)
+        shape.append((role, tuple([piece != "" for piece in pieces])))
+        texts += [piece for piece in pieces if piece]
+    return tuple(shape), texts
+
+
+def _find_marks(text: str, shift: int) -> list[str | int]:
+    """Return a traced text as literal pieces and numbers of texts; `shift` higher for a text that is stripped."""
+    first, *rest = MARK.split(text)
+    pieces: list[str | int] = [first]
+    for number, stripped, literal in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        pieces += [int(number) + (shift if stripped else 0), literal]
+    return pieces
+
+
+def _fill(outline: _Outline, texts: Sequence[str]) -> tuple[list[str], str]:
+    """Return the layout of a conversation with these texts."""
+    values = [*texts, *[text.strip() for text in texts]]
+    heads = ["".join([values[p] if isinstance(p, int) else p for p in head]) for head in outline.heads]
+    return heads, "".join([values[p] if isinstance(p, int) else p for p in outline.close])
+
+
+def _mark_answers(turns: Turns) -> Turns:
     """Replace each assistant's text by a mark, since it does not change the layout of the rest."""
     return tuple((role, _MARK if role == "assistant" else text) for role, text in turns)
 
 
-def _split_layout(turns: Turns, render: Render) -> tuple[list[str], str]:
-    """Return the text before each assistant's text, including an answer to the last turn, and the text that closes
-    them.
-
-    `turns`: the result of `mark_answers`. Raise `ModelError` if the template does not keep this order.
-    """
-    messages = [{"role": role, "content": _parts(text)} for role, text in turns]
+def _split_layout(messages: Messages, render: Render) -> tuple[list[str], str]:
+    """Return what `_Layouts.split` does. Raise `ModelError` if the template does not keep this order."""
     prompt = render(messages, True)
-    conversation = render([*messages, {"role": "assistant", "content": _parts(_MARK)}], False)
+    answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
+    conversation = render([*messages, answer], False)
     pieces = conversation.split(_MARK)
-    if not conversation.startswith(prompt) or len(pieces) != 2 + sum(role == "assistant" for role, _ in turns):
+    num_answers = 1 + sum(message["role"] == "assistant" for message in messages)
+    if not conversation.startswith(prompt) or len(pieces) != 1 + num_answers:
         raise ModelError(
             "the base's chat template renders an answer that does not continue its own prompt, so the two cannot be "
             "separated. Mend the template, or use another base."
@@ -399,9 +461,9 @@ def _split_layout(turns: Turns, render: Render) -> tuple[list[str], str]:
 
 
 def _check_image_tags(heads: Sequence[str], turns: Turns, image_token: str) -> None:
-    """Raise `ValueError` if the template writes another number of images than the turns have."""
+    """Raise `ValueError` if the template writes another number of images than the questions have."""
     written = sum(head.count(image_token) for head in heads)
-    wanted = sum(text.count(IMAGE) for _, text in turns)
+    wanted = sum(text.count(IMAGE) for role, text in turns if role != "assistant")
     if written != wanted:
         raise ValueError(
             f"the base's chat template writes {written} images ({image_token}) for {wanted}; use the template that its "
@@ -416,12 +478,19 @@ def _expand_images(heads: Sequence[str], image_token: str, expansions: Sequence[
     return [first + "".join(next(remaining) + more for more in rest) for first, *rest in pieces]
 
 
-def _parts(text: str) -> list[dict[str, str]]:
-    """Return a turn's text as the chat template takes it, with `<image>` tags as images."""
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(IMAGE)):
-        if number:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+def _messages(turns: Turns, mark: Callable[[int], str] | None = None) -> list[dict[str, Any]]:
+    """Return turns as the chat template takes them, with `<image>` tags as images; with `mark`, in place of each text
+    its mark."""
+    messages: list[dict[str, Any]] = []
+    numbers = count()
+    for role, text in turns:
+        parts: list[dict[str, str]] = []
+        for number, piece in enumerate(text.split(IMAGE)):
+            if number:
+                parts.append({"type": "image"})
+            if piece:
+                parts.append(
+                    {"type": "text", "text": piece if mark is None or role == "assistant" else mark(next(numbers))}
+                )
+        messages.append({"role": role, "content": parts})
+    return messages

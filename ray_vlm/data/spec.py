@@ -3,8 +3,8 @@ record's token ids to those of its row. `samples.py` makes both."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Literal, NamedTuple
+from itertools import accumulate, chain, groupby, pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from ray_vlm.config.method import SftMethod
 from ray_vlm.config.schema import JobConfig, Model
 from ray_vlm.config.task import Task, labels_of
 
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+_FEW = 8  # texts that are tokenized one by one, since the tokenizer starts its threads for a batch
 UNKNOWN = 0  # length of a run of image tokens that is known from the image alone
 IGNORED = -100  # the label of a token that is not trained, as torch's cross-entropy has it
 Kept = Literal["answer", "pair", "prompt"]
@@ -123,45 +127,97 @@ class TokenizedText(NamedTuple):
     offsets: Sequence[tuple[int, int]] = ()
 
 
-def assemble_rows(rows: Sequence[RowTexts], text_of: Mapping[str, TokenizedText]) -> list[EncodedRow]:
-    """Join the token ids of each row's texts."""
-    return [_assemble_row(row, text_of) for row in rows]
+def encode_texts(
+    rows: Sequence[RowTexts], tokenizer: "Tokenizer", image_token: int, written_out: bool
+) -> list[EncodedRow]:
+    """Tokenize the texts of all rows at once, each text once.
+
+    `written_out`: a text holds as many image tokens as the encoder makes of its images, not one for each."""
+    heads: dict[str, None] = {}
+    others: dict[str, None] = {}
+    spanned: dict[str, None] = {}  # texts whose tokens' characters are needed
+    for row in rows:
+        for head in row.heads:
+            heads[head] = None
+        for closed in row.earlier:
+            others[closed] = None
+        for closed, spans in row.answers:
+            (spanned if spans and row.kept == "answer" else others)[closed] = None
+    plain = [*heads, *(others.keys() - spanned.keys() - heads.keys())]
+    text_of: dict[str, TokenizedText] = {}
+    for text, encoding in zip(plain, _tokenize(tokenizer, plain), strict=True):
+        ids = encoding.ids
+        if image_token not in ids:
+            text_of[text] = TokenizedText(ids, ())
+        elif written_out and text in heads:
+            text_of[text] = TokenizedText(*_shorten_runs(ids, image_token))
+        else:
+            text_of[text] = TokenizedText(ids, (UNKNOWN,) * ids.count(image_token))
+    for text, encoding in zip(spanned, _tokenize(tokenizer, list(spanned), offsets=True), strict=True):
+        text_of[text] = TokenizedText(encoding.ids, (UNKNOWN,) * encoding.ids.count(image_token), encoding.offsets)
+    return _assemble_rows(rows, text_of)
 
 
-def _assemble_row(row: RowTexts, text_of: Mapping[str, TokenizedText]) -> EncodedRow:
+def _tokenize(tokenizer: "Tokenizer", texts: list[str], offsets: bool = False) -> "Sequence[Encoding]":
+    if len(texts) < _FEW:
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    fast = None if offsets else getattr(tokenizer, "encode_batch_fast", None)
+    return (fast or tokenizer.encode_batch)(texts, add_special_tokens=False)
+
+
+def _assemble_rows(rows: Sequence[RowTexts], text_of: Mapping[str, TokenizedText]) -> list[EncodedRow]:
+    joined = [_join_texts(row, text_of) for row in rows]
+    ids, runs, trained = (_build_arrays([row[part] for row in joined]) for part in range(3))
+    completions = [
+        tuple(np.array(text_of[closed].ids, np.int32) for closed, _ in row.answers) if row.kept == "pair" else ()
+        for row in rows
+    ]
+    return [
+        EncodedRow(ids[i], runs[i], length, trained[i].reshape(-1, 2), tagged, completions[i], counts)
+        for i, (_, _, _, length, tagged, counts) in enumerate(joined)
+    ]
+
+
+def _build_arrays(lists: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Return each list as an array, `int32`; all are views of one."""
+    ends = list(accumulate(map(len, lists), initial=0))
+    values = np.fromiter(chain.from_iterable(lists), np.int32, ends[-1])
+    return [values[start:end] for start, end in pairwise(ends)]
+
+
+_Joined = tuple[list[int], list[int], list[int], int, tuple[tuple[int, int, str], ...], tuple[int, int, int]]
+
+
+def _join_texts(row: RowTexts, text_of: Mapping[str, TokenizedText]) -> _Joined:
+    """Return the ids, runs, trained spans (start, end, start, ...), prompt length, tags and counts of a row."""
     ids: list[int] = []
     runs: list[int] = []
-    trained: list[tuple[int, int]] = []
+    trained: list[int] = []
     num_image_tokens = iter(row.num_image_tokens)
 
     def add_answer(text: TokenizedText) -> None:
-        trained.append((len(ids), len(ids) + len(text.ids)))
-        runs.extend(length or 1 for length in text.runs)
+        trained.extend((len(ids), len(ids) + len(text.ids)))
+        runs.extend([length or 1 for length in text.runs])
         ids.extend(text.ids)
 
     for number, head in enumerate(row.heads):
         text = text_of[head]
-        runs.extend(length or next(num_image_tokens) for length in text.runs)
-        ids.extend(text.ids)
+        runs += [length or next(num_image_tokens) for length in text.runs]
+        ids += text.ids
         if number < len(row.earlier):
             add_answer(text_of[row.earlier[number]])
-    prompt_length, prompt_tokens = len(ids), len(ids) - len(runs) + sum(runs)
-    answers = [text_of[closed] for closed, _ in row.answers]
+    images, length = sum(row.num_image_tokens), len(ids)
+    prompt_tokens, answer_tokens = length - len(runs) + sum(runs) - images, 0
     tagged: list[tuple[int, int, str]] = []
-    if row.kept == "answer":
-        for text, (_, spans) in zip(answers, row.answers, strict=True):
-            tagged += _tag_tokens(text.offsets, spans, len(ids))
+    for closed, spans in row.answers:
+        text = text_of[closed]
+        answer_tokens += len(text.ids)
+        if row.kept == "answer":
+            tagged += _tag_tokens(text.offsets, spans, len(ids)) if spans else ()
             add_answer(text)
-    images = sum(row.num_image_tokens)
-    return EncodedRow(
-        np.array(ids, np.int32),
-        np.array(runs, np.int32),
-        prompt_length,
-        np.array(trained if row.kept == "answer" else [], np.int32).reshape(-1, 2),
-        tuple(tagged),
-        tuple(np.array(text.ids, np.int32) for text in answers) if row.kept == "pair" else (),
-        (images, prompt_tokens - images, sum(len(text.ids) for text in answers)),
-    )
+    if row.kept != "answer":
+        trained = []
+    return ids, runs, trained, length, tuple(tagged), (images, prompt_tokens, answer_tokens)
 
 
 def _tag_tokens(offsets: Sequence[tuple[int, int]], spans: Spans, begin: int) -> list[tuple[int, int, str]]:
@@ -179,7 +235,7 @@ def _tag_tokens(offsets: Sequence[tuple[int, int]], spans: Spans, begin: int) ->
     return tagged
 
 
-def shorten_runs(ids: Sequence[int], token: int) -> tuple[list[int], list[int]]:
+def _shorten_runs(ids: Sequence[int], token: int) -> tuple[list[int], list[int]]:
     """Return the ids with each run of `token` as one, and the lengths of the runs."""
     groups = [(value, len(list(group))) for value, group in groupby(ids)]
     short = [value for value, length in groups for _ in range(1 if value == token else length)]

@@ -132,7 +132,7 @@ class Reference:
                 parts += [{"type": "image"}] if number else []
                 parts += [{"type": "text", "text": piece}] if piece else []
             messages.append({"role": role, "content": parts})
-        pieces = builder._render(messages, False).split(mark)
+        pieces = builder._layouts._render(messages, False).split(mark)
         close = pieces.pop()
         heads = [pieces[0], *(piece[len(close) :] for piece in pieces[1:])]
         if builder.stock is not None:

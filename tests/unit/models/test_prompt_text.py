@@ -41,9 +41,9 @@ def test_files_agree_with_the_processor(family: str, tiny_models: dict[str, str]
     before = SampleBuilder(spec)
     assert before._processor is None
     counted = [measure_row(row, Data()) for row in read_rows(Source(path=str(scenes / "eval.json")))[0]]
-    by_files = [before.token_counts(row) for row in counted], before._layout(samples.mark_answers(TURNS), ())
+    by_files = [before.token_counts(row) for row in counted], before._layout(TURNS)
     before._load()
-    by_processor = [before.token_counts(row) for row in counted], before._layout(samples.mark_answers(TURNS), ())
+    by_processor = [before.token_counts(row) for row in counted], before._layout(TURNS)
     assert before._processor is not None
     assert by_files == by_processor
     assert [len(before.train_row(row).input_ids) for row in counted] == [sum(counts) for counts in by_files[0]]
