@@ -1,8 +1,10 @@
 """Token ids made in batches are those that rows had when each was tokenized by itself."""
 
 import io
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,7 +219,7 @@ def test_rows_are_those_of_before(family: str, task: int, bases: dict[str, str])
     plain = SampleSpec(Model(name=bases[family], load_in_4bit=False), options, LABELS)
     builder = SampleBuilder(plain)
     builder._load()
-    first: list[EncodedRow] = []
+    first: list[EncodedRow | str] = []
     for changes in (
         {"token_weights": WEIGHTS},
         {"loss_on": "whole_sequence"},
@@ -243,12 +245,58 @@ def test_rows_are_those_of_before(family: str, task: int, bases: dict[str, str])
             assert prompt.completions == ()
             assert sum(map(len, (row.ids, row.image_runs))) < 400  # no run of image tokens is written out
         if not first:
-            first = encoded  # type: ignore[assignment]
+            first = encoded
         elif spec.kind == "answer":
             assert all(map(_same_encoded, first, encoded))
 
 
-def _same_encoded(a: EncodedRow, b: EncodedRow) -> bool:
+def _same_encoded(a: EncodedRow | str, b: EncodedRow | str) -> bool:
+    assert isinstance(a, EncodedRow)
+    assert isinstance(b, EncodedRow)
     arrays = all(_same(getattr(a, name), getattr(b, name)) for name in ("ids", "image_runs", "trained"))
     rest = (a.prompt_length, a.tagged, a.counts) == (b.prompt_length, b.tagged, b.counts)
     return arrays and rest and all(map(_same, a.completions, b.completions))
+
+
+def test_bad_rows_have_the_reason_and_leave_the_others(bases: dict[str, str]) -> None:
+    builder = SampleBuilder(SampleSpec(Model(name=bases["qwen3_vl"], load_in_4bit=False), ChatTask(), ()))
+    good = [*_chats()]
+    user = (("user", f"{IMAGE}What?"),)
+    thin = replace(good[0], sizes=((2000, 1),), images=(b"",))
+    bad: list[Record] = [
+        SftRecord("a", 0, **_images(0, 1), truth={"answer": "A"}, context={"turns": user}),
+        SftRecord("b", 0, **_images(0), truth={"answer": " "}, context={"turns": user}),
+        SftRecord("c", 0, **_images(0), truth={"answer": "A<|im_end|>"}, context={"turns": user}),
+        SftRecord("d", 0, **_images(0), truth={"answer": "A"}, context={"turns": (("user", f"<|image_pad|>{IMAGE}"),)}),
+        PreferenceRecord("e", 0, **_images(0), prompt=(("user", "What?"),), chosen="A", rejected="B"),
+        PreferenceRecord("f", 0, **_images(0), prompt=user, chosen="A", rejected="\x00"),
+    ]
+    wanted = [builder.problem(record) for record in bad]
+    assert all(wanted)
+    mixed = builder.encode([good[0], *bad, thin, *good])
+    assert mixed[1 : -len(good)] == [*wanted, "image is 2000x1 px; one side is over 200 times the other"]
+    alone = [builder.encode([record])[0] for record in good]
+    for a, b in zip([mixed[0], *mixed[-len(good) :]], [alone[0], *alone], strict=True):
+        assert _same_encoded(a, b)
+    assert builder.encode([]) == []
+
+
+def test_a_template_that_refuses_or_looks_into_turns(bases: dict[str, str], tmp_path: Path) -> None:
+    """Rows that a template refuses are bad, and texts that it changes are those that it writes."""
+    folder = Path(shutil.copytree(bases["qwen3_vl"], tmp_path / "base"))
+    template = (folder / "chat_template.jinja").read_text()
+    refuse = "{%- if messages[0].role == 'system' %}{{ raise_exception('no system') }}{%- endif %}"
+    shout = template.replace(
+        "{{ part['text'] }}", "{{ part['text'] | upper if 'loud' in part['text'] else part['text'] }}"
+    )
+    (folder / "chat_template.jinja").write_text(refuse + shout)
+    builder = SampleBuilder(SampleSpec(Model(name=str(folder), load_in_4bit=False), ChatTask(), ()))
+    records = [
+        SftRecord("a", 0, **_images(0), truth={"answer": "A"}, context={"turns": (("user", f"{IMAGE}{text}"),)})
+        for text in ("What?", "Be loud.", "And now?")
+    ]
+    refused = replace(records[0], context={"turns": (("system", "x"), *records[0].context["turns"])})
+    rows = builder.encode([*records, refused])
+    texts = [row if isinstance(row, str) else builder.tokenizer.decode(row.ids) for row in rows]
+    assert ["What?" in texts[0], "BE LOUD." in texts[1], "And now?" in texts[2]] == [True] * 3
+    assert "refuses its turns (TemplateError: no system)" in texts[3]
