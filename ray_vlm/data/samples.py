@@ -383,15 +383,16 @@ class _Layouts:
         them. What earlier answers hold does not matter. Raise `ModelError` as `_split_layout`, and `ValueError` if the
         template refuses the turns."""
         shape, texts = _take_texts(turns)
-        if shape not in self._outlines:
-            self._learn(shape, turns, texts)
-        outline = self._outlines[shape]
+        try:
+            outline = self._outlines[shape]
+        except KeyError:
+            outline = self._learn(shape, turns, texts)
         if outline is None or any(word in text for text in texts for word in outline.absent):
             return self._split(_mark_answers(turns))
         return _fill(outline, texts)
 
-    def _learn(self, shape: Shape, turns: Turns, texts: Sequence[str]) -> None:
-        """Keep the outline of a shape; None if it has none that is the rendering of these turns too."""
+    def _learn(self, shape: Shape, turns: Turns, texts: Sequence[str]) -> _Outline | None:
+        """Return and keep the outline of a shape; None if it has none that is the rendering of these turns too."""
         turns, outline = _mark_answers(turns), None
         rendered = self._split(turns)
         if self._tracer is not None and (
@@ -405,6 +406,7 @@ class _Layouts:
         if len(self._outlines) >= _SHAPES:
             self._outlines.clear()
         self._outlines[shape] = outline
+        return outline
 
 
 def _take_texts(turns: Turns) -> tuple[Shape, list[str]]:

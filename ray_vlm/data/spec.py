@@ -1,6 +1,7 @@
 """Define what a row is, and how records become rows: plain data that every process shares, and the arithmetic from a
 record's token ids to those of its row. `samples.py` makes both."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, groupby, pairwise
@@ -167,7 +168,8 @@ def _tokenize(tokenizer: "Tokenizer", texts: list[str], offsets: bool = False) -
 
 def _assemble_rows(rows: Sequence[RowTexts], text_of: Mapping[str, TokenizedText]) -> list[EncodedRow]:
     joined = [_join_texts(row, text_of) for row in rows]
-    ids, runs, trained = (_build_arrays([row[part] for row in joined]) for part in range(3))
+    ids, runs = _build_arrays([row[0] for row in joined]), _build_arrays([row[1] for row in joined])
+    trained = _build_arrays([row[2] for row in joined])
     completions = [
         tuple(np.array(text_of[closed].ids, np.int32) for closed, _ in row.answers) if row.kept == "pair" else ()
         for row in rows
@@ -224,13 +226,17 @@ def _tag_tokens(offsets: Sequence[tuple[int, int]], spans: Spans, begin: int) ->
     """Return start, end and tag of the tokens that cover any character of a span. `begin`: position of the first
     token."""
     tagged = []
+    firsts, lasts = [first for first, _ in offsets], [last for _, last in offsets]
+    in_order = firsts == sorted(firsts) and lasts == sorted(lasts)
     for start, end, tag in spans:
-        covered = [first < end and last > start for first, last in offsets]
+        if in_order:
+            low, high = bisect_right(lasts, start), bisect_left(firsts, end)
+            tagged += [(begin + low, begin + high, tag)] if low < high else []
+            continue
         position = begin
-        for inside, group in groupby(covered):
+        for covered, group in groupby(first < end and last > start for first, last in offsets):
             length = len(list(group))
-            if inside:
-                tagged.append((position, position + length, tag))
+            tagged += [(position, position + length, tag)] if covered else []
             position += length
     return tagged
 

@@ -15,7 +15,7 @@ from ray_vlm.config.schema import Model
 from ray_vlm.config.task import ChatTask, ClassificationTask, DetectionTask, GuiStepsTask, Task
 from ray_vlm.data.records import PreferenceRecord, PromptRecord, Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder
-from ray_vlm.data.spec import IGNORED, EncodedRow, Sample, SampleSpec
+from ray_vlm.data.spec import IGNORED, EncodedRow, Sample, SampleSpec, _tag_tokens
 from ray_vlm.tasks.answers import IMAGE, Answer
 from tests.support.tiny_families import BUILDERS
 
@@ -300,3 +300,16 @@ def test_a_template_that_refuses_or_looks_into_turns(bases: dict[str, str], tmp_
     texts = [row if isinstance(row, str) else builder.tokenizer.decode(row.ids) for row in rows]
     assert ["What?" in texts[0], "BE LOUD." in texts[1], "And now?" in texts[2]] == [True] * 3
     assert "refuses its turns (TemplateError: no system)" in texts[3]
+
+
+def test_tokens_of_a_span_are_those_that_cover_any_of_its_characters() -> None:
+    draw = np.random.default_rng(0)
+    for in_order in (True, False) * 50:
+        ends = np.cumsum(draw.integers(0, 4, 12))
+        offsets = [(int(end - draw.integers(0, 3)), int(end)) for end in (ends if in_order else draw.permutation(ends))]
+        spans = [(int(start), int(start + draw.integers(0, 6)), str(start)) for start in draw.integers(0, 20, 3)]
+        tagged = _tag_tokens(offsets, spans, 7)
+        for start, end, tag in spans:
+            wanted = {7 + i for i, (first, last) in enumerate(offsets) if first < end and last > start}
+            tokens = {i for low, high, name in tagged if name == tag for i in range(low, high)}
+            assert tokens == wanted or len({name for _, _, name in spans}) < len(spans)
