@@ -12,7 +12,7 @@ from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
-from ray_vlm.data.records import Record
+from ray_vlm.data.records import Record, Rows
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.errors import DataError
@@ -22,7 +22,7 @@ WAITS_S = (0.2, 1.0)  # before each new attempt at the row itself
 _OTHERS = 16  # rows after it that may take its place
 
 
-def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, replace_unreadable: bool) -> Sample:
+def make_row(builder: SampleBuilder, rows: Rows, number: int, replace_unreadable: bool) -> Sample:
     """Return the row at position `number`, or with `replace_unreadable` a replacement, which holds its own position.
 
     Raise `DataError` if the row cannot be read, nor, with `replace_unreadable`, any of those after it.
@@ -30,7 +30,7 @@ def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, rep
     first: DataError | None = None
     for wait in (*WAITS_S, None):
         try:
-            return replace(builder.row(records[number]), number=number)
+            return replace(rows.sample(builder, number), number=number)
         except DataError as error:
             if wait is None:
                 first = error
@@ -38,10 +38,10 @@ def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, rep
                 time.sleep(wait)
     if not replace_unreadable:
         raise DataError(f"{first} Mend it, then go on with --resume.")
-    others = [(number + step) % len(records) for step in range(1, min(_OTHERS, len(records) - 1) + 1)]
+    others = [(number + step) % len(rows) for step in range(1, min(_OTHERS, len(rows) - 1) + 1)]
     for other in others:
         try:
-            return replace(builder.row(records[other]), number=other)
+            return replace(rows.sample(builder, other), number=other)
         except DataError:
             continue
     raise DataError(

@@ -15,6 +15,7 @@ import numpy as np
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.task import ClassificationTask, Task, labels_of, prompt_of
+from ray_vlm.data.balance import code_tags
 from ray_vlm.data.index import NONE_KNOWN, Index, KnownSizes, build_index, join_indices, measure_row
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow, Image, Record, SftRecord
@@ -114,7 +115,7 @@ def _split(
     its classes."""
     read = [_read(source) for source in sources]
     rows = [row for part in read for row in part.rows]
-    parts = plan_split([getattr(row, "group", "") for row in rows], _strata(rows, task), shares, seed)
+    parts = plan_split(code_groups([getattr(row, "group", "") for row in rows]), _strata(rows, task), shares, seed)
     starts = np.cumsum([0, *(len(part.rows) for part in read)])
     return {
         name: [
@@ -199,13 +200,35 @@ def _index(read: Sequence[SourceRows], data: Data, builder: SampleBuilder, known
     return join_indices(built)
 
 
-def _strata(rows: Sequence[Record | BadRow], task: Task | None) -> list[str]:
-    """Return the rarest class of each row; the same value for all without a task."""
+def _strata(rows: Sequence[Record | BadRow], task: Task | None) -> np.ndarray:
+    """Return the code of the rarest class of each row, as `plan_split` takes it; without a task that of all rows."""
     if task is None:
-        return [""] * len(rows)
-    tags = [() if isinstance(row, BadRow) else row_tags(task, row) for row in rows]
-    counts = Counter(tag for row_classes in tags for tag in set(row_classes))
-    return [min(row_classes, key=lambda tag: (counts[tag], tag), default="") for row_classes in tags]
+        return np.zeros(len(rows), np.int32)
+    return rarest_tags(*code_tags(() if isinstance(row, BadRow) else row_tags(task, row) for row in rows))
+
+
+def rarest_tags(kinds: Sequence[tuple[str, ...]], kind_of: np.ndarray) -> np.ndarray:
+    """Return for each row the code of the tag that the fewest rows have, of its own tags, `int32 [rows]`.
+
+    `kinds`, `kind_of`: as in `plan_balance`. Codes are in the order of the names; a row without tags has the first.
+    """
+    counts = Counter[str]()
+    for row_classes, count in zip(kinds, np.bincount(kind_of, minlength=len(kinds)).tolist(), strict=True):
+        counts.update(dict.fromkeys(row_classes, count))
+    rarest = [min(row_classes, key=lambda tag: (counts[tag], tag), default="") for row_classes in kinds]
+    return code_texts(rarest)[kind_of]
+
+
+def code_texts(texts: Sequence[str]) -> np.ndarray:
+    """Return a code for each text, in the order of the distinct texts, `int32`."""
+    codes = {text: code for code, text in enumerate(sorted(set(texts)))}
+    return np.fromiter((codes[text] for text in texts), np.int32, len(texts))
+
+
+def code_groups(groups: Sequence[str]) -> np.ndarray:
+    """Return a code for each row's group, `int64 [rows]`; -1 for rows without one, whose text is empty."""
+    codes: dict[str, int] = {"": -1}
+    return np.fromiter((codes.setdefault(group, len(codes) - 1) for group in groups), np.int64, len(groups))
 
 
 def row_tags(task: Task, record: Record) -> tuple[str, ...]:
@@ -216,25 +239,22 @@ def row_tags(task: Task, record: Record) -> tuple[str, ...]:
 
 
 def plan_split(
-    groups: Sequence[str], strata: Sequence[str], shares: Mapping[str, float], seed: int
+    group_of: np.ndarray, stratum_of: np.ndarray, shares: Mapping[str, float], seed: int
 ) -> dict[str, np.ndarray]:
     """Return the sorted positions of each part's rows: `train` and every name in `shares`.
 
-    Rows of one group (non-empty text) stay together, and take the stratum of the group's first row. Within a stratum,
-    units are dealt to the parts in an order drawn from `seed`, so every part has the mix of all rows. Raise
-    `ConfigError` if a part would be empty.
+    `group_of`: `int [rows]`, any code of each row's group, -1 for none; rows of a group stay together, and take the
+    stratum of the group's first row. `stratum_of`: `int [rows]`, the code of each row's stratum, in the order of the
+    names. Within a stratum, units are dealt to the parts in an order drawn from `seed`, so every part has the mix of
+    all rows. Raise `ConfigError` if a part would be empty.
     """
     if not shares:
-        return {"train": np.arange(len(groups))}
-    unit_of, units = _units(groups)
-    first = np.full(units, len(groups), np.int64)
-    np.minimum.at(first, unit_of, np.arange(len(groups)))
-    codes = {name: code for code, name in enumerate(sorted(set(strata)))}
-    stratum = np.fromiter((codes[name] for name in strata), np.int32, len(strata))[first]
-    order = np.lexsort((np.random.default_rng([seed, 7]).random(units), stratum))
-    part = np.zeros(units, np.int64)
+        return {"train": np.arange(len(group_of))}
+    unit_of, first = _units(group_of)
+    order = np.lexsort((np.random.default_rng([seed, 7]).random(len(first)), stratum_of[first]))
+    part = np.zeros(len(first), np.int8)
     left, remaining = order, 1.0
-    for number, (_, share) in enumerate(shares.items(), 1):
+    for number, share in enumerate(shares.values(), 1):
         ratio = min(share / remaining, 1.0) if remaining > 0 else 1.0
         # The rounded number of units taken so far; where it grows, the part takes a unit. 1e-9: halves round down.
         turn = np.floor((np.arange(len(left)) + 1) * ratio + 0.5 - 1e-9)
@@ -242,25 +262,36 @@ def plan_split(
         part[left[taken]] = number
         left, remaining = left[~taken], remaining - share
     names = ("train", *shares)
-    out = {name: np.flatnonzero(part[unit_of] == number) for number, name in enumerate(names)}
+    part_of = part[unit_of]
+    out = {name: np.flatnonzero(part_of == number) for number, name in enumerate(names)}
     empty = [name for name, positions in out.items() if not len(positions)]
     if empty:
         raise ConfigError(
-            f"data: {units} rows (or groups of rows) cannot be split into {', '.join(names)} with shares "
+            f"data: {len(first)} rows (or groups of rows) cannot be split into {', '.join(names)} with shares "
             f"{dict(shares)}: {empty[0]} would be empty. Use another share, or a file of its own."
         )
     return out
 
 
-def _units(groups: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Return the number of each row's unit, and how many units there are."""
-    if not any(groups):
-        return np.arange(len(groups)), len(groups)
-    numbers: dict[str, int] = {}
-    unit_of = np.empty(len(groups), np.int64)
-    for i, group in enumerate(groups):
-        unit_of[i] = numbers.setdefault(group or f"\0{i}", len(numbers))
-    return unit_of, len(numbers)
+def _units(group_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of each row's unit, a group or a row without one, and each unit's first row.
+
+    Units are numbered in the order of their first rows, which the draw of the parts depends on.
+    """
+    grouped = np.flatnonzero(group_of >= 0)
+    if not len(grouped):
+        return (rows := np.arange(len(group_of))), rows
+    codes = group_of[grouped]
+    if codes.max() > 2 * len(group_of):  # codes of other rows too, such as those of a larger file
+        codes = np.unique(codes, return_inverse=True)[1]
+    first_of = np.full(int(codes.max()) + 1, len(group_of), np.int64)
+    np.minimum.at(first_of, codes, grouped)
+    leader = np.arange(len(group_of))  # the first row of each row's unit
+    leader[grouped] = first_of[codes]
+    first = np.flatnonzero(leader == np.arange(len(group_of)))
+    number = np.empty(len(group_of), np.int64)
+    number[first] = np.arange(len(first))
+    return number[leader], first
 
 
 def _notes(rows: Mapping[str, list[SourceRows]]) -> list[str]:

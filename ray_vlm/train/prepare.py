@@ -9,7 +9,7 @@ from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data
 from ray_vlm.config.method import AlignmentMethod, DpoMethod, GrpoMethod
 from ray_vlm.config.schema import JobConfig, Track
-from ray_vlm.data.balance import Balance, plan_balance
+from ray_vlm.data.balance import Balance, code_tags, plan_balance
 from ray_vlm.data.index import NONE_KNOWN, Index
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import changed_since
@@ -59,9 +59,8 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         notes = check_rewards(job_rewards(job.task.name, job.method, job.data.train, parts.train.labels))
     if isinstance(job.method, DpoMethod):
         _check_pairs(job.data, load_sample_builder(parts.spec))
-    balance = plan_balance(
-        [row_tags(job.task, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
-    )
+    kinds, kind_of = code_tags(row_tags(job.task, record) for record in parts.train.records)
+    balance = plan_balance(kinds, kind_of, weights, job.data, job.task.name != "detection")
     spec = replace(parts.spec, token_weights=balance.token_weights)
     builder = load_sample_builder(spec)
     if job.train.memory is not None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from ray_vlm.config.load import load_resolved
+from ray_vlm.data.records import ListedRows
 from ray_vlm.data.stream import StartedStream, Stream, StreamSpec, stream_local, stream_ray
 from ray_vlm.distributed import DistributedContext, build_context
 from ray_vlm.logs import PACKAGE, TERMINAL
@@ -61,9 +62,8 @@ def start_worker(
 def open_stream(spec: WorkerSpec, replaces_bad_rows: bool, context: DistributedContext, first: int) -> Stream:
     """Return this rank's rows from micro-batch `first` to the end of the plan. Under Ray the loaders start at once."""
     last = spec.plan.num_steps * spec.plan.accumulation
-    stream = StreamSpec(
-        spec.train, spec.sample_spec, spec.plan, context.rank, first, last, spec.row_bytes, replaces_bad_rows
-    )
+    rows = ListedRows(spec.train)
+    stream = StreamSpec(rows, spec.sample_spec, spec.plan, context.rank, first, last, spec.row_bytes, replaces_bad_rows)
     if not context.ray or first >= last:
         return stream_local(stream)
     return StartedStream(stream_ray(stream, spec.num_loaders, spec.cpus_per_loader, spec.environment))

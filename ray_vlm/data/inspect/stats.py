@@ -15,7 +15,7 @@ import numpy as np
 from ray_vlm.config.data import Data
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.task import Task
-from ray_vlm.data.balance import plan_balance
+from ray_vlm.data.balance import code_tags, plan_balance
 from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.index import Index
 from ray_vlm.data.inspect.check import plain, shorten
@@ -133,9 +133,10 @@ def _classes(data: Data, task: Task, index: Index) -> tuple[dict[str, Any], ...]
     sources = [s for s in (data.train, *data.mix) if s is not None]
     weights = np.array([sources[record.source].weight for record in index.records])
     objects = Counter(tag for row_classes in tags for tag in row_classes)
+    kinds, kind_of = code_tags(tags)
     return tuple(
         {**entry, "objects": objects[entry["tag"]]}
-        for entry in plan_balance(tags, weights, data, task.name != "detection").table
+        for entry in plan_balance(kinds, kind_of, weights, data, task.name != "detection").table
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ray_vlm.config.data import Data
-from ray_vlm.data.balance import describe_balance, plan_balance
+from ray_vlm.data.balance import code_tags, describe_balance, plan_balance
 from ray_vlm.data.plan import Plan, epoch_order
 from ray_vlm.errors import ConfigError
 
@@ -14,7 +14,7 @@ TAGS = [("object=a", "condition=clear")] * 90 + [("object=b", "condition=blocked
 
 
 def _balance(tags=TAGS, **options):
-    return plan_balance(tags, np.ones(len(tags)), Data(**options))
+    return plan_balance(*code_tags(tags), np.ones(len(tags)), Data(**options))
 
 
 def test_nothing_asked_for_changes_nothing() -> None:
@@ -129,7 +129,7 @@ def test_an_equals_sign_in_a_value_or_a_class_name_is_text() -> None:
     weights = dict(_balance(tags=tags, class_weights="inverse").token_weights)
     assert weights["size=b=2"] / weights["size=a=1"] == pytest.approx(9.0)
     classes = [("speed=30",)] * 9 + [("dog",)]
-    balance = plan_balance(classes, np.ones(10), Data(class_weights="inverse"), attributes=False)
+    balance = plan_balance(*code_tags(classes), np.ones(10), Data(class_weights="inverse"), attributes=False)
     assert dict(balance.token_weights)["dog"] / dict(balance.token_weights)["speed=30"] == pytest.approx(9.0)
 
 

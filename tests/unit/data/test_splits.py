@@ -5,8 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ray_vlm.data.splits import plan_split
+from ray_vlm.data.splits import code_groups, code_texts, plan_split
 from ray_vlm.errors import ConfigError
+
+
+def _split(groups: list[str], strata: list[str], shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:
+    return plan_split(code_groups(groups), code_texts(strata), shares, seed)
 
 
 def _check_complete(parts: dict[str, np.ndarray], count: int) -> None:
@@ -15,19 +19,19 @@ def _check_complete(parts: dict[str, np.ndarray], count: int) -> None:
 
 @pytest.mark.parametrize("count", [10, 99, 1000])
 def test_shares_are_exact_and_every_row_is_in_one_part(count: int) -> None:
-    parts = plan_split([""] * count, [""] * count, {"eval": 0.1, "test": 0.2}, seed=3)
+    parts = _split([""] * count, [""] * count, {"eval": 0.1, "test": 0.2}, seed=3)
     _check_complete(parts, count)
     assert abs(len(parts["eval"]) - 0.1 * count) <= 1
     assert abs(len(parts["test"]) - 0.2 * count) <= 1
-    again = plan_split([""] * count, [""] * count, {"eval": 0.1, "test": 0.2}, seed=3)
+    again = _split([""] * count, [""] * count, {"eval": 0.1, "test": 0.2}, seed=3)
     assert all(np.array_equal(parts[name], again[name]) for name in parts)
-    other = plan_split([""] * count, [""] * count, {"eval": 0.1, "test": 0.2}, seed=4)
+    other = _split([""] * count, [""] * count, {"eval": 0.1, "test": 0.2}, seed=4)
     assert not np.array_equal(parts["train"], other["train"])
 
 
 def test_classes_keep_their_mix() -> None:
     strata = ["common"] * 900 + ["rare"] * 60 + ["rarer"] * 40
-    parts = plan_split([""] * 1000, strata, {"eval": 0.1}, seed=0)
+    parts = _split([""] * 1000, strata, {"eval": 0.1}, seed=0)
     counts = Counter(strata[i] for i in parts["eval"])
     assert abs(counts["common"] - 90) <= 1
     assert abs(counts["rare"] - 6) <= 1
@@ -36,7 +40,7 @@ def test_classes_keep_their_mix() -> None:
 
 def test_no_group_is_cut() -> None:
     groups = [f"task{i // 4}" for i in range(400)]
-    parts = plan_split(groups, [""] * 400, {"eval": 0.1, "test": 0.1}, seed=1)
+    parts = _split(groups, [""] * 400, {"eval": 0.1, "test": 0.1}, seed=1)
     _check_complete(parts, 400)
     of = {name: {groups[i] for i in rows} for name, rows in parts.items()}
     assert not of["train"] & (of["eval"] | of["test"])
@@ -45,11 +49,11 @@ def test_no_group_is_cut() -> None:
 
 
 def test_rows_without_a_group_are_units_of_their_own() -> None:
-    parts = plan_split(["a", "a", *[""] * 18], [""] * 20, {"eval": 0.5}, seed=1)
+    parts = _split(["a", "a", *[""] * 18], [""] * 20, {"eval": 0.5}, seed=1)
     _check_complete(parts, 20)
     assert len({0, 1} & set(parts["eval"].tolist())) in (0, 2)
 
 
 def test_a_part_that_would_be_empty_is_refused() -> None:
     with pytest.raises(ConfigError, match="eval would be empty"):
-        plan_split([""] * 3, [""] * 3, {"eval": 0.01}, seed=0)
+        _split([""] * 3, [""] * 3, {"eval": 0.01}, seed=0)
