@@ -1,9 +1,11 @@
-"""Balance rare classes: how often rows are shown, and how much their answer tokens weigh. Pure arithmetic on tags.
+"""Balance rare classes, and the work of the ranks. Pure arithmetic on tags and costs.
 
-A tag is a class (`star`), or for classification and GUI steps `attribute=value` (`condition=blocked`). Settings name a
-whole tag, or its value alone. The plan uses the repeat factors, the loss the weights.
+Classes are balanced by how often rows are shown, and by how much their answer tokens weigh. A tag is a class (`star`),
+or for classification and GUI steps `attribute=value` (`condition=blocked`). Settings name a whole tag, or its value
+alone. The plan uses the repeat factors and deals rows to ranks, the loss uses the weights.
 """
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,10 +82,10 @@ def plan_balance(
     even = bool((factors == 1).all())
     token_weights = tuple((tag, weight) for tag, weight in sorted(weights.items()) if weight != 1)
     shown_of = np.bincount(kind_of, weights=factors, minlength=len(kinds))
-    shown = Counter[str]()
+    shown: dict[str, float] = dict.fromkeys(rows, 0.0)
     for kind in order:
         for tag in set(kinds[kind]):
-            shown[tag] += float(shown_of[kind])
+            shown[tag] += shown_of[kind].item()
     table = _table(rows, shown, len(kind_of), float(factors.sum()) or 1.0, by_tag, weights)
     return Balance(None if even else factors, token_weights, table)
 
@@ -191,3 +193,58 @@ def describe_balance(balance: Balance) -> list[str]:
         shares = [f"{e['share']:.1%}", f"{e['shown_share']:.1%}"]
         rows.append([e["tag"], str(e["rows"]), *shares, f"{e['times_shown']:.2f}", f"{e['weight']:.2f}"])
     return format_table(rows).splitlines()
+
+
+def deal(rows: np.ndarray, costs: np.ndarray | None, world_size: int) -> list[np.ndarray]:
+    """Return the rows of each rank, equally many to within one. `costs`: of each of these rows.
+
+    With costs, the most expensive row goes to the rank with the least cost so far that has room (Graham's LPT rule with
+    capacities). Each rank's rows are sorted by cost: micro-batches hold rows of similar length, and the k-th of every
+    rank take about as long.
+    """
+    if costs is None:
+        return np.array_split(rows, world_size)
+    order = np.argsort(-costs, kind="stable")
+    room = [len(part) for part in np.array_split(rows, world_size)]
+    loads = [(0.0, rank) for rank in range(world_size) if room[rank]]
+    rows_of: list[list[int]] = [[] for _ in range(world_size)]
+    for row, cost in zip(rows[order].tolist(), costs[order].tolist(), strict=True):
+        total, rank = heapq.heappop(loads)
+        rows_of[rank].append(row)
+        if len(rows_of[rank]) < room[rank]:
+            heapq.heappush(loads, (total + cost, rank))
+    return [np.array(part, np.int64) for part in rows_of]
+
+
+def min_parts(sizes: np.ndarray, budget: int) -> int:
+    """Return the fewest groups of `sizes` such that none, padded to its longest, exceeds `budget` tokens."""
+    ranked, parts, first = np.sort(sizes)[::-1], 0, 0
+    while first < len(ranked):
+        first += max(1, budget // max(1, int(ranked[first])))
+        parts += 1
+    return max(1, parts)
+
+
+def group_alike(sizes: np.ndarray, parts: int, budget: int) -> list[np.ndarray]:
+    """Return positions of `sizes` in `parts` groups of similar sizes with the least padding, each within `budget`
+    tokens when padded to its longest.
+
+    `parts`: at least `min_parts`; some groups are empty if there are fewer sizes.
+    """
+    ranked, count = np.argsort(-sizes, kind="stable"), len(sizes)
+    used = min(parts, count)
+    # Dynamic programming over the sorted sizes: `cost[end]` is the fewest padded tokens of ranked[:end] so far.
+    first, end = np.ogrid[:count, : count + 1]
+    padded = (end - first) * np.append(sizes[ranked], 0)[:count, None].astype(float)  # of ranked[first:end] as a group
+    padded[(end <= first) | ((padded > budget) & (end - first > 1))] = np.inf
+    cost, starts = np.full(count + 1, np.inf), []
+    cost[0] = 0.0
+    for _ in range(used):
+        total = cost[:count, None] + padded
+        starts.append(total.argmin(axis=0))
+        cost = total.min(axis=0)
+    groups, end_of = [], count
+    for start in reversed(starts):
+        groups.append(np.sort(ranked[start[end_of] : end_of]))
+        end_of = int(start[end_of])
+    return groups[::-1] + [np.array([], np.int64)] * (parts - used)

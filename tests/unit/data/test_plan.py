@@ -6,7 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
-from ray_vlm.data.plan import Plan, deal, group_alike, min_parts, plan_sample
+from ray_vlm.data.balance import deal, group_alike, min_parts
+from ray_vlm.data.plan import Plan, plan_sample
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -86,7 +87,7 @@ def test_micro_batches_under_a_budget_of_tokens() -> None:
         fewest = max(
             min_parts(tokens[rows], 1500)
             for step in range(plan.num_steps)
-            for rows in deal(plan.step_rows(step), plan.token_costs, world)
+            for rows in deal(plan.step_rows(step), tokens[plan.step_rows(step)].astype(float), world)
         )
         assert plan.accumulation == fewest
     assert pickle.loads(pickle.dumps(plan)).rank_step(3, 1) == plan.rank_step(3, 1)
