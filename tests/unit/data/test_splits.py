@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ray_vlm.data.splits import code_groups, code_texts, plan_split
+from ray_vlm.data.splits import code_groups, code_texts, plan_split, rarest_tags
 from ray_vlm.errors import ConfigError
+from tests.support import earlier_plan
 
 
 def _split(groups: list[str], strata: list[str], shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:
@@ -57,3 +58,33 @@ def test_rows_without_a_group_are_units_of_their_own() -> None:
 def test_a_part_that_would_be_empty_is_refused() -> None:
     with pytest.raises(ConfigError, match="eval would be empty"):
         _split([""] * 3, [""] * 3, {"eval": 0.01}, seed=0)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_parts_are_those_of_earlier_versions(grouped: bool) -> None:
+    """Also with codes of groups that other rows have too, and in another order."""
+    rng = np.random.default_rng(grouped)
+    for _ in range(60):
+        count, shares = int(rng.integers(30, 200)), {"eval": 0.2, "test": float(rng.choice([0.1, 0.33]))}
+        groups = rng.choice(["", "", "z", "b", "a", *(f"g{i}" for i in range(30))], count).tolist()
+        groups = groups if grouped else [""] * count
+        strata = rng.choice(["", "rare", "A", "common"], count, p=[0.1, 0.1, 0.3, 0.5]).tolist()
+        before = earlier_plan.plan_split(groups, strata, shares, 3)
+        codes = code_groups(groups)
+        other = np.append(rng.permutation(codes.max() + 1) * 1_000_003, -1)  # -1 stays -1
+        for group_of in (codes, other[codes]):
+            now = plan_split(group_of, code_texts(strata), shares, 3)
+            assert list(now) == list(before)
+            assert all(np.array_equal(now[name], before[name]) for name in before)
+
+
+def test_the_rarest_tag_of_a_row_is_its_stratum() -> None:
+    kinds = [("common", "rare"), ("common",), (), ("other", "rare"), ("none has it",)]
+    kind_of = np.array([1] * 6 + [0] * 2 + [3] * 3 + [2])
+    tags = [kinds[kind] for kind in kind_of]
+    counts = Counter(tag for row_tags in tags for tag in set(row_tags))
+    names = [min(row_tags, key=lambda tag: (counts[tag], tag), default="") for row_tags in tags]
+    order = {name: code for code, name in enumerate(sorted(set(names)))}
+    codes = rarest_tags(kinds, kind_of)
+    ranks = {code: rank for rank, code in enumerate(sorted(set(codes.tolist())))}
+    assert [ranks[code] for code in codes.tolist()] == [order[name] for name in names]
