@@ -28,7 +28,7 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.data.images import read_size
 from ray_vlm.data.index import build_index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.records import ListedRows
+from ray_vlm.data.row_replacement import ListedRows
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.stream import StreamSpec, mean_bytes, pack, stream_ray, task_size

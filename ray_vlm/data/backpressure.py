@@ -136,9 +136,9 @@ class WindowFeeder:
     def __init__(self, micro_batch: Callable[[int], MicroBatch], first: int, last: int, ahead: int, window: int):
         self._micro_batch = micro_batch
         self._window, self._last = window, last
-        self._reached, self._told = first, first  # by the trainer, and as the gate was told
+        self._reached, self._sent = first, first  # by the trainer, and as the gate was told
         self._given = min(last, first + min(window, AT_ONCE))  # the gate got the micro-batches before it
-        self._state: tuple[int, ObjectRef] | None = None  # what the gate had been told when it was asked, its answer
+        self._state: tuple[int, ObjectRef] | None = None  # what it had been sent when it was asked, and its answer
         self.moved = threading.Event()
         self.gate = start_gate(first, ahead, self._plan(first, self._given))
 
@@ -151,9 +151,9 @@ class WindowFeeder:
         """Tell the gate where the trainer is, and give it the micro-batches of the window that it does not have."""
         reached = self._reached
         end = min(self._last, reached + self._window)
-        if reached != self._told or end > self._given:
+        if reached != self._sent or end > self._given:
             self._give(reached, min(self._given, end), end)
-            self._told, self._given = reached, max(self._given, end)
+            self._sent, self._given = reached, max(self._given, end)
 
     def mend(self) -> None:
         """Give the gate what it lacked when it was last asked, and ask it again.
@@ -163,16 +163,16 @@ class WindowFeeder:
         import ray
 
         if self._state is not None:
-            told, answer = self._state
+            sent, answer = self._state
             if not ray.wait([answer], timeout=0)[0]:
                 return
             with suppress(ray.exceptions.RayError):  # it ends
                 state: GateState = ray.get(answer)
-                if state.reached < told:
-                    self._give(self._told, self._told, self._given)
+                if state.reached < sent:
+                    self._give(self._sent, self._sent, self._given)
                 for first, last in state.missing:
-                    self._give(self._told, first, min(last, self._last))
-        self._state = self._told, self.gate.state.remote()
+                    self._give(self._sent, first, min(last, self._last))
+        self._state = self._sent, self.gate.state.remote()
 
     def _give(self, reached: int, first: int, last: int) -> None:
         for start in range(first, max(last, first + 1), AT_ONCE):

@@ -1,13 +1,8 @@
 """One validated example, as all packages exchange it. Plain data; imports nothing heavy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from ray_vlm.data.samples import SampleBuilder
-    from ray_vlm.data.spec import Sample
+from typing import Any
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the upright original image
 Point = tuple[float, float]  # x, y in pixels of the upright original image
@@ -76,43 +71,3 @@ class BadRow:
     id: str
     reason: str
     source: int = 0
-
-
-class Rows(Protocol):
-    """The rows of a part of the data, by the numbers that the plan gives them. It is small where it is pickled."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int) -> Record: ...
-
-    def sample(self, builder: "SampleBuilder", number: int) -> "Sample":
-        """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read."""
-        ...
-
-
-@dataclass(frozen=True)
-class ListedRows:
-    """Rows whose records are in memory: `records` is a sequence of them, or a Ray reference to one."""
-
-    records: Any
-
-    @cached_property
-    def _listed(self) -> Sequence[Record]:
-        if isinstance(self.records, Sequence):
-            return self.records
-        import ray
-
-        return ray.get(self.records)
-
-    def __len__(self) -> int:
-        return len(self._listed)
-
-    def __getitem__(self, number: int) -> Record:
-        return self._listed[number]
-
-    def sample(self, builder: "SampleBuilder", number: int) -> "Sample":
-        """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read."""
-        return builder.row(self._listed[number])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"records": self.records}

@@ -1,5 +1,5 @@
-"""Replace rows that could be read when they were checked and cannot be read now: a file that was deleted or changed, or
-is behind a failing network.
+"""Make rows by their numbers, and replace those that could be read when they were checked and cannot be read now: a
+file was deleted or changed, or is behind a failing network.
 
 Such a row is read again, and then, if the job leaves bad rows out, replaced by the next row in the data that can be
 read. Every rank keeps as many rows as planned, so none waits for another. The run keeps the sizes of its images, so
@@ -8,11 +8,12 @@ that a row whose image is gone when the run is resumed keeps its position in the
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from io import BytesIO
-from typing import Any
+from typing import Any, Protocol
 
-from ray_vlm.data.records import Record, Rows
+from ray_vlm.data.records import Record
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.errors import DataError
@@ -20,6 +21,46 @@ from ray_vlm.errors import DataError
 SIZES_FILE = "image_sizes.parquet"  # of a run folder
 WAITS_S = (0.2, 1.0)  # before each new attempt at the row itself
 _OTHERS = 16  # rows after it that may take its place
+
+
+class Rows(Protocol):
+    """The rows of a part of the data, by the numbers that the plan gives them. It is small where it is pickled."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Record: ...
+
+    def sample(self, builder: SampleBuilder, number: int) -> Sample:
+        """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class ListedRows:
+    """Rows whose records are in memory: `records` is a sequence of them, or a Ray reference to one."""
+
+    records: Any
+
+    @cached_property
+    def _listed(self) -> Sequence[Record]:
+        if isinstance(self.records, Sequence):
+            return self.records
+        import ray
+
+        return ray.get(self.records)
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+    def __getitem__(self, number: int) -> Record:
+        return self._listed[number]
+
+    def sample(self, builder: SampleBuilder, number: int) -> Sample:
+        """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read."""
+        return builder.row(self._listed[number])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"records": self.records}
 
 
 def make_row(builder: SampleBuilder, rows: Rows, number: int, replace_unreadable: bool) -> Sample:

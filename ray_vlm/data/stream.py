@@ -22,8 +22,8 @@ from ray_vlm.cluster.environment import Environment
 from ray_vlm.data.backpressure import AT_ONCE, WindowFeeder, keep_fed, take_planned
 from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.plan import MicroBatch, Plan
-from ray_vlm.data.records import Record, Rows
-from ray_vlm.data.row_replacement import make_row
+from ray_vlm.data.records import Record
+from ray_vlm.data.row_replacement import Rows, make_row
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.errors import DataError, RunError

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from ray_vlm.config.load import load_resolved
-from ray_vlm.data.records import ListedRows
+from ray_vlm.data.row_replacement import ListedRows
 from ray_vlm.data.stream import StartedStream, Stream, StreamSpec, stream_local, stream_ray
 from ray_vlm.distributed import DistributedContext, build_context
 from ray_vlm.logs import PACKAGE, TERMINAL

@@ -42,7 +42,7 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
 def compare(job: JobConfig) -> tuple[float, float, float]:
     """Return bytes above the loaded model: measured, predicted, and by four times the weights."""
 
-    from ray_vlm.data.records import ListedRows
+    from ray_vlm.data.row_replacement import ListedRows
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.data.stream import StreamSpec, stream_local
     from ray_vlm.distributed import DistributedContext

@@ -17,7 +17,7 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.images import decode
 from ray_vlm.data.index import Index, build_index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.records import ListedRows
+from ray_vlm.data.row_replacement import ListedRows
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.data.stream import (
