@@ -10,13 +10,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_vlm.config.data import Data
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.text import format_table
+
+if TYPE_CHECKING:
+    from ray_vlm.config.data import Data  # loads pydantic, and the gate of each worker needs the plan's module
 
 _ROWS_AT_ONCE = 2**20  # rows among which kinds are looked for; sorting all would take seconds
 
@@ -47,7 +49,7 @@ def plan_balance(
     kinds: Sequence[tuple[str, ...]],
     kind_of: np.ndarray,
     source_weights: np.ndarray,
-    data: Data,
+    data: "Data",
     attributes: bool = True,
 ) -> Balance:
     """Compute repeat factors and weights. Raise `ConfigError` for names that no row has.
@@ -103,7 +105,7 @@ def _appearance(kind_of: np.ndarray) -> list[int]:
 
 
 def _tag_factors(
-    rows: Counter, attribute_of: Mapping[str, str], num_rows: int, data: Data, problems: list[str]
+    rows: Counter, attribute_of: Mapping[str, str], num_rows: int, data: "Data", problems: list[str]
 ) -> dict[str, float]:
     if data.oversample is None:
         return {}
