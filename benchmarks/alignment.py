@@ -34,9 +34,9 @@ def places(folder: Path, *splits: str) -> list[str]:
 
 def mean_reward(job: JobConfig, adapter: Path, seed: int) -> float:
     """Return the mean reward of answers to the test images, sampled as the GRPO job samples them."""
+    from ray_vlm.data.parts import load_parts
     from ray_vlm.data.preprocessing import read_preprocessing
     from ray_vlm.data.spec import sample_spec
-    from ray_vlm.data.splits import load_parts
     from ray_vlm.evaluate.actors import InferenceJob
     from ray_vlm.evaluate.pairs import plan_prompts, sample_answers
 

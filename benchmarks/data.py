@@ -26,8 +26,9 @@ from PIL import Image
 from benchmarks.figures import figure, report
 from ray_vlm.config.data import Data, Source
 from ray_vlm.data.images import read_size
-from ray_vlm.data.index import build_index
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.plan import Plan
+from ray_vlm.data.rows import ListedRows
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.stream import StreamSpec, mean_bytes, pack, stream_ray, task_size
@@ -95,7 +96,7 @@ def through_stream(source: Source, spec: SampleSpec, task: int) -> float:
     index = build_index(source, Data(), load_sample_builder(spec))
     plan = Plan(len(index), MICRO, MICRO, 1, shuffle=False)
     row_bytes = mean_bytes(index.records, load_sample_builder(spec).image_spec)
-    stream_spec = StreamSpec(ray.put(index.records), spec, plan, 0, 0, plan.num_steps, row_bytes)
+    stream_spec = StreamSpec(ListedRows(ray.put(index.records)), spec, plan, 0, 0, plan.num_steps, row_bytes)
     assert task_size(stream_spec) * MICRO == task
     return rate(stream_ray(stream_spec, num_loaders=1, cpus_per_loader=1), task, MICRO)
 

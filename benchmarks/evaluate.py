@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.figures import figure, report
 from ray_vlm.config.load import load_job
-from ray_vlm.data.splits import load_parts
+from ray_vlm.data.parts import load_parts
 from ray_vlm.demo.shapes import draw
 from ray_vlm.evaluate.actors import InferenceJob, run_batches
 from ray_vlm.evaluate.generate import answer_batch, plan_batches

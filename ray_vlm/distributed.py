@@ -11,7 +11,8 @@ T = TypeVar("T")
 class DistributedContext:
     """Rank, number of ranks and device of this process. `ray`: whether it is a Ray Train worker.
 
-    Every method is a collective operation: all ranks must call it at the same point.
+    Every method is a collective operation: all ranks must call it at the same point. None gives every rank the values
+    of all, which for N ranks would be N times N values: rank 0 gathers them and broadcasts what follows from them.
     """
 
     rank: int = 0
@@ -29,25 +30,40 @@ class DistributedContext:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def all_gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in order of rank, on every rank. Also a barrier."""
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order of rank, on rank 0 and an empty list on the others. Also a barrier,
+        because the ranks exchange the sizes of their values first."""
         if self.world_size == 1:
             return [value]
         import torch.distributed
 
-        everyone = [value] * self.world_size
-        torch.distributed.all_gather_object(everyone, value)
-        return everyone
+        everyone = [value] * self.world_size if self.rank == 0 else None
+        torch.distributed.gather_object(value, everyone, dst=0)
+        return everyone or []
+
+    def scatter(self, values: Sequence[T]) -> T:
+        """Return on each rank its own of rank 0's `values`, which are in order of rank. Other ranks' are ignored."""
+        if self.world_size == 1:
+            return values[0]
+        import torch.distributed
+
+        box: list[T | None] = [None]
+        torch.distributed.scatter_object_list(box, list(values) if self.rank == 0 else None, src=0)
+        return box[0]  # type: ignore[return-value]
 
     def any_rank(self, *flags: bool) -> list[bool]:
         """Return for each flag whether any rank has set it, so that all ranks act together."""
+        return [bool(flag) for flag in self.max([int(flag) for flag in flags])]
+
+    def max(self, values: Sequence[int]) -> list[int]:
+        """Return the largest of each value over all ranks."""
         if self.world_size == 1:
-            return list(flags)
+            return list(values)
         import torch.distributed
 
-        any_set = torch.tensor([int(flag) for flag in flags], device=self.device)
-        torch.distributed.all_reduce(any_set, op=torch.distributed.ReduceOp.MAX)
-        return [bool(flag) for flag in any_set.tolist()]
+        largest = torch.tensor(values, device=self.device)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return largest.tolist()
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all ranks, in float64."""

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -144,6 +144,15 @@ def describe_file(address: str) -> tuple[str, int, int]:
     return name, info.size or 0, info.mtime_ns or 0
 
 
+def stamp_file(path: str) -> tuple[int, int] | None:
+    """Return size and modification time (ns) of a local file; None for any other."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 class Store:
     """Files by name under one address; names are relative, with `/`. Raises `OSError` if the disk or the object store
     fails.
@@ -185,14 +194,17 @@ class Store:
         """Return every file under `name`, relative to it, with its size in bytes."""
         if self.local is not None:
             folder = self.local / name
-            paths = (Path(root) / file for root, _, files in os.walk(folder) for file in files)
-            return {path.relative_to(folder).as_posix(): path.lstat().st_size for path in paths}
+            sizes = {}
+            for file in (Path(root) / file for root, _, files in os.walk(folder) for file in files):
+                with suppress(FileNotFoundError):  # a temporary file of another process, which has renamed it by now
+                    sizes[file.relative_to(folder).as_posix()] = file.lstat().st_size
+            return sizes
         from pyarrow.fs import FileSelector
 
-        system, path = self._locate(name)
-        selector = FileSelector(path, recursive=True, allow_not_found=True)
+        system, key = self._locate(name)
+        selector = FileSelector(key, recursive=True, allow_not_found=True)
         infos = self._ask(lambda: system.get_file_info(selector))
-        start = len(path.strip("/")) + 1
+        start = len(key.strip("/")) + 1
         return {info.path.strip("/")[start:]: info.size for info in infos if info.is_file}
 
     def _open(self, file: Path | str, mode: Literal["rb", "wb"] = "rb") -> BinaryIO:
@@ -263,9 +275,9 @@ class Store:
         folder.mkdir(parents=True)
         return folder
 
-    def fetch(self, name: str, folder: Path) -> None:
-        """Copy everything under `name` into `folder`."""
-        for relative in self.files(name):
+    def fetch(self, name: str, folder: Path, files: Iterable[str]) -> None:
+        """Copy these files, named relative to `name`, into `folder`."""
+        for relative in files:
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             source = f"{name}/{relative}"

@@ -7,7 +7,7 @@ from ray_vlm.cli.parser import job_verb
 
 
 def add_data_verbs(verbs: argparse._SubParsersAction) -> None:
-    """Add `ray-vlm data check|stats|preview`."""
+    """Add `ray-vlm data check|stats|preview|index`."""
     data = verbs.add_parser("data", help="check a job's rows, measure them, and preview them as the model sees them")
     actions = data.add_subparsers(metavar="ACTION", required=True)
     check = job_verb(actions, "check", "read every row of every source; exit code 1 if any is bad", _data_check)
@@ -21,6 +21,11 @@ def add_data_verbs(verbs: argparse._SubParsersAction) -> None:
             "--output", metavar="PATH", help=f"the PNG (default: JOB-{name}.png in <run.output_dir>/data)"
         )
 
+    index = job_verb(actions, "index", "build the index of a job's rows ahead of its runs", _data_index)
+    index.add_argument(
+        "--prune", action="store_true", help="then delete what belongs to changed or deleted sources or other versions"
+    )
+
 
 def _row_count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 200:
@@ -29,14 +34,16 @@ def _row_count(text: str) -> int:
 
 
 def _data_check(args: argparse.Namespace) -> int:
+    from ray_vlm.cluster.preflight import build_demand
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.inspect.check import check_sources, describe_check, describe_shares, write_bad_rows
+    from ray_vlm.data.parts import build_indexer
     from ray_vlm.data.spec import sample_spec
 
-    job = absolute_paths(load_job(args.job, args.overrides))
-    checks = []
-    for check in check_sources(job.data, sample_spec(job), args.decode):
+    job, checks = absolute_paths(load_job(args.job, args.overrides)), []
+    indexer = build_indexer(job.data, job.run.output_dir, job.task.name, build_demand(job))
+    for check in check_sources(job.data, sample_spec(job), indexer, args.decode):
         print(describe_check(check), flush=True)
         checks.append(check)
     for line in describe_shares(job.data):
@@ -63,17 +70,40 @@ def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.inspect.preview import build_panels, choose_rows, describe_choice, describe_rows, draw_sheet
     from ray_vlm.data.samples import load_sample_builder
-    from ray_vlm.data.splits import row_tags
     from ray_vlm.train.prepare import prepare
 
     prepared = prepare(absolute_paths(load_job(args.job, args.overrides)))
     train, builder = prepared.train, load_sample_builder(prepared.spec)
-    chosen = choose_rows([row_tags(prepared.job.task, record) for record in train.records], args.rows)
+    chosen = choose_rows(*train.kinds, args.rows)
     print(describe_rows(train, builder, chosen))
     title = f"{Path(args.job).name}: {len(chosen.positions)} of {len(train):,} training rows, as the model sees them"
     panels = build_panels((train.records[i] for i in chosen.positions), builder)
     picture = draw_sheet(panels, title, describe_choice(chosen, builder.codec_name))
     _write_picture(picture, args, "preview", prepared.job.run.output_dir)
+
+
+def _data_index(args: argparse.Namespace) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.config.paths import absolute_paths
+    from ray_vlm.data.build import prune
+    from ray_vlm.data.parts import INDEX_FOLDER, load_parts
+    from ray_vlm.data.shards import IndexFolder
+    from ray_vlm.storage import join
+
+    job = absolute_paths(load_job(args.job, args.overrides))
+    named = [name for name in ("train", "eval", "test") if getattr(job.data, name) is not None]
+    quarantined = job.model_copy(update={"data": job.data.model_copy(update={"on_bad_row": "quarantine"})})
+    parts = load_parts(quarantined, named)
+    for name in named:
+        index = getattr(parts, name)
+        left_out = f", {len(index.bad):,} bad ones left out" if index.bad else ""
+        print(f"data.{name}: {len(index):,} rows, {int(index.tokens.sum()):,} tokens{left_out}")
+    folder = IndexFolder(job.data.index_dir or join(job.run.output_dir, INDEX_FOLDER))
+    files = folder.store.files()
+    print(f"index: {folder.address} ({len(files):,} files, {sum(files.values()) / 1e6:,.1f} MB)")
+    if args.prune:
+        count, size = prune(folder)
+        print(f"pruned: {count:,} files, {size / 1e6:,.1f} MB")
 
 
 def _write_picture(png: bytes, args: argparse.Namespace, kind: str, output_dir: str) -> None:

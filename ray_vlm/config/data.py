@@ -148,6 +148,11 @@ class Data(Section):
         description="Detection: a box that is empty or reaches outside its image makes its row bad (`raise`), is "
         "clipped to the image (`clip`), or is dropped alone (`drop`); `clip` drops empty boxes too. All are counted.",
     )
+    index_dir: str | None = Field(
+        None,
+        description="Folder of the index of the rows, which runs with the same rows share; also an address such as "
+        "s3://bucket/index. null: `.index` in `run.output_dir`.",
+    )
     num_loaders: Count | None = Field(
         None, description="Ray Data processes that read images for each worker. null: from the free CPUs."
     )

@@ -63,7 +63,9 @@ def absolute_paths(job: JobConfig) -> JobConfig:
     address, cache = job.run.output_dir, job.train.vision_cache
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (problems := check_output_dir(address)):
         raise ConfigError(problems)
+    index = job.data.index_dir
     changes = {
+        "data": job.data.model_copy(update={"index_dir": index and full_address(index)}),
         "train": job.train.model_copy(update={"vision_cache": cache and local_path(cache)}),
         "run": job.run.model_copy(update={"output_dir": full_address(address)}),
     }

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 from ray_vlm.storage import WEB, is_remote, local_path, split_options
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PLAIN = re.compile(r"(?:[\w-][\w .+-]*/)*[\w-][\w .+-]*", re.ASCII)  # names that mean one thing everywhere
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes; limits of Linux file systems
 
 
@@ -17,8 +18,14 @@ def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
     Raise `ValueError` with the reason for names that leave the folder (`..`, absolute paths, symlinks), for URLs, and
     for names that no file can have. A name that does not exist may be spelled as Windows or the web do, with `\\` for
     `/` and `%20` for a space; otherwise this function does not check that the file exists. `follow_links`: a symlink
-    inside the folder may lead out of it.
+    inside the folder may lead out of it. Folders are resolved once in a process; a link in place of an image is always
+    seen.
     """
+    if len(name) <= _LONGEST_NAME and _PLAIN.fullmatch(name) and not is_remote(root):
+        parent, _, last = ("", "", name) if follow_links else name.rpartition("/")
+        folder = _inside(root, parent)
+        if folder is not None and (follow_links or not os.path.islink(folder + last)):
+            return folder + last
     if name[:5].lower() == "data:":
         raise ValueError("image is a data: URI, which is not read; write it to a file and give a path under image_root")
     scheme = _SCHEME.match(name)
@@ -45,6 +52,18 @@ def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
             fix = f"it is a link to {path}; move that here, or set follow_links=true of the job's source"
         raise ValueError(f"image {name[:200]!r} lies outside image_root {folder}; {fix}")
     return path
+
+
+@lru_cache(maxsize=4096)
+def _inside(root: str, name: str) -> str | None:
+    """Return the folder `name` inside the folder `root` with links followed and a slash at its end, or None if it
+    cannot be used."""
+    try:
+        folder = local_root(root).rstrip("/") + "/"
+        inside = os.path.realpath(folder + name).rstrip("/") + "/"
+    except (OSError, ValueError):
+        return None
+    return inside if inside.startswith(folder) else None
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -201,6 +201,21 @@ def read_size(image: str | bytes, max_pixels: int) -> tuple[int, int]:
         raise ValueError(f"image cannot be read ({type(error).__name__}: {error}); {FETCH_AGAIN}") from None
 
 
+class SizeCache:
+    """Sizes of images by their paths, for one pass over a source whose rows share images; the last 65,536 are kept.
+
+    Make a new one for each pass: files may change in between. Threads may share it. Faults are not kept.
+    """
+
+    def __init__(self, max_pixels: int):
+        self._max_pixels = max_pixels
+        self._read = lru_cache(2**16)(lambda path: read_size(path, max_pixels))
+
+    def read_size(self, image: str | bytes) -> tuple[int, int]:
+        """Return what `read_size` does, and raise as it does."""
+        return self._read(image) if isinstance(image, str) else read_size(image, self._max_pixels)
+
+
 def _open(file: BinaryIO) -> Image.Image:
     """Open the image in a file. Raise `_ImageProblem` for kinds of files that are not read."""
     try:

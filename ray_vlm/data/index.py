@@ -1,109 +1,393 @@
-"""Validate every row of a source in one pass, and keep what planning needs. No pixels are decoded.
+"""The index of a part of a job: its usable rows in columns on disk, from which a record is made by its number.
 
-Image headers are read in a few threads; token counts come from the real tokenizer and the family's own resize rule.
+A part is a choice of rows of the shards of its sources (`shards.py`). Its files lie in a folder that is named by their
+content. An `Index` pickles as the address of that folder, and every process maps the same files.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from ray_vlm.config.data import Data, Source
-from ray_vlm.data.images import FETCH_AGAIN, read_orientation, read_size
-from ray_vlm.data.records import BadRow, Record, SftRecord
-from ray_vlm.data.samples import SampleBuilder
-from ray_vlm.data.sources.formats import read_rows
-from ray_vlm.data.suspicions import describe_sizes, find_suspicions, sizes_differ, strip_marks, unit_problem
-from ray_vlm.errors import DataError
-from ray_vlm.runs.console import track
-from ray_vlm.tasks.boxes import box_problem
+from ray_vlm.data.plan import Plan
+from ray_vlm.data.records import BadRow, PreferenceRecord, Record, SftRecord
+from ray_vlm.data.rows import Rows
+from ray_vlm.data.shards import (
+    IndexFolder,
+    Shard,
+    load_shard,
+    pack_renamed,
+    read_bad,
+    read_encoded,
+    read_images,
+    read_record,
+)
+from ray_vlm.data.spec import Sample
+from ray_vlm.errors import DataError, RunError
+from ray_vlm.storage import stamp_file
 
-KnownSizes = Mapping[str, tuple[int, int]]  # path of an image -> (width, height)
-NONE_KNOWN: KnownSizes = {}
+if TYPE_CHECKING:
+    from ray_vlm.data.samples import SampleBuilder
+
+ROWS_VERSION = 2  # of `Index.fingerprint`
+_TOKENS = ("image", "prompt", "answer")
 _SHOWN = 20  # bad rows in an error; with `quarantine`, `bad_rows.jsonl` has all of them
 
 
-@dataclass(frozen=True)
-class Index:
-    """The usable rows of a source, in file order: records of one of the kinds in `records.py`.
+class IndexedRows(Rows):
+    """The records of an index, all of one kind. Each is made when it is asked for; nothing is kept."""
 
-    `image_tokens`, `prompt_tokens` (without images) and `answer_tokens` are `int64 [rows]`; `labels` are the class
-    names that the source declares; `bad` are the rows that were left out; `notes` tell what looks odd about the source.
+    def __init__(self, folder: IndexFolder, name: str):
+        self.folder, self.name = folder, name
+
+    def __reduce__(self) -> tuple[type["IndexedRows"], tuple[IndexFolder, str]]:
+        return IndexedRows, (self.folder, self.name)
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """The part's `about.json`: its shards, class names, notes and bad rows."""
+        return json.loads(self.path("about.json").read_bytes())
+
+    def path(self, name: str) -> Path:
+        """Return the path of one of the part's files. Raise `DataError` if there is none."""
+        try:
+            return self.folder.path(f"{self.name}/{name}")
+        except OSError as error:
+            raise DataError(
+                f"{self.folder.address}/{self.name}: a file of the index cannot be read ({error}). Start again, or go "
+                "on with --resume: it is made again. All machines must see data.index_dir."
+            ) from None
+
+    def array(self, name: str) -> np.ndarray:
+        """Map one of the part's arrays."""
+        return np.load(self.path(f"{name}.npy"), mmap_mode="r")
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """The position of each row among all rows of the sources, `int64 [rows]`."""
+        return self.array("positions")
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(count for _, _, count, _ in self.about["shards"])])
+
+    @cached_property
+    def _renamed(self) -> "tuple[np.ndarray, Shard] | None":
+        """Positions of the rows whose id in the source is not theirs alone, and their ids and groups."""
+        if not self.about["renamed"]:
+            return None
+        shard = Shard(self.path("renamed.arrow"))
+        return shard.numbers("position"), shard
+
+    def __len__(self) -> int:
+        return self.about["num_rows"]
+
+    def where(self, number: int) -> tuple[str, str, int, int]:
+        """Return the row shard, the token shard and the source of a row, and its position in the shards."""
+        position = int(self.positions[number])
+        index = int(np.searchsorted(self._starts, position, side="right")) - 1
+        rows, tokens, _, source = self.about["shards"][index]
+        return rows, tokens, source, position - int(self._starts[index])
+
+    @overload
+    def __getitem__(self, number: int) -> Any: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Any]: ...
+    def __getitem__(self, number: int | slice) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        number %= len(self)
+        rows, _, source, position = self.where(number)
+        record = read_record(load_shard(self.folder, rows), position, source)
+        return self._rename(record, int(self.positions[number]))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def _rename(self, record: Record, position: int) -> Record:
+        if self._renamed is None:
+            return record
+        positions, shard = self._renamed
+        i = int(np.searchsorted(positions, position))
+        if i == len(positions) or positions[i] != position:
+            return record
+        name, group = shard.column("id")[i].as_py(), shard.column("group")[i].as_py()
+        return replace(record, id=name, group=record.group or group)
+
+    def used(self) -> Iterator[tuple[Shard, Shard, np.ndarray, np.ndarray]]:
+        """Yield each row shard with rows of the part, its token shard, the numbers of these rows, and their positions
+        in the shards."""
+        edges = np.searchsorted(self.positions, self._starts)
+        for number, (rows, tokens, _, _) in enumerate(self.about["shards"]):
+            first, last = int(edges[number]), int(edges[number + 1])
+            if first < last:
+                local = self.positions[first:last] - self._starts[number]
+                yield load_shard(self.folder, rows), load_shard(self.folder, tokens), np.arange(first, last), local
+
+    def hash_prompts(self) -> str:
+        """Return a hash of what a model is asked: ids and groups of rows, tokens of prompts, names and sizes of images,
+        and size and time of their files."""
+        digest, stamps = hashlib.sha256(), lru_cache(None)(stamp_file)
+        for shard, encoded, _, local in self.used():
+            offsets, ids = encoded.lists("ids")
+            for first, length in zip(offsets[local], encoded.numbers("prompt_length")[local], strict=True):
+                digest.update(ids[first : first + length].tobytes())
+            digest.update(encoded.values_of("image_runs", local).tobytes())
+            digest.update(shard.values_of("sizes", local).tobytes())
+            paths = shard.column("paths").take(local).to_pylist()
+            keys = shard.values_of("image_keys", local).tolist()  # for images that are bytes
+            stamped = [[(path, path and stamps(path)) for path in row_paths] for row_paths in paths]
+            names = [shard.column(name).take(local).to_pylist() for name in ("id", "group")]
+            digest.update(repr((names, stamped, keys)).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+
+    def sample(self, builder: "SampleBuilder", number: int) -> Sample:
+        """Return what is trained of a row, from its token ids and its images; no record is made."""
+        rows, tokens, _, position = self.where(number)
+        shard = load_shard(self.folder, rows)
+        images, sizes = read_images(shard, position)
+        name = f"row {shard.column('row')[position].as_py()} (id {shard.column('id')[position].as_py()})"
+        sample = builder.sample(read_encoded(load_shard(self.folder, tokens), position), images, sizes, name)
+        return replace(sample, number=number)
+
+
+def share_plan(plan: Plan, rows: IndexedRows) -> Plan:
+    """Return the plan with its arrays in files beside the part's, which all processes of a node map. Raise `RunError`
+    if they cannot be written."""
+    stored = plan.store(rows.folder.folder(rows.name), local_copy=partial(_fetch, rows.folder, rows.name))
+    if stored.folder is not None:
+        try:
+            rows.folder.publish(rows.name, stored.folder.names)
+        except OSError as error:
+            raise RunError(
+                f"data.index_dir={rows.folder.address!r} cannot be written ({error}). Mend it, or set another folder."
+            ) from error
+    return stored
+
+
+def _fetch(folder: IndexFolder, part: str, _: str) -> Path:
+    """Return the folder of a part on this node, with the arrays of its plans."""
+    return folder.fetch(part, folder.names(part))
+
+
+class Index:
+    """The usable rows of a part, in file order.
+
+    `records`: a record by its number. `image_tokens`, `prompt_tokens` (without images) and `answer_tokens` are
+    `int32 [rows]`, mapped.
     """
 
-    records: tuple[Any, ...]
-    image_tokens: np.ndarray
-    prompt_tokens: np.ndarray
-    answer_tokens: np.ndarray
-    labels: tuple[str, ...]
-    bad: tuple[BadRow, ...] = ()
-    notes: tuple[str, ...] = ()
+    def __init__(self, folder: IndexFolder, name: str):
+        self.records = IndexedRows(folder, name)
+        self.image_tokens, self.prompt_tokens, self.answer_tokens = (
+            self.records.array(f"{kind}_tokens") for kind in _TOKENS
+        )
+
+    def __reduce__(self) -> tuple[type["Index"], tuple[IndexFolder, str]]:
+        return Index, (self.records.folder, self.records.name)
 
     def __len__(self) -> int:
         return len(self.records)
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """The class names that the sources declare."""
+        return tuple(self.records.about["labels"])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What looks odd about the sources."""
+        return tuple(self.records.about["notes"])
+
+    @cached_property
+    def bad(self) -> tuple[BadRow, ...]:
+        """The rows that were left out."""
+        return tuple(BadRow(*row) for row in self.records.about["bad"])
+
+    @property
     def tokens(self) -> np.ndarray:
         """All tokens of each row, `int64 [rows]`."""
-        return self.image_tokens + self.prompt_tokens + self.answer_tokens
+        return self.image_tokens + self.prompt_tokens + self.answer_tokens.astype(np.int64)
 
     @property
     def token_costs(self) -> np.ndarray:
         """Work of each row, `float32 [rows]`: its tokens, with image tokens counted twice for the image encoder."""
         return (self.tokens + self.image_tokens).astype(np.float32)
 
+    @cached_property
+    def kinds(self) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        """The distinct tuples of classes and conditions, and the number of each row's, `int32 [rows]`."""
+        return tag_kinds(self._shards(), "tags", self.records.positions)
 
-def build_index(
-    source: Source,
-    data: Data,
-    builder: SampleBuilder,
-    read: tuple[Sequence[Record | BadRow], Sequence[str]] | None = None,
-    number: int = 0,
-    known: KnownSizes = NONE_KNOWN,
-) -> Index:
-    """Read, check and measure every row. With `on_bad_row: raise`, raise `DataError` with all reasons if any is bad.
+    @cached_property
+    def sources(self) -> np.ndarray:
+        """The position of each row's source among those mixed, `int32 [rows]`."""
+        shards = self.records.about["shards"]
+        numbers = np.repeat([source for *_, source in shards], [count for _, _, count, _ in shards])
+        return numbers[self.records.positions].astype(np.int32)
 
-    `read`: the result of `read_rows` for the source, if known. `number`: the source's position among those mixed.
-    `known`: sizes of images that could be read when the run began.
+    def image_sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (width, height) of every image, `int64 [images, 2]`, and the row of each, `int64 [images]`."""
+        sizes, rows = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.int64)]
+        for shard, _, numbers, local in self.records.used():
+            sizes.append(shard.values_of("sizes", local).reshape(-1, 2))
+            rows.append(np.repeat(numbers, np.diff(shard.lists("sizes")[0])[local] // 2))
+        return np.concatenate(sizes).astype(np.int64), np.concatenate(rows)
+
+    def file_sizes(self) -> dict[str, tuple[int, int]]:
+        """Return (width, height) of every image in a file of its own, by its path."""
+        sizes: dict[str, tuple[int, int]] = {}
+        for shard, _, _, local in self.records.used():
+            paths = shard.column("paths").take(local).flatten().to_pylist()
+            sides = shard.values_of("sizes", local).reshape(-1, 2).tolist()
+            sizes |= {path: (w, h) for path, (w, h) in zip(paths, sides, strict=True) if path is not None}
+        return sizes
+
+    def with_regions(self) -> Iterator[Record]:
+        """Yield the records that have boxes or points."""
+        for shard, _, numbers, local in self.records.used():
+            for i in numbers[shard.numbers("num_regions")[local] > 0].tolist():
+                yield self.records[i]
+
+    def fingerprint(self, version: int = ROWS_VERSION) -> str:
+        """Return a hash of the rows in the order of the plan's row numbers: ids, names and sizes of images, and
+        contents. `version`: that of the run that is resumed; 1 takes as long as reading all rows."""
+        if version == 1:
+            return fingerprint_records(self.records)
+        digest = hashlib.sha256()
+        for shard, _, _, local in self.records.used():
+            digest.update(shard.numbers("digest")[local].tobytes())
+        return digest.hexdigest()[:16]
+
+    def _shards(self) -> Iterator[Shard]:
+        return (load_shard(self.records.folder, name) for name, *_ in self.records.about["shards"])
+
+
+def tag_kinds(
+    shards: Iterable[Shard], column: str, positions: np.ndarray | None = None
+) -> tuple[list[tuple[str, ...]], np.ndarray]:
+    """Return the distinct tuples of tags in a column of row shards, and the number of each row's, `int32 [rows]`.
+    `positions`: of the rows that are wanted."""
+    numbers: dict[tuple[str, ...], int] = {}
+    codes = [np.zeros(0, np.int32)]
+    for shard in shards:
+        kinds, kind_of = shard.tags(column)
+        codes.append(np.array([numbers.setdefault(kind, len(numbers)) for kind in kinds], np.int32)[kind_of])
+    joined = np.concatenate(codes)
+    if positions is None:
+        return list(numbers), joined
+    used, first, kind_of = np.unique(joined[positions], return_index=True, return_inverse=True)
+    order = np.argsort(first)  # the order of appearance
+    kinds = list(numbers)
+    return [kinds[used[i]] for i in order], np.argsort(order).astype(np.int32)[kind_of]
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """Rows of some sources, chosen for a part.
+
+    `shards`: (row shard, token shard, rows, source) of each, in order. `chosen`: positions of the part's rows among
+    theirs, sorted, `int64`. `renamed`: position -> (id, group) of rows whose id is not theirs alone, or the reason
+    against it. `paths`: of the sources.
     """
-    rows, labels = read or read_rows(source)
-    records: list[Record] = []
-    counts: list[tuple[int, int, int]] = []
+
+    folder: IndexFolder
+    shards: Sequence[tuple[str, str, int, int]]
+    chosen: np.ndarray
+    renamed: Mapping[int, tuple[str, str] | str]
+    labels: Sequence[str]
+    notes: Sequence[str]
+    paths: Sequence[str]
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """The usable rows of a part.
+
+    `positions`: as in `PartRows.chosen`. `tokens`: of images, prompt and answer, `int32 [rows, 3]`. `chosen`: rows by
+    source; `usable`: those of them that can be used.
+    """
+
+    part: PartRows
+    positions: np.ndarray
+    tokens: np.ndarray
+    bad: tuple[BadRow, ...]
+    chosen: Mapping[int, int]
+    usable: Mapping[int, int]
+
+
+def join_rows(part: PartRows, max_tokens: int | None) -> JoinedRows:
+    """Join what row shards and token shards say of a part's rows."""
+    tokens, positions = [np.zeros((0, 3), np.int32)], [np.zeros(0, np.int64)]
     bad: list[BadRow] = []
-    with ThreadPoolExecutor(8) as pool:
-        measured = pool.map(partial(measure_row, data=data, known=known), rows)
-        for row in track(measured, f"checking the rows of {source.path}", len(rows)):
-            counted = row if isinstance(row, BadRow) else count_row(row, builder, data.max_tokens)
-            if isinstance(counted, BadRow):
-                bad.append(replace(counted, source=number))
-            elif not isinstance(row, BadRow):
-                records.append(replace(row, source=number) if number else row)
-                counts.append(counted)
-    if bad and data.on_bad_row == "raise":
-        raise DataError(describe_bad(bad, len(rows), source.path))
-    if not records:
-        raise DataError(f"{source.path}: no usable row among {len(rows)}. " + "; ".join(b.reason for b in bad[:3]))
-    notes = find_suspicions(source, rows, records, labels, data.on_bad_box)
-    image, prompt, answer = np.array(counts, np.int64).T  # [3, rows]
-    return Index(tuple(records), image, prompt, answer, tuple(labels), tuple(bad), tuple(notes))
+    chosen, usable = Counter[int](), Counter[int]()
+    starts = np.cumsum([0, *(count for _, _, count, _ in part.shards)])
+    edges = np.searchsorted(part.chosen, starts)
+    for number, (row_name, token_name, _, source) in enumerate(part.shards):
+        start = int(starts[number])
+        local = part.chosen[edges[number] : edges[number + 1]] - start
+        if not len(local):
+            continue
+        shard, encoded = load_shard(part.folder, row_name), load_shard(part.folder, token_name)
+        counts = np.stack([encoded.numbers(f"{kind}_tokens") for kind in _TOKENS], axis=1)
+        reasons = _reasons(shard, encoded, local, counts, max_tokens)
+        names = (
+            {i: part.renamed[i + start] for i in local.tolist() if i + start in part.renamed} if part.renamed else {}
+        )
+        for i, name in names.items():
+            if isinstance(name, str):
+                reasons.setdefault(i, name)
+        good = local[~np.isin(local, list(reasons))] if reasons else local
+        positions.append(good + start)
+        tokens.append(counts[good])
+        for i in sorted(reasons):
+            row, new = read_bad(shard, i, source), names.get(i, "")
+            bad.append(replace(row, id=row.id if isinstance(new, str) else new[0], reason=reasons[i]))
+        chosen[source] += len(local)
+        usable[source] += len(good)
+    return JoinedRows(part, np.concatenate(positions), np.concatenate(tokens), tuple(bad), chosen, usable)
 
 
-def join_indices(indices: Sequence[Index]) -> Index:
-    """Concatenate the indices of several sources in their order."""
-    if len(indices) == 1:
-        return indices[0]
-    return Index(
-        tuple(record for index in indices for record in index.records),
-        np.concatenate([index.image_tokens for index in indices]),
-        np.concatenate([index.prompt_tokens for index in indices]),
-        np.concatenate([index.answer_tokens for index in indices]),
-        tuple(dict.fromkeys(label for index in indices for label in index.labels)),
-        tuple(bad for index in indices for bad in index.bad),
-        tuple(note for index in indices for note in index.notes),
-    )
+def _reasons(
+    shard: Shard, encoded: Shard, local: np.ndarray, tokens: np.ndarray, max_tokens: int | None
+) -> dict[int, str]:
+    """Return why rows at the positions `local` of a shard cannot be used. `tokens`: of images, prompt and answer,
+    `int32 [rows, 3]`."""
+    reasons: dict[int, str] = {}
+    for column in (shard.column("reason"), encoded.column("reason")):
+        for i in local[column.is_valid().to_numpy(zero_copy_only=False)[local]].tolist():
+            reasons.setdefault(i, column[i].as_py())
+    if max_tokens is not None:
+        for i in local[tokens[local].sum(axis=1) > max_tokens].tolist():
+            reason = (
+                f"{tokens[i].sum()} tokens ({tokens[i, 0]} of images), above data.max_tokens={max_tokens}; lower "
+                "data.max_pixels, or raise the limit"
+            )
+            reasons.setdefault(i, reason)
+    return reasons
+
+
+def check_bad(joined: JoinedRows, on_bad_row: str) -> None:
+    """Raise `DataError` with all reasons if a row is bad and `on_bad_row` is `raise`, or if a source has no usable
+    row."""
+    problems: list[str] = []
+    for source, count in joined.chosen.items():
+        path, bad = joined.part.paths[source], [row for row in joined.bad if row.source == source]
+        if bad and on_bad_row == "raise":
+            problems += describe_bad(bad, count, path)
+        elif not joined.usable[source]:
+            problems.append(f"{path}: no usable row among {count}. {'; '.join(row.reason for row in bad[:3])}")
+    if problems:
+        raise DataError(problems)
 
 
 def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
@@ -118,141 +402,52 @@ def describe_bad(bad: Iterable[BadRow], num_rows: int, path: str) -> list[str]:
     return lines
 
 
-def measure_row(row: Record | BadRow, data: Data, known: KnownSizes = NONE_KNOWN) -> Record | BadRow:
-    """Return the row with image sizes and with boxes in pixels, or a `BadRow`. `known`: as in `build_index`."""
-    if isinstance(row, BadRow):
-        return row
-    sizes, gone = [], False
-    for image in row.images:
-        try:
-            sizes.append(read_size(image, data.max_image_pixels))
-        except (ValueError, OSError) as error:
-            if isinstance(image, str) and image in known:
-                sizes.append(known[image])  # training replaces the row
-                gone = True
-                continue
-            name = f" ({image})" if isinstance(image, str) else ""
-            return BadRow(row.row, row.id, f"{error}{name}")
-    return settle_boxes(replace(row, sizes=tuple(sizes)), data.on_bad_box, gone)
+def write_part(joined: JoinedRows) -> Index:
+    """Write the files of a part into a folder named by their content, unless it is there already. Raise `OSError`."""
+    part, positions, renamed = joined.part, joined.positions, {}
+    if part.renamed:
+        shared = np.fromiter(part.renamed, np.int64, len(part.renamed))
+        names = {i: part.renamed[i] for i in positions[np.isin(positions, shared)].tolist()}
+        renamed = {i: name for i, name in names.items() if not isinstance(name, str)}
+    about = {
+        "num_rows": len(positions),
+        "shards": [list(shard) for shard in part.shards],
+        "labels": list(dict.fromkeys(part.labels)),
+        "notes": list(part.notes),
+        "bad": [[row.row, row.id, row.reason, row.source] for row in joined.bad],
+        "renamed": len(renamed),
+    }
+    files = {"positions.npy": _array(positions)}
+    files |= {f"{kind}_tokens.npy": _array(joined.tokens[:, number]) for number, kind in enumerate(_TOKENS)}
+    if renamed:
+        files["renamed.arrow"] = pack_renamed(renamed)
+    text = json.dumps(about).encode()
+    digest = hashlib.sha256(text)
+    for data in files.values():
+        digest.update(data)
+    name = f"parts/{digest.hexdigest()[:16]}"
+    if "about.json" not in part.folder.names(name):
+        for file, data in {**files, "about.json": text}.items():  # about.json last: with it the part is whole
+            part.folder.write(f"{name}/{file}", data)
+    return Index(part.folder, name)
 
 
-def settle_boxes(record: Record, on_bad_box: str = "raise", gone: bool = False) -> Record | BadRow:
-    """Return the record with boxes in original pixels, or a `BadRow` if they cannot be meant as they stand.
-
-    `on_bad_box`: the job's setting. `gone`: the image cannot be read any more, and training replaces the row.
-    """
-    if not isinstance(record, SftRecord):
-        return record
-    listed = record.context.get("listed")
-    if listed and (record.context["frame"] == "listed" or sizes_differ(listed, record.sizes[0])):
-        turned = _in_listed_frame(record, gone)
-        if isinstance(turned, BadRow):
-            return turned
-        record = turned
-    elif "box_units" not in record.context and (reason := unit_problem(record)):
-        return BadRow(record.row, record.id, reason)
-    record = _to_pixels(record)
-    if on_bad_box != "raise" and "labels" in record.truth:
-        record = _without_bad_boxes(record, clip=on_bad_box == "clip")
-    context = strip_marks(record.context)
-    return replace(record, context=context) if len(context) < len(record.context) else record
+def _array(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(values))
+    return buffer.getvalue()
 
 
-def _without_bad_boxes(record: SftRecord, clip: bool) -> SftRecord:
-    """Return the record with boxes inside its image; boxes that leave it are clipped or dropped."""
-    width, height = record.sizes[0]
-    remaining = []
-    for box, label in zip(record.truth["boxes"], record.truth["labels"], strict=True):
-        bad = box_problem(box, record.sizes[0]) is not None
-        if bad and clip:
-            x1, y1, x2, y2 = box
-            box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-            bad = box_problem(box, record.sizes[0]) is not None
-        if not bad:
-            remaining.append((box, label))
-    boxes, labels = tuple(box for box, _ in remaining), tuple(label for _, label in remaining)
-    return replace(record, truth={**record.truth, "boxes": boxes, "labels": labels})
-
-
-def _in_listed_frame(record: SftRecord, gone: bool) -> SftRecord | BadRow:
-    """Return the record with boxes scaled from the size that its file lists to its upright image."""
-    listed, size = record.context["listed"], record.sizes[0]
-    if record.context["frame"] != "listed":
-        return BadRow(record.row, record.id, describe_sizes(listed, size))
-    if gone:
-        return record
-    try:
-        turn = read_orientation(record.images[0])
-    except (OSError, ValueError) as error:  # the file has gone since its size was read; unturned boxes would be wrong
-        return BadRow(record.row, record.id, f"image cannot be read ({error}); {FETCH_AGAIN}")
-    if turn >= 5 and not sizes_differ(listed, size) and sizes_differ(listed[::-1], size):
-        turn = 1  # this image was turned before its boxes were drawn
-    stored = size[::-1] if turn >= 5 else size
-    stretch = (stored[0] / listed[0]) / (stored[1] / listed[1])
-    if abs(stretch - 1) > 0.02 and sizes_differ(listed, stored):
-        return BadRow(
-            record.row,
-            record.id,
-            f"the file lists {listed[0]}x{listed[1]} px, and the image has {size[0]}x{size[1]}, which is another "
-            "shape; set box_frame=image, or mend its width and height",
-        )
-    boxes = tuple(_turned(box, listed, size, turn) for box in record.truth["boxes"])
-    return replace(record, truth={**record.truth, "boxes": boxes})
-
-
-def _turned(
-    box: Sequence[float], listed: tuple[int, int], size: tuple[int, int], turn: int
-) -> tuple[float, float, float, float]:
-    """Return a box in an image of the size `listed` as it lies in the upright image of `size`. `turn`: the EXIF
-    orientation."""
-    width, height = listed
-    x1, y1, x2, y2 = box
-    # First the mirroring along each stored axis, then the exchange of axes (5 to 8).
-    if turn in (2, 3, 7, 8):
-        x1, x2 = width - x2, width - x1
-    if turn in (3, 4, 6, 7):
-        y1, y2 = height - y2, height - y1
-    if turn >= 5:
-        x1, y1, x2, y2, width, height = y1, x1, y2, x2, height, width
-    scale_x, scale_y = size[0] / width, size[1] / height
-    return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
-
-
-def _to_pixels(record: SftRecord) -> SftRecord:
-    """Return the record with boxes and points in original pixels, if its source gives shares of the image."""
-    units = record.context.get("box_units")
-    if units is None or not record.sizes:
-        return record
-    per_unit = 1.0 if units == "relative_1" else 1000.0
-    image_of = record.context.get("image_of", ())
-
-    def scale(region: Sequence[float] | None, image: int = 0) -> tuple[float, ...] | None:
-        size = record.sizes[image] if image < len(record.sizes) else record.sizes[0]
-        return None if region is None else tuple(v / per_unit * size[axis % 2] for axis, v in enumerate(region))
-
-    def scaled(values: Mapping[str, Any]) -> dict[str, Any]:
-        out = dict(values)
-        if "boxes" in out:
-            numbers = image_of or (0,) * len(out["boxes"])
-            out["boxes"] = tuple(scale(box, i) for box, i in zip(out["boxes"], numbers, strict=True))
-        return out | {key: scale(out[key]) for key in ("box", "point") if out.get(key) is not None}
-
-    context = {k: v for k, v in scaled(record.context).items() if k != "box_units"}
-    return replace(record, truth=scaled(record.truth), context=context)
-
-
-def count_row(row: Record, builder: SampleBuilder, max_tokens: int | None) -> tuple[int, int, int] | BadRow:
-    """Return the tokens of (images, prompt without images, answer), or a `BadRow`."""
-    try:
-        if reason := builder.problem(row):
-            return BadRow(row.row, row.id, reason)
-        counts = builder.token_counts(row)
-    except ValueError as error:
-        return BadRow(row.row, row.id, str(error))
-    if max_tokens is not None and sum(counts) > max_tokens:
-        reason = (
-            f"{sum(counts)} tokens ({counts[0]} of images), above data.max_tokens={max_tokens}; lower data.max_pixels, "
-            "or raise the limit"
-        )
-        return BadRow(row.row, row.id, reason)
-    return counts
+def fingerprint_records(records: Iterable[Record]) -> str:
+    """Return the fingerprint that runs of earlier versions keep."""
+    digest = hashlib.sha256()
+    for r in records:
+        names = [Path(i).name if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
+        if isinstance(r, SftRecord):
+            content: tuple = (sorted(r.truth.items()), sorted(r.context.items()))
+        elif isinstance(r, PreferenceRecord):
+            content = (r.prompt, r.chosen, r.rejected)
+        else:
+            content = (r.prompt, sorted(r.columns.items()))
+        digest.update(repr((r.id, r.row, names, r.sizes, content)).encode())
+    return digest.hexdigest()[:16]

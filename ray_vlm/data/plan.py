@@ -4,24 +4,37 @@ size, batch sizes, step).
 Step k of an epoch takes one contiguous stretch of that epoch's order for any number of workers, and the ranks share it.
 Every rank runs the same number of micro-batches in every step; a rank without rows runs a padding micro-batch, a
 row whose tokens are not trained. Nothing here reads data or keeps state, so any step can be computed without those
-before it.
+before it. Arrays as long as the data may be files that all processes of a node map (`Plan.store`): a process then holds
+little of them.
 
 A row's factor is how often it is shown in an epoch: always its whole part, and once more with the probability of its
 fraction. Fractions are drawn by systematic sampling (Madow 1949) over a shuffled order. So each is exact in
 expectation, an epoch's length is fixed to within one row, and the same seed gives the same rows.
 """
 
-import heapq
 import math
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ray_vlm.data.balance import deal, group_alike, min_parts
+from ray_vlm.data.plan_files import Column, MappedArray, PlanFolder, hash_values, holds_array, values_of, write_array
+from ray_vlm.errors import RunError
+
 _STEPS = 64  # steps of one rank that a plan keeps in memory
+_ROWS_AT_ONCE = 2**20  # of a pass over all rows, which then needs little memory beside its result
+_PATIENCE_S = 60.0  # with a file that another process makes, and a second more for so many rows:
+_ROWS_A_SECOND = 100_000
+_ORDER_LOCK = threading.Lock()  # the trainer and the thread that feeds its loaders ask the same plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """The rows that one rank runs at a time, as positions in the index. `padding`: the row is run but not trained."""
 
@@ -36,7 +49,8 @@ class Plan:
     `repeat_factors`: `float64 [rows]`, how often each row is shown in an epoch; None: once. `token_costs`: `[rows]`,
     work of each row, which is shared evenly; None: rows are dealt in order. `whole_steps`: rows from the beginning of
     an epoch complete its last step, so that every rank always has as many. `tokens`: `int64 [rows]`; with them
-    `max_tokens_per_micro_batch`, also when padded to its longest row, replaces `micro_batch_size`.
+    `max_tokens_per_micro_batch`, also when padded to its longest row, replaces `micro_batch_size`. `folder`: of a plan
+    whose arrays are files.
     """
 
     num_rows: int
@@ -47,21 +61,57 @@ class Plan:
     max_steps: int | None = None
     shuffle: bool = True
     seed: int = 0
-    repeat_factors: np.ndarray | None = None
-    token_costs: np.ndarray | None = None
+    repeat_factors: Column | None = None
+    token_costs: Column | None = None
     whole_steps: bool = False
-    tokens: np.ndarray | None = None
+    tokens: Column | None = None
     max_tokens_per_micro_batch: int = 0
+    folder: PlanFolder | None = None
+
+    def store(self, folder: Path, address: str = "", local_copy: Callable[[str], Path] = Path) -> "Plan":
+        """Write the arrays of the plan into `folder`, and return the same plan with mapped arrays. It is small where it
+        is pickled, and its orders are made once a node.
+
+        `address`: of the folder for nodes that do not share its disk, on which `local_copy` returns a folder with the
+        same files. Raise `RunError` if the folder cannot be written.
+        """
+        arrays = {name: values_of(getattr(self, name)) for name in _ARRAYS if getattr(self, name) is not None}
+        names = {name: f"{name}-{hash_values(array)}.npy" for name, array in arrays.items()}
+        folder = folder.absolute()
+        stored = PlanFolder(folder, address or str(folder), tuple(names.values()), local_copy)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, array in arrays.items():
+                if not holds_array(folder / names[name], array):
+                    write_array(folder / names[name], array)
+        except OSError as error:
+            raise RunError(
+                f"{folder}: the plan cannot be written ({error}). Free some space there, or choose another folder."
+            ) from error
+        mapped: dict[str, Any] = {
+            name: MappedArray(stored, names[name], len(array), float(array.sum())) for name, array in arrays.items()
+        }
+        plan = replace(self, folder=stored, **mapped)
+        known = vars(self).get("accumulation")  # every process would compute it again
+        vars(plan)["accumulation"] = plan.accumulation if known is None else known
+        return plan
 
     @cached_property
     def rows_per_epoch(self) -> int:
         """Rows shown in an epoch, repeats counted; some epochs have one more."""
         factors = self.repeat_factors
-        return self.num_rows if factors is None else max(1, math.floor(_round_sum(factors.sum())))
+        if factors is None:
+            return self.num_rows
+        total = factors.total if isinstance(factors, MappedArray) else factors.sum()
+        return max(1, math.floor(_round_sum(total)))
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.rows_per_epoch / self.global_batch_size)
+
+    @property
+    def _most_shown(self) -> int:  # rows of an epoch, so that it has no more steps than others
+        return self.steps_per_epoch * self.global_batch_size
 
     @property
     def num_steps(self) -> int:
@@ -74,9 +124,19 @@ class Plan:
         step needs."""
         if self.tokens is None:
             return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.micro_batch_size)
+        if self.folder is None:
+            return self._most_parts()
+        about = (self.folder.names, self.world_size, self.global_batch_size, self.num_steps, self.whole_steps)
+        name = f"accumulation-{hash_values(self._order_key, about, self.max_tokens_per_micro_batch)}.npy"
+        patience_s = self._patience_s * (1 + self.num_epochs)
+        return int(self.folder.make_once(name, lambda: np.array([self._most_parts()]), patience_s)[:1][0])
+
+    def _most_parts(self) -> int:
+        """Return the fewest micro-batches that are enough for every rank and step, under the budget of tokens."""
+        assert self.tokens is not None
         most = 1
-        for step in range(self.num_steps):
-            for rows in deal(self.step_rows(step), self.token_costs, self.world_size):
+        for step in reversed(range(self.num_steps)):  # so that the order of the first epoch is the last one made
+            for rows in self._deal(self.step_rows(step)):
                 most = max(most, min_parts(self.tokens[rows], self.max_tokens_per_micro_batch))
         return most
 
@@ -86,32 +146,71 @@ class Plan:
         return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.accumulation)
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """Return positions in the index in the order of an epoch, `int64 [rows shown]`."""
-        if epoch not in self._orders:
-            most = self.steps_per_epoch * self.global_batch_size
-            self._orders.clear()
-            self._orders[epoch] = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, self.repeat_factors, most)
-        return self._orders[epoch]
+        """Return positions in the index in the order of an epoch, `int32 [rows shown]`; `int64` from 2**31 rows on."""
+        return values_of(self._order(epoch))
+
+    def _order(self, epoch: int) -> Column:
+        """Return the order of an epoch; that of a stored plan is made by the first process of the node."""
+        if (known := self._orders.get(epoch)) is not None:
+            return known
+        with _ORDER_LOCK:
+            if epoch not in self._orders:
+                if self.folder is None:
+                    order: Column = self._make_order(epoch)
+                else:
+                    name = f"order-{self._order_key}-{epoch}.npy"
+                    order = self.folder.make_once(name, lambda: self._make_order(epoch), self._patience_s)
+                for other in [other for other in self._orders if abs(other - epoch) > 1]:
+                    del self._orders[other]
+                self._orders[epoch] = order
+            return self._orders[epoch]
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        factors = self.repeat_factors
+        values = None if factors is None else values_of(factors)
+        order = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, values, self._most_shown)
+        if isinstance(factors, MappedArray):
+            factors.drop_pages()
+        if self.folder is not None:  # a run of many epochs would fill the disk
+            for path in self.folder.here.glob(f"order-{self._order_key}-*.npy"):
+                if abs(int(path.stem.rpartition("-")[2]) - epoch) > 1:
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
+        return order
 
     @cached_property
-    def _orders(self) -> dict[int, np.ndarray]:
-        return {}  # of the last epoch only: its steps are requested one after another
+    def _order_key(self) -> str:
+        factors = self.repeat_factors.name if isinstance(self.repeat_factors, MappedArray) else None
+        return hash_values(self.num_rows, self.shuffle, self.seed, factors, factors and self._most_shown)
+
+    @property
+    def _patience_s(self) -> float:
+        return _PATIENCE_S + self.rows_per_epoch / _ROWS_A_SECOND
+
+    @cached_property
+    def _orders(self) -> dict[int, Column]:
+        return {}  # of an epoch and its neighbours: loaders may be in the next one already
 
     def step_rows(self, step: int) -> np.ndarray:
-        """Return the positions that step `step` (0-based, over the whole run) trains, over all ranks."""
+        """Return the positions that step `step` (0-based, over the whole run) trains, over all ranks, `int64`."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = k * self.global_batch_size
-        order = self.epoch_rows(epoch)
-        rows = order[start : start + self.global_batch_size]
+        order = self._order(epoch)
+        rows = order[start : start + self.global_batch_size].astype(np.int64)
         missing = self.global_batch_size - len(rows)
-        return np.concatenate([rows, np.resize(order, missing)]) if self.whole_steps and missing else rows
+        if not self.whole_steps or not missing:
+            return rows
+        return np.concatenate([rows, np.resize(order[:missing].astype(np.int64), missing)])
+
+    def _deal(self, rows: np.ndarray) -> list[np.ndarray]:
+        return deal(rows, None if self.token_costs is None else self.token_costs[rows], self.world_size)
 
     def rank_step(self, step: int, rank: int) -> list[MicroBatch]:
         """Return the micro-batches of one rank in one step, always `accumulation` of them."""
         micro_batches = self._steps.get((step, rank))
         if micro_batches is None:
             rows = self.step_rows(step)
-            rank_rows = deal(rows, self.token_costs, self.world_size)[rank]
+            rank_rows = self._deal_step(step)[rank]
             if self.tokens is None:
                 parts = np.array_split(rank_rows, self.accumulation)
             else:
@@ -121,10 +220,19 @@ class Plan:
                 MicroBatch(tuple(int(r) for r in part)) if len(part) else MicroBatch((int(rows[0]),), padding=True)
                 for part in parts
             ]
-            if len(self._steps) > _STEPS:
-                self._steps.clear()
+            for past in list(self._steps)[:-_STEPS]:
+                self._steps.pop(past, None)
             self._steps[step, rank] = micro_batches
         return micro_batches
+
+    def _deal_step(self, step: int) -> list[np.ndarray]:
+        """Return the rows of each rank in one step, dealt once for a caller that asks for those of all ranks."""
+        dealt = self._dealt.get(step)
+        if dealt is None:
+            dealt = self._deal(self.step_rows(step))
+            self._dealt.clear()
+            self._dealt[step] = dealt
+        return dealt
 
     def micro_batch(self, number: int, rank: int) -> MicroBatch:
         """Return micro-batch `number` of a rank, counted from the start of the run."""
@@ -135,93 +243,92 @@ class Plan:
     def _steps(self) -> dict[tuple[int, int], list[MicroBatch]]:
         return {}  # the last steps: the loader and the trainer request micro-batches one after another
 
+    @cached_property
+    def _dealt(self) -> dict[int, list[np.ndarray]]:
+        return {}  # of the last step only
+
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_orders", "_steps")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_orders", "_steps", "_dealt")}
+
+
+_ARRAYS = ("repeat_factors", "token_costs", "tokens")
 
 
 def epoch_order(
     num_rows: int, shuffle: bool, seed: int, epoch: int, factors: np.ndarray | None = None, most: int | None = None
 ) -> np.ndarray:
-    """Return the order of an epoch, `int64 [rows shown]`; without shuffling, file order with repeats adjacent.
+    """Return the order of an epoch, `int32 [rows shown]` or, from 2**31 rows on, `int64`; without shuffling, file order
+    with repeats adjacent. It needs about as much memory again as the order itself.
 
     `most`: the largest number of rows. Only fractions whose sum is not a whole number can exceed it, by one row.
     """
-    rng = np.random.default_rng([seed, epoch])
+    rng, dtype = np.random.default_rng([seed, epoch]), np.dtype(np.int32 if num_rows < 2**31 else np.int64)
     if factors is None:
-        return rng.permutation(num_rows) if shuffle else np.arange(num_rows)
-    times = np.floor(factors).astype(np.int64)
-    fraction = factors - times
-    candidates = rng.permutation(np.flatnonzero(fraction))
-    if len(candidates):
-        reach = np.cumsum(fraction[candidates])
-        reach[-1] = _round_sum(reach[-1])
-        start = rng.random()
-        if most is not None and times.sum() + math.floor(reach[-1] + start) > most:
-            start = 0.0
-        times[candidates] += np.diff(np.floor(reach + start), prepend=0.0).astype(np.int64)
-    order = np.repeat(np.arange(num_rows), times)
-    return rng.permutation(order) if shuffle else order
+        order = np.arange(num_rows, dtype=dtype)
+    else:
+        times = _draw_times(rng, factors, dtype, most)
+        order, end = np.empty(int(times.sum()), dtype), 0
+        for part in _stretches(num_rows):
+            rows = np.repeat(np.arange(part.start, part.stop, dtype=dtype), times[part])
+            order[end : end + len(rows)] = rows
+            end += len(rows)
+    if shuffle:
+        rng.shuffle(order)  # in place; the same order as `permutation` of integers of any size
+    return order
+
+
+def _stretches(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + _ROWS_AT_ONCE, length)) for start in range(0, length, _ROWS_AT_ONCE))
+
+
+def _draw_times(rng: np.random.Generator, factors: np.ndarray, dtype: np.dtype, most: int | None) -> np.ndarray:
+    """Draw how often each row is shown: the whole part of its factor, and once more for some fractions (`int [rows]`).
+
+    `dtype`: of row numbers.
+    """
+    times = np.empty(len(factors), np.int32)
+    count = 0
+    for part in _stretches(len(factors)):
+        times[part] = np.floor(factors[part])
+        count += int(np.count_nonzero(factors[part] != times[part]))
+    candidates, end = np.empty(count, dtype), 0
+    for part in _stretches(len(factors)):
+        rows = np.flatnonzero(factors[part] != times[part])
+        candidates[end : end + len(rows)] = rows + part.start
+        end += len(rows)
+    rng.shuffle(candidates)
+    if not count:
+        return times
+    last = _round_sum([reach[-1] for _, reach in _sum_fractions(factors, candidates)][-1])
+    start = rng.random()
+    if most is not None and times.sum() + math.floor(last + start) > most:
+        start = 0.0
+    before = 0.0
+    for part, reach in _sum_fractions(factors, candidates):
+        if part.stop == count:
+            reach[-1] = last
+        whole = np.floor(reach + start)
+        times[candidates[part]] += np.diff(whole, prepend=before).astype(np.int32)
+        before = whole[-1]
+    return times
+
+
+def _sum_fractions(factors: np.ndarray, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the running sum of the fractions of these rows' factors, a stretch of `rows` at a time."""
+    total = 0.0
+    for part in _stretches(len(rows)):
+        fractions = factors[rows[part]]
+        fractions -= np.floor(fractions)
+        fractions[0] += total
+        reach = np.cumsum(fractions)
+        total = reach[-1]
+        yield part, reach
 
 
 def _round_sum(total: float) -> float:
     """Return `total`, or the whole number that it would be without the rounding errors of the sum."""
     near = round(total)
     return float(near) if abs(total - near) < 1e-6 else float(total)
-
-
-def deal(rows: np.ndarray, costs: np.ndarray | None, world_size: int) -> list[np.ndarray]:
-    """Return the rows of each rank, equally many to within one.
-
-    With costs, the most expensive row goes to the rank with the least cost so far that has room (Graham's LPT rule with
-    capacities). Each rank's rows are sorted by cost: micro-batches hold rows of similar length, and the k-th of every
-    rank take about as long.
-    """
-    if costs is None:
-        return np.array_split(rows, world_size)
-    ranked = rows[np.argsort(-costs[rows], kind="stable")]
-    room = [len(part) for part in np.array_split(rows, world_size)]
-    loads = [(0.0, rank) for rank in range(world_size) if room[rank]]
-    rows_of: list[list[int]] = [[] for _ in range(world_size)]
-    for row, cost in zip(ranked.tolist(), costs[ranked].tolist(), strict=True):
-        total, rank = heapq.heappop(loads)
-        rows_of[rank].append(row)
-        if len(rows_of[rank]) < room[rank]:
-            heapq.heappush(loads, (total + cost, rank))
-    return [np.array(part, np.int64) for part in rows_of]
-
-
-def min_parts(sizes: np.ndarray, budget: int) -> int:
-    """Return the fewest groups of `sizes` such that none, padded to its longest, exceeds `budget` tokens."""
-    ranked, parts, first = np.sort(sizes)[::-1], 0, 0
-    while first < len(ranked):
-        first += max(1, budget // max(1, int(ranked[first])))
-        parts += 1
-    return max(1, parts)
-
-
-def group_alike(sizes: np.ndarray, parts: int, budget: int) -> list[np.ndarray]:
-    """Return positions of `sizes` in `parts` groups of similar sizes with the least padding, each within `budget`
-    tokens when padded to its longest.
-
-    `parts`: at least `min_parts`; some groups are empty if there are fewer sizes.
-    """
-    ranked, count = np.argsort(-sizes, kind="stable"), len(sizes)
-    used = min(parts, count)
-    # Dynamic programming over the sorted sizes: `cost[end]` is the fewest padded tokens of ranked[:end] so far.
-    first, end = np.ogrid[:count, : count + 1]
-    padded = (end - first) * np.append(sizes[ranked], 0)[:count, None].astype(float)  # of ranked[first:end] as a group
-    padded[(end <= first) | ((padded > budget) & (end - first > 1))] = np.inf
-    cost, starts = np.full(count + 1, np.inf), []
-    cost[0] = 0.0
-    for _ in range(used):
-        total = cost[:count, None] + padded
-        starts.append(total.argmin(axis=0))
-        cost = total.min(axis=0)
-    groups, end_of = [], count
-    for start in reversed(starts):
-        groups.append(np.sort(ranked[start[end_of] : end_of]))
-        end_of = int(start[end_of])
-    return groups[::-1] + [np.array([], np.int64)] * (parts - used)
 
 
 def plan_sample(num_rows: int, count: int | None) -> list[int]:

@@ -7,22 +7,40 @@ enough (`models/processor.py`), rows are checked and counted without the process
 
 import re
 import threading
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ray_vlm.config.task import prompt_of
 from ray_vlm.data.images import ImageSpec, ProcessorImages, build_image_spec, decode, load_processor_images, resize
-from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
-from ray_vlm.data.spec import IGNORED, Sample, SampleSpec, Tokens
+from ray_vlm.data.records import Image, PreferenceRecord, PromptRecord, Record, SftRecord
+from ray_vlm.data.spec import (
+    EncodedRow,
+    Kept,
+    RowTexts,
+    Sample,
+    SampleSpec,
+    build_labels,
+    build_weights,
+    encode_texts,
+    expand_runs,
+)
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
 from ray_vlm.models.libraries import quiet_libraries
 from ray_vlm.models.load import family_of, resolve_name
-from ray_vlm.models.processor import PromptText, Render, load_config_and_processor, read_prompt_text, take_prompt_text
+from ray_vlm.models.processor import (
+    MARK,
+    Messages,
+    PromptText,
+    Render,
+    load_config_and_processor,
+    read_prompt_text,
+    take_prompt_text,
+)
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, PromptContext, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
@@ -32,6 +50,9 @@ from ray_vlm.tasks.detection import name_classes
 _PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
 _MARK = "\x00"  # stands for an assistant's text while a conversation is laid out
 _LOADING = threading.Lock()
+_SIZES, _STEPS = 4096, 4096  # sizes of images, and steps of memories, whose tokens are kept
+_SHAPES = 1024  # shapes of conversations that are kept
+Shape = tuple[tuple[str, tuple[bool, ...]], ...]  # of each turn: the role, and whether there is text around its images
 
 
 class SampleBuilder:
@@ -41,11 +62,10 @@ class SampleBuilder:
         quiet_libraries()
         self.spec = spec
         self.task = TASKS[spec.task.name]
-        self.prompt_context = PromptContext(spec.task, spec.labels, spec.hints, lambda text: len(self._ids(text)))
+        self.prompt_context = PromptContext(spec.task, spec.labels, spec.hints, lambda text: self._count(text))
         self.stock: ProcessorImages | None = None
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
-        self._last_answer: tuple[Record | None, Answer] = (None, Answer(""))
         if (prompt_text := read_prompt_text(spec.model, resolve_name(spec.model.name))) is not None:
             self._use(*prompt_text)
         else:
@@ -68,9 +88,14 @@ class SampleBuilder:
         self.image_token_id: int = token_id
         self.kinds = "mm_token_type_ids" if self.stock is None else self.stock.kinds
         self._encode = text.tokenizer.encode  # not transformers' wrapper, which takes longer than the work itself
-        self._render = text.render
-        self._layout = lru_cache(64)(self._lay_out)
-        self._special = [token for token in text.special if not _PLACES.fullmatch(token)]
+        self._tokenizer = text.tokenizer
+        self._layouts = _Layouts(text)
+        special = (token for token in text.special if not _PLACES.fullmatch(token))
+        self._reserved_texts = tuple(filter(None, (*special, self.image_token, _MARK)))
+        self._reserved_pattern = re.compile("|".join(map(re.escape, self._reserved_texts)))
+        self._frame = lru_cache(_SIZES)(self._build_frame)
+        self._num_tokens = lru_cache(_SIZES)(self.num_image_tokens)
+        self._count = lru_cache(_STEPS)(lambda text: len(self._ids(text)))
 
     def _load(self) -> None:
         """Load the processor once; training and prediction tokenize with it."""
@@ -107,13 +132,15 @@ class SampleBuilder:
 
     def _reserved(self, text: str) -> str | None:
         """Return the first piece of `text` that the tokenizer does not read as text, or None."""
-        return next((t for t in (*self._special, self.image_token, _MARK) if t in text), None)
+        if self._reserved_pattern.search(text) is None:  # quicker than one by one, of which there may be a thousand
+            return None
+        return next((token for token in self._reserved_texts if token in text), None)
 
     def frames(self, record: Record) -> tuple[Frame, ...]:
         """Return the coordinate frame of each image."""
-        return tuple(self._frame(size) for size in record.sizes)
+        return tuple([self._frame(size) for size in record.sizes])
 
-    def _frame(self, size: tuple[int, int]) -> Frame:
+    def _build_frame(self, size: tuple[int, int]) -> Frame:
         placement = self.image_spec.place(size)
         padded = placement.content != placement.resized
         return Frame(size, placement.resized, self.codec, placement.content if padded else None, placement.offset)
@@ -141,28 +168,35 @@ class SampleBuilder:
     def answers(self, record: Record) -> tuple[Answer, ...]:
         """Return every answer of a record: the right one, the preferred and the rejected one, or none."""
         if isinstance(record, SftRecord):
-            last, answer = self._last_answer  # each row is first checked and then counted, so keep its answer
-            if last is not record:
-                answer = self.answer(record)
-                self._last_answer = (record, answer)
-            return (answer,)
+            return (self.answer(record),)
         return (Answer(record.chosen), Answer(record.rejected)) if isinstance(record, PreferenceRecord) else ()
 
     def problem(self, record: Record) -> str | None:
         """Return why a record with known sizes cannot be trained, or None."""
+        checked = self._check(record)
+        return checked if isinstance(checked, str) else None
+
+    def question_problem(self, record: Record) -> str | None:
+        """Return why a record's question cannot be used, or None; its answer does not matter."""
+        return self._turns_problem(self.turns(record), len(record.images))
+
+    def _check(self, record: Record) -> tuple[Turns, tuple[Answer, ...]] | str:
+        """Return the turns and the answers of a record, or why it cannot be trained."""
         if isinstance(record, SftRecord):
             if reason := self.task.check(record, self.spec.labels):
                 return reason
         elif not record.images and self.spec.task.name != "chat":
             return f"its prompt has no image, and {self.spec.task.name} needs one; add it or remove the row"
-        return self.question_problem(record) or self._text_problem([answer.text for answer in self.answers(record)])
-
-    def question_problem(self, record: Record) -> str | None:
-        """Return why a record's question cannot be used, or None; its answer does not matter."""
         turns = self.turns(record)
+        if reason := self._turns_problem(turns, len(record.images)):
+            return reason
+        answers = self.answers(record)
+        return self._text_problem([answer.text for answer in answers]) or (turns, answers)
+
+    def _turns_problem(self, turns: Turns, num_images: int) -> str | None:
         tags = sum(text.count(IMAGE) for _, text in turns)
-        if tags != len(record.images):
-            return f"its text holds {tags} {IMAGE} tags for {len(record.images)} images; remove those that are too many"
+        if tags != num_images:
+            return f"its text holds {tags} {IMAGE} tags for {num_images} images; remove those that are too many"
         return self._text_problem([text for _, text in turns])
 
     def _text_problem(self, texts: Sequence[str]) -> str | None:
@@ -171,17 +205,33 @@ class SampleBuilder:
 
     def token_counts(self, record: Record) -> tuple[int, int, int]:
         """Return the tokens of (images, prompt without images, answers); read no pixels."""
-        answers = self.answers(record)
-        tokens = self._tokens(record, answers[0] if answers else Answer(""))
-        prompt_length = len(tokens.prompt)
-        more = sum(len(self._closed(record, answer)) for answer in answers[1:])
-        answer_length = len(tokens.all_ids) - prompt_length if answers else 0
-        return tokens.num_image_tokens, prompt_length - tokens.num_image_tokens, answer_length + more
+        return self._encode_one(record, self.answers(record), "prompt").counts
 
     @property
     def num_closing_tokens(self) -> int:
         """Tokens that close an answer; `token_counts` includes them."""
-        return len(self._ids(self._layout((("user", "?"),), ())[1]))
+        return len(self._ids(self._layouts.split((("user", "?"),))[1]))
+
+    def encode(self, records: Sequence[Record]) -> list[EncodedRow | str]:
+        """Return the token ids of each record with known sizes, or why it cannot be trained. Read no pixels.
+
+        The tokenizer is called once for all. The result does not depend on the weights or the split of the spec.
+        """
+        texts: list[RowTexts | str] = []
+        for record in records:
+            try:
+                checked = self._check(record)
+                texts.append(checked if isinstance(checked, str) else self._texts(record, *checked, self._kept(record)))
+            except ValueError as error:
+                texts.append(str(error))
+        rows = iter(self._encode_texts([row for row in texts if not isinstance(row, str)]))
+        return [row if isinstance(row, str) else next(rows) for row in texts]
+
+    def _kept(self, record: Record) -> Kept:
+        """Return which of a record's tokens its rows have."""
+        if self.spec.kind == "prompt" or isinstance(record, PromptRecord):
+            return "prompt"
+        return "pair" if isinstance(record, PreferenceRecord) else "answer"
 
     def row(self, record: Record) -> Sample:
         """Return what the spec's method trains of a record, with pixels."""
@@ -194,27 +244,48 @@ class SampleBuilder:
 
     def pair_row(self, record: PreferenceRecord) -> Sample:
         """Return the prompt with pixels, and both answers, the preferred one first."""
-        prompt = self.prompt_row(record)
-        both = tuple(np.array(self._closed(record, answer), np.int32) for answer in self.answers(record))
-        return replace(prompt, completions=both)
+        return self._row(record, "pair")
 
     def train_row(self, record: SftRecord) -> Sample:
         """Return prompt and answer with pixels."""
-        self._load()
-        tokens = self._tokens(record, self.answer(record))
-        ids = np.array(tokens.all_ids, np.int32)
-        labels = ids.copy()
-        if self.spec.loss_on == "answer":
-            labels[~np.array(tokens.trained)] = IGNORED
-        labels[ids == self.image_token_id] = IGNORED
-        weights = np.array(tokens.weights, np.float32) if self._weight_of else None
-        return Sample(ids, labels, self._pixels(record), weights)
+        return self._row(record, "answer")
 
     def prompt_row(self, record: Record) -> Sample:
         """Return the prompt with pixels, for generation."""
+        return self._row(record, "prompt")
+
+    def _row(self, record: Record, kept: Kept) -> Sample:
         self._load()
-        prompt = self._tokens(record, Answer("")).prompt
-        return Sample(np.array(prompt, np.int32), np.zeros(0, np.int32), self._pixels(record))
+        answers = () if kept == "prompt" else self.answers(record)
+        encoded = self._encode_one(record, answers, kept)
+        return self.sample(encoded, record.images, record.sizes, f"row {record.row} (id {record.id})")
+
+    def sample(
+        self,
+        encoded: EncodedRow,
+        images: Sequence[Image],
+        sizes: Sequence[tuple[int, int]],
+        name: str,
+        prompt_only: bool = False,
+    ) -> Sample:
+        """Return the row of a record that `encode` returned, with the pixels of its images.
+
+        `sizes`: (width, height) of each image when the row was encoded. `name`: the row's, in errors. `prompt_only`:
+        return the prompt alone, for generation. Raise `DataError` if an image cannot be read or has changed.
+        """
+        pixels = self._pixels(images, sizes, name)
+        if prompt_only or not len(encoded.trained):
+            ids = expand_runs(encoded, self.image_token_id, encoded.ids[: encoded.prompt_length])
+            completions = () if prompt_only else tuple(np.array(ids, np.int32) for ids in encoded.completions)
+            return Sample(ids, np.zeros(0, np.int32), pixels, completions=completions)
+        labels = build_labels(encoded, self.spec.loss_on, self.image_token_id)
+        weights = build_weights(encoded, self._weight_of) if self._weight_of else None
+        return Sample(
+            expand_runs(encoded, self.image_token_id, encoded.ids),
+            expand_runs(encoded, self.image_token_id, labels),
+            pixels,
+            None if weights is None else expand_runs(encoded, self.image_token_id, weights),
+        )
 
     def text(self, ids: Sequence[int]) -> str:
         """Return an answer from its token ids, up to its end. Special tokens before the end stay: Qwen2-VL writes boxes
@@ -224,29 +295,11 @@ class SampleBuilder:
             text = text.partition(end)[0]
         return text
 
-    def _tokens(self, record: Record, answer: Answer) -> Tokens:
-        turns = self.turns(record)
-        earlier_answers = [Answer(text) for role, text in turns if role == "assistant"]
-        before, close = self._layout(mark_answers(turns), self._expansions(record))
-        num_tokens = [self.num_image_tokens(size) for size in record.sizes]
-        counts = iter(num_tokens)
-        all_ids: list[int] = []
-        trained: list[bool] = []
-        weights: list[float] = []
-        prompt: list[int] = []
-        for head, turn_answer in zip(before, [*earlier_answers, answer], strict=True):
-            # An image is one placeholder in the text, and as many of it in the prompt as the encoder makes tokens.
-            for token in head:
-                repeated = self.stock is None and token == self.image_token_id
-                all_ids += [token] * (next(counts) if repeated else 1)
-            trained += [False] * (len(all_ids) - len(trained))
-            weights += [1.0] * (len(all_ids) - len(weights))
-            prompt = list(all_ids)
-            ids, token_weights = self._weighted(turn_answer, close)
-            all_ids += ids
-            trained += [True] * len(ids)
-            weights += token_weights
-        return Tokens(prompt, all_ids, trained, weights, sum(num_tokens))
+    def _texts(self, record: Record, turns: Turns, answers: tuple[Answer, ...], kept: Kept) -> RowTexts:
+        heads, close = self._layout(turns, self._expansions(record))
+        earlier = [text + close for role, text in turns if role == "assistant"]
+        closed = [(answer.text + close, answer.spans) for answer in answers]
+        return RowTexts(heads, earlier, closed, kept, [self._num_tokens(size) for size in record.sizes])
 
     def _expansions(self, record: Record) -> tuple[str, ...]:
         """Return the text that stands for each image in the prompt; empty without a stock processor."""
@@ -254,47 +307,32 @@ class SampleBuilder:
             return ()
         return tuple(self.stock.expand(self.image_spec.place(size).resized)[0] for size in record.sizes)
 
-    def _closed(self, record: Record, answer: Answer) -> list[int]:
-        """Return the token ids of an answer and of the text that closes it."""
-        _, close = self._layout(mark_answers(self.turns(record)), self._expansions(record))
-        return self._ids(answer.text + close)
+    def _encode_one(self, record: Record, answers: tuple[Answer, ...], kept: Kept) -> EncodedRow:
+        return self._encode_texts([self._texts(record, self.turns(record), answers, kept)])[0]
 
-    def _weighted(self, answer: Answer, close: str) -> tuple[list[int], list[float]]:
-        """Return the token ids of an answer and its closing text, and the weight of each in the loss."""
-        if not self._weight_of or not answer.spans:
-            ids = self._ids(answer.text + close)
-            return ids, [1.0] * len(ids)
-        encoded = self._encode(answer.text + close, add_special_tokens=False)
-        weights = [1.0] * len(encoded.ids)
-        for start, end, tag in answer.spans:
-            weight = self._weight_of.get(tag, 1.0)
-            for i, (first, last) in enumerate(encoded.offsets):
-                if first < end and last > start:  # a token weighs as its span does if it covers any of its characters
-                    weights[i] = weight
-        return encoded.ids, weights
+    def _encode_texts(self, rows: Sequence[RowTexts]) -> list[EncodedRow]:
+        return encode_texts(rows, self._tokenizer, self.image_token_id, written_out=self.stock is not None)
 
     def _ids(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=False).ids
 
-    def _lay_out(self, turns: Turns, expansions: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], str]:
-        """Return the token ids before each assistant's text, and the text that closes such texts. An image is one
-        token, or its entry in `expansions`."""
-        heads, close = _split_layout(turns, self._render)
+    def _layout(self, turns: Turns, expansions: Sequence[str] = ()) -> tuple[Sequence[str], str]:
+        """Return the text before each assistant's text, and the text that closes such texts. An image is its
+        placeholder, or its entry in `expansions`."""
+        heads, close = self._layouts.split(turns)
         _check_image_tags(heads, turns, self.image_token)
-        if self.stock is not None:
-            heads = _expand_images(heads, self.image_token, expansions)
-        return tuple(tuple(self._ids(head)) for head in heads), close
+        return heads if self.stock is None else _expand_images(heads, self.image_token, expansions), close
 
-    def _pixels(self, record: Record) -> tuple[np.ndarray, ...]:
+    def _pixels(self, sources: Sequence[Image], sizes: Sequence[tuple[int, int]], row: str) -> tuple[np.ndarray, ...]:
         images = []
-        for image, size in zip(record.images, record.sizes, strict=True):
+        for image, size in zip(sources, sizes, strict=True):
             name = image if isinstance(image, str) else "its image"
             try:
                 pixels = decode(image, size[0] * size[1])
             except Exception as error:  # decoders raise exceptions of any type
-                raise DataError(f"row {record.row} (id {record.id}): {name} cannot be decoded ({error}).") from None
-            if (pixels.shape[1], pixels.shape[0]) != size:
-                raise DataError(f"row {record.row} (id {record.id}): {name} has changed size since the run started.")
+                raise DataError(f"{row}: {name} cannot be decoded ({error}).") from None
+            if (pixels.shape[1], pixels.shape[0]) != tuple(size):
+                raise DataError(f"{row}: {name} has changed size since the run started.")
             images.append(resize(pixels, self.image_spec, self.processor.image_processor))
         return tuple(images)
 
@@ -319,22 +357,98 @@ def parse_answer(text: str, record: Record, builder: SampleBuilder) -> Parsed:
     return parsed
 
 
-def mark_answers(turns: Turns) -> Turns:
+class _Outline(NamedTuple):
+    """How a template lays out conversations of one shape: the texts before each assistant's text and the closing text,
+    each as what is the same for all and the numbers of texts. `absent`: strings that these texts must not hold."""
+
+    heads: Sequence[Sequence[str | int]]
+    close: Sequence[str | int]
+    absent: Collection[str]
+
+
+class _Layouts:
+    """Lays out conversations as the base's chat template does.
+
+    A template is slower than a tokenizer. So if it only writes texts out (`TemplateTracer`), it renders each shape of
+    conversation once: its roles, images and places of texts.
+    """
+
+    def __init__(self, text: PromptText):
+        self._render, self._tracer = text.render, text.tracer
+        self._split = lru_cache(64)(lambda turns: _split_layout(_messages(turns), self._render))
+        self._outlines: dict[Shape, _Outline | None] = {}
+
+    def split(self, turns: Turns) -> tuple[Sequence[str], str]:
+        """Return the text before each assistant's text, including an answer to the last turn, and the text that closes
+        them. What earlier answers hold does not matter. Raise `ModelError` as `_split_layout`, and `ValueError` if the
+        template refuses the turns."""
+        shape, texts = _take_texts(turns)
+        try:
+            outline = self._outlines[shape]
+        except KeyError:
+            outline = self._learn(shape, turns, texts)
+        if outline is None or any(word in text for text in texts for word in outline.absent):
+            return self._split(_mark_answers(turns))
+        return _fill(outline, texts)
+
+    def _learn(self, shape: Shape, turns: Turns, texts: Sequence[str]) -> _Outline | None:
+        """Return and keep the outline of a shape; None if it has none that is the rendering of these turns too."""
+        turns, outline = _mark_answers(turns), None
+        rendered = self._split(turns)
+        if self._tracer is not None and (
+            traced := self._tracer.trace(lambda mark, render: _split_layout(_messages(turns, mark), render))
+        ):
+            (heads, close), absent = traced
+            outline = _Outline(
+                [_find_marks(head, len(texts)) for head in heads], _find_marks(close, len(texts)), {*absent, _MARK}
+            )
+            outline = outline if _fill(outline, texts) == rendered else None
+        if len(self._outlines) >= _SHAPES:
+            self._outlines.clear()
+        self._outlines[shape] = outline
+        return outline
+
+
+def _take_texts(turns: Turns) -> tuple[Shape, list[str]]:
+    """Return the shape of a conversation, and its texts in order, without those of the assistant."""
+    shape: list[tuple[str, tuple[bool, ...]]] = []
+    texts: list[str] = []
+    for role, text in turns:
+        pieces = [] if role == "assistant" else text.split(IMAGE)
+        shape.append((role, tuple([piece != "" for piece in pieces])))
+        texts += [piece for piece in pieces if piece]
+    return tuple(shape), texts
+
+
+def _find_marks(text: str, shift: int) -> list[str | int]:
+    """Return a traced text as literal pieces and numbers of texts; `shift` higher for a text that is stripped."""
+    first, *rest = MARK.split(text)
+    pieces: list[str | int] = [first]
+    for number, stripped, literal in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        pieces += [int(number) + (shift if stripped else 0), literal]
+    return pieces
+
+
+def _fill(outline: _Outline, texts: Sequence[str]) -> tuple[list[str], str]:
+    """Return the layout of a conversation with these texts."""
+    values = [*texts, *[text.strip() for text in texts]]
+    heads = ["".join([values[p] if isinstance(p, int) else p for p in head]) for head in outline.heads]
+    return heads, "".join([values[p] if isinstance(p, int) else p for p in outline.close])
+
+
+def _mark_answers(turns: Turns) -> Turns:
     """Replace each assistant's text by a mark, since it does not change the layout of the rest."""
     return tuple((role, _MARK if role == "assistant" else text) for role, text in turns)
 
 
-def _split_layout(turns: Turns, render: Render) -> tuple[list[str], str]:
-    """Return the text before each assistant's text, including an answer to the last turn, and the text that closes
-    them.
-
-    `turns`: the result of `mark_answers`. Raise `ModelError` if the template does not keep this order.
-    """
-    messages = [{"role": role, "content": _parts(text)} for role, text in turns]
+def _split_layout(messages: Messages, render: Render) -> tuple[list[str], str]:
+    """Return what `_Layouts.split` does. Raise `ModelError` if the template does not keep this order."""
     prompt = render(messages, True)
-    conversation = render([*messages, {"role": "assistant", "content": _parts(_MARK)}], False)
+    answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
+    conversation = render([*messages, answer], False)
     pieces = conversation.split(_MARK)
-    if not conversation.startswith(prompt) or len(pieces) != 2 + sum(role == "assistant" for role, _ in turns):
+    num_answers = 1 + sum(message["role"] == "assistant" for message in messages)
+    if not conversation.startswith(prompt) or len(pieces) != 1 + num_answers:
         raise ModelError(
             "the base's chat template renders an answer that does not continue its own prompt, so the two cannot be "
             "separated. Mend the template, or use another base."
@@ -349,9 +463,9 @@ def _split_layout(turns: Turns, render: Render) -> tuple[list[str], str]:
 
 
 def _check_image_tags(heads: Sequence[str], turns: Turns, image_token: str) -> None:
-    """Raise `ValueError` if the template writes another number of images than the turns have."""
+    """Raise `ValueError` if the template writes another number of images than the questions have."""
     written = sum(head.count(image_token) for head in heads)
-    wanted = sum(text.count(IMAGE) for _, text in turns)
+    wanted = sum(text.count(IMAGE) for role, text in turns if role != "assistant")
     if written != wanted:
         raise ValueError(
             f"the base's chat template writes {written} images ({image_token}) for {wanted}; use the template that its "
@@ -366,12 +480,19 @@ def _expand_images(heads: Sequence[str], image_token: str, expansions: Sequence[
     return [first + "".join(next(remaining) + more for more in rest) for first, *rest in pieces]
 
 
-def _parts(text: str) -> list[dict[str, str]]:
-    """Return a turn's text as the chat template takes it, with `<image>` tags as images."""
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(IMAGE)):
-        if number:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+def _messages(turns: Turns, mark: Callable[[int], str] | None = None) -> list[dict[str, Any]]:
+    """Return turns as the chat template takes them, with `<image>` tags as images; with `mark`, in place of each text
+    its mark."""
+    messages: list[dict[str, Any]] = []
+    numbers = count()
+    for role, text in turns:
+        parts: list[dict[str, str]] = []
+        for number, piece in enumerate(text.split(IMAGE)):
+            if number:
+                parts.append({"type": "image"})
+            if piece:
+                parts.append(
+                    {"type": "text", "text": piece if mark is None or role == "assistant" else mark(next(numbers))}
+                )
+        messages.append({"role": role, "content": parts})
+    return messages

@@ -1,8 +1,11 @@
-"""Define what a row is, and how records become rows: plain data that every process shares. `samples.py` makes rows."""
+"""Define what a row is, and how records become rows: plain data that every process shares, and the arithmetic from a
+record's token ids to those of its row. `samples.py` makes both."""
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import accumulate, chain, groupby, pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -10,8 +13,14 @@ from ray_vlm.config.method import SftMethod
 from ray_vlm.config.schema import JobConfig, Model
 from ray_vlm.config.task import Task, labels_of
 
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+_FEW = 8  # texts that are tokenized one by one, since the tokenizer starts its threads for a batch
+UNKNOWN = 0  # length of a run of image tokens that is known from the image alone
 IGNORED = -100  # the label of a token that is not trained, as torch's cross-entropy has it
-KINDS: dict[str, Literal["answer", "pair", "prompt"]] = {"sft": "answer", "dpo": "pair", "grpo": "prompt"}
+Kept = Literal["answer", "pair", "prompt"]
+KINDS: dict[str, Kept] = {"sft": "answer", "dpo": "pair", "grpo": "prompt"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class SampleSpec:
     hints: str = ""
     token_weights: tuple[tuple[str, float], ...] = ()
     split: str = ""
-    kind: Literal["answer", "pair", "prompt"] = "answer"
+    kind: Kept = "answer"
 
     def with_labels(self, labels: Iterable[str]) -> "SampleSpec":
         """Return the spec with the class names of the data, each once; `task.labels` overrides them."""
@@ -76,12 +85,191 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A record's text as token ids, images included: the prompt alone, and prompt and answer together with the trained
-    tokens marked."""
+class EncodedRow:
+    """A record's text as token ids, as the index keeps it: `int32` throughout. A run of image tokens is one token.
 
-    prompt: list[int]
-    all_ids: list[int]
-    trained: list[bool]
-    weights: list[float]
-    num_image_tokens: int
+    `ids`: the prompt, and for SFT the answer. `image_runs`: the length of each run of the image token in `ids`, in
+    order. `prompt_length`: how many of `ids` are the prompt. `trained [spans, 2]`: start and end in `ids` of the tokens
+    that SFT trains; none for a pair or a prompt. `tagged`: start, end and tag of answer tokens that name a class; a
+    later one overrides an earlier one. `completions`: the preferred and the rejected answer of a pair. `counts`: tokens
+    of (images, prompt without images, all answers), those of a prompt's right answer too, which `ids` lacks.
+    """
+
+    ids: np.ndarray
+    image_runs: np.ndarray
+    prompt_length: int
+    trained: np.ndarray
+    tagged: tuple[tuple[int, int, str], ...]
+    completions: tuple[np.ndarray, ...]
+    counts: tuple[int, int, int]
+
+
+Spans = Sequence[tuple[int, int, str]]  # start, end, tag
+
+
+class RowTexts(NamedTuple):
+    """What is tokenized for a row: the text before each assistant's text, the earlier answers, the last ones with the
+    characters that name a class; all answers closed. `kept`: what the row has of it. `num_image_tokens`: of each image.
+    """
+
+    heads: Sequence[str]
+    earlier: Sequence[str]
+    answers: Sequence[tuple[str, Spans]]
+    kept: Kept
+    num_image_tokens: Sequence[int]
+
+
+class TokenizedText(NamedTuple):
+    """The token ids of a text, with each run of the image token as one, the lengths of these runs, and the characters
+    (start, end) of each token if they are needed."""
+
+    ids: list[int]
+    runs: Sequence[int]
+    offsets: Sequence[tuple[int, int]] = ()
+
+
+def encode_texts(
+    rows: Sequence[RowTexts], tokenizer: "Tokenizer", image_token: int, written_out: bool
+) -> list[EncodedRow]:
+    """Tokenize the texts of all rows at once, each text once.
+
+    `written_out`: a text holds as many image tokens as the encoder makes of its images, not one for each."""
+    heads: dict[str, None] = {}
+    others: dict[str, None] = {}
+    spanned: dict[str, None] = {}  # texts whose tokens' characters are needed
+    for row in rows:
+        for head in row.heads:
+            heads[head] = None
+        for closed in row.earlier:
+            others[closed] = None
+        for closed, spans in row.answers:
+            (spanned if spans and row.kept == "answer" else others)[closed] = None
+    plain = [*heads, *(others.keys() - spanned.keys() - heads.keys())]
+    text_of: dict[str, TokenizedText] = {}
+    for text, encoding in zip(plain, _tokenize(tokenizer, plain), strict=True):
+        ids = encoding.ids
+        if image_token not in ids:
+            text_of[text] = TokenizedText(ids, ())
+        elif written_out and text in heads:
+            text_of[text] = TokenizedText(*_shorten_runs(ids, image_token))
+        else:
+            text_of[text] = TokenizedText(ids, (UNKNOWN,) * ids.count(image_token))
+    for text, encoding in zip(spanned, _tokenize(tokenizer, list(spanned), offsets=True), strict=True):
+        text_of[text] = TokenizedText(encoding.ids, (UNKNOWN,) * encoding.ids.count(image_token), encoding.offsets)
+    return _assemble_rows(rows, text_of)
+
+
+def _tokenize(tokenizer: "Tokenizer", texts: list[str], offsets: bool = False) -> "Sequence[Encoding]":
+    if len(texts) < _FEW:
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    fast = None if offsets else getattr(tokenizer, "encode_batch_fast", None)
+    return (fast or tokenizer.encode_batch)(texts, add_special_tokens=False)
+
+
+def _assemble_rows(rows: Sequence[RowTexts], text_of: Mapping[str, TokenizedText]) -> list[EncodedRow]:
+    joined = [_join_texts(row, text_of) for row in rows]
+    ids, runs = _build_arrays([row[0] for row in joined]), _build_arrays([row[1] for row in joined])
+    trained = _build_arrays([row[2] for row in joined])
+    completions = [
+        tuple(np.array(text_of[closed].ids, np.int32) for closed, _ in row.answers) if row.kept == "pair" else ()
+        for row in rows
+    ]
+    return [
+        EncodedRow(ids[i], runs[i], length, trained[i].reshape(-1, 2), tagged, completions[i], counts)
+        for i, (_, _, _, length, tagged, counts) in enumerate(joined)
+    ]
+
+
+def _build_arrays(lists: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Return each list as an array, `int32`; all are views of one."""
+    ends = list(accumulate(map(len, lists), initial=0))
+    values = np.fromiter(chain.from_iterable(lists), np.int32, ends[-1])
+    return [values[start:end] for start, end in pairwise(ends)]
+
+
+_Joined = tuple[list[int], list[int], list[int], int, tuple[tuple[int, int, str], ...], tuple[int, int, int]]
+
+
+def _join_texts(row: RowTexts, text_of: Mapping[str, TokenizedText]) -> _Joined:
+    """Return the ids, runs, trained spans (start, end, start, ...), prompt length, tags and counts of a row."""
+    ids: list[int] = []
+    runs: list[int] = []
+    trained: list[int] = []
+    num_image_tokens = iter(row.num_image_tokens)
+
+    def add_answer(text: TokenizedText) -> None:
+        trained.extend((len(ids), len(ids) + len(text.ids)))
+        runs.extend([length or 1 for length in text.runs])
+        ids.extend(text.ids)
+
+    for number, head in enumerate(row.heads):
+        text = text_of[head]
+        runs += [length or next(num_image_tokens) for length in text.runs]
+        ids += text.ids
+        if number < len(row.earlier):
+            add_answer(text_of[row.earlier[number]])
+    images, length = sum(row.num_image_tokens), len(ids)
+    prompt_tokens, answer_tokens = length - len(runs) + sum(runs) - images, 0
+    tagged: list[tuple[int, int, str]] = []
+    for closed, spans in row.answers:
+        text = text_of[closed]
+        answer_tokens += len(text.ids)
+        if row.kept == "answer":
+            tagged += _tag_tokens(text.offsets, spans, len(ids)) if spans else ()
+            add_answer(text)
+    if row.kept != "answer":
+        trained = []
+    return ids, runs, trained, length, tuple(tagged), (images, prompt_tokens, answer_tokens)
+
+
+def _tag_tokens(offsets: Sequence[tuple[int, int]], spans: Spans, begin: int) -> list[tuple[int, int, str]]:
+    """Return start, end and tag of the tokens that cover any character of a span. `begin`: position of the first
+    token."""
+    tagged = []
+    firsts, lasts = [first for first, _ in offsets], [last for _, last in offsets]
+    in_order = firsts == sorted(firsts) and lasts == sorted(lasts)
+    for start, end, tag in spans:
+        if in_order:
+            low, high = bisect_right(lasts, start), bisect_left(firsts, end)
+            tagged += [(begin + low, begin + high, tag)] if low < high else []
+            continue
+        position = begin
+        for covered, group in groupby(first < end and last > start for first, last in offsets):
+            length = len(list(group))
+            tagged += [(position, position + length, tag)] if covered else []
+            position += length
+    return tagged
+
+
+def _shorten_runs(ids: Sequence[int], token: int) -> tuple[list[int], list[int]]:
+    """Return the ids with each run of `token` as one, and the lengths of the runs."""
+    groups = [(value, len(list(group))) for value, group in groupby(ids)]
+    short = [value for value, length in groups for _ in range(1 if value == token else length)]
+    return short, [length for value, length in groups if value == token]
+
+
+def expand_runs(row: EncodedRow, token: int, values: np.ndarray) -> np.ndarray:
+    """Return values of a row's first tokens with those of its image tokens as often as the runs are long."""
+    image = row.ids[: len(values)] == token
+    repeats = np.ones(len(values), np.int64)
+    repeats[image] = row.image_runs[: np.count_nonzero(image)]
+    return np.repeat(values, repeats)
+
+
+def build_labels(row: EncodedRow, loss_on: Literal["answer", "whole_sequence"], image_token: int) -> np.ndarray:
+    """Return the label of each of a row's tokens, its runs not expanded."""
+    labels = row.ids.copy()
+    if loss_on == "answer":
+        labels[:] = IGNORED
+        for start, end in row.trained:
+            labels[start:end] = row.ids[start:end]
+    labels[row.ids == image_token] = IGNORED
+    return labels
+
+
+def build_weights(row: EncodedRow, weight_of: Mapping[str, float]) -> np.ndarray:
+    """Return the weight in the loss of each of a row's tokens, `float32`, its runs not expanded."""
+    weights = np.ones(len(row.ids), np.float32)
+    for start, end, tag in row.tagged:  # a token weighs as its span does if it covers any of its characters
+        weights[start:end] = weight_of.get(tag, 1.0)
+    return weights

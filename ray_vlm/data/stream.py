@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ray_vlm.cluster.environment import Environment
-from ray_vlm.data.backpressure import keep_fed, start_gate, wait_for
+from ray_vlm.data.backpressure import AT_ONCE, WindowFeeder, keep_fed, take_planned
 from ray_vlm.data.images import ImageSpec
-from ray_vlm.data.plan import Plan
+from ray_vlm.data.plan import MicroBatch, Plan
 from ray_vlm.data.records import Record
-from ray_vlm.data.row_replacement import make_row
+from ray_vlm.data.rows import Rows, make_row
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.errors import DataError, RunError
@@ -46,13 +46,13 @@ _TASKS = 256  # the most tasks of small rows: Ray Data puts all of them into the
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What one rank streams: its micro-batches `first` up to (not including) `last` of a plan over `records`.
+    """What one rank streams: its micro-batches `first` up to (not including) `last` of a plan over `rows`.
 
-    `records` is the tuple itself, or a Ray object reference to it. `row_bytes`: approximate bytes of a row's pixels.
-    `replace_unreadable`: replace a row that cannot be read any more by another (`data/row_replacement.py`).
+    `row_bytes`: approximate bytes of a row's pixels. `replace_unreadable`: replace a row that cannot be read any more
+    by another (`data/rows.py`).
     """
 
-    records: Any
+    rows: Rows
     spec: SampleSpec
     plan: Plan
     rank: int
@@ -62,13 +62,12 @@ class StreamSpec:
     replace_unreadable: bool = False
 
 
-def make_rows(spec: StreamSpec, builder: SampleBuilder, records: Sequence[Record], number: int) -> list[Sample]:
-    """Return the rows of micro-batch `number`; nothing is trained of those of a padding micro-batch."""
-    micro = spec.plan.micro_batch(number, spec.rank)
-    rows = [make_row(builder, records, i, spec.replace_unreadable) for i in micro.rows]
+def make_rows(builder: SampleBuilder, rows: Rows, micro: MicroBatch, replace_unreadable: bool = False) -> list[Sample]:
+    """Return the rows of a micro-batch; nothing is trained of those of a padding micro-batch."""
+    samples = [make_row(builder, rows, number, replace_unreadable) for number in micro.rows]
     if micro.padding:
-        rows = [replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows]
-    return rows
+        samples = [replace(sample, labels=np.full_like(sample.labels, IGNORED)) for sample in samples]
+    return samples
 
 
 def stream_local(spec: StreamSpec) -> Generator[list[Sample]]:
@@ -87,7 +86,8 @@ def stream_local(spec: StreamSpec) -> Generator[list[Sample]]:
         try:
             builder = load_sample_builder(spec.spec)
             for number in range(spec.first, spec.last):
-                put(make_rows(spec, builder, spec.records, number))
+                micro = spec.plan.micro_batch(number, spec.rank)
+                put(make_rows(builder, spec.rows, micro, spec.replace_unreadable))
                 if stop.is_set():
                     return
             put(None)
@@ -120,10 +120,23 @@ def stream_ray(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     total, size = spec.last - spec.first, task_size(spec)
-    gate, ahead = start_gate(spec.first), size * (num_loaders + 1)
+    ahead = size * (num_loaders + 1)
+
+    def micro_batch(number: int) -> MicroBatch:
+        return spec.plan.micro_batch(number, spec.rank)
+
+    # A loader takes a whole task at once, which begins up to `ahead`; the second one more is for the way to the gate.
+    feeder = WindowFeeder(micro_batch, spec.first, spec.last, ahead, ahead + 2 * size)
     dataset = ray.data.range(total, override_num_blocks=math.ceil(total / size)).map_batches(
         _Loader,
-        fn_constructor_args=(spec, environment or Environment(), gate, ahead),
+        fn_constructor_args=(
+            spec.rows,
+            spec.spec,
+            spec.first,
+            spec.replace_unreadable,
+            environment or Environment(),
+            feeder.gate,
+        ),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=num_loaders),
         num_cpus=cpus_per_loader,
@@ -132,14 +145,14 @@ def stream_ray(
     batches: Any = iter(
         dataset.iter_batches(batch_size=1, prefetch_batches=PREFETCH_MICRO_BATCHES, batch_format="pyarrow")
     )
-    with contextlib.closing(keep_fed(batches, gate)) as fed:
+    with contextlib.closing(keep_fed(batches, feeder)) as fed:
         for batch in fed:
             number, rows = unpack(batch)
             if number != expected:
                 raise RunError(f"micro-batch {number} arrived where {expected} was due. Please report this.")
             expected += 1
             if number % size == 0:  # the gate lags by less than `ahead`, so the task that the trainer needs never waits
-                gate.reach.remote(number)
+                feeder.reach(number)
             yield rows
 
 
@@ -189,12 +202,21 @@ def mean_bytes(records: Sequence[Record], image_spec: ImageSpec, sample: int = 5
 
 
 class _Loader:
-    """The Ray Data actor: keeps the records and the processor, and turns numbers of micro-batches into packed rows."""
+    """The Ray Data actor: keeps the rows and the processor, and turns numbers of micro-batches into packed rows.
 
-    def __init__(self, spec: StreamSpec, environment: Environment, gate: "ActorHandle", ahead: int):
+    Numbers in Ray Data count from `first`. Which rows a micro-batch holds is asked of the `gate`.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        spec: SampleSpec,
+        first: int,
+        replace_unreadable: bool,
+        environment: Environment,
+        gate: "ActorHandle",
+    ):
         environment.apply()
-        import ray
-
         with no_garbage_collection():
             import torch
             import transformers.image_processing_backends
@@ -202,16 +224,16 @@ class _Loader:
         keep_imports()
         torch.set_num_threads(1)
         _keep_memory()
-        self.spec, self.gate, self.ahead = spec, gate, ahead
-        self.records = ray.get(spec.records) if isinstance(spec.records, ray.ObjectRef) else spec.records
+        self.rows, self.spec, self.first = rows, spec, first
+        self.replace_unreadable, self.gate = replace_unreadable, gate
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator["pyarrow.Table"]:
-        if (begins := int(batch["id"][0])) > self.ahead:
-            wait_for(self.gate, self.spec.first + begins - self.ahead)
-        builder = load_sample_builder(self.spec.spec)
-        for offset in batch["id"]:
-            number = self.spec.first + int(offset)
-            yield pack(number, make_rows(self.spec, builder, self.records, number))
+        first, last = (self.first + int(batch["id"][end]) for end in (0, -1))
+        for start in range(first, last + 1, AT_ONCE):
+            planned = take_planned(self.gate, start, min(start + AT_ONCE, last + 1), begun=start > first)
+            builder = load_sample_builder(self.spec)
+            for number, micro in enumerate(planned, start):
+                yield pack(number, make_rows(builder, self.rows, micro, self.replace_unreadable))
 
 
 def _keep_memory() -> None:

@@ -6,7 +6,8 @@ what may be intended is a note.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray_vlm.config.data import Source
@@ -17,6 +18,7 @@ _SAME_PX = 2  # tools round sizes
 _MANY = 5  # crowds of a class without an object; a small sample of COCO may have one or two
 _FEW = 20  # fewer boxes show nothing about their unit
 _SHOWN = 3
+_LARGE_PX = 1100
 
 
 def unit_problem(record: Record) -> str | None:
@@ -78,42 +80,81 @@ def crowd_problem(crowds: Counter[str], objects: Counter[str]) -> str | None:
     )
 
 
-def find_suspicions(
-    source: Source,
-    rows: Sequence[Record | BadRow],
-    records: Sequence[Record],
-    labels: Iterable[str],
-    on_bad_box: str = "raise",
-) -> list[str]:
-    """Return notes on a whole source.
+@dataclass
+class ShardSummary:
+    """What is known of some consecutive rows of a source as a whole.
 
-    `rows`: as they were read. `records`: those that can be used, with the sizes of their images. `on_bad_box`: the
-    job's setting.
+    `labels`: class names in order of appearance. `crowds`: crowd annotations left out, `crowd_images`: images that have
+    them, `crowd_id`: id of the first. `records`, `with_images`: usable rows, and those with an image. `regions`,
+    `large_regions`, `farthest`: boxes and points in pixels of usable rows, those in images of more than 1,100 pixels on
+    both sides, and the largest coordinate. `cut`, `dropped`: boxes that `data.on_bad_box` has changed. `faults`: images
+    of rows that cannot be used, with the file's size and time, or None where there is no file.
     """
-    notes = [*_tell_spellings(labels), *_tell_crowds(rows), *_tell_unit(source, records), *_tell_bare(records)]
-    return [*(f"{source.path}: {note}" for note in notes), *tell_mended(rows, records, source, on_bad_box)]
+
+    labels: list[str] = field(default_factory=list)
+    crowds: int = 0
+    crowd_images: int = 0
+    crowd_id: str = ""
+    records: int = 0
+    with_images: int = 0
+    regions: int = 0
+    large_regions: int = 0
+    farthest: float = 0.0
+    cut: int = 0
+    dropped: int = 0
+    faults: dict[str, list[int] | None] = field(default_factory=dict)
 
 
-def tell_mended(
-    rows: Sequence[Record | BadRow], records: Sequence[Record], source: Source, on_bad_box: str
-) -> list[str]:
-    """Return a note on the boxes that `data.on_bad_box` has clipped or dropped. `rows`: as they were read."""
-    if on_bad_box == "raise":
-        return []
-    before = {row.row: row for row in rows if isinstance(row, SftRecord)}
-    pairs = [
-        (before[r.row].truth.get("boxes", ()), r.truth.get("boxes", ())) for r in records if isinstance(r, SftRecord)
-    ]
-    dropped = sum(len(old) - len(new) for old, new in pairs)
+def summarise(
+    source: Source, rows: Iterable[tuple[Record | BadRow, Record | BadRow]], labels: Iterable[str] = ()
+) -> ShardSummary:
+    """Summarise rows, each as it was read and as it was checked. `labels`: the class names of the rows."""
+    summary = ShardSummary(list(labels))
     same_unit = source.box_units == "pixels" and source.box_frame != "listed"
-    cut = sum(len(set(new) - set(old)) for old, new in pairs) if same_unit else 0
-    parts = [f"{count} boxes {what}" for count, what in ((cut, "cut to their image"), (dropped, "left out")) if count]
-    return [f"{source.path}: {' and '.join(parts)} (data.on_bad_box={on_bad_box})"] if parts else []
+    for read, checked in rows:
+        if isinstance(read, SftRecord) and (crowds := read.context.get("crowds")):
+            summary.crowd_id = summary.crowd_id or read.id
+            summary.crowd_images, summary.crowds = summary.crowd_images + 1, summary.crowds + crowds
+        if isinstance(checked, BadRow):
+            continue
+        summary.records += 1
+        summary.with_images += bool(checked.images)
+        if isinstance(read, SftRecord) and isinstance(checked, SftRecord):
+            old, new = read.truth.get("boxes", ()), checked.truth.get("boxes", ())
+            summary.dropped += len(old) - len(new)
+            summary.cut += len(set(new) - set(old)) if same_unit and new != old else 0
+        if checked.sizes and (regions := regions_of(checked)):
+            summary.regions += len(regions)
+            summary.large_regions += len(regions) if min(checked.sizes[0]) > _LARGE_PX else 0
+            summary.farthest = max(summary.farthest, *(max(region) for region in regions))
+    return summary
 
 
-def tell_unused(labels: Iterable[str], rows: Iterable[Record | BadRow]) -> list[str]:
-    """Return a note on declared class names that no row has. The question names them all the same."""
-    used = {label for row in rows if isinstance(row, SftRecord) for label in row.truth.get("labels", ())}
+def add_up(summaries: Iterable[ShardSummary]) -> ShardSummary:
+    """Add up the summaries of consecutive rows, in their order."""
+    total, labels = ShardSummary(), dict[str, None]()
+    for summary in summaries:
+        labels.update(dict.fromkeys(summary.labels))
+        total.crowd_id = total.crowd_id or summary.crowd_id
+        total.farthest = max(total.farthest, summary.farthest)
+        total.faults |= summary.faults
+        for name in ("crowds", "crowd_images", "records", "with_images", "regions", "large_regions", "cut", "dropped"):
+            setattr(total, name, getattr(total, name) + getattr(summary, name))
+    total.labels = list(labels)
+    return total
+
+
+def find_suspicions(
+    source: Source, summary: ShardSummary, labels: Iterable[str], on_bad_box: str = "raise"
+) -> list[str]:
+    """Return notes on a whole source. `labels`: its class names; `on_bad_box`: the job's setting."""
+    notes = [*_tell_spellings(labels), *_tell_crowds(summary), *_tell_unit(source, summary), *_tell_bare(summary)]
+    return [f"{source.path}: {note}" for note in [*notes, *_tell_mended(summary, on_bad_box)]]
+
+
+def tell_unused(labels: Iterable[str], used: Container[str]) -> list[str]:
+    """Return a note on declared class names that no row has, among those `used`. The question names them all the
+    same."""
     unused = [label for label in dict.fromkeys(labels) if "=" not in label and label not in used]
     if not unused or not used:
         return []
@@ -122,6 +163,15 @@ def tell_unused(labels: Iterable[str], rows: Iterable[Record | BadRow]) -> list[
         f"no row has a box of {', '.join(map(repr, unused[:_SHOWN]))}{more}, but the question asks for it; task.labels "
         "sets the classes of the question"
     ]
+
+
+def _tell_mended(summary: ShardSummary, on_bad_box: str) -> Iterable[str]:
+    """Tell of the boxes that `data.on_bad_box` has clipped or dropped."""
+    if on_bad_box == "raise":
+        return
+    counts = ((summary.cut, "cut to their image"), (summary.dropped, "left out"))
+    if parts := [f"{count} boxes {what}" for count, what in counts if count]:
+        yield f"{' and '.join(parts)} (data.on_bad_box={on_bad_box})"
 
 
 def _tell_spellings(labels: Iterable[str]) -> Iterable[str]:
@@ -133,31 +183,26 @@ def _tell_spellings(labels: Iterable[str]) -> Iterable[str]:
             yield f"classes {', '.join(map(repr, names))} differ only in case, spaces or underscores; are they one?"
 
 
-def _tell_crowds(rows: Sequence[Record | BadRow]) -> Iterable[str]:
-    with_crowds = [row for row in rows if isinstance(row, SftRecord) and row.context.get("crowds")]
-    if count := sum(record.context["crowds"] for record in with_crowds):
+def _tell_crowds(summary: ShardSummary) -> Iterable[str]:
+    if summary.crowds:
         yield (
-            f"{count} crowd annotations (iscrowd: 1) of {len(with_crowds)} images are left out, for example of id "
-            f"{with_crowds[0].id}; crowds=objects counts them as objects"
+            f"{summary.crowds} crowd annotations (iscrowd: 1) of {summary.crowd_images} images are left out, for "
+            f"example of id {summary.crowd_id}; crowds=objects counts them as objects"
         )
 
 
-def _tell_unit(source: Source, records: Sequence[Record]) -> Iterable[str]:
-    if source.box_units != "pixels":
+def _tell_unit(source: Source, summary: ShardSummary) -> Iterable[str]:
+    if source.box_units != "pixels" or summary.regions < _FEW or summary.large_regions < summary.regions / 2:
         return
-    regions = [(region, record.sizes[0]) for record in records if record.sizes for region in regions_of(record)]
-    large = sum(min(size) > 1100 for _, size in regions)
-    if len(regions) < _FEW or large < len(regions) / 2:
-        return
-    if max(max(region) for region, _ in regions) <= 1000:
+    if summary.farthest <= 1000:
         yield (
             "no box reaches beyond 1000, though most images have more pixels on both sides; if the numbers are "
             "thousandths of the image, set box_units=relative_1000"
         )
 
 
-def _tell_bare(records: Sequence[Record]) -> Iterable[str]:
-    if records and not any(record.images for record in records):
+def _tell_bare(summary: ShardSummary) -> Iterable[str]:
+    if summary.records and not summary.with_images:
         yield f"no row has an image; a column with images is named as in {column_setting('image')}"
 
 

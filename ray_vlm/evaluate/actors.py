@@ -29,7 +29,6 @@ from ray_vlm.models.out_of_memory import NO_ROOM, advise_inference, describe_out
 from ray_vlm.runs.checkpoints import fetch_folder
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
     from ray.data import Dataset
     from transformers import PreTrainedModel
 
@@ -40,33 +39,27 @@ _BLOCKS_PER_ACTOR = 64
 class InferenceJob:
     """What the processes are to run. `adapter`: address of an adapter, or of a whole model that replaces the base, None
     for the base; `batches`: positions of the records of each batch; `memory`: the earlier steps in the prompt of a GUI
-    step, those of the records (`truth`) or the model's own answers (`model`), for which a batch holds whole tasks;
-    `shared_records`: where Ray actors find the records, instead of `records`."""
+    step, those of the records (`truth`) or the model's own answers (`model`), for which a batch holds whole tasks."""
 
     job: JobConfig
     spec: SampleSpec
-    records: tuple[SftRecord, ...]
+    records: Sequence[SftRecord]
     adapter: str | None
     batches: tuple[tuple[int, ...], ...]
     memory: Literal["truth", "model"] = "truth"
-    shared_records: "ObjectRef | None" = None
 
 
 class InferenceWorker:
-    """A process's model and records. Both are loaded at first use: an error in the constructor of a Ray actor would
+    """A process's model and records. The model is loaded at first use: an error in the constructor of a Ray actor would
     reach the caller without its type."""
 
     def __init__(self, inference: InferenceJob):
         self.inference = inference
 
-    @cached_property
+    @property
     def records(self) -> Sequence[SftRecord]:
         """All records of the job."""
-        if self.inference.shared_records is None:
-            return self.inference.records
-        import ray
-
-        return ray.get(self.inference.shared_records)
+        return self.inference.records
 
     @cached_property
     def builder(self) -> SampleBuilder:
@@ -158,13 +151,11 @@ def _run_on_ray(
     inference: InferenceJob, function: BatchFunction, numbers: Sequence[int], num_actors: int
 ) -> Generator[tuple[int, Any]]:
     with connect(build_actor_demand(inference.job, num_actors)):
-        import ray
         from ray.exceptions import RayError, RayTaskError
 
         expected = iter(numbers)
         try:
-            shared = replace(inference, records=(), shared_records=ray.put(inference.records))
-            for row in _build_dataset(shared, function, numbers, num_actors).iter_rows():
+            for row in _build_dataset(inference, function, numbers, num_actors).iter_rows():
                 if row["number"] != (due := next(expected)):
                     raise RunError(f"batch {row['number']} arrived where {due} was due. Please report this.")
                 yield row["number"], json.loads(row["result"])

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from ray_vlm.config.schema import JobConfig, Model
 from ray_vlm.config.train import Precision
 from ray_vlm.data.collate import collate
+from ray_vlm.data.parts import load_parts
 from ray_vlm.data.plan import plan_sample
 from ray_vlm.data.preprocessing import PREPROCESSING, read_preprocessing
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import sample_spec
-from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, ModelError, RunError
 from ray_vlm.evaluate.weights import load_run_job, weights_of
 from ray_vlm.models.load import load_adapter, load_config, load_model, resolve_name

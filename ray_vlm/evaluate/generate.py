@@ -8,7 +8,6 @@ the next one, shortened as `Predictor.predict_step` does it.
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ import numpy as np
 
 from ray_vlm import __version__
 from ray_vlm.data.collate import collate
+from ray_vlm.data.index import IndexedRows
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.data.spec import Sample
@@ -31,7 +31,7 @@ from ray_vlm.models.dequantize import dequantised
 from ray_vlm.models.load import resolve_name
 from ray_vlm.models.lora import is_whole_model
 from ray_vlm.runs.monitor import whole_lines
-from ray_vlm.storage import replacing
+from ray_vlm.storage import replacing, stamp_file
 from ray_vlm.tasks.gui_steps import remember
 
 if TYPE_CHECKING:
@@ -201,11 +201,6 @@ def describe_inputs(inference: InferenceJob, builder: SampleBuilder, weights: st
     """Describe the inputs of the answers by hashes and the kind of memory: where all are equal, so are the answers.
     `weights`: the adapter's folder on this machine."""
     job = inference.job
-    rows = hashlib.sha256()
-    for r in inference.records:
-        images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
-        row = (r.id, images, [_stamp(i) for i in images], r.sizes, builder.turns(r), r.context.get("task"))
-        rows.update(repr(row).encode())
     loading = (
         job.model.load_in_4bit,
         job.train.precision,
@@ -222,22 +217,25 @@ def describe_inputs(inference: InferenceJob, builder: SampleBuilder, weights: st
         "versions": (__version__, packages),
     }
     hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in inputs.items()}
-    return hashes | {"rows": rows.hexdigest()[:16], "memory": inference.memory}
+    return hashes | {"rows": _hash_rows(inference.records, builder), "memory": inference.memory}
 
 
-def _stamp(path: str) -> tuple[int, int] | None:
-    """Return size and modification time of a local file; None for any other."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+def _hash_rows(records: Sequence[SftRecord], builder: SampleBuilder) -> str:
+    """Return a hash of what the model is asked about the records."""
+    if isinstance(records, IndexedRows):
+        return records.hash_prompts()
+    rows = hashlib.sha256()
+    for r in records:
+        images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
+        row = (r.id, images, [stamp_file(i) for i in images], r.sizes, builder.turns(r), r.context.get("task"))
+        rows.update(repr(row).encode())
+    return rows.hexdigest()[:16]
 
 
 def _list_files(folder: str) -> list[tuple[str, Any]]:
     """Return name, size and time of the files of a local folder; of any other folder its name alone."""
     root = Path(folder)
-    return [(folder, None)] if not root.is_dir() else [(p.name, _stamp(str(p))) for p in sorted(root.glob("*.*"))]
+    return [(folder, None)] if not root.is_dir() else [(p.name, stamp_file(str(p))) for p in sorted(root.glob("*.*"))]
 
 
 def _identify_weights(folder: str) -> list[tuple[str, Any]]:

@@ -24,12 +24,12 @@ from ray_vlm.config.data import Data
 from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.config.schema import JobConfig, Pairs
 from ray_vlm.data.index import Index
+from ray_vlm.data.parts import load_parts
 from ray_vlm.data.preprocessing import ABOUT, describe_preprocessing, read_preprocessing
 from ray_vlm.data.records import PreferenceRecord, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.sources.tables import text_fault
 from ray_vlm.data.spec import sample_spec
-from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
 from ray_vlm.evaluate.weights import trained_weights

@@ -17,10 +17,10 @@ from typing import Any
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data
 from ray_vlm.config.schema import Evaluate, JobConfig, Track
+from ray_vlm.data.parts import load_parts
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import sample_spec
-from ray_vlm.data.splits import load_parts
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.actors import InferenceJob
 from ray_vlm.evaluate.generate import ANSWERS, answer_all, plan_batches, plan_walks

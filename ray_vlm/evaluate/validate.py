@@ -62,7 +62,7 @@ class Validation(ABC):
         yields further ones that do not count, because under ZeRO-3 all ranks must run the model equally often.
         """
         size, records = self.options.batch_size, self.records
-        most = max(self.context.all_gather(-(-len(records) // size)))
+        (most,) = self.context.max([-(-len(records) // size)])
         progress = self._progress("validation")
         for start in range(0, most * size, size):
             batch = records[start : start + size]
@@ -77,9 +77,12 @@ class Validation(ABC):
         return generate_answers(model, self.records, self.builder, size, limit, self.context.device, progress.reach)
 
     def score_task(self, predictions: list[Prediction]) -> Metrics:
-        """Return the task's metrics of all ranks' predictions."""
-        everyone = [prediction for part in self.context.all_gather(predictions) for prediction in part]
-        return measure(self.task, sorted(everyone, key=lambda prediction: prediction.row))["overall"]
+        """Return the task's metrics of all ranks' predictions, which rank 0 measures."""
+        everyone = [prediction for part in self.context.gather(predictions) for prediction in part]
+        metrics: Metrics = {}
+        if self.context.rank == 0:
+            metrics = measure(self.task, sorted(everyone, key=lambda prediction: prediction.row))["overall"]
+        return self.context.broadcast(metrics)
 
     def _progress(self, what: str) -> Progress:
         return Progress(what, len(self.records), "rows" if self.context.world_size == 1 else "rows of this worker")
@@ -146,11 +149,12 @@ class RewardValidation(Validation):
         records, answers = self.records, self.answer(trainer.model)
         ids = [self.builder.tokenizer.encode(text, add_special_tokens=False) for text in answers]
         scores = self._score(trainer, records, answers, ids)
-        everyone = [parts for rank_scores in self.context.all_gather(scores) for parts in rank_scores]
+        everyone = [parts for rank_scores in self.context.gather(scores) for parts in rank_scores]
         metrics: Metrics = {}
         for name in everyone[0] if everyone else ():
             values = [value for parts in everyone if (value := parts[name]) is not None]
             metrics[f"reward_{name.rpartition(':')[2]}" if name else "reward"] = sum(values) / max(len(values), 1)
+        metrics = self.context.broadcast(metrics)
         predictions: list[Prediction] = []
         # On every rank together, also on one without rows.
         if any(self.context.any_rank(bool(records) and isinstance(records[0], SftRecord))):
@@ -158,8 +162,8 @@ class RewardValidation(Validation):
             metrics |= self.score_task(predictions)
         if trainer.method.num_generations_eval:
             totals = [parts[""] or 0.0 for parts in self._sample(trainer)]
-            rewards = [value for rank_totals in self.context.all_gather(totals) for value in rank_totals]
-            metrics["sampled_reward"] = sum(rewards) / max(len(rewards), 1)
+            rewards = [value for rank_totals in self.context.gather(totals) for value in rank_totals]
+            metrics["sampled_reward"] = self.context.broadcast(sum(rewards) / max(len(rewards), 1))
         return metrics, predictions
 
     def _sample(self, trainer: "PlannedGRPOTrainer") -> list[dict[str, float | None]]:

@@ -77,7 +77,7 @@ class PairedDPOTrainer(PlannedTrainer, DPOTrainer):
         if self.inputs.reference is None:
             return
         with evaluation_mode(self.model):
-            self.reference = self.inputs.reference.find(self.inputs.fetch_records(), self.builder, self._ask_reference)
+            self.reference = self.inputs.reference.find(self.inputs.rows, self.builder, self._ask_reference)
 
     def method_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().method_loss(model, self.refer(inputs), *args, **kwargs)

@@ -131,7 +131,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         self.model.train()  # TRL recognises by it that this is no evaluation
         self.pixels = {}
         self.recent.start(sum(len(row.images) for row in rows))
-        group, records = self.method.num_generations, self.inputs.fetch_records()
+        group, records = self.method.num_generations, self.inputs.rows
         self.rows = [row for row in rows for _ in range(group)]
         turns = [self.builder.turns(records[row.number]) for row in rows]
         prompts = [[{"role": role, "content": text} for role, text in row_turns] for row_turns in turns]
@@ -192,7 +192,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         self, inputs: list, prompts: Sequence[list], completions: list, ids: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """Return each part of the reward of all ranks' answers, `float32 [answers, parts]`; NaN where none applies."""
-        records = self.inputs.fetch_records()
+        records = self.inputs.rows
         scored = [records[row.number] for row in self.rows]
         texts = [self.builder.text(answer) for answer in ids]
         scores = score_answers(self.rewards, scored, texts, ids, prompts, self.builder)

@@ -51,6 +51,6 @@ class LossScale:
         if scaler is None:
             return None
         finite, scale = all(bool(loss.isfinite().all()) for loss in self._last), scaler.get_scale()
-        if not all(context.all_gather(finite)) or scale <= _LEAST:
+        if any(context.any_rank(not finite)) or scale <= _LEAST:
             return None
         return f"float16 overflowed at a loss scale of {scale:g}: the step is left out and the scale is lowered"

@@ -83,16 +83,19 @@ class ReferenceCache:
         self, records: Sequence[Record], builder: SampleBuilder, ask: "Callable[[list[Sample]], torch.Tensor]"
     ) -> bytes:
         """Run the reference over each rank's share of the pairs. Return all results as the bytes of a `.npy` file."""
-        shard = range(self.context.rank, len(records), self.context.world_size)
-        log_probs = np.zeros((len(records), 2))
+        rank, world_size = self.context.rank, self.context.world_size
+        shard = range(rank, len(records), world_size)
+        share = np.zeros((len(shard), 2))
         for start in range(0, len(shard), self.batch_size):
-            positions = list(shard[start : start + self.batch_size])
-            rows = [builder.pair_row(cast(PreferenceRecord, records[i])) for i in positions]
-            log_probs[positions] = ask(rows).double().cpu().numpy()
-        file = io.BytesIO()
-        # Each rank has zeros in the rows of the others.
-        np.save(file, sum(self.context.all_gather(log_probs)), allow_pickle=False)
-        return file.getvalue()
+            batch = slice(start, start + self.batch_size)
+            rows = [builder.pair_row(cast(PreferenceRecord, records[i])) for i in shard[batch]]
+            share[batch] = ask(rows).double().cpu().numpy()
+        log_probs, file = np.zeros((len(records), 2)), io.BytesIO()
+        for other, gathered in enumerate(self.context.gather(share)):
+            log_probs[other::world_size] = gathered
+        if rank == 0:
+            np.save(file, log_probs, allow_pickle=False)
+        return self.context.broadcast(file.getvalue())
 
 
 def describe_reference(source: ReferenceSource, builder: SampleBuilder, records: Sequence[Record]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from ray_vlm.config.method import Method
 from ray_vlm.config.train import Part, Precision
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.records import Record
+from ray_vlm.data.rows import Rows
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import Stream
@@ -99,7 +99,7 @@ class PlannedBatches:
 class TrainerInputs:
     """Everything that a `PlannedTrainer` is built from, beside the model and TRL's options.
 
-    `method`: the job's section. `fetch_records` returns the training rows, by the plan's numbers. `learning_rates`: of
+    `method`: the job's section. `rows`: of training, by the plan's numbers. `learning_rates`: of
     parts of the model that differ from the others. `adapter_is_reference`: the reference of DPO and GRPO is the adapter
     that training starts from, not the base. `tolerates_nonfinite`: the run goes on after a step whose loss is not
     finite. `validate` and `write_checkpoint` are called by the trainer when they are due. `rewards` and `sampler`: of
@@ -109,7 +109,7 @@ class TrainerInputs:
     method: Method
     builder: SampleBuilder
     batches: PlannedBatches
-    fetch_records: Callable[[], Sequence[Record]]
+    rows: Rows
     forwards: ForwardOptions
     clock: Clock
     loss_scale: LossScale
@@ -128,7 +128,7 @@ class TrainerInputs:
 
     def row_id(self, row: int) -> str:
         """Return the id of a training row by its position."""
-        return str(self.fetch_records()[row].id)
+        return str(self.rows[row].id)
 
 
 class PlannedTrainer(Trainer, ABC):

@@ -9,12 +9,16 @@ families are. Rows to train, predict or draw are tokenised by the processor itse
 that both agree.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ray_vlm.config.schema import Model
 from ray_vlm.errors import ModelError
@@ -22,11 +26,14 @@ from ray_vlm.models.families import FAMILIES, Family
 from ray_vlm.models.load import advise_hub, first_line, load_config, resolve_name
 
 if TYPE_CHECKING:
+    from jinja2 import nodes
+    from jinja2.sandbox import SandboxedEnvironment
     from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, ProcessorMixin
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, bool], str]
+_T = TypeVar("_T")
 
 # Tokenizers of transformers that `tokenizer.json` describes completely.
 _PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
@@ -36,6 +43,7 @@ _DEFAULT_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _IMAGE_TOKEN = "<|image_pad|>"
 # Folders with more chat templates: if one exists, the other files are not complete.
 _MORE_TEMPLATES = ("additional_chat_templates", "chat_templates")
+_PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")  # suffixes
 _SIDE = 64  # side of the blank image, in pixels
 
 
@@ -123,11 +131,13 @@ class ImageSizes:
 
 @dataclass(frozen=True)
 class PromptText:
-    """Maps texts to token ids. `render`: messages, and whether an answer follows -> text. `special`: tokens that the
-    tokenizer does not read as text. `sizes`: None if the processor handles images by itself."""
+    """Maps texts to token ids. `render`: messages, and whether an answer follows -> text. `tracer`: renders messages
+    whose texts are unknown, if the chat template can be followed. `special`: tokens that the tokenizer does not read as
+    text. `sizes`: None if the processor handles images by itself."""
 
     tokenizer: "Tokenizer"
     render: Render
+    tracer: "TemplateTracer | None"
     special: tuple[str, ...]
     image_token: str
     sizes: ImageSizes | None
@@ -151,7 +161,8 @@ def take_prompt_text(processor: Any, family: Family) -> PromptText:
             return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
 
     special = (token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
-    return PromptText(_without_limits(backend), render, tuple(special), processor.image_token, sizes)
+    tracer = _build_tracer(processor.chat_template, processor.tokenizer.special_tokens_map)
+    return PromptText(_without_limits(backend), render, tracer, tuple(special), processor.image_token, sizes)
 
 
 @contextmanager
@@ -184,15 +195,18 @@ def read_prompt_text(spec: Model, folder: str) -> tuple[PromptText, Family] | No
         settings = json.loads(read("tokenizer_config.json") or "{}")
         if family is None or family.stock_images or not _is_plain(settings):
             return None
-        sizes, template, tokens = _read_sizes(read), _read_template(read), read("tokenizer.json")
-        if sizes is None or template is None or tokens is None:
+        sizes, template, vocabulary = _read_sizes(read), _read_template(read), read("tokenizer.json")
+        if sizes is None or template is None or vocabulary is None:
             return None
-        tokenizer = _read_tokenizer(tokens, settings)
+        tokenizer = _read_tokenizer(vocabulary, settings)
         image_token = _named(settings.get("image_token")) or _IMAGE_TOKEN
         if tokenizer is None or tokenizer.token_to_id(image_token) is None:
             return None
         special = tuple(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
-        return PromptText(tokenizer, _build_render(template, settings), special, image_token, sizes), family
+        tokens = {f"{name}_token": _named(settings.get(f"{name}_token")) for name in ("eos", "pad", "bos", "unk")}
+        known = {name: token for name, token in tokens.items() if token is not None}
+        render, tracer = _build_render(_template_environment(), template, known), _build_tracer(template, known)
+        return PromptText(tokenizer, render, tracer, special, image_token, sizes), family
     except Exception:  # files may hold anything, and the tokenizers library raises plain `Exception`
         return None
 
@@ -208,6 +222,24 @@ def _reader(spec: Model, folder: str) -> Callable[[str], str | None]:
         return _text_of(Path(path)) if isinstance(path, str) else None
 
     return from_cache
+
+
+def fingerprint_processor(spec: Model, folder: str) -> str:
+    """Return a hash of the base's files that decide how text and images are prepared; empty for a base whose files are
+    not on this machine. `folder`: as in `read_prompt_text`."""
+    path = Path(folder)
+    if not path.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(folder, "config.json", revision=spec.revision)
+        if not isinstance(config, str):
+            return ""
+        path = Path(config).parent
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in _PROCESSOR_FILES and file.is_file() and not file.name.endswith(".index.json"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _text_of(path: Path) -> str | None:
@@ -279,8 +311,8 @@ def _read_template(read: Callable[[str], str | None]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _build_render(template: str, settings: Mapping[str, Any]) -> Render:
-    """Return a function that renders as transformers does (`utils/chat_template_utils.py`).
+def _template_environment() -> "SandboxedEnvironment":
+    """Return an environment in which templates render as transformers does (`utils/chat_template_utils.py`).
 
     transformers' own blocks, such as `generation`, raise an error here, and such templates are left to it."""
     from datetime import datetime
@@ -300,13 +332,159 @@ def _build_render(template: str, settings: Mapping[str, Any]) -> Render:
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _build_render(environment: "SandboxedEnvironment", template: str, tokens: Mapping[str, Any]) -> Render:
     compiled = environment.from_string(template)
-    tokens = {f"{name}_token": _named(settings.get(f"{name}_token")) for name in ("eos", "pad", "bos", "unk")}
-    known = {name: token for name, token in tokens.items() if token is not None}
 
     def render(messages: Messages, answer_follows: bool) -> str:
         plain = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer_follows}
         with _template_errors():
-            return compiled.render(**plain, **known)
+            return compiled.render(**plain, **tokens)
 
     return render
+
+
+def _build_tracer(template: object, tokens: Mapping[str, Any]) -> "TemplateTracer | None":
+    """Return a tracer of a chat template, or None if what it does with texts cannot be followed."""
+    from jinja2 import TemplateError
+
+    try:
+        return TemplateTracer(template, tokens) if isinstance(template, str) else None
+    except (TemplateError, ValueError):
+        return None
+
+
+# What a template may be made of for its texts to be followed. Blocks whose output becomes a value are not among them.
+_FOLLOWED = (
+    *("Template", "Output", "TemplateData", "For", "If", "Macro", "Assign", "Name", "NSRef", "Const", "Tuple", "List"),
+    *("Dict", "Pair", "Keyword", "CondExpr", "Filter", "Test", "Call", "Getitem", "Getattr", "Slice", "Concat", "And"),
+    *("Compare", "Operand", "Mul", "Div", "FloorDiv", "Add", "Sub", "Mod", "Or", "Not", "Neg", "Break", "Continue"),
+)
+_FILTERS = {"trim", "length", "count", "default", "d", "first", "last", "list", "string"}
+_TESTS = {"defined", "undefined", "none", "string", "mapping", "number", "boolean", "true", "false", "iterable"}
+_TESTS |= {"sequence", "odd", "even", "equalto", "eq", "==", "ne", "!="}
+# A text's methods, but for those of every object that tell nothing of what it holds.
+_LOOKING = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__repr__", "__format__"}
+_LOOKING |= {*dir(str), "__bool__", "__int__", "__float__", "__index__", "__reversed__"} - {*dir(object)}
+_SCOPES = ("_loop_vars", "_block_vars")  # handed to every function; those of templates do not see them
+MARK = re.compile(r"\x01(\d+)(s?)\x02")  # number of a text, and whether the spaces around it are stripped
+
+
+class TemplateTracer:
+    """Renders messages whose texts are unknown: each is a mark, and every use of it but writing it out is noticed.
+
+    A template is a program, and may write a text differently for what the text holds. If it only writes its texts out,
+    with or without the spaces around them, the marks' rendering is that of all texts, once these are in the places of
+    their marks. Raise `ValueError` for a template that cannot be followed.
+    """
+
+    def __init__(self, template: str, tokens: Mapping[str, Any]):
+        self._environment = _template_environment()
+        if "\x01" in template or not _can_follow(self._environment.parse(template)):
+            raise ValueError("the template has parts that cannot be followed")
+        self._lock = threading.Lock()
+        self._unclear: list[str] = []  # uses of texts that are not followed
+        self._absent: set[str] = set()
+        self._joined = self._build_type({})
+        self._text = self._build_type(
+            {
+                "__bool__": lambda text: True,
+                "__contains__": lambda text, wanted: self._look_for(wanted),
+                "__eq__": lambda text, wanted: self._look_for(wanted),
+                "__ne__": lambda text, wanted: not self._look_for(wanted),
+                "startswith": lambda text, wanted: self._look_for(wanted),
+                "endswith": lambda text, wanted: self._look_for(wanted),
+                "strip": lambda text, *what: self._notice("strip") if any(what) else self._strip(text),
+            }
+        )
+        self._watch_functions()
+        self._render = _build_render(self._environment, template, tokens)
+
+    def trace(self, build: Callable[[Callable[[int], str], Render], _T]) -> tuple[_T, frozenset[str]] | None:
+        """Return what `build` returns for a function that makes the mark of a text from its number, and one that
+        renders; and the strings that texts must not hold for this to be theirs. Texts are not empty. Return None if the
+        template does more with a text than can be followed."""
+        with self._lock:
+            self._unclear, self._absent = [], set()
+            try:
+                result = build(lambda number: self._text(f"\x01{number}\x02"), self._render)
+            except (ValueError, ModelError):
+                return None
+            return None if self._unclear else (result, frozenset(self._absent))
+
+    def _build_type(self, methods: Mapping[str, Callable[..., Any]]) -> type[str]:
+        """Return a kind of text that notices its methods, but for joining and `methods`."""
+
+        def noticing(name: str) -> Callable[..., Any]:
+            return lambda *values, **options: self._notice(name)
+
+        joining: dict[str, Callable[..., Any]] = {
+            "__add__": lambda text, other: self._join(text, other),
+            "__radd__": lambda text, other: self._join(other, text),
+        }
+        return type("Text", (str,), {name: noticing(name) for name in _LOOKING} | joining | dict(methods))
+
+    def _notice(self, use: str) -> NoReturn:
+        self._unclear.append(use)  # a template may go on after the exception
+        raise ValueError(f"the template does something with a text ({use})")
+
+    def _join(self, *texts: object) -> str:
+        if not all(isinstance(text, str) for text in texts):
+            self._notice("+")
+        return self._joined("".join(map(str, texts)))
+
+    def _look_for(self, wanted: object) -> bool:
+        """Return False, as for a text that does not hold `wanted`."""
+        words = wanted if isinstance(wanted, tuple) else (wanted,)
+        if not all(type(word) is str and word for word in words):
+            self._notice("comparison")
+        self._absent.update(words)
+        return False
+
+    def _strip(self, text: str) -> str:
+        return self._joined(str(text).replace("\x02", "s\x02"))
+
+    def _watch_functions(self) -> None:
+        """Notice calls of functions that could look into a text unseen, as those written in C do."""
+        environment = self._environment
+        call_function = environment.call
+
+        def call(context: Any, function: Any, *args: Any, **options: Any) -> Any:
+            method = isinstance(getattr(function, "__self__", None), str | list | dict)
+            given = [*args, *(value for name, value in options.items() if name not in _SCOPES)]
+            plain = all(type(part) in (str, int, bool) for v in given for part in (v if type(v) is tuple else (v,)))
+            if function is not environment.globals["namespace"] and not (method and plain):
+                self._notice("call")
+            return call_function(context, function, *args, **options)
+
+        def remainder(context: Any, operator: str, left: Any, right: Any) -> Any:
+            return left % right if type(left) is type(right) is int else self._notice(operator)
+
+        def noticing(function: Any, name: str, known: Collection[str]) -> Callable[..., Any]:
+            def watched(*args: Any, **options: Any) -> Any:
+                if name not in known or (name == "trim" and len(args) + len(options) > 1):
+                    self._notice(name)
+                return function(*args, **options)
+
+            return wraps(function)(watched)
+
+        vars(environment).update(call=call, call_binop=remainder, intercepted_binops=frozenset("%"))
+        for functions, known in ((environment.filters, _FILTERS), (environment.tests, _TESTS)):
+            functions.update({name: noticing(function, name, known) for name, function in functions.items()})
+
+
+def _can_follow(tree: "nodes.Template") -> bool:
+    """Whether no text becomes part of a value or is compared without its methods being called."""
+    from jinja2 import nodes
+
+    written = {id(child) for output in tree.find_all(nodes.Output) for child in output.nodes}
+    for node in tree.find_all(nodes.Node):
+        if type(node).__name__ not in _FOLLOWED or (isinstance(node, nodes.Concat) and id(node) not in written):
+            return False
+        if isinstance(node, nodes.Compare) and any(operand.op in ("in", "notin") for operand in node.ops):
+            listed = isinstance(node.ops[0].expr, nodes.List | nodes.Tuple)
+            if len(node.ops) > 1 or not (listed or isinstance(node.expr, nodes.Const)):
+                return False
+    return True

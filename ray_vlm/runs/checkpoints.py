@@ -12,14 +12,16 @@ import logging
 import math
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ray_vlm import __version__
+from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
 from ray_vlm.storage import Store, is_remote, making, split_address, whole_or_gone
 
@@ -27,6 +29,13 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1  # version of the manifest and of the files of a checkpoint
 _NAME = re.compile(r"checkpoint-(\d+)-a(\d+)-([0-9a-f]+)")
+# Files that only the rank of that number reads: its random state, and its partition under DeepSpeed. Some versions of
+# DeepSpeed read the model states of rank 0 on every rank.
+_OF_RANK = re.compile(
+    r"(?:.*/)?(?:rng_state_|(?:bf16_)?zero_pp_rank_(?!0_\w+_model_states))(\d+)(?:_\w+_states)?\.(?:pth|pt)"
+)
+
+_PASSED_OVER = "{name} cannot be used: {reason}. Looking for the one before it."
 
 Files = dict[str, tuple[int, str]]  # name -> (bytes, SHA-256)
 
@@ -139,6 +148,11 @@ def open_checkpoint(store: Store, name: str) -> tuple[Checkpoint, Path]:
     The folder is the checkpoint itself on a disk, or a temporary copy of one in an object store. Raises `Damaged`.
     """
     checkpoint = read_checkpoint(store, name)
+    return checkpoint, _open_files(store, name, checkpoint.files)
+
+
+def _open_files(store: Store, name: str, files: Mapping[str, tuple[int, str]]) -> Path:
+    """Return a local folder with these files of the folder `name`, after comparing each with its hash."""
     with ExitStack() as copying:
         if store.local is not None:
             folder = store.local / name
@@ -146,21 +160,65 @@ def open_checkpoint(store: Store, name: str) -> tuple[Checkpoint, Path]:
             folder = Path(tempfile.mkdtemp(prefix="ray_vlm-"))
             copying.enter_context(whole_or_gone(folder))
             copying.enter_context(making(folder))
-            store.fetch(name, folder)
-        for file, (size, digest) in checkpoint.files.items():
-            if _digest(folder / file, sync=False) != (size, digest):
+        for file, (size, digest) in files.items():
+            try:
+                if store.local is None:
+                    store.fetch(name, folder, [file])
+                digest_now = _digest(folder / file, sync=False)
+            except FileNotFoundError:
+                raise Damaged(f"{file} is missing") from None
+            if digest_now != (size, digest):
                 raise Damaged(f"{file} was altered")
-    return checkpoint, folder
+    return folder
 
 
-def open_newest(store: Store) -> tuple[Checkpoint, Path] | None:
-    """Return the newest complete checkpoint and its folder, or None."""
+def open_newest(store: Store, context: DistributedContext | None = None) -> tuple[Checkpoint, Path] | None:
+    """Return the newest complete checkpoint and its folder, or None. All ranks of `context` return the same one.
+
+    Rank 0 reads the manifest and the names of the files. Each rank opens the files that every rank reads and those
+    that it alone reads, and `Checkpoint.files` has only these. If one rank finds a file altered, no rank uses the
+    checkpoint.
+    """
+    context = context or DistributedContext()
+    whole = _readable(store) if context.rank == 0 else iter(())
+    while (checkpoint := _share(next(whole, None), context)) is not None:
+        opened: Path | Damaged
+        try:
+            opened = _open_files(store, checkpoint.name, checkpoint.files)
+        except Damaged as damage:
+            opened = damage
+        (damaged,) = context.any_rank(isinstance(opened, Damaged))
+        if isinstance(opened, Path) and not damaged:
+            return checkpoint, opened
+        if isinstance(opened, Path) and store.local is None:
+            shutil.rmtree(opened, ignore_errors=True)
+        reasons = context.gather(str(opened) if isinstance(opened, Damaged) else "")
+        if reason := next(filter(None, reasons), None):
+            logger.info(_PASSED_OVER.format(name=checkpoint.name, reason=reason))
+    return None
+
+
+def _readable(store: Store) -> Iterator[Checkpoint]:
+    """Yield the checkpoints whose manifest and names of files are in order, newest first."""
     for name in checkpoint_names(store):
         try:
-            return open_checkpoint(store, name)
+            yield read_checkpoint(store, name)
         except Damaged as damage:
-            logger.info(f"{name} cannot be used: {damage}. Looking for the one before it.")
-    return None
+            logger.info(_PASSED_OVER.format(name=name, reason=damage))
+
+
+def _share(checkpoint: Checkpoint | None, context: DistributedContext) -> Checkpoint | None:
+    """Return rank 0's checkpoint on every rank, with the files that the rank reads."""
+    shared: Files = {}
+    own: list[Files] = [{} for _ in range(context.world_size)]
+    for file, entry in checkpoint.files.items() if checkpoint is not None else ():
+        match = _OF_RANK.fullmatch(file)
+        if match is None:
+            shared[file] = entry
+        elif int(match[1]) < context.world_size:  # the run may go on with fewer ranks
+            own[int(match[1])][file] = entry
+    checkpoint = context.broadcast(checkpoint and replace(checkpoint, files=shared))
+    return checkpoint and replace(checkpoint, files={**checkpoint.files, **context.scatter(own)})
 
 
 def checkpoint_names(store: Store) -> list[str]:

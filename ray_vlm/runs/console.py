@@ -22,9 +22,10 @@ _T = TypeVar("_T")
 
 
 class Progress:
-    """The progress of work of `total` units. `what`: the start of each line; `clock`: returns seconds."""
+    """The progress of work of `total` units, None if it is not known. `what`: the start of each line; `clock`: returns
+    seconds."""
 
-    def __init__(self, what: str, total: int, unit: str = "rows", clock: Callable[[], float] = time.monotonic):
+    def __init__(self, what: str, total: int | None, unit: str = "rows", clock: Callable[[], float] = time.monotonic):
         self._what, self._total, self._unit, self._clock = what, total, unit, clock
         self._started = clock()
         self._due = self._started + _FIRST_S
@@ -34,15 +35,18 @@ class Progress:
         """Record that `done` units are done; log a line if one is due, and at the end if there were lines before."""
         now = self._clock()
         spent = now - self._started
-        if done >= self._total:
+        if self._total is not None and done >= self._total:
             if self._shown:
                 PROGRESS.info(f"{self._what}: {done:,} {self._unit} in {format_duration(spent)}")
             self._shown = False
         elif now >= self._due:
             rate = done / spent
             speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-            left = f", {format_duration((self._total - done) / rate)} left" if done else ""
-            PROGRESS.info(f"{self._what}: {done:,} of {self._total:,} {self._unit}, {speed} a second{left}")
+            of, left = "", ""
+            if self._total is not None:
+                of = f" of {self._total:,}"
+                left = f", {format_duration((self._total - done) / rate)} left" if done else ""
+            PROGRESS.info(f"{self._what}: {done:,}{of} {self._unit}, {speed} a second{left}")
             self._shown = True
             self._due = now + max(_EVERY_S, spent / 10)
 

@@ -142,8 +142,11 @@ def find_run(output_dir: str, name: str | None, stem: str) -> RunPaths | None:
         ) from None
 
 
-def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command: list[str]) -> None:
-    """Write `job.yaml`, `resolved.json` and `run.json` before anything starts."""
+def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command: list[str], rows_version: int) -> None:
+    """Write `job.yaml`, `resolved.json` and `run.json` before anything starts.
+
+    `rows_version`: of the fingerprint of the training rows, by which a resumed run compares them.
+    """
     paths.job.write_text(job_text, encoding="utf-8")
     write_json(paths.resolved, job)
     packages = {name: installed_version(name) or "not installed" for name in _PACKAGES}
@@ -156,6 +159,7 @@ def start_manifest(paths: RunPaths, job: dict[str, Any], job_text: str, command:
             "versions": {"ray-vlm": __version__, "python": platform.python_version(), **packages},
             "git_commit": _git_commit(),
             "hardware": _hardware(),
+            "rows_version": rows_version,
             "attempts": [],
             "result": None,
         },

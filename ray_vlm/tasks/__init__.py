@@ -31,3 +31,8 @@ TASKS: dict[str, TaskModule] = {
     "gui_steps": gui_steps,
     "chat": chat,
 }
+
+
+def row_tags(task: str, record: object) -> tuple[str, ...]:
+    """Return the classes and conditions of a record for the task of that name; pairs and prompts have none."""
+    return TASKS[task].tags(record) if isinstance(record, SftRecord) else ()

@@ -19,7 +19,7 @@ from typing import Any
 from ray_vlm.data.preprocessing import own_settings
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.errors import RunError
-from ray_vlm.runs.checkpoints import Checkpoint, open_checkpoint, open_newest, sweep
+from ray_vlm.runs.checkpoints import Checkpoint, open_newest, sweep
 from ray_vlm.runs.manifest import check_own
 from ray_vlm.storage import Store
 
@@ -56,10 +56,15 @@ def begin_attempt(
     token = context.broadcast(uuid.uuid4().hex[:8])
     if context.ray:
         prove_storage(store, context, token)
-    if context.rank > 0:
-        number, name = context.broadcast((0, None))
-        checkpoint, folder = open_checkpoint(store, name) if name else (None, None)
-        return Attempt(number, token, _as_now(checkpoint), folder)
+    number = context.broadcast(_take_over(store, token, at_least, driver) if context.rank == 0 else 0)
+    checkpoint, folder = open_newest(store, context) or (None, None)
+    name = checkpoint.name if checkpoint else "no checkpoint"
+    logger.debug(f"attempt {number} of {context.world_size} workers resumes from {name}")
+    return Attempt(number, token, _as_now(checkpoint), folder)
+
+
+def _take_over(store: Store, token: str, at_least: int, driver: Mapping[str, Any] | None) -> int:
+    """Make the attempt with this token the owner of the run and return its number."""
     if driver is not None:
         _check_driver(store, driver)
     owner = json.loads(store.read(_OWNER) or b"{}")
@@ -67,11 +72,7 @@ def begin_attempt(
     store.write(_OWNER, json.dumps({"attempt": number, "token": token}).encode())
     with suppress(OSError):  # incomplete checkpoints are never used, so deleting them is optional
         sweep(store)
-    checkpoint, folder = open_newest(store) or (None, None)
-    name = checkpoint.name if checkpoint else None
-    logger.debug(f"attempt {number} of {context.world_size} workers resumes from {name or 'no checkpoint'}")
-    context.broadcast((number, name))
-    return Attempt(number, token, _as_now(checkpoint), folder)
+    return number
 
 
 def _as_now(checkpoint: Checkpoint | None) -> Checkpoint | None:
@@ -104,25 +105,46 @@ def _check_driver(store: Store, driver: Mapping[str, Any], wait_s: float = _SEE_
 
 
 def prove_storage(store: Store, context: DistributedContext, token: str, wait_s: float = _SEE_S) -> None:
-    """Have every rank write a file and read those of all others and of the driver. Raises `RunError` on all ranks."""
-    own, host = f".proof-{token}-{context.rank}", platform.node()
-    problems = context.all_gather((host, _problem(lambda: store.write(own, token.encode()))))
-    messages = [f"worker {r} on {h} cannot write to {store.address}: {p}" for r, (h, p) in enumerate(problems) if p]
+    """Prove that all ranks and the driver share one storage. Raises `RunError` on all ranks.
+
+    Every rank writes a file and reads those of the driver and of rank 0, and rank 0 lists the files of all. If every
+    rank looked for the file of every other one, 256 ranks would ask the storage 65,536 times.
+    """
+    folder, host = f".proof-{token}", platform.node()
+    problem = _problem(lambda: store.write(f"{folder}/{context.rank}", token.encode()))
+    written = context.gather((host, problem))
+    messages = [f"worker {r} on {h} cannot write to {store.address}: {p}" for r, (h, p) in enumerate(written) if p]
+    messages = context.broadcast(messages)  # every file is written now
     if not messages:
-        names = {".proof-" + f"{token}-{r}": f"worker {r} on {h}" for r, (h, _) in enumerate(problems)}
-        names["run.json"] = "the driver"
-        unseen = context.all_gather([who for name, who in names.items() if not _sees(store, name, wait_s)])
+        names = {"run.json": "the driver"} | ({f"{folder}/0": "worker 0"} if context.rank > 0 else {})
+        unseen = [who for name, who in names.items() if not _sees(store, name, wait_s)]
+        if context.rank == 0:
+            unseen += [f"worker {r} on {written[r][0]}" for r in _unlisted(store, folder, context.world_size, wait_s)]
         messages = [
-            f"worker {r} on {problems[r][0]} does not see what {who} wrote to {store.address}"
-            for r, missing in enumerate(unseen)
+            f"worker {r} on {written[r][0]} does not see what {who} wrote to {store.address}"
+            for r, missing in enumerate(context.gather(unseen))
             for who in missing
         ]
-    context.all_gather(None)  # a barrier: every rank has read all files before they are removed
-    if not _problem(lambda: store.read(own)):
-        store.remove(own)
+        messages = context.broadcast(messages)  # every rank has read the files now
+    if context.rank == 0 or messages:  # without messages all ranks share this folder
+        _problem(lambda: store.remove(folder))
     if messages:
         fix = "Give a run.output_dir on a file system that all nodes share and may write to, or s3://..."
         raise RunError([*messages, f"run.output_dir: {fix}"])
+
+
+def _unlisted(store: Store, folder: str, world_size: int, wait_s: float) -> list[int]:
+    """Return the ranks whose files are not in `folder` after `wait_s`."""
+    missing = list(range(world_size))
+
+    def all_there() -> bool:
+        nonlocal missing
+        listed = store.files(folder)
+        missing = [rank for rank in missing if str(rank) not in listed]
+        return not missing
+
+    _wait_until(all_there, wait_s)
+    return missing
 
 
 def _problem(do: Callable[[], Any]) -> str | None:
@@ -134,13 +156,16 @@ def _problem(do: Callable[[], Any]) -> str | None:
 
 
 def _sees(store: Store, name: str, wait_s: float) -> bool:
+    return _wait_until(lambda: store.read(name) is not None, wait_s)
+
+
+def _wait_until(is_true: Callable[[], bool], wait_s: float) -> bool:
+    """Return whether the condition comes true within `wait_s`. An error of the storage counts as not yet."""
     until = time.monotonic() + wait_s
     while True:
-        try:
-            if store.read(name) is not None:
+        with suppress(OSError):
+            if is_true():
                 return True
-        except OSError:
-            pass
         if time.monotonic() > until:
             return False
         time.sleep(0.5)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from ray_vlm.config.method import DpoMethod, GrpoMethod
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan, plan_sample
-from ray_vlm.data.records import Record
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import Stream
@@ -119,7 +118,7 @@ def build_inputs(
         method=job.method,
         builder=builder,
         batches=PlannedBatches(stream, spec.plan, collate, steps, clock, first, context.rank),
-        fetch_records=lambda: fetch_records(spec.train),
+        rows=spec.train,
         forwards=ForwardOptions(
             recompute=train.gradient_checkpointing,
             packing=plan_packing(job.method, job.lora, train.packing, builder.family, model.config),
@@ -158,21 +157,6 @@ def build_validation(
     job: JobConfig, spec: WorkerSpec, builder: SampleBuilder, context: DistributedContext
 ) -> Validation:
     """Return the method's validation of this rank's share of the eval rows."""
-    records = fetch_records(spec.eval) if spec.eval is not None else ()
-    chosen = [records[i] for i in plan_sample(len(records), job.evaluate.num_samples)]
-    share = chosen[context.rank :: context.world_size]
+    chosen = plan_sample(len(spec.eval), job.evaluate.num_samples) if spec.eval is not None else []
+    share = [spec.eval[i] for i in chosen[context.rank :: context.world_size]] if spec.eval is not None else []
     return VALIDATIONS[job.method.name](share, builder, job.evaluate, job.task.name, context)
-
-
-_FETCHED: dict[Any, tuple] = {}  # by Ray reference, because reading them takes about as long as a step
-
-
-def fetch_records(records: Any) -> Sequence[Record]:
-    """Return the records behind a Ray reference, or `records` if it is a tuple already."""
-    if isinstance(records, tuple):
-        return records
-    if records not in _FETCHED:
-        import ray
-
-        _FETCHED[records] = ray.get(records)
-    return _FETCHED[records]

@@ -1,6 +1,5 @@
 """The driver of a run: prepare the job, open the run folder, launch the workers, record how the run ended."""
 
-import hashlib
 import json
 import logging
 import signal
@@ -17,11 +16,11 @@ from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
-from ray_vlm.data.index import NONE_KNOWN
-from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
-from ray_vlm.data.row_replacement import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
+from ray_vlm.data.index import ROWS_VERSION, share_plan
+from ray_vlm.data.measure import NONE_KNOWN
+from ray_vlm.data.parts import Parts
+from ray_vlm.data.rows import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.data.splits import Parts
 from ray_vlm.data.stream import mean_bytes
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.logs import run_output
@@ -102,7 +101,7 @@ def train(
     with run_output(), log_to_file(paths, "driver" if job.cluster.num_workers else "rank-0"):
         with _refusals(paths):
             if not known and job.data.on_bad_row == "quarantine":
-                paths.store.write(SIZES_FILE, pack_sizes(prepared.train.records))
+                paths.store.write(SIZES_FILE, pack_sizes(prepared.train.file_sizes()))
             _write_bad_rows(prepared, paths)
             _write_balance(prepared, paths)
         logger.info(describe_plan(prepared, paths))
@@ -129,7 +128,7 @@ def describe_plan(prepared: Prepared, paths: RunPaths) -> str:
 def _start(prepared: Prepared, paths: RunPaths, job_text: str, command: list[str]) -> None:
     """Write the first files of a new run. If that fails, remove what was written so that the name is free again."""
     try:
-        start_manifest(paths, dump_job(prepared.job), job_text, command)
+        start_manifest(paths, dump_job(prepared.job), job_text, command, ROWS_VERSION)
     except OSError as error:
         with suppress(OSError):
             paths.store.remove("")
@@ -188,18 +187,18 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
 
 def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> None:
     """Launch the workers and record how the run ended."""
-    job = prepared.job
+    job, rows = prepared.job, prepared.train.records
     spec = WorkerSpec(
         job=dump_job(job),
         run=paths.address,
         sample_spec=prepared.spec,
-        plan=prepared.plan,
-        train=prepared.train.records,
+        plan=share_plan(prepared.plan, rows) if job.cluster.num_workers else prepared.plan,
+        train=rows,
         eval=prepared.eval.records if prepared.eval else None,
         attempt=last_attempt(paths),
         driver=this_process(),
-        rows=rows_fingerprint(prepared.train.records),
-        row_bytes=mean_bytes(prepared.train.records, load_sample_builder(prepared.spec).image_spec),
+        rows=prepared.train.fingerprint(_rows_version(paths)),
+        row_bytes=mean_bytes(rows, load_sample_builder(prepared.spec).image_spec),
         probe=prepared.probe,
         environment=read_environment(),
     )
@@ -226,6 +225,11 @@ def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> No
         )
 
 
+def _rows_version(paths: RunPaths) -> int:
+    """Return the version of the rows' fingerprint that the run began with."""
+    return json.loads(paths.run.read_text()).get("rows_version", 1)
+
+
 def _end(paths: RunPaths, status: str, result: dict[str, Any] | None, error: str) -> None:
     """Record how the run ended; `run.json` last, so that a run with status `finished` is complete.
 
@@ -243,18 +247,3 @@ def _end(paths: RunPaths, status: str, result: dict[str, Any] | None, error: str
         finish_manifest(paths, status, result, error)
         if summary := tell_attempts(json.loads(paths.run.read_text())["attempts"]):
             logger.info(summary)
-
-
-def rows_fingerprint(records: Sequence[Record]) -> str:
-    """Return a hash of the rows in the order of the plan's row numbers: ids, names and sizes of images, and answers."""
-    digest = hashlib.sha256()
-    for r in records:
-        names = [Path(i).name if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
-        if isinstance(r, SftRecord):
-            content: tuple = (sorted(r.truth.items()), sorted(r.context.items()))
-        elif isinstance(r, PreferenceRecord):
-            content = (r.prompt, r.chosen, r.rejected)
-        else:
-            content = (r.prompt, sorted(r.columns.items()))
-        digest.update(repr((r.id, r.row, names, r.sizes, content)).encode())
-    return digest.hexdigest()[:16]

@@ -96,13 +96,7 @@ def _train_in_ray(
         count = demand.cluster.least_workers
         logger.info(f"Ray is running; starting {count} worker{'' if count == 1 else 's'}")
         logger.debug(f"{layout.num_loaders} loaders of {layout.cpus_per_loader:g} CPUs for each worker")
-        spec = replace(
-            spec,
-            train=ray.put(spec.train),
-            eval=ray.put(spec.eval) if spec.eval is not None else None,
-            num_loaders=layout.num_loaders,
-            cpus_per_loader=layout.cpus_per_loader,
-        )
+        spec = replace(spec, num_loaders=layout.num_loaders, cpus_per_loader=layout.cpus_per_loader)
         check_own(paths.store)
         update_manifest(paths, cluster={k: v for k, v in ray.cluster_resources().items() if ":" not in k})
         paths.store.remove(STOP_FILE)

@@ -41,7 +41,7 @@ class Probe:
 def row_size(index: Index, row: int, builder: SampleBuilder) -> RowSize:
     """Return the token counts of one row for the memory estimate."""
     image, prompt, answer = (int(of[row]) for of in (index.image_tokens, index.prompt_tokens, index.answer_tokens))
-    answers = builder.row(index.records[row]).completions
+    answers = index.records.sample(builder, row).completions
     return RowSize(image, prompt, answer, max(map(len, answers), default=0))
 
 

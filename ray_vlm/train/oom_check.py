@@ -18,8 +18,8 @@ from ray_vlm.train.memory_plan import Probe
 
 def run_heaviest_batch(trainer: PlannedTrainer, probe: Probe, precision: Precision) -> str:
     """Run the batch and return a sentence on its memory. Raises `RunError` if it does not fit."""
-    records, model, device = trainer.inputs.fetch_records(), trainer.model, str(trainer.args.device)
-    rows = [trainer.builder.row(records[number]) for number in probe.rows]
+    model, device = trainer.model, str(trainer.args.device)
+    rows = [trainer.inputs.rows.sample(trainer.builder, number) for number in probe.rows]
     description = f"{len(rows)} rows of up to {probe.tokens:,} tokens"
     try:
         with _measure(model, device) as took:

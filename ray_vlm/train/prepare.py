@@ -10,12 +10,13 @@ from ray_vlm.config.data import Data
 from ray_vlm.config.method import AlignmentMethod, DpoMethod, GrpoMethod
 from ray_vlm.config.schema import JobConfig, Track
 from ray_vlm.data.balance import Balance, plan_balance
-from ray_vlm.data.index import NONE_KNOWN, Index
+from ray_vlm.data.index import Index
+from ray_vlm.data.measure import NONE_KNOWN
+from ray_vlm.data.parts import Parts, load_parts
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import changed_since
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import SampleSpec
-from ray_vlm.data.splits import Parts, load_parts, row_tags
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.options import check_options
 from ray_vlm.methods.reward_check import check_rewards
@@ -53,15 +54,13 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     assert parts.train is not None
     assert job.data.train is not None
     sources = [job.data.train, *job.data.mix]
-    weights = np.array([sources[record.source].weight for record in parts.train.records])
+    weights = np.array([source.weight for source in sources])[parts.train.sources]
     notes: list[str] = []
     if isinstance(job.method, GrpoMethod):
         notes = check_rewards(job_rewards(job.task.name, job.method, job.data.train, parts.train.labels))
     if isinstance(job.method, DpoMethod):
         _check_pairs(job.data, load_sample_builder(parts.spec))
-    balance = plan_balance(
-        [row_tags(job.task, record) for record in parts.train.records], weights, job.data, job.task.name != "detection"
-    )
+    balance = plan_balance(*parts.train.kinds, weights, job.data, job.task.name != "detection")
     spec = replace(parts.spec, token_weights=balance.token_weights)
     builder = load_sample_builder(spec)
     if job.train.memory is not None:

@@ -50,7 +50,8 @@ def start_worker(
             prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray)
             from ray_vlm.train.worker import train_worker
 
-            result = train_worker(job, spec, paths, context, attempt, stream, should_stop or watch(paths.store))
+            should_stop = should_stop or watch(paths.store, context.rank)
+            result = train_worker(job, spec, paths, context, attempt, stream, should_stop)
             if context.ray and context.rank == 0:
                 paths.write_result(result)
             return result

@@ -68,8 +68,13 @@ def ask_workers(store: Store) -> None:
     store.write(STOP_FILE, b"")
 
 
-def watch(store: Store) -> Callable[[], bool]:
-    """Return a function that returns whether `ask_workers` was called."""
+def watch(store: Store, rank: int) -> Callable[[], bool]:
+    """Return a function that returns on rank 0 whether `ask_workers` was called, and False on the other ranks.
+
+    The ranks agree after every step (`callbacks/preemption.py`), so one of them is enough to ask the storage.
+    """
+    if rank > 0:
+        return lambda: False
     last, requested = 0.0, False
 
     def wanted() -> bool:

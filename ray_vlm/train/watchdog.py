@@ -3,8 +3,8 @@
 A thread in each worker checks the worker's clock. If no phase started or ended for `cluster.stall_minutes`, it writes
 the worker's status and the stacks of its threads into `stalls/` of the run. The other workers wait for the stalled one,
 so they write theirs at about the same time; the lowest rank among them reads all statuses and writes a message on who
-is behind. Then the workers kill themselves, because no error can be raised in a thread that waits inside a library, and
-the driver reads the message. A stopped process writes no status and is reported as silent.
+is behind, for which the others wait. Then the workers kill themselves, because no error can be raised in a thread that
+waits inside a library, and the driver reads the message. A stopped process writes no status and is reported as silent.
 """
 
 import json
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "stalls"
 SENTENCE = ".stall.json"  # the message for the driver
 _NAMED = 8  # rows in a message
+_POLL_S = 0.2  # between looks for other workers' files
+_READ_S = 10.0  # for the lowest rank to read the statuses of all
 PHASE_LABELS = {
     "data": "waiting for rows",
     "collate": "making a batch",
@@ -149,23 +151,48 @@ class Watchdog:
     def report(self) -> None:
         """Write this worker's status; the lowest rank that wrote one also writes the message on who is behind."""
         status = self.stand()
-        name = f"{FOLDER}/attempt-{self.attempt.number}-rank-{status.rank}"
         with suppress(OSError):  # ending the worker helps even if nothing can be written
+            name = self._name(status.rank)
             self.store.write(f"{name}.txt", f"{status}\n\n{describe_stacks()}".encode())
             self.store.write(f"{name}.json", json.dumps(asdict(status)).encode())
             # the other workers write within the interval of their checks
-            statuses = self._read_all(time.monotonic() + 2 + min(10.0, self.limit_s / 2))
-            if status.rank == min([one.rank for one in statuses], default=status.rank):
-                text = describe_stall(statuses or [status], self.world_size, self.limit_s)
-                self.store.write(SENTENCE, json.dumps({"attempt": self.attempt.number, "text": text}).encode())
+            until = time.monotonic() + 2 + min(10.0, self.limit_s / 2)
+            if status.rank > 0 and self._wait_for_message(until):
+                return
+            ranks = self._wait_for_statuses(until)
+            if status.rank > min(ranks, default=status.rank):
+                self._wait_for_message(time.monotonic() + _READ_S)
+                return
+            text = describe_stall(self._read_all(ranks) or [status], self.world_size, self.limit_s)
+            self.store.write(SENTENCE, json.dumps({"attempt": self.attempt.number, "text": text}).encode())
 
-    def _read_all(self, until: float) -> list[WorkerStatus]:
+    def _name(self, rank: int) -> str:
+        return f"{FOLDER}/attempt-{self.attempt.number}-rank-{rank}"
+
+    def _read_all(self, ranks: Sequence[int]) -> list[WorkerStatus]:
+        contents = [self.store.read(f"{self._name(rank)}.json") for rank in ranks]
+        entries = [json.loads(data) for data in contents if data is not None]
+        return [WorkerStatus(**{**entry, "rows": tuple(entry["rows"])}) for entry in entries]
+
+    def _wait_for_message(self, until: float) -> bool:
+        """Return whether a lower rank has written the message by then: it alone reads all statuses, and if this worker
+        ended before, the driver would end that one too."""
         while True:
-            names = [f"{FOLDER}/attempt-{self.attempt.number}-rank-{rank}.json" for rank in range(self.world_size)]
-            entries = [json.loads(data) for name in names if (data := self.store.read(name)) is not None]
-            if len(entries) == self.world_size or time.monotonic() > until:
-                return [WorkerStatus(**{**entry, "rows": tuple(entry["rows"])}) for entry in entries]
-            time.sleep(0.2)
+            with suppress(ValueError):
+                if json.loads(self.store.read(SENTENCE) or b"{}").get("attempt") == self.attempt.number:
+                    return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(_POLL_S)
+
+    def _wait_for_statuses(self, until: float) -> list[int]:
+        """Return the ranks that have written a status, once all have or the time is over."""
+        while True:
+            listed = {f"{FOLDER}/{name}" for name in self.store.files(FOLDER)}
+            ranks = [rank for rank in range(self.world_size) if f"{self._name(rank)}.json" in listed]
+            if len(ranks) == self.world_size or time.monotonic() > until:
+                return ranks
+            time.sleep(_POLL_S)
 
 
 def watch_worker(
@@ -179,7 +206,7 @@ def watch_worker(
     """Return the watchdog of this rank. Without Ray it only prints the message: the user can press Ctrl-C."""
     clock, batches = trainer.clock, trainer.inputs.batches
     # Now, because the object store may not answer in a stall.
-    records = trainer.inputs.fetch_records()
+    records = trainer.inputs.rows
     # Each forward pass is progress, so a long validation is no stall.
     trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: clock.tick())
 

@@ -6,13 +6,13 @@ stream of batches before.
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.records import Record
+from ray_vlm.data.rows import Rows
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.stream import Stream
 from ray_vlm.distributed import DistributedContext
@@ -111,17 +111,14 @@ def train_worker(  # recipe
         return {
             "steps": steps,
             "num_steps": plan.num_steps,
-            **_summarise(callbacks, run.progress, inputs.fetch_records),
+            **_summarise(callbacks, run.progress, spec.train),
         }
 
 
-def _summarise(
-    callbacks: RunCallbacks, progress: Progress, fetch_records: Callable[[], Sequence[Record]]
-) -> dict[str, Any]:
+def _summarise(callbacks: RunCallbacks, progress: Progress, rows: Rows) -> dict[str, Any]:
     """Return the result of the run except its steps."""
     stop = callbacks.preemption
     summary: dict[str, Any] = {"best": progress.best, "stopped": stop.stopped, "leaving": stop.leaving}
     if lost := callbacks.checkpoints.gather_lost_rows():
-        records = fetch_records()
-        summary["lost_rows"] = [(str(records[gone].id), str(records[other].id)) for gone, other in lost]
+        summary["lost_rows"] = [(str(rows[gone].id), str(rows[other].id)) for gone, other in lost]
     return summary

@@ -7,13 +7,14 @@ from ray_vlm.cluster.environment import Environment
 from ray_vlm.config.load import dump_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.plan import Plan
+from ray_vlm.data.rows import Rows
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.train.memory_plan import Probe
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """All that a worker needs. `train` and `eval` are tuples of records, or Ray references to them.
+    """All that a worker needs. `train` and `eval` are the rows of the index.
 
     `run`: address of the run. `attempt`: its number, as the driver counts. `driver`: the process that drives the run.
     `rows`: fingerprint of `train`. `row_bytes`: mean size of a row's pixels. `probe`: the batch to run before the first
@@ -24,8 +25,8 @@ class WorkerSpec:
     run: str
     sample_spec: SampleSpec
     plan: Plan
-    train: Any
-    eval: Any
+    train: Rows
+    eval: Rows | None
     num_loaders: int = 1
     cpus_per_loader: float = 1.0
     attempt: int = 1

@@ -27,7 +27,7 @@ from ray_vlm.config.load import dump_job, fill_defaults, load_job, load_resolved
 from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume, touches
 from ray_vlm.config.schema import JobConfig, Tune
-from ray_vlm.data.splits import load_parts
+from ray_vlm.data.parts import load_parts
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.evaluate.export import export_run, kind_of
 from ray_vlm.evaluate.run import evaluate

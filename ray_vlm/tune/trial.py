@@ -19,7 +19,7 @@ import yaml
 from ray_vlm.cluster.environment import Environment
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.splits import Parts
+from ray_vlm.data.parts import Parts
 from ray_vlm.errors import Interrupted, RunError
 from ray_vlm.models.out_of_memory import NO_ROOM
 from ray_vlm.runs.keys import split_key

@@ -99,7 +99,7 @@ def test_what_the_validator_refuses_ends_the_run(
     prepared = driver.prepare(job)
     shutil.rmtree(folder / "eval")
     paths = driver.claim_run(str(tmp_path / "runs"), "refused", "x")
-    driver.start_manifest(paths, {}, "", [])
+    driver.start_manifest(paths, {}, "", [], rows_version=2)
     with pytest.raises(DataError, match="eval"):
         driver._run(prepared, paths)
 

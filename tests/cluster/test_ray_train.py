@@ -60,7 +60,7 @@ def test_a_worker_that_fails_is_reported_with_its_cause(ray_cluster, job_file, s
     prepared = driver.prepare(job)
     (folder / "train" / "00005.jpg").unlink()  # gone after the index was made
     paths = driver.claim_run(str(tmp_path / "runs"), "broken", "x")
-    driver.start_manifest(paths, {}, "", [])
+    driver.start_manifest(paths, {}, "", [], rows_version=2)
     with pytest.raises(DataError, match=r"row 5 \(id 5\).*00005\.jpg"):
         driver._run(prepared, paths)
 

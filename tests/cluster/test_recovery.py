@@ -178,7 +178,7 @@ def test_ray_may_restart_the_workers_by_itself(ray_cluster, small: Path, tmp_pat
 
     prepared = prepare(load_job(small))
     paths = claim_run(str(tmp_path / "runs"), "own", "x")
-    start_manifest(paths, dump_job(prepared.job), "", [])
+    start_manifest(paths, dump_job(prepared.job), "", [], rows_version=2)
     spec = WorkerSpec(dump_job(prepared.job), paths.address, prepared.spec, prepared.plan, (), None)
     spec = replace(spec, train=prepared.train.records)
     run = RunConfig(name="own", storage_path=str(tmp_path / "ray"), failure_config=FailureConfig(max_failures=1))

@@ -145,14 +145,13 @@ def test_the_reference_is_asked_once_and_never_served_stale(dpo_job, tmp_path: P
 
 def test_a_changed_image_or_answer_is_another_reference(dpo_job, tmp_path: Path) -> None:
     from ray_vlm.methods.reference import ReferenceSource, describe_reference
-    from ray_vlm.train.driver import rows_fingerprint
 
     job = load_job(dpo_job(method={"precompute_ref_log_probs": True}))
 
     def describe() -> dict[str, Any]:
         prepared = prepare(job)
         records = prepared.train.records
-        source = ReferenceSource(prepared.job.model, prepared.job.train.precision, "base", rows_fingerprint(records))
+        source = ReferenceSource(prepared.job.model, prepared.job.train.precision, "base", prepared.train.fingerprint())
         return describe_reference(source, load_sample_builder(prepared.spec), records)
 
     before = describe()

@@ -13,7 +13,7 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Evaluate, Model
 from ray_vlm.config.task import DetectionTask
 from ray_vlm.data.collate import collate
-from ray_vlm.data.index import build_index
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.distributed import DistributedContext

@@ -9,7 +9,7 @@ import pytest
 from ray_vlm.cli import main
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.load import load_job
-from ray_vlm.data.index import build_index
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.preprocessing import changed_since
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import sample_spec

@@ -252,14 +252,15 @@ def test_a_step_without_a_trained_token_stops_the_run(job_file, monkeypatch: pyt
     import numpy as np
 
     from ray_vlm.data import samples
+    from ray_vlm.data.spec import IGNORED
 
-    real = samples.SampleBuilder.train_row
+    real = samples.SampleBuilder.sample
 
-    def masked(self: Any, record: Any) -> Any:
-        row = real(self, record)
-        return replace(row, labels=np.full_like(row.labels, samples.IGNORED))
+    def masked(self: Any, *args: Any) -> Any:
+        row = real(self, *args)
+        return replace(row, labels=np.full_like(row.labels, IGNORED))
 
-    monkeypatch.setattr(samples.SampleBuilder, "train_row", masked)
+    monkeypatch.setattr(samples.SampleBuilder, "sample", masked)
     with pytest.raises(Exception, match="not one token of the global batch is trained"):
         _train(job_file())
 
@@ -341,10 +342,10 @@ def test_a_run_that_lost_rows_goes_on_without_their_files(
     job_file, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images deleted while training: their places are taken, counted over all attempts, and kept when it is resumed."""
-    from ray_vlm.data import row_replacement
+    from ray_vlm.data import rows as data_rows
     from ray_vlm.train import driver
 
-    monkeypatch.setattr(row_replacement, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(data_rows, "WAITS_S", (0.0, 0.0))
     copy = tmp_path / "scenes"
     shutil.copytree(scenes, copy)
     images = [image["file_name"] for image in json.loads((copy / "train.json").read_text())["images"]]
@@ -365,12 +366,14 @@ def test_a_run_that_lost_rows_goes_on_without_their_files(
     _stop_after(monkeypatch, 7)
     with pytest.raises(Interrupted):
         _train(path, "run.name=stopped")
+    shutil.rmtree(undisturbed.root.parent / ".index")  # it is made again from what the run has kept
     paths = _train(path, "run.name=stopped", resume=True)
     assert _steps(paths) == _steps(undisturbed)
     lost_rows, expected = (json.loads(p.run.read_text())["result"]["lost_rows"] for p in (paths, undisturbed))
     assert lost_rows == expected
     assert len(lost_rows) == 9
     assert not paths.bad_rows.exists(), "they are no bad rows of this run: they were good when it began"
-    (paths.root / row_replacement.SIZES_FILE).write_bytes(b"PAR1")
+    (paths.root / data_rows.SIZES_FILE).write_bytes(b"PAR1")
+    shutil.rmtree(undisturbed.root.parent / ".index")
     with pytest.raises(RunError, match="other rows"):
         _train(path, "run.name=stopped", "train.num_epochs=2", resume=True)

@@ -35,7 +35,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, scenes: Path, tiny_models: dic
         sections = {
             "model": {"name": tiny_models["qwen3_vl"], "load_in_4bit": False},
             "lora": {"rank": 4, "alpha": 8, "dropout": 0.2},
-            "data": rows,
+            "data": {**rows, "index_dir": str(folder / "index")},  # files on a small disk would stay mapped
             "train": train | {"precision": "fp32", "gradient_checkpointing": False},
             "checkpoint": {"every_steps": 2},
             "evaluate": {"every_steps": 3, "num_samples": 4, "max_new_tokens": 4},

@@ -206,7 +206,7 @@ def test_quarantined_rows_are_written_down_and_counted(job_file, scenes: Path, t
     error = capsys.readouterr().err
     assert "row 3 (id 3): image file is missing" in error
     assert "on_bad_row=quarantine" in error
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "run").exists()
     assert main(["train", str(path), "data.on_bad_row=quarantine", "train.max_steps=1"]) == 0
     lines = (tmp_path / "runs" / "run" / "bad_rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == [3]
@@ -232,7 +232,7 @@ def test_dry_run_shows_plan_and_trained_tokens(job_file, tmp_path: Path, capsys)
     assert "steps 3, 7 an epoch" in out
     assert "[[```json" in out
     assert out.index("rows 50") < out.index("# all settings") < out.index("learning_rate:"), "the plan comes first"
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 def test_early_stopping_stops(job_file, scenes: Path) -> None:
@@ -328,10 +328,10 @@ def test_an_image_that_is_gone_is_counted(
     """Deleted between the check of the rows and their step: the run ends with as many steps, and says so."""
     import shutil
 
-    from ray_vlm.data import row_replacement
+    from ray_vlm.data import rows as data_rows
     from ray_vlm.train import driver
 
-    monkeypatch.setattr(row_replacement, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(data_rows, "WAITS_S", (0.0, 0.0))
     copy = tmp_path / "scenes"
     shutil.copytree(scenes, copy)
     launch = driver.launch

@@ -12,7 +12,7 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model
 from ray_vlm.config.task import DetectionTask
 from ray_vlm.data.collate import collate
-from ray_vlm.data.index import build_index
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import IGNORED, SampleSpec
 from ray_vlm.runs.monitor import read_metrics

@@ -146,9 +146,9 @@ def test_a_module_that_is_gone_is_seen(text: str, missing: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "missing"),
     [
-        ("`data/index.py` (`build_index`, `gone`)", ["data/index.py: gone"]),
+        ("`data/index.py` (`join_rows`, `gone`)", ["data/index.py: gone"]),
         ("(`data/index.py`,\n  `gone`)", ["data/index.py: gone"]),
-        ("`ray_vlm.data.index.build_index`, `ray_vlm.data.gone`", ["ray_vlm.data.gone"]),
+        ("`ray_vlm.data.index.join_rows`, `ray_vlm.data.gone`", ["ray_vlm.data.gone"]),
     ],
 )
 def test_a_name_that_is_gone_is_seen(text: str, missing: list[str]) -> None:

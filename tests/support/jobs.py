@@ -5,6 +5,12 @@ from typing import Any
 
 import yaml
 
+from ray_vlm.cluster.preflight import build_demand
+from ray_vlm.config.data import Data
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.parts import Indexer, build_indexer
+from ray_vlm.data.spec import SampleSpec, sample_spec
+
 
 def write_job(folder: Path, scenes: Path, model: str, /, **sections: Any) -> Path:
     """Write `job.yaml` to `folder`: three steps of LoRA on drawn scenes in this process, runs under `folder/runs`.
@@ -26,3 +32,9 @@ def write_job(folder: Path, scenes: Path, model: str, /, **sections: Any) -> Pat
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job))
     return path
+
+
+def check_inputs(job: JobConfig) -> tuple[Data, SampleSpec, Indexer]:
+    """What `check_sources` takes of a job."""
+    indexer = build_indexer(job.data, job.run.output_dir, job.task.name, build_demand(job))
+    return job.data, sample_spec(job), indexer

@@ -29,7 +29,7 @@ DETECTED_S = 4.5  # what the health checks below come to: three of half a second
 _HEALTH = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
 _START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 _START += ["--object-store-memory=200000000"]
-_HEAD = "10.79.0.10"
+HEAD = "10.79.0.10"
 
 
 @dataclass
@@ -87,18 +87,10 @@ def write_job(folder: Path, steps: int) -> Path:
 def start_scene(folder: Path, steps: int, nodes: int = 2) -> Iterator[Scene]:
     """Start a cluster with the run on its head, and wait until shortly after its first checkpoint."""
     job = write_job(folder, steps)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    env |= {f"RAY_health_check_{name}": str(value) for name, value in _HEALTH.items()}
-    env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
-    env["RAY_worker_niceness"] = "0"
-    env |= {"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(ROOT)}
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env = cluster_env() | {f"RAY_health_check_{name}": str(value) for name, value in _HEALTH.items()}
     with start_hosts([head(), *(node(i + 1) for i in range(nodes))], env, folder) as hosts:
-        env["RAY_ADDRESS"] = f"{_HEAD}:6379"
-        until = time.monotonic() + 120
-        while count_nodes(hosts, env) < nodes + 1:
-            assert time.monotonic() < until, "\n".join(log.read_text()[-800:] for log in folder.glob("rvh*.log"))
-            time.sleep(1)
+        env["RAY_ADDRESS"] = f"{HEAD}:6379"
+        wait_nodes(hosts, env, nodes + 1, folder)
         command = [sys.executable, "-m", "ray_vlm", "train", str(job), "--resume"]
         scene = Scene(hosts, env, RunPaths(folder / "run"), _launch(hosts, env, command, folder))
         try:
@@ -109,14 +101,33 @@ def start_scene(folder: Path, steps: int, nodes: int = 2) -> Iterator[Scene]:
             scene.process.wait()
 
 
-def head() -> list[str]:
+def cluster_env() -> dict[str, str]:
+    """Return the environment of a cluster on hosts, and of the commands on it."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+    env["RAY_worker_niceness"] = "0"
+    env |= {"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(ROOT)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    return env
+
+
+def head(cpus: int = 0) -> list[str]:
     """Return the command of the first host."""
-    return [*_START, "--head", "--port=6379", "--num-cpus=0", f"--node-ip-address={_HEAD}", f"--dashboard-host={_HEAD}"]
+    own = [f"--num-cpus={cpus}", f"--node-ip-address={HEAD}", f"--dashboard-host={HEAD}"]
+    return [*_START, "--head", "--port=6379", *own]
 
 
-def node(number: int) -> list[str]:
-    """Return the command of another host: room for one worker, and one CPU that reads images."""
-    return [*_START, f"--address={_HEAD}:6379", "--num-cpus=3", f"--node-ip-address=10.79.0.{10 + number}"]
+def node(number: int, cpus: int = 3) -> list[str]:
+    """Return the command of another host: by default room for one worker, and one CPU that reads images."""
+    return [*_START, f"--address={HEAD}:6379", f"--num-cpus={cpus}", f"--node-ip-address=10.79.0.{10 + number}"]
+
+
+def wait_nodes(hosts: Hosts, env: dict[str, str], count: int, logs: Path) -> None:
+    """Wait until the head reports so many living nodes. `logs`: the folder with the output of the hosts."""
+    until = time.monotonic() + 120
+    while count_nodes(hosts, env) < count:
+        assert time.monotonic() < until, "\n".join(log.read_text()[-800:] for log in logs.glob("rvh*.log"))
+        time.sleep(1)
 
 
 def _launch(hosts: Hosts, env: dict[str, str], command: list[str], folder: Path) -> subprocess.Popen:
@@ -125,7 +136,7 @@ def _launch(hosts: Hosts, env: dict[str, str], command: list[str], folder: Path)
 
 
 def _ask(hosts: Hosts, env: dict[str, str], code: str) -> str:
-    code = f"import ray; ray.init(address='{_HEAD}:6379', logging_level='ERROR', log_to_driver=False); {code}"
+    code = f"import ray; ray.init(address='{HEAD}:6379', logging_level='ERROR', log_to_driver=False); {code}"
     words = hosts[0].words([sys.executable, "-c", code])
     return subprocess.run(words, env=env, capture_output=True, text=True, timeout=60).stdout.strip()
 
@@ -198,7 +209,7 @@ def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, An
     """Drain a node with a notice and kill it when the notice is over."""
     with start_scene(folder, steps) as scene:
         code = "print([n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == '10.79.0.12'][0])"
-        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", f"{_HEAD}:6379"]
+        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", f"{HEAD}:6379"]
         drain += ["--node-id", _ask(scene.hosts, scene.env, code).split()[-1], "--reason-message", "spot"]
         drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(notice_s)]
         done = subprocess.run(scene.hosts[0].words(drain), env=scene.env, capture_output=True, text=True)

@@ -42,6 +42,7 @@ def tiny_job(folder: Path, family: str, case: tuple) -> JobConfig:
 def compare(job: JobConfig) -> tuple[float, float, float]:
     """Return bytes above the loaded model: measured, predicted, and by four times the weights."""
 
+    from ray_vlm.data.rows import ListedRows
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.data.stream import StreamSpec, stream_local
     from ray_vlm.distributed import DistributedContext
@@ -57,7 +58,7 @@ def compare(job: JobConfig) -> tuple[float, float, float]:
     spec = WorkerSpec(dump_job(job), job.run.output_dir, prepared.spec, plan, records, None)
     args, model = build_args(job, spec), load_base(job, builder, context)
     last = plan.num_steps * plan.accumulation
-    stream = stream_local(StreamSpec(records, prepared.spec, plan, 0, 0, last, 4e6, False))
+    stream = stream_local(StreamSpec(ListedRows(records), prepared.spec, plan, 0, 0, last, 4e6, False))
     trainer = load_method(job.method.name)(model, args, build_inputs(job, spec, model, args, builder, context, stream))
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train()

@@ -8,11 +8,11 @@ import pytest
 
 from ray_vlm.data.inspect.check import check_sources
 from ray_vlm.data.sources.formats import read_rows
-from ray_vlm.data.spec import sample_spec
 from tests.support.fuzz.attempts import KINDS, run_kind
 from tests.support.fuzz.exports import TOOLS, write_images
 from tests.support.fuzz.inputs import make_job, write_base
 from tests.support.fuzz.mutations import break_bytes, break_tree
+from tests.support.jobs import check_inputs
 
 COUNTS = {"rows": 100, "jobs": 150, "spaces": 50, "completions": 60, "images": 100, "adapters": 20, "exif": 100}
 
@@ -57,7 +57,7 @@ def test_what_a_tool_writes_is_whole(tool: str, tmp_path: Path) -> None:
     write_images(tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps(TOOLS[tool]()))
     job = make_job(model, "coco", {"path": str(tmp_path / "rows.json"), "format": "coco"})
-    (check,) = check_sources(job.data, sample_spec(job))
+    (check,) = check_sources(*check_inputs(job))
     assert (check.usable, check.bad, check.problems) == (4, (), ())
     assert all("crowd" in note for note in check.notes)
     assert job.data.train is not None

@@ -1,7 +1,7 @@
 """Check every row of every source of a job for `ray-vlm data check`, before a run reads it.
 
-Rows pass the checks of the index (`index.py`): header, end-of-file marker, boxes, labels, tokens. A bad row, a source
-without a good one, and a file that cannot be used do not stop the check.
+Rows are those of the index: header, end-of-file marker, boxes, labels and tokens are checked when it is built. A bad
+row, a source without a good one, and a file that cannot be used do not stop the check.
 """
 
 import json
@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.task import labels_of
 from ray_vlm.data.images import FETCH_AGAIN, decode
-from ray_vlm.data.index import count_row, measure_row
+from ray_vlm.data.index import Index, join_rows, tag_kinds, write_part
+from ray_vlm.data.parts import Indexer, ReadSource, all_of
 from ray_vlm.data.records import BadRow, Record
-from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.data.sources.formats import read_source
 from ray_vlm.data.spec import SampleSpec
-from ray_vlm.data.suspicions import find_suspicions, tell_unused
+from ray_vlm.data.suspicions import tell_unused
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
 from ray_vlm.runs.console import track
@@ -63,16 +62,6 @@ class SourceCheck:
         return not self.bad and not self.problems
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A source's rows and declared labels, or the reasons why there are none."""
-
-    rows: Sequence[Record | BadRow]
-    labels: Sequence[str]
-    problems: tuple[str, ...]
-    seconds: float
-
-
 def _named_sources(data: Data) -> dict[str, Source]:
     """Return the sources with files, by setting. A share of the training rows is not a separate source."""
     sources = {"train": data.train, **{f"mix[{i}]": source for i, source in enumerate(data.mix)}}
@@ -80,7 +69,7 @@ def _named_sources(data: Data) -> dict[str, Source]:
     return {name: source for name, source in sources.items() if source is not None and source.ratio is None}
 
 
-def check_sources(data: Data, spec: SampleSpec, decode_images: bool = False) -> Iterator[SourceCheck]:
+def check_sources(data: Data, spec: SampleSpec, indexer: Indexer, decode_images: bool = False) -> Iterator[SourceCheck]:
     """Check every source in turn, unusable ones first, and yield each result as soon as it is done.
 
     `spec`: the job's, to which the class names of the data are added here. `decode_images`: also decode every image
@@ -88,56 +77,49 @@ def check_sources(data: Data, spec: SampleSpec, decode_images: bool = False) -> 
     are in the results.
     """
     sources = _named_sources(data)
-    read = {name: _read(source) for name, source in sources.items()}
-    for name, source in list(sources.items()):
-        if not read[name].rows:  # before anything slow is loaded
-            problems = read[name].problems or (f"{source.path}: it has no rows.",)
-            yield SourceCheck(name, source.path, 0, 0, (), read[name].seconds, problems)
-            del sources[name]
-    if not sources:
-        return
-    training = [r for name, r in read.items() if name == "train" or name.startswith("mix")]
-    labels = [label for r in training for label in r.labels] or [label for r in read.values() for label in r.labels]
-    builder = load_sample_builder(spec.with_labels(labels))
-    unused: list[str] = []
-    if training and not labels_of(spec.task):
-        unused = tell_unused(labels, (row for r in read.values() for row in r.rows))
-
-    def measure(row: Record | BadRow) -> Record | BadRow:
-        measured = measure_row(row, data)
-        return _undecodable(measured) or measured if decode_images else measured
-
+    read: dict[str, ReadSource] = {}
+    seconds: dict[str, float] = {}
     for name, source in sources.items():
-        started, rows = time.monotonic(), read[name].rows
-        with ThreadPoolExecutor(_THREADS) as pool:
-            measured = track(pool.map(measure, rows), f"checking the rows of {source.path}", len(rows))
-            usable: list[Record] = []
-            bad: list[BadRow] = []
-            for row in measured:
-                counted = row if isinstance(row, BadRow) else count_row(row, builder, data.max_tokens)
-                if isinstance(counted, BadRow):
-                    bad.append(counted)
-                elif not isinstance(row, BadRow):
-                    usable.append(row)
-        notes = find_suspicions(source, rows, usable, read[name].labels, data.on_bad_box)
-        notes += unused if name == "train" else []
-        seconds = read[name].seconds + time.monotonic() - started
-        yield SourceCheck(name, source.path, len(rows), len(usable), tuple(bad), seconds, notes=tuple(notes))
+        started = time.monotonic()
+        try:
+            read[name] = indexer.read(source)
+            problems = [] if len(read[name]) else [f"{source.path}: it has no rows."]
+        except DataError as error:
+            problems = error.problems
+        seconds[name] = time.monotonic() - started
+        if problems:  # before anything slow is loaded
+            read.pop(name, None)
+            yield SourceCheck(name, source.path, 0, 0, (), seconds[name], tuple(problems))
+    if not read:
+        return
+    training = [rows for name, rows in read.items() if name == "train" or name.startswith("mix")]
+    labels = [label for rows in training or read.values() for label in rows.shards.labels]
+    spec = spec.with_labels(labels)
+    unused: list[str] = []
+    if training and not labels_of(spec.task) and spec.task.name == "detection":
+        shards = (shard for rows in read.values() for shard in rows.open())
+        unused = tell_unused(labels, {tag for kind in tag_kinds(shards, "tags_read")[0] for tag in kind})
+    for name, rows in read.items():
+        started, path = time.monotonic(), rows.source.path
+        part = indexer.part(all_of(rows), spec)
+        joined = join_rows(part, data.max_tokens)
+        bad = list(joined.bad)
+        if decode_images and len(joined.positions):
+            bad += _find_undecodable(write_part(joined), path)
+        notes = [*part.notes, *(unused if name == "train" else [])]
+        took = seconds[name] + time.monotonic() - started
+        yield SourceCheck(name, path, len(rows), len(rows) - len(bad), tuple(bad), took, notes=tuple(notes))
 
 
-def _read(source: Source) -> _Read:
-    started = time.monotonic()
-    try:
-        rows, labels = read_source(source)
-    except DataError as error:
-        return _Read([], [], tuple(error.problems), time.monotonic() - started)
-    return _Read(rows, labels, (), time.monotonic() - started)
+def _find_undecodable(index: Index, path: str) -> list[BadRow]:
+    """Return the usable rows that have an image which cannot be decoded."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        checked = track(pool.map(_undecodable, index.records), f"decoding the images of {path}", len(index))
+        return [bad for bad in checked if bad is not None]
 
 
-def _undecodable(row: Record | BadRow) -> BadRow | None:
+def _undecodable(row: Record) -> BadRow | None:
     """Return a `BadRow` if one of a row's images cannot be decoded, else None."""
-    if isinstance(row, BadRow):
-        return None
     for image, size in zip(row.images, row.sizes, strict=True):
         name = f" ({image})" if isinstance(image, str) else ""
         try:

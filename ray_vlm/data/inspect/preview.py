@@ -81,18 +81,23 @@ class Chosen:
     share: float = 0.0
 
 
-def choose_rows(tags: Sequence[tuple[str, ...]], count: int) -> Chosen:
+def choose_rows(kinds: Sequence[tuple[str, ...]], kind_of: np.ndarray, count: int) -> Chosen:
     """Choose `count` evenly spaced rows. The rarest tag gets its share of them, and at least a third if that many rows
-    have it."""
-    rows = Counter(tag for row_tags in tags for tag in set(row_tags))
+    have it.
+
+    `kinds`: the distinct tuples of tags; `kind_of`: `int [rows]`, the position of each row's tags among them.
+    """
+    rows = Counter[str]()
+    for kind, number in zip(kinds, np.bincount(kind_of, minlength=len(kinds)).tolist(), strict=True):
+        rows.update(dict.fromkeys(kind, number))
     if len(rows) < 2:
-        return Chosen(tuple(_spaced(np.arange(len(tags)), count)))
+        return Chosen(tuple(_spaced(np.arange(len(kind_of)), count)))
     rarest = min(rows, key=lambda tag: (rows[tag], tag))
-    share = rows[rarest] / len(tags)
-    having = np.array([rarest in row_tags for row_tags in tags])
+    share = rows[rarest] / len(kind_of)
+    having = np.isin(kind_of, [number for number, kind in enumerate(kinds) if rarest in kind])
     picked = _spaced(np.flatnonzero(having), max(-(-count // 3), round(share * count)))
     others = _spaced(np.flatnonzero(~having), count - len(picked))
-    if missing := min(count, len(tags)) - len(picked) - len(others):  # too few of the others
+    if missing := min(count, len(kind_of)) - len(picked) - len(others):  # too few of the others
         picked = _spaced(np.flatnonzero(having), len(picked) + missing)
     return Chosen(tuple(sorted([*picked, *others])), rarest, len(picked), share)
 

@@ -19,9 +19,9 @@ from ray_vlm.data.balance import plan_balance
 from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.index import Index
 from ray_vlm.data.inspect.check import plain, shorten
+from ray_vlm.data.parts import load_parts
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
-from ray_vlm.data.splits import load_parts, row_tags
 from ray_vlm.runs.plot import BLUE, GREY, INK, ORANGE, make_panels, picture_style, save
 from ray_vlm.runs.text import format_table
 from ray_vlm.tasks.classification import centre_of, region_of
@@ -77,11 +77,11 @@ def measure_rows(job: JobConfig) -> Stats:
     assert train is not None
     builder = load_sample_builder(parts.spec)
     spec = builder.image_spec
-    regions = [region for record in train.records for region in labelled_regions(record)]
+    regions = [region for record in train.with_regions() for region in labelled_regions(record)]
     boxes = [(region, size) for _, region, size in regions if len(region) == 4]
     sides = np.array([[b[2] - b[0], b[3] - b[1]] for b, _ in boxes], np.float64).reshape(-1, 2)
     box_images = np.array([size for _, size in boxes], np.int64).reshape(-1, 2)
-    images = np.array([size for record in train.records for size in record.sizes], np.int64).reshape(-1, 2)
+    images, _ = train.image_sizes()
     tokens = {"image": train.image_tokens, "prompt": train.prompt_tokens, "answer": train.answer_tokens}
     region_counts: dict[str, Counter[str]] = defaultdict(Counter)
     for tag, region, size in regions:
@@ -96,7 +96,7 @@ def measure_rows(job: JobConfig) -> Stats:
         resized_images=_resized(images, spec),
         boxes=sides,
         resized_boxes=sides * _resized(box_images, spec) / np.maximum(box_images, 1),
-        without_object=_count_without_object(train.records) if job.task.name == "detection" else None,
+        without_object=_count_without_object(train) if job.task.name == "detection" else None,
         tokens={**tokens, "all": train.tokens},
         limits=_limits(train, sides, box_images, builder, job.data.max_tokens),
         cuts=tuple(_cut(train.tokens, quantile) for quantile in _QUANTILES),
@@ -122,20 +122,26 @@ def labelled_regions(record: Record) -> Iterator[tuple[str, Sequence[float], tup
         yield "in the text", box, record.sizes[image]
 
 
-def _count_without_object(records: Sequence[Record]) -> int | None:
-    """Return how many records have no box; None if they are pairs or prompts, whose boxes are only in their texts."""
-    truths = [record.truth for record in records if isinstance(record, SftRecord)]
-    return sum(not truth["boxes"] for truth in truths) if truths else None
+def _count_without_object(index: Index) -> int | None:
+    """Return how many rows of detection have no box; None if they are pairs or prompts, whose boxes are only in their
+    texts."""
+    kinds, kind_of = index.kinds
+    if not isinstance(index.records[0], SftRecord):
+        return None
+    return int(np.isin(kind_of, [number for number, kind in enumerate(kinds) if not kind]).sum())
 
 
 def _classes(data: Data, task: Task, index: Index) -> tuple[dict[str, Any], ...]:
-    tags = [row_tags(task, record) for record in index.records]
+    kinds, kind_of = index.kinds
     sources = [s for s in (data.train, *data.mix) if s is not None]
-    weights = np.array([sources[record.source].weight for record in index.records])
-    objects = Counter(tag for row_classes in tags for tag in row_classes)
+    weights = np.array([source.weight for source in sources])[index.sources]
+    objects = Counter[str]()
+    for kind, count in zip(kinds, np.bincount(kind_of, minlength=len(kinds)).tolist(), strict=True):
+        for tag in kind:
+            objects[tag] += count
     return tuple(
         {**entry, "objects": objects[entry["tag"]]}
-        for entry in plan_balance(tags, weights, data, task.name != "detection").table
+        for entry in plan_balance(kinds, kind_of, weights, data, task.name != "detection").table
     )
 
 
@@ -161,8 +167,7 @@ def _limits(
     """Return tokens and thin boxes for each `max_pixels`; texts are counted as they are now."""
     spec = builder.image_spec
     budgets = () if spec.stock else _BUDGETS  # with tiles, tokens do not follow from pixels
-    sizes = np.array([size for record in index.records for size in record.sizes], np.int64).reshape(-1, 2)
-    row_of = np.repeat(np.arange(len(index)), [len(record.sizes) for record in index.records])
+    sizes, row_of = index.image_sizes()
     out = []
     for limit in sorted({*(budget * spec.factor**2 for budget in budgets), spec.max_pixels}):
         other = replace(spec, max_pixels=limit, min_pixels=min(spec.min_pixels, limit))

@@ -8,7 +8,7 @@ from ray_vlm.config.data import Source
 from ray_vlm.data.image_paths import local_root, resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.sources.fields import control_character, is_empty, is_number, shown, word
-from ray_vlm.data.sources.tables import read_json
+from ray_vlm.data.sources.pieces import read_json
 from ray_vlm.data.suspicions import crowd_problem
 from ray_vlm.errors import DataError
 from ray_vlm.storage import is_remote, split_address

@@ -28,8 +28,9 @@ def chat_record(row: Row, column: str) -> SftRecord:
     `conversations` are LLaVA's, of `{"from", "value"}`; `messages` are of `{"role", "content"}`, and `objects` fill
     `<ref-object>` and `<bbox>` in their texts.
     """
-    turns, inline = _read_turns(row.first(column), column, row)
-    _check_learned(fields.nested(row.first(column), column), column)
+    listed = fields.nested(row.first(column), column)
+    turns, inline = _read_turns(listed, column, row)
+    _check_learned(listed, column)
     _check_order(turns, "assistant")
     if not turns[-1][1].strip():
         raise ValueError(f"the last answer in {column} is empty, so there is nothing to learn; fill or remove the row")
@@ -51,8 +52,8 @@ def chat_record(row: Row, column: str) -> SftRecord:
 def _check_learned(turns: list[dict[str, Any]], column: str) -> None:
     """Raise `ValueError` for an answer that is marked as not to be learned."""
     for i, turn in enumerate(turns):
-        is_answer = _ROLES[str(turn.get("role", turn.get("from")))] == "assistant"
-        if is_answer and (turn.get("loss") is False or (turn.get("weight") == 0 and turn["weight"] is not False)):
+        is_left_out = turn.get("loss") is False or (turn.get("weight") == 0 and turn["weight"] is not False)
+        if is_left_out and _ROLES[str(turn.get("role", turn.get("from")))] == "assistant":
             raise ValueError(
                 f"{column}[{i}] is marked as not to be learned (loss or weight), and every answer is learned; end the "
                 "row before it, or move what was said so far into the question"
@@ -125,17 +126,17 @@ def prompt_record(row: Row) -> PromptRecord:
 def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image, ...]:
     """Return the row's images. Raise `ValueError` for media that the model would not see: video, audio, or an image in
     a column that is not read."""
-    if (name := next((name for name in _OTHER_MEDIA if _is_medium(row.cells.get(name))), None)) is not None:
-        raise ValueError(f"the row has {name}, which is not read; leave the row out, or give images of it")
-    if (
-        tag := next((tag for tag in _MEDIA_TAGS for role, text in turns if role == "user" and tag in text), None)
-    ) is not None:
-        raise ValueError(f"a text holds {tag}, which is not read; leave the row out, or remove the tag")
+    for medium in _OTHER_MEDIA:
+        if medium in row.cells and _is_medium(row.cells[medium]):
+            raise ValueError(f"the row has {medium}, which is not read; leave the row out, or give images of it")
+    for tag in _MEDIA_TAGS:
+        if any(tag in text for role, text in turns if role == "user"):
+            raise ValueError(f"a text holds {tag}, which is not read; leave the row out, or remove the tag")
     pictures = fields.images(row, "images", "image") or inline
-    if not pictures and (name := _misnamed(row)) is not None:
+    if not pictures and (other := _misnamed(row)) is not None:
         raise ValueError(
-            f"the row has no image, and its column {name} names one ({shown(row.cells[name])}); read it by "
-            f"{fields.column_setting('image', name)}"
+            f"the row has no image, and its column {other} names one ({shown(row.cells[other])}); read it by "
+            f"{fields.column_setting('image', other)}"
         )
     return pictures
 
@@ -197,20 +198,19 @@ def _read_turns(value: object, name: str, row: Row) -> tuple[Turns, tuple[Image,
     turns: list[tuple[str, str]] = []
     inline: list[Image] = []
     for i, turn in enumerate(listed):
-        where = f"{name}[{i}]"
         if not isinstance(turn, dict):
-            raise ValueError(f"{where} is {shown(turn)}; a turn is an object with its role and text")
+            raise ValueError(f"{name}[{i}] is {shown(turn)}; a turn is an object with its role and text")
         role = turn.get("role", turn.get("from"))
         if not isinstance(role, str) or role not in _ROLES:
-            raise ValueError(f"{where} has the role {shown(role)}; use system, user (human) or assistant (gpt)")
-        turns.append((_ROLES[role], _text(turn.get("content", turn.get("value")), where, inline, row)))
+            raise ValueError(f"{name}[{i}] has the role {shown(role)}; use system, user (human) or assistant (gpt)")
+        content = turn.get("content", turn.get("value"))
+        text = content if isinstance(content, str) else _text(content, f"{name}[{i}]", inline, row)
+        turns.append((_ROLES[role], text))
     return tuple(turns), tuple(inline)
 
 
 def _text(content: object, where: str, inline: list[Image], row: Row) -> str:
-    """Return the text of a turn; append the images inside it to `inline`."""
-    if isinstance(content, str):
-        return content
+    """Return the text of a turn that is a list of parts; append the images inside it to `inline`."""
     if not isinstance(content, list):
         raise ValueError(f"{where} holds {shown(content)} in place of a text; mend it")
     pieces = []
@@ -233,7 +233,7 @@ def _check_order(turns: Turns, last: str) -> None:
         expected = ("user", "assistant")[i % 2]
         if role != expected:
             raise ValueError(f"turn {start + i} is of the {role}, where the {expected}'s was expected; {_ORDER}")
-        if role == "assistant":
+        if role == "assistant" and IMAGE in text:
             _refuse_tags(text, f"turn {start + i}, of the assistant,")
     if len(turns) == start or turns[-1][0] != last:
         answered = len(turns) > start and last == "user"

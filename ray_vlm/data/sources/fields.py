@@ -9,13 +9,12 @@ from typing import Any, NoReturn
 from ray_vlm.config.data import Source
 from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.records import Box, Image, Point
-from ray_vlm.data.sources.tables import text_fault
 
 _FARTHEST = 1e9  # no image is this large; NaN and infinity fail the comparison too
 _LAYOUT = {4: ("four", "[x1, y1, x2, y2]"), 2: ("two", "[x, y]")}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """One row of a source: its cells under the names of ray_vlm, and the folder of its images.
 
@@ -32,18 +31,38 @@ class Row:
 
     def first(self, *names: str) -> Any:
         """Return the first filled cell among `names`, or None; names that the user has mapped come first."""
-        ordered = sorted(names, key=lambda name: name not in self.source.columns)
-        return next((self.cells[name] for name in ordered if not is_empty(self.cells.get(name))), None)
+        if columns := self.source.columns:
+            names = tuple(sorted(names, key=lambda name: name not in columns))
+        for name in names:
+            if not is_empty(value := self.cells.get(name)):
+                return value
+        return None
+
+
+def text_fault(value: object) -> str | None:
+    """Return why a text somewhere in a value cannot be used (NUL characters, half a surrogate pair), or None."""
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, dict):
+            waiting += [*current, *current.values()]
+        elif isinstance(current, list | tuple):
+            waiting += current
+        elif isinstance(current, str):
+            if "\0" in current:
+                return "holds NUL characters in a text; remove them"
+            if not current.isascii() and any("\ud800" <= c <= "\udfff" for c in current):
+                return "holds half a surrogate pair in a text, which is not Unicode; write the text again"
+    return None
 
 
 def is_empty(value: object) -> bool:
     """Return whether a cell is empty: null, blank text, NaN (as pandas writes it), an empty list or object."""
-    return (
-        value is None
-        or (isinstance(value, str) and not value.strip())
-        or (isinstance(value, list | tuple | dict) and not value)
-        or (isinstance(value, float) and math.isnan(value))
-    )
+    if isinstance(value, str):
+        return not value or value.isspace()
+    if value is None or isinstance(value, (list, tuple, dict)):
+        return not value
+    return isinstance(value, float) and math.isnan(value)
 
 
 def shown(value: object) -> str:
@@ -65,7 +84,7 @@ def control_character(text: str) -> str | None:
 
 def word(value: object, what: str) -> str:
     """Return a name, an id or an attribute's value as stripped text; `what` names it in the message."""
-    if not isinstance(value, str | int | float) or is_empty(value):
+    if is_empty(value) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{what} is {'empty' if is_empty(value) else shown(value)}; fill it with text or a number")
     text = str(value).strip()
     if character := control_character(text):
@@ -133,20 +152,20 @@ def images(row: Row, *names: str) -> tuple[Image, ...]:
     value = row.first(*names)
     if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
         value = from_json(value, names[0])
-    if value is None:
-        return ()
-    return tuple(image(v, row) for v in (value if isinstance(value, list | tuple) else [value]))
+    if isinstance(value, list | tuple):
+        return tuple(image(v, row) for v in value)
+    return () if value is None else (image(value, row),)
 
 
 def image(value: object, row: Row) -> Image:
     """Return one image: bytes unchanged, a path resolved inside the row's folder of images."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        return resolve_image(row.root, value, row.source.follow_links)
     if isinstance(value, bytes) and value:
         return value
-    if not isinstance(value, str):
-        raise ValueError(f"image {shown(value)} is neither a path nor bytes; give a path under image_root")
-    return resolve_image(row.root, value, row.source.follow_links)
+    raise ValueError(f"image {shown(value)} is neither a path nor bytes; give a path under image_root")
 
 
 def column_setting(name: str, column: str = "NAME") -> str:

@@ -1,38 +1,72 @@
-"""Read JSON, JSONL, CSV, TSV and Parquet as rows of named cells. A line that cannot be read becomes a `BadRow`."""
+"""Read JSON, JSONL, CSV, TSV and Parquet in pieces, as rows of named cells. No file is held as a whole.
+
+A line that cannot be read becomes a `BadRow`.
+"""
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+import os
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ray_vlm.config.paths import describe_search
 from ray_vlm.data.records import BadRow
+from ray_vlm.data.sources.fields import text_fault
+from ray_vlm.data.sources.pieces import (
+    MAX_LINE_BYTES,
+    PIECE_BYTES,
+    PIECE_ROWS,
+    JsonLines,
+    JsonList,
+    LineFile,
+    LongLine,
+    NumberedRow,
+    Piece,
+    changed_file,
+    cut_entries,
+    describe_long,
+    read_blocks,
+    unreadable_file,
+)
 from ray_vlm.errors import DataError
-from ray_vlm.storage import open_file, read_bytes, split_options
+from ray_vlm.storage import describe_file, open_file, split_options
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
-MAX_LINE_BYTES = 16 * 2**20
-_BOM = b"\xef\xbb\xbf"
-_BATCH_ROWS = 256  # Parquet rows converted to Python values at a time; rows may hold images
-NumberedRow = tuple[int, dict[str, Any]]  # counted from 0 in the file, with cells by column
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_BATCH_ROWS, _BATCH_BYTES = 256, 16 * 2**20  # of Parquet that are decoded at a time; rows may hold images
+_LOCAL = threading.local()  # `group`: the row group of a Parquet file that this thread reads
+
+
+class TableFile(Protocol):
+    """A file with rows. It pickles, and is small.
+
+    `columns` are the names that the file gives to its columns (CSV, Parquet), so that a missing one is a fault of the
+    file and not of its rows; None for JSON, whose rows have names of their own.
+    """
+
+    address: str
+    columns: tuple[str, ...] | None
+
+    def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
+        """Yield the pieces of the file in order, each of up to `rows` rows. Raise `DataError`."""
+
+    def read(self, piece: Piece) -> list[NumberedRow | BadRow]:
+        """Return the rows of a piece. Raise `DataError` if the file has changed."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a file in order.
-
-    `columns` are all names in order of appearance. `has_schema`: the columns belong to the file (CSV, Parquet), so a
-    missing one is a fault of the file and not of its rows.
-    """
+    """The rows of a file in order. `columns` are all names in order of appearance."""
 
     rows: list[NumberedRow | BadRow]
     columns: tuple[str, ...]
-    has_schema: bool
 
 
 _YOLO = " YOLO's labels are files for each image: convert the data set to COCO (format=coco)."
@@ -47,172 +81,136 @@ _TOOLS = {  # advice for other suffixes
 }
 
 
-def read_table(address: str) -> Table:
-    """Read the rows of a file by its suffix. Raise `DataError` if the whole file cannot be used."""
+def open_table(address: str) -> TableFile:
+    """Return the file of rows at an address, by its suffix. Raise `DataError` if the whole file cannot be used."""
     suffix = PurePosixPath(split_options(address)[0]).suffix.lower()
     if suffix == ".parquet":
-        table = _read_parquet(address)
-    elif suffix in _SEPARATORS:
-        table = _read_csv(_read_lines(address), _SEPARATORS[suffix], address)
-    elif suffix in (".jsonl", ".ndjson"):
-        table = _table(_json_lines(_read_lines(address)))
-    elif suffix == ".json":
-        table = _table(_json_entries(read_json(address), address))
-    else:
-        raise DataError(
-            f"{address}: rows are not read from {suffix or 'a name without a suffix'}. Give a .json, .jsonl, .ndjson, "
-            f".csv, .tsv or .parquet file.{_TOOLS.get(suffix, '')}"
-        )
-    if not table.rows:
-        raise DataError(f"{address}: holds no rows. Give a file with at least one.")
-    return table
+        return ParquetTable(address)
+    if suffix in _SEPARATORS:
+        return CsvTable(address, separator=_SEPARATORS[suffix])
+    if suffix in (".jsonl", ".ndjson"):
+        return JsonLines(address)
+    if suffix == ".json":
+        return JsonList(address)
+    raise DataError(
+        f"{address}: rows are not read from {suffix or 'a name without a suffix'}. Give a .json, .jsonl, .ndjson, "
+        f".csv, .tsv or .parquet file.{_TOOLS.get(suffix, '')}"
+    )
 
 
-def read_json(address: str) -> Any:
-    """Read the value in a UTF-8 JSON file. Raise `DataError`."""
-    try:
-        return json.loads(_read_file(address).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{address}: not readable as UTF-8 JSON ({error}). Mend it and save it as UTF-8.") from None
+def read_table(address: str) -> Table:
+    """Read all rows of a file. Raise `DataError` if the whole file cannot be used."""
+    file = open_table(address)
+    rows = [row for piece in file.pieces() for row in file.read(piece)]
+    if not rows:
+        raise no_rows(address)
+    return Table(rows, file.columns if file.columns is not None else tuple(_names(rows)))
 
 
-def _read_file(address: str) -> bytes:
-    try:
-        return read_bytes(address)
-    except (OSError, ValueError, ImportError) as error:
-        raise _unreadable(address, error) from None
+def no_rows(address: str) -> DataError:
+    """Return the error for a file without rows."""
+    return DataError(f"{address}: holds no rows. Give a file with at least one.")
 
 
-def _unreadable(address: str, error: Exception) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"{address}: no such file. Give `path` the location of the rows.{describe_search(address)}")
-    if isinstance(error, IsADirectoryError):
-        return DataError(f"{address}: a folder. Give `path` the file with the rows.")
-    return DataError(f"{address}: not readable ({error}). Give `path` a file that this machine can read.")
+def names_of_rows(file: TableFile, wanted: Collection[str] | None = None) -> tuple[str, ...]:
+    """Return all names that rows of a file have, in order of appearance.
 
-
-def _table(rows: Iterator[NumberedRow | BadRow]) -> Table:
-    listed = list(rows)
-    names = {name: None for row in listed if not isinstance(row, BadRow) for name in row[1]}
-    return Table(listed, tuple(names), False)
-
-
-def _read_lines(address: str) -> list[bytes]:
-    data = _read_file(address)
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{address}: not UTF-8 but UTF-16. Save it as UTF-8.")
-    end = b"\n" if b"\n" in data else b"\r"  # only very old files end lines with a carriage return alone
-    return [line + b"\n" for line in data.removeprefix(_BOM).split(end)]
-
-
-def _json_entries(value: object, address: str) -> Iterator[NumberedRow | BadRow]:
-    entries = value.get("data") if isinstance(value, dict) else value
-    if not isinstance(entries, list):
-        raise DataError(f"{address}: expected a JSON list of objects, or an object with that list under `data`.")
-    for row, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            yield BadRow(row, "", f"entry {row} is {_kind(entry)}; a row is a JSON object {{...}}")
-        elif reason := text_fault(entry):
-            yield BadRow(row, "", f"entry {row} {reason}")
-        else:
-            yield row, entry
-
-
-def _json_lines(lines: list[bytes]) -> Iterator[NumberedRow | BadRow]:
-    row = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        value, reason = _json_line(line)
-        yield BadRow(row, "", f"line {number} {reason}") if reason else (row, value)
-        row += 1
-
-
-def _json_line(line: bytes) -> tuple[Any, str | None]:
-    """Return the object in a line, or why there is none."""
-    if len(line) > MAX_LINE_BYTES:
-        return None, f"is {len(line)} bytes long, above {MAX_LINE_BYTES}; keep images in files of their own"
-    if b"\0" in line:
-        return None, "holds NUL characters; write the file again"
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return None, f"is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
-    except (ValueError, RecursionError) as error:
-        return None, f"is not JSON ({error}); mend it, one object a line"
-    if not isinstance(value, dict):
-        return None, f"is {_kind(value)}; a row is a JSON object {{...}}"
-    return value, text_fault(value) if b"\\u" in line else None
-
-
-def _kind(value: object) -> str:
-    kinds = {list: "a list", dict: "an object", str: "a text", type(None): "null", bool: "true or false"}
-    return kinds.get(type(value), "a number")
-
-
-def text_fault(value: object) -> str | None:
-    """Return why a text somewhere in a value cannot be used (NUL characters, half a surrogate pair), or None."""
-    waiting = [value]
-    while waiting:
-        current = waiting.pop()
-        if isinstance(current, dict):
-            waiting += [*current, *current.values()]
-        elif isinstance(current, list | tuple):
-            waiting += current
-        elif isinstance(current, str):
-            if "\0" in current:
-                return "holds NUL characters in a text; remove them"
-            if not current.isascii() and any("\ud800" <= c <= "\udfff" for c in current):
-                return "holds half a surrogate pair in a text, which is not Unicode; write the text again"
-    return None
-
-
-def _read_csv(lines: list[bytes], separator: str, address: str) -> Table:
-    texts = [line.decode("utf-8", "surrogateescape") for line in lines]
-    records = _csv_records(texts, separator)
-    _, _, header = next(((a, b, c) for a, b, c in records if c), (0, 0, []))
-    if isinstance(header, str):
-        raise DataError(f"{address}: the first line is not a CSV header ({header}). Mend its quotes.")
-    names = [name.strip() for name in header]
-    if not any(names) or text_fault(names):
-        raise DataError(f"{address}: the first line must be a header with the names of the columns, as UTF-8 text.")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not all(names):
-        raise DataError(f"{address}: the header has {twice or 'a column'} twice or empty. Give each column one name.")
-    rows: list[NumberedRow | BadRow] = []
-    for start, end, cells in records:
-        if cells:
-            size = max(map(len, lines[start:end]))
-            value, reason = _csv_row(cells, names, size)
-            rows.append(BadRow(len(rows), "", f"line {start + 1} {reason}") if reason else (len(rows), value))
-    return Table(rows, tuple(names), True)
-
-
-def _csv_records(lines: list[str], separator: str) -> Iterator[tuple[int, int, list[str] | str]]:
-    """Yield the first line, the line behind the last, and the cells or why there are none; a blank line has no cells.
-
-    After a broken record, reading continues at the line behind its first, so that an unclosed quote does not swallow
-    the rest of the file.
+    `wanted`: stop once all of these have been met.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    at = 0
-    while at < len(lines):
-        reader = csv.reader((lines[i] for i in range(at, len(lines))), delimiter=separator, strict=True)
-        start, end = at, at
-        try:
-            for cells in reader:
-                start, end = end, at + reader.line_num
-                yield start, end, cells if any(cells) or len(cells) > 1 else []
-            return
-        except csv.Error as error:
-            yield end, end + 1, str(error)
-            at = end + 1
+    names: dict[str, None] = {}
+    for piece in file.pieces():
+        names |= _names(file.read(piece))
+        if wanted is not None and names.keys() >= set(wanted):
+            break
+    return tuple(names)
 
 
-def _csv_row(cells: list[str] | str, names: list[str], size: int) -> tuple[dict[str, Any], str | None]:
+def _names(rows: Iterable[NumberedRow | BadRow]) -> dict[str, None]:
+    return {name: None for row in rows if not isinstance(row, BadRow) for name in row[1]}
+
+
+@dataclass
+class CsvTable(LineFile):
+    """A CSV or TSV file. One process reads it: only a record's end says where the next one begins. `entries` of its
+    pieces are the rows."""
+
+    separator: str = ","
+
+    def __post_init__(self) -> None:
+        """Read the header. Raise `DataError` if there is none."""
+        super().__post_init__()
+        address = self.address
+        header = next((cells for _, _, cells in self._records() if cells), [])
+        if isinstance(header, str):
+            raise DataError(f"{address}: the first line is not a CSV header ({header}). Mend its quotes.")
+        names = [name.strip() for name in header]
+        if not any(names) or text_fault(names):
+            raise DataError(f"{address}: the first line must be a header with the names of the columns, as UTF-8 text.")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not all(names):
+            raise DataError(
+                f"{address}: the header has {twice or 'a column'} twice or empty. Give each column one name."
+            )
+        self.columns = tuple(names)
+
+    def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
+        """Yield the pieces of the file."""
+        return cut_entries(self._entries(), rows, self.columns)
+
+    def read(self, piece: Piece) -> list[NumberedRow | BadRow]:
+        """Return the rows of a piece."""
+        return list(piece.entries)
+
+    def _entries(self) -> Iterator[tuple[NumberedRow | BadRow, bytes]]:
+        """Yield the rows behind the header, with their line numbers and bytes."""
+        names = self.columns or ()
+        records = ((line, lines, cells) for line, lines, cells in self._records() if cells)
+        next(records)
+        for row, (number, lines, cells) in enumerate(records):
+            size = max(line.size if isinstance(line, LongLine) else len(line) for line in lines)
+            value, reason = _csv_row(cells, names, size)
+            texts = (line if isinstance(line, bytes) else b"%d" % line.size for line in lines)
+            identity = b"".join([b"%d\n" % number, *texts])
+            yield BadRow(row, "", f"line {number} {reason}") if reason else (row, value), identity
+
+    def _records(self) -> Iterator[tuple[int, list[bytes | LongLine], list[str] | str]]:
+        """Yield the number of the first line, the lines, and the cells or why there are none; a blank line has no
+        cells.
+
+        After a broken record, reading continues at the line behind its first, so that an unclosed quote does not
+        swallow the rest of the file. The lines of one record are held, and no cell has more than `MAX_LINE_BYTES`.
+        """
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
+        lines = self.split(read_blocks(self.address, self.start))
+        again: deque[bytes | LongLine] = deque()  # lines behind the first of a broken record
+        record: list[bytes | LongLine] = []
+
+        def feed() -> Iterator[str]:
+            while (line := again.popleft() if again else next(lines, None)) is not None:
+                record.append(line)
+                if isinstance(line, LongLine):
+                    raise csv.Error(f"field larger than field limit ({MAX_LINE_BYTES})")
+                yield line.decode("utf-8", "surrogateescape")
+
+        number, ended = 1, False
+        while not ended:
+            try:
+                for cells in csv.reader(feed(), delimiter=self.separator, strict=True):
+                    yield number, record, cells if any(cells) or len(cells) > 1 else []
+                    number += len(record)
+                    record = []
+                ended = True
+            except csv.Error as error:
+                again.extendleft(reversed(record[1:]))
+                yield number, record[:1], str(error)
+                number += 1
+                record = []
+
+
+def _csv_row(cells: list[str] | str, names: tuple[str, ...], size: int) -> tuple[dict[str, Any], str | None]:
     """Return cells by name, or why there are none."""
     if size > MAX_LINE_BYTES:
-        return {}, f"is {size} bytes long, above {MAX_LINE_BYTES}; keep images in files of their own"
+        return {}, describe_long(size)
     if isinstance(cells, str):
         return {}, f"is not CSV ({cells}); write a quote inside quotes twice"
     if any("\0" in cell for cell in cells):
@@ -224,21 +222,119 @@ def _csv_row(cells: list[str] | str, names: list[str], size: int) -> tuple[dict[
     return dict(zip(names, cells, strict=True)), None
 
 
-def _read_parquet(address: str) -> Table:
-    from pyarrow import ArrowException, parquet
+class ParquetTable:
+    """A Parquet file. Its pieces are ranges of rows in it; reading one decodes only the row groups that it lies in."""
 
-    rows: list[NumberedRow | BadRow] = []
-    try:
-        with open_file(address) as opened, parquet.ParquetFile(opened) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise DataError(f"{address}: a column name is there twice ({', '.join(names)}). Give each one name.")
-            features = _class_features(file.schema_arrow.metadata or {})
-            for batch in file.iter_batches(_BATCH_ROWS):
-                rows += [_parquet_row(batch, i, len(rows) + i, features) for i in range(batch.num_rows)]
-    except (OSError, ValueError, ImportError, ArrowException) as error:
-        raise _unreadable(address, error) from None
-    return Table(rows, tuple(names), True)
+    def __init__(self, address: str):
+        """Read names, types and row groups. Raise `DataError`."""
+        from pyarrow import ArrowException, parquet
+
+        self.address = address
+        try:
+            self.version = describe_file(address)[1:]
+            with open_file(address) as opened, parquet.ParquetFile(opened) as file:
+                schema, groups = file.schema_arrow, [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+                self.groups = tuple((group.num_rows, group.total_byte_size) for group in groups)
+        except (OSError, ValueError, ImportError, ArrowException) as error:
+            raise unreadable_file(address, error) from None
+        if len(set(schema.names)) < len(schema.names):
+            names = ", ".join(schema.names)
+            raise DataError(f"{address}: a column name is there twice ({names}). Give each one name.")
+        self.columns: tuple[str, ...] | None = tuple(schema.names)
+        self.features = _class_features(schema.metadata or {})
+        self.ends = tuple(accumulate(num_rows for num_rows, _ in self.groups))
+
+    def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
+        """Yield the pieces of the file; nothing is read for them. A change of the file changes all of them."""
+        first = 0
+        for end, (num_rows, size) in zip(self.ends, self.groups, strict=True):
+            start, limit = end - num_rows, max(1, min(rows, PIECE_BYTES * num_rows // max(1, size)))
+            cuts = [start] if first < start and end - first > limit else []  # small groups before this one
+            cuts += range((cuts or [first])[-1] + limit, end, limit)
+            cuts += [end] if (cuts and cuts[-1] > start) or end == self.ends[-1] else []
+            for last in cuts:
+                yield self._piece(first, last)
+                first = last
+
+    def _piece(self, first: int, end: int) -> Piece:
+        return Piece(first, end - first, "{:x}_{:x}_{}_{}".format(*self.version, first, end))
+
+    def read(self, piece: Piece) -> list[NumberedRow | BadRow]:
+        """Return the rows of a piece. Raise `DataError` if the file has changed."""
+        from pyarrow import ArrowException
+
+        rows: list[NumberedRow | BadRow] = []
+        row, end = piece.first_row, piece.first_row + piece.num_rows
+        try:
+            while row < end:
+                for batch in self._batches(row, end):
+                    rows += self._rows(batch, row)
+                    row += batch.num_rows
+        except (OSError, ValueError, ImportError, ArrowException) as error:
+            raise unreadable_file(self.address, error) from None
+        return rows
+
+    def _batches(self, row: int, end: int) -> Iterator["RecordBatch"]:
+        """Yield the rows of one group from `row` to `end`, or to the end of the group.
+
+        A group can be decoded only from its start. This thread goes on where it stopped if the next piece lies behind.
+        """
+        number = bisect_right(self.ends, row)
+        start = self.ends[number] - self.groups[number][0]  # of the group
+        key = (os.getpid(), self.address, self.version, number)
+        group: _RowGroup | None = getattr(_LOCAL, "group", None)
+        _LOCAL.group = None
+        if group is None or group.key != key or row < start + group.first:
+            group = _RowGroup(key, self._decode(number))
+        yield from group.take(row - start, min(end, self.ends[number]) - start)
+        if end < self.ends[number]:
+            _LOCAL.group = group
+
+    def _decode(self, number: int) -> Iterator["RecordBatch"]:
+        from pyarrow import parquet
+
+        if describe_file(self.address)[1:] != self.version:
+            raise changed_file(self.address)
+        num_rows, size = self.groups[number]
+        batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * num_rows // max(1, size)))
+        with open_file(self.address) as opened, parquet.ParquetFile(opened, buffer_size=2**20) as file:
+            yield from file.iter_batches(batch_rows, row_groups=[number])
+
+    def _rows(self, batch: "RecordBatch", first: int) -> Iterator[NumberedRow | BadRow]:
+        try:
+            listed = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            if batch.num_rows > 1:
+                for i in range(batch.num_rows):
+                    yield from self._rows(batch.slice(i, 1), first + i)
+                return
+            fault = f"row {first} holds a text that is not UTF-8 ({error.reason}); write the file again"
+            yield BadRow(first, "", fault)
+            return
+        for row, cells in enumerate(listed, first):
+            if reason := text_fault(cells):
+                yield BadRow(row, "", f"row {row} {reason}")
+            else:
+                yield row, apply_class_names(cells, self.features) if self.features else cells
+
+
+class _RowGroup:
+    """The batches of a row group, decoded from its start as far as rows were asked for."""
+
+    def __init__(self, key: tuple, batches: Iterator["RecordBatch"]):
+        self.key, self.batches = key, batches
+        self.batch = next(batches)
+        self.first = 0  # row of the batch in the group
+
+    def take(self, row: int, end: int) -> Iterator["RecordBatch"]:
+        """Yield the rows from `row`, which may not lie before the current batch, to `end`."""
+        while row < end:
+            while row >= self.first + self.batch.num_rows:
+                self.first += self.batch.num_rows
+                self.batch = next(self.batches)
+            part = self.batch.slice(row - self.first, end - row)
+            yield part
+            row += part.num_rows
 
 
 def _class_features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
@@ -273,13 +369,3 @@ def apply_class_names(value: object, feature: object) -> Any:
     if kind is None and isinstance(value, dict):
         return {k: apply_class_names(v, feature.get(k)) for k, v in value.items()}
     return value
-
-
-def _parquet_row(batch: "RecordBatch", position: int, row: int, features: Mapping[str, Any]) -> NumberedRow | BadRow:
-    try:
-        cells = batch.slice(position, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return BadRow(row, "", f"row {row} holds a text that is not UTF-8 ({error.reason}); write the file again")
-    if reason := text_fault(cells):
-        return BadRow(row, "", f"row {row} {reason}")
-    return row, apply_class_names(cells, features) if features else cells

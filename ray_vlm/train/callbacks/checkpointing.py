@@ -63,8 +63,9 @@ class CheckpointCallback(TrainerCallback):
         self._timer.restart()  # last: nothing of a checkpoint is part of the next step
 
     def gather_lost_rows(self) -> list[Sequence[int]]:
-        """Return the rows of all ranks that could not be read, each with its replacement. Every rank must call it."""
-        gathered = self._run.distributed.all_gather(self._batches.lost)
+        """Return on rank 0 the rows of all ranks that could not be read, each with its replacement. Every rank must
+        call it; other ranks return the rows of earlier attempts."""
+        gathered = self._run.distributed.gather(self._batches.lost)
         lost = [*self._lost_before, *(pair for pairs in gathered for pair in pairs)]
         self._run.progress.lost = lost
         return lost
@@ -90,7 +91,7 @@ class CheckpointCallback(TrainerCallback):
         try:
             if ranks.rank == 0:
                 check_owner(store, attempt)
-            parts = ranks.all_gather(write_part(store, name, f"rank{ranks.rank}", fill))
+            parts = ranks.gather(write_part(store, name, f"rank{ranks.rank}", fill))
             if ranks.rank == 0:
                 files = {file: entry for part in parts for file, entry in part.items()}
                 about = {**self._about, "world_size": ranks.world_size, "progress": asdict(self._run.progress)}

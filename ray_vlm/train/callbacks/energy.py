@@ -110,8 +110,8 @@ class EnergyCallback(TrainerCallback):
 
     def write(self, state: TrainerState) -> None:
         """Write the energy so far. Every rank must call it at the same step."""
-        readings = self._run.distributed.all_gather((platform.node(), self._meter.read()))
-        if totals := add_up(readings):
+        readings = self._run.distributed.gather((platform.node(), self._meter.read()))
+        if totals := add_up(readings):  # on rank 0
             self._run.write("energy", state.global_step, state.epoch, totals)
 
     def close(self) -> None:

@@ -86,11 +86,9 @@ class Listener:
 
     def take(self, context: DistributedContext) -> dict[str, float]:
         """Return the norms over all ranks since the last call, by part."""
-        squares = {part: float(square) for part, square in self.heard.items()}
+        squares = context.sum([float(square) for square in self.heard.values()])
         self.heard = dict.fromkeys(self.heard, 0.0)
-        return {
-            part: math.sqrt(sum(rank_squares[part] for rank_squares in context.all_gather(squares))) for part in squares
-        }
+        return {part: math.sqrt(square) for part, square in zip(self.heard, squares, strict=True)}
 
     def stop(self) -> None:
         """Remove the hooks."""

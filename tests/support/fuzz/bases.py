@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ray_vlm.config.data import Data
 from ray_vlm.config.schema import Model
 from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate
-from ray_vlm.data.index import count_row, measure_row
-from ray_vlm.data.records import BadRow, PreferenceRecord, SftRecord
+from ray_vlm.data.measure import measure_row
+from ray_vlm.data.records import PreferenceRecord, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError
@@ -130,7 +129,7 @@ def _write_whole(folder: Path) -> tuple[Path, list[Any]]:
         SftRecord("c", 2, (), (), {"answer": "Yes."}, {"turns": (("system", "Be kind."), ("user", "Is it?"))}),
         PreferenceRecord("d", 3, (image,), (), (("user", "<image>What?"),), "A dog.", "A cat."),
     ]
-    return base, [measure_row(record, Data()) for record in records]
+    return base, [measure_row(record, 50_000_000) for record in records]
 
 
 def _copy(whole: Path, folder: Path) -> Path:
@@ -148,10 +147,11 @@ def _read_rows(base: Path, records: list[Any], system: str | None) -> int:
         builder = SampleBuilder(
             SampleSpec(model, task, (), kind="pair" if isinstance(record, PreferenceRecord) else "answer")
         )
-        counts = count_row(record, builder, None)
-        if isinstance(counts, BadRow):
-            reasons.append(counts.reason)
+        (encoded,) = builder.encode([record])
+        if isinstance(encoded, str):
+            reasons.append(encoded)
             continue
+        counts = encoded.counts
         row = builder.row(record)
         made = len(row.input_ids) + sum(map(len, row.completions))
         images = int((row.input_ids == builder.image_token_id).sum())

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ray_vlm.config.data import Data
 from ray_vlm.config.schema import Model
 from ray_vlm.config.task import ChatTask
 from ray_vlm.data.images import decode
-from ray_vlm.data.index import count_row, measure_row
+from ray_vlm.data.measure import measure_row
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import SampleSpec
@@ -46,12 +45,12 @@ def of_images(folder: Path) -> Attempt:
 def _read(image: str | bytes, builder: SampleBuilder, max_pixels: int) -> tuple[int, int]:
     """Read a row with that image as training does; (width, height). Raises `DataError` where it would be a bad row."""
     row = SftRecord("a", 0, (image,), (), {"answer": "A dog."}, {"turns": (("user", "<image>What?"),)})
-    measured = measure_row(row, Data(max_image_pixels=max_pixels))
+    measured = measure_row(row, max_pixels)
     if isinstance(measured, BadRow):
         raise DataError(measured.reason)
-    counted = count_row(measured, builder, None)
-    if isinstance(counted, BadRow):
-        raise DataError(counted.reason)
+    (encoded,) = builder.encode([measured])
+    if isinstance(encoded, str):
+        raise DataError(encoded)
     builder.row(measured)
     return measured.sizes[0]
 

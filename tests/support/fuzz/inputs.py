@@ -15,12 +15,13 @@ import numpy as np
 from ray_vlm.config.data import Data
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.data.index import build_index
 from ray_vlm.data.inspect.check import check_sources, describe_check
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.sources.formats import FORMATS, read_rows
 from ray_vlm.data.spec import sample_spec
 from tests.support.fuzz.mutations import break_bytes, break_text, break_tree, odd_value, pick, write_rows
+from tests.support.jobs import check_inputs
 
 Attempt = Callable[[np.random.Generator], int]
 _HUMAN, _GPT = {"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A dog."}
@@ -63,7 +64,8 @@ def make_job(model: str, format: str, source: dict[str, Any], labels: list[str] 
     """Build a job that trains on the source."""
     task = TASKS.get(format, "chat")
     method = {"name": METHODS.get(format, "sft")}
-    values: dict[str, Any] = {"method": method, "task": {"name": task, "labels": labels}, "data": {"train": source}}
+    data = {"train": source, "index_dir": str(Path(source["path"]).parent / "index")}
+    values: dict[str, Any] = {"method": method, "task": {"name": task, "labels": labels}, "data": data}
     return load_resolved(values | {"model": {"name": model, "load_in_4bit": False}})
 
 
@@ -125,7 +127,7 @@ def read_all(job: JobConfig, expected: int | None) -> int:
     source = job.data.train
     assert source is not None
     lost = 0
-    for check in check_sources(job.data, sample_spec(job), decode_images=True):
+    for check in check_sources(*check_inputs(job), decode_images=True):
         describe_check(check).encode()
         lost += abs(check.rows - check.usable - len(check.bad))
         if not check.problems:
@@ -133,7 +135,7 @@ def read_all(job: JobConfig, expected: int | None) -> int:
     rows, labels = read_rows(source)
     lost += [row.row for row in rows] != list(range(len(rows)))
     spec = sample_spec(job, labels)
-    index = build_index(source, Data(on_bad_row="quarantine"), load_sample_builder(spec), (rows, labels))
+    index = build_index(source, Data(on_bad_row="quarantine"), load_sample_builder(spec))
     lost += abs(len(index) + len(index.bad) - len(rows))
     for record in index.records[:2]:
         load_sample_builder(spec).row(record)

@@ -15,7 +15,7 @@ from PIL import Image
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model
 from ray_vlm.config.task import ClassificationTask, DetectionTask
-from ray_vlm.data.index import build_index
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow
 from ray_vlm.data.samples import SampleBuilder

@@ -1,20 +1,23 @@
 """Rare classes: factors are exact in expectation, weights are those asked for, and unknown names are refused."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from ray_vlm.config.data import Data
-from ray_vlm.data.balance import describe_balance, plan_balance
+from ray_vlm.data import balance
+from ray_vlm.data.balance import Balance, code_tags, describe_balance, plan_balance
 from ray_vlm.data.plan import Plan, epoch_order
 from ray_vlm.errors import ConfigError
+from tests.support import earlier_plan
 
 TAGS = [("object=a", "condition=clear")] * 90 + [("object=b", "condition=blocked")] * 10
 
 
 def _balance(tags=TAGS, **options):
-    return plan_balance(tags, np.ones(len(tags)), Data(**options))
+    return plan_balance(*code_tags(tags), np.ones(len(tags)), Data(**options))
 
 
 def test_nothing_asked_for_changes_nothing() -> None:
@@ -129,13 +132,39 @@ def test_an_equals_sign_in_a_value_or_a_class_name_is_text() -> None:
     weights = dict(_balance(tags=tags, class_weights="inverse").token_weights)
     assert weights["size=b=2"] / weights["size=a=1"] == pytest.approx(9.0)
     classes = [("speed=30",)] * 9 + [("dog",)]
-    balance = plan_balance(classes, np.ones(10), Data(class_weights="inverse"), attributes=False)
+    balance = plan_balance(*code_tags(classes), np.ones(10), Data(class_weights="inverse"), attributes=False)
     assert dict(balance.token_weights)["dog"] / dict(balance.token_weights)["speed=30"] == pytest.approx(9.0)
 
 
 def test_a_condition_may_be_shown_less_often() -> None:
     tags = [("object=a", "condition=ok")] * 4 + [("object=a", "condition=bad")]
     assert _balance(tags=tags, oversample={"ok": 0.5}).repeat_factors.tolist() == [0.5] * 4 + [1.0]
+
+
+def test_results_are_those_of_earlier_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of the kinds, also of kinds that no row has."""
+    monkeypatch.setattr(balance, "_ROWS_AT_ONCE", 8)
+    rng = np.random.default_rng(0)
+    names = [f"{key}={value}" for key in ("object", "condition", "size") for value in "abcd"]
+    for case in range(60):
+        kinds = list({tuple(rng.choice(names, rng.integers(0, 4)).tolist()): None for _ in range(12)})
+        kind_of = rng.integers(0, len(kinds) - 1, int(rng.integers(1, 60)))  # never the last one
+        tags, weights = [kinds[kind] for kind in kind_of], rng.choice([0.5, 1.0, 2.0], len(kind_of))
+        data = Data(oversample=(None, "auto")[case % 2], class_weights=(None, "inverse", "inverse_sqrt")[case % 3])
+        before, problems = _plan_or_problems(earlier_plan.plan_balance, tags, weights, data)
+        for coded in ((kinds, kind_of), code_tags(tags)):
+            now, others = _plan_or_problems(plan_balance, *coded, weights, data)
+            assert others == problems
+            if now is not None:
+                assert (now.token_weights, now.table) == (before.token_weights, before.table)
+                assert np.array_equal(now.repeat_factors, before.repeat_factors)
+
+
+def _plan_or_problems(plan: Callable[..., Balance], *arguments: object) -> tuple[Balance | None, list[str]]:
+    try:
+        return plan(*arguments), []
+    except ConfigError as error:
+        return None, error.problems
 
 
 def test_an_epoch_has_at_least_one_row() -> None:

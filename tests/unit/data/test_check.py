@@ -13,13 +13,13 @@ from ray_vlm.cli import main
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.load import load_job
 from ray_vlm.data.images import decode
-from ray_vlm.data.index import build_index
 from ray_vlm.data.inspect.check import SourceCheck, check_sources, describe_check, group_bad, group_reason, plain
 from ray_vlm.data.inspect.stats import box_classes, describe_stats, measure_rows, size_changes
+from ray_vlm.data.parts import build_index, load_parts
 from ray_vlm.data.records import BadRow
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import sample_spec
-from ray_vlm.data.splits import load_parts
+from tests.support.jobs import check_inputs
 
 
 def _image(path: Path, size: tuple[int, int] = (100, 80)) -> bytes:
@@ -53,7 +53,7 @@ def broken(tmp_path: Path) -> Path:
 
 def test_check_counts_every_row_and_groups_reasons(job_file: Any, broken: Path) -> None:
     job = load_job(job_file(data={"train": {"path": str(broken)}}))
-    (check,) = check_sources(job.data, sample_spec(job))
+    (check,) = check_sources(*check_inputs(job))
     assert (check.name, check.rows, check.usable, len(check.bad)) == ("train", 7, 3, 4)
     groups = group_bad(check.bad)
     assert [len(rows) for _, rows in groups] == [2, 1, 1]
@@ -64,7 +64,7 @@ def test_check_counts_every_row_and_groups_reasons(job_file: Any, broken: Path) 
         f"image file is missing; mend the path or image_root ({broken.parent}/none (1).jpg) (1 more of this kind; "
     )
     assert re.search(rf"2  row 2 \(id c\) +{re.escape(missing)}--bad-rows PATH writes them all\)$", text, re.MULTILINE)
-    (decoded,) = check_sources(job.data, sample_spec(job), decode_images=True)
+    (decoded,) = check_sources(*check_inputs(job), decode_images=True)
     assert (decoded.usable, decoded.bad[-1].id) == (2, "g")
     assert "cannot be decoded" in decoded.bad[-1].reason
     assert f"; fetch the file again, or remove the row ({broken.parent}/rotten.png)" in decoded.bad[-1].reason
@@ -88,7 +88,7 @@ def test_check_finds_what_the_index_finds(job_file: Any, broken: Path) -> None:
     job = load_job(job_file(data={"train": {"path": str(broken)}}))
     data = Data(on_bad_row="quarantine")
     index = build_index(Source(path=str(broken)), data, load_sample_builder(sample_spec(job, ["dog", "cat"])))
-    (check,) = check_sources(job.data, sample_spec(job))
+    (check,) = check_sources(*check_inputs(job))
     assert check.bad == index.bad
 
 
@@ -103,7 +103,7 @@ def test_a_source_that_is_all_bad_or_no_file_at_all_stops_nothing(
         "eval": {"path": str(tmp_path / "torn.json")},
     }
     job_path = job_file(data=data | {"test": 0.2})
-    checks = list(check_sources((job := load_job(job_path)).data, sample_spec(job)))
+    checks = list(check_sources(*check_inputs(load_job(job_path))))
     assert [(c.name, c.rows, c.usable) for c in checks] == [("eval", 0, 0), ("train", 7, 3), ("mix[0]", 1, 0)]
     assert "not readable" in checks[0].problems[0]
     lines = tmp_path / "bad.jsonl"

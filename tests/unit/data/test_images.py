@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from ray_vlm.data.images import FORMATS, ImageSpec, decode, read_size, resize
+from ray_vlm.data import images
+from ray_vlm.data.images import FORMATS, ImageSpec, SizeCache, decode, read_size, resize
 
 # (height, width) -> (height, width) at factor, least and most tokens: transformers' smart_resize. `qwen_vl_utils` has
 # the same rule and refuses a side below one token.
@@ -218,3 +219,32 @@ def test_avif_is_read() -> None:
 def test_what_is_not_read_is_named(head: bytes, kind: str) -> None:
     with pytest.raises(ValueError, match=rf"image file is .*{kind}|{kind} image file"):
         read_size(head + b"\x00" * 100, 10**6)
+
+
+def test_an_image_that_rows_share_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(_bytes(_photo(60, 40)))
+    opened: list[object] = []
+    real = images.open_image
+
+    def count(image: str | bytes) -> Any:
+        opened.append(image)
+        return real(image)
+
+    monkeypatch.setattr(images, "open_image", count)
+    cache = SizeCache(10**6)
+    assert [cache.read_size(str(path)) for _ in range(3)] == [(60, 40)] * 3
+    assert opened == [str(path)]
+    assert [cache.read_size(path.read_bytes()) for _ in range(2)] == [(60, 40)] * 2
+    assert SizeCache(10**6).read_size(str(path)) == (60, 40)
+    assert len(opened) == 4
+    with pytest.raises(ValueError, match=r"above data\.max_image_pixels=5"):
+        SizeCache(5).read_size(str(path))
+
+
+def test_a_fault_of_an_image_is_not_kept(tmp_path: Path) -> None:
+    cache, path = SizeCache(10**6), tmp_path / "a.png"
+    with pytest.raises(ValueError, match="image file is missing"):
+        cache.read_size(str(path))
+    path.write_bytes(_bytes(_photo(60, 40)))
+    assert cache.read_size(str(path)) == (60, 40)

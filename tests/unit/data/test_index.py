@@ -12,7 +12,7 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model
 from ray_vlm.config.task import ChatTask, DetectionTask, GuiStepsTask
 from ray_vlm.data.images import decode, read_size
-from ray_vlm.data.index import build_index
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError

@@ -6,7 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from ray_vlm.data.plan import Plan, deal, group_alike, min_parts, plan_sample
+from ray_vlm.data import plan as plans
+from ray_vlm.data.balance import deal, group_alike, min_parts
+from ray_vlm.data.plan import Plan, plan_sample
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -55,6 +57,16 @@ def test_max_steps_wins_over_epochs() -> None:
     assert [Plan(100, 1, 1, 1, num_epochs=e).num_steps for e in (1.1, 2.2, 0.07)] == [110, 220, 7]
 
 
+def test_a_step_is_dealt_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dealing costs as much as the step has rows: again for each rank, it would grow with the square of the ranks."""
+    dealt: list[int] = []
+    monkeypatch.setattr(plans, "deal", lambda rows, costs, size: dealt.append(size) or deal(rows, costs, size))
+    plan = Plan(1000, 500, 1, 250, token_costs=np.arange(1000) % 7)
+    rows = {step: [plan.rank_step(step, rank) for rank in range(250)] for step in (0, 1)}
+    assert dealt == [250, 250]
+    assert sorted(row for parts in rows[1] for part in parts for row in part.rows) == sorted(plan.step_rows(1).tolist())
+
+
 def test_a_sample_is_spread_over_the_rows_and_over_their_periods() -> None:
     chosen = plan_sample(900, 300)
     assert [position // 3 for position in chosen] == list(range(300))
@@ -86,7 +98,7 @@ def test_micro_batches_under_a_budget_of_tokens() -> None:
         fewest = max(
             min_parts(tokens[rows], 1500)
             for step in range(plan.num_steps)
-            for rows in deal(plan.step_rows(step), plan.token_costs, world)
+            for rows in deal(plan.step_rows(step), tokens[plan.step_rows(step)].astype(float), world)
         )
         assert plan.accumulation == fewest
     assert pickle.loads(pickle.dumps(plan)).rank_step(3, 1) == plan.rank_step(3, 1)

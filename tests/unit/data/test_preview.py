@@ -11,6 +11,7 @@ from PIL import Image
 
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
+from ray_vlm.data.balance import code_tags
 from ray_vlm.data.draw import place_labels, wrap
 from ray_vlm.data.inspect.preview import (
     Chosen,
@@ -31,7 +32,7 @@ from ray_vlm.train.prepare import prepare
 
 def test_rows_are_spread_and_a_third_has_the_rarest_class() -> None:
     tags = [("a",)] * 90 + [("a", "b")] * 10
-    chosen = choose_rows(tags, 12)
+    chosen = choose_rows(*code_tags(tags), 12)
     assert len(set(chosen.positions)) == 12
     assert list(chosen.positions) == sorted(chosen.positions)
     assert (chosen.rarest, chosen.share) == ("b", 0.1)
@@ -41,7 +42,7 @@ def test_rows_are_spread_and_a_third_has_the_rarest_class() -> None:
 
 def test_rows_that_repeat_with_a_period_are_not_all_of_one_kind() -> None:
     tags = [("click",), ("type",), ("done",)] * 700
-    chosen = choose_rows(tags, 12)
+    chosen = choose_rows(*code_tags(tags), 12)
     shown = [tags[position][0] for position in chosen.positions]
     assert all(shown.count(name) >= 3 for name in ("click", "type", "done"))
 
@@ -51,7 +52,7 @@ def test_rows_that_repeat_with_a_period_are_not_all_of_one_kind() -> None:
     [([()] * 4, 12, 4), ([("a",)] * 5, 3, 3), ([("a",), ("b",)], 12, 2), ([("a",)] * 8 + [("b",)], 6, 6), ([()], 1, 1)],
 )
 def test_few_rows_are_all_shown_once(tags: list, count: int, expected: int) -> None:
-    chosen = choose_rows(tags, count)
+    chosen = choose_rows(*code_tags(tags), count)
     assert len(set(chosen.positions)) == len(chosen.positions) == expected
 
 
@@ -176,7 +177,7 @@ def test_a_text_from_the_data_cannot_steer_the_terminal(job_file: Any, tmp_path:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a\u202eb", "images": ["a.png"], "messages": turns}))
     data = {"path": str(tmp_path / "rows.jsonl"), "format": "messages"}
     prepared = prepare(load_job(job_file(task="chat", data={"train": data})))
-    text = describe_rows(prepared.train, load_sample_builder(prepared.spec), choose_rows([()], 1))
+    text = describe_rows(prepared.train, load_sample_builder(prepared.spec), choose_rows(*code_tags([()]), 1))
     assert "A\\u2028\\u200bdog" in text
     assert text.replace("\n", "").isprintable()
     (panel,) = build_panels([prepared.train.records[0]], load_sample_builder(prepared.spec))

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 from pycocotools import mask as masks
 
-from ray_vlm.config.data import Data, Source
+from ray_vlm.config.data import Source
 from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.images import decode
-from ray_vlm.data.index import measure_row, settle_boxes
+from ray_vlm.data.measure import measure_row, settle_boxes
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.sources.formats import read_rows
 from ray_vlm.data.sources.tables import apply_class_names
-from ray_vlm.data.suspicions import find_suspicions, tell_mended, tell_unused
+from ray_vlm.data.suspicions import find_suspicions, summarise, tell_unused
 from ray_vlm.errors import DataError
 
 DOG = [{"id": 1, "name": "dog"}]
@@ -258,7 +258,7 @@ def _sized(folder: Path, listed: tuple[Any, Any], bbox: list[float], **options: 
     }
     (folder / "rows.json").write_text(json.dumps(data))
     rows, _ = read_rows(Source(path=str(folder / "rows.json"), **options))
-    return measure_row(rows[0], Data())
+    return measure_row(rows[0], 50_000_000)
 
 
 def test_sizes_that_contradict_the_image_are_bad_until_the_job_says_what_boxes_mean(tmp_path: Path) -> None:
@@ -344,21 +344,20 @@ def test_what_is_odd_about_a_source_is_reported_with_counts(tmp_path: Path) -> N
     large = [SftRecord(str(i), i, ("a",), ((4000, 3000),), {"boxes": ((1, 2, 900, 990),)}) for i in range(30)]
     crowd = SftRecord("7", 0, ("a",), (), {"boxes": ()}, {"crowds": 3})
     labels = ["Stop_Sign", "stop sign", "dog"]
-    notes = find_suspicions(source, [crowd, *large], large, labels)
+    notes = find_suspicions(source, summarise(source, [(crowd, crowd), *zip(large, large, strict=True)]), labels)
     assert [note.partition(": ")[2][:30] for note in notes] == [
         "classes 'Stop_Sign', 'stop sig", "3 crowd annotations (iscrowd: ", "no box reaches beyond 1000, th",
     ]  # fmt: skip
     text = [SftRecord("1", 0, (), (), {"answer": "x"})]
-    assert "no row has an image" in find_suspicions(source, text, text, [])[0]
+    assert "no row has an image" in find_suspicions(source, summarise(source, zip(text, text, strict=True)), [])[0]
 
 
 def test_classes_without_a_box_are_reported() -> None:
-    rows = [SftRecord("1", 0, ("a",), (), {"boxes": ((1, 2, 3, 4),), "labels": ("dog",)})]
-    (note,) = tell_unused(["dog", *"abcd"], rows)
+    (note,) = tell_unused(["dog", *"abcd"], {"dog"})
     assert note.startswith(
         "no row has a box of 'a', 'b', 'c' and 1 more, but the question asks for it; task.labels sets"
     )
-    assert tell_unused(["dog"], rows) == tell_unused(["state=wet"], rows) == tell_unused(["dog"], []) == []
+    assert tell_unused(["dog"], {"dog"}) == tell_unused(["state=wet"], {"dog"}) == tell_unused(["dog"], set()) == []
 
 
 def test_labelmes_names_for_no_class_are_none(tmp_path: Path) -> None:
@@ -379,7 +378,8 @@ def test_clean_rows_raise_no_suspicion() -> None:
             high = low + rng.uniform(0.1, 0.2, 2)
             box = (low[0] * width, low[1] * height, high[0] * width, high[1] * height)
             rows.append(SftRecord(str(i), i, ("a",), ((width, height),), {"boxes": (box,), "labels": ("dog",)}))
-        assert find_suspicions(Source(path="rows.json"), rows, rows, ["dog", "cat", f"class {number}"]) == []
+        summary = summarise(Source(path="rows.json"), zip(rows, rows, strict=True))
+        assert find_suspicions(Source(path="rows.json"), summary, ["dog", "cat", f"class {number}"]) == []
         assert all(isinstance(settle_boxes(row), SftRecord) for row in rows)
 
 
@@ -414,7 +414,8 @@ def test_one_bad_box_need_not_cost_the_others(setting: str, num_boxes: int, note
     if setting == "clip":
         assert record.truth["boxes"] == (BOXES[0], (40.0, 10.0, 64.0, 20.0))
         assert record.truth["labels"] == ("a", "c")
-    notes = tell_mended([row], [record], Source(path="rows.json"), setting)
+    source = Source(path="rows.json")
+    notes = find_suspicions(source, summarise(source, [(row, record)]), "abcd", setting)
     assert notes == ([f"rows.json: {note}"] if note else [])
 
 
@@ -460,7 +461,7 @@ def test_an_image_that_cannot_be_read_again_leaves_no_unturned_boxes(
     def refuse(image: str) -> int:
         raise OSError("the store is away")
 
-    monkeypatch.setattr("ray_vlm.data.index.read_orientation", refuse)
+    monkeypatch.setattr("ray_vlm.data.measure.read_orientation", refuse)
     record = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
     assert record == BadRow(0, "1", "image cannot be read (the store is away); fetch the file again, or remove the row")
 
@@ -470,8 +471,8 @@ def test_an_image_that_is_gone_keeps_its_place_in_a_run_that_goes_on(tmp_path: P
     record = _sized(tmp_path, (64, 48), [1, 2, 20, 10], box_frame="listed")
     (tmp_path / "a.jpg").unlink()
     rows, _ = read_rows(Source(path=str(tmp_path / "rows.json"), box_frame="listed"))
-    assert isinstance(measure_row(rows[0], Data()), BadRow)
-    again = measure_row(rows[0], Data(), {record.images[0]: (48, 64)})
+    assert isinstance(measure_row(rows[0], 50_000_000), BadRow)
+    again = measure_row(rows[0], 50_000_000, known={record.images[0]: (48, 64)})
     assert (again.id, again.sizes) == ("1", ((48, 64),))
 
 

@@ -15,8 +15,10 @@ from ray_vlm.config.task import DetectionTask
 from ray_vlm.data import backpressure, stream
 from ray_vlm.data.collate import collate
 from ray_vlm.data.images import decode
-from ray_vlm.data.index import Index, build_index
+from ray_vlm.data.index import Index
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.plan import Plan
+from ray_vlm.data.rows import ListedRows
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.data.stream import (
@@ -103,7 +105,7 @@ def test_no_row_is_lost_doubled_or_reordered_locally(world: int, scenes: Path, t
     made = {i: load_sample_builder(spec).train_row(record) for i, record in enumerate(index.records)}
     steps: list[list[int]] = [[] for _ in range(plan.num_steps)]
     for rank in range(world):
-        stream_spec = StreamSpec(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
+        stream_spec = StreamSpec(ListedRows(index.records), spec, plan, rank, 0, plan.num_steps * plan.accumulation)
         for number, rows in enumerate(stream_local(stream_spec)):
             micro = plan.micro_batch(number, rank)
             if micro.padding:
@@ -119,7 +121,7 @@ def test_an_error_in_the_loader_reaches_the_consumer(scenes: Path, tiny_models: 
 
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     gone = replace(index.records[0], images=(str(tmp_path / "gone.jpg"),))
-    stream_spec = StreamSpec((gone,), spec, Plan(1, 1, 1, 1), 0, 0, 1)
+    stream_spec = StreamSpec(ListedRows((gone,)), spec, Plan(1, 1, 1, 1), 0, 0, 1)
     with pytest.raises(DataError, match=r"row 0 .*gone\.jpg"):
         list(stream_local(stream_spec))
 
@@ -129,18 +131,19 @@ def test_another_row_takes_the_place_of_a_lost_one(
 ) -> None:
     from dataclasses import replace
 
-    from ray_vlm.data import row_replacement
+    from ray_vlm.data import rows as data_rows
 
-    monkeypatch.setattr(row_replacement, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(data_rows, "WAITS_S", (0.0, 0.0))
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     records = list(index.records[:6])
     for number in (1, 2, 5):
         records[number] = replace(records[number], images=(str(tmp_path / "gone.jpg"),))
-    stream_spec = StreamSpec(tuple(records), spec, Plan(6, 2, 2, 1, shuffle=False), 0, 0, 3, replace_unreadable=True)
+    plan = Plan(6, 2, 2, 1, shuffle=False)
+    stream_spec = StreamSpec(ListedRows(records), spec, plan, 0, 0, 3, replace_unreadable=True)
     assert [[row.number for row in rows] for rows in stream_local(stream_spec)] == [[0, 3], [3, 3], [4, 0]]
     none = tuple(replace(record, images=(str(tmp_path / "gone.jpg"),)) for record in records)
     with pytest.raises(DataError, match=r"gone.jpg .*None of the 5 rows after it can be read either"):
-        list(stream_local(replace(stream_spec, records=none)))
+        list(stream_local(replace(stream_spec, rows=ListedRows(none))))
 
 
 def test_a_file_that_comes_back_is_waited_for(
@@ -153,7 +156,7 @@ def test_a_file_that_comes_back_is_waited_for(
     late = tmp_path / "late.png"
     record = replace(index.records[0], images=(str(late),))
     monkeypatch.setattr(time, "sleep", lambda wait: late.write_bytes(Path(index.records[0].images[0]).read_bytes()))
-    rows = list(stream_local(StreamSpec((record,), spec, Plan(1, 1, 1, 1), 0, 0, 1)))
+    rows = list(stream_local(StreamSpec(ListedRows((record,)), spec, Plan(1, 1, 1, 1), 0, 0, 1)))
     assert rows[0][0].number == 0
 
 
@@ -161,7 +164,7 @@ def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dic
     import threading
 
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
-    stream = stream_local(StreamSpec(index.records, spec, Plan(50, 2, 2, 1), 0, 0, 25))
+    stream = stream_local(StreamSpec(ListedRows(index.records), spec, Plan(50, 2, 2, 1), 0, 0, 25))
     next(stream)
     stream.close()
     assert not [t for t in threading.enumerate() if t.name == "ray-vlm-loader"]
@@ -172,11 +175,11 @@ def test_leaving_the_stream_early_ends_its_thread(scenes: Path, tiny_models: dic
 def test_the_ray_stream_equals_the_local_one_byte_for_byte(rank: int, ray_cluster, scenes: Path, tiny_models) -> None:
     index, spec = _index(scenes, tiny_models["qwen3_vl"])
     plan = Plan(len(index), 8, 3, 2, num_epochs=1)
-    stream_spec = StreamSpec(index.records, spec, plan, rank, 0, plan.num_steps * plan.accumulation)
+    stream_spec = StreamSpec(ListedRows(index.records), spec, plan, rank, 0, plan.num_steps * plan.accumulation)
     streamed = list(stream_ray(stream_spec, num_loaders=2, cpus_per_loader=0.5))
     assert len(streamed) == stream_spec.last
     for number, rows in enumerate(streamed):
-        expected = make_rows(stream_spec, load_sample_builder(stream_spec.spec), index.records, number)
+        expected = make_rows(load_sample_builder(spec), stream_spec.rows, plan.micro_batch(number, rank))
         assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
 
 
@@ -191,7 +194,7 @@ def test_the_ray_stream_equals_the_local_one_byte_for_byte(rank: int, ray_cluste
 )
 def test_a_task_is_small_in_bytes_and_few_where_a_run_is_long(rows: int, row_bytes: float, expected: int) -> None:
     plan = Plan(rows, 2, 2, 1)
-    assert task_size(StreamSpec((), None, plan, 0, 0, rows // 2, row_bytes)) * 2 == expected
+    assert task_size(StreamSpec(ListedRows(()), None, plan, 0, 0, rows // 2, row_bytes)) * 2 == expected
 
 
 @pytest.mark.cluster
@@ -209,7 +212,7 @@ def test_loaders_wait_for_a_slow_trainer(
     source, spec = write_rows(folder, SIZES["0.3mp"], 4000, 4), make_spec(Path(tiny_models["qwen3_vl"]))
     records = build_index(source, Data(), load_sample_builder(spec)).records
     row_bytes = mean_bytes(records, load_sample_builder(spec).image_spec)
-    stream_spec = StreamSpec(records, spec, Plan(4000, 2, 2, 1), 0, 0, 2000, row_bytes)
+    stream_spec = StreamSpec(ListedRows(records), spec, Plan(4000, 2, 2, 1), 0, 0, 2000, row_bytes)
     monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 5)
     before, rows = store_mib(), stream_ray(stream_spec, num_loaders=1)
     next(rows)
@@ -238,12 +241,12 @@ def test_tasks_in_another_order_and_a_bad_row_are_no_deadlock(
     row = max((row for n in range(5) for row in plan.micro_batch(n, 0).rows), key=lambda row: begins[row])
     gone = replace(index.records[row], images=(str(tmp_path / "gone.jpg"),))
     records = (*index.records[:row], gone, *index.records[row + 1 :])
-    stream_spec = StreamSpec(records, spec, plan, 0, 5, plan.num_steps * plan.accumulation)
+    stream_spec = StreamSpec(ListedRows(records), spec, plan, 0, 5, plan.num_steps * plan.accumulation)
     came = []
 
     def follow() -> None:
         for number, rows in enumerate(stream_ray(stream_spec, num_loaders=2, cpus_per_loader=0.5), start=5):
-            expected = make_rows(stream_spec, load_sample_builder(spec), records, number)
+            expected = make_rows(load_sample_builder(spec), stream_spec.rows, plan.micro_batch(number, 0))
             assert all(_same(a, b) for a, b in zip(rows, expected, strict=True))
             came.append(number)
             if number == 12:

@@ -13,7 +13,7 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.config.method import SftMethod
 from ray_vlm.config.schema import JobConfig, Model, Pairs
 from ray_vlm.config.task import DetectionTask
-from ray_vlm.data.index import build_index
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.preprocessing import changed_since, describe_preprocessing
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder

@@ -13,7 +13,8 @@ from ray_vlm.config.schema import Model
 from ray_vlm.config.task import DetectionTask
 from ray_vlm.data import samples
 from ray_vlm.data.images import smart_resize
-from ray_vlm.data.index import build_index, measure_row
+from ray_vlm.data.measure import measure_row
+from ray_vlm.data.parts import build_index
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.sources.formats import read_rows
 from ray_vlm.data.spec import SampleSpec
@@ -40,10 +41,10 @@ def test_files_agree_with_the_processor(family: str, tiny_models: dict[str, str]
     spec = SampleSpec(model, DetectionTask(), ("circle", "square", "star"))
     before = SampleBuilder(spec)
     assert before._processor is None
-    counted = [measure_row(row, Data()) for row in read_rows(Source(path=str(scenes / "eval.json")))[0]]
-    by_files = [before.token_counts(row) for row in counted], before._layout(samples.mark_answers(TURNS), ())
+    counted = [measure_row(row, 50_000_000) for row in read_rows(Source(path=str(scenes / "eval.json")))[0]]
+    by_files = [before.token_counts(row) for row in counted], before._layout(TURNS)
     before._load()
-    by_processor = [before.token_counts(row) for row in counted], before._layout(samples.mark_answers(TURNS), ())
+    by_processor = [before.token_counts(row) for row in counted], before._layout(TURNS)
     assert before._processor is not None
     assert by_files == by_processor
     assert [len(before.train_row(row).input_ids) for row in counted] == [sum(counts) for counts in by_files[0]]

@@ -109,7 +109,7 @@ ELSEWHERE = {"host": "another-machine", "pid": 7, "started": 5.0}
 def _run(folder: Path, driver: dict[str, Any] | None, **attempt: Any) -> RunPaths:
     """A run of one attempt that `driver` started."""
     paths = claim_run(str(folder), "run", "sft")
-    start_manifest(paths, {"seed": 1}, "", ["train"])
+    start_manifest(paths, {"seed": 1}, "", ["train"], rows_version=2)
     _driven_by(paths, driver, **attempt)
     return paths
 

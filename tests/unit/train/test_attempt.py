@@ -2,63 +2,20 @@
 
 import json
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_vlm.errors import RunError
+from ray_vlm.runs.checkpoints import commit, write_part
 from ray_vlm.storage import Store
 from ray_vlm.train.attempt import begin_attempt, check_owner, prove_storage
-
-
-@dataclass
-class _Group:
-    """A process group of threads."""
-
-    size: int
-    values: dict[int, Any] = field(default_factory=dict)
-    barrier: Any = None
-
-    def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.size, timeout=20)
-
-
-@dataclass
-class _Rank:
-    group: _Group
-    rank: int
-    ray: bool = True
-
-    @property
-    def world_size(self) -> int:
-        return self.group.size
-
-    def all_gather(self, value: Any) -> list[Any]:
-        self.group.values[self.rank] = value
-        self.group.barrier.wait()
-        everyone = [self.group.values[r] for r in range(self.group.size)]
-        self.group.barrier.wait()
-        return everyone
-
-    def broadcast(self, value: Any) -> Any:
-        return self.all_gather(value)[0]
+from tests.support.ranks import on_ranks
 
 
 def _on_ranks(folders: list[Path], do: Any) -> list[Any]:
-    group = _Group(len(folders))
-
-    def run(rank: int) -> Any:
-        try:
-            return do(Store(folders[rank]), _Rank(group, rank))
-        except RunError as error:
-            return error
-
-    with ThreadPoolExecutor(len(folders)) as pool:
-        return list(pool.map(run, range(len(folders))))
+    return on_ranks([Store(folder) for folder in folders], do)
 
 
 def _folder(path: Path) -> Path:
@@ -94,6 +51,28 @@ def test_a_node_that_cannot_write_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     errors = _on_ranks([folder, blocked], lambda store, context: prove_storage(store, context, "ab", wait_s=0.2))
     assert all("worker 1 on" in e.problems[0] and "cannot write" in e.problems[0] for e in errors)
+
+
+def test_a_rank_whose_own_file_was_altered_takes_all_ranks_to_the_checkpoint_before(
+    tmp_path: Path, lines: list[str]
+) -> None:
+    """Only rank 2 opens the file; the ranks that are too many for the old number find none of their own."""
+    folder = _folder(tmp_path / "run")
+    for step in (5, 10):
+        files = {}
+        for rank in range(3):
+            fill = lambda f, name=f"rng_state_{rank}.pth": (f / name).write_text(name)  # noqa: E731
+            files |= write_part(Store(folder), f"checkpoint-{step}-a1-ab", f"rank{rank}", fill)
+        commit(Store(folder), f"checkpoint-{step}-a1-ab", files, step)
+    path = folder / "checkpoint-10-a1-ab" / "rng_state_2.pth"
+    path.write_text(path.read_text()[::-1])
+    attempts = _on_ranks([folder] * 4, lambda store, context: begin_attempt(store, context, 1))
+    assert [(attempt.step, attempt.folder) for attempt in attempts] == [(5, folder / "checkpoint-5-a1-ab")] * 4
+    own = [list(attempt.checkpoint.files) for attempt in attempts]
+    assert own == [["rng_state_0.pth"], ["rng_state_1.pth"], ["rng_state_2.pth"], []]
+    assert lines == ["checkpoint-10-a1-ab cannot be used: rng_state_2.pth was altered. Looking for the one before it."]
+    attempts = _on_ranks([folder] * 2, lambda store, context: begin_attempt(store, context, 1))
+    assert [attempt.step for attempt in attempts] == [10, 10], "no rank reads the altered file now"
 
 
 def test_an_older_attempt_finds_that_it_was_replaced(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.data.index import fingerprint_records
 from ray_vlm.data.records import SftRecord
-from ray_vlm.train.driver import describe_job, rows_fingerprint
+from ray_vlm.data.shards import row_digest
+from ray_vlm.train.driver import describe_job
 
 
 def _record(**changes: Any) -> SftRecord:
@@ -24,8 +26,10 @@ def test_a_job_is_described_with_every_file_once() -> None:
 
 
 def test_rows_are_the_same_wherever_their_images_lie_and_others_with_another_answer() -> None:
-    fingerprint = rows_fingerprint([_record()])
-    assert rows_fingerprint([_record(images=("/elsewhere/a.png",))]) == fingerprint
+    fingerprint = fingerprint_records([_record()])
+    assert fingerprint_records([_record(images=("/elsewhere/a.png",))]) == fingerprint
+    assert row_digest(_record(images=("/elsewhere/a.png",))) == row_digest(_record())
     others = [{"truth": {"label": "cat"}}, {"id": "b"}, {"sizes": ((8, 9),)}, {"images": ("/data/b.png",)}]
-    assert fingerprint not in {rows_fingerprint([_record(**change)]) for change in others}
-    assert rows_fingerprint([_record(), _record(id="b")]) != rows_fingerprint([_record(id="b"), _record()])
+    assert fingerprint not in {fingerprint_records([_record(**change)]) for change in others}
+    assert row_digest(_record()) not in {row_digest(_record(**change)) for change in others}
+    assert fingerprint_records([_record(), _record(id="b")]) != fingerprint_records([_record(id="b"), _record()])

@@ -1,5 +1,5 @@
-"""Replace rows that could be read when they were checked and cannot be read now: a file that was deleted or changed, or
-is behind a failing network.
+"""Make rows by their numbers, and replace those that could be read when they were checked and cannot be read now: a
+file was deleted or changed, or is behind a failing network.
 
 Such a row is read again, and then, if the job leaves bad rows out, replaced by the next row in the data that can be
 read. Every rank keeps as many rows as planned, so none waits for another. The run keeps the sizes of its images, so
@@ -7,10 +7,11 @@ that a row whose image is gone when the run is resumed keeps its position in the
 """
 
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
-from typing import Any
+from typing import Any, overload
 
 from ray_vlm.data.records import Record
 from ray_vlm.data.samples import SampleBuilder
@@ -22,7 +23,36 @@ WAITS_S = (0.2, 1.0)  # before each new attempt at the row itself
 _OTHERS = 16  # rows after it that may take its place
 
 
-def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, replace_unreadable: bool) -> Sample:
+class Rows(Sequence[Any]):
+    """The records of a part of the data, by the numbers that the plan gives them. It is small where it is pickled."""
+
+    @abstractmethod
+    def sample(self, builder: SampleBuilder, number: int) -> Sample:
+        """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read."""
+
+
+class ListedRows(Rows):
+    """Rows whose records are in memory, as for a few."""
+
+    def __init__(self, records: Sequence[Record]):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, number: int) -> Any: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Any]: ...
+    def __getitem__(self, number: int | slice) -> Any:
+        return self._records[number]
+
+    def sample(self, builder: SampleBuilder, number: int) -> Sample:
+        """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read."""
+        return builder.row(self._records[number])
+
+
+def make_row(builder: SampleBuilder, rows: Rows, number: int, replace_unreadable: bool) -> Sample:
     """Return the row at position `number`, or with `replace_unreadable` a replacement, which holds its own position.
 
     Raise `DataError` if the row cannot be read, nor, with `replace_unreadable`, any of those after it.
@@ -30,7 +60,7 @@ def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, rep
     first: DataError | None = None
     for wait in (*WAITS_S, None):
         try:
-            return replace(builder.row(records[number]), number=number)
+            return replace(rows.sample(builder, number), number=number)
         except DataError as error:
             if wait is None:
                 first = error
@@ -38,10 +68,10 @@ def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, rep
                 time.sleep(wait)
     if not replace_unreadable:
         raise DataError(f"{first} Mend it, then go on with --resume.")
-    others = [(number + step) % len(records) for step in range(1, min(_OTHERS, len(records) - 1) + 1)]
+    others = [(number + step) % len(rows) for step in range(1, min(_OTHERS, len(rows) - 1) + 1)]
     for other in others:
         try:
-            return replace(builder.row(records[other]), number=other)
+            return replace(rows.sample(builder, other), number=other)
         except DataError:
             continue
     raise DataError(
@@ -49,12 +79,11 @@ def make_row(builder: SampleBuilder, records: Sequence[Record], number: int, rep
     )
 
 
-def pack_sizes(records: Sequence[Record]) -> bytes:
-    """Return (width, height) of every image in a file of its own, as Parquet."""
+def pack_sizes(sizes: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return (width, height) of images by their path, as Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    sizes = {image: s for r in records for image, s in zip(r.images, r.sizes, strict=True) if isinstance(image, str)}
     rows = [{"image": image, "width": width, "height": height} for image, (width, height) in sizes.items()]
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), buffer)

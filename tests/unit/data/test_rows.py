@@ -1,29 +1,22 @@
 """Sizes of images that a run keeps, for the day when a file is gone."""
 
-import dataclasses
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_vlm.data.records import SftRecord
-from ray_vlm.data.row_replacement import describe_lost, pack_sizes, unpack_sizes
+from ray_vlm.data.rows import describe_lost, pack_sizes, unpack_sizes
 
-_ROW = SftRecord("a", 0, ("/a.jpg", b"bytes in the row"), ((640, 480), (3, 4)), {})
+_SIZES = {"/a.jpg": (640, 480), "/b \u00fc.jpg": (7, 9)}
 
 
 def test_sizes_come_back_as_they_were() -> None:
-    records = [
-        _ROW,
-        dataclasses.replace(_ROW, id="b", row=1, images=("/b \u00fc.jpg", "/a.jpg"), sizes=((7, 9), (640, 480))),
-    ]
-    assert unpack_sizes(pack_sizes(records)) == {"/a.jpg": (640, 480), "/b \u00fc.jpg": (7, 9)}
-    assert unpack_sizes(pack_sizes([])) == {}
+    assert unpack_sizes(pack_sizes(_SIZES)) == _SIZES
+    assert unpack_sizes(pack_sizes({})) == {}
 
 
 @pytest.mark.parametrize("cut", [0, 4, 40, -1])
 def test_what_is_damaged_is_of_no_use(cut: int) -> None:
-    assert unpack_sizes(pack_sizes([_ROW])[:cut]) == {}
+    assert unpack_sizes(pack_sizes(_SIZES)[:cut]) == {}
 
 
 def test_columns_of_another_kind_are_no_sizes(tmp_path) -> None:

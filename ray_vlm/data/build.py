@@ -1,0 +1,377 @@
+"""Build the shards of the index: read and check the rows of a source and tokenise them, in many processes.
+
+A piece of rows is the unit of work. What is done stays: a build that was interrupted goes on with the missing pieces,
+and two runs that build one index at once write the same files.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+from ray_vlm.config.data import Source
+from ray_vlm.config.schema import Model
+from ray_vlm.data.images import SizeCache
+from ray_vlm.data.measure import NONE_KNOWN, KnownSizes, measure_row
+from ray_vlm.data.parallel import Spread
+from ray_vlm.data.preprocessing import RULES
+from ray_vlm.data.records import BadRow, Record
+from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.shards import (
+    VERSION,
+    IndexedRow,
+    IndexFolder,
+    load_shard,
+    open_shard,
+    pack_rows,
+    pack_tokens,
+    read_record,
+)
+from ray_vlm.data.sources.formats import SourceReader, labels_of_piece, merge_labels, prepare_source
+from ray_vlm.data.sources.pieces import Piece
+from ray_vlm.data.spec import EncodedRow, SampleSpec
+from ray_vlm.data.suspicions import regions_of, summarise
+from ray_vlm.errors import DataError, RunError
+from ray_vlm.machine import installed_version
+from ray_vlm.models.load import resolve_name
+from ray_vlm.models.processor import fingerprint_processor
+from ray_vlm.runs.console import Progress, lasting
+from ray_vlm.storage import describe_file
+from ray_vlm.tasks import row_tags
+
+PIECE_ROWS = 4096  # rows of a piece: about a second of work
+_THREADS, _TURN = 8, 64  # threads that wait for image headers, and rows that each takes at a time
+_BATCH = 256  # rows that are tokenised at a time
+_KNOWN = "+known-"  # in the names of shards with rows whose images are gone
+_BAD_NAME = "image "  # how reasons against names of images begin, which depend on the folder as it is now
+
+
+@dataclass(frozen=True)
+class SourceShards:
+    """The row shards of a source in order: their names, the rows of each, and the class names that it declares."""
+
+    source: Source
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """All rows of the source, with bad ones."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class CheckLimits:
+    """The settings of `data` that decide whether a row can be used."""
+
+    max_image_pixels: int
+    on_bad_box: str
+
+
+class ShardInfo(NamedTuple):
+    """A row shard: the fingerprint of its piece, its name, its number of rows, and their class names."""
+
+    piece: str
+    name: str
+    num_rows: int
+    labels: list[str]
+
+
+@dataclass(frozen=True)
+class RowsWork:
+    """Reads and checks one piece after another, and writes their row shards into `<folder>/<key>/`.
+
+    `known`: as in `build_rows`.
+    """
+
+    reader: SourceReader
+    limits: CheckLimits
+    task: str
+    folder: IndexFolder
+    key: str
+    known: KnownSizes = field(default_factory=dict)
+
+    def find(self, piece: Piece, made: Iterable[str]) -> str | None:
+        """Return the shard of a piece among those that are `made`, if there is one that still holds."""
+        names = (name for name in made if name.partition("+")[0] == f"{self.key}/{piece.fingerprint}")
+        return next((name for name in names if _KNOWN not in name and _holds(self.folder, name)), None)
+
+    def __call__(self, piece: Piece) -> ShardInfo:
+        rows = self.reader.read(piece)
+        sizes = SizeCache(self.limits.max_image_pixels).read_size  # of this piece alone: files may change later
+
+        def check(some: Sequence[Record | BadRow]) -> list[Record | BadRow]:
+            limits = self.limits
+            return [measure_row(r, limits.max_image_pixels, limits.on_bad_box, self.known, sizes) for r in some]
+
+        turns = [rows[i : i + _TURN] for i in range(0, len(rows), _TURN)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            checked = list(chain.from_iterable(pool.map(check, turns)))
+        labels = labels_of_piece(piece, rows)
+        summary = summarise(self.reader.source, zip(rows, checked, strict=True), labels)
+        summary.faults = _faults(rows, checked)
+        indexed = [_index(read, good, self.task) for read, good in zip(rows, checked, strict=True)]
+        # Another state of the images gives another file, since the tokens of each are kept too.
+        state = f"+{_digest(sorted(summary.faults.items()))}" if summary.faults else "+"
+        rescued = f"{_KNOWN}{_digest(sorted(self.known.items()))}" if self.known else ""
+        name = f"{self.key}/{piece.fingerprint}{state}{rescued}.arrow"
+        self.folder.write(name, pack_rows(indexed, summary))
+        return ShardInfo(piece.fingerprint, name, len(rows), labels)
+
+
+def _index(read: Record | BadRow, checked: Record | BadRow, task: str) -> IndexedRow:
+    tags_read = () if isinstance(read, BadRow) else row_tags(task, read)
+    if isinstance(checked, BadRow):
+        return IndexedRow(read, checked, tags_read)
+    return IndexedRow(read, checked, tags_read, row_tags(task, checked), len(regions_of(checked)))
+
+
+def _faults(rows: Sequence[Record | BadRow], checked: Sequence[Record | BadRow]) -> dict[str, list[int] | None]:
+    """Return the images of rows that cannot be used, each with its file's size and time: if these change, the rows are
+    checked again."""
+    faults: dict[str, list[int] | None] = {}
+    for read, result in zip(rows, checked, strict=True):
+        if isinstance(read, BadRow):
+            if read.reason.startswith(_BAD_NAME):
+                faults[""] = None
+        elif isinstance(result, BadRow):
+            faults |= {image: _stamp(image) for image in read.images if isinstance(image, str)}
+    return faults
+
+
+def _holds(folder: IndexFolder, name: str) -> bool:
+    """Return whether a row shard can be used and the images of its bad rows are as they were."""
+    if (shard := open_shard(folder, name)) is None:
+        return False
+    return all(path and _stamp(path) == stamp for path, stamp in shard.summary().faults.items())
+
+
+def _stamp(image: str) -> list[int] | None:
+    try:
+        return list(describe_file(image)[1:])
+    except (OSError, ValueError):
+        return None
+
+
+def build_rows(
+    source: Source,
+    limits: CheckLimits,
+    task: str,
+    folder: IndexFolder,
+    spread: Spread,
+    known: KnownSizes = NONE_KNOWN,
+) -> SourceShards:
+    """Read and check a source, except what the folder has already. Raise `DataError` if the file cannot be used, and
+    `RunError` if the index cannot be written.
+
+    `known`: sizes of images that could be read when a resumed run began.
+    """
+    with lasting(f"reading {source.path}"):
+        prepare_source(source)
+    key, before = _row_key(source, limits, task), _version(source.path)
+    listing = _listing_name(key, before)
+    with writing_index(folder):
+        shards = _read_listing(folder, listing, source)
+        if shards is None:
+            shards = _read_source(RowsWork(SourceReader(source), limits, task, folder, key), spread)
+            if _version(source.path) != before:
+                raise DataError(f"{source.path}: it has changed while it was read. Start again when it is complete.")
+            folder.write(listing, json.dumps([before, shards.names, shards.counts, shards.labels]).encode())
+        return _with_known(shards, limits, task, folder, key, known) if known else shards
+
+
+def read_labels(source: Source, limits: CheckLimits, task: str, folder: IndexFolder) -> Sequence[str]:
+    """Return the class names that a source declares, from the index if it has them. Rows are not checked. Raise
+    `DataError` if the file cannot be used."""
+    prepare_source(source)
+    shards = _read_listing(folder, _listing_name(_row_key(source, limits, task), _version(source.path)), source)
+    if shards is not None:
+        return shards.labels
+    reader = SourceReader(source)
+    return merge_labels(source, [labels_of_piece(p, reader.read(p)) for p in reader.pieces(PIECE_ROWS)])
+
+
+def _row_key(source: Source, limits: CheckLimits, task: str) -> str:
+    """Return the folder of the row shards of a source that is read with these settings by this version."""
+    settings = source.model_dump(mode="json", exclude={"ratio", "weight", "create"})
+    versions = (VERSION, RULES, PIECE_ROWS, installed_version("pillow"))
+    return f"rows/{_digest([settings, limits.__dict__, task, versions])}"
+
+
+def _listing_name(key: str, version: list[Any]) -> str:
+    return f"sources/{key.removeprefix('rows/')}-{_digest(version)}.json"
+
+
+def _version(path: str) -> list[Any]:
+    """Return what identifies the present content of a file: its address, size and time."""
+    try:
+        return [path, *describe_file(path)[1:]]
+    except (OSError, ValueError, ImportError):
+        return [path]  # the reader names the problem
+
+
+def _read_listing(folder: IndexFolder, listing: str, source: Source) -> SourceShards | None:
+    """Return the shards that a listing names, if all of them still hold."""
+    try:
+        _, names, counts, labels = json.loads(folder.path(listing).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    if not all(_holds(folder, name) for name in names):
+        return None
+    return SourceShards(source, tuple(names), tuple(counts), tuple(labels))
+
+
+def _read_source(work: RowsWork, spread: Spread) -> SourceShards:
+    """Read a source's pieces in order; those that are there and still hold are not made again."""
+    source, made = work.reader.source, defaultdict[str, list[str]](list)
+    for name in work.folder.names(work.key):
+        made[name.partition("+")[0]].append(f"{work.key}/{name}")
+    pieces = work.reader.pieces(PIECE_ROWS)
+    first = next(pieces, None)
+    pieces = chain([] if first is None else [first], pieces)
+    if first is not None and not first.entries:  # they are small until they are read
+        pieces = iter(list(pieces))
+    order: list[str] = []
+    done: dict[str, ShardInfo] = {}
+
+    def missing() -> Iterator[Piece]:
+        for piece in pieces:
+            order.append(piece.fingerprint)
+            if (name := work.find(piece, made[piece.fingerprint])) is not None:
+                shard = load_shard(work.folder, name)
+                done[piece.fingerprint] = ShardInfo(piece.fingerprint, name, len(shard), shard.summary().labels)
+            else:
+                yield piece
+
+    waiting: Iterable[Piece] = missing()
+    if first is not None and not first.entries:
+        waiting = list(waiting)
+    total = sum(piece.num_rows for piece in waiting) if isinstance(waiting, list) else None
+    progress, rows = Progress(f"checking the rows of {source.path}", total), 0
+    for info in spread.run(work, waiting):
+        done[info.piece], rows = info, rows + info.num_rows
+        progress.reach(rows)
+    infos = [done[piece] for piece in order]
+    labels = merge_labels(source, [info.labels for info in infos])
+    return SourceShards(source, tuple(i.name for i in infos), tuple(i.num_rows for i in infos), tuple(labels))
+
+
+def _with_known(
+    shards: SourceShards, limits: CheckLimits, task: str, folder: IndexFolder, key: str, known: KnownSizes
+) -> SourceShards:
+    """Return the shards with those replaced whose images are gone but have a known size. Rows are then usable that a
+    run would refuse at its start, so these shards have names of their own."""
+    gone = {}
+    for name in shards.names:
+        shard = open_shard(folder, name)
+        paths = shard.summary().faults if shard is not None else {}
+        if some := {path: known[path] for path in paths if path in known}:
+            gone[name] = some
+    if not gone:
+        return shards
+    reader, names = SourceReader(shards.source), list(shards.names)
+    for number, piece in enumerate(reader.pieces(PIECE_ROWS)):
+        if names[number] in gone:
+            names[number] = RowsWork(reader, limits, task, folder, key, gone[names[number]])(piece).name
+    return replace(shards, names=tuple(names))
+
+
+@dataclass(frozen=True)
+class TokensWork:
+    """Turns the rows of one row shard after another into token ids, and writes their token shards into
+    `<folder>/<key>/`. Returns the number of rows."""
+
+    spec: SampleSpec
+    folder: IndexFolder
+    key: str
+
+    def name(self, rows: str) -> str:
+        """Return the name of the token shard of a row shard."""
+        return f"{self.key}/{rows.removeprefix('rows/').replace('/', '-')}"
+
+    def __call__(self, rows: str) -> int:
+        shard, builder = open_shard(self.folder, rows), load_sample_builder(self.spec)
+        if shard is None:
+            raise DataError(
+                f"{self.folder.address}/{rows}: the index has lost this file. Start again; it is made again."
+            )
+        encoded: list[EncodedRow | str] = ["" for _ in range(len(shard))]
+        good = [i for i, reason in enumerate(shard.column("reason").to_pylist()) if reason is None]
+        for start in range(0, len(good), _BATCH):
+            some = good[start : start + _BATCH]
+            for position, row in zip(some, builder.encode([read_record(shard, i) for i in some]), strict=True):
+                encoded[position] = row
+        self.folder.write(self.name(rows), pack_tokens(encoded))
+        return len(shard)
+
+
+def build_tokens(shards: SourceShards, spec: SampleSpec, folder: IndexFolder, spread: Spread) -> tuple[str, ...]:
+    """Tokenise the rows of a source, except what the folder has already, and return the names of the token shards in
+    the order of the row shards. Raise `RunError` if the index cannot be written."""
+    base = Model(name=spec.model.name, revision=spec.model.revision)
+    neutral = replace(spec, model=base, token_weights=(), split="")  # the rest changes no token
+    files = fingerprint_processor(base, resolve_name(base.name))
+    libraries = [installed_version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    key = f"tokens/{_digest([repr(neutral), files, VERSION, RULES, libraries])}"
+    work = TokensWork(neutral, folder, key)
+    with writing_index(folder):
+        made = {f"{key}/{name}" for name in folder.names(key)}
+        rows_of = dict(zip(shards.names, shards.counts, strict=True))
+        missing = [n for n in rows_of if work.name(n) not in made or open_shard(folder, work.name(n)) is None]
+        progress, rows = Progress(f"tokenising the rows of {shards.source.path}", sum(rows_of[n] for n in missing)), 0
+        for count in spread.run(work, missing):
+            progress.reach(rows := rows + count)
+    return tuple(work.name(name) for name in shards.names)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def writing_index(folder: IndexFolder) -> Iterator[None]:
+    """Turn an `OSError` of the folder in the body into a `RunError`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"data.index_dir={folder.address!r} cannot be written or read ({error}). Free or mend it, or set "
+            "data.index_dir to another folder; what is done is kept."
+        ) from error
+
+
+def prune(folder: IndexFolder) -> tuple[int, int]:
+    """Delete files of other versions, and of sources that have changed or are gone. Return how many, and their bytes.
+
+    Runs that still use an index of such a source need it until they end.
+    """
+    used, sources = set[str](), set[str]()
+    for name in folder.names("sources"):
+        try:
+            version, names, *_ = json.loads(folder.path(f"sources/{name}").read_bytes())
+        except (FileNotFoundError, ValueError):
+            continue
+        if version == _version(version[0]):
+            used |= set(names)
+            sources.add(f"sources/{name}")
+    tokens = {name.removeprefix("rows/").replace("/", "-") for name in used}
+    count = size = 0
+    for name, num_bytes in folder.store.files().items():
+        kind, _, rest = name.partition("/")
+        if kind == "rows":
+            keep = name in used or f"{name.partition(_KNOWN)[0]}.arrow" in used
+        elif kind == "tokens":
+            shard = rest.partition("/")[2]
+            keep = shard in tokens or f"{shard.partition(_KNOWN)[0]}.arrow" in tokens
+        else:
+            keep = kind != "sources" or name in sources
+        if not keep:
+            folder.store.remove(name)
+            count, size = count + 1, size + num_bytes
+    return count, size

@@ -1,0 +1,400 @@
+"""The files of the index: Arrow files with the rows of a source and with their token ids, mapped into memory.
+
+A *row shard* holds consecutive rows of a source as they were read and checked, good and bad ones: a record's fields,
+the sizes of its images, and its tags. A *token shard* holds the token ids of the same rows for one base and task.
+Nothing is written twice under one name with another content, so files are shared by runs and never locked.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_vlm.data.records import BadRow, Image, PreferenceRecord, PromptRecord, Record, SftRecord
+from ray_vlm.data.spec import EncodedRow
+from ray_vlm.data.suspicions import ShardSummary
+from ray_vlm.errors import DataError
+from ray_vlm.storage import Store, replacing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+VERSION = 1  # of the files; files of another version are not read
+_OPEN = 4096  # shards that a process keeps mapped
+_VALUES = ("datetime.", "decimal.Decimal", "uuid.UUID", "zoneinfo.", "pandas._libs.tslibs.")  # types of cells
+
+
+class IndexFolder:
+    """The files of indices under one address. Files of an object store are copied once to this machine, when they are
+    needed. Pickles as its address."""
+
+    def __init__(self, address: str):
+        self.address, self.store = address, Store(address)
+        self._copies = self.store.local or _copy_folder(address)
+
+    def __reduce__(self) -> tuple[type["IndexFolder"], tuple[str]]:
+        return IndexFolder, (self.address,)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file on this machine. Raise `OSError` if it does not exist or cannot be fetched."""
+        path = self._copies / name
+        if self.store.local is None and not path.exists():
+            if (data := self.store.read(name)) is None:
+                raise FileNotFoundError(f"{self.address}/{name} does not exist")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+        return path
+
+    def folder(self, name: str) -> Path:
+        """Return a folder on this machine for files that its processes share; it is made if it does not exist."""
+        path = self._copies / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def names(self, folder: str) -> set[str]:
+        """Return the names of the files in a folder."""
+        if self.store.local is None:
+            return {name for name in self.store.files(folder) if "/" not in name}
+        path = self.store.local / folder
+        return {file.name for file in path.iterdir()} if path.is_dir() else set()
+
+    def publish(self, folder: str, names: Iterable[str]) -> None:
+        """Copy files that this machine has into the object store, if the index lies in one. Raise `OSError`."""
+        if self.store.local is None:
+            for name in names:
+                self.store.write(f"{folder}/{name}", (self._copies / folder / name).read_bytes())
+
+    def fetch(self, folder: str, names: Iterable[str]) -> Path:
+        """Return the folder on this machine with these files. Raise `OSError` if one cannot be fetched."""
+        for name in names:
+            self.path(f"{folder}/{name}")
+        return self.folder(folder)
+
+    def write(self, name: str, data: "bytes | pa.Buffer") -> None:
+        """Write a file, whole or not at all. Raise `OSError`."""
+        if self.store.local is None:
+            return self.store.write(name, memoryview(data).tobytes())
+        path = self.store.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, open(temporary, "wb") as file:  # not flushed: a torn file is made again
+            file.write(data)
+
+
+def _copy_folder(address: str) -> Path:
+    """Return the folder of this user on this machine for copies from an object store."""
+    folder = Path(tempfile.gettempdir()) / f"ray_vlm-index-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user; remove it, or set TMPDIR to another folder")
+    return folder / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class IndexedRow:
+    """A row for `pack_rows`: the record or bad row as it was read, and as it was checked.
+
+    `checked` is a record with sizes, or the reason why it cannot be used."""
+
+    read: Record | BadRow
+    checked: Record | BadRow
+    tags_read: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    num_regions: int = 0
+
+
+def pack_rows(rows: Sequence[IndexedRow], summary: ShardSummary) -> "pa.Buffer":
+    """Return the bytes of a row shard."""
+    import pyarrow as pa
+
+    checked = [row.checked for row in rows]
+    good = [None if isinstance(row, BadRow) else row for row in checked]
+    images = [() if row is None else row.images for row in good]
+    paths = [[image if isinstance(image, str) else None for image in row_images] for row_images in images]
+    columns = {
+        "row": pa.array([row.row for row in checked], pa.int64()),
+        "id": pa.array([row.id for row in checked], pa.string()),
+        "group": pa.array([getattr(row.read, "group", "") for row in rows], pa.string()),
+        "reason": pa.array([row.reason if isinstance(row, BadRow) else None for row in checked], pa.string()),
+        "unread": pa.array([isinstance(row.read, BadRow) for row in rows], pa.bool_()),
+        "tags_read": _dictionary([row.tags_read for row in rows]),
+        "tags": _dictionary([row.tags for row in rows]),
+        "num_regions": pa.array([row.num_regions for row in rows], pa.int32()),
+        "paths": pa.array(paths, pa.list_(pa.string())),
+        "image_keys": pa.array([[image_key(i) for i in row_images] for row_images in images], pa.list_(pa.uint64())),
+        "sizes": pa.array(
+            [[] if row is None else [side for size in row.sizes for side in size] for row in good], pa.list_(pa.int32())
+        ),
+        "body": pa.array([b"" if row is None else _pack_body(row) for row in good], pa.large_binary()),
+        "digest": pa.array([0 if row is None else row_digest(row) for row in good], pa.uint64()),
+    }
+    if any(isinstance(image, bytes) for row_images in images for image in row_images):
+        held = [[image if isinstance(image, bytes) else None for image in row_images] for row_images in images]
+        columns["bytes"] = pa.array(held, pa.large_list(pa.large_binary()))
+    return _write(columns, {"summary": json.dumps(summary.__dict__)})
+
+
+def pack_tokens(rows: Sequence[EncodedRow | str]) -> "pa.Buffer":
+    """Return the bytes of a token shard; a text is the reason why a row has no tokens."""
+    import pyarrow as pa
+
+    nothing = np.zeros(0, np.int32)
+    encoded = [None if isinstance(row, str) else row for row in rows]
+    tags = sorted({tag for row in encoded if row is not None for _, _, tag in row.tagged})
+    code = {tag: number for number, tag in enumerate(tags)}
+    tagged = [
+        nothing if row is None else np.array([v for a, b, tag in row.tagged for v in (a, b, code[tag])], np.int32)
+        for row in encoded
+    ]
+    completions = [() if row is None else row.completions for row in encoded]
+    ends = np.cumsum([0, *(len(row_ids) for row_ids in completions)]).astype(np.int32)
+    columns = {
+        "reason": pa.array([row if isinstance(row, str) else None for row in rows], pa.string()),
+        "ids": _lists([nothing if row is None else row.ids for row in encoded]),
+        "image_runs": _lists([nothing if row is None else row.image_runs for row in encoded]),
+        "prompt_length": pa.array([0 if row is None else row.prompt_length for row in encoded], pa.int32()),
+        "trained": _lists([nothing if row is None else row.trained.reshape(-1) for row in encoded]),
+        "tagged": _lists(tagged),
+        "completions": pa.ListArray.from_arrays(ends, _lists([ids for row_ids in completions for ids in row_ids])),
+    }
+    for position, name in enumerate(("image_tokens", "prompt_tokens", "answer_tokens")):
+        counts = [0 if row is None else row.counts[position] for row in encoded]
+        columns[name] = pa.array(counts, pa.int32())
+    return _write(columns, {"tags": json.dumps(tags)})
+
+
+def pack_renamed(names: Mapping[int, tuple[str, str]]) -> "pa.Buffer":
+    """Return the bytes of a file with the (id, group) of rows that share the id of their source, by position."""
+    import pyarrow as pa
+
+    positions = sorted(names)
+    columns = {
+        "position": pa.array(positions, pa.int64()),
+        "id": pa.array([names[i][0] for i in positions], pa.string()),
+        "group": pa.array([names[i][1] for i in positions], pa.string()),
+    }
+    return _write(columns, {})
+
+
+def _lists(parts: Sequence[np.ndarray]) -> "pa.Array":
+    """Return an Arrow array of lists of `int32`."""
+    import pyarrow as pa
+
+    ends = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(ends, pa.array(np.concatenate([np.zeros(0, np.int32), *parts]), pa.int32()))
+
+
+def _dictionary(tags: Sequence[tuple[str, ...]]) -> "pa.Array":
+    """Return tags as codes of their distinct tuples, each written as a JSON list."""
+    import pyarrow as pa
+
+    codes: dict[tuple[str, ...], int] = {}
+    numbers = [codes.setdefault(row_tags, len(codes)) for row_tags in tags]
+    return pa.DictionaryArray.from_arrays(pa.array(numbers, pa.int32()), pa.array([json.dumps(c) for c in codes]))
+
+
+def _write(columns: "dict[str, pa.Array]", about: Mapping[str, str]) -> "pa.Buffer":
+    import pyarrow as pa
+
+    table = pa.table(columns).replace_schema_metadata({"version": str(VERSION), **about})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+class Shard:
+    """A mapped shard. Columns are read where they lie; only the pages that are touched take memory."""
+
+    def __init__(self, path: Path):
+        import pyarrow as pa
+
+        try:
+            with pa.memory_map(str(path)) as file:
+                reader = pa.ipc.open_file(file)
+                if reader.num_record_batches > 1:
+                    raise pa.ArrowInvalid("it has more than one record batch")
+                empty = reader.num_record_batches == 0
+                self.batch: pa.RecordBatch = (
+                    pa.RecordBatch.from_pylist([], schema=reader.schema) if empty else reader.get_batch(0)
+                )
+        except (pa.ArrowException, ValueError) as error:
+            raise Torn(f"{path}: {error}") from None
+        self.about = {key.decode(): value.decode() for key, value in (self.batch.schema.metadata or {}).items()}
+        if self.about.get("version") != str(VERSION):
+            raise Torn(f"{path}: written by another version")
+
+    def __len__(self) -> int:
+        return self.batch.num_rows
+
+    def column(self, name: str) -> "pa.Array":
+        """Return a column."""
+        return self.batch.column(name)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a column of numbers, not copied."""
+        return self.batch.column(name).to_numpy(zero_copy_only=False)
+
+    def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a column of lists of numbers as (offsets `[rows + 1]`, all values), not copied."""
+        column = self.batch.column(name)
+        return column.offsets.to_numpy(), column.values.to_numpy()
+
+    def values_of(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Return the values of the lists of some rows, one after another."""
+        offsets, values = self.lists(name)
+        counts = np.diff(offsets)[rows]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, ... of each list
+        return values[np.repeat(offsets[rows], counts) + within]
+
+    def tags(self, name: str = "tags") -> tuple[list[tuple[str, ...]], np.ndarray]:
+        """Return the distinct tuples of tags, and the number of each row's, `int32 [rows]`."""
+        column = self.batch.column(name)
+        return [tuple(json.loads(text)) for text in column.dictionary.to_pylist()], column.indices.to_numpy()
+
+    @cached_property
+    def tag_names(self) -> list[str]:
+        """The names of the tags of a token shard, by their codes."""
+        return json.loads(self.about["tags"])
+
+    def summary(self) -> ShardSummary:
+        """Return the summary of a row shard."""
+        return ShardSummary(**json.loads(self.about["summary"]))
+
+
+class Torn(Exception):
+    """A file of the index that cannot be used and is made again."""
+
+
+def open_shard(folder: IndexFolder, name: str) -> Shard | None:
+    """Return a shard, or None if it does not exist or is damaged. Raise `OSError` if the disk or the store fails."""
+    try:
+        return Shard(folder.path(name))
+    except (FileNotFoundError, Torn):
+        return None
+
+
+@lru_cache(maxsize=_OPEN)
+def load_shard(folder: IndexFolder, name: str) -> Shard:
+    """Map a shard, once in a process. Raise `DataError` if it cannot be used."""
+    if (shard := open_shard(folder, name)) is None:
+        raise DataError(
+            f"{folder.address}/{name}: this file of the index is gone or damaged. Start again, or go on with --resume: "
+            "it is made again."
+        )
+    return shard
+
+
+def read_record(shard: Shard, position: int, source: int = 0) -> Record:
+    """Make the record at `position` of a row shard. It must not be a bad row."""
+    batch = shard.batch
+    image_paths = batch.column("paths")[position].as_py()
+    if None in image_paths:
+        held = batch.column("bytes")[position].as_py()
+        image_paths = [path if path is not None else data for path, data in zip(image_paths, held, strict=True)]
+    sides = batch.column("sizes")[position].as_py()
+    sizes = tuple(zip(sides[::2], sides[1::2], strict=True))
+    kind, *content = _unpack_body(batch.column("body")[position].as_buffer())
+    row, name = batch.column("row")[position].as_py(), batch.column("id")[position].as_py()
+    group = batch.column("group")[position].as_py()
+    make: Callable[..., Record] = _KINDS[kind]
+    return make(name, row, tuple(image_paths), sizes, *content, group, source)
+
+
+def read_images(shard: Shard, position: int) -> tuple[tuple[Image, ...], tuple[tuple[int, int], ...]]:
+    """Return the images of a row and their sizes (width, height)."""
+    paths = shard.batch.column("paths")[position].as_py()
+    if None in paths:
+        held = shard.batch.column("bytes")[position].as_py()
+        paths = [path if path is not None else data for path, data in zip(paths, held, strict=True)]
+    sides = shard.batch.column("sizes")[position].as_py()
+    return tuple(paths), tuple(zip(sides[::2], sides[1::2], strict=True))
+
+
+def read_bad(shard: Shard, position: int, source: int = 0) -> BadRow:
+    """Make the bad row at `position` of a row shard."""
+    row, name, reason = (shard.batch.column(column)[position].as_py() for column in ("row", "id", "reason"))
+    return BadRow(row, name, reason, source)
+
+
+def read_encoded(shard: Shard, position: int) -> EncodedRow:
+    """Return the token ids at `position` of a token shard."""
+    batch = shard.batch
+    tags = shard.tag_names
+    ids, runs, trained, tagged = (
+        batch.column(name)[position].values.to_numpy() for name in ("ids", "image_runs", "trained", "tagged")
+    )
+    spans = tagged.reshape(-1, 3).tolist()
+    counts = tuple(int(batch.column(f"{name}_tokens")[position].as_py()) for name in ("image", "prompt", "answer"))
+    return EncodedRow(
+        ids=ids,
+        image_runs=runs,
+        prompt_length=batch.column("prompt_length")[position].as_py(),
+        trained=trained.reshape(-1, 2),
+        tagged=tuple((first, last, tags[code]) for first, last, code in spans),
+        completions=tuple(np.array(ids, np.int32) for ids in batch.column("completions")[position].as_py()),
+        counts=(counts[0], counts[1], counts[2]),
+    )
+
+
+_KINDS: dict[int, type[SftRecord] | type[PreferenceRecord] | type[PromptRecord]] = {
+    0: SftRecord,
+    1: PreferenceRecord,
+    2: PromptRecord,
+}
+
+
+def _content(record: Record) -> tuple[Any, ...]:
+    """Return the fields between the sizes and the group, which differ by the kind of record."""
+    if isinstance(record, SftRecord):
+        return record.truth, record.context
+    if isinstance(record, PreferenceRecord):
+        return record.prompt, record.chosen, record.rejected
+    return record.prompt, record.columns
+
+
+def _pack_body(record: Record) -> bytes:
+    kind = next(number for number, cls in _KINDS.items() if isinstance(record, cls))
+    return pickle.dumps((kind, *_content(record)), 5)
+
+
+class _Plain(pickle.Unpickler):
+    """Reads values, and refuses everything that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the few types that cells may have."""
+        if f"{module}.{name}".startswith(_VALUES):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not a value")
+
+
+def _unpack_body(data: Any) -> tuple[Any, ...]:
+    try:
+        return _Plain(io.BytesIO(data)).load()
+    except Exception as error:  # pickle raises errors of any type for damaged bytes
+        raise DataError(
+            f"a row of the index cannot be read ({error}). Remove data.index_dir; it is made again."
+        ) from None
+
+
+def image_key(image: Image) -> int:
+    """Return a hash of an image's path or bytes, by which equal ones are found."""
+    data = image.encode("utf-8", "surrogateescape") if isinstance(image, str) else image
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def row_digest(record: Record) -> int:
+    """Return a hash of what a row teaches: its id, position, names and sizes of images, and content."""
+    names = [Path(i).name if isinstance(i, str) else image_key(i) for i in record.images]
+    content = [sorted(part.items()) if isinstance(part, Mapping) else part for part in _content(record)]
+    text = repr((record.id, record.row, names, record.sizes, content))
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
