@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ray_vlm.config.data import Source
 from ray_vlm.config.schema import Model
@@ -30,7 +32,7 @@ from ray_vlm.data.shards import (
     open_shard,
     pack_rows,
     pack_tokens,
-    read_record,
+    read_records,
 )
 from ray_vlm.data.sources.formats import SourceReader, labels_of_piece, merge_labels, prepare_source
 from ray_vlm.data.sources.pieces import Piece
@@ -302,10 +304,12 @@ class TokensWork:
                 f"{self.folder.address}/{rows}: the index has lost this file. Start again; it is made again."
             )
         encoded: list[EncodedRow | str] = ["" for _ in range(len(shard))]
-        good = [i for i, reason in enumerate(shard.column("reason").to_pylist()) if reason is None]
+        good = np.flatnonzero(shard.column("reason").is_null().to_numpy(zero_copy_only=False))
+        runs = np.split(good, np.flatnonzero(np.diff(good) > 1) + 1)  # of good rows without a bad one between
+        records = chain.from_iterable(read_records(shard, int(run[0]), int(run[-1]) + 1) for run in runs if len(run))
         for start in range(0, len(good), _BATCH):
-            some = good[start : start + _BATCH]
-            for position, row in zip(some, builder.encode([read_record(shard, i) for i in some]), strict=True):
+            some = good[start : start + _BATCH].tolist()
+            for position, row in zip(some, builder.encode(list(islice(records, _BATCH))), strict=True):
                 encoded[position] = row
         self.folder.write(self.name(rows), pack_tokens(encoded))
         return len(shard)

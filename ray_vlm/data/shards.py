@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -296,26 +296,33 @@ def load_shard(folder: IndexFolder, name: str) -> Shard:
 
 def read_record(shard: Shard, position: int, source: int = 0) -> Record:
     """Make the record at `position` of a row shard. It must not be a bad row."""
-    batch = shard.batch
-    image_paths = batch.column("paths")[position].as_py()
-    if None in image_paths:
-        held = batch.column("bytes")[position].as_py()
-        image_paths = [path if path is not None else data for path, data in zip(image_paths, held, strict=True)]
-    sides = batch.column("sizes")[position].as_py()
-    sizes = tuple(zip(sides[::2], sides[1::2], strict=True))
-    kind, *content = _unpack_body(batch.column("body")[position].as_buffer())
-    row, name = batch.column("row")[position].as_py(), batch.column("id")[position].as_py()
-    group = batch.column("group")[position].as_py()
-    make: Callable[..., Record] = _KINDS[kind]
-    return make(name, row, tuple(image_paths), sizes, *content, group, source)
+    return next(read_records(shard, position, position + 1, source))
+
+
+def read_records(shard: Shard, start: int, end: int, source: int = 0) -> Iterator[Record]:
+    """Make the records from `start` up to (not including) `end` of a row shard. None of them may be a bad row."""
+    batch = shard.batch.slice(start, end - start)
+    names = ("body", "id", "row", "paths", "sizes", "group")
+    columns = [batch.column(name).to_pylist() for name in names]
+    held = batch.column("bytes").to_pylist() if "bytes" in batch.schema.names else None
+    for number, (body, name, row, paths, sides, group) in enumerate(zip(*columns, strict=True)):
+        kind, *content = _unpack_body(body)
+        images = paths if held is None else _fill(paths, held[number])
+        sizes = tuple(zip(sides[::2], sides[1::2], strict=True))
+        make: Callable[..., Record] = _KINDS[kind]
+        yield make(name, row, tuple(images), sizes, *content, group, source)
+
+
+def _fill(paths: Sequence[str | None], held: Sequence[bytes | None]) -> list[Image]:
+    """Return the images of a row, each of which is a path or bytes."""
+    return [data if path is None else path for path, data in zip(paths, held, strict=True)]  # type: ignore[misc]
 
 
 def read_images(shard: Shard, position: int) -> tuple[tuple[Image, ...], tuple[tuple[int, int], ...]]:
     """Return the images of a row and their sizes (width, height)."""
     paths = shard.batch.column("paths")[position].as_py()
     if None in paths:
-        held = shard.batch.column("bytes")[position].as_py()
-        paths = [path if path is not None else data for path, data in zip(paths, held, strict=True)]
+        paths = _fill(paths, shard.batch.column("bytes")[position].as_py())
     sides = shard.batch.column("sizes")[position].as_py()
     return tuple(paths), tuple(zip(sides[::2], sides[1::2], strict=True))
 
@@ -394,7 +401,7 @@ def image_key(image: Image) -> int:
 
 def row_digest(record: Record) -> int:
     """Return a hash of what a row teaches: its id, position, names and sizes of images, and content."""
-    names = [Path(i).name if isinstance(i, str) else image_key(i) for i in record.images]
+    names = [os.path.basename(i) if isinstance(i, str) else image_key(i) for i in record.images]
     content = [sorted(part.items()) if isinstance(part, Mapping) else part for part in _content(record)]
     text = repr((record.id, record.row, names, record.sizes, content))
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
