@@ -46,7 +46,7 @@ from ray_vlm.runs.console import Progress, lasting
 from ray_vlm.storage import describe_file
 from ray_vlm.tasks import row_tags
 
-PIECE_ROWS = 4096  # rows of a piece: about a second of work
+PIECE_ROWS = 16384  # rows of a piece: some seconds of work; a process maps a file for each piece that it reads
 _THREADS, _TURN = 8, 64  # threads that wait for image headers, and rows that each takes at a time
 _BATCH = 256  # rows that are tokenised at a time
 _KNOWN = "+known-"  # in the names of shards with rows whose images are gone

@@ -7,6 +7,7 @@ content. An `Index` pickles as the address of that folder, and every process map
 import hashlib
 import io
 import json
+import mmap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,14 @@ class IndexedRows(Rows):
         """The position of each row among all rows of the sources, `int64 [rows]`."""
         return self.array("positions")
 
+    def _position(self, number: int) -> int:
+        """Return the position of one row; its page is given back, as in `Shard.drop_pages`."""
+        position = int(self.positions[number])
+        memory = getattr(self.positions, "_mmap", None)  # numpy's name for the mapping; None for an empty array
+        if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
+            memory.madvise(mmap.MADV_DONTNEED)
+        return position
+
     @cached_property
     def _starts(self) -> np.ndarray:
         return np.cumsum([0, *(count for _, _, count, _ in self.about["shards"])])
@@ -91,7 +100,7 @@ class IndexedRows(Rows):
 
     def where(self, number: int) -> tuple[str, str, int, int]:
         """Return the row shard, the token shard and the source of a row, and its position in the shards."""
-        position = int(self.positions[number])
+        position = self._position(number)
         index = int(np.searchsorted(self._starts, position, side="right")) - 1
         rows, tokens, _, source = self.about["shards"][index]
         return rows, tokens, source, position - int(self._starts[index])
@@ -107,8 +116,10 @@ class IndexedRows(Rows):
             raise IndexError(f"row {number} of {len(self)}")
         number %= len(self)
         rows, _, source, position = self.where(number)
-        record = read_record(load_shard(self.folder, rows), position, source)
-        return self._rename(record, int(self.positions[number]))
+        shard = load_shard(self.folder, rows)
+        record = read_record(shard, position, source)
+        shard.drop_pages()
+        return self._rename(record, self._position(number))
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -156,7 +167,10 @@ class IndexedRows(Rows):
         shard = load_shard(self.folder, rows)
         images, sizes = read_images(shard, position)
         name = f"row {shard.column('row')[position].as_py()} (id {shard.column('id')[position].as_py()})"
-        sample = builder.sample(read_encoded(load_shard(self.folder, tokens), position), images, sizes, name)
+        encoded = load_shard(self.folder, tokens)
+        sample = builder.sample(read_encoded(encoded, position), images, sizes, name)
+        shard.drop_pages()
+        encoded.drop_pages()
         return replace(sample, number=number)
 
 

@@ -24,7 +24,7 @@ from ray_vlm.machine import count_cpus
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-FEW = 3  # so few items are done in this process: another takes seconds to start
+FEW = 1  # so few items are done in this process: another takes a second or more to start
 _SERVE = "from ray_vlm.data.parallel import serve; serve()"
 OWN_CLUSTER = "local"  # the address with which Ray starts a new local cluster
 _AHEAD = 2  # items of each CPU of a cluster that wait for it

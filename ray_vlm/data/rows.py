@@ -2,8 +2,8 @@
 file was deleted or changed, or is behind a failing network.
 
 Such a row is read again, and then, if the job leaves bad rows out, replaced by the next row in the data that can be
-read. Every rank keeps as many rows as planned, so none waits for another. The run keeps the sizes of its images, so
-that a row whose image is gone when the run is resumed keeps its position in the plan.
+read, or by one from elsewhere. Every rank keeps as many rows as planned, so none waits for another. The run keeps the
+sizes of its images, so that a row whose image is gone when the run is resumed keeps its position in the plan.
 """
 
 import time
@@ -20,7 +20,7 @@ from ray_vlm.errors import DataError
 
 SIZES_FILE = "image_sizes.parquet"  # of a run folder
 WAITS_S = (0.2, 1.0)  # before each new attempt at the row itself
-_OTHERS = 16  # rows after it that may take its place
+_OTHERS = 16  # rows after it that may take its place, and as many from all over the data
 
 
 class Rows(Sequence[Any]):
@@ -68,15 +68,16 @@ def make_row(builder: SampleBuilder, rows: Rows, number: int, replace_unreadable
                 time.sleep(wait)
     if not replace_unreadable:
         raise DataError(f"{first} Mend it, then go on with --resume.")
-    others = [(number + step) % len(rows) for step in range(1, min(_OTHERS, len(rows) - 1) + 1)]
+    # The next rows, then some from all over: where a file of the index is lost, many in a row are.
+    steps = [*range(1, _OTHERS + 1), *(len(rows) * part // (_OTHERS + 1) for part in range(1, _OTHERS + 1))]
+    others = dict.fromkeys((number + step) % len(rows) for step in steps)
+    others.pop(number, None)
     for other in others:
         try:
             return replace(rows.sample(builder, other), number=other)
         except DataError:
             continue
-    raise DataError(
-        f"{first} None of the {len(others)} rows after it can be read either: mend the files or their network."
-    )
+    raise DataError(f"{first} None of {len(others)} other rows can be read either: mend the files or their network.")
 
 
 def pack_sizes(sizes: Mapping[str, tuple[int, int]]) -> bytes:

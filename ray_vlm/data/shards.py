@@ -5,9 +5,11 @@ the sizes of its images, and its tags. A *token shard* holds the token ids of th
 Nothing is written twice under one name with another content, so files are shared by runs and never locked.
 """
 
+import ctypes
 import hashlib
 import io
 import json
+import mmap
 import os
 import pickle
 import tempfile
@@ -219,8 +221,9 @@ class Shard:
         import pyarrow as pa
 
         try:
-            with pa.memory_map(str(path)) as file:
-                reader = pa.ipc.open_file(file)
+            with pa.memory_map(str(path)) as file:  # its descriptor is closed, and its memory stays mapped
+                self._memory = file.read_buffer()
+                reader = pa.ipc.open_file(pa.BufferReader(self._memory))
                 if reader.num_record_batches > 1:
                     raise pa.ArrowInvalid("it has more than one record batch")
                 empty = reader.num_record_batches == 0
@@ -229,12 +232,21 @@ class Shard:
                 )
         except (pa.ArrowException, ValueError) as error:
             raise Torn(f"{path}: {error}") from None
-        self.about = {key.decode(): value.decode() for key, value in (self.batch.schema.metadata or {}).items()}
-        if self.about.get("version") != str(VERSION):
+        if self._about("version") != str(VERSION):
             raise Torn(f"{path}: written by another version")
+        self.drop_pages()
 
     def __len__(self) -> int:
         return self.batch.num_rows
+
+    def _about(self, name: str) -> str:
+        return (self.batch.schema.metadata or {}).get(name.encode(), b"").decode()
+
+    def drop_pages(self) -> None:
+        """Give back the pages that this process has read: rows are drawn at random, so it would soon hold all. The
+        system keeps them for every process."""
+        if (advise := _find_madvise()) is not None and self._memory.address % mmap.PAGESIZE == 0:
+            advise(self._memory.address, self._memory.size, mmap.MADV_DONTNEED)
 
     def column(self, name: str) -> "pa.Array":
         """Return a column."""
@@ -264,11 +276,22 @@ class Shard:
     @cached_property
     def tag_names(self) -> list[str]:
         """The names of the tags of a token shard, by their codes."""
-        return json.loads(self.about["tags"])
+        return json.loads(self._about("tags"))
 
     def summary(self) -> ShardSummary:
         """Return the summary of a row shard."""
-        return ShardSummary(**json.loads(self.about["summary"]))
+        return ShardSummary(**json.loads(self._about("summary")))
+
+
+@lru_cache(maxsize=1)
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    """Return the system's function, which Python has only for mappings that keep a file open; None without it."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
 
 
 class Torn(Exception):

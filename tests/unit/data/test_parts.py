@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ray_vlm.cli import main
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model
 from ray_vlm.config.task import ChatTask
-from ray_vlm.data import build, parallel, parts, shards
+from ray_vlm.data import build, parallel, parts, rows, shards
 from ray_vlm.data.index import Index
 from ray_vlm.data.parallel import Spread
 from ray_vlm.data.parts import Indexer, all_of, build_index
@@ -213,6 +214,44 @@ def test_a_shard_that_is_lost_under_a_run_is_named(tmp_path: Path, builder: Samp
         index.records[0]
 
 
+@pytest.mark.usefixtures("small_pieces")
+def test_only_the_rows_of_a_lost_shard_are_replaced(
+    tmp_path: Path, builder: SampleBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "WAITS_S", ())
+    monkeypatch.setattr(rows, "_OTHERS", 3)
+    index = _index(_source(tmp_path, 24), builder, tmp_path / "index")
+    lost = index.records.where(5)[1]
+    shards.load_shard.cache_clear()
+    (tmp_path / "index" / lost).unlink()
+    with pytest.raises(DataError, match=lost.replace("+", r"\+")):
+        rows.make_row(builder, index.records, 5, replace_unreadable=False)
+    made = [rows.make_row(builder, index.records, number, replace_unreadable=True).number for number in range(24)]
+    assert [number for number in range(24) if made[number] != number] == [4, 5, 6, 7]
+    assert not {4, 5, 6, 7} & set(made)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_clock_that_went_back_makes_nothing_anew(tmp_path: Path, builder: SampleBuilder) -> None:
+    source = _source(tmp_path)
+    _index(source, builder, tmp_path / "index")
+    before = _files(tmp_path / "index")
+    os.utime(source.path, (1, 1))
+    assert len(_index(source, builder, tmp_path / "index")) == 14
+    assert _files(tmp_path / "index") == before
+
+
+def test_the_index_is_built_ahead_and_pruned(job_file: Any, tmp_path: Path, scenes: Path, capsys: Any) -> None:
+    data = {"train": {"path": str(scenes / "train.json")}, "index_dir": str(tmp_path / "index")}
+    path = str(job_file(data=data))
+    assert main(["data", "index", path]) == 0
+    out = capsys.readouterr().out
+    assert "data.train: 50 rows" in out
+    assert f"index: {tmp_path / 'index'}" in out
+    assert main(["data", "index", path, "--prune"]) == 0
+    assert "pruned: 0 files" in capsys.readouterr().out
+
+
 def test_bad_rows_are_checked_again_when_their_images_change(tmp_path: Path, builder: SampleBuilder) -> None:
     source = _source(tmp_path, 3)
     (tmp_path / "b.png").rename(tmp_path / "away.png")
@@ -308,7 +347,7 @@ def test_processes_do_the_work_and_their_errors_are_raised() -> None:
 
 def test_few_items_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_run_in_processes", None)
-    assert list(Spread(8).run(_double, range(3))) == [0, 2, 4]
+    assert list(Spread(8).run(_double, [4])) == [8]
 
 
 def test_a_script_without_a_main_guard_can_build_in_processes(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_another_row_takes_the_place_of_a_lost_one(
     stream_spec = StreamSpec(ListedRows(records), spec, plan, 0, 0, 3, replace_unreadable=True)
     assert [[row.number for row in rows] for rows in stream_local(stream_spec)] == [[0, 3], [3, 3], [4, 0]]
     none = tuple(replace(record, images=(str(tmp_path / "gone.jpg"),)) for record in records)
-    with pytest.raises(DataError, match=r"gone.jpg .*None of the 5 rows after it can be read either"):
+    with pytest.raises(DataError, match=r"gone.jpg .*None of 5 other rows can be read either"):
         list(stream_local(replace(stream_spec, rows=ListedRows(none))))
 
 
