@@ -12,7 +12,9 @@ next run. Arms alternate, and figures are medians; every command is one of `ray-
    end: 8 s. The driver's largest PSS, which is its own pages and its share of those that it shares: 700 MB.
 3. Training with two Ray workers: the largest PSS of a worker and of a loader, and the most memory of its own, against
    the same job on 300 rows: 60 MB more.
-4. Ray tasks on two nodes of one core each, with addresses of their own, against one node: 1.7x. Nodes need root and
+4. Ten million rows, by 611 links to the files of one piece: a record by its number, 100 us; what a process holds that
+   has read of every shard, 20 MB.
+5. Ray tasks on two nodes of one core each, with addresses of their own, against one node: 1.7x. Nodes need root and
    network namespaces; without them these figures are left out, and a line says so.
 """
 
@@ -47,7 +49,8 @@ IMAGES, IMAGE_SIZE = 500, (336, 252)
 STEPS = 60  # of training: a loader has several tasks of 64 rows
 BATCH = 1000  # rows of the bare loop at a time
 THREADS_OFF = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-SPEED, SCALING, START_S, DRIVER_MB, MORE_MB = 0.6, 1.7, 8.0, 700.0, 60.0
+LARGE_ROWS = 10_000_000
+SPEED, SCALING, START_S, DRIVER_MB, MORE_MB, RECORD_US, HELD_MB = 0.6, 1.7, 8.0, 700.0, 60.0, 100.0, 20.0
 _KIB = re.compile(r"^(Pss|Anonymous):\s+(\d+) kB$", re.MULTILINE)
 _TITLE = re.compile(r"ray::(\w+)")  # of a process of Ray: the class of its actor
 _QUESTIONS = (
@@ -405,6 +408,70 @@ def node_figures(folder: Path, num_rows: int, rounds: int, jobs: Sequence[Path])
     ]
 
 
+def write_large_part(job: Path) -> str:
+    """Write a part of ten million rows, links to the files of a job's first piece, and return the index's folder."""
+    from ray_vlm.config.load import load_job
+    from ray_vlm.config.paths import absolute_paths
+    from ray_vlm.data.parts import load_parts
+
+    index = load_parts(absolute_paths(load_job(str(job), [])), ["train"]).train
+    assert index is not None
+    about, folder = index.records.about, Path(index.records.folder.address)
+    rows, tokens, count, _ = about["shards"][0]
+    shards = []
+    for number in range(-(-LARGE_ROWS // count)):
+        names = [name.replace(".arrow", f"-{number}.arrow") for name in (rows, tokens)]
+        for name, link in zip((rows, tokens), names, strict=True):
+            (folder / link).unlink(missing_ok=True)
+            os.link(folder / name, folder / link)
+        shards.append([*names, count, 0])
+    part = folder / "parts" / "large"
+    part.mkdir(exist_ok=True)
+    np.save(part / "positions.npy", np.arange(len(shards) * count))
+    (part / "about.json").write_text(json.dumps({**about, "num_rows": len(shards) * count, "shards": shards}))
+    return str(folder)
+
+
+def touch_records(folder: str) -> None:
+    """Print as JSON the seconds for a record by its number, and the PSS of a process that has read of every shard."""
+    from ray_vlm.data.index import IndexedRows
+    from ray_vlm.data.shards import IndexFolder, load_shard, read_encoded
+
+    rows = IndexedRows(IndexFolder(folder), "parts/large")
+    shards, count = len(rows.about["shards"]), rows.about["shards"][0][2]
+
+    def touch(first: int, last: int) -> float:
+        started = time.perf_counter()
+        for number in (shard * count + turn * 1999 % count for shard in range(first, last) for turn in range(8)):
+            assert rows[number].id
+        took = time.perf_counter() - started
+        for shard in range(first, last):
+            encoded = load_shard(rows.folder, rows.where(shard * count)[1])
+            assert len(read_encoded(encoded, 0).ids)
+            encoded.drop_pages()
+        return took / (last - first) / 8
+
+    touch(0, 30)  # with what the libraries load at their first use
+    before = _pss_bytes()
+    seconds = touch(30, shards)
+    print(json.dumps([seconds, (_pss_bytes() - before) * shards / (shards - 30)]))
+
+
+def _pss_bytes() -> int:
+    return 1024 * int(dict(_KIB.findall(Path("/proc/self/smaps_rollup").read_text()))["Pss"])
+
+
+def record_figures(job: Path) -> list[dict[str, Any]]:
+    """Read records of ten million rows by their numbers, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.index", "--touch", write_large_part(job)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    seconds, held = json.loads(out.stdout.strip().splitlines()[-1])
+    return [
+        figure("10 million rows, a record by its number", 1e6 * seconds, "us", RECORD_US),
+        figure("  held of them by a process that has read of every shard", held / 1e6, "MB", HELD_MB),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--folder", type=Path, help="a folder for the data set, which stays there")
@@ -419,6 +486,7 @@ def main() -> None:
             job, few = (folder / f"job-rows-{count}.yaml" for count in (num_rows, FEW))
             figures += second_figures(folder, job)
             figures += worker_figures(folder, job, few)
+            figures += record_figures(job)
             return figures + node_figures(folder, num_rows, rounds, (few, job))
 
     report(measure, rest)
@@ -427,5 +495,7 @@ def main() -> None:
 if __name__ == "__main__":
     if "--bare" in sys.argv:
         run_bare(Path(sys.argv[2]))
+    elif "--touch" in sys.argv:
+        touch_records(sys.argv[2])
     else:
         main()
