@@ -46,6 +46,12 @@ class IndexFolder:
     def __reduce__(self) -> tuple[type["IndexFolder"], tuple[str]]:
         return IndexFolder, (self.address,)
 
+    def __eq__(self, other: object) -> bool:  # so that a process maps a shard once
+        return isinstance(other, IndexFolder) and other.address == self.address
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
     def path(self, name: str) -> Path:
         """Return the path of a file on this machine. Raise `OSError` if it does not exist or cannot be fetched."""
         path = self._copies / name
