@@ -119,7 +119,7 @@ class IndexedRows(Rows):
         shard = load_shard(self.folder, rows)
         record = read_record(shard, position, source)
         shard.drop_pages()
-        return self._rename(record, self._position(number))
+        return record if self._renamed is None else self._rename(record, self._position(number))
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -165,8 +165,7 @@ class IndexedRows(Rows):
         """Return what is trained of a row, from its token ids and its images; no record is made."""
         rows, tokens, _, position = self.where(number)
         shard = load_shard(self.folder, rows)
-        images, sizes = read_images(shard, position)
-        name = f"row {shard.column('row')[position].as_py()} (id {shard.column('id')[position].as_py()})"
+        name, images, sizes = read_images(shard, position)
         encoded = load_shard(self.folder, tokens)
         sample = builder.sample(read_encoded(encoded, position), images, sizes, name)
         shard.drop_pages()

@@ -325,35 +325,33 @@ def load_shard(folder: IndexFolder, name: str) -> Shard:
 
 def read_record(shard: Shard, position: int, source: int = 0) -> Record:
     """Make the record at `position` of a row shard. It must not be a bad row."""
-    return next(read_records(shard, position, position + 1, source))
+    kind, *fields = _unpack_body(shard.batch.column("body")[position].as_buffer())
+    fields[2] = _with_bytes(fields[2], shard, position)
+    make: Callable[..., Record] = _KINDS[kind]
+    return make(*fields, source)
 
 
-def read_records(shard: Shard, start: int, end: int, source: int = 0) -> Iterator[Record]:
+def read_records(shard: Shard, start: int, end: int) -> Iterator[Record]:
     """Make the records from `start` up to (not including) `end` of a row shard. None of them may be a bad row."""
-    batch = shard.batch.slice(start, end - start)
-    names = ("body", "id", "row", "paths", "sizes", "group")
-    columns = [batch.column(name).to_pylist() for name in names]
-    held = batch.column("bytes").to_pylist() if "bytes" in batch.schema.names else None
-    for number, (body, name, row, paths, sides, group) in enumerate(zip(*columns, strict=True)):
-        kind, *content = _unpack_body(body)
-        images = paths if held is None else _fill(paths, held[number])
-        sizes = tuple(zip(sides[::2], sides[1::2], strict=True))
+    for position, body in enumerate(shard.batch.column("body").slice(start, end - start).to_pylist(), start):
+        kind, *fields = _unpack_body(body)
+        fields[2] = _with_bytes(fields[2], shard, position)
         make: Callable[..., Record] = _KINDS[kind]
-        yield make(name, row, tuple(images), sizes, *content, group, source)
+        yield make(*fields)
 
 
-def _fill(paths: Sequence[str | None], held: Sequence[bytes | None]) -> list[Image]:
-    """Return the images of a row, each of which is a path or bytes."""
-    return [data if path is None else path for path, data in zip(paths, held, strict=True)]  # type: ignore[misc]
+def read_images(shard: Shard, position: int) -> tuple[str, tuple[Image, ...], tuple[tuple[int, int], ...]]:
+    """Return a row's name for messages, its images, and their sizes (width, height)."""
+    _, name, row, images, sizes, *_ = _unpack_body(shard.batch.column("body")[position].as_buffer())
+    return f"row {row} (id {name})", _with_bytes(images, shard, position), sizes
 
 
-def read_images(shard: Shard, position: int) -> tuple[tuple[Image, ...], tuple[tuple[int, int], ...]]:
-    """Return the images of a row and their sizes (width, height)."""
-    paths = shard.batch.column("paths")[position].as_py()
-    if None in paths:
-        paths = _fill(paths, shard.batch.column("bytes")[position].as_py())
-    sides = shard.batch.column("sizes")[position].as_py()
-    return tuple(paths), tuple(zip(sides[::2], sides[1::2], strict=True))
+def _with_bytes(images: tuple[str | None, ...], shard: Shard, position: int) -> tuple[Image, ...]:
+    """Return the images of a row, of which those that are bytes lie in a column of their own."""
+    if None not in images:
+        return images  # type: ignore[return-value]
+    held = shard.batch.column("bytes")[position].as_py()
+    return tuple(data if path is None else path for path, data in zip(images, held, strict=True))
 
 
 def read_bad(shard: Shard, position: int, source: int = 0) -> BadRow:
@@ -399,8 +397,10 @@ def _content(record: Record) -> tuple[Any, ...]:
 
 
 def _pack_body(record: Record) -> bytes:
+    """Return all of a record but the bytes of its images, so that one place of the file makes it."""
     kind = next(number for number, cls in _KINDS.items() if isinstance(record, cls))
-    return pickle.dumps((kind, *_content(record)), 5)
+    images = tuple(image if isinstance(image, str) else None for image in record.images)
+    return pickle.dumps((kind, record.id, record.row, images, record.sizes, *_content(record), record.group), 5)
 
 
 class _Plain(pickle.Unpickler):
