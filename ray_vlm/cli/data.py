@@ -96,7 +96,7 @@ def _data_index(args: argparse.Namespace) -> None:
     parts = load_parts(quarantined, named)
     for name in named:
         index = getattr(parts, name)
-        left_out = f", {len(index.bad):,} bad ones left out" if index.bad else ""
+        left_out = f"; left out as bad: {len(index.bad):,}" if index.bad else ""
         print(f"data.{name}: {len(index):,} rows, {int(index.tokens.sum()):,} tokens{left_out}")
     folder = IndexFolder(job.data.index_dir or join(job.run.output_dir, INDEX_FOLDER))
     files = folder.store.files()
