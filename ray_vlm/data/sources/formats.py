@@ -25,7 +25,6 @@ from ray_vlm.data.sources.gui import gui_records
 from ray_vlm.data.sources.pieces import PIECE_ROWS, Piece, cut_entries, row_digest
 from ray_vlm.data.sources.tables import names_of_rows, no_rows, open_table
 from ray_vlm.errors import ConfigError, DataError, RayVlmError
-from ray_vlm.runs.console import lasting
 
 if TYPE_CHECKING:
     from pyarrow import Array, ChunkedArray
@@ -33,14 +32,6 @@ if TYPE_CHECKING:
 _CORNERS = ("x1", "y1", "x2", "y2")
 _HASHED_ROWS = 2**18  # at a time
 _NOT_ATTRIBUTES = ("id", "image", "group", *_CORNERS, "bbox")
-
-
-def read_source(source: Source) -> tuple[list[Record | BadRow], list[str]]:
-    """Return `read_rows` of the source, after creating its file if needed. Raise as `read_rows` does, and
-    `ConfigError` if the file cannot be created."""
-    with lasting(f"reading {source.path}"):
-        prepare_source(source)
-        return read_rows(source)
 
 
 def prepare_source(source: Source) -> None:
