@@ -86,9 +86,7 @@ def _data_index(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.build import prune
-    from ray_vlm.data.parts import INDEX_FOLDER, load_parts
-    from ray_vlm.data.shards import IndexFolder
-    from ray_vlm.storage import join
+    from ray_vlm.data.parts import load_parts
 
     job = absolute_paths(load_job(args.job, args.overrides))
     named = [name for name in ("train", "eval", "test") if getattr(job.data, name) is not None]
@@ -98,7 +96,7 @@ def _data_index(args: argparse.Namespace) -> None:
         index = getattr(parts, name)
         left_out = f"; left out as bad: {len(index.bad):,}" if index.bad else ""
         print(f"data.{name}: {len(index):,} rows, {int(index.tokens.sum()):,} tokens{left_out}")
-    folder = IndexFolder(job.data.index_dir or join(job.run.output_dir, INDEX_FOLDER))
+    folder = index.records.folder
     files = folder.store.files()
     print(f"index: {folder.address} ({len(files):,} files, {sum(files.values()) / 1e6:,.1f} MB)")
     if args.prune:

@@ -14,8 +14,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ray_vlm.data.plan import MicroBatch
 from ray_vlm.errors import RunError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pyarrow import Table
     from ray import ObjectRef
     from ray.actor import ActorHandle
+
+_T = TypeVar("_T")
 _STARVED_S = 2.0  # after so long without a batch, the trainer releases the loaders that wait for it
 _POLL_S = 0.5  # how often the gate is asked what it lacks
 AT_ONCE = 1024  # micro-batches that one call carries
@@ -182,6 +185,20 @@ class WindowFeeder:
         return [self._micro_batch(number) for number in range(first, last)]
 
 
+def start_thread(function: Callable[[], _T], name: str) -> "Future[_T]":
+    """Call a function in a thread that does not keep the process alive, and return the future of its result."""
+    future: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # raised by whoever takes the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
 def keep_fed(batches: "Generator[Table]", feeder: WindowFeeder) -> "Generator[Table]":
     """Yield the batches of a generator as they come, feed the gate meanwhile, and end it with the generator.
 
@@ -191,7 +208,6 @@ def keep_fed(batches: "Generator[Table]", feeder: WindowFeeder) -> "Generator[Ta
     import ray
 
     requested_at, ended, gate = [math.inf], threading.Event(), feeder.gate
-    raised: list[Exception] = []
 
     def watch() -> None:
         pause = _STARVED_S
@@ -207,15 +223,12 @@ def keep_fed(batches: "Generator[Table]", feeder: WindowFeeder) -> "Generator[Ta
             feeder.moved.wait(min(_POLL_S, _STARVED_S / 4))
             feeder.moved.clear()
 
-    def watch_or_end() -> None:
-        try:
-            watch()
-        except Exception as error:  # raised by the thread that takes the batches
-            raised.append(error)
-            ray.kill(gate)  # loaders then fail; they would wait for rows that will not come
+    def fail_loaders(watching: "Future[None]") -> None:
+        if watching.exception() is not None:
+            ray.kill(gate)  # they would wait for rows that will not come
 
-    thread = threading.Thread(target=watch_or_end, name="ray-vlm-pace", daemon=True)
-    thread.start()
+    watching = start_thread(watch, "ray-vlm-pace")
+    watching.add_done_callback(fail_loaders)
     try:
         while True:
             requested_at[0] = time.monotonic()
@@ -224,14 +237,11 @@ def keep_fed(batches: "Generator[Table]", feeder: WindowFeeder) -> "Generator[Ta
             if batch is None:
                 return
             yield batch
-    except Exception as error:
-        if raised:
-            raise raised[0] from error
-        raise
     finally:
         ended.set()
         feeder.moved.set()
-        thread.join()
+        wait([watching])
         batches.close()
         if ray.is_initialized():
             ray.kill(gate)
+        watching.result()  # an error of the plan comes before those of the loaders that followed from it

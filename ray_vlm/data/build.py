@@ -7,7 +7,7 @@ and two runs that build one index at once write the same files.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -98,11 +98,6 @@ class RowsWork:
     folder: IndexFolder
     key: str
     known: KnownSizes = field(default_factory=dict)
-
-    def find(self, piece: Piece, made: Iterable[str]) -> str | None:
-        """Return the shard of a piece among those that are `made`, if there is one that still holds."""
-        names = (name for name in made if name.partition("+")[0] == f"{self.key}/{piece.fingerprint}")
-        return next((name for name in names if _KNOWN not in name and _holds(self.folder, name)), None)
 
     def __call__(self, piece: Piece) -> ShardInfo:
         rows = self.reader.read(piece)
@@ -234,29 +229,26 @@ def _read_source(work: RowsWork, spread: Spread) -> SourceShards:
     source, made = work.reader.source, defaultdict[str, list[str]](list)
     for name in work.folder.names(work.key):
         made[name.partition("+")[0]].append(f"{work.key}/{name}")
-    pieces = work.reader.pieces(PIECE_ROWS)
-    first = next(pieces, None)
-    pieces = chain([] if first is None else [first], pieces)
-    if first is not None and not first.entries:  # they are small until they are read
-        pieces = iter(list(pieces))
     order: list[str] = []
     done: dict[str, ShardInfo] = {}
 
     def missing() -> Iterator[Piece]:
-        for piece in pieces:
+        for piece in work.reader.pieces(PIECE_ROWS):
             order.append(piece.fingerprint)
-            if (name := work.find(piece, made[piece.fingerprint])) is not None:
+            names = (name for name in made[piece.fingerprint] if _KNOWN not in name and _holds(work.folder, name))
+            if (name := next(names, None)) is not None:
                 shard = load_shard(work.folder, name)
                 done[piece.fingerprint] = ShardInfo(piece.fingerprint, name, len(shard), shard.summary().labels)
             else:
                 yield piece
 
-    waiting: Iterable[Piece] = missing()
-    if first is not None and not first.entries:
-        waiting = list(waiting)
-    total = sum(piece.num_rows for piece in waiting) if isinstance(waiting, list) else None
+    waiting, total = missing(), None
+    first = list(islice(waiting, 1))
+    if first and not first[0].entries:  # pieces are small until they are read, so all can be counted
+        first += waiting
+        total = sum(piece.num_rows for piece in first)
     progress, rows = Progress(f"checking the rows of {source.path}", total), 0
-    for info in spread.run(work, waiting):
+    for info in spread.run(work, chain(first, waiting)):
         done[info.piece], rows = info, rows + info.num_rows
         progress.reach(rows)
     infos = [done[piece] for piece in order]
@@ -298,11 +290,7 @@ class TokensWork:
         return f"{self.key}/{rows.removeprefix('rows/').replace('/', '-')}"
 
     def __call__(self, rows: str) -> int:
-        shard, builder = open_shard(self.folder, rows), load_sample_builder(self.spec)
-        if shard is None:
-            raise DataError(
-                f"{self.folder.address}/{rows}: the index has lost this file. Start again; it is made again."
-            )
+        shard, builder = load_shard(self.folder, rows), load_sample_builder(self.spec)
         encoded: list[EncodedRow | str] = ["" for _ in range(len(shard))]
         good = np.flatnonzero(shard.column("reason").is_null().to_numpy(zero_copy_only=False))
         runs = np.split(good, np.flatnonzero(np.diff(good) > 1) + 1)  # of good rows without a bad one between
@@ -355,6 +343,10 @@ def prune(folder: IndexFolder) -> tuple[int, int]:
 
     Runs that still use an index of such a source need it until they end.
     """
+
+    def plain(name: str) -> str:
+        return f"{name.partition(_KNOWN)[0]}.arrow" if _KNOWN in name else name
+
     used, sources = set[str](), set[str]()
     for name in folder.names("sources"):
         try:
@@ -369,10 +361,9 @@ def prune(folder: IndexFolder) -> tuple[int, int]:
     for name, num_bytes in folder.store.files().items():
         kind, _, rest = name.partition("/")
         if kind == "rows":
-            keep = name in used or f"{name.partition(_KNOWN)[0]}.arrow" in used
+            keep = plain(name) in used
         elif kind == "tokens":
-            shard = rest.partition("/")[2]
-            keep = shard in tokens or f"{shard.partition(_KNOWN)[0]}.arrow" in tokens
+            keep = plain(rest.partition("/")[2]) in tokens
         else:
             keep = kind != "sources" or name in sources
         if not keep:

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.records import BadRow, PreferenceRecord, Record, SftRecord
+from ray_vlm.data.plan_files import drop_pages, map_array
+from ray_vlm.data.records import BadRow, Record
 from ray_vlm.data.rows import Rows
 from ray_vlm.data.shards import (
     IndexFolder,
     Shard,
+    content_of,
     load_shard,
     pack_renamed,
     read_bad,
@@ -47,6 +49,7 @@ class IndexedRows(Rows):
 
     def __init__(self, folder: IndexFolder, name: str):
         self.folder, self.name = folder, name
+        self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
 
     def __reduce__(self) -> tuple[type["IndexedRows"], tuple[IndexFolder, str]]:
         return IndexedRows, (self.folder, self.name)
@@ -67,8 +70,14 @@ class IndexedRows(Rows):
             ) from None
 
     def array(self, name: str) -> np.ndarray:
-        """Map one of the part's arrays."""
-        return np.load(self.path(f"{name}.npy"), mmap_mode="r")
+        """Map one of the part's arrays. Raise `DataError` if it cannot be used."""
+        if name not in self._maps:
+            path = self.path(f"{name}.npy")
+            try:
+                self._maps[name] = map_array(path)
+            except ValueError as error:
+                raise DataError(f"{path}: damaged ({error}). Start again, or go on with --resume.") from None
+        return self._maps[name][1]
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -78,9 +87,7 @@ class IndexedRows(Rows):
     def _position(self, number: int) -> int:
         """Return the position of one row; its page is given back, as in `Shard.drop_pages`."""
         position = int(self.positions[number])
-        memory = getattr(self.positions, "_mmap", None)  # numpy's name for the mapping; None for an empty array
-        if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
-            memory.madvise(mmap.MADV_DONTNEED)
+        drop_pages(self._maps["positions"][0])
         return position
 
     @cached_property
@@ -439,8 +446,9 @@ def write_part(joined: JoinedRows) -> Index:
     for data in files.values():
         digest.update(data)
     name = f"parts/{digest.hexdigest()[:16]}"
-    if "about.json" not in part.folder.names(name):
-        for file, data in {**files, "about.json": text}.items():  # about.json last: with it the part is whole
+    sizes = part.folder.store.files(name)
+    for file, data in {**files, "about.json": text}.items():  # about.json last: with it the part is whole
+        if sizes.get(file) != len(data):  # it is not there, or the machine went down while it was written
             part.folder.write(f"{name}/{file}", data)
     return Index(part.folder, name)
 
@@ -456,11 +464,5 @@ def fingerprint_records(records: Iterable[Record]) -> str:
     digest = hashlib.sha256()
     for r in records:
         names = [Path(i).name if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
-        if isinstance(r, SftRecord):
-            content: tuple = (sorted(r.truth.items()), sorted(r.context.items()))
-        elif isinstance(r, PreferenceRecord):
-            content = (r.prompt, r.chosen, r.rejected)
-        else:
-            content = (r.prompt, sorted(r.columns.items()))
-        digest.update(repr((r.id, r.row, names, r.sizes, content)).encode())
+        digest.update(repr((r.id, r.row, names, r.sizes, content_of(r))).encode())
     return digest.hexdigest()[:16]

@@ -7,11 +7,10 @@ cluster. Results come in any order; the first error ends everything and is raise
 
 import os
 import pickle
-import queue
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -27,7 +26,7 @@ _R = TypeVar("_R")
 FEW = 1  # so few items are done in this process: another takes a second or more to start
 _SERVE = "from ray_vlm.data.parallel import serve; serve()"
 OWN_CLUSTER = "local"  # the address with which Ray starts a new local cluster
-_AHEAD = 2  # items of each CPU of a cluster that wait for it
+_AHEAD = 2  # items that are given out for each CPU, one of which waits for it
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,15 @@ class _Process(Generic[_T, _R]):
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
-        self._send((list(sys.path), read_environment()))
-        self._send(work)
-
-    def _send(self, message: object) -> None:
-        pickle.dump(message, self._input, 5)
-        self._input.flush()
+        self._first: tuple[object, ...] = ((list(sys.path), read_environment()), work)  # sent before the first item
 
     def apply(self, item: _T) -> _R:
         """Return the result, or raise the error of `work`."""
         try:
-            self._send(item)
+            for message in (*self._first, item):
+                pickle.dump(message, self._input, 5)
+            self._input.flush()
+            self._first = ()
             good, result = pickle.load(self._output)  # noqa: S301 (from a process that this one has started)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = self._process.wait()
@@ -112,51 +109,33 @@ class _Process(Generic[_T, _R]):
 
 def _run_in_processes(work: Callable[[_T], _R], items: Iterator[_T], count: int) -> Iterator[_R]:
     """Yield results in the order in which they are ready. A process starts when there is an item for it."""
-    results: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=4 * count)
-    lock, stop, processes = threading.Lock(), threading.Event(), list[_Process[_T, _R]]()
+    processes, idle = list[_Process[_T, _R]](), list[_Process[_T, _R]]()
 
-    def put(kind: str, value: object) -> None:
-        while not stop.is_set():
-            try:
-                return results.put((kind, value), timeout=0.2)
-            except queue.Full:
-                continue
-
-    def feed() -> None:
-        process: _Process[_T, _R] | None = None
+    def apply(item: _T) -> _R:  # by one thread for each process
         try:
-            while not stop.is_set():
-                with lock:
-                    item = next(items, None)
-                if item is None:
-                    break
-                if process is None:
-                    process = _Process(work)
-                    processes.append(process)
-                put("result", process.apply(item))
-        except Exception as error:  # any error is raised by the caller's thread
-            put("error", error)
-        put("end", None)
+            process = idle.pop()
+        except IndexError:
+            process = _Process(work)
+            processes.append(process)
+        result = process.apply(item)
+        idle.append(process)
+        return result
 
-    threads = [threading.Thread(target=feed, name=f"ray-vlm-index-{i}", daemon=True) for i in range(count)]
-    for thread in threads:
-        thread.start()
+    pool, pending = ThreadPoolExecutor(count, "ray-vlm-index"), set[Future[_R]]()
     try:
-        running = count
-        while running:
-            kind, value = results.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                running -= 1
-            else:
-                yield value
+        while True:
+            pending |= {pool.submit(apply, item) for item in islice(items, _AHEAD * count - len(pending))}
+            if not pending:
+                return
+            ready, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in ready:
+                yield future.result()
     finally:
-        stop.set()
         for process in processes:
+            process.end()  # its thread then ends too
+        pool.shutdown(cancel_futures=True)
+        for process in processes:  # with one that was just starting
             process.end()
-        for thread in threads:
-            thread.join()
 
 
 def serve() -> None:
@@ -170,8 +149,8 @@ def serve() -> None:
     while (item := _receive(source)) is not None:
         try:
             reply = (True, work(item))
-        except Exception as error:  # raised by the driver
-            reply = (False, _portable(error))
+        except (RayVlmError, OSError) as error:  # raised by the driver; any other ends this process with a traceback
+            reply = (False, error)
         pickle.dump(reply, sink, 5)
         sink.flush()
 
@@ -181,15 +160,6 @@ def _receive(source: IO[bytes]) -> Any:
         return pickle.load(source)  # noqa: S301
     except EOFError:
         return None
-
-
-def _portable(error: Exception) -> Exception:
-    """Return the error, or one with its text if it cannot be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301
-    except Exception:  # constructors of errors take any arguments
-        return RunError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def _apply(work: Callable[[_T], _R], item: _T, environment: Environment) -> _R:

@@ -114,10 +114,8 @@ class MappedArray:
         return self._mapped[1]
 
     def drop_pages(self) -> None:
-        """Give back the pages that this process has read; as rows are drawn at random, it would soon hold all. The
-        system keeps them for every process."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped[0].madvise(mmap.MADV_DONTNEED)
+        """Give back the pages that this process has read."""
+        drop_pages(self._mapped[0])
 
     @cached_property
     def _mapped(self) -> tuple[mmap.mmap, np.ndarray]:
@@ -138,6 +136,13 @@ class MappedArray:
 
 
 Column = np.ndarray | MappedArray
+
+
+def drop_pages(memory: mmap.mmap) -> None:
+    """Give back the pages of a mapped file that this process has read; as rows are drawn at random, it would soon hold
+    all. The system keeps them for every process."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        memory.madvise(mmap.MADV_DONTNEED)
 
 
 def map_array(path: Path) -> tuple[mmap.mmap, np.ndarray]:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the files; files of another version are not read
 _OPEN = 4096  # shards that a process keeps mapped
+_DAMAGED = (  # what bytes raise that are no pickle
+    *(pickle.PickleError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError),
+    *(TypeError, ValueError),
+)
 _VALUES = ("datetime.", "decimal.Decimal", "uuid.UUID", "zoneinfo.", "pandas._libs.tslibs.")  # types of cells
 
 
@@ -230,12 +234,9 @@ class Shard:
             with pa.memory_map(str(path)) as file:  # its descriptor is closed, and its memory stays mapped
                 self._memory = file.read_buffer()
                 reader = pa.ipc.open_file(pa.BufferReader(self._memory))
-                if reader.num_record_batches > 1:
-                    raise pa.ArrowInvalid("it has more than one record batch")
-                empty = reader.num_record_batches == 0
-                self.batch: pa.RecordBatch = (
-                    pa.RecordBatch.from_pylist([], schema=reader.schema) if empty else reader.get_batch(0)
-                )
+                if reader.num_record_batches != 1:
+                    raise pa.ArrowInvalid(f"it has {reader.num_record_batches} record batches in place of one")
+                self.batch: pa.RecordBatch = reader.get_batch(0)
         except (pa.ArrowException, ValueError) as error:
             raise Torn(f"{path}: {error}") from None
         if self._about("version") != str(VERSION):
@@ -416,7 +417,7 @@ class _Plain(pickle.Unpickler):
 def _unpack_body(data: Any) -> tuple[Any, ...]:
     try:
         return _Plain(io.BytesIO(data)).load()
-    except Exception as error:  # pickle raises errors of any type for damaged bytes
+    except _DAMAGED as error:
         raise DataError(
             f"a row of the index cannot be read ({error}). Remove data.index_dir; it is made again."
         ) from None
@@ -428,9 +429,13 @@ def image_key(image: Image) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
+def content_of(record: Record) -> tuple[Any, ...]:
+    """Return what differs by the kind of record, for a hash: the order of keys does not matter."""
+    return tuple(sorted(part.items()) if isinstance(part, Mapping) else part for part in _content(record))
+
+
 def row_digest(record: Record) -> int:
     """Return a hash of what a row teaches: its id, position, names and sizes of images, and content."""
     names = [os.path.basename(i) if isinstance(i, str) else image_key(i) for i in record.images]
-    content = [sorted(part.items()) if isinstance(part, Mapping) else part for part in _content(record)]
-    text = repr((record.id, record.row, names, record.sizes, content))
+    text = repr((record.id, record.row, names, record.sizes, list(content_of(record))))
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ray_vlm.cluster.environment import Environment
-from ray_vlm.data.backpressure import AT_ONCE, WindowFeeder, keep_fed, take_planned
+from ray_vlm.data.backpressure import AT_ONCE, WindowFeeder, keep_fed, start_thread, take_planned
 from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.plan import MicroBatch, Plan
 from ray_vlm.data.records import Record
@@ -162,14 +162,7 @@ class StartedStream(Iterator[list[Sample]]):
 
     def __init__(self, stream: Generator[list[Sample]]):
         self._stream = stream
-        self._first: Future[list[Sample] | None] | None = Future()
-        threading.Thread(target=self._make_first, args=(self._first,), name="ray-vlm-first", daemon=True).start()
-
-    def _make_first(self, first: "Future[list[Sample] | None]") -> None:
-        try:
-            first.set_result(next(self._stream, None))
-        except BaseException as error:  # pass any error to the thread that takes the batch
-            first.set_exception(error)
+        self._first: Future[list[Sample] | None] | None = start_thread(lambda: next(stream, None), "ray-vlm-first")
 
     def __next__(self) -> list[Sample]:
         first, self._first = self._first, None
