@@ -9,7 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -357,13 +357,22 @@ def prune(folder: IndexFolder) -> tuple[int, int]:
             used |= set(names)
             sources.add(f"sources/{name}")
     tokens = {name.removeprefix("rows/").replace("/", "-") for name in used}
-    count = size = 0
-    for name, num_bytes in folder.store.files().items():
+    files, count, size = folder.store.files(), 0, 0
+    parts = set[str]()  # whose shards are all used
+    for name in files:
+        if name.startswith("parts/") and name.endswith("/about.json"):
+            with suppress(FileNotFoundError, ValueError, KeyError):
+                shards = json.loads(folder.path(name).read_bytes())["shards"]
+                if all(plain(rows) in used for rows, *_ in shards):
+                    parts.add(name.removesuffix("/about.json"))
+    for name, num_bytes in files.items():
         kind, _, rest = name.partition("/")
         if kind == "rows":
             keep = plain(name) in used
         elif kind == "tokens":
             keep = plain(rest.partition("/")[2]) in tokens
+        elif kind == "parts":
+            keep = name.rpartition("/")[0] in parts
         else:
             keep = kind != "sources" or name in sources
         if not keep:
