@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ray_vlm.data.inner_images import read_inner
+from ray_vlm.data.records import Image as ImageSource
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
 from ray_vlm.models.processor import ImageSizes
-from ray_vlm.storage import open_file
+from ray_vlm.storage import open_file, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -176,7 +178,7 @@ def smart_resize(size: tuple[int, int], factor: int, min_pixels: int, max_pixels
     return width, height
 
 
-def read_size(image: str | bytes, max_pixels: int) -> tuple[int, int]:
+def read_size(image: ImageSource, max_pixels: int) -> tuple[int, int]:
     """Return the upright (width, height) from the header, and check the end of the file.
 
     Formats without an end marker, and files with something behind the marker, are decoded once to be sure. Raise
@@ -211,7 +213,7 @@ class SizeCache:
         self._max_pixels = max_pixels
         self._read = lru_cache(2**16)(lambda path: read_size(path, max_pixels))
 
-    def read_size(self, image: str | bytes) -> tuple[int, int]:
+    def read_size(self, image: ImageSource) -> tuple[int, int]:
         """Return what `read_size` does, and raise as it does."""
         return self._read(image) if isinstance(image, str) else read_size(image, self._max_pixels)
 
@@ -276,22 +278,29 @@ def _read_header(file: BinaryIO, tail: bytes, max_pixels: int) -> tuple[int, int
     return (height, width) if turned else (width, height)
 
 
-def read_orientation(image: str | bytes) -> int:
+def read_orientation(image: ImageSource) -> int:
     """Return the EXIF orientation of a readable image, 1 to 8."""
     with open_image(image) as file, _open(file) as opened:
         return _orientation(opened)
 
 
-def open_image(image: str | bytes) -> BinaryIO:
-    """Open the file of an image: a local path, an address, or its own bytes."""
-    return io.BytesIO(image) if isinstance(image, bytes) else open_file(image)
+def open_image(image: ImageSource) -> BinaryIO:
+    """Open the file of an image: a local path, an address, a position in a file, or its own bytes."""
+    return open_file(image) if isinstance(image, str) else io.BytesIO(read_image(image))
+
+
+def read_image(image: ImageSource) -> bytes:
+    """Return the bytes of the file of an image."""
+    if isinstance(image, str):
+        return read_bytes(image)
+    return image if isinstance(image, bytes) else read_inner(image)
 
 
 class _ImageProblem(ValueError):
     """A reason that `read_size` passes on unchanged."""
 
 
-def decode(source: str | bytes, pixels: int = 0) -> np.ndarray:
+def decode(source: ImageSource, pixels: int = 0) -> np.ndarray:
     """Return `uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted. `pixels`:
     the number of pixels that the header has."""
     _allow(pixels)

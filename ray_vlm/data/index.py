@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from ray_vlm.data.images import read_image
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.plan_files import drop_pages, map_array
 from ray_vlm.data.records import BadRow, Record
@@ -463,6 +464,6 @@ def fingerprint_records(records: Iterable[Record]) -> str:
     """Return the fingerprint that runs of earlier versions keep."""
     digest = hashlib.sha256()
     for r in records:
-        names = [Path(i).name if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
+        names = [Path(i).name if isinstance(i, str) else hashlib.sha256(read_image(i)).hexdigest() for i in r.images]
         digest.update(repr((r.id, r.row, names, r.sizes, content_of(r))).encode())
     return digest.hexdigest()[:16]

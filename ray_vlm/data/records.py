@@ -6,7 +6,62 @@ from typing import Any
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the upright original image
 Point = tuple[float, float]  # x, y in pixels of the upright original image
-Image = str | bytes  # an absolute path, an address such as s3://bucket/a.jpg, or the file's own bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRange:
+    """An image that is `length` bytes of a file from `start` on, as in a tar or an Arrow file.
+
+    `version`: the file's bytes and time of the last change (ns) when it was indexed. `name`: of a tar's member.
+    """
+
+    address: str
+    version: tuple[int, int]
+    start: int
+    length: int
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.address}/{self.name}" if self.name else f"{self.address} (byte {self.start})"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCell:
+    """An image in a Parquet file: a cell of `column`, of row `row` in row group `group`.
+
+    `version`: as of `ImageRange`. `item`: the position in a cell that is a list, -1 for one that is not.
+    """
+
+    address: str
+    version: tuple[int, int]
+    group: int
+    row: int
+    column: str
+    item: int = -1
+
+    def __str__(self) -> str:
+        item = f", image {self.item}" if self.item >= 0 else ""
+        return f"{self.address} (row group {self.group}, row {self.row}, column {self.column}{item})"
+
+
+InnerImage = ImageRange | ImageCell  # an image inside a file that holds many
+# An absolute path, an address such as s3://bucket/a.jpg, a position in a file, or the image file's own bytes.
+Image = str | bytes | InnerImage
+
+
+class LocatedBytes(bytes):
+    """The bytes of an image that a reader has read, and `location`, from which they can be read again."""
+
+    location: InnerImage
+
+    def __new__(cls, data: bytes, location: InnerImage) -> "LocatedBytes":
+        """Return a copy of `data` that knows its location."""
+        self = super().__new__(cls, data)
+        self.location = location
+        return self
+
+    def __reduce__(self) -> tuple[type["LocatedBytes"], tuple[bytes, InnerImage]]:
+        return LocatedBytes, (bytes(self), self.location)
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,7 @@ class SampleBuilder:
     def _pixels(self, sources: Sequence[Image], sizes: Sequence[tuple[int, int]], row: str) -> tuple[np.ndarray, ...]:
         images = []
         for image, size in zip(sources, sizes, strict=True):
-            name = image if isinstance(image, str) else "its image"
+            name = "its image" if isinstance(image, bytes) else str(image)
             try:
                 pixels = decode(image, size[0] * size[1])
             except Exception as error:  # decoders raise exceptions of any type

@@ -14,14 +14,25 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_vlm.data.records import BadRow, Image, PreferenceRecord, PromptRecord, Record, SftRecord
+from ray_vlm.data.records import (
+    BadRow,
+    Image,
+    ImageCell,
+    ImageRange,
+    InnerImage,
+    LocatedBytes,
+    PreferenceRecord,
+    PromptRecord,
+    Record,
+    SftRecord,
+)
 from ray_vlm.data.spec import EncodedRow
 from ray_vlm.data.suspicions import ShardSummary
 from ray_vlm.errors import DataError
@@ -30,7 +41,7 @@ from ray_vlm.storage import Store, replacing
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 1  # of the files; files of another version are not read
+VERSION = 2  # of the files; files of another version are not read
 _OPEN = 4096  # shards that a process keeps mapped
 _DAMAGED = (  # what bytes raise that are no pickle
     *(pickle.PickleError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError),
@@ -149,8 +160,8 @@ def pack_rows(rows: Sequence[IndexedRow], summary: ShardSummary) -> "pa.Buffer":
         "body": pa.array([b"" if row is None else _pack_body(row) for row in good], pa.large_binary()),
         "digest": pa.array([0 if row is None else row_digest(row) for row in good], pa.uint64()),
     }
-    if any(isinstance(image, bytes) for row_images in images for image in row_images):
-        held = [[image if isinstance(image, bytes) else None for image in row_images] for row_images in images]
+    if any(_is_held(image) for row_images in images for image in row_images):
+        held = [[image if _is_held(image) else None for image in row_images] for row_images in images]
         columns["bytes"] = pa.array(held, pa.large_list(pa.large_binary()))
     return _write(columns, {"summary": json.dumps(summary.__dict__)})
 
@@ -327,7 +338,7 @@ def load_shard(folder: IndexFolder, name: str) -> Shard:
 def read_record(shard: Shard, position: int, source: int = 0) -> Record:
     """Make the record at `position` of a row shard. It must not be a bad row."""
     kind, *fields = _unpack_body(shard.batch.column("body")[position].as_buffer())
-    fields[2] = _with_bytes(fields[2], shard, position)
+    fields[2] = _read_images(fields[2], shard, position)
     make: Callable[..., Record] = _KINDS[kind]
     return make(*fields, source)
 
@@ -336,7 +347,7 @@ def read_records(shard: Shard, start: int, end: int) -> Iterator[Record]:
     """Make the records from `start` up to (not including) `end` of a row shard. None of them may be a bad row."""
     for position, body in enumerate(shard.batch.column("body").slice(start, end - start).to_pylist(), start):
         kind, *fields = _unpack_body(body)
-        fields[2] = _with_bytes(fields[2], shard, position)
+        fields[2] = _read_images(fields[2], shard, position)
         make: Callable[..., Record] = _KINDS[kind]
         yield make(*fields)
 
@@ -344,15 +355,29 @@ def read_records(shard: Shard, start: int, end: int) -> Iterator[Record]:
 def read_images(shard: Shard, position: int) -> tuple[str, tuple[Image, ...], tuple[tuple[int, int], ...]]:
     """Return a row's name for messages, its images, and their sizes (width, height)."""
     _, name, row, images, sizes, *_ = _unpack_body(shard.batch.column("body")[position].as_buffer())
-    return f"row {row} (id {name})", _with_bytes(images, shard, position), sizes
+    return f"row {row} (id {name})", _read_images(images, shard, position), sizes
 
 
-def _with_bytes(images: tuple[str | None, ...], shard: Shard, position: int) -> tuple[Image, ...]:
-    """Return the images of a row, of which those that are bytes lie in a column of their own."""
-    if None not in images:
-        return images  # type: ignore[return-value]
-    held = shard.batch.column("bytes")[position].as_py()
-    return tuple(data if path is None else path for path, data in zip(images, held, strict=True))
+def _is_held(image: Image) -> bool:
+    """Return whether the index holds the bytes of an image."""
+    return isinstance(image, bytes) and not isinstance(image, LocatedBytes)
+
+
+def _pack_image(image: Image) -> str | tuple[Any, ...] | None:
+    """Return where an image is, in plain values; None for one whose bytes the index holds."""
+    if isinstance(image, str):
+        return image
+    location = image.location if isinstance(image, LocatedBytes) else image
+    return None if isinstance(location, bytes) else (_INNER.index(type(location)), *astuple(location))
+
+
+def _read_images(images: tuple[Any, ...], shard: Shard, position: int) -> tuple[Image, ...]:
+    """Return the images of a row from what `_pack_image` returned for each."""
+    held = shard.batch.column("bytes")[position].as_py() if None in images else images
+    return tuple(
+        image if isinstance(image, str) else data if image is None else _INNER[image[0]](*image[1:])
+        for image, data in zip(images, held, strict=True)
+    )
 
 
 def read_bad(shard: Shard, position: int, source: int = 0) -> BadRow:
@@ -381,6 +406,7 @@ def read_encoded(shard: Shard, position: int) -> EncodedRow:
     )
 
 
+_INNER: tuple[type[InnerImage], ...] = (ImageRange, ImageCell)
 _KINDS: dict[int, type[SftRecord] | type[PreferenceRecord] | type[PromptRecord]] = {
     0: SftRecord,
     1: PreferenceRecord,
@@ -400,7 +426,7 @@ def _content(record: Record) -> tuple[Any, ...]:
 def _pack_body(record: Record) -> bytes:
     """Return all of a record but the bytes of its images, so that one place of the file makes it."""
     kind = next(number for number, cls in _KINDS.items() if isinstance(record, cls))
-    images = tuple(image if isinstance(image, str) else None for image in record.images)
+    images = tuple(_pack_image(image) for image in record.images)
     return pickle.dumps((kind, record.id, record.row, images, record.sizes, *_content(record), record.group), 5)
 
 
@@ -424,8 +450,9 @@ def _unpack_body(data: Any) -> tuple[Any, ...]:
 
 
 def image_key(image: Image) -> int:
-    """Return a hash of an image's path or bytes, by which equal ones are found."""
-    data = image.encode("utf-8", "surrogateescape") if isinstance(image, str) else image
+    """Return a hash of an image's path or bytes, by which equal ones are found; of its position, if it has no bytes."""
+    name = image if isinstance(image, str) else repr(image)
+    data = image if isinstance(image, bytes) else name.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -436,6 +463,6 @@ def content_of(record: Record) -> tuple[Any, ...]:
 
 def row_digest(record: Record) -> int:
     """Return a hash of what a row teaches: its id, position, names and sizes of images, and content."""
-    names = [os.path.basename(i) if isinstance(i, str) else image_key(i) for i in record.images]
+    names = [image_key(i) if isinstance(i, bytes) else os.path.basename(str(i)) for i in record.images]
     text = repr((record.id, record.row, names, record.sizes, list(content_of(record))))
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")

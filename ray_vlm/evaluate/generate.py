@@ -20,6 +20,7 @@ import numpy as np
 
 from ray_vlm import __version__
 from ray_vlm.data.collate import collate
+from ray_vlm.data.images import read_image
 from ray_vlm.data.index import IndexedRows
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, parse_answer
@@ -226,7 +227,7 @@ def _hash_rows(records: Sequence[SftRecord], builder: SampleBuilder) -> str:
         return records.hash_prompts()
     rows = hashlib.sha256()
     for r in records:
-        images = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in r.images]
+        images = [i if isinstance(i, str) else hashlib.sha256(read_image(i)).hexdigest() for i in r.images]
         row = (r.id, images, [stamp_file(i) for i in images], r.sizes, builder.turns(r), r.context.get("task"))
         rows.update(repr(row).encode())
     return rows.hexdigest()[:16]

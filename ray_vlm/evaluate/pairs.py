@@ -285,9 +285,9 @@ def name_images(records: Sequence[SftRecord]) -> tuple[dict[str, str], str | Non
     kinds: dict[tuple[str, str], str] = {}  # (scheme, options) -> an image of that kind
     for record in records:
         for image in record.images:
-            if isinstance(image, bytes):
+            if not isinstance(image, str):
                 raise ConfigError(
-                    f"row {record.row} (id {record.id}): its image is given as bytes, and a pair names its images. "
+                    f"row {record.row} (id {record.id}): its image has no file of its own, and pairs name images. "
                     "Write the images to files, and give their paths in the rows."
                 )
             uri, options = split_options(image)

@@ -19,6 +19,7 @@ import numpy as np
 
 from ray_vlm.config.schema import Model
 from ray_vlm.config.train import Precision
+from ray_vlm.data.images import read_image
 from ray_vlm.data.records import PreferenceRecord, Record
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
@@ -105,7 +106,9 @@ def describe_reference(source: ReferenceSource, builder: SampleBuilder, records:
     images = hashlib.sha256()
     for record in records:
         for image in record.images:
-            fingerprint = describe_file(image) if isinstance(image, str) else hashlib.sha256(image).hexdigest()
+            fingerprint = (
+                describe_file(image) if isinstance(image, str) else hashlib.sha256(read_image(image)).hexdigest()
+            )
             images.update(f"{fingerprint}\n".encode())
     model = source.model
     return {

@@ -121,7 +121,7 @@ def _find_undecodable(index: Index, path: str) -> list[BadRow]:
 def _undecodable(row: Record) -> BadRow | None:
     """Return a `BadRow` if one of a row's images cannot be decoded, else None."""
     for image, size in zip(row.images, row.sizes, strict=True):
-        name = f" ({image})" if isinstance(image, str) else ""
+        name = "" if isinstance(image, bytes) else f" ({image})"
         try:
             pixels = decode(image)
         except Exception as error:  # decoders raise exceptions of any type

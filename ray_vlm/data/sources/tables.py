@@ -9,13 +9,15 @@ import os
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ray_vlm.data.records import BadRow
+from ray_vlm.data.inner_images import LARGEST_GROUP_BYTES
+from ray_vlm.data.records import BadRow, ImageCell, InnerImage, LocatedBytes
 from ray_vlm.data.sources.fields import text_fault
 from ray_vlm.data.sources.pieces import (
     MAX_LINE_BYTES,
@@ -37,7 +39,8 @@ from ray_vlm.errors import DataError
 from ray_vlm.storage import describe_file, open_file, split_options
 
 if TYPE_CHECKING:
-    from pyarrow import RecordBatch
+    from pyarrow import DataType, RecordBatch, Schema
+    from pyarrow.parquet import FileMetaData
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _BATCH_ROWS, _BATCH_BYTES = 256, 16 * 2**20  # of Parquet that are decoded at a time; rows may hold images
@@ -235,6 +238,8 @@ class ParquetTable:
             with open_file(address) as opened, parquet.ParquetFile(opened) as file:
                 schema, groups = file.schema_arrow, [file.metadata.row_group(i) for i in range(file.num_row_groups)]
                 self.groups = tuple((group.num_rows, group.total_byte_size) for group in groups)
+                self.binary = binary_columns(schema)
+                self.image_bytes = _image_bytes(file.metadata, self.binary)
         except (OSError, ValueError, ImportError, ArrowException) as error:
             raise unreadable_file(address, error) from None
         if len(set(schema.names)) < len(schema.names):
@@ -315,7 +320,64 @@ class ParquetTable:
             if reason := text_fault(cells):
                 yield BadRow(row, "", f"row {row} {reason}")
             else:
+                self._locate(cells, row)
                 yield row, apply_class_names(cells, self.features) if self.features else cells
+
+    def _locate(self, cells: dict[str, Any], row: int) -> None:
+        """Give the images among the cells their position in the file, unless their group is too large for that."""
+        number = bisect_right(self.ends, row)
+        if self.image_bytes[number] > LARGEST_GROUP_BYTES:
+            return
+        cell = ImageCell(self.address, self.version, number, row - self.ends[number] + self.groups[number][0], "")
+        for column in self.binary:
+            cells[column] = locate_images(cells[column], partial(_in_column, cell, column))
+
+
+def _in_column(cell: ImageCell, column: str, item: int) -> ImageCell:
+    return replace(cell, column=column, item=item)
+
+
+def locate_images(value: object, location: Callable[[int], InnerImage], item: int = -1) -> Any:
+    """Return a cell whose bytes know their location: bytes, an object with `bytes`, or a list of these.
+
+    `location` is called with the position in a list, -1 for a cell that is no list.
+    """
+    if isinstance(value, bytes):
+        return LocatedBytes(value, location(item)) if value else value
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return {**value, "bytes": locate_images(value["bytes"], location, item)}
+    if isinstance(value, list) and item < 0:
+        return [locate_images(part, location, number) for number, part in enumerate(value)]
+    return value
+
+
+def binary_columns(schema: "Schema") -> tuple[str, ...]:
+    """Return the columns that may hold images: bytes, objects with `bytes`, and lists of these."""
+    from pyarrow import types
+
+    def is_binary(kind: "DataType") -> bool:
+        if types.is_struct(kind):
+            return any(field.name == "bytes" and is_binary(field.type) for field in kind)
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+
+    def holds(kind: "DataType") -> bool:
+        listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        return is_binary(kind.value_type if listed else kind)
+
+    return tuple(field.name for field in schema if holds(field.type))
+
+
+def _image_bytes(metadata: "FileMetaData", columns: Collection[str]) -> tuple[int, ...]:
+    """Return the decoded bytes of some columns in each row group."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    return tuple(
+        sum(
+            chunk.total_uncompressed_size
+            for chunk in map(group.column, range(group.num_columns))
+            if chunk.path_in_schema.split(".")[0] in columns
+        )
+        for group in groups
+    )
 
 
 class _RowGroup:
