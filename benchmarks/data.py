@@ -1,11 +1,17 @@
-"""Throughput of the data path: images per second through Ray Data against a bare loop and a torch DataLoader.
+"""Throughput of the data path: images per second against a bare loop and a torch DataLoader, from files and from files
+with many images.
 
-JPEGs of 12, 2 and 0.3 megapixels are read, decoded and resized for Qwen3-VL (at most 1280 * 1024 pixels) by one process
-with one torch thread: a bare loop of Pillow and the processor's resize; `stream_ray` with one loader, which also makes
-tokens and labels; a torch DataLoader with one worker. Arms alternate; the figures are ratios of medians. Start-up and
-whatever is buffered at either end do not count: the clock runs from the first row of a loader's second task to the
-first row of its last. Further figures are the bytes that cross the object store, and the index's rows per second on one
-core.
+Run: python -m benchmarks.data [--quick] [--json PATH]. JPEGs of 12, 2 and 0.3 megapixels are read, decoded and resized
+for Qwen3-VL (at most 1280 * 1024 pixels) by one process or thread with one torch thread. The arms: a bare loop of
+Pillow and the processor's resize, and the same with torchvision's decoder, which makes the same pixels faster;
+`stream_ray` with one loader and `stream_local` with one thread, which also make tokens and labels; a torch DataLoader
+with one worker, with either decoder. The package takes threads for the 0.3 megapixels and Ray Data for the others, and
+the bars are for what it takes. Arms alternate, and the figures are medians of ratios within a round. Start-up and
+whatever is buffered at either end do not count: the clock runs from the first row of a loader's second task to the first
+row of its last.
+
+Then the same images in a Parquet file with groups of 50 rows, as members of a tar, and behind an S3 server that takes
+30 ms for each request, with the order of rows that the package plans for each.
 """
 
 import itertools
@@ -16,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +35,42 @@ from ray_vlm.config.data import Data, Source
 from ray_vlm.data.images import read_size
 from ray_vlm.data.parts import build_index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.rows import ListedRows
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
-from ray_vlm.data.stream import StreamSpec, mean_bytes, pack, stream_ray, task_size
+from ray_vlm.data.stream import StreamSpec, mean_bytes, pack, stream_local, stream_ray, task_size
 from ray_vlm.demo.tiny import write_untrained
 from tests.support.photos import FILES, SIZES, make_spec, write_images, write_rows
 
 MICRO = 2  # rows in a micro-batch
 TASK = {"12mp": 34, "2mp": 34, "0.3mp": 64}  # rows of a loader's task in `stream_ray`
 TASKS = {"12mp": 4, "2mp": 8, "0.3mp": 24}  # how many are streamed; the first and the last are not timed
+TAKEN = {"12mp": "ray", "2mp": "ray", "0.3mp": "threads"}  # by the package
+VS_BARE = {"12mp": 0.95, "2mp": 0.90, "0.3mp": 0.85}
+GROUP_ROWS, WINDOW = 50, 1000  # of the Parquet file, and of its order
+FROM_DISK, FROM_STORE = 0.8, 0.7
+PAUSE_S = 0.03  # of the server before each answer
+BUCKET = "photos"
 
 
-def read_plainly(path: str, spec: SampleSpec) -> Any:
-    """Decode, convert and resize an image without a needless copy; return `uint8 [h, w, 3]`."""
+def read_plainly(path: str, spec: SampleSpec, fast: bool = False) -> Any:
+    """Decode, convert and resize an image without a needless copy; return `uint8 [h, w, 3]`. `fast`: with
+    torchvision's decoder."""
     import torch
     from transformers.image_utils import SizeDict
 
     builder = load_sample_builder(spec)
     processor, sizes = builder.processor.image_processor, builder.image_spec
-    with Image.open(path) as file:
-        file.load()
-        pixels = np.array(file if file.mode == "RGB" else file.convert("RGB"))
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    if fast:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        with open(path, "rb") as file:
+            data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+        tensor = decode_jpeg(data, ImageReadMode.RGB).unsqueeze(0)
+    else:
+        with Image.open(path) as picture:
+            picture.load()
+            pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     limits = SizeDict(shortest_edge=sizes.min_pixels, longest_edge=sizes.max_pixels)
     small = processor.resize(tensor, size=limits, resample=processor.resample, factor=sizes.factor)
     return small[0].permute(1, 2, 0).contiguous()
@@ -59,14 +79,14 @@ def read_plainly(path: str, spec: SampleSpec) -> Any:
 class PlainDataset:
     """The same work as a torch data set."""
 
-    def __init__(self, paths: Sequence[str], spec: SampleSpec):
-        self.paths, self.spec = paths, spec
+    def __init__(self, paths: Sequence[str], spec: SampleSpec, fast: bool):
+        self.paths, self.spec, self.fast = paths, spec, fast
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> Any:
-        return read_plainly(self.paths[number], self.spec)
+        return read_plainly(self.paths[number], self.spec, self.fast)
 
 
 def rate(micro_batches: Iterable[Any], task: int, size: int = 1) -> float:
@@ -79,38 +99,54 @@ def rate(micro_batches: Iterable[Any], task: int, size: int = 1) -> float:
     return (last - task) / (arrivals[last] - arrivals[task])
 
 
-def through_loader(paths: Sequence[str], spec: SampleSpec, task: int) -> float:
+def through_loader(paths: Sequence[str], spec: SampleSpec, task: int, fast: bool) -> float:
     """Return images per second of a torch DataLoader with one worker."""
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(
-        PlainDataset(paths, spec), batch_size=None, num_workers=1, prefetch_factor=4, multiprocessing_context="spawn"
-    )
+    data = PlainDataset(paths, spec, fast)
+    loader = DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4, multiprocessing_context="spawn")
     return rate(loader, task)
 
 
-def through_stream(source: Source, spec: SampleSpec, task: int) -> float:
-    """Return images per second of this package's stream with one loader."""
-    import ray
-
-    index = build_index(source, Data(), load_sample_builder(spec))
-    plan = Plan(len(index), MICRO, MICRO, 1, shuffle=False)
-    row_bytes = mean_bytes(index.records, load_sample_builder(spec).image_spec)
-    stream_spec = StreamSpec(ListedRows(ray.put(index.records)), spec, plan, 0, 0, plan.num_steps, row_bytes)
-    assert task_size(stream_spec) * MICRO == task
-    return rate(stream_ray(stream_spec, num_loaders=1, cpus_per_loader=1), task, MICRO)
+def plan_stream(source: Source, spec: SampleSpec, folder: Path, plan: Plan | None = None) -> StreamSpec:
+    """Return what is streamed of a source, whose index is built in `folder`; in file order without a `plan`."""
+    builder = load_sample_builder(spec)
+    index = build_index(source, Data(), builder, str(folder / "index"))
+    plan = plan or Plan(len(index), MICRO, MICRO, 1, shuffle=False)
+    return StreamSpec(index.records, spec, plan, 0, 0, plan.num_steps, mean_bytes(index.records, builder.image_spec))
 
 
-def stored_bytes(paths: Sequence[str], source: Source, spec: SampleSpec) -> float:
+def through_stream(stream: StreamSpec, taken: str, task: int) -> float:
+    """Return images per second of this package's stream with one loader, through Ray Data or by a thread."""
+    if taken == "threads":
+        return rate(stream_local(stream), task, MICRO)
+    assert task_size(stream) * MICRO == task
+    return rate(stream_ray(stream, num_loaders=1, cpus_per_loader=1), task, MICRO)
+
+
+def stored_bytes(paths: Sequence[str], stream: StreamSpec, spec: SampleSpec) -> float:
     """Return the bytes of the block that holds a micro-batch, divided by those of its pixels."""
-    records = build_index(source, Data(), load_sample_builder(spec)).records[:MICRO]
-    rows = [load_sample_builder(spec).train_row(record) for record in records]
+    rows = [stream.rows.sample(load_sample_builder(spec), number) for number in range(MICRO)]
     assert all(np.array_equal(row.images[0], read_plainly(path, spec)) for row, path in zip(rows, paths, strict=False))
     return pack(0, rows).get_total_buffer_size() / sum(image.nbytes for row in rows for image in row.images)
 
 
+def run_in_turn(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Return the rates of each arm, one a round."""
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, run in arms.items():
+            rates[name].append(run())
+    return rates
+
+
+def ratio(rates: dict[str, list[float]], one: str, other: str) -> float:
+    """Return the median of the ratios of two arms."""
+    return statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True))
+
+
 def stream_figures(folder: Path, spec: SampleSpec, rounds: int, share: float) -> list[dict[str, Any]]:
-    """Run the three arms in turn for each size."""
+    """Run the arms in turn for each size."""
     figures = []
     for name, size in SIZES.items():
         task = TASK[name]
@@ -118,18 +154,27 @@ def stream_figures(folder: Path, spec: SampleSpec, rounds: int, share: float) ->
         write_images(folder / name, size, FILES)
         source = write_rows(folder / name, size, num_rows, FILES)
         paths = [str(folder / name / f"{i % FILES}.jpg") for i in range(num_rows)]
-        rates: dict[str, list[float]] = {"bare": [], "stream": [], "dataloader": []}
-        for _ in range(rounds):
-            rates["bare"].append(rate((read_plainly(path, spec) for path in paths), task))
-            rates["stream"].append(through_stream(source, spec, task))
-            rates["dataloader"].append(through_loader(paths, spec, task))
-        median = {arm: statistics.median(values) for arm, values in rates.items()}
-        figures += [figure(f"data.{arm}.{name}", value, "images/s") for arm, value in median.items()]
-        figures += [
-            figure(f"data.stream_vs_bare.{name}", median["stream"] / median["bare"], "x", 0.85, most=False),
-            figure(f"data.stream_vs_dataloader.{name}", median["stream"] / median["dataloader"], "x"),
-            figure(f"data.stored_bytes.{name}", stored_bytes(paths, source, spec), "x", 1.05),
-        ]
+        stream = plan_stream(source, spec, folder / name)
+        arms: dict[str, Callable[[], float]] = {}
+        for kind, fast in (("", False), (".fast", True)):
+            arms[f"bare{kind}"] = lambda fast=fast: rate((read_plainly(path, spec, fast) for path in paths), task)
+            arms[f"dataloader{kind}"] = partial(through_loader, paths, spec, task, fast)
+        arms |= {taken: partial(through_stream, stream, taken, task) for taken in ("ray", "threads")}
+        rates = run_in_turn(arms, rounds)
+        figures += [figure(f"data.{arm}.{name}", statistics.median(v), "images/s") for arm, v in rates.items()]
+        for taken in ("ray", "threads"):
+            barred = taken == TAKEN[name]
+            for kind in ("", ".fast"):
+                against_bare, against_loader = (
+                    ratio(rates, taken, f"bare{kind}"),
+                    ratio(rates, taken, f"dataloader{kind}"),
+                )
+                bars = (VS_BARE[name], 1.0) if barred else (None, None)
+                figures += [
+                    figure(f"data.{taken}_vs_bare{kind}.{name}", against_bare, "x", bars[0], most=False),
+                    figure(f"data.{taken}_vs_dataloader{kind}.{name}", against_loader, "x", bars[1], most=False),
+                ]
+        figures.append(figure(f"data.stored_bytes.{name}", stored_bytes(paths, stream, spec), "x", 1.05))
     return figures
 
 

@@ -158,7 +158,7 @@ def connect(demand: ClusterDemand, at_once: int = 1) -> Iterator[Layout]:
     """
     with start_ray(demand):
         resources, nodes = find_resources(demand, at_once)
-        yield plan_layout(demand, {name: amount / at_once for name, amount in resources.items()}, nodes)
+        yield plan_layout(demand, {name: amount / at_once for name, amount in resources.items()}, nodes, at_once)
 
 
 def find_resources(demand: ClusterDemand, at_once: int = 1) -> tuple[dict[str, float], list[Mapping[str, float]]]:

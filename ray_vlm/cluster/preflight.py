@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ray_vlm.config.schema import Cluster, JobConfig
 from ray_vlm.errors import RunError
 
+SMALL_PIXELS = 500_000  # of an image that is decoded in less time than it takes to move it
 _MAX_LOADERS = 8  # processes that read images for one worker, unless data.num_loaders is set
 
 
@@ -15,21 +17,27 @@ class ClusterDemand:
 
     cluster: Cluster
     num_loaders: int | None = None  # processes that read images for one worker; None: as the free CPUs allow
+    loaders: Literal["ray_data", "threads"] | None = None  # what reads images; None: threads for small ones that fit
     num_validators: int = 0  # processes for asynchronous validation, each as large as a worker
     quantised: bool = False  # the nodes need bitsandbytes
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A job's layout on a cluster: the number of loaders of each worker, and the CPUs that each loader reserves."""
+    """A job's layout on a cluster: the number of loaders of each worker, and the CPUs that each loader reserves.
+
+    `beside_workers`: these CPUs are on the workers' own nodes, so that loaders may be threads of a worker.
+    """
 
     num_loaders: int
     cpus_per_loader: float
+    beside_workers: bool = False
 
 
 def build_demand(job: JobConfig) -> ClusterDemand:
     """Gather what a job demands of a cluster."""
-    return ClusterDemand(job.cluster, job.data.num_loaders, int(job.evaluate.asynchronous), job.model.load_in_4bit)
+    data, validators = job.data, int(job.evaluate.asynchronous)
+    return ClusterDemand(job.cluster, data.num_loaders, data.loaders, validators, job.model.load_in_4bit)
 
 
 def count_processes(demand: ClusterDemand, workers: int | None = None) -> int:
@@ -56,9 +64,13 @@ def expected_resources(now: Mapping[str, float], demand: ClusterDemand, at_once:
 
 
 def plan_layout(
-    demand: ClusterDemand, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] | None = None
+    demand: ClusterDemand,
+    resources: Mapping[str, float],
+    nodes: Sequence[Mapping[str, float]] | None = None,
+    at_once: int = 1,
 ) -> Layout:
-    """Divide the CPUs that the workers leave free among the loaders. `resources` is the total, `nodes` each node's.
+    """Divide the CPUs that the workers leave free among the loaders. `resources` is the total for this
+    run, `nodes` each node's for all that run `at_once`.
 
     Ray Data needs CPUs of its own: if the workers took all of them, no image would ever arrive, and training would wait
     forever without an error. Raises `RunError` with everything that is missing.
@@ -96,7 +108,28 @@ def plan_layout(
         raise RunError(problems)
     cpus_for_loaders = free / workers  # of each worker
     loaders = demand.num_loaders or max(1, min(_MAX_LOADERS, int(cpus_for_loaders)))
-    return Layout(loaders, min(1.0, int(cpus_for_loaders / loaders * 100) / 100))
+    cpus_per_loader = min(1.0, int(cpus_for_loaders / loaders * 100) / 100)
+    # Workers that come and go leave no fixed share of a node's CPUs to each.
+    with_loaders = {**per_worker, "CPU": cluster.cpus_per_worker + loaders * cpus_per_loader}
+    fixed = cluster.least_workers == cluster.most_workers
+    fit = sum(_fit(node, with_loaders) for node in nodes or ())
+    beside_workers = fixed and fit >= count_processes(demand, workers) * at_once
+    if demand.loaders == "threads" and not beside_workers:
+        raise RunError(
+            f"data.loaders=threads: a worker and its loaders together need {with_loaders['CPU']:g} CPUs of one node, "
+            f"and the number of workers must be fixed; the nodes have room for {fit} of {workers}. Leave data.loaders "
+            "out, or lower data.num_loaders."
+        )
+    return Layout(loaders, cpus_per_loader, beside_workers)
+
+
+def count_threads(demand: ClusterDemand, layout: Layout, image_pixels: float) -> int:
+    """Return how many loaders of a worker are its threads: all of them, or none. `image_pixels`: mean of the images.
+
+    Small images cost less to decode than to move from another process.
+    """
+    small = demand.loaders is None and image_pixels < SMALL_PIXELS
+    return layout.num_loaders if layout.beside_workers and (small or demand.loaders == "threads") else 0
 
 
 def _fit(resources: Mapping[str, float], per_worker: Mapping[str, float]) -> int:

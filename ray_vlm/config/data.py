@@ -154,5 +154,10 @@ class Data(Section):
         "s3://bucket/index. null: `.index` in `run.output_dir`.",
     )
     num_loaders: Count | None = Field(
-        None, description="Ray Data processes that read images for each worker. null: from the free CPUs."
+        None, description="Ray Data processes or threads that read images for each worker. null: from the free CPUs."
+    )
+    loaders: Literal["ray_data", "threads"] | None = Field(
+        None,
+        description="What reads images under Ray: `ray_data`, processes on any node, or `threads` of the worker. null: "
+        "threads for images below 0.5 megapixels if the CPUs are on the nodes of the workers, else Ray Data.",
     )

@@ -6,7 +6,17 @@ from typing import Any
 
 # Keys that a resumed run may change; all others affect what is learned.
 MAY_CHANGE = (
-    *("cluster", "track", "checkpoint", "run", "data.num_loaders", "data.index_dir", "data.test", "data.test_on_eval"),
+    *(
+        "cluster",
+        "track",
+        "checkpoint",
+        "run",
+        "data.num_loaders",
+        "data.loaders",
+        "data.index_dir",
+        "data.test",
+        "data.test_on_eval",
+    ),
     *("train.num_epochs", "train.max_steps", "train.log_every_steps", "train.early_stopping_patience"),
     *("train.micro_batch_size", "train.tokens_per_micro_batch", "train.packing", "train.gradient_checkpointing"),
     *("train.memory", "train.probe", "train.vision_cache", "train.vision_cache_gib", "train.nonfinite"),

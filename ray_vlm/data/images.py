@@ -300,11 +300,19 @@ class _ImageProblem(ValueError):
     """A reason that `read_size` passes on unchanged."""
 
 
-def decode(source: ImageSource, pixels: int = 0) -> np.ndarray:
-    """Return `uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted. `pixels`:
-    the number of pixels that the header has."""
+def decode(source: ImageSource, pixels: int = 0, fast: bool = False) -> np.ndarray:
+    """Return `uint8 [height, width, 3]`: upright, alpha on white, first frame, palettes and CMYK converted.
+
+    `pixels`: the number of pixels that the header has. `fast`: use torchvision's decoder, which imports torch, for
+    files of which it makes the same pixels as Pillow.
+    """
     _allow(pixels)
     with open_image(source) as file, _open(file) as opened:
+        if fast and opened.format == "JPEG" and opened.mode == "RGB" and _orientation(opened) == 1:
+            file.seek(0)
+            if _decodes_alike() and (decoded := _decode_jpeg(file.read())) is not None:
+                return decoded
+            file.seek(0)
         opened.load()
         turn = _TURNS.get(_orientation(opened))  # not `exif_transpose`, which rewrites all other EXIF and may fail
         image: Image.Image = opened if turn is None else opened.transpose(turn)
@@ -315,6 +323,38 @@ def decode(source: ImageSource, pixels: int = 0) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """Return the pixels of a JPEG in colour as torchvision decodes it, or None if it refuses the file.
+
+    Both decoders are libjpeg-turbo. Pillow's image has four bytes for a pixel, and an array is a copy of it.
+    """
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)  # [3, h, w]
+    except RuntimeError:
+        return None
+    return tensor.permute(1, 2, 0).numpy()
+
+
+@lru_cache(maxsize=1)
+def _decodes_alike() -> bool:
+    """Return whether torchvision's decoder makes the pixels of Pillow's, which depends on how both were built."""
+    noise = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
+    try:
+        for settings in ({"subsampling": 0}, {"subsampling": 2}, {"subsampling": 1, "progressive": True}):
+            file = io.BytesIO()
+            Image.fromarray(noise).save(file, "JPEG", quality=80, **settings)
+            with Image.open(file) as plain:
+                decoded = _decode_jpeg(file.getvalue())
+                if decoded is None or not np.array_equal(decoded, np.asarray(plain)):
+                    return False
+    except ImportError:
+        return False
+    return True
 
 
 def resize(pixels: np.ndarray, spec: ImageSpec, processor: "Qwen2VLImageProcessor") -> np.ndarray:

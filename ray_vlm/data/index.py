@@ -20,7 +20,7 @@ import numpy as np
 from ray_vlm.data.images import read_image
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.plan_files import drop_pages, map_array
-from ray_vlm.data.records import BadRow, Record
+from ray_vlm.data.records import BadRow, Image, Record
 from ray_vlm.data.rows import Rows
 from ray_vlm.data.shards import (
     IndexFolder,
@@ -169,13 +169,21 @@ class IndexedRows(Rows):
             digest.update(repr((names, stamped, keys)).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
-    def sample(self, builder: "SampleBuilder", number: int) -> Sample:
+    def images(self, number: int) -> tuple[Image, ...]:
+        """Return where the images of a row are."""
+        rows, _, _, position = self.where(number)
+        shard = load_shard(self.folder, rows)
+        _, images, _ = read_images(shard, position)
+        shard.drop_pages()
+        return images
+
+    def sample(self, builder: "SampleBuilder", number: int, images: Sequence[Image] | None = None) -> Sample:
         """Return what is trained of a row, from its token ids and its images; no record is made."""
         rows, tokens, _, position = self.where(number)
         shard = load_shard(self.folder, rows)
-        name, images, sizes = read_images(shard, position)
+        name, listed, sizes = read_images(shard, position)
         encoded = load_shard(self.folder, tokens)
-        sample = builder.sample(read_encoded(encoded, position), images, sizes, name)
+        sample = builder.sample(read_encoded(encoded, position), images or listed, sizes, name)
         shard.drop_pages()
         encoded.drop_pages()
         return replace(sample, number=number)

@@ -62,11 +62,11 @@ class _Cache(Generic[_K, _V]):
         """Return the value of a key, which `make` makes if it is not here; its errors are not kept."""
         with self._lock:
             future = self._values.get(key)
-            mine = future is None
+            makes = future is None
             if future is None:
                 future = self._values[key] = Future()
             self._values.move_to_end(key)
-        if not mine:
+        if not makes:
             return future.result()
         try:
             value = make()

@@ -9,11 +9,13 @@ sizes of its images, so that a row whose image is gone when the run is resumed k
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from typing import Any, overload
 
-from ray_vlm.data.records import Record
+from ray_vlm.data.records import Image, Record
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.errors import DataError
@@ -27,8 +29,15 @@ class Rows(Sequence[Any]):
     """The records of a part of the data, by the numbers that the plan gives them. It is small where it is pickled."""
 
     @abstractmethod
-    def sample(self, builder: SampleBuilder, number: int) -> Sample:
-        """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read."""
+    def images(self, number: int) -> tuple[Image, ...]:
+        """Return where the images of row `number` are."""
+
+    @abstractmethod
+    def sample(self, builder: SampleBuilder, number: int, images: Sequence[Image] | None = None) -> Sample:
+        """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read.
+
+        `images`: those of the row, if they have been fetched already.
+        """
 
 
 class ListedRows(Rows):
@@ -47,16 +56,31 @@ class ListedRows(Rows):
     def __getitem__(self, number: int | slice) -> Any:
         return self._records[number]
 
-    def sample(self, builder: SampleBuilder, number: int) -> Sample:
+    def images(self, number: int) -> tuple[Image, ...]:
+        """Return where the images of row `number` are."""
+        return self._records[number].images
+
+    def sample(self, builder: SampleBuilder, number: int, images: Sequence[Image] | None = None) -> Sample:
         """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read."""
-        return builder.row(self._records[number])
+        record = self._records[number]
+        return builder.row(record if images is None else replace(record, images=tuple(images)))
 
 
-def make_row(builder: SampleBuilder, rows: Rows, number: int, replace_unreadable: bool) -> Sample:
+def make_row(
+    builder: SampleBuilder,
+    rows: Rows,
+    number: int,
+    replace_unreadable: bool,
+    fetched: "Future[tuple[Image, ...]] | None" = None,
+) -> Sample:
     """Return the row at position `number`, or with `replace_unreadable` a replacement, which holds its own position.
 
-    Raise `DataError` if the row cannot be read, nor, with `replace_unreadable`, any of those after it.
+    `fetched`: its images, if they are being fetched; if that fails, they are read again. Raise `DataError` if the row
+    cannot be read, nor, with `replace_unreadable`, any of those after it.
     """
+    if fetched is not None:
+        with suppress(DataError, OSError, ValueError):
+            return replace(rows.sample(builder, number, fetched.result()), number=number)
     first: DataError | None = None
     for wait in (*WAITS_S, None):
         try:

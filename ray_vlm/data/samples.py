@@ -328,7 +328,7 @@ class SampleBuilder:
         for image, size in zip(sources, sizes, strict=True):
             name = "its image" if isinstance(image, bytes) else str(image)
             try:
-                pixels = decode(image, size[0] * size[1])
+                pixels = decode(image, size[0] * size[1], fast=True)
             except Exception as error:  # decoders raise exceptions of any type
                 raise DataError(f"{row}: {name} cannot be decoded ({error}).") from None
             if (pixels.shape[1], pixels.shape[0]) != tuple(size):

@@ -1,32 +1,33 @@
 """Stream planned rows as batches, in plan order, made ahead of the trainer.
 
-`stream_local` runs the loader in one thread of this process. `stream_ray` runs it in Ray Data actors, one pipeline for
-each rank, and images cross the object store as uint8. Both yield the same rows, byte for byte, since the same function
-makes them.
+`stream_local` runs loaders in threads of this process. `stream_ray` runs them in Ray Data actors, one pipeline for each
+rank, and images cross the object store as uint8. Both yield the same rows, byte for byte, since the same function makes
+them.
 """
 
 import contextlib
 import ctypes
 import math
-import queue
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, wait
+import pickle
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from ray_vlm.cluster.environment import Environment
 from ray_vlm.data.backpressure import AT_ONCE, WindowFeeder, keep_fed, start_thread, take_planned
 from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.plan import MicroBatch, Plan
-from ray_vlm.data.records import Record
+from ray_vlm.data.read_ahead import FetchedImages, fetch_ahead
+from ray_vlm.data.records import Image, Record
 from ray_vlm.data.rows import Rows, make_row
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
-from ray_vlm.errors import DataError, RunError
+from ray_vlm.errors import RunError
 from ray_vlm.models.libraries import keep_imports, no_garbage_collection
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _FIRST_S = 60.0  # time in which a loader starts if there is a CPU for it
 PREFETCH_MICRO_BATCHES = 3  # micro-batches that wait ready for the trainer
 _BLOCK_BYTES = 16 * 2**20  # Ray Data passes a block on when it has this size
+_BLOCKS_READY = 2  # blocks that wait ready for the trainer, beside the one that it takes rows from
 _BLOCKS_AHEAD = 8  # of one loader; at Ray's 2 it idles until the driver's next check
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 # The largest task of a loader, in bytes of pixels and in rows. A task has an overhead of 10 ms or more, but what the
@@ -62,48 +64,49 @@ class StreamSpec:
     replace_unreadable: bool = False
 
 
-def make_rows(builder: SampleBuilder, rows: Rows, micro: MicroBatch, replace_unreadable: bool = False) -> list[Sample]:
-    """Return the rows of a micro-batch; nothing is trained of those of a padding micro-batch."""
-    samples = [make_row(builder, rows, number, replace_unreadable) for number in micro.rows]
+def make_rows(
+    builder: SampleBuilder,
+    rows: Rows,
+    micro: MicroBatch,
+    replace_unreadable: bool = False,
+    fetched: FetchedImages = None,
+) -> list[Sample]:
+    """Return the rows of a micro-batch; nothing is trained of those of a padding micro-batch. `fetched`: of
+    `fetch_ahead`."""
+    images: Sequence[Future[tuple[Image, ...]] | None] = fetched or [None] * len(micro.rows)
+    samples = [
+        make_row(builder, rows, number, replace_unreadable, future)
+        for number, future in zip(micro.rows, images, strict=True)
+    ]
     if micro.padding:
         samples = [replace(sample, labels=np.full_like(sample.labels, IGNORED)) for sample in samples]
     return samples
 
 
-def stream_local(spec: StreamSpec) -> Generator[list[Sample]]:
-    """Yield the micro-batches of `spec` from a thread that stays a few ahead. Raise an error of that thread here."""
-    ready: queue.Queue = queue.Queue(maxsize=PREFETCH_MICRO_BATCHES)
-    stop = threading.Event()
+def stream_local(spec: StreamSpec, threads: int = 1) -> Generator[list[Sample]]:
+    """Yield the micro-batches of `spec` from threads that stay a few ahead. Raise an error of a thread here.
 
-    def put(item: list[Sample] | Exception | None) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
+    Decoders and torch release Python's lock, so threads decode side by side.
+    """
+    micros = (spec.plan.micro_batch(number, spec.rank) for number in range(spec.first, spec.last))
+    with fetch_ahead(spec.rows, micros) as planned, ThreadPoolExecutor(threads, "ray-vlm-loader") as pool:
 
-    def work() -> None:
+        def start(count: int) -> Iterator[Future[list[Sample]]]:
+            for micro, fetched in islice(planned, count):
+                yield pool.submit(make, micro, fetched)
+
+        def make(micro: MicroBatch, fetched: FetchedImages) -> list[Sample]:
+            return make_rows(load_sample_builder(spec.spec), spec.rows, micro, spec.replace_unreadable, fetched)
+
+        started = deque(start(PREFETCH_MICRO_BATCHES + threads))
         try:
-            builder = load_sample_builder(spec.spec)
-            for number in range(spec.first, spec.last):
-                micro = spec.plan.micro_batch(number, spec.rank)
-                put(make_rows(builder, spec.rows, micro, spec.replace_unreadable))
-                if stop.is_set():
-                    return
-            put(None)
-        except Exception as error:  # pass any error to the consumer, which raises it
-            put(error)
-
-    thread = threading.Thread(target=work, name="ray-vlm-loader", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+            while started:
+                rows = started.popleft().result()
+                started.extend(start(1))
+                yield rows
+        finally:
+            for future in started:
+                future.cancel()
 
 
 def stream_ray(
@@ -142,12 +145,9 @@ def stream_ray(
         num_cpus=cpus_per_loader,
     )
     expected = spec.first
-    batches: Any = iter(
-        dataset.iter_batches(batch_size=1, prefetch_batches=PREFETCH_MICRO_BATCHES, batch_format="pyarrow")
-    )
-    with contextlib.closing(keep_fed(batches, feeder)) as fed:
-        for batch in fed:
-            number, rows = unpack(batch)
+    blocks: Any = iter(dataset.iter_batches(batch_size=None, prefetch_batches=_BLOCKS_READY, batch_format="pyarrow"))
+    with contextlib.closing(keep_fed(blocks, feeder)) as fed:
+        for number, rows in unpack(fed):
             if number != expected:
                 raise RunError(f"micro-batch {number} arrived where {expected} was due. Please report this.")
             expected += 1
@@ -194,6 +194,12 @@ def mean_bytes(records: Sequence[Record], image_spec: ImageSpec, sample: int = 5
     return sum(3.0 * width * height for width, height in sides) / max(1, len(some))
 
 
+def mean_pixels(records: Sequence[Record], sample: int = 500) -> float:
+    """Return the mean pixels of the images of evenly spaced records, before resizing."""
+    sizes = [size for record in records[:: max(1, len(records) // sample)] for size in record.sizes]
+    return sum(float(width * height) for width, height in sizes) / max(1, len(sizes))
+
+
 class _Loader:
     """The Ray Data actor: keeps the rows and the processor, and turns numbers of micro-batches into packed rows.
 
@@ -225,8 +231,9 @@ class _Loader:
         for start in range(first, last + 1, AT_ONCE):
             planned = take_planned(self.gate, start, min(start + AT_ONCE, last + 1), begun=start > first)
             builder = load_sample_builder(self.spec)
-            for number, micro in enumerate(planned, start):
-                yield pack(number, make_rows(builder, self.rows, micro, self.replace_unreadable))
+            with fetch_ahead(self.rows, planned) as fetching:
+                for number, (micro, fetched) in enumerate(fetching, start):
+                    yield pack(number, make_rows(builder, self.rows, micro, self.replace_unreadable, fetched))
 
 
 def _keep_memory() -> None:
@@ -244,72 +251,28 @@ def _keep_memory() -> None:
 
 
 def pack(number: int, rows: Sequence[Sample]) -> "pyarrow.Table":
-    """Pack a micro-batch as an Arrow table of one row: pixels end to end as bytes, with their shapes beside them."""
+    """Pack a micro-batch as an Arrow table of binary values: first all but the pixels, pickled, then the pixels of each
+    image. No pixels are copied."""
     import pyarrow as pa
 
-    images = [image for row in rows for image in row.images]
-    columns = {
-        "number": pa.array([number], pa.int64()),
-        "lengths": pa.array([[len(row.input_ids) for row in rows]], pa.list_(pa.int32())),
-        "num_images": pa.array([[len(row.images) for row in rows]], pa.list_(pa.int32())),
-        "numbers": pa.array([[row.number for row in rows]], pa.list_(pa.int64())),
-        "answers": pa.array([[[len(ids) for ids in row.completions] for row in rows]], pa.list_(pa.list_(pa.int32()))),
-        "completions": _one_list([ids for row in rows for ids in row.completions]),
-        "input_ids": _one_list([row.input_ids for row in rows]),
-        "labels": _one_list([row.labels for row in rows]),
-        "weights": _one_list([row.weights for row in rows if row.weights is not None], np.float32),
-        "shapes": pa.array([[side for image in images for side in image.shape[:2]]], pa.list_(pa.int32())),
-        "pixels": _one_binary(images),
-    }
-    return pa.table(columns)
+    header = [(replace(row, images=()), [image.shape for image in row.images]) for row in rows]
+    values = [np.frombuffer(pickle.dumps((number, header), protocol=5), np.uint8)]
+    values += [np.ascontiguousarray(image).reshape(-1) for row in rows for image in row.images]
+    chunks = []
+    for value in values:
+        ends = pa.py_buffer(np.array([0, len(value)], np.int64))
+        chunks.append(pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(value)]))
+    return pa.table({"values": pa.chunked_array(chunks)})
 
 
-def _one_binary(images: Sequence[np.ndarray]) -> "pyarrow.Array":
-    """Return all pixels as one Arrow value, copied once."""
-    import pyarrow as pa
-
-    pixels = np.concatenate([np.zeros(0, np.uint8), *(image.reshape(-1) for image in images)])
-    ends = pa.py_buffer(np.array([0, len(pixels)], np.int64))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(pixels)])
-
-
-def _one_list(parts: Sequence[np.ndarray], dtype: DTypeLike = np.int32) -> "pyarrow.Array":
-    import pyarrow as pa
-
-    values = np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
-    return pa.ListArray.from_arrays(np.array([0, len(values)], np.int32), pa.array(values))
-
-
-def unpack(table: "pyarrow.Table") -> tuple[int, list[Sample]]:
-    """Return the number and the rows that `pack` packed; pixels are not copied."""
-    column = {name: table.column(name)[0] for name in table.column_names}
-    about = zip(*(column[name].as_py() for name in ("lengths", "num_images", "numbers", "answers")), strict=True)
-    ids, labels, weights, completion_ids = (
-        column[name].values.to_numpy() for name in ("input_ids", "labels", "weights", "completions")
-    )
-    pixels = np.frombuffer(column["pixels"].as_buffer(), np.uint8)
-    shapes = iter(column["shapes"].as_py())
-    rows, token, pixel, first = [], 0, 0, 0
-    for length, count, record, answers in about:
-        images = []
-        for _ in range(count):
-            height, width = next(shapes), next(shapes)
-            images.append(pixels[pixel : pixel + height * width * 3].reshape(height, width, 3))
-            pixel += height * width * 3
-        span = slice(token, token + length)
-        ends = [first + sum(answers[: i + 1]) for i in range(len(answers))]
-        completions = tuple(completion_ids[start:end] for start, end in zip([first, *ends], ends, strict=False))
-        rows.append(
-            Sample(
-                ids[span],
-                labels[span] if len(labels) else labels,
-                tuple(images),
-                weights[span] if len(weights) else None,
-                completions,
-                record,
-            )
-        )
-        token, first = token + length, first + sum(answers)
-    if pixel != len(pixels):
-        raise DataError(f"{len(pixels) - pixel} bytes of pixels belong to no image. Please report this.")
-    return int(column["number"].as_py()), rows
+def unpack(tables: Iterable["pyarrow.Table"]) -> Iterator[tuple[int, list[Sample]]]:
+    """Yield the number and the rows of each micro-batch that `pack` packed; pixels are not copied. A table may hold
+    several micro-batches, and parts of one."""
+    values = (value.as_buffer() for table in tables for value in table.column("values"))
+    for value in values:
+        number, header = pickle.loads(value)  # noqa: S301  (a loader of this run wrote it)
+        rows = []
+        for sample, shapes in header:
+            images = tuple(np.frombuffer(next(values), np.uint8).reshape(shape) for shape in shapes)
+            rows.append(replace(sample, images=images))
+        yield number, rows

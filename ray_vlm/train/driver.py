@@ -21,7 +21,7 @@ from ray_vlm.data.measure import NONE_KNOWN
 from ray_vlm.data.parts import Parts
 from ray_vlm.data.rows import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.data.stream import mean_bytes
+from ray_vlm.data.stream import mean_bytes, mean_pixels
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.logs import run_output
 from ray_vlm.runs.log_file import log_to_file
@@ -199,6 +199,7 @@ def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> No
         driver=this_process(),
         rows=prepared.train.fingerprint(_rows_version(paths)),
         row_bytes=mean_bytes(rows, load_sample_builder(prepared.spec).image_spec),
+        image_pixels=mean_pixels(rows),
         probe=prepared.probe,
         environment=read_environment(),
     )

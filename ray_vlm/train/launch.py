@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_vlm.cluster.connect import connect, tell_idle_gpus
 from ray_vlm.cluster.nodes import living_nodes
-from ray_vlm.cluster.preflight import ClusterDemand, build_demand
+from ray_vlm.cluster.preflight import ClusterDemand, build_demand, count_threads
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import Interrupted, RunError
@@ -95,8 +95,10 @@ def _train_in_ray(
         request.listen()  # Ray has installed its own handler
         count = demand.cluster.least_workers
         logger.info(f"Ray is running; starting {count} worker{'' if count == 1 else 's'}")
-        logger.debug(f"{layout.num_loaders} loaders of {layout.cpus_per_loader:g} CPUs for each worker")
-        spec = replace(spec, num_loaders=layout.num_loaders, cpus_per_loader=layout.cpus_per_loader)
+        threads = count_threads(demand, layout, spec.image_pixels)
+        kind = "threads" if threads else "loaders"
+        logger.debug(f"{layout.num_loaders} {kind} of {layout.cpus_per_loader:g} CPUs for each worker read images")
+        spec = replace(spec, num_loaders=layout.num_loaders, cpus_per_loader=layout.cpus_per_loader, threads=threads)
         check_own(paths.store)
         update_manifest(paths, cluster={k: v for k, v in ray.cluster_resources().items() if ":" not in k})
         paths.store.remove(STOP_FILE)
@@ -229,7 +231,8 @@ def _fit(cluster: Cluster, spec: WorkerSpec, paths: RunPaths, request: StopReque
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers = cluster.num_workers
-    each = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    cpus = cluster.cpus_per_worker + spec.threads * spec.cpus_per_loader
+    each = {"CPU": cpus, "GPU": cluster.gpus_per_worker}
     trainer = TorchTrainer(
         run_ray_worker,
         train_loop_config={"spec": spec},

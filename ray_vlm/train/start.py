@@ -60,11 +60,12 @@ def start_worker(
 
 
 def open_stream(spec: WorkerSpec, replaces_bad_rows: bool, context: DistributedContext, first: int) -> Stream:
-    """Return this rank's rows from micro-batch `first` to the end of the plan. Under Ray the loaders start at once."""
+    """Return this rank's rows from micro-batch `first` to the end of the plan. Loaders that are processes start
+    at once."""
     last = spec.plan.num_steps * spec.plan.accumulation
     stream = StreamSpec(
         spec.train, spec.sample_spec, spec.plan, context.rank, first, last, spec.row_bytes, replaces_bad_rows
     )
-    if not context.ray or first >= last:
-        return stream_local(stream)
+    if not context.ray or spec.threads or first >= last:
+        return stream_local(stream, max(1, spec.threads))
     return StartedStream(stream_ray(stream, spec.num_loaders, spec.cpus_per_loader, spec.environment))

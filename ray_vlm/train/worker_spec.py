@@ -17,8 +17,9 @@ class WorkerSpec:
     """All that a worker needs. `train` and `eval` are the rows of the index.
 
     `run`: address of the run. `attempt`: its number, as the driver counts. `driver`: the process that drives the run.
-    `rows`: fingerprint of `train`. `row_bytes`: mean size of a row's pixels. `probe`: the batch to run before the first
-    step.
+    `rows`: fingerprint of `train`. `row_bytes`: mean size of a row's pixels as the model sees them. `image_pixels`:
+    mean pixels of an image. `threads`: loaders that are threads of the worker; 0: Ray Data's processes are. `probe`:
+    the batch to run before the first step.
     """
 
     job: dict[str, Any]
@@ -29,10 +30,12 @@ class WorkerSpec:
     eval: Rows | None
     num_loaders: int = 1
     cpus_per_loader: float = 1.0
+    threads: int = 0
     attempt: int = 1
     driver: dict[str, Any] | None = None
     rows: str = ""
     row_bytes: float = 4 * 2**20
+    image_pixels: float = 2**20
     probe: Probe | None = None
     environment: Environment = field(default_factory=Environment)
 

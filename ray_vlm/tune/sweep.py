@@ -55,7 +55,7 @@ _DRAWS = ("search", "default_first")  # settings of `tune` that decide what a nu
 # Settings that change neither which rows there are nor how they are read.
 _SAME_ROWS = (
     *("train", "lora", "evaluate", "checkpoint", "seed", "method", "data.oversample", "data.class_weights"),
-    *("data.condition_weights", "data.shuffle", "data.balance_lengths", "data.num_loaders"),
+    *("data.condition_weights", "data.shuffle", "data.balance_lengths", "data.num_loaders", "data.loaders"),
 )
 _OTHER_ROWS = ("method.name", "method.loss_on")  # what a row of the method is, and which of its tokens are trained
 

@@ -21,7 +21,7 @@ def write_job(folder: Path, scenes: Path, model: str, /, **sections: Any) -> Pat
         "model": {"name": model, "load_in_4bit": False},
         "lora": {"rank": 4, "alpha": 8},
         # Of itself a worker takes as many loaders as there are CPUs, each a process that imports torch for a few rows.
-        "data": {"train": {"path": str(scenes / "train.json")}, "num_loaders": 1},
+        "data": {"train": {"path": str(scenes / "train.json")}, "num_loaders": 1, "loaders": "ray_data"},
         "train": {"global_batch_size": 8, "micro_batch_size": 4, "max_steps": 3, "precision": "fp32"},
         "cluster": {"num_workers": 0},
         "run": {"name": "run", "output_dir": str(folder / "runs")},

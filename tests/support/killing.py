@@ -117,7 +117,7 @@ def write_method_job(folder: Path, base: Path, method: str) -> Path:
         job["train"] |= {"global_batch_size": 16, "micro_batch_size": 8}
         job["method"] = {"name": "grpo", "num_generations": 4, "max_completion_tokens": 10, "beta": 0.05}
         job["method"]["rewards"] = {"tests.support.killing:noted_reward": 1.0}
-    job["data"]["num_loaders"] = 1
+    job["data"]["num_loaders"], job["data"]["loaders"] = 1, "ray_data"
     path = folder / f"{method}.yaml"
     path.write_text(yaml.safe_dump(job))
     return path

@@ -1,0 +1,60 @@
+"""Fetch the images of the rows that come next from an object store, while earlier rows are decoded.
+
+A request takes as long as decoding several images. Files of a disk are read where they are decoded.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+from ray_vlm.data.images import read_image
+from ray_vlm.data.plan import MicroBatch
+from ray_vlm.data.records import Image
+from ray_vlm.data.rows import Rows
+from ray_vlm.storage import is_remote
+
+FetchedImages = list[Future[tuple[Image, ...]]] | None  # of each row of a micro-batch
+_THREADS = 16  # requests at once
+_ROWS_AHEAD = 48  # rows whose images are fetched or wait to be decoded
+_LOOKED_AT = 64  # rows that show whether images lie in an object store
+
+
+@contextmanager
+def fetch_ahead(rows: Rows, micros: Iterable[MicroBatch]) -> Iterator[Iterator[tuple[MicroBatch, FetchedImages]]]:
+    """Give an iterator of the micro-batches with the futures of their images, which are fetched up to 48 rows ahead;
+    without futures if the images lie on a disk."""
+    if not lie_remotely(rows):
+        yield ((micro, None) for micro in micros)
+        return
+    with ThreadPoolExecutor(_THREADS, "ray-vlm-fetch") as pool:
+        try:
+            yield _fetch(rows, micros, pool)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fetch(
+    rows: Rows, micros: Iterable[MicroBatch], pool: ThreadPoolExecutor
+) -> Iterator[tuple[MicroBatch, FetchedImages]]:
+    started: deque[tuple[MicroBatch, list[Future[tuple[Image, ...]]]]] = deque()
+    ahead = 0
+    for micro in micros:
+        started.append((micro, [pool.submit(fetch_images, rows, number) for number in micro.rows]))
+        ahead += len(micro.rows)
+        while ahead > _ROWS_AHEAD:
+            ahead -= len(started[0][0].rows)
+            yield started.popleft()
+    yield from started
+
+
+def fetch_images(rows: Rows, number: int) -> tuple[Image, ...]:
+    """Return the bytes of the images of a row. Raise `OSError` or `ValueError` if one cannot be read."""
+    return tuple(read_image(image) for image in rows.images(number))
+
+
+def lie_remotely(rows: Rows) -> bool:
+    """Return whether images of rows all over the data lie in an object store."""
+    some = range(0, len(rows), max(1, len(rows) // _LOOKED_AT))
+    addresses = (i if isinstance(i, str) else getattr(i, "address", "") for n in some for i in rows.images(n))
+    return any(map(is_remote, addresses))
