@@ -7,8 +7,8 @@ Pillow and the processor's resize, and the same with torchvision's decoder, whic
 `stream_ray` with one loader and `stream_local` with one thread, which also make tokens and labels; a torch DataLoader
 with one worker, with either decoder. The package takes threads for the 0.3 megapixels and Ray Data for the others, and
 the bars are for what it takes. Arms alternate, and the figures are medians of ratios within a round. Start-up and
-whatever is buffered at either end do not count: the clock runs from the first row of a loader's second task to the first
-row of its last.
+whatever is buffered at either end do not count: the clock runs from the first row of a loader's second task to the
+first row of its last.
 
 Then the same images in a Parquet file with groups of 50 rows, as members of a tar, and behind an S3 server that takes
 30 ms for each request, with the order of rows that the package plans for each.
@@ -99,6 +99,11 @@ def rate(micro_batches: Iterable[Any], task: int, size: int = 1) -> float:
     return (last - task) / (arrivals[last] - arrivals[task])
 
 
+def through_loop(paths: Sequence[str], spec: SampleSpec, task: int, fast: bool) -> float:
+    """Return images per second of the bare loop."""
+    return rate((read_plainly(path, spec, fast) for path in paths), task)
+
+
 def through_loader(paths: Sequence[str], spec: SampleSpec, task: int, fast: bool) -> float:
     """Return images per second of a torch DataLoader with one worker."""
     from torch.utils.data import DataLoader
@@ -157,7 +162,7 @@ def stream_figures(folder: Path, spec: SampleSpec, rounds: int, share: float) ->
         stream = plan_stream(source, spec, folder / name)
         arms: dict[str, Callable[[], float]] = {}
         for kind, fast in (("", False), (".fast", True)):
-            arms[f"bare{kind}"] = lambda fast=fast: rate((read_plainly(path, spec, fast) for path in paths), task)
+            arms[f"bare{kind}"] = partial(through_loop, paths, spec, task, fast)
             arms[f"dataloader{kind}"] = partial(through_loader, paths, spec, task, fast)
         arms |= {taken: partial(through_stream, stream, taken, task) for taken in ("ray", "threads")}
         rates = run_in_turn(arms, rounds)
@@ -165,10 +170,8 @@ def stream_figures(folder: Path, spec: SampleSpec, rounds: int, share: float) ->
         for taken in ("ray", "threads"):
             barred = taken == TAKEN[name]
             for kind in ("", ".fast"):
-                against_bare, against_loader = (
-                    ratio(rates, taken, f"bare{kind}"),
-                    ratio(rates, taken, f"dataloader{kind}"),
-                )
+                against_bare = ratio(rates, taken, f"bare{kind}")
+                against_loader = ratio(rates, taken, f"dataloader{kind}")
                 bars = (VS_BARE[name], 1.0) if barred else (None, None)
                 figures += [
                     figure(f"data.{taken}_vs_bare{kind}.{name}", against_bare, "x", bars[0], most=False),
