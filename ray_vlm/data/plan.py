@@ -28,6 +28,7 @@ from ray_vlm.data.plan_files import Column, MappedArray, PlanFolder, hash_values
 from ray_vlm.errors import RunError
 
 _STEPS = 64  # steps of one rank that a plan keeps in memory
+_ROWS_KEPT = 2**18  # loaders are ahead of a trainer by fewer rows, and need later epochs than it does
 _ROWS_AT_ONCE = 2**20  # of a pass over all rows, which then needs little memory beside its result
 _PATIENCE_S = 60.0  # with a file that another process makes, and a second more for so many rows:
 _ROWS_A_SECOND = 100_000
@@ -172,8 +173,9 @@ class Plan:
         if isinstance(factors, MappedArray):
             factors.drop_pages()
         if self.folder is not None:  # a run of many epochs would fill the disk
+            kept = 1 + _ROWS_KEPT // self.rows_per_epoch
             for path in self.folder.here.glob(f"order-{self._order_key}-*.npy"):
-                if abs(int(path.stem.rpartition("-")[2]) - epoch) > 1:
+                if abs(int(path.stem.rpartition("-")[2]) - epoch) > kept:
                     with suppress(OSError):
                         path.unlink(missing_ok=True)
         return order

@@ -71,9 +71,12 @@ class PlanFolder:
 
     def _open(self, name: str) -> "MappedArray | None":
         try:
-            return MappedArray(self, name, len(map_array(self.here / name)[1]))
+            mapped = map_array(self.here / name)
         except (OSError, ValueError):  # missing, or damaged by the disk: it is made anew
             return None
+        array = MappedArray(self, name, len(mapped[1]))
+        vars(array)["_mapped"] = mapped  # it stays readable if another process deletes the file
+        return array
 
 
 def _claim(path: Path, patience_s: float) -> bool:

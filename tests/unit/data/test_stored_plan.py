@@ -155,7 +155,8 @@ def test_a_damaged_order_is_made_anew(tmp_path: Path) -> None:
     assert np.array_equal(np.load(order), plan.epoch_rows(0))
 
 
-def test_orders_of_past_epochs_do_not_fill_the_disk(tmp_path: Path) -> None:
+def test_orders_of_past_epochs_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROWS_KEPT", 0)
     plan = replace(_large(1000), num_epochs=5).store(tmp_path)
     first = plan.epoch_rows(0)
     for epoch in range(5):
@@ -268,3 +269,16 @@ def test_a_process_keeps_few_pages_of_a_plan_that_it_reads_at_random(tmp_path: P
     assert mapped_kib() < 512
     assert plan.token_costs.whole().sum() > 0
     assert mapped_kib() > 2000, "the measure sees pages"
+
+
+def test_an_order_stays_readable_while_another_process_is_epochs_ahead(tmp_path: Path) -> None:
+    """Loaders of a few rows run several epochs ahead of a worker, and the first to reach an epoch deletes old files."""
+    plan = Plan(50, 8, 2, 2).store(tmp_path)
+    behind, ahead = (pickle.loads(pickle.dumps(plan)) for _ in range(2))
+    order = behind._order(3)
+    for epoch in range(40):
+        ahead.epoch_rows(epoch)
+    assert len(list(tmp_path.glob("order-*.npy"))) == 40, "few rows: their orders are kept"
+    for file in tmp_path.glob("order-*.npy"):
+        file.unlink()
+    assert np.array_equal(order[:50], Plan(50, 8, 2, 2).epoch_rows(3)), "the file was mapped when it was opened"
