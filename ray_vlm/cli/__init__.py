@@ -179,7 +179,7 @@ def _config(args: argparse.Namespace) -> None:
 
         prepared = prepare(absolute_paths(job))
         builder = load_sample_builder(prepared.spec)
-        print(describe_prepared(prepared.train, prepared.plan, builder, prepared.balance))
+        print(describe_prepared(prepared.train, prepared.plan, builder, prepared.balance, prepared.shuffle))
         print("\n".join(["", *(f"note: {note}" for note in prepared.notes), "# all settings, defaults written out"]))
     print(yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True), end="")
 

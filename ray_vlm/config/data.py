@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_vlm.config.section import Count, Section
+from ray_vlm.config.section import Count, Largest, Section
 
 
 class Source(Section):
@@ -59,8 +59,31 @@ class Source(Section):
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+class Window(Section):
+    """A shuffle in which rows that are read together stay near: within about `window` rows."""
+
+    window: int = Field(ge=2, le=Largest)
+
+
+Shuffle = Literal["full", "none"] | Window
+
+
 class Data(Section):
     """The rows for training, validation and testing."""
+
+    @field_validator("shuffle", mode="before")
+    @classmethod
+    def _read_shuffle(cls, value: object) -> object:
+        """Return one of the forms of the setting, of which pydantic's union would tell an error for each. `true` and
+        `false` are what earlier versions had."""
+        if isinstance(value, bool):
+            return "full" if value else "none"
+        if value is None or value in ("full", "none") or isinstance(value, Window):
+            return value
+        rows = value["window"] if isinstance(value, dict) and value.keys() == {"window"} else None
+        if isinstance(rows, int) and not isinstance(rows, bool) and 2 <= rows <= Largest:
+            return Window(window=rows)
+        raise ValueError("full, none, or {window: N} with a whole number N from 2 on")
 
     @model_validator(mode="before")
     @classmethod
@@ -116,7 +139,13 @@ class Data(Section):
     max_tokens: Count | None = Field(
         None, description="A row of more tokens than this, including image tokens, is bad. Rows are never truncated."
     )
-    shuffle: bool = Field(True, description="A new order in every epoch, from `seed`.")
+    shuffle: Shuffle | None = Field(
+        None,
+        description="`full`: all rows in a new order in every epoch, from `seed`. `{window: N}`: the same, but rows "
+        "that are read together, as those of one Parquet row group, stay within about N rows. `none`: the order of "
+        "the files. null: `full`, unless images lie in row groups that a process cannot keep, then a window. A run "
+        "keeps what was chosen.",
+    )
     balance_lengths: bool = Field(
         True,
         description="Distribute a step's rows so that workers get equal work and micro-batches rows of similar length.",

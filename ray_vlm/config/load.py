@@ -27,6 +27,7 @@ _REPR.maxstring = _REPR.maxother = 80
 _MAX_DEPTH = 32  # levels of a file; the schema has four, and `method.trl` may have more
 _MAX_VALUES = 20_000  # values of a file with its aliases expanded: a few lines can expand to billions
 _SHARES = (("data", "eval"), ("data", "test"))  # settings that may be a number
+_ORDER = ("data", "shuffle")  # may be a word
 SourceLocations = dict[tuple[str | int, ...], str]  # dotted path -> "jobs/x.yaml:12" or "override 'a=b'"
 
 
@@ -199,6 +200,8 @@ def _apply_override(values: dict, locations: SourceLocations, override: str) -> 
             inner = {"name": inner}
         elif parts[: depth + 1] in _SHARES and isinstance(inner, int | float) and not isinstance(inner, bool):
             inner = {"ratio": inner}  # `data.test: 0.1` is its short form
+        elif parts[: depth + 1] == _ORDER and not isinstance(inner, dict):
+            inner = None  # `data.shuffle.window=512` replaces `full`
         elif inner is not None and not isinstance(inner, dict):
             return [f"override {_short(override)}: {describe_no_section(parts, depth + 1, inner)}"]
         values[part] = dict(inner or {})

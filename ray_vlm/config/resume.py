@@ -4,6 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from ray_vlm.config.data import Data
+from ray_vlm.config.schema import JobConfig
+from ray_vlm.errors import ConfigError
+
 # Keys that a resumed run may change; all others affect what is learned.
 MAY_CHANGE = (
     *(
@@ -23,6 +29,7 @@ MAY_CHANGE = (
     *("evaluate.every_steps", "evaluate.batch_size"),
     *("evaluate.asynchronous", "evaluate.engine", "evaluate.num_replicas", "evaluate.memory"),
 )
+_DECIDED = "data.shuffle"  # null in the job: as the run has it
 # Paths may differ, as in each Ray job's copy of the folder: rows and base are compared by content elsewhere.
 _MAY_MOVE = re.compile(r"model\.(name|adapter)|data\.(train|eval|mix\.\d+)\.(path|image_root)")
 
@@ -30,6 +37,8 @@ _MAY_MOVE = re.compile(r"model\.(name|adapter)|data\.(train|eval|mix\.\d+)\.(pat
 def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return a message for each key that a resumed job must not change. Both jobs are as `dump_job` returns them."""
     before, after = _flat(old), _flat(new)
+    if after.get(_DECIDED) is None:
+        after[_DECIDED] = before.get(_DECIDED)
     return [
         f"--resume: `{key}` was {before.get(key)!r} and is now {after.get(key)!r}. It decides what is learned, so it "
         "stays as it was; start a new run to change it."
@@ -40,12 +49,28 @@ def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def keep_shuffle(old: Mapping[str, Any], job: JobConfig) -> JobConfig:
+    """Return a job that resumes one, as `dump_job` returned it, with its shuffle if the job names none. Runs of earlier
+    versions without a word on it had a full one."""
+    if job.data.shuffle is not None:
+        return job
+    value = old.get("data", {}).get("shuffle", "full")
+    try:
+        shuffle = Data(shuffle=value).shuffle
+    except ValidationError:
+        raise ConfigError(
+            f"--resume: the resolved job of the run has data.shuffle={value!r}, which was altered. Set data.shuffle."
+        ) from None
+    return job.model_copy(update={"data": job.data.model_copy(update={"shuffle": shuffle})})
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
             value = {str(i): entry for i, entry in enumerate(value)}
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        whole = not (isinstance(value, Mapping) and value) or f"{prefix}{key}" == _DECIDED
+        flat |= {f"{prefix}{key}": value} if whole else _flat(value, f"{prefix}{key}.")
     return flat
 
 

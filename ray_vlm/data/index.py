@@ -20,6 +20,7 @@ import numpy as np
 from ray_vlm.data.images import read_image
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.plan_files import drop_pages, map_array
+from ray_vlm.data.read_order import Units, find_units
 from ray_vlm.data.records import BadRow, Image, Record
 from ray_vlm.data.rows import Rows
 from ray_vlm.data.shards import (
@@ -286,6 +287,11 @@ class Index:
         for shard, _, numbers, local in self.records.used():
             for i in numbers[shard.numbers("num_regions")[local] > 0].tolist():
                 yield self.records[i]
+
+    def units(self) -> Units:
+        """Return the rows that are read together, since their images lie in one row group of a Parquet file."""
+        used = ((shard, local) for shard, _, _, local in self.records.used())
+        return find_units(self._shards(), used, len(self))
 
     def fingerprint(self, version: int = ROWS_VERSION) -> str:
         """Return a hash of the rows in the order of the plan's row numbers: ids, names and sizes of images, and

@@ -10,6 +10,10 @@ little of them.
 A row's factor is how often it is shown in an epoch: always its whole part, and once more with the probability of its
 fraction. Fractions are drawn by systematic sampling (Madow 1949) over a shuffled order. So each is exact in
 expectation, an epoch's length is fixed to within one row, and the same seed gives the same rows.
+
+A *unit* is rows that are read together (`read_order.py`). An order in windows takes the units in random order, cuts
+that order every so many rows, so that each unit belongs to the window in which it begins, and shuffles the rows of each
+window. A process then reads a unit once if it keeps the units of one window.
 """
 
 import math
@@ -18,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +56,8 @@ class Plan:
     work of each row, which is shared evenly; None: rows are dealt in order. `whole_steps`: rows from the beginning of
     an epoch complete its last step, so that every rank always has as many. `tokens`: `int64 [rows]`; with them
     `max_tokens_per_micro_batch`, also when padded to its longest row, replaces `micro_batch_size`. `folder`: of a plan
-    whose arrays are files.
+    whose arrays are files. `unit_starts`: `int [units]`, the first row of each unit, which all rows from there to the
+    next one belong to; with them the order is one in windows of about `window` rows.
     """
 
     num_rows: int
@@ -68,6 +74,8 @@ class Plan:
     tokens: Column | None = None
     max_tokens_per_micro_batch: int = 0
     folder: PlanFolder | None = None
+    unit_starts: Column | None = None
+    window: int = 0
 
     def store(self, folder: Path, address: str = "", local_copy: Callable[[str], Path] = Path) -> "Plan":
         """Write the arrays of the plan into `folder`, and return the same plan with mapped arrays. It is small where it
@@ -169,9 +177,11 @@ class Plan:
     def _make_order(self, epoch: int) -> np.ndarray:
         factors = self.repeat_factors
         values = None if factors is None else values_of(factors)
-        order = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, values, self._most_shown)
-        if isinstance(factors, MappedArray):
-            factors.drop_pages()
+        windows = None if self.unit_starts is None else (self.window, values_of(self.unit_starts))
+        order = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, values, self._most_shown, windows)
+        for column in (factors, self.unit_starts):
+            if isinstance(column, MappedArray):
+                column.drop_pages()
         if self.folder is not None:  # a run of many epochs would fill the disk
             kept = 1 + _ROWS_KEPT // self.rows_per_epoch
             for path in self.folder.here.glob(f"order-{self._order_key}-*.npy"):
@@ -183,7 +193,8 @@ class Plan:
     @cached_property
     def _order_key(self) -> str:
         factors = self.repeat_factors.name if isinstance(self.repeat_factors, MappedArray) else None
-        return hash_values(self.num_rows, self.shuffle, self.seed, factors, factors and self._most_shown)
+        windows = (self.window, self.unit_starts.name) if isinstance(self.unit_starts, MappedArray) else ()
+        return hash_values(self.num_rows, self.shuffle, self.seed, factors, factors and self._most_shown, *windows)
 
     @property
     def _patience_s(self) -> float:
@@ -253,18 +264,26 @@ class Plan:
         return {name: value for name, value in self.__dict__.items() if name not in ("_orders", "_steps", "_dealt")}
 
 
-_ARRAYS = ("repeat_factors", "token_costs", "tokens")
+_ARRAYS = ("repeat_factors", "token_costs", "tokens", "unit_starts")
 
 
 def epoch_order(
-    num_rows: int, shuffle: bool, seed: int, epoch: int, factors: np.ndarray | None = None, most: int | None = None
+    num_rows: int,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    factors: np.ndarray | None = None,
+    most: int | None = None,
+    windows: tuple[int, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Return the order of an epoch, `int32 [rows shown]` or, from 2**31 rows on, `int64`; without shuffling, file order
     with repeats adjacent. It needs about as much memory again as the order itself.
 
     `most`: the largest number of rows. Only fractions whose sum is not a whole number can exceed it, by one row.
+    `windows`: of a shuffle in windows, their rows and the first row of each unit, `int [units]`.
     """
     rng, dtype = np.random.default_rng([seed, epoch]), np.dtype(np.int32 if num_rows < 2**31 else np.int64)
+    times = None
     if factors is None:
         order = np.arange(num_rows, dtype=dtype)
     else:
@@ -274,9 +293,34 @@ def epoch_order(
             rows = np.repeat(np.arange(part.start, part.stop, dtype=dtype), times[part])
             order[end : end + len(rows)] = rows
             end += len(rows)
+    if shuffle and windows is not None:
+        size, starts = windows
+        counts = np.diff(starts, append=num_rows) if times is None else np.add.reduceat(times, starts)
+        return _shuffle_in_windows(rng, order, counts.astype(dtype), size)
     if shuffle:
         rng.shuffle(order)  # in place; the same order as `permutation` of integers of any size
     return order
+
+
+def _shuffle_in_windows(rng: np.random.Generator, order: np.ndarray, counts: np.ndarray, size: int) -> np.ndarray:
+    """Return rows in file order, `order`, in windows of about `size` rows. `counts`: of the rows of each unit."""
+    units = np.arange(len(counts), dtype=order.dtype)
+    rng.shuffle(units)
+    ends = np.cumsum(counts)
+    before = (ends - counts)[units]  # where each unit begins in file order
+    counts = counts[units]
+    np.cumsum(counts, out=ends)
+    mixed, some = np.empty_like(order), max(1, _ROWS_AT_ONCE * len(units) // len(order))
+    for first in range(0, len(units), some):
+        part = slice(first, first + some)
+        begin, end = int(ends[first] - counts[first]), int(ends[part][-1])
+        offsets = np.repeat(before[part] - ends[part] + counts[part], counts[part])
+        mixed[begin:end] = order[offsets + np.arange(begin, end)]
+    begins = ends - counts
+    edges = begins[np.flatnonzero(np.diff(begins // size, prepend=-1))]
+    for begin, end in pairwise([*edges.tolist(), len(order)]):
+        rng.shuffle(mixed[begin:end])
+    return mixed
 
 
 def _stretches(length: int) -> Iterator[slice]:

@@ -163,6 +163,12 @@ def pack_rows(rows: Sequence[IndexedRow], summary: ShardSummary) -> "pa.Buffer":
     if any(_is_held(image) for row_images in images for image in row_images):
         held = [[image if _is_held(image) else None for image in row_images] for row_images in images]
         columns["bytes"] = pa.array(held, pa.large_list(pa.large_binary()))
+    cells = [[image for image in getattr(row.read, "images", ()) if _group_of(image)] for row in rows]
+    if any(cells):
+        keys = [_hash_group(_group_of(row_cells[0])) if row_cells else 0 for row_cells in cells]
+        columns["row_group"] = pa.array(keys, pa.uint64())
+        sizes = [sum(len(image) for image in row_cells if isinstance(image, bytes)) for row_cells in cells]
+        columns["row_group_bytes"] = pa.array(sizes, pa.int64())
     return _write(columns, {"summary": json.dumps(summary.__dict__)})
 
 
@@ -270,6 +276,10 @@ class Shard:
         """Return a column."""
         return self.batch.column(name)
 
+    def has(self, name: str) -> bool:
+        """Return whether there is a column; those of images inside files are only where there are such images."""
+        return name in self.batch.schema.names
+
     def numbers(self, name: str) -> np.ndarray:
         """Return a column of numbers, not copied."""
         return self.batch.column(name).to_numpy(zero_copy_only=False)
@@ -361,6 +371,18 @@ def read_images(shard: Shard, position: int) -> tuple[str, tuple[Image, ...], tu
 def _is_held(image: Image) -> bool:
     """Return whether the index holds the bytes of an image."""
     return isinstance(image, bytes) and not isinstance(image, LocatedBytes)
+
+
+def _group_of(image: Image) -> tuple[str, tuple[int, int], int] | None:
+    """Return the row group of a Parquet file that an image is read with: address, version, number."""
+    cell = image.location if isinstance(image, LocatedBytes) else image
+    return (cell.address, cell.version, cell.group) if isinstance(cell, ImageCell) else None
+
+
+@lru_cache(maxsize=64)
+def _hash_group(group: object) -> int:
+    text = repr(group).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
 
 
 def _pack_image(image: Image) -> str | tuple[Any, ...] | None:

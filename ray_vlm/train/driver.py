@@ -13,7 +13,7 @@ from typing import Any
 from ray_vlm.cluster.environment import read_environment
 from ray_vlm.config.load import dump_job, fill_defaults
 from ray_vlm.config.paths import absolute_paths
-from ray_vlm.config.resume import check_resume
+from ray_vlm.config.resume import check_resume, keep_shuffle
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
 from ray_vlm.data.index import ROWS_VERSION, share_plan
@@ -83,6 +83,7 @@ def train(
     paths = find_run(job.run.output_dir, job.run.name, stem) if resume else None
     if paths is not None:
         check_goes_on(paths, job)
+        job = keep_shuffle(json.loads(paths.resolved.read_text()), job)
     elif job.run.name is not None:
         check_free(job.run.output_dir, job.run.name, overwrite)  # before an hour of indexing
     known = _read_sizes(paths) if paths is not None else NONE_KNOWN
@@ -105,6 +106,7 @@ def train(
             _write_bad_rows(prepared, paths)
             _write_balance(prepared, paths)
         logger.info(describe_plan(prepared, paths))
+        logger.info(prepared.shuffle)
         _run(prepared, paths, trial)
     return paths
 

@@ -6,15 +6,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ray_vlm.config.cluster import Cluster
-from ray_vlm.config.data import Data
+from ray_vlm.config.data import Data, Window
 from ray_vlm.config.method import AlignmentMethod, DpoMethod, GrpoMethod
 from ray_vlm.config.schema import JobConfig, Track
 from ray_vlm.data.balance import Balance, plan_balance
 from ray_vlm.data.index import Index
+from ray_vlm.data.inner_images import CACHE_BYTES
 from ray_vlm.data.measure import NONE_KNOWN
 from ray_vlm.data.parts import Parts, load_parts
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import changed_since
+from ray_vlm.data.read_order import Reading, choose_shuffle, describe_shuffle
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import ConfigError
@@ -28,7 +30,8 @@ from ray_vlm.train.memory_plan import Probe, build_rehearsal, choose_micro_batch
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of `prepare`."""
+    """The result of `prepare`. `job` has what was left to the data, such as the shuffle, of which `shuffle` is a
+    line."""
 
     job: JobConfig
     spec: SampleSpec
@@ -38,6 +41,7 @@ class Prepared:
     balance: Balance
     notes: tuple[str, ...] = ()
     probe: Probe | None = None
+    shuffle: str = ""
 
 
 def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tuple[int, int]] = NONE_KNOWN) -> Prepared:
@@ -68,7 +72,7 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         job = job.model_copy(update={"train": train})
         notes.append(note)
     _check_budget(job.train.tokens_per_micro_batch, parts.train)
-    plan = plan_run(job, len(parts.train), balance.repeat_factors, parts.train.token_costs, parts.train.tokens)
+    job, plan, shuffle = _plan_order(job, parts.train, balance)
     shares = isinstance(job.method, AlignmentMethod) and job.method.share_prefixes
     if shares and (reason := why_not_shared(job.lora, builder.family)) is not None:
         notes.append(f"method.share_prefixes has no effect: {reason}")
@@ -76,7 +80,24 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
         notes += _describe_long_answers(parts, job.evaluate.max_new_tokens, builder.num_closing_tokens)
     _check_images(parts.train, job.cluster, trains_vision=job.lora is None or job.lora.target != ["language"])
     probe = plan_probe(job, plan, parts.train, builder)
-    return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes), probe)
+    return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes), probe, shuffle)
+
+
+def _plan_order(job: JobConfig, train: Index, balance: Balance) -> tuple[JobConfig, Plan, str]:
+    """Return the job with its shuffle, which the places of the images decide if the job leaves it open, the plan, and a
+    line on the shuffle."""
+    units, named, factors = train.units(), job.data.shuffle, balance.repeat_factors
+    shuffle = named or choose_shuffle(units, len(train), CACHE_BYTES)
+    job = job.model_copy(update={"data": job.data.model_copy(update={"shuffle": shuffle})})
+    together = len(units.starts) < len(train)
+    plan = plan_run(
+        job, len(train), factors, train.token_costs, train.tokens, unit_starts=units.starts if together else None
+    )
+    shown = np.diff(units.starts, append=len(train)) if factors is None else units.sum_rows(factors)
+    loaders = job.data.num_loaders if job.cluster.num_workers else 1
+    processes = None if loaders is None else plan.world_size * loaders
+    reading = Reading(units, len(train), shown, plan.global_batch_size, processes, CACHE_BYTES)
+    return job, plan, describe_shuffle(shuffle, named is None, reading)
 
 
 def _check_budget(budget: int | None, train: Index) -> None:
@@ -160,16 +181,20 @@ def plan_run(
     repeat_factors: np.ndarray | None = None,
     token_costs: np.ndarray | None = None,
     tokens: np.ndarray | None = None,
+    unit_starts: np.ndarray | None = None,
 ) -> Plan:
-    """Return the job's plan over `num_rows` rows; `repeat_factors`, `token_costs` and `tokens`: see `Plan`.
+    """Return the job's plan over `num_rows` rows; `repeat_factors`, `token_costs`, `tokens` and `unit_starts`: see
+    `Plan`. Without `unit_starts` a window is a full shuffle, as for units of one row.
 
     GRPO's batch sizes count answers, and a worker samples answers for all prompts of its step at once.
     """
-    train, workers = job.train, job.cluster.least_workers
+    train, workers, shuffle = job.train, job.cluster.least_workers, job.data.shuffle
     global_batch, micro = train.global_batch_size, train.micro_batch_size
     if isinstance(job.method, GrpoMethod):
         global_batch //= job.method.num_generations
         micro = global_batch // workers
+    window = shuffle.window if isinstance(shuffle, Window) and unit_starts is not None else 0
+    row_type = np.int32 if num_rows < 2**31 else np.int64
     return Plan(
         num_rows=num_rows,
         global_batch_size=global_batch,
@@ -178,10 +203,12 @@ def plan_run(
         whole_steps=job.method.name != "sft",
         num_epochs=train.num_epochs,
         max_steps=train.max_steps,
-        shuffle=job.data.shuffle,
+        shuffle=shuffle != "none",
         seed=job.seed,
         repeat_factors=repeat_factors,
         token_costs=token_costs if job.data.balance_lengths else None,
         tokens=tokens if train.tokens_per_micro_batch else None,
         max_tokens_per_micro_batch=train.tokens_per_micro_batch or 0,
+        unit_starts=unit_starts.astype(row_type) if window and unit_starts is not None else None,
+        window=window,
     )

@@ -3,7 +3,7 @@
     train.learning_rate: {loguniform: [2.0e-5, 1.0e-3]}
     lora.rank: {choice: [8, 16, 32]}
     lora.alpha: 2 * lora.rank              # derived
-    data.shuffle: true                     # the same in every trial
+    data.shuffle: {value: full}            # the same in every trial
 
 Distributions are Ray Tune's, by its names: `uniform`, `quniform` (third number: the step), `loguniform`, `qloguniform`,
 `randint` (upper bound excluded), `qrandint`, `lograndint`, `choice`; `grid` tries every value of its list; `value` is

@@ -25,7 +25,7 @@ from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.config.data import Data
 from ray_vlm.config.load import dump_job, fill_defaults, load_job, load_resolved
 from ray_vlm.config.paths import absolute_paths
-from ray_vlm.config.resume import check_resume, touches
+from ray_vlm.config.resume import check_resume, keep_shuffle, touches
 from ray_vlm.config.schema import JobConfig, Tune
 from ray_vlm.data.parts import load_parts
 from ray_vlm.errors import ConfigError, Interrupted, RunError
@@ -71,9 +71,10 @@ def tune(
     space = load_space(space_path, job_path, overrides)
     job = _ranked(absolute_paths(load_job(job_path, overrides)))
     logger.info(describe_job(job))
-    resolved, metric = dump_job(job), job.evaluate.metric
     address = join(job.run.output_dir, f"{job.run.name or Path(job_path).stem}-{Path(space_path).stem}")
-    _check_sweep_folder(address, resolved, space, resume, overwrite)
+    if _check_sweep_folder(address, dump_job(job), space, resume, overwrite):
+        job = keep_shuffle(read_sweep(address)["job"], job)
+    resolved, metric = dump_job(job), job.evaluate.metric
     if job.track.wandb:
         adopt_wandb_login()
     known = read_trials(address, space) if resume else []
@@ -130,17 +131,17 @@ def shares_rows(space: Space, data: Data) -> bool:
     )
 
 
-def _check_sweep_folder(address: str, job: Mapping[str, Any], space: Space, resume: bool, overwrite: bool) -> None:
-    """Raise where the folder holds a sweep that is not to be deleted, one that another process runs, or, to resume, one
-    of another job or space. `job`: resolved."""
+def _check_sweep_folder(address: str, job: Mapping[str, Any], space: Space, resume: bool, overwrite: bool) -> bool:
+    """Return whether the folder holds a sweep to resume. Raise where it holds one that is not to be deleted, one that
+    another process runs, or, to resume, one of another job or space. `job`: resolved."""
     if not Store(address).names():
-        return
+        return False
     if not resume and not overwrite:
         raise RunError(f"{address} exists. Continue it with --resume, or delete it with --overwrite.")
     sweep = read_sweep(address)
     refuse_living(sweep.get("driver"), address, "--resume" if resume else "--overwrite")
     if not resume:
-        return
+        return False
     if sweep["space"] != json.loads(json.dumps(asdict(space)["settings"])):
         raise ConfigError(
             f"--resume: {address} was started with another space, so its trials would not be comparable. Give the old "
@@ -149,6 +150,7 @@ def _check_sweep_folder(address: str, job: Mapping[str, Any], space: Space, resu
     fixed = {key: sweep["job"]["tune"][key] for key in _DRAWS}  # the rest of the section may change
     if problems := check_resume(fill_defaults(sweep["job"] | {"tune": job["tune"] | fixed}), job):
         raise ConfigError(problems)
+    return True
 
 
 def _check_draws(sweep: Sweep) -> None:

@@ -1,5 +1,6 @@
 """Going on where a run was: the same numbers as if it had never stopped, and what is refused."""
 
+import io
 import json
 import os
 import shutil
@@ -8,14 +9,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
+from pyarrow import parquet
 
 from ray_vlm.cli import main
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import ConfigError, Interrupted, ModelError, RunError
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train import prepare as preparation
 from ray_vlm.train.driver import train
 
 
@@ -377,3 +383,42 @@ def test_a_run_that_lost_rows_goes_on_without_their_files(
     shutil.rmtree(undisturbed.root.parent / ".index")
     with pytest.raises(RunError, match="other rows"):
         _train(path, "run.name=stopped", "train.num_epochs=2", resume=True)
+
+
+def test_a_run_keeps_the_shuffle_that_was_chosen_for_it(
+    job_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """It goes on in windows where a new run would shuffle fully, since its process keeps more; and a run of an earlier
+    version, which knew `true` only, goes on with a full shuffle where a new one would have windows."""
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Noise."}]
+    rows = []
+    for number in range(24):
+        buffer = io.BytesIO()
+        noise = np.random.default_rng(number).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(buffer, "PNG")
+        rows.append({"id": str(number), "image": {"bytes": buffer.getvalue(), "path": "a.png"}, "conversations": turns})
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=4)
+    source = {"path": str(tmp_path / "rows.parquet"), "format": "llava"}
+    path = job_file(task="chat", data={"train": source}, train={"max_steps": 4})
+
+    def stop(name: str, cache_bytes: int) -> RunPaths:
+        """Stop a run after two steps."""
+        with monkeypatch.context() as patch:
+            patch.setattr(preparation, "CACHE_BYTES", cache_bytes)
+            _stop_after(patch, 2)
+            with pytest.raises(Interrupted):
+                _train(path, f"run.name={name}")
+        return RunPaths(tmp_path / "runs" / name)
+
+    full, run = _train(path, "run.name=full"), stop("windows", 80_000)
+    window = json.loads(run.resolved.read_text())["data"]["shuffle"]["window"]
+    whole = _train(path, "run.name=whole", f"data.shuffle.window={window}")
+    capsys.readouterr()
+    assert _steps(_train(path, "run.name=windows", resume=True)) == _steps(whole) != _steps(full)
+    assert f"\nshuffle: windows of {window} rows" in capsys.readouterr().out
+    old = stop("old", 10**9)
+    resolved = json.loads(old.resolved.read_text())
+    assert resolved["data"]["shuffle"] == "full"
+    old.resolved.write_text(json.dumps(resolved | {"data": resolved["data"] | {"shuffle": True}}))
+    monkeypatch.setattr(preparation, "CACHE_BYTES", 80_000)
+    assert _steps(_train(path, "run.name=old", resume=True)) == _steps(full)

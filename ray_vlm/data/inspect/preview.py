@@ -50,8 +50,9 @@ _NAMED = 40  # labels of a legend
 _SHOWN_IMAGES = 4
 
 
-def describe_prepared(index: Index, plan: Plan, builder: SampleBuilder, balance: Balance) -> str:
-    """Describe rows, steps, tokens and the mix of classes, then the tokens of the first records."""
+def describe_prepared(index: Index, plan: Plan, builder: SampleBuilder, balance: Balance, shuffle: str = "") -> str:
+    """Describe rows, steps, tokens and the mix of classes, then the tokens of the first records. `shuffle`: a line on
+    the order of the rows."""
     tokens = index.tokens
     step = plan.step_rows(0)
     most = plan.max_tokens_per_micro_batch
@@ -63,6 +64,7 @@ def describe_prepared(index: Index, plan: Plan, builder: SampleBuilder, balance:
         f"tokens a row {tokens.min()} to {tokens.max()}, mean {tokens.mean():.0f} "
         f"({index.image_tokens.mean():.0f} of images, {index.answer_tokens.mean():.0f} trained); "
         f"first step {int(tokens[step].sum())}, mean step {tokens.mean() * plan.global_batch_size:.0f}",
+        *([shuffle] if shuffle else []),
         *describe_balance(balance),
         f"first records, {_TOKEN_NOTE}:",
     ]

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from ray_vlm.config.data import Window
 from ray_vlm.config.load import dump_job, fill_defaults, load_job, load_resolved
-from ray_vlm.config.resume import check_resume
+from ray_vlm.config.resume import check_resume, keep_shuffle
 from ray_vlm.errors import ConfigError
 
 GOOD = "model: {name: x}\ndata: {train: {path: a.json}}\n"
@@ -226,3 +227,58 @@ def test_a_resolved_job_that_was_altered_is_a_config_error(tmp_path: Path) -> No
     values = dump_job(_load(tmp_path, GOOD))
     with pytest.raises(ConfigError, match=r"the resolved job: `lora.rank` is 'x', but should be a valid integer"):
         load_resolved(values | {"lora": values["lora"] | {"rank": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "shuffle"),
+    [
+        ("null", [], None),
+        ("full", [], "full"),
+        ("none", [], "none"),
+        ("true", [], "full"),  # as earlier versions had it
+        ("false", [], "none"),
+        ("{window: 512}", [], Window(window=512)),
+        ("null", ["data.shuffle.window=512"], Window(window=512)),
+        ("full", ["data.shuffle.window=512"], Window(window=512)),
+        ("{window: 2}", ["data.shuffle.window=512"], Window(window=512)),
+        ("{window: 2}", ["data.shuffle=false"], "none"),
+        ("{window: 2}", ["data.shuffle=null"], None),
+    ],
+)
+def test_the_forms_of_the_shuffle(tmp_path: Path, text: str, overrides: list[str], shuffle: object) -> None:
+    job = _load(tmp_path, f"{GOOD[:-2]}, shuffle: {text}}}\n", *overrides)
+    assert job.data.shuffle == shuffle
+    assert load_resolved(dump_job(job)) == job
+    assert check_resume(fill_defaults(dump_job(job)), dump_job(job)) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["sometimes", "1", "512", "{window: 1}", "{window: 2.5}", "{window: true}", "{rows: 9}", "{}", "[full]"]
+)
+def test_a_bad_shuffle_is_one_problem_with_the_forms(tmp_path: Path, text: str) -> None:
+    problems = _problems(tmp_path, f"model: {{name: x}}\ndata:\n  train: {{path: a.json}}\n  shuffle: {text}\n")
+    assert len(problems) == 1
+    assert "job.yaml:4: `data.shuffle` is" in problems[0]
+    assert "but should be full, none, or {window: N} with a whole number N from 2 on" in problems[0]
+    assert "override" in _problems(tmp_path, GOOD, f"data.shuffle={text}")[0]
+
+
+def test_a_resumed_job_without_a_shuffle_has_that_of_its_run(tmp_path: Path) -> None:
+    """Also one of an earlier version, whose rows were all shuffled unless the job said `false`; the same word for it is
+    no change, and another one is refused."""
+    jobs = {text: _load(tmp_path, f"{GOOD[:-2]}, shuffle: {text}}}\n") for text in ("null", "full", "{window: 512}")}
+    open_job, full, window = jobs.values()
+    for old, kept in ((True, "full"), (False, "none"), ({"window": 512}, Window(window=512)), ("full", "full")):
+        run = dump_job(open_job)
+        run["data"]["shuffle"] = old
+        assert check_resume(fill_defaults(run), dump_job(open_job)) == []
+        assert keep_shuffle(run, open_job).data.shuffle == kept
+        assert keep_shuffle(run, window) == window
+        assert (check_resume(fill_defaults(run), dump_job(full)) == []) is (kept == "full")
+    changed = check_resume(dump_job(window), dump_job(full))
+    assert len(changed) == 1
+    assert "`data.shuffle` was {'window': 512} and is now 'full'" in changed[0]
+    del run["data"]["shuffle"]
+    assert keep_shuffle(run, open_job).data.shuffle == "full"
+    with pytest.raises(ConfigError, match=r"has data\.shuffle='x', which was altered"):
+        keep_shuffle({"data": {"shuffle": "x"}}, open_job)

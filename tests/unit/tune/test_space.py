@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ray_vlm.config.data import Window
 from ray_vlm.config.load import dump_job, load_job
 from ray_vlm.errors import ConfigError
 from ray_vlm.tune.space import (
@@ -21,6 +22,7 @@ from ray_vlm.tune.space import (
     resolve,
     write_overrides,
 )
+from ray_vlm.tune.trial import Sweep, build_trial_job
 
 GOOD: dict[str, Any] = {
     "train.learning_rate": {"loguniform": [2e-5, 1e-3]},
@@ -57,7 +59,7 @@ def test_values_are_drawn_shared_and_computed(tmp_path: Path, job: Path) -> None
     assert type(values["lora.alpha"]) is int
     assert values["train.warmup_ratio"] == pytest.approx(1e-3)
     trial = load_job(job, write_overrides(values))
-    assert (trial.lora.rank, trial.lora.alpha, trial.data.shuffle) == (16, 32, False)  # type: ignore[union-attr]
+    assert (trial.lora.rank, trial.lora.alpha, trial.data.shuffle) == (16, 32, "none")  # type: ignore[union-attr]
     assert trial.data.oversample == {"drain": 2.0}
     assert trial.method.trl == {"loss_type": "nll"}
 
@@ -198,6 +200,24 @@ def test_problems_of_the_file_and_of_the_job_are_told_at_once(tmp_path: Path, jo
         load_space(_write(tmp_path, {"lora.rank": {"choice": [8, 8]}}), job, ["train.learning_rat=1"])
     assert len(error.value.problems) == 2, "with those of the job itself"
     assert load_space(_write(tmp_path, GOOD), job, []).grid_size == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "trials"),
+    [
+        ({"data.shuffle": {"choice": ["full", {"window": 512}, False]}}, ["full", Window(window=512), "none"]),
+        ({"data.shuffle.window": {"grid": [512, 2048]}}, [Window(window=512), Window(window=2048)]),
+        ({"data.shuffle": {"value": "full"}}, ["full"]),
+    ],
+)
+def test_every_form_of_the_shuffle_may_be_searched(setting: dict, trials: list, tmp_path: Path, job: Path) -> None:
+    space = load_space(_write(tmp_path, {**setting, "lora.rank": {"choice": [8]}}), job, [])
+    resolved = dump_job(load_job(job))
+    jobs = [build_trial_job(Sweep(resolved, space, str(tmp_path), "loss"), 0, drawn)[0] for drawn in examples(space)]
+    assert [trial.data.shuffle for trial in jobs] == trials
+    key = next(iter(setting))
+    with pytest.raises(ConfigError, match=r"data\.shuffle"):
+        load_space(_write(tmp_path, {key: {"choice": [0.5]}}), job, [])
 
 
 def test_a_key_inside_a_single_value_hides_no_other_problem(tmp_path: Path, job: Path) -> None:
