@@ -19,7 +19,9 @@ def add_predict_verb(verbs: argparse._SubParsersAction) -> None:
     predict.add_argument("--output", required=True, metavar="PATH", help="results, .jsonl or .csv")
     predict.add_argument("--draw", metavar="FOLDER", help="folder for copies of the images with the answers drawn")
     predict.add_argument(
-        "--image-root", metavar="FOLDER", help="folder of the images that tables name (default: the table's own)"
+        "--image-root",
+        metavar="FOLDER",
+        help="folder, or tar file, of the images that tables name (default: the table's own folder)",
     )
     predict.add_argument("--question", type=str, metavar="TEXT", help="asked about every image (chat); may be empty")
     predict.add_argument(

@@ -18,7 +18,9 @@ class Source(Section):
         "coco", description="Format of the rows."
     )
     image_root: str | None = Field(
-        None, description="Folder of the images; files outside it are refused. null: the folder of `path`."
+        None,
+        description="Folder of the images, or a tar file with them, as a path or an address; files outside it are "
+        "refused. null: the folder of `path`.",
     )
     follow_links: bool = Field(
         False, description="Also read images through symlinks in `image_root` that lead out of it."

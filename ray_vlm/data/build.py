@@ -36,6 +36,7 @@ from ray_vlm.data.shards import (
 )
 from ray_vlm.data.sources.formats import SourceReader, labels_of_piece, merge_labels, prepare_source
 from ray_vlm.data.sources.pieces import Piece
+from ray_vlm.data.sources.tar import tar_of
 from ray_vlm.data.spec import EncodedRow, SampleSpec
 from ray_vlm.data.suspicions import regions_of, summarise
 from ray_vlm.errors import DataError, RunError
@@ -171,14 +172,15 @@ def build_rows(
     """
     with lasting(f"reading {source.path}"):
         prepare_source(source)
-    key, before = _row_key(source, limits, task), _version(source.path)
+    key, before = _row_key(source, limits, task), _source_version(source)
     listing = _listing_name(key, before)
     with writing_index(folder):
         shards = _read_listing(folder, listing, source)
         if shards is None:
             shards = _read_source(RowsWork(SourceReader(source), limits, task, folder, key), spread)
-            if _version(source.path) != before:
-                raise DataError(f"{source.path}: it has changed while it was read. Start again when it is complete.")
+            if (after := _source_version(source)) != before:
+                changed = source.path if after[:3] != before[:3] else tar_of(source.image_root)
+                raise DataError(f"{changed}: it has changed while it was read. Start again when it is complete.")
             folder.write(listing, json.dumps([before, shards.names, shards.counts, shards.labels]).encode())
         return _with_known(shards, limits, task, folder, key, known) if known else shards
 
@@ -187,7 +189,7 @@ def read_labels(source: Source, limits: CheckLimits, task: str, folder: IndexFol
     """Return the class names that a source declares, from the index if it has them. Rows are not checked. Raise
     `DataError` if the file cannot be used."""
     prepare_source(source)
-    shards = _read_listing(folder, _listing_name(_row_key(source, limits, task), _version(source.path)), source)
+    shards = _read_listing(folder, _listing_name(_row_key(source, limits, task), _source_version(source)), source)
     if shards is not None:
         return shards.labels
     reader = SourceReader(source)
@@ -197,12 +199,25 @@ def read_labels(source: Source, limits: CheckLimits, task: str, folder: IndexFol
 def _row_key(source: Source, limits: CheckLimits, task: str) -> str:
     """Return the folder of the row shards of a source that is read with these settings by this version."""
     settings = source.model_dump(mode="json", exclude={"ratio", "weight", "create"})
-    versions = (VERSION, RULES, PIECE_ROWS, installed_version("pillow"))
+    versions = [VERSION, RULES, PIECE_ROWS, installed_version("pillow")]
+    if tar := tar_of(source.image_root):
+        versions += _version(tar)  # the rows hold positions in it
     return f"rows/{_digest([settings, limits.__dict__, task, versions])}"
 
 
 def _listing_name(key: str, version: list[Any]) -> str:
     return f"sources/{key.removeprefix('rows/')}-{_digest(version)}.json"
+
+
+def _source_version(source: Source) -> list[Any]:
+    """Return what identifies the present content of a source: the version of its file, and of a tar with its images."""
+    tar = tar_of(source.image_root)
+    return [*_version(source.path), *(_version(tar) if tar else ())]
+
+
+def _is_present(version: list[Any]) -> bool:
+    """Return whether the files of a version, as `_source_version` returned it, are as they were."""
+    return version == [part for path in version[::3] for part in _version(path)]
 
 
 def _version(path: str) -> list[Any]:
@@ -353,7 +368,7 @@ def prune(folder: IndexFolder) -> tuple[int, int]:
             version, names, *_ = json.loads(folder.path(f"sources/{name}").read_bytes())
         except (FileNotFoundError, ValueError):
             continue
-        if version == _version(version[0]):
+        if _is_present(version):
             used |= set(names)
             sources.add(f"sources/{name}")
     tokens = {name.removeprefix("rows/").replace("/", "-") for name in used}

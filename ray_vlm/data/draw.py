@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.data.inspect.check import plain, shorten
+from ray_vlm.data.records import InnerImage
 from ray_vlm.runs.plot import COLOURS, INK, font_families
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     import PIL.Image
     from PIL.ImageFont import FreeTypeFont
 
-    ImageLike = str | Path | bytes | PIL.Image.Image | np.ndarray  # a path, encoded bytes, or decoded pixels
+    # A path, encoded bytes, a position in a file, or decoded pixels.
+    ImageLike = str | Path | bytes | InnerImage | PIL.Image.Image | np.ndarray
 
 WHITE = "#ffffff"
 MIN_SIDE = 360  # pixels of a picture's longer side in which labels are readable
@@ -150,7 +152,7 @@ def _decode(image: "ImageLike") -> "np.ndarray":
 
     if isinstance(image, Image.Image):
         return np.array(image.convert("RGB"))
-    return image if isinstance(image, np.ndarray) else decode(image if isinstance(image, bytes) else str(image))
+    return image if isinstance(image, np.ndarray) else decode(str(image) if isinstance(image, Path) else image)
 
 
 def draw_lines(lines: Sequence[Line], width: int, background: str = WHITE) -> "PIL.Image.Image":

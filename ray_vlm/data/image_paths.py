@@ -26,13 +26,8 @@ def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
         folder = _inside(root, parent)
         if folder is not None and (follow_links or not os.path.islink(folder + last)):
             return folder + last
-    if name[:5].lower() == "data:":
-        raise ValueError("image is a data: URI, which is not read; write it to a file and give a path under image_root")
+    check_name(name)
     scheme = _SCHEME.match(name)
-    if scheme and scheme[1].lower() in WEB:
-        raise ValueError(f"image {name[:80]!r}: URLs are not read; download it and give a path under image_root")
-    if reason := _not_a_path(name):
-        raise ValueError(f"image {name[:80]!r} is not a path ({reason}); give a path under image_root")
     if is_remote(root):
         return _resolve_remote(root, name)
     if scheme and scheme[1].lower() != "file":
@@ -52,6 +47,17 @@ def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
             fix = f"it is a link to {path}; move that here, or set follow_links=true of the job's source"
         raise ValueError(f"image {name[:200]!r} lies outside image_root {folder}; {fix}")
     return path
+
+
+def check_name(name: str) -> None:
+    """Raise `ValueError` with the reason for URLs, and for names that no file can have."""
+    if name[:5].lower() == "data:":
+        raise ValueError("image is a data: URI, which is not read; write it to a file and give a path under image_root")
+    scheme = _SCHEME.match(name)
+    if scheme and scheme[1].lower() in WEB:
+        raise ValueError(f"image {name[:80]!r}: URLs are not read; download it and give a path under image_root")
+    if reason := _not_a_path(name):
+        raise ValueError(f"image {name[:80]!r} is not a path ({reason}); give a path under image_root")
 
 
 @lru_cache(maxsize=4096)

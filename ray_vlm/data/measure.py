@@ -41,7 +41,7 @@ def measure_row(
                 sizes.append(known[image])  # training replaces the row
                 gone = True
                 continue
-            name = f" ({image})" if isinstance(image, str) else ""
+            name = "" if isinstance(image, bytes) else f" ({image})"
             return BadRow(row.row, row.id, f"{error}{name}")
     return settle_boxes(replace(row, sizes=tuple(sizes)), on_bad_box, gone)
 

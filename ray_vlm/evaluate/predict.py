@@ -1,10 +1,10 @@
 """`ray-vlm predict RUN INPUT... --output PATH`: images, folders and tables in, JSON lines or a table out.
 
-An input is an image, a folder of images, or a table (.csv, .tsv, .json, .jsonl, .parquet) that has a column of images,
-relative to its folder or to `--image-root`, and what the task needs: `question` for chat, `box` for positions; for GUI
-steps `Task_id, Image_id, Instruction`, where the rows of a task are its steps in order. Answers are generated as in
-`evaluate`: in batches, by any number of processes, and none again after a call was killed. The steps of a GUI task are
-answered in order, with the model's own earlier answers as their memory.
+An input is an image, a folder of images, or a table (.csv, .tsv, .json, .jsonl, .parquet, .arrow) that has a column of
+images, relative to its folder or to `--image-root`, and what the task needs: `question` for chat, `box` for positions;
+for GUI steps `Task_id, Image_id, Instruction`, where the rows of a task are its steps in order. Answers are generated
+as in `evaluate`: in batches, by any number of processes, and none again after a call was killed. The steps of a GUI
+task are answered in order, with the model's own earlier answers as their memory.
 """
 
 import csv
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.data.draw import MIN_SIDE
-from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.sources.fields import from_json, is_empty
 from ray_vlm.data.sources.tables import read_table
+from ray_vlm.data.sources.tar import ImageRoot, find_image, open_images, tar_of
 from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate.generate import answer_all, plan_batches, plan_walks
 from ray_vlm.evaluate.prediction import join_names
@@ -31,7 +31,7 @@ from ray_vlm.storage import is_remote, replacing, split_address
 logger = logging.getLogger(__name__)
 _ENDINGS = (".jsonl", ".csv")
 _MOST_REASONS = 20  # in the error where no input can be read; the results hold all of them
-_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 _COLUMNS = ("image", "images", "file_name", "image_path", "path", "Image_id")  # the first of them that a table has
 
@@ -63,7 +63,8 @@ def predict_files(
     """Answer every input, write the results in the order of the inputs, and return their number.
 
     `output`: .jsonl or .csv; `draw`: a folder for the images with the predictions drawn; `num_replicas`: processes that
-    load the model, 0 for this one; `image_root`: folder of the images that tables name, by default the table's own.
+    load the model, 0 for this one; `image_root`: folder or tar of the images that tables name, by default the table's
+    own folder.
     An input that cannot be read is a result with `error`. Raise `DataError`, after writing, where none can be read.
     """
     if Path(output).suffix.lower() not in _ENDINGS:
@@ -177,12 +178,16 @@ def _draw(folder: Path, number: int, ask: Ask, prediction: Found) -> None:
 def read_inputs(inputs: Sequence[str], question: str | None, task: str, image_root: str | None = None) -> list[Input]:
     """Read the questions of images, folders and tables. Raise `DataError` where one of them does not exist, and
     `ConfigError` for an `image_root` that no table uses."""
+    root: ImageRoot | None = None
     if image_root is not None:
         if not any(_is_table(name) for name in inputs):
             raise ConfigError(f"--image-root {image_root}: it is for tables, and none is given. Leave it out.")
-        if not is_remote(image_root) and not Path(image_root).is_dir():
-            raise ConfigError(f"--image-root {image_root}: no such folder. Give the folder of the table's images.")
-    return [entry for name in inputs for entry in _read_input(name, question, task, image_root)]
+        if not is_remote(image_root) and not Path(image_root).is_dir() and not tar_of(image_root):
+            raise ConfigError(
+                f"--image-root {image_root}: no such folder. Give the folder of the table's images, or a tar of them."
+            )
+        root = open_images(image_root)
+    return [entry for name in inputs for entry in _read_input(name, question, task, root)]
 
 
 def _is_table(name: str) -> bool:
@@ -190,7 +195,7 @@ def _is_table(name: str) -> bool:
     return path.suffix.lower() in _TABLES and not path.is_dir()
 
 
-def _read_input(name: str, question: str | None, task: str, image_root: str | None) -> list[Input]:
+def _read_input(name: str, question: str | None, task: str, root: ImageRoot | None) -> list[Input]:
     path = Path(os.path.abspath(name))  # replicas have another current folder
     fields = {"question": question} if question is not None else {}
     if path.is_dir():
@@ -201,13 +206,13 @@ def _read_input(name: str, question: str | None, task: str, image_root: str | No
             for p, inside in zip(files, ids, strict=True)
         ]
     if _is_table(name):
-        return _read_table(name, fields, task, image_root or split_address(name)[0])
+        return _read_table(name, fields, task, root or split_address(name)[0])
     if not path.is_file():
         raise DataError(f"{name}: no such file or folder.")
     return [Input(Ask((str(path),), fields, name), names=(name,))]
 
 
-def _read_table(address: str, fields: Mapping[str, Any], task: str, root: str) -> list[Input]:
+def _read_table(address: str, fields: Mapping[str, Any], task: str, root: ImageRoot) -> list[Input]:
     """Read a question from each row. `fields`: those of the command line; a row's own take precedence."""
     table = read_table(address)
     column = next((name for name in _COLUMNS if name in table.columns), None)
@@ -228,7 +233,7 @@ def _read_table(address: str, fields: Mapping[str, Any], task: str, root: str) -
             steps[task_id] += 1
         try:
             options["names"] = tuple(map(str, _list_images(cells.get(column))))
-            images = tuple(resolve_image(root, image) for image in options["names"])
+            images = tuple(find_image(root, image) for image in options["names"])
             inputs.append(Input(Ask(images, {**fields, **_read_fields(cells, task)}, name), **options))
         except ValueError as error:
             inputs.append(Input(Ask((), {}, name), str(error), **options))

@@ -21,7 +21,8 @@ from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.images import read_size
 from ray_vlm.data.preprocessing import read_preprocessing
-from ray_vlm.data.records import Box, Point, SftRecord
+from ray_vlm.data.records import Box, ImageCell, ImageRange, Point, SftRecord
+from ray_vlm.data.records import Image as ImageSource
 from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import DataError
@@ -234,9 +235,9 @@ def build_question(ask: Ask, row: int, task: str, max_image_pixels: int) -> SftR
     return SftRecord(name_of(ask, row), row, images, sizes, truth, context)
 
 
-def _encode(image: "ImageLike") -> str | bytes:
-    """Return an image as records hold it: a path, an address, or the bytes of an encoded file."""
-    if isinstance(image, bytes):
+def _encode(image: "ImageLike") -> ImageSource:
+    """Return an image as records hold it: a path, an address, a position in a file, or the bytes of an encoded file."""
+    if isinstance(image, bytes | ImageRange | ImageCell):
         return image
     if isinstance(image, str | Path):
         return str(image)

@@ -5,13 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.image_paths import local_root, resolve_image
 from ray_vlm.data.records import BadRow, SftRecord
 from ray_vlm.data.sources.fields import control_character, is_empty, is_number, shown, word
 from ray_vlm.data.sources.pieces import read_json
+from ray_vlm.data.sources.tar import ImageRoot, find_image
 from ray_vlm.data.suspicions import crowd_problem
 from ray_vlm.errors import DataError
-from ray_vlm.storage import is_remote, split_address
 
 # Keys of files of other tools, and the tool's name.
 _TOOLS: tuple[tuple[set[str], str], ...] = (
@@ -26,8 +25,8 @@ _TOOLS: tuple[tuple[set[str], str], ...] = (
 _NO_CLASSES = ("_background_", "__ignore__")  # labelme's names for the background
 
 
-def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
-    """Return all images and the class names of `categories`, both in file order.
+def read_coco(source: Source, root: ImageRoot) -> tuple[list[SftRecord | BadRow], list[str]]:
+    """Return all images and the class names of `categories`, both in file order. `root`: where the images lie.
 
     Boxes are `[x, y, width, height]`; an annotation without one gets the box around its `segmentation`. Crowd regions
     (`iscrowd: 1`) are left out, since they are not one object, unless `crowds` says otherwise. Annotations of images
@@ -38,13 +37,13 @@ def read_coco(source: Source) -> tuple[list[SftRecord | BadRow], list[str]]:
         raise DataError(
             f"{source.path}: not COCO; expected a JSON object with lists `images` and `annotations`.{_name_tool(data)}"
         )
-    source = _with_columns(source, data["images"])
+    _check_columns(source, data["images"])
     used = {str(_id_of(annotation, "category_id")) for annotation in data["annotations"]}
     names, labels = _categories(data.get("categories"), used, source.path)
     seen = Counter(str(_id_of(image)) for image in data["images"] if _id_of(image) is not None)
     boxes, stray = _boxes_by_image(data["annotations"], set(seen), len(data["images"]))
     _check_crowds(source, boxes, names)
-    rows = [_row(i, image, boxes, names, source, seen) for i, image in enumerate(data["images"])]
+    rows = [_row(i, image, boxes, names, source, root, seen) for i, image in enumerate(data["images"])]
     return [*rows[: source.max_rows], *stray], labels
 
 
@@ -57,19 +56,8 @@ def _name_tool(data: object) -> str:
     return f" It looks like a file of {tool}: export COCO there." if tool else ""
 
 
-def image_root(source: Source) -> str:
-    """Return the folder of a source's images, by default the folder of its rows. Raise `DataError`."""
-    root = source.image_root or split_address(source.path)[0]
-    try:
-        if not is_remote(root):
-            local_root(root)
-    except (OSError, ValueError) as error:
-        raise DataError(f"image_root {root!r} cannot be used ({error}). Give a folder.") from None
-    return root
-
-
-def _with_columns(source: Source, images: list) -> Source:
-    """Check `columns`, and return the source with its image_root filled in."""
+def _check_columns(source: Source, images: list) -> None:
+    """Raise `DataError` for `columns` that cannot be renamed or do not exist."""
     for field, column in source.columns.items():
         if field not in ("image", "file_name", "group"):
             raise DataError(
@@ -78,7 +66,6 @@ def _with_columns(source: Source, images: list) -> Source:
         if not any(isinstance(image, dict) and column in image for image in images):
             existing = sorted({name for image in images if isinstance(image, dict) for name in image})
             raise DataError(f"{source.path}: no image has {column!r}, named by columns.{field}; there is {existing}.")
-    return source.model_copy(update={"image_root": image_root(source)})
 
 
 def _id_of(value: object, key: str = "id") -> int | str | None:
@@ -150,7 +137,9 @@ def _is_crowd(annotation: dict) -> bool:
     return value.strip().lower() in ("1", "1.0", "true") if isinstance(value, str) else value == 1
 
 
-def _row(row: int, image: object, boxes: dict, names: dict, source: Source, seen: Counter) -> SftRecord | BadRow:
+def _row(
+    row: int, image: object, boxes: dict, names: dict, source: Source, root: ImageRoot, seen: Counter
+) -> SftRecord | BadRow:
     file_name = source.columns.get("image", source.columns.get("file_name", "file_name"))
     if not isinstance(image, dict) or _id_of(image) is None or not isinstance(image.get(file_name), str):
         return BadRow(row, "", f"an entry of `images` needs an `id` (a number or text) and a `{file_name}`")
@@ -160,7 +149,7 @@ def _row(row: int, image: object, boxes: dict, names: dict, source: Source, seen
     if seen[name] > 1:
         return BadRow(row, name, f"id {name} is used by {seen[name]} images; make it unique")
     try:
-        path = resolve_image(str(source.image_root), image[file_name], source.follow_links)
+        path = find_image(root, image[file_name], source.follow_links)
         group = word(image.get(source.columns["group"]), "group") if "group" in source.columns else ""
         annotations = boxes.get(name, [])
         objects = [a for a in annotations if source.crowds == "objects" or not _is_crowd(a)]

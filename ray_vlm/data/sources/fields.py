@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.records import Box, Image, Point
+from ray_vlm.data.sources.tar import ImageRoot, find_image
 
 _FARTHEST = 1e9  # no image is this large; NaN and infinity fail the comparison too
 _LAYOUT = {4: ("four", "[x1, y1, x2, y2]"), 2: ("two", "[x, y]")}
@@ -16,7 +16,7 @@ _LAYOUT = {4: ("four", "[x1, y1, x2, y2]"), 2: ("two", "[x, y]")}
 
 @dataclass(slots=True)
 class Row:
-    """One row of a source: its cells under the names of ray_vlm, and the folder of its images.
+    """One row of a source: its cells under the names of ray_vlm, and where its images lie.
 
     `columns` are all names that rows of the source have.
     """
@@ -26,7 +26,7 @@ class Row:
     group: str
     cells: Mapping[str, Any]
     source: Source
-    root: str
+    root: ImageRoot
     columns: tuple[str, ...]
 
     def first(self, *names: str) -> Any:
@@ -162,7 +162,7 @@ def image(value: object, row: Row) -> Image:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        return resolve_image(row.root, value, row.source.follow_links)
+        return find_image(row.root, value, row.source.follow_links)
     if isinstance(value, bytes) and value:
         return value
     raise ValueError(f"image {shown(value)} is neither a path nor bytes; give a path under image_root")

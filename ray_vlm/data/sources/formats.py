@@ -18,12 +18,13 @@ from ray_vlm.config.data import Source
 from ray_vlm.config.paths import import_function
 from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.sources import fields
-from ray_vlm.data.sources.coco import image_root, read_coco
+from ray_vlm.data.sources.coco import read_coco
 from ray_vlm.data.sources.conversations import chat_record, preference_record, prompt_record, read_objects
 from ray_vlm.data.sources.fields import Row, shown
 from ray_vlm.data.sources.gui import gui_records
 from ray_vlm.data.sources.pieces import PIECE_ROWS, Piece, cut_entries, row_digest
 from ray_vlm.data.sources.tables import names_of_rows, no_rows, open_table
+from ray_vlm.data.sources.tar import ImageRoot, image_root
 from ray_vlm.errors import ConfigError, DataError, RayVlmError
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ class SourceReader:
         """
         self.source, self.format = source, FORMATS[source.format]
         self.columns: tuple[str, ...] = ()
-        self.root = ""
+        self.root: ImageRoot = ""
         if source.format == "coco":
+            self.root = image_root(source)
             return
         self.table = open_table(source.path)
         self.takes_all_names = self.format.has_attributes and not _named_attributes(source)
@@ -139,7 +141,7 @@ class SourceReader:
         """Yield the pieces of a file that is read as a whole."""
         labels: list[str] = []
         if self.source.format == "coco":
-            records, labels = read_coco(self.source)
+            records, labels = read_coco(self.source, self.root)
         else:
             table = [row for piece in self.table.pieces() for row in self.table.read(piece)]
             if not table:

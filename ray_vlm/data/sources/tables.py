@@ -1,15 +1,14 @@
-"""Read JSON, JSONL, CSV, TSV and Parquet in pieces, as rows of named cells. No file is held as a whole.
+"""Read JSON, JSONL, CSV, TSV, Parquet and Arrow in pieces, as rows of named cells. No file is held as a whole.
 
 A line that cannot be read becomes a `BadRow`.
 """
 
 import csv
-import json
 import os
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -17,11 +16,19 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_vlm.data.inner_images import LARGEST_GROUP_BYTES
-from ray_vlm.data.records import BadRow, ImageCell, InnerImage, LocatedBytes
+from ray_vlm.data.records import BadRow, ImageCell
+from ray_vlm.data.sources.arrow import ArrowTable
+from ray_vlm.data.sources.columns import (
+    binary_columns,
+    class_features,
+    column_names,
+    cut_groups,
+    locate_images,
+    rows_of_batch,
+)
 from ray_vlm.data.sources.fields import text_fault
 from ray_vlm.data.sources.pieces import (
     MAX_LINE_BYTES,
-    PIECE_BYTES,
     PIECE_ROWS,
     JsonLines,
     JsonList,
@@ -39,7 +46,7 @@ from ray_vlm.errors import DataError
 from ray_vlm.storage import describe_file, open_file, split_options
 
 if TYPE_CHECKING:
-    from pyarrow import DataType, RecordBatch, Schema
+    from pyarrow import RecordBatch
     from pyarrow.parquet import FileMetaData
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -50,8 +57,8 @@ _LOCAL = threading.local()  # `group`: the row group of a Parquet file that this
 class TableFile(Protocol):
     """A file with rows. It pickles, and is small.
 
-    `columns` are the names that the file gives to its columns (CSV, Parquet), so that a missing one is a fault of the
-    file and not of its rows; None for JSON, whose rows have names of their own.
+    `columns` are the names that the file gives to its columns (CSV, Parquet, Arrow), so that a missing one is a fault
+    of the file and not of its rows; None for JSON, whose rows have names of their own.
     """
 
     address: str
@@ -79,8 +86,7 @@ _TOOLS = {  # advice for other suffixes
     ".txt": _YOLO,
     ".xml": " Pascal VOC has a file for each image: convert the data set to COCO (format=coco).",
     ".tfrecord": " TFRecord is not read: convert it to Parquet or COCO.",
-    ".arrow": " Load it with `datasets` and write it by `to_parquet`.",
-    ".tar": " WebDataset is not read: unpack it, and write the rows as JSONL.",
+    ".tar": " The rows of WebDataset are not read: write them as JSONL; `image_root` may be the tar with the images.",
 }
 
 
@@ -89,6 +95,8 @@ def open_table(address: str) -> TableFile:
     suffix = PurePosixPath(split_options(address)[0]).suffix.lower()
     if suffix == ".parquet":
         return ParquetTable(address)
+    if suffix in (".arrow", ".feather"):
+        return ArrowTable(address)
     if suffix in _SEPARATORS:
         return CsvTable(address, separator=_SEPARATORS[suffix])
     if suffix in (".jsonl", ".ndjson"):
@@ -97,7 +105,7 @@ def open_table(address: str) -> TableFile:
         return JsonList(address)
     raise DataError(
         f"{address}: rows are not read from {suffix or 'a name without a suffix'}. Give a .json, .jsonl, .ndjson, "
-        f".csv, .tsv or .parquet file.{_TOOLS.get(suffix, '')}"
+        f".csv, .tsv, .parquet, .arrow or .feather file.{_TOOLS.get(suffix, '')}"
     )
 
 
@@ -242,27 +250,13 @@ class ParquetTable:
                 self.image_bytes = _image_bytes(file.metadata, self.binary)
         except (OSError, ValueError, ImportError, ArrowException) as error:
             raise unreadable_file(address, error) from None
-        if len(set(schema.names)) < len(schema.names):
-            names = ", ".join(schema.names)
-            raise DataError(f"{address}: a column name is there twice ({names}). Give each one name.")
-        self.columns: tuple[str, ...] | None = tuple(schema.names)
-        self.features = _class_features(schema.metadata or {})
+        self.columns: tuple[str, ...] | None = column_names(address, schema)
+        self.features = class_features(schema.metadata or {})
         self.ends = tuple(accumulate(num_rows for num_rows, _ in self.groups))
 
     def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
         """Yield the pieces of the file; nothing is read for them. A change of the file changes all of them."""
-        first = 0
-        for end, (num_rows, size) in zip(self.ends, self.groups, strict=True):
-            start, limit = end - num_rows, max(1, min(rows, PIECE_BYTES * num_rows // max(1, size)))
-            cuts = [start] if first < start and end - first > limit else []  # small groups before this one
-            cuts += range((cuts or [first])[-1] + limit, end, limit)
-            cuts += [end] if (cuts and cuts[-1] > start) or end == self.ends[-1] else []
-            for last in cuts:
-                yield self._piece(first, last)
-                first = last
-
-    def _piece(self, first: int, end: int) -> Piece:
-        return Piece(first, end - first, "{:x}_{:x}_{}_{}".format(*self.version, first, end))
+        return cut_groups(self.groups, rows, self.version)
 
     def read(self, piece: Piece) -> list[NumberedRow | BadRow]:
         """Return the rows of a piece. Raise `DataError` if the file has changed."""
@@ -273,7 +267,7 @@ class ParquetTable:
         try:
             while row < end:
                 for batch in self._batches(row, end):
-                    rows += self._rows(batch, row)
+                    rows += rows_of_batch(batch, row, self.features, self._locate)
                     row += batch.num_rows
         except (OSError, ValueError, ImportError, ArrowException) as error:
             raise unreadable_file(self.address, error) from None
@@ -305,24 +299,6 @@ class ParquetTable:
         with open_file(self.address) as opened, parquet.ParquetFile(opened, buffer_size=2**20) as file:
             yield from file.iter_batches(batch_rows, row_groups=[number])
 
-    def _rows(self, batch: "RecordBatch", first: int) -> Iterator[NumberedRow | BadRow]:
-        try:
-            listed = batch.to_pylist()
-        except UnicodeDecodeError as error:
-            if batch.num_rows > 1:
-                for i in range(batch.num_rows):
-                    yield from self._rows(batch.slice(i, 1), first + i)
-                return
-            fault = f"row {first} holds a text that is not UTF-8 ({error.reason}); write the file again"
-            yield BadRow(first, "", fault)
-            return
-        for row, cells in enumerate(listed, first):
-            if reason := text_fault(cells):
-                yield BadRow(row, "", f"row {row} {reason}")
-            else:
-                self._locate(cells, row)
-                yield row, apply_class_names(cells, self.features) if self.features else cells
-
     def _locate(self, cells: dict[str, Any], row: int) -> None:
         """Give the images among the cells their position in the file, unless their group is too large for that."""
         number = bisect_right(self.ends, row)
@@ -335,36 +311,6 @@ class ParquetTable:
 
 def _in_column(cell: ImageCell, column: str, item: int) -> ImageCell:
     return replace(cell, column=column, item=item)
-
-
-def locate_images(value: object, location: Callable[[int], InnerImage], item: int = -1) -> Any:
-    """Return a cell whose bytes know their location: bytes, an object with `bytes`, or a list of these.
-
-    `location` is called with the position in a list, -1 for a cell that is no list.
-    """
-    if isinstance(value, bytes):
-        return LocatedBytes(value, location(item)) if value else value
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return {**value, "bytes": locate_images(value["bytes"], location, item)}
-    if isinstance(value, list) and item < 0:
-        return [locate_images(part, location, number) for number, part in enumerate(value)]
-    return value
-
-
-def binary_columns(schema: "Schema") -> tuple[str, ...]:
-    """Return the columns that may hold images: bytes, objects with `bytes`, and lists of these."""
-    from pyarrow import types
-
-    def is_binary(kind: "DataType") -> bool:
-        if types.is_struct(kind):
-            return any(field.name == "bytes" and is_binary(field.type) for field in kind)
-        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
-
-    def holds(kind: "DataType") -> bool:
-        listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-        return is_binary(kind.value_type if listed else kind)
-
-    return tuple(field.name for field in schema if holds(field.type))
 
 
 def _image_bytes(metadata: "FileMetaData", columns: Collection[str]) -> tuple[int, ...]:
@@ -397,37 +343,3 @@ class _RowGroup:
             part = self.batch.slice(row - self.first, end - row)
             yield part
             row += part.num_rows
-
-
-def _class_features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
-    """Return the features that `datasets` wrote into a Parquet file if any is a class; else an empty dict."""
-    encoded = metadata.get(b"huggingface", b"")
-    if b"ClassLabel" not in encoded:
-        return {}
-    try:
-        features = json.loads(encoded)["info"]["features"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def apply_class_names(value: object, feature: object) -> Any:
-    """Replace class numbers by names in a cell whose feature is a `ClassLabel` of `datasets`. A number without a name
-    becomes None: -1 stands for a missing class."""
-    if isinstance(feature, list) and len(feature) == 1:
-        feature = {"_type": "List", "feature": feature[0]}
-    if not isinstance(feature, dict):
-        return value
-    kind, inside = feature.get("_type"), feature.get("feature")
-    if kind == "ClassLabel":
-        names = feature.get("names")
-        if not isinstance(value, int) or isinstance(value, bool) or not isinstance(names, list):
-            return value
-        return names[value] if 0 <= value < len(names) else None
-    if kind in ("Sequence", "List", "LargeList") and isinstance(value, list):
-        return [apply_class_names(item, inside) for item in value]
-    if kind in ("Sequence", "List", "LargeList") and isinstance(value, dict) and isinstance(inside, dict):
-        return {k: apply_class_names(v, {"_type": "List", "feature": inside.get(k)}) for k, v in value.items()}
-    if kind is None and isinstance(value, dict):
-        return {k: apply_class_names(v, feature.get(k)) for k, v in value.items()}
-    return value

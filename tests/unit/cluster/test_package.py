@@ -242,6 +242,21 @@ def test_rows_images_and_modules_of_a_job_must_be_sent(folder: Path) -> None:
     assert "model.adapter='outputs/run/best' is left out by env.yaml" in adapter
 
 
+def test_a_tar_of_images_is_sent_like_a_folder(folder: Path) -> None:
+    (folder / "data" / "photos.tar").write_text("x")
+    setting = "data.train.image_root=data/photos.tar"
+    report = _job(folder, _archive(folder), setting)
+    assert report.problems == []
+    (note,) = report.notes
+    assert note.startswith("data.train.image_root: data/photos.tar is a tar file, of which every node gets a copy")
+    (problem,) = _job(folder, _archive(folder, "*.tar"), setting).problems
+    assert "data.train.image_root='data/photos.tar' is left out by env.yaml" in problem
+    (missing,) = _job(folder, _archive(folder), "data.train.image_root=data/none.tar").problems
+    assert "data.train.image_root='data/none.tar' is not in" in missing
+    _, words = check_words({"image_root": str(folder / "data" / "photos.tar")}, _archive(folder))
+    assert words.problems == []
+
+
 def test_rows_beside_the_job_file_and_on_all_nodes_are_fine(folder: Path) -> None:
     (folder / "jobs").mkdir()
     (folder / "data").rename(folder / "jobs" / "data")

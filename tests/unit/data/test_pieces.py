@@ -48,15 +48,19 @@ def _write(path: Path, rows: Any) -> Path:
             writer = csv.DictWriter(file, list(rows[0]), delimiter="," if path.suffix == ".csv" else "\t")
             writer.writeheader()
             writer.writerows(rows)
+    elif path.suffix == ".arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table, max_chunksize=9)
     else:
         parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=9)
     return path
 
 
 CASES: list[tuple[str, str, Any]] = [
-    *((name, "llava", LLAVA) for name in ("a.jsonl", "a.json", "a.parquet")),
+    *((name, "llava", LLAVA) for name in ("a.jsonl", "a.json", "a.parquet", "a.arrow")),
     ("data.json", "llava", {"about": {"by": ["x"]}, "data": LLAVA, "more": 1}),
-    *((name, "image_csv", CLASSES) for name in ("a.jsonl", "a.json", "a.parquet", "a.csv", "a.tsv")),
+    *((name, "image_csv", CLASSES) for name in ("a.jsonl", "a.json", "a.parquet", "a.arrow", "a.csv", "a.tsv")),
     *((name, "gui_csv", STEPS) for name in ("a.jsonl", "a.csv")),
     ("a.json", "coco", COCO),
 ]
@@ -134,7 +138,7 @@ def test_every_row_depends_on_the_names_that_are_attributes(tmp_path: Path) -> N
     assert _prints(named)[:5] == [name.partition("-")[0] for name in before[:5]]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow"])
 def test_a_changed_file_is_another_file(tmp_path: Path, name: str) -> None:
     source = Source(path=str(_write(tmp_path / name, CLASSES)), format="image_csv")
     reader = SourceReader(source)
@@ -323,10 +327,10 @@ def test_parquet_is_decoded_once_for_pieces_in_order(tmp_path: Path, monkeypatch
 
 
 def test_large_rows_make_pieces_of_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("pieces", "tables"):
+    for name in ("pieces", "columns"):
         monkeypatch.setattr(f"ray_vlm.data.sources.{name}.PIECE_BYTES", 4000)
     rows = [{"a": f"{i}" + "x" * 999} for i in range(20)]
-    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"):
         table = open_table(str(_write(tmp_path / name, rows)))
         pieces = list(table.pieces())
         assert len(pieces) >= 5

@@ -16,8 +16,8 @@ from ray_vlm.data.image_paths import resolve_image
 from ray_vlm.data.images import decode
 from ray_vlm.data.measure import measure_row, settle_boxes
 from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.sources.columns import apply_class_names
 from ray_vlm.data.sources.formats import read_rows
-from ray_vlm.data.sources.tables import apply_class_names
 from ray_vlm.data.suspicions import find_suspicions, summarise, tell_unused
 from ray_vlm.errors import DataError
 
@@ -436,7 +436,7 @@ def test_a_file_of_another_tool_is_named_with_what_to_export(tmp_path: Path, dat
 
 
 @pytest.mark.parametrize(
-    ("name", "advice"), [("data.yaml", "YOLO"), ("a.xml", "Pascal VOC"), ("data.arrow", "to_parquet")]
+    ("name", "advice"), [("data.yaml", "YOLO"), ("a.xml", "Pascal VOC"), ("data.tar", "image_root")]
 )
 def test_a_suffix_of_another_tool_is_reported_with_the_way_out(tmp_path: Path, name: str, advice: str) -> None:
     (tmp_path / name).write_text("x")

@@ -2,13 +2,17 @@
 
 import csv
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from ray_vlm.errors import RunError
+from ray_vlm.data.draw import draw_values
+from ray_vlm.data.images import read_image
+from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate.predict import _result, _write, read_inputs
+from ray_vlm.evaluate.predictor import build_question
 from ray_vlm.evaluate.run import load_result
 
 
@@ -43,6 +47,26 @@ def test_results_name_images_as_they_were_given(photos: Path) -> None:
     assert cells[:3] == ["photos/a b.png", "photos/c.png", "photos/c.png"]
     assert json.loads(cells[3]) == ["photos/a b.png", "photos/c.png"]
     assert cells[4:] == ["../out.png", ""]
+
+
+def test_images_of_a_table_may_lie_in_a_tar(photos: Path) -> None:
+    with tarfile.open("photos.tar", "w") as tar:
+        tar.add("photos", "inside")
+    Path("rows.json").write_text(json.dumps([{"images": ["inside/a b.png", "inside/c.png"]}, {"images": "d.png"}]))
+    good, bad = read_inputs(["rows.json"], "?", "chat", "photos.tar")
+    assert good.names == ("inside/a b.png", "inside/c.png")
+    record = build_question(good.ask, 0, "chat", 10**6)
+    assert record.sizes == ((64, 64), (64, 64))
+    assert [read_image(image) for image in record.images] == [
+        (photos / "photos" / name).read_bytes() for name in ("a b.png", "c.png")
+    ]
+    assert draw_values(good.ask.images[0], {}, ()).size[0] >= 64, "as --draw does"
+    assert bad.error is not None
+    assert "'d.png' is not in" in bad.error
+    with pytest.raises(DataError, match=r"rows\.json: no tar file .* Give a folder of images, or a tar"):
+        read_inputs(["rows.json"], "?", "chat", "rows.json")
+    with pytest.raises(ConfigError, match=r"--image-root nowhere: no such folder\. Give the folder .*, or a tar"):
+        read_inputs(["rows.json"], "?", "chat", "nowhere")
 
 
 @pytest.mark.parametrize(
