@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 ROWS_VERSION = 2  # of `Index.fingerprint`
 _TOKENS = ("image", "prompt", "answer")
+_READ = 32  # shards that a process has read before it gives their pages back
 _SHOWN = 20  # bad rows in an error; with `quarantine`, `bad_rows.jsonl` has all of them
 
 
@@ -52,6 +53,7 @@ class IndexedRows(Rows):
     def __init__(self, folder: IndexFolder, name: str):
         self.folder, self.name = folder, name
         self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
+        self._read: list[Shard] = []  # of the last rows
 
     def __reduce__(self) -> tuple[type["IndexedRows"], tuple[IndexFolder, str]]:
         return IndexedRows, (self.folder, self.name)
@@ -185,8 +187,11 @@ class IndexedRows(Rows):
         name, listed, sizes = read_images(shard, position)
         encoded = load_shard(self.folder, tokens)
         sample = builder.sample(read_encoded(encoded, position), images or listed, sizes, name)
-        shard.drop_pages()
-        encoded.drop_pages()
+        self._read += (shard, encoded)
+        if len(self._read) > _READ:
+            read, self._read = self._read, []
+            for one in set(read):
+                one.drop_pages()
         return replace(sample, number=number)
 
 

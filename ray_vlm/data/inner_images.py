@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 192 * 2**20  # of decoded row groups that a process keeps
 LARGEST_GROUP_BYTES = CACHE_BYTES // 4  # of the images of a row group that is read by position
+_RAY_PACKAGE = "/_ray_pkg_"  # in the name of the folder of a working directory
 _OPEN = 64  # files that a process keeps open
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -93,18 +94,23 @@ _GROUPS: "_Cache[tuple[str, tuple[int, int], int, str], ChunkedArray]" = _Cache(
 
 def check_version(address: str, version: tuple[int, int]) -> None:
     """Raise `ValueError` if a file is not the one that was indexed, `OSError` if it is gone."""
-    if describe_file(address)[1:] != version:
-        raise ValueError(f"{address} has changed since it was indexed")
+    _compare(address, describe_file(address)[1:], version)
+
+
+def _compare(address: str, now: tuple[int, ...], version: tuple[int, int]) -> None:
+    # Ray unpacks a working directory on each node at a time of its own, into a folder that is named by its content.
+    if now != version and (now[0] != version[0] or _RAY_PACKAGE not in address):
+        raise ValueError("its file has changed since it was indexed")
 
 
 @lru_cache(maxsize=_OPEN)
 def _open_ranges(address: str, version: tuple[int, int]) -> Callable[[int, int], bytes]:
     """Return a function that reads bytes of a file, given their start and number."""
-    check_version(address, version)
     if not is_remote(address):
         with open_file(address) as opened:
-            file = _Descriptor(os.dup(opened.fileno()))
+            file = _Descriptor(os.dup(opened.fileno()), address, version)
         return file.read
+    check_version(address, version)
     remote: NativeFile = open_file(address)
     return lambda start, length: remote.read_at(length, start)
 
@@ -112,11 +118,13 @@ def _open_ranges(address: str, version: tuple[int, int]) -> Callable[[int, int],
 class _Descriptor:
     """A file that is open as long as this object lives; it has no position that threads could move."""
 
-    def __init__(self, number: int):
-        self.number = number
+    def __init__(self, number: int, address: str, version: tuple[int, int]):
+        self.number, self.address, self.version = number, address, version
 
     def read(self, start: int, length: int) -> bytes:
-        """Return bytes of the file, fewer where it ends."""
+        """Return bytes of the file, fewer where it ends. Raise `ValueError` if it has been written again."""
+        now = os.fstat(self.number)
+        _compare(self.address, (now.st_size, now.st_mtime_ns), self.version)
         return os.pread(self.number, length, start)
 
     def __del__(self) -> None:
@@ -129,6 +137,8 @@ def _read_group(address: str, version: tuple[int, int], group: int, column: str)
     from pyarrow.parquet import ParquetFile
 
     try:
+        if not is_remote(address):
+            check_version(address, version)
         source, metadata = _open_parquet(address, version)
         file = ParquetFile(source, metadata=metadata, pre_buffer=is_remote(address))  # each thread needs its own
         return file.read_row_group(group, [column], use_threads=False).column(0)

@@ -63,7 +63,8 @@ class ListedRows(Rows):
     def sample(self, builder: SampleBuilder, number: int, images: Sequence[Image] | None = None) -> Sample:
         """Return row `number` in tokens and pixels. Raise `DataError` if it cannot be read."""
         record = self._records[number]
-        return builder.row(record if images is None else replace(record, images=tuple(images)))
+        sample = builder.row(record if images is None else replace(record, images=tuple(images)))
+        return replace(sample, number=number)
 
 
 def make_row(
@@ -80,11 +81,11 @@ def make_row(
     """
     if fetched is not None:
         with suppress(DataError, OSError, ValueError):
-            return replace(rows.sample(builder, number, fetched.result()), number=number)
+            return rows.sample(builder, number, fetched.result())
     first: DataError | None = None
     for wait in (*WAITS_S, None):
         try:
-            return replace(rows.sample(builder, number), number=number)
+            return rows.sample(builder, number)
         except DataError as error:
             if wait is None:
                 first = error
@@ -98,7 +99,7 @@ def make_row(
     others.pop(number, None)
     for other in others:
         try:
-            return replace(rows.sample(builder, other), number=other)
+            return rows.sample(builder, other)
         except DataError:
             continue
     raise DataError(f"{first} None of {len(others)} other rows can be read either: mend the files or their network.")

@@ -247,6 +247,8 @@ class Shard:
     def __init__(self, path: Path):
         import pyarrow as pa
 
+        self._numbers: dict[str, np.ndarray] = {}  # columns that were asked for; pyarrow takes longer to find one
+        self._lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         try:
             with pa.memory_map(str(path)) as file:  # its descriptor is closed, and its memory stays mapped
                 self._memory = file.read_buffer()
@@ -282,12 +284,21 @@ class Shard:
 
     def numbers(self, name: str) -> np.ndarray:
         """Return a column of numbers, not copied."""
-        return self.batch.column(name).to_numpy(zero_copy_only=False)
+        if name not in self._numbers:
+            self._numbers[name] = self.batch.column(name).to_numpy(zero_copy_only=False)
+        return self._numbers[name]
 
     def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a column of lists of numbers as (offsets `[rows + 1]`, all values), not copied."""
-        column = self.batch.column(name)
-        return column.offsets.to_numpy(), column.values.to_numpy()
+        if name not in self._lists:
+            column = self.batch.column(name)
+            self._lists[name] = column.offsets.to_numpy(), column.values.to_numpy()
+        return self._lists[name]
+
+    def list_of(self, name: str, row: int) -> np.ndarray:
+        """Return the list of numbers of one row, not copied."""
+        offsets, values = self.lists(name)
+        return values[offsets[row] : offsets[row + 1]]
 
     def values_of(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Return the values of the lists of some rows, one after another."""
@@ -300,6 +311,11 @@ class Shard:
         """Return the distinct tuples of tags, and the number of each row's, `int32 [rows]`."""
         column = self.batch.column(name)
         return [tuple(json.loads(text)) for text in column.dictionary.to_pylist()], column.indices.to_numpy()
+
+    @cached_property
+    def has_completions(self) -> bool:
+        """Whether a token shard is of pairs."""
+        return len(self.batch.column("completions").values) > 0
 
     @cached_property
     def tag_names(self) -> list[str]:
@@ -410,20 +426,18 @@ def read_bad(shard: Shard, position: int, source: int = 0) -> BadRow:
 
 def read_encoded(shard: Shard, position: int) -> EncodedRow:
     """Return the token ids at `position` of a token shard."""
-    batch = shard.batch
     tags = shard.tag_names
-    ids, runs, trained, tagged = (
-        batch.column(name)[position].values.to_numpy() for name in ("ids", "image_runs", "trained", "tagged")
-    )
+    ids, runs, trained, tagged = (shard.list_of(name, position) for name in ("ids", "image_runs", "trained", "tagged"))
     spans = tagged.reshape(-1, 3).tolist()
-    counts = tuple(int(batch.column(f"{name}_tokens")[position].as_py()) for name in ("image", "prompt", "answer"))
+    counts = tuple(int(shard.numbers(f"{name}_tokens")[position]) for name in ("image", "prompt", "answer"))
+    completions = shard.column("completions")[position].as_py() if shard.has_completions else ()
     return EncodedRow(
         ids=ids,
         image_runs=runs,
-        prompt_length=batch.column("prompt_length")[position].as_py(),
+        prompt_length=int(shard.numbers("prompt_length")[position]),
         trained=trained.reshape(-1, 2),
         tagged=tuple((first, last, tags[code]) for first, last, code in spans),
-        completions=tuple(np.array(ids, np.int32) for ids in batch.column("completions")[position].as_py()),
+        completions=tuple(np.array(ids, np.int32) for ids in completions),
         counts=(counts[0], counts[1], counts[2]),
     )
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _FIRST_S = 60.0  # time in which a loader starts if there is a CPU for it
 PREFETCH_MICRO_BATCHES = 3  # micro-batches that wait ready for the trainer
+_CALL_ROWS, _CALL_BYTES = 16, 8 * 2**20  # rows that a thread makes at a time, and their pixels
 _BLOCK_BYTES = 16 * 2**20  # Ray Data passes a block on when it has this size
 _BLOCKS_READY = 2  # blocks that wait ready for the trainer, beside the one that it takes rows from
 _BLOCKS_AHEAD = 8  # of one loader; at Ray's 2 it idles until the driver's next check
@@ -89,21 +90,25 @@ def stream_local(spec: StreamSpec, threads: int = 1) -> Generator[list[Sample]]:
     Decoders and torch release Python's lock, so threads decode side by side.
     """
     micros = (spec.plan.micro_batch(number, spec.rank) for number in range(spec.first, spec.last))
+    size = max(1, int(min(_CALL_ROWS, _CALL_BYTES / max(spec.row_bytes, 1.0)) / spec.plan.rows_at_once))
     with fetch_ahead(spec.rows, micros) as planned, ThreadPoolExecutor(threads, "ray-vlm-loader") as pool:
 
-        def start(count: int) -> Iterator[Future[list[Sample]]]:
-            for micro, fetched in islice(planned, count):
-                yield pool.submit(make, micro, fetched)
+        def start(calls: int) -> None:
+            for _ in range(calls):
+                if some := list(islice(planned, size)):
+                    started.append(pool.submit(make, some))
 
-        def make(micro: MicroBatch, fetched: FetchedImages) -> list[Sample]:
-            return make_rows(load_sample_builder(spec.spec), spec.rows, micro, spec.replace_unreadable, fetched)
+        def make(some: Sequence[tuple[MicroBatch, FetchedImages]]) -> list[list[Sample]]:
+            builder = load_sample_builder(spec.spec)
+            return [make_rows(builder, spec.rows, micro, spec.replace_unreadable, fetched) for micro, fetched in some]
 
-        started = deque(start(PREFETCH_MICRO_BATCHES + threads))
+        started: deque[Future[list[list[Sample]]]] = deque()
         try:
+            start(threads + math.ceil(PREFETCH_MICRO_BATCHES / size))
             while started:
-                rows = started.popleft().result()
-                started.extend(start(1))
-                yield rows
+                made = started.popleft().result()
+                start(1)
+                yield from made
         finally:
             for future in started:
                 future.cancel()
