@@ -20,9 +20,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.stream import StreamSpec, mean_bytes, pack, stream_local, stream_ray, task_size
 from ray_vlm.demo.tiny import write_untrained
-from tests.support.photos import FILES, SIZES, make_spec, write_images, write_rows
+from tests.support.photos import FILES, LABELS, SIZES, make_spec, write_images, write_rows
 
 MICRO = 2  # rows in a micro-batch
 TASK = {"12mp": 34, "2mp": 34, "0.3mp": 64}  # rows of a loader's task in `stream_ray`
@@ -181,6 +183,89 @@ def stream_figures(folder: Path, spec: SampleSpec, rounds: int, share: float) ->
     return figures
 
 
+def write_parquet(path: Path, photos: Path, size: tuple[int, int], num_rows: int) -> Source:
+    """Write the rows of `write_rows` with their images into a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = [(photos / f"{number}.jpg").read_bytes() for number in range(FILES)]
+    box = [0.1 * size[0], 0.2 * size[1], 0.4 * size[0], 0.6 * size[1]]
+    objects = {"ref": list(LABELS), "bbox": [[c * 10 + v for v in box] for c in (1, 2, 3)]}
+    writer = None
+    for start in range(0, num_rows, GROUP_ROWS):
+        some = range(start, min(start + GROUP_ROWS, num_rows))
+        rows = [{"images": [{"bytes": images[i % FILES], "path": None}], "objects": objects} for i in some]
+        table = pa.Table.from_pylist(rows)
+        writer = writer or pq.ParquetWriter(path, table.schema, use_dictionary=False)
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
+    return Source(path=str(path), format="objects")
+
+
+def write_tar(path: Path, photos: Path, source: Source) -> Source:
+    """Write the images of a source into a tar, and return the source with that."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(FILES):
+            tar.add(photos / f"{number}.jpg", f"{number}.jpg")
+    return source.model_copy(update={"image_root": str(path)})
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """Serve a folder as an S3 bucket that answers after a pause, for this process and Ray, and give its address."""
+    (folder / "s3").mkdir()
+    (folder / "s3" / BUCKET).symlink_to(folder)
+    command = [sys.executable, "-m", "tests.support.object_server", str(folder / "s3"), str(PAUSE_S)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        endpoint = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+        os.environ.update(keys | {"AWS_ENDPOINT_URL": endpoint})
+        try:
+            yield f"s3://{BUCKET}"
+        finally:
+            server.terminate()
+
+
+def plan_rows(source: Source, spec: SampleSpec, folder: Path) -> StreamSpec:
+    """Return what is streamed of a source in the order that the package plans: in windows where images lie in row
+    groups, else in a full shuffle."""
+    index = build_index(source, Data(), load_sample_builder(spec), str(folder / "index"))
+    units = index.units()
+    grouped = len(units.starts) < len(index)
+    order = {"unit_starts": units.starts, "window": WINDOW} if grouped else {}
+    return plan_stream(source, spec, folder, Plan(len(index), MICRO, MICRO, 1, **order))
+
+
+def source_figures(folder: Path, address: str, spec: SampleSpec, rounds: int, share: float) -> list[dict[str, Any]]:
+    """Stream the same images from files, a Parquet file and a tar, on the disk and behind the server, in turn."""
+    figures = []
+    for name in ("2mp", "0.3mp"):
+        here, task = folder / name, TASK[name]
+        num_rows = max(round(TASKS[name] * share), 3) * task
+        files = Source(path=str(here / "rows.json"))
+        sources = {"files": files, "tar": write_tar(here / "photos.tar", here, files)}
+        sources["parquet"] = write_parquet(here / "rows.parquet", here, SIZES[name], num_rows)
+        remote = {
+            f"s3.{kind}": source.model_copy(
+                update={
+                    "path": source.path.replace(str(folder), address),
+                    "image_root": source.image_root and source.image_root.replace(str(folder), address),
+                }
+            )
+            for kind, source in sources.items()
+        }
+        streams = {kind: plan_rows(source, spec, here) for kind, source in (sources | remote).items()}
+        arms = {kind: partial(through_stream, stream, TAKEN[name], task) for kind, stream in streams.items()}
+        rates = run_in_turn(arms, rounds)
+        for kind in list(arms)[1:]:
+            bar = FROM_STORE if kind.startswith("s3") else FROM_DISK
+            value = ratio(rates, kind, "files")
+            figures.append(figure(f"data.{kind}_vs_files.{name}", value, "x", bar, most=False))
+    return figures
+
+
 def run_index(folder: Path, num_rows: int) -> None:
     """Print as JSON the rows per second of the index and of its header checks alone, on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -219,13 +304,16 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as closes:
         folder = Path(temporary)
         spec = make_spec(write_untrained(folder / "model"))
         figures = index_figures(folder, 500 if quick else 2000)
+        rounds, share = (1, 0.5) if quick else (3, 1.0)
+        address = closes.enter_context(serving(folder))
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
-            figures += stream_figures(folder, spec, 1 if quick else 3, 0.5 if quick else 1.0)
+            figures += stream_figures(folder, spec, rounds, share)
+            figures += source_figures(folder, address, spec, rounds, share)
         finally:
             ray.shutdown()
     return figures

@@ -187,8 +187,11 @@ def _config(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
         return _config(args)
-    from ray_vlm.config.load import load_job
-    from ray_vlm.train.driver import train
+    from ray_vlm.models.libraries import no_garbage_collection
+
+    with no_garbage_collection():
+        from ray_vlm.config.load import load_job
+        from ray_vlm.train.driver import train
 
     job = load_job(args.job, args.overrides)
     paths = train(job, Path(args.job).read_text(encoding="utf-8"), args.overwrite, resume=args.resume)

@@ -28,7 +28,7 @@ from ray_vlm.data.rows import Rows, make_row
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import IGNORED, Sample, SampleSpec
 from ray_vlm.errors import RunError
-from ray_vlm.models.libraries import keep_imports, no_garbage_collection
+from ray_vlm.models.libraries import import_transformers, keep_imports, training_imports
 
 if TYPE_CHECKING:
     import pyarrow
@@ -221,11 +221,13 @@ class _Loader:
         gate: "ActorHandle",
     ):
         environment.apply()
-        with no_garbage_collection():
+        with training_imports():
+            import_transformers()
             import torch
             import transformers.image_processing_backends
             import transformers.processing_utils  # noqa: F401
-        keep_imports()
+
+            keep_imports()
         torch.set_num_threads(1)
         _keep_memory()
         self.rows, self.spec, self.first = rows, spec, first

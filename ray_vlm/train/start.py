@@ -11,7 +11,8 @@ from ray_vlm.config.load import load_resolved
 from ray_vlm.data.stream import StartedStream, Stream, StreamSpec, stream_local, stream_ray
 from ray_vlm.distributed import DistributedContext, build_context
 from ray_vlm.logs import PACKAGE, TERMINAL
-from ray_vlm.models.libraries import prepare_process, quiet_libraries
+from ray_vlm.methods import load_method
+from ray_vlm.models.libraries import frozen, hidden, prepare_process, quiet_libraries, training_imports
 from ray_vlm.runs.log_file import log_to_file
 from ray_vlm.runs.paths import open_run
 from ray_vlm.train.attempt import begin_attempt
@@ -47,9 +48,14 @@ def start_worker(
             first = attempt.step * spec.plan.accumulation
             stream = open_stream(spec, job.data.on_bad_row == "quarantine", context, first)
             closes.enter_context(closing(stream))
-            prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray)
-            from ray_vlm.train.worker import train_worker
+            with training_imports():
+                prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray)
+                from ray_vlm.train.worker import train_worker
 
+                load_method(job.method.name)
+                closes.enter_context(frozen())
+            if not job.cluster.deepspeed:
+                closes.enter_context(hidden("deepspeed"))  # Accelerate imports it to learn that a model is none of its
             should_stop = should_stop or watch(paths.store, context.rank)
             result = train_worker(job, spec, paths, context, attempt, stream, should_stop)
             if context.ray and context.rank == 0:
