@@ -23,8 +23,8 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.data.stream import StreamSpec, mean_bytes, pack, stream_local, stream_ray, task_size
 from ray_vlm.demo.tiny import write_untrained
+from tests.support.object_server import serving
 from tests.support.photos import FILES, LABELS, SIZES, make_spec, write_images, write_rows
 
 MICRO = 2  # rows in a micro-batch
@@ -211,23 +212,6 @@ def write_tar(path: Path, photos: Path, source: Source) -> Source:
     return source.model_copy(update={"image_root": str(path)})
 
 
-@contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Serve a folder as an S3 bucket that answers after a pause, for this process and Ray, and give its address."""
-    (folder / "s3").mkdir()
-    (folder / "s3" / BUCKET).symlink_to(folder)
-    command = [sys.executable, "-m", "tests.support.object_server", str(folder / "s3"), str(PAUSE_S)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        endpoint = f"http://127.0.0.1:{int(server.stdout.readline())}"
-        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
-        os.environ.update(keys | {"AWS_ENDPOINT_URL": endpoint})
-        try:
-            yield f"s3://{BUCKET}"
-        finally:
-            server.terminate()
-
-
 def plan_rows(source: Source, spec: SampleSpec, folder: Path) -> StreamSpec:
     """Return what is streamed of a source in the order that the package plans: in windows where images lie in row
     groups, else in a full shuffle."""
@@ -309,11 +293,13 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         spec = make_spec(write_untrained(folder / "model"))
         figures = index_figures(folder, 500 if quick else 2000)
         rounds, share = (1, 0.5) if quick else (3, 1.0)
-        address = closes.enter_context(serving(folder))
+        (folder / "s3").mkdir()
+        (folder / "s3" / BUCKET).symlink_to(folder)
+        os.environ.update(closes.enter_context(serving(folder / "s3", PAUSE_S)))
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
             figures += stream_figures(folder, spec, rounds, share)
-            figures += source_figures(folder, address, spec, rounds, share)
+            figures += source_figures(folder, f"s3://{BUCKET}", spec, rounds, share)
         finally:
             ray.shutdown()
     return figures

@@ -7,6 +7,7 @@ environment, as for the cloud's own tools.
 """
 
 import errno
+import hashlib
 import io
 import os
 import re
@@ -151,6 +152,15 @@ def stamp_file(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
+
+
+def copy_folder(address: str) -> Path:
+    """Return the folder of this user on this machine for copies from an object store."""
+    folder = Path(tempfile.gettempdir()) / f"ray_vlm-index-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user; remove it, or set TMPDIR to another folder")
+    return folder / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 class Store:

@@ -6,6 +6,7 @@ and two runs that build one index at once write the same files.
 
 import hashlib
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,11 +45,13 @@ from ray_vlm.machine import installed_version
 from ray_vlm.models.load import resolve_name
 from ray_vlm.models.processor import fingerprint_processor
 from ray_vlm.runs.console import Progress, lasting
-from ray_vlm.storage import describe_file
+from ray_vlm.storage import describe_file, is_remote
 from ray_vlm.tasks import row_tags
 
+logger = logging.getLogger(__name__)
 PIECE_ROWS = 16384  # rows of a piece: some seconds of work; a process maps a file for each piece that it reads
 _THREADS, _TURN = 8, 64  # threads that wait for image headers, and rows that each takes at a time
+_REMOTE_THREADS, _REMOTE_TURN = 32, 4  # the same for an object store
 _BATCH = 256  # rows that are tokenised at a time
 _KNOWN = "+known-"  # in the names of shards with rows whose images are gone
 _BAD_NAME = "image "  # how reasons against names of images begin, which depend on the folder as it is now
@@ -108,8 +111,10 @@ class RowsWork:
             limits = self.limits
             return [measure_row(r, limits.max_image_pixels, limits.on_bad_box, self.known, sizes) for r in some]
 
-        turns = [rows[i : i + _TURN] for i in range(0, len(rows), _TURN)]
-        with ThreadPoolExecutor(_THREADS) as pool:
+        remote = is_remote(self.reader.source.image_root or self.reader.source.path)
+        threads, turn = (_REMOTE_THREADS, _REMOTE_TURN) if remote else (_THREADS, _TURN)
+        turns = [rows[i : i + turn] for i in range(0, len(rows), turn)]
+        with ThreadPoolExecutor(threads) as pool:
             checked = list(chain.from_iterable(pool.map(check, turns)))
         labels = labels_of_piece(piece, rows)
         summary = summarise(self.reader.source, zip(rows, checked, strict=True), labels)
@@ -262,6 +267,8 @@ def _read_source(work: RowsWork, spread: Spread) -> SourceShards:
     if first and not first[0].entries:  # pieces are small until they are read, so all can be counted
         first += waiting
         total = sum(piece.num_rows for piece in first)
+    if first and (line := work.reader.describe_copies()) is not None:
+        logger.info(line)
     progress, rows = Progress(f"checking the rows of {source.path}", total), 0
     for info in spread.run(work, chain(first, waiting)):
         done[info.piece], rows = info, rows + info.num_rows

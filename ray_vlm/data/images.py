@@ -22,7 +22,7 @@ from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
 from ray_vlm.models.processor import ImageSizes
-from ray_vlm.storage import open_file, read_bytes
+from ray_vlm.storage import is_remote, open_file, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,6 +32,7 @@ Image.init()  # all decoders, so that they can be named
 _READ = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 FORMATS = tuple(kind for kind in _READ if kind in Image.OPEN)  # Pillow before 11.3 has no AVIF
 _HEAD = 64
+_AHEAD_BYTES = 2**16  # of an image in an object store that are read at a time
 # The position and the first bytes of other kinds of files.
 _OTHERS = (
     (4, b"ftyphe", "a HEIC image"),
@@ -289,7 +290,10 @@ def read_orientation(image: ImageSource) -> int:
 
 def open_image(image: ImageSource) -> BinaryIO:
     """Open the file of an image: a local path, an address, a position in a file, or its own bytes."""
-    return open_file(image) if isinstance(image, str) else io.BytesIO(read_image(image))
+    if not isinstance(image, str):
+        return io.BytesIO(read_image(image))
+    file: Any = open_file(image)
+    return io.BufferedReader(file, _AHEAD_BYTES) if is_remote(image) else file  # each read of it would be a request
 
 
 def read_image(image: ImageSource) -> bytes:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 192 * 2**20  # of decoded row groups that a process keeps
 LARGEST_GROUP_BYTES = CACHE_BYTES // 4  # of the images of a row group that is read by position
+_DECODING = threading.BoundedSemaphore(4)  # row groups at a time, which are not yet among those that are kept
 _RAY_PACKAGE = "/_ray_pkg_"  # in the name of the folder of a working directory
 _OPEN = 64  # files that a process keeps open
 _K = TypeVar("_K")
@@ -140,8 +141,9 @@ def _read_group(address: str, version: tuple[int, int], group: int, column: str)
         if not is_remote(address):
             check_version(address, version)
         source, metadata = _open_parquet(address, version)
-        file = ParquetFile(source, metadata=metadata, pre_buffer=is_remote(address))  # each thread needs its own
-        return file.read_row_group(group, [column], use_threads=False).column(0)
+        with _DECODING:
+            file = ParquetFile(source, metadata=metadata, pre_buffer=is_remote(address))  # each thread needs its own
+            return file.read_row_group(group, [column], use_threads=False).column(0)
     except ArrowException as error:
         raise ValueError(f"row group {group} cannot be read ({error})") from None
 

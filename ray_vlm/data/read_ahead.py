@@ -15,19 +15,23 @@ from ray_vlm.data.rows import Rows
 from ray_vlm.storage import is_remote
 
 FetchedImages = list[Future[tuple[Image, ...]]] | None  # of each row of a micro-batch
-_THREADS = 16  # requests at once
-_ROWS_AHEAD = 48  # rows whose images are fetched or wait to be decoded
+_REQUESTS = 64  # at once; an image takes two, one after the other
+# Bytes of images that are fetched or wait to be decoded, and the fewest and most rows that they may be.
+_BYTES_AHEAD, _FEWEST_AHEAD, _MOST_AHEAD = 64 * 2**20, 8, 128
 _LOOKED_AT = 64  # rows that show whether images lie in an object store
 
 
 @contextmanager
 def fetch_ahead(rows: Rows, micros: Iterable[MicroBatch]) -> Iterator[Iterator[tuple[MicroBatch, FetchedImages]]]:
-    """Give an iterator of the micro-batches with the futures of their images, which are fetched up to 48 rows ahead;
-    without futures if the images lie on a disk."""
+    """Give an iterator of the micro-batches with the futures of their images, which are fetched ahead; without futures
+    if the images lie on a disk."""
     if not lie_remotely(rows):
         yield ((micro, None) for micro in micros)
         return
-    with ThreadPoolExecutor(_THREADS, "ray-vlm-fetch") as pool:
+    from pyarrow import io_thread_count, set_io_thread_count
+
+    set_io_thread_count(max(io_thread_count(), _REQUESTS))  # so many connections may a client of S3 have
+    with ThreadPoolExecutor(_REQUESTS, "ray-vlm-fetch") as pool:
         try:
             yield _fetch(rows, micros, pool)
         finally:
@@ -38,14 +42,23 @@ def _fetch(
     rows: Rows, micros: Iterable[MicroBatch], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[MicroBatch, FetchedImages]]:
     started: deque[tuple[MicroBatch, list[Future[tuple[Image, ...]]]]] = deque()
-    ahead = 0
+    ahead, limit = 0, _FEWEST_AHEAD
     for micro in micros:
         started.append((micro, [pool.submit(fetch_images, rows, number) for number in micro.rows]))
         ahead += len(micro.rows)
-        while ahead > _ROWS_AHEAD:
-            ahead -= len(started[0][0].rows)
-            yield started.popleft()
+        while ahead > limit:
+            first = started.popleft()
+            ahead -= len(first[0].rows)
+            yield first
+            limit = _count_ahead(first[1])
     yield from started
+
+
+def _count_ahead(fetched: list[Future[tuple[Image, ...]]]) -> int:
+    """Return how many rows to fetch ahead if their images are as large as these."""
+    made = [future.result() for future in fetched if future.done() and future.exception() is None]
+    size = sum(len(image) for images in made for image in images if isinstance(image, bytes)) / max(1, len(made))
+    return int(min(_MOST_AHEAD, max(_FEWEST_AHEAD, _BYTES_AHEAD / max(1.0, size))))
 
 
 def fetch_images(rows: Rows, number: int) -> tuple[Image, ...]:

@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 import pickle
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
@@ -36,7 +35,7 @@ from ray_vlm.data.records import (
 from ray_vlm.data.spec import EncodedRow
 from ray_vlm.data.suspicions import ShardSummary
 from ray_vlm.errors import DataError
-from ray_vlm.storage import Store, replacing
+from ray_vlm.storage import Store, copy_folder, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,7 +55,7 @@ class IndexFolder:
 
     def __init__(self, address: str):
         self.address, self.store = address, Store(address)
-        self._copies = self.store.local or _copy_folder(address)
+        self._copies = self.store.local or copy_folder(address)
 
     def __reduce__(self) -> tuple[type["IndexFolder"], tuple[str]]:
         return IndexFolder, (self.address,)
@@ -111,15 +110,6 @@ class IndexFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, open(temporary, "wb") as file:  # not flushed: a torn file is made again
             file.write(data)
-
-
-def _copy_folder(address: str) -> Path:
-    """Return the folder of this user on this machine for copies from an object store."""
-    folder = Path(tempfile.gettempdir()) / f"ray_vlm-index-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to another user; remove it, or set TMPDIR to another folder")
-    return folder / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

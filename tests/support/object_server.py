@@ -1,19 +1,23 @@
 """An S3 server that only reads: the files of a folder, each request after a pause. It is quicker than moto's, and
-answers many requests at once, so that what is measured is the reader."""
+answers many requests at once, so that what is measured is the reader. It may also answer in pieces, or break off."""
 
 import asyncio
+import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+ROOT = Path(__file__).parents[2]
 _LARGEST_HEAD = 2**16
+PIECE = 2**14  # bytes that are sent at a time
 
 
 async def _answer(folder: Path, pause_s: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer the requests of one connection."""
-    with suppress(asyncio.IncompleteReadError, ConnectionError):
+    with suppress(asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             method, target, _ = head[0].split(" ")
@@ -23,12 +27,19 @@ async def _answer(folder: Path, pause_s: float, reader: asyncio.StreamReader, wr
             if not path.is_file():
                 writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
             else:
-                _send(writer, path, method, fields.get("range", ""))
+                body = _head(writer, path, method, fields.get("range", ""))
+                if "breaks-off" in path.name:
+                    writer.write(body[: len(body) // 2])
+                    break
+                for start in range(0, len(body), PIECE):
+                    writer.write(body[start : start + PIECE])
+                    await writer.drain()
             await writer.drain()
     writer.close()
 
 
-def _send(writer: asyncio.StreamWriter, path: Path, method: str, wanted: str) -> None:
+def _head(writer: asyncio.StreamWriter, path: Path, method: str, wanted: str) -> bytes:
+    """Write the head of an answer, and return its body."""
     about = path.stat()
     first, last = 0, about.st_size - 1
     if wanted:
@@ -40,10 +51,11 @@ def _send(writer: asyncio.StreamWriter, path: Path, method: str, wanted: str) ->
         f'Content-Type: application/octet-stream\r\nETag: "{about.st_mtime_ns:x}"\r\n'
         f"Last-Modified: {formatdate(about.st_mtime, usegmt=True)}\r\n\r\n".encode()
     )
-    if method == "GET":
-        with open(path, "rb") as file:
-            file.seek(first)
-            writer.write(file.read(last - first + 1))
+    if method != "GET":
+        return b""
+    with open(path, "rb") as file:
+        file.seek(first)
+        return file.read(last - first + 1)
 
 
 async def serve(folder: Path, pause_s: float) -> None:
@@ -53,6 +65,20 @@ async def serve(folder: Path, pause_s: float) -> None:
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+
+@contextmanager
+def serving(folder: Path, pause_s: float = 0.0) -> Iterator[dict[str, str]]:
+    """Serve the buckets in a folder from a process of its own, and give the variables that S3 clients read."""
+    command = [sys.executable, "-m", "tests.support.object_server", str(folder), str(pause_s)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+        try:
+            yield keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ray_vlm.data.sources.conversations import chat_record, preference_record, p
 from ray_vlm.data.sources.fields import Row, shown
 from ray_vlm.data.sources.gui import gui_records
 from ray_vlm.data.sources.pieces import PIECE_ROWS, Piece, cut_entries, row_digest
-from ray_vlm.data.sources.tables import names_of_rows, no_rows, open_table
+from ray_vlm.data.sources.tables import ParquetTable, names_of_rows, no_rows, open_table
 from ray_vlm.data.sources.tar import ImageRoot, image_root
 from ray_vlm.errors import ConfigError, DataError, RayVlmError
 
@@ -116,6 +116,11 @@ class SourceReader:
             ]
         if problems:
             raise DataError(problems) if any(self.table.pieces()) else no_rows(source.path)
+
+    def describe_copies(self) -> str | None:
+        """Return a line on the images that an index of the source holds a copy of, or None."""
+        table = None if self.source.format == "coco" else self.table
+        return table.describe_copies() if isinstance(table, ParquetTable) else None
 
     def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
         """Yield the pieces of the source in order, each of up to `rows` rows. Raise `DataError` where the file cannot

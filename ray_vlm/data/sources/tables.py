@@ -43,6 +43,7 @@ from ray_vlm.data.sources.pieces import (
     unreadable_file,
 )
 from ray_vlm.errors import DataError
+from ray_vlm.runs.text import plural
 from ray_vlm.storage import describe_file, open_file, split_options
 
 if TYPE_CHECKING:
@@ -253,6 +254,17 @@ class ParquetTable:
         self.columns: tuple[str, ...] | None = column_names(address, schema)
         self.features = class_features(schema.metadata or {})
         self.ends = tuple(accumulate(num_rows for num_rows, _ in self.groups))
+
+    def describe_copies(self) -> str | None:
+        """Return a line on the images that the index holds a copy of, or None if it holds positions alone."""
+        large = [size for size in self.image_bytes if size > LARGEST_GROUP_BYTES]
+        if not large:
+            return None
+        return (
+            f"{self.address}: the images of {plural(len(large), 'row group')}, {sum(large) / 1e6:,.0f} MB, are copied "
+            f"once into the index (in data.index_dir): a group of more than {LARGEST_GROUP_BYTES / 2**20:.0f} MiB is "
+            "too large to be read for each of its rows. A file with groups of 100 rows, say, needs no copy"
+        )
 
     def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
         """Yield the pieces of the file; nothing is read for them. A change of the file changes all of them."""
