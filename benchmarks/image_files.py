@@ -12,6 +12,8 @@ kB each, in rows of messages: 1.4 GB of them in groups of 50 rows and in one sin
 
 import argparse
 import io
+import re
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,11 @@ import yaml
 from PIL import Image
 
 from benchmarks.figures import figure, report
-from benchmarks.index import Watched, watch
+from benchmarks.index import ROOT, Watched, environment, verb, watch
+from ray_vlm.config.load import load_job
+from ray_vlm.config.paths import absolute_paths
+from ray_vlm.data import inner_images
+from ray_vlm.train.prepare import prepare
 
 IMAGE = (1024, 768)
 DISTINCT = 64  # images that differ; the others differ behind their end marker
@@ -100,16 +106,11 @@ def write_job(folder: Path, rows: Path) -> Path:
     return path
 
 
-def is_training(output: str) -> bool:
-    """Return whether the first step is done and the last one is not, by the lines of the console."""
-    return "\nstep " in output and f"\nstep {STEPS}/" not in output
-
-
 def train(folder: Path, rows: Path, *overrides: str) -> Watched:
     """Index the rows, then train on them with a watch. The driver that indexes is watched too."""
     name = rows.stem
     words = ["train", str(write_job(folder, rows)), "--overwrite", f"run.name={name}", *overrides]
-    watched = watch(words, folder / f"{name}.log", during=lambda output: True, poll_s=0.5)
+    watched = watch(words, folder / f"{name}.log", poll_s=0.5)
     print(f"{name}: {watched.wall_s:.0f} s", flush=True)
     return watched
 
@@ -137,9 +138,55 @@ def memory_figures(folder: Path, num_rows: int) -> list[dict[str, Any]]:
     return figures
 
 
+def said_bytes(job: Path, shuffle: str) -> float:
+    """Return the bytes that a step reads by the words of `--dry-run`."""
+    command = verb("train", str(job), "--dry-run", f"data.shuffle={shuffle}")
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    match = re.search(rf"a step of {ROWS_A_STEP} rows reads about ([\d.,]+) MB", done.stdout + done.stderr)
+    if match is None:
+        raise RuntimeError(f"--dry-run says nothing of bytes: {done.stdout[-3000:]}")
+    return float(match[1].replace(",", "")) * 1e6
+
+
+def read_bytes(job: Path, shuffle: str, steps: int, warm: int) -> float:
+    """Return the bytes of row groups that the loaders of both workers read a step, after some steps. Each has a cache
+    of its own, so one is played after the other."""
+    prepared = prepare(absolute_paths(load_job(str(job), [f"data.shuffle={shuffle}"])))
+    total = 0.0
+    for rank in range(2):
+        inner_images.forget_groups()
+        before = 0
+        for step in range(warm + steps):
+            if step == warm:
+                before = inner_images.read_group_bytes()
+            for micro in prepared.plan.rank_step(step, rank):
+                for row in micro.rows:
+                    for image in prepared.train.records.images(row):
+                        assert not isinstance(image, str | bytes)
+                        inner_images.read_inner(image)
+        total += inner_images.read_group_bytes() - before
+    return total / steps
+
+
+def bytes_figures(folder: Path, num_rows: int) -> list[dict[str, Any]]:
+    """Compare what a step reads with what `--dry-run` says, in the windows that the package chooses and in a full
+    shuffle."""
+    job, epoch = write_job(folder, folder / f"rows-{num_rows}.parquet"), num_rows // ROWS_A_STEP
+    figures = []
+    for name, shuffle, steps, warm in (("windows", "null", epoch, 0), ("a full shuffle", "full", 150, 100)):
+        said, read = said_bytes(job, shuffle), read_bytes(job, shuffle, steps, warm)
+        figures += [
+            figure(f"{name}: bytes that a step of {ROWS_A_STEP} rows reads", read / 1e6, "MB"),
+            figure("  by --dry-run", said / 1e6, "MB"),
+            figure("  distance from it", abs(read / said - 1), "", WITHIN),
+        ]
+    return figures
+
+
 def measure(folder: Path, quick: bool) -> list[dict[str, Any]]:
     """Return all figures, with files in `folder`."""
-    return memory_figures(folder, 1400 if quick else 14_000)
+    num_rows = 3500 if quick else 14_000
+    return memory_figures(folder, num_rows) + bytes_figures(folder, num_rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -50,6 +50,11 @@ def read_group_bytes() -> int:
     return _GROUPS.read_bytes
 
 
+def forget_groups() -> None:
+    """Drop the row groups that this process keeps."""
+    _GROUPS.clear()
+
+
 class _Cache(Generic[_K, _V]):
     """The values that were used last, up to `limit` of their sizes in all. Two threads that need one value wait for the
     one that makes it."""
@@ -59,6 +64,13 @@ class _Cache(Generic[_K, _V]):
         self.read_bytes = self._held = 0
         self._lock = threading.Lock()
         self._values: OrderedDict[_K, Future[_V]] = OrderedDict()
+
+    def clear(self) -> None:
+        """Drop all values that are made."""
+        with self._lock:
+            for key in [key for key, future in self._values.items() if future.done()]:
+                del self._values[key]
+            self._held = 0
 
     def get(self, key: _K, make: Callable[[], _V]) -> _V:
         """Return the value of a key, which `make` makes if it is not here; its errors are not kept."""

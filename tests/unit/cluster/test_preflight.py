@@ -6,6 +6,7 @@ from ray_vlm.cluster.preflight import (
     ClusterDemand,
     Layout,
     build_demand,
+    count_threads,
     cpus_needed,
     expected_resources,
     plan_layout,
@@ -87,3 +88,34 @@ def test_a_cluster_at_rest_is_taken_to_come_to_what_a_job_needs() -> None:
     demand = _demand(num_workers=2, gpus_per_worker=1)
     assert expected_resources({"CPU": 0.0, "memory": 1.0}, demand) == {"CPU": 4.0, "GPU": 2.0, "memory": 1.0}
     assert expected_resources({"CPU": 64.0}, demand, at_once=3) == {"CPU": 64.0, "GPU": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cluster", "at_once", "beside"),
+    [
+        ([{"CPU": 2.0}], {"num_workers": 1}, 1, True),
+        ([{"CPU": 2.0}, {"CPU": 2.0}], {"num_workers": 2}, 1, True),
+        ([{"CPU": 3.0}, {"CPU": 1.0}], {"num_workers": 2}, 1, False),  # the second has a CPU for a worker alone
+        ([{"CPU": 1.0, "GPU": 1.0}, {"CPU": 64.0}], {"num_workers": 1, "gpus_per_worker": 1}, 1, False),
+        ([{"CPU": 16.0, "GPU": 1.0}, {"CPU": 64.0}], {"num_workers": 1, "gpus_per_worker": 1}, 1, True),
+        ([{"CPU": 4.0}], {"num_workers": 1}, 2, True),  # of two runs that share the node, each has half of it
+        ([{"CPU": 3.0}, {"CPU": 1.0}], {"num_workers": 1}, 2, False),
+        ([{"CPU": 4.0}], {"num_workers": [1, 2]}, 1, False),  # workers that come and go
+    ],
+)
+def test_loaders_are_threads_where_their_cpus_are_on_the_nodes_of_the_workers(
+    nodes: list, cluster: dict, at_once: int, beside: bool
+) -> None:
+    total = {name: sum(node.get(name, 0.0) for node in nodes) / at_once for name in ("CPU", "GPU")}
+    layout = plan_layout(ClusterDemand(Cluster(**cluster), 2), total, nodes, at_once)
+    assert layout.beside_workers == beside
+    demands = {loaders: ClusterDemand(Cluster(**cluster), 2, loaders) for loaders in (None, "ray_data", "threads")}
+    small, large = 640 * 480, 1600 * 1200
+    assert count_threads(demands[None], layout, small) == (2 if beside else 0)
+    assert count_threads(demands[None], layout, large) == 0
+    assert count_threads(demands["ray_data"], layout, small) == 0
+    if beside:
+        assert count_threads(demands["threads"], layout, large) == 2
+    else:
+        with pytest.raises(RunError, match=r"data\.loaders=threads: .* CPUs of one node"):
+            plan_layout(demands["threads"], total, nodes, at_once)

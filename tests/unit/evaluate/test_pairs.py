@@ -135,7 +135,7 @@ def test_images_are_named_inside_the_folder_around_them() -> None:
     for images in (("s3://bucket/x.jpg", "s3://butter/x.jpg"), ("/a/x.jpg", "s3://bucket/x.jpg")):
         with pytest.raises(ConfigError, match=r"x\.jpg and .*x\.jpg have no folder in common"):
             name_images([_record(*images)])
-    with pytest.raises(ConfigError, match=r"row 3 \(id 3\): its image is given as bytes"):
+    with pytest.raises(ConfigError, match=r"row 3 \(id 3\): its image has no file of its own"):
         name_images([_record(b"...", number=3)])
 
 
