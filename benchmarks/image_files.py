@@ -138,7 +138,7 @@ def memory_figures(folder: Path, num_rows: int) -> list[dict[str, Any]]:
     return figures
 
 
-def said_bytes(job: Path, shuffle: str) -> float:
+def announced_bytes(job: Path, shuffle: str) -> float:
     """Return the bytes that a step reads by the words of `--dry-run`."""
     command = verb("train", str(job), "--dry-run", f"data.shuffle={shuffle}")
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
@@ -174,11 +174,11 @@ def bytes_figures(folder: Path, num_rows: int) -> list[dict[str, Any]]:
     job, epoch = write_job(folder, folder / f"rows-{num_rows}.parquet"), num_rows // ROWS_A_STEP
     figures = []
     for name, shuffle, steps, warm in (("windows", "null", epoch, 0), ("a full shuffle", "full", 150, 100)):
-        said, read = said_bytes(job, shuffle), read_bytes(job, shuffle, steps, warm)
+        announced, read = announced_bytes(job, shuffle), read_bytes(job, shuffle, steps, warm)
         figures += [
             figure(f"{name}: bytes that a step of {ROWS_A_STEP} rows reads", read / 1e6, "MB"),
-            figure("  by --dry-run", said / 1e6, "MB"),
-            figure("  distance from it", abs(read / said - 1), "", WITHIN),
+            figure("  by --dry-run", announced / 1e6, "MB"),
+            figure("  distance from it", abs(read / announced - 1), "", WITHIN),
         ]
     return figures
 

@@ -325,11 +325,6 @@ def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:
             if key.endswith("image_root") and (below := archive.left_out_below(sent)):
                 part, cause = next(iter(below.items()))
                 report.notes.append(f"{key}: {len(below)} of what is in {sent} is left out, such as {part} by {cause}")
-            elif key.endswith("image_root") and sent in archive.files:
-                report.notes.append(
-                    f"{key}: {sent} is a tar file, of which every node gets a copy with a time of its own, and a run "
-                    f"on several nodes takes these for other files. For such a run give {_SHARED}"
-                )
         elif reason := next(filter(None, map(archive.why_left_out, candidates)), None):
             report.problems.append(f"{key}={value!r} is left out by {reason}. {_take_out(reason)}")
         elif not optional:

@@ -23,7 +23,7 @@ from ray_vlm.data.images import SizeCache
 from ray_vlm.data.measure import NONE_KNOWN, KnownSizes, measure_row
 from ray_vlm.data.parallel import Spread
 from ray_vlm.data.preprocessing import RULES
-from ray_vlm.data.records import BadRow, Record
+from ray_vlm.data.records import BadRow, ImageRange, Record
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.shards import (
     VERSION,
@@ -145,6 +145,8 @@ def _faults(rows: Sequence[Record | BadRow], checked: Sequence[Record | BadRow])
                 faults[""] = None
         elif isinstance(result, BadRow):
             faults |= {image: _stamp(image) for image in read.images if isinstance(image, str)}
+            if any(isinstance(image, ImageRange) for image in read.images):
+                faults[""] = None  # its tar is as it was, but reading from a store may have failed
     return faults
 
 

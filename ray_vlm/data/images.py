@@ -49,9 +49,9 @@ _OTHERS = (
 FETCH_AGAIN = "fetch the file again, or remove the row"
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # the end markers of complete files
 _ORIENTATION = 0x0112
-# Markers of a JPEG: the frame (baseline, extended, progressive), and parts before it that do not change what it shows:
-# JFIF, tables and comments.
-_FRAMES, _HARMLESS = (0xC0, 0xC1, 0xC2), (0xE0, 0xDB, 0xC4, 0xDD, 0xFE)
+# Markers of a JPEG: the frame (baseline, extended, progressive), the first scan, and parts before it that do not change
+# what it shows: JFIF, tables and comments.
+_FRAMES, _SCAN, _HARMLESS = (0xC0, 0xC1, 0xC2), 0xDA, (0xE0, 0xDB, 0xC4, 0xDD, 0xFE)
 _TURNS = {  # EXIF orientation -> the transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -338,13 +338,15 @@ def _is_plain_jpeg(data: bytes, pixels: int) -> bool:
     as an orientation or further pictures. Pillow takes as long for its header as for the rest of a row's work."""
     if not data.startswith(b"\xff\xd8\xff"):
         return False
-    at = 2
+    at, plain = 2, False
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
+        if marker == _SCAN:
+            return plain
         if marker in _FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 5)
-            return data[at + 4] == 8 and data[at + 9] == 3 and 0 < width * height <= pixels
-        if marker not in _HARMLESS:
+            plain = data[at + 4] == 8 and data[at + 9] == 3 and 0 < width * height <= pixels
+        elif marker not in _HARMLESS:
             return False
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return False

@@ -166,7 +166,7 @@ class IndexedRows(Rows):
             digest.update(encoded.values_of("image_runs", local).tobytes())
             digest.update(shard.values_of("sizes", local).tobytes())
             paths = shard.column("paths").take(local).to_pylist()
-            keys = shard.values_of("image_keys", local).tolist()  # for images that are bytes
+            keys = shard.values_of("image_keys", local).tolist()  # for images that have no file of their own
             stamped = [[(path, path and stamps(path)) for path in row_paths] for row_paths in paths]
             names = [shard.column(name).take(local).to_pylist() for name in ("id", "group")]
             digest.update(repr((names, stamped, keys)).encode("utf-8", "surrogateescape"))

@@ -7,6 +7,7 @@ holds a copy of its images.
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,6 +25,7 @@ CACHE_BYTES = 192 * 2**20  # of decoded row groups that a process keeps
 LARGEST_GROUP_BYTES = CACHE_BYTES // 4  # of the images of a row group that is read by position
 _DECODING = threading.BoundedSemaphore(4)  # row groups at a time, which are not yet among those that are kept
 _RAY_PACKAGE = "/_ray_pkg_"  # in the name of the folder of a working directory
+_CHECKED_S = 60.0  # between two looks at a file in an object store, which are requests
 _OPEN = 64  # files that a process keeps open
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -32,6 +34,7 @@ _V = TypeVar("_V")
 def read_inner(image: InnerImage) -> bytes:
     """Return the bytes of an image inside a file. Raise `OSError` or `ValueError` if they cannot be read, also if the
     file has changed since it was indexed. Threads may call it at once."""
+    _check_again(image.address, image.version, int(time.monotonic() / _CHECKED_S))
     if isinstance(image, ImageRange):
         data = _open_ranges(image.address, image.version)(image.start, image.length)
         if len(data) != image.length:
@@ -117,13 +120,19 @@ def _compare(address: str, now: tuple[int, ...], version: tuple[int, int]) -> No
 
 
 @lru_cache(maxsize=_OPEN)
+def _check_again(address: str, version: tuple[int, int], period: int) -> None:
+    """Check a file of an object store once in a period; one of a disk is checked at each read."""
+    if is_remote(address):
+        check_version(address, version)
+
+
+@lru_cache(maxsize=_OPEN)
 def _open_ranges(address: str, version: tuple[int, int]) -> Callable[[int, int], bytes]:
     """Return a function that reads bytes of a file, given their start and number."""
     if not is_remote(address):
         with open_file(address) as opened:
             file = _Descriptor(os.dup(opened.fileno()), address, version)
         return file.read
-    check_version(address, version)
     remote: NativeFile = open_file(address)
     return lambda start, length: remote.read_at(length, start)
 
@@ -165,6 +174,5 @@ def _open_parquet(address: str, version: tuple[int, int]) -> "tuple[str | Native
     """Return what a Parquet file is opened from, which threads may share, and its footer."""
     from pyarrow.parquet import ParquetFile
 
-    check_version(address, version)
     source: Any = open_file(address) if is_remote(address) else local_path(address)
     return source, ParquetFile(source).metadata

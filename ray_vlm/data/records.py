@@ -64,6 +64,15 @@ class LocatedBytes(bytes):
         return LocatedBytes, (bytes(self), self.location)
 
 
+def plain_bytes(value: Any) -> Any:
+    """Return a cell with the bytes in it without their location, as users' functions and the index take it."""
+    if isinstance(value, LocatedBytes):
+        return bytes(value)
+    if isinstance(value, dict):
+        return {name: plain_bytes(part) for name, part in value.items()}
+    return [plain_bytes(part) for part in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class SftRecord:
     """An example with its right answer.

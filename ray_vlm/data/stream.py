@@ -22,7 +22,7 @@ from ray_vlm.cluster.environment import Environment
 from ray_vlm.data.backpressure import AT_ONCE, WindowFeeder, keep_fed, start_thread, take_planned
 from ray_vlm.data.images import ImageSpec
 from ray_vlm.data.plan import MicroBatch, Plan
-from ray_vlm.data.read_ahead import FetchedImages, fetch_ahead
+from ray_vlm.data.read_ahead import FetchedImages, fetch_ahead, lie_remotely
 from ray_vlm.data.records import Image, Record
 from ray_vlm.data.rows import Rows, make_row
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
@@ -72,8 +72,8 @@ def make_rows(
     replace_unreadable: bool = False,
     fetched: FetchedImages = None,
 ) -> list[Sample]:
-    """Return the rows of a micro-batch; nothing is trained of those of a padding micro-batch. `fetched`: of
-    `fetch_ahead`."""
+    """Return the rows of a micro-batch; nothing is trained of those of a padding micro-batch. `fetched`: the images of
+    each row, if they are fetched ahead."""
     images: Sequence[Future[tuple[Image, ...]] | None] = fetched or [None] * len(micro.rows)
     samples = [
         make_row(builder, rows, number, replace_unreadable, future)
@@ -91,27 +91,33 @@ def stream_local(spec: StreamSpec, threads: int = 1) -> Generator[list[Sample]]:
     """
     micros = (spec.plan.micro_batch(number, spec.rank) for number in range(spec.first, spec.last))
     size = max(1, int(min(_CALL_ROWS, _CALL_BYTES / max(spec.row_bytes, 1.0)) / spec.plan.rows_at_once))
-    with fetch_ahead(spec.rows, micros) as planned, ThreadPoolExecutor(threads, "ray-vlm-loader") as pool:
+    # One thread plans, since an order that is made at the beginning of an epoch would hold up the trainer.
+    with (
+        fetch_ahead(spec.rows, micros, lie_remotely(spec.rows)) as planned,
+        ThreadPoolExecutor(1, "ray-vlm-planner") as planner,
+        ThreadPoolExecutor(threads, "ray-vlm-loader") as pool,
+    ):
 
         def start(calls: int) -> None:
             for _ in range(calls):
-                if some := list(islice(planned, size)):
-                    started.append(pool.submit(make, some))
+                started.append(pool.submit(make, planner.submit(lambda: list(islice(planned, size)))))
 
-        def make(some: Sequence[tuple[MicroBatch, FetchedImages]]) -> list[list[Sample]]:
+        def make(some: Future[list[tuple[MicroBatch, FetchedImages]]]) -> list[list[Sample]]:
             builder = load_sample_builder(spec.spec)
-            return [make_rows(builder, spec.rows, micro, spec.replace_unreadable, fetched) for micro, fetched in some]
+            return [
+                make_rows(builder, spec.rows, micro, spec.replace_unreadable, fetched)
+                for micro, fetched in some.result()
+            ]
 
         started: deque[Future[list[list[Sample]]]] = deque()
         try:
             start(threads + math.ceil(PREFETCH_MICRO_BATCHES / size))
-            while started:
-                made = started.popleft().result()
+            while made := started.popleft().result():
                 start(1)
                 yield from made
         finally:
-            for future in started:
-                future.cancel()
+            planner.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def stream_ray(
@@ -231,14 +237,14 @@ class _Loader:
         torch.set_num_threads(1)
         _keep_memory()
         self.rows, self.spec, self.first = rows, spec, first
-        self.replace_unreadable, self.gate = replace_unreadable, gate
+        self.replace_unreadable, self.gate, self.remote = replace_unreadable, gate, lie_remotely(rows)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator["pyarrow.Table"]:
         first, last = (self.first + int(batch["id"][end]) for end in (0, -1))
         for start in range(first, last + 1, AT_ONCE):
             planned = take_planned(self.gate, start, min(start + AT_ONCE, last + 1), begun=start > first)
             builder = load_sample_builder(self.spec)
-            with fetch_ahead(self.rows, planned) as fetching:
+            with fetch_ahead(self.rows, planned, self.remote) as fetching:
                 for number, (micro, fetched) in enumerate(fetching, start):
                     yield pack(number, make_rows(builder, self.rows, micro, self.replace_unreadable, fetched))
 

@@ -232,8 +232,9 @@ def _read_table(address: str, fields: Mapping[str, Any], task: str, root: ImageR
             options = {"task": task_id, "step": steps[task_id] if task_id else 0}
             steps[task_id] += 1
         try:
-            options["names"] = tuple(map(str, _list_images(cells.get(column))))
-            images = tuple(find_image(root, image) for image in options["names"])
+            listed = _list_images(cells.get(column))
+            options["names"] = tuple(f"row {number}" if isinstance(image, bytes) else str(image) for image in listed)
+            images = tuple(image if isinstance(image, bytes) else find_image(root, str(image)) for image in listed)
             inputs.append(Input(Ask(images, {**fields, **_read_fields(cells, task)}, name), **options))
         except ValueError as error:
             inputs.append(Input(Ask((), {}, name), str(error), **options))
@@ -241,12 +242,14 @@ def _read_table(address: str, fields: Mapping[str, Any], task: str, root: ImageR
 
 
 def _list_images(value: object) -> list[Any]:
-    """Return the images of a cell: a name, a list of names, or such a list as JSON text."""
+    """Return the images of a cell, names or bytes: one, an object with `bytes` or `path` as `datasets` writes it, a
+    list of these, or a list of names as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = from_json(value, "images")
     if is_empty(value):
         raise ValueError("its cell of images is empty")
-    return list(value) if isinstance(value, list | tuple) else [value]
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    return [(image.get("bytes") or image.get("path")) if isinstance(image, dict) else image for image in listed]
 
 
 def _read_fields(cells: Mapping[str, Any], task: str) -> dict[str, Any]:

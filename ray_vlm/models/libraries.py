@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ray_vlm.machine import count_threads
 
@@ -35,10 +36,12 @@ _LOUD = (
     *("bitsandbytes", "bitsandbytes.cextension", "bitsandbytes.backends.cpu.ops"),
 )
 
-# What the libraries import while they load, and this package never uses through them: TRL's tracker, Accelerate's
-# dialogue for SageMaker, and what `torch.compile` needs. bitsandbytes compiles the kernels of devices that have none of
-# their own, if it can; those for CPUs and NVIDIA GPUs are not compiled.
-_UNUSED = ("wandb", "boto3", "torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx")
+# What the libraries import while they load, and this package never uses through them: TRL's tracker and Accelerate's
+# dialogue for SageMaker. And what `torch.compile` needs, which PEFT brings in with bitsandbytes: that compiles the
+# kernels of devices that have none of their own, if it can; those for CPUs and NVIDIA GPUs are not compiled. TRL
+# imports vLLM, if it is installed, which needs them.
+_UNUSED = ("wandb", "boto3")
+_COMPILER = ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx")
 
 
 class _ErrorsOnly(logging.Filter):
@@ -124,7 +127,8 @@ def prepare_process(seed: int, cpus: float, in_ray: bool) -> None:
     quiet_libraries()
     with training_imports():
         import_transformers()
-        import peft  # noqa: F401
+        with hidden(*_COMPILER):
+            import peft  # noqa: F401
         import torch
         import transformers
 
@@ -148,7 +152,18 @@ def import_transformers() -> None:
     with hidden("scipy"):
         import transformers.loss.loss_utils
     is_available.cache_clear()
+    if is_available():
+        for name, module in list(sys.modules.items()):
+            if name.startswith("transformers.loss.") and not hasattr(module, "linear_sum_assignment"):
+                module.linear_sum_assignment = _assign  # type: ignore[attr-defined]
     import transformers.modeling_utils  # noqa: F401
+
+
+def _assign(*args: Any, **options: Any) -> Any:
+    """Call SciPy's `linear_sum_assignment`, for whoever trains a detector of transformers later in this process."""
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(*args, **options)
 
 
 def list_models_once() -> None:

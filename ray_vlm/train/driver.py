@@ -19,6 +19,7 @@ from ray_vlm.data.balance import describe_balance
 from ray_vlm.data.index import ROWS_VERSION, share_plan
 from ray_vlm.data.measure import NONE_KNOWN
 from ray_vlm.data.parts import Parts
+from ray_vlm.data.plan_files import hash_values, values_of
 from ray_vlm.data.rows import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.stream import mean_bytes, mean_pixels
@@ -187,6 +188,13 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
     paths.publish(paths.balance)
 
 
+def _fingerprint_rows(prepared: Prepared, version: int) -> str:
+    """Return the fingerprint of the training rows, and with windows of what is read together: the same rows in other
+    row groups have another order."""
+    rows, units = prepared.train.fingerprint(version), prepared.plan.unit_starts
+    return rows if units is None or not prepared.plan.window else f"{rows}-{hash_values(values_of(units))[:8]}"
+
+
 def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> None:
     """Launch the workers and record how the run ended."""
     job, rows = prepared.job, prepared.train.records
@@ -199,7 +207,7 @@ def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> No
         eval=prepared.eval.records if prepared.eval else None,
         attempt=last_attempt(paths),
         driver=this_process(),
-        rows=prepared.train.fingerprint(_rows_version(paths)),
+        rows=_fingerprint_rows(prepared, _rows_version(paths)),
         row_bytes=mean_bytes(rows, load_sample_builder(prepared.spec).image_spec),
         image_pixels=mean_pixels(rows),
         probe=prepared.probe,

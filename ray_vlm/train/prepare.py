@@ -84,7 +84,7 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
 
 
 def _plan_order(job: JobConfig, train: Index, balance: Balance) -> tuple[JobConfig, Plan, str]:
-    """Return the job with its shuffle, which the places of the images decide if the job leaves it open, the plan, and a
+    """Return the job with its shuffle, which depends on where the images lie if the job leaves it open, the plan, and a
     line on the shuffle."""
     units, named, factors = train.units(), job.data.shuffle, balance.repeat_factors
     shuffle = named or choose_shuffle(units, len(train), CACHE_BYTES)

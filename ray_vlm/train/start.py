@@ -74,4 +74,6 @@ def open_stream(spec: WorkerSpec, replaces_bad_rows: bool, context: DistributedC
     )
     if not context.ray or spec.threads or first >= last:
         return stream_local(stream, max(1, spec.threads))
+    import ray.data  # noqa: F401  (here, not in the stream's thread, beside which libraries are hidden)
+
     return StartedStream(stream_ray(stream, spec.num_loaders, spec.cpus_per_loader, spec.environment))

@@ -5,7 +5,6 @@ is (arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-co
 the heads are read. Of a batch that is cut, a piece reads the texts and bytes of its own rows alone.
 """
 
-import logging
 import mmap
 import struct
 from bisect import bisect_right
@@ -32,7 +31,6 @@ from ray_vlm.storage import describe_file, open_file
 if TYPE_CHECKING:
     from pyarrow import Array, Buffer, RecordBatch
 
-_logger = logging.getLogger(__name__)
 _MAGIC, _OLD_FEATHER = b"ARROW1", b"FEA1"
 _FILE_START = 8  # bytes before the stream in an IPC file
 _GOES_ON = b"\xff\xff\xff\xff"  # before the size of a head; writers before Arrow 0.15 left it out
@@ -96,12 +94,15 @@ class ArrowTable:
             self.dictionaries = [dictionaries] * len(batches)
         self.batches = batches
         self.ends = tuple(accumulate(message.num_rows for message in batches))
-        if self.binary and any(message.is_compressed for message in batches):
-            _logger.info(
-                "%s is compressed, so the index holds a copy of images inside it; of a file that is not compressed it "
-                "holds their positions alone",
-                self.address,
-            )
+
+    def describe_copies(self) -> str | None:
+        """Return a line on the images that the index holds a copy of, or None if it holds positions alone."""
+        if not self.binary or not any(message.is_compressed for message in self.batches):
+            return None
+        return (
+            f"{self.address} is compressed, so images inside it are copied into the index (in data.index_dir); of a "
+            "file that is not compressed it holds their positions alone"
+        )
 
     def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
         """Yield the pieces of the file; nothing is read for them. A change of the file changes all of them."""

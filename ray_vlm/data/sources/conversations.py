@@ -7,7 +7,7 @@ function raises `ValueError` with the problem and its fix.
 import re
 from typing import Any
 
-from ray_vlm.data.records import Box, Image, Point, PreferenceRecord, PromptRecord, SftRecord
+from ray_vlm.data.records import Box, Image, Point, PreferenceRecord, PromptRecord, SftRecord, plain_bytes
 from ray_vlm.data.sources import fields
 from ray_vlm.data.sources.fields import Row, shown
 from ray_vlm.tasks.answers import IMAGE, Turns
@@ -119,7 +119,8 @@ def prompt_record(row: Row) -> PromptRecord:
     pictures = _pictures(row, turns, inline)
     prompt_columns = ("prompt", "problem") if fields.is_empty(row.cells.get("prompt")) else ("prompt",)
     used = {*prompt_columns, *_NOT_COLUMNS, *row.source.columns.values()}
-    columns = {name: value for name, value in row.cells.items() if name not in used or name in _extra_names(row)}
+    extra = _extra_names(row)
+    columns = {name: plain_bytes(v) for name, v in row.cells.items() if name not in used or name in extra}
     return PromptRecord(row.id, row.number, pictures, (), _insert_image_tags(turns, len(pictures)), columns, row.group)
 
 

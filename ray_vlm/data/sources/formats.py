@@ -18,6 +18,7 @@ from ray_vlm.config.data import Source
 from ray_vlm.config.paths import import_function
 from ray_vlm.data.records import BadRow, Record, SftRecord
 from ray_vlm.data.sources import fields
+from ray_vlm.data.sources.arrow import ArrowTable
 from ray_vlm.data.sources.coco import read_coco
 from ray_vlm.data.sources.conversations import chat_record, preference_record, prompt_record, read_objects
 from ray_vlm.data.sources.fields import Row, shown
@@ -120,7 +121,7 @@ class SourceReader:
     def describe_copies(self) -> str | None:
         """Return a line on the images that an index of the source holds a copy of, or None."""
         table = None if self.source.format == "coco" else self.table
-        return table.describe_copies() if isinstance(table, ParquetTable) else None
+        return table.describe_copies() if isinstance(table, ParquetTable | ArrowTable) else None
 
     def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
         """Yield the pieces of the source in order, each of up to `rows` rows. Raise `DataError` where the file cannot

@@ -279,7 +279,8 @@ class ParquetTable:
         try:
             while row < end:
                 for batch in self._batches(row, end):
-                    rows += rows_of_batch(batch, row, self.features, self._locate)
+                    decoded = sum(batch.column(name).nbytes for name in self.binary) / max(1, batch.num_rows)
+                    rows += rows_of_batch(batch, row, self.features, partial(self._locate, decoded))
                     row += batch.num_rows
         except (OSError, ValueError, ImportError, ArrowException) as error:
             raise unreadable_file(self.address, error) from None
@@ -311,10 +312,11 @@ class ParquetTable:
         with open_file(self.address) as opened, parquet.ParquetFile(opened, buffer_size=2**20) as file:
             yield from file.iter_batches(batch_rows, row_groups=[number])
 
-    def _locate(self, cells: dict[str, Any], row: int) -> None:
-        """Give the images among the cells their position in the file, unless their group is too large for that."""
+    def _locate(self, row_bytes: float, cells: dict[str, Any], row: int) -> None:
+        """Give the images among the cells their position in the file, unless their group is too large for that.
+        `row_bytes`: of the images of a row here, which a dictionary in the file may hold once for many rows."""
         number = bisect_right(self.ends, row)
-        if self.image_bytes[number] > LARGEST_GROUP_BYTES:
+        if max(self.image_bytes[number], row_bytes * self.groups[number][0]) > LARGEST_GROUP_BYTES:
             return
         cell = ImageCell(self.address, self.version, number, row - self.ends[number] + self.groups[number][0], "")
         for column in self.binary:
@@ -326,13 +328,13 @@ def _in_column(cell: ImageCell, column: str, item: int) -> ImageCell:
 
 
 def _image_bytes(metadata: "FileMetaData", columns: Collection[str]) -> tuple[int, ...]:
-    """Return the decoded bytes of some columns in each row group."""
+    """Return the bytes of some columns in each row group, before compression; what a dictionary holds counts once."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     return tuple(
         sum(
             chunk.total_uncompressed_size
             for chunk in map(group.column, range(group.num_columns))
-            if chunk.path_in_schema.split(".")[0] in columns
+            if any(f"{chunk.path_in_schema}.".startswith(f"{column}.") for column in columns)
         )
         for group in groups
     )

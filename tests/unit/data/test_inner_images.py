@@ -132,6 +132,65 @@ def test_a_group_too_large_to_keep_is_copied_into_the_index(
     assert "in data.index_dir" in caplog.text
 
 
+def test_the_limit_counts_decoded_bytes(
+    tmp_path: Path, index_of: Callable[..., Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary holds an image that many rows show once, and the name of a column may have dots."""
+    monkeypatch.setattr(tables, "LARGEST_GROUP_BYTES", 20 * len(_png(0)))
+    pq.write_table(pa.table({"observation.image": [_png(0)] * 60}), tmp_path / "icons.parquet")
+    table = tables.ParquetTable(str(tmp_path / "icons.parquet"))
+    assert table.image_bytes[0] < tables.LARGEST_GROUP_BYTES
+    (_, cells), *_ = table.read(next(table.pieces()))
+    assert type(cells["observation.image"]) is bytes, "60 of them are above the limit"
+    pq.write_table(pa.table({"observation.image": [_png(i) for i in range(60)]}), tmp_path / "photos.parquet")
+    table = tables.ParquetTable(str(tmp_path / "photos.parquet"))
+    assert table.image_bytes[0] > tables.LARGEST_GROUP_BYTES
+
+
+def test_other_columns_of_bytes_reach_the_reward_functions_as_bytes(
+    tmp_path: Path, tiny_models: dict[str, str]
+) -> None:
+    rows = [
+        {"prompt": "<image>What?", "images": [_png(i)], "mask": b"12", "more": [{"bytes": _png(i), "path": None}]}
+        for i in range(3)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), ChatTask(), (), kind="prompt")
+    source = Source(path=str(tmp_path / "rows.parquet"), format="prompt", columns={"mask": "mask", "more": "more"})
+    index = build_index(source, Data(), load_sample_builder(spec), str(tmp_path / "index"))
+    columns = index.records[1].columns
+    assert columns["mask"] == b"12"
+    assert type(columns["mask"]) is bytes
+    assert type(columns["more"][0]["bytes"]) is bytes
+    assert read_inner(index.records[1].images[0]) == _png(1)
+
+
+def test_a_member_of_a_tar_that_could_not_be_read_once_is_read_again(
+    tmp_path: Path, index_of: Callable[..., Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_vlm.data import images
+
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for number in range(3):
+            (tmp_path / "a.png").write_bytes(_png(number))
+            tar.add(tmp_path / "a.png", f"{number}.png")
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Noise."}]
+    rows = [{"id": str(i), "image": f"{i}.png", "conversations": turns} for i in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    root = str(tmp_path / "photos.tar")
+    source = Source(path=str(tmp_path / "rows.json"), format="llava", image_root=root)
+
+    def fail(image: ImageRange) -> bytes:
+        if image.name == "1.png":
+            raise OSError("timeout")
+        return read_inner(image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "read_inner", fail)
+        assert [bad.row for bad in index_of(source, on_bad_row="quarantine").bad] == [1]
+    assert not index_of(source, on_bad_row="quarantine").bad
+
+
 def test_a_file_that_changes_is_refused(tmp_path: Path, index_of: Callable[..., Index]) -> None:
     source = _write(tmp_path / "rows.parquet", [_row(i) for i in range(12)])
     index = index_of(source)
@@ -229,6 +288,19 @@ def test_plain_jpegs_are_decoded_as_pillow_decodes_them() -> None:
                     results.append(type(error))
             assert type(results[0]) is type(results[1])
             assert results[0] is results[1] or np.array_equal(*results)
+
+
+def test_a_jpeg_that_is_turned_behind_its_frame_is_left_to_pillow() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(file, "JPEG")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    part = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    data = file.getvalue()
+    scan = data.index(b"\xff\xda")
+    turned = data[:scan] + b"\xff\xe1" + (len(part) + 2).to_bytes(2, "big") + part + data[scan:]
+    assert np.array_equal(decode(turned), decode(data)[::-1, ::-1])
+    assert np.array_equal(decode(turned, 1600, fast=True), decode(turned))
 
 
 def test_a_jpeg_larger_than_its_row_says_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:

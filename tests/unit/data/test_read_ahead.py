@@ -15,11 +15,10 @@ from PIL import Image
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import Model
 from ray_vlm.config.task import ChatTask
-from ray_vlm.data import read_ahead
 from ray_vlm.data import rows as data_rows
 from ray_vlm.data.parts import build_index
 from ray_vlm.data.plan import Plan
-from ray_vlm.data.read_ahead import fetch_ahead, lie_remotely
+from ray_vlm.data.read_ahead import count_ahead, fetch_ahead, lie_remotely
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.data.stream import StreamSpec, stream_local
@@ -104,12 +103,12 @@ def test_few_rows_are_ahead_if_their_images_are_large(monkeypatch: pytest.Monkey
         future.set_result((bytes(size),))
         return future
 
-    assert read_ahead._count_ahead([done(2**20)] * 2) == 64
-    assert read_ahead._count_ahead([done(2**26)]) == 8
-    assert read_ahead._count_ahead([done(10)]) == 128
+    assert count_ahead([done(2**20)] * 2, before=8) == 64
+    assert count_ahead([done(2**26)], before=64) == 8
+    assert count_ahead([done(10)], before=8) == 128
     failed: Future = Future()
     failed.set_exception(OSError())
-    assert read_ahead._count_ahead([failed, Future()]) == 128
+    assert count_ahead([failed, Future()], before=17) == 17, "nothing is known yet"
 
 
 def test_a_consumer_that_leaves_ends_the_threads(bucket: Path, spec: SampleSpec, tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_a_consumer_that_leaves_ends_the_threads(bucket: Path, spec: SampleSpec,
 
     stream = _stream("s3://photos/rows.json", spec, tmp_path)
     micros = (stream.plan.micro_batch(number, 0) for number in range(stream.last))
-    with fetch_ahead(stream.rows, micros) as fetching:
+    with fetch_ahead(stream.rows, micros, remote=True) as fetching:
         next(fetching)
     until = time.monotonic() + 5
     while (

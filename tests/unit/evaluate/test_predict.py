@@ -5,8 +5,10 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from ray_vlm.data.draw import draw_values
 from ray_vlm.data.images import read_image
@@ -47,6 +49,16 @@ def test_results_name_images_as_they_were_given(photos: Path) -> None:
     assert cells[:3] == ["photos/a b.png", "photos/c.png", "photos/c.png"]
     assert json.loads(cells[3]) == ["photos/a b.png", "photos/c.png"]
     assert cells[4:] == ["../out.png", ""]
+
+
+def test_images_may_lie_in_the_table_itself(photos: Path) -> None:
+    data = (photos / "photos" / "c.png").read_bytes()
+    rows = [{"images": [{"bytes": data, "path": "c.png"}]}, {"images": [{"bytes": None, "path": "photos/c.png"}]}]
+    parquet.write_table(pa.Table.from_pylist(rows), "rows.parquet")
+    inside, beside = read_inputs(["rows.parquet"], "?", "chat")
+    assert inside.error is beside.error is None
+    assert (inside.names, beside.names) == (("row 0",), ("photos/c.png",))
+    assert build_question(inside.ask, 0, "chat", 10**6).images == (data,)
 
 
 def test_images_of_a_table_may_lie_in_a_tar(photos: Path) -> None:

@@ -105,3 +105,15 @@ def test_distributions_are_those_of_the_complete_table() -> None:
         assert known[name] == list(dict.fromkeys(complete[name]))
     with pytest.raises(KeyError):
         known["no_such_package"]
+
+
+def test_a_detector_of_transformers_can_be_trained_later_in_the_process() -> None:
+    """SciPy is hidden while the losses load, and found when one of them needs it."""
+    script = (
+        "from ray_vlm.models.libraries import import_transformers; import_transformers(); import sys; "
+        "before = 'scipy.optimize' in sys.modules; import numpy as np; "
+        "from transformers.loss.loss_for_object_detection import linear_sum_assignment; "
+        "print(before, [list(map(int, part)) for part in linear_sum_assignment(np.array([[2, 1], [1, 2]]))])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == "False [[0, 1], [1, 0]]"
