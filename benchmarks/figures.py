@@ -15,13 +15,23 @@ def figure(name: str, value: float, unit: str, bar: float | None = None, most: b
     return {"name": name, "value": plain, "unit": unit, "bar": bar, "ok": bool(ok)}
 
 
+def report_against(compare: Callable[[Sequence[Path], bool], Sequence[dict[str, Any]]]) -> None:
+    """Report the figures of `compare(checkouts, quick)`; the checkouts are given by `--against`, once for each."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--against", type=Path, action="append", default=[])
+    own, rest = parser.parse_known_args()
+    report(lambda quick: compare(own.against, quick), rest, about=sys.modules[compare.__module__].__doc__)
+
+
 def report(
     measure: Callable[[bool], Sequence[dict[str, Any]]],
     argv: Sequence[str] | None = None,
     full: Callable[[], Sequence[dict[str, Any]]] | None = None,
+    about: str | None = None,
 ) -> None:
-    """Run `measure(quick)`, or `full()` for `--full`, print the figures, and exit with 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=sys.modules[measure.__module__].__doc__)
+    """Run `measure(quick)`, or `full()` for `--full`, print the figures, and exit with 1 if a bar is missed. `about`:
+    the text of `--help`, by default that of the module of `measure`."""
+    parser = argparse.ArgumentParser(description=about or sys.modules[measure.__module__].__doc__)
     parser.add_argument("--quick", action="store_true", help="a shorter run")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     if full is not None:

@@ -6,7 +6,6 @@ the same interpreter. Other programs make a start longer and never shorter, and 
 of each checkout the run with the least CPU time counts.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.figures import figure, report
+from benchmarks.figures import figure, report_against
 from ray_vlm.demo.shapes import draw
 
 ROOT = Path(__file__).parents[1]
@@ -154,16 +153,5 @@ def compare(others: list[Path], runs: int) -> list[dict[str, Any]]:
     return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--against", type=Path, action="append", default=[])
-    own, rest = parser.parse_known_args()
-
-    def measure(quick: bool) -> list[dict[str, Any]]:
-        return compare(own.against, _QUICK_RUNS if quick else _RUNS)
-
-    report(measure, rest)
-
-
 if __name__ == "__main__":
-    main()
+    report_against(lambda checkouts, quick: compare(checkouts, _QUICK_RUNS if quick else _RUNS))

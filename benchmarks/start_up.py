@@ -5,7 +5,6 @@ machine; the job trains the tiny model in 4 bit with one Ray worker and one load
 this package, which alternates with this one under the same interpreter.
 """
 
-import argparse
 import os
 import shutil
 import socket
@@ -23,7 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.figures import figure, report
+from benchmarks.figures import figure, report_against
 from ray_vlm.demo.shapes import draw
 from ray_vlm.runs.monitor import read_metrics
 
@@ -183,16 +182,5 @@ def compare(others: list[Path], pairs: int) -> list[dict[str, Any]]:
     return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--against", type=Path, action="append", default=[])
-    own, rest = parser.parse_known_args()
-
-    def measure(quick: bool) -> list[dict[str, Any]]:
-        return compare(own.against, 1 if quick else 3)
-
-    report(measure, rest)
-
-
 if __name__ == "__main__":
-    main()
+    report_against(lambda checkouts, quick: compare(checkouts, 1 if quick else 3))

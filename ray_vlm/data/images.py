@@ -318,9 +318,10 @@ def decode(source: ImageSource, pixels: int = 0, fast: bool = False) -> np.ndarr
     if data is not None and _is_plain_jpeg(data, pixels) and (decoded := _decode_jpeg(data)) is not None:
         return decoded
     with open_image(source if data is None else data) as file, _open(file) as opened:
-        plain = opened.format == "JPEG" and opened.mode == "RGB" and _orientation(opened) == 1
-        if data is not None and plain and (decoded := _decode_jpeg(data)) is not None:
-            return decoded
+        if data is not None and opened.format == "JPEG" and opened.mode == "RGB" and _orientation(opened) == 1:
+            decoded = _decode_jpeg(data)
+            if decoded is not None:
+                return decoded
         opened.load()
         turn = _TURNS.get(_orientation(opened))  # not `exif_transpose`, which rewrites all other EXIF and may fail
         image: Image.Image = opened if turn is None else opened.transpose(turn)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the upright original image
@@ -62,6 +63,11 @@ class LocatedBytes(bytes):
 
     def __reduce__(self) -> tuple[type["LocatedBytes"], tuple[bytes, InnerImage]]:
         return LocatedBytes, (bytes(self), self.location)
+
+
+def hash_bytes(data: bytes) -> int:
+    """Return a hash of 64 bits, by which equal bytes are found."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def plain_bytes(value: Any) -> Any:

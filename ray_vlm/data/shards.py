@@ -6,7 +6,6 @@ Nothing is written twice under one name with another content, so files are share
 """
 
 import ctypes
-import hashlib
 import io
 import json
 import mmap
@@ -31,6 +30,7 @@ from ray_vlm.data.records import (
     PromptRecord,
     Record,
     SftRecord,
+    hash_bytes,
 )
 from ray_vlm.data.spec import EncodedRow
 from ray_vlm.data.suspicions import ShardSummary
@@ -388,7 +388,7 @@ def _group_of(image: Image) -> tuple[str, tuple[int, int], int] | None:
 @lru_cache(maxsize=64)
 def _hash_group(group: object) -> int:
     text = repr(group).encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
+    return hash_bytes(text) or 1
 
 
 def _pack_image(image: Image) -> str | tuple[Any, ...] | None:
@@ -479,7 +479,7 @@ def image_key(image: Image) -> int:
     """Return a hash of an image's path or bytes, by which equal ones are found; of its position, if it has no bytes."""
     name = image if isinstance(image, str) else repr(image)
     data = image if isinstance(image, bytes) else name.encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return hash_bytes(data)
 
 
 def content_of(record: Record) -> tuple[Any, ...]:
@@ -491,4 +491,4 @@ def row_digest(record: Record) -> int:
     """Return a hash of what a row teaches: its id, position, names and sizes of images, and content."""
     names = [image_key(i) if isinstance(i, bytes) else os.path.basename(str(i)) for i in record.images]
     text = repr((record.id, record.row, names, record.sizes, list(content_of(record))))
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return hash_bytes(text.encode("utf-8", "surrogateescape"))

@@ -198,16 +198,15 @@ def task_size(spec: StreamSpec) -> int:
     return max(1, int(min(rows, _TASK_BYTES / max(spec.row_bytes, 1.0)) / spec.plan.rows_at_once))
 
 
-def mean_bytes(records: Sequence[Record], image_spec: ImageSpec, sample: int = 500) -> float:
-    """Return the mean bytes of a row's pixels over evenly spaced records."""
-    some = records[:: max(1, len(records) // sample)]
-    sides = [image_spec.place(size).resized for record in some for size in record.sizes]
-    return sum(3.0 * width * height for width, height in sides) / max(1, len(some))
+def mean_bytes(records: Sequence[Record], image_spec: ImageSpec) -> float:
+    """Return the mean bytes of a row's pixels over some records."""
+    sides = [image_spec.place(size).resized for record in records for size in record.sizes]
+    return sum(3.0 * width * height for width, height in sides) / max(1, len(records))
 
 
-def mean_pixels(records: Sequence[Record], sample: int = 500) -> float:
-    """Return the mean pixels of the images of evenly spaced records, before resizing."""
-    sizes = [size for record in records[:: max(1, len(records) // sample)] for size in record.sizes]
+def mean_pixels(records: Sequence[Record]) -> float:
+    """Return the mean pixels of the images of some records, before resizing."""
+    sizes = [size for record in records for size in record.sizes]
     return sum(float(width * height) for width, height in sizes) / max(1, len(sizes))
 
 

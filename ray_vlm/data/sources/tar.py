@@ -6,7 +6,6 @@ import io
 import tarfile
 from array import array
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from posixpath import normpath
 from typing import Any, BinaryIO
@@ -16,7 +15,7 @@ import numpy as np
 
 from ray_vlm.config.data import Source
 from ray_vlm.data.image_paths import check_name, local_root, resolve_image
-from ray_vlm.data.records import ImageRange
+from ray_vlm.data.records import ImageRange, hash_bytes
 from ray_vlm.errors import DataError
 from ray_vlm.storage import describe_file, is_remote, local_path, open_file, split_address, split_options
 
@@ -205,7 +204,7 @@ def _plain_name(name: str) -> str | None:
 
 
 def _hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return hash_bytes(name.encode("utf-8", "surrogateescape"))
 
 
 def _length(member: tarfile.TarInfo) -> int:
