@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Two processes share the tests out; all that need a Ray cluster stay in one of them (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo demo-all test test-all test-versions test-oldest test-newest lint docs docs-check site clean
+.PHONY: demo demo-all test test-all test-real test-versions test-oldest test-newest lint docs docs-check site clean
 
 demo: $(READY)
 	$(BIN)/ray-vlm demo
@@ -21,6 +21,16 @@ test: $(READY) lint
 
 test-all: $(READY) lint
 	$(PYTEST)
+
+# Real images through `datasets`: scikit-image's photos and scikit-learn's digits. They are set up apart from .venv,
+# since transformers imports scikit-learn wherever it is installed, which takes a second.
+test-real: $(READY) .venv/real-data
+	PYTHONPATH=.venv/real-data $(BIN)/python -m pytest -m slow tests/integration/test_real_datasets.py
+
+.venv/real-data: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ scikit-image scikit-learn \
+		joblib threadpoolctl narwhals cloudpickle lazy-loader imageio tifffile networkx
+	@touch $@
 
 # The tests that tests/versions.txt names, with the lowest versions that pyproject.toml allows and with the newest.
 test-versions: test-oldest test-newest

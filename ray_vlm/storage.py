@@ -12,12 +12,15 @@ import io
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 WEB = ("http", "https", "ftp", "ftps")  # schemes that are never opened
 _BLOCK = 2**23  # bytes that are copied at a time
+_LISTED_FILES = 16  # that many in one folder of an object store are described by one listing
+_REQUESTS = 32  # to an object store at a time
 _PATIENCE_S = 60.0  # of retries for an object store that has answered before; pyarrow itself gives up after 6 s
 _PASSING = re.compile(r"NETWORK|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|TIMEOUT|status 5\d\d")
 _T = TypeVar("_T")
@@ -102,6 +107,10 @@ def _file_system(scheme: str, server: str, options: str) -> "tuple[FileSystem, s
         raise io.UnsupportedOperation(f"{scheme}:// addresses are not read; download the file and give its path")
     from pyarrow.fs import FileSystem
 
+    if scheme == "hf":
+        from ray_vlm.hub_system import hub_file_system
+
+        return hub_file_system(), server
     try:
         return FileSystem.from_uri(f"{scheme}://{server}/{options}")
     except ValueError as error:  # pyarrow's ArrowInvalid
@@ -122,9 +131,19 @@ def open_file(address: str) -> BinaryIO:
     Raise `OSError` if it cannot be read, `ValueError` if no file can have that name.
     """
     if not is_remote(address):
-        return open(address if address.startswith("/") else local_path(address), "rb")
+        return open(address if address.startswith("/") else local_path(address), "rb", opener=_open_regular)
     system, path = _locate(address)
     return system.open_input_file(path)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file of this machine. Raise `OSError` for a pipe or a device: a name in a data file may lead to one."""
+    number = os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for a writer; files are read as ever
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` refuses folders
+        return number
+    os.close(number)
+    raise OSError("a pipe or a device, which has no end and cannot be read twice")
 
 
 def read_bytes(address: str) -> bytes:
@@ -141,8 +160,89 @@ def describe_file(address: str) -> tuple[str, int, int]:
         about = os.stat(local_path(address))
         return name, about.st_size, about.st_mtime_ns
     system, path = _locate(address)
+    if address.startswith("hf://"):
+        from ray_vlm.hub_system import describe_hub_file
+
+        return name, *describe_hub_file(system, path)
     info = system.get_file_info(path)
     return name, info.size or 0, info.mtime_ns or 0
+
+
+class FolderEntry(NamedTuple):
+    """A file or a folder inside a folder: its path in that, its bytes, and the time of its last change (ns)."""
+
+    name: str
+    is_file: bool
+    size: int
+    changed: int
+
+
+def kind_of(address: str) -> Literal["file", "folder"] | None:
+    """Return what is at a path or an address, or None for nothing. Raise `OSError` if that cannot be seen, and
+    `ValueError` if nothing can have that name."""
+    if not is_remote(address):
+        try:
+            mode = os.stat(local_path(address)).st_mode
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # a pattern may be long
+                return None
+            raise
+        return "folder" if stat.S_ISDIR(mode) else "file"
+    from pyarrow.fs import FileType
+
+    system, path = _locate(address)
+    kinds: dict[FileType, Literal["file", "folder"]] = {FileType.File: "file", FileType.Directory: "folder"}
+    return kinds.get(system.get_file_info(path.rstrip("/")).type)
+
+
+def list_folder(address: str, recursive: bool = False) -> list[FolderEntry]:
+    """Return what lies in a folder or below an address, sorted by name; nothing if it does not exist.
+
+    `recursive`: also what lies in its folders, in an object store alone. Raise `OSError` if it cannot be listed.
+    """
+    if not is_remote(address):
+        with suppress(FileNotFoundError), os.scandir(local_path(address)) as entries:
+            return sorted(FolderEntry(entry.name, not entry.is_dir(), 0, 0) for entry in entries)
+        return []
+    from pyarrow.fs import FileSelector
+
+    system, path = _locate(address)
+    infos = system.get_file_info(FileSelector(path.rstrip("/"), recursive=recursive, allow_not_found=True))
+    start = len(path.strip("/")) + 1
+    return sorted(
+        FolderEntry(info.path.strip("/")[start:], info.is_file, info.size or 0, info.mtime_ns or 0) for info in infos
+    )
+
+
+def describe_files(addresses: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Return bytes and time of the last change of files, as `describe_file` does, None for one that cannot be
+    described. Of many files in one folder of an object store a listing tells them, whose times may be finer."""
+    folders: dict[str, int] = {}
+    for address in filter(is_remote, addresses):
+        if address.startswith("hf://"):  # where listings have no times
+            continue
+        folder = split_address(address)[0]
+        folders[folder] = folders.get(folder, 0) + 1
+    listed: dict[str, dict[str, tuple[int, int]]] = {}
+    for folder, count in folders.items():
+        if count >= _LISTED_FILES:
+            with suppress(OSError, ValueError, ImportError):
+                listed[folder] = {entry.name: entry[2:] for entry in list_folder(folder) if entry.is_file}
+
+    def describe(address: str) -> tuple[int, int] | None:
+        if is_remote(address):
+            folder, name = split_address(address)
+            if folder in listed:
+                return listed[folder].get(name)
+        try:
+            return describe_file(address)[1:]
+        except (OSError, ValueError, ImportError):
+            return None
+
+    if len(addresses) == 1 or not folders:
+        return list(map(describe, addresses))
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(describe, addresses))
 
 
 def stamp_file(path: str) -> tuple[int, int] | None:
@@ -311,7 +411,7 @@ class Store:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file beside `path`, and rename it to `path` after the body, which writes it. If the
     body does not end normally, the file at `path` stays as it is."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")  # threads may write one file
     try:
         yield temporary
         os.replace(temporary, path)

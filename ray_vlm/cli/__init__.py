@@ -175,9 +175,10 @@ def _config(args: argparse.Namespace) -> None:
         from ray_vlm.config.paths import absolute_paths
         from ray_vlm.data.inspect.preview import describe_prepared
         from ray_vlm.data.samples import load_sample_builder
+        from ray_vlm.data.sources.detect import settle_formats
         from ray_vlm.train.prepare import prepare
 
-        prepared = prepare(absolute_paths(job))
+        prepared = prepare(settle_formats(absolute_paths(job)))
         builder = load_sample_builder(prepared.spec)
         print(describe_prepared(prepared.train, prepared.plan, builder, prepared.balance, prepared.shuffle))
         print("\n".join(["", *(f"note: {note}" for note in prepared.notes), "# all settings, defaults written out"]))
@@ -216,9 +217,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _pairs(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
+    from ray_vlm.data.sources.detect import settle_formats
     from ray_vlm.evaluate.pairs import make_pairs
 
-    job = absolute_paths(load_job(args.job, args.overrides))
+    job = settle_formats(absolute_paths(load_job(args.job, args.overrides)))
     make_pairs(job, args.adapter, args.part, args.output, overwrite=args.overwrite)
 
 

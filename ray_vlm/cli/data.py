@@ -1,4 +1,4 @@
-"""`ray-vlm data`: check, measure and preview a job's rows before training."""
+"""`ray-vlm data`: check, measure and preview a job's rows before training, and write them in another format."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from ray_vlm.cli.parser import job_verb
 
 
 def add_data_verbs(verbs: argparse._SubParsersAction) -> None:
-    """Add `ray-vlm data check|stats|preview|index`."""
+    """Add `ray-vlm data check|stats|preview|index|convert`."""
     data = verbs.add_parser("data", help="check a job's rows, measure them, and preview them as the model sees them")
     actions = data.add_subparsers(metavar="ACTION", required=True)
     check = job_verb(actions, "check", "read every row of every source; exit code 1 if any is bad", _data_check)
@@ -25,6 +25,29 @@ def add_data_verbs(verbs: argparse._SubParsersAction) -> None:
     index.add_argument(
         "--prune", action="store_true", help="then delete what belongs to changed or deleted sources or other versions"
     )
+    _add_convert(actions)
+
+
+def _add_convert(actions: argparse._SubParsersAction) -> None:
+    convert = job_verb(actions, "convert", "write a job's rows and images in another format", _data_convert)
+    convert.add_argument(
+        "--to",
+        nargs=2,
+        required=True,
+        metavar=("FORMAT", "OUT"),
+        help="the format, one of data.train.format, and a folder that is new or empty",
+    )
+    parts, modes = ("train", "eval", "test"), ("copy", "link", "inside")
+    convert.add_argument("--part", choices=parts, default="train", help="which rows (default: train)")
+    convert.add_argument(
+        "--images",
+        choices=modes,
+        default="copy",
+        help="copy image files (default), make hard links to them, or write them into the Parquet file of hf_objects",
+    )
+    convert.add_argument(
+        "--allow-loss", action="store_true", help="also write what the format does not hold completely"
+    )
 
 
 def _row_count(text: str) -> int:
@@ -39,9 +62,10 @@ def _data_check(args: argparse.Namespace) -> int:
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.inspect.check import check_sources, describe_check, describe_shares, write_bad_rows
     from ray_vlm.data.parts import build_indexer
+    from ray_vlm.data.sources.detect import settle_formats
     from ray_vlm.data.spec import sample_spec
 
-    job, checks = absolute_paths(load_job(args.job, args.overrides)), []
+    job, checks = settle_formats(absolute_paths(load_job(args.job, args.overrides)), raise_faults=False), []
     indexer = build_indexer(job.data, job.run.output_dir, job.task.name, build_demand(job))
     for check in check_sources(job.data, sample_spec(job), indexer, args.decode):
         print(describe_check(check), flush=True)
@@ -57,8 +81,9 @@ def _data_stats(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.inspect.stats import describe_stats, draw_stats, measure_rows
+    from ray_vlm.data.sources.detect import settle_formats
 
-    job = absolute_paths(load_job(args.job, args.overrides))
+    job = settle_formats(absolute_paths(load_job(args.job, args.overrides)))
     stats = measure_rows(job)
     print(describe_stats(stats))
     picture = draw_stats(stats, f"{Path(args.job).name}: {stats.parts['train'][0]:,} training rows")
@@ -70,9 +95,10 @@ def _data_preview(args: argparse.Namespace) -> None:
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.inspect.preview import build_panels, choose_rows, describe_choice, describe_rows, draw_sheet
     from ray_vlm.data.samples import load_sample_builder
+    from ray_vlm.data.sources.detect import settle_formats
     from ray_vlm.train.prepare import prepare
 
-    prepared = prepare(absolute_paths(load_job(args.job, args.overrides)))
+    prepared = prepare(settle_formats(absolute_paths(load_job(args.job, args.overrides))))
     train, builder = prepared.train, load_sample_builder(prepared.spec)
     chosen = choose_rows(*train.kinds, args.rows)
     print(describe_rows(train, builder, chosen))
@@ -87,8 +113,9 @@ def _data_index(args: argparse.Namespace) -> None:
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.build import prune
     from ray_vlm.data.parts import load_parts
+    from ray_vlm.data.sources.detect import settle_formats
 
-    job = absolute_paths(load_job(args.job, args.overrides))
+    job = settle_formats(absolute_paths(load_job(args.job, args.overrides)))
     named = [name for name in ("train", "eval", "test") if getattr(job.data, name) is not None]
     quarantined = job.model_copy(update={"data": job.data.model_copy(update={"on_bad_row": "quarantine"})})
     parts = load_parts(quarantined, named)
@@ -102,6 +129,18 @@ def _data_index(args: argparse.Namespace) -> None:
     if args.prune:
         count, size = prune(folder)
         print(f"pruned: {count:,} files, {size / 1e6:,.1f} MB")
+
+
+def _data_convert(args: argparse.Namespace) -> None:
+    from ray_vlm.config.load import load_job
+    from ray_vlm.config.paths import absolute_paths
+    from ray_vlm.data.sources.convert import check_format, convert
+    from ray_vlm.data.sources.detect import settle_formats
+
+    format, folder = args.to
+    check_format(format)
+    job = settle_formats(absolute_paths(load_job(args.job, args.overrides)))
+    print(convert(job, format, folder, args.part, args.images, args.allow_loss).describe())
 
 
 def _write_picture(png: bytes, args: argparse.Namespace, kind: str, output_dir: str) -> None:

@@ -67,11 +67,12 @@ def _heaviest(job: "JobConfig") -> "RowSize":
     """Return the size of the training row with the most tokens."""
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.samples import load_sample_builder
+    from ray_vlm.data.sources.detect import settle_formats
     from ray_vlm.train.memory_plan import row_size
     from ray_vlm.train.prepare import prepare
 
     unfitted = job.model_copy(update={"train": job.train.model_copy(update={"memory": None, "probe": False})})
-    prepared = prepare(absolute_paths(unfitted))
+    prepared = prepare(settle_formats(absolute_paths(unfitted)))
     return row_size(prepared.train, int(prepared.train.tokens.argmax()), load_sample_builder(prepared.spec))
 
 

@@ -14,7 +14,11 @@ def add_predict_verb(verbs: argparse._SubParsersAction) -> None:
         "model or a base, each a folder or a name on the hub; or a job file, for its base",
     )
     predict.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="images, folders of images, or tables with a column"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="images, folders of images, or rows with a column of images: a table, a pattern or a folder of shards, or "
+        "a tar of WebDataset",
     )
     predict.add_argument("--output", required=True, metavar="PATH", help="results, .jsonl or .csv")
     predict.add_argument("--draw", metavar="FOLDER", help="folder for copies of the images with the answers drawn")

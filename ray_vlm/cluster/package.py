@@ -22,9 +22,11 @@ from zipfile import ZipFile, ZipInfo
 
 from ray_vlm import __version__
 from ray_vlm.config.load import dump_job
-from ray_vlm.config.paths import check_output_dir, is_hub_name
+from ray_vlm.config.paths import check_output_dir, is_hub_data_set, is_hub_name
+from ray_vlm.config.row_files import is_pattern, match_files, split_pattern
+from ray_vlm.config.row_folders import files_of_folder
 from ray_vlm.config.schema import Data, JobConfig, Model
-from ray_vlm.errors import ConfigError
+from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.storage import is_absolute
 
 if TYPE_CHECKING:
@@ -315,14 +317,18 @@ def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:
     """Check the paths in a job: rows, images, base, adapter and modules. `job_file`: its path in the folder."""
     report = PathReport()
     beside = os.path.dirname(job_file)
-    for key, value, optional in _job_inputs(job.data, job.model):
+    for key, value, optional, split in _job_inputs(job.data, job.model):
         if is_absolute(value):
             if "://" not in value:
                 report.expected.append(f"{value} ({key})")
             continue
         candidates = [os.path.normpath(os.path.join(base, value)) for base in ("", beside)]
-        if sent := next(filter(archive.holds, candidates), None):
-            if key.endswith("image_root") and (below := archive.left_out_below(sent)):
+        is_rows = key.endswith(".path")
+        files = next(filter(None, (_rows_of(archive, name, split) for name in candidates if is_rows)), None)
+        if files:
+            _check_rows(key, value, files, archive, report)
+        elif sent := next(filter(archive.holds, candidates), None):
+            if not key.startswith("model.") and (below := archive.left_out_below(sent)):
                 part, cause = next(iter(below.items()))
                 report.notes.append(f"{key}: {len(below)} of what is in {sent} is left out, such as {part} by {cause}")
         elif reason := next(filter(None, map(archive.why_left_out, candidates)), None):
@@ -338,6 +344,37 @@ def check_job(job: JobConfig, job_file: str, archive: Archive) -> PathReport:
             if (archive.folder / name).is_file() and (reason := archive.why_left_out(name)):
                 report.problems.append(f"{name}, the module of a function in the job, is left out by {reason}.")
     return report
+
+
+def _rows_of(archive: Archive, path: str, split: str | None) -> list[str]:
+    """Return the files of rows that a pattern or a folder stands for, relative to the archive's folder, if any of them
+    is in it; those outside have their full path."""
+    full = archive.folder / path
+    try:
+        if full.is_dir():
+            files = files_of_folder(str(full), split)
+        else:
+            files = match_files(str(full)).files if is_pattern(path) and not full.exists() else ()
+    except (DataError, OSError, ValueError):  # a folder of another kind; the command names what is wrong with it
+        return []
+    inside = {file: name for file in files if (name := name_in_folder(file, archive.folder)) is not None}
+    return [inside.get(file, file) for file in files] if inside else []
+
+
+def _check_rows(key: str, value: str, files: Sequence[str], archive: Archive, report: PathReport) -> None:
+    """Report files of rows that are left out of a pattern or a folder: the cluster would read fewer rows."""
+    if outside := next(filter(is_absolute, files), None):
+        report.problems.append(
+            f"{key}={value!r}: {outside} is not in {archive.folder}, which is what the cluster gets. Put it there, or "
+            f"give {_SHARED}."
+        )
+    lost = {name: reason for name in files if (reason := archive.why_left_out(name))}
+    if lost:
+        name, reason = next(iter(lost.items()))
+        report.problems.append(
+            f"{key}={value!r}: {len(lost)} of its {len(files)} files are left out, such as {name} by {reason}. "
+            f"{_take_out(reason)}"
+        )
 
 
 def check_results(verb: str, words: Mapping[str, Any], output_dir: str | None) -> PathReport:
@@ -359,19 +396,24 @@ def check_results(verb: str, words: Mapping[str, Any], output_dir: str | None) -
     )
 
 
-def _job_inputs(data: Data, model: Model) -> Iterator[tuple[str, str, bool]]:
-    """Yield the key and value of each path that a job reads, and whether it may be something else than a file there."""
+def _job_inputs(data: Data, model: Model) -> Iterator[tuple[str, str, bool, str | None]]:
+    """Yield the key and value of each path that a job reads, whether it may be something else than a file there, and of
+    rows their split."""
     sources: list[tuple[str, Source | None]] = [("data.train", data.train), ("data.eval", data.eval)]
     sources += [("data.test", data.test), *((f"data.mix[{i}]", source) for i, source in enumerate(data.mix))]
     for key, source in sources:
         if source is None or not source.path or source.create:  # generated rows are generated on the cluster too
             continue
-        yield f"{key}.path", source.path, False
-        if source.image_root or (os.path.dirname(source.path) and not is_absolute(source.path)):
-            yield f"{key}.image_root", source.image_root or os.path.dirname(source.path), not source.image_root
-    yield "model.name", model.name, True
+        for path in source.paths:
+            yield f"{key}.path", path, is_hub_data_set(path), source.split
+        paths = [path for path in source.paths if not is_hub_data_set(path)]
+        first = paths[0] if paths else ""
+        beside = split_pattern(first)[0] if is_pattern(first) else os.path.dirname(first)
+        if source.image_root or (beside and not is_absolute(first)):
+            yield f"{key}.image_root", source.image_root or beside, not source.image_root, None
+    yield "model.name", model.name, True, None
     if model.adapter:
-        yield "model.adapter", model.adapter, True
+        yield "model.adapter", model.adapter, True, None
 
 
 def _modules(value: object) -> Iterator[str]:

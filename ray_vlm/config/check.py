@@ -21,7 +21,7 @@ def _sources(data: Data) -> list[Source]:
 
 
 def _same_rows(a: Source | None, b: Source | None) -> bool:
-    return a is not None and b is not None and bool(a.path) and a.path == b.path and not _may_be_disjoint(a, b)
+    return a is not None and b is not None and bool(a.path) and a.reads_as(b) and not _may_be_disjoint(a, b)
 
 
 def _may_be_disjoint(a: Source, b: Source) -> bool:
@@ -79,10 +79,16 @@ RULES: list[Rule] = [
     ),
     (
         lambda j: any(
-            s.format != "gui_csv" and (s.task_start or s.task_end or s.max_tasks) is not None for s in _sources(j.data)
+            s.format not in ("gui_csv", "auto") and (s.task_start or s.task_end or s.max_tasks) is not None
+            for s in _sources(j.data)
         ),
         ("data",),
         "task_start, task_end and max_tasks choose among the tasks of a gui_csv. Remove them, or use max_rows.",
+    ),
+    (
+        lambda j: any(s.create is not None and len(s.paths) > 1 for s in _sources(j.data)),
+        ("data",),
+        "`create` makes one file, and `path` names several. Name one, or give each an entry of data.mix.",
     ),
     (
         lambda j: j.data.condition_weights is not None and j.task.name != "classification",

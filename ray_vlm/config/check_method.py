@@ -28,11 +28,22 @@ TASK_METRICS = {
 FORMAT_TASKS = {
     "coco": "detection",
     "objects": "detection",
+    "yolo": "detection",
+    "voc": "detection",
+    "label_studio": "detection",
+    "labelme": "detection",
+    "cvat": "detection",
+    "hf_objects": "detection",
     "image_csv": "classification",
+    "image_folder": "classification",
     "gui_csv": "gui_steps",
     "llava": "chat",
     "messages": "chat",
+    "openai": "chat",
+    "query_response": "chat",
+    "alpaca": "chat",
 }
+PROMPT_FORMATS = ("prompt", "rec")  # prompts for GRPO, with columns for its rewards and no truth of a task
 
 
 def _has_reference(method: Method) -> bool:
@@ -80,7 +91,7 @@ def known_metrics(method: Method, task: str, held_out: Source | None) -> tuple[s
     metrics = METHOD_METRICS[method.name]
     if isinstance(method, GrpoMethod) and not method.num_generations_eval:
         metrics = tuple(name for name in metrics if name != "sampled_reward")
-    measured = method.name != "dpo" and not (held_out is not None and held_out.format == "prompt")
+    measured = method.name != "dpo" and not (held_out is not None and held_out.format in PROMPT_FORMATS)
     return (*metrics, *TASK_METRICS[task]) if measured else metrics
 
 
@@ -90,7 +101,7 @@ def known_formats(method: str, task: str, part: str) -> tuple[str, ...]:
     own = tuple(name for name, its_task in FORMAT_TASKS.items() if its_task == task)
     if part == "test" or method == "sft":
         return own
-    return ("preference",) if method == "dpo" else (*own, "prompt")
+    return ("preference",) if method == "dpo" else (*own, *PROMPT_FORMATS)
 
 
 def check_method(job: JobConfig) -> Broken:
@@ -106,7 +117,8 @@ def _check_formats(data: Data, method: str, task: str) -> Broken:
     parts = {"train": (data.train, *data.mix), "eval": (data.eval,), "test": (data.test,)}
     for part, sources in parts.items():
         known = known_formats(method, task, part)
-        if wrong := sorted({s.format for s in sources if s is not None and s.path and s.format not in known}):
+        formats = {s.format for s in sources if s is not None and s.path}
+        if wrong := sorted(formats - {*known, "auto"}):
             yield (
                 f"data.{part}.format",
                 f"{', '.join(wrong)} holds no rows for {method} of {task}. Use one of: {', '.join(known)}.",
@@ -129,7 +141,7 @@ def _check_weights(data: Data, method: Method) -> Broken:
                 "the weights apply to the plain loss; loss_type and label smoothing do not use them. Remove one of the "
                 "two.",
             )
-    made = {s.format for s in (data.train, *data.mix) if s is not None} & {"preference", "prompt"}
+    made = {s.format for s in (data.train, *data.mix) if s is not None} & {"preference", *PROMPT_FORMATS}
     if made and data.oversample is not None:
         yield "data.oversample", f"rows of {', '.join(sorted(made))} have no classes. Remove it, or weight the sources."
 

@@ -6,16 +6,51 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_vlm.config.section import Count, Largest, Section
 
+FormatName = Literal[
+    "auto",
+    "coco",
+    "yolo",
+    "voc",
+    "label_studio",
+    "labelme",
+    "cvat",
+    "hf_objects",
+    "objects",
+    "image_csv",
+    "image_folder",
+    "gui_csv",
+    "llava",
+    "messages",
+    "openai",
+    "query_response",
+    "alpaca",
+    "preference",
+    "prompt",
+    "rec",
+]
+
 
 class Source(Section):
     """A source of rows."""
 
-    path: str = Field("", description="The file with the rows: a path, or an address such as s3://bucket/rows.jsonl.")
+    path: str | tuple[str, ...] = Field(
+        "",
+        description="The rows: a file, a list of files, a glob, a folder of shards or of `save_to_disk`, an address "
+        "such as s3://bucket/rows.jsonl, or a data set on the hub as `owner/name`.",
+    )
+    split: str | None = Field(
+        None,
+        description="The split of what has several: a hub data set, `save_to_disk`, a folder of shards or of classes, "
+        "YOLO, Pascal VOC, CVAT. null: `train`, or all rows where there are no splits.",
+    )
+    config: str | None = Field(None, description="Hub data sets: the configuration, where there are several.")
+    revision: str | None = Field(None, description="Hub data sets: a branch, a tag or a commit. null: `main`.")
     ratio: float | None = Field(
         None, gt=0, lt=1, description="Instead of `path`, for eval and test: this share of the training rows."
     )
-    format: Literal["coco", "llava", "messages", "objects", "image_csv", "gui_csv", "preference", "prompt"] = Field(
-        "coco", description="Format of the rows."
+    format: FormatName = Field(
+        "auto",
+        description="Format of the rows. `auto`: the one that the files look like; it is printed, with the reason.",
     )
     image_root: str | None = Field(
         None,
@@ -35,13 +70,13 @@ class Source(Section):
     )
     box_frame: Literal["image", "listed"] | None = Field(
         None,
-        description="COCO: the pixels of the boxes if the file lists another size than the upright image has: those of "
-        "the `image`, or of the `listed` size. null: such rows are bad.",
+        description="Files that list the size of an image: the pixels of the boxes if the upright image has another "
+        "size: those of the `image`, or of the `listed` size. null: such rows are bad.",
     )
     crowds: Literal["skip", "objects"] | None = Field(
         None,
-        description="COCO: whether crowd annotations (`iscrowd: 1`) are skipped or used as objects. null: skipped, but "
-        "refused if they are most of a class.",
+        description="`coco` and `hf_objects`: whether crowd annotations (`iscrowd: 1`) are skipped or used as objects. "
+        "null: skipped, but of `coco` refused if they are most of a class.",
     )
     weight: float = Field(
         1.0, gt=0, description="How often a training row of this source is shown in an epoch, on average."
@@ -53,6 +88,34 @@ class Source(Section):
         None, description="`module:function` that creates the file at `path` if it is missing; for demos."
     )
     max_rows: Count | None = Field(None, description="Use only the first rows.")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _list_as_tuple(cls, value: object) -> object:
+        """Convert a list of files, as YAML has it. Refuse other values in one line, not one a form."""
+        names = value if isinstance(value, list | tuple) else [value]
+        if not names or not all(isinstance(name, str) and (name or names is not value) for name in names):
+            raise ValueError("a path, or a list of at least one path, none of them empty")
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What `path` names: one file, folder or data set, or those of a list."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def name(self) -> str:
+        """The source in messages: its path, or the first one of a list and how many there are more."""
+        first, *more = self.paths
+        return f"{first} and {len(more)} more" if more else first
+
+    def reads_as(self, other: "Source") -> bool:
+        """Whether both read the same files, whatever they select of the rows."""
+
+        def read(source: Source) -> tuple[object, ...]:
+            return source.paths, source.split or "train", source.config, source.revision or "main"
+
+        return read(self) == read(other)
 
     @field_validator("task_start", "task_end", mode="before")
     @classmethod

@@ -142,7 +142,12 @@ def parse_yaml(
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
-        raise ConfigError(f"{where}: not valid YAML ({str(reason)[:200]}). Correct that line.") from None
+        fix = (
+            "Put quotes around a value that begins with `*`"
+            if "undefined alias" in str(reason)
+            else "Correct that line"
+        )
+        raise ConfigError(f"{where}: not valid YAML ({str(reason)[:200]}). {fix}.") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -191,7 +196,8 @@ def _apply_override(values: dict, locations: SourceLocations, override: str) -> 
         return [f"override {_short(override)}: write it as section.key=value, such as train.learning_rate=2e-4."]
     parts, text = setting
     try:
-        value, _ = _construct(text)
+        # `*.jsonl` is a pattern here: there is nothing that an alias of YAML could stand for.
+        value = text if text.startswith("*") else _construct(text)[0]
     except (yaml.YAMLError, RecursionError, OverflowError, ValueError):
         return [f"override {_short(override)}: the value is not valid YAML; quote it."]
     for depth, part in enumerate(parts[:-1]):

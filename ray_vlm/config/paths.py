@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ray_vlm.config.data import Source
+from ray_vlm.config.row_files import ROW_SUFFIXES, is_pattern, match_files, split_suffix
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
 from ray_vlm.storage import full_address, is_absolute, local_path
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_DATA_SUFFIXES = (*ROW_SUFFIXES, ".tar", ".tgz", ".xml", ".yaml", ".yml", ".txt", ".zip", ".tfrecord")
 _job_folder: str | None = None
 _missing: set[str] = set()  # names that are in neither folder, as absolute paths in the current one
 
@@ -41,17 +43,27 @@ def resolve_paths(job: JobConfig, job_file: str | Path) -> JobConfig:
     _missing.clear()
 
     def resolve(name: str) -> str:
-        if is_absolute(name) or os.path.exists(name) or not os.path.exists(beside / name):
+        if is_absolute(name) or _exists(name) or not _exists(str(beside / name)):
             return name
         return str(beside / name)
 
     def resolve_file(name: str) -> str:
         resolved = resolve(name)
-        if not is_absolute(name) and not os.path.exists(resolved):
+        if not is_absolute(name) and not _exists(resolved):
             _missing.add(str(Path(name).absolute()))
         return resolved
 
-    return _replace_inputs(job, resolve_file, resolve, resolve_file)
+    return _replace_inputs(job, resolve_file, resolve_file, resolve, resolve_file)
+
+
+def _exists(name: str) -> bool:
+    """Return whether a local name stands for a file or a folder, or is a pattern that a file matches."""
+    if os.path.exists(name):
+        return True
+    try:
+        return is_pattern(name) and bool(match_files(name).files)
+    except (OSError, ValueError):
+        return False
 
 
 def absolute_paths(job: JobConfig) -> JobConfig:
@@ -69,20 +81,32 @@ def absolute_paths(job: JobConfig) -> JobConfig:
         "train": job.train.model_copy(update={"vision_cache": cache and local_path(cache)}),
         "run": job.run.model_copy(update={"output_dir": full_address(address)}),
     }
-    return _replace_inputs(job.model_copy(update=changes), full_address, _absolute_folder, _absolute_folder)
+    job = job.model_copy(update=changes)
+    return _replace_inputs(job, _absolute_rows, full_address, _absolute_folder, _absolute_folder)
+
+
+def _absolute_rows(name: str) -> str:
+    """Return the absolute path of rows; a data set on the hub keeps its name."""
+    return name if is_hub_data_set(name) else full_address(name)
 
 
 def _replace_inputs(
-    job: JobConfig, rows: Callable[[str], str], base: Callable[[str], str], adapter: Callable[[str], str]
+    job: JobConfig,
+    rows: Callable[[str], str],
+    images: Callable[[str], str],
+    base: Callable[[str], str],
+    adapter: Callable[[str], str],
 ) -> JobConfig:
-    """Return the job with other names of what it reads. `rows`, `base` and `adapter` return the new name of a file or
-    folder of rows, of `model.name` and of `model.adapter`."""
+    """Return the job with other names of what it reads. `rows`, `images`, `base` and `adapter` return the new name of
+    files of rows, of a folder of images, of `model.name` and of `model.adapter`."""
 
     def source(value: Source | None) -> Source | None:
         if value is None or not value.path:
             return value
-        root = rows(value.image_root) if value.image_root else None
-        return value.model_copy(update={"path": rows(value.path), "image_root": root})
+        root = images(value.image_root) if value.image_root else None
+        paths = tuple(map(images if value.create else rows, value.paths))  # what is created is a file
+        path = paths[0] if isinstance(value.path, str) else paths
+        return value.model_copy(update={"path": path, "image_root": root})
 
     data: dict[str, Any] = {name: source(getattr(job.data, name)) for name in ("train", "eval", "test")}
     data["mix"] = tuple(source(value) for value in job.data.mix)
@@ -110,6 +134,14 @@ def check_output_dir(address: str, name: str = "run.output_dir") -> list[str]:
 def is_hub_name(name: str) -> bool:
     """Whether a name may be a repository on the Hugging Face hub, `owner/name`."""
     return _HUB_NAME.fullmatch(name) is not None
+
+
+def is_hub_data_set(path: str) -> bool:
+    """Whether a path of rows may be a data set on the Hugging Face hub: `owner/name`, and nothing here by that name. A
+    name with the suffix of a data file, such as data/rows.csv, is a file that is missing."""
+    suffix, packed = split_suffix(path)
+    is_file = packed or suffix in _DATA_SUFFIXES
+    return is_hub_name(path) and not is_file and not os.path.exists(path)
 
 
 def describe_search(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ray_vlm.config.data import Data
+from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import ConfigError
 
@@ -30,6 +30,7 @@ MAY_CHANGE = (
     *("evaluate.asynchronous", "evaluate.engine", "evaluate.num_replicas", "evaluate.memory"),
 )
 _DECIDED = "data.shuffle"  # null in the job: as the run has it
+_FORMAT = re.compile(r"data\.(train|eval|test|mix\.\d+)\.format")  # `auto` in the job: as the run has it
 # Paths may differ, as in each Ray job's copy of the folder: rows and base are compared by content elsewhere.
 _MAY_MOVE = re.compile(r"model\.(name|adapter)|data\.(train|eval|mix\.\d+)\.(path|image_root)")
 
@@ -39,6 +40,7 @@ def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = _flat(old), _flat(new)
     if after.get(_DECIDED) is None:
         after[_DECIDED] = before.get(_DECIDED)
+    after |= {k: before[k] for k, v in after.items() if v == "auto" and k in before and _FORMAT.fullmatch(k)}
     return [
         f"--resume: `{key}` was {before.get(key)!r} and is now {after.get(key)!r}. It decides what is learned, so it "
         "stays as it was; start a new run to change it."
@@ -62,6 +64,26 @@ def keep_shuffle(old: Mapping[str, Any], job: JobConfig) -> JobConfig:
             f"--resume: the resolved job of the run has data.shuffle={value!r}, which was altered. Set data.shuffle."
         ) from None
     return job.model_copy(update={"data": job.data.model_copy(update={"shuffle": shuffle})})
+
+
+def keep_formats(old: Mapping[str, Any], job: JobConfig) -> JobConfig:
+    """Return a job that resumes one, as `dump_job` returned it, with the formats that were told of the same files in
+    place of `auto`."""
+    before, data = old.get("data", {}), job.data
+
+    def keep(source: Source | None, earlier: Mapping[str, Any] | None) -> Source | None:
+        if source is None or source.format != "auto" or not earlier or not source.path:
+            return source
+        path = earlier.get("path")
+        path = tuple(path) if isinstance(path, list) else path
+        if source.path != path and not _same_name(path, source.path):
+            return source
+        return source.model_copy(update={"format": earlier.get("format", "auto")})
+
+    kept: dict[str, Any] = {part: keep(getattr(data, part), before.get(part)) for part in ("train", "eval", "test")}
+    mix = [*(before.get("mix") or ()), *[None] * len(data.mix)]
+    kept["mix"] = tuple(keep(source, earlier) for source, earlier in zip(data.mix, mix, strict=False))
+    return job.model_copy(update={"data": data.model_copy(update=kept)})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -35,12 +35,18 @@ from ray_vlm.data.shards import (
     pack_tokens,
     read_records,
 )
-from ray_vlm.data.sources.formats import SourceReader, labels_of_piece, merge_labels, prepare_source
+from ray_vlm.data.sources.creation import prepare_source
+from ray_vlm.data.sources.detect import settle_source
+from ray_vlm.data.sources.formats import (
+    SourceReader,
+    labels_of_piece,
+    merge_labels,
+    source_version,
+)
 from ray_vlm.data.sources.pieces import Piece
-from ray_vlm.data.sources.tar import tar_of
 from ray_vlm.data.spec import EncodedRow, SampleSpec
 from ray_vlm.data.suspicions import regions_of, summarise
-from ray_vlm.errors import DataError, RunError
+from ray_vlm.errors import DataError, RayVlmError, RunError
 from ray_vlm.machine import installed_version
 from ray_vlm.models.load import resolve_name
 from ray_vlm.models.processor import fingerprint_processor
@@ -111,7 +117,7 @@ class RowsWork:
             limits = self.limits
             return [measure_row(r, limits.max_image_pixels, limits.on_bad_box, self.known, sizes) for r in some]
 
-        remote = is_remote(self.reader.source.image_root or self.reader.source.path)
+        remote = is_remote(self.reader.source.image_root or self.reader.source.paths[0])
         threads, turn = (_REMOTE_THREADS, _REMOTE_TURN) if remote else (_THREADS, _TURN)
         turns = [rows[i : i + turn] for i in range(0, len(rows), turn)]
         with ThreadPoolExecutor(threads) as pool:
@@ -119,6 +125,7 @@ class RowsWork:
         labels = labels_of_piece(piece, rows)
         summary = summarise(self.reader.source, zip(rows, checked, strict=True), labels)
         summary.faults = _faults(rows, checked)
+        summary.files = self.reader.files_of(piece)
         indexed = [_index(read, good, self.task) for read, good in zip(rows, checked, strict=True)]
         # Another state of the images gives another file, since the tokens of each are kept too.
         state = f"+{_digest(sorted(summary.faults.items()))}" if summary.faults else "+"
@@ -177,68 +184,72 @@ def build_rows(
 
     `known`: sizes of images that could be read when a resumed run began.
     """
-    with lasting(f"reading {source.path}"):
+    with lasting(f"reading {source.name}"):
         prepare_source(source)
-    key, before = _row_key(source, limits, task), _source_version(source)
-    listing = _listing_name(key, before)
+        source = settle_source(source)
+    before = source_version(source)
+    listing = _listing_name(source, limits, task, before)
     with writing_index(folder):
         shards = _read_listing(folder, listing, source)
         if shards is None:
-            shards = _read_source(RowsWork(SourceReader(source), limits, task, folder, key), spread)
-            if (after := _source_version(source)) != before:
-                changed = source.path if after[:3] != before[:3] else tar_of(source.image_root)
+            shards = _read_source(_rows_work(source, limits, task, folder), spread)
+            if (after := source_version(source)) != before:
+                changed = _first_changed(before, after) or source.name
                 raise DataError(f"{changed}: it has changed while it was read. Start again when it is complete.")
-            folder.write(listing, json.dumps([before, shards.names, shards.counts, shards.labels]).encode())
-        return _with_known(shards, limits, task, folder, key, known) if known else shards
+            about = [source.model_dump(mode="json"), before, shards.names, shards.counts, shards.labels]
+            folder.write(listing, json.dumps(about).encode())
+        return _with_known(shards, limits, task, folder, known) if known else shards
 
 
 def read_labels(source: Source, limits: CheckLimits, task: str, folder: IndexFolder) -> Sequence[str]:
     """Return the class names that a source declares, from the index if it has them. Rows are not checked. Raise
     `DataError` if the file cannot be used."""
     prepare_source(source)
-    shards = _read_listing(folder, _listing_name(_row_key(source, limits, task), _source_version(source)), source)
+    source = settle_source(source)
+    shards = _read_listing(folder, _listing_name(source, limits, task, source_version(source)), source)
     if shards is not None:
         return shards.labels
     reader = SourceReader(source)
-    return merge_labels(source, [labels_of_piece(p, reader.read(p)) for p in reader.pieces(PIECE_ROWS)])
+    labels = [labels_of_piece(piece, reader.read(piece)) for piece in reader.pieces(PIECE_ROWS)]
+    return merge_labels(source, labels, reader.declared)
 
 
-def _row_key(source: Source, limits: CheckLimits, task: str) -> str:
-    """Return the folder of the row shards of a source that is read with these settings by this version."""
+def _rows_work(source: Source, limits: CheckLimits, task: str, folder: IndexFolder) -> RowsWork:
+    """Return what reads a source. The folder of its row shards depends on the settings, on the version of ray_vlm, and
+    on the folder or the tar of the images, since rows hold their paths or positions in it."""
+    reader = SourceReader(source)
+    root = reader.root if isinstance(reader.root, str) else [reader.root.address, *reader.root.version]
+    return RowsWork(reader, limits, task, folder, f"rows/{_digest([*_settings(source, limits, task), root])}")
+
+
+def _settings(source: Source, limits: CheckLimits, task: str) -> list[Any]:
+    """Return what rows depend on beside the files of a source."""
     settings = source.model_dump(mode="json", exclude={"ratio", "weight", "create"})
-    versions = [VERSION, RULES, PIECE_ROWS, installed_version("pillow")]
-    if tar := tar_of(source.image_root):
-        versions += _version(tar)  # the rows hold positions in it
-    return f"rows/{_digest([settings, limits.__dict__, task, versions])}"
+    return [settings, limits.__dict__, task, [VERSION, RULES, PIECE_ROWS, installed_version("pillow")]]
 
 
-def _listing_name(key: str, version: list[Any]) -> str:
-    return f"sources/{key.removeprefix('rows/')}-{_digest(version)}.json"
+def _listing_name(source: Source, limits: CheckLimits, task: str, version: list[Any]) -> str:
+    return f"sources/{_digest(_settings(source, limits, task))}-{_digest(version)}.json"
 
 
-def _source_version(source: Source) -> list[Any]:
-    """Return what identifies the present content of a source: the version of its file, and of a tar with its images."""
-    tar = tar_of(source.image_root)
-    return [*_version(source.path), *(_version(tar) if tar else ())]
+def _first_changed(before: list[Any], after: list[Any]) -> str:
+    """Return the address of the first file whose version changed, empty if none can be named."""
+    start = next((i for i in range(0, len(before), 3) if before[i : i + 3] != after[i : i + 3]), 0)
+    return str(before[start]) if start < len(before) else ""
 
 
-def _is_present(version: list[Any]) -> bool:
-    """Return whether the files of a version, as `_source_version` returned it, are as they were."""
-    return version == [part for path in version[::3] for part in _version(path)]
-
-
-def _version(path: str) -> list[Any]:
-    """Return what identifies the present content of a file: its address, size and time."""
+def _is_present(about: object, version: list[Any]) -> bool:
+    """Return whether the files of a source are as they were. `about`: the source as a listing has it."""
     try:
-        return [path, *describe_file(path)[1:]]
-    except (OSError, ValueError, ImportError):
-        return [path]  # the reader names the problem
+        return source_version(Source.model_validate(about)) == version
+    except (ValueError, RayVlmError):
+        return False
 
 
 def _read_listing(folder: IndexFolder, listing: str, source: Source) -> SourceShards | None:
     """Return the shards that a listing names, if all of them still hold."""
     try:
-        _, names, counts, labels = json.loads(folder.path(listing).read_bytes())
+        _, _, names, counts, labels = json.loads(folder.path(listing).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
     if not all(_holds(folder, name) for name in names):
@@ -265,23 +276,26 @@ def _read_source(work: RowsWork, spread: Spread) -> SourceShards:
                 yield piece
 
     waiting, total = missing(), None
-    first = list(islice(waiting, 1))
-    if first and not first[0].entries:  # pieces are small until they are read, so all can be counted
-        first += waiting
-        total = sum(piece.num_rows for piece in first)
+    first: list[Piece] = []
+    for piece in waiting:
+        first.append(piece)
+        if piece.holds_rows:
+            break
+    else:  # all pieces are small until they are read, so they can be counted
+        total = sum(piece.num_rows for piece in first) if first else None
     if first and (line := work.reader.describe_copies()) is not None:
         logger.info(line)
-    progress, rows = Progress(f"checking the rows of {source.path}", total), 0
+    progress, rows = Progress(f"checking the rows of {source.name}", total), 0
     for info in spread.run(work, chain(first, waiting)):
         done[info.piece], rows = info, rows + info.num_rows
         progress.reach(rows)
     infos = [done[piece] for piece in order]
-    labels = merge_labels(source, [info.labels for info in infos])
+    labels = merge_labels(source, [info.labels for info in infos], work.reader.declared)
     return SourceShards(source, tuple(i.name for i in infos), tuple(i.num_rows for i in infos), tuple(labels))
 
 
 def _with_known(
-    shards: SourceShards, limits: CheckLimits, task: str, folder: IndexFolder, key: str, known: KnownSizes
+    shards: SourceShards, limits: CheckLimits, task: str, folder: IndexFolder, known: KnownSizes
 ) -> SourceShards:
     """Return the shards with those replaced whose images are gone but have a known size. Rows are then usable that a
     run would refuse at its start, so these shards have names of their own."""
@@ -293,10 +307,10 @@ def _with_known(
             gone[name] = some
     if not gone:
         return shards
-    reader, names = SourceReader(shards.source), list(shards.names)
-    for number, piece in enumerate(reader.pieces(PIECE_ROWS)):
+    work, names = _rows_work(shards.source, limits, task, folder), list(shards.names)
+    for number, piece in enumerate(work.reader.pieces(PIECE_ROWS)):
         if names[number] in gone:
-            names[number] = RowsWork(reader, limits, task, folder, key, gone[names[number]])(piece).name
+            names[number] = replace(work, known=gone[names[number]])(piece).name
     return replace(shards, names=tuple(names))
 
 
@@ -340,7 +354,7 @@ def build_tokens(shards: SourceShards, spec: SampleSpec, folder: IndexFolder, sp
         made = {f"{key}/{name}" for name in folder.names(key)}
         rows_of = dict(zip(shards.names, shards.counts, strict=True))
         missing = [n for n in rows_of if work.name(n) not in made or open_shard(folder, work.name(n)) is None]
-        progress, rows = Progress(f"tokenising the rows of {shards.source.path}", sum(rows_of[n] for n in missing)), 0
+        progress, rows = Progress(f"tokenising the rows of {shards.source.name}", sum(rows_of[n] for n in missing)), 0
         for count in spread.run(work, missing):
             progress.reach(rows := rows + count)
     return tuple(work.name(name) for name in shards.names)
@@ -374,10 +388,10 @@ def prune(folder: IndexFolder) -> tuple[int, int]:
     used, sources = set[str](), set[str]()
     for name in folder.names("sources"):
         try:
-            version, names, *_ = json.loads(folder.path(f"sources/{name}").read_bytes())
+            source, version, names, _, _ = json.loads(folder.path(f"sources/{name}").read_bytes())
         except (FileNotFoundError, ValueError):
             continue
-        if _is_present(version):
+        if _is_present(source, version):
             used |= set(names)
             sources.add(f"sources/{name}")
     tokens = {name.removeprefix("rows/").replace("/", "-") for name in used}

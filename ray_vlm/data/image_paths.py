@@ -50,9 +50,10 @@ def resolve_image(root: str, name: str, follow_links: bool = False) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raise `ValueError` with the reason for URLs, and for names that no file can have."""
+    """Raise `ValueError` with the reason for URLs, and for names that no file can have. Data URIs in rows are read
+    before their names are looked at (`sources/data_uris.py`)."""
     if name[:5].lower() == "data:":
-        raise ValueError("image is a data: URI, which is not read; write it to a file and give a path under image_root")
+        raise ValueError("image is a data: URI in place of a name; write it to a file and give a path under image_root")
     scheme = _SCHEME.match(name)
     if scheme and scheme[1].lower() in WEB:
         raise ValueError(f"image {name[:80]!r}: URLs are not read; download it and give a path under image_root")

@@ -8,7 +8,8 @@ stock processor's bit for bit. Families whose own processor does everything have
 import io
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -45,6 +46,11 @@ _OTHERS = (
     (0, b"<!doctype html", "an HTML page, as a failed download leaves it"),
     (0, b"<html", "an HTML page, as a failed download leaves it"),
     (0, b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull`"),
+)
+_HUB_CACHE = "/datasets--"  # in the paths of files in the cache of the Hugging Face hub
+_FIX_CACHE = (
+    "it is in the hub's cache, and this machine may have another: set HF_HOME to a folder that all nodes see, or give "
+    "addresses as hf://datasets/owner/name/rows.parquet"
 )
 FETCH_AGAIN = "fetch the file again, or remove the row"
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # the end markers of complete files
@@ -202,7 +208,8 @@ def read_size(image: ImageSource, max_pixels: int) -> tuple[int, int]:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else "path is not a file"
-        raise ValueError(f"image {'file ' if 'missing' in what else ''}{what}; mend the path or image_root") from None
+        fix = _FIX_CACHE if _HUB_CACHE in str(image) else "mend the path or image_root"
+        raise ValueError(f"image {'file ' if 'missing' in what else ''}{what}; {fix}") from None
     except Exception as error:  # decoders raise exceptions of any type
         raise ValueError(f"image cannot be read ({type(error).__name__}: {error}); {FETCH_AGAIN}") from None
 
@@ -288,19 +295,32 @@ def read_orientation(image: ImageSource) -> int:
         return _orientation(opened)
 
 
+@contextmanager
+def _explained(image: ImageSource) -> Iterator[None]:
+    """Add the fix to the error for a file of the hub's cache that is missing, as on a node with a cache of its own."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if isinstance(image, bytes) or _HUB_CACHE not in str(image):
+            raise
+        raise FileNotFoundError(f"{error}; {_FIX_CACHE}") from None
+
+
 def open_image(image: ImageSource) -> BinaryIO:
     """Open the file of an image: a local path, an address, a position in a file, or its own bytes."""
     if not isinstance(image, str):
         return io.BytesIO(read_image(image))
-    file: Any = open_file(image)
+    with _explained(image):
+        file: Any = open_file(image)
     return io.BufferedReader(file, _AHEAD_BYTES) if is_remote(image) else file  # each read of it would be a request
 
 
 def read_image(image: ImageSource) -> bytes:
     """Return the bytes of the file of an image."""
-    if isinstance(image, str):
-        return read_bytes(image)
-    return image if isinstance(image, bytes) else read_inner(image)
+    with _explained(image):
+        if isinstance(image, str):
+            return read_bytes(image)
+        return image if isinstance(image, bytes) else read_inner(image)
 
 
 class _ImageProblem(ValueError):

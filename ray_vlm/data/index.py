@@ -21,7 +21,7 @@ from ray_vlm.data.images import read_image
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.plan_files import drop_pages, map_array
 from ray_vlm.data.read_order import Units, find_units
-from ray_vlm.data.records import BadRow, Image, Record
+from ray_vlm.data.records import BadRow, Image, Record, name_file
 from ray_vlm.data.rows import Rows
 from ray_vlm.data.shards import (
     IndexFolder,
@@ -389,9 +389,11 @@ def join_rows(part: PartRows, max_tokens: int | None) -> JoinedRows:
         good = local[~np.isin(local, list(reasons))] if reasons else local
         positions.append(good + start)
         tokens.append(counts[good])
+        files = shard.summary().files if reasons else ()
         for i in sorted(reasons):
             row, new = read_bad(shard, i, source), names.get(i, "")
-            bad.append(replace(row, id=row.id if isinstance(new, str) else new[0], reason=reasons[i]))
+            reason = name_file(reasons[i], files, i)
+            bad.append(replace(row, id=row.id if isinstance(new, str) else new[0], reason=reason))
         chosen[source] += len(local)
         usable[source] += len(good)
     return JoinedRows(part, np.concatenate(positions), np.concatenate(tokens), tuple(bad), chosen, usable)

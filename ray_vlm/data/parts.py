@@ -26,13 +26,15 @@ from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.shards import IndexFolder, Shard, load_shard, read_record
-from ray_vlm.data.sources.formats import unique_ids
+from ray_vlm.data.sources.detect import settle_formats, settle_source
+from ray_vlm.data.sources.file_set import folder_of
+from ray_vlm.data.sources.formats import row_files, unique_ids
 from ray_vlm.data.spec import SampleSpec, sample_spec
 from ray_vlm.data.splits import plan_split, rarest_tags
 from ray_vlm.data.suspicions import add_up, find_suspicions, tell_unused
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.runs.checkpoints import fetch_folder
-from ray_vlm.storage import join
+from ray_vlm.storage import full_address, join
 from ray_vlm.tasks.classification import describe_regions
 
 if TYPE_CHECKING:
@@ -80,6 +82,21 @@ class ReadSource:
     def rows(self) -> np.ndarray:
         """The number of each row in its file, `int64 [rows]`."""
         return self.column("row").to_numpy()
+
+    def rows_of_files(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the numbers of the chosen rows in their files, by the address of each file; nothing where rows are not
+        counted by files, as in folders of annotations and in GUI steps of several files."""
+        files, rows = row_files(self.source), self.rows[positions]
+        if len(files) == 1:
+            return {full_address(files[0]): rows}
+        folder, chosen, start = folder_of(files), dict[str, np.ndarray](), 0
+        for name, first, count in (span for shard in self.open() for span in shard.summary().files):
+            low, high = np.searchsorted(rows, (start, start + count))
+            address = join(folder, name) if folder else name
+            held = chosen.get(address, rows[:0])
+            chosen[address] = np.append(held, rows[low:high] - start + first)
+            start += count
+        return chosen
 
     def id_of(self, position: int) -> str:
         """Return the id of a row."""
@@ -130,6 +147,7 @@ def load_parts(
     read when a resumed run began. Raise `DataError` for unusable data, and `ConfigError` if the adapter's training did
     not leave out the rows that are now a share.
     """
+    job = settle_formats(job)
     if job.data.test_on_eval and "test" in wanted:
         parts = load_parts(job, ["eval" if name == "test" else name for name in wanted], spec, known)
         return replace(parts, test=parts.eval)
@@ -149,7 +167,7 @@ def load_parts(
         chosen |= _split(read, shares, job.seed, stratify=job.data.stratify)
     for name, source in sources.items():
         # A part of the training file is always read: ids then show whether the two share rows.
-        same_file = source is not None and any(s.path == source.path for s in training)
+        same_file = source is not None and any(s.reads_as(source) for s in training)
         if source is not None and source.path and name != "train" and (name in wanted or same_file):
             chosen[name] = all_of(indexer.read(source))
     _check_apart(chosen)
@@ -168,7 +186,7 @@ def load_parts(
         )
     for name in wanted:
         if not len(chosen[name].positions):
-            raise DataError(f"{chosen[name].sources[0].source.path}: holds no rows. Give a file with at least one.")
+            raise DataError(f"{chosen[name].sources[0].source.name}: holds no rows. Give a file with at least one.")
     indices = {name: indexer.join(chosen[name], spec) for name in sources if name in wanted}
     seen = (note for index in indices.values() for note in index.notes)
     notes = [*notes, *_tell_shared_images(chosen), *dict.fromkeys(seen)]
@@ -205,7 +223,7 @@ class Indexer:
             labels += read.shards.labels
             notes += find_suspicions(read.source, summary, read.shards.labels, self.limits.on_bad_box)
             start += len(read)
-        paths = [read.source.path for read in chosen.sources]
+        paths = [read.source.name for read in chosen.sources]
         return PartRows(self.folder, shards, chosen.positions, renamed, labels, notes, paths)
 
     def join(self, chosen: ChosenRows, spec: SampleSpec) -> Index:
@@ -231,7 +249,7 @@ def build_index(source: Source, data: Data, builder: SampleBuilder, folder: str 
         folder = tempfile.mkdtemp(prefix="ray_vlm-index-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     indexer = Indexer(IndexFolder(folder), data, builder.spec.task.name, Spread())
-    return indexer.join(all_of(indexer.read(source)), builder.spec)
+    return indexer.join(all_of(indexer.read(settle_source(source))), builder.spec)
 
 
 def _split(read: Sequence[ReadSource], shares: Mapping[str, float], seed: int, stratify: bool) -> dict[str, ChosenRows]:
@@ -262,18 +280,34 @@ def _check_apart(chosen: Mapping[str, ChosenRows]) -> None:
     """Raise `ConfigError` if rows of a test file also belong to another part, as ranges of tasks may overlap."""
     tests = list(chosen["test"].of_each()) if "test" in chosen else []
     for test, positions in tests:
-        path, seen = test.source.path, test.rows[positions]
+        seen = test.rows[positions]
         for name in ("train", "eval"):
             others = list(chosen[name].of_each()) if name in chosen else []
             for other, of_other in others:
-                if other.source.path != path:
+                if not other.source.reads_as(test.source):
+                    _check_files_apart(test, positions, other, of_other, name)
                     continue
                 shared = of_other[np.isin(other.rows[of_other], seen)]
                 if len(shared):
                     raise ConfigError(
-                        f"data.test and data.{name} share {len(shared)} rows of {path}, the first with id "
+                        f"data.test and data.{name} share {len(shared)} rows of {test.source.name}, the first with id "
                         f"{other.id_of(int(shared[0]))}. Choose ranges of tasks that do not overlap."
                     )
+
+
+def _check_files_apart(
+    test: ReadSource, positions: np.ndarray, other: ReadSource, of_other: np.ndarray, name: str
+) -> None:
+    """Raise `ConfigError` if rows of a file that a pattern, a list or a folder names belong to the test and to part
+    `name`."""
+    held = other.rows_of_files(of_other)
+    for file, rows in test.rows_of_files(positions).items():
+        shared = np.intersect1d(rows, held[file]) if file in held else rows[:0]
+        if len(shared):
+            raise ConfigError(
+                f"data.test and data.{name} share {len(shared)} rows of {file}, the first is row {shared[0]} in it. "
+                "Name each file in one of the two."
+            )
 
 
 def _fingerprint(chosen: Mapping[str, ChosenRows], shares: Mapping[str, float]) -> str:

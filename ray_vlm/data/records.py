@@ -1,6 +1,6 @@
 """One validated example, as all packages exchange it. Plain data; imports nothing heavy."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -141,3 +141,16 @@ class BadRow:
     id: str
     reason: str
     source: int = 0
+
+
+def name_file(reason: str, files: Iterable[Sequence[Any]], position: int) -> str:
+    """Return why a row is bad with its file and its number in it, as `shard-2.jsonl row 7: ...`.
+
+    `files`: of some consecutive rows of a source the name, the first row in it and the number of rows of each file;
+    none if the source is one file. `position`: of the row among these rows.
+    """
+    for name, first, num_rows in files:
+        if position < num_rows:
+            return f"{name} row {first + position}: {reason}"
+        position -= num_rows
+    return reason

@@ -88,7 +88,8 @@ class ShardSummary:
     them, `crowd_id`: id of the first. `records`, `with_images`: usable rows, and those with an image. `regions`,
     `large_regions`, `farthest`: boxes and points in pixels of usable rows, those in images of more than 1,100 pixels on
     both sides, and the largest coordinate. `cut`, `dropped`: boxes that `data.on_bad_box` has changed. `faults`: images
-    of rows that cannot be used, with the file's size and time, or None where there is no file.
+    of rows that cannot be used, with the file's size and time, or None where there is no file. `files`: of a source of
+    several files, as `records.name_file` takes them.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -103,6 +104,7 @@ class ShardSummary:
     cut: int = 0
     dropped: int = 0
     faults: dict[str, list[int] | None] = field(default_factory=dict)
+    files: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 def summarise(
@@ -110,7 +112,6 @@ def summarise(
 ) -> ShardSummary:
     """Summarise rows, each as it was read and as it was checked. `labels`: the class names of the rows."""
     summary = ShardSummary(list(labels))
-    same_unit = source.box_units == "pixels" and source.box_frame != "listed"
     for read, checked in rows:
         if isinstance(read, SftRecord) and (crowds := read.context.get("crowds")):
             summary.crowd_id = summary.crowd_id or read.id
@@ -120,14 +121,23 @@ def summarise(
         summary.records += 1
         summary.with_images += bool(checked.images)
         if isinstance(read, SftRecord) and isinstance(checked, SftRecord):
-            old, new = read.truth.get("boxes", ()), checked.truth.get("boxes", ())
+            old, new = _boxes_in_pixels(read, checked.sizes), checked.truth.get("boxes", ())
             summary.dropped += len(old) - len(new)
-            summary.cut += len(set(new) - set(old)) if same_unit and new != old else 0
+            summary.cut += len(set(new) - set(old)) if source.box_frame != "listed" and new != old else 0
         if checked.sizes and (regions := regions_of(checked)):
             summary.regions += len(regions)
             summary.large_regions += len(regions) if min(checked.sizes[0]) > _LARGE_PX else 0
             summary.farthest = max(summary.farthest, *(max(region) for region in regions))
     return summary
+
+
+def _boxes_in_pixels(record: SftRecord, sizes: Sequence[tuple[int, int]]) -> Sequence[Sequence[float]]:
+    """Return the boxes of a row as it was read, with shares of the image as pixels. `sizes`: of its images."""
+    boxes, units = record.truth.get("boxes", ()), record.context.get("box_units")
+    if units is None or not sizes:
+        return boxes
+    per_unit = 1.0 if units == "relative_1" else 1000.0
+    return tuple(tuple(v / per_unit * sizes[0][axis % 2] for axis, v in enumerate(box)) for box in boxes)
 
 
 def add_up(summaries: Iterable[ShardSummary]) -> ShardSummary:
@@ -149,7 +159,7 @@ def find_suspicions(
 ) -> list[str]:
     """Return notes on a whole source. `labels`: its class names; `on_bad_box`: the job's setting."""
     notes = [*_tell_spellings(labels), *_tell_crowds(summary), *_tell_unit(source, summary), *_tell_bare(summary)]
-    return [f"{source.path}: {note}" for note in [*notes, *_tell_mended(summary, on_bad_box)]]
+    return [f"{source.name}: {note}" for note in [*notes, *_tell_mended(summary, on_bad_box)]]
 
 
 def tell_unused(labels: Iterable[str], used: Container[str]) -> list[str]:

@@ -129,7 +129,7 @@ def draw_scenes(data: Data, meanwhile: Callable[[], None]) -> None:
     calls `meanwhile`, which imports the libraries of the next stage: each keeps one core busy for several seconds."""
     from concurrent.futures import ProcessPoolExecutor
 
-    from ray_vlm.data.sources.formats import prepare_source
+    from ray_vlm.data.sources.creation import prepare_source
 
     assert data.train is not None
     with ProcessPoolExecutor(max_workers=1) as pool:

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ray_vlm.config.check_method import known_formats
+from ray_vlm.config.check_method import PROMPT_FORMATS, known_formats
 from ray_vlm.config.data import Data
 from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.config.schema import JobConfig, Pairs
@@ -118,7 +118,7 @@ def check_rows(data: Data, part: str, task: str, formats: Sequence[str]) -> None
         f"{key}.format={source.format}: answers are scored against a truth, and such rows have none. Use a job with "
         f"rows of {task}, such as the one that the model was trained by: {', '.join(formats)}."
         for key, source in sources.items()
-        if source is not None and source.format in ("preference", "prompt")
+        if source is not None and source.format in ("preference", *PROMPT_FORMATS)
     ]
     if problems:
         raise ConfigError(problems)

@@ -1,8 +1,9 @@
 """`ray-vlm predict RUN INPUT... --output PATH`: images, folders and tables in, JSON lines or a table out.
 
-An input is an image, a folder of images, or a table (.csv, .tsv, .json, .jsonl, .parquet, .arrow) that has a column of
-images, relative to its folder or to `--image-root`, and what the task needs: `question` for chat, `box` for positions;
-for GUI steps `Task_id, Image_id, Instruction`, where the rows of a task are its steps in order. Answers are generated
+An input is an image, a folder of images, or rows as `data.*.path` takes them (a table, a pattern or a folder of shards,
+a folder of `save_to_disk`, tars of WebDataset) that have a column of images, relative to their folder or to
+`--image-root`, and what the task needs: `question` for chat, `box` for positions; for GUI steps `Task_id, Image_id,
+Instruction`, where the rows of a task are its steps in order. Answers are generated
 as in `evaluate`: in batches, by any number of processes, and none again after a call was killed. The steps of a GUI
 task are answered in order, with the model's own earlier answers as their memory.
 """
@@ -17,21 +18,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ray_vlm.config.data import Source
+from ray_vlm.config.row_files import row_suffix
 from ray_vlm.data.draw import MIN_SIDE
-from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.images import read_image
+from ray_vlm.data.records import BadRow, ImageRange, SftRecord
 from ray_vlm.data.sources.fields import from_json, is_empty
-from ray_vlm.data.sources.tables import read_table
-from ray_vlm.data.sources.tar import ImageRoot, find_image, open_images, tar_of
+from ray_vlm.data.sources.formats import open_rows
+from ray_vlm.data.sources.tables import read_all
+from ray_vlm.data.sources.tar import TAR_NAMES, ImageRoot, find_image, open_images, tar_of
 from ray_vlm.errors import ConfigError, DataError, RunError
 from ray_vlm.evaluate.generate import answer_all, plan_batches, plan_walks
 from ray_vlm.evaluate.prediction import join_names
 from ray_vlm.evaluate.predictor import Ask, Found, Predictor
-from ray_vlm.storage import is_remote, replacing, split_address
+from ray_vlm.storage import is_remote, replacing
 
 logger = logging.getLogger(__name__)
 _ENDINGS = (".jsonl", ".csv")
 _MOST_REASONS = 20  # in the error where no input can be read; the results hold all of them
-_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 _COLUMNS = ("image", "images", "file_name", "image_path", "path", "Image_id")  # the first of them that a table has
 
@@ -191,30 +195,40 @@ def read_inputs(inputs: Sequence[str], question: str | None, task: str, image_ro
 
 
 def _is_table(name: str) -> bool:
+    """Return whether an input is rows: a file or a pattern of files with rows, or a folder that has no images."""
     path = Path(name)
-    return path.suffix.lower() in _TABLES and not path.is_dir()
+    if path.is_dir():
+        inside = [p for p in path.rglob("*") if p.is_file()]
+        return not any(_is_image(p) for p in inside) and any(row_suffix(p.name) for p in inside)
+    return bool(row_suffix(name)) or name.lower().endswith(TAR_NAMES)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _IMAGES
 
 
 def _read_input(name: str, question: str | None, task: str, root: ImageRoot | None) -> list[Input]:
     path = Path(os.path.abspath(name))  # replicas have another current folder
     fields = {"question": question} if question is not None else {}
+    if _is_table(name):
+        return _read_table(name, fields, task, root)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGES and p.is_file())
+        files = sorted(p for p in path.rglob("*") if _is_image(p) and p.is_file())
         ids = [str(p.relative_to(path)) for p in files]
         return [
             Input(Ask((str(p),), fields, inside), names=(os.path.join(name, inside),))
             for p, inside in zip(files, ids, strict=True)
         ]
-    if _is_table(name):
-        return _read_table(name, fields, task, root or split_address(name)[0])
     if not path.is_file():
         raise DataError(f"{name}: no such file or folder.")
     return [Input(Ask((str(path),), fields, name), names=(name,))]
 
 
-def _read_table(address: str, fields: Mapping[str, Any], task: str, root: ImageRoot) -> list[Input]:
+def _read_table(address: str, fields: Mapping[str, Any], task: str, root: ImageRoot | None) -> list[Input]:
     """Read a question from each row. `fields`: those of the command line; a row's own take precedence."""
-    table = read_table(address)
+    opened = open_rows(Source(path=address))
+    assert opened.table is not None
+    table, root = read_all(opened.table), root or opened.image_root
     column = next((name for name in _COLUMNS if name in table.columns), None)
     if column is None:
         raise DataError(f"{address}: no column of images. It has {list(table.columns)}; name one {_COLUMNS[0]!r}.")
@@ -249,7 +263,8 @@ def _list_images(value: object) -> list[Any]:
     if is_empty(value):
         raise ValueError("its cell of images is empty")
     listed = list(value) if isinstance(value, list | tuple) else [value]
-    return [(image.get("bytes") or image.get("path")) if isinstance(image, dict) else image for image in listed]
+    listed = [(image.get("bytes") or image.get("path")) if isinstance(image, dict) else image for image in listed]
+    return [read_image(image) if isinstance(image, ImageRange) else image for image in listed]
 
 
 def _read_fields(cells: Mapping[str, Any], task: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ray_vlm.config.schema import Evaluate, JobConfig, Track
 from ray_vlm.data.parts import load_parts
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.sources.detect import settle_formats
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.actors import InferenceJob
@@ -59,6 +60,7 @@ def plan_targets(
     quantisation. `both_memories`: all with the truth's memory, then all with their own. Raise `ConfigError` for a task
     without memory.
     """
+    job = settle_formats(job)
     targets = []
     if unquantised and job.model.load_in_4bit:
         unquantised_job = job.model_copy(update={"model": job.model.model_copy(update={"load_in_4bit": False})})
@@ -144,7 +146,7 @@ def _describe_test(data: Data, memory: str) -> str:
     """Describe the rows that are measured."""
     test, train = data.tested, data.train
     assert test is not None
-    rows = test.path or f"{test.ratio} of {train.path if train else ''}"
+    rows = test.name or f"{test.ratio} of {train.name if train else ''}"
     return _titled(rows, memory) if memory == "model" else rows
 
 
@@ -230,8 +232,9 @@ def resolve_output_dir(targets: Sequence[EvalTarget], output: str | None) -> Pat
         run_dir = Path(adapter).parent / "evaluate"
         return run_dir / f"{Path(adapter).name}{suffix}" if len(targets) == 1 else run_dir
     tested = job.data.tested
-    test = Path(tested.path).stem if tested and tested.path else "eval" if job.data.test_on_eval else "test"
-    name = f"{Path(job.model.name).name}-{test}"
+    part = "eval" if job.data.test_on_eval else "test"
+    test = re.sub(r"[^\w.-]", "", Path(tested.paths[0]).stem).strip("-_.") if tested else ""  # of a glob its letters
+    name = f"{Path(job.model.name).name}-{test or part}"
     return Path(job.run.output_dir) / "evaluate" / f"{name}{suffix if len(targets) == 1 else f'-{len(targets)}'}"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_vlm.config.check_method import PROMPT_FORMATS
 from ray_vlm.config.data import Source
 from ray_vlm.config.method import GrpoMethod
 from ray_vlm.config.paths import import_function
@@ -83,7 +84,8 @@ def load_rewards(
             reasons.append(f"no such part of {task}. Use {', '.join(known)}, or module:function for one of yours.")
         problems += [f"method.rewards.{name}: {reason}" for reason in reasons if reason]
     if not has_truth and (judged := [name for name in named if name in known]):
-        reason = "compare with a truth, and rows of format prompt have none. Use module:function, or rows with a truth"
+        formats = " and ".join(PROMPT_FORMATS)
+        reason = f"compare with a truth, and rows of {formats} have none. Use module:function, or rows with a truth"
         problems.append(f"method.rewards: {', '.join(judged)} {reason}.")
     if not any(named.values()):
         problems.append("method.rewards: no part has a weight, so there is nothing to learn. Give one a weight.")
@@ -327,7 +329,7 @@ def score_answers(
 def job_rewards(task: str, method: GrpoMethod, source: Source | None, labels: Sequence[str] = ()) -> Rewards:
     """Return the rewards that score the answers of a GRPO job. Raise `ConfigError` for those that cannot.
 
-    `source`: the training rows; rows of format `prompt` have no truth.
+    `source`: the training rows; rows of the formats `prompt` and `rec` have no truth.
     """
-    has_truth = source is None or source.format != "prompt"
+    has_truth = source is None or source.format not in PROMPT_FORMATS
     return load_rewards(task, method.rewards, method.box_quality, has_truth, labels)

@@ -13,7 +13,7 @@ from typing import Any
 from ray_vlm.cluster.environment import read_environment
 from ray_vlm.config.load import dump_job, fill_defaults
 from ray_vlm.config.paths import absolute_paths
-from ray_vlm.config.resume import check_resume, keep_shuffle
+from ray_vlm.config.resume import check_resume, keep_formats, keep_shuffle
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
 from ray_vlm.data.index import ROWS_VERSION, share_plan
@@ -22,6 +22,7 @@ from ray_vlm.data.parts import Parts
 from ray_vlm.data.plan_files import hash_values, values_of
 from ray_vlm.data.rows import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.samples import load_sample_builder
+from ray_vlm.data.sources.detect import settle_formats
 from ray_vlm.data.stream import mean_bytes, mean_pixels
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.logs import run_output
@@ -85,9 +86,12 @@ def train(
     paths = find_run(job.run.output_dir, job.run.name, stem) if resume else None
     if paths is not None:
         check_goes_on(paths, job)
-        job = keep_shuffle(json.loads(paths.resolved.read_text()), job)
+        earlier = json.loads(paths.resolved.read_text())
+        job = keep_formats(earlier, keep_shuffle(earlier, job))
     elif job.run.name is not None:
         check_free(job.run.output_dir, job.run.name, overwrite)  # before an hour of indexing
+    with run_output():  # its line is the second one, and a reader may have left after the first
+        job = settle_formats(job)
     known = _read_sizes(paths) if paths is not None else NONE_KNOWN
     prepared = prepare(job, trial.parts, known)
     if paths is not None and _is_done(paths, prepared):
@@ -116,7 +120,7 @@ def train(
 def describe_job(job: JobConfig) -> str:
     """Return a line on what the job is about to do."""
     sources = [job.data.train, *job.data.mix, job.data.eval]
-    files = dict.fromkeys(s.path for s in sources if s is not None and s.path)
+    files = dict.fromkeys(s.name for s in sources if s is not None and s.path)
     return f"{job.method.name} of {job.model.name} for {job.task.name}: reading {', '.join(files)}"
 
 

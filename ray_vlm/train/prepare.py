@@ -18,6 +18,7 @@ from ray_vlm.data.plan import Plan
 from ray_vlm.data.preprocessing import changed_since
 from ray_vlm.data.read_order import Reading, choose_shuffle, describe_shuffle
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
+from ray_vlm.data.sources.files import find_files
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import ConfigError
 from ray_vlm.methods.options import check_options
@@ -147,7 +148,8 @@ def _describe_long_answers(parts: Parts, limit: int, num_closing: int) -> list[s
 
 def _check_pairs(data: Data, builder: SampleBuilder) -> None:
     """Raise `ConfigError` if pairs were sampled with other preprocessing: positions in their answers would be wrong."""
-    paths = [source.path for source in (data.train, *data.mix, data.eval) if source is not None and source.path]
+    sources = [source for source in (data.train, *data.mix, data.eval) if source is not None and source.path]
+    paths = [path for source in sources for path in find_files(source)]
     problems = [
         f"{path}: its answers were sampled with another {text}. Use those, or make it again."
         for path in paths

@@ -25,9 +25,10 @@ from ray_vlm.config.check_method import TASK_METRICS
 from ray_vlm.config.data import Data
 from ray_vlm.config.load import dump_job, fill_defaults, load_job, load_resolved
 from ray_vlm.config.paths import absolute_paths
-from ray_vlm.config.resume import check_resume, keep_shuffle, touches
+from ray_vlm.config.resume import check_resume, keep_formats, keep_shuffle, touches
 from ray_vlm.config.schema import JobConfig, Tune
 from ray_vlm.data.parts import load_parts
+from ray_vlm.data.sources.detect import settle_formats
 from ray_vlm.errors import ConfigError, Interrupted, RunError
 from ray_vlm.evaluate.export import export_run, kind_of
 from ray_vlm.evaluate.run import evaluate
@@ -73,7 +74,9 @@ def tune(
     logger.info(describe_job(job))
     address = join(job.run.output_dir, f"{job.run.name or Path(job_path).stem}-{Path(space_path).stem}")
     if _check_sweep_folder(address, dump_job(job), space, resume, overwrite):
-        job = keep_shuffle(read_sweep(address)["job"], job)
+        earlier = read_sweep(address)["job"]
+        job = keep_formats(earlier, keep_shuffle(earlier, job))
+    job = settle_formats(job)
     resolved, metric = dump_job(job), job.evaluate.metric
     if job.track.wandb:
         adopt_wandb_login()

@@ -24,6 +24,7 @@ FLOORS = [
     {"config"},
     {"runs"},
     {"storage"},
+    {"hub_system"},
     {"errors", "logs", "machine", "distributed"},
 ]
 PLAIN_DATA = {"ray_vlm.models.families", "ray_vlm.data.records"}  # readable from every floor

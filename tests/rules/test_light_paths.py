@@ -37,8 +37,8 @@ def test_a_look_at_rows_imports_no_model_library(tmp_path: Path, scenes: Path) -
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     results = json.loads(out.splitlines()[-1])
     assert [code for code, _, _ in results] == [1, 1, 1, 0, 1], results
-    assert "no column image; it has picture, label" in results[0][1]
-    assert "no column image; it has picture, label" in results[1][1]
+    assert "no column image or file_name; it has picture, label" in results[0][1]
+    assert "no column image or file_name; it has picture, label" in results[1][1]
     assert results[1][1].startswith("sft of "), "what is being read is said before it is read"
     assert "none.json" in results[2][1]
     assert "rows 50, usable 50" in results[3][1]

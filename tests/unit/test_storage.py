@@ -7,7 +7,20 @@ import pytest
 
 from ray_vlm.runs.checkpoints import MANIFEST, checkpoint_name, commit, open_newest, replace_folder, write_part
 from ray_vlm.runs.manifest import check_free, claim_run, find_run
-from ray_vlm.storage import Store, full_address, join, open_file, read_bytes, replacing, split_address
+from ray_vlm.storage import (
+    Store,
+    describe_file,
+    describe_files,
+    full_address,
+    is_remote,
+    join,
+    kind_of,
+    list_folder,
+    open_file,
+    read_bytes,
+    replacing,
+    split_address,
+)
 
 
 @pytest.fixture(params=["folder", "s3", "memory"])
@@ -32,6 +45,31 @@ def test_files_by_name(store: Store) -> None:
     store.remove("a.txt")
     store.remove("never there")
     assert store.names() == []
+
+
+def test_what_lies_in_a_folder(store: Store) -> None:
+    assert kind_of(store.address) is None
+    assert list_folder(store.address) == []
+    names = [f"{i:02d}.txt" for i in range(20)]
+    for i, name in enumerate(names):
+        store.write(name, b"x" * i)
+    store.write("folder/deep/b.bin", b"123")
+    inner = join(store.address, "folder")
+    assert [kind_of(address) for address in (store.address, inner, join(store.address, "03.txt"))] == [
+        *("folder", "folder", "file")
+    ]
+    assert kind_of(join(store.address, "none.txt")) is None
+    assert [entry[:2] for entry in list_folder(store.address)] == [*((name, True) for name in names), ("folder", False)]
+    assert [(entry.name, entry.is_file) for entry in list_folder(inner)] == [("deep", False)]
+    if is_remote(store.address):
+        deep = [entry.name for entry in list_folder(store.address, recursive=True) if entry.is_file]
+        assert deep == [*names, "folder/deep/b.bin"]
+    addresses = [join(store.address, name) for name in (*names, "none.txt", "folder/deep/b.bin")]
+    about = describe_files(addresses)
+    assert [known[0] if known else None for known in about[:20]] == list(range(20))
+    assert about == describe_files(addresses)
+    assert about[20] is None
+    assert about[21] == describe_file(addresses[21])[1:]
 
 
 def test_a_checkpoint_is_committed_found_and_replaced(store: Store, tmp_path: Path, lines: list[str]) -> None:

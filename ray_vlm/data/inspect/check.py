@@ -23,11 +23,14 @@ from ray_vlm.data.suspicions import tell_unused
 from ray_vlm.errors import DataError, RunError
 from ray_vlm.machine import count_cpus
 from ray_vlm.runs.console import track
-from ray_vlm.runs.text import format_table
+from ray_vlm.runs.text import format_table, plural
 
 _THREADS = min(8, count_cpus())
 _SHOWN_REASONS = 40
 _VARYING = (  # parts that differ between reasons of one kind, and their replacements; the order matters
+    (re.compile(r"^.{1,300}?\.\w+ row \d+: "), ""),  # the file of the row, of a source of several
+    (re.compile(r"^[^:]{1,300}\.(?:txt|xml|json): "), ""),  # the annotation of an image
+    (re.compile(r"\{['\"].{1,100}?(?=\}? is not )\}?"), "{…}"),  # an object, which may be cut off
     (re.compile(r"^id .{1,300}? is used by"), "id … is used by"),
     (re.compile(r"\s\((?:/|[a-z0-9]+://).*\)$"), ""),  # the image's path, which the index appends
     (re.compile(r"\[(?=[-\d'\"]|nan|inf)[^\]]*\]"), "[…]"),
@@ -83,13 +86,13 @@ def check_sources(data: Data, spec: SampleSpec, indexer: Indexer, decode_images:
         started = time.monotonic()
         try:
             read[name] = indexer.read(source)
-            problems = [] if len(read[name]) else [f"{source.path}: it has no rows."]
+            problems = [] if len(read[name]) else [f"{source.name}: it has no rows."]
         except DataError as error:
             problems = error.problems
         seconds[name] = time.monotonic() - started
         if problems:  # before anything slow is loaded
             read.pop(name, None)
-            yield SourceCheck(name, source.path, 0, 0, (), seconds[name], tuple(problems))
+            yield SourceCheck(name, source.name, 0, 0, (), seconds[name], tuple(problems))
     if not read:
         return
     training = [rows for name, rows in read.items() if name == "train" or name.startswith("mix")]
@@ -100,7 +103,7 @@ def check_sources(data: Data, spec: SampleSpec, indexer: Indexer, decode_images:
         shards = (shard for rows in read.values() for shard in rows.open())
         unused = tell_unused(labels, {tag for kind in tag_kinds(shards, "tags_read")[0] for tag in kind})
     for name, rows in read.items():
-        started, path = time.monotonic(), rows.source.path
+        started, path = time.monotonic(), rows.source.name
         part = indexer.part(all_of(rows), spec)
         joined = join_rows(part, data.max_tokens)
         bad = list(joined.bad)
@@ -155,8 +158,10 @@ def describe_check(check: SourceCheck) -> str:
     speed = f"{check.rows / check.seconds:,.0f} rows/s" if check.seconds > 0 else "at once"
     lines = [
         f"data.{check.name}  {plain(check.path)}",
-        f"  rows {check.rows}, usable {check.usable}, bad {len(check.bad)}  ({check.seconds:.1f} s, {speed})",
     ]
+    if check.rows or not check.problems:
+        counts = f"rows {check.rows}, usable {check.usable}, bad {len(check.bad)}"
+        lines.append(f"  {counts}  ({check.seconds:.1f} s, {speed})")
     lines += [f"  cannot be used: {plain(problem)}" for problem in check.problems]
     lines += [f"  note: {plain(note.removeprefix(check.path + ': '))}" for note in check.notes]
     groups = group_bad(check.bad)
@@ -168,7 +173,8 @@ def describe_check(check: SourceCheck) -> str:
         lines.append(format_table(table, left=(1, 2), longest=sys.maxsize))
     if len(groups) > _SHOWN_REASONS:
         rest = sum(len(rows) for _, rows in groups[_SHOWN_REASONS:])
-        lines.append(f"  {rest} of {len(groups) - _SHOWN_REASONS} more kinds; --bad-rows PATH writes them all")
+        others = plural(len(groups) - _SHOWN_REASONS, "other reason")
+        lines.append(f"  and {plural(rest, 'bad row')} with {others}; --bad-rows PATH writes all of them")
     return "\n".join(lines)
 
 

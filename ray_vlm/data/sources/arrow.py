@@ -19,6 +19,7 @@ from ray_vlm.data.records import BadRow, ImageRange
 from ray_vlm.data.sources.columns import (
     binary_columns,
     class_features,
+    column_kinds,
     column_names,
     cut_groups,
     locate_images,
@@ -80,6 +81,7 @@ class ArrowTable:
         schema = ipc.read_schema(py_buffer(self.schema))
         self.columns: tuple[str, ...] | None = column_names(self.address, schema)
         self.features, self.binary = class_features(schema.metadata or {}), binary_columns(schema)
+        self.kinds = column_kinds(schema, self.features)
         batches: list[_Message] = []
         dictionaries: tuple[_Message, ...] = ()
         self.dictionaries: list[tuple[_Message, ...]] = []  # of each batch

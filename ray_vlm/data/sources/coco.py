@@ -6,7 +6,9 @@ from typing import Any
 
 from ray_vlm.config.data import Source
 from ray_vlm.data.records import BadRow, SftRecord
+from ray_vlm.data.sources.detection import box_context
 from ray_vlm.data.sources.fields import control_character, is_empty, is_number, shown, word
+from ray_vlm.data.sources.files import single_file
 from ray_vlm.data.sources.pieces import read_json
 from ray_vlm.data.sources.tar import ImageRoot, find_image
 from ray_vlm.data.suspicions import crowd_problem
@@ -14,13 +16,14 @@ from ray_vlm.errors import DataError
 
 # Keys of files of other tools, and the tool's name.
 _TOOLS: tuple[tuple[set[str], str], ...] = (
-    ({"annotations", "data"}, "Label Studio (JSON)"),
-    ({"shapes", "imagePath"}, "labelme, one for each image"),
-    ({"_via_img_metadata"}, "VIA"),
-    ({"samples", "name"}, "FiftyOne"),
-    ({"objects", "img_width"}, "Label Studio or Supervisely"),
-    ({"conversations"}, "LLaVA, which is format=llava; or"),
-    ({"messages"}, "chats, which is format=messages; or"),
+    ({"annotations", "data"}, "Label Studio: set format=label_studio"),
+    ({"shapes", "imagePath"}, "labelme, one for each image: give `path` their folder, and set format=labelme"),
+    ({"_via_img_metadata"}, "VIA: export COCO there"),
+    ({"samples", "name"}, "FiftyOne: export COCO there"),
+    ({"objects", "img_width"}, "Label Studio or Supervisely: export COCO there"),
+    ({"objects", "image"}, "rows of `datasets` with objects: set format=hf_objects, or format=objects for ms-swift"),
+    ({"conversations"}, "LLaVA: set format=llava"),
+    ({"messages"}, "chats: set format=messages"),
 )
 _NO_CLASSES = ("_background_", "__ignore__")  # labelme's names for the background
 
@@ -32,14 +35,15 @@ def read_coco(source: Source, root: ImageRoot) -> tuple[list[SftRecord | BadRow]
     (`iscrowd: 1`) are left out, since they are not one object, unless `crowds` says otherwise. Annotations of images
     that are not listed become one bad row behind the images. Raise `DataError` if the whole file cannot be used.
     """
-    data = read_json(source.path)
+    path = single_file(source)
+    data = read_json(path)
     if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
         raise DataError(
-            f"{source.path}: not COCO; expected a JSON object with lists `images` and `annotations`.{_name_tool(data)}"
+            f"{source.name}: not COCO; expected a JSON object with lists `images` and `annotations`.{_name_tool(data)}"
         )
     _check_columns(source, data["images"])
     used = {str(_id_of(annotation, "category_id")) for annotation in data["annotations"]}
-    names, labels = _categories(data.get("categories"), used, source.path)
+    names, labels = _categories(data.get("categories"), used, path)
     seen = Counter(str(_id_of(image)) for image in data["images"] if _id_of(image) is not None)
     boxes, stray = _boxes_by_image(data["annotations"], set(seen), len(data["images"]))
     _check_crowds(source, boxes, names)
@@ -53,7 +57,7 @@ def _name_tool(data: object) -> str:
     if not isinstance(first, dict):
         return ""
     tool = next((tool for keys, tool in _TOOLS if keys <= first.keys()), None)
-    return f" It looks like a file of {tool}: export COCO there." if tool else ""
+    return f" It looks like a file of {tool}." if tool else ""
 
 
 def _check_columns(source: Source, images: list) -> None:
@@ -65,7 +69,7 @@ def _check_columns(source: Source, images: list) -> None:
             )
         if not any(isinstance(image, dict) and column in image for image in images):
             existing = sorted({name for image in images if isinstance(image, dict) for name in image})
-            raise DataError(f"{source.path}: no image has {column!r}, named by columns.{field}; there is {existing}.")
+            raise DataError(f"{source.name}: no image has {column!r}, named by columns.{field}; there is {existing}.")
 
 
 def _id_of(value: object, key: str = "id") -> int | str | None:
@@ -129,7 +133,7 @@ def _check_crowds(source: Source, boxes: dict[str, list[dict]], names: dict[str,
         if name is not None:
             counts[not _is_crowd(annotation)][name] += 1
     if source.crowds is None and (problem := crowd_problem(*counts)):
-        raise DataError(f"{source.path}: {problem}.")
+        raise DataError(f"{source.name}: {problem}.")
 
 
 def _is_crowd(annotation: dict) -> bool:
@@ -156,22 +160,10 @@ def _row(
         truth = _truth(objects, names)
     except ValueError as error:
         return BadRow(row, name, str(error))
-    context = _context(source, truth, image)
+    context = box_context(source, truth["boxes"], (image.get("width"), image.get("height")))
     if len(objects) < len(annotations):
         context["crowds"] = len(annotations) - len(objects)
     return SftRecord(name, row, (path,), (), truth, context, group)
-
-
-def _context(source: Source, truth: dict, image: dict) -> dict[str, Any]:
-    """Return what the index needs for a row with boxes: their units, and the image size that the file lists."""
-    if not truth["boxes"]:
-        return {}
-    if source.box_units != "pixels":
-        return {"box_units": source.box_units}
-    listed: list[Any] = [side for side in (image.get("width"), image.get("height")) if is_number(side)]
-    if source.box_frame == "image" or len(listed) < 2 or min(listed) < 1:
-        return {}
-    return {"listed": tuple(listed), "frame": source.box_frame}
 
 
 def _truth(annotations: Iterable[Mapping[str, Any]], names: dict[str, str]) -> dict[str, tuple]:

@@ -4,6 +4,7 @@ images inside cells.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.data.records import BadRow, InnerImage, LocatedBytes
@@ -30,6 +31,8 @@ def cut_groups(groups: Iterable[tuple[int, int]], rows: int, version: tuple[int,
     of the file changes all pieces.
     """
     first = end = 0
+    groups = list(groups)
+    row_bytes = sum(size for _, size in groups) / max(1, sum(num_rows for num_rows, _ in groups))
     for num_rows, size in groups:
         start, end = end, end + num_rows
         limit = max(1, min(rows, PIECE_BYTES * num_rows // max(1, size)))
@@ -37,14 +40,15 @@ def cut_groups(groups: Iterable[tuple[int, int]], rows: int, version: tuple[int,
         cuts += range((cuts or [first])[-1] + limit, end, limit)
         cuts += [end] if cuts and cuts[-1] > start else []
         for last in cuts:
-            yield _piece(first, last, version)
+            yield _piece(first, last, version, row_bytes)
             first = last
     if first < end:
-        yield _piece(first, end, version)
+        yield _piece(first, end, version, row_bytes)
 
 
-def _piece(first: int, end: int, version: tuple[int, int]) -> Piece:
-    return Piece(first, end - first, "{:x}_{:x}_{}_{}".format(*version, first, end))
+def _piece(first: int, end: int, version: tuple[int, int], row_bytes: float) -> Piece:
+    fingerprint = "{:x}_{:x}_{}_{}".format(*version, first, end)
+    return Piece(first, end - first, fingerprint, num_bytes=round(row_bytes * (end - first)))
 
 
 def rows_of_batch(
@@ -100,6 +104,57 @@ def binary_columns(schema: "Schema") -> tuple[str, ...]:
         return is_binary(kind.value_type if listed else kind)
 
     return tuple(field.name for field in schema if holds(field.type))
+
+
+@dataclass(frozen=True)
+class ValueKind:
+    """What the values of a column are in Python. `parts`: of a list its values, of an object its fields by name.
+    `is_class`: numbers that `datasets` replaces by the names of classes."""
+
+    name: str
+    parts: tuple[tuple[str, "ValueKind"], ...] = ()
+    is_class: bool = False
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{name}: {kind}" if name else str(kind) for name, kind in self.parts)
+        return self.name + (f"<{inside}>" if self.parts else "") + (" of classes" if self.is_class else "")
+
+    def agrees(self, other: "ValueKind") -> bool:
+        """Whether both are one kind. Values that are all missing are of any kind."""
+        if "null" in (self.name, other.name):
+            return True
+        return (
+            (self.name, self.is_class) == (other.name, other.is_class)
+            and [name for name, _ in self.parts] == [name for name, _ in other.parts]
+            and all(one.agrees(two) for (_, one), (_, two) in zip(self.parts, other.parts, strict=True))
+        )
+
+
+def column_kinds(schema: "Schema", features: Mapping[str, Any]) -> dict[str, ValueKind]:
+    """Return the kinds of the columns. Types of which the same values are read are one: texts with narrow or wide
+    offsets, whole numbers of any width."""
+    return {
+        field.name: replace(_kind_of(field.type), is_class="ClassLabel" in str(features.get(field.name)))
+        for field in schema
+    }
+
+
+def _kind_of(kind: "DataType") -> ValueKind:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _kind_of(kind.value_type)
+    if types.is_struct(kind):
+        return ValueKind("object", tuple(sorted(((f.name, _kind_of(f.type)) for f in kind), key=lambda part: part[0])))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return ValueKind("list", (("", _kind_of(kind.value_type)),))
+    names = {
+        "text": types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind),
+        "bytes": types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind),
+        "whole number": types.is_integer(kind),
+        "number": types.is_floating(kind),
+    }
+    return ValueKind(next((name for name, is_kind in names.items() if is_kind), str(kind)))
 
 
 def class_features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:

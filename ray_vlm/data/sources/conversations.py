@@ -5,39 +5,120 @@ function raises `ValueError` with the problem and its fix.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ray_vlm.data.records import Box, Image, Point, PreferenceRecord, PromptRecord, SftRecord, plain_bytes
 from ray_vlm.data.sources import fields
+from ray_vlm.data.sources.data_uris import is_data_uri
 from ray_vlm.data.sources.fields import Row, shown
 from ray_vlm.tasks.answers import IMAGE, Turns
 
 _BOX, _NAME = "<bbox>", "<ref-object>"
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",  # OpenAI's newer name for it
+}
+_CALLS = ("tool_calls", "function_call")
+_URL_PARTS, _TEXT_PARTS = ("image_url", "input_image"), ("text", "input_text", "output_text")  # of OpenAI's two APIs
 _ORDER = "turns are an optional system turn, then user and assistant alternately"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _MEDIA_TAGS = ("<video>", "<audio>")
-_TEXTS = ("id", "group", "prompt", "problem", "chosen", "rejected", "rejected_response", "solution", "answer")
+_TEXTS = (
+    *("id", "group", "prompt", "problem", "chosen", "rejected", "rejected_response", "solution", "answer"),
+    *("query", "response", "instruction", "input", "output", "system", "normal_caption"),
+)
 _PICTURE = re.compile(r"\S+\.(jpe?g|png|webp|avif|gif|bmp|tiff?|ppm)", re.IGNORECASE)
 _NOT_COLUMNS = ("id", "image", "images", "group")
+_DIALOGUES, _PROBLEMS = ("conversations", "messages"), ("problem", "prompt")
 
 
 def chat_record(row: Row, column: str) -> SftRecord:
     """Read the turns in `column`, and `image` or `images`. The last answer is the truth.
 
-    `conversations` are LLaVA's, of `{"from", "value"}`; `messages` are of `{"role", "content"}`, and `objects` fill
-    `<ref-object>` and `<bbox>` in their texts.
+    `conversations` are LLaVA's, of `{"from", "value"}`; `messages` are of `{"role", "content"}`, where a content may be
+    OpenAI's list of parts (platform.openai.com/docs/api-reference/chat), and `objects` fill `<ref-object>` and `<bbox>`
+    in their texts. A text in `system` goes before both.
     """
     listed = fields.nested(row.first(column), column)
     turns, inline = _read_turns(listed, column, row)
     _check_learned(listed, column)
+    return _chat(row, _with_system(row, turns), inline, column)
+
+
+def query_record(row: Row) -> SftRecord:
+    """Read ms-swift's `query` and `response`, with `system`, `history` of `[query, response]`, `images` and `objects`
+    (swift.readthedocs.io, Custom Dataset)."""
+    asked = ("user", _cell_text(row, "query"))
+    turns = (*_read_system(row), *_read_history(row), asked, ("assistant", _cell_text(row, "response")))
+    return _chat(row, turns, (), "response")
+
+
+def alpaca_record(row: Row) -> SftRecord:
+    """Read `instruction`, `input` and `output` (github.com/tatsu-lab/stanford_alpaca), with `system`, `history` of
+    `[instruction, output]` and `images` as LLaMA-Factory has them (github.com/hiyouga/LLaMA-Factory, data/README.md).
+    A question is the instruction, and the input on a line behind it."""
+    lines = [_cell_text(row, name) for name in ("instruction", "input") if row.first(name) is not None]
+    asked = ("user", "\n".join(lines))
+    turns = (*_read_system(row), *_read_history(row), asked, ("assistant", _cell_text(row, "output")))
+    return _chat(row, turns, (), "output")
+
+
+def _cell_text(row: Row, name: str) -> str:
+    value = row.first(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} holds {shown(value)} in place of a text; mend it")
+    return value
+
+
+def _read_system(row: Row) -> Turns:
+    return () if row.first("system") is None else (("system", _cell_text(row, "system")),)
+
+
+def _with_system(row: Row, turns: Turns) -> Turns:
+    """Return the turns behind the text in the column `system`, where LLaMA-Factory has it beside them."""
+    system = _read_system(row)
+    if not system or turns[:1] == system:
+        return turns
+    if turns[:1] and turns[0][0] == "system":
+        raise ValueError("the row has a system turn, and another text in its column system; leave one of the two out")
+    return (*system, *turns)
+
+
+def _refuse_tools(row: Row) -> None:
+    if not fields.is_empty(fields.nested(row.cells.get("tools"), "tools")):
+        raise ValueError("the row has tools, and calls of tools are not read; leave the row out, or empty the column")
+
+
+def _read_history(row: Row) -> Turns:
+    """Return the earlier turns of a row, which come as a list of questions with their answers."""
+    pairs = fields.nested(row.first("history"), "history")
+    if fields.is_empty(pairs):
+        return ()
+    if not isinstance(pairs, list | tuple):
+        raise ValueError(f"history {shown(pairs)} is not a list of [question, answer]; mend it")
+    turns: list[tuple[str, str]] = []
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"history[{i}] {shown(pair)} is not two texts [question, answer]; mend it")
+        turns += [("user", pair[0]), ("assistant", pair[1])]
+    return tuple(turns)
+
+
+def _chat(row: Row, turns: Turns, inline: tuple[Image, ...], column: str) -> SftRecord:
+    """Return the record of a dialogue. `inline`: images in its turns; `column`: that of the last answer."""
     _check_order(turns, "assistant")
+    _refuse_tools(row)
     if not turns[-1][1].strip():
         raise ValueError(f"the last answer in {column} is empty, so there is nothing to learn; fill or remove the row")
     pictures = _pictures(row, turns, inline)
     turns = _insert_image_tags(turns, len(pictures))
     context: dict[str, Any] = {"turns": turns[:-1]}
-    if column == "messages" and row.first("objects") is not None:
+    if column in ("messages", "response") and row.first("objects") is not None:
         refs, regions, image_of, units = read_objects(row, len(pictures))
         for mark, entries, name in ((_NAME, refs, "ref"), (_BOX, regions, "bbox")):
             count = sum(text.count(mark) for _, text in turns)
@@ -92,7 +173,9 @@ def read_objects(
 def preference_record(row: Row) -> PreferenceRecord:
     """Read TRL's `prompt, chosen, rejected`, LLaMA-Factory's `conversations` with two answers, or ms-swift's
     `messages`, whose last turn is the chosen answer, with `rejected_response`."""
+    _refuse_tools(row)
     turns, inline = _read_prompt(row, ("prompt",), ("messages", "conversations"))
+    turns = _with_system(row, turns)
     if (answer := row.first("chosen")) is None:
         _check_order(turns, "assistant")
         turns, chosen = turns[:-1], turns[-1][1]
@@ -116,10 +199,49 @@ def prompt_record(row: Row) -> PromptRecord:
     """Read `prompt` (or EasyR1's `problem`) with `images`; all other columns are passed on unchanged."""
     turns, inline = _read_prompt(row, ("prompt", "problem"))
     _check_order(turns, "user")
+    return _sampled(row, turns, inline, _PROBLEMS if fields.is_empty(row.cells.get("prompt")) else ("prompt",))
+
+
+def rec_record(row: Row) -> PromptRecord:
+    """Read rows of referring expressions as VLM-R1 has them (github.com/om-ai-lab/VLM-R1): `problem` and `solution`, or
+    `conversations` whose last answer becomes the column `solution` unless the row has one. All other columns are
+    passed on unchanged."""
+    if (value := row.first(*_DIALOGUES)) is None:
+        turns, inline = _read_prompt(row, _PROBLEMS)
+        answer = None
+    else:
+        name = next(name for name in _DIALOGUES if row.cells.get(name) is value)
+        listed, answer = _take_answer(fields.nested(value, name), name, row)
+        turns, inline = _read_turns(listed, name, row)
+    _check_order(turns, "user")
+    solution = row.first("solution")
+    if solution is None and fields.is_empty(answer):
+        setting = fields.column_setting("solution")
+        raise ValueError(f"the row has no solution and no last answer; fill it, or name its column, as in {setting}")
+    record = _sampled(row, turns, inline, (*_DIALOGUES, *_PROBLEMS, "solution"))
+    columns = {**record.columns, "solution": plain_bytes(answer if solution is None else solution)}
+    return replace(record, columns=columns)
+
+
+def _take_answer(listed: object, name: str, row: Row) -> tuple[object, object]:
+    """Return the turns before the last answer, and that answer: a text, or the numbers of a box; None without one."""
+    last = listed[-1] if isinstance(listed, list) and listed else None
+    role = last.get("role", last.get("from")) if isinstance(last, dict) else None
+    if not isinstance(listed, list) or not isinstance(last, dict) or _ROLES.get(str(role)) != "assistant":
+        return listed, None
+    content = last.get("content", last.get("value"))
+    if isinstance(content, list) and content and all(fields.is_number(value) for value in content):
+        return listed[:-1], content
+    ((_, text),), _ = _read_turns([last], name, row)
+    return listed[:-1], text
+
+
+def _sampled(row: Row, turns: Turns, inline: tuple[Image, ...], read: tuple[str, ...]) -> PromptRecord:
+    """Return the record of a prompt. `read`: the columns that are no columns of the record, unless the user names them
+    for the reward functions."""
     pictures = _pictures(row, turns, inline)
-    prompt_columns = ("prompt", "problem") if fields.is_empty(row.cells.get("prompt")) else ("prompt",)
-    used = {*prompt_columns, *_NOT_COLUMNS, *row.source.columns.values()}
-    extra = _extra_names(row)
+    used = {*read, *_NOT_COLUMNS, *row.source.columns.values()}
+    extra = set(row.source.columns) - {*_PROBLEMS, *read, *_NOT_COLUMNS}
     columns = {name: plain_bytes(v) for name, v in row.cells.items() if name not in used or name in extra}
     return PromptRecord(row.id, row.number, pictures, (), _insert_image_tags(turns, len(pictures)), columns, row.group)
 
@@ -133,7 +255,10 @@ def _pictures(row: Row, turns: Turns, inline: tuple[Image, ...]) -> tuple[Image,
     for tag in _MEDIA_TAGS:
         if any(tag in text for role, text in turns if role == "user"):
             raise ValueError(f"a text holds {tag}, which is not read; leave the row out, or remove the tag")
-    pictures = fields.images(row, "images", "image") or inline
+    listed = fields.images(row, "images", "image")
+    if listed and inline and listed != inline:
+        raise ValueError("the row has images inside its turns and others beside them; leave one of the two out")
+    pictures = listed or inline
     if not pictures and (other := _misnamed(row)) is not None:
         raise ValueError(
             f"the row has no image, and its column {other} names one ({shown(row.cells[other])}); read it by "
@@ -157,16 +282,11 @@ def _misnamed(row: Row) -> str | None:
         first = value[0] if isinstance(value, list) and value else value
         if name in (*_TEXTS, *row.source.columns, *row.source.columns.values()):
             continue
-        if isinstance(first, str) and len(first) < 1000 and _PICTURE.fullmatch(first.strip()):
+        if isinstance(first, str) and (is_data_uri(first) or (len(first) < 1000 and _PICTURE.fullmatch(first.strip()))):
             return name
         if isinstance(first, dict) and isinstance(first.get("bytes"), bytes):
             return name
     return None
-
-
-def _extra_names(row: Row) -> set[str]:
-    """Return the columns that the user has named for the reward functions."""
-    return set(row.source.columns) - {"prompt", "problem", *_NOT_COLUMNS}
 
 
 def _read_prompt(row: Row, texts: tuple[str, ...], lists: tuple[str, ...] = ()) -> tuple[Turns, tuple[Image, ...]]:
@@ -202,6 +322,8 @@ def _read_turns(value: object, name: str, row: Row) -> tuple[Turns, tuple[Image,
         if not isinstance(turn, dict):
             raise ValueError(f"{name}[{i}] is {shown(turn)}; a turn is an object with its role and text")
         role = turn.get("role", turn.get("from"))
+        if (call := next((key for key in _CALLS if not fields.is_empty(turn.get(key))), None)) is not None:
+            raise ValueError(f"{name}[{i}] holds {call}, and calls of tools are not read; leave the row out")
         if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"{name}[{i}] has the role {shown(role)}; use system, user (human) or assistant (gpt)")
         content = turn.get("content", turn.get("value"))
@@ -219,13 +341,29 @@ def _text(content: object, where: str, inline: list[Image], row: Row) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "image":
             pieces.append(IMAGE)
-            if part.get("image") is not None:
-                inline.append(fields.image(part["image"], row))
-        elif kind == "text" and isinstance(part.get("text"), str):
+            if (named := next((part[key] for key in ("image", "url", "path") if part.get(key)), None)) is not None:
+                inline.append(fields.image(named, row))
+        elif kind in _URL_PARTS:
+            pieces.append(IMAGE)
+            inline.append(fields.image(_url_of(part, where), row))
+        elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             pieces.append(part["text"])
         else:
-            raise ValueError(f'{where} holds {shown(part)}; use {{"type": "text", "text"}} or {{"type": "image"}}')
+            other = kind if isinstance(kind, str) and kind not in _TEXT_PARTS else None
+            reason = f" (a part of type {shown(other)} is not read)" if other else ""
+            raise ValueError(
+                f'{where} holds {shown(part)}{reason}; use {{"type": "text", "text"}} or {{"type": "image"}}'
+            )
     return "".join(pieces)
+
+
+def _url_of(part: dict[str, Any], where: str) -> str:
+    """Return the address in a part of OpenAI's, `{"image_url": {"url"}}` or `{"image_url"}`."""
+    url = part.get("image_url")
+    url = url.get("url") if isinstance(url, dict) else url
+    if not isinstance(url, str) or not url.strip():
+        raise ValueError(f'{where} holds {shown(part)} without an address; use {{"image_url": {{"url": ...}}}}')
+    return url
 
 
 def _check_order(turns: Turns, last: str) -> None:

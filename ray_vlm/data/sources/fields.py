@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ray_vlm.config.data import Source
-from ray_vlm.data.records import Box, Image, Point
+from ray_vlm.data.records import Box, Image, ImageRange, Point
+from ray_vlm.data.sources.data_uris import is_data_uri, read_data_uri
 from ray_vlm.data.sources.tar import ImageRoot, find_image
 
 _FARTHEST = 1e9  # no image is this large; NaN and infinity fail the comparison too
@@ -147,8 +148,8 @@ def nested(value: object, what: str) -> Any:
 
 
 def images(row: Row, *names: str) -> tuple[Image, ...]:
-    """Return the images in the first filled cell among `names`: one or a list of paths, bytes, or objects `{"bytes",
-    "path"}`, whose bytes come first."""
+    """Return the images in the first filled cell among `names`: one or a list of paths, data URIs, bytes, or
+    objects `{"bytes", "path"}`, whose bytes come first."""
     value = row.first(*names)
     if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
         value = from_json(value, names[0])
@@ -158,10 +159,15 @@ def images(row: Row, *names: str) -> tuple[Image, ...]:
 
 
 def image(value: object, row: Row) -> Image:
-    """Return one image: bytes unchanged, a path resolved inside the row's folder of images."""
+    """Return one image: bytes or a range of a file unchanged, the bytes of a data URI, a path resolved inside the row's
+    folder of images."""
+    if isinstance(value, ImageRange):
+        return value
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
+        if is_data_uri(value):
+            return read_data_uri(value)
         return find_image(row.root, value, row.source.follow_links)
     if isinstance(value, bytes) and value:
         return value

@@ -63,11 +63,11 @@ def _select_tasks(tasks: list[str], source: Source) -> set[str]:
         )
         if same is None or (same != limit and _rank(limit) is None):
             some = ", ".join(list(order)[:5])
-            raise DataError(f"{source.path}: {option}={limit!r} is no Task_id of this file. It has {some}, ...")
+            raise DataError(f"{source.name}: {option}={limit!r} is no Task_id of this file. It has {some}, ...")
         selected = [task for task in selected if sign * _distance(task, same, order) >= 0]
     if order and not selected:
         raise DataError(
-            f"{source.path}: no task lies from task_start={source.task_start!r} to task_end={source.task_end!r}. "
+            f"{source.name}: no task lies from task_start={source.task_start!r} to task_end={source.task_end!r}. "
             "Exchange them, or leave one out."
         )
     return set(selected[: source.max_tasks])

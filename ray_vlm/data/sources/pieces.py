@@ -3,19 +3,21 @@
 Also what readers of other tables share: pieces, blocks and lines of a file, and the errors of a whole file.
 """
 
-import codecs
 import json
-import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, NamedTuple, NoReturn
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ray_vlm.config.paths import describe_search
 from ray_vlm.data.records import BadRow
+from ray_vlm.data.sources.compressed import decompress, is_compressed
 from ray_vlm.data.sources.fields import text_fault
+from ray_vlm.data.sources.json_stream import DECODER, JsonStream, not_json
 from ray_vlm.errors import DataError
 from ray_vlm.storage import open_file, read_bytes
 
@@ -25,9 +27,6 @@ PIECE_BYTES = 16 * 2**20  # a piece has fewer rows if they are large
 _BLOCK = 4 * 2**20  # bytes of a text file that are read at a time
 _BOM = b"\xef\xbb\xbf"
 _BLANKS = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # what `bytes.strip` removes
-_CUT_OFF = 16  # characters at the end of what was read, in which a number or a word may go on
-_BLANK = re.compile(r"[ \t\n\r]*")  # between values of JSON
-_DECODER = json.JSONDecoder()
 NumberedRow = tuple[int, dict[str, Any]]  # counted from 0 in the file, with cells by column
 
 
@@ -38,7 +37,9 @@ class Piece:
     `first_row` is the number of the first row; `num_rows` counts bad ones too. `fingerprint`, which can be part of a
     file name, changes if the rows, their numbers or their line numbers do. JSON lines: the bytes from `start` to `end`
     of the file, from line `first_line` on. Files that one process has to parse have their rows in `entries`. `labels`:
-    class names that the file itself lists (COCO), in the first piece.
+    class names that the file itself lists (COCO), in the first piece. `num_bytes`: of the rows in the file, about.
+    `parts`: of a source of several files its tables, each with a piece of it; a piece of `num_rows` rows has the first
+    of their rows.
     """
 
     first_row: int
@@ -49,22 +50,25 @@ class Piece:
     first_line: int = 0
     entries: tuple[Any, ...] = ()
     labels: tuple[str, ...] = ()
+    num_bytes: int = 0
+    parts: tuple[tuple[Any, "Piece"], ...] = ()
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether the piece has the rows themselves, and so is as large as they are."""
+        return bool(self.entries) or any(part.holds_rows for _, part in self.parts)
 
 
 def read_json(address: str) -> Any:
     """Read the value in a UTF-8 JSON file. Raise `DataError`."""
     try:
-        data = read_bytes(address)
+        data = b"".join(read_blocks(address)) if is_compressed(address) else read_bytes(address)
     except (OSError, ValueError, ImportError) as error:
         raise unreadable_file(address, error) from None
     try:
         return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise _not_json(address, error) from None
-
-
-def _not_json(address: str, error: object) -> DataError:
-    return DataError(f"{address}: not readable as UTF-8 JSON ({error}). Mend it and save it as UTF-8.")
+        raise not_json(address, error) from None
 
 
 def unreadable_file(address: str, error: Exception) -> DataError:
@@ -87,9 +91,15 @@ def row_digest(*values: object) -> "blake2b":
 
 
 def read_blocks(address: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """Yield the bytes of a file from `start` to `end`, `_BLOCK` at a time. Raise `DataError`."""
+    """Yield the bytes of a file from `start` to `end`, `_BLOCK` at a time; of a compressed one all from `start` on,
+    decompressed. Raise `DataError`."""
     try:
         with open_file(address) as file:
+            if is_compressed(address):
+                for block in decompress(file, address, _BLOCK):
+                    yield block[start:]
+                    start = max(0, start - len(block))
+                return
             file.seek(start)
             while block := file.read(_BLOCK if end is None else min(_BLOCK, end - start)):
                 start += len(block)
@@ -175,6 +185,29 @@ class JsonLines(LineFile):
         return rows[: piece.num_rows]
 
 
+class CompressedJsonLines(LineFile):
+    """A compressed file with a JSON object on each line. One process divides it, since no other can begin within it;
+    `entries` of its pieces are the lines, each with its number."""
+
+    def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
+        """Yield the pieces of the file. Raise `DataError` where it is cut off or damaged."""
+        return cut_entries(self._entries(), rows)
+
+    def _entries(self) -> Iterator[tuple[tuple[int, bytes | LongLine], bytes]]:
+        for number, line in enumerate(self.split(read_blocks(self.address, self.start)), 1):
+            if not (line.is_blank if isinstance(line, LongLine) else not line.strip()):
+                text = line if isinstance(line, bytes) else b"%d" % line.size
+                yield (number, line), b"%d\n" % number + text
+
+    def read(self, piece: Piece) -> list[NumberedRow | BadRow]:
+        """Return the rows of a piece."""
+        rows: list[NumberedRow | BadRow] = []
+        for row, (number, line) in enumerate(piece.entries, piece.first_row):
+            value, reason = _json_line(line)
+            rows.append(BadRow(row, "", f"line {number} {reason}") if reason else (row, value))
+        return rows
+
+
 def _hashed(blocks: Iterable[bytes], digest: "blake2b") -> Iterator[bytes]:
     for block in blocks:
         digest.update(block)
@@ -196,7 +229,8 @@ class _LineScan:
         self.digest = row_digest(row, line)
 
     def _piece(self, end: int, rows: int) -> Piece:
-        return Piece(self.first_row, rows, self.digest.hexdigest(), self.start, end, self.first_line)
+        size = end - self.start
+        return Piece(self.first_row, rows, self.digest.hexdigest(), self.start, end, self.first_line, num_bytes=size)
 
     def add(self, block: bytes) -> Iterator[Piece]:
         """Yield the pieces that end in the next block."""
@@ -265,7 +299,7 @@ def describe_long(size: int) -> str:
 def _parse(text: str) -> Any:
     """Return `json.loads(text)`, faster for a plain line."""
     try:
-        value, end = _DECODER.raw_decode(text)
+        value, end = DECODER.raw_decode(text)
     except json.JSONDecodeError:  # for white space before the value, or for the message
         return json.loads(text)
     return value if text[end:] in ("\n", "", "\r\n") else json.loads(text)
@@ -320,16 +354,16 @@ def cut_entries(
         digest.update(identity)
         size += len(identity)
         if (row + 1) % rows == 0 or size >= PIECE_BYTES:
-            yield Piece(first, len(held), digest.hexdigest(), entries=tuple(held))
+            yield Piece(first, len(held), digest.hexdigest(), entries=tuple(held), num_bytes=size)
             held = []
             first, size, digest = row + 1, 0, row_digest(row + 1, names)
     if held:
-        yield Piece(first, len(held), digest.hexdigest(), entries=tuple(held))
+        yield Piece(first, len(held), digest.hexdigest(), entries=tuple(held), num_bytes=size)
 
 
 def _json_entries(address: str) -> Iterator[tuple[str, bytes]]:
     """Yield the entries of the list in a JSON file, as text and as bytes."""
-    stream = _JsonStream(address)
+    stream = JsonStream(address, read_blocks(address))
     listed = stream.peek() == "["
     if listed:
         yield from stream.items()
@@ -350,109 +384,18 @@ def _json_entries(address: str) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"{address}: expected a JSON list of objects, or an object with that list under `data`.")
 
 
-class _JsonStream:
-    """The values in a JSON text, parsed one after another by Python's own parser while blocks of it are read."""
-
-    def __init__(self, address: str):
-        self.address, self.blocks = address, read_blocks(address)
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text, self.at = "", 0  # what has been read and not dropped, and the position in it
-        self.num_bytes, self.num_characters = 0, 0  # read, dropped
-        self.num_lines, self.column = 1, 1  # of the first character of `text`
-        self.ended = False
-
-    def _more(self) -> bool:
-        """Read as much again as is still unparsed, and drop what has been parsed. Return whether there was more."""
-        rest, parts, size = self.text[self.at :], [], 0
-        while size <= len(rest) and not self.ended:
-            block = next(self.blocks, b"")
-            self.ended = not block
-            parts.append(self._decode(block))
-            size += len(parts[-1])
-        if not size:
-            return False
-        self.num_lines, self.column = self._line_of(self.at)
-        self.num_characters += self.at
-        self.text, self.at = "".join([rest, *parts]), 0
-        return True
-
-    def _decode(self, block: bytes) -> str:
-        pending = len(self.decoder.getstate()[0])
-        try:
-            text = self.decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            byte, start = error.object[error.start], self.num_bytes - pending + error.start
-            reason = f"'utf-8' codec can't decode byte {byte:#04x} in position {start}: {error.reason}"
-            raise _not_json(self.address, reason) from None
-        text = text.removeprefix("\ufeff") if self.num_bytes == 0 else text
-        self.num_bytes += len(block)
-        return text
-
-    def _line_of(self, at: int) -> tuple[int, int]:
-        """Return the number of the line with a character of `text`, and its number in that line."""
-        lines = self.text.count("\n", 0, at)
-        return self.num_lines + lines, at - self.text.rfind("\n", 0, at) if lines else self.column + at
-
-    def fail(self, reason: object, at: int | None = None) -> NoReturn:
-        """Raise `DataError` with the place of a character, by default of the next one."""
-        at = self.at if at is None else at
-        line, column = self._line_of(at)
-        raise _not_json(self.address, f"{reason}: line {line} column {column} (char {self.num_characters + at})")
-
-    def peek(self) -> str:
-        """Return the next character that is no white space, or an empty text at the end."""
-        while True:
-            self.at = _BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.text) or not self._more():
-                return self.text[self.at : self.at + 1]
-
-    def value(self) -> tuple[Any, str]:
-        """Parse the next value, and return it with its text."""
-        self.peek()
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) - _CUT_OFF or not self._more():
-                    text, self.at = self.text[self.at : end], end
-                    return value, text
-                continue
-            except json.JSONDecodeError as error:
-                reason, wrong = error.msg, error.pos
-            except ValueError as error:  # a number of too many digits
-                reason, wrong = str(error), self.at
-            except RecursionError as error:
-                raise _not_json(self.address, error) from None
-            cut_off = wrong >= len(self.text) - _CUT_OFF or reason.startswith("Unterminated string")
-            if not cut_off or not self._more():
-                self.fail(reason, wrong)
-
-    def items(self) -> Iterator[tuple[str, bytes]]:
-        """Yield the values of the list that begins here, as text and as bytes."""
-        yield from ((text, text.encode()) for _, text in self._parts("]"))
-
-    def members(self) -> Iterator[str]:
-        """Yield the keys of the object that begins here; the caller parses the value of each."""
-        for key, _ in self._parts("}"):
-            yield key
-
-    def _parts(self, closing: str) -> Iterator[tuple[Any, str]]:
-        self.at += 1
-        if self.peek() == closing:
-            self.at += 1
-            return
-        while True:
-            if closing == "}" and self.peek() != '"':
-                self.fail("Expecting property name enclosed in double quotes")
-            member = self.value()
-            if closing == "}":
-                self._expect(":")
-            yield member
-            if self.peek() == closing:
-                self.at += 1
-                return
-            self._expect(",")
-
-    def _expect(self, mark: str) -> None:
-        if self.peek() != mark:
-            self.fail(f"Expecting {mark!r} delimiter")
-        self.at += 1
+def skim_json(address: str, count: int) -> Iterator[tuple[str, Any]]:
+    """Yield the members of the object in a JSON file, of a list the first `count` values alone; any other value has the
+    name "". The file is read as far as members are asked for. Raise `DataError`."""
+    stream = JsonStream(address, read_blocks(address))
+    is_object = stream.peek() == "{"
+    for name in stream.members() if is_object else ("",):
+        if stream.peek() == "[":
+            values = stream.values()
+            yield name, list(islice(values, count))
+            if is_object:
+                deque(values, maxlen=0)
+        else:
+            yield name, stream.value()[0]
+    if is_object and stream.peek():
+        stream.fail("Extra data")

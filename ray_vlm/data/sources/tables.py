@@ -1,4 +1,4 @@
-"""Read JSON, JSONL, CSV, TSV, Parquet and Arrow in pieces, as rows of named cells. No file is held as a whole.
+"""Read CSV, TSV and Parquet in pieces, as rows of named cells, and open any table. No file is held as a whole.
 
 A line that cannot be read becomes a `BadRow`.
 """
@@ -8,19 +8,21 @@ import os
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ray_vlm.config.row_files import split_suffix
 from ray_vlm.data.inner_images import LARGEST_GROUP_BYTES
 from ray_vlm.data.records import BadRow, ImageCell
 from ray_vlm.data.sources.arrow import ArrowTable
 from ray_vlm.data.sources.columns import (
+    apply_class_names,
     binary_columns,
     class_features,
+    column_kinds,
     column_names,
     cut_groups,
     locate_images,
@@ -30,6 +32,7 @@ from ray_vlm.data.sources.fields import text_fault
 from ray_vlm.data.sources.pieces import (
     MAX_LINE_BYTES,
     PIECE_ROWS,
+    CompressedJsonLines,
     JsonLines,
     JsonList,
     LineFile,
@@ -42,6 +45,8 @@ from ray_vlm.data.sources.pieces import (
     read_blocks,
     unreadable_file,
 )
+from ray_vlm.data.sources.tar import TAR_NAMES
+from ray_vlm.data.sources.webdataset import WebDatasetTable
 from ray_vlm.errors import DataError
 from ray_vlm.runs.text import plural
 from ray_vlm.storage import describe_file, open_file, split_options
@@ -72,6 +77,17 @@ class TableFile(Protocol):
         """Return the rows of a piece. Raise `DataError` if the file has changed."""
 
 
+class OpenedRows(NamedTuple):
+    """The rows of a source, and the folder or tar of its images unless the source names one.
+
+    `follow_links`: images may be symlinks out of the folder. `table` is None for COCO, whose reader opens the file.
+    """
+
+    table: TableFile | None
+    image_root: str
+    follow_links: bool = False
+
+
 @dataclass(frozen=True)
 class Table:
     """The rows of a file in order. `columns` are all names in order of appearance."""
@@ -80,42 +96,95 @@ class Table:
     columns: tuple[str, ...]
 
 
-_YOLO = " YOLO's labels are files for each image: convert the data set to COCO (format=coco)."
+_UNPACK = {".gz": "gunzip", ".zst": "unzstd"}
+_REPACK = " Unpack it, or compress it as .gz or .zst."
+_YOLO = " If these are YOLO's labels, set format=yolo and give `path` the data.yaml or its folder."
 _TOOLS = {  # advice for other suffixes
     ".yaml": _YOLO,
     ".yml": _YOLO,
     ".txt": _YOLO,
-    ".xml": " Pascal VOC has a file for each image: convert the data set to COCO (format=coco).",
+    ".xml": " For Pascal VOC set format=voc and give `path` the folder; for a file of CVAT set format=cvat.",
+    **dict.fromkeys((".bz2", ".xz", ".lz4", ".zip", ".br"), _REPACK),
     ".tfrecord": " TFRecord is not read: convert it to Parquet or COCO.",
-    ".tar": " The rows of WebDataset are not read: write them as JSONL; `image_root` may be the tar with the images.",
 }
 
 
 def open_table(address: str) -> TableFile:
     """Return the file of rows at an address, by its suffix. Raise `DataError` if the whole file cannot be used."""
-    suffix = PurePosixPath(split_options(address)[0]).suffix.lower()
+    suffix, packed = split_suffix(address)
+    if split_options(address)[0].lower().endswith(TAR_NAMES):
+        return WebDatasetTable(address)
+    if suffix in _SEPARATORS:
+        return CsvTable(address, separator=_SEPARATORS[suffix])
+    if suffix in (".jsonl", ".ndjson"):
+        return CompressedJsonLines(address) if packed else JsonLines(address)
+    if suffix == ".json":
+        return JsonList(address)
+    if packed and suffix in (".parquet", ".arrow", ".feather"):
+        raise DataError(
+            f"{address}: {suffix} inside {packed} is not read, since no part of it can be read alone. Unpack it "
+            f"({_UNPACK[packed]}); these files are compressed inside."
+        )
     if suffix == ".parquet":
         return ParquetTable(address)
     if suffix in (".arrow", ".feather"):
         return ArrowTable(address)
-    if suffix in _SEPARATORS:
-        return CsvTable(address, separator=_SEPARATORS[suffix])
-    if suffix in (".jsonl", ".ndjson"):
-        return JsonLines(address)
-    if suffix == ".json":
-        return JsonList(address)
+    suffix += packed
     raise DataError(
         f"{address}: rows are not read from {suffix or 'a name without a suffix'}. Give a .json, .jsonl, .ndjson, "
-        f".csv, .tsv, .parquet, .arrow or .feather file.{_TOOLS.get(suffix, '')}"
+        f".csv or .tsv file, of which each may be in .gz or .zst, or a .parquet, .arrow, .feather or .tar file."
+        f"{_TOOLS.get(suffix, '')}"
     )
+
+
+class ClassNames:
+    """A file of rows in which numbers of classes are replaced by names that its data set lists elsewhere."""
+
+    def __init__(self, table: TableFile, features: Mapping[str, Any]):
+        self.table, self.features = table, features
+        self.address, self.columns = table.address, table.columns
+
+    def pieces(self, rows: int = PIECE_ROWS) -> Iterator[Piece]:
+        """Yield the pieces of the file."""
+        return self.table.pieces(rows)
+
+    def read(self, piece: Piece) -> list[NumberedRow | BadRow]:
+        """Return the rows of a piece."""
+        rows = self.table.read(piece)
+        return [row if isinstance(row, BadRow) else (row[0], self._name(row[1])) for row in rows]
+
+    def _name(self, cells: dict[str, Any]) -> Any:
+        """Replace numbers by names. In a CSV file they are text, of which a name of a class is that class first."""
+        numbers = {}
+        for column, feature in self.features.items():
+            value, names = cells.get(column), feature.get("names") if isinstance(feature, dict) else None
+            if isinstance(value, str) and names is not None and value not in names and value.strip().isdecimal():
+                numbers[column] = int(value)
+        return apply_class_names(cells | numbers, self.features)
+
+
+def open_with_classes(address: str, features: Mapping[str, Any] | None) -> TableFile:
+    """Return the file of rows at an address, with the class names of `features`, of `datasets`, unless it has its own.
+    Raise `DataError`."""
+    table = open_table(address)
+    if not features:
+        return table
+    if isinstance(table, ParquetTable | ArrowTable):
+        table.features = table.features or dict(features)
+        return table
+    return ClassNames(table, features)
 
 
 def read_table(address: str) -> Table:
     """Read all rows of a file. Raise `DataError` if the whole file cannot be used."""
-    file = open_table(address)
+    return read_all(open_table(address))
+
+
+def read_all(file: TableFile) -> Table:
+    """Read all rows of one or of several files. Raise `DataError` if one cannot be used as a whole."""
     rows = [row for piece in file.pieces() for row in file.read(piece)]
     if not rows:
-        raise no_rows(address)
+        raise no_rows(file.address)
     return Table(rows, file.columns if file.columns is not None else tuple(_names(rows)))
 
 
@@ -253,6 +322,7 @@ class ParquetTable:
             raise unreadable_file(address, error) from None
         self.columns: tuple[str, ...] | None = column_names(address, schema)
         self.features = class_features(schema.metadata or {})
+        self.kinds = column_kinds(schema, self.features)
         self.ends = tuple(accumulate(num_rows for num_rows, _ in self.groups))
 
     def describe_copies(self) -> str | None:

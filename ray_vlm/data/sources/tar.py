@@ -5,6 +5,8 @@ the file's bytes.
 import io
 import tarfile
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from posixpath import normpath
@@ -13,13 +15,12 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from ray_vlm.config.data import Source
 from ray_vlm.data.image_paths import check_name, local_root, resolve_image
 from ray_vlm.data.records import ImageRange, hash_bytes
 from ray_vlm.errors import DataError
-from ray_vlm.storage import describe_file, is_remote, local_path, open_file, split_address, split_options
+from ray_vlm.storage import describe_file, is_remote, local_path, open_file, split_options
 
-_NAMES = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd", ".tar.lz4")
+TAR_NAMES = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd", ".tar.lz4")
 _PACKED = (  # first bytes of a compressed file, and what unpacks it
     (b"\x1f\x8b", "gunzip"),
     (b"BZh", "bunzip2"),
@@ -50,14 +51,8 @@ class TarImages:
         try:
             _, *version = describe_file(self.address)
             self.version = (version[0], version[1])
-            with open_file(self.address) as opened:
-                ahead = _AHEAD_REMOTE if is_remote(address) else _AHEAD
-                raw: Any = getattr(opened, "raw", opened)
-                file = io.BufferedReader(raw, ahead)
-                try:
-                    self._read_headers(file)
-                finally:
-                    file.detach()
+            with open_tar(self.address) as file:
+                self._read_headers(file)
         except FileNotFoundError:
             raise DataError(f"image_root {address}: no such file. Give the tar or the folder of the images.") from None
         except (OSError, ValueError, ImportError) as error:
@@ -66,60 +61,23 @@ class TarImages:
             ) from None
 
     def _read_headers(self, file: BinaryIO) -> None:
-        start = file.read(_BLOCK)
-        file.seek(0)
-        for mark, tool in _PACKED:
-            if start.startswith(mark):
-                raise DataError(
-                    f"image_root {self.address}: a compressed file, in which no image can be read alone. Unpack it "
-                    f"first (`{tool} {Path(split_options(self.address)[0]).name}`), and name the result."
-                )
+        title = f"image_root {self.address}"
+        check_not_packed(file, self.address, title, "no image")
         hashes, starts, lengths, names = array("Q"), array("q"), array("q"), list[str]()
-        before = -1  # the end of the last member
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    if tar.offset <= before or member.size < 0:
-                        raise self._damaged(before)
-                    before = tar.offset
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would hold all of them
-                    if (name := _plain_name(member.name.lstrip("/"))) is None:
-                        continue
-                    hashes.append(_hash(name))
-                    starts.append(member.offset_data)
-                    lengths.append(_length(member))
-                    if lengths[-1] >= 0 and len(names) < _SHOWN:
-                        names.append(name)
-                    if lengths[-1] >= 0 and member.offset_data + member.size > self.version[0]:
-                        raise self._cut_off(f"{name} reaches beyond its end")
-                end = tar.offset
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-            if before < 0 and "end of data" not in str(error):
-                raise DataError(
-                    f"image_root {self.address}: no tar file ({error}). Give a folder of images, or a tar."
-                ) from None
-            raise self._cut_off(str(error)) from None
-        file.seek(end)
-        block = file.read(_BLOCK)  # zeros, or nothing where a writer has left the end mark out
-        if 0 < len(block) < _BLOCK:
-            raise self._cut_off("it ends within a header")
-        if block.strip(b"\0"):
-            raise self._damaged(end)
+        for member in walk_members(file, title, self.version[0]):
+            if (name := plain_name(member.name)) is None:
+                continue
+            hashes.append(_hash(name))
+            starts.append(member.offset_data)
+            lengths.append(_length(member))
+            if lengths[-1] >= 0 and len(names) < _SHOWN:
+                names.append(name)
         if not names:
-            raise DataError(f"image_root {self.address}: holds no files. Give the tar or the folder of the images.")
+            raise DataError(f"{title}: holds no files. Give the tar or the folder of the images.")
         self.names = tuple(names)
         order = np.argsort(np.frombuffer(hashes, np.uint64), kind="stable")
         self.hashes = np.frombuffer(hashes, np.uint64)[order]
         self.starts, self.lengths = np.frombuffer(starts, np.int64)[order], np.frombuffer(lengths, np.int64)[order]
-
-    def _cut_off(self, reason: str) -> DataError:
-        return DataError(f"image_root {self.address}: the tar is not complete ({reason}). Write or fetch it again.")
-
-    def _damaged(self, position: int) -> DataError:
-        return DataError(
-            f"image_root {self.address}: damaged, no header of a tar is at byte {max(0, position)}. Write or fetch it "
-            "again."
-        )
 
     def find(self, name: str) -> ImageRange:
         """Return where an image lies. Raise `ValueError` with the reason for names that are not in the tar, that leave
@@ -132,7 +90,7 @@ class TarImages:
             raise ValueError(f"image {name[:200]!r} lies outside image_root {self.address}; give a path inside it")
         slashes = name.replace("\\", "/")
         for spelled in dict.fromkeys((name, slashes, unquote(name), unquote(slashes))):
-            if (plain := _plain_name(spelled)) is None:
+            if (plain := _normalise(spelled)) is None:
                 continue
             key = np.uint64(_hash(plain))
             position = int(np.searchsorted(self.hashes, key, "right")) - 1  # the last one of the name
@@ -145,6 +103,80 @@ class TarImages:
         raise ValueError(
             f"image {name[:200]!r} is not in {self.address}, which begins with {', '.join(self.names)}; mend the path"
         )
+
+
+@contextmanager
+def open_tar(address: str) -> Iterator[BinaryIO]:
+    """Open a tar file for reading its headers; it is read ahead, less on a disk than from an object store."""
+    with open_file(address) as opened:
+        raw: Any = getattr(opened, "raw", opened)
+        file = io.BufferedReader(raw, _AHEAD_REMOTE if is_remote(address) else _AHEAD)
+        try:
+            yield file
+        finally:
+            file.detach()
+
+
+def check_not_packed(file: BinaryIO, address: str, title: str, loss: str) -> None:
+    """Raise `DataError` for a compressed file. `title`: what the message begins with; `loss`: what cannot be read alone
+    in it."""
+    start = file.read(_BLOCK)
+    file.seek(0)
+    for mark, tool in _PACKED:
+        if start.startswith(mark):
+            raise DataError(
+                f"{title}: a compressed file, in which {loss} can be read alone. Unpack it first "
+                f"(`{tool} {Path(split_options(address)[0]).name}`), and name the result."
+            )
+
+
+def walk_members(
+    file: BinaryIO, title: str, size: int, start: int = 0, end: int | None = None, ends_marked: bool = False
+) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar in order, from the header at byte `start` to the one at byte `end`, by default all.
+
+    `size`: bytes of the file. `ends_marked`: its end must be marked by zeros, without which a file that was cut off
+    between two members looks whole. Raise `DataError`, whose message begins with `title`, where the tar is damaged or
+    cut off.
+    """
+    before = -1  # the end of the last member
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (end is None or tar.offset < end or before < 0) and (member := tar.next()) is not None:
+                if tar.offset <= before or member.size < 0:
+                    raise _damaged(title, before)
+                before = tar.offset
+                tar.members.clear()  # type: ignore[attr-defined]  # it would hold all of them
+                if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
+                    raise _cut_off(title, f"{member.name.lstrip('/')} reaches beyond its end")
+                yield member
+            last = tar.offset
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
+        if before < 0 and "end of data" not in str(error):
+            raise DataError(f"{title}: no tar file ({error}). Give a folder of images, or a tar.") from None
+        raise _cut_off(title, str(error)) from None
+    if end is not None:
+        return
+    file.seek(last)
+    block = file.read(_BLOCK)  # zeros, or nothing where a writer has left the end mark out
+    if 0 < len(block) < _BLOCK:
+        raise _cut_off(title, "it ends within a header")
+    if not block and ends_marked:
+        raise DataError(
+            f"{title}: the end of the tar is not marked, so it was cut off or its writer was stopped. Write or fetch "
+            "it again; if it is whole, mark the end (`truncate -s +1024 FILE`)."
+        )
+    if block.strip(b"\0"):
+        raise _damaged(title, last)
+
+
+def _cut_off(title: str, reason: str) -> DataError:
+    return DataError(f"{title}: the tar is not complete ({reason}). Write or fetch it again.")
+
+
+def _damaged(title: str, position: int) -> DataError:
+    return DataError(f"{title}: damaged, no header of a tar is at byte {max(0, position)}. Write or fetch it again.")
 
 
 ImageRoot = str | TarImages  # where images lie: a folder, by its path or address, or a tar file
@@ -161,10 +193,10 @@ def tar_of(root: str | None) -> str:
     if root is None:
         return ""
     if is_remote(root):
-        return root if split_options(root)[0].lower().endswith(_NAMES) else ""
+        return root if split_options(root)[0].lower().endswith(TAR_NAMES) else ""
     try:
         path = Path(local_path(root))
-        is_tar = path.is_file() or (path.name.lower().endswith(_NAMES) and not path.is_dir())
+        is_tar = path.is_file() or (path.name.lower().endswith(TAR_NAMES) and not path.is_dir())
     except (OSError, ValueError):
         return ""
     return str(path) if is_tar else ""
@@ -192,19 +224,23 @@ def _read_tar(address: str, version: tuple[int, int]) -> TarImages:
     return TarImages(address)
 
 
-def image_root(source: Source) -> ImageRoot:
-    """Return where a source's images lie, by default the folder of its rows. Raise `DataError`."""
-    return open_images(source.image_root or split_address(source.path)[0])
+def plain_name(name: str) -> str | None:
+    """Return a member's name without `.`, double slashes and slashes at its start; None for one that leaves the tar."""
+    return _normalise(name.lstrip("/"))
 
 
-def _plain_name(name: str) -> str | None:
-    """Return a member's name without `.` and double slashes; None for one that leaves the tar."""
+def _normalise(name: str) -> str | None:
     plain = normpath(name)
     return None if plain.startswith(("../", "/")) or plain in ("..", ".") else plain
 
 
 def _hash(name: str) -> int:
     return hash_bytes(name.encode("utf-8", "surrogateescape"))
+
+
+def describe_kind(member: tarfile.TarInfo) -> str | None:
+    """Return what a member is that cannot be read, with the fix; None for a file."""
+    return _KINDS.get(_length(member))
 
 
 def _length(member: tarfile.TarInfo) -> int:

@@ -242,6 +242,50 @@ def test_rows_images_and_modules_of_a_job_must_be_sent(folder: Path) -> None:
     assert "model.adapter='outputs/run/best' is left out by env.yaml" in adapter
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["data/s-*.csv", "data/s-{0..2}.csv", "[data/s-0.csv, data/s-1.csv, data/s-2.csv]", "data/**/s-*.csv", "shards"],
+)
+def test_every_file_of_a_pattern_a_list_or_a_folder_is_sent(folder: Path, path: str) -> None:
+    _write(folder, *(f"{base}/s-{i}.csv" for base in ("data", "shards") for i in range(3)))
+    setting = f"data.train.path={path}"
+    assert _job(folder, _archive(folder), setting).problems == []
+    (problem,) = _job(folder, _archive(folder, "s-1.csv"), setting).problems
+    assert re.search(r"s-1\.csv.* by env\.yaml\. Change that, or give", problem), problem
+    if not path.startswith("["):
+        assert f"data.train.path={path!r}: 1 of its 3 files are left out, such as " in problem
+    (folder / ".gitignore").write_text("/data/s-*.csv\n/shards/\n")
+    problems = _job(folder, _archive(folder), setting).problems
+    assert problems
+    assert all("left out" in problem and "RAY_RUNTIME_ENV_IGNORE_GITIGNORE=1" in problem for problem in problems)
+
+
+def test_no_file_of_a_pattern_is_outside_the_folder(folder: Path) -> None:
+    _write(folder, "data/s-0.csv", "../there/s-1.csv")
+    (problem,) = _job(folder, _archive(folder), "data.train.path='{data,../there}/s-*.csv'").problems
+    assert f"{folder}/../there/s-1.csv is not in {folder}, which is what the cluster gets" in problem
+    (problem,) = _job(folder, _archive(folder), "data.train.path=../there/*.csv").problems
+    assert f"data.train.path='../there/*.csv' is not in {folder}" in problem
+
+
+def test_of_a_folder_with_splits_only_what_is_read_must_be_sent(folder: Path) -> None:
+    _write(folder, "rows/train/a.csv", "rows/test/b.csv")
+    archive = _archive(folder, "/rows/test/")
+    assert _job(folder, archive, "data.train.path=rows").problems == []
+    (problem,) = _job(folder, archive, "data.train.path=rows", "data.train.split=test").problems
+    assert "1 of its 1 files are left out, such as rows/test/b.csv by env.yaml" in problem
+
+
+def test_patterns_beside_the_job_file_and_data_sets_on_the_hub_are_fine(folder: Path) -> None:
+    _write(folder, "jobs/shards/a.csv", "jobs/shards/b.csv")
+    paths = "data.train.path=[shards/*.csv, someone/data-set, s3://b/*.csv, /shared/*.csv]"
+    report = check_job(load_job(folder / "job.yaml", [paths]), "jobs/job.yaml", _archive(folder))
+    assert report.problems == []
+    assert report.expected == ["/shared/*.csv (data.train.path)"]
+    (missing,) = _job(folder, _archive(folder), "data.train.path=none/*.csv").problems
+    assert "data.train.path='none/*.csv' is not in" in missing
+
+
 def test_a_tar_of_images_is_sent_like_a_folder(folder: Path) -> None:
     (folder / "data" / "photos.tar").write_text("x")
     setting = "data.train.image_root=data/photos.tar"

@@ -77,6 +77,10 @@ def test_misspelt_settings_are_named_for_the_method(tmp_path: Path) -> None:
         ("grpo", "eval", "preference"),
         ("dpo", "test", "preference"),
         ("grpo", "test", "prompt"),
+        ("sft", "train", "rec"),
+        ("grpo", "test", "rec"),
+        ("sft", "train", "image_folder"),
+        ("grpo", "train", "openai"),
         ("grpo", "train", "messages"),
     ],
 )
@@ -118,13 +122,16 @@ def test_metrics_of_each_method(tmp_path: Path) -> None:
         tmp_path, "dpo", evaluate={"metric": "f1_50"}
     )
     assert "Use one of: reward, f1_50" in _problems(tmp_path, "grpo", evaluate={"metric": "loss"})
-    prompts = {"eval": {"path": "eval.jsonl", "format": "prompt"}}
-    assert "Use one of: reward." in _problems(tmp_path, "grpo", data=prompts, evaluate={"metric": "f1_50"})
+    for name in ("prompt", "rec"):
+        prompts = {"eval": {"path": "eval.jsonl", "format": name}}
+        assert "Use one of: reward." in _problems(tmp_path, "grpo", data=prompts, evaluate={"metric": "f1_50"})
 
 
 def test_weights_and_oversampling_need_classes(tmp_path: Path) -> None:
     assert "grpo has none" in _problems(tmp_path, "grpo", data={"class_weights": "inverse_sqrt"})
     assert "have no classes" in _problems(tmp_path, "dpo", data={"oversample": "auto"})
+    rec = {"train": {"path": "rows.jsonl", "format": "rec"}, "oversample": "auto"}
+    assert "rows of rec have no classes" in _problems(tmp_path, "grpo", data=rec)
 
 
 def test_trl_options_that_the_job_names(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import pytest
 
 from ray_vlm.cluster.environment import Environment, read_environment
 from ray_vlm.config import paths
+from ray_vlm.config.data import Source
 from ray_vlm.config.load import load_job
 from ray_vlm.config.paths import absolute_paths, import_function
-from ray_vlm.data.sources.formats import prepare_source
+from ray_vlm.data.sources.creation import prepare_source
+from ray_vlm.data.sources.files import find_files
 from ray_vlm.data.sources.tables import read_table
 from ray_vlm.errors import ConfigError, DataError
 from ray_vlm.methods.rewards import load_rewards
@@ -52,6 +54,65 @@ def test_files_are_looked_for_here_and_then_beside_the_job(job_file: Path) -> No
     with pytest.raises(DataError) as error:
         read_table("/nowhere/gone.json")
     assert "beside the job file" not in str(error.value), "it was given as an absolute path"
+
+
+def test_patterns_and_lists_of_rows_are_looked_for_too(job_file: Path) -> None:
+    beside, here = job_file.parent, Path.cwd()
+    for folder, name in ((beside, "shards/a-1.jsonl"), (beside, "only[1]/b.jsonl"), (here, "parts/c.csv")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    cases = {
+        "shards/*.jsonl": beside / "shards" / "*.jsonl",
+        "shards/a-{0..1}.jsonl": beside / "shards" / "a-{0..1}.jsonl",
+        "only[1]/*.jsonl": beside / "only[1]" / "*.jsonl",
+        "parts/*.csv": here / "parts" / "*.csv",
+        "nowhere/*.csv": here / "nowhere" / "*.csv",
+        "gs://bucket/*.csv": "gs://bucket/*.csv",
+    }
+    job = load_job(job_file, [f"data.train.path={list(cases)}"])
+    assert absolute_paths(job).data.train.paths == tuple(map(str, cases.values()))
+    with pytest.raises(DataError, match=r"no file matches.*It was looked for in .*beside the job file"):
+        find_files(Source(path="nowhere/*.csv"))
+
+
+@pytest.mark.parametrize(
+    ("override", "paths"),
+    [
+        ("data.train.path=[a.jsonl,b.jsonl]", ("a.jsonl", "b.jsonl")),
+        ("data.train.path=shards/*.parquet", ("shards/*.parquet",)),
+        ("data.train.path=*.parquet", ("*.parquet",)),
+        ("data.train.path=part-{000..127}.parquet", ("part-{000..127}.parquet",)),
+    ],
+)
+def test_the_command_line_takes_lists_and_patterns(job_file: Path, override: str, paths: tuple[str, ...]) -> None:
+    train = load_job(job_file, [override]).data.train
+    assert train is not None
+    assert train.paths == paths
+
+
+@pytest.mark.parametrize("value", ["[1, 2]", "5", "[]", "[[a.csv]]"])
+def test_a_path_of_another_kind_is_one_problem(job_file: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"`data\.train\.path` is .*should be a path, or a list of at least") as error:
+        load_job(job_file, [f"data.train.path={value}"])
+    assert len(error.value.problems) == 1
+
+
+def test_a_data_set_on_the_hub_keeps_its_name(job_file: Path) -> None:
+    (job_file.parent / "rows").mkdir()
+    (job_file.parent / "rows" / "own").write_text("")
+    names = ["someone/data-set", "rows/own", "rows/missing.csv", "rows/missing.jsonl.gz"]
+    job = load_job(job_file, [f"data.train.path={names}", "data.train.image_root=some/photos"])
+    here = Path.cwd()
+    absolute = absolute_paths(job)
+    assert absolute.data.train.paths == (
+        "someone/data-set",
+        str(job_file.parent / "rows" / "own"),
+        *(str(here / name) for name in names[2:]),
+    )
+    assert absolute.data.train.image_root == str(here / "some" / "photos")
+    assert absolute_paths(absolute) == absolute
+    made = load_job(job_file, ["data.train={path: some/rows, create: my:f}"])
+    assert absolute_paths(made).data.train.path == str(here / "some" / "rows"), "a function makes it here"
 
 
 def test_absolute_paths_stay_as_they_are(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from ray_vlm.data.parts import build_index
 from ray_vlm.data.preprocessing import read_preprocessing
 from ray_vlm.data.records import BadRow
 from ray_vlm.data.samples import SampleBuilder
-from ray_vlm.data.sources.formats import FORMATS, read_rows
+from ray_vlm.data.sources.formats import FORMATS, open_rows, read_rows
 from ray_vlm.data.sources.tables import MAX_LINE_BYTES
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.errors import DataError, ModelError
@@ -30,6 +30,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "llava": {"image": "a.jpg", "conversations": [HUMAN, GPT]},
     "messages": {"images": ["a.jpg"], "messages": [USER, ANSWER]},
     "objects": {"images": ["a.jpg"], "objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}},
+    "hf_objects": {"image": "a.jpg", "objects": {"category": ["dog"], "bbox": [[1, 2, 3, 4]]}},
     "image_csv": {"image": "a.jpg", "label": "dog"},
     "gui_csv": {
         "Task_id": "1",
@@ -40,6 +41,10 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "preference": {"image": "a.jpg", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."},
     "prompt": {"images": ["a.jpg"], "prompt": "What?", "solution": "dog"},
+    "openai": {"images": ["a.jpg"], "messages": [USER, ANSWER]},
+    "query_response": {"images": ["a.jpg"], "query": "What?", "response": "A dog.", "history": [["Hi.", "Hello."]]},
+    "alpaca": {"images": ["a.jpg"], "instruction": "Name it.", "input": "One word.", "output": "Dog."},
+    "rec": {"image": "a.jpg", "conversations": [HUMAN, GPT], "normal_caption": "the dog"},
 }
 NAN, INF = float("nan"), float("inf")
 
@@ -88,7 +93,8 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("llava", {"image": {"path": None}}, "neither a path nor bytes"),
     ("llava", {"image": "https://x.org/a.jpg"}, "URLs are not read; download it and give a path under image_root"),
     ("llava", {"image": "HTTP://x.org/a.jpg"}, "URLs are not read"),
-    ("llava", {"image": "data:image/png;base64,AAAA"}, "data: URI, which is not read; write it to a file"),
+    ("llava", {"image": "data:text/plain;base64,AAAA"}, "of type 'text/plain', which is no image; write the image to"),
+    ("llava", {"image": "data:image/png;base64,AA=A"}, "data: URI that is not base64"),
     ("llava", {"image": "../a.jpg"}, "outside image_root .*; move it there, or set image_root"),
     ("llava", {"image": "/etc/passwd"}, "outside image_root"),
     ("llava", {"image": "s3://bucket/a.jpg"}, "outside image_root"),
@@ -124,7 +130,7 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("image_csv", {"label": {"a": 1}}, "attribute label is {'a': 1}; fill it with text"),
     ("image_csv", {"label": "a\rb"}, r"control character \\r; remove it"),
     ("image_csv", {"label": "a\x85b"}, r"control character \\x85"),
-    ("image_csv", {"image": ""}, "no image; the row has"),
+    ("image_csv", {"image": ""}, "no image or file_name; the row has"),
     ("image_csv", {"bbox": "[1, 2, 3]"}, r"bbox \[1, 2, 3\] is not four finite numbers"),
     ("image_csv", {"bbox": "[1, 2, 3, NaN]"}, "which is not JSON .*write it as JSON"),
     ("image_csv", {"bbox": "1 2 3 4"}, "not four finite numbers"),
@@ -323,9 +329,9 @@ WHOLE: list[tuple[str, bytes | None, str, str]] = [
         "rows.csv",
         b"photo,label\na.jpg,b\n",
         "image_csv",
-        r"no column image; it has photo, label. .*data\.train\.columns={image: NAME}",
+        r"no column image or file_name; it has photo, label. .*data\.train\.columns={image: NAME}",
     ),
-    ("rows.csv", b"image;label\na.jpg;b\n", "image_csv", "no column image; it has image;label"),
+    ("rows.csv", b"image;label\na.jpg;b\n", "image_csv", "no column image or file_name; it has image;label"),
     ("rows.csv", b"image,id\na.jpg,1\n", "image_csv", "no column with an attribute"),
     ("rows.csv", b"Task_id,Image_id,Instruction,Output\n1,a,b,c\n", "gui_csv", "no column Grounding"),
     ("rows.parquet", b"PAR1 but not for long", "llava", "not readable .*Give `path` a file"),
@@ -371,7 +377,7 @@ def test_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_a_folder_is_no_file_with_rows(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"rows{suffix}").mkdir()
-    with pytest.raises(DataError, match=r"a folder\. Give `path` the file with the rows|not readable"):
+    with pytest.raises(DataError, match=r"no file with rows is in this folder; it holds nothing"):
         _read(tmp_path / f"rows{suffix}", "llava")
 
 
@@ -401,7 +407,11 @@ ODD += [{"path": 3}, ["a.jpg", 3], {"ref": [None], "bbox": [None]}, [{"role": No
 ODD += [[{"role": "user", "content": [None]}], '{"action": 3}', '{"point": {}}', "<image>" * 3, {"ref": 1, "bbox": []}]
 
 
-@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"coco"}))
+def test_every_format_of_rows_has_a_good_row() -> None:
+    assert {name for name, format in FORMATS.items() if format.open is open_rows} == set(GOOD)
+
+
+@pytest.mark.parametrize("format", sorted(GOOD))
 def test_nonsense_in_any_cell_never_raises(tmp_path: Path, format: str) -> None:
     pick = random.Random(0)
     rows = []

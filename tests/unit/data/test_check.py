@@ -132,6 +132,8 @@ def test_check_of_good_data_exits_with_0(job_file: Any, scenes: Path, capsys: py
         ("id a b is used by 2 rows; make it unique", "id 7 is used by 13 rows; make it unique"),
         ("box [1.0, -2, 3, 4] (x1, y1, x2, y2) is empty", "box [90, 8, 7, 6.5] (x1, y1, x2, y2) is empty"),
         ("class 'it\\'s' is not among ['a', 'b']; add it", "class 'dog' is not among ['c']; add it"),
+        ("/d/labels/x1.txt: line 1: class 9 is not", "/d/labels/b/y 2.txt: line 7: class 3 is not"),
+        ("objects {'id': [0], 'bbox': [[1.0, ...]], 'category': [' is not {x}", "objects {'id': [9]} is not {x}"),
         ("image file is missing (/data/a (1).jpg)", "image file is missing (s3://bucket/b.jpg)"),
     ],
 )

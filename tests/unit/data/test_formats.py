@@ -444,5 +444,7 @@ def test_local_images_stay_under_their_root(tmp_path: Path) -> None:
 
 def test_every_format_says_which_tasks_it_feeds() -> None:
     formats = set(Source.model_fields["format"].annotation.__args__)
-    assert set(FORMATS) == {*FORMAT_TASKS, "preference", "prompt"} == formats
+    known = {*FORMAT_TASKS, "preference", "prompt", "rec"}
+    assert formats == {*known, "auto"}
+    assert set(FORMATS) <= known
     assert set(FORMAT_TASKS.values()) == set(TASKS)

@@ -101,7 +101,7 @@ def test_too_many_tokens_is_a_bad_row(tmp_path: Path, spec: SampleSpec) -> None:
 def test_unusable_files_are_refused_whole(tmp_path: Path, spec: SampleSpec, text: str, words: str) -> None:
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match=words):
-        build_index(Source(path=str(tmp_path / "rows.json")), Data(), load_sample_builder(spec))
+        build_index(Source(path=str(tmp_path / "rows.json"), format="coco"), Data(), load_sample_builder(spec))
 
 
 @pytest.mark.parametrize(

@@ -393,7 +393,7 @@ def test_ids_are_made_unique_as_one_by_one() -> None:
         assert unique_ids(source, pa.chunked_array([column[:cut], column[cut:]], pa.string()), bad) == expected
     steps = Source(path="a.csv", format="gui_csv")
     assert unique_ids(steps, ["a", "b", "a"], [False, False, True]) == {0: "id a is used by 2 rows; make it unique"}
-    assert unique_ids(Source(path="a.json"), ["a", "a"], [False] * 2) == {}
+    assert unique_ids(Source(path="a.json", format="coco"), ["a", "a"], [False] * 2) == {}
 
 
 def test_a_link_in_a_folder_that_is_known_is_seen(tmp_path: Path) -> None:

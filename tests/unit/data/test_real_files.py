@@ -422,22 +422,24 @@ def test_one_bad_box_need_not_cost_the_others(setting: str, num_boxes: int, note
 @pytest.mark.parametrize(
     ("data", "tool"),
     [
-        ([{"id": 1, "annotations": [], "data": {"image": "a.jpg"}}], "Label Studio"),
-        ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, "labelme"),
-        ({"_via_img_metadata": {}}, "VIA"),
-        ({"name": "x", "samples": []}, "FiftyOne"),
+        ([{"id": 1, "annotations": [], "data": {"image": "a.jpg"}}], "Label Studio: set format=label_studio"),
+        ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, "labelme.*format=labelme"),
+        ({"_via_img_metadata": {}}, "VIA: export COCO"),
+        ({"name": "x", "samples": []}, "FiftyOne: export COCO"),
+        ([{"image": "a.jpg", "objects": {"bbox": []}}], "format=hf_objects"),
         ([{"conversations": []}], "format=llava"),
     ],
 )
 def test_a_file_of_another_tool_is_named_with_what_to_export(tmp_path: Path, data: Any, tool: str) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(data))
-    with pytest.raises(DataError, match=rf"not COCO; .*looks like a file of .*{tool}.*export COCO"):
-        read_rows(Source(path=str(tmp_path / "rows.json")))
+    with pytest.raises(DataError, match=rf"not COCO; .*looks like a file of .*{tool}"):
+        read_rows(Source(path=str(tmp_path / "rows.json"), format="coco"))
+    if "export" in tool:
+        with pytest.raises(DataError, match=rf"looks like a file of {tool.partition(':')[0]}, which is not read"):
+            read_rows(Source(path=str(tmp_path / "rows.json")))
 
 
-@pytest.mark.parametrize(
-    ("name", "advice"), [("data.yaml", "YOLO"), ("a.xml", "Pascal VOC"), ("data.tar", "image_root")]
-)
+@pytest.mark.parametrize(("name", "advice"), [("data.yaml", "format=yolo"), ("a.xml", "format=voc")])
 def test_a_suffix_of_another_tool_is_reported_with_the_way_out(tmp_path: Path, name: str, advice: str) -> None:
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=rf"rows are not read from .*{advice}"):

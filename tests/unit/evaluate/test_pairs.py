@@ -79,7 +79,7 @@ def _check(part: str, **data: Any) -> None:
 def test_rows_without_a_truth_are_refused() -> None:
     _check("train")
     _check("eval", train={"path": "a", "format": "preference"}, eval={"path": "b"})
-    for name in ("preference", "prompt"):
+    for name in ("preference", "prompt", "rec"):
         with pytest.raises(ConfigError, match=rf"data.train.format={name}: .*rows of detection.*: coco, objects"):
             _check("train", train={"path": "a", "format": name})
         with pytest.raises(ConfigError, match=r"data.eval.format"):

@@ -1,6 +1,7 @@
 """What `predict` reads and writes names images as the table or the command line does."""
 
 import csv
+import gzip
 import json
 import tarfile
 from pathlib import Path
@@ -59,6 +60,29 @@ def test_images_may_lie_in_the_table_itself(photos: Path) -> None:
     assert inside.error is beside.error is None
     assert (inside.names, beside.names) == (("row 0",), ("photos/c.png",))
     assert build_question(inside.ask, 0, "chat", 10**6).images == (data,)
+
+
+def test_rows_may_be_a_pattern_a_folder_of_shards_or_a_tar(photos: Path) -> None:
+    data = (photos / "photos" / "c.png").read_bytes()
+    (photos / "shards").mkdir()
+    for number, name in enumerate(("a b.png", "c.png", "a b.png")):
+        row = {"id": f"r{number}", "images": [{"bytes": (photos / "photos" / name).read_bytes(), "path": name}]}
+        parquet.write_table(pa.Table.from_pylist([row]), f"shards/part-{number}.parquet")
+    for given in ("shards/part-*.parquet", "shards"):
+        read = read_inputs([given], "?", "chat")
+        assert [entry.ask.id for entry in read] == ["r0", "r1", "r2"]
+        assert build_question(read[1].ask, 0, "chat", 10**6).images == (data,)
+    with gzip.open("rows.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"image": "photos/c.png"}) + "\n")
+    assert read_inputs(["rows.jsonl.gz"], "?", "chat")[0].names == ("photos/c.png",)
+    with tarfile.open("samples.tar", "w") as tar:
+        for name in ("a b.png", "c.png"):
+            tar.add(f"photos/{name}", name)
+    samples = read_inputs(["samples.tar"], "?", "chat")
+    assert [entry.ask.id for entry in samples] == ["a b", "c"]
+    assert build_question(samples[1].ask, 0, "chat", 10**6).images == (data,)
+    (photos / "shards" / "photo.png").write_bytes(data)
+    assert [entry.ask.id for entry in read_inputs(["shards"], "?", "chat")] == ["photo.png"], "images come first"
 
 
 def test_images_of_a_table_may_lie_in_a_tar(photos: Path) -> None:
