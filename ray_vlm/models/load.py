@@ -16,6 +16,7 @@ from ray_vlm.config.schema import Lora, Model
 from ray_vlm.config.train import Precision, Train
 from ray_vlm.errors import ModelError
 from ray_vlm.models.architectures import family_of
+from ray_vlm.models.attention import attend_at_once
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import (
     CONFIG,
@@ -315,14 +316,17 @@ def load_adapter(model: "Module", folder: str, spec: Model, trainable: bool = Fa
 def load_trained(spec: Model, precision: Precision, weights: str | None, device: str = "cpu") -> Any:
     """Load the base with an adapter from the folder `weights`, or the whole model that the folder holds instead.
 
-    A whole model is loaded as it was saved, without quantisation. None loads the base alone. Raise `ModelError` if the
-    weights were trained on another base.
+    A whole model is loaded as it was saved, without quantisation. None loads the base alone. The image encoder attends
+    as in training. Raise `ModelError` if the weights were trained on another base.
     """
     folder = fetch_folder(weights) if weights is not None else None
     if folder is not None and is_whole_model(folder):
-        return load_model(whole_model(spec, folder), precision, device)
-    model = load_model(spec, precision, device)
-    return model if folder is None else load_adapter(model, folder, spec)
+        model: Any = load_model(whole_model(spec, folder), precision, device)
+    else:
+        model = load_model(spec, precision, device)
+        model = model if folder is None else load_adapter(model, folder, spec)
+    attend_at_once(model)
+    return model
 
 
 def load_adapted(

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ray_vlm.models.attention import attend_at_once
 from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.families import Family
 from ray_vlm.models.libraries import quiet_libraries
@@ -114,6 +115,7 @@ class Rehearsal:
         with torch.device("meta"):
             self.model, self.base = self._build()
         _pretend(self.model, self.mode)
+        attend_at_once(self.model)
         self.encoder: Any = self.base.get_encoder(modality="image")
         self.num_layers = len(language_layers(self.base))
 
@@ -267,7 +269,8 @@ def _pretend(model: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 
 class _Ends:
-    """Stands for `cu_seqlens`, the ends of the images among the patches: encoders take differences to get lengths.
+    """Stands for `cu_seqlens`, the ends of the images among the patches: encoders take differences to get lengths, and
+    the largest of them.
 
     Fake tensors have no values, so the differences of a tensor of ends would not be known."""
 
@@ -279,6 +282,14 @@ class _Ends:
 
     def __sub__(self, other: "_Ends") -> "_Ends":
         return self
+
+    def max(self) -> "_Ends":
+        """Return the lengths of which `item` returns the largest."""
+        return self
+
+    def item(self) -> int:
+        """Return the patches of the largest image."""
+        return max(self.lengths)
 
     def tolist(self) -> list[int]:
         """Return the patches of each image."""

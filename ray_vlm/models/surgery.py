@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_vlm.models.attention import attend_at_once
 from ray_vlm.models.backbone import ensure_backbone, recompute_first
 from ray_vlm.models.frozen_encoder import (
     DiskFeatureCache,
@@ -73,6 +74,9 @@ def change_forward(
     # which `share_prefixes` gave the backbone.
     if options.packing.share or options.packing.pack:
         score_labelled(model)
+    # Under sdpa Qwen's image encoders call attention once for each image or window. This sets the encoder's attention
+    # function and wraps no forward, but the layers come before what wraps the encoder around them.
+    attend_at_once(model)
     # transformers makes the patch embedding require gradients, so autograd goes through a frozen encoder.
     run_without_autograd(model)
     # Last, around the forward that computes: the reference, the rollout and the trained model see the same images
