@@ -85,7 +85,7 @@ def train(
     stem = f"{job.method.name}-{Path(job.model.name).name.lower()}-{job.task.name}"
     paths = find_run(job.run.output_dir, job.run.name, stem) if resume else None
     if paths is not None:
-        check_goes_on(paths, job)
+        check_goes_on(paths, dump_job(job))
         earlier = json.loads(paths.resolved.read_text())
         job = keep_formats(earlier, keep_shuffle(earlier, job))
     elif job.run.name is not None:
@@ -153,11 +153,12 @@ def _refusals(paths: RunPaths) -> Iterator[None]:
         raise RunError(f"{paths.address}: {error}. Fix the cause, then go on with --resume.") from error
 
 
-def check_goes_on(paths: RunPaths, job: JobConfig) -> None:
-    """Raise if `job` may not resume the run in `paths`: another process drives it, or settings of learning differ."""
+def check_goes_on(paths: RunPaths, resolved: Mapping[str, Any]) -> None:
+    """Raise if the job that `dump_job` returned as `resolved` may not resume the run in `paths`: another process drives
+    it, or settings of learning differ."""
     with _refusals(paths):
         check_not_driven(paths.store, "--resume")
-    if problems := check_resume(fill_defaults(json.loads(paths.resolved.read_text())), dump_job(job)):
+    if problems := check_resume(fill_defaults(json.loads(paths.resolved.read_text())), resolved):
         raise ConfigError(problems)
 
 

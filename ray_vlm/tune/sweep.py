@@ -26,7 +26,7 @@ from ray_vlm.config.data import Data
 from ray_vlm.config.load import dump_job, fill_defaults, load_job, load_resolved
 from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume, keep_formats, keep_shuffle, touches
-from ray_vlm.config.schema import JobConfig, Tune
+from ray_vlm.config.schema import Evaluate, JobConfig, Tune
 from ray_vlm.data.parts import load_parts
 from ray_vlm.data.sources.detect import settle_formats
 from ray_vlm.errors import ConfigError, Interrupted, RunError
@@ -70,7 +70,8 @@ def tune(
     `Interrupted` when a signal stopped it, and `RunError` where no trial reached a finite metric.
     """
     space = load_space(space_path, job_path, overrides)
-    job = _ranked(absolute_paths(load_job(job_path, overrides)))
+    job = absolute_paths(load_job(job_path, overrides))
+    job = job.model_copy(update={"evaluate": _ranked(job.data, job.tune, job.evaluate)})
     logger.info(describe_job(job))
     address = join(job.run.output_dir, f"{job.run.name or Path(job_path).stem}-{Path(space_path).stem}")
     if _check_sweep_folder(address, dump_job(job), space, resume, overwrite):
@@ -115,12 +116,11 @@ def tune(
     return address
 
 
-def _ranked(job: JobConfig) -> JobConfig:
-    """Return the job with the metric that ranks the trials."""
-    if job.data.eval is None:
+def _ranked(data: Data, tune: Tune, evaluate: Evaluate) -> Evaluate:
+    """Return the settings of evaluation with the metric that ranks the trials."""
+    if data.eval is None:
         raise ConfigError("`data.eval` is missing: trials are ranked on rows that they do not train on. Give it.")
-    metric = tune_metrics(job.tune, job.evaluate)[0]
-    return job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"metric": metric})})
+    return evaluate.model_copy(update={"metric": tune_metrics(tune, evaluate)[0]})
 
 
 def shares_rows(space: Space, data: Data) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ray_vlm.cluster.preflight import build_demand
-from ray_vlm.config.data import Source
+from ray_vlm.config.data import Data, Source
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.index import describe_bad
 from ray_vlm.data.parts import ReadSource, build_indexer
@@ -164,7 +164,7 @@ def convert(
     """
     if images == "inside" and format != "hf_objects":
         raise ConfigError(f"--images inside is for hf_objects, which is then a Parquet file, not for {format}.")
-    source = _source_of(job, part)
+    source = _source_of(job.data, part)
     target = _check_folder(folder, source)
     indexer = build_indexer(job.data, job.run.output_dir, job.task.name, build_demand(job))
     read = indexer.read(source)
@@ -210,9 +210,9 @@ def check_format(format: str) -> None:
         raise ConfigError(f"--to {format!r} is no format. Use one of: {', '.join(WRITERS)}.")
 
 
-def _source_of(job: JobConfig, part: Part) -> Source:
+def _source_of(data: Data, part: Part) -> Source:
     """Return the source of a part. Raise `ConfigError` if the part is no file of its own."""
-    source = job.data.tested if part == "test" else getattr(job.data, part)
+    source = data.tested if part == "test" else getattr(data, part)
     if source is None:
         raise ConfigError(f"`data.{part}` is missing. Give it a path and a format, or another --part.")
     if source.ratio is not None:
@@ -220,9 +220,9 @@ def _source_of(job: JobConfig, part: Part) -> Source:
             f"data.{part} is a share of the rows of data.train, and is written with these: use --part train. A job "
             "with the same seed and shares draws the same rows from the written data set."
         )
-    if part == "train" and job.data.mix:
+    if part == "train" and data.mix:
         raise ConfigError(
-            f"data.mix has {plural(len(job.data.mix), 'more source')}, which may share ids. Convert each by itself: "
+            f"data.mix has {plural(len(data.mix), 'more source')}, which may share ids. Convert each by itself: "
             "remove data.mix, and set data.train.path and data.train.format."
         )
     return source
