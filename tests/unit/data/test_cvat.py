@@ -155,6 +155,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_checked(tmp_path, "cvat", columns={"image": "name"})
 
 
+@pytest.mark.slow
 def test_a_large_file_is_read_in_little_memory(tmp_path: Path) -> None:
     with open(tmp_path / "annotations.xml", "w") as file:
         head, _, tail = _file("@").partition("@")

@@ -275,6 +275,7 @@ FOLDERS: dict[str, tuple[str, dict[str, str]]] = {
     "image_folder": ("image_folder", {"dog/a.jpg": "", "cat/b.png": "", ".DS_Store": "", "cat/.DS_Store": ""}),
     "image_folder-split": ("image_folder", {"train/dog/a.jpg": "", "train/cat/b.png": "", "val/dog/c.jpg": ""}),
     "image_folder-names": ("image_folder", {"dog/a.jpg": "", "cat/b.jpg": "", "classes.json": '{"0": "dog"}'}),
+    "cvat": ("cvat", {"annotations.xml": CVAT, "images/a.jpg": ""}),
     "image_folder-deep": ("image_folder", {"dog/2024/a.jpg": "", "cat/x/y/b.png": "", "README.md": "x"}),
 }
 FILES: dict[str, tuple[str, str, str]] = {
@@ -430,7 +431,7 @@ BROKEN: list[tuple[str, dict[str, str], str, str]] = [
     ),
     (
         "cvat-inside",
-        {"set/annotations.xml": CVAT, "set/images/a.jpg": ""},
+        {"set/task.xml": CVAT, "set/images/a.jpg": ""},
         "set",
         "so its format is cvat. Give that file",
     ),
