@@ -81,9 +81,8 @@ def _data_stats(args: argparse.Namespace) -> None:
     from ray_vlm.config.load import load_job
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.inspect.stats import describe_stats, draw_stats, measure_rows
-    from ray_vlm.data.sources.detect import settle_formats
 
-    job = settle_formats(absolute_paths(load_job(args.job, args.overrides)))
+    job = absolute_paths(load_job(args.job, args.overrides))
     stats = measure_rows(job)
     print(describe_stats(stats))
     picture = draw_stats(stats, f"{Path(args.job).name}: {stats.parts['train'][0]:,} training rows")
@@ -113,9 +112,8 @@ def _data_index(args: argparse.Namespace) -> None:
     from ray_vlm.config.paths import absolute_paths
     from ray_vlm.data.build import prune
     from ray_vlm.data.parts import load_parts
-    from ray_vlm.data.sources.detect import settle_formats
 
-    job = settle_formats(absolute_paths(load_job(args.job, args.overrides)))
+    job = absolute_paths(load_job(args.job, args.overrides))
     named = [name for name in ("train", "eval", "test") if getattr(job.data, name) is not None]
     quarantined = job.model_copy(update={"data": job.data.model_copy(update={"on_bad_row": "quarantine"})})
     parts = load_parts(quarantined, named)

@@ -67,8 +67,8 @@ def keep_shuffle(old: Mapping[str, Any], job: JobConfig) -> JobConfig:
 
 
 def keep_formats(old: Mapping[str, Any], job: JobConfig) -> JobConfig:
-    """Return a job that resumes one, as `dump_job` returned it, with the formats that were told of the same files in
-    place of `auto`."""
+    """Return a job that resumes an earlier one with the formats that this one has, in place of `auto`, for the files
+    that both read. `old`: the earlier job, as `dump_job` returned it."""
     before, data = old.get("data", {}), job.data
 
     def keep(source: Source | None, earlier: Mapping[str, Any] | None) -> Source | None:

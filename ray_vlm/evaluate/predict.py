@@ -3,9 +3,9 @@
 An input is an image, a folder of images, or rows as `data.*.path` takes them (a table, a pattern or a folder of shards,
 a folder of `save_to_disk`, tars of WebDataset) that have a column of images, relative to their folder or to
 `--image-root`, and what the task needs: `question` for chat, `box` for positions; for GUI steps `Task_id, Image_id,
-Instruction`, where the rows of a task are its steps in order. Answers are generated
-as in `evaluate`: in batches, by any number of processes, and none again after a call was killed. The steps of a GUI
-task are answered in order, with the model's own earlier answers as their memory.
+Instruction`, where the rows of a task are its steps in order. Answers are generated as in `evaluate`: in batches, by
+any number of processes, and none again after a call was killed. The steps of a GUI task are answered in order, with
+the model's own earlier answers as their memory.
 """
 
 import csv
@@ -198,13 +198,13 @@ def _is_table(name: str) -> bool:
     """Return whether an input is rows: a file or a pattern of files with rows, or a folder that has no images."""
     path = Path(name)
     if path.is_dir():
-        inside = [p for p in path.rglob("*") if p.is_file()]
-        return not any(_is_image(p) for p in inside) and any(row_suffix(p.name) for p in inside)
+        # Most folders are of images, and the first one ends the search.
+        return not any(map(_is_image, path.rglob("*"))) and any(row_suffix(p.name) for p in path.rglob("*"))
     return bool(row_suffix(name)) or name.lower().endswith(TAR_NAMES)
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _IMAGES
+    return path.suffix.lower() in _IMAGES and path.is_file()
 
 
 def _read_input(name: str, question: str | None, task: str, root: ImageRoot | None) -> list[Input]:
@@ -213,7 +213,7 @@ def _read_input(name: str, question: str | None, task: str, root: ImageRoot | No
     if _is_table(name):
         return _read_table(name, fields, task, root)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if _is_image(p) and p.is_file())
+        files = sorted(p for p in path.rglob("*") if _is_image(p))
         ids = [str(p.relative_to(path)) for p in files]
         return [
             Input(Ask((str(p),), fields, inside), names=(os.path.join(name, inside),))

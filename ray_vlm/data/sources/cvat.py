@@ -14,6 +14,7 @@ from ray_vlm.data.records import BadRow, Box
 from ray_vlm.data.sources.detection import box_around, read_number, refuse_columns
 from ray_vlm.data.sources.fields import shown, text_fault, word
 from ray_vlm.data.sources.files import describe_version
+from ray_vlm.data.sources.folders import spellings
 from ray_vlm.data.sources.pieces import PIECE_ROWS, NumberedRow, Piece, cut_entries, row_digest, unreadable_file
 from ray_vlm.data.sources.tables import OpenedRows
 from ray_vlm.data.sources.xml_files import NO_TYPES
@@ -23,7 +24,6 @@ from ray_vlm.storage import is_remote, join, local_path, open_file, split_addres
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-_SUBSETS = (("train", "training"), ("val", "valid", "validation", "eval"), ("test", "testing"))
 _NOT_BOXES = ("polyline", "points", "cuboid", "skeleton")
 _IGNORED = ("tag", "attribute")  # labels of the whole image
 
@@ -158,9 +158,9 @@ def _read_meta(element: "Element", meta: _Meta) -> None:
 
 def _is_selected(subset: str, split: str | None, meta: _Meta) -> bool:
     if split is None:
-        train = {name.lower() for name in meta.subsets} & set(_SUBSETS[0])
+        train = {name.lower() for name in meta.subsets} & set(spellings("train"))
         return not train or subset.lower() in train
-    return subset.lower() in next((names for names in _SUBSETS if split.lower() in names), (split.lower(),))
+    return subset.lower() in spellings(split)
 
 
 def _read_image(number: int, element: "Element", subset: str) -> NumberedRow | BadRow:

@@ -1,4 +1,4 @@
-"""Tell the format of a source from its files: their names, the keys of JSON objects, and the columns of some rows."""
+"""Detect the format of a source from its files: their names, the keys of JSON objects, and the columns of some rows."""
 
 import logging
 from collections import Counter
@@ -15,7 +15,6 @@ from ray_vlm.data.records import BadRow
 from ray_vlm.data.sources.creation import prepare_source
 from ray_vlm.data.sources.files import find_files
 from ray_vlm.data.sources.folder_evidence import (
-    Listing,
     Sign,
     folder_signs,
     has_tables,
@@ -134,11 +133,6 @@ def _is_folder(address: str) -> bool:
     return not name.startswith("hf://") and not PurePosixPath(name).suffix and not set("*?[") & set(name)
 
 
-def _has_cvat(listing: Listing) -> bool:
-    """Return whether a folder has the file of CVAT by its usual name, so that the folder is read."""
-    return "annotations.xml" in listing.files
-
-
 def _detect_folder(source: Source, address: str) -> Detected:
     try:
         listing = list_folder(address)
@@ -153,8 +147,8 @@ def _detect_folder(source: Source, address: str) -> Detected:
     whole = [sign for sign in good if sign.format != "image_folder"]
     if len(whole) > 1 or (len(good) > 1 and whole):
         raise _unclear(source, [(sign.format, sign.reason) for sign in (*whole, *good)])
-    in_one_file = whole and (whole[0].format == "coco" or (whole[0].format == "cvat" and not _has_cvat(listing)))
-    if in_one_file:
+    named = {"coco": False, "cvat": "annotations.xml" in listing.files}  # whether the folder stands for its one file
+    if whole and not named.get(whole[0].format, True):
         raise DataError(
             f"{source.name}: a folder, and in it {whole[0].reason}, so its format is {whole[0].format}. Give that "
             "file as `path`."

@@ -15,7 +15,13 @@ IMAGES = frozenset(
         *(".heic", ".heif", ".jp2", ".dng", ".mpo", ".pfm"),
     ]
 )
+SPLITS = (("train", "training"), ("val", "valid", "validation", "eval"), ("test", "testing"))  # names of one split
 _NOT_DATA = ("__MACOSX",)  # folders that systems leave behind; names that begin with a dot are skipped too
+
+
+def spellings(split: str) -> tuple[str, ...]:
+    """Return the names of a split in lower case, itself alone if it has no others."""
+    return next((names for names in SPLITS if split.lower() in names), (split.lower(),))
 
 
 class FolderFile(NamedTuple):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray_vlm.config.data import Source
 from ray_vlm.data.sources.detection import pick_image, read_number, refuse_columns
 from ray_vlm.data.sources.fields import word
-from ray_vlm.data.sources.folders import IMAGES, FolderFile, list_files, local_folder
+from ray_vlm.data.sources.folders import IMAGES, FolderFile, list_files, local_folder, spellings
 from ray_vlm.data.sources.member_files import Member, MemberFiles
 from ray_vlm.data.sources.tables import OpenedRows
 from ray_vlm.data.sources.tar import tar_of
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 _IMAGE_FOLDERS = ("jpegimages", "images", "imgs", "image", "img")
-_SPLITS = (("train", "training"), ("val", "valid", "validation", "eval"), ("test", "testing"))
 _DEVKIT = re.compile(r"The VOC\d{4} Database|PASCAL VOC", re.IGNORECASE)
 _ROTATED = ("robndbox", "rotated_bndbox")
 
@@ -89,7 +88,7 @@ def _find_layout(folder: str, split: str | None) -> _Layout:
     above = os.path.dirname(folder)
     if os.path.basename(folder) == "Annotations" and os.path.isdir(os.path.join(above, "JPEGImages")):
         return _find_layout(above, split)
-    wanted = _spellings(split or "train")
+    wanted = spellings(split or "train")
     if annotations is None and not any(name.endswith(".xml") for name in names):
         if (part := next((names[name] for name in wanted if name in names), None)) is not None:
             return _find_layout(os.path.join(folder, part), None)  # Roboflow: a folder for each split
@@ -104,19 +103,15 @@ def _find_layout(folder: str, split: str | None) -> _Layout:
     return _Layout(folder, annotations or "", images, _find_split(folder, lists, split))
 
 
-def _spellings(split: str) -> tuple[str, ...]:
-    return next((names for names in _SPLITS if split.lower() in names), (split.lower(),))
-
-
 def _find_split(folder: str, lists: str, split: str | None) -> str:
     """Return the file with the names of a split, empty if all annotations are rows. Raise `DataError`."""
     existing = sorted(os.listdir(lists)) if os.path.isdir(lists) else []
     texts = {splitext(name)[0].lower(): name for name in existing if name.lower().endswith(".txt")}
-    names = _spellings(split) if split else ("train", "default", "trainval") if texts else ()
+    names = spellings(split) if split else ("train", "default", "trainval") if texts else ()
     for name in names:
         if name in texts:
             return os.path.join(lists, texts[name])
-    if split and os.path.basename(folder).lower() not in _spellings(split):
+    if split and os.path.basename(folder).lower() not in spellings(split):
         listed = ", ".join(sorted(texts)[:20]) or "no list"
         raise DataError(f"{folder}: no split {split!r} in ImageSets/Main, where there is {listed}. Mend `split`.")
     if texts and not split:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray_vlm.config.paths import describe_search
 from ray_vlm.data.sources.fields import control_character, shown
+from ray_vlm.data.sources.folders import SPLITS
 from ray_vlm.errors import DataError
 from ray_vlm.storage import is_remote, local_path, open_file
 
@@ -16,7 +17,6 @@ _MAX_BYTES = 4 * 2**20
 _YAML = (".yaml", ".yml")
 _USUAL_YAML = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 NAME_FILES = ("classes.txt", "obj.names", "classes.names", "predefined_classes.txt", "_darknet.labels")
-_ALIASES = (("train", "training"), ("val", "valid", "validation", "eval"), ("test", "testing"))
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class YoloConfig:
     def entries(self, split: str | None) -> Sequence[str]:
         """Return the folders and lists of a split, `train` by default. Raise `DataError` if it is not described."""
         wanted = split or "train"
-        for name in next((names for names in _ALIASES if wanted in names), (wanted,)):
+        for name in next((names for names in SPLITS if wanted in names), (wanted,)):
             if self.splits.get(name):
                 return self.splits[name]
-        usual = [name for names in _ALIASES for name in names if self.splits.get(name)]
+        usual = [name for names in SPLITS for name in names if self.splits.get(name)]
         existing = ", ".join(usual) or "none"
         raise DataError(f"{self.address}: no split {wanted!r}; there is {existing}. Set `split` of the job's source.")
 
@@ -116,7 +116,7 @@ def _read_yaml(path: str, folder: str) -> YoloConfig:
     if base is not None and not isinstance(base, str):
         raise DataError(f"{path}: `path` is no text. Write the folder of the data set, or remove it.")
     others = {"names", "nc", "path", "download", "kpt_shape", "flip_idx", "roboflow", "yaml_file", "channels"}
-    usual = {name for names in _ALIASES for name in names}
+    usual = {name for names in SPLITS for name in names}
     splits = {
         key: _entries(value, key, path)
         for key, value in data.items()
@@ -212,7 +212,7 @@ def _read_darknet(path: str, folder: str) -> YoloConfig:
 def _usual_splits(folder: str) -> dict[str, list[str]]:
     """Return the splits of a folder without a description: by the usual names, or else all images as `train`."""
     splits: dict[str, list[str]] = {}
-    for name in (name for names in _ALIASES for name in names):
+    for name in (name for names in SPLITS for name in names):
         usual = (f"{name}.txt", f"images/{name}", f"{name}/images", name)
         if existing := [entry for entry in usual if os.path.exists(os.path.join(folder, entry))]:
             splits[name] = existing[:1]
