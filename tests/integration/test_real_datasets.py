@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from ray_vlm.cli import main
-from ray_vlm.data.sources.hub import forget
-from tests.support.hub_server import Hub, serving, use_hub
+from tests.support.hub_server import Hub, using_hub
 from tests.support.jobs import write_job
 
 pytestmark = pytest.mark.slow
@@ -129,10 +128,8 @@ FORMATS = {"digits": "image_csv", "photos": "messages", "coins": "hf_objects"}
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving(tmp_path / "repositories") as served:
-        use_hub(monkeypatch, served.address, tmp_path / "home")
+    with using_hub(monkeypatch, tmp_path) as served:
         yield served
-    forget()
 
 
 @pytest.mark.parametrize(("data_set", "container"), CASES)

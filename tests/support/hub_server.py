@@ -230,3 +230,15 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, address: str, home: Path, token: st
     hub.forget()
     storage._file_system.cache_clear()
     fsspec.get_filesystem_class("hf").clear_instance_cache()
+
+
+@contextmanager
+def using_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
+    """Serve the repositories in `folder` to this process, with a cache beside them, and forget their answers behind
+    it."""
+    from ray_vlm.data.sources.hub import forget
+
+    with serving(folder / "repositories") as served:
+        use_hub(monkeypatch, served.address, folder / "home")
+        yield served
+    forget()

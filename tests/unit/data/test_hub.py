@@ -35,7 +35,7 @@ from ray_vlm.data.sources.formats import SourceReader, read_rows, source_version
 from ray_vlm.data.sources.hub import forget, hub_files, hub_root, pin_address
 from ray_vlm.errors import DataError
 from ray_vlm.storage import describe_file, read_bytes
-from tests.support.hub_server import READER, STRANGER, Hub, serving, use_hub
+from tests.support.hub_server import READER, STRANGER, Hub, use_hub, using_hub
 
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
 TURNS = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A dog."}]
@@ -64,10 +64,8 @@ configs:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving(tmp_path / "repositories") as served:
-        use_hub(monkeypatch, served.address, tmp_path / "home")
+    with using_hub(monkeypatch, tmp_path) as served:
         yield served
-    forget()
 
 
 @pytest.fixture(autouse=True)
