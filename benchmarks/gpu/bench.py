@@ -27,14 +27,14 @@ class Scale:
     """The sizes of all measurements.
 
     `side`: image tokens along a side. `groups`: GRPO's number of answers and tokens of each. `rollouts`: sequences
-    sampled at once; `sampled`: tokens of each. `lengths`: tokens of a tree whose attention is timed, multiples of 128.
-    `matrix`: rows of a product; `copied`: bytes of a copy. `pairs`: timed steps of each arm.
+    sampled at once; `sampled`: tokens of each. `lengths`: tokens of a prefix group whose attention is timed,
+    multiples of 128. `matrix`: rows of a product; `copied`: bytes of a copy. `pairs`: timed steps of each arm.
     """
 
     rehearse: bool
     side: int = 32
     words: int = 110
-    groups: tuple[tuple[int, int], ...] = ((8, 128), (8, 512), (16, 512), (16, 1024))
+    groups: tuple[tuple[int, int], ...] = ((8, 128), (8, 512), (16, 1024), (16, 512))
     rollouts: tuple[int, ...] = (8, 64)
     sampled: int = 48
     lengths: tuple[int, ...] = (2176, 5248, 9344, 17536)

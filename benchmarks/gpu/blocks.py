@@ -24,15 +24,16 @@ class Block:
 
 
 BLOCKS = (
-    Block("card", "benchmarks.gpu.card:inspect_card", 50, must=True),
-    Block("sft", "benchmarks.gpu.training:sft", 145, _TRAINING),
-    Block("grpo", "benchmarks.gpu.training:grpo", 110, _TRAINING),
+    Block("card", "benchmarks.gpu.card:inspect_card", 40, must=True),
+    Block("sft", "benchmarks.gpu.training:sft", 120, _TRAINING),
+    Block("grpo", "benchmarks.gpu.training:grpo", 105, _TRAINING),
     Block("rollouts", "benchmarks.gpu.rollouts:rollouts", 65, _TRAINING),
-    Block("dpo", "benchmarks.gpu.training:dpo", 30, _TRAINING),
-    Block("kernels", "benchmarks.gpu.kernels:kernels", 45),
-    Block("run", "benchmarks.gpu.end_to_end:run_job", 35, _TRAINING),
-    Block("profile", "benchmarks.gpu.step_profile:profile_step", 25, _TRAINING),
-    Block("qwen2.5", "benchmarks.gpu.training:qwen2_5", 35, _TRAINING),
+    Block("dpo", "benchmarks.gpu.training:dpo", 25, _TRAINING),
+    Block("kernels", "benchmarks.gpu.kernels:kernels", 45, _TRAINING),
+    Block("qwen2.5", "benchmarks.gpu.training:qwen2_5", 50, _TRAINING),
+    Block("fused", "benchmarks.gpu.fused:fused", 40, _TRAINING),
+    Block("run", "benchmarks.gpu.end_to_end:run_job", 30, _TRAINING),
+    Block("profile", "benchmarks.gpu.step_profile:profile_step", 20, _TRAINING),
 )
 assert sum(block.limit_s for block in BLOCKS) <= WHOLE_S
 

@@ -15,6 +15,7 @@ from benchmarks.gpu.bench import QWEN2_5, QWEN3, Scale
 from benchmarks.gpu.shapes import base_folder, image_side, write_shape
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.train import Recompute
 
 FORMATS = {"sft": "llava", "dpo": "preference", "grpo": "prompt"}
 WORDS = ("circle", "square", "triangle", "cross", "ring", "diamond", "star", "object")
@@ -23,26 +24,38 @@ WORDS = ("circle", "square", "triangle", "cross", "ring", "diamond", "star", "ob
 @dataclass(frozen=True)
 class Case:
     """A micro-batch of `micro` rows (GRPO: answers) of a method. `recompute`: the number of first layers that recompute
-    their activations; True: all. `length`: tokens of each of GRPO's answers, which are injected."""
+    their activations; True: all; selective: all but products. `length`: tokens of each of GRPO's answers, which are
+    injected. `ratio`: the least that TRL's time must be of this package's; `mfu`: the least MFU."""
 
     name: str
     model: str
     method: str
     micro: int
-    recompute: bool | int = True
+    recompute: Recompute = True
     length: int = 0
+    ratio: float | None = None
+    mfu: float | None = None
 
 
 SHIPPED = Case("sft, 2 rows", QWEN3, "sft", 2)
 LARGER = Case("sft, 8 rows", QWEN3, "sft", 8)
-CHOSEN = "sft, as train.memory=auto chooses"
-PAIRS = Case("dpo, 2 pairs", QWEN3, "dpo", 2)
+PAIRS = Case("dpo, 2 pairs", QWEN3, "dpo", 2, ratio=1.7)
 OTHER = Case("sft, 2 rows, Qwen2.5-VL", QWEN2_5, "sft", 2)
+RATIOS = {(8, 128): 4.0, (8, 512): 2.0, (16, 1024): 1.5}  # of GRPO's training phase
+MFU = 0.35
 
 
 def groups(scale: Scale) -> list[Case]:
     """Return GRPO's cases, one group of answers each."""
-    return [Case(f"grpo, {n} answers of {length}", QWEN3, "grpo", n, length=length) for n, length in scale.groups]
+    return [
+        Case(f"grpo, {n} answers of {length}", QWEN3, "grpo", n, length=length, ratio=RATIOS.get((n, length)))
+        for n, length in scale.groups
+    ]
+
+
+def chosen_name(case: Case) -> str:
+    """Return the name of the case with what `train.memory: auto` chooses."""
+    return f"{case.name}, as train.memory=auto chooses"
 
 
 def planned(scale: Scale) -> list[Case]:
@@ -65,9 +78,10 @@ def write_rows(folder: Path, model: str, method: str, rows: int, scale: Scale) -
         if not (output_dir / name).exists():
             Image.fromarray(pixels).save(output_dir / name, compress_level=1)
         turns = [{"from": "human", "value": "<image>\nWhat is shown?"}, {"from": "gpt", "value": answers[0]}]
-        prompt = {"prompt": "<image>\nWhat is shown?", "images": [name]}
+        prompt: dict[str, Any] = {"prompt": "<image>\nWhat is shown?", "images": [name]}
         pair = prompt | {"chosen": answers[0], "rejected": answers[1]}
-        lines.append({"sft": {"image": name, "conversations": turns}, "dpo": pair, "grpo": prompt}[method])
+        line: dict[str, Any] = {"image": name, "conversations": turns}
+        lines.append({"sft": line, "dpo": pair, "grpo": prompt}[method])
     path = output_dir / f"{method}-{rows}.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
     return path

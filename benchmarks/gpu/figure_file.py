@@ -9,7 +9,7 @@ from benchmarks.figures import figure
 from ray_vlm.runs.paths import write_json
 
 ALLOCATED = ": ours, allocated at the peak"  # ends the name of what is compared with a plan
-ABOVE, BELOW = 0.07, 0.03  # a plan may be so much over the measured peak, and so much under it
+ABOVE, BELOW = 0.05, 0.03  # a plan may be so much over the measured peak, and so much under it
 GIB = 2**30
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.bench import REAL, SMALL, Scale
-from benchmarks.gpu.cases import CHOSEN, SHIPPED, Case, build_job, planned
+from benchmarks.gpu.cases import OTHER, SHIPPED, Case, build_job, chosen_name, planned
 from ray_vlm.runs.paths import write_json
 
 
@@ -18,8 +18,8 @@ def plan_all(folder: Path, path: Path, scale: Scale) -> None:
     plans: dict[str, Any] = {}
     for case in planned(scale):
         plans[case.name] = plan_case(folder, case, scale)
-        if case is SHIPPED:
-            plans[CHOSEN] = plan_choice(folder, scale)
+        if case in (SHIPPED, OTHER):
+            plans[chosen_name(case)] = plan_choice(folder, case, scale)
         write_json(path, plans)
 
 
@@ -38,18 +38,18 @@ def plan_case(folder: Path, case: Case, scale: Scale) -> dict[str, float]:
     return {"peak": prediction.peak, "allocated": prediction.peak - own}
 
 
-def plan_choice(folder: Path, scale: Scale) -> dict[str, Any]:
-    """Return what `train.memory: auto` chooses for the shipped job: `micro`, `recompute`, and their plan."""
+def plan_choice(folder: Path, case: Case, scale: Scale) -> dict[str, Any]:
+    """Return what `train.memory: auto` chooses for the job of a case: `micro`, `recompute`, and their plan."""
     from ray_vlm.data.samples import load_sample_builder
     from ray_vlm.train.memory_plan import build_rehearsal, choose_micro_batch
     from ray_vlm.train.prepare import prepare
 
-    job = build_job(folder, SHIPPED, scale, global_batch_size=16)
+    job = build_job(folder, case, scale, global_batch_size=16)
     prepared = prepare(job)
     builder = load_sample_builder(prepared.spec)
     train, _ = choose_micro_batch(build_rehearsal(prepared.job, builder.family), prepared.train, builder)
-    chosen = {"micro": train.micro_batch_size, "recompute": train.gradient_checkpointing}
-    return chosen | plan_case(folder, dataclasses.replace(SHIPPED, **chosen), scale)
+    chosen: dict[str, Any] = {"micro": train.micro_batch_size, "recompute": train.gradient_checkpointing}
+    return chosen | plan_case(folder, dataclasses.replace(case, **chosen), scale)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.profiler import profile_kernels
 from benchmarks.gpu.supervise import first_line, leave_after_cuda_error
 from ray_vlm.models.dequantize import multiply_dequantised, quantised_layers
+from tests.support.graphs import RecordedSteps
 from tests.support.stock import our_trainer, stock_trainer
 
 GROUP = 8  # answers to a prompt
+DECODE_MS = 15.0  # of a token of the most sequences, in the best of the ways
 PROMPT = 1100  # tokens before the one that a decoding step writes, on the card
 
 
@@ -22,6 +24,7 @@ def rollouts(bench: Bench) -> None:
     """Measure the sampling of a step's answers, then a single decoding step with and without possible improvements."""
     for sequences in bench.scale.rollouts:
         sample(bench, sequences)
+    static_steps(bench)
     decode(bench)
 
 
@@ -43,6 +46,59 @@ def sample(bench: Bench, sequences: int) -> None:
     bench.add(f"{case.name}: TRL's time over ours", medians["TRL, generate"] / medians["ours"], "x")
     arms.clear()
     bench.clean_up()
+
+
+def static_steps(bench: Bench) -> None:
+    """Time a token of the package's own step of fixed shape, with an adapter: as it is and repeated by a CUDA graph.
+
+    With 4-bit weights and, if the card has room for them, with weights that are dequantised once."""
+    from peft import get_peft_model
+
+    from ray_vlm.config.schema import Lora
+    from ray_vlm.engines.arithmetic import answering
+    from ray_vlm.models.families import FAMILIES
+    from ray_vlm.models.lora import lora_config
+
+    model = get_peft_model(bench.base(QWEN3), lora_config(Lora(rank=16), FAMILIES["qwen3_vl"])).eval()
+    tokens = (16 if bench.scale.rehearse else PROMPT) + bench.scale.sampled
+    try:
+        for sequences in bench.scale.rollouts:
+            # Of a single sequence no copy is made: the kernels read 4 bits.
+            for weights, planned in (("4 bit", 1), ("dequantised where they fit", sequences)):
+                with answering(model, bench.scale.device, planned, tokens):
+                    name = f"{sequences} sequences, {weights}"
+                    time_steps(bench, model, sequences, f"{name}: the step of fixed shape", graph=False)
+                    graphed_name = f"{name}: the step of fixed shape, as a CUDA graph"
+                    barred = planned > 1 and sequences == max(bench.scale.rollouts)
+                    bar = DECODE_MS if barred else None
+                    time_steps(bench, model, sequences, graphed_name, graph=True, bar=bar)
+    finally:
+        model.unload()
+        bench.clean_up()
+
+
+def time_steps(bench: Bench, model: Any, sequences: int, name: str, graph: bool, bar: float | None = None) -> None:
+    """Time the steps of that many answers to one prompt of text, after those that come before a capture."""
+    import torch
+
+    from ray_vlm.engines.static_step import CudaGraphs, StaticSteps
+
+    device, length, sampled = bench.scale.device, 16 if bench.scale.rehearse else PROMPT, bench.scale.sampled
+    capture = (RecordedSteps() if bench.scale.rehearse else CudaGraphs()) if graph else None
+    ids = torch.randint(5, 300, (1, length), device=device)
+    positions = torch.arange(length, device=device).expand(3, 1, length)
+    with torch.no_grad():
+        cache = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1).past_key_values
+        steps = StaticSteps(model, lambda position: position.expand(3, *position.shape), capture)
+        mask, first = torch.ones(sequences, length, device=device), torch.full((sequences,), length, device=device)
+        steps.start(cache, first, mask, sequences, length + 2 * sampled)
+        token = torch.full((sequences,), 20, device=device)
+        for _ in range(10):  # the capture is among them
+            token = steps(token).argmax(dim=-1)
+        seconds = bench.seconds(lambda: steps(token), repeats=min(20, sampled), warm=1)
+    note = "" if not graph or steps.captures else "it cannot be captured: as it is"
+    note = "a CPU has no graphs: a recording" if graph and bench.scale.rehearse else note
+    bench.add(f"{name}, a token", 1000 * seconds, "ms", bar, note=note)
 
 
 def decode(bench: Bench) -> None:

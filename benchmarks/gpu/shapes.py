@@ -64,7 +64,7 @@ def build_base(folder: Path, model: str, scale: Scale) -> Any:
     quantise_layers(base, FAMILIES[FAMILY_OF[model]].linear["language"], scale.device)
     keep_4bit_differentiable(base)
     base.eval()
-    ids = build_tokenizer().convert_tokens_to_ids
+    ids: Any = build_tokenizer().convert_tokens_to_ids
     base.generation_config.eos_token_id, base.generation_config.pad_token_id = ids(["<|im_end|>", "<|endoftext|>"])
     return base
 
@@ -85,7 +85,7 @@ def quantise_layers(base: Any, pattern: str, device: str) -> None:
             quant_type="nf4",
             device="meta",
         )
-        weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        weight: Any = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
         small.weight = weight.to(device)
         small.bias = layer.bias
         parent, _, own = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The profile of a step, and of an image encoder that attends to its windows one by one."""
+"""The profile of a step, and of an image encoder alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,8 @@ from benchmarks.gpu.bench import QWEN2_5, QWEN3, Bench
 from benchmarks.gpu.cases import SHIPPED
 from benchmarks.gpu.profiler import profile_kernels
 from benchmarks.gpu.shapes import write_shape
+from ray_vlm.models.attention import attend_at_once
+from ray_vlm.models.vision_inputs import encoder_shape, plan_images, register_plan, use_image_plans
 from tests.support.stock import our_trainer
 
 
@@ -37,8 +39,8 @@ def write_profile(bench: Bench, name: str, call: Callable[[], Any]) -> None:
 
 
 def build_encoder(bench: Bench, model: str) -> Any:
-    """Build a function that runs one image through the image encoder of a base with random weights, with nothing else
-    loaded."""
+    """Build a function that runs one image through the image encoder of a base with random weights, as in training,
+    with nothing else loaded."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -48,11 +50,15 @@ def build_encoder(bench: Bench, model: str) -> Any:
     kind = type(whole.get_encoder(modality="image"))
     with torch.device(bench.scale.device):
         encoder = kind._from_config(config.vision_config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    encoder = encoder.to(torch.bfloat16)
+    encoder = whole.base_model.visual = encoder.to(torch.bfloat16)
+    assert attend_at_once(whole)
+    assert use_image_plans(whole)
     side = bench.scale.side * config.vision_config.spatial_merge_size
     values = encoder.patch_embed.proj.weight[0].numel()
     patches = torch.randn(side * side, values, device=bench.scale.device, dtype=torch.bfloat16)
-    grid = torch.tensor([[1, side, side]], device=bench.scale.device)
+    grid, shape = torch.tensor([[1, side, side]], device=bench.scale.device), encoder_shape(config)
+    assert shape is not None
+    register_plan(grid, plan_images(shape, [(1, side, side)]).to(bench.scale.device, non_blocking=True))
 
     def encode() -> Any:
         with torch.no_grad():

@@ -26,7 +26,7 @@ from benchmarks.gpu.figure_file import FigureFile
 
 GRACE_S = 8.0  # for a block to stop by itself once its time is over
 _LOOK_S = 0.1
-_TAINTED = 3  # exit code of a child that leaves because the card's state is unknown
+_TAINTED = 3  # exit code of a child that leaves because the card's state, or that of its modules, is unknown
 
 
 class TimeOver(BaseException):
@@ -46,6 +46,12 @@ def leave_after_cuda_error(error: BaseException) -> None:
     """Raise the error again if results on the card cannot be trusted after it."""
     if is_cuda_error(error):
         raise error
+
+
+def was_importing(error: BaseException) -> bool:
+    """Return whether the error came while a module was imported, half of which stays behind."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code.co_filename.startswith("<frozen importlib") for frame in frames)
 
 
 def first_line(error: BaseException) -> str:
@@ -148,7 +154,7 @@ def run_blocks(blocks: Sequence[Block], bench: Any, events: Events, end: float) 
 
 
 def _run_block(block: Block, bench: Any, limit_s: float) -> tuple[str | None, bool]:
-    """Why the block failed, if it did, and whether the card's state is unknown since."""
+    """Why the block failed, if it did, and whether the process is of no more use since."""
     if absent := [name for name in block.needs if importlib.util.find_spec(name) is None]:
         return (
             f"not run: {', '.join(absent)} cannot be imported here (`python -m benchmarks.gpu.carry` packs it)",
@@ -160,8 +166,8 @@ def _run_block(block: Block, bench: Any, limit_s: float) -> tuple[str | None, bo
         module, _, function = block.call.partition(":")
         with _time_limit(limit_s):
             getattr(importlib.import_module(module), function)(bench.of_block(block.name, limit_s))
-    except TimeOver:
-        return f"ended after its {limit_s:.0f} s", False
+    except TimeOver as error:
+        return f"ended after its {limit_s:.0f} s", was_importing(error)
     except Refused as error:
         return f"not run: {error}", False
     except Exception as error:  # whatever a block meets, the others run

@@ -40,6 +40,7 @@ def _memory(args: argparse.Namespace) -> None:
     job = load_job(args.job, args.overrides)
     size = args.tokens or _heaviest(job)  # errors in the job or its rows come before the slow import of torch
     from ray_vlm.machine import GIB
+    from ray_vlm.models.card_memory import TARGET, usable_gib
     from ray_vlm.models.load import family_of
     from ray_vlm.models.memory import describe, micro_sizes
     from ray_vlm.models.rehearse import choose, estimate
@@ -49,7 +50,8 @@ def _memory(args: argparse.Namespace) -> None:
     family = family_of(config)
     cards = args.card or ([job.cluster.gpu_memory_gib] if job.cluster.gpu_memory_gib else [])
     rehearsal = build_rehearsal(job, family, config)
-    parts = estimate(rehearsal, micro_sizes(job.method, job.train, size))
+    room = TARGET * usable_gib(min(cards)) * GIB if cards else None
+    parts = estimate(rehearsal, micro_sizes(job.method, job.train, size), room=room)
     print(
         f"{job.model.name}, {job.method.name}, {job.train.micro_batch_size} at a time; the heaviest row has "
         f"{size.image_tokens:,} image tokens, {size.prompt_tokens:,} of its prompt, {size.answer_tokens:,} answered"
@@ -58,8 +60,9 @@ def _memory(args: argparse.Namespace) -> None:
     if not rehearsal.sees:
         print(f"note: what {family.model_type}'s image encoder makes in a step is not counted; its weights are")
     for card in cards:
-        choice = choose(rehearsal, size, micro_batch_sizes(rehearsal.settings), card * GIB)
-        line = describe_choice(choice, rehearsal.num_layers, card) if choice else "train.memory=auto: nothing fits"
+        whole = usable_gib(card) * GIB
+        choice = choose(rehearsal, size, micro_batch_sizes(rehearsal.settings), TARGET * whole)
+        line = describe_choice(choice, rehearsal.num_layers, whole) if choice else "train.memory=auto: nothing fits"
         print(f"  {line}")
 
 

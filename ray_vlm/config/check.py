@@ -187,11 +187,6 @@ RULES: list[Rule] = [
         "there is nothing to validate on, since `data.eval` is not set. Give it rows, or leave it out.",
     ),
     (
-        lambda j: j.evaluate.engine == "vllm" and not j.cluster.gpus_per_worker,
-        ("evaluate.engine", "cluster.gpus_per_worker"),
-        "vllm needs a GPU. Set cluster.gpus_per_worker=1, or use transformers.",
-    ),
-    (
         lambda j: j.evaluate.memory == "model" and j.task.name != "gui_steps",
         ("evaluate.memory", "task"),
         "only GUI steps have a memory of earlier steps. Leave it out, or set task=gui_steps.",
@@ -283,6 +278,22 @@ RULES: list[Rule] = [
         ("train.precision", "cluster.deepspeed"),
         "DeepSpeed scales the loss by itself, and a step that it skips cannot be distinguished from a fault. Use bf16 "
         "or fp32, or leave cluster.deepspeed out.",
+    ),
+    (
+        lambda j: j.train.optimizer == "paged_adamw_8bit" and not j.cluster.gpus_per_worker,
+        ("train.optimizer", "cluster.gpus_per_worker"),
+        "its moments move between a GPU and the computer's memory. Set cluster.gpus_per_worker=1, or use adamw_8bit.",
+    ),
+    (
+        lambda j: j.train.optimizer != "adamw" and j.cluster.deepspeed is not None,
+        ("train.optimizer", "cluster.deepspeed"),
+        "its 8-bit blocks and the embeddings that it keeps in float32 are those of whole weights, and ZeRO, which "
+        "spreads the moments over the workers, cuts and joins weights. Use adamw, or leave cluster.deepspeed out.",
+    ),
+    (
+        lambda j: j.train.gradient_checkpointing == "selective" and j.cluster.zero_stage == 3,
+        ("train.gradient_checkpointing", "cluster.deepspeed"),
+        "under ZeRO-3 whole layers are recomputed, with their weights gathered again. Use true, or zero2.",
     ),
     (
         lambda j: j.train.vision_cache is not None and j.cluster.zero_stage == 3,

@@ -54,6 +54,13 @@ def _samples_by_vllm(method: Method) -> bool:
     return isinstance(method, GrpoMethod) and method.rollouts == "vllm"
 
 
+def _of_grpo(method: Method) -> GrpoMethod:
+    assert isinstance(method, GrpoMethod)
+    return method
+
+
+_VLLM_HOTTEST = 2.0
+
 METHOD_RULES: list[Rule] = [
     (
         lambda j: j.train.tokens_per_micro_batch is not None and j.method.name != "sft",
@@ -76,9 +83,20 @@ METHOD_RULES: list[Rule] = [
         "vllm supports adapters on the language model only. Use lora.target=[language].",
     ),
     (
-        lambda j: _samples_by_vllm(j.method) and not j.cluster.gpus_per_worker,
-        ("method.rollouts", "cluster.gpus_per_worker"),
-        "vllm needs a GPU. Set cluster.gpus_per_worker=1, or use transformers rollouts.",
+        lambda j: _samples_by_vllm(j.method) and (_of_grpo(j.method).top_p < 1 or _of_grpo(j.method).top_k > 0),
+        ("method.rollouts", "method.top_p", "method.top_k"),
+        "vllm's log-probabilities are of the tokens that top_p and top_k leave, and the trainer's of all, so the "
+        "correction for the difference would be biased. Use top_p=1 and top_k=0, or rollouts=transformers.",
+    ),
+    (
+        lambda j: _samples_by_vllm(j.method) and _of_grpo(j.method).temperature > _VLLM_HOTTEST,
+        ("method.rollouts", "method.temperature"),
+        f"vllm samples at temperatures up to {_VLLM_HOTTEST:g}. Lower it, or use rollouts=transformers.",
+    ),
+    (
+        lambda j: _samples_by_vllm(j.method) and j.lora is not None and bool(j.lora.modules_to_save),
+        ("method.rollouts", "lora.modules_to_save"),
+        "vllm takes adapters without whole modules. Leave modules_to_save out, or use rollouts=transformers.",
     ),
 ]
 
@@ -195,6 +213,11 @@ NAMED_IN_JOB = {
     "gradient_checkpointing": "train.gradient_checkpointing",
     "bf16": "train.precision",
     "fp16": "train.precision",
+    "optim": "train.optimizer",
+    "optim_args": "train.optimizer",
+    "tf32": "train.precision",
+    "use_liger_kernel": "model.kernels",
+    "gradient_checkpointing_kwargs": "train.gradient_checkpointing",
     "seed": "seed",
     "data_seed": "seed",
     "output_dir": "run.output_dir",

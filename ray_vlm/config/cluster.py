@@ -36,7 +36,10 @@ class Cluster(Section):
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of one worker.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker; also its number of torch threads.")
     gpu_memory_gib: float | None = Field(
-        None, gt=0, description="Memory of one GPU, for `ray-vlm memory` and `train.memory`."
+        None,
+        gt=0,
+        description="Memory of one GPU, for `ray-vlm memory` and `train.memory`. The sizes of labels (16, 24, 32, 40, "
+        "48, 80, 141) stand for what torch has of such a card; any other number counts as it is.",
     )
     deepspeed: Literal["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"] | None = Field(
         None,

@@ -95,8 +95,8 @@ class GrpoMethod(AlignmentMethod):
     )
     rollouts: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="The engine that samples. `vllm` needs a GPU, the package, and adapters on the language model "
-        "only; it has not been tested on hardware.",
+        description="The engine that samples. `vllm` needs the package, and adapters on the language model only; it "
+        "has been tried with its build for CPUs, and not on a GPU.",
     )
 
 

@@ -22,6 +22,7 @@ MAY_CHANGE = (
         "data.index_dir",
         "data.test",
         "data.test_on_eval",
+        "model.kernels",
     ),
     *("train.num_epochs", "train.max_steps", "train.log_every_steps", "train.early_stopping_patience"),
     *("train.micro_batch_size", "train.tokens_per_micro_batch", "train.packing", "train.gradient_checkpointing"),

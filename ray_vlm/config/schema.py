@@ -24,6 +24,12 @@ class Model(Section):
     load_in_4bit: bool = Field(
         True, description="Language-model weights in NF4 with double quantisation (bitsandbytes). Needs `lora`."
     )
+    kernels: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto: on GPUs, train with fused norms, rotary embeddings and activations (Liger's, with "
+        "`ray_vlm[kernels]`; otherwise torch's norm) and with adapters that are added without copies. none: "
+        "transformers' and PEFT's own. On CPUs both are the same.",
+    )
     adapter: str | None = Field(
         None, description="Adapter to continue training, such as another run's `best/`; its own rank and targets apply."
     )
@@ -88,8 +94,8 @@ class Evaluate(Section):
     )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="The engine of `evaluate` and `predict`. `vllm` needs a GPU, the package, and adapters on the "
-        "language model only; it has not been tested on hardware.",
+        description="The engine of `evaluate` and `predict`. `vllm` needs the package, and adapters on the language "
+        "model only; it has been tried with its build for CPUs, and not on a GPU.",
     )
     max_new_tokens: Count = Field(512, description="Most tokens of an answer.")
     memory: Literal["truth", "model"] = Field(

@@ -8,6 +8,8 @@ from ray_vlm.config.section import Count, Section
 
 Part = Literal["language", "connector", "vision"]  # of a model; `models/families.py` defines their weights
 Precision = Literal["bf16", "fp16", "fp32"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Recompute = bool | Count | Literal["selective"]  # of layers' activations: all, none, the first so many, or not products
 
 
 class Train(Section):
@@ -22,6 +24,12 @@ class Train(Section):
     )
     min_lr_ratio: float = Field(0.01, ge=0, le=1, description="The cosine schedule ends at this share of the peak.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="`adamw` keeps two float32 moments of each trained weight. `adamw_8bit` (bitsandbytes) keeps them "
+        "in 8 bits, for full fine-tuning. `paged_adamw_8bit` also lets them leave a GPU that runs full for the "
+        "computer's memory.",
+    )
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled weight decay; not on norms and biases.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0: no clipping.")
     num_epochs: float = Field(1.0, gt=0, description="Passes over the training rows. Ignored when `max_steps` is set.")
@@ -40,15 +48,17 @@ class Train(Section):
         description="Concatenate short rows of a micro-batch instead of padding them to the longest. Exact; only with "
         "`lora.dropout` 0.",
     )
-    gradient_checkpointing: bool | Count = Field(
+    gradient_checkpointing: Recompute = Field(
         True,
         description="Recompute activations in the backward pass, to save memory. A number: only in this many of the "
-        "language model's first layers.",
+        "language model's first layers. selective: in all layers, but keep the outputs of their matrix products and of "
+        "attention, so that no 4-bit weight is dequantised again.",
     )
     memory: Literal["auto"] | None = Field(
         None,
-        description="auto: replace `gradient_checkpointing` by the fewest layers, and then `micro_batch_size` by the "
-        "largest number, with which the largest rows fit into `cluster.gpu_memory_gib`.",
+        description="auto: replace `gradient_checkpointing` by what recomputes least (`false`, `selective`, or a "
+        "number of layers), and then `micro_batch_size` by the largest number, with which the largest rows fit into "
+        "92 % of `cluster.gpu_memory_gib`. Answers of GRPO are sampled in portions that fit.",
     )
     probe: bool | None = Field(
         None,

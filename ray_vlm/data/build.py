@@ -345,7 +345,7 @@ def build_tokens(shards: SourceShards, spec: SampleSpec, folder: IndexFolder, sp
     """Tokenise the rows of a source, except what the folder has already, and return the names of the token shards in
     the order of the row shards. Raise `RunError` if the index cannot be written."""
     base = Model(name=spec.model.name, revision=spec.model.revision)
-    neutral = replace(spec, model=base, token_weights=(), split="")  # the rest changes no token
+    neutral = replace(spec, model=base, token_weights=(), split="", image_keys=False)  # the rest changes no token
     files = fingerprint_processor(base, resolve_name(base.name))
     libraries = [installed_version(name) for name in ("tokenizers", "transformers", "jinja2")]
     key = f"tokens/{_digest([repr(neutral), files, VERSION, RULES, libraries])}"

@@ -26,7 +26,9 @@ from ray_vlm.data.spec import (
     build_labels,
     build_weights,
     encode_texts,
+    expand_images,
     expand_runs,
+    hash_images,
 )
 from ray_vlm.errors import DataError, ModelError
 from ray_vlm.models.families import Family
@@ -41,6 +43,7 @@ from ray_vlm.models.processor import (
     read_prompt_text,
     take_prompt_text,
 )
+from ray_vlm.models.vision_inputs import EncoderShape, encoder_shape
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, PromptContext, Turns
 from ray_vlm.tasks.boxes import CODECS, Frame
@@ -64,6 +67,7 @@ class SampleBuilder:
         self.task = TASKS[spec.task.name]
         self.prompt_context = PromptContext(spec.task, spec.labels, spec.hints, lambda text: self._count(text))
         self.stock: ProcessorImages | None = None
+        self.encoder: EncoderShape | None = None  # known with the processor, of families whose encoder is planned for
         self._weight_of = dict(spec.token_weights)
         self._processor: Any = None
         if (prompt_text := read_prompt_text(spec.model, resolve_name(spec.model.name))) is not None:
@@ -109,6 +113,8 @@ class SampleBuilder:
             if family.stock_images:
                 self.stock = load_processor_images(processor, config)
             self._use(take_prompt_text(processor, family), family)
+            self.encoder = encoder_shape(config)
+            self._treatment = repr(processor.image_processor.to_dict())
             self._processor = processor
 
     @property
@@ -274,10 +280,11 @@ class SampleBuilder:
         return the prompt alone, for generation. Raise `DataError` if an image cannot be read or has changed.
         """
         pixels = self._pixels(images, sizes, name)
+        keys = hash_images(pixels, self._treatment) if self.spec.image_keys and self.encoder else ()
         if prompt_only or not len(encoded.trained):
             ids = expand_runs(encoded, self.image_token_id, encoded.ids[: encoded.prompt_length])
             completions = () if prompt_only else tuple(np.array(ids, np.int32) for ids in encoded.completions)
-            return Sample(ids, np.zeros(0, np.int32), pixels, completions=completions)
+            return Sample(ids, np.zeros(0, np.int32), pixels, completions=completions, image_keys=keys)
         labels = build_labels(encoded, self.spec.loss_on, self.image_token_id)
         weights = build_weights(encoded, self._weight_of) if self._weight_of else None
         return Sample(
@@ -285,6 +292,7 @@ class SampleBuilder:
             expand_runs(encoded, self.image_token_id, labels),
             pixels,
             None if weights is None else expand_runs(encoded, self.image_token_id, weights),
+            image_keys=keys,
         )
 
     def text(self, ids: Sequence[int]) -> str:
@@ -321,7 +329,7 @@ class SampleBuilder:
         placeholder, or its entry in `expansions`."""
         heads, close = self._layouts.split(turns)
         _check_image_tags(heads, turns, self.image_token)
-        return heads if self.stock is None else _expand_images(heads, self.image_token, expansions), close
+        return heads if self.stock is None else expand_images(heads, self.image_token, expansions), close
 
     def _pixels(self, sources: Sequence[Image], sizes: Sequence[tuple[int, int]], row: str) -> tuple[np.ndarray, ...]:
         images = []
@@ -471,13 +479,6 @@ def _check_image_tags(heads: Sequence[str], turns: Turns, image_token: str) -> N
             f"the base's chat template writes {written} images ({image_token}) for {wanted}; use the template that its "
             "publisher gives for images, or another base"
         )
-
-
-def _expand_images(heads: Sequence[str], image_token: str, expansions: Sequence[str]) -> list[str]:
-    """Replace each image placeholder by its expansion, in order."""
-    remaining = iter(expansions)
-    pieces = [head.split(image_token) for head in heads]
-    return [first + "".join(next(remaining) + more for more in rest) for first, *rest in pieces]
 
 
 def _messages(turns: Turns, mark: Callable[[int], str] | None = None) -> list[dict[str, Any]]:

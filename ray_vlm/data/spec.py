@@ -1,9 +1,10 @@
 """Define what a row is, and how records become rows: plain data that every process shares, and the arithmetic from a
 record's token ids to those of its row. `samples.py` makes both."""
 
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, groupby, pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ class SampleSpec:
 
     `hints`: what the prompt says about the training data. `token_weights`: (tag, weight) of answer tokens in the loss.
     `split`: fingerprint of the rows that training leaves out as shares. `kind`: what the method trains of a record.
+    `image_keys`: rows have a key of each image, for caches; it is not part of what an index is known by.
     """
 
     model: Model
@@ -44,6 +46,7 @@ class SampleSpec:
     token_weights: tuple[tuple[str, float], ...] = ()
     split: str = ""
     kind: Kept = "answer"
+    image_keys: bool = field(default=False, repr=False)
 
     def with_labels(self, labels: Iterable[str]) -> "SampleSpec":
         """Return the spec with the class names of the data, each once; `task.labels` overrides them."""
@@ -64,6 +67,7 @@ def sample_spec(job: JobConfig, labels: Sequence[str] = ()) -> SampleSpec:
         pad_color=data.pad_color,
         pad_place=data.pad_place,
         kind=KINDS[job.method.name],
+        image_keys=job.train.vision_cache is not None or job.method.name != "sft",
     )
 
 
@@ -73,7 +77,8 @@ class Sample:
 
     For generation `input_ids` is the prompt alone and `labels` is empty. For a pair it is the prompt, and `completions`
     are the preferred answer and the other. `images`: `uint8 [h, w, 3]` each. `weights`: `float32`, of each token in the
-    loss; None if all are 1. `number`: the record's position in the index.
+    loss; None if all are 1. `number`: the record's position in the index. `image_keys`: of each image, equal for equal
+    pixels that the processor treats alike; empty if nothing is cached.
     """
 
     input_ids: np.ndarray
@@ -82,6 +87,18 @@ class Sample:
     weights: np.ndarray | None = None
     completions: tuple[np.ndarray, ...] = ()
     number: int = -1
+    image_keys: tuple[str, ...] = ()
+
+
+def hash_images(images: Iterable[np.ndarray], treatment: str) -> tuple[str, ...]:
+    """Return a key of each image, `uint8 [h, w, 3]`: the SHA-256 of its pixels and of how the processor makes floats of
+    them. Python's lock is released meanwhile."""
+    keys = []
+    for image in images:
+        digest = hashlib.sha256(f"{image.shape} {treatment}".encode())
+        digest.update(np.ascontiguousarray(image).data)
+        keys.append(digest.hexdigest())
+    return tuple(keys)
 
 
 @dataclass(frozen=True)
@@ -254,6 +271,13 @@ def expand_runs(row: EncodedRow, token: int, values: np.ndarray) -> np.ndarray:
     repeats = np.ones(len(values), np.int64)
     repeats[image] = row.image_runs[: np.count_nonzero(image)]
     return np.repeat(values, repeats)
+
+
+def expand_images(heads: Sequence[str], image_token: str, expansions: Sequence[str]) -> list[str]:
+    """Replace each image placeholder by its expansion, in order."""
+    remaining = iter(expansions)
+    pieces = [head.split(image_token) for head in heads]
+    return [first + "".join(next(remaining) + more for more in rest) for first, *rest in pieces]
 
 
 def build_labels(row: EncodedRow, loss_on: Literal["answer", "whole_sequence"], image_token: int) -> np.ndarray:

@@ -10,9 +10,10 @@ import ctypes
 import math
 import pickle
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -85,15 +86,29 @@ def make_rows(
 
 
 def stream_local(spec: StreamSpec, threads: int = 1) -> Generator[list[Sample]]:
-    """Yield the micro-batches of `spec` from threads that stay a few ahead. Raise an error of a thread here.
-
-    Decoders and torch release Python's lock, so threads decode side by side.
-    """
+    """Yield the micro-batches of `spec` as `stream_micro_batches` does."""
     micros = (spec.plan.micro_batch(number, spec.rank) for number in range(spec.first, spec.last))
     size = max(1, int(min(_CALL_ROWS, _CALL_BYTES / max(spec.row_bytes, 1.0)) / spec.plan.rows_at_once))
+    build = partial(load_sample_builder, spec.spec)
+    yield from stream_micro_batches(micros, spec.rows, build, threads, size, spec.replace_unreadable)
+
+
+def stream_micro_batches(
+    micros: Iterator[MicroBatch],
+    rows: Rows,
+    build: Callable[[], SampleBuilder],
+    threads: int = 1,
+    size: int = 1,
+    replace_unreadable: bool = False,
+) -> Generator[list[Sample]]:
+    """Yield the rows of micro-batches from threads that stay a few ahead. Raise an error of a thread here.
+
+    `build` returns the process's builder; `size`: micro-batches that a thread makes at a time. Decoders and torch
+    release Python's lock, so threads decode side by side.
+    """
     # One thread plans, since an order that is made at the beginning of an epoch would hold up the trainer.
     with (
-        fetch_ahead(spec.rows, micros, lie_remotely(spec.rows)) as planned,
+        fetch_ahead(rows, micros, lie_remotely(rows)) as planned,
         ThreadPoolExecutor(1, "ray-vlm-planner") as planner,
         ThreadPoolExecutor(threads, "ray-vlm-loader") as pool,
     ):
@@ -103,11 +118,8 @@ def stream_local(spec: StreamSpec, threads: int = 1) -> Generator[list[Sample]]:
                 started.append(pool.submit(make, planner.submit(lambda: list(islice(planned, size)))))
 
         def make(some: Future[list[tuple[MicroBatch, FetchedImages]]]) -> list[list[Sample]]:
-            builder = load_sample_builder(spec.spec)
-            return [
-                make_rows(builder, spec.rows, micro, spec.replace_unreadable, fetched)
-                for micro, fetched in some.result()
-            ]
+            builder = build()
+            return [make_rows(builder, rows, micro, replace_unreadable, fetched) for micro, fetched in some.result()]
 
         started: deque[Future[list[list[Sample]]]] = deque()
         try:

@@ -23,6 +23,7 @@ from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.machine import count_threads
+from ray_vlm.models.card_memory import release_memory
 from ray_vlm.models.load import load_trained, whole_model
 from ray_vlm.models.lora import is_whole_model
 from ray_vlm.models.out_of_memory import NO_ROOM, advise_inference, describe_out_of_memory, is_out_of_memory
@@ -83,11 +84,11 @@ class InferenceWorker:
     @cached_property
     def answer_by_vllm(self) -> Callable[[Sequence[Sample]], list[str]]:
         """The function that answers prompt rows greedily by vLLM, with the adapter where there is one."""
-        from ray_vlm.methods.vllm import EngineSettings, build_answerer
+        from ray_vlm.engines.vllm import EngineLimits, EngineSettings, build_answerer
 
         inference, job, memory_tokens = self.inference, self.inference.job, 0
         adapter = fetch_folder(inference.adapter) if inference.adapter is not None else None
-        settings = EngineSettings(job.model, job.train.precision, job.seed)
+        settings = EngineSettings(job.model, job.train.precision, job.seed, self.device)
         if adapter is not None and is_whole_model(adapter):
             settings, adapter = replace(settings, model=whole_model(job.model, adapter)), None
         longest = max(sum(self.builder.token_counts(record)[:2]) for record in self.records)
@@ -95,7 +96,9 @@ class InferenceWorker:
             task = inference.spec.task
             assert isinstance(task, GuiStepsTask)
             memory_tokens = task.long_memory_tokens + task.short_memory * job.evaluate.max_new_tokens
-        return build_answerer(settings, adapter, self.builder, longest + memory_tokens, job.evaluate.max_new_tokens)
+        new_tokens, images = job.evaluate.max_new_tokens, max(1, *(len(record.images) for record in self.records))
+        limits = EngineLimits(longest + memory_tokens + new_tokens, images)
+        return build_answerer(settings, adapter, self.builder, limits, new_tokens)
 
 
 # A module-level function: the worker, the records of a batch and their positions -> data that JSON holds.
@@ -121,6 +124,8 @@ def _run(inference: InferenceJob, function: BatchFunction, numbers: Sequence[int
     worker = InferenceWorker(inference)
     for number in numbers:
         yield number, json.loads(_run_batch(worker, function, number))
+    del worker
+    release_memory()  # for the next model in this process
 
 
 def _run_batch(worker: InferenceWorker, function: BatchFunction, number: int) -> str:

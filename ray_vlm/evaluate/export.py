@@ -8,7 +8,7 @@ on the run's own rows must match those of base and adapter.
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,13 @@ from ray_vlm.storage import is_remote, split_address
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module
 
 logger = logging.getLogger(__name__)
 # Largest difference of a logit from rounding alone, as a share of the largest logit (measured in docs/dev/LOG.md).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
-_CHECKED_ROWS, _BATCH = 8, 4  # rows whose logits are compared
+_CHECKED_ROWS = 8  # rows whose logits are compared, one at a time
+_LOGITS_BYTES = 256 * 2**20  # of a row's logits in float32; of a longer row the last positions are compared
+_POSITIONS = 32  # of a row that are compared at a time
 _SHARD = "5GB"
 
 
@@ -115,14 +116,14 @@ def _resolve_output(run: Run, output: str | None, kind: str) -> Path:
 
 
 def check_batches(job: JobConfig, adapter: str, device: str) -> Sequence[dict[str, Any]]:
-    """Collate a few of the job's own rows into batches. Raise `DataError` where they cannot be read."""
+    """Collate a few of the job's own rows into batches of one. Raise `DataError` where they cannot be read."""
     part = next((p for p in ("test", "eval", "train") if getattr(job.data, p) is not None), None)
     if part is None:
         raise ConfigError("the run's job has no rows on which logits could be compared. Export it without --merged.")
     parts = load_parts(job, [part], read_preprocessing(adapter, sample_spec(job, [])))
     records, builder = getattr(parts, part).records, load_sample_builder(parts.spec)
     rows = [builder.prompt_row(records[i]) for i in plan_sample(len(records), _CHECKED_ROWS)]
-    return [collate(rows[i : i + _BATCH], builder, device) for i in range(0, len(rows), _BATCH)]
+    return [collate([row], builder, device) for row in rows]
 
 
 def read_licence(base: str) -> str | None:
@@ -150,7 +151,8 @@ def check_mergeable(spec: Model) -> None:
 def merge(
     spec: Model, adapter: str, batches: Sequence[dict[str, Any]], precision: Precision, device: str = "cpu"
 ) -> tuple[Any, dict[str, float]]:
-    """Merge the adapter into the base, and compare logits before and after.
+    """Merge the adapter into the base, and compare logits before and after, of as many of a row's last positions as
+    memory is set aside for.
 
     `spec`: the base as the job names it, loaded without quantisation here; `batches`: as `data.collate.collate` makes
     them, on `device`. Return the merged model, and `compare`'s differences. Raise `ModelError` if they are larger than
@@ -161,7 +163,7 @@ def merge(
     model.eval()
     expected = [_logits(model, batch) for batch in batches]
     merged = model.merge_and_unload(safe_merge=True)
-    difference = compare(expected, [_logits(merged, batch) for batch in batches])
+    difference = compare(expected, (_logits(merged, batch) for batch in batches))
     limit = TOLERANCE[DTYPES[precision]]
     largest, scale = difference["largest"], difference["scale"]
     if batches and not largest <= limit * scale:  # a NaN is refused too
@@ -172,24 +174,30 @@ def merge(
     return merged, difference
 
 
-def compare(expected: Sequence["Tensor"], merged: Sequence["Tensor"]) -> dict[str, float]:
-    """Compare logits, `[rows, positions, tokens]` of each batch.
+def compare(expected: Sequence["Tensor"], merged: Iterable["Tensor"]) -> dict[str, float]:
+    """Compare logits, `[rows, positions, tokens]` of each batch, those of `merged` one batch after another.
 
     Return `rows`, `largest` (difference of a logit), `scale` (largest logit), and `same_token` (share of positions
     whose likeliest token is the same)."""
     largest = scale = same = positions = 0.0
-    for a, b in zip(expected, merged, strict=True):
-        gap = float((a - b).abs().max())
-        largest = gap if gap != gap else max(largest, gap)  # NaN is the worst
-        scale = max(scale, float(a.abs().max()))
-        same += float((a.argmax(-1) == b.argmax(-1)).sum())
-        positions += a.shape[0] * a.shape[1]
+    for one, other in zip(expected, merged, strict=True):
+        for some, others in zip(one.split(_POSITIONS, dim=1), other.split(_POSITIONS, dim=1), strict=True):
+            a, b = some.float(), others.float()
+            gap = float((a - b).abs().max())
+            if not gap <= largest:  # NaN is the worst, and stays
+                largest = largest if largest != largest else gap
+            scale = max(scale, float(a.abs().max()))
+            same += float((a.argmax(-1) == b.argmax(-1)).sum())
+            positions += a.shape[0] * a.shape[1]
     rows = float(sum(len(a) for a in expected))
     return {"rows": rows, "largest": largest, "scale": scale, "same_token": same / max(positions, 1.0)}
 
 
-def _logits(model: "Module", batch: dict[str, Any]) -> "Tensor":
+def _logits(model: Any, batch: dict[str, Any]) -> "Tensor":
+    """Return the logits of the last positions of a batch, in the model's precision, on the host."""
     import torch
 
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "loss_weights")}
+    position_bytes = 4 * len(batch["input_ids"]) * model.get_output_embeddings().weight.shape[0]
     with torch.inference_mode():
-        return model(**{k: v for k, v in batch.items() if k not in ("labels", "loss_weights")}).logits.float().cpu()
+        return model(**inputs, logits_to_keep=max(1, _LOGITS_BYTES // position_bytes)).logits.cpu()

@@ -25,10 +25,11 @@ from ray_vlm.data.index import IndexedRows
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.data.spec import Sample
+from ray_vlm.engines.arithmetic import answering
+from ray_vlm.engines.decoding import decode_greedy, end_ids
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
-from ray_vlm.methods.rollout import decode_greedy, end_ids
 from ray_vlm.models.backbone import base_of
-from ray_vlm.models.dequantize import dequantised
+from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import resolve_name
 from ray_vlm.models.lora import is_whole_model
 from ray_vlm.runs.monitor import whole_lines
@@ -61,7 +62,8 @@ def generate_answers(
     answers: list[str] = []
     for start in range(0, len(records), batch_size):
         rows = [builder.prompt_row(record) for record in records[start : start + batch_size]]
-        with torch.inference_mode(), dequantised(model):
+        longest = max(len(row.input_ids) for row in rows)
+        with torch.inference_mode(), answering(model, device, len(rows), longest + max_new_tokens):
             tokens = tokens_of(model, rows, builder, max_new_tokens, device)
         answers += [builder.text(ids) for ids in tokens]
         if on_progress is not None:
@@ -70,11 +72,12 @@ def generate_answers(
 
 
 def _needs_generate(builder: SampleBuilder) -> bool:
-    """Return whether answers come from transformers' `generate`: for families whose caches and masks only it handles,
-    and under ZeRO-3, where all ranks must run the model until the last of them has answered."""
+    """Return whether answers come from transformers' `generate`: for families that this package does not know, whose
+    caches and masks may be of any kind, and under ZeRO-3, where all ranks must run the model until the last of them has
+    answered."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    return builder.stock is not None or is_deepspeed_zero3_enabled()
+    return builder.family.model_type not in FAMILIES or is_deepspeed_zero3_enabled()
 
 
 def _generate(

@@ -30,12 +30,12 @@ from ray_vlm.data.records import PreferenceRecord, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.sources.tables import text_fault
 from ray_vlm.data.spec import sample_spec
+from ray_vlm.engines.sampling import Completion, Sampling, sample_groups
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
 from ray_vlm.evaluate.weights import trained_weights
 from ray_vlm.methods.reward_check import check_rewards
 from ray_vlm.methods.rewards import Rewards, load_rewards, score_answers, total
-from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_json
 from ray_vlm.storage import full_address, is_remote, local_path, replacing, split_options

@@ -16,11 +16,12 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.distributed import DistributedContext
+from ray_vlm.engines.sampling import Sampling, sample_groups
 from ray_vlm.evaluate.generate import generate_answers
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
 from ray_vlm.methods.rewards import score_answers, total
-from ray_vlm.methods.rollout import Sampling, evaluation_mode, sample_groups
+from ray_vlm.models.backbone import evaluation_mode
 from ray_vlm.runs.console import Progress
 
 if TYPE_CHECKING:

@@ -77,10 +77,11 @@ class Clock:
 def split_time(phases: dict[str, float]) -> dict[str, float]:
     """Return `data_s` (waiting for rows, making tensors), `rollout_s` (sampling answers), `forward_s` and `backward_s`.
 
-    Phases are nested: `batch` contains `data` and `collate`, `step` contains `forward`.
+    Phases are nested: `batch` contains `data` and `collate`, `step` contains `forward`. `pixels` stands alone.
     """
     data = phases.get("data", 0.0) + phases.get("collate", 0.0)
     rollout = max(0.0, phases.get("batch", 0.0) - data)
+    data += phases.get("pixels", 0.0)
     forward = phases.get("forward", 0.0)
     backward = max(0.0, phases.get("step", 0.0) - forward)
     return {"data_s": data, "rollout_s": rollout, "forward_s": forward, "backward_s": backward}

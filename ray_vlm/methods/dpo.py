@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from ray_vlm.config.method import DpoMethod, Method
-from ray_vlm.data.collate import collate_pairs
+from ray_vlm.data.collate import collate_pairs, host_pairs, upload
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.methods.rewards import Rewards
-from ray_vlm.methods.rollout import evaluation_mode
 from ray_vlm.methods.trainer import PlannedTrainer, TrainerInputs
+from ray_vlm.models.backbone import evaluation_mode
+from ray_vlm.models.layouts import LayoutPlanner
 
 _LOGGED = {
     **{name: name for name in ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy")},
@@ -60,9 +61,9 @@ class PairedDPOTrainer(PlannedTrainer, DPOTrainer):
         return DPOConfig(**{**shared, **own, **method.trl})
 
     @staticmethod
-    def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> dict[str, Any]:
-        """Return a micro-batch as TRL's loss takes it, with `numbers`, the numbers of its pairs."""
-        return collate_pairs(rows, builder, device) | {"numbers": [row.number for row in rows]}
+    def collate(rows: list[Sample], builder: SampleBuilder, planner: LayoutPlanner | None) -> dict[str, Any]:
+        """Return a micro-batch on the host for TRL's loss, with `numbers`, the numbers of its pairs."""
+        return host_pairs(rows, builder, planner) | {"numbers": [row.number for row in rows]}
 
     @staticmethod
     def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class PairedDPOTrainer(PlannedTrainer, DPOTrainer):
 
     def heaviest_batch(self, rows: list[Sample]) -> dict[str, Any]:
         """Return the batch of these pairs, for which the reference is always computed."""
-        return collate_pairs(rows, self.builder, str(self.args.device)) | {"numbers": [-1]}
+        return collate_pairs(rows, self.builder, str(self.args.device), self.inputs.planner) | {"numbers": [-1]}
 
     def prepare_training(self) -> None:
         """Read or compute the reference's log-probabilities of all pairs, if the job asks for it."""
@@ -89,8 +90,8 @@ class PairedDPOTrainer(PlannedTrainer, DPOTrainer):
         if all(name in inputs for name in _REFERENCE):
             return inputs
         if self.reference is not None and min(numbers) >= 0:
-            logps = torch.as_tensor(self.reference[numbers], device=inputs["input_ids"].device)
-            chosen, rejected = logps.unbind(dim=1)
+            values = {"logps": torch.from_numpy(self.reference[numbers])}
+            chosen, rejected = upload(values, str(inputs["input_ids"].device))["logps"].unbind(dim=1)
         else:
             self.recent.start(len(inputs.get("image_grid_thw", ())))  # the trained model sees the same images
             chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
@@ -98,7 +99,7 @@ class PairedDPOTrainer(PlannedTrainer, DPOTrainer):
 
     def _ask_reference(self, rows: list[Sample]) -> torch.Tensor:
         """Return the reference's log-probabilities of these pairs' answers, `[pairs, 2]`."""
-        batch = collate_pairs(rows, self.builder, str(self.args.device))
+        batch = collate_pairs(rows, self.builder, str(self.args.device), self.inputs.planner)
         return torch.stack(self.compute_ref_log_probs(self.model, batch), dim=1)
 
     def measure_pairs(self, rows: list[Sample], reference: dict[str, torch.Tensor] | None) -> tuple[dict, dict]:
@@ -106,7 +107,7 @@ class PairedDPOTrainer(PlannedTrainer, DPOTrainer):
 
         `reference`: those of an earlier call with the same pairs, because the reference never changes.
         """
-        batch = collate_pairs(rows, self.builder, str(self.args.device)) | {"numbers": [-1]}
+        batch = collate_pairs(rows, self.builder, str(self.args.device), self.inputs.planner) | {"numbers": [-1]}
         with torch.no_grad(), self.compute_loss_context_manager(), self._without_gathering():
             batch = batch | reference if reference else self.refer(batch)
             loss = float(self.compute_loss(self.model, batch))

@@ -2,7 +2,8 @@
 
 Every optimizer step samples `num_generations` answers to each prompt, scores them, and learns from how each differs
 from its group. All answers of a group are on one worker. This package provides the prompts, the rollout
-(`rollout.py`), the rewards (`rewards.py`), and processes each image once. Advantages, loss and their options are TRL's.
+(`engines/sampling.py`), the rewards (`rewards.py`), and processes each image once. Advantages, loss and their options
+are TRL's.
 """
 
 from collections import Counter
@@ -12,6 +13,7 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather
 from transformers import PreTrainedModel
@@ -19,14 +21,20 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from ray_vlm.config.method import GrpoMethod, Method
-from ray_vlm.data.collate import join_pixels, read_pixels, spans_of_rows
+from ray_vlm.config.train import Precision
+from ray_vlm.data.collate import attach_plan, batch_rows, join_pixels, plan_rows, read_pixels, spans_of_rows, upload
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
+from ray_vlm.engines.sampling import Completion, Sampler, Sampling, sample_groups
 from ray_vlm.errors import RunError
+from ray_vlm.methods.portions import sample_in_portions
 from ray_vlm.methods.rewards import Rewards, score_answers
-from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
 from ray_vlm.methods.trainer import PlannedTrainer, TrainerInputs
+from ray_vlm.models.card_memory import release_memory
+from ray_vlm.models.layouts import LayoutPlanner
+from ray_vlm.models.memory import token_bytes
+from ray_vlm.models.precision import autocast
 
 _LOGGED = {
     **{name: name for name in ("loss", "learning_rate", "grad_norm", "reward", "reward_std", "kl", "entropy")},
@@ -37,6 +45,7 @@ _LOGGED = {
     "clip_ratio/region_mean": "clipped",
 }
 _ANY_TOKEN = 20  # of text, for answers that are only measured
+_FEW_TOKENS = 2  # of each answer that is sampled for its memory alone
 
 
 class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
@@ -50,9 +59,11 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         self.method, self.rewards = inputs.method, inputs.rewards
         super().__init__(model, args, inputs, reward_funcs=[_stand_in(name) for name in self.rewards.weights])
         self.use_vllm = self.method.rollouts == "vllm"  # TRL then corrects for vLLM's other log-probabilities
-        self.sample = inputs.sampler or sample_groups
+        self.sample: Sampler = inputs.sampler or sample_groups
+        self.group_batch = inputs.group_batch
         self.rows: list[Sample] = []  # the prompt of each current answer
         self.answers: list[Completion] = []
+        self.ids: Sequence[Sequence[int]] = ()  # tokens of the answers to `rows`
         self.sampled: tuple[torch.Tensor, torch.Tensor] | None = None  # log-probabilities and mask, [answers, tokens]
         self.pixels: dict[int, tuple[Sample, dict[str, Any]]] = {}  # image inputs of the step's prompts
 
@@ -79,7 +90,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         return GRPOConfig(**{**shared, **own, **method.trl})
 
     @staticmethod
-    def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> list[Sample]:
+    def collate(rows: list[Sample], builder: SampleBuilder, planner: LayoutPlanner | None) -> list[Sample]:
         """Return the prompts themselves: tensors are built when their answers are sampled."""
         return rows
 
@@ -117,6 +128,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
             "advantages": torch.ones(len(answer_rows), device=device),
             "num_items_in_batch": torch.tensor(float(answers.numel())),
             "rows": answer_rows,
+            "answers": answers.tolist(),
             "sampled": zeros,
         }
 
@@ -127,7 +139,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
 
     def _sample_step(self, rows: Sequence[Sample]) -> dict[str, Any]:
         """Return TRL's batch for these prompts, with `rows` (the prompt of each answer) and `sampled`
-        (log-probabilities at sampling, `float32 [answers, tokens]`)."""
+        (log-probabilities at sampling, `float32 [answers, tokens]`), and `answers`, their tokens on the host."""
         self.model.train()  # TRL recognises by it that this is no evaluation
         self.pixels = {}
         self.recent.start(sum(len(row.images) for row in rows))
@@ -138,7 +150,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         batch = self._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(group)])
         logps = [torch.tensor(answer.logprobs) for answer in self.answers]
         sampled = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True).to(batch["completion_ids"].device)
-        return batch | {"rows": self.rows, "sampled": sampled}
+        return batch | {"rows": self.rows, "answers": self.ids, "sampled": sampled}
 
     def _sample_answers(self) -> list[Completion]:
         """Sample the answers to the step's prompts, group by group. A group's random numbers depend only on the seed,
@@ -154,8 +166,48 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
             method.num_generations, method.max_completion_tokens, method.temperature, method.top_p, method.top_k
         )
         model, device = self.accelerator.unwrap_model(self.model), str(self.args.device)
-        groups = self.sample(model, rows, self.builder, sampling, seeds, device, pixels=self.prompt_pixels)
+        groups, self.group_batch = sample_in_portions(
+            self.sample, model, rows, self.builder, sampling, seeds, device, self.group_batch, self.prompt_pixels
+        )
+        if self.group_batch is not None:  # there is little room: what sampling has reserved is given back for the step
+            release_memory()
         return [answer for group in groups for answer in group]
+
+    def try_rollout(self, rows: list[Sample], precision: Precision) -> int | None:
+        """Sample the first tokens of the answers to as many prompts as are sampled at a time, each as long as the
+        longest of these rows, while the keys and values of all further tokens are held."""
+        if self.use_vllm:
+            return None
+        method, args, device = self.method, self.args, str(self.args.device)
+        few = min(_FEW_TOKENS, method.max_completion_tokens)
+        of_token = token_bytes(self.model.config, precision) * method.num_generations
+        prompts = max(1, args.per_device_train_batch_size * args.gradient_accumulation_steps // method.num_generations)
+        prompts = min(self.group_batch or prompts, prompts)
+
+        def sample(*given: Any, group_batch: int | None, **options: Any) -> list[list[Completion]]:
+            later = of_token * (group_batch or prompts) * (method.max_completion_tokens - few)
+            held = torch.empty(later, dtype=torch.uint8, device=device)
+            answers = self.sample(*given, group_batch=group_batch, **options)
+            del held
+            return answers
+
+        sampling = Sampling(method.num_generations, few, method.temperature, method.top_p, method.top_k)
+        longest = max(rows, key=lambda row: len(row.input_ids))
+        seeds = [(self.inputs.seed, number) for number in range(prompts)]
+        self.pixels = {}
+        self.recent.start(len(longest.images))
+        try:
+            with torch.random.fork_rng([device] if device.startswith("cuda") else []), autocast(precision, device):
+                _, portion = sample_in_portions(
+                    *(sample, self.model, [longest] * prompts, self.builder, sampling, seeds, device),
+                    group_batch=self.group_batch,
+                    pixels=self.prompt_pixels,
+                )
+        finally:
+            self.pixels = {}
+            self.recent.start(0)
+        self.group_batch = portion
+        return portion or prompts
 
     def prompt_pixels(self, row: Sample) -> dict[str, Any]:
         """Return a prompt's image inputs. They are processed once in a step, for sampling and training."""
@@ -163,20 +215,27 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
             self.pixels[id(row)] = row, read_pixels(row.images, self.builder, str(self.args.device))
         return self.pixels[id(row)][1]
 
-    def _pixels_of(self, part: slice, input_ids: torch.Tensor) -> dict[str, Any]:
-        """Return the image inputs of a part of the answers: once for each prompt, with `image_spans`, which assigns
-        them to answers; for families with their own processor, once for each answer.
+    def _inputs_of(self, part: slice, input_ids: torch.Tensor, keep: int) -> dict[str, Any]:
+        """Return the image inputs of a part of the answers: once for each prompt, with the layout of the part's rows;
+        for families with their own processor, once for each answer.
 
-        `input_ids`: of all answers, `[answers, tokens]`.
+        `input_ids`: of all answers, `[answers, tokens]`; the last `keep` columns are those of answers.
         """
-        runs, builder = _runs(self.rows[part]), self.builder
+        runs, builder, planner = _runs(self.rows[part]), self.builder, self.inputs.planner
         kinds = {builder.kinds: (input_ids[part] == builder.image_token_id).long()} if builder.kinds else {}
         if builder.stock is not None:
             return kinds | join_pixels([pixels for row, n in runs for pixels in n * [self.prompt_pixels(row)]])
-        if pixels := join_pixels([self.prompt_pixels(row) for row, _ in runs]):
-            spans = zip(spans_of_rows([row for row, _ in runs]), runs, strict=True)
-            pixels["image_spans"] = [span for span, (_, n) in spans for _ in range(n)]
-        return kinds | pixels
+        assert planner is not None
+        shown, answers = [row for row, _ in runs], self.ids[part]
+        inputs = kinds | join_pixels([self.prompt_pixels(row) for row in shown])
+        if "image_grid_thw" in inputs:
+            attach_plan(inputs, plan_rows(shown, builder), str(self.args.device))
+        spans = [span for span, (_, n) in zip(spans_of_rows(shown), runs, strict=True) for _ in range(n)]
+        tokens = [np.concatenate([row.input_ids, ids]) for row, ids in zip(self.rows[part], answers, strict=True)]
+        prompts, columns = [len(row.input_ids) for row in self.rows[part]], input_ids.shape[1]
+        ends = [columns - keep + len(ids) for ids in answers]
+        layout = planner.plan(batch_rows(tokens, prompts, spans, shown, builder, ends, columns))
+        return inputs | upload({"layout": layout}, str(self.args.device))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs  # sampled and scored by `next_batches`
@@ -186,6 +245,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list, *args: object, **kwargs: object) -> tuple:
         self.answers = self._sample_answers()
+        self.ids = [answer.ids for answer in self.answers]
         return [a.ids for a in self.answers], [a.logprobs for a in self.answers] if self.use_vllm else None
 
     def _calculate_rewards(
@@ -200,7 +260,8 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         return gather(torch.tensor(table, dtype=torch.float32, device=self.accelerator.device))
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        self.rows, self.sampled = inputs["rows"], (inputs["sampled"], inputs["completion_mask"])
+        self.rows, self.ids = inputs["rows"], inputs["answers"]
+        self.sampled = inputs["sampled"], inputs["completion_mask"]
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
@@ -211,19 +272,27 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         parts = [slice(start, start + size) for start in range(0, len(ids), size)]
         forward = super()._get_per_token_logps_and_entropies
         # A part's images are bound to the model directly: TRL would split them by rows, in some families' layout.
-        outputs = [forward(partial(model, **self._pixels_of(p, ids)), ids[p], mask[p], keep, **computed) for p in parts]
+        outputs = [
+            forward(partial(model, **self._inputs_of(p, ids, keep)), ids[p], mask[p], keep, **computed) for p in parts
+        ]
         logps, entropies, aux = (_join(values) for values in zip(*outputs, strict=True))
         if computed.get("compute_entropy"):
             assert logps is not None
             self._log_rollout_gap(logps)
         return logps, entropies, aux
 
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log the step's numbers as TRL does, which takes plain numbers only: the device is read once a step."""
+        if gaps := self._metrics["train"].get("rollout_gap"):
+            gaps[:] = torch.stack(gaps).tolist()
+        super().log(*args, **kwargs)
+
     def _log_rollout_gap(self, logps: torch.Tensor) -> None:
-        """Log how far the trainer's log-probabilities of the sampled tokens are from those at sampling."""
+        """Keep for `log` how far the trainer's log-probabilities of the sampled tokens are from those at sampling."""
         assert self.sampled is not None
         sampled, mask = self.sampled
         total = ((logps.detach() - sampled).abs() * mask).sum() / mask.sum().clamp(min=1)
-        self._metrics["train"]["rollout_gap"].append(float(self.accelerator.gather(total).mean()))
+        self._metrics["train"]["rollout_gap"].append(self.accelerator.gather(total).mean())
 
 
 def _stand_in(name: str) -> Callable[..., object]:

@@ -11,18 +11,22 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ray_vlm.config.schema import Model
 from ray_vlm.config.train import Precision
 from ray_vlm.data.images import read_image
-from ray_vlm.data.records import PreferenceRecord, Record
+from ray_vlm.data.plan import MicroBatch
+from ray_vlm.data.records import Record
+from ray_vlm.data.rows import Rows
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
+from ray_vlm.data.stream import stream_micro_batches
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.storage import Store, describe_file
@@ -49,16 +53,17 @@ class ReferenceSource:
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """The cache of a run. `store`: its folder; `batch_size`: pairs at a time."""
+    """The cache of a run. `store`: its folder; `batch_size`: pairs at a time; `threads`: that read pairs meanwhile."""
 
     store: Store
     source: ReferenceSource
     context: DistributedContext
     batch_size: int
+    threads: int = 1
 
     def find(
         self,
-        records: Sequence[Record],
+        records: Rows,
         builder: SampleBuilder,
         ask: "Callable[[list[Sample]], torch.Tensor]",
     ) -> np.ndarray:
@@ -80,17 +85,17 @@ class ReferenceCache:
             logger.info(f"the reference's log-probabilities of {len(records)} pairs are read from the cache ({key})")
         return np.load(io.BytesIO(data), allow_pickle=False)
 
-    def _compute(
-        self, records: Sequence[Record], builder: SampleBuilder, ask: "Callable[[list[Sample]], torch.Tensor]"
-    ) -> bytes:
-        """Run the reference over each rank's share of the pairs. Return all results as the bytes of a `.npy` file."""
+    def _compute(self, records: Rows, builder: SampleBuilder, ask: "Callable[[list[Sample]], torch.Tensor]") -> bytes:
+        """Run the reference over each rank's share of the pairs, which threads read ahead. Return all results as the
+        bytes of a `.npy` file."""
         rank, world_size = self.context.rank, self.context.world_size
         shard = range(rank, len(records), world_size)
-        share = np.zeros((len(shard), 2))
-        for start in range(0, len(shard), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            rows = [builder.pair_row(cast(PreferenceRecord, records[i])) for i in shard[batch]]
-            share[batch] = ask(rows).double().cpu().numpy()
+        starts = range(0, len(shard), self.batch_size)
+        micros = (MicroBatch(tuple(shard[start : start + self.batch_size])) for start in starts)
+        # Threads of this process, wherever its training rows are made: Ray Data's loaders hold their CPUs already.
+        with closing(stream_micro_batches(micros, records, lambda: builder, self.threads)) as stream:
+            parts = [ask(rows).double() for rows in stream]  # not copied here, so that the device need not wait
+        share = np.concatenate([part.cpu().numpy() for part in parts]) if parts else np.zeros((0, 2))
         log_probs, file = np.zeros((len(records), 2)), io.BytesIO()
         for other, gathered in enumerate(self.context.gather(share)):
             log_probs[other::world_size] = gathered

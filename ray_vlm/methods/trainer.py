@@ -18,18 +18,22 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from ray_vlm.config.method import Method
 from ray_vlm.config.train import Part, Precision
+from ray_vlm.data.collate import add_pixels, upload
+from ray_vlm.data.feed import Feed
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.rows import Rows
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import Stream
+from ray_vlm.engines.sampling import Sampler
 from ray_vlm.methods.clock import Clock
 from ray_vlm.methods.loss_scale import LossScale
 from ray_vlm.methods.reference import ReferenceCache
 from ray_vlm.methods.rewards import Rewards
-from ray_vlm.methods.rollout import Sampler
 from ray_vlm.models.backbone import recompute
+from ray_vlm.models.card_memory import release_memory
 from ray_vlm.models.frozen_encoder import StepFeatureCache
+from ray_vlm.models.layouts import LayoutPlanner
 from ray_vlm.models.lora import split_rates
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.precision import autocast
@@ -37,22 +41,24 @@ from ray_vlm.models.surgery import ForwardOptions, change_forward, prepare_forwa
 
 logger = logging.getLogger(__name__)
 _SHOWN = 20  # replaced rows that the user sees one by one; the run's last lines count all
+_FP16_SCALE = 2.0**10  # of the loss: gradients that float16 would round to zero
 _COUNTERS = ("_metrics", "_total_train_tokens", "_step")  # that TRL updates in `compute_loss`
 
 
 class PlannedBatches:
     """The train dataloader for TRL: one stream over the whole run, iterated an epoch at a time.
 
-    `build` collates rows of the stream into a batch. `first`: number of the stream's first micro-batch; an epoch that
-    is resumed midway yields only its rest. `accumulation`: batches per optimizer step, as the trainer counts them.
-    `clock` measures the wait for rows. `num_images`: images so far; `number`: of the next micro-batch.
+    `feed` makes the batches of the rows of the stream, some of them ahead; what is counted here is what was taken.
+    `first`: number of the stream's first micro-batch; an epoch that is resumed midway yields only its rest.
+    `accumulation`: batches per optimizer step, as the trainer counts them. `clock` measures the wait for rows, then for
+    their batch. `num_images`: images so far; `number`: of the next micro-batch.
     """
 
     def __init__(
         self,
         stream: Stream,
+        feed: Feed[list[Sample]],
         plan: Plan,
-        build: Callable[[list[Sample]], object],
         accumulation: int,
         clock: Clock,
         first: int = 0,
@@ -63,9 +69,8 @@ class PlannedBatches:
         self.lost: list[tuple[int, int]] = []  # (row that could not be read, row in its place)
         self._rank = rank
         self.number = first
-        self._stream = stream
+        self._stream, self._feed = stream, feed
         self._plan = plan
-        self._build = build
         self._accumulation = accumulation
 
     def __len__(self) -> int:
@@ -75,24 +80,30 @@ class PlannedBatches:
         per_epoch = self._plan.steps_per_epoch * self._plan.accumulation
         for _ in range(per_epoch - self.number % per_epoch):
             with self.clock.phase("data", host=True):
-                rows = next(self._stream, None)
+                rows = self._feed.take_item()
             if rows is None:
                 return
-            planned = self._plan.micro_batch(self.number, self._rank).rows
-            for i, row in zip(planned, rows, strict=True):
-                if row.number != i:
-                    level = logging.INFO if len(self.lost) < _SHOWN else logging.DEBUG
-                    logger.log(level, f"row {i} of data.train cannot be read any more; row {row.number} replaces it")
-                    self.lost.append((i, row.number))
-            self.number += 1
-            self.num_images += sum(len(row.images) for row in rows)
             with self.clock.phase("collate"):
-                batch = self._build(rows)
+                batch = self._feed.take_batch()
+            self._count(rows)
             yield batch
 
+    def _count(self, rows: Sequence[Sample]) -> None:
+        """Count a micro-batch that was taken, and log those of its rows that replace others."""
+        planned = self._plan.micro_batch(self.number, self._rank).rows
+        for i, row in zip(planned, rows, strict=True):
+            if row.number != i:
+                level = logging.INFO if len(self.lost) < _SHOWN else logging.DEBUG
+                logger.log(level, f"row {i} of data.train cannot be read any more; row {row.number} replaces it")
+                self.lost.append((i, row.number))
+        self.number += 1
+        self.num_images += sum(len(row.images) for row in rows)
+
     def close(self) -> None:
-        """Close the stream, also before its end."""
-        self._stream.close()
+        """Close the feed, then the stream, also before its end. A stream that still makes rows after a minute cannot be
+        closed, and ends with its process."""
+        if self._feed.close():
+            self._stream.close()
 
 
 @dataclass(frozen=True)
@@ -100,10 +111,12 @@ class TrainerInputs:
     """Everything that a `PlannedTrainer` is built from, beside the model and TRL's options.
 
     `method`: the job's section. `rows`: of training, by the plan's numbers. `learning_rates`: of
-    parts of the model that differ from the others. `adapter_is_reference`: the reference of DPO and GRPO is the adapter
+    parts of the model that differ from the others. `planner`: plans the layouts of batches; None for a family with
+    its own processor. `adapter_is_reference`: the reference of DPO and GRPO is the adapter
     that training starts from, not the base. `tolerates_nonfinite`: the run goes on after a step whose loss is not
-    finite. `validate` and `write_checkpoint` are called by the trainer when they are due. `rewards` and `sampler`: of
-    GRPO; `reference`: of DPO, where its log-probabilities are computed in advance.
+    finite. `validate` and `write_checkpoint` are called by the trainer when they are due. Of GRPO: `rewards`, `sampler`
+    and `group_batch`, the prompts whose answers are sampled at a time (None: all of a step). `reference`: of DPO, where
+    its log-probabilities are computed in advance.
     """
 
     method: Method
@@ -114,6 +127,7 @@ class TrainerInputs:
     clock: Clock
     loss_scale: LossScale
     operations: OperationCounter
+    planner: LayoutPlanner | None = None
     seed: int = 0
     learning_rates: Mapping[Part, float] = field(default_factory=dict)
     adapter_is_reference: bool = False
@@ -124,6 +138,7 @@ class TrainerInputs:
     write_checkpoint: "Callable[[PlannedTrainer], None] | None" = None
     rewards: Rewards | None = None
     sampler: Sampler | None = None
+    group_batch: int | None = None
     reference: ReferenceCache | None = None
 
     def row_id(self, row: int) -> str:
@@ -175,8 +190,20 @@ class PlannedTrainer(Trainer, ABC):
 
     @staticmethod
     @abstractmethod
-    def collate(rows: list[Sample], builder: SampleBuilder, device: str) -> object:
-        """Return a micro-batch of these rows as `get_batch_samples` takes it."""
+    def collate(rows: list[Sample], builder: SampleBuilder, planner: LayoutPlanner | None) -> object:
+        """Return a micro-batch of these rows on the host (`data/collate.py`): no device is read. `planner`: plans its
+        layout. `get_batch_samples` takes it when it is uploaded, and `complete` makes of it what `compute_loss`
+        takes."""
+
+    @staticmethod
+    def complete(batch: Any, builder: SampleBuilder) -> Any:
+        """Return a micro-batch, which is on the device now, with what is made there."""
+        return add_pixels(batch, builder)
+
+    def collate_here(self, rows: list[Sample]) -> Any:
+        """Return a micro-batch of these rows as `compute_loss` takes it."""
+        batch = upload(self.collate(rows, self.builder, self.inputs.planner), str(self.args.device))
+        return self.complete(batch, self.builder)
 
     @staticmethod
     @abstractmethod
@@ -186,6 +213,11 @@ class PlannedTrainer(Trainer, ABC):
     @abstractmethod
     def heaviest_batch(self, rows: list[Sample]) -> dict[str, Any]:
         """Return the batch of these rows that takes the most memory, as `compute_loss` takes it."""
+
+    def try_rollout(self, rows: list[Sample], precision: Precision) -> int | None:
+        """Sample answers to the longest of these rows as a step does, for its memory. Return how many prompts are
+        sampled at a time; None for a method that samples nothing on this device."""
+        return None
 
     def prepare_training(self) -> None:
         """Do what the method needs before the first step, on all ranks together."""
@@ -198,10 +230,16 @@ class PlannedTrainer(Trainer, ABC):
         """Return the loss of a micro-batch, as `compute_loss` does."""
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def try_heaviest_batch(self, rows: list[Sample], precision: Precision) -> None:
+    def try_heaviest_batch(
+        self,
+        rows: list[Sample],
+        precision: Precision,
+        look: Callable[[torch.Tensor], None] = lambda loss: None,
+    ) -> None:
         """Run the forward and the backward of the heaviest batch of these rows as in training, without a step.
 
-        Gradients, TRL's counters and the random state are restored afterwards.
+        `look` is called with the loss while the gradients are there (of float16, those of a scaled loss). Gradients,
+        TRL's counters and the random state are restored afterwards.
         """
         saved = {name: copy.deepcopy(getattr(self, name)) for name in _COUNTERS if hasattr(self, name)}
         model, device, was_training = self.model, str(self.args.device), self.model.training
@@ -212,7 +250,9 @@ class PlannedTrainer(Trainer, ABC):
             with torch.random.fork_rng([device] if device.startswith("cuda") else []):
                 batch = self.heaviest_batch(rows)
                 with autocast(precision, device):
-                    self.compute_loss(model, batch).backward()
+                    loss = self.compute_loss(model, batch)
+                    (loss * _FP16_SCALE if precision == "fp16" else loss).backward()
+                look(loss)
         finally:
             model.zero_grad(set_to_none=True)
             model.train(was_training)
@@ -252,10 +292,12 @@ class PlannedTrainer(Trainer, ABC):
         with self.clock.phase("batch"):
             return self.next_batches(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Measure the time of a micro-batch's forward and backward, and keep its loss."""
+    def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Complete a micro-batch, measure the time of its forward and backward, and keep its loss."""
+        with self.clock.phase("pixels"):  # here, so that the card holds floats of one micro-batch's pixels at a time
+            inputs = self.complete(inputs, self.builder)
         with self.clock.phase("step"):
-            loss = super().training_step(*args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self.inputs.loss_scale.keep(loss)
         # The Trainer keeps a running sum of losses and subtracts it after logging, so a NaN would stay for ever.
         return loss.nan_to_num(0.0, 0.0, 0.0) if self.inputs.tolerates_nonfinite else loss
@@ -269,6 +311,7 @@ class PlannedTrainer(Trainer, ABC):
         """Validate by this package's `validate`."""
         with self.clock.phase("validation", host=True):
             metrics = self.inputs.validate(self) if self.inputs.validate else {}
+            release_memory()  # caches of generated answers
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

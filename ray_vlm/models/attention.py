@@ -19,12 +19,12 @@ from ray_vlm.models.backbone import base_of
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-    from torch import Tensor, device
+    from torch import Tensor, device, dtype
     from torch.nn import Module
 
 # transformers looks for "flash" in it, and saves no configuration with it.
 NAME = "ray_vlm_flash_segments"
-_KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families whose encoder hands over `cu_seqlens`
+KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families whose encoder hands over `cu_seqlens`
 _MOST_PADDED = 1.5  # pairs of tokens with padding, over those without, up to which segments are padded
 
 
@@ -54,7 +54,7 @@ class SegmentLayout:
 
 @dataclass
 class Segments:
-    """The lengths of a packed row's segments, read from the device, and their layout, once it is needed."""
+    """The lengths of a packed row's segments, and their layout, once it is needed."""
 
     lengths: list[int]
     layout: SegmentLayout | None = None
@@ -67,7 +67,7 @@ def attend_at_once(model: "Module") -> bool:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     base = base_of(model)
-    if base.config.model_type not in _KNOWN:
+    if base.config.model_type not in KNOWN:
         return False
     config = base.get_encoder(modality="image").config
     if config._attn_implementation not in ("sdpa", NAME):
@@ -107,11 +107,19 @@ def attend_segments(
 def segments_of(cu_seqlens: "Tensor") -> Segments:
     """Return the segments that `cu_seqlens` describes.
 
-    All layers of a forward, and their recomputation, pass the same tensor, so its values are read once a forward."""
+    All layers of a forward, and their recomputation, pass the same tensor. Its lengths are those that `know_segments`
+    was given on the host; otherwise they are read from the device, once a forward."""
     known = _known_segments()
     if cu_seqlens not in known:
         known[cu_seqlens] = Segments((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
     return known[cu_seqlens]
+
+
+def know_segments(cu_seqlens: "Tensor", lengths: list[int]) -> None:
+    """Let `segments_of` know the lengths of the segments that this very tensor describes."""
+    known = _known_segments()
+    if cu_seqlens not in known:
+        known[cu_seqlens] = Segments(lengths)
 
 
 @cache
@@ -204,15 +212,30 @@ def _unpack(packed: "Tensor", batch: SegmentBatch) -> "Tensor":
 
 
 def _varlen_for(query: "Tensor") -> "Callable[..., Any] | None":
-    """Return torch's attention over segments of any lengths if it takes these tensors; flash attention computes it."""
+    """Return torch's attention over segments of any lengths if it takes these tensors."""
+    return load_varlen() if takes_segments(query.device, query.dtype, query.shape[-1]) else None
+
+
+def takes_segments(device: "device", dtype: "dtype", size: int) -> bool:
+    """Return whether torch's attention over segments takes tensors of this head size; flash attention computes it."""
+    return device.type == "cuda" and why_no_segments(device, dtype, size) is None
+
+
+def why_no_segments(device: "device", dtype: "dtype", size: int) -> str | None:
+    """Return why torch's attention over segments does not take tensors of this head size on a GPU, None if it does."""
     import torch
 
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or torch.version.hip:
-        return None
-    cuda, size = torch.backends.cuda, query.shape[-1]
-    if not (cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()) or size % 8 or size > 256:
-        return None
-    return load_varlen() if torch.cuda.get_device_capability(query.device) >= (8, 0) else None
+    if torch.version.hip:
+        return "it is not used on AMD's cards"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes bfloat16 and float16, and this is {str(dtype).removeprefix('torch.')}"
+    if size % 8 or size > 256:
+        return f"it takes head sizes up to 256 that are multiples of 8, and this is {size}"
+    if not (torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()):
+        return "this torch is built without flash attention, or it is turned off"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"it needs compute capability 8.0, and this card has {capability[0]}.{capability[1]}"
+    return None if load_varlen() is not None else f"torch {torch.__version__} has none that takes a scale"
 
 
 @cache

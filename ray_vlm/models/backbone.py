@@ -5,6 +5,8 @@ Llama-4's class holds an image encoder and a complete language model side by sid
 itself.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,6 +61,18 @@ def language_layers(base: "PreTrainedModel") -> list[Any]:
     return list(language_model(base).layers)
 
 
+@contextmanager
+def evaluation_mode(model: "Module") -> Iterator[None]:
+    """Use evaluation mode, which also turns gradient checkpointing (it forbids caches) off; then restore all modes."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _checkpointing_word(model: "Module") -> str:
     """Return the first word of `..._checkpointing_enable`: transformers 5.23 renamed `gradient` to `activation`."""
     return "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
@@ -75,14 +89,24 @@ def recompute_first(model: "Module", count: int) -> None:
 
     The image encoder is not changed.
     """
-    base = base_of(model)
-    # The Trainer calls this method when it begins to train, for all layers, so flags that are set here would be lost.
+
+    def open_rest() -> None:
+        for layer in language_layers(base_of(model))[count:]:
+            layer.gradient_checkpointing = False
+
+    after_recompute(model, open_rest)
+
+
+def after_recompute(model: "Module", change: Callable[[], None]) -> None:
+    """Call `change` each time that activation checkpointing is turned on.
+
+    The Trainer turns it on when it begins to train, for all layers, so what is set before would be lost.
+    """
     name = f"{_checkpointing_word(model)}_checkpointing_enable"
     enable = getattr(model, name)
 
-    def enable_first(*args: object, **kwargs: object) -> None:
+    def enable_and_change(*args: object, **kwargs: object) -> None:
         enable(*args, **kwargs)
-        for layer in language_layers(base)[count:]:
-            layer.gradient_checkpointing = False
+        change()
 
-    setattr(model, name, enable_first)
+    setattr(model, name, enable_and_change)

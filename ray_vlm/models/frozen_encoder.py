@@ -1,9 +1,11 @@
 """A frozen image encoder: it runs without autograd, and its features are cached, for a step and on disk.
 
 Within a step the reference, the rollout and the trained model see the same images: `StepFeatureCache` keeps their
-features in memory, by pixels. `DiskFeatureCache` keeps them in files for epochs and runs, by the hash of the encoder's
-input and of its weights. A file that cannot be read is written again; a full disk, or a folder at its limit, only ends
-the writing.
+features in memory. `DiskFeatureCache` keeps them in files for epochs and runs, in a folder for each encoder. Both know
+an image by the key that its loader made of its pixels (`data/spec.py`, `hash_images`), which is in the plan of a batch
+(`models/vision_inputs.py`); images without one are encoded. The thread that makes batches reads their files
+(`DiskFeatureCache.read_ahead`). A file that cannot be read is written again; a full disk, or a folder at its limit,
+only ends the writing.
 """
 
 import hashlib
@@ -14,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.errors import ModelError
+from ray_vlm.models.attention import KNOWN
 from ray_vlm.models.backbone import base_of
+from ray_vlm.models.vision_inputs import Features, ImagePlan, move_features, plan_of
 from ray_vlm.storage import replacing
 
 if TYPE_CHECKING:
@@ -25,9 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _RECOUNT = 0.01  # share of the limit written between two counts of the folder: other processes write to it too
 _SUFFIX = ".features"
-_KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families whose encoder's output `_output` can build
-# Of one image, each [visual tokens, width]: "pooled" and, of models with DeepStack, "deepstack.0", ...
-Features = dict[str, "Tensor"]
 
 
 def run_without_autograd(model: "Module") -> bool:
@@ -51,8 +52,8 @@ def why_not_cached(model: "Module") -> str | None:
 
     With an adapter in the encoder they change when the adapter is turned off, as for the references of DPO and GRPO."""
     model_type = base_of(model).config.model_type
-    if model_type not in _KNOWN:
-        return f"it knows the image encoders of {', '.join(_KNOWN)}, and this is a {model_type}"
+    if model_type not in KNOWN:  # `_output` builds the output of their encoders
+        return f"it knows the image encoders of {', '.join(KNOWN)}, and this is a {model_type}"
     changing = [name for name, p in _encoder(model).named_parameters() if "lora_" in name or p.requires_grad]
     return f"{changing[0]} in the image encoder is an adapter's or learns" if changing else None
 
@@ -66,35 +67,36 @@ def cache_features(model: "Module", step_cache: "StepFeatureCache", disk_cache: 
     if reason := why_not_cached(model):
         raise ModelError(f"train.vision_cache: {reason}. Leave train.vision_cache out.")
     encoder = _encoder(model)
-    plain, merge = encoder.forward, encoder.spatial_merge_size**2
+    plain = encoder.forward
 
     @torch.no_grad()
     def forward(pixels: "Tensor", grid_thw: "Tensor", **options: object) -> "BaseModelOutputWithPooling":
-        # `pixels` [patches of all images, patch values] are the images one behind another; a row of `grid_thw` has an
-        # image's frames, rows and columns of patches, and so its number of patches.
-        patches = grid_thw.prod(dim=1).tolist()
-        # The same pixels have other features in another dtype, under autocast, and in another grid.
-        mode = f"{pixels.dtype} {torch.is_autocast_enabled(pixels.device.type)}"
-        by_image = zip(pixels.split(patches), grid_thw.tolist(), strict=True)
-        images = [(values, f"{mode} {grid}") for values, grid in by_image]
+        # `pixels` [patches of all images, patch values] are the images one behind another.
+        plan = plan_of(grid_thw)
+        if plan is None or not plan.keys:
+            return plain(pixels, grid_thw=grid_thw, **options)
+        # The same pixels have other features in another dtype, under autocast, on another device, and in another grid.
+        mode = f"{pixels.dtype} {torch.is_autocast_enabled(pixels.device.type)} {pixels.device.type}"
+        images = [f"{mode} {list(grid)} {key}" for grid, key in zip(plan.grids, plan.keys, strict=True)]
+        if disk_cache is not None:
+            disk_cache.mode = mode
         features_of: dict[int, Features] = {}
-        names: dict[int, str] = {}
         for n, image in enumerate(images):
-            features = step_cache.read(*image)
+            features = step_cache.read(image) or move_features(plan.features.get(image, {}), pixels.device) or None
             if features is None and disk_cache is not None:
-                names[n] = disk_cache.name(*image)
-                features = disk_cache.read(names[n], str(pixels.device))
+                features = disk_cache.read(image, str(pixels.device))
             if features is not None:
                 features_of[n] = features
         if missing := [n for n in range(len(images)) if n not in features_of]:
-            output = plain(torch.cat([images[n][0] for n in missing]), grid_thw=grid_thw[missing], **options)
-            # `merge` patches become one visual token.
-            for n, features in zip(missing, _by_image(output, [patches[n] // merge for n in missing]), strict=True):
+            some = plan.select(missing).to(pixels.device, non_blocking=True)
+            parts = pixels.split(plan.patches)
+            output = plain(torch.cat([parts[n] for n in missing]), grid_thw=some.build_grid(), **options)
+            for n, features in zip(missing, _by_image(output, some.tokens), strict=True):
                 features_of[n] = features
                 if disk_cache is not None:
-                    disk_cache.write(names[n], features)
+                    disk_cache.write(images[n], features)
         for n, image in enumerate(images):
-            step_cache.write(*image, features_of[n])
+            step_cache.write(image, features_of[n])
         return _output([features_of[n] for n in range(len(images))])
 
     encoder.forward = forward
@@ -103,37 +105,34 @@ def cache_features(model: "Module", step_cache: "StepFeatureCache", disk_cache: 
 class StepFeatureCache:
     """The features of the last images, at most `room` of them.
 
-    `mode` in its methods: how the encoder sees the pixels (dtype, autocast, grid)."""
+    `image` in its methods: an image's key, with how the encoder sees it (dtype, autocast, grid)."""
 
     def __init__(self) -> None:
         self.room = 0
-        self.entries: dict[tuple, tuple[Tensor, Features]] = {}
+        self.entries: dict[str, Features] = {}
 
     def start(self, room: int) -> None:
         """Drop all features, and keep those of up to `room` images from now on."""
         self.room = room
         self.entries.clear()
 
-    def read(self, pixels: "Tensor", mode: str) -> Features | None:
-        """Return the features of the same pixels in the same mode, or None."""
-        import torch
+    def read(self, image: str) -> Features | None:
+        """Return the features of this image, or None."""
+        return self.entries.get(image)
 
-        entry = self.entries.get(self._key(pixels, mode)) if self.entries else None
-        return entry[1] if entry is not None and torch.equal(entry[0], pixels) else None
-
-    def write(self, pixels: "Tensor", mode: str, features: Features) -> None:
+    def write(self, image: str, features: Features) -> None:
         """Store the features, and drop the oldest."""
         if self.room:
-            self.entries[self._key(pixels, mode)] = pixels, features
+            self.entries[image] = features
         while len(self.entries) > self.room:
             self.entries.pop(next(iter(self.entries)))  # a dictionary keeps the order of insertion
 
-    def _key(self, pixels: "Tensor", mode: str) -> tuple[str, float]:
-        return mode, float(pixels.sum())  # sums may collide, so `read` compares every pixel
-
 
 class DiskFeatureCache:
-    """Files of features in a folder, which other processes may use too."""
+    """Files of features in a folder, which other processes may use too.
+
+    `image` in its methods: an image's key, with how the encoder sees it. `mode`: of the last forward, without the grid;
+    None before the first one."""
 
     def __init__(self, folder: Path, limit: float, model: "Module"):
         """`limit`: bytes that the folder may hold. `model`: the model whose encoder computes the features; each
@@ -143,6 +142,7 @@ class DiskFeatureCache:
         encoder = _encoder(model)
         known = [transformers.__version__, sorted(encoder.config.to_dict().items(), key=str)]
         self.folder = folder / _key([*known, *(fingerprint(value) for value in encoder.state_dict().values())])
+        self.mode: str | None = None
         # Bytes in the folder: counted (`held`), and written by this process since (`unseen`).
         self.limit, self.full, self.held, self.unseen = limit, False, held(folder), 0.0
         try:
@@ -153,22 +153,30 @@ class DiskFeatureCache:
                 "node, or leave it out."
             ) from None
 
-    def name(self, pixels: "Tensor", mode: str) -> str:
-        """Return the file name for an image in this mode."""
-        return _key([mode, fingerprint(pixels)]) + _SUFFIX
+    def read_ahead(self, plan: ImagePlan) -> None:
+        """Read the features of a batch's images into its plan, on the host, for a forward like the last one."""
+        if self.mode is None:
+            return
+        for grid, key in zip(plan.grids, plan.keys, strict=bool(plan.keys)):
+            image = f"{self.mode} {list(grid)} {key}"
+            if image not in plan.features and (features := self.read(image)) is not None:
+                plan.features[image] = features
 
-    def read(self, name: str, device: str) -> Features | None:
-        """Return the features in a file; None if there is none that can be read."""
+    def read(self, image: str, device: str = "cpu") -> Features | None:
+        """Return the features of an image from its file; None if there is none that can be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.folder / name, device)
+            return load_file(self._file(image), device)
         except (OSError, SafetensorError):
             return None
 
-    def write(self, name: str, features: Features) -> None:
-        """Write a file atomically. Log a warning once if there is no more room."""
+    def _file(self, image: str) -> Path:
+        return self.folder / (_key([image]) + _SUFFIX)
+
+    def write(self, image: str, features: Features) -> None:
+        """Write the file of an image atomically. Log a warning once if there is no more room."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -179,7 +187,7 @@ class DiskFeatureCache:
                 self.held, self.unseen = held(self.folder.parent), 0.0
             if self.held + self.unseen >= self.limit:
                 return self._stop(f"{self.folder.parent} holds what train.vision_cache_gib allows")
-            with replacing(self.folder / name) as temporary:
+            with replacing(self._file(image)) as temporary:
                 save_file({part: value.contiguous() for part, value in features.items()}, temporary)
             self.unseen += sum(value.nbytes for value in features.values())
         except (OSError, SafetensorError) as error:

@@ -17,6 +17,7 @@ from ray_vlm.config.train import Precision, Train
 from ray_vlm.errors import ModelError
 from ray_vlm.models.architectures import family_of
 from ray_vlm.models.attention import attend_at_once
+from ray_vlm.models.card_memory import set_allocator
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import (
     CONFIG,
@@ -30,7 +31,8 @@ from ray_vlm.models.lora import (
     train_parts,
 )
 from ray_vlm.models.out_of_memory import is_out_of_memory
-from ray_vlm.models.precision import dtype_of
+from ray_vlm.models.precision import dtype_of, multiply_in_tf32
+from ray_vlm.models.vision_inputs import use_image_plans
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.console import lasting
 
@@ -150,6 +152,7 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> "PreTr
 
     config = load_config(spec)
     family, dtype = family_of(config), dtype_of(precision)
+    multiply_in_tf32(device)
     if spec.load_in_4bit:
         _check_unquantised(spec, config)
     options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "attn_implementation": "sdpa"}
@@ -319,6 +322,8 @@ def load_trained(spec: Model, precision: Precision, weights: str | None, device:
     A whole model is loaded as it was saved, without quantisation. None loads the base alone. The image encoder attends
     as in training. Raise `ModelError` if the weights were trained on another base.
     """
+    if device.startswith("cuda"):
+        set_allocator()
     folder = fetch_folder(weights) if weights is not None else None
     if folder is not None and is_whole_model(folder):
         model: Any = load_model(whole_model(spec, folder), precision, device)
@@ -326,6 +331,7 @@ def load_trained(spec: Model, precision: Precision, weights: str | None, device:
         model = load_model(spec, precision, device)
         model = model if folder is None else load_adapter(model, folder, spec)
     attend_at_once(model)
+    use_image_plans(model)
     return model
 
 

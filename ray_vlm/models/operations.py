@@ -10,8 +10,11 @@ is thus model FLOPs utilisation as Chowdhery et al. 2022 (arXiv:2204.02311) defi
 needs fewer operations than one that repeats them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ray_vlm.models.backbone import base_of, language_layers, language_model
 from ray_vlm.models.lora import num_weights
@@ -112,6 +115,7 @@ class OperationCounter:
 
     def __init__(self) -> None:
         self._size: ModelSize | None = None
+        self._paused = False
         self._counts: dict[bool, dict[str, int | Tensor]] = {True: {}, False: {}}  # by whether a backward follows
 
     def attach(self, model: "Module") -> None:
@@ -122,6 +126,7 @@ class OperationCounter:
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         language_model(base).register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
+        _ATTACHED[base] = self
 
     def take(self) -> tuple[Work, float]:
         """Return the work since the last call, and its model FLOPs. This waits for the device."""
@@ -132,13 +137,28 @@ class OperationCounter:
         size = self._size
         return work, sum(count_flops(size, part, backward) for backward, part in parts.items()) if size else 0.0
 
-    def leave_out_padding(self, lengths: list[int]) -> None:
-        """Subtract the padding at the end of packs, which their mask does not show. `lengths`: of it in each pack."""
-        self._add(tokens=-sum(lengths), pairs=-sum(n * (n + 1) // 2 for n in lengths))
+    def leave_out(self, tokens: int, pairs: int) -> None:
+        """Subtract tokens, and pairs of tokens, of the next forward that no mask shows to be needless."""
+        self._add(tokens=-tokens, pairs=-pairs)
+
+    def count_decoded(self, sequences: int, before: int) -> None:
+        """Count one new token of each sequence after `before` others, for a decoding step that runs no hooks."""
+        self._add(tokens=sequences, pairs=sequences * (before + 1), scored=sequences)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing while the body runs."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def _add(self, **counts: "int | Tensor") -> None:
         import torch
 
+        if self._paused:
+            return
         totals = self._counts[torch.is_grad_enabled()]
         for name, value in counts.items():
             totals[name] = totals.get(name, 0) + value
@@ -162,11 +182,9 @@ class OperationCounter:
             self._add(tokens=rows * width, pairs=rows * (width * before + width * (width + 1) // 2))
         elif mask is None or isinstance(mask, dict):
             self._add(tokens=rows * width, pairs=rows * (width * (width + 1) // 2))
-        elif mask.dim() == 2:
+        else:  # [rows, tokens]
             lengths = mask.sum(dim=1)
             self._add(tokens=lengths.sum(), pairs=(lengths * (lengths + 1) // 2).sum())
-        else:  # a pack's mask of the pairs that attend to each other
-            self._add(tokens=rows * width, pairs=mask.sum())
 
     def _before_encoder(self, module: "Module", args: tuple, kwargs: dict[str, Any]) -> None:
         grid = kwargs.get("grid_thw")
@@ -174,6 +192,14 @@ class OperationCounter:
         if grid is not None:
             patches, frame = grid.prod(dim=-1), grid[:, 1] * grid[:, 2]
             self._add(patches=patches.sum(), patch_pairs=(patches * frame).sum())
+
+
+_ATTACHED: WeakKeyDictionary[Any, OperationCounter] = WeakKeyDictionary()  # by the base
+
+
+def counter_of(model: "Module") -> OperationCounter:
+    """Return the counter that is attached to the model, or one whose numbers nobody takes."""
+    return _ATTACHED.get(base_of(model)) or OperationCounter()
 
 
 def _count_weights(module: "Module", without: set[int], experts: float = 1.0) -> tuple[float, float]:

@@ -26,6 +26,19 @@ def autocast(precision: Precision, device: str) -> Any:
     return torch.autocast(torch.device(device).type, dtype, enabled=precision != "fp32")
 
 
+def multiply_in_tf32(device: str) -> None:
+    """Let a GPU multiply what is float32 in TF32, which has the range of float32 and 10 bits of mantissa.
+
+    Without it float32 products run about eight times slower on an A100. Products on CPUs are not changed. The old name
+    of the setting keeps torch's newer one in step with it; after the newer one torch refuses to read the old."""
+    if not device.startswith("cuda"):
+        return
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+
 def describe_emulation(precision: Precision, device: str) -> str | None:
     """Return a warning for a GPU that only emulates bfloat16, as T4 and V100 do (torch reports it as supported)."""
     if precision != "bf16" or not device.startswith("cuda"):
@@ -37,7 +50,7 @@ def describe_emulation(precision: Precision, device: str) -> str | None:
         return None
     return (
         f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) only emulates bfloat16, many times "
-        "slower than float16. Set train.precision=fp16."
+        "slower than float16. Tried next: bfloat16 all the same, as the job says. Set train.precision=fp16."
     )
 
 

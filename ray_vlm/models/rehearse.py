@@ -18,13 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ray_vlm.config.train import Recompute
 from ray_vlm.models.attention import attend_at_once
 from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.families import Family
+from ray_vlm.models.fused_adapter import fuse_adapters
+from ray_vlm.models.head_tiles import cuda_tiles
+from ray_vlm.models.kernels import Kernels, fuse_layers
+from ray_vlm.models.layouts import PackedRow, plan_keys
 from ray_vlm.models.libraries import quiet_libraries
 from ray_vlm.models.lora import freeze_parts, lora_config
 from ray_vlm.models.memory import (
-    CUDA_CONTEXT,
     FRAGMENTATION,
     Batch,
     Choice,
@@ -32,19 +36,25 @@ from ray_vlm.models.memory import (
     RowSize,
     StepSettings,
     Weights,
+    count_groups,
+    cuda_parts,
+    fit_groups,
+    group_bytes,
     merge_of,
     micro_sizes,
     plan_batch,
-    rollout_bytes,
     shared_out,
 )
 from ray_vlm.models.precision import autocast, dtype_of
 from ray_vlm.models.prefix_sharing import plan_packing
+from ray_vlm.models.selective import keep_products
+from ray_vlm.models.shared_attention import attend_prefix_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in NF4 with double quantisation, blocks of 64 and 256
+_SELECTIVE_FROM = 0.4  # of the layers: all layers' elementwise work costs about as much as so many layers as a whole
 _CHUNK = 32768  # vocabulary in one tile of TRL's head
 _HEAD_OUTPUTS = {  # outputs that TRL's trainers ask the head for, for each token
     "sft": ("log_probs", "entropy", "is_top1"),
@@ -116,6 +126,7 @@ class Rehearsal:
             self.model, self.base = self._build()
         _pretend(self.model, self.mode)
         attend_at_once(self.model)
+        attend_prefix_groups(self.model)
         self.encoder: Any = self.base.get_encoder(modality="image")
         self.num_layers = len(language_layers(self.base))
 
@@ -132,27 +143,30 @@ class Rehearsal:
 
     def weights(self) -> Weights:
         """Return the bytes of the loaded model."""
-        quantised = plain = trained = 0.0
+        quantised = plain = trained = embedded = 0.0
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
         in_4bit = {id(m.weight) for m in self.model.modules() if isinstance(m, FourBit)}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 trained += 4 * parameter.numel()
+                embedded += 4 * parameter.numel() if id(parameter) in embeddings else 0
             elif id(parameter) in in_4bit:
                 quantised += NF4 * parameter.numel()
             else:
                 plain += parameter.element_size() * parameter.numel()
-        return Weights(quantised, plain, trained)
+        return Weights(quantised, plain, trained, embedded)
 
     def run(
-        self, batch: Batch, checkpointed: int | None = None, watch: AbstractContextManager | None = None
+        self, batch: Batch, checkpointed: Recompute | None = None, watch: AbstractContextManager | None = None
     ) -> LiveBytes:
         """Run one forward and backward, and return the live bytes beside the weights, gradients included.
 
-        `checkpointed`: how many of the first layers recompute their activations; None: as the job says. `watch`: a
-        second context that sees every operation.
+        `checkpointed`: how many of the first layers recompute their activations, or `selective`; None: as the job says.
+        `watch`: a second context that sees every operation.
         """
         checkpointing = self.settings.train.gradient_checkpointing if checkpointed is None else checkpointed
-        count = self.num_layers if checkpointing is True else int(checkpointing)
+        count = self.num_layers if checkpointing in (True, "selective") else int(checkpointing)
+        keep_products(self.model, checkpointing == "selective")
         for number, layer in enumerate(language_layers(self.base)):
             layer.gradient_checkpointing = number < count
         for module in self.encoder.modules():
@@ -168,7 +182,8 @@ class Rehearsal:
             live.begin("forward")
             loss = self._loss(batch, features, live)
             live.begin("backward")
-            loss.backward()
+            with self._head_path():
+                loss.backward()
             del loss, features, pixels, cached_features
         return live
 
@@ -185,7 +200,13 @@ class Rehearsal:
             for name, module in base.named_modules():
                 if re.fullmatch(self.family.linear["language"], name):
                     module.__class__ = FourBit
+                    module.copied = not settings.kernels or settings.cluster.zero_stage == 3  # by PEFT
         model = get_peft_model(base, lora_config(settings.lora, self.family))
+        if settings.kernels:
+            # The norm alone of the kernels: this process may not have those that the workers have.
+            fuse_layers(model, Kernels("stand-ins", norm=_FusedNorm.apply))
+            if settings.cluster.zero_stage < 3:
+                fuse_adapters(model)
         model.train()
         recompute(base, {"use_reentrant": False})  # `run` sets which layers do
         return model, base
@@ -234,11 +255,16 @@ class Rehearsal:
             hidden = hidden.masked_scatter(image_mask, features.to(hidden.dtype))
         if not hidden.requires_grad:
             hidden.requires_grad_(True)  # as `enable_input_require_grads` has it
-        mask = None
+        # M-RoPE's positions, as the model has them: without any, transformers looks for packed rows and makes a mask.
+        positions = torch.zeros(3, batch.rows, batch.tokens, dtype=torch.long)
+        options: dict[str, Any] = {"attention_mask": None, "position_ids": positions, "use_cache": False}
         if batch.masked:
-            mask = torch.zeros(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
-        out = language_model(base)(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
-        if batch.spread is not None:  # as `prefix_sharing._run` copies hidden states back to TRL's batch
+            options["attention_mask"] = torch.zeros(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
+        if batch.groups:
+            keys = plan_keys(batch.groups) if self.settings.cluster.gpus_per_worker else None
+            options["packed_row"] = PackedRow(batch.groups, keys)
+        out = language_model(base)(inputs_embeds=hidden, **options).last_hidden_state
+        if batch.spread is not None:  # as `share_prefixes` copies hidden states back to TRL's batch
             out = out.reshape(-1, out.shape[-1])[torch.zeros(batch.spread, dtype=torch.long)]
             ids = torch.zeros(batch.spread, dtype=torch.long)
         live.begin("head")
@@ -247,10 +273,15 @@ class Rehearsal:
         if batch.labelled is not None:
             chosen = torch.zeros(batch.labelled, dtype=torch.long)
             flat, targets = flat[chosen], targets[chosen]
-        outputs = ChunkedLogProbFunction.apply(
-            flat, head.weight, head.bias, targets, 1.0, _CHUNK, None, 1.0, _HEAD_OUTPUTS[self.settings.method.name]
-        )
+        with self._head_path():
+            outputs = ChunkedLogProbFunction.apply(
+                flat, head.weight, head.bias, targets, 1.0, _CHUNK, None, 1.0, _HEAD_OUTPUTS[self.settings.method.name]
+            )
         return -outputs[0].sum()
+
+    def _head_path(self) -> AbstractContextManager[None]:
+        """Return the context in which TRL's head takes as much as on the job's device."""
+        return cuda_tiles() if self.settings.cluster.gpus_per_worker else nullcontext()
 
 
 def _pretend(model: torch.nn.Module, mode: FakeTensorMode) -> None:
@@ -307,59 +338,94 @@ class _Dequantised(torch.autograd.Function):
         return gradient @ torch.empty(ctx.weight.shape, dtype=gradient.dtype), None
 
 
+class _FusedNorm(torch.autograd.Function):
+    """RMSNorm as torch and Liger have it on GPUs: one kernel, which keeps its input and a number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(values, torch.empty(values.shape[:-1], dtype=torch.float32))
+        ctx.learns, ctx.weight = weight.requires_grad, weight
+        return torch.empty_like(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return torch.empty_like(gradient), torch.empty_like(ctx.weight) if ctx.learns else None, None
+
+
 class FourBit(torch.nn.Linear):
-    """A linear layer that dequantises in every forward and backward, as bitsandbytes' `Linear4bit` does."""
+    """A linear layer that dequantises in every forward and backward, as bitsandbytes' `Linear4bit` does. `copied`: PEFT
+    copies its output before it adds to it."""
+
+    copied: bool
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the output of the layer."""
         values = values.to(self.weight.dtype)
         out = _Dequantised.apply(values, self.weight)
         out = out if self.bias is None else out + self.bias
-        return out.clone()  # PEFT copies the output of a quantised layer
+        return out.clone() if self.copied else out
 
 
 def estimate(
-    rehearsal: Rehearsal, sizes: Sequence[RowSize], layers: int | None = None, settings: StepSettings | None = None
+    rehearsal: Rehearsal,
+    sizes: Sequence[RowSize],
+    layers: Recompute | None = None,
+    settings: StepSettings | None = None,
+    room: float | None = None,
 ) -> Estimate:
     """Estimate the memory of one worker for a micro-batch of these rows.
 
-    `layers`: how many of the first layers recompute their activations; None: as the job says. `settings`: in place of
-    the rehearsal's, with another micro-batch size."""
+    `layers`: how many of the first layers recompute their activations, or `selective`; None: as the job says.
+    `settings`: in place of the rehearsal's, with another micro-batch size. `room`: bytes into which the answers that
+    are sampled at a time must fit; None: those to all prompts of a step are sampled at once."""
     settings, weights = settings or rehearsal.settings, rehearsal.weights()
     live = rehearsal.run(plan_batch(settings, sizes, rehearsal.merge, rehearsal.packing), layers)
-    parts = shared_out(settings.cluster, settings.train.precision, weights, rehearsal.largest)
+    train = settings.train
+    parts = shared_out(settings.cluster, train.precision, weights, rehearsal.largest, train.optimizer)
     step = max(0.0, live.peak - weights.trained)  # without gradients, which `shared_out` counts
     when = max((name for name in live.peaks if name), key=lambda name: live.peaks[name])
-    cache = rollout_bytes(settings, rehearsal.config, max(sizes, key=lambda size: size.tokens))
-    if cache > step:
-        parts["keys and values of sampled answers"], when = cache, "sampling"
+    beside, slack = cuda_parts(settings), FRAGMENTATION if settings.cluster.gpus_per_worker else 0.0
+    sampled, portion = group_bytes(settings, rehearsal.config, max(sizes, key=lambda size: size.tokens)), None
+    if sampled:
+        groups = portion = count_groups(settings)
+        if room is not None:
+            left = (room - sum(parts.values()) - sum(beside.values())) / (1 + slack)
+            portion = fit_groups(left, sampled, groups)
+        sampled *= portion
+        portion = portion if portion < groups else None
+    if sampled > step:
+        parts["sampling of answers"], when = sampled, "sampling"
     else:
         parts["activations and buffers"] = step
-    if settings.cluster.gpus_per_worker:
-        parts["CUDA's own"] = CUDA_CONTEXT
-        parts["fragmentation"] = FRAGMENTATION * max(step, cache)
-    return Estimate({name: value for name, value in parts.items() if value}, when)
+    parts |= beside | {"fragmentation": slack * max(step, sampled)}
+    return Estimate({name: value for name, value in parts.items() if value}, when, step, portion)
 
 
 def choose(rehearsal: Rehearsal, size: RowSize, micros: Sequence[int], room: float) -> Choice | None:
-    """Choose the fewest recomputing layers with which the smallest of `micros` (ascending) fits into `room` bytes, then
-    the largest of `micros` that fits with these layers. Return None if nothing fits."""
+    """Choose what recomputes least with the smallest of `micros` (ascending) in `room` bytes: no layer, all layers but
+    not their products, or the fewest layers. Then choose the largest of `micros` that fits with that. Return None if
+    nothing fits.
 
-    def estimate_at(micro: int, layers: int) -> Estimate:
+    Answers of GRPO are sampled in portions that fit."""
+
+    def estimate_at(micro: int, layers: Recompute) -> Estimate:
         settings = rehearsal.settings.with_rows(micro)
-        return estimate(rehearsal, micro_sizes(settings.method, settings.train, size), layers, settings)
+        return estimate(rehearsal, micro_sizes(settings.method, settings.train, size), layers, settings, room)
 
     smallest, fastest = estimate_at(micros[0], rehearsal.num_layers), estimate_at(micros[0], 0)
-    layers, estimated = 0, fastest
+    layers: Recompute = 0
+    estimated = fastest
     if fastest.peak > room:
         if smallest.peak > room:
             return None
         per_layer = (fastest.peak - smallest.peak) / rehearsal.num_layers  # memory falls evenly with the layers
-        layers = min(rehearsal.num_layers, math.ceil((fastest.peak - room) / per_layer))
-        estimated = estimate_at(micros[0], layers)
-        while estimated.peak > room:
-            layers += 1
-            estimated = estimate_at(micros[0], layers)
+        count = min(rehearsal.num_layers, math.ceil((fastest.peak - room) / per_layer))
+        while (estimated := estimate_at(micros[0], count)).peak > room:
+            count += 1
+        layers = count
+        if count > _SELECTIVE_FROM * rehearsal.num_layers:
+            kept = estimate_at(micros[0], "selective")
+            layers, estimated = ("selective", kept) if kept.peak <= room else (layers, estimated)
     micro = micros[0]
     if len(micros) > 1:
         more = estimate_at(micros[1], layers)

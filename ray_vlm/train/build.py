@@ -8,13 +8,17 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.method import DpoMethod, GrpoMethod
 from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.train import Train
+from ray_vlm.data.feed import Feed
 from ray_vlm.data.plan import Plan, plan_sample
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import Stream
 from ray_vlm.distributed import DistributedContext
+from ray_vlm.engines.vllm import EngineLimits, EngineSettings, build_sampler
 from ray_vlm.evaluate.validate import VALIDATIONS, Validation
 from ray_vlm.methods import load_method
 from ray_vlm.methods.clock import Clock
@@ -22,13 +26,16 @@ from ray_vlm.methods.loss_scale import LossScale
 from ray_vlm.methods.reference import ReferenceCache, ReferenceSource
 from ray_vlm.methods.rewards import Rewards, job_rewards
 from ray_vlm.methods.trainer import PlannedBatches, TrainerInputs
-from ray_vlm.methods.vllm import EngineSettings, build_sampler
+from ray_vlm.models.frozen_encoder import DiskFeatureCache
+from ray_vlm.models.layouts import PackingOptions
 from ray_vlm.models.load import load_adapted
+from ray_vlm.models.memory import StepSettings, count_groups
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.models.prefix_sharing import plan_packing
+from ray_vlm.models.prefix_sharing import build_planner, plan_packing
 from ray_vlm.models.surgery import ForwardOptions
 from ray_vlm.storage import Store, join
 from ray_vlm.train.deepspeed import deepspeed_config
+from ray_vlm.train.memory_plan import fit_rollout
 from ray_vlm.train.worker_spec import WorkerSpec
 
 
@@ -70,7 +77,7 @@ def shared_options(job: JobConfig, plan: Plan, has_eval: bool) -> dict[str, Any]
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": train.min_lr_ratio},
         "warmup_steps": math.ceil(train.warmup_ratio * steps),
-        "optim": "adamw_torch",
+        "optim": optimizer_name(train, job.cluster),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "gradient_checkpointing": bool(train.gradient_checkpointing),
@@ -94,6 +101,34 @@ def shared_options(job: JobConfig, plan: Plan, has_eval: bool) -> dict[str, Any]
     }
 
 
+def optimizer_name(train: Train, cluster: Cluster) -> str:
+    """Return the name of `train.optimizer` in transformers (`OptimizerNames`).
+
+    torch's AdamW updates all weights in one kernel on GPUs. It is left unfused under float16, whose loss scale it would
+    undo by itself, and under DeepSpeed, which may step on the computer's processors."""
+    if train.optimizer != "adamw":
+        return train.optimizer
+    fused = cluster.gpus_per_worker and train.precision != "fp16" and cluster.deepspeed is None
+    return "adamw_torch_fused" if fused else "adamw_torch"
+
+
+def build_forwards(
+    job: JobConfig, packing: PackingOptions, own_processor: bool, vision_cache: DiskFeatureCache | None
+) -> ForwardOptions:
+    """Return what the job wants of its model's forward."""
+    fuses = job.model.kernels == "auto" and job.cluster.gpus_per_worker > 0
+    return ForwardOptions(
+        recompute=job.train.gradient_checkpointing,
+        packing=packing,
+        own_processor=own_processor,
+        vision_cache=vision_cache,
+        kernels=fuses,
+        fused_adapters=fuses and job.lora is not None and job.cluster.zero_stage < 3,
+        # Under ZeRO-3 all workers must run the encoder together.
+        cache_step_features=job.method.name != "sft" and job.cluster.zero_stage < 3,
+    )
+
+
 def build_inputs(
     job: JobConfig,
     spec: WorkerSpec,
@@ -108,29 +143,41 @@ def build_inputs(
     method, clock = load_method(job.method.name), Clock(context.device)
 
     def collate(rows: list[Sample]) -> object:
-        return method.collate(rows, builder, context.device)
+        batch = method.collate(rows, builder, planner)
+        if disk_cache is not None and isinstance(batch, dict) and "image_plan" in batch:
+            disk_cache.read_ahead(batch["image_plan"])
+        return batch
 
     steps, train = args.gradient_accumulation_steps, job.train
+    packing = plan_packing(job.method, job.lora, train.packing, builder.family, model.config)
+    planner = None
+    if builder.stock is None:
+        planner = build_planner(model, packing, builder.image_token_id, context.device, train.precision)
+    disk_cache = None
+    if train.vision_cache is not None:
+        disk_cache = DiskFeatureCache(Path(train.vision_cache).expanduser(), train.vision_cache_gib * 2**30, model)
+    # TRL takes all micro-batches of a step at once. On a CPU making them ahead takes the cores that train.
+    ahead = spec.plan.accumulation if context.device.startswith("cuda") else 0
+    feed = Feed(stream, collate, context.device, ahead)
+    settings = StepSettings(job.method, train, job.cluster, job.lora, job.model.load_in_4bit)
+    portion = fit_rollout(settings, model, spec.prompt_tokens, context.device)
+    if isinstance(job.method, GrpoMethod) and job.cluster.zero_stage == 3:  # all workers must run the same forwards
+        portion = -context.max([-(portion or count_groups(settings))])[0]
     sampler = None
     if isinstance(job.method, GrpoMethod) and job.method.rollouts == "vllm":
-        sampler = build_sampler(EngineSettings(job.model, train.precision, job.seed), job.lora, args)
+        engine = EngineSettings(job.model, train.precision, job.seed, context.device)
+        limits = EngineLimits(spec.prompt_tokens + job.method.max_completion_tokens, spec.prompt_images)
+        sampler = build_sampler(engine, limits, model, args)
     return TrainerInputs(
         method=job.method,
         builder=builder,
-        batches=PlannedBatches(stream, spec.plan, collate, steps, clock, first, context.rank),
+        batches=PlannedBatches(stream, feed, spec.plan, steps, clock, first, context.rank),
         rows=spec.train,
-        forwards=ForwardOptions(
-            recompute=train.gradient_checkpointing,
-            packing=plan_packing(job.method, job.lora, train.packing, builder.family, model.config),
-            own_processor=builder.stock is not None,
-            vision_cache=Path(train.vision_cache).expanduser() if train.vision_cache is not None else None,
-            vision_cache_bytes=train.vision_cache_gib * 2**30,
-            # Under ZeRO-3 all workers must run the encoder together.
-            cache_step_features=job.method.name != "sft" and job.cluster.zero_stage < 3,
-        ),
+        forwards=build_forwards(job, packing, builder.stock is not None, disk_cache),
         clock=clock,
         loss_scale=LossScale(steps),
         operations=OperationCounter(),
+        planner=planner,
         seed=job.seed,
         learning_rates=train.learning_rates or {},
         adapter_is_reference=job.model.adapter is not None,
@@ -138,19 +185,24 @@ def build_inputs(
         has_eval=spec.eval is not None,
         rewards=build_rewards(job, spec.sample_spec.labels),
         sampler=sampler,
+        group_batch=portion,
     )
 
 
-def build_reference(job: JobConfig, base: str, rows: str, context: DistributedContext) -> ReferenceCache | None:
+def build_reference(
+    job: JobConfig, base: str, rows: str, context: DistributedContext, threads: int = 0
+) -> ReferenceCache | None:
     """Return the cache of DPO's reference, None for a job that computes it at each step.
 
-    `base`, `rows`: fingerprints of the base's weights and of the pairs.
+    `base`, `rows`: fingerprints of the base's weights and of the pairs. `threads`: of the worker that make rows; 0
+    where other processes do, which leave the worker's own CPUs free.
     """
     if not isinstance(job.method, DpoMethod) or not job.method.precompute_ref_log_probs:
         return None
     source = ReferenceSource(job.model, job.train.precision, base, rows, job.method.trl.get("ld_alpha"))
     store = Store(join(job.run.output_dir, ".reference"))
-    return ReferenceCache(store, source, context, job.train.micro_batch_size)
+    threads = threads or max(1, int(job.cluster.cpus_per_worker) - 1)
+    return ReferenceCache(store, source, context, job.train.micro_batch_size, threads)
 
 
 def build_validation(

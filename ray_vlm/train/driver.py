@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_vlm.cluster.environment import read_environment
 from ray_vlm.config.load import dump_job, fill_defaults
+from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume, keep_formats, keep_shuffle
 from ray_vlm.config.schema import JobConfig
@@ -20,7 +21,7 @@ from ray_vlm.data.index import ROWS_VERSION, share_plan
 from ray_vlm.data.measure import NONE_KNOWN
 from ray_vlm.data.parts import Parts
 from ray_vlm.data.plan_files import hash_values, values_of
-from ray_vlm.data.rows import SIZES_FILE, describe_lost, pack_sizes, unpack_sizes
+from ray_vlm.data.rows import SIZES_FILE, Rows, describe_lost, pack_sizes, unpack_sizes
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.sources.detect import settle_formats
 from ray_vlm.data.stream import mean_bytes, mean_pixels
@@ -194,6 +195,14 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
     paths.publish(paths.balance)
 
 
+def _most_images(method: Method, rows: Rows) -> int:
+    """Return the most images of a row, for jobs whose answers are sampled by vLLM; 1 for others, where nothing needs it
+    and all rows would be read."""
+    if not isinstance(method, GrpoMethod) or method.rollouts != "vllm":
+        return 1
+    return max(1, *(len(rows[number].images) for number in range(len(rows))))
+
+
 def _fingerprint_rows(prepared: Prepared, version: int) -> str:
     """Return the fingerprint of the training rows, and with windows of what is read together: the same rows in other
     row groups have another order."""
@@ -218,6 +227,8 @@ def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> No
         row_bytes=mean_bytes(some, load_sample_builder(prepared.spec).image_spec),
         image_pixels=mean_pixels(some),
         probe=prepared.probe,
+        prompt_tokens=int((prepared.train.image_tokens + prepared.train.prompt_tokens).max()),
+        prompt_images=_most_images(job.method, rows),
         environment=read_environment(),
     )
     status, error, result, stopped_by = "failed", "", None, None

@@ -20,6 +20,7 @@ from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import Interrupted, RunError
 from ray_vlm.machine import count_gpus
+from ray_vlm.models.card_memory import prepare_gpu
 from ray_vlm.models.out_of_memory import advise_training, is_out_of_memory
 from ray_vlm.runs.console import Console, follow
 from ray_vlm.runs.manifest import check_own, end_attempt, start_attempt, update_manifest
@@ -56,6 +57,7 @@ def launch(
     With `cluster.num_workers: 0` the run trains in this process. `should_stop`: a reason to stop beside signals;
     `at_once`: how many runs share the cluster. Raises the workers' own errors, or `RunError` after the last restart.
     """
+    prepare_gpu(job.cluster, job.method)  # workers of a local cluster inherit this process's environment
     with StopRequest(should_stop, trained=False) as request:
         try:
             advice = advise_training(job.train, job.evaluate.batch_size)

@@ -4,7 +4,7 @@ Meanwhile the loaders of the batches start already.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from ray_vlm.config.load import load_resolved
@@ -12,6 +12,7 @@ from ray_vlm.data.stream import StartedStream, Stream, StreamSpec, stream_local,
 from ray_vlm.distributed import DistributedContext, build_context
 from ray_vlm.logs import PACKAGE, TERMINAL
 from ray_vlm.methods import load_method
+from ray_vlm.models.card_memory import prepare_gpu, release_memory
 from ray_vlm.models.libraries import frozen, hidden, prepare_process, quiet_libraries, training_imports
 from ray_vlm.runs.log_file import log_to_file
 from ray_vlm.runs.paths import open_run
@@ -33,6 +34,7 @@ def start_worker(
     job, paths = load_resolved(spec.job), open_run(spec.run)
     try:
         quiet_libraries()
+        prepare_gpu(job.cluster, job.method)
         context = build_context(job.cluster.gpus_per_worker > 0, in_ray)
         with ExitStack() as closes:
             if in_ray:
@@ -47,7 +49,7 @@ def start_worker(
             closes.enter_context(to_metrics(paths, context.rank, attempt.number, attempt.step))
             first = attempt.step * spec.plan.accumulation
             stream = open_stream(spec, job.data.on_bad_row == "quarantine", context, first)
-            closes.enter_context(closing(stream))
+            closes.callback(close_stream, stream)
             with training_imports():
                 prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray)
                 from ray_vlm.train.worker import train_worker
@@ -60,7 +62,8 @@ def start_worker(
             result = train_worker(job, spec, paths, context, attempt, stream, should_stop)
             if context.ray and context.rank == 0:
                 paths.write_result(result)
-            return result
+        release_memory()  # of the trainer, for the next trial in this process
+        return result
     finally:
         paths.discard()
 
@@ -77,3 +80,10 @@ def open_stream(spec: WorkerSpec, replaces_bad_rows: bool, context: DistributedC
     import ray.data  # noqa: F401  (here, not in the stream's thread, beside which libraries are hidden)
 
     return StartedStream(stream_ray(stream, spec.num_loaders, spec.cpus_per_loader, spec.environment))
+
+
+def close_stream(stream: Stream) -> None:
+    """End the stream. One whose next rows are still being made in the feed's thread, which has waited for them
+    (`PlannedBatches.close`), cannot be closed, and ends with its process."""
+    with suppress(ValueError):  # "generator already executing"
+        stream.close()

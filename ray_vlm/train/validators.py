@@ -257,6 +257,7 @@ def _load(spec: WorkerSpec) -> "tuple[PlannedTrainer, Validation]":
     """Build the trainer of a worker, for a single process, and the validation of all eval rows."""
     spec.environment.apply()
     from ray_vlm.methods import load_method
+    from ray_vlm.models.card_memory import prepare_gpu
     from ray_vlm.models.libraries import prepare_process
     from ray_vlm.train.build import build_args, build_inputs, build_validation, load_base
 
@@ -266,6 +267,7 @@ def _load(spec: WorkerSpec) -> "tuple[PlannedTrainer, Validation]":
         method = method.model_copy(update={"rollouts": "transformers"})
     cluster = job.cluster.model_copy(update={"deepspeed": None})
     job = job.model_copy(update={"method": method, "cluster": cluster})
+    prepare_gpu(cluster, method)
     prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray=False)
     context = build_context(job.cluster.gpus_per_worker > 0, in_ray=False)
     builder = load_sample_builder(spec.sample_spec)

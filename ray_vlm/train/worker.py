@@ -17,11 +17,14 @@ from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.stream import Stream
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.methods import load_method
+from ray_vlm.models.card_memory import release_memory
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train import build
 from ray_vlm.train.attempt import Attempt, check_owner
 from ray_vlm.train.callbacks.checkpointing import base_fingerprint, check_fits, describe_run
+from ray_vlm.train.memory_plan import fit_to_card
 from ray_vlm.train.oom_check import run_heaviest_batch
+from ray_vlm.train.path_check import compare_with_plain
 from ray_vlm.train.run_callbacks import RunCallbacks, build_callbacks, build_run_context
 from ray_vlm.train.run_context import Progress, publish_weights
 from ray_vlm.train.run_log import write_start
@@ -46,6 +49,9 @@ def train_worker(  # recipe
     every step whether to write a checkpoint and stop.
     """
     plan = spec.plan
+    if spec.probe is not None:
+        train = fit_to_card(job.train, job.cluster, spec.probe, context.device)
+        job = job.model_copy(update={"train": train})
 
     with ExitStack() as closes:  # closed in the opposite order
         if paths.remote is not None and attempt.folder is not None:
@@ -75,7 +81,7 @@ def train_worker(  # recipe
             callbacks=callbacks.in_order(),
             validate=callbacks.validation.run if has_eval else None,
             write_checkpoint=callbacks.checkpoints.write,
-            reference=build.build_reference(job, base, spec.rows, context),
+            reference=build.build_reference(job, base, spec.rows, context, spec.threads),
         )
 
         # TRL's trainer of the method. Before its first step, what could fail late is tried.
@@ -84,7 +90,11 @@ def train_worker(  # recipe
         if run.monitor is not None:
             write_start(run.monitor, attempt, job.train.precision, model, builder.family, context, plan.num_steps)
         if spec.probe is not None:
-            logger.info(run_heaviest_batch(trainer, spec.probe, job.train.precision))
+            compared = compare_with_plain(trainer, spec.probe.rows, job.train.precision, context)
+            if compared is not None:
+                logger.info(compared)
+            logger.info(run_heaviest_batch(trainer, spec.probe, job.train.precision, job.train.optimizer))
+            release_memory()
         callbacks.validation.resume(attempt.checkpoint.step if attempt.checkpoint is not None else None)
 
         # The steps.

@@ -1,5 +1,6 @@
 """Blocks of the benchmark that end in every way there is, without torch, and the child that runs them."""
 
+import importlib
 import json
 import os
 import signal
@@ -49,6 +50,14 @@ def slow(bench: FakeBench) -> None:
             time.sleep(0.05)
         except Exception:  # what a library may do
             continue
+
+
+def imports_slowly(bench: FakeBench) -> None:
+    """A module that takes long is cut off by the time limit."""
+    folder = Path(bench.figures.path).parent
+    (folder / "a_slow_module.py").write_text("import time\ntime.sleep(600)\n")
+    sys.path.insert(0, str(folder))
+    importlib.import_module("a_slow_module")
 
 
 def hangs(bench: FakeBench) -> None:

@@ -71,6 +71,7 @@ def test_a_block_that_fails_costs_no_other(bad: Block, reason: str, tmp_path: Pa
         (block("hangs", limit_s=1.5), "it hung"),
         (block("dies"), "exit code 9"),
         (block("breaks_the_card"), "CUDA error"),
+        (block("imports_slowly", limit_s=1.5), "ended after its 2 s"),
     ],
     ids=lambda value: value.name if isinstance(value, Block) else "",
 )
@@ -135,9 +136,9 @@ def test_plans_are_put_beside_what_was_measured(tmp_path: Path) -> None:
     figures = FigureFile(tmp_path / "figures.json")
     for case, gib in (("one", 10.0), ("other", 10.0), ("late", 10.0)):
         figures.add("sft", f"{case}{ALLOCATED}", gib, "GiB", 40.0)
-    write_plans(figures, {"one": {"allocated": 10.5 * 2**30}, "other": {"allocated": 9.5 * 2**30}}, bars=True)
+    write_plans(figures, {"one": {"allocated": 10.4 * 2**30}, "other": {"allocated": 9.5 * 2**30}}, bars=True)
     entries = {one["name"]: one for one in figures.read()}
-    assert entries["one: planned over measured"]["value"] == pytest.approx(0.05)
+    assert entries["one: planned over measured"]["value"] == pytest.approx(0.04)
     assert entries["one: planned over measured"]["ok"]
     assert not entries["other: planned under measured"]["ok"], "a plan must not be 5 % too low"
     assert "not done" in entries["late: planned"]["note"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ray_vlm.config.load import load_job
 from ray_vlm.data.samples import load_sample_builder
@@ -100,12 +101,15 @@ def test_dpo_learns_to_prefer(dpo_job) -> None:
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
-def test_a_stopped_run_goes_on_bit_for_bit(method: str, dpo_job, grpo_job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(
+    method: str, dpo_job, grpo_job, unplanned: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     from ray_vlm.train.callbacks.preemption import PreemptionCallback
 
     path = (dpo_job if method == "dpo" else grpo_job)(train={"max_steps": 4}, checkpoint={"every_steps": 2})
     undisturbed = _train(path, "run.name=whole")
+    assert not unplanned
     real = PreemptionCallback.on_step_end
     steps = []
 
@@ -187,17 +191,15 @@ def test_grpo_logs_every_part_and_earns_more(grpo_job) -> None:
 def test_each_image_is_processed_once_a_step(grpo_job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four prompts of four answers, in two micro-batches, with a reference: sampled, asked about and trained."""
     from ray_vlm.data import collate
-    from ray_vlm.methods import grpo
 
     processed: list[int] = []
 
-    def counted(images: Any, *args: Any) -> Any:
-        processed.append(len(images))
-        return read(images, *args)
+    def counted(batch: Any, *args: Any) -> Any:
+        processed.append(len(batch["images"].sizes))
+        return add(batch, *args)
 
-    read = collate.read_pixels
-    monkeypatch.setattr(collate, "read_pixels", counted)
-    monkeypatch.setattr(grpo, "read_pixels", counted)
+    add = collate.add_pixels
+    monkeypatch.setattr(collate, "add_pixels", counted)
     train_options = {"max_steps": 2, "global_batch_size": 16, "micro_batch_size": 8}
     _train(grpo_job(train=train_options, data={"eval": None}), "method.beta=0.02", "method.num_generations=4")
     assert processed == [1] * 8

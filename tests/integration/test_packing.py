@@ -8,6 +8,7 @@ import pytest
 
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import ConfigError
+from ray_vlm.models.layouts import LayoutPlanner, PackedLayout, PaddedLayout
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
@@ -43,16 +44,13 @@ def _losses(path: Path, *overrides: str) -> tuple[list[tuple[float, float]], Run
 
 @pytest.mark.parametrize("family", slow_but(["qwen3_vl"], FAMILIES))
 def test_packed_padded_and_budgeted_rows_learn_the_same(family: str, uneven, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_vlm.models import prefix_sharing
-
-    path, seen = uneven(family), []
-    run = prefix_sharing._run
-    monkeypatch.setattr(prefix_sharing, "_run", lambda *args: (seen.append(len(args[4])), run(*args))[1])
+    path, layouts, plan = uneven(family), [], LayoutPlanner.plan
+    monkeypatch.setattr(LayoutPlanner, "plan", lambda *args: layouts.append(plan(*args)) or layouts[-1])
     padded, _ = _losses(path, "run.name=padded", "train.packing=false")
-    assert not seen
+    assert {type(layout) for layout in layouts} <= {PaddedLayout}
+    layouts.clear()
     packed, _ = _losses(path, "run.name=packed")
-    assert len(seen) == 4, "every batch of eight"
-    assert max(seen) < 8
+    assert [type(layout) for layout in layouts] == [PackedLayout] * len(layouts)
     longest = int(prepare(load_job(path)).train.tokens.max())
     budgeted, _ = _losses(path, "run.name=budgeted", f"train.tokens_per_micro_batch={longest}")
     for other in (packed, budgeted):

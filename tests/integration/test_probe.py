@@ -8,7 +8,8 @@ import pytest
 
 from ray_vlm.config.load import load_job
 from ray_vlm.errors import ConfigError, RunError
-from ray_vlm.models.memory import GIB, StepSettings
+from ray_vlm.models.load import load_config
+from ray_vlm.models.memory import GIB, RowSize, StepSettings, group_bytes
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
@@ -54,6 +55,12 @@ def test_a_probe_leaves_no_trace_and_is_told(method: str, job_of, capsys: pytest
     output = capsys.readouterr().out
     took, predicted = output.split("took ")[1].split(" GiB above the model, predicted ")
     assert float(predicted.split()[0]) == pytest.approx(float(took), rel=0.2, abs=0.0015)
+    if method == "grpo":
+        job, tokens = load_job(path), int(output.split(" rows of up to ")[1].split()[0])
+        settings = StepSettings(job.method, job.train, job.cluster, job.lora, job.model.load_in_4bit)
+        expected = 2 * group_bytes(settings, load_config(job.model), RowSize(0, tokens, 0)) / GIB
+        sampled = output.split("the answers to 2 prompts sampled at a time: ")[1].split(" GiB above the model")[0]
+        assert float(sampled) == pytest.approx(expected, rel=0.35)
     weights = [(paths.final / "adapter_model.safetensors").read_bytes() for paths in (plain, probed)]
     assert weights[0] == weights[1]
 

@@ -1,6 +1,5 @@
 """Rollouts with a shared prefill: `generate`'s own tokens, the trainer's log-probabilities, the right frequencies."""
 
-import io
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -8,72 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import chisquare
 
-from ray_vlm.config.schema import Lora, Model
-from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate
-from ray_vlm.data.records import PromptRecord
-from ray_vlm.data.samples import SampleBuilder, load_sample_builder
-from ray_vlm.data.spec import Sample, SampleSpec
-from ray_vlm.methods.rollout import Completion, Sampling, sample_groups
-from ray_vlm.models.families import FAMILIES as KNOWN
-from ray_vlm.models.load import load_model
-from ray_vlm.models.lora import lora_config
+from ray_vlm.data.samples import SampleBuilder
+from ray_vlm.data.spec import Sample
+from ray_vlm.engines.sampling import Completion, Sampling, sample_groups
 from tests.conftest import FAMILIES
-from tests.support.twins import slow_but
-
-# Prompts of different lengths, with images of different sizes (width, height): left padding and positions matter.
-PROMPTS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (
-    ("<image>What is shown?", ((96, 64),)),
-    ("yes no?", ()),
-    ("<image> and <image>: which class and condition is done, which is blocked?", ((128, 160), (64, 64))),
-    ("<image>Next step", ((192, 112),)),
+from tests.support.rollouts import (
+    GREEDY,
+    PROMPTS,
+    SEEDS,
+    adapted_model,
+    fresh_model,
+    prompt_builder,
+    prompt_rows,
 )
-GREEDY = Sampling(num_generations=3, max_new_tokens=24, temperature=0)
-SEEDS = [(7, row) for row in range(len(PROMPTS))]
-
-
-def _builder(folder: str) -> SampleBuilder:
-    spec = SampleSpec(Model(name=folder, load_in_4bit=False), ChatTask(), (), kind="prompt")
-    return load_sample_builder(spec)
-
-
-def _rows(builder: SampleBuilder, prompts: Sequence = PROMPTS) -> list[Sample]:
-    rng = np.random.default_rng(0)
-    rows = []
-    for number, (text, sizes) in enumerate(prompts):
-        images = []
-        for width, height in sizes:
-            file = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
-            images.append(file.getvalue())
-        record = PromptRecord(str(number), number, tuple(images), sizes, (("user", text),))
-        rows.append(builder.prompt_row(record))
-    return rows
-
-
-def _model(folder: str, load_in_4bit: bool = False) -> Any:
-    return load_model(Model(name=folder, load_in_4bit=load_in_4bit), precision="fp32")
-
-
-def _adapted(folder: str, load_in_4bit: bool = False) -> Any:
-    """As GRPO trains it: TRL's patched head under an adapter whose B is not zero, checkpointing, in training mode."""
-    from peft import get_peft_model
-    from trl.trainer.utils import add_fused_lm_head
-
-    base = _model(folder, load_in_4bit)
-    add_fused_lm_head(base)
-    torch.manual_seed(0)
-    target = ["language", "connector", "vision"]
-    model = get_peft_model(base, lora_config(Lora(rank=4, alpha=8, target=target), KNOWN[base.config.model_type]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.gradient_checkpointing_enable()
-    model.config.use_cache = False  # as trainers set it
-    return model.train()
+from tests.support.twins import slow_but
 
 
 def _generate(model: Any, rows: Sequence[Sample], builder: SampleBuilder, sampling: Sampling) -> list[list[int]]:
@@ -121,8 +71,8 @@ QUICK = [("qwen3_vl", "mixed"), ("qwen3_vl", "text"), ("qwen2_5_vl", "mixed"), (
 @pytest.mark.parametrize(("family", "shown"), slow_but(QUICK, itertools.product(FAMILIES, SHOWN)))
 def test_greedy_equals_generate_on_copies(family: str, shown: str, tiny_models: dict[str, str]) -> None:
     prompts = SHOWN[shown]
-    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
-    rows = _rows(builder, prompts)
+    builder, model = prompt_builder(tiny_models[family]), fresh_model(tiny_models[family])
+    rows = prompt_rows(builder, prompts)
     groups = sample_groups(model, rows, builder, GREEDY, SEEDS[: len(rows)], "cpu")
     _same_tokens(groups, _generate(model, rows, builder, GREEDY))
     assert not any(completion.finished for group in groups for completion in group)
@@ -135,8 +85,8 @@ def test_greedy_equals_generate_on_copies(family: str, shown: str, tiny_models: 
 def test_the_model_in_training_rolls_out_as_generate_does(
     family: str, load_in_4bit: bool, tiny_models: dict[str, str]
 ) -> None:
-    builder, model = _builder(tiny_models[family]), _adapted(tiny_models[family], load_in_4bit)
-    rows = _rows(builder)
+    builder, model = prompt_builder(tiny_models[family]), adapted_model(tiny_models[family], load_in_4bit)
+    rows = prompt_rows(builder)
     model.base_model.model.model.visual.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     groups = sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")
@@ -150,8 +100,8 @@ def test_the_model_in_training_rolls_out_as_generate_does(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_completion_ends_with_its_end_token(family: str, tiny_models: dict[str, str]) -> None:
-    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
-    rows = _rows(builder)
+    builder, model = prompt_builder(tiny_models[family]), fresh_model(tiny_models[family])
+    rows = prompt_rows(builder)
     full_ids = [group[0].ids for group in sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")]
     ends = {full_ids[0][5], full_ids[2][9]}
     model.generation_config.eos_token_id = sorted(ends)
@@ -172,8 +122,8 @@ def test_a_completion_ends_with_its_end_token(family: str, tiny_models: dict[str
 def test_logprobs_are_those_of_the_trainer_s_forward(
     family: str, temperature: float, tiny_models: dict[str, str]
 ) -> None:
-    builder, model = _builder(tiny_models[family]), _adapted(tiny_models[family])
-    rows = _rows(builder)
+    builder, model = prompt_builder(tiny_models[family]), adapted_model(tiny_models[family])
+    rows = prompt_rows(builder)
     sampling = Sampling(num_generations=2, max_new_tokens=16, temperature=temperature, top_p=0.9, top_k=200)
     groups = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
     for row, group in zip(rows, groups, strict=True):
@@ -184,8 +134,8 @@ def test_logprobs_are_those_of_the_trainer_s_forward(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_group_does_not_depend_on_its_batch(family: str, tiny_models: dict[str, str]) -> None:
-    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
-    rows = _rows(builder)
+    builder, model = prompt_builder(tiny_models[family]), fresh_model(tiny_models[family])
+    rows = prompt_rows(builder)
     sampling = Sampling(num_generations=4, max_new_tokens=24)
 
     def ids(rows: Sequence[Sample], seeds: Sequence, group_batch: int | None = None) -> list[list[list[int]]]:
@@ -204,7 +154,7 @@ def test_a_group_does_not_depend_on_its_batch(family: str, tiny_models: dict[str
 
 def _first_tokens(model: Any, builder: SampleBuilder, sampling: Sampling) -> tuple[np.ndarray, torch.Tensor]:
     """How often each token came first in four groups of one prompt, and the logits they were drawn from."""
-    rows = _rows(builder, PROMPTS[1:2])
+    rows = prompt_rows(builder, PROMPTS[1:2])
     groups = sample_groups(model, rows * 4, builder, sampling, SEEDS, "cpu", group_batch=1)
     with torch.no_grad():
         logits = model(**collate(rows, builder)).logits[0, -1]
@@ -215,7 +165,7 @@ def _first_tokens(model: Any, builder: SampleBuilder, sampling: Sampling) -> tup
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_first_tokens_come_as_often_as_they_are_likely(temperature: float, tiny_models: dict[str, str]) -> None:
     folder = tiny_models["qwen3_vl"]
-    builder, model = _builder(folder), _model(folder)
+    builder, model = prompt_builder(folder), fresh_model(folder)
     counts, logits = _first_tokens(model, builder, Sampling(2000, 1, temperature))
     logits[[model.config.image_token_id, model.config.video_token_id]] = -torch.inf
     expected = (logits / temperature).double().softmax(-1).numpy() * counts.sum()
@@ -232,7 +182,7 @@ def test_truncation_is_that_of_transformers(options: dict[str, Any], tiny_models
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     folder = tiny_models["qwen2_5_vl"]
-    builder, model = _builder(folder), _model(folder)
+    builder, model = prompt_builder(folder), fresh_model(folder)
     counts, logits = _first_tokens(model, builder, Sampling(200, 1, temperature=0.5, **options))
     scores = logits[None] / 0.5
     if "top_k" in options:
@@ -245,14 +195,14 @@ def test_truncation_is_that_of_transformers(options: dict[str, Any], tiny_models
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_image_tokens_are_never_sampled(temperature: float, tiny_models: dict[str, str]) -> None:
     folder = tiny_models["qwen3_vl"]
-    builder, model = _builder(folder), _model(folder)
+    builder, model = prompt_builder(folder), fresh_model(folder)
     never = [model.config.image_token_id, model.config.video_token_id]
 
     def raise_them(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
         logits[..., never] += 100.0
         return logits
 
-    rows, sampling = _rows(builder), Sampling(num_generations=3, max_new_tokens=8, temperature=temperature)
+    rows, sampling = prompt_rows(builder), Sampling(num_generations=3, max_new_tokens=8, temperature=temperature)
     plain = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
     model.lm_head.register_forward_hook(raise_them)
     groups = sample_groups(model, rows, builder, sampling, SEEDS, "cpu")
@@ -267,14 +217,14 @@ def test_image_tokens_are_never_sampled(temperature: float, tiny_models: dict[st
     slow_but([("qwen3_vl", None), ("qwen3_vl", 1), ("qwen2_5_vl", 2)], itertools.product(FAMILIES, [None, 2, 1])),
 )
 def test_each_image_is_encoded_once(family: str, group_batch: int | None, tiny_models: dict[str, str]) -> None:
-    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
+    builder, model = prompt_builder(tiny_models[family]), fresh_model(tiny_models[family])
     patches, tokens = [], []
     visual, language = model.model.visual, model.model.language_model
     visual.register_forward_pre_hook(lambda module, args, kwargs: patches.append(len(args[0])), with_kwargs=True)
     language.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
     )
-    rows = _rows(builder)
+    rows = prompt_rows(builder)
     sample_groups(model, rows, builder, Sampling(5, 3), SEEDS, "cpu", group_batch)
     assert sum(patches) == len(collate(rows, builder)["pixel_values"])
     assert len(patches) == {None: 1, 2: 2, 1: 3}[group_batch]  # one of the prompts has no image
@@ -284,8 +234,8 @@ def test_each_image_is_encoded_once(family: str, group_batch: int | None, tiny_m
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stored_positions_neither_disturb_nor_change(family: str, tiny_models: dict[str, str]) -> None:
-    builder, model = _builder(tiny_models[family]), _model(tiny_models[family])
-    rows = _rows(builder)
+    builder, model = prompt_builder(tiny_models[family]), fresh_model(tiny_models[family])
+    rows = prompt_rows(builder)
     groups = sample_groups(model, rows, builder, GREEDY, SEEDS, "cpu")
     assert model.model.rope_deltas is None
     stale = torch.full((2, 1), 77)

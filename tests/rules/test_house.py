@@ -19,6 +19,7 @@ FLOORS = [
     {"train"},
     {"evaluate"},
     {"methods"},
+    {"engines"},
     {"data"},
     {"tasks", "models", "cluster"},
     {"config"},
@@ -90,7 +91,7 @@ def test_what_runs_before_the_rows_are_read_or_before_a_process_has_its_environm
 
 
 def test_methods_and_models_import_without_ray() -> None:
-    modules = ["methods.sft", "methods.dpo", "methods.grpo", "models.load", "models.lora"]
+    modules = ["methods.sft", "methods.dpo", "methods.grpo", "engines.sampling", "models.load", "models.lora"]
     assert _import_in_turn(modules, ("ray",)) == {module: [] for module in modules}
 
 

@@ -17,11 +17,12 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample
 from ray_vlm.distributed import DistributedContext
+from ray_vlm.engines.sampling import Completion
 from ray_vlm.methods import load_method
-from ray_vlm.methods.rollout import Completion
-from ray_vlm.models.backbone import recompute, recompute_first
+from ray_vlm.models.backbone import after_recompute, recompute, recompute_first
 from ray_vlm.models.frozen_encoder import run_without_autograd
-from ray_vlm.models.prefix_sharing import PackingOptions, score_labelled, share_prefixes
+from ray_vlm.models.layouts import PackingOptions
+from ray_vlm.models.prefix_sharing import build_planner, score_labelled, share_prefixes
 from ray_vlm.train.build import build_inputs, build_rewards
 from ray_vlm.train.prepare import prepare
 from ray_vlm.train.worker_spec import WorkerSpec
@@ -39,6 +40,7 @@ def build_model(job: JobConfig) -> Any:
     from ray_vlm.models.families import FAMILIES
     from ray_vlm.models.load import load_model, load_resident
     from ray_vlm.models.lora import lora_config
+    from ray_vlm.models.selective import keep_products
 
     assert job.lora is not None
     base = (load_resident if job.tune.resident else load_model)(job.model, job.train.precision, device_of(job))
@@ -47,7 +49,10 @@ def build_model(job: JobConfig) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    if (layers := job.train.gradient_checkpointing) and layers is not True:
+    layers = job.train.gradient_checkpointing
+    if layers == "selective":
+        after_recompute(model, lambda: keep_products(model))
+    elif layers and layers is not True:
         recompute_first(model, layers)
     return model
 
@@ -118,15 +123,19 @@ def our_trainer(
     inputs = build_inputs(job, spec, model, args, builder, context, no_rows)
     hidden = model.config.get_text_config().hidden_size
     packing = PackingOptions(fold and job.method.name != "sft", fold, hidden)
-    recompute = bool(job.train.gradient_checkpointing)  # `build_model` has applied a number of layers
-    inputs = replace(inputs, forwards=replace(inputs.forwards, packing=packing, recompute=recompute))
+    recompute = bool(job.train.gradient_checkpointing)  # `build_model` has applied anything else
+    planner = None
+    if builder.stock is None:
+        planner = build_planner(model, packing, builder.image_token_id, context.device, job.train.precision)
+    forwards = replace(inputs.forwards, packing=packing, recompute=recompute)
+    inputs = replace(inputs, forwards=forwards, planner=planner)
     if answers:
         group = job.method.num_generations
         groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
         inputs = replace(inputs, sampler=lambda *_, **__: groups)
     trainer = trainer_class(model, args, inputs)
     rows = [[replace(builder.row(records[i]), number=i) for i in batch] for batch in batches]
-    return trainer, [trainer.collate(batch, builder, context.device) for batch in rows]
+    return trainer, [trainer.collate_here(batch) for batch in rows]
 
 
 def _injected(ids: Sequence[int]) -> Completion:
@@ -177,7 +186,7 @@ def patched_trainer(
     """Return stock TRL's trainer with two simple patches: the frozen image encoder without autograd, and a head that
     scores only trained tokens."""
     trainer, made = stock_trainer(job, batches, answers)
-    share_prefixes(trainer.model, PackingOptions())
+    share_prefixes(trainer.model)
     score_labelled(trainer.model)
     run_without_autograd(trainer.model)
     return trainer, made

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from ray_vlm.data.feed import Feed
 from ray_vlm.data.plan import Plan
 from ray_vlm.methods.clock import Clock
 from ray_vlm.methods.trainer import PlannedBatches
@@ -18,7 +19,7 @@ def _stream(plan: Plan, first: int, replaced: dict[int, int]) -> Iterator[list[A
 def _batches(plan: Plan, first: int = 0, replaced: dict[int, int] | None = None) -> PlannedBatches:
     stream: Any = _stream(plan, first, replaced or {})
     build = lambda rows: [row.number for row in rows]  # noqa: E731
-    return PlannedBatches(stream, plan, build, plan.accumulation, Clock("cpu"), first)
+    return PlannedBatches(stream, Feed(stream, build), plan, plan.accumulation, Clock("cpu"), first)
 
 
 def test_an_epoch_that_is_resumed_midway_yields_its_rest() -> None:

@@ -18,10 +18,11 @@ from ray_vlm.models.attention import NAME, attend_at_once, attend_segments, buil
 from ray_vlm.models.backbone import base_of, recompute
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.frozen_encoder import StepFeatureCache
+from ray_vlm.models.layouts import PackingOptions
 from ray_vlm.models.load import load_model, load_trained
 from ray_vlm.models.lora import lora_config
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.models.prefix_sharing import PackingOptions
+from ray_vlm.models.prefix_sharing import build_planner
 from ray_vlm.models.surgery import ForwardOptions, change_forward
 from tests.conftest import QWEN
 
@@ -157,10 +158,11 @@ def test_lengths_are_read_once_a_forward(
 
     plain = attention.Segments
     monkeypatch.setattr(attention, "Segments", keep)
+    before = len(attention._known_segments())  # those of plans that are kept
     for step in (1, 2):
         _step(model, UNEVEN)
         assert len(read) == step * (2 if family == "qwen2_5_vl" else 1)  # windows and images
-        assert len(attention._known_segments()) == 0, "nothing is kept after the step"
+        assert len(attention._known_segments()) == before, "nothing is kept after the step"
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,7 @@ def test_training_and_evaluation_attend_at_once(tiny_models: dict[str, str]) -> 
     change_forward(model, ForwardOptions(True, PackingOptions()), StepFeatureCache(), OperationCounter())
     for changed in (model, load_trained(spec, "fp32", None)):
         assert {block.attn.config._attn_implementation for block in _encoder(changed).blocks} == {NAME}
-        assert changed.config._attn_implementation == changed.get_decoder().config._attn_implementation == language
+        assert changed.config._attn_implementation == language
 
 
 def test_other_encoders_stay_as_they_are(tiny_models: dict[str, str]) -> None:
@@ -324,3 +326,34 @@ def test_other_encoders_stay_as_they_are(tiny_models: dict[str, str]) -> None:
     model.set_attn_implementation("eager")
     assert not attend_at_once(model)
     assert _encoder(model).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "size", "reason"),
+    [
+        ((9, 0), torch.bfloat16, 128, None),
+        ((9, 0), torch.bfloat16, 84, "multiples of 8, and this is 84"),
+        ((9, 0), torch.float16, 512, "head sizes up to 256 that are multiples of 8, and this is 512"),
+        ((9, 0), torch.float32, 128, "and this is float32"),
+        ((7, 5), torch.float16, 128, "compute capability 8.0, and this card has 7.5"),
+    ],
+)
+def test_without_flash_attention_a_line_says_what_is_tried_next(
+    capability: tuple[int, int], dtype: Any, size: int, reason: str | None, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "load_varlen", lambda: print)
+    monkeypatch.setattr("ray_vlm.models.prefix_sharing.dtype_of", lambda precision: dtype)
+    text = SimpleNamespace(head_dim=size)
+    base = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: text), base_model=SimpleNamespace(get_rope_index=None)
+    )
+    monkeypatch.setattr("ray_vlm.models.prefix_sharing.base_of", lambda model: model)
+    caplog.set_level("INFO", logger="ray_vlm")
+    for device, shares in (("cuda:0", True), ("cuda:0", False), ("cpu", True)):
+        planner = build_planner(base, PackingOptions(shares, False, 64), 1, device, "bf16")  # type: ignore[arg-type]
+        assert planner._segment_keys == (device != "cpu" and reason is None)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (reason is not None)
+    assert reason is None or (reason in lines[0] and "Tried next: calls of torch's own attention" in lines[0])

@@ -43,6 +43,14 @@ def test_a_large_model_stays_in_4_bit(tiny_models: dict[str, str], monkeypatch: 
         assert not any("forward" in m.__dict__ for m in model.modules() if dequantize._is_quantised(m))
 
 
+@pytest.mark.parametrize(
+    ("free_gib", "sequences", "expected"), [(40.0, 64, True), (25.0, 64, False), (40.0, 4, False), (None, 1, False)]
+)
+def test_a_copy_must_fit_beside_the_answers(free_gib: float | None, sequences: int, expected: bool) -> None:
+    free = None if free_gib is None else free_gib * 2**30
+    assert dequantize.should_dequantise(14 * 2**30, free, sequences, needed_bytes=12 * 2**30) is expected
+
+
 def test_gradients_afterwards_are_those_of_4_bit(tiny_models: dict[str, str]) -> None:
     base = load_model(Model(name=tiny_models["qwen3_vl"], load_in_4bit=True), precision="fp32")
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))

@@ -1,13 +1,16 @@
 """Cached features are those of the encoder; nothing stale is read, and no damaged file ends a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import Lora, Model
+from ray_vlm.data.spec import hash_images
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.frozen_encoder import (
@@ -19,11 +22,13 @@ from ray_vlm.models.frozen_encoder import (
 )
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config
+from ray_vlm.models.vision_inputs import ImagePlan, encoder_shape, plan_images, register_plan
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.train.driver import train
 from tests.conftest import QWEN
 
-GRIDS = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 4, 6]])
+GRIDS = [(1, 4, 6), (1, 2, 2), (1, 4, 6)]
+KEYS = ("a", "b", "a")  # of images that the tests show, the third of which is the first one
 _GIB = 2**30
 
 
@@ -40,13 +45,23 @@ def _model(folder: str, cache: Path | None = None, limit: float = _GIB) -> tuple
     return base, encoded
 
 
+def _plan(base: Any, keys: Sequence[str] = KEYS) -> ImagePlan:
+    shape = encoder_shape(base.config)
+    assert shape is not None
+    return plan_images(shape, GRIDS, keys)
+
+
 def _pixels(base: Any, seed: int = 0) -> torch.Tensor:
     values = base.get_encoder(modality="image").patch_embed.proj.weight[0].numel()
-    return torch.randn(52, values, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randn(52, values, generator=torch.Generator().manual_seed(seed))
+    pixels[28:] = pixels[:24]
+    return pixels
 
 
-def _features(base: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
-    output = base.get_image_features(pixels, GRIDS)
+def _features(base: Any, pixels: torch.Tensor, plan: ImagePlan | None = None) -> list[torch.Tensor]:
+    grids = torch.tensor(GRIDS)
+    register_plan(grids, plan or _plan(base))
+    output = base.get_image_features(pixels, grids)
     layers = getattr(output, "deepstack_features", None) or []
     return [torch.cat(list(part)) for part in (output.pooler_output, *layers)]
 
@@ -55,13 +70,14 @@ def _features(base: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
 def test_features_are_the_encoders(family: str, tiny_models: dict[str, str], tmp_path: Path) -> None:
     plain, _ = _model(tiny_models[family])
     pixels = _pixels(plain)
-    pixels[28:] = pixels[:24]  # the third image is the first one
     expected = _features(plain, pixels)
     base, encoded = _model(tiny_models[family], tmp_path)
     for again in range(2):
         for cached, computed in zip(_features(base, pixels), expected, strict=True):
             assert torch.allclose(cached, computed, atol=1e-6), again
     assert encoded == [52], "nothing in the second call"
+    _features(base, pixels, _plan(base, ()))
+    assert encoded == [52, 52], "without keys, as of a caller of another kind"
     assert len(list(tmp_path.glob("*/*"))) == 2
     other, encoded = _model(tiny_models[family], tmp_path)
     _features(other, pixels)
@@ -72,9 +88,8 @@ def test_another_image_or_encoder_is_another_file(tiny_models: dict[str, str], t
     base, encoded = _model(tiny_models["qwen3_vl"], tmp_path)
     pixels = _pixels(base)
     _features(base, pixels)
-    pixels[27, 3] = torch.nextafter(pixels[27, 3], torch.tensor(9.0))
-    _features(base, pixels)
-    assert encoded == [52, 4], "one value of the second image changed in its last bit"
+    _features(base, pixels, _plan(base, ("a", "c", "a")))
+    assert encoded == [52, 4]
     with torch.no_grad():
         base.get_encoder(modality="image").merger.linear_fc1.weight[0, 0] += 1e-6
     DiskFeatureCache(tmp_path, _GIB, base)
@@ -135,6 +150,39 @@ def test_an_encoder_that_changes_is_refused(tiny_models: dict[str, str], tmp_pat
         _model(tiny_models["qwen3_vl"], tmp_path / "file")
 
 
+def test_features_that_were_read_ahead_are_read_once(
+    tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, encoded = _model(tiny_models["qwen3_vl"])
+    cache = DiskFeatureCache(tmp_path, _GIB, base)
+    cache_features(base, StepFeatureCache(), cache)
+    pixels, first = _pixels(base), _plan(base)
+    cache.read_ahead(first)
+    assert not first.features, "before the first forward it is not known how the encoder sees pixels"
+    expected = _features(base, pixels, first)
+    plan = _plan(base, ("a", "other", "a"))
+    cache.read_ahead(plan)
+    assert len(plan.features) == 1, "the first image, which is shown twice"
+    assert plan.to("meta", non_blocking=True).features is plan.features, "on the host until the encoder runs"
+    monkeypatch.setattr(cache, "read", lambda image, device="cpu": None)  # not in the forward
+    for part, other in zip(_features(base, pixels, plan), expected, strict=True):
+        assert torch.allclose(part, other, atol=1e-6)
+    assert encoded == [52, 4]
+    with torch.autocast("cpu", torch.bfloat16):  # a forward of another kind than the last one, as after a validation
+        _features(base, pixels, plan)
+    assert encoded == [52, 4, 52]
+
+
+def test_keys_of_images() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    other = image.copy()
+    other[3, 5, 2] ^= 1
+    variants = [image, other, image.reshape(6, 4, 3), image[:2], image.transpose(1, 0, 2)]
+    keys = hash_images(variants, "mean")
+    assert len({*keys, *hash_images([image], "another mean")}) == len(variants) + 1
+    assert hash_images([image[:, ::-1][:, ::-1]], "mean") == keys[:1]
+
+
 def test_fingerprints() -> None:
     words = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     swapped = words.clone()
@@ -144,14 +192,21 @@ def test_fingerprints() -> None:
     assert fingerprint(words) == fingerprint(words.clone().t().contiguous().t())
 
 
-def test_training_learns_the_same(job_file: Any, tmp_path: Path) -> None:
+def test_training_learns_the_same(
+    job_file: Any, unplanned: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = job_file(lora={"target": ["language"]}, train={"max_steps": 4})
     cache = f"train.vision_cache={tmp_path / 'features'}"
-    losses = []
+    losses, written, write = [], list[str](), DiskFeatureCache.write
+    monkeypatch.setattr(
+        DiskFeatureCache, "write", lambda self, image, parts: written.append(image) or write(self, image, parts)
+    )  # type: ignore[func-returns-value]
     for name, *more in (("plain",), ("first", cache), ("second", cache)):
         result = train(load_job(path, [f"run.name={name}", *more]), "")
         losses.append([line["loss"] for line in read_metrics(result.metrics) if line["kind"] == "train"])
     assert len(losses[0]) >= 4
+    assert not unplanned
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
-    assert list((tmp_path / "features").glob("*/*"))
+    # Each image is encoded once in all epochs and runs.
+    assert len(list((tmp_path / "features").glob("*/*"))) == len(set(written)) == len(written) > 0

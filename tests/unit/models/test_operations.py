@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
 from ray_vlm.demo.tiny import build_config, build_processor
+from ray_vlm.models.layouts import BatchRows, PackingOptions
 from ray_vlm.models.operations import OperationCounter, Work, count_flops, measure_size
-from ray_vlm.models.prefix_sharing import PackingOptions, share_prefixes
+from ray_vlm.models.prefix_sharing import build_planner, share_prefixes
+from ray_vlm.models.shared_attention import attend_prefix_groups
 from tests.conftest import QWEN
 
 
@@ -91,11 +93,17 @@ def test_padding_and_shared_prefixes_do_not_count() -> None:
     model = _model(family)
     counter = OperationCounter()
     counter.attach(model)
-    share_prefixes(model, PackingOptions(share=True, pack=True), counter)
-    with torch.no_grad():
-        model(**batch, use_cache=False)
-    folded, _ = counter.take()
+    attend_prefix_groups(model)
+    share_prefixes(model, counter)
     row = batch["input_ids"].shape[1]
+    planner = build_planner(model, PackingOptions(share=True), model.config.image_token_id, "cpu", "fp32")
+    grid = tuple(batch["image_grid_thw"][0].tolist())
+    tokens = [ids.numpy() for ids in batch["input_ids"]]
+    layout = planner.plan(BatchRows(tokens, [row - 10] * 2, [0, 0], row, [(0, 1)] * 2, [grid]))
+    images = {name: batch[name][: len(batch[name]) // 2] for name in ("pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        model(**batch | images, layout=layout, use_cache=False)
+    folded, _ = counter.take()
     beginning = row - 10
     assert folded.tokens == beginning + 2 * 10
     assert folded.pairs == beginning * (beginning + 1) // 2 + 2 * (10 * beginning + 10 * 11 // 2)
@@ -112,23 +120,19 @@ def test_padding_and_shared_prefixes_do_not_count() -> None:
     assert work.pairs == row * (row + 1) // 2 + beginning * (beginning + 1) // 2
 
 
-def test_packs_of_unequal_length_leave_their_padding_out() -> None:
+def test_padding_on_the_right_does_not_count_without_a_mask() -> None:
     lengths = torch.tensor([88, 44, 40])
     mask = (torch.arange(88) < lengths[:, None]).long()
     batch = {"input_ids": torch.full((3, 88), 30), "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(mask)}
-    model, shapes = _model("qwen3_vl"), []
-    counter = OperationCounter()
+    model, counter = _model("qwen3_vl"), OperationCounter()
     counter.attach(model)
-    model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
-    )
-    share_prefixes(
-        model, PackingOptions(pack=True, hidden=16), counter
-    )  # so narrow that attention is dear: two packs, not one
+    share_prefixes(model, counter)
+    planner = build_planner(model, PackingOptions(), model.config.image_token_id, "cpu", "fp32")
+    tokens = [ids[:length].numpy() for ids, length in zip(batch["input_ids"], lengths, strict=True)]
+    layout = planner.plan(BatchRows(tokens, lengths.tolist(), [0] * 3, 88, [(0, 0)] * 3, []))
     with torch.no_grad():
-        model(**batch, use_cache=False)
+        model(**batch, layout=layout, use_cache=False)
     work, _ = counter.take()
-    assert shapes == [(2, 88)], "the pack of the two shorter rows has 4 tokens of padding"
     assert work.tokens == int(lengths.sum())
     assert work.pairs == int((lengths * (lengths + 1) // 2).sum())
 

@@ -113,6 +113,6 @@ def test_phases_add_up_and_are_taken_once() -> None:
 
 
 def test_a_step_is_split_without_counting_twice() -> None:
-    phases = {"batch": 5.0, "data": 1.0, "collate": 0.5, "step": 4.0, "forward": 1.5}
-    assert split_time(phases) == {"data_s": 1.5, "rollout_s": 3.5, "forward_s": 1.5, "backward_s": 2.5}
+    phases = {"batch": 5.0, "data": 1.0, "collate": 0.5, "pixels": 0.25, "step": 4.0, "forward": 1.5}
+    assert split_time(phases) == {"data_s": 1.75, "rollout_s": 3.5, "forward_s": 1.5, "backward_s": 2.5}
     assert split_time({}) == dict.fromkeys(("data_s", "rollout_s", "forward_s", "backward_s"), 0.0)

@@ -82,13 +82,13 @@ def test_a_run_in_float16_is_the_same_where_it_was_stopped(job_file: Any, high_s
 def test_a_loss_that_is_no_number_is_a_fault_in_float16_too(job_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray_vlm.methods.sft import WeightedSFTTrainer
 
-    collate = WeightedSFTTrainer.collate
+    complete = WeightedSFTTrainer.complete
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
-        batch = collate(*args, **kwargs)
+        batch = complete(*args, **kwargs)
         return batch | {"pixel_values": batch["pixel_values"] * float("inf")}
 
-    monkeypatch.setattr(WeightedSFTTrainer, "collate", staticmethod(spoiled))
+    monkeypatch.setattr(WeightedSFTTrainer, "complete", staticmethod(spoiled))
     path = job_file(train={"global_batch_size": 2, "micro_batch_size": 2})
     with pytest.raises(RunError, match=r"step 1: the gradient is not finite. Rows: "):
         _train(path, "spoiled")

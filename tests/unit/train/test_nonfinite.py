@@ -26,16 +26,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     steps: list[int] = []
     seen: list[int] = []
-    collate = WeightedSFTTrainer.collate
+    complete = WeightedSFTTrainer.complete
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
-        batch = collate(*args, **kwargs)
+        batch = complete(*args, **kwargs)
         if len(seen) in steps:
             batch["pixel_values"] = batch["pixel_values"] * math.inf
         seen.append(1)
         return batch
 
-    monkeypatch.setattr(WeightedSFTTrainer, "collate", staticmethod(spoiled))
+    monkeypatch.setattr(WeightedSFTTrainer, "complete", staticmethod(spoiled))
     return steps
 
 

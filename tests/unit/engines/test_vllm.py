@@ -1,8 +1,9 @@
 """The calls of vLLM, with a fake engine: adapters are sent and never merged, prompts have one token for each image."""
 
+import os
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.errors import ConfigError, ModelError
-from ray_vlm.methods.rollout import Sampling
-from ray_vlm.methods.vllm import EngineSettings, build_answerer, build_sampler, start_engine
+from ray_vlm.engines.sampling import Sampling
+from ray_vlm.engines.vllm import EngineLimits, EngineSettings, build_answerer, build_sampler, start_engine
+from ray_vlm.errors import ConfigError, ModelError, RunError
 from ray_vlm.train.prepare import prepare
+
+FACTOR = 16  # pixels along a side of an image token of the tiny Qwen3-VL
+LIMITS = EngineLimits(300, 2)
 
 
 @dataclass
@@ -38,10 +42,22 @@ class FakeEngine:
 
         def answer(number: int) -> Any:
             ids = [number + 20, 2]
-            logprobs = [{t: SimpleNamespace(logprob=-0.5 * (i + 1))} for i, t in enumerate(ids)]
+            banned = {t: SimpleNamespace(logprob=-1000.0) for t in params[0].logprob_token_ids}
+            logprobs = [banned | {t: SimpleNamespace(logprob=-0.5 * (i + 1))} for i, t in enumerate(ids)]
             return SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason="stop" if number % 2 else "length")
 
-        return [SimpleNamespace(outputs=[answer(i) for i in range(p.n)]) for p in params]
+        return [
+            SimpleNamespace(outputs=[answer(i) for i in range(p.n)], prompt_token_ids=range(self.expanded(prompt)))
+            for prompt, p in zip(prompts, params, strict=True)
+        ]
+
+    def expanded(self, prompt: dict[str, Any]) -> int:
+        """Return the tokens of a prompt as vLLM expands it: those of its images, which are not resized again."""
+        images = prompt.get("multi_modal_data", {}).get("image", [])
+        if images and prompt.get("mm_processor_kwargs") != {"do_resize": False}:
+            return 0
+        sides = [image.size for image in images]
+        return len(prompt["prompt_token_ids"]) + sum(w // FACTOR * (h // FACTOR) - 1 for w, h in sides)
 
 
 @pytest.fixture
@@ -80,9 +96,9 @@ def test_the_adapter_is_sent_at_every_step_and_never_merged(job_file, engines: l
     job, builder, rows = _parts(job_file)
     model = build_model(job)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512)
-    sample = build_sampler(_engine(job), job.lora, args)
-    sampling, seeds = Sampling(4, 16, 0.9, 0.95, 0), [(0, 0, 3, 0), (0, 0, 5, 0)]
+    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3)
+    sample = build_sampler(_engine(job), LIMITS, model, args)
+    sampling, seeds = Sampling(4, 16, 0.9), [(0, 0, 3, 0), (0, 0, 5, 0)]
     groups = sample(model, rows, builder, sampling, seeds, "cpu")
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -114,10 +130,11 @@ def test_an_adapter_that_vllm_would_load_in_part_is_refused(job_file, engines: l
     job, builder, rows = _parts(job_file)
     assert job.lora is not None
     wider = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
-    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512)
-    sample = build_sampler(_engine(job), job.lora, args)
+    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3)
+    model = build_model(wider)
+    sample = build_sampler(_engine(job), LIMITS, model, args)
     with pytest.raises(ConfigError, match=r"model.adapter adapts vision too"):
-        sample(build_model(wider), rows, builder, Sampling(4, 16, 0.9, 0.95, 0), [(0,), (1,)], "cpu")
+        sample(model, rows, builder, Sampling(4, 16, 0.9), [(0,), (1,)], "cpu")
     assert not engines[0].calls
 
 
@@ -125,8 +142,9 @@ def test_prompts_and_sampling_as_vllm_takes_them(job_file, engines: list[FakeEng
     from tests.support.stock import build_model
 
     job, builder, rows = _parts(job_file)
-    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None)
-    build_sampler(_engine(job), job.lora, args)(build_model(job), rows, builder, Sampling(4, 16), [(1,), (2,)], "cpu")
+    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3)
+    model = build_model(job)
+    build_sampler(_engine(job), LIMITS, model, args)(model, rows, builder, Sampling(4, 16), [(1,), (2,)], "cpu")
     call = engines[0].calls[0]
     for prompt, row in zip(call["prompts"], rows, strict=True):
         ids = np.array(prompt["prompt_token_ids"])
@@ -134,16 +152,89 @@ def test_prompts_and_sampling_as_vllm_takes_them(job_file, engines: list[FakeEng
         assert len(ids) == len(row.input_ids) - (row.input_ids == builder.image_token_id).sum() + 1
         assert np.array_equal(np.array(prompt["multi_modal_data"]["image"][0]), row.images[0])
     first, second = call["params"]
-    assert (first.n, first.max_tokens, first.top_k, first.logprobs) == (4, 16, -1, 0)
+    assert (first.n, first.max_tokens, first.top_k, first.logprobs) == (4, 16, -1, len(first.logprob_token_ids))
     assert first.seed != second.seed
+    banned = {builder.image_token_id, model.config.image_token_id, model.config.video_token_id}
+    assert first.logit_bias == dict.fromkeys(banned, -100.0)
+    options = engines[0].options
+    assert (options["max_model_len"], options["limit_mm_per_prompt"]) == (300, {"image": 2, "video": 0})
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+
+
+def test_the_engine_has_room_for_the_ranks_of_the_adapter_that_trains(job_file, engines: list[FakeEngine]) -> None:
+    """They may be those of `model.adapter`, or of `lora.ranks`, and not `lora.rank`."""
+    from tests.support.stock import build_model
+
+    job, _, _ = _parts(job_file)
+    assert job.lora is not None
+    larger = job.model_copy(update={"lora": job.lora.model_copy(update={"rank": 24})})
+    build_sampler(_engine(job), LIMITS, build_model(larger), SimpleNamespace(vllm_gpu_memory_utilization=0.3))
+    assert engines[0].options["max_lora_rank"] == 32
+
+
+def test_another_prompt_than_that_of_training_ends_the_run(
+    job_file, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when vLLM resizes images again, which is silent otherwise."""
+    from tests.support.stock import build_model
+
+    job, builder, rows = _parts(job_file)
+    model = build_model(job)
+    sample = build_sampler(_engine(job), LIMITS, model, SimpleNamespace(vllm_gpu_memory_utilization=0.3))
+    monkeypatch.setattr(FakeEngine, "expanded", lambda self, prompt: 172)
+    with pytest.raises(RunError, match=r"vllm makes 172 tokens of the prompt of row .*, and training \d+"):
+        sample(model, rows, builder, Sampling(4, 16), [(1,), (2,)], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "expected"), [(None, "cuda:1", "1"), ("4,6", "cuda:1", "6"), ("4,6", "cpu", "4,6")]
+)
+def test_an_engine_sees_the_card_of_its_worker(
+    visible: str | None,
+    device: str,
+    expected: str,
+    job_file,
+    engines: list[FakeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    seen = []
+    start = sys.modules["vllm"].LLM  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        sys.modules["vllm"], "LLM", lambda **o: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or start(**o)
+    )
+    start_engine(replace(_engine(load_job(job_file())), device=device), LIMITS, "x", None)
+    assert seen == [expected]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"method": {"top_p": 0.9}}, "top_p and top_k leave"),
+        ({"method": {"top_k": 20}}, "top_p and top_k leave"),
+        ({"method": {"temperature": 2.5}}, "temperatures up to 2"),
+        ({"lora": {"modules_to_save": ["embed_tokens"]}}, "adapters without whole modules"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused_before_the_run(job_file, options: dict[str, Any], reason: str) -> None:
+    method = {"name": "grpo", "num_generations": 4, "rollouts": "vllm"} | options.get("method", {})
+    lora = {"rank": 4, "target": ["language"]} | options.get("lora", {})
+    with pytest.raises(ConfigError, match=reason):
+        load_job(job_file(method=method, lora=lora))
 
 
 def test_a_missing_package_is_named(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.support.stock import build_model
+
     job, _, _ = _parts(job_file)
-    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None)
+    args = SimpleNamespace(vllm_gpu_memory_utilization=0.3)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="vllm is not installed"):
-        build_sampler(_engine(job), job.lora, args)
+        build_sampler(_engine(job), LIMITS, build_model(job), args)
 
 
 def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_in_its_folder(
@@ -154,14 +245,16 @@ def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_in_its_folder(
     job, builder, rows = _parts(job_file)
     model = build_model(job)
     model.save_pretrained(tmp_path / "adapter")
-    answers = build_answerer(_engine(job), str(tmp_path / "adapter"), builder, 100, job.evaluate.max_new_tokens)(rows)
+    answers = build_answerer(_engine(job), str(tmp_path / "adapter"), builder, LIMITS, job.evaluate.max_new_tokens)(
+        rows
+    )
     assert answers == [builder.text([20, 2])] * 2
     assert engines[0].options["max_lora_rank"] == 8
-    assert engines[0].options["max_model_len"] == 100 + job.evaluate.max_new_tokens
+    assert engines[0].options["max_model_len"] == 300
     call = engines[0].calls[0]
     assert call["lora"].path == str(tmp_path / "adapter")
     assert [(p.n, p.temperature, p.max_tokens) for p in call["params"]] == [(1, 0.0, job.evaluate.max_new_tokens)] * 2
-    build_answerer(_engine(job), None, builder, 100, job.evaluate.max_new_tokens)(rows)
+    build_answerer(_engine(job), None, builder, LIMITS, job.evaluate.max_new_tokens)(rows)
     assert not engines[1].options["enable_lora"]
     assert engines[1].calls[0]["lora"] is None
 
@@ -176,7 +269,7 @@ def test_evaluation_refuses_an_adapter_that_vllm_would_load_in_part(
     wider = job.model_copy(update={"lora": job.lora.model_copy(update={"target": ["language", "vision"]})})
     build_model(wider).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"evaluate\.engine: .*adapter adapts vision too"):
-        build_answerer(_engine(job), str(tmp_path / "adapter"), builder, 100, job.evaluate.max_new_tokens)
+        build_answerer(_engine(job), str(tmp_path / "adapter"), builder, LIMITS, job.evaluate.max_new_tokens)
     assert not engines
 
 
@@ -190,7 +283,7 @@ def test_a_damaged_adapter_is_refused_before_the_engine_starts(
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors: not readable as safetensors"):
-        build_answerer(_engine(job), str(tmp_path / "adapter"), builder, 100, job.evaluate.max_new_tokens)
+        build_answerer(_engine(job), str(tmp_path / "adapter"), builder, LIMITS, job.evaluate.max_new_tokens)
     assert not engines
 
 
@@ -211,5 +304,5 @@ def test_an_evaluation_asks_the_engine_that_the_job_names(job_file, engines: lis
 
 @pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (24, 32), (600, 600)])
 def test_the_maximum_rank_is_one_that_vllm_accepts(job_file, engines: list[FakeEngine], rank: int, room: int) -> None:
-    start_engine(_engine(load_job(job_file())), "x", rank)
+    start_engine(_engine(load_job(job_file())), LIMITS, "x", rank)
     assert engines[0].options["max_lora_rank"] == room

@@ -1,0 +1,1 @@
+"""What answers prompts: the package's own decoding loop, and vLLM."""
