@@ -25,6 +25,7 @@ Span = tuple[int, int]
 # attend to each other 12 hidden. What a call of attention on a CPU takes beside its work is worth 20, 12 and 3 tokens
 # of layers of width 64, 128 and 256, measured on one core: narrow layers spend more on what is no matrix product.
 _CALL, _NARROW = 500_000, 350  # a call costs _CALL / (hidden (hidden + _NARROW)) tokens
+_WORTH = 0.95  # of the rows' cost: a packed row also copies tokens there and hidden states back, and calls are small
 _MASKED = 2.0  # a pair under a mask, against one of a causal call
 MULTIPLE = 128  # tokens to which a packed row is padded on GPUs: tiles of matrix products, and fewer shapes
 
@@ -397,7 +398,7 @@ def equal_runs(groups: Sequence[PackedGroup]) -> list[tuple[int, int, int]]:
 def is_packed_cheaper(
     groups: Sequence[PackedGroup], rows: int, columns: int, masked: bool, hidden: int, is_cpu: bool
 ) -> bool:
-    """Return whether one packed row of these groups costs less than `rows` rows of `columns` tokens.
+    """Return whether one packed row of these groups costs clearly less than `rows` rows of `columns` tokens.
 
     The answer depends on shapes alone, so a run that is resumed computes in the order that it had. `masked`: whether
     attention over the rows needs a mask. On GPUs attention over a packed row is one call.
@@ -409,4 +410,4 @@ def is_packed_cheaper(
     packed = groups[-1].end + pairs / (6 * hidden) + calls * call
     row_pairs = _MASKED * columns**2 if masked else columns * (columns + 1) / 2
     padded = rows * (columns + row_pairs / (6 * hidden)) + call
-    return packed < padded
+    return packed < _WORTH * padded

@@ -138,11 +138,13 @@ def test_shared_answers_are_cheaper_in_one_row(is_cpu: bool) -> None:
 
 
 def test_many_short_rows_are_cheaper_with_padding_on_a_cpu() -> None:
-    lengths = [20 + n % 2 for n in range(64)]
+    lengths = [18 + n % 4 for n in range(64)]
     groups = place_groups([PrefixGroup((n,), length) for n, length in enumerate(lengths)], lengths)
     assert not is_packed_cheaper(groups, 64, 21, False, 64, is_cpu=True), "each would be a call"
     assert is_packed_cheaper(groups, 64, 21, False, 64, is_cpu=False), "one call in all"
     assert is_packed_cheaper(groups, 64, 200, False, 64, is_cpu=True), "most is padding"
+    even = place_groups([PrefixGroup((n,), 358 + n) for n in range(4)], [358 + n for n in range(4)])
+    assert not is_packed_cheaper(even, 4, 361, False, 256, is_cpu=True), "next to no padding"
 
 
 def test_equal_rows_stay_as_they_are() -> None:
