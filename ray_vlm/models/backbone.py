@@ -5,7 +5,7 @@ Llama-4's class holds an image encoder and a complete language model side by sid
 itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -110,3 +110,19 @@ def after_recompute(model: "Module", change: Callable[[], None]) -> None:
         change()
 
     setattr(model, name, enable_and_change)
+
+
+@contextmanager
+def replaced_forwards(layers: "Sequence[Module]", build: "Callable[[Any], Callable[..., Any]]") -> Iterator[None]:
+    """Let each of the layers run the forward that `build` makes for it. What it had before, such as a hook of
+    accelerate's, comes back afterwards."""
+    before = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}
+    try:
+        for layer in layers:
+            layer.forward = build(layer)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+            if layer in before:
+                layer.forward = before[layer]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ray_vlm.models.backbone import base_of
+from ray_vlm.models.backbone import base_of, replaced_forwards
 from ray_vlm.models.fused_adapter import add_update
 
 if TYPE_CHECKING:
@@ -35,18 +35,12 @@ def adapter_cast_once(model: "Module") -> Iterator[None]:
     Layers stay as they are where PEFT does more than add B(A(x)): DoRA and its like, biases, dropout in training.
     For forwards without gradients."""
     dtype = half_precision_of(model)
-    layers = [] if dtype is None else [layer for layer in model.modules() if _is_simple(layer)]
-    own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}
-    try:
-        for layer in layers:
-            assert dtype is not None
-            layer.forward = _forward(layer, dtype)
+    if dtype is None:
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-            if layer in own:
-                layer.forward = own[layer]
+        return
+    layers = [layer for layer in model.modules() if _is_simple(layer)]
+    with replaced_forwards(layers, lambda layer: _forward(layer, dtype)):
+        yield
 
 
 def _is_simple(layer: Any) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ray_vlm.models.backbone import replaced_forwards
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -73,18 +75,12 @@ def multiply_dequantised(layers: Sequence[Any]) -> Iterator[None]:
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}  # accelerate's hooks
-    try:
-        for layer in layers:
-            dtype = layer.compute_dtype or torch.float32
-            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
-            layer.forward = _forward(weight, layer.bias)
+    def build(layer: Any) -> Callable[..., Any]:
+        dtype = layer.compute_dtype or torch.float32
+        return _forward(dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype), layer.bias)
+
+    with replaced_forwards(layers, build):
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-            if layer in own:
-                layer.forward = own[layer]
 
 
 def _is_quantised(module: "Module") -> bool:

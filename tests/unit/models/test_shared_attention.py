@@ -1,6 +1,6 @@
 """Attention over packed rows: equal to attention under a mask of all pairs, from the pairs that are needed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -12,22 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ray_vlm.models import shared_attention
 from ray_vlm.models.layouts import PackedGroup, PackedRow, plan_keys
-from ray_vlm.models.shared_attention import attend, attend_in_blocks, attend_in_parts
+from ray_vlm.models.shared_attention import attend, attend_in_blocks, attend_in_parts, build_mask
 from tests.support.attention_pairs import CountPairs, pairs_in_segments
 
 GROUPS = (PackedGroup(0, 40, (5, 5, 300, 1)), PackedGroup(351, 7), PackedGroup(358, 7), PackedGroup(365, 3, (2,)))
 TOKENS, SIZE, SCALE = 370, 16, 0.3
-
-
-def _mask(groups: Sequence[PackedGroup]) -> Tensor:
-    """Write down which tokens attend to each other, pair by pair."""
-    mask = torch.zeros(groups[-1].end, groups[-1].end, dtype=torch.bool)
-    for group in groups:
-        (start, end), *branches = group.segments()
-        mask[start:end, start:end] = True
-        for first, last in branches:
-            mask[first:last, start:end] = mask[first:last, first:last] = True
-    return mask.tril()
 
 
 def _varlen(
@@ -82,7 +71,22 @@ def _ask(function: Callable[..., Tensor], heads: int) -> tuple[Tensor, list[Tens
 def _under_a_mask(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=_mask(GROUPS), scale=SCALE).transpose(1, 2)
+    return scaled_dot_product_attention(query, key, value, attn_mask=build_mask(GROUPS)[0, 0], scale=SCALE).transpose(
+        1, 2
+    )
+
+
+def test_a_token_attends_to_its_prefix_and_its_own_branch() -> None:
+    groups = [PackedGroup(0, 2, (2, 1)), PackedGroup(5, 1, (1,))]
+    assert build_mask(groups)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
 
 
 @pytest.mark.parametrize("heads", [4, 2, 1])
@@ -111,7 +115,7 @@ def test_branches_without_a_prefix(way: str) -> None:
     groups = (PackedGroup(0, 0, (3, 4)), PackedGroup(7, 2))
     function = attend_in_parts if way == "parts" else attend_in_blocks
     parts = [torch.randn(1, 2, 9, SIZE, dtype=torch.float64) for _ in range(3)]
-    expected = scaled_dot_product_attention(*parts, attn_mask=_mask(groups), scale=SCALE).transpose(1, 2)
+    expected = scaled_dot_product_attention(*parts, attn_mask=build_mask(groups)[0, 0], scale=SCALE).transpose(1, 2)
     assert float((function(*parts, groups, SCALE) - expected).abs().max()) < 1e-13
 
 
@@ -120,7 +124,7 @@ def test_float32_and_narrow_inputs_under_autocast() -> None:
     query, key, value = (torch.randn(1, 2, TOKENS, SIZE) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = attend(SimpleNamespace(), query, key, value.bfloat16(), None, packed_row=PackedRow(GROUPS))  # type: ignore[arg-type]
-    expected = scaled_dot_product_attention(query, key, value, attn_mask=_mask(GROUPS)).transpose(1, 2)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=build_mask(GROUPS)[0, 0]).transpose(1, 2)
     assert output.dtype == torch.bfloat16
     assert float((output - expected).abs().max()) < 5e-2
 
