@@ -6,6 +6,7 @@ patches through the family's own image processor with `do_resize=False`, so they
 for bit. `collate` does all of it at once. What a batch holds besides tensors is of plain Python.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -156,14 +157,13 @@ def batch_rows(
     longest = columns or max(map(len, tokens))
     if not ends:
         ends = [longest] * len(tokens) if side == "left" else [len(ids) for ids in tokens]
-    sizes = [(image.shape[0], image.shape[1]) for row in shown for image in row.images]
     return BatchRows(
         [np.asarray(ids, np.int64) for ids in tokens],
         prompts,
         [end - len(ids) for ids, end in zip(tokens, ends, strict=True)],
         longest,
         spans,
-        [(1, lines, columns) for lines, columns in _grids(sizes, builder)],
+        _grids(_sizes(shown), builder),
     )
 
 
@@ -196,7 +196,7 @@ def add_pixels(batch: _Batch, builder: SampleBuilder) -> _Batch:
     device = str(images.values.device)
     processor = builder.processor.image_processor
     values = processor(images.split(), do_resize=False, return_tensors="pt", device=device)["pixel_values"]
-    planned, made = sum(lines * columns for lines, columns in _grids(images.sizes, builder)), len(values)
+    planned, made = sum(map(math.prod, _grids(images.sizes, builder))), len(values)
     if planned != made:
         raise DataError(f"{planned} image patches were planned, but the processor makes {made}. Please report this.")
     if "image_plan" in batch:
@@ -214,13 +214,11 @@ def spans_of_rows(rows: Sequence[Sample]) -> list[tuple[int, int]]:
 def plan_rows(rows: Sequence[Sample], builder: SampleBuilder) -> ImagePlan | None:
     """Plan the image encoder's inputs for the images of rows, on the host; None without images, or for a family whose
     encoder is not planned for. Keys of images are in the plan if all rows have them."""
-    images = [image for row in rows for image in row.images]
-    if builder.encoder is None or not images:
+    sizes = _sizes(rows)
+    if builder.encoder is None or not sizes:
         return None
-    patch = builder.encoder.patch
     keys = [key for row in rows for key in row.image_keys]
-    grids = [(1, image.shape[0] // patch, image.shape[1] // patch) for image in images]
-    return plan_images(builder.encoder, grids, keys if len(keys) == len(images) else ())
+    return plan_images(builder.encoder, _grids(sizes, builder), keys if len(keys) == len(sizes) else ())
 
 
 def attach_plan(batch: dict[str, Any], plan: ImagePlan | None, device: str) -> None:
@@ -242,16 +240,18 @@ def _image_inputs(images: Sequence[np.ndarray], builder: SampleBuilder) -> dict[
     if builder.stock is not None:
         return dict(builder.stock.tensors(images))
     joined = ImageBytes.join(images)
-    return {
-        "images": joined,
-        "image_grid_thw": torch.tensor([[1, rows, columns] for rows, columns in _grids(joined.sizes, builder)]),
-    }
+    return {"images": joined, "image_grid_thw": torch.tensor(_grids(joined.sizes, builder))}
 
 
-def _grids(sizes: Sequence[tuple[int, int]], builder: SampleBuilder) -> list[tuple[int, int]]:
-    """Return the rows and columns of patches of images of (height, width)."""
+def _sizes(rows: Sequence[Sample]) -> list[tuple[int, int]]:
+    """Return (height, width) of all images of the rows."""
+    return [(image.shape[0], image.shape[1]) for row in rows for image in row.images]
+
+
+def _grids(sizes: Sequence[tuple[int, int]], builder: SampleBuilder) -> list[tuple[int, int, int]]:
+    """Return the frames, and the rows and columns of patches, of images of (height, width)."""
     patch = builder.image_spec.patch
-    return [(height // patch, width // patch) for height, width in sizes]
+    return [(1, height // patch, width // patch) for height, width in sizes]
 
 
 def join_pixels(pixels: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -291,8 +291,7 @@ def answered(row: Sample, completion: np.ndarray) -> Sample:
 def _check_grid(rows: Sequence[Sample], builder: SampleBuilder) -> None:
     """Raise `DataError` if a batch's planned image tokens are not as many as the image encoder will make."""
     planned = sum(int(np.count_nonzero(row.input_ids == builder.image_token_id)) for row in rows)
-    sizes = [(image.shape[0], image.shape[1]) for row in rows for image in row.images]
     # The encoder merges merge x merge patches to a token.
-    made = sum(lines * columns for lines, columns in _grids(sizes, builder)) // builder.image_spec.merge**2
+    made = sum(map(math.prod, _grids(_sizes(rows), builder))) // builder.image_spec.merge**2
     if planned != made:
         raise DataError(f"{planned} image tokens were planned, but the processor makes {made}. Please report this.")

@@ -29,7 +29,7 @@ from ray_vlm.methods.trainer import PlannedBatches, TrainerInputs
 from ray_vlm.models.frozen_encoder import DiskFeatureCache
 from ray_vlm.models.layouts import PackingOptions
 from ray_vlm.models.load import load_adapted
-from ray_vlm.models.memory import StepSettings, count_groups
+from ray_vlm.models.memory import StepSettings
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.prefix_sharing import build_planner, plan_packing
 from ray_vlm.models.surgery import ForwardOptions
@@ -161,8 +161,6 @@ def build_inputs(
     feed = Feed(stream, collate, context.device, ahead)
     settings = StepSettings(job.method, train, job.cluster, job.lora, job.model.load_in_4bit)
     portion = fit_rollout(settings, model, spec.prompt_tokens, context.device)
-    if isinstance(job.method, GrpoMethod) and job.cluster.zero_stage == 3:  # all workers must run the same forwards
-        portion = -context.max([-(portion or count_groups(settings))])[0]
     sampler = None
     if isinstance(job.method, GrpoMethod) and job.method.rollouts == "vllm":
         engine = EngineSettings(job.model, train.precision, job.seed, context.device)
