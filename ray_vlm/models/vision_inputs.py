@@ -22,7 +22,7 @@ from ray_vlm.models.backbone import base_of, language_model
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-    from torch import Tensor, device
+    from torch import Tensor, device, dtype
     from torch.nn import Module
     from transformers import PreTrainedConfig
 
@@ -112,11 +112,15 @@ class ImagePlan:
 
 def plan_images(shape: EncoderShape, grids: Sequence[Grid], keys: Sequence[str] = ()) -> ImagePlan:
     """Plan the inputs of the image encoder for images with these grids, on the host."""
-    return ImagePlan(shape, tuple(grids), _plan_inputs(shape, tuple(grids)), tuple(keys))
+    import torch
+
+    inputs = _plan_inputs(shape, tuple(grids), torch.get_default_dtype())
+    return ImagePlan(shape, tuple(grids), inputs, tuple(keys))
 
 
 @lru_cache(_PLANS_KEPT)
-def _plan_inputs(shape: EncoderShape, grids: tuple[Grid, ...]) -> Mapping[str, "Tensor | int"]:
+def _plan_inputs(shape: EncoderShape, grids: tuple[Grid, ...], dtype: "dtype") -> Mapping[str, "Tensor | int"]:
+    """Return the encoder's inputs. `dtype`: torch's default, which the weights of the interpolation have."""
     import torch
     from transformers import vision_utils
 

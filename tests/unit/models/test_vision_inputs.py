@@ -21,6 +21,7 @@ from ray_vlm.models.vision_inputs import (
     use_image_plans,
 )
 from tests.conftest import QWEN
+from tests.support.precision import arithmetic
 
 GRIDS = [(1, 20, 22), (2, 4, 6), (1, 8, 8), (1, 2, 2)]
 
@@ -89,6 +90,17 @@ def test_a_plan_is_uploaded_without_a_read(family: str, tiny_models: dict[str, s
     ends = plan.inputs["cu_seqlens"]
     assert isinstance(ends, Tensor)
     assert attention.segments_of(ends).lengths == [440, 24, 24, 64, 4]
+
+
+def test_a_plan_has_the_default_dtype_also_where_another_was_kept(tiny_models: dict[str, str]) -> None:
+    shape = encoder_shape(_model(tiny_models["qwen3_vl"]).config)
+    assert shape is not None
+    kept = plan_images(shape, GRIDS).inputs["interp_weights"]
+    with arithmetic(torch.float64):
+        wide = plan_images(shape, GRIDS).inputs["interp_weights"]
+    assert isinstance(kept, Tensor)
+    assert isinstance(wide, Tensor)
+    assert (kept.dtype, wide.dtype) == (torch.float32, torch.float64)
 
 
 def test_some_images_have_their_part_of_a_plan(tiny_models: dict[str, str]) -> None:
