@@ -26,7 +26,8 @@ from ray_vlm.data.records import PromptRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
 from ray_vlm.demo.tiny import write_untrained
-from ray_vlm.engines.sampling import Sampling, sample_groups
+from ray_vlm.engines.interface import Sampling
+from ray_vlm.engines.sampling import sample_groups
 from ray_vlm.models.load import load_model
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")

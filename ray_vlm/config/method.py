@@ -93,10 +93,31 @@ class GrpoMethod(AlignmentMethod):
         "iou",
         description="The overlap that scores a box. `giou` also ranks boxes that do not touch the true one.",
     )
-    rollouts: Literal["transformers", "vllm"] = Field(
+    rollouts: Literal["transformers", "vllm", "server"] = Field(
         "transformers",
-        description="The engine that samples. `vllm` needs the package, and adapters on the language model only; it "
-        "has been tried with its build for CPUs, and not on a GPU.",
+        description="The engine that samples: the package's own loop, vLLM (`ray_vlm[vllm]`), or an OpenAI-compatible "
+        "server that already runs (`sampler_url`). vLLM has been tried with its build for CPUs, and not on a GPU.",
+    )
+    sampler_url: str | None = Field(
+        None,
+        min_length=1,
+        description="Address of the server of `rollouts: server`, such as `http://127.0.0.1:8000/v1`.",
+    )
+    sampler_sleep: Literal[0, 1, 2] | None = Field(
+        None,
+        description="What vLLM gives back of a GPU between samplings: 0 nothing; 1 its cache, and its weights wait in "
+        "the computer's memory; 2 both, and the weights are read again. null: 1, or 2 where the memory is too small.",
+    )
+    check_sampler_every: Count = Field(
+        10,
+        description="Pushes of the adapter between two proofs that vLLM or the server uses it: a prompt is scored with "
+        "the adapter, without it, and by the trainer. Also done after the first push and whenever the engine wakes.",
+    )
+    max_rollout_gap: float | None = Field(
+        None,
+        gt=0,
+        description="Largest `rollout_gap`, the mean difference between log-probabilities at sampling and in training, "
+        "before the run ends. null: 0.001 in fp32, otherwise 0.1.",
     )
 
 

@@ -5,7 +5,6 @@ workers changes it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.engines.arithmetic import answering
 from ray_vlm.engines.decoding import build_static_steps, decode, end_ids
+from ray_vlm.engines.interface import Completion, Sampling
 from ray_vlm.models.backbone import base_of, evaluation_mode
 
 if TYPE_CHECKING:
@@ -22,31 +22,6 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from ray_vlm.engines.static_step import StaticSteps
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are sampled. `temperature`: of all, or of each completion of a group; 0: greedy. `top_p` 1 and
-    `top_k` 0: from the whole vocabulary."""
-
-    num_generations: int = 8
-    max_new_tokens: int = 256
-    temperature: float | tuple[float, ...] = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A sampled answer. `ids` include the end token; `finished` is False if the answer was cut off before it.
-
-    `logprobs`: natural logarithm of each token's probability at the sampling temperature (greedy: 1) over the whole
-    vocabulary, before top-p, top-k and the ban on image tokens: what the trainer's forward computes.
-    """
-
-    ids: list[int]
-    logprobs: list[float]
-    finished: bool
 
 
 # Samples answers to rows: `sample_groups`, or vLLM's in its place.

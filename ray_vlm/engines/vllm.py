@@ -25,7 +25,7 @@ from ray_vlm.config.schema import Model
 from ray_vlm.config.train import Precision
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
-from ray_vlm.engines.sampling import Completion, Sampling
+from ray_vlm.engines.interface import Completion, Sampling
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.families import part_of

@@ -30,7 +30,8 @@ from ray_vlm.data.records import PreferenceRecord, SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.sources.tables import text_fault
 from ray_vlm.data.spec import sample_spec
-from ray_vlm.engines.sampling import Completion, Sampling, sample_groups
+from ray_vlm.engines.interface import Completion, Sampling
+from ray_vlm.engines.sampling import sample_groups
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
 from ray_vlm.evaluate.weights import trained_weights

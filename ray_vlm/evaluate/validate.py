@@ -16,7 +16,8 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.engines.sampling import Sampling, sample_groups
+from ray_vlm.engines.interface import Sampling
+from ray_vlm.engines.sampling import sample_groups
 from ray_vlm.evaluate.generate import generate_answers
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.prediction import Prediction, build_predictions

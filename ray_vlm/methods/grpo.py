@@ -26,7 +26,8 @@ from ray_vlm.data.collate import attach_plan, batch_rows, join_pixels, plan_rows
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
-from ray_vlm.engines.sampling import Completion, Sampler, Sampling, sample_groups
+from ray_vlm.engines.interface import Completion, Sampling
+from ray_vlm.engines.sampling import Sampler, sample_groups
 from ray_vlm.errors import RunError
 from ray_vlm.methods.portions import sample_in_portions
 from ray_vlm.methods.rewards import Rewards, score_answers

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ray_vlm.data.samples import SampleBuilder
     from ray_vlm.data.spec import Sample
-    from ray_vlm.engines.sampling import Completion, Sampling
+    from ray_vlm.engines.interface import Completion, Sampling
 
 logger = logging.getLogger(__name__)
 

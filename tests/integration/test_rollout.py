@@ -12,7 +12,8 @@ from scipy.stats import chisquare
 from ray_vlm.data.collate import collate
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
-from ray_vlm.engines.sampling import Completion, Sampling, sample_groups
+from ray_vlm.engines.interface import Completion, Sampling
+from ray_vlm.engines.sampling import sample_groups
 from tests.conftest import FAMILIES
 from tests.support.rollouts import (
     GREEDY,

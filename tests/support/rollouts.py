@@ -13,7 +13,7 @@ from ray_vlm.config.task import ChatTask
 from ray_vlm.data.records import PromptRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
-from ray_vlm.engines.sampling import Sampling
+from ray_vlm.engines.interface import Sampling
 from ray_vlm.models.families import FAMILIES as KNOWN
 from ray_vlm.models.load import load_model
 from ray_vlm.models.lora import lora_config

@@ -17,7 +17,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.engines.sampling import Completion
+from ray_vlm.engines.interface import Completion
 from ray_vlm.methods import load_method
 from ray_vlm.models.backbone import after_recompute, recompute, recompute_first
 from ray_vlm.models.frozen_encoder import run_without_autograd

@@ -23,7 +23,8 @@ from ray_vlm.config.task import ChatTask
 from ray_vlm.data.collate import collate
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.spec import Sample, SampleSpec
-from ray_vlm.engines.sampling import Completion, Sampling, sample_groups
+from ray_vlm.engines.interface import Completion, Sampling
+from ray_vlm.engines.sampling import sample_groups
 from ray_vlm.engines.vllm import EngineLimits, EngineSettings, build_sampler
 from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import load_model

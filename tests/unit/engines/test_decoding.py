@@ -12,7 +12,8 @@ import torch
 from ray_vlm.config.schema import Model
 from ray_vlm.engines import decoding
 from ray_vlm.engines.decoding import decode_greedy
-from ray_vlm.engines.sampling import Sampling, sample_groups
+from ray_vlm.engines.interface import Sampling
+from ray_vlm.engines.sampling import sample_groups
 from ray_vlm.evaluate.generate import _generate, _needs_generate
 from ray_vlm.models.load import load_model
 from ray_vlm.models.precision import autocast

@@ -13,7 +13,8 @@ from ray_vlm.engines import sampling as sampling_module
 from ray_vlm.engines import static_step
 from ray_vlm.engines.decoding import _axes
 from ray_vlm.engines.fixed_cache import FixedCache
-from ray_vlm.engines.sampling import Completion, Sampling, sample_groups
+from ray_vlm.engines.interface import Completion, Sampling
+from ray_vlm.engines.sampling import sample_groups
 from ray_vlm.engines.static_step import StaticSteps
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.operations import OperationCounter

@@ -14,7 +14,7 @@ import pytest
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.engines.sampling import Sampling
+from ray_vlm.engines.interface import Sampling
 from ray_vlm.engines.vllm import EngineLimits, EngineSettings, build_answerer, build_sampler, start_engine
 from ray_vlm.errors import ConfigError, ModelError, RunError
 from ray_vlm.train.prepare import prepare

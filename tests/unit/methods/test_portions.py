@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_vlm.engines.sampling import Sampling
+from ray_vlm.engines.interface import Sampling
 from ray_vlm.errors import RunError
 from ray_vlm.methods.portions import sample_in_portions
 
