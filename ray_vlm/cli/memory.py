@@ -44,6 +44,7 @@ def _memory(args: argparse.Namespace) -> None:
     from ray_vlm.models.load import family_of
     from ray_vlm.models.memory import describe, micro_sizes
     from ray_vlm.models.rehearse import choose, estimate
+    from ray_vlm.models.sampler_memory import estimate_sampler
     from ray_vlm.train.memory_plan import build_rehearsal, describe_choice, micro_batch_sizes
 
     config = _config(job.model, known=args.tokens is not None)
@@ -57,6 +58,8 @@ def _memory(args: argparse.Namespace) -> None:
         f"{size.image_tokens:,} image tokens, {size.prompt_tokens:,} of its prompt, {size.answer_tokens:,} answered"
     )
     print("\n".join(describe(parts, cards)))
+    if (sampler := estimate_sampler(rehearsal, size)) is not None:
+        print("\n".join(["one sampler (method.samplers), beside the workers:", *describe(sampler, cards)]))
     if not rehearsal.sees:
         print(f"note: what {family.model_type}'s image encoder makes in a step is not counted; its weights are")
     for card in cards:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.config.schema import Cluster, JobConfig
 from ray_vlm.errors import RunError
 
@@ -20,6 +21,8 @@ class ClusterDemand:
     loaders: Literal["ray_data", "threads"] | None = None  # what reads images; None: threads for small ones that fit
     num_validators: int = 0  # processes for asynchronous validation, each as large as a worker
     quantised: bool = False  # the nodes need bitsandbytes
+    num_samplers: int = 0  # processes that sample for GRPO, beside the workers
+    sampler: tuple[float, float] = (0.0, 0.0)  # CPUs and GPUs of each of them
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,21 @@ class Layout:
 
 def build_demand(job: JobConfig) -> ClusterDemand:
     """Gather what a job demands of a cluster."""
-    data, validators = job.data, int(job.evaluate.asynchronous)
-    return ClusterDemand(job.cluster, data.num_loaders, data.loaders, validators, job.model.load_in_4bit)
+    data, validators, samplers = job.data, int(job.evaluate.asynchronous), 0
+    if isinstance(job.method, GrpoMethod):
+        samplers = job.method.samplers
+    return ClusterDemand(
+        *(job.cluster, data.num_loaders, data.loaders, validators, job.model.load_in_4bit, samplers),
+        sampler=sampler_resources(job.method, job.cluster),
+    )
+
+
+def sampler_resources(method: Method, cluster: Cluster) -> tuple[float, float]:
+    """Return the CPUs and the GPUs of each sampler of a job with this method; of a job without samplers 0 and 0."""
+    if not isinstance(method, GrpoMethod) or not method.samplers:
+        return 0.0, 0.0
+    gpus = method.gpus_per_sampler if method.gpus_per_sampler is not None else int(cluster.gpus_per_worker > 0)
+    return method.cpus_per_sampler or cluster.cpus_per_worker, float(gpus)
 
 
 def count_processes(demand: ClusterDemand, workers: int | None = None) -> int:
@@ -51,7 +67,8 @@ def cpus_needed(demand: ClusterDemand) -> int:
     """Return the CPUs that a local cluster needs: for the processes with a model, and one for each loader."""
     workers = demand.cluster.most_workers if demand.cluster.num_workers else 0
     loaders = workers * (demand.num_loaders or 1)
-    return int(-(-count_processes(demand, workers) * demand.cluster.cpus_per_worker // 1)) + loaders
+    cpus = count_processes(demand, workers) * demand.cluster.cpus_per_worker + demand.num_samplers * demand.sampler[0]
+    return int(-(-cpus // 1)) + loaders
 
 
 def expected_resources(now: Mapping[str, float], demand: ClusterDemand, at_once: int = 1) -> dict[str, float]:
@@ -59,7 +76,8 @@ def expected_resources(now: Mapping[str, float], demand: ClusterDemand, at_once:
     that `at_once` runs of the job need."""
     processes = max(1, count_processes(demand))
     cpus = max(float(cpus_needed(demand)), demand.cluster.cpus_per_worker)
-    need = {"CPU": cpus, "GPU": processes * demand.cluster.gpus_per_worker}
+    gpus = processes * demand.cluster.gpus_per_worker + demand.num_samplers * demand.sampler[1]
+    need = {"CPU": cpus, "GPU": gpus}
     return {**now, **{name: max(now.get(name, 0.0), at_once * each) for name, each in need.items()}}
 
 
@@ -75,24 +93,12 @@ def plan_layout(
     Ray Data needs CPUs of its own: if the workers took all of them, no image would ever arrive, and training would wait
     forever without an error. Raises `RunError` with everything that is missing.
     """
-    cluster, problems = demand.cluster, []
+    cluster = demand.cluster
     per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    processes = count_processes(demand)
-    beside = " and one for evaluate.asynchronous" if demand.num_validators else ""
-    who = f"{cluster.least_workers} workers{beside}"
-    for name, each in per_worker.items():
-        need, have = each * processes, resources.get(name, 0)
-        if need > have:
-            problems.append(
-                f"cluster: {who} of {each:g} {name} need {need:g}, but the cluster has "
-                f"{have:g}. Lower cluster.num_workers or cluster.{name.lower()}s_per_worker, add nodes, or set "
-                "cluster.startup_minutes if the cluster starts nodes by itself."
-            )
-        elif nodes and each > (most := max(node.get(name, 0) for node in nodes)):
-            problems.append(
-                f"cluster: a worker of {each:g} {name} fits on no node; the largest has {most:g}. Lower "
-                f"cluster.{name.lower()}s_per_worker."
-            )
+    problems = _miss_for_samplers(demand, resources, nodes)
+    if demand.num_samplers and not problems:
+        resources, nodes = _without_samplers(demand, resources, nodes, at_once)
+    problems += _miss_for_workers(demand, resources, nodes)
     workers = max(cluster.least_workers, min(cluster.most_workers, _fit(resources, per_worker)))
     free = left = resources.get("CPU", 0) - cluster.cpus_per_worker * count_processes(demand, workers)
     if cluster.most_workers > cluster.least_workers and nodes:
@@ -121,6 +127,69 @@ def plan_layout(
             "out, or lower data.num_loaders."
         )
     return Layout(loaders, cpus_per_loader, beside_workers)
+
+
+def _miss_for_workers(
+    demand: ClusterDemand, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] | None
+) -> list[str]:
+    """Return what is missing for the workers and the validation beside them, of what the samplers leave."""
+    cluster, problems = demand.cluster, []
+    per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    processes = count_processes(demand)
+    validator = " and one for evaluate.asynchronous" if demand.num_validators else ""
+    who = f"{cluster.least_workers} workers{validator}"
+    for name, each in per_worker.items():
+        need, have = each * processes, resources.get(name, 0)
+        if need > have:
+            beside = f" beside {demand.num_samplers} samplers" if demand.num_samplers else ""
+            problems.append(
+                f"cluster: {who} of {each:g} {name} need {need:g}{beside}, but the cluster has "
+                f"{have:g}. Lower cluster.num_workers or cluster.{name.lower()}s_per_worker, add nodes, or set "
+                "cluster.startup_minutes if the cluster starts nodes by itself."
+            )
+        elif nodes and each > (most := max(node.get(name, 0) for node in nodes)):
+            problems.append(
+                f"cluster: a worker of {each:g} {name} fits on no node; the largest has {most:g}. Lower "
+                f"cluster.{name.lower()}s_per_worker."
+            )
+    return problems
+
+
+def _miss_for_samplers(
+    demand: ClusterDemand, resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] | None
+) -> list[str]:
+    """Return what is missing for the samplers alone: more of them than cards, or none fits on any node."""
+    problems = []
+    for name, each in zip(("CPU", "GPU"), demand.sampler, strict=True):
+        key, need, have = f"method.{name.lower()}s_per_sampler", each * demand.num_samplers, resources.get(name, 0)
+        if need > have:
+            problems.append(
+                f"method.samplers={demand.num_samplers}: samplers of {each:g} {name} need {need:g}, but the cluster "
+                f"has {have:g}, and the workers need some too. Lower method.samplers or {key}, or add nodes."
+            )
+        elif nodes and each > (most := max(node.get(name, 0) for node in nodes)):
+            problems.append(
+                f"method.samplers: a sampler of {each:g} {name} fits on no node; the largest has {most:g}. Lower {key}."
+            )
+    return problems
+
+
+def _without_samplers(
+    demand: ClusterDemand,
+    resources: Mapping[str, float],
+    nodes: Sequence[Mapping[str, float]] | None,
+    at_once: int,
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Return the resources in total and by node that the samplers of `at_once` runs leave. Each is taken to go to the
+    node with the most of what it needs, as Ray spreads what it starts."""
+    taken = dict(zip(("CPU", "GPU"), demand.sampler, strict=True))
+    scarce = "GPU" if taken["GPU"] else "CPU"
+    left = [dict(node) for node in nodes or ()]
+    for _ in range(demand.num_samplers * at_once if left else 0):
+        node = max(left, key=lambda node: node.get(scarce, 0.0))
+        node.update({name: node.get(name, 0.0) - amount for name, amount in taken.items() if amount})
+    total = {name: amount - demand.num_samplers * taken.get(name, 0.0) for name, amount in resources.items()}
+    return total, left
 
 
 def count_threads(demand: ClusterDemand, layout: Layout, image_pixels: float) -> int:

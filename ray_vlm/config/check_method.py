@@ -1,6 +1,7 @@
 """Rules of the methods: the rows, settings, batch sizes and TRL options of SFT, DPO and GRPO. Pure functions."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 
 from ray_vlm.config.cluster import Cluster
@@ -50,8 +51,17 @@ def _has_reference(method: Method) -> bool:
     return isinstance(method, DpoMethod) or (isinstance(method, GrpoMethod) and bool(method.beta))
 
 
-def _samples_by_vllm(method: Method) -> bool:
-    return isinstance(method, GrpoMethod) and method.rollouts == "vllm"
+def _samples_elsewhere(method: Method) -> bool:
+    return isinstance(method, GrpoMethod) and method.rollouts in ("vllm", "server")
+
+
+def _samples_by_server(method: Method) -> bool:
+    return isinstance(method, GrpoMethod) and method.rollouts == "server"
+
+
+def is_web_address(url: str | None) -> bool:
+    """Whether a setting names a server, or nothing."""
+    return url is None or re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url) is not None
 
 
 def _of_grpo(method: Method) -> GrpoMethod:
@@ -59,7 +69,66 @@ def _of_grpo(method: Method) -> GrpoMethod:
     return method
 
 
+def _sampled_apart(method: Method) -> bool:
+    return isinstance(method, GrpoMethod) and method.samplers > 0
+
+
+def count_portions(job: JobConfig) -> int:
+    """Return how many portions of prompts a step of GRPO has at least, each for one sampler at a time."""
+    method, workers = _of_grpo(job.method), job.cluster.least_workers
+    groups = -(-job.train.global_batch_size // method.num_generations)
+    return workers * -(-groups // workers // (method.sampling_batch or 1))
+
+
 _VLLM_HOTTEST = 2.0
+
+SAMPLER_RULES: list[Rule] = [
+    (
+        lambda j: _sampled_apart(j.method) and j.cluster.num_workers == 0,
+        ("method.samplers", "cluster.num_workers"),
+        "samplers are processes that Ray starts. Set cluster.num_workers to 1 or more, or samplers to 0.",
+    ),
+    (
+        lambda j: _sampled_apart(j.method) and _of_grpo(j.method).rollouts == "server",
+        ("method.samplers", "method.rollouts"),
+        "a server samples in processes of its own already. Use samplers=0, or another of rollouts.",
+    ),
+    (
+        lambda j: _sampled_apart(j.method) and _of_grpo(j.method).samplers > count_portions(j),
+        ("method.samplers", "method.sampling_batch", "method.num_generations", "train.global_batch_size"),
+        "there are more samplers than portions of prompts in a step, so some would never sample. A step has "
+        "global_batch_size / num_generations prompts, and a portion sampling_batch of them. Use fewer samplers, or "
+        "more prompts in a step.",
+    ),
+    (
+        lambda j: _sampled_apart(j.method) and j.tune.resident,
+        ("tune.resident", "method.samplers"),
+        "a trial is one process with one device, and samplers are further ones. Leave one of them out.",
+    ),
+    (
+        lambda j: isinstance(j.method, GrpoMethod) and not j.method.samplers and j.method.max_staleness > 0,
+        ("method.max_staleness", "method.samplers"),
+        "a worker that samples its answers itself cannot train meanwhile. Set samplers to 1 or more, or leave it out.",
+    ),
+    (
+        lambda j: (
+            isinstance(j.method, GrpoMethod)
+            and not j.method.samplers
+            and (j.method.cpus_per_sampler, j.method.gpus_per_sampler) != (None, None)
+        ),
+        ("method.samplers", "method.cpus_per_sampler", "method.gpus_per_sampler"),
+        "there are no samplers to get CPUs or GPUs. Set samplers to 1 or more, or leave these out.",
+    ),
+    (
+        lambda j: (
+            isinstance(j.method, GrpoMethod)
+            and j.method.worker_engine in ("vllm", "server")
+            and j.method.sampling_batch is not None
+        ),
+        ("method.sampling_batch", "method.rollouts", "method.samplers"),
+        "vllm and servers batch requests by themselves. Leave it out, or use samplers.",
+    ),
+]
 
 METHOD_RULES: list[Rule] = [
     (
@@ -78,26 +147,52 @@ METHOD_RULES: list[Rule] = [
         "the reference is the model with its adapter off, so this method needs an adapter. Keep `lora`.",
     ),
     (
-        lambda j: _samples_by_vllm(j.method) and (j.lora is None or j.lora.target != ["language"]),
-        ("method.rollouts", "lora.target"),
-        "vllm supports adapters on the language model only. Use lora.target=[language].",
+        lambda j: _samples_elsewhere(j.method) and j.lora is None,
+        ("method.rollouts", "lora"),
+        "vllm, or a server, gets an adapter at every step, never whole weights. Keep `lora`, or rollouts=transformers.",
     ),
     (
-        lambda j: _samples_by_vllm(j.method) and (_of_grpo(j.method).top_p < 1 or _of_grpo(j.method).top_k > 0),
+        lambda j: _samples_elsewhere(j.method) and (_of_grpo(j.method).top_p < 1 or _of_grpo(j.method).top_k > 0),
         ("method.rollouts", "method.top_p", "method.top_k"),
         "vllm's log-probabilities are of the tokens that top_p and top_k leave, and the trainer's of all, so the "
         "correction for the difference would be biased. Use top_p=1 and top_k=0, or rollouts=transformers.",
     ),
     (
-        lambda j: _samples_by_vllm(j.method) and _of_grpo(j.method).temperature > _VLLM_HOTTEST,
+        lambda j: _samples_elsewhere(j.method) and _of_grpo(j.method).temperature > _VLLM_HOTTEST,
         ("method.rollouts", "method.temperature"),
         f"vllm samples at temperatures up to {_VLLM_HOTTEST:g}. Lower it, or use rollouts=transformers.",
     ),
     (
-        lambda j: _samples_by_vllm(j.method) and j.lora is not None and bool(j.lora.modules_to_save),
+        lambda j: _samples_elsewhere(j.method) and j.lora is not None and bool(j.lora.modules_to_save),
         ("method.rollouts", "lora.modules_to_save"),
-        "vllm takes adapters without whole modules. Leave modules_to_save out, or use rollouts=transformers.",
+        "vllm or a server takes adapters without whole modules. Leave modules_to_save out, or use transformers.",
     ),
+    (
+        lambda j: _samples_by_server(j.method) and j.lora is not None and j.lora.target != ["language"],
+        ("method.rollouts", "lora.target"),
+        "a server takes adapters on the language model only. Use lora.target=[language], or rollouts=vllm.",
+    ),
+    (
+        lambda j: isinstance(j.method, GrpoMethod) and (j.method.rollouts == "server") != bool(j.method.sampler_url),
+        ("method.sampler_url", "method.rollouts"),
+        "it is the address of the server of rollouts=server. Give both, or neither.",
+    ),
+    (
+        lambda j: isinstance(j.method, GrpoMethod) and not is_web_address(j.method.sampler_url),
+        ("method.sampler_url",),
+        "it is no address of a server. Give one such as http://127.0.0.1:8000/v1, without a password or a query.",
+    ),
+    (
+        lambda j: (j.evaluate.engine == "server") != bool(j.evaluate.sampler_url),
+        ("evaluate.sampler_url", "evaluate.engine"),
+        "it is the address of the server of engine=server. Give both, or neither.",
+    ),
+    (
+        lambda j: not is_web_address(j.evaluate.sampler_url),
+        ("evaluate.sampler_url",),
+        "it is no address of a server. Give one such as http://127.0.0.1:8000/v1, without a password or a query.",
+    ),
+    *SAMPLER_RULES,
 ]
 
 

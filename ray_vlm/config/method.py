@@ -117,8 +117,36 @@ class GrpoMethod(AlignmentMethod):
         None,
         gt=0,
         description="Largest `rollout_gap`, the mean difference between log-probabilities at sampling and in training, "
-        "before the run ends. null: 0.001 in fp32, otherwise 0.1.",
+        "before the run ends. null: 0.001 in fp32 on CPUs, otherwise 0.1, as GPUs multiply fp32 in TF32.",
     )
+    samplers: CountOrZero = Field(
+        0,
+        description="Processes beside the workers that sample, each with an engine of `rollouts` of its own. 0: each "
+        "worker samples the answers to its prompts itself.",
+    )
+    cpus_per_sampler: float | None = Field(
+        None,
+        gt=0,
+        description="CPUs of one sampler; also its number of torch threads. null: `cluster.cpus_per_worker`.",
+    )
+    gpus_per_sampler: Literal[0, 1] | None = Field(
+        None, description="GPUs of one sampler. null: 1 if workers have GPUs, otherwise 0."
+    )
+    max_staleness: Literal[0, 1] = Field(
+        0,
+        description="Steps between the adapter that samples and the one that learns. 0: each waits for the other. 1: "
+        "the answers of the next step are sampled while this one trains, and TRL corrects for the older adapter.",
+    )
+    sampling_batch: Count | None = Field(
+        None,
+        description="Prompts whose answers are sampled at a time. null: all of a worker's step; with samplers 1, or "
+        "equal shares for vLLM. Other numbers give other roundings, and so other tokens here and there.",
+    )
+
+    @property
+    def worker_engine(self) -> Literal["transformers", "vllm", "server", "samplers"]:
+        """What samples for a worker: an engine of `rollouts` in the worker itself, or samplers."""
+        return "samplers" if self.samplers else self.rollouts
 
 
 Method = Annotated[

@@ -159,9 +159,8 @@ def _prefill(
     Return logits of the first new token `[sequences, vocabulary]`, and the steps that follow.
     """
     mask = batch["attention_mask"]
-    positions, first = _positions(base, batch)  # first: the position of the first new token, int64 [sequences]
-    inputs = {key: value for key, value in batch.items() if key != "mm_token_type_ids" or not _has_axes(base)}
-    out = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+    inputs, first = forward_inputs(base, batch)
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
     logits, first, mask = (values.repeat_interleave(repeats, dim=0) for values in (out.logits[:, -1], first, mask))
     if static is not None and is_plain(cache):
@@ -171,6 +170,14 @@ def _prefill(
         cache.batch_repeat_interleave(repeats)
     make_room(cache)
     return logits, _PlainSteps(model, base, cache, first, mask)
+
+
+def forward_inputs(base: "PreTrainedModel", batch: dict[str, Any]) -> tuple[dict[str, Any], "Tensor"]:
+    """Return a collated batch as a forward takes it that neither reads nor writes the model's `rope_deltas`, and the
+    position of the token after each row, `int64 [rows]`."""
+    positions, following = _positions(base, batch)
+    inputs = {key: value for key, value in batch.items() if key != "mm_token_type_ids" or not _has_axes(base)}
+    return inputs | {"position_ids": positions}, following
 
 
 def _with_new_token(mask: "Tensor") -> "Tensor":

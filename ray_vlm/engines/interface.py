@@ -7,6 +7,7 @@ server that already runs (`server.py`), or actors that hold one of these (`actor
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,5 +70,16 @@ class Engine(ABC):
     def answer(self, rows: "Sequence[Sample]", max_new_tokens: int) -> list[list[int]]:
         """Return the tokens of a greedy answer to each prompt row, in order, with the end token where there is one."""
 
+    def sample_base(
+        self, rows: "Sequence[Sample]", sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        """Return `sample` of the base alone, as if the model had no adapter: what shows that the adapter is in use.
+        Only engines that hold a copy of the model can, and need to."""
+        raise NotImplementedError(f"{type(self).__name__} does not answer without the adapter.")
+
     def close(self) -> None:  # noqa: B027  (most engines hold nothing)
         """Give back processes, memory and files. The engine answers no more."""
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Return a context for several calls in a row, between which an engine that sleeps stays awake."""
+        return nullcontext()

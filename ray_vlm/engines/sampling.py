@@ -4,8 +4,8 @@ Each group of `sample_groups` has its own random numbers, so neither the other r
 workers changes it.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.engines.arithmetic import answering
 from ray_vlm.engines.decoding import build_static_steps, decode, end_ids
-from ray_vlm.engines.interface import Completion, Sampling
+from ray_vlm.engines.interface import Completion, Pixels, Sampling
 from ray_vlm.models.backbone import base_of, evaluation_mode
 
 if TYPE_CHECKING:
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from ray_vlm.engines.static_step import StaticSteps
-
-
-# Samples answers to rows: `sample_groups`, or vLLM's in its place.
-Sampler = Callable[..., list[list[Completion]]]
 
 
 def sample_groups(
@@ -36,7 +32,7 @@ def sample_groups(
     seeds: Sequence[Sequence[int]],
     device: str,
     group_batch: int | None = None,
-    pixels: Callable[[Sample], dict[str, Any]] | None = None,
+    pixels: Pixels | None = None,
 ) -> list[list[Completion]]:
     """Sample `sampling.num_generations` completions for each prompt row, in order.
 
@@ -74,7 +70,7 @@ def _sample_batch(
     sampling: Sampling,
     uniforms: np.ndarray,
     device: str,
-    pixels: Callable[[Sample], dict[str, Any]] | None,
+    pixels: Pixels | None,
     static: "StaticSteps | None",
 ) -> list[list[Completion]]:
     """Sample the groups of prompts that run together."""

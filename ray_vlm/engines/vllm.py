@@ -1,37 +1,43 @@
-"""Answers by vLLM, if the package is installed: GRPO's rollouts, and evaluation. Tried with vLLM's build for CPUs; not
-measured on a GPU.
+"""Answers by vLLM, if the package is installed: GRPO's rollouts, validation, evaluation and pairs. Tried with vLLM's
+build for CPUs; not measured on a GPU.
 
 vLLM runs in processes of its own. In training the *adapter* is sent at every step, as a new LoRA request: it is never
-merged into 4-bit weights, which would lose what a step has learned (TRL issues 3466, 4973). vLLM loads the base by
-itself, in 4 bit if the trainer does. TRL corrects for differences between the two models' log-probabilities (importance
-sampling), and the gap is logged.
+merged into 4-bit weights, which would lose what a step has learned (TRL issues 3466, 4973). It is sent as files:
+vLLM 0.32's `LoRARequest` names a folder, and its `from_lora_tensors` has no caller that takes tensors from outside.
+vLLM loads the base by itself, in 4 bit if the trainer does. TRL corrects for differences between the two models'
+log-probabilities (importance sampling), and the gap is logged.
+
+A call that fails ends the engine. vLLM leaves the requests of a failed step in its queue: an engine in this process
+would turn on them for ever in the next call, and one in a process of its own has ended. A call that hangs is seen by
+the watchdog (`cluster.stall_minutes`).
 """
 
 import json
 import logging
-import math
-import os
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
-from ray_vlm.config.schema import Model
-from ray_vlm.config.train import Precision
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
-from ray_vlm.engines.interface import Completion, Sampling
+from ray_vlm.engines.adapter_files import AdapterFiles
+from ray_vlm.engines.interface import Completion, Engine, Pixels, Sampling
+from ray_vlm.engines.vllm_requests import (
+    check_lengths,
+    check_prompt,
+    completion_of,
+    prompt_of,
+    sampling_params,
+)
+from ray_vlm.engines.vllm_start import AdapterRoom, EngineLimits, EngineSettings, plan_sleep, start_engine
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.models.backbone import base_of
+from ray_vlm.models.card_memory import read_card, release_memory
+from ray_vlm.models.engine_memory import MOST_SEQUENCES, describe_lack, plan_engine, plan_share
 from ray_vlm.models.families import part_of
-from ray_vlm.models.load import resolve_name
+from ray_vlm.models.load import load_config, resolve_name
 from ray_vlm.models.lora import check_adapter
-from ray_vlm.models.precision import DTYPES
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,229 +45,262 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import GRPOConfig
     from vllm import LLM
-    from vllm.outputs import CompletionOutput
+    from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
-_NEVER = -100.0  # added to the logits of tokens that are not sampled, the lowest value that vLLM takes
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as `max_lora_rank`
+_CPU_SEQUENCES = 32  # completions at a time for which an evaluation on CPUs has a cache; more wait
+# Families whose adapters on tower and connector vLLM runs with equal numbers, as tests/vllm has it.
+TOWER_FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """The base that an engine loads, the dtype of its arithmetic, the seed of its random numbers, and its device, `cpu`
-    or `cuda:N`."""
+class VllmEngine(Engine):
+    """A vLLM engine, with an adapter that is pushed or that lies in a folder.
 
-    model: Model
-    precision: Precision
-    seed: int
-    device: str = "cpu"
+    `pushes`: adapters that the engine has loaded. `wakes`: how often it was woken; `last_woke`: whether the last call
+    had to wake it."""
 
+    def __init__(
+        self,
+        settings: EngineSettings,
+        limits: EngineLimits,
+        builder: SampleBuilder,
+        never: Sequence[int],
+        key: str,
+        room: AdapterRoom | None = None,
+        adapter: Path | None = None,
+        sleep: int = 0,
+        **options: Any,
+    ):
+        """Start the engine.
 
-@dataclass(frozen=True)
-class EngineLimits:
-    """The largest requests that an engine gets, by which it reserves memory: tokens of a prompt and its answer, and
-    images of a prompt."""
+        `never`: tokens that are not sampled. `key`: the setting that asks for vLLM. `room`: None for no adapters.
+        `adapter`: a folder, for an engine to which none is pushed. `sleep`: the level of `plan_sleep`. `options`:
+        further ones of vLLM. Raise `ConfigError` without vLLM, and `RunError` if the engine does not start."""
+        self._settings, self._limits, self._builder, self._never = settings, limits, builder, tuple(never)
+        self._folder, self._files, self._loaded = adapter, AdapterFiles(), False
+        self._level, self._asleep, self._held = sleep, False, 0
+        self.pushes, self.wakes, self.last_woke = 0, 0, False
+        if sleep:
+            options["enable_sleep_mode"] = True
+        # The trainer's way of computing them: after the temperature.
+        options["logprobs_mode"] = "processed_logprobs"
+        self._engine: LLM | None = start_engine(settings, limits, key, room, **options)
 
-    tokens: int
-    images: int
-
-
-def start_engine(
-    settings: EngineSettings, limits: EngineLimits, key: str, max_lora_rank: int | None, **options: Any
-) -> "LLM":
-    """Start a `vllm.LLM` with the base, in 4 bit if the job says so. Raise `ConfigError` without vLLM.
-
-    `key`: the setting that asks for vLLM; `max_lora_rank`: None for no adapters; `options`: further ones of vLLM."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing in this package calls home
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise ConfigError(f"{key}: vllm is not installed ({error}). Install it, or use transformers.") from None
-    fitting = [rank for rank in _RANKS if rank >= (max_lora_rank or 0)]
-    lora = {} if max_lora_rank is None else {"max_loras": 1, "max_lora_rank": (fitting or [max_lora_rank])[0]}
-    started = time.monotonic()
-    with _only_card(settings.device):
-        engine = LLM(
-            model=resolve_name(settings.model.name),
-            revision=settings.model.revision,
-            quantization="bitsandbytes" if settings.model.load_in_4bit else None,
-            dtype=DTYPES[settings.precision],
-            max_model_len=limits.tokens,
-            limit_mm_per_prompt={"image": limits.images, "video": 0},
-            enable_lora=max_lora_rank is not None,
-            seed=settings.seed,
-            trust_remote_code=False,
-            **lora,
-            **options,
-        )
-    logger.info(f"vllm started in {time.monotonic() - started:.0f} s")
-    return engine
-
-
-@contextmanager
-def _only_card(device: str) -> Iterator[None]:
-    """Let processes that are started meanwhile see only the GPU `cuda:N`. vLLM takes the first that it sees, and Ray
-    Train shows each worker all GPUs of its node."""
-    if not device.startswith("cuda"):
-        yield
-        return
-    number, visible = int(device.partition(":")[2] or 0), os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
-    try:
-        yield
-    finally:
-        if visible is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
-
-
-def build_sampler(
-    settings: EngineSettings, limits: EngineLimits, model: "Module", args: "TrainingArguments"
-) -> Callable[..., list[list[Completion]]]:
-    """Return a function like `sample_groups`. `model`: the one that trains, whose adapter's ranks the engine makes room
-    for. `args`: TRL's `GRPOConfig`, whose `vllm_*` options set memory. Raise `ConfigError` if vLLM is not installed."""
-    config = cast("GRPOConfig", args)
-    engine = start_engine(
-        settings,
-        limits,
-        "method.rollouts",
-        largest_rank(model),
-        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-        logprobs_mode="processed_logprobs",  # as the trainer computes them: after the temperature
-    )
-    kinds = (getattr(base_of(model).config, name, None) for name in ("image_token_id", "video_token_id"))
-    never, pushed = [token for token in kinds if token is not None], 0
+    def update(self, model: "Module") -> None:
+        """Answer with the adapter `default` of `model` as it is now. It is sent with the next call."""
+        self._open()
+        with self._ends_on_failure("writing the adapter"):
+            self._folder, self._loaded = self._files.write(cast("PeftModel", model)), False
 
     def sample(
-        model: "PeftModel",
+        self,
         rows: Sequence[Sample],
-        builder: SampleBuilder,
         sampling: Sampling,
         seeds: Sequence[Sequence[int]],
-        *_: object,
-        **__: object,
+        pixels: Pixels | None = None,
     ) -> list[list[Completion]]:
-        nonlocal pushed
-        if not pushed:
-            names = [name for name, _ in model.named_parameters() if "lora_" in name]
-            _check_parts(names, builder, "method.rollouts: model.adapter")
-        pushed += 1  # vLLM caches adapters by number: every push needs a new one
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder, selected_adapters=["default"])
-            return generate(engine, Path(folder), pushed, rows, builder, sampling, seeds, never)
+        """Sample completions with the adapter. `pixels` is not used: vLLM processes the images itself.
 
-    return sample
+        With `top_p` or `top_k` they have no log-probabilities: vLLM's are of the tokens that these leave. Raise
+        `RunError` if the engine fails, which ends it, if a prompt is too long for it, or if it makes another prompt of
+        a row than training does."""
+        return self._ask(rows, sampling, seeds, with_adapter=True)
+
+    def sample_base(
+        self, rows: Sequence[Sample], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        """Sample as `sample` does, without the adapter."""
+        return self._ask(rows, sampling, seeds, with_adapter=False)
+
+    def answer(self, rows: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
+        """Return the tokens of a greedy answer to each row."""
+        greedy = Sampling(1, max_new_tokens, 0.0)
+        groups = self._ask(rows, greedy, [(self._settings.seed,)] * len(rows), with_adapter=True)
+        return [group[0].ids for group in groups]
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Do not sleep between the calls of this context, as for the batches of a validation."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if self._engine is not None:
+                self._sleep()
+
+    def close(self) -> None:
+        """End vLLM's processes and remove the adapter's files."""
+        engine, self._engine = self._engine, None
+        self._files.close()
+        if engine is not None:
+            engine.llm_engine.engine_core.shutdown()
+
+    def _ask(
+        self, rows: Sequence[Sample], sampling: Sampling, seeds: Sequence[Sequence[int]], with_adapter: bool
+    ) -> list[list[Completion]]:
+        engine = self._open()
+        check_lengths(rows, sampling.max_new_tokens, self._limits.tokens)
+        if not rows:
+            return []
+        requests = [sampling_params(sampling, seed, self._never) for _, seed in zip(rows, seeds, strict=True)]
+        owners = [i for i, params in enumerate(requests) for _ in params]
+        inputs = [prompt_of(row, self._builder) for row in rows]
+        flat = [one for params in requests for one in params]
+        with self._ends_on_failure("answering"):
+            self._wake()
+            adapter = self._push() if with_adapter else None
+            prompts = [inputs[i] for i in owners]
+            outputs = engine.generate(prompts, flat, lora_request=adapter, use_tqdm=False)
+            if [len(output.outputs) for output in outputs] != [params.n for params in flat]:
+                raise RunError(f"vllm answered {len(outputs)} of {len(flat)} requests, or with too few completions")
+            for i, output in zip(owners, outputs, strict=True):
+                check_prompt(rows[i], output.prompt_token_ids or (), self._builder.stock is None)
+            self._sleep()
+        groups: list[list[Completion]] = [[] for _ in rows]
+        for i, params, output in zip(owners, flat, outputs, strict=True):
+            groups[i] += [completion_of(answer, params, self._never) for answer in output.outputs]
+        return groups
+
+    def _open(self) -> "LLM":
+        if self._engine is None:
+            raise RunError("the vllm engine has ended: it was closed, or an earlier call failed. Start a new one.")
+        return self._engine
+
+    @contextmanager
+    def _ends_on_failure(self, phase: str) -> Iterator[None]:
+        """Close the engine after any failure, as vLLM's queue may hold requests of it. Raise `RunError` with the
+        reason."""
+        try:
+            yield
+        except RunError:
+            self.close()
+            raise
+        except Exception as error:  # vLLM, its processes and the libraries under it raise many types
+            self.close()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RunError(f"vllm failed while {phase}, and was ended: {reason}") from error
+        except BaseException:  # Ctrl-C amid a call leaves requests as well
+            self.close()
+            raise
+
+    def _wake(self) -> None:
+        """Wake the engine if it sleeps, and read the weights again if its sleep has dropped them."""
+        engine = self._open()
+        self.last_woke = self._asleep
+        if not self._asleep:
+            return
+        release_memory()  # what torch holds of the GPU without using it
+        if self._level == 1:
+            engine.wake_up()
+        else:
+            engine.wake_up(tags=["weights"])
+            engine.collective_rpc("reload_weights")
+            engine.wake_up(tags=["kv_cache"])
+            self._loaded = False  # vLLM drops adapters when it reads weights
+        self._asleep = False
+        self.wakes += 1
+
+    def _sleep(self) -> None:
+        if self._level and not self._held and not self._asleep:
+            self._open().sleep(level=self._level)
+            self._asleep = True
+
+    def _push(self) -> "LoRARequest | None":
+        """Return the request that names the adapter; load the adapter first if it is new."""
+        if self._folder is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        # vLLM keeps adapters, image features and prefixes by number and name: every push needs new ones.
+        self.pushes += not self._loaded
+        request = LoRARequest(f"push_{self.pushes}", self.pushes, str(self._folder))
+        if not self._loaded:
+            if not self._open().llm_engine.add_lora(request):
+                raise RunError(f"vllm did not take the adapter of push {self.pushes}")
+            self._loaded = True
+            self._files.keep_only(self._folder)
+        return request
 
 
-def largest_rank(model: "Module") -> int:
-    """Return the largest rank among the layers of a model's adapter."""
-    ranks = [p.shape[0] for name, p in model.named_parameters() if "lora_A.default" in name]
-    return max(ranks)
+def build_training_engine(
+    settings: EngineSettings,
+    limits: EngineLimits,
+    model: "Module",
+    builder: SampleBuilder,
+    args: "TrainingArguments",
+    sleep: int | None = None,
+    share: float | None = None,
+) -> VllmEngine:
+    """Start the engine of a job that trains (`method.rollouts: vllm`).
+
+    `model`: the one that trains, whose adapter the engine makes room for. `args`: TRL's `GRPOConfig`. `sleep`:
+    `method.sampler_sleep`. `share`: of the card's memory, as the job says it; None: planned. Raise `ConfigError`
+    without vLLM or for an adapter that it would load in part, and `RunError` if the engine does not start."""
+    import psutil
+
+    key = "method.rollouts"
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    room = AdapterRoom(largest_rank(model), check_parts(names, builder, f"{key}: model.adapter"))
+    kinds = (getattr(base_of(model).config, name, None) for name in ("image_token_id", "video_token_id"))
+    never = [token for token in kinds if token is not None]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    level = plan_sleep(sleep, settings.device, weights, psutil.virtual_memory().available)
+    sequences = limits.sequences or MOST_SEQUENCES
+    config = base_of(model).config
+    planned = plan_engine(config, settings.precision, weights, limits.tokens, sequences, bool(level))
+    release_memory()
+    card = read_card(settings.device)
+    if card is not None:
+        share = share if share is not None else plan_share(planned, card)
+        if lack := describe_lack(share * card.total, planned, card):
+            raise RunError(f"{key}: {lack}")
+        memory: dict[str, Any] = {"gpu_memory_utilization": share}
+    elif limits.sequences is not None:
+        memory = {"kv_cache_memory_bytes": int(planned.cache)}
+    else:
+        memory = {"gpu_memory_utilization": cast("GRPOConfig", args).vllm_gpu_memory_utilization}
+    return VllmEngine(settings, limits, builder, never, key, room, sleep=level, **memory)
 
 
-def _check_parts(names: Iterable[str], builder: SampleBuilder, who: str) -> None:
-    """Raise `ConfigError` if an adapter has weights that vLLM ignores. `who`: the adapter, for the message."""
-    if others := {part_of(builder.family, name) for name in names} - {"language"}:
-        raise ConfigError(
-            f"{who} adapts {', '.join(sorted(others))} too, and vllm takes adapters on the language model only. Use "
-            "transformers, or an adapter that was trained with lora.target=[language]."
-        )
+def build_answering_engine(
+    settings: EngineSettings, adapter: str | None, builder: SampleBuilder, limits: EngineLimits
+) -> VllmEngine:
+    """Start the engine of an evaluation (`evaluate.engine: vllm`). `adapter`: a folder; None: the base alone.
 
-
-def build_answerer(
-    settings: EngineSettings, adapter: str | None, builder: SampleBuilder, limits: EngineLimits, max_new_tokens: int
-) -> Callable[[Sequence[Sample]], list[str]]:
-    """Return a function that answers rows greedily (`evaluate.engine: vllm`). Raise `ModelError` for a damaged adapter.
-
-    `adapter`: a folder; None: the base alone."""
-    rank, folder = None, Path(adapter) if adapter is not None else None
+    Raise `ConfigError` without vLLM or for an adapter that it would load in part, `ModelError` for a damaged one, and
+    `RunError` if the engine does not start."""
+    key, room, folder = "evaluate.engine", None, Path(adapter) if adapter is not None else None
+    options: dict[str, Any] = {}
     if folder is not None:
         from safetensors import safe_open
 
         check_adapter(str(folder), resolve_name(settings.model.name), settings.model.name)
         with safe_open(folder / "adapter_model.safetensors", "np") as file:
-            _check_parts(file.keys(), builder, f"evaluate.engine: {folder}")
+            tower = check_parts(file.keys(), builder, f"{key}: {folder}")
         adapter_config = json.loads((folder / "adapter_config.json").read_text())
-        rank = max(adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values(), 1)
-    engine = start_engine(settings, limits, "evaluate.engine", rank)
-    greedy = Sampling(1, max_new_tokens, 0.0, 1.0, 0)
-
-    def answer(rows: Sequence[Sample]) -> list[str]:
-        seeds, never = [(settings.seed,)] * len(rows), [builder.image_token_id]
-        groups = generate(engine, folder, 1, rows, builder, greedy, seeds, never)
-        return [builder.text(group[0].ids) for group in groups]
-
-    return answer
+        room = AdapterRoom(max(adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values(), 1), tower)
+    if settings.device == "cpu":  # vLLM would take most of the computer's memory
+        sequences = limits.sequences or _CPU_SEQUENCES
+        config = load_config(settings.model)
+        planned = plan_engine(config, settings.precision, 0.0, limits.tokens, sequences, sleeps=False)
+        options["kv_cache_memory_bytes"] = int(planned.cache)
+    return VllmEngine(settings, limits, builder, [builder.image_token_id], key, room, folder, **options)
 
 
-def generate(
-    engine: "LLM",
-    adapter: Path | None,
-    number: int,
-    rows: Sequence[Sample],
-    builder: SampleBuilder,
-    sampling: Sampling,
-    seeds: Sequence[Sequence[int]],
-    never: Sequence[int],
-) -> list[list[Completion]]:
-    """Sample `num_generations` completions of each row, with the adapter in the folder `adapter` if there is one, and
-    without the tokens `never`.
+def largest_rank(model: "Module") -> int:
+    """Return the largest rank among the layers of a model's adapter."""
+    return max(p.shape[0] for name, p in model.named_parameters() if "lora_A.default" in name)
 
-    Raise `RunError` if vLLM makes another prompt of a row than training does."""
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
 
-    params = [
-        SamplingParams(
-            n=sampling.num_generations,
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k or -1,
-            logprobs=len(never),  # of these, beside the sampled token
-            # The trainer would look for the pixels of each image token.
-            logit_bias=dict.fromkeys(never, _NEVER),
-            logprob_token_ids=list(never),
-            seed=int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),  # one number
+def check_parts(names: Iterable[str], builder: SampleBuilder, who: str) -> bool:
+    """Return whether an adapter has weights outside of the language model. Raise `ConfigError` if it has and vLLM was
+    not shown to run them with equal numbers for this family. `who`: the adapter, for the message."""
+    others = {part_of(builder.family, name) for name in names} - {"language"}
+    if others and builder.family.model_type not in TOWER_FAMILIES:
+        raise ConfigError(
+            f"{who} adapts {', '.join(sorted(others))} too, which was tried with vllm for "
+            f"{' and '.join(TOWER_FAMILIES)} only, and this base is {builder.family.model_type}. Use transformers, or "
+            "an adapter that was trained with lora.target=[language]."
         )
-        for seed in seeds
-    ]
-    request = LoRARequest(f"step_{number}", number, str(adapter)) if adapter is not None else None
-    outputs = engine.generate([prompt_of(row, builder) for row in rows], params, lora_request=request, use_tqdm=False)
-    for row, output in zip(rows, outputs, strict=True):
-        if len(output.prompt_token_ids) != len(row.input_ids):
-            raise RunError(
-                f"vllm makes {len(output.prompt_token_ids)} tokens of the prompt of row {row.number}, and training "
-                f"{len(row.input_ids)}: it resizes images in another way, or its template is another. Use transformers "
-                "for method.rollouts and evaluate.engine, and please report this."
-            )
-    assert isinstance(sampling.temperature, float | int)  # only pairs are sampled at several, by the package's loop
-    bias = _NEVER / (sampling.temperature or 1.0)  # vLLM adds it before it divides by the temperature
-    return [[_completion(answer, never, bias) for answer in output.outputs] for output in outputs]
-
-
-def prompt_of(row: Sample, builder: SampleBuilder) -> dict[str, Any]:
-    """Convert a row to vLLM's input: token ids with one image token for each image, which vLLM expands, and resized
-    images."""
-    from PIL import Image
-
-    token, ids = builder.image_token_id, row.input_ids.tolist()
-    prompt_ids = [t for i, t in enumerate(ids) if t != token or i == 0 or ids[i - 1] != token]
-    prompt: dict[str, Any] = {"prompt_token_ids": prompt_ids}
-    if row.images:
-        prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in row.images]}
-        if builder.stock is None:
-            # They have the size that training uses, which may be outside the limits of the base's own processor.
-            prompt["mm_processor_kwargs"] = {"do_resize": False}
-    return prompt
-
-
-def _completion(answer: "CompletionOutput", never: Sequence[int], bias: float) -> Completion:
-    """Return an answer with log-probabilities over the whole vocabulary. vLLM's are over what the `bias` of the tokens
-    `never` leaves: with r, the sum of their probabilities without it, all others are larger by a factor of 1 + r."""
-    logprobs = []
-    for token, of_token in zip(answer.token_ids, answer.logprobs, strict=True):
-        banned = sum(math.exp(of_token[other].logprob - bias) for other in never)
-        logprobs.append(of_token[token].logprob - math.log1p(banned))
-    return Completion(list(answer.token_ids), logprobs, answer.finish_reason == "stop")
+    return bool(others)

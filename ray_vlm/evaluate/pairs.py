@@ -31,7 +31,6 @@ from ray_vlm.data.samples import SampleBuilder, load_sample_builder
 from ray_vlm.data.sources.tables import text_fault
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.engines.interface import Completion, Sampling
-from ray_vlm.engines.sampling import sample_groups
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
 from ray_vlm.evaluate.weights import trained_weights
@@ -154,7 +153,7 @@ def _sample_batch(
     job, builder = worker.inference.job, worker.builder
     rows = [builder.prompt_row(record) for record in records]
     sampling = _build_sampling(job.pairs, job.evaluate.max_new_tokens)
-    groups = sample_groups(worker.model, rows, builder, sampling, [(job.seed, i) for i in positions], worker.device)
+    groups = worker.engine.sample(rows, sampling, [(job.seed, i) for i in positions])
     texts = [[builder.text(answer.ids) for answer in group] for group in groups]
     rewards = load_scoring(job.task.name, job.pairs, job.method, builder.spec.labels)
     scores = iter(_score(rewards, builder, records, texts, groups))

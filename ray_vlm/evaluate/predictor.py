@@ -161,10 +161,10 @@ class Predictor:
         options, builder = self.job.evaluate, self.builder
         costs = [sum(builder.token_counts(record)[:2]) for record in records]
         answers = [""] * len(records)
+        self._worker.expect(records)
         for batch in plan_batches(costs, options.batch_size):
             part = [records[i] for i in batch]
-            model, device = self._worker.model, self._worker.device
-            texts = generate_answers(model, part, builder, len(part), options.max_new_tokens, device)
+            texts = generate_answers(self._worker.engine, part, builder, len(part), options.max_new_tokens)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
         return [self.understand(*row) for row in zip(records, answers, asks, strict=True)]

@@ -16,8 +16,8 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.engines.interface import Sampling
-from ray_vlm.engines.sampling import sample_groups
+from ray_vlm.engines.interface import Engine, Sampling
+from ray_vlm.engines.own import OwnEngine
 from ray_vlm.evaluate.generate import generate_answers
 from ray_vlm.evaluate.metrics import measure
 from ray_vlm.evaluate.prediction import Prediction, build_predictions
@@ -72,11 +72,12 @@ class Validation(ABC):
                 yield batch or records[:1], bool(batch)
             progress.reach(min(start + size, len(records)))
 
-    def answer(self, model: "PreTrainedModel") -> list[str]:
-        """Return the model's greedy answer to each of this rank's records."""
+    def answer(self, engine: Engine) -> list[str]:
+        """Return the engine's greedy answer to each of this rank's records."""
         size, limit = self.options.batch_size, self.options.max_new_tokens
         progress = self._progress("validation, answers")
-        return generate_answers(model, self.records, self.builder, size, limit, self.context.device, progress.reach)
+        with engine.awake():
+            return generate_answers(engine, self.records, self.builder, size, limit, progress.reach)
 
     def score_task(self, predictions: list[Prediction]) -> Metrics:
         """Return the task's metrics of all ranks' predictions, which rank 0 measures."""
@@ -93,6 +94,8 @@ class Validation(ABC):
 class AnswerValidation(Validation):
     """Validates SFT: `loss`, and unless that is the job's metric, the task's metrics."""
 
+    _engine: OwnEngine | None = None  # keeps how many rows fit at a time
+
     def _measure(self, trainer: "PlannedTrainer") -> tuple[Metrics, list[Prediction]]:
         """Return the metrics and the predictions, without any if the job's metric is the loss."""
         model = trainer.model
@@ -100,7 +103,10 @@ class AnswerValidation(Validation):
         metrics = {"loss": summed / max(tokens, 1.0)}
         predictions: list[Prediction] = []
         if self.options.metric != "loss":
-            predictions = build_predictions(cast(list[SftRecord], self.records), self.answer(model), self.builder)
+            self._engine = self._engine or OwnEngine(model, self.builder, self.context.device)
+            self._engine.update(model)
+            answers = self.answer(self._engine)
+            predictions = build_predictions(cast(list[SftRecord], self.records), answers, self.builder)
             metrics |= self.score_task(predictions)
         return metrics, predictions
 
@@ -148,7 +154,8 @@ class RewardValidation(Validation):
 
     def _measure(self, trainer: "PlannedGRPOTrainer") -> tuple[Metrics, list[Prediction]]:  # type: ignore[override]
         """Return the metrics, and predictions of rows with a truth."""
-        records, answers = self.records, self.answer(trainer.model)
+        trainer.engine.update(trainer.accelerator.unwrap_model(trainer.model))
+        records, answers = self.records, self.answer(trainer.engine)
         ids = [self.builder.tokenizer.encode(text, add_special_tokens=False) for text in answers]
         scores = self._score(trainer, records, answers, ids)
         everyone = [parts for rank_scores in self.context.gather(scores) for parts in rank_scores]
@@ -170,13 +177,16 @@ class RewardValidation(Validation):
 
     def _sample(self, trainer: "PlannedGRPOTrainer") -> list[dict[str, float | None]]:
         """Return the scores of answers sampled to each record, with the same random numbers at every validation."""
-        method, records = trainer.method, self.records
+        method, records, engine = trainer.method, self.records, trainer.engine
         repeats = method.num_generations_eval
         sampling = Sampling(repeats, method.max_completion_tokens, method.temperature, method.top_p, method.top_k)
         rows = [self.builder.prompt_row(record) for record in records]
         seeds = [(trainer.inputs.seed, record.row) for record in records]
-        model, size = trainer.accelerator.unwrap_model(trainer.model), max(1, self.options.batch_size // repeats)
-        groups = sample_groups(model, rows, self.builder, sampling, seeds, self.context.device, size)
+        size = max(1, self.options.batch_size // repeats)
+        starts = range(0, len(rows), size)
+        with engine.awake():
+            parts = [engine.sample(rows[i : i + size], sampling, seeds[i : i + size]) for i in starts]
+        groups = [group for part in parts for group in part]
         ids = [answer.ids for group in groups for answer in group]
         repeated = [record for record in records for _ in range(repeats)]
         return self._score(trainer, repeated, [self.builder.text(answer) for answer in ids], ids)

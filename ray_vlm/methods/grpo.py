@@ -1,13 +1,14 @@
 """Group-relative policy optimisation: TRL's `GRPOTrainer` (Shao et al. 2024, arXiv:2402.03300) on sampled answers.
 
 Every optimizer step samples `num_generations` answers to each prompt, scores them, and learns from how each differs
-from its group. All answers of a group are on one worker. This package provides the prompts, the rollout
-(`engines/sampling.py`), the rewards (`rewards.py`), and processes each image once. Advantages, loss and their options
-are TRL's.
+from its group. All answers of a group are on one worker. This package provides the prompts, the engine that
+samples (`engines/`), the rewards (`rewards.py`), and processes each image once. Advantages, loss and their options are
+TRL's.
 """
 
-from collections import Counter
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from types import MappingProxyType
@@ -26,13 +27,19 @@ from ray_vlm.data.collate import attach_plan, batch_rows, join_pixels, plan_rows
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
-from ray_vlm.engines.interface import Completion, Sampling
-from ray_vlm.engines.sampling import Sampler, sample_groups
+from ray_vlm.engines.actors import SamplerPool
+from ray_vlm.engines.adapter_check import CheckedEngine
+from ray_vlm.engines.dealing import cut
+from ray_vlm.engines.interface import Completion, Engine, Sampling
+from ray_vlm.engines.own import OwnEngine
+from ray_vlm.engines.rollout_gap import describe_gap, largest_gap
 from ray_vlm.errors import RunError
-from ray_vlm.methods.portions import sample_in_portions
+from ray_vlm.methods.ahead import SampledAhead, seeds_of
 from ray_vlm.methods.rewards import Rewards, score_answers
 from ray_vlm.methods.trainer import PlannedTrainer, TrainerInputs
-from ray_vlm.models.card_memory import release_memory
+from ray_vlm.models.backbone import base_of, evaluation_mode
+from ray_vlm.models.cast_adapter import half_precision_of
+from ray_vlm.models.frozen_encoder import why_not_cached
 from ray_vlm.models.layouts import LayoutPlanner
 from ray_vlm.models.memory import token_bytes
 from ray_vlm.models.precision import autocast
@@ -43,6 +50,7 @@ _LOGGED = {
     "completions/clipped_ratio": "truncated",
     "frac_reward_zero_std": "groups_without_signal",
     "rollout_gap": "rollout_gap",
+    **{name: name for name in ("staleness", "corrected", "waiting_s", "sampling_s", "samplers_idle_s")},
     "clip_ratio/region_mean": "clipped",
 }
 _ANY_TOKEN = 20  # of text, for answers that are only measured
@@ -59,14 +67,20 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         assert inputs.rewards is not None
         self.method, self.rewards = inputs.method, inputs.rewards
         super().__init__(model, args, inputs, reward_funcs=[_stand_in(name) for name in self.rewards.weights])
-        self.use_vllm = self.method.rollouts == "vllm"  # TRL then corrects for vLLM's other log-probabilities
-        self.sample: Sampler = inputs.sampler or sample_groups
-        self.group_batch = inputs.group_batch
+        # The engine runs a model of its own, whose log-probabilities differ: TRL then corrects for them.
+        # So does an adapter that is a step older.
+        self.use_vllm = self.method.rollouts != "transformers" or self.method.max_staleness > 0
+        self.engine: Engine = inputs.engine or OwnEngine(self.model, self.builder, str(args.device))
+        self.largest_gap = self._largest_gap()
         self.rows: list[Sample] = []  # the prompt of each current answer
         self.answers: list[Completion] = []
         self.ids: Sequence[Sequence[int]] = ()  # tokens of the answers to `rows`
         self.sampled: tuple[torch.Tensor, torch.Tensor] | None = None  # log-probabilities and mask, [answers, tokens]
         self.pixels: dict[int, tuple[Sample, dict[str, Any]]] = {}  # image inputs of the step's prompts
+        self.ahead: SampledAhead | None = None  # what samplers beside this worker answer
+        pool = self.engine.engine if isinstance(self.engine, CheckedEngine) else self.engine
+        if isinstance(pool, SamplerPool):
+            self.ahead = SampledAhead(pool)
 
     @classmethod
     def build_args(cls, method: Method, shared: Mapping[str, Any], plan: Plan, rewards: Rewards | None) -> GRPOConfig:
@@ -151,64 +165,80 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         batch = self._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(group)])
         logps = [torch.tensor(answer.logprobs) for answer in self.answers]
         sampled = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True).to(batch["completion_ids"].device)
+        if (ratio := batch.get("importance_sampling_ratio")) is not None:
+            self._log_corrected(ratio, batch["completion_mask"])
         return batch | {"rows": self.rows, "answers": self.ids, "sampled": sampled}
 
     def _sample_answers(self) -> list[Completion]:
-        """Sample the answers to the step's prompts, group by group. A group's random numbers depend only on the seed,
-        the step, the row, and how often the row was in the step before."""
-        method = self.method
+        """Sample the answers to the step's prompts, group by group."""
+        method, step = self.method, self.state.global_step
         rows = self.rows[:: method.num_generations]
-        seen: Counter[int] = Counter()
-        seeds = []
-        for row in rows:
-            seeds.append((self.inputs.seed, self.state.global_step, row.number, seen[row.number]))
-            seen[row.number] += 1
         sampling = Sampling(
             method.num_generations, method.max_completion_tokens, method.temperature, method.top_p, method.top_k
         )
-        model, device = self.accelerator.unwrap_model(self.model), str(self.args.device)
-        groups, self.group_batch = sample_in_portions(
-            self.sample, model, rows, self.builder, sampling, seeds, device, self.group_batch, self.prompt_pixels
-        )
-        if self.group_batch is not None:  # there is little room: what sampling has reserved is given back for the step
-            release_memory()
+        model = self.accelerator.unwrap_model(self.model)
+        self.engine.update(model)
+        seeds = seeds_of(rows, self.inputs.seed, step)
+        if self.ahead is not None:
+            if isinstance(self.engine, CheckedEngine):
+                self.engine.check(rows, method.max_completion_tokens)
+            coming = self.inputs.batches.peek() if method.max_staleness else None
+            self.ahead.submit(step, step, rows, seeds, sampling)
+            if coming:
+                self.ahead.submit(step + 1, step, coming, seeds_of(coming, self.inputs.seed, step + 1), sampling)
+            self._encode_images(rows, self.ahead.portion_size(len(rows)))
+            groups, logged = self.ahead.collect(step)
+            for name, value in logged.items():
+                self._metrics["train"][name].append(value)
+        else:
+            groups = []
+            for portion, _ in cut([0.0] * len(rows), method.sampling_batch or max(1, len(rows))):
+                part = slice(portion.start, portion.stop)
+                groups += self.engine.sample(rows[part], sampling, seeds[part], self.prompt_pixels)
         return [answer for group in groups for answer in group]
+
+    def _encode_images(self, rows: Sequence[Sample], size: int) -> None:
+        """Compute the features of a frozen encoder that the step keeps (`StepFeatureCache`), `size` prompts at a time,
+        as sampling in this worker does: in other batches they round in another way."""
+        base, device = base_of(self.model), str(self.args.device)
+        forwards = self.inputs.forwards
+        keeps = (forwards.cache_step_features or forwards.vision_cache is not None) and not why_not_cached(self.model)
+        if self.builder.stock is not None or not keeps:
+            return
+        dtype = half_precision_of(self.model)
+        cast = nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
+        with torch.no_grad(), evaluation_mode(self.model), cast:
+            for portion, _ in cut([0.0] * len(rows), size):
+                shown = [rows[i] for i in portion if rows[i].images]
+                if shown:
+                    pixels = join_pixels([self.prompt_pixels(row) for row in shown])
+                    attach_plan(pixels, plan_rows(shown, self.builder), device)
+                    base.base_model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"])
 
     def try_rollout(self, rows: list[Sample], precision: Precision) -> int | None:
         """Sample the first tokens of the answers to as many prompts as are sampled at a time, each as long as the
         longest of these rows, while the keys and values of all further tokens are held."""
-        if self.use_vllm:
+        engine = self.engine
+        if not isinstance(engine, OwnEngine):
             return None
         method, args, device = self.method, self.args, str(self.args.device)
         few = min(_FEW_TOKENS, method.max_completion_tokens)
-        of_token = token_bytes(self.model.config, precision) * method.num_generations
+        later = method.num_generations * (method.max_completion_tokens - few)  # tokens of a prompt's answers
         prompts = max(1, args.per_device_train_batch_size * args.gradient_accumulation_steps // method.num_generations)
-        prompts = min(self.group_batch or prompts, prompts)
-
-        def sample(*given: Any, group_batch: int | None, **options: Any) -> list[list[Completion]]:
-            later = of_token * (group_batch or prompts) * (method.max_completion_tokens - few)
-            held = torch.empty(later, dtype=torch.uint8, device=device)
-            answers = self.sample(*given, group_batch=group_batch, **options)
-            del held
-            return answers
-
+        prompts = min(engine.group_batch or prompts, prompts)
         sampling = Sampling(method.num_generations, few, method.temperature, method.top_p, method.top_k)
         longest = max(rows, key=lambda row: len(row.input_ids))
         seeds = [(self.inputs.seed, number) for number in range(prompts)]
         self.pixels = {}
         self.recent.start(len(longest.images))
+        engine.update(self.model)
         try:
             with torch.random.fork_rng([device] if device.startswith("cuda") else []), autocast(precision, device):
-                _, portion = sample_in_portions(
-                    *(sample, self.model, [longest] * prompts, self.builder, sampling, seeds, device),
-                    group_batch=self.group_batch,
-                    pixels=self.prompt_pixels,
-                )
+                held = later * token_bytes(self.model.config, precision)
+                return engine.try_sampling([longest] * prompts, sampling, seeds, self.prompt_pixels, held)
         finally:
             self.pixels = {}
             self.recent.start(0)
-        self.group_batch = portion
-        return portion or prompts
 
     def prompt_pixels(self, row: Sample) -> dict[str, Any]:
         """Return a prompt's image inputs. They are processed once in a step, for sampling and training."""
@@ -283,10 +313,34 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         return logps, entropies, aux
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """Log the step's numbers as TRL does, which takes plain numbers only: the device is read once a step."""
+        """Log the step's numbers as TRL does, which takes plain numbers only: the device is read once a step.
+
+        Raise `RunError` after a step whose `rollout_gap` is above the bound, on all ranks."""
+        gap = 0.0
         if gaps := self._metrics["train"].get("rollout_gap"):
             gaps[:] = torch.stack(gaps).tolist()
+            gap = sum(gaps) / len(gaps)
         super().log(*args, **kwargs)
+        if gap > self.largest_gap:
+            raise RunError(describe_gap(self.state.global_step, gap, self.largest_gap, self.method.rollouts))
+
+    def _largest_gap(self) -> float:
+        """Return the largest `rollout_gap` that does not end the run. By default dropout, which only training has,
+        and an older adapter leave no bound."""
+        drops = any(module.p > 0 for module in self.model.modules() if isinstance(module, torch.nn.Dropout))
+        if self.method.max_rollout_gap is None and (drops or self.method.max_staleness):
+            return math.inf
+        precision: Precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
+        return largest_gap(self.method.max_rollout_gap, precision, str(self.args.device))
+
+    def _log_corrected(self, ratio: torch.Tensor, mask: torch.Tensor) -> None:
+        """Keep for `log` the share of answers, or of tokens, whose importance ratio TRL has cut or masked."""
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        bounds = [bound for bound in (low, high, 0.0) if bound is not None]
+        changed = torch.stack([ratio == bound for bound in bounds]).any(dim=0)
+        counted = mask.bool() if ratio.shape == mask.shape else torch.ones_like(changed)
+        share = (changed & counted).sum() / counted.sum().clamp(min=1)
+        self._metrics["train"]["corrected"].append(self.accelerator.gather(share).mean().item())
 
     def _log_rollout_gap(self, logps: torch.Tensor) -> None:
         """Keep for `log` how far the trainer's log-probabilities of the sampled tokens are from those at sampling."""

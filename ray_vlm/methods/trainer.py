@@ -25,7 +25,7 @@ from ray_vlm.data.rows import Rows
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import Stream
-from ray_vlm.engines.sampling import Sampler
+from ray_vlm.engines.interface import Engine
 from ray_vlm.methods.clock import Clock
 from ray_vlm.methods.loss_scale import LossScale
 from ray_vlm.methods.reference import ReferenceCache
@@ -88,6 +88,12 @@ class PlannedBatches:
             self._count(rows)
             yield batch
 
+    def peek(self) -> list[Sample] | None:
+        """Return the rows of the next micro-batch, which stays in the stream, or None behind the last. Waits for
+        them."""
+        with self.clock.phase("data", host=True):
+            return self._feed.take_item()
+
     def _count(self, rows: Sequence[Sample]) -> None:
         """Count a micro-batch that was taken, and log those of its rows that replace others."""
         planned = self._plan.micro_batch(self.number, self._rank).rows
@@ -114,9 +120,9 @@ class TrainerInputs:
     parts of the model that differ from the others. `planner`: plans the layouts of batches; None for a family with
     its own processor. `adapter_is_reference`: the reference of DPO and GRPO is the adapter
     that training starts from, not the base. `tolerates_nonfinite`: the run goes on after a step whose loss is not
-    finite. `validate` and `write_checkpoint` are called by the trainer when they are due. Of GRPO: `rewards`, `sampler`
-    and `group_batch`, the prompts whose answers are sampled at a time (None: all of a step). `reference`: of DPO, where
-    its log-probabilities are computed in advance.
+    finite. `validate` and `write_checkpoint` are called by the trainer when they are due. Of GRPO: `rewards` and
+    `engine`, which samples (None: the package's own loop). `reference`: of DPO, where its log-probabilities are
+    computed in advance.
     """
 
     method: Method
@@ -137,8 +143,7 @@ class TrainerInputs:
     validate: "Callable[[PlannedTrainer], dict[str, float]] | None" = None
     write_checkpoint: "Callable[[PlannedTrainer], None] | None" = None
     rewards: Rewards | None = None
-    sampler: Sampler | None = None
-    group_batch: int | None = None
+    engine: Engine | None = None
     reference: ReferenceCache | None = None
 
     def row_id(self, row: int) -> str:

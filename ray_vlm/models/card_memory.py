@@ -60,7 +60,7 @@ def prepare_gpu(cluster: Cluster, method: Method) -> None:
     vLLM's own allocator does not go with segments that grow, so where it samples the setting is left alone."""
     if cluster.gpus_per_worker:
         release_memory()
-        if not (isinstance(method, GrpoMethod) and method.rollouts == "vllm"):
+        if not (isinstance(method, GrpoMethod) and method.worker_engine == "vllm"):
             set_allocator()
 
 

@@ -61,6 +61,8 @@ def quiet_libraries() -> None:
             logger.addFilter(_ErrorsOnly())
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(transformers|trl|peft|accelerate|torch|ray)\b")
+    # It names other versions than those that were tried; `engines/vllm_start.py` has a warning of its own.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions", category=UserWarning)
     if "transformers" in sys.modules:  # it read the environment when it was loaded
         import transformers
 

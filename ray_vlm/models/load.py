@@ -356,6 +356,28 @@ def load_adapted(
     return get_peft_model(model, lora_config(lora, family))
 
 
+def build_adapter_alone(spec: Model, lora: Lora, family: Family) -> Any:
+    """Return the base without weights, and on it what `load_adapted` trains, in float32 on the CPU: the adapter has the
+    names and shapes of a trained one, and its values are yet to be set."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        base = AutoModelForImageTextToText.from_config(load_config(spec))
+        if spec.adapter is None:
+            model: Any = get_peft_model(base, lora_config(lora, family))
+        else:
+            model = get_peft_model(base, LoraConfig.from_pretrained(fetch_folder(spec.adapter)))
+            model = train_parts(model, lora, family)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                empty = torch.zeros(parameter.shape)
+                module.register_parameter(name, torch.nn.Parameter(empty))
+    return model
+
+
 def load_resident(spec: Model, precision: Precision, device: str = "cpu") -> "PreTrainedModel":
     """Return the base as `load_model` does, but read weights only once in this process. They must not be changed.
 

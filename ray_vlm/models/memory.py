@@ -27,7 +27,6 @@ FRAGMENTATION = 0.06  # share of activations that is reserved beside them: free 
 # NCCL's buffers on one worker: for two workers, for each further one, and at most.
 _NCCL_TWO, _NCCL_MORE, _NCCL_MOST = 0.3 * GIB, 0.1 * GIB, 1.2 * GIB
 _MOMENT_BLOCK = 256  # weights that share a scale in bitsandbytes' 8-bit optimizers
-_VLLM_SHARE = 0.3  # TRL's `vllm_gpu_memory_utilization`
 _CHOICE_BYTES = 36  # of one logit while a token is chosen: scores, log-probabilities, sums of them in float64
 _PREFILL_WIDTHS = 6  # hidden states of a layer that are alive at once in a prompt's forward, beside the MLP's two
 
@@ -241,20 +240,13 @@ def shared_out(
 
 
 def cuda_parts(settings: StepSettings) -> dict[str, float]:
-    """Return the bytes on a worker's GPU that torch's allocator does not have: CUDA's, NCCL's, and vLLM's where it
-    samples in the worker's process. Empty on CPUs.
-
-    vLLM takes its share of the whole card, so it is counted where `cluster.gpu_memory_gib` is given.
-    """
-    cluster, method = settings.cluster, settings.method
+    """Return the bytes on a worker's GPU that torch's allocator does not have: CUDA's and NCCL's. Empty on CPUs."""
+    cluster = settings.cluster
     if not cluster.gpus_per_worker:
         return {}
     parts = {"CUDA's own": CUDA_CONTEXT}
     if (workers := cluster.least_workers) > 1:
         parts["NCCL's buffers"] = min(_NCCL_MOST, _NCCL_TWO + _NCCL_MORE * (workers - 2))
-    if isinstance(method, GrpoMethod) and method.rollouts == "vllm" and cluster.gpu_memory_gib is not None:
-        share = float(method.trl.get("vllm_gpu_memory_utilization", _VLLM_SHARE))
-        parts["vLLM's share of the card"] = share * usable_gib(cluster.gpu_memory_gib) * GIB
     return parts
 
 
@@ -272,7 +264,7 @@ def group_bytes(settings: StepSettings, config: "PreTrainedConfig", size: RowSiz
     These are the answers' keys and values, of the prompt too, what choosing a token takes, and the prompt's forward.
     """
     method, precision = settings.method, settings.train.precision
-    if not isinstance(method, GrpoMethod) or method.rollouts == "vllm":
+    if not isinstance(method, GrpoMethod) or method.worker_engine != "transformers":
         return 0.0
     text, prompt = config.get_text_config(), size.image_tokens + size.prompt_tokens
     sequence = token_bytes(config, precision) * (prompt + method.max_completion_tokens)

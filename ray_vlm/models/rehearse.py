@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ray_vlm.config.train import Recompute
 from ray_vlm.models.attention import attend_at_once
 from ray_vlm.models.backbone import language_layers, language_model, recompute
+from ray_vlm.models.engine_memory import engine_of
 from ray_vlm.models.families import Family
 from ray_vlm.models.fused_adapter import fuse_adapters
 from ray_vlm.models.head_tiles import cuda_tiles
@@ -385,7 +386,15 @@ def estimate(
     step = max(0.0, live.peak - weights.trained)  # without gradients, which `shared_out` counts
     when = max((name for name in live.peaks if name), key=lambda name: live.peaks[name])
     beside, slack = cuda_parts(settings), FRAGMENTATION if settings.cluster.gpus_per_worker else 0.0
-    sampled, portion = group_bytes(settings, rehearsal.config, max(sizes, key=lambda size: size.tokens)), None
+    longest = max(sizes, key=lambda size: size.tokens)
+    sampled, portion = group_bytes(settings, rehearsal.config, longest), None
+    engine = engine_of(settings, rehearsal.config, weights, longest)
+    if engine is not None:  # in its own process: it is awake while answers are sampled, and torch holds none of it
+        beside |= {"vLLM, all the time": engine.asleep}
+        awake = engine.total - engine.asleep
+        if awake > step:
+            parts |= {"sampling of answers": awake} | beside
+            return Estimate(parts, "sampling", step)
     if sampled:
         groups = portion = count_groups(settings)
         if room is not None:

@@ -56,12 +56,13 @@ def measure_compute(run: Run) -> dict[str, Any]:
     name = next((line["device"] for line in run.lines if line["kind"] == "start" and line.get("device")), None)
     peak, lost = find_peak(name or ""), measure_lost(run)
     wall_h = run.wall_s / 3600
+    sampler_cpus, sampler_cards = _samplers(run)
     return {
         "device": name,
         "num_workers": workers,
         "wall_s": run.wall_s,
-        "gpu_hours": wall_h * processes * cards,
-        "cpu_hours": wall_h * processes * float(setting(run.job, "cluster.cpus_per_worker") or 1),
+        "gpu_hours": wall_h * (processes * cards + sampler_cards),
+        "cpu_hours": wall_h * (processes * float(setting(run.job, "cluster.cpus_per_worker") or 1) + sampler_cpus),
         "peak_memory_gib": max((n for line in steps if (n := number_of(line, "peak_memory_gib"))), default=None),
         "tokens": round(tokens),
         "images": images,
@@ -73,6 +74,35 @@ def measure_compute(run: Run) -> dict[str, Any]:
         **measure_energy(run),
         "time_s": split_wall(run, steps, lost["s"]),
         "lost": lost,
+        **measure_sampling(steps),
+    }
+
+
+def _samplers(run: Run) -> tuple[float, float]:
+    """Return the CPUs and the GPUs of all samplers beside the workers."""
+    count = float(setting(run.job, "method.samplers") or 0)
+    cpus, cards = setting(run.job, "method.cpus_per_sampler"), setting(run.job, "method.gpus_per_sampler")
+    if cards is None:
+        cards = float(bool(setting(run.job, "cluster.gpus_per_worker")))
+    return count * float(cpus or setting(run.job, "cluster.cpus_per_worker") or 1), count * float(cards)
+
+
+def measure_sampling(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return the shares of the steps' time in which a sampler of GRPO sampled (`sampling_share`) or had nothing to do
+    (`samplers_idle_share`) and in which the workers waited for answers (`waiting_share`), and `overlap_gain`: the time
+    that the same work would take if samplers and workers never worked at once, as a multiple of the time that it took.
+    All None for runs without samplers.
+    """
+    sampled = [line for line in steps if is_number(line.get("sampling_s"))]
+    total = _sum(sampled, "step_s")
+    if not total:
+        return dict.fromkeys(("sampling_share", "samplers_idle_share", "waiting_share", "overlap_gain"))
+    sampling, waiting = _sum(sampled, "sampling_s"), _sum(sampled, "waiting_s")
+    return {
+        "sampling_share": sampling / total,
+        "samplers_idle_share": _sum(sampled, "samplers_idle_s") / total,
+        "waiting_share": waiting / total,
+        "overlap_gain": (total - waiting + sampling) / total,
     }
 
 
@@ -154,15 +184,24 @@ _TITLES = {
     "energy_kwh": "energy (kWh, estimate)",
     "co2_kg": "CO2 (kg, estimate)",
     "unfinished_hours": "hours of unfinished runs",
+    "sampling_share": "a sampler samples (share of the steps)",
+    "samplers_idle_share": "a sampler has nothing to do",
+    "waiting_share": "workers wait for samplers",
+    "overlap_gain": "sampling and training at once, against one after the other",
 }
 
 
-_RARE = ("unfinished_hours",)  # only of several runs together
+# Only of several runs together, and only of runs with samplers.
+_RARE = ("unfinished_hours", "sampling_share", "samplers_idle_share", "waiting_share", "overlap_gain")
 
 
 def write_markdown(titles: Sequence[str], costs: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table with one column for each run."""
-    shown = {key: title for key, title in _TITLES.items() if key not in _RARE or any(key in cost for cost in costs)}
+    shown = {
+        key: title
+        for key, title in _TITLES.items()
+        if key not in _RARE or any(cost.get(key) is not None for cost in costs)
+    }
     rows = [["", *titles], *([title, *(_tell(cost.get(key)) for cost in costs)] for key, title in shown.items())]
     rows.append(["wall time", *(format_duration(cost["wall_s"]) for cost in costs)])
     for phase in costs[0]["time_s"] if costs else ():
@@ -173,8 +212,9 @@ def write_markdown(titles: Sequence[str], costs: Sequence[Mapping[str, Any]]) ->
 
 
 def describe_hours(cost: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return titles and texts of a cost's hours, energy and CO2, where they are known and not 0."""
-    keys = ("gpu_hours", "cpu_hours", "unfinished_hours", "energy_kwh", "co2_kg")
+    """Return titles and texts of a cost's hours, energy, CO2, and how samplers and workers shared the time, where they
+    are known and not 0."""
+    keys = ("gpu_hours", "cpu_hours", "unfinished_hours", "energy_kwh", "co2_kg", *_RARE[1:])
     return [(_TITLES[key], format_number(cost[key])) for key in keys if cost.get(key)]
 
 

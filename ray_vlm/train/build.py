@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,24 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.method import DpoMethod, GrpoMethod
-from ray_vlm.config.schema import JobConfig
-from ray_vlm.config.train import Train
+from ray_vlm.config.schema import Evaluate, JobConfig
+from ray_vlm.config.train import Precision, Train
 from ray_vlm.data.feed import Feed
 from ray_vlm.data.plan import Plan, plan_sample
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import Stream
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.engines.vllm import EngineLimits, EngineSettings, build_sampler
+from ray_vlm.engines.actors import NAMESPACE, RaySamplers, SamplerPool
+from ray_vlm.engines.adapter_check import CheckedEngine
+from ray_vlm.engines.adapter_evidence import resolution_of
+from ray_vlm.engines.interface import Engine
+from ray_vlm.engines.own import OwnEngine
+from ray_vlm.engines.rollout_gap import largest_gap
+from ray_vlm.engines.scoring import build_scorer
+from ray_vlm.engines.server import build_server_engine
+from ray_vlm.engines.vllm import build_training_engine
+from ray_vlm.engines.vllm_start import EngineLimits, EngineSettings
 from ray_vlm.evaluate.validate import VALIDATIONS, Validation
 from ray_vlm.methods import load_method
 from ray_vlm.methods.clock import Clock
@@ -26,6 +36,7 @@ from ray_vlm.methods.loss_scale import LossScale
 from ray_vlm.methods.reference import ReferenceCache, ReferenceSource
 from ray_vlm.methods.rewards import Rewards, job_rewards
 from ray_vlm.methods.trainer import PlannedBatches, TrainerInputs
+from ray_vlm.models.backbone import base_of
 from ray_vlm.models.frozen_encoder import DiskFeatureCache
 from ray_vlm.models.layouts import PackingOptions
 from ray_vlm.models.load import load_adapted
@@ -161,11 +172,6 @@ def build_inputs(
     feed = Feed(stream, collate, context.device, ahead)
     settings = StepSettings(job.method, train, job.cluster, job.lora, job.model.load_in_4bit)
     portion = fit_rollout(settings, model, spec.prompt_tokens, context.device)
-    sampler = None
-    if isinstance(job.method, GrpoMethod) and job.method.rollouts == "vllm":
-        engine = EngineSettings(job.model, train.precision, job.seed, context.device)
-        limits = EngineLimits(spec.prompt_tokens + job.method.max_completion_tokens, spec.prompt_images)
-        sampler = build_sampler(engine, limits, model, args)
     return TrainerInputs(
         method=job.method,
         builder=builder,
@@ -182,9 +188,72 @@ def build_inputs(
         tolerates_nonfinite=train.nonfinite != "stop",
         has_eval=spec.eval is not None,
         rewards=build_rewards(job, spec.sample_spec.labels),
-        sampler=sampler,
-        group_batch=portion,
+        engine=build_engine(job, spec, model, builder, context, args, portion),
     )
+
+
+def build_engine(
+    job: JobConfig,
+    spec: WorkerSpec,
+    model: PreTrainedModel,
+    builder: SampleBuilder,
+    context: DistributedContext,
+    args: TrainingArguments,
+    portion: int | None,
+) -> Engine | None:
+    """Return the engine that samples and answers in a GRPO job, None for other methods. `portion`: how many prompts the
+    package's own loop samples at a time; None: all of a step."""
+    if not isinstance(job.method, GrpoMethod):
+        return None
+    if job.method.samplers:
+        shares = job.method.rollouts == "vllm"  # which batches requests by itself
+        size = job.method.sampling_batch or (None if shares else 1)
+        pool = SamplerPool(RaySamplers(spec.samplers, NAMESPACE), context, size, job.cluster.max_failures)
+        return check_engine(pool, job.method, job.train.precision, builder, context.device) if shares else pool
+    if job.method.rollouts == "transformers":
+        return OwnEngine(model, builder, context.device, portion)
+    if job.method.rollouts == "server":
+        server = build_server(job, job.method, spec, model, builder)
+        return check_engine(server, job.method, job.train.precision, builder, context.device)
+    settings = EngineSettings(job.model, job.train.precision, job.seed, context.device)
+    sequences = job.train.global_batch_size // job.cluster.least_workers
+    limits = replace(plan_limits(job.method, job.evaluate, spec), sequences=sequences)
+    share = job.method.trl.get("vllm_gpu_memory_utilization")
+    engine = build_training_engine(settings, limits, model, builder, args, job.method.sampler_sleep, share)
+    return check_engine(engine, job.method, job.train.precision, builder, context.device)
+
+
+def check_engine(
+    engine: Engine, method: GrpoMethod, precision: Precision, builder: SampleBuilder, device: str
+) -> CheckedEngine:
+    """Return an engine of other processes as one that is proved to answer with the trainer's adapter. `device`: the
+    trainer's."""
+    return CheckedEngine(
+        engine,
+        build_scorer(builder, precision, device),
+        resolution_of(precision, device),
+        largest_gap(method.max_rollout_gap, precision, device),
+        method.check_sampler_every,
+        f"method.rollouts={method.rollouts}",
+    )
+
+
+def build_server(
+    job: JobConfig, method: GrpoMethod, spec: WorkerSpec, model: PreTrainedModel, builder: SampleBuilder
+) -> Engine:
+    """Connect to the server of `method.sampler_url`, to which the adapter of `model` will be pushed."""
+    assert method.sampler_url is not None
+    kinds = (getattr(base_of(model).config, name, None) for name in ("image_token_id", "video_token_id"))
+    never, limits = [token for token in kinds if token is not None], plan_limits(method, job.evaluate, spec)
+    setting, url = "method.sampler_url", method.sampler_url
+    return build_server_engine(setting, url, job.model, builder, limits, never, trains=True, run_folder=spec.run)
+
+
+def plan_limits(method: GrpoMethod, evaluate: Evaluate, spec: WorkerSpec) -> EngineLimits:
+    """Return the largest requests of training and of validation."""
+    answer = max(evaluate.max_new_tokens, method.max_completion_tokens if method.num_generations_eval else 0)
+    validated = spec.eval_prompt_tokens + answer if spec.eval is not None else 0
+    return EngineLimits(max(spec.prompt_tokens + method.max_completion_tokens, validated), spec.prompt_images)
 
 
 def build_reference(

@@ -17,7 +17,7 @@ from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.resume import check_resume, keep_formats, keep_shuffle
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.data.balance import describe_balance
-from ray_vlm.data.index import ROWS_VERSION, share_plan
+from ray_vlm.data.index import ROWS_VERSION, Index, share_plan
 from ray_vlm.data.measure import NONE_KNOWN
 from ray_vlm.data.parts import Parts
 from ray_vlm.data.plan_files import hash_values, values_of
@@ -195,12 +195,17 @@ def _write_balance(prepared: Prepared, paths: RunPaths) -> None:
     paths.publish(paths.balance)
 
 
-def _most_images(method: Method, rows: Rows) -> int:
-    """Return the most images of a row, for jobs whose answers are sampled by vLLM; 1 for others, where nothing needs it
-    and all rows would be read."""
-    if not isinstance(method, GrpoMethod) or method.rollouts != "vllm":
+def _longest_prompt(index: Index) -> int:
+    """Return the tokens of the longest prompt with its images."""
+    return int((index.image_tokens + index.prompt_tokens).max()) if len(index) else 0
+
+
+def _most_images(method: Method, parts: Sequence[Rows]) -> int:
+    """Return the most images of a row, for jobs whose answers another engine samples than the package's own loop; 1 for
+    others, where nothing needs it and all rows would be read."""
+    if not isinstance(method, GrpoMethod) or method.rollouts == "transformers":
         return 1
-    return max(1, *(len(rows[number].images) for number in range(len(rows))))
+    return max((len(rows[number].images) for rows in parts for number in range(len(rows))), default=1) or 1
 
 
 def _fingerprint_rows(prepared: Prepared, version: int) -> str:
@@ -227,8 +232,9 @@ def _run(prepared: Prepared, paths: RunPaths, trial: TrialContext = ALONE) -> No
         row_bytes=mean_bytes(some, load_sample_builder(prepared.spec).image_spec),
         image_pixels=mean_pixels(some),
         probe=prepared.probe,
-        prompt_tokens=int((prepared.train.image_tokens + prepared.train.prompt_tokens).max()),
-        prompt_images=_most_images(job.method, rows),
+        prompt_tokens=_longest_prompt(prepared.train),
+        eval_prompt_tokens=_longest_prompt(prepared.eval) if prepared.eval else 0,
+        prompt_images=_most_images(job.method, [rows, prepared.eval.records] if prepared.eval else [rows]),
         environment=read_environment(),
     )
     status, error, result, stopped_by = "failed", "", None, None

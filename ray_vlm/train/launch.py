@@ -34,6 +34,7 @@ from ray_vlm.train.restarts import (
     restart_backoff,
     should_restart,
 )
+from ray_vlm.train.samplers import start_samplers
 from ray_vlm.train.start import start_worker
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
@@ -105,7 +106,8 @@ def _train_in_ray(
         update_manifest(paths, cluster={k: v for k, v in ray.cluster_resources().items() if ":" not in k})
         paths.store.remove(STOP_FILE)
         console = _StepWatcher(request, paths, spec.plan.num_steps, log_every_steps)
-        with follow(paths, console):
+        minutes = demand.cluster.startup_minutes
+        with follow(paths, console), start_samplers(spec, demand.sampler, minutes) as spec:
             try:
                 result = _retry(demand.cluster, spec, paths, request, advice)
             except KeyboardInterrupt:  # the workers must not outlive the driver

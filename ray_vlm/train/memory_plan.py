@@ -20,6 +20,7 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.errors import ConfigError
 from ray_vlm.machine import GIB
 from ray_vlm.models.card_memory import TARGET, prepare_gpu, read_card, usable_gib
+from ray_vlm.models.engine_memory import engine_of
 from ray_vlm.models.families import Family
 from ray_vlm.models.load import load_config
 from ray_vlm.models.memory import (
@@ -193,6 +194,9 @@ def choose_micro_batch(rehearsal: "Rehearsal", index: Index, builder: SampleBuil
         sampled = group_bytes(settings, rehearsal.config, size)
         cache = f"; the answers to its prompt take {sampled / GIB:.1f} GiB while they are sampled" if sampled else ""
         lower = ", method.num_generations or method.max_completion_tokens" if sampled else ""
+        if (engine := engine_of(settings, rehearsal.config, rehearsal.weights(), size)) is not None:
+            cache = f"; vllm takes {engine.total / GIB:.1f} GiB of it while it samples ({engine.describe()})"
+            lower = ", train.global_batch_size or method.max_completion_tokens"
         raise ConfigError(
             f"train.memory=auto: not even {sizes[0]} at a time, with every layer recomputed, fits into "
             f"{TARGET:.0%} of {room / GIB:.4g} GiB (cluster.gpu_memory_gib={settings.cluster.gpu_memory_gib:g}); the "

@@ -9,17 +9,13 @@ that Ray manages, and this package writes its own.
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.load import load_resolved
-from ray_vlm.config.method import GrpoMethod
-from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.data.spec import Sample
-from ray_vlm.distributed import build_context
 from ray_vlm.errors import RayVlmError, RunError
 from ray_vlm.runs.checkpoints import MANIFEST, Damaged, fetch_folder, open_checkpoint, replace_folder
 from ray_vlm.runs.monitor import as_python_numbers
@@ -255,26 +251,11 @@ class _ValidationActor:
 
 def _load(spec: WorkerSpec) -> "tuple[PlannedTrainer, Validation]":
     """Build the trainer of a worker, for a single process, and the validation of all eval rows."""
-    spec.environment.apply()
-    from ray_vlm.methods import load_method
-    from ray_vlm.models.card_memory import prepare_gpu
-    from ray_vlm.models.libraries import prepare_process
-    from ray_vlm.train.build import build_args, build_inputs, build_validation, load_base
+    from ray_vlm.train.beside import load_beside
+    from ray_vlm.train.build import build_validation
 
-    job = load_resolved(spec.job)
-    method = job.method
-    if isinstance(method, GrpoMethod):  # a second vLLM engine does not pay for a few greedy answers
-        method = method.model_copy(update={"rollouts": "transformers"})
-    cluster = job.cluster.model_copy(update={"deepspeed": None})
-    job = job.model_copy(update={"method": method, "cluster": cluster})
-    prepare_gpu(cluster, method)
-    prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray=False)
-    context = build_context(job.cluster.gpus_per_worker > 0, in_ray=False)
-    builder = load_sample_builder(spec.sample_spec)
-    args = build_args(job, spec)
-    model = load_base(job, builder, context)
-    no_rows: Generator[list[Sample]] = (batch for batch in list[list[Sample]]())
-    inputs = build_inputs(job, spec, model, args, builder, context, no_rows)
-    trainer = load_method(job.method.name)(model, args, inputs)
+    cluster = load_resolved(spec.job).cluster
+    beside = load_beside(spec, (cluster.cpus_per_worker, cluster.gpus_per_worker))
+    trainer = beside.trainer
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # for the mixed precision of training
-    return trainer, build_validation(job, spec, builder, context)
+    return trainer, build_validation(beside.job, spec, beside.builder, beside.context)

@@ -72,6 +72,8 @@ def train_worker(  # recipe
             closes.callback(run.monitor.close)
         inputs = build.build_inputs(job, spec, model, args, builder, context, stream, attempt.step * plan.accumulation)
         closes.callback(inputs.batches.close)
+        if inputs.engine is not None:
+            closes.callback(inputs.engine.close)
 
         # What happens beside the steps.
         callbacks = build_callbacks(job, spec, run, inputs, model, about, should_stop)

@@ -19,8 +19,9 @@ class WorkerSpec:
     `run`: address of the run. `attempt`: its number, as the driver counts. `driver`: the process that drives the run.
     `rows`: fingerprint of `train`. `row_bytes`: mean size of a row's pixels as the model sees them. `image_pixels`:
     mean pixels of an image. `threads`: loaders that are threads of the worker; 0: Ray Data's processes are. `probe`:
-    the batch to run before the first step. `prompt_tokens`: of the longest prompt with its images. `prompt_images`: the
-    most images of a prompt, for an engine that reserves memory by them.
+    the batch to run before the first step. `prompt_tokens` and `eval_prompt_tokens`: of the longest prompt with its
+    images. `prompt_images`: the most images of a prompt, for an engine that reserves memory by them. `samplers`: names
+    of the actors that sample for the workers.
     """
 
     job: dict[str, Any]
@@ -39,7 +40,9 @@ class WorkerSpec:
     image_pixels: float = 2**20
     probe: Probe | None = None
     prompt_tokens: int = 0
+    eval_prompt_tokens: int = 0
     prompt_images: int = 1
+    samplers: tuple[str, ...] = ()
     environment: Environment = field(default_factory=Environment)
 
 

@@ -49,14 +49,15 @@ def plan_sweep(
     """Divide the cluster's `resources` among trials. Raise `RunError` where not even one trial fits on the cluster, or
     one of its processes on any of the `nodes`, and `ConfigError` for a grid that the search cannot go through.
 
-    A trial needs its workers, the validation process if there is one, and a CPU for reading images; a trial in Tune's
-    own process needs only that process.
+    A trial needs its workers, its samplers, the validation process if there is one, and a CPU for reading images; a
+    trial in Tune's own process needs only that process.
     """
     cluster = job.cluster
     alone = cluster.num_workers == 0 or job.tune.resident
-    processes = 1 if alone else count_processes(build_demand(job))
-    cpus = processes * cluster.cpus_per_worker + (0 if alone else 1)
-    gpus = processes * cluster.gpus_per_worker
+    demand = build_demand(job)
+    processes = 1 if alone else count_processes(demand)
+    cpus = processes * cluster.cpus_per_worker + demand.num_samplers * demand.sampler[0] + (0 if alone else 1)
+    gpus = processes * cluster.gpus_per_worker + demand.num_samplers * demand.sampler[1]
     needs = {name: need for name, need in (("CPU", cpus), ("GPU", gpus)) if need}
     fits = {name: resources.get(name, 0) / need for name, need in needs.items()}
     problems = [

@@ -10,7 +10,8 @@ import torch
 
 from ray_vlm.config.load import load_job
 from ray_vlm.data.samples import load_sample_builder
-from ray_vlm.errors import ConfigError, DataError, Interrupted
+from ray_vlm.engines.own import OwnEngine
+from ray_vlm.errors import ConfigError, DataError, Interrupted, RunError
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from ray_vlm.train.driver import train
@@ -186,6 +187,18 @@ def test_grpo_logs_every_part_and_earns_more(grpo_job) -> None:
         assert line["sampled_reward"] == pytest.approx(0.5, abs=0.15)
     assert {"reward", "reward_even_tokens", "f1_50", "parse_rate"} <= validations[-1].keys()
     assert (paths.root / "best").is_dir()
+
+
+def test_a_gap_above_the_bound_ends_the_run_and_closes_the_engine(
+    grpo_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[OwnEngine] = []
+    monkeypatch.setattr(OwnEngine, "close", lambda self: closed.append(self))
+    with pytest.raises(RunError, match=r"step 1: rollout_gap is .* above 1e-12 \(method\.max_rollout_gap\)"):
+        _train(grpo_job(), "method.max_rollout_gap=1e-12")
+    assert len(closed) == 1
+    (line,) = _lines(RunPaths(tmp_path / "runs" / "run"), "train")
+    assert line["rollout_gap"] > 1e-12
 
 
 def test_each_image_is_processed_once_a_step(grpo_job, monkeypatch: pytest.MonkeyPatch) -> None:

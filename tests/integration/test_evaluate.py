@@ -17,6 +17,8 @@ from ray_vlm.data.parts import build_index
 from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.spec import SampleSpec
 from ray_vlm.distributed import DistributedContext
+from ray_vlm.engines import own
+from ray_vlm.engines.own import OwnEngine
 from ray_vlm.evaluate.generate import generate_answers
 
 LABELS = ("circle", "square", "triangle", "cross", "ring", "diamond")
@@ -53,7 +55,8 @@ def test_batch_size_changes_no_answer(scenes: Path, tiny_models: dict[str, str])
         spec = SampleSpec(Model(name=folder, load_in_4bit=False), DetectionTask(), LABELS)
         index = build_index(Source(path=str(scenes / "test.json")), Data(), load_sample_builder(spec))
         model = load_model(spec.model, precision="fp32")
-        one, many = (generate_answers(model, index.records, load_sample_builder(spec), size, 6) for size in (1, 5))
+        engine = OwnEngine(model, load_sample_builder(spec), "cpu")
+        one, many = (generate_answers(engine, index.records, engine.builder, size, 6) for size in (1, 5))
         assert one == many
 
 
@@ -63,17 +66,17 @@ def test_answers_are_those_of_generate(
     name: str, load_in_4bit: bool, scenes: Path, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Token for token; the trained model's answers end at different lengths, and so leave the batch."""
-    from ray_vlm.evaluate import generate
     from ray_vlm.models.load import load_model
 
     spec = SampleSpec(Model(name=tiny_models.get(name, name), load_in_4bit=load_in_4bit), DetectionTask(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json")), Data(), load_sample_builder(spec))
     model, builder = load_model(spec.model, precision="fp32"), load_sample_builder(spec)
     calls = _count_calls(model.get_decoder(), monkeypatch)
-    answers = generate_answers(model, index.records, builder, len(index.records), 80)
+    engine = OwnEngine(model, builder, "cpu")
+    answers = generate_answers(engine, index.records, builder, len(index.records), 80)
     rows_at_once, calls[:] = calls[:], []
-    monkeypatch.setattr(generate, "_needs_generate", lambda builder: True)
-    assert generate_answers(model, index.records, builder, len(index.records), 80) == answers
+    monkeypatch.setattr(own, "needs_generate", lambda builder: True)
+    assert generate_answers(engine, index.records, builder, len(index.records), 80) == answers
     assert set(calls) == {12}
     assert (rows_at_once[-1] < 12) == (name == "tiny")
     assert name != "tiny" or len({len(text) for text in answers}) > 3
@@ -98,11 +101,12 @@ def test_generation_ignores_the_habits_of_a_hub_model(scenes: Path, tiny_models:
     spec = SampleSpec(Model(name=tiny_models["qwen3_vl"], load_in_4bit=False), DetectionTask(), LABELS)
     index = build_index(Source(path=str(scenes / "test.json"), max_rows=4), Data(), load_sample_builder(spec))
     model = load_model(spec.model, precision="fp32")
-    plain = generate_answers(model, index.records, load_sample_builder(spec), 4, 12)
+    engine = OwnEngine(model, load_sample_builder(spec), "cpu")
+    plain = generate_answers(engine, index.records, engine.builder, 4, 12)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.do_sample = True
     model.generation_config.temperature = 9.0
-    assert generate_answers(model, index.records, load_sample_builder(spec), 4, 12) == plain
+    assert generate_answers(engine, index.records, engine.builder, 4, 12) == plain
 
 
 def test_validation_loss_is_the_plain_forward_s(scenes: Path, tiny_models: dict[str, str]) -> None:

@@ -48,3 +48,19 @@ def test_every_test_of_the_subset_exists() -> None:
         path, _, name = line.partition("::")
         assert (ROOT / path).exists(), f"tests/versions.txt names {path}, which does not exist"
         assert not name or f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+
+
+def test_the_sets_for_vllm_are_ones_that_the_project_allows() -> None:
+    """`constraints-vllm.txt` is for GPUs; `constraints-vllm-cpu.txt` is what `tests/vllm` is run with."""
+    from ray_vlm.engines.vllm_start import TRIED
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (vllm,) = [Requirement(line) for line in project["optional-dependencies"]["vllm"]]
+    on_gpus, on_cpus = _pins("constraints-vllm.txt"), _pins("constraints-vllm-cpu.txt")
+    assert on_gpus["vllm"] in vllm.specifier
+    assert on_cpus["vllm-cpu"] in vllm.specifier
+    assert str(on_cpus["vllm-cpu"]) in TRIED
+    for needed in map(Requirement, project["dependencies"]):
+        name = canonicalize_name(needed.name)
+        assert on_gpus[name] in needed.specifier
+        assert name not in on_cpus or on_cpus[name] in needed.specifier

@@ -26,6 +26,7 @@ from ray_vlm.models.prefix_sharing import build_planner, score_labelled, share_p
 from ray_vlm.train.build import build_inputs, build_rewards
 from ray_vlm.train.prepare import prepare
 from ray_vlm.train.worker_spec import WorkerSpec
+from tests.support.engines import RecordingEngine
 from tests.support.precision import arithmetic, only
 
 Step = dict[str, Any]  # {"loss": float, "grads": Gradients}
@@ -132,7 +133,7 @@ def our_trainer(
     if answers:
         group = job.method.num_generations
         groups = [[_injected(ids) for ids in answers[i : i + group]] for i in range(0, len(answers), group)]
-        inputs = replace(inputs, sampler=lambda *_, **__: groups)
+        inputs = replace(inputs, engine=RecordingEngine(groups))
     trainer = trainer_class(model, args, inputs)
     rows = [[replace(builder.row(records[i]), number=i) for i in batch] for batch in batches]
     return trainer, [trainer.collate_here(batch) for batch in rows]

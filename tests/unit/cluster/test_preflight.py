@@ -119,3 +119,37 @@ def test_loaders_are_threads_where_their_cpus_are_on_the_nodes_of_the_workers(
     else:
         with pytest.raises(RunError, match=r"data\.loaders=threads: .* CPUs of one node"):
             plan_layout(demands["threads"], total, nodes, at_once)
+
+
+def _apart(samplers: int, cluster: dict, **method: object) -> ClusterDemand:
+    sections = {"cluster": cluster, "method": {"name": "grpo", "samplers": samplers, **method}}
+    data = {"num_loaders": 1}
+    return build_demand(JobConfig.model_validate({"model": {"name": "x"}, "data": data, **sections}))
+
+
+def test_samplers_take_their_cards_before_the_workers() -> None:
+    demand = _apart(2, {"num_workers": 2, "gpus_per_worker": 1, "cpus_per_worker": 4}, cpus_per_sampler=2)
+    assert demand.sampler == (2, 1)
+    assert cpus_needed(demand) == 2 * 4 + 2 * 2 + 2
+    assert expected_resources({}, demand) == {"CPU": 14.0, "GPU": 4.0}
+    card = {"CPU": 8.0, "GPU": 2.0}
+    layout = plan_layout(demand, {"CPU": 16, "GPU": 4}, [card, card])
+    assert layout == Layout(1, 1.0, beside_workers=True)
+    with pytest.raises(RunError, match=r"2 workers of 1 GPU need 2 beside 2 samplers, but the cluster has 1\."):
+        plan_layout(demand, {"CPU": 16, "GPU": 3})
+    with pytest.raises(RunError, match=r"method\.samplers=2: samplers of 1 GPU need 2, but the cluster has 1, and"):
+        plan_layout(demand, {"CPU": 16, "GPU": 1})
+
+
+def test_samplers_on_cores_and_on_nodes() -> None:
+    demand = _apart(2, {"num_workers": 1})
+    assert demand.sampler == (1, 0)
+    assert plan_layout(demand, {"CPU": cpus_needed(demand)}).num_loaders == 1
+    assert _apart(1, {"num_workers": 1, "gpus_per_worker": 1}, gpus_per_sampler=0).sampler == (1, 0)
+    large = _apart(1, {"num_workers": 1}, cpus_per_sampler=6)
+    with pytest.raises(RunError, match=r"a sampler of 6 CPU fits on no node; the largest has 4"):
+        plan_layout(large, {"CPU": 8}, [{"CPU": 4.0}, {"CPU": 4.0}])
+    # The samplers leave two nodes a CPU for the worker or its loader, but none for both.
+    nodes = [{"CPU": 2.0}, {"CPU": 2.0}]
+    assert not plan_layout(demand, {"CPU": 4}, nodes).beside_workers
+    assert plan_layout(_apart(0, {"num_workers": 1}), {"CPU": 4}, nodes).beside_workers

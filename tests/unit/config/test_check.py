@@ -17,6 +17,8 @@ CLASSES = {"name": "classification"}
 WHOLE = {"name": "x", "load_in_4bit": False}
 PAIRS = {"train": {"path": "a", "format": "preference"}}
 VLLM = {"name": "grpo", "rollouts": "vllm"}
+SERVER = {"name": "grpo", "rollouts": "server", "sampler_url": "http://host:8000/v1"}
+APART = {"name": "grpo", "samplers": 2}
 KNOWN = {"name": "dpo", "precompute_ref_log_probs": True}
 BROKEN = [
     {"data": TRAIN | {"eval": {"path": "b", "ratio": 0.1}}},
@@ -60,10 +62,22 @@ BROKEN = [
     {"train": {"tokens_per_micro_batch": 4096}, "method": "dpo", "data": PAIRS},
     {"train": {"tokens_per_micro_batch": 4096, "memory": "auto"}, "cluster": {"gpu_memory_gib": 40}},
     {"lora": None, "model": WHOLE, "method": "dpo", "data": PAIRS},
-    {"lora": {"target": ["vision"]}, "method": VLLM, "cluster": {"gpus_per_worker": 1}},
+    {"lora": None, "model": WHOLE, "method": VLLM, "cluster": {"gpus_per_worker": 1}},
     {"method": VLLM | {"top_p": 0.9}},
     {"method": VLLM | {"temperature": 2.5}},
     {"method": VLLM, "lora": {"modules_to_save": ["embed_tokens"]}},
+    {"method": SERVER, "lora": {"target": ["language", "vision"]}},
+    {"method": SERVER | {"sampler_url": None}, "lora": {"target": ["language"]}},
+    {"method": SERVER | {"sampler_url": "host:8000"}, "lora": {"target": ["language"]}},
+    {"evaluate": {"sampler_url": "http://host:8000"}},
+    {"evaluate": {"engine": "server", "sampler_url": "ftp://host"}},
+    {"method": APART, "cluster": {"num_workers": 0}},
+    {"method": APART | {"rollouts": "server", "sampler_url": "http://127.0.0.1:8000/v1"}},
+    {"method": APART | {"sampling_batch": 2}, "train": {"global_batch_size": 16}},
+    {"method": APART, "tune": {"resident": True}},
+    {"method": {"name": "grpo", "max_staleness": 1}},
+    {"method": {"name": "grpo", "cpus_per_sampler": 2}},
+    {"method": VLLM | {"sampling_batch": 2}},
     {"tune": {"resident": True}, "cluster": {"num_workers": 2}},
     {"tune": {"resident": True}, "lora": None, "model": WHOLE},
     {"tune": {"resident": True}, "evaluate": {"asynchronous": True}, "data": TRAIN | {"eval": 0.1}},

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from ray_vlm.config.schema import Model
-from ray_vlm.engines import decoding
+from ray_vlm.engines import decoding, own
 from ray_vlm.engines.decoding import decode_greedy
 from ray_vlm.engines.interface import Sampling
+from ray_vlm.engines.own import OwnEngine, generate_greedy, needs_generate
 from ray_vlm.engines.sampling import sample_groups
-from ray_vlm.evaluate.generate import _generate, _needs_generate
 from ray_vlm.models.load import load_model
 from ray_vlm.models.precision import autocast
 from tests.support.rollouts import SEEDS, adapted_model, fresh_model, prompt_builder, prompt_rows
@@ -24,16 +24,16 @@ from tests.support.tiny_families import write_tiny
 def test_llama_4_is_answered_by_the_loop_beyond_a_chunk_of_its_attention(tmp_path: Path) -> None:
     folder = str(write_tiny(tmp_path / "llama4", "llama4"))
     builder, model = prompt_builder(folder), fresh_model(folder).eval()
-    assert not _needs_generate(builder)
+    assert not needs_generate(builder)
     rows, length = prompt_rows(builder), 80
     with torch.no_grad():
-        tokens, expected = (f(model, rows, builder, length, "cpu") for f in (decode_greedy, _generate))
-    assert [ids + row[len(ids) :] for ids, row in zip(tokens, expected, strict=True)] == expected
+        tokens, expected = (f(model, rows, builder, length, "cpu") for f in (decode_greedy, generate_greedy))
+    assert tokens == expected
     assert max(map(len, tokens)) == length > model.config.text_config.attention_chunk_size
 
 
 def test_an_unknown_family_keeps_generate(tmp_path: Path) -> None:
-    assert _needs_generate(prompt_builder(str(write_tiny(tmp_path / "internvl", "internvl"))))
+    assert needs_generate(prompt_builder(str(write_tiny(tmp_path / "internvl", "internvl"))))
 
 
 def test_answers_are_the_same_with_and_without_accelerate_s_wrapper(tiny_models: dict[str, str]) -> None:
@@ -57,16 +57,20 @@ def test_answers_are_the_same_with_and_without_accelerate_s_wrapper(tiny_models:
 
 
 @pytest.mark.parametrize("group_batch", [None, 1])
-def test_grpo_samples_in_portions_of_group_batch(group_batch: int | None, tiny_models: dict[str, str]) -> None:
+def test_grpo_samples_in_portions_of_group_batch(
+    group_batch: int | None, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray_vlm.methods.grpo import PlannedGRPOTrainer
 
     builder, model = prompt_builder(tiny_models["qwen2_5_vl"]), adapted_model(tiny_models["qwen2_5_vl"])
     rows = [replace(row, number=number) for number, row in enumerate(prompt_rows(builder))]
     portions = []
 
-    def sample(*args: Any, group_batch: int | None, **options: Any) -> Any:
-        portions.append(group_batch)
-        return sample_groups(*args, group_batch=group_batch, **options)
+    def sample(*args: Any) -> Any:
+        portions.append(args[6])
+        return sample_groups(*args)
+
+    monkeypatch.setattr(own, "sample_groups", sample)
 
     def answers(group_batch: int | None) -> list[list[int]]:
         method = SimpleNamespace(num_generations=2, max_completion_tokens=8, temperature=1.0, top_p=1.0, top_k=0)
@@ -74,13 +78,10 @@ def test_grpo_samples_in_portions_of_group_batch(group_batch: int | None, tiny_m
             method=method,
             rows=[row for row in rows for _ in range(2)],
             inputs=SimpleNamespace(seed=3),
-            group_batch=group_batch,
+            engine=OwnEngine(model, builder, "cpu", group_batch),
             state=SimpleNamespace(global_step=5),
             accelerator=SimpleNamespace(unwrap_model=lambda model: model),
             model=model,
-            args=SimpleNamespace(device="cpu"),
-            builder=builder,
-            sample=sample,
             prompt_pixels=None,
         )
         return [answer.ids for answer in PlannedGRPOTrainer._sample_answers(trainer)]  # type: ignore[arg-type]

@@ -37,3 +37,16 @@ def test_a_row_that_was_replaced_is_told_with_its_replacement() -> None:
     batches = _batches(Plan(4, 2, 2, 1, shuffle=False), replaced={3: 0})
     assert list(batches) == [[0, 1], [2, 0]]
     assert batches.lost == [(3, 0)]
+
+
+def test_rows_that_are_looked_at_stay_in_the_stream() -> None:
+    batches = _batches(Plan(8, 4, 2, 1, num_epochs=2.0, shuffle=False))
+    ahead, taken = [], []
+    for _ in range(2):
+        for batch in batches:
+            taken.append(batch)
+            coming = batches.peek()
+            ahead.append(coming and [row.number for row in coming])
+            assert batches.number == len(taken)
+    assert ahead == [*taken[1:], None]
+    assert batches.num_images == 16

@@ -121,10 +121,8 @@ def test_a_worker_samples_as_many_prompts_as_its_card_has_room_for(card: Any) ->
 
 
 def test_terms_that_torch_does_not_allocate() -> None:
-    grpo = {"name": "grpo", "rollouts": "vllm", "trl": {"vllm_gpu_memory_utilization": 0.5}}
     cluster = {"gpus_per_worker": 1, "gpu_memory_gib": 40, "num_workers": 8}
-    parts = cuda_parts(_settings(method=grpo, cluster=cluster))
-    assert parts["vLLM's share of the card"] == 0.5 * 39.4 * GIB
+    parts = cuda_parts(_settings(cluster=cluster))
     assert 0.3 * GIB <= parts["NCCL's buffers"] <= 1.2 * GIB
     assert parts["NCCL's buffers"] < cuda_parts(_settings(cluster=cluster | {"num_workers": 64}))["NCCL's buffers"]
     assert list(cuda_parts(_settings(cluster=cluster | {"num_workers": 1}))) == ["CUDA's own"]

@@ -121,3 +121,25 @@ def test_a_table_has_a_column_for_each_run(tmp_path: Path) -> None:
     lines = write_markdown(["a", "b"], [measure_compute(read_run(str(run))) for run in runs]).splitlines()
     assert {line.count("|") for line in lines} == {4}
     assert "| time: forward | 11.1% | 11.1% |" in lines
+
+
+def test_where_the_time_of_samplers_and_workers_went(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    _lines(folder)
+    plain = measure_compute(read_run(str(folder)))
+    assert plain["overlap_gain"] is None
+    assert "sampler" not in write_markdown(["a"], [plain])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = {"sampling_s": 3.0, "samplers_idle_s": 1.0, "waiting_s": 0.5}  # of steps of 4 s
+    lines = [line | times if line["kind"] == "train" else line for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = json.loads((folder / "resolved.json").read_text())
+    job["method"] = {"name": "grpo", "samplers": 2, "gpus_per_sampler": 1, "cpus_per_sampler": 3.0}
+    (folder / "resolved.json").write_text(json.dumps(job))
+    cost = measure_compute(read_run(str(folder)))
+    shares = (cost["sampling_share"], cost["samplers_idle_share"], cost["waiting_share"])
+    assert shares == (0.75, 0.25, 0.125)
+    assert cost["overlap_gain"] == pytest.approx((4 - 0.5 + 3) / 4)
+    assert cost["gpu_hours"] == pytest.approx(90 / 3600 * 2)
+    assert cost["cpu_hours"] == pytest.approx(plain["cpu_hours"] + 90 / 3600 * 6)
+    assert "| workers wait for samplers | 0.125 |" in write_markdown(["a"], [cost])

@@ -1,6 +1,5 @@
 """What the check before the first step runs, and what it says of a card. The card is a stand-in."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +7,9 @@ import pytest
 import torch
 
 from ray_vlm.config.method import GrpoMethod
+from ray_vlm.engines import own
+from ray_vlm.engines.interface import Engine
+from ray_vlm.engines.own import OwnEngine
 from ray_vlm.errors import RunError
 from ray_vlm.machine import GIB
 from ray_vlm.methods.grpo import PlannedGRPOTrainer
@@ -16,35 +18,32 @@ from ray_vlm.models.memory import token_bytes
 from ray_vlm.models.rehearse import LiveBytes
 from ray_vlm.train.memory_plan import Probe
 from ray_vlm.train.oom_check import run_heaviest_batch
+from tests.support.engines import RecordingEngine
 
 
 class _Model(torch.nn.Linear):
     config = load_preset("Qwen/Qwen3-VL-8B-Instruct")
 
 
-def _grpo_trainer(sample: Callable[..., Any]) -> Any:
+def _grpo_trainer(engine: Engine) -> Any:
     """Build what `try_rollout` reads of a trainer whose step has 4 prompts of 4 answers."""
     return SimpleNamespace(
-        use_vllm=False,
-        sample=sample,
-        group_batch=None,
-        builder=None,
+        engine=engine,
         prompt_pixels=None,
         method=GrpoMethod(name="grpo", num_generations=4, max_completion_tokens=100),
         args=SimpleNamespace(device="cpu", per_device_train_batch_size=8, gradient_accumulation_steps=2),
-        model=_Model(2, 2),
+        model=engine.model if isinstance(engine, OwnEngine) else None,
         inputs=SimpleNamespace(seed=0),
         recent=SimpleNamespace(start=lambda room: None),
     )
 
 
-def test_sampling_is_tried_with_the_cache_of_whole_answers() -> None:
+def test_sampling_is_tried_with_the_cache_of_whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """With half of the prompts after the first try, as nothing more fits."""
     held: list[tuple[int, int, int]] = []
 
-    def sample(
-        model: Any, rows: Any, builder: Any, sampling: Any, *_: Any, group_batch: int | None, pixels: Any
-    ) -> Any:
+    def sample(model: Any, rows: Any, builder: Any, sampling: Any, seeds: Any, *rest: Any) -> Any:
+        group_batch = rest[1]
         held.append((len(rows), group_batch or len(rows), live.now))
         assert sampling.max_new_tokens == 2
         assert {len(row.input_ids) for row in rows} == {9}
@@ -52,16 +51,19 @@ def test_sampling_is_tried_with_the_cache_of_whole_answers() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return [[] for _ in rows]
 
-    trainer: Any = _grpo_trainer(sample)
+    monkeypatch.setattr(own, "sample_groups", sample)
+    engine = OwnEngine(_Model(2, 2), None, "cpu")  # type: ignore[arg-type]
+    trainer = _grpo_trainer(engine)
     rows: Any = [SimpleNamespace(input_ids=range(size), images=()) for size in (5, 9)]
     with LiveBytes() as live:
         assert PlannedGRPOTrainer.try_rollout(trainer, rows, "bf16") == 2
     one = token_bytes(_Model.config, "bf16") * 4 * (100 - 2)
     assert held == [(4, 4, 4 * one), (4, 2, 2 * one)]
-    assert trainer.group_batch == 2
+    assert engine.group_batch == 2
     assert live.now == 0
-    trainer.use_vllm = True
-    assert PlannedGRPOTrainer.try_rollout(trainer, rows, "bf16") is None
+    other = RecordingEngine()
+    assert PlannedGRPOTrainer.try_rollout(_grpo_trainer(other), rows, "bf16") is None
+    assert not other.calls
 
 
 @pytest.mark.parametrize(("free", "fits"), [(30.0, True), (18.0, False)])

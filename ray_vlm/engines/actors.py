@@ -1,0 +1,412 @@
+"""Answers by samplers: processes beside the trainer, each with an engine of its own on its own card or cores.
+
+A `SamplerPool` is a worker's view of all samplers of the run. Prompts and images travel to a sampler with their
+portion, adapters once a version, both through Ray's object store. `engines/dealing.py` decides who answers what, and
+this module carries it out. A thread takes what samplers answer, so that they work on while the worker trains.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
+
+import numpy as np
+
+from ray_vlm.distributed import DistributedContext
+from ray_vlm.engines.dealing import Dealer, Lengths, Portion
+from ray_vlm.engines.interface import Completion, Engine, Pixels, Sampling
+from ray_vlm.errors import RayVlmError, RunError
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from ray_vlm.data.spec import Sample
+
+logger = logging.getLogger(__name__)
+NAMESPACE = "ray_vlm"  # of the names of Ray's actors
+_MISSING_WAIT_S, _MISSING_TRIES = 0.05, 5  # for the push of another rank, before this one pushes the adapter itself
+
+Version = tuple[str, int]  # of an adapter: the token of a pool, and how many it has pushed
+Answer = list[Completion] | list[int]  # to one row: its group, or the tokens of its greedy answer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights on the host: of each its bytes, `uint8 [n]`, the name of its dtype in torch, and its shape."""
+
+    values: Mapping[str, tuple[np.ndarray, str, tuple[int, ...]]]
+
+    @classmethod
+    def read(cls, model: "Module") -> "Weights":
+        """Copy the weights of `model` that are trained."""
+        import torch
+
+        values = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                data = parameter.detach().to("cpu", copy=True).contiguous()
+                values[name] = data.reshape(-1).view(torch.uint8).numpy(), str(data.dtype)[6:], tuple(data.shape)
+        return cls(values)
+
+    def write(self, model: "Module") -> None:
+        """Set these weights in `model`. Raise `RunError` if it trains others."""
+        import torch
+
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if odd := sorted(trained.keys() ^ self.values.keys()):
+            raise RunError(f"a sampler trains other weights than the worker, such as {odd[0]}. Please report this.")
+        for name, parameter in trained.items():
+            data, dtype, shape = self.values[name]
+            value = torch.from_numpy(np.array(data)).view(getattr(torch, dtype)).reshape(shape)  # a copy: it is shared
+            parameter.data.copy_(value)
+
+    def equals(self, other: "Weights | None") -> bool:
+        """Whether both are the same to the bit."""
+        return other is not None and all(
+            np.array_equal(data, other.values[name][0]) for name, (data, _, _) in self.values.items()
+        )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A sampler's answers to a portion, the seconds that they took, and those that it had nothing to do before."""
+
+    answers: list[Answer]
+    busy_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A sampler's reply if it has not the adapter of the version that is asked for."""
+
+    version: Version
+
+
+class SamplerLost(Exception):
+    """A sampler's process is gone, or cannot be reached for now."""
+
+
+class SamplerFailed(Exception):
+    """A sampler failed with an error that is no `RayVlmError`."""
+
+
+class Samplers(Protocol):
+    """The samplers of a run, by number. They answer what one asker asks in that order."""
+
+    count: int
+
+    def ask(self, sampler: int, method: str, *args: object) -> "Future[Any]":
+        """Call a method of a sampler. The future raises `SamplerLost`, `SamplerFailed` or the sampler's
+        `RayVlmError`."""
+
+    def share(self, value: object) -> object:
+        """Store a value once, and return what stands for it in `ask`."""
+
+    def restart(self, sampler: int) -> None:
+        """End a sampler's process; another takes its number."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A call: its rows, the method of the sampler that answers them, and the further arguments of each row."""
+
+    rows: Sequence["Sample"]
+    method: str
+    version: Version
+    shared: tuple[object, ...]
+    seeds: Sequence[Sequence[int]] | None
+    group: int | None  # completions of a row
+
+    def arguments(self, portion: Portion) -> tuple[object, ...]:
+        """Return the arguments of the sampler's method for a portion."""
+        rows = [self.rows[i] for i in portion.rows]
+        seeds = () if self.seeds is None else ([list(self.seeds[i]) for i in portion.rows],)
+        return (self.version, rows, *self.shared, *seeds)
+
+    def is_complete(self, answers: Sequence[Answer]) -> bool:
+        """Whether each row of a portion has as many completions as were asked for."""
+        return self.group is None or all(len(answer) == self.group for answer in answers)
+
+
+@dataclass
+class PoolTimes:
+    """Seconds: `waited` that this worker waited for answers; of the mean sampler, `busy` with portions, and `idle`
+    before them. This worker knows those of its own portions, and takes the other workers' for equal."""
+
+    waited: float = 0.0
+    busy: float = 0.0
+    idle: float = 0.0
+
+
+class SamplerPool(Engine):
+    """A worker's samplers. All ranks call `update` at the same steps, with equal weights.
+
+    `portion`: prompts whose answers a sampler samples at a time; None: all of a call in equal shares. `max_deaths`: of
+    samplers with the same portion before the run ends.
+    """
+
+    def __init__(self, samplers: Samplers, context: DistributedContext, portion: int | None, max_deaths: int = 3):
+        self._samplers, self._context, self._portion = samplers, context, portion
+        share = samplers.count * context.rank // context.world_size  # where this rank begins
+        self._dealer: Dealer[Answer] = Dealer(samplers.count, share, max_deaths)
+        self._lengths, self._times = Lengths(), PoolTimes()
+        self._token, self._pushed = context.broadcast(uuid4().hex), 0
+        self._weights: dict[Version, Weights] = {}  # those that a call still asks for, and the newest
+        self._requests: dict[int, _Request] = {}
+        self._lock = threading.Condition()  # of all of these
+        self._error: BaseException | None = None
+        self._alone = False  # whether a line has said that no sampler is there
+        self._tries: dict[int, int] = {}  # of portions, for an adapter that was missing
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what to do when something was answered
+        self._thread = threading.Thread(target=self._work, name="ray-vlm-samplers", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_samplers(self) -> int:
+        """Samplers of the run, also those that are absent."""
+        return self._samplers.count
+
+    def portion_size(self, rows: int) -> int:
+        """Return how many of that many prompts a sampler samples at a time."""
+        return self._portion or max(1, -(-rows // self._samplers.count))
+
+    def update(self, model: "Module") -> None:
+        """Let further calls be answered with the trained weights of `model` as they are now. Rank 0 sends them."""
+        weights = Weights.read(model)
+        with self._lock:
+            if weights.equals(self._weights.get(self._version)):
+                return
+            self._pushed += 1
+            asked = {request.version for request in self._requests.values()}
+            self._weights = {v: known for v, known in self._weights.items() if v in asked} | {self._version: weights}
+        if self._context.rank == 0:
+            shared = self._samplers.share(weights)
+            for sampler in range(self._samplers.count):
+                self._samplers.ask(sampler, "push", self._version, shared)  # whether it arrives is seen when it is used
+
+    def sample(
+        self,
+        rows: Sequence["Sample"],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        pixels: Pixels | None = None,
+    ) -> list[list[Completion]]:
+        """Sample as every engine does. `pixels` is not used: a sampler makes its own."""
+        return self.collect(self.submit(rows, sampling, seeds))
+
+    def submit(self, rows: Sequence["Sample"], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> int:
+        """Begin to sample, with the weights of the last `update`. Return a number for `collect`."""
+        assert len(rows) == len(seeds)
+        return self._call("sample", rows, (sampling,), seeds, sampling.num_generations, self.portion_size(len(rows)))
+
+    def collect(self, call: int) -> list[list[Completion]]:
+        """Wait for the groups of a call of `submit`, and return them in order of its rows.
+
+        Raise the `RayVlmError` of a sampler, or `RunError` if samplers died again and again with the same prompts."""
+        request = self._requests[call]
+        groups: list[Any] = self._wait(call)
+        for row, group in zip(request.rows, groups, strict=True):
+            self._lengths.learn(row.number, max(len(completion.ids) for completion in group))
+        return groups
+
+    def sample_base(
+        self, rows: Sequence["Sample"], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        """Sample without the adapter, if the samplers' engines can."""
+        shared, size = (sampling,), self.portion_size(len(rows))
+        groups: list[Any] = self._wait(self._call("sample_base", rows, shared, seeds, sampling.num_generations, size))
+        return groups
+
+    def answer(self, rows: Sequence["Sample"], max_new_tokens: int) -> list[list[int]]:
+        if not rows:
+            return []
+        size = max(1, -(-len(rows) // self._samplers.count))
+        answers: list[Any] = self._wait(self._call("answer", rows, (max_new_tokens,), None, None, size))
+        return answers
+
+    def take_times(self) -> PoolTimes:
+        """Return the times since the last call."""
+        with self._lock:
+            times, self._times = self._times, PoolTimes()
+        share = self._context.world_size / self._samplers.count
+        return PoolTimes(times.waited, times.busy * share, times.idle * share)
+
+    def drop(self, call: int) -> None:
+        """Forget a call of `submit`."""
+        with self._lock:
+            self._dealer.drop(call)
+            self._requests.pop(call, None)
+
+    def close(self) -> None:
+        """End the thread. The samplers stay, for the workers that come after these."""
+        self._events.put(None)
+        self._thread.join(5.0)
+
+    @property
+    def _version(self) -> Version:
+        return self._token, self._pushed
+
+    def _call(
+        self,
+        method: str,
+        rows: Sequence["Sample"],
+        shared: tuple[object, ...],
+        seeds: Sequence[Sequence[int]] | None,
+        group: int | None,
+        size: int,
+    ) -> int:
+        costs = [len(row.input_ids) + self._lengths.expect(row.number) for row in rows]
+        with self._lock:
+            call = self._dealer.add(costs, size)
+            self._requests[call] = _Request(rows, method, self._version, shared, seeds, group)
+            self._go_on()
+        return call
+
+    def _wait(self, call: int) -> list[Answer]:
+        started = time.monotonic()
+        with self._lock:
+            while not self._dealer.is_done(call):
+                if self._error is not None:
+                    raise self._error
+                self._lock.wait()
+            self._times.waited += time.monotonic() - started
+            del self._requests[call]
+            return self._dealer.take(call)
+
+    def _work(self) -> None:
+        """Take the answers of samplers until `close`."""
+        while True:
+            with self._lock:
+                due = self._dealer.next_due()
+            try:
+                event = self._events.get(timeout=None if due == float("inf") else max(0.0, due - time.monotonic()))
+                if event is None:
+                    return
+            except queue.Empty:
+                event = lambda: None  # noqa: E731  (a sampler is due)
+            with self._lock:
+                try:
+                    event()
+                    self._go_on()
+                except BaseException as error:  # raised in the thread that waits
+                    self._error = error
+                self._lock.notify_all()
+
+    def _go_on(self) -> None:
+        """Ask absent samplers whether they are there, and give portions to free ones."""
+        for sampler in self._dealer.due(time.monotonic()):
+            self._ask(sampler, "ping", (), partial(self._joined, sampler))
+        for sampler, portion in self._dealer.deal():
+            self._send(sampler, portion)
+        alone = bool(self._dealer.num_waiting) and not self._dealer.num_alive
+        if alone and not self._alone and self._pushed > 1:
+            logger.warning("no sampler is there; the step waits until one has been started again")
+        self._alone = alone
+
+    def _send(self, sampler: int, portion: Portion) -> None:
+        request = self._requests[portion.call]
+        self._ask(sampler, request.method, request.arguments(portion), partial(self._answered, sampler, portion))
+
+    def _ask(self, sampler: int, method: str, args: Sequence[object], take: Any) -> None:
+        """Call a method of a sampler, and let the thread call `take` with its future when that is done."""
+        future = self._samplers.ask(sampler, method, *args)
+        future.add_done_callback(lambda done: self._events.put(partial(take, done)))
+
+    def _joined(self, sampler: int, future: "Future[object]") -> None:
+        try:
+            future.result()
+        except (SamplerLost, SamplerFailed):
+            self._dealer.absent(sampler, time.monotonic())
+            return
+        self._dealer.joined(sampler)
+
+    def _answered(self, sampler: int, portion: Portion, future: "Future[Answered | Missing]") -> None:
+        if not self._dealer.again(sampler, portion):  # the portion was dealt to another, or its call was dropped
+            return
+        try:
+            reply = future.result()
+        except SamplerLost as error:
+            logger.warning(f"sampler {sampler} is gone ({error}); its {len(portion.rows)} prompts go to another")
+            self._dealer.died(sampler, time.monotonic(), str(error))
+            return
+        except SamplerFailed as error:  # its device may be unusable, so the process ends too
+            logger.warning(f"sampler {sampler} failed ({error}); it is started again")
+            self._samplers.restart(sampler)
+            self._dealer.died(sampler, time.monotonic(), str(error))
+            return
+        if isinstance(reply, Missing):
+            self._bring(sampler, portion, reply.version)
+            return
+        self._tries.pop(portion.number, None)
+        self._times.busy += reply.busy_s
+        self._times.idle += reply.idle_s
+        complete = self._requests[portion.call].is_complete(reply.answers)
+        if not complete:
+            logger.warning(f"sampler {sampler} answered with fewer completions than asked; it is asked once more")
+        self._dealer.answered(sampler, portion, reply.answers, complete)
+
+    def _bring(self, sampler: int, portion: Portion, version: Version) -> None:
+        """Ask a sampler again that has not the adapter: the push of rank 0 may be under way. After some tries this rank
+        sends its own weights, which are equal."""
+        tries = self._tries[portion.number] = self._tries.get(portion.number, 0) + 1
+        if self._context.rank > 0 and tries <= _MISSING_TRIES:
+            again = partial(self._send_again, sampler, portion)
+            timer = threading.Timer(_MISSING_WAIT_S * tries, lambda: self._events.put(again))
+            timer.daemon = True
+            timer.start()
+            return
+        self._samplers.ask(sampler, "push", version, self._weights[version])
+        self._send(sampler, portion)
+
+    def _send_again(self, sampler: int, portion: Portion) -> None:
+        if self._dealer.again(sampler, portion):
+            self._send(sampler, portion)
+
+
+class RaySamplers:
+    """The samplers of a run as Ray actors with these names in `namespace`. Ray starts each again when it dies."""
+
+    def __init__(self, names: Sequence[str], namespace: str):
+        import ray
+
+        self.count = len(names)
+        self._actors = [ray.get_actor(name, namespace) for name in names]
+
+    def ask(self, sampler: int, method: str, *args: object) -> "Future[Any]":
+        reply: Future[Any] = Future()
+        done = getattr(self._actors[sampler], method).remote(*args).future()
+        done.add_done_callback(partial(_pass_on, reply))
+        return reply
+
+    def share(self, value: object) -> object:
+        import ray
+
+        return ray.put(value)
+
+    def restart(self, sampler: int) -> None:
+        import ray
+
+        ray.kill(self._actors[sampler], no_restart=False)
+
+
+def _pass_on(reply: "Future[Any]", done: "Future[Any]") -> None:
+    """Set in `reply` what Ray's future returned or raised."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        reply.set_result(done.result())
+    except RayTaskError as error:
+        cause = error.cause
+        own = cause if isinstance(cause, RayVlmError) else SamplerFailed(f"{type(cause).__name__}: {cause}")
+        reply.set_exception(own)
+    except RayError as error:
+        reply.set_exception(SamplerLost(type(error).__name__))
+    except RayVlmError as error:
+        reply.set_exception(error)

@@ -1,0 +1,121 @@
+"""Samplers beside the workers of a GRPO run: the same numbers to the bit, a step ahead, and going on after deaths."""
+
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from ray_vlm.runs.monitor import current_lines, read_metrics
+from ray_vlm.runs.paths import RunPaths
+from tests.cluster.test_recovery import _at_step, _steps, _train, _weights
+from tests.support.ray_processes import kill_process, processes
+
+pytestmark = pytest.mark.cluster
+TITLE = "ray::Sampler"
+LORA = {"rank": 4, "alpha": 8, "target": ["language"]}
+SIZES = {"global_batch_size": 16}
+
+
+def _lines(paths: RunPaths, kind: str = "train") -> list[dict[str, Any]]:
+    return [line for line in current_lines(read_metrics(paths.metrics)) if line["kind"] == kind]
+
+
+def _numbers(paths: RunPaths) -> list[dict[str, Any]]:
+    """All numbers of steps and validations, without times, and without the work that samplers take from the worker."""
+    hidden = ("time", "_s", "peak_memory_gib", "staleness", "attempt", "model_tokens", "model_tflop")
+    lines = _lines(paths) + _lines(paths, "eval")
+    return [{k: v for k, v in line.items() if not k.endswith(hidden)} for line in lines]
+
+
+def _same(paths: RunPaths, other: RunPaths) -> None:
+    assert _numbers(paths) == _numbers(other)
+    assert _weights(paths) == _weights(other)
+
+
+@pytest.mark.parametrize(
+    ("target", "steps", "counts"),
+    [
+        (["language"], 4, [2]),
+        pytest.param(["language"], 20, [1, 2], marks=pytest.mark.slow),
+        pytest.param(["language", "vision"], 20, [1, 2], marks=pytest.mark.slow),
+    ],
+)
+def test_samplers_sample_what_a_worker_samples_to_the_bit(
+    ray_cluster, job_of, target: list[str], steps: int, counts: list[int]
+) -> None:
+    """With a frozen image encoder, whose features a step keeps, and with one that learns."""
+    path = job_of("grpo", lora=LORA | {"target": target}, train=SIZES | {"max_steps": steps})
+    inside = _train(path, "run.name=inside", "cluster.num_workers=1", "method.sampling_batch=1")
+    assert len(_steps(inside)) == steps
+    for count in counts:
+        paths = _train(path, f"run.name=beside-{count}", "cluster.num_workers=1", f"method.samplers={count}")
+        _same(paths, inside)
+        assert {line["staleness"] for line in _lines(paths)} == {0.0}
+    assert not processes(TITLE)
+
+
+@pytest.mark.slow
+def test_two_workers_share_samplers_to_the_bit(ray_cluster, job_of) -> None:
+    path = job_of("grpo", lora=LORA, train=SIZES | {"max_steps": 8}, cluster={"num_workers": 2})
+    _same(_train(path, "run.name=beside", "method.samplers=3"), _train(path, "run.name=in", "method.sampling_batch=1"))
+
+
+@pytest.mark.slow
+def test_a_step_ahead(ray_cluster, job_of) -> None:
+    """Rewards come of the adapter before; the number of samplers changes nothing; a resumed run begins in step."""
+    path = job_of("grpo", lora=LORA, train=SIZES | {"max_steps": 6}, cluster={"num_workers": 1})
+    one, two = (
+        _train(path, f"run.name=ahead-{count}", "method.max_staleness=1", f"method.samplers={count}")
+        for count in (1, 2)
+    )
+    _same(two, one)
+    lines = _lines(one)
+    assert [line["staleness"] for line in lines] == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert all(0.0 <= line["corrected"] <= 1.0 for line in lines)
+    assert lines[0]["rollout_gap"] < 1e-4 < max(line["rollout_gap"] for line in lines[1:])
+    in_step = _train(path, "run.name=in-step", "method.samplers=1")
+    assert _steps(in_step)[0][1:] == pytest.approx(_steps(one)[0][1:], rel=1e-3, abs=1e-5)
+    assert _steps(in_step)[2] != _steps(one)[2]
+    hurt = RunPaths(one.root.parent / "hurt")
+    more = ("checkpoint.every_steps=2", "method.max_staleness=1", "method.samplers=1", "run.name=hurt")
+    _at_step(hurt, 4, lambda: kill_process("RayTrainWorker"))
+    _train(path, *more)
+    by_attempt = {line["attempt"]: line for line in reversed(_lines(hurt))}  # the first line of each
+    assert len(by_attempt) == 2
+    assert {line["staleness"] for line in by_attempt.values()} == {0.0}
+
+
+def _kill_at_random(seed: int, over: threading.Event) -> None:
+    """Kill a sampler after a random time, again and again."""
+    chance = random.Random(seed)
+    while not over.wait(chance.uniform(0.2, 6.0)):
+        kill_process(TITLE, chance.randrange(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_samplers_killed_at_random_moments(ray_cluster, job_of, seed: int) -> None:
+    path = job_of("grpo", lora=LORA, train=SIZES | {"max_steps": 12}, cluster={"num_workers": 1, "max_failures": 20})
+    inside = _train(path, "run.name=inside", "method.sampling_batch=1")
+    paths, over = RunPaths(inside.root.parent / "killed"), threading.Event()
+    _at_step(paths, 1, lambda: _kill_at_random(seed, over))
+    try:
+        _train(path, "run.name=killed", "method.samplers=2")
+    finally:
+        over.set()
+    _same(paths, inside)
+
+
+@pytest.mark.slow
+def test_a_killed_sampler_and_a_killed_worker(ray_cluster, job_of) -> None:
+    path = job_of("grpo", lora=LORA, train=SIZES | {"max_steps": 6}, cluster={"num_workers": 1})
+    inside = _train(path, "run.name=inside", "method.sampling_batch=1")
+    paths = RunPaths(inside.root.parent / "hurt")
+    _at_step(paths, 1, lambda: kill_process(TITLE))
+    _at_step(paths, 4, lambda: kill_process("RayTrainWorker"))
+    _train(path, "run.name=hurt", "method.samplers=1", "checkpoint.every_steps=2")
+    _same(paths, inside)
+    time.sleep(1.0)
+    assert not processes(TITLE)

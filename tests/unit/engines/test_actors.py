@@ -1,0 +1,229 @@
+"""A worker's pool of samplers, which threads play: versions, deaths, failures, order, and the cost of the dealing."""
+
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from ray_vlm.distributed import DistributedContext
+from ray_vlm.engines.actors import SamplerFailed, SamplerPool, Weights
+from ray_vlm.engines.interface import Sampling
+from ray_vlm.errors import ModelError, RunError
+from tests.support.played_samplers import PlayedSampler, PlayedSamplers, expected_group, row
+
+SAMPLING = Sampling(num_generations=2, max_new_tokens=4)
+
+
+def _model(value: float) -> torch.nn.Module:
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.tensor([value]))
+    model.frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+    return model
+
+
+class Rank(DistributedContext):
+    """A rank whose broadcasts need no process group."""
+
+    def broadcast(self, value: Any) -> Any:
+        return "token"
+
+
+def _pool(samplers: PlayedSamplers, rank: int = 0, portion: int | None = 1, max_deaths: int = 3) -> SamplerPool:
+    return SamplerPool(samplers, Rank(rank, 2), portion, max_deaths)
+
+
+def _sample(pool: SamplerPool, numbers: range, step: int = 0) -> list:
+    return pool.sample([row(n) for n in numbers], SAMPLING, [(step, n) for n in numbers])
+
+
+def _due(weight: float, numbers: range, step: int = 0) -> list:
+    return [expected_group(weight, (step, n), 2) for n in numbers]
+
+
+@pytest.mark.parametrize("portion", [1, 3, None])
+@pytest.mark.parametrize("count", [1, 3])
+def test_groups_come_in_order_with_the_newest_weights(count: int, portion: int | None) -> None:
+    samplers = PlayedSamplers(count)
+    pool = _pool(samplers, portion=portion)
+    for step in range(3):
+        pool.update(_model(step / 2))
+        assert _sample(pool, range(7), step) == _due(step / 2, range(7), step)
+    assert len(samplers.shared) == 3
+    pool.update(_model(1.0))  # equal weights are not sent again
+    assert len(samplers.shared) == 3
+    assert pool.answer([row(n) for n in range(5)], 2) == [[n, n] for n in range(5)]
+    assert pool.answer([], 2) == []
+    sizes = {len(asked) for sampler in samplers.samplers for asked in sampler.asked}
+    assert max(sizes) == (portion or -(-7 // count))
+    pool.close()
+
+
+def test_a_call_keeps_its_weights_while_newer_ones_are_pushed() -> None:
+    gate = threading.Event()
+    pool = _pool(PlayedSamplers(1, lambda sampler: gate.wait(5)))
+    pool.update(_model(1.0))
+    old = pool.submit([row(n) for n in range(3)], SAMPLING, [(0, n) for n in range(3)])
+    pool.update(_model(2.0))
+    new = pool.submit([row(n) for n in range(3)], SAMPLING, [(0, n) for n in range(3)])
+    gate.set()
+    assert pool.collect(new) == _due(2.0, range(3))
+    assert pool.collect(old) == _due(1.0, range(3))
+    pool.close()
+
+
+def test_another_rank_brings_the_weights_that_rank_0_has_not_sent() -> None:
+    samplers = PlayedSamplers(2)
+    pool = _pool(samplers, rank=1)
+    pool.update(_model(0.5))
+    assert _sample(pool, range(4)) == _due(0.5, range(4))
+    assert not samplers.shared
+    pool.close()
+
+
+@pytest.mark.parametrize("again_after", [0.0, 0.6])
+def test_killed_samplers_lose_nothing(again_after: float) -> None:
+    count = Counter[str]()
+
+    def before(sampler: PlayedSampler) -> None:
+        count["portions"] += 1
+        if count["portions"] % 5 == 3:
+            samplers.kill(samplers.samplers.index(sampler), again_after)
+
+    samplers = PlayedSamplers(2, before)
+    pool = _pool(samplers)
+    for step in range(3):
+        pool.update(_model(float(step)))
+        assert _sample(pool, range(6), step) == _due(float(step), range(6), step)
+    assert count["portions"] > 18
+    pool.close()
+
+
+def test_others_answer_while_a_sampler_is_absent_and_it_joins_later() -> None:
+    samplers = PlayedSamplers(2)
+    samplers.absent.add(1)
+    pool = _pool(samplers)
+    pool.update(_model(1.0))
+    assert _sample(pool, range(4)) == _due(1.0, range(4))
+    assert not samplers.samplers[1].asked
+    samplers.absent.discard(1)
+    end = time.monotonic() + 10
+    while not samplers.samplers[1].asked and time.monotonic() < end:
+        assert _sample(pool, range(4)) == _due(1.0, range(4))
+        time.sleep(0.02)
+    assert samplers.samplers[1].asked
+    pool.close()
+
+
+def test_a_sampler_that_fails_is_started_again() -> None:
+    failed = []
+
+    def before(sampler: PlayedSampler) -> None:
+        if not failed:
+            failed.append(sampler)
+            raise SamplerFailed("RuntimeError: device lost")
+
+    samplers = PlayedSamplers(1, before)
+    pool = _pool(samplers)
+    pool.update(_model(1.0))
+    assert _sample(pool, range(3)) == _due(1.0, range(3))
+    assert samplers.restarts == 1
+    assert samplers.samplers[0] is not failed[0]
+    pool.close()
+
+
+def test_errors_in_words() -> None:
+    def refuse(sampler: PlayedSampler) -> None:
+        raise ModelError("model.name='x': its weights cannot be loaded")
+
+    pool = _pool(PlayedSamplers(1, refuse))
+    pool.update(_model(1.0))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        _sample(pool, range(2))
+
+    def die(sampler: PlayedSampler) -> None:
+        samplers.kill(samplers.samplers.index(sampler))
+
+    samplers = PlayedSamplers(1, die)
+    pool = _pool(samplers, max_deaths=1)
+    pool.update(_model(1.0))
+    with pytest.raises(RunError, match="2 samplers died one after another"):
+        _sample(pool, range(2))
+
+
+def test_short_groups_are_asked_for_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    plain = PlayedSampler.sample
+
+    def short(self: PlayedSampler, *args: Any) -> Any:
+        answered = plain(self, *args)
+        asked.append(answered)
+        if len(asked) in lacking:
+            answered.answers[0].pop()
+        return answered
+
+    monkeypatch.setattr(PlayedSampler, "sample", short)
+    samplers = PlayedSamplers(1)
+    lacking = {2}
+    pool = _pool(samplers)
+    pool.update(_model(1.0))
+    samplers.ask(0, "push", ("token", 1), Weights.read(_model(1.0))).result()
+    asked.clear()
+    assert _sample(pool, range(3)) == _due(1.0, range(3))
+    lacking = set(range(100))
+    with pytest.raises(RunError, match="fewer completions than asked, twice"):
+        _sample(pool, range(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_arrive_to_the_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    source, target = torch.nn.Linear(3, 5).to(dtype), torch.nn.Linear(3, 5).to(dtype)
+    weights = Weights.read(source)
+    weights.write(target)
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    assert weights.equals(Weights.read(target))
+    with torch.no_grad():
+        source.weight += 1
+    assert not weights.equals(Weights.read(source))
+    target.bias.requires_grad_(False)
+    with pytest.raises(RunError, match="bias"):
+        weights.write(target)
+
+
+def test_the_dealing_of_64_workers_and_16_samplers_costs_little() -> None:
+    """Played by threads that sample nothing, so that the time of a step is that of the coordination."""
+    samplers, steps, groups = PlayedSamplers(16), 6, 4
+    pools = [SamplerPool(samplers, Rank(rank, 64), 1) for rank in range(64)]
+    weights, barrier = [_model(float(step)) for step in range(steps)], threading.Barrier(64)
+    problems: list[object] = []
+    times: list[float] = []
+
+    def work(rank: int) -> None:
+        try:
+            for step in range(steps):
+                pools[rank].update(weights[step])
+                barrier.wait(30)
+                numbers, started = range(rank * groups, (rank + 1) * groups), time.perf_counter()
+                if _sample(pools[rank], numbers, step) != _due(float(step), numbers, step):
+                    problems.append((rank, step))
+                barrier.wait(30)
+                if rank == 0 and step:  # samplers are found in the first
+                    times.append(time.perf_counter() - started)
+        except BaseException as error:
+            problems.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not problems
+    assert min(times) < 0.05
+    assert max(sampler.deepest for sampler in samplers.samplers) <= 64 + steps + 64  # portions, pushes, pings
+    assert all(sampler.queue.empty() for sampler in samplers.samplers)
+    for pool in pools:
+        pool.close()

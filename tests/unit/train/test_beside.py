@@ -1,0 +1,40 @@
+"""The job and the model of a process beside the workers."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ray_vlm.config.load import dump_job, load_job
+from ray_vlm.models.load import build_adapter_alone, family_of, load_adapted, load_config
+from ray_vlm.train.beside import job_beside
+
+
+def test_a_process_beside_the_workers_is_alone_and_samples_by_itself(job_file) -> None:
+    method = {"name": "grpo", "samplers": 2, "max_staleness": 1, "cpus_per_sampler": 3, "rollouts": "vllm"}
+    cluster = {"num_workers": 2, "deepspeed": "zero2"}
+    train = {"global_batch_size": 32}
+    job = load_job(job_file(method=method, cluster=cluster, lora={"target": ["language"]}, train=train))
+    spec: Any = SimpleNamespace(job=dump_job(job))
+    beside: Any = job_beside(spec, (3, 1))
+    assert (beside.method.samplers, beside.method.max_staleness, beside.method.worker_engine) == (0, 0, "vllm")
+    alone = beside.cluster
+    assert (alone.num_workers, alone.deepspeed, alone.cpus_per_worker, alone.gpus_per_worker) == (1, None, 3, 1)
+    assert beside.train == job.train
+
+
+@pytest.mark.parametrize("target", [["language"], ["language", "vision"]])
+def test_an_adapter_without_its_base_has_the_weights_that_workers_train(target: list[str], job_file) -> None:
+    job = load_job(job_file(lora={"rank": 4, "target": target, "ranks": {"language": 2}}))
+    assert job.lora is not None
+    family = family_of(load_config(job.model))
+    whole = load_adapted(job.model, job.lora, job.train, family, "cpu", 0)
+    alone = build_adapter_alone(job.model, job.lora, family)
+    shapes = [
+        {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad} for model in (whole, alone)
+    ]
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) > 4
+    trained = [p for p in alone.parameters() if p.requires_grad]
+    assert {p.device.type for p in trained} == {"cpu"}
+    assert {p.device.type for p in alone.parameters() if not p.requires_grad} == {"meta"}
