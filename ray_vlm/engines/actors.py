@@ -328,7 +328,7 @@ class SamplerPool(Engine):
         self._dealer.joined(sampler)
 
     def _answered(self, sampler: int, portion: Portion, future: "Future[Answered | Missing]") -> None:
-        if not self._dealer.again(sampler, portion):  # the portion was dealt to another, or its call was dropped
+        if not self._dealer.still_has(sampler, portion):  # the portion was dealt to another, or its call was dropped
             return
         try:
             reply = future.result()
@@ -366,7 +366,7 @@ class SamplerPool(Engine):
         self._send(sampler, portion)
 
     def _send_again(self, sampler: int, portion: Portion) -> None:
-        if self._dealer.again(sampler, portion):
+        if self._dealer.still_has(sampler, portion):
             self._send(sampler, portion)
 
 

@@ -138,8 +138,8 @@ class Dealer(Generic[_Answer]):
         call.missing -= len(portion.rows)
         return True
 
-    def again(self, sampler: int, portion: Portion) -> bool:
-        """Return whether the sampler still has this portion, which is to be asked again as it is."""
+    def still_has(self, sampler: int, portion: Portion) -> bool:
+        """Return whether the sampler has this portion and has not answered it."""
         state = self._samplers[sampler]
         return state.alive and state.portion is not None and state.portion.number == portion.number
 

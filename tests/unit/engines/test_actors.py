@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,8 +32,20 @@ class Rank(DistributedContext):
         return "token"
 
 
+_pools: list[SamplerPool] = []
+
+
+@pytest.fixture(autouse=True)
+def close_pools() -> Iterator[None]:
+    """Close the pools of a test: their threads would log into the next ones."""
+    yield
+    while _pools:
+        _pools.pop().close()
+
+
 def _pool(samplers: PlayedSamplers, rank: int = 0, portion: int | None = 1, max_deaths: int = 3) -> SamplerPool:
-    return SamplerPool(samplers, Rank(rank, 2), portion, max_deaths)
+    _pools.append(SamplerPool(samplers, Rank(rank, 2), portion, max_deaths))
+    return _pools[-1]
 
 
 def _sample(pool: SamplerPool, numbers: range, step: int = 0) -> list:
@@ -58,7 +71,6 @@ def test_groups_come_in_order_with_the_newest_weights(count: int, portion: int |
     assert pool.answer([], 2) == []
     sizes = {len(asked) for sampler in samplers.samplers for asked in sampler.asked}
     assert max(sizes) == (portion or -(-7 // count))
-    pool.close()
 
 
 def test_a_call_keeps_its_weights_while_newer_ones_are_pushed() -> None:
@@ -71,7 +83,6 @@ def test_a_call_keeps_its_weights_while_newer_ones_are_pushed() -> None:
     gate.set()
     assert pool.collect(new) == _due(2.0, range(3))
     assert pool.collect(old) == _due(1.0, range(3))
-    pool.close()
 
 
 def test_another_rank_brings_the_weights_that_rank_0_has_not_sent() -> None:
@@ -80,7 +91,6 @@ def test_another_rank_brings_the_weights_that_rank_0_has_not_sent() -> None:
     pool.update(_model(0.5))
     assert _sample(pool, range(4)) == _due(0.5, range(4))
     assert not samplers.shared
-    pool.close()
 
 
 @pytest.mark.parametrize("again_after", [0.0, 0.6])
@@ -98,7 +108,6 @@ def test_killed_samplers_lose_nothing(again_after: float) -> None:
         pool.update(_model(float(step)))
         assert _sample(pool, range(6), step) == _due(float(step), range(6), step)
     assert count["portions"] > 18
-    pool.close()
 
 
 def test_others_answer_while_a_sampler_is_absent_and_it_joins_later() -> None:
@@ -114,7 +123,6 @@ def test_others_answer_while_a_sampler_is_absent_and_it_joins_later() -> None:
         assert _sample(pool, range(4)) == _due(1.0, range(4))
         time.sleep(0.02)
     assert samplers.samplers[1].asked
-    pool.close()
 
 
 def test_a_sampler_that_fails_is_started_again() -> None:
@@ -131,7 +139,6 @@ def test_a_sampler_that_fails_is_started_again() -> None:
     assert _sample(pool, range(3)) == _due(1.0, range(3))
     assert samplers.restarts == 1
     assert samplers.samplers[0] is not failed[0]
-    pool.close()
 
 
 def test_errors_in_words() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ray_vlm.config.method import GrpoMethod
 from ray_vlm.config.schema import Model
 from ray_vlm.engines import decoding, own
 from ray_vlm.engines.decoding import decode_greedy
@@ -73,7 +74,7 @@ def test_grpo_samples_in_portions_of_group_batch(
     monkeypatch.setattr(own, "sample_groups", sample)
 
     def answers(group_batch: int | None) -> list[list[int]]:
-        method = SimpleNamespace(num_generations=2, max_completion_tokens=8, temperature=1.0, top_p=1.0, top_k=0)
+        method = GrpoMethod(num_generations=2, max_completion_tokens=8)
         trainer = SimpleNamespace(
             method=method,
             rows=[row for row in rows for _ in range(2)],
@@ -83,6 +84,7 @@ def test_grpo_samples_in_portions_of_group_batch(
             accelerator=SimpleNamespace(unwrap_model=lambda model: model),
             model=model,
             prompt_pixels=None,
+            ahead=None,
         )
         return [answer.ids for answer in PlannedGRPOTrainer._sample_answers(trainer)]  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.engines import server_client
 from ray_vlm.engines.interface import Sampling
 from ray_vlm.engines.server import ServerEngine, build_server_engine
-from ray_vlm.engines.server_client import is_local, choose_pause
+from ray_vlm.engines.server_client import choose_pause, is_local
 from ray_vlm.engines.vllm_start import EngineLimits
 from ray_vlm.errors import ConfigError, ModelError, RunError
 from ray_vlm.models.families import FAMILIES
