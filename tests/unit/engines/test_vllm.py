@@ -20,7 +20,15 @@ from ray_vlm.engines import adapter_files, vllm_start
 from ray_vlm.engines.adapter_files import AdapterFiles, choose_root
 from ray_vlm.engines.interface import Sampling
 from ray_vlm.engines.vllm import TOWER_FAMILIES, VllmEngine, build_answering_engine, build_training_engine
-from ray_vlm.engines.vllm_start import AdapterRoom, EngineLimits, EngineSettings, plan_sleep, start_engine, warn_untried
+from ray_vlm.engines.vllm_start import (
+    AdapterRoom,
+    EngineLimits,
+    EngineSettings,
+    child_variables,
+    plan_sleep,
+    start_engine,
+    warn_untried,
+)
 from ray_vlm.errors import ConfigError, ModelError, RunError
 from ray_vlm.machine import GIB
 from ray_vlm.models.card_memory import CardMemory
@@ -472,6 +480,12 @@ def test_an_engine_sees_the_card_of_its_worker(
     start_engine(replace(_settings(load_job(job_file())), device=device), LIMITS, "x", None)
     assert seen == [expected]
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+def test_engines_on_cpus_give_memory_back_unless_the_user_decides() -> None:
+    assert set(child_variables("cpu", {})) == {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    assert set(child_variables("cpu", {"MALLOC_TRIM_THRESHOLD_": "5"})) == {"MALLOC_MMAP_THRESHOLD_"}
+    assert child_variables("cuda:1", {}) == {"CUDA_VISIBLE_DEVICES": "1"}
 
 
 @pytest.mark.parametrize(
