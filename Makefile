@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Two processes share the tests out; all that need a Ray cluster stay in one of them (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo demo-all test test-all test-real test-vllm test-versions test-oldest test-newest lint docs docs-check site clean
+.PHONY: demo demo-all test test-all test-real test-families test-vllm test-versions test-oldest test-newest lint docs docs-check site clean
 
 demo: $(READY)
 	$(BIN)/ray-vlm demo
@@ -31,6 +31,12 @@ test-real: $(READY) .venv/real-data
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ scikit-image scikit-learn \
 		joblib threadpoolctl narwhals cloudpickle lazy-loader imageio tifffile networkx
 	@touch $@
+
+# Tiny models of each family by each method, and their inputs against those of each family's own processor; 20 minutes.
+# With WRITE_FAMILIES=1 the results are written, and the table in docs/models.md is made of them.
+test-families: $(READY)
+	$(PYTEST) -m slow tests/families
+	$(if $(WRITE_FAMILIES),$(BIN)/python -m tests.support.family_matrix)
 
 # The tests that tests/versions.txt names, with the lowest versions that pyproject.toml allows and with the newest.
 test-versions: test-oldest test-newest

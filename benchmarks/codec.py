@@ -44,8 +44,9 @@ GOLDEN_SIZES = {
 
 def spec_of(codec: str, **options: Any) -> ImageSpec:
     """Return the family's image sizes as recommended for training: 256 to 1280 tokens."""
-    token = (2 * PATCHES[codec]) ** 2
-    return ImageSpec(PATCHES[codec], 2, 256 * token, 1280 * token, **options)
+    patch = PATCHES.get(codec, 16)
+    token = (2 * patch) ** 2
+    return ImageSpec(patch, 2, 256 * token, 1280 * token, **options)
 
 
 def random_cases(spec: ImageSpec, codec: str, count: int) -> Iterator[tuple[Frame, Box]]:
@@ -106,7 +107,7 @@ def codec_errors(codec: str, pad: str, count: int) -> tuple[float, float, int]:
 def codec_figures(count: int) -> list[dict[str, Any]]:
     """Return the figures of all codecs' round trips and of the official golden case."""
     figures = []
-    for codec, pad in itertools.product(PATCHES, PADS):
+    for codec, pad in itertools.product(CODECS, PADS):
         inside, edge, lost = codec_errors(codec, pad, count)
         name, slack = f"codec.{codec}.{pad}", 1e-6
         if CODECS[codec].coordinates == "resized_pixels":

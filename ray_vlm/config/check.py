@@ -36,7 +36,7 @@ def _is_temperature(value: float | list[float]) -> bool:
 def _learning(job: JobConfig) -> set[str]:
     """Return the parts of the model that are trained."""
     if job.lora is not None:
-        return set(job.lora.target)
+        return {"language" if part == "experts" else part for part in job.lora.target}
     return {"language", "connector", "vision"} - set(job.train.freeze or ())
 
 
@@ -134,6 +134,12 @@ RULES: list[Rule] = [
         lambda j: j.lora is not None and not set(j.lora.ranks or ()) <= set(j.lora.target),
         ("lora.ranks", "lora.target"),
         "it names a part that gets no adapter. Add the part to lora.target, or take it out here.",
+    ),
+    (
+        lambda j: j.lora is not None and "experts" in j.lora.target and j.lora.dropout > 0,
+        ("lora.target", "lora.dropout"),
+        "experts are fused weights, and PEFT's adapters of those have no dropout. Set lora.dropout=0, or leave experts "
+        "out.",
     ),
     (
         lambda j: not set(j.train.learning_rates or ()) <= _learning(j),

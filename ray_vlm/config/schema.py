@@ -13,7 +13,7 @@ from ray_vlm.config.data import Data
 from ray_vlm.config.method import Method, SftMethod
 from ray_vlm.config.section import Count, CountOrZero, Largest, Section
 from ray_vlm.config.task import DetectionTask, Task
-from ray_vlm.config.train import Part, Train
+from ray_vlm.config.train import LoraPart, Train
 
 
 class Model(Section):
@@ -41,12 +41,14 @@ class Lora(Section):
     rank: Count = Field(16, description="Rank of the update matrices.")
     alpha: Count = Field(32, description="Updates are scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target: list[Part] = Field(
+    target: list[LoraPart] = Field(
         default=["language"],
         min_length=1,
-        description="Parts of the model that get adapters; with `model.adapter`, the parts that are trained further.",
+        description="Parts of the model that get adapters; with `model.adapter`, the parts that are trained further. "
+        "`language` are the linear layers of the language model, of a mixture also its shared experts; `experts` are "
+        "the routed ones.",
     )
-    ranks: dict[Part, Count] | None = Field(
+    ranks: dict[LoraPart, Count] | None = Field(
         None,
         description="Ranks of parts that differ from `rank`, such as `{vision: 8}`; alpha / rank is the same for all.",
     )

@@ -12,7 +12,7 @@ class _Task(Section):
 
     name: str
     system: str | None = Field(None, min_length=1, description="System message before the question. null: none.")
-    codec: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] | None = Field(
+    codec: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma", "paligemma", "internvl", "molmo2"] | None = Field(
         None, description="Model family whose format of boxes and points is used. null: the model's own."
     )
     regions: tuple[Annotated[tuple[str, ...], Field(strict=False, min_length=1)], ...] = Field(

@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from ray_vlm.config.section import Count, Section
 
 Part = Literal["language", "connector", "vision"]  # of a model; `models/families.py` defines their weights
+LoraPart = Literal[Part, "experts"]  # of a mixture: the routed experts of the language model
 Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Recompute = bool | Count | Literal["selective"]  # of layers' activations: all, none, the first so many, or not products

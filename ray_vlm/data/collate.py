@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _Batch = TypeVar("_Batch")
+_UNJOINED = "images"  # of a row whose tensors cannot be joined with those of others
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def host_batch(
     tokens = pad(ids, builder.tokenizer.pad_token_id)
     batch: dict[str, Any] = {"input_ids": tokens, "attention_mask": pad([np.ones_like(i) for i in ids], 0)}
     if builder.kinds is not None:
-        batch[builder.kinds] = (tokens == builder.image_token_id).long()
+        batch[builder.kinds] = mark_images(tokens, builder)
     if all(len(row.labels) == len(row.input_ids) for row in rows):
         batch["labels"] = pad([row.labels for row in rows], IGNORED)
     if "labels" in batch and rows[0].weights is not None:
@@ -131,8 +132,7 @@ def host_batch(
     if builder.stock is None:
         _check_grid(rows, builder)
     if with_images:
-        images = [image for row in (distinct if shared else rows) for image in row.images]
-        batch |= _image_inputs(images, builder)
+        batch |= _image_inputs([row.images for row in (distinct if shared else rows)], builder)
         if plan := plan_rows(distinct if shared else rows, builder):
             batch["image_plan"] = plan
     return batch
@@ -228,18 +228,30 @@ def attach_plan(batch: dict[str, Any], plan: ImagePlan | None, device: str) -> N
 
 
 def read_pixels(images: Sequence[np.ndarray], builder: SampleBuilder, device: str) -> dict[str, Any]:
-    """Return `pixel_values` and `image_grid_thw` of resized images, or what the family's processor makes, on the
-    device; empty without images."""
-    return add_pixels(upload(_image_inputs(images, builder), device), builder) if images else {}
+    """Return what `join_pixels` takes of a row's resized images: `pixel_values` and `image_grid_thw`, or what the
+    family's processor makes, on the device; empty without images."""
+    if builder.stock is not None and not builder.stock.joins:
+        return {_UNJOINED: images} if images else {}
+    return add_pixels(upload(_image_inputs([images], builder), device), builder) if images else {}
 
 
-def _image_inputs(images: Sequence[np.ndarray], builder: SampleBuilder) -> dict[str, Any]:
-    """Return `images` and `image_grid_thw`, or what the family's own processor makes, on the host."""
+def mark_images(tokens: "torch.Tensor", builder: SampleBuilder) -> "torch.Tensor":
+    """Return which tokens are an image's, `int64` in the shape of `tokens`: 1, others 0."""
+    import torch
+
+    if len(builder.kind_ids) == 1:
+        return (tokens == builder.image_token_id).long()
+    return torch.isin(tokens, torch.tensor(builder.kind_ids, device=tokens.device)).long()
+
+
+def _image_inputs(rows: Sequence[Sequence[np.ndarray]], builder: SampleBuilder) -> dict[str, Any]:
+    """Return `images` and `image_grid_thw` of the images of rows, or what the family's own processor makes, on the
+    host."""
     import torch
 
     if builder.stock is not None:
-        return dict(builder.stock.tensors(images))
-    joined = ImageBytes.join(images)
+        return builder.stock.tensors(rows)
+    joined = ImageBytes.join([image for images in rows for image in images])
     return {"images": joined, "image_grid_thw": torch.tensor(_grids(joined.sizes, builder))}
 
 
@@ -254,10 +266,15 @@ def _grids(sizes: Sequence[tuple[int, int]], builder: SampleBuilder) -> list[tup
     return [(1, height // patch, width // patch) for height, width in sizes]
 
 
-def join_pixels(pixels: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Concatenate the image inputs of several rows; empty if no row has images."""
+def join_pixels(pixels: Sequence[dict[str, Any]], builder: SampleBuilder, device: str) -> dict[str, Any]:
+    """Concatenate the image inputs of several rows, as `read_pixels` returns them for the device; empty if no row has
+    images."""
     import torch
 
+    if builder.stock is not None and not builder.stock.joins:
+        return upload(builder.stock.tensors([part[_UNJOINED] for part in pixels if part]), device)
+    if builder.stock is not None:
+        return builder.stock.join(pixels)
     filled = [row_pixels for row_pixels in pixels if row_pixels]
     return {name: torch.cat([row_pixels[name] for row_pixels in filled]) for name in (filled or [{}])[0]}
 

@@ -2,17 +2,18 @@
 
 Every fault of a file is a `ValueError` or `OSError` with a reason, which the index turns into a bad row. Sizes come
 from the rule of transformers' own smart resize, pixels from the processor's own resize, so a resized image equals the
-stock processor's bit for bit. Families whose own processor does everything have `ProcessorImages`.
+stock processor's bit for bit. Families whose own processor does everything have
+`ProcessorImages` (`data/processor_images.py`).
 """
 
 import io
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -20,13 +21,12 @@ from PIL import Image, UnidentifiedImageError
 from ray_vlm.data.inner_images import read_inner
 from ray_vlm.data.records import Image as ImageSource
 from ray_vlm.data.spec import SampleSpec
-from ray_vlm.errors import DataError, ModelError
+from ray_vlm.errors import DataError
 from ray_vlm.models.families import Family
 from ray_vlm.models.processor import ImageSizes
 from ray_vlm.storage import is_remote, open_file, read_bytes
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 Image.init()  # all decoders, so that they can be named
@@ -67,8 +67,6 @@ _TURNS = {  # EXIF orientation -> the transpose that makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "text_replacement_offsets")
-_KIND_INPUTS = ("mm_token_type_ids", "token_type_ids")  # they tell some families' forward where images are
 _UNLIMITED = 2**40  # pixels
 
 
@@ -435,58 +433,3 @@ def resize(pixels: np.ndarray, spec: ImageSpec, processor: "Qwen2VLImageProcesso
     canvas[:] = spec.pad
     canvas[top : top + height, left : left + width] = tensor[0].permute(1, 2, 0).numpy()
     return canvas
-
-
-class TilingProcessor(Protocol):
-    """What is used of such a family's processor: the placeholder of an image, and the inputs for texts and images."""
-
-    image_token: str
-
-    def __call__(self, *, text: Sequence[str], images: Sequence[object], **options: object) -> Mapping[str, Any]: ...
-
-
-class ProcessorImages:
-    """Images of families whose own processor does everything: their tensors, and the text that stands for them.
-
-    Llama-4, for example, cuts an image into tiles with separators between them. How many tokens an image takes depends
-    on its size alone, so they are counted on a blank image of that size.
-
-    `token`: the placeholder of an image in a prompt; `token_id`: the id that stands for the image encoder's output;
-    `kinds`: the input that marks those, or None if the forward takes none.
-    """
-
-    def __init__(self, processor: TilingProcessor, token_id: int):
-        self.processor, self.token, self.token_id = processor, processor.image_token, token_id
-        self._cached = lru_cache(4096)(self._expand)
-        inputs = self._call([np.zeros((64, 64, 3), np.uint8)])
-        self.kinds = next((name for name in _KIND_INPUTS if name in inputs), None)
-
-    def expand(self, size: tuple[int, int]) -> tuple[str, int]:
-        """Return the prompt text for an image of (width, height), and how many of its tokens are the encoder's."""
-        return self._cached(size)
-
-    def tensors(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Return the image inputs of the model's forward for images `uint8 [h, w, 3]`, in order."""
-        inputs = self._call(images, return_tensors="pt")
-        return {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS}
-
-    def _expand(self, size: tuple[int, int]) -> tuple[str, int]:
-        inputs = self._call([np.zeros((size[1], size[0], 3), np.uint8)], return_text_replacement_offsets=True)
-        text = inputs["text_replacement_offsets"][0][0]["replacement"]
-        return text, list(inputs["input_ids"][0]).count(self.token_id)
-
-    def _call(self, images: Sequence[np.ndarray], **options: object) -> Mapping[str, Any]:
-        pictures = [Image.fromarray(image) for image in images]
-        return self.processor(text=[self.token * len(images)], images=[pictures], **options)
-
-
-def load_processor_images(processor: TilingProcessor, config: "PretrainedConfig") -> ProcessorImages:
-    """Return the processor's `ProcessorImages`. Raise `ModelError` if it does not say how it marks images."""
-    token_id = getattr(config, "image_token_id", None)
-    token_id = getattr(config, "image_token_index", None) if token_id is None else token_id
-    if getattr(processor, "image_token", None) is None or token_id is None:
-        raise ModelError(
-            f"model type {config.model_type!r}: its processor has no image token that transformers could replace, so "
-            "it cannot be told where images are. Use another family."
-        )
-    return ProcessorImages(processor, token_id)

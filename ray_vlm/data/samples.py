@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ray_vlm.config.task import prompt_of
-from ray_vlm.data.images import ImageSpec, ProcessorImages, build_image_spec, decode, load_processor_images, resize
+from ray_vlm.data.images import ImageSpec, build_image_spec, decode, resize
+from ray_vlm.data.processor_images import ProcessorImages, load_processor_images
 from ray_vlm.data.records import Image, PreferenceRecord, PromptRecord, Record, SftRecord
 from ray_vlm.data.spec import (
     EncodedRow,
@@ -46,11 +47,11 @@ from ray_vlm.models.processor import (
 from ray_vlm.models.vision_inputs import EncoderShape, encoder_shape
 from ray_vlm.tasks import TASKS
 from ray_vlm.tasks.answers import IMAGE, Answer, Parsed, PromptContext, Turns
-from ray_vlm.tasks.boxes import CODECS, Frame
+from ray_vlm.tasks.boxes import Frame
 from ray_vlm.tasks.classification import attributes_of, check_attributes
+from ray_vlm.tasks.codecs import ANSWER_TOKENS, CODECS, choose_codec
 from ray_vlm.tasks.detection import name_classes
 
-_PLACES = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")  # special tokens that answers may hold
 _MARK = "\x00"  # stands for an assistant's text while a conversation is laid out
 _LOADING = threading.Lock()
 _SIZES, _STEPS = 4096, 4096  # sizes of images, and steps of memories, whose tokens are kept
@@ -79,7 +80,7 @@ class SampleBuilder:
     def _use(self, text: PromptText, family: Family) -> None:
         """Tokenize with `text` from now on."""
         self.family = family
-        self.codec_name = self.spec.task.codec or family.codec
+        self.codec_name = choose_codec(self.spec.task.codec, family.codec, text.tokenizer.token_to_id)
         self.codec = CODECS[self.codec_name]
         self.image_spec = build_image_spec(text.sizes, self.spec, family)
         self.image_token = text.image_token  # an image's placeholder in a prompt
@@ -91,10 +92,11 @@ class SampleBuilder:
             )
         self.image_token_id: int = token_id
         self.kinds = "mm_token_type_ids" if self.stock is None else self.stock.kinds
+        self.kind_ids = (token_id,) if self.stock is None else self.stock.kind_ids
         self._encode = text.tokenizer.encode  # not transformers' wrapper, which takes longer than the work itself
         self._tokenizer = text.tokenizer
         self._layouts = _Layouts(text)
-        special = (token for token in text.special if not _PLACES.fullmatch(token))
+        special = (token for token in text.special if not ANSWER_TOKENS.fullmatch(token))
         self._reserved_texts = tuple(filter(None, (*special, self.image_token, _MARK)))
         self._reserved_pattern = re.compile("|".join(map(re.escape, self._reserved_texts)))
         self._frame = lru_cache(_SIZES)(self._build_frame)
@@ -112,7 +114,7 @@ class SampleBuilder:
             family = family_of(config)
             if family.stock_images:
                 self.stock = load_processor_images(processor, config)
-            self._use(take_prompt_text(processor, family), family)
+            self._use(take_prompt_text(processor, family, getattr(self.stock, "head", "")), family)
             self.encoder = encoder_shape(config)
             self._treatment = repr(processor.image_processor.to_dict())
             self._processor = processor
@@ -154,7 +156,7 @@ class SampleBuilder:
     def num_image_tokens(self, size: tuple[int, int], spec: ImageSpec | None = None) -> int:
         """Return the visual tokens of an image of (width, height) before resizing, at the limits of `spec` if given."""
         spec = spec or self.image_spec
-        return spec.num_tokens(size) if self.stock is None else self.stock.expand(spec.place(size).resized)[1]
+        return spec.num_tokens(size) if self.stock is None else self.stock.expand([spec.place(size).resized])[0][1]
 
     def turns(self, record: Record) -> Turns:
         """Return the turns before the answer."""
@@ -203,7 +205,7 @@ class SampleBuilder:
         tags = sum(text.count(IMAGE) for _, text in turns)
         if tags != num_images:
             return f"its text holds {tags} {IMAGE} tags for {num_images} images; remove those that are too many"
-        return self._text_problem([text for _, text in turns])
+        return self._text_problem([text.replace(IMAGE, "\n") for _, text in turns])  # some families' own placeholder
 
     def _text_problem(self, texts: Sequence[str]) -> str | None:
         token = next(filter(None, map(self._reserved, texts)), None)
@@ -304,16 +306,15 @@ class SampleBuilder:
         return text
 
     def _texts(self, record: Record, turns: Turns, answers: tuple[Answer, ...], kept: Kept) -> RowTexts:
-        heads, close = self._layout(turns, self._expansions(record))
+        # Of each image, the text that stands for it in the prompt, and its tokens.
+        if self.stock is None:
+            expanded = tuple(("", self._num_tokens(size)) for size in record.sizes)
+        else:
+            expanded = self.stock.expand([self.image_spec.place(size).resized for size in record.sizes])
+        heads, close = self._layout(turns, [text for text, _ in expanded])
         earlier = [text + close for role, text in turns if role == "assistant"]
         closed = [(answer.text + close, answer.spans) for answer in answers]
-        return RowTexts(heads, earlier, closed, kept, [self._num_tokens(size) for size in record.sizes])
-
-    def _expansions(self, record: Record) -> tuple[str, ...]:
-        """Return the text that stands for each image in the prompt; empty without a stock processor."""
-        if self.stock is None:
-            return ()
-        return tuple(self.stock.expand(self.image_spec.place(size).resized)[0] for size in record.sizes)
+        return RowTexts(heads, earlier, closed, kept, [count for _, count in expanded])
 
     def _encode_one(self, record: Record, answers: tuple[Answer, ...], kept: Kept) -> EncodedRow:
         return self._encode_texts([self._texts(record, self.turns(record), answers, kept)])[0]

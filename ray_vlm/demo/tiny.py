@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_vlm.demo.shapes import DOMAINS, draw, draw_scene
-from ray_vlm.tasks.detection import PROMPT
+from ray_vlm.tasks.codecs import CODECS
 
 if TYPE_CHECKING:
     import torch
@@ -221,7 +221,12 @@ def _scene_row(boxes: bool, folder: Path, name: str, rng: np.random.Generator) -
         lines = [f'\n\t{{"bbox_2d": <bbox>, "label": "{label}"}}' for label, _ in objects]
         answer = "```json\n[" + ",".join(lines) + "\n]\n```"
         refs: dict[str, Any] = {"ref": [], "bbox": [box for _, box in objects]}
-        return _row("<image>" + PROMPT.replace("{labels}", ", ".join(_LABELS)), answer, images=[name], objects=refs)
+        return _row(
+            "<image>" + CODECS["qwen3_vl"].question.replace("{labels}", ", ".join(_LABELS)),
+            answer,
+            images=[name],
+            objects=refs,
+        )
     label, box = objects[0]
     keys = rng.permutation(_KEYS)[: int(rng.integers(1, 4))]
     x, y = (box[0] + box[2]) / 2 / image.width, (box[1] + box[3]) / 2 / image.height

@@ -1,4 +1,5 @@
-"""The growing KV cache of the decoding loop, in which new keys and values are written in place."""
+"""The growing cache of the decoding loop: new keys and values are written in place, and sequences are repeated and
+dropped, also in layers of linear attention, which have a state in place of keys and values."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,29 @@ def make_room(cache: "DynamicCache") -> None:
             roomy = RoomyLayer()
             roomy.__dict__ |= layer.__dict__  # its keys and values
             cache.layers[number] = roomy
+
+
+def repeat_rows(cache: "DynamicCache", repeats: int) -> None:
+    """Repeat each sequence of a filled cache, its copies one after another."""
+    import torch
+
+    layer: Any
+    for layer in cache.layers:
+        if hasattr(layer, "conv_states"):
+            state = next(state for state in layer.conv_states.values() if state is not None)
+            layer.reorder_cache(torch.arange(len(state)).repeat_interleave(repeats))
+        else:
+            layer.batch_repeat_interleave(repeats)
+
+
+def select_rows(cache: "DynamicCache", rows: "Tensor") -> None:
+    """Keep these sequences of a filled cache, `int64 [sequences]`."""
+    layer: Any
+    for layer in cache.layers:
+        if hasattr(layer, "conv_states"):
+            layer.reorder_cache(rows)  # for transformers an order of beams, which may name each any number of times
+        else:
+            layer.batch_select_indices(rows)
 
 
 def _with_room(old: "Tensor", length: int) -> "Tensor":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray_vlm.data.collate import collate
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
-from ray_vlm.engines.cache import is_plain, make_room
+from ray_vlm.engines.cache import is_plain, make_room, repeat_rows, select_rows
 from ray_vlm.models.backbone import base_of
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _KEEP = 0.75
 # Tokens between two looks at which sequences have ended, on a device that works ahead of the host: a look waits for it.
 _CHECK_EVERY = 8
+
+_IMAGE_SIZES = ("image_grid_thw", "target_sizes")  # inputs that say how M-RoPE counts the tokens of images
 
 # (logits `[sequences, vocabulary]`, number of the step, numbers of these sequences `int64 [sequences]`) -> next tokens
 # `int64 [sequences]`
@@ -136,7 +138,7 @@ class _PlainSteps:
         return unfinished if unfinished <= _KEEP * len(self._mask) else len(self._mask)
 
     def keep(self, rows: "Tensor") -> None:
-        self._cache.batch_select_indices(rows)
+        select_rows(self._cache, rows)
         self._position, self._mask = self._position[rows], self._mask[rows]
 
 
@@ -167,7 +169,7 @@ def _prefill(
         static.start(cache, first, mask, repeats, mask.shape[1] + max_new_tokens)
         return logits, static
     if repeats > 1:
-        cache.batch_repeat_interleave(repeats)
+        repeat_rows(cache, repeats)
     make_room(cache)
     return logits, _PlainSteps(model, base, cache, first, mask)
 
@@ -207,8 +209,7 @@ def _positions(base: "PreTrainedModel", batch: dict[str, Any]) -> tuple["Tensor"
     if not _has_axes(base):
         return (mask.cumsum(dim=1) - 1).clamp(min=0), mask.sum(dim=1)
     backbone: Any = base.base_model
-    positions, deltas = backbone.get_rope_index(
-        ids, batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"), attention_mask=mask
-    )
+    sizes = {name: batch[name] for name in _IMAGE_SIZES if name in batch}
+    positions, deltas = backbone.get_rope_index(ids, batch["mm_token_type_ids"], attention_mask=mask, **sizes)
     # [3, prompts, tokens]; an image takes fewer positions than tokens, by the (negative) delta [prompts, 1].
     return positions, mask.sum(dim=1) + deltas[:, 0]

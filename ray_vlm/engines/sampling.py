@@ -77,10 +77,13 @@ def _sample_batch(
     import torch
 
     base = base_of(model)
-    # Image tokens are never sampled: the trainer would look for the pixels of each.
+    # Image tokens are never sampled: the trainer would look for the pixels of each. Some heads, as Molmo2's, have no
+    # logits for them.
     kinds = (getattr(base.config, name, None) for name in ("image_token_id", "video_token_id"))
-    never = torch.tensor([builder.image_token_id, *(token for token in kinds if token is not None)], device=device)
-    joined_pixels = None if pixels is None else join_pixels([pixels(row) for row in rows])
+    scored = base.get_output_embeddings().out_features
+    ids = [token for token in (*builder.kind_ids, *kinds) if token is not None and token < scored]
+    never = torch.tensor(ids, device=device, dtype=torch.int64)
+    joined_pixels = None if pixels is None else join_pixels([pixels(row) for row in rows], builder, device)
     batch = collate(rows, builder, device, side="left", pixels=joined_pixels)
     size = sampling.num_generations
     draws = torch.from_numpy(uniforms).to(device)  # [tokens, sequences]

@@ -42,9 +42,8 @@ from ray_vlm.engines.server_protocol import (
 )
 from ray_vlm.engines.vllm_start import EngineLimits
 from ray_vlm.errors import ConfigError, RunError
-from ray_vlm.models.families import part_of
 from ray_vlm.models.load import resolve_name
-from ray_vlm.models.lora import check_adapter
+from ray_vlm.models.lora import adapter_part, check_adapter
 from ray_vlm.storage import is_remote
 
 if TYPE_CHECKING:
@@ -318,7 +317,7 @@ def _explain(reply: Reply) -> str:
 
 def _check_parts(names: Iterable[str], builder: SampleBuilder, who: str) -> None:
     """Raise `ConfigError` if an adapter has weights that the server ignores."""
-    if others := {part_of(builder.family, name) for name in names} - {"language"}:
+    if others := {adapter_part(builder.family, name) for name in names} - {"language"}:
         raise ConfigError(
             f"{who} adapts {', '.join(sorted(others))} too, and a server takes adapters on the language model only. "
             "Use transformers, or an adapter that was trained with lora.target=[language]."

@@ -35,9 +35,8 @@ from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.models.backbone import base_of
 from ray_vlm.models.card_memory import read_card, release_memory
 from ray_vlm.models.engine_memory import MOST_SEQUENCES, describe_lack, plan_engine, plan_share
-from ray_vlm.models.families import part_of
 from ray_vlm.models.load import load_config, resolve_name
-from ray_vlm.models.lora import check_adapter
+from ray_vlm.models.lora import adapter_part, check_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -296,7 +295,7 @@ def largest_rank(model: "Module") -> int:
 def check_parts(names: Iterable[str], builder: SampleBuilder, who: str) -> bool:
     """Return whether an adapter has weights outside of the language model. Raise `ConfigError` if it has and vLLM was
     not shown to run them with equal numbers for this family. `who`: the adapter, for the message."""
-    others = {part_of(builder.family, name) for name in names} - {"language"}
+    others = {adapter_part(builder.family, name) for name in names} - {"language"}
     if others and builder.family.model_type not in TOWER_FAMILIES:
         raise ConfigError(
             f"{who} adapts {', '.join(sorted(others))} too, which was tried with vllm for "

@@ -23,7 +23,16 @@ from trl.trainer.utils import split_tensor_dict
 
 from ray_vlm.config.method import GrpoMethod, Method
 from ray_vlm.config.train import Precision
-from ray_vlm.data.collate import attach_plan, batch_rows, join_pixels, plan_rows, read_pixels, spans_of_rows, upload
+from ray_vlm.data.collate import (
+    attach_plan,
+    batch_rows,
+    join_pixels,
+    mark_images,
+    plan_rows,
+    read_pixels,
+    spans_of_rows,
+    upload,
+)
 from ray_vlm.data.plan import Plan
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
@@ -211,7 +220,7 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
             for portion, _ in cut([0.0] * len(rows), size):
                 shown = [rows[i] for i in portion if rows[i].images]
                 if shown:
-                    pixels = join_pixels([self.prompt_pixels(row) for row in shown])
+                    pixels = join_pixels([self.prompt_pixels(row) for row in shown], self.builder, device)
                     attach_plan(pixels, plan_rows(shown, self.builder), device)
                     base.base_model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"])
 
@@ -253,12 +262,13 @@ class PlannedGRPOTrainer(PlannedTrainer, GRPOTrainer):
         `input_ids`: of all answers, `[answers, tokens]`; the last `keep` columns are those of answers.
         """
         runs, builder, planner = _runs(self.rows[part]), self.builder, self.inputs.planner
-        kinds = {builder.kinds: (input_ids[part] == builder.image_token_id).long()} if builder.kinds else {}
+        kinds = {builder.kinds: mark_images(input_ids[part], builder)} if builder.kinds else {}
         if builder.stock is not None:
-            return kinds | join_pixels([pixels for row, n in runs for pixels in n * [self.prompt_pixels(row)]])
+            each = [pixels for row, n in runs for pixels in n * [self.prompt_pixels(row)]]
+            return kinds | join_pixels(each, builder, str(self.args.device))
         assert planner is not None
         shown, answers = [row for row, _ in runs], self.ids[part]
-        inputs = kinds | join_pixels([self.prompt_pixels(row) for row in shown])
+        inputs = kinds | join_pixels([self.prompt_pixels(row) for row in shown], builder, str(self.args.device))
         if "image_grid_thw" in inputs:
             attach_plan(inputs, plan_rows(shown, builder), str(self.args.device))
         spans = [span for span, (_, n) in zip(spans_of_rows(shown), runs, strict=True) for _ in range(n)]

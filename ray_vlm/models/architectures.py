@@ -11,19 +11,22 @@ all other modules the connector. Its own processor handles images and their plac
 import difflib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.errors import ModelError
-from ray_vlm.models.families import FAMILIES, Family
+from ray_vlm.models.families import CODEC_OF, FAMILIES, STATE, Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_ROUTERS = ("gate", "router")  # last names of layers that choose experts: neither adapted nor quantised
-_PLAIN = "whether its branches stay exact has not been proved"
+# Last names of layers that choose experts: neither adapted nor quantised.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+_PLAIN = "its own processor lays out the images, and their order in a packed row is not planned"
 
 
 @cache
@@ -47,15 +50,40 @@ def load_preset(name: str) -> "PreTrainedConfig":
     return AutoConfig.for_model(preset["model_type"], **preset["config"])
 
 
+def choose_attention(config: "PreTrainedConfig") -> str | dict[str, str]:
+    """Return the attention of a model: sdpa, but eager for an audio encoder, of which no family here has another."""
+    parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
+    if not any("audio" in name for name in parts):
+        return "sdpa"
+    return {"": "sdpa", **{name: "eager" if "audio" in name else "sdpa" for name in parts}}
+
+
 def build_empty(config: "PreTrainedConfig") -> Any:
     """Build the model of a configuration on the meta device: shapes and names, no weights."""
     import torch
     from transformers import AutoModelForImageTextToText
 
-    with torch.device("meta"):
+    with torch.device("meta"), _without_zero3():
         model = AutoModelForImageTextToText.from_config(config)
     model.tie_weights()
     return model
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Let transformers build models in the body as it does without ZeRO-3: under it, weights are initialised as they
+    are partitioned, and there are none on the meta device."""
+    from transformers.integrations import deepspeed
+
+    reference: Any = deepspeed._hf_deepspeed_config_weak_ref
+    held = reference() if deepspeed.is_deepspeed_zero3_enabled() else None
+    if held is not None:
+        deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if held is not None:
+            deepspeed.set_hf_deepspeed_config(held)
 
 
 def family_of(config: "PreTrainedConfig") -> Family:
@@ -87,7 +115,7 @@ def _describe(config: "PreTrainedConfig") -> Family:
         )
     language, vision = names[id(decoder)], names[id(encoder)]
     linear: dict[str, set[str]] = {"language": set(), "vision": set(), "connector": set()}
-    connectors = set()
+    connectors, experts = set(), set()
     head = names.get(id(model.get_output_embeddings()), "lm_head")
     for name, module in model.named_modules():
         if not hasattr(module, "in_features") or name == head or name.rpartition(".")[2] in _ROUTERS:
@@ -97,19 +125,23 @@ def _describe(config: "PreTrainedConfig") -> Family:
         linear[part or "connector"].add(re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)))
     both = zip(language.split("."), vision.split("."), strict=False)
     depth = sum(1 for _ in takewhile(lambda names: names[0] == names[1], both))  # of the module that holds all parts
-    for name, _ in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and parameter.dim() == 3 and _inside(name, language):
+            experts.add(".".join(name.split(".")[-3:]))  # such as mlp.experts.down_proj
         if not any(_inside(name, prefix) for prefix in (language, vision, head)):
             connectors.add(".".join(name.split(".")[: depth + 1]))
     patterns = {part: r"(.*\.)?(" + "|".join(sorted(layers)) + ")" for part, layers in linear.items() if layers}
     prefixes = {"language": (language, head), "vision": (vision,), "connector": tuple(sorted(connectors))}
+    reason = STATE if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()) else _PLAIN
     return Family(
         model_type=config.model_type,
-        codec="qwen3_vl",  # 0-1000 in JSON
+        codec=CODEC_OF.get(config.model_type, "qwen3_vl"),  # 0-1000 in JSON
         linear=patterns,
         prefixes={part: modules for part, modules in prefixes.items() if modules},
         unquantised=(vision, *prefixes["connector"], head, *_ROUTERS),
+        experts=tuple(sorted(experts)),
         stock_images=True,
-        cannot={"method.share_prefixes": _PLAIN},
+        cannot=dict.fromkeys(("method.share_prefixes", "train.packing"), reason),
     )
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # transformers looks for "flash" in it, and saves no configuration with it.
 NAME = "ray_vlm_flash_segments"
-KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families whose encoder hands over `cu_seqlens`
+# Families whose encoder hands over `cu_seqlens`; Qwen3.5's is Qwen3-VL's without DeepStack.
+KNOWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 _MOST_PADDED = 1.5  # pairs of tokens with padding, over those without, up to which segments are padded
 
 

@@ -22,7 +22,11 @@ class Backbone:
         self.model = model
         self.get_image_features = model.get_image_features  # `generate` encodes images through the base model
 
-    def __call__(self, input_ids: "Tensor", pixel_values: "Tensor | None" = None, **inputs: object) -> Any:
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """Return what `forward` does, which may be wrapped as that of a module."""
+        return self.forward(*args, **inputs)
+
+    def forward(self, input_ids: "Tensor", pixel_values: "Tensor | None" = None, **inputs: object) -> Any:
         """Return the language model's output for a batch; `last_hidden_state` is `[rows, tokens, hidden]`."""
         model: Any = self.model
         embedded = model.get_input_embeddings()(input_ids)

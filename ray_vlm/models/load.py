@@ -6,7 +6,9 @@ wrong gradients without an error; `load_model` turns that off (the packed path h
 """
 
 import copy
+import inspect
 import json
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from ray_vlm.config.schema import Lora, Model
 from ray_vlm.config.train import Precision, Train
 from ray_vlm.errors import ModelError
-from ray_vlm.models.architectures import family_of
+from ray_vlm.models.architectures import choose_attention, family_of
 from ray_vlm.models.attention import attend_at_once
 from ray_vlm.models.card_memory import set_allocator
+from ray_vlm.models.checkpoint_version import advise_version
 from ray_vlm.models.families import Family
 from ray_vlm.models.lora import (
     CONFIG,
@@ -38,6 +41,7 @@ from ray_vlm.runs.console import lasting
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from torch.nn import Module
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -48,6 +52,8 @@ _GIVE_BASE = (
     "set HF_TOKEN."
 )
 _FETCH_AGAIN = "Fetch all files of the base again."
+# The ends of names on the hub by which publishers mark a quantised copy of a model.
+_PUBLISHED = re.compile(r"[-_](awq|gptq|fp8|nvfp4|mxfp4|int[48]|w4a16|w8a8|quantized)\b.*$", re.IGNORECASE)
 _OTHER_SHAPES = "the shapes of its tensors are not those of its config.json"
 _SIZES = (("out_features", "in_features"), ("num_embeddings", "embedding_dim"))  # of layers with a matrix
 _KEPT: dict[tuple, "PreTrainedModel"] = {}  # the base that stays in this process, by what it was loaded with
@@ -67,6 +73,8 @@ def load_config(spec: Model) -> "PreTrainedConfig":
     try:
         return AutoConfig.from_pretrained(name, revision=spec.revision)
     except Exception as error:  # transformers' configuration classes raise many types
+        if advice := advise_version(name, spec.revision):
+            raise ModelError(f"model.name={spec.name!r} cannot be loaded: {advice}") from None
         if Path(name).is_dir():
             what, fix = ": its config.json", "Fetch config.json of the base again, or give another base."
         else:
@@ -131,12 +139,16 @@ def first_line(error: Exception) -> str:
 
 def _check_unquantised(spec: Model, config: "PreTrainedConfig") -> None:
     """Raise `ModelError` for a base that was published quantised by another method than bitsandbytes'."""
-    about = getattr(config, "quantization_config", None) or {}
+    about = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
     if method is not None and "bitsandbytes" not in (name := str(getattr(method, "value", method))):
+        unquantised = _PUBLISHED.sub("", spec.name)
+        example = f", such as {unquantised}" if unquantised != spec.name else ""
         raise ModelError(
             f"model.name={spec.name!r} was published quantised ({name}), and cannot be quantised again to 4 bit. Give "
-            "the unquantised base; model.load_in_4bit quantises that as it is loaded."
+            f"the unquantised base{example}; model.load_in_4bit quantises that as it is loaded."
         )
 
 
@@ -147,7 +159,7 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> "PreTr
     the head stay unquantised. Raise `ModelError` if the weights cannot be loaded; out-of-memory errors and other
     failures of a device or of a connection between workers pass through.
     """
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import AutoModelForImageTextToText
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     config = load_config(spec)
@@ -155,15 +167,12 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> "PreTr
     multiply_in_tf32(device)
     if spec.load_in_4bit:
         _check_unquantised(spec, config)
-    options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "attn_implementation": "sdpa"}
+    attention = choose_attention(config)
+    options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "attn_implementation": attention}
     if spec.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=list(family.unquantised),
-        )
+        from ray_vlm.models.four_bit_loading import FourBitConfig
+
+        options["quantization_config"] = FourBitConfig(dtype, list(family.unquantised))
     if not is_deepspeed_zero3_enabled():  # which places weights itself
         options["device_map"] = {"": device}
     name = resolve_name(spec.name)
@@ -171,6 +180,8 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> "PreTr
         with lasting(f"loading {spec.name}", lambda: describe_download(name)):
             # With this option it returns a pair, which its annotation does not say.
             loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+    except ModelError as error:  # experts of an unknown layout
+        raise ModelError(f"model.name={spec.name!r}: {error}") from None
     except Exception as error:  # transformers, safetensors and bitsandbytes raise many types
         if _is_device_failure(error, device):
             raise
@@ -186,6 +197,7 @@ def load_model(spec: Model, precision: Precision, device: str = "cpu") -> "PreTr
         check_4bit(model, family, spec.name)
     if family.stock_images:
         cast_pixels(model)
+        scale_logits(model)
     return model
 
 
@@ -194,9 +206,10 @@ def _check_complete(spec: Model, model: "Module", missing: Iterable[str]) -> Non
     weights = sorted(set(missing) & {weight for weight, _ in model.named_parameters()})
     if weights:
         more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+        advice = advise_version(resolve_name(spec.name), spec.revision)
         raise ModelError(
             f"model.name={spec.name!r}: its files do not hold the weights {weights[0]}{more}, which would be random. "
-            f"{_FETCH_AGAIN}"
+            f"{f'Perhaps they have other names: {advice}' if advice else _FETCH_AGAIN}"
         )
 
 
@@ -204,16 +217,23 @@ def _check_shapes(spec: Model, model: "Module") -> None:
     """Raise `ModelError` if a weight has another shape than its layer: while it quantises, transformers compares no
     shapes, or only those of weights that stay as they are."""
     for name, module in model.named_modules():
+        for key, shape in getattr(module, "expert_shapes", {}).items():
+            _check_shape(spec, f"{name}.{key}", getattr(module, key), shape)
         sizes = [(getattr(module, a, None), getattr(module, b, None)) for a, b in _SIZES]
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 2 or not (known := [size for size in sizes if None not in size]):
             continue
-        shape = tuple(getattr(getattr(weight, "quant_state", None), "shape", weight.shape))
-        if shape not in known:
-            raise ModelError(
-                f"model.name={spec.name!r}: its weights cannot be loaded ({_OTHER_SHAPES}: {name}.weight is {shape} "
-                f"and not {known[0]}). {_FETCH_AGAIN}"
-            )
+        _check_shape(spec, f"{name}.weight", weight, *known)
+
+
+def _check_shape(spec: Model, name: str, weight: "Tensor", *known: tuple[int | None, ...]) -> None:
+    """Raise `ModelError` unless a weight, before it was quantised, had one of these shapes."""
+    shape = tuple(getattr(getattr(weight, "quant_state", None), "shape", weight.shape))
+    if shape not in known:
+        raise ModelError(
+            f"model.name={spec.name!r}: its weights cannot be loaded ({_OTHER_SHAPES}: {name} is {shape} and not "
+            f"{known[0]}). {_FETCH_AGAIN}"
+        )
 
 
 def _is_device_failure(error: Exception, device: str) -> bool:
@@ -237,7 +257,7 @@ def _explain_weights(spec: Model, error: Exception) -> ModelError:
         reason, fix = _OTHER_SHAPES, _FETCH_AGAIN
     elif isinstance(error, ImportError):
         fix = "Install the package that is missing."
-    fix = advise_hub(error) or fix
+    fix = advise_hub(error) or advise_version(resolve_name(spec.name), spec.revision) or fix
     return ModelError(f"model.name={spec.name!r}: its weights cannot be loaded ({reason}). {fix}")
 
 
@@ -280,6 +300,18 @@ def cast_pixels(model: "PreTrainedModel") -> None:
         return tuple(fit(value) for value in args), {name: fit(value) for name, value in kwargs.items()}
 
     model.get_encoder(modality="image").register_forward_pre_hook(cast, with_kwargs=True)
+
+
+def scale_logits(model: "PreTrainedModel") -> None:
+    """Let the head return logits as the language model was trained with them.
+
+    Cohere's language models multiply logits by `logit_scale`. TRL's head and vLLM do; in transformers 5.23 the classes
+    of Aya Vision and Command A Vision leave it out, so answers would be sampled from other probabilities than those
+    that are trained."""
+    scale = getattr(model.config.get_text_config(), "logit_scale", None)
+    forward = inspect.unwrap(type(model).forward)
+    if scale is not None and "logit_scale" not in forward.__code__.co_names:
+        model.get_output_embeddings().register_forward_hook(lambda head, args, logits: logits * scale)
 
 
 def check_4bit(model: "PreTrainedModel", family: Family, name: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.paths import describe_search
 from ray_vlm.config.schema import Lora
-from ray_vlm.config.train import Part
+from ray_vlm.config.train import LoraPart, Part
 from ray_vlm.errors import ModelError
 from ray_vlm.models.families import Family, part_of
 from ray_vlm.models.out_of_memory import is_out_of_memory
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
+_EXPERTS = re.compile(r"\.experts\.(base_layer\.)*lora_")  # in the names of adapters of fused experts
 _ADDED = re.compile(r"\.(lora_\w+|modules_to_save)\.")  # in the names of weights that PEFT adds to the base's
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _USE = "Give a run's best/ or final/."
@@ -40,26 +41,51 @@ _REFUSALS = (
 def lora_config(lora: Lora, family: Family) -> "LoraConfig":
     """Return PEFT's configuration for the job's `lora` section on this family.
 
-    Raise `ModelError` if a target part has no linear layers in this family.
+    Raise `ModelError` if a target part has no linear layers in this family, or if it has no experts.
     """
     from peft import LoraConfig
 
-    if absent := [part for part in lora.target if part not in family.linear]:
+    patterns: dict[str, str] = dict(family.linear)
+    if family.experts:
+        patterns["experts"] = "|".join(rf"(?:.*\.{re.escape(name)})" for name in family.experts)
+    if absent := [part for part in lora.target if part not in patterns]:
+        what = "fused experts" if absent[0] == "experts" else f"linear layers in its {absent[0]}"
         raise ModelError(
-            f"lora.target={lora.target}: {family.model_type} has no linear layers in its {absent[0]}. Name others: "
-            f"{', '.join(family.linear)}."
+            f"lora.target={lora.target}: {family.model_type} has no {what}. Name others: {', '.join(patterns)}."
         )
-    ranks = {family.linear[part]: rank for part, rank in (lora.ranks or {}).items()}
-    return LoraConfig(
+    ranks = {patterns[part]: rank for part, rank in (lora.ranks or {}).items()}
+    linear = [patterns[part] for part in lora.target if part != "experts"]
+    config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         rank_pattern=ranks,
         alpha_pattern={pattern: lora.alpha * rank / lora.rank for pattern, rank in ranks.items()},
         lora_dropout=lora.dropout,
-        target_modules="|".join(f"(?:{family.linear[part]})" for part in lora.target),
+        target_modules="|".join(f"(?:{pattern})" for pattern in linear) if linear else [],
+        target_parameters=list(family.experts) if "experts" in lora.target else None,
         modules_to_save=lora.modules_to_save,
         task_type="CAUSAL_LM",
     )
+    return _adapt_experts(config)
+
+
+def _adapt_experts(config: "LoraConfig") -> "LoraConfig":
+    """Let a configuration that adapts fused experts do so where they are in 4 bit, and return it."""
+    if not config.target_parameters:
+        return config
+    from ray_vlm.models.expert_adapters import adapt_experts
+
+    return adapt_experts(config)
+
+
+def adapter_part(family: Family, name: str) -> LoraPart:
+    """Return the part of `lora.target` that a weight of an adapter belongs to."""
+    return "experts" if _EXPERTS.search(name) else part_of(family, name)  # type: ignore[return-value]
+
+
+def trains_images(lora: Lora | None) -> bool:
+    """Return whether weights are trained that only images reach: those of the image encoder or the connector."""
+    return lora is None or not {"vision", "connector"}.isdisjoint(lora.target)
 
 
 def check_modules(model: "Module", names: Sequence[str]) -> None:
@@ -102,8 +128,9 @@ def train_parts(model: "PeftModel", lora: Lora, family: Family) -> "PeftModel":
     frozen = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            adapted.add(part_of(family, name))
-            if part_of(family, name) not in lora.target:
+            part = adapter_part(family, name)
+            adapted.add(part)
+            if part not in lora.target:
                 frozen.append(parameter.requires_grad_(False))
     switch = model.set_adapter
 
@@ -234,11 +261,12 @@ def put_adapter(model: "Module", folder: str, trainable: bool) -> "PeftModel":
     """Put the adapter of a checked folder on `model`. Raise `ModelError` unless every weight belongs to a layer.
 
     An out-of-memory error of a GPU passes through."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        config = _adapt_experts(LoraConfig.from_pretrained(folder))
+        adapted = PeftModel.from_pretrained(model, folder, config=config, is_trainable=trainable)
     except (SafetensorError, *_REFUSALS) as error:
         if is_out_of_memory(error):
             raise

@@ -43,16 +43,16 @@ def plan_packing(
     """Return whether the rows of a job's batches may share prefixes and be packed.
 
     `pack`: whether the job wants packing; `config`: the model's."""
-    exact = why_not_shared(lora, family) is None and not _has_windows(config) and not _has_dropout(config)
+    exact = why_not_packed(lora, family) is None and not _has_windows(config) and not _has_dropout(config)
     share = isinstance(method, AlignmentMethod) and method.share_prefixes
     return PackingOptions(exact and share, exact and pack, config.get_text_config().hidden_size)
 
 
-def why_not_shared(lora: Lora | None, family: Family) -> str | None:
-    """Return why rows that share a prefix would give other results than separate rows, or None."""
+def why_not_packed(lora: Lora | None, family: Family) -> str | None:
+    """Return why rows that are packed or share a prefix would give other results than separate rows, or None."""
     if lora is not None and lora.dropout > 0:
         return "lora.dropout would fall otherwise"
-    return family.cannot.get("method.share_prefixes")
+    return family.cannot.get("train.packing")
 
 
 def _has_windows(config: "PreTrainedConfig") -> bool:
@@ -109,13 +109,31 @@ def share_prefixes(model: "Module", counter: OperationCounter | None = None) -> 
         if isinstance(layout, PackedLayout):
             hidden = output.last_hidden_state[0]  # [tokens, hidden]
             output.last_hidden_state = hidden[layout.targets]  # [rows, columns, hidden]
-        if keep is not None:  # bool [rows, tokens - 1]: the positions that the head scores
-            # The hidden state of a position predicts the next token, so the last column is never scored. The head gets
-            # one row of all kept positions, [1, kept, hidden].
-            output.last_hidden_state = output.last_hidden_state[:, :-1][keep][None]
-        return output
+        return output if keep is None else _keep(output, keep)
 
     backbone.forward = forward
+
+
+def keep_scored(model: "Module") -> None:
+    """Let the backbone of a family whose rows are left as they are return hidden states of `keep` alone, as
+    `share_prefixes` does."""
+    backbone = base_of(model).base_model
+    plain = backbone.forward
+
+    @functools.wraps(plain)
+    def forward(*args: object, keep: "Tensor | None" = None, **inputs: Any) -> Any:
+        output = plain(*args, **inputs)
+        return output if keep is None else _keep(output, keep)
+
+    backbone.forward = forward
+
+
+def _keep(output: Any, keep: "Tensor") -> Any:
+    """Leave the hidden states that the head scores in a backbone's output. `keep`: bool `[rows, tokens - 1]`."""
+    # The hidden state of a position predicts the next token, so the last column is never scored. The head gets one row
+    # of all kept positions, [1, kept, hidden].
+    output.last_hidden_state = output.last_hidden_state[:, :-1][keep][None]
+    return output
 
 
 def _images(layout: PackedLayout | PaddedLayout, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -146,8 +164,8 @@ def score_labelled(model: "Module") -> None:
 
     With Triton, TRL's fused head skips other tokens itself (`trl/trainer/utils.py`, `add_fused_lm_head`); without, it
     scores every position, and its tile of logits takes hundreds of megabytes. So on CPUs the backbone, which must
-    accept `keep` (`share_prefixes`), passes only labelled positions to the head, and the outputs are copied back to the
-    positions where TRL's trainers read them.
+    accept `keep` (`share_prefixes`, `keep_scored`), passes only labelled positions to the head, and the outputs are
+    copied back to the positions where TRL's trainers read them.
     """
     base = base_of(model)
     fused = base.forward

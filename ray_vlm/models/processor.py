@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ray_vlm.config.schema import Model
 from ray_vlm.errors import ModelError
+from ray_vlm.models.checkpoint_version import advise_version
 from ray_vlm.models.families import FAMILIES, Family
 from ray_vlm.models.load import advise_hub, first_line, load_config, resolve_name
 
@@ -66,7 +67,7 @@ def load_config_and_processor(spec: Model) -> tuple["PreTrainedConfig", Any]:
             "Install it with pip."
         ) from None
     except Exception as error:  # transformers' classes raise many types, and tokenizers plain `Exception`
-        fix = advise_hub(error)
+        fix = advise_hub(error) or advise_version(name, spec.revision)
         if fix is None and Path(name).is_dir():
             fix = "The folder needs the tokenizer and processor files of the base."
         elif fix is None:  # offline, transformers hides the hub's error if only some files are in the cache
@@ -143,8 +144,9 @@ class PromptText:
     sizes: ImageSizes | None
 
 
-def take_prompt_text(processor: Any, family: Family) -> PromptText:
-    """Build a `PromptText` from a loaded processor. Raise `ModelError` if its image processor is not the family's."""
+def take_prompt_text(processor: Any, family: Family, head: str = "") -> PromptText:
+    """Build a `PromptText` from a loaded processor. `head`: text that it writes before conversations that do not begin
+    with it. Raise `ModelError` if its image processor is not the family's."""
     backend, images = processor.tokenizer.backend_tokenizer, processor.image_processor
     sizes = None
     if not family.stock_images:
@@ -158,7 +160,8 @@ def take_prompt_text(processor: Any, family: Family) -> PromptText:
 
     def render(messages: Messages, answer_follows: bool) -> str:
         with _template_errors():
-            return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+            text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+        return text if text.startswith(head) else head + text
 
     special = (token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
     tracer = _build_tracer(processor.chat_template, processor.tokenizer.special_tokens_map)

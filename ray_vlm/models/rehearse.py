@@ -1,8 +1,9 @@
 """Rehearse a training step with fake tensors: the real modules, adapters, checkpointing and loss, without memory.
 
-Nothing is downloaded or computed: torch's fake tensors have shapes and dtypes only. 4-bit layers are replaced by layers
-that dequantise as bitsandbytes' do; the image encoder runs block by block. `LiveBytes` counts what is alive meanwhile,
-`estimate` adds what does not depend on activations, and `choose` looks for the largest batch that fits.
+Nothing is downloaded or computed: torch's fake tensors have shapes and dtypes only. 4-bit layers and experts are
+replaced by ones that dequantise as the real ones do; the image encoder runs block by block. `LiveBytes` counts what is
+alive meanwhile, `estimate` adds what does not depend on activations, and `choose` looks for the largest batch that
+fits.
 """
 
 import math
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ray_vlm.config.train import Recompute
+from ray_vlm.models.architectures import choose_attention
 from ray_vlm.models.attention import attend_at_once
 from ray_vlm.models.backbone import language_layers, language_model, recompute
 from ray_vlm.models.engine_memory import engine_of
@@ -48,6 +50,7 @@ from ray_vlm.models.memory import (
 )
 from ray_vlm.models.precision import autocast, dtype_of
 from ray_vlm.models.prefix_sharing import plan_packing
+from ray_vlm.models.rehearsed_layers import FourBit, FourBitExperts, rehearse_experts
 from ray_vlm.models.selective import keep_products
 from ray_vlm.models.shared_attention import attend_prefix_groups
 
@@ -139,14 +142,18 @@ class Rehearsal:
     @property
     def largest(self) -> float:
         """Bytes of the largest module's own weights, usually the embeddings or fused experts."""
-        modules = [list(module.parameters(recurse=False)) for module in self.model.modules()]
-        return float(max(sum(p.element_size() * p.numel() for p in own) for own in modules))
+        in_4bit = self._in_4bit()
+
+        def size(parameter: Tensor) -> float:
+            return (NF4 if id(parameter) in in_4bit else parameter.element_size()) * parameter.numel()
+
+        return float(max(sum(map(size, module.parameters(recurse=False))) for module in self.model.modules()))
 
     def weights(self) -> Weights:
         """Return the bytes of the loaded model."""
         quantised = plain = trained = embedded = 0.0
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
-        in_4bit = {id(m.weight) for m in self.model.modules() if isinstance(m, FourBit)}
+        in_4bit = self._in_4bit()
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 trained += 4 * parameter.numel()
@@ -156,6 +163,12 @@ class Rehearsal:
             else:
                 plain += parameter.element_size() * parameter.numel()
         return Weights(quantised, plain, trained, embedded)
+
+    def _in_4bit(self) -> set[int]:
+        """Return the ids of the weights that are held in 4 bit."""
+        kinds = (FourBit, FourBitExperts)
+        layers = [module for module in self.model.modules() if isinstance(module, kinds)]
+        return {id(weight) for layer in layers for weight in layer.parameters(recurse=False)}
 
     def run(
         self, batch: Batch, checkpointed: Recompute | None = None, watch: AbstractContextManager | None = None
@@ -193,7 +206,8 @@ class Rehearsal:
         from transformers import AutoModelForImageTextToText
 
         settings = self.settings
-        base = AutoModelForImageTextToText.from_config(self.config, dtype=self.dtype, attn_implementation="sdpa")
+        attention: Any = choose_attention(self.config)
+        base = AutoModelForImageTextToText.from_config(self.config, dtype=self.dtype, attn_implementation=attention)
         if settings.lora is None:
             return freeze_parts(base, settings.train.freeze or (), self.family).float(), base
         base.requires_grad_(False)
@@ -202,6 +216,7 @@ class Rehearsal:
                 if re.fullmatch(self.family.linear["language"], name):
                     module.__class__ = FourBit
                     module.copied = not settings.kernels or settings.cluster.zero_stage == 3  # by PEFT
+            rehearse_experts(base, "cuda" if settings.cluster.gpus_per_worker else "cpu")
         model = get_peft_model(base, lora_config(settings.lora, self.family))
         if settings.kernels:
             # The norm alone of the kernels: this process may not have those that the workers have.
@@ -256,9 +271,14 @@ class Rehearsal:
             hidden = hidden.masked_scatter(image_mask, features.to(hidden.dtype))
         if not hidden.requires_grad:
             hidden.requires_grad_(True)  # as `enable_input_require_grads` has it
-        # M-RoPE's positions, as the model has them: without any, transformers looks for packed rows and makes a mask.
-        positions = torch.zeros(3, batch.rows, batch.tokens, dtype=torch.long)
+        # Positions as the model has them: without any, transformers looks for packed rows and makes a mask.
+        text = self.config.get_text_config()
+        by_axis = "mrope_section" in str(text.rope_parameters) or not self.family.stock_images  # of Qwen
+        positions = torch.zeros(*(3,) * by_axis, batch.rows, batch.tokens, dtype=torch.long)
         options: dict[str, Any] = {"attention_mask": None, "position_ids": positions, "use_cache": False}
+        if width := getattr(text, "hidden_size_per_layer_input", 0):  # Gemma 4: an embedding for each layer
+            layers = (text.num_hidden_layers, width)
+            options["per_layer_inputs"] = torch.empty(batch.rows, batch.tokens, *layers, dtype=self.dtype)
         if batch.masked:
             options["attention_mask"] = torch.zeros(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
         if batch.groups:
@@ -328,17 +348,6 @@ class _Ends:
         return list(self.lengths)
 
 
-class _Dequantised(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight = weight
-        return torch.nn.functional.linear(values, torch.empty(weight.shape, dtype=values.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ torch.empty(ctx.weight.shape, dtype=gradient.dtype), None
-
-
 class _FusedNorm(torch.autograd.Function):
     """RMSNorm as torch and Liger have it on GPUs: one kernel, which keeps its input and a number for each row."""
 
@@ -351,20 +360,6 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         return torch.empty_like(gradient), torch.empty_like(ctx.weight) if ctx.learns else None, None
-
-
-class FourBit(torch.nn.Linear):
-    """A linear layer that dequantises in every forward and backward, as bitsandbytes' `Linear4bit` does. `copied`: PEFT
-    copies its output before it adds to it."""
-
-    copied: bool
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return the output of the layer."""
-        values = values.to(self.weight.dtype)
-        out = _Dequantised.apply(values, self.weight)
-        out = out if self.bias is None else out + self.bias
-        return out.clone() if self.copied else out
 
 
 def estimate(

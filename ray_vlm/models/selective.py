@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 _FACTORS = {"aten::mm": 0, "aten::addmm": 1, "aten::linear": 0}  # position of the factor whose last axis is summed over
-_KEPT = ("bitsandbytes::gemm_4bit", "flash_attention", "efficient_attention", "cudnn_attention", "varlen_attn")
+_KEPT = (
+    "bitsandbytes::gemm_4bit",
+    "ray_vlm::expert_products",
+    "flash_attention",
+    "efficient_attention",
+    "cudnn_attention",
+    "varlen_attn",
+)
 
 
 def keep_products(model: "Module", kept: bool = True) -> None:

@@ -27,7 +27,7 @@ from ray_vlm.models.fused_adapter import fuse_adapters, separate_adapters
 from ray_vlm.models.kernels import choose_kernels, fuse_layers, separate_layers
 from ray_vlm.models.layouts import PackingOptions
 from ray_vlm.models.operations import OperationCounter
-from ray_vlm.models.prefix_sharing import score_labelled, share_prefixes
+from ray_vlm.models.prefix_sharing import keep_scored, score_labelled, share_prefixes
 from ray_vlm.models.selective import keep_products
 from ray_vlm.models.self_check import Switch
 from ray_vlm.models.shared_attention import attend_prefix_groups, masked_attention
@@ -102,10 +102,11 @@ def change_forward(
                 "row apart. Set train.packing=false and method.share_prefixes=false."
             )
         share_prefixes(model, operations)
+    else:
+        keep_scored(model)
     # On CPUs TRL's head scores tokens without a label too. It wraps the forward with that head, and relies on `keep`,
-    # which `share_prefixes` gave the backbone.
-    if options.packing.share or options.packing.pack:
-        score_labelled(model)
+    # which the backbone takes now.
+    score_labelled(model)
     # Under sdpa Qwen's image encoders call attention once for each image or window. This sets the encoder's attention
     # function and wraps no forward, but the layers come before what wraps the encoder around them.
     attend_at_once(model)

@@ -1,41 +1,30 @@
 """Boxes and points: overlap, one-to-one matching, and the conversion between pixels and the text of a model family.
 
 Boxes and points are in pixels of the upright original image everywhere except inside the text. A `Frame` holds one
-image's original and resized size and the codec, and converts both ways; `write_boxes` writes the text and `read_boxes`
-reads it.
+image's original and resized size and the codec (`tasks/codecs.py`), and converts both ways; `write_boxes` writes the
+text of an answer and `read_boxes` reads it.
 """
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ray_vlm.data.records import Box, Point
-from ray_vlm.tasks.answers import Answer, final_text, read_json
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How a model family writes boxes.
-
-    `relative_1000` writes `round(x / W * 1000)` in 0..1000; `resized_pixels` writes pixels of the resized image, at
-    most its side minus one (QwenLM/Qwen3-VL, qwen-vl-finetune/tools/process_bbox.ipynb). `json` is a fenced list of
-    `{"bbox_2d": [x1, y1, x2, y2], "label": "..."}`; `tokens` is Qwen2-VL's
-    `<|object_ref_start|>label<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>`.
-    """
-
-    coordinates: Literal["relative_1000", "resized_pixels"]
-    syntax: Literal["json", "tokens"] = "json"
-
-
-CODECS = {
-    "qwen2_vl": Codec("relative_1000", "tokens"),
-    "qwen2_5_vl": Codec("resized_pixels"),
-    "qwen3_vl": Codec("relative_1000"),  # also for Llama-4 and for families without a form of their own
-}
+from ray_vlm.tasks.answers import Answer, final_text
+from ray_vlm.tasks.codecs import (
+    CODECS,
+    Codec,
+    find_numbers,
+    frame_objects,
+    read_numbers,
+    read_objects,
+    read_target,
+    write_numbers,
+    write_object,
+    write_target,
+)
 
 
 @dataclass(frozen=True)
@@ -53,24 +42,29 @@ class Frame:
     offset: tuple[int, int] = (0, 0)
 
     def encode(self, box: Sequence[float]) -> list[int]:
-        """Convert a box from original pixels to four integers, at least one unit wide and tall, so never empty."""
+        """Convert a box from original pixels to the four integers of the text, at least one unit wide and tall, so
+        never empty."""
         x1, y1, x2, y2 = (self._encode(value, axis % 2) for axis, value in enumerate(box))
         x1, y1 = min(x1, self._largest(0) - 1), min(y1, self._largest(1) - 1)
-        return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]
+        return self.codec.order([x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)])
 
     def encode_point(self, point: Sequence[float]) -> list[int]:
-        """Convert a point from original pixels to two integers."""
-        return [self._encode(value, axis) for axis, value in enumerate(point)]
+        """Convert a point from original pixels to the two integers of the text."""
+        return self.codec.order([self._encode(value, axis) for axis, value in enumerate(point)])
 
     def decode(self, numbers: Sequence[float]) -> Box:
         """Convert the four numbers of the text to a box in original pixels."""
-        x1, y1, x2, y2 = (self._decode(value, axis % 2) for axis, value in enumerate(numbers))
+        x1, y1, x2, y2 = (self._decode(value, axis % 2) for axis, value in enumerate(self.codec.order(numbers)))
         return (x1, y1, x2, y2)
 
     def decode_point(self, numbers: Sequence[float]) -> Point:
         """Convert the two numbers of the text to a point in original pixels."""
-        x, y = (self._decode(value, axis) for axis, value in enumerate(numbers))
+        x, y = (self._decode(value, axis) for axis, value in enumerate(self.codec.order(numbers)))
         return (x, y)
+
+    def encode_region(self, region: Sequence[float]) -> list[int]:
+        """Convert a box (4 numbers) or a point (2) as `encode` and `encode_point` do."""
+        return self.encode(region) if len(region) == 4 else self.encode_point(region)
 
     def _encode(self, value: float, axis: int) -> int:
         position = value / self.original[axis]  # 0..1
@@ -85,66 +79,60 @@ class Frame:
         return position * self.original[axis]
 
     def _largest(self, axis: int) -> int:
-        # the last pixel is side - 1, while relative numbers include 1000
+        # the last pixel is side - 1, while relative numbers include their last one
         return self._units(axis) - (self.codec.coordinates == "resized_pixels")
 
     def _units(self, axis: int) -> int:
         """Return how many units of the text span the resized image along `axis` (0: width, 1: height)."""
-        return 1000 if self.codec.coordinates == "relative_1000" else self.resized[axis]
+        return _UNITS.get(self.codec.coordinates) or self.resized[axis]
+
+
+_UNITS = {"relative_1000": 1000, "relative_1023": 1023}
 
 
 def write_boxes(objects: Sequence[tuple[Box, str]], frame: Frame) -> Answer:
     """Write labelled boxes in the family's form, each object a span of its label; without objects `[]` or `None`."""
-    if frame.codec.syntax == "json":
-        head, gap, tail = "```json\n[", ",", ("\n" if objects else "") + "]\n```"
-        parts = [
-            f'\n\t{{"bbox_2d": {frame.encode(b)}, "label": {json.dumps(n, ensure_ascii=False)}}}' for b, n in objects
-        ]
-    else:
-        head, gap, tail = "", "", "" if objects else "None"
-        parts = [f"<|object_ref_start|>{n}<|object_ref_end|>{write_region(b, frame)}" for b, n in objects]
-    text, spans = head, []
-    for number, (part, (_, label)) in enumerate(zip(parts, objects, strict=True)):
+    text, gap, tail = frame_objects(frame.codec, len(objects))
+    spans = []
+    for number, (box, label) in enumerate(objects):
         text += gap if number else ""
+        part = write_object(frame.encode(box), label, frame.codec)
         spans.append((len(text), len(text) + len(part), label))
         text += part
     return Answer(text + tail, tuple(spans))
 
 
-def write_region(region: Sequence[float], frame: Frame) -> str:
-    """Write one box or point: `[x1, y1, x2, y2]`, or Qwen2-VL's `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`."""
-    numbers = frame.encode(region) if len(region) == 4 else frame.encode_point(region)
-    if frame.codec.syntax == "json":
-        return str(numbers)
-    pairs = ",".join(f"({numbers[i]},{numbers[i + 1]})" for i in range(0, len(numbers), 2))
-    return f"<|box_start|>{pairs}<|box_end|>"
+def write_region(region: Sequence[float], frame: Frame, image: int = 0) -> str:
+    """Write one box or point within a text, as the family does. `image`: the index of its image."""
+    return write_numbers(frame.encode_region(region), frame.codec, image)
 
 
-_NUMBER = r"(-?\d{1,9}(?:\.\d{1,9})?)"
-_PAIR = rf"\(\s?{_NUMBER}\s?,\s?{_NUMBER}\s?\)"
-_TOKENS = re.compile(
-    rf"<\|object_ref_start\|>([^<]{{0,200}})<\|object_ref_end\|>|<\|box_start\|>{_PAIR}\s?,\s?{_PAIR}(?:<\|box_end\|>)?"
-)
-_LOOSE = re.compile(  # for objects in broken JSON, and for a truncated last one
-    rf'"bbox_2d"\s?:\s?\[\s?{_NUMBER}\s?,\s?{_NUMBER}\s?,\s?{_NUMBER}\s?,\s?{_NUMBER}\s?\]\s?,\s?'
-    r'"label"\s?:\s?"((?:[^"\\]|\\.){0,200})"'
-)
+def write_step_target(region: Sequence[float], frame: Frame) -> tuple[str, list[int] | str]:
+    """Return the key and the value that a box or a point has in the JSON of a GUI step."""
+    return write_target(frame.encode_region(region), frame.codec)
+
+
+def read_step_target(step: Mapping[str, Any], frame: Frame) -> tuple[Box | None, Point | None]:
+    """Return the box and the point of a GUI step's JSON in original pixels, each None if absent or broken."""
+    box, point = read_target(step, frame.codec)
+    return frame.decode(box) if box else None, frame.decode_point(point) if point else None
+
+
+def read_regions(text: str, frame: Frame) -> list[Box | Point]:
+    """Return the boxes and points that `write_region` wrote into a text, in original pixels."""
+    regions = find_numbers(text, frame.codec)
+    return [frame.decode(numbers) if len(numbers) == 4 else frame.decode_point(numbers) for numbers in regions]
 
 
 def read_boxes(text: str, frame: Frame) -> tuple[list[tuple[Box, str]], bool, list[str]]:
     """Return labelled boxes in original pixels, whether the text had the codec's form, and the repairs. Never raises.
 
-    Both syntaxes are read, whichever the codec has. Repeated and empty boxes are dropped.
+    JSON is read in place of tokens and tokens in place of JSON, where the numbers mean the same. Repeated and empty
+    boxes are dropped.
     """
-    syntax, text = frame.codec.syntax, final_text(text)
-    items, repairs = _read_tokens(text) if syntax == "tokens" or "<|box_start|>" in text else _read_list(text)
-    if syntax == "tokens" and not items and text.strip() != "None":
-        items, repairs = _read_list(text)
-        repairs = [*repairs, "JSON in place of box tokens"] if items else ["no object found in it"]
-    elif syntax == "json" and "<|box_start|>" in text:
-        repairs = [*repairs, "box tokens in place of JSON"]
+    items, repairs = read_objects(final_text(text), frame.codec)
     ok = not repairs
-    unique: dict[tuple, None] = {}  # (x1, y1, x2, y2, label), in the order of the text
+    unique: dict[tuple, None] = {}  # (four numbers, label), in the order of the text
     for item in items:
         numbers, label = read_numbers(item, "bbox_2d", 4), item.get("label") if isinstance(item, dict) else None
         if numbers is None or not isinstance(label, str):
@@ -157,44 +145,6 @@ def read_boxes(text: str, frame: Frame) -> tuple[list[tuple[Box, str]], bool, li
         else:
             unique[key] = None
     return [(frame.decode(key[:4]), key[4]) for key in unique], ok, repairs
-
-
-def _read_list(text: str) -> tuple[list, list[str]]:
-    value, repairs = read_json(text)
-    if isinstance(value, dict):
-        value, repairs = [value], [*repairs, "one object in place of a list"]
-    if isinstance(value, list):
-        return value, repairs
-    loose = [{"bbox_2d": [float(v) for v in m[:4]], "label": _unescape(m[4])} for m in _LOOSE.findall(text)]
-    return loose, ["not the promised JSON; objects picked out of the text" if loose else "no object found in it"]
-
-
-def _read_tokens(text: str) -> tuple[list, list[str]]:
-    items: list[dict[str, Any]] = []
-    label = ""
-    for name, *numbers in _TOKENS.findall(text):
-        if not numbers[0]:
-            label = name
-        else:
-            items.append({"bbox_2d": [float(v) for v in numbers], "label": label})
-    rest = _TOKENS.sub("", text).strip()
-    return items, ["text around the boxes"] if rest not in ("", "None") else []
-
-
-def _unescape(label: str) -> str:
-    """Decode the JSON escapes in a label that was cut out from between its quotes."""
-    value, _ = read_json(f'"{label}"')
-    return value if isinstance(value, str) else label
-
-
-def read_numbers(item: object, key: str, count: int) -> list[float] | None:
-    """Return the `count` finite numbers under `key` of a mapping, or None."""
-    numbers = item.get(key) if isinstance(item, Mapping) else None
-    if not isinstance(numbers, list) or len(numbers) != count:
-        return None
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in numbers):
-        return None
-    return [float(v) for v in numbers]
 
 
 _SLACK_PX = 1.0  # annotation tools round boxes outwards; farther outside than this is an error

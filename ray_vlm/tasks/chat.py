@@ -60,7 +60,7 @@ def _fill(record: SftRecord, frames: Sequence[Frame]) -> Turns:
     if not boxes and "refs" not in record.context:
         return turns
     image_of = record.context.get("image_of") or (0,) * len(boxes)
-    regions = (write_region(box, frames[i]) for box, i in zip(boxes, image_of, strict=True))
+    regions = (write_region(box, frames[i], i) for box, i in zip(boxes, image_of, strict=True))
 
     def write_value(placeholder: re.Match) -> str:
         return next(regions if placeholder.group() == "<bbox>" else names, placeholder.group())

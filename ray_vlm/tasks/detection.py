@@ -1,7 +1,7 @@
 """Detection: find every object of the named classes and give its box.
 
 The answer lists objects from top to bottom and then from left to right (y1, then x1, then label), in the family's own
-form (`tasks/boxes.py`); `[]`, or `None` in Qwen2-VL's form, means no objects.
+form (`tasks/codecs.py`), and so does the question; `[]`, or `None` in a form of tokens, means no objects.
 
 `truth` is `{"boxes": (Box, ...), "labels": (str, ...)}`. Placeholder of the prompt: `{labels}`.
 """
@@ -17,12 +17,6 @@ from ray_vlm.config.task import prompt_of
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks.answers import Answer, Parsed, PromptContext, Turns, name_class, with_images
 from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, match, read_boxes, write_boxes
-
-PROMPT = (
-    "Locate every instance that belongs to the following categories: '{labels}'. "
-    "Report bbox coordinates in JSON format."
-)
-_PROMPT_TOKENS = "Locate every instance that belongs to the following categories: '{labels}'. Report bbox coordinates."
 
 
 def check(record: SftRecord, labels: Sequence[str]) -> str | None:
@@ -44,8 +38,8 @@ def tags(record: SftRecord) -> tuple[str, ...]:
 
 def ask(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Turns:
     """Build the turn with the image and the question."""
-    default = PROMPT if frames[0].codec.syntax == "json" else _PROMPT_TOKENS
-    question = (prompt_of(context.options) or default).replace("{labels}", ", ".join(context.labels))
+    codec = frames[0].codec
+    question = (prompt_of(context.options) or codec.question).replace("{labels}", codec.separator.join(context.labels))
     return with_images(len(record.images), question, context.options.system)
 
 

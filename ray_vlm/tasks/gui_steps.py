@@ -1,8 +1,9 @@
 """GUI steps: given a goal, a screen and the steps so far, answer with the next step.
 
 The answer is the row's Output as JSON, followed by the target on the screen: `"bbox_2d": [...]` or `"point_2d": [...]`
-in the codec's coordinates. The question states the goal, the last `task.short_memory` steps in full, and as many of
-the steps before them as fit into `task.long_memory_tokens`; the oldest are cut first.
+in the codec's coordinates and order (`tasks/codecs.py`; Gemma's key is `box_2d`, and PaliGemma's value is its tokens).
+The question states the goal, the last `task.short_memory` steps in full, and as many of the steps before them as fit
+into `task.long_memory_tokens`; the oldest are cut first.
 
 `truth` is `{"output": {...}, "box": Box | None, "point": Point | None}`; `context` is `{"instruction", "task", "step",
 "history": (text, ...)}`, the history oldest first. Placeholders of the prompt: `{goal}`, `{long_memory}`,
@@ -17,19 +18,19 @@ from typing import Any
 from ray_vlm.config.task import GuiStepsTask, prompt_of
 from ray_vlm.data.records import SftRecord
 from ray_vlm.tasks.answers import Answer, Parsed, PromptContext, Turns, read_json, same_words, with_images
-from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, read_numbers
+from ray_vlm.tasks.boxes import Frame, box_problem, iou_matrix, read_step_target, write_step_target
+from ray_vlm.tasks.codecs import TARGET_KEYS
 
 PROMPT = "Goal: {goal}\nEarlier steps: {long_memory}\nLast steps: {short_memory}\nNext step in JSON?"
 _PLACEHOLDER = re.compile(r"\{(goal|long_memory|short_memory)\}")
 _NOTHING = "none"
-_POINTED = ("bbox_2d", "point_2d")
 
 
 def check(record: SftRecord, labels: Sequence[str]) -> str | None:
     """Return why a record cannot be trained on, or None."""
     if not record.images:
         return "a GUI step needs a screen; fill Image_id"
-    taken = [key for key in _POINTED if key in record.truth["output"]]
+    taken = [key for key in TARGET_KEYS if key in record.truth["output"]]
     if taken:
         return f"Output holds {taken[0]!r}, which is written from Grounding; move it there"
     for region in (record.truth["box"], record.truth["point"]):
@@ -108,10 +109,10 @@ def _list(steps: Sequence[str]) -> str:
 def answer(record: SftRecord, frames: Sequence[Frame], context: PromptContext) -> Answer:
     """Write the step as JSON; all of it is one span, of its action."""
     step = dict(record.truth["output"])
-    if record.truth["box"] is not None:
-        step["bbox_2d"] = frames[0].encode(record.truth["box"])
-    elif record.truth["point"] is not None:
-        step["point_2d"] = frames[0].encode_point(record.truth["point"])
+    region = record.truth["point"] if record.truth["box"] is None else record.truth["box"]
+    if region is not None:
+        key, value = write_step_target(region, frames[0])
+        step[key] = value
     text = json.dumps(step, ensure_ascii=False)
     return Answer(text, ((0, len(text), tags(record)[0]),))
 
@@ -123,13 +124,13 @@ def parse(text: str, frames: Sequence[Frame]) -> Parsed:
         value, repairs = value[0], [*repairs, "the first of a list of steps"]
     if not isinstance(value, dict):
         return Parsed({"output": {}, "box": None, "point": None}, False, (*repairs, "no JSON object with a step"))
-    box, point = read_numbers(value, "bbox_2d", 4), read_numbers(value, "point_2d", 2)
-    if any(key in value for key in _POINTED) and box is None and point is None:
+    box, point = read_step_target(value, frames[0])
+    if any(key in value for key in TARGET_KEYS) and box is None and point is None:
         repairs.append("dropped a place that is not four or two numbers")
     values = {
-        "output": {k: v for k, v in value.items() if k not in _POINTED},
-        "box": frames[0].decode(box) if box else None,
-        "point": frames[0].decode_point(point) if point else None,
+        "output": {k: v for k, v in value.items() if k not in TARGET_KEYS},
+        "box": box,
+        "point": point,
     }
     ok = not repairs and isinstance(value.get("action"), str)
     return Parsed(values, ok, tuple(repairs))

@@ -40,6 +40,7 @@ from ray_vlm.models.backbone import base_of
 from ray_vlm.models.frozen_encoder import DiskFeatureCache
 from ray_vlm.models.layouts import PackingOptions
 from ray_vlm.models.load import load_adapted
+from ray_vlm.models.lora import trains_images
 from ray_vlm.models.memory import StepSettings
 from ray_vlm.models.operations import OperationCounter
 from ray_vlm.models.prefix_sharing import build_planner, plan_packing
@@ -97,7 +98,7 @@ def shared_options(job: JobConfig, plan: Plan, has_eval: bool) -> dict[str, Any]
         "deepspeed": deepspeed_config(job.cluster, train.precision),
         "use_cpu": job.cluster.gpus_per_worker == 0,
         # a batch of text only gives the image encoder no gradient, and DDP would wait for it
-        "ddp_find_unused_parameters": job.task.name == "chat" and (job.lora is None or job.lora.target != ["language"]),
+        "ddp_find_unused_parameters": job.task.name == "chat" and trains_images(job.lora),
         # Adapters do not train expert routers, and TRL reads an attribute that Llama 4's configuration lacks.
         "router_aux_loss_coef": 0.0,
         "logging_steps": 1,

@@ -25,7 +25,8 @@ from ray_vlm.methods.options import check_options
 from ray_vlm.methods.reward_check import check_rewards
 from ray_vlm.methods.rewards import job_rewards
 from ray_vlm.models.libraries import quiet_libraries
-from ray_vlm.models.prefix_sharing import why_not_shared
+from ray_vlm.models.lora import trains_images
+from ray_vlm.models.prefix_sharing import why_not_packed
 from ray_vlm.train.memory_plan import Probe, build_rehearsal, choose_micro_batch, plan_probe
 
 
@@ -75,11 +76,13 @@ def prepare(job: JobConfig, parts: Parts | None = None, known: Mapping[str, tupl
     _check_budget(job.train.tokens_per_micro_batch, parts.train)
     job, plan, shuffle = _plan_order(job, parts.train, balance)
     shares = isinstance(job.method, AlignmentMethod) and job.method.share_prefixes
-    if shares and (reason := why_not_shared(job.lora, builder.family)) is not None:
-        notes.append(f"method.share_prefixes has no effect: {reason}")
+    wanted = {"method.share_prefixes": shares, "train.packing": job.train.packing}
+    if (reason := why_not_packed(job.lora, builder.family)) is not None and any(wanted.values()):
+        keys = [key for key, is_wanted in wanted.items() if is_wanted]
+        notes.append(f"{' and '.join(keys)}: without effect, since {reason}")
     if not isinstance(job.method, DpoMethod):  # DPO compares pairs and generates nothing
         notes += _describe_long_answers(parts, job.evaluate.max_new_tokens, builder.num_closing_tokens)
-    _check_images(parts.train, job.cluster, trains_vision=job.lora is None or job.lora.target != ["language"])
+    _check_images(parts.train, job.cluster, trains_vision=trains_images(job.lora))
     probe = plan_probe(job, plan, parts.train, builder)
     return Prepared(job, spec, parts.train, parts.eval, plan, balance, (*parts.notes, *notes), probe, shuffle)
 

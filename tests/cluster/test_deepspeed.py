@@ -10,6 +10,7 @@ from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from tests.cluster.test_recovery import _at_step, _steps, _train
 from tests.support.ray_processes import kill_process
+from tests.support.tiny_families import write_tiny
 
 pytestmark = pytest.mark.cluster
 TWO = "cluster.num_workers=2"
@@ -35,6 +36,16 @@ def _same(one: RunPaths, other: RunPaths, near: float) -> None:
 def test_cut_up_4bit_weights_learn_the_same(ray_cluster, job_file) -> None:
     path = job_file(train={"max_steps": 3, "micro_batch_size": 2, "gradient_checkpointing": True})
     options = ("model.load_in_4bit=true", "lora.target=[language,vision]")
+    alone = _train(path, "run.name=alone", *options)
+    _same(alone, _train(path, "run.name=cut", TWO, "cluster.deepspeed=zero3", *options), 1e-4)
+
+
+@pytest.mark.slow
+def test_cut_up_experts_in_4bit_learn_the_same(ray_cluster, job_file, tmp_path: Path) -> None:
+    base = write_tiny(tmp_path / "base", "qwen3_vl_moe")
+    train = {"max_steps": 3, "micro_batch_size": 2, "gradient_checkpointing": True}
+    path = job_file(train=train, model={"name": str(base), "load_in_4bit": True})
+    options = ("lora.target=[language,experts]",)
     alone = _train(path, "run.name=alone", *options)
     _same(alone, _train(path, "run.name=cut", TWO, "cluster.deepspeed=zero3", *options), 1e-4)
 

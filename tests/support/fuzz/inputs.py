@@ -160,7 +160,7 @@ def of_completions(folder: Path) -> Attempt:
     for format in ("coco", "image_csv", "gui_csv", "llava", "messages"):
         path = write_rows(folder, whole_rows(format, 3), ".json")
         job = make_job(model, format, {"path": str(path), "format": format}, LABELS.get(TASKS.get(format, "")))
-        for codec in (None, "qwen2_vl", "qwen2_5_vl"):
+        for codec in (None, "qwen2_vl", "qwen2_5_vl", "gemma"):
             spec = replace(sample_spec(job, []), task=job.task.model_copy(update={"codec": codec}))
             builder = SampleBuilder(spec)
             ready.append((job.task.name, build_index(job.data.train, job.data, builder).records, builder))

@@ -38,6 +38,7 @@ BROKEN = [
     {"lora": None},
     {"lora": None, "model": {"name": "x", "load_in_4bit": False, "adapter": "a"}},
     {"lora": {"ranks": {"vision": 4}}},
+    {"lora": {"target": ["language", "experts"], "dropout": 0.1}},
     {"train": {"learning_rates": {"vision": 1e-5}}},
     {"train": {"freeze": ["vision"]}},
     {"lora": None, "model": WHOLE, "train": {"freeze": ["vision", "connector", "language"]}},

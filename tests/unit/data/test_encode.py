@@ -19,6 +19,7 @@ from ray_vlm.data.spec import IGNORED, EncodedRow, Sample, SampleSpec, _tag_toke
 from ray_vlm.tasks.answers import IMAGE, Answer
 from tests.support.tiny_families import BUILDERS
 
+STOCK = ("llama4", "gemma3", "internvl")
 SIZES = ((120, 70), (64, 150), (96, 96), (180, 40))
 LABELS = ("dog", "black cat", "Löwe", "object=dog", "object=cat", "condition=wet")
 WEIGHTS = (("dog", 2.5), ("Löwe", 0.25), ("object=dog", 4.0), ("action=click", 0.5))
@@ -28,9 +29,9 @@ WEIGHTS = (("dog", 2.5), ("Löwe", 0.25), ("object=dog", 4.0), ("action=click", 
 def bases(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders with the processors of three families of ours and of three stock ones."""
     folders = dict(tiny_models)
-    for family, build in BUILDERS.items():
+    for family in STOCK:
         folder = tmp_path_factory.mktemp(family)
-        for part in build():
+        for part in BUILDERS[family]():
             part.save_pretrained(folder)
         folders[family] = str(folder)
     return folders
@@ -138,7 +139,8 @@ class Reference:
         close = pieces.pop()
         heads = [pieces[0], *(piece[len(close) :] for piece in pieces[1:])]
         if builder.stock is not None:
-            texts = iter([builder.stock.expand(builder.image_spec.place(size).resized)[0] for size in record.sizes])
+            sizes = [builder.image_spec.place(size).resized for size in record.sizes]
+            texts = iter([text for text, _ in builder.stock.expand(sizes)])
             split = [head.split(builder.image_token) for head in heads]
             heads = [first + "".join(next(texts) + more for more in rest) for first, *rest in split]
         return [self.ids(head) for head in heads], close
@@ -213,7 +215,7 @@ def _assert_same(row: Sample, wanted: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("task", range(len(CASES)))
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen2_vl", *BUILDERS])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen2_vl", *STOCK])
 def test_rows_are_those_of_before(family: str, task: int, bases: dict[str, str]) -> None:
     options, records = CASES[task]
     plain = SampleSpec(Model(name=bases[family], load_in_4bit=False), options, LABELS)
@@ -243,7 +245,7 @@ def test_rows_are_those_of_before(family: str, task: int, bases: dict[str, str])
             assert _same(prompt.input_ids, np.array(reference.tokens(record, Answer(""))[0], np.int32))
             assert len(prompt.labels) == 0
             assert prompt.completions == ()
-            assert sum(map(len, (row.ids, row.image_runs))) < 400  # no run of image tokens is written out
+            assert sum(map(len, (row.ids, row.image_runs))) < 500  # no run of image tokens is written out
         if not first:
             first = encoded
         elif spec.kind == "answer":

@@ -51,8 +51,8 @@ def test_the_first_layers_recompute(count: bool | int, tiny_models: dict[str, st
     [
         (PackingOptions(share=True), False, {"backbone", "head", "encoder"}),
         (PackingOptions(pack=True), False, {"backbone", "head", "encoder"}),
-        (PackingOptions(), False, {"backbone", "encoder"}),  # images that rows share, in `image_spans`
-        (PackingOptions(), True, {"encoder"}),
+        (PackingOptions(), False, {"backbone", "head", "encoder"}),  # images that rows share, in `image_spans`
+        (PackingOptions(), True, {"backbone", "head", "encoder"}),
     ],
 )
 def test_forwards_are_changed_as_rows_are_laid_out(
