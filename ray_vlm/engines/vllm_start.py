@@ -29,7 +29,7 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as `max
 _LOG_CONFIG = "VLLM_LOGGING_CONFIG_PATH"
 _RAISED = re.compile(r"\b(?=\w*(?:Error|Exception): )")  # where the last line of a traceback starts
 # Sizes in bytes from which glibc takes a block from the system, and gives it back when it is freed.
-_MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
+_MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**20))
 _HOST_SHARE = 2  # times that the host's free memory must hold the weights for sleep at level 1
 
 
