@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CUDA_CONTEXT = 0.6 * GIB  # the driver's context, loaded kernels, workspaces of cuBLAS and cuDNN
 FRAGMENTATION = 0.06  # share of activations that is reserved beside them: free blocks too small for any request
 # NCCL's buffers on one worker: for two workers, for each further one, and at most.
+NF4_BLOCKS = 0.5  # bytes of a weight in NF4 without its scales
+NF4 = NF4_BLOCKS + 1 / 64 + 4 / 64 / 256  # with double quantisation, blocks of 64 and 256
 _NCCL_TWO, _NCCL_MORE, _NCCL_MOST = 0.3 * GIB, 0.1 * GIB, 1.2 * GIB
 _MOMENT_BLOCK = 256  # weights that share a scale in bitsandbytes' 8-bit optimizers
 _CHOICE_BYTES = 36  # of one logit while a token is chosen: scores, log-probabilities, sums of them in float64
@@ -228,8 +230,16 @@ def shared_out(
     weight_slices = workers if zero_stage == 3 else 1
     in_base_dtype = trained if precision == "fp32" else trained / 2
     offloaded = "offload" in (cluster.deepspeed or "")
-    slices = {"base in 4 bit": weights.quantised, "base, not quantised": weights.plain, "what learns": in_base_dtype}
+    # bitsandbytes keeps the scales of 4-bit blocks beside the parameter, where ZeRO-3 does not partition them.
+    scales = weights.quantised * (1 - NF4_BLOCKS / NF4) if zero_stage == 3 else 0.0
+    slices = {
+        "base in 4 bit": weights.quantised - scales,
+        "base, not quantised": weights.plain,
+        "what learns": in_base_dtype,
+    }
     parts = {} if zero_stage == 3 and offloaded else {name: value / weight_slices for name, value in slices.items()}
+    if scales:
+        parts["scales of the base in 4 bit"] = scales
     if zero_stage == 3:
         parts["weights put together to run"] = min(sum(slices.values()), max(GATHERED * 2, largest))
     parts["gradients"] = in_base_dtype / (workers if zero_stage > 1 else 1)

@@ -33,6 +33,7 @@ from ray_vlm.models.libraries import quiet_libraries
 from ray_vlm.models.lora import freeze_parts, lora_config
 from ray_vlm.models.memory import (
     FRAGMENTATION,
+    NF4,
     Batch,
     Choice,
     Estimate,
@@ -57,7 +58,6 @@ from ray_vlm.models.shared_attention import attend_prefix_groups
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in NF4 with double quantisation, blocks of 64 and 256
 _SELECTIVE_FROM = 0.4  # of the layers: all layers' elementwise work costs about as much as so many layers as a whole
 _CHUNK = 32768  # vocabulary in one tile of TRL's head
 _HEAD_OUTPUTS = {  # outputs that TRL's trainers ask the head for, for each token
