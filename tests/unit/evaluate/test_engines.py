@@ -88,6 +88,14 @@ def test_an_engine_with_too_little_memory_for_the_next_prompts_is_replaced(worke
     asked.close()
 
 
+def test_a_predictor_may_answer_by_another_engine_than_the_job_s(job_file) -> None:
+    """The server, or vLLM, of a run need not be where its adapter is used."""
+    path = job_file(evaluate={"engine": "server", "sampler_url": "http://gone:8000/v1"})
+    assert Predictor.from_run(str(path)).job.evaluate.engine == "server"
+    options = Predictor.from_run(str(path), engine="transformers").job.evaluate
+    assert (options.engine, options.sampler_url) == ("transformers", None)
+
+
 def test_an_engine_ends_with_its_worker(worker: Any) -> None:
     """Also in an actor of Ray Data or a user's process, which close nothing: an adapter would stay on its server."""
     asked = worker()
