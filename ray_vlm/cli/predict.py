@@ -39,6 +39,9 @@ def add_predict_verb(verbs: argparse._SubParsersAction) -> None:
     )
     predict.add_argument("--device", choices=["cpu", "cuda"], help="default: the device that the run trained on")
     predict.add_argument(
+        "--engine", choices=["transformers", "vllm"], help="what answers (default: the job's evaluate.engine)"
+    )
+    predict.add_argument(
         "--num-replicas",
         type=int,
         metavar="N",
@@ -60,7 +63,7 @@ def _predict(args: argparse.Namespace) -> None:
         from ray_vlm.tune.sweep import find_best
 
         name = find_best(name)
-    predictor = Predictor.from_run(name, args.weights, args.device, args.base, args.job, task)
+    predictor = Predictor.from_run(name, args.weights, args.device, args.base, args.job, task, args.engine)
     replicas = args.num_replicas if args.num_replicas is not None else predictor.job.evaluate.num_replicas or 0
     if replicas < 0:
         raise ConfigError(f"--num-replicas {replicas}: a number of processes is needed, 0 or more.")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.data import Data, Source
 from ray_vlm.config.method import METHOD_METRICS, DpoMethod, GrpoMethod, Method, SftMethod
-from ray_vlm.config.schema import JobConfig
+from ray_vlm.config.schema import JobConfig, Pairs
 from ray_vlm.config.train import Train
 
 # (whether a job breaks the rule, the keys that it reads, of which the first is reported, reason and fix)
@@ -67,6 +67,10 @@ def is_web_address(url: str | None) -> bool:
 def _of_grpo(method: Method) -> GrpoMethod:
     assert isinstance(method, GrpoMethod)
     return method
+
+
+def _temperatures(pairs: Pairs) -> list[float]:
+    return pairs.temperature if isinstance(pairs.temperature, list) else [pairs.temperature]
 
 
 def _sampled_apart(method: Method) -> bool:
@@ -191,6 +195,19 @@ METHOD_RULES: list[Rule] = [
         lambda j: not is_web_address(j.evaluate.sampler_url),
         ("evaluate.sampler_url",),
         "it is no address of a server. Give one such as http://127.0.0.1:8000/v1, without a password or a query.",
+    ),
+    (
+        lambda j: j.evaluate.engine != "transformers" and max(_temperatures(j.pairs), default=0.0) > _VLLM_HOTTEST,
+        ("pairs.temperature", "evaluate.engine"),
+        f"vllm samples at temperatures up to {_VLLM_HOTTEST:g}. Lower it, or use engine=transformers.",
+    ),
+    (
+        lambda j: (
+            isinstance(j.method, GrpoMethod) and j.method.sampler_sleep is not None and j.method.worker_engine != "vllm"
+        ),
+        ("method.sampler_sleep", "method.rollouts", "method.samplers"),
+        "only an engine of vllm that shares its card with a worker sleeps. Leave it out, or use rollouts=vllm without "
+        "samplers.",
     ),
     *SAMPLER_RULES,
 ]

@@ -28,7 +28,11 @@ MAY_CHANGE = (
     *("train.micro_batch_size", "train.tokens_per_micro_batch", "train.packing", "train.gradient_checkpointing"),
     *("train.memory", "train.probe", "train.vision_cache", "train.vision_cache_gib", "train.nonfinite"),
     *("evaluate.every_steps", "evaluate.batch_size"),
-    *("evaluate.asynchronous", "evaluate.engine", "evaluate.num_replicas", "evaluate.memory"),
+    *("evaluate.asynchronous", "evaluate.engine", "evaluate.sampler_url", "evaluate.num_replicas", "evaluate.memory"),
+    # What samples, and where: its answers differ by rounding, as those of another micro-batch.
+    *("method.rollouts", "method.sampler_url", "method.sampler_sleep", "method.check_sampler_every"),
+    *("method.max_rollout_gap", "method.samplers", "method.cpus_per_sampler", "method.gpus_per_sampler"),
+    "method.sampling_batch",
 )
 _DECIDED = "data.shuffle"  # null in the job: as the run has it
 _FORMAT = re.compile(r"data\.(train|eval|test|mix\.\d+)\.format")  # `auto` in the job: as the run has it

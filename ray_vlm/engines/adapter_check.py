@@ -149,9 +149,9 @@ class CheckedEngine(Engine):
             self._check(kind)
 
     def _check_if_woken(self) -> None:
-        """Check answers for which the engine has woken up, if this push has not been checked: a wake reads weights
-        again, and loses adapters in some versions. It is done before the answers are used."""
-        if getattr(self.engine, "last_woke", False) and self._pushes > self._checked:
+        """Check answers for which the engine has woken up since the last check: a wake reads weights again, and loses
+        adapters in some versions. It is done before the answers are used."""
+        if getattr(self.engine, "last_woke", False):
             self._check("wake")
 
     def _check(self, kind: str) -> None:

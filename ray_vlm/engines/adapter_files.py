@@ -53,21 +53,26 @@ def _runs(process: int) -> bool:
 
 
 class AdapterFiles:
-    """Writes an adapter to a new folder for each push. All are removed by `close`, or when the process ends."""
+    """Writes an adapter to a new folder for each push. All are removed by `close`, or when the process ends.
 
-    def __init__(self, memory: Path = MEMORY):
-        self._memory = memory
+    `root`: where they lie, for a process of another host or user; None: as `choose_root` says of `memory`."""
+
+    def __init__(self, memory: Path = MEMORY, root: Path | None = None):
+        self._memory, self._root = memory, root
         self._parent: Path | None = None
         self._number = 0
 
     def write(self, model: "PeftModel") -> Path:
         """Write the adapter `default` of `model` as it is now. Return its folder; earlier ones stay."""
         if self._parent is None:
-            root = choose_root(self._memory, adapter_bytes(dict(model.named_parameters())))
+            root = self._root or choose_root(self._memory, adapter_bytes(dict(model.named_parameters())))
+            root.mkdir(parents=True, exist_ok=True)
             remove_stale(root)
             prefix = f"{_NAME}-{socket.gethostname()}-{os.getpid()}-"
             self._parent = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
-            self._remove = weakref.finalize(self, shutil.rmtree, self._parent, ignore_errors=True)
+            self._remove = weakref.finalize(self, _remove, self._parent, self._root)
+            if self._root is not None:
+                self._parent.chmod(0o755)
         self._number += 1
         folder = self._parent / str(self._number)
         # Embeddings are not adapted. PEFT would ask the hub whether their number has changed.
@@ -88,6 +93,13 @@ class AdapterFiles:
         if self._parent is not None:
             self._remove()
             self._parent = None
+
+
+def _remove(folder: Path, root: Path | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if root is not None:
+        with suppress(OSError):  # another worker's adapter is in it
+            root.rmdir()
 
 
 def adapter_bytes(parameters: "Mapping[str, Tensor]") -> int:

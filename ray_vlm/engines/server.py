@@ -6,14 +6,10 @@ training. Tried with vLLM 0.32 and its build for CPUs.
 """
 
 import logging
-import os
-import shutil
-import tempfile
 import uuid
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -22,8 +18,9 @@ from typing import TYPE_CHECKING, cast
 from ray_vlm.config.schema import Model
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
+from ray_vlm.engines.adapter_files import AdapterFiles
 from ray_vlm.engines.interface import Completion, Engine, Pixels, Sampling
-from ray_vlm.engines.server_client import CONNECTIONS, Reply, ServerClient, is_local
+from ray_vlm.engines.server_client import ANSWER_S, CONNECTIONS, Reply, ServerClient, is_local
 from ray_vlm.engines.server_protocol import (
     GENERATE,
     LOAD,
@@ -52,7 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _FIRST_PATIENCE_S = 20.0  # for a server that does not answer at the start, and is probably not there
-_FAST_FOLDER = "/dev/shm"  # noqa: S108  (in memory; the folder in it has an unguessable name)
+_FIRST_ANSWER_S = 120.0  # for an answer at the start, of a server that may be busy
+_LAST_ANSWER_S = 10.0  # for an answer at the end, which nobody waits for
 
 
 def build_server_engine(
@@ -78,23 +76,23 @@ def build_server_engine(
         _check_parts(_weight_names(Path(adapter)), builder, f"{setting}: {adapter}")
     demand = Demand(setting, model.name, resolved, limits.tokens, trains or adapter is not None, trains)
     client = ServerClient(url)
-    try:
+    with ExitStack() as on_failure:
+        on_failure.callback(client.close)
         base, processed = _check_server(client, demand, never)
-    except RunError:
-        client.close()
-        raise
-    folder = _adapter_folder(setting, url, run_folder) if trains else None
-    engine = ServerEngine(client, base, builder, never, folder, processed, scored=trains)
-    if adapter is not None:
-        engine.load(Path(adapter).resolve())
+        files = _adapter_files(setting, url, run_folder) if trains else None
+        engine = ServerEngine(client, base, builder, never, files, processed, scored=trains)
+        if adapter is not None:
+            engine.load(Path(adapter).resolve())
+        on_failure.pop_all()
     return engine
 
 
 def _check_server(client: ServerClient, demand: Demand, never: Sequence[int]) -> tuple[str, bool]:
     """Return the name of the server's base and whether its log-probabilities are after temperature and bias."""
-    models = client.send("GET", MODELS, patience_s=_FIRST_PATIENCE_S)
-    probe = client.send("POST", GENERATE, build_probe(never[0] if never else 0), _FIRST_PATIENCE_S)
-    load = client.send("POST", LOAD, PROBE_ADAPTER, _FIRST_PATIENCE_S) if demand.adapters else None
+    waits = {"patience_s": _FIRST_PATIENCE_S, "answer_s": _FIRST_ANSWER_S}
+    models = client.send("GET", MODELS, **waits)
+    probe = client.send("POST", GENERATE, build_probe(never[0] if never else 0), **waits)
+    load = client.send("POST", LOAD, PROBE_ADAPTER, **waits) if demand.adapters else None
     problems, notes = list_problems(demand, models, probe, load)
     if problems:
         raise RunError([f"{demand.setting}={client.url}: {problem}." for problem in problems])
@@ -105,26 +103,23 @@ def _check_server(client: ServerClient, demand: Demand, never: Sequence[int]) ->
     return card["id"], is_processed(probe)
 
 
-def _adapter_folder(setting: str, url: str, run_folder: str | None) -> Path:
-    """Make the folder through which adapters go to the server."""
+def _adapter_files(setting: str, url: str, run_folder: str | None) -> AdapterFiles:
+    """Return what writes adapters where the server reads them."""
     if is_local(url):
-        fast = _FAST_FOLDER if os.access(_FAST_FOLDER, os.W_OK) else None
-        return Path(tempfile.mkdtemp(prefix="ray_vlm-sampler-", dir=fast))
+        return AdapterFiles()
     if run_folder is None or is_remote(run_folder):
         raise RunError(
             f"{setting}={url}: the server is on another host, and adapters go to it through the run's folder "
             f"({run_folder}), which is none that both can see. Set run.output_dir to a shared file system."
         )
-    folder = Path(run_folder).resolve() / ".sampler" / uuid.uuid4().hex[:8]
-    folder.mkdir(parents=True)
-    return folder
+    return AdapterFiles(root=Path(run_folder).resolve() / ".sampler")
 
 
 class ServerEngine(Engine):
     """Asks a server. `build_server_engine` makes one.
 
-    `base`: the name under which the server has the base. `folder`: where adapters are put for the server; removed with
-    the engine. `processed`: the server's log-probabilities are after temperature and bias. `scored`: completions have
+    `base`: the name under which the server has the base. `files`: writes adapters for the server; None where none are
+    pushed. `processed`: the server's log-probabilities are after temperature and bias. `scored`: completions have
     log-probabilities; otherwise theirs are empty."""
 
     def __init__(
@@ -133,27 +128,25 @@ class ServerEngine(Engine):
         base: str,
         builder: SampleBuilder,
         never: Sequence[int],
-        folder: Path | None,
+        files: AdapterFiles | None,
         processed: bool,
         scored: bool,
     ):
         self._client, self._base, self._builder = client, base, builder
-        self._never, self._folder, self._processed, self._scored = list(never), folder, processed, scored
+        self._never, self._files, self._processed, self._scored = list(never), files, processed, scored
         self._prefix, self._pushed = f"ray_vlm-{uuid.uuid4().hex[:8]}", 0
         self.adapter: str | None = None  # the name of the adapter that the server has
-        self._remove = weakref.finalize(self, _remove_folder, folder) if folder is not None else None
 
     def update(self, model: "Module") -> None:
         """Push the adapter of a PEFT model, and remove the one before from the server. Raise `RunError` if the server
         does not take it."""
-        assert self._folder is not None
+        assert self._files is not None
         if self.adapter is None:
             names = [name for name, _ in model.named_parameters() if "lora_" in name]
             _check_parts(names, self._builder, "method.rollouts: the adapter")
-        folder = self._folder / str(self._pushed + 1)
-        cast("PeftModel", model).save_pretrained(str(folder), selected_adapters=["default"])
+        folder = self._files.write(cast("PeftModel", model))
         self.load(folder)
-        shutil.rmtree(self._folder / str(self._pushed - 1), ignore_errors=True)
+        self._files.keep_only(folder)
 
     def load(self, folder: Path) -> None:
         """Answer with the adapter in a folder from now on."""
@@ -168,8 +161,8 @@ class ServerEngine(Engine):
         if before is not None:
             self._unload(before)
 
-    def _unload(self, name: str) -> None:
-        reply = self._client.send("POST", UNLOAD, {"lora_name": name})
+    def _unload(self, name: str, answer_s: float = ANSWER_S) -> None:
+        reply = self._client.send("POST", UNLOAD, {"lora_name": name}, answer_s=answer_s)
         if reply.status not in (200, 404):
             logger.warning(f"{self._client.url}: the server does not unload {name}: {reply.message}")
 
@@ -266,7 +259,13 @@ class ServerEngine(Engine):
             if reply.status != 200:
                 raise RunError(f"{self._client.url}: row {row.number} is not answered: {_explain(reply)}")
             self._check_prompt(row, reply)
-            answers = read_completions(reply, self._never, heat, scored, self._processed)
+            try:
+                answers = read_completions(reply, self._never, heat, scored, self._processed)
+            except (LookupError, TypeError, ValueError) as error:
+                raise RunError(
+                    f"{self._client.url}: its answer to row {row.number} has not the form of vLLM 0.32's, which was "
+                    f"tried ({type(error).__name__}: {error}). Serve the base with that version."
+                ) from error
             if len(answers) == count:
                 return answers
         raise RunError(
@@ -288,11 +287,11 @@ class ServerEngine(Engine):
         if self.adapter is not None:
             with suppress(RunError):  # a server that has gone holds no adapter
                 self._client.stop_waiting(True)
-                self._unload(self.adapter)
+                self._unload(self.adapter, _LAST_ANSWER_S)
             self.adapter = None
         self._client.close()
-        if self._remove is not None:
-            self._remove()
+        if self._files is not None:
+            self._files.close()
 
 
 def _split_heats(sampling: Sampling) -> list[tuple[float, int]]:
@@ -329,10 +328,3 @@ def _weight_names(folder: Path) -> list[str]:
 
     with safe_open(folder / "adapter_model.safetensors", "np") as file:
         return list(file.keys())
-
-
-def _remove_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.parent.name == ".sampler":
-        with suppress(OSError):  # another worker's adapter is in it
-            folder.parent.rmdir()

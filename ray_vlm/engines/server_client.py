@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 CONNECTIONS = 64  # requests at a time; the server batches them
 PATIENCE_S = 300.0  # how long a server that is away is waited for: vLLM starts again in minutes
 _LONGEST_PAUSE_S = 15.0
-_TIMEOUT_S = (10.0, 900.0)  # for a connection, and for an answer
+_CONNECT_S, ANSWER_S = 10.0, 900.0  # for a connection, and for an answer
 _PASSING = (429, 502, 503, 504)  # too many requests, and a server that is starting, behind a proxy or not
 _KEY = "OPENAI_API_KEY"
 
@@ -72,12 +72,19 @@ class ServerClient:
         self._stopped = threading.Event()
         self._away = False  # whether a request has failed since the last one that was answered
 
-    def send(self, method: str, path: str, body: dict[str, Any] | None = None, patience_s: float = PATIENCE_S) -> Reply:
-        """Send a request and return the answer, whatever its status. While the server is away, try again for
-        `patience_s`, then raise `RunError`."""
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        patience_s: float = PATIENCE_S,
+        answer_s: float = ANSWER_S,
+    ) -> Reply:
+        """Send a request and return the answer, whatever its status. While the server is away, or does not answer
+        within `answer_s`, try again for `patience_s`, then raise `RunError`."""
         started, attempt = time.monotonic(), 0
         while True:
-            answer = self._try(method, path, body)
+            answer = self._try(method, path, body, answer_s)
             if isinstance(answer, Reply):
                 self._away = False
                 return answer
@@ -94,16 +101,16 @@ class ServerClient:
             self._stopped.wait(pause)
             attempt += 1
 
-    def _try(self, method: str, path: str, body: dict[str, Any] | None) -> Reply | str:
+    def _try(self, method: str, path: str, body: dict[str, Any] | None, answer_s: float) -> Reply | str:
         """Return the answer, or the reason why there is none for now."""
         import requests
 
         try:
             response = self._session.request(
-                method, self._root + path, json=body, timeout=_TIMEOUT_S, allow_redirects=False
+                method, self._root + path, json=body, timeout=(_CONNECT_S, answer_s), allow_redirects=False
             )
         except requests.Timeout:
-            return f"no answer within {_TIMEOUT_S[1]:.0f} s, or no connection within {_TIMEOUT_S[0]:.0f} s"
+            return f"no answer within {answer_s:.0f} s, or no connection within {_CONNECT_S:.0f} s"
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
             return type(error).__name__ if not (cause := _innermost(error)) else cause
         except requests.RequestException as error:

@@ -8,7 +8,7 @@ must be those of training. Tried with vLLM 0.32.
 import base64
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray_vlm.engines.server_client import Reply
 GENERATE, MODELS = "/inference/v1/generate", "/v1/models"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 PROBE_ADAPTER = {"lora_name": "ray_vlm-probe", "lora_path": "/ray_vlm/no-such-adapter"}  # a load that must fail
+_OF_RUNS = ("best", "final")  # folders of whole models
 _NEVER = -100.0  # added to the logits of tokens that are not sampled, the lowest value that vLLM takes
 
 
@@ -159,10 +160,13 @@ def _same_base(demand: Demand, card: dict[str, Any]) -> bool:
 
 
 def _plain(base: str) -> str:
-    """Return a base's name on the hub, or that of its folder: copies have the same."""
-    parts: Iterable[str] = base.rstrip("/").split("/")
+    """Return a base's name on the hub, or that of its folder: copies have the same. A run's own folders are named alike
+    in all runs, so their names are those of the run too."""
+    parts = base.rstrip("/").split("/")
     cached = [part for part in parts if part.startswith("models--")]
-    return (cached[0].rpartition("--")[2] if cached else base.rstrip("/").rpartition("/")[2]).lower()
+    if cached:
+        return cached[0].rpartition("--")[2].lower()
+    return "/".join(parts[-2 if parts[-1] in _OF_RUNS else -1 :]).lower()
 
 
 def _problems_of_probe(probe: Reply) -> list[str]:

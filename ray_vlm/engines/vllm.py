@@ -14,7 +14,7 @@ the watchdog (`cluster.stall_minutes`).
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -126,7 +126,8 @@ class VllmEngine(Engine):
         finally:
             self._held -= 1
             if self._engine is not None:
-                self._sleep()
+                with self._ends_on_failure("going to sleep"):
+                    self._sleep()
 
     def close(self) -> None:
         """End vLLM's processes and remove the adapter's files."""
@@ -239,6 +240,7 @@ def build_training_engine(
     import psutil
 
     key = "method.rollouts"
+    check_options(cast("PeftModel", model).peft_config["default"].to_dict(), f"{key}: model.adapter")
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     room = AdapterRoom(largest_rank(model), check_parts(names, builder, f"{key}: model.adapter"))
     kinds = (getattr(base_of(model).config, name, None) for name in ("image_token_id", "video_token_id"))
@@ -278,6 +280,7 @@ def build_answering_engine(
         with safe_open(folder / "adapter_model.safetensors", "np") as file:
             tower = check_parts(file.keys(), builder, f"{key}: {folder}")
         adapter_config = json.loads((folder / "adapter_config.json").read_text())
+        check_options(adapter_config, f"{key}: {folder}")
         room = AdapterRoom(max(adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values(), 1), tower)
     if settings.device == "cpu":  # vLLM would take most of the computer's memory
         sequences = limits.sequences or _CPU_SEQUENCES
@@ -290,6 +293,20 @@ def build_answering_engine(
 def largest_rank(model: "Module") -> int:
     """Return the largest rank among the layers of a model's adapter."""
     return max(p.shape[0] for name, p in model.named_parameters() if "lora_A.default" in name)
+
+
+def check_options(config: Mapping[str, Any], who: str) -> None:
+    """Raise `ConfigError` if an adapter with this configuration of PEFT is one that vLLM does not take. `who`: the
+    adapter, for the message."""
+    unfit = [name for name in ("modules_to_save", "use_dora", "lora_bias") if config.get(name)]
+    if config.get("bias", "none") != "none":
+        unfit.append("bias")
+    if unfit:
+        options = ", ".join(f"{name}={config[name]}" for name in unfit)
+        raise ConfigError(
+            f"{who} has {options}, and vllm takes low-rank weights alone. Use transformers, or an adapter that was "
+            "trained without."
+        )
 
 
 def check_parts(names: Iterable[str], builder: SampleBuilder, who: str) -> bool:

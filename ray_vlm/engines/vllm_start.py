@@ -148,10 +148,10 @@ def describe_start(error: Exception, key: str, device: str, log: str = "") -> st
     text = reason.lower()
     fix = "Correct what it names, or use transformers."
     if "memory" in text or "kv cache" in text or "blocks" in text:
-        fix = (
-            "Lower train.global_batch_size, method.max_completion_tokens or data.max_pixels, use model.load_in_4bit, "
-            "set method.trl.vllm_gpu_memory_utilization, or use transformers."
-        )
+        trains = key.startswith("method.")
+        lower = "train.global_batch_size, method.max_completion_tokens" if trains else "evaluate.max_new_tokens"
+        share = "set method.trl.vllm_gpu_memory_utilization" if trains else "end what else is on the device"
+        fix = f"Lower {lower} or data.max_pixels, use model.load_in_4bit, {share}, or use transformers."
     return f"{key}: vllm did not start on {device} ({reason.rstrip('.')}). {fix}"
 
 
@@ -162,7 +162,7 @@ def _error_log() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         file, config = Path(folder) / "errors.log", Path(folder) / "logging.json"
         file.touch()
-        if _LOG_CONFIG in os.environ:
+        if _LOG_CONFIG in os.environ or os.environ.get("VLLM_CONFIGURE_LOGGING", "1") != "1":
             yield file
             return
         config.write_text(json.dumps(log_config(file)))

@@ -5,6 +5,7 @@ of threads change the last digits of a forward.
 """
 
 import json
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -88,8 +89,10 @@ class InferenceWorker:
 
     @cached_property
     def engine(self) -> Engine:
-        """What answers, as `evaluate.engine` says."""
-        return build_engine(self)
+        """What answers, as `evaluate.engine` says. It is closed with the worker, or at the end of the process."""
+        engine = build_engine(self)
+        self._close = weakref.finalize(self, engine.close)
+        return engine
 
     def expect(self, records: Sequence[SftRecord]) -> None:
         """Let the engine answer these records too. One that has reserved memory for shorter prompts is closed, and the
@@ -108,9 +111,8 @@ class InferenceWorker:
 
     def close(self) -> None:
         """Close the engine, if one was started."""
-        engine = self.__dict__.pop("engine", None)
-        if engine is not None:
-            engine.close()
+        if self.__dict__.pop("engine", None) is not None:
+            self._close()
 
 
 def build_engine(worker: InferenceWorker) -> Engine:

@@ -15,7 +15,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray_vlm.config.load import load_job
 from ray_vlm.config.schema import JobConfig
@@ -126,18 +126,24 @@ class Predictor:
         base: str | None = None,
         job: JobConfig | str | None = None,
         task: str | None = None,
+        engine: Literal["transformers", "vllm"] | None = None,
     ) -> "Predictor":
         """Build a predictor from the folder, address or hub name of a run, its `best/`, an exported adapter, a merged
         model or a base, or from a job file.
 
         `weights`: `best`, `final` or `base` of a run; None takes `best` where there is one. `device`: `cpu` or `cuda`;
         None is the one that the run trained on. `base`: the base of an adapter that has moved since training. `job`,
-        or `task` alone, gives the task and the prompt for weights without a `preprocessing.json`. Raise `RunError`
-        where nothing has that name, `ConfigError` or `ModelError` where an option is missing or does not apply.
+        or `task` alone, gives the task and the prompt for weights without a `preprocessing.json`. `engine`: what
+        answers, in place of the job's `evaluate.engine`, whose server or vLLM may not be here. Raise `RunError` where
+        nothing has that name, `ConfigError` or `ModelError` where an option is missing or does not apply.
         """
         asking_job = load_job(job) if isinstance(job, str) else job
         answerer = find_answerer(str(run), weights, base, asking_job, task, device)
-        return cls(answerer.job, answerer.weights, answerer.wording)
+        chosen = answerer.job
+        if engine is not None:
+            options = chosen.evaluate.model_copy(update={"engine": engine, "sampler_url": None})
+            chosen = chosen.model_copy(update={"evaluate": options})
+        return cls(chosen, answerer.weights, answerer.wording)
 
     def predict(self, image: "ImageLike | Sequence[ImageLike]", **told: object) -> Found:
         """Answer a question about one image, or for chat about a list of images.

@@ -72,6 +72,8 @@ BROKEN = [
     {"method": SERVER | {"sampler_url": "host:8000"}, "lora": {"target": ["language"]}},
     {"evaluate": {"sampler_url": "http://host:8000"}},
     {"evaluate": {"engine": "server", "sampler_url": "ftp://host"}},
+    {"evaluate": {"engine": "vllm"}, "pairs": {"temperature": [0.5, 2.5]}},
+    {"method": {"name": "grpo", "sampler_sleep": 2}},
     {"method": APART, "cluster": {"num_workers": 0}},
     {"method": APART | {"rollouts": "server", "sampler_url": "http://127.0.0.1:8000/v1"}},
     {"method": APART | {"sampling_batch": 2}, "train": {"global_batch_size": 16}},

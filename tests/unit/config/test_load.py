@@ -61,6 +61,21 @@ def test_the_old_form_of_precision_says_the_same(tmp_path: Path, old: bool, prec
     assert "train.precision" in check_resume(fill_defaults(of_earlier), dump_job(other))[0]
 
 
+def test_a_resumed_run_may_sample_elsewhere(tmp_path: Path) -> None:
+    """As the messages on a server that is away, or an engine that differs, say."""
+    text = GOOD + "method: {name: grpo}\n"
+    job, server = _load(tmp_path, text), ["method.rollouts=server", "method.sampler_url=http://a:1/v1"]
+    moved = [server[0], "method.sampler_url=http://b:2/v1", "method.max_rollout_gap=0.2", "method.samplers=0"]
+    answers = ["evaluate.engine=server", "evaluate.sampler_url=http://a:1/v1"]
+    target = "lora.target=[language]"
+    first = dump_job(_load(tmp_path, text, *server, target))
+    for overrides in (moved, ["method.rollouts=vllm"], [], answers):
+        assert check_resume(first, dump_job(_load(tmp_path, text, *overrides, target))) == []
+    assert (
+        "method.temperature" in check_resume(dump_job(job), dump_job(_load(tmp_path, text, "method.temperature=2")))[0]
+    )
+
+
 def test_names_of_one_s_own_are_keys(tmp_path: Path) -> None:
     names = ["toe-drain", "deep hole", "5.5 inch", "driver's"]
     words = ["toe-drain=7", "deep hole=2", '"5.5 inch"=0.5', "driver's=1.5"]

@@ -267,6 +267,25 @@ def test_a_wake_that_loses_the_adapter_ends_the_run() -> None:
         _asked(Forgets(), 10, 100)
 
 
+def test_a_second_wake_of_one_push_is_checked_too() -> None:
+    """As in a validation that answers greedily, and then samples."""
+
+    class Forgets(Played):
+        def answer(self, rows: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
+            self.adapter, self.last_woke = 0.0, True
+            return super().answer(rows, max_new_tokens)
+
+        def sample(self, *args: Any, **kwargs: Any) -> list[list[Completion]]:
+            self.last_woke = False
+            return super().sample(*args, **kwargs)
+
+    checked = CheckedEngine(Forgets(), _score, resolution_of("fp32", "cpu"), 1e-3, 100)
+    checked.update(cast("Any", Model(0.4)))
+    assert checked.sample([PROMPT], SAMPLING, SEEDS)
+    with pytest.raises(RunError, match=BASE):
+        checked.answer([PROMPT], 4)
+
+
 def test_the_schedule_backs_off_while_nothing_can_be_proved() -> None:
     schedule, pushes = Schedule(every=10), []
     for push in range(1, 40):

@@ -1,6 +1,7 @@
 """Answers by a server: what it is asked, how adapters reach it, and what is refused, with a server in this process."""
 
 import math
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +16,8 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.engines import server_client
 from ray_vlm.engines.interface import Sampling
 from ray_vlm.engines.server import ServerEngine, build_server_engine
-from ray_vlm.engines.server_client import choose_pause, is_local
+from ray_vlm.engines.server_client import Reply, choose_pause, is_local
+from ray_vlm.engines.server_protocol import Demand, list_problems
 from ray_vlm.engines.vllm_start import EngineLimits
 from ray_vlm.errors import ConfigError, ModelError, RunError
 from ray_vlm.models.families import FAMILIES
@@ -281,6 +283,79 @@ def test_adapters_for_another_host_go_through_the_run_folder(
         engine.update(_adapted(builder.spec.model.name, ["language"]))
         assert Path(server.loaded[0]["path"]).is_relative_to(tmp_path / ".sampler")
     assert not (tmp_path / ".sampler").exists()
+
+
+def test_folders_of_adapters_that_a_killed_run_left_are_known_by_their_names(
+    server: SamplingServer, builder: SampleBuilder
+) -> None:
+    """As `remove_stale` reads them; and PEFT need not ask the hub about embeddings."""
+    with closing(_engine(server, builder, trains=True)) as engine:
+        engine.update(_adapted(builder.spec.model.name, ["language"]))
+        name = Path(server.loaded[0]["path"]).parent.name
+        assert name.startswith(f"ray-vlm-adapter-{socket.gethostname()}-{os.getpid()}-")
+
+
+def test_an_answer_of_another_form_ends_the_run_in_words(
+    server: SamplingServer, builder: SampleBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = SamplingServer._choice
+
+    def bare(self: SamplingServer, number: int, params: dict[str, Any]) -> dict[str, Any]:
+        return choice(self, number, params) | ({"logprobs": None} if params["max_tokens"] > 1 else {})
+
+    monkeypatch.setattr(SamplingServer, "_choice", bare)
+    with (
+        closing(_engine(server, builder, trains=True)) as engine,
+        pytest.raises(RunError, match=r"row -?\d+ has not the form of vLLM 0\.32's"),
+    ):
+        engine.sample(prompt_rows(builder)[:1], SAMPLING, SEEDS[:1])
+
+
+def test_a_failed_start_closes_its_connections(
+    server: SamplingServer, builder: SampleBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr("ray_vlm.engines.server.ServerClient.close", lambda self: closed.append(self.url))
+    _adapted(builder.spec.model.name, ["language"], 32).save_pretrained(tmp_path)
+    with pytest.raises(RunError, match="larger --max-lora-rank"):
+        _engine(server, builder, adapter=str(tmp_path))
+    assert closed == [server.url]
+
+
+def test_a_server_that_hangs_is_not_waited_for_at_the_start_nor_at_the_end(
+    server: SamplingServer, builder: SampleBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[str, float] = {}
+    answer = server_client.ServerClient._try
+
+    def watch(self: Any, method: str, path: str, body: Any, answer_s: float) -> Any:
+        limits[path] = answer_s
+        return answer(self, method, path, body, answer_s)
+
+    monkeypatch.setattr(server_client.ServerClient, "_try", watch)
+    with closing(_engine(server, builder, trains=True)) as engine:
+        assert set(limits.values()) == {120.0}
+        engine.update(_adapted(builder.spec.model.name, ["language"]))
+        engine.answer(prompt_rows(builder)[1:2], 8)
+        assert limits["/inference/v1/generate"] == 900.0
+    assert limits["/v1/unload_lora_adapter"] == 10.0
+
+
+@pytest.mark.parametrize(
+    ("served", "asked", "same"),
+    [
+        ("/runs/a/final", "/runs/b/final", False),
+        ("/mnt/runs/a/final", "/runs/a/final/", True),
+        ("/models/Qwen3-VL", "org/qwen3-vl", True),
+        ("/hub/models--org--qwen3-vl/snapshots/01", "org/qwen3-vl", True),
+    ],
+)
+def test_whole_models_of_two_runs_are_two_bases(served: str, asked: str, same: bool) -> None:
+    card = {"id": served, "root": served, "max_model_len": 9}
+    probe = Reply(200, {"prompt_token_ids": [0], "choices": [{"token_ids": [1], "logprobs": {"content": []}}]}, "")
+    demand = Demand("evaluate.sampler_url", asked, asked, 9, adapters=False, proved=False)
+    problems, _ = list_problems(demand, Reply(200, {"data": [card]}, ""), probe, None)
+    assert ["its base is" in problem for problem in problems] == ([] if same else [True])
 
 
 def test_retries_are_bounded_and_their_pauses_grow() -> None:

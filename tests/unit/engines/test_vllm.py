@@ -289,6 +289,21 @@ def test_a_failed_call_ends_the_engine(setup: Setup, memory: Path, error: Any) -
         engine.answer(setup.rows, 5)
 
 
+def test_an_engine_that_cannot_sleep_ends_in_words(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, level: int) -> None:
+        raise ValueError("not permitted")
+
+    monkeypatch.setattr("ray_vlm.engines.vllm.read_card", lambda device: CardMemory(80 * GIB, 40 * GIB, GIB, GIB))
+    monkeypatch.setattr(FakeEngine, "sleep", fail)
+    engine, fake = setup.start("cuda:0", sleep=1)
+    with (
+        pytest.raises(RunError, match="vllm failed while going to sleep, and was ended: not permitted"),
+        engine.awake(),
+    ):
+        engine.answer(setup.rows, 5)
+    assert fake.events[-1] == "shutdown"
+
+
 def test_an_adapter_that_vllm_does_not_take_ends_the_engine(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, fake = setup.start()
     engine.update(setup.model)
@@ -567,6 +582,30 @@ def test_an_engine_that_does_not_start_ends_the_run_in_words(
     assert "VLLM_LOGGING_CONFIG_PATH" not in os.environ
 
 
+def test_advice_names_keys_of_what_was_asked(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`method.trl` changes nothing in an evaluation."""
+
+    def start(**_: Any) -> None:
+        raise ValueError("No available memory for the cache blocks")
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", start)
+    with pytest.raises(RunError, match=r"Lower evaluate\.max_new_tokens or data\.max_pixels") as caught:
+        build_answering_engine(_settings(setup.job), None, setup.builder, LIMITS)
+    assert "method." not in str(caught.value)
+
+
+def test_a_user_s_own_way_of_logging_is_left_alone(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM refuses a configuration of its logs where these are turned off."""
+    seen: list[str | None] = []
+    start = sys.modules["vllm"].LLM
+    monkeypatch.setattr(
+        sys.modules["vllm"], "LLM", lambda **o: seen.append(os.environ.get("VLLM_LOGGING_CONFIG_PATH")) or start(**o)
+    )
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")
+    setup.start()
+    assert seen == [None]
+
+
 def test_evaluation_asks_for_one_greedy_answer_with_the_adapter_in_its_folder(setup: Setup, tmp_path: Path) -> None:
     setup.model.save_pretrained(tmp_path / "adapter")
     folder = str(tmp_path / "adapter")
@@ -601,6 +640,25 @@ def test_evaluation_refuses_an_adapter_that_vllm_would_load_in_part(
     with pytest.raises(ConfigError, match=r"evaluate\.engine: .*adapter adapts vision too"):
         build_answering_engine(_settings(setup.job), folder, setup.builder, LIMITS)
     assert len(engines) == 1
+
+
+@pytest.mark.parametrize(
+    "option", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"lora_bias": True}]
+)
+def test_an_adapter_that_vllm_does_not_take_is_refused_before_the_engine_starts(
+    setup: Setup, tmp_path: Path, option: dict[str, Any]
+) -> None:
+    import json
+
+    setup.model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | option))
+    with pytest.raises(ConfigError, match=rf"evaluate\.engine: .*adapter has {next(iter(option))}="):
+        build_answering_engine(_settings(setup.job), str(tmp_path / "adapter"), setup.builder, LIMITS)
+    vars(setup.model.peft_config["default"]).update(option)
+    with pytest.raises(ConfigError, match=rf"method\.rollouts: model\.adapter has {next(iter(option))}="):
+        setup.start()
+    assert not setup.engines
 
 
 def test_a_damaged_adapter_is_refused_before_the_engine_starts(setup: Setup, tmp_path: Path) -> None:

@@ -88,6 +88,25 @@ def test_an_engine_with_too_little_memory_for_the_next_prompts_is_replaced(worke
     asked.close()
 
 
+def test_a_predictor_may_answer_by_another_engine_than_the_job_s(job_file) -> None:
+    """The server, or vLLM, of a run need not be where its adapter is used."""
+    path = job_file(evaluate={"engine": "server", "sampler_url": "http://gone:8000/v1"})
+    assert Predictor.from_run(str(path)).job.evaluate.engine == "server"
+    options = Predictor.from_run(str(path), engine="transformers").job.evaluate
+    assert (options.engine, options.sampler_url) == ("transformers", None)
+
+
+def test_an_engine_ends_with_its_worker(worker: Any) -> None:
+    """Also in an actor of Ray Data or a user's process, which close nothing: an adapter would stay on its server."""
+    asked = worker()
+    engine = asked.engine
+    asked.close()
+    assert engine.calls == [("close", None)]
+    again = asked.engine
+    del asked
+    assert (engine.calls, again.calls) == ([("close", None)], [("close", None)])
+
+
 def test_the_job_s_key_chooses_the_engine(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare(load_job(job_file(evaluate={"max_new_tokens": 5})))
     worker = InferenceWorker(InferenceJob(prepared.job, prepared.spec, prepared.train.records, None, ()))
