@@ -89,10 +89,10 @@ def build_server_engine(
 
 def _check_server(client: ServerClient, demand: Demand, never: Sequence[int]) -> tuple[str, bool]:
     """Return the name of the server's base and whether its log-probabilities are after temperature and bias."""
-    waits = {"patience_s": _FIRST_PATIENCE_S, "answer_s": _FIRST_ANSWER_S}
-    models = client.send("GET", MODELS, **waits)
-    probe = client.send("POST", GENERATE, build_probe(never[0] if never else 0), **waits)
-    load = client.send("POST", LOAD, PROBE_ADAPTER, **waits) if demand.adapters else None
+    waits = (_FIRST_PATIENCE_S, _FIRST_ANSWER_S)
+    models = client.send("GET", MODELS, None, *waits)
+    probe = client.send("POST", GENERATE, build_probe(never[0] if never else 0), *waits)
+    load = client.send("POST", LOAD, PROBE_ADAPTER, *waits) if demand.adapters else None
     problems, notes = list_problems(demand, models, probe, load)
     if problems:
         raise RunError([f"{demand.setting}={client.url}: {problem}." for problem in problems])
