@@ -224,6 +224,29 @@ class SamplerPool(Engine):
         groups: list[Any] = self._wait(self._call("sample_base", rows, shared, seeds, sampling.num_generations, size))
         return groups
 
+    def parts(self) -> "Sequence[Engine]":
+        """Return each sampler that is there as an engine of its own; wait until one is."""
+        with self._lock:
+            self._go_on()
+            while not self._dealer.num_alive:
+                if self._error is not None:
+                    raise self._error
+                self._lock.wait()
+            return [_OneSampler(self, sampler) for sampler in self._dealer.living()]
+
+    def sample_by(
+        self,
+        sampler: int,
+        rows: Sequence["Sample"],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        base: bool = False,
+    ) -> list[list[Completion]]:
+        """Sample by this sampler, or by another if it is gone. `base`: without the adapter."""
+        method, size, group = "sample_base" if base else "sample", len(rows), sampling.num_generations
+        groups: list[Any] = self._wait(self._call(method, rows, (sampling,), seeds, group, size, sampler))
+        return groups
+
     def answer(self, rows: Sequence["Sample"], max_new_tokens: int) -> list[list[int]]:
         if not rows:
             return []
@@ -261,10 +284,11 @@ class SamplerPool(Engine):
         seeds: Sequence[Sequence[int]] | None,
         group: int | None,
         size: int,
+        only: int | None = None,
     ) -> int:
         costs = [len(row.input_ids) + self._lengths.expect(row.number) for row in rows]
         with self._lock:
-            call = self._dealer.add(costs, size)
+            call = self._dealer.add(costs, size, only)
             self._requests[call] = _Request(rows, method, self._version, shared, seeds, group)
             self._go_on()
         return call
@@ -368,6 +392,36 @@ class SamplerPool(Engine):
     def _send_again(self, sampler: int, portion: Portion) -> None:
         if self._dealer.still_has(sampler, portion):
             self._send(sampler, portion)
+
+
+class _OneSampler(Engine):
+    """One sampler of a pool."""
+
+    def __init__(self, pool: SamplerPool, sampler: int):
+        self._pool, self._sampler = pool, sampler
+
+    def __str__(self) -> str:
+        return f"sampler {self._sampler}"
+
+    def update(self, model: "Module") -> None:
+        self._pool.update(model)
+
+    def sample(
+        self,
+        rows: Sequence["Sample"],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        pixels: Pixels | None = None,
+    ) -> list[list[Completion]]:
+        return self._pool.sample_by(self._sampler, rows, sampling, seeds)
+
+    def sample_base(
+        self, rows: Sequence["Sample"], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        return self._pool.sample_by(self._sampler, rows, sampling, seeds, base=True)
+
+    def answer(self, rows: Sequence["Sample"], max_new_tokens: int) -> list[list[int]]:
+        return self._pool.answer(rows, max_new_tokens)
 
 
 class RaySamplers:
