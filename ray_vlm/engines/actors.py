@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 NAMESPACE = "ray_vlm"  # of the names of Ray's actors
 _MISSING_WAIT_S, _MISSING_TRIES = 0.05, 5  # for the push of another rank, before this one pushes the adapter itself
+_GUEST_WAIT_S = 20.0  # that a guest waits while no sampler is there: one that was killed is there again in less
 
 Version = tuple[str, int]  # of an adapter: the token of a pool, and how many it has pushed
 Answer = list[Completion] | list[int]  # to one row: its group, or the tokens of its greedy answer
@@ -149,10 +150,18 @@ class SamplerPool(Engine):
     """A worker's samplers. All ranks call `update` at the same steps, with equal weights.
 
     `portion`: prompts whose answers a sampler samples at a time; None: all of a call in equal shares. `max_deaths`: of
-    samplers with the same portion before the run ends.
+    samplers with the same portion before the run ends. `guest`: the pool is not of a worker of the
+    run; its weights never replace those of the workers, and its calls raise `RunError` once no sampler is there.
     """
 
-    def __init__(self, samplers: Samplers, context: DistributedContext, portion: int | None, max_deaths: int = 3):
+    def __init__(
+        self,
+        samplers: Samplers,
+        context: DistributedContext,
+        portion: int | None,
+        max_deaths: int = 3,
+        guest: bool = False,
+    ):
         self._samplers, self._context, self._portion = samplers, context, portion
         share = samplers.count * context.rank // context.world_size  # where this rank begins
         self._dealer: Dealer[Answer] = Dealer(samplers.count, share, max_deaths)
@@ -163,6 +172,7 @@ class SamplerPool(Engine):
         self._lock = threading.Condition()  # of all of these
         self._error: BaseException | None = None
         self._alone = False  # whether a line has said that no sampler is there
+        self._guest, self._gone_since = guest, float("inf")
         self._tries: dict[int, int] = {}  # of portions, for an adapter that was missing
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what to do when something was answered
         self._thread = threading.Thread(target=self._work, name="ray-vlm-samplers", daemon=True)
@@ -189,7 +199,8 @@ class SamplerPool(Engine):
         if self._context.rank == 0:
             shared = self._samplers.share(weights)
             for sampler in range(self._samplers.count):
-                self._samplers.ask(sampler, "push", self._version, shared)  # whether it arrives is seen when it is used
+                # Whether it arrives is seen when it is used.
+                self._samplers.ask(sampler, self._push, self._version, shared)
 
     def sample(
         self,
@@ -273,6 +284,10 @@ class SamplerPool(Engine):
         self._thread.join(5.0)
 
     @property
+    def _push(self) -> str:
+        return "lend" if self._guest else "push"
+
+    @property
     def _version(self) -> Version:
         return self._token, self._pushed
 
@@ -346,10 +361,18 @@ class SamplerPool(Engine):
     def _joined(self, sampler: int, future: "Future[object]") -> None:
         try:
             future.result()
-        except (SamplerLost, SamplerFailed):
-            self._dealer.absent(sampler, time.monotonic())
+        except (SamplerLost, SamplerFailed) as error:
+            now = time.monotonic()
+            self._dealer.absent(sampler, now)
+            self._gone_since = min(self._gone_since, now)
+            if not self._dealer.num_alive and self._guest and now - self._gone_since > _GUEST_WAIT_S:
+                raise RunError(
+                    f"no sampler of the run has been there for {now - self._gone_since:.0f} s ({error}). Ask "
+                    "again while the run goes on, or use evaluate.engine=transformers."
+                ) from None
             return
         self._dealer.joined(sampler)
+        self._gone_since = float("inf")
 
     def _answered(self, sampler: int, portion: Portion, future: "Future[Answered | Missing]") -> None:
         if not self._dealer.still_has(sampler, portion):  # the portion was dealt to another, or its call was dropped
@@ -386,7 +409,7 @@ class SamplerPool(Engine):
             timer.daemon = True
             timer.start()
             return
-        self._samplers.ask(sampler, "push", version, self._weights[version])
+        self._samplers.ask(sampler, self._push, version, self._weights[version])
         self._send(sampler, portion)
 
     def _send_again(self, sampler: int, portion: Portion) -> None:
@@ -425,12 +448,13 @@ class _OneSampler(Engine):
 
 
 class RaySamplers:
-    """The samplers of a run as Ray actors with these names in `namespace`. Ray starts each again when it dies."""
+    """The samplers of a run as Ray actors with these names in `namespace`. Ray starts each again when it dies. `guest`:
+    never end one."""
 
-    def __init__(self, names: Sequence[str], namespace: str):
+    def __init__(self, names: Sequence[str], namespace: str, guest: bool = False):
         import ray
 
-        self.count = len(names)
+        self.count, self._guest = len(names), guest
         self._actors = [ray.get_actor(name, namespace) for name in names]
 
     def ask(self, sampler: int, method: str, *args: object) -> "Future[Any]":
@@ -447,7 +471,8 @@ class RaySamplers:
     def restart(self, sampler: int) -> None:
         import ray
 
-        ray.kill(self._actors[sampler], no_restart=False)
+        if not self._guest:
+            ray.kill(self._actors[sampler], no_restart=False)
 
 
 def _pass_on(reply: "Future[Any]", done: "Future[Any]") -> None:

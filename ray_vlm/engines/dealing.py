@@ -18,8 +18,8 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0  # before a lost sampler is asked wh
 @dataclass(frozen=True)
 class Portion:
     """Rows of one call that are answered together. `number`: unique in its dealer. `call`: the call's number; `rows`:
-    positions in it, neighbours. `cost`: what is expected of it, in tokens. `only`: the sampler that is to answer it, None
-    for any."""
+    positions in it, neighbours. `cost`: what is expected of it, in tokens. `only`: the sampler that is to answer it,
+    None for any."""
 
     number: int
     call: int
@@ -103,8 +103,8 @@ class Dealer(Generic[_Answer]):
         return len(self._waiting)
 
     def add(self, costs: Sequence[float], size: int, only: int | None = None) -> int:
-        """Take a call with rows of these expected costs, `size` of them a portion. Return the call's number. `only`: the
-        sampler that answers them; if it is gone before it has, any other does."""
+        """Take a call with rows of these expected costs, `size` of them a portion. Return the call's number. `only`:
+        the sampler that answers them; if it is gone before it has, any other does."""
         call, self._next_call = self._next_call, self._next_call + 1
         self._calls[call] = _Call([None] * len(costs), len(costs))
         for rows, cost in cut(costs, size):

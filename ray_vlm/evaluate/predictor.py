@@ -26,12 +26,11 @@ from ray_vlm.data.records import Image as ImageSource
 from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import DataError
-from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, open_adapter
 from ray_vlm.evaluate.generate import generate_answers, plan_batches
 from ray_vlm.evaluate.prediction import in_words
 from ray_vlm.evaluate.weights import find_answerer
 from ray_vlm.runs.checkpoints import fetch_folder
-from ray_vlm.storage import full_address
 from ray_vlm.tasks.answers import IMAGE
 from ray_vlm.tasks.boxes import box_problem
 from ray_vlm.tasks.gui_steps import read_memory, remember
@@ -218,7 +217,7 @@ class Predictor:
 
     def inference_job(self, num_actors: int) -> InferenceJob:
         """Return the inference job for that many processes, 0 for this one; without records."""
-        adapter = self.weights if num_actors == 0 or self._adapter is None else full_address(self._adapter)
+        adapter = open_adapter(self.job, self._adapter, self.weights, num_actors)
         return replace(self._worker.inference, adapter=adapter)
 
 

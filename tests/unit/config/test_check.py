@@ -70,6 +70,7 @@ BROKEN = [
     {"method": SERVER | {"sampler_url": None}, "lora": {"target": ["language"]}},
     {"method": SERVER | {"sampler_url": "host:8000"}, "lora": {"target": ["language"]}},
     {"evaluate": {"sampler_url": "http://host:8000"}},
+    {"evaluate": {"engine": "samplers", "num_replicas": 2}},
     {"evaluate": {"engine": "server", "sampler_url": "ftp://host"}},
     {"method": APART, "cluster": {"num_workers": 0}},
     {"method": APART | {"rollouts": "server", "sampler_url": "http://127.0.0.1:8000/v1"}},
