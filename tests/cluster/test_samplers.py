@@ -1,14 +1,24 @@
 """Samplers beside the workers of a GRPO run: the same numbers to the bit, a step ahead, and going on after deaths."""
 
 import random
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ray_vlm.config.load import load_job
+from ray_vlm.config.paths import absolute_paths
+from ray_vlm.errors import Interrupted, RunError
+from ray_vlm.evaluate.pairs import make_pairs
+from ray_vlm.evaluate.run import evaluate, read_predictions
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.driver import TrialContext, train
 from tests.cluster.test_recovery import _at_step, _steps, _train, _weights
 from tests.support.ray_processes import kill_process, processes
 
@@ -119,3 +129,65 @@ def test_a_killed_sampler_and_a_killed_worker(ray_cluster, job_of) -> None:
     _same(paths, inside)
     time.sleep(1.0)
     assert not processes(TITLE)
+
+
+def _command(*words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "ray_vlm", *words], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def _answers(folder: Path) -> list[str]:
+    return [prediction["answer"] for prediction in read_predictions(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_evaluate_and_pairs_by_the_samplers_of_a_run_that_goes_on(ray_cluster, job_of, tmp_path: Path) -> None:
+    """Other processes ask; they get what the own loop answers, and the run trains as if nobody had asked."""
+    path = job_of(
+        "grpo",
+        lora=LORA,
+        train=SIZES | {"max_steps": 5000},
+        cluster={"num_workers": 1},
+        checkpoint={"every_steps": 10, "keep": 500},
+    )
+    rows = ("data.eval.max_rows=8", "data.test_on_eval=true", "pairs.min_margin=1e-6")
+    more = (*rows, 'pairs.rewards={"tests.integration.test_alignment:even_tokens": 1.0}')
+    over, adapters, failed = threading.Event(), list[Path](), list[BaseException]()
+    paths = RunPaths(tmp_path / "runs" / "asked")
+
+    def ask() -> None:
+        try:
+            adapters.append(next(paths.root.glob("checkpoint-10-*")))
+            options = ("--adapter", str(adapters[0]), "evaluate.engine=samplers", *more)
+            _command("evaluate", str(path), "--output", str(tmp_path / "theirs"), *options)
+            _command("pairs", str(path), "--part", "eval", "--output", str(tmp_path / "theirs.jsonl"), *options)
+        except BaseException as error:
+            failed.append(error)
+        over.set()
+
+    def run(name: str, should_stop: Callable[[], bool]) -> RunPaths:
+        job = load_job(path, [f"run.name={name}", "method.samplers=1"])
+        try:
+            return train(job, path.read_text(), trial=TrialContext(stop=should_stop))
+        except Interrupted:
+            return RunPaths(tmp_path / "runs" / name)
+
+    _at_step(paths, 12, ask)
+    run("asked", over.is_set)
+    assert not failed, failed
+    taught = _steps(paths)
+    alone = RunPaths(tmp_path / "runs" / "alone")
+    alone = run("alone", lambda: len(read_metrics(alone.metrics)) > 30)
+    same = min(len(taught), len(_steps(alone)))
+    assert same > 12
+    assert taught[:same] == _steps(alone)[:same]
+    job = load_job(path, more)
+    evaluate(job, str(adapters[0]), tmp_path / "own")
+    assert _answers(tmp_path / "own") == _answers(tmp_path / "theirs")
+    job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"num_workers": 0})})
+    make_pairs(absolute_paths(job), str(adapters[0]), "eval", str(tmp_path / "own.jsonl"))
+    assert (tmp_path / "own.jsonl").read_text() == (tmp_path / "theirs.jsonl").read_text()
+    gone = load_job(path, ["evaluate.engine=samplers", *more])
+    with pytest.raises(RunError, match="does not go on"):
+        evaluate(gone, str(adapters[0]), tmp_path / "gone")
