@@ -114,7 +114,7 @@ class Predictor:
         spec = (read_preprocessing(folder, spec) if folder is not None else None) or spec
         self.job, self.task = job, spec.task.name
         self._adapter = adapter
-        self._worker = InferenceWorker(InferenceJob(job, spec, (), self.weights, ()))
+        self._worker = InferenceWorker(InferenceJob(job, spec, (), open_adapter(job, adapter, self.weights, 0), ()))
 
     @classmethod
     def from_run(

@@ -79,7 +79,10 @@ def join_samplers(job: JobConfig, adapter: str | None, builder: SampleBuilder) -
     if is_whole_model(folder):
         raise ConfigError(f"{_SETTING}: {adapter} is a whole model, and samplers take adapters. Use another engine.")
     job = absolute_paths(job)
-    run = read_run(split_address(adapter)[0])
+    try:
+        run = read_run(split_address(adapter)[0])
+    except RunError as error:
+        raise RunError(f"{_SETTING}: {adapter} is no folder of a run: {error}") from None
     found = find_samplers(run, job)
     start = setting(run.job, "model.adapter")
     base = job.model.model_copy(update={"adapter": start})

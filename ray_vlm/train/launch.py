@@ -108,7 +108,8 @@ def _train_in_ray(
         console = _StepWatcher(request, paths, spec.plan.num_steps, log_every_steps)
         minutes = demand.cluster.startup_minutes
         with follow(paths, console), start_samplers(spec, demand.sampler, minutes) as spec:
-            update_manifest(paths, samplers=describe_samplers(spec.samplers))
+            if spec.samplers:
+                update_manifest(paths, samplers=describe_samplers(spec.samplers))
             try:
                 result = _retry(demand.cluster, spec, paths, request, advice)
             except KeyboardInterrupt:  # the workers must not outlive the driver

@@ -83,12 +83,10 @@ def start_samplers(spec: WorkerSpec, resources: tuple[float, float], startup_min
                 remove_placement_group(group)
 
 
-def describe_samplers(names: Sequence[str]) -> dict[str, Any] | None:
-    """Return how other processes find the run's samplers, as `run.json` has it; None without any."""
+def describe_samplers(names: Sequence[str]) -> dict[str, Any]:
+    """Return how other processes find the samplers with these names, as `run.json` has it."""
     import ray
 
-    if not names:
-        return None
     address = ray.get_runtime_context().gcs_address
     return {"address": address, "namespace": NAMESPACE, "names": list(names)}
 
