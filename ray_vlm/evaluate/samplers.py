@@ -83,24 +83,24 @@ def join_samplers(job: JobConfig, adapter: str | None, builder: SampleBuilder) -
         run = read_run(split_address(adapter)[0])
     except RunError as error:
         raise RunError(f"{_SETTING}: {adapter} is no folder of a run: {error}") from None
-    found = find_samplers(run, job)
+    running = find_samplers(run, job)
     start = setting(run.job, "model.adapter")
     base = job.model.model_copy(update={"adapter": start})
     model = build_adapter_alone(base, Lora.model_validate(setting(run.job, "lora")), builder.family)
     fill_adapter(model, folder)
-    return _Joined(job, found, run.address, model)
+    return _Joined(job, running, run.address, model)
 
 
 class _Joined(SamplerPool):
     """The samplers of a run, and the connection to its cluster."""
 
-    def __init__(self, job: JobConfig, found: RunningSamplers, run: str, model: Any):
+    def __init__(self, job: JobConfig, running: RunningSamplers, run: str, model: Any):
         demand = build_demand(job)
-        demand = replace(demand, cluster=demand.cluster.model_copy(update={"address": found.address}))
+        demand = replace(demand, cluster=demand.cluster.model_copy(update={"address": running.address}))
         with ExitStack() as stack:
             try:
                 stack.enter_context(start_ray(demand))
-                samplers = RaySamplers(found.names, found.namespace, guest=True)
+                samplers = RaySamplers(running.names, running.namespace, guest=True)
             except (RunError, ValueError) as error:  # Ray raises ValueError for a name that no actor has
                 raise RunError(
                     f"{_SETTING}: the samplers of {run} cannot be reached ({str(error).split('. ')[0]}). Ask on a "
