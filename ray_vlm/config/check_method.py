@@ -192,6 +192,11 @@ METHOD_RULES: list[Rule] = [
         "it is the address of the server of engine=server. Give both, or neither.",
     ),
     (
+        lambda j: j.evaluate.engine == "samplers" and bool(j.evaluate.num_replicas),
+        ("evaluate.engine", "evaluate.num_replicas"),
+        "the run's samplers hold the model, so no process of this command does. Leave num_replicas out.",
+    ),
+    (
         lambda j: not is_web_address(j.evaluate.sampler_url),
         ("evaluate.sampler_url",),
         "it is no address of a server. Give one such as http://127.0.0.1:8000/v1, without a password or a query.",

@@ -94,11 +94,11 @@ class Evaluate(Section):
         description="Processes of `ray-vlm evaluate` that hold the model, each with the resources of a worker; 0: "
         "only the command's own process. null: `cluster.num_workers` on GPUs, 0 on a CPU.",
     )
-    engine: Literal["transformers", "vllm", "server"] = Field(
+    engine: Literal["transformers", "vllm", "server", "samplers"] = Field(
         "transformers",
         description="The engine of `evaluate`, `predict` and `pairs`: the package's own loop, vLLM (`ray_vlm[vllm]`), "
-        "or an OpenAI-compatible server that already runs (`sampler_url`). vLLM has been tried with its build for "
-        "CPUs, and not on a GPU.",
+        "an OpenAI-compatible server that already runs (`sampler_url`), or the samplers of the GRPO run that the "
+        "adapter is of, while it goes on. vLLM has been tried with its build for CPUs, and not on a GPU.",
     )
     sampler_url: str | None = Field(
         None, min_length=1, description="Address of the server of `engine: server`, such as `http://127.0.0.1:8000/v1`."

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 NAMESPACE = "ray_vlm"  # of the names of Ray's actors
 _MISSING_WAIT_S, _MISSING_TRIES = 0.05, 5  # for the push of another rank, before this one pushes the adapter itself
+_GUEST_WAIT_S = 20.0  # that a guest waits while no sampler is there: one that was killed is there again in less
 
 Version = tuple[str, int]  # of an adapter: the token of a pool, and how many it has pushed
 Answer = list[Completion] | list[int]  # to one row: its group, or the tokens of its greedy answer
@@ -149,10 +150,18 @@ class SamplerPool(Engine):
     """A worker's samplers. All ranks call `update` at the same steps, with equal weights.
 
     `portion`: prompts whose answers a sampler samples at a time; None: all of a call in equal shares. `max_deaths`: of
-    samplers with the same portion before the run ends.
+    samplers with the same portion before the run ends. `guest`: the pool is not of a worker of the
+    run; its weights never replace those of the workers, and its calls raise `RunError` once no sampler is there.
     """
 
-    def __init__(self, samplers: Samplers, context: DistributedContext, portion: int | None, max_deaths: int = 3):
+    def __init__(
+        self,
+        samplers: Samplers,
+        context: DistributedContext,
+        portion: int | None,
+        max_deaths: int = 3,
+        guest: bool = False,
+    ):
         self._samplers, self._context, self._portion = samplers, context, portion
         share = samplers.count * context.rank // context.world_size  # where this rank begins
         self._dealer: Dealer[Answer] = Dealer(samplers.count, share, max_deaths)
@@ -163,6 +172,7 @@ class SamplerPool(Engine):
         self._lock = threading.Condition()  # of all of these
         self._error: BaseException | None = None
         self._alone = False  # whether a line has said that no sampler is there
+        self._guest, self._gone_since = guest, float("inf")
         self._tries: dict[int, int] = {}  # of portions, for an adapter that was missing
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what to do when something was answered
         self._thread = threading.Thread(target=self._work, name="ray-vlm-samplers", daemon=True)
@@ -189,7 +199,8 @@ class SamplerPool(Engine):
         if self._context.rank == 0:
             shared = self._samplers.share(weights)
             for sampler in range(self._samplers.count):
-                self._samplers.ask(sampler, "push", self._version, shared)  # whether it arrives is seen when it is used
+                # Whether it arrives is seen when it is used.
+                self._samplers.ask(sampler, self._push, self._version, shared)
 
     def sample(
         self,
@@ -224,6 +235,29 @@ class SamplerPool(Engine):
         groups: list[Any] = self._wait(self._call("sample_base", rows, shared, seeds, sampling.num_generations, size))
         return groups
 
+    def parts(self) -> "Sequence[Engine]":
+        """Return each sampler that is there as an engine of its own; wait until one is."""
+        with self._lock:
+            self._go_on()
+            while not self._dealer.num_alive:
+                if self._error is not None:
+                    raise self._error
+                self._lock.wait()
+            return [_OneSampler(self, sampler) for sampler in self._dealer.living()]
+
+    def sample_by(
+        self,
+        sampler: int,
+        rows: Sequence["Sample"],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        base: bool = False,
+    ) -> list[list[Completion]]:
+        """Sample by this sampler, or by another if it is gone. `base`: without the adapter."""
+        method, size, group = "sample_base" if base else "sample", len(rows), sampling.num_generations
+        groups: list[Any] = self._wait(self._call(method, rows, (sampling,), seeds, group, size, sampler))
+        return groups
+
     def answer(self, rows: Sequence["Sample"], max_new_tokens: int) -> list[list[int]]:
         if not rows:
             return []
@@ -250,6 +284,10 @@ class SamplerPool(Engine):
         self._thread.join(5.0)
 
     @property
+    def _push(self) -> str:
+        return "lend" if self._guest else "push"
+
+    @property
     def _version(self) -> Version:
         return self._token, self._pushed
 
@@ -261,10 +299,11 @@ class SamplerPool(Engine):
         seeds: Sequence[Sequence[int]] | None,
         group: int | None,
         size: int,
+        only: int | None = None,
     ) -> int:
         costs = [len(row.input_ids) + self._lengths.expect(row.number) for row in rows]
         with self._lock:
-            call = self._dealer.add(costs, size)
+            call = self._dealer.add(costs, size, only)
             self._requests[call] = _Request(rows, method, self._version, shared, seeds, group)
             self._go_on()
         return call
@@ -322,10 +361,18 @@ class SamplerPool(Engine):
     def _joined(self, sampler: int, future: "Future[object]") -> None:
         try:
             future.result()
-        except (SamplerLost, SamplerFailed):
-            self._dealer.absent(sampler, time.monotonic())
+        except (SamplerLost, SamplerFailed) as error:
+            now = time.monotonic()
+            self._dealer.absent(sampler, now)
+            self._gone_since = min(self._gone_since, now)
+            if not self._dealer.num_alive and self._guest and now - self._gone_since > _GUEST_WAIT_S:
+                raise RunError(
+                    f"no sampler of the run has been there for {now - self._gone_since:.0f} s ({error}). Ask "
+                    "again while the run goes on, or use evaluate.engine=transformers."
+                ) from None
             return
         self._dealer.joined(sampler)
+        self._gone_since = float("inf")
 
     def _answered(self, sampler: int, portion: Portion, future: "Future[Answered | Missing]") -> None:
         if not self._dealer.still_has(sampler, portion):  # the portion was dealt to another, or its call was dropped
@@ -362,7 +409,7 @@ class SamplerPool(Engine):
             timer.daemon = True
             timer.start()
             return
-        self._samplers.ask(sampler, "push", version, self._weights[version])
+        self._samplers.ask(sampler, self._push, version, self._weights[version])
         self._send(sampler, portion)
 
     def _send_again(self, sampler: int, portion: Portion) -> None:
@@ -370,13 +417,44 @@ class SamplerPool(Engine):
             self._send(sampler, portion)
 
 
-class RaySamplers:
-    """The samplers of a run as Ray actors with these names in `namespace`. Ray starts each again when it dies."""
+class _OneSampler(Engine):
+    """One sampler of a pool."""
 
-    def __init__(self, names: Sequence[str], namespace: str):
+    def __init__(self, pool: SamplerPool, sampler: int):
+        self._pool, self._sampler = pool, sampler
+
+    def __str__(self) -> str:
+        return f"sampler {self._sampler}"
+
+    def update(self, model: "Module") -> None:
+        self._pool.update(model)
+
+    def sample(
+        self,
+        rows: Sequence["Sample"],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        pixels: Pixels | None = None,
+    ) -> list[list[Completion]]:
+        return self._pool.sample_by(self._sampler, rows, sampling, seeds)
+
+    def sample_base(
+        self, rows: Sequence["Sample"], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        return self._pool.sample_by(self._sampler, rows, sampling, seeds, base=True)
+
+    def answer(self, rows: Sequence["Sample"], max_new_tokens: int) -> list[list[int]]:
+        return self._pool.answer(rows, max_new_tokens)
+
+
+class RaySamplers:
+    """The samplers of a run as Ray actors with these names in `namespace`. Ray starts each again when it dies. `guest`:
+    never end one."""
+
+    def __init__(self, names: Sequence[str], namespace: str, guest: bool = False):
         import ray
 
-        self.count = len(names)
+        self.count, self._guest = len(names), guest
         self._actors = [ray.get_actor(name, namespace) for name in names]
 
     def ask(self, sampler: int, method: str, *args: object) -> "Future[Any]":
@@ -393,7 +471,8 @@ class RaySamplers:
     def restart(self, sampler: int) -> None:
         import ray
 
-        ray.kill(self._actors[sampler], no_restart=False)
+        if not self._guest:
+            ray.kill(self._actors[sampler], no_restart=False)
 
 
 def _pass_on(reply: "Future[Any]", done: "Future[Any]") -> None:

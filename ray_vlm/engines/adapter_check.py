@@ -67,8 +67,19 @@ class _Check:
     scores: _Scores
 
 
+@dataclass
+class _State:
+    """Of a part of the engine: when its checks are due, the push that was checked last, what that check keeps, and
+    whether any has proved the adapter."""
+
+    schedule: Schedule
+    checked: int = 0
+    last: _Check | None = None
+    proved: bool = False
+
+
 class CheckedEngine(Engine):
-    """An engine whose answers are proved to be those of the adapter that was pushed last.
+    """An engine whose answers are proved to be those of the adapter that was pushed last, each of its parts by itself.
 
     The check runs before the first answers after the first push, after every push on which it is due, after the push
     that follows, and after answers for which the engine has woken up. It raises `RunError` with the numbers.
@@ -86,13 +97,11 @@ class CheckedEngine(Engine):
         """`score`: the trainer's log-probabilities. `max_gap`: the largest mean difference to them that is no fault.
         `every`: pushes between two checks. `name`: the setting that chose the engine, for messages."""
         self.engine, self.max_gap, self.name = engine, max_gap, name
-        self._score, self._resolution = score, resolution
-        self._schedule = Schedule(every)
+        self._score, self._resolution, self._every = score, resolution, every
         self._model: Module | None = None
         self._prompt: tuple[Sample, Sampling] | None = None  # the first row of the first call, and how it is answered
-        self._pushes, self._checked = 0, 0  # pushes, and the last of them that was checked
-        self._last: _Check | None = None
-        self._proved = False
+        self._pushes = 0
+        self._states: dict[str, _State] = {}  # of each part of the engine
 
     def update(self, model: "Module") -> None:
         """Send the adapter to the engine, and count it."""
@@ -144,36 +153,45 @@ class CheckedEngine(Engine):
     def _check_if_due(self, rows: Sequence[Sample], max_new_tokens: int) -> None:
         if self._prompt is None and rows:
             self._prompt = rows[0], Sampling(_ANSWERS, min(_TOKENS, max_new_tokens), 1.0)
-        kind = self._schedule.asks(self._pushes)
-        if kind is not None and self._pushes > self._checked:
-            self._check(kind)
+        if self._prompt is None or self._model is None:
+            return
+        parts = self.engine.parts()
+        for part in parts:
+            name = str(part) if len(parts) > 1 or part is not self.engine else ""
+            state = self._states.setdefault(name, _State(Schedule(self._every)))
+            kind = state.schedule.asks(self._pushes)
+            if kind is not None and self._pushes > state.checked:
+                self._check(part, name, kind)
 
     def _check_if_woken(self) -> None:
         """Check answers for which the engine has woken up since the last check: a wake reads weights again, and loses
         adapters in some versions. It is done before the answers are used."""
-        if getattr(self.engine, "last_woke", False):
-            self._check("wake")
+        if getattr(self.engine, "last_woke", False) and "" in self._states:
+            self._check(self.engine, "", "wake")
 
-    def _check(self, kind: str) -> None:
-        """Ask the engine, score its tokens, and raise `RunError` for what is wrong."""
-        if self._prompt is None or self._model is None:
-            return
-        (row, sampling), model = self._prompt, self._model
-        answers = _ask(self.engine.sample, row, sampling)
-        base = _ask(self.engine.sample_base, row, sampling) if kind == "full" else None
+    def _check(self, part: Engine, name: str, kind: str) -> None:
+        """Ask a part of the engine, score its tokens, and raise `RunError` for what is wrong."""
+        assert self._prompt is not None
+        assert self._model is not None
+        (row, sampling), model, state = self._prompt, self._model, self._states[name]
+        who = f"{self.name}, {name}" if name else self.name
+        answers = _ask(part.sample, row, sampling)
+        base = _ask(part.sample_base, row, sampling) if kind == "full" else None
         scores, plain = ({ids: self._score(model, row, ids, on) for ids in set(answers.ids)} for on in (True, False))
-        evidence = self._compare(answers, base, scores, plain)
+        evidence = self._compare(state.last, answers, base, scores, plain)
         problems = judge(evidence, self.max_gap)
         if problems:
-            raise RunError([f"{self.name}: after push {self._pushes} of the adapter {p}. {_FIX}" for p in problems])
-        self._checked, self._last = self._pushes, _Check(self._pushes, answers, scores)
+            raise RunError([f"{who}: after push {self._pushes} of the adapter {p}. {_FIX}" for p in problems])
+        first = state.last is None
+        state.checked, state.last = self._pushes, _Check(self._pushes, answers, scores)
         proved = proves(evidence)
-        self._report(evidence, proved)
-        self._schedule = self._schedule.after(self._pushes, kind, proved)
+        self._report(evidence, proved, state, first, who)
+        state.schedule = state.schedule.after(self._pushes, kind, proved)
 
-    def _compare(self, answers: Answers, base: Answers | None, scores: _Scores, plain: _Scores) -> Evidence:
+    def _compare(
+        self, last: _Check | None, answers: Answers, base: Answers | None, scores: _Scores, plain: _Scores
+    ) -> Evidence:
         """Return the numbers of a check. `scores`, `plain`: of the trainer, with the adapter and without."""
-        last = self._last
         return Evidence(
             push=self._pushes,
             engine=answers,
@@ -186,16 +204,16 @@ class CheckedEngine(Engine):
             previous_trainer=None if last is None else _pick_earlier(last, answers.ids),
         )
 
-    def _report(self, evidence: Evidence, proved: bool) -> None:
+    def _report(self, evidence: Evidence, proved: bool, state: _State, first: bool, who: str) -> None:
         """Log the first proof, and once that there is none yet; later ones only for those who ask for details."""
         numbers = f"gap {evidence.gap:.1e} (bound {self.max_gap:.1e}), effect of the adapter {evidence.effect:.1e}"
         if proved:
-            log = logger.debug if self._proved else logger.info
-            log(f"{self.name}: push {evidence.push} of the adapter is proved to be in use: {numbers}")
-            self._proved = True
-        elif self._checked == 1 and not self._proved:
+            log = logger.debug if state.proved else logger.info
+            log(f"{who}: push {evidence.push} of the adapter is proved to be in use: {numbers}")
+            state.proved = True
+        elif first:
             logger.info(
-                f"{self.name}: the adapter changes too little to prove that it is in use: {numbers}. The next pushes "
+                f"{who}: the adapter changes too little to prove that it is in use: {numbers}. The next pushes "
                 "are checked until it does"
             )
 

@@ -7,7 +7,7 @@ sampler gets it. `engines/actors.py` carries out what is decided here.
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from ray_vlm.errors import RunError
@@ -18,12 +18,14 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0  # before a lost sampler is asked wh
 @dataclass(frozen=True)
 class Portion:
     """Rows of one call that are answered together. `number`: unique in its dealer. `call`: the call's number; `rows`:
-    positions in it, neighbours. `cost`: what is expected of it, in tokens."""
+    positions in it, neighbours. `cost`: what is expected of it, in tokens. `only`: the sampler that is to answer it,
+    None for any."""
 
     number: int
     call: int
     rows: range
     cost: float
+    only: int | None = None
 
 
 def cut(costs: Sequence[float], size: int) -> list[tuple[range, float]]:
@@ -91,18 +93,25 @@ class Dealer(Generic[_Answer]):
         """Samplers that are there."""
         return sum(sampler.alive for sampler in self._samplers)
 
+    def living(self) -> list[int]:
+        """Return the samplers that are there."""
+        return [number for number, sampler in enumerate(self._samplers) if sampler.alive]
+
     @property
     def num_waiting(self) -> int:
         """Portions that no sampler has."""
         return len(self._waiting)
 
-    def add(self, costs: Sequence[float], size: int) -> int:
-        """Take a call with rows of these expected costs, `size` of them a portion. Return the call's number."""
+    def add(self, costs: Sequence[float], size: int, only: int | None = None) -> int:
+        """Take a call with rows of these expected costs, `size` of them a portion. Return the call's number. `only`:
+        the sampler that answers them; if it is gone before it has, any other does."""
         call, self._next_call = self._next_call, self._next_call + 1
         self._calls[call] = _Call([None] * len(costs), len(costs))
         for rows, cost in cut(costs, size):
-            self._push(Portion(self._numbers, call, rows, cost))
+            self._push(Portion(self._numbers, call, rows, cost, only))
             self._numbers += 1
+        if only is not None and not self._samplers[only].alive:
+            self._release(only)
         return call
 
     def deal(self) -> list[tuple[int, Portion]]:
@@ -110,9 +119,9 @@ class Dealer(Generic[_Answer]):
         dealt = []
         for number in self._order:
             sampler = self._samplers[number]
-            if self._waiting and sampler.alive and sampler.portion is None:
-                sampler.portion = heapq.heappop(self._waiting)[-1]
-                dealt.append((number, sampler.portion))
+            if sampler.alive and sampler.portion is None and (portion := self._next_for(number)) is not None:
+                sampler.portion = portion
+                dealt.append((number, portion))
         return dealt
 
     def answered(self, sampler: int, portion: Portion, answers: Sequence[_Answer], complete: bool = True) -> bool:
@@ -149,8 +158,10 @@ class Dealer(Generic[_Answer]):
         state = self._samplers[sampler]
         portion, state.portion, state.alive = state.portion, None, False
         self._wait(state, now)
+        self._release(sampler)
         if portion is None:
             return
+        portion = replace(portion, only=None)
         deaths = self._calls[portion.call].deaths
         deaths[portion.number] = deaths.get(portion.number, 0) + 1
         self._push(portion)
@@ -205,6 +216,23 @@ class Dealer(Generic[_Answer]):
     def held(self) -> Mapping[int, Portion]:
         """Return the portion that each busy sampler has."""
         return {n: state.portion for n, state in enumerate(self._samplers) if state.portion is not None}
+
+    def _next_for(self, sampler: int) -> Portion | None:
+        """Take the next portion that the sampler may answer; None if there is none."""
+        held = []  # portions that only others may answer: few, and rare
+        while self._waiting and self._waiting[0][-1].only not in (None, sampler):
+            held.append(heapq.heappop(self._waiting))
+        portion = heapq.heappop(self._waiting)[-1] if self._waiting else None
+        for entry in held:
+            heapq.heappush(self._waiting, entry)
+        return portion
+
+    def _release(self, sampler: int) -> None:
+        """Let any sampler answer what only this one was to answer."""
+        self._waiting = [
+            (call, cost, number, replace(portion, only=None) if portion.only == sampler else portion)
+            for call, cost, number, portion in self._waiting
+        ]
 
     def _push(self, portion: Portion) -> None:
         heapq.heappush(self._waiting, (portion.call, -portion.cost, portion.number, portion))

@@ -77,6 +77,10 @@ class Engine(ABC):
         Only engines that hold a copy of the model can, and need to."""
         raise NotImplementedError(f"{type(self).__name__} does not answer without the adapter.")
 
+    def parts(self) -> "Sequence[Engine]":
+        """Return the engines that may each answer with an adapter of their own, of those that this one is made of."""
+        return [self]
+
     def close(self) -> None:  # noqa: B027  (most engines hold nothing)
         """Give back processes, memory and files. The engine answers no more."""
 

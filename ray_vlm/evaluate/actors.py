@@ -31,6 +31,7 @@ from ray_vlm.models.load import load_trained, whole_model
 from ray_vlm.models.lora import is_whole_model
 from ray_vlm.models.out_of_memory import NO_ROOM, advise_inference, describe_out_of_memory, is_out_of_memory
 from ray_vlm.runs.checkpoints import fetch_folder
+from ray_vlm.storage import full_address
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -97,7 +98,7 @@ class InferenceWorker:
     def expect(self, records: Sequence[SftRecord]) -> None:
         """Let the engine answer these records too. One that has reserved memory for shorter prompts is closed, and the
         next use of `engine` starts another."""
-        if self.inference.job.evaluate.engine == "transformers" or not records:
+        if self.inference.job.evaluate.engine in ("transformers", "samplers") or not records:
             return
         needed = prompt_limits(replace(self.inference, records=records), self.builder)
         if self._limits is None or needed.tokens > self._limits.tokens or needed.images > self._limits.images:
@@ -121,6 +122,10 @@ def build_engine(worker: InferenceWorker) -> Engine:
     if job.evaluate.engine == "transformers":
         keys = ("pairs.num_samples", "evaluate.max_new_tokens")
         return OwnEngine(worker.model, worker.builder, worker.device, keys=keys)
+    if job.evaluate.engine == "samplers":
+        from ray_vlm.evaluate.samplers import join_samplers
+
+        return join_samplers(job, inference.adapter, worker.builder)
     from ray_vlm.engines.vllm import build_answering_engine
     from ray_vlm.engines.vllm_start import EngineSettings
 
@@ -135,6 +140,14 @@ def build_engine(worker: InferenceWorker) -> Engine:
         assert url is not None
         return build_server_engine(setting, url, settings.model, worker.builder, worker.limits, never, adapter)
     return build_answering_engine(settings, adapter, worker.builder, worker.limits)
+
+
+def open_adapter(job: JobConfig, adapter: str | None, weights: str | None, num_actors: int) -> str | None:
+    """Return the address by which the job's processes open an adapter: this process by its local copy `weights`, others
+    and samplers of its run by its own address."""
+    if adapter is None or (num_actors == 0 and job.evaluate.engine != "samplers"):
+        return weights
+    return full_address(adapter)
 
 
 def prompt_limits(inference: InferenceJob, builder: SampleBuilder) -> "EngineLimits":

@@ -32,13 +32,13 @@ from ray_vlm.data.sources.tables import text_fault
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.engines.interface import Completion, Sampling
 from ray_vlm.errors import ConfigError, RunError
-from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, run_batches
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, open_adapter, run_batches
 from ray_vlm.evaluate.weights import trained_weights
 from ray_vlm.methods.reward_check import check_rewards
 from ray_vlm.methods.rewards import Rewards, load_rewards, score_answers, total
 from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_json
-from ray_vlm.storage import full_address, is_remote, local_path, replacing, split_options
+from ray_vlm.storage import is_remote, local_path, replacing, split_options
 from ray_vlm.tasks.answers import IMAGE, Turns
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,9 @@ def make_pairs(job: JobConfig, adapter: str | None, part: str, output: str, over
         logger.warning(note)
     if index.bad:
         logger.info(f"{len(index.bad)} bad rows left out; `ray-vlm data check` names them")
-    workers = job.cluster.most_workers if job.cluster.num_workers else 0
-    uri = weights if workers == 0 or adapter is None else full_address(adapter)
+    alone = not job.cluster.num_workers or job.evaluate.engine == "samplers"
+    workers = 0 if alone else job.cluster.most_workers
+    uri = open_adapter(job, adapter, weights, workers)
     batches = plan_prompts(len(index), job.evaluate.batch_size, job.pairs.num_samples)
     inference = InferenceJob(job, parts.spec, index.records, uri, batches)
     with closing(sample_answers(inference, workers)) as sampled:

@@ -26,12 +26,11 @@ from ray_vlm.data.records import Image as ImageSource
 from ray_vlm.data.samples import SampleBuilder, parse_answer
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import DataError
-from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker
+from ray_vlm.evaluate.actors import InferenceJob, InferenceWorker, open_adapter
 from ray_vlm.evaluate.generate import generate_answers, plan_batches
 from ray_vlm.evaluate.prediction import in_words
 from ray_vlm.evaluate.weights import find_answerer
 from ray_vlm.runs.checkpoints import fetch_folder
-from ray_vlm.storage import full_address
 from ray_vlm.tasks.answers import IMAGE
 from ray_vlm.tasks.boxes import box_problem
 from ray_vlm.tasks.gui_steps import read_memory, remember
@@ -115,7 +114,7 @@ class Predictor:
         spec = (read_preprocessing(folder, spec) if folder is not None else None) or spec
         self.job, self.task = job, spec.task.name
         self._adapter = adapter
-        self._worker = InferenceWorker(InferenceJob(job, spec, (), self.weights, ()))
+        self._worker = InferenceWorker(InferenceJob(job, spec, (), open_adapter(job, adapter, self.weights, 0), ()))
 
     @classmethod
     def from_run(
@@ -224,7 +223,7 @@ class Predictor:
 
     def inference_job(self, num_actors: int) -> InferenceJob:
         """Return the inference job for that many processes, 0 for this one; without records."""
-        adapter = self.weights if num_actors == 0 or self._adapter is None else full_address(self._adapter)
+        adapter = open_adapter(self.job, self._adapter, self.weights, num_actors)
         return replace(self._worker.inference, adapter=adapter)
 
 

@@ -23,7 +23,7 @@ from ray_vlm.data.samples import load_sample_builder
 from ray_vlm.data.sources.detect import settle_formats
 from ray_vlm.data.spec import sample_spec
 from ray_vlm.errors import ConfigError, RunError
-from ray_vlm.evaluate.actors import InferenceJob
+from ray_vlm.evaluate.actors import InferenceJob, open_adapter
 from ray_vlm.evaluate.generate import ANSWERS, answer_all, plan_batches, plan_walks
 from ray_vlm.evaluate.intervals import measure_intervals
 from ray_vlm.evaluate.metrics import measure
@@ -34,7 +34,7 @@ from ray_vlm.runs.checkpoints import fetch_folder
 from ray_vlm.runs.paths import write_bad_rows, write_json
 from ray_vlm.runs.read import Run, is_number, read_run
 from ray_vlm.runs.trackers import WandbTracker
-from ray_vlm.storage import full_address, is_remote, split_address, split_options
+from ray_vlm.storage import is_remote, split_address, split_options
 
 logger = logging.getLogger(__name__)
 MEMORIES = {"truth": "the truth's", "model": "the model's own"}  # `evaluate.memory` in words
@@ -105,7 +105,7 @@ def evaluate(job: JobConfig, adapter: str | None, folder: Path) -> dict[str, Any
     index, builder = parts.test, load_sample_builder(parts.spec)
     assert index is not None
     started, actors = time.monotonic(), num_actors(options, job.cluster)
-    uri = weights if actors == 0 or adapter is None else full_address(adapter)
+    uri = open_adapter(job, adapter, weights, actors)
     if options.memory == "model":
         batches = plan_walks(index.records, options.batch_size)
     else:
@@ -137,6 +137,8 @@ def _titled(title: str, memory: str | None) -> str:
 
 def num_actors(options: Evaluate, cluster: Cluster) -> int:
     """Return the number of processes that load the model; 0 is this one alone."""
+    if options.engine == "samplers":
+        return 0  # this process asks them
     if options.num_replicas is not None:
         return options.num_replicas
     return cluster.most_workers if cluster.num_workers and cluster.gpus_per_worker else 0

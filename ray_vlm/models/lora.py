@@ -281,3 +281,18 @@ def put_adapter(model: "Module", folder: str, trainable: bool) -> "PeftModel":
             more = f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""
             raise ModelError(f"{folder}: {what} {unmatched[0]}{more}, unlike its {CONFIG}. {_USE}")
     return adapted
+
+
+def fill_adapter(model: "Module", folder: str) -> None:
+    """Set the weights of `model` that are trained, a part of its adapter or all of it, to those in an adapter's folder.
+    Raise `ModelError` if the folder lacks one of them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved = load_file(Path(folder) / WEIGHTS)
+    for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        if weight.is_meta:  # not trained
+            continue
+        if name not in saved or saved[name].shape != weight.shape:
+            raise ModelError(f"{folder}: the adapter is of another run, for its weights lack {name}. {_USE}")
+        weight.copy_(saved[name])

@@ -70,6 +70,7 @@ _KINDS: dict[str, dict[str, type | Callable[[object], bool]]] = {
         "result.num_steps": is_count,
         "versions": dict,
         "hardware.memory_gib": is_number,
+        "samplers": dict,
     },
     "metrics.json": {"overall": dict, "num_rows": is_count, "test": str, "intervals": dict},
     "an attempt": {

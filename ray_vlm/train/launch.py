@@ -34,7 +34,7 @@ from ray_vlm.train.restarts import (
     restart_backoff,
     should_restart,
 )
-from ray_vlm.train.samplers import start_samplers
+from ray_vlm.train.samplers import describe_samplers, start_samplers
 from ray_vlm.train.start import start_worker
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
@@ -108,6 +108,8 @@ def _train_in_ray(
         console = _StepWatcher(request, paths, spec.plan.num_steps, log_every_steps)
         minutes = demand.cluster.startup_minutes
         with follow(paths, console), start_samplers(spec, demand.sampler, minutes) as spec:
+            if spec.samplers:
+                update_manifest(paths, samplers=describe_samplers(spec.samplers))
             try:
                 result = _retry(demand.cluster, spec, paths, request, advice)
             except KeyboardInterrupt:  # the workers must not outlive the driver

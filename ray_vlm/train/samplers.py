@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _KEPT = 3  # versions of the adapter: workers may be a step apart
+_GUESTS = 3  # versions of those that ask beside the workers
 _START_S = 60.0  # for Ray to place all samplers; those that come later join later
 
 
@@ -82,6 +83,14 @@ def start_samplers(spec: WorkerSpec, resources: tuple[float, float], startup_min
                 remove_placement_group(group)
 
 
+def describe_samplers(names: Sequence[str]) -> dict[str, Any]:
+    """Return how other processes find the samplers with these names, as `run.json` has it."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    return {"address": address, "namespace": NAMESPACE, "names": list(names)}
+
+
 @dataclass(frozen=True)
 class _Loaded:
     """A model that takes the workers' weights, and the engine that answers with it."""
@@ -97,6 +106,7 @@ class Sampler:
     def __init__(self, spec: WorkerSpec, number: int, resources: tuple[float, float]):
         self._spec, self._number, self._resources = spec, number, resources
         self._versions: dict[Version, Weights] = {}
+        self._guests: dict[Version, Weights] = {}
         self._current: Version | None = None
         self._loaded: _Loaded | None = None
         self._free_since: float | None = None
@@ -115,6 +125,12 @@ class Sampler:
         self._versions[version] = weights
         for old in list(self._versions)[:-_KEPT]:
             del self._versions[old]
+
+    def lend(self, version: Version, weights: Weights) -> None:
+        """Keep weights of another than the workers, such as an evaluation. They never replace the workers' own."""
+        self._guests[version] = weights
+        for old in list(self._guests)[:-_GUESTS]:
+            del self._guests[old]
 
     def sample(
         self, version: Version, rows: "Sequence[Sample]", sampling: "Sampling", seeds: Sequence[Sequence[int]]
@@ -136,10 +152,11 @@ class Sampler:
         self.load()
         assert self._loaded is not None
         started = time.monotonic()
-        if version not in self._versions:
+        weights = self._versions.get(version) or self._guests.get(version)
+        if weights is None:
             return Missing(version)
         if self._current != version:
-            self._versions[version].write(self._loaded.model)
+            weights.write(self._loaded.model)
             self._loaded.engine.update(self._loaded.model)
             self._current = version
         answers = ask(self._loaded.engine)

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.hosts import why_not
-from tests.support.lost_nodes import EVERY, cut_briefly, cut_for_good, kill_and_add, restart_head, take_away
+from tests.support.lost_nodes import (
+    EVERY,
+    cut_briefly,
+    cut_for_good,
+    cut_sampler,
+    kill_and_add,
+    restart_head,
+    take_away,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -54,6 +62,13 @@ def test_a_machine_is_left_within_its_notice(tmp_path: Path) -> None:
     assert result["lost_steps"][0] == 0
     assert result["steps_once"]
     assert result["apart"] <= 1e-5
+
+
+def test_a_sampler_that_is_cut_off_for_good_changes_nothing(tmp_path: Path) -> None:
+    result = cut_sampler(tmp_path)
+    assert result["status"] == ["finished"]
+    assert result["steps_once"]
+    assert result["apart"] == 0.0
 
 
 def test_a_head_that_died_is_started_again(tmp_path: Path) -> None:

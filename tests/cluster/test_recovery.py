@@ -40,7 +40,7 @@ def _at_step(paths: RunPaths, step: int, do: Callable[[], Any], attempt: int | N
     """Call `do` as soon as `metrics.jsonl` has that step, of that attempt: workers outlive a killed driver a little."""
 
     def wait() -> None:
-        until = time.monotonic() + 200
+        until = time.monotonic() + 500
         while time.monotonic() < until:
             lines = [line for line in read_metrics(paths.metrics) if attempt in (None, line["attempt"])]
             if any(line["step"] == step and line["kind"] == "train" for line in lines):
@@ -240,7 +240,7 @@ def test_two_workers_on_an_object_store_survive_a_kill(
     seen = open_run(join(base, "hurt"))
 
     def watch() -> None:
-        until = time.monotonic() + 200
+        until = time.monotonic() + 500
         while time.monotonic() < until and not seen.store.read("metrics.jsonl"):
             time.sleep(0.2)
         while len([n for n in seen.store.names() if n.startswith("checkpoint-")]) < 1:

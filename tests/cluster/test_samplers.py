@@ -1,14 +1,30 @@
 """Samplers beside the workers of a GRPO run: the same numbers to the bit, a step ahead, and going on after deaths."""
 
+import json
 import random
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ray_vlm.config.load import load_job
+from ray_vlm.config.paths import absolute_paths
+from ray_vlm.data.parts import load_parts
+from ray_vlm.data.preprocessing import read_preprocessing
+from ray_vlm.data.spec import sample_spec
+from ray_vlm.errors import Interrupted, RunError
+from ray_vlm.evaluate.actors import InferenceJob
+from ray_vlm.evaluate.pairs import plan_prompts, sample_answers
+from ray_vlm.evaluate.run import evaluate, read_predictions
 from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
+from ray_vlm.train.driver import TrialContext, train
 from tests.cluster.test_recovery import _at_step, _steps, _train, _weights
 from tests.support.ray_processes import kill_process, processes
 
@@ -119,3 +135,82 @@ def test_a_killed_sampler_and_a_killed_worker(ray_cluster, job_of) -> None:
     _same(paths, inside)
     time.sleep(1.0)
     assert not processes(TITLE)
+
+
+def _command(*words: str) -> None:
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def sample_rows(path: Path, adapter: Path, output: Path, *overrides: str) -> None:
+    """Write what `pairs` samples for the rows of `data.eval`: a tiny model's answers are too much alike for pairs."""
+    job = absolute_paths(load_job(path, overrides))
+    parts = load_parts(job, ["eval"], read_preprocessing(adapter, sample_spec(job, [])))
+    assert parts.eval is not None
+    batches = plan_prompts(len(parts.eval), job.evaluate.batch_size, job.pairs.num_samples)
+    inference = InferenceJob(job, parts.spec, parts.eval.records, str(adapter), batches)
+    answers = [[astuple(a) for a in group] for batch in sample_answers(inference, 0) for group in batch]
+    output.write_text(json.dumps(answers))
+
+
+_SAMPLE = """
+import sys
+from pathlib import Path
+from tests.cluster.test_samplers import sample_rows
+sample_rows(*map(Path, sys.argv[1:4]), *sys.argv[4:])
+"""
+
+
+def _answers(folder: Path) -> list[str]:
+    return [prediction["answer"] for prediction in read_predictions(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_evaluate_and_pairs_by_the_samplers_of_a_run_that_goes_on(ray_cluster, job_of, tmp_path: Path) -> None:
+    """Other processes ask; they get what the own loop answers, and the run trains as if nobody had asked."""
+    path = job_of(
+        "grpo",
+        lora=LORA,
+        train=SIZES | {"max_steps": 5000},
+        cluster={"num_workers": 1},
+        checkpoint={"every_steps": 10, "keep": 500},
+    )
+    more = ("data.eval.max_rows=8", "data.test_on_eval=true")
+    over, adapters, failed = threading.Event(), list[Path](), list[BaseException]()
+    paths = RunPaths(tmp_path / "runs" / "asked")
+
+    def ask() -> None:
+        try:
+            adapters.append(next(paths.root.glob("checkpoint-10-*")))
+            by, options = "evaluate.engine=samplers", ("--adapter", str(adapters[0]), *more)
+            _command("-m", "ray_vlm", "evaluate", str(path), "--output", str(tmp_path / "theirs"), by, *options)
+            _command("-c", _SAMPLE, str(path), str(adapters[0]), str(tmp_path / "theirs.json"), by, *more)
+        except BaseException as error:
+            failed.append(error)
+        over.set()
+
+    def run(name: str, should_stop: Callable[[], bool]) -> RunPaths:
+        job = load_job(path, [f"run.name={name}", "method.samplers=1"])
+        try:
+            return train(job, path.read_text(), trial=TrialContext(stop=should_stop))
+        except Interrupted:
+            return RunPaths(tmp_path / "runs" / name)
+
+    _at_step(paths, 12, ask)
+    run("asked", over.is_set)
+    assert not failed, failed
+    taught = _steps(paths)
+    alone = RunPaths(tmp_path / "runs" / "alone")
+    alone = run("alone", lambda: len(read_metrics(alone.metrics)) > 30)
+    same = min(len(taught), len(_steps(alone)))
+    assert same > 12
+    assert taught[:same] == _steps(alone)[:same]
+    job = load_job(path, more)
+    evaluate(job, str(adapters[0]), tmp_path / "own")
+    assert _answers(tmp_path / "own") == _answers(tmp_path / "theirs")
+    sample_rows(path, adapters[0], tmp_path / "own.json", *more)
+    assert json.loads((tmp_path / "own.json").read_text()) == json.loads((tmp_path / "theirs.json").read_text())
+    gone = load_job(path, ["evaluate.engine=samplers", *more])
+    with pytest.raises(RunError, match="does not go on"):
+        evaluate(gone, str(adapters[0]), tmp_path / "gone")

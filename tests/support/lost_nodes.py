@@ -6,10 +6,11 @@ which the command runs, and nodes for one worker each; the run allows one or two
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ray_vlm.runs.monitor import current_lines, read_metrics
 from ray_vlm.runs.paths import RunPaths
 from tests.support.hosts import Hosts, start_hosts
 from tests.support.killing import write_job as write_small_job
+from tests.support.killing import write_method_job
 
 ROOT = Path(__file__).parents[2]
 EVERY = 10  # steps between checkpoints
@@ -147,13 +149,13 @@ def count_nodes(hosts: Hosts, env: dict[str, str]) -> int:
     return int(output.split()[-1]) if output else 0
 
 
-def compare(scene: Scene, folder: Path) -> dict[str, Any]:
+def compare(scene: Scene, folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Compare the finished run with the same job undisturbed in one process; return the largest relative difference of
     a step's loss, whether every step and image came exactly once, and lost steps, workers and status of each
     attempt."""
     from ray_vlm.train.driver import train
 
-    job = load_job(folder / "job.yaml", ["cluster.num_workers=0", "run.name=alone"])
+    job = load_job(folder / "job.yaml", ["cluster.num_workers=0", "run.name=alone", *overrides])
     alone = current_lines(read_metrics(train(job, "").metrics))
     alone = [line for line in alone if line["kind"] == "train"]
     want = {line["step"]: line["loss"] for line in alone}
@@ -223,6 +225,39 @@ def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, An
         assert saved, f"no checkpoint within the notice: {scene.output()}"
         times = {"saved_s": saved[0]["time"] - notice_at, "steps_old": reached - max(x["step"] for x in saved)}
         return times | compare(scene, folder)
+
+
+def write_sampled_job(folder: Path, steps: int) -> Path:
+    """Write a small GRPO job with two samplers. A node of three CPUs has room for the worker or for one sampler."""
+    job = yaml.safe_load(write_job(folder, steps).read_text())
+    write_method_job(folder, folder / "job.yaml", "grpo")
+    sampled = yaml.safe_load((folder / "grpo.yaml").read_text())
+    sampled["train"] |= {"max_steps": steps, "global_batch_size": 16}
+    sampled["cluster"] = job["cluster"] | {"num_workers": 1}
+    sampled["method"] |= {
+        "samplers": 2,
+        "cpus_per_sampler": 2,
+        "rewards": {"tests.integration.test_alignment:even_tokens": 1.0},
+    }
+    sampled["run"] = job["run"]
+    (folder / "job.yaml").write_text(yaml.safe_dump(sampled))
+    return folder / "job.yaml"
+
+
+def cut_sampler(folder: Path, steps: int = 40) -> dict[str, Any]:
+    """Disconnect the node of a sampler for good; the other sampler answers all that is asked from then on. Return what
+    `compare` does, against samples of the worker itself, and the samplers that the worker missed."""
+    write_sampled_job(folder, steps)
+    with start_scene(folder, steps, nodes=3) as scene:
+        (log,) = scene.paths.logs.glob("sampler-0*")
+        match = re.search(r"process \d+ on rvh(\d)", log.read_text())
+        assert match is not None
+        scene.hosts.cut(int(match[1]))
+        at = max(line["step"] for line in scene.lines())
+        scene.finish()
+        gone = [line for line in scene.output().splitlines() if "sampler 0 is gone" in line]
+        own = ("method.samplers=0", "method.cpus_per_sampler=null", "method.sampling_batch=1")
+        return {"cut_at": at, "gone": gone} | compare(scene, folder, own)
 
 
 def restart_head(folder: Path, steps: int = 40) -> dict[str, Any]:

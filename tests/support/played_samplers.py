@@ -29,6 +29,7 @@ class PlayedSampler:
 
     def __init__(self, before: Callable[["PlayedSampler"], None]):
         self.versions: dict[Version, Weights] = {}
+        self.lent: set[Version] = set()  # of `versions`, those of guests
         self.asked: list[Sequence[int]] = []  # rows of each portion
         self.deepest = 0  # of its queue
         self.alive = True
@@ -57,6 +58,10 @@ class PlayedSampler:
         pass
 
     def push(self, version: Version, weights: Weights) -> None:
+        self.versions[version] = weights
+
+    def lend(self, version: Version, weights: Weights) -> None:
+        self.lent.add(version)
         self.versions[version] = weights
 
     def sample(

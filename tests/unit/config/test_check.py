@@ -71,6 +71,7 @@ BROKEN = [
     {"method": SERVER | {"sampler_url": None}, "lora": {"target": ["language"]}},
     {"method": SERVER | {"sampler_url": "host:8000"}, "lora": {"target": ["language"]}},
     {"evaluate": {"sampler_url": "http://host:8000"}},
+    {"evaluate": {"engine": "samplers", "num_replicas": 2}},
     {"evaluate": {"engine": "server", "sampler_url": "ftp://host"}},
     {"evaluate": {"engine": "vllm"}, "pairs": {"temperature": [0.5, 2.5]}},
     {"method": {"name": "grpo", "sampler_sleep": 2}},

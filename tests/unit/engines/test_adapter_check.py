@@ -1,7 +1,9 @@
 """Each fault of an engine of other processes ends the run in its own words, and no healthy engine does."""
 
+import time
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -9,8 +11,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from ray_vlm.data.spec import Sample
+from ray_vlm.distributed import DistributedContext
+from ray_vlm.engines.actors import Answered, SamplerPool
 from ray_vlm.engines.adapter_check import CheckedEngine, Schedule
 from ray_vlm.engines.adapter_evidence import Answers, Evidence, judge, proves, resolution_of, shared_context
 from ray_vlm.engines.interface import Completion, Engine, Pixels, Sampling
@@ -186,6 +191,63 @@ FRESH = [0.0, 1e-3, *GROWING]  # a new adapter changes nothing before its first 
 def test_a_fault_ends_the_run_and_is_named(engine: type[Played], adapters: Sequence[float], problem: str) -> None:
     with pytest.raises(RunError, match=rf"method\.rollouts: {problem if problem[:5] == 'after' else '.*' + problem}"):
         _train(engine(), adapters)
+
+
+class Adapted(torch.nn.Module):
+    """What trains, as a model whose weights are sent to samplers."""
+
+    noise = 0.0
+
+    def __init__(self, adapter: float):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([adapter], dtype=torch.float64))
+
+    @property
+    def adapter(self) -> float:
+        return self.w.item()
+
+
+class PlayedProcesses:
+    """Samplers, each with an engine of its own."""
+
+    def __init__(self, *engines: Played):
+        self.engines, self.count = engines, len(engines)
+
+    def ask(self, sampler: int, method: str, *args: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        engine = self.engines[sampler]
+        if method == "push":
+            future.set_result(engine.update(Model(float(args[1].values["w"][0].view(np.float64)[0]))))
+        else:
+            future.set_result(None if method == "ping" else Answered(getattr(engine, method)(*args[1:]), 0.0, 0.0))
+        return future
+
+    def share(self, value: object) -> object:
+        return value
+
+    def restart(self, sampler: int) -> None: ...
+
+
+@pytest.mark.parametrize("stale", [None, 0, 1])
+def test_each_sampler_of_a_pool_is_checked_and_the_stale_one_is_named(stale: int | None) -> None:
+    samplers = PlayedProcesses(*(KeepsFirst() if number == stale else Played() for number in range(2)))
+    pool = SamplerPool(samplers, DistributedContext(), 1)
+    checked = CheckedEngine(pool, _score, resolution_of("fp32", "cpu"), 1e-3, 4)
+    try:
+        checked.update(Adapted(0.5))
+        while len(pool.parts()) < 2:
+            time.sleep(0.01)
+        checked.check([PROMPT], 8)
+        assert [engine.asked for engine in samplers.engines] == [[1, 1], [1, 1]]
+        checked.update(Adapted(0.7))
+        if stale is None:
+            checked.check([PROMPT], 8)
+            assert [engine.asked for engine in samplers.engines] == [[2, 1], [2, 1]]
+            return
+        with pytest.raises(RunError, match=rf"method\.rollouts, sampler {stale}: after push 2 .*{STALE}"):
+            checked.check([PROMPT], 8)
+    finally:
+        pool.close()
 
 
 def test_an_engine_one_push_behind_is_named_so_within_a_loose_bound() -> None:

@@ -41,6 +41,27 @@ def test_the_longest_portion_is_dealt_first_and_a_sampler_has_one() -> None:
     assert dealer.take(call) == ["0-0", "0-1", "0-2", "0-3"]
 
 
+def test_what_one_sampler_is_to_answer_waits_for_it_and_goes_to_others_once_it_is_gone() -> None:
+    dealer = _dealer(2)
+    first, second = dealer.add([1], 1, only=1), dealer.add([9, 9], 1)
+    dealt = dealer.deal()
+    assert [(sampler, portion.call) for sampler, portion in dealt] == [(0, second), (1, first)]
+    waiting = dealer.add([5], 1, only=1)
+    assert dealer.answered(0, dealt[0][1], _answers(dealt[0][1]))
+    (other,) = dealer.deal()
+    assert other[1].call == second
+    assert dealer.answered(0, other[1], _answers(other[1]))
+    assert dealer.deal() == []
+    dealer.died(1, now=0.0)
+    for call in (first, waiting):
+        ((sampler, portion),) = dealer.deal()
+        assert (sampler, portion.call) == (0, call)
+        assert dealer.answered(0, portion, _answers(portion))
+        assert dealer.is_done(call)
+    absent = dealer.add([5], 1, only=1)
+    assert [(sampler, portion.call) for sampler, portion in dealer.deal()] == [(0, absent)]
+
+
 def test_each_rank_begins_with_another_sampler_and_an_earlier_call_comes_first() -> None:
     dealer = _dealer(3, first=2)
     dealer.add([1], 1)
