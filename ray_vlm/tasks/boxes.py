@@ -16,7 +16,6 @@ from ray_vlm.tasks.answers import Answer, final_text
 from ray_vlm.tasks.codecs import (
     CODECS,
     Codec,
-    find_numbers,
     frame_objects,
     read_numbers,
     read_objects,
@@ -116,12 +115,6 @@ def read_step_target(step: Mapping[str, Any], frame: Frame) -> tuple[Box | None,
     """Return the box and the point of a GUI step's JSON in original pixels, each None if absent or broken."""
     box, point = read_target(step, frame.codec)
     return frame.decode(box) if box else None, frame.decode_point(point) if point else None
-
-
-def read_regions(text: str, frame: Frame) -> list[Box | Point]:
-    """Return the boxes and points that `write_region` wrote into a text, in original pixels."""
-    regions = find_numbers(text, frame.codec)
-    return [frame.decode(numbers) if len(numbers) == 4 else frame.decode_point(numbers) for numbers in regions]
 
 
 def read_boxes(text: str, frame: Frame) -> tuple[list[tuple[Box, str]], bool, list[str]]:

@@ -28,13 +28,15 @@ from ray_vlm.data.spec import IGNORED, Sample
 from ray_vlm.runs.plot import COLOURS, INK
 from ray_vlm.runs.text import format_table
 from ray_vlm.tasks.answers import IMAGE, Parsed
-from ray_vlm.tasks.boxes import Frame, read_regions
+from ray_vlm.tasks.boxes import Frame
 from ray_vlm.tasks.classification import POSITION
 from ray_vlm.tasks.codecs import find_numbers
 
 _SHOWN_RECORDS = 2
 _TOKEN_NOTE = "trained tokens between [[ and ]], [[x2.50: where they weigh 2.50; the rest is only read"
-_QUESTION_CENTRE = re.compile("(.+?)".join(map(re.escape, POSITION.partition("{region}")[0].split("{point}"))))
+_QUESTION_CENTRE = re.compile(
+    r"([\d.]+)".join(re.escape(piece) for piece in re.split(r"\{[xy]:\.2f\}", POSITION.partition("{region}")[0]))
+)
 
 _SOFT, _PANEL, _WRONG = "#5d6873", "#eceff2", COLOURS[4]
 # Pixels: the width of a panel, the height of its picture, the space between panels and around them.
@@ -280,8 +282,8 @@ def _one_line(text: str) -> str:
 def _classification_marks(parsed: Parsed, frames: Sequence[Frame], question: str) -> Iterator[Annotation]:
     """Yield a classification's answer at the centre that its question states."""
     if frames and (values := parsed.values.get("attributes")) and (match := _QUESTION_CENTRE.search(question)):
-        for region in read_regions(match[1], frames[0]):
-            yield Annotation(0, region, ", ".join(values.values()))
+        width, height = frames[0].original
+        yield Annotation(0, (float(match[1]) * width, float(match[2]) * height), ", ".join(values.values()))
 
 
 def _in_text(record: SftRecord, frames: Sequence[Frame], texts: Sequence[str]) -> Iterator[Annotation]:

@@ -36,6 +36,7 @@ from ray_vlm.errors import ConfigError
 VERBS = ("train", "tune", "evaluate", "pairs", "predict", "export")
 NO_PATHS = {  # options that name no file
     *("overrides", "dry_run", "overwrite", "resume", "base_unquantised", "both_memories", "part", "merged", "weights"),
+    "engine",
     *("question", "device", "num_replicas", "precision"),
 }
 JOB = """\

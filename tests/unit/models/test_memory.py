@@ -195,7 +195,7 @@ def test_memory_under_zero() -> None:
         30 * GIB,
         (30 * GIB - three["scales of the base in 4 bit"]) / 4,
     )
-    assert three["scales of the base in 4 bit"] == pytest.approx(30 * GIB / 33, rel=0.01), "whole on each worker"
+    assert three["scales of the base in 4 bit"] == pytest.approx(30 * GIB / 33, rel=0.02), "whole on each worker"
     assert "base in 4 bit" not in total("zero3_offload")
     assert "Adam's two moments, float32 copy" not in total("zero2_offload")
     sums = [sum(parts.values()) for parts in (plain, one, two, three, total("zero3_offload"))]
