@@ -140,13 +140,11 @@ def plan_batch(settings: StepSettings, sizes: Sequence[RowSize], merge: int, pac
     patches = tuple(size.image_tokens * merge**2 for size in sizes if size.image_tokens)
     prompts = [size.image_tokens + size.prompt_tokens for size in sizes]
     method, num_labelled = settings.method, sum(size.answer_tokens for size in sizes)
-    # The head scores labelled tokens alone: TRL's on GPUs, and elsewhere where `surgery` lets it.
-    compact = bool(settings.cluster.gpus_per_worker) or packing.share or packing.pack
     is_cpu = not settings.cluster.gpus_per_worker
     if isinstance(method, SftMethod):
         tokens = [size.tokens for size in sizes]
         batch = _choose_layout([(n, ()) for n in tokens], patches, packing, (len(sizes), max(tokens)), False, is_cpu)
-        return replace(batch, labelled=num_labelled if compact and method.loss_on == "answer" else None)
+        return replace(batch, labelled=num_labelled if method.loss_on == "answer" else None)
     if isinstance(method, DpoMethod):
         group = 2
         longer = [size.longest_answer or math.ceil(size.answer_tokens / 2) for size in sizes]
@@ -157,7 +155,7 @@ def plan_batch(settings: StepSettings, sizes: Sequence[RowSize], merge: int, pac
         answers, num_labelled = [(n,) * group for n in longer], group * sum(longer)
     # In TRL's batch each answer is a row with its prompt, padded to the longest row.
     longest = max(p + a for p, a in zip(prompts, longer, strict=True))
-    rows, labelled = group * len(sizes), num_labelled if compact else None
+    rows = group * len(sizes)
     # GRPO's prompts are padded on the left.
     masked = isinstance(method, GrpoMethod) and len(set(prompts)) > 1
     if not packing.share or group == 1:
@@ -165,14 +163,14 @@ def plan_batch(settings: StepSettings, sizes: Sequence[RowSize], merge: int, pac
             (p + n, ()) for p, lengths in zip(prompts, answers, strict=True) for n in lengths
         ]
         batch = _choose_layout(groups, patches * group, packing, (rows, longest), masked, is_cpu)
-        return replace(batch, labelled=labelled)
+        return replace(batch, labelled=num_labelled)
     groups = list(zip(prompts, answers, strict=True))
     copies = 1.0  # of the image inputs; GRPO keeps those of all of a step's prompts
     if isinstance(method, GrpoMethod):
         num_answers = settings.train.global_batch_size / settings.cluster.least_workers
         copies = max(1.0, num_answers / method.num_generations / len(sizes))
     batch = _choose_layout(groups, patches, packing, (rows, longest), masked, is_cpu)
-    return replace(batch, labelled=labelled, copies=copies)
+    return replace(batch, labelled=num_labelled, copies=copies)
 
 
 def _choose_layout(

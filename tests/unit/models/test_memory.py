@@ -64,15 +64,15 @@ def test_a_storage_counts_once_and_until_it_is_freed() -> None:
 def test_batches_of_each_method() -> None:
     size = RowSize(16, 10, 8, longest_answer=5)
     sft = _settings(train={"micro_batch_size": 2})
-    assert plan_batch(sft, _micro_sizes(sft, size), 2, PackingOptions()) == Batch(2, 34, (64, 64))
+    assert plan_batch(sft, _micro_sizes(sft, size), 2, PackingOptions()) == Batch(2, 34, (64, 64), labelled=16)
     uneven = [RowSize(0, 10, tokens) for tokens in (90, 40, 40)]
-    assert plan_batch(sft, uneven, 2, PackingOptions()) == Batch(3, 100)
+    assert plan_batch(sft, uneven, 2, PackingOptions()) == Batch(3, 100, labelled=170)
     groups = (PackedGroup(0, 100), PackedGroup(100, 50), PackedGroup(150, 50))
     assert plan_batch(sft, uneven, 2, PackingOptions(pack=True)) == Batch(
         1, 200, groups=groups, spread=(3, 100), labelled=170
     )
     dpo = _settings(method="dpo", train={"micro_batch_size": 2})
-    assert plan_batch(dpo, _micro_sizes(dpo, size), 2, PackingOptions()) == Batch(4, 31, (64,) * 4)
+    assert plan_batch(dpo, _micro_sizes(dpo, size), 2, PackingOptions()) == Batch(4, 31, (64,) * 4, labelled=16)
     share = PackingOptions(share=True)
     pairs = (PackedGroup(0, 26, (5, 3)), PackedGroup(34, 26, (5, 3)))
     assert plan_batch(dpo, _micro_sizes(dpo, size), 2, share) == Batch(
