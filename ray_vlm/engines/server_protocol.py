@@ -7,7 +7,6 @@ must be those of training. Tried with vLLM 0.32.
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +17,20 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.engines.interface import Completion, Sampling
 from ray_vlm.engines.server_client import Reply
+from ray_vlm.engines.vllm_requests import NEVER, seed_number, unexpanded_ids, whole_logprob
 
 GENERATE, MODELS = "/inference/v1/generate", "/v1/models"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 PROBE_ADAPTER = {"lora_name": "ray_vlm-probe", "lora_path": "/ray_vlm/no-such-adapter"}  # a load that must fail
 _OF_RUNS = ("best", "final")  # folders of whole models
-_NEVER = -100.0  # added to the logits of tokens that are not sampled, the lowest value that vLLM takes
 
 
 def build_prompt(row: Sample, builder: SampleBuilder) -> dict[str, Any]:
     """Return the part of a request that holds the prompt and its images, whose bits PNG keeps."""
-    token, ids = builder.image_token_id, row.input_ids.tolist()
-    short = [t for i, t in enumerate(ids) if t != token or i == 0 or ids[i - 1] != token]
     parts = [{"type": "image_url", "url": _write_png(image)} for image in row.images]
-    return {"token_ids": short, "return_token_ids": True} | ({"content_parts": parts} if parts else {})
+    return {"token_ids": unexpanded_ids(row, builder), "return_token_ids": True} | (
+        {"content_parts": parts} if parts else {}
+    )
 
 
 def _write_png(image: np.ndarray) -> str:
@@ -53,10 +52,10 @@ def build_params(
         "temperature": temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
-        "seed": int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),  # one number
+        "seed": seed_number(seed),
         "detokenize": False,
         # The trainer would look for the pixels of each image token.
-        "logit_bias": {str(token): _NEVER for token in never},
+        "logit_bias": {str(token): NEVER for token in never},
     }
     if scored:
         # The server returns as many as it is asked for with the sampled token among them, so one is named twice.
@@ -76,20 +75,18 @@ def read_completions(
     """Return the whole completions of an answer, in order; those that the server broke off are left out.
 
     `processed`: the server's log-probabilities are after temperature and bias, otherwise before both. They are turned
-    into those over the whole vocabulary: with r, the sum of the probabilities of `never` without their bias, all others
-    are larger by a factor of 1 + r."""
-    bias = _NEVER / (temperature or 1.0)  # vLLM adds it before it divides by the temperature
+    into those over the whole vocabulary."""
     completions = []
     for choice in sorted(reply.body.get("choices") or (), key=lambda choice: choice["index"]):
         if choice.get("finish_reason") not in ("stop", "length") or not choice.get("token_ids"):
             continue
         logprobs: list[float] = []
         for entry in choice["logprobs"]["content"] if scored else ():
-            banned = 0.0
+            banned: list[float] = []
             if processed:
                 others = {other["token_id"]: other["logprob"] for other in entry["top_logprobs"]}
-                banned = sum(math.exp(others[token] - bias) for token in set(never))
-            logprobs.append(entry["logprob"] - math.log1p(banned))
+                banned = [others[token] for token in set(never)]
+            logprobs.append(whole_logprob(entry["logprob"], banned, temperature))
         completions.append(Completion(choice["token_ids"], logprobs, choice["finish_reason"] == "stop"))
     return completions
 
@@ -110,7 +107,7 @@ class Demand:
 
 def build_probe(token: int) -> dict[str, Any]:
     """Return a request whose answer shows whether log-probabilities are after the bias: then that of `token` is 0."""
-    params = {"max_tokens": 1, "temperature": 1.0, "logprobs": 0, "logit_bias": {str(token): -_NEVER}}
+    params = {"max_tokens": 1, "temperature": 1.0, "logprobs": 0, "logit_bias": {str(token): -NEVER}}
     return {"token_ids": [0, 0], "return_token_ids": True, "sampling_params": params}
 
 

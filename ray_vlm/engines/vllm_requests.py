@@ -1,4 +1,6 @@
-"""What vLLM is asked and what its answers mean: prompts, sampling parameters, completions. Nothing is started here."""
+"""What vLLM is asked and what its answers mean: prompts, sampling parameters, completions. Nothing is started here.
+
+A server of vLLM is asked the same in JSON (`server_protocol.py`)."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput
 
-_NEVER = -100.0  # added to the logits of tokens that are not sampled, the lowest value that vLLM takes
+NEVER = -100.0  # added to the logits of tokens that are not sampled, the lowest value that vLLM takes
 
 
 def prompt_of(row: Sample, builder: SampleBuilder) -> dict[str, Any]:
@@ -23,15 +25,34 @@ def prompt_of(row: Sample, builder: SampleBuilder) -> dict[str, Any]:
     images."""
     from PIL import Image
 
-    token, ids = builder.image_token_id, row.input_ids.tolist()
-    prompt_ids = [t for i, t in enumerate(ids) if t != token or i == 0 or ids[i - 1] != token]
-    prompt: dict[str, Any] = {"prompt_token_ids": prompt_ids}
+    prompt: dict[str, Any] = {"prompt_token_ids": unexpanded_ids(row, builder)}
     if row.images:
         prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in row.images]}
         if builder.stock is None:
             # They have the size that training uses, which may be outside the limits of the base's own processor.
             prompt["mm_processor_kwargs"] = {"do_resize": False}
     return prompt
+
+
+def unexpanded_ids(row: Sample, builder: SampleBuilder) -> list[int]:
+    """Return the tokens of a row's prompt with one image token for each image."""
+    token, ids = builder.image_token_id, row.input_ids.tolist()
+    return [t for i, t in enumerate(ids) if t != token or i == 0 or ids[i - 1] != token]
+
+
+def seed_number(seed: Sequence[int]) -> int:
+    """Return the one number that stands for a row's seed."""
+    return int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
+
+
+def whole_logprob(logprob: float, banned: Sequence[float], temperature: float) -> float:
+    """Return a token's log-probability over the whole vocabulary. `banned`: vLLM's log-probabilities of the tokens that
+    are not sampled.
+
+    vLLM's are over what their bias leaves: with r, the sum of their probabilities without it, all others are larger by
+    a factor of 1 + r."""
+    bias = NEVER / (temperature or 1.0)  # vLLM adds it before it divides by the temperature
+    return logprob - math.log1p(sum(math.exp(other - bias) for other in banned))
 
 
 def is_truncated(sampling: Sampling) -> bool:
@@ -67,23 +88,20 @@ def _params(
         top_k=sampling.top_k or -1,
         logprobs=len(never) if scored else None,  # of these, beside the sampled token
         # The trainer would look for the pixels of each image token.
-        logit_bias=dict.fromkeys(never, _NEVER),
+        logit_bias=dict.fromkeys(never, NEVER),
         logprob_token_ids=list(never) if scored else None,
-        seed=int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),  # one number
+        seed=seed_number(seed),
     )
 
 
 def completion_of(output: "CompletionOutput", params: "SamplingParams", never: Sequence[int]) -> Completion:
-    """Return an answer with log-probabilities over the whole vocabulary, or none if none were asked for.
-
-    vLLM's are over what the bias of the tokens `never` leaves: with r, the sum of their probabilities without it, all
-    others are larger by a factor of 1 + r."""
+    """Return an answer with log-probabilities over the whole vocabulary, or none if none were asked for. `never`: the
+    tokens that were not sampled."""
     ids, logprobs = list(output.token_ids), []
     if params.logprobs is not None:
-        bias = _NEVER / (params.temperature or 1.0)  # vLLM adds it before it divides by the temperature
         for token, of_token in zip(ids, output.logprobs, strict=True):
-            banned = sum(math.exp(of_token[other].logprob - bias) for other in never)
-            logprobs.append(of_token[token].logprob - math.log1p(banned))
+            banned = [of_token[other].logprob for other in never]
+            logprobs.append(whole_logprob(of_token[token].logprob, banned, params.temperature))
     return Completion(ids, logprobs, output.finish_reason == "stop")
 
 
