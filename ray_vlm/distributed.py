@@ -9,7 +9,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Rank, number of ranks and device of this process. `ray`: whether it is a Ray Train worker.
+    """Rank, number of ranks and device of this process. `ray`: whether it is a Ray Train worker. `local_world_size`:
+    ranks on this machine.
 
     Every method is a collective operation: all ranks must call it at the same point. None gives every rank the values
     of all, which for N ranks would be N times N values: rank 0 gathers them and broadcasts what follows from them.
@@ -19,6 +20,7 @@ class DistributedContext:
     world_size: int = 1
     device: str = "cpu"
     ray: bool = False
+    local_world_size: int = 1
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""
@@ -86,4 +88,5 @@ def build_context(use_gpu: bool, in_ray: bool) -> DistributedContext:
     device = str(ray.train.torch.get_device())
     if device != "cpu":
         torch.cuda.set_device(device)  # NCCL sends objects through the current GPU
-    return DistributedContext(worker.get_world_rank(), worker.get_world_size(), device, ray=True)
+    sizes = worker.get_world_size(), device, True, worker.get_local_world_size()
+    return DistributedContext(worker.get_world_rank(), *sizes)

@@ -13,6 +13,7 @@ from ray_vlm.cluster.nodes import ask_nodes, compare_nodes, describe_node
 from ray_vlm.cluster.preflight import (
     ClusterDemand,
     Layout,
+    count_samplers,
     cpus_needed,
     expected_resources,
     plan_layout,
@@ -179,7 +180,20 @@ def find_resources(demand: ClusterDemand, at_once: int = 1) -> tuple[dict[str, f
         return expected_resources(ray.cluster_resources(), demand, at_once), []
     if cluster.most_workers > cluster.least_workers:  # Ray first waits for the resources of a lost node
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    return read_resources()
+
+
+def read_resources() -> tuple[dict[str, float], list[Mapping[str, float]]]:
+    """Return what the cluster has now, in total and by node."""
+    import ray
+
     return ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def sampler_room(demand: ClusterDemand, at_once: int) -> int:
+    """Return how many samplers the cluster has room for now."""
+    resources, nodes = read_resources()
+    return count_samplers(demand, {name: amount / at_once for name, amount in resources.items()}, nodes, at_once)
 
 
 def describe_start(address: str | None) -> str:

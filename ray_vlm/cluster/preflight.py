@@ -1,7 +1,7 @@
 """Check whether the cluster can run the job: pure arithmetic on needed and available resources, without Ray."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ray_vlm.config.method import GrpoMethod, Method
@@ -21,7 +21,8 @@ class ClusterDemand:
     loaders: Literal["ray_data", "threads"] | None = None  # what reads images; None: threads for small ones that fit
     num_validators: int = 0  # processes for asynchronous validation, each as large as a worker
     quantised: bool = False  # the nodes need bitsandbytes
-    num_samplers: int = 0  # processes that sample for GRPO, beside the workers
+    num_samplers: int = 0  # processes that sample for GRPO, beside the workers: the fewest, and the most of them
+    most_samplers: int = 0
     sampler: tuple[float, float] = (0.0, 0.0)  # CPUs and GPUs of each of them
 
 
@@ -30,20 +31,22 @@ class Layout:
     """A job's layout on a cluster: the number of loaders of each worker, and the CPUs that each loader reserves.
 
     `beside_workers`: these CPUs are on the workers' own nodes, so that loaders may be threads of a worker.
+    `num_samplers`: that the run begins with.
     """
 
     num_loaders: int
     cpus_per_loader: float
     beside_workers: bool = False
+    num_samplers: int = 0
 
 
 def build_demand(job: JobConfig) -> ClusterDemand:
     """Gather what a job demands of a cluster."""
-    data, validators, samplers = job.data, int(job.evaluate.asynchronous), 0
+    data, validators, samplers = job.data, int(job.evaluate.asynchronous), (0, 0)
     if isinstance(job.method, GrpoMethod):
-        samplers = job.method.samplers
+        samplers = job.method.least_samplers, job.method.most_samplers
     return ClusterDemand(
-        *(job.cluster, data.num_loaders, data.loaders, validators, job.model.load_in_4bit, samplers),
+        *(job.cluster, data.num_loaders, data.loaders, validators, job.model.load_in_4bit, *samplers),
         sampler=sampler_resources(job.method, job.cluster),
     )
 
@@ -67,7 +70,7 @@ def cpus_needed(demand: ClusterDemand) -> int:
     """Return the CPUs that a local cluster needs: for the processes with a model, and one for each loader."""
     workers = demand.cluster.most_workers if demand.cluster.num_workers else 0
     loaders = workers * (demand.num_loaders or 1)
-    cpus = count_processes(demand, workers) * demand.cluster.cpus_per_worker + demand.num_samplers * demand.sampler[0]
+    cpus = count_processes(demand, workers) * demand.cluster.cpus_per_worker + demand.most_samplers * demand.sampler[0]
     return int(-(-cpus // 1)) + loaders
 
 
@@ -93,6 +96,7 @@ def plan_layout(
     Ray Data needs CPUs of its own: if the workers took all of them, no image would ever arrive, and training would wait
     forever without an error. Raises `RunError` with everything that is missing.
     """
+    demand = replace(demand, num_samplers=count_samplers(demand, resources, nodes, at_once))
     cluster = demand.cluster
     per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     problems = _miss_for_samplers(demand, resources, nodes)
@@ -126,7 +130,43 @@ def plan_layout(
             f"and the number of workers must be fixed; the nodes have room for {fit} of {workers}. Leave data.loaders "
             "out, or lower data.num_loaders."
         )
-    return Layout(loaders, cpus_per_loader, beside_workers)
+    return Layout(loaders, cpus_per_loader, beside_workers, demand.num_samplers)
+
+
+def count_samplers(
+    demand: ClusterDemand,
+    resources: Mapping[str, float],
+    nodes: Sequence[Mapping[str, float]] | None = None,
+    at_once: int = 1,
+) -> int:
+    """Count the samplers that the cluster has room for beside the fewest workers and their loaders: as many as the job
+    allows, and never fewer. `resources` and `nodes` are those of `plan_layout`."""
+    for count in range(demand.most_samplers, demand.num_samplers, -1):
+        if _leaves_room(replace(demand, num_samplers=count), resources, nodes, at_once):
+            return count
+    return demand.num_samplers
+
+
+def _leaves_room(
+    demand: ClusterDemand,
+    resources: Mapping[str, float],
+    nodes: Sequence[Mapping[str, float]] | None,
+    at_once: int,
+) -> bool:
+    """Return whether the samplers find room and leave enough for the fewest workers and their loaders."""
+    cluster, processes = demand.cluster, count_processes(demand)
+    if _miss_for_samplers(demand, resources, nodes):
+        return False
+    resources, nodes = _without_samplers(demand, resources, nodes, at_once)
+    if any(amount < 0 for node in nodes for amount in node.values()):
+        return False
+    per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    if nodes and sum(_fit(node, per_worker) for node in nodes) < processes * at_once:
+        return False
+    loaders = cluster.least_workers * (demand.num_loaders or 1)
+    need = {name: each * processes for name, each in per_worker.items()}
+    need["CPU"] += loaders
+    return all(resources.get(name, 0.0) >= amount for name, amount in need.items())
 
 
 def _miss_for_workers(

@@ -74,7 +74,7 @@ def _temperatures(pairs: Pairs) -> list[float]:
 
 
 def _sampled_apart(method: Method) -> bool:
-    return isinstance(method, GrpoMethod) and method.samplers > 0
+    return isinstance(method, GrpoMethod) and method.most_samplers > 0
 
 
 def count_portions(job: JobConfig) -> int:
@@ -98,11 +98,20 @@ SAMPLER_RULES: list[Rule] = [
         "a server samples in processes of its own already. Use samplers=0, or another of rollouts.",
     ),
     (
-        lambda j: _sampled_apart(j.method) and _of_grpo(j.method).samplers > count_portions(j),
+        lambda j: _sampled_apart(j.method) and _of_grpo(j.method).most_samplers > count_portions(j),
         ("method.samplers", "method.sampling_batch", "method.num_generations", "train.global_batch_size"),
         "there are more samplers than portions of prompts in a step, so some would never sample. A step has "
         "global_batch_size / num_generations prompts, and a portion sampling_batch of them. Use fewer samplers, or "
         "more prompts in a step.",
+    ),
+    (
+        lambda j: (
+            isinstance(j.method, GrpoMethod)
+            and isinstance(j.method.samplers, list)
+            and j.method.least_samplers >= j.method.most_samplers
+        ),
+        ("method.samplers",),
+        "the first number is the fewest samplers, the second, larger one the most. Give [fewest, most], or one number.",
     ),
     (
         lambda j: _sampled_apart(j.method) and j.tune.resident,

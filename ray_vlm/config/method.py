@@ -119,10 +119,11 @@ class GrpoMethod(AlignmentMethod):
         description="Largest `rollout_gap`, the mean difference between log-probabilities at sampling and in training, "
         "before the run ends. null: 0.001 in fp32 on CPUs, otherwise 0.1, as GPUs multiply fp32 in TF32.",
     )
-    samplers: CountOrZero = Field(
+    samplers: CountOrZero | Annotated[list[Count], Field(min_length=2, max_length=2)] = Field(
         0,
         description="Processes beside the workers that sample, each with an engine of `rollouts` of its own. 0: each "
-        "worker samples the answers to its prompts itself.",
+        "worker samples the answers to its prompts itself. `[2, 8]`: from 2 to 8, as many as the cluster has room for "
+        "at any time beside the fewest workers.",
     )
     cpus_per_sampler: float | None = Field(
         None,
@@ -147,6 +148,16 @@ class GrpoMethod(AlignmentMethod):
     def worker_engine(self) -> Literal["transformers", "vllm", "server", "samplers"]:
         """What samples for a worker: an engine of `rollouts` in the worker itself, or samplers."""
         return "samplers" if self.samplers else self.rollouts
+
+    @property
+    def least_samplers(self) -> int:
+        """The fewest samplers that the run begins with."""
+        return self.samplers if isinstance(self.samplers, int) else self.samplers[0]
+
+    @property
+    def most_samplers(self) -> int:
+        """The most samplers that sample together."""
+        return self.samplers if isinstance(self.samplers, int) else self.samplers[1]
 
 
 Method = Annotated[

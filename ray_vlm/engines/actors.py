@@ -21,7 +21,7 @@ import numpy as np
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.engines.dealing import Dealer, Lengths, Portion
 from ray_vlm.engines.interface import Completion, Engine, Pixels, Sampling
-from ray_vlm.errors import RayVlmError, RunError
+from ray_vlm.errors import RunError
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ray_vlm.data.spec import Sample
 
 logger = logging.getLogger(__name__)
-NAMESPACE = "ray_vlm"  # of the names of Ray's actors
 _MISSING_WAIT_S, _MISSING_TRIES = 0.05, 5  # for the push of another rank, before this one pushes the adapter itself
 _GUEST_WAIT_S = 20.0  # that a guest waits while no sampler is there: one that was killed is there again in less
 
@@ -139,11 +138,13 @@ class _Request:
 @dataclass
 class PoolTimes:
     """Seconds: `waited` that this worker waited for answers; of the mean sampler, `busy` with portions, and `idle`
-    before them. This worker knows those of its own portions, and takes the other workers' for equal."""
+    before them. This worker knows those of its own portions, and takes the other workers' for equal. `samplers`: that
+    are there."""
 
     waited: float = 0.0
     busy: float = 0.0
     idle: float = 0.0
+    samplers: int = 0
 
 
 class SamplerPool(Engine):
@@ -243,7 +244,7 @@ class SamplerPool(Engine):
                 if self._error is not None:
                     raise self._error
                 self._lock.wait()
-            return [_OneSampler(self, sampler) for sampler in self._dealer.living()]
+            return [_OneSampler(self, sampler, self._dealer.joins(sampler)) for sampler in self._dealer.living()]
 
     def sample_by(
         self,
@@ -269,8 +270,9 @@ class SamplerPool(Engine):
         """Return the times since the last call."""
         with self._lock:
             times, self._times = self._times, PoolTimes()
-        share = self._context.world_size / self._samplers.count
-        return PoolTimes(times.waited, times.busy * share, times.idle * share)
+            alive = self._dealer.num_alive
+        share = self._context.world_size / max(1, alive)
+        return PoolTimes(times.waited, times.busy * share, times.idle * share, alive)
 
     def drop(self, call: int) -> None:
         """Forget a call of `submit`."""
@@ -418,13 +420,14 @@ class SamplerPool(Engine):
 
 
 class _OneSampler(Engine):
-    """One sampler of a pool."""
+    """One sampler of a pool. `joins`: how often it has come; a process that was started again has to be proved anew, so
+    it has another name."""
 
-    def __init__(self, pool: SamplerPool, sampler: int):
-        self._pool, self._sampler = pool, sampler
+    def __init__(self, pool: SamplerPool, sampler: int, joins: int):
+        self._pool, self._sampler, self._joins = pool, sampler, joins
 
     def __str__(self) -> str:
-        return f"sampler {self._sampler}"
+        return f"sampler {self._sampler}{f' (start {self._joins})' if self._joins > 1 else ''}"
 
     def update(self, model: "Module") -> None:
         self._pool.update(model)
@@ -445,47 +448,3 @@ class _OneSampler(Engine):
 
     def answer(self, rows: Sequence["Sample"], max_new_tokens: int) -> list[list[int]]:
         return self._pool.answer(rows, max_new_tokens)
-
-
-class RaySamplers:
-    """The samplers of a run as Ray actors with these names in `namespace`. Ray starts each again when it dies. `guest`:
-    never end one."""
-
-    def __init__(self, names: Sequence[str], namespace: str, guest: bool = False):
-        import ray
-
-        self.count, self._guest = len(names), guest
-        self._actors = [ray.get_actor(name, namespace) for name in names]
-
-    def ask(self, sampler: int, method: str, *args: object) -> "Future[Any]":
-        reply: Future[Any] = Future()
-        done = getattr(self._actors[sampler], method).remote(*args).future()
-        done.add_done_callback(partial(_pass_on, reply))
-        return reply
-
-    def share(self, value: object) -> object:
-        import ray
-
-        return ray.put(value)
-
-    def restart(self, sampler: int) -> None:
-        import ray
-
-        if not self._guest:
-            ray.kill(self._actors[sampler], no_restart=False)
-
-
-def _pass_on(reply: "Future[Any]", done: "Future[Any]") -> None:
-    """Set in `reply` what Ray's future returned or raised."""
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        reply.set_result(done.result())
-    except RayTaskError as error:
-        cause = error.cause
-        own = cause if isinstance(cause, RayVlmError) else SamplerFailed(f"{type(cause).__name__}: {cause}")
-        reply.set_exception(own)
-    except RayError as error:
-        reply.set_exception(SamplerLost(type(error).__name__))
-    except RayVlmError as error:
-        reply.set_exception(error)

@@ -61,6 +61,7 @@ class _Sampler:
     portion: Portion | None = None  # that it answers now
     alive: bool = False
     losses: int = 0  # since it was last there
+    joins: int = 0  # how often it has come
     asked_at: float = 0.0  # when it is next asked whether it is there; inf while such a question is under way
 
 
@@ -96,6 +97,10 @@ class Dealer(Generic[_Answer]):
     def living(self) -> list[int]:
         """Return the samplers that are there."""
         return [number for number, sampler in enumerate(self._samplers) if sampler.alive]
+
+    def joins(self, sampler: int) -> int:
+        """Return how often a sampler has come: once, and once more after each loss."""
+        return self._samplers[sampler].joins
 
     @property
     def num_waiting(self) -> int:
@@ -180,7 +185,7 @@ class Dealer(Generic[_Answer]):
     def joined(self, sampler: int) -> None:
         """Record that a sampler is there."""
         state = self._samplers[sampler]
-        state.alive, state.losses = True, 0
+        state.alive, state.losses, state.joins = True, 0, state.joins + 1
 
     def due(self, now: float) -> list[int]:
         """Return the absent samplers that are to be asked now whether they are there; each only once."""

@@ -231,12 +231,14 @@ def build_training_engine(
     args: "TrainingArguments",
     sleep: int | None = None,
     share: float | None = None,
+    num_engines: int = 1,
 ) -> VllmEngine:
     """Start the engine of a job that trains (`method.rollouts: vllm`).
 
     `model`: the one that trains, whose adapter the engine makes room for. `args`: TRL's `GRPOConfig`. `sleep`:
-    `method.sampler_sleep`. `share`: of the card's memory, as the job says it; None: planned. Raise `ConfigError`
-    without vLLM or for an adapter that it would load in part, and `RunError` if the engine does not start."""
+    `method.sampler_sleep`. `share`: of the card's memory, as the job says it; None: planned. `num_engines`: that
+    start on this machine, and share its memory. Raise `ConfigError` without vLLM or for an adapter that it would load
+    in part, and `RunError` if the engine does not start."""
     import psutil
 
     key = "method.rollouts"
@@ -246,7 +248,7 @@ def build_training_engine(
     kinds = (getattr(base_of(model).config, name, None) for name in ("image_token_id", "video_token_id"))
     never = [token for token in kinds if token is not None]
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    level = plan_sleep(sleep, settings.device, weights, psutil.virtual_memory().available)
+    level = plan_sleep(sleep, settings.device, weights, psutil.virtual_memory().available / num_engines)
     sequences = limits.sequences or MOST_SEQUENCES
     config = base_of(model).config
     planned = plan_engine(config, settings.precision, weights, limits.tokens, sequences, bool(level))

@@ -101,7 +101,9 @@ class InferenceWorker:
         if self.inference.job.evaluate.engine in ("transformers", "samplers") or not records:
             return
         needed = prompt_limits(replace(self.inference, records=records), self.builder)
-        if self._limits is None or needed.tokens > self._limits.tokens or needed.images > self._limits.images:
+        if (known := self._limits) is not None:  # so that prompts of two kinds by turns do not replace it each time
+            needed = replace(needed, tokens=max(needed.tokens, known.tokens), images=max(needed.images, known.images))
+        if needed != known:
             self.close()
             self._limits = needed
 

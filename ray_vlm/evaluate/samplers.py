@@ -15,7 +15,8 @@ from ray_vlm.config.paths import absolute_paths
 from ray_vlm.config.schema import JobConfig, Lora
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.engines.actors import RaySamplers, SamplerPool
+from ray_vlm.engines.actors import SamplerPool
+from ray_vlm.engines.ray_samplers import RaySamplers
 from ray_vlm.errors import ConfigError, RunError
 from ray_vlm.models.load import build_adapter_alone
 from ray_vlm.models.lora import fill_adapter, is_whole_model
@@ -101,7 +102,9 @@ class _Joined(SamplerPool):
             try:
                 stack.enter_context(start_ray(demand))
                 samplers = RaySamplers(running.names, running.namespace, guest=True)
-            except (RunError, ValueError) as error:  # Ray raises ValueError for a name that no actor has
+                if samplers.are_gone:
+                    raise RunError(f"no actor has a name like {running.names[0]}")
+            except RunError as error:
                 raise RunError(
                     f"{_SETTING}: the samplers of {run} cannot be reached ({str(error).split('. ')[0]}). Ask on a "
                     f"machine of the run's cluster, while the run goes on, {_OTHER}."

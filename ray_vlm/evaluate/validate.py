@@ -37,7 +37,8 @@ Metrics = dict[str, float]
 
 
 class Validation(ABC):
-    """What a rank validates. `records`: its share of the eval rows; `task`: the name of the task that they are of."""
+    """What a rank validates. `records`: its share of the eval rows; `task`: the name of the task that they are of.
+    `padding`: any eval row, for batches that do not count on a rank without rows; None if there are no rows at all."""
 
     def __init__(
         self,
@@ -46,8 +47,10 @@ class Validation(ABC):
         options: Evaluate,
         task: str,
         context: DistributedContext,
+        padding: Record | None = None,
     ):
         self.records, self.builder, self.options, self.task, self.context = records, builder, options, task, context
+        self._padding = records[0] if records else padding
 
     def measure(self, trainer: "PlannedTrainer") -> tuple[Metrics, list[Prediction]]:
         """Return the metrics of the trainer's weights, the same on every rank, and the predictions of this rank."""
@@ -68,8 +71,10 @@ class Validation(ABC):
         progress = self._progress("validation")
         for start in range(0, most * size, size):
             batch = records[start : start + size]
-            if records:
-                yield batch or records[:1], bool(batch)
+            if batch:
+                yield batch, True
+            elif self._padding is not None:
+                yield [self._padding], False
             progress.reach(min(start + size, len(records)))
 
     def answer(self, engine: Engine) -> list[str]:

@@ -54,8 +54,9 @@ class SampledAhead:
 
     def collect(self, step: int) -> tuple[list[list[Completion]], dict[str, float]]:
         """Return the groups of `step`, and what is logged of them: `staleness`, the steps between the weights that
-        sampled and those that learn; `waiting_s`, that the worker waited; `sampling_s` and `samplers_idle_s`, the mean
-        over samplers of the seconds in which they sampled, or had nothing to do, for all workers."""
+        sampled and those that learn; `waiting_s`, that the worker waited; `samplers`, that are there; `sampling_s` and
+        `samplers_idle_s`, the mean over these of the seconds in which they sampled, or had nothing to do, for all
+        workers."""
         asked = self._asked.pop(step)
         groups = self._pool.collect(asked.call)
         times = self._pool.take_times()
@@ -64,4 +65,5 @@ class SampledAhead:
             "waiting_s": times.waited,
             "sampling_s": times.busy,
             "samplers_idle_s": times.idle,
+            "samplers": float(times.samplers),
         }

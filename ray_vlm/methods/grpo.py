@@ -59,7 +59,7 @@ _LOGGED = {
     "completions/clipped_ratio": "truncated",
     "frac_reward_zero_std": "groups_without_signal",
     "rollout_gap": "rollout_gap",
-    **{name: name for name in ("staleness", "corrected", "waiting_s", "sampling_s", "samplers_idle_s")},
+    **{name: name for name in ("staleness", "corrected", "waiting_s", "sampling_s", "samplers_idle_s", "samplers")},
     "clip_ratio/region_mean": "clipped",
 }
 _ANY_TOKEN = 20  # of text, for answers that are only measured

@@ -49,7 +49,7 @@ def choose_kernels(device: str) -> tuple[Kernels, str]:
     try:
         version = importlib.metadata.version("liger_kernel")
     except importlib.metadata.PackageNotFoundError:
-        return own, f"model.kernels: {own.name}; `pip install 'ray-vlm[kernels]'` adds more."
+        return own, f"model.kernels: {own.name}; `pip install 'ray_vlm[kernels]'` adds more."
     try:
         kernels = liger_kernels()
         try_kernels(kernels, device)

@@ -19,7 +19,7 @@ def estimate_sampler(rehearsal: "Rehearsal", size: RowSize) -> Estimate | None:
     unknown size. `size`: of the largest row."""
     settings = rehearsal.settings
     method = settings.method
-    if not isinstance(method, GrpoMethod) or not method.samplers:
+    if not isinstance(method, GrpoMethod) or not method.most_samplers:
         return None
     on_card = method.gpus_per_sampler != 0 and bool(method.gpus_per_sampler or settings.cluster.gpus_per_worker)
     if method.rollouts == "vllm":

@@ -60,7 +60,7 @@ _KINDS: dict[str, dict[str, type | Callable[[object], bool]]] = {
         "cluster.num_workers": _are_counts,
         "cluster.gpus_per_worker": is_number,
         "cluster.cpus_per_worker": is_number,
-        "method.samplers": is_count,
+        "method.samplers": _are_counts,
         **{f"method.{name}_per_sampler": is_number for name in ("cpus", "gpus")},
     },
     "run.json": {

@@ -19,11 +19,12 @@ from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.data.stream import Stream
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.engines.actors import NAMESPACE, RaySamplers, SamplerPool
+from ray_vlm.engines.actors import SamplerPool
 from ray_vlm.engines.adapter_check import CheckedEngine
 from ray_vlm.engines.adapter_evidence import resolution_of
 from ray_vlm.engines.interface import Engine
 from ray_vlm.engines.own import OwnEngine
+from ray_vlm.engines.ray_samplers import NAMESPACE, RaySamplers
 from ray_vlm.engines.rollout_gap import largest_gap
 from ray_vlm.engines.scoring import build_scorer
 from ray_vlm.engines.server import build_server_engine
@@ -220,7 +221,8 @@ def build_engine(
     sequences = job.train.global_batch_size // job.cluster.least_workers
     limits = replace(plan_limits(job.method, job.evaluate, spec), sequences=sequences)
     share = job.method.trl.get("vllm_gpu_memory_utilization")
-    engine = build_training_engine(settings, limits, model, builder, args, job.method.sampler_sleep, share)
+    sleep, engines = job.method.sampler_sleep, context.local_world_size
+    engine = build_training_engine(settings, limits, model, builder, args, sleep, share, engines)
     return check_engine(engine, job.method, job.train.precision, builder, context.device)
 
 
@@ -279,4 +281,5 @@ def build_validation(
     """Return the method's validation of this rank's share of the eval rows."""
     chosen = plan_sample(len(spec.eval), job.evaluate.num_samples) if spec.eval is not None else []
     share = [spec.eval[i] for i in chosen[context.rank :: context.world_size]] if spec.eval is not None else []
-    return VALIDATIONS[job.method.name](share, builder, job.evaluate, job.task.name, context)
+    padding = spec.eval[chosen[0]] if spec.eval is not None and len(chosen) else None
+    return VALIDATIONS[job.method.name](share, builder, job.evaluate, job.task.name, context, padding)

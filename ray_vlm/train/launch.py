@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from ray_vlm.cluster.connect import connect, tell_idle_gpus
+from ray_vlm.cluster.connect import connect, sampler_room, tell_idle_gpus
 from ray_vlm.cluster.nodes import living_nodes
 from ray_vlm.cluster.preflight import ClusterDemand, build_demand, count_threads
 from ray_vlm.config.cluster import Cluster
@@ -34,7 +35,7 @@ from ray_vlm.train.restarts import (
     restart_backoff,
     should_restart,
 )
-from ray_vlm.train.samplers import describe_samplers, start_samplers
+from ray_vlm.train.samplers import SamplerCount, describe_samplers, start_samplers
 from ray_vlm.train.start import start_worker
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
@@ -107,7 +108,9 @@ def _train_in_ray(
         paths.store.remove(STOP_FILE)
         console = _StepWatcher(request, paths, spec.plan.num_steps, log_every_steps)
         minutes = demand.cluster.startup_minutes
-        with follow(paths, console), start_samplers(spec, demand.sampler, minutes) as spec:
+        samplers = SamplerCount(demand.num_samplers, demand.most_samplers, layout.num_samplers, demand.sampler)
+        room = partial(sampler_room, replace(demand, num_loaders=layout.num_loaders), at_once)
+        with follow(paths, console), start_samplers(spec, samplers, minutes, room) as spec:
             if spec.samplers:
                 update_manifest(paths, samplers=describe_samplers(spec.samplers))
             try:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ray_vlm.models.rehearse import Rehearsal
 
 logger = logging.getLogger(__name__)
-_LOOKED_AT = 50_000  # micro-batches of a plan that are compared; more would delay the start
+_LOOKED_AT = 50_000  # steps of a plan, and micro-batches, that are compared; more would delay the start
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,27 @@ def build_rehearsal(job: JobConfig, family: Family, config: "PreTrainedConfig | 
     return Rehearsal(config or load_config(job.model), family, settings)
 
 
-def heaviest_rows(method: Method, train: Train, plan: Plan, index: Index) -> tuple[int, ...]:
-    """Return the rows of the micro-batch, over all workers, with the most tokens after padding (GRPO: its prompts)."""
-    unit = len(micro_sizes(method, train, RowSize(0, 0, 0)))
-    tokens, best = index.tokens, -1
+def heaviest_rows(method: Method, train: Train, plan: Plan, tokens: np.ndarray) -> tuple[int, ...]:
+    """Return the rows of the micro-batch, over all workers, with the most tokens after padding (GRPO: its prompts).
+    `tokens`: `int [rows]`, of each row.
+
+    Steps with the longest rows come first, until no other step can have a heavier micro-batch."""
+    unit = len(micro_sizes(method, train, RowSize(0, 0, 0)))  # rows of a micro-batch; GRPO: of the prompts of a step
+    best, compared = 0, 0
     rows: tuple[int, ...] = ()
-    for number in range(min(plan.num_steps * plan.accumulation, _LOOKED_AT)):
-        for rank in range(plan.world_size):
-            batch = list(plan.micro_batch(number, rank).rows)
-            if isinstance(method, GrpoMethod):  # only so many prompts of the step are in one micro-batch
+    longest = np.array([tokens[plan.step_rows(step)].max() for step in range(min(plan.num_steps, _LOOKED_AT))])
+    most = unit if isinstance(method, GrpoMethod) else plan.micro_batch_size
+    bounds = most * longest if plan.tokens is None else np.maximum(plan.max_tokens_per_micro_batch, longest)
+    for step in np.argsort(-longest, kind="stable").tolist():
+        if bounds[step] <= best or compared > _LOOKED_AT:
+            break
+        batches = [list(batch.rows) for rank in range(plan.world_size) for batch in plan.rank_step(step, rank)]
+        for batch in batches:
+            if isinstance(method, GrpoMethod):
                 batch = sorted(batch, key=lambda row: -tokens[row])[:unit]
-            if batch and (weight := len(batch) * int(tokens[batch].max())) > best:
+            if (weight := len(batch) * int(tokens[batch].max())) > best:
                 best, rows = weight, tuple(batch)
+        compared += len(batches)
     return rows
 
 
@@ -153,7 +162,7 @@ def plan_probe(job: JobConfig, plan: Plan, index: Index, builder: SampleBuilder)
     wanted = job.train.probe if job.train.probe is not None else job.cluster.gpus_per_worker > 0
     if not wanted or job.cluster.zero_stage == 3:
         return None
-    rows = heaviest_rows(job.method, job.train, plan, index)
+    rows = heaviest_rows(job.method, job.train, plan, index.tokens)
     predicted = estimate_memory(build_rehearsal(job, builder.family), index, rows, builder, room=0.0)
     varies = ("activations and buffers", "sampling of answers", "fragmentation", "gradients")
     stays = sum(value for name, value in predicted.parts.items() if name not in varies)

@@ -170,7 +170,7 @@ def check_energy(track: Track) -> None:
         from codecarbon.input import DataSource
     except ImportError as error:
         raise ConfigError(
-            f"track.energy: codecarbon is not installed ({error}). Run `pip install 'ray-vlm[energy]'`, or remove it."
+            f"track.energy: codecarbon is not installed ({error}). Run `pip install 'ray_vlm[energy]'`, or remove it."
         ) from None
     known = DataSource().get_global_energy_mix_data()
     if track.country not in known:

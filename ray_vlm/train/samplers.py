@@ -1,218 +1,155 @@
-"""Processes that sample answers for the workers of a GRPO run (`method.samplers`): Ray actors that the driver starts.
+"""The samplers of a GRPO run (`method.samplers`): Ray actors beside the workers, which the driver starts.
 
 The driver owns them, so they outlive workers that are started again. Ray Train's placement group has room for its
 workers alone, so each sampler has a group of its own, placed before the workers: elastic workers cannot take its card,
 and a process that died finds its place reserved. Ray starts a sampler again, on another node if its node is gone; the
 workers give it the weights again (`engines/actors.py`).
+
+With a range, such as `[2, 8]`, there are as many samplers as the cluster's nodes have room for beside the workers, and
+the driver looks every few seconds whether that has changed.
 """
 
 import logging
-import os
-import socket
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
-from ray_vlm.config.load import load_resolved
-from ray_vlm.config.method import GrpoMethod
-from ray_vlm.config.schema import JobConfig
-from ray_vlm.engines.actors import NAMESPACE, Answer, Answered, Missing, Version, Weights
+from ray_vlm.engines.ray_samplers import NAMESPACE
 from ray_vlm.errors import RunError
-from ray_vlm.train.beside import job_beside, load_beside
+from ray_vlm.train.sampler_process import Sampler
 from ray_vlm.train.worker_spec import WorkerSpec
 
-# The actor's process imports this module before it has the driver's environment, which libraries read when they load.
-if TYPE_CHECKING:
-    from torch.nn import Module
-
-    from ray_vlm.data.spec import Sample
-    from ray_vlm.engines.interface import Engine, Sampling
-
 logger = logging.getLogger(__name__)
-_KEPT = 3  # versions of the adapter: workers may be a step apart
-_GUESTS = 3  # versions of those that ask beside the workers
 _START_S = 60.0  # for Ray to place all samplers; those that come later join later
+_LOOK_S = 5.0  # between two looks at the cluster's nodes
+
+
+@dataclass(frozen=True)
+class SamplerCount:
+    """How many samplers a run has: the fewest and the most, and with how many it starts. `resources`: CPUs and GPUs of
+    each."""
+
+    fewest: int
+    most: int
+    first: int
+    resources: tuple[float, float]
+
+
+class SamplerGroup:
+    """The samplers of a run by number, each with a name and a placement group of its own."""
+
+    def __init__(self, spec: WorkerSpec, names: Sequence[str], resources: tuple[float, float]):
+        import ray
+
+        cpus, gpus = resources
+        self._spec, self._names, self._resources = spec, names, resources
+        self._bundle = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0)(Sampler)
+        self._groups: dict[int, Any] = {}  # placement groups
+        self._actors: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def resize(self, count: int) -> None:
+        """Start samplers, or end some, until there are `count`. Those without a place end first, as their node is
+        gone."""
+        for number in [n for n in range(len(self._names)) if n not in self._groups][: max(0, count - len(self))]:
+            self._start(number)
+        for number in sorted(self._groups, key=lambda n: (self._is_placed(n), -n))[: max(0, len(self) - count)]:
+            self._end(number)
+
+    def wait(self, timeout_s: float) -> int:
+        """Wait until all have a place, and return how many have one."""
+        import ray
+
+        places = [group.ready() for group in self._groups.values()]
+        placed, _ = ray.wait(places, num_returns=len(places), timeout=timeout_s)
+        return len(placed)
+
+    def _start(self, number: int) -> None:
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = self._groups[number] = placement_group([self._bundle])
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        options = {"name": self._names[number], "namespace": NAMESPACE, "scheduling_strategy": strategy}
+        actor: Any = self._remote.options(**options).remote(self._spec, number, self._resources)
+        self._actors[number] = actor
+        actor.load.remote()  # while the workers start
+
+    def _end(self, number: int) -> None:
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        ray.kill(self._actors.pop(number))
+        remove_placement_group(self._groups.pop(number))
+
+    def _is_placed(self, number: int) -> bool:
+        from ray.util.placement_group import placement_group_table
+
+        return placement_group_table(self._groups[number])["state"] == "CREATED"
 
 
 @contextmanager
-def start_samplers(spec: WorkerSpec, resources: tuple[float, float], startup_minutes: float) -> Iterator[WorkerSpec]:
-    """Start the samplers of the job, and yield the spec with their names; end them afterwards.
+def start_samplers(
+    spec: WorkerSpec, count: SamplerCount, startup_minutes: float, count_room: Callable[[], int]
+) -> Iterator[WorkerSpec]:
+    """Start the samplers of the job, and yield the spec with the names of the most that there may be; end them
+    afterwards.
 
-    `resources`: CPUs and GPUs of each. `startup_minutes`: how long a cluster may take to start nodes. Raise `RunError`
-    if not even one can be placed."""
-    method = load_resolved(spec.job).method
-    if not isinstance(method, GrpoMethod) or not method.samplers:
+    `startup_minutes`: how long a cluster may take to start nodes. `count_room`: returns how many samplers the cluster
+    has room for now; it is asked if their number is a range. Raise `RunError` if not even one can be placed."""
+    if not count.most:
         yield spec
         return
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    count, (cpus, gpus) = method.samplers, resources
-    bundle = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-    groups = [placement_group([bundle]) for _ in range(count)]
-    token = uuid4().hex[:8]
-    names = tuple(f"ray-vlm-sampler-{token}-{number}" for number in range(count))
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0)(Sampler)
-    actors: list[Any] = []
+    token, over = uuid4().hex[:8], threading.Event()
+    names = tuple(f"ray-vlm-sampler-{token}-{number}" for number in range(count.most))
+    samplers = SamplerGroup(spec, names, count.resources)
+    follower = threading.Thread(target=_follow, args=(samplers, count_room, over), name="ray-vlm-sampler-count")
     try:
-        placed, _ = ray.wait(
-            [group.ready() for group in groups], num_returns=count, timeout=max(_START_S, 60 * startup_minutes)
-        )
+        samplers.resize(count.first)
+        placed = samplers.wait(max(_START_S, 60 * startup_minutes))
         if not placed:
+            cpus, gpus = count.resources
             raise RunError(
-                f"method.samplers={count}: Ray has not placed any sampler of {cpus:g} CPU and {gpus:g} GPU. Other runs "
-                "may hold what they need: wait for these, lower method.samplers, or add nodes."
+                f"method.samplers={count.fewest}: Ray has not placed any sampler of {cpus:g} CPU and {gpus:g} GPU. "
+                "Other runs may hold what they need: wait for these, lower method.samplers, or add nodes."
             )
-        logger.info(f"{len(placed)} of {count} samplers are placed")
-        for number, (name, group) in enumerate(zip(names, groups, strict=True)):
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-            options = {"name": name, "namespace": NAMESPACE, "scheduling_strategy": strategy}
-            actor: Any = remote.options(**options).remote(spec, number, resources)
-            actor.load.remote()  # while the workers start
-            actors.append(actor)
+        logger.info(f"{placed} of {count.first} samplers are placed")
+        if count.fewest < count.most:
+            follower.start()
         yield replace(spec, samplers=names)
     finally:
+        over.set()
+        if follower.is_alive():
+            follower.join()
         if ray.is_initialized():  # not after Ctrl-C
-            for actor in actors:
-                ray.kill(actor)
-            for group in groups:
-                remove_placement_group(group)
+            samplers.resize(0)
+
+
+def _follow(samplers: SamplerGroup, count_room: Callable[[], int], over: threading.Event) -> None:
+    """Keep as many samplers as the cluster has room for, until `over`."""
+    from ray.exceptions import RayError
+
+    while not over.wait(_LOOK_S):
+        try:
+            before, now = len(samplers), count_room()
+            if now != before:
+                logger.info(f"the cluster has changed: it has room for {now} samplers, and there were {before}")
+                samplers.resize(now)
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:  # the head does not answer for now
+            logger.debug(f"the number of samplers stays: {error}")
 
 
 def describe_samplers(names: Sequence[str]) -> dict[str, Any]:
-    """Return how other processes find the samplers with these names, as `run.json` has it."""
+    """Return how other processes reach the samplers with these names, as `run.json` has it."""
     import ray
 
     address = ray.get_runtime_context().gcs_address
     return {"address": address, "namespace": NAMESPACE, "names": list(names)}
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A model that takes the workers' weights, and the engine that answers with it."""
-
-    model: "Module"
-    engine: "Engine"
-
-
-class Sampler:
-    """The Ray actor. It loads the model at the first call, because Ray loses the type of an error that an actor's
-    constructor raises."""
-
-    def __init__(self, spec: WorkerSpec, number: int, resources: tuple[float, float]):
-        self._spec, self._number, self._resources = spec, number, resources
-        self._versions: dict[Version, Weights] = {}
-        self._guests: dict[Version, Weights] = {}
-        self._current: Version | None = None
-        self._loaded: _Loaded | None = None
-        self._free_since: float | None = None
-
-    def ping(self) -> tuple[str, int]:
-        """Return the host and the process of the sampler, which is ready to be asked."""
-        return socket.gethostname(), os.getpid()
-
-    def load(self) -> None:
-        """Load the model and start the engine."""
-        if self._loaded is None:
-            self._loaded = _load(self._spec, self._number, self._resources)
-
-    def push(self, version: Version, weights: Weights) -> None:
-        """Keep the weights of a version until it is asked for."""
-        self._versions[version] = weights
-        for old in list(self._versions)[:-_KEPT]:
-            del self._versions[old]
-
-    def lend(self, version: Version, weights: Weights) -> None:
-        """Keep weights of another than the workers, such as an evaluation. They never replace the workers' own."""
-        self._guests[version] = weights
-        for old in list(self._guests)[:-_GUESTS]:
-            del self._guests[old]
-
-    def sample(
-        self, version: Version, rows: "Sequence[Sample]", sampling: "Sampling", seeds: Sequence[Sequence[int]]
-    ) -> Answered | Missing:
-        """Sample with the weights of `version`; return `Missing` if these have not come."""
-        return self._answer(version, lambda engine: list(engine.sample(rows, sampling, seeds)))
-
-    def sample_base(
-        self, version: Version, rows: "Sequence[Sample]", sampling: "Sampling", seeds: Sequence[Sequence[int]]
-    ) -> Answered | Missing:
-        """Sample without the adapter."""
-        return self._answer(version, lambda engine: list(engine.sample_base(rows, sampling, seeds)))
-
-    def answer(self, version: Version, rows: "Sequence[Sample]", max_new_tokens: int) -> Answered | Missing:
-        """Answer greedily with the weights of `version`; return `Missing` if these have not come."""
-        return self._answer(version, lambda engine: list(engine.answer(rows, max_new_tokens)))
-
-    def _answer(self, version: Version, ask: "Callable[[Engine], list[Answer]]") -> Answered | Missing:
-        self.load()
-        assert self._loaded is not None
-        started = time.monotonic()
-        weights = self._versions.get(version) or self._guests.get(version)
-        if weights is None:
-            return Missing(version)
-        if self._current != version:
-            weights.write(self._loaded.model)
-            self._loaded.engine.update(self._loaded.model)
-            self._current = version
-        answers = ask(self._loaded.engine)
-        idle_s = started - (self._free_since or started)
-        self._free_since = time.monotonic()
-        return Answered(answers, self._free_since - started, idle_s)
-
-
-def _load(spec: WorkerSpec, number: int, resources: tuple[float, float]) -> _Loaded:
-    """Load what answers in a sampler: the trainer of a worker with the package's own loop, or vLLM."""
-    spec.environment.apply()
-    from ray_vlm.logs import PACKAGE, TERMINAL
-    from ray_vlm.runs.log_file import log_to_file
-    from ray_vlm.runs.paths import open_run
-
-    PACKAGE.removeHandler(TERMINAL)  # the driver prints
-    log = log_to_file(open_run(spec.run), f"sampler-{number}")
-    log.__enter__()  # until the process ends
-    method = load_resolved(spec.job).method
-    assert isinstance(method, GrpoMethod)
-    if method.rollouts == "vllm":
-        return _load_vllm(spec, resources)
-    beside = load_beside(spec, resources)
-    trainer: Any = beside.trainer  # of GRPO
-    return _Loaded(trainer.model, trainer.engine)
-
-
-def _load_vllm(spec: WorkerSpec, resources: tuple[float, float]) -> _Loaded:
-    """Start vLLM, beside a model that has no weights but the adapter's: those are all that is sent to vLLM."""
-    from ray_vlm.data.samples import load_sample_builder
-    from ray_vlm.engines.vllm import build_training_engine
-    from ray_vlm.engines.vllm_start import EngineSettings
-    from ray_vlm.models.libraries import prepare_process, quiet_libraries
-    from ray_vlm.models.load import build_adapter_alone
-    from ray_vlm.models.sampler_memory import VLLM_SHARE
-    from ray_vlm.train.build import build_args, plan_limits
-
-    job = job_beside(spec, resources)
-    quiet_libraries()
-    prepare_process(job.seed, job.cluster.cpus_per_worker, in_ray=False)
-    builder = load_sample_builder(spec.sample_spec)
-    assert isinstance(job.method, GrpoMethod)
-    assert job.lora is not None
-    model = build_adapter_alone(job.model, job.lora, builder.family)
-    device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
-    settings = EngineSettings(job.model, job.train.precision, job.seed, device)
-    limits = replace(plan_limits(job.method, job.evaluate, spec), sequences=_sequences(load_resolved(spec.job)))
-    named = "vllm_gpu_memory_utilization" in job.method.trl
-    share = VLLM_SHARE if job.cluster.gpus_per_worker and not named else None  # the card is the engine's alone
-    engine = build_training_engine(settings, limits, model, builder, build_args(job, spec), sleep=0, share=share)
-    return _Loaded(model, engine)
-
-
-def _sequences(job: JobConfig) -> int:
-    """Return how many answers a sampler of vLLM samples at a time."""
-    assert isinstance(job.method, GrpoMethod)
-    group = job.method.num_generations
-    prompts = job.train.global_batch_size // group // job.cluster.least_workers
-    return group * (job.method.sampling_batch or -(-prompts // job.method.samplers))

@@ -9,6 +9,7 @@ from ray_vlm.errors import RunError
 from ray_vlm.runs.monitor import read_metrics
 from ray_vlm.runs.paths import RunPaths
 from tests.cluster.test_recovery import _at_step, _steps, _train
+from tests.support.parity import write_pairs
 from tests.support.ray_processes import kill_process
 from tests.support.tiny_families import write_tiny
 
@@ -81,6 +82,26 @@ def test_zero3_cuts_4bit_weights_validates_and_goes_on(ray_cluster, job_file, sc
     assert len(evals[0]) == 3
     best, there = _saved(undisturbed, "best"), _saved(paths, "best")
     assert all(float((best[name] - there[name]).abs().max()) < 1e-5 for name in best)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_fewer_rows_to_validate_than_workers(
+    ray_cluster, job_file, tmp_path: Path, tiny_models: dict[str, str], scenes: Path, method: str
+) -> None:
+    """The worker without a row runs the model with that of the other one, which does not count."""
+    train: dict[str, object] = {"path": str(scenes / "train.json")}
+    if method == "dpo":
+        train = {"path": str(write_pairs(tmp_path, tiny_models["qwen3_vl"])), "format": "preference"}
+    data = {"train": train, "eval": {"ratio": 0.25, "max_rows": 1}}
+    sizes = {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2}
+    path = job_file(method=method, data=data, train=sizes, evaluate={"every_steps": 2, "metric": "loss"})
+    losses = []
+    for name, options in (("plain", ()), ("cut", ("cluster.deepspeed=zero3",))):
+        paths = _train(path, f"run.name={name}", TWO, *options)
+        losses.append([line["loss"] for line in read_metrics(paths.metrics) if line["kind"] == "eval"])
+    assert len(losses[0]) == 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -10,12 +10,14 @@ import pytest
 from tests.support.hosts import why_not
 from tests.support.lost_nodes import (
     EVERY,
+    change_samplers,
     cut_briefly,
     cut_for_good,
     cut_sampler,
     kill_and_add,
     restart_head,
     take_away,
+    take_sampler_away,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -66,6 +68,22 @@ def test_a_machine_is_left_within_its_notice(tmp_path: Path) -> None:
 
 def test_a_sampler_that_is_cut_off_for_good_changes_nothing(tmp_path: Path) -> None:
     result = cut_sampler(tmp_path)
+    assert result["status"] == ["finished"]
+    assert result["gone"]
+    assert result["steps_once"]
+    assert result["apart"] == 0.0
+
+
+def test_a_notice_of_a_sampler_s_node_does_not_stop_the_run(tmp_path: Path) -> None:
+    result = take_sampler_away(tmp_path)
+    assert result["status"] == ["finished"]
+    assert result["steps_once"]
+    assert result["apart"] == 0.0
+
+
+def test_samplers_come_and_go_with_nodes(tmp_path: Path) -> None:
+    result = change_samplers(tmp_path)
+    assert result["samplers"] == [1, 2, 1]
     assert result["status"] == ["finished"]
     assert result["steps_once"]
     assert result["apart"] == 0.0

@@ -40,7 +40,7 @@ def _lines(paths: RunPaths, kind: str = "train") -> list[dict[str, Any]]:
 
 def _numbers(paths: RunPaths) -> list[dict[str, Any]]:
     """All numbers of steps and validations, without times, and without the work that samplers take from the worker."""
-    hidden = ("time", "_s", "peak_memory_gib", "staleness", "attempt", "model_tokens", "model_tflop")
+    hidden = ("time", "_s", "peak_memory_gib", "staleness", "attempt", "samplers", "model_tokens", "model_tflop")
     lines = _lines(paths) + _lines(paths, "eval")
     return [{k: v for k, v in line.items() if not k.endswith(hidden)} for line in lines]
 

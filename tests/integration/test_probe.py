@@ -69,7 +69,7 @@ def test_the_heaviest_batch_is_found(job_file) -> None:
     prepared = prepare(load_job(job_file(train={"max_steps": 2, "micro_batch_size": 2})))
     tokens, plan = prepared.train.tokens, prepared.plan
     batches = [plan.micro_batch(number, 0).rows for number in range(plan.num_steps * plan.accumulation)]
-    heaviest = heaviest_rows(prepared.job.method, prepared.job.train, plan, prepared.train)
+    heaviest = heaviest_rows(prepared.job.method, prepared.job.train, plan, prepared.train.tokens)
     assert heaviest in batches
     assert max(tokens[list(heaviest)]) * len(heaviest) == max(max(tokens[list(b)]) * len(b) for b in batches)
 

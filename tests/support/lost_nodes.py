@@ -4,6 +4,7 @@ The nodes are real Ray nodes, each with its own address and processes (`tests/su
 which the command runs, and nodes for one worker each; the run allows one or two workers.
 """
 
+import itertools
 import json
 import os
 import re
@@ -207,15 +208,20 @@ def cut_briefly(folder: Path, steps: int = 60) -> dict[str, Any]:
         return compare(scene, folder)
 
 
+def _give_notice(scene: Scene, host: int, notice_s: int) -> None:
+    """Tell Ray that a node will be taken away in `notice_s` seconds."""
+    code = f"print([n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == '10.79.0.{10 + host}'][0])"
+    drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", f"{HEAD}:6379"]
+    drain += ["--node-id", _ask(scene.hosts, scene.env, code).split()[-1], "--reason-message", "spot"]
+    drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(notice_s)]
+    done = subprocess.run(scene.hosts[0].words(drain), env=scene.env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, Any]:
     """Drain a node with a notice and kill it when the notice is over."""
     with start_scene(folder, steps) as scene:
-        code = "print([n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == '10.79.0.12'][0])"
-        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", f"{HEAD}:6379"]
-        drain += ["--node-id", _ask(scene.hosts, scene.env, code).split()[-1], "--reason-message", "spot"]
-        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(notice_s)]
-        done = subprocess.run(scene.hosts[0].words(drain), env=scene.env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        _give_notice(scene, 2, notice_s)
         notice_at, step = time.time(), max(line["step"] for line in scene.lines())
         time.sleep(notice_s)
         scene.hosts.kill(2)
@@ -227,15 +233,15 @@ def take_away(folder: Path, steps: int = 40, notice_s: int = 15) -> dict[str, An
         return times | compare(scene, folder)
 
 
-def write_sampled_job(folder: Path, steps: int) -> Path:
-    """Write a small GRPO job with two samplers. A node of three CPUs has room for the worker or for one sampler."""
+def write_sampled_job(folder: Path, steps: int, samplers: int | list[int] = 2) -> Path:
+    """Write a small GRPO job with samplers. A node of three CPUs has room for the worker or for one sampler."""
     job = yaml.safe_load(write_job(folder, steps).read_text())
     write_method_job(folder, folder / "job.yaml", "grpo")
     sampled = yaml.safe_load((folder / "grpo.yaml").read_text())
     sampled["train"] |= {"max_steps": steps, "global_batch_size": 16}
     sampled["cluster"] = job["cluster"] | {"num_workers": 1}
     sampled["method"] |= {
-        "samplers": 2,
+        "samplers": samplers,
         "cpus_per_sampler": 2,
         "rewards": {"tests.integration.test_alignment:even_tokens": 1.0},
     }
@@ -244,20 +250,55 @@ def write_sampled_job(folder: Path, steps: int) -> Path:
     return folder / "job.yaml"
 
 
+# Of a job that samples in the worker what its samplers sample.
+_IN_WORKER = ("method.samplers=0", "method.cpus_per_sampler=null", "method.sampling_batch=1")
+
+
+def _host_of(scene: Scene, sampler: int) -> int:
+    """Return the host of a sampler."""
+    (log,) = scene.paths.logs.glob(f"sampler-{sampler}*")
+    match = re.search(r"process \d+ on rvh(\d)", log.read_text())
+    assert match is not None
+    return int(match[1])
+
+
 def cut_sampler(folder: Path, steps: int = 40) -> dict[str, Any]:
     """Disconnect the node of a sampler for good; the other sampler answers all that is asked from then on. Return what
     `compare` does, against samples of the worker itself, and the samplers that the worker missed."""
     write_sampled_job(folder, steps)
     with start_scene(folder, steps, nodes=3) as scene:
-        (log,) = scene.paths.logs.glob("sampler-0*")
-        match = re.search(r"process \d+ on rvh(\d)", log.read_text())
-        assert match is not None
-        scene.hosts.cut(int(match[1]))
+        scene.hosts.cut(_host_of(scene, 0))
         at = max(line["step"] for line in scene.lines())
         scene.finish()
         gone = [line for line in scene.output().splitlines() if "sampler 0 is gone" in line]
-        own = ("method.samplers=0", "method.cpus_per_sampler=null", "method.sampling_batch=1")
-        return {"cut_at": at, "gone": gone} | compare(scene, folder, own)
+        return {"cut_at": at, "gone": gone} | compare(scene, folder, _IN_WORKER)
+
+
+def take_sampler_away(folder: Path, steps: int = 60, notice_s: int = 15) -> dict[str, Any]:
+    """Drain the node of one of two samplers with a notice, and kill it when the notice is over."""
+    write_sampled_job(folder, steps)
+    with start_scene(folder, steps, nodes=3) as scene:
+        host = _host_of(scene, 0)
+        _give_notice(scene, host, notice_s)
+        time.sleep(notice_s)
+        scene.hosts.kill(host)
+        scene.finish()
+        return compare(scene, folder, _IN_WORKER)
+
+
+def change_samplers(folder: Path, steps: int = 200) -> dict[str, Any]:
+    """Add a node to a run with one sampler of at most two, and kill it after the second sampler has joined. Return what
+    `compare` does, and the numbers of samplers in order."""
+    write_sampled_job(folder, steps, [1, 2])
+    with start_scene(folder, steps) as scene:
+        scene.hosts.start(node(3))
+        scene.wait(lambda: scene.lines()[-1]["samplers"] == 2)
+        scene.hosts.kill(3)
+        scene.wait(lambda: scene.lines()[-1]["samplers"] == 1)
+        scene.finish()
+        counts = [int(line["samplers"]) for line in scene.lines()]
+        changes = [counts[0], *(b for a, b in itertools.pairwise(counts) if a != b)]
+        return {"samplers": changes} | compare(scene, folder, _IN_WORKER)
 
 
 def restart_head(folder: Path, steps: int = 40) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from ray_vlm.cluster.preflight import (
     ClusterDemand,
     Layout,
     build_demand,
+    count_samplers,
     count_threads,
     cpus_needed,
     expected_resources,
@@ -121,7 +122,7 @@ def test_loaders_are_threads_where_their_cpus_are_on_the_nodes_of_the_workers(
             plan_layout(demands["threads"], total, nodes, at_once)
 
 
-def _apart(samplers: int, cluster: dict, **method: object) -> ClusterDemand:
+def _apart(samplers: int | list[int], cluster: dict, **method: object) -> ClusterDemand:
     sections = {"cluster": cluster, "method": {"name": "grpo", "samplers": samplers, **method}}
     data = {"num_loaders": 1}
     return build_demand(JobConfig.model_validate({"model": {"name": "x"}, "data": data, **sections}))
@@ -134,11 +135,43 @@ def test_samplers_take_their_cards_before_the_workers() -> None:
     assert expected_resources({}, demand) == {"CPU": 14.0, "GPU": 4.0}
     card = {"CPU": 8.0, "GPU": 2.0}
     layout = plan_layout(demand, {"CPU": 16, "GPU": 4}, [card, card])
-    assert layout == Layout(1, 1.0, beside_workers=True)
+    assert layout == Layout(1, 1.0, beside_workers=True, num_samplers=2)
     with pytest.raises(RunError, match=r"2 workers of 1 GPU need 2 beside 2 samplers, but the cluster has 1\."):
         plan_layout(demand, {"CPU": 16, "GPU": 3})
     with pytest.raises(RunError, match=r"method\.samplers=2: samplers of 1 GPU need 2, but the cluster has 1, and"):
         plan_layout(demand, {"CPU": 16, "GPU": 1})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count"),
+    [
+        ([4], 2),  # two workers have two cards of four
+        ([3], 1),
+        ([2, 2, 2], 4),
+        ([8, 8], 4),
+        ([1, 1, 1], 1),
+    ],
+)
+def test_as_many_samplers_as_the_fewest_workers_leave_room_for(nodes: list[int], count: int) -> None:
+    demand = _apart([1, 4], {"num_workers": [2, 8], "gpus_per_worker": 1})
+    cards = [{"CPU": 16.0, "GPU": float(gpus)} for gpus in nodes]
+    total = {name: sum(node[name] for node in cards) for name in ("CPU", "GPU")}
+    assert count_samplers(demand, total, cards) == count
+    assert plan_layout(demand, total, cards).num_samplers == count
+
+
+def test_samplers_never_take_the_cpus_of_workers_and_loaders() -> None:
+    demand = _apart([1, 3], {"num_workers": 1})
+    assert [count_samplers(demand, {"CPU": cpus}, [{"CPU": cpus}]) for cpus in (2.0, 3.0, 4.0, 5.0, 9.0)] == [
+        *(1, 1, 2, 3, 3)
+    ]
+    assert cpus_needed(demand) == 1 + 3 + 1
+    apart = [{"CPU": 2.0}, {"CPU": 2.0}]  # two runs share the nodes, and have a worker, a loader and a sampler each
+    assert count_samplers(_apart([1, 2], {"num_workers": 1}), {"CPU": 3.0}, [{"CPU": 6.0}], at_once=2) == 1
+    assert count_samplers(_apart([1, 2], {"num_workers": 1}, cpus_per_sampler=2), {"CPU": 4.0}, apart) == 1
+    assert count_samplers(_apart(2, {"num_workers": 1}), {"CPU": 0.0}) == 2, "a fixed number is what the user asks for"
+    with pytest.raises(RunError, match=r"method\.samplers=1: samplers of 1 CPU need 1, but the cluster has 0"):
+        plan_layout(demand, {"CPU": 0.0})
 
 
 def test_samplers_on_cores_and_on_nodes() -> None:

@@ -78,6 +78,7 @@ BROKEN = [
     {"method": APART, "cluster": {"num_workers": 0}},
     {"method": APART | {"rollouts": "server", "sampler_url": "http://127.0.0.1:8000/v1"}},
     {"method": APART | {"sampling_batch": 2}, "train": {"global_batch_size": 16}},
+    {"method": {"name": "grpo", "samplers": [2, 2]}, "train": {"global_batch_size": 16}},
     {"method": APART, "tune": {"resident": True}},
     {"method": {"name": "grpo", "max_staleness": 1}},
     {"method": {"name": "grpo", "cpus_per_sampler": 2}},

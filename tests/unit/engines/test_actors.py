@@ -4,14 +4,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.engines.actors import SamplerFailed, SamplerPool, Weights
+from ray_vlm.engines.actors import SamplerFailed, SamplerLost, SamplerPool, Weights
 from ray_vlm.engines.interface import Sampling
+from ray_vlm.engines.ray_samplers import RaySamplers
 from ray_vlm.errors import ModelError, RunError
 from tests.support.played_samplers import PlayedSampler, PlayedSamplers, expected_group, row
 
@@ -123,6 +127,59 @@ def test_others_answer_while_a_sampler_is_absent_and_it_joins_later() -> None:
         assert _sample(pool, range(4)) == _due(1.0, range(4))
         time.sleep(0.02)
     assert samplers.samplers[1].asked
+
+
+def test_a_sampler_that_came_again_has_another_name() -> None:
+    """So that it is proved anew to answer with the adapter."""
+    samplers = PlayedSamplers(2)
+    pool = _pool(samplers)
+    pool.update(_model(1.0))
+    _sample(pool, range(4))
+    assert [str(part) for part in pool.parts()] == ["sampler 0", "sampler 1"]
+    samplers.kill(1, again_after=0.05)
+    end = time.monotonic() + 10
+    while pool.take_times().samplers != 1 and time.monotonic() < end:
+        assert _sample(pool, range(4)) == _due(1.0, range(4))
+    while len(pool.parts()) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert [str(part) for part in pool.parts()] == ["sampler 0", "sampler 1 (start 2)"]
+
+
+class Actor:
+    """What Ray returns for an actor's name; a call of its method ends as `result` says."""
+
+    def __init__(self, result: object):
+        self.ping = SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: self.reply))
+        self.reply: Future[object] = Future()
+        if isinstance(result, BaseException):
+            self.reply.set_exception(result)
+        else:
+            self.reply.set_result(result)
+
+
+def test_an_actor_that_is_started_later_is_reached_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors: dict[str, Actor] = {}
+
+    def get_actor(name: str, namespace: str) -> Actor:
+        if name not in actors:
+            raise ValueError(f"Failed to look up actor with name '{name}'.")
+        return actors[name]
+
+    monkeypatch.setattr("ray.get_actor", get_actor)
+    samplers = RaySamplers(["a", "b"], "ray_vlm")
+    assert samplers.count == 2
+    assert samplers.are_gone
+    with pytest.raises(SamplerLost, match="not started"):
+        samplers.ask(0, "ping").result(5)
+    actors["a"] = Actor(ActorDiedError())
+    with pytest.raises(SamplerLost, match="ActorDiedError"):
+        samplers.ask(0, "ping").result(5)
+    actors["a"] = Actor("another process")
+    assert samplers.ask(0, "ping").result(5) == "another process"
+    assert not samplers.are_gone
+    actors["b"] = Actor(ActorUnavailableError("for now", None))
+    with pytest.raises(SamplerLost, match="ActorUnavailableError"):
+        samplers.ask(1, "ping").result(5)
 
 
 def test_a_sampler_that_fails_is_started_again() -> None:

@@ -416,6 +416,17 @@ def test_how_deep_an_engine_sleeps(asked: int | None, device: str, free: float, 
     assert plan_sleep(asked, device, 10 * GIB, free * GIB) == level
 
 
+@pytest.mark.parametrize(("num_engines", "level"), [(1, 1), (10**7, 2)])
+def test_the_engines_of_a_machine_share_its_memory(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, num_engines: int, level: int
+) -> None:
+    monkeypatch.setattr("ray_vlm.engines.vllm.read_card", lambda device: CardMemory(80 * GIB, 40 * GIB, GIB, GIB))
+    engine, fake = setup.start("cuda:0", num_engines=num_engines)
+    engine.update(setup.model)
+    engine.answer(setup.rows, 5)
+    assert fake.events == ["push", "generate", f"sleep {level}"]
+
+
 @pytest.mark.parametrize(
     ("level", "wake"),
     [

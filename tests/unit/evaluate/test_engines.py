@@ -82,8 +82,13 @@ def test_an_engine_with_too_little_memory_for_the_next_prompts_is_replaced(worke
     asked.expect([short])
     asked.expect([])
     assert asked.engine is second
-    asked.expect([replace(short, images=short.images * 2, sizes=short.sizes * 2)])
+    two_images = replace(short, images=short.images * 2, sizes=short.sizes * 2)
+    asked.expect([two_images])
     assert second.calls == [("close", None)]
+    third = asked.engine
+    for record in (long, two_images):
+        asked.expect([record])
+    assert asked.engine is third
     asked.close()
     asked.close()
 

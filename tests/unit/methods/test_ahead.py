@@ -36,6 +36,7 @@ def test_the_next_step_is_sampled_with_the_weights_of_this_one() -> None:
         weight = float(max(0, step - 1))
         assert groups == [expected_group(weight, seed, 2) for seed in seeds_of(steps[step], 0, step)]
         staleness.append(logged["staleness"])
+        assert logged["samplers"] == 2
         assert min(logged.values()) >= 0
     assert staleness == [0.0, 1.0, 1.0]
     asked = [number for sampler in samplers.samplers for (number,) in sampler.asked]

@@ -103,7 +103,7 @@ def test_a_package_that_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) 
     kernels, note = choose_kernels("cpu")
     assert kernels.norm is norm_by_torch
     assert kernels.gate is None
-    assert "ray-vlm[kernels]" in note
+    assert "ray_vlm[kernels]" in note
     monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "9.9")
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
     kernels, note = choose_kernels("cpu")

@@ -143,3 +143,13 @@ def test_where_the_time_of_samplers_and_workers_went(tmp_path: Path) -> None:
     assert cost["gpu_hours"] == pytest.approx(90 / 3600 * 2)
     assert cost["cpu_hours"] == pytest.approx(plain["cpu_hours"] + 90 / 3600 * 6)
     assert "| workers wait for samplers | 0.125 |" in write_markdown(["a"], [cost])
+    steps = [line for line in lines if line["kind"] == "train"]
+    for number, line in enumerate(steps):
+        line["samplers"] = 1.0 + number % 2
+    job["method"]["samplers"] = [1, 2]
+    (folder / "resolved.json").write_text(json.dumps(job))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(str(folder))
+    counts = [line["samplers"] for line in run.of_kind("train")]  # without steps that were done again
+    assert 1 < sum(counts) / len(counts) < 2
+    assert measure_compute(run)["gpu_hours"] == pytest.approx(90 / 3600 * sum(counts) / len(counts))

@@ -20,7 +20,8 @@ def _build(job: Any, portion: int | None = None, **sizes: Any) -> Any:
         **({"prompt_tokens": 50, "eval_prompt_tokens": 0, "prompt_images": 2, "eval": None} | sizes)
     )
     model: Any = object()
-    return build.build_engine(job, spec, model, None, DistributedContext(), None, portion)  # type: ignore[arg-type]
+    context = DistributedContext(local_world_size=8)
+    return build.build_engine(job, spec, model, None, context, None, portion)  # type: ignore[arg-type]
 
 
 def test_only_grpo_has_an_engine(job_file) -> None:
@@ -50,5 +51,6 @@ def test_vllm_has_room_for_training_and_validation(
     assert isinstance(engine, CheckedEngine), "its answers are proved to be those of the adapter"
     assert isinstance(engine.engine, RecordingEngine)
     assert (engine.name, engine.max_gap) == ("method.rollouts=vllm", 0.001)
-    ((settings, limits, _, _, _, sleep, share),) = started
-    assert (settings.model, limits.tokens, limits.images, sleep, share) == (job.model, tokens, 2, 2, None)
+    ((settings, limits, _, _, _, sleep, share, engines),) = started
+    assert (settings.model, limits.tokens, limits.images) == (job.model, tokens, 2)
+    assert (sleep, share, engines) == (2, None, 8), "all workers of a machine start an engine"

@@ -1,6 +1,7 @@
 """What a rank asks of the storage and gets from other ranks does not grow with their number. Threads are the ranks."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,25 @@ def test_a_validation_brings_other_ranks_only_its_numbers(monkeypatch: pytest.Mo
     for run in runs:
         assert run.play(agree) == [(2, {"rows": 1.5 * run.size}, None)] * run.size
     _check(few, many)
+
+
+@pytest.mark.parametrize("rows", [0, 1, FEW + 1, 8 * FEW + 1])
+def test_all_ranks_run_the_model_equally_often_in_a_validation(rows: int, tmp_path: Path) -> None:
+    """Under ZeRO-3 each forward gathers weights from all ranks: one that ran it less often would stop the others."""
+    everything: Any = [SimpleNamespace(row=row) for row in range(rows)]
+
+    def list_batches(paths: RunPaths, context: PlayedRank) -> int:
+        options: Any = SimpleNamespace(batch_size=4)
+        share, padding = everything[context.rank :: context.world_size], everything[0] if everything else None
+        builder: Any = None
+        validation = validate.AnswerValidation(share, builder, options, "detection", context, padding)
+        batches = list(validation.batches())
+        assert [record for batch, counts in batches if counts for record in batch] == share
+        assert all(batch for batch, _ in batches)
+        return len(batches)
+
+    most = math.ceil(math.ceil(rows / FEW) / 4)
+    assert _Played(str(tmp_path), FEW).play(list_batches) == [most] * FEW
 
 
 @pytest.mark.parametrize("size", [1, 3])
