@@ -382,7 +382,9 @@ class SamplerPool(Engine):
         try:
             reply = future.result()
         except SamplerLost as error:
-            logger.warning(f"sampler {sampler} is gone ({error}); its {len(portion.rows)} prompts go to another")
+            count = len(portion.rows)
+            prompts = "its prompt goes" if count == 1 else f"its {count} prompts go"
+            logger.warning(f"sampler {sampler} is gone ({error}); {prompts} to another")
             self._dealer.died(sampler, time.monotonic(), str(error))
             return
         except SamplerFailed as error:  # its device may be unusable, so the process ends too

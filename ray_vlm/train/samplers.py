@@ -71,15 +71,19 @@ class SamplerGroup:
         return len(placed)
 
     def _start(self, number: int) -> None:
-        from ray.util.placement_group import placement_group
+        from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        group = self._groups[number] = placement_group([self._bundle])
+        group = placement_group([self._bundle])
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         options = {"name": self._names[number], "namespace": NAMESPACE, "scheduling_strategy": strategy}
-        actor: Any = self._remote.options(**options).remote(self._spec, number, self._resources)
-        self._actors[number] = actor
+        try:
+            actor: Any = self._remote.options(**options).remote(self._spec, number, self._resources)
+        except ValueError:  # one that was ended a moment ago still has the name
+            remove_placement_group(group)
+            raise
         actor.load.remote()  # while the workers start
+        self._groups[number], self._actors[number] = group, actor
 
     def _end(self, number: int) -> None:
         import ray
@@ -141,7 +145,7 @@ def _follow(samplers: SamplerGroup, count_room: Callable[[], int], over: threadi
         try:
             before, now = len(samplers), count_room()
             if now != before:
-                logger.info(f"the cluster has changed: it has room for {now} samplers, and there were {before}")
+                logger.info(f"the cluster has changed: {now} sampler{'' if now == 1 else 's'}, after {before}")
                 samplers.resize(now)
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:  # the head does not answer for now
             logger.debug(f"the number of samplers stays: {error}")
