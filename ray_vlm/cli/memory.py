@@ -58,8 +58,6 @@ def _memory(args: argparse.Namespace) -> None:
         f"{size.image_tokens:,} image tokens, {size.prompt_tokens:,} of its prompt, {size.answer_tokens:,} answered"
     )
     print("\n".join(describe(parts, cards)))
-    if (sampler := estimate_sampler(rehearsal, size)) is not None:
-        print("\n".join(["one sampler (method.samplers), beside the workers:", *describe(sampler, cards)]))
     if not rehearsal.sees:
         print(f"note: what {family.model_type}'s image encoder makes in a step is not counted; its weights are")
     for card in cards:
@@ -67,6 +65,8 @@ def _memory(args: argparse.Namespace) -> None:
         choice = choose(rehearsal, size, micro_batch_sizes(rehearsal.settings), TARGET * whole)
         line = describe_choice(choice, rehearsal.num_layers, whole) if choice else "train.memory=auto: nothing fits"
         print(f"  {line}")
+    if (sampler := estimate_sampler(rehearsal, size)) is not None:
+        print("\n".join(["one sampler (method.samplers), beside the workers:", *describe(sampler, cards)]))
 
 
 def _heaviest(job: "JobConfig") -> "RowSize":

@@ -17,6 +17,14 @@ def test_every_job_for_a_gpu_has_a_plan() -> None:
     assert len(PLANNED) >= 8
 
 
+def test_the_table_of_jobs_has_their_peaks() -> None:
+    table = (JOBS / "README.md").read_text()
+    for path in PLANNED:
+        (row,) = (line for line in table.splitlines() if f"`{path.name}`" in line)
+        peaks = re.findall(r"^#   peak +([\d.]+) GiB", path.read_text(), re.MULTILINE)
+        assert f"| {float(peaks[0]):.1f} GiB a card" in row, "of a worker, which comes before a sampler"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_plans_are_those_of_the_planner(path: Path, capsys: pytest.CaptureFixture) -> None:
