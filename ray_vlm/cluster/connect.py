@@ -13,6 +13,7 @@ from ray_vlm.cluster.nodes import ask_nodes, compare_nodes, describe_node
 from ray_vlm.cluster.preflight import (
     ClusterDemand,
     Layout,
+    count_fitting,
     count_samplers,
     cpus_needed,
     expected_resources,
@@ -190,10 +191,14 @@ def read_resources() -> tuple[dict[str, float], list[Mapping[str, float]]]:
     return ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def sampler_room(demand: ClusterDemand, at_once: int) -> int:
-    """Return how many samplers the cluster has room for now."""
+def sampler_room(demand: ClusterDemand, at_once: int) -> tuple[int, int]:
+    """Return how many samplers the cluster's nodes have room for beside the workers, and for how many more there is a
+    place that nothing uses now."""
+    import ray
+
     resources, nodes = read_resources()
-    return count_samplers(demand, {name: amount / at_once for name, amount in resources.items()}, nodes, at_once)
+    in_all = count_samplers(demand, {name: amount / at_once for name, amount in resources.items()}, nodes, at_once)
+    return in_all, count_fitting(ray.available_resources(), demand.sampler)
 
 
 def describe_start(address: str | None) -> str:

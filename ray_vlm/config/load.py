@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from ray_vlm.config.check import check_job
 from ray_vlm.config.paths import resolve_paths
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.config.section import sections_of, without_variant
+from ray_vlm.config.section import has_alternatives, sections_of, without_variant
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.keys import describe_no_section, split_setting
 
@@ -77,7 +77,7 @@ def _validate(values: dict) -> tuple[JobConfig | None, list[ErrorDetails]]:
     try:
         return JobConfig.model_validate(values), []
     except ValidationError as error:
-        errors = error.errors()
+        errors = _merge_alternatives(error.errors())
     pruned = copy.deepcopy(values)
     for e in errors:
         _prune(pruned, without_variant(e["loc"]))
@@ -107,7 +107,8 @@ def load_resolved(values: dict[str, Any]) -> JobConfig:
     try:
         return JobConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([_explain(e, {}, "the resolved job") for e in error.errors()]) from None
+        errors = _merge_alternatives(error.errors())
+        raise ConfigError([_explain(e, {}, "the resolved job") for e in errors]) from None
 
 
 def fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -234,6 +235,36 @@ def _describe_location(locations: SourceLocations, path: tuple, name: str) -> st
     return f"{name}: `{'.'.join(map(str, path))}`" if path else name
 
 
+def _merge_alternatives(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Return pydantic's errors with those of one setting that takes values of several types as one error: pydantic
+    reports one for each type, and puts its name behind the setting's."""
+    merged: list[ErrorDetails] = []
+    by_setting: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
+    for error in errors:
+        setting = _find_alternatives(error["loc"])
+        if setting is None:
+            merged.append(error)
+        else:
+            by_setting.setdefault(setting, []).append(error)
+    for setting, group in by_setting.items():
+        # Errors of values inside: their type fits, and its content does not.
+        inside = [error for error in group if len(error["loc"]) > len(setting) + 1]
+        merged += [{**error, "loc": (*setting, *error["loc"][len(setting) + 1 :])} for error in inside]
+        if not inside:
+            merged.append({**group[0], "loc": setting, "type": "no_alternative"})
+    return merged
+
+
+def _find_alternatives(location: tuple[int | str, ...]) -> tuple[int | str, ...] | None:
+    """Return the part of a location that is a setting with values of several types, if something is behind it."""
+    for end in range(1, len(location)):
+        if isinstance(location[end - 1], str):
+            fields = [s.model_fields.get(str(location[end - 1])) for s in _sections_at(location[: end - 1])]
+            if any(field is not None and has_alternatives(field.annotation) for field in fields):
+                return location[:end]
+    return None
+
+
 def _explain(error: ErrorDetails, locations: SourceLocations, name: str) -> str:
     """Format one pydantic error as location, value, reason and fix."""
     path, kind, value = error["loc"], error["type"], error["input"]
@@ -246,6 +277,8 @@ def _explain(error: ErrorDetails, locations: SourceLocations, name: str) -> str:
     if kind == "missing":
         return f"{where} is missing. {_describe(path)}"
     message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ").rstrip(".")
+    if kind == "no_alternative":
+        return f"{where} is {_short(value)}, which is not a valid value. {_describe(path)}"
     if kind == "invalid_key":
         return f"{where} is not a setting: keys are text."
     return f"{where} is {_short(value)}, but should be {message}. {_describe(path)}"

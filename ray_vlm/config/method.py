@@ -122,8 +122,8 @@ class GrpoMethod(AlignmentMethod):
     samplers: CountOrZero | Annotated[list[Count], Field(min_length=2, max_length=2)] = Field(
         0,
         description="Processes beside the workers that sample, each with an engine of `rollouts` of its own. 0: each "
-        "worker samples the answers to its prompts itself. `[2, 8]`: from 2 to 8, as many as the cluster has room for "
-        "at any time beside the fewest workers.",
+        "worker samples the answers to its prompts itself. `[2, 8]`: 2 at the start, and up to 8 while the cluster has "
+        "room for them beside the fewest workers.",
     )
     cpus_per_sampler: float | None = Field(
         None,

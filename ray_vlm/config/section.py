@@ -1,6 +1,7 @@
 """The base class of all sections of a job, and sections whose settings depend on their `name`."""
 
-from typing import Annotated, get_args
+from types import UnionType
+from typing import Annotated, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -40,6 +41,13 @@ def sections_of(annotation: object) -> list[type[BaseModel]]:
     """Return the sections that a field may hold: one, all variants of a union, or none where it holds a value."""
     options = (annotation, *get_args(annotation))
     return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def has_alternatives(annotation: object) -> bool:
+    """Return whether a field may hold values of several types, None aside, and not only sections."""
+    options = [option for option in get_args(annotation) if option is not type(None)]
+    union = get_origin(annotation) in (Union, UnionType)
+    return union and len(options) > 1 and len(sections_of(annotation)) < len(options)
 
 
 def without_variant(location: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -90,7 +90,12 @@ class Missing:
 
 
 class SamplerLost(Exception):
-    """A sampler's process is gone, or cannot be reached for now."""
+    """A sampler's process is gone, or cannot be reached for now. `ended`: on purpose, so that it does not come back by
+    itself."""
+
+    def __init__(self, reason: str, ended: bool = False):
+        super().__init__(reason)
+        self.ended = ended
 
 
 class SamplerFailed(Exception):
@@ -167,6 +172,7 @@ class SamplerPool(Engine):
         share = samplers.count * context.rank // context.world_size  # where this rank begins
         self._dealer: Dealer[Answer] = Dealer(samplers.count, share, max_deaths)
         self._lengths, self._times = Lengths(), PoolTimes()
+        self._answering: set[int] = set()  # samplers that have answered within `_times`
         self._token, self._pushed = context.broadcast(uuid4().hex), 0
         self._weights: dict[Version, Weights] = {}  # those that a call still asks for, and the newest
         self._requests: dict[int, _Request] = {}
@@ -270,8 +276,8 @@ class SamplerPool(Engine):
         """Return the times since the last call."""
         with self._lock:
             times, self._times = self._times, PoolTimes()
-            alive = self._dealer.num_alive
-        share = self._context.world_size / max(1, alive)
+            alive, answered, self._answering = self._dealer.num_alive, len(self._answering), set()
+        share = self._context.world_size / max(1, alive, answered)  # one that answered may be gone since
         return PoolTimes(times.waited, times.busy * share, times.idle * share, alive)
 
     def drop(self, call: int) -> None:
@@ -366,8 +372,8 @@ class SamplerPool(Engine):
         except (SamplerLost, SamplerFailed) as error:
             now = time.monotonic()
             self._dealer.absent(sampler, now)
-            self._gone_since = min(self._gone_since, now)
-            if not self._dealer.num_alive and self._guest and now - self._gone_since > _GUEST_WAIT_S:
+            self._gone_since = float("inf") if self._dealer.num_alive else min(self._gone_since, now)
+            if self._guest and now - self._gone_since > _GUEST_WAIT_S:
                 raise RunError(
                     f"no sampler of the run has been there for {now - self._gone_since:.0f} s ({error}). Ask "
                     "again while the run goes on, or use evaluate.engine=transformers."
@@ -385,7 +391,7 @@ class SamplerPool(Engine):
             count = len(portion.rows)
             prompts = "its prompt goes" if count == 1 else f"its {count} prompts go"
             logger.warning(f"sampler {sampler} is gone ({error}); {prompts} to another")
-            self._dealer.died(sampler, time.monotonic(), str(error))
+            self._dealer.died(sampler, time.monotonic(), str(error), error.ended)
             return
         except SamplerFailed as error:  # its device may be unusable, so the process ends too
             logger.warning(f"sampler {sampler} failed ({error}); it is started again")
@@ -396,6 +402,7 @@ class SamplerPool(Engine):
             self._bring(sampler, portion, reply.version)
             return
         self._tries.pop(portion.number, None)
+        self._answering.add(sampler)
         self._times.busy += reply.busy_s
         self._times.idle += reply.idle_s
         complete = self._requests[portion.call].is_complete(reply.answers)

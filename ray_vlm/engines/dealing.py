@@ -60,9 +60,18 @@ _Answer = TypeVar("_Answer")
 class _Sampler:
     portion: Portion | None = None  # that it answers now
     alive: bool = False
+    doubted: bool = False  # another one is gone, and this one has not said since that it is there
     losses: int = 0  # since it was last there
     joins: int = 0  # how often it has come
     asked_at: float = 0.0  # when it is next asked whether it is there; inf while such a question is under way
+
+    @property
+    def is_free(self) -> bool:
+        return self.alive and not self.doubted and self.portion is None
+
+    @property
+    def is_asked(self) -> bool:
+        return not self.alive or self.doubted
 
 
 @dataclass
@@ -124,7 +133,7 @@ class Dealer(Generic[_Answer]):
         dealt = []
         for number in self._order:
             sampler = self._samplers[number]
-            if sampler.alive and sampler.portion is None and (portion := self._next_for(number)) is not None:
+            if sampler.is_free and (portion := self._next_for(number)) is not None:
                 sampler.portion = portion
                 dealt.append((number, portion))
         return dealt
@@ -157,19 +166,28 @@ class Dealer(Generic[_Answer]):
         state = self._samplers[sampler]
         return state.alive and state.portion is not None and state.portion.number == portion.number
 
-    def died(self, sampler: int, now: float, reason: str = "") -> None:
+    def died(self, sampler: int, now: float, reason: str = "", ended: bool = False) -> None:
         """Record that a sampler is gone, and why if that is known. Its portion is dealt again. Raise `RunError` if more
-        died with this portion than may."""
+        died with this portion than may.
+
+        Others may be gone with it, as those of one node are, so the free ones get no portion until they have said that
+        they are there: a portion must not count the deaths of samplers that it did not reach. `ended`: on purpose,
+        which does not count."""
         state = self._samplers[sampler]
-        portion, state.portion, state.alive = state.portion, None, False
+        portion, state.portion, state.alive, state.doubted = state.portion, None, False, False
         self._wait(state, now)
         self._release(sampler)
+        for other in self._samplers:
+            if other.is_free:
+                other.doubted, other.asked_at = True, now
         if portion is None:
             return
         portion = replace(portion, only=None)
+        self._push(portion)
+        if ended:
+            return
         deaths = self._calls[portion.call].deaths
         deaths[portion.number] = deaths.get(portion.number, 0) + 1
-        self._push(portion)
         if deaths[portion.number] > self._max_deaths:
             raise RunError(
                 f"{deaths[portion.number]} samplers died one after another while they answered the same "
@@ -180,23 +198,29 @@ class Dealer(Generic[_Answer]):
 
     def absent(self, sampler: int, now: float) -> None:
         """Record that a sampler has not said that it is there."""
-        self._wait(self._samplers[sampler], now)
+        state = self._samplers[sampler]
+        if state.doubted:
+            state.alive, state.doubted = False, False
+            self._release(sampler)
+        self._wait(state, now)
 
     def joined(self, sampler: int) -> None:
         """Record that a sampler is there."""
         state = self._samplers[sampler]
-        state.alive, state.losses, state.joins = True, 0, state.joins + 1
+        state.joins += not state.alive
+        state.alive, state.doubted, state.losses = True, False, 0
 
     def due(self, now: float) -> list[int]:
-        """Return the absent samplers that are to be asked now whether they are there; each only once."""
-        due = [n for n, state in enumerate(self._samplers) if not state.alive and state.asked_at <= now]
+        """Return the absent and the doubted samplers that are to be asked now whether they are there; each only
+        once."""
+        due = [n for n, state in enumerate(self._samplers) if state.is_asked and state.asked_at <= now]
         for number in due:
             self._samplers[number].asked_at = float("inf")
         return due
 
     def next_due(self) -> float:
         """Return when `due` is next worth a call; infinity if no sampler is absent or all of these have been asked."""
-        return min((state.asked_at for state in self._samplers if not state.alive), default=float("inf"))
+        return min((state.asked_at for state in self._samplers if state.is_asked), default=float("inf"))
 
     def is_done(self, call: int) -> bool:
         """Return whether all rows of a call are answered."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
+from threading import Thread
 from typing import Any
 
 from ray_vlm.engines.actors import SamplerFailed, SamplerLost
@@ -27,20 +28,33 @@ class RaySamplers:
 
     def ask(self, sampler: int, method: str, *args: object) -> "Future[Any]":
         reply: Future[Any] = Future()
-        actor = self._actors[sampler] = self._actors[sampler] or self._look_up(sampler)
-        if actor is None:
+        if self._actors[sampler] is not None:
+            self._call(sampler, reply, method, args)
+        elif method == "ping":  # Ray may wait for its head for a minute, so the caller does not wait for this
+            Thread(target=self._find_and_call, args=(sampler, reply, method, args), daemon=True).start()
+        else:
             reply.set_exception(SamplerLost("it is not started"))
-            return reply
-        done = getattr(actor, method).remote(*args).future()
-        done.add_done_callback(partial(self._pass_on, sampler, reply))
         return reply
 
+    def _find_and_call(self, sampler: int, reply: "Future[Any]", method: str, args: Sequence[object]) -> None:
+        self._actors[sampler] = self._look_up(sampler)
+        if self._actors[sampler] is None:
+            reply.set_exception(SamplerLost("it is not started"))
+        else:
+            self._call(sampler, reply, method, args)
+
+    def _call(self, sampler: int, reply: "Future[Any]", method: str, args: Sequence[object]) -> None:
+        done = getattr(self._actors[sampler], method).remote(*args).future()
+        done.add_done_callback(partial(self._pass_on, sampler, reply))
+
     def _look_up(self, sampler: int) -> object | None:
+        """Return the actor with a sampler's name; None if there is none, or the cluster's head does not answer."""
         import ray
+        from ray.exceptions import RayError
 
         try:
             return ray.get_actor(self._names[sampler], self._namespace)
-        except ValueError:  # no actor has the name
+        except (ValueError, RayError, ConnectionError, TimeoutError):
             return None
 
     def share(self, value: object) -> object:
@@ -65,8 +79,9 @@ class RaySamplers:
             own = cause if isinstance(cause, RayVlmError) else SamplerFailed(f"{type(cause).__name__}: {cause}")
             reply.set_exception(own)
         except RayError as error:
-            if isinstance(error, ActorDiedError):  # for good: an actor that is started later has the same name
+            ended = isinstance(error, ActorDiedError)  # for good: an actor that is started later has the same name
+            if ended:
                 self._actors[sampler] = None
-            reply.set_exception(SamplerLost(type(error).__name__))
+            reply.set_exception(SamplerLost(type(error).__name__, ended))
         except RayVlmError as error:
             reply.set_exception(error)

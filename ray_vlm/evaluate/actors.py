@@ -241,7 +241,7 @@ def _run_on_ray(
 def build_actor_demand(job: JobConfig, count: int) -> ClusterDemand:
     """Return what that many actors demand of a cluster: as many workers, and no validation process."""
     cluster = job.cluster.model_copy(update={"num_workers": count})
-    return replace(build_demand(job), cluster=cluster, num_validators=0, num_samplers=0)
+    return replace(build_demand(job), cluster=cluster, num_validators=0, num_samplers=0, most_samplers=0)
 
 
 def _build_dataset(

@@ -79,11 +79,13 @@ def measure_compute(run: Run) -> dict[str, Any]:
 
 
 def _samplers(run: Run) -> tuple[float, float]:
-    """Return the CPUs and the GPUs of all samplers beside the workers; if their number changed, the mean over steps."""
+    """Return the CPUs and the GPUs of all samplers beside the workers; if their number changed, the mean over the time
+    of the steps."""
     configured = setting(run.job, "method.samplers") or 0
-    counts = [number_of(line, "samplers") for line in run.of_kind("train") if is_number(line.get("samplers"))]
-    fewest = configured[0] if isinstance(configured, list) else configured
-    count = sum(counts) / len(counts) if isinstance(configured, list) and counts else float(fewest)
+    count = float(configured[0] if isinstance(configured, list) else configured)
+    steps = [line for line in run.of_kind("train") if is_number(line.get("samplers"))]
+    if isinstance(configured, list) and (total := _sum(steps, "step_s")):
+        count = sum(number_of(line, "samplers") * number_of(line, "step_s") for line in steps) / total
     cpus, cards = setting(run.job, "method.cpus_per_sampler"), setting(run.job, "method.gpus_per_sampler")
     if cards is None:
         cards = float(bool(setting(run.job, "cluster.gpus_per_worker")))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from ray_vlm.cluster.connect import connect, sampler_room, tell_idle_gpus
@@ -35,7 +34,7 @@ from ray_vlm.train.restarts import (
     restart_backoff,
     should_restart,
 )
-from ray_vlm.train.samplers import SamplerCount, describe_samplers, start_samplers
+from ray_vlm.train.samplers import SamplerCount, SamplerRoom, describe_samplers, start_samplers
 from ray_vlm.train.start import start_worker
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
@@ -108,17 +107,21 @@ def _train_in_ray(
         paths.store.remove(STOP_FILE)
         console = _StepWatcher(request, paths, spec.plan.num_steps, log_every_steps)
         minutes = demand.cluster.startup_minutes
-        samplers = SamplerCount(demand.num_samplers, demand.most_samplers, layout.num_samplers, demand.sampler)
-        room = partial(sampler_room, replace(demand, num_loaders=layout.num_loaders), at_once)
-        with follow(paths, console), start_samplers(spec, samplers, minutes, room) as spec:
-            if spec.samplers:
-                update_manifest(paths, samplers=describe_samplers(spec.samplers))
-            try:
+        samplers = SamplerCount(demand.num_samplers, demand.most_samplers, demand.sampler)
+        planned = replace(demand, num_loaders=layout.num_loaders)
+
+        def look() -> SamplerRoom | None:
+            return SamplerRoom(*sampler_room(planned, at_once)) if request.trained else None
+
+        try:
+            with follow(paths, console), start_samplers(spec, samplers, minutes, look) as spec:
+                if spec.samplers:
+                    update_manifest(paths, samplers=describe_samplers(spec.samplers))
                 result = _retry(demand.cluster, spec, paths, request, advice)
-            except KeyboardInterrupt:  # the workers must not outlive the driver
-                ray.shutdown()
-                shutil.rmtree(_scratch(paths), ignore_errors=True)
-                raise
+        except KeyboardInterrupt:  # the workers must not outlive the driver
+            ray.shutdown()
+            shutil.rmtree(_scratch(paths), ignore_errors=True)
+            raise
     paths.store.remove(STOP_FILE)
     shutil.rmtree(_scratch(paths), ignore_errors=True)  # Ray's own state, not needed any more
     return result

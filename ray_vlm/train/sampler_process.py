@@ -140,14 +140,14 @@ def _load_vllm(spec: WorkerSpec, resources: tuple[float, float]) -> _Loaded:
     model = build_adapter_alone(job.model, job.lora, builder.family)
     device = "cuda:0" if job.cluster.gpus_per_worker else "cpu"
     settings = EngineSettings(job.model, job.train.precision, job.seed, device)
-    limits = replace(plan_limits(job.method, job.evaluate, spec), sequences=_sequences(load_resolved(spec.job)))
+    limits = replace(plan_limits(job.method, job.evaluate, spec), sequences=count_sequences(load_resolved(spec.job)))
     named = "vllm_gpu_memory_utilization" in job.method.trl
     share = VLLM_SHARE if job.cluster.gpus_per_worker and not named else None  # the card is the engine's alone
     engine = build_training_engine(settings, limits, model, builder, build_args(job, spec), sleep=0, share=share)
     return _Loaded(model, engine)
 
 
-def _sequences(job: JobConfig) -> int:
+def count_sequences(job: JobConfig) -> int:
     """Return how many answers a sampler of vLLM samples at a time."""
     assert isinstance(job.method, GrpoMethod)
     group = job.method.num_generations

@@ -5,14 +5,16 @@ workers alone, so each sampler has a group of its own, placed before the workers
 and a process that died finds its place reserved. Ray starts a sampler again, on another node if its node is gone; the
 workers give it the weights again (`engines/actors.py`).
 
-With a range, such as `[2, 8]`, there are as many samplers as the cluster's nodes have room for beside the workers, and
-the driver looks every few seconds whether that has changed.
+With a range, such as `[2, 8]`, the run begins with the fewest. Once the workers train, the driver looks every few
+seconds how many the cluster's nodes have room for. It starts further ones only where their place is free, and ends
+further ones that have lost theirs, so that none waits for the card of a worker that is started again.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
@@ -25,17 +27,25 @@ from ray_vlm.train.worker_spec import WorkerSpec
 logger = logging.getLogger(__name__)
 _START_S = 60.0  # for Ray to place all samplers; those that come later join later
 _LOOK_S = 5.0  # between two looks at the cluster's nodes
+_RETRY_S = 60.0  # after a further sampler has found no place
 
 
 @dataclass(frozen=True)
 class SamplerCount:
-    """How many samplers a run has: the fewest and the most, and with how many it starts. `resources`: CPUs and GPUs of
-    each."""
+    """How many samplers a run has: the fewest and the most. `resources`: CPUs and GPUs of each."""
 
     fewest: int
     most: int
-    first: int
     resources: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SamplerRoom:
+    """How many samplers the cluster's nodes have room for beside the workers, and for how many more there is a place
+    that nothing uses now."""
+
+    in_all: int
+    free: int
 
 
 class SamplerGroup:
@@ -62,6 +72,20 @@ class SamplerGroup:
         for number in sorted(self._groups, key=lambda n: (self._is_placed(n), -n))[: max(0, len(self) - count)]:
             self._end(number)
 
+    def drop_unplaced(self, least: int) -> int:
+        """End samplers without a place as long as there are more than `least`, and return how many."""
+        unplaced = [number for number in self._groups if not self._is_placed(number)]
+        dropped = unplaced[: max(0, len(self) - least)]
+        for number in dropped:
+            self._end(number)
+        return len(dropped)
+
+    def close(self) -> None:
+        """End all samplers, also where Ray refuses one of them."""
+        for number in list(self._groups):
+            with suppress(*_refusals()):
+                self._end(number)
+
     def wait(self, timeout_s: float) -> int:
         """Wait until all have a place, and return how many have one."""
         import ray
@@ -79,18 +103,19 @@ class SamplerGroup:
         options = {"name": self._names[number], "namespace": NAMESPACE, "scheduling_strategy": strategy}
         try:
             actor: Any = self._remote.options(**options).remote(self._spec, number, self._resources)
-        except ValueError:  # one that was ended a moment ago still has the name
+        except BaseException:  # for example ValueError: one that was ended a moment ago still has the name
             remove_placement_group(group)
             raise
-        actor.load.remote()  # while the workers start
         self._groups[number], self._actors[number] = group, actor
+        actor.load.remote()  # while the workers start
 
     def _end(self, number: int) -> None:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        ray.kill(self._actors.pop(number))
-        remove_placement_group(self._groups.pop(number))
+        ray.kill(self._actors[number])
+        remove_placement_group(self._groups[number])
+        del self._actors[number], self._groups[number]
 
     def _is_placed(self, number: int) -> bool:
         from ray.util.placement_group import placement_group_table
@@ -100,13 +125,13 @@ class SamplerGroup:
 
 @contextmanager
 def start_samplers(
-    spec: WorkerSpec, count: SamplerCount, startup_minutes: float, count_room: Callable[[], int]
+    spec: WorkerSpec, count: SamplerCount, startup_minutes: float, look: Callable[[], SamplerRoom | None]
 ) -> Iterator[WorkerSpec]:
     """Start the samplers of the job, and yield the spec with the names of the most that there may be; end them
     afterwards.
 
-    `startup_minutes`: how long a cluster may take to start nodes. `count_room`: returns how many samplers the cluster
-    has room for now; it is asked if their number is a range. Raise `RunError` if not even one can be placed."""
+    `startup_minutes`: how long a cluster may take to start nodes. `look`: returns the room for samplers, None while the
+    workers do not train; it is asked if their number is a range. Raise `RunError` if not even one can be placed."""
     if not count.most:
         yield spec
         return
@@ -115,40 +140,54 @@ def start_samplers(
     token, over = uuid4().hex[:8], threading.Event()
     names = tuple(f"ray-vlm-sampler-{token}-{number}" for number in range(count.most))
     samplers = SamplerGroup(spec, names, count.resources)
-    follower = threading.Thread(target=_follow, args=(samplers, count_room, over), name="ray-vlm-sampler-count")
+    follower = threading.Thread(
+        target=_follow, args=(samplers, count.fewest, look, over), name="ray-vlm-sampler-count", daemon=True
+    )
     try:
-        samplers.resize(count.first)
+        samplers.resize(count.fewest)
         placed = samplers.wait(max(_START_S, 60 * startup_minutes))
         if not placed:
             cpus, gpus = count.resources
             raise RunError(
-                f"method.samplers={count.fewest}: Ray has not placed any sampler of {cpus:g} CPU and {gpus:g} GPU. "
+                f"method.samplers: Ray has placed none of {count.fewest} samplers of {cpus:g} CPU and {gpus:g} GPU. "
                 "Other runs may hold what they need: wait for these, lower method.samplers, or add nodes."
             )
-        logger.info(f"{placed} of {count.first} samplers are placed")
+        logger.info(f"{placed} of {count.fewest} samplers are placed")
         if count.fewest < count.most:
             follower.start()
         yield replace(spec, samplers=names)
     finally:
         over.set()
         if follower.is_alive():
-            follower.join()
-        if ray.is_initialized():  # not after Ctrl-C
-            samplers.resize(0)
+            follower.join(_LOOK_S)
+        if ray.is_initialized():
+            samplers.close()
 
 
-def _follow(samplers: SamplerGroup, count_room: Callable[[], int], over: threading.Event) -> None:
+def _follow(samplers: SamplerGroup, fewest: int, look: Callable[[], SamplerRoom | None], over: threading.Event) -> None:
     """Keep as many samplers as the cluster has room for, until `over`."""
-    from ray.exceptions import RayError
-
+    retry_at = 0.0
     while not over.wait(_LOOK_S):
         try:
-            before, now = len(samplers), count_room()
-            if now != before:
-                logger.info(f"the cluster has changed: {now} sampler{'' if now == 1 else 's'}, after {before}")
+            if samplers.drop_unplaced(fewest):
+                retry_at = time.monotonic() + _RETRY_S
+            before, room = len(samplers), look()
+            if room is None:
+                continue
+            more = room.free if time.monotonic() >= retry_at else 0
+            now = max(fewest, min(room.in_all, before + more))
+            if now != before and not over.is_set():
+                logger.info(f"{now} sampler{'' if now == 1 else 's'}, {before} before: the cluster has changed")
                 samplers.resize(now)
-        except (RayError, ConnectionError, RuntimeError, ValueError) as error:  # the head does not answer for now
+        except _refusals() as error:  # for example while the head does not answer
             logger.debug(f"the number of samplers stays: {error}")
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return the errors that Ray's calls raise, for example while the cluster's head does not answer."""
+    from ray.exceptions import RayError
+
+    return RayError, ConnectionError, RuntimeError, ValueError
 
 
 def describe_samplers(names: Sequence[str]) -> dict[str, Any]:

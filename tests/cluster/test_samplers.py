@@ -50,6 +50,14 @@ def _same(paths: RunPaths, other: RunPaths) -> None:
     assert _weights(paths) == _weights(other)
 
 
+def _wait_for_the_end(limit_s: float = 20.0) -> None:
+    """Wait until Ray has ended the processes of all samplers."""
+    end = time.monotonic() + limit_s
+    while processes(TITLE) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not processes(TITLE)
+
+
 @pytest.mark.parametrize(
     ("target", "steps", "counts"),
     [
@@ -69,7 +77,7 @@ def test_samplers_sample_what_a_worker_samples_to_the_bit(
         paths = _train(path, f"run.name=beside-{count}", "cluster.num_workers=1", f"method.samplers={count}")
         _same(paths, inside)
         assert {line["staleness"] for line in _lines(paths)} == {0.0}
-    assert not processes(TITLE)
+    _wait_for_the_end()
 
 
 @pytest.mark.slow
@@ -135,8 +143,7 @@ def test_a_killed_sampler_and_a_killed_worker(ray_cluster, job_of) -> None:
     _at_step(paths, 4, lambda: kill_process("RayTrainWorker"))
     _train(path, "run.name=hurt", "method.samplers=1", "checkpoint.every_steps=2")
     _same(paths, inside)
-    time.sleep(1.0)
-    assert not processes(TITLE)
+    _wait_for_the_end()
 
 
 def _command(*words: str) -> None:

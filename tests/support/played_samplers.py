@@ -27,6 +27,8 @@ def expected_group(weight: float, seeds: Sequence[int], group: int) -> list[Comp
 class PlayedSampler:
     """The process of a sampler: a thread that works off what it is asked, in that order."""
 
+    busy_s = 0.0  # that each portion is said to take
+
     def __init__(self, before: Callable[["PlayedSampler"], None]):
         self.versions: dict[Version, Weights] = {}
         self.lent: set[Version] = set()  # of `versions`, those of guests
@@ -73,7 +75,7 @@ class PlayedSampler:
         self._before(self)
         data = self.versions[version].values["w"][0]
         weight = float(data.view(np.float32)[0])
-        return Answered([expected_group(weight, own, sampling.num_generations) for own in seeds], 0.0, 0.0)
+        return Answered([expected_group(weight, own, sampling.num_generations) for own in seeds], self.busy_s, 0.0)
 
     def answer(self, version: Version, rows: Sequence[Sample], max_new_tokens: int) -> Answered | Missing:
         return Answered([[sample.number] * max_new_tokens for sample in rows], 0.0, 0.0)

@@ -1,7 +1,13 @@
 """Whether a cluster can run a job: everything missing is reported at once, and Ray Data always has a CPU."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
 
+from ray_vlm.cluster.connect import sampler_room
 from ray_vlm.cluster.preflight import (
     ClusterDemand,
     Layout,
@@ -135,7 +141,7 @@ def test_samplers_take_their_cards_before_the_workers() -> None:
     assert expected_resources({}, demand) == {"CPU": 14.0, "GPU": 4.0}
     card = {"CPU": 8.0, "GPU": 2.0}
     layout = plan_layout(demand, {"CPU": 16, "GPU": 4}, [card, card])
-    assert layout == Layout(1, 1.0, beside_workers=True, num_samplers=2)
+    assert layout == Layout(1, 1.0, beside_workers=True)
     with pytest.raises(RunError, match=r"2 workers of 1 GPU need 2 beside 2 samplers, but the cluster has 1\."):
         plan_layout(demand, {"CPU": 16, "GPU": 3})
     with pytest.raises(RunError, match=r"method\.samplers=2: samplers of 1 GPU need 2, but the cluster has 1, and"):
@@ -157,7 +163,7 @@ def test_as_many_samplers_as_the_fewest_workers_leave_room_for(nodes: list[int],
     cards = [{"CPU": 16.0, "GPU": float(gpus)} for gpus in nodes]
     total = {name: sum(node[name] for node in cards) for name in ("CPU", "GPU")}
     assert count_samplers(demand, total, cards) == count
-    assert plan_layout(demand, total, cards).num_samplers == count
+    assert plan_layout(demand, total, cards).num_loaders == 1
 
 
 def test_samplers_never_take_the_cpus_of_workers_and_loaders() -> None:
@@ -165,13 +171,75 @@ def test_samplers_never_take_the_cpus_of_workers_and_loaders() -> None:
     assert [count_samplers(demand, {"CPU": cpus}, [{"CPU": cpus}]) for cpus in (2.0, 3.0, 4.0, 5.0, 9.0)] == [
         *(1, 1, 2, 3, 3)
     ]
-    assert cpus_needed(demand) == 1 + 3 + 1
+    assert cpus_needed(demand) == 1 + 1 + 1, "the fewest"
+    assert expected_resources({}, demand)["CPU"] == 3
     apart = [{"CPU": 2.0}, {"CPU": 2.0}]  # two runs share the nodes, and have a worker, a loader and a sampler each
     assert count_samplers(_apart([1, 2], {"num_workers": 1}), {"CPU": 3.0}, [{"CPU": 6.0}], at_once=2) == 1
     assert count_samplers(_apart([1, 2], {"num_workers": 1}, cpus_per_sampler=2), {"CPU": 4.0}, apart) == 1
     assert count_samplers(_apart(2, {"num_workers": 1}), {"CPU": 0.0}) == 2, "a fixed number is what the user asks for"
     with pytest.raises(RunError, match=r"method\.samplers=1: samplers of 1 CPU need 1, but the cluster has 0"):
         plan_layout(demand, {"CPU": 0.0})
+
+
+def _can_place(processes: Sequence[tuple[float, float]], nodes: Sequence[tuple[float, float]]) -> bool:
+    """Whether all processes find a node: every way is tried."""
+    if not processes:
+        return True
+    (cpus, gpus), rest = processes[0], processes[1:]
+    for i, (free_cpus, free_gpus) in enumerate(nodes):
+        left = (free_cpus - cpus, free_gpus - gpus)
+        if min(left) > -1e-6 and _can_place(rest, [*nodes[:i], left, *nodes[i + 1 :]]):
+            return True
+    return False
+
+
+def test_a_range_never_asks_for_more_than_a_number_would_be_given() -> None:
+    """On any cluster on which the fewest samplers run: the run starts, and what is counted would start as a fixed
+    number too, with a whole CPU for each loader, and with a node for each process."""
+    rng, more = np.random.default_rng(0), 0
+    for _ in range(400):
+        workers: object = [1, int(rng.integers(2, 4))] if rng.random() < 0.5 else int(rng.integers(1, 3))
+        each = {"cpus_per_worker": float(rng.choice([1, 1.1, 2])), "gpus_per_worker": int(rng.integers(0, 2))}
+        cluster, at_once = {"num_workers": workers, **each}, int(rng.integers(1, 3))
+        sampler = {"cpus_per_sampler": float(rng.choice([1, 1.1, 2]))}
+        nodes = [
+            {"CPU": float(rng.integers(1, 9)), "GPU": float(rng.integers(0, 4))} for _ in range(rng.integers(1, 4))
+        ]
+        share = {name: sum(node[name] for node in nodes) / at_once for name in ("CPU", "GPU")}
+        loaders: Any = rng.choice(["ray_data", "threads"])
+        demand, fewest = (replace(_apart(samplers, cluster, **sampler), loaders=loaders) for samplers in ([1, 4], 1))
+        try:
+            plan_layout(fewest, share, nodes, at_once)
+        except RunError:
+            continue
+        count = count_samplers(demand, share, nodes, at_once)
+        plan_layout(demand, share, nodes, at_once)
+        fixed = replace(_apart(count, cluster, **sampler), loaders=loaders)
+        layout = plan_layout(fixed, share, nodes, at_once)
+        if count == 1:
+            continue
+        more += 1
+        assert layout.cpus_per_loader == 1.0
+        sets = [fixed.sampler] * count + [(each["cpus_per_worker"], each["gpus_per_worker"])] * (
+            fixed.cluster.least_workers
+        )
+        assert _can_place(sets * at_once, [(node["CPU"], node["GPU"]) for node in nodes])
+    assert more > 40
+
+
+def test_fractional_cpus_leave_no_sampler_out() -> None:
+    demand = _apart([1, 50], {"num_workers": 1}, cpus_per_sampler=1.1)
+    assert count_samplers(demand, {"CPU": 57.0}, [{"CPU": 57.0}]) == 50
+
+
+@pytest.mark.parametrize(("at_once", "room"), [(1, (4, 6)), (2, (1, 6))])
+def test_the_room_for_samplers_now(at_once: int, room: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the cluster's nodes, shared by all runs, and of what nothing uses."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 7.0}}, {"Alive": False, "Resources": {"CPU": 99.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 7.0})
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 6.5})
+    assert sampler_room(_apart([1, 4], {"num_workers": 1}), at_once) == room
 
 
 def test_samplers_on_cores_and_on_nodes() -> None:

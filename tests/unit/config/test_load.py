@@ -297,3 +297,28 @@ def test_a_resumed_job_without_a_shuffle_has_that_of_its_run(tmp_path: Path) -> 
     assert keep_shuffle(run, open_job).data.shuffle == "full"
     with pytest.raises(ConfigError, match=r"has data\.shuffle='x', which was altered"):
         keep_shuffle({"data": {"shuffle": "x"}}, open_job)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.samplers=[2]", "`method.samplers` is [2], which is not a valid value. (Processes beside the workers"),
+        ("method.samplers='2'", "`method.samplers` is '2', which is not a valid value. ("),
+        ("method.samplers=true", "`method.samplers` is True, which is not a valid value. ("),
+        ("method.samplers=-1", "`method.samplers` is -1, which is not a valid value. ("),
+        ("method.samplers=[0, 2]", "`method.samplers.0` is 0, but should be greater than or equal to 1. ("),
+        ("method.samplers=[1, 2.5]", "`method.samplers.1` is 2.5, but should be a valid integer. ("),
+        ("cluster.num_workers=x", "`cluster.num_workers` is 'x', which is not a valid value. (Training processes."),
+        ("data.oversample={a: x}", "`data.oversample.a` is 'x', but should be a valid number."),
+        ("data.oversample=autoo", "`data.oversample` is 'autoo', which is not a valid value. (How often rows"),
+        ("train.gradient_checkpointing=maybe", "`train.gradient_checkpointing` is 'maybe', which is not a valid"),
+        ("tune.metric=3", "`tune.metric` is 3, which is not a valid value. (Metric that ranks trials"),
+        ("pairs.temperature=[1, hot]", "`pairs.temperature.1` is 'hot', but should be a valid number."),
+    ],
+)
+def test_a_setting_of_several_types_has_one_error(override: str, message: str, job_file) -> None:
+    """pydantic reports an error for each type, with names such as `constrained-int` behind the setting's."""
+    with pytest.raises(ConfigError) as error:
+        load_job(job_file(method={"name": "grpo"}), [override])
+    (problem,) = error.value.problems
+    assert message in problem

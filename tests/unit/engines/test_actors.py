@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.engines.actors import SamplerFailed, SamplerLost, SamplerPool, Weights
@@ -169,17 +169,65 @@ def test_an_actor_that_is_started_later_is_reached_by_its_name(monkeypatch: pyte
     samplers = RaySamplers(["a", "b"], "ray_vlm")
     assert samplers.count == 2
     assert samplers.are_gone
-    with pytest.raises(SamplerLost, match="not started"):
-        samplers.ask(0, "ping").result(5)
+    for method in ("ping", "push"):
+        with pytest.raises(SamplerLost, match="not started"):
+            samplers.ask(0, method).result(5)
     actors["a"] = Actor(ActorDiedError())
-    with pytest.raises(SamplerLost, match="ActorDiedError"):
+    with pytest.raises(SamplerLost, match="ActorDiedError") as ended:
         samplers.ask(0, "ping").result(5)
+    assert ended.value.ended
     actors["a"] = Actor("another process")
     assert samplers.ask(0, "ping").result(5) == "another process"
     assert not samplers.are_gone
     actors["b"] = Actor(ActorUnavailableError("for now", None))
-    with pytest.raises(SamplerLost, match="ActorUnavailableError"):
+    with pytest.raises(SamplerLost, match="ActorUnavailableError") as away:
         samplers.ask(1, "ping").result(5)
+    assert not away.value.ended
+    again = actors["b"] = Actor("under the same name")
+    with pytest.raises(SamplerLost, match="ActorUnavailableError"):  # the handle of an actor that comes back stays
+        samplers.ask(1, "ping").result(5)
+    assert again.reply.result() == "under the same name"
+
+
+def test_a_head_that_does_not_answer_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+
+    def get_actor(name: str, namespace: str) -> Actor:
+        if not answers.wait(0.3):
+            raise GetTimeoutError("There was timeout in getting the actor handle")
+        return Actor("here")
+
+    monkeypatch.setattr("ray.get_actor", get_actor)
+    samplers = RaySamplers(["a"], "ray_vlm")
+    started = time.monotonic()
+    reply = samplers.ask(0, "ping")
+    assert time.monotonic() - started < 0.2
+    with pytest.raises(SamplerLost, match="not started"):
+        reply.result(5)
+    answers.set()
+    assert samplers.ask(0, "ping").result(5) == "here"
+
+
+def test_the_time_of_samplers_is_of_those_that_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of those that are gone at the end of the step; those that never came do not count."""
+    monkeypatch.setattr(PlayedSampler, "busy_s", 10.0)
+    samplers = PlayedSamplers(4, lambda sampler: time.sleep(0.02))
+    samplers.absent.add(3)
+    pool = _pool(samplers)
+    pool.update(_model(1.0))
+    _sample(pool, range(3))  # each of the three that are there has one
+    times = pool.take_times()
+    assert (times.busy, times.samplers) == (pytest.approx(2 * 3 * 10.0 / 3), 3), "two ranks ask as much"
+    _sample(pool, range(3))
+    for sampler in range(3):
+        samplers.kill(sampler, again_after=60.0)
+    call = pool.submit([row(9)], SAMPLING, [(0, 9)])
+    end = time.monotonic() + 10
+    while pool._dealer.num_alive and time.monotonic() < end:
+        time.sleep(0.02)
+    times = pool.take_times()
+    assert (times.busy, times.samplers) == (pytest.approx(2 * 3 * 10.0 / 3), 0)
+    pool.drop(call)
 
 
 def test_a_sampler_that_fails_is_started_again() -> None:

@@ -53,6 +53,10 @@ def test_what_one_sampler_is_to_answer_waits_for_it_and_goes_to_others_once_it_i
     assert dealer.answered(0, other[1], _answers(other[1]))
     assert dealer.deal() == []
     dealer.died(1, now=0.0)
+    assert dealer.deal() == [], "the free one may be gone too"
+    assert dealer.due(0.0) == [0]
+    dealer.joined(0)
+    assert dealer.joins(0) == 1, "it was there all the time"
     for call in (first, waiting):
         ((sampler, portion),) = dealer.deal()
         assert (sampler, portion.call) == (0, call)
@@ -60,6 +64,38 @@ def test_what_one_sampler_is_to_answer_waits_for_it_and_goes_to_others_once_it_i
         assert dealer.is_done(call)
     absent = dealer.add([5], 1, only=1)
     assert [(sampler, portion.call) for sampler, portion in dealer.deal()] == [(0, absent)]
+
+
+def test_a_node_with_many_samplers_that_dies_is_one_death_of_a_portion() -> None:
+    """Free samplers are dealt nothing until they have said that they are there, so those of the node get no portion."""
+    dealer = _dealer(8, max_deaths=1)
+    call = dealer.add([5], 1)
+    ((sampler, _),) = dealer.deal()
+    dealer.died(sampler, now=1.0, reason="its node is gone")
+    assert dealer.deal() == []
+    others = dealer.due(1.0)
+    assert sorted([sampler, *others]) == list(range(8))
+    for gone in others[:4]:
+        dealer.absent(gone, now=1.0)
+    dealer.joined(others[4])
+    ((second, portion),) = dealer.deal()
+    assert second == others[4]
+    assert dealer.living() == sorted(others[4:])
+    assert dealer.answered(second, portion, _answers(portion))
+    assert dealer.is_done(call)
+
+
+def test_a_sampler_that_was_ended_on_purpose_does_not_count() -> None:
+    dealer = _dealer(2, max_deaths=0)
+    dealer.add([5], 1)
+    for _ in range(3):
+        ((asked, _),) = dealer.deal()
+        dealer.died(asked, now=0.0, ended=True)
+        for sampler in range(2):
+            dealer.joined(sampler)
+    ((asked, _),) = dealer.deal()
+    with pytest.raises(RunError, match="1 samplers died"):
+        dealer.died(asked, now=0.0)
 
 
 def test_each_rank_begins_with_another_sampler_and_an_earlier_call_comes_first() -> None:

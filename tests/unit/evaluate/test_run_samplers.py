@@ -1,11 +1,13 @@
 """The samplers of a run that goes on, found for an evaluation, and what refuses them."""
 
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
+from ray_vlm.cluster.preflight import cpus_needed
 from ray_vlm.config.load import dump_job, load_job
 from ray_vlm.config.paths import absolute_paths
 from ray_vlm.distributed import DistributedContext
@@ -13,6 +15,7 @@ from ray_vlm.engines import actors
 from ray_vlm.engines.actors import SamplerPool
 from ray_vlm.engines.interface import Sampling
 from ray_vlm.errors import ConfigError, ModelError, RunError
+from ray_vlm.evaluate.actors import build_actor_demand
 from ray_vlm.evaluate.run import num_actors
 from ray_vlm.evaluate.samplers import RunningSamplers, find_samplers, join_samplers
 from ray_vlm.models.load import build_adapter_alone, family_of, load_adapted, load_config
@@ -117,3 +120,31 @@ def test_a_guest_s_weights_are_beside_those_of_the_workers(monkeypatch: pytest.M
     finally:
         for pool in pools:
             pool.close()
+
+
+def test_a_guest_waits_for_a_sampler_that_is_started_again_also_where_another_never_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(actors, "_GUEST_WAIT_S", 0.6)
+    samplers = PlayedSamplers(2)
+    samplers.absent.add(1)
+    pool = SamplerPool(samplers, DistributedContext(), 1, guest=True)
+    try:
+        pool.update(_model(1.0))
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            assert pool.answer([row(0)], 4)
+            time.sleep(0.05)
+        samplers.kill(0, again_after=0.2)
+        assert pool.answer([row(0)], 4)
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("samplers", [2, [1, 4]])
+def test_an_evaluation_needs_no_room_for_the_samplers_of_training(samplers: int | list[int], job_file: Any) -> None:
+    method = {"name": "grpo", "samplers": samplers, "cpus_per_sampler": 8}
+    job = load_job(job_file(method=method, train={"global_batch_size": 64}, cluster={"num_workers": 1}))
+    demand = build_actor_demand(job, 2)
+    assert (demand.cluster.num_workers, demand.num_samplers, demand.most_samplers) == (2, 0, 0)
+    assert cpus_needed(demand) < 8

@@ -8,6 +8,7 @@ import pytest
 from ray_vlm.config.load import dump_job, load_job
 from ray_vlm.models.load import build_adapter_alone, family_of, load_adapted, load_config
 from ray_vlm.train.beside import job_beside
+from ray_vlm.train.sampler_process import count_sequences
 
 
 def test_a_process_beside_the_workers_is_alone_and_samples_by_itself(job_file) -> None:
@@ -38,3 +39,17 @@ def test_an_adapter_without_its_base_has_the_weights_that_workers_train(target: 
     trained = [p for p in alone.parameters() if p.requires_grad]
     assert {p.device.type for p in trained} == {"cpu"}
     assert {p.device.type for p in alone.parameters() if not p.requires_grad} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("samplers", "batch", "sequences"),
+    [(1, None, 8 * 4), (4, None, 2 * 4), ([1, 4], None, 2 * 4), ([1, 3], None, 3 * 4), ([1, 4], 1, 4)],
+)
+def test_a_sampler_of_vllm_samples_a_portion_at_a_time(
+    samplers: int | list[int], batch: int | None, sequences: int, job_file
+) -> None:
+    """A portion is the share of each of the most samplers, whatever their number is now."""
+    method = {"name": "grpo", "samplers": samplers, "sampling_batch": batch, "num_generations": 4, "rollouts": "vllm"}
+    sections = {"lora": {"target": ["language"]}, "train": {"global_batch_size": 32}, "cluster": {"num_workers": 1}}
+    job = load_job(job_file(method=method, **sections))
+    assert count_sequences(job) == sequences

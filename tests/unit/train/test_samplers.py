@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RaySystemError
 
 from ray_vlm.errors import RunError
 from ray_vlm.train import samplers
-from ray_vlm.train.samplers import SamplerCount, SamplerGroup, start_samplers
+from ray_vlm.train.samplers import SamplerCount, SamplerGroup, SamplerRoom, start_samplers
 
 
 class Cluster:
@@ -101,47 +102,95 @@ def test_a_name_that_is_taken_for_a_moment_leaves_nothing_behind(cluster: Cluste
     assert cluster.names == ["a", "b", "c"]
 
 
-def test_a_range_follows_the_cluster_and_all_samplers_end_with_the_run(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_further_samplers_without_a_place_end(cluster: Cluster) -> None:
+    group = _group()
+    group.resize(3)
+    cluster.lost = list(cluster.groups)
+    assert group.drop_unplaced(2) == 1
+    assert len(group) == 2, "the fewest wait for a place"
+    cluster.lost = []
+    group.resize(4)
+    assert group.drop_unplaced(2) == 0
+
+
+def test_all_end_also_where_ray_refuses_one(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    group, kill = _group(), cluster.kill
+    group.resize(3)
+
+    def refuse(actor: Any) -> None:
+        if actor.name == "b":
+            raise RaySystemError("the head does not answer")
+        kill(actor)
+
+    monkeypatch.setattr("ray.kill", refuse)
+    group.close()
+    assert cluster.names == ["b"]
+    monkeypatch.setattr("ray.kill", kill)
+    group.close()
+    assert (cluster.names, cluster.groups) == ([], [])
+
+
+def _wait_for(cluster: Cluster, count: int) -> None:
+    end = time.monotonic() + 10
+    while len(cluster.names) != count and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(cluster.names) == count
+
+
+def _followers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "ray-vlm-sampler-count"]
+
+
+@pytest.fixture
+def spec(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(samplers, "_LOOK_S", 0.01)
     monkeypatch.setattr(samplers, "replace", lambda spec, samplers: samplers)
-    spec: Any = SimpleNamespace()
-    room, answers = 2, True
+    return SimpleNamespace()
 
-    def count_room() -> int:
+
+def test_a_range_follows_the_cluster_and_all_samplers_end_with_the_run(cluster: Cluster, spec: Any) -> None:
+    room: SamplerRoom | None = None
+    answers = True
+
+    def look() -> SamplerRoom | None:
         if not answers:
-            raise ConnectionError("the head does not answer")
+            raise RaySystemError("the head does not answer")
         return room
 
-    def wait_for(count: int) -> None:
-        end = time.monotonic() + 10
-        while len(cluster.names) != count and time.monotonic() < end:
-            time.sleep(0.01)
-        assert len(cluster.names) == count
-
-    with start_samplers(spec, SamplerCount(1, 3, 2, (2.0, 0.0)), 0.0, count_room) as names:
+    with start_samplers(spec, SamplerCount(1, 3, (2.0, 0.0)), 0.0, look) as names:
         assert len(names) == 3, "also of samplers that come later"  # type: ignore[arg-type]
-        for room in (2, 3, 1):
-            wait_for(room)
-        answers = False
-        time.sleep(0.05)
-        assert len(cluster.names) == 1
-        answers, room = True, 2
-        wait_for(2)
+        _wait_for(cluster, 1)  # the workers do not train yet
+        room = SamplerRoom(3, 0)
+        _wait_for(cluster, 1)  # others use what is there
+        room = SamplerRoom(3, 1)
+        _wait_for(cluster, 3)  # one more at each look
+        room = SamplerRoom(1, 9)
+        _wait_for(cluster, 1)
+        answers, room = False, SamplerRoom(2, 1)
+        _wait_for(cluster, 1)
+        answers = True
+        _wait_for(cluster, 2)
+        cluster.lost = cluster.groups[1:]
+        _wait_for(cluster, 1)  # it has lost its place, and is not tried again at once
+        room = None
+    assert (cluster.names, cluster.groups, _followers()) == ([], [], [])
+
+
+def test_a_fixed_number_is_not_followed(cluster: Cluster, spec: Any) -> None:
+    with start_samplers(spec, SamplerCount(2, 2, (2.0, 0.0)), 0.0, lambda: SamplerRoom(1, 1)):
+        _wait_for(cluster, 2)
+        assert not _followers()
+        cluster.lost = list(cluster.groups)
+        _wait_for(cluster, 2)
     assert (cluster.names, cluster.groups) == ([], [])
-    assert not [thread for thread in threading.enumerate() if thread.name == "ray-vlm-sampler-count"]
-    with start_samplers(spec, SamplerCount(2, 2, 2, (2.0, 0.0)), 0.0, count_room):
-        time.sleep(0.05)
-        assert len(cluster.names) == 2, "a fixed number is not followed"
-        assert not [thread for thread in threading.enumerate() if thread.name == "ray-vlm-sampler-count"]
 
 
-def test_samplers_that_find_no_place(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster.has_room, spec = False, SimpleNamespace()
+def test_samplers_that_find_no_place(cluster: Cluster, spec: Any) -> None:
+    cluster.has_room = False
     with (
-        pytest.raises(RunError, match=r"method\.samplers=1: Ray has not placed any sampler of 2 CPU and 0 GPU\."),
-        start_samplers(spec, SamplerCount(1, 3, 2, (2.0, 0.0)), 0.0, lambda: 2),  # type: ignore[arg-type]
+        pytest.raises(RunError, match=r"method\.samplers: Ray has placed none of 1 samplers of 2 CPU and 0 GPU\."),
+        start_samplers(spec, SamplerCount(1, 3, (2.0, 0.0)), 0.0, lambda: None),
     ):
         pass
     assert (cluster.names, cluster.groups) == ([], [])
