@@ -169,16 +169,14 @@ def _follow(samplers: SamplerGroup, fewest: int, look: Callable[[], SamplerRoom 
     retry_at = 0.0
     while not over.wait(_LOOK_S):
         try:
+            before = len(samplers)
             if samplers.drop_unplaced(fewest):
                 retry_at = time.monotonic() + _RETRY_S
-            before, room = len(samplers), look()
-            if room is None:
-                continue
-            more = room.free if time.monotonic() >= retry_at else 0
-            now = max(fewest, min(room.in_all, before + more))
-            if now != before and not over.is_set():
+            if (room := look()) is not None and not over.is_set():
+                more = room.free if time.monotonic() >= retry_at else 0
+                samplers.resize(max(fewest, min(room.in_all, len(samplers) + more)))
+            if (now := len(samplers)) != before:
                 logger.info(f"{now} sampler{'' if now == 1 else 's'}, {before} before: the cluster has changed")
-                samplers.resize(now)
         except _refusals() as error:  # for example while the head does not answer
             logger.debug(f"the number of samplers stays: {error}")
 

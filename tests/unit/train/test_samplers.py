@@ -149,7 +149,9 @@ def spec(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace()
 
 
-def test_a_range_follows_the_cluster_and_all_samplers_end_with_the_run(cluster: Cluster, spec: Any) -> None:
+def test_a_range_follows_the_cluster_and_all_samplers_end_with_the_run(
+    cluster: Cluster, spec: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     room: SamplerRoom | None = None
     answers = True
 
@@ -171,8 +173,10 @@ def test_a_range_follows_the_cluster_and_all_samplers_end_with_the_run(cluster: 
         _wait_for(cluster, 1)
         answers = True
         _wait_for(cluster, 2)
+        caplog.clear()
         cluster.lost = cluster.groups[1:]
         _wait_for(cluster, 1)  # it has lost its place, and is not tried again at once
+        assert caplog.messages == ["1 sampler, 2 before: the cluster has changed"]
         room = None
     assert (cluster.names, cluster.groups, _followers()) == ([], [], [])
 
