@@ -56,10 +56,12 @@ def measure_compute(run: Run) -> dict[str, Any]:
     name = next((line["device"] for line in run.lines if line["kind"] == "start" and line.get("device")), None)
     peak, lost = find_peak(name or ""), measure_lost(run)
     wall_h = run.wall_s / 3600
-    sampler_cpus, sampler_cards = _samplers(run)
+    samplers = _samplers(run)
+    sampler_cpus, sampler_cards = _sampler_resources(run, samplers)
     return {
         "device": name,
         "num_workers": workers,
+        "num_samplers": samplers or None,
         "wall_s": run.wall_s,
         "gpu_hours": wall_h * (processes * cards + sampler_cards),
         "cpu_hours": wall_h * (processes * float(setting(run.job, "cluster.cpus_per_worker") or 1) + sampler_cpus),
@@ -78,14 +80,18 @@ def measure_compute(run: Run) -> dict[str, Any]:
     }
 
 
-def _samplers(run: Run) -> tuple[float, float]:
-    """Return the CPUs and the GPUs of all samplers beside the workers; if their number changed, the mean over the time
-    of the steps."""
+def _samplers(run: Run) -> float:
+    """Return the number of samplers beside the workers; if it changed, the mean over the time of the steps."""
     configured = setting(run.job, "method.samplers") or 0
     count = float(configured[0] if isinstance(configured, list) else configured)
     steps = [line for line in run.of_kind("train") if is_number(line.get("samplers"))]
     if isinstance(configured, list) and (total := _sum(steps, "step_s")):
         count = sum(number_of(line, "samplers") * number_of(line, "step_s") for line in steps) / total
+    return round(count, 2)
+
+
+def _sampler_resources(run: Run, count: float) -> tuple[float, float]:
+    """Return the CPUs and the GPUs of so many samplers of a run."""
     cpus, cards = setting(run.job, "method.cpus_per_sampler"), setting(run.job, "method.gpus_per_sampler")
     if cards is None:
         cards = float(bool(setting(run.job, "cluster.gpus_per_worker")))
@@ -176,6 +182,7 @@ def find_peak(device: str) -> float | None:
 _TITLES = {
     "device": "device",
     "num_workers": "workers",
+    "num_samplers": "samplers",
     "gpu_hours": "GPU-hours",
     "cpu_hours": "CPU-hours",
     "peak_memory_gib": "peak memory (GiB)",
@@ -197,7 +204,8 @@ _TITLES = {
 
 
 # Only of several runs together, and only of runs with samplers.
-_RARE = ("unfinished_hours", "sampling_share", "samplers_idle_share", "waiting_share", "overlap_gain")
+_SHARES = ("sampling_share", "samplers_idle_share", "waiting_share", "overlap_gain")
+_RARE = ("unfinished_hours", "num_samplers", *_SHARES)
 
 
 def write_markdown(titles: Sequence[str], costs: Sequence[Mapping[str, Any]]) -> str:
@@ -219,7 +227,7 @@ def write_markdown(titles: Sequence[str], costs: Sequence[Mapping[str, Any]]) ->
 def describe_hours(cost: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return titles and texts of a cost's hours, energy, CO2, and how samplers and workers shared the time, where they
     are known and not 0."""
-    keys = ("gpu_hours", "cpu_hours", "unfinished_hours", "energy_kwh", "co2_kg", *_RARE[1:])
+    keys = ("gpu_hours", "cpu_hours", "unfinished_hours", "energy_kwh", "co2_kg", *_SHARES)
     return [(_TITLES[key], format_number(cost[key])) for key in keys if cost.get(key)]
 
 

@@ -151,4 +151,6 @@ def test_where_the_time_of_samplers_and_workers_went(tmp_path: Path) -> None:
     job["method"]["samplers"] = [1, 6]
     (folder / "resolved.json").write_text(json.dumps(job))
     assert len(read_run(str(folder)).of_kind("train")) % 2 == 0
-    assert measure_compute(read_run(str(folder)))["gpu_hours"] == pytest.approx(90 / 3600 * 2.0)
+    cost = measure_compute(read_run(str(folder)))
+    assert cost["gpu_hours"] == pytest.approx(90 / 3600 * 2)
+    assert "| samplers | 2.000 |" in write_markdown(["a"], [cost])
