@@ -90,10 +90,14 @@ def test_fewer_rows_to_validate_than_workers(
     ray_cluster, job_file, tmp_path: Path, tiny_models: dict[str, str], scenes: Path, method: str
 ) -> None:
     """The worker without a row runs the model with that of the other one, which does not count."""
-    train: dict[str, object] = {"path": str(scenes / "train.json")}
+    data = {"train": {"path": str(scenes / "train.json")}, "eval": {"path": str(scenes / "eval.json"), "max_rows": 1}}
     if method == "dpo":
-        train = {"path": str(write_pairs(tmp_path, tiny_models["qwen3_vl"])), "format": "preference"}
-    data = {"train": train, "eval": {"ratio": 0.25, "max_rows": 1}}
+        pairs = write_pairs(tmp_path, tiny_models["qwen3_vl"])
+        (tmp_path / "one.jsonl").write_text(pairs.read_text().splitlines()[0] + "\n")
+        data = {
+            part: {"path": str(path), "format": "preference"}
+            for part, path in (("train", pairs), ("eval", tmp_path / "one.jsonl"))
+        }
     sizes = {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2}
     path = job_file(method=method, data=data, train=sizes, evaluate={"every_steps": 2, "metric": "loss"})
     losses = []
