@@ -56,3 +56,19 @@ def check_token(address: str, by_auto: bool = False) -> str | None:
                 ", and RAY_AUTH_MODE does not let Ray send the one that is set here" if token else ""
             )
     return None
+
+
+def use_token_here(address: str) -> None:
+    """Let Ray send this user's token to a cluster on this machine that needs one, as it does to one that it finds by
+    `auto`. A mode that the user has set stays, and other machines get nothing."""
+    if "RAY_AUTH_MODE" in os.environ or find_token() is None or not _is_here(address) or not check_token(address):
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _is_here(address: str) -> bool:
+    """Whether an address (host:port) is one of this machine."""
+    import psutil
+
+    own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses}
+    return address.rpartition(":")[0] in own

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ray_vlm.cluster.authentication import use_token_here
 from ray_vlm.cluster.connect import start_ray
 from ray_vlm.cluster.preflight import build_demand
 from ray_vlm.config.load import dump_job
@@ -98,6 +99,7 @@ class _Joined(SamplerPool):
     def __init__(self, job: JobConfig, running: RunningSamplers, run: str, model: Any):
         demand = build_demand(job)
         demand = replace(demand, cluster=demand.cluster.model_copy(update={"address": running.address}))
+        use_token_here(running.address)
         with ExitStack() as stack:
             try:
                 stack.enter_context(start_ray(demand))
@@ -105,9 +107,11 @@ class _Joined(SamplerPool):
                 if samplers.are_gone:
                     raise RunError(f"no actor has a name like {running.names[0]}")
             except RunError as error:
+                reason, _, fix = str(error).partition(". ")
+                token = f" {fix}" if "token" in reason else ""
                 raise RunError(
-                    f"{_SETTING}: the samplers of {run} cannot be reached ({str(error).split('. ')[0]}). Ask on a "
-                    f"machine of the run's cluster, while the run goes on, {_OTHER}."
+                    f"{_SETTING}: the samplers of {run} cannot be reached ({reason}).{token} Ask on a machine of the "
+                    f"run's cluster, while the run goes on, {_OTHER}."
                 ) from None
             super().__init__(samplers, DistributedContext(), None, guest=True)
             self._stack = stack.pop_all()

@@ -27,10 +27,12 @@ from ray_vlm.models.lora import (
     WEIGHTS,
     check_adapter,
     check_modules,
+    fill_adapter,
     freeze_parts,
     is_whole_model,
     lora_config,
     put_adapter,
+    read_lora_config,
     train_parts,
 )
 from ray_vlm.models.out_of_memory import is_out_of_memory
@@ -389,25 +391,25 @@ def load_adapted(
 
 
 def build_adapter_alone(spec: Model, lora: Lora, family: Family) -> Any:
-    """Return the base without weights, and on it what `load_adapted` trains, in float32 on the CPU: the adapter has the
-    names and shapes of a trained one, and its values are yet to be set."""
+    """Return the base without weights, and on it the adapter that `load_adapted` trains, in float32 on the CPU.
+
+    A new adapter is 0 everywhere; that of `spec.adapter` has its values, also in parts that are not trained further."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForImageTextToText
 
+    start = fetch_folder(spec.adapter) if spec.adapter is not None else None
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(load_config(spec))
-        if spec.adapter is None:
-            model: Any = get_peft_model(base, lora_config(lora, family))
-        else:
-            model = get_peft_model(base, LoraConfig.from_pretrained(fetch_folder(spec.adapter)))
-            model = train_parts(model, lora, family)
+        model: Any = get_peft_model(base, lora_config(lora, family) if start is None else read_lora_config(start))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad:
-                empty = torch.zeros(parameter.shape)
-                module.register_parameter(name, torch.nn.Parameter(empty))
-    return model
+                module.register_parameter(name, torch.nn.Parameter(torch.zeros(parameter.shape)))
+    if start is None:
+        return model
+    fill_adapter(model, start)
+    return train_parts(model, lora, family)
 
 
 def load_resident(spec: Model, precision: Precision, device: str = "cpu") -> "PreTrainedModel":

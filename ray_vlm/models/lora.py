@@ -283,15 +283,24 @@ def put_adapter(model: "Module", folder: str, trainable: bool) -> "PeftModel":
     return adapted
 
 
+def read_lora_config(folder: str) -> "LoraConfig":
+    """Return the configuration of an adapter to be trained further: PEFT saves every adapter as one that is not."""
+    from peft import LoraConfig
+
+    config = _adapt_experts(LoraConfig.from_pretrained(folder))
+    config.inference_mode, config.base_model_name_or_path = False, None  # PEFT warns where the base lies elsewhere
+    return config
+
+
 def fill_adapter(model: "Module", folder: str) -> None:
-    """Set the weights of `model` that are trained, a part of its adapter or all of it, to those in an adapter's folder.
-    Raise `ModelError` if the folder lacks one of them."""
+    """Set the adapter of `model`, whose base may have no weights, to that in a folder. Raise `ModelError` if the folder
+    lacks one of its weights."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     saved = load_file(Path(folder) / WEIGHTS)
     for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items():
-        if weight.is_meta:  # not trained
+        if weight.is_meta:  # of the base
             continue
         if name not in saved or saved[name].shape != weight.shape:
             raise ModelError(f"{folder}: the adapter is of another run, for its weights lack {name}. {_USE}")

@@ -1,14 +1,16 @@
 """Checking a cluster's token, against a server that answers as Ray's does."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
-from ray_vlm.cluster.authentication import check_token, find_token, sends_token
+from ray_vlm.cluster.authentication import check_token, find_token, sends_token, use_token_here
 
 TOKEN = "the cluster's"
 
@@ -68,6 +70,39 @@ def test_a_cluster_with_a_token(
     refusal = check_token(cluster, by_auto)
     assert (refusal is None) == (reason is None)
     assert reason is None or reason in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("mode", "token", "here", "chosen"),
+    [
+        (None, TOKEN, True, "token"),
+        (None, TOKEN, False, None),  # another machine gets nothing
+        (None, None, True, None),
+        ("disabled", TOKEN, True, "disabled"),
+    ],
+)
+def test_a_cluster_on_this_machine_gets_the_user_s_token(
+    cluster: str,
+    mode: str | None,
+    token: str | None,
+    here: bool,
+    chosen: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("RAY_AUTH_MODE", mode), ("RAY_AUTH_TOKEN", token)):
+        if value:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        "psutil.net_if_addrs", lambda: {"lo": [SimpleNamespace(address="127.0.0.1" if here else "::1")]}
+    )
+    use_token_here(cluster)
+    assert os.environ.pop("RAY_AUTH_MODE", None) == chosen
+
+
+def test_a_cluster_without_tokens_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    use_token_here("127.0.0.1:1")
+    assert "RAY_AUTH_MODE" not in os.environ
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:10001", "auto", ""])

@@ -1,9 +1,12 @@
 """The job and the model of a process beside the workers."""
 
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ray_vlm.config.load import dump_job, load_job
 from ray_vlm.models.load import build_adapter_alone, family_of, load_adapted, load_config
@@ -39,6 +42,33 @@ def test_an_adapter_without_its_base_has_the_weights_that_workers_train(target: 
     trained = [p for p in alone.parameters() if p.requires_grad]
     assert {p.device.type for p in trained} == {"cpu"}
     assert {p.device.type for p in alone.parameters() if not p.requires_grad} == {"meta"}
+
+
+@pytest.mark.parametrize("target", [["language"], ["language", "vision"], ["vision"]])
+def test_an_adapter_that_is_trained_further_has_all_its_weights(target: list[str], job_file, tmp_path: Path) -> None:
+    """vLLM gets the parts that are not trained further too. GRPO usually goes on from an adapter of SFT."""
+    first = load_job(job_file(lora={"rank": 4, "target": ["language", "vision"]}))
+    assert first.lora is not None
+    family = family_of(load_config(first.model))
+    trained = load_adapted(first.model, first.lora, first.train, family, "cpu", 0)
+    for parameter in (p for p in trained.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    trained.peft_config["default"].base_model_name_or_path = "/another/folder/qwen3_vl"
+    trained.save_pretrained(str(tmp_path / "start"))
+    job = load_job(job_file(lora={"rank": 4, "target": target}, model={"adapter": str(tmp_path / "start")}))
+    assert job.lora is not None
+    whole = load_adapted(job.model, job.lora, job.train, family, "cpu", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of PEFT, where the base lies elsewhere
+        alone = build_adapter_alone(job.model, job.lora, family)
+    names = {name for name, _ in whole.named_parameters() if "lora_" in name}
+    assert any("visual" in name for name in names)
+    for model in (whole, alone):
+        trains = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trains == {name for name in names if ("vision" if "visual" in name else "language") in target}
+    weights, due = dict(alone.named_parameters()), dict(whole.named_parameters())
+    assert all(torch.equal(weights[name], due[name]) for name in names)
+    assert all(p.is_meta for name, p in weights.items() if name not in names)
 
 
 @pytest.mark.parametrize(
