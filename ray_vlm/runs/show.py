@@ -58,7 +58,7 @@ def _head(run: Run) -> list[str]:
     rank, parts = setting(job, "lora.rank") or "?", setting(job, "lora.target") or "?"
     how = f"LoRA of rank {rank} on {', '.join(parts)}" if setting(job, "lora") else "all weights"
     bits = ", 4 bit" if setting(job, "model.load_in_4bit") else ""
-    workers = setting(job, "cluster.num_workers")
+    workers, samplers = setting(job, "cluster.num_workers"), setting(job, "method.samplers")
     cards = setting(job, "cluster.gpus_per_worker") or 0
     cpus = setting(job, "cluster.cpus_per_worker")
     each = f"{cards:g} GPU" if cards else f"{cpus or 1:g} CPU"
@@ -70,14 +70,15 @@ def _head(run: Run) -> list[str]:
         f"{run.address}: {run.status}",
         f"{setting(job, 'method.name')} of {setting(job, 'task.name')} on {setting(job, 'model.name')}{bits}; {how}",
         f"{format_date(run.started)}, {format_duration(run.wall_s)}, {plural(run.num_attempts, 'attempt')}, "
-        + (f"{_tell_workers(workers)} with {each} each" if workers else "in one process")
+        + (f"{_tell_count(workers, 'worker')} with {each} each" if workers else "in one process")
+        + (f", {_tell_count(samplers, 'sampler')}" if samplers else "")
         + (f", {memory} GiB of memory" if memory else ""),
         *([] if run.log else [f"ray_vlm {versions.get('ray-vlm', '?')}{at_commit}; {libraries}"]),
     ]
 
 
-def _tell_workers(workers: int | list[int]) -> str:
-    return f"{workers[0]} to {workers[1]} workers" if isinstance(workers, list) else plural(workers, "worker")
+def _tell_count(count: int | list[int], what: str) -> str:
+    return f"{count[0]} to {count[1]} {what}s" if isinstance(count, list) else plural(count, what)
 
 
 def _training(run: Run) -> list[str]:

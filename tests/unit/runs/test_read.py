@@ -124,6 +124,23 @@ def test_odd_values_are_shown_as_they_are(tmp_path: Path, odd: dict) -> None:
     assert compare_runs([run, run]).titles[0] != compare_runs([run, run]).titles[1]
 
 
+@pytest.mark.parametrize(
+    ("workers", "samplers", "text"),
+    [
+        (0, 0, ", in one process"),
+        (1, 2, ", 1 worker with 1 CPU each, 2 samplers"),
+        ([1, 2], [1, 4], ", 1 to 2 workers with 1 CPU each, 1 to 4 samplers"),
+    ],
+)
+def test_a_run_s_processes_are_shown(tmp_path: Path, workers: object, samplers: object, text: str) -> None:
+    folder = write_run(tmp_path / "a")
+    job = json.loads((folder / "resolved.json").read_text())
+    job |= {"method": {"name": "grpo", "samplers": samplers}, "cluster": {"num_workers": workers}}
+    (folder / "resolved.json").write_text(json.dumps(job))
+    (line,) = (line for line in describe_run(read_run(str(folder))).splitlines() if text in line)
+    assert line.endswith(text) or f"{text}, " in line
+
+
 def test_no_run_is_an_error_that_names_every_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="no run here"):
