@@ -3,10 +3,14 @@
 Ray itself tries for twenty seconds with a wrong token and then reports only that it could not connect.
 """
 
+import importlib
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 _ANSWER_S = 3.0
 _METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # answered by every living Ray cluster
@@ -58,17 +62,39 @@ def check_token(address: str, by_auto: bool = False) -> str | None:
     return None
 
 
-def use_token_here(address: str) -> None:
-    """Let Ray send this user's token to a cluster on this machine that needs one, as it does to one that it finds by
-    `auto`. A mode that the user has set stays, and other machines get nothing."""
-    if "RAY_AUTH_MODE" in os.environ or find_token() is None or not _is_here(address) or not check_token(address):
+@contextmanager
+def token_here(address: str) -> Iterator[None]:
+    """Let Ray send this user's token to this user's cluster on this machine, if it needs one, as to a cluster that it
+    finds by `auto`. A mode that the user has set stays, and other machines and other users get nothing."""
+    if "RAY_AUTH_MODE" in os.environ or find_token() is None or not _is_own(address) or not check_token(address):
+        yield
         return
     os.environ["RAY_AUTH_MODE"] = "token"
+    _refresh_mode()
+    try:
+        yield
+    finally:
+        os.environ.pop("RAY_AUTH_MODE", None)
+        _refresh_mode()
 
 
-def _is_here(address: str) -> bool:
-    """Whether an address (host:port) is one of this machine."""
+def _refresh_mode() -> None:
+    """Let Ray read its mode again, if it has been imported: it keeps what it has read once."""
+    if "ray" in sys.modules:
+        raylet: Any = importlib.import_module("ray._raylet")  # compiled, without types
+        raylet.Config.initialize("")
+
+
+def _is_own(address: str) -> bool:
+    """Whether a process of this user accepts connections at an address (host:port) of this machine."""
     import psutil
 
+    host, _, port = address.rpartition(":")
     own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses}
-    return address.rpartition(":")[0] in own
+    if host not in own:
+        return False
+    with suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and str(connection.laddr.port) == port and connection.pid:
+                return psutil.Process(connection.pid).uids().real == os.getuid()
+    return False

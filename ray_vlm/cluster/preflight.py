@@ -108,8 +108,9 @@ def count_samplers(
     nodes: Sequence[Mapping[str, float]] | None = None,
     at_once: int = 1,
 ) -> int:
-    """Count the samplers that the cluster has room for beside the fewest workers, so that each loader has a CPU of its
-    own: as many as the job allows, and never fewer. `resources` and `nodes` are those of `plan_layout`."""
+    """Count the samplers that the cluster has room for beside the workers, so that each loader has a CPU of its own:
+    between the fewest and the most. With elastic workers, as many of these as then fit are counted, and at least the
+    fewest. `resources` and `nodes` are those of `plan_layout`."""
     for count in range(demand.most_samplers, demand.num_samplers, -1):
         layout, problems = _try_layout(demand, count, resources, nodes, at_once)
         if not problems and layout.cpus_per_loader == 1.0 and _fit_on_nodes(demand, count, nodes, at_once):
@@ -207,6 +208,8 @@ def _miss_for_samplers(
     nodes: Sequence[Mapping[str, float]] | None,
 ) -> list[str]:
     """Return what is missing for the samplers alone: more of them than cards, or none fits on any node."""
+    if not num_samplers:
+        return []
     problems = []
     for name, each in zip(("CPU", "GPU"), demand.sampler, strict=True):
         key, need, have = f"method.{name.lower()}s_per_sampler", each * num_samplers, resources.get(name, 0)

@@ -21,6 +21,7 @@ from ray_vlm.config.schema import JobConfig
 from ray_vlm.config.section import has_alternatives, sections_of, without_variant
 from ray_vlm.errors import ConfigError
 from ray_vlm.runs.keys import describe_no_section, split_setting
+from ray_vlm.runs.text import plural
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
@@ -250,7 +251,11 @@ def _merge_alternatives(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
         # Errors of values inside: their type fits, and its content does not.
         inside = [error for error in group if len(error["loc"]) > len(setting) + 1]
         merged += [{**error, "loc": (*setting, *error["loc"][len(setting) + 1 :])} for error in inside]
-        if not inside:
+        # If one of the types fits, its limits are the reason; otherwise the description says what it may be.
+        limits = [e for e in group if not e["type"].endswith("_type") and e["type"] != "literal_error"]
+        if len(limits) == 1 and not inside:
+            merged.append({**limits[0], "loc": setting})
+        elif not inside:
             merged.append({**group[0], "loc": setting, "type": "no_alternative"})
     return merged
 
@@ -279,6 +284,10 @@ def _explain(error: ErrorDetails, locations: SourceLocations, name: str) -> str:
     message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ").rstrip(".")
     if kind == "no_alternative":
         return f"{where} is {_short(value)}, which is not a valid value. {_describe(path)}"
+    if kind in ("too_short", "too_long"):
+        end, bound = ("least", "min_length") if kind == "too_short" else ("most", "max_length")
+        values = plural(error["ctx"][bound], "value")
+        return f"{where} is {_short(value)}, but should have at {end} {values}. {_describe(path)}"
     if kind == "invalid_key":
         return f"{where} is not a setting: keys are text."
     return f"{where} is {_short(value)}, but should be {message}. {_describe(path)}"

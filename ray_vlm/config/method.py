@@ -123,7 +123,7 @@ class GrpoMethod(AlignmentMethod):
         0,
         description="Processes beside the workers that sample, each with an engine of `rollouts` of its own. 0: each "
         "worker samples the answers to its prompts itself. `[2, 8]`: 2 at the start, and up to 8 while the cluster has "
-        "room for them beside the fewest workers.",
+        "room for them beside the workers.",
     )
     cpus_per_sampler: float | None = Field(
         None,

@@ -90,8 +90,8 @@ class Missing:
 
 
 class SamplerLost(Exception):
-    """A sampler's process is gone, or cannot be reached for now. `ended`: on purpose, so that it does not come back by
-    itself."""
+    """A sampler's process is gone, or cannot be reached for now. `ended`: on purpose, with its node, or it was not
+    there: no prompt is the reason."""
 
     def __init__(self, reason: str, ended: bool = False):
         super().__init__(reason)

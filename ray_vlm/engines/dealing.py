@@ -171,8 +171,8 @@ class Dealer(Generic[_Answer]):
         died with this portion than may.
 
         Others may be gone with it, as those of one node are, so the free ones get no portion until they have said that
-        they are there: a portion must not count the deaths of samplers that it did not reach. `ended`: on purpose,
-        which does not count."""
+        they are there: a portion must not count the deaths of samplers that it did not reach. `ended`: on purpose or
+        with its node, which does not count."""
         state = self._samplers[sampler]
         portion, state.portion, state.alive, state.doubted = state.portion, None, False, False
         self._wait(state, now)
@@ -189,8 +189,10 @@ class Dealer(Generic[_Answer]):
         deaths = self._calls[portion.call].deaths
         deaths[portion.number] = deaths.get(portion.number, 0) + 1
         if deaths[portion.number] > self._max_deaths:
+            count = deaths[portion.number]
+            who = "a sampler" if count == 1 else f"{count} samplers, one after another,"
             raise RunError(
-                f"{deaths[portion.number]} samplers died one after another while they answered the same "
+                f"{who} died while answering the same "
                 f"{'prompt' if len(portion.rows) == 1 else f'{len(portion.rows)} prompts'}, and "
                 f"cluster.max_failures={self._max_deaths}{f'. The last reason: {reason}' if reason else ''}. Lower "
                 "method.sampling_batch, method.num_generations or data.max_pixels, or look at the log of a sampler."

@@ -33,15 +33,19 @@ class RaySamplers:
         elif method == "ping":  # Ray may wait for its head for a minute, so the caller does not wait for this
             Thread(target=self._find_and_call, args=(sampler, reply, method, args), daemon=True).start()
         else:
-            reply.set_exception(SamplerLost("it is not started"))
+            reply.set_exception(SamplerLost("it is not started", ended=True))
         return reply
 
     def _find_and_call(self, sampler: int, reply: "Future[Any]", method: str, args: Sequence[object]) -> None:
-        self._actors[sampler] = self._look_up(sampler)
-        if self._actors[sampler] is None:
-            reply.set_exception(SamplerLost("it is not started"))
-        else:
+        try:
+            self._actors[sampler] = self._look_up(sampler)
+            if self._actors[sampler] is None:
+                raise SamplerLost("it is not started", ended=True)
             self._call(sampler, reply, method, args)
+        except SamplerLost as error:
+            reply.set_exception(error)
+        except Exception as error:  # a thread of its own: without a reply the sampler would never be asked again
+            reply.set_exception(SamplerLost(f"{type(error).__name__}: {error}"))
 
     def _call(self, sampler: int, reply: "Future[Any]", method: str, args: Sequence[object]) -> None:
         done = getattr(self._actors[sampler], method).remote(*args).future()
@@ -79,7 +83,7 @@ class RaySamplers:
             own = cause if isinstance(cause, RayVlmError) else SamplerFailed(f"{type(cause).__name__}: {cause}")
             reply.set_exception(own)
         except RayError as error:
-            ended = isinstance(error, ActorDiedError)  # for good: an actor that is started later has the same name
+            ended = isinstance(error, ActorDiedError)  # an actor that is started later has the same name
             if ended:
                 self._actors[sampler] = None
             reply.set_exception(SamplerLost(type(error).__name__, ended))

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray_vlm.cluster.authentication import use_token_here
+from ray_vlm.cluster.authentication import token_here
 from ray_vlm.cluster.connect import start_ray
 from ray_vlm.cluster.preflight import build_demand
 from ray_vlm.config.load import dump_job
@@ -99,8 +99,8 @@ class _Joined(SamplerPool):
     def __init__(self, job: JobConfig, running: RunningSamplers, run: str, model: Any):
         demand = build_demand(job)
         demand = replace(demand, cluster=demand.cluster.model_copy(update={"address": running.address}))
-        use_token_here(running.address)
         with ExitStack() as stack:
+            stack.enter_context(token_here(running.address))
             try:
                 stack.enter_context(start_ray(demand))
                 samplers = RaySamplers(running.names, running.namespace, guest=True)

@@ -27,7 +27,7 @@ from ray_vlm.train.worker_spec import WorkerSpec
 logger = logging.getLogger(__name__)
 _START_S = 60.0  # for Ray to place all samplers; those that come later join later
 _LOOK_S = 5.0  # between two looks at the cluster's nodes
-_RETRY_S = 60.0  # after a further sampler has found no place
+_RETRY_S = 60.0  # after a further sampler has found no place; twice as long after each further time
 
 
 @dataclass(frozen=True)
@@ -166,17 +166,17 @@ def start_samplers(
 
 def _follow(samplers: SamplerGroup, fewest: int, look: Callable[[], SamplerRoom | None], over: threading.Event) -> None:
     """Keep as many samplers as the cluster has room for, until `over`."""
-    retry_at = 0.0
+    last, retry_at, retry_s = fewest, 0.0, _RETRY_S
     while not over.wait(_LOOK_S):
         try:
-            before = len(samplers)
-            if samplers.drop_unplaced(fewest):
-                retry_at = time.monotonic() + _RETRY_S
+            if samplers.drop_unplaced(fewest):  # what is free may lie on several nodes
+                retry_at, retry_s = time.monotonic() + retry_s, 2 * retry_s
+            if (now := len(samplers)) != last:
+                logger.info(f"{now} sampler{'' if now == 1 else 's'}, {last} before: the cluster has changed")
+                last, retry_s = now, _RETRY_S
             if (room := look()) is not None and not over.is_set():
                 more = room.free if time.monotonic() >= retry_at else 0
-                samplers.resize(max(fewest, min(room.in_all, len(samplers) + more)))
-            if (now := len(samplers)) != before:
-                logger.info(f"{now} sampler{'' if now == 1 else 's'}, {before} before: the cluster has changed")
+                samplers.resize(max(fewest, min(room.in_all, now + more)))
         except _refusals() as error:  # for example while the head does not answer
             logger.debug(f"the number of samplers stays: {error}")
 

@@ -1,6 +1,7 @@
 """Checking a cluster's token, against a server that answers as Ray's does."""
 
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from ray_vlm.cluster.authentication import check_token, find_token, sends_token, use_token_here
+from ray_vlm.cluster.authentication import check_token, find_token, sends_token, token_here
 
 TOKEN = "the cluster's"
 
@@ -95,14 +96,26 @@ def test_a_cluster_on_this_machine_gets_the_user_s_token(
     monkeypatch.setattr(
         "psutil.net_if_addrs", lambda: {"lo": [SimpleNamespace(address="127.0.0.1" if here else "::1")]}
     )
-    use_token_here(cluster)
-    assert os.environ.pop("RAY_AUTH_MODE", None) == chosen
+    with token_here(cluster):
+        assert os.environ.get("RAY_AUTH_MODE") == chosen
+        if "ray" in sys.modules:
+            from ray._raylet import AuthenticationMode, get_authentication_mode
+
+            assert (get_authentication_mode() == AuthenticationMode.TOKEN) == (chosen == "token")
+    assert os.environ.get("RAY_AUTH_MODE") == mode
+
+
+def test_a_listener_of_another_user_gets_nothing(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    with token_here(cluster):
+        assert "RAY_AUTH_MODE" not in os.environ
 
 
 def test_a_cluster_without_tokens_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    use_token_here("127.0.0.1:1")
-    assert "RAY_AUTH_MODE" not in os.environ
+    with token_here("127.0.0.1:1"):
+        assert "RAY_AUTH_MODE" not in os.environ
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:10001", "auto", ""])

@@ -129,7 +129,7 @@ def test_all_problems_are_reported_together_with_location_and_fix(tmp_path: Path
         (GOOD + "train: {precision: float16}\n", "'fp16'"),
         (GOOD + "train: {bf16: true, bf16: false}\n", "set twice"),
         (GOOD + "method: ppo\n", "'sft'"),
-        (GOOD + "lora: {target: []}\n", "at least 1 item"),
+        (GOOD + "lora: {target: []}\n", "at least 1 value"),
         (GOOD + "method: {name: sft, trl: {learning_rate: 1.0}}\n", "train.learning_rate"),
         (GOOD + "data: 3\n", "set twice"),
         (GOOD + "train: {learning_rate: .nan}\n", "learning_rate"),
@@ -302,10 +302,12 @@ def test_a_resumed_job_without_a_shuffle_has_that_of_its_run(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method.samplers=[2]", "`method.samplers` is [2], which is not a valid value. (Processes beside the workers"),
+        ("method.samplers=[2]", "`method.samplers` is [2], but should have at least 2 values. (Processes beside the"),
+        ("method.samplers=[2,3,4]", "`method.samplers` is [2, 3, 4], but should have at most 2 values. ("),
         ("method.samplers='2'", "`method.samplers` is '2', which is not a valid value. ("),
         ("method.samplers=true", "`method.samplers` is True, which is not a valid value. ("),
-        ("method.samplers=-1", "`method.samplers` is -1, which is not a valid value. ("),
+        ("method.samplers=-1", "`method.samplers` is -1, but should be greater than or equal to 0. ("),
+        ("train.gradient_checkpointing=0", "is 0, but should be greater than or equal to 1. (Recompute activations"),
         ("method.samplers=[0, 2]", "`method.samplers.0` is 0, but should be greater than or equal to 1. ("),
         ("method.samplers=[1, 2.5]", "`method.samplers.1` is 2.5, but should be a valid integer. ("),
         ("cluster.num_workers=x", "`cluster.num_workers` is 'x', which is not a valid value. (Training processes."),

@@ -170,8 +170,9 @@ def test_an_actor_that_is_started_later_is_reached_by_its_name(monkeypatch: pyte
     assert samplers.count == 2
     assert samplers.are_gone
     for method in ("ping", "push"):
-        with pytest.raises(SamplerLost, match="not started"):
+        with pytest.raises(SamplerLost, match="not started") as absent:
             samplers.ask(0, method).result(5)
+        assert absent.value.ended, "no prompt is the reason"
     actors["a"] = Actor(ActorDiedError())
     with pytest.raises(SamplerLost, match="ActorDiedError") as ended:
         samplers.ask(0, "ping").result(5)
@@ -205,6 +206,22 @@ def test_a_head_that_does_not_answer_delays_nobody(monkeypatch: pytest.MonkeyPat
     with pytest.raises(SamplerLost, match="not started"):
         reply.result(5)
     answers.set()
+    assert samplers.ask(0, "ping").result(5) == "here"
+
+
+def test_any_error_of_a_look_up_is_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors = [ValueError("no such name"), RuntimeError("the cluster is odd"), Actor("here")]
+
+    def get_actor(name: str, namespace: str) -> Actor:
+        found_or_not = actors.pop(0)
+        if isinstance(found_or_not, Exception):
+            raise found_or_not
+        return found_or_not
+
+    monkeypatch.setattr("ray.get_actor", get_actor)
+    samplers = RaySamplers(["a"], "ray_vlm")
+    with pytest.raises(SamplerLost, match="RuntimeError: the cluster is odd"):
+        samplers.ask(0, "ping").result(5)
     assert samplers.ask(0, "ping").result(5) == "here"
 
 
@@ -261,7 +278,7 @@ def test_errors_in_words() -> None:
     samplers = PlayedSamplers(1, die)
     pool = _pool(samplers, max_deaths=1)
     pool.update(_model(1.0))
-    with pytest.raises(RunError, match="2 samplers died one after another"):
+    with pytest.raises(RunError, match="2 samplers, one after another, died"):
         _sample(pool, range(2))
 
 

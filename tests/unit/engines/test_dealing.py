@@ -94,7 +94,7 @@ def test_a_sampler_that_was_ended_on_purpose_does_not_count() -> None:
         for sampler in range(2):
             dealer.joined(sampler)
     ((asked, _),) = dealer.deal()
-    with pytest.raises(RunError, match="1 samplers died"):
+    with pytest.raises(RunError, match="a sampler died while answering the same prompt"):
         dealer.died(asked, now=0.0)
 
 
@@ -145,7 +145,7 @@ def test_a_prompt_that_kills_each_sampler_ends_the_run() -> None:
         dealer.died(sampler, 0.0)
         dealer.joined(sampler)
     ((sampler, _),) = dealer.deal()
-    with pytest.raises(RunError, match=r"3 samplers died .* the same prompt, and cluster.max_failures=2\. .*: boom"):
+    with pytest.raises(RunError, match=r"3 samplers, one after another, died .* cluster.max_failures=2\. .*: boom"):
         dealer.died(sampler, 0.0, "boom")
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from ray_vlm.cluster.preflight import cpus_needed
+from ray_vlm.cluster.preflight import cpus_needed, plan_layout
 from ray_vlm.config.load import dump_job, load_job
 from ray_vlm.config.paths import absolute_paths
 from ray_vlm.distributed import DistributedContext
@@ -148,3 +148,4 @@ def test_an_evaluation_needs_no_room_for_the_samplers_of_training(samplers: int 
     demand = build_actor_demand(job, 2)
     assert (demand.cluster.num_workers, demand.num_samplers, demand.most_samplers) == (2, 0, 0)
     assert cpus_needed(demand) < 8
+    assert plan_layout(demand, {"CPU": 4.0}, [{"CPU": 4.0}]).num_loaders == 1
