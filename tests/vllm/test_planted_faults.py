@@ -66,7 +66,7 @@ def started(folder: str, trained: Any, builder: Any) -> Iterator[VllmEngine]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = EngineSettings(Model(name=folder, load_in_4bit=False), "fp32", 0)
-    args: Any = SimpleNamespace(vllm_gpu_memory_utilization=0.05)
+    args: Any = SimpleNamespace(vllm_gpu_memory_utilization=0.1)
     engine = build_training_engine(settings, EngineLimits(1024, 2), trained, builder, args)
     yield engine
     engine.close()

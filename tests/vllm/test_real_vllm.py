@@ -47,7 +47,7 @@ CASES = [
     for family in ("qwen3_vl", "qwen2_5_vl")
     for parts in (("language",), ("language", "connector", "vision"))
 ]
-ARGS: Any = SimpleNamespace(vllm_gpu_memory_utilization=0.05)
+ARGS: Any = SimpleNamespace(vllm_gpu_memory_utilization=0.1)
 
 
 def make_builder(folder: str, limits: tuple[int | None, int | None] = (None, None)) -> SampleBuilder:
