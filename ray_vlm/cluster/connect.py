@@ -13,6 +13,7 @@ from ray_vlm.cluster.nodes import ask_nodes, compare_nodes, describe_node
 from ray_vlm.cluster.preflight import (
     ClusterDemand,
     Layout,
+    SamplerRoom,
     count_fitting,
     count_samplers,
     cpus_needed,
@@ -191,14 +192,13 @@ def read_resources() -> tuple[dict[str, float], list[Mapping[str, float]]]:
     return ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def sampler_room(demand: ClusterDemand, at_once: int) -> tuple[int, int]:
-    """Return how many samplers the cluster's nodes have room for beside the workers, and for how many more there is a
-    place that nothing uses now."""
+def sampler_room(demand: ClusterDemand, at_once: int) -> SamplerRoom:
+    """Return the room for samplers on the cluster as it is now."""
     import ray
 
     resources, nodes = read_resources()
     in_all = count_samplers(demand, {name: amount / at_once for name, amount in resources.items()}, nodes, at_once)
-    return in_all, count_fitting(ray.available_resources(), demand.sampler)
+    return SamplerRoom(in_all, count_fitting(ray.available_resources(), demand.sampler))
 
 
 def describe_start(address: str | None) -> str:

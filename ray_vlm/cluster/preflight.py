@@ -39,6 +39,15 @@ class Layout:
     beside_workers: bool = False
 
 
+@dataclass(frozen=True)
+class SamplerRoom:
+    """How many samplers the cluster's nodes have room for beside the workers, and for how many more there is a place
+    that nothing uses now."""
+
+    in_all: int
+    free: int
+
+
 def build_demand(job: JobConfig) -> ClusterDemand:
     """Gather what a job demands of a cluster."""
     data, validators, samplers = job.data, int(job.evaluate.asynchronous), (0, 0)

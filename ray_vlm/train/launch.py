@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_vlm.cluster.connect import connect, sampler_room, tell_idle_gpus
 from ray_vlm.cluster.nodes import living_nodes
-from ray_vlm.cluster.preflight import ClusterDemand, build_demand, count_threads
+from ray_vlm.cluster.preflight import ClusterDemand, SamplerRoom, build_demand, count_threads
 from ray_vlm.config.cluster import Cluster
 from ray_vlm.config.schema import JobConfig
 from ray_vlm.errors import Interrupted, RunError
@@ -34,7 +34,7 @@ from ray_vlm.train.restarts import (
     restart_backoff,
     should_restart,
 )
-from ray_vlm.train.samplers import SamplerCount, SamplerRoom, describe_samplers, start_samplers
+from ray_vlm.train.samplers import SamplerCount, describe_samplers, start_samplers
 from ray_vlm.train.start import start_worker
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
@@ -111,7 +111,7 @@ def _train_in_ray(
         planned = replace(demand, num_loaders=layout.num_loaders)
 
         def look() -> SamplerRoom | None:
-            return SamplerRoom(*sampler_room(planned, at_once)) if request.trained else None
+            return sampler_room(planned, at_once) if request.trained else None
 
         try:
             with follow(paths, console), start_samplers(spec, samplers, minutes, look) as spec:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
+from ray_vlm.cluster.preflight import SamplerRoom
 from ray_vlm.engines.ray_samplers import NAMESPACE
 from ray_vlm.errors import RunError
 from ray_vlm.train.sampler_process import Sampler
@@ -37,15 +38,6 @@ class SamplerCount:
     fewest: int
     most: int
     resources: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class SamplerRoom:
-    """How many samplers the cluster's nodes have room for beside the workers, and for how many more there is a place
-    that nothing uses now."""
-
-    in_all: int
-    free: int
 
 
 class SamplerGroup:

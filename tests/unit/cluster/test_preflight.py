@@ -11,6 +11,7 @@ from ray_vlm.cluster.connect import sampler_room
 from ray_vlm.cluster.preflight import (
     ClusterDemand,
     Layout,
+    SamplerRoom,
     build_demand,
     count_samplers,
     count_threads,
@@ -239,7 +240,7 @@ def test_the_room_for_samplers_now(at_once: int, room: tuple[int, int], monkeypa
     monkeypatch.setattr("ray.nodes", lambda: nodes)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 7.0})
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 6.5})
-    assert sampler_room(_apart([1, 4], {"num_workers": 1}), at_once) == room
+    assert sampler_room(_apart([1, 4], {"num_workers": 1}), at_once) == SamplerRoom(*room)
 
 
 def test_samplers_on_cores_and_on_nodes() -> None:

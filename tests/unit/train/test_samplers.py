@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from ray.exceptions import RaySystemError
 
+from ray_vlm.cluster.preflight import SamplerRoom
 from ray_vlm.errors import RunError
 from ray_vlm.train import samplers
-from ray_vlm.train.samplers import SamplerCount, SamplerGroup, SamplerRoom, start_samplers
+from ray_vlm.train.samplers import SamplerCount, SamplerGroup, start_samplers
 
 
 class Cluster:
