@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     compile_templates_once()
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own hook reads the marks, and would run before this one
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say which tests stay together, where pytest-xdist shares them out, and begin with what takes longest.
 
