@@ -79,8 +79,9 @@ def token_here(address: str) -> Iterator[None]:
 
 
 def _refresh_mode() -> None:
-    """Let Ray read its mode again, if it has been imported: it keeps what it has read once."""
-    if "ray" in sys.modules:
+    """Let Ray read its mode again, if it has been imported: it keeps what it has read once. In a connected process the
+    mode stays, because threads of Ray read it at any time."""
+    if "ray" in sys.modules and not sys.modules["ray"].is_initialized():
         raylet: Any = importlib.import_module("ray._raylet")  # compiled, without types
         raylet.Config.initialize("")
 

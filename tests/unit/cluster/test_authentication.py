@@ -98,11 +98,23 @@ def test_a_cluster_on_this_machine_gets_the_user_s_token(
     )
     with token_here(cluster):
         assert os.environ.get("RAY_AUTH_MODE") == chosen
-        if "ray" in sys.modules:
+        if "ray" in sys.modules and not sys.modules["ray"].is_initialized():
             from ray._raylet import AuthenticationMode, get_authentication_mode
 
             assert (get_authentication_mode() == AuthenticationMode.TOKEN) == (chosen == "token")
     assert os.environ.get("RAY_AUTH_MODE") == mode
+
+
+def test_the_mode_of_a_connected_process_stays(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of Ray read it at any time, and end the process where they then find no token."""
+    from ray._raylet import get_authentication_mode
+
+    before = get_authentication_mode()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    with token_here(cluster):
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert get_authentication_mode() == before
 
 
 def test_a_listener_of_another_user_gets_nothing(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
