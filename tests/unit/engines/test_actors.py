@@ -18,6 +18,7 @@ from ray_vlm.engines.interface import Sampling
 from ray_vlm.engines.ray_samplers import RaySamplers
 from ray_vlm.errors import ModelError, RunError
 from tests.support.played_samplers import PlayedSampler, PlayedSamplers, expected_group, row
+from tests.support.twins import slow_but
 
 SAMPLING = Sampling(num_generations=2, max_new_tokens=4)
 
@@ -194,7 +195,7 @@ def test_a_head_that_does_not_answer_delays_nobody(monkeypatch: pytest.MonkeyPat
     answers = threading.Event()
 
     def get_actor(name: str, namespace: str) -> Actor:
-        if not answers.wait(0.3):
+        if not answers.wait(1.0):
             raise GetTimeoutError("There was timeout in getting the actor handle")
         return Actor("here")
 
@@ -202,7 +203,7 @@ def test_a_head_that_does_not_answer_delays_nobody(monkeypatch: pytest.MonkeyPat
     samplers = RaySamplers(["a"], "ray_vlm")
     started = time.monotonic()
     reply = samplers.ask(0, "ping")
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 0.8
     with pytest.raises(SamplerLost, match="not started"):
         reply.result(5)
     answers.set()
@@ -322,7 +323,8 @@ def test_weights_arrive_to_the_bit(dtype: torch.dtype) -> None:
         weights.write(target)
 
 
-def test_the_dealing_of_64_workers_and_16_samplers_costs_little() -> None:
+@pytest.mark.parametrize("limit_s", slow_but([0.2], [0.05, 0.2]))  # a machine with nothing else to do keeps 0.05
+def test_the_dealing_of_64_workers_and_16_samplers_costs_little(limit_s: float) -> None:
     """Played by threads that sample nothing, so that the time of a step is that of the coordination."""
     samplers, steps, groups = PlayedSamplers(16), 6, 4
     pools = [SamplerPool(samplers, Rank(rank, 64), 1) for rank in range(64)]
@@ -351,7 +353,7 @@ def test_the_dealing_of_64_workers_and_16_samplers_costs_little() -> None:
     for thread in threads:
         thread.join(60)
     assert not problems
-    assert min(times) < 0.05
+    assert min(times) < limit_s
     assert max(sampler.deepest for sampler in samplers.samplers) <= 64 + steps + 64  # portions, pushes, pings
     assert all(sampler.queue.empty() for sampler in samplers.samplers)
     for pool in pools:
