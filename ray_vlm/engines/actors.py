@@ -9,18 +9,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
-import numpy as np
-
 from ray_vlm.distributed import DistributedContext
 from ray_vlm.engines.dealing import Dealer, Lengths, Portion
 from ray_vlm.engines.interface import Completion, Engine, Pixels, Sampling
+from ray_vlm.engines.weights import Weights
 from ray_vlm.errors import RunError
 
 if TYPE_CHECKING:
@@ -30,47 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _MISSING_WAIT_S, _MISSING_TRIES = 0.05, 5  # for the push of another rank, before this one pushes the adapter itself
+_PUSH_TRIES = 5  # of this rank, for one portion
 _GUEST_WAIT_S = 20.0  # that a guest waits while no sampler is there: one that was killed is there again in less
+_ALONE_S = 60.0  # after so long without any sampler a line says so, also while the first ones start
 
 Version = tuple[str, int]  # of an adapter: the token of a pool, and how many it has pushed
 Answer = list[Completion] | list[int]  # to one row: its group, or the tokens of its greedy answer
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Trained weights on the host: of each its bytes, `uint8 [n]`, the name of its dtype in torch, and its shape."""
-
-    values: Mapping[str, tuple[np.ndarray, str, tuple[int, ...]]]
-
-    @classmethod
-    def read(cls, model: "Module") -> "Weights":
-        """Copy the weights of `model` that are trained."""
-        import torch
-
-        values = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                data = parameter.detach().to("cpu", copy=True).contiguous()
-                values[name] = data.reshape(-1).view(torch.uint8).numpy(), str(data.dtype)[6:], tuple(data.shape)
-        return cls(values)
-
-    def write(self, model: "Module") -> None:
-        """Set these weights in `model`. Raise `RunError` if it trains others."""
-        import torch
-
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if odd := sorted(trained.keys() ^ self.values.keys()):
-            raise RunError(f"a sampler trains other weights than the worker, such as {odd[0]}. Please report this.")
-        for name, parameter in trained.items():
-            data, dtype, shape = self.values[name]
-            value = torch.from_numpy(np.array(data)).view(getattr(torch, dtype)).reshape(shape)  # a copy: it is shared
-            parameter.data.copy_(value)
-
-    def equals(self, other: "Weights | None") -> bool:
-        """Whether both are the same to the bit."""
-        return other is not None and all(
-            np.array_equal(data, other.values[name][0]) for name, (data, _, _) in self.values.items()
-        )
 
 
 @dataclass(frozen=True)
@@ -90,8 +54,8 @@ class Missing:
 
 
 class SamplerLost(Exception):
-    """A sampler's process is gone, or cannot be reached for now. `ended`: on purpose, with its node, or it was not
-    there: no prompt is the reason."""
+    """A sampler's process is gone, or cannot be reached for now. `ended`: on purpose, or it was not there: no prompt is
+    the reason."""
 
     def __init__(self, reason: str, ended: bool = False):
         super().__init__(reason)
@@ -120,7 +84,8 @@ class Samplers(Protocol):
 
 @dataclass(frozen=True)
 class _Request:
-    """A call: its rows, the method of the sampler that answers them, and the further arguments of each row."""
+    """A call: its rows, the method of the sampler that answers them, and the further arguments of each row. `timed`:
+    whether it counts in the times of the pool."""
 
     rows: Sequence["Sample"]
     method: str
@@ -128,6 +93,7 @@ class _Request:
     shared: tuple[object, ...]
     seeds: Sequence[Sequence[int]] | None
     group: int | None  # completions of a row
+    timed: bool = False
 
     def arguments(self, portion: Portion) -> tuple[object, ...]:
         """Return the arguments of the sampler's method for a portion."""
@@ -142,9 +108,9 @@ class _Request:
 
 @dataclass
 class PoolTimes:
-    """Seconds: `waited` that this worker waited for answers; of the mean sampler, `busy` with portions, and `idle`
-    before them. This worker knows those of its own portions, and takes the other workers' for equal. `samplers`: that
-    are there."""
+    """Seconds of the calls of `submit`: `waited` that this worker waited for answers; of the mean sampler, `busy` with
+    portions, and `idle` before them. This worker knows those of its own portions, and takes the other workers' for
+    equal. `samplers`: that are there."""
 
     waited: float = 0.0
     busy: float = 0.0
@@ -156,8 +122,9 @@ class SamplerPool(Engine):
     """A worker's samplers. All ranks call `update` at the same steps, with equal weights.
 
     `portion`: prompts whose answers a sampler samples at a time; None: all of a call in equal shares. `max_deaths`: of
-    samplers with the same portion before the run ends. `guest`: the pool is not of a worker of the
-    run; its weights never replace those of the workers, and its calls raise `RunError` once no sampler is there.
+    samplers with the same portion before the run ends. `guest`: the pool is not of a worker of the run; its weights
+    never replace those of the workers, and its calls raise `RunError` once no sampler is there.
+    `on_progress`: called in the thread that waits for a call, for each of its answers.
     """
 
     def __init__(
@@ -167,6 +134,7 @@ class SamplerPool(Engine):
         portion: int | None,
         max_deaths: int = 3,
         guest: bool = False,
+        on_progress: Callable[[], None] = lambda: None,
     ):
         self._samplers, self._context, self._portion = samplers, context, portion
         share = samplers.count * context.rank // context.world_size  # where this rank begins
@@ -178,9 +146,12 @@ class SamplerPool(Engine):
         self._requests: dict[int, _Request] = {}
         self._lock = threading.Condition()  # of all of these
         self._error: BaseException | None = None
-        self._alone = False  # whether a line has said that no sampler is there
+        self._shared: tuple[Version, object] | None = None  # what rank 0 has sent last
+        self._on_progress, self._answered_portions = on_progress, 0
+        self._alone_since, self._alone_told = float("inf"), False  # that portions wait and no sampler is there
         self._guest, self._gone_since = guest, float("inf")
         self._tries: dict[int, int] = {}  # of portions, for an adapter that was missing
+        self._brought: dict[int, Future[Any]] = {}  # the last push of the adapter for such a portion
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what to do when something was answered
         self._thread = threading.Thread(target=self._work, name="ray-vlm-samplers", daemon=True)
         self._thread.start()
@@ -205,9 +176,11 @@ class SamplerPool(Engine):
             self._weights = {v: known for v, known in self._weights.items() if v in asked} | {self._version: weights}
         if self._context.rank == 0:
             shared = self._samplers.share(weights)
-            for sampler in range(self._samplers.count):
-                # Whether it arrives is seen when it is used.
-                self._samplers.ask(sampler, self._push, self._version, shared)
+            with self._lock:
+                self._shared = self._version, shared
+                # Ray would keep each adapter in memory for a sampler that has no place yet.
+                for sampler in self._dealer.living():
+                    self._push_shared(sampler)
 
     def sample(
         self,
@@ -217,12 +190,16 @@ class SamplerPool(Engine):
         pixels: Pixels | None = None,
     ) -> list[list[Completion]]:
         """Sample as every engine does. `pixels` is not used: a sampler makes its own."""
-        return self.collect(self.submit(rows, sampling, seeds))
+        return self.collect(self._submit(rows, sampling, seeds, timed=False))
 
     def submit(self, rows: Sequence["Sample"], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> int:
-        """Begin to sample, with the weights of the last `update`. Return a number for `collect`."""
+        """Begin to sample for a step, with the weights of the last `update`. Return a number for `collect`."""
+        return self._submit(rows, sampling, seeds, timed=True)
+
+    def _submit(self, rows: Sequence["Sample"], sampling: Sampling, seeds: Sequence[Sequence[int]], timed: bool) -> int:
         assert len(rows) == len(seeds)
-        return self._call("sample", rows, (sampling,), seeds, sampling.num_generations, self.portion_size(len(rows)))
+        size, group = self.portion_size(len(rows)), sampling.num_generations
+        return self._call("sample", rows, (sampling,), seeds, group, size, timed=timed)
 
     def collect(self, call: int) -> list[list[Completion]]:
         """Wait for the groups of a call of `submit`, and return them in order of its rows.
@@ -308,30 +285,36 @@ class SamplerPool(Engine):
         group: int | None,
         size: int,
         only: int | None = None,
+        timed: bool = False,
     ) -> int:
         costs = [len(row.input_ids) + self._lengths.expect(row.number) for row in rows]
         with self._lock:
             call = self._dealer.add(costs, size, only)
-            self._requests[call] = _Request(rows, method, self._version, shared, seeds, group)
+            self._requests[call] = _Request(rows, method, self._version, shared, seeds, group, timed)
             self._go_on()
+            if not self._dealer.num_alive:
+                self._events.put(lambda: None)  # the thread waits no longer than until a line is due
         return call
 
     def _wait(self, call: int) -> list[Answer]:
-        started = time.monotonic()
+        started, seen = time.monotonic(), self._answered_portions
         with self._lock:
             while not self._dealer.is_done(call):
                 if self._error is not None:
                     raise self._error
                 self._lock.wait()
-            self._times.waited += time.monotonic() - started
-            del self._requests[call]
+                if self._answered_portions != seen:
+                    seen = self._answered_portions
+                    self._on_progress()
+            if self._requests.pop(call).timed:
+                self._times.waited += time.monotonic() - started
             return self._dealer.take(call)
 
     def _work(self) -> None:
         """Take the answers of samplers until `close`."""
         while True:
             with self._lock:
-                due = self._dealer.next_due()
+                due = min(self._dealer.next_due(), self._tell_alone_at())
             try:
                 event = self._events.get(timeout=None if due == float("inf") else max(0.0, due - time.monotonic()))
                 if event is None:
@@ -352,10 +335,17 @@ class SamplerPool(Engine):
             self._ask(sampler, "ping", (), partial(self._joined, sampler))
         for sampler, portion in self._dealer.deal():
             self._send(sampler, portion)
-        alone = bool(self._dealer.num_waiting) and not self._dealer.num_alive
-        if alone and not self._alone and self._pushed > 1:
-            logger.warning("no sampler is there; the step waits until one has been started again")
-        self._alone = alone
+        if self._dealer.num_alive or not self._dealer.num_waiting:
+            self._alone_since, self._alone_told = float("inf"), False
+        else:
+            self._alone_since = min(self._alone_since, time.monotonic())
+        if time.monotonic() >= self._tell_alone_at():
+            self._alone_told = True
+            logger.warning("no sampler is there; prompts wait until one has been started")
+
+    def _tell_alone_at(self) -> float:
+        """Return when a line is due that no sampler is there: at once, but for the first ones, which are starting."""
+        return float("inf") if self._alone_told else self._alone_since + (_ALONE_S if self._pushed <= 1 else 0.0)
 
     def _send(self, sampler: int, portion: Portion) -> None:
         request = self._requests[portion.call]
@@ -373,14 +363,23 @@ class SamplerPool(Engine):
             now = time.monotonic()
             self._dealer.absent(sampler, now)
             self._gone_since = float("inf") if self._dealer.num_alive else min(self._gone_since, now)
-            if self._guest and now - self._gone_since > _GUEST_WAIT_S:
+            # One that has been asked may be busy with a portion: it answers the question after that.
+            if self._guest and now - self._gone_since > _GUEST_WAIT_S and not self._dealer.num_asked:
                 raise RunError(
                     f"no sampler of the run has been there for {now - self._gone_since:.0f} s ({error}). Ask "
                     "again while the run goes on, or use evaluate.engine=transformers."
                 ) from None
             return
+        before = self._dealer.joins(sampler)
         self._dealer.joined(sampler)
+        if self._dealer.joins(sampler) != before:  # not one that was only in doubt
+            self._push_shared(sampler)
         self._gone_since = float("inf")
+
+    def _push_shared(self, sampler: int) -> None:
+        """Send what this rank has sent last to a sampler. Whether it arrives is seen when it is used."""
+        if self._shared is not None:
+            self._samplers.ask(sampler, self._push, *self._shared)
 
     def _answered(self, sampler: int, portion: Portion, future: "Future[Answered | Missing]") -> None:
         if not self._dealer.still_has(sampler, portion):  # the portion was dealt to another, or its call was dropped
@@ -394,7 +393,8 @@ class SamplerPool(Engine):
             self._dealer.died(sampler, time.monotonic(), str(error), error.ended)
             return
         except SamplerFailed as error:  # its device may be unusable, so the process ends too
-            logger.warning(f"sampler {sampler} failed ({error}); it is started again")
+            again = "asked" if self._guest else "started"
+            logger.warning(f"sampler {sampler} failed ({error}); it is {again} again")
             self._samplers.restart(sampler)
             self._dealer.died(sampler, time.monotonic(), str(error))
             return
@@ -402,25 +402,38 @@ class SamplerPool(Engine):
             self._bring(sampler, portion, reply.version)
             return
         self._tries.pop(portion.number, None)
-        self._answering.add(sampler)
-        self._times.busy += reply.busy_s
-        self._times.idle += reply.idle_s
-        complete = self._requests[portion.call].is_complete(reply.answers)
+        self._brought.pop(portion.number, None)
+        self._answered_portions += 1
+        request = self._requests[portion.call]
+        if request.timed:
+            self._answering.add(sampler)
+            self._times.busy += reply.busy_s
+            self._times.idle += reply.idle_s
+        complete = request.is_complete(reply.answers)
         if not complete:
             logger.warning(f"sampler {sampler} answered with fewer completions than asked; it is asked once more")
         self._dealer.answered(sampler, portion, reply.answers, complete)
 
     def _bring(self, sampler: int, portion: Portion, version: Version) -> None:
         """Ask a sampler again that has not the adapter: the push of rank 0 may be under way. After some tries this rank
-        sends its own weights, which are equal."""
+        sends its own weights, which are equal. Raise `RunError` if that is in vain too."""
         tries = self._tries[portion.number] = self._tries.get(portion.number, 0) + 1
-        if self._context.rank > 0 and tries <= _MISSING_TRIES:
+        own_tries = tries - _MISSING_TRIES * (self._context.rank > 0)
+        if own_tries <= 0:
             again = partial(self._send_again, sampler, portion)
             timer = threading.Timer(_MISSING_WAIT_S * tries, lambda: self._events.put(again))
             timer.daemon = True
             timer.start()
             return
-        self._samplers.ask(sampler, self._push, version, self._weights[version])
+        if own_tries > _PUSH_TRIES:
+            push = self._brought[portion.number]
+            reason = push.exception() if push.done() else None
+            raise RunError(
+                f"sampler {sampler} does not keep the adapter, which it was sent {_PUSH_TRIES} times"
+                f"{f'. The last error: {reason}' if reason else ''}. Look at its log, sampler-{sampler}, in the "
+                "folder of the run, and at the memory of its node."
+            )
+        self._brought[portion.number] = self._samplers.ask(sampler, self._push, version, self._weights[version])
         self._send(sampler, portion)
 
     def _send_again(self, sampler: int, portion: Portion) -> None:

@@ -156,8 +156,10 @@ class CheckedEngine(Engine):
         if self._prompt is None or self._model is None:
             return
         parts = self.engine.parts()
-        for part in parts:
-            name = str(part) if len(parts) > 1 or part is not self.engine else ""
+        names = {part: str(part) if len(parts) > 1 or part is not self.engine else "" for part in parts}
+        # Samplers that were started again have other names.
+        self._states = {name: state for name, state in self._states.items() if name in names.values()}
+        for part, name in names.items():
             state = self._states.setdefault(name, _State(Schedule(self._every)))
             kind = state.schedule.asks(self._pushes)
             if kind is not None and self._pushes > state.checked:

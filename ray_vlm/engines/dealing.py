@@ -103,6 +103,11 @@ class Dealer(Generic[_Answer]):
         """Samplers that are there."""
         return sum(sampler.alive for sampler in self._samplers)
 
+    @property
+    def num_asked(self) -> int:
+        """Samplers that have been asked whether they are there, and have not answered."""
+        return sum(sampler.is_asked and sampler.asked_at == float("inf") for sampler in self._samplers)
+
     def living(self) -> list[int]:
         """Return the samplers that are there."""
         return [number for number, sampler in enumerate(self._samplers) if sampler.alive]
@@ -171,8 +176,8 @@ class Dealer(Generic[_Answer]):
         died with this portion than may.
 
         Others may be gone with it, as those of one node are, so the free ones get no portion until they have said that
-        they are there: a portion must not count the deaths of samplers that it did not reach. `ended`: on purpose or
-        with its node, which does not count."""
+        they are there: a portion must not count the deaths of samplers that it did not reach. `ended`: on purpose; it
+        does not count."""
         state = self._samplers[sampler]
         portion, state.portion, state.alive, state.doubted = state.portion, None, False, False
         self._wait(state, now)
@@ -195,7 +200,8 @@ class Dealer(Generic[_Answer]):
                 f"{who} died while answering the same "
                 f"{'prompt' if len(portion.rows) == 1 else f'{len(portion.rows)} prompts'}, and "
                 f"cluster.max_failures={self._max_deaths}{f'. The last reason: {reason}' if reason else ''}. Lower "
-                "method.sampling_batch, method.num_generations or data.max_pixels, or look at the log of a sampler."
+                "method.sampling_batch, method.num_generations or data.max_pixels, or look at the log of a sampler; if "
+                "its node was lost, raise cluster.max_failures."
             )
 
     def absent(self, sampler: int, now: float) -> None:

@@ -81,6 +81,11 @@ class Engine(ABC):
         """Return the engines that may each answer with an adapter of their own, of those that this one is made of."""
         return [self]
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine answers no more, since it was closed or a call of it failed."""
+        return False
+
     def close(self) -> None:  # noqa: B027  (most engines hold nothing)
         """Give back processes, memory and files. The engine answers no more."""
 

@@ -28,8 +28,8 @@ class RaySamplers:
 
     def ask(self, sampler: int, method: str, *args: object) -> "Future[Any]":
         reply: Future[Any] = Future()
-        if self._actors[sampler] is not None:
-            self._call(sampler, reply, method, args)
+        if (actor := self._actors[sampler]) is not None:  # which another thread may drop
+            self._call(sampler, actor, reply, method, args)
         elif method == "ping":  # Ray may wait for its head for a minute, so the caller does not wait for this
             Thread(target=self._find_and_call, args=(sampler, reply, method, args), daemon=True).start()
         else:
@@ -38,17 +38,17 @@ class RaySamplers:
 
     def _find_and_call(self, sampler: int, reply: "Future[Any]", method: str, args: Sequence[object]) -> None:
         try:
-            self._actors[sampler] = self._look_up(sampler)
-            if self._actors[sampler] is None:
+            actor = self._actors[sampler] = self._look_up(sampler)
+            if actor is None:
                 raise SamplerLost("it is not started", ended=True)
-            self._call(sampler, reply, method, args)
+            self._call(sampler, actor, reply, method, args)
         except SamplerLost as error:
             reply.set_exception(error)
         except Exception as error:  # a thread of its own: without a reply the sampler would never be asked again
             reply.set_exception(SamplerLost(f"{type(error).__name__}: {error}"))
 
-    def _call(self, sampler: int, reply: "Future[Any]", method: str, args: Sequence[object]) -> None:
-        done = getattr(self._actors[sampler], method).remote(*args).future()
+    def _call(self, sampler: int, actor: object, reply: "Future[Any]", method: str, args: Sequence[object]) -> None:
+        done = getattr(actor, method).remote(*args).future()
         done.add_done_callback(partial(self._pass_on, sampler, reply))
 
     def _look_up(self, sampler: int) -> object | None:
@@ -69,8 +69,8 @@ class RaySamplers:
     def restart(self, sampler: int) -> None:
         import ray
 
-        if not self._guest and self._actors[sampler] is not None:
-            ray.kill(self._actors[sampler], no_restart=False)
+        if not self._guest and (actor := self._actors[sampler]) is not None:
+            ray.kill(actor, no_restart=False)
 
     def _pass_on(self, sampler: int, reply: "Future[Any]", done: "Future[Any]") -> None:
         """Set in `reply` what Ray's future of a sampler returned or raised."""

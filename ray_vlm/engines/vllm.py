@@ -24,8 +24,8 @@ from ray_vlm.data.spec import Sample
 from ray_vlm.engines.adapter_files import AdapterFiles
 from ray_vlm.engines.interface import Completion, Engine, Pixels, Sampling
 from ray_vlm.engines.vllm_requests import (
-    check_lengths,
     check_prompt,
+    check_rows,
     completion_of,
     prompt_of,
     sampling_params,
@@ -129,6 +129,10 @@ class VllmEngine(Engine):
                 with self._ends_on_failure("going to sleep"):
                     self._sleep()
 
+    @property
+    def has_ended(self) -> bool:
+        return self._engine is None
+
     def close(self) -> None:
         """End vLLM's processes and remove the adapter's files."""
         engine, self._engine = self._engine, None
@@ -140,7 +144,7 @@ class VllmEngine(Engine):
         self, rows: Sequence[Sample], sampling: Sampling, seeds: Sequence[Sequence[int]], with_adapter: bool
     ) -> list[list[Completion]]:
         engine = self._open()
-        check_lengths(rows, sampling.max_new_tokens, self._limits.tokens)
+        check_rows(rows, sampling.max_new_tokens, self._limits)
         if not rows:
             return []
         requests = [sampling_params(sampling, seed, self._never) for _, seed in zip(rows, seeds, strict=True)]

@@ -11,12 +11,14 @@ import numpy as np
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.data.spec import Sample
 from ray_vlm.engines.interface import Completion, Sampling
+from ray_vlm.engines.vllm_start import EngineLimits
 from ray_vlm.errors import RunError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput
 
+_NO_SUCH_LIMIT = "In training, please report this; transformers has no such limit."
 NEVER = -100.0  # added to the logits of tokens that are not sampled, the lowest value that vLLM takes
 
 
@@ -123,12 +125,17 @@ def check_prompt(row: Sample, prompt_ids: Sequence[int], exact: bool) -> None:
     )
 
 
-def check_lengths(rows: Sequence[Sample], new_tokens: int, context: int) -> None:
-    """Raise `RunError` if a prompt and its answer are longer than the engine's `context`, in tokens."""
+def check_rows(rows: Sequence[Sample], new_tokens: int, limits: EngineLimits) -> None:
+    """Raise `RunError` if a prompt and its answer are longer than the engine's context, or a prompt has more images."""
     for row in rows:
-        if len(row.input_ids) + new_tokens > context:
+        if len(row.input_ids) + new_tokens > limits.tokens:
             raise RunError(
                 f"row {row.number}: its prompt has {len(row.input_ids)} tokens and its answer up to {new_tokens}, and "
-                f"vllm was started for {context} tokens together, those of the longest prompt and answer of the job. "
-                "Please report this; transformers has no such limit."
+                f"vllm was started for {limits.tokens} tokens together, those of the longest prompt and answer of its "
+                f"job. {_NO_SUCH_LIMIT}"
+            )
+        if len(row.images) > limits.images:
+            raise RunError(
+                f"row {row.number}: it has {len(row.images)} images, and vllm was started for {limits.images}, the "
+                f"most of a row of its job. {_NO_SUCH_LIMIT}"
             )

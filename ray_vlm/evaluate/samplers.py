@@ -113,9 +113,9 @@ class _Joined(SamplerPool):
                     f"{_SETTING}: the samplers of {run} cannot be reached ({reason}).{token} Ask on a machine of the "
                     f"run's cluster, while the run goes on, {_OTHER}."
                 ) from None
-            super().__init__(samplers, DistributedContext(), None, guest=True)
+            super().__init__(samplers, DistributedContext(), None, job.cluster.max_failures, guest=True)
+            self.update(model)
             self._stack = stack.pop_all()
-        self.update(model)
 
     def close(self) -> None:
         super().close()

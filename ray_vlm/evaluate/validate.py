@@ -7,7 +7,7 @@ Every rank measures its share of the rows, and all return the same numbers.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -16,7 +16,7 @@ from ray_vlm.data.collate import collate
 from ray_vlm.data.records import PreferenceRecord, Record, SftRecord
 from ray_vlm.data.samples import SampleBuilder
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.engines.interface import Engine, Sampling
+from ray_vlm.engines.interface import Completion, Engine, Sampling
 from ray_vlm.engines.own import OwnEngine
 from ray_vlm.evaluate.generate import generate_answers
 from ray_vlm.evaluate.metrics import measure
@@ -77,12 +77,18 @@ class Validation(ABC):
                 yield [self._padding], False
             progress.reach(min(start + size, len(records)))
 
-    def answer(self, engine: Engine) -> list[str]:
-        """Return the engine's greedy answer to each of this rank's records."""
+    def answer(self, engine: Engine, tick: Callable[[], None]) -> list[str]:
+        """Return the engine's greedy answer to each of this rank's records. `tick`: called after each batch, which the
+        engine of another process may have answered without any work here."""
         size, limit = self.options.batch_size, self.options.max_new_tokens
         progress = self._progress("validation, answers")
+
+        def reach(count: int) -> None:
+            tick()
+            progress.reach(count)
+
         with engine.awake():
-            return generate_answers(engine, self.records, self.builder, size, limit, progress.reach)
+            return generate_answers(engine, self.records, self.builder, size, limit, reach)
 
     def score_task(self, predictions: list[Prediction]) -> Metrics:
         """Return the task's metrics of all ranks' predictions, which rank 0 measures."""
@@ -110,7 +116,7 @@ class AnswerValidation(Validation):
         if self.options.metric != "loss":
             self._engine = self._engine or OwnEngine(model, self.builder, self.context.device)
             self._engine.update(model)
-            answers = self.answer(self._engine)
+            answers = self.answer(self._engine, trainer.clock.tick)
             predictions = build_predictions(cast(list[SftRecord], self.records), answers, self.builder)
             metrics |= self.score_task(predictions)
         return metrics, predictions
@@ -160,7 +166,7 @@ class RewardValidation(Validation):
     def _measure(self, trainer: "PlannedGRPOTrainer") -> tuple[Metrics, list[Prediction]]:  # type: ignore[override]
         """Return the metrics, and predictions of rows with a truth."""
         trainer.engine.update(trainer.accelerator.unwrap_model(trainer.model))
-        records, answers = self.records, self.answer(trainer.engine)
+        records, answers = self.records, self.answer(trainer.engine, trainer.clock.tick)
         ids = [self.builder.tokenizer.encode(text, add_special_tokens=False) for text in answers]
         scores = self._score(trainer, records, answers, ids)
         everyone = [parts for rank_scores in self.context.gather(scores) for parts in rank_scores]
@@ -188,10 +194,11 @@ class RewardValidation(Validation):
         rows = [self.builder.prompt_row(record) for record in records]
         seeds = [(trainer.inputs.seed, record.row) for record in records]
         size = max(1, self.options.batch_size // repeats)
-        starts = range(0, len(rows), size)
+        groups: list[list[Completion]] = []
         with engine.awake():
-            parts = [engine.sample(rows[i : i + size], sampling, seeds[i : i + size]) for i in starts]
-        groups = [group for part in parts for group in part]
+            for i in range(0, len(rows), size):
+                groups += engine.sample(rows[i : i + size], sampling, seeds[i : i + size])
+                trainer.clock.tick()
         ids = [answer.ids for group in groups for answer in group]
         repeated = [record for record in records for _ in range(repeats)]
         return self._score(trainer, repeated, [self.builder.text(answer) for answer in ids], ids)

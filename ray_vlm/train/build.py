@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def build_inputs(
         tolerates_nonfinite=train.nonfinite != "stop",
         has_eval=spec.eval is not None,
         rewards=build_rewards(job, spec.sample_spec.labels),
-        engine=build_engine(job, spec, model, builder, context, args, portion),
+        engine=build_engine(job, spec, model, builder, context, args, portion, clock.tick),
     )
 
 
@@ -202,15 +202,17 @@ def build_engine(
     context: DistributedContext,
     args: TrainingArguments,
     portion: int | None,
+    on_progress: Callable[[], None],
 ) -> Engine | None:
     """Return the engine that samples and answers in a GRPO job, None for other methods. `portion`: how many prompts the
-    package's own loop samples at a time; None: all of a step."""
+    package's own loop samples at a time; None: all of a step. `on_progress`: called for each answer of a sampler."""
     if not isinstance(job.method, GrpoMethod):
         return None
     if job.method.samplers:
         shares = job.method.rollouts == "vllm"  # which batches requests by itself
         size = job.method.sampling_batch or (None if shares else 1)
-        pool = SamplerPool(RaySamplers(spec.samplers, NAMESPACE), context, size, job.cluster.max_failures)
+        samplers, deaths = RaySamplers(spec.samplers, NAMESPACE), job.cluster.max_failures
+        pool = SamplerPool(samplers, context, size, deaths, on_progress=on_progress)
         return check_engine(pool, job.method, job.train.precision, builder, context.device) if shares else pool
     if job.method.rollouts == "transformers":
         return OwnEngine(model, builder, context.device, portion)

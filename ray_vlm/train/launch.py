@@ -34,7 +34,7 @@ from ray_vlm.train.restarts import (
     restart_backoff,
     should_restart,
 )
-from ray_vlm.train.samplers import SamplerCount, describe_samplers, start_samplers
+from ray_vlm.train.samplers import SamplerCount, describe_samplers, restart_samplers, start_samplers
 from ray_vlm.train.start import start_worker
 from ray_vlm.train.stop import STOP_FILE, StopRequest, ask_workers
 from ray_vlm.train.watchdog import take_sentence
@@ -184,10 +184,13 @@ def _retry(cluster: Cluster, spec: WorkerSpec, paths: RunPaths, request: StopReq
                 return result
             status, text = "preempted", result["leaving"]
         except Exception as error:  # recorded, then restarted or raised
+            request.trained = False  # the workers are gone, and what is free now is theirs
             with suppress(OSError):
                 paths.refresh(paths.metrics)
             stops = cluster.on_stall == "stop"
             failures.append(failure := _explain(spec.attempt, paths, error, nodes, advice, stops))
+            if failure.stalled:
+                restart_samplers(spec.samplers)
             if request.wanted or not should_restart(failures, cluster.max_failures):
                 if failure.own is not None:
                     raise failure.own from error
@@ -222,7 +225,8 @@ def _explain(
     """
     step = _last_step(paths)
     if sentence := take_sentence(paths.store, attempt):
-        return Failure(sentence, RunError(sentence) if stops_on_stall else None, raised=True, step=step)
+        own = RunError(sentence) if stops_on_stall else None
+        return Failure(sentence, own, raised=True, step=step, stalled=True)
     failure = describe_failure(error, step, advice)
     gone = ", ".join(sorted(nodes - living_nodes()))
     return replace(failure, text=f"node {gone} is gone: {failure.text}") if gone else failure

@@ -21,12 +21,13 @@ class RewindToCheckpoint(RunError):
 @dataclass(frozen=True)
 class Failure:
     """Why an attempt ended. `own`: an error that this package raised on purpose; `raised`: whether a worker raised an
-    error, rather than died."""
+    error, rather than died; `stalled`: whether the watchdog ended it."""
 
     text: str
     own: RayVlmError | None = None
     raised: bool = False
     step: int = 0
+    stalled: bool = False
 
 
 def should_restart(failures: list[Failure], max_failures: int) -> bool:

@@ -7,13 +7,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray_vlm.config.load import load_resolved
 from ray_vlm.config.method import GrpoMethod
 from ray_vlm.config.schema import JobConfig
-from ray_vlm.engines.actors import Answer, Answered, Missing, Version, Weights
+from ray_vlm.engines.actors import Answer, Answered, Missing, Version
+from ray_vlm.engines.weights import Weights
 from ray_vlm.train.beside import job_beside, load_beside
 from ray_vlm.train.worker_spec import WorkerSpec
 
@@ -30,10 +32,12 @@ _GUESTS = 3  # versions of those that ask beside the workers
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A model that takes the workers' weights, and the engine that answers with it."""
+    """A model that takes the workers' weights, the engine that answers with it, and the one that answers guests: how
+    many of their prompts fit into a GPU must not change the portions of the run."""
 
     model: "Module"
     engine: "Engine"
+    guest_engine: "Engine"
 
 
 class Sampler:
@@ -92,11 +96,17 @@ class Sampler:
         weights = self._versions.get(version) or self._guests.get(version)
         if weights is None:
             return Missing(version)
-        if self._current != version:
-            weights.write(self._loaded.model)
-            self._loaded.engine.update(self._loaded.model)
-            self._current = version
-        answers = ask(self._loaded.engine)
+        engine = self._loaded.engine if version in self._versions else self._loaded.guest_engine
+        try:
+            if self._current != version:
+                weights.write(self._loaded.model)
+                engine.update(self._loaded.model)
+                self._current = version
+            answers = ask(engine)
+        except BaseException:
+            if engine.has_ended:  # the next one who asks must not get the error of this one
+                self._loaded, self._current = None, None
+            raise
         idle_s = started - (self._free_since or started)
         self._free_since = time.monotonic()
         return Answered(answers, self._free_since - started, idle_s)
@@ -118,7 +128,7 @@ def _load(spec: WorkerSpec, number: int, resources: tuple[float, float]) -> _Loa
         return _load_vllm(spec, resources)
     beside = load_beside(spec, resources)
     trainer: Any = beside.trainer  # of GRPO
-    return _Loaded(trainer.model, trainer.engine)
+    return _Loaded(trainer.model, trainer.engine, copy(trainer.engine))
 
 
 def _load_vllm(spec: WorkerSpec, resources: tuple[float, float]) -> _Loaded:
@@ -144,7 +154,7 @@ def _load_vllm(spec: WorkerSpec, resources: tuple[float, float]) -> _Loaded:
     named = "vllm_gpu_memory_utilization" in job.method.trl
     share = VLLM_SHARE if job.cluster.gpus_per_worker and not named else None  # the card is the engine's alone
     engine = build_training_engine(settings, limits, model, builder, build_args(job, spec), sleep=0, share=share)
-    return _Loaded(model, engine)
+    return _Loaded(model, engine, engine)
 
 
 def count_sequences(job: JobConfig) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from ray_vlm.cluster.preflight import SamplerRoom
-from ray_vlm.engines.ray_samplers import NAMESPACE
+from ray_vlm.engines.ray_samplers import NAMESPACE, RaySamplers
 from ray_vlm.errors import RunError
 from ray_vlm.train.sampler_process import Sampler
 from ray_vlm.train.worker_spec import WorkerSpec
@@ -158,7 +158,7 @@ def start_samplers(
 
 def _follow(samplers: SamplerGroup, fewest: int, look: Callable[[], SamplerRoom | None], over: threading.Event) -> None:
     """Keep as many samplers as the cluster has room for, until `over`."""
-    last, retry_at, retry_s = fewest, 0.0, _RETRY_S
+    last, retry_at, retry_s, free_before = fewest, 0.0, _RETRY_S, 0
     while not over.wait(_LOOK_S):
         try:
             if samplers.drop_unplaced(fewest):  # what is free may lie on several nodes
@@ -166,11 +166,22 @@ def _follow(samplers: SamplerGroup, fewest: int, look: Callable[[], SamplerRoom 
             if (now := len(samplers)) != last:
                 logger.info(f"{now} sampler{'' if now == 1 else 's'}, {last} before: the cluster has changed")
                 last, retry_s = now, _RETRY_S
-            if (room := look()) is not None and not over.is_set():
-                more = room.free if time.monotonic() >= retry_at else 0
+            room = look()
+            if room is not None and not over.is_set():
+                # Free at two looks: for a moment, what workers leave that Ray starts again is free too.
+                more = min(room.free, free_before) if time.monotonic() >= retry_at else 0
                 samplers.resize(max(fewest, min(room.in_all, now + more)))
+            free_before = room.free if room is not None else 0
         except _refusals() as error:  # for example while the head does not answer
             logger.debug(f"the number of samplers stays: {error}")
+
+
+def restart_samplers(names: Sequence[str]) -> None:
+    """End the process of each sampler, which Ray starts again: one that hangs would hold up the next attempt too."""
+    with suppress(*_refusals()):
+        samplers = RaySamplers(names, NAMESPACE)
+        for number in range(samplers.count):
+            samplers.restart(number)
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ray_vlm.data.spec import Sample
-from ray_vlm.engines.actors import Answered, Missing, SamplerFailed, SamplerLost, Version, Weights
+from ray_vlm.engines.actors import Answered, Missing, SamplerFailed, SamplerLost, Version
 from ray_vlm.engines.interface import Completion, Sampling
+from ray_vlm.engines.weights import Weights
 
 
 def row(number: int, tokens: int = 3) -> Sample:

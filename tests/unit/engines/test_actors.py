@@ -13,9 +13,11 @@ import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
 from ray_vlm.distributed import DistributedContext
-from ray_vlm.engines.actors import SamplerFailed, SamplerLost, SamplerPool, Weights
+from ray_vlm.engines import actors
+from ray_vlm.engines.actors import SamplerFailed, SamplerLost, SamplerPool
 from ray_vlm.engines.interface import Sampling
 from ray_vlm.engines.ray_samplers import RaySamplers
+from ray_vlm.engines.weights import Weights
 from ray_vlm.errors import ModelError, RunError
 from tests.support.played_samplers import PlayedSampler, PlayedSamplers, expected_group, row
 from tests.support.twins import slow_but
@@ -233,10 +235,10 @@ def test_the_time_of_samplers_is_of_those_that_answered(monkeypatch: pytest.Monk
     samplers.absent.add(3)
     pool = _pool(samplers)
     pool.update(_model(1.0))
-    _sample(pool, range(3))  # each of the three that are there has one
+    pool.collect(pool.submit([row(n) for n in range(3)], SAMPLING, [(0, n) for n in range(3)]))  # each has one
     times = pool.take_times()
     assert (times.busy, times.samplers) == (pytest.approx(2 * 3 * 10.0 / 3), 3), "two ranks ask as much"
-    _sample(pool, range(3))
+    pool.collect(pool.submit([row(n) for n in range(3)], SAMPLING, [(1, n) for n in range(3)]))
     for sampler in range(3):
         samplers.kill(sampler, again_after=60.0)
     call = pool.submit([row(9)], SAMPLING, [(0, 9)])
@@ -246,6 +248,84 @@ def test_the_time_of_samplers_is_of_those_that_answered(monkeypatch: pytest.Monk
     times = pool.take_times()
     assert (times.busy, times.samplers) == (pytest.approx(2 * 3 * 10.0 / 3), 0)
     pool.drop(call)
+
+
+def test_a_validation_is_no_part_of_the_times_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PlayedSampler, "busy_s", 10.0)
+    pool = _pool(PlayedSamplers(1, lambda sampler: time.sleep(0.05)))
+    pool.update(_model(1.0))
+    call = pool.submit([row(0)], SAMPLING, [(0, 0)])  # of the step that comes next
+    _sample(pool, range(1, 5))
+    pool.answer([row(1)], 3)
+    pool.collect(call)
+    times = pool.take_times()
+    assert times.busy == pytest.approx(2 * 10.0)
+    assert times.waited < 0.05
+
+
+def test_each_answer_is_progress_in_the_thread_that_waits() -> None:
+    """By it the watchdog sees that a long validation, in which the worker's own model does nothing, is no stall."""
+    threads: list[int] = []
+    samplers = PlayedSamplers(1, lambda sampler: time.sleep(0.02))
+    pool = SamplerPool(samplers, Rank(0, 1), 1, on_progress=lambda: threads.append(threading.get_ident()))
+    _pools.append(pool)
+    pool.update(_model(1.0))
+    _sample(pool, range(4))
+    assert len(threads) == 4
+    assert set(threads) == {threading.get_ident()}
+
+
+def test_no_adapter_is_sent_to_a_sampler_that_has_no_place_yet() -> None:
+    """Ray keeps what it is to send to an actor that is not placed, so each step would add an adapter. One that comes
+    gets the newest."""
+    samplers = PlayedSamplers(2)
+    waiting, placed = samplers.samplers[1], threading.Event()
+    waiting.ping = placed.wait  # type: ignore[method-assign]
+    pool = _pool(samplers)
+    for step in range(5):
+        pool.update(_model(float(step)))
+        assert _sample(pool, range(2), step) == _due(float(step), range(2), step)
+    assert waiting.queue.empty()
+    placed.set()
+    end = time.monotonic() + 10
+    while not waiting.versions and time.monotonic() < end:
+        time.sleep(0.01)
+    assert [version[1] for version in waiting.versions] == [5]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_adapter_that_never_arrives_is_said(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors, "_MISSING_WAIT_S", 0.001)
+
+    def push(self: PlayedSampler, version: object, weights: object) -> None:
+        raise SamplerFailed("OSError: no space left on device")
+
+    monkeypatch.setattr(PlayedSampler, "push", push)
+    pool = _pool(PlayedSamplers(1), rank)
+    pool.update(_model(1.0))
+    with pytest.raises(RunError, match=r"sampler 0 does not keep the adapter, .* 5 times\. .*no space left"):
+        _sample(pool, range(1))
+
+
+def test_where_no_sampler_comes_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where all have been asked and none answers, and while the first ones start."""
+    monkeypatch.setattr(actors, "_ALONE_S", 0.3)
+    samplers, came = PlayedSamplers(1), threading.Event()
+    samplers.samplers[0].ping = came.wait  # type: ignore[method-assign]
+    pool = _pool(samplers)
+    pool.update(_model(1.0))
+    call = pool.submit([row(0)], SAMPLING, [(0, 0)])
+    time.sleep(0.1)
+    assert not caplog.messages
+    end = time.monotonic() + 10
+    while not caplog.messages and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert caplog.messages == ["no sampler is there; prompts wait until one has been started"]
+    came.set()
+    pool.collect(call)
 
 
 def test_a_sampler_that_fails_is_started_again() -> None:

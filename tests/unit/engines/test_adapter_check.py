@@ -250,6 +250,33 @@ def test_each_sampler_of_a_pool_is_checked_and_the_stale_one_is_named(stale: int
         pool.close()
 
 
+def test_a_sampler_that_was_started_again_leaves_nothing_of_its_earlier_starts() -> None:
+    """What a check keeps has the size of the vocabulary for each token."""
+
+    class Parts(Played):
+        name = "sampler 0"
+
+        def parts(self) -> list[Any]:
+            return [self]
+
+        def __str__(self) -> str:
+            return self.name
+
+    pool = Parts()
+    checked = CheckedEngine(
+        SimpleNamespace(parts=lambda: [pool, pool], update=pool.update, awake=pool.awake),
+        _score,
+        resolution_of("fp32", "cpu"),
+        1e-3,
+        4,
+    )  # type: ignore[arg-type]
+    for start in range(1, 4):
+        pool.name = f"sampler 0 (start {start})"
+        checked.update(Adapted(0.5 + start))
+        checked.check([PROMPT], 8)
+        assert list(checked._states) == [pool.name]
+
+
 def test_an_engine_one_push_behind_is_named_so_within_a_loose_bound() -> None:
     checked = CheckedEngine(OneBehind(), _score, resolution_of("fp32", "cpu"), 10.0, 4)
     checked.update(cast("Any", Model(0.5)))

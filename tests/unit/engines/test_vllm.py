@@ -396,6 +396,10 @@ def test_a_prompt_longer_than_the_context_is_not_asked(setup: Setup) -> None:
     engine.answer(setup.rows, 300 - longest)
     with pytest.raises(RunError, match=rf"its prompt has {longest} tokens .* vllm was started for 300 tokens"):
         engine.answer(setup.rows, 301 - longest)
+    more = replace(setup.rows[0], images=setup.rows[0].images * 3)
+    with pytest.raises(RunError, match=r"it has 3 images, and vllm was started for 2, the most of a row"):
+        engine.answer([more], 5)
+    assert not engine.has_ended, "the others who ask it go on"
     assert fake.events == ["generate"]
     engine.answer(setup.rows, 5)
 

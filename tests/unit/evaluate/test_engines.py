@@ -170,6 +170,10 @@ class _Trainer:
             num_generations_eval=num_generations_eval, max_completion_tokens=7, temperature=0.9, top_p=1.0, top_k=0
         )
         self.inputs, self.rewards = SimpleNamespace(seed=3), None
+        self.ticks, self.clock = 0, SimpleNamespace(tick=self._tick)
+
+    def _tick(self) -> None:
+        self.ticks += 1
 
 
 def test_rewards_are_validated_by_the_trainer_s_engine(job_file, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +201,7 @@ def test_rewards_are_validated_by_the_trainer_s_engine(job_file, monkeypatch: py
     samples = _calls(engine, "sample")
     assert [len(rows) for rows, *_ in samples] == [2, 2, 1]
     assert [seed for _, _, seeds, _ in samples for seed in seeds] == [(3, record.row) for record in records]
+    assert trainer.ticks == 5, "each batch is progress, also where another process answers it"
     assert {(s.num_generations, s.max_new_tokens, s.temperature) for _, s, *_ in samples} == {(2, 7, 0.9)}
 
 

@@ -1,5 +1,6 @@
 """The samplers of a run that goes on, found for an evaluation, and what refuses them."""
 
+import threading
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -137,6 +138,22 @@ def test_a_guest_waits_for_a_sampler_that_is_started_again_also_where_another_ne
             time.sleep(0.05)
         samplers.kill(0, again_after=0.2)
         assert pool.answer([row(0)], 4)
+    finally:
+        pool.close()
+
+
+def test_a_guest_waits_for_a_sampler_that_is_busy_where_another_never_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers the question whether it is there only after its portion."""
+    monkeypatch.setattr(actors, "_GUEST_WAIT_S", 0.3)
+    samplers, free = PlayedSamplers(2), threading.Event()
+    samplers.absent.add(1)
+    samplers.samplers[0].ping = free.wait  # type: ignore[method-assign]
+    threading.Timer(1.5, free.set).start()
+    pool = SamplerPool(samplers, DistributedContext(), 1, guest=True)
+    try:
+        pool.update(_model(1.0))
+        assert pool.answer([row(0)], 4)
+        assert free.is_set()
     finally:
         pool.close()
 

@@ -21,7 +21,7 @@ def _build(job: Any, portion: int | None = None, **sizes: Any) -> Any:
     )
     model: Any = object()
     context = DistributedContext(local_world_size=8)
-    return build.build_engine(job, spec, model, None, context, None, portion)  # type: ignore[arg-type]
+    return build.build_engine(job, spec, model, None, context, None, portion, lambda: None)  # type: ignore[arg-type]
 
 
 def test_only_grpo_has_an_engine(job_file) -> None:

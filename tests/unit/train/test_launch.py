@@ -1,6 +1,8 @@
 """When a run is restarted, and how failures are reported. No cluster."""
 
 import pickle
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,12 @@ class _Raised(Exception):
 
     def __init__(self, error: Exception):
         self._base_exc = error
+
+
+@dataclass(frozen=True)
+class _Spec:
+    samplers: tuple[str, ...]
+    attempt: int = 1
 
 
 def _death() -> Exception:
@@ -186,3 +194,32 @@ def test_a_signal_that_ray_s_own_handler_took_is_a_stop(monkeypatch, tmp_path) -
     with pytest.raises(Interrupted, match="stopped before the first step; --resume goes on") as stopped:
         launch.launch(job, None, RunPaths(tmp_path))  # type: ignore[arg-type]
     assert stopped.value.exit_code == 143
+
+
+def test_after_a_stall_the_samplers_are_started_again(monkeypatch, tmp_path) -> None:
+    """One that hangs would hold up the next attempt too. Meanwhile no further ones take the place of the workers."""
+    import ray_vlm.train.launch as launch
+    from ray_vlm.config.cluster import Cluster
+
+    request: Any = SimpleNamespace(trained=False, wanted=False)
+    ends: list[Failure | None] = [Failure("worker 0 hangs", raised=True, stalled=True), Failure("died", step=3), None]
+    restarted: list[tuple[tuple[str, ...], bool]] = []
+
+    def fit(cluster: Any, spec: Any, paths: Any, request: Any) -> None:
+        assert not request.trained
+        request.trained = True
+        if ends[0] is not None:
+            raise _death()
+        ends.pop(0)
+
+    monkeypatch.setattr(launch, "_fit", fit)
+    monkeypatch.setattr(launch, "living_nodes", set)
+    monkeypatch.setattr(launch, "_explain", lambda *_: ends.pop(0))
+    monkeypatch.setattr(launch, "_next_attempt", lambda *_: 2 if not request.trained else pytest.fail("still training"))
+    monkeypatch.setattr(launch, "restart_backoff", lambda failures: 0.0)
+    monkeypatch.setattr(launch, "MIN_RESTART_GAP_S", 0.0)
+    monkeypatch.setattr(launch, "restart_samplers", lambda names: restarted.append((names, request.trained)))
+    spec = _Spec(("a", "b"))
+    paths: Any = SimpleNamespace(take_result=lambda: {"step": 4}, refresh=lambda path: None, metrics=None)
+    assert launch._retry(Cluster(max_failures=3), spec, paths, request, "") == {"step": 4}  # type: ignore[arg-type]
+    assert restarted == [(("a", "b"), False)]
