@@ -390,12 +390,14 @@ class SamplerPool(Engine):
             count = len(portion.rows)
             prompts = "its prompt goes" if count == 1 else f"its {count} prompts go"
             logger.warning(f"sampler {sampler} is gone ({error}); {prompts} to another")
+            self._tries.pop(portion.number, None)  # the next sampler has tries of its own
             self._dealer.died(sampler, time.monotonic(), str(error), error.ended)
             return
         except SamplerFailed as error:  # its device may be unusable, so the process ends too
             again = "asked" if self._guest else "started"
             logger.warning(f"sampler {sampler} failed ({error}); it is {again} again")
             self._samplers.restart(sampler)
+            self._tries.pop(portion.number, None)
             self._dealer.died(sampler, time.monotonic(), str(error))
             return
         if isinstance(reply, Missing):

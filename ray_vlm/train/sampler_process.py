@@ -39,6 +39,11 @@ class _Loaded:
     engine: "Engine"
     guest_engine: "Engine"
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether an engine answers no more, since a call of it failed."""
+        return self.engine.has_ended or self.guest_engine.has_ended
+
 
 class Sampler:
     """The Ray actor. It loads the model at the first call, because Ray loses the type of an error that an actor's
@@ -57,8 +62,10 @@ class Sampler:
         return socket.gethostname(), os.getpid()
 
     def load(self) -> None:
-        """Load the model and start the engine."""
-        if self._loaded is None:
+        """Load the model and start the engine; again if the engine has ended, as the error of one who asked is not
+        that of the next one."""
+        if self._loaded is None or self._loaded.has_ended:
+            self._loaded, self._current = None, None  # its memory is free before the next one takes some
             self._loaded = _load(self._spec, self._number, self._resources)
 
     def push(self, version: Version, weights: Weights) -> None:
@@ -97,16 +104,11 @@ class Sampler:
         if weights is None:
             return Missing(version)
         engine = self._loaded.engine if version in self._versions else self._loaded.guest_engine
-        try:
-            if self._current != version:
-                weights.write(self._loaded.model)
-                engine.update(self._loaded.model)
-                self._current = version
-            answers = ask(engine)
-        except BaseException:
-            if engine.has_ended:  # the next one who asks must not get the error of this one
-                self._loaded, self._current = None, None
-            raise
+        if self._current != version:
+            weights.write(self._loaded.model)
+            engine.update(self._loaded.model)
+            self._current = version
+        answers = ask(engine)
         idle_s = started - (self._free_since or started)
         self._free_since = time.monotonic()
         return Answered(answers, self._free_since - started, idle_s)

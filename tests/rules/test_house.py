@@ -233,7 +233,7 @@ def test_nothing_is_set_from_outside_on_what_was_built(path: Path) -> None:
 
 
 def test_tests_of_a_file_run_in_one_process(request: pytest.FixtureRequest) -> None:
-    """pytest-xdist keeps together what has the same suffix. Without it, Ray clusters of several processes run at once,
-    and tests that end a process of Ray by its name end one of another test."""
+    """pytest-xdist keeps together what has the same suffix. Without it, Ray clusters of several processes run at
+    once."""
     shared_out = request.config.getoption("loadgroup", default=False)
     assert request.node.nodeid.endswith("@rules/test_house.py") == shared_out
